@@ -1,0 +1,68 @@
+"""Every error a user of sgmd can meet, as one tree.
+
+    SgmdError
+    ├── ConfigError            a recipe, an override or a combination of settings is wrong
+    ├── ModelFolderError       a diffusers folder is missing, incomplete or of another family
+    ├── ShapeError             latents, videos or captions do not fit the networks
+    ├── DataError              shards are missing, empty, corrupt or lack a column
+    ├── CheckpointError        a run folder or checkpoint cannot be read or does not fit
+    ├── StaleCallError         a role was asked about a batch that it no longer holds
+    └── NonFiniteError         a loss or a gradient stopped being finite
+
+Each error keeps the facts it was raised with and words them in `__str__`, so that it arrives from
+another process with its type and its fields.
+"""
+
+
+class SgmdError(Exception):
+    """Base of all errors that say what was attempted, found and expected, and what to do.
+
+    Args:
+        attempted: What the program was doing, for example "reading the recipe tiny.yaml".
+        found: What it met, with values.
+        expected: What would have been right.
+        remedy: What the user can do about it.
+    """
+
+    def __init__(self, attempted: str, found: str, expected: str = "", remedy: str = "") -> None:
+        super().__init__(attempted, found, expected, remedy)
+        self.attempted = attempted
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        parts = [f"While {self.attempted}: {self.found}"]
+        if self.expected:
+            parts.append(f"Expected {self.expected}")
+        if self.remedy:
+            parts.append(self.remedy)
+        return " ".join(part.rstrip(".") + "." for part in parts)
+
+
+class ConfigError(SgmdError, ValueError):
+    """A recipe, an override or a combination of settings is wrong."""
+
+
+class ModelFolderError(SgmdError):
+    """A diffusers folder is missing, incomplete or of a family that we cannot load."""
+
+
+class ShapeError(SgmdError, ValueError):
+    """Latents, videos or captions do not fit the networks."""
+
+
+class DataError(SgmdError):
+    """Shards are missing, empty, corrupt or lack a column."""
+
+
+class CheckpointError(SgmdError):
+    """A run folder or a checkpoint cannot be read, or does not belong to this run."""
+
+
+class StaleCallError(SgmdError):
+    """A role was asked about a batch that it does not hold (any more)."""
+
+
+class NonFiniteError(SgmdError):
+    """A loss or a gradient stopped being finite; nothing was updated."""

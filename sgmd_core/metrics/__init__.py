@@ -1,0 +1,1 @@
+"""Measurements of generated clips; pure functions of pixels or features."""

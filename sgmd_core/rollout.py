@@ -1,0 +1,125 @@
+"""A generator's few Euler steps: for training, with a graph at one of them; and for use.
+
+    x_t  ->  x_t + (sigma_next - sigma) * velocity       one step
+    x_t  ->  x_t - sigma * velocity                      leaving for x0 from here
+
+A training rollout takes `exit_step` steps and then leaves for x0 in one stride. Only that last
+pass is recorded, so a rollout costs the memory of one pass and the generator learns every step of
+its grid when the exit step is drawn uniformly.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sgmd_core.errors import ConfigError
+from sgmd_core.types import Latents, Text
+from sgmd_core.velocity import NegativeText, VelocityModel, guided_velocity
+
+Grid = Float[Tensor, " steps"]
+
+
+def rollout(
+    model: VelocityModel,
+    grid: Grid,
+    initial_noise: Latents,
+    text: Text,
+    exit_step: int,
+    *,
+    keep_graph: bool,
+) -> Latents:
+    """Generates clean latents as the generator would have them at one of its steps.
+
+        x_{i+1} = x_i + (sigma_{i+1} - sigma_i) * v_i          i < exit_step, not recorded
+        x0      = x_e - sigma_e * v_e                          e = exit_step, recorded
+
+    The gradient reaches the generator through one pass only, with d x0 / d v_e = -sigma_e; the
+    state x_e that this pass starts from is a constant. Nothing is re-noised on the way and there is
+    no guidance.
+
+    Args:
+        model: The generator.
+        grid: Noise levels as `FlowMatchSchedule.few_step_grid` gives them.
+        initial_noise: Standard normal; the state at the grid's first level.
+        text: Caption of each sample.
+        exit_step: Step to leave at, counted from 0; the same for all samples.
+        keep_graph: Whether the last pass is recorded, whatever the caller's gradient mode is.
+
+    Returns:
+        Clean latents in the dtype of `initial_noise`.
+
+    Raises:
+        ConfigError: the grid has no step `exit_step`.
+    """
+    num_steps = len(grid) - 1
+    if not 0 <= exit_step < num_steps:
+        raise ConfigError(
+            "rolling out the generator",
+            f"exit step {exit_step} of a grid of {num_steps} steps",
+            f"an exit step from 0 to {num_steps - 1}",
+            "Draw it for the number of steps that the generator has",
+        )
+    x_t = initial_noise
+    with torch.no_grad():
+        for step in range(exit_step):
+            velocity = model(x_t, _level(grid, step, x_t), text)
+            x_t = x_t + (grid[step + 1] - grid[step]).to(x_t) * velocity
+    with torch.set_grad_enabled(keep_graph):
+        velocity = model(x_t, _level(grid, exit_step, x_t), text)
+        return x_t - grid[exit_step].to(x_t) * velocity
+
+
+@torch.no_grad()
+def euler_sample(
+    model: VelocityModel,
+    grid: Grid,
+    initial_noise: Latents,
+    text: Text,
+    negative: NegativeText | None = None,
+    guidance_scale: float = 1.0,
+    on_step: Callable[[int], None] | None = None,
+) -> Latents:
+    """Samples clean latents over the whole grid, without a graph.
+
+    On a grid that ends at 0 this equals a rollout that exits at the last step.
+
+    Args:
+        model: Generator or teacher.
+        grid: Falling noise levels, the last one 0.
+        initial_noise: Standard normal; the state at the grid's first level.
+        text: Caption of each sample.
+        negative: What guidance steers away from; needed for a `guidance_scale` other than 1.
+        guidance_scale: Standard form; 1 is the caption alone.
+        on_step: Told the number of steps done, after each of them.
+
+    Returns:
+        Clean latents in the dtype of `initial_noise`.
+
+    Raises:
+        ConfigError: guidance is asked for without a negative caption.
+    """
+    if negative is None and guidance_scale != 1.0:
+        raise ConfigError(
+            "sampling with guidance",
+            f"guidance scale {guidance_scale} and no negative caption",
+            "the embedding of a negative caption, which may be the empty one",
+            "Encode it, or set the guidance scale to 1",
+        )
+    x_t = initial_noise
+    for step in range(len(grid) - 1):
+        sigma = _level(grid, step, x_t)
+        if negative is None:
+            velocity = model(x_t, sigma, text)
+        else:
+            velocity = guided_velocity(model, x_t, sigma, text, negative, guidance_scale)
+        x_t = x_t + (grid[step + 1] - grid[step]).to(x_t) * velocity
+        if on_step is not None:
+            on_step(step + 1)
+    return x_t
+
+
+def _level(grid: Grid, step: int, x_t: Latents) -> Float[Tensor, " b"]:
+    """The grid's noise level at a step, one copy a sample."""
+    return grid[step].to(x_t).expand(len(x_t))

@@ -1,0 +1,170 @@
+"""The records that travel between the roles, and the legend of every shape.
+
+Letters and words mean the same wherever they appear in the four packages:
+
+    b  samples          c  latent channels      t, h, w  latent frames, rows, columns
+    l  text tokens      d  width of a text embedding
+
+    x0        clean latents              sigma     noise level in [0, 1]; 1 is pure noise
+    noise     standard normal            x_t       (1 - sigma) * x0 + sigma * noise
+    velocity  noise - x0                 (the derivative of x_t with respect to sigma)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Latents = Float[Tensor, "b c t h w"]
+PerSample = Float[Tensor, " b"]
+Text = Float[Tensor, "b l d"]
+Scalar = Float[Tensor, ""]
+Samples = Float[Tensor, "b *element"]
+
+
+class Purpose(StrEnum):
+    """Which half of an iteration a batch serves; the two never share a random draw."""
+
+    GENERATE = "generate"
+    TRACK = "track"
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatchKey:
+    """Names one micro-batch of one iteration; roles refuse a key that they do not hold.
+
+    Attributes:
+        iteration: Number of generator updates made before this one.
+        micro_batch: Index within the iteration.
+        purpose: `GENERATE` for the batch that teaches the generator (and, in shared tracking, the
+            fake score too), `TRACK` for the fresh batch of the separate tracking step.
+        incarnation: Counts restarts of the role groups, so that a call left over from before a
+            restart is recognised.
+    """
+
+    iteration: int
+    micro_batch: int
+    purpose: Purpose = Purpose.GENERATE
+    incarnation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TextBatch:
+    """Encoded captions and where their samples stand in the iteration.
+
+    Attributes:
+        text: Caption embeddings, zero after the caption's last token.
+        sample_indices: Position of each sample in the whole batch of the iteration. Random draws
+            are counted by it, so the draws do not depend on how the batch is split.
+    """
+
+    text: Text
+    sample_indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Every random number that one micro-batch consumes.
+
+    Attributes:
+        initial_noise: Where the rollout starts, standard normal.
+        exit_step: The one rollout step, counted from 0, whose graph is kept.
+        sigma: Noise level of the score query.
+        noise: Noise of the score query, standard normal.
+    """
+
+    initial_noise: Latents
+    exit_step: int
+    sigma: PerSample
+    noise: Latents
+
+
+@dataclass(frozen=True, slots=True)
+class NoisedBatch:
+    """A score query: what the generator made, and the noise it is looked at through.
+
+    `x_t` is derived rather than stored: it is cheaper to form than to send, and a role that needs
+    the gradient of a loss with respect to `x0` gets it through `x_t` for free.
+    """
+
+    key: MicroBatchKey
+    x0: Latents
+    sigma: PerSample
+    noise: Latents
+    text: Text
+    generator_version: int
+
+    @property
+    def x_t(self) -> Latents:
+        """The noised latents, (1 - sigma) * x0 + sigma * noise, in float32 or wider."""
+        sigma = per_sample(self.sigma, self.x0)
+        return (1 - sigma) * self.x0 + sigma * self.noise
+
+    @property
+    def velocity(self) -> Latents:
+        """The velocity of this very sample, noise - x0: what the fake score should predict."""
+        return self.noise - self.x0
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPrediction:
+    """The teacher's guided velocity at a query, a constant for every loss."""
+
+    key: MicroBatchKey
+    velocity: Latents
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorSignal:
+    """All that a generator may learn from a batch: the gradient of its loss at `x0`.
+
+    Attributes:
+        key: The rollout that this signal belongs to.
+        grad_x0: Derivative of the iteration's generator loss with respect to the batch's `x0`; the
+            share of the batch in the iteration (samples over samples) is already in it.
+        generator_version: Number of updates the generator had seen when it made the batch.
+        metrics: Loss terms of the batch, means over its samples.
+    """
+
+    key: MicroBatchKey
+    grad_x0: Latents
+    generator_version: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A scalar with its graph, and the detached terms it is made of."""
+
+    value: Scalar
+    terms: Mapping[str, Scalar]
+
+
+def per_sample(values: PerSample, like: Tensor) -> Tensor:
+    """Views one value a sample as (b, 1, 1, ...), ready to multiply a batch of `like`'s rank."""
+    return values.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def sample_mean(values: Tensor) -> PerSample:
+    """Mean over every axis but the first: (b, ...) -> (b,)."""
+    return values.reshape(values.shape[0], -1).mean(dim=1)
+
+
+def detached(query: NoisedBatch, x0: Latents | None = None) -> NoisedBatch:
+    """The same query on constants, or on another `x0` such as a leaf that wants a gradient."""
+    return NoisedBatch(
+        key=query.key,
+        x0=query.x0.detach() if x0 is None else x0,
+        sigma=query.sigma.detach(),
+        noise=query.noise.detach(),
+        text=query.text.detach(),
+        generator_version=query.generator_version,
+    )
+
+
+def float32(value: Tensor) -> Tensor:
+    """At least float32: half types are widened, float64 stays."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -1,0 +1,162 @@
+"""The roles over tiny networks in one process, and an iteration written out plainly."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.types import Draws, MicroBatchKey, NoisedBatch, Purpose, Text, TextBatch
+from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
+from workers.fake_score_tracker import FakeScoreTracker
+from workers.generator_learner import GeneratorLearner
+from workers.score_teacher import ScoreTeacher
+from workers.settings import (
+    FakeScoreSettings,
+    GeneratorSettings,
+    OptimizerSettings,
+    TeacherSettings,
+)
+
+SEED = 11
+
+
+@dataclass
+class Roles:
+    """The three roles and the networks inside of them."""
+
+    generator: GeneratorLearner
+    fake_score: FakeScoreTracker
+    teacher: ScoreTeacher
+    networks: dict[str, nn.Module]
+    shared_tracking: bool
+
+
+def tiny_roles(
+    tracking: str = "shared",
+    form: str = "released",
+    ema_decay: float = 0.99,
+    lr: float = 1e-3,
+    guidance_scale: float = 2.0,
+) -> Roles:
+    """Three different tiny Wans, so that no term of the objective vanishes."""
+    networks = {
+        "generator": tiny_velocity(1),
+        "fake_score": tiny_velocity(2),
+        "teacher": tiny_velocity(3),
+    }
+    optimizer = OptimizerSettings(lr=lr, max_grad_norm=1.0)
+    return Roles(
+        generator=GeneratorLearner(
+            networks["generator"],
+            FlowMatchSchedule(),
+            GeneratorSettings(ema_decay=ema_decay, optimizer=optimizer),
+            LATENT_SHAPE,
+            SEED,
+        ),
+        fake_score=FakeScoreTracker(
+            networks["fake_score"],
+            SgmdObjective(form=form),
+            FakeScoreSettings(tracking=tracking, optimizer=optimizer),
+        ),
+        teacher=ScoreTeacher(networks["teacher"], TeacherSettings(guidance_scale=guidance_scale)),
+        networks=networks,
+        shared_tracking=tracking == "shared",
+    )
+
+
+def text_batch(indices: Sequence[int], iteration: int = 0) -> TextBatch:
+    """Embeddings of made-up captions, one for each sample index and iteration."""
+    text = torch.zeros(len(indices), TEXT_LENGTH, TEXT_DIM)
+    for row, index in enumerate(indices):
+        generator = torch.Generator().manual_seed(1000 * iteration + index)
+        text[row, :4] = torch.randn(4, TEXT_DIM, generator=generator)
+    return TextBatch(text=text, sample_indices=tuple(indices))
+
+
+def negative_text() -> Text:
+    """Embedding of a made-up negative prompt."""
+    return text_batch([999]).text
+
+
+def key_of(iteration: int, micro_batch: int = 0, purpose: Purpose = Purpose.GENERATE):
+    """Key of a micro-batch."""
+    return MicroBatchKey(iteration, micro_batch, purpose)
+
+
+def gather(
+    roles: Roles,
+    iteration: int,
+    batches: Sequence[Sequence[int]],
+    draws: Sequence[Draws | None] | None = None,
+) -> list[NoisedBatch]:
+    """All of an iteration's shared half: gradients gathered, nothing updated."""
+    num_samples = sum(len(batch) for batch in batches)
+    queries: list[NoisedBatch] = []
+    for index, batch in enumerate(batches):
+        share = len(batch) / num_samples
+        text = text_batch(batch, iteration)
+        handed = None if draws is None else draws[index]
+        query = roles.generator.rollout(key_of(iteration, index), text, handed)
+        prediction = roles.teacher.denoise(query, negative_text())
+        roles.generator.learn(roles.fake_score.signal(query, prediction, share))
+        if roles.shared_tracking:
+            roles.fake_score.track(query, share)
+        queries.append(query)
+    return queries
+
+
+def iterate(roles: Roles, iteration: int, batches: Sequence[Sequence[int]] = ((0, 1), (2, 3))):
+    """One whole iteration, in the order of either tracking mode."""
+    gather(roles, iteration, batches)
+    if roles.shared_tracking:
+        roles.generator.gradient_report(iteration)
+        roles.fake_score.gradient_report(iteration)
+        roles.generator.step(iteration)
+    else:
+        roles.generator.gradient_report(iteration)
+        roles.generator.step(iteration)
+        num_samples = sum(len(batch) for batch in batches)
+        for index, batch in enumerate(batches):
+            key = key_of(iteration, index, Purpose.TRACK)
+            query = roles.generator.sample(key, text_batch(batch, iteration + 500))
+            roles.fake_score.track(query, len(batch) / num_samples)
+        roles.fake_score.gradient_report(iteration)
+    roles.fake_score.step(iteration)
+
+
+def gradients(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of all gradients that a network holds."""
+    return {
+        name: value.grad.clone()
+        for name, value in network.named_parameters()
+        if value.grad is not None
+    }
+
+
+def weights(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's weights."""
+    return {name: value.detach().clone() for name, value in network.named_parameters()}
+
+
+def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    """Whether two sets of tensors are equal to the last bit."""
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
+
+
+def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference over the largest entry, over all tensors together."""
+    assert found.keys() == expected.keys()
+    largest = max(float(value.abs().max()) for value in expected.values())
+    return max(float((found[name] - expected[name]).abs().max()) for name in found) / largest
+
+
+def poisoned(query: NoisedBatch) -> NoisedBatch:
+    """The query with one NaN in its samples."""
+    x0 = query.x0.clone()
+    x0[0, 0, 0, 0, 0] = float("nan")
+    return replace(query, x0=x0)

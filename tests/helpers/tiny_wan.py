@@ -1,0 +1,107 @@
+"""A Wan small enough for a test: the real architecture, seeded random weights, milliseconds a pass.
+
+`tiny_velocity` is a denoiser alone; `write_tiny_wan` a whole diffusers folder.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from workers.models.wan import WanVelocity
+
+LATENT_CHANNELS = 4
+LATENT_SHAPE = (LATENT_CHANNELS, 3, 4, 4)
+TEXT_LENGTH = 6
+TEXT_DIM = 8
+NUM_FRAMES, HEIGHT, WIDTH = 9, 16, 16
+"""Size of the clips whose latents have `LATENT_SHAPE`."""
+
+
+def tiny_velocity(seed: int = 0) -> WanVelocity:
+    """A denoiser of 2 layers and 2 heads of 16."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=16,
+    )
+    return WanVelocity(with_seeded_weights(transformer, seed))
+
+
+def with_seeded_weights(network: nn.Module, seed: int) -> nn.Module:
+    """Draws every weight anew: gains around 1, biases small, matrices of unit gain."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in network.named_parameters():
+            drawn = torch.randn(value.shape, generator=generator)
+            if value.ndim >= 2:
+                value.copy_(drawn * value[0].numel() ** -0.5)
+            else:
+                value.copy_(0.1 * drawn + float(name.endswith("weight")))
+    return network
+
+
+def write_tiny_wan(folder: Path, words: Sequence[str], seed: int = 0) -> Path:
+    """Writes a complete `WanPipeline` folder whose tokenizer knows `words`; returns it."""
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+        scale_factor_spatial=4,
+        scale_factor_temporal=4,
+    )
+    vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
+    text_encoder = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(vocabulary),
+            d_model=TEXT_DIM,
+            d_kv=4,
+            d_ff=16,
+            num_layers=1,
+            num_heads=2,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+        )
+    )
+    pipeline = WanPipeline(
+        tokenizer=_tokenizer(vocabulary),
+        text_encoder=with_seeded_weights(text_encoder, seed),
+        vae=with_seeded_weights(vae, seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=tiny_velocity(seed).transformer,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def _tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
