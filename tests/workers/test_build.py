@@ -1,0 +1,125 @@
+"""The factories make roles that work together from one diffusers folder."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from sgmd_core.errors import ModelFolderError, ShapeError
+from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.schedule import FlowMatchSchedule
+from tests.helpers.roles import key_of
+from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
+from workers.build import (
+    build_evaluator,
+    build_fake_score,
+    build_generator,
+    build_teacher,
+    build_text_encoder,
+)
+from workers.settings import (
+    FakeScoreSettings,
+    GeneratorSettings,
+    ModelSettings,
+    OptimizerSettings,
+    TeacherSettings,
+    VideoSettings,
+)
+
+CAPTIONS = ("a red circle moves left", "a blue square moves up slowly")
+VIDEO = VideoSettings(NUM_FRAMES, HEIGHT, WIDTH, fps=8)
+GENERATOR = GeneratorSettings(optimizer=OptimizerSettings(lr=1e-2))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> ModelSettings:
+    words = sorted({word for caption in CAPTIONS for word in caption.split()})
+    folder = write_tiny_wan(tmp_path_factory.mktemp("wan"), words)
+    return ModelSettings(str(folder), text_length=TEXT_LENGTH)
+
+
+def _generator(model: ModelSettings):
+    return build_generator(model, VIDEO, FlowMatchSchedule(), GENERATOR, 0, torch.get_num_threads())
+
+
+def test_built_roles_make_an_iteration_and_the_result_is_a_diffusers_pipeline(model, tmp_path):
+    threads = torch.get_num_threads()
+    generator = _generator(model)
+    fake_score = build_fake_score(model, SgmdObjective(), FakeScoreSettings(), threads)
+    teacher = build_teacher(model, TeacherSettings(), threads)
+    text_encoder = build_text_encoder(model, threads)
+    evaluator = build_evaluator(model, VIDEO, FlowMatchSchedule(), threads)
+
+    query = generator.rollout(key_of(0), text_encoder.encode(CAPTIONS, (0, 1)))
+    prediction = teacher.denoise(query, text_encoder.encode_negative(""))
+    report = generator.learn(fake_score.signal(query, prediction, share=1.0))
+    fake_score.track(query, share=1.0)
+    assert report.metrics.keys() >= {"fisher", "negative_residual"}
+    for role in (generator, fake_score):
+        assert role.gradient_report(0).finite
+        assert role.step(0) == 1
+
+    generator.export(str(tmp_path / "generator"), model.folder, 5.0)
+    pipeline = WanPipeline.from_pretrained(tmp_path / "generator")
+    trained = generator.final_weights()
+    for name, value in pipeline.transformer.named_parameters():
+        assert torch.equal(value, trained[f"transformer.{name}"])
+    assert any(
+        not torch.equal(value, trained[f"transformer.{name}"])
+        for name, value in WanPipeline.from_pretrained(model.folder).transformer.named_parameters()
+    )
+
+    video = evaluator.sample(CAPTIONS, 0, 1, 4, 1.0, trained)
+    exported = build_evaluator(
+        ModelSettings(str(tmp_path / "generator"), TEXT_LENGTH), VIDEO, FlowMatchSchedule(), threads
+    )
+    assert video.shape == (2, 3, NUM_FRAMES, HEIGHT, WIDTH)
+    assert torch.equal(exported.sample(CAPTIONS, 0, 1, 4, 1.0), video)
+
+
+def test_exporting_leaves_the_weights_in_training_alone(model, tmp_path):
+    generator = _generator(model)
+    before = {name: value.clone() for name, value in generator._network.state_dict().items()}
+    generator._average.average["transformer.patch_embedding.bias"].add_(1.0)
+    generator.export(str(tmp_path / "generator"), model.folder, 5.0)
+    after = generator._network.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_embedding_does_not_depend_on_the_captions_beside_it(model):
+    first, second = (build_text_encoder(model, torch.get_num_threads()) for _ in range(2))
+    beside = first.encode(CAPTIONS, (0, 1)).text[0]
+    assert torch.equal(beside, second.encode(CAPTIONS[:1], (0,)).text[0])
+
+
+def test_every_parameter_is_saved_by_name(model):
+    # state_dict would also hold persistent buffers; Wan has none, so parameters are all there is.
+    network = _generator(model)._network
+    assert network.state_dict().keys() == dict(network.named_parameters()).keys()
+
+
+def test_factories_and_settings_can_be_sent_to_another_process(model):
+    sent = (build_generator, (model, VIDEO, FlowMatchSchedule(), GENERATOR, 0, 1))
+    factory, settings = pickle.loads(pickle.dumps(sent))
+    assert factory is build_generator
+    assert settings[0] == model
+
+
+def test_threads_are_set(model):
+    before = torch.get_num_threads()
+    try:
+        build_teacher(model, TeacherSettings(), 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_missing_folder_and_a_clip_that_does_not_fit_are_named(model, tmp_path):
+    nowhere = ModelSettings(str(Path(tmp_path) / "nowhere"))
+    with pytest.raises(ModelFolderError, match="nowhere"):
+        build_teacher(nowhere, TeacherSettings(), torch.get_num_threads())
+    odd = VideoSettings(num_frames=10, height=HEIGHT, width=WIDTH, fps=8)
+    with pytest.raises(ShapeError, match="10 frames"):
+        build_generator(model, odd, FlowMatchSchedule(), GENERATOR, 0, torch.get_num_threads())

@@ -1,0 +1,241 @@
+"""Split over roles = one plain step; many micro-batches = one; replayed = drawn; truth in 1-D."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.seeds import draw
+from sgmd_core.types import (
+    MicroBatchKey,
+    NoisedBatch,
+    Purpose,
+    TeacherPrediction,
+    TextBatch,
+    per_sample,
+)
+from sgmd_core.velocity import guided_velocity
+from tests.helpers.gaussian import LearnedGaussian, x0_gain
+from tests.helpers.roles import (
+    SEED,
+    gather,
+    gradients,
+    iterate,
+    key_of,
+    negative_text,
+    relative_error,
+    same_bits,
+    text_batch,
+    tiny_roles,
+    weights,
+)
+from tests.helpers.tiny_wan import LATENT_SHAPE
+from workers.fake_score_tracker import FakeScoreTracker
+from workers.generator_learner import GeneratorLearner
+from workers.score_teacher import ScoreTeacher
+from workers.settings import (
+    FakeScoreSettings,
+    GeneratorSettings,
+    OptimizerSettings,
+    TeacherSettings,
+)
+
+FORMS = pytest.mark.parametrize("form", ["released", "paper"])
+
+
+@FORMS
+@pytest.mark.parametrize("exit_step", [0, 3])
+def test_split_gradients_equal_those_of_one_plain_step_bitwise(form, exit_step):
+    split, fused = tiny_roles(form=form), tiny_roles(form=form)
+    text, key = text_batch([0, 1, 2]), key_of(0)
+    schedule = FlowMatchSchedule()
+    draws = draw(SEED, key, text.sample_indices, LATENT_SHAPE, schedule, 4)
+    draws = replace(draws, exit_step=exit_step)
+    gather(split, 0, [(0, 1, 2)], [draws])
+
+    generator, fake_score, teacher = (
+        fused.networks[name] for name in ("generator", "fake_score", "teacher")
+    )
+    grid = schedule.few_step_grid(4)
+    x = draws.initial_noise
+    with torch.no_grad():
+        for step in range(exit_step):
+            level = grid[step].expand(3)
+            x = x + (grid[step + 1] - grid[step]) * generator(x, level, text.text)
+    x0 = x - grid[exit_step] * generator(x, grid[exit_step].expand(3), text.text)
+    query = NoisedBatch(key, x0, draws.sigma, draws.noise, text.text, 0)
+    constant = {name: value.detach() for name, value in fake_score.named_parameters()}
+    velocity_fake = functional_call(fake_score, constant, (query.x_t, query.sigma, query.text))
+    with torch.no_grad():
+        velocity_teacher = guided_velocity(
+            teacher, query.x_t, query.sigma, query.text, negative_text(), 2.0
+        )
+    objective = SgmdObjective(form=form)
+    objective.generator_loss(query, velocity_fake, velocity_teacher).value.backward()
+    still = replace(query, x0=x0.detach())
+    velocity_fake = fake_score(still.x_t, still.sigma, still.text)
+    objective.tracking_loss(still, velocity_fake).value.backward()
+
+    assert same_bits(gradients(split.networks["generator"]), gradients(generator))
+    assert same_bits(gradients(split.networks["fake_score"]), gradients(fake_score))
+
+
+@FORMS
+@pytest.mark.parametrize("batches", [[(0, 1), (2, 3)], [(0,), (1, 2, 3)], [(0,), (1,), (2,), (3,)]])
+def test_gradients_of_micro_batches_add_up_to_those_of_one_batch(form, batches):
+    # Sums in another order: 1e-5 of the largest entry.
+    whole, parts = tiny_roles(form=form), tiny_roles(form=form)
+
+    def drawn(index, batch):
+        key = key_of(0, index)
+        draws = draw(SEED, key, batch, LATENT_SHAPE, FlowMatchSchedule(), 4)
+        return replace(draws, exit_step=2)
+
+    gather(whole, 0, [(0, 1, 2, 3)], [drawn(0, (0, 1, 2, 3))])
+    gather(parts, 0, batches, [drawn(index, batch) for index, batch in enumerate(batches)])
+    for role in ("generator", "fake_score"):
+        error = relative_error(gradients(parts.networks[role]), gradients(whole.networks[role]))
+        assert error < 1e-5
+
+
+def test_shared_tracking_and_a_forward_of_its_own_give_the_same_gradient_bitwise():
+    shared, fresh = tiny_roles("shared"), tiny_roles("fresh")
+    for query in gather(shared, 0, [(0, 1), (2, 3)]):
+        fresh.fake_score.track(query, share=0.5)
+    found, expected = (gradients(roles.networks["fake_score"]) for roles in (shared, fresh))
+    assert same_bits(found, expected)
+
+
+def test_a_recorded_iteration_is_replayed_from_its_draws_bitwise():
+    drawn, replayed = tiny_roles(), tiny_roles()
+    recorded = [
+        draw(SEED, key_of(0, index), batch, LATENT_SHAPE, FlowMatchSchedule(), 4)
+        for index, batch in enumerate([(0, 1), (2, 3)])
+    ]
+    first = gather(drawn, 0, [(0, 1), (2, 3)])
+    second = gather(replayed, 0, [(0, 1), (2, 3)], recorded)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one.x0, other.x0)
+        assert torch.equal(one.x_t, other.x_t)
+    for role in ("generator", "fake_score"):
+        assert same_bits(gradients(drawn.networks[role]), gradients(replayed.networks[role]))
+
+
+def test_handed_draws_are_used_and_the_seed_is_not():
+    roles = tiny_roles()
+    text = text_batch([0, 1])
+    other = draw(SEED + 1, key_of(0), (0, 1), LATENT_SHAPE, FlowMatchSchedule(), 4)
+    query = roles.generator.rollout(key_of(0), text, other)
+    assert torch.equal(query.noise, other.noise)
+    assert torch.equal(query.sigma, other.sigma)
+
+
+def test_fresh_tracking_sees_samples_of_the_updated_generator():
+    roles = tiny_roles("fresh")
+    gather(roles, 0, [(0, 1)])
+    key = key_of(0, purpose=Purpose.TRACK)
+    before = roles.generator.sample(key, text_batch([0, 1]))
+    roles.generator.gradient_report(0)
+    roles.generator.step(0)
+    after = roles.generator.sample(key, text_batch([0, 1]))
+    assert (before.generator_version, after.generator_version) == (0, 1)
+    assert torch.equal(before.noise, after.noise)
+    assert not torch.equal(before.x0, after.x0)
+
+
+@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+def test_iterations_change_both_learners_and_never_the_teacher(tracking):
+    roles = tiny_roles(tracking)
+    before = {name: weights(network) for name, network in roles.networks.items()}
+    for iteration in range(2):
+        iterate(roles, iteration)
+    assert not same_bits(weights(roles.networks["generator"]), before["generator"])
+    assert not same_bits(weights(roles.networks["fake_score"]), before["fake_score"])
+    assert same_bits(weights(roles.networks["teacher"]), before["teacher"])
+
+
+class OneStepGaussian(nn.Module):
+    """A generator whose one step from pure noise gives mean + std * noise."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor(mean))
+        self.log_std = nn.Parameter(torch.tensor(math.log(std)))
+
+    def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        return x_t - (self.mean + self.log_std.exp() * x_t)
+
+
+def _no_text(size: int) -> Tensor:
+    return torch.zeros(size, 1, 1)
+
+
+def test_signal_is_the_closed_form_gradient_of_a_gaussian():
+    # d L / d x0 = share (1 - sigma) (1 - sigma J) (gap / (n + eps) - lambda residual / sigma) / N
+    fake, teacher = LearnedGaussian(0.4, 0.9).double(), LearnedGaussian(0.0, 0.5).double()
+    tracker = FakeScoreTracker(fake, SgmdObjective(lambda_nr=0.3), FakeScoreSettings())
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 3, 1, 2, 2, 2, generator=generator, dtype=torch.float64)
+    sigma = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
+    query = NoisedBatch(MicroBatchKey(0, 0), x0, sigma, noise, _no_text(3), 0)
+    prediction = ScoreTeacher(teacher, TeacherSettings(guidance_scale=1.0)).denoise(
+        query, _no_text(1)
+    )
+    signal = tracker.signal(query, prediction, share=0.25)
+
+    with torch.no_grad():
+        level = per_sample(sigma, x0)
+        x_t = query.x_t
+        x0_fake = x_t - level * fake(x_t, sigma, query.text)
+        x0_teacher = x_t - level * teacher(x_t, sigma, query.text)
+        normalizer = per_sample((x0 - x0_teacher).abs().flatten(1).mean(1), x0) + 1e-8
+        upstream = (x0_fake - x0_teacher) / normalizer + 0.3 * (x0 - x0_fake) / level
+        expected = (
+            0.25
+            * (1 - level)
+            * per_sample(x0_gain(sigma, fake.log_std.exp()), x0)
+            * upstream
+            / x0.numel()
+        )
+    torch.testing.assert_close(signal.grad_x0, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+def test_the_roles_lead_a_gaussian_generator_to_the_teacher(tracking):
+    # Fisher alone: its fixed point is the teacher itself. The batch's own spread leaves 2 %.
+    schedule = FlowMatchSchedule()
+    network, seed, shape = OneStepGaussian(0.0, 1.0), 5, (1, 2, 8, 8)
+    settings = GeneratorSettings(
+        num_steps=1, ema_decay=0.0, optimizer=OptimizerSettings(lr=0.02, weight_decay=0.0)
+    )
+    learner = GeneratorLearner(network, schedule, settings, shape, seed)
+    tracker = FakeScoreTracker(
+        LearnedGaussian(0.0, 1.0),
+        SgmdObjective(lambda_nr=0.0),
+        FakeScoreSettings(tracking, OptimizerSettings(lr=0.05, weight_decay=0.0)),
+    )
+    teacher = ScoreTeacher(LearnedGaussian(0.3, 0.5), TeacherSettings(guidance_scale=1.0))
+    text = TextBatch(_no_text(8), tuple(range(8)))
+    found: list[tuple[float, float]] = []
+    for iteration in range(250):
+        query = learner.rollout(MicroBatchKey(iteration, 0), text)
+        prediction: TeacherPrediction = teacher.denoise(query, _no_text(1))
+        learner.learn(tracker.signal(query, prediction, share=1.0))
+        if tracking == "shared":
+            tracker.track(query, share=1.0)
+        learner.gradient_report(iteration)
+        learner.step(iteration)
+        if tracking == "fresh":
+            fresh = learner.sample(MicroBatchKey(iteration, 0, Purpose.TRACK), text)
+            tracker.track(fresh, share=1.0)
+        tracker.gradient_report(iteration)
+        tracker.step(iteration)
+        found.append((network.mean.item(), network.log_std.exp().item()))
+    mean, std = torch.tensor(found[-100:]).mean(dim=0).tolist()
+    assert mean == pytest.approx(0.3, abs=0.02)
+    assert std == pytest.approx(0.5, rel=0.05)

@@ -1,0 +1,181 @@
+"""Clips depend on weights, captions, seed and index alone; figures are measured on them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from sgmd_core.errors import CheckpointError
+from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_distance
+from sgmd_core.schedule import FlowMatchSchedule
+from tests.helpers.roles import same_bits, weights
+from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
+from workers.evaluator import Evaluator, Sampling, ValidationRequest, to_pixels
+from workers.text_encoder import TextEncoder
+
+CAPTIONS = (
+    "a red circle moves left",
+    "a blue square moves right quickly",
+    "a green triangle moves up slowly",
+    "a white circle moves down",
+)
+
+
+class LetterEmbedder:
+    """Embeds a caption by its words' letters; "" is all zeros."""
+
+    def encode(self, captions, max_length) -> Tensor:
+        text = torch.zeros(len(captions), max_length, TEXT_DIM)
+        for row, caption in enumerate(captions):
+            for place, word in enumerate(caption.split()[:max_length]):
+                seed = sum(ord(letter) for letter in word)
+                generator = torch.Generator().manual_seed(seed)
+                text[row, place] = torch.randn(TEXT_DIM, generator=generator)
+        return text
+
+
+class PlainDecoder:
+    """Three latent channels as red, green and blue, each cell 4 x 4 pixels, each frame twice."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        video = torch.sigmoid(latents[:, :3])
+        return video.repeat_interleave(2, 2).repeat_interleave(4, 3).repeat_interleave(4, 4)
+
+
+def _evaluator(chunk_clips: int = 2, seed: int = 3) -> Evaluator:
+    return Evaluator(
+        tiny_velocity(seed),
+        TextEncoder(LetterEmbedder(), TEXT_LENGTH),
+        PlainDecoder(),
+        FlowMatchSchedule(),
+        LATENT_SHAPE,
+        negative_prompt="bad",
+        chunk_clips=chunk_clips,
+    )
+
+
+def test_clips_are_float32_in_the_unit_interval_one_a_caption():
+    video = _evaluator().sample(CAPTIONS[:3], 0, 7, 2, 1.0)
+    assert video.shape == (3, 3, 6, 16, 16)
+    assert video.dtype == torch.float32
+    assert not video.requires_grad
+    assert 0 <= video.min() < video.max() <= 1
+
+
+def test_noise_is_counted_by_caption_index_however_the_captions_are_split():
+    evaluator = _evaluator(chunk_clips=2)
+    whole = evaluator.sample(CAPTIONS, 0, 7, 2, 2.0)
+    halves = [
+        evaluator.sample(CAPTIONS[:2], 0, 7, 2, 2.0),
+        evaluator.sample(CAPTIONS[2:], 2, 7, 2, 2.0),
+    ]
+    assert torch.equal(whole, torch.cat(halves))
+    # Other chunks batch the matrix products differently: rounding, nothing more.
+    torch.testing.assert_close(_evaluator(chunk_clips=3).sample(CAPTIONS, 0, 7, 2, 2.0), whole)
+
+
+def test_seed_index_steps_and_guidance_each_change_the_clip():
+    evaluator = _evaluator()
+    usual = evaluator.sample(CAPTIONS[:1], 0, 7, 2, 2.0)
+    for other in [(0, 8, 2, 2.0), (1, 7, 2, 2.0), (0, 7, 3, 2.0), (0, 7, 2, 1.0)]:
+        assert not torch.equal(evaluator.sample(CAPTIONS[:1], *other), usual)
+
+
+def test_other_weights_act_as_if_loaded_and_leave_the_base_alone():
+    evaluator, other = _evaluator(seed=3), tiny_velocity(4)
+    before = evaluator.sample(CAPTIONS, 0, 7, 2, 2.0)
+    found = evaluator.sample(CAPTIONS, 0, 7, 2, 2.0, weights(other))
+    assert torch.equal(found, _evaluator(seed=4).sample(CAPTIONS, 0, 7, 2, 2.0))
+    assert not torch.equal(found, before)
+    assert torch.equal(evaluator.sample(CAPTIONS, 0, 7, 2, 2.0), before)
+
+
+def test_the_base_weights_handed_in_change_nothing():
+    evaluator = _evaluator(seed=3)
+    handed = evaluator.sample(CAPTIONS[:1], 0, 7, 2, 2.0, weights(tiny_velocity(3)))
+    assert torch.equal(handed, evaluator.sample(CAPTIONS[:1], 0, 7, 2, 2.0))
+
+
+def test_incomplete_weights_are_refused():
+    handed = weights(tiny_velocity(4))
+    name, _ = handed.popitem()
+    with pytest.raises(CheckpointError, match=f"{name} is missing where it comes from"):
+        _evaluator().sample(CAPTIONS[:1], 0, 7, 2, 1.0, handed)
+
+
+def test_progress_counts_the_steps_of_all_chunks():
+    heard: list[tuple[int, int]] = []
+    _evaluator(chunk_clips=3).sample(
+        CAPTIONS, 0, 7, 2, 1.0, on_progress=lambda done, total: heard.append((done, total))
+    )
+    assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def _request(**changes) -> ValidationRequest:
+    settings = {
+        "captions": CAPTIONS,
+        "sampling": Sampling(2, 1.0, seed=1),
+        "reference": Sampling(3, 2.0, seed=0),
+        "reads_shapes": True,
+        "num_shown": 2,
+    }
+    return ValidationRequest(**(settings | changes))
+
+
+def test_validation_measures_the_clips_it_shows():
+    evaluator, other = _evaluator(), tiny_velocity(4)
+    report = evaluator.validate(weights(other), _request())
+    video = evaluator.sample(CAPTIONS, 0, 1, 2, 1.0, weights(other))
+    reference = evaluator.sample(CAPTIONS, 0, 0, 3, 2.0)
+    moments = [fit_gaussian(clip_features(clips)) for clips in (video, reference)]
+    assert report.figures["frechet"] == frechet_distance(*moments[0], *moments[1])
+    assert report.figures.keys() == {
+        "frechet",
+        "colour",
+        "shape",
+        "direction",
+        "speed_spearman",
+        "mean_speed_px_per_frame",
+    }
+    assert all(math.isfinite(value) for value in report.figures.values())
+    assert len(report.shown) == 2
+    assert np.array_equal(report.shown[1], to_pixels(video)[1])
+
+
+def test_the_reference_is_sampled_once():
+    evaluator = _evaluator()
+    calls: list[int] = []
+    evaluator._network.register_forward_hook(lambda *_: calls.append(1))
+    handed = weights(tiny_velocity(4))
+    evaluator.validate(handed, _request())
+    first = len(calls)
+    evaluator.validate(handed, _request())
+    assert first == 2 * 2 + 2 * 3
+    assert len(calls) - first == 2 * 2
+
+
+def test_without_reference_and_shapes_there_are_clips_and_no_figures():
+    request = _request(captions=("anything", "at all"), reference=None, reads_shapes=False)
+    report = _evaluator().validate(weights(tiny_velocity(4)), request)
+    assert report.figures == {}
+    assert len(report.shown) == 2
+
+
+def test_pixels_are_whole_numbers_with_channels_last():
+    video = torch.zeros(1, 3, 2, 4, 5)
+    video[0, 1, 1, 2, 3] = 0.5
+    (clip,) = to_pixels(video)
+    assert clip.shape == (2, 4, 5, 3)
+    assert clip.dtype == np.uint8
+    assert clip[1, 2, 3].tolist() == [0, 128, 0]
+
+
+def test_sampling_keeps_the_network_frozen():
+    network = tiny_velocity(3)
+    before = weights(network)
+    evaluator = _evaluator()
+    evaluator.sample(CAPTIONS[:1], 0, 7, 2, 1.0)
+    assert same_bits(weights(evaluator._network), before)
+    assert not any(value.requires_grad for value in evaluator._network.parameters())

@@ -1,0 +1,156 @@
+"""Who receives gradient, and who must not."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sgmd_core.types import Purpose
+from tests.helpers.roles import (
+    gather,
+    gradients,
+    iterate,
+    key_of,
+    negative_text,
+    same_bits,
+    text_batch,
+    tiny_roles,
+    weights,
+)
+
+TRACKING = pytest.mark.parametrize("tracking", ["shared", "fresh"])
+
+
+def _signal(roles):
+    query = roles.generator.rollout(key_of(0), text_batch([0, 1]))
+    prediction = roles.teacher.denoise(query, negative_text())
+    return query, roles.fake_score.signal(query, prediction, share=1.0)
+
+
+@TRACKING
+def test_fake_score_parameters_get_no_gradient_from_the_generator_loss(tracking):
+    roles = tiny_roles(tracking)
+    computed = _gradients_computed_for(roles.networks["fake_score"])
+    _, signal = _signal(roles)
+    assert gradients(roles.networks["fake_score"]) == {}
+    assert computed == []
+    assert signal.grad_x0.abs().max() > 0
+
+
+def test_fresh_signal_records_a_graph_that_ends_at_x0_alone():
+    roles = tiny_roles("fresh")
+    ends = _graph_ends_of_outputs(roles.networks["fake_score"])
+    query, _ = _signal(roles)
+    ((leaf,),) = ends
+    assert leaf.shape == query.x0.shape
+    assert all(value.requires_grad for value in roles.networks["fake_score"].parameters())
+
+
+def test_shared_signal_records_a_graph_that_ends_at_x0_and_the_parameters():
+    roles = tiny_roles("shared")
+    ends = _graph_ends_of_outputs(roles.networks["fake_score"])
+    _signal(roles)
+    (found,) = ends
+    assert len(found) == 1 + len(list(roles.networks["fake_score"].parameters()))
+
+
+@TRACKING
+def test_tracking_gradient_is_the_same_with_and_without_a_signal_before_it(tracking):
+    roles, alone = tiny_roles(tracking), tiny_roles("fresh")
+    query, _ = _signal(roles)
+    roles.fake_score.track(query, share=1.0)
+    alone.fake_score.track(query, share=1.0)
+    found = gradients(roles.networks["fake_score"])
+    assert found.keys() == dict(roles.networks["fake_score"].named_parameters()).keys()
+    assert same_bits(found, gradients(alone.networks["fake_score"]))
+
+
+@TRACKING
+def test_generator_gets_no_gradient_from_scoring_and_tracking(tracking):
+    roles = tiny_roles(tracking)
+    query, _ = _signal(roles)
+    roles.fake_score.track(query, share=1.0)
+    assert gradients(roles.networks["generator"]) == {}
+    assert query.x0.grad is None
+    assert not query.x0.requires_grad
+
+
+def test_samples_for_tracking_carry_no_graph():
+    roles = tiny_roles("fresh")
+    query = roles.generator.sample(key_of(0, purpose=Purpose.TRACK), text_batch([0, 1]))
+    assert not query.x0.requires_grad
+    assert roles.generator.rollouts_kept == 0
+
+
+@TRACKING
+def test_teacher_gets_no_gradient_and_gives_none(tracking):
+    roles = tiny_roles(tracking)
+    query = roles.generator.rollout(key_of(0), text_batch([0, 1]))
+    prediction = roles.teacher.denoise(query, negative_text())
+    assert not prediction.velocity.requires_grad
+    # An inference tensor could not be saved for the fake score's backward pass.
+    assert not prediction.velocity.is_inference()
+    gather(roles, 0, [(0, 1)])
+    assert gradients(roles.networks["teacher"]) == {}
+    assert not any(value.requires_grad for value in roles.networks["teacher"].parameters())
+
+
+@TRACKING
+def test_every_parameter_of_the_generator_learns_through_x0(tracking):
+    roles = tiny_roles(tracking)
+    gather(roles, 0, [(0, 1), (2, 3)])
+    generator = roles.networks["generator"]
+    assert gradients(generator).keys() == dict(generator.named_parameters()).keys()
+
+
+@TRACKING
+def test_an_iteration_leaves_no_gradient_and_no_graph_behind(tracking):
+    roles = tiny_roles(tracking)
+    iterate(roles, 0)
+    assert gradients(roles.networks["generator"]) == {}
+    assert gradients(roles.networks["fake_score"]) == {}
+    assert roles.generator.rollouts_kept == 0
+    assert roles.fake_score.forwards_kept == 0
+
+
+@TRACKING
+def test_discard_drops_graphs_and_gradients_and_keeps_the_weights(tracking):
+    roles, untouched = tiny_roles(tracking), tiny_roles(tracking)
+    gather(roles, 0, [(0, 1), (2, 3)])
+    _signal(roles)
+    roles.generator.discard()
+    roles.fake_score.discard()
+    assert gradients(roles.networks["generator"]) == {}
+    assert gradients(roles.networks["fake_score"]) == {}
+    iterate(roles, 0)
+    iterate(untouched, 0)
+    for role in ("generator", "fake_score"):
+        assert same_bits(weights(roles.networks[role]), weights(untouched.networks[role]))
+
+
+def _gradients_computed_for(network: nn.Module) -> list[str]:
+    """Fills with the names of parameters whose gradient autograd computes, kept or not."""
+    computed: list[str] = []
+    for name, value in network.named_parameters():
+        value.register_hook(lambda _, name=name: computed.append(name))
+    return computed
+
+
+def _graph_ends_of_outputs(network: nn.Module) -> list[list[Tensor]]:
+    """Fills, at each call of the network, with the leaves that its output's graph ends at."""
+    ends: list[list[Tensor]] = []
+    network.register_forward_hook(lambda _module, _inputs, output: ends.append(_leaves(output)))
+    return ends
+
+
+def _leaves(output: Tensor) -> list[Tensor]:
+    leaves: dict[int, Tensor] = {}
+    seen, waiting = set(), [output.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, torch._C._functions.AccumulateGrad):
+            leaves[id(node.variable)] = node.variable
+        waiting.extend(follower for follower, _ in node.next_functions)
+    return list(leaves.values())

@@ -1,0 +1,55 @@
+"""A wrong number is refused where it is written, by its name."""
+
+import pickle
+
+import pytest
+
+from sgmd_core.errors import ConfigError
+from workers.settings import (
+    FakeScoreSettings,
+    GeneratorSettings,
+    ModelSettings,
+    OptimizerSettings,
+    TeacherSettings,
+    VideoSettings,
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: ModelSettings("m", text_length=0), "model.text_length"),
+        (lambda: VideoSettings(0, 32, 32, 8), "video.num_frames"),
+        (lambda: VideoSettings(9, 0, 32, 8), "video.height"),
+        (lambda: VideoSettings(9, 32, 0, 8), "video.width"),
+        (lambda: VideoSettings(9, 32, 32, 0), "video.fps"),
+        (lambda: OptimizerSettings(lr=0.0), "optimizer.lr"),
+        (lambda: OptimizerSettings(lr=float("nan")), "optimizer.lr"),
+        (lambda: OptimizerSettings(lr=1e-4, betas=(0.0, 1.0)), "optimizer.betas"),
+        (lambda: OptimizerSettings(lr=1e-4, weight_decay=-1.0), "optimizer.weight_decay"),
+        (lambda: OptimizerSettings(lr=1e-4, eps=0.0), "optimizer.eps"),
+        (lambda: OptimizerSettings(lr=1e-4, max_grad_norm=0.0), "optimizer.max_grad_norm"),
+        (lambda: OptimizerSettings(lr=1e-4, warmup_iterations=-1), "optimizer.warmup_iterations"),
+        (lambda: GeneratorSettings(num_steps=0), "generator.num_steps"),
+        (lambda: GeneratorSettings(ema_decay=1.0), "generator.ema_decay"),
+        (lambda: FakeScoreSettings(tracking="sometimes"), "fake_score.tracking"),
+        (lambda: TeacherSettings(guidance_scale=0.5), "teacher.guidance_scale"),
+    ],
+)
+def test_a_wrong_setting_is_named(make, name):
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert name in str(caught.value)
+
+
+def test_defaults_are_those_of_the_released_training():
+    generator, fake_score = GeneratorSettings(), FakeScoreSettings()
+    assert (generator.num_steps, generator.optimizer.lr, fake_score.optimizer.lr) == (4, 2e-6, 4e-7)
+    assert generator.optimizer.betas == (0.0, 0.999)
+    assert generator.optimizer.max_grad_norm == 10.0
+    assert fake_score.tracking == "shared"
+
+
+def test_settings_travel_between_processes():
+    settings = GeneratorSettings(optimizer=OptimizerSettings(lr=3e-5))
+    assert pickle.loads(pickle.dumps(settings)) == settings

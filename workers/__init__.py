@@ -1,0 +1,1 @@
+"""Who does it: one plain class a role, and the adapters to the networks. torch.distributed yes, Ray no."""

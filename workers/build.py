@@ -1,0 +1,126 @@
+"""Makes each role from its settings: what a process of that role calls first.
+
+Plain functions over frozen records, so that they can be sent to a process by name. Each sets the
+number of torch threads, because a process that shares a machine must not take all of it, and puts
+its networks on the GPU that the process was given, if any.
+"""
+
+import torch
+from torch import nn
+
+from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.schedule import FlowMatchSchedule
+from workers.evaluator import Evaluator
+from workers.fake_score_tracker import FakeScoreTracker
+from workers.generator_learner import GeneratorLearner
+from workers.models.folder import inspect_wan_folder
+from workers.models.wan import CaptionEncoder, WanVelocity, load_text, load_transformer, load_vae
+from workers.score_teacher import ScoreTeacher
+from workers.settings import (
+    FakeScoreSettings,
+    GeneratorSettings,
+    ModelSettings,
+    TeacherSettings,
+    VideoSettings,
+)
+from workers.text_encoder import TextEncoder
+
+
+def build_generator(
+    model: ModelSettings,
+    video: VideoSettings,
+    schedule: FlowMatchSchedule,
+    settings: GeneratorSettings,
+    seed: int,
+    num_threads: int,
+) -> GeneratorLearner:
+    """The generator, starting from the teacher's weights.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+        ShapeError: The clips do not fit the networks.
+    """
+    torch.set_num_threads(num_threads)
+    latent_shape = _latent_shape(model, video)
+    return GeneratorLearner(_denoiser(model), schedule, settings, latent_shape, seed)
+
+
+def build_fake_score(
+    model: ModelSettings, objective: SgmdObjective, settings: FakeScoreSettings, num_threads: int
+) -> FakeScoreTracker:
+    """The fake score, starting from the teacher's weights.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+    """
+    torch.set_num_threads(num_threads)
+    return FakeScoreTracker(_denoiser(model), objective, settings)
+
+
+def build_teacher(
+    model: ModelSettings, settings: TeacherSettings, num_threads: int
+) -> ScoreTeacher:
+    """The teacher.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+    """
+    torch.set_num_threads(num_threads)
+    return ScoreTeacher(_denoiser(model), settings)
+
+
+def build_text_encoder(model: ModelSettings, num_threads: int) -> TextEncoder:
+    """The text encoder.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+    """
+    torch.set_num_threads(num_threads)
+    return TextEncoder(_captions(model), model.text_length)
+
+
+def build_evaluator(
+    model: ModelSettings,
+    video: VideoSettings,
+    schedule: FlowMatchSchedule,
+    num_threads: int,
+    chunk_clips: int = 16,
+) -> Evaluator:
+    """The evaluator, with the weights of the model folder as its base.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+        ShapeError: The clips do not fit the networks.
+    """
+    torch.set_num_threads(num_threads)
+    latent_shape = _latent_shape(model, video)
+    vae = load_vae(model.folder)
+    nn.Module.to(vae.vae, _device())
+    return Evaluator(
+        _denoiser(model),
+        TextEncoder(_captions(model), model.text_length),
+        vae,
+        schedule,
+        latent_shape,
+        model.negative_prompt,
+        chunk_clips,
+    )
+
+
+def _denoiser(model: ModelSettings) -> WanVelocity:
+    return load_transformer(model.folder).to(_device())
+
+
+def _captions(model: ModelSettings) -> CaptionEncoder:
+    captions = load_text(model.folder)
+    nn.Module.to(captions.text_encoder, _device())
+    return captions
+
+
+def _latent_shape(model: ModelSettings, video: VideoSettings) -> tuple[int, int, int, int]:
+    folder = inspect_wan_folder(model.folder)
+    return folder.latent_shape(video.num_frames, video.height, video.width)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

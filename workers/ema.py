@@ -1,0 +1,64 @@
+"""Averaged weights: what is validated and exported.
+
+    average <- average + (1 - d_n) * (weights - average)        d_n = min(decay, (1 + n) / (10 + n))
+
+n counts the updates made before. The cap d_n lets the first averages forget the initial weights:
+with a constant decay of 0.99 these would still make up 37 % of the average after 100 updates, with
+the cap nothing is left of them. Until the cap meets the decay, the average reaches back over about
+a ninth of the updates made.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from workers.role_state import require_same_tensors
+
+
+def effective_decay(decay: float, updates: int) -> float:
+    """Decay of the update that follows `updates` earlier ones, min(decay, (1 + n) / (10 + n))."""
+    return min(decay, (1 + updates) / (10 + updates))
+
+
+class AveragedWeights:
+    """Exponential moving average of a network's parameters, in float32 or wider.
+
+    Args:
+        network: What is averaged; its present weights are the first average.
+        decay: Share of the old average that an update keeps, in (0, 1).
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self._decay = decay
+        self._average = {
+            name: _wide(value.detach()).clone() for name, value in network.named_parameters()
+        }
+
+    @property
+    def average(self) -> Mapping[str, Tensor]:
+        """The averaged parameters by name; views, not copies."""
+        return self._average
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, updates: int) -> None:
+        """Takes the network's present weights in; `updates` were taken in before."""
+        weight = 1 - effective_decay(self._decay, updates)
+        for name, value in network.named_parameters():
+            average = self._average[name]
+            average.lerp_(value.to(average.dtype), weight)
+
+    @torch.no_grad()
+    def load(self, average: Mapping[str, Tensor]) -> None:
+        """Goes on from a saved average.
+
+        Raises:
+            CheckpointError: It was taken of another network.
+        """
+        require_same_tensors(average, self._average, "loading the averaged weights")
+        for name, value in self._average.items():
+            value.copy_(average[name])
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -1,0 +1,259 @@
+"""Samples clips and measures them: teacher and generator alike, by the same road.
+
+    captions -> text -> Euler steps from counted noise -> decoder -> video in [0, 1] -> figures
+
+One network serves everybody: the base model's weights are the teacher's, and other weights of the
+same network, such as a generator's averaged ones, are put in for a call without being loaded. The
+noise of a clip is counted by (seed, index of its caption), so two ways of sampling see the same
+noise when they use the same seed, however the captions are split.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sgmd_core.metrics.frechet import Gaussian, clip_features, fit_gaussian, frechet_distance
+from sgmd_core.metrics.shapes import labels_from_captions, measure_clips, score_clips
+from sgmd_core.rollout import euler_sample
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.seeds import random_generator
+from sgmd_core.types import Latents
+from sgmd_core.velocity import VelocityModel
+from workers.placement import device_of
+from workers.role_state import require_same_tensors
+from workers.text_encoder import TextEncoder
+
+Video = Tensor
+"""Clips (b, 3, t, h, w) in [0, 1], float32, on the CPU."""
+
+_STREAM = "evaluate"
+
+
+class VideoDecoder(Protocol):
+    """Latents to pixels, such as `workers.models.wan.VideoVae`."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decodes latents (b, c, t, h, w) to clips (b, 3, t', h', w') in [0, 1]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """A way of sampling.
+
+    Attributes:
+        num_steps: Euler steps.
+        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is the conditional prediction alone.
+        seed: Seed of the initial noise.
+    """
+
+    num_steps: int
+    guidance_scale: float
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRequest:
+    """What to validate.
+
+    Attributes:
+        captions: One clip each.
+        sampling: How the generator is sampled.
+        reference: How the base model is sampled for the clips that the distance is taken to;
+            sampled once and remembered. None measures no distance.
+        reads_shapes: Whether the captions are of the world `shapes`, so that colour, shape,
+            direction and speed can be read from the pixels.
+        num_shown: Clips to hand back, the first ones.
+    """
+
+    captions: tuple[str, ...]
+    sampling: Sampling
+    reference: Sampling | None
+    reads_shapes: bool
+    num_shown: int
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationReport:
+    """What a validation found.
+
+    Attributes:
+        figures: By name: `frechet` where there is a reference, and the shares and speeds of
+            `ClipScores` where shapes are read.
+        shown: Pixels (frames, height, width, 3) of the first clips.
+    """
+
+    figures: Mapping[str, float]
+    shown: tuple[NDArray[np.uint8], ...]
+
+
+class Evaluator:
+    """Samples with the base model, or with other weights in its place.
+
+    Args:
+        velocity_model: The base model's denoiser; it is frozen here.
+        text_encoder: Embeds captions.
+        decoder: Turns latents into pixels.
+        schedule: Noise levels of the sampler.
+        latent_shape: Shape (C, T, H, W) of one clip's latents.
+        negative_prompt: What guidance leads away from.
+        chunk_clips: Clips that are sampled side by side.
+    """
+
+    def __init__(
+        self,
+        velocity_model: nn.Module,
+        text_encoder: TextEncoder,
+        decoder: VideoDecoder,
+        schedule: FlowMatchSchedule,
+        latent_shape: tuple[int, int, int, int],
+        negative_prompt: str = "",
+        chunk_clips: int = 16,
+    ) -> None:
+        self._network = velocity_model.eval().requires_grad_(False)
+        self._text_encoder = text_encoder
+        self._decoder = decoder
+        self._schedule = schedule
+        self._latent_shape = latent_shape
+        self._negative_prompt = negative_prompt
+        self._chunk_clips = chunk_clips
+        self._references: dict[tuple[tuple[str, ...], Sampling], Gaussian] = {}
+
+    @torch.no_grad()
+    def sample(
+        self,
+        captions: Sequence[str],
+        first_index: int,
+        seed: int,
+        num_steps: int,
+        guidance_scale: float,
+        weights: Mapping[str, Tensor] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Video:
+        """Samples one clip a caption.
+
+        Args:
+            captions: What to show.
+            first_index: Index of the first caption in the whole set; counts the noise.
+            seed: Seed of the initial noise.
+            num_steps: Euler steps.
+            guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is no guidance.
+            weights: Parameters by name to use instead of the base model's.
+            on_progress: Called after every step of every chunk with (steps done, steps in all).
+
+        Returns:
+            Clips (b, 3, t, h, w) in [0, 1], float32, on the CPU.
+
+        Raises:
+            CheckpointError: The weights are those of another network.
+        """
+        model = self._model(weights)
+        starts = range(0, len(captions), self._chunk_clips)
+        clips: list[Tensor] = []
+        for number, start in enumerate(starts):
+            chunk = captions[start : start + self._chunk_clips]
+
+            def on_step(step: int, done: int = number * num_steps) -> None:
+                if on_progress is not None:
+                    on_progress(done + step, len(starts) * num_steps)
+
+            noise = self._noise(seed, first_index + start, len(chunk))
+            latents = self._latents(model, chunk, noise, num_steps, guidance_scale, on_step)
+            clips.append(self._decoder.decode(latents).float().cpu())
+        return torch.cat(clips)
+
+    def validate(
+        self, weights: Mapping[str, Tensor], request: ValidationRequest
+    ) -> ValidationReport:
+        """Samples with a generator's weights and measures the clips."""
+        how = request.sampling
+        video = self.sample(
+            request.captions, 0, how.seed, how.num_steps, how.guidance_scale, weights
+        )
+        figures: dict[str, float] = {}
+        if request.reference is not None:
+            reference = self._reference(request.captions, request.reference)
+            figures["frechet"] = frechet_distance(*fit_gaussian(clip_features(video)), *reference)
+        if request.reads_shapes:
+            figures |= shape_figures(video, request.captions)
+        return ValidationReport(figures, tuple(to_pixels(video[: request.num_shown])))
+
+    def _reference(self, captions: tuple[str, ...], how: Sampling) -> Gaussian:
+        if (captions, how) not in self._references:
+            video = self.sample(captions, 0, how.seed, how.num_steps, how.guidance_scale)
+            self._references[captions, how] = fit_gaussian(clip_features(video))
+        return self._references[captions, how]
+
+    def _model(self, weights: Mapping[str, Tensor] | None) -> VelocityModel:
+        if weights is None:
+            return self._network
+        expected = dict(self._network.named_parameters())
+        require_same_tensors(weights, expected, "sampling with other weights")
+        device = device_of(self._network)
+        placed = {name: value.to(device) for name, value in weights.items()}
+
+        def velocity(x_t: Latents, sigma: Tensor, text: Tensor, /) -> Latents:
+            return functional_call(self._network, placed, (x_t, sigma, text))
+
+        return velocity
+
+    def _latents(
+        self,
+        model: VelocityModel,
+        captions: Sequence[str],
+        noise: Latents,
+        num_steps: int,
+        guidance_scale: float,
+        on_step: Callable[[int], None],
+    ) -> Latents:
+        text = self._text_encoder.encode(captions, range(len(captions))).text
+        negative = self._text_encoder.encode_negative(self._negative_prompt)
+        return euler_sample(
+            model,
+            self._schedule.few_step_grid(num_steps),
+            noise,
+            text.to(noise.device),
+            negative.to(noise.device),
+            guidance_scale,
+            on_step,
+        )
+
+    def _noise(self, seed: int, first_index: int, count: int) -> Latents:
+        """Initial noise of the captions from `first_index` on, one stream each."""
+        clips = [
+            torch.randn(self._latent_shape, generator=random_generator(seed, _STREAM, index))
+            for index in range(first_index, first_index + count)
+        ]
+        return torch.stack(clips).to(device_of(self._network))
+
+
+def shape_figures(video: Video, captions: Sequence[str]) -> dict[str, float]:
+    """How well clips of the world `shapes` show what their captions say.
+
+    Returns:
+        Shares of right colours, shapes and directions; rank correlation of measured and captioned
+        speed; mean measured speed in pixels a frame.
+
+    Raises:
+        ShapeError: A caption is not of this world.
+    """
+    scores = score_clips(measure_clips(video), labels_from_captions(captions))
+    return {
+        "colour": scores.colour,
+        "shape": scores.shape,
+        "direction": scores.direction,
+        "speed_spearman": scores.speed_spearman,
+        "mean_speed_px_per_frame": scores.mean_speed_px_per_frame,
+    }
+
+
+def to_pixels(video: Video) -> list[NDArray[np.uint8]]:
+    """Clips (b, 3, t, h, w) in [0, 1] as pixels (t, h, w, 3), one array a clip."""
+    frames = (video * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1)
+    return [clip.numpy() for clip in frames.contiguous()]

@@ -1,0 +1,262 @@
+"""The network that follows the score of what the generator makes.
+
+    signal(query, teacher)   generator's loss, and its gradient at x0: through the network's *input*
+    track(query)             own loss, and its gradient: through the network's *parameters*
+
+                    signal                               track
+    x0 (leaf) --> x_t --> [ network ] --> velocity --> generator loss,  tracking loss
+              <-------------------------------------------+                |
+                            parameters <-----------------------------------+
+
+With shared tracking both gradients come from one forward pass, whose graph waits under the batch's
+key between the two calls. With fresh tracking `signal` runs on frozen parameters, and `track` makes
+a forward pass of its own on another batch. Either way no gradient of the generator's loss reaches a
+parameter: autograd is asked for the gradient at x0 and for nothing else.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sgmd_core.errors import NonFiniteError, StaleCallError
+from sgmd_core.objectives import Objective
+from sgmd_core.types import (
+    GeneratorSignal,
+    Latents,
+    Loss,
+    MicroBatchKey,
+    NoisedBatch,
+    TeacherPrediction,
+    detached,
+)
+from workers.optimizer import RoleOptimizer
+from workers.placement import device_of, query_on
+from workers.reports import GradientReport, TrackReport
+from workers.role_state import load_role, save_role
+from workers.settings import FakeScoreSettings
+
+ROLE = "fake_score"
+_X0, _VELOCITY_FAKE = "the generator's x0", "the fake score's velocity"
+
+
+class FakeScoreTracker:
+    """Tells the generator how to change its samples, and tracks them.
+
+    Args:
+        velocity_model: The network to train.
+        objective: Both losses.
+        settings: Tracking mode and optimizer.
+    """
+
+    def __init__(
+        self, velocity_model: nn.Module, objective: Objective, settings: FakeScoreSettings
+    ) -> None:
+        # Evaluation mode, as in the reference: both losses must see the same function, and Wan has
+        # no layer that needs training mode. Gradients do not depend on it.
+        self._network = velocity_model.eval().requires_grad_(True)
+        self._objective = objective
+        self._shared = settings.tracking == "shared"
+        self._optimizer = RoleOptimizer("fake score", velocity_model, settings.optimizer)
+        self._kept: dict[MicroBatchKey, _KeptForward] = {}
+
+    @property
+    def forwards_kept(self) -> int:
+        """Forward passes whose graph waits for tracking."""
+        return len(self._kept)
+
+    def signal(
+        self, query: NoisedBatch, teacher: TeacherPrediction, share: float
+    ) -> GeneratorSignal:
+        """Gradient of the generator's loss at the samples; parameters gather nothing.
+
+        Args:
+            query: What the generator made, noised.
+            teacher: The teacher's prediction at the same query.
+            share: Samples in this micro-batch over samples in the iteration.
+
+        Returns:
+            The gradient, `share` included, and the loss terms of this micro-batch.
+
+        Raises:
+            StaleCallError: The query is of another iteration, or the prediction of another query.
+            NonFiniteError: A loss term or the gradient is not finite.
+        """
+        self._optimizer.require_current(query.key.iteration, "scoring a micro-batch")
+        if teacher.key != query.key:
+            raise StaleCallError(
+                f"scoring {query.key}",
+                f"a teacher's prediction for {teacher.key}",
+                "a prediction at the same query",
+            )
+        device = device_of(self._network)
+        query = query_on(query, device)
+        x0 = query.x0.detach().requires_grad_()
+        leaf = detached(query, x0)
+        with nullcontext() if self._shared else _frozen(self._network):
+            velocity_fake = self._network(leaf.x_t, leaf.sigma, leaf.text)
+            velocity_teacher = teacher.velocity.to(device)
+            loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
+            # Asked for x0 alone, autograd makes no gradient for any parameter.
+            (grad,) = torch.autograd.grad(share * loss.value, x0, retain_graph=self._shared)
+        sources = {
+            _X0: x0,
+            _VELOCITY_FAKE: velocity_fake,
+            "the teacher's velocity": velocity_teacher,
+        }
+        metrics = _finite_terms(loss, grad, query.key, sources)
+        if self._shared:
+            self._kept[query.key] = _KeptForward(detached(query), velocity_fake)
+        return GeneratorSignal(
+            key=query.key,
+            grad_x0=grad,
+            generator_version=query.generator_version,
+            metrics=metrics,
+        )
+
+    def track(self, query: NoisedBatch, share: float) -> TrackReport:
+        """Gathers the gradient of the tracking loss in the parameters.
+
+        Args:
+            query: With shared tracking a query that `signal` has seen: its kept forward pass is
+                used and then freed. With fresh tracking any query of this iteration.
+            share: Samples in this micro-batch over samples in the iteration.
+
+        Returns:
+            The loss terms of this micro-batch.
+
+        Raises:
+            StaleCallError: The query is of another iteration, or its forward pass is not kept.
+            NonFiniteError: A loss term is not finite; no gradient was gathered from it.
+        """
+        self._optimizer.require_current(query.key.iteration, "tracking a micro-batch")
+        forward = self._take_kept(query) if self._shared else self._forward(query)
+        loss = self._objective.tracking_loss(forward.query, forward.velocity_fake)
+        sources = {_X0: forward.query.x0, _VELOCITY_FAKE: forward.velocity_fake}
+        metrics = _finite_terms(loss, None, query.key, sources)
+        # Named inputs: with shared tracking the graph leads on to x0, which must gather nothing.
+        (share * loss.value).backward(inputs=self._optimizer.parameters)
+        return TrackReport(metrics=metrics)
+
+    def gradient_report(self, iteration: int) -> GradientReport:
+        """Norm of the gathered gradient; updates nothing.
+
+        Raises:
+            StaleCallError: A forward pass still waits for tracking, or another iteration is under
+                way.
+        """
+        if self._kept:
+            raise StaleCallError(
+                f"closing iteration {iteration} on the fake score",
+                f"signals that were not tracked: {list(self._kept)}",
+                "one track call for every signal",
+                "Send the missing calls, or call discard to give the iteration up",
+            )
+        return self._optimizer.gradient_report(iteration)
+
+    def step(self, iteration: int) -> int:
+        """Updates the weights.
+
+        Returns:
+            Updates made, this one included.
+
+        Raises:
+            StaleCallError: There is no gradient report of this iteration.
+            NonFiniteError: The gradient is not finite; nothing was updated.
+        """
+        return self._optimizer.step(iteration)
+
+    def discard(self) -> None:
+        """Gives the iteration up: drops graphs and gradients, keeps the weights."""
+        self._kept.clear()
+        self._optimizer.discard()
+
+    def save(self, folder: str) -> None:
+        """Writes `fake_score/` under a checkpoint folder."""
+        save_role(folder, ROLE, self._optimizer.state())
+
+    def load(self, folder: str) -> int:
+        """Goes on where `save` left off, bit for bit.
+
+        Returns:
+            Updates made so far.
+
+        Raises:
+            CheckpointError: A file is missing or torn, or belongs to another network.
+        """
+        state = load_role(folder, ROLE)
+        self.discard()
+        self._optimizer.load_state(state)
+        return state.updates
+
+    def _take_kept(self, query: NoisedBatch) -> "_KeptForward":
+        kept = self._kept.get(query.key)
+        if kept is None or kept.query.generator_version != query.generator_version:
+            raise StaleCallError(
+                f"tracking {query.key} of generator version {query.generator_version}",
+                f"the fake score keeps {list(self._kept) or 'no forward passes'}",
+                "a query whose signal was computed in this iteration and not tracked yet",
+                "Call signal first; with fake_score.tracking=shared both use one forward pass",
+            )
+        return self._kept.pop(query.key)
+
+    def _forward(self, query: NoisedBatch) -> "_KeptForward":
+        constant = detached(query_on(query, device_of(self._network)))
+        velocity_fake = self._network(constant.x_t, constant.sigma, constant.text)
+        return _KeptForward(constant, velocity_fake)
+
+
+@dataclass(frozen=True, slots=True)
+class _KeptForward:
+    """A prediction with the graph that leads back to the parameters, and the query it is at."""
+
+    query: NoisedBatch
+    velocity_fake: Latents
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """No parameter takes part in graphs recorded inside, which saves the memory for it."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)
+
+
+def _finite_terms(
+    loss: Loss, grad: Tensor | None, key: MicroBatchKey, sources: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """The loss terms as numbers, once they and the gradient are known to be finite.
+
+    One transfer from the device for all of them: the gradient is looked at through its norm.
+
+    Args:
+        loss: What was computed.
+        grad: Its gradient at the samples, if it has one.
+        key: The micro-batch.
+        sources: What the loss was computed from, by name; looked at only when something is wrong.
+
+    Raises:
+        NonFiniteError: Something is not finite; says what, where, and what it came from.
+    """
+    figures = dict(loss.terms)
+    if grad is not None:
+        figures["grad_x0_norm"] = torch.linalg.vector_norm(grad)
+    values = torch.stack([value.double() for value in figures.values()]).tolist()
+    numbers = dict(zip(figures, values, strict=True))
+    bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
+    if bad:
+        broken = [name for name, value in sources.items() if not bool(value.isfinite().all())]
+        cause = f"; {' and '.join(broken)} not finite" if broken else ""
+        raise NonFiniteError(
+            f"computing losses on the fake score in iteration {key.iteration}, micro-batch "
+            f"{key.micro_batch} ({key.purpose})",
+            ", ".join(bad) + cause,
+            "finite numbers",
+            "No weight was updated; lower the learning rates or objective.lambda_nr",
+        )
+    return {name: numbers[name] for name in loss.terms}

@@ -1,0 +1,242 @@
+"""The network that learns to sample in a few steps.
+
+    rollout(key, text)       x0 and its score query; the graph behind x0 stays here, under the key
+    learn(signal)            x0.backward(grad_x0): parameters gather gradient, the graph is freed
+    gradient_report, step    one update of weights and averaged weights an iteration
+
+Its loss depends on the generator through x0 alone, so `grad_x0` is all that it has to be told.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sgmd_core.errors import StaleCallError
+from sgmd_core.rollout import rollout
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.seeds import draw
+from sgmd_core.types import Draws, GeneratorSignal, Latents, MicroBatchKey, NoisedBatch, TextBatch
+from workers.ema import AveragedWeights
+from workers.models.wan import WanVelocity, save_generator_pipeline
+from workers.optimizer import RoleOptimizer
+from workers.placement import device_of, draws_on, text_on
+from workers.reports import GradientReport, LearnReport
+from workers.role_state import RoleState, load_role, save_role
+from workers.settings import GeneratorSettings
+
+ROLE = "generator"
+AVERAGE = "ema"
+
+
+class GeneratorLearner:
+    """Rolls out, learns from signals, updates.
+
+    Args:
+        velocity_model: The network to train.
+        schedule: Noise levels of rollout and score queries.
+        settings: Steps, averaging and optimizer.
+        latent_shape: Shape (C, T, H, W) of one sample's latents.
+        seed: The run's seed; with a key it fixes every draw.
+    """
+
+    def __init__(
+        self,
+        velocity_model: nn.Module,
+        schedule: FlowMatchSchedule,
+        settings: GeneratorSettings,
+        latent_shape: tuple[int, int, int, int],
+        seed: int,
+    ) -> None:
+        # Evaluation mode: a replayed rollout must repeat itself, and Wan has no layer that needs
+        # training mode. Gradients do not depend on it.
+        self._network = velocity_model.eval().requires_grad_(True)
+        self._schedule = schedule
+        self._num_steps = settings.num_steps
+        self._latent_shape = latent_shape
+        self._seed = seed
+        self._optimizer = RoleOptimizer(ROLE, velocity_model, settings.optimizer)
+        averaged = settings.ema_decay > 0
+        self._average = AveragedWeights(velocity_model, settings.ema_decay) if averaged else None
+        self._kept: dict[MicroBatchKey, _KeptRollout] = {}
+
+    @property
+    def rollouts_kept(self) -> int:
+        """Rollouts whose graph waits for a signal."""
+        return len(self._kept)
+
+    def rollout(
+        self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
+    ) -> NoisedBatch:
+        """Makes samples and a score query at each; keeps the graph of the exit step.
+
+        Args:
+            key: Names the micro-batch; a signal must bear the same key.
+            text: Captions of the samples.
+            draws: Every random number, to replay a recorded iteration; drawn by key if not given.
+
+        Returns:
+            The query, without a graph.
+
+        Raises:
+            StaleCallError: The key belongs to another iteration.
+        """
+        self._optimizer.require_current(key.iteration, "rolling out a micro-batch")
+        draws = self._place_or_draw(key, text, draws)
+        x0 = self._run(text, draws, keep_graph=True)
+        self._kept[key] = _KeptRollout(x0=x0, exit_step=draws.exit_step)
+        return self._query(key, x0.detach(), text, draws)
+
+    def sample(
+        self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
+    ) -> NoisedBatch:
+        """The same as `rollout`, for a batch that only the fake score learns from: no graph."""
+        draws = self._place_or_draw(key, text, draws)
+        return self._query(key, self._run(text, draws, keep_graph=False), text, draws)
+
+    def learn(self, signal: GeneratorSignal) -> LearnReport:
+        """Carries a signal from `x0` to the parameters, whose gradients add up over micro-batches.
+
+        Raises:
+            StaleCallError: The signal's rollout is not kept here, or was made by other weights.
+        """
+        if signal.key not in self._kept or signal.generator_version != self._optimizer.updates:
+            raise StaleCallError(
+                f"learning from the signal of {signal.key}",
+                f"it is of generator version {signal.generator_version}; the generator is at "
+                f"version {self._optimizer.updates} and keeps {list(self._kept) or 'no rollouts'}",
+                "the one signal of a rollout that is kept, made by the present weights",
+                "Roll the micro-batch out again",
+            )
+        kept = self._kept.pop(signal.key)
+        kept.x0.backward(signal.grad_x0.to(kept.x0))
+        return LearnReport(metrics=dict(signal.metrics), exit_step=kept.exit_step)
+
+    def gradient_report(self, iteration: int) -> GradientReport:
+        """Norm of the gathered gradient; updates nothing.
+
+        Raises:
+            StaleCallError: A rollout still waits for its signal, or another iteration is under way.
+        """
+        if self._kept:
+            raise StaleCallError(
+                f"closing iteration {iteration} on the generator",
+                f"rollouts without a signal: {list(self._kept)}",
+                "a signal for every rollout",
+                "Send the missing signals, or call discard to give the iteration up",
+            )
+        return self._optimizer.gradient_report(iteration)
+
+    def step(self, iteration: int) -> int:
+        """Updates the weights, then their average.
+
+        Returns:
+            The new version: updates made, this one included.
+
+        Raises:
+            StaleCallError: There is no gradient report of this iteration.
+            NonFiniteError: The gradient is not finite; nothing was updated.
+        """
+        version = self._optimizer.step(iteration)
+        if self._average is not None:
+            self._average.update(self._network, iteration)
+        return version
+
+    def discard(self) -> None:
+        """Gives the iteration up: drops graphs and gradients, keeps the weights."""
+        self._kept.clear()
+        self._optimizer.discard()
+
+    def final_weights(self) -> dict[str, Tensor]:
+        """A copy of the weights to validate and export: the average, where one is kept."""
+        if self._average is not None:
+            return _copies(self._average.average)
+        return _copies(self._optimizer.state().weights)
+
+    def export(self, dst: str, base_folder: str, flow_shift: float) -> None:
+        """Writes `final_weights` as a diffusers pipeline, the other parts taken from a base.
+
+        Args:
+            dst: New folder of the pipeline.
+            base_folder: Diffusers folder that the generator started from.
+            flow_shift: Shift of the noise levels, for the pipeline's scheduler.
+
+        Raises:
+            ModelFolderError: The base folder is not a Wan folder.
+        """
+        assert isinstance(self._network, WanVelocity), "only a Wan denoiser has a diffusers folder"
+        trained = _copies(self._optimizer.state().weights)
+        self._network.load_state_dict(self.final_weights())
+        try:
+            save_generator_pipeline(dst, base_folder, self._network, flow_shift=flow_shift)
+        finally:
+            self._network.load_state_dict(trained)
+
+    def save(self, folder: str) -> None:
+        """Writes `generator/` and, where an average is kept, `ema/` under a checkpoint folder."""
+        save_role(folder, ROLE, self._optimizer.state())
+        if self._average is not None:
+            average = RoleState(self._optimizer.updates, self._average.average, {})
+            save_role(folder, AVERAGE, average)
+
+    def load(self, folder: str) -> int:
+        """Goes on where `save` left off, bit for bit.
+
+        Returns:
+            Updates made so far.
+
+        Raises:
+            CheckpointError: A file is missing or torn, or belongs to another network.
+        """
+        state = load_role(folder, ROLE)
+        self.discard()
+        self._optimizer.load_state(state)
+        if self._average is not None:
+            self._average.load(load_role(folder, AVERAGE).weights)
+        return state.updates
+
+    def _place_or_draw(self, key: MicroBatchKey, text: TextBatch, draws: Draws | None) -> Draws:
+        if draws is None:
+            draws = draw(
+                self._seed,
+                key,
+                text.sample_indices,
+                self._latent_shape,
+                self._schedule,
+                self._num_steps,
+            )
+        return draws_on(draws, device_of(self._network))
+
+    def _run(self, text: TextBatch, draws: Draws, *, keep_graph: bool) -> Latents:
+        return rollout(
+            self._network,
+            self._schedule.few_step_grid(self._num_steps),
+            draws.initial_noise,
+            text_on(text, draws.initial_noise.device).text,
+            draws.exit_step,
+            keep_graph=keep_graph,
+        )
+
+    def _query(self, key: MicroBatchKey, x0: Latents, text: TextBatch, draws: Draws) -> NoisedBatch:
+        return NoisedBatch(
+            key=key,
+            x0=x0,
+            sigma=draws.sigma,
+            noise=draws.noise,
+            text=text.text,
+            generator_version=self._optimizer.updates,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _KeptRollout:
+    """Samples with the graph that leads back to the generator's parameters."""
+
+    x0: Latents
+    exit_step: int
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies, because the originals change in place at the next update."""
+    return {name: torch.clone(value) for name, value in tensors.items()}

@@ -1,0 +1,1 @@
+"""Adapters of diffusion families to the words of `sgmd_core`."""

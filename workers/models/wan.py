@@ -1,0 +1,328 @@
+"""Wan, spoken to in our words: velocities, captions and videos in, latents out.
+
+The only file that knows Wan's time scale, argument names, file layout and latent normalisation.
+
+    VelocityModel   WanVelocity     (x_t, sigma, text) -> velocity
+    captions        CaptionEncoder  captions -> text embeddings, as WanPipeline makes them
+    pixels          VideoVae        videos in [0, 1] <-> normalised latents
+
+All are read from one diffusers folder: model_index.json, transformer/, text_encoder/, tokenizer/,
+vae/ and scheduler/.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from sgmd_core.errors import ModelFolderError, ShapeError
+
+_TIME_SCALE = 1000.0
+_INDEX_FILE = "model_index.json"
+_PIPELINE_CLASS = "WanPipeline"
+_REMEDY = "Give a diffusers folder of a Wan text-to-video model, or download it again"
+
+Component = TypeVar("Component")
+
+
+class WanVelocity(nn.Module):
+    """A Wan denoiser as a velocity model.
+
+    Args:
+        transformer: The network of diffusers; its own dtype is the compute dtype.
+    """
+
+    def __init__(self, transformer: WanTransformer3DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        """Predict the velocity `noise - x0`.
+
+        Args:
+            x_t: Noisy latents (B, C, T, H, W).
+            sigma: Noise level of each sample (B,), in [0, 1].
+            text: Text embeddings (B, L, D), zeros after the caption's end.
+
+        Returns:
+            Velocity in float32, shaped like `x_t`.
+
+        Raises:
+            ShapeError: the latents do not fit the network.
+        """
+        self._require_latents(x_t)
+        dtype = self.transformer.dtype
+        prediction = self.transformer(
+            hidden_states=x_t.to(dtype),
+            timestep=_TIME_SCALE * sigma,
+            encoder_hidden_states=text.to(dtype),
+            return_dict=False,
+        )[0]
+        return prediction.float()
+
+    def _require_latents(self, x_t: Tensor) -> None:
+        config = self.transformer.config
+        expected = f"(batch, {config.in_channels}, T, H, W) with T, H, W divisible by "
+        expected += f"{tuple(config.patch_size)}"
+        if x_t.ndim != 5 or x_t.shape[1] != config.in_channels:
+            raise ShapeError("denoising", f"latents of shape {tuple(x_t.shape)}", expected)
+        sizes = zip(x_t.shape[2:], config.patch_size, strict=True)
+        if any(size % patch for size, patch in sizes):
+            raise ShapeError("denoising", f"latents of shape {tuple(x_t.shape)}", expected)
+
+
+class CaptionEncoder:
+    """Tokenizer and text encoder of a Wan folder.
+
+    Args:
+        tokenizer: Tokenizer of the text encoder.
+        text_encoder: UMT5 encoder.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+
+    @property
+    def text_dim(self) -> int:
+        """Width of a text embedding."""
+        return self.text_encoder.config.d_model
+
+    def encode(self, captions: Sequence[str], max_length: int) -> Tensor:
+        """Embed captions exactly as WanPipeline does; no gradient.
+
+        Args:
+            captions: Captions; "" is the unconditional one.
+            max_length: Number of text positions; longer captions are cut.
+
+        Returns:
+            Embeddings (B, max_length, D), zeros after each caption's end.
+        """
+        with torch.no_grad():
+            return embed_captions(self.tokenizer, self.text_encoder, captions, max_length)
+
+
+def embed_captions(
+    tokenizer: PreTrainedTokenizerBase,
+    text_encoder: UMT5EncoderModel,
+    captions: Sequence[str],
+    max_length: int,
+) -> Tensor:
+    """Embed captions with gradients; see `CaptionEncoder.encode`."""
+    tokens = tokenizer(
+        [prompt_clean(caption) for caption in captions],
+        padding=True,
+        max_length=max_length,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    mask = tokens.attention_mask
+    hidden = text_encoder(tokens.input_ids, mask).last_hidden_state
+    # Wan gives its cross-attention no mask: what follows a caption must be zero, and counts.
+    hidden = hidden * mask[..., None].to(hidden.dtype)
+    return nn.functional.pad(hidden, (0, 0, 0, max_length - hidden.shape[1]))
+
+
+class VideoVae:
+    """A Wan autoencoder between videos in [0, 1] and normalised latents.
+
+        latents = (posterior mode - latents_mean) / latents_std
+
+    Args:
+        vae: The network of diffusers.
+    """
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        self.vae = vae
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode videos (B, 3, T, H, W) in [0, 1] to normalised latents (B, C, T', H', W')."""
+        self.latent_shape(*video.shape[2:])
+        pixels = (2 * video - 1).to(self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode().float()
+        mean, std = self._statistics(latents)
+        return (latents - mean) / std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode normalised latents to videos (B, 3, T, H, W), clamped to [0, 1]."""
+        mean, std = self._statistics(latents)
+        pixels = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        return ((pixels.float() + 1) / 2).clamp(0, 1)
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """Latent shape (C, T, H, W) of a video.
+
+        Raises:
+            ShapeError: a size is not a multiple of what the autoencoder and patches need.
+        """
+        config = self.vae.config
+        temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
+        if num_frames < 1 or (num_frames - 1) % temporal or height % spatial or width % spatial:
+            raise ShapeError(
+                "sizing latents",
+                f"a video of {num_frames} frames, {height} x {width} px",
+                f"frames = 1 + a multiple of {temporal}, height and width multiples of {spatial}",
+                "Change the number of frames or the frame size",
+            )
+        return (
+            config.z_dim,
+            1 + (num_frames - 1) // temporal,
+            height // spatial,
+            width // spatial,
+        )
+
+    def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        options = {"dtype": latents.dtype, "device": latents.device}
+        mean = torch.tensor(config.latents_mean, **options)
+        std = torch.tensor(config.latents_std, **options)
+        return mean[None, :, None, None, None], std[None, :, None, None, None]
+
+
+def load_transformer(folder: str | Path) -> WanVelocity:
+    """Load the denoiser of a Wan folder in float32, in evaluation mode.
+
+    Raises:
+        ModelFolderError: the folder or a file is missing, corrupt or not Wan's.
+    """
+    part = _component_folder(Path(folder), "transformer")
+    transformer = _load(
+        part, lambda: WanTransformer3DModel.from_pretrained(part, torch_dtype=torch.float32)
+    )
+    return WanVelocity(transformer.eval())
+
+
+def load_text(folder: str | Path) -> CaptionEncoder:
+    """Load tokenizer and text encoder of a Wan folder, frozen.
+
+    Raises:
+        ModelFolderError: the folder or a file is missing, corrupt or not Wan's.
+    """
+    part = _component_folder(Path(folder), "text_encoder")
+    text_encoder = _load(part, lambda: UMT5EncoderModel.from_pretrained(part))
+    tokens = Path(folder) / "tokenizer"
+    _require_file(tokens / "tokenizer_config.json", Path(folder))
+    tokenizer = _load(tokens, lambda: AutoTokenizer.from_pretrained(tokens))
+    return CaptionEncoder(tokenizer, text_encoder.eval().requires_grad_(False))
+
+
+def load_vae(folder: str | Path) -> VideoVae:
+    """Load the autoencoder of a Wan folder in float32, frozen.
+
+    Raises:
+        ModelFolderError: the folder or a file is missing, corrupt or not Wan's.
+    """
+    part = _component_folder(Path(folder), "vae")
+    vae = _load(part, lambda: AutoencoderKLWan.from_pretrained(part, torch_dtype=torch.float32))
+    return VideoVae(vae.eval().requires_grad_(False))
+
+
+def save_generator_pipeline(
+    dst: str | Path, base_folder: str | Path, transformer: WanVelocity, *, flow_shift: float
+) -> None:
+    """Write a diffusers folder: a new denoiser beside the other components of a base folder.
+
+    Args:
+        dst: Folder to write; an existing one is replaced whole.
+        base_folder: Where autoencoder, text encoder, tokenizer and scheduler come from.
+        transformer: The denoiser to write.
+        flow_shift: Shift of the noise levels that the pipeline will sample with.
+
+    Raises:
+        ModelFolderError: the base folder is not a Wan folder.
+    """
+    dst, base = Path(dst), Path(base_folder)
+    _require_wan(base)
+    scheduler_file = base / "scheduler" / "scheduler_config.json"
+    _require_file(scheduler_file, base)
+    draft = dst.with_name(f".{dst.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
+        shutil.copytree(base / name, draft / name)
+    shutil.copyfile(base / _INDEX_FILE, draft / _INDEX_FILE)
+    scheduler = _read_json(scheduler_file, base)
+    # diffusers' flow-match Euler scheduler calls it `shift`, its multistep solvers `flow_shift`.
+    scheduler["flow_shift" if "flow_shift" in scheduler else "shift"] = flow_shift
+    target = draft / "scheduler" / "scheduler_config.json"
+    target.write_text(json.dumps(scheduler, indent=2) + "\n")
+    transformer.transformer.save_pretrained(draft / "transformer")
+    shutil.rmtree(dst, ignore_errors=True)
+    draft.rename(dst)
+
+
+def _component_folder(folder: Path, name: str) -> Path:
+    """Check that a component of a Wan folder is complete, and return its folder."""
+    _require_wan(folder)
+    part = folder / name
+    _require_file(part / "config.json", folder)
+    _read_json(part / "config.json", folder)
+    if not any(part.glob("*.safetensors")):
+        raise ModelFolderError(
+            f"loading {name} from {folder}",
+            f"no weights: no *.safetensors file in {part}",
+            "safetensors weights beside config.json",
+            _REMEDY,
+        )
+    return part
+
+
+def _require_wan(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ModelFolderError(
+            f"loading a Wan model from {folder}", "no such folder", "a diffusers folder", _REMEDY
+        )
+    _require_file(folder / _INDEX_FILE, folder)
+    found = _read_json(folder / _INDEX_FILE, folder).get("_class_name")
+    if found != _PIPELINE_CLASS:
+        raise ModelFolderError(
+            f"loading a Wan model from {folder}",
+            f"{folder / _INDEX_FILE} says _class_name={found!r}",
+            f"_class_name={_PIPELINE_CLASS!r}",
+            _REMEDY,
+        )
+
+
+def _require_file(path: Path, folder: Path) -> None:
+    if not path.is_file():
+        raise ModelFolderError(
+            f"loading a Wan model from {folder}", f"the file {path} is missing", "", _REMEDY
+        )
+
+
+def _read_json(path: Path, folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelFolderError(
+            f"loading a Wan model from {folder}",
+            f"the file {path} is not JSON ({error})",
+            "",
+            _REMEDY,
+        ) from error
+
+
+def _load(part: Path, load: Callable[[], Component]) -> Component:
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        weights = ", ".join(sorted(file.name for file in part.glob("*.safetensors"))) or "files"
+        raise ModelFolderError(
+            f"loading {part}",
+            f"{weights} or its configuration could not be read ({error})",
+            "complete, matching weights",
+            _REMEDY,
+        ) from error

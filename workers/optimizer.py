@@ -1,0 +1,172 @@
+"""How a role's weights are updated: AdamW, once an iteration, on finite and clipped gradients.
+
+    learn, learn, ...  ->  gradient_report(iteration)  ->  step(iteration)     or     discard()
+
+The report comes apart from the step, because generator and fake score only step when the gradients
+of both are finite; the controller asks both before it lets either go on.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sgmd_core.errors import NonFiniteError, StaleCallError
+from workers.reports import GradientReport
+from workers.role_state import RoleState, require_same_tensors
+from workers.settings import OptimizerSettings
+
+
+def learning_rate(settings: OptimizerSettings, updates: int) -> float:
+    """Rate of the update that follows `updates` earlier ones.
+
+        lr * min(1, (updates + 1) / warmup_iterations)
+
+    A function of the count alone, so a resumed run needs no state of a scheduler.
+    """
+    if updates >= settings.warmup_iterations:
+        return settings.lr
+    return settings.lr * (updates + 1) / settings.warmup_iterations
+
+
+class RoleOptimizer:
+    """Updates the weights of one role and counts the updates.
+
+    Args:
+        role: Name of the role, for messages.
+        network: Whose parameters are updated; all of them, in one group, as the reference does.
+        settings: Rates and limits.
+    """
+
+    def __init__(self, role: str, network: nn.Module, settings: OptimizerSettings) -> None:
+        self._role = role
+        self._settings = settings
+        self._parameters = dict(network.named_parameters())
+        self._adamw = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+        self._updates = 0
+        self._norm: Tensor | None = None
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far."""
+        return self._updates
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is updated."""
+        return list(self._parameters.values())
+
+    def require_current(self, iteration: int, attempted: str) -> None:
+        """Checks that a call belongs to the iteration that is under way.
+
+        Raises:
+            StaleCallError: It belongs to an earlier or a later one.
+        """
+        if iteration != self._updates:
+            raise StaleCallError(
+                f"{attempted} of iteration {iteration} on the {self._role}",
+                f"the {self._role} has made {self._updates} updates",
+                f"a call of iteration {self._updates}",
+                "Resume all roles from one checkpoint, so that they count alike",
+            )
+
+    def gradient_report(self, iteration: int) -> GradientReport:
+        """Norm of the gathered gradient before clipping; updates nothing.
+
+        Raises:
+            StaleCallError: Another iteration is under way, or nothing was gathered.
+        """
+        self.require_current(iteration, "asking for the gradient norm")
+        gradients = [value.grad for value in self.parameters if value.grad is not None]
+        if not gradients:
+            raise StaleCallError(
+                f"asking for the gradient norm of iteration {iteration}",
+                f"the {self._role} has gathered no gradient",
+                "at least one micro-batch learned since the last update",
+            )
+        self._norm = nn.utils.get_total_norm(gradients)
+        norm = self._norm.item()
+        return GradientReport(grad_norm=norm, finite=math.isfinite(norm))
+
+    def step(self, iteration: int) -> int:
+        """Clips, updates, forgets the gradients.
+
+        Returns:
+            Updates made, this one included.
+
+        Raises:
+            StaleCallError: Another iteration is under way, or its gradient was not reported on.
+            NonFiniteError: The gradient is not finite; nothing was updated.
+        """
+        self.require_current(iteration, "updating the weights")
+        if self._norm is None:
+            raise StaleCallError(
+                f"updating the {self._role} in iteration {iteration}",
+                "its gradients have not been looked at",
+                "a gradient report of this iteration, taken after all micro-batches",
+                "Call gradient_report first",
+            )
+        if not torch.isfinite(self._norm):
+            raise NonFiniteError(
+                f"updating the {self._role} in iteration {iteration}",
+                f"a gradient norm of {self._norm.item()}",
+                "finite gradients",
+                "The weights are as they were; lower the learning rate",
+            )
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate(self._settings, self._updates)
+        nn.utils.clip_grads_with_norm_(self.parameters, self._settings.max_grad_norm, self._norm)
+        self._adamw.step()
+        self.discard()
+        self._updates += 1
+        return self._updates
+
+    def discard(self) -> None:
+        """Forgets the gradients that were gathered."""
+        self._adamw.zero_grad(set_to_none=True)
+        self._norm = None
+
+    def state(self) -> RoleState:
+        """Weights, moments and counter; views, not copies."""
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self._parameters.items():
+            for kind, value in self._adamw.state[parameter].items():
+                moments[f"{kind}/{name}"] = value
+        weights = {name: value.detach() for name, value in self._parameters.items()}
+        return RoleState(self._updates, weights, moments)
+
+    def load_state(self, state: RoleState) -> None:
+        """Goes on where `state` was taken.
+
+        Raises:
+            CheckpointError: The state belongs to another network.
+        """
+        attempted = f"loading the {self._role}"
+        require_same_tensors(state.weights, self.state().weights, attempted)
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(state.weights[name])
+        saved = self._adamw.state_dict()
+        saved["state"] = _moments_by_index(list(self._parameters), state.moments)
+        self._adamw.load_state_dict(saved)
+        self._updates = state.updates
+        self.discard()
+
+
+def _moments_by_index(
+    names: list[str], moments: Mapping[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """AdamW's own form of its state: by position of the parameter, then by kind."""
+    by_index: dict[int, dict[str, Tensor]] = {}
+    positions = {name: index for index, name in enumerate(names)}
+    for label, value in moments.items():
+        kind, name = label.split("/", 1)
+        by_index.setdefault(positions[name], {})[kind] = value
+    return by_index

@@ -1,0 +1,41 @@
+"""The small numbers that roles report; they may travel through the controller."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GradientReport:
+    """What a role has gathered for its next update.
+
+    Attributes:
+        grad_norm: Global L2 norm of the gradient, before clipping.
+        finite: Whether that norm is a number; where it is not, nothing may be updated.
+    """
+
+    grad_norm: float
+    finite: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LearnReport:
+    """What the generator learned from one signal.
+
+    Attributes:
+        metrics: Loss terms of the signal, means over its samples.
+        exit_step: The rollout step that received the gradient, counted from 0.
+    """
+
+    metrics: Mapping[str, float]
+    exit_step: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrackReport:
+    """What the fake score learned from one batch.
+
+    Attributes:
+        metrics: Loss terms of the batch, means over its samples.
+    """
+
+    metrics: Mapping[str, float]

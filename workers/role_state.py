@@ -1,0 +1,132 @@
+"""What a role keeps on disk, and how it is written.
+
+    FOLDER/ROLE/weights.safetensors     parameters by name
+    FOLDER/ROLE/optimizer.safetensors   AdamW's moments, `exp_avg/NAME` and so on
+    FOLDER/ROLE/role.json               number of updates
+
+FOLDER is one checkpoint, a local folder or an fsspec URL such as s3://bucket/run/step-000200. Every
+tensor keeps its dtype and every bit, so a resumed run goes on with the same numbers. Nothing is
+pickled. A checkpoint exists once its manifest does, which the controller writes after all roles
+have returned; what a crash leaves behind before that is overwritten by the next attempt.
+"""
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sgmd_core.errors import CheckpointError
+
+_WEIGHTS = "weights.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_COUNTERS = "role.json"
+_REMEDY = "Resume from another checkpoint, or start a new run"
+
+
+@dataclass(frozen=True, slots=True)
+class RoleState:
+    """All that a role must have back to go on as if it had never stopped.
+
+    Attributes:
+        updates: How often the weights have been updated.
+        weights: Parameters by name.
+        moments: State of the optimizer by `KIND/NAME`; empty for averaged weights.
+    """
+
+    updates: int
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+
+
+def save_role(folder: str, role: str, state: RoleState) -> None:
+    """Writes a role's state under `folder/role`.
+
+    Args:
+        folder: The checkpoint: a local folder or an fsspec URL.
+        role: Name of the subfolder.
+        state: What to write; tensors on any device.
+    """
+    target = f"{folder.rstrip('/')}/{role}"
+    filesystem, path = fsspec.core.url_to_fs(target)
+    filesystem.makedirs(path, exist_ok=True)
+    _write_tensors(filesystem, f"{path}/{_WEIGHTS}", state.weights)
+    if state.moments:
+        _write_tensors(filesystem, f"{path}/{_OPTIMIZER}", state.moments)
+    counters = {"updates": state.updates, "has_optimizer": bool(state.moments)}
+    filesystem.pipe_file(f"{path}/{_COUNTERS}", (json.dumps(counters) + "\n").encode())
+
+
+def load_role(folder: str, role: str) -> RoleState:
+    """Reads what `save_role` wrote.
+
+    Raises:
+        CheckpointError: A file is missing or torn; names it.
+    """
+    target = f"{folder.rstrip('/')}/{role}"
+    filesystem, path = fsspec.core.url_to_fs(target)
+    try:
+        counters = json.loads(filesystem.cat_file(f"{path}/{_COUNTERS}"))
+        weights = _read_tensors(filesystem, f"{path}/{_WEIGHTS}")
+        has_optimizer = counters["has_optimizer"]
+        moments = _read_tensors(filesystem, f"{path}/{_OPTIMIZER}") if has_optimizer else {}
+        return RoleState(counters["updates"], weights, moments)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"loading the {role} from {target}",
+            f"{type(error).__name__}: {error}",
+            f"{_COUNTERS}, {_WEIGHTS} and {_OPTIMIZER}, whole",
+            _REMEDY,
+        ) from error
+
+
+def require_same_tensors(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], attempted: str
+) -> None:
+    """Checks that saved weights belong to this network.
+
+    Raises:
+        CheckpointError: Names or shapes differ; names the first one that does.
+    """
+    for name in sorted({*found, *expected}):
+        shapes = [
+            str(tuple(tensors[name].shape)) if name in tensors else "missing"
+            for tensors in (found, expected)
+        ]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                attempted,
+                f"{name} is {shapes[0]} where it comes from and {shapes[1]} in the network",
+                "weights of the same network",
+                "Point model.folder at the model that the run was started with",
+            )
+
+
+def _write_tensors(
+    filesystem: fsspec.AbstractFileSystem, path: str, tensors: Mapping[str, Tensor]
+) -> None:
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if isinstance(filesystem, LocalFileSystem):
+        draft = Path(f"{path}.draft")
+        save_file(whole, draft)
+        draft.replace(path)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        save_file(whole, Path(scratch) / _WEIGHTS)
+        filesystem.put_file(str(Path(scratch) / _WEIGHTS), path)
+
+
+def _read_tensors(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Tensor]:
+    if isinstance(filesystem, LocalFileSystem):
+        return load_file(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        local = Path(scratch) / _WEIGHTS
+        filesystem.get_file(path, str(local))
+        # Copied, because safetensors maps the file, which is about to be deleted.
+        return {name: tensor.clone() for name, tensor in load_file(local).items()}

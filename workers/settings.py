@@ -1,0 +1,169 @@
+"""What each role can be told, as plain records; they are sections of a recipe too.
+
+    ModelSettings      which networks
+    VideoSettings      which clips
+    OptimizerSettings  how a role's weights are updated
+    GeneratorSettings, FakeScoreSettings, TeacherSettings
+
+Every record checks itself when it is made, so that a wrong number is met before a network is read.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sgmd_core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """The networks that all roles start from.
+
+    Attributes:
+        folder: Diffusers folder of a Wan text-to-video model.
+        text_length: Text positions that the denoiser sees; longer captions are cut.
+        negative_prompt: What guidance leads away from.
+    """
+
+    folder: str
+    text_length: int = 512
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(self.text_length >= 1, "model.text_length", self.text_length, "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSettings:
+    """The clips that are made.
+
+    Attributes:
+        num_frames: Video frames a clip.
+        height: Pixels.
+        width: Pixels.
+        fps: Frames a second.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    fps: int
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(self.num_frames >= 1, "video.num_frames", self.num_frames, "at least 1")
+        _require(self.height >= 1, "video.height", self.height, "at least 1")
+        _require(self.width >= 1, "video.width", self.width, "at least 1")
+        _require(self.fps >= 1, "video.fps", self.fps, "at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """AdamW with a clipped gradient and a linear warm-up.
+
+    Attributes:
+        lr: Learning rate after the warm-up.
+        betas: Decay of the first and second moment. The first is 0 in score distillation: the two
+            players chase each other, and momentum makes them overshoot.
+        weight_decay: Decoupled decay, in units of the learning rate.
+        eps: Added to the root of the second moment.
+        max_grad_norm: Global L2 norm that gradients are clipped to.
+        warmup_iterations: Updates over which the rate rises linearly; 0 starts at `lr`.
+    """
+
+    lr: float
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = 0.01
+    eps: float = 1e-8
+    max_grad_norm: float = 10.0
+    warmup_iterations: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(self.lr > 0, "optimizer.lr", self.lr, "above 0")
+        _require(
+            all(0 <= beta < 1 for beta in self.betas),
+            "optimizer.betas",
+            self.betas,
+            "two numbers in [0, 1)",
+        )
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(self.eps > 0, "optimizer.eps", self.eps, "above 0")
+        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "above 0")
+        _require(
+            self.warmup_iterations >= 0,
+            "optimizer.warmup_iterations",
+            self.warmup_iterations,
+            "0 or more",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorSettings:
+    """The network that learns to sample in a few steps.
+
+    Attributes:
+        num_steps: Steps it samples in.
+        ema_decay: Decay of the averaged weights that are validated and exported; 0 keeps none.
+        optimizer: How it is updated; the rate of the released 14B training unless set.
+    """
+
+    num_steps: int = 4
+    ema_decay: float = 0.99
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=2e-6))
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(self.num_steps >= 1, "generator.num_steps", self.num_steps, "at least 1")
+        _require(0 <= self.ema_decay < 1, "generator.ema_decay", self.ema_decay, "in [0, 1)")
+
+
+@dataclass(frozen=True, slots=True)
+class FakeScoreSettings:
+    """The network that learns the score of what the generator makes.
+
+    Attributes:
+        tracking: `shared` learns from the rollout and the forward pass that also teach the
+            generator (one graph, the paper's Algorithm 1); `fresh` from new samples of the
+            generator after its update (the authors' released trainer).
+        optimizer: How it is updated; the rate of the released 14B training unless set.
+    """
+
+    tracking: Literal["shared", "fresh"] = "shared"
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=4e-7))
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(
+            self.tracking in ("shared", "fresh"),
+            "fake_score.tracking",
+            self.tracking,
+            "'shared' or 'fresh'",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherSettings:
+    """The frozen network that is distilled.
+
+    Attributes:
+        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is the conditional prediction alone.
+    """
+
+    guidance_scale: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(
+            self.guidance_scale >= 1,
+            "teacher.guidance_scale",
+            self.guidance_scale,
+            "at least 1 (1 is no guidance)",
+        )
+
+
+def _require(holds: bool, name: str, found: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(
+            "checking the settings", f"{name} is {found!r}", expected, f"Correct {name}"
+        )
