@@ -1,0 +1,1 @@
+"""Where it runs: Ray core and no diffusion. This package could run any SPMD program."""

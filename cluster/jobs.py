@@ -1,0 +1,204 @@
+"""A command, run as a Ray job on a cluster: upload the sources, start, follow, judge.
+
+    submit_job(address, argv, working_dir)  ->  job id  ->  follow_job(address, id, on_log)
+
+The cluster unpacks the working directory and runs the command there; inside, `start_ray` finds the
+cluster through RAY_ADDRESS. A job runs once: to try again is to submit again, with the arguments
+that resume it. It stays on the cluster when the follower goes away.
+
+Environment variables of a job are part of its record, which everybody who may list jobs can read.
+So only those that hold no secret are forwarded by themselves; a key goes along when it is named.
+On a cluster that needs S3, better give the nodes a role or the keys in their own environment.
+"""
+
+import asyncio
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from cluster.errors import JobError
+
+EXCLUDED = (".git/", ".venv/", "runs/", "data/", "wandb/", "__pycache__/", "*.egg-info/")
+"""What stays at home, besides what .gitignore and .rayignore name."""
+
+FORWARDED = (
+    "AWS_ENDPOINT_URL*",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_*_CHECKSUM_*",
+    "WANDB_MODE",
+    "WANDB_ENTITY",
+    "WANDB_BASE_URL",
+)
+"""Patterns of variables without secrets that a job needs to find the same services."""
+
+_ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+_POLL_S = 0.5
+# A cluster that has just started answers before it can run a job.
+_NO_AGENT_YET = "No available agent"
+_AGENT_TIMEOUT_S = 60.0
+
+
+def forwarded_environment(
+    also: Sequence[str] = (), environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The variables of this process that go along with a job.
+
+    Args:
+        also: Names besides `FORWARDED`; the place to name a key such as AWS_SECRET_ACCESS_KEY.
+        environment: Where to take them from.
+
+    Raises:
+        JobError: A named variable is not set.
+    """
+    missing = [name for name in also if name not in environment]
+    if missing:
+        raise JobError(
+            "collecting the environment of a job",
+            f"{', '.join(missing)} not set",
+            "every variable that is named to be set",
+            "Export it, or leave it out",
+        )
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in also or any(fnmatchcase(name, pattern) for pattern in FORWARDED)
+    }
+
+
+def submit_job(
+    address: str,
+    argv: Sequence[str],
+    working_dir: Path,
+    env_vars: Mapping[str, str] | None = None,
+    excludes: Sequence[str] = EXCLUDED,
+    num_cpus: float | None = None,
+) -> str:
+    """Uploads a folder and starts a command in it.
+
+    Args:
+        address: The cluster's dashboard, such as http://head:8265.
+        argv: The command, one word an entry.
+        working_dir: What the command needs beside installed packages, at most 512 MiB.
+        env_vars: Environment of the command; not for secrets, see above.
+        excludes: Patterns of what is not uploaded, in the syntax of .gitignore.
+        num_cpus: Logical CPUs to hold for the command itself; None: it takes none.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        JobError: The cluster cannot be reached, refuses us, or refuses the job.
+    """
+    client = _connect(address)
+    runtime_env = {
+        "working_dir": str(working_dir),
+        "excludes": list(excludes),
+        "env_vars": dict(env_vars or {}),
+    }
+    deadline = time.monotonic() + _AGENT_TIMEOUT_S
+    while True:
+        try:
+            return client.submit_job(
+                entrypoint=shlex.join(argv),
+                runtime_env=runtime_env,
+                entrypoint_num_cpus=num_cpus,
+            )
+        except (RuntimeError, ValueError, OSError) as error:
+            if _NO_AGENT_YET in str(error) and time.monotonic() < deadline:
+                time.sleep(_POLL_S)
+                continue
+            raise _refused(working_dir, address, error) from error
+
+
+def follow_job(
+    address: str, job_id: str, on_log: Callable[[str], None], timeout_s: float | None = None
+) -> None:
+    """Passes on what a job prints, and waits until it has ended.
+
+    Args:
+        address: The cluster's dashboard.
+        job_id: What `submit_job` returned.
+        on_log: Called with each piece of output; pieces need not be whole lines.
+        timeout_s: How long to follow; None: to the end. The job itself goes on after a timeout.
+
+    Raises:
+        JobError: The job failed, was stopped, or has not ended in time.
+    """
+    client = _connect(address)
+    try:
+        status = asyncio.run(_followed(client, job_id, on_log, timeout_s))
+    except TimeoutError as error:
+        raise JobError(
+            f"following job {job_id}",
+            f"it has not ended within {timeout_s:g} s",
+            "an end in time",
+            f"It goes on; `ray job logs {job_id}` shows what it does, `ray job stop` ends it",
+        ) from error
+    if status is not JobStatus.SUCCEEDED:
+        raise JobError(
+            f"running job {job_id}",
+            f"{status}: {client.get_job_info(job_id).message}",
+            "the command to succeed",
+            "Its output, above, says why",
+        )
+
+
+async def _followed(
+    client: JobSubmissionClient,
+    job_id: str,
+    on_log: Callable[[str], None],
+    timeout_s: float | None,
+) -> JobStatus:
+    async with asyncio.timeout(timeout_s):
+        async for piece in client.tail_job_logs(job_id):
+            on_log(piece)
+        # The log may end a moment before the cluster has taken note of the end.
+        while not (status := client.get_job_status(job_id)).is_terminal():
+            await asyncio.sleep(_POLL_S)
+        return status
+
+
+def _refused(working_dir: Path, address: str, error: Exception) -> JobError:
+    return JobError(
+        f"submitting a job from {working_dir} to {address}",
+        f"{type(error).__name__}: {error}",
+        "a folder of less than 512 MiB and a command that the cluster accepts",
+        "Name what is not needed in .rayignore",
+    )
+
+
+def _connect(address: str) -> JobSubmissionClient:
+    attempted = f"reaching the job server at {address}"
+    for name in _ADDRESS_VARIABLES:
+        if os.environ.get(name, address) != address:
+            raise JobError(
+                attempted,
+                f"{name}={os.environ[name]}, which Ray would take instead",
+                "one address",
+                f"Unset {name}, or give the same address",
+            )
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise JobError(
+            attempted,
+            "it asks for a token",
+            "RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token",
+            "Export both before the program starts: Ray reads the mode when it is imported",
+        ) from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise JobError(
+            attempted,
+            f"{type(error).__name__}: {error}",
+            "the address of a dashboard, such as http://127.0.0.1:8265, and ray[default] both here"
+            " and there",
+            "`ray start --head --dashboard-host=...` prints the address;"
+            " `pip install 'ray[default]'` brings what job submission needs",
+        ) from error

@@ -1,0 +1,118 @@
+"""A worker group in this process, without Ray: the oracle of tests, and the laptop's topology.
+
+A call runs at once, in the order of the calls. What it raises is kept for `fetch`, as on a cluster,
+and a call that was handed a failed result fails with the same error without running. Results pass
+between workers as they are, without the wire, so that a run on a cluster has something independent
+to be compared with.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic
+
+from cluster.errors import ClusterError
+from cluster.transfer import array_in, to_wire
+from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
+
+
+@dataclass(frozen=True, slots=True)
+class _Result(Generic[R_co]):
+    value: R_co
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalPending(Pending[R_co]):
+    """A call that has already run.
+
+    Attributes:
+        outcome: What it returned or raised.
+    """
+
+    outcome: _Result[R_co] | _Failure
+
+
+class LocalWorkerGroup(WorkerGroup[W]):
+    """Worker instances behind the interface of a group.
+
+    Args:
+        name: What errors and reports call the group.
+        workers: One instance a rank.
+    """
+
+    def __init__(self, name: str, workers: Sequence[W]) -> None:
+        super().__init__(name, len(workers))
+        self._workers = list(workers)
+        self._busy_s = defaultdict[str, float](float)
+
+    def fetch(self, pendings: Sequence[Pending[R]], timeout_s: float, phase: str) -> list[R]:
+        """The results; a call has run when `fetch` is reached, so the timeout never passes."""
+        return [self._value(pending, phase) for pending in pendings]
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Returns at once: the workers were there before the group."""
+
+    def timings(self) -> dict[str, float]:
+        """Busy seconds by method, summed over ranks, since this was last asked."""
+        busy_s = dict(self._busy_s)
+        self._busy_s.clear()
+        return busy_s
+
+    def close(self) -> None:
+        """Lets go of the workers."""
+        self._workers.clear()
+
+    def _submit(
+        self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
+    ) -> LocalPending[Any]:
+        inputs = [*args, *keywords.values()]
+        failure = next((known for item in inputs if (known := _failure_of(item))), None)
+        outcome = failure or self._run(rank, method, args, keywords)
+        return LocalPending(self.name, rank, method, outcome)
+
+    def _run(
+        self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
+    ) -> _Result[Any] | _Failure:
+        started = time.perf_counter()
+        try:
+            bound = getattr(self._workers[rank], method)
+            named = {name: _plain(value) for name, value in keywords.items()}
+            return _Result(bound(*(_plain(value) for value in args), **named))
+        except Exception as error:
+            error.add_note(f"raised in {method}() of {self.name} rank {rank}")
+            return _Failure(error)
+        finally:
+            self._busy_s[method] += time.perf_counter() - started
+
+    def _value(self, pending: Pending[R], phase: str) -> R:
+        if not isinstance(pending, LocalPending):
+            raise ClusterError(
+                phase,
+                f"a result of group {pending.group}, which lives in other processes",
+                "results of groups of this process",
+                "Fetch it through its own group",
+            )
+        if isinstance(pending.outcome, _Failure):
+            raise pending.outcome.error
+        where = array_in(to_wire(pending.outcome.value, "result"))
+        if where is not None:
+            raise refuse_array(pending, where, phase)
+        return pending.outcome.value
+
+
+def _failure_of(value: object) -> _Failure | None:
+    if isinstance(value, LocalPending) and isinstance(value.outcome, _Failure):
+        return value.outcome
+    return None
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, LocalPending) and isinstance(value.outcome, _Result):
+        return value.outcome.value
+    return value

@@ -1,0 +1,253 @@
+"""A worker group whose ranks are Ray actors.
+
+    controller                 object store               host of a rank (an actor)
+    call_rank(method, args) -- to_wire --> reference ---> from_wire, method, to_wire -- reference
+    fetch(pending) <------------------------ small values only -----------------------'
+
+Arguments that are pending go as references at the top level of the call: Ray waits for them at the
+receiver's end and moves the values from rank to rank, past the controller. Actors are synchronous
+and are never restarted and calls never retried by Ray: a restart would lose the worker's state
+without a word, and a retry would run out of order.
+"""
+
+import os
+import pickle
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVarTuple
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+
+from cluster.errors import CallTimeoutError, ClusterError, RemoteCallError, WorkerDiedError
+from cluster.topology import Placement
+from cluster.transfer import array_in, from_wire, to_wire
+from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
+
+Ts = TypeVarTuple("Ts")
+
+_TIMINGS_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RayPending(Pending[R_co]):
+    """A reference to a result that stays in the object store.
+
+    Attributes:
+        reference: Ray's reference; dropping the last one frees the value.
+        ranks: (group, rank) by actor id of every actor that this result depends on, so that the
+            death of any of them can be told by name.
+    """
+
+    reference: ray.ObjectRef
+    ranks: Mapping[str, tuple[str, int]]
+
+
+class RayWorkerGroup(WorkerGroup[W]):
+    """Ranks in processes of their own, each in its bundle of the run's placement.
+
+    The constructor returns at once and the ranks build their workers side by side: start all
+    groups, then `wait_ready` for each.
+
+    Args:
+        name: What errors and reports call the group.
+        factory: Module-level function that builds the worker inside the rank's process.
+        args: Its arguments; plain picklable values.
+        placement: Reserved resources.
+        pool: The pool whose ranks these are; None: the one called like the group.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        factory: Callable[[*Ts], W],
+        args: tuple[*Ts],
+        placement: Placement,
+        pool: str | None = None,
+    ) -> None:
+        pool_name = name if pool is None else pool
+        super().__init__(name, placement.pool(pool_name).num_ranks)
+        host_class = ray.remote(_Host)
+        self._hosts: list[Any] = [
+            host_class.options(
+                max_restarts=0, max_task_retries=0, **placement.actor_options(pool_name, rank)
+            ).remote(name, rank)
+            for rank in range(self.size)
+        ]
+        self._ready = [
+            self._pending(rank, "build", host.build.remote(factory, args), [])
+            for rank, host in enumerate(self._hosts)
+        ]
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Waits until every rank has built its worker; raises what the factory raised."""
+        self.fetch(self._ready, timeout_s, f"starting the {self.size} ranks of {self.name}")
+
+    def fetch(self, pendings: Sequence[Pending[R]], timeout_s: float, phase: str) -> list[R]:
+        """Waits for small results; see `WorkerGroup.fetch`."""
+        claims = [_claimed(pending, phase) for pending in pendings]
+        try:
+            wires = ray.get([claim.reference for claim in claims], timeout=timeout_s)
+        except GetTimeoutError:
+            late = _first_unfinished(claims)
+            raise CallTimeoutError(late.group, late.rank, late.method, phase, timeout_s) from None
+        except RayError as error:
+            _raise_cause(error, claims, phase)
+        for claim, wire in zip(claims, wires, strict=True):
+            where = array_in(wire)
+            if where is not None:
+                raise refuse_array(claim, where, phase)
+        return [from_wire(wire) for wire in wires]
+
+    def timings(self) -> dict[str, float]:
+        """Busy seconds by method, summed over ranks, since this was last asked."""
+        asked = [
+            self._pending(rank, "timings", host.timings.remote(), [])
+            for rank, host in enumerate(self._hosts)
+        ]
+        total = defaultdict[str, float](float)
+        for busy_s in self.fetch(asked, _TIMINGS_TIMEOUT_S, f"reading timings of {self.name}"):
+            for method, seconds in busy_s.items():
+                total[method] += seconds
+        return dict(total)
+
+    def process_ids(self) -> list[int]:
+        """Process id of each rank, on its machine; for `py-spy` and for tests."""
+        asked = [
+            self._pending(rank, "process_id", host.process_id.remote(), [])
+            for rank, host in enumerate(self._hosts)
+        ]
+        return self.fetch(asked, _TIMINGS_TIMEOUT_S, f"finding the processes of {self.name}")
+
+    def close(self) -> None:
+        """Ends the processes; what they hold is gone. Harmless when repeated."""
+        if ray.is_initialized():
+            for host in self._hosts:
+                ray.kill(host)
+        self._hosts.clear()
+
+    def _submit(
+        self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
+    ) -> RayPending[Any]:
+        sent = [_sent(value, f"argument {i} of {method}()") for i, value in enumerate(args)]
+        named = {name: _sent(value, f"{name} of {method}()") for name, value in keywords.items()}
+        reference = self._hosts[rank].run.remote(method, *sent, **named)
+        return self._pending(rank, method, reference, [*args, *keywords.values()])
+
+    def _pending(
+        self, rank: int, method: str, reference: ray.ObjectRef, inputs: Sequence[object]
+    ) -> RayPending[Any]:
+        ranks = {reference.task_id().actor_id().hex(): (self.name, rank)}
+        for value in inputs:
+            if isinstance(value, RayPending):
+                ranks |= value.ranks
+        return RayPending(self.name, rank, method, reference, ranks)
+
+
+class _Host:
+    """The inside of a rank: builds its worker and runs its methods, one after another."""
+
+    def __init__(self, group: str, rank: int) -> None:
+        self._place = f"{group} rank {rank}"
+        self._worker: Any = None
+        self._busy_s = defaultdict[str, float](float)
+
+    def __repr__(self) -> str:
+        """Heads the lines that this process writes to the controller's terminal."""
+        return self._place
+
+    def build(self, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """Makes the worker; not in the constructor, where an error would lose its type."""
+        try:
+            self._worker = factory(*args)
+        except Exception as error:
+            raise self._portable(error, factory.__name__) from None
+
+    def run(self, method: str, /, *args: object, **keywords: object) -> object:
+        """Runs one method on values from the wire; its result goes back onto the wire."""
+        started = time.perf_counter()
+        try:
+            if self._worker is None:
+                raise ClusterError(
+                    f"calling {method}() of {self._place}",
+                    "no worker: building it has failed",
+                    "wait_ready() to succeed before the first call",
+                )
+            named = {name: from_wire(value) for name, value in keywords.items()}
+            result = getattr(self._worker, method)(*map(from_wire, args), **named)
+            return to_wire(result, f"the result of {method}()")
+        except Exception as error:
+            raise self._portable(error, method) from None
+        finally:
+            self._busy_s[method] += time.perf_counter() - started
+
+    def timings(self) -> dict[str, float]:
+        """Busy seconds by method since this was last asked."""
+        busy_s = dict(self._busy_s)
+        self._busy_s.clear()
+        return busy_s
+
+    def process_id(self) -> int:
+        """Id of this process."""
+        return os.getpid()
+
+    def _portable(self, error: Exception, method: str) -> Exception:
+        """The error with a note of where, or its words if it cannot be rebuilt elsewhere."""
+        where = f"raised in {method}() of {self._place}"
+        told = "".join(traceback.format_exception(error))
+        error.add_note(f"{where}:\n{told}")
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return RemoteCallError(
+                f"running {method}() of {self._place}", f"{type(error).__name__}: {error}\n{told}"
+            )
+        return error
+
+
+def _sent(value: object, where: str) -> object:
+    return value.reference if isinstance(value, RayPending) else to_wire(value, where)
+
+
+def _claimed(pending: Pending[R], phase: str) -> RayPending[R]:
+    if not isinstance(pending, RayPending):
+        raise ClusterError(
+            phase,
+            f"a result of group {pending.group}, which is no Ray group",
+            "results of Ray groups",
+            "Fetch it through its own group",
+        )
+    return pending
+
+
+def _first_unfinished(claims: Sequence[RayPending[Any]]) -> RayPending[Any]:
+    """The claim to blame for a timeout; the first one if it finished just now."""
+    for claim in claims:
+        if not ray.wait([claim.reference], timeout=0)[0]:
+            return claim
+    return claims[0]
+
+
+def _raise_cause(error: RayError, claims: Sequence[RayPending[Any]], phase: str) -> NoReturn:
+    """Raises what happened in a rank as itself, not in Ray's wrapping.
+
+    An error passes through every call that depends on the failed one; each wraps it once more.
+    """
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    if isinstance(cause, RayActorError):
+        ranks = {actor: rank for claim in claims for actor, rank in claim.ranks.items()}
+        group, rank = ranks.get(cause.actor_id, (claims[0].group, claims[0].rank))
+        raise WorkerDiedError(group, rank, phase, str(cause)) from None
+    if isinstance(cause, RayError):
+        raise RemoteCallError(phase, f"{type(cause).__name__}: {cause}") from None
+    raise cause from None

@@ -1,0 +1,125 @@
+"""Ray, started for the length of a run: a private cluster on this machine, or one that exists.
+
+    address None      the cluster named by RAY_ADDRESS (so inside a submitted job), else a new one
+    address "auto"    the cluster that runs on this machine
+    address "h:port"  that cluster
+
+A new cluster admits only processes that know its token. Ray would write the token into the home
+directory, readable by everyone on the machine; here it lives in the environment of this process and
+of those it starts. A mode or token that the user chose (RAY_AUTH_MODE, RAY_AUTH_TOKEN,
+RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token) is left alone. Ray listens on all interfaces, also on one
+machine: the token is what keeps others out, so RAY_AUTH_MODE=disabled belongs on trusted networks.
+"""
+
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayError
+
+from cluster.errors import RayStartError
+
+_log = logging.getLogger(__name__)
+
+_TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_PROBE_TIMEOUT_S = 5.0
+
+
+@contextmanager
+def start_ray(
+    address: str | None = None,
+    num_cpus: int | None = None,
+    object_store_memory: int | None = None,
+    temp_dir: str | None = None,
+    log_to_driver: bool = False,
+) -> Iterator[None]:
+    """Connects this process to Ray, and disconnects it at the end.
+
+    A process that is connected already stays so, before and after.
+
+    Args:
+        address: See the top of this file.
+        num_cpus: Cores of a new cluster; None: those of the machine.
+        object_store_memory: Shared memory of a new cluster, in bytes; None: Ray's share (30 %).
+        temp_dir: Where a new cluster keeps logs and sockets; a short path. None: /tmp/ray.
+        log_to_driver: Whether what the ranks print appears on this process's terminal.
+
+    Raises:
+        RayStartError: Ray did not start, or nobody answers at the address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    target = address or os.environ.get("RAY_ADDRESS") or "local"
+    try:
+        if target == "local":
+            _start_local(num_cpus, object_store_memory, temp_dir, log_to_driver)
+        else:
+            if (num_cpus, object_store_memory, temp_dir) != (None, None, None):
+                _log.warning("%s exists: sizes and folder of a new cluster are ignored", target)
+            _connect(target, log_to_driver)
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        ray.shutdown()
+        raise _start_error(target, error) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start_local(
+    num_cpus: int | None, object_store_memory: int | None, temp_dir: str | None, log_to_driver: bool
+) -> None:
+    if not _has_token() and os.environ.get("RAY_AUTH_MODE", "token") == "token":
+        # It stays for the life of the process: Ray reads it once and keeps it.
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        object_store_memory=object_store_memory,
+        _temp_dir=temp_dir,
+        include_dashboard=False,
+        log_to_driver=log_to_driver,
+        logging_level=logging.ERROR,
+    )
+
+
+def _connect(address: str, log_to_driver: bool) -> None:
+    if address.startswith("ray://"):
+        raise ValueError("Ray Client (ray://) keeps references in another process than ours")
+    host, _, port = address.rpartition(":")
+    if port.isdigit():
+        # Ray itself would try for a minute, and then end the whole process.
+        socket.create_connection((host or "localhost", int(port)), _PROBE_TIMEOUT_S).close()
+    ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+
+
+def _has_token() -> bool:
+    if any(os.environ.get(name) for name in _TOKEN_SOURCES):
+        return True
+    return (Path.home() / ".ray" / "auth_token").exists()
+
+
+def _start_error(target: str, error: Exception) -> RayStartError:
+    cause = f"{type(error).__name__}: {error}"
+    if target == "local":
+        return RayStartError(
+            "starting Ray on this machine",
+            cause,
+            "free memory, a writable temporary folder with a short path, and /dev/shm",
+            "Run `sgmd doctor` to see which is missing, or choose the local topology, which needs"
+            " no Ray",
+        )
+    return RayStartError(
+        f"connecting to the Ray cluster at {target}",
+        cause,
+        "a running cluster of the same Ray and Python version, and its token where it asks for one"
+        " (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)",
+        "Check the address with `ray status --address`, or leave it out to start a private cluster;"
+        " from outside a cluster, submit the run as a job",
+    )

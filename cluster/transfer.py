@@ -1,0 +1,139 @@
+"""What travels between groups: records, containers, numbers, and tensors as numpy arrays.
+
+    tensor  --to_wire-->  WireTensor(numpy array, dtype)  --object store-->  --from_wire-->  tensor
+
+Ray hands numpy arrays over without copying and read-only. That is why tensors travel as arrays: a
+receiver that writes into a shared tensor would silently change what the other receivers read,
+whereas here each gets its own copy. Values keep their bits. numpy has no bfloat16, so such a tensor
+travels as the uint16 array of the same bits, with its dtype beside it.
+
+A record arrives by calling its class with its fields, so checks in its `__post_init__` hold on both
+sides. Tensors arrive on the CPU; the receiver moves them to its device.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.errors import TransferError
+
+_PLAIN = (type(None), int, float, complex, str, bytes, Enum, PurePath, np.generic, np.ndarray)
+
+
+@dataclass(frozen=True, slots=True)
+class WireTensor:
+    """A tensor on its way.
+
+    Attributes:
+        array: Its values, or for bfloat16 its bits as uint16.
+        is_bfloat16: Whether the array holds bits rather than values.
+    """
+
+    array: NDArray[Any]
+    is_bfloat16: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WireRecord:
+    """A dataclass instance on its way.
+
+    Attributes:
+        record_type: Its class.
+        values: Its fields by name, those that its constructor takes.
+    """
+
+    record_type: type
+    values: Mapping[str, object]
+
+
+def to_wire(value: object, where: str = "value") -> Any:  # noqa: ANN401 - mirrors its input
+    """Takes a value apart into what pickles without torch; tensors become numpy arrays.
+
+    Args:
+        value: Plain values, tensors and numpy arrays in tuples, lists, dicts and dataclasses.
+        where: Name of the value, for errors.
+
+    Returns:
+        The same tree. CPU tensors share their memory with it.
+
+    Raises:
+        TransferError: Something in the tree has no form on the wire; the error names the place.
+    """
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, Tensor):
+        return _tensor_to_wire(value, where)
+    if type(value) is tuple or type(value) is list:
+        return type(value)(to_wire(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if isinstance(value, Mapping):
+        return {key: to_wire(item, f"{where}[{key!r}]") for key, item in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return WireRecord(
+            type(value),
+            {
+                field.name: to_wire(getattr(value, field.name), f"{where}.{field.name}")
+                for field in fields(value)
+                if field.init
+            },
+        )
+    raise TransferError(
+        "sending a value to another group",
+        f"{where} is a {type(value).__module__}.{type(value).__qualname__}",
+        "numbers, strings, tensors, numpy arrays, and tuples, lists, dicts and dataclasses of them",
+    )
+
+
+def from_wire(wire: object) -> Any:  # noqa: ANN401 - mirrors its input
+    """Puts a value together again; every tensor gets its own writable memory."""
+    if isinstance(wire, WireTensor):
+        tensor = torch.from_numpy(np.array(wire.array, copy=True))
+        return tensor.view(torch.bfloat16) if wire.is_bfloat16 else tensor
+    if isinstance(wire, WireRecord):
+        return wire.record_type(**{name: from_wire(item) for name, item in wire.values.items()})
+    if isinstance(wire, tuple | list):
+        return type(wire)(from_wire(item) for item in wire)
+    if isinstance(wire, dict):
+        return {key: from_wire(item) for key, item in wire.items()}
+    return wire
+
+
+def array_in(wire: object, where: str = "result") -> str | None:
+    """The place of the first array in a tree that `to_wire` made, or None."""
+    if isinstance(wire, WireTensor | np.ndarray):
+        return where
+    if isinstance(wire, WireRecord):
+        parts = [(f"{where}.{name}", item) for name, item in wire.values.items()]
+    elif isinstance(wire, tuple | list):
+        parts = [(f"{where}[{i}]", item) for i, item in enumerate(wire)]
+    elif isinstance(wire, dict):
+        parts = [(f"{where}[{key!r}]", item) for key, item in wire.items()]
+    else:
+        return None
+    return next((found for place, item in parts if (found := array_in(item, place))), None)
+
+
+def _tensor_to_wire(tensor: Tensor, where: str) -> WireTensor:
+    if tensor.requires_grad:
+        raise TransferError(
+            "sending a tensor to another group",
+            f"{where} is part of an autograd graph",
+            "a constant: a graph ends where its process ends",
+            "Return it detached and keep the graph in the worker",
+        )
+    is_bfloat16 = tensor.dtype is torch.bfloat16
+    try:
+        array = (tensor.view(torch.uint16) if is_bfloat16 else tensor).cpu().numpy()
+    except TypeError as error:
+        raise TransferError(
+            "sending a tensor to another group",
+            f"{where} has dtype {tensor.dtype} and layout {tensor.layout}: {error}",
+            "a dense tensor of bfloat16 or of a dtype that numpy has",
+        ) from error
+    return WireTensor(array, is_bfloat16)

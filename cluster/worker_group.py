@@ -1,0 +1,229 @@
+"""A group of workers, and how its one caller speaks to it.
+
+    text  = encoders.call_rank(0, Encoder.encode, captions)     Pending[Text], at once
+    drawn = painters.call_rank(0, Painter.paint, text)          the text goes from rank to rank
+    sizes = painters.fetch([drawn], timeout_s=60, phase="painting")
+
+A call names the method itself, not its name in a string, so a type checker knows what comes back
+and refuses a wrong argument. It returns at once with a `Pending`: a claim on the result, which can
+be handed to another call but not looked into. Each rank works through its calls in the order in
+which they were made. Only `fetch` waits, and only small values may be fetched.
+
+One process makes all the calls. Ray keeps the order of calls per caller, so with two callers the
+ranks of a group would see two orders, and a collective operation inside the group would hang.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
+
+from cluster.errors import ClusterError, ControllerTensorError
+
+A = TypeVar("A")
+B = TypeVar("B")
+C = TypeVar("C")
+D = TypeVar("D")
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+W = TypeVar("W")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pending(Generic[R_co]):
+    """A claim on the result of one call; pass it on, or `fetch` it.
+
+    Attributes:
+        group: Name of the group that was called.
+        rank: The rank that works on it.
+        method: What it was asked to do.
+    """
+
+    group: str
+    rank: int
+    method: str
+
+
+class WorkerGroup(ABC, Generic[W]):
+    """`size` workers of one kind, each with its own state.
+
+    Every argument of a call may be a `Pending` of the right type instead of a value.
+
+    Args:
+        name: What errors and reports call the group.
+        size: Number of ranks.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+
+    @overload
+    def call(
+        self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **keywords: P.kwargs
+    ) -> list[Pending[R]]: ...
+    @overload
+    def call(self, method: Callable[[W, A], R], a: A | Pending[A], /) -> list[Pending[R]]: ...
+    @overload
+    def call(
+        self, method: Callable[[W, A, B], R], a: A | Pending[A], b: B | Pending[B], /
+    ) -> list[Pending[R]]: ...
+    @overload
+    def call(
+        self,
+        method: Callable[[W, A, B, C], R],
+        a: A | Pending[A],
+        b: B | Pending[B],
+        c: C | Pending[C],
+        /,
+    ) -> list[Pending[R]]: ...
+    def call(
+        self, method: Callable[..., Any], /, *args: object, **keywords: object
+    ) -> list[Pending[Any]]:
+        """Asks every rank to do the same with the same arguments."""
+        return [self._submit(rank, method.__name__, args, keywords) for rank in range(self.size)]
+
+    @overload
+    def call_rank(
+        self,
+        rank: int,
+        method: Callable[Concatenate[W, P], R],
+        /,
+        *args: P.args,
+        **keywords: P.kwargs,
+    ) -> Pending[R]: ...
+    @overload
+    def call_rank(
+        self, rank: int, method: Callable[[W, A], R], a: A | Pending[A], /
+    ) -> Pending[R]: ...
+    @overload
+    def call_rank(
+        self, rank: int, method: Callable[[W, A, B], R], a: A | Pending[A], b: B | Pending[B], /
+    ) -> Pending[R]: ...
+    @overload
+    def call_rank(
+        self,
+        rank: int,
+        method: Callable[[W, A, B, C], R],
+        a: A | Pending[A],
+        b: B | Pending[B],
+        c: C | Pending[C],
+        /,
+    ) -> Pending[R]: ...
+    @overload
+    def call_rank(
+        self,
+        rank: int,
+        method: Callable[[W, A, B, C, D], R],
+        a: A | Pending[A],
+        b: B | Pending[B],
+        c: C | Pending[C],
+        d: D | Pending[D],
+        /,
+    ) -> Pending[R]: ...
+    def call_rank(
+        self, rank: int, method: Callable[..., Any], /, *args: object, **keywords: object
+    ) -> Pending[Any]:
+        """Asks one rank."""
+        if not 0 <= rank < self.size:
+            raise ClusterError(
+                f"calling {method.__name__}() of group {self.name}",
+                f"rank {rank}",
+                f"a rank from 0 to {self.size - 1}",
+            )
+        return self._submit(rank, method.__name__, args, keywords)
+
+    @overload
+    def map(
+        self, method: Callable[[W, A], R], a: Sequence[A] | Sequence[Pending[A]], /
+    ) -> list[Pending[R]]: ...
+    @overload
+    def map(
+        self,
+        method: Callable[[W, A, B], R],
+        a: Sequence[A] | Sequence[Pending[A]],
+        b: Sequence[B] | Sequence[Pending[B]],
+        /,
+    ) -> list[Pending[R]]: ...
+    @overload
+    def map(
+        self,
+        method: Callable[[W, A, B, C], R],
+        a: Sequence[A] | Sequence[Pending[A]],
+        b: Sequence[B] | Sequence[Pending[B]],
+        c: Sequence[C] | Sequence[Pending[C]],
+        /,
+    ) -> list[Pending[R]]: ...
+    def map(self, method: Callable[..., Any], /, *columns: Sequence[object]) -> list[Pending[Any]]:
+        """Asks every rank to do the same, each with its own arguments: rank i gets entry i."""
+        lengths = [len(column) for column in columns]
+        if any(length != self.size for length in lengths):
+            raise ClusterError(
+                f"mapping {method.__name__}() over group {self.name}",
+                f"columns of length {lengths}",
+                f"one entry for each of its {self.size} ranks in every column",
+            )
+        return [
+            self._submit(rank, method.__name__, row, {})
+            for rank, row in enumerate(zip(*columns, strict=True))
+        ]
+
+    @abstractmethod
+    def fetch(self, pendings: Sequence[Pending[R]], timeout_s: float, phase: str) -> list[R]:
+        """Waits for small results; the only place where the controller waits.
+
+        Args:
+            pendings: Claims, of this group or of others of its kind.
+            timeout_s: How long to wait for all of them together.
+            phase: What the program is doing, for the errors: "updating in iteration 7".
+
+        Raises:
+            CallTimeoutError: Not all were there in time.
+            WorkerDiedError: The process of a rank is gone.
+            ControllerTensorError: A result holds a tensor or an array.
+            Exception: Whatever the worker's method raised, with a note of where.
+        """
+
+    @abstractmethod
+    def wait_ready(self, timeout_s: float) -> None:
+        """Waits until every rank has built its worker; raises what the factory raised."""
+
+    @abstractmethod
+    def timings(self) -> dict[str, float]:
+        """Busy seconds by method, summed over ranks, since this was last asked.
+
+        Waiting for arguments does not count; moving them in and out of the process does.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the workers; what they hold is gone. Harmless when repeated."""
+
+    @abstractmethod
+    def _submit(
+        self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
+    ) -> Pending[Any]:
+        """Queues one call on one rank."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def refuse_array(pending: Pending[object], where: str, phase: str) -> ControllerTensorError:
+    """The error for a tensor that a controller was about to hold."""
+    return ControllerTensorError(
+        phase,
+        f"{pending.method}() of {pending.group} rank {pending.rank} returned an array at {where}",
+        "numbers, strings and records of them",
+        "Hand the pending result to the group that needs it; it travels from rank to rank",
+    )

@@ -1,0 +1,78 @@
+"""A command runs on a cluster that somebody else started, and its fate is told."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import JobError
+from cluster.jobs import follow_job, forwarded_environment, submit_job
+
+WAIT_S = 240.0
+PROGRAM = """
+import os, sys
+from pathlib import Path
+import ray
+from cluster.runtime import start_ray
+
+with start_ray():
+    print("word", sys.argv[1], "cpus", int(ray.cluster_resources()["CPU"]))
+print("variable", os.environ["COLOUR"], "ignored", Path("runs").exists())
+sys.exit(int(sys.argv[2]))
+"""
+
+
+def test_variables_go_along_by_pattern_and_keys_only_by_name():
+    environment = {
+        "AWS_ENDPOINT_URL_S3": "http://store",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "WANDB_API_KEY": "secret",
+        "WANDB_MODE": "offline",
+        "HOME": "/root",
+    }
+    usual = {"AWS_ENDPOINT_URL_S3": "http://store", "WANDB_MODE": "offline"}
+    assert forwarded_environment(environment=environment) == usual
+    named = forwarded_environment(["WANDB_API_KEY"], environment)
+    assert named == {**usual, "WANDB_API_KEY": "secret"}
+    with pytest.raises(JobError, match="AWS_ROLE not set"):
+        forwarded_environment(["AWS_ROLE"], environment)
+
+
+def test_a_job_server_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(JobError, match=r"reaching the job server at http://127\.0\.0\.1:9: Conn"):
+        submit_job("http://127.0.0.1:9", ["true"], Path())
+
+
+def test_an_address_that_ray_would_override_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "http://other:8265")
+    with pytest.raises(JobError, match="Unset RAY_ADDRESS"):
+        submit_job("http://127.0.0.1:9", ["true"], Path())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_job_runs_in_the_uploaded_folder_and_its_output_and_fate_come_back(
+    ray_head, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "large").write_text("stays at home")
+    root = str(Path(__file__).parents[2])
+    variables = {"COLOUR": "red", "PYTHONPATH": root}
+    output: list[str] = []
+
+    argv = [sys.executable, "program.py", "two words", "0"]
+    job = submit_job(ray_head, argv, tmp_path, variables)
+    follow_job(ray_head, job, output.append, WAIT_S)
+    assert "word two words cpus 4" in "".join(output)
+    assert "variable red ignored False" in "".join(output)
+
+    job = submit_job(ray_head, [*argv[:3], "3"], tmp_path, variables)
+    with pytest.raises(JobError, match=r"FAILED.*exit code 3"):
+        follow_job(ray_head, job, output.append, WAIT_S)
+
+    job = submit_job(ray_head, [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path)
+    with pytest.raises(JobError, match="has not ended within 1 s"):
+        follow_job(ray_head, job, output.append, 1)

@@ -1,0 +1,85 @@
+"""The wire keeps every bit, its types and nothing else."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.errors import TransferError
+from cluster.transfer import array_in, from_wire, to_wire
+from tests.cluster.toys import Colour, Parcel, Toy
+
+DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "uint8", "bool"]
+
+
+def through_the_wire(value):
+    """As between processes: arrays arrive read-only."""
+    wire = pickle.loads(pickle.dumps(to_wire(value), protocol=5))
+    return from_wire(wire)
+
+
+def _bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(2, 3, 4), (0, 3), ()])
+def test_a_tensor_keeps_dtype_shape_and_bits(dtype, shape):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sent = (100 * values).to(getattr(torch, dtype))
+    received = through_the_wire(sent)
+    assert received.dtype is sent.dtype
+    assert received.shape == sent.shape
+    assert _bits(received) == _bits(sent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_infinities_signed_zeros_and_subnormals_keep_their_bits(dtype):
+    info = torch.finfo(dtype)
+    sent = torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0, info.smallest_normal / 2]).to(
+        dtype
+    )
+    assert _bits(through_the_wire(sent)) == _bits(sent)
+
+
+def test_a_strided_tensor_keeps_its_values():
+    sent = torch.arange(24.0).reshape(4, 6).t()[::2]
+    assert torch.equal(through_the_wire(sent), sent)
+
+
+def test_what_arrives_may_be_written_to_and_nobody_else_sees_it():
+    sent = torch.zeros(3)
+    wire = to_wire(sent)
+    wire.array.setflags(write=False)
+    first, second = from_wire(wire), from_wire(wire)
+    first.add_(1)
+    assert second.sum() == sent.sum() == 0
+
+
+def test_records_containers_and_plain_values_keep_their_types():
+    parcel = Toy().parcel("float32", 4)
+    sent = {"a": (parcel, [None, 1, 2.5, True, "x", b"y"]), "b": np.float32(3)}
+    received = through_the_wire(sent)
+    copy, plain = received["a"]
+    assert type(copy) is Parcel
+    assert copy.colour is Colour.RED
+    assert (copy.sizes, copy.notes, copy.label, copy.volume) == ((1, 4), {"loss": 0.1}, None, 4)
+    assert torch.equal(copy.payload, parcel.payload)
+    assert plain == [None, 1, 2.5, True, "x", b"y"]
+    assert type(received["b"]) is np.float32
+
+
+def test_what_has_no_form_on_the_wire_is_named_with_its_place():
+    with pytest.raises(TransferError, match=r"report\['a'\]\[1\] is a torch\.Size"):
+        to_wire({"a": (1, torch.zeros(2).shape)}, "report")
+    with pytest.raises(TransferError, match=r"value is part of an autograd graph"):
+        to_wire(torch.ones(1, requires_grad=True))
+    with pytest.raises(TransferError, match="sparse"):
+        to_wire(torch.eye(2).to_sparse())
+
+
+def test_arrays_are_found_wherever_they_hide():
+    assert array_in(to_wire({"loss": 1.0, "steps": (1, 2)})) is None
+    assert array_in(to_wire([1, {"x": np.zeros(1)}])) == "result[1]['x']"
+    assert array_in(to_wire(Toy().parcel("bfloat16", 2))) == "result.payload"

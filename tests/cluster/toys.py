@@ -1,0 +1,94 @@
+"""Workers without any meaning, importable from every process of a test cluster."""
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from sgmd_core.errors import NonFiniteError
+
+
+class Colour(StrEnum):
+    RED = "red"
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    colour: Colour
+    sizes: tuple[int, ...]
+    payload: Tensor
+    notes: Mapping[str, float]
+    label: str | None = None
+    volume: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "volume", self.payload.numel())
+
+
+class UnpicklableError(Exception):
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+class Toy:
+    """Keeps a list of what it was told, in order."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.seen: list[int] = [start]
+
+    def note(self, number: int) -> int:
+        self.seen.append(number)
+        return len(self.seen)
+
+    def history(self) -> tuple[int, ...]:
+        return tuple(self.seen)
+
+    def parcel(self, dtype_name: str, size: int) -> Parcel:
+        dtype = getattr(torch, dtype_name)
+        bits = torch.arange(size * 8, dtype=torch.int64).mul(2654435761).view(torch.uint8)
+        payload = bits[: size * dtype.itemsize].clone().view(dtype)
+        return Parcel(Colour.RED, (1, size), payload, {"loss": 0.1}, None)
+
+    def tensor(self, size: int) -> Tensor:
+        return torch.zeros(size)
+
+    def graph(self) -> Tensor:
+        return torch.ones(2, requires_grad=True) * 2
+
+    def unsendable(self) -> object:
+        return object()
+
+    def overwrite(self, tensor: Tensor) -> float:
+        return float(tensor.add_(1).sum())
+
+    def describe(self, parcel: Parcel, extra: int = 0) -> str:
+        bits = parcel.payload.contiguous().view(torch.uint8).numpy().tobytes()
+        digest = hashlib.sha256(bits).hexdigest()
+        rest = (parcel.colour, parcel.sizes, parcel.payload.dtype, dict(parcel.notes))
+        return f"{digest} {rest} {parcel.label} {parcel.volume} {extra}"
+
+    def explode(self) -> int:
+        raise NonFiniteError("training", "a loss of nan", "a finite loss", "lower the rate")
+
+    def explode_unpicklably(self) -> int:
+        raise UnpicklableError(1, 2)
+
+    def sleep(self, seconds: float) -> float:
+        time.sleep(seconds)
+        return seconds
+
+    def threads(self) -> str | None:
+        return os.environ.get("OMP_NUM_THREADS")
+
+
+def make_toy(start: int) -> Toy:
+    return Toy(start)
+
+
+def make_nothing() -> Toy:
+    raise NonFiniteError("building", "nothing", "a toy")

@@ -1,0 +1,97 @@
+"""What the tests of several packages share: Ray, started once a session and only when needed."""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+# Ray reads the mode when it is imported. Tests must not touch the user's own token file.
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+_HEAD_START_TIMEOUT_S = 180.0
+
+
+@pytest.fixture(scope="session")
+def ray_folder() -> Iterator[Path]:
+    """Ray's temporary folder for the session. Its path is short: sockets live there."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_folder: Path) -> Iterator[None]:
+    """A private cluster of four logical CPUs, and this process connected to it."""
+    from cluster.runtime import start_ray
+
+    folder = str(ray_folder / "own")
+    with start_ray(num_cpus=4, object_store_memory=200 * 2**20, temp_dir=folder):
+        yield
+
+
+@pytest.fixture(scope="session")
+def ray_head(ray_folder: Path) -> Iterator[str]:
+    """A cluster as an operator starts one, with four logical CPUs; yields its job server's URL.
+
+    This process is not connected to it. It ends with the session, and only its own processes do.
+    """
+    dashboard, *ports = _free_ports(4)
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *("--num-cpus=4", f"--object-store-memory={300 * 2**20}", "--disable-usage-stats"),
+        *(f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"),
+        *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={ports[2]}"),
+        *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={ray_folder / 'head'}"),
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    # Commands of jobs find the interpreter of these tests under the name python.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    log = (ray_folder / "head.log").open("w")
+    head = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+    )
+    try:
+        _wait_for(f"http://127.0.0.1:{dashboard}/api/version", head, ray_folder / "head.log")
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        head.send_signal(signal.SIGTERM)
+        head.wait(timeout=60)
+        log.close()
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def _wait_for(url: str, head: subprocess.Popen[bytes], log: Path) -> None:
+    """Returns once the dashboard answers; without a token it answers 401, which is an answer."""
+    end = time.monotonic() + _HEAD_START_TIMEOUT_S
+    while time.monotonic() < end:
+        if head.poll() is not None:
+            raise RuntimeError(f"Ray's head ended:\n{log.read_text()}")
+        try:
+            urlopen(url, timeout=5).close()
+            return
+        except URLError as error:
+            if getattr(error, "code", None) in (401, 403):
+                return
+            time.sleep(0.5)
+    raise RuntimeError(f"Ray's head does not answer:\n{log.read_text()}")
