@@ -1,0 +1,176 @@
+"""Curves as inline SVG: text that needs no library, no script and no network to be seen.
+
+Colours, light and dark, come from the page's style sheet through the classes `c0`, `c1`, ...; a
+curve is drawn twice, faint as recorded and bold as a running median, which a spike cannot bend.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from statistics import median
+
+_WIDTH, _HEIGHT = 360, 200
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 24
+_MAX_POINTS = 400
+_SMOOTH_ABOVE = 40
+_WINDOW_SHARE = 0.05
+_NUM_TICKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One curve; points that are not finite leave a gap.
+
+    Attributes:
+        label: Name in the legend.
+        x: Positions, rising.
+        y: Values.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A range and its round numbers, linear or by powers of ten."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    log: bool = False
+
+    def place(self, value: float) -> float:
+        """Where a value lies: 0 at the low end, 1 at the high end."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        return (self._scaled(value) - low) / (high - low)
+
+    def _scaled(self, value: float) -> float:
+        return math.log10(value) if self.log else value
+
+
+def line_chart(series: Sequence[Series], *, log: bool = False) -> str:
+    """Draws curves over one horizontal axis.
+
+    Args:
+        series: Curves; at most six colours are told apart.
+        log: Vertical axis by powers of ten; used only where every value is positive.
+
+    Returns:
+        An `<svg>` element, or a line of text where there is not a single finite point.
+    """
+    points = [
+        (x, y) for curve in series for x, y in zip(curve.x, curve.y, strict=True) if _finite(y)
+    ]
+    if not points:
+        return '<p class="missing">No finite values were recorded.</p>'
+    x_axis = linear_axis(min(x for x, _ in points), max(x for x, _ in points))
+    values = [y for _, y in points]
+    use_log = log and min(values) > 0
+    y_axis = (log_axis if use_log else linear_axis)(min(values), max(values))
+    names = escape(", ".join(curve.label for curve in series), quote=True)
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{names}">']
+    parts += _grid(x_axis, y_axis)
+    for number, curve in enumerate(series):
+        parts += _curve(curve, f"c{number % 6}", x_axis, y_axis)
+    return "".join([*parts, "</svg>"])
+
+
+def linear_axis(low: float, high: float) -> Axis:
+    """A range whose ends and ticks are 1, 2 or 5 times a power of ten apart."""
+    if high == low:
+        spread = abs(high) * 0.1 or 1.0
+        low, high = low - spread, high + spread
+    rough = (high - low) / _NUM_TICKS
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    ticks = tuple(index * step for index in range(first, last + 1))
+    return Axis(ticks[0], ticks[-1], ticks)
+
+
+def log_axis(low: float, high: float) -> Axis:
+    """A range from one power of ten to another."""
+    first = math.floor(math.log10(low))
+    last = max(first + 1, math.ceil(math.log10(high)))
+    stride = max(1, math.ceil((last - first) / (_NUM_TICKS + 1)))
+    return Axis(
+        10.0**first,
+        10.0**last,
+        tuple(10.0**power for power in range(first, last + 1, stride)),
+        log=True,
+    )
+
+
+def running_median(values: Sequence[float], window: int) -> list[float]:
+    """Median of the finite values in a centred window; shorter at the ends."""
+    half = window // 2
+    smooth: list[float] = []
+    for index in range(len(values)):
+        near = [v for v in values[max(0, index - half) : index + half + 1] if _finite(v)]
+        smooth.append(median(near) if near else math.nan)
+    return smooth
+
+
+def number(value: float) -> str:
+    """A number as a reader wants it: three figures, no needless zeros."""
+    if value != 0 and not 1e-3 <= abs(value) < 1e5:
+        return f"{value:.2g}"
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _grid(x_axis: Axis, y_axis: Axis) -> list[str]:
+    parts: list[str] = []
+    bottom = _HEIGHT - _BOTTOM
+    for tick in y_axis.ticks:
+        y = _y(tick, y_axis)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="y">{number(tick)}</text>')
+    for tick in x_axis.ticks:
+        place = f'x="{_x(tick, x_axis)}" y="{bottom + 16}"'
+        parts.append(f'<text {place} class="x">{number(tick)}</text>')
+    return parts
+
+
+def _curve(curve: Series, css: str, x_axis: Axis, y_axis: Axis) -> list[str]:
+    x, y = list(curve.x), list(curve.y)
+    parts: list[str] = []
+    if len(y) > _SMOOTH_ABOVE:
+        parts.append(_path(x, y, f"raw {css}", x_axis, y_axis))
+        y = running_median(y, max(5, round(len(y) * _WINDOW_SHARE)))
+    parts.append(_path(x, y, f"line {css}", x_axis, y_axis))
+    if len(y) <= _SMOOTH_ABOVE:
+        parts += [
+            f'<circle class="dot {css}" cx="{_x(at, x_axis)}" cy="{_y(value, y_axis)}" r="2.5">'
+            f"<title>{escape(curve.label)} at {number(at)}: {number(value)}</title></circle>"
+            for at, value in zip(x, y, strict=True)
+            if _finite(value)
+        ]
+    return parts
+
+
+def _path(x: Sequence[float], y: Sequence[float], css: str, x_axis: Axis, y_axis: Axis) -> str:
+    stride = max(1, math.ceil(len(y) / _MAX_POINTS))
+    steps: list[str] = []
+    pen = "M"
+    for at, value in list(zip(x, y, strict=True))[::stride]:
+        if not _finite(value):
+            pen = "M"
+            continue
+        steps.append(f"{pen}{_x(at, x_axis)} {_y(value, y_axis)}")
+        pen = "L"
+    return f'<path class="{css}" d="{"".join(steps)}"/>'
+
+
+def _x(value: float, axis: Axis) -> float:
+    return round(_LEFT + axis.place(value) * (_WIDTH - _LEFT - _RIGHT), 1)
+
+
+def _y(value: float, axis: Axis) -> float:
+    return round(_HEIGHT - _BOTTOM - axis.place(value) * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,89 @@
+"""What the command line shows: a result as JSON or as a table, and progress apart from it.
+
+standard output   the result, and nothing else
+standard error    progress, notes, errors
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from sgmd_core.errors import SgmdError
+
+
+@contextmanager
+def working() -> Iterator[Console]:
+    """A console for progress; what libraries print meanwhile stays out of the result."""
+    with redirect_stdout(sys.stderr):
+        yield Console(stderr=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Shows how far each of several works is: call it with (what, done, in all)."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    with working() as console, Progress(*columns, console=console) as progress:
+        tasks = {}
+
+        def show_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+                if not console.is_terminal:
+                    console.print(f"{what} ...", highlight=False, markup=False)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield show_progress
+
+
+def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: RenderableType) -> None:
+    """Prints a result.
+
+    Args:
+        data: The result, as JSON can hold it.
+        as_json: Print `data`; otherwise print `shown`, one after another.
+        shown: The result for a reader.
+    """
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+        return
+    console = Console(highlight=False, markup=False)
+    for part in shown:
+        # Paths must stay whole, so that they can be copied.
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def pairs(data: Mapping[str, Any], *, title: str = "") -> Table:
+    """Names and values below each other; sections are written with dots."""
+    table = Table(title=title or None, title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _flat(data):
+        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def show_error(error: SgmdError) -> None:
+    """One red paragraph and what was noted on the way; no traceback."""
+    notes: Sequence[str] = getattr(error, "__notes__", ())
+    text = "\n".join([f"{type(error).__name__}: {error}", *notes])
+    Console(stderr=True).print(Text(text, style="red"), soft_wrap=True)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

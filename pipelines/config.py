@@ -1,0 +1,309 @@
+"""Every setting of a distillation, checked before anything is started.
+
+    recipe.yaml + overrides  ->  DistillConfig (frozen)  ->  each part gets its own section
+
+Sections that a component owns (`objective`, `generator`, ...) are that component's own record;
+the sections of the run itself are defined here. What depends on files, such as whether the clips
+fit the networks, is checked by `pipelines.preflight`. Secrets are never settings: they come from
+the environment.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+from pipelines import recipe_files
+from pipelines.overrides import Override, apply_overrides
+from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.schedule import FlowMatchSchedule
+from workers.settings import (
+    FakeScoreSettings,
+    GeneratorSettings,
+    ModelSettings,
+    TeacherSettings,
+    VideoSettings,
+)
+
+PROJECT_ROOT = Path(__file__).resolve().parents[1]
+"""Where the source tree and its `assets/` are."""
+
+_NOT_IN_DIGEST = (
+    "name",
+    "output",
+    "iterations",
+    "topology",
+    "checkpoint",
+    "validation",
+    "tracker",
+    "sweep",
+)
+
+
+class Section(BaseModel):
+    """Base of the sections: frozen; unknown keys, infinities and text for numbers are errors."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class BatchSettings(Section):
+    """How many samples make one update."""
+
+    size: int = Field(ge=1)
+    """Samples in one iteration."""
+    micro_batches: int = Field(default=1, ge=1)
+    """Equal parts that the batch is split into; they are what travels and what is pipelined."""
+
+
+class DataSettings(Section):
+    """Where the captions are: folders of Parquet shards, local or `s3://bucket/prefix`."""
+
+    train: str
+    """Captions that the generator is trained on."""
+    validation: str = ""
+    """Held-out captions; needed when `validation.every` is above 0, and to evaluate."""
+
+
+class PoolSettings(Section):
+    """What one process of a role takes of the cluster."""
+
+    cpus: float = Field(default=1.0, ge=0)
+    """Logical CPUs of Ray."""
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs; at 0 the role computes on the CPU."""
+
+    @model_validator(mode="after")
+    def _takes_something(self) -> Self:
+        if not self.cpus + self.gpus:
+            raise ValueError("cpus and gpus are both 0, but a process needs some of either")
+        return self
+
+
+class TeacherPoolSettings(PoolSettings):
+    """What the teacher takes; its replicas hold no state and share the micro-batches."""
+
+    replicas: int = Field(default=1, ge=1)
+    """Independent copies, each with `cpus` and `gpus`."""
+
+
+class TopologySettings(Section):
+    """Where the roles run."""
+
+    mode: Literal["pools", "local"] = "pools"
+    """`pools`: Ray actors, each role on its own resources. `local`: one process, without Ray."""
+    address: str | None = None
+    """Ray cluster to join, `auto` or `HOST:PORT`; null takes RAY_ADDRESS, else starts Ray here."""
+    generator: PoolSettings = PoolSettings()
+    """Resources of the generator."""
+    teacher: TeacherPoolSettings = TeacherPoolSettings()
+    """Resources of each teacher replica."""
+    fake_score: PoolSettings = PoolSettings()
+    """Resources of the fake score."""
+    threads_per_rank: int = Field(default=1, ge=1)
+    """Torch threads of each role's process."""
+    window: int = Field(default=2, ge=1)
+    """Micro-batches in flight; each one keeps a rollout's graph. Changes waiting, not numbers."""
+    start_timeout_s: float = Field(default=300.0, gt=0)
+    """How long Ray, the pools and the networks may take to come up."""
+    call_timeout_s: float = Field(default=600.0, gt=0)
+    """How long one phase of an iteration may take before the run is given up."""
+
+
+class CheckpointSettings(Section):
+    """When the state of the run is saved; always at its end."""
+
+    every: int = Field(default=100, ge=0)
+    """Iterations between two checkpoints; 0 saves at the end only."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class ValidationSettings(Section):
+    """When the averaged generator is sampled and measured; it runs beside the training."""
+
+    every: int = Field(default=0, ge=0)
+    """Iterations between two validations; 0 does none."""
+    num_captions: int = Field(default=64, ge=2)
+    """Held-out captions, one clip each."""
+    teacher_steps: int = Field(default=30, ge=1)
+    """Steps of the teacher's clips, which the generator's are compared with."""
+
+
+class TrackerSettings(Section):
+    """Logging besides the run folder. The key comes from WANDB_API_KEY."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """`offline` writes W&B's files into the run folder and needs no account."""
+    project: str = "sgmd"
+    """W&B project."""
+
+
+class SweepSettings(Section):
+    """What `sgmd sweep` tries: every combination of the grid, as short runs of this recipe."""
+
+    grid: dict[str, list[JsonValue]] = Field(default_factory=dict)
+    """Values to try by dotted key, for example `objective.lambda_nr: [0.05, 0.1]`."""
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    """What every trial has otherwise than the recipe, by dotted key."""
+    iterations: int = Field(default=50, ge=1)
+    """Length of one trial."""
+    score: str = "frechet"
+    """Validation figure that ranks the trials."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a small or a large score is good."""
+    concurrent_trials: int = Field(default=1, ge=1)
+    """Trials that run side by side."""
+
+
+class DistillConfig(Section):
+    """A whole distillation: the sections of one recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    output: str = "runs"
+    """Folder that holds the run's folder."""
+    seed: int = Field(default=0, ge=0)
+    """Every random draw is counted from it."""
+    iterations: int = Field(ge=1)
+    """Updates of the generator."""
+    model: ModelSettings
+    video: VideoSettings
+    data: DataSettings
+    batch: BatchSettings
+    schedule: FlowMatchSchedule = FlowMatchSchedule()
+    objective: SgmdObjective = SgmdObjective()
+    generator: GeneratorSettings = GeneratorSettings()
+    fake_score: FakeScoreSettings = FakeScoreSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    topology: TopologySettings = TopologySettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
+    tracker: TrackerSettings = TrackerSettings()
+    sweep: SweepSettings = SweepSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = list(_contradictions(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written down."""
+        return Path(self.output) / self.name
+
+    @property
+    def model_folder(self) -> Path:
+        """The networks' folder: as given, seen from here or else from the source tree.
+
+        A recipe that ships names `assets/...`, and must work from any folder.
+        """
+        given = Path(self.model.folder).expanduser()
+        shipped = PROJECT_ROOT / given
+        return shipped if not given.exists() and shipped.exists() else given
+
+    @property
+    def digest(self) -> str:
+        """Names the settings that decide a run's numbers; two runs that may share state agree."""
+        settings = self.model_dump(mode="json", exclude=set(_NOT_IN_DIGEST))
+        text = json.dumps(settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def inference_settings(self) -> dict[str, Any]:
+        """How the distilled generator wants to be sampled."""
+        return {
+            "num_steps": self.generator.num_steps,
+            "guidance_scale": 1.0,
+            "flow_shift": self.schedule.shift,
+            "num_frames": self.video.num_frames,
+            "height": self.video.height,
+            "width": self.video.width,
+            "fps": self.video.fps,
+            "text_length": self.model.text_length,
+            "negative_prompt": self.model.negative_prompt,
+        }
+
+    def to_yaml(self) -> str:
+        """The resolved settings, as config.yaml holds them; `load_recipe` reads them back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def with_settings(self, settings: Mapping[str, JsonValue]) -> "DistillConfig":
+        """The same run with other values, checked again.
+
+        Args:
+            settings: New values by dotted key, for example {"objective.lambda_nr": 0.05}.
+
+        Raises:
+            ConfigError: A key or a value is wrong.
+        """
+        return _changed(self, settings, f"changing settings of {self.name}")
+
+    def in_folder(self, run: Path) -> "DistillConfig":
+        """The same run, kept in this folder.
+
+        Raises:
+            ConfigError: The folder has no name that a run can have.
+        """
+        folder = run if run.name else run.resolve()
+        return self.with_settings({"output": str(folder.parent), "name": folder.name})
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConfig:
+    """Reads a recipe of `sgmd distill`.
+
+    Args:
+        name_or_path: Name of a recipe that ships, or path of a YAML file.
+        overrides: `a.b=c`, later ones last.
+
+    Raises:
+        ConfigError: The file, a key, a value or a combination is wrong; one error names all.
+    """
+    config = recipe_files.load(DistillConfig, name_or_path, overrides)
+    for key, values in config.sweep.grid.items():
+        for value in values:
+            _changed(config, {key: value}, f"checking sweep.grid of {name_or_path}")
+    return config
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors that complete and check YAML."""
+    return DistillConfig.model_json_schema()
+
+
+def _changed(
+    config: DistillConfig, settings: Mapping[str, JsonValue], attempted: str
+) -> DistillConfig:
+    changes = [Override(tuple(key.split(".")), value) for key, value in settings.items()]
+    changed = apply_overrides(config.model_dump(mode="json"), changes)
+    return recipe_files.validate(DistillConfig, changed, attempted)
+
+
+def _contradictions(config: DistillConfig) -> list[str]:
+    """What is wrong between settings that are right one by one."""
+    problems: list[str] = []
+    batch, topology = config.batch, config.topology
+    if batch.size % batch.micro_batches:
+        problems.append(
+            f"batch.size {batch.size} does not divide into {batch.micro_batches} micro-batches "
+            "(batch.micro_batches)"
+        )
+    if topology.teacher.replicas > batch.micro_batches:
+        problems.append(
+            f"topology.teacher.replicas {topology.teacher.replicas} is more than "
+            f"batch.micro_batches {batch.micro_batches}, so some would never work"
+        )
+    if topology.mode == "local" and topology.address is not None:
+        problems.append(
+            f"topology.address {topology.address!r} names a Ray cluster, but topology.mode local "
+            "uses no Ray"
+        )
+    if config.validation.every and not config.data.validation:
+        problems.append("validation.every is above 0, but data.validation names no captions")
+    return problems

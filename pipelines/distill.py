@@ -1,0 +1,350 @@
+"""The main job: distils a many-step teacher into a few-step generator.
+
+    check everything -> open the roles -> [take captions -> iterate -> record] -> export
+
+The controller in this file moves handles and small records; every tensor stays with the roles.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.storage import Checkpoints, write_json
+from cluster.worker_group import Pending
+from pipelines.config import DistillConfig
+from pipelines.feed import CaptionBatch, CaptionFeed
+from pipelines.groups import Groups, open_groups
+from pipelines.inference import InferenceSettings, write_inference_settings
+from pipelines.iteration import IterationPlan, IterationReport, iterate
+from pipelines.preflight import Preflight, check
+from pipelines.progress import Listener, SilentListener
+from pipelines.records import IterationRecord, ValidationRecord
+from pipelines.run_folder import (
+    RunFolder,
+    append_jsonl,
+    git_revision,
+    read_jsonl,
+    versions,
+)
+from pipelines.tracker import Tracker, open_tracker
+from pipelines.validation import Validator
+from sgmd_core.errors import CheckpointError, NonFiniteError
+from workers.fake_score_tracker import FakeScoreTracker
+from workers.generator_learner import GeneratorLearner
+from workers.text_encoder import TextEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        iteration: Generator updates made.
+        rows: Captions taken from the stream for them.
+    """
+
+    iteration: int
+    rows: int
+
+
+def dry_run(config: DistillConfig) -> dict[str, Any]:
+    """Checks a configuration against models and data without starting anything.
+
+    Raises:
+        SgmdError: What does not fit.
+    """
+    return check(config).to_json(config)
+
+
+def distill(
+    config: DistillConfig,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    in_trial: bool = False,
+) -> dict[str, Any]:
+    """Runs the distillation that a configuration describes.
+
+    Args:
+        config: The run; its folder is `config.run_folder`.
+        resume: Go on from the newest checkpoint in that folder. The resumed run makes the same
+            numbers as one that was never interrupted (bitwise on a CPU).
+        listener: Hears about progress.
+        in_trial: Use the placement group of the Tune trial that this process is.
+
+    Returns:
+        The run's summary, as summary.json holds it.
+
+    Raises:
+        SgmdError: A wrong setting, model folder or shard, before anything is started; or a loss
+            that stopped being finite, after which the last good state is on disk.
+        ClusterError: Ray, a pool or a worker is not there (any more).
+    """
+    listener = listener or SilentListener()
+    listener.note("checking model folder, shards and settings")
+    checked = check(config)
+    folder = RunFolder(config.run_folder)
+    checkpoints = Checkpoints(str(folder.checkpoints))
+    if resume:
+        start = _resume_position(config, folder, checkpoints)
+        folder.rewind(start.iteration)
+        listener.note(f"resuming {folder.root} at iteration {start.iteration}")
+    else:
+        start = Position(0, 0)
+        folder.create(config.to_yaml())
+    listener.note(f"starting the roles ({config.topology.mode})")
+    rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
+    with (
+        open_groups(
+            config, checked, folder, start.rows, rows_left, in_trial=in_trial
+        ) as groups,
+        open_tracker(
+            config.tracker.wandb,
+            config.tracker.project,
+            config.name,
+            folder.root,
+            config.model_dump(mode="json"),
+        ) as tracker,
+    ):
+        run = Distillation(config, checked, groups, folder, checkpoints, listener, tracker)
+        if resume:
+            run.load(start)
+        run.train(start)
+        return run.finish()
+
+
+def _resume_position(
+    config: DistillConfig, folder: RunFolder, checkpoints: Checkpoints
+) -> Position:
+    folder.require()
+    latest = checkpoints.latest()
+    if latest is None:
+        return Position(0, 0)
+    manifest = checkpoints.manifest(latest)
+    if manifest["config_digest"] != config.digest:
+        raise CheckpointError(
+            f"resuming {folder.root} at iteration {latest}",
+            f"a checkpoint of configuration {manifest['config_digest']}, while the settings now "
+            f"come to {config.digest}",
+            "the same settings, but for iterations, topology, checkpoint, validation and tracker",
+            f"Resume with the run's own config.yaml: sgmd distill {folder.config} --resume ...",
+        )
+    return Position(manifest["iteration"], manifest["rows"])
+
+
+class Distillation:
+    """A run under way: the loop and its bookkeeping.
+
+    Args:
+        config: The run's settings.
+        checked: What they come to.
+        groups: The roles, the caption feed and the validator.
+        folder: Where the run is written down.
+        checkpoints: Its committed states.
+        listener: Hears about progress.
+        tracker: Logs elsewhere too.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        checked: Preflight,
+        groups: Groups,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        listener: Listener,
+        tracker: Tracker,
+    ) -> None:
+        self._config = config
+        self._checked = checked
+        self._groups = groups
+        self._folder = folder
+        self._checkpoints = checkpoints
+        self._listener = listener
+        self._tracker = tracker
+        self._validating: Pending[ValidationRecord] | None = None
+        self._plan = IterationPlan(
+            micro_batches=config.batch.micro_batches,
+            window=config.topology.window,
+            fresh_tracking=config.fake_score.tracking == "fresh",
+            timeout_s=config.topology.call_timeout_s,
+            negative=groups.roles.text.call_rank(
+                0, TextEncoder.encode_negative, config.model.negative_prompt
+            ),
+        )
+
+    def load(self, start: Position) -> None:
+        """Puts the learning roles back to a committed state."""
+        if not start.iteration:
+            return
+        folder, roles = self._checkpoints.folder(start.iteration), self._groups.roles
+        generator = roles.generator.call(GeneratorLearner.load, folder)
+        fake_score = roles.fake_score.call(FakeScoreTracker.load, folder)
+        self._fetch(roles.generator, generator, "loading the generator")
+        self._fetch(roles.fake_score, fake_score, "loading the fake score")
+
+    def train(self, start: Position) -> None:
+        """Iterates to the end; checkpoints and validates on the way.
+
+        Raises:
+            NonFiniteError: With a note that says where the last good state is.
+        """
+        config, end = self._config, self._config.iterations
+        position = start
+        coming = self._take() if start.iteration < end else []
+        for iteration in range(start.iteration, end):
+            began = time.perf_counter()
+            batches = self._fetch(self._groups.feed, coming, f"reading captions ({iteration})")
+            waited_s = time.perf_counter() - began
+            # Asked for one iteration ahead, so that reading never stands in the way.
+            coming = self._take() if iteration + 1 < end else []
+            try:
+                report = iterate(
+                    self._groups.roles, self._plan, iteration, [batch.captions for batch in batches]
+                )
+            except NonFiniteError as error:
+                error.add_note(self._keep_last_good(position))
+                raise
+            position = Position(iteration + 1, batches[-1].position)
+            self._record(iteration, report, position, time.perf_counter() - began, waited_s)
+            if position.iteration == end or _due(position.iteration, config.checkpoint.every):
+                self._save(position)
+            if position.iteration == end or _due(position.iteration, config.validation.every):
+                self._validate(position.iteration)
+
+    def finish(self) -> dict[str, Any]:
+        """Exports the generator, waits for the last validation and writes the summary."""
+        config, generator = self._config, self._groups.roles.generator
+        self._listener.note(f"writing the generator to {self._folder.generator}")
+        exported = generator.call_rank(
+            0,
+            GeneratorLearner.export,
+            str(self._folder.generator),
+            str(self._checked.model.path.absolute()),
+            config.schedule.shift,
+        )
+        self._fetch(generator, [exported], "exporting the generator")
+        write_inference_settings(
+            self._folder.generator, InferenceSettings(**config.inference_settings())
+        )
+        self._collect_validation()
+        summary = self._summary()
+        write_json(str(self._folder.summary), summary)
+        return summary
+
+    def _take(self) -> list[Pending[CaptionBatch]]:
+        feed, size = self._groups.feed, self._config.batch.size
+        return [
+            feed.call_rank(0, CaptionFeed.take, size)
+            for _ in range(self._plan.batches_per_iteration)
+        ]
+
+    def _record(
+        self,
+        iteration: int,
+        report: IterationReport,
+        position: Position,
+        seconds: float,
+        waited_s: float,
+    ) -> None:
+        record = IterationRecord(
+            iteration=iteration,
+            losses=report.losses,
+            grad_norms=report.grad_norms,
+            seconds=self._seconds_since_last(),
+            seconds_total=seconds,
+            data_wait_s=waited_s,
+            samples_seen=position.rows,
+            epoch=position.rows / self._checked.captions.num_rows,
+            exit_steps=report.exit_steps,
+        )
+        append_jsonl(self._folder.metrics, record.to_json())
+        self._listener.iteration(record)
+        self._tracker.iteration(record)
+
+    def _seconds_since_last(self) -> dict[str, float]:
+        roles = self._groups.roles
+        return {
+            f"{group.name}.{stage}": seconds
+            for group in (roles.generator, roles.teacher, roles.fake_score, roles.text)
+            for stage, seconds in group.timings().items()
+        }
+
+    def _save(self, position: Position) -> None:
+        folder, roles = self._checkpoints.folder(position.iteration), self._groups.roles
+        generator = roles.generator.call(GeneratorLearner.save, folder)
+        fake_score = roles.fake_score.call(FakeScoreTracker.save, folder)
+        self._fetch(roles.generator, generator, "saving the generator")
+        self._fetch(roles.fake_score, fake_score, "saving the fake score")
+        self._checkpoints.commit(
+            position.iteration,
+            {
+                "iteration": position.iteration,
+                "rows": position.rows,
+                "config_digest": self._config.digest,
+                "seed": self._config.seed,
+                "versions": versions(),
+            },
+        )
+        self._checkpoints.prune(self._config.checkpoint.keep)
+
+    def _keep_last_good(self, position: Position) -> str:
+        """Saves the state before the failed iteration, where neither role has left it."""
+        if not self._plan.fresh_tracking and position.iteration > (self._checkpoints.latest() or 0):
+            self._save(position)
+        latest = self._checkpoints.latest()
+        if latest is None:
+            return f"No state was saved before iteration {position.iteration}."
+        return f"The last good state is {self._checkpoints.folder(latest)}."
+
+    def _validate(self, iteration: int) -> None:
+        validator = self._groups.validator
+        if validator is None:
+            return
+        self._collect_validation()
+        weights = self._groups.roles.generator.call_rank(0, GeneratorLearner.final_weights)
+        self._validating = validator.call_rank(0, Validator.validate, iteration, weights)
+
+    def _collect_validation(self) -> None:
+        pending, self._validating = self._validating, None
+        if pending is None:
+            return
+        record = self._fetch(self._groups.validator, [pending], "validating")[0]
+        append_jsonl(self._folder.validation, record.to_json())
+        self._listener.validation(record)
+        self._tracker.validation(record, self._folder.samples)
+
+    def _summary(self) -> dict[str, Any]:
+        records = read_jsonl(self._folder.metrics)
+        validations = read_jsonl(self._folder.validation)
+        seconds = [record["seconds"]["total"] for record in records]
+        return {
+            "name": self._config.name,
+            "run_folder": str(self._folder.root),
+            "generator": str(self._folder.generator),
+            "iterations": len(records),
+            "samples_seen": records[-1]["samples_seen"] if records else 0,
+            "seconds": sum(seconds),
+            "seconds_per_iteration": statistics.median(seconds) if seconds else None,
+            "data_wait_share": _share([record["data_wait_s"] for record in records], seconds),
+            "losses": records[-1]["losses"] if records else {},
+            "validation": validations[-1]["figures"] if validations else {},
+            "topology": self._config.topology.mode,
+            "seed": self._config.seed,
+            "config_digest": self._config.digest,
+            "git_revision": git_revision(),
+            "versions": versions(),
+        }
+
+    def _fetch(self, group: Any, pending: Sequence[Pending[Any]], phase: str) -> list[Any]:  # noqa: ANN401
+        return group.fetch(pending, timeout_s=self._config.topology.call_timeout_s, phase=phase)
+
+
+def _due(iteration: int, every: int) -> bool:
+    return every > 0 and iteration % every == 0
+
+
+def _share(part_s: Sequence[float], whole_s: Sequence[float]) -> float | None:
+    return sum(part_s) / sum(whole_s) if whole_s else None

@@ -1,0 +1,263 @@
+"""Prompts to video files, with diffusers' own WanPipeline: what we show is what users get.
+
+    prompt, seed -> WanPipeline -> frames in [0, 1] -> mp4 (H.264) and GIF
+
+Works on any diffusers Wan text-to-video folder, ours or not. A clip depends on its prompt and the
+seed alone, not on the other prompts of the call.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from safetensors import SafetensorError
+
+from pipelines.inference import InferenceSettings, model_folder, read_inference_settings
+from pipelines.video import Pixels, encode_mp4, write_gif
+from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
+from workers.models.folder import inspect_wan_folder
+
+FORMATS = ("mp4", "gif")
+OnProgress = Callable[[int, int], None]
+
+# WanPipeline refuses other sizes, whatever the networks could do.
+_PIPELINE_MULTIPLE_PX = 16
+# Players show a clip of 32 px as a dot, and H.264's halved chroma would smear its colours.
+_SMALLEST_SIDE_PX = 256
+_SLUG_LENGTH = 48
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedClip:
+    """One clip on disk.
+
+    Attributes:
+        prompt: What was asked for.
+        seed: Seed of its initial noise.
+        paths: Files, in the order of the formats.
+        frames: Its pixels before any enlargement (frames, height, width, 3).
+        seconds: Time from prompt to pixels; writing the files is not in it.
+    """
+
+    prompt: str
+    seed: int
+    paths: tuple[Path, ...]
+    frames: Pixels
+    seconds: float
+
+
+def generate(
+    run_or_model: str | Path,
+    prompts: Sequence[str],
+    *,
+    output: str | Path,
+    seed: int = 0,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    flow_shift: float | None = None,
+    text_length: int | None = None,
+    negative_prompt: str | None = None,
+    num_frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    fps: int | None = None,
+    formats: Sequence[str] = FORMATS,
+    zoom: int | None = None,
+    device: str | None = None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> list[GeneratedClip]:
+    """Samples every prompt and writes one file a format.
+
+    What is None comes from the folder's `sgmd.json`, and without one from WanPipeline's defaults.
+
+    Args:
+        run_or_model: A diffusers Wan folder, or a finished run, whose generator is used.
+        prompts: What to show, one clip each.
+        output: Folder of the files; made when missing, files of the same name are replaced.
+        seed: Seed of the initial noise, the same for every prompt.
+        num_steps: Denoising steps.
+        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is no guidance.
+        flow_shift: Shift of the noise levels.
+        text_length: Text positions that the denoiser sees.
+        negative_prompt: What guidance leads away from.
+        num_frames: Video frames a clip.
+        height: Pixels.
+        width: Pixels.
+        fps: Frames a second.
+        formats: Some of `FORMATS`.
+        zoom: Each pixel is repeated so often along both sides of the files; None enlarges clips
+            whose short side is under 256 px.
+        device: Torch device; None takes a GPU where there is one.
+        on_progress: Called after every denoising step with (steps done, steps in all).
+
+    Returns:
+        One record a prompt, in order.
+
+    Raises:
+        ConfigError: No prompt, an empty one, or a setting out of range.
+        ModelFolderError: The folder is missing, incomplete or not Wan's.
+        ShapeError: The clip's size does not fit the networks.
+    """
+    overrides = {
+        "num_steps": num_steps,
+        "guidance_scale": guidance_scale,
+        "flow_shift": flow_shift,
+        "text_length": text_length,
+        "negative_prompt": negative_prompt,
+        "num_frames": num_frames,
+        "height": height,
+        "width": width,
+        "fps": fps,
+    }
+    folder = model_folder(run_or_model)
+    _require_request(prompts, formats, overrides, zoom)
+    settings = _settings(folder, overrides)
+    pipeline = load_pipeline(folder, device or _default_device())
+    if flow_shift is not None:
+        _set_flow_shift(pipeline, flow_shift)
+    root = Path(output)
+    root.mkdir(parents=True, exist_ok=True)
+    total = len(prompts) * settings.num_steps
+    clips: list[GeneratedClip] = []
+    for index, prompt in enumerate(prompts):
+        before = index * settings.num_steps
+
+        def on_step(step: int, before: int = before) -> None:
+            on_progress(before + step, total)
+
+        began = time.perf_counter()
+        frames = sample(pipeline, prompt, seed, settings, on_step)
+        seconds = time.perf_counter() - began
+        stem = f"{index:02d}-{_slug(prompt)}-seed{seed}"
+        paths = tuple(
+            _write(root / f"{stem}.{form}", frames, settings.fps, zoom) for form in formats
+        )
+        clips.append(GeneratedClip(prompt, seed, paths, frames, seconds))
+    return clips
+
+
+def load_pipeline(folder: Path, device: str) -> WanPipeline:
+    """Loads a WanPipeline: float32 on a CPU; on a GPU bfloat16, but for the autoencoder.
+
+    Raises:
+        ModelFolderError: A component is missing or corrupt.
+    """
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    try:
+        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32)
+        pipeline = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise ModelFolderError(
+            f"loading a WanPipeline from {folder}",
+            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            "a complete diffusers folder of a Wan text-to-video model",
+            "Download or export it again",
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def sample(
+    pipeline: WanPipeline,
+    prompt: str,
+    seed: int,
+    settings: InferenceSettings,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Pixels:
+    """Samples one clip.
+
+    Returns:
+        Pixels (frames, height, width, 3).
+    """
+
+    def after_step(_: WanPipeline, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401  (diffusers passes a number or a tensor)
+        on_step(step + 1)
+        return tensors
+
+    (video,) = pipeline(
+        prompt=prompt,
+        negative_prompt=settings.negative_prompt,
+        height=settings.height,
+        width=settings.width,
+        num_frames=settings.num_frames,
+        num_inference_steps=settings.num_steps,
+        guidance_scale=settings.guidance_scale,
+        max_sequence_length=settings.text_length,
+        # On the CPU, so that a seed means the same clip on every machine.
+        generator=torch.Generator("cpu").manual_seed(seed),
+        # Declared with two arguments, called with four.
+        callback_on_step_end=cast(Any, after_step),
+        output_type="np",
+        return_dict=False,
+    )
+    return (np.asarray(video[0]) * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def _settings(folder: Path, overrides: dict[str, Any]) -> InferenceSettings:
+    wan = inspect_wan_folder(folder)
+    chosen = {name: value for name, value in overrides.items() if value is not None}
+    settings = read_inference_settings(folder).model_copy(update=chosen)
+    wan.latent_shape(settings.num_frames, settings.height, settings.width)
+    if settings.height % _PIPELINE_MULTIPLE_PX or settings.width % _PIPELINE_MULTIPLE_PX:
+        raise ShapeError(
+            f"sampling from {folder}",
+            f"frames of {settings.height}x{settings.width}",
+            f"height and width to be multiples of {_PIPELINE_MULTIPLE_PX} (WanPipeline's rule)",
+            "Change height or width",
+        )
+    return settings
+
+
+def _set_flow_shift(pipeline: WanPipeline, flow_shift: float) -> None:
+    config = pipeline.scheduler.config
+    # diffusers' flow-match Euler scheduler calls it `shift`, its multistep solvers `flow_shift`.
+    name = "flow_shift" if "flow_shift" in config else "shift"
+    pipeline.scheduler = type(pipeline.scheduler).from_config(config, **{name: flow_shift})
+
+
+def _require_request(
+    prompts: Sequence[str], formats: Sequence[str], overrides: dict[str, Any], zoom: int | None
+) -> None:
+    attempted = "generating clips"
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ConfigError(
+            attempted, f"the prompts {list(prompts)}", "at least one, none of them empty"
+        )
+    unknown = [form for form in formats if form not in FORMATS]
+    if unknown or not formats:
+        raise ConfigError(attempted, f"the formats {list(formats)}", f"some of {FORMATS}")
+    for name in ("num_steps", "guidance_scale", "text_length", "num_frames", "fps"):
+        value = overrides[name]
+        if value is not None and value < 1:
+            raise ConfigError(attempted, f"{name} = {value}", "at least 1", f"Correct {name}")
+    if overrides["flow_shift"] is not None and overrides["flow_shift"] <= 0:
+        raise ConfigError(attempted, f"flow_shift = {overrides['flow_shift']}", "above 0")
+    if zoom is not None and zoom < 1:
+        raise ConfigError(attempted, f"zoom = {zoom}", "a whole number from 1 on")
+
+
+def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> Path:
+    # Rounded up: 32 px becomes 256, 240 px becomes 480.
+    repeats = zoom or -(-_SMALLEST_SIDE_PX // min(frames.shape[1:3]))
+    if path.suffix == ".gif":
+        write_gif(path, frames, fps, zoom=repeats)
+    else:
+        large = frames.repeat(repeats, axis=1).repeat(repeats, axis=2)
+        # Halved chroma is what browsers and phones play.
+        path.write_bytes(encode_mp4(large, fps, crf=16, pix_fmt="yuv420p"))
+    return path
+
+
+def _slug(prompt: str) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return slug[:_SLUG_LENGTH].rstrip("-") or "clip"
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

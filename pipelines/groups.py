@@ -1,0 +1,219 @@
+"""Opens the groups of a run where the recipe wants them, and closes them on every way out.
+
+    local   one process, no Ray: every call runs at once
+    pools   Ray actors: generator | fake_score | teacher x replicas | text | feed | validator
+
+Both make the same roles from the same factories and settings, so they make the same numbers.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar, TypeVarTuple
+
+from cluster.local import LocalWorkerGroup
+from cluster.ray_group import RayWorkerGroup
+from cluster.runtime import start_ray
+from cluster.topology import Placement, Pool, bundles_of, reserve
+from cluster.worker_group import WorkerGroup
+from pipelines.config import DistillConfig
+from pipelines.feed import CaptionFeed, build_feed
+from pipelines.iteration import Roles
+from pipelines.preflight import Preflight
+from pipelines.run_folder import RunFolder
+from pipelines.validation import ValidationPlan, Validator, build_validator
+from workers.build import (
+    build_fake_score,
+    build_generator,
+    build_teacher,
+    build_text_encoder,
+)
+from workers.evaluator import Sampling
+
+# Light roles share cores with the others; a small claim keeps them schedulable anywhere.
+_LIGHT_CPUS = 0.25
+# Left outside of the reservation, or Ray Data would never read a row.
+_DATA_CPUS = 1.0
+
+W = TypeVar("W")
+Ts = TypeVarTuple("Ts")
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Everybody in a run."""
+
+    roles: Roles
+    feed: WorkerGroup[CaptionFeed]
+    validator: WorkerGroup[Validator] | None
+
+
+@contextmanager
+def open_groups(
+    config: DistillConfig,
+    checked: Preflight,
+    folder: RunFolder,
+    first_row: int,
+    num_rows: int,
+    *,
+    in_trial: bool = False,
+) -> Iterator[Groups]:
+    """Starts every role and waits until all have loaded their networks.
+
+    Args:
+        config: The run's settings.
+        checked: What they come to.
+        folder: Where the validator puts its sheets.
+        first_row: Captions that the run has taken from the stream.
+        num_rows: Captions that it will still take.
+        in_trial: Take over the placement group of the Tune trial that this process is.
+
+    Raises:
+        SgmdError: A role cannot load what it needs.
+        ClusterError: Ray does not start, or the cluster lacks what the pools ask for.
+    """
+    with ExitStack() as stack:
+        if config.topology.mode == "local":
+            opener: _Opener = _LocalOpener()
+        else:
+            pools = pools_of(config)
+            num_cpus = own_cluster_size(config, bundles_of(pools))
+            stack.enter_context(start_ray(config.topology.address, num_cpus=num_cpus))
+            placement = (
+                Placement.adopt_current(pools)
+                if in_trial
+                else reserve(pools, config.topology.start_timeout_s)
+            )
+            opener = _RayOpener(stack.enter_context(placement))
+        groups = _open(opener, stack, config, checked, folder, first_row, num_rows)
+        for group in _all(groups):
+            group.wait_ready(config.topology.start_timeout_s)
+        yield groups
+
+
+def own_cluster_size(config: DistillConfig, bundles: Sequence[Mapping[str, float]]) -> int | None:
+    """Logical CPUs of a Ray that we start on this machine; None where a cluster exists.
+
+    On a small machine the roles share cores, which Ray's own count would forbid.
+    """
+    if config.topology.address is not None or "RAY_ADDRESS" in os.environ:
+        return None
+    wanted = sum(bundle.get("CPU", 0.0) for bundle in bundles) + _DATA_CPUS
+    return max(os.cpu_count() or 1, math.ceil(wanted))
+
+
+def pools_of(config: DistillConfig) -> list[Pool]:
+    """The pools that a run reserves, one bundle a rank."""
+    topology = config.topology
+    pools = [
+        Pool("generator", 1, topology.generator.cpus, topology.generator.gpus),
+        Pool("fake_score", 1, topology.fake_score.cpus, topology.fake_score.gpus),
+        Pool(
+            "teacher", topology.teacher.replicas, topology.teacher.cpus, topology.teacher.gpus
+        ),
+        Pool("text", 1, _LIGHT_CPUS),
+        Pool("feed", 1, _LIGHT_CPUS),
+    ]
+    if config.validation.every:
+        pools.append(Pool("validator", 1, _LIGHT_CPUS))
+    return pools
+
+
+class _Opener(Protocol):
+    """Makes one group."""
+
+    def open(
+        self, name: str, num_ranks: int, factory: Callable[[*Ts], W], args: tuple[*Ts]
+    ) -> WorkerGroup[W]: ...
+
+
+class _LocalOpener:
+    def open(
+        self, name: str, num_ranks: int, factory: Callable[[*Ts], W], args: tuple[*Ts]
+    ) -> WorkerGroup[W]:
+        return LocalWorkerGroup(name, [factory(*args) for _ in range(num_ranks)])
+
+
+class _RayOpener:
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+
+    def open(
+        self, name: str, num_ranks: int, factory: Callable[[*Ts], W], args: tuple[*Ts]
+    ) -> WorkerGroup[W]:
+        # The number of ranks is the pool's.
+        return RayWorkerGroup(name, factory, args, self._placement)
+
+
+def _open(
+    opener: _Opener,
+    stack: ExitStack,
+    config: DistillConfig,
+    checked: Preflight,
+    folder: RunFolder,
+    first_row: int,
+    num_rows: int,
+) -> Groups:
+    def group(
+        name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], num_ranks: int = 1
+    ) -> WorkerGroup[W]:
+        return stack.enter_context(opener.open(name, num_ranks, factory, args))
+
+    model = replace(config.model, folder=str(checked.model.path.absolute()))
+    threads = config.topology.threads_per_rank
+    schedule, seed = config.schedule, config.seed
+    roles = Roles(
+        generator=group(
+            "generator",
+            build_generator,
+            (model, config.video, schedule, config.generator, seed, threads),
+        ),
+        fake_score=group(
+            "fake_score", build_fake_score, (model, config.objective, config.fake_score, threads)
+        ),
+        teacher=group(
+            "teacher",
+            build_teacher,
+            (model, config.teacher, threads),
+            config.topology.teacher.replicas,
+        ),
+        text=group("text", build_text_encoder, (model, threads)),
+    )
+    use_ray_data = config.topology.mode != "local"
+    feed = group("feed", build_feed, (checked.captions, seed, first_row, num_rows, use_ray_data))
+    validator = None
+    if checked.held_out:
+        plan = _validation_plan(config, checked.held_out, folder)
+        validator = group(
+            "validator", build_validator, (model, config.video, schedule, plan, threads)
+        )
+    return Groups(roles, feed, validator)
+
+
+def _validation_plan(
+    config: DistillConfig, captions: tuple[str, ...], folder: RunFolder
+) -> ValidationPlan:
+    return ValidationPlan(
+        captions=captions,
+        # Another seed than the teacher's: the distance must not profit from shared noise.
+        generator=Sampling(config.generator.num_steps, 1.0, config.seed + 1),
+        teacher=Sampling(
+            config.validation.teacher_steps, config.teacher.guidance_scale, config.seed
+        ),
+        fps=config.video.fps,
+        samples=str(folder.samples),
+    )
+
+
+def _all(groups: Groups) -> list[WorkerGroup[object]]:
+    roles = groups.roles
+    found: list[WorkerGroup[object]] = [
+        roles.generator,
+        roles.fake_score,
+        roles.teacher,
+        roles.text,
+        groups.feed,
+    ]
+    return [*found, groups.validator] if groups.validator else found

@@ -1,0 +1,262 @@
+"""One iteration of SGMD over the roles, in the order of the paper's Algorithm 1.
+
+    generator   r0 r1 | l0 r2 | l1 r3 | ...            | step
+    teacher        d0 | d1    | d2    | ...            |
+    fake score        | s0 t0 | s1 t1 | s2 t2 | ...    | step
+
+    r rollout   d denoise   s signal (input-only VJP)   t track   l learn
+
+Only handles pass through here, never a tensor. A role works through its calls in the order in
+which they were made, so this order *is* the schedule; the updates all come at the end, so how many
+micro-batches are in flight changes the waiting and not the numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from statistics import fmean
+from typing import Any, Protocol, TypeVar
+
+from cluster.worker_group import Pending, WorkerGroup
+from sgmd_core.errors import NonFiniteError
+from sgmd_core.types import Draws, MicroBatchKey, NoisedBatch, Purpose, Text, TextBatch
+from workers.fake_score_tracker import FakeScoreTracker, TrackReport
+from workers.generator_learner import GeneratorLearner, LearnReport
+from workers.reports import GradientReport
+from workers.score_teacher import ScoreTeacher
+from workers.text_encoder import TextEncoder
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """The groups that train together."""
+
+    generator: WorkerGroup[GeneratorLearner]
+    fake_score: WorkerGroup[FakeScoreTracker]
+    teacher: WorkerGroup[ScoreTeacher]
+    text: WorkerGroup[TextEncoder]
+
+
+@dataclass(frozen=True, slots=True)
+class IterationPlan:
+    """What is the same in every iteration.
+
+    Attributes:
+        micro_batches: Parts that the batch is split into.
+        window: Rollouts whose graphs the generator may hold at once.
+        fresh_tracking: Track the fake score on a new rollout of the updated generator.
+        timeout_s: How long a group of calls may take before the run is given up.
+        negative: Embedding of the negative prompt, on its way to the teacher.
+    """
+
+    micro_batches: int
+    window: int
+    fresh_tracking: bool
+    timeout_s: float
+    negative: Pending[Text]
+
+    @property
+    def batches_per_iteration(self) -> int:
+        """Caption batches that one iteration takes from the stream."""
+        return 2 if self.fresh_tracking else 1
+
+
+@dataclass(frozen=True, slots=True)
+class IterationReport:
+    """What an iteration says about itself; small numbers only.
+
+    Attributes:
+        losses: Loss terms, means over the iteration's samples.
+        grad_norms: Global gradient norm by role, before clipping.
+        exit_steps: The rollout step that learnt, one a micro-batch.
+        generator_version: Updates the generator has seen, this one included.
+    """
+
+    losses: Mapping[str, float]
+    grad_norms: Mapping[str, float]
+    exit_steps: tuple[int, ...]
+    generator_version: int
+
+
+class Stage(StrEnum):
+    """What the controller asks for next."""
+
+    ROLLOUT = "rollout"
+    LEARN = "learn"
+
+
+def stage_order(micro_batches: int, window: int) -> list[tuple[Stage, int]]:
+    """The calls of one iteration: rollouts run `window` ahead, then one learns, one rolls out.
+
+    Args:
+        micro_batches: Parts of the batch, at least 1.
+        window: Most rollouts whose graph is kept at any time, at least 1.
+
+    Returns:
+        (stage, micro-batch) in submission order; every micro-batch once per stage.
+    """
+    ahead = min(window, micro_batches)
+    order = [(Stage.ROLLOUT, index) for index in range(ahead)]
+    for index in range(micro_batches):
+        order.append((Stage.LEARN, index))
+        if index + ahead < micro_batches:
+            order.append((Stage.ROLLOUT, index + ahead))
+    return order
+
+
+def iterate(
+    roles: Roles,
+    plan: IterationPlan,
+    iteration: int,
+    captions: Sequence[Sequence[str]],
+    draws: Mapping[MicroBatchKey, Draws] | None = None,
+) -> IterationReport:
+    """Updates the generator and the fake score once.
+
+    Args:
+        roles: The groups.
+        plan: How the batch is split and how long to wait.
+        iteration: Generator updates made before this one.
+        captions: One batch, or two with fresh tracking (the second one tracks).
+        draws: Hands every random number in, to replay a recorded iteration; drawn by counter where
+            it is not given.
+
+    Raises:
+        NonFiniteError: A loss or gradient is not finite. With shared tracking neither role has
+            been updated; with fresh tracking the generator may have been.
+    """
+    run = _Iteration(roles, plan, iteration, draws or {})
+    learned, tracked = run.distil(captions[0])
+    norms: dict[str, float] = {}
+    if plan.fresh_tracking:
+        norms["generator"] = run.check(roles.generator, GeneratorLearner)
+        version = run.step(roles.generator, GeneratorLearner)
+        tracked = run.track_fresh(captions[1])
+        norms["fake_score"] = run.check(roles.fake_score, FakeScoreTracker)
+    else:
+        norms["generator"] = run.check(roles.generator, GeneratorLearner)
+        norms["fake_score"] = run.check(roles.fake_score, FakeScoreTracker)
+        version = run.step(roles.generator, GeneratorLearner)
+    run.step(roles.fake_score, FakeScoreTracker)
+    return IterationReport(
+        losses=_means([report.metrics for report in [*learned, *tracked]]),
+        grad_norms=norms,
+        exit_steps=tuple(report.exit_step for report in learned),
+        generator_version=version,
+    )
+
+
+class Learner(Protocol):
+    """A role that gathers gradients and then updates once."""
+
+    def gradient_report(self, iteration: int) -> GradientReport:
+        """Norm of what was gathered; updates nothing."""
+        ...
+
+    def step(self, iteration: int) -> int:
+        """Updates the weights; returns how often they have been updated."""
+        ...
+
+
+L = TypeVar("L", bound=Learner)
+
+
+@dataclass(frozen=True, slots=True)
+class _Iteration:
+    """The calls of one iteration; holds what they have in common."""
+
+    roles: Roles
+    plan: IterationPlan
+    number: int
+    draws: Mapping[MicroBatchKey, Draws]
+
+    def distil(self, captions: Sequence[str]) -> tuple[list[LearnReport], list[TrackReport]]:
+        """Rolls out, scores, tracks (in shared mode) and learns, `window` micro-batches deep."""
+        roles, share = self.roles, 1 / self.plan.micro_batches
+        texts = self._encode(captions)
+        queries: dict[int, Pending[NoisedBatch]] = {}
+        learned: list[Pending[LearnReport]] = []
+        tracked: list[Pending[TrackReport]] = []
+        for stage, index in stage_order(self.plan.micro_batches, self.plan.window):
+            if stage is Stage.ROLLOUT:
+                key = self._key(Purpose.GENERATE, index)
+                queries[index] = roles.generator.call_rank(
+                    0, GeneratorLearner.rollout, key, texts[index], self.draws.get(key)
+                )
+                continue
+            query = queries.pop(index)
+            replica = index % roles.teacher.size
+            prediction = roles.teacher.call_rank(
+                replica, ScoreTeacher.denoise, query, self.plan.negative
+            )
+            signal = roles.fake_score.call_rank(
+                0, FakeScoreTracker.signal, query, prediction, share
+            )
+            if not self.plan.fresh_tracking:
+                tracked.append(
+                    roles.fake_score.call_rank(0, FakeScoreTracker.track, query, share)
+                )
+            learned.append(roles.generator.call_rank(0, GeneratorLearner.learn, signal))
+        return (
+            self._fetch(roles.generator, learned, "learning"),
+            self._fetch(roles.fake_score, tracked, "tracking"),
+        )
+
+    def track_fresh(self, captions: Sequence[str]) -> list[TrackReport]:
+        """Tracks new samples of the generator, which has been updated by now."""
+        roles, share = self.roles, 1 / self.plan.micro_batches
+        tracked: list[Pending[TrackReport]] = []
+        for index, text in enumerate(self._encode(captions)):
+            key = self._key(Purpose.TRACK, index)
+            query = roles.generator.call_rank(
+                0, GeneratorLearner.sample, key, text, self.draws.get(key)
+            )
+            tracked.append(roles.fake_score.call_rank(0, FakeScoreTracker.track, query, share))
+        return self._fetch(roles.fake_score, tracked, "tracking")
+
+    def check(self, group: WorkerGroup[L], role: type[L]) -> float:
+        """Gradient norm of a role whose gradients are complete and finite."""
+        pending = group.call(role.gradient_report, self.number)
+        report = self._fetch(group, pending, "gathering gradients")[0]
+        if not report.finite:
+            raise NonFiniteError(
+                f"updating the {group.name} in iteration {self.number}",
+                f"a gradient norm of {report.grad_norm}",
+                "finite gradients",
+                "The weights are as they were; lower the learning rate or objective.lambda_nr",
+            )
+        return report.grad_norm
+
+    def step(self, group: WorkerGroup[L], role: type[L]) -> int:
+        """Updates a role; returns how often it has been updated."""
+        return self._fetch(group, group.call(role.step, self.number), "updating")[0]
+
+    def _encode(self, captions: Sequence[str]) -> list[Pending[TextBatch]]:
+        size = len(captions) // self.plan.micro_batches
+        starts = range(0, len(captions), size)
+        return [
+            self.roles.text.call_rank(
+                0,
+                TextEncoder.encode,
+                tuple(captions[start : start + size]),
+                tuple(range(start, start + size)),
+            )
+            for start in starts
+        ]
+
+    def _key(self, purpose: Purpose, micro_batch: int) -> MicroBatchKey:
+        return MicroBatchKey(self.number, micro_batch, purpose)
+
+    def _fetch(self, group: WorkerGroup[Any], pending: Sequence[Pending[R]], doing: str) -> list[R]:
+        phase = f"{doing} in iteration {self.number}"
+        return group.fetch(pending, timeout_s=self.plan.timeout_s, phase=phase)
+
+
+def _means(terms: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each loss term over the micro-batches, which are all of one size."""
+    names = dict.fromkeys(name for part in terms for name in part)
+    return {
+        name: fmean(part[name] for part in terms if name in part) for name in names
+    }

@@ -1,0 +1,1 @@
+"""The parts of `pretrain`: settings, networks, the two training stages, data and quality."""

@@ -1,0 +1,138 @@
+"""Settings of `pretrain`, read from one recipe file."""
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+
+class Settings(BaseModel):
+    """Base of all sections: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class WorldSettings(Settings):
+    """Where the clips are, and how large they are.
+
+    `train` and `held_out` are folders of Parquet shards, local or `s3://`.
+    """
+
+    train: str
+    held_out: str
+    num_frames: PositiveInt = 13
+    frame_px: PositiveInt = 32
+    fps: PositiveInt = 8
+    max_clips: PositiveInt | None = None
+
+
+class VaeSettings(Settings):
+    """The video autoencoder and its training."""
+
+    base_dim: PositiveInt = 16
+    latent_channels: PositiveInt = 16
+    patch_size: PositiveInt = 2
+    dim_mult: tuple[PositiveInt, ...] = (1, 2, 2)
+    residual_resampling: bool = True
+    num_res_blocks: PositiveInt = 1
+    num_steps: PositiveInt = 2500
+    batch_size: PositiveInt = 8
+    learning_rate: PositiveFloat = 2e-3
+    warmup_steps: PositiveInt = 50
+    kl_weight: float = Field(default=1e-5, ge=0)
+    short_clip_frames: PositiveInt = 5
+    short_clip_share: float = Field(default=0.75, ge=0, le=1)
+
+
+class TextSettings(Settings):
+    """The caption encoder, trained jointly with the denoiser.
+
+    `max_length` is the text length of training and of our own sampling; in one of
+    `long_every_steps` steps captions are padded to `long_length`, the default of diffusers'
+    pipeline, whose padding takes part in cross-attention.
+    """
+
+    hidden_dim: PositiveInt = 64
+    num_layers: PositiveInt = 2
+    num_heads: PositiveInt = 4
+    ffn_dim: PositiveInt = 128
+    max_length: PositiveInt = 16
+    long_length: PositiveInt = 512
+    long_every_steps: PositiveInt = 16
+
+
+class DenoiserSettings(Settings):
+    """The denoiser, its training, and when its learning rate may fall.
+
+    The rate is held until the direction score of guided samples has reached `hold_until_score`
+    (looked at every `watch_every_steps`), at most for `max_hold_steps`; then it falls to zero
+    over `decay_steps`. Directions are learnt late and suddenly, and only at a high rate.
+    """
+
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    head_dim: PositiveInt = 32
+    ffn_dim: PositiveInt = 384
+    freq_dim: PositiveInt = 64
+    patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 1)
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 1.5e-3
+    warmup_steps: PositiveInt = 200
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: float = Field(default=0.998, ge=0, lt=1)
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)
+    sigma_shift: PositiveFloat = 3.0
+    hold_until_score: float = Field(default=0.9, ge=0, le=1)
+    max_hold_steps: PositiveInt = 9000
+    decay_steps: PositiveInt = 3000
+    watch_every_steps: PositiveInt = 500
+    watch_clips: PositiveInt = 64
+    watch_sampling_steps: PositiveInt = 12
+
+
+class SamplingSettings(Settings):
+    """How clips are sampled when the teacher is watched and measured."""
+
+    num_steps: PositiveInt = 30
+    guidance_scale: PositiveFloat = 2.5
+    flow_shift: PositiveFloat = 3.0
+    num_clips: PositiveInt = 256
+    batch_size: PositiveInt = 64
+
+
+class RayTrainSettings(Settings):
+    """How Ray Train runs the stages.
+
+    An interrupted stage continues from its last checkpoint: at once after a failure (at most
+    `max_failures` times), or when the same command is given again.
+    """
+
+    num_workers: PositiveInt = 1
+    cpus_per_worker: PositiveInt = 1
+    checkpoint_every_steps: PositiveInt = 500
+    checkpoints_to_keep: PositiveInt = 2
+    report_every_steps: PositiveInt = 50
+    max_failures: int = Field(default=2, ge=0)
+
+
+class PretrainConfig(Settings):
+    """A whole `pretrain` recipe.
+
+    Attributes:
+        name: Name of the run.
+        run_dir: Folder of the run: checkpoints, stages, figures.
+        output: The diffusers folder that the run makes.
+        seed: Seed of every draw.
+        partial_output: Where unfinished teachers are exported at every checkpoint, if anywhere.
+    """
+
+    name: str
+    run_dir: str
+    output: str
+    seed: int = 0
+    partial_output: str | None = None
+    world: WorldSettings
+    vae: VaeSettings = VaeSettings()
+    text: TextSettings = TextSettings()
+    denoiser: DenoiserSettings = DenoiserSettings()
+    sampling: SamplingSettings = SamplingSettings()
+    ray: RayTrainSettings = RayTrainSettings()

@@ -1,0 +1,32 @@
+"""Write a whole diffusers folder from freshly trained parts."""
+
+import shutil
+from pathlib import Path
+
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+from pipelines.pretraining.networks import build_scheduler
+
+
+def write_pipeline_folder(
+    dst: Path,
+    *,
+    transformer: WanTransformer3DModel,
+    vae: AutoencoderKLWan,
+    text_encoder: UMT5EncoderModel,
+    tokenizer: PreTrainedTokenizerBase,
+    flow_shift: float,
+) -> None:
+    """Write a folder that `diffusers.WanPipeline.from_pretrained` loads; replaces an old one."""
+    draft = dst.with_name(f".{dst.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=vae,
+        scheduler=build_scheduler(flow_shift),
+        transformer=transformer,
+    ).save_pretrained(draft)
+    shutil.rmtree(dst, ignore_errors=True)
+    draft.rename(dst)

@@ -1,0 +1,177 @@
+"""Sample a teacher and measure what its clips show."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.pretraining.config import PretrainConfig, SamplingSettings
+from pipelines.pretraining.vae_stage import psnr_db, to_unit_video
+from pipelines.shapes import Split, caption, render_batch, sample_spec
+from sgmd_core.metrics.shapes import (
+    ClipScores,
+    labels_from_captions,
+    measure_clips,
+    score_clips,
+)
+from workers.models.wan import VideoVae, load_text, load_transformer, load_vae
+
+_QUALITY_SEED = 9_001
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+Embed = Callable[[Sequence[str]], Tensor]
+
+
+def flow_grid(num_steps: int, shift: float) -> Tensor:
+    """Noise levels of an Euler sampler, (num_steps + 1,): shift(1 - i / n), 0 at the end."""
+    uniform = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    return (shift * uniform / (1 + (shift - 1) * uniform)).float()
+
+
+@dataclass(frozen=True, slots=True)
+class QualityReport:
+    """What a finished teacher can do, on held-out captions.
+
+    Attributes:
+        guided: Scores of the guided sampler with all its steps.
+        guided_long_text: The same with captions padded to the default length of diffusers.
+        unguided_4_steps: Scores of four unguided steps: what distillation has to beat.
+        vae_psnr_db: Reconstruction of rendered held-out clips; mean over clips.
+        measurer: Scores of the measurement itself on the rendered clips.
+        reconstructed: Scores of the clips after encoding and decoding.
+    """
+
+    guided: ClipScores
+    guided_long_text: ClipScores
+    unguided_4_steps: ClipScores
+    vae_psnr_db: float
+    measurer: ClipScores
+    reconstructed: ClipScores
+
+    def in_words(self) -> str:
+        """One line for people."""
+        good = self.guided
+        return (
+            f"{good.num_clips} held-out captions: colour {good.colour:.3f}, "
+            f"shape {good.shape:.3f}, direction {good.direction:.3f}, "
+            f"speed rank correlation {good.speed_spearman:.3f}; "
+            f"autoencoder {self.vae_psnr_db:.1f} dB"
+        )
+
+
+def measure_folder(folder: Path, config: PretrainConfig) -> QualityReport:
+    """Measure a diffusers folder of the world `shapes`; see `QualityReport`."""
+    settings, world = config.sampling, config.world
+    transformer, text, vae = load_transformer(folder), load_text(folder), load_vae(folder)
+    latent_shape = vae.latent_shape(world.num_frames, world.frame_px, world.frame_px)
+    seed = config.seed + _QUALITY_SEED
+    captions = held_out_captions(settings.num_clips, seed)
+
+    def scores(sampling: SamplingSettings, text_length: int) -> ClipScores:
+        videos = sample_videos(
+            transformer,
+            lambda texts: text.encode(texts, text_length),
+            vae,
+            captions,
+            latent_shape,
+            sampling,
+            seed,
+        )
+        return score_videos(videos, captions)
+
+    few = settings.model_copy(update={"num_steps": 4, "guidance_scale": 1.0})
+    rendered, _ = render_batch(seed, range(settings.num_clips), Split.HELD_OUT)
+    truth = to_unit_video(torch.from_numpy(rendered))
+    decoded = torch.cat([vae.decode(vae.encode(part)) for part in truth.split(32)])
+    return QualityReport(
+        guided=scores(settings, config.text.max_length),
+        guided_long_text=scores(settings, config.text.long_length),
+        unguided_4_steps=scores(few, config.text.max_length),
+        vae_psnr_db=float(psnr_db(decoded, truth)),
+        measurer=score_videos(truth, captions),
+        reconstructed=score_videos(decoded, captions),
+    )
+
+
+@torch.no_grad()
+def euler_sample(
+    velocity: Velocity,
+    noise: Tensor,
+    text: Tensor,
+    unconditional: Tensor,
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    shift: float,
+) -> Tensor:
+    """Integrate the flow from noise to latents, guided.
+
+        v   = uncond + guidance_scale * (cond - uncond)
+        x_t = x_t + (sigma_next - sigma) * v
+
+    Args:
+        velocity: (x_t, sigma, text) -> velocity.
+        noise: Start (B, C, T, H, W).
+        text: Caption embeddings (B, L, D).
+        unconditional: Embedding of the empty caption (1, L, D).
+        num_steps: Euler steps.
+        guidance_scale: 1 samples without guidance, at half the cost.
+        shift: Shift of the noise levels.
+
+    Returns:
+        Latents (B, C, T, H, W).
+    """
+    guided = guidance_scale != 1
+    both = torch.cat([text, unconditional.expand_as(text)]) if guided else text
+    x_t = noise
+    sigmas = flow_grid(num_steps, shift)
+    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
+        levels = sigma.expand(len(both)).to(noise)
+        prediction = velocity(torch.cat([x_t, x_t]) if guided else x_t, levels, both)
+        if guided:
+            conditional, free = prediction.chunk(2)
+            prediction = free + guidance_scale * (conditional - free)
+        x_t = x_t + (next_sigma - sigma) * prediction
+    return x_t
+
+
+def held_out_captions(num_clips: int, seed: int) -> list[str]:
+    """Captions that training never sees, drawn as clips are."""
+    return [caption(sample_spec(seed, index, Split.HELD_OUT)) for index in range(num_clips)]
+
+
+@torch.no_grad()
+def sample_videos(
+    velocity: Velocity,
+    embed: Embed,
+    vae: VideoVae,
+    captions: Sequence[str],
+    latent_shape: Sequence[int],
+    settings: SamplingSettings,
+    seed: int,
+) -> Tensor:
+    """Sample one video (B, 3, T, H, W) in [0, 1] for each caption."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(captions), *latent_shape, generator=generator)
+    unconditional = embed([""])
+    videos: list[Tensor] = []
+    for start in range(0, len(captions), settings.batch_size):
+        part = slice(start, start + settings.batch_size)
+        latents = euler_sample(
+            velocity,
+            noise[part],
+            embed(captions[part]),
+            unconditional,
+            num_steps=settings.num_steps,
+            guidance_scale=settings.guidance_scale,
+            shift=settings.flow_shift,
+        )
+        videos.append(vae.decode(latents))
+    return torch.cat(videos)
+
+
+def score_videos(videos: Tensor, captions: Sequence[str]) -> ClipScores:
+    """Measure videos (B, 3, T, H, W) in [0, 1] against their captions."""
+    return score_clips(measure_clips(videos), labels_from_captions(captions))

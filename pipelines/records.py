@@ -1,0 +1,66 @@
+"""What a run writes down, line by line."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+HEADLINE_LOSSES = ("fisher", "negative_residual", "residual_contraction")
+
+
+@dataclass(frozen=True, slots=True)
+class IterationRecord:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        iteration: Generator updates made before this one.
+        losses: Loss terms, means over the samples.
+        grad_norms: Global gradient norm by role, before clipping.
+        seconds: Busy seconds by `role.stage`; stages of different roles overlap.
+        seconds_total: Wall-clock seconds of the iteration.
+        data_wait_s: Of these, seconds spent waiting for captions.
+        samples_seen: Captions taken from the stream so far.
+        epoch: Passes over the data, as a fraction.
+        exit_steps: The rollout step that learnt, one a micro-batch.
+    """
+
+    iteration: int
+    losses: Mapping[str, float]
+    grad_norms: Mapping[str, float]
+    seconds: Mapping[str, float]
+    seconds_total: float
+    data_wait_s: float
+    samples_seen: int
+    epoch: float
+    exit_steps: tuple[int, ...]
+
+    @property
+    def headline_losses(self) -> dict[str, float]:
+        """The three terms of the paper, where the objective has them."""
+        return {name: self.losses[name] for name in HEADLINE_LOSSES if name in self.losses}
+
+    def to_json(self) -> dict[str, Any]:
+        """As metrics.jsonl holds it."""
+        record = asdict(self)
+        record["seconds"] = {"total": record.pop("seconds_total"), **record["seconds"]}
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRecord:
+    """One line of validation.jsonl.
+
+    Attributes:
+        iteration: Updates the validated weights had seen.
+        figures: Measured on the generator's clips.
+        seconds: How long it took, off the critical path.
+        sheet: File name of the contact sheet under samples/.
+    """
+
+    iteration: int
+    figures: Mapping[str, float]
+    seconds: float
+    sheet: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As validation.jsonl holds it."""
+        return asdict(self)

@@ -1,0 +1,117 @@
+"""Where a run keeps what it makes.
+
+    runs/NAME/  config.yaml  metrics.jsonl  validation.jsonl  summary.json
+                samples/  checkpoints/step-000200/  generator/  evaluation.json  report.html
+"""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cluster.storage import write_text
+from sgmd_core.errors import CheckpointError, ConfigError
+
+TRACKED_PACKAGES = ("sgmd", "torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
+
+
+class RunFolder:
+    """The files of one run on a disk that every role can reach.
+
+    Args:
+        root: Folder of the run.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).absolute()
+        self.config = self.root / "config.yaml"
+        self.metrics = self.root / "metrics.jsonl"
+        self.validation = self.root / "validation.jsonl"
+        self.summary = self.root / "summary.json"
+        self.samples = self.root / "samples"
+        self.checkpoints = self.root / "checkpoints"
+        self.generator = self.root / "generator"
+
+    def create(self, config_yaml: str) -> None:
+        """Makes a new run's folder and writes its resolved configuration.
+
+        Raises:
+            ConfigError: A run of this name exists already; nothing is overwritten.
+        """
+        if self.config.exists():
+            raise ConfigError(
+                f"starting a new run in {self.root}",
+                "a run of that name is already there",
+                "a name that is free",
+                "Choose another one with name=..., go on with --resume "
+                f"{self.root}, or delete the folder",
+            )
+        self.samples.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        write_text(str(self.config), config_yaml)
+
+    def require(self) -> None:
+        """Checks that there is a run to go on with.
+
+        Raises:
+            CheckpointError: There is no run here.
+        """
+        if not self.config.exists():
+            raise CheckpointError(
+                f"resuming {self.root}",
+                "no config.yaml there",
+                "the folder of an earlier run",
+                "Check the path; without --resume a new run is started",
+            )
+
+    def rewind(self, iteration: int) -> None:
+        """Drops what was logged for iterations that a resumed run will make again."""
+        # Metrics name the updates made before them, validations the updates they have seen.
+        for path, first_dropped in ((self.metrics, iteration), (self.validation, iteration + 1)):
+            kept = [line for line in read_jsonl(path) if line["iteration"] < first_dropped]
+            if path.exists():
+                write_text(str(path), "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds one line and flushes it, so that a killed run keeps what it logged."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a log; a last line torn by a crash is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide the numbers of a run."""
+    found: dict[str, str] = {}
+    for name in TRACKED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_revision() -> str:
+    """Revision of the source tree, marked `+changes` when it has any; empty outside of git."""
+    source = Path(__file__).parent
+    try:
+        revision = _git(source, "rev-parse", "HEAD")
+        changes = _git(source, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return f"{revision}+changes" if changes else revision
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    result = subprocess.run(command, check=True, capture_output=True, text=True, timeout=10)
+    return result.stdout.strip()

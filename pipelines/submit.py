@@ -1,0 +1,65 @@
+"""Runs a command of ours as a Ray job: `sgmd submit RECIPE --address http://head:8265`.
+
+The working directory travels with the job, without runs, data and virtual environments, and the
+command runs there as `python -m pipelines.cli`; so the cluster needs our dependencies, not us.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cluster.jobs import follow_job, forwarded_environment, submit_job
+from pipelines.config import PROJECT_ROOT
+from pipelines.recipe_files import find_recipe, shipped_recipes
+from sgmd_core.errors import ConfigError
+
+
+def submit(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    address: str,
+    working_dir: Path = PROJECT_ROOT,
+    command: str = "distill",
+    forward: Sequence[str] = (),
+    follow: bool = True,
+    on_log: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Submits a run and follows what it prints.
+
+    Args:
+        recipe: Name of a recipe that ships, or path of one inside the working directory.
+        overrides: `a.b=c`, or options of the command such as --resume.
+        address: The cluster's dashboard.
+        working_dir: The source tree that travels.
+        command: Which command runs there: distill, sweep, evaluate, ...
+        forward: Environment variables to send along besides those without secrets.
+        follow: Wait for the end; otherwise return once the job is accepted.
+        on_log: Called with what the job prints.
+
+    Returns:
+        The job's id.
+
+    Raises:
+        ConfigError: The recipe would not travel with the job.
+        JobError: The cluster cannot be reached or refuses the job, or the job failed.
+    """
+    argv = ["python", "-m", "pipelines.cli", command, _portable(recipe, working_dir), *overrides]
+    job = submit_job(address, argv, working_dir, forwarded_environment(forward))
+    if follow:
+        follow_job(address, job, on_log)
+    return job
+
+
+def _portable(recipe: str, working_dir: Path) -> str:
+    """The recipe as the job will find it."""
+    if recipe in {shipped.name for shipped in shipped_recipes()}:
+        return recipe
+    path = find_recipe(recipe).resolve()
+    if not path.is_relative_to(working_dir.resolve()):
+        raise ConfigError(
+            f"submitting the recipe {recipe}",
+            f"it is at {path}, outside of {working_dir}",
+            "a recipe inside the folder that travels with the job",
+            "Copy it there, or choose another --working-dir",
+        )
+    return str(path.relative_to(working_dir.resolve()))

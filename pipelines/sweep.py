@@ -1,0 +1,260 @@
+"""Searches settings with Ray Tune: every combination of the recipe's grid as one short run.
+
+    grid over dotted keys -> one trial each -> validation figures -> table, best.yaml
+
+A trial is a whole distillation. With pools it takes the bundles of its own placement group, the
+first one for its controller; with the local topology it is one process. Trials are ranked by a
+validation figure of their last iteration, measured on the same captions and seeds.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from cluster.runtime import start_ray
+from cluster.storage import write_json, write_text
+from cluster.topology import bundles_of
+from pipelines.config import DistillConfig
+from pipelines.distill import distill
+from pipelines.groups import own_cluster_size, pools_of
+from pipelines.preflight import check
+from pipelines.progress import Listener, SilentListener
+from sgmd_core.errors import ConfigError
+
+_CONTROLLER_CPUS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One combination and what came of it.
+
+    Attributes:
+        settings: Values by dotted key.
+        figures: Validation figures after the last iteration; empty when the trial failed.
+        seconds: Training time of the trial.
+        run_folder: Its run folder.
+        error: What went wrong, or an empty string.
+    """
+
+    settings: Mapping[str, Any]
+    figures: Mapping[str, float]
+    seconds: float
+    run_folder: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """All trials, the best one first.
+
+    Attributes:
+        score: The figure that ranks them.
+        trials: Failed ones last.
+        folder: Where table and best recipe are.
+        best_recipe: A recipe with the best settings and the full number of iterations.
+    """
+
+    score: str
+    trials: tuple[Trial, ...]
+    folder: Path
+    best_recipe: Path
+
+    def to_json(self) -> dict[str, Any]:
+        """As results.json holds it."""
+        return {
+            "score": self.score,
+            "folder": str(self.folder),
+            "best_recipe": str(self.best_recipe),
+            "trials": [
+                {
+                    "settings": dict(trial.settings),
+                    "figures": dict(trial.figures),
+                    "seconds": trial.seconds,
+                    "run_folder": trial.run_folder,
+                    "error": trial.error,
+                }
+                for trial in self.trials
+            ],
+        }
+
+
+def sweep(config: DistillConfig, listener: Listener | None = None) -> SweepResult:
+    """Runs every trial of a recipe's `sweep` section.
+
+    Args:
+        config: The recipe; its sweep section says what to try and how to rank.
+        listener: Hears when a trial ends.
+
+    Raises:
+        SgmdError: The grid is empty, a value does not fit, or every trial failed.
+        ClusterError: Ray does not start.
+    """
+    listener = listener or SilentListener()
+    _require_grid(config)
+    check(_trial_config(config, {}, "check"))
+    folder = Path(config.output).absolute() / f"{config.name}-sweep"
+    if (folder / "results.json").exists():
+        raise ConfigError(
+            f"starting a sweep in {folder}",
+            "the results of another one are there",
+            "a name that is free",
+            "Choose another one with name=..., or delete the folder",
+        )
+    with start_ray(config.topology.address, num_cpus=own_cluster_size(config, _bundles(config))):
+        listener.note(f"sweeping {_num_trials(config)} trials in {folder}")
+        results = _tuner(config, folder, listener).fit()
+    trials = _ranked(config, [_trial_of(result) for result in results])
+    if trials[0].error:
+        raise ConfigError(
+            f"sweeping {', '.join(config.sweep.grid)}",
+            f"all {len(trials)} trials failed; the first one with: {trials[0].error}",
+            "at least one trial that comes to its end",
+            "Try one of them alone with `sgmd distill`",
+        )
+    return _write(config, folder, trials)
+
+
+def trial_settings(config: DistillConfig, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a trial changes in the recipe, by dotted key; the tried values win."""
+    iterations = config.sweep.iterations
+    return {
+        "name": name,
+        "iterations": iterations,
+        "validation.every": iterations,
+        "checkpoint.every": 0,
+        **config.sweep.settings,
+        **settings,
+    }
+
+
+def _trial_config(config: DistillConfig, settings: Mapping[str, Any], name: str) -> DistillConfig:
+    return config.with_settings(trial_settings(config, settings, name))
+
+
+def _require_grid(config: DistillConfig) -> None:
+    if not all(config.sweep.grid.values()) or not config.sweep.grid:
+        raise ConfigError(
+            f"sweeping the recipe {config.name}",
+            f"sweep.grid is {dict(config.sweep.grid)}",
+            "at least one key, each with values to try",
+            "For example sweep.grid: {objective.lambda_nr: [0.05, 0.1]}",
+        )
+
+
+def _num_trials(config: DistillConfig) -> int:
+    number = 1
+    for values in config.sweep.grid.values():
+        number *= len(values)
+    return number
+
+
+def _bundles(config: DistillConfig) -> list[dict[str, float]]:
+    """What one trial takes: its controller first, then its pools."""
+    trial = _trial_config(config, {}, "bundles")
+    pools = [] if trial.topology.mode == "local" else pools_of(trial)
+    return [{"CPU": _CONTROLLER_CPUS}, *bundles_of(pools)]
+
+
+def _tuner(config: DistillConfig, folder: Path, listener: Listener) -> tune.Tuner:
+    output = str(folder / "trials")
+    base = config.model_copy(update={"output": output})
+
+    def run_trial(settings: dict[str, Any]) -> None:
+        trial = _trial_config(base, settings, tune.get_context().get_trial_name())
+        in_pools = trial.topology.mode == "pools"
+        summary = distill(trial, in_trial=in_pools)
+        tune.report(
+            {
+                **summary["validation"],
+                "run_seconds": summary["seconds"],
+                "run_folder": summary["run_folder"],
+            }
+        )
+
+    return tune.Tuner(
+        tune.with_resources(run_trial, tune.PlacementGroupFactory(_bundles(config))),
+        param_space={key: tune.grid_search(values) for key, values in config.sweep.grid.items()},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=config.sweep.concurrent_trials,
+            trial_name_creator=lambda trial: f"trial-{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[_Announcer(listener)],
+        ),
+    )
+
+
+class _Announcer(tune.Callback):
+    """Tells when a trial ends."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
+        self._listener.note(f"{trial}: done with {trial.config}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
+        self._listener.note(f"{trial}: failed with {trial.config}")
+
+
+def _trial_of(result: tune.Result) -> Trial:
+    settings = dict(result.config or {})
+    if result.error is not None:
+        cause = str(result.error).strip().splitlines()
+        return Trial(settings, {}, 0.0, str(result.path), cause[-1] if cause else "unknown error")
+    metrics = dict(result.metrics or {})
+    figures = {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, float) and name not in _TUNE_FIGURES and name != "run_seconds"
+    }
+    return Trial(settings, figures, metrics["run_seconds"], metrics["run_folder"], "")
+
+
+# What Ray Tune adds to every report.
+_TUNE_FIGURES = ("time_this_iter_s", "time_total_s", "time_since_restore", "timestamp")
+
+
+def _ranked(config: DistillConfig, trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    score, sign = config.sweep.score, 1 if config.sweep.mode == "min" else -1
+    for trial in trials:
+        if not trial.error and score not in trial.figures:
+            raise ConfigError(
+                "ranking the trials of a sweep",
+                f"no validation figure is called {score}",
+                f"one of {', '.join(trial.figures)}",
+                "Correct sweep.score",
+            )
+    return tuple(
+        sorted(trials, key=lambda t: (bool(t.error), sign * t.figures.get(score, 0.0)))
+    )
+
+
+def _write(config: DistillConfig, folder: Path, trials: tuple[Trial, ...]) -> SweepResult:
+    best = config.with_settings(dict(trials[0].settings))
+    result = SweepResult(config.sweep.score, trials, folder, folder / "best.yaml")
+    write_text(str(result.best_recipe), best.to_yaml())
+    write_text(str(folder / "results.csv"), _csv(config, trials))
+    write_json(str(folder / "results.json"), result.to_json())
+    return result
+
+
+def _csv(config: DistillConfig, trials: Sequence[Trial]) -> str:
+    figures = list(trials[0].figures)
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow([*config.sweep.grid, *figures, "seconds", "run_folder", "error"])
+    for trial in trials:
+        values = [trial.settings[key] for key in config.sweep.grid]
+        measured = [trial.figures.get(name, "") for name in figures]
+        writer.writerow([*values, *measured, trial.seconds, trial.run_folder, trial.error])
+    return table.getvalue()

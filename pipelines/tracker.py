@@ -1,0 +1,92 @@
+"""Weights & Biases, when the recipe asks for it. The run folder never depends on it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipelines.records import IterationRecord, ValidationRecord
+
+
+class Tracker(Protocol):
+    """Somewhere else to log to."""
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Logs an iteration."""
+        ...
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Logs a validation and its contact sheet."""
+        ...
+
+
+class NoTracker:
+    """Logs nowhere."""
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Ignores it."""
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Ignores it."""
+
+
+class WandbTracker:
+    """One W&B run."""
+
+    def __init__(self, run: Any) -> None:  # noqa: ANN401  (wandb's Run, imported on demand)
+        self._run = run
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Logs losses, gradient norms and seconds under the names of metrics.jsonl."""
+        figures: dict[str, float] = {"samples_seen": record.samples_seen, "epoch": record.epoch}
+        figures |= {f"losses/{name}": value for name, value in record.losses.items()}
+        figures |= {f"grad_norms/{name}": value for name, value in record.grad_norms.items()}
+        figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
+        figures["seconds/total"] = record.seconds_total
+        self._run.log(figures, step=record.iteration + 1)
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Logs the figures and the contact sheet."""
+        import wandb
+
+        figures: dict[str, Any] = {
+            f"validation/{name}": value for name, value in record.figures.items()
+        }
+        figures["validation/iteration"] = record.iteration
+        figures["validation/sheet"] = wandb.Image(str(samples / record.sheet))
+        # A validation runs beside the training and may come back late: W&B refuses a step that
+        # goes backwards, so the iteration is a figure of its own.
+        self._run.log(figures)
+
+
+@contextmanager
+def open_tracker(
+    mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]
+) -> Iterator[Tracker]:
+    """Opens the tracker that the recipe names.
+
+    Args:
+        mode: `off`, `offline` (writes to the run folder; needs no account) or `online` (the key
+            comes from WANDB_API_KEY).
+        project: W&B project.
+        name: Name of the run.
+        folder: Where W&B may write.
+        config: The resolved configuration; it holds no secrets.
+    """
+    if mode == "off":
+        yield NoTracker()
+        return
+    import wandb
+
+    run = wandb.init(
+        mode="offline" if mode == "offline" else "online",
+        project=project,
+        name=name,
+        dir=str(folder),
+        config=dict(config),
+        settings=wandb.Settings(silent=True),
+    )
+    try:
+        yield WandbTracker(run)
+    finally:
+        run.finish()

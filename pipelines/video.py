@@ -1,0 +1,139 @@
+"""Encoded video files and pixels: mp4 bytes, GIF files and contact sheets.
+
+Pixels are uint8 arrays (frames, height, width, 3) in RGB.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from sgmd_core.errors import DataError, ShapeError
+
+Pixels = NDArray[np.uint8]
+
+_SHEET_MARGIN_PX = 2
+_SHEET_LABEL_PX = 12
+
+
+def encode_mp4(
+    frames: Pixels, fps: int, *, crf: int = 8, pix_fmt: Literal["yuv444p", "yuv420p"] = "yuv444p"
+) -> bytes:
+    """Encode frames as an H.264 mp4 file.
+
+    Args:
+        frames: Pixels (frames, height, width, 3).
+        fps: Frames per second.
+        crf: Constant rate factor of x264; 0 is lossless, 8 hardly visible, 23 its default.
+        pix_fmt: `yuv444p` keeps chroma at full resolution, since small clips lose their colours
+            otherwise; `yuv420p` is what browsers and phones play, and needs even sizes.
+
+    Returns:
+        The bytes of the file.
+
+    Raises:
+        ShapeError: not an RGB uint8 clip.
+    """
+    _require_pixels(frames, "encoding a video")
+    buffer = io.BytesIO()
+    with av.open(buffer, mode="w", format="mp4") as container:
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": str(crf), "preset": "veryfast", "threads": "1"}
+        )
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = pix_fmt
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def decode_video(data: bytes) -> Pixels:
+    """Decode every frame of an encoded video file.
+
+    Returns:
+        Pixels (frames, height, width, 3).
+
+    Raises:
+        DataError: the bytes are no video that PyAV can read, or hold no frame.
+    """
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise DataError(
+            "decoding a video", f"{len(data)} bytes that are not a readable video ({error})"
+        ) from error
+    if not frames:
+        raise DataError("decoding a video", f"{len(data)} bytes without a single frame")
+    return np.stack(frames)
+
+
+def write_gif(path: Path, frames: Pixels, fps: int, *, zoom: int = 1) -> None:
+    """Write frames as a looping GIF, each pixel repeated `zoom` times."""
+    _require_pixels(frames, "writing a GIF")
+    images = [_image(frame, zoom) for frame in frames]
+    images[0].save(
+        path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
+    )
+
+
+def film_strip(frames: Pixels, num_frames: int, *, zoom: int = 2) -> Pixels:
+    """Lay evenly spaced frames of a clip side by side.
+
+    Returns:
+        One picture (height, width, 3).
+    """
+    _require_pixels(frames, "drawing a film strip")
+    chosen = np.linspace(0, len(frames) - 1, num_frames).round().astype(int)
+    tiles = [np.asarray(_image(frames[index], zoom)) for index in chosen]
+    gap = np.full((tiles[0].shape[0], _SHEET_MARGIN_PX, 3), 255, np.uint8)
+    row = [part for tile in tiles for part in (tile, gap)][:-1]
+    return np.concatenate(row, axis=1)
+
+
+def contact_sheet(cells: Sequence[Sequence[Pixels]], row_labels: Sequence[str]) -> Pixels:
+    """Stack rows of pictures of one size, each row under its label.
+
+    Args:
+        cells: Rows of pictures (height, width, 3), all of one size and as many in every row.
+        row_labels: One line of text per row.
+
+    Returns:
+        One picture (height, width, 3), white where nothing is drawn.
+    """
+    height, width = cells[0][0].shape[:2]
+    columns = max(len(row) for row in cells)
+    cell_w, cell_h = width + _SHEET_MARGIN_PX, height + _SHEET_LABEL_PX + _SHEET_MARGIN_PX
+    sheet = Image.new("RGB", (columns * cell_w, len(cells) * cell_h), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (row, label) in enumerate(zip(cells, row_labels, strict=True)):
+        top = index * cell_h
+        draw.text((1, top), label, fill="black")
+        for column, picture in enumerate(row):
+            sheet.paste(Image.fromarray(picture), (column * cell_w, top + _SHEET_LABEL_PX))
+    return np.asarray(sheet)
+
+
+def write_png(path: Path, picture: Pixels) -> None:
+    """Write one picture (height, width, 3) as PNG."""
+    Image.fromarray(picture).save(path)
+
+
+def _image(frame: Pixels, zoom: int) -> Image.Image:
+    image = Image.fromarray(frame)
+    return image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+
+
+def _require_pixels(frames: Pixels, attempted: str) -> None:
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ShapeError(
+            attempted,
+            f"an array of shape {frames.shape} and type {frames.dtype}",
+            "uint8 pixels (frames >= 1, height, width, 3)",
+        )

@@ -1,0 +1,69 @@
+"""A whole small world for end-to-end runs: real shards, a real Wan folder, a recipe over both."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines.config import DistillConfig, load_recipe
+from pipelines.shapes import Split, captions, write_shards
+from tests.helpers import tiny_wan
+
+MakeRecipe = Callable[..., DistillConfig]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`train/` and `held_out/`: shards of rendered clips with real mp4 inside."""
+    folder = tmp_path_factory.mktemp("world")
+    write_shards(str(folder / "train"), num_clips=48, shard_size=16, seed=0)
+    write_shards(
+        str(folder / "held_out"), num_clips=16, shard_size=16, seed=0, split=Split.HELD_OUT
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a Wan with random weights that knows the words of the captions."""
+    words = sorted({word for split in Split for text in captions(split) for word in text.split()})
+    return tiny_wan.write_tiny_wan(tmp_path_factory.mktemp("wan") / "base", words)
+
+
+@pytest.fixture(scope="session")
+def recipe_file(
+    tmp_path_factory: pytest.TempPathFactory, world: Path, wan_folder: Path
+) -> Path:
+    """A recipe of five iterations of two micro-batches, in one process."""
+    path = tmp_path_factory.mktemp("recipe") / "small.yaml"
+    path.write_text(
+        f"""
+name: small
+iterations: 5
+model: {{folder: {wan_folder}, text_length: {tiny_wan.TEXT_LENGTH}}}
+video: {{num_frames: {tiny_wan.NUM_FRAMES}, height: {tiny_wan.HEIGHT}, width: {tiny_wan.WIDTH}, fps: 8}}
+data: {{train: {world / "train"}, validation: {world / "held_out"}}}
+batch: {{size: 4, micro_batches: 2}}
+schedule: {{shift: 3.0}}
+generator: {{optimizer: {{lr: 1.0e-3}}}}
+fake_score: {{optimizer: {{lr: 1.0e-3}}}}
+teacher: {{guidance_scale: 2.0}}
+validation: {{every: 0, num_captions: 8, teacher_steps: 2}}
+topology:
+  mode: local
+  generator: {{cpus: 0.5}}
+  fake_score: {{cpus: 0.5}}
+  teacher: {{cpus: 0.5}}
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def make_recipe(tmp_path: Path, recipe_file: Path) -> MakeRecipe:
+    """Makes the recipe with overrides; runs go to the test's own folder."""
+
+    def make(*overrides: str) -> DistillConfig:
+        return load_recipe(str(recipe_file), [f"output={tmp_path / 'runs'}", *overrides])
+
+    return make

@@ -1,0 +1,85 @@
+"""What goes wrong is said before anything starts, and what was reached is kept."""
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from pipelines.distill import distill, dry_run
+from pipelines.run_folder import RunFolder, read_jsonl
+from sgmd_core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    ModelFolderError,
+    NonFiniteError,
+    ShapeError,
+)
+from tests.e2e.conftest import MakeRecipe
+
+
+def test_a_dry_run_says_what_the_run_comes_to_and_writes_nothing(make_recipe: MakeRecipe) -> None:
+    config = make_recipe()
+    plan = dry_run(config)
+    assert plan["latent_shape"] == [4, 3, 4, 4]
+    assert plan["training_rows"] == 48
+    assert not config.run_folder.exists()
+
+
+def test_clips_that_do_not_divide_are_refused(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ShapeError, match=r"10 frames.*1 \+ a multiple of 4"):
+        dry_run(make_recipe("video.num_frames=10"))
+
+
+def test_a_missing_model_folder_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"nowhere"):
+        dry_run(make_recipe(f"model.folder={tmp_path / 'nowhere'}"))
+
+
+def test_a_torn_weight_file_is_named(
+    make_recipe: MakeRecipe, wan_folder: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    torn = tmp_path / "torn"
+    shutil.copytree(wan_folder, torn)
+    weights = next((torn / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelFolderError, match=rf"{weights.name}"):
+        dry_run(make_recipe(f"model.folder={torn}"))
+
+
+def test_a_missing_data_folder_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere.*sgmd shapes"):
+        dry_run(make_recipe(f"data.train={tmp_path / 'nowhere'}"))
+
+
+def test_too_few_held_out_captions_are_refused(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ConfigError, match=r"16 rows"):
+        dry_run(make_recipe("validation.every=1", "validation.num_captions=17"))
+
+
+def test_a_run_that_exists_is_not_overwritten(make_recipe: MakeRecipe) -> None:
+    distill(make_recipe("iterations=1"))
+    with pytest.raises(ConfigError, match=r"already there"):
+        distill(make_recipe("iterations=1"))
+
+
+def test_resuming_under_other_settings_is_refused(make_recipe: MakeRecipe) -> None:
+    distill(make_recipe("iterations=1"))
+    with pytest.raises(CheckpointError, match=r"the same settings"):
+        distill(make_recipe("iterations=2", "objective.lambda_nr=0.2"), resume=True)
+
+
+def test_a_run_that_blows_up_stops_with_its_last_good_state_on_disk(
+    make_recipe: MakeRecipe,
+) -> None:
+    config = make_recipe("generator.optimizer.lr=1e30", "checkpoint.every=0")
+    with pytest.raises(NonFiniteError, match=r"iteration \d") as caught:
+        distill(config)
+    folder = RunFolder(config.run_folder)
+    good = len(read_jsonl(folder.metrics))
+    assert 0 < good < config.iterations
+    assert any(f"step-{good:06d}" in note for note in caught.value.__notes__)
+    saved = folder.checkpoints / f"step-{good:06d}" / "generator" / "weights.safetensors"
+    assert all(value.isfinite().all() for value in load_file(saved).values())

@@ -1,0 +1,74 @@
+"""`sgmd doctor`: what it looks at, and what it makes of what it finds."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines import doctor
+from pipelines.doctor import Status, examine, memory_bytes
+
+
+def finding(name: str, **places: str) -> doctor.Finding:
+    return next(item for item in examine(**places) if item.name.startswith(name))
+
+
+def test_this_machine_can_run_the_tests():
+    missing = [item for item in examine() if item.status is Status.MISSING]
+    assert missing == []
+
+
+def test_every_finding_that_is_not_good_says_what_to_do():
+    assert all(item.remedy for item in examine() if item.status is not Status.GOOD)
+
+
+def test_the_video_codec_is_tried_not_looked_up():
+    assert finding("H.264").found == "encodes and decodes"
+
+
+def test_packages_are_held_against_their_lower_bounds():
+    assert "torch" in finding("packages").found
+
+
+def test_free_memory_is_part_of_all_memory():
+    total, free = memory_bytes()
+    assert 0 < free <= total
+
+
+def test_a_storage_folder_is_written_to_and_left_clean(tmp_path: Path):
+    found = finding("storage", storage=str(tmp_path / "deep" / "folder"))
+    assert found.status is Status.GOOD
+    assert list((tmp_path / "deep" / "folder").iterdir()) == []
+
+
+def test_a_storage_that_cannot_be_written_is_missing_and_says_why(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    found = finding("storage", storage=str(tmp_path / "file" / "folder"))
+    assert found.status is Status.MISSING
+    assert "file" in found.found
+    assert "AWS_ENDPOINT_URL" in found.remedy
+
+
+def test_a_storage_of_an_unknown_kind_is_missing():
+    assert finding("storage", storage="nonsense://x").status is Status.MISSING
+
+
+def test_a_long_temporary_folder_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    assert finding("temporary folder").status is Status.LIMITED
+
+
+@pytest.mark.ray
+def test_a_cluster_that_does_not_answer_is_missing():
+    found = finding("Ray", address="127.0.0.1:1")
+    assert found.status is Status.MISSING
+    assert "127.0.0.1:1" in found.name
+
+
+@pytest.mark.ray
+def test_a_cluster_that_answers_is_counted(ray_cluster: None):
+    # A process that is connected stays so: the address is not used a second time.
+    found = finding("Ray", address="auto")
+    assert found.status is Status.GOOD
+    assert "4 CPUs" in found.found

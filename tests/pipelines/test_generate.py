@@ -1,0 +1,155 @@
+"""`generate`: real files from a real WanPipeline, the same for the same prompt and seed."""
+
+import io
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.generate import generate
+from pipelines.inference import SETTINGS_FILE, InferenceSettings, write_inference_settings
+from pipelines.video import decode_video
+from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
+from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
+
+PROMPT = "a red circle moves left"
+FPS = 8
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = write_tiny_wan(tmp_path_factory.mktemp("wan") / "model", PROMPT.split())
+    settings = InferenceSettings(
+        num_steps=2,
+        guidance_scale=1.0,
+        flow_shift=5.0,
+        text_length=TEXT_LENGTH,
+        num_frames=NUM_FRAMES,
+        height=HEIGHT,
+        width=WIDTH,
+        fps=FPS,
+    )
+    write_inference_settings(folder, settings)
+    return folder
+
+
+def frames_of(model: Path, output: Path, prompts=(PROMPT,), **settings) -> np.ndarray:
+    return generate(model, prompts, output=output, **settings)[-1].frames
+
+
+class TestFiles:
+    def test_the_mp4_has_the_frames_the_rate_and_the_enlarged_size(self, model, tmp_path):
+        (clip,) = generate(model, [PROMPT], output=tmp_path, formats=["mp4"])
+        (path,) = clip.paths
+        with av.open(io.BytesIO(path.read_bytes())) as container:
+            stream = container.streams.video[0]
+            assert stream.codec_context.name == "h264"
+            assert stream.codec_context.pix_fmt == "yuv420p"
+            assert stream.average_rate == Fraction(FPS)
+        assert decode_video(path.read_bytes()).shape == (NUM_FRAMES, 256, 256, 3)
+
+    def test_the_mp4_shows_the_frames(self, model, tmp_path):
+        (clip,) = generate(model, [PROMPT], output=tmp_path, formats=["mp4"], zoom=8)
+        shown = decode_video(clip.paths[0].read_bytes())[:, 4::8, 4::8].astype(float)
+        assert np.abs(shown - clip.frames).mean() < 10
+
+    def test_the_gif_loops_over_every_frame(self, model, tmp_path):
+        (clip,) = generate(model, [PROMPT], output=tmp_path, formats=["gif"], zoom=2)
+        with Image.open(clip.paths[0]) as gif:
+            assert gif.size == (2 * WIDTH, 2 * HEIGHT)
+            assert gif.info["loop"] == 0
+            # Frames that equal the one before are merged into it.
+            assert 1 < gif.n_frames <= NUM_FRAMES
+
+    def test_names_tell_prompt_and_seed(self, model, tmp_path):
+        (clip,) = generate(model, ["A red, red circle!"], output=tmp_path, seed=3, zoom=1)
+        assert [path.name for path in clip.paths] == [
+            "00-a-red-red-circle-seed3.mp4",
+            "00-a-red-red-circle-seed3.gif",
+        ]
+
+
+class TestSampling:
+    def test_the_same_seed_gives_the_same_clip_whatever_else_is_asked_for(self, model, tmp_path):
+        alone = frames_of(model, tmp_path)
+        together = frames_of(model, tmp_path, prompts=("a red red left", PROMPT))
+        assert np.array_equal(alone, together)
+
+    def test_another_seed_gives_another_clip(self, model, tmp_path):
+        assert not np.array_equal(frames_of(model, tmp_path), frames_of(model, tmp_path, seed=1))
+
+    def test_the_folder_says_how_many_steps_and_an_argument_says_otherwise(self, model, tmp_path):
+        calls: list[tuple[int, int]] = []
+        frames_of(model, tmp_path, on_progress=lambda done, total: calls.append((done, total)))
+        assert calls == [(1, 2), (2, 2)]
+        calls.clear()
+        frames_of(
+            model,
+            tmp_path,
+            prompts=(PROMPT, PROMPT),
+            num_steps=1,
+            on_progress=lambda done, total: calls.append((done, total)),
+        )
+        assert calls == [(1, 2), (2, 2)]
+
+    @pytest.mark.parametrize("change", [{"flow_shift": 1.0}, {"guidance_scale": 6.0}])
+    def test_an_argument_reaches_the_sampler(self, model, tmp_path, change):
+        plain = frames_of(model, tmp_path, num_steps=3)
+        assert not np.array_equal(plain, frames_of(model, tmp_path, num_steps=3, **change))
+
+    def test_a_run_stands_for_its_generator(self, model, tmp_path):
+        run = tmp_path / "run"
+        shutil.copytree(model, run / "generator")
+        (run / "config.yaml").write_text("name: run\n")
+        assert np.array_equal(frames_of(run, tmp_path), frames_of(model, tmp_path))
+
+
+class TestWrongRequests:
+    def test_a_run_without_a_generator_says_so(self, tmp_path):
+        (tmp_path / "config.yaml").write_text("name: run\n")
+        with pytest.raises(ModelFolderError, match="come to its end"):
+            generate(tmp_path, [PROMPT], output=tmp_path)
+
+    def test_a_missing_folder_is_named(self, tmp_path):
+        with pytest.raises(ModelFolderError, match="nowhere"):
+            generate(tmp_path / "nowhere", [PROMPT], output=tmp_path)
+
+    @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+    def test_torn_weights_are_named(self, model, tmp_path, part):
+        folder = shutil.copytree(model, tmp_path / "model")
+        weights = next((folder / part).glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-100])
+        with pytest.raises(ModelFolderError, match=part):
+            generate(folder, [PROMPT], output=tmp_path)
+
+    def test_a_settings_file_that_cannot_be_used_is_named(self, model, tmp_path):
+        folder = shutil.copytree(model, tmp_path / "model")
+        (folder / SETTINGS_FILE).write_text(json.dumps({"num_steps": 0}))
+        with pytest.raises(ModelFolderError, match="num_steps = 0"):
+            generate(folder, [PROMPT], output=tmp_path)
+
+    @pytest.mark.parametrize("size", [{"height": 24}, {"width": 20}, {"num_frames": 8}])
+    def test_a_clip_that_does_not_fit_is_refused(self, model, tmp_path, size):
+        with pytest.raises(ShapeError, match="multiple"):
+            generate(model, [PROMPT], output=tmp_path, **size)
+
+    @pytest.mark.parametrize(
+        ("request_", "word"),
+        [
+            ({"prompts": []}, "prompts"),
+            ({"prompts": ["  "]}, "prompts"),
+            ({"formats": ["avi"]}, "formats"),
+            ({"num_steps": 0}, "num_steps"),
+            ({"guidance_scale": 0.5}, "guidance_scale"),
+            ({"flow_shift": 0.0}, "flow_shift"),
+            ({"zoom": 0}, "zoom"),
+        ],
+    )
+    def test_settings_out_of_range_are_named(self, model, tmp_path, request_, word):
+        with pytest.raises(ConfigError, match=word):
+            generate(model, **{"prompts": [PROMPT], "output": tmp_path, **request_})
