@@ -1,0 +1,62 @@
+# Every target sets up .venv first if it has to, so each is the only command one types.
+
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch comes from, when not from PyPI. Without a GPU this saves some gigabytes:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+PYTEST_FLAGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SHAPES := --jaxtyping-packages=sgmd_core,beartype.beartype
+DEMO := runs/demo
+
+# A new version of pyright is not looked for: lint needs no network.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-quick lint fmt clean
+
+help:  ## Show this list
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
+		$(MAKEFILE_LIST)
+
+setup: $(READY)  ## Create .venv with the tested versions (the other targets do this by themselves)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): some minutes, once"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "  1/2 torch"
+	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@echo "  2/2 everything else"
+	@$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## Distil the tiny teacher into four steps and measure it, end to end
+	rm -rf $(DEMO)
+	$(BIN)/sgmd shapes data/shapes
+	$(BIN)/sgmd distill tiny name=$(notdir $(DEMO)) output=$(patsubst %/,%,$(dir $(DEMO)))
+	$(BIN)/sgmd evaluate $(DEMO)
+	$(BIN)/sgmd report $(DEMO)
+
+test: $(READY)  ## Run all tests that need no GPU, Ray clusters and slow ones included
+	$(BIN)/python -m pytest $(SHAPES) -m "not gpu" $(PYTEST_FLAGS)
+
+test-quick: $(READY)  ## Run the tests that start no Ray and take seconds
+	$(BIN)/python -m pytest $(SHAPES) -m "not gpu and not ray and not slow" $(PYTEST_FLAGS)
+
+lint: $(READY)  ## Check style, types, import directions and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+fmt: $(READY)  ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove .venv and caches; runs and data stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
