@@ -27,7 +27,10 @@ setup: $(READY)  ## Create .venv with the tested versions (the other targets do 
 
 $(READY): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): some minutes, once"
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "sgmd needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "No virtual environment: on Debian, apt install python3-venv"; exit 1; }
 	@echo "  1/2 torch"
 	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "  2/2 everything else"

@@ -189,7 +189,7 @@ def _connect(address: str) -> JobSubmissionClient:
     except AuthenticationError as error:
         raise JobError(
             attempted,
-            "it asks for a token",
+            f"{type(error).__name__}: {error.message}",
             "RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN or ~/.ray/auth_token",
             "Export both before the program starts: Ray reads the mode when it is imported",
         ) from error

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayError
 
 from cluster.errors import RayStartError
 
@@ -63,7 +62,7 @@ def start_ray(
             if (num_cpus, object_store_memory, temp_dir) != (None, None, None):
                 _log.warning("%s exists: sizes and folder of a new cluster are ignored", target)
             _connect(target, log_to_driver)
-    except (OSError, RuntimeError, ValueError, RayError) as error:
+    except Exception as error:  # Ray raises bare ones when a part of it does not come up in time.
         ray.shutdown()
         raise _start_error(target, error) from error
     try:

@@ -17,6 +17,7 @@ another should run with RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=1 and choose
 `ray.get_gpu_ids()` (https://github.com/ray-project/ray/issues/61073).
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import ClusterError, InsufficientResourcesError
+
+_log = logging.getLogger(__name__)
+
+_QUIET_S = 15.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,13 +180,26 @@ def reserve(pools: Sequence[Pool], timeout_s: float = 60.0, strategy: str = "PAC
     """
     group = placement_group(bundles_of(pools), strategy=strategy)
     try:
-        # Ray cuts fractions of a second off.
-        if not group.wait(math.ceil(timeout_s)):
-            raise _shortage(pools, timeout_s, strategy)
+        _wait(group, pools, timeout_s, strategy)
     except BaseException:
         remove_placement_group(group)
         raise
     return Placement(group, pools, first_bundle=0, owned=True)
+
+
+def _wait(group: PlacementGroup, pools: Sequence[Pool], timeout_s: float, strategy: str) -> None:
+    """Waits for a reservation; says what it is waiting for when that takes long."""
+    quiet_s = min(_QUIET_S, timeout_s)
+    # Ray cuts fractions of a second off, hence the rounding up.
+    if group.wait(math.ceil(quiet_s)):
+        return
+    shortage = _shortage(pools, quiet_s, strategy)
+    if quiet_s < timeout_s:
+        _log.warning("waiting for resources. %s", shortage)
+        if group.wait(math.ceil(timeout_s - quiet_s)):
+            return
+        shortage = _shortage(pools, timeout_s, strategy)
+    raise shortage
 
 
 def _shortage(pools: Sequence[Pool], timeout_s: float, strategy: str) -> InsufficientResourcesError:
@@ -191,7 +209,7 @@ def _shortage(pools: Sequence[Pool], timeout_s: float, strategy: str) -> Insuffi
     nodes = [_counted(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     rows = [
         f"  {bundle:<20} asks for {_worded(asked):<16} {verdict}"
-        for bundle, asked, verdict in _first_fit(pools, free)
+        for bundle, asked, verdict in first_fit(pools, free)
     ]
     free_now = f"{_worded(free)} of {_worded(total)} are free"
     machines = f"{len(nodes)} machines ({'; '.join(map(_worded, nodes))})"
@@ -205,10 +223,18 @@ def _shortage(pools: Sequence[Pool], timeout_s: float, strategy: str) -> Insuffi
     )
 
 
-def _first_fit(
+def first_fit(
     pools: Sequence[Pool], free: Mapping[str, float]
 ) -> list[tuple[str, dict[str, float], str]]:
-    """Serves the bundles in order from the cluster as a whole: (bundle, request, verdict)."""
+    """Serves the bundles in order from the cluster as a whole, and says which come away empty.
+
+    Args:
+        pools: What is asked for.
+        free: Free CPU and GPU.
+
+    Returns:
+        (rank, what it asks for, "fits" or "lacks ..."), one row a rank.
+    """
     left, rows = dict(free), []
     for pool in pools:
         for rank in range(pool.num_ranks):

@@ -1,11 +1,11 @@
 """What travels between groups: records, containers, numbers, and tensors as numpy arrays.
 
-    tensor  --to_wire-->  WireTensor(numpy array, dtype)  --object store-->  --from_wire-->  tensor
+    tensor  --to_wire-->  WireTensor(numpy array)  --object store-->  --from_wire-->  tensor
 
 Ray hands numpy arrays over without copying and read-only. That is why tensors travel as arrays: a
 receiver that writes into a shared tensor would silently change what the other receivers read,
-whereas here each gets its own copy. Values keep their bits. numpy has no bfloat16, so such a tensor
-travels as the uint16 array of the same bits, with its dtype beside it.
+whereas here each gets its own copy. Values keep their bits, not their strides: tensors arrive
+contiguous. numpy has no bfloat16, so such a tensor travels as the uint16 array of the same bits.
 
 A record arrives by calling its class with its fields, so checks in its `__post_init__` hold on both
 sides. Tensors arrive on the CPU; the receiver moves them to its device.
@@ -129,8 +129,10 @@ def _tensor_to_wire(tensor: Tensor, where: str) -> WireTensor:
         )
     is_bfloat16 = tensor.dtype is torch.bfloat16
     try:
-        array = (tensor.view(torch.uint16) if is_bfloat16 else tensor).cpu().numpy()
-    except TypeError as error:
+        # Contiguous arrays leave the process without a copy through pickle.
+        values = tensor.contiguous().cpu()
+        array = (values.view(torch.uint16) if is_bfloat16 else values).numpy()
+    except (TypeError, RuntimeError) as error:
         raise TransferError(
             "sending a tensor to another group",
             f"{where} has dtype {tensor.dtype} and layout {tensor.layout}: {error}",

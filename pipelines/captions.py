@@ -130,7 +130,9 @@ def read_rows(task: ReadTask) -> list[CaptionRow]:
         raise _unreadable(attempted, error) from error
     ids = table.column("sample_id").to_pylist()
     captions = table.column("caption").to_pylist()
-    blank = [str(name) for name, text in zip(ids, captions, strict=True) if not (text or "").strip()]
+    blank = [
+        str(name) for name, text in zip(ids, captions, strict=True) if not (text or "").strip()
+    ]
     if blank:
         raise DataError(
             attempted,
@@ -203,5 +205,5 @@ def _unreadable(attempted: str, error: Exception) -> DataError:
         attempted,
         f"{type(error).__name__}: {found}",
         "a complete Parquet file that these credentials may read",
-        "If the file was cut short, write it again; if it is on S3, check AWS_ENDPOINT_URL and keys",
+        "If the file was cut short, write it again; on S3, check AWS_ENDPOINT_URL and the keys",
     )

@@ -254,6 +254,19 @@ class DistillConfig(Section):
         folder = run if run.name else run.resolve()
         return self.with_settings({"output": str(folder.parent), "name": folder.name})
 
+    def with_absolute_paths(self) -> "DistillConfig":
+        """The same run for a process that works in another folder of this machine."""
+        local = {
+            "model.folder": str(self.model_folder),
+            "data.train": self.data.train,
+            "data.validation": self.data.validation,
+            "output": self.output,
+        }
+        here = Path.cwd()
+        return self.with_settings(
+            {key: str(here / path) for key, path in local.items() if path and "://" not in path}
+        )
+
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConfig:
     """Reads a recipe of `sgmd distill`.
@@ -266,9 +279,11 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         ConfigError: The file, a key, a value or a combination is wrong; one error names all.
     """
     config = recipe_files.load(DistillConfig, name_or_path, overrides)
+    attempted = f"checking the sweep of {name_or_path}"
+    trial = _changed(config, config.sweep.settings, attempted)
     for key, values in config.sweep.grid.items():
         for value in values:
-            _changed(config, {key: value}, f"checking sweep.grid of {name_or_path}")
+            _changed(trial, {key: value}, attempted)
     return config
 
 

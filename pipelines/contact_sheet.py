@@ -7,6 +7,7 @@ As PNG with several frames of each clip, and as a looping GIF with one cell a cl
 enlarged by whole pixels, so that nothing is invented; large ones are scaled down.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipelines.video import Pixels
 from sgmd_core.errors import ShapeError
 
 PNG_CELL_PX = 96
-GIF_CELL_PX = 160
+GIF_CELL_PX = 128
 _NUM_FRAMES = 5
 _GAP_PX = 3
 _GROUP_GAP_PX = 18
@@ -67,8 +68,8 @@ def write_contact_sheet(
     still_picture(groups, prompts).save(png, optimize=True)
     frames = loop_pictures(groups, prompts)
     # One palette for all frames: a palette of its own for each makes the background flicker.
-    first = frames[0].quantize(256, dither=Image.Dither.NONE)
-    rest = [frame.quantize(palette=first, dither=Image.Dither.NONE) for frame in frames[1:]]
+    palette = _stacked(frames).quantize(256)
+    first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
     first.save(
         gif, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False
     )
@@ -125,14 +126,22 @@ def _draw(
     return sheet
 
 
+def _stacked(frames: Sequence[Image.Image]) -> Image.Image:
+    """Every frame at half its size, below each other."""
+    width, height = frames[0].width // 2, frames[0].height // 2
+    stack = Image.new("RGB", (width, height * len(frames)))
+    for index, frame in enumerate(frames):
+        stack.paste(frame.resize((width, height), Image.Resampling.NEAREST), (0, index * height))
+    return stack
+
+
 def _fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: float) -> str:
     """The text, cut with an ellipsis where it is wider than its place."""
     if font.getlength(text) <= width_px:
         return text
-    kept = text
-    while kept and font.getlength(kept + "...") > width_px:
-        kept = kept[:-1]
-    return kept.rstrip() + "..."
+    lengths = range(len(text))
+    num_fitting = bisect_right(lengths, width_px, key=lambda n: font.getlength(text[:n] + "..."))
+    return text[: max(0, num_fitting - 1)].rstrip() + "..."
 
 
 def _require_matching(groups: Sequence[SheetGroup], prompts: Sequence[str]) -> None:

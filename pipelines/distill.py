@@ -97,9 +97,7 @@ def distill(
     listener.note(f"starting the roles ({config.topology.mode})")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
     with (
-        open_groups(
-            config, checked, folder, start.rows, rows_left, in_trial=in_trial
-        ) as groups,
+        open_groups(config, checked, folder, start.rows, rows_left, in_trial=in_trial) as groups,
         open_tracker(
             config.tracker.wandb,
             config.tracker.project,

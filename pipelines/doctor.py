@@ -18,6 +18,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from packaging.requirements import Requirement
 
 from cluster.inventory import take_inventory
@@ -215,7 +216,9 @@ def _storage(folder: str) -> Finding:
     address = f"{folder.rstrip('/')}/sgmd-doctor-{uuid.uuid4().hex}"
     try:
         filesystem, path = fsspec.core.url_to_fs(address)
-        filesystem.makedirs(filesystem._parent(path), exist_ok=True)
+        # On an object store this might create a bucket, which is not ours to decide.
+        if isinstance(filesystem, LocalFileSystem):
+            filesystem.makedirs(filesystem._parent(path), exist_ok=True)
         filesystem.pipe_file(path, payload)
         read = filesystem.cat_file(path)
         filesystem.rm_file(path)

@@ -122,8 +122,9 @@ def _teacher_sets(
     plan: EvaluationPlan, request: ClipRequest, on_progress: OnProgress
 ) -> dict[str, ClipSet]:
     """The teacher's sets, from an earlier evaluation where they are the same."""
-    on_progress("looking for earlier samples of the teacher", 0, len(request.captions))
+    on_progress("reading the teacher", 0, 1)
     digest = folder_digest(plan.teacher.folder)
+    on_progress("reading the teacher", 1, 1)
     evaluator: Evaluator | None = None
     sets: dict[str, ClipSet] = {}
     for name in (REFERENCE, FLOOR, TEACHER_FEW, TEACHER_FEW_GUIDED):

@@ -255,7 +255,7 @@ def verdict_lines(evaluation: Evaluation) -> list[str]:
 def _table(evaluation: Evaluation, columns: Sequence[Column]) -> Table | None:
     if not any(column.text(row) for column in columns for row in evaluation.rows):
         return None
-    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     shown.add_column("sampled by", no_wrap=True)
     for column in columns:
         shown.add_column(column.heading, justify="right", no_wrap=True)
@@ -305,9 +305,9 @@ def _value(figure: Figure) -> str:
 
 
 def _decimals(figure: Figure) -> int:
-    """As many decimals as give the error two figures."""
+    """As many decimals as give the error one figure, or two where the first is 1 or 2."""
     decimals = 2
-    while decimals < 6 and 0 < figure.error < 10.0 ** (1 - decimals):
+    while decimals < 6 and 0 < figure.error < 3 * 10.0**-decimals:
         decimals += 1
     return decimals
 

@@ -106,6 +106,4 @@ def _read_packed(row: dict[str, Any]) -> list[dict[str, Any]]:
         rows = read_rows(ReadTask(group, (first, second, third), int(row["skip"])))
     except DataError as error:
         return [{"sample_id": None, "caption": None, "fault": [str(arg) for arg in error.args]}]
-    return [
-        {"sample_id": item.sample_id, "caption": item.caption, "fault": None} for item in rows
-    ]
+    return [{"sample_id": item.sample_id, "caption": item.caption, "fault": None} for item in rows]

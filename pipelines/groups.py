@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar, TypeVarTuple
+from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from cluster.local import LocalWorkerGroup
 from cluster.ray_group import RayWorkerGroup
@@ -110,9 +110,7 @@ def pools_of(config: DistillConfig) -> list[Pool]:
     pools = [
         Pool("generator", 1, topology.generator.cpus, topology.generator.gpus),
         Pool("fake_score", 1, topology.fake_score.cpus, topology.fake_score.gpus),
-        Pool(
-            "teacher", topology.teacher.replicas, topology.teacher.cpus, topology.teacher.gpus
-        ),
+        Pool("teacher", topology.teacher.replicas, topology.teacher.cpus, topology.teacher.gpus),
         Pool("text", 1, _LIGHT_CPUS),
         Pool("feed", 1, _LIGHT_CPUS),
     ]
@@ -207,9 +205,9 @@ def _validation_plan(
     )
 
 
-def _all(groups: Groups) -> list[WorkerGroup[object]]:
+def _all(groups: Groups) -> list[WorkerGroup[Any]]:
     roles = groups.roles
-    found: list[WorkerGroup[object]] = [
+    found: list[WorkerGroup[Any]] = [
         roles.generator,
         roles.fake_score,
         roles.teacher,

@@ -195,9 +195,7 @@ class _Iteration:
                 0, FakeScoreTracker.signal, query, prediction, share
             )
             if not self.plan.fresh_tracking:
-                tracked.append(
-                    roles.fake_score.call_rank(0, FakeScoreTracker.track, query, share)
-                )
+                tracked.append(roles.fake_score.call_rank(0, FakeScoreTracker.track, query, share))
             learned.append(roles.generator.call_rank(0, GeneratorLearner.learn, signal))
         return (
             self._fetch(roles.generator, learned, "learning"),
@@ -257,6 +255,4 @@ class _Iteration:
 def _means(terms: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each loss term over the micro-batches, which are all of one size."""
     names = dict.fromkeys(name for part in terms for name in part)
-    return {
-        name: fmean(part[name] for part in terms if name in part) for name in names
-    }
+    return {name: fmean(part[name] for part in terms if name in part) for name in names}

@@ -128,7 +128,7 @@ def _train_denoiser(config: PretrainConfig, run_dir: Path) -> None:
 def _write_folder(config: PretrainConfig, run_dir: Path) -> None:
     vae = open_vae(run_dir / VAE_FOLDER)
     vocabulary = json.loads((run_dir / TEACHER_FOLDER / VOCABULARY_FILE).read_text())
-    teacher = build_teacher(config, vocabulary, vae.vae.config.z_dim)
+    teacher = build_teacher(config, vocabulary, vae.vae.config["z_dim"])
     state = torch.load(run_dir / TEACHER_FOLDER / NETWORKS_FILE, weights_only=True)
     teacher.load_state_dict(state)
     write_pipeline_folder(
@@ -155,7 +155,7 @@ def _run_stage(
         loop,
         train_loop_config={"config": config.model_dump(mode="json"), **settings},
         torch_config=TorchConfig(backend="gloo"),
-        datasets=datasets,
+        datasets=dict(datasets),
         scaling_config=ScalingConfig(
             num_workers=ray_settings.num_workers,
             resources_per_worker={"CPU": ray_settings.cpus_per_worker},

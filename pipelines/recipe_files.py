@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -50,7 +51,7 @@ class Recipe:
     Attributes:
         name: What the command line calls it.
         path: The YAML file.
-        summary: First comment line of the file.
+        summary: The comment that the file opens with.
     """
 
     name: str
@@ -198,5 +199,6 @@ def _own_check(key: str, error: ValueError) -> list[str]:
 
 
 def _first_comment(text: str) -> str:
-    first = text.partition("\n")[0]
-    return first.removeprefix("#").strip()
+    """The comment paragraph that a file opens with, as one line."""
+    lines = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+    return " ".join(takewhile(bool, lines))

@@ -32,8 +32,8 @@ _MAX_SHEETS = 4
 
 _EXPLAINED = {
     "fisher": "How far the fake score is from the teacher on the generator's clips",
-    "negative_residual": "How well the fake score predicts the clips; the generator pushes it up",
-    "residual_contraction": "The fake score's own error; tracking pushes it down",
+    "negative_residual": "The fake score's error on the clips, which the generator pushes up",
+    "residual_contraction": "The same error, which the fake score's tracking pushes down",
     "generator": "What the generator minimises",
     "frechet": "Distance to the teacher's clips; its floor is not taken off",
     "colour": "Share of clips in the caption's colour",
@@ -58,8 +58,11 @@ class _Media:
     left_bytes: int = _MAX_MEDIA_BYTES
     left_out: list[str] = field(default_factory=list)
 
-    def figure(self, name: str, caption: str) -> str:
-        """A picture with its caption; a note where the file is missing or too large."""
+    def figure(self, name: str, caption: str, *, wide: bool = False) -> str:
+        """A picture with its caption; a note where the file is missing or too large.
+
+        A wide picture keeps its width on a narrow screen and is moved sideways.
+        """
         path = self.root / name
         if not path.exists():
             return f'<p class="missing">{escape(name)} is not there.</p>'
@@ -72,7 +75,8 @@ class _Media:
         source = f"data:{_MEDIA_TYPES[path.suffix]};base64,{data}"
         text = escape(caption)
         return (
-            f'<figure><img src="{source}" alt="{escape(caption, quote=True)}">'
+            f'<figure><div class="{"wide" if wide else "fitted"}">'
+            f'<img src="{source}" alt="{escape(caption, quote=True)}"></div>'
             f"<figcaption>{text}</figcaption></figure>"
         )
 
@@ -162,8 +166,9 @@ def _tiles(evaluation: Evaluation) -> list[str]:
         (f"{number(faster)}×", "faster a video, decoding included"),
     ]
     if generator.ratio is not None:
-        few = evaluation.row(TEACHER_FEW).label
-        tiles.append((f"{generator.ratio.value:.2f}", f"of the distance that {few}, have"))
+        few = evaluation.row(TEACHER_FEW).num_steps
+        about = f"of the teacher's distance in {few} unguided steps"
+        tiles.append((f"{generator.ratio.value:.2f}", about))
     for value, what in ((generator.colour, "colours"), (generator.direction, "directions")):
         if value is not None:
             tiles.append((f"{value:.0%}", f"of the {what} right"))
@@ -204,7 +209,7 @@ def _clips(evaluation: Evaluation | None, media: _Media) -> str:
     return _section(
         "Clips",
         media.figure(evaluation.sheet_gif, note),
-        media.figure(evaluation.sheet_png, "The same clips, frame by frame."),
+        media.figure(evaluation.sheet_png, "The same clips, frame by frame.", wide=True),
     )
 
 
@@ -242,7 +247,7 @@ def _validation(records: RunRecords, media: _Media) -> str:
         for name in _names(line["figures"] for line in lines)
     ]
     sheets = [
-        media.figure(f"samples/{line['sheet']}", f"After {line['iteration']} iterations")
+        media.figure(f"samples/{line['sheet']}", f"After {line['iteration']} iterations", wide=True)
         for line in _spread(lines, _MAX_SHEETS)
     ]
     return _section(

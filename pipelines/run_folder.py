@@ -1,7 +1,7 @@
 """Where a run keeps what it makes.
 
-    runs/NAME/  config.yaml  metrics.jsonl  validation.jsonl  summary.json
-                samples/  checkpoints/step-000200/  generator/  evaluation.json  report.html
+runs/NAME/  config.yaml  metrics.jsonl  validation.jsonl  summary.json
+samples/  checkpoints/step-000200/  generator/  evaluation.json  report.html
 """
 
 import json

@@ -12,12 +12,14 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
 from pipelines.video import Pixels, encode_mp4
@@ -33,11 +35,12 @@ from sgmd_core.metrics.shapes import (
 FRAME_PX = 32
 NUM_FRAMES = 13
 FPS = 8
-MAX_OFFSET_PX = 3.0
+MAX_OFFSET_PX = 8.0
+MAX_REACH_PX = 12.0
 SPEED_JITTER = 0.08
-AREA_RANGE_PX = (80.0, 120.0)
+AREA_RANGE_PX = (65.0, 120.0)
 BACKGROUND_RANGE = (0.10, 0.40)
-BACKGROUND_TINT = 0.04
+BACKGROUND_TINT = 0.08
 _HELD_OUT_PERIOD = 6
 
 SHARD_SCHEMA = pa.schema(
@@ -100,7 +103,11 @@ def sample_spec(seed: int, index: int, split: Split = Split.TRAIN) -> ClipSpec:
     draw = np.random.Generator(np.random.Philox(key=[seed, 2 * index + split_key]))
     colour, shape, direction, speed_word = words[int(draw.integers(len(words)))]
     jitter = 1 + draw.uniform(-SPEED_JITTER, SPEED_JITTER)
-    offset = draw.uniform(-MAX_OFFSET_PX, MAX_OFFSET_PX, size=2)
+    speed = SPEEDS_PX_PER_FRAME[speed_word] * jitter
+    # Centres stay within the reach at both ends of the path, so that most of a shape is seen.
+    half_path = np.abs(DIRECTIONS[direction]) * speed * (NUM_FRAMES - 1) / 2
+    bound = np.minimum(MAX_OFFSET_PX, MAX_REACH_PX - half_path)
+    offset = draw.uniform(-bound, bound)
     shade = draw.uniform(*BACKGROUND_RANGE)
     tint = draw.uniform(-BACKGROUND_TINT, BACKGROUND_TINT, size=3)
     return ClipSpec(
@@ -108,7 +115,7 @@ def sample_spec(seed: int, index: int, split: Split = Split.TRAIN) -> ClipSpec:
         shape=shape,
         direction=direction,
         speed_word=speed_word,
-        speed_px_per_frame=float(SPEEDS_PX_PER_FRAME[speed_word] * jitter),
+        speed_px_per_frame=float(speed),
         area_px=float(draw.uniform(*AREA_RANGE_PX)),
         centre_px=(float(FRAME_PX / 2 + offset[0]), float(FRAME_PX / 2 + offset[1])),
         background=(float(shade + tint[0]), float(shade + tint[1]), float(shade + tint[2])),
@@ -167,7 +174,9 @@ def write_shards(
             "both at least 1",
         )
     filesystem, root = fsspec.core.url_to_fs(dst)
-    filesystem.makedirs(root, exist_ok=True)
+    # On an object store this might create a bucket, which is not ours to decide.
+    if isinstance(filesystem, LocalFileSystem):
+        filesystem.makedirs(root, exist_ok=True)
     addresses: list[str] = []
     for start in range(0, num_clips, shard_size):
         stop = min(start + shard_size, num_clips)
@@ -207,13 +216,14 @@ def _caption_text(colour: str, shape: str, direction: str, speed_word: str) -> s
     return f"a {colour} {shape} moves {direction} {speed_word}".rstrip()
 
 
-def _combinations(split: Split) -> list[tuple[str, str, str, str]]:
+@cache
+def _combinations(split: Split) -> tuple[tuple[str, str, str, str], ...]:
     held_out = split is Split.HELD_OUT
-    return [
+    return tuple(
         (colour, shape, direction, speed_word)
         for i, colour in enumerate(COLOURS)
         for j, shape in enumerate(SHAPES)
         for k, direction in enumerate(DIRECTIONS)
         for m, speed_word in enumerate(SPEEDS_PX_PER_FRAME)
         if ((i + 2 * j + k + 2 * m) % _HELD_OUT_PERIOD == 0) is held_out
-    ]
+    )

@@ -9,6 +9,7 @@ validation figure of their last iteration, measured on the same captions and see
 
 import csv
 import io
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,8 @@ def sweep(config: DistillConfig, listener: Listener | None = None) -> SweepResul
         ClusterError: Ray does not start.
     """
     listener = listener or SilentListener()
+    # Tune's newer reporter prints to standard output even when told to be silent.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     _require_grid(config)
     check(_trial_config(config, {}, "check"))
     folder = Path(config.output).absolute() / f"{config.name}-sweep"
@@ -162,7 +165,8 @@ def _bundles(config: DistillConfig) -> list[dict[str, float]]:
 
 def _tuner(config: DistillConfig, folder: Path, listener: Listener) -> tune.Tuner:
     output = str(folder / "trials")
-    base = config.model_copy(update={"output": output})
+    # A trial works in a folder of Tune's.
+    base = config.with_absolute_paths().model_copy(update={"output": output})
 
     def run_trial(settings: dict[str, Any]) -> None:
         trial = _trial_config(base, settings, tune.get_context().get_trial_name())
@@ -199,6 +203,10 @@ class _Announcer(tune.Callback):
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Tune writes its callbacks down for a later restore, and a console cannot be written down.
+        return {"_listener": SilentListener()}
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
         self._listener.note(f"{trial}: done with {trial.config}")
 
@@ -212,6 +220,8 @@ def _trial_of(result: tune.Result) -> Trial:
         cause = str(result.error).strip().splitlines()
         return Trial(settings, {}, 0.0, str(result.path), cause[-1] if cause else "unknown error")
     metrics = dict(result.metrics or {})
+    if "run_seconds" not in metrics:
+        return Trial(settings, {}, 0.0, str(result.path), "ended before its last iteration")
     figures = {
         name: value
         for name, value in metrics.items()
@@ -234,9 +244,7 @@ def _ranked(config: DistillConfig, trials: Sequence[Trial]) -> tuple[Trial, ...]
                 f"one of {', '.join(trial.figures)}",
                 "Correct sweep.score",
             )
-    return tuple(
-        sorted(trials, key=lambda t: (bool(t.error), sign * t.figures.get(score, 0.0)))
-    )
+    return tuple(sorted(trials, key=lambda t: (bool(t.error), sign * t.figures.get(score, 0.0))))
 
 
 def _write(config: DistillConfig, folder: Path, trials: tuple[Trial, ...]) -> SweepResult:

@@ -63,8 +63,8 @@ def decode_video(data: bytes) -> Pixels:
         DataError: the bytes are no video that PyAV can read, or hold no frame.
     """
     try:
-        with av.open(io.BytesIO(data)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        with av.open(io.BytesIO(data), "r") as container:
+            frames = [_rgb(frame) for frame in container.decode(container.streams.video[0])]
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise DataError(
             "decoding a video", f"{len(data)} bytes that are not a readable video ({error})"
@@ -72,6 +72,10 @@ def decode_video(data: bytes) -> Pixels:
     if not frames:
         raise DataError("decoding a video", f"{len(data)} bytes without a single frame")
     return np.stack(frames)
+
+
+def _rgb(frame: av.VideoFrame) -> Pixels:
+    return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
 
 
 def write_gif(path: Path, frames: Pixels, fps: int, *, zoom: int = 1) -> None:

@@ -16,7 +16,7 @@ from urllib.request import urlopen
 
 import pytest
 
-# Ray reads the mode when it is imported. Tests must not touch the user's own token file.
+# Ray reads the mode when it is imported. The token is this session's, never the user's own.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 

@@ -50,6 +50,7 @@ def test_the_core_loads_nothing_but_torch():
     assert loaded_after_importing("sgmd_core", suspects) == ""
 
 
+@pytest.mark.slow
 def test_the_roles_load_no_ray():
     assert loaded_after_importing("workers", ("ray", "cluster", "pipelines")) == ""
 

@@ -1,1 +1,1 @@
-"""Who does it: one plain class a role, and the adapters to the networks. torch.distributed yes, Ray no."""
+"""Who does it: one plain class a role, and adapters to the networks. torch.distributed, no Ray."""

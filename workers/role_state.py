@@ -55,7 +55,9 @@ def save_role(folder: str, role: str, state: RoleState) -> None:
     """
     target = f"{folder.rstrip('/')}/{role}"
     filesystem, path = fsspec.core.url_to_fs(target)
-    filesystem.makedirs(path, exist_ok=True)
+    # On an object store this might create a bucket, which is not ours to decide.
+    if isinstance(filesystem, LocalFileSystem):
+        filesystem.makedirs(path, exist_ok=True)
     _write_tensors(filesystem, f"{path}/{_WEIGHTS}", state.weights)
     if state.moments:
         _write_tensors(filesystem, f"{path}/{_OPTIMIZER}", state.moments)

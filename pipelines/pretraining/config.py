@@ -72,7 +72,7 @@ class DenoiserSettings(Settings):
     ffn_dim: PositiveInt = 384
     freq_dim: PositiveInt = 64
     patch_size: tuple[PositiveInt, PositiveInt, PositiveInt] = (1, 1, 1)
-    batch_size: PositiveInt = 32
+    batch_size: PositiveInt = 24
     learning_rate: PositiveFloat = 1.5e-3
     warmup_steps: PositiveInt = 200
     betas: tuple[float, float] = (0.9, 0.99)
@@ -83,7 +83,7 @@ class DenoiserSettings(Settings):
     sigma_shift: PositiveFloat = 3.0
     hold_until_score: float = Field(default=0.9, ge=0, le=1)
     max_hold_steps: PositiveInt = 9000
-    decay_steps: PositiveInt = 3000
+    decay_steps: PositiveInt = 2500
     watch_every_steps: PositiveInt = 500
     watch_clips: PositiveInt = 64
     watch_sampling_steps: PositiveInt = 12

@@ -8,7 +8,7 @@ The embedded world is small: a worker reads its part of the shards once and keep
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import fsspec
 import numpy as np
@@ -76,13 +76,11 @@ def require_shards(folder: str) -> None:
 
 def clip_dataset(folder: str, world: WorldSettings) -> ray.data.Dataset:
     """Decoded clips: rows of sample_id, caption and pixels (T, H, W, 3)."""
-    rows = ray.data.read_parquet(
-        folder, columns=list(_COLUMNS), num_cpus=_LIGHT_TASK_CPUS
-    )
+    rows = ray.data.read_parquet(folder, num_cpus=_LIGHT_TASK_CPUS).select_columns(list(_COLUMNS))
     if world.max_clips is not None:
         rows = rows.limit(world.max_clips)
     return rows.map_batches(
-        DecodeClips(world),
+        cast("Any", DecodeClips(world)),  # Ray's stubs know functions, not callable objects
         batch_size=_DECODE_BATCH,
         num_cpus=_LIGHT_TASK_CPUS,
     )
@@ -101,9 +99,7 @@ def latent_dataset(folder: str, world: WorldSettings, vae_folder: Path) -> ray.d
 
 def distinct_captions(folder: str) -> list[str]:
     """All captions of the shards, each once, sorted."""
-    rows = ray.data.read_parquet(
-        folder, columns=["caption"], num_cpus=_LIGHT_TASK_CPUS
-    )
+    rows = ray.data.read_parquet(folder, num_cpus=_LIGHT_TASK_CPUS).select_columns(["caption"])
     found: set[str] = set()
     for batch in rows.iter_batches(batch_size=1024):
         found.update(batch["caption"].tolist())

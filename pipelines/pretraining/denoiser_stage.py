@@ -212,23 +212,21 @@ class DenoiserTraining:
         loss = flow_matching_loss(
             self.networks,
             latents[chosen],
-            [captions[index] for index in chosen.tolist()],
+            [str(captions[int(index)]) for index in chosen],
             draws,
             self.text.long_length if is_long else self.text.max_length,
         )
         if not torch.isfinite(loss):
             raise NonFiniteError(
                 "training the denoiser",
-                f"the loss {float(loss)} at step {step}",
+                f"the loss {loss.item()} at step {step}",
                 "a finite loss",
                 "Lower denoiser.learning_rate and resume from the last checkpoint",
             )
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self._sync_gradients(self.networks.parameters())
-        norm = nn.utils.clip_grad_norm_(
-            self.networks.parameters(), self.settings.max_grad_norm
-        )
+        norm = nn.utils.clip_grad_norm_(self.networks.parameters(), self.settings.max_grad_norm)
         self._optimizer.step()
         self._update_average(step)
         self.num_steps_done += 1
@@ -241,9 +239,7 @@ class DenoiserTraining:
     @contextmanager
     def averaged(self) -> Iterator[TeacherNetworks]:
         """Lend the networks with the moving average in them; the trained weights return after."""
-        trained = {
-            name: value.detach().clone() for name, value in self.networks.named_parameters()
-        }
+        trained = {name: value.detach().clone() for name, value in self.networks.named_parameters()}
         self._assign(self._average)
         try:
             yield self.networks

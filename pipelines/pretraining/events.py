@@ -6,6 +6,7 @@ The file outlives both, so a resumed run continues it.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -58,14 +59,19 @@ class EventWriter:
         self._stage = stage
         self._num_steps = num_steps
         self._is_silent = is_silent
-        self._last = (time.monotonic(), -1)
+        self._last = (time.monotonic(), 0)
+
+    def start(self, step: int) -> None:
+        """The stage starts, or continues, after so many steps; names the process to look at."""
+        self._last = (time.monotonic(), step)
+        self.note(f"{self._stage} starts at step {step} in process {os.getpid()}")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done; every `ray.report_every_steps`-th is written down."""
         if step % self._every_steps and step != self._num_steps:
             return
         now, (then, last_step) = time.monotonic(), self._last
-        seconds = (now - then) / (step - last_step) if last_step >= 0 else 0.0
+        seconds = (now - then) / max(1, step - last_step)
         self._last = (now, step)
         self._append(PretrainEvent(self._stage, step, self._num_steps, seconds, dict(metrics)))
 

@@ -2,11 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from pipelines.pretraining.networks import build_scheduler
+from workers.models.scheduler import build_scheduler
 
 
 def write_pipeline_folder(
@@ -21,11 +22,11 @@ def write_pipeline_folder(
     """Write a folder that `diffusers.WanPipeline.from_pretrained` loads; replaces an old one."""
     draft = dst.with_name(f".{dst.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "scheduler": build_scheduler(flow_shift)}
     WanPipeline(
-        tokenizer=tokenizer,
+        **parts,
         text_encoder=text_encoder,
         vae=vae,
-        scheduler=build_scheduler(flow_shift),
         transformer=transformer,
     ).save_pretrained(draft)
     shutil.rmtree(dst, ignore_errors=True)

@@ -44,11 +44,10 @@ def vae_loop(settings: Mapping[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     torch.manual_seed(config.seed)
     vae = networks.build_vae(config.vae)
-    training = vae_stage.VaeTraining(
-        vae, config.vae, config.seed + 1_000 * rank, average_gradients
-    )
+    training = vae_stage.VaeTraining(vae, config.vae, config.seed + 1_000 * rank, average_gradients)
     _restore(training)
     events = EventWriter(config, "vae", config.vae.num_steps, is_silent=rank > 0)
+    events.start(training.num_steps_done)
     while training.num_steps_done < config.vae.num_steps:
         metrics = training.step(clips)
         step = training.num_steps_done
@@ -75,7 +74,7 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
     vae = vae_stage.open_vae(settings["vae_folder"])
     torch.manual_seed(config.seed)
     training = DenoiserTraining(
-        build_teacher(config, settings["vocabulary"], vae.vae.config.z_dim),
+        build_teacher(config, settings["vocabulary"], vae.vae.config["z_dim"]),
         config.denoiser,
         config.text,
         seed=config.seed,
@@ -85,6 +84,7 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
     _restore(training)
     longest = config.denoiser.max_hold_steps + config.denoiser.decay_steps
     events = EventWriter(config, "denoiser", longest, is_silent=rank > 0)
+    events.start(training.num_steps_done)
     metrics: dict[str, float] = {}
     while not training.is_over:
         metrics = training.step(clips.values, clips.captions)
@@ -151,7 +151,10 @@ def _watch(
 def _gather(name: str, column: str) -> MemoryClips:
     """Read this worker's part of a data set into memory."""
     shard = ray.train.get_dataset_shard(name)
-    return collect(shard.iter_batches(batch_size=256), column)
+    assert shard is not None, f"the trainer was given a data set called {name}"
+    # Without a batch format the rows come as numpy columns; the stubs allow for every format.
+    batches: Any = shard.iter_batches(batch_size=256)
+    return collect(batches, column)
 
 
 def _restore(training: vae_stage.VaeTraining | DenoiserTraining) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
@@ -11,7 +11,6 @@ from pipelines.pretraining.config import DenoiserSettings, TextSettings, VaeSett
 
 SPATIAL_FACTOR = 4
 TEMPORAL_FACTOR = 4
-_NUM_TRAIN_TIMESTEPS = 1000
 _RGB = 3
 _FIRST_LOG_VARIANCE = -6.0
 
@@ -39,7 +38,9 @@ def build_vae(settings: VaeSettings) -> AutoencoderKLWan:
     vae.apply(_keep_signal_scale)
     # Start with narrow posteriors: noise of unit size would drown what little is encoded at first.
     with torch.no_grad():
-        vae.quant_conv.bias[channels:] = _FIRST_LOG_VARIANCE
+        bias = vae.quant_conv.bias
+        assert bias is not None, "the autoencoder's last convolution has a bias"
+        bias[channels:] = _FIRST_LOG_VARIANCE
     return vae
 
 
@@ -68,9 +69,7 @@ def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
     trainer = trainers.WordLevelTrainer(special_tokens=["<pad>", "</s>", "<unk>"])
     tokenizer.train_from_iterator(captions, trainer)
     end = ("</s>", tokenizer.token_to_id("</s>"))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[end]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[end])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -95,23 +94,6 @@ def build_text_encoder(settings: TextSettings, vocabulary_size: int) -> UMT5Enco
         eos_token_id=1,
     )
     return UMT5EncoderModel(config)
-
-
-def build_scheduler(flow_shift: float) -> UniPCMultistepScheduler:
-    """A sampler of diffusers that takes plain Euler steps along the shifted flow grid.
-
-    First order without corrector is Euler in the flow's own time, so that the pipeline samples
-    as few-step distillation does: sigma_i = shift(1 - i / n), and 0 at the end.
-    """
-    return UniPCMultistepScheduler(
-        num_train_timesteps=_NUM_TRAIN_TIMESTEPS,
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=flow_shift,
-        solver_order=1,
-        disable_corrector=list(range(_NUM_TRAIN_TIMESTEPS)),
-        final_sigmas_type="zero",
-    )
 
 
 def num_parameters(network: torch.nn.Module) -> int:

@@ -16,18 +16,15 @@ from sgmd_core.metrics.shapes import (
     measure_clips,
     score_clips,
 )
+from sgmd_core.rollout import euler_sample
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.velocity import VelocityModel
 from workers.models.wan import VideoVae, load_text, load_transformer, load_vae
 
 _QUALITY_SEED = 9_001
+_DECODE_BATCH = 32
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 Embed = Callable[[Sequence[str]], Tensor]
-
-
-def flow_grid(num_steps: int, shift: float) -> Tensor:
-    """Noise levels of an Euler sampler, (num_steps + 1,): shift(1 - i / n), 0 at the end."""
-    uniform = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
-    return (shift * uniform / (1 + (shift - 1) * uniform)).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ def measure_folder(folder: Path, config: PretrainConfig) -> QualityReport:
     few = settings.model_copy(update={"num_steps": 4, "guidance_scale": 1.0})
     rendered, _ = render_batch(seed, range(settings.num_clips), Split.HELD_OUT)
     truth = to_unit_video(torch.from_numpy(rendered))
-    decoded = torch.cat([vae.decode(vae.encode(part)) for part in truth.split(32)])
+    decoded = torch.cat([vae.decode(vae.encode(part)) for part in truth.split(_DECODE_BATCH)])
     return QualityReport(
         guided=scores(settings, config.text.max_length),
         guided_long_text=scores(settings, config.text.long_length),
@@ -95,48 +92,6 @@ def measure_folder(folder: Path, config: PretrainConfig) -> QualityReport:
     )
 
 
-@torch.no_grad()
-def euler_sample(
-    velocity: Velocity,
-    noise: Tensor,
-    text: Tensor,
-    unconditional: Tensor,
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    shift: float,
-) -> Tensor:
-    """Integrate the flow from noise to latents, guided.
-
-        v   = uncond + guidance_scale * (cond - uncond)
-        x_t = x_t + (sigma_next - sigma) * v
-
-    Args:
-        velocity: (x_t, sigma, text) -> velocity.
-        noise: Start (B, C, T, H, W).
-        text: Caption embeddings (B, L, D).
-        unconditional: Embedding of the empty caption (1, L, D).
-        num_steps: Euler steps.
-        guidance_scale: 1 samples without guidance, at half the cost.
-        shift: Shift of the noise levels.
-
-    Returns:
-        Latents (B, C, T, H, W).
-    """
-    guided = guidance_scale != 1
-    both = torch.cat([text, unconditional.expand_as(text)]) if guided else text
-    x_t = noise
-    sigmas = flow_grid(num_steps, shift)
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
-        levels = sigma.expand(len(both)).to(noise)
-        prediction = velocity(torch.cat([x_t, x_t]) if guided else x_t, levels, both)
-        if guided:
-            conditional, free = prediction.chunk(2)
-            prediction = free + guidance_scale * (conditional - free)
-        x_t = x_t + (next_sigma - sigma) * prediction
-    return x_t
-
-
 def held_out_captions(num_clips: int, seed: int) -> list[str]:
     """Captions that training never sees, drawn as clips are."""
     return [caption(sample_spec(seed, index, Split.HELD_OUT)) for index in range(num_clips)]
@@ -144,7 +99,7 @@ def held_out_captions(num_clips: int, seed: int) -> list[str]:
 
 @torch.no_grad()
 def sample_videos(
-    velocity: Velocity,
+    velocity: VelocityModel,
     embed: Embed,
     vae: VideoVae,
     captions: Sequence[str],
@@ -156,17 +111,17 @@ def sample_videos(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(captions), *latent_shape, generator=generator)
     unconditional = embed([""])
+    grid = FlowMatchSchedule(shift=settings.flow_shift).few_step_grid(settings.num_steps)
     videos: list[Tensor] = []
     for start in range(0, len(captions), settings.batch_size):
         part = slice(start, start + settings.batch_size)
         latents = euler_sample(
             velocity,
+            grid,
             noise[part],
             embed(captions[part]),
-            unconditional,
-            num_steps=settings.num_steps,
-            guidance_scale=settings.guidance_scale,
-            shift=settings.flow_shift,
+            unconditional if settings.guidance_scale != 1 else None,
+            settings.guidance_scale,
         )
         videos.append(vae.decode(latents))
     return torch.cat(videos)

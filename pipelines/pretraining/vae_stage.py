@@ -50,9 +50,9 @@ def vae_loss(
     vae: AutoencoderKLWan, video: Tensor, kl_weight: float, generator: torch.Generator
 ) -> VaeLoss:
     """Reconstruction loss of videos (B, 3, T, H, W) in [0, 1]; the networks see [-1, 1]."""
-    posterior = vae.encode(2 * video - 1).latent_dist
+    posterior = vae.encode(2 * video - 1, return_dict=False)[0]
     latents = posterior.sample(generator)
-    decoded = vae.decode(latents).sample.float()
+    decoded = vae.decode(latents, return_dict=False)[0].float()
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
     error = decoded - (2 * video - 1)
     l1, l2 = error.abs().mean(), error.square().mean()
@@ -101,19 +101,15 @@ class VaeTraining:
         Raises:
             NonFiniteError: the loss is not finite; the weights are as before the step.
         """
-        rate = cosine_rate(
-            self.num_steps_done, self.settings.num_steps, self.settings.warmup_steps
-        )
+        rate = cosine_rate(self.num_steps_done, self.settings.num_steps, self.settings.warmup_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = rate * self.settings.learning_rate
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.num_steps_done)
-        loss = vae_loss(
-            self.vae, self._draw(clips, generator), self.settings.kl_weight, generator
-        )
+        loss = vae_loss(self.vae, self._draw(clips, generator), self.settings.kl_weight, generator)
         if not torch.isfinite(loss.total):
             raise NonFiniteError(
                 "training the autoencoder",
-                f"the loss {float(loss.total)} at step {self.num_steps_done}",
+                f"the loss {loss.total.item()} at step {self.num_steps_done}",
                 "a finite loss",
                 "Lower vae.learning_rate and resume from the last checkpoint",
             )
@@ -166,7 +162,7 @@ def encode_clips(vae: AutoencoderKLWan, clips: Tensor, batch_size: int = 32) -> 
     """Posterior means, not normalised, of uint8 clips (N, T, H, W, 3): (N, C, T', H', W')."""
     return torch.cat(
         [
-            vae.encode(2 * to_unit_video(batch) - 1).latent_dist.mean
+            vae.encode(2 * to_unit_video(batch) - 1, return_dict=False)[0].mean
             for batch in clips.split(batch_size)
         ]
     )
@@ -189,6 +185,7 @@ def reconstruction_psnr_db(vae: AutoencoderKLWan, clips: Tensor, batch_size: int
     total = 0.0
     for batch in clips.split(batch_size):
         video = to_unit_video(batch)
-        decoded = vae.decode(vae.encode(2 * video - 1).latent_dist.mode()).sample
+        latents = vae.encode(2 * video - 1, return_dict=False)[0].mode()
+        decoded = vae.decode(latents, return_dict=False)[0]
         total += float(psnr_db((decoded.clamp(-1, 1) + 1) / 2, video)) * len(batch)
     return total / len(clips)

@@ -30,7 +30,8 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "purple": (0.75, 0.20, 0.85),
     "white": (0.96, 0.96, 0.96),
 }
-SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
+SHAPES: tuple[str, ...] = ("circle", "bar", "triangle")
+BAR_HEIGHT_PER_WIDTH = 2.5
 DIRECTIONS: dict[str, tuple[float, float]] = {
     "left": (-1.0, 0.0),
     "right": (1.0, 0.0),
@@ -86,15 +87,14 @@ class ClipScores:
     num_clips: int
 
 
-def shape_coverage(
-    shape: str, dx: Tensor, dy: Tensor, area_px: Tensor
-) -> Tensor:
+def shape_coverage(shape: str, dx: Tensor, dy: Tensor, area_px: Tensor) -> Tensor:
     """Share of each pixel that a shape covers, antialiased over one pixel.
 
         coverage = clamp(1/2 - signed_distance, 0, 1)
 
     Args:
-        shape: One of `SHAPES`; the triangle is equilateral and points up.
+        shape: One of `SHAPES`; the bar stands upright, the triangle is
+            equilateral and points up.
         dx: Horizontal pixel offsets from the shape's centroid, to the right.
         dy: Vertical pixel offsets from the shape's centroid, downwards; broadcasts with `dx`.
         area_px: Area of the shape; broadcasts with `dx`.
@@ -104,8 +104,9 @@ def shape_coverage(
     """
     if shape == "circle":
         distance = torch.hypot(dx, dy) - (area_px / math.pi).sqrt()
-    elif shape == "square":
-        distance = torch.maximum(dx.abs(), dy.abs()) - area_px.sqrt() / 2
+    elif shape == "bar":
+        width = (area_px / BAR_HEIGHT_PER_WIDTH).sqrt()
+        distance = torch.maximum(dx.abs() - width / 2, dy.abs() - BAR_HEIGHT_PER_WIDTH * width / 2)
     elif shape == "triangle":
         # Distance of each side from the centroid: a third of the height.
         inradius = (area_px / (3 * math.sqrt(3))).sqrt()
@@ -226,7 +227,7 @@ def spearman(first: Float[Tensor, " n"], second: Float[Tensor, " n"]) -> float:
     """
     ranks = torch.stack([_average_ranks(first), _average_ranks(second)])
     centred = ranks - ranks.mean(dim=1, keepdim=True)
-    norm = centred.norm(dim=1).prod()
+    norm = torch.linalg.vector_norm(centred, dim=1).prod()
     return float(centred.prod(dim=0).sum() / norm) if norm > 0 else 0.0
 
 
@@ -262,16 +263,15 @@ def _nearest_colour(video: Tensor, coverage: Tensor) -> Tensor:
 
 def _pixel_centres(coverage: Tensor) -> tuple[Tensor, Tensor]:
     height, width = coverage.shape[-2:]
-    options = {"dtype": coverage.dtype, "device": coverage.device}
-    return torch.arange(width, **options) + 0.5, torch.arange(height, **options) + 0.5
+    x = torch.arange(width, dtype=coverage.dtype, device=coverage.device)
+    y = torch.arange(height, dtype=coverage.dtype, device=coverage.device)
+    return x + 0.5, y + 0.5
 
 
 def _centroids(coverage: Tensor, area: Tensor) -> Tensor:
     x, y = _pixel_centres(coverage)
     mass = area.clamp_min(1e-6)
-    return torch.stack(
-        [(coverage.sum(dim=2) @ x) / mass, (coverage.sum(dim=3) @ y) / mass], dim=-1
-    )
+    return torch.stack([(coverage.sum(dim=2) @ x) / mass, (coverage.sum(dim=3) @ y) / mass], dim=-1)
 
 
 def _frames_shown_whole(coverage: Tensor, area: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ import pytest
 
 from cluster.errors import JobError
 from cluster.jobs import follow_job, forwarded_environment, submit_job
+from tests.cluster.toys import WAIT_S
 
-WAIT_S = 240.0
 PROGRAM = """
 import os, sys
 from pathlib import Path

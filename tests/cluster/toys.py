@@ -12,6 +12,9 @@ from torch import Tensor
 
 from sgmd_core.errors import NonFiniteError
 
+WAIT_S = 240.0
+"""Long enough for a machine that does much else; nothing waits so long."""
+
 
 class Colour(StrEnum):
     RED = "red"

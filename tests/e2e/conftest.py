@@ -31,9 +31,7 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def recipe_file(
-    tmp_path_factory: pytest.TempPathFactory, world: Path, wan_folder: Path
-) -> Path:
+def recipe_file(tmp_path_factory: pytest.TempPathFactory, world: Path, wan_folder: Path) -> Path:
     """A recipe of five iterations of two micro-batches, in one process."""
     path = tmp_path_factory.mktemp("recipe") / "small.yaml"
     path.write_text(
@@ -41,7 +39,11 @@ def recipe_file(
 name: small
 iterations: 5
 model: {{folder: {wan_folder}, text_length: {tiny_wan.TEXT_LENGTH}}}
-video: {{num_frames: {tiny_wan.NUM_FRAMES}, height: {tiny_wan.HEIGHT}, width: {tiny_wan.WIDTH}, fps: 8}}
+video:
+  num_frames: {tiny_wan.NUM_FRAMES}
+  height: {tiny_wan.HEIGHT}
+  width: {tiny_wan.WIDTH}
+  fps: 8
 data: {{train: {world / "train"}, validation: {world / "held_out"}}}
 batch: {{size: 4, micro_batches: 2}}
 schedule: {{shift: 3.0}}

@@ -11,15 +11,15 @@ from pipelines.distill import distill
 from pipelines.run_folder import RunFolder, read_jsonl
 from tests.e2e.conftest import MakeRecipe
 
-MODES = [
-    (tracking, form) for tracking in ("shared", "fresh") for form in ("released", "paper")
-]
+MODES = [(tracking, form) for tracking in ("shared", "fresh") for form in ("released", "paper")]
 
 
 def history(config: DistillConfig) -> list[dict[str, object]]:
     """What a run logged, without what depends on the clock."""
     lines = read_jsonl(RunFolder(config.run_folder).metrics)
-    return [{k: v for k, v in line.items() if k not in ("seconds", "data_wait_s")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "data_wait_s")} for line in lines
+    ]
 
 
 def state(config: DistillConfig, iteration: int) -> dict[str, bytes]:
@@ -91,7 +91,9 @@ def test_splitting_the_batch_changes_the_weights_by_rounding_alone(
     distill(four)
     for role in ("generator", "fake_score"):
         first, second = (
-            load_file(RunFolder(c.run_folder).checkpoints / "step-000001" / role / "optimizer.safetensors")
+            load_file(
+                RunFolder(c.run_folder).checkpoints / "step-000001" / role / "optimizer.safetensors"
+            )
             for c in (one, four)
         )
         # The optimizer's first moments are the clipped gradients themselves (beta1 is 0). Float32
@@ -100,4 +102,6 @@ def test_splitting_the_batch_changes_the_weights_by_rounding_alone(
         assert names
         for name in names:
             scale = first[name].abs().max()
-            torch.testing.assert_close(second[name], first[name], rtol=0, atol=1e-5 * max(scale, 1e-3))
+            torch.testing.assert_close(
+                second[name], first[name], rtol=0, atol=1e-5 * max(scale, 1e-3)
+            )

@@ -45,9 +45,7 @@ def test_the_measurer_reads_rendered_clips_nearly_without_error(split: Split) ->
     assert min(scores.colour, scores.shape, scores.direction) >= 0.98
     # Three captioned speeds tie, so even exact speeds correlate at most at about 0.94.
     assert scores.speed_spearman >= 0.93
-    true_speeds = [
-        sample_spec(5, index, split).speed_px_per_frame for index in range(NUM_CLIPS)
-    ]
+    true_speeds = [sample_spec(5, index, split).speed_px_per_frame for index in range(NUM_CLIPS)]
     error = reading.speed_px_per_frame - torch.tensor(true_speeds)
     assert float(error.abs().max()) < 0.06
     assert abs(float(error.mean())) < 0.005

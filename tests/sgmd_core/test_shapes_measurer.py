@@ -52,13 +52,13 @@ def test_colour_and_shape_are_read_from_the_pixels(colour: str, shape: str) -> N
 @pytest.mark.parametrize("speed", SPEEDS_PX_PER_FRAME.values())
 def test_direction_and_speed_are_exact_for_whole_clips(direction: str, speed: float) -> None:
     velocity = tuple(speed * axis for axis in DIRECTIONS[direction])
-    reading = measure_clips(draw_clip(velocity=velocity, area_px=45.0))
+    reading = measure_clips(draw_clip(velocity=velocity, area_px=60.0))
     assert list(DIRECTIONS)[reading.direction] == direction
     assert float(reading.speed_px_per_frame) == pytest.approx(speed, abs=0.02)
 
 
 def test_a_shape_that_leaves_the_frame_does_not_look_slower() -> None:
-    clip = draw_clip(velocity=(1.6, 0.0), centre=(19.0, 16.0), area_px=85.0)
+    clip = draw_clip(velocity=(1.6, 0.0), centre=(19.0, 16.0), area_px=110.0)
     assert float(measure_clips(clip).speed_px_per_frame) == pytest.approx(1.6, abs=0.05)
 
 
@@ -85,9 +85,9 @@ def test_an_empty_clip_has_no_contrast_and_no_speed() -> None:
 
 
 def test_captions_are_read_back_into_labels() -> None:
-    labels = labels_from_captions(["a red circle moves left quickly", "a white square moves up"])
+    labels = labels_from_captions(["a red circle moves left quickly", "a white bar moves up"])
     assert [list(COLOURS)[index] for index in labels.colour] == ["red", "white"]
-    assert [SHAPES[index] for index in labels.shape] == ["circle", "square"]
+    assert [SHAPES[index] for index in labels.shape] == ["circle", "bar"]
     assert [list(DIRECTIONS)[index] for index in labels.direction] == ["left", "up"]
     assert labels.speed_px_per_frame.tolist() == pytest.approx([1.5, 1.0])
 

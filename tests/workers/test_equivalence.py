@@ -1,11 +1,10 @@
 """Split over roles = one plain step; many micro-batches = one; replayed = drawn; truth in 1-D."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -20,7 +19,7 @@ from sgmd_core.types import (
     per_sample,
 )
 from sgmd_core.velocity import guided_velocity
-from tests.helpers.gaussian import LearnedGaussian, x0_gain
+from tests.helpers.gaussian import AffineGenerator, LearnedGaussian, x0_gain
 from tests.helpers.roles import (
     SEED,
     gather,
@@ -159,18 +158,6 @@ def test_iterations_change_both_learners_and_never_the_teacher(tracking):
     assert same_bits(weights(roles.networks["teacher"]), before["teacher"])
 
 
-class OneStepGaussian(nn.Module):
-    """A generator whose one step from pure noise gives mean + std * noise."""
-
-    def __init__(self, mean: float, std: float) -> None:
-        super().__init__()
-        self.mean = nn.Parameter(torch.tensor(mean))
-        self.log_std = nn.Parameter(torch.tensor(math.log(std)))
-
-    def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
-        return x_t - (self.mean + self.log_std.exp() * x_t)
-
-
 def _no_text(size: int) -> Tensor:
     return torch.zeros(size, 1, 1)
 
@@ -209,7 +196,7 @@ def test_signal_is_the_closed_form_gradient_of_a_gaussian():
 def test_the_roles_lead_a_gaussian_generator_to_the_teacher(tracking):
     # Fisher alone: its fixed point is the teacher itself. The batch's own spread leaves 2 %.
     schedule = FlowMatchSchedule()
-    network, seed, shape = OneStepGaussian(0.0, 1.0), 5, (1, 2, 8, 8)
+    network, seed, shape = AffineGenerator(0.0, 1.0), 5, (1, 2, 8, 8)
     settings = GeneratorSettings(
         num_steps=1, ema_decay=0.0, optimizer=OptimizerSettings(lr=0.02, weight_decay=0.0)
     )
@@ -235,7 +222,7 @@ def test_the_roles_lead_a_gaussian_generator_to_the_teacher(tracking):
             tracker.track(fresh, share=1.0)
         tracker.gradient_report(iteration)
         tracker.step(iteration)
-        found.append((network.mean.item(), network.log_std.exp().item()))
+        found.append((network.mean.item(), network.std.item()))
     mean, std = torch.tensor(found[-100:]).mean(dim=0).tolist()
     assert mean == pytest.approx(0.3, abs=0.02)
     assert std == pytest.approx(0.5, rel=0.05)

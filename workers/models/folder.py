@@ -101,8 +101,9 @@ def inspect_wan_folder(folder: str | Path) -> WanFolder:
     return WanFolder(
         path=path,
         latent_channels=vae["z_dim"],
-        temporal_factor=vae["scale_factor_temporal"],
-        spatial_factor=vae["scale_factor_spatial"],
+        # Folders written before diffusers stored the factors are Wan 2.1: 4 and 8.
+        temporal_factor=vae.get("scale_factor_temporal", 4),
+        spatial_factor=vae.get("scale_factor_spatial", 8),
         patch_size=(frames, rows, columns),
         text_width=transformer["text_dim"],
         num_parameters={name: _count_parameters(path / name) for name in _FAMILIES},

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from sgmd_core.errors import ModelFolderError, ShapeError
+from workers.models.scheduler import build_scheduler
 
 _TIME_SCALE = 1000.0
 _INDEX_FILE = "model_index.json"
@@ -69,12 +70,12 @@ class WanVelocity(nn.Module):
         return prediction.float()
 
     def _require_latents(self, x_t: Tensor) -> None:
-        config = self.transformer.config
-        expected = f"(batch, {config.in_channels}, T, H, W) with T, H, W divisible by "
-        expected += f"{tuple(config.patch_size)}"
-        if x_t.ndim != 5 or x_t.shape[1] != config.in_channels:
+        channels = self.transformer.config["in_channels"]
+        patch_size = tuple(self.transformer.config["patch_size"])
+        expected = f"(batch, {channels}, T, H, W) with T, H, W divisible by {patch_size}"
+        if x_t.ndim != 5 or x_t.shape[1] != channels:
             raise ShapeError("denoising", f"latents of shape {tuple(x_t.shape)}", expected)
-        sizes = zip(x_t.shape[2:], config.patch_size, strict=True)
+        sizes = zip(x_t.shape[2:], patch_size, strict=True)
         if any(size % patch for size, patch in sizes):
             raise ShapeError("denoising", f"latents of shape {tuple(x_t.shape)}", expected)
 
@@ -87,9 +88,7 @@ class CaptionEncoder:
         text_encoder: UMT5 encoder.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
 
@@ -151,7 +150,7 @@ class VideoVae:
         """Encode videos (B, 3, T, H, W) in [0, 1] to normalised latents (B, C, T', H', W')."""
         self.latent_shape(*video.shape[2:])
         pixels = (2 * video - 1).to(self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode().float()
+        latents = self.vae.encode(pixels, return_dict=False)[0].mode().float()
         mean, std = self._statistics(latents)
         return (latents - mean) / std
 
@@ -169,7 +168,7 @@ class VideoVae:
             ShapeError: a size is not a multiple of what the autoencoder and patches need.
         """
         config = self.vae.config
-        temporal, spatial = config.scale_factor_temporal, config.scale_factor_spatial
+        temporal, spatial = config["scale_factor_temporal"], config["scale_factor_spatial"]
         if num_frames < 1 or (num_frames - 1) % temporal or height % spatial or width % spatial:
             raise ShapeError(
                 "sizing latents",
@@ -178,7 +177,7 @@ class VideoVae:
                 "Change the number of frames or the frame size",
             )
         return (
-            config.z_dim,
+            config["z_dim"],
             1 + (num_frames - 1) // temporal,
             height // spatial,
             width // spatial,
@@ -186,9 +185,8 @@ class VideoVae:
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
-        options = {"dtype": latents.dtype, "device": latents.device}
-        mean = torch.tensor(config.latents_mean, **options)
-        std = torch.tensor(config.latents_std, **options)
+        mean = torch.tensor(config["latents_mean"]).to(latents)
+        std = torch.tensor(config["latents_std"]).to(latents)
         return mean[None, :, None, None, None], std[None, :, None, None, None]
 
 
@@ -237,7 +235,7 @@ def save_generator_pipeline(
 
     Args:
         dst: Folder to write; an existing one is replaced whole.
-        base_folder: Where autoencoder, text encoder, tokenizer and scheduler come from.
+        base_folder: Where autoencoder, text encoder and tokenizer come from.
         transformer: The denoiser to write.
         flow_shift: Shift of the noise levels that the pipeline will sample with.
 
@@ -246,19 +244,17 @@ def save_generator_pipeline(
     """
     dst, base = Path(dst), Path(base_folder)
     _require_wan(base)
-    scheduler_file = base / "scheduler" / "scheduler_config.json"
-    _require_file(scheduler_file, base)
     draft = dst.with_name(f".{dst.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    for name in ("vae", "text_encoder", "tokenizer", "scheduler"):
+    for name in ("vae", "text_encoder", "tokenizer"):
         shutil.copytree(base / name, draft / name)
-    shutil.copyfile(base / _INDEX_FILE, draft / _INDEX_FILE)
-    scheduler = _read_json(scheduler_file, base)
-    # diffusers' flow-match Euler scheduler calls it `shift`, its multistep solvers `flow_shift`.
-    scheduler["flow_shift" if "flow_shift" in scheduler else "shift"] = flow_shift
-    target = draft / "scheduler" / "scheduler_config.json"
-    target.write_text(json.dumps(scheduler, indent=2) + "\n")
+    # The base's own scheduler may take other steps than the generator was trained on.
+    scheduler = build_scheduler(flow_shift)
+    scheduler.save_pretrained(draft / "scheduler")
+    index = _read_json(base / _INDEX_FILE, base)
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    (draft / _INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     transformer.transformer.save_pretrained(draft / "transformer")
     shutil.rmtree(dst, ignore_errors=True)
     draft.rename(dst)

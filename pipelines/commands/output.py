@@ -5,22 +5,34 @@ standard error    progress, notes, errors
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
 from sgmd_core.errors import SgmdError
 
+_PIPE_COLUMNS = 120
+
 
 @contextmanager
 def working() -> Iterator[Console]:
     """A console for progress; what libraries print meanwhile stays out of the result."""
+    # Read when transformers is imported; its bars for each file would drown our own.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     with redirect_stdout(sys.stderr):
         yield Console(stderr=True)
 
@@ -34,17 +46,19 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with working() as console, Progress(*columns, console=console) as progress:
-        tasks = {}
+    with working() as console:
+        bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        tasks: dict[str, TaskID] = {}
 
         def show_progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = progress.add_task(what, total=total)
+                tasks[what] = bars.add_task(what, total=total)
                 if not console.is_terminal:
                     console.print(f"{what} ...", highlight=False, markup=False)
-            progress.update(tasks[what], completed=done, total=total)
+            bars.update(tasks[what], completed=done, total=total)
 
-        yield show_progress
+        with bars:
+            yield show_progress
 
 
 def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: RenderableType) -> None:
@@ -59,14 +73,17 @@ def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: Rendera
         sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
         return
     console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        # A log or a pipe has no width of its own; rich would take 80 columns.
+        console.width = _PIPE_COLUMNS
     for part in shown:
         # Paths must stay whole, so that they can be copied.
         console.print(part, soft_wrap=isinstance(part, str))
 
 
-def pairs(data: Mapping[str, Any], *, title: str = "") -> Table:
+def pairs(data: Mapping[str, Any]) -> Table:
     """Names and values below each other; sections are written with dots."""
-    table = Table(title=title or None, title_justify="left", show_header=False, box=None)
+    table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _flat(data):
@@ -76,7 +93,8 @@ def pairs(data: Mapping[str, Any], *, title: str = "") -> Table:
 
 def show_error(error: SgmdError) -> None:
     """One red paragraph and what was noted on the way; no traceback."""
-    notes: Sequence[str] = getattr(error, "__notes__", ())
+    # A note from another process goes on with that process's traceback.
+    notes = [note.partition("\n")[0] for note in getattr(error, "__notes__", ())]
     text = "\n".join([f"{type(error).__name__}: {error}", *notes])
     Console(stderr=True).print(Text(text, style="red"), soft_wrap=True)
 

@@ -1,0 +1,1 @@
+"""The commands of `sgmd`: each reads its arguments, calls one function, shows the result."""

@@ -1,0 +1,67 @@
+"""`sgmd recipes`: list, show, copy, schema."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from pipelines.commands.options import Json, RecipeName
+from pipelines.commands.output import show
+from sgmd_core.errors import ConfigError
+
+app = typer.Typer(no_args_is_help=True, help="The recipes that ship, to read and to copy.")
+
+
+@app.command("list")
+def list_recipes(as_json: Json = False) -> None:
+    """List the recipes that ship."""
+    from pipelines.recipe_files import shipped_recipes
+
+    recipes = shipped_recipes()
+    rows = [{"name": r.name, "summary": r.summary, "path": str(r.path)} for r in recipes]
+    table = Table("recipe", "what it is", box=None)
+    for recipe in recipes:
+        table.add_row(recipe.name, recipe.summary)
+    show(rows, as_json, table)
+
+
+@app.command("show")
+def show_recipe(recipe: RecipeName, as_json: Json = False) -> None:
+    """Print a recipe, with every key explained."""
+    from pipelines.overrides import read_yaml
+    from pipelines.recipe_files import find_recipe
+
+    text = find_recipe(recipe).read_text(encoding="utf-8")
+    show(read_yaml(text), as_json, text.rstrip("\n"))
+
+
+@app.command("copy")
+def copy_recipe(
+    recipe: RecipeName,
+    target: Annotated[
+        Path | None, typer.Argument(help="File to write; default RECIPE.yaml")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a recipe, to be edited."""
+    from pipelines.recipe_files import find_recipe
+
+    source = find_recipe(recipe)
+    target = target or Path(source.name)
+    if target.exists():
+        raise ConfigError(
+            f"copying the recipe {recipe}", f"{target} is there already", "a new file"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    show({"path": str(target)}, as_json, f"{target}    run it: sgmd distill {target}")
+
+
+@app.command("schema")
+def show_schema() -> None:
+    """Print the JSON schema of a distillation recipe, for editors that check YAML."""
+    from pipelines.config import json_schema
+
+    show(json_schema(), True)

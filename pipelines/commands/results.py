@@ -1,0 +1,124 @@
+"""What is done with a result: `sgmd evaluate`, `sgmd generate`, `sgmd report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipelines.commands.options import Json
+from pipelines.commands.output import progress_bar, show, working
+
+
+def evaluate(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A finished run, or a diffusers folder.")
+    ],
+    teacher: Annotated[Path | None, typer.Option(help="Teacher's folder; a run knows it")] = None,
+    captions: Annotated[
+        str | None, typer.Option(help="Shards of held-out captions; a run knows them")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results; default RUN")] = None,
+    num_captions: Annotated[int, typer.Option(help="Clips in every set")] = 256,
+    teacher_steps: Annotated[int | None, typer.Option(help="Steps of the reference")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the teacher")] = None,
+    batch_size: Annotated[int, typer.Option(help="Clips sampled side by side")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the reference")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a generator against its teacher: figures, verdicts, contact sheet."""
+    with progress_bar() as on_progress:
+        from pipelines import evaluate as job
+        from pipelines.evaluation import table, verdict_lines
+        from pipelines.run_folder import RunFolder
+
+        if output is None:
+            output = run if RunFolder(run).config.exists() else Path("evaluation")
+        result = job.evaluate(
+            run,
+            teacher=teacher,
+            captions=captions,
+            output=output,
+            options=job.EvaluationOptions(
+                num_captions=num_captions,
+                seed=seed,
+                batch_size=batch_size,
+                teacher_steps=teacher_steps,
+                guidance_scale=guidance_scale,
+            ),
+            on_progress=on_progress,
+        )
+    paths = [output / job.EVALUATION_FILE, output / result.sheet_png, output / result.sheet_gif]
+    lines = "\n".join(["", *verdict_lines(result), "", *map(str, paths)])
+    show(result.model_dump(mode="json"), as_json, table(result), lines)
+
+
+def generate(
+    model: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A diffusers Wan folder, or a finished run.")
+    ],
+    prompt: Annotated[list[str], typer.Option(help="What to show; may be given more than once")],
+    output: Annotated[Path, typer.Option(help="Folder for the clips")] = Path("clips"),
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise")] = 0,
+    num_steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance")] = None,
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise levels")] = None,
+    text_length: Annotated[int | None, typer.Option(help="Text positions")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames a clip")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels")] = None,
+    fps: Annotated[int | None, typer.Option(help="Frames a second")] = None,
+    zoom: Annotated[int | None, typer.Option(help="Enlarge the files this many times")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sample prompts to mp4 and GIF; what is not given comes from the model's folder."""
+    with progress_bar() as on_progress:
+        from diffusers.utils import logging
+
+        from pipelines import generate as job
+
+        logging.disable_progress_bar()
+        clips = job.generate(
+            model,
+            prompt,
+            output=output,
+            seed=seed,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            flow_shift=flow_shift,
+            text_length=text_length,
+            negative_prompt=negative_prompt,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            fps=fps,
+            zoom=zoom,
+            device=device,
+            on_progress=lambda done, total: on_progress("denoising steps", done, total),
+        )
+    rows = [
+        {
+            "prompt": clip.prompt,
+            "seed": clip.seed,
+            "paths": [str(path) for path in clip.paths],
+            "seconds": clip.seconds,
+        }
+        for clip in clips
+    ]
+    show(rows, as_json, "\n".join(str(path) for clip in clips for path in clip.paths))
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, finished or not.")],
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; default RUN/report.html")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page: figures, clips, curves, times, settings."""
+    with working():
+        from pipelines.report import write_report
+
+        path = write_report(run, output)
+    show({"path": str(path)}, as_json, str(path))

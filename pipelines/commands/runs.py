@@ -1,0 +1,213 @@
+"""What makes something: `sgmd shapes`, `pretrain`, `distill`, `sweep`, `submit`."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from pipelines.commands.options import Json, Overrides, RecipeName
+from pipelines.commands.output import pairs, progress_bar, show, working
+from sgmd_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.config import DistillConfig
+    from pipelines.pretraining.events import PretrainEvent
+    from pipelines.sweep import SweepResult
+
+
+def shapes(
+    target: Annotated[str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix.")],
+    train_clips: Annotated[int, typer.Option(help="Clips in DST/train")] = 2048,
+    held_out_clips: Annotated[int, typer.Option(help="Clips in DST/held_out")] = 512,
+    shard_size: Annotated[int, typer.Option(help="Clips in one Parquet file")] = 512,
+    seed: Annotated[int, typer.Option(help="Fixes every clip")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write the embedded data set: captioned clips of moving shapes, as mp4 in Parquet shards."""
+    with progress_bar() as on_progress:
+        from pipelines.shapes import Split, write_shards
+
+        shards = {
+            split.value: write_shards(
+                f"{target.rstrip('/')}/{split.value}",
+                num_clips=num_clips,
+                shard_size=shard_size,
+                seed=seed,
+                split=split,
+                on_progress=lambda done, total, what=split.value: on_progress(what, done, total),
+            )
+            for split, num_clips in ((Split.TRAIN, train_clips), (Split.HELD_OUT, held_out_clips))
+        }
+    counts = {name: len(paths) for name, paths in shards.items()}
+    data = {"folder": target, "clips": {"train": train_clips, "held_out": held_out_clips}}
+    show(
+        data | {"shards": shards},
+        as_json,
+        f"{train_clips} clips in {counts['train']} shards: {target}/train",
+        f"{held_out_clips} clips in {counts['held_out']} shards: {target}/held_out",
+    )
+
+
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: our own")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a small teacher from clips with Ray Train; the same command again resumes it."""
+    with working() as console:
+        from cluster.runtime import start_ray
+        from pipelines import pretrain as job
+        from pipelines.pretraining.config import PretrainConfig
+        from pipelines.recipe_files import load
+
+        config = load(PretrainConfig, recipe, overrides or [])
+        own_cluster = address is None and "RAY_ADDRESS" not in os.environ
+        # One core more than the trainers take, or Ray Data would never read a row.
+        needed = config.ray.num_workers * config.ray.cpus_per_worker + 1
+        num_cpus = max(os.cpu_count() or 1, needed) if own_cluster else None
+        with start_ray(address, num_cpus=num_cpus):
+            result = job.pretrain(
+                config,
+                lambda event: console.print(_event_line(event), highlight=False, markup=False),
+            )
+    data = {"output": str(result.output), "quality": asdict(result.quality)}
+    show(data, as_json, str(result.output), result.quality.in_words())
+
+
+def _event_line(event: "PretrainEvent") -> str:
+    if event.note:
+        return f"{event.stage}: {event.note}"
+    figures = "  ".join(f"{name} {value:.4g}" for name, value in event.metrics.items())
+    step = f"{event.step}/{event.num_steps}"
+    return f"{event.stage} {step}  {figures}  {event.seconds_per_step:.2f} s a step"
+
+
+def distill(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="RECIPE", help="A recipe that ships, or a YAML file."),
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check settings, model and data; start nothing.")
+    ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Go on with this run's newest checkpoint; RECIPE may be left out."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Distil a teacher into a few-step generator: the main job."""
+    with working() as console:
+        from pipelines import distill as job
+        from pipelines.progress import console_listener
+
+        config = _distill_config(recipe, overrides or [], resume)
+        if dry_run:
+            result = job.dry_run(config)
+        else:
+            with console_listener(config.iterations, console) as listener:
+                result = job.distill(config, resume=resume is not None, listener=listener)
+    if dry_run:
+        show(result, as_json, pairs(result), "Everything fits; nothing was started.")
+        return
+    told = {name: value for name, value in result.items() if name != "versions"}
+    show(result, as_json, pairs(told), f"Measure it: sgmd evaluate {config.run_folder}")
+
+
+def _distill_config(
+    recipe: str | None, overrides: list[str], resume: Path | None
+) -> "DistillConfig":
+    from pipelines.config import load_recipe
+
+    if resume is None:
+        if recipe is None:
+            raise ConfigError(
+                "starting a distillation",
+                "neither a recipe nor a run to resume",
+                "sgmd distill RECIPE, or sgmd distill --resume RUN",
+                "`sgmd recipes list` shows the recipes that ship",
+            )
+        return load_recipe(recipe, overrides)
+    if recipe is None or "=" in recipe:
+        overrides = [recipe, *overrides] if recipe else overrides
+        recipe = str(resume / "config.yaml")
+    return load_recipe(recipe, overrides).in_folder(resume)
+
+
+def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Try every combination of the recipe's `sweep.grid` with Ray Tune; write best.yaml."""
+    with working() as console:
+        from pipelines import sweep as job
+        from pipelines.config import load_recipe
+        from pipelines.progress import LineListener
+
+        config = load_recipe(recipe, overrides or [])
+        result = job.sweep(config, LineListener(console, config.sweep.iterations))
+    show(
+        result.to_json(),
+        as_json,
+        _sweep_table(result),
+        f"best settings: {result.best_recipe}    run them: sgmd distill {result.best_recipe}",
+    )
+
+
+def _sweep_table(result: "SweepResult") -> Table:
+    """One row a trial, the best one first, ranked by the column that is named first."""
+    best = result.trials[0]
+    others = [name for name in best.figures if name != result.score]
+    table = Table(title=f"trials by {result.score}", title_justify="left")
+    for heading in (*best.settings, result.score, *others, "seconds", "error"):
+        table.add_column(heading, overflow="fold")
+    for trial in result.trials:
+        figures = [trial.figures.get(name) for name in (result.score, *others)]
+        table.add_row(
+            *(str(value) for value in trial.settings.values()),
+            *("" if value is None else f"{value:.4g}" for value in figures),
+            f"{trial.seconds:.1f}",
+            trial.error,
+        )
+    return table
+
+
+def submit(
+    recipe: RecipeName,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings; after --, options of the command too"),
+    ] = None,
+    address: Annotated[str, typer.Option(help="The cluster's dashboard")] = "http://127.0.0.1:8265",
+    working_dir: Annotated[
+        Path | None, typer.Option(help="The source tree that travels; default: this one")
+    ] = None,
+    command: Annotated[str, typer.Option(help="Which command runs there")] = "distill",
+    env: Annotated[
+        list[str] | None, typer.Option(help="Variable to send along; no value, only its name")
+    ] = None,
+    follow: Annotated[bool, typer.Option(help="Print what the job prints, until it ends")] = True,
+    as_json: Json = False,
+) -> None:
+    """Run a command as a job on a Ray cluster: the same recipe, the same settings."""
+    with working() as console:
+        from pipelines import submit as job
+        from pipelines.config import PROJECT_ROOT
+
+        job_id = job.submit(
+            recipe,
+            arguments or [],
+            address=address,
+            working_dir=working_dir or PROJECT_ROOT,
+            command=command,
+            forward=env or [],
+            follow=follow,
+            on_log=lambda text: console.print(text, end="", highlight=False, markup=False),
+        )
+    show({"job_id": job_id}, as_json, job_id)

@@ -1,0 +1,88 @@
+"""Captions streamed from a real S3 server on loopback."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
+
+from pipelines.captions import plan_captions, read_rows
+from pipelines.distill import distill, dry_run
+from pipelines.run_folder import RunFolder, read_jsonl
+from sgmd_core.errors import DataError
+from tests.e2e.conftest import MakeRecipe
+from tests.helpers.s3_server import S3Server, serve_s3
+
+
+@pytest.fixture(scope="module")
+def bucket(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A server whose bucket `clips` holds the shards of the world."""
+    root = tmp_path_factory.mktemp("s3")
+    shutil.copytree(world, root / "clips" / "shapes")
+    with serve_s3(root) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Address of the shards, reachable through the usual variables."""
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    S3FileSystem.clear_instance_cache()
+    return "s3://clips/shapes"
+
+
+def test_a_bucket_is_read_like_a_folder(s3: str, world: Path) -> None:
+    remote, local = plan_captions(f"{s3}/train"), plan_captions(str(world / "train"))
+    assert remote.num_rows == local.num_rows == 48
+    rows = [
+        [row for task in plan.tasks(0, 0, 48) for row in read_rows(task)]
+        for plan in (remote, local)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_run_from_s3_makes_the_losses_of_a_run_from_disk(
+    s3: str, make_recipe: MakeRecipe
+) -> None:
+    disk = make_recipe("name=disk", "iterations=2")
+    cloud = make_recipe("name=cloud", "iterations=2", f"data.train={s3}/train")
+    distill(disk)
+    distill(cloud)
+    losses = [
+        [line["losses"] for line in read_jsonl(RunFolder(config.run_folder).metrics)]
+        for config in (disk, cloud)
+    ]
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
+
+
+def test_a_missing_prefix_is_told(s3: str, make_recipe: MakeRecipe) -> None:
+    with pytest.raises(DataError, match=r"s3://clips/elsewhere"):
+        dry_run(make_recipe("data.train=s3://clips/elsewhere"))
+
+
+def test_wrong_keys_are_told_and_never_shown(
+    s3: str, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-key")
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(DataError, match=r"listing the shards of s3://clips/shapes/train") as caught:
+        dry_run(make_recipe(f"data.train={s3}/train"))
+    assert "not-the-secret-key" not in str(caught.value)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_roles_on_ray_stream_from_s3_through_ray_data(s3: str, make_recipe: MakeRecipe) -> None:
+    """In a cluster of its own: processes of a running one would not have these variables."""
+    from tests.e2e.processes import run_cli
+
+    config = make_recipe("iterations=2", f"data.train={s3}/train", "topology.mode=pools")
+    path = config.run_folder.parent / "recipe.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(config.to_yaml())
+    summary = run_cli("distill", str(path))
+    assert summary["iterations"] == 2
+    assert summary["samples_seen"] == 8

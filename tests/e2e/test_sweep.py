@@ -1,0 +1,62 @@
+"""A small grid with Ray Tune: every combination, ranked, and the best one as a recipe."""
+
+import csv
+import json
+
+import pytest
+
+from pipelines.config import load_recipe
+from pipelines.sweep import sweep
+from sgmd_core.errors import ConfigError
+from tests.e2e.conftest import MakeRecipe
+
+GRID = (
+    "sweep.grid={objective.lambda_nr: [0.05, 0.2], objective.lambda_rc: [0.5, 1.0]}",
+    "sweep.iterations=2",
+)
+
+
+def test_an_empty_grid_is_refused(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.grid"):
+        sweep(make_recipe())
+
+
+def test_a_value_that_does_not_fit_is_refused_before_any_trial(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ConfigError, match=r"lambda_nr"):
+        make_recipe("sweep.grid={objective.lambda_nr: [0.1, minus]}")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_tries_every_combination_and_writes_the_best(
+    make_recipe: MakeRecipe, ray_cluster: None
+) -> None:
+    config = make_recipe(*GRID)
+    result = sweep(config)
+    tried = {
+        (t.settings["objective.lambda_nr"], t.settings["objective.lambda_rc"])
+        for t in result.trials
+    }
+    assert tried == {(0.05, 0.5), (0.05, 1.0), (0.2, 0.5), (0.2, 1.0)}
+    assert not any(trial.error for trial in result.trials)
+    scores = [trial.figures["frechet"] for trial in result.trials]
+    assert scores == sorted(scores)
+    best = load_recipe(str(result.best_recipe))
+    assert best.objective.lambda_nr == result.trials[0].settings["objective.lambda_nr"]
+    assert best.objective.lambda_rc == result.trials[0].settings["objective.lambda_rc"]
+    assert best.iterations == config.iterations
+    table = list(csv.DictReader((result.folder / "results.csv").open()))
+    assert len(table) == 4
+    stored = json.loads((result.folder / "results.json").read_text())
+    assert stored["trials"][0]["figures"]["frechet"] == scores[0]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_may_have_pools_of_its_own(make_recipe: MakeRecipe, ray_cluster: None) -> None:
+    config = make_recipe(
+        "sweep.grid={objective.lambda_nr: [0.1]}", "sweep.iterations=1", "topology.mode=pools"
+    )
+    (trial,) = sweep(config).trials
+    assert not trial.error
+    assert trial.figures["frechet"] >= 0

