@@ -93,7 +93,7 @@ class SamplingSettings(Settings):
     """How clips are sampled when the teacher is watched and measured."""
 
     num_steps: PositiveInt = 30
-    guidance_scale: PositiveFloat = 2.5
+    guidance_scale: PositiveFloat = 2.0
     flow_shift: PositiveFloat = 3.0
     num_clips: PositiveInt = 256
     batch_size: PositiveInt = 64

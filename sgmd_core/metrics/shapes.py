@@ -227,7 +227,7 @@ def spearman(first: Float[Tensor, " n"], second: Float[Tensor, " n"]) -> float:
     """
     ranks = torch.stack([_average_ranks(first), _average_ranks(second)])
     centred = ranks - ranks.mean(dim=1, keepdim=True)
-    norm = torch.linalg.vector_norm(centred, dim=1).prod()
+    norm = centred.square().sum(dim=1).sqrt().prod()
     return float(centred.prod(dim=0).sum() / norm) if norm > 0 else 0.0
 
 
@@ -245,7 +245,7 @@ def _average_ranks(values: Tensor) -> Tensor:
 def _coverage(video: Tensor) -> tuple[Tensor, Tensor]:
     """Soft foreground (B, T, H, W) in [0, 1], and each clip's contrast (B,)."""
     background = video.flatten(2).median(dim=2).values[:, :, None, None, None]
-    distance = (video - background).norm(dim=1)
+    distance = (video - background).square().sum(dim=1).sqrt()
     num_pixels = distance[0].numel()
     # The shape covers more than 1 % of the clip, so this mean is taken inside it.
     contrast = distance.flatten(1).topk(max(1, num_pixels // 100), dim=1).values.mean(dim=1)

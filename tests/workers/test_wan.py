@@ -9,6 +9,7 @@ import torch
 from diffusers import WanPipeline
 
 from sgmd_core.errors import ModelFolderError, ShapeError
+from sgmd_core.metrics.shapes import labels_from_captions, measure_clips, score_clips
 from tests.helpers.tiny_wan import (
     HEIGHT,
     LATENT_CHANNELS,
@@ -186,3 +187,31 @@ def test_another_family_is_refused(broken: Path) -> None:
     (broken / "model_index.json").write_text(json.dumps({"_class_name": "LTXPipeline"}))
     with pytest.raises(ModelFolderError, match="LTXPipeline"):
         load_transformer(broken)
+
+
+ASSETS = Path(__file__).parents[2] / "assets" / "tiny-wan"
+
+
+def test_the_embedded_teacher_loads_in_diffusers_and_shows_what_captions_say() -> None:
+    pipeline = WanPipeline.from_pretrained(ASSETS)
+    pipeline.set_progress_bar_config(disable=True)
+    captions = ["a red circle moves left quickly", "a blue bar moves up", "a white bar moves right"]
+    frames = pipeline(
+        captions,
+        height=32,
+        width=32,
+        num_frames=13,
+        num_inference_steps=12,
+        guidance_scale=2.0,
+        max_sequence_length=16,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).frames
+    assert frames.shape == (3, 13, 3, 32, 32)
+    scores = score_clips(measure_clips(frames.transpose(1, 2)), labels_from_captions(captions))
+    assert (scores.colour, scores.direction) == (1.0, 1.0)
+
+
+def test_the_embedded_teacher_is_small_enough_for_git() -> None:
+    size_bytes = sum(path.stat().st_size for path in ASSETS.rglob("*") if path.is_file())
+    assert size_bytes <= 12_000_000
