@@ -158,11 +158,11 @@ def labels_from_captions(captions: Sequence[str]) -> ClipLabels:
     )
 
 
-def measure_clips(video: Float[Tensor, "b 3 t h w"]) -> ClipReading:
+def measure_clips(video: Tensor) -> ClipReading:
     """Read colour, shape, direction and speed of every clip from its pixels.
 
     Args:
-        video: Clips in [0, 1], at least four frames.
+        video: Clips (b, 3, t, h, w) in [0, 1], at least four frames.
 
     Returns:
         One reading per clip; speeds in pixels per frame along the direction that was read.

@@ -7,7 +7,7 @@ from PIL import Image
 from pipelines.contact_sheet import SheetGroup, enlarge, still_picture, write_contact_sheet
 from sgmd_core.errors import ShapeError
 
-PROMPTS = ("a red circle moves left", "a blue square moves up quickly")
+PROMPTS = ("a red circle moves left", "a blue bar moves up quickly")
 NUM_FRAMES = 6
 
 

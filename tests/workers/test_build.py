@@ -28,7 +28,7 @@ from workers.settings import (
     VideoSettings,
 )
 
-CAPTIONS = ("a red circle moves left", "a blue square moves up slowly")
+CAPTIONS = ("a red circle moves left", "a blue bar moves up slowly")
 VIDEO = VideoSettings(NUM_FRAMES, HEIGHT, WIDTH, fps=8)
 GENERATOR = GeneratorSettings(optimizer=OptimizerSettings(lr=1e-2))
 

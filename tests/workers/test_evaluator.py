@@ -17,7 +17,7 @@ from workers.text_encoder import TextEncoder
 
 CAPTIONS = (
     "a red circle moves left",
-    "a blue square moves right quickly",
+    "a blue bar moves right quickly",
     "a green triangle moves up slowly",
     "a white circle moves down",
 )
