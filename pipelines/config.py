@@ -256,15 +256,14 @@ class DistillConfig(Section):
 
     def with_absolute_paths(self) -> "DistillConfig":
         """The same run for a process that works in another folder of this machine."""
-        local = {
+        paths = {
             "model.folder": str(self.model_folder),
             "data.train": self.data.train,
             "data.validation": self.data.validation,
             "output": self.output,
         }
-        here = Path.cwd()
         return self.with_settings(
-            {key: str(here / path) for key, path in local.items() if path and "://" not in path}
+            {key: recipe_files.absolute_path(path) for key, path in paths.items() if path}
         )
 
 

@@ -8,10 +8,10 @@ seed alone, not on the other prompts of the call.
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
@@ -52,49 +52,49 @@ class GeneratedClip:
     seconds: float
 
 
+class Sampling(TypedDict, total=False):
+    """What may be sampled otherwise than the folder says; None leaves it to the folder.
+
+    The names are those of `InferenceSettings`.
+    """
+
+    num_steps: int | None
+    guidance_scale: float | None
+    flow_shift: float | None
+    text_length: int | None
+    negative_prompt: str | None
+    num_frames: int | None
+    height: int | None
+    width: int | None
+    fps: int | None
+
+
 def generate(
     run_or_model: str | Path,
     prompts: Sequence[str],
     *,
     output: str | Path,
     seed: int = 0,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    flow_shift: float | None = None,
-    text_length: int | None = None,
-    negative_prompt: str | None = None,
-    num_frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    fps: int | None = None,
     formats: Sequence[str] = FORMATS,
     zoom: int | None = None,
     device: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
+    **sampling: Unpack[Sampling],
 ) -> list[GeneratedClip]:
     """Samples every prompt and writes one file a format.
-
-    What is None comes from the folder's `sgmd.json`, and without one from WanPipeline's defaults.
 
     Args:
         run_or_model: A diffusers Wan folder, or a finished run, whose generator is used.
         prompts: What to show, one clip each.
         output: Folder of the files; made when missing, files of the same name are replaced.
         seed: Seed of the initial noise, the same for every prompt.
-        num_steps: Denoising steps.
-        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is no guidance.
-        flow_shift: Shift of the noise levels.
-        text_length: Text positions that the denoiser sees.
-        negative_prompt: What guidance leads away from.
-        num_frames: Video frames a clip.
-        height: Pixels.
-        width: Pixels.
-        fps: Frames a second.
         formats: Some of `FORMATS`.
         zoom: Each pixel is repeated so often along both sides of the files; None enlarges clips
             whose short side is under 256 px.
         device: Torch device; None takes a GPU where there is one.
         on_progress: Called after every denoising step with (steps done, steps in all).
+        **sampling: See `Sampling`; the rest comes from the folder's `sgmd.json`, and without one
+            from WanPipeline's defaults.
 
     Returns:
         One record a prompt, in order.
@@ -104,23 +104,13 @@ def generate(
         ModelFolderError: The folder is missing, incomplete or not Wan's.
         ShapeError: The clip's size does not fit the networks.
     """
-    overrides = {
-        "num_steps": num_steps,
-        "guidance_scale": guidance_scale,
-        "flow_shift": flow_shift,
-        "text_length": text_length,
-        "negative_prompt": negative_prompt,
-        "num_frames": num_frames,
-        "height": height,
-        "width": width,
-        "fps": fps,
-    }
     folder = model_folder(run_or_model)
-    _require_request(prompts, formats, overrides, zoom)
-    settings = _settings(folder, overrides)
+    changes = {name: value for name, value in sampling.items() if value is not None}
+    _require_request(prompts, formats, changes, zoom)
+    settings = _settings(folder, changes)
     pipeline = load_pipeline(folder, device or _default_device())
-    if flow_shift is not None:
-        _set_flow_shift(pipeline, flow_shift)
+    if "flow_shift" in changes:
+        _set_flow_shift(pipeline, settings.flow_shift)
     root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
     total = len(prompts) * settings.num_steps
@@ -199,10 +189,9 @@ def sample(
     return (np.asarray(video[0]) * 255).round().clip(0, 255).astype(np.uint8)
 
 
-def _settings(folder: Path, overrides: dict[str, Any]) -> InferenceSettings:
+def _settings(folder: Path, changes: Mapping[str, Any]) -> InferenceSettings:
     wan = inspect_wan_folder(folder)
-    chosen = {name: value for name, value in overrides.items() if value is not None}
-    settings = read_inference_settings(folder).model_copy(update=chosen)
+    settings = read_inference_settings(folder).model_copy(update=changes)
     wan.latent_shape(settings.num_frames, settings.height, settings.width)
     if settings.height % _PIPELINE_MULTIPLE_PX or settings.width % _PIPELINE_MULTIPLE_PX:
         raise ShapeError(
@@ -222,7 +211,7 @@ def _set_flow_shift(pipeline: WanPipeline, flow_shift: float) -> None:
 
 
 def _require_request(
-    prompts: Sequence[str], formats: Sequence[str], overrides: dict[str, Any], zoom: int | None
+    prompts: Sequence[str], formats: Sequence[str], changes: Mapping[str, Any], zoom: int | None
 ) -> None:
     attempted = "generating clips"
     if not prompts or not all(prompt.strip() for prompt in prompts):
@@ -233,11 +222,12 @@ def _require_request(
     if unknown or not formats:
         raise ConfigError(attempted, f"the formats {list(formats)}", f"some of {FORMATS}")
     for name in ("num_steps", "guidance_scale", "text_length", "num_frames", "fps"):
-        value = overrides[name]
-        if value is not None and value < 1:
-            raise ConfigError(attempted, f"{name} = {value}", "at least 1", f"Correct {name}")
-    if overrides["flow_shift"] is not None and overrides["flow_shift"] <= 0:
-        raise ConfigError(attempted, f"flow_shift = {overrides['flow_shift']}", "above 0")
+        if changes.get(name, 1) < 1:
+            raise ConfigError(
+                attempted, f"{name} = {changes[name]}", "at least 1", f"Correct {name}"
+            )
+    if changes.get("flow_shift", 1.0) <= 0:
+        raise ConfigError(attempted, f"flow_shift = {changes['flow_shift']}", "above 0")
     if zoom is not None and zoom < 1:
         raise ConfigError(attempted, f"zoom = {zoom}", "a whole number from 1 on")
 

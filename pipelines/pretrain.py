@@ -29,6 +29,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from pipelines.inference import InferenceSettings, write_inference_settings
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import (
     clip_dataset,
@@ -85,7 +86,8 @@ def pretrain(
     """
     for folder in (config.world.train, config.world.held_out):
         require_shards(folder)
-    run_dir = Path(config.run_dir).absolute()
+    config = config.with_absolute_paths()
+    run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with follow_events(run_dir / EVENTS_FILE, on_event):
         _train_vae(config, run_dir)
@@ -139,6 +141,17 @@ def _write_folder(config: PretrainConfig, run_dir: Path) -> None:
         tokenizer=teacher.tokenizer,
         flow_shift=config.sampling.flow_shift,
     )
+    settings = InferenceSettings(
+        num_steps=config.sampling.num_steps,
+        guidance_scale=config.sampling.guidance_scale,
+        flow_shift=config.sampling.flow_shift,
+        text_length=config.text.max_length,
+        num_frames=config.world.num_frames,
+        height=config.world.frame_px,
+        width=config.world.frame_px,
+        fps=config.world.fps,
+    )
+    write_inference_settings(Path(config.output), settings)
 
 
 def _run_stage(

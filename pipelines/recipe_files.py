@@ -59,6 +59,11 @@ class Recipe:
     summary: str
 
 
+def absolute_path(path: str) -> str:
+    """A path as a process in another folder of this machine needs it; a URL stays as it is."""
+    return path if "://" in path else str(Path.cwd() / Path(path).expanduser())
+
+
 def shipped_recipes() -> list[Recipe]:
     """All recipes that ship, by name."""
     return [

@@ -1,6 +1,10 @@
 """Settings of `pretrain`, read from one recipe file."""
 
+from typing import Self
+
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+from pipelines.recipe_files import absolute_path
 
 
 class Settings(BaseModel):
@@ -136,3 +140,13 @@ class PretrainConfig(Settings):
     denoiser: DenoiserSettings = DenoiserSettings()
     sampling: SamplingSettings = SamplingSettings()
     ray: RayTrainSettings = RayTrainSettings()
+
+    def with_absolute_paths(self) -> Self:
+        """The same run for Ray Train's workers, each of which works in a folder of its own."""
+        world = {name: absolute_path(getattr(self.world, name)) for name in ("train", "held_out")}
+        outputs = {
+            name: absolute_path(path)
+            for name in ("run_dir", "output", "partial_output")
+            if (path := getattr(self, name)) is not None
+        }
+        return self.model_copy(update={**outputs, "world": self.world.model_copy(update=world)})

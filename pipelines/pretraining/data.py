@@ -5,7 +5,7 @@
 The embedded world is small: a worker reads its part of the shards once and keeps it.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -76,7 +76,7 @@ def require_shards(folder: str) -> None:
 
 def clip_dataset(folder: str, world: WorldSettings) -> ray.data.Dataset:
     """Decoded clips: rows of sample_id, caption and pixels (T, H, W, 3)."""
-    rows = ray.data.read_parquet(folder, num_cpus=_LIGHT_TASK_CPUS).select_columns(list(_COLUMNS))
+    rows = _read(folder, _COLUMNS)
     if world.max_clips is not None:
         rows = rows.limit(world.max_clips)
     return rows.map_batches(
@@ -99,11 +99,18 @@ def latent_dataset(folder: str, world: WorldSettings, vae_folder: Path) -> ray.d
 
 def distinct_captions(folder: str) -> list[str]:
     """All captions of the shards, each once, sorted."""
-    rows = ray.data.read_parquet(folder, num_cpus=_LIGHT_TASK_CPUS).select_columns(["caption"])
+    rows = _read(folder, ["caption"])
     found: set[str] = set()
     for batch in rows.iter_batches(batch_size=1024):
         found.update(batch["caption"].tolist())
     return sorted(found)
+
+
+def _read(folder: str, columns: Sequence[str]) -> ray.data.Dataset:
+    context = ray.data.DataContext.get_current()
+    # Progress is told by events; Ray Data would log a screenful for every stage.
+    context.enable_progress_bars = context.print_on_execution_start = False
+    return ray.data.read_parquet(folder, num_cpus=_LIGHT_TASK_CPUS).select_columns(list(columns))
 
 
 class DecodeClips:

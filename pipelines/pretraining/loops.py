@@ -39,14 +39,15 @@ _MAX_STATISTICS_CLIPS = 2048
 def vae_loop(settings: Mapping[str, Any]) -> None:
     """Train the autoencoder; the final checkpoint holds it as a diffusers folder."""
     config = PretrainConfig.model_validate(settings["config"])
+    rank = ray.train.get_context().get_world_rank()
+    events = EventWriter(config, "vae", config.vae.num_steps, is_silent=rank > 0)
+    events.note("reading and decoding the clips")
     clips = _gather("train", "pixels").values
     held_out = _gather("held_out", "pixels").values
-    rank = ray.train.get_context().get_world_rank()
     torch.manual_seed(config.seed)
     vae = networks.build_vae(config.vae)
     training = vae_stage.VaeTraining(vae, config.vae, config.seed + 1_000 * rank, average_gradients)
     _restore(training)
-    events = EventWriter(config, "vae", config.vae.num_steps, is_silent=rank > 0)
     events.start(training.num_steps_done)
     while training.num_steps_done < config.vae.num_steps:
         metrics = training.step(clips)
@@ -69,8 +70,11 @@ def vae_loop(settings: Mapping[str, Any]) -> None:
 def denoiser_loop(settings: Mapping[str, Any]) -> None:
     """Train denoiser and caption encoder; the final checkpoint holds their moving average."""
     config = PretrainConfig.model_validate(settings["config"])
-    clips = _gather("train", "latents")
     rank = ray.train.get_context().get_world_rank()
+    longest = config.denoiser.max_hold_steps + config.denoiser.decay_steps
+    events = EventWriter(config, "denoiser", longest, is_silent=rank > 0)
+    events.note("reading, decoding and encoding the clips")
+    clips = _gather("train", "latents")
     vae = vae_stage.open_vae(settings["vae_folder"])
     torch.manual_seed(config.seed)
     training = DenoiserTraining(
@@ -82,8 +86,6 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
         sync_gradients=average_gradients,
     )
     _restore(training)
-    longest = config.denoiser.max_hold_steps + config.denoiser.decay_steps
-    events = EventWriter(config, "denoiser", longest, is_silent=rank > 0)
     events.start(training.num_steps_done)
     metrics: dict[str, float] = {}
     while not training.is_over:

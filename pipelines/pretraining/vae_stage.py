@@ -153,7 +153,7 @@ class VaeTraining:
 
 def open_vae(folder: str | Path) -> VideoVae:
     """Load an autoencoder that stage 1 has saved, frozen."""
-    vae = AutoencoderKLWan.from_pretrained(folder, torch_dtype=torch.float32)
+    vae = AutoencoderKLWan.from_pretrained(folder, dtype=torch.float32)
     return VideoVae(vae.eval().requires_grad_(False))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from pipelines.inference import read_inference_settings
 from pipelines.pretrain import pretrain
 from pipelines.pretraining import networks, vae_stage
 from pipelines.pretraining.config import DenoiserSettings, PretrainConfig, VaeSettings
@@ -310,18 +311,20 @@ def test_events_reach_the_follower_once_and_in_order(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------- Ray Train
 
-# Both were only ever run on a machine at a load of 20 to 30, where they ran out of time. The mark
-# goes as soon as a quiet machine has decided whether the tests or `pretrain` are at fault.
-NOT_SEEN_WHOLE = pytest.mark.xfail(strict=False, reason="never yet seen to pass: docs/tiny-wan.md")
 
-
-@NOT_SEEN_WHOLE
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_killed_worker_resumes_and_the_run_ends_in_a_loadable_pipeline(tmp_path: Path) -> None:
+def test_two_workers_train_one_is_killed_and_the_run_ends_in_a_loadable_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_clips(tmp_path)
-    config = micro_config(tmp_path)
+    # Relative folders, as in the recipe: workers of Ray Train work in folders of their own.
+    monkeypatch.chdir(tmp_path)
+    config = micro_config(
+        Path(),
+        ray={"report_every_steps": 1, "checkpoint_every_steps": 2, "num_workers": 2},
+    )
     heard: list[PretrainEvent] = []
     killed: list[int] = []
 
@@ -334,13 +337,18 @@ def test_a_killed_worker_resumes_and_the_run_ends_in_a_loadable_pipeline(tmp_pat
 
     result = pretrain(config, kill_once)
     starts = [event.note for event in heard if " starts at step " in event.note]
-    assert [note.split(" in ")[0] for note in starts] == [
+    assert [note.split(" in ")[0] for note in starts[:2]] == [
         "vae starts at step 0",
         "denoiser starts at step 0",
-        "denoiser starts at step 4",
     ]
+    # From the last checkpoint that Ray Train had taken over when the worker died.
+    assert [note.split(" in ")[0] for note in starts[2:]] in (
+        ["denoiser starts at step 2"],
+        ["denoiser starts at step 4"],
+    )
     assert max(event.step for event in heard if event.stage == "denoiser") == 8
 
+    assert read_inference_settings(result.output).num_steps == config.sampling.num_steps
     pipeline = WanPipeline.from_pretrained(result.output)
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
@@ -362,14 +370,3 @@ def test_a_killed_worker_resumes_and_the_run_ends_in_a_loadable_pipeline(tmp_pat
     again: list[PretrainEvent] = []
     pretrain(config, again.append)
     assert {event.stage for event in again} == {"quality"}
-
-
-@NOT_SEEN_WHOLE
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_cluster")
-def test_two_workers_train_together(tmp_path: Path) -> None:
-    write_clips(tmp_path)
-    ray_settings = {"report_every_steps": 1, "checkpoint_every_steps": 2, "num_workers": 2}
-    result = pretrain(micro_config(tmp_path, ray=ray_settings))
-    assert (result.output / "model_index.json").is_file()

@@ -198,7 +198,7 @@ def load_transformer(folder: str | Path) -> WanVelocity:
     """
     part = _component_folder(Path(folder), "transformer")
     transformer = _load(
-        part, lambda: WanTransformer3DModel.from_pretrained(part, torch_dtype=torch.float32)
+        part, lambda: WanTransformer3DModel.from_pretrained(part, dtype=torch.float32)
     )
     return WanVelocity(transformer.eval())
 
@@ -224,7 +224,7 @@ def load_vae(folder: str | Path) -> VideoVae:
         ModelFolderError: the folder or a file is missing, corrupt or not Wan's.
     """
     part = _component_folder(Path(folder), "vae")
-    vae = _load(part, lambda: AutoencoderKLWan.from_pretrained(part, torch_dtype=torch.float32))
+    vae = _load(part, lambda: AutoencoderKLWan.from_pretrained(part, dtype=torch.float32))
     return VideoVae(vae.eval().requires_grad_(False))
 
 
