@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from pipelines import recipe_files
 from pipelines.overrides import Override, apply_overrides
+from pipelines.section import Section
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.settings import (
@@ -42,14 +43,6 @@ _NOT_IN_DIGEST = (
     "tracker",
     "sweep",
 )
-
-
-class Section(BaseModel):
-    """Base of the sections: frozen; unknown keys, infinities and text for numbers are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class BatchSettings(Section):
