@@ -43,12 +43,15 @@ class MicroBatchKey:
             fake score too), `TRACK` for the fresh batch of the separate tracking step.
         incarnation: Counts restarts of the role groups, so that a call left over from before a
             restart is recognised.
+        part: Which of the equal parts that the micro-batch's samples are split into, where a role
+            has several ranks. All parts share the exit step, so the ranks walk in step.
     """
 
     iteration: int
     micro_batch: int
     purpose: Purpose = Purpose.GENERATE
     incarnation: int = 0
+    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from workers.settings import (
     TeacherSettings,
     VideoSettings,
 )
+from workers.sharding import shard
 from workers.text_encoder import TextEncoder
 
 
@@ -42,7 +43,7 @@ def build_generator(
     """
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
-    return GeneratorLearner(_denoiser(model), schedule, settings, latent_shape, seed)
+    return GeneratorLearner(_sharded(_denoiser(model)), schedule, settings, latent_shape, seed)
 
 
 def build_fake_score(
@@ -54,7 +55,7 @@ def build_fake_score(
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return FakeScoreTracker(_denoiser(model), objective, settings)
+    return FakeScoreTracker(_sharded(_denoiser(model)), objective, settings)
 
 
 def build_teacher(
@@ -109,6 +110,11 @@ def build_evaluator(
 
 def _denoiser(model: ModelSettings) -> WanVelocity:
     return load_transformer(model.folder).to(_device())
+
+
+def _sharded(denoiser: WanVelocity) -> WanVelocity:
+    shard(denoiser, denoiser.blocks)
+    return denoiser
 
 
 def _captions(model: ModelSettings) -> CaptionEncoder:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.role_state import require_same_tensors
+from workers.sharding import put
 
 
 def effective_decay(decay: float, updates: int) -> float:
@@ -37,7 +38,7 @@ class AveragedWeights:
 
     @property
     def average(self) -> Mapping[str, Tensor]:
-        """The averaged parameters by name; views, not copies."""
+        """The averaged parameters by name: views, and on several ranks parts."""
         return self._average
 
     @torch.no_grad()
@@ -48,7 +49,6 @@ class AveragedWeights:
             average = self._average[name]
             average.lerp_(value.to(average.dtype), weight)
 
-    @torch.no_grad()
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Goes on from a saved average.
 
@@ -57,7 +57,7 @@ class AveragedWeights:
         """
         require_same_tensors(average, self._average, "loading the averaged weights")
         for name, value in self._average.items():
-            value.copy_(average[name])
+            put(value, average[name])
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
 from workers.role_state import load_role, save_role
 from workers.settings import FakeScoreSettings
+from workers.sharding import is_sharded
 
 ROLE = "fake_score"
 _X0, _VELOCITY_FAKE = "the generator's x0", "the fake score's velocity"
@@ -60,6 +61,8 @@ class FakeScoreTracker:
         self._network = velocity_model.eval().requires_grad_(True)
         self._objective = objective
         self._shared = settings.tracking == "shared"
+        # A sharded network cannot be frozen for a while: FSDP fixes once which copies learn.
+        self._keeps_parameters = self._shared or is_sharded(velocity_model)
         self._optimizer = RoleOptimizer("fake score", velocity_model, settings.optimizer)
         self._kept: dict[MicroBatchKey, _KeptForward] = {}
 
@@ -96,7 +99,7 @@ class FakeScoreTracker:
         query = query_on(query, device)
         x0 = query.x0.detach().requires_grad_()
         leaf = detached(query, x0)
-        with nullcontext() if self._shared else _frozen(self._network):
+        with nullcontext() if self._keeps_parameters else _frozen(self._network):
             velocity_fake = self._network(leaf.x_t, leaf.sigma, leaf.text)
             velocity_teacher = teacher.velocity.to(device)
             loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
@@ -137,8 +140,11 @@ class FakeScoreTracker:
         loss = self._objective.tracking_loss(forward.query, forward.velocity_fake)
         sources = {_X0: forward.query.x0, _VELOCITY_FAKE: forward.velocity_fake}
         metrics = _finite_terms(loss, None, query.key, sources)
-        # Named inputs: with shared tracking the graph leads on to x0, which must gather nothing.
-        (share * loss.value).backward(inputs=self._optimizer.parameters)
+        # With shared tracking the graph leads on to x0, which must gather nothing: so the inputs
+        # are named. Of a sharded network autograd sees gathered copies, which have no name here;
+        # then x0, which is used no more, gathers what nobody reads.
+        inputs = None if is_sharded(self._network) else self._optimizer.parameters
+        (share * loss.value).backward(inputs=inputs)
         return TrackReport(metrics=metrics)
 
     def gradient_report(self, iteration: int) -> GradientReport:
@@ -175,7 +181,7 @@ class FakeScoreTracker:
         self._optimizer.discard()
 
     def save(self, folder: str) -> None:
-        """Writes `fake_score/` under a checkpoint folder."""
+        """Writes `fake_score/` under a checkpoint folder; every rank must be asked."""
         save_role(folder, ROLE, self._optimizer.state())
 
     def load(self, folder: str) -> int:

@@ -7,10 +7,8 @@
 Its loss depends on the generator through x0 alone, so `grad_x0` is all that it has to be told.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from sgmd_core.errors import StaleCallError
@@ -19,12 +17,13 @@ from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
 from sgmd_core.types import Draws, GeneratorSignal, Latents, MicroBatchKey, NoisedBatch, TextBatch
 from workers.ema import AveragedWeights
-from workers.models.wan import WanVelocity, save_generator_pipeline
+from workers.models.wan import save_generator_pipeline
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import GradientReport, LearnReport
 from workers.role_state import RoleState, load_role, save_role
 from workers.settings import GeneratorSettings
+from workers.sharding import gathered, is_first_rank
 
 ROLE = "generator"
 AVERAGE = "ema"
@@ -149,13 +148,17 @@ class GeneratorLearner:
         self._optimizer.discard()
 
     def final_weights(self) -> dict[str, Tensor]:
-        """A copy of the weights to validate and export: the average, where one is kept."""
-        if self._average is not None:
-            return _copies(self._average.average)
-        return _copies(self._optimizer.state().weights)
+        """A copy of the weights to validate and export: the average, where one is kept.
+
+        Every rank must be asked; the weights are the first one's, those of the others are empty.
+        """
+        kept = self._optimizer.weights if self._average is None else self._average.average
+        return gathered(kept)
 
     def export(self, dst: str, base_folder: str, flow_shift: float) -> None:
         """Writes `final_weights` as a diffusers pipeline, the other parts taken from a base.
+
+        Every rank must be asked; the first one writes.
 
         Args:
             dst: New folder of the pipeline.
@@ -165,20 +168,19 @@ class GeneratorLearner:
         Raises:
             ModelFolderError: The base folder is not a Wan folder.
         """
-        assert isinstance(self._network, WanVelocity), "only a Wan denoiser has a diffusers folder"
-        trained = _copies(self._optimizer.state().weights)
-        self._network.load_state_dict(self.final_weights())
-        try:
-            save_generator_pipeline(dst, base_folder, self._network, flow_shift=flow_shift)
-        finally:
-            self._network.load_state_dict(trained)
+        weights = self.final_weights()
+        if is_first_rank():
+            save_generator_pipeline(dst, base_folder, weights, flow_shift=flow_shift)
 
     def save(self, folder: str) -> None:
-        """Writes `generator/` and, where an average is kept, `ema/` under a checkpoint folder."""
+        """Writes `generator/` and, where an average is kept, `ema/` under a checkpoint folder.
+
+        Every rank must be asked; the first one writes.
+        """
         save_role(folder, ROLE, self._optimizer.state())
         if self._average is not None:
-            average = RoleState(self._optimizer.updates, self._average.average, {})
-            save_role(folder, AVERAGE, average)
+            average = gathered(self._average.average)
+            save_role(folder, AVERAGE, RoleState(self._optimizer.updates, average, {}))
 
     def load(self, folder: str) -> int:
         """Goes on where `save` left off, bit for bit.
@@ -235,8 +237,3 @@ class _KeptRollout:
 
     x0: Latents
     exit_step: int
-
-
-def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies, because the originals change in place at the next update."""
-    return {name: torch.clone(value) for name, value in tensors.items()}

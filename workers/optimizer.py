@@ -16,6 +16,7 @@ from sgmd_core.errors import NonFiniteError, StaleCallError
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_tensors
 from workers.settings import OptimizerSettings
+from workers.sharding import gathered, part_of, put, whole
 
 
 def learning_rate(settings: OptimizerSettings, updates: int) -> float:
@@ -92,7 +93,7 @@ class RoleOptimizer:
                 "at least one micro-batch learned since the last update",
             )
         self._norm = nn.utils.get_total_norm(gradients)
-        norm = self._norm.item()
+        norm = whole(self._norm).item()
         return GradientReport(grad_norm=norm, finite=math.isfinite(norm))
 
     def step(self, iteration: int) -> int:
@@ -113,10 +114,11 @@ class RoleOptimizer:
                 "a gradient report of this iteration, taken after all micro-batches",
                 "Call gradient_report first",
             )
-        if not torch.isfinite(self._norm):
+        norm = whole(self._norm)
+        if not torch.isfinite(norm):
             raise NonFiniteError(
                 f"updating the {self._role} in iteration {iteration}",
-                f"a gradient norm of {self._norm.item()}",
+                f"a gradient norm of {norm.item()}",
                 "finite gradients",
                 "The weights are as they were; lower the learning rate",
             )
@@ -133,14 +135,21 @@ class RoleOptimizer:
         self._adamw.zero_grad(set_to_none=True)
         self._norm = None
 
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by name, without a graph: views, and on several ranks parts."""
+        return {name: value.detach() for name, value in self._parameters.items()}
+
     def state(self) -> RoleState:
-        """Weights, moments and counter; views, not copies."""
+        """Copies of weights and moments, and the counter.
+
+        Every rank must ask; the tensors are the first one's, those of the others are empty.
+        """
         moments: dict[str, Tensor] = {}
         for name, parameter in self._parameters.items():
             for kind, value in self._adamw.state[parameter].items():
                 moments[f"{kind}/{name}"] = value
-        weights = {name: value.detach() for name, value in self._parameters.items()}
-        return RoleState(self._updates, weights, moments)
+        return RoleState(self._updates, gathered(self.weights), gathered(moments))
 
     def load_state(self, state: RoleState) -> None:
         """Goes on where `state` was taken.
@@ -149,24 +158,26 @@ class RoleOptimizer:
             CheckpointError: The state belongs to another network.
         """
         attempted = f"loading the {self._role}"
-        require_same_tensors(state.weights, self.state().weights, attempted)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.copy_(state.weights[name])
+        require_same_tensors(state.weights, self.weights, attempted)
+        for name, parameter in self._parameters.items():
+            put(parameter, state.weights[name])
         saved = self._adamw.state_dict()
-        saved["state"] = _moments_by_index(list(self._parameters), state.moments)
+        saved["state"] = _moments_by_index(self._parameters, state.moments)
         self._adamw.load_state_dict(saved)
         self._updates = state.updates
         self.discard()
 
 
 def _moments_by_index(
-    names: list[str], moments: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]
 ) -> dict[int, dict[str, Tensor]]:
     """AdamW's own form of its state: by position of the parameter, then by kind."""
     by_index: dict[int, dict[str, Tensor]] = {}
-    positions = {name: index for index, name in enumerate(names)}
+    positions = {name: index for index, name in enumerate(parameters)}
     for label, value in moments.items():
         kind, name = label.split("/", 1)
-        by_index.setdefault(positions[name], {})[kind] = value
+        # The step count is a number of its own; the moments are shaped like their parameter.
+        is_shaped = value.shape == parameters[name].shape and value.ndim > 0
+        part = part_of(value, parameters[name]) if is_shaped else value
+        by_index.setdefault(positions[name], {})[kind] = part
     return by_index

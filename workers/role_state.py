@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sgmd_core.errors import CheckpointError
+from workers.sharding import is_first_rank
 
 _WEIGHTS = "weights.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
@@ -46,13 +47,15 @@ class RoleState:
 
 
 def save_role(folder: str, role: str, state: RoleState) -> None:
-    """Writes a role's state under `folder/role`.
+    """Writes a role's state under `folder/role`; of several ranks only the first one does.
 
     Args:
         folder: The checkpoint: a local folder or an fsspec URL.
         role: Name of the subfolder.
         state: What to write; tensors on any device.
     """
+    if not is_first_rank():
+        return
     target = f"{folder.rstrip('/')}/{role}"
     filesystem, path = fsspec.core.url_to_fs(target)
     # On an object store this might create a bucket, which is not ours to decide.

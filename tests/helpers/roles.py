@@ -19,6 +19,7 @@ from workers.settings import (
     OptimizerSettings,
     TeacherSettings,
 )
+from workers.sharding import shard
 
 SEED = 11
 
@@ -41,12 +42,17 @@ def tiny_roles(
     lr: float = 1e-3,
     guidance_scale: float = 2.0,
 ) -> Roles:
-    """Three different tiny Wans, so that no term of the objective vanishes."""
+    """Three different tiny Wans, so that no term of the objective vanishes.
+
+    In a process group, generator and fake score are sharded over its ranks.
+    """
     networks = {
         "generator": tiny_velocity(1),
         "fake_score": tiny_velocity(2),
         "teacher": tiny_velocity(3),
     }
+    for role in ("generator", "fake_score"):
+        shard(networks[role], networks[role].blocks)
     optimizer = OptimizerSettings(lr=lr, max_grad_norm=1.0)
     return Roles(
         generator=GeneratorLearner(

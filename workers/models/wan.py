@@ -12,7 +12,7 @@ vae/ and scheduler/.
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,7 +67,13 @@ class WanVelocity(nn.Module):
             encoder_hidden_states=text.to(dtype),
             return_dict=False,
         )[0]
-        return prediction.float()
+        # A copy also where it is float32 already: FSDP hooks the output, and must not hook a view.
+        return prediction.to(torch.float32, copy=True)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, in order: what is gathered one at a time when the network is sharded."""
+        return list(self.transformer.blocks)
 
     def _require_latents(self, x_t: Tensor) -> None:
         channels = self.transformer.config["in_channels"]
@@ -229,21 +235,23 @@ def load_vae(folder: str | Path) -> VideoVae:
 
 
 def save_generator_pipeline(
-    dst: str | Path, base_folder: str | Path, transformer: WanVelocity, *, flow_shift: float
+    dst: str | Path, base_folder: str | Path, weights: Mapping[str, Tensor], *, flow_shift: float
 ) -> None:
     """Write a diffusers folder: a new denoiser beside the other components of a base folder.
 
     Args:
         dst: Folder to write; an existing one is replaced whole.
-        base_folder: Where autoencoder, text encoder and tokenizer come from.
-        transformer: The denoiser to write.
+        base_folder: Where autoencoder, text encoder and tokenizer come from, and the denoiser's
+            configuration.
+        weights: Parameters of the denoiser to write, a `WanVelocity`'s.
         flow_shift: Shift of the noise levels that the pipeline will sample with.
 
     Raises:
         ModelFolderError: the base folder is not a Wan folder.
     """
     dst, base = Path(dst), Path(base_folder)
-    _require_wan(base)
+    denoiser = load_transformer(base)
+    denoiser.load_state_dict(dict(weights))
     draft = dst.with_name(f".{dst.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
@@ -255,7 +263,7 @@ def save_generator_pipeline(
     index = _read_json(base / _INDEX_FILE, base)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (draft / _INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    transformer.transformer.save_pretrained(draft / "transformer")
+    denoiser.transformer.save_pretrained(draft / "transformer")
     shutil.rmtree(dst, ignore_errors=True)
     draft.rename(dst)
 

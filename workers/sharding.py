@@ -1,0 +1,97 @@
+"""One role on several ranks: FSDP2, applied from outside.
+
+    every rank      the same network, of which it keeps 1/n of each parameter (a DTensor)
+    forward         a block's parameters are gathered, used, and let go again
+    backward        gradients are *summed* over the ranks, and each rank keeps its 1/n of the sum
+
+The sum, not FSDP's usual mean: each rank's loss carries its samples' share of the whole batch
+already, so the sum is the gradient of the batch, whatever the number of ranks.
+
+A process that was not placed in a process group has the network to itself, and nothing here does
+anything.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def num_ranks() -> int:
+    """Ranks of the role that this process belongs to."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first_rank() -> bool:
+    """Whether this process writes for its role."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def shard(network: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Spreads a network's parameters over the ranks of this process's role.
+
+    Call it on every rank, with the same weights, before an optimizer is made.
+
+    Args:
+        network: Changed in place.
+        blocks: Parts that are gathered one at a time, such as the transformer's layers.
+    """
+    if num_ranks() == 1:
+        return
+    device = next(network.parameters()).device.type
+    mesh = init_device_mesh(device, (num_ranks(),))
+    for part in (*blocks, network):
+        fully_shard(part, mesh=mesh)
+    for part in network.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            # Without it a factor is folded into the collective, in a way that only NCCL knows.
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(network: nn.Module) -> bool:
+    """Whether this process keeps only a part of the network."""
+    return isinstance(network, FSDPModule)
+
+
+@torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; every rank must ask, in the same order. Not a copy where nothing is shared.
+
+    Args:
+        tensor: A parameter, or what was computed from parameters alone.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of whole tensors on the first rank; every rank must ask, the others get nothing.
+
+    One tensor at a time and, where something is shared, to main memory: no rank ever holds two
+    whole networks on its device.
+    """
+    copies: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor.detach())
+        if is_first_rank():
+            copies[name] = value.cpu() if isinstance(tensor, DTensor) else value.clone()
+    return copies
+
+
+@torch.no_grad()
+def put(target: Tensor, value: Tensor) -> None:
+    """Copies a whole tensor, known to every rank, into one of which each rank keeps a part."""
+    target.copy_(part_of(value, target))
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor that every rank knows, laid out like another one."""
+    if not isinstance(like, DTensor):
+        return value
+    placed = value.to(like.device)
+    # Every rank cuts its own part out; nothing is sent.
+    return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
