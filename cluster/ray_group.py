@@ -5,7 +5,9 @@
     fetch(pending) <------------------------ small values only -----------------------'
 
 Arguments that are pending go as references at the top level of the call: Ray waits for them at the
-receiver's end and moves the values from rank to rank, past the controller. Actors are synchronous
+receiver's end and moves the values from rank to rank, past the controller. The ranks of a group
+that was given `collective=True` also meet in a torch.distributed group of their own, before their
+workers are built. Actors are synchronous
 and are never restarted and calls never retried by Ray: a restart would lose the worker's state
 without a word, and a retry would run out of order.
 """
@@ -20,6 +22,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVarTuple
 
 import ray
+import ray.util
+import torch
 from ray.exceptions import (
     GetTimeoutError,
     RayActorError,
@@ -28,6 +32,7 @@ from ray.exceptions import (
 )
 
 from cluster.errors import CallTimeoutError, ClusterError, RemoteCallError, WorkerDiedError
+from cluster.meeting import Meeting, join_meeting, open_meeting
 from cluster.topology import Placement
 from cluster.transfer import array_in, from_wire, to_wire
 from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
@@ -35,6 +40,10 @@ from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
 Ts = TypeVarTuple("Ts")
 
 _TIMINGS_TIMEOUT_S = 600.0
+_COLLECTIVE_TIMEOUT_S = 600.0
+# Ray would show each process its own GPU alone, under which NCCL has been slow or wrong between
+# ranks of one machine (https://github.com/ray-project/ray/issues/61073).
+_SEES_ALL_GPUS = {"runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,6 +72,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         args: Its arguments; plain picklable values.
         placement: Reserved resources.
         pool: The pool whose ranks these are; None: the one called like the group.
+        collective: Whether the ranks, if there are several, run collectives among themselves.
     """
 
     def __init__(
@@ -72,18 +82,29 @@ class RayWorkerGroup(WorkerGroup[W]):
         args: tuple[*Ts],
         placement: Placement,
         pool: str | None = None,
+        *,
+        collective: bool = False,
     ) -> None:
         pool_name = name if pool is None else pool
         super().__init__(name, placement.pool(pool_name).num_ranks)
         host_class = ray.remote(_Host)
+        meets = collective and self.size > 1
+        options = _SEES_ALL_GPUS if meets else {}
         self._hosts: list[Any] = [
             host_class.options(
-                max_restarts=0, max_task_retries=0, **placement.actor_options(pool_name, rank)
+                max_restarts=0,
+                max_task_retries=0,
+                **options,
+                **placement.actor_options(pool_name, rank),
             ).remote(name, rank)
             for rank in range(self.size)
         ]
+        meeting: ray.ObjectRef | None = None
+        if meets:
+            nodes = [host.node_id.remote() for host in self._hosts]
+            meeting = self._hosts[0].open_meeting.remote(*nodes)
         self._ready = [
-            self._pending(rank, "build", host.build.remote(factory, args), [])
+            self._pending(rank, "build", host.build.remote(factory, args, meeting), [])
             for rank, host in enumerate(self._hosts)
         ]
 
@@ -157,16 +178,41 @@ class _Host:
 
     def __init__(self, group: str, rank: int) -> None:
         self._place = f"{group} rank {rank}"
+        self._rank = rank
         self._worker: Any = None
+        self._store: Any = None
         self._busy_s = defaultdict[str, float](float)
 
     def __repr__(self) -> str:
         """Heads the lines that this process writes to the controller's terminal."""
         return self._place
 
-    def build(self, factory: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def node_id(self) -> str:
+        """Ray's name of the machine that this process is on."""
+        return ray.get_runtime_context().get_node_id()
+
+    def open_meeting(self, *nodes: str) -> Meeting:
+        """Opens the place where the ranks meet, and keeps it; asked of rank 0.
+
+        Args:
+            nodes: Machine of every rank.
+        """
+        self._store, meeting = open_meeting(
+            len(nodes),
+            ray.util.get_node_ip_address(),
+            on_one_machine=len(set(nodes)) == 1,
+            timeout_s=_COLLECTIVE_TIMEOUT_S,
+        )
+        return meeting
+
+    def build(
+        self, factory: Callable[..., Any], args: tuple[Any, ...], meeting: Meeting | None
+    ) -> None:
         """Makes the worker; not in the constructor, where an error would lose its type."""
         try:
+            if meeting is not None:
+                _take_own_gpu()
+                join_meeting(meeting, self._rank, _COLLECTIVE_TIMEOUT_S, self._store)
             self._worker = factory(*args)
         except Exception as error:
             raise self._portable(error, factory.__name__) from None
@@ -211,6 +257,13 @@ class _Host:
                 f"running {method}() of {self._place}", f"{type(error).__name__}: {error}\n{told}"
             )
         return error
+
+
+def _take_own_gpu() -> None:
+    """Makes the GPU that Ray gave to this process the current one, where all are in sight."""
+    own = ray.get_gpu_ids()
+    if own:
+        torch.cuda.set_device(int(own[0]))
 
 
 def _sent(value: object, where: str) -> object:

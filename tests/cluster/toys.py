@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sgmd_core.errors import NonFiniteError
@@ -95,3 +96,21 @@ def make_toy(start: int) -> Toy:
 
 def make_nothing() -> Toy:
     raise NonFiniteError("building", "nothing", "a toy")
+
+
+class Singer:
+    """One of several ranks that run collectives among themselves."""
+
+    def chord(self, value: float) -> float:
+        total = torch.tensor([value])
+        dist.all_reduce(total)
+        return float(total)
+
+    def place(self) -> tuple[int, int]:
+        return dist.get_rank(), dist.get_world_size()
+
+
+def make_singer() -> Singer:
+    # Here already, as a role that shards its network does.
+    dist.barrier()
+    return Singer()
