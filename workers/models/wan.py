@@ -38,12 +38,16 @@ class WanVelocity(nn.Module):
     """A Wan denoiser as a velocity model.
 
     Args:
-        transformer: The network of diffusers; its own dtype is the compute dtype.
+        transformer: The network of diffusers.
+
+    Attributes:
+        autocast_dtype: What matrix products are computed in; None: the transformer's own dtype.
     """
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         super().__init__()
         self.transformer = transformer
+        self.autocast_dtype: torch.dtype | None = None
 
     def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         """Predict the velocity `noise - x0`.
@@ -61,12 +65,15 @@ class WanVelocity(nn.Module):
         """
         self._require_latents(x_t)
         dtype = self.transformer.dtype
-        prediction = self.transformer(
-            hidden_states=x_t.to(dtype),
-            timestep=_TIME_SCALE * sigma,
-            encoder_hidden_states=text.to(dtype),
-            return_dict=False,
-        )[0]
+        with torch.autocast(
+            x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
+        ):
+            prediction = self.transformer(
+                hidden_states=x_t.to(dtype),
+                timestep=_TIME_SCALE * sigma,
+                encoder_hidden_states=text.to(dtype),
+                return_dict=False,
+            )[0]
         # A copy also where it is float32 already: FSDP hooks the output, and must not hook a view.
         return prediction.to(torch.float32, copy=True)
 
