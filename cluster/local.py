@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from cluster.errors import ClusterError
+from cluster.joined import JoinedPending, put_together
 from cluster.transfer import array_in, to_wire
 from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
 
@@ -107,12 +108,17 @@ class LocalWorkerGroup(WorkerGroup[W]):
 
 
 def _failure_of(value: object) -> _Failure | None:
+    if isinstance(value, JoinedPending):
+        return next((known for piece in value.pieces if (known := _failure_of(piece))), None)
     if isinstance(value, LocalPending) and isinstance(value.outcome, _Failure):
         return value.outcome
     return None
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, JoinedPending):
+        values: list[Any] = [_plain(piece) for piece in value.pieces]
+        return put_together(values, value.spans, value.wanted)
     if isinstance(value, LocalPending) and isinstance(value.outcome, _Result):
         return value.outcome.value
     return value

@@ -32,6 +32,7 @@ from ray.exceptions import (
 )
 
 from cluster.errors import CallTimeoutError, ClusterError, RemoteCallError, WorkerDiedError
+from cluster.joined import JoinedPending, Span, put_together
 from cluster.meeting import Meeting, join_meeting, open_meeting
 from cluster.topology import Placement
 from cluster.transfer import array_in, from_wire, to_wire
@@ -58,6 +59,18 @@ class RayPending(Pending[R_co]):
 
     reference: ray.ObjectRef
     ranks: Mapping[str, tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Joint:
+    """How an argument is put together from the values that were sent for it."""
+
+    spans: tuple[Span, ...]
+    wanted: Span
+
+
+Layout = tuple[_Joint | None, ...]
+"""One entry an argument; None for one that was sent as it is."""
 
 
 class RayWorkerGroup(WorkerGroup[W]):
@@ -158,9 +171,9 @@ class RayWorkerGroup(WorkerGroup[W]):
     def _submit(
         self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
     ) -> RayPending[Any]:
-        sent = [_sent(value, f"argument {i} of {method}()") for i, value in enumerate(args)]
+        sent, layout = _laid_out(args, method)
         named = {name: _sent(value, f"{name} of {method}()") for name, value in keywords.items()}
-        reference = self._hosts[rank].run.remote(method, *sent, **named)
+        reference = self._hosts[rank].run.remote(method, layout, *sent, **named)
         return self._pending(rank, method, reference, [*args, *keywords.values()])
 
     def _pending(
@@ -168,8 +181,9 @@ class RayWorkerGroup(WorkerGroup[W]):
     ) -> RayPending[Any]:
         ranks = {reference.task_id().actor_id().hex(): (self.name, rank)}
         for value in inputs:
-            if isinstance(value, RayPending):
-                ranks |= value.ranks
+            for piece in value.pieces if isinstance(value, JoinedPending) else (value,):
+                if isinstance(piece, RayPending):
+                    ranks |= piece.ranks
         return RayPending(self.name, rank, method, reference, ranks)
 
 
@@ -217,7 +231,7 @@ class _Host:
         except Exception as error:
             raise self._portable(error, factory.__name__) from None
 
-    def run(self, method: str, /, *args: object, **keywords: object) -> object:
+    def run(self, method: str, layout: Layout, /, *sent: object, **keywords: object) -> object:
         """Runs one method on values from the wire; its result goes back onto the wire."""
         started = time.perf_counter()
         try:
@@ -228,7 +242,8 @@ class _Host:
                     "wait_ready() to succeed before the first call",
                 )
             named = {name: from_wire(value) for name, value in keywords.items()}
-            result = getattr(self._worker, method)(*map(from_wire, args), **named)
+            args = _received([from_wire(value) for value in sent], layout)
+            result = getattr(self._worker, method)(*args, **named)
             return to_wire(result, f"the result of {method}()")
         except Exception as error:
             raise self._portable(error, method) from None
@@ -264,6 +279,38 @@ def _take_own_gpu() -> None:
     own = ray.get_gpu_ids()
     if own:
         torch.cuda.set_device(int(own[0]))
+
+
+def _laid_out(args: Sequence[object], method: str) -> tuple[list[object], Layout]:
+    """What is sent for the arguments of a call, and what the receiver makes of it.
+
+    Ray resolves references at the top level of a call alone, so the pieces of a joined value are
+    sent as arguments of their own.
+    """
+    sent: list[object] = []
+    layout: list[_Joint | None] = []
+    for index, value in enumerate(args):
+        where = f"argument {index} of {method}()"
+        if isinstance(value, JoinedPending):
+            sent += [_sent(piece, where) for piece in value.pieces]
+            layout.append(_Joint(value.spans, value.wanted))
+        else:
+            sent.append(_sent(value, where))
+            layout.append(None)
+    return sent, tuple(layout)
+
+
+def _received(values: Sequence[Any], layout: Layout) -> list[object]:
+    """The arguments of a call from what was sent for them."""
+    args: list[object] = []
+    left = iter(values)
+    for joint in layout:
+        if joint is None:
+            args.append(next(left))
+        else:
+            pieces = [next(left) for _ in joint.spans]
+            args.append(put_together(pieces, joint.spans, joint.wanted))
+    return args
 
 
 def _sent(value: object, where: str) -> object:

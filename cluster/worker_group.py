@@ -7,7 +7,8 @@
 A call names the method itself, not its name in a string, so a type checker knows what comes back
 and refuses a wrong argument. It returns at once with a `Pending`: a claim on the result, which can
 be handed to another call but not looked into. Each rank works through its calls in the order in
-which they were made. Only `fetch` waits, and only small values may be fetched.
+which they were made. Only `fetch` waits, and only small values may be fetched. What several ranks
+returned about parts of one batch can be handed on as one value: see `cluster.joined`.
 
 One process makes all the calls. Ray keeps the order of calls per caller, so with two callers the
 ranks of a group would see two orders, and a collective operation inside the group would hang.

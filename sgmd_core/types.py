@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgmd_core.sample_record import SampleRecord
+
 Latents = Float[Tensor, "b c t h w"]
 PerSample = Float[Tensor, " b"]
 Text = Float[Tensor, "b l d"]
@@ -43,19 +45,16 @@ class MicroBatchKey:
             fake score too), `TRACK` for the fresh batch of the separate tracking step.
         incarnation: Counts restarts of the role groups, so that a call left over from before a
             restart is recognised.
-        part: Which of the equal parts that the micro-batch's samples are split into, where a role
-            has several ranks. All parts share the exit step, so the ranks walk in step.
     """
 
     iteration: int
     micro_batch: int
     purpose: Purpose = Purpose.GENERATE
     incarnation: int = 0
-    part: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class TextBatch:
+class TextBatch(SampleRecord):
     """Encoded captions and where their samples stand in the iteration.
 
     Attributes:
@@ -69,7 +68,7 @@ class TextBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class Draws(SampleRecord):
     """Every random number that one micro-batch consumes.
 
     Attributes:
@@ -86,7 +85,7 @@ class Draws:
 
 
 @dataclass(frozen=True, slots=True)
-class NoisedBatch:
+class NoisedBatch(SampleRecord):
     """A score query: what the generator made, and the noise it is looked at through.
 
     `x_t` is derived rather than stored: it is cheaper to form than to send, and a role that needs
@@ -113,7 +112,7 @@ class NoisedBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherPrediction:
+class TeacherPrediction(SampleRecord):
     """The teacher's guided velocity at a query, a constant for every loss."""
 
     key: MicroBatchKey
@@ -121,7 +120,7 @@ class TeacherPrediction:
 
 
 @dataclass(frozen=True, slots=True)
-class GeneratorSignal:
+class GeneratorSignal(SampleRecord):
     """All that a generator may learn from a batch: the gradient of its loss at `x0`.
 
     Attributes:

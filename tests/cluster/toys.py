@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -86,6 +86,14 @@ class Toy:
         time.sleep(seconds)
         return seconds
 
+    def spell(self, text: str) -> "Letters":
+        if not text:
+            raise ValueError("nothing to spell")
+        return Letters(text)
+
+    def read(self, letters: "Letters", number: int) -> str:
+        return f"{letters.text}{number}"
+
     def threads(self) -> str | None:
         return os.environ.get("OMP_NUM_THREADS")
 
@@ -114,3 +122,17 @@ def make_singer() -> Singer:
     # Here already, as a role that shards its network does.
     dist.barrier()
     return Singer()
+
+
+@dataclass(frozen=True, slots=True)
+class Letters:
+    """One letter a sample."""
+
+    text: str
+
+    def cut(self, start: int, stop: int) -> "Letters":
+        return Letters(self.text[start:stop])
+
+    @classmethod
+    def joined(cls, parts: Sequence["Letters"]) -> "Letters":
+        return cls("".join(part.text for part in parts))

@@ -42,7 +42,7 @@ def iterate_in_parts(roles: Roles, iteration: int, rank: int, size: int) -> None
     roles.generator.step(iteration)
     if not roles.shared_tracking:
         for index, batch in enumerate(BATCHES):
-            key = MicroBatchKey(iteration, index, Purpose.TRACK, part=rank)
+            key = MicroBatchKey(iteration, index, Purpose.TRACK)
             text = text_batch(part_of(batch, rank, size), iteration + 500)
             roles.fake_score.track(roles.generator.sample(key, text), share)
         roles.fake_score.gradient_report(iteration)
@@ -53,7 +53,7 @@ def learn_in_parts(
     roles: Roles, iteration: int, rank: int, size: int, share: float, signal_factor: float = 1.0
 ) -> None:
     for index, batch in enumerate(BATCHES):
-        key = MicroBatchKey(iteration, index, part=rank)
+        key = MicroBatchKey(iteration, index)
         text = text_batch(part_of(batch, rank, size), iteration)
         query = roles.generator.rollout(key, text)
         prediction = roles.teacher.denoise(query, negative_text())

@@ -1,0 +1,73 @@
+"""Records about the samples of a batch, which can be cut and joined along them.
+
+Roles with different numbers of ranks share a batch out differently, so what one rank returns may
+have to be cut, or joined with what another one returns, before a third can use it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, Self, cast
+
+import torch
+from torch import Tensor
+
+_METRICS = "metrics"
+
+
+class SampleRecord:
+    """Base of such dataclasses.
+
+    Tensors and tuples have one entry a sample. `metrics` are means over samples, so those of a
+    whole are the weighted means of its parts'. Everything else is the same for every part.
+
+    Attributes:
+        SHARED: Fields that are tensors or tuples and yet the same for every part.
+    """
+
+    __slots__ = ()
+    SHARED: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that the record is about."""
+        values = self._values()
+        return next(len(values[name]) for name in values if self._is_by_sample(name, values[name]))
+
+    def cut(self, start: int, stop: int) -> Self:
+        """The same record about samples `start` to `stop` of its own."""
+        values = self._values()
+        cut = {
+            name: value[start:stop]
+            for name, value in values.items()
+            if self._is_by_sample(name, value)
+        }
+        return type(self)(**values | cut)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """One record about the samples of all parts, in their order."""
+        values = parts[0]._values()
+        for name, first in values.items():
+            entries = [part._values()[name] for part in parts]
+            if name == _METRICS:
+                values[name] = _weighted_means(entries, [part.num_samples for part in parts])
+            elif cls._is_by_sample(name, first):
+                is_tensor = isinstance(first, Tensor)
+                values[name] = torch.cat(entries) if is_tensor else sum(entries, start=())
+        return cls(**values)
+
+    @classmethod
+    def _is_by_sample(cls, name: str, value: object) -> bool:
+        return isinstance(value, Tensor | tuple) and name not in cls.SHARED
+
+    def _values(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}
+
+
+def _weighted_means(
+    metrics: Sequence[Mapping[str, float]], sizes: Sequence[int]
+) -> dict[str, float]:
+    pairs = list(zip(metrics, sizes, strict=True))
+    return {
+        name: sum(size * entry[name] for entry, size in pairs) / sum(sizes) for name in metrics[0]
+    }
