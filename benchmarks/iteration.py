@@ -23,7 +23,7 @@ from typing import Any
 from pipelines.config import DistillConfig, load_recipe
 from pipelines.feed import CaptionFeed
 from pipelines.groups import Groups, open_groups
-from pipelines.iteration import IterationPlan, iterate
+from pipelines.iteration import iterate, plan_iteration
 from pipelines.preflight import check
 from pipelines.run_folder import RunFolder, git_revision, versions
 from workers.text_encoder import TextEncoder
@@ -38,12 +38,9 @@ class Stand:
     def __init__(self, config: DistillConfig, groups: Groups) -> None:
         self._groups = groups
         self._size = config.batch.size
-        self._plan = IterationPlan(
-            micro_batches=config.batch.micro_batches,
-            window=config.topology.window,
-            fresh_tracking=config.fake_score.tracking == "fresh",
-            timeout_s=config.topology.call_timeout_s,
-            negative=groups.roles.text.call_rank(
+        self._plan = plan_iteration(
+            config,
+            groups.roles.text.call_rank(
                 0, TextEncoder.encode_negative, config.model.negative_prompt
             ),
         )

@@ -10,7 +10,8 @@ the environment.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,6 +19,7 @@ import yaml
 from pydantic import Field, JsonValue, model_validator
 
 from pipelines import recipe_files
+from pipelines.methods import ObjectiveSettings, method_contradictions
 from pipelines.overrides import Override, apply_overrides
 from pipelines.section import Section
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -170,7 +172,7 @@ class DistillConfig(Section):
     data: DataSettings
     batch: BatchSettings
     schedule: FlowMatchSchedule = FlowMatchSchedule()
-    objective: SgmdObjective = SgmdObjective()
+    objective: ObjectiveSettings = SgmdObjective()
     generator: GeneratorSettings = GeneratorSettings()
     fake_score: FakeScoreSettings = FakeScoreSettings()
     teacher: TeacherSettings = TeacherSettings()
@@ -191,6 +193,11 @@ class DistillConfig(Section):
     def run_folder(self) -> Path:
         """Where the run is written down."""
         return Path(self.output) / self.name
+
+    @property
+    def fresh_updates(self) -> int:
+        """Updates of the fake score an iteration that see new samples; 0 with shared tracking."""
+        return self.objective.fake_updates if self.fake_score.tracking == "fresh" else 0
 
     @property
     def model_folder(self) -> Path:
@@ -271,12 +278,28 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         ConfigError: The file, a key, a value or a combination is wrong; one error names all.
     """
     config = recipe_files.load(DistillConfig, name_or_path, overrides)
-    attempted = f"checking the sweep of {name_or_path}"
-    trial = _changed(config, config.sweep.settings, attempted)
-    for key, values in config.sweep.grid.items():
-        for value in values:
-            _changed(trial, {key: value}, attempted)
+    # A grid over another method's settings is for `sgmd sweep` to refuse: nobody else reads it.
+    own = {f"objective.{name}" for name in asdict(config.objective)}
+    foreign = set(recipe_files.known_keys(DistillConfig)) - own
+    grid = config.sweep.grid.items()
+    check_sweep(
+        config,
+        [key for key, _ in grid if not (key.startswith("objective.") and key in foreign)],
+        f"checking the sweep of {name_or_path}",
+    )
     return config
+
+
+def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> None:
+    """Checks every value that a sweep would try for some of its keys.
+
+    Raises:
+        ConfigError: A key is no setting of this recipe, or a value does not fit it.
+    """
+    trial = _changed(config, config.sweep.settings, attempted)
+    for key in keys:
+        for value in config.sweep.grid[key]:
+            _changed(trial, {key: value}, attempted)
 
 
 def json_schema() -> dict[str, Any]:
@@ -311,6 +334,7 @@ def _contradictions(config: DistillConfig) -> list[str]:
             f"topology.address {topology.address!r} names a Ray cluster, but topology.mode local "
             "uses no Ray"
         )
+    problems += method_contradictions(config.objective, config.fake_score)
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")
     return problems

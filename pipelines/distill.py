@@ -17,7 +17,7 @@ from pipelines.config import DistillConfig
 from pipelines.feed import CaptionBatch, CaptionFeed
 from pipelines.groups import Groups, open_groups
 from pipelines.inference import InferenceSettings, write_inference_settings
-from pipelines.iteration import IterationPlan, IterationReport, iterate
+from pipelines.iteration import IterationReport, iterate, plan_iteration
 from pipelines.preflight import Preflight, check
 from pipelines.progress import Listener, SilentListener
 from pipelines.records import IterationRecord, ValidationRecord
@@ -163,12 +163,9 @@ class Distillation:
         self._listener = listener
         self._tracker = tracker
         self._validating: Pending[ValidationRecord] | None = None
-        self._plan = IterationPlan(
-            micro_batches=config.batch.micro_batches,
-            window=config.topology.window,
-            fresh_tracking=config.fake_score.tracking == "fresh",
-            timeout_s=config.topology.call_timeout_s,
-            negative=groups.roles.text.call_rank(
+        self._plan = plan_iteration(
+            config,
+            groups.roles.text.call_rank(
                 0, TextEncoder.encode_negative, config.model.negative_prompt
             ),
         )

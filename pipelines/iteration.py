@@ -1,4 +1,4 @@
-"""One iteration of SGMD over the roles, in the order of the paper's Algorithm 1.
+"""One iteration over the roles, in the order of the SGMD paper's Algorithm 1.
 
     generator   r0 r1 | l0 r2 | l1 r3 | ...            | step
     teacher        d0 | d1    | d2    | ...            |
@@ -6,9 +6,19 @@
 
     r rollout   d denoise   s signal (input-only VJP)   t track   l learn
 
+So it goes with shared tracking. With fresh tracking the generator steps first, and then come as
+many tracking updates as the objective wants, each on new samples of the generator as it is now:
+
+    generator   r0 r1 | l0 r2 | ... | step | g0 g1 ...      | g0 g1 ...      |
+    fake score        | s0    | ... |      | t0 t1 ... step | t0 t1 ... step |     g sample
+
+Two more calls come in where they are asked for: where a loss reaches x0 through the teacher's input
+as well, each signal passes through the teacher on its way back; and for a diversity loss the
+teacher takes a few steps from the generator's initial noise.
+
 Only handles pass through here, never a tensor. A role works through its calls in the order in
-which they were made, so this order *is* the schedule; the updates all come at the end, so how many
-micro-batches are in flight changes the waiting and not the numbers.
+which they were made, so this order *is* the schedule; an update comes after all its micro-batches,
+so how many of them are in flight changes the waiting and not the numbers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,11 +28,13 @@ from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
 from cluster.worker_group import Pending, WorkerGroup
+from pipelines.config import DistillConfig
 from sgmd_core.errors import NonFiniteError
+from sgmd_core.objectives import GradientPath
 from sgmd_core.types import Draws, MicroBatchKey, NoisedBatch, Purpose, Text, TextBatch
-from workers.fake_score_tracker import FakeScoreTracker, TrackReport
-from workers.generator_learner import GeneratorLearner, LearnReport
-from workers.reports import GradientReport
+from workers.fake_score_tracker import FakeScoreTracker
+from workers.generator_learner import GeneratorLearner
+from workers.reports import DiversityReport, GradientReport, LearnReport, TrackReport
 from workers.score_teacher import ScoreTeacher
 from workers.text_encoder import TextEncoder
 
@@ -46,21 +58,47 @@ class IterationPlan:
     Attributes:
         micro_batches: Parts that the batch is split into.
         window: Rollouts whose graphs the generator may hold at once.
-        fresh_tracking: Track the fake score on a new rollout of the updated generator.
+        fresh_updates: Updates of the fake score, each on new samples of the updated generator; 0
+            tracks the samples that the generator learns from, once.
+        through_teacher: Signals are completed by the teacher.
+        diversity: The generator also learns from the teacher's path.
+        mixes_weights: The fake score takes in the generator's weights after each of its updates.
         timeout_s: How long a group of calls may take before the run is given up.
         negative: Embedding of the negative prompt, on its way to the teacher.
     """
 
     micro_batches: int
     window: int
-    fresh_tracking: bool
+    fresh_updates: int
+    through_teacher: bool
+    diversity: bool
+    mixes_weights: bool
     timeout_s: float
     negative: Pending[Text]
 
     @property
+    def fresh_tracking(self) -> bool:
+        """Whether the fake score is tracked on samples of its own."""
+        return self.fresh_updates > 0
+
+    @property
     def batches_per_iteration(self) -> int:
         """Caption batches that one iteration takes from the stream."""
-        return 2 if self.fresh_tracking else 1
+        return 1 + self.fresh_updates
+
+
+def plan_iteration(config: DistillConfig, negative: Pending[Text]) -> IterationPlan:
+    """What a run's settings mean for each of its iterations."""
+    return IterationPlan(
+        micro_batches=config.batch.micro_batches,
+        window=config.topology.window,
+        fresh_updates=config.fresh_updates,
+        through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
+        diversity=config.generator.diversity.enabled,
+        mixes_weights=config.fake_score.ida_decay < 1,
+        timeout_s=config.topology.call_timeout_s,
+        negative=negative,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +107,7 @@ class IterationReport:
 
     Attributes:
         losses: Loss terms, means over the iteration's samples.
-        grad_norms: Global gradient norm by role, before clipping.
+        grad_norms: Global gradient norm by role, before clipping; a mean over several updates.
         exit_steps: The rollout step that learnt, one a micro-batch.
         generator_version: Updates the generator has seen, this one included.
     """
@@ -113,13 +151,13 @@ def iterate(
     captions: Sequence[Sequence[str]],
     draws: Mapping[MicroBatchKey, Draws] | None = None,
 ) -> IterationReport:
-    """Updates the generator and the fake score once.
+    """Updates the generator once, and the fake score as often as the objective wants.
 
     Args:
         roles: The groups.
         plan: How the batch is split and how long to wait.
         iteration: Generator updates made before this one.
-        captions: One batch, or two with fresh tracking (the second one tracks).
+        captions: One batch, and with fresh tracking one more for each update of the fake score.
         draws: Hands every random number in, to replay a recorded iteration; drawn by counter where
             it is not given.
 
@@ -128,21 +166,24 @@ def iterate(
             been updated; with fresh tracking the generator may have been.
     """
     run = _Iteration(roles, plan, iteration, draws or {})
-    learned, tracked = run.distil(captions[0])
-    norms: dict[str, float] = {}
+    learned, tracked, diversified = run.distil(captions[0])
+    generator_norm = run.check(roles.generator, GeneratorLearner)
+    norms: list[float] = []
     if plan.fresh_tracking:
-        norms["generator"] = run.check(roles.generator, GeneratorLearner)
         version = run.step(roles.generator, GeneratorLearner)
-        tracked = run.track_fresh(captions[1])
-        norms["fake_score"] = run.check(roles.fake_score, FakeScoreTracker)
+        if plan.mixes_weights:
+            run.mix_weights()
+        for update, batch in enumerate(captions[1:]):
+            tracked += run.track_fresh(batch, update)
+            norms.append(run.check(roles.fake_score, FakeScoreTracker))
+            run.step(roles.fake_score, FakeScoreTracker)
     else:
-        norms["generator"] = run.check(roles.generator, GeneratorLearner)
-        norms["fake_score"] = run.check(roles.fake_score, FakeScoreTracker)
+        norms.append(run.check(roles.fake_score, FakeScoreTracker))
         version = run.step(roles.generator, GeneratorLearner)
-    run.step(roles.fake_score, FakeScoreTracker)
+        run.step(roles.fake_score, FakeScoreTracker)
     return IterationReport(
-        losses=_means([report.metrics for report in [*learned, *tracked]]),
-        grad_norms=norms,
+        losses=_means([report.metrics for report in [*learned, *tracked, *diversified]]),
+        grad_norms={"generator": generator_norm, "fake_score": fmean(norms)},
         exit_steps=tuple(report.exit_step for report in learned),
         generator_version=version,
     )
@@ -172,13 +213,16 @@ class _Iteration:
     number: int
     draws: Mapping[MicroBatchKey, Draws]
 
-    def distil(self, captions: Sequence[str]) -> tuple[list[LearnReport], list[TrackReport]]:
+    def distil(
+        self, captions: Sequence[str]
+    ) -> tuple[list[LearnReport], list[TrackReport], list[DiversityReport]]:
         """Rolls out, scores, tracks (in shared mode) and learns, `window` micro-batches deep."""
         roles, share = self.roles, 1 / self.plan.micro_batches
         texts = self._encode(captions)
         queries: dict[int, Pending[NoisedBatch]] = {}
         learned: list[Pending[LearnReport]] = []
         tracked: list[Pending[TrackReport]] = []
+        diversified: list[Pending[DiversityReport]] = []
         for stage, index in stage_order(self.plan.micro_batches, self.plan.window):
             if stage is Stage.ROLLOUT:
                 key = self._key(Purpose.GENERATE, index)
@@ -196,23 +240,42 @@ class _Iteration:
             )
             if not self.plan.fresh_tracking:
                 tracked.append(roles.fake_score.call_rank(0, FakeScoreTracker.track, query, share))
+            if self.plan.through_teacher:
+                signal = roles.teacher.call_rank(
+                    replica, ScoreTeacher.pullback, query, self.plan.negative, signal
+                )
             learned.append(roles.generator.call_rank(0, GeneratorLearner.learn, signal))
+            if self.plan.diversity:
+                diversified.append(self._diversify(index, texts[index], replica))
         return (
             self._fetch(roles.generator, learned, "learning"),
             self._fetch(roles.fake_score, tracked, "tracking"),
+            self._fetch(roles.generator, diversified, "learning diversity"),
         )
 
-    def track_fresh(self, captions: Sequence[str]) -> list[TrackReport]:
-        """Tracks new samples of the generator, which has been updated by now."""
-        roles, share = self.roles, 1 / self.plan.micro_batches
+    def track_fresh(self, captions: Sequence[str], update: int) -> list[TrackReport]:
+        """Tracks new samples of the generator, which has been updated by now.
+
+        Args:
+            captions: What the samples show.
+            update: Which of the iteration's tracking updates this is; its samples and micro-batches
+                are counted on from those of the updates before, so that each has draws of its own.
+        """
+        roles, parts = self.roles, self.plan.micro_batches
         tracked: list[Pending[TrackReport]] = []
-        for index, text in enumerate(self._encode(captions)):
-            key = self._key(Purpose.TRACK, index)
+        for index, text in enumerate(self._encode(captions, update * len(captions))):
+            key = self._key(Purpose.TRACK, update * parts + index)
             query = roles.generator.call_rank(
                 0, GeneratorLearner.sample, key, text, self.draws.get(key)
             )
-            tracked.append(roles.fake_score.call_rank(0, FakeScoreTracker.track, query, share))
+            tracked.append(roles.fake_score.call_rank(0, FakeScoreTracker.track, query, 1 / parts))
         return self._fetch(roles.fake_score, tracked, "tracking")
+
+    def mix_weights(self) -> None:
+        """Lets the fake score take in the generator's weights."""
+        weights = self.roles.generator.call_rank(0, GeneratorLearner.trained_weights)
+        mixed = self.roles.fake_score.call_rank(0, FakeScoreTracker.absorb, weights)
+        self._fetch(self.roles.fake_score, [mixed], "mixing weights")
 
     def check(self, group: WorkerGroup[L], role: type[L]) -> float:
         """Gradient norm of a role whose gradients are complete and finite."""
@@ -223,7 +286,7 @@ class _Iteration:
                 f"updating the {group.name} in iteration {self.number}",
                 f"a gradient norm of {report.grad_norm}",
                 "finite gradients",
-                "The weights are as they were; lower the learning rate or objective.lambda_nr",
+                "The weights are as they were; lower the learning rate or the objective's weights",
             )
         return report.grad_norm
 
@@ -231,7 +294,17 @@ class _Iteration:
         """Updates a role; returns how often it has been updated."""
         return self._fetch(group, group.call(role.step, self.number), "updating")[0]
 
-    def _encode(self, captions: Sequence[str]) -> list[Pending[TextBatch]]:
+    def _diversify(
+        self, index: int, text: Pending[TextBatch], replica: int
+    ) -> Pending[DiversityReport]:
+        """Shows the generator where the teacher goes from a micro-batch's initial noise."""
+        roles, share = self.roles, 1 / self.plan.micro_batches
+        key = self._key(Purpose.GENERATE, index)
+        start = roles.generator.call_rank(0, GeneratorLearner.start, key, text, self.draws.get(key))
+        target = roles.teacher.call_rank(replica, ScoreTeacher.anchor, start, self.plan.negative)
+        return roles.generator.call_rank(0, GeneratorLearner.diversify, start, target, share)
+
+    def _encode(self, captions: Sequence[str], first_sample: int = 0) -> list[Pending[TextBatch]]:
         size = len(captions) // self.plan.micro_batches
         starts = range(0, len(captions), size)
         return [
@@ -239,7 +312,7 @@ class _Iteration:
                 0,
                 TextEncoder.encode,
                 tuple(captions[start : start + size]),
-                tuple(range(start, start + size)),
+                tuple(range(first_sample + start, first_sample + start + size)),
             )
             for start in starts
         ]

@@ -3,6 +3,9 @@
     recipe.yaml  ->  nested dict  +  a.b=c, d.e=[1, 2]  ->  nested dict  ->  pipelines.config
 
 The same text means the same on the command line, in a sweep and in a submitted job.
+
+A section that names a `method` has the settings of that method. Choosing another one therefore
+starts the section anew; settings given beside it are those of the new method, in whatever order.
 """
 
 import difflib
@@ -14,6 +17,8 @@ from typing import Any
 import yaml
 
 from sgmd_core.errors import ConfigError
+
+_METHOD = "method"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +117,7 @@ def apply_overrides(settings: Mapping[str, Any], overrides: Iterable[Override]) 
         ConfigError: An override reaches into a value as if it were a section.
     """
     result = dict(settings)
-    for override in overrides:
+    for override in sorted(overrides, key=lambda override: override.key[-1] != _METHOD):
         result = _put(result, override, depth=0)
     return result
 
@@ -120,6 +125,8 @@ def apply_overrides(settings: Mapping[str, Any], overrides: Iterable[Override]) 
 def _put(section: Mapping[str, Any], override: Override, depth: int) -> dict[str, Any]:
     name, result = override.key[depth], dict(section)
     if depth + 1 == len(override.key):
+        if name == _METHOD and section.get(name, override.value) != override.value:
+            result = {}
         result[name] = override.value
         return result
     inner = section.get(name)

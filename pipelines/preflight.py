@@ -64,7 +64,7 @@ def check(config: DistillConfig) -> Preflight:
         latent_shape=latent_shape,
         captions=captions,
         held_out=_held_out(config),
-        rows_per_iteration=config.batch.size * (2 if config.fake_score.tracking == "fresh" else 1),
+        rows_per_iteration=config.batch.size * (1 + config.fresh_updates),
     )
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -41,6 +41,7 @@ _EXPECTED = {
     "dataclass_type": "a section with settings of its own",
     "model_type": "a section with settings of its own",
     "dict_type": "a section with settings of its own",
+    "union_tag_not_found": "a section with settings of its own",
 }
 
 
@@ -139,8 +140,8 @@ def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
         # By way of JSON, whose strict mode takes a list for a tuple and an object for a record.
         return kind.model_validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:
-        known = known_keys(kind)
-        problems = [line for detail in error.errors() for line in _problems(detail, known)]
+        known, methods = known_keys(kind), _methods(kind, "")
+        problems = [line for detail in error.errors() for line in _problems(detail, known, methods)]
     if len(problems) == 1:
         found = problems[0]
     else:
@@ -150,37 +151,74 @@ def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
 
 
 def known_keys(kind: type) -> list[str]:
-    """Dotted keys of all settings of a model, sections included."""
-    return list(_keys(kind, ""))
+    """Dotted keys of all settings of a model, sections and those of every method included."""
+    return list(dict.fromkeys(_keys(kind, "")))
 
 
 def _keys(kind: type, prefix: str) -> Iterator[str]:
-    if issubclass(kind, BaseModel):
-        types = {name: field.annotation for name, field in kind.model_fields.items()}
-    else:
-        hints = get_type_hints(kind)
-        types = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-    for name, annotation in types.items():
+    for name, annotation in _annotations(kind).items():
         yield prefix + name
-        inner = _record_in(annotation)
-        if inner is not None:
+        for inner in _records_in(annotation):
             yield from _keys(inner, f"{prefix}{name}.")
 
 
-def _record_in(annotation: Any) -> type | None:  # noqa: ANN401  (any type expression)
-    """The section that an annotation names, alone or as `Section | None`."""
-    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    for option in options:
-        if isinstance(option, type) and (
-            issubclass(option, BaseModel) or dataclasses.is_dataclass(option)
-        ):
-            return option
-    return None
+def _methods(kind: type, prefix: str) -> dict[str, set[str]]:
+    """The names among which a section's `method` chooses, by the section's dotted key."""
+    found: dict[str, set[str]] = {}
+    for name, annotation in _annotations(kind).items():
+        records = _records_in(annotation)
+        tags = {tag for record in records for tag in get_args(_annotations(record).get("method"))}
+        if len(tags) > 1:
+            found[prefix + name] = tags
+        for record in records:
+            found |= _methods(record, f"{prefix}{name}.")
+    return found
 
 
-def _problems(detail: ErrorDetails, known: Sequence[str]) -> list[str]:
-    key = ".".join(str(part) for part in detail["loc"])
+def _annotations(kind: type) -> dict[str, Any]:
+    if issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _records_in(annotation: Any) -> list[type]:  # noqa: ANN401  (any type expression)
+    """The sections that an annotation names: alone, as `Section | None`, or one a method."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _records_in(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [record for option in get_args(annotation) for record in _records_in(option)]
+    is_record = isinstance(annotation, type) and (
+        issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)
+    )
+    return [annotation] if is_record else []
+
+
+def _written_key(parts: Sequence[str], methods: Mapping[str, set[str]]) -> tuple[str, str]:
+    """The dotted key as a recipe has it, and the method whose section it is in, if any.
+
+    pydantic names the method as a level of its own, which no recipe has.
+    """
+    key, method = "", ""
+    for part in parts:
+        if part in methods.get(key, ()):
+            method = part
+        else:
+            key = f"{key}.{part}" if key else part
+    return key, method
+
+
+def _problems(
+    detail: ErrorDetails, known: Sequence[str], methods: Mapping[str, set[str]]
+) -> list[str]:
+    key, method = _written_key([str(part) for part in detail["loc"]], methods)
     match detail["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument" if key in known:
+            return [f"{key} is not a setting of {method}"]
+        case "union_tag_invalid":
+            found, expected = (detail.get("ctx", {})[name] for name in ("tag", "expected_tags"))
+            return [f"{key}.method is {json.dumps(found)}, expected one of {expected}"]
         case "extra_forbidden" | "unexpected_keyword_argument":
             nearest = nearest_key(key, known)
             hint = f"; the nearest one is {nearest}" if nearest else ""

@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-HEADLINE_LOSSES = ("fisher", "negative_residual", "residual_contraction")
+HEADLINE_LOSSES = (
+    "fisher",
+    "negative_residual",
+    "distribution_matching",
+    "score_implicit",
+    "diversity",
+    "residual_contraction",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +42,7 @@ class IterationRecord:
 
     @property
     def headline_losses(self) -> dict[str, float]:
-        """The three terms of the paper, where the objective has them."""
+        """The terms that say what the objective is about, of those that it has."""
         return {name: self.losses[name] for name in HEADLINE_LOSSES if name in self.losses}
 
     def to_json(self) -> dict[str, Any]:

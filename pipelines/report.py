@@ -136,13 +136,14 @@ def _header(records: RunRecords) -> str:
         ]
     objective = records.config.get("objective") or {}
     tracking = (records.config.get("fake_score") or {}).get("tracking")
+    facts.append(str(objective.get("method", "sgmd")))
     if objective.get("form"):
         facts.append(f"{objective['form']} form")
     if tracking:
         facts.append(f"{tracking} tracking")
     notes = "".join(f'<p class="warning">{escape(note)}</p>' for note in records.notes)
     return (
-        f'<p class="faint">Score Gradient Matching Distillation</p><h1>{escape(records.name)}</h1>'
+        f'<p class="faint">Few-step distillation</p><h1>{escape(records.name)}</h1>'
         f'<p class="faint">{escape(" · ".join(facts))}</p>{notes}'
     )
 

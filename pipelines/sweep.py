@@ -20,7 +20,7 @@ from ray import tune
 from cluster.runtime import start_ray
 from cluster.storage import write_json, write_text
 from cluster.topology import bundles_of
-from pipelines.config import DistillConfig
+from pipelines.config import DistillConfig, check_sweep
 from pipelines.distill import distill
 from pipelines.groups import own_cluster_size, pools_of
 from pipelines.preflight import check
@@ -147,6 +147,7 @@ def _require_grid(config: DistillConfig) -> None:
             "at least one key, each with values to try",
             "For example sweep.grid: {objective.lambda_nr: [0.05, 0.1]}",
         )
+    check_sweep(config, config.sweep.grid, f"checking the sweep of {config.name}")
 
 
 def _num_trials(config: DistillConfig) -> int:

@@ -81,13 +81,14 @@ def euler_sample(
     guidance_scale: float = 1.0,
     on_step: Callable[[int], None] | None = None,
 ) -> Latents:
-    """Samples clean latents over the whole grid, without a graph.
+    """Samples latents over the whole grid, without a graph.
 
-    On a grid that ends at 0 this equals a rollout that exits at the last step.
+    On a grid that ends at 0 the latents are clean, and this equals a rollout that exits at the last
+    step.
 
     Args:
         model: Generator or teacher.
-        grid: Falling noise levels, the last one 0.
+        grid: Falling noise levels; the latents are those of the last one.
         initial_noise: Standard normal; the state at the grid's first level.
         text: Caption of each sample.
         negative: What guidance steers away from; needed for a `guidance_scale` other than 1.
@@ -95,7 +96,7 @@ def euler_sample(
         on_step: Told the number of steps done, after each of them.
 
     Returns:
-        Clean latents in the dtype of `initial_noise`.
+        Latents in the dtype of `initial_noise`.
 
     Raises:
         ConfigError: guidance is asked for without a negative caption.

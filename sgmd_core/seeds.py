@@ -49,6 +49,7 @@ def draw(
     latent_shape: tuple[int, int, int, int],
     schedule: FlowMatchSchedule,
     num_steps: int,
+    first_exit: int = 0,
 ) -> Draws:
     """Draws every random number that a micro-batch consumes.
 
@@ -64,7 +65,8 @@ def draw(
         sample_indices: Position of each sample in the iteration's whole batch.
         latent_shape: (c, t, h, w) of one sample.
         schedule: Gives the score law.
-        num_steps: Steps of the generator; the exit step is uniform on 0 .. num_steps - 1.
+        num_steps: Steps of the generator.
+        first_exit: The exit step is uniform on first_exit .. num_steps - 1.
 
     Returns:
         The draws, in float32 on the CPU.
@@ -80,7 +82,7 @@ def draw(
     exit_stream = random_generator(seed, f"exit/{key.purpose}", key.iteration, key.micro_batch)
     return Draws(
         initial_noise=torch.stack(initial_noise),
-        exit_step=int(torch.randint(num_steps, (), generator=exit_stream)),
+        exit_step=int(torch.randint(first_exit, num_steps, (), generator=exit_stream)),
         sigma=schedule.score_sigma(torch.cat(levels)),
         noise=torch.stack(noise),
     )

@@ -13,6 +13,7 @@ Letters and words mean the same wherever they appear in the four packages:
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -40,7 +41,8 @@ class MicroBatchKey:
 
     Attributes:
         iteration: Number of generator updates made before this one.
-        micro_batch: Index within the iteration.
+        micro_batch: Index within the iteration. The fresh batches of several tracking updates are
+            counted on, so that no two of them share a key.
         purpose: `GENERATE` for the batch that teaches the generator (and, in shared tracking, the
             fake score too), `TRACK` for the fresh batch of the separate tracking step.
         incarnation: Counts restarts of the role groups, so that a call left over from before a
@@ -129,12 +131,43 @@ class GeneratorSignal(SampleRecord):
             share of the batch in the iteration (samples over samples) is already in it.
         generator_version: Number of updates the generator had seen when it made the batch.
         metrics: Loss terms of the batch, means over its samples.
+        teacher_cotangent: Derivative of the same loss with respect to the teacher's velocity, where
+            the loss depends on `x0` through the teacher's input as well. While it is there, the
+            part of `grad_x0` that goes through the teacher is missing.
     """
 
     key: MicroBatchKey
     grad_x0: Latents
     generator_version: int
     metrics: Mapping[str, float]
+    teacher_cotangent: Latents | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DiversityStart(SampleRecord):
+    """Where the generator's rollouts start, for a teacher that goes the same way.
+
+    Attributes:
+        key: The micro-batch.
+        noise: Initial noise of its samples.
+        text: Their captions.
+        grid: Falling noise levels of the teacher's steps, from 1 to that of the anchor.
+    """
+
+    SHARED: ClassVar[tuple[str, ...]] = ("grid",)
+
+    key: MicroBatchKey
+    noise: Latents
+    text: Text
+    grid: Float[Tensor, " steps"]
+
+
+@dataclass(frozen=True, slots=True)
+class DiversityTarget(SampleRecord):
+    """The mean velocity of the teacher's way from the initial noise to its anchor."""
+
+    key: MicroBatchKey
+    velocity: Latents
 
 
 @dataclass(frozen=True, slots=True)

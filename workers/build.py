@@ -8,7 +8,7 @@ its networks on the GPU that the process was given, if any.
 import torch
 from torch import nn
 
-from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.objectives import Objective
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.evaluator import Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
@@ -47,7 +47,7 @@ def build_generator(
 
 
 def build_fake_score(
-    model: ModelSettings, objective: SgmdObjective, settings: FakeScoreSettings, num_threads: int
+    model: ModelSettings, objective: Objective, settings: FakeScoreSettings, num_threads: int
 ) -> FakeScoreTracker:
     """The fake score, starting from the teacher's weights.
 

@@ -5,7 +5,8 @@
 n counts the updates made before. The cap d_n lets the first averages forget the initial weights:
 with a constant decay of 0.99 these would still make up 37 % of the average after 100 updates, with
 the cap nothing is left of them. Until the cap meets the decay, the average reaches back over about
-a ninth of the updates made.
+a ninth of the updates made. An average that starts later counts n from there, and is the weights
+themselves before.
 """
 
 from collections.abc import Mapping
@@ -17,9 +18,10 @@ from workers.role_state import require_same_tensors
 from workers.sharding import put
 
 
-def effective_decay(decay: float, updates: int) -> float:
-    """Decay of the update that follows `updates` earlier ones, min(decay, (1 + n) / (10 + n))."""
-    return min(decay, (1 + updates) / (10 + updates))
+def effective_decay(decay: float, updates: int, start: int = 0) -> float:
+    """Decay of the update that follows `updates` earlier ones; 0 before `start` of them."""
+    counted = updates - start
+    return min(decay, (1 + counted) / (10 + counted)) if counted >= 0 else 0.0
 
 
 class AveragedWeights:
@@ -28,10 +30,12 @@ class AveragedWeights:
     Args:
         network: What is averaged; its present weights are the first average.
         decay: Share of the old average that an update keeps, in (0, 1).
+        start: Updates before the averaging begins.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float, start: int = 0) -> None:
         self._decay = decay
+        self._start = start
         self._average = {
             name: _wide(value.detach()).clone() for name, value in network.named_parameters()
         }
@@ -44,7 +48,7 @@ class AveragedWeights:
     @torch.no_grad()
     def update(self, network: nn.Module, updates: int) -> None:
         """Takes the network's present weights in; `updates` were taken in before."""
-        weight = 1 - effective_decay(self._decay, updates)
+        weight = 1 - effective_decay(self._decay, updates, self._start)
         for name, value in network.named_parameters():
             average = self._average[name]
             average.lerp_(value.to(average.dtype), weight)

@@ -8,6 +8,11 @@
               <-------------------------------------------+                |
                             parameters <-----------------------------------+
 
+So it is for objectives whose gradient passes through this network's input. Where it goes to x0
+directly (DMD), the prediction is a constant of the generator's loss; where it passes through the
+teacher's input too (SiD), the signal carries the gradient at the teacher's velocity, and the
+teacher completes it.
+
 With shared tracking both gradients come from one forward pass, whose graph waits under the batch's
 key between the two calls. With fresh tracking `signal` runs on frozen parameters, and `track` makes
 a forward pass of its own on another batch. Either way no gradient of the generator's loss reaches a
@@ -15,7 +20,7 @@ parameter: autograd is asked for the gradient at x0 and for nothing else.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -23,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from sgmd_core.errors import NonFiniteError, StaleCallError
-from sgmd_core.objectives import Objective
+from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.types import (
     GeneratorSignal,
     Latents,
@@ -36,9 +41,9 @@ from sgmd_core.types import (
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
-from workers.role_state import load_role, save_role
+from workers.role_state import load_role, require_same_tensors, save_role
 from workers.settings import FakeScoreSettings
-from workers.sharding import is_sharded
+from workers.sharding import is_sharded, part_of
 
 ROLE = "fake_score"
 _X0, _VELOCITY_FAKE = "the generator's x0", "the fake score's velocity"
@@ -50,7 +55,7 @@ class FakeScoreTracker:
     Args:
         velocity_model: The network to train.
         objective: Both losses.
-        settings: Tracking mode and optimizer.
+        settings: Tracking mode, mixing and optimizer.
     """
 
     def __init__(
@@ -63,7 +68,10 @@ class FakeScoreTracker:
         self._shared = settings.tracking == "shared"
         # A sharded network cannot be frozen for a while: FSDP fixes once which copies learn.
         self._keeps_parameters = self._shared or is_sharded(velocity_model)
-        self._optimizer = RoleOptimizer("fake score", velocity_model, settings.optimizer)
+        self._ida_decay = settings.ida_decay
+        self._optimizer = RoleOptimizer(
+            "fake score", velocity_model, settings.optimizer, objective.fake_updates
+        )
         self._kept: dict[MicroBatchKey, _KeptForward] = {}
 
     @property
@@ -82,7 +90,8 @@ class FakeScoreTracker:
             share: Samples in this micro-batch over samples in the iteration.
 
         Returns:
-            The gradient, `share` included, and the loss terms of this micro-batch.
+            The gradient, `share` included, and the loss terms of this micro-batch; for objectives
+            whose path is `both_scores`, also what the teacher completes the gradient from.
 
         Raises:
             StaleCallError: The query is of another iteration, or the prediction of another query.
@@ -99,25 +108,30 @@ class FakeScoreTracker:
         query = query_on(query, device)
         x0 = query.x0.detach().requires_grad_()
         leaf = detached(query, x0)
+        velocity_teacher = teacher.velocity.to(device).detach()
+        wanted = [x0]
+        if self._objective.path is GradientPath.BOTH_SCORES:
+            # The graph behind it is the teacher's, who is sent the gradient at this leaf.
+            wanted.append(velocity_teacher.requires_grad_())
         with nullcontext() if self._keeps_parameters else _frozen(self._network):
-            velocity_fake = self._network(leaf.x_t, leaf.sigma, leaf.text)
-            velocity_teacher = teacher.velocity.to(device)
+            velocity_fake = self._predict(leaf)
             loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
-            # Asked for x0 alone, autograd makes no gradient for any parameter.
-            (grad,) = torch.autograd.grad(share * loss.value, x0, retain_graph=self._shared)
+            # Asked for these alone, autograd makes no gradient for any parameter.
+            gradients = torch.autograd.grad(share * loss.value, wanted, retain_graph=self._shared)
         sources = {
             _X0: x0,
             _VELOCITY_FAKE: velocity_fake,
             "the teacher's velocity": velocity_teacher,
         }
-        metrics = _finite_terms(loss, grad, query.key, sources)
+        metrics = _finite_terms(loss, gradients, query.key, sources)
         if self._shared:
             self._kept[query.key] = _KeptForward(detached(query), velocity_fake)
         return GeneratorSignal(
             key=query.key,
-            grad_x0=grad,
+            grad_x0=gradients[0],
             generator_version=query.generator_version,
             metrics=metrics,
+            teacher_cotangent=gradients[1] if len(gradients) > 1 else None,
         )
 
     def track(self, query: NoisedBatch, share: float) -> TrackReport:
@@ -139,7 +153,7 @@ class FakeScoreTracker:
         forward = self._take_kept(query) if self._shared else self._forward(query)
         loss = self._objective.tracking_loss(forward.query, forward.velocity_fake)
         sources = {_X0: forward.query.x0, _VELOCITY_FAKE: forward.velocity_fake}
-        metrics = _finite_terms(loss, None, query.key, sources)
+        metrics = _finite_terms(loss, (), query.key, sources)
         # With shared tracking the graph leads on to x0, which must gather nothing: so the inputs
         # are named. Of a sharded network autograd sees gathered copies, which have no name here;
         # then x0, which is used no more, gathers what nobody reads.
@@ -175,6 +189,34 @@ class FakeScoreTracker:
         """
         return self._optimizer.step(iteration)
 
+    @torch.no_grad()
+    def absorb(self, weights: Mapping[str, Tensor]) -> None:
+        """Mixes the generator's weights in, right after its update.
+
+            weights <- ida_decay * weights + (1 - ida_decay) * generator's
+
+        What the generator has just learned is part of what the fake score has to follow, and this
+        gives it a start. The optimizer's moments stay as they are.
+
+        Raises:
+            StaleCallError: A forward pass of the old weights still waits for tracking.
+            CheckpointError: The weights are those of another network.
+
+        Source: implicit distribution alignment, as released for DMD on Wan.
+        """
+        own = dict(self._network.named_parameters())
+        require_same_tensors(weights, own, "mixing the generator's weights into the fake score")
+        if self._kept:
+            raise StaleCallError(
+                "mixing the generator's weights into the fake score",
+                f"forward passes that were not tracked: {list(self._kept)}",
+                "no graph of the old weights",
+                "Set fake_score.tracking=fresh",
+            )
+        for name, value in own.items():
+            mixed_in = part_of(weights[name].to(value.dtype), value)
+            value.lerp_(mixed_in.to(value.device), 1 - self._ida_decay)
+
     def discard(self) -> None:
         """Gives the iteration up: drops graphs and gradients, keeps the weights."""
         self._kept.clear()
@@ -197,6 +239,15 @@ class FakeScoreTracker:
         self.discard()
         self._optimizer.load_state(state)
         return state.updates
+
+    def _predict(self, leaf: NoisedBatch) -> Latents:
+        """Velocity at a query whose `x0` is a leaf, with the graph that the objective needs."""
+        if self._objective.path is not GradientPath.SAMPLE:
+            return self._network(leaf.x_t, leaf.sigma, leaf.text)
+        # A constant of the generator's loss; only shared tracking has a use for a graph.
+        constant = detached(leaf)
+        with torch.set_grad_enabled(self._shared):
+            return self._network(constant.x_t, constant.sigma, constant.text)
 
     def _take_kept(self, query: NoisedBatch) -> "_KeptForward":
         kept = self._kept.get(query.key)
@@ -234,15 +285,15 @@ def _frozen(network: nn.Module) -> Iterator[None]:
 
 
 def _finite_terms(
-    loss: Loss, grad: Tensor | None, key: MicroBatchKey, sources: Mapping[str, Tensor]
+    loss: Loss, gradients: Sequence[Tensor], key: MicroBatchKey, sources: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """The loss terms as numbers, once they and the gradient are known to be finite.
+    """The loss terms as numbers, once they and the gradients are known to be finite.
 
-    One transfer from the device for all of them: the gradient is looked at through its norm.
+    One transfer from the device for all of them: gradients are looked at through their norms.
 
     Args:
         loss: What was computed.
-        grad: Its gradient at the samples, if it has one.
+        gradients: That at the samples, and that at the teacher's velocity, where they were made.
         key: The micro-batch.
         sources: What the loss was computed from, by name; looked at only when something is wrong.
 
@@ -250,8 +301,8 @@ def _finite_terms(
         NonFiniteError: Something is not finite; says what, where, and what it came from.
     """
     figures = dict(loss.terms)
-    if grad is not None:
-        figures["grad_x0_norm"] = torch.linalg.vector_norm(grad)
+    for name, gradient in zip(("grad_x0_norm", "teacher_cotangent_norm"), gradients, strict=False):
+        figures[name] = torch.linalg.vector_norm(gradient)
     values = torch.stack([value.double() for value in figures.values()]).tolist()
     numbers = dict(zip(figures, values, strict=True))
     bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
@@ -263,6 +314,6 @@ def _finite_terms(
             f"{key.micro_batch} ({key.purpose})",
             ", ".join(bad) + cause,
             "finite numbers",
-            "No weight was updated; lower the learning rates or objective.lambda_nr",
+            "No weight was updated; lower the learning rates or the objective's weights",
         )
     return {name: numbers[name] for name in loss.terms}

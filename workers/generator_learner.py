@@ -2,9 +2,10 @@
 
     rollout(key, text)       x0 and its score query; the graph behind x0 stays here, under the key
     learn(signal)            x0.backward(grad_x0): parameters gather gradient, the graph is freed
+    start, diversify         an extra loss on the first step, where the settings ask for it
     gradient_report, step    one update of weights and averaged weights an iteration
 
-Its loss depends on the generator through x0 alone, so `grad_x0` is all that it has to be told.
+Its objective depends on the generator through x0 alone, so `grad_x0` is all that it has to be told.
 """
 
 from dataclasses import dataclass
@@ -12,15 +13,25 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from sgmd_core.errors import StaleCallError
+from sgmd_core.objectives.diversity import diversity_loss
 from sgmd_core.rollout import rollout
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
-from sgmd_core.types import Draws, GeneratorSignal, Latents, MicroBatchKey, NoisedBatch, TextBatch
+from sgmd_core.types import (
+    DiversityStart,
+    DiversityTarget,
+    Draws,
+    GeneratorSignal,
+    Latents,
+    MicroBatchKey,
+    NoisedBatch,
+    TextBatch,
+)
 from workers.ema import AveragedWeights
 from workers.models.wan import save_generator_pipeline
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
-from workers.reports import GradientReport, LearnReport
+from workers.reports import DiversityReport, GradientReport, LearnReport
 from workers.role_state import RoleState, load_role, save_role
 from workers.settings import GeneratorSettings
 from workers.sharding import gathered, is_first_rank
@@ -35,7 +46,7 @@ class GeneratorLearner:
     Args:
         velocity_model: The network to train.
         schedule: Noise levels of rollout and score queries.
-        settings: Steps, averaging and optimizer.
+        settings: Steps, averaging, diversity and optimizer.
         latent_shape: Shape (C, T, H, W) of one sample's latents.
         seed: The run's seed; with a key it fixes every draw.
     """
@@ -53,11 +64,15 @@ class GeneratorLearner:
         self._network = velocity_model.eval().requires_grad_(True)
         self._schedule = schedule
         self._num_steps = settings.num_steps
+        self._diversity = settings.diversity
         self._latent_shape = latent_shape
         self._seed = seed
         self._optimizer = RoleOptimizer(ROLE, velocity_model, settings.optimizer)
-        averaged = settings.ema_decay > 0
-        self._average = AveragedWeights(velocity_model, settings.ema_decay) if averaged else None
+        self._average = (
+            AveragedWeights(velocity_model, settings.ema_decay, settings.ema_start)
+            if settings.ema_decay > 0
+            else None
+        )
         self._kept: dict[MicroBatchKey, _KeptRollout] = {}
 
     @property
@@ -100,6 +115,7 @@ class GeneratorLearner:
         Raises:
             StaleCallError: The signal's rollout is not kept here, or was made by other weights.
         """
+        assert signal.teacher_cotangent is None, "the teacher has not added its part yet"
         if signal.key not in self._kept or signal.generator_version != self._optimizer.updates:
             raise StaleCallError(
                 f"learning from the signal of {signal.key}",
@@ -111,6 +127,49 @@ class GeneratorLearner:
         kept = self._kept.pop(signal.key)
         kept.x0.backward(signal.grad_x0.to(kept.x0))
         return LearnReport(metrics=dict(signal.metrics), exit_step=kept.exit_step)
+
+    def start(
+        self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
+    ) -> DiversityStart:
+        """Initial noise of a micro-batch, for the teacher to go its own way from there.
+
+        Args:
+            key: The micro-batch, as its rollout was named.
+            text: Its captions.
+            draws: Every random number, as they were given to the rollout.
+        """
+        draws = self._place_or_draw(key, text, draws)
+        grid = self._schedule.few_step_grid(self._diversity.teacher_steps)
+        steps = self._diversity.anchor_step
+        return DiversityStart(key, draws.initial_noise, text.text, grid[: steps + 1])
+
+    def diversify(
+        self, start: DiversityStart, target: DiversityTarget, share: float
+    ) -> DiversityReport:
+        """Adds the gradient of the diversity loss to that of the signals.
+
+        Args:
+            start: Where the samples of a micro-batch start.
+            target: Where the teacher goes from there.
+            share: Samples in this micro-batch over samples in the iteration.
+
+        Raises:
+            StaleCallError: The two belong to different micro-batches, or to another iteration.
+        """
+        self._optimizer.require_current(start.key.iteration, "learning diversity")
+        if target.key != start.key:
+            raise StaleCallError(
+                f"learning the first step of {start.key}",
+                f"a teacher's path for {target.key}",
+                "the path that starts from the same noise",
+            )
+        device = device_of(self._network)
+        noise = start.noise.to(device)
+        sigma = self._schedule.few_step_grid(self._num_steps)[0].to(noise).expand(len(noise))
+        velocity = self._network(noise, sigma, start.text.to(device))
+        loss = diversity_loss(velocity, target.velocity.to(device))
+        (share * self._diversity.weight * loss).backward()
+        return DiversityReport(metrics={"diversity": loss.item()})
 
     def gradient_report(self, iteration: int) -> GradientReport:
         """Norm of the gathered gradient; updates nothing.
@@ -147,13 +206,19 @@ class GeneratorLearner:
         self._kept.clear()
         self._optimizer.discard()
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """A copy of the weights as they are, for the fake score to be mixed with.
+
+        Every rank must be asked; the weights are the first one's, those of the others are empty.
+        """
+        return gathered(self._optimizer.weights)
+
     def final_weights(self) -> dict[str, Tensor]:
         """A copy of the weights to validate and export: the average, where one is kept.
 
         Every rank must be asked; the weights are the first one's, those of the others are empty.
         """
-        kept = self._optimizer.weights if self._average is None else self._average.average
-        return gathered(kept)
+        return self.trained_weights() if self._average is None else gathered(self._average.average)
 
     def export(self, dst: str, base_folder: str, flow_shift: float) -> None:
         """Writes `final_weights` as a diffusers pipeline, the other parts taken from a base.
@@ -207,6 +272,8 @@ class GeneratorLearner:
                 self._latent_shape,
                 self._schedule,
                 self._num_steps,
+                # The diversity loss has the first step to itself.
+                first_exit=int(self._diversity.enabled),
             )
         return draws_on(draws, device_of(self._network))
 

@@ -1,9 +1,10 @@
-"""How a role's weights are updated: AdamW, once an iteration, on finite and clipped gradients.
+"""How a role's weights are updated: AdamW on finite and clipped gradients.
 
     learn, learn, ...  ->  gradient_report(iteration)  ->  step(iteration)     or     discard()
 
 The report comes apart from the step, because generator and fake score only step when the gradients
-of both are finite; the controller asks both before it lets either go on.
+of both are finite; the controller asks both before it lets either go on. A role may make several
+updates an iteration, each after a report of its own.
 """
 
 import math
@@ -38,11 +39,19 @@ class RoleOptimizer:
         role: Name of the role, for messages.
         network: Whose parameters are updated; all of them, in one group, as the reference does.
         settings: Rates and limits.
+        updates_per_iteration: Updates that make an iteration of this role.
     """
 
-    def __init__(self, role: str, network: nn.Module, settings: OptimizerSettings) -> None:
+    def __init__(
+        self,
+        role: str,
+        network: nn.Module,
+        settings: OptimizerSettings,
+        updates_per_iteration: int = 1,
+    ) -> None:
         self._role = role
         self._settings = settings
+        self._updates_per_iteration = updates_per_iteration
         self._parameters = dict(network.named_parameters())
         self._adamw = torch.optim.AdamW(
             self._parameters.values(),
@@ -70,11 +79,12 @@ class RoleOptimizer:
         Raises:
             StaleCallError: It belongs to an earlier or a later one.
         """
-        if iteration != self._updates:
+        current = self._updates // self._updates_per_iteration
+        if iteration != current:
             raise StaleCallError(
                 f"{attempted} of iteration {iteration} on the {self._role}",
                 f"the {self._role} has made {self._updates} updates",
-                f"a call of iteration {self._updates}",
+                f"a call of iteration {current}",
                 "Resume all roles from one checkpoint, so that they count alike",
             )
 

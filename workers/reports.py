@@ -31,6 +31,17 @@ class LearnReport:
 
 
 @dataclass(frozen=True, slots=True)
+class DiversityReport:
+    """What the generator learned from the teacher's path.
+
+    Attributes:
+        metrics: `diversity`, the loss without its weight.
+    """
+
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class TrackReport:
     """What the fake score learned from one batch.
 

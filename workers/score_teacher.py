@@ -1,9 +1,29 @@
-"""The frozen network whose score the generator should match."""
+"""The frozen network whose score the generator should match.
+
+denoise(query)            guided velocity, a constant
+pullback(query, signal)   the part of the generator's gradient that goes through this network's
+                          input, for objectives that have one
+anchor(start)             guided steps from the generator's initial noise, for the diversity loss
+"""
+
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from sgmd_core.types import NoisedBatch, TeacherPrediction, Text
+from sgmd_core.errors import StaleCallError
+from sgmd_core.objectives.diversity import anchor_velocity
+from sgmd_core.rollout import euler_sample
+from sgmd_core.types import (
+    DiversityStart,
+    DiversityTarget,
+    GeneratorSignal,
+    Latents,
+    NoisedBatch,
+    TeacherPrediction,
+    Text,
+    detached,
+)
 from sgmd_core.velocity import guided_velocity
 from workers.placement import device_of, query_on
 from workers.settings import TeacherSettings
@@ -34,14 +54,74 @@ class ScoreTeacher:
         Returns:
             The prediction under the query's key, a constant for every loss.
         """
+        velocity = self._guided(query_on(query, device_of(self._network)), negative)
+        return TeacherPrediction(key=query.key, velocity=velocity)
+
+    def pullback(
+        self, query: NoisedBatch, negative: Text, signal: GeneratorSignal
+    ) -> GeneratorSignal:
+        """Completes a signal by what reaches `x0` through the teacher's input.
+
+            grad_x0 + (d velocity_teacher / d x0)' teacher_cotangent
+
+        The forward pass is made again rather than kept from `denoise`: no graph waits here, any
+        replica can answer, and the cost is that of a checkpointed pass.
+
+        Args:
+            query: What `denoise` was asked.
+            negative: Embedding of the negative prompt (1, l, d).
+            signal: What the fake score answered, with its `teacher_cotangent`.
+
+        Returns:
+            The signal that the generator learns from.
+
+        Raises:
+            StaleCallError: The signal is of another query, or has no part for the teacher.
+        """
+        if signal.key != query.key or signal.teacher_cotangent is None:
+            raise StaleCallError(
+                f"carrying a signal of {query.key} through the teacher",
+                f"a signal of {signal.key}"
+                + (" without a cotangent" if signal.teacher_cotangent is None else ""),
+                "the one signal of this query, with the teacher's part still to be done",
+                "Call pullback once, and only for objectives whose path is both_scores",
+            )
         device = device_of(self._network)
         query = query_on(query, device)
-        velocity = guided_velocity(
+        x0 = query.x0.detach().requires_grad_()
+        velocity = self._guided(detached(query, x0), negative)
+        (grad,) = torch.autograd.grad(velocity, x0, signal.teacher_cotangent.to(velocity))
+        return replace(signal, grad_x0=signal.grad_x0.to(device) + grad, teacher_cotangent=None)
+
+    @torch.no_grad()
+    def anchor(self, start: DiversityStart, negative: Text) -> DiversityTarget:
+        """Goes the first steps of the guided path from a generator's initial noise.
+
+        Args:
+            start: The noise, and the noise levels of the steps.
+            negative: Embedding of the negative prompt (1, l, d).
+
+        Returns:
+            The mean velocity of that path.
+        """
+        device = device_of(self._network)
+        noise = start.noise.to(device)
+        anchor = euler_sample(
+            self._network,
+            start.grid,
+            noise,
+            start.text.to(device),
+            negative.to(device),
+            self._settings.guidance_scale,
+        )
+        return DiversityTarget(start.key, anchor_velocity(noise, anchor, float(start.grid[-1])))
+
+    def _guided(self, query: NoisedBatch, negative: Text) -> Latents:
+        return guided_velocity(
             self._network,
             query.x_t,
             query.sigma,
             query.text,
-            negative.to(device),
+            negative.to(query.x0.device),
             self._settings.guidance_scale,
         )
-        return TeacherPrediction(key=query.key, velocity=velocity)

@@ -3,7 +3,7 @@
     ModelSettings      which networks
     VideoSettings      which clips
     OptimizerSettings  how a role's weights are updated
-    GeneratorSettings, FakeScoreSettings, TeacherSettings
+    GeneratorSettings, DiversitySettings, FakeScoreSettings, TeacherSettings
 
 Every record checks itself when it is made, so that a wrong number is met before a network is read.
 """
@@ -99,23 +99,64 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class DiversitySettings:
+    """An extra loss that ties the generator's first step to the teacher's path; see its file.
+
+    Attributes:
+        weight: Weight of the loss; 0 leaves it out. The released 1.3B training has 0.05.
+        teacher_steps: Steps of the teacher's whole path.
+        anchor_step: Steps of it that are taken.
+    """
+
+    weight: float = 0.0
+    teacher_steps: int = 30
+    anchor_step: int = 5
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(self.weight >= 0, "generator.diversity.weight", self.weight, "0 or more")
+        _require(
+            1 <= self.anchor_step <= self.teacher_steps,
+            "generator.diversity.anchor_step",
+            self.anchor_step,
+            f"from 1 to teacher_steps, which is {self.teacher_steps}",
+        )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the loss is on."""
+        return self.weight > 0
+
+
+@dataclass(frozen=True, slots=True)
 class GeneratorSettings:
     """The network that learns to sample in a few steps.
 
     Attributes:
         num_steps: Steps it samples in.
         ema_decay: Decay of the averaged weights that are validated and exported; 0 keeps none.
+        ema_start: Updates before the averaging begins; until then the average is the weights.
+        diversity: An extra loss on the first step.
         optimizer: How it is updated; the rate of the released 14B training unless set.
     """
 
     num_steps: int = 4
     ema_decay: float = 0.99
+    ema_start: int = 0
+    diversity: DiversitySettings = field(default_factory=DiversitySettings)
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=2e-6))
 
     def __post_init__(self) -> None:
         """Checks the values."""
         _require(self.num_steps >= 1, "generator.num_steps", self.num_steps, "at least 1")
         _require(0 <= self.ema_decay < 1, "generator.ema_decay", self.ema_decay, "in [0, 1)")
+        _require(self.ema_start >= 0, "generator.ema_start", self.ema_start, "0 or more")
+        _require(
+            self.num_steps >= 2 or not self.diversity.enabled,
+            "generator.num_steps",
+            self.num_steps,
+            "at least 2, because generator.diversity keeps the first one for itself",
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +166,16 @@ class FakeScoreSettings:
     Attributes:
         tracking: `shared` learns from the rollout and the forward pass that also teach the
             generator (one graph, the paper's Algorithm 1); `fresh` from new samples of the
-            generator after its update (the authors' released trainer).
+            generator after its update (the authors' released trainer). Objectives with several
+            fake-score updates an iteration need `fresh`.
         optimizer: How it is updated; the rate of the released 14B training unless set.
+        ida_decay: Share of its own weights that the fake score keeps when, after each update of the
+            generator, it is mixed with the generator's; 1 does not mix. DMD recipes have 0.97.
     """
 
     tracking: Literal["shared", "fresh"] = "shared"
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=4e-7))
+    ida_decay: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -140,6 +185,7 @@ class FakeScoreSettings:
             self.tracking,
             "'shared' or 'fresh'",
         )
+        _require(0 < self.ida_decay <= 1, "fake_score.ida_decay", self.ida_decay, "in (0, 1]")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,62 @@
-"""What the two learners minimise; one paper, one file.
+"""What the two learners minimise; one method, one file.
 
 An objective is mathematics over predictions: it never holds or calls a network. Whoever calls it
 decides whose parameters receive the gradient.
+
+                gradient at x0, J = d x0_fake / d x0, J_T = d x0_teacher / d x0       path
+    dmd, dmd2   q = gap / n, as it is                                                 SAMPLE
+    tsg_fisher  J' (w gap)                                                            FAKE_SCORE
+    sgmd        J' (w gap + lambda_nr u residual)                                     FAKE_SCORE
+    tsg_sim     w [gap + J' (residual - gap)]                                         FAKE_SCORE
+    sid         (1 / n) [gap + J' (x0 - x0_teacher - 2 a gap)
+                             - J_T' (x0 - x0_teacher + gap - 2 a gap)]                BOTH_SCORES
+
+    gap = x0_fake - x0_teacher, residual = x0 - x0_fake, n = mean |x0 - x0_teacher|; w, u weights
 """
 
-from typing import Protocol
+from enum import StrEnum
+from typing import ClassVar, Protocol
 
 from sgmd_core.types import Latents, Loss, NoisedBatch
 
 
+class GradientPath(StrEnum):
+    """By which ways a generator's loss depends on `x0`; each one contains those before it."""
+
+    SAMPLE = "sample"
+    """Directly. Both networks' predictions are constants."""
+    FAKE_SCORE = "fake_score"
+    """Also through the input of the fake score."""
+    BOTH_SCORES = "both_scores"
+    """Also through the input of the teacher."""
+
+
 class Objective(Protocol):
-    """A pair of losses over the same score query."""
+    """A pair of losses over the same score query.
+
+    Attributes:
+        path: By which ways the generator's loss depends on `x0`.
+    """
+
+    path: ClassVar[GradientPath]
+
+    @property
+    def fake_updates(self) -> int:
+        """Updates of the fake score an iteration, which is one update of the generator."""
+        ...
 
     def generator_loss(
         self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
     ) -> Loss:
-        """Loss of the generator, differentiable with respect to `query.x0` alone.
+        """Loss of the generator, differentiable with respect to `query.x0`.
 
         Args:
             query: The generator's sample and the noise it is looked at through. To ask for the
                 gradient, let `x0` be a leaf that requires one.
-            velocity_fake: Fake score's prediction at `query.x_t`, with its graph back to `x0`.
-            velocity_teacher: Guided teacher's prediction there; a constant.
+            velocity_fake: Fake score's prediction at `query.x_t`; unless the path is `SAMPLE`,
+                with its graph back to `x0`.
+            velocity_teacher: Guided teacher's prediction there; a constant, unless the path is
+                `BOTH_SCORES`.
 
         Returns:
             The loss, a mean over samples, and its terms.

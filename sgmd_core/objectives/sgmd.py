@@ -3,11 +3,7 @@
     generator   L_G = L_Fisher + lambda_nr * L_NR
     fake score  L_F =            lambda_rc * L_RC
 
-in two forms that differ in their weights (fisher.py, potentials.py):
-
-               Fisher, on gap^2 / 2          NR gradient, on residual   RC, on velocity error^2 / 2
-    released   1 / (teacher residual + eps)  1 / sigma                  1
-    paper      (1 - sigma)^2 / sigma^4       1                          sigma^2
+in two forms that differ in their weights (forms.py).
 
 Every mean runs over all elements of all samples. So the loss of a batch is the mean of the losses
 of its samples, and micro-batches weighed by their share of samples add up to the whole batch.
@@ -15,38 +11,22 @@ of its samples, and micro-batches weighed by their share of samples add up to th
 Source: SGMD (arXiv:2605.30116), Algorithm 1, and the authors' released trainer.
 """
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-import torch
-
-from sgmd_core.errors import ConfigError
-from sgmd_core.objectives.fisher import (
-    fisher_loss,
-    paper_fisher_weight,
-    released_fisher_weight,
-    teacher_residual,
-    x0_gap,
+from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives.fisher import fisher_loss, x0_gap
+from sgmd_core.objectives.forms import (
+    DEFAULT_LAMBDA_RC,
+    Form,
+    contraction,
+    gap_weight,
+    mean_rms,
+    residual_weight,
 )
-from sgmd_core.objectives.potentials import (
-    fake_residual,
-    negative_residual_loss,
-    released_residual_weight,
-    residual_contraction_loss,
-)
-from sgmd_core.types import (
-    Latents,
-    Loss,
-    NoisedBatch,
-    PerSample,
-    Scalar,
-    float32,
-    per_sample,
-    sample_mean,
-)
-
-_DEFAULT_LAMBDA_RC = {"released": 1.0, "paper": 0.1}
+from sgmd_core.objectives.potentials import fake_residual, negative_residual_loss
+from sgmd_core.objectives.settings import require_number, require_updates
+from sgmd_core.types import Latents, Loss, NoisedBatch, float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +34,7 @@ class SgmdObjective:
     """The losses of generator and fake score. Also the recipe section `objective:`.
 
     Attributes:
+        method: Names this section among the methods.
         form: `released` as in the authors' trainer, `paper` as in their paper. They are different
             objectives: expect to tune the weights anew.
         lambda_nr: Weight of the negative residual; 0 leaves TSG-Fisher. The paper tried 0.05 to
@@ -62,24 +43,30 @@ class SgmdObjective:
             0.1 paper. AdamW hardly notices it, gradient clipping does.
         normalizer_eps: Added to the teacher's residual, in latent units.
         sigma_floor: Lower limit of a noise level that something is divided by.
+        fake_updates: Updates of the fake score an iteration; paper and release make 1.
     """
 
-    form: Literal["released", "paper"] = "released"
+    path: ClassVar[GradientPath] = GradientPath.FAKE_SCORE
+
+    method: Literal["sgmd"] = "sgmd"
+    form: Form = "released"
     lambda_nr: float = 0.1
     lambda_rc: float | None = None
     normalizer_eps: float = 1e-8
     sigma_floor: float = 1e-8
+    fake_updates: int = 1
 
     def __post_init__(self) -> None:
-        self._require_number("lambda_nr", self.lambda_nr, zero_allowed=True)
-        self._require_number("lambda_rc", self.contraction_weight, zero_allowed=False)
-        self._require_number("normalizer_eps", self.normalizer_eps, zero_allowed=False)
-        self._require_number("sigma_floor", self.sigma_floor, zero_allowed=False)
+        require_number("lambda_nr", self.lambda_nr, zero_allowed=True)
+        require_number("lambda_rc", self.contraction_weight, zero_allowed=False)
+        require_number("normalizer_eps", self.normalizer_eps, zero_allowed=False)
+        require_number("sigma_floor", self.sigma_floor, zero_allowed=False)
+        require_updates(self.fake_updates)
 
     @property
     def contraction_weight(self) -> float:
         """Weight of the residual contraction, the form's own unless one was set."""
-        return _DEFAULT_LAMBDA_RC[self.form] if self.lambda_rc is None else self.lambda_rc
+        return DEFAULT_LAMBDA_RC[self.form] if self.lambda_rc is None else self.lambda_rc
 
     def generator_loss(
         self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
@@ -107,11 +94,13 @@ class SgmdObjective:
         velocity_fake, velocity_teacher = float32(velocity_fake), float32(velocity_teacher)
         gap = x0_gap(query, velocity_fake, velocity_teacher)
         residual = fake_residual(query, velocity_fake)
-        fisher_weight = self._fisher_weight(query, velocity_teacher)
-        residual_weight = self._residual_weight(query.sigma)
+        on_gap = gap_weight(
+            self.form, query, velocity_teacher, self.normalizer_eps, self.sigma_floor
+        )
+        on_residual = residual_weight(self.form, query.sigma, self.sigma_floor)
 
-        fisher = fisher_loss(gap, fisher_weight)
-        negative_residual = negative_residual_loss(residual, residual_weight)
+        fisher = fisher_loss(gap, on_gap)
+        negative_residual = negative_residual_loss(residual, on_residual)
         # Not `+ 0 * ...`: without the term the loss is TSG-Fisher to the bit, gradient included.
         value = fisher if self.lambda_nr == 0 else fisher + self.lambda_nr * negative_residual
         return Loss(
@@ -120,55 +109,11 @@ class SgmdObjective:
                 "generator": value.detach(),
                 "fisher": fisher.detach(),
                 "negative_residual": negative_residual.detach(),
-                "fisher_norm": _mean_rms(fisher_weight, gap),
-                "nr_norm": self.lambda_nr * _mean_rms(residual_weight, residual),
+                "fisher_norm": mean_rms(on_gap, gap),
+                "nr_norm": self.lambda_nr * mean_rms(on_residual, residual),
             },
         )
 
     def tracking_loss(self, query: NoisedBatch, velocity_fake: Latents) -> Loss:
-        """Loss of the fake score: denoise what the generator makes.
-
-            L_F = lambda_rc * L_RC
-
-        Args:
-            query: The generator's sample and the noise it is looked at through; constants.
-            velocity_fake: Fake score's prediction at `query.x_t`, with its graph back to the fake
-                score's parameters.
-
-        Returns:
-            The loss in float32 or wider, and its detached terms: `tracking`, and
-            `residual_contraction` (without its lambda).
-        """
-        error = float32(velocity_fake) - query.velocity.detach()
-        sigma = query.sigma.detach()
-        weight = torch.ones_like(sigma) if self.form == "released" else sigma.square()
-        contraction = residual_contraction_loss(error, weight)
-        value = self.contraction_weight * contraction
-        return Loss(
-            value, {"tracking": value.detach(), "residual_contraction": contraction.detach()}
-        )
-
-    def _fisher_weight(self, query: NoisedBatch, velocity_teacher: Latents) -> PerSample:
-        if self.form == "released":
-            residual = teacher_residual(query, velocity_teacher)
-            return released_fisher_weight(residual, self.normalizer_eps)
-        return paper_fisher_weight(query.sigma.detach(), self.sigma_floor)
-
-    def _residual_weight(self, sigma: PerSample) -> PerSample:
-        if self.form == "released":
-            return released_residual_weight(sigma.detach(), self.sigma_floor)
-        return torch.ones_like(sigma)
-
-    def _require_number(self, name: str, value: float, *, zero_allowed: bool) -> None:
-        if not math.isfinite(value) or value < 0 or (value == 0 and not zero_allowed):
-            raise ConfigError(
-                "reading the objective",
-                f"{name} is {value}",
-                "a number of at least 0" if zero_allowed else "a number above 0",
-            )
-
-
-def _mean_rms(weight: PerSample, values: Latents) -> Scalar:
-    """Root mean square of the weighted values of each sample, averaged over samples."""
-    weighted = per_sample(weight, values) * values.detach()
-    return sample_mean(weighted.square()).sqrt().mean()
+        """Loss of the fake score: `forms.contraction` with this objective's weight."""
+        return contraction(self.form, self.contraction_weight, query, velocity_fake)

@@ -11,7 +11,22 @@ from pipelines.distill import distill
 from pipelines.run_folder import RunFolder, read_jsonl
 from tests.e2e.conftest import MakeRecipe
 
-MODES = [(tracking, form) for tracking in ("shared", "fresh") for form in ("released", "paper")]
+MODES = {
+    "sgmd-shared-released": ["fake_score.tracking=shared"],
+    "sgmd-shared-paper": ["fake_score.tracking=shared", "objective.form=paper"],
+    "sgmd-fresh-released": ["fake_score.tracking=fresh"],
+    "sgmd-fresh-paper": ["fake_score.tracking=fresh", "objective.form=paper"],
+    "dmd2": [
+        "fake_score.tracking=fresh",
+        "objective={method: dmd2, fake_updates: 2}",
+        "fake_score.ida_decay=0.97",
+    ],
+    "sid": [
+        "fake_score.tracking=fresh",
+        "objective={method: sid, fake_updates: 2}",
+        "generator.diversity={weight: 0.05, teacher_steps: 3, anchor_step: 1}",
+    ],
+}
 
 
 def history(config: DistillConfig) -> list[dict[str, object]]:
@@ -32,11 +47,11 @@ def state(config: DistillConfig, iteration: int) -> dict[str, bytes]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize(("tracking", "form"), MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_roles_on_ray_make_the_bits_that_one_process_makes(
-    make_recipe: MakeRecipe, ray_cluster: None, tracking: str, form: str
+    make_recipe: MakeRecipe, ray_cluster: None, mode: str
 ) -> None:
-    settings = [f"fake_score.tracking={tracking}", f"objective.form={form}"]
+    settings = MODES[mode]
     local = make_recipe("name=local", *settings)
     pools = make_recipe("name=pools", "topology.mode=pools", *settings)
     distill(local)
@@ -46,11 +61,11 @@ def test_roles_on_ray_make_the_bits_that_one_process_makes(
     assert state(pools, 5) == state(local, 5)
 
 
-@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+@pytest.mark.parametrize("mode", ["sgmd-shared-released", "sgmd-fresh-released", "dmd2", "sid"])
 def test_a_resumed_run_makes_the_bits_of_one_that_was_never_stopped(
-    make_recipe: MakeRecipe, tracking: str
+    make_recipe: MakeRecipe, mode: str
 ) -> None:
-    settings = [f"fake_score.tracking={tracking}", "checkpoint.every=2"]
+    settings = [*MODES[mode], "checkpoint.every=2"]
     whole = make_recipe("name=whole", "iterations=6", *settings)
     distill(whole)
     # Stopped after iteration 3, so the last iteration is lost and made again from step 2.

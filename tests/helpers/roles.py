@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Draws, MicroBatchKey, NoisedBatch, Purpose, Text, TextBatch
@@ -14,6 +15,7 @@ from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
+    DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
     OptimizerSettings,
@@ -33,6 +35,8 @@ class Roles:
     teacher: ScoreTeacher
     networks: dict[str, nn.Module]
     shared_tracking: bool
+    objective: Objective
+    diversity: DiversitySettings
 
 
 def tiny_roles(
@@ -41,6 +45,9 @@ def tiny_roles(
     ema_decay: float = 0.99,
     lr: float = 1e-3,
     guidance_scale: float = 2.0,
+    objective: Objective | None = None,
+    diversity: DiversitySettings | None = None,
+    ida_decay: float = 1.0,
 ) -> Roles:
     """Three different tiny Wans, so that no term of the objective vanishes.
 
@@ -54,22 +61,26 @@ def tiny_roles(
     for role in ("generator", "fake_score"):
         shard(networks[role], networks[role].blocks)
     optimizer = OptimizerSettings(lr=lr, max_grad_norm=1.0)
+    objective = objective or SgmdObjective(form=form)
+    diversity = diversity or DiversitySettings()
     return Roles(
         generator=GeneratorLearner(
             networks["generator"],
             FlowMatchSchedule(),
-            GeneratorSettings(ema_decay=ema_decay, optimizer=optimizer),
+            GeneratorSettings(ema_decay=ema_decay, diversity=diversity, optimizer=optimizer),
             LATENT_SHAPE,
             SEED,
         ),
         fake_score=FakeScoreTracker(
             networks["fake_score"],
-            SgmdObjective(form=form),
-            FakeScoreSettings(tracking=tracking, optimizer=optimizer),
+            objective,
+            FakeScoreSettings(tracking=tracking, ida_decay=ida_decay, optimizer=optimizer),
         ),
         teacher=ScoreTeacher(networks["teacher"], TeacherSettings(guidance_scale=guidance_scale)),
         networks=networks,
         shared_tracking=tracking == "shared",
+        objective=objective,
+        diversity=diversity,
     )
 
 
@@ -107,7 +118,14 @@ def gather(
         handed = None if draws is None else draws[index]
         query = roles.generator.rollout(key_of(iteration, index), text, handed)
         prediction = roles.teacher.denoise(query, negative_text())
-        roles.generator.learn(roles.fake_score.signal(query, prediction, share))
+        signal = roles.fake_score.signal(query, prediction, share)
+        if roles.objective.path is GradientPath.BOTH_SCORES:
+            signal = roles.teacher.pullback(query, negative_text(), signal)
+        roles.generator.learn(signal)
+        if roles.diversity.enabled:
+            start = roles.generator.start(key_of(iteration, index), text, handed)
+            target = roles.teacher.anchor(start, negative_text())
+            roles.generator.diversify(start, target, share)
         if roles.shared_tracking:
             roles.fake_score.track(query, share)
         queries.append(query)
@@ -125,11 +143,15 @@ def iterate(roles: Roles, iteration: int, batches: Sequence[Sequence[int]] = ((0
         roles.generator.gradient_report(iteration)
         roles.generator.step(iteration)
         num_samples = sum(len(batch) for batch in batches)
-        for index, batch in enumerate(batches):
-            key = key_of(iteration, index, Purpose.TRACK)
-            query = roles.generator.sample(key, text_batch(batch, iteration + 500))
-            roles.fake_score.track(query, len(batch) / num_samples)
-        roles.fake_score.gradient_report(iteration)
+        for update in range(roles.objective.fake_updates):
+            if update:
+                roles.fake_score.step(iteration)
+            for index, batch in enumerate(batches):
+                key = key_of(iteration, update * len(batches) + index, Purpose.TRACK)
+                counted = [update * num_samples + sample for sample in batch]
+                query = roles.generator.sample(key, text_batch(counted, iteration + 500))
+                roles.fake_score.track(query, len(batch) / num_samples)
+            roles.fake_score.gradient_report(iteration)
     roles.fake_score.step(iteration)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipelines.config import DistillConfig, json_schema, load_recipe
+from pipelines.config import DistillConfig, check_sweep, json_schema, load_recipe
 from pipelines.overrides import apply_overrides, nearest_key, parse_override, read_yaml
 from pipelines.recipe_files import known_keys, load, shipped_recipes
 from sgmd_core.errors import ConfigError
@@ -105,7 +105,7 @@ class TestRecipes:
     def test_shipped_recipes_are_valid_and_complete(self, name):
         config = load_recipe(name)
         written = read_yaml((Path(shipped_path(name))).read_text())
-        missing = [key for key in known_keys(DistillConfig) if not is_written(key, written)]
+        missing = [key for key in set_keys(config.model_dump()) if not is_written(key, written)]
         assert [key for key in missing if not key.startswith("sweep")] == []
         assert config.name == name
 
@@ -252,6 +252,84 @@ class TestRefusals:
             load(DistillConfig, str(path))
 
 
+class TestMethods:
+    @pytest.mark.parametrize("method", ["sgmd", "dmd", "dmd2", "tsg_fisher", "tsg_sim", "sid"])
+    def test_a_method_is_chosen_by_its_name_and_brings_its_own_settings(self, method, tmp_path):
+        overrides = [f"objective.method={method}", "fake_score.tracking=fresh"]
+        config = load_recipe("tiny", overrides)
+        assert config.objective.method == method
+        path = tmp_path / "config.yaml"
+        path.write_text(config.to_yaml())
+        assert load_recipe(str(path)) == config
+
+    def test_a_recipe_without_a_method_is_sgmds(self, recipe_file):
+        settings = yaml.safe_load(recipe_file.read_text())
+        del settings["objective"]["method"], settings["objective"]["fake_updates"]
+        settings["objective"]["lambda_nr"] = 0.3
+        recipe_file.write_text(yaml.safe_dump(settings))
+        for overrides in ([], ["objective.method=sgmd"]):
+            objective = load_recipe(str(recipe_file), overrides).objective
+            assert (objective.method, objective.lambda_nr) == ("sgmd", 0.3)
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_settings_beside_a_method_are_those_of_the_new_one_in_any_order(self, reverse):
+        overrides = ["objective.method=tsg_sim", "objective.form=paper"]
+        overrides = overrides[::-1] if reverse else overrides
+        objective = load_recipe("tiny", overrides).objective
+        assert (objective.method, objective.form) == ("tsg_sim", "paper")
+
+    def test_a_method_can_be_swept_over_and_changed_by_key(self):
+        config = load_recipe(
+            "tiny", ["fake_score.tracking=fresh", "sweep.grid={objective.method: [sgmd, dmd2]}"]
+        )
+        assert config.with_settings({"objective.method": "sid"}).objective.square_weight == 1.0
+
+    def test_a_grid_over_another_methods_settings_stands_in_the_way_of_sweeps_alone(self):
+        config = load_recipe("tiny", ["objective.method=dmd"])
+        assert "objective.lambda_nr" in config.sweep.grid
+        with pytest.raises(ConfigError, match="not a setting of dmd"):
+            check_sweep(config, config.sweep.grid, "sweeping")
+
+    def test_an_unknown_method_names_those_that_there_are(self):
+        text = refusal("objective.method=dmd3")
+        assert 'objective.method is "dmd3", expected one of' in text
+        assert "'tsg_fisher'" in text
+
+    def test_a_setting_of_another_method_is_said_to_be_one(self):
+        text = refusal("objective.method=tsg_sim", "objective.lambda_nr=0.1")
+        assert "objective.lambda_nr is not a setting of tsg_sim" in text
+
+    def test_a_wrong_value_is_named_without_the_level_that_no_recipe_has(self):
+        assert "objective: fake_updates is 0" in refusal("objective.fake_updates=0")
+        assert "objective is 3, expected a section" in refusal("objective=3")
+
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            (["objective.method=dmd2"], "set fake_score.tracking=fresh"),
+            (["fake_score.ida_decay=0.97"], "set fake_score.tracking=fresh"),
+            (
+                ["fake_score.ida_decay=0.97", "fake_score.tracking=fresh"],
+                "leave it at 1 for objective.method sgmd",
+            ),
+        ],
+    )
+    def test_what_a_method_cannot_do_is_met_before_anything_starts(self, overrides, words):
+        assert words in refusal(*overrides)
+
+    @pytest.mark.parametrize(
+        ("overrides", "updates"),
+        [
+            ([], 0),
+            (["fake_score.tracking=fresh"], 1),
+            (["fake_score.tracking=fresh", "objective.method=dmd2"], 5),
+            (["fake_score.tracking=fresh", "objective.fake_updates=3"], 3),
+        ],
+    )
+    def test_updates_on_new_samples_follow_from_method_and_tracking(self, overrides, updates):
+        assert load_recipe("tiny", overrides).fresh_updates == updates
+
+
 class TestDigest:
     @pytest.mark.parametrize(
         "override",
@@ -299,6 +377,15 @@ class TestDerived:
 
 def shipped_path(name: str) -> Path:
     return next(recipe.path for recipe in shipped_recipes() if recipe.name == name)
+
+
+def set_keys(settings: dict, prefix: str = "") -> list[str]:
+    keys = [prefix + name for name in settings]
+    for name, value in settings.items():
+        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(value, dict):
+            keys += set_keys(value, f"{prefix}{name}.")
+    return keys
 
 
 def is_written(dotted: str, settings: dict) -> bool:

@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives.diversity import anchor_velocity
+from sgmd_core.objectives.dmd import DmdObjective
+from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.objectives.sid import SidObjective
+from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
+from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
 from sgmd_core.types import (
@@ -34,10 +41,12 @@ from tests.helpers.roles import (
     weights,
 )
 from tests.helpers.tiny_wan import LATENT_SHAPE
+from workers.ema import AveragedWeights
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
+    DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
     OptimizerSettings,
@@ -47,10 +56,22 @@ from workers.settings import (
 FORMS = pytest.mark.parametrize("form", ["released", "paper"])
 
 
-@FORMS
+OBJECTIVES = {
+    "sgmd-released": SgmdObjective(),
+    "sgmd-paper": SgmdObjective(form="paper"),
+    "dmd": DmdObjective(),
+    "tsg_fisher": TsgFisherObjective(),
+    "tsg_sim": TsgSimObjective(),
+    "sid": SidObjective(),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("exit_step", [0, 3])
-def test_split_gradients_equal_those_of_one_plain_step_bitwise(form, exit_step):
-    split, fused = tiny_roles(form=form), tiny_roles(form=form)
+def test_split_gradients_equal_those_of_one_plain_step_bitwise(name, exit_step):
+    objective = OBJECTIVES[name]
+    split, fused = (tiny_roles(objective=objective) for _ in range(2))
+    split.objective = replace(objective, fake_updates=1)
     text, key = text_batch([0, 1, 2]), key_of(0)
     schedule = FlowMatchSchedule()
     draws = draw(SEED, key, text.sample_indices, LATENT_SHAPE, schedule, 4)
@@ -68,13 +89,12 @@ def test_split_gradients_equal_those_of_one_plain_step_bitwise(form, exit_step):
             x = x + (grid[step + 1] - grid[step]) * generator(x, level, text.text)
     x0 = x - grid[exit_step] * generator(x, grid[exit_step].expand(3), text.text)
     query = NoisedBatch(key, x0, draws.sigma, draws.noise, text.text, 0)
-    constant = {name: value.detach() for name, value in fake_score.named_parameters()}
-    velocity_fake = functional_call(fake_score, constant, (query.x_t, query.sigma, query.text))
-    with torch.no_grad():
+    with torch.set_grad_enabled(objective.path is GradientPath.BOTH_SCORES):
         velocity_teacher = guided_velocity(
             teacher, query.x_t, query.sigma, query.text, negative_text(), 2.0
         )
-    objective = SgmdObjective(form=form)
+    constant = {name: value.detach() for name, value in fake_score.named_parameters()}
+    velocity_fake = functional_call(fake_score, constant, (query.x_t, query.sigma, query.text))
     objective.generator_loss(query, velocity_fake, velocity_teacher).value.backward()
     still = replace(query, x0=x0.detach())
     velocity_fake = fake_score(still.x_t, still.sigma, still.text)
@@ -156,6 +176,99 @@ def test_iterations_change_both_learners_and_never_the_teacher(tracking):
     assert not same_bits(weights(roles.networks["generator"]), before["generator"])
     assert not same_bits(weights(roles.networks["fake_score"]), before["fake_score"])
     assert same_bits(weights(roles.networks["teacher"]), before["teacher"])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_signal_is_the_same_in_both_tracking_modes_bitwise(name):
+    found = []
+    for tracking in ("shared", "fresh"):
+        roles = tiny_roles(tracking, objective=OBJECTIVES[name])
+        query = roles.generator.rollout(key_of(0), text_batch([0, 1]))
+        prediction = roles.teacher.denoise(query, negative_text())
+        found.append(roles.fake_score.signal(query, prediction, share=0.5))
+    shared, fresh = found
+    assert torch.equal(shared.grad_x0, fresh.grad_x0)
+    assert shared.metrics == fresh.metrics
+
+
+def test_several_tracking_updates_make_one_iteration_and_each_sees_samples_of_its_own():
+    roles = tiny_roles("fresh", objective=Dmd2Objective(fake_updates=3))
+    seen = []
+    roles.networks["fake_score"].register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0].detach().clone())
+    )
+    for iteration in range(2):
+        iterate(roles, iteration, ((0, 1),))
+    assert roles.fake_score._optimizer.updates == 6
+    assert len(seen) == 2 * (1 + 3)
+    for index, one in enumerate(seen):
+        assert not any(torch.isclose(one, other).any() for other in seen[index + 1 :])
+
+
+def test_sgmd_without_its_potential_and_at_ratio_five_is_tsg_fisher_to_the_bit():
+    runs = []
+    for objective in (TsgFisherObjective(), SgmdObjective(lambda_nr=0.0, fake_updates=5)):
+        roles = tiny_roles("fresh", objective=objective)
+        for iteration in range(2):
+            iterate(roles, iteration, ((0, 1),))
+        runs.append([weights(roles.networks[role]) for role in ("generator", "fake_score")])
+    for one, other in zip(*runs, strict=True):
+        assert same_bits(one, other)
+
+
+def test_the_diversity_loss_adds_the_gradient_of_the_teachers_path_bitwise():
+    settings = DiversitySettings(weight=0.05, teacher_steps=4, anchor_step=2)
+    roles, plain = tiny_roles(diversity=settings), tiny_roles(diversity=settings)
+    text, schedule = text_batch([0, 1, 2]), FlowMatchSchedule()
+    gather(roles, 0, [(0, 1, 2)])
+
+    query = plain.generator.rollout(key_of(0), text)
+    prediction = plain.teacher.denoise(query, negative_text())
+    plain.generator.learn(plain.fake_score.signal(query, prediction, 1.0))
+    draws = draw(SEED, key_of(0), text.sample_indices, LATENT_SHAPE, schedule, 4, first_exit=1)
+    network, teacher = plain.networks["generator"], plain.networks["teacher"]
+    noise, grid = draws.initial_noise, schedule.few_step_grid(4)
+    with torch.no_grad():
+        x = noise
+        for step in range(2):
+            level = grid[step].expand(3)
+            velocity = guided_velocity(teacher, x, level, text.text, negative_text(), 2.0)
+            x = x + (grid[step + 1] - grid[step]) * velocity
+        target = anchor_velocity(noise, x, float(grid[2]))
+    velocity = network(noise, torch.ones(3), text.text)
+    (0.05 * (velocity - target).square().mean()).backward()
+    assert same_bits(gradients(roles.networks["generator"]), gradients(network))
+
+
+def test_with_diversity_no_rollout_exits_at_the_first_step():
+    settings = DiversitySettings(weight=0.05)
+    learner = tiny_roles(diversity=settings).generator
+    exits = set()
+    for micro_batch in range(40):
+        key = key_of(0, micro_batch)
+        learner.rollout(key, text_batch([0]))
+        exits.add(learner._kept[key].exit_step)
+    assert exits == {1, 2, 3}
+
+
+def test_mixing_takes_the_generators_weights_in_by_the_share_that_was_set():
+    roles = tiny_roles("fresh", objective=Dmd2Objective(), ida_decay=0.75)
+    fake_score, generator = (weights(roles.networks[n]) for n in ("fake_score", "generator"))
+    roles.fake_score.absorb(roles.generator.trained_weights())
+    for name, value in weights(roles.networks["fake_score"]).items():
+        expected = 0.75 * fake_score[name] + 0.25 * generator[name]
+        torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
+    assert same_bits(weights(roles.networks["generator"]), generator)
+
+
+def test_an_average_that_starts_later_is_the_weights_until_then():
+    roles = tiny_roles()
+    roles.generator._average = AveragedWeights(roles.networks["generator"], 0.9, start=2)
+    for iteration in range(2):
+        iterate(roles, iteration)
+        assert same_bits(roles.generator.final_weights(), weights(roles.networks["generator"]))
+    iterate(roles, 2)
+    assert not same_bits(roles.generator.final_weights(), weights(roles.networks["generator"]))
 
 
 def _no_text(size: int) -> Tensor:

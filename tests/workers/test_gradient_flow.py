@@ -4,6 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sgmd_core.errors import StaleCallError
+from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives.dmd import DmdObjective
+from sgmd_core.objectives.dmd2 import Dmd2Objective
+from sgmd_core.objectives.sid import SidObjective
+from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
+from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from sgmd_core.types import Purpose
 from tests.helpers.roles import (
     gather,
@@ -62,6 +69,73 @@ def test_tracking_gradient_is_the_same_with_and_without_a_signal_before_it(track
     found = gradients(roles.networks["fake_score"])
     assert found.keys() == dict(roles.networks["fake_score"].named_parameters()).keys()
     assert same_bits(found, gradients(alone.networks["fake_score"]))
+
+
+BASELINES = pytest.mark.parametrize(
+    "objective",
+    [DmdObjective(), Dmd2Objective(), TsgFisherObjective(), TsgSimObjective(), SidObjective()],
+    ids=lambda objective: objective.method,
+)
+
+
+@BASELINES
+@TRACKING
+def test_no_parameter_of_a_score_gets_a_gradient_from_any_generator_loss(objective, tracking):
+    roles = tiny_roles(tracking, objective=objective)
+    scores = [roles.networks[name] for name in ("fake_score", "teacher")]
+    computed = _gradients_computed_for(scores[0])
+    query, signal = _signal(roles)
+    if objective.path is GradientPath.BOTH_SCORES:
+        signal = roles.teacher.pullback(query, negative_text(), signal)
+    assert [gradients(score) for score in scores] == [{}, {}]
+    assert computed == []
+    assert not any(value.requires_grad for value in scores[1].parameters())
+    roles.generator.learn(signal)
+    generator = roles.networks["generator"]
+    assert gradients(generator).keys() == dict(generator.named_parameters()).keys()
+
+
+@TRACKING
+def test_dmd_records_no_graph_from_the_fake_score_to_x0(tracking):
+    roles = tiny_roles(tracking, objective=DmdObjective())
+    outputs = []
+    roles.networks["fake_score"].register_forward_hook(
+        lambda _module, _inputs, output: outputs.append(output)
+    )
+    query, _ = _signal(roles)
+    (output,) = outputs
+    assert output.requires_grad == (tracking == "shared")
+    if output.requires_grad:
+        assert all(leaf.shape != query.x0.shape for leaf in _leaves(output))
+
+
+def test_only_sid_asks_the_teacher_for_a_part_of_the_gradient():
+    roles = tiny_roles("fresh", objective=SidObjective())
+    query, signal = _signal(roles)
+    assert signal.teacher_cotangent is not None
+    completed = roles.teacher.pullback(query, negative_text(), signal)
+    assert completed.teacher_cotangent is None
+    assert not torch.equal(completed.grad_x0, signal.grad_x0)
+    _, other = _signal(tiny_roles("fresh", objective=TsgSimObjective()))
+    assert other.teacher_cotangent is None
+
+
+def test_the_teacher_completes_a_signal_once_and_only_that_of_the_query():
+    roles = tiny_roles("fresh", objective=SidObjective())
+    query, signal = _signal(roles)
+    completed = roles.teacher.pullback(query, negative_text(), signal)
+    with pytest.raises(StaleCallError, match="without a cotangent"):
+        roles.teacher.pullback(query, negative_text(), completed)
+    other = roles.generator.rollout(key_of(0, 1), text_batch([2, 3]))
+    with pytest.raises(StaleCallError, match="micro_batch=1"):
+        roles.teacher.pullback(other, negative_text(), signal)
+
+
+def test_weights_are_not_mixed_under_a_graph_that_was_made_with_the_old_ones():
+    roles = tiny_roles("shared", objective=DmdObjective(), ida_decay=0.9)
+    _signal(roles)
+    with pytest.raises(StaleCallError, match=r"fake_score\.tracking=fresh"):
+        roles.fake_score.absorb(roles.generator.trained_weights())
 
 
 @TRACKING

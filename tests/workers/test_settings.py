@@ -6,6 +6,7 @@ import pytest
 
 from sgmd_core.errors import ConfigError
 from workers.settings import (
+    DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
     ModelSettings,
@@ -32,7 +33,16 @@ from workers.settings import (
         (lambda: OptimizerSettings(lr=1e-4, warmup_iterations=-1), "optimizer.warmup_iterations"),
         (lambda: GeneratorSettings(num_steps=0), "generator.num_steps"),
         (lambda: GeneratorSettings(ema_decay=1.0), "generator.ema_decay"),
+        (lambda: GeneratorSettings(ema_start=-1), "generator.ema_start"),
+        (lambda: DiversitySettings(weight=-0.1), "generator.diversity.weight"),
+        (lambda: DiversitySettings(anchor_step=0), "generator.diversity.anchor_step"),
+        (lambda: DiversitySettings(teacher_steps=4), "generator.diversity.anchor_step"),
+        (
+            lambda: GeneratorSettings(num_steps=1, diversity=DiversitySettings(0.05)),
+            "generator.num_steps",
+        ),
         (lambda: FakeScoreSettings(tracking="sometimes"), "fake_score.tracking"),
+        (lambda: FakeScoreSettings(ida_decay=0.0), "fake_score.ida_decay"),
         (lambda: TeacherSettings(guidance_scale=0.5), "teacher.guidance_scale"),
     ],
 )
