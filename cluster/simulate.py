@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from cluster.schedule import Call, Team
+from cluster.program import Team
+from cluster.schedule import Call
 
 
 class Cause(StrEnum):

@@ -14,7 +14,8 @@ to its last checkpoint.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from cluster.schedule import STEP, Call, Program, Update
+from cluster.program import Program, Update
+from cluster.schedule import STEP, Call
 
 
 def staleness(calls: Sequence[Call], program: Program) -> list[int]:

@@ -8,7 +8,7 @@
 Names of stages are those of the roles' methods.
 """
 
-from cluster.schedule import Pass, Program, Stage, Update
+from cluster.program import Pass, Program, Stage, Update
 
 GENERATOR, TEACHER, FAKE_SCORE = "generator", "teacher", "fake_score"
 ROLES = (GENERATOR, TEACHER, FAKE_SCORE)

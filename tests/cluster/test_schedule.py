@@ -7,19 +7,8 @@ from itertools import product
 import pytest
 
 from cluster.errors import ScheduleError
-from cluster.schedule import (
-    GATHER,
-    STEP,
-    Call,
-    Pass,
-    Stage,
-    Team,
-    Update,
-    graphs_kept,
-    order_calls,
-    pass_order,
-    share_out,
-)
+from cluster.program import Pass, Stage, Team, Update, pass_order, share_out
+from cluster.schedule import GATHER, STEP, Call, graphs_kept, order_calls
 from cluster.staleness import staleness
 from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER, iteration_program
 

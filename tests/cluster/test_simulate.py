@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from cluster.schedule import Call, Pass, Stage, Team, Update, order_calls
+from cluster.program import Pass, Stage, Team, Update
+from cluster.schedule import Call, order_calls
 from cluster.simulate import Cause, Costs, Timeline, by_stage, in_sequence, simulate
 from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER, iteration_program
 
