@@ -7,6 +7,7 @@
         ├── WorkerDiedError              the process behind a rank is gone
         ├── CallTimeoutError             a rank did not answer in time
         ├── RemoteCallError              a rank failed with an error that cannot travel
+        ├── ScheduleError                a schedule that cannot be worked through
         ├── TransferError                a value that groups cannot hand to one another
         ├── ControllerTensorError        a tensor was on its way to the controller
         ├── StorageError                 a file, folder or bucket cannot be read or written
@@ -85,6 +86,10 @@ class CallTimeoutError(ClusterError, TimeoutError):
 
 class RemoteCallError(ClusterError):
     """A rank failed with an error that cannot travel between processes, told here in words."""
+
+
+class ScheduleError(ClusterError, ValueError):
+    """A schedule that cannot be worked through, or a plan without room for it."""
 
 
 class TransferError(ClusterError, TypeError):

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, JsonValue, model_validator
@@ -72,12 +72,25 @@ class PoolSettings(Section):
     """Logical CPUs of Ray."""
     gpus: float = Field(default=0.0, ge=0)
     """GPUs; at 0 the role computes on the CPU."""
+    strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
+    """How its processes lie on the machines: on few, on many; strict: on one, each on another."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Which machines will do, by label: `{key: value}`; also `!value`, `in(a, b)`, `!in(a, b)`."""
+    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Custom resources of Ray that it takes, by name: they pin it to machines that offer them."""
 
     @model_validator(mode="after")
     def _takes_something(self) -> Self:
         if not self.cpus + self.gpus:
             raise ValueError("cpus and gpus are both 0, but a process needs some of either")
         return self
+
+
+class LightPoolSettings(PoolSettings):
+    """What a role takes that computes little; a small claim keeps it schedulable anywhere."""
+
+    cpus: float = Field(default=0.25, ge=0)
+    """Logical CPUs of Ray; light roles share cores with the others."""
 
 
 class TeacherPoolSettings(PoolSettings):
@@ -100,6 +113,12 @@ class TopologySettings(Section):
     """Resources of each teacher replica."""
     fake_score: PoolSettings = PoolSettings()
     """Resources of the fake score."""
+    text: LightPoolSettings = LightPoolSettings()
+    """Resources of the text encoder; a GPU is worth it where captions are not encoded already."""
+    feed: LightPoolSettings = LightPoolSettings()
+    """Resources of the process that hands out captions."""
+    validator: LightPoolSettings = LightPoolSettings()
+    """Resources of the validator; a GPU keeps validation up with the training."""
     threads_per_rank: int = Field(default=1, ge=1)
     """Torch threads of each role's process."""
     window: int = Field(default=2, ge=1)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from cluster.local import LocalWorkerGroup
+from cluster.pools import Pool, Strategy, bundles_of
 from cluster.ray_group import RayWorkerGroup
 from cluster.runtime import start_ray
-from cluster.topology import Placement, Pool, bundles_of, reserve
+from cluster.topology import Placement, reserve
 from cluster.worker_group import WorkerGroup
-from pipelines.config import DistillConfig
+from pipelines.config import DistillConfig, PoolSettings
 from pipelines.feed import CaptionFeed, build_feed
 from pipelines.iteration import Roles
 from pipelines.preflight import Preflight
@@ -32,8 +33,12 @@ from workers.build import (
 )
 from workers.evaluator import Sampling
 
-# Light roles share cores with the others; a small claim keeps them schedulable anywhere.
-_LIGHT_CPUS = 0.25
+_STRATEGIES: Mapping[str, Strategy] = {
+    "pack": "PACK",
+    "spread": "SPREAD",
+    "strict_pack": "STRICT_PACK",
+    "strict_spread": "STRICT_SPREAD",
+}
 # Left outside of the reservation, or Ray Data would never read a row.
 _DATA_CPUS = 1.0
 
@@ -108,15 +113,27 @@ def pools_of(config: DistillConfig) -> list[Pool]:
     """The pools that a run reserves, one bundle a rank."""
     topology = config.topology
     pools = [
-        Pool("generator", 1, topology.generator.cpus, topology.generator.gpus),
-        Pool("fake_score", 1, topology.fake_score.cpus, topology.fake_score.gpus),
-        Pool("teacher", topology.teacher.replicas, topology.teacher.cpus, topology.teacher.gpus),
-        Pool("text", 1, _LIGHT_CPUS),
-        Pool("feed", 1, _LIGHT_CPUS),
+        _pool("generator", topology.generator),
+        _pool("fake_score", topology.fake_score),
+        _pool("teacher", topology.teacher, topology.teacher.replicas),
+        _pool("text", topology.text),
+        _pool("feed", topology.feed),
     ]
     if config.validation.every:
-        pools.append(Pool("validator", 1, _LIGHT_CPUS))
+        pools.append(_pool("validator", topology.validator))
     return pools
+
+
+def _pool(name: str, settings: PoolSettings, num_ranks: int = 1) -> Pool:
+    return Pool(
+        name,
+        num_ranks,
+        settings.cpus,
+        settings.gpus,
+        resources=settings.resources,
+        labels=settings.labels,
+        strategy=_STRATEGIES[settings.strategy],
+    )
 
 
 class _Opener(Protocol):

@@ -17,9 +17,9 @@ from typing import Any
 
 from ray import tune
 
+from cluster.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
 from cluster.storage import write_json, write_text
-from cluster.topology import bundles_of
 from pipelines.config import DistillConfig, check_sweep
 from pipelines.distill import distill
 from pipelines.groups import own_cluster_size, pools_of
@@ -108,7 +108,8 @@ def sweep(config: DistillConfig, listener: Listener | None = None) -> SweepResul
             "a name that is free",
             "Choose another one with name=..., or delete the folder",
         )
-    with start_ray(config.topology.address, num_cpus=own_cluster_size(config, _bundles(config))):
+    num_cpus = own_cluster_size(config, _bundles(_pools(config)))
+    with start_ray(config.topology.address, num_cpus=num_cpus):
         listener.note(f"sweeping {_num_trials(config)} trials in {folder}")
         results = _tuner(config, folder, listener).fit()
     trials = _ranked(config, [_trial_of(result) for result in results])
@@ -157,11 +158,22 @@ def _num_trials(config: DistillConfig) -> int:
     return number
 
 
-def _bundles(config: DistillConfig) -> list[dict[str, float]]:
-    """What one trial takes: its controller first, then its pools."""
+def _pools(config: DistillConfig) -> list[Pool]:
+    """What one trial takes besides its controller."""
     trial = _trial_config(config, {}, "bundles")
-    pools = [] if trial.topology.mode == "local" else pools_of(trial)
+    return [] if trial.topology.mode == "local" else pools_of(trial)
+
+
+def _bundles(pools: Sequence[Pool]) -> list[dict[str, float]]:
+    """What one trial takes: its controller first, then its pools."""
     return [{"CPU": _CONTROLLER_CPUS}, *bundles_of(pools)]
+
+
+def _resources(pools: Sequence[Pool]) -> tune.PlacementGroupFactory:
+    selectors = [{}, *selectors_of(pools)]
+    if not any(selectors):
+        return tune.PlacementGroupFactory(_bundles(pools))
+    return tune.PlacementGroupFactory(_bundles(pools), "PACK", bundle_label_selector=selectors)
 
 
 def _tuner(config: DistillConfig, folder: Path, listener: Listener) -> tune.Tuner:
@@ -182,7 +194,7 @@ def _tuner(config: DistillConfig, folder: Path, listener: Listener) -> tune.Tune
         )
 
     return tune.Tuner(
-        tune.with_resources(run_trial, tune.PlacementGroupFactory(_bundles(config))),
+        tune.with_resources(run_trial, _resources(_pools(config))),
         param_space={key: tune.grid_search(values) for key, values in config.sweep.grid.items()},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=config.sweep.concurrent_trials,

@@ -18,6 +18,7 @@ EXAMPLES = [
             errors.RayStartError,
             errors.InsufficientResourcesError,
             errors.RemoteCallError,
+            errors.ScheduleError,
             errors.TransferError,
             errors.ControllerTensorError,
             errors.StorageError,

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cluster.errors import CallTimeoutError, RemoteCallError, WorkerDiedError
+from cluster.pools import Pool
 from cluster.ray_group import RayWorkerGroup
-from cluster.topology import Pool, reserve
+from cluster.topology import reserve
 from sgmd_core.errors import NonFiniteError
 from tests.cluster.toys import WAIT_S, Toy, make_nothing, make_toy
 

@@ -6,8 +6,10 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import ClusterError, InsufficientResourcesError
+from cluster.pools import Pool, bundles_of
 from cluster.ray_group import RayWorkerGroup
-from cluster.topology import Placement, Pool, bundles_of, first_fit, reserve
+from cluster.shortage import Machine, first_fit, matches
+from cluster.topology import Placement, reserve
 from tests.cluster.toys import WAIT_S, Toy, make_toy
 
 
@@ -19,22 +21,79 @@ def test_pools_become_one_bundle_a_rank_without_zeros():
 def test_a_pool_needs_ranks_resources_and_a_name_of_its_own():
     with pytest.raises(ClusterError, match="0 ranks"):
         Pool("a", 0)
-    with pytest.raises(ClusterError, match="0 CPU and 0 GPU"):
+    with pytest.raises(ClusterError, match="0 CPU, 0 GPU and"):
         Pool("a", cpus_per_rank=0, gpus_per_rank=0)
     with pytest.raises(ClusterError, match="a name for each pool"):
         bundles_of([Pool("a"), Pool("a")])
 
 
-def test_a_shortage_is_told_rank_by_rank():
-    pools = [Pool("small", 2, cpus_per_rank=1), Pool("big", 2, 2), Pool("fast", 1, 1, 1)]
-    rows = first_fit(pools, {"CPU": 4.0, "GPU": 0.0})
-    assert [(rank, verdict) for rank, _, verdict in rows] == [
-        ("small[0]", "fits"),
-        ("small[1]", "fits"),
-        ("big[0]", "fits"),
-        ("big[1]", "lacks 2 CPU"),
-        ("fast[0]", "lacks 1 CPU, 1 GPU"),
-    ]
+class TestShortage:
+    """Who gets what on two machines of four cores, of which one is half taken."""
+
+    MACHINES = (
+        Machine("big", {"CPU": 4.0}, {"CPU": 4.0}, {"kind": "left"}),
+        Machine("half", {"CPU": 4.0, "fast": 1.0}, {"CPU": 2.0, "fast": 1.0}, {"kind": "right"}),
+    )
+
+    def verdicts(self, *pools: Pool) -> list[str]:
+        return [row.verdict for row in first_fit(pools, self.MACHINES)]
+
+    def test_ranks_are_served_in_order_and_what_is_missing_is_told(self):
+        pools = [Pool("small", 2), Pool("big", 3, cpus_per_rank=2), Pool("gpu", 1, 0, 1)]
+        rows = first_fit(pools, self.MACHINES)
+        assert [(row.rank, row.verdict) for row in rows] == [
+            ("small[0]", "fits on big"),
+            ("small[1]", "fits on big"),
+            ("big[0]", "fits on big"),
+            ("big[1]", "fits on half"),
+            ("big[2]", "lacks 2 CPU on big, which comes nearest"),
+            ("gpu[0]", "lacks 1 GPU on big, which comes nearest"),
+        ]
+
+    def test_free_cores_of_two_machines_do_not_add_up_for_one_rank(self):
+        assert self.verdicts(Pool("huge", cpus_per_rank=5)) == [
+            "lacks 1 CPU on big, which comes nearest"
+        ]
+
+    def test_labels_and_custom_resources_are_counted(self):
+        assert self.verdicts(Pool("a", 2, cpus_per_rank=2, labels={"kind": "!left"})) == [
+            "fits on half",
+            "lacks 2 CPU on half, which comes nearest",
+        ]
+        assert self.verdicts(Pool("a", labels={"kind": "in(up, down)"})) == [
+            "no machine has the labels kind=in(up, down)"
+        ]
+        row = first_fit([Pool("a", resources={"fast": 2.0}, labels={"x": "y"})], self.MACHINES)[0]
+        assert row.asked == "1 CPU, 2 fast where x=y"
+
+    def test_strict_strategies_bind_the_next_rank(self):
+        assert self.verdicts(Pool("a", 3, cpus_per_rank=2, strategy="STRICT_PACK")) == [
+            "fits on big",
+            "fits on big",
+            "lacks 2 CPU on big, which comes nearest",
+        ]
+        assert self.verdicts(Pool("a", 3, strategy="STRICT_SPREAD")) == [
+            "fits on big",
+            "fits on half",
+            "no further machine for its strategy, STRICT_SPREAD",
+        ]
+
+    @pytest.mark.parametrize(
+        ("selector", "fits"),
+        [
+            ("a", True),
+            ("b", False),
+            ("!a", False),
+            ("!b", True),
+            ("in(b, a)", True),
+            ("in(b)", False),
+            ("!in(a, b)", False),
+            ("!in(b)", True),
+        ],
+    )
+    def test_a_selector_means_what_ray_says(self, selector: str, fits: bool):
+        assert matches({"kind": selector}, {"kind": "a"}) is fits
+        assert matches({"other": selector}, {"kind": "a"}) is selector.startswith("!")
 
 
 @pytest.mark.ray
@@ -45,8 +104,8 @@ class TestOnRay:
             reserve([Pool("small"), Pool("big", 2, cpus_per_rank=2)], timeout_s=0.5)
         told = " ".join(str(caught.value).split())
         assert "of 4 CPU, 0 GPU are free on 1 machines" in told
-        assert "small[0] asks for 1 CPU, 0 GPU fits" in told
-        assert "big[1] asks for 2 CPU, 0 GPU lacks" in told
+        assert "small[0] asks for 1 CPU fits on" in told
+        assert "big[1] asks for 2 CPU lacks" in told
         reserve([Pool("most", 3)], timeout_s=WAIT_S).release()
 
     def test_a_placement_is_given_back_on_every_way_out(self):
@@ -70,6 +129,15 @@ class TestOnRay:
         with pytest.raises(ClusterError, match="after its own"):
             ray.get(trial.remote([Pool("a", 3)]), timeout=WAIT_S)
         remove_placement_group(group)
+
+    def test_a_trial_cannot_be_placed_in_another_way_than_packed(self):
+        with pytest.raises(ClusterError, match="PACK for every pool"):
+            Placement.adopt_current([Pool("a", strategy="SPREAD")])
+
+    def test_a_selector_that_ray_cannot_read_is_refused(self):
+        with pytest.raises(ClusterError, match="strategies and labels"):
+            reserve([Pool("a", cpus_per_rank=0.1, labels={"kind": "a b c!"})], timeout_s=WAIT_S)
+        reserve([Pool("most", 3)], timeout_s=WAIT_S).release()
 
     def test_outside_of_a_placement_group_there_is_none_to_take_over(self):
         with pytest.raises(ClusterError, match="no placement group"):

@@ -205,6 +205,8 @@ class TestRefusals:
             ("objective.lambda_nr=-1", "objective: lambda_nr is -1.0"),
             ("generator.optimizer.lr=-1", "generator.optimizer: optimizer.lr is -1.0"),
             ("topology.generator={cpus: 0}", "cpus and gpus are both 0"),
+            ("topology.teacher.strategy=tight", "topology.teacher.strategy is"),
+            ("topology.text.resources={h100: 0}", "expected greater than 0"),
         ],
     )
     def test_a_wrong_value_is_named_with_what_was_expected(self, override, words):

@@ -1,0 +1,204 @@
+"""What separate processes cost: schedules worked through by sleepers, transfers, scaling.
+
+    python benchmarks/orchestration.py schedule transfer scaling validation --output figures.json
+    python benchmarks/orchestration.py validation --docs docs/orchestration
+
+    schedule     measured iteration time over the simulator's bound; orders and windows; busy shares
+    transfer     one tensor from process to process and from raylet to raylet, next to a plain copy
+    scaling      1 to 32 processes against the ideal
+    validation   predicted against measured iteration time; a table and a plot
+
+Stages sleep instead of computing, so that many processes fit a small machine; what a rehearsal
+takes beyond the bound is calls, references, transfers and waits. What is compared takes turns, and
+medians are reported. The machine should have nothing else to do.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orchestration_scaling import measure_scaling
+from orchestration_transfer import measure_transfer
+from orchestration_validation import measure_validation, write_docs
+from sleeping_stand import Groups, Setting, rehearse_setting, sleepers
+
+from cluster.rehearsal import rehearse
+from cluster.simulate import Costs, in_sequence, simulate
+from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.run_folder import git_revision, versions
+
+GENERATOR_BOUND = (160.0, 80.0, 60.0, 50.0, 120.0)
+SPLITS = (
+    Setting("generator is the bottleneck", (1, 1, 1), GENERATOR_BOUND, 8, 3),
+    Setting("teacher has two copies", (1, 2, 1), (120, 240, 70, 70, 100), 8, 3),
+    Setting("fake score is the bottleneck", (1, 1, 1), (80, 70, 110, 90, 70), 8, 3),
+    Setting("2 : 3 : 2 processes", (2, 3, 2), (110, 120, 60, 60, 70), 8, 3, samples=2),
+)
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+
+
+def measure_schedule(rounds: int, num_iterations: int) -> dict[str, Any]:
+    """Measured times over the bound, what order and window do, and how busy the pools are."""
+    sizes = {
+        GENERATOR: max(split.teams[0] for split in SPLITS),
+        TEACHER: max(split.teams[1] for split in SPLITS),
+        FAKE_SCORE: max(split.teams[2] for split in SPLITS),
+    }
+    with sleepers(sizes) as groups:
+        rehearse_setting(SPLITS[0], groups, 1)
+        return {
+            "over_bound": _over_bound(groups, rounds, num_iterations),
+            "orders": _orders(groups, rounds, num_iterations),
+            "busy": _busy(groups, rounds),
+            "controller": _controller(groups, rounds, num_iterations),
+        }
+
+
+def _over_bound(groups: Groups, rounds: int, num_iterations: int) -> list[dict[str, Any]]:
+    settings = [replace(split, micro_batches=m) for split in SPLITS for m in MICRO_BATCHES]
+    measured = _in_turns(
+        {
+            (setting.name, setting.micro_batches): lambda one=setting: (
+                rehearse_setting(one, groups, num_iterations).iteration_s
+            )
+            for setting in settings
+        },
+        rounds,
+    )
+    rows = []
+    for setting in settings:
+        bound_s = setting.bound_s(num_iterations)
+        found = measured[setting.name, setting.micro_batches]
+        row = {
+            "split": setting.name,
+            "processes": setting.teams,
+            "micro_batches": setting.micro_batches,
+            "bound_s": bound_s,
+            "measured_s": statistics.median(found),
+            "over_bound": statistics.median(found) / bound_s,
+        }
+        rows.append(row)
+        _tell(f"{setting.name}, m = {setting.micro_batches}: {row['over_bound']:.3f} of the bound")
+    return rows
+
+
+def _orders(groups: Groups, rounds: int, num_iterations: int) -> list[dict[str, Any]]:
+    """The same work in sequence and with windows 1 to 4."""
+    base = SPLITS[0]
+    teams = base.team_of()
+    variants = {f"window {depth}": replace(base, depth=depth) for depth in (1, 2, 3, 4)}
+    orders = {name: setting.calls(num_iterations) for name, setting in variants.items()}
+    orders = {"in sequence": in_sequence(base.calls(num_iterations)), **orders}
+    costs = Costs(base.costs().seconds)
+    measured = _in_turns(
+        {
+            name: lambda own=calls: (
+                rehearse(own, {role: groups[role] for role in teams}, costs).iteration_s
+            )
+            for name, calls in orders.items()
+        },
+        rounds,
+    )
+    rows = []
+    for name, calls in orders.items():
+        bound_s = simulate(calls, costs, teams).iteration_s
+        rows.append(
+            {"order": name, "bound_s": bound_s, "measured_s": statistics.median(measured[name])}
+        )
+        _tell(f"{name}: {rows[-1]['measured_s']:.3f} s, bound {bound_s:.3f} s")
+    return rows
+
+
+def _busy(groups: Groups, rounds: int) -> dict[str, float]:
+    """How busy the generator is, as the bottleneck, with m = 8."""
+    exact = replace(SPLITS[0], micro_batches=8)
+    variants = {"exact": exact, "staleness 1": replace(exact, staleness=1)}
+    measured = _in_turns(
+        {
+            name: lambda one=setting: rehearse_setting(one, groups, 4).busy_share(GENERATOR)
+            for name, setting in variants.items()
+        },
+        rounds,
+    )
+    shares = {name: statistics.median(found) for name, found in measured.items()}
+    _tell(f"generator busy: {shares}")
+    return shares
+
+
+def _controller(groups: Groups, rounds: int, num_iterations: int) -> dict[str, float]:
+    """What the machinery adds to a micro-batch, with five processes."""
+    setting = Setting("controller", (1, 3, 1), (100, 150, 50, 40, 60), 16, 3)
+    found = [rehearse_setting(setting, groups, num_iterations).iteration_s for _ in range(rounds)]
+    added_s = statistics.median(found) - setting.bound_s(num_iterations)
+    _tell(f"{1e3 * added_s / setting.micro_batches:.2f} ms a micro-batch beyond the bound")
+    return {"processes": 5, "added_ms_per_micro_batch": 1e3 * added_s / setting.micro_batches}
+
+
+def _in_turns(variants: dict[Any, Callable[[], float]], rounds: int) -> dict[Any, list[float]]:
+    """Measures every variant once a round."""
+    found: dict[Any, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, measure in variants.items():
+            found[name].append(measure())
+    return found
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses the arguments, measures, writes JSON."""
+    parts = ("schedule", "transfer", "scaling", "validation")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("parts", nargs="+", choices=parts)
+    parser.add_argument("--rounds", type=int, default=3, help="turns; medians are taken over them")
+    parser.add_argument("--iterations", type=int, default=3, help="in one turn; the first is free")
+    parser.add_argument("--max-processes", type=int, default=32, help="of the scaling")
+    parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
+    parser.add_argument("--docs", type=Path, help="folder for the validation's table and plot")
+    given = parser.parse_args(arguments)
+    results: dict[str, Any] = {}
+    for part in given.parts:
+        _tell(f"--- {part}")
+        if part == "schedule":
+            results[part] = measure_schedule(given.rounds, given.iterations)
+        elif part == "transfer":
+            results[part] = measure_transfer(10 * given.rounds)
+        elif part == "scaling":
+            results[part] = measure_scaling(given.max_processes, given.rounds)
+        else:
+            results[part] = measure_validation(given.rounds, given.iterations)
+            if given.docs:
+                write_docs(results[part], given.docs)
+    document = {
+        "benchmark": "orchestration",
+        "rounds": given.rounds,
+        "iterations": given.iterations,
+        "results": results,
+        "machine": {
+            "cores": os.cpu_count(),
+            "processor": platform.machine(),
+            "load": os.getloadavg()[0],
+        },
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    text = json.dumps(document, indent=2) + "\n"
+    if given.output:
+        given.output.write_text(text)
+    else:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,196 @@
+"""What the parts of `orchestration.py` share: sleeping groups on Ray, and what Ray itself costs."""
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from cluster.pools import Pool
+from cluster.program import Pass, Program, Stage, Team
+from cluster.ray_group import RayWorkerGroup
+from cluster.rehearsal import Rehearsal, Sleeper, make_sleeper, rehearse
+from cluster.runtime import start_ray
+from cluster.schedule import Call, order_calls
+from cluster.simulate import Costs, simulate
+from cluster.topology import reserve
+from cluster.worker_group import WorkerGroup
+from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER, iteration_program
+
+START_TIMEOUT_S = 600.0
+Groups = Mapping[str, WorkerGroup[Sleeper]]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One configuration to rehearse.
+
+    Attributes:
+        name: What tables call it.
+        teams: (generator ranks, teacher copies, fake-score ranks).
+        stage_ms: Of one sample: rollout, denoise, signal, track, learn; sample, in a fresh pass,
+            takes as long as a rollout.
+        micro_batches: Parts of the batch.
+        depth: Micro-batches in flight.
+        fresh_updates: See `iteration_program`.
+        samples: Samples of a micro-batch.
+        megabytes: Of one sample's latents, on the way between roles.
+        staleness: Iterations that may overlap.
+    """
+
+    name: str
+    teams: tuple[int, int, int]
+    stage_ms: tuple[float, float, float, float, float]
+    micro_batches: int
+    depth: int
+    fresh_updates: int = 0
+    samples: int = 1
+    megabytes: float = 0.0
+    staleness: int = 0
+
+    @property
+    def program(self) -> Program:
+        """What an iteration consists of."""
+        return iteration_program(self.fresh_updates)
+
+    def team_of(self) -> dict[str, Team]:
+        """Processes by role."""
+        generator, teacher, fake_score = self.teams
+        return {
+            GENERATOR: Team(ranks=generator),
+            TEACHER: Team(copies=teacher),
+            FAKE_SCORE: Team(ranks=fake_score),
+        }
+
+    def calls(self, num_iterations: int) -> list[Call]:
+        """Its schedule."""
+        return order_calls(
+            self.program,
+            self.team_of(),
+            self.micro_batches,
+            self.depth,
+            samples_per_micro_batch=self.samples,
+            num_iterations=num_iterations,
+            max_staleness=self.staleness,
+        )
+
+    def costs(self, machine: "MachineCosts | None" = None) -> Costs:
+        """What its stages take, and what the machine adds; without one, nothing."""
+        rollout, denoise, signal, track, learn = (ms / 1e3 for ms in self.stage_ms)
+        seconds = {"rollout": rollout, "sample": rollout, "denoise": denoise}
+        seconds |= {"signal": signal, "track": track, "learn": learn}
+
+        def seconds_of(call: Call) -> float:
+            return seconds.get(call.stage, 0.0) * call.num_samples
+
+        def bytes_of(call: Call) -> float:
+            return self.megabytes * 1e6 * call.num_samples
+
+        if machine is None:
+            return Costs(seconds_of, bytes_of)
+        return Costs(
+            seconds_of,
+            bytes_of,
+            bandwidth=machine.bandwidth,
+            latency_s=machine.hop_s,
+            call_s=machine.call_s,
+            answer_s=machine.answer_s,
+        )
+
+    def bound_s(self, num_iterations: int) -> float:
+        """Seconds an iteration if nothing but the stages took time."""
+        costs = Costs(self.costs().seconds)
+        return simulate(self.calls(num_iterations), costs, self.team_of()).iteration_s
+
+
+@dataclass(frozen=True, slots=True)
+class MachineCosts:
+    """What Ray costs on this machine.
+
+    Attributes:
+        call_s: Controller's time to make one call.
+        answer_s: From the end of a call until the controller has its small result.
+        hop_s: From the end of a call until one that takes its small result begins.
+        bandwidth: Bytes a second of what a hop of a large tensor takes beyond that.
+    """
+
+    call_s: float
+    answer_s: float
+    hop_s: float
+    bandwidth: float
+
+
+@contextmanager
+def sleepers(sizes: Mapping[str, int]) -> Iterator[dict[str, RayWorkerGroup[Sleeper]]]:
+    """Groups of sleeping processes on a Ray of their own.
+
+    Args:
+        sizes: Processes by name of the group.
+    """
+    pools = [Pool(name, size, cpus_per_rank=0.01) for name, size in sizes.items()]
+    with ExitStack() as stack:
+        stack.enter_context(start_ray(num_cpus=max(4, sum(sizes.values()))))
+        yield open_sleepers(stack, pools)
+
+
+def open_sleepers(stack: ExitStack, pools: Sequence[Pool]) -> dict[str, RayWorkerGroup[Sleeper]]:
+    """Opens a group a pool on the Ray that this process is connected to."""
+    placement = stack.enter_context(reserve(pools, START_TIMEOUT_S))
+    groups = {
+        pool.name: stack.enter_context(RayWorkerGroup(pool.name, make_sleeper, (), placement))
+        for pool in pools
+    }
+    for group in groups.values():
+        group.wait_ready(START_TIMEOUT_S)
+    return groups
+
+
+def hops_s(groups: Groups, num_bytes: int, repetitions: int) -> list[float]:
+    """Seconds from the end of a call to the beginning of one that takes its result.
+
+    Args:
+        groups: At least two; the first two are taken.
+        num_bytes: Size of the result.
+        repetitions: How often to measure.
+    """
+    maker, taker = list(groups)[:2]
+    program = (Pass((Stage("make", maker), Stage("take", taker, ("make",)))),)
+    teams = {maker: Team(), taker: Team()}
+    costs = Costs(lambda call: 0.0, lambda call: num_bytes)
+    found: list[float] = []
+    for _ in range(repetitions):
+        told = rehearse(
+            order_calls(program, teams, 1, 1), {name: groups[name] for name in teams}, costs
+        )
+        found.append(told.naps[1].start_s - told.naps[0].end_s)
+    return found
+
+
+def measure_machine(groups: Groups, repetitions: int = 30) -> MachineCosts:
+    """Measures what Ray costs between the first two groups."""
+    group = next(iter(groups.values()))
+    trips: list[float] = []
+    for _ in range(repetitions):
+        started = time.monotonic()
+        group.fetch([group.call_rank(0, Sleeper.work, 0, 0.0, 0)], 60, "measuring an empty call")
+        trips.append(time.monotonic() - started)
+    started = time.monotonic()
+    asked = [group.call_rank(0, Sleeper.work, 0, 0.0, 0) for _ in range(10 * repetitions)]
+    call_s = (time.monotonic() - started) / len(asked)
+    group.fetch(asked, 60, "measuring many calls")
+    group.fetch(group.call(Sleeper.take_naps), 60, "waking")
+    hop_s = statistics.median(hops_s(groups, 0, repetitions))
+    large = 8 * 10**6
+    large_hop_s = statistics.median(hops_s(groups, large, repetitions))
+    return MachineCosts(
+        call_s=call_s,
+        answer_s=max(0.0, statistics.median(trips) - call_s),
+        hop_s=hop_s,
+        bandwidth=large / max(1e-9, large_hop_s - hop_s),
+    )
+
+
+def rehearse_setting(setting: Setting, groups: Groups, num_iterations: int) -> Rehearsal:
+    """Works a configuration through."""
+    own = {role: groups[role] for role in setting.team_of()}
+    return rehearse(setting.calls(num_iterations), own, setting.costs())

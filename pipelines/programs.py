@@ -1,0 +1,48 @@
+"""What an iteration of each objective consists of, as data for `cluster.schedule`.
+
+    SGMD, shared tracking     rollout denoise signal track learn | update both
+    SGMD, fresh tracking      rollout denoise signal learn | update | sample track | update
+    DMD2, TSG-Fisher          the same with several fresh updates of the fake score
+    SiD                       signal -> pullback through the teacher -> learn, and fresh updates
+
+Names of stages are those of the roles' methods.
+"""
+
+from cluster.program import Pass, Program, Stage, Update
+
+GENERATOR, TEACHER, FAKE_SCORE = "generator", "teacher", "fake_score"
+ROLES = (GENERATOR, TEACHER, FAKE_SCORE)
+
+
+def iteration_program(fresh_updates: int = 0, *, through_teacher: bool = False) -> Program:
+    """The passes and updates of one iteration.
+
+    Args:
+        fresh_updates: Updates of the fake score, each on new samples of the updated generator; 0
+            tracks the samples that the generator learns from, in the same forward pass.
+        through_teacher: The loss reaches the samples through the teacher's input as well, so each
+            signal passes through the teacher on its way back.
+    """
+    shared = fresh_updates == 0
+    last = "pullback" if through_teacher else "signal"
+    stages = [
+        Stage("rollout", GENERATOR, keeps_until="learn"),
+        Stage(
+            "denoise", TEACHER, ("rollout",), keeps_until="pullback" if through_teacher else None
+        ),
+        Stage(
+            "signal", FAKE_SCORE, ("rollout", "denoise"), keeps_until="track" if shared else None
+        ),
+    ]
+    if shared:
+        stages.append(Stage("track", FAKE_SCORE, ("rollout",), gathers=True))
+    if through_teacher:
+        stages.append(Stage("pullback", TEACHER, ("rollout", "signal")))
+    stages.append(Stage("learn", GENERATOR, (last,), gathers=True))
+    distil = Pass(tuple(stages))
+    if shared:
+        return (distil, Update((GENERATOR, FAKE_SCORE)))
+    track = Pass(
+        (Stage("sample", GENERATOR), Stage("track", FAKE_SCORE, ("sample",), gathers=True))
+    )
+    return (distil, Update((GENERATOR,)), *(track, Update((FAKE_SCORE,))) * fresh_updates)

@@ -1,0 +1,52 @@
+"""Pools on a cluster of two machines: pinned by label and resource, spread, refused, given back."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.cluster.two_machines"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=550,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_labels_resources_and_strategies_decide_where_ranks_are(found):
+    places = found["places"]
+    assert places["labelled"] == ["right"]
+    assert places["not labelled"] == ["left"]
+    assert places["fast"] == ["right"]
+    assert len(set(places["together"])) == 1
+    assert sorted(places["apart"]) == ["left", "right"]
+
+
+def test_a_refusal_names_the_rank_and_what_it_misses(found):
+    told = found["refusals"]
+    assert "lost[0] asks for 0.5 CPU where side=middle no machine has the labels" in told["labels"]
+    assert "greedy[0] asks for 0.5 CPU, 1 fast fits on" in told["resources"]
+    assert "greedy[1] asks for 0.5 CPU, 1 fast lacks 1 fast on" in told["resources"]
+    assert "apart[2] asks for 0.5 CPU no further machine for its strategy" in told["strategy"]
+    assert all("fits[0] asks for 0.5 CPU fits on" in words for words in told.values())
+
+
+def test_nothing_stays_reserved_whatever_way_a_run_ends(found):
+    assert found["free after use"]
+    assert found["free after refusals"]
+    assert found["killed rank"] == "WorkerDiedError"
+    assert found["free after a killed rank"]
+    assert found["free after a killed run"]

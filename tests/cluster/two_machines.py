@@ -1,0 +1,150 @@
+"""What pools do on a cluster of two machines; a program, because a process joins one cluster only.
+
+Prints one JSON object. Both machines are this one: two raylets with resources and labels of their
+own.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.errors import ClusterError
+from cluster.pools import Pool
+from cluster.ray_group import RayWorkerGroup
+from cluster.runtime import start_ray
+from cluster.topology import reserve
+from tests.cluster.toys import WAIT_S, Toy, make_toy
+
+CPUS = 3
+LIGHT = 0.5
+
+
+class Tourist(Toy):
+    """Knows where it is."""
+
+    def where(self) -> str:
+        return next(
+            node["Labels"]["side"]
+            for node in ray.nodes()
+            if node["NodeID"] == ray.get_runtime_context().get_node_id()
+        )
+
+
+def make_tourist() -> Tourist:
+    return Tourist()
+
+
+def places_of(pools: Sequence[Pool]) -> dict[str, list[str]]:
+    """Where the ranks of each pool come to be."""
+    with reserve(pools, WAIT_S) as placement, ExitStack() as stack:
+        groups = [
+            stack.enter_context(RayWorkerGroup(pool.name, make_tourist, (), placement))
+            for pool in pools
+        ]
+        for group in groups:
+            group.wait_ready(WAIT_S)
+        return {
+            group.name: group.fetch(group.call(Tourist.where), WAIT_S, "asking") for group in groups
+        }
+
+
+def refusal(pools: Sequence[Pool]) -> str:
+    """The words in which pools are refused."""
+    try:
+        reserve(pools, 1.0)
+    except ClusterError as error:
+        return " ".join(str(error).split())
+    return "nothing was refused"
+
+
+def free_again() -> bool:
+    """Whether every core is free within a while; Ray takes a moment to count."""
+    end = time.monotonic() + WAIT_S
+    while time.monotonic() < end:
+        if ray.available_resources().get("CPU", 0.0) == 2 * CPUS:
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def after_a_rank_was_killed() -> str:
+    """The error of a run one of whose ranks dies while it holds its pools."""
+    try:
+        with (
+            reserve([Pool("a", cpus_per_rank=LIGHT)], WAIT_S) as placement,
+            RayWorkerGroup("a", make_toy, (1,), placement) as group,
+        ):
+            group.wait_ready(WAIT_S)
+            os.kill(group.process_ids()[0], signal.SIGKILL)
+            group.fetch(group.call(Toy.history), WAIT_S, "reading")
+    except ClusterError as error:
+        return type(error).__name__
+    return "nothing happened"
+
+
+def kill_a_run(address: str) -> None:
+    """Starts another run that reserves pools, and kills its process without warning."""
+    code = (
+        "import time\n"
+        "from cluster.pools import Pool\n"
+        "from cluster.runtime import start_ray\n"
+        "from cluster.topology import reserve\n"
+        f"with start_ray({address!r}):\n"
+        f"    reserve([Pool('a', {CPUS - 1}), Pool('b', 2, strategy='STRICT_SPREAD')], {WAIT_S})\n"
+        "    print('reserved', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert run.stdout is not None
+        assert run.stdout.readline().strip() == "reserved"
+        assert ray.available_resources().get("CPU", 0.0) < 2 * CPUS
+    finally:
+        run.kill()
+        run.wait()
+
+
+def main() -> None:
+    """Tries everything on one cluster."""
+    node = {"num_cpus": CPUS, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "labels": {"side": "left"}})
+    cluster.add_node(**node, resources={"fast": 1.0}, labels={"side": "right"})
+    found: dict[str, object] = {}
+    try:
+        with start_ray(cluster.address):
+            found["places"] = places_of(
+                [
+                    Pool("labelled", 1, LIGHT, labels={"side": "right"}),
+                    Pool("not labelled", 1, LIGHT, labels={"side": "!right"}),
+                    Pool("fast", 1, LIGHT, resources={"fast": 1.0}),
+                    Pool("together", 2, LIGHT, strategy="STRICT_PACK"),
+                    Pool("apart", 2, LIGHT, strategy="STRICT_SPREAD"),
+                ]
+            )
+            found["free after use"] = free_again()
+            fits = Pool("fits", 1, LIGHT)
+            found["refusals"] = {
+                "labels": refusal([fits, Pool("lost", 1, LIGHT, labels={"side": "middle"})]),
+                "resources": refusal([fits, Pool("greedy", 2, LIGHT, resources={"fast": 1.0})]),
+                "strategy": refusal([fits, Pool("apart", 3, LIGHT, strategy="STRICT_SPREAD")]),
+            }
+            found["free after refusals"] = free_again()
+            found["killed rank"] = after_a_rank_was_killed()
+            found["free after a killed rank"] = free_again()
+            kill_a_run(cluster.address)
+            found["free after a killed run"] = free_again()
+    finally:
+        cluster.shutdown()
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
