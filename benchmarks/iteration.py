@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import DistillConfig, load_recipe
-from pipelines.feed import CaptionFeed
+from pipelines.data.feed import CaptionFeed
 from pipelines.groups import Groups, open_groups
 from pipelines.iteration import IterationPlan, iterate
 from pipelines.preflight import check

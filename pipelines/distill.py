@@ -14,7 +14,7 @@ from typing import Any
 from cluster.storage import Checkpoints, write_json
 from cluster.worker_group import Pending
 from pipelines.config import DistillConfig
-from pipelines.feed import CaptionBatch, CaptionFeed
+from pipelines.data.feed import CaptionBatch, CaptionFeed
 from pipelines.groups import Groups, open_groups
 from pipelines.inference import InferenceSettings, write_inference_settings
 from pipelines.iteration import IterationPlan, IterationReport, iterate

@@ -13,8 +13,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.captions import plan_captions, read_rows
 from pipelines.config import DistillConfig, load_recipe
+from pipelines.data.captions import plan_captions, read_rows
 from pipelines.evaluation import FLOOR, GENERATOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 from pipelines.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.run_folder import RunFolder

@@ -19,7 +19,7 @@ from cluster.runtime import start_ray
 from cluster.topology import Placement, Pool, bundles_of, reserve
 from cluster.worker_group import WorkerGroup
 from pipelines.config import DistillConfig
-from pipelines.feed import CaptionFeed, build_feed
+from pipelines.data.feed import CaptionFeed, build_feed
 from pipelines.iteration import Roles
 from pipelines.preflight import Preflight
 from pipelines.run_folder import RunFolder

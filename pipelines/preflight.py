@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipelines.captions import CaptionPlan, plan_captions, read_rows
 from pipelines.config import DistillConfig
+from pipelines.data.captions import CaptionPlan, plan_captions, read_rows
 from sgmd_core.errors import ConfigError
 from workers.models.folder import WanFolder, inspect_wan_folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines.captions import plan_captions, read_rows
+from pipelines.data.captions import plan_captions, read_rows
 from pipelines.distill import distill, dry_run
 from pipelines.run_folder import RunFolder, read_jsonl
 from sgmd_core.errors import DataError

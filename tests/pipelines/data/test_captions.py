@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.captions import CaptionRow, plan_captions, read_rows
+from pipelines.data.captions import CaptionRow, plan_captions, read_rows
 from sgmd_core.errors import DataError
 
 

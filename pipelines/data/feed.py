@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.captions import CaptionPlan, CaptionRow, ReadTask, RowGroup, read_rows
+from pipelines.data.captions import CaptionPlan, CaptionRow, ReadTask, RowGroup, read_rows
 from sgmd_core.errors import DataError
 
 
