@@ -40,6 +40,19 @@ class Roles:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """The captions of one batch.
+
+    Attributes:
+        captions: One a sample.
+        stored: Their embeddings, where the data brought them along.
+    """
+
+    captions: tuple[str, ...]
+    stored: Pending[Text] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class IterationPlan:
     """What is the same in every iteration.
 
@@ -110,7 +123,7 @@ def iterate(
     roles: Roles,
     plan: IterationPlan,
     iteration: int,
-    captions: Sequence[Sequence[str]],
+    batches: Sequence[PromptBatch],
     draws: Mapping[MicroBatchKey, Draws] | None = None,
 ) -> IterationReport:
     """Updates the generator and the fake score once.
@@ -119,7 +132,7 @@ def iterate(
         roles: The groups.
         plan: How the batch is split and how long to wait.
         iteration: Generator updates made before this one.
-        captions: One batch, or two with fresh tracking (the second one tracks).
+        batches: One batch, or two with fresh tracking (the second one tracks).
         draws: Hands every random number in, to replay a recorded iteration; drawn by counter where
             it is not given.
 
@@ -128,12 +141,12 @@ def iterate(
             been updated; with fresh tracking the generator may have been.
     """
     run = _Iteration(roles, plan, iteration, draws or {})
-    learned, tracked = run.distil(captions[0])
+    learned, tracked = run.distil(batches[0])
     norms: dict[str, float] = {}
     if plan.fresh_tracking:
         norms["generator"] = run.check(roles.generator, GeneratorLearner)
         version = run.step(roles.generator, GeneratorLearner)
-        tracked = run.track_fresh(captions[1])
+        tracked = run.track_fresh(batches[1])
         norms["fake_score"] = run.check(roles.fake_score, FakeScoreTracker)
     else:
         norms["generator"] = run.check(roles.generator, GeneratorLearner)
@@ -172,10 +185,10 @@ class _Iteration:
     number: int
     draws: Mapping[MicroBatchKey, Draws]
 
-    def distil(self, captions: Sequence[str]) -> tuple[list[LearnReport], list[TrackReport]]:
+    def distil(self, prompts: PromptBatch) -> tuple[list[LearnReport], list[TrackReport]]:
         """Rolls out, scores, tracks (in shared mode) and learns, `window` micro-batches deep."""
         roles, share = self.roles, 1 / self.plan.micro_batches
-        texts = self._encode(captions)
+        texts = self._encode(prompts)
         queries: dict[int, Pending[NoisedBatch]] = {}
         learned: list[Pending[LearnReport]] = []
         tracked: list[Pending[TrackReport]] = []
@@ -202,11 +215,11 @@ class _Iteration:
             self._fetch(roles.fake_score, tracked, "tracking"),
         )
 
-    def track_fresh(self, captions: Sequence[str]) -> list[TrackReport]:
+    def track_fresh(self, prompts: PromptBatch) -> list[TrackReport]:
         """Tracks new samples of the generator, which has been updated by now."""
         roles, share = self.roles, 1 / self.plan.micro_batches
         tracked: list[Pending[TrackReport]] = []
-        for index, text in enumerate(self._encode(captions)):
+        for index, text in enumerate(self._encode(prompts)):
             key = self._key(Purpose.TRACK, index)
             query = roles.generator.call_rank(
                 0, GeneratorLearner.sample, key, text, self.draws.get(key)
@@ -231,17 +244,15 @@ class _Iteration:
         """Updates a role; returns how often it has been updated."""
         return self._fetch(group, group.call(role.step, self.number), "updating")[0]
 
-    def _encode(self, captions: Sequence[str]) -> list[Pending[TextBatch]]:
+    def _encode(self, prompts: PromptBatch) -> list[Pending[TextBatch]]:
+        text, captions, stored = self.roles.text, prompts.captions, prompts.stored
         size = len(captions) // self.plan.micro_batches
-        starts = range(0, len(captions), size)
+        parts = [tuple(range(at, at + size)) for at in range(0, len(captions), size)]
+        if stored is not None:
+            return [text.call_rank(0, TextEncoder.place, stored, part) for part in parts]
         return [
-            self.roles.text.call_rank(
-                0,
-                TextEncoder.encode,
-                tuple(captions[start : start + size]),
-                tuple(range(start, start + size)),
-            )
-            for start in starts
+            text.call_rank(0, TextEncoder.encode, captions[part[0] : part[-1] + 1], part)
+            for part in parts
         ]
 
     def _key(self, purpose: Purpose, micro_batch: int) -> MicroBatchKey:

@@ -69,14 +69,16 @@ def build_teacher(
     return ScoreTeacher(_denoiser(model), settings)
 
 
-def build_text_encoder(model: ModelSettings, num_threads: int) -> TextEncoder:
-    """The text encoder.
+def build_text_encoder(
+    model: ModelSettings, num_threads: int, num_cached: int = 1024
+) -> TextEncoder:
+    """The text encoder, which remembers the embeddings of `num_cached` captions.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return TextEncoder(_captions(model), model.text_length)
+    return TextEncoder(_captions(model), model.text_length, num_cached)
 
 
 def build_evaluator(

@@ -52,6 +52,16 @@ class TextEncoder:
         text = torch.stack([self._embed(caption) for caption in captions])
         return TextBatch(text=text, sample_indices=tuple(sample_indices))
 
+    def place(self, text: Text, sample_indices: Sequence[int]) -> TextBatch:
+        """Picks a micro-batch out of embeddings that were stored with the data.
+
+        Args:
+            text: Embeddings of the whole batch, (B, text_length, d).
+            sample_indices: Position of each wanted sample in it.
+        """
+        chosen = text[list(sample_indices)]
+        return TextBatch(text=chosen, sample_indices=tuple(sample_indices))
+
     def encode_negative(self, prompt: str) -> Text:
         """Embeds the negative prompt, (1, text_length, d); "" is the unconditional caption."""
         return self._embed(prompt)[None]

@@ -1,109 +1,309 @@
-"""The caption feed: one long-lived stream over the plan, pulled batch by batch.
+"""The feed: one stream over a folder, pulled batch by batch, from any place on.
 
-    plan (ours, exact)  ->  Ray Data reads the row groups ahead  ->  CaptionFeed.take(n)
+    windows, in order -> rejects set apart, second uses of an id too -> Feed.take(n) -> Batch
 
-Ray Data has no iterator that can resume, so the plan holds the position and Ray Data only executes
-it: the whole rest of the run is one execution, because starting one costs seconds. A fault met in
-a reader travels as a row and is raised here, so that it reaches the user with its own type.
+A batch is cut from one stream, so neither the number of ranks nor that of micro-batches decides
+which rows come. What it says of itself is small; embeddings stay here until a role asks for them.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipelines.data.captions import CaptionPlan, CaptionRow, ReadTask, RowGroup, read_rows
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from pipelines.data.catalogue import Catalogue
+from pipelines.data.filesystem import open_folder
+from pipelines.data.plan import Cursor, ShuffleSettings
+from pipelines.data.quarantine import Reject, Tally
+from pipelines.data.ray_stream import ReadAheadSettings, read_with_ray_data
+from pipelines.data.schema import (
+    LATENTS,
+    REQUIRED_COLUMNS,
+    SAMPLE_ID,
+    TEXT_EMBEDS,
+    VIDEO,
+    Encoding,
+    unpack_latents,
+    unpack_text,
+)
+from pipelines.data.seen import SeenIds
+from pipelines.data.stream import Planned, plan_windows, read_here
+from pipelines.data.window import GROUP, PLACE, REASON, ROW, WHOLE_GROUP, Source
 from sgmd_core.errors import DataError
+from sgmd_core.types import Latents, Text
 
 
 @dataclass(frozen=True, slots=True)
-class CaptionBatch:
-    """Rows for one batch and where the stream stands after them.
+class StreamSettings:
+    """What fixes a stream, and what bounds it.
 
     Attributes:
-        rows: Samples in stream order.
-        position: Rows handed out since the start of the run, these included.
+        source: The folder and what is wanted of it.
+        seed: The run's seed.
+        shuffle: How well rows are mixed.
+        max_bad_fraction: Share of the rows that may be unusable before the stream ends.
+        ahead: How far Ray Data reads ahead; None reads in this process, when asked.
     """
 
-    rows: tuple[CaptionRow, ...]
+    source: Source
+    seed: int
+    shuffle: ShuffleSettings = ShuffleSettings()
+    max_bad_fraction: float = 0.01
+    ahead: ReadAheadSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands in its data, and what it knows of them.
+
+    Attributes:
+        cursor: The row that comes next.
+        rows: Rows handed out so far.
+        catalogue: Lines that the run has written down about its folder.
+        rejects: What has been left out so far.
+        used_ids: Ids that were handed out in the cursor's epoch.
+    """
+
+    cursor: Cursor = Cursor()
+    rows: int = 0
+    catalogue: tuple[Mapping[str, Any], ...] = ()
+    rejects: tuple[Reject, ...] = ()
+    used_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows for one batch, and where the stream stands after them.
+
+    Attributes:
+        number: Which batch of this feed it is, from 0.
+        sample_ids: In stream order.
+        captions: One for each.
+        epochs: (epoch, rows) in stream order; a batch may reach over the end of an epoch.
+        cursor: The row that comes next.
+        position: Rows handed out since the start of the run, these included.
+        passes: Passes over the data; a whole number as long as nobody knows where the folder ends.
+        rejects: What was newly left out on the way.
+        notes: What was newly learnt about the folder, for the run to write down.
+        stop: Arguments of the DataError that ends the run, where too much is bad; no rows then.
+    """
+
+    number: int
+    sample_ids: tuple[str, ...]
+    captions: tuple[str, ...]
+    epochs: tuple[tuple[int, int], ...]
+    cursor: Cursor
     position: int
+    passes: float
+    rejects: tuple[Reject, ...]
+    notes: tuple[dict[str, Any], ...]
+    stop: tuple[str, ...] | None = None
 
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """The captions alone."""
-        return tuple(row.caption for row in self.rows)
 
-
-class CaptionFeed:
-    """Hands out captions in the plan's order, from any position.
+class Feed:
+    """Hands out rows in the plan's order.
 
     Args:
-        plan: What to read.
-        seed: The run's seed; it fixes the order.
-        start: Rows handed out by the run so far (0, or the checkpoint's position).
-        num_rows: Rows that the rest of the run will take.
-        use_ray_data: Read ahead through Ray Data; otherwise read in this process, in order.
+        settings: What is streamed.
+        progress: Where the run stands.
+        num_rows: Rows that the rest of the run will take; more may be taken.
     """
 
-    def __init__(
-        self, plan: CaptionPlan, seed: int, start: int, num_rows: int, *, use_ray_data: bool
-    ) -> None:
-        tasks = plan.tasks(seed, start, num_rows)
-        self._position = start
-        self._rows = _ray_data_rows(list(tasks)) if use_ray_data else _rows(tasks)
+    def __init__(self, settings: StreamSettings, progress: Progress, num_rows: int) -> None:
+        source = settings.source
+        filesystem, root = open_folder(source.url, source.s3)
+        catalogue = Catalogue(
+            filesystem, root, settings.shuffle.chapter_shards, source.s3, progress.catalogue
+        )
+        plan = plan_windows(catalogue, settings.seed, settings.shuffle, progress.cursor)
+        self._windows = (
+            read_here(plan, source)
+            if settings.ahead is None
+            else read_with_ray_data(plan, source, settings.ahead, num_rows)
+        )
+        self._source = source
+        self._columns = [*source.columns]
+        self._tally = Tally(settings.max_bad_fraction, progress.rejects)
+        self._seen = SeenIds(progress.used_ids)
+        self._epoch = progress.cursor.epoch
+        passes = float(progress.cursor.epoch)
+        self._open = _OpenWindow(progress.cursor, (passes, passes), 1)
+        self._position = progress.rows
+        self._taken = 0
+        self._rejects: list[Reject] = []
+        self._notes: list[dict[str, Any]] = []
+        self._payloads: dict[int, pa.Table] = {}
+        self._stop: DataError | None = None
+        self._usable_in_epoch = True
 
-    def take(self, num_rows: int) -> CaptionBatch:
-        """The next `num_rows` rows.
+    def take(self, num_rows: int) -> Batch:
+        """The next `num_rows` usable rows.
 
         Raises:
-            DataError: A row group met on the way cannot be used; the message names it.
+            DataError: The server failed, or a whole epoch has no usable row.
         """
-        rows = tuple(next(self._rows) for _ in range(num_rows))
+        parts: list[pa.Table] = []
+        epochs: dict[int, int] = {}
+        missing = num_rows
+        while missing and self._stop is None:
+            if self._open.is_empty:
+                self._open_next()
+                continue
+            part = self._open.take(missing)
+            parts.append(part)
+            missing -= part.num_rows
+            epochs[self._epoch] = epochs.get(self._epoch, 0) + part.num_rows
+        if self._stop is not None:
+            return self._batch((), (), {}, stop=tuple(map(str, self._stop.args)))
+        rows = pa.concat_tables(parts)
+        if self._columns:
+            self._payloads[self._taken] = rows.select(self._columns)
         self._position += num_rows
-        return CaptionBatch(rows, self._position)
+        ids, captions = (tuple(rows.column(name).to_pylist()) for name in REQUIRED_COLUMNS)
+        return self._batch(ids, captions, epochs)
+
+    def embeddings(self, number: int) -> Text:
+        """Stored embeddings of a batch, (rows, positions, width), float32; lets go of the batch."""
+        stored = self._payloads.pop(number).column(TEXT_EMBEDS)
+        return torch.stack([unpack_text(each.as_py(), self._encoding()).float() for each in stored])
+
+    def latents(self, number: int) -> Latents:
+        """Stored latents of a batch (b, c, t, h, w), float32; lets go of the batch."""
+        stored = self._payloads.pop(number).column(LATENTS)
+        return torch.stack(
+            [unpack_latents(each.as_py(), self._encoding()).float() for each in stored]
+        )
+
+    def pixels(self, number: int) -> NDArray[np.uint8]:
+        """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of the batch."""
+        stored = self._payloads.pop(number).column(VIDEO)
+        clips = [np.frombuffer(each.as_py(), np.uint8) for each in stored]
+        return np.stack(clips).reshape(-1, *self._source.pixel_shape)
+
+    def _encoding(self) -> Encoding:
+        assert self._source.encoding is not None, "this feed reads nothing encoded"
+        return self._source.encoding
+
+    def _batch(
+        self,
+        ids: tuple[str, ...],
+        captions: tuple[str, ...],
+        epochs: Mapping[int, int],
+        stop: tuple[str, ...] | None = None,
+    ) -> Batch:
+        rejects, self._rejects = self._rejects, []
+        notes, self._notes = self._notes, []
+        self._taken += 1
+        return Batch(
+            number=self._taken - 1,
+            sample_ids=ids,
+            captions=captions,
+            epochs=tuple(epochs.items()),
+            cursor=self._open.cursor,
+            position=self._position,
+            passes=self._open.passes,
+            rejects=tuple(rejects),
+            notes=tuple(notes),
+            stop=stop,
+        )
+
+    def _open_next(self) -> None:
+        """Opens the next window: sets rejects apart and keeps the good rows."""
+        planned, table = next(self._windows)
+        epoch = planned.window.cursor.epoch
+        if epoch != self._epoch:
+            if not self._usable_in_epoch:
+                raise DataError(
+                    "streaming the training data",
+                    f"no usable row in the whole of epoch {self._epoch}",
+                    "rows with an id and a caption",
+                    "`sgmd check` says what is wrong with each shard",
+                )
+            self._seen, self._epoch, self._usable_in_epoch = SeenIds(), epoch, False
+        is_bad = table.column(REASON).is_valid()
+        rejects = [*planned.rejects, *_rejects(planned, table.filter(is_bad))]
+        good = table.filter(pc.invert(is_bad))
+        ids: list[str] = good.column(SAMPLE_ID).to_pylist()
+        again = self._seen.add(ids)
+        if again:
+            rejects += _repeats(planned, good, again)
+            kept = sorted(set(range(len(ids))) - set(again))
+            good = good.take(pa.array(kept, pa.int64()))
+        window = planned.window
+        self._open = _OpenWindow(window.cursor, planned.passes, window.num_rows, good)
+        self._usable_in_epoch |= good.num_rows > 0
+        self._notes += planned.notes
+        new = self._tally.add(rejects)
+        self._rejects += new
+        if new:
+            self._stop = self._tally.verdict(planned.expected_rows, planned.rows_per_shard)
 
 
-def build_feed(
-    plan: CaptionPlan, seed: int, start: int, num_rows: int, use_ray_data: bool
-) -> CaptionFeed:
+@dataclass(slots=True)
+class _OpenWindow:
+    """The usable rows of a window, of which the first `at` are handed out.
+
+    Attributes:
+        cursor: The row that comes next.
+        span: Passes over the data where the window begins and where it ends.
+        num_places: Rows of the window, usable or not.
+        good: The usable ones.
+        at: How many of them are handed out.
+    """
+
+    cursor: Cursor
+    span: tuple[float, float]
+    num_places: int
+    good: pa.Table | None = None
+    at: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return self.good is None or self.at == self.good.num_rows
+
+    @property
+    def passes(self) -> float:
+        begin, end = self.span
+        return begin + (end - begin) * self.cursor.row / self.num_places
+
+    def take(self, num_rows: int) -> pa.Table:
+        assert self.good is not None
+        part = self.good.slice(self.at, num_rows)
+        self.at += part.num_rows
+        # At its end, what is left of the window is only rows that cannot be used.
+        last = part.column(PLACE)[-1].as_py()
+        self.cursor = replace(self.cursor, row=self.num_places if self.is_empty else last + 1)
+        return part
+
+
+def build_feed(settings: StreamSettings, progress: Progress, num_rows: int) -> Feed:
     """Factory for a worker group."""
-    return CaptionFeed(plan, seed, start, num_rows, use_ray_data=use_ray_data)
+    return Feed(settings, progress, num_rows)
 
 
-def _rows(tasks: Iterator[ReadTask]) -> Iterator[CaptionRow]:
-    for task in tasks:
-        yield from read_rows(task)
+def _rejects(planned: Planned, lines: pa.Table) -> Iterator[Reject]:
+    names = (GROUP, ROW, SAMPLE_ID, REASON)
+    for line in lines.select(names).to_pylist():
+        group = planned.window.groups[line[GROUP]]
+        whole = line[ROW] == WHOLE_GROUP
+        yield Reject(
+            group.shard,
+            group.index,
+            None if whole else line[ROW],
+            line[SAMPLE_ID],
+            line[REASON],
+            group.num_rows if whole else 1,
+        )
 
 
-def _ray_data_rows(tasks: list[ReadTask]) -> Iterator[CaptionRow]:
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    blocks = max(1, min(len(tasks), 64))
-    stream = ray.data.from_items([_pack(task) for task in tasks], override_num_blocks=blocks)
-    for row in stream.flat_map(_read_packed, num_cpus=0.25).iter_rows():
-        if row["fault"] is not None:
-            raise DataError(*row["fault"])
-        yield CaptionRow(row["sample_id"], row["caption"])
-
-
-def _pack(task: ReadTask) -> dict[str, Any]:
-    group = task.group
-    return {
-        "shard": group.shard,
-        "index": group.index,
-        "num_rows": group.num_rows,
-        "seed": list(task.seed),
-        "skip": task.skip,
-    }
-
-
-def _read_packed(row: dict[str, Any]) -> list[dict[str, Any]]:
-    group = RowGroup(row["shard"], int(row["index"]), int(row["num_rows"]))
-    first, second, third = (int(number) for number in row["seed"])
-    try:
-        rows = read_rows(ReadTask(group, (first, second, third), int(row["skip"])))
-    except DataError as error:
-        return [{"sample_id": None, "caption": None, "fault": [str(arg) for arg in error.args]}]
-    return [{"sample_id": item.sample_id, "caption": item.caption, "fault": None} for item in rows]
+def _repeats(planned: Planned, good: pa.Table, again: Sequence[int]) -> Iterator[Reject]:
+    lines = good.take(pa.array(again)).select((GROUP, ROW, SAMPLE_ID)).to_pylist()
+    for line in lines:
+        group = planned.window.groups[line[GROUP]]
+        reason = "duplicate id (an earlier row of the epoch has it)"
+        yield Reject(group.shard, group.index, line[ROW], line[SAMPLE_ID], reason)

@@ -91,13 +91,15 @@ def encoded_schema(encoding: Encoding) -> pa.Schema:
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     """Arguments of `pyarrow.parquet.write_table` that suit a shard of this schema.
 
-    Encoded video and noise-like floats do not get smaller; compressing them costs time only.
+    Encoded video and noise-like floats do not get smaller; compressing them costs time only. With
+    checksums, a page that a disk or a network has damaged is noticed when it is read.
     """
     raw = {VIDEO, LATENTS, TEXT_EMBEDS}
     return {
         "compression": {name: "none" if name in raw else "zstd" for name in schema.names},
         "use_dictionary": False,
         "write_statistics": False,
+        "write_page_checksum": True,
     }
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pipelines.data.captions import plan_captions, read_rows
 from s3fs import S3FileSystem
 
-from pipelines.data.captions import plan_captions, read_rows
 from pipelines.distill import distill, dry_run
 from pipelines.run_folder import RunFolder, read_jsonl
 from sgmd_core.errors import DataError
