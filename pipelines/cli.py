@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from cluster.errors import ClusterError
-from pipelines.commands import machine, recipes, results, runs
+from pipelines.commands import data, machine, recipes, results, runs
 from pipelines.commands.output import show_error
 from sgmd_core.errors import NonFiniteError, SgmdError, StaleCallError
 
@@ -46,6 +46,7 @@ app = typer.Typer(
 for command in (
     machine.doctor,
     runs.shapes,
+    data.prepare,
     runs.pretrain,
     runs.distill,
     runs.sweep,

@@ -28,6 +28,7 @@ _FALLBACK_FPS = Fraction(25)
 _MAX_DURATION_S = 24 * 3600
 _STEADY_SHARE = 0.1
 _STEADY_S = 0.002
+_HEADER_TOLERANCE = Fraction(1, 100)
 
 
 class ClipFault(StrEnum):
@@ -150,11 +151,16 @@ def read_facts(data: bytes) -> ClipFacts:
             width=width,
             num_frames=len(starts_s),
             duration_s=float(end_s),
-            fps=float(len(starts_s) / end_s),
+            fps=float(_fps(_stated_fps(stream), len(starts_s) / end_s)),
             is_steady=_is_steady(starts_s),
             codec=stream.codec_context.name,
             has_audio=bool(container.streams.audio),
         )
+
+
+def _fps(stated: Fraction, counted: Fraction) -> Fraction:
+    """The header's rate where the frames bear it out: time stamps may be rounded."""
+    return stated if abs(stated - counted) < _HEADER_TOLERANCE * counted else counted
 
 
 def _is_steady(starts_s: list[float]) -> bool:

@@ -13,6 +13,7 @@ COMMANDS = (
     "doctor",
     "recipes",
     "shapes",
+    "prepare",
     "pretrain",
     "distill",
     "sweep",

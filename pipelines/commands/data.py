@@ -1,0 +1,118 @@
+"""What makes and checks data: `sgmd prepare`, `sgmd check`, `sgmd encode`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipelines.commands.options import Json
+from pipelines.commands.output import Counter, counting, pairs, show
+from pipelines.data.clip_format import ClipFormat, FitPolicy
+
+if TYPE_CHECKING:
+    from pipelines.data.prepare import Progress
+
+Policy = Annotated[
+    FitPolicy,
+    typer.Option(
+        help="Pictures of another size are scaled side by side (resize), scaled and cut"
+        " (crop), or bad (refuse)"
+    ),
+]
+MaxBad = Annotated[
+    float, typer.Option(min=0, max=1, help="Stop where a larger share of the clips is bad")
+]
+NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames a clip; a shorter one is bad")]
+Height = Annotated[int | None, typer.Option(min=1, help="Pixels")]
+Width = Annotated[int | None, typer.Option(min=1, help="Pixels")]
+Fps = Annotated[float | None, typer.Option(help="Frames a second, sampled by time")]
+
+
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder or s3://bucket/prefix of videos with captions beside them (clip.mp4,"
+            " clip.txt) or of WebDataset tars; a .tar; or a .csv or .jsonl manifest.",
+        ),
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix for the shards.")
+    ],
+    shard_clips: Annotated[int, typer.Option(min=1, help="Most clips in a shard")] = 512,
+    shard_mb: Annotated[
+        int, typer.Option(min=1, help="A shard is closed at this size, in MiB")
+    ] = 256,
+    path_column: Annotated[str, typer.Option(help="Manifest: the video's path")] = "path",
+    caption_column: Annotated[
+        str, typer.Option(help="Manifest and JSON files: the caption")
+    ] = "caption",
+    id_column: Annotated[
+        str | None, typer.Option(help="Manifest: the sample id; default: the path")
+    ] = None,
+    num_frames: NumFrames = None,
+    height: Height = None,
+    width: Width = None,
+    fps: Fps = None,
+    policy: Policy = FitPolicy.CROP,
+    crf: Annotated[
+        int, typer.Option(min=0, max=51, help="Quality of a new encoding; 0 is lossless")
+    ] = 18,
+    decode: Annotated[
+        bool, typer.Option("--decode-all/--decode-first", help="Frames that are tried")
+    ] = True,
+    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4000,
+    max_clip_mb: Annotated[int, typer.Option(help="A larger file is bad, in MiB")] = 512,
+    max_bad_fraction: MaxBad = 0.01,
+    retry_bad: Annotated[
+        bool, typer.Option("--retry-bad", help="Try again what earlier runs did not take")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=0, help="Default: one a core; 0 works in this process")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make Parquet shards out of videos and captions; killed and started again, it goes on.
+
+    Files stay as they are, byte by byte, unless --num-frames, --height and --width, or --fps ask
+    for another format. What is not taken is in DST/quarantine.parquet with its reason.
+    """
+    with counting() as count:
+        from pipelines.data.prepare import PrepareOptions
+        from pipelines.data.prepare import prepare as make_shards
+        from pipelines.data.prepare_clip import ClipRules
+        from pipelines.data.sources import Columns
+
+        options = PrepareOptions(
+            columns=Columns(path_column, caption_column, id_column),
+            rules=ClipRules(
+                wanted=ClipFormat(num_frames, height, width, fps, policy),
+                crf=crf,
+                whole=decode,
+                max_caption_chars=max_caption_chars,
+                max_clip_bytes=max_clip_mb * 2**20,
+            ),
+            shard_clips=shard_clips,
+            shard_bytes=shard_mb * 2**20,
+            max_bad_fraction=max_bad_fraction,
+            retry_bad=retry_bad,
+            num_processes=processes,
+        )
+        report = make_shards(source, target, options, lambda now: _tell(count, now))
+    data = {
+        "folder": report.folder,
+        "clips": report.num_clips,
+        "new_clips": report.num_new,
+        "shards": report.num_shards,
+        "bytes": report.num_bytes,
+        "rejected": report.rejected,
+        "seconds": report.seconds,
+    }
+    show(data, as_json, pairs(data), f"Look at them: sgmd check {target}")
+
+
+def _tell(count: Counter, now: "Progress") -> None:
+    count(
+        f"{now.num_clips} clips, {now.num_bad} bad, {now.num_shards} shards,"
+        f" {now.num_bytes / 2**20:.1f} MiB"
+    )
