@@ -61,7 +61,7 @@ def prepare(
     decode: Annotated[
         bool, typer.Option("--decode-all/--decode-first", help="Frames that are tried")
     ] = True,
-    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4000,
+    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
     max_clip_mb: Annotated[int, typer.Option(help="A larger file is bad, in MiB")] = 512,
     max_bad_fraction: MaxBad = 0.01,
     retry_bad: Annotated[

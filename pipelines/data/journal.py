@@ -11,7 +11,7 @@ under the same name. So every clip is in the set exactly once, however often the
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -21,7 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.filesystem import open_folder, storage_errors
 from pipelines.data.index import Shard, read_index, write_index
-from pipelines.data.rejections import QUARANTINE_NAME, Rejection, from_parquet, to_parquet
+from pipelines.data.listing import QUARANTINE_NAME
+from pipelines.data.rejections import Rejection, from_parquet, to_parquet
 from pipelines.data.schema import SAMPLE_ID
 from pipelines.data.shard_writing import ShardBuilder, write_file, write_shard
 from sgmd_core.errors import DataError
@@ -78,20 +79,19 @@ class Journal:
             self._write_progress(name, _shard_in(entry), ())
         self.rejections = []
 
-    def sample_ids(self) -> set[str]:
-        """The ids in all shards that count.
+    def sample_ids(self) -> Iterator[list[str]]:
+        """The ids in all shards that count, shard by shard.
 
         Raises:
             DataError: a shard cannot be read.
         """
-        found: set[str] = set()
         for path in sorted(self.shards):
             with (
                 storage_errors(f"reading the ids in {self.root}/{path}"),
                 self.filesystem.open(f"{self.root}/{path}", "rb") as file,
             ):
-                found.update(pq.read_table(file, columns=[SAMPLE_ID])[SAMPLE_ID].to_pylist())
-        return found
+                table = pq.read_table(file, columns=[SAMPLE_ID])
+            yield table[SAMPLE_ID].to_pylist()
 
     def write_quarantine(self) -> None:
         """Writes what was not taken; an empty file says that nothing was."""

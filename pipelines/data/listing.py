@@ -16,6 +16,9 @@ from pipelines.data.filesystem import storage_errors
 from pipelines.data.index import Shard
 from sgmd_core.errors import DataError
 
+QUARANTINE_NAME = "quarantine.parquet"
+"""Beside the shards that a command wrote: what it did not take."""
+
 _SUFFIX = ".parquet"
 
 
@@ -92,4 +95,6 @@ def _s3_entries(
 
 def _is_shard(path: str) -> bool:
     parts = PurePosixPath(path).parts
+    if parts[-1] == QUARANTINE_NAME:
+        return False
     return path.endswith(_SUFFIX) and not any(part.startswith(("_", ".")) for part in parts)

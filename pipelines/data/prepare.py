@@ -3,7 +3,7 @@
     list_clips -> fresh_clips -> prepare_clip, in processes -> shards, quarantine -> index
 
 Clips arrive in the order of the source, whatever the number of processes, so the same source makes
-the same shards. Memory holds one shard, two clips a process, and 64 bits an id.
+the same shards. Memory holds one shard, two clips a process, and eight bytes an id.
 """
 
 import os
@@ -13,16 +13,17 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from pipelines.data.journal import Journal, open_journal
+from pipelines.data.listing import QUARANTINE_NAME
 from pipelines.data.ordered_pool import Died, map_in_order
 from pipelines.data.prepare_clip import ClipRules, PreparedClip, prepare_clip
 from pipelines.data.rejections import (
-    QUARANTINE_NAME,
-    Fault,
+    Reason,
     Rejection,
-    counts_by_fault,
+    counts_by_reason,
     require_few,
 )
 from pipelines.data.schema import CAPTION, FPS, SAMPLE_ID, VIDEO, video_schema
+from pipelines.data.seen import SeenIds
 from pipelines.data.shard_writing import ShardBuilder
 from pipelines.data.sources import Columns, SourceClip, list_clips
 from sgmd_core.errors import ConfigError, DataError
@@ -90,7 +91,7 @@ class PrepareReport:
         num_new: How many of them this run added.
         num_shards: Shards.
         num_bytes: Their size.
-        rejected: Clips that were not taken, by fault.
+        rejected: Clips that were not taken, by reason.
         seconds: How long this run took.
     """
 
@@ -126,9 +127,12 @@ def prepare(
     journal = open_journal(dst, "prepare", _settings(src, options))
     if options.retry_bad:
         journal.forget_rejections()
-    done = journal.sample_ids()
+    num_before = _written(journal).num_clips
+    written = SeenIds()
+    for sample_ids in journal.sample_ids():
+        written.add(sample_ids)
     known: set[Place] = {(found.sample_id, found.source, found.row) for found in journal.rejections}
-    clips = fresh_clips(list_clips(src, options.columns), done, known)
+    clips = fresh_clips(list_clips(src, options.columns), written, known)
     outcomes = map_in_order(
         partial(prepare_clip, rules=options.rules), clips, _num_processes(options)
     )
@@ -146,44 +150,40 @@ def prepare(
             "Check the address; a manifest is named itself, not its folder",
         )
     journal.finish()
-    written = _written(journal)
+    end = _written(journal)
     return PrepareReport(
         folder=dst,
-        num_clips=written.num_clips,
-        num_new=written.num_clips - len(done),
-        num_shards=written.num_shards,
-        num_bytes=written.num_bytes,
-        rejected=counts_by_fault(journal.rejections),
+        num_clips=end.num_clips,
+        num_new=end.num_clips - num_before,
+        num_shards=end.num_shards,
+        num_bytes=end.num_bytes,
+        rejected=counts_by_reason(journal.rejections),
         seconds=time.monotonic() - started,
     )
 
 
 def fresh_clips(
-    listed: Iterable[SourceClip | Rejection], done: Iterable[str], known: set[Place]
+    listed: Iterable[SourceClip | Rejection], written: SeenIds, known: set[Place]
 ) -> Iterator[SourceClip | Rejection]:
     """Leaves out what an earlier run has dealt with, and rejects ids that come again.
 
     Args:
         listed: All clips of the source.
-        done: Ids that are in the shards.
+        written: Ids that are in the shards.
         known: (id, source, row) of what was rejected before.
     """
-    # Hashes of 64 bits: of ten million ids, two agree with a probability of three in a million.
-    written = {hash(sample_id) for sample_id in done}
-    seen: set[int] = set()
+    seen = SeenIds()
     for clip in listed:
         is_known = (clip.sample_id, clip.source, clip.row) in known
         if isinstance(clip, Rejection):
             if not is_known:
                 yield clip
-            continue
-        key = hash(clip.sample_id)
-        if key in seen and not is_known:
-            detail = "an earlier clip of this source has the same id"
-            yield Rejection(clip.sample_id, clip.source, clip.row, Fault.DUPLICATE_ID, detail)
-        elif key not in seen and key not in written and not is_known:
+        elif seen.add([clip.sample_id]):
+            if not is_known:
+                detail = "an earlier clip of this source has the same id"
+                yield Rejection(clip.sample_id, clip.source, clip.row, Reason.DUPLICATE_ID, detail)
+        elif not is_known and not written.add([clip.sample_id]):
             yield clip
-        seen.add(key)
 
 
 class _Filler:
@@ -268,7 +268,7 @@ class _Filler:
 
 def _as_rejection(died: Died[SourceClip | Rejection]) -> Rejection:
     clip, detail = died.item, "the process that read this clip ended without a word"
-    return Rejection(clip.sample_id, clip.source, clip.row, Fault.WORKER_DIED, detail)
+    return Rejection(clip.sample_id, clip.source, clip.row, Reason.WORKER_DIED, detail)
 
 
 def _written(journal: Journal) -> Progress:

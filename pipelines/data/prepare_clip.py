@@ -8,7 +8,7 @@ from typing import cast
 from pipelines.data.clip_decoding import ClipError, read_facts, read_first_frame, transcode
 from pipelines.data.clip_format import ClipFormat
 from pipelines.data.filesystem import open_folder, storage_errors
-from pipelines.data.rejections import Fault, Rejection
+from pipelines.data.rejections import Reason, Rejection
 from pipelines.data.sources import CaptionFile, FileRange, SourceClip
 
 _MAX_CAPTION_FILE_BYTES = 2**20
@@ -29,7 +29,7 @@ class ClipRules:
     wanted: ClipFormat = field(default_factory=ClipFormat)
     crf: int = 18
     whole: bool = True
-    max_caption_chars: int = 4000
+    max_caption_chars: int = 4096
     max_clip_bytes: int = 512 * 2**20
 
 
@@ -44,9 +44,9 @@ class PreparedClip:
 
 
 class _BadClip(Exception):
-    def __init__(self, fault: str, detail: str) -> None:
-        super().__init__(fault, detail)
-        self.fault = fault
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
         self.detail = detail
 
 
@@ -61,14 +61,14 @@ def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip
     reject = partial(Rejection, clip.sample_id, clip.source, clip.row)
     try:
         caption = _caption(clip, rules)
-        data = _read(clip.video, rules.max_clip_bytes, Fault.MISSING_VIDEO)
+        data = _read(clip.video, rules.max_clip_bytes, Reason.MISSING_VIDEO)
         if not rules.wanted.keeps_everything:
             video, fps = transcode(data, rules.wanted, crf=rules.crf)
         else:
             video = data
             fps = (read_facts if rules.whole else read_first_frame)(data).fps
     except _BadClip as bad:
-        return reject(bad.fault, bad.detail)
+        return reject(bad.reason, bad.detail)
     except ClipError as error:
         expected = f"; expected {error.expected}" if error.expected else ""
         return reject(error.fault, error.found + expected)
@@ -77,22 +77,22 @@ def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip
 
 def _caption(clip: SourceClip, rules: ClipRules) -> str:
     if clip.caption is None:
-        raise _BadClip(Fault.MISSING_CAPTION, "there is none")
+        raise _BadClip(Reason.MISSING_CAPTION, "there is none")
     text = clip.caption
     if isinstance(text, CaptionFile):
         text = _caption_in(text)
     text = text.strip()
     if not text:
-        raise _BadClip(Fault.EMPTY_CAPTION, "nothing but blanks")
+        raise _BadClip(Reason.EMPTY_CAPTION, "nothing but blanks")
     if len(text) > rules.max_caption_chars:
         raise _BadClip(
-            Fault.LONG_CAPTION, f"{len(text)} characters; at most {rules.max_caption_chars}"
+            Reason.LONG_CAPTION, f"{len(text)} characters; at most {rules.max_caption_chars}"
         )
     return text
 
 
 def _caption_in(place: CaptionFile) -> str:
-    data = _read(place.file, _MAX_CAPTION_FILE_BYTES, Fault.MISSING_CAPTION)
+    data = _read(place.file, _MAX_CAPTION_FILE_BYTES, Reason.MISSING_CAPTION)
     try:
         text = data.decode("utf-8-sig")
         if place.json_field is None:
@@ -103,14 +103,14 @@ def _caption_in(place: CaptionFile) -> str:
         return field
     except (ValueError, KeyError, TypeError) as error:
         raise _BadClip(
-            Fault.UNREADABLE_CAPTION, f"{place.file.url}: {type(error).__name__}: {error}"
+            Reason.UNREADABLE_CAPTION, f"{place.file.url}: {type(error).__name__}: {error}"
         ) from error
 
 
-def _read(place: FileRange, max_bytes: int, missing: Fault) -> bytes:
+def _read(place: FileRange, max_bytes: int, missing: Reason) -> bytes:
     """The bytes of a file, of which at most one more than allowed is fetched."""
     if place.num_bytes is not None and place.num_bytes > max_bytes:
-        raise _BadClip(Fault.TOO_LARGE, f"{place.num_bytes} bytes; at most {max_bytes}")
+        raise _BadClip(Reason.TOO_LARGE, f"{place.num_bytes} bytes; at most {max_bytes}")
     wanted = max_bytes + 1 if place.num_bytes is None else place.num_bytes
     filesystem, path = open_folder(place.url, probe=False)
     try:
@@ -122,7 +122,7 @@ def _read(place: FileRange, max_bytes: int, missing: Fault) -> bytes:
             raise _BadClip(missing, f"no file {place.url}") from error
         raise
     if len(data) > max_bytes:
-        raise _BadClip(Fault.TOO_LARGE, f"more than {max_bytes} bytes")
+        raise _BadClip(Reason.TOO_LARGE, f"more than {max_bytes} bytes")
     if place.num_bytes is not None and len(data) < place.num_bytes:
-        raise _BadClip(Fault.CUT_SHORT, f"{len(data)} of {place.num_bytes} bytes are there")
+        raise _BadClip(Reason.CUT_SHORT, f"{len(data)} of {place.num_bytes} bytes are there")
     return data

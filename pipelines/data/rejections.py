@@ -11,20 +11,19 @@ import pyarrow.parquet as pq
 
 from sgmd_core.errors import DataError
 
-QUARANTINE_NAME = "quarantine.parquet"
 _SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
         ("source", pa.string()),
         ("row", pa.int64()),
-        ("fault", pa.string()),
+        ("reason", pa.string()),
         ("detail", pa.string()),
     ]
 )
 _MAX_DETAIL = 400
 
 
-class Fault(StrEnum):
+class Reason(StrEnum):
     """Why a clip is not taken, beyond what `ClipFault` says of its pictures."""
 
     MISSING_VIDEO = "missing_video"
@@ -37,7 +36,10 @@ class Fault(StrEnum):
     DUPLICATE_ID = "duplicate_id"
     BAD_MANIFEST_ROW = "bad_manifest_row"
     UNREADABLE_ARCHIVE = "unreadable_archive"
+    NO_ID = "no_id"
     UNREADABLE_SHARD = "unreadable_shard"
+    UNREADABLE_ROWS = "unreadable_rows"
+    BAD_ENCODING = "bad_encoding"
     WORKER_DIED = "worker_died"
 
 
@@ -49,14 +51,14 @@ class Rejection:
         sample_id: Its id; empty where it has none.
         source: The file that names it: a video, a tar, a manifest or a shard.
         row: Its place in that file, from 0; None where the file is the clip.
-        fault: One of `Fault` or `ClipFault`.
+        reason: One of `Reason` or `ClipFault`.
         detail: What was found, in words.
     """
 
     sample_id: str
     source: str
     row: int | None
-    fault: str
+    reason: str
     detail: str = ""
 
     @property
@@ -67,14 +69,14 @@ class Rejection:
     def in_words(self) -> str:
         """One line."""
         place = self.source if self.row is None else f"{self.source}, row {self.row}"
-        return f"{place}: {self.fault}" + (f" ({self.detail})" if self.detail else "")
+        return f"{place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 def to_parquet(rejections: Iterable[Rejection]) -> bytes:
     """The quarantine file."""
     rows = [
         asdict(rejection)
-        | {"fault": str(rejection.fault), "detail": rejection.detail[:_MAX_DETAIL]}
+        | {"reason": str(rejection.reason), "detail": rejection.detail[:_MAX_DETAIL]}
         for rejection in rejections
     ]
     buffer = io.BytesIO()
@@ -87,9 +89,9 @@ def from_parquet(data: bytes) -> list[Rejection]:
     return [Rejection(**row) for row in pq.read_table(io.BytesIO(data)).to_pylist()]
 
 
-def counts_by_fault(rejections: Iterable[Rejection]) -> dict[str, int]:
-    """How many of each fault, the most frequent first."""
-    return dict(Counter(str(rejection.fault) for rejection in rejections).most_common())
+def counts_by_reason(rejections: Iterable[Rejection]) -> dict[str, int]:
+    """How many for each reason, the most frequent first."""
+    return dict(Counter(str(rejection.reason) for rejection in rejections).most_common())
 
 
 def require_few(
@@ -109,16 +111,16 @@ def require_few(
         remedy: What the user can do.
 
     Raises:
-        DataError: names the faults, the worst places and the first of the bad clips.
+        DataError: names the reasons, the worst places and the first of the bad clips.
     """
     if len(rejections) <= max_bad_fraction * num_clips:
         return
-    faults = ", ".join(f"{n} {fault}" for fault, n in counts_by_fault(rejections).items())
+    reasons = ", ".join(f"{n} {reason}" for reason, n in counts_by_reason(rejections).items())
     worst = Counter(rejection.group for rejection in rejections).most_common(3)
     places = ", ".join(f"{group} ({n})" for group, n in worst)
     raise DataError(
         attempted,
-        f"{len(rejections)} of {num_clips} clips are bad: {faults}. Most of them in {places};"
+        f"{len(rejections)} of {num_clips} clips are bad: {reasons}. Most of them in {places};"
         f" the first: {rejections[0].in_words()}",
         f"at most {max_bad_fraction:.3g} of the clips to be bad",
         remedy,

@@ -25,7 +25,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.filesystem import open_folder, storage_errors
-from pipelines.data.rejections import Fault, Rejection
+from pipelines.data.rejections import Reason, Rejection
 from sgmd_core.errors import DataError
 
 VIDEO_SUFFIXES = frozenset(
@@ -191,7 +191,7 @@ def _tar_clips(
                 sample_id=name,
                 source=address,
                 row=next(count),
-                fault=Fault.UNREADABLE_ARCHIVE,
+                reason=Reason.UNREADABLE_ARCHIVE,
                 detail=f"{error}: what follows in this tar is not read",
             )
 
@@ -277,15 +277,15 @@ def _manifest_clip(
 ) -> SourceClip | Rejection:
     if isinstance(row, str):
         detail = f"no JSON object: {row.strip()[:80]}"
-        return Rejection("", address, number, Fault.BAD_MANIFEST_ROW, detail)
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
     path = row.get(columns.path)
     if not isinstance(path, str) or not path.strip():
         detail = f"{columns.path} = {path!r}"
-        return Rejection("", address, number, Fault.BAD_MANIFEST_ROW, detail)
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
     sample_id = path if columns.sample_id is None else row.get(columns.sample_id)
     if sample_id is None or not str(sample_id):
         detail = f"{columns.sample_id} = {sample_id!r}"
-        return Rejection("", address, number, Fault.BAD_MANIFEST_ROW, detail)
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
     caption = row.get(columns.caption)
     return SourceClip(
         sample_id=str(sample_id),

@@ -46,7 +46,7 @@ def rows(folder: Path | str) -> list[dict]:
 
 def quarantine(folder: Path | str) -> dict[str, str]:
     return {
-        row["sample_id"]: row["fault"]
+        row["sample_id"]: row["reason"]
         for row in pq.read_table(f"{folder}/quarantine.parquet").to_pylist()
     }
 

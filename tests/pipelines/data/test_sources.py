@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.rejections import Fault, Rejection
+from pipelines.data.rejections import Reason, Rejection
 from pipelines.data.sources import (
     CaptionFile,
     Columns,
@@ -108,7 +108,7 @@ class TestTar:
         assert [clip.sample_id for clip in found] == ["t.tar/0", "t.tar/1", "t.tar"]
         last = found[-1]
         assert isinstance(last, Rejection)
-        assert last.fault == Fault.UNREADABLE_ARCHIVE
+        assert last.reason == Reason.UNREADABLE_ARCHIVE
 
     def test_a_compressed_tar_is_refused_with_what_to_do(self, tmp_path):
         (tmp_path / "t.tar.gz").write_bytes(b"")
@@ -143,9 +143,9 @@ class TestManifest:
         good, *bad, last = list_clips(str(path))
         assert isinstance(good, SourceClip)
         assert (good.sample_id, good.caption) == ("1.mp4", "one")
-        assert [(b.row, b.fault) for b in bad if isinstance(b, Rejection)] == [
-            (1, Fault.BAD_MANIFEST_ROW),
-            (2, Fault.BAD_MANIFEST_ROW),
+        assert [(b.row, b.reason) for b in bad if isinstance(b, Rejection)] == [
+            (1, Reason.BAD_MANIFEST_ROW),
+            (2, Reason.BAD_MANIFEST_ROW),
         ]
         assert isinstance(last, SourceClip)
         assert last.caption is None
