@@ -3,7 +3,8 @@
 Heavy imports stand inside the commands, so that `--help` is there at once.
 
     exit code 0   done
-              1   a run failed on the way, or something necessary is missing (doctor)
+              1   a run failed on the way, something necessary is missing (doctor), or a set of
+                  shards is not usable (check)
               2   the request was wrong: a setting, a folder, a shard
 """
 
@@ -47,6 +48,7 @@ for command in (
     machine.doctor,
     runs.shapes,
     data.prepare,
+    data.check,
     runs.pretrain,
     runs.distill,
     runs.sweep,

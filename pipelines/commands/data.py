@@ -1,11 +1,12 @@
 """What makes and checks data: `sgmd prepare`, `sgmd check`, `sgmd encode`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipelines.commands.options import Json
-from pipelines.commands.output import Counter, counting, pairs, show
+from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
 from pipelines.data.clip_format import ClipFormat, FitPolicy
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ MaxBad = Annotated[
 NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames a clip; a shorter one is bad")]
 Height = Annotated[int | None, typer.Option(min=1, help="Pixels")]
 Width = Annotated[int | None, typer.Option(min=1, help="Pixels")]
+Processes = Annotated[
+    int | None, typer.Option(min=0, help="Default: one a core; 0 works in this process")
+]
 Fps = Annotated[float | None, typer.Option(help="Frames a second, sampled by time")]
 
 
@@ -67,9 +71,7 @@ def prepare(
     retry_bad: Annotated[
         bool, typer.Option("--retry-bad", help="Try again what earlier runs did not take")
     ] = False,
-    processes: Annotated[
-        int | None, typer.Option(min=0, help="Default: one a core; 0 works in this process")
-    ] = None,
+    processes: Processes = None,
     as_json: Json = False,
 ) -> None:
     """Make Parquet shards out of videos and captions; killed and started again, it goes on.
@@ -116,3 +118,71 @@ def _tell(count: Counter, now: "Progress") -> None:
         f"{now.num_clips} clips, {now.num_bad} bad, {now.num_shards} shards,"
         f" {now.num_bytes / 2**20:.1f} MiB"
     )
+
+
+def check(
+    folder: Annotated[
+        str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix of shards.")
+    ],
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Rows to decode, drawn by seed; default: all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which rows are drawn")] = 0,
+    model: Annotated[
+        Path | None, typer.Option(help="Diffusers folder: count captions in its tokens too")
+    ] = None,
+    text_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the model takes; its folder knows")
+    ] = None,
+    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
+    max_bad_fraction: MaxBad = 0.01,
+    write_index: Annotated[
+        bool, typer.Option("--write-index", help="Write _index.json anew, for the shards there")
+    ] = False,
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Look at every shard, row and video of a set; exit code 0: usable, 1: not, 2: no such set."""
+    with progress_bar() as on_progress:
+        from pipelines.data.check import CheckOptions
+        from pipelines.data.check import check as look
+
+        count_tokens, limit = None, 512
+        if model is not None:
+            from pipelines.inference import model_folder, read_inference_settings
+            from workers.models.wan import token_counter
+
+            model = model_folder(model)
+            count_tokens = token_counter(model)
+            limit = text_length or read_inference_settings(model).text_length
+        report = look(
+            folder,
+            CheckOptions(
+                sample=sample,
+                seed=seed,
+                max_caption_chars=max_caption_chars,
+                max_bad_fraction=max_bad_fraction,
+                count_tokens=count_tokens,
+                text_length=limit,
+                num_processes=processes,
+                write_index=write_index,
+            ),
+            on_progress,
+        )
+    data = report.to_json()
+    hidden = ("usable", "problems", "examples", "folder")
+    told = {name: _in_a_line(value) for name, value in data.items() if name not in hidden and value}
+    verdict = "usable" if report.is_usable else "NOT USABLE"
+    words = [*report.problems, *report.examples, f"{folder}: {verdict}"]
+    show(data, as_json, pairs(told), "\n".join(words))
+    if not report.is_usable:
+        raise typer.Exit(1)
+
+
+def _in_a_line(value: object) -> object:
+    """Counts and quantiles side by side instead of one below the other."""
+    if not isinstance(value, dict):
+        return value
+    if any(isinstance(inner, dict) for inner in value.values()):
+        return {name: _in_a_line(inner) for name, inner in value.items()}
+    return "  ".join(f"{name}: {inner}" for name, inner in value.items())

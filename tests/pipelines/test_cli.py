@@ -14,6 +14,7 @@ COMMANDS = (
     "recipes",
     "shapes",
     "prepare",
+    "check",
     "pretrain",
     "distill",
     "sweep",
