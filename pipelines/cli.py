@@ -56,6 +56,7 @@ for command in (
     results.evaluate,
     results.generate,
     results.report,
+    results.ledger,
 ):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")

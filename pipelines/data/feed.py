@@ -6,7 +6,7 @@ A batch is cut from one stream, so neither the number of ranks nor that of micro
 which rows come. What it says of itself is small; embeddings stay here until a role asks for them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from pipelines.data.catalogue import Catalogue
 from pipelines.data.filesystem import open_folder
 from pipelines.data.plan import Cursor, ShuffleSettings
-from pipelines.data.quarantine import Reject, Tally
+from pipelines.data.quarantine import DUPLICATE, Place, Reject, Tally
 from pipelines.data.ray_stream import ReadAheadSettings, read_with_ray_data
 from pipelines.data.schema import (
     LATENTS,
@@ -139,7 +139,7 @@ class Feed:
         self._notes: list[dict[str, Any]] = []
         self._payloads: dict[int, pa.Table] = {}
         self._stop: DataError | None = None
-        self._usable_in_epoch = True
+        self._usable_in_epoch = progress.cursor > Cursor(progress.cursor.epoch)
 
     def take(self, num_rows: int) -> Batch:
         """The next `num_rows` usable rows.
@@ -225,15 +225,13 @@ class Feed:
                     "`sgmd check` says what is wrong with each shard",
                 )
             self._seen, self._epoch, self._usable_in_epoch = SeenIds(), epoch, False
-        is_bad = table.column(REASON).is_valid()
-        rejects = [*planned.rejects, *_rejects(planned, table.filter(is_bad))]
-        good = table.filter(pc.invert(is_bad))
-        ids: list[str] = good.column(SAMPLE_ID).to_pylist()
-        again = self._seen.add(ids)
-        if again:
-            rejects += _repeats(planned, good, again)
-            kept = sorted(set(range(len(ids))) - set(again))
-            good = good.take(pa.array(kept, pa.int64()))
+        rejects = [*planned.rejects]
+        if table.column(REASON).null_count < table.num_rows:
+            is_bad = table.column(REASON).is_valid()
+            rejects += _rejects(planned, table.filter(is_bad))
+            table = table.filter(pc.invert(is_bad))
+        good, repeats = self._without_repeats(planned, table)
+        rejects += repeats
         window = planned.window
         self._open = _OpenWindow(window.cursor, planned.passes, window.num_rows, good)
         self._usable_in_epoch |= good.num_rows > 0
@@ -242,6 +240,22 @@ class Feed:
         self._rejects += new
         if new:
             self._stop = self._tally.verdict(planned.expected_rows, planned.rows_per_shard)
+
+    def _without_repeats(self, planned: Planned, good: pa.Table) -> tuple[pa.Table, list[Reject]]:
+        """The rows whose id comes for the first time in this epoch, and the others.
+
+        A row that was a repetition in an earlier epoch is one for good, although another order may
+        bring it first: of rows with one id, always the same one is used.
+        """
+        repeated = set(_rows_at(planned, good, self._tally.repeats))
+        fresh = [row for row in range(good.num_rows) if row not in repeated]
+        ids: list[str] = good.column(SAMPLE_ID).to_pylist()
+        repeated |= {fresh[at] for at in self._seen.add([ids[row] for row in fresh])}
+        if not repeated:
+            return good, []
+        kept = [row for row in fresh if row not in repeated]
+        rejects = list(_repeats(planned, good.take(pa.array(sorted(repeated)))))
+        return good.take(pa.array(kept, pa.int64())), rejects
 
 
 @dataclass(slots=True)
@@ -301,9 +315,18 @@ def _rejects(planned: Planned, lines: pa.Table) -> Iterator[Reject]:
         )
 
 
-def _repeats(planned: Planned, good: pa.Table, again: Sequence[int]) -> Iterator[Reject]:
-    lines = good.take(pa.array(again)).select((GROUP, ROW, SAMPLE_ID)).to_pylist()
-    for line in lines:
+def _repeats(planned: Planned, lines: pa.Table) -> Iterator[Reject]:
+    for line in lines.select((GROUP, ROW, SAMPLE_ID)).to_pylist():
         group = planned.window.groups[line[GROUP]]
-        reason = "duplicate id (an earlier row of the epoch has it)"
-        yield Reject(group.shard, group.index, line[ROW], line[SAMPLE_ID], reason)
+        yield Reject(group.shard, group.index, line[ROW], line[SAMPLE_ID], DUPLICATE)
+
+
+def _rows_at(planned: Planned, good: pa.Table, places: Set[Place]) -> Iterator[int]:
+    """Which rows of a table lie at some places."""
+    if not places:
+        return
+    groups = [(group.shard, group.index) for group in planned.window.groups]
+    numbers, rows = good.column(GROUP).to_pylist(), good.column(ROW).to_pylist()
+    for at, (number, row) in enumerate(zip(numbers, rows, strict=True)):
+        if (*groups[number], row) in places:
+            yield at

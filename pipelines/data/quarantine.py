@@ -7,7 +7,7 @@ An entry stands for one row; for a whole row group where `row` is null; for a wh
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ _SCHEMA = pa.schema(
     ]
 )
 _NUM_SHOWN = 5
+
+DUPLICATE = "duplicate id (an earlier row of the epoch has it)"
+
+Place = tuple[str, int | None, int | None]
+"""(shard, row group, row)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,7 @@ class Reject:
     num_rows: int | None = 1
 
     @property
-    def place(self) -> tuple[str, int | None, int | None]:
+    def place(self) -> Place:
         """What makes two entries the same."""
         return self.shard, self.row_group, self.row
 
@@ -67,7 +72,14 @@ class Tally:
 
     def __init__(self, max_bad_fraction: float, earlier: Iterable[Reject] = ()) -> None:
         self._limit = max_bad_fraction
-        self._rejects = {reject.place: reject for reject in earlier}
+        self._rejects: dict[Place, Reject] = {}
+        self._repeats: set[Place] = set()
+        self.add(earlier)
+
+    @property
+    def repeats(self) -> Set[Place]:
+        """Rows whose id another row has, which is the one that is used."""
+        return self._repeats
 
     def add(self, rejects: Iterable[Reject]) -> list[Reject]:
         """Counts rejects; returns those that were not known."""
@@ -75,6 +87,8 @@ class Tally:
         for reject in rejects:
             if reject.place not in self._rejects:
                 self._rejects[reject.place] = reject
+                if reject.reason == DUPLICATE:
+                    self._repeats.add(reject.place)
                 new.append(reject)
         return new
 

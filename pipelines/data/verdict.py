@@ -148,26 +148,27 @@ def _due_in(
 
 def _judge_epoch(epoch: int, due: Iterable[DueRow], used: Counter[str]) -> EpochVerdict:
     verdict = EpochVerdict(epoch)
-    met: set[str] = set()
+    wanted: Counter[str | None] = Counter()
+    left_out: Counter[str | None] = Counter()
     for row in due:
-        verdict.due += 1
-        # Of several rows with one id, one is used and the others are quarantined.
-        if row.sample_id in used and row.sample_id not in met:
-            met.add(row.sample_id)
-        elif row.is_quarantined:
-            verdict.quarantined += 1
-        else:
-            verdict.missing += 1
-            _note(verdict, f"missing {row.sample_id}")
+        (left_out if row.is_quarantined else wanted)[row.sample_id] += 1
+    verdict.due = wanted.total() + left_out.total()
     for name, count in used.items():
-        if name not in met:
+        if not wanted[name] and not left_out[name]:
             verdict.unknown += 1
             _note(verdict, f"unknown {name}")
-        elif count > 1:
+            continue
+        # A row group that could not be read in one epoch may have been readable in another.
+        (wanted if wanted[name] else left_out)[name] -= 1
+        if count > 1:
             verdict.repeated += 1
             _note(verdict, f"repeated {name} ({count} times)")
         else:
             verdict.used_once += 1
+    verdict.quarantined = left_out.total()
+    verdict.missing = wanted.total()
+    for name in (+wanted).keys():
+        _note(verdict, f"missing {name}")
     return verdict
 
 

@@ -21,6 +21,7 @@ COMMANDS = (
     "evaluate",
     "generate",
     "report",
+    "ledger",
     "submit",
 )
 
