@@ -49,6 +49,7 @@ for command in (
     runs.shapes,
     data.prepare,
     data.check,
+    data.encode,
     runs.pretrain,
     runs.distill,
     runs.sweep,

@@ -24,6 +24,7 @@ from workers.settings import (
     VideoSettings,
 )
 from workers.text_encoder import TextEncoder
+from workers.video_encoder import VideoEncoder
 
 
 def build_generator(
@@ -79,6 +80,18 @@ def build_text_encoder(
     """
     torch.set_num_threads(num_threads)
     return TextEncoder(_captions(model), model.text_length, num_cached)
+
+
+def build_video_encoder(folder: str, num_threads: int) -> VideoEncoder:
+    """The autoencoder of a model folder, for encoding.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+    """
+    torch.set_num_threads(num_threads)
+    vae = load_vae(folder)
+    nn.Module.to(vae.vae, _device())
+    return VideoEncoder(vae)
 
 
 def build_evaluator(

@@ -186,3 +186,82 @@ def _in_a_line(value: object) -> object:
     if any(isinstance(inner, dict) for inner in value.values()):
         return {name: _in_a_line(inner) for name, inner in value.items()}
     return "  ".join(f"{name}: {inner}" for name, inner in value.items())
+
+
+def encode(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder or s3://bucket/prefix of video shards.")
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix for the new shards.")
+    ],
+    model: Annotated[
+        Path, typer.Option(help="Diffusers Wan folder; what is not given here comes from it")
+    ],
+    num_frames: NumFrames = None,
+    height: Height = None,
+    width: Width = None,
+    fps: Fps = None,
+    policy: Policy = FitPolicy.CROP,
+    text_length: Annotated[
+        int | None, typer.Option(min=1, help="Text positions; longer captions are cut")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32 keeps every bit; bfloat16 and float16 take half the room")
+    ] = "float32",
+    shard_clips: Annotated[int, typer.Option(min=1, help="Most clips in a shard")] = 256,
+    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
+    max_bad_fraction: MaxBad = 0.01,
+    decoders: Annotated[int, typer.Option(min=1, help="Clips decoded side by side")] = 1,
+    video_encoders: Annotated[int, typer.Option(min=1, help="Actors with the autoencoder")] = 1,
+    video_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each; 0.5 shares one")] = 0.0,
+    text_encoders: Annotated[int, typer.Option(min=1, help="Actors with the text encoder")] = 1,
+    text_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each; 0.5 shares one")] = 0.0,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: our own")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Encode videos to latents and captions to embeddings; killed and started again, it goes on."""
+    with progress_bar() as on_progress:
+        from pipelines.data.encode import encode as make_latents
+        from pipelines.data.encode_options import EncodeOptions, Pool, dtype_named
+        from pipelines.inference import model_folder, read_inference_settings
+
+        folder = model_folder(model)
+        known = read_inference_settings(folder)
+        report = make_latents(
+            source,
+            target,
+            str(folder),
+            EncodeOptions(
+                wanted=ClipFormat(
+                    num_frames=num_frames or known.num_frames,
+                    height=height or known.height,
+                    width=width or known.width,
+                    fps=fps or known.fps,
+                    policy=policy,
+                ),
+                text_length=text_length or known.text_length,
+                dtype=dtype_named(dtype),
+                shard_clips=shard_clips,
+                max_caption_chars=max_caption_chars,
+                max_bad_fraction=max_bad_fraction,
+                decoders=decoders,
+                videos=Pool(video_encoders, video_gpus),
+                captions=Pool(text_encoders, text_gpus),
+                address=address,
+            ),
+            on_progress,
+        )
+    data = {
+        "folder": report.folder,
+        "clips": report.num_clips,
+        "new_clips": report.num_new,
+        "shards": report.num_shards,
+        "bytes": report.num_bytes,
+        "rejected": report.rejected,
+        "encoding": report.encoding,
+        "seconds": report.seconds,
+    }
+    show(data, as_json, pairs(data), f"Look at them: sgmd check {target}")

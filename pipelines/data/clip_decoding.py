@@ -54,6 +54,11 @@ class ClipError(DataError):
         self.args = (fault, found, expected)
         self.fault = fault
 
+    @property
+    def in_short(self) -> str:
+        """What was found, and what would have been right."""
+        return f"{self.found}; expected {self.expected}" if self.expected else self.found
+
 
 @dataclass(frozen=True, slots=True)
 class ClipFacts:

@@ -70,8 +70,7 @@ def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip
     except _BadClip as bad:
         return reject(bad.reason, bad.detail)
     except ClipError as error:
-        expected = f"; expected {error.expected}" if error.expected else ""
-        return reject(error.fault, error.found + expected)
+        return reject(error.fault, error.in_short)
     return PreparedClip(clip.sample_id, caption, video, fps)
 
 

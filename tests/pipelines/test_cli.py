@@ -15,6 +15,7 @@ COMMANDS = (
     "shapes",
     "prepare",
     "check",
+    "encode",
     "pretrain",
     "distill",
     "sweep",
