@@ -29,8 +29,9 @@ class TextEncoder:
     Args:
         embedder: Tokenizer and network.
         text_length: Text positions; longer captions are cut, shorter ones end in zeros.
-        num_cached: Captions remembered, the least recently used one is forgotten first. The zeros
-            at the end are not stored, so a caption of 40 tokens costs 0.7 MB at a width of 4096.
+        num_cached: Captions remembered, 0 for none; the least recently used one is forgotten first.
+            The zeros at the end are not stored, so a caption of 40 tokens costs 0.7 MB at a width
+            of 4096.
     """
 
     def __init__(self, embedder: CaptionEmbedder, text_length: int, num_cached: int = 1024) -> None:
@@ -67,13 +68,13 @@ class TextEncoder:
         return self._embed(prompt)[None]
 
     def _embed(self, caption: str) -> Tensor:
-        found = self._cache.get(caption)
+        found = self._cache.pop(caption, None)
         if found is None:
             found = _without_end(self._embedder.encode([caption], self._text_length)[0])
-            self._cache[caption] = found
-            if len(self._cache) > self._num_cached:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(caption)
+        # At the end stands what was used last.
+        self._cache[caption] = found
+        if len(self._cache) > self._num_cached:
+            self._cache.popitem(last=False)
         return nn.functional.pad(found, (0, 0, 0, self._text_length - len(found)))
 
 

@@ -13,12 +13,13 @@ which number, so a block that Ray loses, repeats or moves would stop the run.
 
 import json
 import pickle
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any, cast
+from threading import Thread
+from typing import Any, TypeVar, TypeVarTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,9 @@ from pipelines.data.plan import Window
 from pipelines.data.stream import Planned
 from pipelines.data.window import REASON, ROW, Source, read_window
 from sgmd_core.errors import ConfigError, DataError
+
+R = TypeVar("R")
+Ts = TypeVarTuple("Ts")
 
 _FIRST_STRETCH = 8
 _STRETCH_GROWTH = 4
@@ -75,21 +79,17 @@ def read_with_ray_data(
         DataError: The server failed, or Ray Data did not hand out what it was given.
     """
     rows_planned, size = 0, _FIRST_STRETCH
-    starter = ThreadPoolExecutor(1, thread_name_prefix="stretch")
     coming: Future[_Stretch] | None = None
-    try:
-        while True:
-            coming = coming or starter.submit(_start, plan, source, ahead, size, num_rows)
-            stretch, coming = coming.result(), None
-            rows_planned += stretch.num_rows
-            size = min(size * _STRETCH_GROWTH, _LONGEST_STRETCH)
-            for done, pair in enumerate(stretch.windows()):
-                if coming is None and 2 * done >= len(stretch.planned) and rows_planned < num_rows:
-                    left = num_rows - rows_planned
-                    coming = starter.submit(_start, plan, source, ahead, size, left)
-                yield pair
-    finally:
-        starter.shutdown(wait=False, cancel_futures=True)
+    while True:
+        coming = coming or _in_background(_start, plan, source, ahead, size, num_rows)
+        stretch, coming = coming.result(), None
+        rows_planned += stretch.num_rows
+        size = min(size * _STRETCH_GROWTH, _LONGEST_STRETCH)
+        for done, pair in enumerate(stretch.windows()):
+            if coming is None and 2 * done >= len(stretch.planned) and rows_planned < num_rows:
+                left = num_rows - rows_planned
+                coming = _in_background(_start, plan, source, ahead, size, left)
+            yield pair
 
 
 class _Stretch:
@@ -140,6 +140,20 @@ def _start(
     return _Stretch(planned, chain([] if first is None else [first], blocks))
 
 
+def _in_background(work: Callable[[*Ts], R], *args: *Ts) -> Future[R]:
+    """Starts work in a thread that does not keep a process alive which has nothing else to do."""
+    future: Future[R] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="stretch", daemon=True).start()
+    return future
+
+
 def _execute(
     windows: Sequence[Window], source: Source, ahead: ReadAheadSettings
 ) -> Iterator[pa.Table]:
@@ -153,7 +167,7 @@ def _execute(
         batch_format="pyarrow",
         fn_kwargs={"source": source},
         num_cpus=_READER_CPUS,
-        concurrency=ahead.readers,
+        compute=ray.data.TaskPoolStrategy(size=ahead.readers),
     )
     options = rows.context.execution_options
     options.preserve_order = True

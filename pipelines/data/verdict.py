@@ -167,7 +167,7 @@ def _judge_epoch(epoch: int, due: Iterable[DueRow], used: Counter[str]) -> Epoch
             verdict.used_once += 1
     verdict.quarantined = left_out.total()
     verdict.missing = wanted.total()
-    for name in (+wanted).keys():
+    for name in +wanted:
         _note(verdict, f"missing {name}")
     return verdict
 

@@ -114,7 +114,7 @@ def read_window(reader: RowGroupReader, source: Source, window: Window) -> pa.Ta
     parts = [_fault_lines(faults, schema)]
     if taken is not None:
         taken = taken.append_column(PLACE, pa.array(places.astype(np.int32)))
-        parts.append(taken.select(schema.names).cast(schema))
+        parts.append(taken.select(schema.names))
     return pa.concat_tables(parts)
 
 
@@ -151,9 +151,9 @@ def _checked(
             return Fault(f"encoding unknown ({error.found})")
         if found is None or not _agree(found, source.encoding, source.columns):
             return Fault(f"encoded otherwise than wanted ({found})")
-    columns_by_name = {name: table.column(name) for name in columns}
-    columns_by_name[SAMPLE_ID] = columns_by_name[SAMPLE_ID].cast(pa.string())
-    columns_by_name[CAPTION] = columns_by_name[CAPTION].cast(pa.string())
+    # Shards may differ in how they store the same: 32 or 64 bits, plain strings or a dictionary.
+    types = {field.name: field.type for field in _schema(source)}
+    columns_by_name = {name: table.column(name).cast(types[name]) for name in columns}
     reasons = _reasons(source, columns_by_name)
     if source.decode is not None:
         columns_by_name[VIDEO] = _decoded(source, columns_by_name, reasons)

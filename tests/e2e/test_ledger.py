@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from s3fs import S3FileSystem
 
 from pipelines.audit import audit
 from pipelines.config import DistillConfig
@@ -17,8 +20,10 @@ from pipelines.distill import distill
 from pipelines.run_folder import RunFolder, read_jsonl
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, run_cli
+from tests.helpers.faulty_proxy import ProxyBook, Trouble, every, serve_faulty
+from tests.helpers.s3_server import serve_s3
 
-ITERATIONS = 28
+ITERATIONS = 18
 TIMEOUT_S = 240
 
 
@@ -49,25 +54,45 @@ def start_and_kill(config: DistillConfig, after_iterations: int) -> None:
     process.wait(timeout=30)
 
 
+@pytest.fixture
+def busy_s3(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, ProxyBook]]:
+    """The training shards on an S3 server that is busy, slow and breaks off; and its proxy."""
+    shutil.copytree(world, tmp_path / "s3" / "clips" / "shapes")
+    troubles = (Trouble.SLOW_DOWN, Trouble.RESET, Trouble.INTERNAL, Trouble.DRIBBLE)
+    with (
+        serve_s3(tmp_path / "s3") as server,
+        serve_faulty(server.environment["AWS_ENDPOINT_URL"], every(3, *troubles)) as proxy,
+    ):
+        for name, value in (server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}).items():
+            monkeypatch.setenv(name, value)
+        S3FileSystem.clear_instance_cache()
+        yield "s3://clips/shapes/train", proxy
+
+
 @pytest.mark.slow
-def test_a_run_killed_in_the_middle_uses_every_sample_once(make_recipe: MakeRecipe) -> None:
-    settings = ["checkpoint.every=4", "data.shuffle.shards=2"]
-    whole = make_recipe("name=whole", f"iterations={ITERATIONS}", *settings)
+def test_a_run_from_a_busy_s3_killed_in_the_middle_uses_every_sample_once(
+    make_recipe: MakeRecipe, busy_s3: tuple[str, ProxyBook]
+) -> None:
+    settings = [f"iterations={ITERATIONS}", "checkpoint.every=4", "data.shuffle.shards=2"]
+    whole = make_recipe("name=whole", *settings)
     distill(whole)
-    killed = make_recipe("name=killed", f"iterations={ITERATIONS}", *settings)
-    start_and_kill(killed, after_iterations=10)
+    folder, proxy = busy_s3
+    settings += [f"data.train={folder}", "data.s3.backoff_s=0.05"]
+    killed = make_recipe("name=killed", *settings)
+    start_and_kill(killed, after_iterations=6)
     made = len(read_jsonl(RunFolder(killed.run_folder).metrics))
     assert made < ITERATIONS, "the run ended before it was killed"
     # With other micro-batches: they decide who works on a sample, not which samples come.
-    other = make_recipe(
-        "name=killed", f"iterations={ITERATIONS}", *settings, "batch.micro_batches=4"
-    )
+    other = make_recipe("name=killed", *settings, "batch.micro_batches=4")
     distill(other, resume=True)
     assert used(killed) == used(whole)
     verdict = audit(Path(killed.run_folder))
     assert verdict.is_clean
     assert verdict.samples == ITERATIONS * 4
     assert [epoch.used_once for epoch in verdict.epochs[:-1]] == [48] * (len(verdict.epochs) - 1)
+    assert sum(count for kind, count in proxy.troubles.items() if kind is not Trouble.NONE) >= 3
     told = run_cli("ledger", str(killed.run_folder))
     assert told["clean"] is True
     assert told["epochs"] == [epoch.to_json() for epoch in verdict.epochs]
