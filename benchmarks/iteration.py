@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config import DistillConfig, load_recipe
-from pipelines.feed import CaptionFeed
+from pipelines.data.feed import Feed, Progress
 from pipelines.groups import Groups, open_groups
-from pipelines.iteration import iterate, plan_iteration
+from pipelines.iteration import PromptBatch, iterate, plan_iteration
 from pipelines.preflight import check
 from pipelines.run_folder import RunFolder, git_revision, versions
 from workers.text_encoder import TextEncoder
@@ -44,11 +44,11 @@ class Stand:
                 0, TextEncoder.encode_negative, config.model.negative_prompt
             ),
         )
-        self._captions = [
-            feed_batch.captions
-            for feed_batch in groups.feed.fetch(
+        self._prompts = [
+            PromptBatch(batch.captions)
+            for batch in groups.feed.fetch(
                 [
-                    groups.feed.call_rank(0, CaptionFeed.take, self._size)
+                    groups.feed.call_rank(0, Feed.take, self._size)
                     for _ in range(self._plan.batches_per_iteration)
                 ],
                 60,
@@ -60,7 +60,7 @@ class Stand:
     def run(self) -> tuple[float, float, dict[str, float]]:
         """Wall and CPU seconds of one iteration, and its losses."""
         wall, cpu = time.perf_counter(), time.process_time()
-        report = iterate(self._groups.roles, self._plan, self._iteration, self._captions)
+        report = iterate(self._groups.roles, self._plan, self._iteration, self._prompts)
         self._iteration += 1
         return time.perf_counter() - wall, time.process_time() - cpu, dict(report.losses)
 
@@ -77,7 +77,9 @@ def measure(
                 settings = [f"fake_score.tracking={tracking}", f"topology.mode={mode}"]
                 config = load_recipe(recipe, [*overrides, *settings, "validation.every=0"])
                 folder = RunFolder(Path(scratch) / mode)
-                groups = open_groups(config, check(config), folder, 0, 2 * config.batch.size)
+                groups = open_groups(
+                    config, check(config), folder, Progress(), 2 * config.batch.size
+                )
                 stands[mode] = Stand(config, stack.enter_context(groups))
             runs: dict[str, list[tuple[float, float]]] = {mode: [] for mode in TOPOLOGIES}
             for number in range(warmup + num_iterations):

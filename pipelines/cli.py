@@ -3,7 +3,8 @@
 Heavy imports stand inside the commands, so that `--help` is there at once.
 
     exit code 0   done
-              1   a run failed on the way, or something necessary is missing (doctor)
+              1   a run failed on the way, something necessary is missing (doctor), or a set of
+                  shards is not usable (check)
               2   the request was wrong: a setting, a folder, a shard
 """
 
@@ -14,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cluster.errors import ClusterError
-from pipelines.commands import machine, recipes, results, runs
+from pipelines.commands import data, machine, recipes, results, runs
 from pipelines.commands.output import show_error
 from sgmd_core.errors import NonFiniteError, SgmdError, StaleCallError
 
@@ -46,6 +47,9 @@ app = typer.Typer(
 for command in (
     machine.doctor,
     runs.shapes,
+    data.prepare,
+    data.check,
+    data.encode,
     runs.pretrain,
     runs.distill,
     runs.sweep,
@@ -53,6 +57,7 @@ for command in (
     results.evaluate,
     results.generate,
     results.report,
+    results.ledger,
 ):
     app.command()(command)
 app.add_typer(recipes.app, name="recipes")

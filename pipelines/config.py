@@ -19,6 +19,9 @@ import yaml
 from pydantic import Field, JsonValue, model_validator
 
 from pipelines import recipe_files
+from pipelines.data.filesystem import S3Settings
+from pipelines.data.plan import ShuffleSettings
+from pipelines.data.ray_stream import ReadAheadSettings
 from pipelines.methods import ObjectiveSettings, method_contradictions
 from pipelines.overrides import Override, apply_overrides
 from pipelines.section import Section
@@ -35,16 +38,20 @@ from workers.settings import (
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 """Where the source tree and its `assets/` are."""
 
-_NOT_IN_DIGEST = (
-    "name",
-    "output",
-    "iterations",
-    "topology",
-    "checkpoint",
-    "validation",
-    "tracker",
-    "sweep",
-)
+# What may change between a run and its resumption: it decides no number but by rounding, or the
+# numbers come after those that were made.
+_NOT_IN_DIGEST: dict[str, bool | set[str]] = {
+    "name": True,
+    "output": True,
+    "iterations": True,
+    "topology": True,
+    "checkpoint": True,
+    "validation": True,
+    "tracker": True,
+    "sweep": True,
+    "batch": {"micro_batches"},
+    "data": {"validation", "text_cache", "max_bad_fraction", "read_ahead", "s3"},
+}
 
 
 class BatchSettings(Section):
@@ -63,6 +70,20 @@ class DataSettings(Section):
     """Captions that the generator is trained on."""
     validation: str = ""
     """Held-out captions; needed when `validation.every` is above 0, and to evaluate."""
+    stored_text: bool = True
+    """Use embeddings that shards carry, if the recipe's text encoder made them."""
+    text_cache: int = Field(default=1024, ge=0)
+    """Captions whose embeddings are remembered; a full one of 512 x 4096 takes 8 MB."""
+    max_caption_chars: int = Field(default=4096, ge=1)
+    """Longer captions are quarantined."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Share of the rows that may be unusable; past it the run stops and names the worst shards."""
+    shuffle: ShuffleSettings = ShuffleSettings()
+    """How well rows are mixed."""
+    read_ahead: ReadAheadSettings = ReadAheadSettings()
+    """How far ahead of the training data are read."""
+    s3: S3Settings = S3Settings()
+    """How an S3 server is spoken to. Endpoint and keys come from the usual AWS variables."""
 
 
 class PoolSettings(Section):
@@ -231,7 +252,7 @@ class DistillConfig(Section):
     @property
     def digest(self) -> str:
         """Names the settings that decide a run's numbers; two runs that may share state agree."""
-        settings = self.model_dump(mode="json", exclude=set(_NOT_IN_DIGEST))
+        settings = self.model_dump(mode="json", exclude=_NOT_IN_DIGEST)
         text = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -14,13 +14,16 @@ from typing import Any
 from cluster.storage import Checkpoints, write_json
 from cluster.worker_group import Pending
 from pipelines.config import DistillConfig
-from pipelines.feed import CaptionBatch, CaptionFeed
+from pipelines.data.feed import Batch, Feed
+from pipelines.data.plan import Cursor
+from pipelines.data.schema import TEXT_EMBEDS
 from pipelines.groups import Groups, open_groups
 from pipelines.inference import InferenceSettings, write_inference_settings
-from pipelines.iteration import IterationReport, iterate, plan_iteration
+from pipelines.iteration import PromptBatch, iterate, plan_iteration
 from pipelines.preflight import Preflight, check
 from pipelines.progress import Listener, SilentListener
 from pipelines.records import IterationRecord, ValidationRecord
+from pipelines.run_data import RunData
 from pipelines.run_folder import (
     RunFolder,
     append_jsonl,
@@ -43,10 +46,12 @@ class Position:
     Attributes:
         iteration: Generator updates made.
         rows: Captions taken from the stream for them.
+        cursor: The place in the data that comes next.
     """
 
-    iteration: int
-    rows: int
+    iteration: int = 0
+    rows: int = 0
+    cursor: Cursor = Cursor()
 
 
 def dry_run(config: DistillConfig) -> dict[str, Any]:
@@ -90,14 +95,18 @@ def distill(
     if resume:
         start = _resume_position(config, folder, checkpoints)
         folder.rewind(start.iteration)
+        data = RunData(folder)
+        data.rewind(start.iteration)
         listener.note(f"resuming {folder.root} at iteration {start.iteration}")
     else:
-        start = Position(0, 0)
+        start = Position()
         folder.create(config.to_yaml())
+        data = RunData(folder)
     listener.note(f"starting the roles ({config.topology.mode})")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
+    progress = data.progress(start.cursor, start.rows)
     with (
-        open_groups(config, checked, folder, start.rows, rows_left, in_trial=in_trial) as groups,
+        open_groups(config, checked, folder, progress, rows_left, in_trial=in_trial) as groups,
         open_tracker(
             config.tracker.wandb,
             config.tracker.project,
@@ -106,7 +115,7 @@ def distill(
             config.model_dump(mode="json"),
         ) as tracker,
     ):
-        run = Distillation(config, checked, groups, folder, checkpoints, listener, tracker)
+        run = Distillation(config, checked, groups, folder, data, checkpoints, listener, tracker)
         if resume:
             run.load(start)
         run.train(start)
@@ -119,17 +128,19 @@ def _resume_position(
     folder.require()
     latest = checkpoints.latest()
     if latest is None:
-        return Position(0, 0)
+        return Position()
     manifest = checkpoints.manifest(latest)
     if manifest["config_digest"] != config.digest:
         raise CheckpointError(
             f"resuming {folder.root} at iteration {latest}",
             f"a checkpoint of configuration {manifest['config_digest']}, while the settings now "
             f"come to {config.digest}",
-            "the same settings, but for iterations, topology, checkpoint, validation and tracker",
+            "the same settings, but for iterations, topology, batch.micro_batches, checkpoint, "
+            "validation, tracker and how the data are read",
             f"Resume with the run's own config.yaml: sgmd distill {folder.config} --resume ...",
         )
-    return Position(manifest["iteration"], manifest["rows"])
+    cursor = Cursor.from_json(manifest.get("cursor"))
+    return Position(manifest["iteration"], manifest["rows"], cursor)
 
 
 class Distillation:
@@ -140,6 +151,7 @@ class Distillation:
         checked: What they come to.
         groups: The roles, the caption feed and the validator.
         folder: Where the run is written down.
+        data: Its books about the data.
         checkpoints: Its committed states.
         listener: Hears about progress.
         tracker: Logs elsewhere too.
@@ -151,6 +163,7 @@ class Distillation:
         checked: Preflight,
         groups: Groups,
         folder: RunFolder,
+        data: RunData,
         checkpoints: Checkpoints,
         listener: Listener,
         tracker: Tracker,
@@ -159,6 +172,7 @@ class Distillation:
         self._checked = checked
         self._groups = groups
         self._folder = folder
+        self._data = data
         self._checkpoints = checkpoints
         self._listener = listener
         self._tracker = tracker
@@ -185,6 +199,7 @@ class Distillation:
 
         Raises:
             NonFiniteError: With a note that says where the last good state is.
+            DataError: Too much of the data cannot be used, or their server failed.
         """
         config, end = self._config, self._config.iterations
         position = start
@@ -193,17 +208,33 @@ class Distillation:
             began = time.perf_counter()
             batches = self._fetch(self._groups.feed, coming, f"reading captions ({iteration})")
             waited_s = time.perf_counter() - began
+            rejected = self._data.enter(iteration, batches)
+            prompts = [self._prompts(batch) for batch in batches]
             # Asked for one iteration ahead, so that reading never stands in the way.
             coming = self._take() if iteration + 1 < end else []
             try:
-                report = iterate(
-                    self._groups.roles, self._plan, iteration, [batch.captions for batch in batches]
-                )
+                report = iterate(self._groups.roles, self._plan, iteration, prompts)
             except NonFiniteError as error:
                 error.add_note(self._keep_last_good(position))
                 raise
-            position = Position(iteration + 1, batches[-1].position)
-            self._record(iteration, report, position, time.perf_counter() - began, waited_s)
+            last = batches[-1]
+            position = Position(iteration + 1, last.position, last.cursor)
+            self._data.record(iteration, batches)
+            self._record(
+                IterationRecord(
+                    iteration=iteration,
+                    losses=report.losses,
+                    grad_norms=report.grad_norms,
+                    seconds=self._seconds_since_last(),
+                    seconds_total=time.perf_counter() - began,
+                    data_wait_s=waited_s,
+                    samples_seen=position.rows,
+                    epoch=last.passes,
+                    cursor=position.cursor.to_json(),
+                    rejected=rejected,
+                    exit_steps=report.exit_steps,
+                )
+            )
             if position.iteration == end or _due(position.iteration, config.checkpoint.every):
                 self._save(position)
             if position.iteration == end or _due(position.iteration, config.validation.every):
@@ -229,32 +260,17 @@ class Distillation:
         write_json(str(self._folder.summary), summary)
         return summary
 
-    def _take(self) -> list[Pending[CaptionBatch]]:
+    def _take(self) -> list[Pending[Batch]]:
         feed, size = self._groups.feed, self._config.batch.size
-        return [
-            feed.call_rank(0, CaptionFeed.take, size)
-            for _ in range(self._plan.batches_per_iteration)
-        ]
+        return [feed.call_rank(0, Feed.take, size) for _ in range(self._plan.batches_per_iteration)]
 
-    def _record(
-        self,
-        iteration: int,
-        report: IterationReport,
-        position: Position,
-        seconds: float,
-        waited_s: float,
-    ) -> None:
-        record = IterationRecord(
-            iteration=iteration,
-            losses=report.losses,
-            grad_norms=report.grad_norms,
-            seconds=self._seconds_since_last(),
-            seconds_total=seconds,
-            data_wait_s=waited_s,
-            samples_seen=position.rows,
-            epoch=position.rows / self._checked.captions.num_rows,
-            exit_steps=report.exit_steps,
-        )
+    def _prompts(self, batch: Batch) -> PromptBatch:
+        if TEXT_EMBEDS not in self._checked.source.columns:
+            return PromptBatch(batch.captions)
+        stored = self._groups.feed.call_rank(0, Feed.embeddings, batch.number)
+        return PromptBatch(batch.captions, stored)
+
+    def _record(self, record: IterationRecord) -> None:
         append_jsonl(self._folder.metrics, record.to_json())
         self._listener.iteration(record)
         self._tracker.iteration(record)
@@ -278,6 +294,7 @@ class Distillation:
             {
                 "iteration": position.iteration,
                 "rows": position.rows,
+                "cursor": position.cursor.to_json(),
                 "config_digest": self._config.digest,
                 "seed": self._config.seed,
                 "versions": versions(),
@@ -323,6 +340,7 @@ class Distillation:
             "samples_seen": records[-1]["samples_seen"] if records else 0,
             "seconds": sum(seconds),
             "seconds_per_iteration": statistics.median(seconds) if seconds else None,
+            "quarantined": self._data.counts(),
             "data_wait_share": _share([record["data_wait_s"] for record in records], seconds),
             "losses": records[-1]["losses"] if records else {},
             "validation": validations[-1]["figures"] if validations else {},

@@ -13,8 +13,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipelines.captions import plan_captions, read_rows
 from pipelines.config import DistillConfig, load_recipe
+from pipelines.data.filesystem import S3Settings
+from pipelines.data.inspect import first_captions
 from pipelines.evaluation import FLOOR, GENERATOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 from pipelines.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.run_folder import RunFolder
@@ -178,7 +179,7 @@ def plan_evaluation(
             TEACHER_FEW_GUIDED: replace(few, guidance_scale=reference.guidance_scale),
             GENERATOR: replace(few, guidance_scale=own.guidance_scale),
         },
-        captions=_captions(captions, options),
+        captions=_captions(captions, options, config),
         captions_from=captions,
         output=Path(output) if output else (path if is_run else Path("evaluation")),
         options=options,
@@ -208,14 +209,8 @@ def _subject(folder: Path, settings: InferenceSettings, video: VideoSettings) ->
     return Subject(folder, model, video, settings.flow_shift)
 
 
-def _captions(folder: str, options: EvaluationOptions) -> tuple[str, ...]:
-    plan, wanted = plan_captions(folder), options.num_captions
-    if plan.num_rows < wanted:
-        raise ConfigError(
-            f"choosing {wanted} captions from {folder}",
-            f"{plan.num_rows} rows",
-            f"at least {wanted}",
-            "Ask for fewer captions, or add shards",
-        )
-    rows = [row for task in plan.tasks(options.seed, 0, wanted) for row in read_rows(task)]
-    return tuple(row.caption for row in rows[:wanted])
+def _captions(
+    folder: str, options: EvaluationOptions, config: DistillConfig | None
+) -> tuple[str, ...]:
+    s3 = config.data.s3 if config is not None else S3Settings()
+    return first_captions(folder, s3, options.seed, options.num_captions)

@@ -20,7 +20,7 @@ from cluster.runtime import start_ray
 from cluster.topology import Placement, reserve
 from cluster.worker_group import WorkerGroup
 from pipelines.config import DistillConfig, PoolSettings
-from pipelines.feed import CaptionFeed, build_feed
+from pipelines.data.feed import Feed, Progress, StreamSettings, build_feed
 from pipelines.iteration import Roles
 from pipelines.preflight import Preflight
 from pipelines.run_folder import RunFolder
@@ -51,7 +51,7 @@ class Groups:
     """Everybody in a run."""
 
     roles: Roles
-    feed: WorkerGroup[CaptionFeed]
+    feed: WorkerGroup[Feed]
     validator: WorkerGroup[Validator] | None
 
 
@@ -60,7 +60,7 @@ def open_groups(
     config: DistillConfig,
     checked: Preflight,
     folder: RunFolder,
-    first_row: int,
+    progress: Progress,
     num_rows: int,
     *,
     in_trial: bool = False,
@@ -71,7 +71,7 @@ def open_groups(
         config: The run's settings.
         checked: What they come to.
         folder: Where the validator puts its sheets.
-        first_row: Captions that the run has taken from the stream.
+        progress: Where the run stands in its data.
         num_rows: Captions that it will still take.
         in_trial: Take over the placement group of the Tune trial that this process is.
 
@@ -92,7 +92,7 @@ def open_groups(
                 else reserve(pools, config.topology.start_timeout_s)
             )
             opener = _RayOpener(stack.enter_context(placement))
-        groups = _open(opener, stack, config, checked, folder, first_row, num_rows)
+        groups = _open(opener, stack, config, checked, folder, progress, num_rows)
         for group in _all(groups):
             group.wait_ready(config.topology.start_timeout_s)
         yield groups
@@ -168,7 +168,7 @@ def _open(
     config: DistillConfig,
     checked: Preflight,
     folder: RunFolder,
-    first_row: int,
+    progress: Progress,
     num_rows: int,
 ) -> Groups:
     def group(
@@ -194,10 +194,16 @@ def _open(
             (model, config.teacher, threads),
             config.topology.teacher.replicas,
         ),
-        text=group("text", build_text_encoder, (model, threads)),
+        text=group("text", build_text_encoder, (model, threads, config.data.text_cache)),
     )
-    use_ray_data = config.topology.mode != "local"
-    feed = group("feed", build_feed, (checked.captions, seed, first_row, num_rows, use_ray_data))
+    stream = StreamSettings(
+        checked.source,
+        seed,
+        config.data.shuffle,
+        config.data.max_bad_fraction,
+        ahead=None if config.topology.mode == "local" else config.data.read_ahead,
+    )
+    feed = group("feed", build_feed, (stream, progress, num_rows))
     validator = None
     if checked.held_out:
         plan = _validation_plan(config, checked.held_out, folder)

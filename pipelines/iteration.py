@@ -52,6 +52,19 @@ class Roles:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptBatch:
+    """The captions of one batch.
+
+    Attributes:
+        captions: One a sample.
+        stored: Their embeddings, where the data brought them along.
+    """
+
+    captions: tuple[str, ...]
+    stored: Pending[Text] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class IterationPlan:
     """What is the same in every iteration.
 
@@ -148,7 +161,7 @@ def iterate(
     roles: Roles,
     plan: IterationPlan,
     iteration: int,
-    captions: Sequence[Sequence[str]],
+    batches: Sequence[PromptBatch],
     draws: Mapping[MicroBatchKey, Draws] | None = None,
 ) -> IterationReport:
     """Updates the generator once, and the fake score as often as the objective wants.
@@ -157,7 +170,7 @@ def iterate(
         roles: The groups.
         plan: How the batch is split and how long to wait.
         iteration: Generator updates made before this one.
-        captions: One batch, and with fresh tracking one more for each update of the fake score.
+        batches: One batch, and with fresh tracking one more for each update of the fake score.
         draws: Hands every random number in, to replay a recorded iteration; drawn by counter where
             it is not given.
 
@@ -166,14 +179,14 @@ def iterate(
             been updated; with fresh tracking the generator may have been.
     """
     run = _Iteration(roles, plan, iteration, draws or {})
-    learned, tracked, diversified = run.distil(captions[0])
+    learned, tracked, diversified = run.distil(batches[0])
     generator_norm = run.check(roles.generator, GeneratorLearner)
     norms: list[float] = []
     if plan.fresh_tracking:
         version = run.step(roles.generator, GeneratorLearner)
         if plan.mixes_weights:
             run.mix_weights()
-        for update, batch in enumerate(captions[1:]):
+        for update, batch in enumerate(batches[1:]):
             tracked += run.track_fresh(batch, update)
             norms.append(run.check(roles.fake_score, FakeScoreTracker))
             run.step(roles.fake_score, FakeScoreTracker)
@@ -214,11 +227,11 @@ class _Iteration:
     draws: Mapping[MicroBatchKey, Draws]
 
     def distil(
-        self, captions: Sequence[str]
+        self, prompts: PromptBatch
     ) -> tuple[list[LearnReport], list[TrackReport], list[DiversityReport]]:
         """Rolls out, scores, tracks (in shared mode) and learns, `window` micro-batches deep."""
         roles, share = self.roles, 1 / self.plan.micro_batches
-        texts = self._encode(captions)
+        texts = self._encode(prompts)
         queries: dict[int, Pending[NoisedBatch]] = {}
         learned: list[Pending[LearnReport]] = []
         tracked: list[Pending[TrackReport]] = []
@@ -253,17 +266,17 @@ class _Iteration:
             self._fetch(roles.generator, diversified, "learning diversity"),
         )
 
-    def track_fresh(self, captions: Sequence[str], update: int) -> list[TrackReport]:
+    def track_fresh(self, prompts: PromptBatch, update: int) -> list[TrackReport]:
         """Tracks new samples of the generator, which has been updated by now.
 
         Args:
-            captions: What the samples show.
+            prompts: What the samples show.
             update: Which of the iteration's tracking updates this is; its samples and micro-batches
                 are counted on from those of the updates before, so that each has draws of its own.
         """
         roles, parts = self.roles, self.plan.micro_batches
         tracked: list[Pending[TrackReport]] = []
-        for index, text in enumerate(self._encode(captions, update * len(captions))):
+        for index, text in enumerate(self._encode(prompts, update * len(prompts.captions))):
             key = self._key(Purpose.TRACK, update * parts + index)
             query = roles.generator.call_rank(
                 0, GeneratorLearner.sample, key, text, self.draws.get(key)
@@ -304,17 +317,22 @@ class _Iteration:
         target = roles.teacher.call_rank(replica, ScoreTeacher.anchor, start, self.plan.negative)
         return roles.generator.call_rank(0, GeneratorLearner.diversify, start, target, share)
 
-    def _encode(self, captions: Sequence[str], first_sample: int = 0) -> list[Pending[TextBatch]]:
+    def _encode(self, prompts: PromptBatch, first_sample: int = 0) -> list[Pending[TextBatch]]:
+        text, captions, stored = self.roles.text, prompts.captions, prompts.stored
         size = len(captions) // self.plan.micro_batches
-        starts = range(0, len(captions), size)
+        parts = [tuple(range(at, at + size)) for at in range(0, len(captions), size)]
+        if stored is not None:
+            return [
+                text.call_rank(0, TextEncoder.place, stored, part, first_sample) for part in parts
+            ]
         return [
-            self.roles.text.call_rank(
+            text.call_rank(
                 0,
                 TextEncoder.encode,
-                tuple(captions[start : start + size]),
-                tuple(range(first_sample + start, first_sample + start + size)),
+                captions[part[0] : part[-1] + 1],
+                tuple(first_sample + row for row in part),
             )
-            for start in starts
+            for part in parts
         ]
 
     def _key(self, purpose: Purpose, micro_batch: int) -> MicroBatchKey:

@@ -1,12 +1,13 @@
 """Everything about a run that can be wrong before a process or a GPU is taken."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pipelines.captions import CaptionPlan, plan_captions, read_rows
 from pipelines.config import DistillConfig
-from sgmd_core.errors import ConfigError
-from workers.models.folder import WanFolder, inspect_wan_folder
+from pipelines.data.inspect import FolderFacts, first_captions, inspect_folder
+from pipelines.data.schema import TEXT_COMPONENTS, TEXT_EMBEDS, Encoding
+from pipelines.data.window import Source
+from workers.models.folder import WanFolder, fingerprint, inspect_wan_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,14 +17,16 @@ class Preflight:
     Attributes:
         model: The networks' folder.
         latent_shape: (channels, frames, rows, columns) of one sample.
-        captions: The training captions.
+        source: The training data, and what is read of them.
+        data: What a first look at them tells.
         held_out: Captions to validate with; empty when validation is off.
         rows_per_iteration: Captions that one iteration takes.
     """
 
     model: WanFolder
     latent_shape: tuple[int, int, int, int]
-    captions: CaptionPlan
+    source: Source
+    data: FolderFacts
     held_out: tuple[str, ...]
     rows_per_iteration: int
 
@@ -35,12 +38,18 @@ class Preflight:
             "model": str(self.model.path),
             "num_parameters": self.model.num_parameters,
             "latent_shape": list(self.latent_shape),
-            "training_rows": self.captions.num_rows,
-            "training_shards": len({group.shard for group in self.captions.groups}),
+            "training_rows": self.data.num_rows,
+            "training_shards": self.data.num_shards,
+            "training_shards_hold": self.data.kind.value,
+            "stored_text": TEXT_EMBEDS in self.source.columns,
             "held_out_captions": len(self.held_out),
             "rows_per_iteration": self.rows_per_iteration,
             "iterations": config.iterations,
-            "epochs": config.iterations * self.rows_per_iteration / self.captions.num_rows,
+            "epochs": (
+                config.iterations * self.rows_per_iteration / self.data.num_rows
+                if self.data.num_rows
+                else None
+            ),
             "objective": asdict(config.objective),
             "tracking": config.fake_score.tracking,
             "topology": config.topology.mode,
@@ -56,29 +65,31 @@ def check(config: DistillConfig) -> Preflight:
     model = inspect_wan_folder(config.model_folder)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
-    captions = plan_captions(config.data.train)
-    # One row group is read now: credentials that can list but not read fail here, not later.
-    read_rows(next(captions.tasks(config.seed, 0, 1)))
+    settings = config.data
+    source = Source(settings.train, settings.s3, max_caption_chars=settings.max_caption_chars)
+    data = inspect_folder(source, config.seed, settings.shuffle)
+    if settings.stored_text and data.encoding is not None and _fits(data.encoding, config, model):
+        source = replace(source, columns=(TEXT_EMBEDS,), encoding=data.encoding)
     return Preflight(
         model=model,
         latent_shape=latent_shape,
-        captions=captions,
+        source=source,
+        data=data,
         held_out=_held_out(config),
         rows_per_iteration=config.batch.size * (1 + config.fresh_updates),
     )
 
 
+def _fits(encoding: Encoding, config: DistillConfig, model: WanFolder) -> bool:
+    """Whether stored embeddings are what the recipe's text encoder would make."""
+    shape = (config.model.text_length, model.text_width)
+    return encoding.text_shape == shape and encoding.text_encoder == fingerprint(
+        model.path, TEXT_COMPONENTS
+    )
+
+
 def _held_out(config: DistillConfig) -> tuple[str, ...]:
-    wanted = config.validation.num_captions
     if not config.validation.every:
         return ()
-    plan = plan_captions(config.data.validation)
-    if plan.num_rows < wanted:
-        raise ConfigError(
-            f"choosing {wanted} captions to validate with from {config.data.validation}",
-            f"{plan.num_rows} rows",
-            f"at least {wanted}",
-            "Lower validation.num_captions or add shards",
-        )
-    rows = [row for task in plan.tasks(config.seed, 0, wanted) for row in read_rows(task)]
-    return tuple(row.caption for row in rows[:wanted])
+    wanted = config.validation.num_captions
+    return first_captions(config.data.validation, config.data.s3, config.seed, wanted)

@@ -26,7 +26,10 @@ class IterationRecord:
         seconds_total: Wall-clock seconds of the iteration.
         data_wait_s: Of these, seconds spent waiting for captions.
         samples_seen: Captions taken from the stream so far.
-        epoch: Passes over the data, as a fraction.
+        epoch: Passes over the data, as a fraction; only whole ones as long as the folder has not
+            been listed to its end.
+        cursor: The row of the data that comes next; `pipelines.data.plan.Cursor`.
+        rejected: Rows, row groups and shards that were newly left out on the way.
         exit_steps: The rollout step that learnt, one a micro-batch.
     """
 
@@ -38,6 +41,8 @@ class IterationRecord:
     data_wait_s: float
     samples_seen: int
     epoch: float
+    cursor: Mapping[str, int]
+    rejected: int
     exit_steps: tuple[int, ...]
 
     @property

@@ -1,6 +1,7 @@
 """Where a run keeps what it makes.
 
 runs/NAME/  config.yaml  metrics.jsonl  validation.jsonl  summary.json
+ledger/  shards.jsonl  quarantine.parquet
 samples/  checkpoints/step-000200/  generator/  evaluation.json  report.html
 """
 
@@ -30,6 +31,9 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.validation = self.root / "validation.jsonl"
         self.summary = self.root / "summary.json"
+        self.ledger = self.root / "ledger"
+        self.quarantine = self.root / "quarantine.parquet"
+        self.shards = self.root / "shards.jsonl"
         self.samples = self.root / "samples"
         self.checkpoints = self.root / "checkpoints"
         self.generator = self.root / "generator"

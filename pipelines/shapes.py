@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,9 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from pipelines.data.filesystem import open_folder
+from pipelines.data.index import Shard
+from pipelines.data.indexing import index_folder
 from pipelines.video import Pixels, encode_mp4
 from sgmd_core.errors import ConfigError
 from sgmd_core.metrics.shapes import (
@@ -42,6 +44,7 @@ AREA_RANGE_PX = (65.0, 120.0)
 BACKGROUND_RANGE = (0.10, 0.40)
 BACKGROUND_TINT = 0.08
 _HELD_OUT_PERIOD = 6
+_GROUP_CLIPS = 128
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -173,21 +176,26 @@ def write_shards(
             f"num_clips={num_clips}, shard_size={shard_size}",
             "both at least 1",
         )
-    filesystem, root = fsspec.core.url_to_fs(dst)
+    filesystem, root = open_folder(dst)
     # On an object store this might create a bucket, which is not ours to decide.
     if isinstance(filesystem, LocalFileSystem):
         filesystem.makedirs(root, exist_ok=True)
     addresses: list[str] = []
+    written: list[Shard] = []
     for start in range(0, num_clips, shard_size):
         stop = min(start + shard_size, num_clips)
         indices = range(first_index + start, first_index + stop)
-        path = f"{root}/shapes-{seed:04d}-{split}-{indices.start:07d}.parquet"
+        name = f"shapes-{seed:04d}-{split}-{indices.start:07d}.parquet"
         buffer = io.BytesIO()
-        pq.write_table(_shard_table(seed, indices, split), buffer, row_group_size=128)
+        pq.write_table(_shard_table(seed, indices, split), buffer, row_group_size=_GROUP_CLIPS)
         # One write of whole bytes: a reader never sees half a shard on an object store.
-        filesystem.pipe_file(path, buffer.getvalue())
-        addresses.append(filesystem.unstrip_protocol(path))
+        filesystem.pipe_file(f"{root}/{name}", buffer.getvalue())
+        addresses.append(filesystem.unstrip_protocol(f"{root}/{name}"))
+        starts = range(0, len(indices), _GROUP_CLIPS)
+        rows = tuple(min(_GROUP_CLIPS, len(indices) - first) for first in starts)
+        written.append(Shard(name, buffer.getbuffer().nbytes, rows))
         on_progress(stop, num_clips)
+    index_folder(filesystem, root, written)
     return addresses
 
 

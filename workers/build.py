@@ -25,6 +25,7 @@ from workers.settings import (
 )
 from workers.sharding import shard
 from workers.text_encoder import TextEncoder
+from workers.video_encoder import VideoEncoder
 
 
 def build_generator(
@@ -70,14 +71,28 @@ def build_teacher(
     return ScoreTeacher(_denoiser(model), settings)
 
 
-def build_text_encoder(model: ModelSettings, num_threads: int) -> TextEncoder:
-    """The text encoder.
+def build_text_encoder(
+    model: ModelSettings, num_threads: int, num_cached: int = 1024
+) -> TextEncoder:
+    """The text encoder, which remembers the embeddings of `num_cached` captions.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return TextEncoder(_captions(model), model.text_length)
+    return TextEncoder(_captions(model), model.text_length, num_cached)
+
+
+def build_video_encoder(folder: str, num_threads: int) -> VideoEncoder:
+    """The autoencoder of a model folder, for encoding.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+    """
+    torch.set_num_threads(num_threads)
+    vae = load_vae(folder)
+    nn.Module.to(vae.vae, _device())
+    return VideoEncoder(vae)
 
 
 def build_evaluator(

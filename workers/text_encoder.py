@@ -29,8 +29,9 @@ class TextEncoder:
     Args:
         embedder: Tokenizer and network.
         text_length: Text positions; longer captions are cut, shorter ones end in zeros.
-        num_cached: Captions remembered, the least recently used one is forgotten first. The zeros
-            at the end are not stored, so a caption of 40 tokens costs 0.7 MB at a width of 4096.
+        num_cached: Captions remembered, 0 for none; the least recently used one is forgotten first.
+            The zeros at the end are not stored, so a caption of 40 tokens costs 0.7 MB at a width
+            of 4096.
     """
 
     def __init__(self, embedder: CaptionEmbedder, text_length: int, num_cached: int = 1024) -> None:
@@ -52,18 +53,29 @@ class TextEncoder:
         text = torch.stack([self._embed(caption) for caption in captions])
         return TextBatch(text=text, sample_indices=tuple(sample_indices))
 
+    def place(self, text: Text, rows: Sequence[int], first_sample: int = 0) -> TextBatch:
+        """Picks a micro-batch out of embeddings that were stored with the data.
+
+        Args:
+            text: Embeddings of the whole batch, (B, text_length, d).
+            rows: Which of them are wanted.
+            first_sample: Position of row 0 among the samples of the iteration.
+        """
+        indices = tuple(first_sample + row for row in rows)
+        return TextBatch(text=text[list(rows)], sample_indices=indices)
+
     def encode_negative(self, prompt: str) -> Text:
         """Embeds the negative prompt, (1, text_length, d); "" is the unconditional caption."""
         return self._embed(prompt)[None]
 
     def _embed(self, caption: str) -> Tensor:
-        found = self._cache.get(caption)
+        found = self._cache.pop(caption, None)
         if found is None:
             found = _without_end(self._embedder.encode([caption], self._text_length)[0])
-            self._cache[caption] = found
-            if len(self._cache) > self._num_cached:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(caption)
+        # At the end stands what was used last.
+        self._cache[caption] = found
+        if len(self._cache) > self._num_cached:
+            self._cache.popitem(last=False)
         return nn.functional.pad(found, (0, 0, 0, self._text_length - len(found)))
 
 

@@ -7,8 +7,9 @@ standard error    progress, notes, errors
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -26,6 +27,10 @@ from rich.text import Text
 from sgmd_core.errors import SgmdError
 
 _PIPE_COLUMNS = 120
+_LINE_EVERY_S = 10.0
+
+Counter = Callable[[str], None]
+"""Tells how far a work is whose end is not known; the words replace those before."""
 
 
 @contextmanager
@@ -59,6 +64,33 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
         with bars:
             yield show_progress
+
+
+@contextmanager
+def counting() -> Iterator[Counter]:
+    """Shows the latest words about a work: in one line, or every ten seconds where there is none.
+
+    The last words are always shown.
+    """
+    with working() as console:
+        latest, shown_at = "", time.monotonic()
+        status = console.status("") if console.is_terminal else nullcontext()
+        with status as line:
+
+            def tell(words: str) -> None:
+                nonlocal latest, shown_at
+                latest = words
+                if line is not None:
+                    line.update(words)
+                elif time.monotonic() - shown_at >= _LINE_EVERY_S:
+                    shown_at = time.monotonic()
+                    console.print(words, highlight=False, markup=False)
+
+            try:
+                yield tell
+            finally:
+                if latest:
+                    console.print(latest, highlight=False, markup=False)
 
 
 def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: RenderableType) -> None:

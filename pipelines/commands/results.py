@@ -1,12 +1,16 @@
-"""What is done with a result: `sgmd evaluate`, `sgmd generate`, `sgmd report`."""
+"""What is done with a result: `sgmd evaluate`, `generate`, `report`, `ledger`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.table import Table
 
 from pipelines.commands.options import Json
 from pipelines.commands.output import progress_bar, show, working
+
+if TYPE_CHECKING:
+    from pipelines.audit import Audit
 
 
 def evaluate(
@@ -122,3 +126,31 @@ def report(
 
         path = write_report(run, output)
     show({"path": str(path)}, as_json, str(path))
+
+
+def ledger(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, finished or not.")],
+    as_json: Json = False,
+) -> None:
+    """Say whether a run used every sample of each epoch once; exit code 1 if it did not."""
+    with working():
+        from pipelines.audit import audit
+
+        result = audit(run)
+    verdict = "every sample once" if result.is_clean else "samples were lost or repeated"
+    told = f"{result.iterations} iterations, {result.samples} samples: {verdict}"
+    show(result.to_json(), as_json, _ledger_table(result), told)
+    if not result.is_clean:
+        raise typer.Exit(1)
+
+
+def _ledger_table(result: "Audit") -> Table:
+    """One row an epoch, as far as the run has come in it."""
+    kinds = ("due", "used_once", "quarantined", "repeated", "missing", "unknown")
+    table = Table()
+    for heading in ("epoch", *(kind.replace("_", " ") for kind in kinds), "for example"):
+        table.add_column(heading, overflow="fold")
+    for epoch in result.epochs:
+        figures = [str(getattr(epoch, kind)) for kind in kinds]
+        table.add_row(str(epoch.epoch), *figures, ", ".join(epoch.examples))
+    return table

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines.captions import plan_captions, read_rows
+from pipelines.data.feed import Feed, Progress, StreamSettings
+from pipelines.data.window import Source
 from pipelines.distill import distill, dry_run
 from pipelines.run_folder import RunFolder, read_jsonl
 from sgmd_core.errors import DataError
@@ -34,13 +35,12 @@ def s3(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_bucket_is_read_like_a_folder(s3: str, world: Path) -> None:
-    remote, local = plan_captions(f"{s3}/train"), plan_captions(str(world / "train"))
-    assert remote.num_rows == local.num_rows == 48
-    rows = [
-        [row for task in plan.tasks(0, 0, 48) for row in read_rows(task)]
-        for plan in (remote, local)
-    ]
-    assert rows[0] == rows[1]
+    remote, local = (
+        Feed(StreamSettings(Source(url), seed=0), Progress(), 48).take(48)
+        for url in (f"{s3}/train", str(world / "train"))
+    )
+    assert remote == local
+    assert len(set(remote.sample_ids)) == 48
 
 
 def test_a_run_from_s3_makes_the_losses_of_a_run_from_disk(
@@ -68,7 +68,9 @@ def test_wrong_keys_are_told_and_never_shown(
 ) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not-the-secret-key")
     S3FileSystem.clear_instance_cache()
-    with pytest.raises(DataError, match=r"listing the shards of s3://clips/shapes/train") as caught:
+    with pytest.raises(
+        DataError, match=r"opening the data folder s3://clips/shapes/train"
+    ) as caught:
         dry_run(make_recipe(f"data.train={s3}/train"))
     assert "not-the-secret-key" not in str(caught.value)
 

@@ -13,12 +13,16 @@ COMMANDS = (
     "doctor",
     "recipes",
     "shapes",
+    "prepare",
+    "check",
+    "encode",
     "pretrain",
     "distill",
     "sweep",
     "evaluate",
     "generate",
     "report",
+    "ledger",
     "submit",
 )
 

@@ -83,6 +83,8 @@ def start_run(folder: Path, num_iterations: int = NUM_ITERATIONS) -> Path:
             data_wait_s=0.01,
             samples_seen=16 * (iteration + 1),
             epoch=0.1,
+            cursor={},
+            rejected=0,
             exit_steps=(0, 3),
         )
         append_jsonl(run.metrics, record.to_json())

@@ -4,7 +4,10 @@ Configurations and safetensors headers say everything that has to fit before a l
 families, sizes, factors, and whether each weight file is whole.
 """
 
+import hashlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,6 +22,7 @@ _FAMILIES = {
     "vae": "AutoencoderKLWan",
     "text_encoder": "UMT5EncoderModel",
 }
+_ENDS_BYTES = 2**20
 _REMEDY = "Point model.folder at a complete diffusers Wan text-to-video folder"
 
 
@@ -108,6 +112,36 @@ def inspect_wan_folder(folder: str | Path) -> WanFolder:
         text_width=transformer["text_dim"],
         num_parameters={name: _count_parameters(path / name) for name in _FAMILIES},
     )
+
+
+def fingerprint(folder: str | Path, components: Sequence[str]) -> str:
+    """Names the networks in some components of a folder, so that what they made can be recognised.
+
+    Sizes and names of all files count, and of each the first and the last MiB: that is all of a
+    configuration or a tokenizer, and of weights the header and the ends, which is quick for any
+    size.
+
+    Args:
+        folder: Diffusers folder.
+        components: Names of sub-folders, for example ["vae"].
+
+    Raises:
+        ModelFolderError: A component has no files.
+    """
+    digest = hashlib.sha256()
+    for component in components:
+        part = Path(folder) / component
+        files = sorted(path for path in part.rglob("*") if path.is_file())
+        if not files:
+            raise ModelFolderError(f"looking for {part}", "no files there", remedy=_REMEDY)
+        for path in files:
+            size = path.stat().st_size
+            digest.update(f"{component}/{path.relative_to(part)}\n{size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_ENDS_BYTES))
+                file.seek(-min(size, _ENDS_BYTES), os.SEEK_END)
+                digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:

@@ -224,10 +224,23 @@ def load_text(folder: str | Path) -> CaptionEncoder:
     """
     part = _component_folder(Path(folder), "text_encoder")
     text_encoder = _load(part, lambda: UMT5EncoderModel.from_pretrained(part))
-    tokens = Path(folder) / "tokenizer"
-    _require_file(tokens / "tokenizer_config.json", Path(folder))
-    tokenizer = _load(tokens, lambda: AutoTokenizer.from_pretrained(tokens))
+    tokenizer = _load_tokenizer(Path(folder))
     return CaptionEncoder(tokenizer, text_encoder.eval().requires_grad_(False))
+
+
+def token_counter(folder: str | Path) -> Callable[[Sequence[str]], list[int]]:
+    """A function that tells how many tokens each of several captions has, uncut, end included.
+
+    Raises:
+        ModelFolderError: the folder is not Wan's, or has no tokenizer.
+    """
+    _require_wan(Path(folder))
+    tokenizer = _load_tokenizer(Path(folder))
+
+    def count(captions: Sequence[str]) -> list[int]:
+        return [len(ids) for ids in tokenizer([prompt_clean(c) for c in captions]).input_ids]
+
+    return count
 
 
 def load_vae(folder: str | Path) -> VideoVae:
@@ -273,6 +286,12 @@ def save_generator_pipeline(
     denoiser.transformer.save_pretrained(draft / "transformer")
     shutil.rmtree(dst, ignore_errors=True)
     draft.rename(dst)
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokens = folder / "tokenizer"
+    _require_file(tokens / "tokenizer_config.json", folder)
+    return _load(tokens, lambda: AutoTokenizer.from_pretrained(tokens))
 
 
 def _component_folder(folder: Path, name: str) -> Path:

@@ -1,0 +1,267 @@
+"""What makes and checks data: `sgmd prepare`, `sgmd check`, `sgmd encode`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipelines.commands.options import Json
+from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
+from pipelines.data.clip_format import ClipFormat, FitPolicy
+
+if TYPE_CHECKING:
+    from pipelines.data.prepare import Progress
+
+Policy = Annotated[
+    FitPolicy,
+    typer.Option(
+        help="Pictures of another size are scaled side by side (resize), scaled and cut"
+        " (crop), or bad (refuse)"
+    ),
+]
+MaxBad = Annotated[
+    float, typer.Option(min=0, max=1, help="Stop where a larger share of the clips is bad")
+]
+NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames a clip; a shorter one is bad")]
+Height = Annotated[int | None, typer.Option(min=1, help="Pixels")]
+Width = Annotated[int | None, typer.Option(min=1, help="Pixels")]
+Processes = Annotated[
+    int | None, typer.Option(min=0, help="Default: one a core; 0 works in this process")
+]
+Fps = Annotated[float | None, typer.Option(help="Frames a second, sampled by time")]
+
+
+def prepare(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder or s3://bucket/prefix of videos with captions beside them (clip.mp4,"
+            " clip.txt) or of WebDataset tars; a .tar; or a .csv or .jsonl manifest.",
+        ),
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix for the shards.")
+    ],
+    shard_clips: Annotated[int, typer.Option(min=1, help="Most clips in a shard")] = 512,
+    shard_mb: Annotated[
+        int, typer.Option(min=1, help="A shard is closed at this size, in MiB")
+    ] = 256,
+    path_column: Annotated[str, typer.Option(help="Manifest: the video's path")] = "path",
+    caption_column: Annotated[
+        str, typer.Option(help="Manifest and JSON files: the caption")
+    ] = "caption",
+    id_column: Annotated[
+        str | None, typer.Option(help="Manifest: the sample id; default: the path")
+    ] = None,
+    num_frames: NumFrames = None,
+    height: Height = None,
+    width: Width = None,
+    fps: Fps = None,
+    policy: Policy = FitPolicy.CROP,
+    crf: Annotated[
+        int, typer.Option(min=0, max=51, help="Quality of a new encoding; 0 is lossless")
+    ] = 18,
+    decode: Annotated[
+        bool, typer.Option("--decode-all/--decode-first", help="Frames that are tried")
+    ] = True,
+    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
+    max_clip_mb: Annotated[int, typer.Option(help="A larger file is bad, in MiB")] = 512,
+    max_bad_fraction: MaxBad = 0.01,
+    retry_bad: Annotated[
+        bool, typer.Option("--retry-bad", help="Try again what earlier runs did not take")
+    ] = False,
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Make Parquet shards out of videos and captions; killed and started again, it goes on.
+
+    Files stay as they are, byte by byte, unless --num-frames, --height and --width, or --fps ask
+    for another format. What is not taken is in DST/quarantine.parquet with its reason.
+    """
+    with counting() as count:
+        from pipelines.data.prepare import PrepareOptions
+        from pipelines.data.prepare import prepare as make_shards
+        from pipelines.data.prepare_clip import ClipRules
+        from pipelines.data.sources import Columns
+
+        options = PrepareOptions(
+            columns=Columns(path_column, caption_column, id_column),
+            rules=ClipRules(
+                wanted=ClipFormat(num_frames, height, width, fps, policy),
+                crf=crf,
+                whole=decode,
+                max_caption_chars=max_caption_chars,
+                max_clip_bytes=max_clip_mb * 2**20,
+            ),
+            shard_clips=shard_clips,
+            shard_bytes=shard_mb * 2**20,
+            max_bad_fraction=max_bad_fraction,
+            retry_bad=retry_bad,
+            num_processes=processes,
+        )
+        report = make_shards(source, target, options, lambda now: _tell(count, now))
+    data = {
+        "folder": report.folder,
+        "clips": report.num_clips,
+        "new_clips": report.num_new,
+        "shards": report.num_shards,
+        "bytes": report.num_bytes,
+        "rejected": report.rejected,
+        "seconds": report.seconds,
+    }
+    show(data, as_json, pairs(data), f"Look at them: sgmd check {target}")
+
+
+def _tell(count: Counter, now: "Progress") -> None:
+    count(
+        f"{now.num_clips} clips, {now.num_bad} bad, {now.num_shards} shards,"
+        f" {now.num_bytes / 2**20:.1f} MiB"
+    )
+
+
+def check(
+    folder: Annotated[
+        str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix of shards.")
+    ],
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Rows to decode, drawn by seed; default: all")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Which rows are drawn")] = 0,
+    model: Annotated[
+        Path | None, typer.Option(help="Diffusers folder: count captions in its tokens too")
+    ] = None,
+    text_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that the model takes; its folder knows")
+    ] = None,
+    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
+    max_bad_fraction: MaxBad = 0.01,
+    write_index: Annotated[
+        bool, typer.Option("--write-index", help="Write _index.json anew, for the shards there")
+    ] = False,
+    processes: Processes = None,
+    as_json: Json = False,
+) -> None:
+    """Look at every shard, row and video of a set; exit code 0: usable, 1: not, 2: no such set."""
+    with progress_bar() as on_progress:
+        from pipelines.data.check import CheckOptions
+        from pipelines.data.check import check as look
+
+        count_tokens, limit = None, 512
+        if model is not None:
+            from pipelines.inference import model_folder, read_inference_settings
+            from workers.models.wan import token_counter
+
+            model = model_folder(model)
+            count_tokens = token_counter(model)
+            limit = text_length or read_inference_settings(model).text_length
+        report = look(
+            folder,
+            CheckOptions(
+                sample=sample,
+                seed=seed,
+                max_caption_chars=max_caption_chars,
+                max_bad_fraction=max_bad_fraction,
+                count_tokens=count_tokens,
+                text_length=limit,
+                num_processes=processes,
+                write_index=write_index,
+            ),
+            on_progress,
+        )
+    data = report.to_json()
+    hidden = ("usable", "problems", "examples", "folder")
+    told = {name: _in_a_line(value) for name, value in data.items() if name not in hidden and value}
+    verdict = "usable" if report.is_usable else "NOT USABLE"
+    words = [*report.problems, *report.examples, f"{folder}: {verdict}"]
+    show(data, as_json, pairs(told), "\n".join(words))
+    if not report.is_usable:
+        raise typer.Exit(1)
+
+
+def _in_a_line(value: object) -> object:
+    """Counts and quantiles side by side instead of one below the other."""
+    if not isinstance(value, dict):
+        return value
+    if any(isinstance(inner, dict) for inner in value.values()):
+        return {name: _in_a_line(inner) for name, inner in value.items()}
+    return "  ".join(f"{name}: {inner}" for name, inner in value.items())
+
+
+def encode(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder or s3://bucket/prefix of video shards.")
+    ],
+    target: Annotated[
+        str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix for the new shards.")
+    ],
+    model: Annotated[
+        Path, typer.Option(help="Diffusers Wan folder; what is not given here comes from it")
+    ],
+    num_frames: NumFrames = None,
+    height: Height = None,
+    width: Width = None,
+    fps: Fps = None,
+    policy: Policy = FitPolicy.CROP,
+    text_length: Annotated[
+        int | None, typer.Option(min=1, help="Text positions; longer captions are cut")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="float32 keeps every bit; bfloat16 and float16 take half the room")
+    ] = "float32",
+    shard_clips: Annotated[int, typer.Option(min=1, help="Most clips in a shard")] = 256,
+    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
+    max_bad_fraction: MaxBad = 0.01,
+    decoders: Annotated[int, typer.Option(min=1, help="Clips decoded side by side")] = 1,
+    video_encoders: Annotated[int, typer.Option(min=1, help="Actors with the autoencoder")] = 1,
+    video_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each; 0.5 shares one")] = 0.0,
+    text_encoders: Annotated[int, typer.Option(min=1, help="Actors with the text encoder")] = 1,
+    text_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each; 0.5 shares one")] = 0.0,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: our own")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Encode videos to latents and captions to embeddings; killed and started again, it goes on."""
+    with progress_bar() as on_progress:
+        from pipelines.data.encode import encode as make_latents
+        from pipelines.data.encode_options import EncodeOptions, Pool, dtype_named
+        from pipelines.inference import model_folder, read_inference_settings
+
+        folder = model_folder(model)
+        known = read_inference_settings(folder)
+        report = make_latents(
+            source,
+            target,
+            str(folder),
+            EncodeOptions(
+                wanted=ClipFormat(
+                    num_frames=num_frames or known.num_frames,
+                    height=height or known.height,
+                    width=width or known.width,
+                    fps=fps or known.fps,
+                    policy=policy,
+                ),
+                text_length=text_length or known.text_length,
+                dtype=dtype_named(dtype),
+                shard_clips=shard_clips,
+                max_caption_chars=max_caption_chars,
+                max_bad_fraction=max_bad_fraction,
+                decoders=decoders,
+                videos=Pool(video_encoders, video_gpus),
+                captions=Pool(text_encoders, text_gpus),
+                address=address,
+            ),
+            on_progress,
+        )
+    data = {
+        "folder": report.folder,
+        "clips": report.num_clips,
+        "new_clips": report.num_new,
+        "shards": report.num_shards,
+        "bytes": report.num_bytes,
+        "rejected": report.rejected,
+        "encoding": report.encoding,
+        "seconds": report.seconds,
+    }
+    show(data, as_json, pairs(data), f"Look at them: sgmd check {target}")

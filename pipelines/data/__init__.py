@@ -1,0 +1,1 @@
+"""The data plane: folders of shards, read in a seeded order with nothing lost."""

@@ -1,0 +1,253 @@
+"""The one place where a folder of data is opened, here or on S3.
+
+    /disk/set            the local file system
+    s3://bucket/prefix   s3fs; endpoint and keys from the usual AWS variables, never from settings
+
+A folder on S3 is asked for one key as soon as it is opened, so that wrong keys, a missing bucket or
+a server that is down are told before anything starts. No error shows a key.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import fsspec
+import pyarrow as pa
+from aiohttp import ClientPayloadError
+from botocore import exceptions as boto
+from fsspec import AbstractFileSystem
+from s3fs import S3FileSystem
+
+from sgmd_core.errors import ConfigError, DataError
+
+_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
+_USER_IN_URL = re.compile(r"//[^/@\s]+@")
+_TRANSIENT_NUMBERS = (
+    errno.EBUSY,
+    errno.EIO,
+    errno.EREMOTEIO,
+    errno.ETIMEDOUT,
+    errno.ECONNRESET,
+    errno.ESTALE,
+)
+_STORAGE_ERRORS = (
+    OSError,
+    boto.BotoCoreError,
+    boto.ClientError,
+    ClientPayloadError,
+    pa.ArrowException,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class S3Settings:
+    """How an S3 server is spoken to.
+
+    Attributes:
+        checksums: `when_required` for servers that do not know the checksums which newer clients
+            send and ask for; null leaves it to the AWS variables and the SDK (`when_supported`).
+        addressing: Whether the bucket stands in the path or in the host name; `auto` suits AWS and
+            servers that are named by their IP address.
+        connect_timeout_s: How long opening a connection may take.
+        read_timeout_s: How long the server may stay silent in the middle of an answer.
+        max_attempts: Tries of one request, the first one included. After a 5xx, SlowDown, timeout
+            or broken connection the SDK waits, at random and twice as long each time, up to 20 s.
+        retry_mode: `adaptive` also sends fewer requests after a SlowDown.
+        read_attempts: Tries of one whole row group, on top; what is broken after them is
+            quarantined if the data are at fault, and stops the run if the server is.
+        backoff_s: Wait before the second of these tries; it doubles with each, up to 30 s.
+    """
+
+    checksums: Literal["when_required", "when_supported"] | None = None
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    connect_timeout_s: float = 5.0
+    read_timeout_s: float = 30.0
+    max_attempts: int = 5
+    retry_mode: Literal["standard", "adaptive"] = "standard"
+    read_attempts: int = 4
+    backoff_s: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for name in ("connect_timeout_s", "read_timeout_s", "max_attempts", "read_attempts"):
+            value = getattr(self, name)
+            if value <= 0:
+                raise ConfigError("reading the settings", f"data.s3.{name}: {value}", "above 0")
+        if self.backoff_s < 0:
+            raise ConfigError(
+                "reading the settings", f"data.s3.backoff_s: {self.backoff_s}", "at least 0"
+            )
+
+
+def open_folder(
+    url: str, s3: S3Settings = S3Settings(), *, probe: bool = True
+) -> tuple[AbstractFileSystem, str]:
+    """Opens a folder of data.
+
+    Args:
+        url: Local path or `s3://bucket/prefix`.
+        s3: How to speak to the server, where there is one.
+        probe: Ask the server for one key of the folder. Leave it out where many processes open the
+            same folder.
+
+    Returns:
+        The file system and the folder's path in it, without a protocol or a slash at the end.
+
+    Raises:
+        DataError: The address is none, or the server does not let us in; says which of the keys,
+            the bucket and the endpoint is wrong.
+    """
+    attempted = f"opening the data folder {without_secrets(url)}"
+    options = _s3_options(s3) if url.startswith(("s3://", "s3a://")) else {}
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise DataError(
+            attempted,
+            without_secrets(f"{type(error).__name__}: {error}"),
+            "a local path or s3://bucket/prefix",
+            "Correct the address",
+        ) from error
+    root = root.rstrip("/")
+    if probe and isinstance(filesystem, S3FileSystem):
+        with storage_errors(attempted):
+            bucket, prefix, _ = filesystem.split_path(root)
+            cast("Any", filesystem).call_s3(
+                "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1
+            )
+    return filesystem, root
+
+
+@contextmanager
+def storage_errors(attempted: str) -> Iterator[None]:
+    """Words whatever a file system raises as our error, and says what is wrong where it can.
+
+    Raises:
+        DataError: Instead of any OSError, error of the SDK or Arrow error inside the block.
+    """
+    try:
+        yield
+    except _STORAGE_ERRORS as error:
+        raise storage_error(attempted, error) from error
+
+
+def storage_error(attempted: str, error: BaseException) -> DataError:
+    """The error of a file system in our words; never shows a key.
+
+    Args:
+        attempted: What we were doing, and to which file or folder.
+        error: What the file system raised.
+    """
+    text = str(error).strip()
+    found = without_secrets(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}")
+    for is_it, expected, remedy in _DIAGNOSES:
+        if is_it(error, text):
+            return DataError(attempted, found, expected, remedy)
+    return DataError(
+        attempted,
+        found,
+        "a file or folder that can be read whole",
+        "If a file was cut short, write it again; on S3, check AWS_ENDPOINT_URL and the keys",
+    )
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether a server may answer the same request well a moment later.
+
+    Broken data raise an error of Arrow, a missing file FileNotFoundError, wrong keys
+    PermissionError; none of them gets better by waiting.
+    """
+    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
+        return False
+    if isinstance(error, pa.ArrowException):
+        return False
+    if isinstance(error, boto.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429
+    if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
+        return False
+    if isinstance(error, (boto.BotoCoreError, ClientPayloadError, TimeoutError, ConnectionError)):
+        return True
+    # s3fs turns 5xx and SlowDown into plain OSErrors with a number.
+    return isinstance(error, OSError) and error.errno in _TRANSIENT_NUMBERS
+
+
+def without_secrets(text: str) -> str:
+    """The text with every key of the environment, and users in addresses, blotted out."""
+    for name in _SECRET_VARIABLES:
+        value = os.environ.get(name)
+        if value:
+            text = text.replace(value, "***")
+    return _USER_IN_URL.sub("//***@", text)
+
+
+def _s3_options(s3: S3Settings) -> dict[str, Any]:
+    """What s3fs and the SDK under it are opened with."""
+    config: dict[str, Any] = {
+        "connect_timeout": s3.connect_timeout_s,
+        "read_timeout": s3.read_timeout_s,
+        "retries": {"total_max_attempts": s3.max_attempts, "mode": s3.retry_mode},
+        "s3": {"addressing_style": s3.addressing},
+    }
+    if s3.checksums is not None:
+        config["request_checksum_calculation"] = s3.checksums
+        config["response_checksum_validation"] = s3.checksums
+    # Without its own read-ahead, s3fs fetches what is asked for and not 50 MB around it.
+    return {"config_kwargs": config, "default_cache_type": "none"}
+
+
+def _is_checksum(error: BaseException, text: str) -> bool:
+    return isinstance(error, boto.HTTPClientError | boto.BotoCoreError) and "checksum" in text
+
+
+def _is_missing_bucket(error: BaseException, text: str) -> bool:
+    return isinstance(error, FileNotFoundError) and "bucket" in text.lower()
+
+
+def _is_keys(error: BaseException, text: str) -> bool:
+    missing = (boto.NoCredentialsError, boto.PartialCredentialsError)
+    return isinstance(error, (PermissionError, *missing))
+
+
+def _is_endpoint(error: BaseException, text: str) -> bool:
+    if isinstance(error, boto.ConnectionError | boto.HTTPClientError):
+        return True
+    return isinstance(error, ConnectionError | TimeoutError)
+
+
+def _is_busy(error: BaseException, text: str) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EREMOTEIO)
+
+
+# The first that fits is told: (is it this?, what was expected, what to do).
+_DIAGNOSES: tuple[tuple[Callable[[BaseException, str], bool], str, str], ...] = (
+    (
+        _is_checksum,
+        "checksums that agree",
+        "Some S3 servers do not know the newer checksums: set data.s3.checksums=when_required",
+    ),
+    (
+        _is_missing_bucket,
+        "a bucket of that name on this server",
+        "Check the address, AWS_ENDPOINT_URL, and make the bucket if it is yours to make",
+    ),
+    (
+        _is_keys,
+        "keys that the server knows and that may list and read here",
+        "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN) and their rights",
+    ),
+    (
+        _is_endpoint,
+        "a server that answers",
+        "Check AWS_ENDPOINT_URL and the network; data.s3 has the timeouts and retries",
+    ),
+    (
+        _is_busy,
+        "a server that is not overloaded or failing",
+        "Try later, or raise data.s3.max_attempts and data.s3.read_attempts",
+    ),
+)

@@ -1,0 +1,241 @@
+"""Reads one window: its row groups together, every row checked and put in its place.
+
+    row groups -> columns of all -> checks -> the window's permutation -> one table
+
+Every row of the window comes out: usable, or with the reason why not. A row group that cannot be
+read comes out as one row. So whoever counts rows can prove that none was lost on the way.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.data.filesystem import S3Settings, open_folder
+from pipelines.data.parquet import Fault, RowGroupReader
+from pipelines.data.plan import RowGroup, Window
+from pipelines.data.schema import (
+    CAPTION,
+    FPS,
+    LATENTS,
+    REQUIRED_COLUMNS,
+    SAMPLE_ID,
+    TEXT_EMBEDS,
+    VIDEO,
+    Encoding,
+    encoding_of,
+    missing_columns,
+    torch_dtype,
+)
+from sgmd_core.errors import DataError
+
+PLACE = "place"
+GROUP = "group"
+ROW = "row"
+REASON = "reason"
+
+WHOLE_GROUP = -1
+"""`row` of what stands for a row group that cannot be read."""
+
+Decode = Callable[[bytes, float], NDArray[np.uint8]]
+"""Turns an encoded file and its frames a second into pixels; raises where it cannot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where rows come from, and what is wanted of them.
+
+    Attributes:
+        url: The folder.
+        s3: How to speak to its server.
+        columns: What to read besides ids and captions: `text_embeds`, `latents`, `video`, `fps`.
+        encoding: What latents and embeddings must be; None where they are not read.
+        max_caption_chars: Longer captions are rejected.
+        decode: Applied to `video`; the column then holds the pixels' bytes.
+        pixel_shape: (frames, height, width, 3) that `decode` must come to.
+    """
+
+    url: str
+    s3: S3Settings = S3Settings()
+    columns: tuple[str, ...] = ()
+    encoding: Encoding | None = None
+    max_caption_chars: int = 4096
+    decode: Decode | None = None
+    pixel_shape: tuple[int, ...] = ()
+
+    def open_reader(self) -> RowGroupReader:
+        """Opens the folder for reading in this process."""
+        filesystem, root = open_folder(self.url, self.s3, probe=False)
+        return RowGroupReader(filesystem, root, self.s3)
+
+
+def read_window(reader: RowGroupReader, source: Source, window: Window) -> pa.Table:
+    """Reads a window.
+
+    Args:
+        reader: Of the source's folder.
+        source: What is wanted.
+        window: What to read; rows before `cursor.row` of its order are left out.
+
+    Returns:
+        One line for each row, in the window's order: `place` in that order, number of the row
+        `group` in the window, `row` in the row group, sample_id, caption, the wanted columns, and
+        `reason`, which is null for a row that can be used. Before them, one line with `row`
+        `WHOLE_GROUP` for each row group that cannot be read.
+
+    Raises:
+        DataError: The server failed; see `pipelines.data.parquet.fetch`.
+    """
+    groups = window.groups
+    columns = [*REQUIRED_COLUMNS, *source.columns]
+    tables = reader.read([(each.shard, each.num_bytes, each.index) for each in groups], columns)
+    usable: list[pa.Table] = []
+    faults: list[tuple[int, str]] = []
+    where = np.full(window.num_rows, -1, dtype=np.int64)
+    before = num_usable = 0
+    for number, (group, table) in enumerate(zip(groups, tables, strict=True)):
+        checked = _checked(source, number, group, table, columns)
+        if isinstance(checked, Fault):
+            faults.append((number, checked.reason))
+        else:
+            usable.append(checked)
+            where[before : before + group.num_rows] = np.arange(group.num_rows) + num_usable
+            num_usable += group.num_rows
+        before += group.num_rows
+    rows = where[window.order()]
+    places = np.flatnonzero(rows >= 0)
+    places = places[places >= window.cursor.row]
+    schema = _schema(source)
+    taken = pa.concat_tables(usable).take(pa.array(rows[places])) if usable else None
+    parts = [_fault_lines(faults, schema)]
+    if taken is not None:
+        taken = taken.append_column(PLACE, pa.array(places.astype(np.int32)))
+        parts.append(taken.select(schema.names))
+    return pa.concat_tables(parts)
+
+
+def _schema(source: Source) -> pa.Schema:
+    columns = [(PLACE, pa.int32()), (GROUP, pa.int32()), (ROW, pa.int32())]
+    columns += [(SAMPLE_ID, pa.string()), (CAPTION, pa.string())]
+    columns += [(name, pa.float64() if name == FPS else pa.binary()) for name in source.columns]
+    return pa.schema([*columns, (REASON, pa.string())])
+
+
+def _fault_lines(faults: Sequence[tuple[int, str]], schema: pa.Schema) -> pa.Table:
+    lines = [
+        {PLACE: WHOLE_GROUP, GROUP: number, ROW: WHOLE_GROUP, REASON: reason}
+        for number, reason in faults
+    ]
+    return pa.Table.from_pylist(lines, schema=schema)
+
+
+def _checked(
+    source: Source, number: int, group: RowGroup, table: pa.Table | Fault, columns: Sequence[str]
+) -> pa.Table | Fault:
+    """A row group with the reasons of its bad rows; or what is wrong with all of it."""
+    if isinstance(table, Fault):
+        return table
+    if table.num_rows != group.num_rows:
+        return Fault(f"changed since it was listed ({group.num_rows} rows, now {table.num_rows})")
+    misfits = missing_columns(table.schema, columns)
+    if misfits:
+        return Fault(f"a type that cannot be read in column {', '.join(misfits)}")
+    if source.encoding is not None:
+        try:
+            found = encoding_of(table.schema)
+        except DataError as error:
+            return Fault(f"encoding unknown ({error.found})")
+        if found is None or not _agree(found, source.encoding, source.columns):
+            return Fault(f"encoded otherwise than wanted ({found})")
+    # Shards may differ in how they store the same: 32 or 64 bits, plain strings or a dictionary.
+    types = {field.name: field.type for field in _schema(source)}
+    columns_by_name = {name: table.column(name).cast(types[name]) for name in columns}
+    reasons = _reasons(source, columns_by_name)
+    if source.decode is not None:
+        columns_by_name[VIDEO] = _decoded(source, columns_by_name, reasons)
+    size = table.num_rows
+    return pa.table(
+        {
+            GROUP: pa.array(np.full(size, number, dtype=np.int32)),
+            ROW: pa.array(np.arange(size, dtype=np.int32)),
+            **columns_by_name,
+            REASON: pa.array(reasons, pa.string()),
+        }
+    )
+
+
+def _agree(found: Encoding, wanted: Encoding, columns: Sequence[str]) -> bool:
+    """Whether what is read of an encoded shard is as wanted; the rest may differ."""
+    same = found.dtype == wanted.dtype
+    if TEXT_EMBEDS in columns:
+        same &= (found.text_shape, found.text_encoder) == (wanted.text_shape, wanted.text_encoder)
+    if LATENTS in columns:
+        same &= (found.latent_shape, found.vae) == (wanted.latent_shape, wanted.vae)
+    return same
+
+
+def _reasons(source: Source, columns: dict[str, Any]) -> NDArray[np.object_]:
+    """Why each row cannot be used; None for a row that can. The first reason counts."""
+    size = len(columns[SAMPLE_ID])
+    reasons = np.full(size, None, dtype=object)
+
+    def reject(which: Any, reason: Callable[[int], str]) -> None:  # noqa: ANN401 - Arrow's array
+        bad = pc.fill_null(which, True)
+        if pc.any(bad).as_py():
+            for row in np.flatnonzero(np.asarray(bad)):
+                reasons[row] = reasons[row] or reason(int(row))
+
+    reject(pc.is_null(columns[SAMPLE_ID]), lambda row: "no sample_id")
+    length = pc.utf8_length(pc.utf8_trim_whitespace(columns[CAPTION]))
+    reject(pc.equal(length, 0), lambda row: "no caption")
+    limit = source.max_caption_chars
+    reject(
+        pc.greater(length, limit),
+        lambda row: f"caption too long ({length[row]} characters; at most {limit})",
+    )
+    if source.encoding is not None and TEXT_EMBEDS in columns:
+        positions, width = source.encoding.text_shape
+        row_bytes = width * torch_dtype(source.encoding.dtype).itemsize
+        stored = pc.binary_length(columns[TEXT_EMBEDS])
+        ragged = pc.not_equal(pc.multiply(pc.divide(stored, row_bytes), row_bytes), stored)
+        reject(
+            pc.or_(ragged, pc.greater(stored, positions * row_bytes)),
+            lambda row: f"text embedding of a wrong size ({stored[row]} bytes)",
+        )
+    if source.encoding is not None and LATENTS in columns:
+        stored_latents = pc.binary_length(columns[LATENTS])
+        reject(
+            pc.not_equal(stored_latents, source.encoding.latent_bytes),
+            lambda row: f"latents of a wrong shape ({stored_latents[row]} bytes)",
+        )
+    if VIDEO in columns:
+        reject(pc.equal(pc.binary_length(columns[VIDEO]), 0), lambda row: "no video")
+    return reasons
+
+
+def _decoded(source: Source, columns: dict[str, Any], reasons: NDArray[np.object_]) -> pa.Array:
+    """Pixels of each good row's video, as bytes; bad ones get their reason."""
+    decode = cast("Decode", source.decode)
+    rates = columns[FPS].to_pylist() if FPS in columns else [0.0] * len(reasons)
+    pixels: list[bytes | None] = []
+    for row, (stored, fps) in enumerate(zip(columns[VIDEO], rates, strict=True)):
+        pixels.append(None)
+        if reasons[row] is not None:
+            continue
+        try:
+            frames = decode(stored.as_py(), float(fps or 0.0))
+        except Exception as error:  # A broken file raises whatever its codec thinks of it.
+            words = str(error).splitlines()
+            reasons[row] = (
+                f"undecodable video ({type(error).__name__}: {words[0] if words else ''})"
+            )
+            continue
+        if frames.shape != source.pixel_shape:
+            reasons[row] = f"pixels of a wrong shape ({frames.shape})"
+            continue
+        pixels[-1] = frames.tobytes()
+    return pa.array(pixels, pa.binary())

@@ -1,0 +1,94 @@
+"""Embeddings that came with the data make the bits that the text encoder would have made."""
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.data.schema import TEXT_COMPONENTS, Encoding, encoded_schema, pack_text
+from pipelines.distill import distill, dry_run
+from pipelines.run_folder import RunFolder, read_jsonl
+from tests.e2e.conftest import MakeRecipe
+from tests.e2e.test_equivalence import history, state
+from tests.helpers import tiny_wan
+from workers.models.folder import fingerprint, inspect_wan_folder
+from workers.models.wan import load_text
+
+
+@pytest.fixture(scope="module")
+def encoded(world: Path, wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training shards of the world with stored embeddings, and latents that nobody reads."""
+    folder = tmp_path_factory.mktemp("encoded")
+    encoder = load_text(wan_folder)
+    width = inspect_wan_folder(wan_folder).text_width
+    encoding = Encoding(
+        latent_shape=(1, 1, 1, 1),
+        text_shape=(tiny_wan.TEXT_LENGTH, width),
+        dtype="float32",
+        vae="none",
+        text_encoder=fingerprint(wan_folder, TEXT_COMPONENTS),
+    )
+    for shard in sorted((world / "train").glob("*.parquet")):
+        plain = pq.read_table(shard, columns=["sample_id", "caption"])
+        texts = [
+            pack_text(encoder.encode([caption], tiny_wan.TEXT_LENGTH)[0], "float32")
+            for caption in plain["caption"].to_pylist()
+        ]
+        columns = {name: plain[name] for name in plain.column_names}
+        columns |= {"latents": [bytes(4)] * len(texts), "text_embeds": texts}
+        pq.write_table(pa.table(columns, schema=encoded_schema(encoding)), folder / shard.name)
+    return folder
+
+
+@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+def test_stored_embeddings_make_the_same_run_bitwise(
+    make_recipe: MakeRecipe, encoded: Path, tracking: str
+) -> None:
+    tracked = f"fake_score.tracking={tracking}"
+    computed = make_recipe("name=computed", tracked)
+    stored = make_recipe("name=stored", tracked, f"data.train={encoded}")
+    assert dry_run(stored)["stored_text"] is True
+    distill(computed)
+    distill(stored)
+    assert history(stored) == history(computed)
+    assert state(stored, 5) == state(computed, 5)
+    busy = {
+        key for line in read_jsonl(RunFolder(stored.run_folder).metrics) for key in line["seconds"]
+    }
+    assert "text.place" in busy
+    assert "text.encode" not in busy
+
+
+@pytest.mark.parametrize("override", ["model.text_length=9", "data.stored_text=false"])
+def test_embeddings_that_do_not_fit_the_recipe_are_computed_anew(
+    make_recipe: MakeRecipe, encoded: Path, override: str
+) -> None:
+    assert dry_run(make_recipe(f"data.train={encoded}", override))["stored_text"] is False
+
+
+def test_embeddings_of_another_text_encoder_are_computed_anew(
+    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
+) -> None:
+    for shard in encoded.glob("*.parquet"):
+        table = pq.read_table(shard)
+        metadata = dict(table.schema.metadata)
+        key = b"sgmd.encoding"
+        own = fingerprint_in(metadata[key])
+        metadata[key] = metadata[key].replace(own, b"0123456789abcdef")
+        pq.write_table(table.replace_schema_metadata(metadata), tmp_path / shard.name)
+    assert dry_run(make_recipe(f"data.train={tmp_path}"))["stored_text"] is False
+
+
+def fingerprint_in(metadata: bytes) -> bytes:
+    import json
+
+    return json.loads(metadata)["text_encoder"].encode()
+
+
+def test_the_size_of_the_cache_changes_no_bit(make_recipe: MakeRecipe) -> None:
+    large = make_recipe("name=large", "iterations=2")
+    none = make_recipe("name=none", "iterations=2", "data.text_cache=0")
+    distill(large)
+    distill(none)
+    assert state(none, 2) == state(large, 2)

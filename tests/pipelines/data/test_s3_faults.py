@@ -1,0 +1,234 @@
+"""A server that is slow, busy or breaks off costs time and no sample; one that is gone is told."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from s3fs import S3FileSystem
+
+from pipelines.data.catalogue import Catalogue
+from pipelines.data.feed import Batch, Feed, Progress, StreamSettings
+from pipelines.data.filesystem import S3Settings, open_folder
+from pipelines.data.listing import list_chapters
+from pipelines.data.plan import ShuffleSettings
+from pipelines.data.ray_stream import ReadAheadSettings
+from pipelines.data.schema import parquet_options, video_schema
+from pipelines.data.window import Source
+from sgmd_core.errors import DataError
+from tests.helpers.faulty_proxy import ProxyBook, Trouble, every, serve_faulty
+from tests.helpers.s3_server import S3Server, serve_s3
+from tests.helpers.shards import write_folder
+
+SIZES = (7, 7, 7, 5, 12, 9, 3, 10, 10, 10)
+SMALL = ShuffleSettings(shards=2, row_groups=2)
+# Waits are short here; how often is tried again is what ships.
+PATIENT = S3Settings(read_timeout_s=1.0, connect_timeout_s=1.0, backoff_s=0.05)
+ALL_TROUBLES = (
+    Trouble.SLOW_DOWN,
+    Trouble.RESET,
+    Trouble.INTERNAL,
+    Trouble.DRIBBLE,
+)
+
+
+def write_videos(folder: Path) -> None:
+    """One shard of eight rows and 8 MiB, nearly all of it video."""
+    folder.mkdir(parents=True)
+    schema = video_schema()
+    columns = {"sample_id": [str(row) for row in range(8)], "caption": ["c"] * 8}
+    columns |= {"video": [bytes([row]) * 2**20 for row in range(8)], "fps": [8.0] * 8}
+    table = pa.table(columns, schema=schema)
+    pq.write_table(table, folder / "one.parquet", row_group_size=4, **parquet_options(schema))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    root = tmp_path_factory.mktemp("s3")
+    write_folder(root / "clips" / "set", SIZES)
+    write_videos(root / "clips" / "large")
+    (root / "clips" / "many").mkdir()
+    for number in range(2100):
+        (root / "clips" / "many" / f"{number:05d}.parquet").write_bytes(b"x")
+    with serve_s3(root) as running:
+        yield running
+
+
+@pytest.fixture
+def through(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., ProxyBook]]:
+    """Puts a proxy with some troubles between this process and the server."""
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    stack = []
+
+    def put(plan: Callable[[int], Trouble], stall_s: float = 3.0) -> ProxyBook:
+        manager = serve_faulty(server.environment["AWS_ENDPOINT_URL"], plan, stall_s)
+        stack.append(manager)
+        book = manager.__enter__()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", book.endpoint)
+        S3FileSystem.clear_instance_cache()
+        return book
+
+    yield put
+    for manager in stack:
+        manager.__exit__(None, None, None)
+
+
+def healthy(number: int) -> Trouble:
+    return Trouble.NONE
+
+
+def feed(s3: S3Settings = PATIENT, ahead: ReadAheadSettings | None = None) -> Feed:
+    settings = StreamSettings(Source("s3://clips/set", s3), 0, SMALL, ahead=ahead)
+    return Feed(settings, Progress(), 2 * sum(SIZES))
+
+
+def epoch(stream: Feed) -> list[Batch]:
+    return [stream.take(8) for _ in range(sum(SIZES) // 8)]
+
+
+def ids(batches: list[Batch]) -> list[str]:
+    return [name for batch in batches for name in batch.sample_ids]
+
+
+def test_busy_breaking_and_slow_servers_cost_no_sample(through: Callable[..., ProxyBook]) -> None:
+    through(healthy)
+    expected = ids(epoch(feed()))
+    book = through(every(3, *ALL_TROUBLES))
+    batches = epoch(feed())
+    assert ids(batches) == expected
+    assert len(set(expected)) == sum(SIZES)
+    assert not any(batch.rejects for batch in batches)
+    assert all(book.troubles.get(trouble, 0) >= 2 for trouble in ALL_TROUBLES)
+
+
+def test_a_server_that_falls_silent_is_asked_again(through: Callable[..., ProxyBook]) -> None:
+    through(healthy)
+    expected = ids(epoch(feed()))
+    # The first requests probe and list; then one in ten falls silent for longer than we wait.
+    book = through(lambda number: Trouble.STALL if number % 10 == 9 else Trouble.NONE)
+    batches = epoch(feed())
+    assert ids(batches) == expected
+    assert book.troubles[Trouble.STALL] >= 1
+    assert not any(batch.rejects for batch in batches)
+
+
+def test_a_server_that_is_gone_stops_the_run_and_quarantines_nothing(
+    through: Callable[..., ProxyBook],
+) -> None:
+    book = through(healthy)
+    impatient = S3Settings(max_attempts=1, read_attempts=2, backoff_s=0.01)
+    stream = feed(impatient)
+    first = stream.take(8)
+    book.plan = lambda number: Trouble.INTERNAL
+    with pytest.raises(DataError, match=r"clips/set/part-\d+\.parquet \(try 2\)") as caught:
+        stream.take(sum(SIZES))
+    assert "overloaded or failing" in str(caught.value)
+    assert first.rejects == ()
+
+
+def test_the_first_batch_comes_before_the_listing_ends(through: Callable[..., ProxyBook]) -> None:
+    book = through(healthy)
+    filesystem, root = open_folder("s3://clips/many")
+    catalogue = Catalogue(filesystem, root, chapter_shards=500)
+    first = catalogue.chapter(0)
+    assert first is not None
+    assert [len(first), first[0].path, first[-1].path] == [500, "00000.parquet", "00499.parquet"]
+    # One to probe, one for the first thousand paths, and what s3fs asks about a missing index.
+    before = book.lists()
+    assert before <= 3
+    assert catalogue.num_chapters() == 5
+    assert book.lists() == before + 2
+
+
+def test_listing_goes_on_after_any_path(through: Callable[..., ProxyBook]) -> None:
+    through(healthy)
+    filesystem, root = open_folder("s3://clips/many")
+    listed = [shard for chapter in list_chapters(filesystem, root, 1000) for shard in chapter]
+    assert [shard.path for shard in listed] == [f"{number:05d}.parquet" for number in range(2100)]
+    assert {shard.num_bytes for shard in listed} == {1}
+    rest = [
+        shard
+        for chapter in list_chapters(filesystem, root, 1000, after="01049.parquet")
+        for shard in chapter
+    ]
+    assert rest == listed[1050:]
+
+
+def test_captions_of_a_large_shard_do_not_fetch_its_videos(
+    through: Callable[..., ProxyBook],
+) -> None:
+    read: list[int] = []
+    through(healthy)
+    filesystem, _ = open_folder("s3://clips/large")
+    plain = filesystem.cat_ranges
+
+    def counting(paths: list[str], starts: list[int], stops: list[int], **keywords: object):
+        read.append(sum(stops) - sum(starts))
+        return plain(paths, starts, stops, **keywords)
+
+    filesystem.cat_ranges = counting  # type: ignore[method-assign]
+    settings = StreamSettings(Source("s3://clips/large"), 0)
+    assert len(set(Feed(settings, Progress(), 8).take(8).sample_ids)) == 8
+    assert 0 < sum(read) < 400_000
+
+
+def test_moto_lists_and_reads_alike(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    S3FileSystem.clear_instance_cache()
+    try:
+        filesystem = S3FileSystem(skip_instance_cache=True)
+        filesystem.mkdir("clips")
+        filesystem.put(str(server.root / "clips" / "set") + "/", "clips/set/", recursive=True)
+        remote = ids(epoch(feed()))
+    finally:
+        moto.stop()
+    local = Feed(
+        StreamSettings(Source(str(Path(server.root) / "clips" / "set")), 0, SMALL), Progress(), 80
+    )
+    assert remote == ids(epoch(local))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_data_hands_out_the_same_rows_through_the_same_troubles(
+    through: Callable[..., ProxyBook], tmp_path: Path
+) -> None:
+    """In a cluster of its own: processes of a running one would not have these variables."""
+    import subprocess
+    import sys
+
+    through(healthy)
+    expected = ids(epoch(feed()))
+    book = through(every(4, *ALL_TROUBLES))
+    script = (
+        "from cluster.runtime import start_ray\n"
+        "from tests.pipelines.data.test_s3_faults import *\n"
+        "with start_ray(num_cpus=2, object_store_memory=200 * 2**20):\n"
+        "    stream = feed(ahead=ReadAheadSettings())\n"
+        "    batches = epoch(stream)\n"
+        "    assert not any(batch.rejects for batch in batches)\n"
+        "    print('IDS', *ids(batches))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    told = next(line for line in done.stdout.splitlines() if line.startswith("IDS"))
+    assert told.split()[1:] == expected
+    assert all(book.troubles.get(trouble, 0) >= 2 for trouble in ALL_TROUBLES)
