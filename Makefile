@@ -17,7 +17,7 @@ DEMO := runs/demo
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick lint fmt clean
+.PHONY: help setup browser demo test test-quick lint fmt clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
@@ -36,6 +36,12 @@ $(READY): pyproject.toml constraints.txt
 	@echo "  2/2 everything else"
 	@$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $@
+
+# Never fails: without Chromium the tests of the report's page are skipped, and say so.
+browser:  ## Install Chromium, which the tests open a report in (Debian, as root)
+	@command -v chromium >/dev/null || \
+		{ apt-get update -qq && apt-get install -qq --yes --no-install-recommends chromium; } || \
+		echo "No Chromium: the tests of the report's page will be skipped"
 
 demo: $(READY)  ## Distil the tiny teacher into four steps and measure it, end to end
 	rm -rf $(DEMO)

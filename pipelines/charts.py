@@ -1,21 +1,25 @@
-"""Curves as inline SVG: text that needs no library, no script and no network to be seen.
+"""Curves as inline SVG: seen without a library, a script or the network.
 
-Colours, light and dark, come from the page's style sheet through the classes `c0`, `c1`, ...; a
-curve is drawn twice, faint as recorded and bold as a running median, which a spike cannot bend.
+Colours, light and dark, come from the page's style sheet through the classes `c0`, `c1`, ... Long
+curves are drawn twice, faint as recorded and bold as a running median, which a spike cannot bend.
+The recorded points lie in `data-curves`, so that a page may show the values under a pointer.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from statistics import median
 
+NUM_COLOURS = 6
 _WIDTH, _HEIGHT = 360, 200
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 24
 _MAX_POINTS = 400
 _SMOOTH_ABOVE = 40
 _WINDOW_SHARE = 0.05
 _NUM_TICKS = 4
+_FIGURES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,19 @@ class Series:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """A place on the horizontal axis where something happened.
+
+    Attributes:
+        x: Where.
+        label: What.
+    """
+
+    x: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class Axis:
     """A range and its round numbers, linear or by powers of ten."""
 
@@ -47,16 +64,27 @@ class Axis:
         low, high = self._scaled(self.low), self._scaled(self.high)
         return (self._scaled(value) - low) / (high - low)
 
+    def label(self, tick: float) -> str:
+        """A tick in words; on a linear axis with the decimals that tell neighbours apart."""
+        step = self.ticks[1] - self.ticks[0]
+        if self.log or not 1e-6 < step < 1e5:
+            return number(tick)
+        # The step is 1, 2 or 5 times a power of ten; what is below half of it is rounding.
+        decimals = max(0, -math.floor(math.log10(step * 1.001)))
+        return f"{round(tick, decimals) + 0.0:,.{decimals}f}"
+
     def _scaled(self, value: float) -> float:
         return math.log10(value) if self.log else value
 
 
-def line_chart(series: Sequence[Series], *, log: bool = False) -> str:
+def line_chart(series: Sequence[Series], *, log: bool = False, marks: Sequence[Mark] = ()) -> str:
     """Draws curves over one horizontal axis.
 
     Args:
-        series: Curves; at most six colours are told apart.
+        series: Curves; at most six colours are told apart. With more than two, the faint curves
+            as recorded are left out.
         log: Vertical axis by powers of ten; used only where every value is positive.
+        marks: Drawn as upright lines; those outside of the curves' range are left out.
 
     Returns:
         An `<svg>` element, or a line of text where there is not a single finite point.
@@ -71,10 +99,17 @@ def line_chart(series: Sequence[Series], *, log: bool = False) -> str:
     use_log = log and min(values) > 0
     y_axis = (log_axis if use_log else linear_axis)(min(values), max(values))
     names = escape(", ".join(curve.label for curve in series), quote=True)
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{names}">']
+    curves = escape(json.dumps([_recorded(curve) for curve in series]), quote=True)
+    plane = " ".join(f"{at:g}" for at in (_LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM))
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{names}" '
+        f'data-plane="{plane}" data-range="{x_axis.low:g} {x_axis.high:g}" data-curves="{curves}">'
+    ]
     parts += _grid(x_axis, y_axis)
-    for number, curve in enumerate(series):
-        parts += _curve(curve, f"c{number % 6}", x_axis, y_axis)
+    parts += _marks(marks, x_axis)
+    for index, curve in enumerate(series):
+        css = f"c{index % NUM_COLOURS}"
+        parts += _curve(curve, css, x_axis, y_axis, raw=len(series) <= 2)
     return "".join([*parts, "</svg>"])
 
 
@@ -104,14 +139,39 @@ def log_axis(low: float, high: float) -> Axis:
     )
 
 
-def running_median(values: Sequence[float], window: int) -> list[float]:
-    """Median of the finite values in a centred window; shorter at the ends."""
+def running_median(
+    values: Sequence[float], window: int, at: Sequence[int] | None = None
+) -> list[float]:
+    """Median of the finite values in a centred window; shorter at the ends.
+
+    Args:
+        values: All values.
+        window: How many go into a median.
+        at: Indices to take it at; None takes it everywhere.
+    """
     half = window // 2
     smooth: list[float] = []
-    for index in range(len(values)):
+    for index in range(len(values)) if at is None else at:
         near = [v for v in values[max(0, index - half) : index + half + 1] if _finite(v)]
         smooth.append(median(near) if near else math.nan)
     return smooth
+
+
+def thinned(values: Sequence[float], most: int) -> list[int]:
+    """Indices of at most so many points that still show every spike.
+
+    The range is cut into equal parts; the least and the greatest value of each part stay.
+    """
+    if len(values) <= most:
+        return list(range(len(values)))
+    num_parts = most // 2
+    kept: set[int] = set()
+    for part in range(num_parts):
+        start = part * len(values) // num_parts
+        inside = range(start, (part + 1) * len(values) // num_parts)
+        ranked = [index for index in inside if _finite(values[index])] or [start]
+        kept |= {min(ranked, key=lambda i: values[i]), max(ranked, key=lambda i: values[i])}
+    return sorted(kept)
 
 
 def number(value: float) -> str:
@@ -121,41 +181,64 @@ def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
+def _recorded(curve: Series) -> dict[str, object]:
+    """What a page shows under the pointer: points as recorded, null in a gap."""
+    kept = thinned(curve.y, _MAX_POINTS)
+    values = [float(f"{curve.y[i]:.{_FIGURES}g}") if _finite(curve.y[i]) else None for i in kept]
+    return {"label": curve.label, "x": [curve.x[i] for i in kept], "y": values}
+
+
 def _grid(x_axis: Axis, y_axis: Axis) -> list[str]:
     parts: list[str] = []
     bottom = _HEIGHT - _BOTTOM
     for tick in y_axis.ticks:
         y = _y(tick, y_axis)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="y">{number(tick)}</text>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="y">{y_axis.label(tick)}</text>')
     for tick in x_axis.ticks:
         place = f'x="{_x(tick, x_axis)}" y="{bottom + 16}"'
-        parts.append(f'<text {place} class="x">{number(tick)}</text>')
+        parts.append(f'<text {place} class="x">{x_axis.label(tick)}</text>')
     return parts
 
 
-def _curve(curve: Series, css: str, x_axis: Axis, y_axis: Axis) -> list[str]:
+def _marks(marks: Sequence[Mark], x_axis: Axis) -> list[str]:
+    """One line a pixel, whatever happened there: hundreds of alarms stay one red band."""
+    labels: dict[int, list[str]] = {}
+    for mark in marks:
+        if x_axis.low <= mark.x <= x_axis.high:
+            labels.setdefault(round(_x(mark.x, x_axis)), []).append(mark.label)
+    bottom = _HEIGHT - _BOTTOM
+    return [
+        f'<g class="mark"><title>{escape("; ".join(dict.fromkeys(texts)))}</title>'
+        f'<line x1="{x}" x2="{x}" y1="{_TOP}" y2="{bottom}"/>'
+        f'<path d="M{x - 4} {_TOP - 6}h8l-4 7z"/></g>'
+        for x, texts in sorted(labels.items())
+    ]
+
+
+def _curve(curve: Series, css: str, x_axis: Axis, y_axis: Axis, *, raw: bool) -> list[str]:
     x, y = list(curve.x), list(curve.y)
-    parts: list[str] = []
+    kept = thinned(y, _MAX_POINTS)
     if len(y) > _SMOOTH_ABOVE:
-        parts.append(_path(x, y, f"raw {css}", x_axis, y_axis))
-        y = running_median(y, max(5, round(len(y) * _WINDOW_SHARE)))
-    parts.append(_path(x, y, f"line {css}", x_axis, y_axis))
-    if len(y) <= _SMOOTH_ABOVE:
-        parts += [
+        places = [x[i] for i in kept]
+        parts = [_path(places, [y[i] for i in kept], f"raw {css}", x_axis, y_axis)] if raw else []
+        smooth = running_median(y, max(5, round(len(y) * _WINDOW_SHARE)), kept)
+        return [*parts, _path(places, smooth, f"line {css}", x_axis, y_axis)]
+    return [
+        _path(x, y, f"line {css}", x_axis, y_axis),
+        *(
             f'<circle class="dot {css}" cx="{_x(at, x_axis)}" cy="{_y(value, y_axis)}" r="2.5">'
             f"<title>{escape(curve.label)} at {number(at)}: {number(value)}</title></circle>"
             for at, value in zip(x, y, strict=True)
             if _finite(value)
-        ]
-    return parts
+        ),
+    ]
 
 
 def _path(x: Sequence[float], y: Sequence[float], css: str, x_axis: Axis, y_axis: Axis) -> str:
-    stride = max(1, math.ceil(len(y) / _MAX_POINTS))
     steps: list[str] = []
     pen = "M"
-    for at, value in list(zip(x, y, strict=True))[::stride]:
+    for at, value in zip(x, y, strict=True):
         if not _finite(value):
             pen = "M"
             continue

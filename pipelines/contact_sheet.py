@@ -3,18 +3,19 @@
                      teacher, 30 steps      teacher, 4 steps      generator, 4 steps
     "a red circle"   [] [] [] [] []         [] [] [] [] []        [] [] [] [] []
 
-As PNG with several frames of each clip, and as a looping GIF with one cell a clip. Small clips are
-enlarged by whole pixels, so that nothing is invented; large ones are scaled down.
+As PNG with several frames of each clip, as a looping GIF with one cell a clip, and as one mp4 a
+clip in a folder beside them, for pages that lay them out anew. Small clips are enlarged by whole
+pixels, so that nothing is invented; large ones are scaled down on the sheets.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipelines.clip_files import SheetGroup, clips_folder, write_clip_files
 from pipelines.video import Pixels
 from sgmd_core.errors import ShapeError
 
@@ -33,28 +34,13 @@ _INK = (236, 237, 240)
 _FAINT_INK = (158, 163, 173)
 
 
-@dataclass(frozen=True, slots=True)
-class SheetGroup:
-    """One way of sampling.
-
-    Attributes:
-        label: Heading of the group, for example "teacher, 30 steps".
-        note: Second line of the heading, for example "guidance 2.5".
-        clips: One clip a prompt, each (frames, height, width, 3).
-    """
-
-    label: str
-    note: str
-    clips: Sequence[Pixels]
-
-
 def write_contact_sheet(
     png: Path, gif: Path, groups: Sequence[SheetGroup], prompts: Sequence[str], fps: int
 ) -> None:
-    """Writes the same clips as a still and as a looping sheet.
+    """Writes the same clips as a still, as a looping sheet and as files of their own.
 
     Args:
-        png: File of the still.
+        png: File of the still; the folder of the same name gets the clips.
         gif: File of the loop.
         groups: Ways of sampling, left to right; all clips of one size.
         prompts: One a row.
@@ -73,6 +59,7 @@ def write_contact_sheet(
     first.save(
         gif, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False
     )
+    write_clip_files(clips_folder(png), groups, prompts, fps)
 
 
 def still_picture(

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors import SafetensorError
 
 from pipelines.inference import InferenceSettings, model_folder, read_inference_settings
-from pipelines.video import Pixels, encode_mp4, write_gif
+from pipelines.video import Pixels, encode_for_players, write_gif
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from workers.models.folder import inspect_wan_folder
 
@@ -28,7 +28,7 @@ OnProgress = Callable[[int, int], None]
 
 # WanPipeline refuses other sizes, whatever the networks could do.
 _PIPELINE_MULTIPLE_PX = 16
-# Players show a clip of 32 px as a dot, and H.264's halved chroma would smear its colours.
+# Players show a clip of 32 px as a dot.
 _SMALLEST_SIDE_PX = 256
 _SLUG_LENGTH = 48
 
@@ -238,9 +238,8 @@ def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> Path:
     if path.suffix == ".gif":
         write_gif(path, frames, fps, zoom=repeats)
     else:
-        large = frames.repeat(repeats, axis=1).repeat(repeats, axis=2)
-        # Halved chroma is what browsers and phones play.
-        path.write_bytes(encode_mp4(large, fps, crf=16, pix_fmt="yuv420p"))
+        smallest_px = repeats * min(frames.shape[1:3])
+        path.write_bytes(encode_for_players(frames, fps, smallest_side_px=smallest_px))
     return path
 
 

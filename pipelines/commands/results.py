@@ -114,18 +114,22 @@ def generate(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, finished or not.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="A run, finished or not; several are compared."),
+    ],
     output: Annotated[
-        Path | None, typer.Option(help="File to write; default RUN/report.html")
+        Path | None,
+        typer.Option(help="File to write; default RUN/report.html, or comparison.html beside it"),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page: figures, clips, curves, times, settings."""
+    """Write one self-contained HTML page: figures, clips, curves, times, alarms, settings."""
     with working():
         from pipelines.report import write_report
 
-        path = write_report(run, output)
-    show({"path": str(path)}, as_json, str(path))
+        path = write_report(runs, output)
+    show({"path": str(path), "bytes": path.stat().st_size}, as_json, str(path))
 
 
 def ledger(

@@ -19,6 +19,8 @@ def an_iteration(number: int, **losses: float) -> IterationRecord:
         data_wait_s=0.0,
         samples_seen=0,
         epoch=0.0,
+        cursor={},
+        rejected=0,
         exit_steps=(),
     )
 

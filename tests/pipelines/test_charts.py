@@ -1,11 +1,21 @@
 """Curves as SVG: well-formed, to scale, and without a point that was not recorded."""
 
+import json
 import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from pipelines.charts import Series, line_chart, linear_axis, log_axis, number, running_median
+from pipelines.charts import (
+    Mark,
+    Series,
+    line_chart,
+    linear_axis,
+    log_axis,
+    number,
+    running_median,
+    thinned,
+)
 
 
 def paths(svg: str) -> list[str]:
@@ -69,3 +79,40 @@ def test_one_spike_does_not_bend_the_running_median():
 )
 def test_numbers_are_short(value, text):
     assert number(value) == text
+
+
+def test_ticks_have_the_decimals_that_tell_neighbours_apart():
+    axis = linear_axis(1.057, 1.062)
+    labels = [axis.label(tick) for tick in axis.ticks]
+    assert len(set(labels)) == len(labels)
+    assert linear_axis(0, 100).label(50.0) == "50"
+    assert linear_axis(-0.4, 0.4).label(-0.0) == "0.0"
+
+
+def test_a_thinned_curve_keeps_its_spikes_and_its_length():
+    values = [math.sin(i / 50) for i in range(5000)]
+    values[1234], values[4321] = 99.0, -99.0
+    kept = thinned(values, 400)
+    assert len(kept) <= 400
+    assert {1234, 4321} <= set(kept)
+    assert kept == sorted(kept)
+
+
+def test_a_mark_stands_where_it_happened_and_says_what():
+    svg = line_chart([Series("a", [0, 100], [0, 1])], marks=[Mark(50, "drift"), Mark(200, "late")])
+    (mark,) = [e for e in ElementTree.fromstring(svg).iter("g") if e.get("class") == "mark"]
+    # The plane reaches from 48 to 350.
+    assert mark.find("line").get("x1") == "199"
+    assert mark.find("title").text == "drift"
+
+
+def test_hundreds_of_marks_at_one_place_are_one_line():
+    svg = line_chart([Series("a", [0, 1e6], [0, 1])], marks=[Mark(i, "drift") for i in range(500)])
+    assert svg.count('class="mark"') == 1
+
+
+def test_the_recorded_values_lie_in_the_picture_with_gaps_as_null():
+    svg = ElementTree.fromstring(line_chart([Series("a", [0, 1, 2], [0.123456, math.nan, 2])]))
+    assert json.loads(svg.get("data-curves")) == [
+        {"label": "a", "x": [0, 1, 2], "y": [0.1235, None, 2.0]}
+    ]

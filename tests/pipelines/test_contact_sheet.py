@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.contact_sheet import SheetGroup, enlarge, still_picture, write_contact_sheet
-from sgmd_core.errors import ShapeError
+from pipelines.clip_files import SheetGroup, clips_folder, read_clip_files
+from pipelines.contact_sheet import enlarge, still_picture, write_contact_sheet
+from pipelines.video import decode_video
+from sgmd_core.errors import DataError, ShapeError
 
 PROMPTS = ("a red circle moves left", "a blue bar moves up quickly")
 NUM_FRAMES = 6
@@ -35,6 +37,40 @@ def test_both_files_open_and_the_loop_has_every_frame(tmp_path):
         assert loop.info["loop"] == 0
         # GIF counts in hundredths of a second.
         assert loop.info["duration"] == pytest.approx(125, abs=5)
+
+
+def test_every_clip_lies_beside_the_sheet_as_a_video_that_players_show(tmp_path):
+    png, gif = tmp_path / "sheet.png", tmp_path / "sheet.gif"
+    write_contact_sheet(png, gif, groups(), PROMPTS, fps=8)
+    files = read_clip_files(clips_folder(png))
+    assert files.prompts == PROMPTS
+    assert [column.label for column in files.columns] == ["teacher, 30 steps", "generator, 4 steps"]
+    for column, colour in zip(files.columns, (0, 1), strict=True):
+        frames = decode_video((files.folder / column.files[1]).read_bytes())
+        # Enlarged by whole pixels, because 8 pixels are a dot on a screen.
+        assert frames.shape == (NUM_FRAMES, 256, 256, 3)
+        last = frames[-1].mean(axis=(0, 1))
+        assert last[colour] == pytest.approx(200, abs=8)
+        assert last[1 - colour] == pytest.approx(0, abs=8)
+
+
+def test_a_sheet_without_clip_files_has_none(tmp_path):
+    assert read_clip_files(tmp_path / "sheet") is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"prompts": ["a"]}',
+        '{"prompts": ["a"], "columns": [{"label": "", "note": "", "files": []}]}',
+    ],
+)
+def test_a_wrong_list_of_clips_is_refused(tmp_path, text):
+    (tmp_path / "clips.json").write_text(text)
+    with pytest.raises(DataError, match=r"clips\.json"):
+        read_clip_files(tmp_path)
 
 
 def test_a_still_shows_the_first_and_the_last_frame_of_every_group():

@@ -1,159 +1,92 @@
-"""`report`: one page that needs nothing else, of any run, however far it came."""
+"""`report`: one page that needs nothing else, of any runs, however far they came."""
 
 import json
-import math
 import re
+import shutil
+from base64 import b64decode
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from pipelines import report
-from pipelines.config import load_recipe
-from pipelines.contact_sheet import SheetGroup, write_contact_sheet
-from pipelines.evaluation import (
-    FLOOR,
-    GENERATOR,
-    REFERENCE,
-    TEACHER_FEW,
-    Evaluation,
-    EvaluationRow,
-    Figure,
-    judge,
-)
-from pipelines.records import IterationRecord, ValidationRecord
 from pipelines.report import write_report
-from pipelines.run_folder import RunFolder, append_jsonl
+from pipelines.reporting.clips import MAX_MEDIA_BYTES, Media, clip_table
+from pipelines.reporting.curves import LabelledRun
+from pipelines.reporting.records import read_run
+from pipelines.run_folder import append_jsonl
+from pipelines.video import decode_video
 from sgmd_core.errors import CheckpointError
+from tests.helpers.runs import finish_run, start_run, write_alarms
 
-NUM_ITERATIONS = 60
+VOID_TAGS = ("meta", "img", "link", "input", "br")
 
 
 class Page(HTMLParser):
-    """What a browser would fetch, and whether the tags are closed in order."""
+    """What a browser would fetch, what it shows, and whether the tags are closed in order."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.sources: list[str] = []
         self.tags: list[str] = []
         self.headings: list[str] = []
+        self.warnings = ""
         self.text = ""
-        self._open: list[str] = []
+        self._open: list[tuple[str, str]] = []
         self.feed(text)
         assert self._open == []
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href", "srcset")]
-        if tag not in ("meta", "img"):
-            self._open.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "poster", "href")]
+        if tag not in VOID_TAGS:
+            self._open.append((tag, dict(attrs).get("class") or ""))
 
     def handle_startendtag(self, tag, attrs):
         self.tags.append(tag)
 
     def handle_endtag(self, tag):
-        assert self._open.pop() == tag
+        assert self._open.pop()[0] == tag
 
     def handle_data(self, data):
-        if self._open and self._open[-1] in ("h1", "h2"):
+        tags = [tag for tag, _ in self._open]
+        if tags and tags[-1] in ("h1", "h2"):
             self.headings.append(data)
-        if "style" not in self._open:
+        if any(css == "warning" for _, css in self._open):
+            self.warnings += data
+        if "style" not in tags and "script" not in tags:
             self.text += data
 
 
-def write_sheet(folder: Path, name: str) -> None:
-    clip = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3)).astype(np.uint8)
-    groups = [SheetGroup("teacher", "guided", [clip]), SheetGroup("generator", "", [clip])]
-    folder.mkdir(exist_ok=True)
-    write_contact_sheet(folder / f"{name}.png", folder / f"{name}.gif", groups, ["a <b>"], fps=8)
+def page(*folders: Path) -> Page:
+    return Page(write_report(folders).read_text(encoding="utf-8"))
 
 
-def start_run(folder: Path, num_iterations: int = NUM_ITERATIONS) -> Path:
-    """A run as far as its last recorded iteration."""
-    run = RunFolder(folder)
-    run.create(load_recipe("tiny", [f"iterations={NUM_ITERATIONS}", "name=demo"]).to_yaml())
-    for iteration in range(num_iterations):
-        record = IterationRecord(
-            iteration=iteration,
-            losses={"fisher": 1 / (iteration + 1), "residual_contraction": 0.5, "own_term": 3.0},
-            grad_norms={"generator": 0.1 + iteration, "fake_score": math.exp(-iteration / 9)},
-            seconds={"generator.rollout": 0.2, "fake_score.signal": 0.3},
-            seconds_total=0.4,
-            data_wait_s=0.01,
-            samples_seen=16 * (iteration + 1),
-            epoch=0.1,
-            cursor={},
-            rejected=0,
-            exit_steps=(0, 3),
-        )
-        append_jsonl(run.metrics, record.to_json())
-    return folder
-
-
-def evaluation() -> Evaluation:
-    facts = {"num_steps": 4, "guidance_scale": 1.0, "seed": 1, "remembered": False}
-    read = {"colour": 0.9, "shape": 0.9, "direction": 0.8, "speed_spearman": 0.9}
-    read |= {"mean_speed_px_per_frame": 1.0, "speed_ratio": 1.0, "seconds_per_clip": 0.5}
-    far = {"frechet": Figure(value=3, error=0.1), "above_floor": Figure(value=2, error=0.1)}
-    rows = [EvaluationRow(name=REFERENCE, label="teacher, 30 guided steps", **facts, **read)]
-    rows += [
-        EvaluationRow(
-            name=name, label=name, **facts, **read, **far, ratio=Figure(value=0.2, error=0.1)
-        )
-        for name in (FLOOR, TEACHER_FEW, GENERATOR)
-    ]
-    return Evaluation(
-        generator="generator",
-        teacher="teacher",
-        captions="captions",
-        num_captions=256,
-        num_distinct_captions=36,
-        batch_size=16,
-        device="cpu",
-        rows=tuple(rows),
-        verdicts=judge(rows),
-        sheet_png="samples/evaluation.png",
-        sheet_gif="samples/evaluation.gif",
-        versions={"torch": "2"},
-    )
-
-
-def finish_run(folder: Path) -> Path:
-    """Everything that a finished and evaluated run has."""
-    run = RunFolder(start_run(folder))
-    for iteration in (20, 40, 60):
-        name = f"validation-{iteration:06d}"
-        write_sheet(run.samples, name)
-        figures = {"frechet": 1 / iteration, "colour": 0.9}
-        record = ValidationRecord(iteration, figures, 3.0, f"{name}.png")
-        append_jsonl(run.validation, record.to_json())
-    summary = {"seed": 0, "config_digest": "abc123", "versions": {"torch": "2.13.0"}}
-    run.summary.write_text(json.dumps(summary))
-    write_sheet(run.samples, "evaluation")
-    evaluation().save(folder / "evaluation.json")
-    return folder
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return finish_run(tmp_path_factory.mktemp("runs") / "demo")
 
 
 @pytest.fixture
-def finished(tmp_path) -> Path:
-    return finish_run(tmp_path / "demo")
-
-
-def page(folder: Path) -> Page:
-    return Page(write_report(folder).read_text(encoding="utf-8"))
+def finished(original, tmp_path) -> Path:
+    """A finished run that a test may change."""
+    return Path(shutil.copytree(original, tmp_path / "demo"))
 
 
 class TestFinishedRun:
     def test_the_page_is_well_formed_and_fetches_nothing(self, finished):
         shown = page(finished)
-        assert len(shown.sources) == 5
-        assert all(source.startswith("data:image/") for source in shown.sources)
-        assert not {"script", "link", "iframe", "object"} & set(shown.tags)
+        assert all(source.startswith("data:") for source in shown.sources)
+        assert not {"iframe", "object", "embed"} & set(shown.tags)
         text = (finished / "report.html").read_text()
-        assert "http" not in re.sub(r"data:image/[^\"]+", "", text)
+        outside_of_data = re.sub(r"data:[^\"]+", "", text)
+        assert "http:" not in outside_of_data
+        assert "https:" not in outside_of_data
         assert "url(" not in text
         assert "@import" not in text
+
+    def test_its_policy_forbids_requests(self, finished):
+        text = write_report([finished]).read_text()
+        assert "default-src 'none'" in text
 
     def test_every_section_is_there(self, finished):
         assert page(finished).headings == [
@@ -163,70 +96,101 @@ class TestFinishedRun:
             "Training",
             "Validation during the training",
             "Where the time went",
-            "Settings and versions",
+            "Configuration and versions",
         ]
 
     def test_every_loss_norm_figure_stage_and_version_is_shown(self, finished):
         text = page(finished).text
         for word in (
             *("fisher", "residual contraction", "own term", "gradient norm"),
-            *("frechet", "generator.rollout", "fake_score.signal", "waiting for captions"),
+            *("distance", "rollout", "signal", "waiting for captions"),
             *("2.13.0", "abc123", "lambda_nr"),
         ):
             assert word in text, word
 
+    def test_the_clips_are_videos_with_a_first_picture(self, finished):
+        shown = page(finished)
+        # Three ways of sampling and two captions.
+        assert shown.tags.count("video") == 6
+        assert sum(source.startswith("data:video/mp4") for source in shown.sources) == 6
+        assert sum(source.startswith("data:image/jpeg") for source in shown.sources) == 6
+
     def test_verdicts_say_what_was_met_and_what_was_not(self, finished):
-        text = write_report(finished).read_text()
+        text = write_report([finished]).read_text()
         assert text.count('class="met"') == 3
         assert text.count('class="unmet"') == 1
 
-    def test_it_knows_light_and_dark_and_a_narrow_screen(self, finished):
-        text = write_report(finished).read_text()
-        assert "prefers-color-scheme: dark" in text
-        assert 'name="viewport"' in text
+    def test_the_tiles_say_how_many_steps_and_how_much_faster(self, finished):
+        text = page(finished).text
+        assert "4steps, where the teacher takes 30" in text
+        assert "4×faster a video" in text
 
     def test_a_finished_run_has_nothing_to_warn_of(self, finished):
-        assert 'class="warning"' not in write_report(finished).read_text()
+        assert page(finished).warnings == ""
 
     def test_it_can_be_written_elsewhere(self, finished, tmp_path):
-        path = write_report(finished, tmp_path / "elsewhere.html")
+        path = write_report([finished], tmp_path / "elsewhere.html")
         assert path == tmp_path / "elsewhere.html"
         assert not (finished / "report.html").exists()
 
+
+class TestClips:
+    def test_clips_larger_than_their_share_are_shrunk(self, finished):
+        runs = [LabelledRun("demo", read_run(finished))]
+        sizes = []
+        for room in (10 * 2**20, 40_000):
+            table = clip_table(runs, Media(left_bytes=room))
+            found = [clip for row in table.rows for clip in row.clips]
+            videos = [b64decode(clip.source.partition(",")[2]) for clip in found]
+            assert all(len(decode_video(video)) == 13 for video in videos)
+            sizes.append(sum(map(len, videos)))
+        assert sizes[1] < 0.9 * sizes[0]
+
     def test_pictures_past_the_limit_are_left_out_by_name(self, finished):
-        (finished / "samples" / "evaluation.gif").write_bytes(b"0" * (report._MAX_MEDIA_BYTES + 1))
+        (finished / "samples" / "evaluation.png").write_bytes(b"0" * (MAX_MEDIA_BYTES + 1))
         shown = page(finished)
-        assert len(shown.sources) == 4
-        assert "samples/evaluation.gif (10.0 MB) is left out" in shown.text
+        assert "samples/evaluation.png (10.0 MB) is left out" in shown.warnings
         assert (finished / "report.html").stat().st_size < 15 * 2**20
 
     def test_a_missing_picture_is_named(self, finished):
-        (finished / "samples" / "evaluation.gif").unlink()
-        assert "samples/evaluation.gif is not there" in page(finished).text
+        (finished / "samples" / "evaluation.png").unlink()
+        assert "samples/evaluation.png is not there" in page(finished).warnings
+
+    def test_a_torn_clip_is_named_and_the_others_are_shown(self, finished):
+        clip = finished / "samples" / "evaluation" / "2-1.mp4"
+        clip.write_bytes(clip.read_bytes()[:400])
+        shown = page(finished)
+        assert "evaluation/2-1.mp4 is missing or is no video" in shown.warnings
+        assert shown.tags.count("video") == 5
+
+    def test_a_run_without_clip_files_shows_its_looping_sheet(self, finished):
+        for list_file in finished.glob("samples/*/clips.json"):
+            list_file.unlink()
+        shown = page(finished)
+        assert "video" not in shown.tags
+        assert any(source.startswith("data:image/gif") for source in shown.sources)
+
+    def test_before_an_evaluation_the_last_validation_has_the_clips(self, finished):
+        (finished / "evaluation.json").unlink()
+        assert page(finished).tags.count("video") == 6
 
 
 class TestUnfinishedRun:
     def test_a_stopped_run_shows_its_curves_and_says_how_far_it_came(self, tmp_path):
         shown = page(start_run(tmp_path / "stopped", num_iterations=7))
-        assert "iteration 7 of 60" in shown.text
-        assert "has not come to its end" in shown.text
-        assert "sgmd evaluate" in shown.text
+        assert "iteration 7 of 60" in shown.warnings
+        assert "has not come to its end" in shown.warnings
+        assert "sgmd evaluate" in shown.warnings
         assert shown.headings == [
             "demo",
             "Training",
             "Where the time went",
-            "Settings and versions",
+            "Configuration and versions",
         ]
 
     def test_a_run_without_an_iteration_has_a_page(self, tmp_path):
         shown = page(start_run(tmp_path / "new", num_iterations=0))
-        assert "there are no curves" in shown.text
-
-    def test_a_line_torn_by_a_crash_is_left_out(self, tmp_path):
-        folder = start_run(tmp_path / "crashed", num_iterations=5)
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write('{"iteration": 5, "los')
-        assert "iteration 5 of 60" in page(folder).text
+        assert "there are no curves" in shown.warnings
 
     def test_values_that_are_not_finite_do_not_break_the_page(self, tmp_path):
         folder = start_run(tmp_path / "nan", num_iterations=5)
@@ -235,18 +199,99 @@ class TestUnfinishedRun:
         assert "No finite values" in page(folder).text
 
 
-class TestWrongInput:
+class TestBadRecords:
+    @pytest.mark.parametrize(
+        "torn", ['{"iteration": 5, "los', "[1, 2]", '{"losses": {}}', '{"iteration": "5"}']
+    )
+    def test_a_wrong_line_is_left_out_and_counted(self, tmp_path, torn):
+        folder = start_run(tmp_path / "crashed", num_iterations=5)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        (folder / "metrics.jsonl").write_text("\n".join([*lines[:2], torn, *lines[2:]]))
+        shown = page(folder)
+        assert "metrics.jsonl: 1 line left out, torn or wrong (3)" in shown.warnings
+        assert "iteration 5 of 60" in shown.warnings
+
+    @pytest.mark.parametrize("content", ["{ [\n\n", "", "[]", "\x00\x01"])
+    @pytest.mark.parametrize("name", ["summary.json", "evaluation.json", "config.yaml"])
+    def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_shown(
+        self, finished, name, content
+    ):
+        (finished / name).write_text(content)
+        shown = page(finished)
+        assert name in shown.warnings
+        assert "Training" in shown.headings
+
+    def test_records_of_unexpected_types_do_not_break_the_page(self, finished):
+        found = {"rows": [{"name": "generator", "colour": "red"}, 7], "verdicts": {"a": 1}}
+        (finished / "evaluation.json").write_text(json.dumps(found))
+        (finished / "summary.json").write_text(json.dumps({"versions": 3, "utilisation": [1]}))
+        append_jsonl(finished / "metrics.jsonl", {"iteration": 99, "losses": 3, "seconds": None})
+        (finished / "samples" / "evaluation" / "clips.json").write_text("{}")
+        assert "Training" in page(finished).headings
+
+    def test_a_folder_without_settings_has_a_page(self, finished):
+        (finished / "config.yaml").unlink()
+        assert "config.yaml is not there" in page(finished).warnings
+
     def test_a_folder_that_is_no_run_is_refused(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"config\.yaml"):
-            write_report(tmp_path)
-
-    @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml"])
-    def test_a_file_that_cannot_be_read_is_named(self, finished, name):
-        (finished / name).write_text("{ [\n\n")
-        with pytest.raises(CheckpointError, match=name):
-            write_report(finished)
+            write_report([tmp_path])
 
     def test_text_of_the_run_is_never_markup(self, finished):
         config = finished / "config.yaml"
         config.write_text("# <script>alert(1)</script>\n" + config.read_text())
-        assert "script" not in page(finished).tags
+        write_alarms(finished, {"iteration": 3, "name": "<b>", "message": "<script>alert(2)"})
+        # Our own script is the only one.
+        assert page(finished).tags.count("script") == 1
+        assert "alert(2)" in page(finished).text
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, Path]:
+    """Two runs of one teacher, the second one with another weight and a weaker generator."""
+    root = tmp_path_factory.mktemp("two")
+    first = finish_run(root / "a")
+    second = finish_run(
+        root / "b",
+        name="weaker",
+        overrides=("objective.lambda_nr=0.05",),
+        generator_seed=2,
+        generator_colour=0.7,
+    )
+    return first, second
+
+
+class TestComparison:
+    def test_it_is_written_beside_the_first_run(self, two):
+        assert write_report(two) == two[0].parent / "comparison.html"
+
+    def test_it_shows_the_settings_that_differ_and_no_others(self, two):
+        text = page(*two).text
+        differing = text[text.index("What differs") : text.index("Generators against")]
+        assert "objective.lambda_nr" in differing
+        assert "0.05" in differing
+        assert "lambda_rc" not in differing
+
+    def test_clips_that_two_runs_share_are_shown_once(self, two):
+        # Two captions; two teachers for both runs, and a generator of each.
+        assert page(*two).tags.count("video") == 2 * (2 + 2)
+
+    def test_both_runs_have_their_figures_and_verdicts(self, two):
+        text = page(*two).text
+        assert "0.70" in text or "0.7" in text
+        markup = write_report(two).read_text()
+        assert markup.count('class="met"') == 3 + 2
+        assert markup.count('class="unmet"') == 1 + 2
+
+    def test_curves_of_both_runs_lie_in_one_picture(self, two):
+        assert 'aria-label="demo, weaker"' in write_report(two).read_text()
+
+    def test_runs_of_one_name_are_told_apart_by_their_folders(self, two, tmp_path):
+        other = start_run(tmp_path / "again", num_iterations=3)
+        assert 'aria-label="a, again"' in write_report([two[0], other]).read_text()
+
+    def test_a_run_that_was_not_evaluated_may_be_compared(self, two, tmp_path):
+        other = start_run(tmp_path / "young", num_iterations=3, name="young")
+        shown = page(two[0], other)
+        assert "young: The run is at iteration 3 of 60" in shown.warnings
+        assert "Generators against their teacher" in shown.headings

@@ -1,7 +1,9 @@
 """Round trips of encoded videos, and the pictures made of them."""
 
+import io
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,8 +12,11 @@ from pipelines.shapes import FPS, Split, render_batch
 from pipelines.video import (
     contact_sheet,
     decode_video,
+    encode_for_players,
     encode_mp4,
     film_strip,
+    first_frame,
+    shrink_video,
     write_gif,
     write_png,
 )
@@ -35,6 +40,29 @@ def test_mp4_keeps_frames_and_colours() -> None:
 
 def test_the_same_clip_gives_the_same_file() -> None:
     assert encode_mp4(rendered_clip(), FPS) == encode_mp4(rendered_clip(), FPS)
+
+
+def test_players_get_even_sizes_and_small_clips_enlarged() -> None:
+    assert decode_video(encode_for_players(rendered_clip(), FPS)).shape == (13, 256, 256, 3)
+    odd = np.zeros((2, 301, 333, 3), np.uint8)
+    assert decode_video(encode_for_players(odd, FPS)).shape == (2, 300, 332, 3)
+
+
+def test_a_shrunk_video_keeps_its_frames_its_rate_and_its_shape() -> None:
+    wide = np.repeat(rendered_clip(), 2, axis=2)
+    large = encode_for_players(wide, 12)
+    small = shrink_video(large, 100, crf=20)
+    assert decode_video(small).shape == (13, 50, 100, 3)
+    with av.open(io.BytesIO(small)) as container:
+        assert container.streams.video[0].average_rate == 12
+    assert decode_video(shrink_video(large, 4000, crf=20)).shape == (13, 256, 512, 3)
+
+
+def test_the_first_frame_is_the_first_one() -> None:
+    data = encode_mp4(rendered_clip(), FPS)
+    assert np.array_equal(first_frame(data), decode_video(data)[0])
+    with pytest.raises(DataError, match="decoding a video"):
+        first_frame(data[:300])
 
 
 @pytest.mark.parametrize("data", [b"", b"no video at all", encode_mp4(rendered_clip(), FPS)[:300]])

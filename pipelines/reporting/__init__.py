@@ -1,0 +1,1 @@
+"""The parts of a report's page: what runs recorded, turned into tables, curves, bars and clips."""

@@ -1,0 +1,151 @@
+"""Chart cards: what was logged over iterations, of one run or of several in one picture."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from pipelines.charts import Mark, Series, line_chart
+from pipelines.records import HEADLINE_LOSSES
+from pipelines.reporting.alarms import marks
+from pipelines.reporting.names import about, in_order, title
+from pipelines.reporting.records import Line, RunRecords
+
+_LOSSES, _NORMS, _SECONDS, _FIGURES = "losses", "grad_norms", "seconds", "figures"
+
+LinesOf = Callable[[RunRecords], Sequence[Line]]
+
+
+@dataclass(frozen=True, slots=True)
+class ChartCard:
+    """One picture.
+
+    Attributes:
+        title: What it shows.
+        about: What that means; may be empty.
+        legend: Names of its curves in the order of the colours; empty where there is only one.
+        svg: The picture.
+    """
+
+    title: str
+    about: str
+    legend: tuple[str, ...]
+    svg: str
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRun:
+    """A run and what it is called on this page."""
+
+    label: str
+    records: RunRecords
+
+
+def training_cards(runs: Sequence[LabelledRun]) -> tuple[list[ChartCard], list[ChartCard]]:
+    """What a reader looks at first, and everything else that the lines hold.
+
+    Returns:
+        The headline losses (all losses, where an objective has none of those), gradient norms and
+        seconds; and the other losses and groups of numbers.
+    """
+    lines = [line for run in runs for line in run.records.metrics]
+    at = _alarm_marks(runs)
+    losses = _names(lines, _LOSSES)
+    leading = [name for name in losses if name in HEADLINE_LOSSES] or losses
+    first = [_loss_card(runs, name, at) for name in leading]
+    first += _norm_cards(runs, _names(lines, _NORMS), at)
+    first += [_seconds_card(runs, at)] if lines else []
+    others = [_loss_card(runs, name, at) for name in losses if name not in leading]
+    for group in _other_groups(lines):
+        others += [
+            _card(f"{title(group)}: {title(name)}", "", _curves(runs, _metrics, group, name), at)
+            for name in _names(lines, group)
+        ]
+    return first, others
+
+
+def validation_cards(runs: Sequence[LabelledRun]) -> list[ChartCard]:
+    """The figures measured on the way."""
+    lines = [line for run in runs for line in run.records.validations]
+    at = _alarm_marks(runs)
+    return [
+        _card(title(name), about(name), _curves(runs, _validations, _FIGURES, name), at)
+        for name in _names(lines, _FIGURES)
+    ]
+
+
+def _card(
+    name: str, text: str, curves: Sequence[Series], at: Sequence[Mark], *, log: bool = False
+) -> ChartCard:
+    labels = tuple(curve.label for curve in curves) if len(curves) > 1 else ()
+    return ChartCard(name, text, labels, line_chart(curves, log=log, marks=at))
+
+
+def _loss_card(runs: Sequence[LabelledRun], name: str, at: Sequence[Mark]) -> ChartCard:
+    return _card(title(name), about(name), _curves(runs, _metrics, _LOSSES, name), at)
+
+
+def _norm_cards(
+    runs: Sequence[LabelledRun], roles: Sequence[str], at: Sequence[Mark]
+) -> list[ChartCard]:
+    """One picture with all roles of a run, or one a role with all runs."""
+    text = "Before clipping"
+    if len(runs) > 1:
+        return [
+            _card(f"gradient norm: {_role(role)}", text, curves, at, log=True)
+            for role in roles
+            if (curves := _curves(runs, _metrics, _NORMS, role))
+        ]
+    lines = _metrics(runs[0].records)
+    curves = [_series(_role(role), lines, _NORMS, role) for role in roles]
+    return [_card("gradient norm", text, curves, at, log=True)] if roles else []
+
+
+def _seconds_card(runs: Sequence[LabelledRun], at: Sequence[Mark]) -> ChartCard:
+    curves = _curves(runs, _metrics, _SECONDS, "total")
+    if len(runs) == 1:
+        lines = _metrics(runs[0].records)
+        curves = [
+            _series("iteration", lines, _SECONDS, "total"),
+            _series("waiting for captions", lines, "", "data_wait_s"),
+        ]
+    return _card("seconds", "Wall-clock time of an iteration", curves, at, log=True)
+
+
+def _alarm_marks(runs: Sequence[LabelledRun]) -> list[Mark]:
+    """Of a single run only: in a picture of several they would not say whose they are."""
+    return marks(runs[0].records.alarms) if len(runs) == 1 else []
+
+
+def _names(lines: Iterable[Line], group: str) -> list[str]:
+    return in_order(line.groups.get(group, {}) for line in lines)
+
+
+def _other_groups(lines: Iterable[Line]) -> list[str]:
+    known = ("", _LOSSES, _NORMS, _SECONDS)
+    found = dict.fromkeys(group for line in lines for group in line.groups)
+    return [group for group in found if group not in known]
+
+
+def _role(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _metrics(run: RunRecords) -> Sequence[Line]:
+    """Lines of metrics, counted by the updates made after them, as validations are."""
+    return [Line(line.iteration + 1, line.groups, line.texts) for line in run.metrics]
+
+
+def _validations(run: RunRecords) -> Sequence[Line]:
+    return run.validations
+
+
+def _curves(runs: Sequence[LabelledRun], lines_of: LinesOf, group: str, name: str) -> list[Series]:
+    """One curve a run, in the runs' own order, so that each keeps its colour."""
+    return [
+        _series(run.label if len(runs) > 1 else title(name), lines_of(run.records), group, name)
+        for run in runs
+    ]
+
+
+def _series(label: str, lines: Sequence[Line], group: str, name: str) -> Series:
+    x = [line.iteration for line in lines]
+    return Series(label, x, [line.number(name, group) for line in lines])

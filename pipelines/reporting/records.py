@@ -1,0 +1,231 @@
+"""Everything that a run folder says about its run, and what it does not say.
+
+A run that was stopped, or is still going, has only some of its files, and a crash may have torn
+one. Whatever is missing or cannot be read becomes a sentence on the page; the rest is shown.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipelines.evaluate import EVALUATION_FILE
+from pipelines.overrides import read_yaml
+from pipelines.run_folder import RunFolder
+from sgmd_core.errors import CheckpointError
+
+ALARMS_FILE = "alarms.jsonl"
+_MAX_LINES_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a log.
+
+    Attributes:
+        iteration: Updates of the generator made before it (metrics) or by then (all others).
+        groups: Its named groups of numbers, such as `losses`; numbers of no group are in "".
+        texts: What it says in words.
+    """
+
+    iteration: int
+    groups: Mapping[str, Mapping[str, float]]
+    texts: Mapping[str, str]
+
+    def number(self, name: str, group: str = "") -> float:
+        """A number, or NaN where the line has none of that name."""
+        return self.groups.get(group, {}).get(name, math.nan)
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecords:
+    """What was found in a run folder.
+
+    Attributes:
+        folder: The run's folder.
+        config_text: config.yaml as it is; empty where there is none.
+        config: The same, read; a nested dict.
+        metrics: Lines of metrics.jsonl, one an iteration, in order.
+        validations: Lines of validation.jsonl, in order.
+        alarms: Lines of alarms.jsonl, in order.
+        alarms_recorded: Whether there is such a file: none raised is not the same as none kept.
+        summary: summary.json, written at the end of a run; empty before.
+        evaluation: evaluation.json, written by `sgmd evaluate`; empty before.
+        notes: What is missing or cannot be read, as sentences.
+    """
+
+    folder: RunFolder
+    config_text: str
+    config: Mapping[str, Any]
+    metrics: Sequence[Line]
+    validations: Sequence[Line]
+    alarms: Sequence[Line]
+    alarms_recorded: bool
+    summary: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    notes: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return str(self.config.get("name", self.folder.root.name))
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations recorded."""
+        return len(self.metrics)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of all recorded iterations."""
+        return sum(finite([line.number("total", "seconds") for line in self.metrics]))
+
+    def setting(self, *path: str) -> Any:  # noqa: ANN401 - whatever the recipe holds there
+        """A setting of the configuration, or None."""
+        found: Any = self.config
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
+
+def read_run(run_folder: str | Path) -> RunRecords:
+    """Reads all that is there.
+
+    Raises:
+        CheckpointError: Nothing in the folder looks like a run's.
+    """
+    folder = RunFolder(run_folder)
+    evaluation = folder.root / EVALUATION_FILE
+    if not any(path.exists() for path in (folder.config, folder.metrics, evaluation)):
+        raise CheckpointError(
+            f"reading the run {run_folder}",
+            "neither config.yaml nor metrics.jsonl nor evaluation.json there",
+            "the folder of a run",
+        )
+    notes: list[str] = []
+    text = _text(folder.config, notes)
+    config = _document(folder.config, read_yaml, notes)
+    metrics = _lines(folder.metrics, notes)
+    summary = _document(folder.summary, json.loads, notes)
+    found = _document(evaluation, json.loads, notes)
+    notes += _missing(folder, evaluation, config.get("iterations"), len(metrics))
+    return RunRecords(
+        folder=folder,
+        config_text=text,
+        config=config,
+        metrics=metrics,
+        validations=_lines(folder.validation, notes),
+        alarms=_lines(folder.root / ALARMS_FILE, notes),
+        alarms_recorded=(folder.root / ALARMS_FILE).exists(),
+        summary=summary,
+        evaluation=found,
+        notes=notes,
+    )
+
+
+def numbers(entry: object) -> dict[str, float]:
+    """The numbers of a JSON object by name; whatever else it holds is left out."""
+    if not isinstance(entry, Mapping):
+        return {}
+    return {str(name): float(value) for name, value in entry.items() if is_number(value)}
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a number; true and false are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def finite(values: Sequence[float]) -> list[float]:
+    """The finite ones."""
+    return [value for value in values if math.isfinite(value)]
+
+
+def _missing(
+    folder: RunFolder, evaluation: Path, num_planned: object, num_iterations: int
+) -> list[str]:
+    found: list[str] = []
+    if not folder.config.exists():
+        found.append("config.yaml is not there: the settings are not known.")
+    if not num_iterations:
+        found.append("metrics.jsonl has no iteration: there are no curves to show.")
+    elif isinstance(num_planned, int) and num_iterations < num_planned:
+        found.append(
+            f"The run is at iteration {num_iterations} of {num_planned}; go on with it by --resume."
+        )
+    if not folder.summary.exists():
+        found.append("summary.json is not there: the run has not come to its end.")
+    if not evaluation.exists():
+        found.append(
+            "evaluation.json is not there: `sgmd evaluate` compares the generator with its teacher."
+        )
+    return found
+
+
+def _text(path: Path, notes: list[str]) -> str:
+    """A file's text, empty where it is not there; bytes that are no text are replaced."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error}.")
+        return ""
+
+
+def _document(path: Path, read: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
+    """One object, or nothing and a note."""
+    text = _text(path, notes)
+    if not text.strip():
+        if path.exists():
+            notes.append(f"{path.name} is empty.")
+        return {}
+    try:
+        content = read(text)
+    except (ValueError, yaml.YAMLError) as error:
+        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
+        return {}
+    if not isinstance(content, Mapping):
+        notes.append(f"{path.name} cannot be read: it holds no names and values.")
+        return {}
+    return dict(content)
+
+
+def _lines(path: Path, notes: list[str]) -> list[Line]:
+    """All lines that can be read, one an iteration; the others are counted in a note.
+
+    Where a resumed run has written an iteration again, the later line counts.
+    """
+    several = path.name == ALARMS_FILE
+    found: list[Line] = []
+    wrong: list[int] = []
+    for number, text in enumerate(_text(path, notes).split("\n"), start=1):
+        if text.strip():
+            line = _line(text)
+            if line is None:
+                wrong.append(number)
+            else:
+                found.append(line)
+    if wrong:
+        which = ", ".join(map(str, wrong[:_MAX_LINES_NAMED]))
+        more = " and others" if len(wrong) > _MAX_LINES_NAMED else ""
+        noun = "line" if len(wrong) == 1 else "lines"
+        notes.append(f"{path.name}: {len(wrong)} {noun} left out, torn or wrong ({which}{more}).")
+    if not several:
+        found = list({line.iteration: line for line in found}.values())
+    return sorted(found, key=lambda line: line.iteration)
+
+
+def _line(text: str) -> Line | None:
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("iteration"), int):
+        return None
+    groups = {name: numbers(value) for name, value in entry.items() if isinstance(value, Mapping)}
+    texts = {name: value for name, value in entry.items() if isinstance(value, str)}
+    return Line(entry["iteration"], {**groups, "": numbers(entry)}, texts)
