@@ -46,7 +46,7 @@ def test_imports_go_down_only(monkeypatch):
 
 
 def test_the_core_loads_nothing_but_torch():
-    suspects = ("ray", "diffusers", "transformers", "pyarrow", "fsspec", "pydantic", "pipelines")
+    suspects = ("ray", "diffusers", "transformers", "pyarrow", "fsspec", "pydantic", "cv2")
     assert loaded_after_importing("sgmd_core", suspects) == ""
 
 

@@ -1,0 +1,177 @@
+"""Figures of real pixels: what is rendered moves as it was told, and the flow finds it."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from pipelines.shapes import Split, render, sample_spec
+from sgmd_core.errors import ModelFolderError, ShapeError
+from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_distance
+from workers.clip_measures import MEASURES, measure_clip_figures
+from workers.feature_network import FeatureNetwork
+from workers.optical_flow import optical_flow
+
+SIDE, FRAMES = 32, 13
+
+
+def texture_moving(right: float, down: float, frames: int = FRAMES, side: int = SIDE):
+    """A smooth random picture that shifts by an exact part of a pixel a frame."""
+    noise = torch.rand(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    smooth = functional.avg_pool2d(functional.avg_pool2d(noise, 5, 1, 2), 5, 1, 2)
+    smooth = (smooth - smooth.min()) / (smooth.max() - smooth.min())
+    rows = torch.arange(side, dtype=torch.float32)
+    clip = []
+    for frame in range(frames):
+        y, x = torch.meshgrid(32 + rows - down * frame, 32 + rows - right * frame, indexing="ij")
+        grid = torch.stack([2 * x / 95 - 1, 2 * y / 95 - 1], dim=-1)[None]
+        clip.append(functional.grid_sample(smooth, grid, mode="bicubic", align_corners=True))
+    return torch.stack(clip, dim=2).clamp(0, 1)
+
+
+@pytest.mark.parametrize("shift", [(2.0, 0.0), (0.0, 2.0), (-2.0, 0.0), (1.2, -1.6)])
+def test_a_pure_shift_of_two_pixels_is_a_flow_of_two_pixels(shift):
+    video = texture_moving(*shift)
+    flow = optical_flow(video)
+    assert flow.shape == (1, FRAMES - 1, 2, SIDE, SIDE)
+    # Dense Inverse Search errs by about 0.1 at the frame's edge, where things come in.
+    torch.testing.assert_close(flow.mean(dim=(0, 1, 3, 4)), torch.tensor(shift), atol=0.03, rtol=0)
+    figures = measure_clip_figures(video, fps=8)
+    assert figures["flow"].item() == pytest.approx(2.0, abs=0.03)
+    assert figures["flow_top"].item() == pytest.approx(2.0, abs=0.15)
+    assert figures["dynamic"].item() == 1
+    assert figures["smoothness"].item() > 0.97
+    assert figures["flicker"].item() < 0.02
+
+
+def test_a_still_clip_has_no_flow_and_no_flicker():
+    figures = measure_clip_figures(texture_moving(0.0, 0.0), fps=8)
+    assert (figures["flow"].item(), figures["flow_top"].item()) == (0, 0)
+    assert figures["dynamic"].item() == 0
+    assert figures["smoothness"].item() == 1
+    assert figures["flicker"].item() < 1e-5
+
+
+def test_flow_grows_with_speed_and_flicker_with_noise():
+    speeds = [0.25, 0.5, 1.0, 2.0]
+    found = [measure_clip_figures(texture_moving(v, 0.0), 8)["flow"].item() for v in speeds]
+    assert found == pytest.approx(speeds, abs=0.03)
+    clip = texture_moving(1.0, 0.0)
+    noise = torch.randn(clip.shape, generator=torch.Generator().manual_seed(1))
+    noisy = [
+        measure_clip_figures((clip + level * noise).clamp(0, 1), 8)["flicker"].item()
+        for level in (0.0, 0.02, 0.05, 0.1)
+    ]
+    assert noisy == sorted(noisy)
+    assert noisy[-1] > 4 * noisy[0]
+
+
+def rendered(count: int):
+    specs = [sample_spec(0, index, Split.HELD_OUT) for index in range(count)]
+    frames = torch.stack([torch.from_numpy(render(spec)) for spec in specs])
+    return specs, frames.permute(0, 4, 1, 2, 3).float() / 255
+
+
+def test_clips_of_shapes_move_as_fast_as_they_were_told():
+    specs, video = rendered(32)
+    found = measure_clip_figures(video, fps=8)["flow_top"]
+    told = torch.tensor([spec.speed_px_per_frame for spec in specs])
+    # A few clips hardly differ from their background in brightness, and are read wrongly.
+    low, median, high = (found / told).quantile(torch.tensor([0.1, 0.5, 0.8])).tolist()
+    assert median == pytest.approx(1.0, abs=0.03)
+    assert low > 0.88
+    assert high < 1.12
+
+
+def test_clips_are_measured_one_by_one_whatever_the_batch():
+    _, video = rendered(3)
+    together = measure_clip_figures(video, fps=8)
+    assert tuple(together) == MEASURES
+    for name, values in together.items():
+        assert values.shape == (3,)
+        alone = torch.cat([measure_clip_figures(clip[None], fps=8)[name] for clip in video])
+        assert torch.equal(values, alone), name
+
+
+def test_the_dynamic_rule_is_applied_at_eight_frames_a_second():
+    # 0.5 pixels a frame are below the threshold of 0.75; at 16 frames a second they are 1.0.
+    clip = texture_moving(0.5, 0.0)
+    assert measure_clip_figures(clip, fps=8)["dynamic"].item() == 0
+    assert measure_clip_figures(clip, fps=16)["dynamic"].item() == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 32, 32), (1, 3, 5, 8, 32)])
+def test_clips_without_a_flow_are_refused(shape):
+    with pytest.raises(ShapeError, match="at least 2 frames of 12 x 12"):
+        optical_flow(torch.zeros(shape))
+
+
+class PlainNetwork(nn.Module):
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        return torch.stack([video.mean(dim=(1, 2, 3, 4)), video.amax(dim=(1, 2, 3, 4))], dim=1)
+
+
+class SharedStyleNetwork(nn.Module):
+    """Takes the options that the I3D which video papers share takes."""
+
+    def forward(
+        self,
+        video: torch.Tensor,
+        rescale: bool = True,
+        resize: bool = False,
+        return_features: bool = False,
+    ) -> torch.Tensor:
+        options = torch.tensor([float(rescale), float(resize), float(return_features)])
+        return options.expand(video.shape[0], 3)
+
+
+class WrongNetwork(nn.Module):
+    def forward(self, video: torch.Tensor) -> torch.Tensor:
+        return video.mean(dim=(0, 1, 2)).flatten()
+
+
+def saved(folder, network: nn.Module):
+    path = folder / "features.pt"
+    torch.jit.save(torch.jit.script(network), str(path))
+    return path
+
+
+def test_a_feature_network_sees_clips_from_minus_one_to_one(tmp_path):
+    network = FeatureNetwork(saved(tmp_path, PlainNetwork()))
+    video = torch.stack([torch.zeros(3, 4, 8, 8), torch.ones(3, 4, 8, 8)])
+    assert network(video).tolist() == [[-1.0, -1.0], [1.0, 1.0]]
+
+
+def test_the_shared_i3d_is_told_to_resize_and_to_return_features_and_not_to_rescale(tmp_path):
+    network = FeatureNetwork(saved(tmp_path, SharedStyleNetwork()))
+    assert network(torch.zeros(2, 3, 4, 8, 8)).tolist() == [[0.0, 1.0, 1.0]] * 2
+
+
+def test_what_is_no_torchscript_is_refused_and_never_unpickled(tmp_path):
+    path = tmp_path / "pickled.pt"
+    torch.save(PlainNetwork(), path)
+    with pytest.raises(ModelFolderError, match="TorchScript"):
+        FeatureNetwork(path)
+    with pytest.raises(ModelFolderError, match="no such file"):
+        FeatureNetwork(tmp_path / "missing.pt")
+
+
+def test_features_that_are_not_one_row_a_clip_are_refused(tmp_path):
+    network = FeatureNetwork(saved(tmp_path, WrongNetwork()))
+    with pytest.raises(ShapeError, match="one row of features a clip"):
+        network(torch.zeros(2, 3, 4, 8, 8))
+
+
+@pytest.mark.parametrize("pluggable", [False, True])
+def test_the_distance_of_a_set_to_itself_is_nothing_and_grows_with_noise(tmp_path, pluggable):
+    _, video = rendered(24)
+    extract = FeatureNetwork(saved(tmp_path, PlainNetwork())) if pluggable else clip_features
+    noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(2))
+    reference = fit_gaussian(extract(video))
+    found = [
+        frechet_distance(*fit_gaussian(extract((video + level * noise).clamp(0, 1))), *reference)
+        for level in (0.0, 0.05, 0.2)
+    ]
+    assert found[0] == pytest.approx(0, abs=1e-9)
+    assert found == sorted(found)
+    assert found[2] > 1e-3
