@@ -37,8 +37,6 @@ from pipelines.data.schema import (
     pack_text,
 )
 from sgmd_core.errors import DataError
-from workers.build import build_text_encoder, build_video_encoder
-from workers.settings import ModelSettings
 
 TASK = "task"
 PART = "part"
@@ -231,6 +229,9 @@ class EncodeVideos:
     def __init__(
         self, model: str, pixel_shape: tuple[int, int, int, int], dtype: DTypeName, num_threads: int
     ) -> None:
+        # Processes that decode import this file too, and have no room for networks.
+        from workers.build import build_video_encoder
+
         self._encoder = build_video_encoder(model, num_threads)
         self._shape = pixel_shape
         self._dtype: DTypeName = dtype
@@ -258,6 +259,9 @@ class EncodeCaptions:
     """
 
     def __init__(self, model: str, text_length: int, dtype: DTypeName, num_threads: int) -> None:
+        from workers.build import build_text_encoder
+        from workers.settings import ModelSettings
+
         settings = ModelSettings(folder=model, text_length=text_length)
         self._encoder = build_text_encoder(settings, num_threads)
         self._dtype: DTypeName = dtype
