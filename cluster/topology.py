@@ -195,11 +195,8 @@ def _ask(lots: Sequence[Sequence[Pool]]) -> list[Seats]:
     try:
         for lot in lots:
             selectors = selectors_of(lot)
-            group = placement_group(
-                bundles_of(lot),
-                strategy=lot[0].strategy,
-                bundle_label_selector=selectors if any(selectors) else None,
-            )
+            labels: dict[str, Any] = {"bundle_label_selector": selectors} if any(selectors) else {}
+            group = placement_group(bundles_of(lot), strategy=lot[0].strategy, **labels)
             seats += _seats(lot, group, first_bundle=0)
     except BaseException as error:
         _remove([one.group for one in seats])

@@ -6,12 +6,15 @@ have to be cut, or joined with what another one returns, before a third can use 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 _METRICS = "metrics"
+
+# Not `Self`, which the checks of arguments at run time cannot resolve.
+R = TypeVar("R", bound="SampleRecord")
 
 
 class SampleRecord:
@@ -33,7 +36,7 @@ class SampleRecord:
         values = self._values()
         return next(len(values[name]) for name in values if self._is_by_sample(name, values[name]))
 
-    def cut(self, start: int, stop: int) -> Self:
+    def cut(self: R, start: int, stop: int) -> R:
         """The same record about samples `start` to `stop` of its own."""
         values = self._values()
         cut = {
@@ -44,7 +47,7 @@ class SampleRecord:
         return type(self)(**values | cut)
 
     @classmethod
-    def joined(cls, parts: Sequence[Self]) -> Self:
+    def joined(cls: type[R], parts: Sequence[R]) -> R:
         """One record about the samples of all parts, in their order."""
         values = parts[0]._values()
         for name, first in values.items():

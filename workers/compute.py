@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 
 from sgmd_core.errors import ConfigError
 from workers.models.wan import WanVelocity
@@ -64,7 +65,7 @@ def prepare(network: WanVelocity, settings: ComputeSettings) -> WanVelocity:
     if settings.compile:
         # A graph that serves the generator's loss and the tracking loss is walked twice; compiled
         # code would otherwise reuse its buffers on the first walk.
-        torch._functorch.config.donated_buffer = False
+        functorch_config.donated_buffer = False
         for block in network.blocks:
             nn.Module.compile(block)
     return network

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import torch
 from numpy.typing import NDArray
 
@@ -36,6 +36,9 @@ from pipelines.data.stream import Planned, plan_windows, read_here
 from pipelines.data.window import GROUP, PLACE, REASON, ROW, WHOLE_GROUP, Source
 from sgmd_core.errors import DataError
 from sgmd_core.types import Latents, Text
+
+# Arrow makes these functions while it is imported, where a type checker does not see them.
+pc: Any = pyarrow.compute
 
 
 @dataclass(frozen=True, slots=True)

@@ -162,7 +162,7 @@ def _execute(
     tasks = [{"task": pickle.dumps((number, window))} for number, window in enumerate(windows)]
     items = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     rows = items.map_batches(
-        _read_block,
+        cast("Any", _read_block),  # Ray's stubs do not know functions of Arrow tables
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"source": source},

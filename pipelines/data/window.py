@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 from numpy.typing import NDArray
 
 from pipelines.data.filesystem import S3Settings, open_folder
@@ -32,6 +32,9 @@ from pipelines.data.schema import (
     torch_dtype,
 )
 from sgmd_core.errors import DataError
+
+# Arrow makes these functions while it is imported, where a type checker does not see them.
+pc: Any = pyarrow.compute
 
 PLACE = "place"
 GROUP = "group"
