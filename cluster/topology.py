@@ -187,6 +187,23 @@ def reserve(pools: Sequence[Pool], timeout_s: float = 60.0, strategy: str = "PAC
     return Placement(group, pools, first_bundle=0, owned=True)
 
 
+def require_cpus(num_cpus: float, attempted: str) -> None:
+    """Checks that the connected cluster is large enough for a job that reserves nothing itself.
+
+    Raises:
+        InsufficientResourcesError: It has fewer CPUs, busy ones included.
+    """
+    total = _counted(ray.cluster_resources())
+    if total["CPU"] < num_cpus:
+        raise InsufficientResourcesError(
+            attempted,
+            f"a cluster of {_worded(total)}",
+            f"at least {num_cpus:g} CPU",
+            "Start Ray with more logical CPUs (`ray start --num-cpus`), add machines, or ask for"
+            " fewer workers",
+        )
+
+
 def _wait(group: PlacementGroup, pools: Sequence[Pool], timeout_s: float, strategy: str) -> None:
     """Waits for a reservation; says what it is waiting for when that takes long."""
     quiet_s = min(_QUIET_S, timeout_s)
