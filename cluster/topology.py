@@ -35,7 +35,7 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, InsufficientResourcesError
 from cluster.pools import Pool, bundles_of, selectors_of
 from cluster.shortage import shortage
 
@@ -176,6 +176,23 @@ def reserve(pools: Sequence[Pool], timeout_s: float = 60.0) -> Placement:
         _remove(groups)
         # A pause of random length, so that two runs do not meet again in the same way.
         time.sleep(random.uniform(0, _LONGEST_PAUSE_S))
+
+
+def require_cpus(num_cpus: float, attempted: str) -> None:
+    """Checks that the connected cluster is large enough for a job that reserves nothing itself.
+
+    Raises:
+        InsufficientResourcesError: It has fewer CPUs, busy ones included.
+    """
+    total = ray.cluster_resources().get("CPU", 0.0)
+    if total < num_cpus:
+        raise InsufficientResourcesError(
+            attempted,
+            f"a cluster of {total:g} CPU",
+            f"at least {num_cpus:g} CPU",
+            "Start Ray with more logical CPUs (`ray start --num-cpus`), add machines, or ask for"
+            " fewer workers",
+        )
 
 
 def _lots(pools: Sequence[Pool]) -> list[list[Pool]]:

@@ -29,6 +29,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from cluster.topology import require_cpus
 from pipelines.inference import InferenceSettings, write_inference_settings
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import (
@@ -52,6 +53,9 @@ from pipelines.pretraining.vae_stage import open_vae
 from sgmd_core.errors import SgmdError
 
 TEACHER_FOLDER = "teacher"
+# Ray Data lists files in a task of one whole CPU, beside the actor that encodes clips and holds a
+# part of another one. With one CPU for both, the listing would wait for ever.
+_DATA_CPUS = 2
 _SUMMARY_FILE = "summary.json"
 
 
@@ -68,6 +72,11 @@ class PretrainResult:
     quality: QualityReport
 
 
+def num_cpus_needed(config: PretrainConfig) -> int:
+    """Logical CPUs that a cluster must have for the trainers and for Ray Data beside them."""
+    return config.ray.num_workers * config.ray.cpus_per_worker + _DATA_CPUS
+
+
 def pretrain(
     config: PretrainConfig, on_event: Callable[[PretrainEvent], None] = lambda event: None
 ) -> PretrainResult:
@@ -82,10 +91,12 @@ def pretrain(
 
     Raises:
         DataError: shards are missing, corrupt or do not fit.
+        InsufficientResourcesError: the cluster is too small, and the job would wait for ever.
         NonFiniteError: a loss stopped being finite.
     """
     for folder in (config.world.train, config.world.held_out):
         require_shards(folder)
+    require_cpus(num_cpus_needed(config), f"training {config.name}")
     config = config.with_absolute_paths()
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

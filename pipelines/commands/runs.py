@@ -68,9 +68,7 @@ def pretrain(
 
         config = load(PretrainConfig, recipe, overrides or [])
         own_cluster = address is None and "RAY_ADDRESS" not in os.environ
-        # One core more than the trainers take, or Ray Data would never read a row.
-        needed = config.ray.num_workers * config.ray.cpus_per_worker + 1
-        num_cpus = max(os.cpu_count() or 1, needed) if own_cluster else None
+        num_cpus = max(os.cpu_count() or 1, job.num_cpus_needed(config)) if own_cluster else None
         with start_ray(address, num_cpus=num_cpus):
             result = job.pretrain(
                 config,

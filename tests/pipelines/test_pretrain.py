@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from cluster.errors import InsufficientResourcesError
 from pipelines.inference import read_inference_settings
 from pipelines.pretrain import pretrain
 from pipelines.pretraining import networks, vae_stage
@@ -370,3 +371,12 @@ def test_two_workers_train_one_is_killed_and_the_run_ends_in_a_loadable_pipeline
     again: list[PretrainEvent] = []
     pretrain(config, again.append)
     assert {event.stage for event in again} == {"quality"}
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cluster_that_is_too_small_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    write_clips(tmp_path)
+    with pytest.raises(InsufficientResourcesError, match="at least 9 CPU"):
+        pretrain(micro_config(tmp_path, ray={"num_workers": 7}))
+    assert not (tmp_path / "run").exists()
