@@ -313,6 +313,8 @@ def test_events_reach_the_follower_once_and_in_order(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- Ray Train
 
 
+# Ray Train starts a dozen processes for each stage: minutes on two cores, more on busy ones.
+@pytest.mark.timeout(1800)
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
