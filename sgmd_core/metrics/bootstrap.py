@@ -20,6 +20,7 @@ NUM_DRAWS = 1000
 _ENDS = (0.025, 0.975)
 
 Figures = Float[Tensor, " n"]
+Partners = Float[Tensor, " partners"]
 Rows = Int[Tensor, "draws n"]
 
 
@@ -55,7 +56,7 @@ def mean_interval(figures: Figures, rows: Rows) -> Interval:
     return _interval(float(figures.mean()), figures[rows].mean(dim=1))
 
 
-def ratio_interval(figures: Figures, reference: Figures, rows: Rows) -> Interval | None:
+def ratio_interval(figures: Figures, reference: Partners, rows: Rows) -> Interval | None:
     """Mean of the figures over mean of the reference's, resampled in pairs.
 
     Args:
