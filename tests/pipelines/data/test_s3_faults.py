@@ -199,6 +199,7 @@ def test_moto_lists_and_reads_alike(server: S3Server, monkeypatch: pytest.Monkey
     assert remote == ids(epoch(local))
 
 
+@pytest.mark.timeout(1000)
 @pytest.mark.ray
 @pytest.mark.slow
 def test_ray_data_hands_out_the_same_rows_through_the_same_troubles(
@@ -225,7 +226,7 @@ def test_ray_data_hands_out_the_same_rows_through_the_same_troubles(
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr
