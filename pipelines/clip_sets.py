@@ -9,22 +9,27 @@ files of the model, the captions, the way of sampling, and the code that measure
 
 import hashlib
 import json
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from pipelines.video import Pixels
-from sgmd_core.metrics import frechet, shapes
-from sgmd_core.metrics.frechet import Features, clip_features
-from sgmd_core.metrics.shapes import ClipReading, measure_clips
+from sgmd_core.metrics import appearance, frechet, motion, shapes
+from sgmd_core.metrics.frechet import clip_features
+from sgmd_core.metrics.shapes import ClipReading
+from workers import clip_measures, optical_flow
 from workers.evaluator import Evaluator, Sampling, to_pixels
+from workers.feature_network import FeatureExtractor
+from workers.measured_clips import READING_FIELDS, MeasuredClips, Measurer, joined
 
-_READING_FIELDS = tuple(ClipReading.__dataclass_fields__)
+_MEASURING = (frechet, shapes, motion, appearance, clip_measures, optical_flow)
 _CHUNK_BYTES = 2**22
 
 
@@ -33,17 +38,15 @@ class ClipSet:
     """What remains of a set of clips.
 
     Attributes:
-        features: One row a clip, for distances between sets.
-        reading: What the clips show, where they are of the world `shapes`.
+        clips: What was measured of each.
         shown: Pixels of the clips that were asked for (frames, height, width, 3).
-        seconds_per_clip: Median over the batches; from caption to pixels, loading excluded.
+        seconds: One entry a batch: seconds a clip, from caption to pixels, loading excluded.
         remembered: Whether it was read from an earlier evaluation.
     """
 
-    features: Features
-    reading: ClipReading | None
+    clips: MeasuredClips
     shown: tuple[Pixels, ...]
-    seconds_per_clip: float
+    seconds: Tensor
     remembered: bool = False
 
 
@@ -55,21 +58,26 @@ class ClipRequest:
         captions: One clip each.
         sampling: Steps, guidance and seed.
         batch_size: Clips that are sampled side by side.
+        fps: Frames a second.
         reads_shapes: Whether to read colour, shape, direction and speed from the pixels.
         shown: Indices of the clips to keep.
+        features_only: Leaves out all other measures.
     """
 
     captions: tuple[str, ...]
     sampling: Sampling
     batch_size: int
+    fps: int
     reads_shapes: bool
     shown: tuple[int, ...]
+    features_only: bool = False
 
 
 def sample_clip_set(
     evaluator: Evaluator,
     request: ClipRequest,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    extract: FeatureExtractor = clip_features,
 ) -> ClipSet:
     """Samples and measures a set of clips.
 
@@ -77,9 +85,10 @@ def sample_clip_set(
         evaluator: Samples with the weights it was built with.
         request: What to sample.
         on_progress: Called after every batch with (clips done, clips in all).
+        extract: Gives the features.
     """
-    features: list[Features] = []
-    readings: list[ClipReading] = []
+    measurer = Measurer(request.fps, request.reads_shapes, request.features_only, extract)
+    parts: list[MeasuredClips] = []
     seconds: list[float] = []
     shown: dict[int, Pixels] = {}
     total, how = len(request.captions), request.sampling
@@ -88,18 +97,15 @@ def sample_clip_set(
         began = time.perf_counter()
         video = evaluator.sample(captions, start, how.seed, how.num_steps, how.guidance_scale)
         seconds.append((time.perf_counter() - began) / len(captions))
-        features.append(clip_features(video))
-        if request.reads_shapes:
-            readings.append(measure_clips(video))
+        parts.append(measurer.measure(video))
         for index in request.shown:
             if start <= index < start + len(captions):
                 shown[index] = to_pixels(video[index - start : index - start + 1])[0]
         on_progress(start + len(captions), total)
     return ClipSet(
-        features=torch.cat(features),
-        reading=_joined(readings) if readings else None,
+        clips=joined(parts),
         shown=tuple(shown[index] for index in request.shown),
-        seconds_per_clip=statistics.median(seconds),
+        seconds=torch.tensor(seconds),
     )
 
 
@@ -109,9 +115,10 @@ def set_name(model_digest: str, request: ClipRequest, facts: Sequence[object]) -
     Args:
         model_digest: Of the model folder's files.
         request: What is sampled.
-        facts: Everything else that decides the clips, such as their size and the flow shift.
+        facts: Everything else that decides the clips and their features, such as their size, the
+            flow shift, and the network that describes them.
     """
-    measure = [Path(str(module.__file__)).read_bytes() for module in (frechet, shapes)]
+    measure = [Path(str(module.__file__)).read_bytes() for module in _MEASURING]
     everything = {
         "model": model_digest,
         "request": asdict(request),
@@ -126,47 +133,61 @@ def folder_digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)}\n{path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
+        _update(digest, path)
     return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Digest of a file's contents."""
+    digest = hashlib.sha256()
+    _update(digest, path)
+    return digest.hexdigest()
+
+
+def _update(digest: "hashlib._Hash", path: Path) -> None:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
 
 
 def save_clip_set(path: Path, clips: ClipSet) -> None:
     """Writes a set as one file, whole or not at all."""
+    measured = clips.clips
     arrays = {
-        "features": clips.features.numpy(),
-        "shown": np.stack(clips.shown),
-        "seconds_per_clip": np.array(clips.seconds_per_clip),
+        "features": measured.features.numpy(),
+        "seconds": clips.seconds.numpy(),
+        **{f"measure.{name}": values.numpy() for name, values in measured.measures.items()},
+        **{f"shown.{index:03d}": pixels for index, pixels in enumerate(clips.shown)},
     }
-    if clips.reading is not None:
-        for name in _READING_FIELDS:
-            arrays[f"reading.{name}"] = getattr(clips.reading, name).numpy()
+    if measured.reading is not None:
+        for name in READING_FIELDS:
+            arrays[f"reading.{name}"] = getattr(measured.reading, name).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".writing")
     with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
     temporary.replace(path)
 
 
 def load_clip_set(path: Path) -> ClipSet:
     """Reads a set back."""
     with np.load(path, allow_pickle=False) as arrays:
-        reading = None
-        if f"reading.{_READING_FIELDS[0]}" in arrays:
-            reading = ClipReading(
-                **{name: torch.from_numpy(arrays[f"reading.{name}"]) for name in _READING_FIELDS}
-            )
+        reading = _group(arrays, "reading.")
         return ClipSet(
-            features=torch.from_numpy(arrays["features"]),
-            reading=reading,
-            shown=tuple(arrays["shown"]),
-            seconds_per_clip=float(arrays["seconds_per_clip"]),
+            clips=MeasuredClips(
+                features=torch.from_numpy(arrays["features"]),
+                measures=_group(arrays, "measure."),
+                reading=ClipReading(**reading) if reading else None,
+            ),
+            shown=tuple(arrays[name] for name in sorted(arrays) if name.startswith("shown.")),
+            seconds=torch.from_numpy(arrays["seconds"]),
             remembered=True,
         )
 
 
-def _joined(readings: Sequence[ClipReading]) -> ClipReading:
-    return ClipReading(
-        **{name: torch.cat([getattr(part, name) for part in readings]) for name in _READING_FIELDS}
-    )
+def _group(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): torch.from_numpy(arrays[name])
+        for name in arrays
+        if name.startswith(prefix)
+    }

@@ -1,18 +1,14 @@
-"""The result of an evaluation: rows, verdicts, and how a terminal shows them.
+"""The result of an evaluation: rows and verdicts, as evaluation.json holds them.
 
 One row a way of sampling. Distances are to the reference: the guided teacher at many steps. What a
 verdict asks for is fixed here, beside the figures it is judged by, and is the same for every run.
+How a terminal shows it all stands in `pipelines.evaluation_table`.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from rich.box import SIMPLE_HEAD
-from rich.console import Group
-from rich.table import Table
-from rich.text import Text
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cluster.storage import write_json
 from sgmd_core.errors import CheckpointError
@@ -27,6 +23,8 @@ TEACHER_FEW = "teacher_few"
 TEACHER_FEW_GUIDED = "teacher_few_guided"
 GENERATOR = "generator"
 
+BUILT_IN_FEATURES = "built-in"
+
 
 class Record(BaseModel):
     """Base of the records: frozen, and readable by older and newer versions."""
@@ -39,6 +37,25 @@ class Figure(Record):
 
     value: float
     error: float
+
+
+class Spread(Record):
+    """A figure with its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Measure(Spread):
+    """A mean over clips, and its ratio to the teacher.
+
+    Attributes:
+        ratio: Over the same mean of the teacher's clips of many guided steps, which show the same
+            captions from the same noise; None for those clips themselves, and where that is 0.
+    """
+
+    ratio: Spread | None = None
 
 
 class EvaluationRow(Record):
@@ -61,6 +78,10 @@ class EvaluationRow(Record):
         ratio: `above_floor` over that of the teacher's few unguided steps.
         seconds_per_clip: Median over batches, from caption to pixels.
         remembered: Whether the row was read from an earlier evaluation of this run.
+        measures: Every figure that is a mean over clips, by name: motion and looks
+            (`workers.clip_measures`), `diversity` (distance of the features of two clips of a
+            caption), `seconds_per_clip` (here a median over batches), and for captions of the world
+            `shapes` the first three above and the speed once more, with intervals and ratios.
     """
 
     name: str
@@ -79,6 +100,7 @@ class EvaluationRow(Record):
     ratio: Figure | None = None
     seconds_per_clip: float
     remembered: bool
+    measures: Mapping[str, Measure] = Field(default_factory=dict)
 
 
 class Verdict(Record):
@@ -105,6 +127,8 @@ class Evaluation(Record):
         sheet_png: Contact sheet, relative to the folder of evaluation.json.
         sheet_gif: The same, moving.
         versions: Packages that decide the figures.
+        features: What describes clips for distances and diversity: `built-in`, or the file of a
+            network.
     """
 
     generator: str
@@ -119,6 +143,7 @@ class Evaluation(Record):
     sheet_png: str
     sheet_gif: str
     versions: dict[str, str]
+    features: str = BUILT_IN_FEATURES
 
     def row(self, name: str) -> EvaluationRow:
         """The row of that name."""
@@ -149,19 +174,6 @@ class Evaluation(Record):
                 "a file written by `sgmd evaluate`",
                 "Evaluate the run again",
             ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One column of the tables.
-
-    Attributes:
-        heading: Its heading.
-        text: What it shows of a row; empty where there is nothing to show.
-    """
-
-    heading: str
-    text: Callable[[EvaluationRow], str]
 
 
 def judge(rows: Sequence[EvaluationRow]) -> tuple[Verdict, ...]:
@@ -206,101 +218,22 @@ def _judge_distance(generator: EvaluationRow, baseline: EvaluationRow) -> Verdic
     assert theirs is not None, "the few-step teacher has a distance"
     assert ratio is not None, "the generator has a ratio"
     if theirs.value < 2 * theirs.error:
-        found = f"the teacher's own is {_pm(theirs)}: too few clips to tell"
+        found = f"the teacher's own is {with_error(theirs)}: too few clips to tell"
         return Verdict(criterion=criterion, passed=False, found=found)
     return Verdict(
         criterion=criterion,
         passed=ratio.value <= MAX_DISTANCE_RATIO,
-        found=f"{_pm(own)} against {_pm(theirs)}, that is {_pm(ratio)} of it",
+        found=f"{with_error(own)} against {with_error(theirs)}, that is {with_error(ratio)} of it",
     )
 
 
-def table(evaluation: Evaluation) -> Group:
-    """What rich prints: a table of what the clips show, one of distances, and a legend."""
-    tables = [_table(evaluation, columns) for columns in (READINGS, DISTANCES)]
-    return Group(*(shown for shown in tables if shown is not None), Text(legend(evaluation)))
+def with_error(figure: Figure) -> str:
+    """A figure and its standard error, with as many decimals as that allows."""
+    return f"{rounded(figure)} ± {figure.error:.{_decimals(figure)}f}"
 
 
-def columns_shown(evaluation: Evaluation) -> list[Column]:
-    """All columns that have something to show."""
-    exact = evaluation.rows[0].colour is not None
-    return [*(READINGS if exact else ()), *DISTANCES]
-
-
-def legend(evaluation: Evaluation) -> str:
-    """What the columns mean."""
-    guidance = evaluation.row(REFERENCE).guidance_scale
-    earlier = "; * timed earlier" if any(row.remembered for row in evaluation.rows) else ""
-    return "\n".join(
-        [
-            f"{evaluation.num_captions} held-out captions ({evaluation.num_distinct_captions} "
-            f"different), one clip each; guidance scale {guidance:g}",
-            "distance: Frechet, to the clips of the first row; the second row, the floor, is what "
-            "chance makes of it",
-            "ratio: of the distance above the floor, to that of "
-            f"{evaluation.row(TEACHER_FEW).label}; ±: standard error over captions",
-            f"s/video: a clip at batch {evaluation.batch_size}, {evaluation.device}{earlier}",
-        ]
-    )
-
-
-def verdict_lines(evaluation: Evaluation) -> list[str]:
-    """One line a criterion: whether it is met, what was asked, what was found."""
-    return [
-        f"{'met    ' if verdict.passed else 'NOT MET'}  {verdict.criterion}: {verdict.found}"
-        for verdict in evaluation.verdicts
-    ]
-
-
-def _table(evaluation: Evaluation, columns: Sequence[Column]) -> Table | None:
-    if not any(column.text(row) for column in columns for row in evaluation.rows):
-        return None
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    shown.add_column("sampled by", no_wrap=True)
-    for column in columns:
-        shown.add_column(column.heading, justify="right", no_wrap=True)
-    for row in evaluation.rows:
-        cells = [column.text(row) for column in columns]
-        shown.add_row(row.label, *cells, style="bold" if row.name == GENERATOR else "")
-    return shown
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _speed(row: EvaluationRow) -> str:
-    if row.mean_speed_px_per_frame is None:
-        return ""
-    ratio = "" if row.speed_ratio is None else f" ({row.speed_ratio:.0%})"
-    return f"{row.mean_speed_px_per_frame:.2f}{ratio}"
-
-
-def _distance(row: EvaluationRow) -> str:
-    return "reference" if row.frechet is None else _value(row.frechet)
-
-
-def _above_floor(row: EvaluationRow) -> str:
-    if row.name == FLOOR:
-        return "floor"
-    return "" if row.above_floor is None else _pm(row.above_floor)
-
-
-def _ratio(row: EvaluationRow) -> str:
-    if row.ratio is None or row.name == FLOOR:
-        return ""
-    return "1" if row.name == TEACHER_FEW else _pm(row.ratio)
-
-
-def _seconds(row: EvaluationRow) -> str:
-    return f"{row.seconds_per_clip:.3g}{'*' if row.remembered else ''}"
-
-
-def _pm(figure: Figure) -> str:
-    return f"{_value(figure)} ± {figure.error:.{_decimals(figure)}f}"
-
-
-def _value(figure: Figure) -> str:
+def rounded(figure: Figure) -> str:
+    """A figure with as many decimals as its error allows."""
     return f"{figure.value:.{_decimals(figure)}f}"
 
 
@@ -310,21 +243,3 @@ def _decimals(figure: Figure) -> int:
     while decimals < 6 and 0 < figure.error < 3 * 10.0**-decimals:
         decimals += 1
     return decimals
-
-
-READINGS = (
-    Column("colour", lambda row: _share(row.colour)),
-    Column("shape", lambda row: _share(row.shape)),
-    Column("direction", lambda row: _share(row.direction)),
-    Column("speed rank", lambda row: _share(row.speed_spearman)),
-    Column("px/frame", _speed),
-)
-"""What the clips show: shares of right answers, and the speed."""
-
-DISTANCES = (
-    Column("distance", _distance),
-    Column("above floor", _above_floor),
-    Column("ratio", _ratio),
-    Column("s/video", _seconds),
-)
-"""How far from the reference, and how fast."""

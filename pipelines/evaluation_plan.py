@@ -6,7 +6,8 @@
     teacher_few_guided    the same, guided, seed B
     generator             its own few steps, seed B
 
-All sets show the same held-out captions, and the sets of seed B start from the same noise.
+All sets show the same held-out captions, and the sets of seed B start from the same noise. Each is
+also sampled from the other seed, for the diversity of the clips of a caption.
 """
 
 import os
@@ -26,6 +27,7 @@ from workers.evaluator import Evaluator, Sampling
 from workers.settings import ModelSettings, VideoSettings
 
 _DEFAULT_TEACHER_STEPS = 30
+_CACHE_FOLDER = "evaluation-cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +43,8 @@ class EvaluationOptions:
         num_bootstraps: Draws behind the standard errors.
         num_shown: Captions on the contact sheet, different ones.
         num_threads: Torch threads; None takes every core.
+        features: TorchScript file of a network that describes clips, such as an I3D; None takes
+            the built-in features, which need none.
     """
 
     num_captions: int = 256
@@ -51,6 +55,7 @@ class EvaluationOptions:
     num_bootstraps: int = 200
     num_shown: int = 6
     num_threads: int | None = None
+    features: Path | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -112,6 +117,7 @@ class EvaluationPlan:
         captions: One clip each in every set.
         captions_from: Folder of their shards.
         output: Where the results go.
+        cache: Where what was measured of the teacher is kept.
         options: How much is sampled.
     """
 
@@ -121,7 +127,13 @@ class EvaluationPlan:
     captions: tuple[str, ...]
     captions_from: str
     output: Path
+    cache: Path
     options: EvaluationOptions
+
+    def twin(self, name: str) -> Sampling:
+        """The same way of sampling from the other seed."""
+        how, first = self.samplings[name], self.options.seed
+        return replace(how, seed=first + 1 if how.seed == first else first)
 
     def label(self, name: str) -> str:
         """A set's name for a reader."""
@@ -137,6 +149,7 @@ def plan_evaluation(
     teacher: str | Path | None,
     captions: str | None,
     output: str | Path | None,
+    cache: str | Path | None,
     options: EvaluationOptions,
 ) -> EvaluationPlan:
     """Looks up everything that an evaluation needs to know; see `pipelines.evaluate.evaluate`.
@@ -168,6 +181,7 @@ def plan_evaluation(
         options.guidance_scale or theirs.guidance_scale,
         options.seed,
     )
+    results = Path(output) if output else (path if is_run else Path("evaluation"))
     few = Sampling(own.num_steps, 1.0, options.seed + 1)
     return EvaluationPlan(
         generator=_subject(generator_folder, own, video),
@@ -181,7 +195,8 @@ def plan_evaluation(
         },
         captions=_captions(captions, options, config),
         captions_from=captions,
-        output=Path(output) if output else (path if is_run else Path("evaluation")),
+        output=results,
+        cache=Path(cache) if cache else results / _CACHE_FOLDER,
         options=options,
     )
 

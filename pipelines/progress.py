@@ -146,6 +146,6 @@ def describe(record: IterationRecord) -> str:
 
 
 def describe_validation(record: ValidationRecord) -> str:
-    """The figures of a validation in one line."""
-    figures = "  ".join(f"{name} {value:.3g}" for name, value in record.figures.items())
+    """The leading figures of a validation in one line; validation.jsonl has all."""
+    figures = "  ".join(f"{name} {value:.3g}" for name, value in record.headline_figures.items())
     return f"{figures}  ({record.seconds:.1f} s)"

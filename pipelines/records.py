@@ -1,7 +1,7 @@
 """What a run writes down, line by line."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 HEADLINE_LOSSES = (
@@ -12,6 +12,17 @@ HEADLINE_LOSSES = (
     "diversity",
     "residual_contraction",
 )
+HEADLINE_FIGURES = (
+    "frechet",
+    "colour",
+    "shape",
+    "direction",
+    "flow_top_ratio",
+    "saturation_ratio",
+    "sharpness_ratio",
+    "diversity_ratio",
+)
+"""What a line about a validation has room for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +74,25 @@ class ValidationRecord:
 
     Attributes:
         iteration: Updates the validated weights had seen.
-        figures: Measured on the generator's clips.
+        figures: Measured on the generator's clips; their names are explained in
+            `workers.validation_judge`.
         seconds: How long it took, off the critical path.
         sheet: File name of the contact sheet under samples/.
+        intervals: Ends of the 95 % intervals of those figures that have one.
+        seconds_per_clip: Sampling one clip, beside the training: compare it within a run only.
     """
 
     iteration: int
     figures: Mapping[str, float]
     seconds: float
     sheet: str
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    seconds_per_clip: float | None = None
+
+    @property
+    def headline_figures(self) -> dict[str, float]:
+        """The figures that fit on one line, of those that were measured."""
+        return {name: self.figures[name] for name in HEADLINE_FIGURES if name in self.figures}
 
     def to_json(self) -> dict[str, Any]:
         """As validation.jsonl holds it."""

@@ -1,26 +1,27 @@
 """What a run looks at while it trains: clips of the averaged generator beside the teacher's.
 
 Losses of this family do not say how good the clips are, so the figures are measured on decoded
-clips. They serve to follow one run; `sgmd evaluate` gives figures with their floor and their error.
+clips, and the alarms, the ranking of checkpoints and the report read them. What they mean stands in
+`workers.validation_judge`; `sgmd evaluate` measures the same on more clips.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
 
 from pipelines.contact_sheet import SheetGroup, write_contact_sheet
 from pipelines.records import ValidationRecord
-from pipelines.video import Pixels
 from sgmd_core.errors import ShapeError
 from sgmd_core.metrics.shapes import labels_from_captions
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.build import build_evaluator
-from workers.evaluator import Evaluator, Sampling, ValidationRequest, to_pixels
+from workers.evaluator import Evaluator, Sampling
+from workers.measured_clips import Measurer
 from workers.settings import ModelSettings, VideoSettings
+from workers.validation_judge import ValidationJudge, ValidationReport, ValidationRequest
 
 NUM_SHEET_ROWS = 8
 
@@ -32,7 +33,7 @@ class ValidationPlan:
     Attributes:
         captions: Held-out captions, one clip each.
         generator: How the generator is sampled.
-        teacher: How the teacher is sampled; its clips are the reference, made once.
+        teacher: How the teacher is sampled for the reference, from another seed; made once.
         fps: Frames a second of the sheets.
         samples: Folder for the contact sheets.
     """
@@ -53,14 +54,16 @@ class Validator:
     """
 
     def __init__(self, evaluator: Evaluator, plan: ValidationPlan) -> None:
-        self._evaluator = evaluator
         self._plan = plan
-        self._request = ValidationRequest(
-            captions=plan.captions,
-            sampling=plan.generator,
-            reference=plan.teacher,
-            reads_shapes=reads_shapes(plan.captions),
-            num_shown=NUM_SHEET_ROWS,
+        self._judge = ValidationJudge(
+            evaluator,
+            ValidationRequest(
+                captions=plan.captions,
+                sampling=plan.generator,
+                reference=plan.teacher,
+                measurer=Measurer(plan.fps, reads_shapes(plan.captions)),
+                num_shown=NUM_SHEET_ROWS,
+            ),
         )
 
     def validate(self, iteration: int, weights: dict[str, Tensor]) -> ValidationRecord:
@@ -71,29 +74,31 @@ class Validator:
             weights: The generator's averaged weights.
         """
         began = time.perf_counter()
-        report = self._evaluator.validate(weights, self._request)
+        report = self._judge.validate(weights)
         name = f"validation-{iteration:06d}"
-        self._draw(name, report.shown)
-        seconds = time.perf_counter() - began
-        return ValidationRecord(iteration, dict(report.figures), seconds, f"{name}.png")
+        self._draw(name, report)
+        return ValidationRecord(
+            iteration=iteration,
+            figures=dict(report.figures),
+            seconds=time.perf_counter() - began,
+            sheet=f"{name}.png",
+            intervals=dict(report.intervals),
+            seconds_per_clip=report.seconds_per_clip,
+        )
 
-    @cached_property
-    def _teacher_clips(self) -> list[Pixels]:
-        how = self._plan.teacher
-        captions = self._plan.captions[:NUM_SHEET_ROWS]
-        clips = self._evaluator.sample(captions, 0, how.seed, how.num_steps, how.guidance_scale)
-        return to_pixels(clips)
-
-    def _draw(self, name: str, clips: Sequence[Pixels]) -> None:
+    def _draw(self, name: str, report: ValidationReport) -> None:
+        """The sheet: row by row the same caption and the same initial noise."""
         plan, folder = self._plan, Path(self._plan.samples)
         folder.mkdir(parents=True, exist_ok=True)
         groups = [
             SheetGroup(
                 f"teacher, {plan.teacher.num_steps} steps",
                 f"guidance {plan.teacher.guidance_scale:g}",
-                self._teacher_clips,
+                report.teacher_shown,
             ),
-            SheetGroup(f"generator, {plan.generator.num_steps} steps", "averaged weights", clips),
+            SheetGroup(
+                f"generator, {plan.generator.num_steps} steps", "averaged weights", report.shown
+            ),
         ]
         captions = plan.captions[:NUM_SHEET_ROWS]
         png, gif = folder / f"{name}.png", folder / f"{name}.gif"

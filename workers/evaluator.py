@@ -8,6 +8,7 @@ noise of a clip is counted by (seed, index of its caption), so two ways of sampl
 noise when they use the same seed, however the captions are split.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,13 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sgmd_core.metrics.frechet import Gaussian, clip_features, fit_gaussian, frechet_distance
-from sgmd_core.metrics.shapes import labels_from_captions, measure_clips, score_clips
 from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import random_generator
 from sgmd_core.types import Latents
 from sgmd_core.velocity import VelocityModel
+from workers.measured_clips import MeasuredClips, Measurer, joined
 from workers.placement import device_of
 from workers.role_state import require_same_tensors
 from workers.text_encoder import TextEncoder
@@ -59,38 +59,18 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class ValidationRequest:
-    """What to validate.
+class MeasuredSample:
+    """Clips of one way of sampling.
 
     Attributes:
-        captions: One clip each.
-        sampling: How the generator is sampled.
-        reference: How the base model is sampled for the clips that the distance is taken to;
-            sampled once and remembered. None measures no distance.
-        reads_shapes: Whether the captions are of the world `shapes`, so that colour, shape,
-            direction and speed can be read from the pixels.
-        num_shown: Clips to hand back, the first ones.
+        clips: Their numbers.
+        shown: Pixels (frames, height, width, 3) of the first ones.
+        seconds_per_clip: One entry a chunk; from caption to pixels.
     """
 
-    captions: tuple[str, ...]
-    sampling: Sampling
-    reference: Sampling | None
-    reads_shapes: bool
-    num_shown: int
-
-
-@dataclass(frozen=True, slots=True)
-class ValidationReport:
-    """What a validation found.
-
-    Attributes:
-        figures: By name: `frechet` where there is a reference, and the shares and speeds of
-            `ClipScores` where shapes are read.
-        shown: Pixels (frames, height, width, 3) of the first clips.
-    """
-
-    figures: Mapping[str, float]
+    clips: MeasuredClips
     shown: tuple[NDArray[np.uint8], ...]
+    seconds_per_clip: tuple[float, ...]
 
 
 class Evaluator:
@@ -123,7 +103,6 @@ class Evaluator:
         self._latent_shape = latent_shape
         self._negative_prompt = negative_prompt
         self._chunk_clips = chunk_clips
-        self._references: dict[tuple[tuple[str, ...], Sampling], Gaussian] = {}
 
     @torch.no_grad()
     def sample(
@@ -168,27 +147,34 @@ class Evaluator:
             clips.append(self._decoder.decode(latents).float().cpu())
         return torch.cat(clips)
 
-    def validate(
-        self, weights: Mapping[str, Tensor], request: ValidationRequest
-    ) -> ValidationReport:
-        """Samples with a generator's weights and measures the clips."""
-        how = request.sampling
-        video = self.sample(
-            request.captions, 0, how.seed, how.num_steps, how.guidance_scale, weights
-        )
-        figures: dict[str, float] = {}
-        if request.reference is not None:
-            reference = self._reference(request.captions, request.reference)
-            figures["frechet"] = frechet_distance(*fit_gaussian(clip_features(video)), *reference)
-        if request.reads_shapes:
-            figures |= shape_figures(video, request.captions)
-        return ValidationReport(figures, tuple(to_pixels(video[: request.num_shown])))
+    def sample_measured(
+        self,
+        captions: Sequence[str],
+        how: Sampling,
+        measurer: Measurer,
+        weights: Mapping[str, Tensor] | None = None,
+        num_shown: int = 0,
+    ) -> MeasuredSample:
+        """Samples one clip a caption and keeps what was measured, chunk by chunk.
 
-    def _reference(self, captions: tuple[str, ...], how: Sampling) -> Gaussian:
-        if (captions, how) not in self._references:
-            video = self.sample(captions, 0, how.seed, how.num_steps, how.guidance_scale)
-            self._references[captions, how] = fit_gaussian(clip_features(video))
-        return self._references[captions, how]
+        Args:
+            captions: What to show.
+            how: Steps, guidance and seed.
+            measurer: What to measure.
+            weights: Parameters by name to use instead of the base model's.
+            num_shown: Clips whose pixels are kept, the first ones.
+        """
+        parts: list[MeasuredClips] = []
+        seconds: list[float] = []
+        shown: list[NDArray[np.uint8]] = []
+        for start in range(0, len(captions), self._chunk_clips):
+            chunk = captions[start : start + self._chunk_clips]
+            began = time.perf_counter()
+            video = self.sample(chunk, start, how.seed, how.num_steps, how.guidance_scale, weights)
+            seconds.append((time.perf_counter() - began) / len(chunk))
+            parts.append(measurer.measure(video))
+            shown += to_pixels(video[: max(0, num_shown - start)])
+        return MeasuredSample(joined(parts), tuple(shown), tuple(seconds))
 
     def _model(self, weights: Mapping[str, Tensor] | None) -> VelocityModel:
         if weights is None:
@@ -231,26 +217,6 @@ class Evaluator:
             for index in range(first_index, first_index + count)
         ]
         return torch.stack(clips).to(device_of(self._network))
-
-
-def shape_figures(video: Video, captions: Sequence[str]) -> dict[str, float]:
-    """How well clips of the world `shapes` show what their captions say.
-
-    Returns:
-        Shares of right colours, shapes and directions; rank correlation of measured and captioned
-        speed; mean measured speed in pixels a frame.
-
-    Raises:
-        ShapeError: A caption is not of this world.
-    """
-    scores = score_clips(measure_clips(video), labels_from_captions(captions))
-    return {
-        "colour": scores.colour,
-        "shape": scores.shape,
-        "direction": scores.direction,
-        "speed_spearman": scores.speed_spearman,
-        "mean_speed_px_per_frame": scores.mean_speed_px_per_frame,
-    }
 
 
 def to_pixels(video: Video) -> list[NDArray[np.uint8]]:

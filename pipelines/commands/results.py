@@ -27,12 +27,19 @@ def evaluate(
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the teacher")] = None,
     batch_size: Annotated[int, typer.Option(help="Clips sampled side by side")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the reference")] = 0,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="TorchScript network, such as an I3D, in place of built-in features"),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keeps the teacher's figures, for several runs")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure a generator against its teacher: figures, verdicts, contact sheet."""
     with progress_bar() as on_progress:
         from pipelines import evaluate as job
-        from pipelines.evaluation import table, verdict_lines
+        from pipelines.evaluation_table import table, verdict_lines
         from pipelines.run_folder import RunFolder
 
         if output is None:
@@ -42,12 +49,14 @@ def evaluate(
             teacher=teacher,
             captions=captions,
             output=output,
+            cache=cache,
             options=job.EvaluationOptions(
                 num_captions=num_captions,
                 seed=seed,
                 batch_size=batch_size,
                 teacher_steps=teacher_steps,
                 guidance_scale=guidance_scale,
+                features=features,
             ),
             on_progress=on_progress,
         )

@@ -160,8 +160,10 @@ def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False
 
 def _sweep_table(result: "SweepResult") -> Table:
     """One row a trial, the best one first, ranked by the column that is named first."""
+    from pipelines.records import HEADLINE_FIGURES
+
     best = result.trials[0]
-    others = [name for name in best.figures if name != result.score]
+    others = [name for name in HEADLINE_FIGURES if name in best.figures and name != result.score]
     table = Table(title=f"trials by {result.score}", title_justify="left")
     for heading in (*best.settings, result.score, *others, "seconds", "error"):
         table.add_column(heading, overflow="fold")

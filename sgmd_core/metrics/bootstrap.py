@@ -84,6 +84,29 @@ def ratio_interval(figures: Figures, reference: Partners, rows: Rows) -> Interva
     return _interval(value, figures[rows].mean(dim=1) / below)
 
 
+def median_interval(figures: Figures, rows: Rows) -> Interval:
+    """Median of the figures, where a few of them are far off, as seconds are."""
+    figures = figures.double()
+    return _interval(float(figures.median()), figures[rows].median(dim=1).values)
+
+
+def median_ratio_interval(
+    figures: Figures, reference: Partners, rows: Rows, reference_rows: Rows
+) -> Interval:
+    """Median of the figures over that of the reference's, each resampled on its own.
+
+    Args:
+        figures: One a sample.
+        reference: The same figure of others, above 0.
+        rows: `resampled_rows` of as many samples.
+        reference_rows: The same of as many as the reference has; as many draws.
+    """
+    figures, reference = figures.double(), reference.double()
+    below = reference[reference_rows].median(dim=1).values
+    value = float(figures.median() / reference.median())
+    return _interval(value, figures[rows].median(dim=1).values / below)
+
+
 def _interval(value: float, draws: Float[Tensor, " draws"]) -> Interval:
     ends = draws.quantile(torch.tensor(_ENDS, dtype=draws.dtype))
     return Interval(value, float(ends[0]), float(ends[1]))

@@ -219,6 +219,22 @@ def score_clips(reading: ClipReading, labels: ClipLabels) -> ClipScores:
     )
 
 
+def clip_answers(reading: ClipReading, labels: ClipLabels) -> dict[str, Float[Tensor, " b"]]:
+    """What `score_clips` averages, clip by clip.
+
+    Returns:
+        `colour`, `shape`, `direction`: 1 where the clip shows what its caption says, else 0;
+        `mean_speed_px_per_frame`: the measured speed.
+    """
+    right = {
+        "colour": reading.colour.cpu() == labels.colour.cpu(),
+        "shape": reading.shape.cpu() == labels.shape.cpu(),
+        "direction": reading.direction.cpu() == labels.direction.cpu(),
+    }
+    answers = {name: answer.float() for name, answer in right.items()}
+    return answers | {"mean_speed_px_per_frame": reading.speed_px_per_frame.cpu()}
+
+
 def spearman(first: Float[Tensor, " n"], second: Float[Tensor, " n"]) -> float:
     """Rank correlation of two series; tied values share their average rank.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -23,13 +24,17 @@ from pipelines.evaluation import (
     EvaluationRow,
     Figure,
     judge,
-    table,
-    verdict_lines,
 )
-from pipelines.inference import InferenceSettings, write_inference_settings
+from pipelines.evaluation_table import table, verdict_lines
+from pipelines.inference import (
+    InferenceSettings,
+    read_inference_settings,
+    write_inference_settings,
+)
 from pipelines.shapes import Split, captions
 from sgmd_core.errors import CheckpointError, ConfigError, DataError
 from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
+from workers.clip_measures import MEASURES
 
 CAPTIONS = captions(Split.HELD_OUT)[:4]
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
@@ -82,12 +87,13 @@ def evaluation(place) -> Evaluation:
     return run_evaluation(place, place / "result")
 
 
-def run_evaluation(place: Path, output: Path, **changes) -> Evaluation:
+def run_evaluation(place: Path, output: Path, cache: Path | None = None, **changes) -> Evaluation:
     return evaluate(
         place / "generator",
         teacher=place / "teacher",
         captions=str(place / "captions"),
         output=output,
+        cache=cache,
         options=replace(OPTIONS, **changes),
     )
 
@@ -160,6 +166,71 @@ class TestRows:
         assert "colour" not in printed(found)
 
 
+class TestMeasures:
+    def test_every_row_has_every_measure_with_its_interval(self, evaluation):
+        names = {*MEASURES, "colour", "shape", "direction", "mean_speed_px_per_frame"}
+        for found in evaluation.rows:
+            assert found.measures.keys() == names | {"diversity", "seconds_per_clip"}
+            for measure in found.measures.values():
+                assert measure.low <= measure.value <= measure.high
+            assert found.measures["colour"].value == pytest.approx(found.colour)
+            assert found.measures["diversity"].value > 0
+            assert found.measures["seconds_per_clip"].value == found.seconds_per_clip
+
+    def test_ratios_are_to_the_teacher_on_the_same_noise_and_the_teacher_has_none(self, evaluation):
+        teacher, generator = evaluation.row(FLOOR), evaluation.row(GENERATOR)
+        for row in (evaluation.row(REFERENCE), teacher):
+            assert not any(measure.ratio for measure in row.measures.values())
+        for name in ("flow", "saturation", "sharpness", "diversity"):
+            own, theirs = generator.measures[name], teacher.measures[name]
+            assert own.ratio.value == pytest.approx(own.value / theirs.value)
+            assert own.ratio.low <= own.ratio.value <= own.ratio.high
+
+    def test_a_generator_that_is_its_teacher_has_its_measures(self, place, tmp_path):
+        # As many steps, and guided like it.
+        folder = tmp_path / "same"
+        shutil.copytree(place / "teacher", folder)
+        settings = read_inference_settings(folder)
+        write_inference_settings(folder, settings.model_copy(update={"guidance_scale": 2.0}))
+        found = evaluate(
+            folder,
+            teacher=place / "teacher",
+            captions=str(place / "captions"),
+            output=tmp_path / "result",
+            options=OPTIONS,
+        ).row(GENERATOR)
+        for name in MEASURES:
+            ratio = found.measures[name].ratio
+            assert ratio is None or (ratio.value, ratio.low, ratio.high) == (1, 1, 1)
+        diversity = found.measures["diversity"].ratio
+        assert (diversity.value, diversity.low, diversity.high) == (1, 1, 1)
+
+    def test_several_generators_share_what_was_measured_of_their_teacher(self, place, tmp_path):
+        cache = tmp_path / "cache"
+        first = run_evaluation(place, tmp_path / "first", cache=cache)
+        second = run_evaluation(place, tmp_path / "second", cache=cache)
+        assert not any(row.remembered for row in first.rows)
+        assert [row.remembered for row in second.rows] == [True] * 4 + [False]
+        assert not (tmp_path / "first" / "evaluation-cache").exists()
+
+    def test_a_network_from_a_file_describes_clips_for_distance_and_diversity(
+        self, evaluation, place, tmp_path
+    ):
+        class Means(torch.nn.Module):
+            def forward(self, video: torch.Tensor) -> torch.Tensor:
+                return video.mean(dim=(2, 3, 4))
+
+        path = tmp_path / "features.pt"
+        torch.jit.save(torch.jit.script(Means()), str(path))
+        found = run_evaluation(place, tmp_path / "result", features=path)
+        assert found.features == str(path)
+        assert "features of" in printed(found)
+        own, usual = found.row(GENERATOR), evaluation.row(GENERATOR)
+        assert own.frechet.value != usual.frechet.value
+        assert own.measures["diversity"] != usual.measures["diversity"]
+        assert own.measures["flow"] == usual.measures["flow"]
+
+
 class TestFiles:
     def test_the_result_is_read_back_from_its_file(self, evaluation, place):
         path = place / "result" / EVALUATION_FILE
@@ -174,10 +245,9 @@ class TestFiles:
     def test_the_teacher_is_sampled_once_and_the_generator_every_time(self, evaluation, place):
         again = run_evaluation(place, place / "result")
         assert [row.remembered for row in again.rows] == [True] * 4 + [False]
-        figures = [row.model_dump(exclude={"seconds_per_clip", "remembered"}) for row in again.rows]
-        assert figures == [
-            row.model_dump(exclude={"seconds_per_clip", "remembered"}) for row in evaluation.rows
-        ]
+        timed = {"seconds_per_clip": True, "remembered": True, "measures": {"seconds_per_clip"}}
+        figures = [row.model_dump(exclude=timed) for row in again.rows]
+        assert figures == [row.model_dump(exclude=timed) for row in evaluation.rows]
 
     def test_another_seed_or_another_teacher_is_sampled_anew(self, evaluation, place, tmp_path):
         again = run_evaluation(place, place / "result", seed=7)

@@ -5,8 +5,21 @@ import torch
 
 from sgmd_core.errors import ShapeError
 from sgmd_core.metrics.appearance import contrast, saturation, sharpness
-from sgmd_core.metrics.bootstrap import mean_interval, ratio_interval, resampled_rows
+from sgmd_core.metrics.bootstrap import (
+    mean_interval,
+    median_interval,
+    median_ratio_interval,
+    ratio_interval,
+    resampled_rows,
+)
+from sgmd_core.metrics.comparison import compare_sets
 from sgmd_core.metrics.diversity import seed_diversity
+from sgmd_core.metrics.shapes import (
+    ClipReading,
+    clip_answers,
+    labels_from_captions,
+    score_clips,
+)
 
 
 def plain(*colour: float) -> torch.Tensor:
@@ -128,3 +141,43 @@ def test_partners_must_be_as_many():
         ratio_interval(torch.ones(3), torch.ones(4), resampled_rows(3, seed=0))
     with pytest.raises(ShapeError, match="no samples"):
         resampled_rows(0, seed=0)
+
+
+def test_a_set_has_ratios_to_its_partner_and_values_of_its_own():
+    random = torch.Generator().manual_seed(0)
+    teacher = torch.rand(32, generator=random) + 1
+    own = {"flow": 0.8 * teacher, "only_here": teacher}
+    found = compare_sets(own, {"flow": teacher}, seed=0)
+    assert found["flow"].value.value == pytest.approx(float(0.8 * teacher.double().mean()))
+    ratio = found["flow"].ratio
+    assert [ratio.value, ratio.low, ratio.high] == pytest.approx([0.8] * 3)
+    assert found["only_here"].ratio is None
+    assert compare_sets(own, None, seed=0)["flow"].ratio is None
+
+
+def test_medians_and_their_ratios_do_not_mind_one_slow_batch():
+    seconds = torch.tensor([9.0, 1.0, 1.1, 1.2, 1.3, 1.0, 1.1, 1.2, 1.3])
+    rows = resampled_rows(9, seed=0)
+    found = median_interval(seconds, rows)
+    assert found.value == pytest.approx(1.2)
+    assert found.high < 2
+    ratio = median_ratio_interval(seconds, 10 * seconds[:5], rows, resampled_rows(5, seed=0))
+    assert ratio.value == pytest.approx(0.1)
+    assert ratio.low <= ratio.value <= ratio.high
+
+
+def test_answers_of_single_clips_average_to_the_scores():
+    labels = labels_from_captions(["a red circle moves left", "a blue bar moves right quickly"])
+    reading = ClipReading(
+        colour=labels.colour.flip(0),
+        shape=labels.shape,
+        direction=torch.stack([labels.direction[0], labels.direction[0]]),
+        speed_px_per_frame=torch.tensor([1.0, 2.0]),
+        velocity_px_per_frame=torch.zeros(2, 2),
+        area_px=torch.ones(2),
+        contrast=torch.ones(2),
+    )
+    scores, answers = score_clips(reading, labels), clip_answers(reading, labels)
+    assert answers["direction"].tolist() == [1, 0]
+    for name in ("colour", "shape", "direction", "mean_speed_px_per_frame"):
+        assert float(answers[name].mean()) == getattr(scores, name)

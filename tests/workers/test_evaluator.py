@@ -12,8 +12,13 @@ from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_dista
 from sgmd_core.schedule import FlowMatchSchedule
 from tests.helpers.roles import same_bits, weights
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
-from workers.evaluator import Evaluator, Sampling, ValidationRequest, to_pixels
+from workers.clip_measures import MEASURES, measure_clip_figures
+from workers.evaluator import Evaluator, Sampling, to_pixels
+from workers.measured_clips import Measurer
 from workers.text_encoder import TextEncoder
+from workers.validation_judge import ValidationJudge, ValidationRequest
+
+MEASURER = Measurer(fps=8, reads_shapes=True)
 
 CAPTIONS = (
     "a red circle moves left",
@@ -118,7 +123,7 @@ def _request(**changes) -> ValidationRequest:
         "captions": CAPTIONS,
         "sampling": Sampling(2, 1.0, seed=1),
         "reference": Sampling(3, 2.0, seed=0),
-        "reads_shapes": True,
+        "measurer": MEASURER,
         "num_shown": 2,
     }
     return ValidationRequest(**(settings | changes))
@@ -126,41 +131,80 @@ def _request(**changes) -> ValidationRequest:
 
 def test_validation_measures_the_clips_it_shows():
     evaluator, other = _evaluator(), tiny_velocity(4)
-    report = evaluator.validate(weights(other), _request())
+    report = ValidationJudge(evaluator, _request()).validate(weights(other))
     video = evaluator.sample(CAPTIONS, 0, 1, 2, 1.0, weights(other))
     reference = evaluator.sample(CAPTIONS, 0, 0, 3, 2.0)
-    moments = [fit_gaussian(clip_features(clips)) for clips in (video, reference)]
+    partner = evaluator.sample(CAPTIONS, 0, 1, 3, 2.0)
+    own, far, near = (clip_features(clips) for clips in (video, reference, partner))
+    moments = [fit_gaussian(features) for features in (own, far, near)]
     assert report.figures["frechet"] == frechet_distance(*moments[0], *moments[1])
-    assert report.figures.keys() == {
-        "frechet",
-        "colour",
-        "shape",
-        "direction",
-        "speed_spearman",
-        "mean_speed_px_per_frame",
-    }
+    assert report.figures["frechet_floor"] == frechet_distance(*moments[2], *moments[1])
+    measured, teachers = (measure_clip_figures(clips, fps=8) for clips in (video, partner))
+    for name in MEASURES:
+        value = report.figures[name]
+        assert value == pytest.approx(float(measured[name].mean()))
+        low, high = report.intervals[name]
+        assert low <= value <= high
+        # What is 0 in some resample has no ratio; of frames that come twice no motion is smooth.
+        if name not in ("dynamic", "smoothness"):
+            ratio = report.figures[f"{name}_ratio"]
+            assert ratio == pytest.approx(value / float(teachers[name].mean()))
     assert all(math.isfinite(value) for value in report.figures.values())
     assert len(report.shown) == 2
     assert np.array_equal(report.shown[1], to_pixels(video)[1])
+    assert np.array_equal(report.teacher_shown[1], to_pixels(partner)[1])
 
 
-def test_the_reference_is_sampled_once():
+def test_diversity_is_how_far_the_two_clips_of_a_caption_are_apart():
+    evaluator, other = _evaluator(), tiny_velocity(4)
+    figures = ValidationJudge(evaluator, _request()).validate(weights(other)).figures
+    first, second = (
+        clip_features(evaluator.sample(CAPTIONS, 0, seed, 2, 1.0, weights(other)))
+        for seed in (0, 1)
+    )
+    expected = (first.double() - second.double()).norm(dim=1).mean()
+    assert figures["diversity"] == pytest.approx(float(expected))
+    assert figures["diversity_ratio"] > 0
+
+
+def test_a_generator_that_is_its_teacher_keeps_everything_and_is_on_the_floor():
+    evaluator = _evaluator(seed=3)
+    request = _request(sampling=Sampling(3, 2.0, seed=1))
+    report = ValidationJudge(evaluator, request).validate(weights(tiny_velocity(3)))
+    assert report.figures["frechet"] == report.figures["frechet_floor"]
+    ratios = {name: value for name, value in report.figures.items() if name.endswith("_ratio")}
+    assert {"flow_ratio", "saturation_ratio", "diversity_ratio"} <= ratios.keys()
+    assert set(ratios.values()) == {1.0}
+
+
+def test_the_teacher_is_sampled_once():
     evaluator = _evaluator()
     calls: list[int] = []
     evaluator._network.register_forward_hook(lambda *_: calls.append(1))
-    handed = weights(tiny_velocity(4))
-    evaluator.validate(handed, _request())
+    judge, handed = ValidationJudge(evaluator, _request()), weights(tiny_velocity(4))
+    judge.validate(handed)
     first = len(calls)
-    evaluator.validate(handed, _request())
-    assert first == 2 * 2 + 2 * 3
-    assert len(calls) - first == 2 * 2
+    judge.validate(handed)
+    # Two chunks, two seeds each: the generator's two steps, the teacher's three.
+    assert first == 2 * 2 * 2 + 2 * 2 * 3
+    assert len(calls) - first == 2 * 2 * 2
 
 
-def test_without_reference_and_shapes_there_are_clips_and_no_figures():
-    request = _request(captions=("anything", "at all"), reference=None, reads_shapes=False)
-    report = _evaluator().validate(weights(tiny_velocity(4)), request)
-    assert report.figures == {}
+def test_captions_of_another_world_are_measured_without_exact_readings():
+    request = _request(captions=("anything", "at all"), measurer=Measurer(8, reads_shapes=False))
+    report = ValidationJudge(_evaluator(), request).validate(weights(tiny_velocity(4)))
+    assert "colour" not in report.figures
+    assert "flow_ratio" in report.figures
     assert len(report.shown) == 2
+
+
+def test_measuring_in_chunks_changes_nothing():
+    whole = _evaluator(chunk_clips=4).sample_measured(CAPTIONS, Sampling(2, 1.0, 7), MEASURER)
+    parts = _evaluator(chunk_clips=3).sample_measured(CAPTIONS, Sampling(2, 1.0, 7), MEASURER)
+    # Other chunks batch the matrix products differently: rounding, nothing more.
+    torch.testing.assert_close(parts.clips.features, whole.clips.features, atol=1e-4, rtol=1e-4)
+    assert len(parts.seconds_per_clip) == 2
+    assert len(parts.clips.measures["flow"]) == len(CAPTIONS)
 
 
 def test_pixels_are_whole_numbers_with_channels_last():

@@ -1,0 +1,106 @@
+"""What remains of clips once they are measured: a few numbers each, and no pixels.
+
+    video -> features (for distances between sets), measures, and readings of the world `shapes`
+
+A set is measured part by part, as it is sampled, so that a whole set of large videos never has to
+be in memory.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sgmd_core.metrics.diversity import seed_diversity
+from sgmd_core.metrics.frechet import Features, clip_features
+from sgmd_core.metrics.shapes import (
+    ClipReading,
+    clip_answers,
+    labels_from_captions,
+    measure_clips,
+)
+from workers.clip_measures import measure_clip_figures
+from workers.feature_network import FeatureExtractor
+
+READING_FIELDS = tuple(ClipReading.__dataclass_fields__)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredClips:
+    """Numbers of a set of clips.
+
+    Attributes:
+        features: One row a clip, for distances between sets and between clips.
+        measures: `clip_measures.MEASURES` by name, one value a clip; empty where not asked for.
+        reading: What the clips show, where they are of the world `shapes`.
+    """
+
+    features: Features
+    measures: Mapping[str, Tensor]
+    reading: ClipReading | None
+
+    def figures(
+        self, captions: Sequence[str], other_seed: Features | None = None
+    ) -> dict[str, Tensor]:
+        """All figures that are means over clips, one value a clip.
+
+        Args:
+            captions: What the clips should show.
+            other_seed: Features of clips of the same captions, made in the same way from other
+                noise; with them there is `diversity`: how far the two clips of a caption are apart.
+        """
+        found = dict(self.measures)
+        if self.reading is not None:
+            found |= clip_answers(self.reading, labels_from_captions(captions))
+        if other_seed is not None:
+            pair = [*range(len(captions))] * 2
+            found["diversity"] = seed_diversity(torch.cat([self.features, other_seed]), pair)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Measurer:
+    """What to measure of clips.
+
+    Attributes:
+        fps: Frames a second.
+        reads_shapes: Whether to read colour, shape, direction and speed from the pixels.
+        features_only: Leaves all out but the features.
+        extract: Gives the features.
+    """
+
+    fps: int
+    reads_shapes: bool
+    features_only: bool = False
+    extract: FeatureExtractor = clip_features
+
+    def measure(self, video: Tensor) -> MeasuredClips:
+        """Measures clips (b, 3, t, h, w) in [0, 1].
+
+        Raises:
+            ShapeError: The clips are too short or too small.
+        """
+        features = self.extract(video)
+        if self.features_only:
+            return MeasuredClips(features, {}, None)
+        reading = measure_clips(video) if self.reads_shapes else None
+        return MeasuredClips(features, measure_clip_figures(video, self.fps), reading)
+
+
+def joined(parts: Sequence[MeasuredClips]) -> MeasuredClips:
+    """One set of several parts, in their order."""
+    readings = [part.reading for part in parts if part.reading is not None]
+    return MeasuredClips(
+        features=torch.cat([part.features for part in parts]),
+        measures={
+            name: torch.cat([part.measures[name] for part in parts]) for name in parts[0].measures
+        },
+        reading=_joined_readings(readings) if readings else None,
+    )
+
+
+def _joined_readings(readings: Sequence[ClipReading]) -> ClipReading:
+    return ClipReading(
+        **{name: torch.cat([getattr(part, name) for part in readings]) for name in READING_FIELDS}
+    )
