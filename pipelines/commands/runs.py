@@ -107,6 +107,7 @@ def distill(
     with working() as console:
         from pipelines import distill as job
         from pipelines.progress import console_listener
+        from pipelines.records import HEADLINE_FIGURES
 
         config = _distill_config(recipe, overrides or [], resume)
         if dry_run:
@@ -118,6 +119,8 @@ def distill(
         show(result, as_json, pairs(result), "Everything fits; nothing was started.")
         return
     told = {name: value for name, value in result.items() if name != "versions"}
+    figures = result["validation"]
+    told["validation"] = {name: figures[name] for name in HEADLINE_FIGURES if name in figures}
     show(result, as_json, pairs(told), f"Measure it: sgmd evaluate {config.run_folder}")
 
 

@@ -22,6 +22,7 @@ _ENDS = (0.025, 0.975)
 Figures = Float[Tensor, " n"]
 Partners = Float[Tensor, " partners"]
 Rows = Int[Tensor, "draws n"]
+PartnerRows = Int[Tensor, "draws partners"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def median_interval(figures: Figures, rows: Rows) -> Interval:
 
 
 def median_ratio_interval(
-    figures: Figures, reference: Partners, rows: Rows, reference_rows: Rows
+    figures: Figures, reference: Partners, rows: Rows, reference_rows: PartnerRows
 ) -> Interval:
     """Median of the figures over that of the reference's, each resampled on its own.
 
