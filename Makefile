@@ -6,10 +6,13 @@ VENV ?= .venv
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PYTEST_FLAGS ?=
+# Test processes side by side; each takes whole files of tests. Much of a test is waiting for Ray.
+TEST_JOBS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+JOBS := --numprocesses=$(TEST_JOBS) --dist=loadfile
 SHAPES := --jaxtyping-packages=sgmd_core,beartype.beartype
 DEMO := runs/demo
 
@@ -51,10 +54,10 @@ demo: $(READY)  ## Distil the tiny teacher into four steps and measure it, end t
 	$(BIN)/sgmd report $(DEMO)
 
 test: $(READY)  ## Run all tests that need no GPU, Ray clusters and slow ones included
-	$(BIN)/python -m pytest $(SHAPES) -m "not gpu" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(SHAPES) $(JOBS) -m "not gpu" $(PYTEST_FLAGS)
 
 test-quick: $(READY)  ## Run the tests that start no Ray and take seconds
-	$(BIN)/python -m pytest $(SHAPES) -m "not gpu and not ray and not slow" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(SHAPES) $(JOBS) -m "not gpu and not ray and not slow" $(PYTEST_FLAGS)
 
 lint: $(READY)  ## Check style, types, import directions and spelling
 	$(BIN)/ruff check .

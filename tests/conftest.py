@@ -23,6 +23,14 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 _HEAD_START_TIMEOUT_S = 180.0
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The networks of the tests are tiny, and other tests run beside them."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def ray_folder() -> Iterator[Path]:
     """Ray's temporary folder for the session. Its path is short: sockets live there."""
