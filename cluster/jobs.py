@@ -24,8 +24,11 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.errors import JobError
 
-EXCLUDED = (".git/", ".venv/", "runs/", "data/", "wandb/", "__pycache__/", "*.egg-info/")
-"""What stays at home, besides what .gitignore and .rayignore name."""
+EXCLUDED = (".git/", ".venv/", "/runs/", "/data/", "/wandb/", "__pycache__/", "*.egg-info/")
+"""What stays at home, besides what .gitignore and .rayignore name.
+
+A leading slash means the folder on top alone: a package may have a `data` of its own.
+"""
 
 FORWARDED = (
     "AWS_ENDPOINT_URL*",

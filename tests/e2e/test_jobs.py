@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from diffusers import WanPipeline
 
+from cluster.jobs import follow_job, submit_job
 from pipelines.config import load_recipe
 from pipelines.submit import submit
 from sgmd_core.errors import ConfigError
@@ -24,7 +26,7 @@ def test_a_submitted_job_distils_and_leaves_its_run_behind(
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", ray_head]
     distil = ["python", "-m", "pipelines.cli", "distill", str(recipe_file)]
     settings = ["iterations=2", "topology.mode=pools", f"output={tmp_path / 'runs'}"]
-    excludes = {"excludes": [".git/", ".venv/", "runs/", "data/"]}
+    excludes = {"excludes": [".git/", ".venv/", "/runs/", "/data/"]}
     result = subprocess.run(
         [
             *ray,
@@ -71,6 +73,29 @@ def test_our_own_command_submits_and_follows(
     assert job
     assert "iteration 1/1" in "".join(printed)
     assert load_recipe(str(tmp_path / "runs" / "small" / "config.yaml")).iterations == 1
+
+
+_LIST_SOURCES = """
+from pathlib import Path
+for package in ("pipelines", "workers", "cluster", "sgmd_core"):
+    for path in Path(package).rglob("*.[pyj]*"):
+        print("source", path.as_posix())
+"""
+
+
+def test_all_of_the_sources_travel(ray_head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation beside these tests would stand in for what was left at home."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    printed: list[str] = []
+    job = submit_job(ray_head, ["python", "-c", _LIST_SOURCES], ROOT)
+    follow_job(ray_head, job, printed.append)
+    arrived = set(re.findall(r"^source (.+)$", "".join(printed), re.MULTILINE))
+    here = subprocess.run(
+        [sys.executable, "-c", _LIST_SOURCES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    sources = re.findall(r"^source (.+)$", here.stdout, re.MULTILINE)
+    assert arrived == {name for name in sources if not name.endswith(".pyc")}
+    assert "pipelines/data/feed.py" in arrived
 
 
 def test_a_recipe_that_would_stay_at_home_is_refused(recipe_file: Path, tmp_path: Path) -> None:
