@@ -4,7 +4,8 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from cluster.pools import Pool
 from cluster.program import Pass, Program, Stage, Team
@@ -92,7 +93,10 @@ class Setting:
             seconds_of,
             bytes_of,
             bandwidth=machine.bandwidth,
-            latency_s=machine.hop_s,
+            latency_s=max(0.0, machine.hop_s - machine.turn_s),
+            put_bandwidth=machine.put_bandwidth,
+            take_bandwidth=machine.take_bandwidth,
+            turn_s=machine.turn_s,
             call_s=machine.call_s,
             answer_s=machine.answer_s,
         )
@@ -110,13 +114,19 @@ class MachineCosts:
     Attributes:
         call_s: Controller's time to make one call.
         answer_s: From the end of a call until the controller has its small result.
+        turn_s: From the end of a call until the next one of its process begins.
         hop_s: From the end of a call until one that takes its small result begins.
-        bandwidth: Bytes a second of what a hop of a large tensor takes beyond that.
+        put_bandwidth: Bytes a second at which a process hands a large tensor over.
+        take_bandwidth: Bytes a second at which a process takes a large tensor in.
+        bandwidth: Bytes a second of what a hop of a large tensor takes beyond all that.
     """
 
     call_s: float
     answer_s: float
+    turn_s: float
     hop_s: float
+    put_bandwidth: float
+    take_bandwidth: float
     bandwidth: float
 
 
@@ -179,15 +189,50 @@ def measure_machine(groups: Groups, repetitions: int = 30) -> MachineCosts:
     call_s = (time.monotonic() - started) / len(asked)
     group.fetch(asked, 60, "measuring many calls")
     group.fetch(group.call(Sleeper.take_naps), 60, "waking")
-    hop_s = statistics.median(hops_s(groups, 0, repetitions))
     large = 8 * 10**6
-    large_hop_s = statistics.median(hops_s(groups, large, repetitions))
+    hop_s, large_hop_s = (statistics.median(hops_s(groups, n, repetitions)) for n in (0, large))
+    put_s, take_s = _turns_s(groups, 0, repetitions)
+    large_put_s, large_take_s = _turns_s(groups, large, repetitions)
+    turn_s = min(put_s, take_s)
+    moved_s = large_put_s - turn_s + large_take_s - turn_s
     return MachineCosts(
         call_s=call_s,
         answer_s=max(0.0, statistics.median(trips) - call_s),
+        turn_s=turn_s,
         hop_s=hop_s,
-        bandwidth=large / max(1e-9, large_hop_s - hop_s),
+        put_bandwidth=_per_second(large, large_put_s - turn_s),
+        take_bandwidth=_per_second(large, large_take_s - turn_s),
+        bandwidth=_per_second(large, large_hop_s - hop_s - moved_s),
     )
+
+
+def _per_second(num_bytes: int, seconds: float) -> float:
+    return num_bytes / max(1e-6, seconds)
+
+
+def _turns_s(groups: Groups, num_bytes: int, repetitions: int) -> tuple[float, float]:
+    """Seconds between two calls of one process: one that hands on, one that takes in."""
+    maker, taker = list(groups)[:2]
+    program = (Pass((Stage("make", maker), Stage("take", taker, ("make",)))),)
+    # The last result is empty, for the controller to wait for: all results are there before the
+    # first one is taken, so that only the taking is measured.
+    calls = order_calls(program, {maker: Team(), taker: Team()}, repetitions + 1, 1)
+    made = [place for place, call in enumerate(calls) if call.role == maker]
+    taken = [place for place, call in enumerate(calls) if call.role == taker]
+    calls[taken[0]] = replace(calls[taken[0]], waits_for=(made[-1],))
+
+    def size(call: Call) -> float:
+        return num_bytes * (call.micro_batch != repetitions)
+
+    own = {name: groups[name] for name in (maker, taker)}
+    naps = rehearse(calls, own, Costs(lambda call: 0.0, size)).naps
+    made_s, taken_s = (
+        statistics.median(
+            naps[after].start_s - naps[before].end_s for before, after in pairwise(places[:-1])
+        )
+        for places in (made, taken)
+    )
+    return made_s, taken_s
 
 
 def rehearse_setting(setting: Setting, groups: Groups, num_iterations: int) -> Rehearsal:

@@ -40,8 +40,12 @@ class Costs:
     Attributes:
         seconds: Of a call, on its process.
         result_bytes: That a call hands to each call that takes its result.
-        bandwidth: Bytes a second from process to process.
+        bandwidth: Bytes a second on the way from process to process.
         latency_s: Of one transfer, whatever its size; also of a result that is empty.
+        put_bandwidth: Bytes a second at which a process hands a result over; it does nothing else
+            meanwhile.
+        take_bandwidth: Bytes a second at which a process takes a result in; likewise.
+        turn_s: Of each call, on its process, beside the work.
         call_s: Time in which the controller makes one call.
         answer_s: From the end of a call until the controller knows of it.
     """
@@ -50,6 +54,9 @@ class Costs:
     result_bytes: Callable[[Call], float] = _nothing
     bandwidth: float = float("inf")
     latency_s: float = 0.0
+    put_bandwidth: float = float("inf")
+    take_bandwidth: float = float("inf")
+    turn_s: float = 0.0
     call_s: float = 0.0
     answer_s: float = 0.0
 
@@ -72,7 +79,7 @@ class Span:
         asked_s: When the controller made it.
         ready_s: When the last result that it takes was made; `asked_s` if it takes none.
         start_s: When it began, all of its results having arrived.
-        end_s: When it had ended.
+        end_s: When it had ended, and handed its own result over.
         cause: What it waited for last.
         after: Place of the call whose end it waited for; None at the beginning.
     """
@@ -188,6 +195,7 @@ def simulate(calls: Sequence[Call], costs: Costs, teams: Mapping[str, Team]) -> 
     """
     spans: list[Span] = []
     free = dict[tuple[str, int], int]()
+    handed_on = {place for call in calls for place in call.inputs}
     now_s, waited = 0.0, None
     for gang in _gangs(calls, teams):
         begun: list[tuple[Call, float, float, list[tuple[float, Cause, int | None]]]] = []
@@ -210,7 +218,8 @@ def simulate(calls: Sequence[Call], costs: Costs, teams: Mapping[str, Team]) -> 
         )
         for call, asked_s, ready_s, _ in begun:
             free[call.role, call.rank] = len(spans)
-            end_s = start_s + costs.seconds(call)
+            end_s = start_s + _taken_s(call, calls, costs) + costs.seconds(call)
+            end_s += costs.result_bytes(call) / costs.put_bandwidth * (len(spans) in handed_on)
             spans.append(Span(call, asked_s, ready_s, start_s, end_s, cause, after))
     return Timeline(tuple(spans))
 
@@ -237,6 +246,12 @@ def _gangs(calls: Sequence[Call], teams: Mapping[str, Team]) -> Iterator[list[Ca
 def _gang_of(call: Call, teams: Mapping[str, Team]) -> tuple[object, ...]:
     copy = call.rank // teams[call.role].ranks
     return call.iteration, call.phase, call.role, copy, call.stage, call.micro_batch
+
+
+def _taken_s(call: Call, calls: Sequence[Call], costs: Costs) -> float:
+    """Seconds for which a process takes in what it is handed."""
+    taken = sum(costs.result_bytes(calls[place]) for place in call.inputs)
+    return costs.turn_s + taken / costs.take_bandwidth
 
 
 def _transfer_s(maker: Call, taker: Call, costs: Costs) -> float:

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cluster.errors import ClusterError
-from pipelines.commands import data, machine, recipes, results, runs
+from pipelines.commands import data, machine, planning, recipes, results, runs
 from pipelines.commands.output import show_error
 from sgmd_core.errors import NonFiniteError, SgmdError, StaleCallError
 
@@ -54,6 +54,7 @@ for command in (
     runs.distill,
     runs.sweep,
     runs.submit,
+    planning.plan,
     results.evaluate,
     results.generate,
     results.report,

@@ -1,0 +1,129 @@
+"""`sgmd plan`: pool sizes, memory and time before a GPU is taken."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from pipelines.commands.options import Json, Overrides, RecipeName
+from pipelines.commands.output import show, working
+from sgmd_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.planning.plan import Plan
+
+_TO_GAIN = 1.05
+
+
+def plan(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(help="GPUs for generator, teacher and fake score")] = 8,
+    gpu_memory: Annotated[float, typer.Option(help="GB of memory of one")] = 80.0,
+    model: Annotated[
+        str | None,
+        typer.Option(help="1.3b or 14b: Wan's sizes, where model.folder is not here yet"),
+    ] = None,
+    measured: Annotated[
+        Path | None,
+        typer.Option(help="A run's folder, or the JSON of benchmarks/gpu.py, to take times from"),
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="TFLOP/s that a GPU reaches, where nothing is measured")
+    ] = None,
+    precision: Annotated[
+        Literal["bf16", "fp32"], typer.Option(help="Of matrix products; weights are fp32")
+    ] = "bf16",
+    checkpointing: Annotated[
+        bool, typer.Option(help="Make activations again in the backward pass")
+    ] = True,
+    any_batch: Annotated[
+        bool, typer.Option("--any-batch", help="Take the batch size nearby that suits best")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Size the pools for some GPUs: layout, time, use and memory, before any is taken."""
+    with working():
+        from dataclasses import replace
+
+        from pipelines.config import load_recipe
+        from pipelines.planning import stage_times
+        from pipelines.planning.hardware import Hardware
+        from pipelines.planning.plan import make_plan
+        from pipelines.planning.search import find_batch
+        from pipelines.planning.workload import Workload
+
+        if measured is not None and tflops is not None:
+            raise ConfigError(
+                "planning a run", "both --measured and --tflops", "times from one of them"
+            )
+        config = load_recipe(recipe, overrides or [])
+        hardware = Hardware(memory_gb=gpu_memory)
+        if tflops is not None:
+            hardware = replace(hardware, flops=1e12 * tflops)
+        work = Workload.of(config, model, bf16=precision == "bf16", checkpointing=checkpointing)
+        times = (
+            stage_times.modelled(work, hardware)
+            if measured is None
+            else stage_times.measured(measured, work)
+        )
+        suited = replace(work, batch_size=find_batch(work, times, hardware, gpus))
+        result = make_plan(suited if any_batch else work, times, hardware, gpus)
+        advice = [] if any_batch else _advice(result, make_plan(suited, times, hardware, gpus))
+    data = result.to_json() | {"recipe": recipe, "advice": advice}
+    show(data, as_json, _table(result), *_words(result), *advice)
+
+
+def _table(result: "Plan") -> Table:
+    told = result.to_json()
+    shape = told["workload"]
+    table = Table(
+        title=f"{told['gpus_used']} of {result.num_gpus} GPUs, "
+        f"{shape['parameters'] / 1e9:.1f}B parameters, {shape['tokens']} tokens a sample, "
+        f"{shape['batch_size']} samples an iteration",
+        title_justify="left",
+    )
+    headings = ("role", "GPUs", "samples a call", "busy", "GB a GPU", "state", "graphs", "working")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "role" else "right")
+    for role, facts in told["roles"].items():
+        memory = facts["memory_gb"]
+        table.add_row(
+            role.replace("_", " "),
+            str(facts["gpus"]),
+            f"{facts['samples_per_call']:.3g}",
+            f"{100 * facts['busy']:.0f} %",
+            f"{memory['total']:.1f}",
+            f"{memory['state']:.1f}",
+            f"{memory['graphs']:.1f}",
+            f"{memory['gathered'] + memory['working']:.1f}",
+        )
+    return table
+
+
+def _words(result: "Plan") -> list[str]:
+    told, fused = result.to_json(), result.fused
+    fits = "fits" if fused.fits else "does not fit"
+    return [
+        f"{told['iteration_s']:.4g} s an iteration, "
+        f"{told['gpu_hours_per_1000_iterations']:.4g} GPU-hours for 1000; "
+        f"stage times {told['stage_times']}",
+        f"all roles on every GPU (fused): {fused.iteration_s:.4g} s, "
+        f"{fused.memory.total / 1e9:.0f} GB a GPU, which {fits}",
+        "settings: " + " ".join(f"{key}={value}" for key, value in result.settings().items()),
+    ]
+
+
+def _advice(result: "Plan", suited: "Plan") -> list[str]:
+    """What another batch size would gain, where that is worth a word."""
+    gain = (suited.work.batch_size / suited.best.iteration_s) / (
+        result.work.batch_size / result.best.iteration_s
+    )
+    if gain < _TO_GAIN:
+        return []
+    return [
+        f"with batch.size={suited.work.batch_size} the same GPUs would make "
+        f"{100 * (gain - 1):.0f} % more samples a second: ranks share a micro-batch evenly, and "
+        f"more layouts fit that size (--any-batch)"
+    ]

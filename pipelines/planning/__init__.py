@@ -1,0 +1,1 @@
+"""Pool sizes, times and memory of a run before a GPU is taken."""

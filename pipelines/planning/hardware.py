@@ -1,0 +1,57 @@
+"""What a GPU and its connections are assumed to do; every number can be replaced by a measured one.
+
+Defaults are those of an H100 with 80 GB. The rate of computation is a published one of the same
+model family with the same kind of sharding: Wan 2.1 14B, 37,440 tokens a sample, FSDP2, 64 H100,
+228.9 TFLOP/s a GPU (NVIDIA NeMo DFM, docs/performance-summary.md); with 8 H100 the same page gives
+175.9, with Megatron on 128 H100 325.8.
+"""
+
+from dataclasses import dataclass
+
+GB = 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One kind of GPU, and what lies between two of them.
+
+    Attributes:
+        memory_gb: Memory of a GPU.
+        flops: Operations a second that the networks really reach.
+        memory_bandwidth: Bytes a second between a GPU and its memory: updates are bound by it.
+        gather_bandwidth: Bytes a second at which a rank is sent sharded weights, on one machine.
+        gather_bandwidth_between: The same between machines.
+        ranks_per_machine: Up to how many ranks lie on one machine.
+        wire_bandwidth: Bytes a second from GPU to GPU through the object store.
+        wire_latency_s: Of one hop, whatever its size.
+        call_s: Controller's time to make one call.
+        answer_s: From the end of a call until the controller knows.
+        reserve_gb: CUDA's and NCCL's own memory on each GPU.
+        spare_share: Part of a GPU's memory that is left free: what an allocator cannot use.
+    """
+
+    memory_gb: float = 80.0
+    flops: float = 228.9e12
+    memory_bandwidth: float = 2.5e12
+    gather_bandwidth: float = 200e9
+    gather_bandwidth_between: float = 40e9
+    ranks_per_machine: int = 8
+    wire_bandwidth: float = 1e9
+    wire_latency_s: float = 0.002
+    call_s: float = 0.0005
+    answer_s: float = 0.002
+    reserve_gb: float = 3.0
+    spare_share: float = 0.05
+
+    @property
+    def usable_bytes(self) -> float:
+        """What a rank may fill."""
+        return GB * (self.memory_gb * (1 - self.spare_share) - self.reserve_gb)
+
+    def gather_s(self, num_bytes: float, ranks: int) -> float:
+        """Seconds until each of several ranks has been sent the parts that it lacks."""
+        if ranks == 1:
+            return 0.0
+        near = ranks <= self.ranks_per_machine
+        bandwidth = self.gather_bandwidth if near else self.gather_bandwidth_between
+        return num_bytes * (ranks - 1) / ranks / bandwidth

@@ -1,0 +1,108 @@
+"""Bytes that one rank of each role needs.
+
+    state      its share of weights, gradients, Adam's two moments, average       sharded over ranks
+    gathered   two layers' weights and one layer's gradient, whole                if sharded
+    graphs     what the passes that wait for a signal keep                        by depth
+    working    the widest place of a pass; with checkpointing a layer made again
+
+Everything but products of matrices is float32: weights are cast where they are used. The teacher
+keeps weights and nothing else.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.planning.hardware import GB, Hardware
+from pipelines.planning.workload import Workload
+
+_FLOAT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes of one rank, by what they are for."""
+
+    state: float
+    gathered: float
+    graphs: float
+    working: float
+
+    @property
+    def total(self) -> float:
+        """All of it, without what CUDA and NCCL take for themselves."""
+        return self.state + self.gathered + self.graphs + self.working
+
+    def fits(self, hardware: Hardware) -> bool:
+        """Whether a GPU holds it and leaves the room that an allocator needs."""
+        return self.total <= hardware.usable_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """In GB."""
+        parts = {"state": self.state, "gathered": self.gathered}
+        parts |= {"graphs": self.graphs, "working": self.working, "total": self.total}
+        return {name: round(value / GB, 2) for name, value in parts.items()}
+
+
+def generator_memory(work: Workload, ranks: int, samples: float, kept: float) -> RankMemory:
+    """A rank of the generator.
+
+    Args:
+        work: The iteration.
+        ranks: Ranks that share the network.
+        samples: Of a micro-batch, on this rank.
+        kept: Samples on this rank whose rollouts wait for a signal.
+    """
+    return _learner_memory(work, ranks, samples, kept, copies=4 + int(work.averages))
+
+
+def fake_score_memory(work: Workload, ranks: int, samples: float, kept: float) -> RankMemory:
+    """A rank of the fake score; see `generator_memory`."""
+    return _learner_memory(work, ranks, samples, kept, copies=4)
+
+
+def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
+    """A rank of a teacher copy that is asked about some samples at a time."""
+    passes = samples * (1 + int(work.guided))
+    widest = work.shape.transient_bytes(work.latent_shape, bf16=work.bf16)
+    if work.through_teacher:
+        widest = _graph(work) + _layer(work)
+    return RankMemory(
+        state=_FLOAT * work.shape.num_parameters / ranks,
+        gathered=_FLOAT * _gathered(work, ranks, layers=2),
+        graphs=0.0,
+        working=passes * widest,
+    )
+
+
+def _learner_memory(
+    work: Workload, ranks: int, samples: float, kept: float, copies: int
+) -> RankMemory:
+    shape = work.shape
+    passing = shape.transient_bytes(work.latent_shape, bf16=work.bf16)
+    return RankMemory(
+        state=copies * _FLOAT * shape.num_parameters / ranks,
+        gathered=_FLOAT * _gathered(work, ranks, layers=3),
+        graphs=kept * _graph(work),
+        working=samples * max(passing, _layer(work) if work.checkpointing else 0),
+    )
+
+
+def _gathered(work: Workload, ranks: int, layers: int) -> int:
+    """Parameters that a rank of several holds whole: some layers, and what is not in layers."""
+    shape = work.shape
+    ends = shape.num_parameters - shape.num_layers * shape.parameters_per_layer
+    return layers * shape.parameters_per_layer + 2 * ends if ranks > 1 else 0
+
+
+def _graph(work: Workload) -> float:
+    return work.shape.graph_bytes(
+        work.latent_shape, work.text_length, bf16=work.bf16, checkpointing=work.checkpointing
+    )
+
+
+def _layer(work: Workload) -> float:
+    """A layer whose activations are made again, and the gradients on their way through it."""
+    shape = work.shape
+    stream = shape.num_tokens(work.latent_shape) * shape.width
+    again = shape.layer_graph_bytes(work.latent_shape, work.text_length, bf16=work.bf16)
+    return again + 3 * _FLOAT * stream

@@ -1,0 +1,283 @@
+"""Finds pool sizes, micro-batches and depth: candidates by arithmetic, the best by simulation.
+
+    m micro-batches of s = batch / m samples
+    g generator ranks and f ranks of the fake score share the s samples evenly, t teacher copies
+    any split that fits the GPUs and whose ranks fit their memory is a candidate
+
+A group's ranks work in step, so the simulator sees a group as one process that is as many times
+faster: that changes no time and keeps a plan for a thousand GPUs as quick as one for eight.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from math import lcm
+
+from cluster.program import Team
+from cluster.schedule import Call, order_calls
+from cluster.simulate import Costs, simulate
+from pipelines.planning.hardware import Hardware
+from pipelines.planning.memory import (
+    RankMemory,
+    fake_score_memory,
+    generator_memory,
+    teacher_memory,
+)
+from pipelines.planning.stage_times import StageTimes, update_s
+from pipelines.planning.workload import Workload
+from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+
+MAX_DEPTH = 4
+"""Beyond it nothing is gained: three micro-batches in flight keep every role busy."""
+_SIMULATED = 12
+_ITERATIONS = 2
+_TEACHER_RANKS = (1, 2, 4, 8)
+_RATIOS = ((1, 1), (4, 3), (3, 2), (2, 1), (3, 4), (2, 3), (1, 2), (3, 1))
+"""Fake score to generator; others would need batches of many more samples than there are GPUs."""
+_MOST_FREE_PARTS = 33
+_AS_FAST = 1.01
+"""Times that are taken for equal: then fewer GPUs and less memory decide."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One way to lay a run out.
+
+    Attributes:
+        generator: Ranks of the generator.
+        teacher: Copies of the teacher.
+        fake_score: Ranks of the fake score.
+        micro_batches: Parts of the batch.
+        depth: Parts in flight.
+        teacher_ranks: Ranks that share the network of one teacher copy.
+    """
+
+    generator: int
+    teacher: int
+    fake_score: int
+    micro_batches: int
+    depth: int = 1
+    teacher_ranks: int = 1
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the three roles."""
+        return sum(team.size for team in self.teams.values())
+
+    @property
+    def teams(self) -> dict[str, Team]:
+        """Processes by role."""
+        return {
+            GENERATOR: Team(ranks=self.generator),
+            TEACHER: Team(self.teacher, self.teacher_ranks),
+            FAKE_SCORE: Team(ranks=self.fake_score),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a split comes to.
+
+    Attributes:
+        split: The split.
+        iteration_s: Seconds an iteration.
+        busy: Part of its time that each role works, a mean over its processes.
+        memory: Of one rank, by role.
+    """
+
+    split: Split
+    iteration_s: float
+    busy: dict[str, float]
+    memory: dict[str, RankMemory]
+
+
+def find_best(
+    work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int
+) -> Prediction | None:
+    """The fastest split that fits; of equally fast ones the smallest. None if nothing fits.
+
+    Args:
+        work: The iteration.
+        times: Of its stages.
+        hardware: What it runs on.
+        num_gpus: For the three roles together, at least 3.
+    """
+    fitting = [split for split in candidates(work, num_gpus) if _fits(work, hardware, split)]
+    fitting.sort(key=lambda split: _bound_s(work, times, split))
+    found = [
+        predict(work, times, hardware, deeper)
+        for split in fitting[:_SIMULATED]
+        for deeper in _depths(work, hardware, split)
+    ]
+    if not found:
+        return None
+    fastest_s = min(one.iteration_s for one in found)
+    best = _smallest(found, fastest_s)
+    return _with_fewer_teachers(work, times, hardware, best, fastest_s)
+
+
+def find_batch(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int) -> int:
+    """The batch size near the workload's with which the GPUs make most samples a second.
+
+    Ranks of a group share a micro-batch evenly, so the size decides which splits there are: with
+    16 samples there can be no generator of 3 ranks.
+
+    Returns:
+        A size within a quarter of the workload's, up or down; its own if no other is better.
+    """
+    best: tuple[float, int] = (float("inf"), work.batch_size)
+    for split, size in _free_splits(work.batch_size, num_gpus):
+        sized = replace(work, batch_size=size)
+        per_sample_s = _bound_s(sized, times, split) / size
+        if per_sample_s < 0.999 * best[0] and _fits(sized, hardware, replace(split, depth=2)):
+            best = (per_sample_s, size)
+    return best[1]
+
+
+def candidates(work: Workload, num_gpus: int) -> Iterator[Split]:
+    """Every split that a schedule allows, with as many teachers as there is room and use for."""
+    for micro_batches in _divisors(work.batch_size):
+        samples = work.batch_size // micro_batches
+        for generator, fake_score in product(_divisors(samples), repeat=2):
+            for ranks in _TEACHER_RANKS:
+                left = (num_gpus - generator - fake_score) // ranks
+                if left >= 1 and samples % ranks == 0:
+                    teacher = min(left, work.batch_size // ranks)
+                    yield Split(generator, teacher, fake_score, micro_batches, teacher_ranks=ranks)
+
+
+def _free_splits(batch_size: int, num_gpus: int) -> Iterator[tuple[Split, int]]:
+    """Splits over all GPUs with group sizes in simple ratios, and batch sizes that suit them."""
+    for generator in range(1, num_gpus - 1):
+        for (part, parts), ranks in product(_RATIOS, _TEACHER_RANKS):
+            fake_score = generator * part // parts
+            copies = (num_gpus - generator - fake_score) // ranks
+            if generator * part % parts or fake_score < 1 or copies < 1:
+                continue
+            samples = lcm(generator, fake_score, ranks)
+            for micro_batches in range(2, _MOST_FREE_PARTS):
+                size = micro_batches * samples
+                if 3 * batch_size <= 4 * size and 4 * size <= 5 * batch_size:
+                    copies = min(copies, size // ranks)
+                    yield Split(generator, copies, fake_score, micro_batches, 1, ranks), size
+
+
+def rank_memory(work: Workload, split: Split) -> dict[str, RankMemory]:
+    """What a rank of each role needs."""
+    samples = work.batch_size // split.micro_batches
+    open_at_once = min(split.depth, split.micro_batches)
+    own = {GENERATOR: samples / split.generator, FAKE_SCORE: samples / split.fake_score}
+    of_teacher = -(-samples // (split.teacher_ranks * split.teacher))
+    return {
+        GENERATOR: generator_memory(
+            work, split.generator, own[GENERATOR], open_at_once * own[GENERATOR]
+        ),
+        TEACHER: teacher_memory(work, split.teacher_ranks, of_teacher),
+        FAKE_SCORE: fake_score_memory(work, split.fake_score, own[FAKE_SCORE], own[FAKE_SCORE]),
+    }
+
+
+def predict(work: Workload, times: StageTimes, hardware: Hardware, split: Split) -> Prediction:
+    """Simulates some iterations of a split."""
+    timeline = simulate(*_schedule(work, times, hardware, split))
+    whole_s = timeline.duration_s
+    busy = {role: 0.0 for role in ROLES}
+    for usage in timeline.usage():
+        count = split.teams[TEACHER].size if usage.role == TEACHER else 1
+        busy[usage.role] += usage.busy_s / whole_s / count
+    return Prediction(split, timeline.iteration_s, busy, rank_memory(work, split))
+
+
+def _schedule(
+    work: Workload, times: StageTimes, hardware: Hardware, split: Split
+) -> tuple[list[Call], Costs, dict[str, Team]]:
+    teams = {GENERATOR: Team(), TEACHER: split.teams[TEACHER], FAKE_SCORE: Team()}
+    samples = work.batch_size // split.micro_batches
+    calls = order_calls(
+        work.program,
+        teams,
+        split.micro_batches,
+        split.depth,
+        samples_per_micro_batch=samples,
+        num_iterations=_ITERATIONS,
+    )
+    return calls, _costs(work, times, hardware, split, samples), teams
+
+
+def _costs(
+    work: Workload, times: StageTimes, hardware: Hardware, split: Split, samples: int
+) -> Costs:
+    teams, weights = split.teams, 4 * work.shape.num_parameters
+    step_s = {role: update_s(work, hardware, teams[role].ranks) for role in ROLES}
+    gather_s = {role: hardware.gather_s(weights, teams[role].ranks) for role in ROLES}
+    gathers, sent = work.gathers, work.result_bytes
+    # A process takes what concerns its own samples: the largest share is what the others wait for.
+    share = samples / min(samples, *(team.size for team in teams.values()))
+
+    def seconds(call: Call) -> float:
+        name = (call.role, call.stage)
+        if call.micro_batch is None:
+            return step_s[call.role] if call.stage == "step" else step_s[call.role] / 10
+        folded = 1 if call.role == TEACHER else teams[call.role].ranks
+        working_s = times.seconds[name] * call.num_samples / folded
+        # Weights are gathered while the layer before computes.
+        return max(working_s, gathers[name] * gather_s[call.role])
+
+    return Costs(
+        seconds,
+        lambda call: sent.get((call.role, call.stage), 0) * share,
+        bandwidth=hardware.wire_bandwidth,
+        latency_s=hardware.wire_latency_s,
+        call_s=hardware.call_s,
+        answer_s=hardware.answer_s,
+    )
+
+
+def _bound_s(work: Workload, times: StageTimes, split: Split) -> float:
+    """About what an iteration takes: the busiest role, and what the others do before and after."""
+    samples = work.batch_size // split.micro_batches
+    own = {role: 0.0 for role in ROLES}
+    one = {role: 0.0 for role in ROLES}
+    for (role, stage), seconds in times.seconds.items():
+        updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
+        own[role] += seconds * work.batch_size * updates / split.teams[role].size
+        if stage not in ("sample", "track"):
+            one[role] += seconds * samples / min(split.teams[role].size, samples)
+    # A role is idle while the first micro-batch is on its way to it, and after the last one.
+    return max(own[role] + sum(one.values()) - one[role] for role in ROLES)
+
+
+def _fits(work: Workload, hardware: Hardware, split: Split) -> bool:
+    return all(one.fits(hardware) for one in rank_memory(work, split).values())
+
+
+def _depths(work: Workload, hardware: Hardware, split: Split) -> Iterator[Split]:
+    for depth in range(1, min(MAX_DEPTH, split.micro_batches) + 1):
+        deeper = replace(split, depth=depth)
+        if _fits(work, hardware, deeper):
+            yield deeper
+
+
+def _smallest(found: Sequence[Prediction], fastest_s: float) -> Prediction:
+    """The one that takes least, of those that are as fast as the fastest."""
+    equal = [one for one in found if one.iteration_s <= _AS_FAST * fastest_s]
+    return min(equal, key=lambda one: (one.split.num_gpus, one.split.depth, one.iteration_s))
+
+
+def _with_fewer_teachers(
+    work: Workload, times: StageTimes, hardware: Hardware, best: Prediction, fastest_s: float
+) -> Prediction:
+    """The same split without teachers that nobody waits for."""
+    low, high, found = 1, best.split.teacher, best
+    while low < high:
+        middle = (low + high) // 2
+        fewer = predict(work, times, hardware, replace(best.split, teacher=middle))
+        if _fits(work, hardware, fewer.split) and fewer.iteration_s <= _AS_FAST * fastest_s:
+            high, found = middle, fewer
+        else:
+            low = middle + 1
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]

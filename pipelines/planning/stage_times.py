@@ -1,0 +1,143 @@
+"""Seconds of each stage: from arithmetic, from a run, or from a benchmark.
+
+    modelled     passes * operations of a pass / operations a second
+    a run        its metrics.jsonl: median busy seconds of each stage over the samples of a batch
+    a benchmark  the JSON that benchmarks/gpu.py writes
+
+Times measured for another network or clip are scaled by operations, and the source says so.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pipelines.config import DistillConfig, load_recipe
+from pipelines.planning.hardware import Hardware
+from pipelines.planning.workload import StageName, Workload
+from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES
+from pipelines.run_folder import RunFolder, read_jsonl
+from sgmd_core.errors import ConfigError
+from workers.models.wan_arithmetic import WanShape
+
+_BYTES_OF_A_STEP = 40
+"""That an update moves for one parameter: weight, gradient, two moments and average, in and out."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """How long a sample takes.
+
+    Attributes:
+        seconds: By role and stage, of one sample on one GPU.
+        source: Where they come from, in words.
+    """
+
+    seconds: Mapping[StageName, float]
+    source: str
+
+
+def modelled(work: Workload, hardware: Hardware) -> StageTimes:
+    """From operations alone."""
+    forward_s = work.forward_flops / hardware.flops
+    return StageTimes(
+        {name: passes * forward_s for name, passes in work.passes.items()},
+        f"modelled at {hardware.flops / 1e12:.1f} TFLOP/s a GPU",
+    )
+
+
+def measured(path: Path, work: Workload) -> StageTimes:
+    """From a run's folder or a benchmark's JSON.
+
+    Args:
+        path: Either.
+        work: What the times are for.
+
+    Raises:
+        ConfigError: It is neither, or lacks a stage of this workload.
+    """
+    found, flops, where = _from_run(path) if path.is_dir() else _from_benchmark(path)
+    missing = [".".join(name) for name in work.passes if name not in found]
+    if missing:
+        raise ConfigError(
+            f"taking stage times from {path}",
+            f"no time of {', '.join(missing)}",
+            "a time of every stage of this recipe",
+            "Measure with the same fake_score.tracking and objective.method",
+        )
+    factors = {
+        name: passes * work.forward_flops / flops[name] for name, passes in work.passes.items()
+    }
+    scaled = any(abs(factor - 1) > 0.01 for factor in factors.values())
+    seconds = {name: found[name] * factors[name] for name in work.passes}
+    return StageTimes(seconds, where + (", scaled by operations" if scaled else ""))
+
+
+def update_s(work: Workload, hardware: Hardware, ranks: int) -> float:
+    """Seconds of an update: bound by memory, and shared by the ranks."""
+    return _BYTES_OF_A_STEP * work.shape.num_parameters / ranks / hardware.memory_bandwidth
+
+
+def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, float], str]:
+    """Seconds and operations of a sample by stage, and where they come from."""
+    run = RunFolder(folder)
+    if not run.metrics.exists() or not run.config.exists():
+        raise ConfigError(
+            f"taking stage times from {folder}",
+            "no config.yaml or no metrics.jsonl in it",
+            "the folder of a run of `sgmd distill`, or a JSON file of benchmarks/gpu.py",
+        )
+    config = load_recipe(str(run.config))
+    work = workload_of_run(config)
+    records = read_jsonl(run.metrics)
+    found: dict[StageName, float] = {}
+    for name in work.passes:
+        key = ".".join(name)
+        times = [record["seconds"][key] for record in records if key in record["seconds"]]
+        if times:
+            found[name] = median(times) / _samples(config, work, name)
+    flops = {name: passes * work.forward_flops for name, passes in work.passes.items()}
+    return found, flops, f"measured in {len(records)} iterations of {folder}"
+
+
+def workload_of_run(config: DistillConfig) -> Workload:
+    """What a run's own settings come to."""
+    return Workload.of(config, None, bf16=False, checkpointing=False)
+
+
+def _samples(config: DistillConfig, work: Workload, name: StageName) -> int:
+    """Samples that a stage sees in one iteration."""
+    on_fresh = name in ((GENERATOR, "sample"), (FAKE_SCORE, "track")) and work.fresh_updates
+    return config.batch.size * (work.fresh_updates if on_fresh else 1)
+
+
+def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName, float], str]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        run = best_run(document)
+        shape = WanShape(**{**run["shape"], "patch_size": tuple(run["shape"]["patch_size"])})
+        forward = shape.forward_flops(tuple(run["latent_shape"]), run["text_length"])
+        found: dict[StageName, float] = {}
+        flops: dict[StageName, float] = {}
+        for key, stage in run["stages"].items():
+            role, _, name = key.partition(".")
+            if role in ROLES:
+                found[role, name] = stage["seconds_per_sample"]
+                flops[role, name] = stage["passes"] * forward
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"taking stage times from {path}",
+            f"{type(error).__name__}: {error}",
+            "a run's folder, or a JSON file that benchmarks/gpu.py wrote",
+        ) from error
+    return found, flops, f"measured by {path} on {document['machine']['device']}"
+
+
+def best_run(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fastest of a benchmark's runs: they differ in how the networks are computed."""
+    return min(
+        document["runs"],
+        key=lambda run: sum(stage["seconds_per_sample"] for stage in run["stages"].values()),
+    )

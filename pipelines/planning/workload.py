@@ -1,0 +1,219 @@
+"""What one iteration asks of each role, in forward passes of its network.
+
+    stage      passes of one sample, k steps, c = 1 with checkpointing (activations made again)
+
+    rollout    (k + 1) / 2       on average: the exit step is drawn uniformly; only it is recorded
+    denoise    2                 with and without the caption; 1 without guidance
+    signal     2 + c             forward, and backward to the input
+    track      2 + c             backward to the parameters; fresh tracking: 3 + c, forward too
+    learn      2 + c             backward to the parameters
+    sample     (k + 1) / 2       fresh tracking only
+    pullback   2 (2 + c)         where a loss passes through the teacher's input
+
+With shared tracking the two backward passes of the fake score are walked one after the other over
+one forward pass, so with checkpointing its activations are made three times in all.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Self
+
+from cluster.program import Program
+from pipelines.config import DistillConfig
+from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER, iteration_program
+from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import GradientPath
+from workers.models.wan_arithmetic import WanShape
+
+StageName = tuple[str, str]
+"""Role and stage."""
+
+KNOWN_SHAPES = {
+    "1.3b": WanShape(num_layers=30, width=1536, ffn_width=8960),
+    "14b": WanShape(num_layers=40, width=5120, ffn_width=13824),
+}
+"""Wan 2.1 text-to-video, as released."""
+_FACTORS = (4, 8)
+"""Video frames and pixels a latent cell, of Wan 2.1's autoencoder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One iteration of a run, as far as it decides times and memory.
+
+    Attributes:
+        shape: The networks, all three alike.
+        latent_shape: Channels, frames, rows, columns of one sample.
+        text_length: Text positions.
+        batch_size: Samples of one update.
+        num_steps: Steps of the generator.
+        guided: Whether the teacher is asked with and without the caption.
+        fresh_updates: Updates of the fake score on samples of their own; 0 with shared tracking.
+        through_teacher: Whether a loss passes through the teacher's input.
+        diversity_steps: Steps of the teacher for a diversity loss; 0 without one.
+        averages: Whether the generator keeps averaged weights.
+        bf16: Matrix products in bfloat16, weights in float32.
+        checkpointing: Activations are made again in the backward pass.
+    """
+
+    shape: WanShape
+    latent_shape: tuple[int, int, int, int]
+    text_length: int
+    batch_size: int
+    num_steps: int = 4
+    guided: bool = True
+    fresh_updates: int = 0
+    through_teacher: bool = False
+    diversity_steps: int = 0
+    averages: bool = True
+    bf16: bool = True
+    checkpointing: bool = True
+
+    @classmethod
+    def of(
+        cls, config: DistillConfig, model: str | None, *, bf16: bool, checkpointing: bool
+    ) -> Self:
+        """What a recipe asks for.
+
+        Args:
+            config: The recipe.
+            model: A key of `KNOWN_SHAPES`; None reads the recipe's model folder.
+            bf16: Matrix products in bfloat16.
+            checkpointing: Activations are made again.
+
+        Raises:
+            ConfigError: There is no such shape or folder, or the clip does not fit it.
+        """
+        shape, factors = _known(model) if model else _read(config.model_folder)
+        diversity = config.generator.diversity
+        return cls(
+            shape=shape,
+            latent_shape=_latent_shape(config, shape, factors),
+            text_length=config.model.text_length,
+            batch_size=config.batch.size,
+            num_steps=config.generator.num_steps,
+            guided=config.teacher.guidance_scale != 1,
+            fresh_updates=config.fresh_updates,
+            through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
+            diversity_steps=diversity.anchor_step if diversity.enabled else 0,
+            averages=config.generator.ema_decay > 0,
+            bf16=bf16,
+            checkpointing=checkpointing,
+        )
+
+    @property
+    def program(self) -> Program:
+        """The passes and updates of the iteration."""
+        return iteration_program(self.fresh_updates, through_teacher=self.through_teacher)
+
+    @property
+    def forward_flops(self) -> int:
+        """Operations of one forward pass of one sample."""
+        return self.shape.forward_flops(self.latent_shape, self.text_length)
+
+    @property
+    def passes(self) -> dict[StageName, float]:
+        """Forward passes' worth of work by stage, for one sample."""
+        again, guided = int(self.checkpointing), 1 + int(self.guided)
+        rollout, backward = (self.num_steps + 1) / 2, 2 + again
+        shared = self.fresh_updates == 0
+        found: dict[StageName, float] = {
+            (GENERATOR, "rollout"): rollout,
+            (TEACHER, "denoise"): guided,
+            (FAKE_SCORE, "signal"): 2 + again,
+            (FAKE_SCORE, "track"): backward if shared else 1 + backward,
+            (GENERATOR, "learn"): backward,
+        }
+        if self.diversity_steps:
+            found[GENERATOR, "learn"] += 1 + backward
+            found[TEACHER, "denoise"] += guided * self.diversity_steps
+        if not shared:
+            found[GENERATOR, "sample"] = rollout
+        if self.through_teacher:
+            found[TEACHER, "pullback"] = guided * (2 + again)
+        return found
+
+    @property
+    def gathers(self) -> dict[StageName, float]:
+        """How often a call of each stage gathers the weights or sends the gradients, if sharded."""
+        shared = self.fresh_updates == 0
+        rollout = (self.num_steps + 1) / 2
+        return {
+            (GENERATOR, "rollout"): rollout,
+            (GENERATOR, "sample"): rollout,
+            (GENERATOR, "learn"): 2.0 + 3.0 * bool(self.diversity_steps),
+            (TEACHER, "denoise"): 1.0 + self.diversity_steps,
+            (TEACHER, "pullback"): 2.0,
+            (FAKE_SCORE, "signal"): 2.0,
+            (FAKE_SCORE, "track"): 2.0 if shared else 3.0,
+        }
+
+    @property
+    def result_bytes(self) -> dict[StageName, int]:
+        """Bytes of one sample that each stage hands on; latents travel in float32."""
+        latents = 4 * prod(self.latent_shape)
+        text = 4 * self.text_length * self.shape.text_width
+        return {
+            (GENERATOR, "rollout"): 2 * latents + text,
+            (GENERATOR, "sample"): 2 * latents + text,
+            (TEACHER, "denoise"): latents,
+            (FAKE_SCORE, "signal"): (1 + int(self.through_teacher)) * latents,
+            (TEACHER, "pullback"): latents,
+        }
+
+
+def _known(model: str) -> tuple[WanShape, tuple[int, int]]:
+    if model.lower() not in KNOWN_SHAPES:
+        raise ConfigError(
+            "planning a run", f"a model called {model}", f"one of {', '.join(KNOWN_SHAPES)}"
+        )
+    return KNOWN_SHAPES[model.lower()], _FACTORS
+
+
+def _read(folder: Path) -> tuple[WanShape, tuple[int, int]]:
+    """Shape and factors from a folder's configurations; its weights need not be there."""
+    try:
+        config = _json(folder / "transformer" / "config.json")
+        vae = _json(folder / "vae" / "config.json")
+        shape = WanShape.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"reading the shape of the networks in {folder}",
+            f"{type(error).__name__}: {error}",
+            "transformer/config.json and vae/config.json of a diffusers Wan folder",
+            f"Set model.folder, or plan for a known shape: --model {' or '.join(KNOWN_SHAPES)}",
+        ) from error
+    factors = (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8))
+    return shape, factors
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _latent_shape(
+    config: DistillConfig, shape: WanShape, factors: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    video, (frames, pixels) = config.video, factors
+    latent = (
+        shape.out_channels,
+        (video.num_frames - 1) // frames + 1,
+        video.height // pixels,
+        video.width // pixels,
+    )
+    fits = (video.num_frames - 1) % frames == 0 and not any(
+        size % (pixels * patch)
+        for size, patch in zip((video.height, video.width), shape.patch_size[1:], strict=True)
+    )
+    if not fits or latent[1] % shape.patch_size[0]:
+        raise ConfigError(
+            "planning a run",
+            f"{video.num_frames} frames of {video.height}x{video.width}",
+            f"1 + a multiple of {frames} frames, and sizes that divide by "
+            f"{pixels * shape.patch_size[1]}",
+            "Correct video.num_frames, video.height or video.width",
+        )
+    return latent

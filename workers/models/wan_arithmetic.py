@@ -1,0 +1,163 @@
+"""What a Wan denoiser of a given shape costs: parameters, operations, bytes; no network is made.
+
+    tokens n = latent frames * rows * columns / patch      d width    f feed-forward    l text
+
+    one layer, one sample    6 n d^2 + 2 l d^2             self- and cross-attention's projections
+    (multiplications,        2 n^2 d + 2 n l d             scores and values of both
+    each one addition too)   2 n d f                       feed-forward
+
+Operations are counted as everybody counts them, two for a multiplication and its addition, matrix
+products alone. A backward pass costs as much again for the gradients of the inputs, and as much
+again for those of the parameters.
+
+The numbers of parameters and operations are exact; the bytes of graphs were fitted to counted ones.
+The tests hold all of them against networks.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Self
+
+_TIME_CHANNELS = 6
+"""Shift, scale and gate before self-attention and before feed-forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class WanShape:
+    """The numbers that fix a Wan denoiser.
+
+    Attributes:
+        num_layers: Transformer layers.
+        width: Width of the residual stream, heads times their size.
+        ffn_width: Inner width of the feed-forward part.
+        text_width: Width of a caption embedding.
+        freq_width: Width of the sinusoidal embedding of the noise level.
+        in_channels: Latent channels that come in.
+        out_channels: Latent channels that go out.
+        patch_size: Latent cells a token, along time, height and width.
+    """
+
+    num_layers: int
+    width: int
+    ffn_width: int
+    text_width: int = 4096
+    freq_width: int = 256
+    in_channels: int = 16
+    out_channels: int = 16
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The shape that a `transformer/config.json` of diffusers describes."""
+        frames, rows, columns = config["patch_size"]
+        return cls(
+            num_layers=config["num_layers"],
+            width=config["num_attention_heads"] * config["attention_head_dim"],
+            ffn_width=config["ffn_dim"],
+            text_width=config["text_dim"],
+            freq_width=config["freq_dim"],
+            in_channels=config["in_channels"],
+            out_channels=config["out_channels"],
+            patch_size=(frames, rows, columns),
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, biases and norms included."""
+        d, f = self.width, self.ffn_width
+        attention = 4 * _linear(d, d) + 2 * d
+        layer = 2 * attention + _linear(d, f) + _linear(f, d) + 2 * d + _TIME_CHANNELS * d
+        embeddings = (
+            _linear(self.in_channels * prod(self.patch_size), d)
+            + _linear(self.freq_width, d)
+            + _linear(d, d)
+            + _linear(d, _TIME_CHANNELS * d)
+            + _linear(self.text_width, d)
+            + _linear(d, d)
+        )
+        head = _linear(d, self.out_channels * prod(self.patch_size)) + 2 * d
+        return self.num_layers * layer + embeddings + head
+
+    @property
+    def parameters_per_layer(self) -> int:
+        """Parameters of one layer: what is gathered at a time when the network is sharded."""
+        d, f = self.width, self.ffn_width
+        return 8 * _linear(d, d) + _linear(d, f) + _linear(f, d) + 12 * d
+
+    def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
+        """Tokens of one sample.
+
+        Args:
+            latent_shape: Channels, frames, rows, columns of its latents.
+        """
+        return prod(latent_shape[1:]) // prod(self.patch_size)
+
+    def forward_flops(self, latent_shape: tuple[int, int, int, int], text_length: int) -> int:
+        """Operations of one forward pass of one sample.
+
+        Args:
+            latent_shape: Channels, frames, rows, columns of its latents.
+            text_length: Text positions.
+        """
+        d, f, n = self.width, self.ffn_width, self.num_tokens(latent_shape)
+        layer = 6 * n * d * d + 2 * text_length * d * d
+        layer += 2 * n * n * d + 2 * n * text_length * d
+        layer += 2 * n * d * f
+        ends = n * d * prod(self.patch_size) * (self.in_channels + self.out_channels)
+        time = d * (self.freq_width + d + _TIME_CHANNELS * d)
+        text = text_length * d * (self.text_width + d)
+        return 2 * (self.num_layers * layer + ends + time + text)
+
+    def graph_bytes(
+        self,
+        latent_shape: tuple[int, int, int, int],
+        text_length: int,
+        *,
+        bf16: bool,
+        checkpointing: bool,
+    ) -> int:
+        """Bytes that the graph of one forward pass of one sample keeps for its backward pass.
+
+        Args:
+            latent_shape: Channels, frames, rows, columns of its latents.
+            text_length: Text positions.
+            bf16: Matrix products in bfloat16; otherwise all in float32.
+            checkpointing: Of a layer, only its input is kept.
+        """
+        n, d = self.num_tokens(latent_shape), self.width
+        if checkpointing:
+            layer = (2 if bf16 else 4) * n * d
+        else:
+            layer = self.layer_graph_bytes(latent_shape, text_length, bf16=bf16)
+        size = 2 if bf16 else 4
+        ends = (10 if bf16 else 12) * n * d + 4 * n * self.in_channels * prod(self.patch_size)
+        ends += size * text_length * (self.text_width + 3 * d)
+        # Weights that were cast for a product are kept with it.
+        cast = 2 * (self.num_parameters - self.num_layers * self.parameters_per_layer) * bf16
+        return self.num_layers * layer + ends + cast
+
+    def layer_graph_bytes(
+        self, latent_shape: tuple[int, int, int, int], text_length: int, *, bf16: bool
+    ) -> int:
+        """Bytes of one layer's part of a graph: what checkpointing makes again, layer by layer.
+
+        Norms and residuals stay in float32; a fused attention keeps no n * n matrix.
+        """
+        n, d, f = self.num_tokens(latent_shape), self.width, self.ffn_width
+        if bf16:
+            cast = 2 * self.parameters_per_layer
+            return (137 * n * d) // 2 + 4 * n * f + 8 * text_length * d + cast
+        return (177 * n * d) // 2 + 8 * n * f + 16 * text_length * d
+
+    def transient_bytes(self, latent_shape: tuple[int, int, int, int], *, bf16: bool) -> int:
+        """Bytes that a pass without a graph holds at its widest place, for one sample.
+
+        The feed-forward part before and after its activation, and some copies of the stream.
+        """
+        n, size = self.num_tokens(latent_shape), 2 if bf16 else 4
+        return 2 * size * n * self.ffn_width + 24 * n * self.width
+
+
+def _linear(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
