@@ -123,7 +123,7 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
         flops: dict[StageName, float] = {}
         for key, stage in run["stages"].items():
             role, _, name = key.partition(".")
-            if role in ROLES:
+            if role in ROLES and "passes" in stage:
                 found[role, name] = stage["seconds_per_sample"]
                 flops[role, name] = stage["passes"] * forward
     except (OSError, ValueError, KeyError, TypeError) as error:
