@@ -7,6 +7,7 @@
     transfer     one tensor from process to process and from raylet to raylet, next to a plain copy
     scaling      1 to 32 processes against the ideal
     validation   predicted against measured iteration time; a table and a plot
+    memory       object store and controller over 1,000 iterations
 
 Stages sleep instead of computing, so that many processes fit a small machine; what a rehearsal
 takes beyond the bound is calls, references, transfers and waits. What is compared takes turns, and
@@ -25,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestration_memory import measure_memory
 from orchestration_scaling import measure_scaling
 from orchestration_transfer import measure_transfer
 from orchestration_validation import measure_validation, write_docs
@@ -43,6 +45,7 @@ SPLITS = (
     Setting("2 : 3 : 2 processes", (2, 3, 2), (110, 120, 60, 60, 70), 8, 3, samples=2),
 )
 MICRO_BATCHES = (1, 2, 4, 8, 16)
+NUM_MEMORY_ITERATIONS = 1000
 
 
 def measure_schedule(rounds: int, num_iterations: int) -> dict[str, Any]:
@@ -157,7 +160,7 @@ def _tell(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the arguments, measures, writes JSON."""
-    parts = ("schedule", "transfer", "scaling", "validation")
+    parts = ("schedule", "transfer", "scaling", "validation", "memory")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--rounds", type=int, default=3, help="turns; medians are taken over them")
@@ -175,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results[part] = measure_transfer(10 * given.rounds)
         elif part == "scaling":
             results[part] = measure_scaling(given.max_processes, given.rounds)
+        elif part == "memory":
+            results[part] = measure_memory(NUM_MEMORY_ITERATIONS)
         else:
             results[part] = measure_validation(given.rounds, given.iterations)
             if given.docs:

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVarTuple
 
@@ -86,6 +87,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         placement: Reserved resources.
         pool: The pool whose ranks these are; None: the one called like the group.
         collective: Whether the ranks, if there are several, run collectives among themselves.
+        narrow: Kinds of tensors that its results carry in bfloat16; see `cluster.transfer`.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         pool: str | None = None,
         *,
         collective: bool = False,
+        narrow: AbstractSet[str] = frozenset(),
     ) -> None:
         pool_name = name if pool is None else pool
         super().__init__(name, placement.pool(pool_name).num_ranks)
@@ -109,7 +112,7 @@ class RayWorkerGroup(WorkerGroup[W]):
                 max_task_retries=0,
                 **options,
                 **placement.actor_options(pool_name, rank),
-            ).remote(name, rank)
+            ).remote(name, rank, narrow)
             for rank in range(self.size)
         ]
         meeting: ray.ObjectRef | None = None
@@ -190,8 +193,9 @@ class RayWorkerGroup(WorkerGroup[W]):
 class _Host:
     """The inside of a rank: builds its worker and runs its methods, one after another."""
 
-    def __init__(self, group: str, rank: int) -> None:
+    def __init__(self, group: str, rank: int, narrow: AbstractSet[str]) -> None:
         self._place = f"{group} rank {rank}"
+        self._narrow = narrow
         self._rank = rank
         self._worker: Any = None
         self._store: Any = None
@@ -244,7 +248,7 @@ class _Host:
             named = {name: from_wire(value) for name, value in keywords.items()}
             args = _received([from_wire(value) for value in sent], layout)
             result = getattr(self._worker, method)(*args, **named)
-            return to_wire(result, f"the result of {method}()")
+            return to_wire(result, f"the result of {method}()", self._narrow)
         except Exception as error:
             raise self._portable(error, method) from None
         finally:

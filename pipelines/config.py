@@ -27,6 +27,7 @@ from pipelines.overrides import Override, apply_overrides
 from pipelines.section import Section
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.types import GRADIENT, VALUE
 from workers.settings import (
     FakeScoreSettings,
     GeneratorSettings,
@@ -144,10 +145,20 @@ class TopologySettings(Section):
     """Torch threads of each role's process."""
     window: int = Field(default=2, ge=1)
     """Micro-batches in flight; each one keeps a rollout's graph. Changes waiting, not numbers."""
+    wire_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How latents, predictions and text travel between Ray actors; bf16 rounds them."""
+    gradient_wire_dtype: Literal["fp32", "bf16"] = "fp32"
+    """How the signal to the generator travels."""
     start_timeout_s: float = Field(default=300.0, gt=0)
     """How long Ray, the pools and the networks may take to come up."""
     call_timeout_s: float = Field(default=600.0, gt=0)
     """How long one phase of an iteration may take before the run is given up."""
+
+    @property
+    def narrowed(self) -> frozenset[str]:
+        """Kinds of tensors that are rounded to bfloat16 on the way."""
+        kinds = {VALUE: self.wire_dtype, GRADIENT: self.gradient_wire_dtype}
+        return frozenset(kind for kind, dtype in kinds.items() if dtype == "bf16")
 
 
 class CheckpointSettings(Section):

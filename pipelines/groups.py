@@ -91,7 +91,7 @@ def open_groups(
                 if in_trial
                 else reserve(pools, config.topology.start_timeout_s)
             )
-            opener = _RayOpener(stack.enter_context(placement))
+            opener = _RayOpener(stack.enter_context(placement), config.topology.narrowed)
         groups = _open(opener, stack, config, checked, folder, progress, num_rows)
         for group in _all(groups):
             group.wait_ready(config.topology.start_timeout_s)
@@ -152,14 +152,15 @@ class _LocalOpener:
 
 
 class _RayOpener:
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, narrow: frozenset[str]) -> None:
         self._placement = placement
+        self._narrow = narrow
 
     def open(
         self, name: str, num_ranks: int, factory: Callable[[*Ts], W], args: tuple[*Ts]
     ) -> WorkerGroup[W]:
         # The number of ranks is the pool's.
-        return RayWorkerGroup(name, factory, args, self._placement)
+        return RayWorkerGroup(name, factory, args, self._placement, narrow=self._narrow)
 
 
 def _open(

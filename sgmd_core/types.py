@@ -28,6 +28,12 @@ Scalar = Float[Tensor, ""]
 Samples = Float[Tensor, "b *element"]
 
 
+VALUE, GRADIENT = "value", "gradient"
+"""Kinds of tensors that may be rounded where a run is told to, when they travel between processes
+(`MAY_NARROW` of a record): what the networks are asked and answer, and what the generator learns.
+"""
+
+
 class Purpose(StrEnum):
     """Which half of an iteration a batch serves; the two never share a random draw."""
 
@@ -65,6 +71,8 @@ class TextBatch(SampleRecord):
             are counted by it, so the draws do not depend on how the batch is split.
     """
 
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"text": VALUE}
+
     text: Text
     sample_indices: tuple[int, ...]
 
@@ -94,6 +102,8 @@ class NoisedBatch(SampleRecord):
     the gradient of a loss with respect to `x0` gets it through `x_t` for free.
     """
 
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"x0": VALUE, "noise": VALUE, "text": VALUE}
+
     key: MicroBatchKey
     x0: Latents
     sigma: PerSample
@@ -117,6 +127,8 @@ class NoisedBatch(SampleRecord):
 class TeacherPrediction(SampleRecord):
     """The teacher's guided velocity at a query, a constant for every loss."""
 
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"velocity": VALUE}
+
     key: MicroBatchKey
     velocity: Latents
 
@@ -135,6 +147,8 @@ class GeneratorSignal(SampleRecord):
             the loss depends on `x0` through the teacher's input as well. While it is there, the
             part of `grad_x0` that goes through the teacher is missing.
     """
+
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"grad_x0": GRADIENT, "teacher_cotangent": GRADIENT}
 
     key: MicroBatchKey
     grad_x0: Latents
@@ -156,6 +170,8 @@ class DiversityStart(SampleRecord):
 
     SHARED: ClassVar[tuple[str, ...]] = ("grid",)
 
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"noise": VALUE, "text": VALUE}
+
     key: MicroBatchKey
     noise: Latents
     text: Text
@@ -165,6 +181,8 @@ class DiversityStart(SampleRecord):
 @dataclass(frozen=True, slots=True)
 class DiversityTarget(SampleRecord):
     """The mean velocity of the teacher's way from the initial noise to its anchor."""
+
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"velocity": VALUE}
 
     key: MicroBatchKey
     velocity: Latents

@@ -88,3 +88,16 @@ def test_a_rank_gets_the_openmp_threads_of_its_cpus(second):
 def test_a_plain_tensor_argument_travels_too(second):
     total = second.call(Toy.overwrite, torch.ones(3))
     assert second.fetch(total, WAIT_S, "writing") == [6.0]
+
+
+def test_results_are_rounded_on_the_way_where_the_group_was_told_to(placement, second):
+    with RayWorkerGroup(
+        "narrow", make_toy, (0,), placement, pool="doomed", narrow=frozenset({"value"})
+    ) as narrow:
+        answers = [
+            second.call_rank(0, Toy.weigh, narrow.call_rank(0, Toy.scales, 1 + 2**-12)),
+            second.call_rank(0, Toy.weigh, second.call_rank(0, Toy.scales, 1 + 2**-12)),
+        ]
+        rounded, exact = second.fetch(answers, WAIT_S, "weighing")
+    assert rounded == ("torch.float32", 1.0, 1 + 2**-12)
+    assert exact == ("torch.float32", 1 + 2**-12, 1 + 2**-12)

@@ -1,6 +1,9 @@
 """The wire keeps every bit, its types and nothing else."""
 
 import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -77,6 +80,65 @@ def test_what_has_no_form_on_the_wire_is_named_with_its_place():
         to_wire(torch.ones(1, requires_grad=True))
     with pytest.raises(TransferError, match="sparse"):
         to_wire(torch.eye(2).to_sparse())
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """A record of which two tensors may be rounded, each of its own kind."""
+
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"text": "value", "slope": "gradient"}
+
+    text: torch.Tensor
+    slope: torch.Tensor
+    level: torch.Tensor
+    page: torch.Tensor | None = None
+
+
+def _letter(dtype: torch.dtype = torch.float32) -> Letter:
+    generator = torch.Generator().manual_seed(3)
+    text, slope, level = torch.randn(3, 4096, generator=generator).to(dtype) * 100
+    return Letter(text, slope, level)
+
+
+def _narrowed(value, *kinds):
+    return from_wire(pickle.loads(pickle.dumps(to_wire(value, narrow=set(kinds)), protocol=5)))
+
+
+def test_only_tensors_of_the_kinds_that_were_named_are_rounded_on_the_way():
+    sent = _letter()
+    received = _narrowed([sent], "value")[0]
+    assert received.text.dtype is torch.float32
+    assert torch.equal(received.text, sent.text.bfloat16().float())
+    assert not torch.equal(received.text, sent.text)
+    assert _bits(received.slope) == _bits(sent.slope)
+    assert _bits(received.level) == _bits(sent.level)
+    both = _narrowed(sent, "value", "gradient")
+    assert torch.equal(both.slope, sent.slope.bfloat16().float())
+    assert _bits(_narrowed(sent).text) == _bits(sent.text)
+
+
+def test_rounding_is_off_by_two_to_the_minus_eight_at_most_and_halves_what_travels():
+    sent = _letter()
+    error = (_narrowed(sent, "value").text - sent.text).abs() / sent.text.abs()
+    assert 2**-9 < error.max() <= 2**-8
+    whole, half = (len(pickle.dumps(to_wire(sent, narrow=k))) for k in (set(), {"value"}))
+    assert whole - half == pytest.approx(4096 * 2, abs=100)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_rounded_tensor_arrives_in_its_own_dtype(dtype):
+    sent = _letter(dtype)
+    received = _narrowed(sent, "value").text
+    assert received.dtype is dtype
+    assert torch.equal(received, sent.text.bfloat16().to(dtype))
+
+
+def test_records_that_name_nothing_and_tensors_outside_of_records_keep_their_bits():
+    parcel = Toy().parcel("float32", 64)
+    weights = {"weight": torch.randn(64)}
+    received = _narrowed((parcel, weights), "value", "gradient")
+    assert _bits(received[0].payload) == _bits(parcel.payload)
+    assert _bits(received[1]["weight"]) == _bits(weights["weight"])
 
 
 def test_arrays_are_found_wherever_they_hide():

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,14 @@ class Parcel:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "volume", self.payload.numel())
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"coarse": "value"}
+
+    coarse: Tensor
+    fine: Tensor
 
 
 class UnpicklableError(Exception):
@@ -75,6 +84,12 @@ class Toy:
         digest = hashlib.sha256(bits).hexdigest()
         rest = (parcel.colour, parcel.sizes, parcel.payload.dtype, dict(parcel.notes))
         return f"{digest} {rest} {parcel.label} {parcel.volume} {extra}"
+
+    def scales(self, weight: float) -> "Scales":
+        return Scales(torch.tensor([weight]), torch.tensor([weight]))
+
+    def weigh(self, scales: "Scales") -> tuple[str, float, float]:
+        return str(scales.coarse.dtype), float(scales.coarse), float(scales.fine)
 
     def explode(self) -> int:
         raise NonFiniteError("training", "a loss of nan", "a finite loss", "lower the rate")
