@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cluster.errors import ClusterError
-from pipelines.commands import data, machine, planning, recipes, results, runs
+from pipelines.commands import bench, data, machine, planning, recipes, results, runs
 from pipelines.commands.output import show_error
 from sgmd_core.errors import NonFiniteError, SgmdError, StaleCallError
 
@@ -55,6 +55,7 @@ for command in (
     runs.sweep,
     runs.submit,
     planning.plan,
+    bench.bench,
     results.evaluate,
     results.generate,
     results.report,

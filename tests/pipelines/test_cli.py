@@ -25,6 +25,7 @@ COMMANDS = (
     "ledger",
     "submit",
     "plan",
+    "bench",
 )
 
 
@@ -43,7 +44,7 @@ class TestHelp:
     def test_help_names_every_command_of_this_release_and_no_other(self):
         text = sgmd("--help").output
         assert [name for name in COMMANDS if f" {name} " not in text] == []
-        assert [name for name in ("export", "bench", "study") if f" {name} " in text] == []
+        assert [name for name in ("export", "study") if f" {name} " in text] == []
 
     @pytest.mark.parametrize("command", COMMANDS)
     def test_every_command_explains_itself(self, command):
@@ -145,3 +146,20 @@ class TestDoctor:
         result = sgmd("doctor", "--storage", tmp_path / "file" / "folder")
         assert result.exit_code == 1
         assert "missing" in result.stdout
+
+
+class TestBench:
+    def test_without_a_name_it_lists_what_there_is_and_no_helper(self):
+        told = json.loads(sgmd("bench", "--json").stdout)
+        names = {one["name"] for one in told}
+        assert {"orchestration", "iteration", "gpu", "one_process", "planning"} <= names
+        assert "sleeping_stand" not in names
+        assert all(one["measures"].endswith(".") for one in told)
+
+    def test_an_unknown_name_is_a_wrong_request(self):
+        result = sgmd("bench", "speed")
+        assert result.exit_code == 2
+        assert "orchestration" in result.stderr
+
+    def test_a_benchmark_gets_its_own_options_and_its_exit_code_is_passed_on(self):
+        assert sgmd("bench", "one_process", "--", "--no-such-option").exit_code == 2
