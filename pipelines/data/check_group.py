@@ -20,9 +20,8 @@ from pipelines.data.schema import (
     VIDEO,
     Encoding,
     ShardKind,
-    unpack_latents,
-    unpack_text,
 )
+from pipelines.data.values import unpack_latents, unpack_text
 from sgmd_core.errors import DataError
 
 

@@ -9,6 +9,7 @@ or a command that is killed and started again, leaves every sample in the set ex
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -94,9 +95,10 @@ def encode(
         writer = PartWriter(journal, missing, encoding, options.max_bad_fraction, f"encoding {src}")
         readable = [part for part in missing if part.num_rows]
         total = sum(part.num_rows for part in parts)
-        for line in encode_stages.run(src, model, options, readable):
-            writer.take(line)
-            on_progress("clips", total - writer.num_waiting, total)
+        with closing(encode_stages.run(src, model, options, readable)) as lines:
+            for line in lines:
+                writer.take(line)
+                on_progress("clips", total - writer.num_waiting, total)
         writer.close()
     journal.finish()
     shards = journal.shards.values()

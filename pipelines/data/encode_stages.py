@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from math import prod
 from typing import Any, cast
 
@@ -26,16 +27,7 @@ from pipelines.data.encode_plan import Part, SourceGroup
 from pipelines.data.filesystem import S3Settings, open_folder
 from pipelines.data.parquet import Fault, RowGroupReader
 from pipelines.data.rejections import Reason
-from pipelines.data.schema import (
-    CAPTION,
-    LATENTS,
-    SAMPLE_ID,
-    TEXT_EMBEDS,
-    VIDEO,
-    DTypeName,
-    pack,
-    pack_text,
-)
+from pipelines.data.schema import CAPTION, LATENTS, SAMPLE_ID, TEXT_EMBEDS, VIDEO, DTypeName
 from sgmd_core.errors import DataError
 
 TASK = "task"
@@ -69,8 +61,8 @@ _DECODED = pa.schema(
 
 def run(
     src: str, model: str, options: EncodeOptions, parts: Sequence[Part]
-) -> Iterator[dict[str, Any]]:
-    """Encodes some parts with Ray Data.
+) -> Generator[dict[str, Any]]:
+    """Encodes some parts with Ray Data; close it where it is not read to its end.
 
     Args:
         src: Folder of the source.
@@ -126,8 +118,11 @@ def run(
             )
         rows.context.execution_options.preserve_order = True
         rows.context.enable_progress_bars = False
-        for block in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-            yield from cast("pa.Table", block).to_pylist()
+        blocks = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
+        # Ended before Ray is: what is left of it would start another Ray, or wait for ever.
+        with closing(cast("Generator[pa.Table]", blocks)):
+            for block in blocks:
+                yield from cast("pa.Table", block).to_pylist()
 
 
 def read_and_decode(
@@ -242,6 +237,8 @@ class EncodeVideos:
         return lines.drop_columns([PIXELS]).append_column(LATENTS, pa.array(latents, pa.binary()))
 
     def _encode(self, pixels: pa.Buffer | None) -> bytes | None:
+        from pipelines.data.values import pack
+
         if pixels is None:
             return None
         clip = np.frombuffer(pixels, dtype=np.uint8).reshape(self._shape)
@@ -276,4 +273,6 @@ class EncodeCaptions:
         return lines.append_column(TEXT_EMBEDS, pa.array(embeds, pa.binary()))
 
     def _embed(self, caption: str) -> bytes:
+        from pipelines.data.values import pack_text
+
         return pack_text(self._encoder.encode([caption], [0]).text[0], self._dtype)

@@ -8,7 +8,7 @@ which rows come. What it says of itself is small; embeddings stay here until a r
 
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -20,19 +20,11 @@ from pipelines.data.catalogue import Catalogue
 from pipelines.data.filesystem import open_folder
 from pipelines.data.plan import Cursor, ShuffleSettings
 from pipelines.data.quarantine import DUPLICATE, Place, Reject, Tally
-from pipelines.data.ray_stream import ReadAheadSettings, read_with_ray_data
-from pipelines.data.schema import (
-    LATENTS,
-    REQUIRED_COLUMNS,
-    SAMPLE_ID,
-    TEXT_EMBEDS,
-    VIDEO,
-    Encoding,
-    unpack_latents,
-    unpack_text,
-)
+from pipelines.data.ray_stream import RayDataReader, ReadAheadSettings
+from pipelines.data.schema import LATENTS, REQUIRED_COLUMNS, SAMPLE_ID, TEXT_EMBEDS, VIDEO, Encoding
 from pipelines.data.seen import SeenIds
 from pipelines.data.stream import Planned, plan_windows, read_here
+from pipelines.data.values import unpack_latents, unpack_text
 from pipelines.data.window import GROUP, PLACE, REASON, ROW, WHOLE_GROUP, Source
 from sgmd_core.errors import DataError
 from sgmd_core.types import Latents, Text
@@ -109,7 +101,9 @@ class Batch:
 
 
 class Feed:
-    """Hands out rows in the plan's order.
+    """Hands out rows in the plan's order; reading begins at once where it is Ray Data's.
+
+    Where Ray Data reads, close the feed (or use it in `with`) before Ray is shut down.
 
     Args:
         settings: What is streamed.
@@ -127,7 +121,7 @@ class Feed:
         self._windows = (
             read_here(plan, source)
             if settings.ahead is None
-            else read_with_ray_data(plan, source, settings.ahead, num_rows)
+            else RayDataReader(plan, source, settings.ahead, num_rows)
         )
         self._source = source
         self._columns = [*source.columns]
@@ -169,6 +163,19 @@ class Feed:
         self._position += num_rows
         ids, captions = (tuple(rows.column(name).to_pylist()) for name in REQUIRED_COLUMNS)
         return self._batch(ids, captions, epochs)
+
+    def close(self) -> None:
+        """Ends all reading; harmless when repeated."""
+        if isinstance(self._windows, RayDataReader):
+            self._windows.close()
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes it."""
+        self.close()
 
     def embeddings(self, number: int) -> Text:
         """Stored embeddings of a batch, (rows, positions, width), float32; lets go of the batch."""
@@ -250,15 +257,17 @@ class Feed:
         A row that was a repetition in an earlier epoch is one for good, although another order may
         bring it first: of rows with one id, always the same one is used.
         """
-        repeated = set(_rows_at(planned, good, self._tally.repeats))
-        fresh = [row for row in range(good.num_rows) if row not in repeated]
-        ids: list[str] = good.column(SAMPLE_ID).to_pylist()
-        repeated |= {fresh[at] for at in self._seen.add([ids[row] for row in fresh])}
-        if not repeated:
+        repeated = np.zeros(good.num_rows, dtype=bool)
+        repeated[list(_rows_at(planned, good, self._tally.repeats))] = True
+        fresh = np.flatnonzero(~repeated)
+        ids = good.column(SAMPLE_ID).combine_chunks()
+        repeated[fresh] = self._seen.add(
+            ids.take(pa.array(fresh)) if len(fresh) < len(ids) else ids
+        )
+        if not repeated.any():
             return good, []
-        kept = [row for row in fresh if row not in repeated]
-        rejects = list(_repeats(planned, good.take(pa.array(sorted(repeated)))))
-        return good.take(pa.array(kept, pa.int64())), rejects
+        rejects = list(_repeats(planned, good.filter(pa.array(repeated))))
+        return good.filter(pa.array(~repeated)), rejects
 
 
 @dataclass(slots=True)

@@ -21,8 +21,6 @@ from fsspec import AbstractFileSystem
 from pipelines.data.filesystem import S3Settings, is_transient, storage_error, without_secrets
 
 _FOOTER_GUESS_BYTES = 64 * 2**10
-# Below this, one request for the whole file is cheaper than two for its parts.
-_SMALL_FILE_BYTES = 2**20
 _MERGE_GAP_BYTES = 64 * 2**10
 _MAX_BACKOFF_S = 30.0
 _NUM_CACHED_FOOTERS = 256
@@ -203,7 +201,7 @@ class RowGroupReader:
     def _ranges(
         self, group: tuple[str, int, int], footer: Footer | Fault, columns: Sequence[str]
     ) -> list[Range] | Fault:
-        path, size, index = group
+        path, _, index = group
         if isinstance(footer, Fault):
             return footer
         missing = [name for name in columns if name not in footer.schema.names]
@@ -212,8 +210,6 @@ class RowGroupReader:
         if index >= footer.metadata.num_row_groups:
             return Fault(f"no row group {index}: the file has {footer.metadata.num_row_groups}")
         full = f"{self._root}/{path}"
-        if size <= _SMALL_FILE_BYTES:
-            return [Range(full, 0, size)]
         return [Range(full, *span) for span in _chunks(footer.metadata.row_group(index), columns)]
 
 

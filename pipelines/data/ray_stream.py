@@ -5,6 +5,7 @@
 Ray Data has no iterator that can resume, and one execution cannot be fed while it runs. So the plan
 is cut into stretches, each four times as long as the one before and started while that one is still
 being handed out: the first batch waits for few footers, and a long run is a handful of executions.
+The first one starts at once, beside whatever else a run has to load.
 
 Blocks that are read and not yet taken stay within a share of the object store. A fault of ours
 travels as a line and is raised here, with its own type. Every window says how many lines it has and
@@ -13,13 +14,16 @@ which number, so a block that Ray loses, repeats or moves would stop the run.
 
 import json
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from threading import Thread
-from typing import Any, TypeVar, TypeVarTuple, cast
+from typing import Any, Self, TypeVar, TypeVarTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +41,7 @@ _FIRST_STRETCH = 8
 _STRETCH_GROWTH = 4
 _LONGEST_STRETCH = 2048
 _READER_CPUS = 0.25
+_CLOSE_TIMEOUT_S = 10.0
 _FAULT = -2  # `row` of a line that carries an error
 _NUMBER = "window"
 _SIZE = "window_lines"
@@ -64,46 +69,87 @@ class ReadAheadSettings:
                 )
 
 
-def read_with_ray_data(
-    plan: Iterator[Planned], source: Source, ahead: ReadAheadSettings, num_rows: int
-) -> Iterator[tuple[Planned, pa.Table]]:
-    """Hands out the plan's windows in order.
+class RayDataReader:
+    """Hands out a plan's windows in order; has read some of them by the time they are asked for.
+
+    It must be closed while Ray still runs, and closes itself when the process ends. An execution
+    that is merely dropped would wait, at the end of the process, for threads that are gone.
 
     Args:
         plan: Endless.
         source: What is wanted of each row.
         ahead: How far ahead to read.
         num_rows: Rows that will be taken, so that not many more are planned; more may be.
-
-    Raises:
-        DataError: The server failed, or Ray Data did not hand out what it was given.
     """
-    rows_planned, size = 0, _FIRST_STRETCH
-    coming: Future[_Stretch] | None = None
-    while True:
-        coming = coming or _in_background(_start, plan, source, ahead, size, num_rows)
-        stretch, coming = coming.result(), None
-        rows_planned += stretch.num_rows
-        size = min(size * _STRETCH_GROWTH, _LONGEST_STRETCH)
-        for done, pair in enumerate(stretch.windows()):
-            if coming is None and 2 * done >= len(stretch.planned) and rows_planned < num_rows:
-                left = num_rows - rows_planned
-                coming = _in_background(_start, plan, source, ahead, size, left)
-            yield pair
+
+    def __init__(
+        self, plan: Iterator[Planned], source: Source, ahead: ReadAheadSettings, num_rows: int
+    ) -> None:
+        self._plan = plan
+        self._source = source
+        self._ahead = ahead
+        self._rows_left = num_rows
+        self._size = _FIRST_STRETCH
+        # At most the one that is handed out and the one that comes next.
+        self._stretches: list[Future[_Stretch]] = []
+        self._windows = self._hand_out()
+        self.close = weakref.finalize(self, _close, self._stretches)
+        """Ends all reading; harmless when repeated."""
+        if num_rows > 0:
+            self._start_another()
+
+    def __iter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __next__(self) -> tuple[Planned, pa.Table]:
+        """The next window and its rows.
+
+        Raises:
+            DataError: The server failed, or Ray Data did not hand out what it was given.
+        """
+        return next(self._windows)
+
+    def _hand_out(self) -> Iterator[tuple[Planned, pa.Table]]:
+        while True:
+            if not self._stretches:
+                self._start_another()
+            stretch = self._stretches[0].result()
+            self._rows_left -= stretch.num_rows
+            for done, pair in enumerate(stretch.windows()):
+                is_alone = len(self._stretches) == 1
+                if is_alone and self._rows_left > 0 and 2 * done >= len(stretch.planned):
+                    self._start_another()
+                yield pair
+            self._stretches.pop(0)
+
+    def _start_another(self) -> None:
+        args = (self._plan, self._source, self._ahead, self._size, max(1, self._rows_left))
+        self._stretches.append(_in_background(_start, *args))
+        self._size = min(self._size * _STRETCH_GROWTH, _LONGEST_STRETCH)
+
+
+def _close(stretches: Sequence["Future[_Stretch]"]) -> None:
+    for coming in stretches:
+        # What still waits for its first row cannot be stopped, and ends with the process.
+        with suppress(DataError, FutureTimeoutError):
+            coming.result(_CLOSE_TIMEOUT_S).close()
 
 
 class _Stretch:
-    """One execution of Ray Data.
+    """One execution of Ray Data, as far as its first block.
 
     Args:
         planned: Its windows.
         blocks: What comes out of it.
     """
 
-    def __init__(self, planned: Sequence[Planned], blocks: Iterator[pa.Table]) -> None:
+    def __init__(self, planned: Sequence[Planned], blocks: Generator[pa.Table]) -> None:
         self.planned = planned
         self.num_rows = sum(each.window.num_rows for each in planned)
-        self._blocks = blocks
+        first = next(blocks, None)
+        self._blocks = chain([] if first is None else [first], blocks)
+        self.close = blocks.close
 
     def windows(self) -> Iterator[tuple[Planned, pa.Table]]:
         """Its windows in order, each whole; large ones come in several blocks."""
@@ -135,9 +181,7 @@ def _start(
     while len(planned) < size and rows < num_rows:
         planned.append(next(plan))
         rows += planned[-1].window.num_rows
-    blocks = _execute([each.window for each in planned], source, ahead)
-    first = next(blocks, None)
-    return _Stretch(planned, chain([] if first is None else [first], blocks))
+    return _Stretch(planned, _execute([each.window for each in planned], source, ahead))
 
 
 def _in_background(work: Callable[[*Ts], R], *args: *Ts) -> Future[R]:
@@ -156,7 +200,7 @@ def _in_background(work: Callable[[*Ts], R], *args: *Ts) -> Future[R]:
 
 def _execute(
     windows: Sequence[Window], source: Source, ahead: ReadAheadSettings
-) -> Iterator[pa.Table]:
+) -> Generator[pa.Table]:
     import ray.data
 
     tasks = [{"task": pickle.dumps((number, window))} for number, window in enumerate(windows)]
@@ -176,7 +220,8 @@ def _execute(
         object_store_memory=ahead.store_mb * 2**20 / 2
     )
     rows.context.enable_progress_bars = False
-    return iter(rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    blocks = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    return cast("Generator[pa.Table]", iter(blocks))
 
 
 def _read_block(block: pa.Table, source: Source) -> pa.Table:

@@ -15,12 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from math import prod
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
-import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from sgmd_core.errors import DataError
 
@@ -67,9 +64,14 @@ class Encoding:
     text_encoder: str
 
     @property
+    def item_bytes(self) -> int:
+        """Size of one value."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
     def latent_bytes(self) -> int:
         """Size of one sample's latents."""
-        return prod(self.latent_shape) * torch_dtype(self.dtype).itemsize
+        return prod(self.latent_shape) * self.item_bytes
 
 
 def caption_schema() -> pa.Schema:
@@ -150,9 +152,10 @@ def encoding_of(schema: pa.Schema) -> Encoding | None:
     try:
         fields = json.loads(stored)
         latent, text = tuple(fields["latent_shape"]), tuple(fields["text_shape"])
-        torch_dtype(fields["dtype"])
         if len(latent) != 4 or len(text) != 2:
             raise ValueError(f"latent_shape {latent}, text_shape {text}")
+        if fields["dtype"] not in get_args(DTypeName):
+            raise ValueError(f"dtype {fields['dtype']!r}")
         makers = str(fields["vae"]), str(fields["text_encoder"])
         return Encoding(latent, text, fields["dtype"], *makers)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -162,72 +165,6 @@ def encoding_of(schema: pa.Schema) -> Encoding | None:
             "latent_shape, text_shape, dtype, vae and text_encoder",
             "Encode the videos again with `sgmd encode`",
         ) from error
-
-
-def torch_dtype(name: DTypeName) -> torch.dtype:
-    """The type of that name.
-
-    Raises:
-        ValueError: We do not store values of that type.
-    """
-    if name not in ("float32", "bfloat16", "float16"):
-        raise ValueError(f"dtype {name!r}")
-    return cast("torch.dtype", getattr(torch, name))
-
-
-def pack(values: Tensor, dtype: DTypeName) -> bytes:
-    """The bytes of a tensor's values as a shard stores them."""
-    stored = values.detach().to("cpu", torch_dtype(dtype)).contiguous()
-    return stored.view(torch.uint8).numpy().tobytes()
-
-
-def pack_text(embedding: Tensor, dtype: DTypeName) -> bytes:
-    """The bytes of an embedding (positions, width) up to its last row that is not zero."""
-    rows = embedding.any(dim=1).nonzero()
-    return pack(embedding[: int(rows[-1]) + 1 if len(rows) else 0], dtype)
-
-
-def unpack_latents(stored: bytes, encoding: Encoding) -> Tensor:
-    """Latents (channels, frames, rows, columns) in their stored type.
-
-    Raises:
-        DataError: These bytes are no latents of that shape.
-    """
-    if len(stored) != encoding.latent_bytes:
-        raise DataError(
-            "reading latents",
-            f"{len(stored)} bytes",
-            f"{encoding.latent_bytes} bytes for {encoding.latent_shape} in {encoding.dtype}",
-        )
-    return _values(stored, encoding.dtype).view(encoding.latent_shape)
-
-
-def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
-    """An embedding (positions, width) in its stored type, with the zeros at its end.
-
-    Raises:
-        DataError: These bytes are no embedding of that shape.
-    """
-    positions, width = encoding.text_shape
-    row_bytes = width * torch_dtype(encoding.dtype).itemsize
-    if len(stored) % row_bytes or len(stored) > positions * row_bytes:
-        raise DataError(
-            "reading a text embedding",
-            f"{len(stored)} bytes",
-            f"at most {positions} rows of {row_bytes} bytes",
-        )
-    embedding = torch.zeros(positions, width, dtype=torch_dtype(encoding.dtype))
-    values = _values(stored, encoding.dtype).view(-1, width)
-    embedding[: len(values)] = values
-    return embedding
-
-
-def _values(stored: bytes, dtype: DTypeName) -> Tensor:
-    # A copy: the bytes may be a read-only view into shared memory.
-    kind = torch_dtype(dtype)
-    values = torch.empty(len(stored) // kind.itemsize, dtype=kind)
-    values.view(torch.uint8).numpy()[:] = np.frombuffer(stored, dtype=np.uint8)
-    return values
 
 
 def _fits(name: str, stored: pa.DataType) -> bool:

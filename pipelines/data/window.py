@@ -29,7 +29,6 @@ from pipelines.data.schema import (
     Encoding,
     encoding_of,
     missing_columns,
-    torch_dtype,
 )
 from sgmd_core.errors import DataError
 
@@ -202,7 +201,7 @@ def _reasons(source: Source, columns: dict[str, Any]) -> NDArray[np.object_]:
     )
     if source.encoding is not None and TEXT_EMBEDS in columns:
         positions, width = source.encoding.text_shape
-        row_bytes = width * torch_dtype(source.encoding.dtype).itemsize
+        row_bytes = width * source.encoding.item_bytes
         stored = pc.binary_length(columns[TEXT_EMBEDS])
         ragged = pc.not_equal(pc.multiply(pc.divide(stored, row_bytes), row_bytes), stored)
         reject(
@@ -232,13 +231,25 @@ def _decoded(source: Source, columns: dict[str, Any], reasons: NDArray[np.object
         try:
             frames = decode(stored.as_py(), float(fps or 0.0))
         except Exception as error:  # A broken file raises whatever its codec thinks of it.
-            words = str(error).splitlines()
-            reasons[row] = (
-                f"undecodable video ({type(error).__name__}: {words[0] if words else ''})"
-            )
+            reasons[row] = _why_undecoded(error)
             continue
         if frames.shape != source.pixel_shape:
             reasons[row] = f"pixels of a wrong shape ({frames.shape})"
             continue
         pixels[-1] = frames.tobytes()
     return pa.array(pixels, pa.binary())
+
+
+def _why_undecoded(error: Exception) -> str:
+    # Here, because readers of captions have no need of codecs.
+    from pipelines.data.clip_decoding import ClipError, ClipFault
+
+    kinds = {
+        ClipFault.NO_FRAMES: "video without frames",
+        ClipFault.TOO_SHORT: "video too short",
+        ClipFault.WRONG_SIZE: "video of a wrong size",
+    }
+    if isinstance(error, ClipError):
+        return f"{kinds.get(ClipFault(error.fault), 'undecodable video')} ({error.in_short})"
+    words = str(error).splitlines()
+    return f"undecodable video ({type(error).__name__}: {words[0] if words else ''})"

@@ -6,7 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.schema import TEXT_COMPONENTS, Encoding, encoded_schema, pack_text
+from pipelines.data.schema import TEXT_COMPONENTS, Encoding, encoded_schema
+from pipelines.data.values import pack_text
 from pipelines.distill import distill, dry_run
 from pipelines.run_folder import RunFolder, read_jsonl
 from tests.e2e.conftest import MakeRecipe

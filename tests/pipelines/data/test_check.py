@@ -15,7 +15,8 @@ from pipelines.cli import app
 from pipelines.data.check import CheckOptions, check
 from pipelines.data.check_group import choose_rows
 from pipelines.data.check_report import quantiles
-from pipelines.data.schema import Encoding, encoded_schema, pack
+from pipelines.data.schema import Encoding, encoded_schema
+from pipelines.data.values import pack
 from pipelines.shapes import NUM_FRAMES, write_shards
 from sgmd_core.errors import DataError
 from tests.helpers.s3_server import serve_s3

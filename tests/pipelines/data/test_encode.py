@@ -25,13 +25,8 @@ from pipelines.data.encode_writer import PartWriter
 from pipelines.data.filesystem import open_folder
 from pipelines.data.index import read_index
 from pipelines.data.journal import open_journal
-from pipelines.data.schema import (
-    Encoding,
-    encoding_of,
-    unpack_latents,
-    unpack_text,
-    video_schema,
-)
+from pipelines.data.schema import Encoding, encoding_of, video_schema
+from pipelines.data.values import unpack_latents, unpack_text
 from pipelines.shapes import Split, captions, write_shards
 from sgmd_core.errors import ConfigError, DataError, ShapeError
 from tests.e2e.processes import ROOT

@@ -8,17 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipelines.data.clip_decoding import ClipDecoder
+from pipelines.data.clip_format import ClipFormat, FitPolicy
 from pipelines.data.feed import Batch, Feed, Progress, StreamSettings
-from pipelines.data.schema import (
-    FPS,
-    LATENTS,
-    TEXT_EMBEDS,
-    VIDEO,
-    Encoding,
-    encoded_schema,
-    pack,
-    pack_text,
-)
+from pipelines.data.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO, Encoding, encoded_schema
+from pipelines.data.values import pack, pack_text
 from pipelines.data.window import Source
 from pipelines.shapes import render, sample_spec, write_shards
 from pipelines.video import decode_video, encode_mp4
@@ -90,3 +84,34 @@ def test_clips_are_decoded_and_the_undecodable_left_out(tmp_path: Path) -> None:
             true = render(sample_spec(0, int(name.split("-")[-1])))
             # Nearly lossless: a level or two of 255 on average.
             assert np.abs(clip.astype(int) - true.astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize("policy", FitPolicy)
+def test_what_becomes_of_another_size_and_length_is_the_policys(
+    tmp_path: Path, policy: FitPolicy
+) -> None:
+    films = {
+        "right": np.full((5, 32, 32, 3), 90, np.uint8),
+        "wide": np.full((5, 32, 48, 3), 90, np.uint8),
+        "short": np.full((2, 32, 32, 3), 90, np.uint8),
+    }
+    columns = {
+        "sample_id": [*films],
+        "caption": ["c"] * 3,
+        "video": [encode_mp4(frames, 8) for frames in films.values()],
+        "fps": [8.0] * 3,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "one.parquet")
+    decoder = ClipDecoder(ClipFormat(5, 32, 32, fps=8, policy=policy))
+    source = Source(str(tmp_path), columns=(VIDEO, FPS), decode=decoder, pixel_shape=(5, 32, 32, 3))
+    usable = 1 if policy is FitPolicy.REFUSE else 2
+    stream = feed(source)
+    batch = stream.take(usable)
+    assert stream.pixels(batch.number).shape == (usable, 5, 32, 32, 3)
+    reasons = {each.sample_id: each.reason for each in batch.rejects}
+    assert reasons.pop("short").startswith("video too short (0.250 s of video")
+    if policy is FitPolicy.REFUSE:
+        refused = "video of a wrong size (a picture of 32x48 (height x width); expected 32x32)"
+        assert reasons == {"wide": refused}
+    else:
+        assert set(batch.sample_ids) == {"right", "wide"}

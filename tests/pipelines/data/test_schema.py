@@ -16,14 +16,11 @@ from pipelines.data.schema import (
     encoding_of,
     kind_of,
     missing_columns,
-    pack,
-    pack_text,
     parquet_options,
     require_columns,
-    unpack_latents,
-    unpack_text,
     video_schema,
 )
+from pipelines.data.values import pack, pack_text, unpack_latents, unpack_text
 from sgmd_core.errors import DataError
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -1,0 +1,247 @@
+"""Speed and memory of the data plane, over S3 from a server on this machine.
+
+    python benchmarks/data.py --output data.json            everything
+    python benchmarks/data.py stream decode --output ...    some pieces; the file keeps the others
+
+    stream   captions-only and encoded shards through the feed, and through plain pyarrow.dataset,
+             in turns; rows a second
+    decode   raw video through the reader of a window, and through a plain PyAV loop, in turns; one
+             core
+    first    seconds until the first batch of a prefix of 10,000 shards, and until all are listed
+    memory   resident memory of every process while 20,000 clips are streamed and decoded
+    wait     how long the roles of `sgmd distill tiny` wait for data from S3
+
+Both sides of a comparison read the same files from the same server, one after the other, so that a
+machine whose speed drifts slows both.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+import pyarrow.dataset as ds
+from data_memory import measure_memory
+from data_sets import (
+    BUCKET,
+    ENCODING,
+    serve,
+    write_captions,
+    write_encoded,
+    write_many,
+    write_videos,
+)
+from data_wait import measure_wait
+from pyarrow.fs import S3FileSystem
+
+from cluster.runtime import start_ray
+from pipelines.data.catalogue import Catalogue
+from pipelines.data.clip_decoding import ClipDecoder
+from pipelines.data.clip_format import ClipFormat
+from pipelines.data.feed import Feed, Progress, StreamSettings
+from pipelines.data.filesystem import open_folder
+from pipelines.data.listing import list_chapters
+from pipelines.data.plan import ShuffleSettings
+from pipelines.data.ray_stream import ReadAheadSettings
+from pipelines.data.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO
+from pipelines.data.stream import plan_windows
+from pipelines.data.window import Source, read_window
+from pipelines.run_folder import git_revision, versions
+from pipelines.shapes import FRAME_PX, NUM_FRAMES
+
+
+def measure_stream(scratch: Path, rounds: int) -> dict[str, Any]:
+    """Captions-only and encoded shards, through the feed and through pyarrow.dataset."""
+    folder = scratch / BUCKET
+    write_captions(folder / "captions", num_shards=24, shard_rows=16_384)
+    write_encoded(folder / "encoded", num_shards=32, shard_rows=64)
+    found: dict[str, Any] = {}
+    with serve(scratch), start_ray(num_cpus=3):
+        for kind, columns, num_rows, batch in (
+            ("captions", (), 24 * 16_384, 1024),
+            ("encoded", (LATENTS, TEXT_EMBEDS), 32 * 64, 16),
+        ):
+            source = Source(
+                f"s3://{BUCKET}/{kind}", columns=columns, encoding=ENCODING if columns else None
+            )
+            _stream(source, batch * 4, batch)  # Processes start, modules load.
+            runs = []
+            for _ in range(rounds):
+                plain = _plain(kind, [*columns, "sample_id", "caption"], num_rows)
+                first_s, rest = _stream(source, num_rows, batch)
+                runs.append((plain, rest, num_rows / (first_s + (num_rows - batch) / rest)))
+            found[kind] = {
+                "rows": num_rows,
+                "bytes": sum(path.stat().st_size for path in (folder / kind).iterdir()),
+                "pyarrow_rows_per_s": statistics.median(run[0] for run in runs),
+                "feed_rows_per_s": statistics.median(run[1] for run in runs),
+                "feed_rows_per_s_with_start": statistics.median(run[2] for run in runs),
+                "feed_over_pyarrow": statistics.median(run[1] / run[0] for run in runs),
+                "feed_over_pyarrow_each": [run[1] / run[0] for run in runs],
+            }
+            print(kind, json.dumps(found[kind]), file=sys.stderr)
+    return found
+
+
+def _plain(kind: str, columns: list[str], num_rows: int) -> float:
+    """Rows a second of one pass with pyarrow.dataset and Arrow's own S3 client."""
+    endpoint = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+    began = time.perf_counter()
+    server = S3FileSystem(endpoint_override=endpoint, scheme="http")
+    dataset = ds.dataset(f"{BUCKET}/{kind}", filesystem=server)
+    rows = sum(batch.num_rows for batch in dataset.to_batches(columns=columns))
+    assert rows == num_rows
+    return rows / (time.perf_counter() - began)
+
+
+def _stream(source: Source, num_rows: int, batch: int) -> tuple[float, float]:
+    """Seconds until the first batch, and rows a second from then on to the end."""
+    settings = StreamSettings(source, seed=0, ahead=ReadAheadSettings())
+    began = time.perf_counter()
+    with Feed(settings, Progress(), num_rows) as feed:
+        _take(feed, source, batch)
+        first_s = time.perf_counter() - began
+        for _ in range(num_rows // batch - 1):
+            _take(feed, source, batch)
+        rest_s = time.perf_counter() - began - first_s
+    return first_s, (num_rows - batch) / rest_s
+
+
+def _take(feed: Feed, source: Source, size: int) -> None:
+    batch = feed.take(size)
+    assert len(batch.sample_ids) == size
+    if source.columns:
+        assert len(feed.latents(batch.number)) == size
+
+
+def measure_decode(scratch: Path, rounds: int) -> dict[str, Any]:
+    """Raw video: windows read, checked and decoded, against nothing but PyAV; in this process."""
+    num_clips = 512
+    folder = scratch / BUCKET / "decode"
+    write_videos(folder, num_clips, shard_rows=128)
+    decoder = ClipDecoder(ClipFormat(NUM_FRAMES, FRAME_PX, FRAME_PX))
+    shape = (NUM_FRAMES, FRAME_PX, FRAME_PX, 3)
+    source = Source(str(folder), columns=(VIDEO, FPS), decode=decoder, pixel_shape=shape)
+    films = ds.dataset(str(folder)).to_table(columns=[VIDEO]).column(VIDEO).to_pylist()
+    runs = []
+    for _ in range(rounds):
+        began = time.process_time()
+        for film in films:
+            _decode_plainly(film)
+        plain_s = time.process_time() - began
+        catalogue = Catalogue(*open_folder(source.url), 1000)
+        reader = source.open_reader()
+        began, clips = time.process_time(), 0
+        for planned in plan_windows(catalogue, 0, ShuffleSettings()):
+            if planned.window.cursor.epoch:
+                break
+            table = read_window(reader, source, planned.window)
+            assert table.column("reason").null_count == table.num_rows
+            clips += table.num_rows
+        assert clips == num_clips
+        runs.append((num_clips / plain_s, num_clips / (time.process_time() - began)))
+    return {
+        "clips": num_clips,
+        "frames": NUM_FRAMES,
+        "pixels": [FRAME_PX, FRAME_PX],
+        "pyav_clips_per_core_s": statistics.median(run[0] for run in runs),
+        "window_clips_per_core_s": statistics.median(run[1] for run in runs),
+        "window_over_pyav": statistics.median(run[1] / run[0] for run in runs),
+    }
+
+
+def _decode_plainly(film: bytes) -> None:
+    import io
+
+    with av.open(io.BytesIO(film)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == NUM_FRAMES
+
+
+def measure_first(scratch: Path, rounds: int) -> dict[str, Any]:
+    """Time to the first batch of very many shards, in a Ray that has read nothing yet."""
+    num_shards = 10_000
+    write_many(scratch / BUCKET / "many", num_shards)
+    source = Source(f"s3://{BUCKET}/many")
+    seconds: dict[str, list[float]] = {"with_ray": [], "in_process": [], "listing_all": []}
+    with serve(scratch):
+        for _ in range(rounds):
+            with _timed(seconds["in_process"]):
+                assert len(Feed(StreamSettings(source, 0), Progress(), 16).take(16).captions) == 16
+            with start_ray(num_cpus=3):
+                settings = StreamSettings(source, 0, ahead=ReadAheadSettings())
+                began = time.perf_counter()
+                with Feed(settings, Progress(), 1600) as feed:
+                    feed.take(16)
+                    seconds["with_ray"].append(time.perf_counter() - began)
+            with _timed(seconds["listing_all"]):
+                listed = sum(map(len, list_chapters(*open_folder(source.url), 1000)))
+            assert listed == num_shards
+    medians = {f"{name}_s": statistics.median(taken) for name, taken in seconds.items()}
+    return {"shards": num_shards, **medians, "each": seconds}
+
+
+@contextmanager
+def _timed(seconds: list[float]) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - began)
+
+
+_PIECES: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+    "stream": measure_stream,
+    "decode": measure_decode,
+    "first": measure_first,
+    "memory": measure_memory,
+    "wait": measure_wait,
+}
+
+
+def main() -> None:
+    """Parses the arguments, measures, writes JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("pieces", nargs="*", metavar="PIECE", help=", ".join(_PIECES))
+    parser.add_argument("--rounds", type=int, default=3, help="of each comparison")
+    parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
+    arguments = parser.parse_args()
+    unknown = set(arguments.pieces) - set(_PIECES)
+    if unknown:
+        parser.error(f"no piece {', '.join(sorted(unknown))}; there are {', '.join(_PIECES)}")
+    output: Path | None = arguments.output
+    pieces = json.loads(output.read_text())["pieces"] if output and output.exists() else {}
+    for name in arguments.pieces or _PIECES:
+        with tempfile.TemporaryDirectory(prefix="bench") as scratch:
+            found = _PIECES[name](Path(scratch), arguments.rounds)
+        pieces[name] = {
+            **found,
+            "date": time.strftime("%Y-%m-%d"),
+            "git_revision": git_revision(),
+        }
+        print(name, json.dumps(found)[:600], file=sys.stderr)
+        result = {
+            "benchmark": "data",
+            "pieces": pieces,
+            "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
+            "versions": versions(),
+        }
+        text = json.dumps(result, indent=2) + "\n"
+        if output:
+            output.write_text(text)
+    if not output:
+        sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

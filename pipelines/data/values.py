@@ -1,0 +1,79 @@
+"""Tensors as the bytes that encoded shards store, and back; see `pipelines.data.schema`.
+
+Apart from the schema, so that processes which only read or decode never load torch.
+"""
+
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipelines.data.schema import DTypeName, Encoding
+from sgmd_core.errors import DataError
+
+
+def torch_dtype(name: DTypeName) -> torch.dtype:
+    """The type of that name.
+
+    Raises:
+        ValueError: We do not store values of that type.
+    """
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {name!r}")
+    return cast("torch.dtype", getattr(torch, name))
+
+
+def pack(values: Tensor, dtype: DTypeName) -> bytes:
+    """The bytes of a tensor's values as a shard stores them."""
+    stored = values.detach().to("cpu", torch_dtype(dtype)).contiguous()
+    return stored.view(torch.uint8).numpy().tobytes()
+
+
+def pack_text(embedding: Tensor, dtype: DTypeName) -> bytes:
+    """The bytes of an embedding (positions, width) up to its last row that is not zero."""
+    rows = embedding.any(dim=1).nonzero()
+    return pack(embedding[: int(rows[-1]) + 1 if len(rows) else 0], dtype)
+
+
+def unpack_latents(stored: bytes, encoding: Encoding) -> Tensor:
+    """Latents (channels, frames, rows, columns) in their stored type.
+
+    Raises:
+        DataError: These bytes are no latents of that shape.
+    """
+    if len(stored) != encoding.latent_bytes:
+        raise DataError(
+            "reading latents",
+            f"{len(stored)} bytes",
+            f"{encoding.latent_bytes} bytes for {encoding.latent_shape} in {encoding.dtype}",
+        )
+    return _values(stored, encoding.dtype).view(encoding.latent_shape)
+
+
+def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
+    """An embedding (positions, width) in its stored type, with the zeros at its end.
+
+    Raises:
+        DataError: These bytes are no embedding of that shape.
+    """
+    positions, width = encoding.text_shape
+    row_bytes = width * encoding.item_bytes
+    if len(stored) % row_bytes or len(stored) > positions * row_bytes:
+        raise DataError(
+            "reading a text embedding",
+            f"{len(stored)} bytes",
+            f"at most {positions} rows of {row_bytes} bytes",
+        )
+    embedding = torch.zeros(positions, width, dtype=torch_dtype(encoding.dtype))
+    values = _values(stored, encoding.dtype).view(-1, width)
+    embedding[: len(values)] = values
+    return embedding
+
+
+def _values(stored: bytes, dtype: DTypeName) -> Tensor:
+    # A copy: the bytes may be a read-only view into shared memory.
+    kind = torch_dtype(dtype)
+    values = torch.empty(len(stored) // kind.itemsize, dtype=kind)
+    values.view(torch.uint8).numpy()[:] = np.frombuffer(stored, dtype=np.uint8)
+    return values
