@@ -260,10 +260,8 @@ class Feed:
         repeated = np.zeros(good.num_rows, dtype=bool)
         repeated[list(_rows_at(planned, good, self._tally.repeats))] = True
         fresh = np.flatnonzero(~repeated)
-        ids = good.column(SAMPLE_ID).combine_chunks()
-        repeated[fresh] = self._seen.add(
-            ids.take(pa.array(fresh)) if len(fresh) < len(ids) else ids
-        )
+        ids = good.column(SAMPLE_ID).combine_chunks().take(pa.array(fresh))
+        repeated[fresh[self._seen.add(ids)]] = True
         if not repeated.any():
             return good, []
         rejects = list(_repeats(planned, good.filter(pa.array(repeated))))

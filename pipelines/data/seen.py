@@ -5,7 +5,8 @@ place. Two given ids share a digest with a probability below 2^-56, so of ten mi
 does with one below a thousandth, and then a row is quarantined as a duplicate of another one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -24,11 +25,11 @@ class SeenIds:
     def __init__(self, ids: Iterable[str] = ()) -> None:
         # Sorted, each at least twice as long as the next one.
         self._known: list[NDArray[np.uint64]] = []
-        self.add(pa.array(ids, pa.string()))
+        self.add(list(ids))
 
-    def add(self, ids: pa.Array) -> NDArray[np.bool_]:
-        """Enters ids; returns which have been met before, here or earlier."""
-        digests = _digests(ids)
+    def add(self, ids: Sequence[str] | pa.Array) -> list[int]:
+        """Enters ids; returns the places of those that have been met before, here or earlier."""
+        digests = _digests(pa.array(ids, pa.large_string()))
         first = np.unique(digests, return_index=True)[1]
         again = np.ones(len(digests), dtype=bool)
         again[first] = False
@@ -40,23 +41,26 @@ class SeenIds:
             new = np.sort(np.concatenate([self._known.pop(), new]))
         if len(new):
             self._known.append(new)
-        return again
+        return np.flatnonzero(again).tolist()
 
 
 def _digests(ids: pa.Array) -> NDArray[np.uint64]:
     """One number an id, of all its UTF-8 bytes and their places."""
-    strings = ids.cast(pa.large_string())
-    _, offsets, content = strings.buffers()
+    _, offsets, content = ids.buffers()
     if not len(ids) or not content:
         return np.zeros(len(ids), dtype=np.uint64)
-    borders = np.frombuffer(offsets, dtype=np.int64)[strings.offset :][: len(ids) + 1]
+    borders = np.frombuffer(offsets, dtype=np.int64)[ids.offset :][: len(ids) + 1]
     lengths = np.diff(borders)
     content = np.frombuffer(content, dtype=np.uint8)[borders[0] : borders[-1]]
     places = np.arange(len(content)) - np.repeat(borders[:-1] - borders[0], lengths)
     # Bytes count from 1, so that what an id lacks at its end counts too.
-    weights = np.random.default_rng(_SEED).integers(
-        0, 2**64, max(1, lengths.max()), dtype=np.uint64
-    )
+    weights = _weights(int(lengths.max()).bit_length())
     weighed = (content.astype(np.uint64) + np.uint64(1)) * weights[places]
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(weighed, dtype=np.uint64)])
     return sums[borders[1:] - borders[0]] - sums[borders[:-1] - borders[0]]
+
+
+@cache
+def _weights(bits: int) -> NDArray[np.uint64]:
+    """Numbers for the places below 2^bits; the first ones are the same for all `bits`."""
+    return np.random.default_rng(_SEED).integers(0, 2**64, 2**bits, dtype=np.uint64)
