@@ -30,6 +30,7 @@ from typing import Any
 
 import av
 import pyarrow.dataset as ds
+import torch
 from data_memory import measure_memory
 from data_sets import (
     BUCKET,
@@ -220,6 +221,8 @@ def main() -> None:
     if unknown:
         parser.error(f"no piece {', '.join(sorted(unknown))}; there are {', '.join(_PIECES)}")
     output: Path | None = arguments.output
+    # As in the processes of a run: threads beyond the cores only wait for each other.
+    torch.set_num_threads(1)
     pieces = json.loads(output.read_text())["pieces"] if output and output.exists() else {}
     for name in arguments.pieces or _PIECES:
         with tempfile.TemporaryDirectory(prefix="bench") as scratch:

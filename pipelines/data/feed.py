@@ -24,7 +24,7 @@ from pipelines.data.ray_stream import RayDataReader, ReadAheadSettings
 from pipelines.data.schema import LATENTS, REQUIRED_COLUMNS, SAMPLE_ID, TEXT_EMBEDS, VIDEO, Encoding
 from pipelines.data.seen import SeenIds
 from pipelines.data.stream import Planned, plan_windows, read_here
-from pipelines.data.values import unpack_latents, unpack_text
+from pipelines.data.values import unpack_all_latents, unpack_text
 from pipelines.data.window import GROUP, PLACE, REASON, ROW, WHOLE_GROUP, Source
 from sgmd_core.errors import DataError
 from sgmd_core.types import Latents, Text
@@ -185,9 +185,7 @@ class Feed:
     def latents(self, number: int) -> Latents:
         """Stored latents of a batch (b, c, t, h, w), float32; lets go of the batch."""
         stored = self._payloads.pop(number).column(LATENTS)
-        return torch.stack(
-            [unpack_latents(each.as_py(), self._encoding()).float() for each in stored]
-        )
+        return unpack_all_latents(stored.combine_chunks(), self._encoding()).float()
 
     def pixels(self, number: int) -> NDArray[np.uint8]:
         """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of the batch."""

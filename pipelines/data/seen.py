@@ -30,15 +30,16 @@ class SeenIds:
     def add(self, ids: Sequence[str] | pa.Array) -> list[int]:
         """Enters ids; returns the places of those that have been met before, here or earlier."""
         digests = _digests(pa.array(ids, pa.large_string()))
-        first = np.unique(digests, return_index=True)[1]
+        new, first = np.unique(digests, return_index=True)
+        for known in self._known:
+            place = np.minimum(np.searchsorted(known, new), len(known) - 1)
+            is_new = known[place] != new
+            new, first = new[is_new], first[is_new]
         again = np.ones(len(digests), dtype=bool)
         again[first] = False
-        for known in self._known:
-            place = np.minimum(np.searchsorted(known, digests), len(known) - 1)
-            again |= known[place] == digests
-        new = np.sort(digests[~again])
         while self._known and len(self._known[-1]) < 2 * len(new):
-            new = np.sort(np.concatenate([self._known.pop(), new]))
+            # Two sorted runs: a stable sort only merges them.
+            new = np.sort(np.concatenate([self._known.pop(), new]), kind="stable")
         if len(new):
             self._known.append(new)
         return np.flatnonzero(again).tolist()

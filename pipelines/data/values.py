@@ -6,6 +6,7 @@ Apart from the schema, so that processes which only read or decode never load to
 from typing import cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -43,12 +44,23 @@ def unpack_latents(stored: bytes, encoding: Encoding) -> Tensor:
         DataError: These bytes are no latents of that shape.
     """
     if len(stored) != encoding.latent_bytes:
-        raise DataError(
-            "reading latents",
-            f"{len(stored)} bytes",
-            f"{encoding.latent_bytes} bytes for {encoding.latent_shape} in {encoding.dtype}",
-        )
+        raise _not_latents(len(stored), encoding)
     return _values(stored, encoding.dtype).view(encoding.latent_shape)
+
+
+def unpack_all_latents(stored: pa.BinaryArray, encoding: Encoding) -> Tensor:
+    """Latents of many samples (b, channels, frames, rows, columns) in their stored type.
+
+    Raises:
+        DataError: They are no latents of that shape.
+    """
+    _, borders, content = stored.buffers()
+    places = np.frombuffer(borders, dtype=np.int32)[stored.offset :][: len(stored) + 1]
+    for found in np.diff(places).tolist():
+        if found != encoding.latent_bytes:
+            raise _not_latents(found, encoding)
+    values = _values(memoryview(content)[places[0] : places[-1]], encoding.dtype)
+    return values.view(len(stored), *encoding.latent_shape)
 
 
 def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
@@ -71,9 +83,17 @@ def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
     return embedding
 
 
-def _values(stored: bytes, dtype: DTypeName) -> Tensor:
+def _values(stored: bytes | memoryview, dtype: DTypeName) -> Tensor:
     # A copy: the bytes may be a read-only view into shared memory.
     kind = torch_dtype(dtype)
     values = torch.empty(len(stored) // kind.itemsize, dtype=kind)
     values.view(torch.uint8).numpy()[:] = np.frombuffer(stored, dtype=np.uint8)
     return values
+
+
+def _not_latents(num_bytes: int, encoding: Encoding) -> DataError:
+    return DataError(
+        "reading latents",
+        f"{num_bytes} bytes",
+        f"{encoding.latent_bytes} bytes for {encoding.latent_shape} in {encoding.dtype}",
+    )
