@@ -17,6 +17,8 @@ from pipelines.data.schema import parquet_options
 
 ROW_GROUP_CLIPS = 32
 ROW_GROUP_BYTES = 64 * 2**20
+# An object of twice this size or more is sent in parts.
+_PART_BYTES = 16 * 2**20
 
 
 class ShardBuilder:
@@ -78,8 +80,8 @@ def write_file(filesystem: AbstractFileSystem, path: str, data: bytes) -> None:
     """
     with storage_errors(f"writing {filesystem.unstrip_protocol(path)}"):
         if not isinstance(filesystem, LocalFileSystem):
-            # An object appears when its last part has arrived.
-            filesystem.pipe_file(path, data)
+            # An object appears when its last part has arrived; each part is tried again by itself.
+            filesystem.pipe_file(path, data, chunksize=_PART_BYTES)
             return
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)

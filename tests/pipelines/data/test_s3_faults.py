@@ -15,6 +15,7 @@ from pipelines.data.listing import list_chapters
 from pipelines.data.plan import ShuffleSettings
 from pipelines.data.ray_stream import ReadAheadSettings
 from pipelines.data.schema import parquet_options, video_schema
+from pipelines.data.shard_writing import write_file
 from pipelines.data.window import Source
 from sgmd_core.errors import DataError
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every, serve_faulty
@@ -174,6 +175,20 @@ def test_captions_of_a_large_shard_do_not_fetch_its_videos(
     settings = StreamSettings(Source("s3://clips/large"), 0)
     assert len(set(Feed(settings, Progress(), 8).take(8).sample_ids)) == 8
     assert 0 < sum(read) < 400_000
+
+
+def test_a_large_shard_is_written_in_parts_and_a_part_that_fails_again(
+    through: Callable[..., ProxyBook], server: S3Server
+) -> None:
+    book = through(healthy)
+    filesystem, _ = open_folder("s3://clips/set")
+    book.plan = every(2, Trouble.SLOW_DOWN, Trouble.INTERNAL)
+    data = bytes(range(256)) * (33 * 2**12)
+    write_file(filesystem, "clips/large/written.bin", data)
+    assert (server.root / "clips" / "large" / "written.bin").read_bytes() == data
+    parts = [path for method, path in book.requests if method == "PUT" and "partNumber" in path]
+    assert len({path.split("partNumber=")[1].split("&")[0] for path in parts}) == 3
+    assert len(parts) > 3
 
 
 def test_moto_lists_and_reads_alike(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
