@@ -98,10 +98,14 @@ def write_encoded(folder: Path, num_shards: int, shard_rows: int, group: int = 1
 
 
 def write_videos(
-    folder: Path, num_clips: int, shard_rows: int = 256, group: int = 32, num_distinct: int = 256
+    folder: Path, num_clips: int, shard_rows: int = 256, group: int = 32, zoom: int = 1
 ) -> None:
-    """Clips of the embedded data set; after the first `num_distinct`, the same ones again."""
-    films = [encode_mp4(render(sample_spec(0, index)), FPS) for index in range(num_distinct)]
+    """Clips of the embedded data set, enlarged; after the first ones, the same again."""
+    num_distinct = min(num_clips, 256)
+    films = [
+        encode_mp4(render(sample_spec(0, index)).repeat(zoom, 1).repeat(zoom, 2), FPS)
+        for index in range(num_distinct)
+    ]
     texts = captions(Split.TRAIN)
     for first in range(0, num_clips, shard_rows):
         rows = range(first, min(first + shard_rows, num_clips))

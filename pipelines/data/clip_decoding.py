@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fractions import Fraction
+from itertools import chain
 
 import av
 import numpy as np
@@ -122,7 +123,15 @@ def decode_clip(data: bytes, wanted: ClipFormat) -> Pixels:
     Raises:
         ClipError: the bytes do not hold such a clip; says why.
     """
-    return np.stack(list(sample_frames(data, wanted)))
+    frames = sample_frames(data, wanted)
+    if wanted.num_frames is None:
+        return np.stack(list(frames))
+    # One by one into their place: a picture that is still in the cache is copied for nothing.
+    first = next(frames)
+    clip = np.empty((wanted.num_frames, *first.shape), dtype=np.uint8)
+    for number, pixels in enumerate(chain([first], frames)):
+        clip[number] = pixels
+    return clip
 
 
 def sample_frames(data: bytes, wanted: ClipFormat) -> Iterator[Pixels]:
@@ -283,23 +292,22 @@ def _shown_frames(container: InputContainer, stream: VideoStream) -> Iterator[_S
     Raises:
         ClipError: there is none, one is damaged, or the time stamps make no sense.
     """
-    usual_s = 1 / _stated_fps(stream)
+    usual_s, tick_s = 1 / _stated_fps(stream), _fraction(stream.time_base)
     waiting: av.VideoFrame | None = None
-    start_s = origin_s = Fraction(0)
+    start_s, origin = Fraction(0), 0
     for frame in container.decode(stream):
         if frame.is_corrupt:
             raise ClipError(ClipFault.UNDECODABLE, f"a damaged frame at {float(start_s):.3f} s")
         if waiting is None:
-            origin_s = _time_stamp(frame) or Fraction(0)
+            origin = frame.pts or 0
         else:
-            stamp = _time_stamp(frame)
-            next_s = start_s + usual_s if stamp is None else stamp - origin_s
+            next_s = start_s + usual_s if frame.pts is None else (frame.pts - origin) * tick_s
             yield _ShownFrame(waiting, start_s, _plausible(next_s))
             start_s = next_s
         waiting = frame
     if waiting is None:
         raise ClipError(ClipFault.NO_FRAMES, "a video stream without a single frame")
-    last_s = (waiting.duration or 0) * _fraction(waiting.time_base)
+    last_s = (waiting.duration or 0) * tick_s
     yield _ShownFrame(waiting, start_s, _plausible(start_s + (last_s or usual_s)))
 
 
@@ -309,12 +317,6 @@ def _plausible(end_s: Fraction) -> Fraction:
             ClipFault.UNDECODABLE, f"a time stamp of {float(end_s):.0f} s", "clips below a day"
         )
     return end_s
-
-
-def _time_stamp(frame: av.VideoFrame) -> Fraction | None:
-    if frame.pts is None:
-        return None
-    return frame.pts * _fraction(frame.time_base)
 
 
 def _stated_fps(stream: VideoStream) -> Fraction:

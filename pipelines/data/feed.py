@@ -21,7 +21,15 @@ from pipelines.data.filesystem import open_folder
 from pipelines.data.plan import Cursor, ShuffleSettings
 from pipelines.data.quarantine import DUPLICATE, Place, Reject, Tally
 from pipelines.data.ray_stream import RayDataReader, ReadAheadSettings
-from pipelines.data.schema import LATENTS, REQUIRED_COLUMNS, SAMPLE_ID, TEXT_EMBEDS, VIDEO, Encoding
+from pipelines.data.schema import (
+    LATENTS,
+    REQUIRED_COLUMNS,
+    SAMPLE_ID,
+    TEXT_EMBEDS,
+    VIDEO,
+    Encoding,
+    joined,
+)
 from pipelines.data.seen import SeenIds
 from pipelines.data.stream import Planned, plan_windows, read_here
 from pipelines.data.values import unpack_all_latents, unpack_text
@@ -185,13 +193,13 @@ class Feed:
     def latents(self, number: int) -> Latents:
         """Stored latents of a batch (b, c, t, h, w), float32; lets go of the batch."""
         stored = self._payloads.pop(number).column(LATENTS)
-        return unpack_all_latents(stored.combine_chunks(), self._encoding()).float()
+        return unpack_all_latents(stored, self._encoding()).float()
 
     def pixels(self, number: int) -> NDArray[np.uint8]:
         """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of the batch."""
-        stored = self._payloads.pop(number).column(VIDEO)
-        clips = [np.frombuffer(each.as_py(), np.uint8) for each in stored]
-        return np.stack(clips).reshape(-1, *self._source.pixel_shape)
+        content, _ = joined(self._payloads.pop(number).column(VIDEO))
+        # A copy: the bytes may be a read-only view into shared memory.
+        return content.copy().reshape(-1, *self._source.pixel_shape)
 
     def _encoding(self) -> Encoding:
         assert self._source.encoding is not None, "this feed reads nothing encoded"

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 from threading import Thread
@@ -32,6 +32,7 @@ from pipelines.data.parquet import RowGroupReader
 from pipelines.data.plan import Window
 from pipelines.data.stream import Planned
 from pipelines.data.window import REASON, ROW, Source, read_window
+from pipelines.data.window_decoding import decode_rows
 from sgmd_core.errors import ConfigError, DataError
 
 R = TypeVar("R")
@@ -224,9 +225,8 @@ def _execute(
     return cast("Generator[pa.Table]", iter(blocks))
 
 
-def _read_block(block: pa.Table, source: Source) -> pa.Table:
-    """What a reader's process does: one window in, its lines out."""
-    tables = []
+def _read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
+    """What a reader's process does: one window in, its lines out, in one part or several."""
     for packed in block.column("task"):
         number, window = pickle.loads(packed.as_py())
         try:
@@ -235,10 +235,13 @@ def _read_block(block: pa.Table, source: Source) -> pa.Table:
             table = pa.table(
                 {ROW: [_FAULT], REASON: [json.dumps([str(arg) for arg in error.args])]}
             )
-        size = table.num_rows
-        table = table.append_column(_NUMBER, pa.array(np.full(size, number, dtype=np.int64)))
-        tables.append(table.append_column(_SIZE, pa.array(np.full(size, size, dtype=np.int64))))
-    return pa.concat_tables(tables)
+            source = replace(source, decode=None)
+        parts = [table] if source.decode is None else decode_rows(source, table)
+        for part in parts:
+            for name, value in ((_NUMBER, number), (_SIZE, table.num_rows)):
+                values = pa.array(np.full(part.num_rows, value, dtype=np.int64))
+                part = part.append_column(name, values)
+            yield part
 
 
 @lru_cache(maxsize=4)

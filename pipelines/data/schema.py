@@ -17,7 +17,9 @@ from enum import StrEnum
 from math import prod
 from typing import Any, Literal, get_args
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from sgmd_core.errors import DataError
 
@@ -165,6 +167,17 @@ def encoding_of(schema: pa.Schema) -> Encoding | None:
             "latent_shape, text_shape, dtype, vae and text_encoder",
             "Encode the videos again with `sgmd encode`",
         ) from error
+
+
+def joined(values: pa.ChunkedArray) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """The bytes of a binary column one after the other, and where each value begins and ends.
+
+    Without a copy where the column is in one piece; both are read-only then.
+    """
+    array = values.combine_chunks()
+    _, borders, content = array.buffers()
+    places = np.frombuffer(borders, dtype=np.int32)[array.offset :][: len(array) + 1]
+    return np.frombuffer(content, dtype=np.uint8)[places[0] : places[-1]], places - places[0]
 
 
 def _fits(name: str, stored: pa.DataType) -> bool:

@@ -24,6 +24,7 @@ from pipelines.data.plan import (
 )
 from pipelines.data.quarantine import Reject, in_words
 from pipelines.data.window import Source, read_window
+from pipelines.data.window_decoding import decode_rows
 from sgmd_core.errors import DataError
 
 
@@ -105,7 +106,10 @@ def read_here(plan: Iterator[Planned], source: Source) -> Iterator[tuple[Planned
     """
     reader = source.open_reader()
     for planned in plan:
-        yield planned, read_window(reader, source, planned.window)
+        rows = read_window(reader, source, planned.window)
+        if source.decode is not None:
+            rows = pa.concat_tables(decode_rows(source, rows))
+        yield planned, rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,10 @@ from typing import cast
 import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.schema import DTypeName, Encoding
+from pipelines.data.schema import DTypeName, Encoding, joined
 from sgmd_core.errors import DataError
 
 
@@ -48,19 +49,17 @@ def unpack_latents(stored: bytes, encoding: Encoding) -> Tensor:
     return _values(stored, encoding.dtype).view(encoding.latent_shape)
 
 
-def unpack_all_latents(stored: pa.BinaryArray, encoding: Encoding) -> Tensor:
+def unpack_all_latents(stored: pa.ChunkedArray, encoding: Encoding) -> Tensor:
     """Latents of many samples (b, channels, frames, rows, columns) in their stored type.
 
     Raises:
         DataError: They are no latents of that shape.
     """
-    _, borders, content = stored.buffers()
-    places = np.frombuffer(borders, dtype=np.int32)[stored.offset :][: len(stored) + 1]
-    for found in np.diff(places).tolist():
+    content, borders = joined(stored)
+    for found in np.diff(borders).tolist():
         if found != encoding.latent_bytes:
             raise _not_latents(found, encoding)
-    values = _values(memoryview(content)[places[0] : places[-1]], encoding.dtype)
-    return values.view(len(stored), *encoding.latent_shape)
+    return _values(content, encoding.dtype).view(len(stored), *encoding.latent_shape)
 
 
 def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
@@ -83,7 +82,7 @@ def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
     return embedding
 
 
-def _values(stored: bytes | memoryview, dtype: DTypeName) -> Tensor:
+def _values(stored: bytes | NDArray[np.uint8], dtype: DTypeName) -> Tensor:
     # A copy: the bytes may be a read-only view into shared memory.
     kind = torch_dtype(dtype)
     values = torch.empty(len(stored) // kind.itemsize, dtype=kind)

@@ -8,7 +8,7 @@ read comes out as one row. So whoever counts rows can prove that none was lost o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -87,7 +87,8 @@ def read_window(reader: RowGroupReader, source: Source, window: Window) -> pa.Ta
         One line for each row, in the window's order: `place` in that order, number of the row
         `group` in the window, `row` in the row group, sample_id, caption, the wanted columns, and
         `reason`, which is null for a row that can be used. Before them, one line with `row`
-        `WHOLE_GROUP` for each row group that cannot be read.
+        `WHOLE_GROUP` for each row group that cannot be read. Videos are as they were stored: see
+        `pipelines.data.window_decoding`.
 
     Raises:
         DataError: The server failed; see `pipelines.data.parquet.fetch`.
@@ -157,8 +158,6 @@ def _checked(
     types = {field.name: field.type for field in _schema(source)}
     columns_by_name = {name: table.column(name).cast(types[name]) for name in columns}
     reasons = _reasons(source, columns_by_name)
-    if source.decode is not None:
-        columns_by_name[VIDEO] = _decoded(source, columns_by_name, reasons)
     size = table.num_rows
     return pa.table(
         {
@@ -217,39 +216,3 @@ def _reasons(source: Source, columns: dict[str, Any]) -> NDArray[np.object_]:
     if VIDEO in columns:
         reject(pc.equal(pc.binary_length(columns[VIDEO]), 0), lambda row: "no video")
     return reasons
-
-
-def _decoded(source: Source, columns: dict[str, Any], reasons: NDArray[np.object_]) -> pa.Array:
-    """Pixels of each good row's video, as bytes; bad ones get their reason."""
-    decode = cast("Decode", source.decode)
-    rates = columns[FPS].to_pylist() if FPS in columns else [0.0] * len(reasons)
-    pixels: list[bytes | None] = []
-    for row, (stored, fps) in enumerate(zip(columns[VIDEO], rates, strict=True)):
-        pixels.append(None)
-        if reasons[row] is not None:
-            continue
-        try:
-            frames = decode(stored.as_py(), float(fps or 0.0))
-        except Exception as error:  # A broken file raises whatever its codec thinks of it.
-            reasons[row] = _why_undecoded(error)
-            continue
-        if frames.shape != source.pixel_shape:
-            reasons[row] = f"pixels of a wrong shape ({frames.shape})"
-            continue
-        pixels[-1] = frames.tobytes()
-    return pa.array(pixels, pa.binary())
-
-
-def _why_undecoded(error: Exception) -> str:
-    # Here, because readers of captions have no need of codecs.
-    from pipelines.data.clip_decoding import ClipError, ClipFault
-
-    kinds = {
-        ClipFault.NO_FRAMES: "video without frames",
-        ClipFault.TOO_SHORT: "video too short",
-        ClipFault.WRONG_SIZE: "video of a wrong size",
-    }
-    if isinstance(error, ClipError):
-        return f"{kinds.get(ClipFault(error.fault), 'undecodable video')} ({error.in_short})"
-    words = str(error).splitlines()
-    return f"undecodable video ({type(error).__name__}: {words[0] if words else ''})"

@@ -126,4 +126,7 @@ def test_epoch_and_position_are_known_at_every_iteration(make_recipe: MakeRecipe
     lines = read_jsonl(RunFolder(config.run_folder).metrics)
     assert [line["samples_seen"] for line in lines] == [4 * n for n in range(1, 15)]
     assert [line["cursor"]["epoch"] for line in lines] == [0] * 12 + [1] * 2
+    # The negative prompt is embedded once a run.
+    embedded = ["text.encode_negative" in line["seconds"] for line in lines]
+    assert embedded == [True] + [False] * 13
     assert [line["epoch"] for line in lines] == pytest.approx([n / 12 for n in range(1, 15)])

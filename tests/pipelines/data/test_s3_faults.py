@@ -22,10 +22,10 @@ from tests.helpers.faulty_proxy import ProxyBook, Trouble, every, serve_faulty
 from tests.helpers.s3_server import S3Server, serve_s3
 from tests.helpers.shards import write_folder
 
-SIZES = (7, 7, 7, 5, 12, 9, 3, 10, 10, 10)
+SIZES = (7, 7, 5, 12, 9)
 SMALL = ShuffleSettings(shards=2, row_groups=2)
 # Waits are short here; how often is tried again is what ships.
-PATIENT = S3Settings(read_timeout_s=1.0, connect_timeout_s=1.0, backoff_s=0.05)
+PATIENT = S3Settings(read_timeout_s=0.5, connect_timeout_s=1.0, backoff_s=0.05)
 ALL_TROUBLES = (
     Trouble.SLOW_DOWN,
     Trouble.RESET,
@@ -65,7 +65,7 @@ def through(
         monkeypatch.setenv(name, value)
     stack = []
 
-    def put(plan: Callable[[int], Trouble], stall_s: float = 3.0) -> ProxyBook:
+    def put(plan: Callable[[int], Trouble], stall_s: float = 2.0) -> ProxyBook:
         manager = serve_faulty(server.environment["AWS_ENDPOINT_URL"], plan, stall_s)
         stack.append(manager)
         book = manager.__enter__()
@@ -103,7 +103,7 @@ def test_busy_breaking_and_slow_servers_cost_no_sample(through: Callable[..., Pr
     assert ids(batches) == expected
     assert len(set(expected)) == sum(SIZES)
     assert not any(batch.rejects for batch in batches)
-    assert all(book.troubles.get(trouble, 0) >= 2 for trouble in ALL_TROUBLES)
+    assert all(book.troubles.get(trouble, 0) >= 1 for trouble in ALL_TROUBLES)
 
 
 def test_a_server_that_falls_silent_is_asked_again(through: Callable[..., ProxyBook]) -> None:
@@ -249,4 +249,4 @@ def test_ray_data_hands_out_the_same_rows_through_the_same_troubles(
     assert done.returncode == 0, done.stderr
     told = next(line for line in done.stdout.splitlines() if line.startswith("IDS"))
     assert told.split()[1:] == expected
-    assert all(book.troubles.get(trouble, 0) >= 2 for trouble in ALL_TROUBLES)
+    assert all(book.troubles.get(trouble, 0) >= 1 for trouble in ALL_TROUBLES)
