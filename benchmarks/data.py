@@ -50,7 +50,6 @@ from pyarrow.fs import S3FileSystem
 
 from cluster.runtime import start_ray
 from pipelines.data.catalogue import Catalogue
-from pipelines.data.clip_decoding import ClipDecoder
 from pipelines.data.clip_format import ClipFormat
 from pipelines.data.feed import Feed, Progress, StreamSettings
 from pipelines.data.filesystem import open_folder
@@ -60,7 +59,7 @@ from pipelines.data.ray_stream import ReadAheadSettings
 from pipelines.data.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO
 from pipelines.data.stream import plan_windows
 from pipelines.data.window import Source, read_window
-from pipelines.data.window_decoding import decode_rows
+from pipelines.data.window_decoding import ClipDecoder, decode_rows
 from pipelines.run_folder import git_revision, versions
 from pipelines.shapes import FRAME_PX, NUM_FRAMES
 

@@ -95,21 +95,6 @@ class _ShownFrame:
     end_s: Fraction
 
 
-@dataclass(frozen=True, slots=True)
-class ClipDecoder:
-    """Decodes the videos of a stream (`pipelines.data.window.Source.decode`).
-
-    Attributes:
-        wanted: Frames, size and rate; its policy says what happens to other sizes.
-    """
-
-    wanted: ClipFormat
-
-    def __call__(self, data: bytes, fps: float) -> Pixels:
-        """Pixels of one file, see `decode_clip`; the file knows its own rate better than `fps`."""
-        return decode_clip(data, self.wanted)
-
-
 def decode_clip(data: bytes, wanted: ClipFormat) -> Pixels:
     """Decodes the wanted clip.
 

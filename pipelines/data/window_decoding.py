@@ -5,6 +5,7 @@ are in order and only of those that are wanted, and a window comes out in parts 
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import prod
 from typing import cast
 
@@ -12,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.data.clip_decoding import ClipError, ClipFault
+from pipelines.data.clip_decoding import ClipError, ClipFault, decode_clip
+from pipelines.data.clip_format import ClipFormat
 from pipelines.data.schema import FPS, VIDEO
 from pipelines.data.window import REASON, Decode, Source
 
@@ -23,6 +25,21 @@ _KINDS = {
     ClipFault.TOO_SHORT: "video too short",
     ClipFault.WRONG_SIZE: "video of a wrong size",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ClipDecoder:
+    """Decodes files to clips of one format; what `Source.decode` is for videos.
+
+    Attributes:
+        wanted: Frames, size and rate; its policy says what happens to other sizes.
+    """
+
+    wanted: ClipFormat
+
+    def __call__(self, data: bytes, fps: float) -> NDArray[np.uint8]:
+        """Pixels of one file, see `decode_clip`; the file knows its own rate better than `fps`."""
+        return decode_clip(data, self.wanted)
 
 
 def decode_rows(source: Source, rows: pa.Table) -> Iterator[pa.Table]:

@@ -8,12 +8,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.data.clip_decoding import ClipDecoder
 from pipelines.data.clip_format import ClipFormat, FitPolicy
 from pipelines.data.feed import Batch, Feed, Progress, StreamSettings
 from pipelines.data.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO, Encoding, encoded_schema
 from pipelines.data.values import pack, pack_text
 from pipelines.data.window import Source
+from pipelines.data.window_decoding import ClipDecoder
 from pipelines.shapes import render, sample_spec, write_shards
 from pipelines.video import decode_video, encode_mp4
 
