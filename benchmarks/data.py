@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import torch
 from av.video.reformatter import VideoReformatter
-from data_memory import measure_memory
+from data_memory import draw, measure_memory
 from data_sets import (
     BUCKET,
     ENCODING,
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=", ".join(_PIECES))
     parser.add_argument("--rounds", type=int, default=3, help="of each comparison")
     parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
+    parser.add_argument("--plot", type=Path, help="SVG of the memory that was measured")
     arguments = parser.parse_args()
     unknown = set(arguments.pieces) - set(_PIECES)
     if unknown:
@@ -255,6 +256,8 @@ def main() -> None:
         text = json.dumps(result, indent=2) + "\n"
         if output:
             output.write_text(text)
+    if arguments.plot and "memory" in pieces:
+        arguments.plot.write_text(draw(pieces["memory"]))
     if not output:
         sys.stdout.write(text)
 

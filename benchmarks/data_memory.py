@@ -163,13 +163,3 @@ def draw(found: dict[str, Any]) -> str:
             f'<text x="{x + 8:.0f}" y="{y:.1f}" fill="{colour}">{name}</text>'
         )
     return "\n".join([*parts, "</svg>\n"])
-
-
-if __name__ == "__main__":
-    # python benchmarks/data_memory.py data.json docs/data-memory.svg
-    import json
-    import sys
-
-    source_file, target = map(Path, sys.argv[1:])
-    measured = json.loads(source_file.read_text())["pieces"]["memory"]
-    target.write_text(draw(measured))
