@@ -15,7 +15,16 @@ import typer
 from typer.core import TyperGroup
 
 from cluster.errors import ClusterError
-from pipelines.commands import bench, data, machine, planning, recipes, results, runs
+from pipelines.commands import (
+    bench,
+    comparing,
+    data,
+    machine,
+    planning,
+    recipes,
+    results,
+    runs,
+)
 from pipelines.commands.output import show_error
 from sgmd_core.errors import NonFiniteError, SgmdError, StaleCallError
 
@@ -53,6 +62,7 @@ for command in (
     runs.pretrain,
     runs.distill,
     runs.sweep,
+    comparing.study,
     runs.submit,
     planning.plan,
     bench.bench,

@@ -25,6 +25,7 @@ from pipelines.data.ray_stream import ReadAheadSettings
 from pipelines.methods import ObjectiveSettings, method_contradictions
 from pipelines.overrides import Override, apply_overrides
 from pipelines.section import Section
+from pipelines.study.settings import StudySettings
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import GRADIENT, VALUE
@@ -50,6 +51,7 @@ _NOT_IN_DIGEST: dict[str, bool | set[str]] = {
     "validation": True,
     "tracker": True,
     "sweep": True,
+    "study": True,
     "batch": {"micro_batches"},
     "data": {"validation", "text_cache", "max_bad_fraction", "read_ahead", "s3"},
 }
@@ -232,6 +234,7 @@ class DistillConfig(Section):
     validation: ValidationSettings = ValidationSettings()
     tracker: TrackerSettings = TrackerSettings()
     sweep: SweepSettings = SweepSettings()
+    study: StudySettings = StudySettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

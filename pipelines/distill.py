@@ -69,6 +69,7 @@ def distill(
     resume: bool = False,
     listener: Listener | None = None,
     in_trial: bool = False,
+    max_seconds: float | None = None,
 ) -> dict[str, Any]:
     """Runs the distillation that a configuration describes.
 
@@ -78,6 +79,8 @@ def distill(
             numbers as one that was never interrupted (bitwise on a CPU).
         listener: Hears about progress.
         in_trial: Use the placement group of the Tune trial that this process is.
+        max_seconds: Training time, that before a resumption included, after which the run ends even
+            if `config.iterations` are not made.
 
     Returns:
         The run's summary, as summary.json holds it.
@@ -118,7 +121,7 @@ def distill(
         run = Distillation(config, checked, groups, folder, data, checkpoints, listener, tracker)
         if resume:
             run.load(start)
-        run.train(start)
+        run.train(start, max_seconds)
         return run.finish()
 
 
@@ -194,15 +197,21 @@ class Distillation:
         self._fetch(roles.generator, generator, "loading the generator")
         self._fetch(roles.fake_score, fake_score, "loading the fake score")
 
-    def train(self, start: Position) -> None:
+    def train(self, start: Position, max_seconds: float | None = None) -> None:
         """Iterates to the end; checkpoints and validates on the way.
+
+        Args:
+            start: Where the run stands.
+            max_seconds: Training time of the whole run after which this is the end.
 
         Raises:
             NonFiniteError: With a note that says where the last good state is.
             DataError: Too much of the data cannot be used, or their server failed.
         """
         config, end = self._config, self._config.iterations
-        position = start
+        position, spent_s = start, self._seconds_spent()
+        if max_seconds is not None and spent_s >= max_seconds:
+            end = start.iteration
         coming = self._take() if start.iteration < end else []
         for iteration in range(start.iteration, end):
             began = time.perf_counter()
@@ -235,10 +244,16 @@ class Distillation:
                     exit_steps=report.exit_steps,
                 )
             )
-            if position.iteration == end or _due(position.iteration, config.checkpoint.every):
+            spent_s += time.perf_counter() - began
+            is_last = position.iteration == end or (
+                max_seconds is not None and spent_s >= max_seconds
+            )
+            if is_last or _due(position.iteration, config.checkpoint.every):
                 self._save(position)
-            if position.iteration == end or _due(position.iteration, config.validation.every):
+            if is_last or _due(position.iteration, config.validation.every):
                 self._validate(position.iteration)
+            if is_last:
+                break
 
     def finish(self) -> dict[str, Any]:
         """Exports the generator, waits for the last validation and writes the summary."""
@@ -282,6 +297,10 @@ class Distillation:
             for group in (roles.generator, roles.teacher, roles.fake_score, roles.text)
             for stage, seconds in group.timings().items()
         }
+
+    def _seconds_spent(self) -> float:
+        """Training time of all iterations so far."""
+        return sum(record["seconds"]["total"] for record in read_jsonl(self._folder.metrics))
 
     def _save(self, position: Position) -> None:
         folder, roles = self._checkpoints.folder(position.iteration), self._groups.roles

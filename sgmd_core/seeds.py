@@ -79,10 +79,22 @@ def draw(
         initial_noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
         levels.append(torch.randint(NUM_SCORE_LEVELS, (1,), generator=stream))
         noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
-    exit_stream = random_generator(seed, f"exit/{key.purpose}", key.iteration, key.micro_batch)
     return Draws(
         initial_noise=torch.stack(initial_noise),
-        exit_step=int(torch.randint(first_exit, num_steps, (), generator=exit_stream)),
+        exit_step=exit_step(seed, key, num_steps, first_exit),
         sigma=schedule.score_sigma(torch.cat(levels)),
         noise=torch.stack(noise),
     )
+
+
+def exit_step(seed: int, key: MicroBatchKey, num_steps: int, first_exit: int = 0) -> int:
+    """The rollout step at which a micro-batch leaves for x0, as `draw` draws it.
+
+    Args:
+        seed: The run's seed.
+        key: The micro-batch.
+        num_steps: Steps of the generator.
+        first_exit: The exit step is uniform on first_exit .. num_steps - 1.
+    """
+    stream = random_generator(seed, f"exit/{key.purpose}", key.iteration, key.micro_batch)
+    return int(torch.randint(first_exit, num_steps, (), generator=stream))

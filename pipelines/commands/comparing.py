@@ -1,0 +1,94 @@
+"""What compares methods: `sgmd study`."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from pipelines.commands.options import Json, Overrides, RecipeName
+from pipelines.commands.output import show, working
+
+if TYPE_CHECKING:
+    from pipelines.config import DistillConfig
+
+Shown = tuple[dict[str, Any], list[RenderableType]]
+"""A result as JSON can hold it, and the same for a reader."""
+
+
+def study(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show runs, forwards and predicted time; make none.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the recipe's `study.variants`: the same budget for each, with several seeds.
+
+    The same command again goes on where it was stopped.
+    """
+    with working() as console:
+        from pipelines.config import load_recipe
+
+        config = load_recipe(recipe, overrides or [])
+        data, shown = _planned(config) if dry_run else _made(config, console)
+    show(data, as_json, *shown)
+
+
+def _planned(config: "DistillConfig") -> Shown:
+    from pipelines.study.run import dry_run
+
+    planned = dry_run(config)
+    return planned, [_plan_table(planned), _plan_words(planned)]
+
+
+def _made(config: "DistillConfig", console: Console) -> Shown:
+    from pipelines.progress import console_listener
+    from pipelines.study import run as job
+    from pipelines.study.tables import results_markdown
+
+    result = job.study(
+        config,
+        lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
+        lambda num_iterations: console_listener(num_iterations, console),
+    )
+    folder = job.folder_of(config)
+    paths = "\n".join(str(folder / name) for name in job.WRITTEN)
+    return result.to_json(), [results_markdown(result), paths]
+
+
+def _plan_table(planned: Mapping[str, Any]) -> Table:
+    """One row a variant: what one run of it does and costs."""
+    table = Table()
+    headings = ("variant", "tracking", "iterations", "forwards / iteration", "forwards", "seconds")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in headings[:2] else "right")
+    for row in planned["variants"]:
+        table.add_row(
+            row["variant"],
+            row["tracking"],
+            _number(row["iterations"]),
+            _number(row["units_per_iteration"]),
+            _number(row["units"]),
+            _number(row["seconds"]),
+        )
+    return table
+
+
+def _plan_words(planned: Mapping[str, Any]) -> str:
+    total, source = planned["training_seconds"], planned["seconds_per_forward_from"]
+    lines = [f"{planned['runs']} runs (seeds {planned['seeds']}) in {planned['folder']}"]
+    if total is None:
+        lines.append(f"how long a forward pass takes is not known: {source}")
+    else:
+        lines.append(
+            f"predicted training time: {total / 60:.0f} min, from {source}; measuring is on top"
+        )
+    lines.append("a forward is a pass over one batch; back to the input counts 1, to the weights 2")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}"

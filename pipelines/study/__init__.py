@@ -1,0 +1,1 @@
+"""`sgmd study`: the same budget for several methods and seeds, and what each makes of it."""

@@ -1,0 +1,196 @@
+"""Which runs a study consists of, and what each of them is allowed.
+
+    recipe + study.settings + a variant + a seed + the budget  ->  one run of `sgmd distill`
+
+Seeds come one after another, each with all variants in turn: a study that is cut short has compared
+everybody, and a machine whose speed drifts slows all of them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import JsonValue
+
+from pipelines.config import DistillConfig
+from pipelines.study.passes import expected_passes, run_passes, total_units, units_by_role
+from sgmd_core.errors import ConfigError
+
+# More than any run makes before its seconds are over.
+_NO_END = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRun:
+    """One variant with one seed.
+
+    Attributes:
+        variant: Its name.
+        config: The whole run.
+        max_seconds: Training time after which it ends, where that is the budget.
+    """
+
+    variant: str
+    config: DistillConfig
+    max_seconds: float | None
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self.config.seed
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written down."""
+        return self.config.run_folder
+
+    @property
+    def num_iterations(self) -> int | None:
+        """Updates of the generator; None where the clock decides."""
+        return None if self.max_seconds is not None else self.config.iterations
+
+
+@dataclass(frozen=True, slots=True)
+class StudyPlan:
+    """All runs of a study, in the order in which they are made.
+
+    Attributes:
+        config: The recipe.
+        folder: Where everything is written.
+        runs: The runs.
+    """
+
+    config: DistillConfig
+    folder: Path
+    runs: tuple[PlannedRun, ...]
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants, in the recipe's order."""
+        return tuple(self.config.study.variants)
+
+
+def plan_study(config: DistillConfig) -> StudyPlan:
+    """What `sgmd study` will do.
+
+    Args:
+        config: The recipe; its study section says what is compared.
+
+    Raises:
+        ConfigError: There is nothing to compare or to measure with, a variant does not fit the
+            recipe, or a budget is less than one iteration.
+    """
+    study = config.study
+    attempted = f"planning the study of {config.name}"
+    if not study.variants or not study.seeds:
+        raise ConfigError(
+            attempted,
+            f"{len(study.variants)} variants and {len(study.seeds)} seeds",
+            "at least one of each in the section study",
+            "`sgmd recipes show tiny` has an example",
+        )
+    if len(set(study.seeds)) != len(study.seeds):
+        raise ConfigError(attempted, f"study.seeds {study.seeds}", "different seeds")
+    if not config.data.validation:
+        raise ConfigError(
+            attempted, "data.validation is empty", "held-out captions to measure the runs with"
+        )
+    folder = Path(config.output) / f"{config.name}-study"
+    runs = [
+        _planned_run(config, folder, variant, seed)
+        for seed in study.seeds
+        for variant in study.variants
+    ]
+    return StudyPlan(config, folder, tuple(runs))
+
+
+def plan_rows(plan: StudyPlan, seconds_per_unit: float | None) -> list[dict[str, Any]]:
+    """One row a variant: what a run of it does, costs and takes; what `--dry-run` prints.
+
+    Args:
+        plan: The study.
+        seconds_per_unit: Of a forward pass over one batch; None where nobody knows.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in plan.runs[: len(plan.variants)]:
+        per_iteration = expected_passes(run.config)
+        units = total_units(per_iteration)
+        row: dict[str, Any] = {
+            "variant": run.variant,
+            "method": run.config.objective.method,
+            "tracking": run.config.fake_score.tracking,
+            "units_per_iteration": units,
+            "units_by_role": units_by_role(per_iteration),
+        }
+        if run.max_seconds is not None:
+            made = seconds_per_unit and max(1, int(run.max_seconds / (units * seconds_per_unit)))
+            row |= {"iterations": made, "units": None, "seconds": run.max_seconds}
+        else:
+            spent = total_units(run_passes(run.config, run.config.iterations))
+            seconds = seconds_per_unit and spent * seconds_per_unit
+            row |= {"iterations": run.config.iterations, "units": spent, "seconds": seconds}
+        rows.append(row)
+    return rows
+
+
+def measured_iterations(available: Sequence[int], wanted: int) -> list[int]:
+    """Which checkpoints of a run are measured: so many, evenly spread, the last one always.
+
+    Args:
+        available: Iterations that there is a checkpoint of, rising.
+        wanted: How many to measure, at least 1.
+    """
+    if len(available) <= wanted:
+        return list(available)
+    places = [round(part * len(available) / wanted) for part in range(1, wanted + 1)]
+    return [available[place - 1] for place in places]
+
+
+def _planned_run(config: DistillConfig, folder: Path, variant: str, seed: int) -> PlannedRun:
+    attempted = f"planning the variant {variant} of the study of {config.name}"
+    study = config.study
+    own: dict[str, JsonValue] = {
+        **study.settings,
+        **study.variants[variant],
+        "seed": seed,
+        "name": f"{variant}-seed{seed}",
+        "output": str(folder / "runs"),
+        # A run is told nothing of the others.
+        "study": {},
+        # The study measures by itself, all runs against one set of the teacher's clips.
+        "validation.every": 0,
+    }
+    try:
+        base = config.with_settings(own)
+        amount = study.budget.amount
+        match study.budget.unit:
+            case "seconds":
+                return PlannedRun(variant, base.with_settings({"iterations": _NO_END}), amount)
+            case "iterations":
+                iterations = int(amount)
+            case "forwards":
+                iterations = int(amount / total_units(expected_passes(base)))
+        return PlannedRun(variant, _with_iterations(base, iterations, study.measurements), None)
+    except ConfigError as error:
+        error.add_note(f"met while {attempted}")
+        raise
+
+
+def _with_iterations(config: DistillConfig, iterations: int, measurements: int) -> DistillConfig:
+    if iterations < 1:
+        needed = total_units(expected_passes(config))
+        raise ConfigError(
+            f"giving {config.name} its budget",
+            f"less than one iteration, which takes {needed:g} forwards",
+            "at least one",
+            "Raise study.budget.amount",
+        )
+    return config.with_settings(
+        {
+            "iterations": iterations,
+            "checkpoint.every": math.ceil(iterations / measurements),
+            "checkpoint.keep": measurements,
+        }
+    )

@@ -1,0 +1,199 @@
+"""What a study has found: points of runs, their means and spreads over seeds.
+
+    runs of a variant  ->  the same figure of each  ->  mean, standard deviation, number
+
+A run that failed keeps what was measured before, and counts in no mean.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, median, stdev
+from typing import Any
+
+from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.study.judging import REFERENCE, Figures
+from pipelines.study.passes import iteration_passes, total_units
+from pipelines.study.plan import PlannedRun
+
+_TOTAL = "total"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A run, measured on its way.
+
+    Attributes:
+        iteration: Updates of the generator.
+        units: Forward passes over a batch that they took, backward passes counted by their cost.
+        seconds: Training time that they took.
+        figures: Measured on the generator's clips.
+    """
+
+    iteration: int
+    units: float
+    seconds: float
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """One variant with one seed.
+
+    Attributes:
+        variant: Its name.
+        seed: Its seed.
+        run_folder: Where it was written down.
+        points: Measured points, the end last.
+        stage_seconds: Busy seconds of an iteration by `role.stage`, medians.
+        iteration_s: Wall-clock seconds of an iteration, median; None before the first one.
+        error: Why it failed, or an empty string.
+    """
+
+    variant: str
+    seed: int
+    run_folder: str
+    points: tuple[Point, ...] = ()
+    stage_seconds: Mapping[str, float] = field(default_factory=dict)
+    iteration_s: float | None = None
+    error: str = ""
+
+    @property
+    def end(self) -> Point | None:
+        """The last point of a run that came to its end."""
+        return None if self.error or not self.points else self.points[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A figure over seeds.
+
+    Attributes:
+        mean: Mean.
+        deviation: Standard deviation over seeds, with n - 1; None of a single one.
+        count: Seeds that have the figure.
+    """
+
+    mean: float
+    deviation: float | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StudyResult:
+    """A whole study.
+
+    Attributes:
+        name: Of the recipe.
+        budget: Unit and amount.
+        seeds: Seeds of the runs.
+        num_captions: Clips behind every figure.
+        teacher: Figures of the teacher's sets by name; see `pipelines.study.judging`.
+        variants: Names of the variants, in the recipe's order.
+        units_per_iteration: By variant and role, in the mean.
+        runs: Every run, also those that failed.
+        facts: Machine, versions, revision.
+    """
+
+    name: str
+    budget: tuple[str, float]
+    seeds: tuple[int, ...]
+    num_captions: int
+    teacher: Mapping[str, Figures]
+    variants: tuple[str, ...]
+    units_per_iteration: Mapping[str, Mapping[str, float]]
+    runs: tuple[RunResult, ...]
+    facts: Mapping[str, Any]
+
+    def of(self, variant: str) -> list[RunResult]:
+        """Runs of a variant, by seed."""
+        return [run for run in self.runs if run.variant == variant]
+
+    def ends(self, variant: str) -> list[Point]:
+        """Last points of a variant's runs that came to their end."""
+        return [run.end for run in self.of(variant) if run.end is not None]
+
+    def at_end(self, variant: str, figure: str, *, over_teacher: bool = False) -> Spread | None:
+        """A figure at the end of a variant's runs, over seeds.
+
+        Args:
+            variant: Its name.
+            figure: Name of the figure.
+            over_teacher: Take its ratio to the reference's.
+
+        Returns:
+            None where no run of the variant has it.
+        """
+        values = [point.figures[figure] for point in self.ends(variant) if figure in point.figures]
+        below = self.teacher[REFERENCE].get(figure) if over_teacher else 1.0
+        return spread([value / below for value in values]) if below else None
+
+    def to_json(self) -> dict[str, Any]:
+        """As results.json holds it, with the spreads that the tables show."""
+        figures = sorted({name for run in self.runs for p in run.points for name in p.figures})
+        ends = {
+            variant: {
+                name: asdict(found)
+                for name in figures
+                if (found := self.at_end(variant, name)) is not None
+            }
+            for variant in self.variants
+        }
+        return {**asdict(self), "at_end": ends}
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Mean and standard deviation of the finite values; None where there are none."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return None
+    return Spread(fmean(finite), stdev(finite) if len(finite) > 1 else None, len(finite))
+
+
+def mean_curve(runs: Sequence[RunResult], figure: str) -> list[tuple[Point, float]]:
+    """A figure along the runs of a variant: means over those that have got so far.
+
+    Returns:
+        (mean place, mean value) by iteration; a place has no figures.
+    """
+    by_iteration: dict[int, list[Point]] = {}
+    for run in runs:
+        for point in run.points:
+            if figure in point.figures:
+                by_iteration.setdefault(point.iteration, []).append(point)
+    return [
+        (
+            Point(
+                iteration,
+                fmean(point.units for point in points),
+                fmean(point.seconds for point in points),
+                {},
+            ),
+            fmean(point.figures[figure] for point in points),
+        )
+        for iteration, points in sorted(by_iteration.items())
+    ]
+
+
+def place_of(run: PlannedRun, iteration: int) -> tuple[float, float]:
+    """Units and seconds that a run took for its first iterations."""
+    units = sum(total_units(iteration_passes(run.config, i)) for i in range(iteration))
+    seconds = [
+        line["seconds"][_TOTAL]
+        for line in read_jsonl(RunFolder(run.folder).metrics)
+        if line["iteration"] < iteration
+    ]
+    return units, sum(seconds)
+
+
+def times_of(run: PlannedRun) -> tuple[dict[str, float], float | None]:
+    """Median busy seconds of an iteration by stage, and of the whole of it."""
+    found: dict[str, list[float]] = {}
+    lines = read_jsonl(RunFolder(run.folder).metrics)
+    for line in lines:
+        for stage, seconds in line["seconds"].items():
+            found.setdefault(stage, []).append(seconds)
+    # A stage that most iterations do not have, such as a first encoding, is no cost of each.
+    usual = {name: median(s) for name, s in found.items() if 2 * len(s) > len(lines)}
+    total = usual.pop(_TOTAL, None)
+    return usual, total

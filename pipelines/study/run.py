@@ -1,0 +1,222 @@
+"""Compares methods: every variant with every seed on the same budget, each run measured alike.
+
+    plan -> [distil or resume -> measure checkpoints] for each run -> tables, plots
+
+Killed and started again it goes on where it was: finished runs are not made again, a half-finished
+one is resumed from its checkpoint, what was measured is remembered. A run that fails is a row that
+says why; started again, the study tries it once more.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cluster.storage import Checkpoints, read_json, write_json, write_text
+from pipelines.config import DistillConfig, load_recipe
+from pipelines.distill import distill
+from pipelines.preflight import check
+from pipelines.progress import Listener
+from pipelines.run_folder import RunFolder, git_revision, versions
+from pipelines.study.figures import write_plots
+from pipelines.study.judging import Figures, Judge
+from pipelines.study.passes import expected_passes, units_by_role
+from pipelines.study.plan import (
+    PlannedRun,
+    StudyPlan,
+    measured_iterations,
+    plan_rows,
+    plan_study,
+)
+from pipelines.study.results import Point, RunResult, StudyResult, place_of, times_of
+from pipelines.study.speed import seconds_per_unit
+from pipelines.study.tables import cost_csv, results_csv, results_markdown
+from sgmd_core.errors import ConfigError
+
+RESULTS_FILE = "results.json"
+WRITTEN = ("results.md", "results.csv", "cost.csv", RESULTS_FILE)
+_POINTS_FILE = "study.json"
+
+OpenListener = Callable[[int], AbstractContextManager[Listener]]
+"""Opens what hears the progress of one run, given its number of iterations."""
+
+
+def folder_of(config: DistillConfig) -> Path:
+    """Where a study is written down."""
+    return plan_study(config).folder
+
+
+def dry_run(config: DistillConfig) -> dict[str, Any]:
+    """What a study would do, cost and take; makes nothing.
+
+    Raises:
+        SgmdError: What does not fit.
+    """
+    plan = plan_study(config)
+    for run in plan.runs[: len(plan.variants)]:
+        check(run.config)
+    speed, source = seconds_per_unit(plan)
+    rows = plan_rows(plan, speed)
+    seconds = [row["seconds"] for row in rows]
+    total = sum(seconds) * len(config.study.seeds) if all(seconds) else None
+    return {
+        "folder": str(plan.folder),
+        "runs": len(plan.runs),
+        "seeds": list(config.study.seeds),
+        "budget": config.study.budget.model_dump(),
+        "seconds_per_forward": speed,
+        "seconds_per_forward_from": source,
+        "training_seconds": total,
+        "variants": rows,
+    }
+
+
+def study(
+    config: DistillConfig,
+    tell: Callable[[str], None],
+    open_listener: OpenListener,
+) -> StudyResult:
+    """Makes and measures every run that is still missing, and writes tables and plots.
+
+    Args:
+        config: The recipe; its study section says what is compared.
+        tell: Hears one line about each phase.
+        open_listener: Opens what hears the progress of a run.
+
+    Returns:
+        Everything that was found, as results.json holds it.
+
+    Raises:
+        SgmdError: The study itself is wrong, or its folder holds runs of other settings. What goes
+            wrong in a run is in its row.
+    """
+    plan = plan_study(config)
+    for run in plan.runs:
+        _require_same(run)
+    for run in plan.runs[: len(plan.variants)]:
+        check(run.config)
+    judge = Judge(config.with_settings(dict(config.study.settings)), plan.folder, tell)
+    teacher = judge.teacher
+    results: list[RunResult] = []
+    for number, run in enumerate(plan.runs, 1):
+        tell(f"run {number}/{len(plan.runs)}: {run.config.name}")
+        results.append(_made(run, judge, tell, open_listener))
+        # After every run, so that a study under way can be looked at.
+        _write(plan.folder, _result(plan, judge, teacher, results))
+    return _result(plan, judge, teacher, results)
+
+
+def _require_same(run: PlannedRun) -> None:
+    """Refuses to go on with a run of other settings."""
+    path = RunFolder(run.folder).config
+    if path.exists() and load_recipe(str(path)).digest != run.config.digest:
+        raise ConfigError(
+            f"going on with the study in {run.folder.parent.parent}",
+            f"{run.config.name} was made with other settings",
+            "the settings that the study was started with; its budget may grow",
+            "Choose another name=..., or delete that run's folder",
+        )
+
+
+def _made(
+    run: PlannedRun, judge: Judge, tell: Callable[[str], None], open_listener: OpenListener
+) -> RunResult:
+    """A run at its end, measured; or why there is none."""
+    error = ""
+    try:
+        if not _is_finished(run):
+            with open_listener(run.config.iterations) as listener:
+                distill(
+                    run.config,
+                    resume=RunFolder(run.folder).config.exists(),
+                    listener=listener,
+                    max_seconds=run.max_seconds,
+                )
+        points = _measure(run, judge)
+    # Whatever breaks one run, the others are still worth making.
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+        tell(f"{run.config.name} failed. {error}")
+        points = _remembered(run, judge)
+    stage_seconds, iteration_s = times_of(run)
+    ordered = tuple(points[iteration] for iteration in sorted(points))
+    folder = str(run.folder)
+    return RunResult(run.variant, run.seed, folder, ordered, stage_seconds, iteration_s, error)
+
+
+def _is_finished(run: PlannedRun) -> bool:
+    folder = RunFolder(run.folder)
+    if not folder.summary.exists():
+        return False
+    done = json.loads(folder.summary.read_text(encoding="utf-8"))["iterations"]
+    if run.max_seconds is None:
+        return done >= run.config.iterations
+    return place_of(run, done)[1] >= run.max_seconds
+
+
+def _measure(run: PlannedRun, judge: Judge) -> dict[int, Point]:
+    """Points of a finished run by iteration; each is written down as soon as it is measured."""
+    points = _remembered(run, judge)
+    checkpoints = Checkpoints(str(RunFolder(run.folder).checkpoints))
+    role = "ema" if run.config.generator.ema_decay > 0 else "generator"
+    for iteration in measured_iterations(checkpoints.steps(), judge.num_measurements):
+        if iteration not in points:
+            label = f"{run.config.name} at iteration {iteration}"
+            figures = judge.generator(checkpoints.folder(iteration), role, label)
+            points[iteration] = Point(iteration, *place_of(run, iteration), figures)
+            entries = [asdict(point) for point in points.values()]
+            write_json(str(run.folder / _POINTS_FILE), {"judge": judge.key, "points": entries})
+    # The last one stays: a budget may grow.
+    checkpoints.prune(1)
+    return points
+
+
+def _remembered(run: PlannedRun, judge: Judge) -> dict[int, Point]:
+    """What was measured before, in the same way."""
+    path = run.folder / _POINTS_FILE
+    stored: dict[str, Any] = read_json(str(path)) if path.exists() else {}
+    if stored.get("judge") != judge.key:
+        return {}
+    return {entry["iteration"]: Point(**entry) for entry in stored["points"]}
+
+
+def _result(
+    plan: StudyPlan, judge: Judge, teacher: dict[str, Figures], runs: list[RunResult]
+) -> StudyResult:
+    study = plan.config.study
+    first = {run.variant: run for run in reversed(plan.runs)}
+    return StudyResult(
+        name=plan.config.name,
+        budget=(study.budget.unit, study.budget.amount),
+        seeds=tuple(study.seeds),
+        num_captions=len(judge.captions),
+        teacher=teacher,
+        variants=plan.variants,
+        units_per_iteration={
+            variant: units_by_role(expected_passes(first[variant].config))
+            for variant in plan.variants
+        },
+        runs=tuple(runs),
+        facts={
+            "topology": first[plan.variants[0]].config.topology.mode,
+            "threads_per_rank": first[plan.variants[0]].config.topology.threads_per_rank,
+            "machine": platform.machine(),
+            "cores": os.cpu_count(),
+            "git_revision": git_revision(),
+            "versions": versions(),
+            "date": datetime.now(UTC).date().isoformat(),
+        },
+    )
+
+
+def _write(folder: Path, result: StudyResult) -> None:
+    write_text(str(folder / "results.md"), results_markdown(result))
+    write_text(str(folder / "results.csv"), results_csv(result))
+    write_text(str(folder / "cost.csv"), cost_csv(result))
+    write_json(str(folder / RESULTS_FILE), result.to_json())
+    write_plots(folder, result)

@@ -1,0 +1,62 @@
+"""How long one forward pass over a batch takes: known from runs that were made, or tried out.
+
+Trying out is for the local topology alone, where this machine is the one that will compute.
+"""
+
+import time
+from collections.abc import Sequence
+from statistics import median
+
+import torch
+
+from pipelines.config import DistillConfig
+from pipelines.preflight import check
+from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.study.passes import iteration_passes, total_units
+from pipelines.study.plan import StudyPlan
+from workers.models.wan import load_transformer
+
+_TRIES = 5
+
+
+def seconds_per_unit(plan: StudyPlan) -> tuple[float | None, str]:
+    """Seconds of a forward pass over one batch, and where the figure is from.
+
+    Returns:
+        None where no run has been made and none would compute on this machine.
+    """
+    found = _recorded(plan)
+    if found:
+        return median(found), f"{len(found)} iterations of this study"
+    if plan.config.topology.mode != "local" and plan.runs[0].config.topology.mode != "local":
+        return None, "no run yet"
+    return time_forward(plan.runs[0].config), "passes timed just now"
+
+
+def time_forward(config: DistillConfig) -> float:
+    """Median seconds of a forward pass over one batch, in micro-batches, on this machine."""
+    checked = check(config)
+    torch.set_num_threads(config.topology.threads_per_rank)
+    network = load_transformer(str(checked.model.path)).eval()
+    num_samples = config.batch.size // config.batch.micro_batches
+    x_t = torch.zeros(num_samples, *checked.latent_shape)
+    sigma = torch.full((num_samples,), 0.5)
+    text = torch.zeros(num_samples, config.model.text_length, checked.model.text_width)
+    seconds: list[float] = []
+    with torch.no_grad():
+        for _ in range(_TRIES):
+            began = time.perf_counter()
+            network(x_t, sigma, text)
+            seconds.append(time.perf_counter() - began)
+    # The first pass pays for what is set up once.
+    return config.batch.micro_batches * median(seconds[1:])
+
+
+def _recorded(plan: StudyPlan) -> Sequence[float]:
+    """Seconds a unit of every iteration that was made, by the units of that very iteration."""
+    found: list[float] = []
+    for run in plan.runs:
+        for line in read_jsonl(RunFolder(run.folder).metrics):
+            units = total_units(iteration_passes(run.config, line["iteration"]))
+            found.append(line["seconds"]["total"] / units)
+    return found

@@ -1,0 +1,153 @@
+"""A small study over real networks: killed, resumed, and a run of it that fails."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.config import DistillConfig
+from pipelines.progress import SilentListener
+from pipelines.study.run import dry_run, study
+from sgmd_core.errors import ConfigError
+from tests.e2e.conftest import MakeRecipe
+from tests.e2e.processes import ROOT, TIMEOUT_S
+
+STUDY = (
+    "study.variants={ours: {}, theirs: {objective.method: tsg_sim}}",
+    "study.seeds=[1, 2]",
+    "study.budget={unit: iterations, amount: 2}",
+    "study.measurements=2",
+    "study.num_captions=8",
+)
+RUNS = ("ours-seed1", "theirs-seed1", "ours-seed2", "theirs-seed2")
+
+# Dies in the middle of the second run: its first iteration is saved, its second is not.
+KILLED = """
+import os, signal, sys
+from contextlib import contextmanager
+from pipelines.config import load_recipe
+from pipelines.progress import SilentListener
+from pipelines.study.run import study
+
+class Killer(SilentListener):
+    iterations = 0
+    def iteration(self, record):
+        Killer.iterations += 1
+        if Killer.iterations == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+@contextmanager
+def listener(num_iterations):
+    yield Killer()
+
+study(load_recipe(sys.argv[1]), print, listener)
+"""
+
+
+@contextmanager
+def silent(num_iterations: int):
+    yield SilentListener()
+
+
+def made(config: DistillConfig, notes: list[str] | None = None):
+    return study(config, (notes if notes is not None else []).append, silent)
+
+
+def figures(folder: Path) -> dict[tuple[str, str, str], str]:
+    rows = csv.DictReader((folder / "results.csv").open())
+    return {(row["variant"], row["seed"], row["iteration"]): row["frechet"] for row in rows}
+
+
+@pytest.mark.slow
+def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_figures(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    config = make_recipe(*STUDY)
+    recipe = tmp_path / "study.yaml"
+    recipe.write_text(config.to_yaml())
+    command = [sys.executable, "-c", KILLED, str(recipe)]
+    dead = subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S, check=False, capture_output=True)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
+
+    folder = tmp_path / "runs" / "small-study"
+    first = folder / "runs" / RUNS[0]
+    finished_at = (first / "summary.json").stat().st_mtime_ns
+    notes: list[str] = []
+    result = made(config, notes)
+    assert (first / "summary.json").stat().st_mtime_ns == finished_at
+    sampled = [note for note in notes if note.startswith("sampling")]
+    # The teacher's clips and those of the first run are remembered.
+    assert len(sampled) == 6
+    assert not any("teacher" in note or RUNS[0] in note for note in sampled)
+    assert [Path(run.run_folder).name for run in result.runs] == list(RUNS)
+    assert [len(run.points) for run in result.runs] == [2, 2, 2, 2]
+    assert not any(run.error for run in result.runs)
+    for name in ("results.md", "results.json", "cost.csv", "quality-seconds.svg", "cost.svg"):
+        assert (folder / name).stat().st_size > 0
+
+    whole = made(make_recipe(*STUDY, "name=whole"))
+    assert whole.teacher == result.teacher
+    assert figures(tmp_path / "runs" / "whole-study") == figures(folder)
+
+
+def test_a_run_that_fails_is_a_row_that_says_why_and_is_tried_again(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    variants = "study.variants={ours: {}, broken: {generator.optimizer.lr: 1.0e+30}}"
+    short = (*STUDY, variants, "study.seeds=[1]", "name=failing")
+    result = made(make_recipe(*short))
+    ours, broken = result.runs
+    assert not ours.error
+    assert "finite" in broken.error
+    assert "**broken, seed 1** failed" in (tmp_path / "runs/failing-study/results.md").read_text()
+    notes: list[str] = []
+    made(make_recipe(*short), notes)
+    assert [note for note in notes if "failed" in note]
+
+
+def test_a_study_by_the_clock_ends_its_runs_when_their_time_is_over(
+    make_recipe: MakeRecipe,
+) -> None:
+    clock = "study.budget={unit: seconds, amount: 0.001}"
+    config = make_recipe(*STUDY, clock, "study.seeds=[1]", "study.variants={ours: {}}")
+    (run,) = made(config).runs
+    assert [point.iteration for point in run.points] == [1]
+    assert run.points[0].seconds >= 0.001
+    # Nothing is left to do.
+    notes: list[str] = []
+    made(config, notes)
+    assert not [note for note in notes if note.startswith("sampling")]
+
+
+def test_a_study_does_not_go_on_with_runs_of_other_settings(make_recipe: MakeRecipe) -> None:
+    made(make_recipe(*STUDY, "study.seeds=[1]", "study.variants={ours: {}}"))
+    with pytest.raises(ConfigError, match="made with other settings"):
+        made(make_recipe(*STUDY, "objective.lambda_nr=0.3"))
+
+
+def test_a_dry_run_tells_forwards_and_time_and_makes_nothing(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    planned = dry_run(make_recipe(*STUDY))
+    assert planned["runs"] == 4
+    assert [row["units_per_iteration"] for row in planned["variants"]] == [10.5, 10.5]
+    assert planned["training_seconds"] > 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_command_prints_the_plan_as_a_table_and_as_json(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "study.yaml"
+    recipe.write_text(make_recipe(*STUDY).to_yaml())
+    shown = CliRunner().invoke(app, ["study", str(recipe), "--dry-run"])
+    assert "predicted training time" in shown.stdout
+    told = CliRunner().invoke(app, ["study", str(recipe), "--dry-run", "--json"])
+    assert json.loads(told.stdout)["seeds"] == [1, 2]

@@ -1,0 +1,140 @@
+"""Passes of the networks: against the method cards' table, and against networks that count."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from cluster.local import LocalWorkerGroup
+from pipelines.config import DistillConfig, load_recipe
+from pipelines.iteration import PromptBatch, Roles, iterate, plan_iteration
+from pipelines.study.passes import (
+    Passes,
+    expected_passes,
+    iteration_passes,
+    run_passes,
+    total_units,
+    units_by_role,
+)
+from sgmd_core.types import TextBatch, per_sample
+from workers.fake_score_tracker import FakeScoreTracker
+from workers.generator_learner import GeneratorLearner
+from workers.score_teacher import ScoreTeacher
+
+FRESH = "fake_score.tracking=fresh"
+LATENT_SHAPE = (2, 1, 2, 2)
+
+METHODS = {
+    "sgmd shared": (),
+    "sgmd fresh": (FRESH,),
+    "sgmd fresh, three updates": (FRESH, "objective.fake_updates=3"),
+    "dmd shared": ("objective.method=dmd",),
+    "dmd2": ("objective.method=dmd2", FRESH),
+    "tsg_fisher": ("objective.method=tsg_fisher", FRESH),
+    "tsg_sim": ("objective.method=tsg_sim",),
+    "sid": ("objective.method=sid", FRESH),
+    "unguided": ("teacher.guidance_scale=1.0",),
+    "diversity": ("generator.diversity.weight=0.1", "generator.diversity.anchor_step=3"),
+    "four micro-batches": ("batch.micro_batches=4", FRESH),
+}
+
+
+def config_of(*overrides: str) -> DistillConfig:
+    return load_recipe("tiny", ["batch.size=8", "topology.mode=local", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("method", "units"),
+    # Section 1.3 of the method cards: four steps, a guided teacher, checkpointed training.
+    [("sgmd shared", 13.5), ("sgmd fresh", 17), ("dmd2", 41), ("tsg_fisher", 43), ("sid", 47)],
+)
+def test_the_cost_of_an_iteration_is_that_of_the_method_cards(method, units):
+    passes = expected_passes(config_of(*METHODS[method]))
+    assert total_units(passes, checkpointed=True) == units
+
+
+def test_without_checkpointing_nothing_is_computed_twice():
+    shared, dmd2 = (expected_passes(config_of(*METHODS[name])) for name in ("sgmd shared", "dmd2"))
+    assert (total_units(shared), total_units(dmd2)) == (10.5, 35)
+
+
+def test_a_roles_share_is_the_sum_of_its_stages():
+    shares = units_by_role(expected_passes(config_of()))
+    assert shares == {"generator": 4.5, "teacher": 2, "fake_score": 4}
+
+
+def test_passes_add_up():
+    assert Passes(1, 2, 3) + Passes(1, 0, 0).times(2) == Passes(3, 2, 3)
+    assert Passes(1, 2, 3).units == 9
+
+
+def test_a_run_is_the_sum_of_its_iterations_and_near_its_expectation():
+    config = config_of(FRESH)
+    whole = run_passes(config, 400)
+    by_hand = sum(total_units(iteration_passes(config, i)) for i in range(400))
+    assert total_units(whole) == pytest.approx(by_hand)
+    assert total_units(whole) / 400 == pytest.approx(total_units(expected_passes(config)), rel=0.02)
+
+
+class CountingNetwork(nn.Module):
+    """The smallest velocity model; knows how many rows went through it, and which way.
+
+    A hook on what a forward pass took runs when a backward pass asks for the gradient there.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.5))
+        self.counts: Counter[str] = Counter()
+
+    def forward(self, x_t, sigma, text):
+        weight = self.weight.expand(len(x_t))
+        self.counts["forwards"] += len(x_t)
+        for value, kind in ((x_t, "to_input"), (weight, "to_weights")):
+            if value.requires_grad:
+                value.register_hook(lambda grad, kind=kind: self._add(kind, len(grad)))
+        return per_sample(weight, x_t) * x_t
+
+    def _add(self, kind: str, rows: int) -> None:
+        self.counts[kind] += rows
+
+
+class Captions:
+    """A text encoder that embeds every caption as zero."""
+
+    def encode(self, captions, sample_indices):
+        return TextBatch(torch.zeros(len(captions), 1, 1), tuple(sample_indices))
+
+    def negative(self):
+        return torch.zeros(1, 1, 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_networks_that_count_find_what_was_foretold(method):
+    config = config_of("seed=3", *METHODS[method])
+    networks = {role: CountingNetwork() for role in ("generator", "fake_score", "teacher")}
+    generator = GeneratorLearner(
+        networks["generator"], config.schedule, config.generator, LATENT_SHAPE, config.seed
+    )
+    fake_score = FakeScoreTracker(networks["fake_score"], config.objective, config.fake_score)
+    text = LocalWorkerGroup("text", [Captions()])
+    roles = Roles(
+        generator=LocalWorkerGroup("generator", [generator]),
+        fake_score=LocalWorkerGroup("fake_score", [fake_score]),
+        teacher=LocalWorkerGroup("teacher", [ScoreTeacher(networks["teacher"], config.teacher)]),
+        text=text,
+    )
+    plan = plan_iteration(config, text.call_rank(0, Captions.negative))
+    captions = PromptBatch(tuple("abcdefgh"))
+    num_iterations = 3
+    for iteration in range(num_iterations):
+        iterate(roles, plan, iteration, [captions] * plan.batches_per_iteration)
+
+    foretold: dict[str, Passes] = {}
+    for stage, passes in run_passes(config, num_iterations).items():
+        role = stage.partition(".")[0]
+        foretold[role] = foretold.get(role, Passes()) + passes
+    for role, network in networks.items():
+        counted = {kind: rows / config.batch.size for kind, rows in network.counts.items()}
+        assert Passes(**counted) == foretold[role], role
