@@ -78,6 +78,7 @@ def sample_clip_set(
     request: ClipRequest,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     extract: FeatureExtractor = clip_features,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> ClipSet:
     """Samples and measures a set of clips.
 
@@ -86,6 +87,7 @@ def sample_clip_set(
         request: What to sample.
         on_progress: Called after every batch with (clips done, clips in all).
         extract: Gives the features.
+        weights: Parameters by name to sample with instead.
     """
     measurer = Measurer(request.fps, request.reads_shapes, request.features_only, extract)
     parts: list[MeasuredClips] = []
@@ -95,7 +97,9 @@ def sample_clip_set(
     for start in range(0, total, request.batch_size):
         captions = request.captions[start : start + request.batch_size]
         began = time.perf_counter()
-        video = evaluator.sample(captions, start, how.seed, how.num_steps, how.guidance_scale)
+        video = evaluator.sample(
+            captions, start, how.seed, how.num_steps, how.guidance_scale, weights
+        )
         seconds.append((time.perf_counter() - began) / len(captions))
         parts.append(measurer.measure(video))
         for index in request.shown:

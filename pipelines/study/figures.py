@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cluster.storage import write_text
 from pipelines.charts import Axis, linear_axis, number
-from pipelines.study.judging import FEW, FLOOR, REFERENCE
+from pipelines.evaluation import FLOOR, REFERENCE, TEACHER_FEW
 from pipelines.study.passes import role_of
 from pipelines.study.results import StudyResult, mean_curve
 from pipelines.study.tables import stage_costs
@@ -47,7 +47,7 @@ def write_plots(folder: Path, result: StudyResult) -> list[Path]:
 
 def quality_plot(result: StudyResult, *, by_seconds: bool) -> str:
     """Distance against cost: one curve a variant, from the untrained generator on."""
-    start = result.teacher[FEW][QUALITY]
+    start = result.teacher[TEACHER_FEW][QUALITY]
     curves: dict[str, list[tuple[float, float]]] = {}
     for variant in result.variants:
         found = mean_curve(result.of(variant), QUALITY)
@@ -84,7 +84,7 @@ def motion_plot(result: StudyResult) -> str:
         return ""
     below = result.teacher[REFERENCE][MOTION] or 1.0
     shown = {name: [(x, y / below) for x, y in points] for name, points in ends.items()}
-    start = (result.teacher[FEW][QUALITY], result.teacher[FEW][MOTION] / below)
+    start = (result.teacher[TEACHER_FEW][QUALITY], result.teacher[TEACHER_FEW][MOTION] / below)
     everywhere = [point for points in shown.values() for point in points] + [start]
     x_axis = linear_axis(0, max(x for x, _ in everywhere))
     y_axis = linear_axis(

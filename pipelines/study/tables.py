@@ -10,15 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pipelines.study.judging import FEW, FEW_GUIDED, FLOOR, REFERENCE
+from pipelines.evaluation import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 from pipelines.study.passes import role_of
 from pipelines.study.results import Spread, StudyResult
 
 TEACHER_LABELS = {
     REFERENCE: "teacher, many guided steps",
     FLOOR: "the same, other seeds",
-    FEW: "teacher, few steps",
-    FEW_GUIDED: "teacher, few guided steps",
+    TEACHER_FEW: "teacher, few steps",
+    TEACHER_FEW_GUIDED: "teacher, few guided steps",
 }
 _UNITS = {"iterations": "iterations", "seconds": "seconds of training", "forwards": "forwards"}
 
@@ -43,7 +43,7 @@ class Column:
 COLUMNS = (
     Column("Fréchet", "frechet", decimals=4),
     Column("flow, top 5 %", "flow_top", over_teacher=True),
-    Column("speed", "speed", over_teacher=True),
+    Column("speed", "mean_speed_px_per_frame", over_teacher=True),
     Column("smoothness", "smoothness", over_teacher=True),
     Column("flicker", "flicker", over_teacher=True),
     Column("saturation", "saturation", over_teacher=True),
@@ -59,7 +59,6 @@ COLUMNS = (
 def results_markdown(result: StudyResult) -> str:
     """The table of variants, and under it what went wrong."""
     columns = [column for column in COLUMNS if column.figure in result.teacher[REFERENCE]]
-    columns = [COLUMNS[0], *columns]
     head = ["sampled by", "runs", "iterations", "forwards", "seconds", "s / iteration"]
     rows = [[*head, *(column.heading for column in columns)]]
     rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))

@@ -34,8 +34,8 @@ def result() -> StudyResult:
         teacher={
             "reference": TEACHER,
             "floor": TEACHER | {"frechet": 0.1},
-            "few": TEACHER | {"frechet": 1.0, "flow_top": 1.5},
-            "few_guided": TEACHER | {"frechet": 0.5},
+            "teacher_few": TEACHER | {"frechet": 1.0, "flow_top": 1.5},
+            "teacher_few_guided": TEACHER | {"frechet": 0.5},
         },
         variants=("a", "b<c"),
         units_per_iteration={"a": {"generator": 4.5}, "b<c": {"generator": 4.5}},
