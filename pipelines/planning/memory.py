@@ -14,6 +14,7 @@ from typing import Any
 
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.workload import Workload
+from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER
 
 _FLOAT = 4
 
@@ -52,20 +53,20 @@ def generator_memory(work: Workload, ranks: int, samples: float, kept: float) ->
         samples: Of a micro-batch, on this rank.
         kept: Samples on this rank whose rollouts wait for a signal.
     """
-    return _learner_memory(work, ranks, samples, kept, copies=4 + int(work.averages))
+    return _learner_memory(work, GENERATOR, ranks, samples, kept)
 
 
 def fake_score_memory(work: Workload, ranks: int, samples: float, kept: float) -> RankMemory:
     """A rank of the fake score; see `generator_memory`."""
-    return _learner_memory(work, ranks, samples, kept, copies=4)
+    return _learner_memory(work, FAKE_SCORE, ranks, samples, kept)
 
 
 def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
     """A rank of a teacher copy that is asked about some samples at a time."""
-    passes = samples * (1 + int(work.guided))
-    widest = work.shape.transient_bytes(work.latent_shape, bf16=work.bf16)
+    passes = samples * (2 if work.guided and not work.in_turn else 1)
+    widest = work.shape.transient_bytes(work.latent_shape, bf16=TEACHER in work.bf16)
     if work.through_teacher:
-        widest = _graph(work) + _layer(work)
+        widest = _graph(work, TEACHER) + _layer(work, TEACHER)
     return RankMemory(
         state=_FLOAT * work.shape.num_parameters / ranks,
         gathered=_FLOAT * _gathered(work, ranks, layers=2),
@@ -75,15 +76,16 @@ def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
 
 
 def _learner_memory(
-    work: Workload, ranks: int, samples: float, kept: float, copies: int
+    work: Workload, role: str, ranks: int, samples: float, kept: float
 ) -> RankMemory:
     shape = work.shape
-    passing = shape.transient_bytes(work.latent_shape, bf16=work.bf16)
+    copies = 4 + int(role == GENERATOR and work.averages)
+    passing = shape.transient_bytes(work.latent_shape, bf16=role in work.bf16)
     return RankMemory(
         state=copies * _FLOAT * shape.num_parameters / ranks,
         gathered=_FLOAT * _gathered(work, ranks, layers=3),
-        graphs=kept * _graph(work),
-        working=samples * max(passing, _layer(work) if work.checkpointing else 0),
+        graphs=kept * _graph(work, role),
+        working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
     )
 
 
@@ -94,15 +96,18 @@ def _gathered(work: Workload, ranks: int, layers: int) -> int:
     return layers * shape.parameters_per_layer + 2 * ends if ranks > 1 else 0
 
 
-def _graph(work: Workload) -> float:
+def _graph(work: Workload, role: str) -> float:
     return work.shape.graph_bytes(
-        work.latent_shape, work.text_length, bf16=work.bf16, checkpointing=work.checkpointing
+        work.latent_shape,
+        work.text_length,
+        bf16=role in work.bf16,
+        checkpointing=role in work.checkpointing,
     )
 
 
-def _layer(work: Workload) -> float:
+def _layer(work: Workload, role: str) -> float:
     """A layer whose activations are made again, and the gradients on their way through it."""
     shape = work.shape
     stream = shape.num_tokens(work.latent_shape) * shape.width
-    again = shape.layer_graph_bytes(work.latent_shape, work.text_length, bf16=work.bf16)
+    again = shape.layer_graph_bytes(work.latent_shape, work.text_length, bf16=role in work.bf16)
     return again + 3 * _FLOAT * stream

@@ -99,6 +99,8 @@ class Plan:
             "stage_times": self.times.source,
             "workload": {
                 **asdict(self.work),
+                "bf16": sorted(self.work.bf16),
+                "checkpointing": sorted(self.work.checkpointing),
                 "parameters": self.work.shape.num_parameters,
                 "tokens": self.work.shape.num_tokens(self.work.latent_shape),
                 "forward_flops": self.work.forward_flops,
@@ -182,9 +184,11 @@ def _least(work: Workload, num_gpus: int) -> str:
 
 def _remedies(work: Workload, hardware: Hardware, num_gpus: int) -> Iterator[str]:
     """Single changes that would do, the cheapest first."""
-    if not work.checkpointing and _fits(replace(work, checkpointing=True), hardware, num_gpus):
+    everybody = frozenset(ROLES)
+    again = replace(work, checkpointing=everybody)
+    if work.checkpointing != everybody and _fits(again, hardware, num_gpus):
         yield "activation checkpointing (--checkpointing)"
-    if not work.bf16 and _fits(replace(work, bf16=True), hardware, num_gpus):
+    if work.bf16 != everybody and _fits(replace(work, bf16=everybody), hardware, num_gpus):
         yield "products in bfloat16 (--precision bf16)"
     if work.averages and _fits(replace(work, averages=False), hardware, num_gpus):
         yield "no averaged weights (generator.ema_decay=0)"

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from cluster.program import Program
 from pipelines.config import DistillConfig
-from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER, iteration_program
+from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES, TEACHER, iteration_program
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
 from workers.models.wan_arithmetic import WanShape
@@ -55,8 +55,9 @@ class Workload:
         through_teacher: Whether a loss passes through the teacher's input.
         diversity_steps: Steps of the teacher for a diversity loss; 0 without one.
         averages: Whether the generator keeps averaged weights.
-        bf16: Matrix products in bfloat16, weights in float32.
-        checkpointing: Activations are made again in the backward pass.
+        in_turn: Whether the teacher makes its two predictions in turn, not as one batch.
+        bf16: Roles whose matrix products are in bfloat16; weights are in float32.
+        checkpointing: Roles whose activations are made again in the backward pass.
     """
 
     shape: WanShape
@@ -69,8 +70,9 @@ class Workload:
     through_teacher: bool = False
     diversity_steps: int = 0
     averages: bool = True
-    bf16: bool = True
-    checkpointing: bool = True
+    in_turn: bool = False
+    bf16: frozenset[str] = frozenset(ROLES)
+    checkpointing: frozenset[str] = frozenset(ROLES)
 
     @classmethod
     def of(
@@ -100,8 +102,8 @@ class Workload:
             through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
             diversity_steps=diversity.anchor_step if diversity.enabled else 0,
             averages=config.generator.ema_decay > 0,
-            bf16=bf16,
-            checkpointing=checkpointing,
+            bf16=frozenset(ROLES) if bf16 else frozenset(),
+            checkpointing=frozenset(ROLES) if checkpointing else frozenset(),
         )
 
     @property
@@ -117,23 +119,24 @@ class Workload:
     @property
     def passes(self) -> dict[StageName, float]:
         """Forward passes' worth of work by stage, for one sample."""
-        again, guided = int(self.checkpointing), 1 + int(self.guided)
-        rollout, backward = (self.num_steps + 1) / 2, 2 + again
+        again = {role: int(role in self.checkpointing) for role in ROLES}
+        rollout, guided = (self.num_steps + 1) / 2, 1 + int(self.guided)
+        learn, track = 2 + again[GENERATOR], 2 + again[FAKE_SCORE]
         shared = self.fresh_updates == 0
         found: dict[StageName, float] = {
             (GENERATOR, "rollout"): rollout,
             (TEACHER, "denoise"): guided,
-            (FAKE_SCORE, "signal"): 2 + again,
-            (FAKE_SCORE, "track"): backward if shared else 1 + backward,
-            (GENERATOR, "learn"): backward,
+            (FAKE_SCORE, "signal"): 2 + again[FAKE_SCORE],
+            (FAKE_SCORE, "track"): track if shared else 1 + track,
+            (GENERATOR, "learn"): learn,
         }
         if self.diversity_steps:
-            found[GENERATOR, "learn"] += 1 + backward
+            found[GENERATOR, "learn"] += 1 + learn
             found[TEACHER, "denoise"] += guided * self.diversity_steps
         if not shared:
             found[GENERATOR, "sample"] = rollout
         if self.through_teacher:
-            found[TEACHER, "pullback"] = guided * (2 + again)
+            found[TEACHER, "pullback"] = guided * (2 + again[TEACHER])
         return found
 
     @property

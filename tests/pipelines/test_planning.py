@@ -36,7 +36,7 @@ def sgmd(*arguments: object):
 class TestWork:
     def test_an_iteration_takes_thirteen_and_a_half_passes_and_fewer_without_checkpointing(self):
         assert sum(SMALL.passes.values()) == 5.5 + 2 + 6
-        assert sum(replace(SMALL, checkpointing=False).passes.values()) == 4.5 + 2 + 4
+        assert sum(replace(SMALL, checkpointing=frozenset()).passes.values()) == 4.5 + 2 + 4
 
     def test_fresh_tracking_samples_and_predicts_again(self):
         extra = replace(SMALL, fresh_updates=1).passes
@@ -85,7 +85,7 @@ class TestMemory:
         layers = 30 * 2 * 32760 * 1536
         assert layers < graph < 1.3 * layers
         assert generator_memory(SMALL, 1, 1, 3).graphs == 3 * graph
-        kept_whole = generator_memory(replace(SMALL, checkpointing=False), 1, 1, 1).graphs
+        kept_whole = generator_memory(replace(SMALL, checkpointing=frozenset()), 1, 1, 1).graphs
         assert kept_whole > 30 * graph
 
     def test_a_deeper_window_costs_the_generator_alone(self):
@@ -187,7 +187,7 @@ class TestRefusals:
             make_plan(SMALL, modelled(SMALL, Hardware()), Hardware(), 2)
 
     def test_activations_that_do_not_fit_ask_for_checkpointing(self):
-        kept = replace(SMALL, checkpointing=False)
+        kept = replace(SMALL, checkpointing=frozenset())
         with pytest.raises(ConfigError, match="--checkpointing"):
             make_plan(kept, modelled(kept, Hardware()), Hardware(), 16)
 
