@@ -56,6 +56,10 @@ class LocalWorkerGroup(WorkerGroup[W]):
         """The results; a call has run when `fetch` is reached, so the timeout never passes."""
         return [self._value(pending, phase) for pending in pendings]
 
+    def is_done(self, pending: Pending[Any]) -> bool:
+        """Always: a call runs when it is made."""
+        return True
+
     def wait_ready(self, timeout_s: float) -> None:
         """Returns at once: the workers were there before the group."""
 

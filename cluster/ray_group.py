@@ -144,6 +144,12 @@ class RayWorkerGroup(WorkerGroup[W]):
                 raise refuse_array(claim, where, phase)
         return [from_wire(wire) for wire in wires]
 
+    def is_done(self, pending: Pending[Any]) -> bool:
+        """Whether the result is somewhere in the object store, or will never be."""
+        reference = _claimed(pending, "looking whether a call is done").reference
+        done, _ = ray.wait([reference], timeout=0, fetch_local=False)
+        return bool(done)
+
     def timings(self) -> dict[str, float]:
         """Busy seconds by method, summed over ranks, since this was last asked."""
         asked = [

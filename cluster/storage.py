@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -137,20 +137,21 @@ class Checkpoints:
         """Step of the newest complete checkpoint, or None."""
         return next((step for step in reversed(self._folders()) if self._is_complete(step)), None)
 
-    def prune(self, keep: int) -> None:
+    def prune(self, keep: int, spared: Collection[int] = ()) -> None:
         """Deletes all but the newest `keep` complete checkpoints, and what crashes left before.
 
         Call it after `commit`: then there is no moment without a checkpoint.
 
         Args:
             keep: At least 1.
+            spared: Steps that are kept as well.
         """
         kept = self.steps()[-keep:]
         if not kept:
             return
         for step in self._folders():
             # A newer folder without a manifest may be one that is being written.
-            if step not in kept and step < kept[-1]:
+            if step not in kept and step not in spared and step < kept[-1]:
                 self._delete(step)
 
     def _folders(self) -> list[int]:

@@ -188,6 +188,10 @@ class WorkerGroup(ABC, Generic[W]):
         """
 
     @abstractmethod
+    def is_done(self, pending: Pending[Any]) -> bool:
+        """Whether `fetch` would return, or raise, without waiting."""
+
+    @abstractmethod
     def wait_ready(self, timeout_s: float) -> None:
         """Waits until every rank has built its worker; raises what the factory raised."""
 

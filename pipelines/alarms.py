@@ -8,9 +8,9 @@
 
 Losses of this family do not measure quality: they fall, or stay, while colours burn out and motion
 stops. The first three alarms are therefore read from validations, as ratios to the teacher on the
-same captions; the others from the losses, as means over a window of iterations, because a single
-noise level says little. An alarm sounds when a limit is crossed, and again only after the figure
-has come back.
+same captions and noise; the others from the losses, as means over a window of iterations, because
+a single noise level says little. An alarm sounds when a limit is crossed, and again only after the
+figure has come back. Those that a recipe names in `alarms.stop` end the run.
 """
 
 from collections import deque
@@ -39,7 +39,7 @@ class AlarmSettings(Section):
     saturation_above: float = Field(default=1.3, gt=1)
     """Limit of the saturation of the clips, as a ratio to the teacher's."""
     motion_below: float = Field(default=0.6, gt=0, lt=1)
-    """Limit of the optical flow of the clips, as a ratio to the teacher's."""
+    """Limit of the optical flow of the fastest 5 % of a frame, as a ratio to the teacher's."""
     diversity_below: float = Field(default=0.5, gt=0, lt=1)
     """Limit of the distance between clips of one caption, as a ratio to the teacher's."""
     tracking_growth: float = Field(default=2.0, gt=1)
@@ -73,6 +73,11 @@ class Alarm:
     def to_json(self) -> dict[str, Any]:
         """As alarms.jsonl holds it."""
         return asdict(self)
+
+    def in_words(self) -> str:
+        """One line of warning."""
+        found = f"{self.name.replace('_', ' ')} at iteration {self.iteration}"
+        return f"ALARM {found} ({self.value:.3g}, limit {self.limit:g}): {self.message}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +116,21 @@ class AlarmWatch:
         """What a validation gives cause for."""
         return self._sound(record.iteration, _quality_limits(record.figures, self._settings))
 
-    def replay(self, metrics: Iterable[Mapping[str, Any]]) -> None:
-        """Takes note of what an earlier part of the run has logged in metrics.jsonl."""
+    def replay(
+        self,
+        metrics: Iterable[Mapping[str, Any]],
+        validations: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        """Takes note of what an earlier part of the run has logged.
+
+        Args:
+            metrics: Lines of metrics.jsonl.
+            validations: Lines of validation.jsonl.
+        """
         for line in metrics:
             self._losses_of(line["iteration"] + 1, line["losses"])
+        for line in validations:
+            self._sound(line["iteration"], _quality_limits(line["figures"], self._settings))
 
     def _losses_of(self, updates: int, losses: Mapping[str, float]) -> list[Alarm]:
         self._losses.append(losses)
@@ -144,9 +160,9 @@ def _quality_limits(figures: Mapping[str, float], settings: AlarmSettings) -> It
         message = "clips are more saturated than the teacher's: lower the generator's rate"
         ratio, limit = figures["saturation_ratio"], settings.saturation_above
         yield _Limit("over_saturation", ratio, limit, message)
-    if "flow_ratio" in figures:
+    if "flow_top_ratio" in figures:
         message = "clips move less than the teacher's: lower lambda_nr, or raise the tracker's rate"
-        ratio, limit = figures["flow_ratio"], settings.motion_below
+        ratio, limit = figures["flow_top_ratio"], settings.motion_below
         yield _Limit("motion_collapse", ratio, limit, message, from_below=True)
     if "diversity_ratio" in figures:
         message = "clips of one caption are more alike than the teacher's: lower the rates"

@@ -26,9 +26,9 @@ from pipelines.commands import (
     runs,
 )
 from pipelines.commands.output import show_error
-from sgmd_core.errors import NonFiniteError, SgmdError, StaleCallError
+from sgmd_core.errors import AlarmError, NonFiniteError, SgmdError, StaleCallError
 
-_RUN_FAILURES = (ClusterError, NonFiniteError, StaleCallError)
+_RUN_FAILURES = (AlarmError, ClusterError, NonFiniteError, StaleCallError)
 
 
 class _TeachingGroup(TyperGroup):

@@ -8,6 +8,7 @@ fit the networks, is checked by `pipelines.preflight`. Secrets are never setting
 the environment.
 """
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,11 +20,14 @@ import yaml
 from pydantic import Field, JsonValue, model_validator
 
 from pipelines import recipe_files
+from pipelines.alarms import AlarmSettings
 from pipelines.data.filesystem import S3Settings
 from pipelines.data.plan import ShuffleSettings
 from pipelines.data.ray_stream import ReadAheadSettings
 from pipelines.methods import ObjectiveSettings, method_contradictions
 from pipelines.overrides import Override, apply_overrides
+from pipelines.ranking import Mode
+from pipelines.records import FIGURES
 from pipelines.section import Section
 from pipelines.study.settings import StudySettings
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -49,6 +53,7 @@ _NOT_IN_DIGEST: dict[str, bool | set[str]] = {
     "topology": True,
     "checkpoint": True,
     "validation": True,
+    "alarms": True,
     "tracker": True,
     "sweep": True,
     "study": True,
@@ -170,6 +175,12 @@ class CheckpointSettings(Section):
     """Iterations between two checkpoints; 0 saves at the end only."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
+    keep_best: int = Field(default=0, ge=0)
+    """Best checkpoints that are kept besides; above 0 every validated state becomes one."""
+    score: str = "frechet"
+    """The validation figure that ranks them."""
+    mode: Mode = "min"
+    """Whether a small or a large score is good."""
 
 
 class ValidationSettings(Section):
@@ -181,6 +192,8 @@ class ValidationSettings(Section):
     """Held-out captions, one clip each."""
     teacher_steps: int = Field(default=30, ge=1)
     """Steps of the teacher's clips, which the generator's are compared with."""
+    timeout_s: float = Field(default=7200.0, gt=0)
+    """How long the run waits at its end for each validation that is still under way."""
 
 
 class TrackerSettings(Section):
@@ -232,6 +245,7 @@ class DistillConfig(Section):
     topology: TopologySettings = TopologySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
+    alarms: AlarmSettings = AlarmSettings()
     tracker: TrackerSettings = TrackerSettings()
     sweep: SweepSettings = SweepSettings()
     study: StudySettings = StudySettings()
@@ -389,6 +403,12 @@ def _contradictions(config: DistillConfig) -> list[str]:
             "uses no Ray"
         )
     problems += method_contradictions(config.objective, config.fake_score)
+    if config.checkpoint.score not in FIGURES:
+        close = difflib.get_close_matches(config.checkpoint.score, FIGURES, n=1)
+        hint = f"; the nearest one is {close[0]}" if close else f": {', '.join(FIGURES)}"
+        problems.append(
+            f"checkpoint.score {config.checkpoint.score!r} is no figure of a validation{hint}"
+        )
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")
     return problems

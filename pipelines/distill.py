@@ -5,14 +5,15 @@
 The controller in this file moves handles and small records; every tensor stays with the roles.
 """
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.storage import Checkpoints, write_json
 from cluster.worker_group import Pending
+from pipelines.alarms import Alarm
 from pipelines.config import DistillConfig
 from pipelines.data.feed import Batch, Feed
 from pipelines.data.plan import Cursor
@@ -20,20 +21,15 @@ from pipelines.data.schema import TEXT_EMBEDS
 from pipelines.groups import Groups, open_groups
 from pipelines.inference import InferenceSettings, write_inference_settings
 from pipelines.iteration import PromptBatch, iterate, plan_iteration
+from pipelines.judge import Judge
 from pipelines.preflight import Preflight, check
 from pipelines.progress import Listener, SilentListener
-from pipelines.records import IterationRecord, ValidationRecord
+from pipelines.records import IterationRecord
 from pipelines.run_data import RunData
-from pipelines.run_folder import (
-    RunFolder,
-    append_jsonl,
-    git_revision,
-    read_jsonl,
-    versions,
-)
+from pipelines.run_folder import RunFolder, append_jsonl, read_jsonl, versions
+from pipelines.summary import summarise
 from pipelines.tracker import Tracker, open_tracker
-from pipelines.validation import Validator
-from sgmd_core.errors import CheckpointError, NonFiniteError
+from sgmd_core.errors import AlarmError, CheckpointError, NonFiniteError
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
@@ -179,7 +175,7 @@ class Distillation:
         self._checkpoints = checkpoints
         self._listener = listener
         self._tracker = tracker
-        self._validating: Pending[ValidationRecord] | None = None
+        self._judge = Judge(config, folder, checkpoints, groups.validator, listener, tracker)
         self._plan = plan_iteration(
             config,
             groups.roles.text.call_rank(
@@ -196,6 +192,9 @@ class Distillation:
         fake_score = roles.fake_score.call(FakeScoreTracker.load, folder)
         self._fetch(roles.generator, generator, "loading the generator")
         self._fetch(roles.fake_score, fake_score, "loading the fake score")
+        if self._validates_at(start.iteration) and not self._judge.is_validated(start.iteration):
+            # The run ended before this validation was back.
+            self._validate(start.iteration, is_last=True)
 
     def train(self, start: Position, max_seconds: float | None = None) -> None:
         """Iterates to the end; checkpoints and validates on the way.
@@ -206,9 +205,10 @@ class Distillation:
 
         Raises:
             NonFiniteError: With a note that says where the last good state is.
+            AlarmError: An alarm that the recipe stops at; the state is saved.
             DataError: Too much of the data cannot be used, or their server failed.
         """
-        config, end = self._config, self._config.iterations
+        end = self._config.iterations
         position, spent_s = start, self._seconds_spent()
         if max_seconds is not None and spent_s >= max_seconds:
             end = start.iteration
@@ -248,32 +248,75 @@ class Distillation:
             is_last = position.iteration == end or (
                 max_seconds is not None and spent_s >= max_seconds
             )
-            if is_last or _due(position.iteration, config.checkpoint.every):
+            if is_last or self._saves_at(position.iteration):
                 self._save(position)
-            if is_last or _due(position.iteration, config.validation.every):
-                self._validate(position.iteration)
+            if is_last or self._validates_at(position.iteration):
+                self._validate(position.iteration, is_last)
+            self._judge.collect()
             if is_last:
                 break
+            if self._judge.fatal is not None:
+                raise self._stopped(self._judge.fatal, position)
 
     def finish(self) -> dict[str, Any]:
-        """Exports the generator, waits for the last validation and writes the summary."""
-        config, generator = self._config, self._groups.roles.generator
+        """Exports the generator, waits for the last validations and writes the summary."""
         self._listener.note(f"writing the generator to {self._folder.generator}")
-        exported = generator.call_rank(
-            0,
-            GeneratorLearner.export,
-            str(self._folder.generator),
-            str(self._checked.model.path.absolute()),
-            config.schedule.shift,
-        )
-        self._fetch(generator, [exported], "exporting the generator")
-        write_inference_settings(
-            self._folder.generator, InferenceSettings(**config.inference_settings())
-        )
-        self._collect_validation()
-        summary = self._summary()
+        self._export(self._folder.generator)
+        self._judge.finish()
+        if self._checkpoints.latest() is not None:
+            self._checkpoints.prune(self._config.checkpoint.keep, self._judge.spared)
+        self._export_best()
+        summary = summarise(self._config, self._folder, self._data.counts(), self._judge.ranking)
         write_json(str(self._folder.summary), summary)
         return summary
+
+    def _saves_at(self, iteration: int) -> bool:
+        due = iteration == self._config.iterations or _due(iteration, self._config.checkpoint.every)
+        return due or (self._judge.ranks and self._validates_at(iteration))
+
+    def _validates_at(self, iteration: int) -> bool:
+        every = self._config.validation.every
+        return every > 0 and (iteration == self._config.iterations or _due(iteration, every))
+
+    def _export(self, target: Path, checkpoint: str | None = None) -> None:
+        """Writes the generator as a diffusers folder, as it is now or as a checkpoint has it."""
+        generator = self._groups.roles.generator
+        exported = generator.call(
+            GeneratorLearner.export,
+            str(target),
+            str(self._checked.model.path.absolute()),
+            self._config.schedule.shift,
+            checkpoint,
+        )
+        self._fetch(generator, exported, "exporting the generator")
+        settings = InferenceSettings(**self._config.inference_settings())
+        write_inference_settings(target, settings)
+
+    def _export_best(self) -> str:
+        """Writes the best validated generator beside the last one; says which it is."""
+        ranking = self._judge.ranking
+        if not ranking:
+            return "Nothing was validated and kept."
+        best = ranking[0]
+        self._export(self._folder.best, self._checkpoints.folder(best.iteration))
+        score = self._config.checkpoint.score
+        told = f"iteration {best.iteration} ({score} {best.score:.4g}) is in {self._folder.best}"
+        self._listener.note(f"the best generator: {told}")
+        return f"The best generator, of {told}."
+
+    def _stopped(self, alarm: Alarm, position: Position) -> AlarmError:
+        """Saves the state at which an alarm ends the run, and words it."""
+        if position.iteration > (self._checkpoints.latest() or 0):
+            self._save(position)
+        error = AlarmError(
+            f"training {self._config.name}",
+            alarm.in_words(),
+            f"none of the alarms in alarms.stop ({', '.join(self._config.alarms.stop)})",
+            f"The state is {self._checkpoints.folder(position.iteration)}; change the settings, or "
+            f"go on all the same with --resume {self._folder.root}",
+        )
+        error.add_note(self._export_best())
+        return error
 
     def _take(self) -> list[Pending[Batch]]:
         feed, size = self._groups.feed, self._config.batch.size
@@ -289,6 +332,7 @@ class Distillation:
         append_jsonl(self._folder.metrics, record.to_json())
         self._listener.iteration(record)
         self._tracker.iteration(record)
+        self._judge.hear(record)
 
     def _seconds_since_last(self) -> dict[str, float]:
         roles = self._groups.roles
@@ -319,7 +363,7 @@ class Distillation:
                 "versions": versions(),
             },
         )
-        self._checkpoints.prune(self._config.checkpoint.keep)
+        self._checkpoints.prune(self._config.checkpoint.keep, self._judge.spared)
 
     def _keep_last_good(self, position: Position) -> str:
         """Saves the state before the failed iteration, where neither role has left it."""
@@ -330,45 +374,10 @@ class Distillation:
             return f"No state was saved before iteration {position.iteration}."
         return f"The last good state is {self._checkpoints.folder(latest)}."
 
-    def _validate(self, iteration: int) -> None:
-        validator = self._groups.validator
-        if validator is None:
-            return
-        self._collect_validation()
-        weights = self._groups.roles.generator.call_rank(0, GeneratorLearner.final_weights)
-        self._validating = validator.call_rank(0, Validator.validate, iteration, weights)
-
-    def _collect_validation(self) -> None:
-        pending, self._validating = self._validating, None
-        if pending is None:
-            return
-        record = self._fetch(self._groups.validator, [pending], "validating")[0]
-        append_jsonl(self._folder.validation, record.to_json())
-        self._listener.validation(record)
-        self._tracker.validation(record, self._folder.samples)
-
-    def _summary(self) -> dict[str, Any]:
-        records = read_jsonl(self._folder.metrics)
-        validations = read_jsonl(self._folder.validation)
-        seconds = [record["seconds"]["total"] for record in records]
-        return {
-            "name": self._config.name,
-            "run_folder": str(self._folder.root),
-            "generator": str(self._folder.generator),
-            "iterations": len(records),
-            "samples_seen": records[-1]["samples_seen"] if records else 0,
-            "seconds": sum(seconds),
-            "seconds_per_iteration": statistics.median(seconds) if seconds else None,
-            "quarantined": self._data.counts(),
-            "data_wait_share": _share([record["data_wait_s"] for record in records], seconds),
-            "losses": records[-1]["losses"] if records else {},
-            "validation": validations[-1]["figures"] if validations else {},
-            "topology": self._config.topology.mode,
-            "seed": self._config.seed,
-            "config_digest": self._config.digest,
-            "git_revision": git_revision(),
-            "versions": versions(),
-        }
+    def _validate(self, iteration: int, is_last: bool) -> None:
+        if self._groups.validator is not None:
+            weights = self._groups.roles.generator.call(GeneratorLearner.final_weights)[0]
+            self._judge.validate(iteration, weights, is_last=is_last)
 
     def _fetch(self, group: Any, pending: Sequence[Pending[Any]], phase: str) -> list[Any]:  # noqa: ANN401
         return group.fetch(pending, timeout_s=self._config.topology.call_timeout_s, phase=phase)
@@ -376,7 +385,3 @@ class Distillation:
 
 def _due(iteration: int, every: int) -> bool:
     return every > 0 and iteration % every == 0
-
-
-def _share(part_s: Sequence[float], whole_s: Sequence[float]) -> float | None:
-    return sum(part_s) / sum(whole_s) if whole_s else None

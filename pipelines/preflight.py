@@ -7,6 +7,9 @@ from pipelines.config import DistillConfig
 from pipelines.data.inspect import FolderFacts, first_captions, inspect_folder
 from pipelines.data.schema import TEXT_COMPONENTS, TEXT_EMBEDS, Encoding
 from pipelines.data.window import Source
+from pipelines.records import SHAPE_FIGURES
+from sgmd_core.errors import ConfigError, ShapeError
+from sgmd_core.metrics.shapes import labels_from_captions
 from workers.models.folder import WanFolder, fingerprint, inspect_wan_folder
 
 
@@ -91,5 +94,16 @@ def _fits(encoding: Encoding, config: DistillConfig, model: WanFolder) -> bool:
 def _held_out(config: DistillConfig) -> tuple[str, ...]:
     if not config.validation.every:
         return ()
-    wanted = config.validation.num_captions
-    return first_captions(config.data.validation, config.data.s3, config.seed, wanted)
+    wanted, score = config.validation.num_captions, config.checkpoint.score
+    captions = first_captions(config.data.validation, config.data.s3, config.seed, wanted)
+    if config.checkpoint.keep_best and score in SHAPE_FIGURES:
+        try:
+            labels_from_captions(captions)
+        except ShapeError as error:
+            raise ConfigError(
+                f"ranking checkpoints by {score}",
+                f"held-out captions that it cannot be read from ({error.found})",
+                "captions of `sgmd shapes`, or a figure of any clips such as frechet",
+                "Set checkpoint.score",
+            ) from error
+    return captions

@@ -7,7 +7,9 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
+from pipelines.alarms import Alarm
 from pipelines.records import IterationRecord, ValidationRecord
 
 
@@ -26,6 +28,10 @@ class Listener(Protocol):
         """A validation has come back."""
         ...
 
+    def alarm(self, alarm: Alarm) -> None:
+        """A limit has been crossed."""
+        ...
+
 
 class SilentListener:
     """Says nothing; for sweeps and tests."""
@@ -37,6 +43,9 @@ class SilentListener:
         """Ignores it."""
 
     def validation(self, record: ValidationRecord) -> None:
+        """Ignores it."""
+
+    def alarm(self, alarm: Alarm) -> None:
         """Ignores it."""
 
 
@@ -74,6 +83,10 @@ class LineListener:
         """Prints it."""
         self.note(f"validation at iteration {record.iteration}: {describe_validation(record)}")
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Prints it in red, where there are colours."""
+        self._console.print(Text(alarm.in_words(), style="bold red"), soft_wrap=True)
+
 
 class LiveListener:
     """A progress bar with the latest figures under it; notes scroll by above.
@@ -100,6 +113,10 @@ class LiveListener:
     def validation(self, record: ValidationRecord) -> None:
         """Prints it above the bar."""
         self.note(f"validation at iteration {record.iteration}: {describe_validation(record)}")
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Prints it above the bar."""
+        self._progress.console.print(Text(alarm.in_words(), style="bold red"))
 
 
 class TimeLeft:

@@ -24,6 +24,30 @@ HEADLINE_FIGURES = (
 )
 """What a line about a validation has room for."""
 
+_CLIP_MEANS = (
+    "flow",
+    "flow_top",
+    "dynamic",
+    "smoothness",
+    "flicker",
+    "saturation",
+    "contrast",
+    "sharpness",
+    "diversity",
+)
+_SHAPE_MEANS = ("colour", "shape", "direction", "mean_speed_px_per_frame")
+SHAPE_FIGURES = (*_SHAPE_MEANS, *(f"{name}_ratio" for name in _SHAPE_MEANS), "speed_spearman")
+"""What a validation measures of captions of the world `shapes` alone."""
+
+FIGURES = (
+    "frechet",
+    "frechet_floor",
+    *_CLIP_MEANS,
+    *(f"{name}_ratio" for name in _CLIP_MEANS),
+    *SHAPE_FIGURES,
+)
+"""All that a validation may measure; `workers.validation_judge` says what they mean."""
+
 
 @dataclass(frozen=True, slots=True)
 class IterationRecord:

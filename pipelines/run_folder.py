@@ -1,8 +1,8 @@
 """Where a run keeps what it makes.
 
-runs/NAME/  config.yaml  metrics.jsonl  validation.jsonl  summary.json
+runs/NAME/  config.yaml  metrics.jsonl  validation.jsonl  alarms.jsonl  ranking.json  summary.json
 ledger/  shards.jsonl  quarantine.parquet
-samples/  checkpoints/step-000200/  generator/  evaluation.json  report.html
+samples/  checkpoints/step-000200/  generator/  best/  evaluation.json  report.html
 """
 
 import json
@@ -30,6 +30,8 @@ class RunFolder:
         self.config = self.root / "config.yaml"
         self.metrics = self.root / "metrics.jsonl"
         self.validation = self.root / "validation.jsonl"
+        self.alarms = self.root / "alarms.jsonl"
+        self.ranking = self.root / "ranking.json"
         self.summary = self.root / "summary.json"
         self.ledger = self.root / "ledger"
         self.quarantine = self.root / "quarantine.parquet"
@@ -37,6 +39,7 @@ class RunFolder:
         self.samples = self.root / "samples"
         self.checkpoints = self.root / "checkpoints"
         self.generator = self.root / "generator"
+        self.best = self.root / "best"
 
     def create(self, config_yaml: str) -> None:
         """Makes a new run's folder and writes its resolved configuration.
@@ -54,6 +57,8 @@ class RunFolder:
             )
         self.samples.mkdir(parents=True, exist_ok=True)
         self.checkpoints.mkdir(exist_ok=True)
+        # Empty says that none was raised; no file, that none was looked out for.
+        self.alarms.touch()
         write_text(str(self.config), config_yaml)
 
     def require(self) -> None:
@@ -72,8 +77,12 @@ class RunFolder:
 
     def rewind(self, iteration: int) -> None:
         """Drops what was logged for iterations that a resumed run will make again."""
-        # Metrics name the updates made before them, validations the updates they have seen.
-        for path, first_dropped in ((self.metrics, iteration), (self.validation, iteration + 1)):
+        # Metrics name the updates made before them, the others the updates they have seen.
+        for path, first_dropped in (
+            (self.metrics, iteration),
+            (self.validation, iteration + 1),
+            (self.alarms, iteration + 1),
+        ):
             kept = [line for line in read_jsonl(path) if line["iteration"] < first_dropped]
             if path.exists():
                 write_text(str(path), "".join(json.dumps(line) + "\n" for line in kept))

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipelines.alarms import Alarm
 from pipelines.records import IterationRecord, ValidationRecord
 
 
@@ -19,6 +20,10 @@ class Tracker(Protocol):
         """Logs a validation and its contact sheet."""
         ...
 
+    def alarm(self, alarm: Alarm) -> None:
+        """Passes an alarm on."""
+        ...
+
 
 class NoTracker:
     """Logs nowhere."""
@@ -27,6 +32,9 @@ class NoTracker:
         """Ignores it."""
 
     def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Ignores it."""
+
+    def alarm(self, alarm: Alarm) -> None:
         """Ignores it."""
 
 
@@ -57,6 +65,10 @@ class WandbTracker:
         # A validation runs beside the training and may come back late: W&B refuses a step that
         # goes backwards, so the iteration is a figure of its own.
         self._run.log(figures)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Raises it in W&B, too, which can send it on by mail."""
+        self._run.alert(title=alarm.name, text=alarm.in_words(), level="WARN")
 
 
 @contextmanager

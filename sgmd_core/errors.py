@@ -7,7 +7,8 @@
     ├── DataError              shards are missing, empty, corrupt or lack a column
     ├── CheckpointError        a run folder or checkpoint cannot be read or does not fit
     ├── StaleCallError         a role was asked about a batch that it no longer holds
-    └── NonFiniteError         a loss or a gradient stopped being finite
+    ├── NonFiniteError         a loss or a gradient stopped being finite
+    └── AlarmError             a run was ended by an alarm that the recipe stops at
 
 Each error keeps the facts it was raised with and words them in `__str__`, so that it arrives from
 another process with its type and its fields.
@@ -66,3 +67,7 @@ class StaleCallError(SgmdError):
 
 class NonFiniteError(SgmdError):
     """A loss or a gradient stopped being finite; nothing was updated."""
+
+
+class AlarmError(SgmdError):
+    """A run was ended by an alarm that its recipe stops at; its state is on disk."""

@@ -220,8 +220,10 @@ class GeneratorLearner:
         """
         return self.trained_weights() if self._average is None else gathered(self._average.average)
 
-    def export(self, dst: str, base_folder: str, flow_shift: float) -> None:
-        """Writes `final_weights` as a diffusers pipeline, the other parts taken from a base.
+    def export(
+        self, dst: str, base_folder: str, flow_shift: float, checkpoint: str | None = None
+    ) -> None:
+        """Writes a generator as a diffusers pipeline, the other parts taken from a base.
 
         Every rank must be asked; the first one writes.
 
@@ -229,11 +231,18 @@ class GeneratorLearner:
             dst: New folder of the pipeline.
             base_folder: Diffusers folder that the generator started from.
             flow_shift: Shift of the noise levels, for the pipeline's scheduler.
+            checkpoint: Folder that `save` has written, to export what `final_weights` were then;
+                None exports those of now.
 
         Raises:
             ModelFolderError: The base folder is not a Wan folder.
+            CheckpointError: A file of the checkpoint is missing or torn.
         """
-        weights = self.final_weights()
+        if checkpoint is None:
+            weights = self.final_weights()
+        else:
+            kept = ROLE if self._average is None else AVERAGE
+            weights = dict(load_role(checkpoint, kept).weights)
         if is_first_rank():
             save_generator_pipeline(dst, base_folder, weights, flow_shift=flow_shift)
 

@@ -18,7 +18,6 @@ from pipelines.overrides import read_yaml
 from pipelines.run_folder import RunFolder
 from sgmd_core.errors import CheckpointError
 
-ALARMS_FILE = "alarms.jsonl"
 _MAX_LINES_NAMED = 5
 
 
@@ -119,8 +118,8 @@ def read_run(run_folder: str | Path) -> RunRecords:
         config=config,
         metrics=metrics,
         validations=_lines(folder.validation, notes),
-        alarms=_lines(folder.root / ALARMS_FILE, notes),
-        alarms_recorded=(folder.root / ALARMS_FILE).exists(),
+        alarms=_lines(folder.alarms, notes),
+        alarms_recorded=(folder.alarms).exists(),
         summary=summary,
         evaluation=found,
         notes=notes,
@@ -199,7 +198,7 @@ def _lines(path: Path, notes: list[str]) -> list[Line]:
 
     Where a resumed run has written an iteration again, the later line counts.
     """
-    several = path.name == ALARMS_FILE
+    several = path.name == RunFolder("").alarms.name
     found: list[Line] = []
     wrong: list[int] = []
     for number, text in enumerate(_text(path, notes).split("\n"), start=1):

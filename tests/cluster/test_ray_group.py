@@ -54,6 +54,15 @@ def test_a_killed_process_is_told_by_group_rank_and_phase(placement, second):
     doomed.close()
 
 
+def test_whether_a_call_is_done_is_told_without_waiting(second):
+    pending = second.call_rank(0, Toy.sleep, 1.0)
+    started = time.perf_counter()
+    assert not second.is_done(pending)
+    assert time.perf_counter() - started < 0.5
+    second.fetch([pending], WAIT_S, "sleeping")
+    assert second.is_done(pending)
+
+
 def test_a_late_rank_is_named(second):
     pending = second.call_rank(0, Toy.sleep, 1.0)
     with pytest.raises(CallTimeoutError, match=r"second rank 0 did not finish sleep\(\)") as caught:

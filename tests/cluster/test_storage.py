@@ -85,6 +85,14 @@ def test_pruning_keeps_the_newest_and_what_is_being_written(root):
         read_text(f"{checkpoints.folder(15)}/role/weights")
 
 
+def test_pruning_spares_what_it_is_told_to(root):
+    checkpoints = Checkpoints(root)
+    for step in (10, 20, 30, 40):
+        save(checkpoints, step)
+    checkpoints.prune(keep=1, spared={20, 99})
+    assert checkpoints.steps() == [20, 40]
+
+
 def test_steps_are_ordered_as_numbers(root):
     checkpoints = Checkpoints(root)
     for step in (999_999, 1_000_000):

@@ -61,6 +61,17 @@ topology:
     return path
 
 
+@pytest.fixture(scope="module")
+def module_recipe(tmp_path_factory: pytest.TempPathFactory, recipe_file: Path) -> MakeRecipe:
+    """As `make_recipe`, for runs that the tests of a module share."""
+    output = tmp_path_factory.mktemp("runs")
+
+    def make(*overrides: str) -> DistillConfig:
+        return load_recipe(str(recipe_file), [f"output={output}", *overrides])
+
+    return make
+
+
 @pytest.fixture
 def make_recipe(tmp_path: Path, recipe_file: Path) -> MakeRecipe:
     """Makes the recipe with overrides; runs go to the test's own folder."""

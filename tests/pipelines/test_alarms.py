@@ -26,7 +26,7 @@ def an_iteration(number: int, **losses: float) -> IterationRecord:
 
 
 def a_validation(number: int, **figures: float) -> ValidationRecord:
-    good = {"saturation_ratio": 1.0, "flow_ratio": 1.0, "diversity_ratio": 1.0, "frechet": 0.1}
+    good = {"saturation_ratio": 1.0, "flow_top_ratio": 1.0, "diversity_ratio": 1.0, "frechet": 0.1}
     return ValidationRecord(number, good | figures, 1.0, "sheet.png")
 
 
@@ -48,7 +48,7 @@ def test_a_run_that_goes_well_is_silent():
     ("figures", "name"),
     [
         ({"saturation_ratio": 1.4}, "over_saturation"),
-        ({"flow_ratio": 0.5}, "motion_collapse"),
+        ({"flow_top_ratio": 0.5}, "motion_collapse"),
         ({"diversity_ratio": 0.4}, "diversity_collapse"),
     ],
 )

@@ -1,0 +1,141 @@
+"""Alarms of real runs, and their best checkpoints; both outlive an interruption."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipelines.config import DistillConfig
+from pipelines.distill import distill
+from pipelines.inference import read_inference_settings
+from pipelines.records import FIGURES
+from pipelines.run_folder import RunFolder, read_jsonl
+from sgmd_core.errors import AlarmError, ConfigError
+from tests.e2e.conftest import MakeRecipe
+from workers.models.wan import load_transformer
+
+# With a window of one iteration the tracking loss grows a little in every run.
+TOUCHY = ["alarms.window=1", "alarms.tracking_growth=1.0001"]
+VALIDATED = ["validation.every=2", "checkpoint.every=0", "checkpoint.keep=1"]
+RANKED = [*VALIDATED, "checkpoint.keep_best=1", "checkpoint.score=sharpness_ratio"]
+
+
+def alarms(config: DistillConfig) -> list[dict[str, object]]:
+    return read_jsonl(RunFolder(config.run_folder).alarms)
+
+
+def validations(config: DistillConfig) -> list[dict[str, object]]:
+    """What was measured, without what depends on the clock."""
+    lines = read_jsonl(RunFolder(config.run_folder).validation)
+    return [{name: line[name] for name in ("iteration", "figures", "intervals")} for line in lines]
+
+
+def ranking(config: DistillConfig) -> list[tuple[int, float, bool]]:
+    content = json.loads(RunFolder(config.run_folder).ranking.read_text())
+    return [
+        (state["iteration"], state["score"], state["checkpoint"] is not None)
+        for state in content["states"]
+    ]
+
+
+def steps(config: DistillConfig) -> set[str]:
+    return {path.name for path in RunFolder(config.run_folder).checkpoints.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(module_recipe: MakeRecipe) -> DistillConfig:
+    """A run of six iterations, three of them validated, that was never interrupted."""
+    config = module_recipe("name=whole", "iterations=6", *RANKED, *TOUCHY)
+    distill(config)
+    return config
+
+
+def test_a_run_raises_its_alarms_and_goes_on(whole: DistillConfig) -> None:
+    found = alarms(whole)
+    assert {"tracking_growth"} <= {alarm["name"] for alarm in found}
+    assert all(alarm["value"] != alarm["limit"] and alarm["message"] for alarm in found)
+    assert len(read_jsonl(RunFolder(whole.run_folder).metrics)) == 6
+
+
+def test_a_validation_measures_motion_looks_and_diversity_beside_the_teachers(
+    whole: DistillConfig,
+) -> None:
+    folder = RunFolder(whole.run_folder)
+    for line in read_jsonl(folder.validation):
+        assert {"frechet", "flow_top_ratio", "saturation_ratio", "diversity_ratio"} <= line[
+            "figures"
+        ].keys()
+        assert line["figures"].keys() <= set(FIGURES)
+        # What is 0 for the teacher has no ratio.
+        missing = set(FIGURES) - line["figures"].keys()
+        assert all(name.endswith("_ratio") for name in missing)
+        low, high = line["intervals"]["saturation_ratio"]
+        assert low <= line["figures"]["saturation_ratio"] <= high
+        assert (folder.samples / line["sheet"]).exists()
+
+
+def test_the_best_and_the_newest_checkpoint_are_kept_and_the_best_is_exported(
+    whole: DistillConfig,
+) -> None:
+    folder = RunFolder(whole.run_folder)
+    scores = {line["iteration"]: line["figures"]["sharpness_ratio"] for line in validations(whole)}
+    best = min(scores, key=scores.get)
+    assert [entry[:2] for entry in ranking(whole)] == sorted(scores.items(), key=lambda i: i[1])
+    assert steps(whole) == {f"step-{best:06d}", "step-000006"}
+    assert json.loads(folder.summary.read_text())["best"][0]["iteration"] == best
+    kept = load_file(folder.checkpoints / f"step-{best:06d}" / "ema" / "weights.safetensors")
+    exported = load_transformer(folder.best).state_dict()
+    assert exported.keys() == kept.keys()
+    assert all(torch.equal(exported[name], kept[name]) for name in kept)
+    assert read_inference_settings(folder.best) == read_inference_settings(folder.generator)
+
+
+def test_a_resumed_run_has_the_alarms_the_figures_and_the_ranking_of_one_never_stopped(
+    whole: DistillConfig, module_recipe: MakeRecipe
+) -> None:
+    settings = ["name=parts", *RANKED, *TOUCHY]
+    distill(module_recipe("iterations=4", *settings))
+    parts = module_recipe("iterations=6", *settings)
+    # As if it had been killed before its last validation was back.
+    log = RunFolder(parts.run_folder).validation
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:-1]))
+    distill(parts, resume=True)
+    assert validations(parts) == validations(whole)
+    assert alarms(parts) == alarms(whole)
+    assert ranking(parts) == ranking(whole)
+    assert steps(parts) == steps(whole)
+
+
+def test_an_alarm_can_end_the_run_whose_state_stays_and_can_be_gone_on_with(
+    make_recipe: MakeRecipe,
+) -> None:
+    config = make_recipe("iterations=6", *RANKED, *TOUCHY, "alarms.stop=[tracking_growth]")
+    with pytest.raises(AlarmError, match=r"tracking growth at iteration (\d).*--resume") as caught:
+        distill(config)
+    folder = RunFolder(config.run_folder)
+    done = len(read_jsonl(folder.metrics))
+    assert 1 < done < 6
+    assert f"step-{done:06d}" in str(caught.value)
+    assert f"step-{done:06d}" in steps(config)
+    (note,) = caught.value.__notes__
+    assert str(folder.best) in note or not validations(config)
+    distill(config, resume=True)
+    assert len(read_jsonl(folder.metrics)) == 6
+
+
+def test_a_score_that_is_no_figure_is_refused_before_anything_starts(
+    make_recipe: MakeRecipe,
+) -> None:
+    with pytest.raises(ConfigError, match=r"checkpoint\.score.*sharpness_ratio"):
+        make_recipe(*RANKED, "checkpoint.score=sharpnes_ratio")
+
+
+def test_the_folder_says_from_the_start_that_no_alarm_was_raised(
+    make_recipe: MakeRecipe,
+) -> None:
+    config = make_recipe("iterations=1")
+    distill(config)
+    assert Path(RunFolder(config.run_folder).alarms).read_text() == ""
