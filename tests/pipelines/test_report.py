@@ -93,6 +93,7 @@ class TestFinishedRun:
             "demo",
             "Generator against teacher",
             "Clips",
+            "Alarms",
             "Training",
             "Validation during the training",
             "Where the time went",
@@ -183,6 +184,7 @@ class TestUnfinishedRun:
         assert "sgmd evaluate" in shown.warnings
         assert shown.headings == [
             "demo",
+            "Alarms",
             "Training",
             "Where the time went",
             "Configuration and versions",
