@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cluster.storage import write_text
 from pipelines.charts import NUM_COLOURS, number
 from pipelines.reporting.alarms import alarm_kinds
+from pipelines.reporting.checkpoints import ranked_checkpoints
 from pipelines.reporting.clips import Media, clip_table
 from pipelines.reporting.curves import LabelledRun, training_cards, validation_cards
 from pipelines.reporting.headline import criteria, figure_table, tiles
@@ -75,6 +76,7 @@ def _content(runs: Sequence[LabelledRun]) -> dict[str, Any]:
     records = [run.records for run in runs]
     media = Media()
     first_cards, more_cards = training_cards(runs)
+    leading_figures, other_figures = validation_cards(runs)
     clips = clip_table(runs, media)
     alone = runs[0].records if len(runs) == 1 else None
     return {
@@ -93,7 +95,8 @@ def _content(runs: Sequence[LabelledRun]) -> dict[str, Any]:
         "sheets": _sheets(alone, media, with_loop=clips is None) if alone else [],
         "training": first_cards,
         "more_training": more_cards,
-        "validation": validation_cards(runs),
+        "validation": leading_figures,
+        "more_validation": other_figures,
         "samples": _samples(alone, media) if alone else [],
         "stages": role_seconds(records) if not alone else [],
         "media_notes": media.notes,
@@ -110,6 +113,7 @@ def _run(run: LabelledRun) -> dict[str, Any]:
         "facts_line": _facts_line(records),
         "notes": records.notes,
         "alarms": alarm_kinds(records.alarms),
+        "ranking": ranked_checkpoints(records),
         "alarms_recorded": records.alarms_recorded,
         "utilisation": used,
         "utilisation_recorded": recorded,

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from pipelines.charts import Mark, Series, line_chart
-from pipelines.records import HEADLINE_LOSSES
+from pipelines.records import HEADLINE_FIGURES, HEADLINE_LOSSES
 from pipelines.reporting.alarms import marks
 from pipelines.reporting.names import about, in_order, title
 from pipelines.reporting.records import Line, RunRecords
@@ -62,14 +62,22 @@ def training_cards(runs: Sequence[LabelledRun]) -> tuple[list[ChartCard], list[C
     return first, others
 
 
-def validation_cards(runs: Sequence[LabelledRun]) -> list[ChartCard]:
-    """The figures measured on the way."""
+def validation_cards(runs: Sequence[LabelledRun]) -> tuple[list[ChartCard], list[ChartCard]]:
+    """The figures measured on the way.
+
+    Returns:
+        The leading ones (all, where a run has none of those); and the others.
+    """
     lines = [line for run in runs for line in run.records.validations]
     at = _alarm_marks(runs)
-    return [
-        _card(title(name), about(name), _curves(runs, _validations, _FIGURES, name), at)
-        for name in _names(lines, _FIGURES)
-    ]
+    names = _names(lines, _FIGURES)
+    leading = [name for name in HEADLINE_FIGURES if name in names] or names
+    cards = {
+        name: _card(title(name), about(name), _curves(runs, _validations, _FIGURES, name), at)
+        for name in (*leading, *(name for name in names if name not in leading))
+    }
+    first = [cards.pop(name) for name in leading]
+    return first, list(cards.values())
 
 
 def _card(

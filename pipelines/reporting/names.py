@@ -52,13 +52,21 @@ _ABOUT = {
 }
 
 
+_RATIO = "_ratio"
+
+
 def title(name: str) -> str:
     """A name for a reader; one that is not known here is only freed of its underscores."""
+    if name.endswith(_RATIO) and name not in _TITLES:
+        return f"{title(name.removesuffix(_RATIO)).partition(',')[0]} ÷ teacher's"
     return _TITLES.get(name, name.replace("_", " "))
 
 
 def about(name: str) -> str:
     """One line on what it means; empty where nothing is known."""
+    if name.endswith(_RATIO) and name not in _ABOUT:
+        meant = _ABOUT.get(name.removesuffix(_RATIO), "")
+        return f"{meant}; 1 is the teacher's, of the same captions and noise" if meant else ""
     return _ABOUT.get(name, "")
 
 

@@ -52,6 +52,7 @@ class RunRecords:
         validations: Lines of validation.jsonl, in order.
         alarms: Lines of alarms.jsonl, in order.
         alarms_recorded: Whether there is such a file: none raised is not the same as none kept.
+        ranking: ranking.json, where checkpoints are ranked; empty where not.
         summary: summary.json, written at the end of a run; empty before.
         evaluation: evaluation.json, written by `sgmd evaluate`; empty before.
         notes: What is missing or cannot be read, as sentences.
@@ -64,6 +65,7 @@ class RunRecords:
     validations: Sequence[Line]
     alarms: Sequence[Line]
     alarms_recorded: bool
+    ranking: Mapping[str, Any]
     summary: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     notes: Sequence[str]
@@ -120,6 +122,7 @@ def read_run(run_folder: str | Path) -> RunRecords:
         validations=_lines(folder.validation, notes),
         alarms=_lines(folder.alarms, notes),
         alarms_recorded=(folder.alarms).exists(),
+        ranking=_document(folder.ranking, json.loads, notes),
         summary=summary,
         evaluation=found,
         notes=notes,

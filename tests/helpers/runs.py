@@ -15,6 +15,8 @@ from pipelines.evaluation import (
     Evaluation,
     EvaluationRow,
     Figure,
+    Measure,
+    Spread,
     judge,
 )
 from pipelines.records import IterationRecord, ValidationRecord
@@ -85,6 +87,12 @@ def evaluation(*, generator_colour: float = 0.9) -> Evaluation:
         )
         for name in (FLOOR, TEACHER_FEW, GENERATOR)
     ]
+    measure = Measure(value=0.9, low=0.8, high=1.0, ratio=Spread(value=0.75, low=0.7, high=0.8))
+    measures = {"flow": measure, "flow_top": measure, "saturation": measure, "diversity": measure}
+    rows = [
+        row if row.name == REFERENCE else row.model_copy(update={"measures": measures})
+        for row in rows
+    ]
     return Evaluation(
         generator="generator",
         teacher="teacher",
@@ -114,10 +122,15 @@ def finish_run(
     for iteration in (20, 40, 60):
         sheet = f"validation-{iteration:06d}"
         write_sheet(run.samples, sheet)
-        figures = {"frechet": 1 / iteration, "colour": 0.9}
+        figures = {"frechet": 1 / iteration, "colour": 0.9, "flow_top": 1.0, "flow_top_ratio": 0.9}
         append_jsonl(
             run.validation, ValidationRecord(iteration, figures, 3.0, f"{sheet}.png").to_json()
         )
+    states = [
+        {"iteration": at, "score": 1 / at, "checkpoint": "step" if at > 20 else None}
+        for at in (60, 40, 20)
+    ]
+    run.ranking.write_text(json.dumps({"score": "frechet", "mode": "min", "states": states}))
     summary = {"seed": 0, "config_digest": "abc123", "versions": {"torch": "2.13.0"}}
     run.summary.write_text(json.dumps(summary))
     write_sheet(run.samples, "evaluation", generator_seed=generator_seed)

@@ -96,6 +96,7 @@ class TestFinishedRun:
             "Alarms",
             "Training",
             "Validation during the training",
+            "Checkpoints",
             "Where the time went",
             "Configuration and versions",
         ]
@@ -108,6 +109,17 @@ class TestFinishedRun:
             *("2.13.0", "abc123", "lambda_nr"),
         ):
             assert word in text, word
+
+    def test_measures_stand_with_their_ratios_and_intervals(self, finished):
+        text = page(finished).text
+        for word in ("flow of fastest 5 %", "saturation", "diversity of seeds", "[0.7, 0.8]"):
+            assert word in text, word
+
+    def test_checkpoints_are_ranked_and_it_is_told_which_are_kept(self, finished):
+        text = page(finished).text
+        assert "60 best" in " ".join(text.split())
+        assert "flow of fastest 5 % ÷ teacher's" in text
+        assert text.count("kept") == 2
 
     def test_the_clips_are_videos_with_a_first_picture(self, finished):
         shown = page(finished)

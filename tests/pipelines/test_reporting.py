@@ -8,6 +8,7 @@ import pytest
 from pipelines.records import IterationRecord
 from pipelines.report import write_report
 from pipelines.reporting.alarms import alarm_kinds
+from pipelines.reporting.checkpoints import ranked_checkpoints
 from pipelines.reporting.curves import LabelledRun, training_cards
 from pipelines.reporting.figures import Figure, read_rows
 from pipelines.reporting.headline import figure_table, ratio_plot, tiles
@@ -15,7 +16,7 @@ from pipelines.reporting.records import Line, read_run
 from pipelines.reporting.settings import differing_settings, flat
 from pipelines.reporting.times import role_seconds, stage_times, utilisation
 from pipelines.run_folder import append_jsonl
-from tests.helpers.runs import start_run, write_alarms
+from tests.helpers.runs import finish_run, start_run, write_alarms
 
 INTERVAL = {
     "value": 0.9,
@@ -115,6 +116,27 @@ class TestAlarms:
         assert "None was raised" in write_report([folder]).read_text()
         (folder / "alarms.jsonl").unlink()
         assert "Alarms" not in write_report([folder]).read_text()
+
+
+class TestCheckpoints:
+    def test_the_best_comes_first_with_what_was_measured_of_it(self, tmp_path):
+        run = read_run(finish_run(tmp_path / "run"))
+        table = ranked_checkpoints(run)
+        assert (table.score, table.better, table.num_more) == ("distance", "small", 0)
+        assert table.headings == ("distance", "colour right", "flow of fastest 5 % ÷ teacher's")
+        assert [(row.iteration, row.is_kept) for row in table.rows] == [
+            (60, True),
+            (40, True),
+            (20, False),
+        ]
+        assert table.rows[0].figures == ("0.0167", "0.9", "0.9")
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"states": [3, {"iteration": 1}]}'])
+    def test_a_ranking_that_is_torn_or_not_there_leaves_the_table_out(self, tmp_path, content):
+        folder = start_run(tmp_path / "run", 2)
+        (folder / "ranking.json").write_text(content)
+        assert ranked_checkpoints(read_run(folder)) is None
+        assert "Checkpoints" not in write_report([folder]).read_text()
 
 
 class TestTimes:
