@@ -8,7 +8,6 @@ fit the networks, is checked by `pipelines.preflight`. Secrets are never setting
 the environment.
 """
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,10 +23,9 @@ from pipelines.alarms import AlarmSettings
 from pipelines.data.filesystem import S3Settings
 from pipelines.data.plan import ShuffleSettings
 from pipelines.data.ray_stream import ReadAheadSettings
+from pipelines.judge_settings import CheckpointSettings, ValidationSettings
 from pipelines.methods import ObjectiveSettings, method_contradictions
 from pipelines.overrides import Override, apply_overrides
-from pipelines.ranking import Mode
-from pipelines.records import FIGURES
 from pipelines.section import Section
 from pipelines.study.settings import StudySettings
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -166,34 +164,6 @@ class TopologySettings(Section):
         """Kinds of tensors that are rounded to bfloat16 on the way."""
         kinds = {VALUE: self.wire_dtype, GRADIENT: self.gradient_wire_dtype}
         return frozenset(kind for kind, dtype in kinds.items() if dtype == "bf16")
-
-
-class CheckpointSettings(Section):
-    """When the state of the run is saved; always at its end."""
-
-    every: int = Field(default=100, ge=0)
-    """Iterations between two checkpoints; 0 saves at the end only."""
-    keep: int = Field(default=2, ge=1)
-    """Newest checkpoints that are kept."""
-    keep_best: int = Field(default=0, ge=0)
-    """Best checkpoints that are kept besides; above 0 every validated state becomes one."""
-    score: str = "frechet"
-    """The validation figure that ranks them."""
-    mode: Mode = "min"
-    """Whether a small or a large score is good."""
-
-
-class ValidationSettings(Section):
-    """When the averaged generator is sampled and measured; it runs beside the training."""
-
-    every: int = Field(default=0, ge=0)
-    """Iterations between two validations; 0 does none."""
-    num_captions: int = Field(default=64, ge=2)
-    """Held-out captions, one clip each."""
-    teacher_steps: int = Field(default=30, ge=1)
-    """Steps of the teacher's clips, which the generator's are compared with."""
-    timeout_s: float = Field(default=7200.0, gt=0)
-    """How long the run waits at its end for each validation that is still under way."""
 
 
 class TrackerSettings(Section):
@@ -403,12 +373,6 @@ def _contradictions(config: DistillConfig) -> list[str]:
             "uses no Ray"
         )
     problems += method_contradictions(config.objective, config.fake_score)
-    if config.checkpoint.score not in FIGURES:
-        close = difflib.get_close_matches(config.checkpoint.score, FIGURES, n=1)
-        hint = f"; the nearest one is {close[0]}" if close else f": {', '.join(FIGURES)}"
-        problems.append(
-            f"checkpoint.score {config.checkpoint.score!r} is no figure of a validation{hint}"
-        )
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")
     return problems
