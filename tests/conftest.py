@@ -10,11 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+
+from tests.helpers.s3_server import S3Access
 
 # Ray reads the mode when it is imported. The token is this session's, never the user's own.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -40,12 +43,23 @@ def ray_folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(ray_folder: Path) -> Iterator[None]:
+def s3_access() -> S3Access:
+    """Where the processes of `ray_cluster` look for an S3 server; who wants one, starts it."""
+    return S3Access()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(ray_folder: Path, s3_access: S3Access) -> Iterator[None]:
     """A private cluster of four logical CPUs, and this process connected to it."""
     from cluster.runtime import start_ray
 
     folder = str(ray_folder / "own")
-    with start_ray(num_cpus=4, object_store_memory=200 * 2**20, temp_dir=folder):
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        # Ray's processes keep the environment in which Ray was started.
+        for name, value in s3_access.environment.items():
+            patch.setenv(name, value)
+        stack.enter_context(start_ray(num_cpus=4, object_store_memory=200 * 2**20, temp_dir=folder))
+        patch.undo()
         yield
 
 

@@ -8,20 +8,23 @@ import pytest
 from s3fs import S3FileSystem
 
 from pipelines.data.feed import Feed, Progress, StreamSettings
+from pipelines.data.ledger import Ledger
 from pipelines.data.window import Source
 from pipelines.distill import distill, dry_run
 from pipelines.run_folder import RunFolder, read_jsonl
 from sgmd_core.errors import DataError
 from tests.e2e.conftest import MakeRecipe
-from tests.helpers.s3_server import S3Server, serve_s3
+from tests.helpers.s3_server import S3Access, S3Server, serve_s3
 
 
 @pytest.fixture(scope="module")
-def bucket(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+def bucket(
+    world: Path, tmp_path_factory: pytest.TempPathFactory, s3_access: S3Access
+) -> Iterator[S3Server]:
     """A server whose bucket `clips` holds the shards of the world."""
     root = tmp_path_factory.mktemp("s3")
     shutil.copytree(world, root / "clips" / "shapes")
-    with serve_s3(root) as server:
+    with serve_s3(root, s3_access) as server:
         yield server
 
 
@@ -77,14 +80,16 @@ def test_wrong_keys_are_told_and_never_shown(
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
 def test_roles_on_ray_stream_from_s3_through_ray_data(s3: str, make_recipe: MakeRecipe) -> None:
-    """In a cluster of its own: processes of a running one would not have these variables."""
-    from tests.e2e.processes import run_cli
-
-    config = make_recipe("iterations=2", f"data.train={s3}/train", "topology.mode=pools")
-    path = config.run_folder.parent / "recipe.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(config.to_yaml())
-    summary = run_cli("distill", str(path))
+    local = make_recipe("name=local", "iterations=2", f"data.train={s3}/train")
+    pools = make_recipe("iterations=2", f"data.train={s3}/train", "topology.mode=pools")
+    distill(local)
+    summary = distill(pools)
     assert summary["iterations"] == 2
     assert summary["samples_seen"] == 8
+    used = [
+        [entry.sample_ids for entry in Ledger(RunFolder(config.run_folder).ledger).entries()]
+        for config in (local, pools)
+    ]
+    assert used[0] == used[1]

