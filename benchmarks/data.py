@@ -67,12 +67,12 @@ from pipelines.shapes import FRAME_PX, NUM_FRAMES
 def measure_stream(scratch: Path, rounds: int) -> dict[str, Any]:
     """Captions-only and encoded shards, through the feed and through pyarrow.dataset."""
     folder = scratch / BUCKET
-    write_captions(folder / "captions", num_shards=24, shard_rows=16_384)
+    write_captions(folder / "captions", num_shards=64, shard_rows=16_384)
     write_encoded(folder / "encoded", num_shards=32, shard_rows=64)
     found: dict[str, Any] = {}
     with serve(scratch), start_ray(num_cpus=3):
         for kind, columns, num_rows, batch in (
-            ("captions", (), 24 * 16_384, 1024),
+            ("captions", (), 64 * 16_384, 1024),
             ("encoded", (LATENTS, TEXT_EMBEDS), 32 * 64, 16),
         ):
             source = Source(

@@ -19,9 +19,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from threading import Thread
 from typing import Any, Self, TypeVar, TypeVarTuple, cast
 
@@ -31,7 +31,7 @@ import pyarrow as pa
 from pipelines.data.parquet import RowGroupReader
 from pipelines.data.plan import Window
 from pipelines.data.stream import Planned
-from pipelines.data.window import REASON, ROW, Source, read_window
+from pipelines.data.window import REASON, ROW, Source, lines_schema, read_window
 from pipelines.data.window_decoding import decode_rows
 from sgmd_core.errors import ConfigError, DataError
 
@@ -43,6 +43,8 @@ _STRETCH_GROWTH = 4
 _LONGEST_STRETCH = 2048
 _READER_CPUS = 0.25
 _CLOSE_TIMEOUT_S = 10.0
+_TASK_ROWS = 2**16
+_MIN_TASKS = 8
 _FAULT = -2  # `row` of a line that carries an error
 _NUMBER = "window"
 _SIZE = "window_lines"
@@ -149,7 +151,7 @@ class _Stretch:
         self.planned = planned
         self.num_rows = sum(each.window.num_rows for each in planned)
         first = next(blocks, None)
-        self._blocks = chain([] if first is None else [first], blocks)
+        self._blocks = _by_window(chain([] if first is None else [first], blocks))
         self.close = blocks.close
 
     def windows(self) -> Iterator[tuple[Planned, pa.Table]]:
@@ -171,6 +173,15 @@ class _Stretch:
             if lines != expected:
                 raise _lost(f"{lines} lines of window {number}, which has {expected}")
             yield planned, pa.concat_tables(parts).drop_columns([_NUMBER, _SIZE])
+
+
+def _by_window(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Blocks, cut where a window ends: Ray Data joins small ones."""
+    for block in blocks:
+        numbers = block.column(_NUMBER).to_numpy()
+        borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), block.num_rows]
+        for start, stop in pairwise(borders):
+            yield block.slice(start, stop - start)
 
 
 def _start(
@@ -204,7 +215,7 @@ def _execute(
 ) -> Generator[pa.Table]:
     import ray.data
 
-    tasks = [{"task": pickle.dumps((number, window))} for number, window in enumerate(windows)]
+    tasks = [{"task": pickle.dumps(part)} for part in _tasks(windows, source)]
     items = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     rows = items.map_batches(
         cast("Any", _read_block),  # Ray's stubs do not know functions of Arrow tables
@@ -225,17 +236,32 @@ def _execute(
     return cast("Generator[pa.Table]", iter(blocks))
 
 
+def _tasks(windows: Sequence[Window], source: Source) -> list[list[tuple[int, Window]]]:
+    """Numbered windows, as tasks read them: one each, or several of captions alone.
+
+    Ray Data looks after its tasks ten times a second, and captions are read faster than that.
+    """
+    most = 1 if source.columns else max(1, len(windows) // _MIN_TASKS)
+    tasks: list[list[tuple[int, Window]]] = []
+    room = 0
+    for number, window in enumerate(windows):
+        if not tasks or len(tasks[-1]) == most or window.num_rows > room:
+            tasks.append([])
+            room = _TASK_ROWS
+        tasks[-1].append((number, window))
+        room -= window.num_rows
+    return tasks
+
+
 def _read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
-    """What a reader's process does: one window in, its lines out, in one part or several."""
-    for packed in block.column("task"):
-        number, window = pickle.loads(packed.as_py())
+    """What a reader's process does: windows in, their lines out, each in one part or several."""
+    windows = [pair for packed in block.column("task") for pair in pickle.loads(packed.as_py())]
+    for number, window in windows:
         try:
             table = read_window(_reader(source), source, window)
         except DataError as error:
-            table = pa.table(
-                {ROW: [_FAULT], REASON: [json.dumps([str(arg) for arg in error.args])]}
-            )
-            source = replace(source, decode=None)
+            yield _fault_line(number, error, source)
+            return
         parts = [table] if source.decode is None else decode_rows(source, table)
         for part in parts:
             for name, value in ((_NUMBER, number), (_SIZE, table.num_rows)):
@@ -248,6 +274,13 @@ def _read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
 def _reader(source: Source) -> RowGroupReader:
     """One for each folder and process, so that connections and footers are kept."""
     return source.open_reader()
+
+
+def _fault_line(number: int, error: DataError, source: Source) -> pa.Table:
+    words = json.dumps([str(argument) for argument in error.args])
+    line = {ROW: _FAULT, REASON: words, _NUMBER: number, _SIZE: 1}
+    schema = lines_schema(source).append(pa.field(_NUMBER, pa.int64()))
+    return pa.Table.from_pylist([line], schema=schema.append(pa.field(_SIZE, pa.int64())))
 
 
 def _raise_fault(block: pa.Table) -> None:

@@ -112,7 +112,7 @@ def read_window(reader: RowGroupReader, source: Source, window: Window) -> pa.Ta
     rows = where[window.order()]
     places = np.flatnonzero(rows >= 0)
     places = places[places >= window.cursor.row]
-    schema = _schema(source)
+    schema = lines_schema(source)
     taken = pa.concat_tables(usable).take(pa.array(rows[places])) if usable else None
     parts = [_fault_lines(faults, schema)]
     if taken is not None:
@@ -121,7 +121,8 @@ def read_window(reader: RowGroupReader, source: Source, window: Window) -> pa.Ta
     return pa.concat_tables(parts)
 
 
-def _schema(source: Source) -> pa.Schema:
+def lines_schema(source: Source) -> pa.Schema:
+    """Schema of the lines that `read_window` makes."""
     columns = [(PLACE, pa.int32()), (GROUP, pa.int32()), (ROW, pa.int32())]
     columns += [(SAMPLE_ID, pa.string()), (CAPTION, pa.string())]
     columns += [(name, pa.float64() if name == FPS else pa.binary()) for name in source.columns]
@@ -155,7 +156,7 @@ def _checked(
         if found is None or not _agree(found, source.encoding, source.columns):
             return Fault(f"encoded otherwise than wanted ({found})")
     # Shards may differ in how they store the same: 32 or 64 bits, plain strings or a dictionary.
-    types = {field.name: field.type for field in _schema(source)}
+    types = {field.name: field.type for field in lines_schema(source)}
     columns_by_name = {name: table.column(name).cast(types[name]) for name in columns}
     reasons = _reasons(source, columns_by_name)
     size = table.num_rows
