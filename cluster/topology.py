@@ -195,6 +195,26 @@ def require_cpus(num_cpus: float, attempted: str) -> None:
         )
 
 
+def require_gpus(num_gpus: float, attempted: str) -> None:
+    """Checks that the connected cluster has GPUs for a job that reserves nothing itself.
+
+    Args:
+        num_gpus: Shares of GPUs, added up.
+        attempted: What the job is about to do.
+
+    Raises:
+        InsufficientResourcesError: It has fewer, busy ones included.
+    """
+    total = ray.cluster_resources().get("GPU", 0.0)
+    if total < num_gpus:
+        raise InsufficientResourcesError(
+            attempted,
+            f"a cluster of {total:g} GPU",
+            f"at least {num_gpus:g} GPU",
+            "Add machines with GPUs, or ask for fewer or for smaller shares of them",
+        )
+
+
 def _lots(pools: Sequence[Pool]) -> list[list[Pool]]:
     """Pools that share a placement group: the packed ones; every other one has its own.
 

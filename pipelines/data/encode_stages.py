@@ -20,6 +20,7 @@ import pyarrow as pa
 import ray.data
 
 from cluster.runtime import start_ray
+from cluster.topology import require_cpus, require_gpus
 from pipelines.data.clip_decoding import ClipError, decode_clip
 from pipelines.data.clip_format import ClipFormat
 from pipelines.data.encode_options import EncodeOptions
@@ -73,6 +74,9 @@ def run(
     Yields:
         Every row of every part, in the plan's order, with `latents` and `text_embeds`, or with
         `reason` and `detail`.
+
+    Raises:
+        ClusterError: Ray does not start, or the cluster is too small for the actors.
     """
     if not parts:
         return
@@ -82,6 +86,10 @@ def run(
     num_cpus = max(os.cpu_count() or 1, needed) if own_cluster else None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     with start_ray(options.address, num_cpus=num_cpus):
+        pools = (options.videos, options.captions)
+        # Ray Data itself would wait for ever for what the cluster does not have.
+        require_cpus(1 + sum(pool.size for pool in pools), f"encoding {src}")
+        require_gpus(sum(pool.size * pool.gpus for pool in pools), f"encoding {src}")
         tasks = [{TASK: pickle.dumps(part)} for part in parts]
         pixel_shape = options.pixel_shape
         clip_bytes = prod(pixel_shape)

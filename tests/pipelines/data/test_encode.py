@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from cluster.errors import InsufficientResourcesError
 from pipelines.data import encode_stages as stages
 from pipelines.data.clip_decoding import decode_clip
 from pipelines.data.clip_format import ClipFormat, FitPolicy
-from pipelines.data.encode import encode, encoding_for
-from pipelines.data.encode_options import EncodeOptions, dtype_named
+from pipelines.data.encode import EncodeReport, encode, encoding_for
+from pipelines.data.encode_options import EncodeOptions, Pool, dtype_named
 from pipelines.data.encode_plan import Part, SourceGroup, digest, plan_parts
 from pipelines.data.encode_writer import PartWriter
 from pipelines.data.filesystem import open_folder
@@ -270,8 +272,8 @@ def run_encode(source: Path, target: Path, model: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def encoded(
-    source: Path, model: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
+    source: Path, model: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
+) -> tuple[Path, EncodeReport]:
     """The set encoded by a command that was killed, and the report of the one that went on."""
     target = tmp_path_factory.mktemp("encoded") / "set"
     killed = run_encode(source, target, model)
@@ -282,10 +284,7 @@ def encoded(
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (target / "_index.json").exists()
-    goes_on = run_encode(source, target, model)
-    out, err = goes_on.communicate(timeout=500)
-    assert goes_on.returncode == 0, err
-    return target, json.loads(out)
+    return target, encode(str(source), str(target), model, replace(OPTIONS, max_bad_fraction=0.1))
 
 
 @pytest.mark.ray
@@ -300,9 +299,9 @@ class TestKilledAndRunAgain:
             for shard in index
             for name in pq.read_table(target / shard.path)["sample_id"].to_pylist()
         ]
-        assert len(names) == len(set(names)) == report["clips"] == 44
+        assert len(names) == len(set(names)) == report.num_clips == 44
         assert set(names) == set(source_rows(source))
-        assert 0 < report["new_clips"] < 44
+        assert 0 < report.num_new < 44
         assert not (target / "_progress").exists()
 
     def test_bad_clips_are_in_the_quarantine_exactly_once(self, encoded):
@@ -310,7 +309,7 @@ class TestKilledAndRunAgain:
         found = pq.read_table(target / "quarantine.parquet").to_pylist()
         assert {(row["row"], row["reason"]) for row in found} == BAD
         assert len(found) == len(BAD)
-        assert report["rejected"] == {"undecodable": 2, "empty_caption": 1, "duplicate_id": 1}
+        assert report.rejected == {"undecodable": 2, "empty_caption": 1, "duplicate_id": 1}
 
     def test_values_are_those_of_the_networks(self, encoded, source, model):
         target, _ = encoded
@@ -328,11 +327,11 @@ class TestKilledAndRunAgain:
 
     def test_a_finished_set_is_left_as_it_is(self, encoded, source, model):
         target, _ = encoded
-        options = EncodeOptions(
-            wanted=WANTED, text_length=tiny_wan.TEXT_LENGTH, shard_clips=8, max_bad_fraction=0.1
-        )
-        report = encode(str(source), str(target), model, options)
-        assert (report.num_clips, report.num_new) == (44, 0)
+        again = run_encode(source, target, model)
+        out, err = again.communicate(timeout=300)
+        assert again.returncode == 0, err
+        report = json.loads(out)
+        assert (report["clips"], report["new_clips"]) == (44, 0)
 
     def test_another_model_is_refused(self, encoded, source, model, tmp_path):
         target, _ = encoded
@@ -340,3 +339,11 @@ class TestKilledAndRunAgain:
         other = tiny_wan.write_tiny_wan(tmp_path / "other", words, seed=1)
         with pytest.raises(DataError, match="encoding ="):
             encode(str(source), str(target), str(other), OPTIONS)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_shares_of_gpus_that_the_cluster_does_not_have_are_told(source, model, tmp_path):
+    options = replace(OPTIONS, videos=Pool(2, 0.5), captions=Pool(1, 0.25))
+    with pytest.raises(InsufficientResourcesError, match=r"0 GPU.*at least 1.25 GPU"):
+        encode(str(source), str(tmp_path / "set"), model, options)
