@@ -151,7 +151,7 @@ class _Stretch:
         self.planned = planned
         self.num_rows = sum(each.window.num_rows for each in planned)
         first = next(blocks, None)
-        self._blocks = _by_window(chain([] if first is None else [first], blocks))
+        self._blocks = by_window(chain([] if first is None else [first], blocks))
         self.close = blocks.close
 
     def windows(self) -> Iterator[tuple[Planned, pa.Table]]:
@@ -163,7 +163,7 @@ class _Stretch:
                 block = next(self._blocks, None)
                 if block is None:
                     raise _lost(f"{lines} of {expected} lines of window {number}")
-                _raise_fault(block)
+                raise_fault(block)
                 found = block.column(_NUMBER).unique().to_pylist()
                 if found != [number]:
                     raise _lost(f"window {found} where {number} was due")
@@ -175,7 +175,7 @@ class _Stretch:
             yield planned, pa.concat_tables(parts).drop_columns([_NUMBER, _SIZE])
 
 
-def _by_window(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
+def by_window(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Blocks, cut where a window ends: Ray Data joins small ones."""
     for block in blocks:
         numbers = block.column(_NUMBER).to_numpy()
@@ -215,10 +215,10 @@ def _execute(
 ) -> Generator[pa.Table]:
     import ray.data
 
-    tasks = [{"task": pickle.dumps(part)} for part in _tasks(windows, source)]
+    tasks = [{"task": pickle.dumps(part)} for part in tasks_of(windows, source)]
     items = ray.data.from_items(tasks, override_num_blocks=len(tasks))
     rows = items.map_batches(
-        cast("Any", _read_block),  # Ray's stubs do not know functions of Arrow tables
+        cast("Any", read_block),  # Ray's stubs do not know functions of Arrow tables
         batch_size=None,
         batch_format="pyarrow",
         fn_kwargs={"source": source},
@@ -236,7 +236,7 @@ def _execute(
     return cast("Generator[pa.Table]", iter(blocks))
 
 
-def _tasks(windows: Sequence[Window], source: Source) -> list[list[tuple[int, Window]]]:
+def tasks_of(windows: Sequence[Window], source: Source) -> list[list[tuple[int, Window]]]:
     """Numbered windows, as tasks read them: one each, or several of captions alone.
 
     Ray Data looks after its tasks ten times a second, and captions are read faster than that.
@@ -253,14 +253,14 @@ def _tasks(windows: Sequence[Window], source: Source) -> list[list[tuple[int, Wi
     return tasks
 
 
-def _read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
+def read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
     """What a reader's process does: windows in, their lines out, each in one part or several."""
     windows = [pair for packed in block.column("task") for pair in pickle.loads(packed.as_py())]
     for number, window in windows:
         try:
             table = read_window(_reader(source), source, window)
         except DataError as error:
-            yield _fault_line(number, error, source)
+            yield fault_line(number, error, source)
             return
         parts = [table] if source.decode is None else decode_rows(source, table)
         for part in parts:
@@ -276,14 +276,20 @@ def _reader(source: Source) -> RowGroupReader:
     return source.open_reader()
 
 
-def _fault_line(number: int, error: DataError, source: Source) -> pa.Table:
+def fault_line(number: int, error: DataError, source: Source) -> pa.Table:
+    """An error in the place of a window's lines; `raise_fault` raises it where it arrives."""
     words = json.dumps([str(argument) for argument in error.args])
     line = {ROW: _FAULT, REASON: words, _NUMBER: number, _SIZE: 1}
     schema = lines_schema(source).append(pa.field(_NUMBER, pa.int64()))
     return pa.Table.from_pylist([line], schema=schema.append(pa.field(_SIZE, pa.int64())))
 
 
-def _raise_fault(block: pa.Table) -> None:
+def raise_fault(block: pa.Table) -> None:
+    """Raises what a reader's process could not.
+
+    Raises:
+        DataError: The block stands for one.
+    """
     if block.column(ROW)[0].as_py() == _FAULT:
         raise DataError(*cast("list[Any]", json.loads(block.column(REASON)[0].as_py())))
 
