@@ -119,7 +119,7 @@ _COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#
 def draw(found: dict[str, Any]) -> str:
     """The curves as an SVG of their own, readable on a light and on a dark page."""
     clips, curves = found["clips"], found["private_mb"]
-    top = max(max(values) for values in curves.values()) * 1.1
+    top = 100 * (1 + max(max(values) for values in curves.values()) // 100)
 
     def place(count: float, mb: float) -> tuple[float, float]:
         across = _LEFT + (_WIDTH - _LEFT - _RIGHT) * count / clips[-1]
@@ -130,13 +130,13 @@ def draw(found: dict[str, Any]) -> str:
         'font-family="sans-serif" font-size="12">',
         '<rect width="100%" height="100%" fill="white"/>',
     ]
-    for step in range(5):
-        mb = top * step / 4
+    for mb in range(0, int(top) + 1, 100):
         x, y = place(0, mb)
         parts.append(
             f'<path d="M{x:.0f} {y:.1f}H{_WIDTH - _RIGHT}" stroke="#ddd"/>'
-            f'<text x="{x - 6:.0f}" y="{y + 4:.1f}" text-anchor="end" fill="#333">{mb:.0f}</text>'
+            f'<text x="{x - 6:.0f}" y="{y + 4:.1f}" text-anchor="end" fill="#333">{mb}</text>'
         )
+    for step in range(5):
         x, y = place(clips[-1] * step / 4, 0)
         parts.append(
             f'<text x="{x:.0f}" y="{y + 18:.0f}" text-anchor="middle" fill="#333">'
@@ -147,16 +147,14 @@ def draw(found: dict[str, Any]) -> str:
         f'<text x="{_WIDTH - _RIGHT}" y="{_HEIGHT - 4}" text-anchor="end" fill="#333">clips</text>'
     )
     ends: list[float] = []
-    for number, (name, values) in enumerate(
-        sorted(curves.items(), key=lambda curve: -curve[1][-1])
-    ):
+    for number, (name, values) in enumerate(sorted(curves.items(), key=lambda curve: curve[1][-1])):
         colour = _COLOURS[number % len(_COLOURS)]
         points = " ".join(
             "{:.1f},{:.1f}".format(*place(*pair)) for pair in zip(clips, values, strict=True)
         )
         x, y = place(clips[-1], values[-1])
-        # Names that would lie over each other move down.
-        y = max([y + 4, *(end + 13 for end in ends[-1:])])
+        # Names that would lie over each other move up.
+        y = min([y + 4, *(end - 13 for end in ends[-1:])])
         ends.append(y)
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
