@@ -54,14 +54,16 @@ class WandbTracker:
         self._run.log(figures, step=record.iteration + 1)
 
     def validation(self, record: ValidationRecord, samples: Path) -> None:
-        """Logs the figures and the contact sheet."""
+        """Logs the figures, the contact sheet, and the same clips moving."""
         import wandb
 
         figures: dict[str, Any] = {
             f"validation/{name}": value for name, value in record.figures.items()
         }
         figures["validation/iteration"] = record.iteration
-        figures["validation/sheet"] = wandb.Image(str(samples / record.sheet))
+        sheet = samples / record.sheet
+        figures["validation/sheet"] = wandb.Image(str(sheet))
+        figures["validation/clips"] = wandb.Video(str(sheet.with_suffix(".gif")), format="gif")
         # A validation runs beside the training and may come back late: W&B refuses a step that
         # goes backwards, so the iteration is a figure of its own.
         self._run.log(figures)
