@@ -196,7 +196,7 @@ def _rule(value: float, axis: Axis, label: str) -> list[str]:
     y, right = _y(value, axis), _WIDTH - _RIGHT
     return [
         f'<line class="rule" x1="{_LEFT}" x2="{right}" y1="{y}" y2="{y}"/>',
-        f'<text class="note" x="{right + 6}" y="{y + 4}">{escape(label)}</text>',
+        f'<text class="note y" x="{right - 4}" y="{y - 5}">{escape(label)}</text>',
     ]
 
 
