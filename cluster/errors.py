@@ -5,6 +5,7 @@
         ├── RayStartError                Ray cannot be started or reached
         ├── InsufficientResourcesError   the cluster is too small, or busy, for the pools asked for
         ├── WorkerDiedError              the process behind a rank is gone
+        ├── StartTimeoutError            not all ranks of a group came up in time
         ├── CallTimeoutError             a rank did not answer in time
         ├── RemoteCallError              a rank failed with an error that cannot travel
         ├── ScheduleError                a schedule that cannot be worked through
@@ -55,6 +56,31 @@ class WorkerDiedError(ClusterError):
         self.rank = rank
         self.phase = phase
         self.last_error = last_error
+
+
+class StartTimeoutError(ClusterError, TimeoutError):
+    """Not all ranks of a group came up in time.
+
+    Args:
+        group: Name of the worker group.
+        states: What each rank has come to, by rank.
+        timeout_s: How long they were waited for.
+    """
+
+    def __init__(self, group: str, states: tuple[str, ...], timeout_s: float) -> None:
+        rows = "\n".join(f"  {group}[{rank}]  {state}" for rank, state in enumerate(states))
+        super().__init__(
+            f"starting the {len(states)} ranks of {group}",
+            f"after {timeout_s:g} s\n{rows}\n",
+            "all of them to be ready",
+            "A process that has not started waits for its bundle or for its environment (`ray "
+            "status`); one that is building reads its networks or waits for its fellows. Raise "
+            "topology.start_timeout_s if that takes long here",
+        )
+        self.args = (group, states, timeout_s)
+        self.group = group
+        self.states = states
+        self.timeout_s = timeout_s
 
 
 class CallTimeoutError(ClusterError, TimeoutError):

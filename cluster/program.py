@@ -1,7 +1,8 @@
-"""What an iteration consists of, as data: passes over the micro-batches, and updates.
+"""What an iteration consists of, as data: passes over the micro-batches, updates, handovers.
 
     Pass(Stage("paint", "maker", keeps_until="learn"), Stage("look", "judge", takes=("paint",)), ..)
     Update("maker", "judge")
+    Handover(("maker", "show"), ("judge", "copy"))
 
 A program says what has to happen and who does it; `cluster.schedule` makes calls of it. The order
 of the stages of one pass over its micro-batches, and how samples are shared out over the processes
@@ -53,6 +54,19 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Handover:
+    """A value about no samples that one role hands to another, such as its weights.
+
+    Attributes:
+        giver: Role and stage that make it: every rank is asked, the first one has the value.
+        taker: Role and stage that every rank of another role takes it in with.
+    """
+
+    giver: tuple[str, str]
+    taker: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class Team:
     """The processes of one role.
 
@@ -70,7 +84,7 @@ class Team:
         return self.copies * self.ranks
 
 
-Program = Sequence[Pass | Update]
+Program = Sequence[Pass | Update | Handover]
 
 
 def pass_order(
@@ -135,6 +149,9 @@ def check_program(program: Program, teams: Mapping[str, Team], num_samples: int)
         if isinstance(part, Update):
             _check_update(part, teams)
             continue
+        if isinstance(part, Handover):
+            _check_handover(part, teams)
+            continue
         known: dict[str, Stage] = {}
         for stage in part.stages:
             missing = [name for name in stage.takes if name not in known]
@@ -165,6 +182,12 @@ def _check_update(update: Update, teams: Mapping[str, Team]) -> None:
                 f"an update of {role}, which has {teams.get(role, 'no processes')}",
                 "one copy of a role that learns: copies would drift apart",
             )
+
+
+def _check_handover(handover: Handover, teams: Mapping[str, Team]) -> None:
+    for role, stage in (handover.giver, handover.taker):
+        if role not in teams:
+            raise _contradiction(Stage(stage, role), f"is done by {role} of {sorted(teams)}")
 
 
 def _contradiction(stage: Stage, found: str) -> ScheduleError:

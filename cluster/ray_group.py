@@ -6,25 +6,15 @@
 
 Arguments that are pending go as references at the top level of the call: Ray waits for them at the
 receiver's end and moves the values from rank to rank, past the controller. The ranks of a group
-that was given `collective=True` also meet in a torch.distributed group of their own, before their
-workers are built. Actors are synchronous
-and are never restarted and calls never retried by Ray: a restart would lose the worker's state
-without a word, and a retry would run out of order.
+have processes of their own, or share them with other groups: see `cluster.ray_host`.
 """
 
-import os
-import pickle
-import time
-import traceback
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVarTuple
 
 import ray
-import ray.util
-import torch
 from ray.exceptions import (
     GetTimeoutError,
     RayActorError,
@@ -32,50 +22,43 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from cluster.errors import CallTimeoutError, ClusterError, RemoteCallError, WorkerDiedError
-from cluster.joined import JoinedPending, Span, put_together
-from cluster.meeting import Meeting, join_meeting, open_meeting
+from cluster.errors import (
+    CallTimeoutError,
+    ClusterError,
+    RemoteCallError,
+    StartTimeoutError,
+    WorkerDiedError,
+)
+from cluster.joined import JoinedPending
+from cluster.ray_host import Home, Hosts, Joint, Kept, Layout, Order
+from cluster.spans import Clock, Work, current_label
 from cluster.topology import Placement
 from cluster.transfer import array_in, from_wire, to_wire
 from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
 
 Ts = TypeVarTuple("Ts")
 
-_TIMINGS_TIMEOUT_S = 600.0
-_COLLECTIVE_TIMEOUT_S = 600.0
-# Ray would show each process its own GPU alone, under which NCCL has been slow or wrong between
-# ranks of one machine (https://github.com/ray-project/ray/issues/61073).
-_SEES_ALL_GPUS = {"runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}}
+_ANSWER_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RayPending(Pending[R_co]):
-    """A reference to a result that stays in the object store.
+    """A reference to a result that stays in the object store, or in its process.
 
     Attributes:
         reference: Ray's reference; dropping the last one frees the value.
         ranks: (group, rank) by actor id of every actor that this result depends on, so that the
             death of any of them can be told by name.
+        home: Where the value is if it has stayed in its process.
     """
 
     reference: ray.ObjectRef
     ranks: Mapping[str, tuple[str, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Joint:
-    """How an argument is put together from the values that were sent for it."""
-
-    spans: tuple[Span, ...]
-    wanted: Span
-
-
-Layout = tuple[_Joint | None, ...]
-"""One entry an argument; None for one that was sent as it is."""
+    home: Home | None = None
 
 
 class RayWorkerGroup(WorkerGroup[W]):
-    """Ranks in processes of their own, each in its bundle of the run's placement.
+    """Ranks in Ray actors, each in its bundle of the run's placement.
 
     The constructor returns at once and the ranks build their workers side by side: start all
     groups, then `wait_ready` for each.
@@ -84,9 +67,10 @@ class RayWorkerGroup(WorkerGroup[W]):
         name: What errors and reports call the group.
         factory: Module-level function that builds the worker inside the rank's process.
         args: Its arguments; plain picklable values.
-        placement: Reserved resources.
+        placement: Reserved resources; or processes that the group shares with others, one a rank.
         pool: The pool whose ranks these are; None: the one called like the group.
         collective: Whether the ranks, if there are several, run collectives among themselves.
+        copies: Parts of the group that do so apart from one another.
         narrow: Kinds of tensors that its results carry in bfloat16; see `cluster.transfer`.
     """
 
@@ -95,38 +79,38 @@ class RayWorkerGroup(WorkerGroup[W]):
         name: str,
         factory: Callable[[*Ts], W],
         args: tuple[*Ts],
-        placement: Placement,
+        placement: Placement | Hosts,
         pool: str | None = None,
         *,
         collective: bool = False,
+        copies: int = 1,
         narrow: AbstractSet[str] = frozenset(),
     ) -> None:
-        pool_name = name if pool is None else pool
-        super().__init__(name, placement.pool(pool_name).num_ranks)
-        host_class = ray.remote(_Host)
-        meets = collective and self.size > 1
-        options = _SEES_ALL_GPUS if meets else {}
-        self._hosts: list[Any] = [
-            host_class.options(
-                max_restarts=0,
-                max_task_retries=0,
-                **options,
-                **placement.actor_options(pool_name, rank),
-            ).remote(name, rank, narrow)
-            for rank in range(self.size)
-        ]
-        meeting: ray.ObjectRef | None = None
-        if meets:
-            nodes = [host.node_id.remote() for host in self._hosts]
-            meeting = self._hosts[0].open_meeting.remote(*nodes)
+        if isinstance(placement, Placement):
+            pool = name if pool is None else pool
+            ranks = placement.pool(pool).num_ranks
+            placement = Hosts(pool, placement, ranks // copies if collective else 1)
+        self._hosts = placement
+        self._narrow = frozenset(narrow)
+        super().__init__(name, self._hosts.size)
         self._ready = [
-            self._pending(rank, "build", host.build.remote(factory, args, meeting), [])
-            for rank, host in enumerate(self._hosts)
+            self._pending(rank, "build", actor.build.remote(name, factory, args, meeting), [])
+            for rank, (actor, meeting) in enumerate(
+                zip(self._hosts.actors, self._hosts.meetings, strict=True)
+            )
         ]
 
     def wait_ready(self, timeout_s: float) -> None:
-        """Waits until every rank has built its worker; raises what the factory raised."""
-        self.fetch(self._ready, timeout_s, f"starting the {self.size} ranks of {self.name}")
+        """Waits until every rank has built its worker; raises what the factory raised.
+
+        Raises:
+            StartTimeoutError: Not all were there in time; says of each rank what is missing.
+        """
+        try:
+            self.fetch(self._ready, timeout_s, f"starting the {self.size} ranks of {self.name}")
+        except CallTimeoutError:
+            states = [self._start_state(rank) for rank in range(self.size)]
+            raise StartTimeoutError(self.name, tuple(states), timeout_s) from None
 
     def fetch(self, pendings: Sequence[Pending[R]], timeout_s: float, phase: str) -> list[R]:
         """Waits for small results; see `WorkerGroup.fetch`."""
@@ -139,7 +123,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         except RayError as error:
             _raise_cause(error, claims, phase)
         for claim, wire in zip(claims, wires, strict=True):
-            where = array_in(wire)
+            where = "result" if isinstance(wire, Kept) else array_in(wire)
             if where is not None:
                 raise refuse_array(claim, where, phase)
         return [from_wire(wire) for wire in wires]
@@ -150,181 +134,110 @@ class RayWorkerGroup(WorkerGroup[W]):
         done, _ = ray.wait([reference], timeout=0, fetch_local=False)
         return bool(done)
 
-    def timings(self) -> dict[str, float]:
-        """Busy seconds by method, summed over ranks, since this was last asked."""
-        asked = [
-            self._pending(rank, "timings", host.timings.remote(), [])
-            for rank, host in enumerate(self._hosts)
+    def ask_work(self) -> list[Pending[list[Work]]]:
+        """Asks every rank what it has done since this was last asked."""
+        return [
+            self._pending(rank, "take_work", actor.take_work.remote(self.name), [])
+            for rank, actor in enumerate(self._hosts.actors)
         ]
-        total = defaultdict[str, float](float)
-        for busy_s in self.fetch(asked, _TIMINGS_TIMEOUT_S, f"reading timings of {self.name}"):
-            for method, seconds in busy_s.items():
-                total[method] += seconds
-        return dict(total)
+
+    def clocks(self) -> list[Clock]:
+        """The clock of each rank."""
+        asked = [
+            self._pending(rank, "clock", actor.clock.remote(), [])
+            for rank, actor in enumerate(self._hosts.actors)
+        ]
+        return self.fetch(asked, _ANSWER_TIMEOUT_S, f"reading the clocks of {self.name}")
 
     def process_ids(self) -> list[int]:
         """Process id of each rank, on its machine; for `py-spy` and for tests."""
         asked = [
-            self._pending(rank, "process_id", host.process_id.remote(), [])
-            for rank, host in enumerate(self._hosts)
+            self._pending(rank, "process_id", actor.process_id.remote(), [])
+            for rank, actor in enumerate(self._hosts.actors)
         ]
-        return self.fetch(asked, _TIMINGS_TIMEOUT_S, f"finding the processes of {self.name}")
+        return self.fetch(asked, _ANSWER_TIMEOUT_S, f"finding the processes of {self.name}")
 
     def close(self) -> None:
         """Ends the processes; what they hold is gone. Harmless when repeated."""
-        if ray.is_initialized():
-            for host in self._hosts:
-                ray.kill(host)
-        self._hosts.clear()
+        self._hosts.close()
 
     def _submit(
         self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
     ) -> RayPending[Any]:
-        sent, layout = _laid_out(args, method)
-        named = {name: _sent(value, f"{name} of {method}()") for name, value in keywords.items()}
-        reference = self._hosts[rank].run.remote(method, layout, *sent, **named)
-        return self._pending(rank, method, reference, [*args, *keywords.values()])
+        hosts = self._hosts
+        sent, layout = self._laid_out(rank, args, method)
+        named = {
+            name: self._sent(rank, value, f"{name} of {method}()")
+            for name, value in keywords.items()
+        }
+        home = Home(hosts, rank, hosts.next_number(), self._narrow) if hosts.shared else None
+        order = Order(
+            self.name,
+            method,
+            layout,
+            current_label(),
+            self._narrow,
+            None if home is None else home.number,
+            hosts.take_dropped(rank),
+        )
+        reference = hosts.actors[rank].run.remote(order, *sent, **named)
+        return self._pending(rank, method, reference, [*args, *keywords.values()], home)
 
     def _pending(
-        self, rank: int, method: str, reference: ray.ObjectRef, inputs: Sequence[object]
+        self,
+        rank: int,
+        method: str,
+        reference: ray.ObjectRef,
+        inputs: Sequence[object],
+        home: Home | None = None,
     ) -> RayPending[Any]:
         ranks = {reference.task_id().actor_id().hex(): (self.name, rank)}
         for value in inputs:
             for piece in value.pieces if isinstance(value, JoinedPending) else (value,):
                 if isinstance(piece, RayPending):
                     ranks |= piece.ranks
-        return RayPending(self.name, rank, method, reference, ranks)
+        return RayPending(self.name, rank, method, reference, ranks, home)
 
+    def _laid_out(
+        self, rank: int, args: Sequence[object], method: str
+    ) -> tuple[list[object], Layout]:
+        """What is sent for the arguments of a call, and what the receiver makes of it.
 
-class _Host:
-    """The inside of a rank: builds its worker and runs its methods, one after another."""
-
-    def __init__(self, group: str, rank: int, narrow: AbstractSet[str]) -> None:
-        self._place = f"{group} rank {rank}"
-        self._narrow = narrow
-        self._rank = rank
-        self._worker: Any = None
-        self._store: Any = None
-        self._busy_s = defaultdict[str, float](float)
-
-    def __repr__(self) -> str:
-        """Heads the lines that this process writes to the controller's terminal."""
-        return self._place
-
-    def node_id(self) -> str:
-        """Ray's name of the machine that this process is on."""
-        return ray.get_runtime_context().get_node_id()
-
-    def open_meeting(self, *nodes: str) -> Meeting:
-        """Opens the place where the ranks meet, and keeps it; asked of rank 0.
-
-        Args:
-            nodes: Machine of every rank.
+        Ray resolves references at the top level of a call alone, so the pieces of a joined value
+        are sent as arguments of their own.
         """
-        self._store, meeting = open_meeting(
-            len(nodes),
-            ray.util.get_node_ip_address(),
-            on_one_machine=len(set(nodes)) == 1,
-            timeout_s=_COLLECTIVE_TIMEOUT_S,
-        )
-        return meeting
+        sent: list[object] = []
+        layout: list[Joint | None] = []
+        for index, value in enumerate(args):
+            where = f"argument {index} of {method}()"
+            if isinstance(value, JoinedPending):
+                sent += [self._sent(rank, piece, where) for piece in value.pieces]
+                layout.append(Joint(value.spans, value.wanted))
+            else:
+                sent.append(self._sent(rank, value, where))
+                layout.append(None)
+        return sent, tuple(layout)
 
-    def build(
-        self, factory: Callable[..., Any], args: tuple[Any, ...], meeting: Meeting | None
-    ) -> None:
-        """Makes the worker; not in the constructor, where an error would lose its type."""
+    def _sent(self, rank: int, value: object, where: str) -> object:
+        if not isinstance(value, RayPending):
+            return to_wire(value, where)
+        home = value.home
+        if home is None or (home.hosts is self._hosts and home.rank == rank):
+            return value.reference
+        # It may have stayed in another process, which sends it now.
+        return home.hosts.actors[home.rank].deliver.remote(value.reference, home.narrow)
+
+    def _start_state(self, rank: int) -> str:
+        """What a rank that is being started has come to."""
+        where, ready = self._hosts.places[rank], self._ready[rank].reference
+        if not ray.wait([where], timeout=0)[0]:
+            return "its process has not started"
         try:
-            if meeting is not None:
-                _take_own_gpu()
-                join_meeting(meeting, self._rank, _COLLECTIVE_TIMEOUT_S, self._store)
-            self._worker = factory(*args)
-        except Exception as error:
-            raise self._portable(error, factory.__name__) from None
-
-    def run(self, method: str, layout: Layout, /, *sent: object, **keywords: object) -> object:
-        """Runs one method on values from the wire; its result goes back onto the wire."""
-        started = time.perf_counter()
-        try:
-            if self._worker is None:
-                raise ClusterError(
-                    f"calling {method}() of {self._place}",
-                    "no worker: building it has failed",
-                    "wait_ready() to succeed before the first call",
-                )
-            named = {name: from_wire(value) for name, value in keywords.items()}
-            args = _received([from_wire(value) for value in sent], layout)
-            result = getattr(self._worker, method)(*args, **named)
-            return to_wire(result, f"the result of {method}()", self._narrow)
-        except Exception as error:
-            raise self._portable(error, method) from None
-        finally:
-            self._busy_s[method] += time.perf_counter() - started
-
-    def timings(self) -> dict[str, float]:
-        """Busy seconds by method since this was last asked."""
-        busy_s = dict(self._busy_s)
-        self._busy_s.clear()
-        return busy_s
-
-    def process_id(self) -> int:
-        """Id of this process."""
-        return os.getpid()
-
-    def _portable(self, error: Exception, method: str) -> Exception:
-        """The error with a note of where, or its words if it cannot be rebuilt elsewhere."""
-        where = f"raised in {method}() of {self._place}"
-        told = "".join(traceback.format_exception(error))
-        error.add_note(f"{where}:\n{told}")
-        try:
-            pickle.loads(pickle.dumps(error))
-        except Exception:
-            return RemoteCallError(
-                f"running {method}() of {self._place}", f"{type(error).__name__}: {error}\n{told}"
-            )
-        return error
-
-
-def _take_own_gpu() -> None:
-    """Makes the GPU that Ray gave to this process the current one, where all are in sight."""
-    own = ray.get_gpu_ids()
-    if own:
-        torch.cuda.set_device(int(own[0]))
-
-
-def _laid_out(args: Sequence[object], method: str) -> tuple[list[object], Layout]:
-    """What is sent for the arguments of a call, and what the receiver makes of it.
-
-    Ray resolves references at the top level of a call alone, so the pieces of a joined value are
-    sent as arguments of their own.
-    """
-    sent: list[object] = []
-    layout: list[_Joint | None] = []
-    for index, value in enumerate(args):
-        where = f"argument {index} of {method}()"
-        if isinstance(value, JoinedPending):
-            sent += [_sent(piece, where) for piece in value.pieces]
-            layout.append(_Joint(value.spans, value.wanted))
-        else:
-            sent.append(_sent(value, where))
-            layout.append(None)
-    return sent, tuple(layout)
-
-
-def _received(values: Sequence[Any], layout: Layout) -> list[object]:
-    """The arguments of a call from what was sent for them."""
-    args: list[object] = []
-    left = iter(values)
-    for joint in layout:
-        if joint is None:
-            args.append(next(left))
-        else:
-            pieces = [next(left) for _ in joint.spans]
-            args.append(put_together(pieces, joint.spans, joint.wanted))
-    return args
-
-
-def _sent(value: object, where: str) -> object:
-    return value.reference if isinstance(value, RayPending) else to_wire(value, where)
+            machine = ray.get(where)
+        except RayError as error:
+            return f"its process has ended: {type(error).__name__}"
+        built = bool(ray.wait([ready], timeout=0)[0])
+        return "ready" if built else f"its process on machine {machine} is still building"
 
 
 def _claimed(pending: Pending[R], phase: str) -> RayPending[R]:

@@ -5,9 +5,9 @@
     judge       c0 |    c1 |    c2 |    c3 |    | update       d = 2 micro-batches in flight
 
 A *program* says what has to happen, as data: passes, whose stages every micro-batch goes through,
-and updates. `order_calls` turns it into the list of calls that one controller makes. Each process
-works through its calls in the order in which they were made, so this order *is* the schedule. It
-keeps four promises:
+updates and handovers. `order_calls` turns it into the list of calls that one controller makes. Each
+process works through its calls in the order in which they were made, so this order *is* the
+schedule. It keeps four promises:
 
 * A call comes after the calls whose results it takes.
 * A role gathers gradients in one order, micro-batch after micro-batch, whatever the depth and the
@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 
 from cluster.errors import ScheduleError
 from cluster.program import (
+    Handover,
     Pass,
     Program,
     Stage,
@@ -50,11 +51,11 @@ class Call:
 
     Attributes:
         iteration: Which iteration it belongs to.
-        phase: Which pass or update of the program, counted from 0.
+        phase: Which part of the program, counted from 0.
         role: Whom it goes to.
         rank: Which of the role's processes.
         stage: What is asked for.
-        micro_batch: Which micro-batch; None in an update.
+        micro_batch: Which micro-batch; None in an update or a handover.
         samples: First sample of the micro-batch that it is about, and one past the last.
         inputs: Places in the list of the calls whose results it is handed.
         waits_for: Places of calls that must have succeeded, to the controller's knowledge, before
@@ -73,7 +74,7 @@ class Call:
 
     @property
     def num_samples(self) -> int:
-        """Samples that it is about; 0 in an update."""
+        """Samples that it is about; 0 in an update or a handover."""
         return self.samples[1] - self.samples[0]
 
 
@@ -184,6 +185,10 @@ class _Builder:
                 for stage, index in self._order(part):
                     self._ask_stage(iteration, phase, stage, index)
                 continue
+            if isinstance(part, Handover):
+                given = self._ask_role(iteration, phase, *part.giver)
+                self._ask_role(iteration, phase, *part.taker, inputs=(given[0],))
+                continue
             after = phase + 1
             if after < len(self._program):
                 coming = (iteration, after)
@@ -220,8 +225,12 @@ class _Builder:
         if not isinstance(part, Pass):
             return
         free: set[str] = set()
+        # A role that cannot gather from one stage yet must not gather from a later one before.
+        waiting: set[str] = set()
         for stage in part.stages:
-            if stage.role not in updated and free.issuperset(stage.takes):
+            if stage.role in updated or not free.issuperset(stage.takes):
+                waiting |= {stage.role} if stage.gathers else set()
+            elif not (stage.gathers and stage.role in waiting):
                 free.add(stage.name)
         ahead = num_ahead(part, self._num_micro_batches, self._depth)
         for stage, index in self._order(part):
@@ -251,10 +260,12 @@ class _Builder:
             )
         self._places[iteration, phase, stage.name, micro_batch] = places
 
-    def _ask_role(self, iteration: int, phase: int, role: str, stage: str) -> list[int]:
+    def _ask_role(
+        self, iteration: int, phase: int, role: str, stage: str, inputs: tuple[int, ...] = ()
+    ) -> list[int]:
         places = [len(self.calls) + rank for rank in range(self._teams[role].size)]
         for rank in range(self._teams[role].size):
-            self._ask(Call(iteration, phase, role, rank, stage, None, (0, 0)))
+            self._ask(Call(iteration, phase, role, rank, stage, None, (0, 0), inputs))
         return places
 
     def _ask(self, call: Call) -> None:

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 from cluster.errors import ClusterError, ControllerTensorError
+from cluster.spans import Clock, Work, seconds_by_method
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -30,6 +31,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 W = TypeVar("W")
+
+_ANSWER_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,11 +199,21 @@ class WorkerGroup(ABC, Generic[W]):
         """Waits until every rank has built its worker; raises what the factory raised."""
 
     @abstractmethod
-    def timings(self) -> dict[str, float]:
-        """Busy seconds by method, summed over ranks, since this was last asked.
+    def ask_work(self) -> list[Pending[list[Work]]]:
+        """Asks every rank what it has done since this was last asked.
 
-        Waiting for arguments does not count; moving them in and out of the process does.
+        Waiting for arguments is no part of it; moving them in and out of the process is.
         """
+
+    @abstractmethod
+    def clocks(self) -> list[Clock]:
+        """The clock of each rank, on which its times are."""
+
+    def timings(self) -> dict[str, float]:
+        """Busy seconds by method, summed over ranks, since the ranks were last asked."""
+        asked = self.ask_work()
+        parts = self.fetch(asked, _ANSWER_TIMEOUT_S, f"reading the times of {self.name}")
+        return seconds_by_method([work for part in parts for work in part])
 
     @abstractmethod
     def close(self) -> None:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import Field, JsonValue, model_validator
@@ -28,9 +28,9 @@ from pipelines.methods import ObjectiveSettings, method_contradictions
 from pipelines.overrides import Override, apply_overrides
 from pipelines.section import Section
 from pipelines.study.settings import StudySettings
+from pipelines.topology import TopologySettings, topology_contradictions
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.types import GRADIENT, VALUE
 from workers.settings import (
     FakeScoreSettings,
     GeneratorSettings,
@@ -44,7 +44,7 @@ PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 # What may change between a run and its resumption: it decides no number but by rounding, or the
 # numbers come after those that were made.
-_NOT_IN_DIGEST: dict[str, bool | set[str]] = {
+_NOT_IN_DIGEST: dict[str, Any] = {
     "name": True,
     "output": True,
     "iterations": True,
@@ -52,10 +52,14 @@ _NOT_IN_DIGEST: dict[str, bool | set[str]] = {
     "checkpoint": True,
     "validation": True,
     "alarms": True,
+    "trace": True,
     "tracker": True,
     "sweep": True,
     "study": True,
     "batch": {"micro_batches"},
+    "generator": {"compute": {"checkpointing", "compile"}},
+    "fake_score": {"compute": {"checkpointing", "compile"}},
+    "teacher": {"batched_guidance": True, "compute": {"checkpointing", "compile"}},
     "data": {"validation", "text_cache", "max_bad_fraction", "read_ahead", "s3"},
 }
 
@@ -92,78 +96,11 @@ class DataSettings(Section):
     """How an S3 server is spoken to. Endpoint and keys come from the usual AWS variables."""
 
 
-class PoolSettings(Section):
-    """What one process of a role takes of the cluster."""
+class TraceSettings(Section):
+    """What trace.json holds, for ui.perfetto.dev."""
 
-    cpus: float = Field(default=1.0, ge=0)
-    """Logical CPUs of Ray."""
-    gpus: float = Field(default=0.0, ge=0)
-    """GPUs; at 0 the role computes on the CPU."""
-    strategy: Literal["pack", "spread", "strict_pack", "strict_spread"] = "pack"
-    """How its processes lie on the machines: on few, on many; strict: on one, each on another."""
-    labels: dict[str, str] = Field(default_factory=dict)
-    """Which machines will do, by label: `{key: value}`; also `!value`, `in(a, b)`, `!in(a, b)`."""
-    resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Custom resources of Ray that it takes, by name: they pin it to machines that offer them."""
-
-    @model_validator(mode="after")
-    def _takes_something(self) -> Self:
-        if not self.cpus + self.gpus:
-            raise ValueError("cpus and gpus are both 0, but a process needs some of either")
-        return self
-
-
-class LightPoolSettings(PoolSettings):
-    """What a role takes that computes little; a small claim keeps it schedulable anywhere."""
-
-    cpus: float = Field(default=0.25, ge=0)
-    """Logical CPUs of Ray; light roles share cores with the others."""
-
-
-class TeacherPoolSettings(PoolSettings):
-    """What the teacher takes; its replicas hold no state and share the micro-batches."""
-
-    replicas: int = Field(default=1, ge=1)
-    """Independent copies, each with `cpus` and `gpus`."""
-
-
-class TopologySettings(Section):
-    """Where the roles run."""
-
-    mode: Literal["pools", "local"] = "pools"
-    """`pools`: Ray actors, each role on its own resources. `local`: one process, without Ray."""
-    address: str | None = None
-    """Ray cluster to join, `auto` or `HOST:PORT`; null takes RAY_ADDRESS, else starts Ray here."""
-    generator: PoolSettings = PoolSettings()
-    """Resources of the generator."""
-    teacher: TeacherPoolSettings = TeacherPoolSettings()
-    """Resources of each teacher replica."""
-    fake_score: PoolSettings = PoolSettings()
-    """Resources of the fake score."""
-    text: LightPoolSettings = LightPoolSettings()
-    """Resources of the text encoder; a GPU is worth it where captions are not encoded already."""
-    feed: LightPoolSettings = LightPoolSettings()
-    """Resources of the process that hands out captions."""
-    validator: LightPoolSettings = LightPoolSettings()
-    """Resources of the validator; a GPU keeps validation up with the training."""
-    threads_per_rank: int = Field(default=1, ge=1)
-    """Torch threads of each role's process."""
-    window: int = Field(default=2, ge=1)
-    """Micro-batches in flight; each one keeps a rollout's graph. Changes waiting, not numbers."""
-    wire_dtype: Literal["fp32", "bf16"] = "fp32"
-    """How latents, predictions and text travel between Ray actors; bf16 rounds them."""
-    gradient_wire_dtype: Literal["fp32", "bf16"] = "fp32"
-    """How the signal to the generator travels."""
-    start_timeout_s: float = Field(default=300.0, gt=0)
-    """How long Ray, the pools and the networks may take to come up."""
-    call_timeout_s: float = Field(default=600.0, gt=0)
-    """How long one phase of an iteration may take before the run is given up."""
-
-    @property
-    def narrowed(self) -> frozenset[str]:
-        """Kinds of tensors that are rounded to bfloat16 on the way."""
-        kinds = {VALUE: self.wire_dtype, GRADIENT: self.gradient_wire_dtype}
-        return frozenset(kind for kind, dtype in kinds.items() if dtype == "bf16")
+    iterations: int = Field(default=20, ge=0)
+    """The last iterations, every call of them; 0 writes no trace."""
 
 
 class TrackerSettings(Section):
@@ -216,6 +153,7 @@ class DistillConfig(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     validation: ValidationSettings = ValidationSettings()
     alarms: AlarmSettings = AlarmSettings()
+    trace: TraceSettings = TraceSettings()
     tracker: TrackerSettings = TrackerSettings()
     sweep: SweepSettings = SweepSettings()
     study: StudySettings = StudySettings()
@@ -362,16 +300,7 @@ def _contradictions(config: DistillConfig) -> list[str]:
             f"batch.size {batch.size} does not divide into {batch.micro_batches} micro-batches "
             "(batch.micro_batches)"
         )
-    if topology.teacher.replicas > batch.micro_batches:
-        problems.append(
-            f"topology.teacher.replicas {topology.teacher.replicas} is more than "
-            f"batch.micro_batches {batch.micro_batches}, so some would never work"
-        )
-    if topology.mode == "local" and topology.address is not None:
-        problems.append(
-            f"topology.address {topology.address!r} names a Ray cluster, but topology.mode local "
-            "uses no Ray"
-        )
+    problems += topology_contradictions(topology, batch.size, batch.micro_batches)
     problems += method_contradictions(config.objective, config.fake_score)
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")

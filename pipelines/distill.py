@@ -5,9 +5,9 @@
 The controller in this file moves handles and small records; every tensor stays with the roles.
 """
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +15,29 @@ from cluster.storage import Checkpoints, write_json
 from cluster.worker_group import Pending
 from pipelines.alarms import Alarm
 from pipelines.config import DistillConfig
-from pipelines.data.feed import Batch, Feed
-from pipelines.data.plan import Cursor
 from pipelines.data.schema import TEXT_EMBEDS
 from pipelines.groups import Groups, open_groups
 from pipelines.inference import InferenceSettings, write_inference_settings
-from pipelines.iteration import PromptBatch, iterate, plan_iteration
+from pipelines.iteration import IterationReport, run_iterations
+from pipelines.iteration_plan import plan_iteration
 from pipelines.judge import Judge
+from pipelines.position import Position, resume_position
 from pipelines.preflight import Preflight, check
 from pipelines.progress import Listener, SilentListener
+from pipelines.prompts import Prompts
 from pipelines.records import IterationRecord
 from pipelines.run_data import RunData
 from pipelines.run_folder import RunFolder, append_jsonl, read_jsonl, versions
+from pipelines.run_trace import RunTrace
 from pipelines.summary import summarise
 from pipelines.tracker import Tracker, open_tracker
-from sgmd_core.errors import AlarmError, CheckpointError, NonFiniteError
+from sgmd_core.errors import AlarmError, NonFiniteError
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
 
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """Where a run stands.
-
-    Attributes:
-        iteration: Generator updates made.
-        rows: Captions taken from the stream for them.
-        cursor: The place in the data that comes next.
-    """
-
-    iteration: int = 0
-    rows: int = 0
-    cursor: Cursor = Cursor()
+# Iterations that may overlap before everything is waited for; bounds what the controller lists.
+_LONGEST = 100
 
 
 def dry_run(config: DistillConfig) -> dict[str, Any]:
@@ -92,7 +82,7 @@ def distill(
     folder = RunFolder(config.run_folder)
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:
-        start = _resume_position(config, folder, checkpoints)
+        start = resume_position(config, folder, checkpoints)
         folder.rewind(start.iteration)
         data = RunData(folder)
         data.rewind(start.iteration)
@@ -117,29 +107,11 @@ def distill(
         run = Distillation(config, checked, groups, folder, data, checkpoints, listener, tracker)
         if resume:
             run.load(start)
-        run.train(start, max_seconds)
+        try:
+            run.train(start, max_seconds)
+        finally:
+            run.write_trace()
         return run.finish()
-
-
-def _resume_position(
-    config: DistillConfig, folder: RunFolder, checkpoints: Checkpoints
-) -> Position:
-    folder.require()
-    latest = checkpoints.latest()
-    if latest is None:
-        return Position()
-    manifest = checkpoints.manifest(latest)
-    if manifest["config_digest"] != config.digest:
-        raise CheckpointError(
-            f"resuming {folder.root} at iteration {latest}",
-            f"a checkpoint of configuration {manifest['config_digest']}, while the settings now "
-            f"come to {config.digest}",
-            "the same settings, but for iterations, topology, batch.micro_batches, checkpoint, "
-            "validation, tracker and how the data are read",
-            f"Resume with the run's own config.yaml: sgmd distill {folder.config} --resume ...",
-        )
-    cursor = Cursor.from_json(manifest.get("cursor"))
-    return Position(manifest["iteration"], manifest["rows"], cursor)
 
 
 class Distillation:
@@ -182,6 +154,14 @@ class Distillation:
                 0, TextEncoder.encode_negative, config.model.negative_prompt
             ),
         )
+        roles = groups.roles
+        self._trace = RunTrace(
+            [roles.generator, roles.teacher, roles.fake_score, roles.text],
+            [groups.feed, *([groups.validator] if groups.validator else [])],
+            config.trace.iterations,
+            config.topology.call_timeout_s,
+            waits=not self._plan.max_staleness_iterations,
+        )
 
     def load(self, start: Position) -> None:
         """Puts the learning roles back to a committed state."""
@@ -209,54 +189,33 @@ class Distillation:
             DataError: Too much of the data cannot be used, or their server failed.
         """
         end = self._config.iterations
+        limit_s = math.inf if max_seconds is None else max_seconds
+        prompts = self._open_prompts(start.iteration)
         position, spent_s = start, self._seconds_spent()
-        if max_seconds is not None and spent_s >= max_seconds:
-            end = start.iteration
-        coming = self._take() if start.iteration < end else []
-        for iteration in range(start.iteration, end):
-            began = time.perf_counter()
-            batches = self._fetch(self._groups.feed, coming, f"reading captions ({iteration})")
-            waited_s = time.perf_counter() - began
-            rejected = self._data.enter(iteration, batches)
-            prompts = [self._prompts(batch) for batch in batches]
-            # Asked for one iteration ahead, so that reading never stands in the way.
-            coming = self._take() if iteration + 1 < end else []
+        while position.iteration < end and spent_s < limit_s:
+            first, began = position.iteration, time.perf_counter()
             try:
-                report = iterate(self._groups.roles, self._plan, iteration, prompts)
+                for report in run_iterations(
+                    self._groups.roles, self._plan, first, self._num_together(first), prompts.of
+                ):
+                    position = self._record(position, report, prompts, began)
+                    spent_s += time.perf_counter() - began
+                    began = time.perf_counter()
             except NonFiniteError as error:
                 error.add_note(self._keep_last_good(position))
                 raise
-            last = batches[-1]
-            position = Position(iteration + 1, last.position, last.cursor)
-            self._data.record(iteration, batches)
-            self._record(
-                IterationRecord(
-                    iteration=iteration,
-                    losses=report.losses,
-                    grad_norms=report.grad_norms,
-                    seconds=self._seconds_since_last(),
-                    seconds_total=time.perf_counter() - began,
-                    data_wait_s=waited_s,
-                    samples_seen=position.rows,
-                    epoch=last.passes,
-                    cursor=position.cursor.to_json(),
-                    rejected=rejected,
-                    exit_steps=report.exit_steps,
-                )
-            )
-            spent_s += time.perf_counter() - began
-            is_last = position.iteration == end or (
-                max_seconds is not None and spent_s >= max_seconds
-            )
+            is_last = position.iteration == end or spent_s >= limit_s
             if is_last or self._saves_at(position.iteration):
                 self._save(position)
             if is_last or self._validates_at(position.iteration):
                 self._validate(position.iteration, is_last)
             self._judge.collect()
-            if is_last:
-                break
-            if self._judge.fatal is not None:
+            if self._judge.fatal is not None and not is_last:
                 raise self._stopped(self._judge.fatal, position)
+
+    def write_trace(self) -> None:
+        """Writes trace.json of what is known by now, also after a failure."""
+        self._trace.write(self._folder.trace)
 
     def finish(self) -> dict[str, Any]:
         """Exports the generator, waits for the last validations and writes the summary."""
@@ -266,7 +225,13 @@ class Distillation:
         if self._checkpoints.latest() is not None:
             self._checkpoints.prune(self._config.checkpoint.keep, self._judge.spared)
         self._export_best()
+        self._trace.close()
+        self.write_trace()
         summary = summarise(self._config, self._folder, self._data.counts(), self._judge.ranking)
+        summary |= {
+            "utilisation": self._trace.utilisation(),
+            "critical_path_s": self._trace.critical_path(),
+        }
         write_json(str(self._folder.summary), summary)
         return summary
 
@@ -318,29 +283,53 @@ class Distillation:
         error.add_note(self._export_best())
         return error
 
-    def _take(self) -> list[Pending[Batch]]:
-        feed, size = self._groups.feed, self._config.batch.size
-        return [feed.call_rank(0, Feed.take, size) for _ in range(self._plan.batches_per_iteration)]
+    def _open_prompts(self, first: int) -> Prompts:
+        return Prompts(
+            self._groups.feed,
+            self._data,
+            self._config.batch.size,
+            self._plan.batches_per_iteration,
+            stored=TEXT_EMBEDS in self._checked.source.columns,
+            iterations=(first, self._config.iterations),
+            timeout_s=self._config.topology.call_timeout_s,
+        )
 
-    def _prompts(self, batch: Batch) -> PromptBatch:
-        if TEXT_EMBEDS not in self._checked.source.columns:
-            return PromptBatch(batch.captions)
-        stored = self._groups.feed.call_rank(0, Feed.embeddings, batch.number)
-        return PromptBatch(batch.captions, stored)
+    def _num_together(self, first: int) -> int:
+        """Iterations from here that may overlap: as far as the next state that is looked at."""
+        if not self._plan.max_staleness_iterations:
+            return 1
+        last = first + 1
+        while not (self._saves_at(last) or self._validates_at(last)) and last - first < _LONGEST:
+            last += 1
+        return last - first
 
-    def _record(self, record: IterationRecord) -> None:
+    def _record(
+        self, position: Position, report: IterationReport, prompts: Prompts, began: float
+    ) -> Position:
+        """Writes an iteration down that is over; returns where the run stands now."""
+        iteration = position.iteration
+        taken = prompts.used(iteration)
+        last = taken.batches[-1]
+        self._data.record(iteration, taken.batches)
+        record = IterationRecord(
+            iteration=iteration,
+            losses=report.losses,
+            grad_norms=report.grad_norms,
+            seconds=self._trace.add(iteration, report.asked),
+            seconds_total=time.perf_counter() - began,
+            data_wait_s=taken.waited_s,
+            samples_seen=last.position,
+            epoch=last.passes,
+            cursor=last.cursor.to_json(),
+            rejected=taken.rejected,
+            exit_steps=report.exit_steps,
+            stale_calls=report.stale_calls,
+        )
         append_jsonl(self._folder.metrics, record.to_json())
         self._listener.iteration(record)
         self._tracker.iteration(record)
         self._judge.hear(record)
-
-    def _seconds_since_last(self) -> dict[str, float]:
-        roles = self._groups.roles
-        return {
-            f"{group.name}.{stage}": seconds
-            for group in (roles.generator, roles.teacher, roles.fake_score, roles.text)
-            for stage, seconds in group.timings().items()
-        }
+        return Position(iteration + 1, last.position, last.cursor)
 
     def _seconds_spent(self) -> float:
         """Training time of all iterations so far."""
@@ -367,7 +356,8 @@ class Distillation:
 
     def _keep_last_good(self, position: Position) -> str:
         """Saves the state before the failed iteration, where neither role has left it."""
-        if not self._plan.fresh_tracking and position.iteration > (self._checkpoints.latest() or 0):
+        together = not (self._plan.fresh_tracking or self._plan.max_staleness_iterations)
+        if together and position.iteration > (self._checkpoints.latest() or 0):
             self._save(position)
         latest = self._checkpoints.latest()
         if latest is None:

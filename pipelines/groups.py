@@ -1,13 +1,16 @@
 """Opens the groups of a run where the recipe wants them, and closes them on every way out.
 
     local   one process, no Ray: every call runs at once
-    pools   Ray actors: generator | fake_score | teacher x replicas | text | feed | validator
+    pools   Ray actors: generator x ranks | fake_score x ranks | teacher x replicas x ranks
+    fused   Ray actors x ranks, each with a rank of all three roles
+            both besides: text | feed | validator
 
-Both make the same roles from the same factories and settings, so they make the same numbers.
+All make the same roles from the same factories and settings, so they make the same numbers.
 """
 
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,15 +18,19 @@ from typing import Any, Protocol, TypeVar, TypeVarTuple
 
 from cluster.local import LocalWorkerGroup
 from cluster.pools import Pool, Strategy, bundles_of
+from cluster.program import Team
 from cluster.ray_group import RayWorkerGroup
+from cluster.ray_host import Hosts
 from cluster.runtime import start_ray
 from cluster.topology import Placement, reserve
 from cluster.worker_group import WorkerGroup
-from pipelines.config import DistillConfig, PoolSettings
+from pipelines.config import DistillConfig
 from pipelines.data.feed import Feed, Progress, StreamSettings, build_feed
 from pipelines.iteration import Roles
 from pipelines.preflight import Preflight
+from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.run_folder import RunFolder
+from pipelines.topology import PoolSettings, TopologySettings
 from pipelines.validation import ValidationPlan, Validator, build_validator
 from workers.build import (
     build_fake_score,
@@ -39,6 +46,9 @@ _STRATEGIES: Mapping[str, Strategy] = {
     "strict_pack": "STRICT_PACK",
     "strict_spread": "STRICT_SPREAD",
 }
+FUSED = "fused"
+"""Pool of the processes that all three roles share."""
+
 # Left outside of the reservation, or Ray Data would never read a row.
 _DATA_CPUS = 1.0
 
@@ -91,11 +101,18 @@ def open_groups(
                 if in_trial
                 else reserve(pools, config.topology.start_timeout_s)
             )
-            opener = _RayOpener(stack.enter_context(placement), config.topology.narrowed)
+            opener = _ray_opener(config, stack.enter_context(placement))
         groups = _open(opener, stack, config, checked, folder, progress, num_rows)
-        for group in _all(groups):
-            group.wait_ready(config.topology.start_timeout_s)
+        _wait_ready(_all(groups), config.topology.start_timeout_s)
         yield groups
+
+
+def _wait_ready(groups: Sequence[WorkerGroup[Any]], timeout_s: float) -> None:
+    """Waits until all have loaded their networks, side by side."""
+    deadline_s = time.monotonic() + timeout_s
+    for group in groups:
+        # At the deadline the others may be ready, and are to be told from those that are not.
+        group.wait_ready(max(1.0, deadline_s - time.monotonic()))
 
 
 def own_cluster_size(config: DistillConfig, bundles: Sequence[Mapping[str, float]]) -> int | None:
@@ -113,15 +130,24 @@ def pools_of(config: DistillConfig) -> list[Pool]:
     """The pools that a run reserves, one bundle a rank."""
     topology = config.topology
     pools = [
-        _pool("generator", topology.generator),
-        _pool("fake_score", topology.fake_score),
-        _pool("teacher", topology.teacher, topology.teacher.replicas),
+        *_role_pools(topology),
         _pool("text", topology.text),
         _pool("feed", topology.feed),
     ]
     if config.validation.every:
         pools.append(_pool("validator", topology.validator))
     return pools
+
+
+def _role_pools(topology: TopologySettings) -> list[Pool]:
+    if topology.mode == "fused":
+        return [_pool(FUSED, topology.fused, topology.fused.ranks)]
+    sections = {
+        GENERATOR: topology.generator,
+        FAKE_SCORE: topology.fake_score,
+        TEACHER: topology.teacher,
+    }
+    return [_pool(role, own, topology.teams[role].size) for role, own in sections.items()]
 
 
 def _pool(name: str, settings: PoolSettings, num_ranks: int = 1) -> Pool:
@@ -140,27 +166,54 @@ class _Opener(Protocol):
     """Makes one group."""
 
     def open(
-        self, name: str, num_ranks: int, factory: Callable[[*Ts], W], args: tuple[*Ts]
+        self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
     ) -> WorkerGroup[W]: ...
 
 
 class _LocalOpener:
     def open(
-        self, name: str, num_ranks: int, factory: Callable[[*Ts], W], args: tuple[*Ts]
+        self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
     ) -> WorkerGroup[W]:
-        return LocalWorkerGroup(name, [factory(*args) for _ in range(num_ranks)])
+        return LocalWorkerGroup(name, [factory(*args) for _ in range(team.size)])
 
 
 class _RayOpener:
-    def __init__(self, placement: Placement, narrow: frozenset[str]) -> None:
+    """Makes groups of Ray actors.
+
+    Args:
+        placement: Reserved resources.
+        narrow: Kinds of tensors that are rounded on the way.
+        fused: Processes that all three roles share; None: each has its own.
+    """
+
+    def __init__(
+        self, placement: Placement, narrow: frozenset[str], fused: Hosts | None = None
+    ) -> None:
         self._placement = placement
         self._narrow = narrow
+        self._fused = fused
 
     def open(
-        self, name: str, num_ranks: int, factory: Callable[[*Ts], W], args: tuple[*Ts]
+        self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
     ) -> WorkerGroup[W]:
-        # The number of ranks is the pool's.
-        return RayWorkerGroup(name, factory, args, self._placement, narrow=self._narrow)
+        if self._fused is not None and name in ROLES:
+            return RayWorkerGroup(name, factory, args, self._fused, narrow=self._narrow)
+        return RayWorkerGroup(
+            name,
+            factory,
+            args,
+            self._placement,
+            collective=team.ranks > 1,
+            copies=team.copies,
+            narrow=self._narrow,
+        )
+
+
+def _ray_opener(config: DistillConfig, placement: Placement) -> _RayOpener:
+    if config.topology.mode != "fused":
+        return _RayOpener(placement, config.topology.narrowed)
+    fused = Hosts(FUSED, placement, config.topology.fused.ranks, shared=True)
+    return _RayOpener(placement, config.topology.narrowed, fused)
 
 
 def _open(
@@ -172,29 +225,23 @@ def _open(
     progress: Progress,
     num_rows: int,
 ) -> Groups:
-    def group(
-        name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], num_ranks: int = 1
-    ) -> WorkerGroup[W]:
-        return stack.enter_context(opener.open(name, num_ranks, factory, args))
+    def group(name: str, factory: Callable[[*Ts], W], args: tuple[*Ts]) -> WorkerGroup[W]:
+        team = config.topology.teams.get(name, Team())
+        return stack.enter_context(opener.open(name, factory, args, team))
 
     model = replace(config.model, folder=str(checked.model.path.absolute()))
     threads = config.topology.threads_per_rank
     schedule, seed = config.schedule, config.seed
     roles = Roles(
         generator=group(
-            "generator",
+            GENERATOR,
             build_generator,
             (model, config.video, schedule, config.generator, seed, threads),
         ),
         fake_score=group(
-            "fake_score", build_fake_score, (model, config.objective, config.fake_score, threads)
+            FAKE_SCORE, build_fake_score, (model, config.objective, config.fake_score, threads)
         ),
-        teacher=group(
-            "teacher",
-            build_teacher,
-            (model, config.teacher, threads),
-            config.topology.teacher.replicas,
-        ),
+        teacher=group(TEACHER, build_teacher, (model, config.teacher, threads)),
         text=group("text", build_text_encoder, (model, threads, config.data.text_cache)),
     )
     stream = StreamSettings(

@@ -56,6 +56,7 @@ class Preflight:
             "objective": asdict(config.objective),
             "tracking": config.fake_score.tracking,
             "topology": config.topology.mode,
+            "processes": {role: team.size for role, team in config.topology.teams.items()},
         }
 
 

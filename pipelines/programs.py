@@ -4,17 +4,25 @@
     SGMD, fresh tracking      rollout denoise signal learn | update | sample track | update
     DMD2, TSG-Fisher          the same with several fresh updates of the fake score
     SiD                       signal -> pullback through the teacher -> learn, and fresh updates
+    with a diversity loss     start before rollout, anchor by the teacher, diversify after learn
+    with mixing of weights    the fake score absorbs the generator's, between the two updates
 
 Names of stages are those of the roles' methods.
 """
 
-from cluster.program import Pass, Program, Stage, Update
+from cluster.program import Handover, Pass, Program, Stage, Update
 
 GENERATOR, TEACHER, FAKE_SCORE = "generator", "teacher", "fake_score"
 ROLES = (GENERATOR, TEACHER, FAKE_SCORE)
 
 
-def iteration_program(fresh_updates: int = 0, *, through_teacher: bool = False) -> Program:
+def iteration_program(
+    fresh_updates: int = 0,
+    *,
+    through_teacher: bool = False,
+    diversity: bool = False,
+    mixes_weights: bool = False,
+) -> Program:
     """The passes and updates of one iteration.
 
     Args:
@@ -22,14 +30,21 @@ def iteration_program(fresh_updates: int = 0, *, through_teacher: bool = False) 
             tracks the samples that the generator learns from, in the same forward pass.
         through_teacher: The loss reaches the samples through the teacher's input as well, so each
             signal passes through the teacher on its way back.
+        diversity: The generator also learns where the teacher goes from its initial noise.
+        mixes_weights: With fresh updates, the fake score first takes the generator's weights in.
     """
     shared = fresh_updates == 0
     last = "pullback" if through_teacher else "signal"
-    stages = [
+    stages = [Stage("start", GENERATOR)] if diversity else []
+    stages += [
         Stage("rollout", GENERATOR, keeps_until="learn"),
         Stage(
             "denoise", TEACHER, ("rollout",), keeps_until="pullback" if through_teacher else None
         ),
+    ]
+    if diversity:
+        stages.append(Stage("anchor", TEACHER, ("start",)))
+    stages += [
         Stage(
             "signal", FAKE_SCORE, ("rollout", "denoise"), keeps_until="track" if shared else None
         ),
@@ -39,10 +54,18 @@ def iteration_program(fresh_updates: int = 0, *, through_teacher: bool = False) 
     if through_teacher:
         stages.append(Stage("pullback", TEACHER, ("rollout", "signal")))
     stages.append(Stage("learn", GENERATOR, (last,), gathers=True))
+    if diversity:
+        stages.append(Stage("diversify", GENERATOR, ("start", "anchor"), gathers=True))
     distil = Pass(tuple(stages))
     if shared:
         return (distil, Update((GENERATOR, FAKE_SCORE)))
     track = Pass(
         (Stage("sample", GENERATOR), Stage("track", FAKE_SCORE, ("sample",), gathers=True))
     )
-    return (distil, Update((GENERATOR,)), *(track, Update((FAKE_SCORE,))) * fresh_updates)
+    mix = Handover((GENERATOR, "trained_weights"), (FAKE_SCORE, "absorb"))
+    return (
+        distil,
+        Update((GENERATOR,)),
+        *((mix,) if mixes_weights else ()),
+        *(track, Update((FAKE_SCORE,))) * fresh_updates,
+    )

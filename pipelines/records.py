@@ -57,7 +57,8 @@ class IterationRecord:
         iteration: Generator updates made before this one.
         losses: Loss terms, means over the samples.
         grad_norms: Global gradient norm by role, before clipping.
-        seconds: Busy seconds by `role.stage`; stages of different roles overlap.
+        seconds: Busy seconds by `role.stage`; stages of different roles overlap. Where iterations
+            overlap, those that were heard of since the iteration before.
         seconds_total: Wall-clock seconds of the iteration.
         data_wait_s: Of these, seconds spent waiting for captions.
         samples_seen: Captions taken from the stream so far.
@@ -66,6 +67,8 @@ class IterationRecord:
         cursor: The row of the data that comes next; `pipelines.data.plan.Cursor`.
         rejected: Rows, row groups and shards that were newly left out on the way.
         exit_steps: The rollout step that learnt, one a micro-batch.
+        stale_calls: Calls that did not wait for all updates of the iteration before to end; 0
+            unless the recipe allows it.
     """
 
     iteration: int
@@ -79,6 +82,7 @@ class IterationRecord:
     cursor: Mapping[str, int]
     rejected: int
     exit_steps: tuple[int, ...]
+    stale_calls: int = 0
 
     @property
     def headline_losses(self) -> dict[str, float]:

@@ -24,7 +24,7 @@ from pipelines.reporting.headline import criteria, figure_table, tiles
 from pipelines.reporting.names import duration
 from pipelines.reporting.records import RunRecords, finite, read_run
 from pipelines.reporting.settings import differing_facts, differing_settings, facts
-from pipelines.reporting.times import role_seconds, stage_times, utilisation
+from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
 
 T = TypeVar("T")
 
@@ -117,6 +117,7 @@ def _run(run: LabelledRun) -> dict[str, Any]:
         "alarms_recorded": records.alarms_recorded,
         "utilisation": used,
         "utilisation_recorded": recorded,
+        "critical_path": critical_path(records),
         "stages": stage_times(records),
         "seconds": records.seconds,
         "num_iterations": records.num_iterations,

@@ -33,6 +33,7 @@ class RunFolder:
         self.alarms = self.root / "alarms.jsonl"
         self.ranking = self.root / "ranking.json"
         self.summary = self.root / "summary.json"
+        self.trace = self.root / "trace.json"
         self.ledger = self.root / "ledger"
         self.quarantine = self.root / "quarantine.parquet"
         self.shards = self.root / "shards.jsonl"

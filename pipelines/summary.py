@@ -43,6 +43,8 @@ def summarise(
         "best": [asdict(entry) for entry in ranking],
         "alarms": len(read_jsonl(folder.alarms)),
         "topology": config.topology.mode,
+        "max_staleness_iterations": config.topology.max_staleness_iterations,
+        "stale_calls": sum(record.get("stale_calls", 0) for record in records),
         "seed": config.seed,
         "config_digest": config.digest,
         "git_revision": git_revision(),

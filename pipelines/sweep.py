@@ -183,8 +183,8 @@ def _tuner(config: DistillConfig, folder: Path, listener: Listener) -> tune.Tune
 
     def run_trial(settings: dict[str, Any]) -> None:
         trial = _trial_config(base, settings, tune.get_context().get_trial_name())
-        in_pools = trial.topology.mode == "pools"
-        summary = distill(trial, in_trial=in_pools)
+        on_ray = trial.topology.mode != "local"
+        summary = distill(trial, in_trial=on_ray)
         tune.report(
             {
                 **summary["validation"],

@@ -80,6 +80,8 @@ def euler_sample(
     negative: NegativeText | None = None,
     guidance_scale: float = 1.0,
     on_step: Callable[[int], None] | None = None,
+    *,
+    batched_guidance: bool = True,
 ) -> Latents:
     """Samples latents over the whole grid, without a graph.
 
@@ -94,6 +96,7 @@ def euler_sample(
         negative: What guidance steers away from; needed for a `guidance_scale` other than 1.
         guidance_scale: Standard form; 1 is the caption alone.
         on_step: Told the number of steps done, after each of them.
+        batched_guidance: See `guided_velocity`.
 
     Returns:
         Latents in the dtype of `initial_noise`.
@@ -114,7 +117,9 @@ def euler_sample(
         if negative is None:
             velocity = model(x_t, sigma, text)
         else:
-            velocity = guided_velocity(model, x_t, sigma, text, negative, guidance_scale)
+            velocity = guided_velocity(
+                model, x_t, sigma, text, negative, guidance_scale, batched=batched_guidance
+            )
         x_t = x_t + (grid[step + 1] - grid[step]).to(x_t) * velocity
         if on_step is not None:
             on_step(step + 1)

@@ -32,14 +32,16 @@ def guided_velocity(
     text: Text,
     negative: NegativeText,
     scale: float,
+    *,
+    batched: bool = True,
 ) -> Latents:
     """Velocity under classifier-free guidance, in the standard form.
 
         velocity = uncond + scale * (cond - uncond)
 
     Scale 1 is the caption alone and costs one pass over the batch; any other scale costs one pass
-    over twice the batch, so that a sharded model gathers its weights once. Some trainers write
-    `cond + w * (cond - uncond)` instead: w = scale - 1.
+    over twice the batch, so that a sharded model gathers its weights once, or two passes that need
+    half the memory. Some trainers write `cond + w * (cond - uncond)` instead: w = scale - 1.
 
     Args:
         model: Predicts velocities.
@@ -48,12 +50,16 @@ def guided_velocity(
         text: Caption of each sample.
         negative: One caption to be steered away from, shared by the batch.
         scale: Guidance scale, dimensionless.
+        batched: Whether both captions go through the model as one batch.
 
     Returns:
         Velocity, shaped like `x_t`.
     """
     if scale == 1.0:
         return model(x_t, sigma, text)
+    if not batched:
+        unconditional = model(x_t, sigma, negative.expand_as(text))
+        return unconditional + scale * (model(x_t, sigma, text) - unconditional)
     both = model(
         torch.cat([x_t, x_t]),
         torch.cat([sigma, sigma]),

@@ -10,6 +10,7 @@ from torch import nn
 
 from sgmd_core.objectives import Objective
 from sgmd_core.schedule import FlowMatchSchedule
+from workers.compute import prepare
 from workers.evaluator import Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
@@ -17,6 +18,7 @@ from workers.models.folder import inspect_wan_folder
 from workers.models.wan import CaptionEncoder, WanVelocity, load_text, load_transformer, load_vae
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
+    ComputeSettings,
     FakeScoreSettings,
     GeneratorSettings,
     ModelSettings,
@@ -44,7 +46,8 @@ def build_generator(
     """
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
-    return GeneratorLearner(_sharded(_denoiser(model)), schedule, settings, latent_shape, seed)
+    network = _ready(model, settings.compute)
+    return GeneratorLearner(network, schedule, settings, latent_shape, seed)
 
 
 def build_fake_score(
@@ -56,7 +59,7 @@ def build_fake_score(
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return FakeScoreTracker(_sharded(_denoiser(model)), objective, settings)
+    return FakeScoreTracker(_ready(model, settings.compute), objective, settings)
 
 
 def build_teacher(
@@ -68,7 +71,7 @@ def build_teacher(
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return ScoreTeacher(_denoiser(model), settings)
+    return ScoreTeacher(_ready(model, settings.compute), settings)
 
 
 def build_text_encoder(
@@ -127,7 +130,9 @@ def _denoiser(model: ModelSettings) -> WanVelocity:
     return load_transformer(model.folder).to(_device())
 
 
-def _sharded(denoiser: WanVelocity) -> WanVelocity:
+def _ready(model: ModelSettings, compute: ComputeSettings) -> WanVelocity:
+    """A role's network, computed as the settings say, spread over the role's ranks."""
+    denoiser = prepare(_denoiser(model), compute)
     shard(denoiser, denoiser.blocks)
     return denoiser
 

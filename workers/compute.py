@@ -10,40 +10,13 @@ generator's signal makes those of the fake score's parameters too, and throws th
 """
 
 import warnings
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
-from sgmd_core.errors import ConfigError
 from workers.models.wan import WanVelocity
-
-
-@dataclass(frozen=True, slots=True)
-class ComputeSettings:
-    """How a network is computed.
-
-    Attributes:
-        precision: `fp32`, or `bf16` for matrix products in bfloat16 with float32 weights.
-        checkpointing: Keep no activations of the layers: a third more work, far less memory.
-        compile: Compile the layers with `torch.compile`; the first iteration takes minutes.
-    """
-
-    precision: Literal["fp32", "bf16"] = "fp32"
-    checkpointing: bool = False
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        if self.precision not in ("fp32", "bf16"):
-            raise ConfigError(
-                "checking the settings",
-                f"compute.precision is {self.precision!r}",
-                "fp32 or bf16",
-                "Correct compute.precision",
-            )
+from workers.settings import ComputeSettings
 
 
 def prepare(network: WanVelocity, settings: ComputeSettings) -> WanVelocity:

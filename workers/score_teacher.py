@@ -113,6 +113,7 @@ class ScoreTeacher:
             start.text.to(device),
             negative.to(device),
             self._settings.guidance_scale,
+            batched_guidance=self._settings.batched_guidance,
         )
         return DiversityTarget(start.key, anchor_velocity(noise, anchor, float(start.grid[-1])))
 
@@ -124,4 +125,5 @@ class ScoreTeacher:
             query.text,
             negative.to(query.x0.device),
             self._settings.guidance_scale,
+            batched=self._settings.batched_guidance,
         )

@@ -3,6 +3,7 @@
     ModelSettings      which networks
     VideoSettings      which clips
     OptimizerSettings  how a role's weights are updated
+    ComputeSettings    how a role's network is computed
     GeneratorSettings, DiversitySettings, FakeScoreSettings, TeacherSettings
 
 Every record checks itself when it is made, so that a wrong number is met before a network is read.
@@ -99,6 +100,30 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class ComputeSettings:
+    """How a network is computed; see `workers.compute`.
+
+    Attributes:
+        precision: `fp32`, or `bf16` for matrix products in bfloat16 with float32 weights.
+        checkpointing: Keep no activations of the layers: a third more work, far less memory.
+        compile: Compile the layers with `torch.compile`; the first iteration takes minutes.
+    """
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(
+            self.precision in ("fp32", "bf16"),
+            "compute.precision",
+            self.precision,
+            "'fp32' or 'bf16'",
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class DiversitySettings:
     """An extra loss that ties the generator's first step to the teacher's path; see its file.
 
@@ -138,6 +163,7 @@ class GeneratorSettings:
         ema_start: Updates before the averaging begins; until then the average is the weights.
         diversity: An extra loss on the first step.
         optimizer: How it is updated; the rate of the released 14B training unless set.
+        compute: How it is computed.
     """
 
     num_steps: int = 4
@@ -145,6 +171,7 @@ class GeneratorSettings:
     ema_start: int = 0
     diversity: DiversitySettings = field(default_factory=DiversitySettings)
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=2e-6))
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -171,11 +198,13 @@ class FakeScoreSettings:
         optimizer: How it is updated; the rate of the released 14B training unless set.
         ida_decay: Share of its own weights that the fake score keeps when, after each update of the
             generator, it is mixed with the generator's; 1 does not mix. DMD recipes have 0.97.
+        compute: How it is computed.
     """
 
     tracking: Literal["shared", "fresh"] = "shared"
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=4e-7))
     ida_decay: float = 1.0
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -194,9 +223,14 @@ class TeacherSettings:
 
     Attributes:
         guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is the conditional prediction alone.
+        batched_guidance: Compute both predictions as one batch; false: one after the other, which
+            needs half the memory for activations.
+        compute: How it is computed.
     """
 
     guidance_scale: float = 3.0
+    batched_guidance: bool = True
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
 
     def __post_init__(self) -> None:
         """Checks the values."""

@@ -1,8 +1,9 @@
-"""Where a run's time went: seconds by role and stage, and how busy each role was.
+"""Where a run's time went: seconds by role and stage, how busy each rank was, what decided.
 
-Utilisation is taken as recorded, where `utilisation` in summary.json names roles with their
-`busy`, `waiting` and `transferring` (shares or seconds). Otherwise a role was busy for the seconds
-its stages took, moving tensors in and out included, and waited for the rest of the run.
+Utilisation is taken as recorded, where `utilisation` in summary.json names roles, or ranks of
+them, with their `busy`, `waiting` and `transferring` (shares or seconds). Otherwise a role was busy
+for the seconds its stages took, moving tensors in and out included, and waited for the rest of the
+run.
 """
 
 import math
@@ -80,6 +81,21 @@ def utilisation(run: RunRecords) -> tuple[list[Utilisation], bool]:
     return [_derived(run, role, seconds) for role, seconds in busy.items()], False
 
 
+def critical_path(run: RunRecords) -> list[tuple[str, float]]:
+    """Stages on the iterations' critical paths, with their share of its length, largest first.
+
+    What is faster elsewhere changes nothing: only these stages decide how long an iteration takes.
+    Empty for a run that has not recorded it.
+    """
+    recorded = run.summary.get("critical_path_s")
+    if not isinstance(recorded, Mapping):
+        return []
+    seconds = {name: spent for name, spent in numbers(recorded).items() if spent > 0}
+    total = sum(seconds.values())
+    shares = [(name.replace(".", " ").replace("_", " "), s / total) for name, s in seconds.items()]
+    return sorted(shares, key=lambda one: -one[1])
+
+
 def role_seconds(runs: Sequence[RunRecords]) -> list[tuple[str, list[float]]]:
     """Median seconds an iteration of every `role.stage`, one a run; NaN where a run has none."""
     by_run = [{f"{t.role}.{t.stage}": t.median_s for t in stage_times(run)} for run in runs]
@@ -110,6 +126,7 @@ def _recorded(role: str, entry: Mapping[str, float]) -> Utilisation | None:
 
 def _derived(run: RunRecords, role: str, seconds: float) -> Utilisation:
     key = role.replace(" ", "_")
-    processes = run.setting("topology", key, "replicas") or run.setting("topology", key, "ranks")
-    busy = min(1.0, seconds / run.seconds / (processes if isinstance(processes, int) else 1))
+    counts = [run.setting("topology", key, name) for name in ("replicas", "ranks")]
+    processes = math.prod(count for count in counts if isinstance(count, int))
+    busy = min(1.0, seconds / run.seconds / max(1, processes))
     return Utilisation(role, busy=busy, transferring=0.0, waiting=1 - busy)

@@ -11,6 +11,7 @@ WORDS = ("reading", "nothing", "something", "look again")
 EXAMPLES = [
     errors.WorkerDiedError("painters", 1, "painting", "killed by signal 9"),
     errors.CallTimeoutError("painters", 1, "paint", "painting", 2.5),
+    errors.StartTimeoutError("painters", ("ready", "its process has not started"), 2.5),
     *(
         kind(*WORDS)
         for kind in (

@@ -151,3 +151,8 @@ class Letters:
     @classmethod
     def joined(cls, parts: Sequence["Letters"]) -> "Letters":
         return cls("".join(part.text for part in parts))
+
+
+def make_sleepy() -> Toy:
+    time.sleep(WAIT_S)
+    return Toy()

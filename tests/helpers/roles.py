@@ -11,10 +11,12 @@ from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Draws, MicroBatchKey, NoisedBatch, Purpose, Text, TextBatch
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
+from workers.compute import prepare
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
+    ComputeSettings,
     DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
@@ -48,6 +50,7 @@ def tiny_roles(
     objective: Objective | None = None,
     diversity: DiversitySettings | None = None,
     ida_decay: float = 1.0,
+    compute: ComputeSettings | None = None,
 ) -> Roles:
     """Three different tiny Wans, so that no term of the objective vanishes.
 
@@ -58,6 +61,8 @@ def tiny_roles(
         "fake_score": tiny_velocity(2),
         "teacher": tiny_velocity(3),
     }
+    for network in networks.values():
+        prepare(network, compute or ComputeSettings())
     for role in ("generator", "fake_score"):
         shard(networks[role], networks[role].blocks)
     optimizer = OptimizerSettings(lr=lr, max_grad_norm=1.0)

@@ -200,7 +200,7 @@ class TestRefusals:
             ("name=a/b", 'name is "a/b", expected letters'),
             ("video=3", "video is 3, expected a section"),
             ("model=~", "model is null, expected a section"),
-            ("topology.mode=fused", "expected 'pools' or 'local'"),
+            ("topology.mode=ray", "expected 'pools', 'fused' or 'local'"),
             ("iterations=0", "iterations is 0, expected greater than or equal to 1"),
             ("objective.lambda_nr=-1", "objective: lambda_nr is -1.0"),
             ("generator.optimizer.lr=-1", "generator.optimizer: optimizer.lr is -1.0"),
@@ -231,7 +231,20 @@ class TestRefusals:
         ("overrides", "words"),
         [
             (["batch.size=15"], "batch.size 15 does not divide into 2 micro-batches"),
-            (["topology.teacher.replicas=3"], "some would never work"),
+            (["topology.teacher.replicas=17"], "some would never work"),
+            (["topology.generator.ranks=3"], "do not divide among topology.generator.ranks 3"),
+            (
+                ["topology.mode=fused", "topology.fused.ranks=16"],
+                "do not divide among topology.fused.ranks 16",
+            ),
+            (
+                ["topology.mode=local", "topology.fake_score.ranks=2"],
+                "topology.fake_score.ranks is 2, but topology.mode local is one process",
+            ),
+            (
+                ["topology.mode=fused", "topology.max_staleness_iterations=1"],
+                "in topology.mode fused they take turns",
+            ),
             (["topology.mode=local", "topology.address=auto"], "topology.mode local uses no Ray"),
             (["data.validation=''"], "data.validation names no captions"),
         ],

@@ -14,7 +14,7 @@ from pipelines.reporting.figures import Figure, read_rows
 from pipelines.reporting.headline import figure_table, ratio_plot, tiles
 from pipelines.reporting.records import Line, read_run
 from pipelines.reporting.settings import differing_settings, flat
-from pipelines.reporting.times import role_seconds, stage_times, utilisation
+from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
 from pipelines.run_folder import append_jsonl
 from tests.helpers.runs import finish_run, start_run, write_alarms
 
@@ -184,6 +184,27 @@ class TestTimes:
         assert recorded
         assert (used.role, used.busy, used.waiting) == ("fake score", 0.6, 0.3)
         assert used.transferring == pytest.approx(0.1)
+
+    def test_ranks_are_shown_one_by_one_and_the_critical_path_by_its_shares(self, run):
+        spent = {"busy_s": 3, "waiting_s": 1, "transferring_s": 0}
+        content = {
+            "utilisation": {"generator[0]": spent, "generator[1]": spent},
+            "critical_path_s": {"between calls": 1.0, "fake_score.signal": 3.0},
+        }
+        (run / "summary.json").write_text(json.dumps(content))
+        found = utilisation(read_run(run))[0]
+        assert [(used.role, used.busy) for used in found] == [
+            ("generator[0]", 0.75),
+            ("generator[1]", 0.75),
+        ]
+        assert critical_path(read_run(run)) == [
+            ("fake score signal", 0.75),
+            ("between calls", 0.25),
+        ]
+
+    def test_a_run_that_has_recorded_no_critical_path_shows_none(self, run):
+        (run / "summary.json").write_text(json.dumps({"critical_path_s": 3}))
+        assert critical_path(read_run(run)) == []
 
     def test_stages_of_several_runs_stand_side_by_side(self, run, tmp_path):
         other = start_run(tmp_path / "other", 2)

@@ -44,6 +44,13 @@ def test_guidance_costs_one_call_of_twice_the_batch_and_scale_one_nothing(inputs
     assert model.batch_sizes == [6, 3]
 
 
+def test_guidance_in_two_passes_makes_the_same_of_smaller_batches(inputs):
+    model = CountingModel()
+    apart = guided_velocity(model, **inputs, scale=3.0, batched=False)
+    assert model.batch_sizes == [3, 3]
+    torch.testing.assert_close(apart, guided_velocity(model, **inputs, scale=3.0))
+
+
 def test_scale_one_is_the_caption_alone_and_scale_zero_the_negative_one(inputs):
     model = GaussianVelocity()
     conditional = model(inputs["x_t"], inputs["sigma"], inputs["text"])

@@ -13,7 +13,8 @@ from tests.helpers.roles import (
     tiny_roles,
     weights,
 )
-from workers.compute import ComputeSettings, prepare
+from workers.compute import prepare
+from workers.settings import ComputeSettings
 
 BATCHES = ((0, 1), (2, 3))
 

@@ -22,6 +22,7 @@ from tests.helpers.roles import (
     tiny_roles,
 )
 from workers.role_state import load_role
+from workers.settings import ComputeSettings
 from workers.sharding import is_sharded
 
 NUM_ITERATIONS = 3
@@ -90,6 +91,10 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
         learn_in_parts(roles, 0, rank, size, 0.25, factor)
         brought[f"tracking gradient, signal {name}"] = whole_gradients(roles, "fake_score")
         brought[f"generator gradient, signal {name}"] = whole_gradients(roles, "generator")
+    roles = tiny_roles("shared", compute=ComputeSettings(checkpointing=True))
+    learn_in_parts(roles, 0, rank, size, 0.25)
+    for role in ("generator", "fake_score"):
+        brought[f"checkpointed {role}"] = whole_gradients(roles, role)
     return brought
 
 
@@ -197,3 +202,11 @@ def test_the_gradient_is_that_of_the_whole_batch(ranks):
         if value.grad is not None
     }
     assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("role", "whose"), [("fake_score", "tracking"), ("generator", "generator")]
+)
+def test_sharded_layers_can_be_computed_again_instead_of_kept(ranks, role, whose):
+    plain = ranks[0][f"{whose} gradient, signal once"]
+    assert same_bits(ranks[0][f"checkpointed {role}"], plain)

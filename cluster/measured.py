@@ -1,0 +1,118 @@
+"""What a schedule took in truth: the simulator's timeline, made of measured times.
+
+    asked_s      the controller was about to make the call
+    ready_s      the last result that it takes had been made
+    start, end   its arguments were in the process; its result was packed
+
+A rank is *busy* while its methods run, *transferring* while values are packed, unpacked or on their
+way to a rank that has nothing else to do, and *waiting* for the rest of the time.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.execution import Asked
+from cluster.simulate import Cause, Span, Timeline
+from cluster.spans import Work
+
+Rank = tuple[str, int]
+"""Role, and rank in it."""
+Process = tuple[str, int]
+"""Machine, and process on it; ranks of several roles may share one."""
+_CallKey = tuple[str, int, int | None, int | None, str, int | None]
+
+
+def key_of_work(work: Work) -> _CallKey:
+    """Which call of a schedule this was, if it was one."""
+    label = work.label
+    return (work.role, work.rank, label.iteration, label.phase, work.method, label.micro_batch)
+
+
+def key_of_call(one: Asked) -> _CallKey:
+    """The same for a call that was made."""
+    call = one.call
+    return (call.role, call.rank, call.iteration, call.phase, call.stage, call.micro_batch)
+
+
+def measured_timeline(
+    asked: Sequence[Asked],
+    works: Mapping[_CallKey, Work],
+    processes: Mapping[Rank, Process],
+    controller: Process,
+) -> Timeline:
+    """When each call of one iteration ran.
+
+    Args:
+        asked: All its calls, in order.
+        works: What the ranks noted about each, on the clock of `asked`.
+        processes: Where each rank is.
+        controller: Where the controller is; ranks in its own process work while it asks them.
+
+    Returns:
+        The calls with their times, counted from the first one's making; what a call waited for
+        last is the latest of the three things that it can wait for.
+    """
+    began_s = asked[0].asked_s
+    number = {one.place: at for at, one in enumerate(asked)}
+    spans: list[Span] = []
+    last_on: dict[Process, int] = {}
+    waited: int | None = None
+    for one in asked:
+        call, work = one.call, works[key_of_call(one)]
+        for place in call.waits_for:
+            at = number.get(place)
+            if at is not None and (waited is None or spans[at].end_s > spans[waited].end_s):
+                waited = at
+        process = processes[call.role, call.rank]
+        asked_s = one.asked_s - began_s if process != controller else 0.0
+        reasons: list[tuple[float, Cause, int | None]] = [(asked_s, Cause.CONTROLLER, waited)]
+        before = last_on.get(process)
+        if before is not None:
+            reasons.append((spans[before].end_s, Cause.PROCESS, before))
+        taken = [number[place] for place in call.inputs]
+        reasons += [(spans[at].end_s, Cause.RESULT, at) for at in taken]
+        ready_s = max((spans[at].end_s for at in taken), default=asked_s)
+        _, cause, after = max(reasons, key=lambda reason: reason[0])
+        last_on[process] = len(spans)
+        start_s, end_s = work.arrived_s - began_s, work.left_s - began_s
+        spans.append(Span(call, asked_s, ready_s, start_s, end_s, cause, after))
+    return Timeline(tuple(spans))
+
+
+def path_seconds(timeline: Timeline, since_s: float = 0.0) -> dict[str, float]:
+    """Where the time of the critical path went: seconds by `role.stage`, and between calls.
+
+    Args:
+        timeline: Of one iteration.
+        since_s: What was before this is left out: the iteration before was not over.
+    """
+    seconds = defaultdict[str, float](float)
+    free_s = since_s
+    for place in timeline.critical_path():
+        span = timeline.spans[place]
+        seconds["between calls"] += max(0.0, span.start_s - free_s)
+        seconds[f"{span.call.role}.{span.call.stage}"] += max(
+            0.0, span.end_s - max(span.start_s, free_s)
+        )
+        free_s = max(free_s, span.end_s)
+    return dict(seconds)
+
+
+@dataclass(slots=True)
+class Usage:
+    """How one rank has spent its time so far; what is neither is waiting."""
+
+    busy_s: float = 0.0
+    transferring_s: float = 0.0
+
+    def add(self, work: Work, could_begin_s: float) -> None:
+        """Counts one more call.
+
+        Args:
+            work: The call.
+            could_begin_s: When it could have begun, if its arguments had taken no time.
+        """
+        self.busy_s += work.ended_s - work.began_s
+        self.transferring_s += (work.began_s - work.arrived_s) + (work.left_s - work.ended_s)
+        self.transferring_s += max(0.0, work.arrived_s - could_begin_s)

@@ -1,0 +1,60 @@
+"""How a recipe's roles compute is a setting of theirs, and changes the rounding alone."""
+
+import pytest
+
+from pipelines.distill import distill
+from tests.e2e.conftest import MakeRecipe
+from tests.e2e.test_equivalence import history, state
+
+ROLES = ("generator", "fake_score", "teacher")
+
+
+def everywhere(setting: str) -> list[str]:
+    return [f"{role}.compute.{setting}" for role in ROLES]
+
+
+@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+def test_activations_made_again_change_no_bit(make_recipe: MakeRecipe, tracking: str):
+    settings = ["iterations=2", f"fake_score.tracking={tracking}"]
+    plain = make_recipe("name=plain", *settings)
+    again = make_recipe("name=again", *settings, *everywhere("checkpointing=true"))
+    distill(plain)
+    distill(again)
+    assert again.digest == plain.digest
+    assert state(again, 2) == state(plain, 2)
+
+
+def test_bfloat16_products_round_losses_a_little(make_recipe: MakeRecipe):
+    plain = make_recipe("name=plain", "iterations=2")
+    rounded = make_recipe("name=rounded", "iterations=2", *everywhere("precision=bf16"))
+    distill(plain)
+    distill(rounded)
+    assert rounded.digest != plain.digest
+    for ours, theirs in zip(history(rounded), history(plain), strict=True):
+        assert ours["losses"] != theirs["losses"]
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.05)
+
+
+def test_guidance_in_two_passes_changes_rounding_alone(make_recipe: MakeRecipe):
+    # Diversity, so that the teacher's steps are guided too.
+    settings = [
+        "iterations=2",
+        "generator.diversity={weight: 0.1, teacher_steps: 3, anchor_step: 2}",
+    ]
+    plain = make_recipe("name=plain", *settings)
+    apart = make_recipe("name=apart", *settings, "teacher.batched_guidance=false")
+    distill(plain)
+    distill(apart)
+    for ours, theirs in zip(history(apart), history(plain), strict=True):
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
+
+
+# torch.compile warns while it looks at tensors, and here warnings are errors.
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.slow
+def test_compiled_layers_run_in_a_recipe(make_recipe: MakeRecipe):
+    plain = make_recipe("name=plain", "iterations=1")
+    compiled = make_recipe("name=compiled", "iterations=1", *everywhere("compile=true"))
+    distill(plain)
+    distill(compiled)
+    assert history(compiled)[0]["losses"] == pytest.approx(history(plain)[0]["losses"], rel=1e-3)
