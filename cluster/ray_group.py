@@ -22,6 +22,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from cluster.direct import Direct
 from cluster.errors import (
     CallTimeoutError,
     ClusterError,
@@ -72,6 +73,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         collective: Whether the ranks, if there are several, run collectives among themselves.
         copies: Parts of the group that do so apart from one another.
         narrow: Kinds of tensors that its results carry in bfloat16; see `cluster.transfer`.
+        direct: Which results go past the object store; its own processes then have to be able to.
     """
 
     def __init__(
@@ -85,13 +87,17 @@ class RayWorkerGroup(WorkerGroup[W]):
         collective: bool = False,
         copies: int = 1,
         narrow: AbstractSet[str] = frozenset(),
+        direct: Direct | None = None,
     ) -> None:
         if isinstance(placement, Placement):
             pool = name if pool is None else pool
             ranks = placement.pool(pool).num_ranks
-            placement = Hosts(pool, placement, ranks // copies if collective else 1)
+            transport = None if direct is None else direct.transport
+            size = ranks // copies if collective else 1
+            placement = Hosts(pool, placement, size, transport=transport)
         self._hosts = placement
         self._narrow = frozenset(narrow)
+        self._direct = direct
         super().__init__(name, self._hosts.size)
         self._ready = [
             self._pending(rank, "build", actor.build.remote(name, factory, args, meeting), [])
@@ -171,16 +177,20 @@ class RayWorkerGroup(WorkerGroup[W]):
             for name, value in keywords.items()
         }
         home = Home(hosts, rank, hosts.next_number(), self._narrow) if hosts.shared else None
+        via = self._direct if self._direct and method in self._direct.methods else None
         order = Order(
             self.name,
             method,
             layout,
             current_label(),
             self._narrow,
+            via is not None,
             None if home is None else home.number,
             hosts.take_dropped(rank),
         )
-        reference = hosts.actors[rank].run.remote(order, *sent, **named)
+        run = hosts.actors[rank].run
+        run = run if via is None else run.options(tensor_transport=via.transport)
+        reference = run.remote(order, *sent, **named)
         return self._pending(rank, method, reference, [*args, *keywords.values()], home)
 
     def _pending(

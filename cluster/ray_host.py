@@ -28,6 +28,7 @@ import ray
 import ray.util
 import torch
 
+from cluster.direct import ready_to_hand_over, require_transport
 from cluster.errors import ClusterError, RemoteCallError
 from cluster.joined import Span, put_together
 from cluster.meeting import Meeting, join_meeting, open_meeting
@@ -71,6 +72,7 @@ class Order:
         layout: How the arguments arrive.
         label: What the call is part of.
         narrow: Kinds of tensors that the result carries in bfloat16, if it is sent.
+        direct: Whether the result goes past the object store, as it is.
         keep: Number under which a result that holds arrays stays here; None: it is sent.
         drop: Numbers of kept results that nobody needs any more.
     """
@@ -80,6 +82,7 @@ class Order:
     layout: Layout
     label: Label
     narrow: frozenset[str]
+    direct: bool
     keep: int | None
     drop: tuple[int, ...]
 
@@ -103,16 +106,25 @@ class Hosts:
         placement: Reserved resources.
         meeting_size: So many ranks in a row run collectives among themselves.
         shared: Whether the workers of several groups live here; results then stay here.
+        transport: Ray's name of the way past the object store that they must have; None: none.
     """
 
     def __init__(
-        self, pool: str, placement: Placement, meeting_size: int = 1, *, shared: bool = False
+        self,
+        pool: str,
+        placement: Placement,
+        meeting_size: int = 1,
+        *,
+        shared: bool = False,
+        transport: str | None = None,
     ) -> None:
         self.pool = pool
         self.shared = shared
         size = placement.pool(pool).num_ranks
         meets = meeting_size > 1
-        host_class = ray.remote(Host)
+        host_class = (
+            ray.remote(enable_tensor_transport=True)(Host) if transport else ray.remote(Host)
+        )
         options = _SEES_ALL_GPUS if meets else {}
         self.actors: list[Any] = [
             host_class.options(
@@ -120,7 +132,7 @@ class Hosts:
                 max_task_retries=0,
                 **options,
                 **placement.actor_options(pool, rank),
-            ).remote(pool, rank, meeting_size)
+            ).remote(pool, rank, meeting_size, transport)
             for rank in range(size)
         ]
         self.places = [actor.place.remote() for actor in self.actors]
@@ -164,10 +176,12 @@ class Host:
         pool: Name of its pool.
         rank: Its rank.
         meeting_size: Ranks that run collectives with it.
+        transport: Ray's name of the way past the object store that it must have; None: none.
     """
 
-    def __init__(self, pool: str, rank: int, meeting_size: int) -> None:
+    def __init__(self, pool: str, rank: int, meeting_size: int, transport: str | None) -> None:
         self._place = f"{pool} rank {rank}"
+        self._transport = transport
         self._rank = rank
         self._meeting_size = meeting_size
         self._has_met = False
@@ -211,6 +225,8 @@ class Host:
     ) -> None:
         """Makes a worker; not in the constructor, where an error would lose its type."""
         try:
+            if self._transport is not None:
+                require_transport(self._transport, self._place)
             if meeting is not None and not self._has_met:
                 _take_own_gpu()
                 rank = self._rank % self._meeting_size
@@ -242,7 +258,10 @@ class Host:
                 # A call has ended when the GPU has; the next one would be blamed for it otherwise.
                 torch.cuda.synchronize()
             times.append(time.monotonic())
-            wire = to_wire(result, f"the result of {method}()", order.narrow)
+            where = f"the result of {method}()"
+            if order.direct:
+                return ready_to_hand_over(result, where)
+            wire = to_wire(result, where, order.narrow)
             if order.keep is None or array_in(wire) is None:
                 return wire
             self._kept[order.keep] = result

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, TypeVarTuple
 
+from cluster.direct import Direct
 from cluster.local import LocalWorkerGroup
 from cluster.pools import Pool, Strategy, bundles_of
 from cluster.program import Team
@@ -51,6 +52,9 @@ FUSED = "fused"
 
 # Left outside of the reservation, or Ray Data would never read a row.
 _DATA_CPUS = 1.0
+
+_SENT = frozenset({"rollout", "sample", "denoise", "signal", "pullback", "start", "anchor"})
+"""Stages whose results the roles send one another, and the controller never fetches."""
 
 W = TypeVar("W")
 Ts = TypeVarTuple("Ts")
@@ -183,14 +187,20 @@ class _RayOpener:
     Args:
         placement: Reserved resources.
         narrow: Kinds of tensors that are rounded on the way.
+        direct: What the roles send one another past the object store; None: nothing.
         fused: Processes that all three roles share; None: each has its own.
     """
 
     def __init__(
-        self, placement: Placement, narrow: frozenset[str], fused: Hosts | None = None
+        self,
+        placement: Placement,
+        narrow: frozenset[str],
+        direct: Direct | None,
+        fused: Hosts | None = None,
     ) -> None:
         self._placement = placement
         self._narrow = narrow
+        self._direct = direct
         self._fused = fused
 
     def open(
@@ -206,14 +216,17 @@ class _RayOpener:
             collective=team.ranks > 1,
             copies=team.copies,
             narrow=self._narrow,
+            direct=self._direct if name in ROLES else None,
         )
 
 
 def _ray_opener(config: DistillConfig, placement: Placement) -> _RayOpener:
-    if config.topology.mode != "fused":
-        return _RayOpener(placement, config.topology.narrowed)
-    fused = Hosts(FUSED, placement, config.topology.fused.ranks, shared=True)
-    return _RayOpener(placement, config.topology.narrowed, fused)
+    topology = config.topology
+    direct = None if topology.transport == "object_store" else Direct(topology.transport, _SENT)
+    if topology.mode != "fused":
+        return _RayOpener(placement, topology.narrowed, direct)
+    fused = Hosts(FUSED, placement, topology.fused.ranks, shared=True)
+    return _RayOpener(placement, topology.narrowed, None, fused)
 
 
 def _open(

@@ -80,6 +80,9 @@ class TopologySettings(Section):
     """Micro-batches in flight; each one keeps a rollout's graph. Changes waiting, not numbers."""
     max_staleness_iterations: Literal[0, 1] = 0
     """1: an iteration may begin before the fake score's update of the one before has ended."""
+    transport: Literal["object_store", "nixl"] = "object_store"
+    """How results travel between the roles. `nixl`: from GPU to GPU, with Ray Direct Transport,
+    which is alpha; it needs mode `pools`, a GPU for every rank and NIXL on every machine."""
     wire_dtype: Literal["fp32", "bf16"] = "fp32"
     """How latents, predictions and text travel between Ray actors; bf16 rounds them."""
     gradient_wire_dtype: Literal["fp32", "bf16"] = "fp32"
@@ -131,6 +134,7 @@ def topology_contradictions(
                 f"topology.{section}.ranks is {number}, but topology.mode local is one process; "
                 "set it to 1, or the mode to pools"
             )
+    problems += _transport_contradictions(topology)
     copies = topology.teams[TEACHER].copies
     if copies > batch_size // topology.teacher.ranks:
         problems.append(
@@ -141,5 +145,33 @@ def topology_contradictions(
         problems.append(
             "topology.max_staleness_iterations 1 lets roles run apart, but in topology.mode "
             f"{topology.mode} they take turns; set it to 0"
+        )
+    return problems
+
+
+def _transport_contradictions(topology: TopologySettings) -> list[str]:
+    if topology.transport == "object_store":
+        return []
+    problems: list[str] = []
+    if topology.mode != "pools":
+        problems.append(
+            f"topology.transport {topology.transport} is for roles in processes of their own, but "
+            f"topology.mode is {topology.mode}; set it to pools, or the transport to object_store"
+        )
+    gpus = {
+        GENERATOR: topology.generator.gpus,
+        TEACHER: topology.teacher.gpus,
+        FAKE_SCORE: topology.fake_score.gpus,
+    }
+    problems += [
+        f"topology.transport {topology.transport} goes from GPU to GPU, but topology.{role}.gpus "
+        f"is {number:g}; give every rank a GPU, or set the transport to object_store"
+        for role, number in gpus.items()
+        if number < 1
+    ]
+    if topology.narrowed:
+        problems.append(
+            f"topology.transport {topology.transport} sends tensors as they are; set "
+            "topology.wire_dtype and topology.gradient_wire_dtype to fp32"
         )
     return problems

@@ -419,3 +419,20 @@ def is_written(dotted: str, settings: dict) -> bool:
             return False
         value = value[part]
     return True
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["topology.mode=local"], "topology.mode is local"),
+        ([], r"topology\.generator\.gpus is 0"),
+        (["topology.wire_dtype=bf16"], "sends tensors as they are"),
+    ],
+)
+def test_nixl_is_refused_where_it_cannot_work(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        load_recipe("tiny", ["topology.transport=nixl", *settings])
+
+
+def test_nixl_may_be_asked_for_where_every_role_has_a_gpu():
+    assert load_recipe("wan-1.3b", ["topology.transport=nixl"]).topology.transport == "nixl"
