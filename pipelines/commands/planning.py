@@ -1,7 +1,7 @@
 """`sgmd plan`: pool sizes, memory and time before a GPU is taken."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -32,12 +32,6 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s that a GPU reaches, where nothing is measured")
     ] = None,
-    precision: Annotated[
-        Literal["bf16", "fp32"], typer.Option(help="Of matrix products; weights are fp32")
-    ] = "bf16",
-    checkpointing: Annotated[
-        bool, typer.Option(help="Make activations again in the backward pass")
-    ] = True,
     any_batch: Annotated[
         bool, typer.Option("--any-batch", help="Take the batch size nearby that suits best")
     ] = False,
@@ -62,7 +56,7 @@ def plan(
         hardware = Hardware(memory_gb=gpu_memory)
         if tflops is not None:
             hardware = replace(hardware, flops=1e12 * tflops)
-        work = Workload.of(config, model, bf16=precision == "bf16", checkpointing=checkpointing)
+        work = Workload.of(config, model)
         times = (
             stage_times.modelled(work, hardware)
             if measured is None

@@ -160,7 +160,7 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
     return ConfigError(
         f"planning for {num_gpus} GPUs of {hardware.memory_gb:g} GB",
         f"in no layout does every role fit. At its least, {_least(work, num_gpus)}",
-        f"at most {usable:.0f} GB: the rest of the {hardware.memory_gb:g} GB is CUDA's, NCCL's and"
+        f"at most {usable:.1f} GB: the rest of the {hardware.memory_gb:g} GB is CUDA's, NCCL's and"
         " what an allocator cannot use",
         "It would fit with " + "; or with ".join(remedies)
         if remedies
@@ -175,7 +175,7 @@ def _least(work: Workload, num_gpus: int) -> str:
     best = min(layouts, key=lambda parts: max(part.total for part in parts.values()))
     words = {GENERATOR: "generator", TEACHER: "teacher", FAKE_SCORE: "fake score"}
     return ", ".join(
-        f"a rank of the {words[role]} needs {part.total / GB:.0f} GB "
+        f"a rank of the {words[role]} needs {part.total / GB:.1f} GB "
         f"(state {part.state / GB:.0f}, graphs {part.graphs / GB:.0f}, "
         f"working {(part.working + part.gathered) / GB:.0f})"
         for role, part in best.items()
@@ -184,14 +184,17 @@ def _least(work: Workload, num_gpus: int) -> str:
 
 def _remedies(work: Workload, hardware: Hardware, num_gpus: int) -> Iterator[str]:
     """Single changes that would do, the cheapest first."""
-    everybody = frozenset(ROLES)
-    again = replace(work, checkpointing=everybody)
-    if work.checkpointing != everybody and _fits(again, hardware, num_gpus):
-        yield "activation checkpointing (--checkpointing)"
-    if work.bf16 != everybody and _fits(replace(work, bf16=everybody), hardware, num_gpus):
-        yield "products in bfloat16 (--precision bf16)"
+    learners = frozenset((GENERATOR, FAKE_SCORE))
+    again = replace(work, checkpointing=work.checkpointing | learners)
+    if again != work and _fits(again, hardware, num_gpus):
+        yield "generator.compute.checkpointing=true fake_score.compute.checkpointing=true"
+    rounded = replace(work, bf16=frozenset(ROLES))
+    if rounded != work and _fits(rounded, hardware, num_gpus):
+        yield "compute.precision=bf16 of every role"
+    if work.guided and not work.in_turn and _fits(replace(work, in_turn=True), hardware, num_gpus):
+        yield "teacher.batched_guidance=false"
     if work.averages and _fits(replace(work, averages=False), hardware, num_gpus):
-        yield "no averaged weights (generator.ema_decay=0)"
+        yield "generator.ema_decay=0"
     for factor in (2, 4, 8, 16, 32, 64):
         if _fits(replace(work, batch_size=factor * work.batch_size), hardware, num_gpus):
             yield f"batch.size={factor * work.batch_size}, which more ranks can share"

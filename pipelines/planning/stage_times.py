@@ -90,7 +90,7 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
             "the folder of a run of `sgmd distill`, or a JSON file of benchmarks/gpu.py",
         )
     config = load_recipe(str(run.config))
-    work = workload_of_run(config)
+    work = Workload.of(config)
     records = read_jsonl(run.metrics)
     found: dict[StageName, float] = {}
     for name in work.passes:
@@ -100,11 +100,6 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
             found[name] = median(times) / _samples(config, work, name)
     flops = {name: passes * work.forward_flops for name, passes in work.passes.items()}
     return found, flops, f"measured in {len(records)} iterations of {folder}"
-
-
-def workload_of_run(config: DistillConfig) -> Workload:
-    """What a run's own settings come to."""
-    return Workload.of(config, None, bf16=False, checkpointing=False)
 
 
 def _samples(config: DistillConfig, work: Workload, name: StageName) -> int:

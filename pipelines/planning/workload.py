@@ -75,22 +75,23 @@ class Workload:
     checkpointing: frozenset[str] = frozenset(ROLES)
 
     @classmethod
-    def of(
-        cls, config: DistillConfig, model: str | None, *, bf16: bool, checkpointing: bool
-    ) -> Self:
+    def of(cls, config: DistillConfig, model: str | None = None) -> Self:
         """What a recipe asks for.
 
         Args:
             config: The recipe.
             model: A key of `KNOWN_SHAPES`; None reads the recipe's model folder.
-            bf16: Matrix products in bfloat16.
-            checkpointing: Activations are made again.
 
         Raises:
             ConfigError: There is no such shape or folder, or the clip does not fit it.
         """
         shape, factors = _known(model) if model else _read(config.model_folder)
         diversity = config.generator.diversity
+        computes = {
+            GENERATOR: config.generator.compute,
+            TEACHER: config.teacher.compute,
+            FAKE_SCORE: config.fake_score.compute,
+        }
         return cls(
             shape=shape,
             latent_shape=_latent_shape(config, shape, factors),
@@ -102,8 +103,9 @@ class Workload:
             through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
             diversity_steps=diversity.anchor_step if diversity.enabled else 0,
             averages=config.generator.ema_decay > 0,
-            bf16=frozenset(ROLES) if bf16 else frozenset(),
-            checkpointing=frozenset(ROLES) if checkpointing else frozenset(),
+            in_turn=not config.teacher.batched_guidance,
+            bf16=frozenset(role for role, own in computes.items() if own.precision == "bf16"),
+            checkpointing=frozenset(role for role, own in computes.items() if own.checkpointing),
         )
 
     @property

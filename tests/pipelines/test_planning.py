@@ -56,11 +56,16 @@ class TestWork:
 
     def test_a_recipe_says_what_there_is_to_do(self):
         config = load_recipe("wan-1.3b", ["fake_score.tracking=fresh"])
-        work = Workload.of(config, "1.3b", bf16=True, checkpointing=True)
-        assert work == replace(SMALL, batch_size=16, fresh_updates=1)
+        work = Workload.of(config, "1.3b")
+        learners = frozenset({GENERATOR, FAKE_SCORE})
+        assert work == replace(SMALL, batch_size=16, fresh_updates=1, checkpointing=learners)
+        settings = ["teacher.batched_guidance=false", "generator.compute.precision=fp32"]
+        other = Workload.of(load_recipe("wan-1.3b", settings), "1.3b")
+        assert other.in_turn
+        assert other.bf16 == {TEACHER, FAKE_SCORE}
 
     def test_a_shipped_model_is_read_from_its_folder(self):
-        work = Workload.of(load_recipe("tiny"), None, bf16=False, checkpointing=False)
+        work = Workload.of(load_recipe("tiny"))
         assert work.shape.num_layers < 10
         assert work.shape.num_tokens(work.latent_shape) == 64
 
@@ -68,7 +73,7 @@ class TestWork:
         config = load_recipe("wan-1.3b", ["video.height=484"])
         for model, words in (("1.3b", "484x832"), ("7b", "a model called 7b")):
             with pytest.raises(ConfigError, match=words):
-                Workload.of(config, model, bf16=True, checkpointing=True)
+                Workload.of(config, model)
 
 
 class TestMemory:
@@ -87,6 +92,10 @@ class TestMemory:
         assert generator_memory(SMALL, 1, 1, 3).graphs == 3 * graph
         kept_whole = generator_memory(replace(SMALL, checkpointing=frozenset()), 1, 1, 1).graphs
         assert kept_whole > 30 * graph
+
+    def test_guidance_in_turn_halves_what_a_teacher_works_on(self):
+        batched, in_turn = (teacher_memory(replace(SMALL, in_turn=t), 1, 1) for t in (False, True))
+        assert batched.working == 2 * in_turn.working
 
     def test_a_deeper_window_costs_the_generator_alone(self):
         shallow, deep = (rank_memory(SMALL, Split(1, 1, 1, 24, depth)) for depth in (1, 3))
@@ -188,7 +197,7 @@ class TestRefusals:
 
     def test_activations_that_do_not_fit_ask_for_checkpointing(self):
         kept = replace(SMALL, checkpointing=frozenset())
-        with pytest.raises(ConfigError, match="--checkpointing"):
+        with pytest.raises(ConfigError, match=r"generator\.compute\.checkpointing=true"):
             make_plan(kept, modelled(kept, Hardware()), Hardware(), 16)
 
 
@@ -209,7 +218,7 @@ class TestMeasured:
             * 3
         ]
         (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        work = Workload.of(load_recipe("tiny"), None, bf16=False, checkpointing=False)
+        work = Workload.of(load_recipe("tiny"))
         times = measured(run, work)
         assert set(times.seconds.values()) == {0.32 / 16}
         assert "3 iterations" in times.source
@@ -241,7 +250,7 @@ class TestMeasured:
 
     def test_a_stage_that_was_not_measured_is_named(self, tmp_path):
         run = start_run(tmp_path / "run")
-        work = Workload.of(load_recipe("tiny"), None, bf16=False, checkpointing=False)
+        work = Workload.of(load_recipe("tiny"))
         with pytest.raises(ConfigError, match=r"teacher\.denoise"):
             measured(run, work)
 
