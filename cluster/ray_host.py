@@ -122,9 +122,8 @@ class Hosts:
         self.shared = shared
         size = placement.pool(pool).num_ranks
         meets = meeting_size > 1
-        host_class = (
-            ray.remote(enable_tensor_transport=True)(Host) if transport else ray.remote(Host)
-        )
+        remote = cast(Any, ray.remote)
+        host_class = remote(enable_tensor_transport=True)(Host) if transport else remote(Host)
         options = _SEES_ALL_GPUS if meets else {}
         self.actors: list[Any] = [
             host_class.options(
