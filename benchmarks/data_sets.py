@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from s3fs import S3FileSystem
 
 from pipelines.data.index import Shard
 from pipelines.data.schema import (
@@ -61,6 +62,8 @@ def serve(root: Path) -> Iterator[None]:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.1)
+        # Clients are kept by their settings; the address of the last server is not one of them.
+        S3FileSystem.clear_instance_cache()
         yield
     finally:
         server.terminate()
