@@ -66,25 +66,6 @@ def require_same_run(found: DistillConfig, expected: DistillConfig, iteration: i
         assert relative_error(weights[0], weights[1]) < TOLERANCE
 
 
-def test_pools_of_any_size_go_on_from_one_another(make_recipe: MakeRecipe) -> None:
-    """Two generators, three teachers, one fake score; then one, two that share, and two."""
-    one = make_recipe("name=one", "iterations=4", *BATCH)
-    distill(one)
-    distill(make_recipe("name=many", "iterations=2", *BATCH, *teams(2, (3, 1), 1)))
-    many = make_recipe("name=many", "iterations=4", *BATCH, *teams(1, (1, 2), 2))
-    distill(many, resume=True)
-    require_same_run(many, one, 4)
-
-
-def test_sharded_roles_track_afresh_and_mix_their_weights(make_recipe: MakeRecipe) -> None:
-    settings = [*MODES["dmd2"], *BATCH, "iterations=2"]
-    one = make_recipe("name=one", *settings)
-    two = make_recipe("name=two", *settings, *teams(2, (1, 1), 2))
-    distill(one)
-    distill(two)
-    require_same_run(two, one, 2)
-
-
 @pytest.mark.parametrize("mode", ["sgmd-shared-released", "sid"])
 def test_fused_roles_make_the_bits_of_one_process(make_recipe: MakeRecipe, mode: str) -> None:
     settings = [*MODES[mode], "iterations=2"]
@@ -131,6 +112,25 @@ def test_a_staleness_of_one_is_told_and_changes_no_bit(make_recipe: MakeRecipe) 
     assert state(stale, 5) == state(local, 5)
     # Times of several processes are on one clock, also where iterations overlap.
     require_whole_trace(stale, summary, list(range(5)))
+
+
+def test_pools_of_any_size_go_on_from_one_another(make_recipe: MakeRecipe) -> None:
+    """Two generators, three teachers, one fake score; then one, two that share, and two."""
+    one = make_recipe("name=one", "iterations=4", *BATCH)
+    distill(one)
+    distill(make_recipe("name=many", "iterations=2", *BATCH, *teams(2, (3, 1), 1)))
+    many = make_recipe("name=many", "iterations=4", *BATCH, *teams(1, (1, 2), 2))
+    distill(many, resume=True)
+    require_same_run(many, one, 4)
+
+
+def test_sharded_roles_track_afresh_and_mix_their_weights(make_recipe: MakeRecipe) -> None:
+    settings = [*MODES["dmd2"], *BATCH, "iterations=2"]
+    one = make_recipe("name=one", *settings)
+    two = make_recipe("name=two", *settings, *teams(2, (1, 1), 2))
+    distill(one)
+    distill(two)
+    require_same_run(two, one, 2)
 
 
 def free_cpus(expected: float) -> float:
