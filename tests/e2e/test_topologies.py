@@ -133,7 +133,7 @@ def test_sharded_roles_track_afresh_and_mix_their_weights(make_recipe: MakeRecip
     require_same_run(two, one, 2)
 
 
-def free_cpus(expected: float) -> float:
+def free_cpus(expected: float = 0.0) -> float:
     """CPUs that nobody has reserved, once they are as many as expected, or after a while."""
     end_s = time.monotonic() + 30
     while (found := ray.available_resources().get("CPU", 0.0)) < expected:
@@ -144,11 +144,11 @@ def free_cpus(expected: float) -> float:
 
 
 def test_a_run_that_fails_gives_its_pools_back(make_recipe: MakeRecipe) -> None:
-    whole = free_cpus(4.0)
+    before = free_cpus()
     failing = make_recipe("topology.mode=fused", "generator.optimizer.lr=1e30", "iterations=40")
     with pytest.raises(NonFiniteError):
         distill(failing)
-    assert free_cpus(whole) == whole
+    assert free_cpus(before) >= before
 
 
 def test_pools_that_do_not_fit_are_told_rank_by_rank(make_recipe: MakeRecipe) -> None:
@@ -158,10 +158,11 @@ def test_pools_that_do_not_fit_are_told_rank_by_rank(make_recipe: MakeRecipe) ->
         "topology.teacher={replicas: 3, cpus: 2}",
         "topology.start_timeout_s=1",
     )
+    before = free_cpus()
     with pytest.raises(InsufficientResourcesError) as caught:
         distill(large)
     told = " ".join(str(caught.value).split())
     assert "of 4 CPU" in told
     assert "teacher[0] asks for 2 CPU fits on" in told
     assert "teacher[2] asks for 2 CPU lacks" in told
-    assert free_cpus(4.0) == 4.0
+    assert free_cpus(before) >= before
