@@ -24,7 +24,8 @@ from typing import Any
 from pipelines.config import DistillConfig, load_recipe
 from pipelines.data.feed import Feed, Progress
 from pipelines.groups import Groups, open_groups
-from pipelines.iteration import PromptBatch, iterate, plan_iteration
+from pipelines.iteration import PromptBatch, iterate
+from pipelines.iteration_plan import plan_iteration
 from pipelines.preflight import check
 from pipelines.run_folder import RunFolder, git_revision, versions
 from pipelines.study.passes import (

@@ -8,7 +8,8 @@ from torch import nn
 
 from cluster.local import LocalWorkerGroup
 from pipelines.config import DistillConfig, load_recipe
-from pipelines.iteration import PromptBatch, Roles, iterate, plan_iteration
+from pipelines.iteration import PromptBatch, Roles, iterate
+from pipelines.iteration_plan import plan_iteration
 from pipelines.study.passes import (
     Passes,
     expected_passes,
