@@ -117,7 +117,7 @@ class TestFinishedRun:
 
     def test_checkpoints_are_ranked_and_it_is_told_which_are_kept(self, finished):
         text = page(finished).text
-        assert "60 best" in " ".join(text.split())
+        assert "60, best" in " ".join(text.split())
         assert "flow of fastest 5 % ÷ teacher's" in text
         assert text.count("kept") == 2
 
