@@ -222,8 +222,7 @@ class Distillation:
         self._listener.note(f"writing the generator to {self._folder.generator}")
         self._export(self._folder.generator)
         self._judge.finish()
-        if self._checkpoints.latest() is not None:
-            self._checkpoints.prune(self._config.checkpoint.keep, self._judge.spared)
+        self._prune()
         self._export_best()
         self._trace.close()
         self.write_trace()
@@ -352,7 +351,12 @@ class Distillation:
                 "versions": versions(),
             },
         )
+        self._prune()
+
+    def _prune(self) -> None:
+        """Deletes checkpoints that are neither new nor among the best."""
         self._checkpoints.prune(self._config.checkpoint.keep, self._judge.spared)
+        self._judge.write_ranking()
 
     def _keep_last_good(self, position: Position) -> str:
         """Saves the state before the failed iteration, where neither role has left it."""

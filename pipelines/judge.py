@@ -131,30 +131,10 @@ class Judge:
         while self._waiting:
             self._take()
 
-    def _take(self) -> None:
-        """Fetches the oldest validation and draws conclusions."""
-        job = self._waiting.popleft()
-        assert self.validator is not None, "only a validator's work waits"
-        phase = f"validating iteration {job.iteration}"
-        timeout_s = self.config.validation.timeout_s
-        (record,) = self.validator.fetch([job.pending], timeout_s=timeout_s, phase=phase)
-        append_jsonl(self.folder.validation, record.to_json())
-        self.listener.validation(record)
-        self.tracker.validation(record, self.folder.samples)
-        self._raise(self._watch.validation(record))
-        if self.ranks:
-            self._scores |= scores_of([record.to_json()], self.config.checkpoint.score)
-            self._write_ranking()
-
-    def _raise(self, alarms: Iterable[Alarm]) -> None:
-        for alarm in alarms:
-            append_jsonl(self.folder.alarms, alarm.to_json())
-            self.listener.alarm(alarm)
-            self.tracker.alarm(alarm)
-            if alarm.name in self.config.alarms.stop and self._fatal is None:
-                self._fatal = alarm
-
-    def _write_ranking(self) -> None:
+    def write_ranking(self) -> None:
+        """Writes ranking.json anew: after a validation, and when checkpoints have been deleted."""
+        if not self._scores:
+            return
         settings = self.config.checkpoint
         there = set(self.checkpoints.steps())
         entries = [
@@ -169,3 +149,26 @@ class Judge:
         ]
         content = {"score": settings.score, "mode": settings.mode, "states": entries}
         write_json(str(self.folder.ranking), content)
+
+    def _take(self) -> None:
+        """Fetches the oldest validation and draws conclusions."""
+        job = self._waiting.popleft()
+        assert self.validator is not None, "only a validator's work waits"
+        phase = f"validating iteration {job.iteration}"
+        timeout_s = self.config.validation.timeout_s
+        (record,) = self.validator.fetch([job.pending], timeout_s=timeout_s, phase=phase)
+        append_jsonl(self.folder.validation, record.to_json())
+        self.listener.validation(record)
+        self.tracker.validation(record, self.folder.samples)
+        self._raise(self._watch.validation(record))
+        if self.ranks:
+            self._scores |= scores_of([record.to_json()], self.config.checkpoint.score)
+            self.write_ranking()
+
+    def _raise(self, alarms: Iterable[Alarm]) -> None:
+        for alarm in alarms:
+            append_jsonl(self.folder.alarms, alarm.to_json())
+            self.listener.alarm(alarm)
+            self.tracker.alarm(alarm)
+            if alarm.name in self.config.alarms.stop and self._fatal is None:
+                self._fatal = alarm

@@ -49,6 +49,8 @@ class Figure:
     def spread(self) -> str:
         """Interval or standard error; empty where nothing is known, or nothing can vary."""
         if self.low is not None and self.high is not None:
+            if self.low == self.high:
+                return ""
             return f"[{number(self.low)}, {number(self.high)}]"
         return f"± {self.error:.{self._decimals}f}" if self.error else ""
 

@@ -227,7 +227,7 @@ def _own_cells(
 
 
 def _percents(figure: Figure) -> str:
-    if figure.low is None or figure.high is None:
+    if figure.low is None or figure.high is None or figure.low == figure.high:
         return ""
     return f"[{figure.low:.0%}, {figure.high:.0%}]"
 

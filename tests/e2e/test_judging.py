@@ -84,6 +84,7 @@ def test_the_best_and_the_newest_checkpoint_are_kept_and_the_best_is_exported(
     best = min(scores, key=scores.get)
     assert [entry[:2] for entry in ranking(whole)] == sorted(scores.items(), key=lambda i: i[1])
     assert steps(whole) == {f"step-{best:06d}", "step-000006"}
+    assert {entry[0] for entry in ranking(whole) if entry[2]} == {best, 6}
     assert json.loads(folder.summary.read_text())["best"][0]["iteration"] == best
     kept = load_file(folder.checkpoints / f"step-{best:06d}" / "ema" / "weights.safetensors")
     exported = load_transformer(folder.best).state_dict()
