@@ -28,9 +28,10 @@ def seconds_per_unit(plan: StudyPlan) -> tuple[float | None, str]:
     found = _recorded(plan)
     if found:
         return median(found), f"{len(found)} iterations of this study"
-    if plan.config.topology.mode != "local" and plan.runs[0].config.topology.mode != "local":
-        return None, "no run yet"
-    return time_forward(plan.runs[0].config), "passes timed just now"
+    first = plan.runs[0].config
+    if first.topology.mode != "local":
+        return None, "no run has been made, and the passes are not made in this process"
+    return time_forward(first), "passes timed just now"
 
 
 def time_forward(config: DistillConfig) -> float:

@@ -140,6 +140,8 @@ def test_a_dry_run_tells_forwards_and_time_and_makes_nothing(
     assert [row["units_per_iteration"] for row in planned["variants"]] == [10.5, 10.5]
     assert planned["training_seconds"] > 0
     assert not (tmp_path / "runs").exists()
+    # On a cluster nobody knows before a first run.
+    assert dry_run(make_recipe(*STUDY, "topology.mode=pools"))["training_seconds"] is None
 
 
 def test_the_command_prints_the_plan_as_a_table_and_as_json(
