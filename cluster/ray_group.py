@@ -9,6 +9,7 @@ receiver's end and moves the values from rank to rank, past the controller. The 
 have processes of their own, or share them with other groups: see `cluster.ray_host`.
 """
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
 Ts = TypeVarTuple("Ts")
 
 _ANSWER_TIMEOUT_S = 600.0
+_PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,7 +129,8 @@ class RayWorkerGroup(WorkerGroup[W]):
             late = _first_unfinished(claims)
             raise CallTimeoutError(late.group, late.rank, late.method, phase, timeout_s) from None
         except RayError as error:
-            _raise_cause(error, claims, phase)
+            # Ray tells the failure that it met first; the first claim's may be its cause.
+            _raise_cause(_first_failure(claims) or error, claims, phase)
         for claim, wire in zip(claims, wires, strict=True):
             where = "result" if isinstance(wire, Kept) else array_in(wire)
             if where is not None:
@@ -267,6 +270,19 @@ def _first_unfinished(claims: Sequence[RayPending[Any]]) -> RayPending[Any]:
         if not ray.wait([claim.reference], timeout=0)[0]:
             return claim
     return claims[0]
+
+
+def _first_failure(claims: Sequence[RayPending[Any]]) -> RayError | None:
+    """The failure of the first claim that has one; those that stay open are not waited for long."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    for claim in claims:
+        try:
+            ray.get(claim.reference, timeout=max(0.0, deadline_s - time.monotonic()))
+        except GetTimeoutError:
+            continue
+        except RayError as error:
+            return error
+    return None
 
 
 def _raise_cause(error: RayError, claims: Sequence[RayPending[Any]], phase: str) -> NoReturn:
