@@ -56,6 +56,7 @@ def distill(
     listener: Listener | None = None,
     in_trial: bool = False,
     max_seconds: float | None = None,
+    timed_saves: int = 1,
 ) -> dict[str, Any]:
     """Runs the distillation that a configuration describes.
 
@@ -67,6 +68,7 @@ def distill(
         in_trial: Use the placement group of the Tune trial that this process is.
         max_seconds: Training time, that before a resumption included, after which the run ends even
             if `config.iterations` are not made.
+        timed_saves: States that are saved at equal distances in `max_seconds`, its end among them.
 
     Returns:
         The run's summary, as summary.json holds it.
@@ -108,7 +110,7 @@ def distill(
         if resume:
             run.load(start)
         try:
-            run.train(start, max_seconds)
+            run.train(start, max_seconds, timed_saves)
         finally:
             run.write_trace()
         return run.finish()
@@ -176,12 +178,15 @@ class Distillation:
             # The run ended before this validation was back.
             self._validate(start.iteration, is_last=True)
 
-    def train(self, start: Position, max_seconds: float | None = None) -> None:
+    def train(
+        self, start: Position, max_seconds: float | None = None, timed_saves: int = 1
+    ) -> None:
         """Iterates to the end; checkpoints and validates on the way.
 
         Args:
             start: Where the run stands.
             max_seconds: Training time of the whole run after which this is the end.
+            timed_saves: States that are saved at equal distances in it.
 
         Raises:
             NonFiniteError: With a note that says where the last good state is.
@@ -193,19 +198,21 @@ class Distillation:
         prompts = self._open_prompts(start.iteration)
         position, spent_s = start, self._seconds_spent()
         while position.iteration < end and spent_s < limit_s:
-            first, began = position.iteration, time.perf_counter()
+            first, began, before_s = position.iteration, time.perf_counter(), spent_s
             try:
                 for report in run_iterations(
                     self._groups.roles, self._plan, first, self._num_together(first), prompts.of
                 ):
-                    position = self._record(position, report, prompts, began)
-                    spent_s += time.perf_counter() - began
+                    position, took_s = self._record(position, report, prompts, began)
+                    # What is recorded, not the clock: whoever adds it up finds the same end.
+                    spent_s += took_s
                     began = time.perf_counter()
             except NonFiniteError as error:
                 error.add_note(self._keep_last_good(position))
                 raise
             is_last = position.iteration == end or spent_s >= limit_s
-            if is_last or self._saves_at(position.iteration):
+            is_time = int(timed_saves * spent_s / limit_s) > int(timed_saves * before_s / limit_s)
+            if is_last or is_time or self._saves_at(position.iteration):
                 self._save(position)
             if is_last or self._validates_at(position.iteration):
                 self._validate(position.iteration, is_last)
@@ -304,8 +311,8 @@ class Distillation:
 
     def _record(
         self, position: Position, report: IterationReport, prompts: Prompts, began: float
-    ) -> Position:
-        """Writes an iteration down that is over; returns where the run stands now."""
+    ) -> tuple[Position, float]:
+        """Writes an iteration down that is over; where the run stands now, and what it took."""
         iteration = position.iteration
         taken = prompts.used(iteration)
         last = taken.batches[-1]
@@ -328,7 +335,7 @@ class Distillation:
         self._listener.iteration(record)
         self._tracker.iteration(record)
         self._judge.hear(record)
-        return Position(iteration + 1, last.position, last.cursor)
+        return Position(iteration + 1, last.position, last.cursor), record.seconds_total
 
     def _seconds_spent(self) -> float:
         """Training time of all iterations so far."""

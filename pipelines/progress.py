@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from rich.console import Console
@@ -49,20 +50,36 @@ class SilentListener:
         """Ignores it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How far a run goes: so many iterations, or until its time is over.
+
+    Attributes:
+        num_iterations: Iterations after which it ends at the latest.
+        max_seconds: Training time after which it ends, where the clock decides.
+        spent_s: Training time that was spent before.
+    """
+
+    num_iterations: int
+    max_seconds: float | None = None
+    spent_s: float = 0.0
+
+
 class LineListener:
     """Plain lines, for logs and pipes.
 
     Args:
         console: Where the lines go.
-        num_iterations: Length of the run.
+        length: Of the run.
         every_s: Least time between two iteration lines; the first and the last always come.
     """
 
-    def __init__(self, console: Console, num_iterations: int, every_s: float = 5.0) -> None:
+    def __init__(self, console: Console, length: Length, every_s: float = 5.0) -> None:
         self._console = console
-        self._num_iterations = num_iterations
+        self._last = length.num_iterations
+        self._of = f"/{self._last}" if length.max_seconds is None else ""
         self._every_s = every_s
-        self._eta = TimeLeft(num_iterations)
+        self._eta = TimeLeft(length)
         self._last_s = float("-inf")
 
     def note(self, text: str) -> None:
@@ -74,10 +91,10 @@ class LineListener:
         left = self._eta.after(record)
         done = record.iteration + 1
         now = time.monotonic()
-        if done not in (1, self._num_iterations) and now - self._last_s < self._every_s:
+        if done not in (1, self._last) and now - self._last_s < self._every_s:
             return
         self._last_s = now
-        self.note(f"iteration {done}/{self._num_iterations}  {describe(record)}  {left} left")
+        self.note(f"iteration {done}{self._of}  {describe(record)}  {left} left")
 
     def validation(self, record: ValidationRecord) -> None:
         """Prints it."""
@@ -91,15 +108,22 @@ class LineListener:
 class LiveListener:
     """A progress bar with the latest figures under it; notes scroll by above.
 
+    The bar counts iterations, or seconds where the clock ends the run.
+
     Args:
         progress: A started rich progress display with one text field, `figures`.
-        num_iterations: Length of the run.
+        length: Of the run.
     """
 
-    def __init__(self, progress: Progress, num_iterations: int) -> None:
+    def __init__(self, progress: Progress, length: Length) -> None:
         self._progress = progress
-        self._eta = TimeLeft(num_iterations)
-        self._task = progress.add_task("distill", total=num_iterations, figures="starting")
+        self._by_clock = length.max_seconds is not None
+        self._eta = TimeLeft(length)
+        self._task = progress.add_task(
+            "distill, seconds" if self._by_clock else "distill",
+            total=length.max_seconds if self._by_clock else length.num_iterations,
+            figures="starting",
+        )
 
     def note(self, text: str) -> None:
         """Prints it above the bar."""
@@ -107,8 +131,10 @@ class LiveListener:
 
     def iteration(self, record: IterationRecord) -> None:
         """Moves the bar."""
-        figures = f"{self._eta.after(record)} left\n  {describe(record)}"
-        self._progress.update(self._task, completed=record.iteration + 1, figures=figures)
+        left, done = self._eta.after(record), record.iteration + 1
+        figures = f"{left} left\n  iteration {done}  {describe(record)}"
+        completed = self._eta.spent_s if self._by_clock else done
+        self._progress.update(self._task, completed=completed, figures=figures)
 
     def validation(self, record: ValidationRecord) -> None:
         """Prints it above the bar."""
@@ -120,28 +146,37 @@ class LiveListener:
 
 
 class TimeLeft:
-    """Estimates the time to the end from a moving average of the iteration time."""
+    """Estimates the time to the end from a moving average of the iteration time.
 
-    def __init__(self, num_iterations: int, smoothing: float = 0.9) -> None:
-        self._num_iterations = num_iterations
+    Attributes:
+        spent_s: Training time so far.
+    """
+
+    def __init__(self, length: Length, smoothing: float = 0.9) -> None:
+        self._length = length
         self._smoothing = smoothing
         self._mean_s: float | None = None
+        self.spent_s = length.spent_s
 
     def after(self, record: IterationRecord) -> str:
-        """Time left after this iteration, as minutes and seconds."""
+        """Time left after this iteration, as hours, minutes and seconds."""
+        self.spent_s += record.seconds_total
         if self._mean_s is None:
             self._mean_s = record.seconds_total
         else:
             self._mean_s += (1 - self._smoothing) * (record.seconds_total - self._mean_s)
-        left_s = round(self._mean_s * (self._num_iterations - record.iteration - 1))
+        left = self._mean_s * (self._length.num_iterations - record.iteration - 1)
+        if self._length.max_seconds is not None:
+            left = min(left, max(0.0, self._length.max_seconds - self.spent_s))
+        left_s = round(left)
         return f"{left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d}"
 
 
 @contextmanager
-def console_listener(num_iterations: int, console: Console) -> Iterator[Listener]:
+def console_listener(length: Length, console: Console) -> Iterator[Listener]:
     """The listener that fits where the output goes."""
     if not console.is_terminal:
-        yield LineListener(console, num_iterations)
+        yield LineListener(console, length)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -151,7 +186,7 @@ def console_listener(num_iterations: int, console: Console) -> Iterator[Listener
         TextColumn("{task.fields[figures]}"),
     )
     with Progress(*columns, console=console) as progress:
-        yield LiveListener(progress, num_iterations)
+        yield LiveListener(progress, length)
 
 
 def describe(record: IterationRecord) -> str:

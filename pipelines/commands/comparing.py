@@ -52,7 +52,7 @@ def _made(config: "DistillConfig", console: Console) -> Shown:
     result = job.study(
         config,
         lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
-        lambda num_iterations: console_listener(num_iterations, console),
+        lambda length: console_listener(length, console),
     )
     folder = job.folder_of(config)
     paths = "\n".join(str(folder / name) for name in job.WRITTEN)

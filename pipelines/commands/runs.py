@@ -106,14 +106,14 @@ def distill(
     """Distil a teacher into a few-step generator: the main job."""
     with working() as console:
         from pipelines import distill as job
-        from pipelines.progress import console_listener
+        from pipelines.progress import Length, console_listener
         from pipelines.records import HEADLINE_FIGURES
 
         config = _distill_config(recipe, overrides or [], resume)
         if dry_run:
             result = job.dry_run(config)
         else:
-            with console_listener(config.iterations, console) as listener:
+            with console_listener(Length(config.iterations), console) as listener:
                 result = job.distill(config, resume=resume is not None, listener=listener)
     if dry_run:
         show(result, as_json, pairs(result), "Everything fits; nothing was started.")
@@ -149,10 +149,10 @@ def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False
     with working() as console:
         from pipelines import sweep as job
         from pipelines.config import load_recipe
-        from pipelines.progress import LineListener
+        from pipelines.progress import Length, LineListener
 
         config = load_recipe(recipe, overrides or [])
-        result = job.sweep(config, LineListener(console, config.sweep.iterations))
+        result = job.sweep(config, LineListener(console, Length(config.sweep.iterations)))
     show(
         result.to_json(),
         as_json,

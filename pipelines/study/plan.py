@@ -167,7 +167,13 @@ def _planned_run(config: DistillConfig, folder: Path, variant: str, seed: int) -
         amount = study.budget.amount
         match study.budget.unit:
             case "seconds":
-                return PlannedRun(variant, base.with_settings({"iterations": _NO_END}), amount)
+                # States are saved by the clock alone, one for each point that is measured.
+                clock = {
+                    "iterations": _NO_END,
+                    "checkpoint.every": 0,
+                    "checkpoint.keep": study.measurements,
+                }
+                return PlannedRun(variant, base.with_settings(clock), amount)
             case "iterations":
                 iterations = int(amount)
             case "forwards":

@@ -10,6 +10,7 @@ says why; started again, the study tries it once more.
 import json
 import os
 import platform
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from cluster.storage import Checkpoints, read_json, write_json, write_text
 from pipelines.config import DistillConfig, load_recipe
 from pipelines.distill import distill
 from pipelines.preflight import check
-from pipelines.progress import Listener
+from pipelines.progress import Length, Listener
 from pipelines.run_folder import RunFolder, git_revision, versions
 from pipelines.study.figures import write_plots
 from pipelines.study.judging import Figures, Judge
@@ -41,9 +42,10 @@ from sgmd_core.errors import ConfigError
 RESULTS_FILE = "results.json"
 WRITTEN = ("results.md", "results.csv", "cost.csv", RESULTS_FILE)
 _POINTS_FILE = "study.json"
+FAILURE_FILE = "failure.txt"
 
-OpenListener = Callable[[int], AbstractContextManager[Listener]]
-"""Opens what hears the progress of one run, given its number of iterations."""
+OpenListener = Callable[[Length], AbstractContextManager[Listener]]
+"""Opens what hears the progress of one run, given how far it goes."""
 
 
 def folder_of(config: DistillConfig) -> Path:
@@ -130,23 +132,40 @@ def _made(
     error = ""
     try:
         if not _is_finished(run):
-            with open_listener(run.config.iterations) as listener:
+            with open_listener(_length(run)) as listener:
                 distill(
                     run.config,
                     resume=RunFolder(run.folder).config.exists(),
                     listener=listener,
                     max_seconds=run.max_seconds,
+                    timed_saves=judge.num_measurements,
                 )
         points = _measure(run, judge)
+        (run.folder / FAILURE_FILE).unlink(missing_ok=True)
     # Whatever breaks one run, the others are still worth making.
     except Exception as failure:
-        error = f"{type(failure).__name__}: {failure}"
+        error = f"{type(failure).__name__}: {failure} (all of it: {_write_failure(run, failure)})"
         tell(f"{run.config.name} failed. {error}")
         points = _remembered(run, judge)
     stage_seconds, iteration_s = times_of(run)
     ordered = tuple(points[iteration] for iteration in sorted(points))
     folder = str(run.folder)
     return RunResult(run.variant, run.seed, folder, ordered, stage_seconds, iteration_s, error)
+
+
+def _write_failure(run: PlannedRun, failure: Exception) -> Path:
+    """Keeps traceback and notes of what broke a run, beside it."""
+    path = run.folder / FAILURE_FILE
+    write_text(str(path), "".join(traceback.format_exception(failure)))
+    return path
+
+
+def _length(run: PlannedRun) -> Length:
+    """How far a run goes from its last state."""
+    if run.max_seconds is None:
+        return Length(run.config.iterations)
+    start = Checkpoints(str(RunFolder(run.folder).checkpoints)).latest() or 0
+    return Length(run.config.iterations, run.max_seconds, place_of(run, start)[1])
 
 
 def _is_finished(run: PlannedRun) -> bool:

@@ -1,19 +1,23 @@
 """A small study over real networks: killed, resumed, and a run of it that fails."""
 
 import csv
+import io
 import json
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.config import DistillConfig
-from pipelines.progress import SilentListener
+from pipelines.progress import Length, LineListener, SilentListener
+from pipelines.records import IterationRecord
 from pipelines.study.run import dry_run, study
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
@@ -44,7 +48,7 @@ class Killer(SilentListener):
             os.kill(os.getpid(), signal.SIGKILL)
 
 @contextmanager
-def listener(num_iterations):
+def listener(length):
     yield Killer()
 
 study(load_recipe(sys.argv[1]), print, listener)
@@ -52,7 +56,7 @@ study(load_recipe(sys.argv[1]), print, listener)
 
 
 @contextmanager
-def silent(num_iterations: int):
+def silent(length: Length):
     yield SilentListener()
 
 
@@ -107,6 +111,11 @@ def test_a_run_that_fails_is_a_row_that_says_why_and_is_tried_again(
     assert not ours.error
     assert "finite" in broken.error
     assert "**broken, seed 1** failed" in (tmp_path / "runs/failing-study/results.md").read_text()
+    # The row names a file with the traceback and the notes, such as where the last state is.
+    story = (tmp_path / "runs/failing-study/runs/broken-seed1/failure.txt").read_text()
+    assert "broken-seed1/failure.txt" in broken.error
+    assert "Traceback" in story
+    assert "state" in story.splitlines()[-1]
     notes: list[str] = []
     made(make_recipe(*short), notes)
     assert [note for note in notes if "failed" in note]
@@ -124,6 +133,57 @@ def test_a_study_by_the_clock_ends_its_runs_when_their_time_is_over(
     notes: list[str] = []
     made(config, notes)
     assert not [note for note in notes if note.startswith("sampling")]
+
+
+def test_a_study_by_the_clock_measures_on_the_way_and_makes_no_finished_run_again(
+    make_recipe: MakeRecipe,
+) -> None:
+    clock = "study.budget={unit: seconds, amount: 2.5}"
+    config = make_recipe(*STUDY, clock, "study.seeds=[1]", "study.variants={ours: {}}")
+    lengths: list[Length] = []
+
+    class Slow(SilentListener):
+        # What is written between two iterations is no training time.
+        def iteration(self, record):
+            time.sleep(0.5 if record.iteration == 0 else 0)
+
+    @contextmanager
+    def listener(length: Length):
+        lengths.append(length)
+        yield Slow()
+
+    (run,) = study(config, lambda _: None, listener).runs
+    assert not run.error
+    half, end = run.points
+    assert half.iteration < end.iteration
+    assert 1.25 <= half.seconds < 2.5 <= end.seconds
+    summary = Path(run.run_folder) / "summary.json"
+    written_at = summary.stat().st_mtime_ns
+    (again,) = study(config, lambda _: None, listener).runs
+    assert summary.stat().st_mtime_ns == written_at
+    assert again.points == run.points
+    assert [(length.max_seconds, length.spent_s) for length in lengths] == [(2.5, 0.0)]
+
+
+def test_progress_by_the_clock_tells_the_time_and_no_number_of_iterations() -> None:
+    record = IterationRecord(
+        iteration=0,
+        losses={},
+        grad_norms={},
+        seconds={},
+        seconds_total=4.0,
+        data_wait_s=0.0,
+        samples_seen=4,
+        epoch=0,
+        cursor={},
+        rejected=0,
+        exit_steps=(1,),
+    )
+    console = Console(file=io.StringIO(), width=200)
+    LineListener(console, Length(1_000_000, max_seconds=60.0, spent_s=26.0)).iteration(record)
+    told = console.file.getvalue()
+    assert told.startswith("iteration 1  ")
+    assert "0:00:30 left" in told
 
 
 def test_a_study_does_not_go_on_with_runs_of_other_settings(make_recipe: MakeRecipe) -> None:

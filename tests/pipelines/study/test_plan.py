@@ -48,9 +48,11 @@ def test_a_budget_of_forwards_buys_fewer_iterations_of_a_dearer_method():
 
 
 def test_a_budget_of_seconds_leaves_the_number_of_iterations_open():
-    (first, *_) = plan_study(study_of(budget("seconds", 12.5))).runs
+    (first, *_) = plan_study(study_of(budget("seconds", 12.5), "study.measurements=3")).runs
     assert first.num_iterations is None
     assert first.max_seconds == 12.5
+    # States are saved by the clock, and as many as are measured are kept.
+    assert (first.config.checkpoint.every, first.config.checkpoint.keep) == (0, 3)
 
 
 def test_what_all_runs_have_in_common_gives_way_to_what_a_variant_has():
