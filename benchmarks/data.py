@@ -3,8 +3,9 @@
     python benchmarks/data.py --output data.json            everything
     python benchmarks/data.py stream decode --output ...    some pieces; the file keeps the others
 
-    stream   captions-only and encoded shards through the feed, and through plain pyarrow.dataset,
-             in turns; rows a second
+    stream   captions-only and encoded shards through the feed, and through plain pyarrow.dataset
+             with Arrow's own S3 client and with s3fs, in turns; rows a second. And where the time
+             goes: the feed's stages in one process, with the CPU that each needs
     decode   raw video through the reader of a window, and through a plain PyAV loop, in turns; one
              core
     first    seconds until the first batch of a prefix of 10,000 shards, and until all are listed
@@ -26,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,7 @@ from data_sets import (
 )
 from data_wait import measure_wait
 from pyarrow.fs import S3FileSystem
+from s3fs import S3FileSystem as FsspecS3
 
 from cluster.runtime import start_ray
 from pipelines.data.catalogue import Catalogue
@@ -79,33 +82,77 @@ def measure_stream(scratch: Path, rounds: int) -> dict[str, Any]:
                 f"s3://{BUCKET}/{kind}", columns=columns, encoding=ENCODING if columns else None
             )
             _stream(source, batch * 4, batch)  # Processes start, modules load.
-            runs = []
+            runs: dict[str, list[float]] = {"pyarrow": [], "s3fs": [], "feed": [], "with_start": []}
+            wanted = [*columns, "sample_id", "caption"]
             for _ in range(rounds):
-                plain = _plain(kind, [*columns, "sample_id", "caption"], num_rows)
+                runs["pyarrow"].append(_plain(_arrow_client(), kind, wanted, num_rows))
+                runs["s3fs"].append(_plain(FsspecS3(), kind, wanted, num_rows))
                 first_s, rest = _stream(source, num_rows, batch)
-                runs.append((plain, rest, num_rows / (first_s + (num_rows - batch) / rest)))
+                runs["feed"].append(rest)
+                runs["with_start"].append(num_rows / (first_s + (num_rows - batch) / rest))
+            each = np.divide(runs["feed"], runs["pyarrow"]).tolist()
             found[kind] = {
                 "rows": num_rows,
                 "bytes": sum(path.stat().st_size for path in (folder / kind).iterdir()),
-                "pyarrow_rows_per_s": statistics.median(run[0] for run in runs),
-                "feed_rows_per_s": statistics.median(run[1] for run in runs),
-                "feed_rows_per_s_with_start": statistics.median(run[2] for run in runs),
-                "feed_over_pyarrow": statistics.median(run[1] / run[0] for run in runs),
-                "feed_over_pyarrow_each": [run[1] / run[0] for run in runs],
+                "pyarrow_rows_per_s": statistics.median(runs["pyarrow"]),
+                "s3fs_rows_per_s": statistics.median(runs["s3fs"]),
+                "feed_rows_per_s": statistics.median(runs["feed"]),
+                "feed_rows_per_s_with_start": statistics.median(runs["with_start"]),
+                "feed_over_pyarrow": statistics.median(each),
+                "feed_over_pyarrow_each": each,
+                "s3fs_over_pyarrow": statistics.median(np.divide(runs["s3fs"], runs["pyarrow"])),
+                "feed_over_s3fs": statistics.median(np.divide(runs["feed"], runs["s3fs"])),
+                "stages": _stages(source, num_rows, batch),
             }
             print(kind, json.dumps(found[kind]), file=sys.stderr)
     return found
 
 
-def _plain(kind: str, columns: list[str], num_rows: int) -> float:
-    """Rows a second of one pass with pyarrow.dataset and Arrow's own S3 client."""
+def _arrow_client() -> S3FileSystem:
     endpoint = os.environ["AWS_ENDPOINT_URL"].removeprefix("http://")
+    return S3FileSystem(endpoint_override=endpoint, scheme="http")
+
+
+def _plain(client: S3FileSystem | FsspecS3, kind: str, columns: list[str], num_rows: int) -> float:
+    """Rows a second of one pass with pyarrow.dataset."""
     began = time.perf_counter()
-    server = S3FileSystem(endpoint_override=endpoint, scheme="http")
-    dataset = ds.dataset(f"{BUCKET}/{kind}", filesystem=server)
+    dataset = ds.dataset(f"{BUCKET}/{kind}", filesystem=client)
     rows = sum(batch.num_rows for batch in dataset.to_batches(columns=columns))
     assert rows == num_rows
     return rows / (time.perf_counter() - began)
+
+
+def _stages(source: Source, num_rows: int, batch: int) -> dict[str, dict[str, float]]:
+    """One pass in this process, as far as some stage: rows a second, CPU seconds."""
+    catalogue = Catalogue(*open_folder(source.url), 1000)
+    plan = plan_windows(catalogue, 0, ShuffleSettings())
+    windows = [each.window for each in takewhile(lambda each: not each.window.cursor.epoch, plan)]
+    reader = source.open_reader()
+    columns = ["sample_id", "caption", *source.columns]
+
+    def fetched() -> None:
+        for window in windows:
+            groups = window.groups
+            reader.read([(each.shard, each.num_bytes, each.index) for each in groups], columns)
+
+    def checked() -> None:
+        for window in windows:
+            read_window(reader, source, window)
+
+    def handed_out() -> None:
+        feed = Feed(StreamSettings(source, seed=0), Progress(), num_rows)
+        for _ in range(num_rows // batch):
+            _take(feed, source, batch)
+
+    found = {}
+    for stage in (fetched, checked, handed_out):
+        began, cpu = time.perf_counter(), time.process_time()
+        stage()
+        found[stage.__name__] = {
+            "rows_per_s": num_rows / (time.perf_counter() - began),
+            "cpu_s": time.process_time() - cpu,
+        }
+    return found
 
 
 def _stream(source: Source, num_rows: int, batch: int) -> tuple[float, float]:
