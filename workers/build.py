@@ -74,6 +74,16 @@ def build_teacher(
     return ScoreTeacher(_ready(model, settings.compute), settings)
 
 
+def build_denoiser(model: ModelSettings, compute: ComputeSettings, num_threads: int) -> WanVelocity:
+    """A role's network alone, where and how the role computes it, to be timed.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+    """
+    torch.set_num_threads(num_threads)
+    return _ready(model, compute)
+
+
 def build_text_encoder(
     model: ModelSettings, num_threads: int, num_cached: int = 1024
 ) -> TextEncoder:

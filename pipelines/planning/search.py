@@ -225,7 +225,12 @@ def _costs(
 
     return Costs(
         seconds,
-        lambda call: sent.get((call.role, call.stage), 0) * share,
+        # The weights are handed over whole, whatever the number of samples.
+        lambda call: (
+            weights
+            if call.stage == "trained_weights"
+            else sent.get((call.role, call.stage), 0) * share
+        ),
         bandwidth=hardware.wire_bandwidth,
         latency_s=hardware.wire_latency_s,
         call_s=hardware.call_s,

@@ -4,7 +4,8 @@
     a run        its metrics.jsonl: median busy seconds of each stage over the samples of a batch
     a benchmark  the JSON that benchmarks/gpu.py writes
 
-Times measured for another network or clip are scaled by operations, and the source says so.
+Times measured for another network or clip are scaled by operations, and the source says so. Where
+a sample without a loss was not measured it is taken for a rollout, which makes the same passes.
 """
 
 import json
@@ -17,13 +18,20 @@ from typing import Any
 from pipelines.config import DistillConfig, load_recipe
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.workload import StageName, Workload
-from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES
+from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.run_folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError
 from workers.models.wan_arithmetic import WanShape
 
 _BYTES_OF_A_STEP = 40
 """That an update moves for one parameter: weight, gradient, two moments and average, in and out."""
+
+_ADDED = {
+    (GENERATOR, "rollout"): (GENERATOR, "start"),
+    (TEACHER, "denoise"): (TEACHER, "anchor"),
+    (GENERATOR, "learn"): (GENERATOR, "diversify"),
+}
+"""Stages of a diversity loss, by the stage that a workload counts them with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +67,18 @@ def measured(path: Path, work: Workload) -> StageTimes:
         ConfigError: It is neither, or lacks a stage of this workload.
     """
     found, flops, where = _from_run(path) if path.is_dir() else _from_benchmark(path)
+    rollout, sample = (GENERATOR, "rollout"), (GENERATOR, "sample")
+    if sample in work.passes and sample not in found and rollout in found:
+        found[sample], flops[sample] = found[rollout], flops[rollout]
+        where += ", generator.sample taken for generator.rollout"
     missing = [".".join(name) for name in work.passes if name not in found]
     if missing:
         raise ConfigError(
             f"taking stage times from {path}",
             f"no time of {', '.join(missing)}",
             "a time of every stage of this recipe",
-            "Measure with the same fake_score.tracking and objective.method",
+            "Give the folder of a run with the same fake_score.tracking and objective.method (the"
+            " benchmark measures SGMD alone), or plan without --measured",
         )
     factors = {
         name: passes * work.forward_flops / flops[name] for name, passes in work.passes.items()
@@ -94,8 +107,12 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
     records = read_jsonl(run.metrics)
     found: dict[StageName, float] = {}
     for name in work.passes:
-        key = ".".join(name)
-        times = [record["seconds"][key] for record in records if key in record["seconds"]]
+        key, added = ".".join(name), ".".join(_ADDED.get(name, ()))
+        times = [
+            record["seconds"][key] + record["seconds"].get(added, 0.0)
+            for record in records
+            if key in record["seconds"]
+        ]
         if times:
             found[name] = median(times) / _samples(config, work, name)
     flops = {name: passes * work.forward_flops for name, passes in work.passes.items()}

@@ -54,6 +54,7 @@ class Workload:
         fresh_updates: Updates of the fake score on samples of their own; 0 with shared tracking.
         through_teacher: Whether a loss passes through the teacher's input.
         diversity_steps: Steps of the teacher for a diversity loss; 0 without one.
+        mixes_weights: Whether the fake score takes the generator's weights in, each iteration.
         averages: Whether the generator keeps averaged weights.
         in_turn: Whether the teacher makes its two predictions in turn, not as one batch.
         bf16: Roles whose matrix products are in bfloat16; weights are in float32.
@@ -69,6 +70,7 @@ class Workload:
     fresh_updates: int = 0
     through_teacher: bool = False
     diversity_steps: int = 0
+    mixes_weights: bool = False
     averages: bool = True
     in_turn: bool = False
     bf16: frozenset[str] = frozenset(ROLES)
@@ -102,6 +104,7 @@ class Workload:
             fresh_updates=config.fresh_updates,
             through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
             diversity_steps=diversity.anchor_step if diversity.enabled else 0,
+            mixes_weights=config.fake_score.ida_decay < 1,
             averages=config.generator.ema_decay > 0,
             in_turn=not config.teacher.batched_guidance,
             bf16=frozenset(role for role, own in computes.items() if own.precision == "bf16"),
@@ -110,8 +113,16 @@ class Workload:
 
     @property
     def program(self) -> Program:
-        """The passes and updates of the iteration."""
-        return iteration_program(self.fresh_updates, through_teacher=self.through_teacher)
+        """The passes and updates of the iteration.
+
+        A diversity loss has no stages of its own here: `passes` adds its work to those of the same
+        role.
+        """
+        return iteration_program(
+            self.fresh_updates,
+            through_teacher=self.through_teacher,
+            mixes_weights=self.mixes_weights,
+        )
 
     @property
     def forward_flops(self) -> int:

@@ -5,6 +5,7 @@ Trying out is for the local topology alone, where this machine is the one that w
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -14,7 +15,8 @@ from pipelines.preflight import check
 from pipelines.run_folder import RunFolder, read_jsonl
 from pipelines.study.passes import iteration_passes, total_units
 from pipelines.study.plan import StudyPlan
-from workers.models.wan import load_transformer
+from workers.build import build_denoiser
+from workers.placement import device_of
 
 _TRIES = 5
 
@@ -35,19 +37,26 @@ def seconds_per_unit(plan: StudyPlan) -> tuple[float | None, str]:
 
 
 def time_forward(config: DistillConfig) -> float:
-    """Median seconds of a forward pass over one batch, in micro-batches, on this machine."""
+    """Median seconds of a forward pass over one batch, in micro-batches, on this machine.
+
+    The network is built as the generator's is: on the GPU if there is one, and with its `compute`.
+    """
     checked = check(config)
-    torch.set_num_threads(config.topology.threads_per_rank)
-    network = load_transformer(str(checked.model.path)).eval()
+    model = replace(config.model, folder=str(checked.model.path))
+    network = build_denoiser(model, config.generator.compute, config.topology.threads_per_rank)
+    device = device_of(network.eval())
     num_samples = config.batch.size // config.batch.micro_batches
-    x_t = torch.zeros(num_samples, *checked.latent_shape)
-    sigma = torch.full((num_samples,), 0.5)
-    text = torch.zeros(num_samples, config.model.text_length, checked.model.text_width)
+    x_t = torch.zeros(num_samples, *checked.latent_shape, device=device)
+    sigma = torch.full((num_samples,), 0.5, device=device)
+    text_shape = (num_samples, config.model.text_length, checked.model.text_width)
+    text = torch.zeros(text_shape, device=device)
     seconds: list[float] = []
     with torch.no_grad():
         for _ in range(_TRIES):
             began = time.perf_counter()
             network(x_t, sigma, text)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - began)
     # The first pass pays for what is set up once.
     return config.batch.micro_batches * median(seconds[1:])

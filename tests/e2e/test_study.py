@@ -195,7 +195,7 @@ def test_a_study_does_not_go_on_with_runs_of_other_settings(make_recipe: MakeRec
 def test_a_dry_run_tells_forwards_and_time_and_makes_nothing(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    planned = dry_run(make_recipe(*STUDY))
+    planned = dry_run(make_recipe(*STUDY, "generator.compute.precision=bf16"))
     assert planned["runs"] == 4
     assert [row["units_per_iteration"] for row in planned["variants"]] == [10.5, 10.5]
     assert planned["training_seconds"] > 0

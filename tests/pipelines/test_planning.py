@@ -160,6 +160,18 @@ class TestSearch:
         many = make_plan(SMALL, StageTimes(seconds, ""), Hardware(), 16).best.split
         assert many.teacher > few.teacher
 
+    def test_weights_that_are_handed_over_cost_their_way(self):
+        mixing = replace(SMALL, fresh_updates=1, mixes_weights=True)
+        # So fast that the next samples do not hide it.
+        split, hardware = Split(2, 1, 2, 4, 2), Hardware(flops=1e17, wire_bandwidth=1e9)
+        times = modelled(mixing, hardware)
+        with_it, without = (
+            predict(replace(mixing, mixes_weights=mixes), times, hardware, split).iteration_s
+            for mixes in (True, False)
+        )
+        sent_s = 4 * SMALL.shape.num_parameters / 1e9
+        assert 0.9 * sent_s < with_it - without < 1.1 * sent_s
+
     def test_another_batch_size_is_offered_where_it_uses_the_gpus_better(self):
         work, hardware = replace(SMALL, batch_size=16), Hardware()
         times = modelled(work, hardware)
@@ -222,6 +234,47 @@ class TestMeasured:
         times = measured(run, work)
         assert set(times.seconds.values()) == {0.32 / 16}
         assert "3 iterations" in times.source
+
+    def test_a_runs_diversity_loss_is_part_of_its_roles_stages(self, tmp_path):
+        overrides = ("generator.diversity.weight=0.1", "generator.diversity.anchor_step=3")
+        run = start_run(tmp_path / "run", overrides=overrides)
+        seconds = {
+            "generator.start": 0.16,
+            "generator.rollout": 1.6,
+            "teacher.denoise": 3.2,
+            "teacher.anchor": 9.6,
+            "fake_score.signal": 1.6,
+            "fake_score.track": 1.6,
+            "generator.learn": 3.2,
+            "generator.diversify": 4.8,
+        }
+        (run / "metrics.jsonl").write_text(json.dumps({"seconds": seconds}) + "\n")
+        times = measured(run, Workload.of(load_recipe("tiny", overrides))).seconds
+        assert times[GENERATOR, "rollout"] == pytest.approx(1.76 / 16)
+        assert times[TEACHER, "denoise"] == pytest.approx(12.8 / 16)
+        assert times[GENERATOR, "learn"] == pytest.approx(8.0 / 16)
+        # Without the loss: its passes are taken off again.
+        plain = measured(run, Workload.of(load_recipe("tiny"))).seconds
+        assert plain[TEACHER, "denoise"] == pytest.approx(3.2 / 16)
+        assert plain[GENERATOR, "learn"] == pytest.approx(8.0 / 16 * 2 / 5)
+
+    def test_fresh_tracking_is_planned_from_a_benchmark_and_sid_is_sent_to_a_run(self, tmp_path):
+        stages = {
+            ".".join(name): {"seconds_per_sample": passes * 0.5, "passes": passes}
+            for name, passes in SMALL.passes.items()
+        }
+        own = {"num_layers": 30, "width": 1536, "ffn_width": 8960, "patch_size": [1, 2, 2]}
+        run = {"shape": own, "latent_shape": list(LATENTS), "text_length": 512, "stages": stages}
+        file = tmp_path / "gpu.json"
+        file.write_text(json.dumps({"machine": {"device": "a test"}, "runs": [run]}))
+        fresh = replace(SMALL, fresh_updates=5)
+        times = measured(file, fresh)
+        assert times.seconds[GENERATOR, "sample"] == times.seconds[GENERATOR, "rollout"]
+        assert times.seconds[FAKE_SCORE, "track"] == pytest.approx(4 * 0.5)
+        assert "generator.sample taken for generator.rollout" in times.source
+        with pytest.raises(ConfigError, match=r"teacher\.pullback") as refused:
+            measured(file, replace(fresh, through_teacher=True))
+        assert "plan without --measured" in str(refused.value)
 
     def test_a_benchmark_is_scaled_by_operations(self, tmp_path):
         own = {"num_layers": 30, "width": 1536, "ffn_width": 8960, "patch_size": [1, 2, 2]}

@@ -13,6 +13,7 @@ from sgmd_core.schedule import FlowMatchSchedule
 from tests.helpers.roles import key_of
 from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
 from workers.build import (
+    build_denoiser,
     build_evaluator,
     build_fake_score,
     build_generator,
@@ -20,6 +21,7 @@ from workers.build import (
     build_text_encoder,
 )
 from workers.settings import (
+    ComputeSettings,
     FakeScoreSettings,
     GeneratorSettings,
     ModelSettings,
@@ -38,6 +40,12 @@ def model(tmp_path_factory) -> ModelSettings:
     words = sorted({word for caption in CAPTIONS for word in caption.split()})
     folder = write_tiny_wan(tmp_path_factory.mktemp("wan"), words)
     return ModelSettings(str(folder), text_length=TEXT_LENGTH)
+
+
+def test_a_network_that_is_timed_computes_as_its_role_does(model):
+    denoiser = build_denoiser(model, ComputeSettings(precision="bf16"), torch.get_num_threads())
+    assert denoiser.autocast_dtype is torch.bfloat16
+    assert next(denoiser.parameters()).is_cuda == torch.cuda.is_available()
 
 
 def _generator(model: ModelSettings):
