@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import TransferError
+from cluster.transfer import parts_of, require_constants
 
 NIXL = "nixl"
 
@@ -82,30 +83,14 @@ def ready_to_hand_over(value: object, where: str = "value") -> Any:  # noqa: ANN
 def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for _, part in _parts(value) for tensor in _tensors(part)]
-
-
-def _parts(value: object) -> list[tuple[str, object]]:
-    if isinstance(value, tuple | list):
-        return [(f"[{number}]", part) for number, part in enumerate(value)]
-    if isinstance(value, Mapping):
-        return [(f"[{key!r}]", part) for key, part in value.items()]
-    if is_dataclass(value) and not isinstance(value, type):
-        return [(f".{one.name}", getattr(value, one.name)) for one in fields(value) if one.init]
-    return []
+    return [tensor for _, part in parts_of(value) for tensor in _tensors(part)]
 
 
 def _placed(value: Any, device: torch.device, where: str) -> Any:  # noqa: ANN401
     if isinstance(value, Tensor):
-        if value.requires_grad:
-            raise TransferError(
-                "sending a tensor to another group",
-                f"{where} is part of an autograd graph",
-                "a constant: a graph ends where its process ends",
-                "Return it detached and keep the graph in the worker",
-            )
+        require_constants(value, where)
         return value.to(device).contiguous()
-    parts = [_placed(part, device, where + name) for name, part in _parts(value)]
+    parts = [_placed(part, device, where + name) for name, part in parts_of(value)]
     if type(value) is tuple or type(value) is list:
         return type(value)(parts)
     if isinstance(value, Mapping):

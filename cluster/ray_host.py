@@ -34,7 +34,7 @@ from cluster.joined import Span, put_together
 from cluster.meeting import Meeting, join_meeting, open_meeting
 from cluster.spans import Clock, Label, Work, read_clock
 from cluster.topology import Placement
-from cluster.transfer import array_in, from_wire, to_wire
+from cluster.transfer import array_in, from_wire, require_constants, to_wire
 
 _COLLECTIVE_TIMEOUT_S = 600.0
 _MOST_WORK_KEPT = 10_000
@@ -260,9 +260,10 @@ class Host:
             where = f"the result of {method}()"
             if order.direct:
                 return ready_to_hand_over(result, where)
-            wire = to_wire(result, where, order.narrow)
-            if order.keep is None or array_in(wire) is None:
-                return wire
+            if order.keep is None or array_in(result) is None:
+                return to_wire(result, where, order.narrow)
+            # Not put on the wire, which would copy it from a GPU to main memory for nothing.
+            require_constants(result, where)
             self._kept[order.keep] = result
             return Kept(order.keep)
         except Exception as error:

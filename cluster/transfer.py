@@ -126,19 +126,42 @@ def from_wire(wire: object) -> Any:  # noqa: ANN401 - mirrors its input
     return wire
 
 
-def array_in(wire: object, where: str = "result") -> str | None:
-    """The place of the first array in a tree that `to_wire` made, or None."""
-    if isinstance(wire, WireTensor | np.ndarray):
+def array_in(value: object, where: str = "result") -> str | None:
+    """The place of the first tensor or array in a tree, as it is or as `to_wire` made it."""
+    if isinstance(value, Tensor | WireTensor | np.ndarray):
         return where
-    if isinstance(wire, WireRecord):
-        parts = [(f"{where}.{name}", item) for name, item in wire.values.items()]
-    elif isinstance(wire, tuple | list):
-        parts = [(f"{where}[{i}]", item) for i, item in enumerate(wire)]
-    elif isinstance(wire, dict):
-        parts = [(f"{where}[{key!r}]", item) for key, item in wire.items()]
-    else:
-        return None
-    return next((found for place, item in parts if (found := array_in(item, place))), None)
+    parts = parts_of(value)
+    return next((found for at, part in parts if (found := array_in(part, where + at))), None)
+
+
+def require_constants(value: object, where: str = "value") -> None:
+    """Refuses a tree that leads into an autograd graph, without looking at any number.
+
+    Raises:
+        TransferError: A tensor is part of a graph; the error names the place.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TransferError(
+            "sending a tensor to another group",
+            f"{where} is part of an autograd graph",
+            "a constant: a graph ends where its process ends",
+            "Return it detached and keep the graph in the worker",
+        )
+    for at, part in parts_of(value):
+        require_constants(part, where + at)
+
+
+def parts_of(value: object) -> list[tuple[str, object]]:
+    """What a container or a record consists of, each part with its place; else nothing."""
+    if isinstance(value, WireRecord):
+        return [(f".{name}", part) for name, part in value.values.items()]
+    if isinstance(value, tuple | list):
+        return [(f"[{number}]", part) for number, part in enumerate(value)]
+    if isinstance(value, Mapping):
+        return [(f"[{key!r}]", part) for key, part in value.items()]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(f".{one.name}", getattr(value, one.name)) for one in fields(value) if one.init]
+    return []
 
 
 def _narrowed(tensor: Tensor, where: str) -> WireTensor:
@@ -148,13 +171,7 @@ def _narrowed(tensor: Tensor, where: str) -> WireTensor:
 
 
 def _tensor_to_wire(tensor: Tensor, where: str) -> WireTensor:
-    if tensor.requires_grad:
-        raise TransferError(
-            "sending a tensor to another group",
-            f"{where} is part of an autograd graph",
-            "a constant: a graph ends where its process ends",
-            "Return it detached and keep the graph in the worker",
-        )
+    require_constants(tensor, where)
     is_bfloat16 = tensor.dtype is torch.bfloat16
     try:
         # Contiguous arrays leave the process without a copy through pickle.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.errors import ControllerTensorError, StartTimeoutError
+from cluster.errors import ControllerTensorError, StartTimeoutError, TransferError
 from cluster.pools import Pool
 from cluster.ray_group import RayWorkerGroup
 from cluster.ray_host import Hosts, device_index
@@ -67,6 +67,13 @@ class TestShared:
         copied = [two.call_rank(1, Toy.overwrite, made), beside.call_rank(0, Toy.overwrite, made)]
         assert one.fetch(copied, WAIT_S, "copying") == [15.0, 15.0]
         assert one.fetch([one.call_rank(0, Toy.overwrite, made)], WAIT_S, "adding") == [15.0]
+
+    def test_what_stays_is_not_copied_and_is_no_part_of_a_graph(self, groups):
+        one, two, _ = groups
+        counted = two.call_rank(0, Toy.size_of, one.call_rank(0, Toy.elsewhere))
+        assert two.fetch([counted], WAIT_S, "counting") == [3]
+        with pytest.raises(TransferError, match=r"graph\(\) is part of an autograd"):
+            one.fetch([one.call_rank(0, Toy.graph)], WAIT_S, "looking")
 
     def test_the_controller_gets_small_values_alone(self, groups):
         one, *_ = groups

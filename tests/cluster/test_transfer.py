@@ -144,4 +144,6 @@ def test_records_that_name_nothing_and_tensors_outside_of_records_keep_their_bit
 def test_arrays_are_found_wherever_they_hide():
     assert array_in(to_wire({"loss": 1.0, "steps": (1, 2)})) is None
     assert array_in(to_wire([1, {"x": np.zeros(1)}])) == "result[1]['x']"
-    assert array_in(to_wire(Toy().parcel("bfloat16", 2))) == "result.payload"
+    parcel = Toy().parcel("bfloat16", 2)
+    assert array_in(to_wire(parcel)) == array_in(parcel) == "result.payload"
+    assert array_in({"loss": [1.0, torch.zeros(1)]}) == "result['loss'][1]"

@@ -70,6 +70,13 @@ class Toy:
     def tensor(self, size: int) -> Tensor:
         return torch.zeros(size)
 
+    def elsewhere(self) -> Tensor:
+        """On a device from which nothing can be copied."""
+        return torch.empty(3, device="meta")
+
+    def size_of(self, tensor: Tensor) -> int:
+        return tensor.numel()
+
     def graph(self) -> Tensor:
         return torch.ones(2, requires_grad=True) * 2
 
