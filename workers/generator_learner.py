@@ -238,13 +238,14 @@ class GeneratorLearner:
             ModelFolderError: The base folder is not a Wan folder.
             CheckpointError: A file of the checkpoint is missing or torn.
         """
-        if checkpoint is None:
-            weights = self.final_weights()
-        else:
+        # Gathering takes all ranks, reading only the one that writes.
+        weights = self.final_weights() if checkpoint is None else {}
+        if not is_first_rank():
+            return
+        if checkpoint is not None:
             kept = ROLE if self._average is None else AVERAGE
             weights = dict(load_role(checkpoint, kept).weights)
-        if is_first_rank():
-            save_generator_pipeline(dst, base_folder, weights, flow_shift=flow_shift)
+        save_generator_pipeline(dst, base_folder, weights, flow_shift=flow_shift)
 
     def save(self, folder: str) -> None:
         """Writes `generator/` and, where an average is kept, `ema/` under a checkpoint folder.
