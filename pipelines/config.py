@@ -10,7 +10,7 @@ the environment.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -62,6 +62,21 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "teacher": {"batched_guidance": True, "compute": {"checkpointing", "compile"}},
     "data": {"validation", "text_cache", "max_bad_fraction", "read_ahead", "s3"},
 }
+
+
+def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The settings that a table such as the one above names, written with dots."""
+    for name, part in settings.items():
+        if part is True:
+            yield prefix + name
+        elif isinstance(part, Mapping):
+            yield from _keys(part, f"{prefix}{name}.")
+        else:
+            yield from (f"{prefix}{name}.{one}" for one in sorted(part))
+
+
+MAY_CHANGE = tuple(_keys(_NOT_IN_DIGEST))
+"""Settings that may change between a run and its resumption."""
 
 
 class BatchSettings(Section):

@@ -37,7 +37,8 @@ from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
 
 # Iterations that may overlap before everything is waited for; bounds what the controller lists.
-_LONGEST = 100
+# Fewer where an alarm or a time limit may end the run, which happens between such stretches.
+_LONGEST, _LONGEST_STOPPABLE = 100, 10
 
 
 def dry_run(config: DistillConfig) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def distill(
 
     Raises:
         SgmdError: A wrong setting, model folder or shard, before anything is started; or a loss
-            that stopped being finite, after which the last good state is on disk.
+            that stopped being finite, with a note of where the last good state is.
         ClusterError: Ray, a pool or a worker is not there (any more).
     """
     listener = listener or SilentListener()
@@ -195,13 +196,15 @@ class Distillation:
         """
         end = self._config.iterations
         limit_s = math.inf if max_seconds is None else max_seconds
+        longest = _LONGEST_STOPPABLE if max_seconds or self._config.alarms.stop else _LONGEST
         prompts = self._open_prompts(start.iteration)
         position, spent_s = start, self._seconds_spent()
         while position.iteration < end and spent_s < limit_s:
             first, began, before_s = position.iteration, time.perf_counter(), spent_s
+            together = self._num_together(first, longest)
             try:
                 for report in run_iterations(
-                    self._groups.roles, self._plan, first, self._num_together(first), prompts.of
+                    self._groups.roles, self._plan, first, together, prompts.of
                 ):
                     position, took_s = self._record(position, report, prompts, began)
                     # What is recorded, not the clock: whoever adds it up finds the same end.
@@ -260,8 +263,7 @@ class Distillation:
             checkpoint,
         )
         self._fetch(generator, exported, "exporting the generator")
-        settings = InferenceSettings(**self._config.inference_settings())
-        write_inference_settings(target, settings)
+        write_inference_settings(target, InferenceSettings(**self._config.inference_settings()))
 
     def _export_best(self) -> str:
         """Writes the best validated generator beside the last one; says which it is."""
@@ -300,12 +302,12 @@ class Distillation:
             timeout_s=self._config.topology.call_timeout_s,
         )
 
-    def _num_together(self, first: int) -> int:
+    def _num_together(self, first: int, longest: int) -> int:
         """Iterations from here that may overlap: as far as the next state that is looked at."""
         if not self._plan.max_staleness_iterations:
             return 1
         last = first + 1
-        while not (self._saves_at(last) or self._validates_at(last)) and last - first < _LONGEST:
+        while not (self._saves_at(last) or self._validates_at(last)) and last - first < longest:
             last += 1
         return last - first
 
@@ -366,14 +368,24 @@ class Distillation:
         self._judge.write_ranking()
 
     def _keep_last_good(self, position: Position) -> str:
-        """Saves the state before the failed iteration, where neither role has left it."""
+        """Saves the state before the failed iteration, where that can be done; says which is last.
+
+        Not where a role has left it, nor of several ranks, which may wait for a failed one.
+        """
+        roles = self._groups.roles
         together = not (self._plan.fresh_tracking or self._plan.max_staleness_iterations)
-        if together and position.iteration > (self._checkpoints.latest() or 0):
-            self._save(position)
+        whole = roles.generator.size == roles.fake_score.size == 1
+        unsaved = ""
+        try:
+            if together and whole and position.iteration > (self._checkpoints.latest() or 0):
+                self._save(position)
+        except Exception as error:
+            # What ended the run is the error to raise; this one is told beside it.
+            unsaved = f"Saving the state before iteration {position.iteration} failed: {error} "
         latest = self._checkpoints.latest()
         if latest is None:
-            return f"No state was saved before iteration {position.iteration}."
-        return f"The last good state is {self._checkpoints.folder(latest)}."
+            return f"{unsaved}No state was saved before iteration {position.iteration}."
+        return f"{unsaved}The last good state is {self._checkpoints.folder(latest)}."
 
     def _validate(self, iteration: int, is_last: bool) -> None:
         if self._groups.validator is not None:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.storage import Checkpoints
-from pipelines.config import DistillConfig
+from pipelines.config import MAY_CHANGE, DistillConfig
 from pipelines.data.plan import Cursor
 from pipelines.run_folder import RunFolder
 from sgmd_core.errors import CheckpointError
@@ -40,9 +40,7 @@ def resume_position(config: DistillConfig, folder: RunFolder, checkpoints: Check
             f"resuming {folder.root} at iteration {latest}",
             f"a checkpoint of configuration {manifest['config_digest']}, while the settings now "
             f"come to {config.digest}",
-            "the same settings, but for iterations, topology, batch.micro_batches, checkpoint, "
-            "validation, tracker, trace, compute.checkpointing, compute.compile and how the data "
-            "are read",
+            f"the same settings, but for {', '.join(MAY_CHANGE)}",
             f"Resume with the run's own config.yaml: sgmd distill {folder.config} --resume ...",
         )
     cursor = Cursor.from_json(manifest.get("cursor"))

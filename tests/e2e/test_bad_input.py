@@ -6,6 +6,8 @@ import pytest
 from safetensors.torch import load_file
 
 from pipelines.distill import distill, dry_run
+from pipelines.progress import SilentListener
+from pipelines.records import IterationRecord
 from pipelines.run_folder import RunFolder, read_jsonl
 from sgmd_core.errors import (
     CheckpointError,
@@ -67,8 +69,10 @@ def test_a_run_that_exists_is_not_overwritten(make_recipe: MakeRecipe) -> None:
 
 def test_resuming_under_other_settings_is_refused(make_recipe: MakeRecipe) -> None:
     distill(make_recipe("iterations=1"))
-    with pytest.raises(CheckpointError, match=r"the same settings"):
+    with pytest.raises(CheckpointError, match=r"the same settings") as caught:
         distill(make_recipe("iterations=2", "objective.lambda_nr=0.2"), resume=True)
+    told = caught.value.expected
+    assert all(name in told for name in ("alarms", "teacher.batched_guidance", "data.read_ahead"))
 
 
 def test_a_run_that_blows_up_stops_with_its_last_good_state_on_disk(
@@ -83,3 +87,32 @@ def test_a_run_that_blows_up_stops_with_its_last_good_state_on_disk(
     assert any(f"step-{good:06d}" in note for note in caught.value.__notes__)
     saved = folder.checkpoints / f"step-{good:06d}" / "generator" / "weights.safetensors"
     assert all(value.isfinite().all() for value in load_file(saved).values())
+
+
+class _Blocking(SilentListener):
+    """Leaves no room for the checkpoint of the iteration that has just ended."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def iteration(self, record: IterationRecord) -> None:
+        (self._folder.checkpoints / f"step-{record.iteration + 1:06d}").touch()
+
+
+def test_a_save_that_fails_after_a_run_has_blown_up_is_told_beside_it(
+    make_recipe: MakeRecipe,
+) -> None:
+    config = make_recipe("generator.optimizer.lr=1e30", "checkpoint.every=0")
+    with pytest.raises(NonFiniteError) as caught:
+        distill(config, listener=_Blocking(RunFolder(config.run_folder)))
+    (told,) = [note for note in caught.value.__notes__ if "Saving the state" in note]
+    assert "No state was saved" in told
+
+
+def test_a_time_limit_ends_iterations_that_overlap(make_recipe: MakeRecipe) -> None:
+    config = make_recipe("iterations=12", "checkpoint.every=0")
+    # Roles of one process take turns, so a recipe refuses this; what may overlap is the same.
+    topology = config.topology.model_copy(update={"max_staleness_iterations": 1})
+    config = config.model_copy(update={"topology": topology})
+    distill(config, max_seconds=1e-3)
+    assert len(read_jsonl(RunFolder(config.run_folder).metrics)) == 10
