@@ -13,6 +13,7 @@ import ray
 from safetensors.torch import load_file
 
 from cluster.errors import InsufficientResourcesError
+from pipelines.audit import audit
 from pipelines.config import DistillConfig
 from pipelines.distill import distill
 from pipelines.run_folder import RunFolder, read_jsonl
@@ -128,6 +129,9 @@ def test_pools_of_any_size_go_on_from_one_another(make_recipe: MakeRecipe) -> No
     many = make_recipe("name=many", "iterations=4", *BATCH, *teams(1, (1, 2), 2))
     distill(many, resume=True)
     require_same_run(many, one, 4)
+    # Four iterations are one epoch: other ranks after the resumption lose and repeat nothing.
+    assert audit(many.run_folder).is_clean
+    assert read_jsonl(RunFolder(many.run_folder).metrics)[-1]["samples_seen"] == 48
 
 
 def test_sharded_roles_track_afresh_and_mix_their_weights(make_recipe: MakeRecipe) -> None:
