@@ -31,7 +31,12 @@ def all_errors() -> list[type[SgmdError]]:
 
 def example(error: type[SgmdError]) -> SgmdError:
     """An instance with a different value in every argument."""
-    values = {str: lambda n: f"text {n}", int: lambda n: n, float: lambda n: n + 0.5}
+    values = {
+        str: lambda n: f"text {n}",
+        int: lambda n: n,
+        float: lambda n: n + 0.5,
+        tuple[str, ...]: lambda n: (f"first {n}", f"second {n}"),
+    }
     parameters = list(inspect.signature(error.__init__).parameters.values())[1:]
     return error(*(values[p.annotation](n) for n, p in enumerate(parameters, start=3)))
 
