@@ -20,7 +20,7 @@ from pipelines.groups import Groups, open_groups
 from pipelines.inference import InferenceSettings, write_inference_settings
 from pipelines.iteration import IterationReport, run_iterations
 from pipelines.iteration_plan import plan_iteration
-from pipelines.judge import Judge
+from pipelines.judge import MAX_WAITING, Judge
 from pipelines.position import Position, resume_position
 from pipelines.preflight import Preflight, check
 from pipelines.progress import Listener, SilentListener
@@ -171,13 +171,12 @@ class Distillation:
         if not start.iteration:
             return
         folder, roles = self._checkpoints.folder(start.iteration), self._groups.roles
-        generator = roles.generator.call(GeneratorLearner.load, folder)
+        for iteration in self._lost_validations(start.iteration):
+            self._load_generator(iteration)
+            self._validate(iteration, is_last=True)
+        self._load_generator(start.iteration)
         fake_score = roles.fake_score.call(FakeScoreTracker.load, folder)
-        self._fetch(roles.generator, generator, "loading the generator")
         self._fetch(roles.fake_score, fake_score, "loading the fake score")
-        if self._validates_at(start.iteration) and not self._judge.is_validated(start.iteration):
-            # The run ended before this validation was back.
-            self._validate(start.iteration, is_last=True)
 
     def train(
         self, start: Position, max_seconds: float | None = None, timed_saves: int = 1
@@ -234,12 +233,14 @@ class Distillation:
         self._judge.finish()
         self._prune()
         self._export_best()
-        self._trace.close()
+        problem, validator = self._judge.problem, self._groups.validator
+        self._trace.close([validator] if problem and validator else [])
         self.write_trace()
         summary = summarise(self._config, self._folder, self._data.counts(), self._judge.ranking)
         summary |= {
             "utilisation": self._trace.utilisation(),
             "critical_path_s": self._trace.critical_path(),
+            "validation_problem": problem,
         }
         write_json(str(self._folder.summary), summary)
         return summary
@@ -251,6 +252,21 @@ class Distillation:
     def _validates_at(self, iteration: int) -> bool:
         every = self._config.validation.every
         return every > 0 and (iteration == self._config.iterations or _due(iteration, every))
+
+    def _lost_validations(self, now: int) -> list[int]:
+        """States up to here whose validations were under way when the run ended."""
+        lost = [
+            step
+            for step in self._checkpoints.steps()
+            if self._judge.judged_until < step <= now and self._validates_at(step)
+        ]
+        # Of many, those before the last one that were asked for first: each holds weights.
+        return [*lost[:-1][:MAX_WAITING], *lost[-1:]]
+
+    def _load_generator(self, iteration: int) -> None:
+        generator = self._groups.roles.generator
+        loaded = generator.call(GeneratorLearner.load, self._checkpoints.folder(iteration))
+        self._fetch(generator, loaded, "loading the generator")
 
     def _export(self, target: Path, checkpoint: str | None = None) -> None:
         """Writes the generator as a diffusers folder, as it is now or as a checkpoint has it."""

@@ -7,6 +7,9 @@
 Nothing here waits for a validation before the end of the run. The validator works through what it
 is asked one after another; while two validations wait, a further one is left out rather than kept,
 because each holds a copy of the weights.
+
+Nor does the training depend on it: a validator that fails, or is late at the end, is told and not
+asked again, and the run goes on.
 """
 
 from collections import deque
@@ -14,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.errors import CallTimeoutError
 from cluster.storage import Checkpoints, write_json
 from cluster.worker_group import Pending, WorkerGroup
 from pipelines.alarms import Alarm, AlarmWatch
@@ -25,7 +29,8 @@ from pipelines.run_folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.tracker import Tracker
 from pipelines.validation import Validator
 
-_MAX_WAITING = 2
+MAX_WAITING = 2
+"""Validations under way at a time, but for those that must not be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,9 @@ class Judge:
     _scores: dict[int, float] = field(init=False)
     _waiting: deque[_Validation] = field(init=False, default_factory=deque)
     _fatal: Alarm | None = field(init=False, default=None)
+    _judged_until: int = field(init=False, default=0)
+    _lost: set[int] = field(init=False, default_factory=set)
+    _problem: str | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Takes note of what an earlier part of the run has found."""
@@ -66,6 +74,7 @@ class Judge:
         validations = read_jsonl(self.folder.validation)
         self._watch.replay(read_jsonl(self.folder.metrics), validations)
         self._scores = scores_of(validations, self.config.checkpoint.score) if self.ranks else {}
+        self._judged_until = max((line["iteration"] for line in validations), default=0)
 
     @property
     def ranks(self) -> bool:
@@ -76,6 +85,16 @@ class Judge:
     def fatal(self) -> Alarm | None:
         """The alarm that the recipe stops at, once it has sounded."""
         return self._fatal
+
+    @property
+    def problem(self) -> str | None:
+        """Why the validator is not asked any more; None while it is."""
+        return self._problem
+
+    @property
+    def judged_until(self) -> int:
+        """The newest iteration whose figures are written down; 0 before the first."""
+        return self._judged_until
 
     @property
     def ranking(self) -> list[Ranked]:
@@ -90,11 +109,8 @@ class Judge:
         if not self.ranks:
             return set()
         best = self.ranking[: self.config.checkpoint.keep_best]
-        return {entry.iteration for entry in best} | {job.iteration for job in self._waiting}
-
-    def is_validated(self, iteration: int) -> bool:
-        """Whether an iteration's figures are written down."""
-        return any(line["iteration"] == iteration for line in read_jsonl(self.folder.validation))
+        waiting = {job.iteration for job in self._waiting}
+        return {entry.iteration for entry in best} | waiting | self._lost
 
     def hear(self, record: IterationRecord) -> None:
         """Looks at the losses of an iteration."""
@@ -108,10 +124,10 @@ class Judge:
             weights: The generator's averaged weights, on their way.
             is_last: Never leave it out: no other one follows.
         """
-        if self.validator is None:
-            return
         self.collect()
-        if len(self._waiting) >= _MAX_WAITING and not is_last:
+        if self.validator is None or self._problem is not None:
+            return
+        if len(self._waiting) >= MAX_WAITING and not is_last:
             busy = ", ".join(str(job.iteration) for job in self._waiting)
             self.listener.note(
                 f"validation at iteration {iteration} left out: those at {busy} are under way. "
@@ -127,7 +143,7 @@ class Judge:
             self._take()
 
     def finish(self) -> None:
-        """Waits for all validations that were asked for."""
+        """Waits for the validations that were asked for, as long as the recipe says."""
         while self._waiting:
             self._take()
 
@@ -156,7 +172,13 @@ class Judge:
         assert self.validator is not None, "only a validator's work waits"
         phase = f"validating iteration {job.iteration}"
         timeout_s = self.config.validation.timeout_s
-        (record,) = self.validator.fetch([job.pending], timeout_s=timeout_s, phase=phase)
+        try:
+            (record,) = self.validator.fetch([job.pending], timeout_s=timeout_s, phase=phase)
+        except Exception as error:
+            # Whatever it is, hours of training are worth more than the figures.
+            self._give_up(job, error)
+            return
+        self._judged_until = max(self._judged_until, record.iteration)
         append_jsonl(self.folder.validation, record.to_json())
         self.listener.validation(record)
         self.tracker.validation(record, self.folder.samples)
@@ -164,6 +186,18 @@ class Judge:
         if self.ranks:
             self._scores |= scores_of([record.to_json()], self.config.checkpoint.score)
             self.write_ranking()
+
+    def _give_up(self, job: _Validation, error: Exception) -> None:
+        """Does without the validator from here on."""
+        self._lost |= {job.iteration, *(other.iteration for other in self._waiting)}
+        self._waiting.clear()
+        late = isinstance(error, CallTimeoutError)
+        what = "was not back in time" if late else "failed"
+        self._problem = (
+            f"The validation of iteration {job.iteration} {what}, and no other one is made; the "
+            f"training does not depend on it. {type(error).__name__}: {error}"
+        )
+        self.listener.warning(self._problem)
 
     def _raise(self, alarms: Iterable[Alarm]) -> None:
         for alarm in alarms:

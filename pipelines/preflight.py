@@ -10,7 +10,9 @@ from pipelines.data.window import Source
 from pipelines.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.metrics.shapes import labels_from_captions
+from workers.clip_measures import MIN_FRAMES
 from workers.models.folder import WanFolder, fingerprint, inspect_wan_folder
+from workers.optical_flow import MIN_SIDE_PX
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,14 @@ def _fits(encoding: Encoding, config: DistillConfig, model: WanFolder) -> bool:
 def _held_out(config: DistillConfig) -> tuple[str, ...]:
     if not config.validation.every:
         return ()
+    video = config.video
+    if video.num_frames < MIN_FRAMES or min(video.height, video.width) < MIN_SIDE_PX:
+        raise ConfigError(
+            "preparing validations, which measure motion",
+            f"clips of {video.num_frames} frames, {video.height} x {video.width} pixels",
+            f"at least {MIN_FRAMES} frames of {MIN_SIDE_PX} x {MIN_SIDE_PX} pixels",
+            "Set video.num_frames, video.height and video.width, or validation.every=0",
+        )
     wanted, score = config.validation.num_captions, config.checkpoint.score
     captions = first_captions(config.data.validation, config.data.s3, config.seed, wanted)
     if config.checkpoint.keep_best and score in SHAPE_FIGURES:

@@ -33,6 +33,10 @@ class Listener(Protocol):
         """A limit has been crossed."""
         ...
 
+    def warning(self, text: str) -> None:
+        """Something went wrong that the run can do without."""
+        ...
+
 
 class SilentListener:
     """Says nothing; for sweeps and tests."""
@@ -47,6 +51,9 @@ class SilentListener:
         """Ignores it."""
 
     def alarm(self, alarm: Alarm) -> None:
+        """Ignores it."""
+
+    def warning(self, text: str) -> None:
         """Ignores it."""
 
 
@@ -102,7 +109,11 @@ class LineListener:
 
     def alarm(self, alarm: Alarm) -> None:
         """Prints it in red, where there are colours."""
-        self._console.print(Text(alarm.in_words(), style="bold red"), soft_wrap=True)
+        self.warning(alarm.in_words())
+
+    def warning(self, text: str) -> None:
+        """Prints it in red, where there are colours."""
+        self._console.print(Text(text, style="bold red"), soft_wrap=True)
 
 
 class LiveListener:
@@ -142,7 +153,11 @@ class LiveListener:
 
     def alarm(self, alarm: Alarm) -> None:
         """Prints it above the bar."""
-        self._progress.console.print(Text(alarm.in_words(), style="bold red"))
+        self.warning(alarm.in_words())
+
+    def warning(self, text: str) -> None:
+        """Prints it above the bar, in red."""
+        self._progress.console.print(Text(text, style="bold red"))
 
 
 class TimeLeft:

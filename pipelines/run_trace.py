@@ -110,9 +110,14 @@ class RunTrace:
             self._ask(self._groups)
         return seconds
 
-    def close(self) -> None:
-        """Hears everybody once more; call it when nothing is under way."""
-        self._ask((*self._groups, *self._beside))
+    def close(self, silent: Sequence[WorkerGroup[Any]] = ()) -> None:
+        """Hears everybody once more; call it when nothing is under way.
+
+        Args:
+            silent: Groups that would not answer.
+        """
+        beside = [group for group in self._beside if group not in silent]
+        self._ask((*self._groups, *beside))
         self._hear()
 
     def utilisation(self) -> dict[str, dict[str, float]]:

@@ -27,6 +27,10 @@ MEASURES = (
 """What `measure_clip_figures` gives, in this order."""
 
 
+MIN_FRAMES = 3
+"""Evenness of a motion is seen in two steps of it."""
+
+
 def measure_clip_figures(video: Tensor, fps: int) -> dict[str, Tensor]:
     """Measures clips one by one, so that only one clip's flow is in memory.
 

@@ -56,6 +56,15 @@ def test_a_missing_data_folder_is_refused(make_recipe: MakeRecipe, tmp_path: Pat
         dry_run(make_recipe(f"data.train={tmp_path / 'nowhere'}"))
 
 
+@pytest.mark.parametrize("size", ["video.num_frames=1", "video.height=8"])
+def test_clips_that_no_motion_can_be_measured_of_are_not_validated(
+    make_recipe: MakeRecipe, size: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"at least 3 frames of 12 x 12 .*validation\.every"):
+        dry_run(make_recipe("validation.every=1", size))
+    dry_run(make_recipe(size))
+
+
 def test_too_few_held_out_captions_are_refused(make_recipe: MakeRecipe) -> None:
     with pytest.raises(ConfigError, match=r"16 rows"):
         dry_run(make_recipe("validation.every=1", "validation.num_captions=17"))

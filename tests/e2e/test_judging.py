@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from pipelines.config import DistillConfig
 from pipelines.distill import distill
 from pipelines.inference import read_inference_settings
-from pipelines.records import FIGURES
+from pipelines.progress import SilentListener
+from pipelines.records import FIGURES, IterationRecord
 from pipelines.run_folder import RunFolder, read_jsonl
 from sgmd_core.errors import AlarmError, ConfigError
 from tests.e2e.conftest import MakeRecipe
@@ -93,16 +94,19 @@ def test_the_best_and_the_newest_checkpoint_are_kept_and_the_best_is_exported(
     assert read_inference_settings(folder.best) == read_inference_settings(folder.generator)
 
 
+@pytest.mark.parametrize("num_lost", [1, 2])
 def test_a_resumed_run_has_the_alarms_the_figures_and_the_ranking_of_one_never_stopped(
-    whole: DistillConfig, module_recipe: MakeRecipe
+    whole: DistillConfig, module_recipe: MakeRecipe, num_lost: int
 ) -> None:
-    settings = ["name=parts", *RANKED, *TOUCHY]
-    distill(module_recipe("iterations=4", *settings))
+    settings = [f"name=parts-{num_lost}", *RANKED, *TOUCHY]
+    # States are kept as long as their validations are under way.
+    distill(module_recipe("iterations=4", *settings, "checkpoint.keep=2"))
     parts = module_recipe("iterations=6", *settings)
-    # As if it had been killed before its last validation was back.
+    # As if it had been killed before its last validations were back.
     log = RunFolder(parts.run_folder).validation
     lines = log.read_text().splitlines(keepends=True)
-    log.write_text("".join(lines[:-1]))
+    assert len(lines) == 2
+    log.write_text("".join(lines[:-num_lost]))
     distill(parts, resume=True)
     assert validations(parts) == validations(whole)
     assert alarms(parts) == alarms(whole)
@@ -122,9 +126,47 @@ def test_an_alarm_can_end_the_run_whose_state_stays_and_can_be_gone_on_with(
     assert f"step-{done:06d}" in str(caught.value)
     assert f"step-{done:06d}" in steps(config)
     (note,) = caught.value.__notes__
-    assert str(folder.best) in note or not validations(config)
+    # Iteration 2 was validated before any alarm: there is a best one.
+    assert validations(config)[0]["iteration"] == 2
+    assert str(folder.best) in note
+    assert load_transformer(folder.best).state_dict().keys()
     distill(config, resume=True)
     assert len(read_jsonl(folder.metrics)) == 6
+
+
+class Obstacle(SilentListener):
+    """Puts a file where the validator's sheets are to go."""
+
+    def __init__(self, samples: Path) -> None:
+        self._samples = samples
+        self.warnings: list[str] = []
+
+    def iteration(self, record: IterationRecord) -> None:
+        if record.iteration == 2:
+            self._samples.rename(self._samples.with_name("moved"))
+            self._samples.touch()
+
+    def warning(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_a_validator_that_fails_ends_the_validations_and_not_the_run(
+    make_recipe: MakeRecipe,
+) -> None:
+    config = make_recipe("iterations=6", *RANKED)
+    folder = RunFolder(config.run_folder)
+    listener = Obstacle(folder.samples)
+    summary = distill(config, listener=listener)
+    assert [line["iteration"] for line in validations(config)] == [2]
+    (told,) = listener.warnings
+    assert "validation of iteration 4 failed" in told
+    assert "FileExistsError" in told
+    assert summary["iterations"] == 6
+    assert json.loads(folder.summary.read_text())["validation_problem"] == told
+    assert summary["best"][0]["iteration"] == 2
+    assert load_transformer(folder.best).state_dict().keys()
+    # What was to be judged is kept, so that it can still be.
+    assert steps(config) == {"step-000002", "step-000004", "step-000006"}
 
 
 def test_a_score_that_is_no_figure_is_refused_before_anything_starts(

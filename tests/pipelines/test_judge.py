@@ -44,6 +44,9 @@ class Listening(SilentListener):
     def alarm(self, alarm: Alarm) -> None:
         self.heard.append(alarm.name)
 
+    def warning(self, text: str) -> None:
+        self.heard.append(text)
+
 
 def validated(folder: RunFolder) -> list[int]:
     return [line["iteration"] for line in read_jsonl(folder.validation)]
@@ -86,3 +89,19 @@ def test_a_validation_is_written_when_it_is_back_and_delays_nothing(
         judge.finish()
         assert validated(folder) == [10, 20, 40, config.iterations]
         assert listener.heard[-1] == "motion_collapse"
+        assert judge.problem is None
+
+        # One that is late is told, and given up with those behind it.
+        hasty = config.with_settings({"validation.timeout_s": 0.2})
+        judge = Judge(hasty, folder, checkpoints, group, listener, NoTracker())
+        judge.validate(50, {"motion": 9})
+        judge.validate(60, {"motion": 9})
+        judge.finish()
+        assert judge.problem is not None
+        assert "iteration 50 was not back in time" in judge.problem
+        assert listener.heard[-1] == judge.problem
+        judge.validate(70, {"motion": 9})
+        judge.finish()
+        assert validated(folder) == [10, 20, 40, config.iterations]
+        for iteration in (50, 60):
+            (tmp_path / f"go-{iteration}").touch()
