@@ -39,19 +39,28 @@ class NoTracker:
 
 
 class WandbTracker:
-    """One W&B run."""
+    """One W&B run.
+
+    A validation runs beside the training and comes back late, perhaps two at once. W&B's own step
+    only grows and drops what comes before it, so nothing is logged by it: curves are drawn over
+    `iteration` and `validation/iteration`, figures like any other.
+    """
 
     def __init__(self, run: Any) -> None:  # noqa: ANN401  (wandb's Run, imported on demand)
         self._run = run
+        for name in ("losses/*", "grad_norms/*", "seconds/*", "samples_seen", "epoch"):
+            run.define_metric(name, step_metric="iteration")
+        run.define_metric("validation/*", step_metric="validation/iteration")
 
     def iteration(self, record: IterationRecord) -> None:
         """Logs losses, gradient norms and seconds under the names of metrics.jsonl."""
-        figures: dict[str, float] = {"samples_seen": record.samples_seen, "epoch": record.epoch}
+        figures: dict[str, float] = {"iteration": record.iteration + 1}
+        figures |= {"samples_seen": record.samples_seen, "epoch": record.epoch}
         figures |= {f"losses/{name}": value for name, value in record.losses.items()}
         figures |= {f"grad_norms/{name}": value for name, value in record.grad_norms.items()}
         figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
         figures["seconds/total"] = record.seconds_total
-        self._run.log(figures, step=record.iteration + 1)
+        self._run.log(figures)
 
     def validation(self, record: ValidationRecord, samples: Path) -> None:
         """Logs the figures, the contact sheet, and the same clips moving."""
@@ -64,8 +73,6 @@ class WandbTracker:
         sheet = samples / record.sheet
         figures["validation/sheet"] = wandb.Image(str(sheet))
         figures["validation/clips"] = wandb.Video(str(sheet.with_suffix(".gif")), format="gif")
-        # A validation runs beside the training and may come back late: W&B refuses a step that
-        # goes backwards, so the iteration is a figure of its own.
         self._run.log(figures)
 
     def alarm(self, alarm: Alarm) -> None:

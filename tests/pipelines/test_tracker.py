@@ -4,6 +4,7 @@ import json
 import struct
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,16 @@ def logged(file: Path) -> tuple[dict[str, object], list[str]]:
     return history, alerts
 
 
+def values(file: Path, name: str) -> list[object]:
+    """What the history holds under one name, in the order of logging."""
+    return [
+        json.loads(item.value_json)
+        for record in records(file)
+        for item in record.history.item
+        if name in (item.key, ".".join(item.nested_key))
+    ]
+
+
 @pytest.mark.slow
 def test_an_offline_run_holds_losses_figures_clips_and_alarms(tmp_path: Path) -> None:
     write_sheet(tmp_path / "samples", "validation-000001")
@@ -73,14 +84,20 @@ def test_an_offline_run_holds_losses_figures_clips_and_alarms(tmp_path: Path) ->
         exit_steps=(0,),
     )
     validation = ValidationRecord(1, {"flow_top_ratio": 0.9}, 2.0, "validation-000001.png")
+    later = replace(validation, iteration=2)
     alarm = Alarm(1, "motion_collapse", "clips move less", 0.5, 0.6)
     with open_tracker("offline", "sgmd", "run", tmp_path, {"seed": 0}) as tracker:
         tracker.iteration(iteration)
         tracker.validation(validation, tmp_path / "samples")
+        tracker.validation(later, tmp_path / "samples")
+        tracker.iteration(replace(iteration, iteration=1))
         tracker.alarm(alarm)
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     wait_until_written(file)
     history, alerts = logged(file)
+    # Two validations that come back together push no iteration out.
+    assert values(file, "iteration") == [1, 2]
+    assert values(file, "validation/iteration") == [1, 2]
     assert history["losses/fisher"] == 0.5
     assert history["grad_norms/generator"] == 2.0
     assert history["validation/flow_top_ratio"] == 0.9
