@@ -245,9 +245,11 @@ def _measures(name: str, plan: EvaluationPlan, sets: dict[str, ClipSet]) -> dict
     compared = compare_sets(figures(name), figures(FLOOR) if compares else None, plan.options.seed)
     own, teachers = sets[name].seconds, sets[FLOOR].seconds
     rows, their_rows = (resampled_rows(len(part), plan.options.seed) for part in (own, teachers))
+    # What was remembered was timed by another command, perhaps on another machine.
+    together = not (sets[name].remembered or sets[FLOOR].remembered)
     seconds = Compared(
         median_interval(own, rows),
-        median_ratio_interval(own, teachers, rows, their_rows) if compares else None,
+        median_ratio_interval(own, teachers, rows, their_rows) if compares and together else None,
     )
     return {
         figure: Measure(

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.charts import number
-from pipelines.evaluation import GENERATOR, REFERENCE
+from pipelines.evaluation import FLOOR, GENERATOR, REFERENCE
 from pipelines.reporting.records import is_number
 
+_SECONDS = "seconds_per_clip"
 _FACTS = ("num_steps", "guidance_scale", "seed")
 # These fields of a row are the ratios of other fields to the reference row's.
 _RATIO_FIELDS = {"speed_ratio": "mean_speed_px_per_frame"}
@@ -132,6 +133,9 @@ def read_rows(evaluation: Mapping[str, Any]) -> SamplingRows:
     ]
     measured = {entry["name"]: _figures(entry) for entry in entries}
     reference = measured.get(REFERENCE, ({}, {}))[0]
+    # Clips that were remembered were timed by another command, perhaps on another machine.
+    earlier = {entry["name"] for entry in entries if entry.get("remembered") is True}
+    incomparable = {REFERENCE, FLOOR} & earlier
     return SamplingRows(
         [
             SamplingRow(
@@ -139,7 +143,11 @@ def read_rows(evaluation: Mapping[str, Any]) -> SamplingRows:
                 label=str(entry.get("label", entry["name"])),
                 facts={name: entry[name] for name in _FACTS if is_number(entry.get(name))},
                 figures=measured[entry["name"]][0],
-                ratios=_ratios(*measured[entry["name"]], reference),
+                ratios={
+                    name: ratio
+                    for name, ratio in _ratios(*measured[entry["name"]], reference).items()
+                    if name != _SECONDS or not (incomparable or entry["name"] in earlier)
+                },
             )
             for entry in entries
         ]

@@ -245,6 +245,9 @@ class TestFiles:
     def test_the_teacher_is_sampled_once_and_the_generator_every_time(self, evaluation, place):
         again = run_evaluation(place, place / "result")
         assert [row.remembered for row in again.rows] == [True] * 4 + [False]
+        # Seconds of another command are no measure of this machine.
+        seconds = [row.measures["seconds_per_clip"].ratio for row in again.rows]
+        assert seconds == [None] * 5
         timed = {"seconds_per_clip": True, "remembered": True, "measures": {"seconds_per_clip"}}
         figures = [row.model_dump(exclude=timed) for row in again.rows]
         assert figures == [row.model_dump(exclude=timed) for row in evaluation.rows]

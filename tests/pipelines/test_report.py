@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.evaluation import GENERATOR, REFERENCE
 from pipelines.report import write_report
 from pipelines.reporting.clips import MAX_MEDIA_BYTES, Media, clip_table
 from pipelines.reporting.curves import LabelledRun
@@ -137,6 +138,17 @@ class TestFinishedRun:
         text = page(finished).text
         assert "4steps, where the teacher takes 30" in text
         assert "4×faster a video" in text
+
+    @pytest.mark.parametrize("sampled", [REFERENCE, GENERATOR])
+    def test_seconds_of_another_command_make_nobody_faster(self, finished, sampled):
+        path = finished / "evaluation.json"
+        content = json.loads(path.read_text())
+        for row in content["rows"]:
+            row["remembered"] = row["name"] == sampled
+        path.write_text(json.dumps(content))
+        text = page(finished).text
+        assert "4steps, where the teacher takes 30" in text
+        assert "faster a video" not in text
 
     def test_a_finished_run_has_nothing_to_warn_of(self, finished):
         assert page(finished).warnings == ""
