@@ -9,6 +9,7 @@ files of the model, the captions, the way of sampling, and the code that measure
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -167,7 +168,8 @@ def save_clip_set(path: Path, clips: ClipSet) -> None:
         for name in READING_FIELDS:
             arrays[f"reading.{name}"] = getattr(measured.reading, name).numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".writing")
+    # Evaluations that share a cache may write the same set at the same time.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
     temporary.replace(path)
