@@ -108,6 +108,13 @@ class Toy:
         time.sleep(seconds)
         return seconds
 
+    def wait_for(self, path: str) -> bool:
+        """Answers once a file is there; says whether it came."""
+        end = time.monotonic() + WAIT_S
+        while not os.path.exists(path) and time.monotonic() < end:  # noqa: PTH110
+            time.sleep(0.02)
+        return os.path.exists(path)  # noqa: PTH110
+
     def spell(self, text: str) -> "Letters":
         if not text:
             raise ValueError("nothing to spell")
