@@ -20,7 +20,7 @@ from pipelines.groups import Groups, open_groups
 from pipelines.inference import InferenceSettings, write_inference_settings
 from pipelines.iteration import IterationReport, run_iterations
 from pipelines.iteration_plan import plan_iteration
-from pipelines.judge import MAX_WAITING, Judge
+from pipelines.judge import Judge, is_due
 from pipelines.position import Position, resume_position
 from pipelines.preflight import Preflight, check
 from pipelines.progress import Listener, SilentListener
@@ -171,7 +171,7 @@ class Distillation:
         if not start.iteration:
             return
         folder, roles = self._checkpoints.folder(start.iteration), self._groups.roles
-        for iteration in self._lost_validations(start.iteration):
+        for iteration in self._judge.lost(start.iteration):
             self._load_generator(iteration)
             self._validate(iteration, is_last=True)
         self._load_generator(start.iteration)
@@ -216,7 +216,7 @@ class Distillation:
             is_time = int(timed_saves * spent_s / limit_s) > int(timed_saves * before_s / limit_s)
             if is_last or is_time or self._saves_at(position.iteration):
                 self._save(position)
-            if is_last or self._validates_at(position.iteration):
+            if is_last or self._judge.validates_at(position.iteration):
                 self._validate(position.iteration, is_last)
             self._judge.collect()
             if self._judge.fatal is not None and not is_last:
@@ -233,35 +233,21 @@ class Distillation:
         self._judge.finish()
         self._prune()
         self._export_best()
-        problem, validator = self._judge.problem, self._groups.validator
-        self._trace.close([validator] if problem and validator else [])
+        self._trace.close(self._judge.silent)
         self.write_trace()
         summary = summarise(self._config, self._folder, self._data.counts(), self._judge.ranking)
         summary |= {
             "utilisation": self._trace.utilisation(),
             "critical_path_s": self._trace.critical_path(),
-            "validation_problem": problem,
+            "validation_problem": self._judge.problem,
         }
         write_json(str(self._folder.summary), summary)
         return summary
 
     def _saves_at(self, iteration: int) -> bool:
-        due = iteration == self._config.iterations or _due(iteration, self._config.checkpoint.every)
-        return due or (self._judge.ranks and self._validates_at(iteration))
-
-    def _validates_at(self, iteration: int) -> bool:
-        every = self._config.validation.every
-        return every > 0 and (iteration == self._config.iterations or _due(iteration, every))
-
-    def _lost_validations(self, now: int) -> list[int]:
-        """States up to here whose validations were under way when the run ended."""
-        lost = [
-            step
-            for step in self._checkpoints.steps()
-            if self._judge.judged_until < step <= now and self._validates_at(step)
-        ]
-        # Of many, those before the last one that were asked for first: each holds weights.
-        return [*lost[:-1][:MAX_WAITING], *lost[-1:]]
+        every = self._config.checkpoint.every
+        due = iteration == self._config.iterations or is_due(iteration, every)
+        return due or (self._judge.ranks and self._judge.validates_at(iteration))
 
     def _load_generator(self, iteration: int) -> None:
         generator = self._groups.roles.generator
@@ -323,7 +309,9 @@ class Distillation:
         if not self._plan.max_staleness_iterations:
             return 1
         last = first + 1
-        while not (self._saves_at(last) or self._validates_at(last)) and last - first < longest:
+        while (
+            not (self._saves_at(last) or self._judge.validates_at(last)) and last - first < longest
+        ):
             last += 1
         return last - first
 
@@ -410,7 +398,3 @@ class Distillation:
 
     def _fetch(self, group: Any, pending: Sequence[Pending[Any]], phase: str) -> list[Any]:  # noqa: ANN401
         return group.fetch(pending, timeout_s=self._config.topology.call_timeout_s, phase=phase)
-
-
-def _due(iteration: int, every: int) -> bool:
-    return every > 0 and iteration % every == 0

@@ -29,7 +29,7 @@ from pipelines.run_folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.tracker import Tracker
 from pipelines.validation import Validator
 
-MAX_WAITING = 2
+_MAX_WAITING = 2
 """Validations under way at a time, but for those that must not be left out."""
 
 
@@ -92,9 +92,9 @@ class Judge:
         return self._problem
 
     @property
-    def judged_until(self) -> int:
-        """The newest iteration whose figures are written down; 0 before the first."""
-        return self._judged_until
+    def silent(self) -> list[WorkerGroup[Validator]]:
+        """The validator, where it is no longer asked: it may not answer."""
+        return [self.validator] if self.validator and self._problem is not None else []
 
     @property
     def ranking(self) -> list[Ranked]:
@@ -112,6 +112,21 @@ class Judge:
         waiting = {job.iteration for job in self._waiting}
         return {entry.iteration for entry in best} | waiting | self._lost
 
+    def validates_at(self, iteration: int) -> bool:
+        """Whether a validation is due after so many iterations."""
+        every = self.config.validation.every
+        return every > 0 and (iteration == self.config.iterations or is_due(iteration, every))
+
+    def lost(self, now: int) -> list[int]:
+        """States up to here whose validations were under way when the run ended."""
+        lost = [
+            step
+            for step in self.checkpoints.steps()
+            if self._judged_until < step <= now and self.validates_at(step)
+        ]
+        # Of many, those before the last one that were asked for first: each holds weights.
+        return [*lost[:-1][:_MAX_WAITING], *lost[-1:]]
+
     def hear(self, record: IterationRecord) -> None:
         """Looks at the losses of an iteration."""
         self._raise(self._watch.iteration(record))
@@ -127,7 +142,7 @@ class Judge:
         self.collect()
         if self.validator is None or self._problem is not None:
             return
-        if len(self._waiting) >= MAX_WAITING and not is_last:
+        if len(self._waiting) >= _MAX_WAITING and not is_last:
             busy = ", ".join(str(job.iteration) for job in self._waiting)
             self.listener.note(
                 f"validation at iteration {iteration} left out: those at {busy} are under way. "
@@ -206,3 +221,8 @@ class Judge:
             self.tracker.alarm(alarm)
             if alarm.name in self.config.alarms.stop and self._fatal is None:
                 self._fatal = alarm
+
+
+def is_due(iteration: int, every: int) -> bool:
+    """Whether what is done every so many iterations is done after this one; 0 is never."""
+    return every > 0 and iteration % every == 0
