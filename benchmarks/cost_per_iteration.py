@@ -9,9 +9,6 @@ set against the passes of that very iteration, as well as against the mean.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -21,13 +18,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from documents import write_document
+
 from pipelines.config import DistillConfig, load_recipe
 from pipelines.data.feed import Feed, Progress
 from pipelines.groups import Groups, open_groups
 from pipelines.iteration import PromptBatch, iterate
 from pipelines.iteration_plan import plan_iteration
 from pipelines.preflight import check
-from pipelines.run_folder import RunFolder, git_revision, versions
+from pipelines.run_folder import RunFolder
 from pipelines.study.passes import (
     expected_passes,
     iteration_passes,
@@ -143,24 +142,15 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
     arguments = parser.parse_args()
-    result = {
-        "benchmark": "cost_per_iteration",
+    measured = {
         "recipe": arguments.recipe,
         "overrides": arguments.overrides,
         "turns": arguments.turns,
         "results": measure(
             arguments.recipe, arguments.overrides, arguments.turns, arguments.warmup
         ),
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    text = json.dumps(result, indent=2) + "\n"
-    if arguments.output:
-        arguments.output.write_text(text)
-    else:
-        sys.stdout.write(text)
+    write_document("cost_per_iteration", measured, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ process, all its threads together.
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -20,13 +18,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from documents import write_document
+
 from pipelines.config import DistillConfig, load_recipe
 from pipelines.data.feed import Feed, Progress
 from pipelines.groups import Groups, open_groups
 from pipelines.iteration import PromptBatch, iterate
 from pipelines.iteration_plan import plan_iteration
 from pipelines.preflight import check
-from pipelines.run_folder import RunFolder, git_revision, versions
+from pipelines.run_folder import RunFolder
 from workers.text_encoder import TextEncoder
 
 TRACKING = ("shared", "fresh")
@@ -118,24 +118,15 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
     arguments = parser.parse_args()
-    result = {
-        "benchmark": "iteration",
+    measured = {
         "recipe": arguments.recipe,
         "overrides": arguments.overrides,
         "iterations": arguments.iterations,
         "results": measure(
             arguments.recipe, arguments.overrides, arguments.iterations, arguments.warmup
         ),
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    text = json.dumps(result, indent=2) + "\n"
-    if arguments.output:
-        arguments.output.write_text(text)
-    else:
-        sys.stdout.write(text)
+    write_document("iteration", measured, arguments.output)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,7 @@ equally often, and the mean is reported.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,8 +18,8 @@ from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
+from documents import write_document
 
-from pipelines.run_folder import git_revision, versions
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
@@ -132,20 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=25, help="of four iterations each")
     parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
     given = parser.parse_args(arguments)
-    document = {
-        "benchmark": "one_process",
+    measured = {
         "rounds": given.rounds,
         "results": measure(given.rounds),
-        "machine": {"cores": os.cpu_count(), "processor": platform.machine()},
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    text = json.dumps(document, indent=2) + "\n"
-    if given.output:
-        given.output.write_text(text)
-    else:
-        sys.stdout.write(text)
+    write_document("one_process", measured, given.output)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,14 @@ medians are reported. The machine should have nothing else to do.
 """
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from documents import write_document
 from orchestration_memory import measure_memory
 from orchestration_scaling import measure_scaling
 from orchestration_transfer import measure_transfer
@@ -36,7 +33,6 @@ from sleeping_stand import Groups, Setting, rehearse_setting, sleepers
 from cluster.rehearsal import rehearse
 from cluster.simulate import Costs, in_sequence, simulate
 from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.run_folder import git_revision, versions
 
 GENERATOR_BOUND = (160.0, 80.0, 60.0, 50.0, 120.0)
 SPLITS = (
@@ -207,25 +203,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results[part] = measure_validation(given.rounds, given.iterations)
             if given.docs:
                 write_docs(results[part], given.docs)
-    document = {
-        "benchmark": "orchestration",
+    measured = {
         "rounds": given.rounds,
         "iterations": given.iterations,
         "results": results,
-        "machine": {
-            "cores": os.cpu_count(),
-            "processor": platform.machine(),
-            "load": os.getloadavg()[0],
-        },
-        "versions": versions(),
-        "git_revision": git_revision(),
-        "date": time.strftime("%Y-%m-%d"),
     }
-    text = json.dumps(document, indent=2) + "\n"
-    if given.output:
-        given.output.write_text(text)
-    else:
-        sys.stdout.write(text)
+    write_document("orchestration", measured, given.output)
 
 
 if __name__ == "__main__":
