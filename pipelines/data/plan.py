@@ -11,7 +11,6 @@ where in this order a run stands; going on from it costs one section's footers, 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -191,20 +190,6 @@ def windows_of(
         windows[-1].append(group)
         room -= size
     return [(tuple(window), (_ROWS, *numbers, place)) for place, window in enumerate(windows)]
-
-
-def split_over_ranks(num_rows: int, num_ranks: int) -> list[range]:
-    """Which rows of a batch each rank of the generator works on.
-
-    A batch is cut from one stream before it is split, so ranks and micro-batches decide who works
-    on a row, never which rows come.
-
-    Args:
-        num_rows: Rows of the batch.
-        num_ranks: Ranks; each gets rows that follow each other, as equal in number as can be.
-    """
-    borders = [rank * num_rows // num_ranks for rank in range(num_ranks + 1)]
-    return [range(start, stop) for start, stop in pairwise(borders)]
 
 
 def _bytes_per_row(groups: Sequence[RowGroup]) -> dict[str, float]:

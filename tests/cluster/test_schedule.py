@@ -169,6 +169,16 @@ def test_a_role_asked_twice_about_a_micro_batch_first_begins_the_next_one():
     assert teacher_order(3, {TEACHER: 2}) == "d0 d1 d2 p0 d3 p1 p2 p3"
 
 
+@pytest.mark.parametrize("num_copies", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_samples", [1, 8, 15])
+def test_copies_share_a_micro_batch_without_gap_or_overlap(num_samples: int, num_copies: int):
+    spans = [span for _, span in share_out(num_samples, Team(copies=num_copies), turn=0)]
+    assert [at for first, end in spans for at in range(first, end)] == list(range(num_samples))
+    sizes = [end - first for first, end in spans]
+    assert len(sizes) == min(num_copies, num_samples)
+    assert max(sizes) - min(sizes) <= 1
+
+
 def test_copies_take_turns_and_none_gets_more_than_one_share_extra():
     loads = [0] * 3
     for turn in range(7):

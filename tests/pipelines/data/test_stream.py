@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.program import Team, share_out
 from pipelines.data.catalogue import Catalogue
 from pipelines.data.feed import Batch, Feed, Progress, StreamSettings
 from pipelines.data.filesystem import open_folder
@@ -17,7 +18,6 @@ from pipelines.data.plan import (
     RowGroup,
     ShuffleSettings,
     chapter_order,
-    split_over_ranks,
     windows_of,
 )
 from pipelines.data.stream import plan_windows
@@ -172,23 +172,13 @@ def test_listing_goes_on_after_what_was_written_down(folder: str) -> None:
     assert feed(folder, 0, progress, CHAPTERS).take(90).sample_ids == whole[10:]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8])
-@pytest.mark.parametrize("num_rows", [1, 8, 15])
-def test_ranks_share_a_batch_without_gap_or_overlap(num_rows: int, num_ranks: int) -> None:
-    parts = split_over_ranks(num_rows, num_ranks)
-    assert [row for part in parts for row in part] == list(range(num_rows))
-    sizes = [len(part) for part in parts]
-    assert len(sizes) == num_ranks
-    assert max(sizes) - min(sizes) <= 1
-
-
 def test_going_on_with_another_number_of_ranks_uses_every_sample_once(folder: str) -> None:
     """Stopped after each batch, and taken up by 1, 2, 3, ... ranks in turn."""
     progress, used = Progress(), []
     for num_ranks in range(1, 10):
         batch = feed(folder, 0, progress).take(4)
-        for rank in split_over_ranks(4, num_ranks):
-            used += [batch.sample_ids[row] for row in rank]
+        for _, (start, stop) in share_out(4, Team(copies=num_ranks), turn=0):
+            used += batch.sample_ids[start:stop]
         progress = replace(progress, cursor=batch.cursor, rows=batch.position, used_ids=tuple(used))
     assert len(used) == sum(SIZES) == len(set(used))
 
