@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
-import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.filesystem import open_folder, storage_errors
 from pipelines.data.index import Shard, read_index, write_index
 from pipelines.data.listing import QUARANTINE_NAME
+from pipelines.data.parquet import read_parquet
 from pipelines.data.rejections import Rejection, from_parquet, to_parquet
 from pipelines.data.schema import SAMPLE_ID
 from pipelines.data.shard_writing import ShardBuilder, write_file, write_shard
@@ -90,7 +90,7 @@ class Journal:
                 storage_errors(f"reading the ids in {self.root}/{path}"),
                 self.filesystem.open(f"{self.root}/{path}", "rb") as file,
             ):
-                table = pq.read_table(file, columns=[SAMPLE_ID])
+                table = read_parquet(file, columns=[SAMPLE_ID])
             yield table[SAMPLE_ID].to_pylist()
 
     def write_quarantine(self) -> None:

@@ -63,6 +63,31 @@ class Footer:
         return tuple(self.metadata.row_group(index).num_rows for index in range(count))
 
 
+def open_parquet(
+    source: Any,  # noqa: ANN401 - fsspec's files have no common type
+    **options: Any,  # noqa: ANN401 - handed on
+) -> pq.ParquetFile:
+    """A Parquet file that is read by the thread that asks, if that also says `use_threads=False`.
+
+    Reading ahead, Arrow's default, is done by a thread of its own that lets go of the file a moment
+    after the reader has its rows. Where the file is Python's and the process ends in that moment,
+    it ends with SIGABRT (apache/arrow#34314).
+
+    Args:
+        source: The file.
+        options: Of `pyarrow.parquet.ParquetFile`.
+    """
+    return pq.ParquetFile(source, pre_buffer=False, **options)
+
+
+def read_parquet(
+    source: Any,  # noqa: ANN401 - fsspec's files have no common type
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """A whole file that is open for reading, or some columns of it."""
+    return open_parquet(source).read(columns=columns and [*columns], use_threads=False)
+
+
 def fetch(
     filesystem: AbstractFileSystem, ranges: Sequence[Range], retry: S3Settings
 ) -> list[bytes | Fault]:
@@ -264,7 +289,7 @@ def _footer_bytes(tail: bytes) -> int:
 
 def _footer(tail: bytes) -> Footer | Fault:
     try:
-        file = pq.ParquetFile(pa.BufferReader(tail))
+        file = open_parquet(pa.BufferReader(tail))
         return Footer(file.metadata, file.schema_arrow)
     except (OSError, ValueError, pa.ArrowException) as error:
         return Fault(f"no readable footer ({_words(error)})")
@@ -306,7 +331,7 @@ def _decode(
     try:
         whole = len(content) == 1 and content[0][0] == 0 and len(content[0][1]) == size
         source = pa.BufferReader(content[0][1]) if whole else _Parts(content, size)
-        file = pq.ParquetFile(source, metadata=footer.metadata, page_checksum_verification=True)
+        file = open_parquet(source, metadata=footer.metadata, page_checksum_verification=True)
         return file.read_row_group(index, columns=[*columns], use_threads=False)
     except (OSError, ValueError, pa.ArrowException) as error:
         return Fault(f"corrupt row group ({_words(error)})")

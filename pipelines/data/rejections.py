@@ -9,6 +9,7 @@ from enum import StrEnum
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.data.parquet import read_parquet
 from sgmd_core.errors import DataError
 
 _SCHEMA = pa.schema(
@@ -86,7 +87,7 @@ def to_parquet(rejections: Iterable[Rejection]) -> bytes:
 
 def from_parquet(data: bytes) -> list[Rejection]:
     """What `to_parquet` wrote."""
-    return [Rejection(**row) for row in pq.read_table(io.BytesIO(data)).to_pylist()]
+    return [Rejection(**row) for row in read_parquet(io.BytesIO(data)).to_pylist()]
 
 
 def counts_by_reason(rejections: Iterable[Rejection]) -> dict[str, int]:

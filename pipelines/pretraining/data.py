@@ -12,12 +12,12 @@ from typing import Any, cast
 
 import fsspec
 import numpy as np
-import pyarrow.parquet as pq
 import ray.data
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.data.parquet import open_parquet
 from pipelines.pretraining.config import WorldSettings
 from pipelines.pretraining.vae_stage import open_vae
 from pipelines.video import decode_video
@@ -64,7 +64,7 @@ def require_shards(folder: str) -> None:
     for shard in shards:
         try:
             with filesystem.open(shard, "rb") as file:
-                parquet = pq.ParquetFile(file)
+                parquet = open_parquet(file)
                 names, num_rows = parquet.schema_arrow.names, parquet.metadata.num_rows
         except (OSError, ValueError) as error:
             raise DataError(attempted, f"{shard} is not readable Parquet ({error})") from error
