@@ -65,14 +65,16 @@ def ray_cluster(ray_folder: Path, s3_access: S3Access) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def ray_head(ray_folder: Path) -> Iterator[str]:
-    """A cluster as an operator starts one, with four logical CPUs; yields its job server's URL.
+    """A cluster as an operator starts one, of four CPUs and a GPU; yields its job server's URL.
+
+    CPUs and GPU are logical: Ray counts and hands them out, and no network ever finds the GPU.
 
     This process is not connected to it. It ends with the session, and only its own processes do.
     """
     dashboard, *ports = _free_ports(4)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *("--num-cpus=4", f"--object-store-memory={300 * 2**20}", "--disable-usage-stats"),
+        *("--num-cpus=4", "--num-gpus=1", f"--object-store-memory={300 * 2**20}", "--disable-usage-stats"),
         *(f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"),
         *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={ports[2]}"),
         *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={ray_folder / 'head'}"),

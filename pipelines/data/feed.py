@@ -193,7 +193,7 @@ class Feed:
     def latents(self, number: int) -> Latents:
         """Stored latents of a batch (b, c, t, h, w), float32; lets go of the batch."""
         stored = self._payloads.pop(number).column(LATENTS)
-        return unpack_all_latents(stored, self._encoding()).float()
+        return unpack_all_latents(stored, self._encoding())
 
     def pixels(self, number: int) -> NDArray[np.uint8]:
         """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of the batch."""

@@ -60,6 +60,8 @@ class S3Settings:
         read_attempts: Tries of one whole row group, on top; what is broken after them is
             quarantined if the data are at fault, and stops the run if the server is.
         backoff_s: Wait before the second of these tries; it doubles with each, up to 30 s.
+        native_reads: Read row groups with Arrow's own S3 client first; what it cannot read comes
+            through s3fs, as all the rest does.
     """
 
     checksums: Literal["when_required", "when_supported"] | None = None
@@ -70,6 +72,7 @@ class S3Settings:
     retry_mode: Literal["standard", "adaptive"] = "standard"
     read_attempts: int = 4
     backoff_s: float = 0.5
+    native_reads: bool = True
 
     def __post_init__(self) -> None:
         """Checks the values."""

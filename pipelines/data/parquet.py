@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipelines.data.filesystem import S3Settings, is_transient, storage_error, without_secrets
+from pipelines.data.native import NativeReader, native_filesystem
 
 _FOOTER_GUESS_BYTES = 64 * 2**10
 _MERGE_GAP_BYTES = 64 * 2**10
@@ -175,6 +176,7 @@ class RowGroupReader:
         self._root = root
         self._retry = retry
         self._footers: OrderedDict[str, Footer | Fault] = OrderedDict()
+        self._native: tuple[NativeReader | None, ...] = ()
 
     def footers(self, shards: Sequence[tuple[str, int]]) -> list[Footer | Fault]:
         """The footers of files, given by relative path and size.
@@ -207,6 +209,27 @@ class RowGroupReader:
         Raises:
             DataError: See `fetch`.
         """
+        native = self._open_native()
+        if native is None:
+            return self._carefully(groups, columns)
+        quick = native.read(groups, columns)
+        left = [group for group, table in zip(groups, quick, strict=True) if table is None]
+        careful = self._carefully(left, columns)
+        were_good = any(isinstance(table, pa.Table) for table in careful)
+        native.note(was_useless=len(left) == len(groups) and were_good)
+        rest = iter(careful)
+        return [next(rest) if table is None else table for table in quick]
+
+    def _open_native(self) -> NativeReader | None:
+        """Arrow's own reader; made when first needed, because many only ask for footers."""
+        if not self._native:
+            client = native_filesystem(self._filesystem, self._retry)
+            self._native = (None if client is None else NativeReader(client, self._root),)
+        return self._native[0]
+
+    def _carefully(
+        self, groups: Sequence[tuple[str, int, int]], columns: Sequence[str]
+    ) -> list[pa.Table | Fault]:
         footers = self.footers([(path, size) for path, size, _ in groups])
         plans: list[list[Range] | Fault] = [
             self._ranges(group, footer, columns)

@@ -3,9 +3,9 @@
     plan -> a stretch of windows -> one Ray Data execution -> blocks, in order -> whole windows
 
 Ray Data has no iterator that can resume, and one execution cannot be fed while it runs. So the plan
-is cut into stretches, each four times as long as the one before and started while that one is still
-being handed out: the first batch waits for few footers, and a long run is a handful of executions.
-The first one starts at once, beside whatever else a run has to load.
+is cut into stretches, each four times as long as the one before and started some windows before
+that one ends: the first batch waits for few footers, and a long run is a handful of executions. The
+first one starts at once, beside whatever else a run has to load.
 
 Blocks that are read and not yet taken stay within a share of the object store. A fault of ours
 travels as a line and is raised here, with its own type. Every window says how many lines it has and
@@ -14,6 +14,7 @@ which number, so a block that Ray loses, repeats or moves would stop the run.
 
 import json
 import pickle
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
@@ -43,7 +44,12 @@ _STRETCH_GROWTH = 4
 _LONGEST_STRETCH = 2048
 _READER_CPUS = 0.25
 _CLOSE_TIMEOUT_S = 10.0
-_TASK_ROWS = 2**16
+_BUSY_STEP_S = 0.01
+_SHORTEST_STEP_S = 0.002
+_LONGEST_STEP_S = 0.05
+_HEAD_START = 64
+_TASK_ROWS = 2**18
+_MOST_LARGE_WINDOWS = 4
 _MIN_TASKS = 8
 _FAULT = -2  # `row` of a line that carries an error
 _NUMBER = "window"
@@ -60,7 +66,7 @@ class ReadAheadSettings:
     """
 
     readers: int = 2
-    store_mb: float = 256.0
+    store_mb: float = 1024.0
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -121,7 +127,8 @@ class RayDataReader:
             self._rows_left -= stretch.num_rows
             for done, pair in enumerate(stretch.windows()):
                 is_alone = len(self._stretches) == 1
-                if is_alone and self._rows_left > 0 and 2 * done >= len(stretch.planned):
+                is_near_its_end = len(stretch.planned) - done <= _HEAD_START
+                if is_alone and self._rows_left > 0 and is_near_its_end:
                     self._start_another()
                 yield pair
             self._stretches.pop(0)
@@ -232,16 +239,51 @@ def _execute(
         object_store_memory=ahead.store_mb * 2**20 / 2
     )
     rows.context.enable_progress_bars = False
-    blocks = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    others = [*rows.context.custom_execution_callback_classes]
+    rows.context.custom_execution_callback_classes = [*others, cast("Any", Unhurried)]
+    # What is fetched ahead here would be taken from what the readers may hold.
+    blocks = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     return cast("Generator[pa.Table]", iter(blocks))
 
 
-def tasks_of(windows: Sequence[Window], source: Source) -> list[list[tuple[int, Window]]]:
-    """Numbered windows, as tasks read them: one each, or several of captions alone.
+class Unhurried:
+    """Lets an execution rest while it has nothing to do; a callback of Ray Data's.
 
-    Ray Data looks after its tasks ten times a second, and captions are read faster than that.
+    An execution that has read as far ahead as it may has no task to wait for. Ray Data's loop then
+    turns as fast as it can, and takes a whole core and the interpreter from whoever takes the rows.
+    A step that waits for tasks takes longer than the pauses here and ends them.
     """
-    most = 1 if source.columns else max(1, len(windows) // _MIN_TASKS)
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._pause_s = _SHORTEST_STEP_S
+
+    def before_execution_starts(self, executor: object) -> None:
+        """Part of Ray Data's interface."""
+
+    def on_execution_step(self, executor: object) -> None:
+        """Waits where the step before has not."""
+        if time.monotonic() - self._last > _BUSY_STEP_S:
+            self._pause_s = _SHORTEST_STEP_S
+        else:
+            time.sleep(self._pause_s)
+            self._pause_s = min(2 * self._pause_s, _LONGEST_STEP_S)
+        self._last = time.monotonic()
+
+    def after_execution_succeeds(self, executor: object) -> None:
+        """Part of Ray Data's interface."""
+
+    def after_execution_fails(self, executor: object, error: Exception) -> None:
+        """Part of Ray Data's interface."""
+
+
+def tasks_of(windows: Sequence[Window], source: Source) -> list[list[tuple[int, Window]]]:
+    """Numbered windows, as tasks read them: several each, unless videos are decoded.
+
+    Ray Data looks after its tasks ten times a second, and windows are read faster than that.
+    """
+    limit = 1 if source.decode else _MOST_LARGE_WINDOWS if source.columns else len(windows)
+    most = max(1, min(limit, len(windows) // _MIN_TASKS))
     tasks: list[list[tuple[int, Window]]] = []
     room = 0
     for number, window in enumerate(windows):

@@ -30,19 +30,33 @@ class SeenIds:
     def add(self, ids: Sequence[str] | pa.Array) -> list[int]:
         """Enters ids; returns the places of those that have been met before, here or earlier."""
         digests = _digests(pa.array(ids, pa.large_string()))
-        new, first = np.unique(digests, return_index=True)
+        again: list[int] = []
+        new = np.sort(digests)
+        is_again = self._holds(new)
+        is_again[1:] |= new[1:] == new[:-1]
+        if is_again.any():
+            # Only now does it matter where each stands; keeping track of that makes sorting slow.
+            new, first = np.unique(digests, return_index=True)
+            is_new = ~self._holds(new)
+            new = new[is_new]
+            again = np.setdiff1d(np.arange(len(digests)), first[is_new]).tolist()
+        self._enter(new)
+        return again
+
+    def _holds(self, ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which of some digests, in order, have been entered."""
+        found = np.zeros(len(ordered), dtype=bool)
         for known in self._known:
-            place = np.minimum(np.searchsorted(known, new), len(known) - 1)
-            is_new = known[place] != new
-            new, first = new[is_new], first[is_new]
-        again = np.ones(len(digests), dtype=bool)
-        again[first] = False
+            place = np.minimum(np.searchsorted(known, ordered), len(known) - 1)
+            found |= known[place] == ordered
+        return found
+
+    def _enter(self, new: NDArray[np.uint64]) -> None:
         while self._known and len(self._known[-1]) < 2 * len(new):
             # Two sorted runs: a stable sort only merges them.
             new = np.sort(np.concatenate([self._known.pop(), new]), kind="stable")
         if len(new):
             self._known.append(new)
-        return np.flatnonzero(again).tolist()
 
 
 def _digests(ids: pa.Array) -> NDArray[np.uint64]:

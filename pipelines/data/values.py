@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.schema import DTypeName, Encoding, joined
+from pipelines.data.schema import DTypeName, Encoding
 from sgmd_core.errors import DataError
 
 
@@ -50,16 +50,18 @@ def unpack_latents(stored: bytes, encoding: Encoding) -> Tensor:
 
 
 def unpack_all_latents(stored: pa.ChunkedArray, encoding: Encoding) -> Tensor:
-    """Latents of many samples (b, channels, frames, rows, columns) in their stored type.
+    """Latents of many samples (b, channels, frames, rows, columns), float32.
 
     Raises:
         DataError: They are no latents of that shape.
     """
-    content, borders = joined(stored)
-    for found in np.diff(borders).tolist():
-        if found != encoding.latent_bytes:
-            raise _not_latents(found, encoding)
-    return _values(content, encoding.dtype).view(len(stored), *encoding.latent_shape)
+    latents = torch.empty(len(stored), *encoding.latent_shape)
+    for sample, value in zip(latents, stored, strict=True):
+        content = value.as_buffer()
+        if content.size != encoding.latent_bytes:
+            raise _not_latents(content.size, encoding)
+        sample.copy_(_view(content, encoding.dtype).view(encoding.latent_shape))
+    return latents
 
 
 def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
@@ -80,6 +82,14 @@ def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
     values = _values(stored, encoding.dtype).view(-1, width)
     embedding[: len(values)] = values
     return embedding
+
+
+def _view(stored: pa.Buffer, dtype: DTypeName) -> Tensor:
+    """The values in a buffer, where they are; only to be read."""
+    kind = torch_dtype(dtype)
+    number = {2: pa.int16(), 4: pa.int32()}[kind.itemsize]
+    array = pa.Array.from_buffers(number, stored.size // kind.itemsize, [None, stored])
+    return torch.from_dlpack(array).view(kind)
 
 
 def _values(stored: bytes | NDArray[np.uint8], dtype: DTypeName) -> Tensor:

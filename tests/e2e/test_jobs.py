@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from diffusers import WanPipeline
+from ray.util.state import list_actors
 
 from cluster.jobs import follow_job, submit_job
 from pipelines.config import load_recipe
 from pipelines.submit import submit
 from sgmd_core.errors import ConfigError
 from tests.e2e.processes import ROOT
+from tests.helpers import tiny_wan
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -96,6 +98,28 @@ def test_all_of_the_sources_travel(ray_head: str, monkeypatch: pytest.MonkeyPatc
     sources = re.findall(r"^source (.+)$", here.stdout, re.MULTILINE)
     assert arrived == {name for name in sources if not name.endswith(".pyc")}
     assert "pipelines/data/feed.py" in arrived
+
+
+def test_actors_that_encode_share_a_gpu(
+    ray_head: str, world: Path, wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    clip = ("--num-frames", tiny_wan.NUM_FRAMES, "--height", tiny_wan.HEIGHT)
+    clip += ("--width", tiny_wan.WIDTH, "--fps", 8, "--text-length", tiny_wan.TEXT_LENGTH)
+    shares = ("--video-encoders", 2, "--video-gpus", 0.25, "--text-gpus", 0.5)
+    command = ("encode", world / "held_out", tmp_path / "set", "--model", wan_folder)
+    argv = ["python", "-m", "pipelines.cli", *map(str, (*command, *clip, *shares))]
+    printed: list[str] = []
+    follow_job(ray_head, submit_job(ray_head, argv, ROOT), printed.append)
+    assert (tmp_path / "set" / "_index.json").exists(), "".join(printed)
+    granted = [
+        (stage, actor.required_resources["GPU"])
+        for actor in list_actors(address=ray_head, detail=True)
+        for stage in ("EncodeVideos", "EncodeCaptions")
+        if stage in actor.class_name
+    ]
+    shares_by_stage = [("EncodeCaptions", 0.5), ("EncodeVideos", 0.25), ("EncodeVideos", 0.25)]
+    assert sorted(granted) == shares_by_stage
 
 
 def test_a_recipe_that_would_stay_at_home_is_refused(recipe_file: Path, tmp_path: Path) -> None:

@@ -1,16 +1,26 @@
-"""What travels between the plan and the processes that read for it; Ray itself is not needed."""
+"""What travels between the plan and the processes that read for it; what reading ahead costs."""
 
 import pickle
+import time
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from pipelines.data.catalogue import Catalogue
+from pipelines.data.feed import Feed, Progress, StreamSettings
 from pipelines.data.filesystem import open_folder
 from pipelines.data.plan import ShuffleSettings, Window
-from pipelines.data.ray_stream import by_window, fault_line, raise_fault, read_block, tasks_of
+from pipelines.data.ray_stream import (
+    ReadAheadSettings,
+    by_window,
+    fault_line,
+    raise_fault,
+    read_block,
+    tasks_of,
+)
 from pipelines.data.stream import plan_windows
 from pipelines.data.window import Source, read_window
 from sgmd_core.errors import DataError
@@ -29,15 +39,21 @@ def windows_in(source: Source, count: int) -> list[Window]:
     return [planned.window for planned in islice(plan, count)]
 
 
-def test_a_task_reads_several_windows_of_captions_and_one_of_anything_else(source: Source) -> None:
+def test_a_task_reads_several_windows_but_decodes_the_videos_of_one(source: Source) -> None:
     windows = windows_in(source, 32)
     tasks = tasks_of(windows, source)
     assert [len(task) for task in tasks] == [4] * 8
     assert [pair for task in tasks for pair in task] == list(enumerate(windows))
     # The first windows are wanted soon.
     assert [len(task) for task in tasks_of(windows[:8], source)] == [1] * 8
-    videos = Source(source.url, columns=("video",))
+    videos = Source(source.url, columns=("video",), decode=decode)
     assert [len(task) for task in tasks_of(windows, videos)] == [1] * 32
+    stored = Source(source.url, columns=("latents",))
+    assert {len(task) for task in tasks_of(windows * 3, stored)} == {4}
+
+
+def decode(data: bytes, fps: float) -> np.ndarray:
+    raise AssertionError("nothing is decoded here")
 
 
 def test_windows_that_ray_data_joins_come_apart_again(source: Source) -> None:
@@ -61,3 +77,19 @@ def test_an_error_of_the_server_travels_in_the_place_of_its_window(source: Sourc
     raise_fault(first)
     with pytest.raises(DataError, match=r"While reading x: 503\. Expected an answer\. Try later"):
         raise_fault(second)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_reading_ahead_rests_once_it_has_read_as_far_as_it_may(source: Source) -> None:
+    settings = StreamSettings(
+        source, 0, ShuffleSettings(row_groups=1), ahead=ReadAheadSettings(store_mb=0.002)
+    )
+    with Feed(settings, Progress(), 9 * 16) as stream:
+        stream.take(1)
+        time.sleep(2.0)
+        before = time.process_time()
+        time.sleep(2.0)
+        used_s = time.process_time() - before
+        # Ray Data's loop left to itself takes as much as it gets, here about all of a core.
+        assert used_s < 0.5
+        assert len(set(stream.take(9 * 16 - 1).sample_ids)) == 9 * 16 - 1
