@@ -74,7 +74,8 @@ def ray_head(ray_folder: Path) -> Iterator[str]:
     dashboard, *ports = _free_ports(4)
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-        *("--num-cpus=4", "--num-gpus=1", f"--object-store-memory={300 * 2**20}", "--disable-usage-stats"),
+        *("--num-cpus=4", "--num-gpus=1", "--disable-usage-stats"),
+        f"--object-store-memory={300 * 2**20}",
         *(f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"),
         *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={ports[2]}"),
         *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={ray_folder / 'head'}"),
