@@ -23,7 +23,7 @@ from pipelines.alarms import AlarmSettings
 from pipelines.data.filesystem import S3Settings
 from pipelines.data.plan import ShuffleSettings
 from pipelines.data.ray_stream import ReadAheadSettings
-from pipelines.judge_settings import CheckpointSettings, ValidationSettings
+from pipelines.judge_settings import CheckpointSettings, Figure, ValidationSettings
 from pipelines.methods import ObjectiveSettings, method_contradictions
 from pipelines.overrides import Override, apply_overrides
 from pipelines.section import Section
@@ -136,7 +136,7 @@ class SweepSettings(Section):
     """What every trial has otherwise than the recipe, by dotted key."""
     iterations: int = Field(default=50, ge=1)
     """Length of one trial."""
-    score: str = "frechet"
+    score: Figure = "frechet"
     """Validation figure that ranks the trials."""
     mode: Literal["min", "max"] = "min"
     """Whether a small or a large score is good."""

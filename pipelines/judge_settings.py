@@ -1,12 +1,25 @@
 """When the state of a run is saved and looked at, and which states are kept."""
 
 import difflib
+from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from pipelines.ranking import Mode
 from pipelines.records import FIGURES
 from pipelines.section import Section
+
+
+def _is_a_figure(name: str) -> str:
+    if name in FIGURES:
+        return name
+    close = difflib.get_close_matches(name, FIGURES, n=1)
+    hint = f"; the nearest one is {close[0]}" if close else f": {', '.join(FIGURES)}"
+    raise ValueError(f"{name!r} is no figure of a validation{hint}")
+
+
+Figure = Annotated[str, AfterValidator(_is_a_figure)]
+"""Name of something that a validation measures."""
 
 
 class CheckpointSettings(Section):
@@ -18,19 +31,10 @@ class CheckpointSettings(Section):
     """Newest checkpoints that are kept."""
     keep_best: int = Field(default=0, ge=0)
     """Best checkpoints that are kept besides; above 0 every validated state becomes one."""
-    score: str = "frechet"
+    score: Figure = "frechet"
     """The validation figure that ranks them."""
     mode: Mode = "min"
     """Whether a small or a large score is good."""
-
-    @field_validator("score")
-    @classmethod
-    def _is_a_figure(cls, name: str) -> str:
-        if name in FIGURES:
-            return name
-        close = difflib.get_close_matches(name, FIGURES, n=1)
-        hint = f"; the nearest one is {close[0]}" if close else f": {', '.join(FIGURES)}"
-        raise ValueError(f"{name!r} is no figure of a validation{hint}")
 
 
 class ValidationSettings(Section):

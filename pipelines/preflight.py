@@ -1,5 +1,6 @@
 """Everything about a run that can be wrong before a process or a GPU is taken."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -107,14 +108,31 @@ def _held_out(config: DistillConfig) -> tuple[str, ...]:
         )
     wanted, score = config.validation.num_captions, config.checkpoint.score
     captions = first_captions(config.data.validation, config.data.s3, config.seed, wanted)
-    if config.checkpoint.keep_best and score in SHAPE_FIGURES:
-        try:
-            labels_from_captions(captions)
-        except ShapeError as error:
-            raise ConfigError(
-                f"ranking checkpoints by {score}",
-                f"held-out captions that it cannot be read from ({error.found})",
-                "captions of `sgmd shapes`, or a figure of any clips such as frechet",
-                "Set checkpoint.score",
-            ) from error
+    if config.checkpoint.keep_best:
+        require_readable(score, captions, f"ranking checkpoints by {score}", "checkpoint.score")
     return captions
+
+
+def require_readable(score: str, captions: Sequence[str], attempted: str, setting: str) -> None:
+    """Checks that what shall rank can be measured on clips of these captions.
+
+    Args:
+        score: Name of a figure.
+        captions: The held-out ones.
+        attempted: What it is wanted for.
+        setting: Key that names it.
+
+    Raises:
+        ConfigError: It reads shapes, and the captions do not name any.
+    """
+    if score not in SHAPE_FIGURES:
+        return
+    try:
+        labels_from_captions(captions)
+    except ShapeError as error:
+        raise ConfigError(
+            attempted,
+            f"held-out captions that it cannot be read from ({error.found})",
+            "captions of `sgmd shapes`, or a figure of any clips such as frechet",
+            f"Set {setting}",
+        ) from error

@@ -11,7 +11,7 @@ import csv
 import io
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cluster.storage import write_json, write_text
 from pipelines.config import DistillConfig, check_sweep
 from pipelines.distill import distill
 from pipelines.groups import own_cluster_size, pools_of
-from pipelines.preflight import check
+from pipelines.preflight import check, require_readable
 from pipelines.progress import Listener, SilentListener
 from sgmd_core.errors import ConfigError
 
@@ -99,7 +99,8 @@ def sweep(config: DistillConfig, listener: Listener | None = None) -> SweepResul
     # Tune's newer reporter prints to standard output even when told to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     _require_grid(config)
-    check(_trial_config(config, {}, "check"))
+    score, held_out = config.sweep.score, check(_trial_config(config, {}, "check")).held_out
+    require_readable(score, held_out, f"ranking trials by {score}", "sweep.score")
     folder = Path(config.output).absolute() / f"{config.name}-sweep"
     if (folder / "results.json").exists():
         raise ConfigError(
@@ -249,15 +250,13 @@ _TUNE_FIGURES = ("time_this_iter_s", "time_total_s", "time_since_restore", "time
 
 def _ranked(config: DistillConfig, trials: Sequence[Trial]) -> tuple[Trial, ...]:
     score, sign = config.sweep.score, 1 if config.sweep.mode == "min" else -1
-    for trial in trials:
-        if not trial.error and score not in trial.figures:
-            raise ConfigError(
-                "ranking the trials of a sweep",
-                f"no validation figure is called {score}",
-                f"one of {', '.join(trial.figures)}",
-                "Correct sweep.score",
-            )
-    return tuple(sorted(trials, key=lambda t: (bool(t.error), sign * t.figures.get(score, 0.0))))
+    judged = [
+        trial
+        if trial.error or score in trial.figures
+        else replace(trial, error=f"its validation has no {score}")
+        for trial in trials
+    ]
+    return tuple(sorted(judged, key=lambda t: (bool(t.error), sign * t.figures.get(score, 0.0))))
 
 
 def _write(config: DistillConfig, folder: Path, trials: tuple[Trial, ...]) -> SweepResult:

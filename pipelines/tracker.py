@@ -1,10 +1,12 @@
 """Weights & Biases, when the recipe asks for it. The run folder never depends on it."""
 
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.storage import write_text
 from pipelines.alarms import Alarm
 from pipelines.records import IterationRecord, ValidationRecord
 
@@ -91,7 +93,7 @@ def open_tracker(
             comes from WANDB_API_KEY).
         project: W&B project.
         name: Name of the run.
-        folder: Where W&B may write.
+        folder: Where W&B may write. A run that is resumed there goes on in W&B as the same run.
         config: The resolved configuration; it holds no secrets.
     """
     if mode == "off":
@@ -102,6 +104,8 @@ def open_tracker(
     run = wandb.init(
         mode="offline" if mode == "offline" else "online",
         project=project,
+        id=_run_id(folder / "wandb-id"),
+        resume="allow",
         name=name,
         dir=str(folder),
         config=dict(config),
@@ -111,3 +115,10 @@ def open_tracker(
         yield WandbTracker(run)
     finally:
         run.finish()
+
+
+def _run_id(path: Path) -> str:
+    """The name by which W&B knows a run again; made with its first part."""
+    if not path.exists():
+        write_text(str(path), secrets.token_hex(4))
+    return path.read_text()

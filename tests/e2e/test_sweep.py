@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from pipelines.config import load_recipe
 from pipelines.sweep import sweep
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
+from tests.helpers.shards import write_folder
 
 GRID = (
     "sweep.grid={objective.lambda_nr: [0.05, 0.2], objective.lambda_rc: [0.5, 1.0]}",
@@ -24,6 +26,17 @@ def test_an_empty_grid_is_refused(make_recipe: MakeRecipe) -> None:
 def test_a_value_that_does_not_fit_is_refused_before_any_trial(make_recipe: MakeRecipe) -> None:
     with pytest.raises(ConfigError, match=r"lambda_nr"):
         make_recipe("sweep.grid={objective.lambda_nr: [0.1, minus]}")
+
+
+def test_a_score_that_nothing_measures_is_refused_before_any_trial(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.score.*sharpness_ratio"):
+        make_recipe(*GRID, "sweep.score=sharpnes_ratio")
+    write_folder(tmp_path / "other", [16])
+    settings = (f"data.validation={tmp_path / 'other'}", "sweep.score=speed_spearman")
+    with pytest.raises(ConfigError, match=r"captions of `sgmd shapes`.*Set sweep\.score"):
+        sweep(make_recipe(*GRID, *settings))
 
 
 @pytest.mark.ray

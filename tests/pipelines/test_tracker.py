@@ -104,3 +104,17 @@ def test_an_offline_run_holds_losses_figures_clips_and_alarms(tmp_path: Path) ->
     assert alerts == ["motion_collapse"]
     kinds = {path.suffix for path in (file.parent / "files" / "media").rglob("*.*")}
     assert kinds == {".png", ".gif"}
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_goes_on_as_the_same_run(tmp_path: Path) -> None:
+    for _ in range(2):
+        with open_tracker("offline", "sgmd", "run", tmp_path, {"seed": 0}):
+            pass
+        time.sleep(1.1)  # W&B names its folders by the second.
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2
+    for file in files:
+        wait_until_written(file)
+    ids = {record.run.run_id for file in files for record in records(file) if record.run.run_id}
+    assert ids == {(tmp_path / "wandb-id").read_text()}
