@@ -84,17 +84,21 @@ def measure_stream(scratch: Path, rounds: int) -> dict[str, Any]:
             source = Source(
                 f"s3://{BUCKET}/{kind}", columns=columns, encoding=ENCODING if columns else None
             )
-            _stream(source, batch * 4, batch)  # Processes start, modules load.
-            runs: dict[str, list[float]] = {"pyarrow": [], "s3fs": [], "feed": [], "with_start": []}
+            _stream(source, batch * 4, batch, readers=1)  # Processes start, modules load.
+            names = ("pyarrow", "s3fs", "feed", "with_start", "here")
+            runs: dict[str, list[float]] = {name: [] for name in names}
             wanted = [*columns, "sample_id", "caption"]
             for _ in range(rounds):
                 runs["pyarrow"].append(_plain(_arrow_client(), kind, wanted, num_rows))
                 runs["s3fs"].append(_plain(FsspecS3(), kind, wanted, num_rows))
-                first_s, rest = _stream(source, _PASSES * num_rows, batch)
+                # One process that reads keeps two cores busy; the server and we share them with it.
+                first_s, rest = _stream(source, _PASSES * num_rows, batch, readers=1)
                 runs["feed"].append(rest)
                 taken = _PASSES * num_rows
                 runs["with_start"].append(taken / (first_s + (taken - batch) / rest))
+                runs["here"].append(_stream(source, taken, batch, readers=0)[1])
             each = np.divide(runs["feed"], runs["pyarrow"]).tolist()
+            here = np.divide(runs["here"], runs["pyarrow"]).tolist()
             found[kind] = {
                 "rows": num_rows,
                 "bytes": sum(path.stat().st_size for path in (folder / kind).iterdir()),
@@ -104,6 +108,10 @@ def measure_stream(scratch: Path, rounds: int) -> dict[str, Any]:
                 "feed_rows_per_s_with_start": statistics.median(runs["with_start"]),
                 "feed_over_pyarrow": statistics.median(each),
                 "feed_over_pyarrow_each": each,
+                "here_rows_per_s": statistics.median(runs["here"]),
+                "here_over_pyarrow": statistics.median(here),
+                "here_over_pyarrow_each": here,
+                "here_over_s3fs": statistics.median(np.divide(runs["here"], runs["s3fs"])),
                 "s3fs_over_pyarrow": statistics.median(np.divide(runs["s3fs"], runs["pyarrow"])),
                 "feed_over_s3fs": statistics.median(np.divide(runs["feed"], runs["s3fs"])),
                 "stages": _stages(source, num_rows, batch),
@@ -159,10 +167,9 @@ def _stages(source: Source, num_rows: int, batch: int) -> dict[str, dict[str, fl
     return found
 
 
-def _stream(source: Source, num_rows: int, batch: int) -> tuple[float, float]:
+def _stream(source: Source, num_rows: int, batch: int, readers: int) -> tuple[float, float]:
     """Seconds until the first batch, and rows a second from then on to the end."""
-    # One process that reads keeps two cores busy; the server and this process share them with it.
-    settings = StreamSettings(source, seed=0, ahead=ReadAheadSettings(readers=1))
+    settings = StreamSettings(source, seed=0, ahead=ReadAheadSettings(readers=readers))
     began = time.perf_counter()
     with Feed(settings, Progress(), num_rows) as feed:
         _take(feed, source, batch)

@@ -50,7 +50,7 @@ class StreamSettings:
         seed: The run's seed.
         shuffle: How well rows are mixed.
         max_bad_fraction: Share of the rows that may be unusable before the stream ends.
-        ahead: How far Ray Data reads ahead; None reads in this process, when asked.
+        ahead: How far Ray Data reads ahead; None reads in this process, a window ahead.
     """
 
     source: Source
@@ -127,8 +127,8 @@ class Feed:
         )
         plan = plan_windows(catalogue, settings.seed, settings.shuffle, progress.cursor)
         self._windows = (
-            read_here(plan, source)
-            if settings.ahead is None
+            read_here(plan, source, num_rows)
+            if settings.ahead is None or not settings.ahead.readers
             else RayDataReader(plan, source, settings.ahead, num_rows)
         )
         self._source = source
@@ -174,8 +174,7 @@ class Feed:
 
     def close(self) -> None:
         """Ends all reading; harmless when repeated."""
-        if isinstance(self._windows, RayDataReader):
-            self._windows.close()
+        self._windows.close()
 
     def __enter__(self) -> Self:
         """Itself."""

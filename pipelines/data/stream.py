@@ -6,7 +6,8 @@ The plan holds the position; reading only executes it, so where and how far ahea
 changes the waiting and not the rows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,18 +99,39 @@ def plan_windows(
         epoch += 1
 
 
-def read_here(plan: Iterator[Planned], source: Source) -> Iterator[tuple[Planned, pa.Table]]:
-    """Reads window after window in this process, each when it is asked for.
+def read_here(
+    plan: Iterator[Planned], source: Source, num_rows: int
+) -> Generator[tuple[Planned, pa.Table]]:
+    """Reads window after window in this process, one ahead of the one that is handed out.
+
+    Args:
+        plan: Endless.
+        source: What is wanted of each row.
+        num_rows: Rows that will be taken; beyond them a window is read when it is asked for.
 
     Raises:
         DataError: The server failed; what is broken in the data comes as rows.
     """
     reader = source.open_reader()
-    for planned in plan:
+
+    def read_another() -> tuple[Planned, pa.Table]:
+        planned = next(plan)
         rows = read_window(reader, source, planned.window)
         if source.decode is not None:
             rows = pa.concat_tables(decode_rows(source, rows))
-        yield planned, rows
+        return planned, rows
+
+    # Not a daemon: Python waits at its end for a thread that may be inside of Arrow.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        coming = None
+        while True:
+            planned, rows = (coming or pool.submit(read_another)).result()
+            num_rows -= planned.window.num_rows
+            coming = pool.submit(read_another) if num_rows > 0 else None
+            yield planned, rows
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(frozen=True, slots=True)

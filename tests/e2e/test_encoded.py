@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.data.ledger import Ledger
 from pipelines.data.schema import TEXT_COMPONENTS, Encoding, encoded_schema
 from pipelines.data.values import pack_text
 from pipelines.distill import distill, dry_run
 from pipelines.run_folder import RunFolder, read_jsonl
+from sgmd_core.errors import NonFiniteError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import history, state
 from tests.helpers import tiny_wan
@@ -93,3 +96,43 @@ def test_the_size_of_the_cache_changes_no_bit(make_recipe: MakeRecipe) -> None:
     distill(large)
     distill(none)
     assert state(none, 2) == state(large, 2)
+
+
+def poisoned(encoded: Path, sample_id: str, folder: Path) -> Path:
+    """The shards again; the embedding of one sample is not a number."""
+    folder.mkdir()
+    for shard in encoded.glob("*.parquet"):
+        table = pq.read_table(shard)
+        texts = [
+            np.full(len(text) // 4, np.nan, np.float32).tobytes() if name == sample_id else text
+            for name, text in zip(
+                table["sample_id"].to_pylist(), table["text_embeds"].to_pylist(), strict=True
+            )
+        ]
+        place = table.schema.get_field_index("text_embeds")
+        pq.write_table(
+            table.set_column(place, table.schema.field(place), [texts]), folder / shard.name
+        )
+    return folder
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_sample_that_is_not_a_number_on_one_rank_of_two_stops_the_run(
+    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
+) -> None:
+    """The other rank waits for the gradients of the one that has failed; nobody waits for ever."""
+    healthy = make_recipe("name=healthy", f"data.train={encoded}")
+    distill(healthy)
+    third = list(Ledger(RunFolder(healthy.run_folder).ledger).entries())[2]
+    train = poisoned(encoded, third.sample_ids[3], tmp_path / "poisoned")
+    pool = "ranks: 2, cpus: 0.2"
+    teams = [f"topology.{role}={{{pool}}}" for role in ("generator", "fake_score")]
+    settings = ["topology.mode=pools", "topology.teacher.cpus=0.2", "checkpoint.every=1", *teams]
+    broken = make_recipe("name=broken", f"data.train={train}", *settings)
+    with pytest.raises(NonFiniteError, match="iteration 2") as caught:
+        distill(broken)
+    assert len(read_jsonl(RunFolder(broken.run_folder).metrics)) == 2
+    assert any("step-000002" in note for note in caught.value.__notes__)

@@ -241,7 +241,8 @@ def test_ray_data_hands_out_the_same_rows_through_the_same_troubles(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_process_ends_although_it_has_not_closed_its_feed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("readers", [2, 0])
+def test_a_process_ends_although_it_has_not_closed_its_feed(tmp_path: Path, readers: int) -> None:
     write_folder(tmp_path / "set", (9,) * 8)
     script = (
         "import sys\n"
@@ -253,11 +254,12 @@ def test_a_process_ends_although_it_has_not_closed_its_feed(tmp_path: Path) -> N
         "ray = start_ray(num_cpus=2, object_store_memory=100 * 2**20)\n"
         "ray.__enter__()\n"
         "shuffle = ShuffleSettings(shards=2, row_groups=2)\n"
-        "settings = StreamSettings(Source(sys.argv[1]), 0, shuffle, ahead=ReadAheadSettings())\n"
+        "ahead = ReadAheadSettings(readers=int(sys.argv[2]))\n"
+        "settings = StreamSettings(Source(sys.argv[1]), 0, shuffle, ahead=ahead)\n"
         "feed = Feed(settings, Progress(), 10_000)\n"
         "print(len(feed.take(50).captions))\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "set")]
+    command = [sys.executable, "-c", script, str(tmp_path / "set"), str(readers)]
     done = subprocess.run(
         command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=150
     )

@@ -1,5 +1,6 @@
 """The order of the rows: complete, seeded, lazy, and the same from any place on."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -20,7 +21,7 @@ from pipelines.data.plan import (
     chapter_order,
     windows_of,
 )
-from pipelines.data.stream import plan_windows
+from pipelines.data.stream import Planned, plan_windows, read_here
 from pipelines.data.window import Source
 from sgmd_core.errors import CheckpointError, DataError
 from tests.helpers.shards import write_folder, write_shard
@@ -212,3 +213,31 @@ def test_the_plan_is_endless_and_asks_for_nothing_twice(folder: str) -> None:
         path for planned in windows for note in planned.notes for path in note.get("rows", ())
     ]
     assert len(opened) == len(set(opened)) == len(SIZES)
+
+
+def test_one_window_is_read_ahead_and_none_beyond_what_will_be_taken(folder: str) -> None:
+    source = Source(folder)
+    planned: list[Planned] = []
+
+    def plan() -> Iterator[Planned]:
+        catalogue = Catalogue(*open_folder(folder), 1000)
+        for each in plan_windows(catalogue, 0, SMALL):
+            planned.append(each)
+            yield each
+
+    windows = read_here(plan(), source, num_rows=2**30)
+    first, _ = next(windows)
+    end = time.monotonic() + 30
+    while len(planned) < 2:
+        assert time.monotonic() < end, "nothing is read while the first window is handed out"
+        time.sleep(0.01)
+    windows.close()
+
+    planned.clear()
+    windows = read_here(plan(), source, num_rows=first.window.num_rows)
+    assert next(windows)[0] == first
+    time.sleep(0.5)
+    assert len(planned) == 1
+    # More may be taken all the same.
+    assert next(windows)[0].window.num_rows > 0
+    windows.close()
