@@ -11,6 +11,7 @@ from pipelines.data.clip_decoding import ClipError, ClipFacts, read_facts
 from pipelines.data.filesystem import S3Settings, open_folder
 from pipelines.data.parquet import Fault, RowGroupReader
 from pipelines.data.rejections import Reason, Rejection
+from pipelines.data.row_checks import as_text
 from pipelines.data.schema import (
     CAPTION,
     LATENTS,
@@ -85,7 +86,8 @@ def check_group(task: GroupTask) -> GroupFacts:
     """
     columns = [*REQUIRED_COLUMNS, *(_values(task.kind) if task.tried else ())]
     filesystem, root = open_folder(task.url, probe=False)
-    reader = RowGroupReader(filesystem, root, S3Settings())
+    # A reader a row group, because the folder may change between two checks.
+    reader = RowGroupReader(filesystem, root, S3Settings(native_reads=False))
     table = reader.read([(task.shard, task.num_bytes, task.index)], columns)[0]
     if isinstance(table, Fault):
         unreadable = (
@@ -93,8 +95,9 @@ def check_group(task: GroupTask) -> GroupFacts:
             for row in range(task.num_rows)
         )
         return GroupFacts(task.shard, (), (), (), (), 0, tuple(unreadable))
-    ids = [str(name) if name is not None else "" for name in table[SAMPLE_ID].to_pylist()]
-    captions = [text or "" for text in table[CAPTION].to_pylist()]
+    named, unreadable_ids = as_text(table[SAMPLE_ID])
+    told, unreadable_captions = as_text(table[CAPTION])
+    ids, captions = ([text or "" for text in column.to_pylist()] for column in (named, told))
     rejections: dict[int, Rejection] = {}
     clips: list[ClipFacts] = []
 
@@ -105,7 +108,11 @@ def check_group(task: GroupTask) -> GroupFacts:
     for row, (name, caption) in enumerate(zip(ids, captions, strict=True)):
         if not name:
             reject(row, Reason.NO_ID, "")
-        if not caption.strip():
+        elif unreadable_ids[row].as_py():
+            reject(row, Reason.NO_ID, "no UTF-8")
+        if unreadable_captions[row].as_py():
+            reject(row, Reason.UNREADABLE_CAPTION, "no UTF-8")
+        elif not caption.strip():
             reject(row, Reason.EMPTY_CAPTION, "")
         elif len(caption) > task.max_caption_chars:
             words = f"{len(caption)} characters; at most {task.max_caption_chars}"

@@ -28,6 +28,7 @@ from pipelines.data.encode_plan import Part, SourceGroup
 from pipelines.data.filesystem import S3Settings, open_folder
 from pipelines.data.parquet import Fault, RowGroupReader
 from pipelines.data.rejections import Reason
+from pipelines.data.row_checks import as_text
 from pipelines.data.schema import CAPTION, LATENTS, SAMPLE_ID, TEXT_EMBEDS, VIDEO, DTypeName
 from sgmd_core.errors import DataError
 
@@ -148,7 +149,8 @@ def read_and_decode(
         One line a row: with `pixels`, or with `reason` and `detail`.
     """
     filesystem, root = open_folder(url, probe=False)
-    reader = RowGroupReader(filesystem, root, S3Settings())
+    # A reader a task: opening Arrow's client would cost more than it saves.
+    reader = RowGroupReader(filesystem, root, S3Settings(native_reads=False))
     for packed in tasks.column(TASK):
         part: Part = pickle.loads(packed.as_py())
         for group in part.groups:
@@ -177,12 +179,16 @@ def _decoded(
         for row in rows:
             yield _line(part, row, None, None, reason=Reason.UNREADABLE_ROWS, detail=table.reason)
         return
+    names, unreadable_names = as_text(table[SAMPLE_ID])
+    captions, unreadable_captions = as_text(table[CAPTION])
     for place, row in enumerate(rows):
-        name, caption, video = (table[c][place].as_py() for c in (SAMPLE_ID, CAPTION, VIDEO))
-        name = None if name is None else str(name)
-        caption = caption or ""
-        if not name:
+        name, video = names[place].as_py(), table[VIDEO][place].as_py()
+        caption = captions[place].as_py() or ""
+        if not name or unreadable_names[place].as_py():
             yield _line(part, row, None, caption, reason=Reason.NO_ID)
+        elif unreadable_captions[place].as_py():
+            reason, detail = Reason.UNREADABLE_CAPTION, "no UTF-8"
+            yield _line(part, row, name, caption, reason=reason, detail=detail)
         elif not caption.strip():
             yield _line(part, row, name, caption, reason=Reason.EMPTY_CAPTION)
         elif len(caption) > max_caption_chars:

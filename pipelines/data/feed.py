@@ -196,7 +196,7 @@ class Feed:
 
     def pixels(self, number: int) -> NDArray[np.uint8]:
         """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of the batch."""
-        content, _ = joined(self._payloads.pop(number).column(VIDEO))
+        content = joined(self._payloads.pop(number).column(VIDEO))
         # A copy: the bytes may be a read-only view into shared memory.
         return content.copy().reshape(-1, *self._source.pixel_shape)
 

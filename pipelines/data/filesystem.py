@@ -60,8 +60,8 @@ class S3Settings:
         read_attempts: Tries of one whole row group, on top; what is broken after them is
             quarantined if the data are at fault, and stops the run if the server is.
         backoff_s: Wait before the second of these tries; it doubles with each, up to 30 s.
-        native_reads: Read row groups with Arrow's own S3 client first; what it cannot read comes
-            through s3fs, as all the rest does.
+        native_reads: Read row groups with Arrow's own clients first, also of local files; what
+            they cannot read comes through fsspec, as all the rest does.
     """
 
     checksums: Literal["when_required", "when_supported"] | None = None

@@ -95,7 +95,8 @@ def first_captions(url: str, s3: S3Settings, seed: int, wanted: int) -> tuple[st
         ConfigError: It holds fewer rows.
     """
     settings = StreamSettings(Source(url, s3), seed, max_bad_fraction=0.0)
-    batch = Feed(settings, Progress(), wanted).take(wanted)
+    with Feed(settings, Progress(), wanted) as feed:
+        batch = feed.take(wanted)
     if batch.stop is not None:
         raise DataError(f"reading held-out captions from {url}", *batch.stop[1:])
     if len(batch.epochs) > 1:

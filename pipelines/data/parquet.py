@@ -1,5 +1,6 @@
-"""Footers and row groups of Parquet files, fetched as exact byte ranges, many at once.
+"""Footers and row groups of Parquet files, many at once.
 
+    row groups -> Arrow's own reader (`pipelines.data.native`) -> what it could not read:
     ranges of all files -> one round trip (s3fs runs them side by side) -> bytes -> Arrow tables
 
 What is broken in one file comes back as a `Fault` in its place; the others are whole. What is wrong
@@ -8,10 +9,12 @@ look like broken data.
 """
 
 import io
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -19,13 +22,16 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from pipelines.data.filesystem import S3Settings, is_transient, storage_error, without_secrets
-from pipelines.data.native import NativeReader, native_filesystem
+from pipelines.data.native import Group, NativeReader, native_filesystem
 
 _FOOTER_GUESS_BYTES = 64 * 2**10
 _MERGE_GAP_BYTES = 64 * 2**10
 _MAX_BACKOFF_S = 30.0
 _NUM_CACHED_FOOTERS = 256
+_MAX_VAIN_READS = 3
 _MAGIC = b"PAR1"
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +182,7 @@ class RowGroupReader:
         self._root = root
         self._retry = retry
         self._footers: OrderedDict[str, Footer | Fault] = OrderedDict()
-        self._native: tuple[NativeReader | None, ...] = ()
+        self._vain_reads = 0
 
     def footers(self, shards: Sequence[tuple[str, int]]) -> list[Footer | Fault]:
         """The footers of files, given by relative path and size.
@@ -197,9 +203,7 @@ class RowGroupReader:
             self._footers.popitem(last=False)
         return found
 
-    def read(
-        self, groups: Sequence[tuple[str, int, int]], columns: Sequence[str]
-    ) -> list[pa.Table | Fault]:
+    def read(self, groups: Sequence[Group], columns: Sequence[str]) -> list[pa.Table | Fault]:
         """Reads some columns of row groups.
 
         Args:
@@ -209,27 +213,51 @@ class RowGroupReader:
         Raises:
             DataError: See `fetch`.
         """
-        native = self._open_native()
-        if native is None:
+        if self._native is None:
             return self._carefully(groups, columns)
-        quick = native.read(groups, columns)
-        left = [group for group, table in zip(groups, quick, strict=True) if table is None]
-        careful = self._carefully(left, columns)
-        were_good = any(isinstance(table, pa.Table) for table in careful)
-        native.note(was_useless=len(left) == len(groups) and were_good)
+        quick = self._native.read(groups, columns)
+        left = [
+            group
+            for group, found in zip(groups, quick, strict=True)
+            if isinstance(found, Exception)
+        ]
+        careful = self._carefully(left, columns) if left else []
+        self._heed(quick, careful)
         rest = iter(careful)
-        return [next(rest) if table is None else table for table in quick]
+        return [next(rest) if isinstance(found, Exception) else found for found in quick]
 
-    def _open_native(self) -> NativeReader | None:
-        """Arrow's own reader; made when first needed, because many only ask for footers."""
-        if not self._native:
+    @cached_property
+    def _native(self) -> NativeReader | None:
+        """Arrow's own reader; made when it is first needed, because many only ask for footers."""
+        try:
             client = native_filesystem(self._filesystem, self._retry)
-            self._native = (None if client is None else NativeReader(client, self._root),)
-        return self._native[0]
+        except Exception as error:  # As with its reads: whatever it is, s3fs may know better.
+            self._give_up(error)
+            return None
+        return None if client is None else NativeReader(client, self._root)
 
-    def _carefully(
-        self, groups: Sequence[tuple[str, int, int]], columns: Sequence[str]
-    ) -> list[pa.Table | Fault]:
+    def _heed(
+        self, quick: Sequence[pa.Table | Exception], careful: Sequence[pa.Table | Fault]
+    ) -> None:
+        """Gives Arrow's reader up where it can read nothing time and again, and we can."""
+        errors = [found for found in quick if isinstance(found, Exception)]
+        if len(errors) < len(quick):
+            self._vain_reads = 0
+        elif any(isinstance(found, pa.Table) for found in careful):
+            self._vain_reads += 1
+            if self._vain_reads == _MAX_VAIN_READS:
+                self._native = None
+                self._give_up(errors[-1])
+
+    def _give_up(self, error: Exception) -> None:
+        _log.warning(
+            "Arrow's own client cannot read %s (%s). It is read through fsspec from now on, which "
+            "is slower; data.s3.native_reads=false saves the attempts.",
+            self._root,
+            _words(error),
+        )
+
+    def _carefully(self, groups: Sequence[Group], columns: Sequence[str]) -> list[pa.Table | Fault]:
         footers = self.footers([(path, size) for path, size, _ in groups])
         plans: list[list[Range] | Fault] = [
             self._ranges(group, footer, columns)
@@ -247,7 +275,7 @@ class RowGroupReader:
         return tables
 
     def _ranges(
-        self, group: tuple[str, int, int], footer: Footer | Fault, columns: Sequence[str]
+        self, group: Group, footer: Footer | Fault, columns: Sequence[str]
     ) -> list[Range] | Fault:
         path, _, index = group
         if isinstance(footer, Fault):

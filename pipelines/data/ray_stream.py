@@ -44,12 +44,14 @@ _STRETCH_GROWTH = 4
 _LONGEST_STRETCH = 2048
 _READER_CPUS = 0.25
 _CLOSE_TIMEOUT_S = 10.0
+# For its first second Ray Data gives an execution one task at a time; so many windows bridge it.
+_HEAD_START_WINDOWS = 64
+# A step of Ray Data's loop costs about a millisecond, and one that waits for tasks up to a hundred.
 _BUSY_STEP_S = 0.01
 _SHORTEST_STEP_S = 0.002
 _LONGEST_STEP_S = 0.05
-_HEAD_START = 64
 _TASK_ROWS = 2**18
-_MOST_LARGE_WINDOWS = 4
+_MAX_UNDECODED_WINDOWS = 4
 _MIN_TASKS = 8
 _FAULT = -2  # `row` of a line that carries an error
 _NUMBER = "window"
@@ -128,7 +130,7 @@ class RayDataReader:
             self._rows_left -= stretch.num_rows
             for done, pair in enumerate(stretch.windows()):
                 is_alone = len(self._stretches) == 1
-                is_near_its_end = len(stretch.planned) - done <= _HEAD_START
+                is_near_its_end = len(stretch.planned) - done <= _HEAD_START_WINDOWS
                 if is_alone and self._rows_left > 0 and is_near_its_end:
                     self._start_another()
                 yield pair
@@ -283,7 +285,7 @@ def tasks_of(windows: Sequence[Window], source: Source) -> list[list[tuple[int, 
 
     Ray Data looks after its tasks ten times a second, and windows are read faster than that.
     """
-    limit = 1 if source.decode else _MOST_LARGE_WINDOWS if source.columns else len(windows)
+    limit = 1 if source.decode else _MAX_UNDECODED_WINDOWS if source.columns else len(windows)
     most = max(1, min(limit, len(windows) // _MIN_TASKS))
     tasks: list[list[tuple[int, Window]]] = []
     room = 0

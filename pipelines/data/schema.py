@@ -169,15 +169,15 @@ def encoding_of(schema: pa.Schema) -> Encoding | None:
         ) from error
 
 
-def joined(values: pa.ChunkedArray) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """The bytes of a binary column one after the other, and where each value begins and ends.
+def joined(values: pa.ChunkedArray) -> NDArray[np.uint8]:
+    """The bytes of a binary column, one value after the other.
 
-    Without a copy where the column is in one piece; both are read-only then.
+    Without a copy where the column is in one piece; read-only then.
     """
     array = values.combine_chunks()
     _, borders, content = array.buffers()
     places = np.frombuffer(borders, dtype=np.int32)[array.offset :][: len(array) + 1]
-    return np.frombuffer(content, dtype=np.uint8)[places[0] : places[-1]], places - places[0]
+    return np.frombuffer(content, dtype=np.uint8)[places[0] : places[-1]]
 
 
 def _fits(name: str, stored: pa.DataType) -> bool:

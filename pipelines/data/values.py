@@ -8,7 +8,6 @@ from typing import cast
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.data.schema import DTypeName, Encoding
@@ -92,7 +91,7 @@ def _view(stored: pa.Buffer, dtype: DTypeName) -> Tensor:
     return torch.from_dlpack(array).view(kind)
 
 
-def _values(stored: bytes | NDArray[np.uint8], dtype: DTypeName) -> Tensor:
+def _values(stored: bytes, dtype: DTypeName) -> Tensor:
     # A copy: the bytes may be a read-only view into shared memory.
     kind = torch_dtype(dtype)
     values = torch.empty(len(stored) // kind.itemsize, dtype=kind)

@@ -19,6 +19,7 @@ from pipelines.data.ledger import Entry
 from pipelines.data.parquet import Fault, RowGroupReader
 from pipelines.data.plan import Cursor, ShuffleSettings, Window
 from pipelines.data.quarantine import Reject
+from pipelines.data.row_checks import as_text
 from pipelines.data.schema import SAMPLE_ID
 from pipelines.data.stream import plan_windows
 
@@ -135,7 +136,7 @@ def _due_in(
         if isinstance(table, Fault) or table.num_rows != group.num_rows:
             ids += [None] * group.num_rows
         else:
-            ids += [None if name is None else str(name) for name in table[SAMPLE_ID].to_pylist()]
+            ids += as_text(table[SAMPLE_ID])[0].to_pylist()
     places = [(group.shard, group.index, row) for group in groups for row in range(group.num_rows)]
     cursor = window.cursor
     here = (cursor.epoch, cursor.chapter, cursor.section, cursor.window)

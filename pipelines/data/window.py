@@ -8,16 +8,15 @@ read comes out as one row. So whoever counts rows can prove that none was lost o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 from numpy.typing import NDArray
 
 from pipelines.data.filesystem import S3Settings, open_folder
 from pipelines.data.parquet import Fault, RowGroupReader
 from pipelines.data.plan import RowGroup, Window
+from pipelines.data.row_checks import check_rows
 from pipelines.data.schema import (
     CAPTION,
     FPS,
@@ -25,22 +24,19 @@ from pipelines.data.schema import (
     REQUIRED_COLUMNS,
     SAMPLE_ID,
     TEXT_EMBEDS,
-    VIDEO,
     Encoding,
     encoding_of,
     missing_columns,
 )
 from sgmd_core.errors import DataError
 
-# Arrow makes these functions while it is imported, where a type checker does not see them.
-pc: Any = pyarrow.compute
-
 PLACE = "place"
 GROUP = "group"
 ROW = "row"
 REASON = "reason"
 
-_LARGE_BYTES = 2**14
+# Each value that is not copied costs Ray two buffers to ship; smaller ones are copied faster.
+_LARGE_BYTES = 2**18
 
 WHOLE_GROUP = -1
 """`row` of what stands for a row group that cannot be read."""
@@ -160,7 +156,7 @@ def _checked(
     # Shards may differ in how they store the same: 32 or 64 bits, plain strings or a dictionary.
     types = {field.name: field.type for field in lines_schema(source)}
     columns_by_name = {name: table.column(name).cast(types[name]) for name in columns}
-    reasons = _reasons(source, columns_by_name)
+    columns_by_name, reasons = check_rows(source, columns_by_name)
     size = table.num_rows
     return pa.table(
         {
@@ -175,8 +171,8 @@ def _checked(
 def _in_order(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
     """The rows of a table in another order.
 
-    Values as large as latents stay where they are, and come as a chunk each: copying them into
-    order would cost as much as all else that is done to them.
+    Values as large as latents of videos stay where they are, and come as a chunk each: copying them
+    into order would cost as much as all else that is done to them.
     """
     large = [
         field.name
@@ -200,62 +196,3 @@ def _agree(found: Encoding, wanted: Encoding, columns: Sequence[str]) -> bool:
     if LATENTS in columns:
         same &= (found.latent_shape, found.vae) == (wanted.latent_shape, wanted.vae)
     return same
-
-
-def _reasons(source: Source, columns: dict[str, Any]) -> NDArray[np.object_]:
-    """Why each row cannot be used; None for a row that can. The first reason counts."""
-    size = len(columns[SAMPLE_ID])
-    reasons = np.full(size, None, dtype=object)
-
-    def reject(which: Any, reason: Callable[[int], str]) -> None:  # noqa: ANN401 - Arrow's array
-        bad = pc.fill_null(which, True)
-        if pc.any(bad).as_py():
-            for row in np.flatnonzero(np.asarray(bad)):
-                reasons[row] = reasons[row] or reason(int(row))
-
-    reject(pc.is_null(columns[SAMPLE_ID]), lambda row: "no sample_id")
-    limit = source.max_caption_chars
-    if not _are_surely_good(columns[CAPTION], limit):
-        length = pc.utf8_length(pc.utf8_trim_whitespace(columns[CAPTION]))
-        reject(pc.equal(length, 0), lambda row: "no caption")
-        reject(
-            pc.greater(length, limit),
-            lambda row: f"caption too long ({length[row]} characters; at most {limit})",
-        )
-    if source.encoding is not None and TEXT_EMBEDS in columns:
-        positions, width = source.encoding.text_shape
-        row_bytes = width * source.encoding.item_bytes
-        stored = pc.binary_length(columns[TEXT_EMBEDS])
-        ragged = pc.not_equal(pc.multiply(pc.divide(stored, row_bytes), row_bytes), stored)
-        reject(
-            pc.or_(ragged, pc.greater(stored, positions * row_bytes)),
-            lambda row: f"text embedding of a wrong size ({stored[row]} bytes)",
-        )
-    if source.encoding is not None and LATENTS in columns:
-        stored_latents = pc.binary_length(columns[LATENTS])
-        reject(
-            pc.not_equal(stored_latents, source.encoding.latent_bytes),
-            lambda row: f"latents of a wrong shape ({stored_latents[row]} bytes)",
-        )
-    if VIDEO in columns:
-        reject(pc.equal(pc.binary_length(columns[VIDEO]), 0), lambda row: "no video")
-    return reasons
-
-
-def _are_surely_good(captions: pa.ChunkedArray, limit: int) -> bool:
-    """Whether a glance shows that no caption is missing, blank or too long.
-
-    Each begins with a letter, digit or sign of ASCII and has at most as many bytes as characters
-    are allowed. That holds for nearly all row groups, and looking closer costs as much as all other
-    checks together.
-    """
-    for chunk in captions.chunks:
-        _, offsets, content = chunk.buffers()
-        borders = np.frombuffer(offsets, dtype=np.int32)[chunk.offset :][: len(chunk) + 1]
-        lengths = np.diff(borders)
-        if chunk.null_count or not lengths.all() or (lengths > limit).any():
-            return False
-        first = np.frombuffer(content or b"", dtype=np.uint8)[borders[:-1]]
-        if ((first <= ord(" ")) | (first > ord("~"))).any():
-            return False
-    return True

@@ -46,6 +46,7 @@ class ProxyBook:
         stall_s: How long a stalled answer stays silent.
         requests: (method, path with query) of every request, in order.
         troubles: How often each trouble was made.
+        sent: Bytes of all answers that came through whole.
     """
 
     endpoint: str
@@ -53,6 +54,7 @@ class ProxyBook:
     stall_s: float
     requests: list[tuple[str, str]] = field(default_factory=list)
     troubles: dict[Trouble, int] = field(default_factory=dict)
+    sent: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, method: str, path: str) -> Trouble:
@@ -61,6 +63,10 @@ class ProxyBook:
             self.requests.append((method, path))
             self.troubles[trouble] = self.troubles.get(trouble, 0) + 1
         return trouble
+
+    def count(self, num_bytes: int) -> None:
+        with self._lock:
+            self.sent += num_bytes
 
     def lists(self) -> int:
         """Pages of listings that were asked for."""
@@ -171,6 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
                     time.sleep(0.02)
                 return
             self.wfile.write(content)
+            self.events.count(len(content))
         except OSError:  # The client has lost patience.
             self.close_connection = True
 

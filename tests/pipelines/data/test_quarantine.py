@@ -57,6 +57,25 @@ def reject(folder: Path, **wanted) -> Reject:
     return rejects[0]
 
 
+def strings(values: list[bytes]) -> pa.Array:
+    """Bytes that a file calls strings."""
+    array = pa.array(values, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(array), array.buffers())
+
+
+@pytest.mark.parametrize("column", ["sample_id", "caption"])
+def test_text_that_is_no_utf8_costs_its_row(folder: Path, column: str) -> None:
+    columns = {"sample_id": [b"new-0", b"new-1"], "caption": ["größer".encode(), b"small"]}
+    columns[column][0] = b"gr\xf6\xdfer"
+    table = pa.table({name: strings(values) for name, values in columns.items()})
+    pq.write_table(table, folder / "latin.parquet")
+    names, rejects = one_epoch(folder)
+    assert len(names) == NUM_GOOD + 1
+    assert "new-1" in names
+    assert [each.reason for each in rejects] == [f"{column} is no UTF-8"]
+    assert rejects[0].sample_id == ("gr\ufffd\ufffder" if column == "sample_id" else "new-0")
+
+
 @pytest.mark.parametrize("caption", [None, "", " \t\n "])
 def test_a_row_without_caption(folder: Path, caption: str | None) -> None:
     write_shard(folder / "bad.parquet", ["x"], [caption])
