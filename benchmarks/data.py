@@ -7,8 +7,8 @@
              its own, and in the feed's), and through plain pyarrow.dataset with Arrow's own S3
              client and with s3fs, in turns; rows a second of four passes. And where the time goes:
              the feed's stages in one process, with the CPU that each needs
-    decode   raw video through the reader of a window, and through a plain PyAV loop, in turns; one
-             core
+    decode   raw video through the reader of a window, and through a plain PyAV loop, as it is and
+             with one thread that converts, in turns; one core
     first    seconds until the first batch of a prefix of 10,000 shards, and until all are listed
     memory   resident memory of every process while 20,000 clips are streamed and decoded
     wait     how long the roles of `sgmd distill tiny` wait for data from S3
@@ -198,29 +198,33 @@ def measure_decode(scratch: Path, rounds: int) -> dict[str, Any]:
         films = ds.dataset(str(folder)).to_table(columns=[VIDEO]).column(VIDEO).to_pylist()
         runs = []
         for _ in range(rounds):
-            began = time.process_time()
-            for film in films:
-                _decode_plainly(film)
-            plain_s = time.process_time() - began
-            began = time.process_time()
-            _decode_windows(str(folder), side, num_clips)
-            runs.append((num_clips / plain_s, num_clips / (time.process_time() - began)))
+            used_s: list[float] = []
+            for threads in (0, 1):
+                with _timed(used_s, time.process_time):
+                    for film in films:
+                        _decode_plainly(film, threads)
+            with _timed(used_s, time.process_time):
+                _decode_windows(str(folder), side, num_clips)
+            runs.append([num_clips / each for each in used_s])
         found[f"{NUM_FRAMES} frames of {side} x {side}"] = {
             "clips": num_clips,
             "pyav_clips_per_core_s": statistics.median(run[0] for run in runs),
-            "window_clips_per_core_s": statistics.median(run[1] for run in runs),
-            "window_over_pyav": statistics.median(run[1] / run[0] for run in runs),
+            "pyav_one_thread_clips_per_core_s": statistics.median(run[1] for run in runs),
+            "window_clips_per_core_s": statistics.median(run[2] for run in runs),
+            "window_over_pyav": statistics.median(run[2] / run[0] for run in runs),
+            "window_over_pyav_one_thread": statistics.median(run[2] / run[1] for run in runs),
         }
     return found
 
 
-def _decode_plainly(film: bytes) -> None:
+def _decode_plainly(film: bytes, threads: int) -> None:
+    """Decodes as a short loop does; 0 threads leave it to FFmpeg with how many it converts."""
     with av.open(io.BytesIO(film)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         # One converter a clip: what `frame.to_ndarray` sets up for each frame is slower.
         converter = VideoReformatter()
         frames = [
-            converter.reformat(frame, format="rgb24").to_ndarray()
+            converter.reformat(frame, format="rgb24", threads=threads).to_ndarray()
             for frame in container.decode(video=0)
         ]
     assert np.stack(frames).shape[0] == NUM_FRAMES
@@ -266,10 +270,10 @@ def measure_first(scratch: Path, rounds: int) -> dict[str, Any]:
 
 
 @contextmanager
-def _timed(seconds: list[float]) -> Iterator[None]:
-    began = time.perf_counter()
+def _timed(seconds: list[float], clock: Callable[[], float] = time.perf_counter) -> Iterator[None]:
+    began = clock()
     yield
-    seconds.append(time.perf_counter() - began)
+    seconds.append(clock() - began)
 
 
 _PIECES: dict[str, Callable[[Path, int], dict[str, Any]]] = {

@@ -326,7 +326,8 @@ def _upright_size(frame: av.VideoFrame) -> tuple[int, int]:
 class _Fitter:
     """Makes pixels of the wanted size out of decoded frames.
 
-    One converter serves all frames of a clip: its tables cost more than a small picture.
+    One converter serves all frames of a clip, and one placement all of one size: the tables of the
+    former and the arithmetic of the latter cost as much as a small picture.
 
     Args:
         wanted: Size and policy.
@@ -338,6 +339,7 @@ class _Fitter:
         self._pixel_aspect = pixel_aspect
         self._converter = VideoReformatter()
         self._first_size: tuple[int, int] | None = None
+        self._spots: dict[tuple[int, int, int], Placement] = {}
 
     def __call__(self, frame: av.VideoFrame) -> Pixels:
         """Pixels (height, width, 3) of one frame.
@@ -347,13 +349,22 @@ class _Fitter:
                 the frames before, and none is wanted.
         """
         turns = _quarter_turns(frame)
-        spot = self._placement(frame, turns)
-        # Scaling comes before turning: it leaves fewer pixels to turn.
+        shape = (frame.height, frame.width, turns)
+        spot = self._spots.get(shape)
+        if spot is None:
+            spot = self._spots[shape] = self._placement(frame, turns)
+        # Scaling comes before turning: it leaves fewer pixels to turn. Waking other threads for it
+        # takes longer than a small picture, and cores have clips of their own to decode.
         rows, columns = spot.scaled_height, spot.scaled_width
         if turns % 2:
             rows, columns = columns, rows
         scaled = self._converter.reformat(
-            frame, width=columns, height=rows, format="rgb24", interpolation="BICUBIC"
+            frame,
+            width=columns,
+            height=rows,
+            format="rgb24",
+            interpolation="BICUBIC",
+            threads=1,
         )
         pixels = np.rot90(scaled.to_ndarray(), turns)
         bottom = spot.top + (self._wanted.height or spot.scaled_height)

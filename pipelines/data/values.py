@@ -49,12 +49,13 @@ def unpack_latents(stored: bytes, encoding: Encoding) -> Tensor:
 
 
 def unpack_all_latents(stored: pa.ChunkedArray, encoding: Encoding) -> Tensor:
-    """Latents of many samples (b, channels, frames, rows, columns), float32.
+    """Latents of many samples (b, channels, frames, rows, columns) in their stored type.
 
     Raises:
         DataError: They are no latents of that shape.
     """
-    latents = torch.empty(len(stored), *encoding.latent_shape)
+    kind = torch_dtype(encoding.dtype)
+    latents = torch.empty(len(stored), *encoding.latent_shape, dtype=kind)
     for sample, value in zip(latents, stored, strict=True):
         content = value.as_buffer()
         if content.size != encoding.latent_bytes:

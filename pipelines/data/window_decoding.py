@@ -61,7 +61,9 @@ def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
     decode = cast("Decode", source.decode)
     reasons: list[str | None] = rows.column(REASON).to_pylist()
     rates = rows.column(FPS).to_pylist() if FPS in rows.column_names else [0.0] * len(reasons)
-    pixels = np.empty((len(reasons), *source.pixel_shape), dtype=np.uint8)
+    # Arrow's allocator keeps memory for the next part, which the system's gives back and clears.
+    memory = pa.allocate_buffer(len(reasons) * prod(source.pixel_shape))
+    pixels = np.frombuffer(memory, dtype=np.uint8).reshape(-1, *source.pixel_shape)
     lengths = np.zeros(len(reasons) + 1, dtype=np.int64)
     num_decoded = 0
     for row, (stored, fps) in enumerate(zip(rows.column(VIDEO), rates, strict=True)):

@@ -48,11 +48,12 @@ def test_latents_and_embeddings_come_with_their_rows(tmp_path: Path, dtype) -> N
     for _ in range(5):
         first, second = stream.take(3), stream.take(5)
         for batch, found, true in (
-            (first, stream.latents(first.number), latents),
-            (second, stream.embeddings(second.number), texts),
+            (first, stream.latents(first.number), latents.to(stored)),
+            (second, stream.embeddings(second.number), texts.to(stored).float()),
         ):
             rows = torch.tensor([int(name) for name in batch.sample_ids])
-            assert torch.equal(found, true[rows].to(stored).float())
+            assert found.dtype == true.dtype
+            assert torch.equal(found, true[rows])
 
 
 def test_clips_are_decoded_and_the_undecodable_left_out(tmp_path: Path) -> None:
