@@ -118,7 +118,6 @@ def poisoned(encoded: Path, sample_id: str, folder: Path) -> Path:
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(180)
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_sample_that_is_not_a_number_on_one_rank_of_two_stops_the_run(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path

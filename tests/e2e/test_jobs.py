@@ -114,7 +114,7 @@ def test_actors_that_encode_share_a_gpu(
     assert (tmp_path / "set" / "_index.json").exists(), "".join(printed)
     granted = [
         (stage, actor.required_resources["GPU"])
-        for actor in list_actors(address=ray_head, detail=True)
+        for actor in list_actors(address=ray_head, detail=True, limit=1000)
         for stage in ("EncodeVideos", "EncodeCaptions")
         if stage in actor.class_name
     ]

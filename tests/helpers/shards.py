@@ -28,3 +28,10 @@ def write_folder(folder: Path, sizes: Sequence[int], group: int = 3) -> list[str
         write_shard(folder / f"part-{shard:03d}.parquet", ids, group=group)
         names += ids
     return names
+
+
+def byte_strings(values: Sequence[str | bytes | None]) -> pa.Array:
+    """Strings, some of which are bytes that are no UTF-8."""
+    raw = [each.encode() if isinstance(each, str) else each for each in values]
+    array = pa.array(raw, pa.binary())
+    return pa.Array.from_buffers(pa.string(), len(array), array.buffers())

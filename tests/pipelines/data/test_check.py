@@ -20,7 +20,7 @@ from pipelines.data.values import pack
 from pipelines.shapes import NUM_FRAMES, write_shards
 from sgmd_core.errors import DataError
 from tests.helpers.s3_server import serve_s3
-from tests.helpers.shards import write_folder, write_shard
+from tests.helpers.shards import byte_strings, write_folder, write_shard
 
 HERE = CheckOptions(num_processes=0)
 
@@ -43,8 +43,9 @@ def damage(shard: Path, column: str, row: int, value: object) -> None:
     table = pq.read_table(shard)
     values = table[column].to_pylist()
     values[row] = value
-    place = table.schema.get_field_index(column)
-    table = table.set_column(place, table.field(column), pa.array(values, table.field(column).type))
+    place, field = table.schema.get_field_index(column), table.field(column)
+    made = byte_strings(values) if field.type == pa.string() else pa.array(values, field.type)
+    table = table.set_column(place, field, made)
     pq.write_table(table, shard, row_group_size=4)
     (shard.parent / "_index.json").unlink(missing_ok=True)
 
@@ -150,7 +151,9 @@ class TestDamage:
             ("caption", "  ", "empty_caption"),
             ("caption", None, "empty_caption"),
             ("caption", "word " * 1000, "long_caption"),
+            ("caption", b"gr\xf6n", "unreadable_caption"),
             ("sample_id", None, "no_id"),
+            ("sample_id", b"gr\xf6n", "no_id"),
             ("sample_id", "shapes-0-train-0000001", "duplicate_id"),
         ],
     )

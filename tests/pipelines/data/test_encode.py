@@ -33,7 +33,7 @@ from pipelines.shapes import Split, captions, write_shards
 from sgmd_core.errors import ConfigError, DataError, ShapeError
 from tests.e2e.processes import ROOT
 from tests.helpers import tiny_wan
-from tests.helpers.shards import write_folder
+from tests.helpers.shards import byte_strings, write_folder
 from workers.models.wan import load_text, load_vae
 
 WANTED = ClipFormat(
@@ -143,6 +143,17 @@ class TestStages:
         assert bad == BAD - {(4, "duplicate_id")}
         size = tiny_wan.NUM_FRAMES * tiny_wan.HEIGHT * tiny_wan.WIDTH * 3
         assert {len(line["pixels"]) for line in lines if not line["reason"]} == {size}
+
+    def test_text_that_is_no_utf8_costs_its_row(self, source, tmp_path):
+        table = pq.read_table(sorted(source.glob("*.parquet"))[-1]).slice(0, 3)
+        for name, row in (("sample_id", 0), ("caption", 2)):
+            values = table[name].to_pylist()
+            values[row] = b"gr\xf6n"
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, table.field(name), byte_strings(values))
+        pq.write_table(table, tmp_path / "latin.parquet")
+        reasons = [line["reason"] for line in self.lines(tmp_path).to_pylist()]
+        assert reasons == ["no_id", None, "unreadable_caption"]
 
     def test_a_row_group_that_cannot_be_read_still_counts(self, tmp_path):
         write_folder(tmp_path, [4])  # captions alone: no column `video`

@@ -21,7 +21,7 @@ from pipelines.data.schema import (
 )
 from pipelines.data.window import Source
 from sgmd_core.errors import ConfigError, DataError
-from tests.helpers.shards import write_folder, write_shard
+from tests.helpers.shards import byte_strings, write_folder, write_shard
 
 NUM_GOOD = 30
 
@@ -57,17 +57,11 @@ def reject(folder: Path, **wanted) -> Reject:
     return rejects[0]
 
 
-def strings(values: list[bytes]) -> pa.Array:
-    """Bytes that a file calls strings."""
-    array = pa.array(values, pa.binary())
-    return pa.Array.from_buffers(pa.string(), len(array), array.buffers())
-
-
 @pytest.mark.parametrize("column", ["sample_id", "caption"])
 def test_text_that_is_no_utf8_costs_its_row(folder: Path, column: str) -> None:
-    columns = {"sample_id": [b"new-0", b"new-1"], "caption": ["größer".encode(), b"small"]}
-    columns[column][0] = b"gr\xf6\xdfer"
-    table = pa.table({name: strings(values) for name, values in columns.items()})
+    columns = {"sample_id": ["new-0", "new-1"], "caption": ["größer", "small"]}
+    columns[column] = [b"gr\xf6\xdfer", columns[column][1]]
+    table = pa.table({name: byte_strings(values) for name, values in columns.items()})
     pq.write_table(table, folder / "latin.parquet")
     names, rejects = one_epoch(folder)
     assert len(names) == NUM_GOOD + 1
