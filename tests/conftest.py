@@ -4,7 +4,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,12 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from urllib.error import URLError
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
 
-from tests.helpers.s3_server import S3Access
+from tests.helpers.s3_server import S3Access, free_port
 
 # Ray reads the mode when it is imported. The token is this session's, never the user's own.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -71,7 +70,7 @@ def ray_head(ray_folder: Path) -> Iterator[str]:
 
     This process is not connected to it. It ends with the session, and only its own processes do.
     """
-    dashboard, *ports = _free_ports(4)
+    dashboard, *ports = (free_port() for _ in range(4))
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
         *("--num-cpus=4", "--num-gpus=1", "--disable-usage-stats"),
@@ -88,7 +87,10 @@ def ray_head(ray_folder: Path) -> Iterator[str]:
         command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
     )
     try:
-        _wait_for(f"http://127.0.0.1:{dashboard}/api/version", head, ray_folder / "head.log")
+        log_file = ray_folder / "head.log"
+        _wait_for(f"http://127.0.0.1:{dashboard}/api/version", head, log_file)
+        # Jobs are started by the agent, which comes up later.
+        _wait_for(f"http://127.0.0.1:{ports[2]}/api/local_raylet_healthz", head, log_file)
         yield f"http://127.0.0.1:{dashboard}"
     finally:
         head.send_signal(signal.SIGTERM)
@@ -96,18 +98,8 @@ def ray_head(ray_folder: Path) -> Iterator[str]:
         log.close()
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 def _wait_for(url: str, head: subprocess.Popen[bytes], log: Path) -> None:
-    """Returns once the dashboard answers; without a token it answers 401, which is an answer."""
+    """Returns once a server answers; without a token it answers 401, which is an answer."""
     end = time.monotonic() + _HEAD_START_TIMEOUT_S
     while time.monotonic() < end:
         if head.poll() is not None:
@@ -115,8 +107,8 @@ def _wait_for(url: str, head: subprocess.Popen[bytes], log: Path) -> None:
         try:
             urlopen(url, timeout=5).close()
             return
-        except URLError as error:
-            if getattr(error, "code", None) in (401, 403):
-                return
+        except HTTPError:
+            return
+        except OSError:
             time.sleep(0.5)
     raise RuntimeError(f"Ray's head does not answer:\n{log.read_text()}")
