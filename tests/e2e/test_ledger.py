@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3fs import S3FileSystem
 
 from pipelines.audit import audit
 from pipelines.config import DistillConfig
@@ -21,7 +20,7 @@ from pipelines.run_folder import RunFolder, read_jsonl
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, run_cli
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every, serve_faulty
-from tests.helpers.s3_server import serve_s3
+from tests.helpers.s3_server import serve_s3, use_server
 
 ITERATIONS = 18
 TIMEOUT_S = 240
@@ -65,9 +64,7 @@ def busy_s3(
         serve_s3(tmp_path / "s3") as server,
         serve_faulty(server.environment["AWS_ENDPOINT_URL"], every(3, *troubles)) as proxy,
     ):
-        for name, value in (server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}).items():
-            monkeypatch.setenv(name, value)
-        S3FileSystem.clear_instance_cache()
+        use_server(server.environment | {"AWS_ENDPOINT_URL": proxy.endpoint}, monkeypatch)
         yield "s3://clips/shapes/train", proxy
 
 

@@ -14,7 +14,7 @@ from pipelines.distill import distill, dry_run
 from pipelines.run_folder import RunFolder, read_jsonl
 from sgmd_core.errors import DataError
 from tests.e2e.conftest import MakeRecipe
-from tests.helpers.s3_server import S3Access, S3Server, serve_s3
+from tests.helpers.s3_server import S3Access, S3Server, serve_s3, use_server
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,7 @@ def bucket(
 @pytest.fixture
 def s3(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     """Address of the shards, reachable through the usual variables."""
-    for name, value in bucket.environment.items():
-        monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()
+    use_server(bucket.environment, monkeypatch)
     return "s3://clips/shapes"
 
 

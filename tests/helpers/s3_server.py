@@ -7,10 +7,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
+from s3fs import S3FileSystem
 
 _START_TIMEOUT_S = 30.0
 
@@ -67,6 +70,14 @@ class S3Server:
 
     root: Path
     environment: dict[str, str]
+
+
+def use_server(environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets this process, and those that it starts, find and enter a server."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    # s3fs keeps its clients, and would go on speaking to the server of the test before.
+    S3FileSystem.clear_instance_cache()
 
 
 @contextmanager

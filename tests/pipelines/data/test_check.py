@@ -19,7 +19,7 @@ from pipelines.data.schema import Encoding, encoded_schema
 from pipelines.data.values import pack
 from pipelines.shapes import NUM_FRAMES, write_shards
 from sgmd_core.errors import DataError
-from tests.helpers.s3_server import serve_s3
+from tests.helpers.s3_server import serve_s3, use_server
 from tests.helpers.shards import byte_strings, write_folder, write_shard
 
 HERE = CheckOptions(num_processes=0)
@@ -224,9 +224,7 @@ def test_a_bucket_is_checked_like_a_folder(clips, tmp_path, monkeypatch):
     damage(shards_of(clips)[1], "video", 3, b"broken")
     shutil.copytree(clips, tmp_path / "s3" / "bucket" / "set")
     with serve_s3(tmp_path / "s3") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        S3FileSystem.clear_instance_cache()
+        use_server(server.environment, monkeypatch)
         there = check("s3://bucket/set", HERE).to_json()
     S3FileSystem.clear_instance_cache()
     assert there | {"folder": ""} == check(str(clips), HERE).to_json() | {"folder": ""}

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from s3fs import S3FileSystem
 
 from pipelines.data.filesystem import S3Settings, is_transient, open_folder, without_secrets
 from sgmd_core.errors import ConfigError, DataError
-from tests.helpers.s3_server import S3Server, serve_s3
+from tests.helpers.s3_server import S3Server, serve_s3, use_server
 
 QUICK = S3Settings(max_attempts=2, connect_timeout_s=1, read_timeout_s=5)
 
@@ -25,9 +24,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 
 @pytest.fixture
 def keys(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    S3FileSystem.clear_instance_cache()
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
+    use_server(server.environment, monkeypatch)
     return server.environment
 
 

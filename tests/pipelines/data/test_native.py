@@ -9,12 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from s3fs import S3FileSystem
 
 from pipelines.data.filesystem import S3Settings, open_folder
 from pipelines.data.native import Group, NativeReader, endpoint_options, native_filesystem
 from pipelines.data.parquet import Fault, RowGroupReader
-from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3
+from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
 
 COLUMNS = ("sample_id", "caption", "latents")
 ROWS = 40
@@ -91,9 +90,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def set_on_s3(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()
+    use_server(server.environment, monkeypatch)
     return "s3://clips/set"
 
 

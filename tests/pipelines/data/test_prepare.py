@@ -25,7 +25,7 @@ from pipelines.data.prepare_clip import ClipRules
 from pipelines.data.sources import Columns
 from sgmd_core.errors import DataError
 from tests.e2e.processes import ROOT
-from tests.helpers.s3_server import serve_s3
+from tests.helpers.s3_server import serve_s3, use_server
 from tests.helpers.video_files import grey_frames, real_clips, sound_file, video_file
 
 HERE = PrepareOptions(num_processes=0, max_bad_fraction=1.0)
@@ -306,9 +306,7 @@ def test_from_a_bucket_into_a_bucket(source, tmp_path, monkeypatch):
         (bucket / "raw" / "deep" / path.name).write_bytes(path.read_bytes())
     (bucket / "raw" / "bad.mp4").write_bytes(b"")
     with serve_s3(tmp_path / "s3") as server:
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        S3FileSystem.clear_instance_cache()
+        use_server(server.environment, monkeypatch)
         options = PrepareOptions(num_processes=0, max_bad_fraction=0.2, shard_clips=2)
         for _ in range(2):
             report = prepare("s3://clips/raw", "s3://clips/set", options)

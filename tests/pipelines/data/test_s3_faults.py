@@ -22,7 +22,7 @@ from pipelines.data.shard_writing import write_file
 from pipelines.data.window import Source
 from sgmd_core.errors import DataError
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every, serve_faulty
-from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3
+from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
 from tests.helpers.shards import write_folder
 
 SIZES = (7, 7, 5, 12, 9)
@@ -65,8 +65,7 @@ def through(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., ProxyBook]]:
     """Puts a proxy with some troubles between this process and the server."""
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
+    use_server(server.environment, monkeypatch)
     stack = []
 
     def put(plan: Callable[[int], Trouble], stall_s: float = 2.0) -> ProxyBook:
@@ -201,10 +200,8 @@ def test_moto_lists_and_reads_alike(server: S3Server, monkeypatch: pytest.Monkey
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    S3FileSystem.clear_instance_cache()
+    endpoint = {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    use_server(server.environment | endpoint, monkeypatch)
     try:
         filesystem = S3FileSystem(skip_instance_cache=True)
         filesystem.mkdir("clips")
@@ -293,4 +290,5 @@ def test_a_process_ends_although_it_has_not_closed_its_feed(tmp_path: Path, read
         command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=150
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["50"]
+    # Under load a raylet may have something to say there, too.
+    assert "50" in done.stdout.splitlines()
