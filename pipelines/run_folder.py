@@ -1,7 +1,7 @@
 """Where a run keeps what it makes.
 
 runs/NAME/  config.yaml  metrics.jsonl  validation.jsonl  alarms.jsonl  ranking.json  summary.json
-trace.json  ledger/  shards.jsonl  quarantine.parquet
+trace.json  ledger/  shards.jsonl  quarantine.parquet  wandb-id
 samples/  checkpoints/step-000200/  generator/  best/  evaluation.json  report.html
 """
 

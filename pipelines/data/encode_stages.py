@@ -91,47 +91,55 @@ def run(
         # Ray Data itself would wait for ever for what the cluster does not have.
         require_cpus(1 + sum(pool.size for pool in pools), f"encoding {src}")
         require_gpus(sum(pool.size * pool.gpus for pool in pools), f"encoding {src}")
-        tasks = [{TASK: pickle.dumps(part)} for part in parts]
-        pixel_shape = options.pixel_shape
-        clip_bytes = prod(pixel_shape)
-        batch_size = max(1, min(_MAX_BATCH, _BATCH_BYTES // clip_bytes))
-        rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-            cast("Any", read_and_decode),  # Ray's stubs know no further arguments
-            batch_size=1,
-            batch_format="pyarrow",
-            fn_kwargs={
-                "url": src,
-                "wanted": options.wanted,
-                "max_caption_chars": options.max_caption_chars,
-            },
-            num_cpus=_DECODE_CPUS,
-            compute=ray.data.TaskPoolStrategy(size=options.decoders),
-        )
-        for stage, pool, arguments in (
-            (EncodeVideos, options.videos, {"pixel_shape": pixel_shape}),
-            (EncodeCaptions, options.captions, {"text_length": options.text_length}),
-        ):
-            rows = rows.map_batches(
-                stage,
-                batch_size=batch_size,
-                batch_format="pyarrow",
-                compute=ray.data.ActorPoolStrategy(size=pool.size),
-                fn_constructor_kwargs={
-                    "model": model,
-                    "dtype": options.dtype,
-                    "num_threads": 1,
-                    **arguments,
-                },
-                num_cpus=1,
-                num_gpus=pool.gpus or None,
-            )
-        rows.context.execution_options.preserve_order = True
-        rows.context.enable_progress_bars = False
+        rows = _dataset(src, model, options, parts)
         blocks = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
         # Ended before Ray is: what is left of it would start another Ray, or wait for ever.
         with closing(cast("Generator[pa.Table]", blocks)):
             for block in blocks:
                 yield from cast("pa.Table", block).to_pylist()
+
+
+def _dataset(
+    src: str, model: str, options: EncodeOptions, parts: Sequence[Part]
+) -> ray.data.Dataset:
+    """The parts on their way through the stages; nothing runs yet."""
+    tasks = [{TASK: pickle.dumps(part)} for part in parts]
+    pixel_shape = options.pixel_shape
+    clip_bytes = prod(pixel_shape)
+    batch_size = max(1, min(_MAX_BATCH, _BATCH_BYTES // clip_bytes))
+    rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        cast("Any", read_and_decode),  # Ray's stubs know no further arguments
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={
+            "url": src,
+            "wanted": options.wanted,
+            "max_caption_chars": options.max_caption_chars,
+        },
+        num_cpus=_DECODE_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=options.decoders),
+    )
+    for stage, pool, arguments in (
+        (EncodeVideos, options.videos, {"pixel_shape": pixel_shape}),
+        (EncodeCaptions, options.captions, {"text_length": options.text_length}),
+    ):
+        rows = rows.map_batches(
+            stage,
+            batch_size=batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=pool.size),
+            fn_constructor_kwargs={
+                "model": model,
+                "dtype": options.dtype,
+                "num_threads": 1,
+                **arguments,
+            },
+            num_cpus=1,
+            num_gpus=pool.gpus or None,
+        )
+    rows.context.execution_options.preserve_order = True
+    rows.context.enable_progress_bars = False
+    return rows
 
 
 def read_and_decode(

@@ -2,10 +2,11 @@
 
     row groups -> Arrow's own S3 client (or plain files) -> decoded side by side -> tables
 
-It costs half of what bytes cost that come through Python, and is allowed to fail: what it cannot
-read comes as an error, and `pipelines.data.parquet` reads it again through fsspec, with our
-patience and our words for what is wrong. So credentials, addresses or troubles that only s3fs copes
-with cost speed and nothing else. See docs/decisions/0013-arrow-reads-row-groups.md.
+It takes a third less CPU than bytes that come through Python (docs/benchmarks.md, Data), and is
+allowed to fail: what it cannot read comes as an error, and `pipelines.data.parquet` reads it again
+through fsspec, with our patience and our words for what is wrong. So credentials, addresses or
+troubles that only s3fs copes with cost speed and nothing else. See
+docs/decisions/0013-arrow-reads-row-groups.md.
 """
 
 from collections import OrderedDict

@@ -5,7 +5,6 @@ Apart from the schema, so that processes which only read or decode never load to
 
 from typing import cast
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -93,11 +92,8 @@ def _view(stored: pa.Buffer, dtype: DTypeName) -> Tensor:
 
 
 def _values(stored: bytes, dtype: DTypeName) -> Tensor:
-    # A copy: the bytes may be a read-only view into shared memory.
-    kind = torch_dtype(dtype)
-    values = torch.empty(len(stored) // kind.itemsize, dtype=kind)
-    values.view(torch.uint8).numpy()[:] = np.frombuffer(stored, dtype=np.uint8)
-    return values
+    # A copy: bytes are read-only, and a tensor is not.
+    return _view(pa.py_buffer(stored), dtype).clone()
 
 
 def _not_latents(num_bytes: int, encoding: Encoding) -> DataError:
