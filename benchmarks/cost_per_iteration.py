@@ -20,13 +20,13 @@ from typing import Any
 
 from documents import write_document
 
-from pipelines.config import DistillConfig, load_recipe
-from pipelines.data.feed import Feed, Progress
-from pipelines.groups import Groups, open_groups
-from pipelines.iteration import PromptBatch, iterate
-from pipelines.iteration_plan import plan_iteration
-from pipelines.preflight import check
-from pipelines.run_folder import RunFolder
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.data.stream.feed import Feed, Progress
+from pipelines.distillation.groups import Groups, open_groups
+from pipelines.distillation.iteration import PromptBatch, iterate
+from pipelines.distillation.iteration_plan import plan_iteration
+from pipelines.distillation.preflight import check
+from pipelines.run.folder import RunFolder
 from pipelines.study.passes import (
     expected_passes,
     iteration_passes,

@@ -53,18 +53,19 @@ from pyarrow.fs import S3FileSystem
 from s3fs import S3FileSystem as FsspecS3
 
 from cluster.runtime import start_ray
-from pipelines.data.catalogue import Catalogue
-from pipelines.data.clip_format import ClipFormat
-from pipelines.data.feed import Feed, Progress, StreamSettings
-from pipelines.data.filesystem import open_folder
-from pipelines.data.listing import list_chapters
-from pipelines.data.plan import ShuffleSettings
-from pipelines.data.ray_stream import ReadAheadSettings
-from pipelines.data.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO
-from pipelines.data.stream import plan_windows
-from pipelines.data.window import Source, read_window
-from pipelines.data.window_decoding import ClipDecoder, decode_rows
-from pipelines.run_folder import git_revision, versions
+from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.listing import list_chapters
+from pipelines.data.shards.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO
+from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.plan import ShuffleSettings
+from pipelines.data.stream.ray_stream import ReadAheadSettings
+from pipelines.data.stream.source import Source
+from pipelines.data.stream.stream import plan_windows
+from pipelines.data.stream.window import read_window
+from pipelines.data.stream.window_decoding import ClipDecoder, decode_rows
+from pipelines.run.folder import git_revision, versions
 from pipelines.shapes import FRAME_PX, NUM_FRAMES
 
 _PASSES = 4

@@ -16,16 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from s3fs import S3FileSystem
 
-from pipelines.data.index import Shard
-from pipelines.data.schema import (
+from pipelines.data.shards.index import Shard
+from pipelines.data.shards.schema import (
     Encoding,
     caption_schema,
     encoded_schema,
     parquet_options,
     video_schema,
 )
+from pipelines.media.video import encode_mp4
 from pipelines.shapes import FPS, Split, captions, render, sample_spec
-from pipelines.video import encode_mp4
 
 BUCKET = "bench"
 # A quarter of 480 x 832 pixels in each direction, 21 frames; a caption of at most 256 tokens.

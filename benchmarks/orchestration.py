@@ -31,8 +31,8 @@ from orchestration_validation import measure_validation, write_docs
 from sleeping_stand import Groups, Setting, rehearse_setting, sleepers
 
 from cluster.rehearsal import rehearse
-from cluster.simulate import Costs, in_sequence, simulate
-from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER
+from cluster.schedule.simulate import Costs, in_sequence, simulate
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 
 GENERATOR_BOUND = (160.0, 80.0, 60.0, 50.0, 120.0)
 SPLITS = (

@@ -8,7 +8,7 @@ from typing import Any
 from sleeping_stand import Setting, rehearse_setting, sleepers
 
 from cluster.store_use import store_use
-from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 
 SETTING = Setting("memory", (1, 1, 1), (0, 0, 0, 0, 0), 2, 2, megabytes=0.2)
 """0.2 MB a result: above the size from which Ray keeps results in the store."""

@@ -5,11 +5,11 @@ from typing import Any
 
 from sleeping_stand import Groups, Setting, rehearse_setting, sleepers
 
-from cluster.program import Pass, Stage, Team
 from cluster.rehearsal import rehearse
-from cluster.schedule import order_calls
-from cluster.simulate import Costs
-from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER
+from cluster.schedule.program import Pass, Stage, Team
+from cluster.schedule.schedule import order_calls
+from cluster.schedule.simulate import Costs
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 
 NAP_S = 0.2
 TASKS = 64

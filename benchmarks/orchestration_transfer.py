@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from sleeping_stand import Groups, hops_s, open_sleepers, sleepers
 
-from cluster.pools import Pool
+from cluster.ray.pools import Pool
 from cluster.runtime import start_ray
 
 SIZES_MB = (1, 8, 64)

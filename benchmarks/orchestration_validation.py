@@ -8,9 +8,9 @@ from typing import Any
 
 from sleeping_stand import MachineCosts, Setting, measure_machine, rehearse_setting, sleepers
 
-from cluster.simulate import simulate
-from pipelines.charts import Series, line_chart
-from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER
+from cluster.schedule.simulate import simulate
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.media.charts import Series, line_chart
 
 SETTINGS = (
     Setting("one at a time", (1, 1, 1), (120, 80, 60, 50, 90), 4, 1),

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.plan import Plan, make_plan
 from pipelines.planning.search import find_batch
 from pipelines.planning.stage_times import measured, modelled
 from pipelines.planning.workload import KNOWN_SHAPES, Workload
-from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from sgmd_core.errors import ConfigError
 
 LATENT_SHAPE = (16, 21, 60, 104)

@@ -7,16 +7,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from cluster.pools import Pool
-from cluster.program import Pass, Program, Stage, Team
-from cluster.ray_group import RayWorkerGroup
+from cluster.ray.group import RayWorkerGroup
+from cluster.ray.pools import Pool
+from cluster.ray.topology import reserve
 from cluster.rehearsal import Rehearsal, Sleeper, make_sleeper, rehearse
 from cluster.runtime import start_ray
-from cluster.schedule import Call, order_calls
-from cluster.simulate import Costs, simulate
-from cluster.topology import reserve
+from cluster.schedule.program import Pass, Program, Stage, Team
+from cluster.schedule.schedule import Call, order_calls
+from cluster.schedule.simulate import Costs, simulate
 from cluster.worker_group import WorkerGroup
-from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER, iteration_program
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.distillation.programs import iteration_program
 
 START_TIMEOUT_S = 600.0
 Groups = Mapping[str, WorkerGroup[Sleeper]]

@@ -9,8 +9,8 @@ The format: https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from cluster.execution import Asked
 from cluster.measured import key_of_call, key_of_work
+from cluster.schedule.execution import Asked
 from cluster.spans import Work
 
 _CONTROLLER = "controller"

@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.execution import Asked
-from cluster.simulate import Cause, Span, Timeline
+from cluster.schedule.execution import Asked
+from cluster.schedule.simulate import Cause, Span, Timeline
 from cluster.spans import Work
 
 Rank = tuple[str, int]

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cluster.schedule import Call
-from cluster.simulate import Costs, mean_period
+from cluster.schedule.schedule import Call
+from cluster.schedule.simulate import Costs, mean_period
 from cluster.worker_group import Pending, WorkerGroup
 
 

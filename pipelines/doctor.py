@@ -23,8 +23,8 @@ from packaging.requirements import Requirement
 
 from cluster.inventory import take_inventory
 from cluster.runtime import start_ray
-from pipelines.config import PROJECT_ROOT
-from pipelines.video import decode_video, encode_mp4
+from pipelines.config.recipe import PROJECT_ROOT
+from pipelines.media.video import decode_video, encode_mp4
 from sgmd_core.errors import SgmdError
 from workers.models.folder import inspect_wan_folder
 

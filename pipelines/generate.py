@@ -18,8 +18,8 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors import SafetensorError
 
-from pipelines.inference import InferenceSettings, model_folder, read_inference_settings
-from pipelines.video import Pixels, encode_for_players, write_gif
+from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
+from pipelines.media.video import Pixels, encode_for_players, write_gif
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from workers.models.folder import inspect_wan_folder
 

@@ -21,12 +21,12 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
-from pipelines.data.filesystem import open_folder
-from pipelines.data.index import Shard
-from pipelines.data.indexing import index_folder
-from pipelines.video import Pixels, encode_mp4
+from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.index import Shard
+from pipelines.data.shards.indexing import index_folder
+from pipelines.media.video import Pixels, encode_mp4
 from sgmd_core.errors import ConfigError
-from sgmd_core.metrics.shapes import (
+from sgmd_core.worlds.shapes import (
     COLOURS,
     DIRECTIONS,
     SHAPES,

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.jobs import follow_job, forwarded_environment, submit_job
-from pipelines.config import PROJECT_ROOT
-from pipelines.recipe_files import find_recipe, shipped_recipes
+from pipelines.config.recipe import PROJECT_ROOT
+from pipelines.config.recipe_files import find_recipe, shipped_recipes
 from sgmd_core.errors import ConfigError
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 from ray import tune
 
-from cluster.pools import Pool, bundles_of, selectors_of
+from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
 from cluster.storage import write_json, write_text
-from pipelines.config import DistillConfig, check_sweep
-from pipelines.distill import distill
-from pipelines.groups import own_cluster_size, pools_of
-from pipelines.preflight import check, require_readable
-from pipelines.progress import Listener, SilentListener
+from pipelines.config.recipe import DistillConfig, check_sweep
+from pipelines.distillation.groups import own_cluster_size, pools_of
+from pipelines.distillation.preflight import check, require_readable
+from pipelines.distillation.run import distill
+from pipelines.run.progress import Listener, SilentListener
 from sgmd_core.errors import ConfigError
 
 _CONTROLLER_CPUS = 1.0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sgmd_core.metrics.diversity import seed_diversity
 from sgmd_core.metrics.frechet import Features, clip_features
-from sgmd_core.metrics.shapes import (
+from sgmd_core.worlds.shapes import (
     ClipReading,
     clip_answers,
     labels_from_captions,

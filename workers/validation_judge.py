@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sgmd_core.metrics.comparison import compare_sets
 from sgmd_core.metrics.frechet import Features, fit_gaussian, frechet_distance
-from sgmd_core.metrics.shapes import labels_from_captions, score_clips
+from sgmd_core.worlds.shapes import labels_from_captions, score_clips
 from workers.evaluator import Evaluator, MeasuredSample, Sampling
 from workers.measured_clips import Measurer
 

@@ -11,7 +11,7 @@ from pipelines.commands.options import Json, Overrides, RecipeName
 from pipelines.commands.output import show, working
 
 if TYPE_CHECKING:
-    from pipelines.config import DistillConfig
+    from pipelines.config.recipe import DistillConfig
 
 Shown = tuple[dict[str, Any], list[RenderableType]]
 """A result as JSON can hold it, and the same for a reader."""
@@ -30,7 +30,7 @@ def study(
     The same command again goes on where it was stopped.
     """
     with working() as console:
-        from pipelines.config import load_recipe
+        from pipelines.config.recipe import load_recipe
 
         config = load_recipe(recipe, overrides or [])
         data, shown = _planned(config) if dry_run else _made(config, console)
@@ -45,7 +45,7 @@ def _planned(config: "DistillConfig") -> Shown:
 
 
 def _made(config: "DistillConfig", console: Console) -> Shown:
-    from pipelines.progress import console_listener
+    from pipelines.run.progress import console_listener
     from pipelines.study import run as job
     from pipelines.study.tables import results_markdown
 

@@ -7,10 +7,10 @@ import typer
 
 from pipelines.commands.options import Json
 from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
-from pipelines.data.clip_format import ClipFormat, FitPolicy
+from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 
 if TYPE_CHECKING:
-    from pipelines.data.prepare import Progress
+    from pipelines.data.making.prepare import Progress
 
 Policy = Annotated[
     FitPolicy,
@@ -80,10 +80,10 @@ def prepare(
     for another format. What is not taken is in DST/quarantine.parquet with its reason.
     """
     with counting() as count:
-        from pipelines.data.prepare import PrepareOptions
-        from pipelines.data.prepare import prepare as make_shards
-        from pipelines.data.prepare_clip import ClipRules
-        from pipelines.data.sources import Columns
+        from pipelines.data.making.prepare import PrepareOptions
+        from pipelines.data.making.prepare import prepare as make_shards
+        from pipelines.data.making.prepare_clip import ClipRules
+        from pipelines.data.making.sources import Columns
 
         options = PrepareOptions(
             columns=Columns(path_column, caption_column, id_column),
@@ -144,12 +144,12 @@ def check(
 ) -> None:
     """Look at every shard, row and video of a set; exit code 0: usable, 1: not, 2: no such set."""
     with progress_bar() as on_progress:
-        from pipelines.data.check import CheckOptions
-        from pipelines.data.check import check as look
+        from pipelines.data.checking.check import CheckOptions
+        from pipelines.data.checking.check import check as look
 
         count_tokens, limit = None, 512
         if model is not None:
-            from pipelines.inference import model_folder, read_inference_settings
+            from pipelines.media.inference import model_folder, read_inference_settings
             from workers.models.wan import token_counter
 
             model = model_folder(model)
@@ -224,9 +224,9 @@ def encode(
 ) -> None:
     """Encode videos to latents and captions to embeddings; killed and started again, it goes on."""
     with progress_bar() as on_progress:
-        from pipelines.data.encode import encode as make_latents
-        from pipelines.data.encode_options import EncodeOptions, Pool, dtype_named
-        from pipelines.inference import model_folder, read_inference_settings
+        from pipelines.data.making.encode import encode as make_latents
+        from pipelines.data.making.encode_options import EncodeOptions, Pool, dtype_named
+        from pipelines.media.inference import model_folder, read_inference_settings
 
         folder = model_folder(model)
         known = read_inference_settings(folder)

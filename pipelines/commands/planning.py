@@ -41,7 +41,7 @@ def plan(
     with working():
         from dataclasses import replace
 
-        from pipelines.config import load_recipe
+        from pipelines.config.recipe import load_recipe
         from pipelines.planning import stage_times
         from pipelines.planning.hardware import Hardware
         from pipelines.planning.plan import make_plan

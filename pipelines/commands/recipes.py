@@ -17,7 +17,7 @@ app = typer.Typer(no_args_is_help=True, help="The recipes that ship, to read and
 @app.command("list")
 def list_recipes(as_json: Json = False) -> None:
     """List the recipes that ship."""
-    from pipelines.recipe_files import shipped_recipes
+    from pipelines.config.recipe_files import shipped_recipes
 
     recipes = shipped_recipes()
     rows = [{"name": r.name, "summary": r.summary, "path": str(r.path)} for r in recipes]
@@ -30,8 +30,8 @@ def list_recipes(as_json: Json = False) -> None:
 @app.command("show")
 def show_recipe(recipe: RecipeName, as_json: Json = False) -> None:
     """Print a recipe, with every key explained."""
-    from pipelines.overrides import read_yaml
-    from pipelines.recipe_files import find_recipe
+    from pipelines.config.overrides import read_yaml
+    from pipelines.config.recipe_files import find_recipe
 
     text = find_recipe(recipe).read_text(encoding="utf-8")
     show(read_yaml(text), as_json, text.rstrip("\n"))
@@ -46,7 +46,7 @@ def copy_recipe(
     as_json: Json = False,
 ) -> None:
     """Copy a recipe, to be edited."""
-    from pipelines.recipe_files import find_recipe
+    from pipelines.config.recipe_files import find_recipe
 
     source = find_recipe(recipe)
     target = target or Path(source.name)
@@ -62,6 +62,6 @@ def copy_recipe(
 @app.command("schema")
 def show_schema() -> None:
     """Print the JSON schema of a distillation recipe, for editors that check YAML."""
-    from pipelines.config import json_schema
+    from pipelines.config.recipe import json_schema
 
     show(json_schema(), True)

@@ -10,7 +10,7 @@ from pipelines.commands.options import Json
 from pipelines.commands.output import progress_bar, show, working
 
 if TYPE_CHECKING:
-    from pipelines.audit import Audit
+    from pipelines.distillation.audit import Audit
 
 
 def evaluate(
@@ -38,9 +38,9 @@ def evaluate(
 ) -> None:
     """Measure a generator against its teacher: figures, verdicts, contact sheet."""
     with progress_bar() as on_progress:
-        from pipelines import evaluate as job
-        from pipelines.evaluation_table import table, verdict_lines
-        from pipelines.run_folder import RunFolder
+        from pipelines.commands.evaluation_table import table, verdict_lines
+        from pipelines.evaluation import run as job
+        from pipelines.run.folder import RunFolder
 
         if output is None:
             output = run if RunFolder(run).config.exists() else Path("evaluation")
@@ -135,7 +135,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: figures, clips, curves, times, alarms, settings."""
     with working():
-        from pipelines.report import write_report
+        from pipelines.reporting.page import write_report
 
         path = write_report(runs, output)
     show({"path": str(path), "bytes": path.stat().st_size}, as_json, str(path))
@@ -147,7 +147,7 @@ def ledger(
 ) -> None:
     """Say whether a run used every sample of each epoch once; exit code 1 if it did not."""
     with working():
-        from pipelines.audit import audit
+        from pipelines.distillation.audit import audit
 
         result = audit(run)
     verdict = "every sample once" if result.is_clean else "samples were lost or repeated"

@@ -13,7 +13,7 @@ from pipelines.commands.output import pairs, progress_bar, show, working
 from sgmd_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipelines.config import DistillConfig
+    from pipelines.config.recipe import DistillConfig
     from pipelines.pretraining.events import PretrainEvent
     from pipelines.sweep import SweepResult
 
@@ -62,9 +62,9 @@ def pretrain(
     """Train a small teacher from clips with Ray Train; the same command again resumes it."""
     with working() as console:
         from cluster.runtime import start_ray
-        from pipelines import pretrain as job
+        from pipelines.config.recipe_files import load
+        from pipelines.pretraining import run as job
         from pipelines.pretraining.config import PretrainConfig
-        from pipelines.recipe_files import load
 
         config = load(PretrainConfig, recipe, overrides or [])
         own_cluster = address is None and "RAY_ADDRESS" not in os.environ
@@ -105,9 +105,9 @@ def distill(
 ) -> None:
     """Distil a teacher into a few-step generator: the main job."""
     with working() as console:
-        from pipelines import distill as job
-        from pipelines.progress import Length, console_listener
-        from pipelines.records import HEADLINE_FIGURES
+        from pipelines.distillation import run as job
+        from pipelines.run.progress import Length, console_listener
+        from pipelines.run.records import HEADLINE_FIGURES
 
         config = _distill_config(recipe, overrides or [], resume)
         if dry_run:
@@ -127,7 +127,7 @@ def distill(
 def _distill_config(
     recipe: str | None, overrides: list[str], resume: Path | None
 ) -> "DistillConfig":
-    from pipelines.config import load_recipe
+    from pipelines.config.recipe import load_recipe
 
     if resume is None:
         if recipe is None:
@@ -148,8 +148,8 @@ def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False
     """Try every combination of the recipe's `sweep.grid` with Ray Tune; write best.yaml."""
     with working() as console:
         from pipelines import sweep as job
-        from pipelines.config import load_recipe
-        from pipelines.progress import Length, LineListener
+        from pipelines.config.recipe import load_recipe
+        from pipelines.run.progress import Length, LineListener
 
         config = load_recipe(recipe, overrides or [])
         result = job.sweep(config, LineListener(console, Length(config.sweep.iterations)))
@@ -163,7 +163,7 @@ def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False
 
 def _sweep_table(result: "SweepResult") -> Table:
     """One row a trial, the best one first, ranked by the column that is named first."""
-    from pipelines.records import HEADLINE_FIGURES
+    from pipelines.run.records import HEADLINE_FIGURES
 
     best = result.trials[0]
     others = [name for name in HEADLINE_FIGURES if name in best.figures and name != result.score]
@@ -201,7 +201,7 @@ def submit(
     """Run a command as a job on a Ray cluster: the same recipe, the same settings."""
     with working() as console:
         from pipelines import submit as job
-        from pipelines.config import PROJECT_ROOT
+        from pipelines.config.recipe import PROJECT_ROOT
 
         job_id = job.submit(
             recipe,

@@ -12,9 +12,9 @@ keeps weights and nothing else.
 from dataclasses import dataclass
 from typing import Any
 
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.workload import Workload
-from pipelines.programs import FAKE_SCORE, GENERATOR, TEACHER
 
 _FLOAT = 4
 

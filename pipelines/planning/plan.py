@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.memory import (
     RankMemory,
@@ -14,7 +15,6 @@ from pipelines.planning.memory import (
 from pipelines.planning.search import Prediction, candidates, find_best, rank_memory
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
-from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from sgmd_core.errors import ConfigError
 
 _MOST_GPUS = 8192

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import lcm
 
-from cluster.program import Team
-from cluster.schedule import Call, order_calls
-from cluster.simulate import Costs, simulate
+from cluster.schedule.program import Team
+from cluster.schedule.schedule import Call, order_calls
+from cluster.schedule.simulate import Costs, simulate
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.memory import (
     RankMemory,
@@ -25,7 +26,6 @@ from pipelines.planning.memory import (
 )
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.workload import Workload
-from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 
 MAX_DEPTH = 4
 """Beyond it nothing is gained: three micro-batches in flight keep every role busy."""

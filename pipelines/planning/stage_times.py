@@ -15,11 +15,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from pipelines.config import DistillConfig, load_recipe
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.workload import StageName, Workload
-from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES, TEACHER
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError
 from workers.models.wan_arithmetic import WanShape
 

@@ -21,9 +21,10 @@ from math import prod
 from pathlib import Path
 from typing import Any, Self
 
-from cluster.program import Program
-from pipelines.config import DistillConfig
-from pipelines.programs import FAKE_SCORE, GENERATOR, ROLES, TEACHER, iteration_program
+from cluster.schedule.program import Program
+from pipelines.config.recipe import DistillConfig
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.distillation.programs import iteration_program
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
 from workers.models.wan_arithmetic import WanShape

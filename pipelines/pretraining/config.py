@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
-from pipelines.recipe_files import absolute_path
+from pipelines.config.recipe_files import absolute_path
 
 
 class Settings(BaseModel):

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.parquet import open_parquet
+from pipelines.data.shards.parquet import open_parquet
+from pipelines.media.video import decode_video
 from pipelines.pretraining.config import WorldSettings
 from pipelines.pretraining.vae_stage import open_vae
-from pipelines.video import decode_video
 from sgmd_core.errors import DataError
 
 Batch = dict[str, NDArray[Any]]

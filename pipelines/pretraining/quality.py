@@ -10,15 +10,15 @@ from torch import Tensor
 from pipelines.pretraining.config import PretrainConfig, SamplingSettings
 from pipelines.pretraining.vae_stage import psnr_db, to_unit_video
 from pipelines.shapes import Split, caption, render_batch, sample_spec
-from sgmd_core.metrics.shapes import (
+from sgmd_core.rollout import euler_sample
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.velocity import VelocityModel
+from sgmd_core.worlds.shapes import (
     ClipScores,
     labels_from_captions,
     measure_clips,
     score_clips,
 )
-from sgmd_core.rollout import euler_sample
-from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.velocity import VelocityModel
 from workers.models.wan import VideoVae, load_text, load_transformer, load_vae
 
 _QUALITY_SEED = 9_001

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.charts import Mark, number
+from pipelines.media.charts import Mark, number
 from pipelines.reporting.names import title
 from pipelines.reporting.records import Line
 

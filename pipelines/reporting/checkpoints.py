@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.charts import number
-from pipelines.records import HEADLINE_FIGURES
+from pipelines.media.charts import number
 from pipelines.reporting.names import title
 from pipelines.reporting.records import RunRecords, is_number
+from pipelines.run.records import HEADLINE_FIGURES
 
 _MAX_SHOWN = 10
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from pipelines.clip_files import ClipColumn, ClipFiles, clips_folder, read_clip_files
+from pipelines.media.clip_files import ClipColumn, ClipFiles, clips_folder, read_clip_files
+from pipelines.media.video import first_frame, shrink_video
 from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.records import RunRecords
-from pipelines.video import first_frame, shrink_video
 from sgmd_core.errors import DataError
 
 # Base64 adds a third, so that a page stays below 15 MB with room for curves and text.

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from pipelines.charts import Mark, Series, line_chart
-from pipelines.records import HEADLINE_FIGURES, HEADLINE_LOSSES
+from pipelines.media.charts import Mark, Series, line_chart
 from pipelines.reporting.alarms import marks
 from pipelines.reporting.names import about, in_order, title
 from pipelines.reporting.records import Line, RunRecords
+from pipelines.run.records import HEADLINE_FIGURES, HEADLINE_LOSSES
 
 _LOSSES, _NORMS, _SECONDS, _FIGURES = "losses", "grad_norms", "seconds", "figures"
 

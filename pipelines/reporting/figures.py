@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.charts import number
-from pipelines.evaluation import FLOOR, GENERATOR, REFERENCE
+from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE
+from pipelines.media.charts import number
 from pipelines.reporting.records import is_number
 
 _SECONDS = "seconds_per_clip"

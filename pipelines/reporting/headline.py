@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.charts import number
-from pipelines.evaluation import TEACHER_FEW
+from pipelines.evaluation.result import TEACHER_FEW
+from pipelines.media.charts import number
 from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.figures import Figure, SamplingRow, SamplingRows, read_rows
 from pipelines.reporting.names import about, in_order, title

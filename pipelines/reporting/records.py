@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from pipelines.evaluate import EVALUATION_FILE
-from pipelines.overrides import read_yaml
-from pipelines.run_folder import RunFolder
+from pipelines.config.overrides import read_yaml
+from pipelines.evaluation.run import EVALUATION_FILE
+from pipelines.run.folder import RunFolder
 from sgmd_core.errors import CheckpointError
 
 _MAX_LINES_NAMED = 5

@@ -12,8 +12,8 @@ from html import escape
 from pathlib import Path
 
 from cluster.storage import write_text
-from pipelines.charts import Axis, linear_axis, number
-from pipelines.evaluation import FLOOR, REFERENCE, TEACHER_FEW
+from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW
+from pipelines.media.charts import Axis, linear_axis, number
 from pipelines.study.passes import role_of
 from pipelines.study.results import StudyResult, mean_curve
 from pipelines.study.tables import stage_costs

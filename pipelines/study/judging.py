@@ -16,7 +16,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pipelines.clip_sets import (
+from pipelines.config.recipe import DistillConfig
+from pipelines.data.stream.inspect import first_captions
+from pipelines.distillation.preflight import check
+from pipelines.distillation.validation import reads_shapes
+from pipelines.evaluation.clip_sets import (
     ClipRequest,
     ClipSet,
     folder_digest,
@@ -25,11 +29,7 @@ from pipelines.clip_sets import (
     save_clip_set,
     set_name,
 )
-from pipelines.config import DistillConfig
-from pipelines.data.inspect import first_captions
-from pipelines.evaluation import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
-from pipelines.preflight import check
-from pipelines.validation import reads_shapes
+from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 from sgmd_core.metrics.diversity import seed_diversity
 from sgmd_core.metrics.frechet import Gaussian, fit_gaussian, frechet_distance
 from workers.build import build_evaluator

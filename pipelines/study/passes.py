@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipelines.config import DistillConfig
+from pipelines.config.recipe import DistillConfig
 from sgmd_core.objectives import GradientPath
 from sgmd_core.seeds import exit_step
 from sgmd_core.types import MicroBatchKey, Purpose

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from pipelines.config import DistillConfig
+from pipelines.config.recipe import DistillConfig
 from pipelines.study.passes import expected_passes, run_passes, total_units, units_by_role
 from sgmd_core.errors import ConfigError
 

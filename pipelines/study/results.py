@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median, stdev
 from typing import Any
 
-from pipelines.evaluation import REFERENCE
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.evaluation.result import REFERENCE
+from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.study.judging import Figures
 from pipelines.study.passes import iteration_passes, total_units
 from pipelines.study.plan import PlannedRun

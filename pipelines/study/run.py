@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Checkpoints, read_json, write_json, write_text
-from pipelines.config import DistillConfig, load_recipe
-from pipelines.distill import distill
-from pipelines.preflight import check
-from pipelines.progress import Length, Listener
-from pipelines.run_folder import RunFolder, git_revision, versions
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.preflight import check
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, git_revision, versions
+from pipelines.run.progress import Length, Listener
 from pipelines.study.figures import write_plots
 from pipelines.study.judging import Figures, Judge
 from pipelines.study.passes import expected_passes, units_by_role

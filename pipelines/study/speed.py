@@ -10,9 +10,9 @@ from statistics import median
 
 import torch
 
-from pipelines.config import DistillConfig
-from pipelines.preflight import check
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.preflight import check
+from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.study.passes import iteration_passes, total_units
 from pipelines.study.plan import StudyPlan
 from workers.build import build_denoiser

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pipelines.evaluation import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
+from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 from pipelines.study.passes import role_of
 from pipelines.study.results import Spread, StudyResult
 

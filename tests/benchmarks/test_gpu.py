@@ -11,9 +11,9 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipelines.config.roles import ROLES
 from pipelines.planning.stage_times import measured
 from pipelines.planning.workload import Workload
-from pipelines.programs import ROLES
 
 ROOT = Path(__file__).parents[2]
 TINY = ((4, 3, 8, 8), 16)

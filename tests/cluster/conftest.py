@@ -11,9 +11,9 @@ from tests.cluster.toys import WAIT_S, Toy, make_toy
 @pytest.fixture(scope="session")
 def ray_groups(ray_cluster: None) -> Iterator[Mapping[str, WorkerGroup[Toy]]]:
     """`first` with two ranks and `second` with one."""
-    from cluster.pools import Pool
-    from cluster.ray_group import RayWorkerGroup
-    from cluster.topology import reserve
+    from cluster.ray.group import RayWorkerGroup
+    from cluster.ray.pools import Pool
+    from cluster.ray.topology import reserve
 
     pools = [Pool("first", 2, cpus_per_rank=0.1), Pool("second", cpus_per_rank=0.1)]
     with reserve(pools, timeout_s=WAIT_S) as placement:

@@ -3,11 +3,11 @@
 import pytest
 
 from cluster.chrome_trace import trace_events
-from cluster.execution import Asked
 from cluster.measured import Usage, key_of_call, key_of_work, measured_timeline, path_seconds
-from cluster.program import Pass, Stage, Team
-from cluster.schedule import order_calls
-from cluster.simulate import Cause, Costs, by_stage, simulate
+from cluster.schedule.execution import Asked
+from cluster.schedule.program import Pass, Stage, Team
+from cluster.schedule.schedule import order_calls
+from cluster.schedule.simulate import Cause, Costs, by_stage, simulate
 from cluster.spans import Label, Work
 
 PROGRAM = (

@@ -17,10 +17,10 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cluster.errors import ClusterError
-from cluster.pools import Pool
-from cluster.ray_group import RayWorkerGroup
+from cluster.ray.group import RayWorkerGroup
+from cluster.ray.pools import Pool
+from cluster.ray.topology import reserve
 from cluster.runtime import start_ray
-from cluster.topology import reserve
 from tests.cluster.toys import WAIT_S, Toy, make_toy
 
 CPUS = 3
@@ -94,9 +94,9 @@ def kill_a_run(address: str) -> None:
     """Starts another run that reserves pools, and kills its process without warning."""
     code = (
         "import time\n"
-        "from cluster.pools import Pool\n"
+        "from cluster.ray.pools import Pool\n"
         "from cluster.runtime import start_ray\n"
-        "from cluster.topology import reserve\n"
+        "from cluster.ray.topology import reserve\n"
         f"with start_ray({address!r}):\n"
         f"    reserve([Pool('a', {CPUS - 1}), Pool('b', 2, strategy='STRICT_SPREAD')], {WAIT_S})\n"
         "    print('reserved', flush=True)\n"

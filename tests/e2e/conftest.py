@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import DistillConfig, load_recipe
+from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.shapes import Split, captions, write_shards
 from tests.helpers import tiny_wan
 

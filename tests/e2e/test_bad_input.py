@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from pipelines.distill import distill, dry_run
-from pipelines.progress import SilentListener
-from pipelines.records import IterationRecord
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.distillation.run import distill, dry_run
+from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.progress import SilentListener
+from pipelines.run.records import IterationRecord
 from sgmd_core.errors import (
     CheckpointError,
     ConfigError,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.distill import distill
+from pipelines.distillation.run import distill
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import history, state
 

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.ledger import Ledger
-from pipelines.data.schema import TEXT_COMPONENTS, Encoding, encoded_schema
-from pipelines.data.values import pack_text
-from pipelines.distill import distill, dry_run
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.data.shards.schema import TEXT_COMPONENTS, Encoding, encoded_schema
+from pipelines.data.shards.values import pack_text
+from pipelines.data.stream.ledger import Ledger
+from pipelines.distillation.run import distill, dry_run
+from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import NonFiniteError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import history, state

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.config import DistillConfig
-from pipelines.distill import distill
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, read_jsonl
 from tests.e2e.conftest import MakeRecipe
 
 MODES = {

@@ -12,7 +12,7 @@ from diffusers import WanPipeline
 from ray.util.state import list_actors
 
 from cluster.jobs import follow_job, submit_job
-from pipelines.config import load_recipe
+from pipelines.config.recipe import load_recipe
 from pipelines.submit import submit
 from sgmd_core.errors import ConfigError
 from tests.e2e.processes import ROOT

@@ -7,12 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipelines.config import DistillConfig
-from pipelines.distill import distill
-from pipelines.inference import read_inference_settings
-from pipelines.progress import SilentListener
-from pipelines.records import FIGURES, IterationRecord
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.run import distill
+from pipelines.media.inference import read_inference_settings
+from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.progress import SilentListener
+from pipelines.run.records import FIGURES, IterationRecord
 from sgmd_core.errors import AlarmError, ConfigError
 from tests.e2e.conftest import MakeRecipe
 from workers.models.wan import load_transformer

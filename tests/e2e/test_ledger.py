@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.audit import audit
-from pipelines.config import DistillConfig
-from pipelines.data.ledger import Ledger
-from pipelines.distill import distill
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.config.recipe import DistillConfig
+from pipelines.data.stream.ledger import Ledger
+from pipelines.distillation.audit import audit
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, read_jsonl
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, run_cli
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every, serve_faulty

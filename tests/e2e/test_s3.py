@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines.data.feed import Feed, Progress, StreamSettings
-from pipelines.data.ledger import Ledger
-from pipelines.data.window import Source
-from pipelines.distill import distill, dry_run
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.ledger import Ledger
+from pipelines.data.stream.source import Source
+from pipelines.distillation.run import distill, dry_run
+from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import DataError
 from tests.e2e.conftest import MakeRecipe
 from tests.helpers.s3_server import S3Access, S3Server, serve_s3, use_server

@@ -15,9 +15,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.config import DistillConfig
-from pipelines.progress import Length, LineListener, SilentListener
-from pipelines.records import IterationRecord
+from pipelines.config.recipe import DistillConfig
+from pipelines.run.progress import Length, LineListener, SilentListener
+from pipelines.run.records import IterationRecord
 from pipelines.study.run import dry_run, study
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
@@ -36,8 +36,8 @@ RUNS = ("ours-seed1", "theirs-seed1", "ours-seed2", "theirs-seed2")
 KILLED = """
 import os, signal, sys
 from contextlib import contextmanager
-from pipelines.config import load_recipe
-from pipelines.progress import SilentListener
+from pipelines.config.recipe import load_recipe
+from pipelines.run.progress import SilentListener
 from pipelines.study.run import study
 
 class Killer(SilentListener):

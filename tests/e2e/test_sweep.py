@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.config import load_recipe
+from pipelines.config.recipe import load_recipe
 from pipelines.sweep import sweep
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe

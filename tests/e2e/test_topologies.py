@@ -13,10 +13,10 @@ import ray
 from safetensors.torch import load_file
 
 from cluster.errors import InsufficientResourcesError
-from pipelines.audit import audit
-from pipelines.config import DistillConfig
-from pipelines.distill import distill
-from pipelines.run_folder import RunFolder, read_jsonl
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.audit import audit
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import NonFiniteError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import MODES, history, state

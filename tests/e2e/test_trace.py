@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.config import DistillConfig
-from pipelines.distill import distill
-from pipelines.run_folder import RunFolder
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder
 from sgmd_core.errors import SgmdError
 from tests.e2e.conftest import MakeRecipe
 

@@ -4,10 +4,8 @@ import json
 import math
 from pathlib import Path
 
-from pipelines.clip_files import SheetGroup
-from pipelines.config import load_recipe
-from pipelines.contact_sheet import write_contact_sheet
-from pipelines.evaluation import (
+from pipelines.config.recipe import load_recipe
+from pipelines.evaluation.result import (
     FLOOR,
     GENERATOR,
     REFERENCE,
@@ -19,8 +17,10 @@ from pipelines.evaluation import (
     Spread,
     judge,
 )
-from pipelines.records import IterationRecord, ValidationRecord
-from pipelines.run_folder import RunFolder, append_jsonl
+from pipelines.media.clip_files import SheetGroup
+from pipelines.media.contact_sheet import write_contact_sheet
+from pipelines.run.folder import RunFolder, append_jsonl
+from pipelines.run.records import IterationRecord, ValidationRecord
 from pipelines.shapes import FPS, Split, render_batch
 
 NUM_ITERATIONS = 60

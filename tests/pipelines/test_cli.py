@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
-from pipelines.recipe_files import shipped_recipes
+from pipelines.config.recipe_files import shipped_recipes
 
 COMMANDS = (
     "doctor",

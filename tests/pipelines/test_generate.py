@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from pipelines.generate import generate
-from pipelines.inference import SETTINGS_FILE, InferenceSettings, write_inference_settings
-from pipelines.video import decode_video
+from pipelines.media.inference import SETTINGS_FILE, InferenceSettings, write_inference_settings
+from pipelines.media.video import decode_video
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipelines.media.video import decode_video
 from pipelines.shapes import (
     FPS,
     SPEED_JITTER,
@@ -18,9 +19,8 @@ from pipelines.shapes import (
     sample_spec,
     write_shards,
 )
-from pipelines.video import decode_video
 from sgmd_core.errors import ConfigError
-from sgmd_core.metrics.shapes import (
+from sgmd_core.worlds.shapes import (
     COLOURS,
     DIRECTIONS,
     SHAPES,

@@ -14,7 +14,7 @@ from sgmd_core.metrics.bootstrap import (
 )
 from sgmd_core.metrics.comparison import compare_sets
 from sgmd_core.metrics.diversity import seed_diversity
-from sgmd_core.metrics.shapes import (
+from sgmd_core.worlds.shapes import (
     ClipReading,
     clip_answers,
     labels_from_captions,

@@ -1,4 +1,4 @@
-"""Agreement with vectors recorded from the authors' released trainer, where they are at hand."""
+"""Agreement with vectors recorded from the authors' released trainer: tests/golden/README.md."""
 
 from pathlib import Path
 
@@ -13,15 +13,11 @@ from sgmd_core.schedule import NUM_SCORE_LEVELS, FlowMatchSchedule, shift_sigma
 from sgmd_core.types import per_sample, sample_mean
 from tests.helpers.queries import make_query
 
-GOLDEN = Path(__file__).parents[2].parent / "shared" / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 TOLERANCE = 1e-5
 EPS = SIGMA_FLOOR = 1e-8
 CASES = {"A": 3, "B": 5, "D_zero_normalizer": 1, "E_tiny_sigma": 2, "F_fake_is_teacher": 1}
 CASES_AND_SIGMAS = [(case, f"s{index}") for case, count in CASES.items() for index in range(count)]
-
-pytestmark = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason=f"the recorded vectors are not at {GOLDEN}"
-)
 
 
 def load(name: str) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sgmd_core.errors import ShapeError
-from sgmd_core.metrics.shapes import (
+from sgmd_core.worlds.shapes import (
     COLOURS,
     DIRECTIONS,
     SHAPES,

@@ -9,7 +9,7 @@ import torch
 from diffusers import WanPipeline
 
 from sgmd_core.errors import ModelFolderError, ShapeError
-from sgmd_core.metrics.shapes import labels_from_captions, measure_clips, score_clips
+from sgmd_core.worlds.shapes import labels_from_captions, measure_clips, score_clips
 from tests.helpers.tiny_wan import (
     HEIGHT,
     LATENT_CHANNELS,

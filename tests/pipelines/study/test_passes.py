@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from cluster.local import LocalWorkerGroup
-from pipelines.config import DistillConfig, load_recipe
-from pipelines.iteration import PromptBatch, Roles, iterate
-from pipelines.iteration_plan import plan_iteration
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.iteration import PromptBatch, Roles, iterate
+from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.study.passes import (
     Passes,
     expected_passes,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipelines.config import DistillConfig, load_recipe
+from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.study.passes import expected_passes, run_passes, total_units
 from pipelines.study.plan import measured_iterations, plan_rows, plan_study
 from sgmd_core.errors import ConfigError

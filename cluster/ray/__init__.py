@@ -1,0 +1,1 @@
+"""Ray: placement groups, actors that host the roles, and what a cluster lacks."""

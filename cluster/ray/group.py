@@ -1,0 +1,302 @@
+"""A worker group whose ranks are Ray actors.
+
+    controller                 object store               host of a rank (an actor)
+    call_rank(method, args) -- to_wire --> reference ---> from_wire, method, to_wire -- reference
+    fetch(pending) <------------------------ small values only -----------------------'
+
+Arguments that are pending go as references at the top level of the call: Ray waits for them at the
+receiver's end and moves the values from rank to rank, past the controller. The ranks of a group
+have processes of their own, or share them with other groups: see `cluster.ray.host`.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeVarTuple
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+
+from cluster.errors import (
+    CallTimeoutError,
+    ClusterError,
+    RemoteCallError,
+    StartTimeoutError,
+    WorkerDiedError,
+)
+from cluster.joined import JoinedPending
+from cluster.ray.direct import Direct
+from cluster.ray.host import Home, Hosts, Joint, Kept, Layout, Order
+from cluster.ray.topology import Placement
+from cluster.spans import Clock, Work, current_label
+from cluster.transfer import array_in, from_wire, to_wire
+from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
+
+Ts = TypeVarTuple("Ts")
+
+_ANSWER_TIMEOUT_S = 600.0
+_PATIENCE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RayPending(Pending[R_co]):
+    """A reference to a result that stays in the object store, or in its process.
+
+    Attributes:
+        reference: Ray's reference; dropping the last one frees the value.
+        ranks: (group, rank) by actor id of every actor that this result depends on, so that the
+            death of any of them can be told by name.
+        home: Where the value is if it has stayed in its process.
+    """
+
+    reference: ray.ObjectRef
+    ranks: Mapping[str, tuple[str, int]]
+    home: Home | None = None
+
+
+class RayWorkerGroup(WorkerGroup[W]):
+    """Ranks in Ray actors, each in its bundle of the run's placement.
+
+    The constructor returns at once and the ranks build their workers side by side: start all
+    groups, then `wait_ready` for each.
+
+    Args:
+        name: What errors and reports call the group.
+        factory: Module-level function that builds the worker inside the rank's process.
+        args: Its arguments; plain picklable values.
+        placement: Reserved resources; or processes that the group shares with others, one a rank.
+        pool: The pool whose ranks these are; None: the one called like the group.
+        collective: Whether the ranks, if there are several, run collectives among themselves.
+        copies: Parts of the group that do so apart from one another.
+        narrow: Kinds of tensors that its results carry in bfloat16; see `cluster.transfer`.
+        direct: Which results go past the object store; its own processes then have to be able to.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        factory: Callable[[*Ts], W],
+        args: tuple[*Ts],
+        placement: Placement | Hosts,
+        pool: str | None = None,
+        *,
+        collective: bool = False,
+        copies: int = 1,
+        narrow: AbstractSet[str] = frozenset(),
+        direct: Direct | None = None,
+    ) -> None:
+        if isinstance(placement, Placement):
+            pool = name if pool is None else pool
+            ranks = placement.pool(pool).num_ranks
+            transport = None if direct is None else direct.transport
+            size = ranks // copies if collective else 1
+            placement = Hosts(pool, placement, size, transport=transport)
+        self._hosts = placement
+        self._narrow = frozenset(narrow)
+        self._direct = direct
+        super().__init__(name, self._hosts.size)
+        self._ready = [
+            self._pending(rank, "build", actor.build.remote(name, factory, args, meeting), [])
+            for rank, (actor, meeting) in enumerate(
+                zip(self._hosts.actors, self._hosts.meetings, strict=True)
+            )
+        ]
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Waits until every rank has built its worker; raises what the factory raised.
+
+        Raises:
+            StartTimeoutError: Not all were there in time; says of each rank what is missing.
+        """
+        try:
+            self.fetch(self._ready, timeout_s, f"starting the {self.size} ranks of {self.name}")
+        except CallTimeoutError:
+            states = [self._start_state(rank) for rank in range(self.size)]
+            raise StartTimeoutError(self.name, tuple(states), timeout_s) from None
+
+    def fetch(self, pendings: Sequence[Pending[R]], timeout_s: float, phase: str) -> list[R]:
+        """Waits for small results; see `WorkerGroup.fetch`."""
+        claims = [_claimed(pending, phase) for pending in pendings]
+        try:
+            wires = ray.get([claim.reference for claim in claims], timeout=timeout_s)
+        except GetTimeoutError:
+            late = _first_unfinished(claims)
+            raise CallTimeoutError(late.group, late.rank, late.method, phase, timeout_s) from None
+        except RayError as error:
+            # Ray tells the failure that it met first; the first claim's may be its cause.
+            _raise_cause(_first_failure(claims) or error, claims, phase)
+        for claim, wire in zip(claims, wires, strict=True):
+            where = "result" if isinstance(wire, Kept) else array_in(wire)
+            if where is not None:
+                raise refuse_array(claim, where, phase)
+        return [from_wire(wire) for wire in wires]
+
+    def is_done(self, pending: Pending[Any]) -> bool:
+        """Whether the result is somewhere in the object store, or will never be."""
+        reference = _claimed(pending, "looking whether a call is done").reference
+        done, _ = ray.wait([reference], timeout=0, fetch_local=False)
+        return bool(done)
+
+    def ask_work(self) -> list[Pending[list[Work]]]:
+        """Asks every rank what it has done since this was last asked."""
+        return [
+            self._pending(rank, "take_work", actor.take_work.remote(self.name), [])
+            for rank, actor in enumerate(self._hosts.actors)
+        ]
+
+    def clocks(self) -> list[Clock]:
+        """The clock of each rank."""
+        asked = [
+            self._pending(rank, "clock", actor.clock.remote(), [])
+            for rank, actor in enumerate(self._hosts.actors)
+        ]
+        return self.fetch(asked, _ANSWER_TIMEOUT_S, f"reading the clocks of {self.name}")
+
+    def process_ids(self) -> list[int]:
+        """Process id of each rank, on its machine; for `py-spy` and for tests."""
+        asked = [
+            self._pending(rank, "process_id", actor.process_id.remote(), [])
+            for rank, actor in enumerate(self._hosts.actors)
+        ]
+        return self.fetch(asked, _ANSWER_TIMEOUT_S, f"finding the processes of {self.name}")
+
+    def close(self) -> None:
+        """Ends the processes; what they hold is gone. Harmless when repeated."""
+        self._hosts.close()
+
+    def _submit(
+        self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
+    ) -> RayPending[Any]:
+        hosts = self._hosts
+        sent, layout = self._laid_out(rank, args, method)
+        named = {
+            name: self._sent(rank, value, f"{name} of {method}()")
+            for name, value in keywords.items()
+        }
+        home = Home(hosts, rank, hosts.next_number(), self._narrow) if hosts.shared else None
+        via = self._direct if self._direct and method in self._direct.methods else None
+        order = Order(
+            self.name,
+            method,
+            layout,
+            current_label(),
+            self._narrow,
+            via is not None,
+            None if home is None else home.number,
+            hosts.take_dropped(rank),
+        )
+        run = hosts.actors[rank].run
+        run = run if via is None else run.options(tensor_transport=via.transport)
+        reference = run.remote(order, *sent, **named)
+        return self._pending(rank, method, reference, [*args, *keywords.values()], home)
+
+    def _pending(
+        self,
+        rank: int,
+        method: str,
+        reference: ray.ObjectRef,
+        inputs: Sequence[object],
+        home: Home | None = None,
+    ) -> RayPending[Any]:
+        ranks = {reference.task_id().actor_id().hex(): (self.name, rank)}
+        for value in inputs:
+            for piece in value.pieces if isinstance(value, JoinedPending) else (value,):
+                if isinstance(piece, RayPending):
+                    ranks |= piece.ranks
+        return RayPending(self.name, rank, method, reference, ranks, home)
+
+    def _laid_out(
+        self, rank: int, args: Sequence[object], method: str
+    ) -> tuple[list[object], Layout]:
+        """What is sent for the arguments of a call, and what the receiver makes of it.
+
+        Ray resolves references at the top level of a call alone, so the pieces of a joined value
+        are sent as arguments of their own.
+        """
+        sent: list[object] = []
+        layout: list[Joint | None] = []
+        for index, value in enumerate(args):
+            where = f"argument {index} of {method}()"
+            if isinstance(value, JoinedPending):
+                sent += [self._sent(rank, piece, where) for piece in value.pieces]
+                layout.append(Joint(value.spans, value.wanted))
+            else:
+                sent.append(self._sent(rank, value, where))
+                layout.append(None)
+        return sent, tuple(layout)
+
+    def _sent(self, rank: int, value: object, where: str) -> object:
+        if not isinstance(value, RayPending):
+            return to_wire(value, where)
+        home = value.home
+        if home is None or (home.hosts is self._hosts and home.rank == rank):
+            return value.reference
+        # It may have stayed in another process, which sends it now.
+        return home.hosts.actors[home.rank].deliver.remote(value.reference, home.narrow)
+
+    def _start_state(self, rank: int) -> str:
+        """What a rank that is being started has come to."""
+        where, ready = self._hosts.places[rank], self._ready[rank].reference
+        if not ray.wait([where], timeout=0)[0]:
+            return "its process has not started"
+        try:
+            machine = ray.get(where)
+        except RayError as error:
+            return f"its process has ended: {type(error).__name__}"
+        built = bool(ray.wait([ready], timeout=0)[0])
+        return "ready" if built else f"its process on machine {machine} is still building"
+
+
+def _claimed(pending: Pending[R], phase: str) -> RayPending[R]:
+    if not isinstance(pending, RayPending):
+        raise ClusterError(
+            phase,
+            f"a result of group {pending.group}, which is no Ray group",
+            "results of Ray groups",
+            "Fetch it through its own group",
+        )
+    return pending
+
+
+def _first_unfinished(claims: Sequence[RayPending[Any]]) -> RayPending[Any]:
+    """The claim to blame for a timeout; the first one if it finished just now."""
+    for claim in claims:
+        if not ray.wait([claim.reference], timeout=0)[0]:
+            return claim
+    return claims[0]
+
+
+def _first_failure(claims: Sequence[RayPending[Any]]) -> RayError | None:
+    """The failure of the first claim that has one; those that stay open are not waited for long."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    for claim in claims:
+        try:
+            ray.get(claim.reference, timeout=max(0.0, deadline_s - time.monotonic()))
+        except GetTimeoutError:
+            continue
+        except RayError as error:
+            return error
+    return None
+
+
+def _raise_cause(error: RayError, claims: Sequence[RayPending[Any]], phase: str) -> NoReturn:
+    """Raises what happened in a rank as itself, not in Ray's wrapping.
+
+    An error passes through every call that depends on the failed one; each wraps it once more.
+    """
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    if isinstance(cause, RayActorError):
+        ranks = {actor: rank for claim in claims for actor, rank in claim.ranks.items()}
+        group, rank = ranks.get(cause.actor_id, (claims[0].group, claims[0].rank))
+        raise WorkerDiedError(group, rank, phase, str(cause)) from None
+    if isinstance(cause, RayError):
+        raise RemoteCallError(phase, f"{type(cause).__name__}: {cause}") from None
+    raise cause from None

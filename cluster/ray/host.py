@@ -1,0 +1,340 @@
+"""The processes of a pool, and the inside of one.
+
+    Hosts              one Ray actor a rank of the pool, each in its bundle
+      Host             builds workers and runs their methods, one after another
+        "painter"      a worker of one group
+        "judge"        of another one, where groups share their processes
+
+What the workers of one process hand to one another stays in it: the result is kept under a number,
+and only a marker goes to the object store. It is let go when the controller's last claim on it is
+gone, and sent when somebody in another process asks for it.
+
+Ranks that run collectives among themselves meet before their first worker is built. Actors are
+synchronous and are never restarted and calls never retried by Ray: a restart would lose the
+workers' state without a word, and a retry would run out of order.
+"""
+
+import os
+import pickle
+import time
+import traceback
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import ray
+import ray.util
+import torch
+
+from cluster.errors import ClusterError, RemoteCallError
+from cluster.joined import Span, put_together
+from cluster.ray.direct import ready_to_hand_over, require_transport
+from cluster.ray.rendezvous import Meeting, join_meeting, open_meeting
+from cluster.ray.topology import Placement
+from cluster.spans import Clock, Label, Work, read_clock
+from cluster.transfer import array_in, from_wire, require_constants, to_wire
+
+_COLLECTIVE_TIMEOUT_S = 600.0
+_MOST_WORK_KEPT = 10_000
+# Ray would show each process its own GPU alone, under which NCCL has been slow or wrong between
+# ranks of one machine (https://github.com/ray-project/ray/issues/61073).
+_SEES_ALL_GPUS = {"runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}}
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """How an argument is put together from the values that were sent for it."""
+
+    spans: tuple[Span, ...]
+    wanted: Span
+
+
+Layout = tuple[Joint | None, ...]
+"""One entry an argument; None for one that was sent as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Stands for a result that has stayed in its process."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How a method is to be run.
+
+    Attributes:
+        worker: Group whose worker is meant.
+        method: Its method.
+        layout: How the arguments arrive.
+        label: What the call is part of.
+        narrow: Kinds of tensors that the result carries in bfloat16, if it is sent.
+        direct: Whether the result goes past the object store, as it is.
+        keep: Number under which a result that holds arrays stays here; None: it is sent.
+        drop: Numbers of kept results that nobody needs any more.
+    """
+
+    worker: str
+    method: str
+    layout: Layout
+    label: Label
+    narrow: frozenset[str]
+    direct: bool
+    keep: int | None
+    drop: tuple[int, ...]
+
+
+class Home:
+    """The controller's claim on a result that is kept in a process; with it goes the result."""
+
+    def __init__(self, hosts: "Hosts", rank: int, number: int, narrow: frozenset[str]) -> None:
+        self.hosts = hosts
+        self.rank = rank
+        self.number = number
+        self.narrow = narrow
+        weakref.finalize(self, hosts.dropped[rank].append, number)
+
+
+class Hosts:
+    """One process a rank of a pool.
+
+    Args:
+        pool: Name of the pool.
+        placement: Reserved resources.
+        meeting_size: So many ranks in a row run collectives among themselves.
+        shared: Whether the workers of several groups live here; results then stay here.
+        transport: Ray's name of the way past the object store that they must have; None: none.
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        placement: Placement,
+        meeting_size: int = 1,
+        *,
+        shared: bool = False,
+        transport: str | None = None,
+    ) -> None:
+        self.pool = pool
+        self.shared = shared
+        size = placement.pool(pool).num_ranks
+        meets = meeting_size > 1
+        remote = cast(Any, ray.remote)
+        host_class = remote(enable_tensor_transport=True)(Host) if transport else remote(Host)
+        options = _SEES_ALL_GPUS if meets else {}
+        self.actors: list[Any] = [
+            host_class.options(
+                max_restarts=0,
+                max_task_retries=0,
+                **options,
+                **placement.actor_options(pool, rank),
+            ).remote(pool, rank, meeting_size, transport)
+            for rank in range(size)
+        ]
+        self.places = [actor.place.remote() for actor in self.actors]
+        """Where each process is, once it is there."""
+        self.dropped: list[deque[int]] = [deque() for _ in range(size)]
+        self._number = 0
+        self.meetings: list[ray.ObjectRef | None] = [None] * size
+        for first in range(0, size, meeting_size) if meets else ():
+            ranks = range(first, first + meeting_size)
+            meeting = self.actors[first].open_meeting.remote(*(self.places[rank] for rank in ranks))
+            for rank in ranks:
+                self.meetings[rank] = meeting
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return len(self.dropped)
+
+    def next_number(self) -> int:
+        """A number that no result has had."""
+        self._number += 1
+        return self._number
+
+    def take_dropped(self, rank: int) -> tuple[int, ...]:
+        """Kept results of a rank that nobody needs any more; told once."""
+        waiting = self.dropped[rank]
+        return tuple(waiting.popleft() for _ in range(len(waiting)))
+
+    def close(self) -> None:
+        """Ends the processes; what they hold is gone. Harmless when repeated."""
+        if ray.is_initialized():
+            for actor in self.actors:
+                ray.kill(actor)
+        self.actors.clear()
+
+
+class Host:
+    """The inside of a rank's process.
+
+    Args:
+        pool: Name of its pool.
+        rank: Its rank.
+        meeting_size: Ranks that run collectives with it.
+        transport: Ray's name of the way past the object store that it must have; None: none.
+    """
+
+    def __init__(self, pool: str, rank: int, meeting_size: int, transport: str | None) -> None:
+        self._place = f"{pool} rank {rank}"
+        self._transport = transport
+        self._rank = rank
+        self._meeting_size = meeting_size
+        self._has_met = False
+        self._workers: dict[str, Any] = {}
+        self._kept: dict[int, object] = {}
+        self._store: Any = None
+        self._works: deque[Work] = deque(maxlen=_MOST_WORK_KEPT)
+
+    def __repr__(self) -> str:
+        """Heads the lines that this process writes to the controller's terminal."""
+        return self._place
+
+    def place(self) -> str:
+        """Ray's name of the machine that this process is on."""
+        return ray.get_runtime_context().get_node_id()
+
+    def clock(self) -> Clock:
+        """How times of this process become times of the day."""
+        return read_clock(self.place())
+
+    def open_meeting(self, *places: str) -> Meeting:
+        """Opens the place where the ranks meet, and keeps it; asked of the first one.
+
+        Args:
+            places: Machine of every rank.
+        """
+        self._store, meeting = open_meeting(
+            len(places),
+            ray.util.get_node_ip_address(),
+            on_one_machine=len(set(places)) == 1,
+            timeout_s=_COLLECTIVE_TIMEOUT_S,
+        )
+        return meeting
+
+    def build(
+        self,
+        worker: str,
+        factory: Callable[..., Any],
+        args: tuple[Any, ...],
+        meeting: Meeting | None,
+    ) -> None:
+        """Makes a worker; not in the constructor, where an error would lose its type."""
+        try:
+            if self._transport is not None:
+                require_transport(self._transport, self._place)
+            if meeting is not None and not self._has_met:
+                _take_own_gpu()
+                rank = self._rank % self._meeting_size
+                join_meeting(meeting, rank, _COLLECTIVE_TIMEOUT_S, self._store)
+                self._has_met = True
+            self._workers[worker] = factory(*args)
+        except Exception as error:
+            raise self._portable(error, worker, factory.__name__) from None
+
+    def run(self, order: Order, /, *sent: object, **keywords: object) -> object:
+        """Runs one method on values from the wire; its result goes back onto the wire, or stays."""
+        times = [time.monotonic()]
+        for number in order.drop:
+            self._kept.pop(number, None)
+        method = order.method
+        try:
+            worker = self._workers.get(order.worker)
+            if worker is None:
+                raise ClusterError(
+                    f"calling {method}() of {order.worker} rank {self._rank}",
+                    "no worker: building it has failed",
+                    "wait_ready() to succeed before the first call",
+                )
+            named = {name: self._arrived(value) for name, value in keywords.items()}
+            args = _put_in_place([self._arrived(value) for value in sent], order.layout)
+            times.append(time.monotonic())
+            result = getattr(worker, method)(*args, **named)
+            if torch.cuda.is_initialized():
+                # A call has ended when the GPU has; the next one would be blamed for it otherwise.
+                torch.cuda.synchronize()
+            times.append(time.monotonic())
+            where = f"the result of {method}()"
+            if order.direct:
+                return ready_to_hand_over(result, where)
+            if order.keep is None or array_in(result) is None:
+                return to_wire(result, where, order.narrow)
+            # Not put on the wire, which would copy it from a GPU to main memory for nothing.
+            require_constants(result, where)
+            self._kept[order.keep] = result
+            return Kept(order.keep)
+        except Exception as error:
+            raise self._portable(error, order.worker, method) from None
+        finally:
+            # What was not reached took no time.
+            times += [time.monotonic()] * (4 - len(times))
+            self._works.append(Work(order.worker, self._rank, method, order.label, *times))
+
+    def deliver(self, value: object, narrow: frozenset[str]) -> object:
+        """A result of this process for another one, kept or not."""
+        if not isinstance(value, Kept):
+            return value
+        return to_wire(self._arrived(value), "a kept result", narrow)
+
+    def take_work(self, worker: str) -> list[Work]:
+        """What a worker has done since this was last asked."""
+        own = [work for work in self._works if work.role == worker]
+        others = [work for work in self._works if work.role != worker]
+        self._works = deque(others, maxlen=_MOST_WORK_KEPT)
+        return own
+
+    def keeps(self, number: int) -> bool:
+        """Whether a result has stayed here; for tests."""
+        return number in self._kept
+
+    def process_id(self) -> int:
+        """Id of this process."""
+        return os.getpid()
+
+    def _arrived(self, value: object) -> object:
+        return self._kept[value.number] if isinstance(value, Kept) else from_wire(value)
+
+    def _portable(self, error: Exception, worker: str, method: str) -> Exception:
+        """The error with a note of where, or its words if it cannot be rebuilt elsewhere."""
+        where = f"{method}() of {worker} rank {self._rank}"
+        told = "".join(traceback.format_exception(error))
+        error.add_note(f"raised in {where}:\n{told}")
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            return RemoteCallError(f"running {where}", f"{type(error).__name__}: {error}\n{told}")
+        return error
+
+
+def _take_own_gpu() -> None:
+    """Makes the GPU that Ray gave to this process the current one, where all are in sight."""
+    own = ray.get_gpu_ids()
+    if own:
+        torch.cuda.set_device(device_index(str(own[0]), os.environ.get("CUDA_VISIBLE_DEVICES")))
+
+
+def device_index(gpu: str, visible: str | None) -> int:
+    """CUDA's index of a GPU: its place among those in sight, where not all of them are.
+
+    Args:
+        gpu: As Ray names it: its number on the machine, or its UUID.
+        visible: CUDA_VISIBLE_DEVICES of this process.
+    """
+    names = [name.strip() for name in visible.split(",")] if visible else []
+    return names.index(gpu) if gpu in names else int(gpu)
+
+
+def _put_in_place(values: Sequence[Any], layout: Layout) -> list[object]:
+    """The arguments of a call from what was sent for them."""
+    args: list[object] = []
+    left = iter(values)
+    for joint in layout:
+        if joint is None:
+            args.append(next(left))
+        else:
+            pieces = [next(left) for _ in joint.spans]
+            args.append(put_together(pieces, joint.spans, joint.wanted))
+    return args

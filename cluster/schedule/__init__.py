@@ -1,0 +1,1 @@
+"""The schedule of an iteration: program, order of calls, execution and simulation."""

@@ -1,0 +1,244 @@
+"""What an iteration consists of, as data: passes over the micro-batches, updates, handovers.
+
+    Pass(Stage("paint", "maker", keeps_until="learn"), Stage("look", "judge", takes=("paint",)), ..)
+    Update("maker", "judge")
+    Handover(("maker", "show"), ("judge", "copy"))
+
+A program says what has to happen and who does it; `cluster.schedule.schedule` makes calls of it.
+The order of the stages of one pass over its micro-batches, and how samples are shared out over the
+processes of a role, are decided here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.errors import ScheduleError
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What one role does to each micro-batch of a pass.
+
+    Attributes:
+        name: Its method.
+        role: Who does it.
+        takes: Earlier stages of the pass whose results it is handed.
+        keeps_until: Later stage of the same role that uses up what this one keeps in memory.
+        gathers: Whether it adds to what an update of the role uses. Such stages of one role are
+            interleaved in one way, whatever the depth.
+    """
+
+    name: str
+    role: str
+    takes: tuple[str, ...] = ()
+    keeps_until: str | None = None
+    gathers: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """Stages that every micro-batch goes through, each listed after what it takes.
+
+    The first stage that keeps something opens a micro-batch: it and what stands before it run
+    ahead of the others by the depth. Where nothing is kept, the first stage runs ahead freely.
+    """
+
+    stages: tuple[Stage, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """Roles whose weights change together: all of them, or none if one has gathered nonsense."""
+
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """A value about no samples that one role hands to another, such as its weights.
+
+    Attributes:
+        giver: Role and stage that make it: every rank is asked, the first one has the value.
+        taker: Role and stage that every rank of another role takes it in with.
+    """
+
+    giver: tuple[str, str]
+    taker: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The processes of one role.
+
+    Attributes:
+        copies: Independent copies; each gets samples of its own.
+        ranks: Processes of one copy; they share its samples evenly and work in step.
+    """
+
+    copies: int = 1
+    ranks: int = 1
+
+    @property
+    def size(self) -> int:
+        """Processes in all; rank `copy * ranks + i` is the i-th of its copy."""
+        return self.copies * self.ranks
+
+
+Program = Sequence[Pass | Update | Handover]
+
+
+def pass_order(
+    a_pass: Pass, num_micro_batches: int, depth: int, cycles: Mapping[str, int] | None = None
+) -> list[tuple[Stage, int]]:
+    """(stage, micro-batch) of one pass, in order.
+
+    A role that is asked again about a micro-batch after another role has worked on it would stand
+    idle in between; it is first asked about the next micro-batch, where the depth allows it.
+
+    Args:
+        a_pass: The stages.
+        num_micro_batches: Parts of the batch.
+        depth: Most micro-batches that are open at once.
+        cycles: By role, micro-batches after which a copy gets its next one; 1 if not given.
+    """
+    opening = _opening(a_pass)
+    ahead = num_ahead(a_pass, num_micro_batches, depth)
+    lags = _lags(a_pass, cycles or {}, most=min(depth, num_micro_batches) - 1)
+    lag = max(lags.values(), default=0)
+    order = [(stage, index) for index in range(ahead) for stage in opening]
+    for slot in range(num_micro_batches + lag):
+        for stage in a_pass.stages[len(opening) :]:
+            index = slot - lags[stage.name]
+            if 0 <= index < num_micro_batches:
+                order.append((stage, index))
+        if ahead <= slot - lag + ahead < num_micro_batches:
+            order += [(stage, slot - lag + ahead) for stage in opening]
+    return order
+
+
+def share_out(num_samples: int, team: Team, turn: int) -> list[tuple[int, tuple[int, int]]]:
+    """Which rank works on which samples of a micro-batch.
+
+    Args:
+        num_samples: Samples of the micro-batch; a multiple of the team's ranks a copy.
+        team: The role's processes.
+        turn: Micro-batches that the role has been given before; copies take turns.
+
+    Returns:
+        (rank, (first sample, one past the last)), in the order of the samples. Over many turns
+        every copy gets the same number of samples, give or take one share.
+    """
+    shares, found, start = num_samples // team.ranks, [], 0
+    fewest, left_over = divmod(shares, team.copies)
+    for place in range(min(team.copies, shares)):
+        copy = (turn * left_over + place) % team.copies
+        size = fewest + (place < left_over)
+        for member in range(team.ranks):
+            found.append((copy * team.ranks + member, (start, start + size)))
+            start += size
+    return found
+
+
+def check_program(program: Program, teams: Mapping[str, Team], num_samples: int) -> None:
+    """Refuses a program that cannot be worked through.
+
+    Raises:
+        ScheduleError: Names the first stage or role that is wrong.
+    """
+    for part in program:
+        if isinstance(part, Update):
+            _check_update(part, teams)
+            continue
+        if isinstance(part, Handover):
+            _check_handover(part, teams)
+            continue
+        known: dict[str, Stage] = {}
+        for stage in part.stages:
+            missing = [name for name in stage.takes if name not in known]
+            if missing or stage.name in known:
+                raise _contradiction(stage, f"takes {stage.takes} after {list(known)}")
+            known[stage.name] = stage
+            team = teams.get(stage.role)
+            if team is None:
+                raise _contradiction(stage, f"is done by {stage.role} of roles {sorted(teams)}")
+            if num_samples % team.ranks:
+                raise ScheduleError(
+                    f"sharing {num_samples} samples of a micro-batch among {stage.role}",
+                    f"{team.ranks} ranks that work in step",
+                    "a number of samples that they divide",
+                    "Change the size of the batch, the number of micro-batches or of ranks",
+                )
+        for stage in part.stages:
+            user = known.get(stage.keeps_until or stage.name)
+            if user is None or user.role != stage.role:
+                raise _contradiction(stage, f"keeps something until {stage.keeps_until}")
+
+
+def _check_update(update: Update, teams: Mapping[str, Team]) -> None:
+    for role in update.roles:
+        if role not in teams or teams[role].copies > 1:
+            raise ScheduleError(
+                "ordering the calls of an iteration",
+                f"an update of {role}, which has {teams.get(role, 'no processes')}",
+                "one copy of a role that learns: copies would drift apart",
+            )
+
+
+def _check_handover(handover: Handover, teams: Mapping[str, Team]) -> None:
+    for role, stage in (handover.giver, handover.taker):
+        if role not in teams:
+            raise _contradiction(Stage(stage, role), f"is done by {role} of {sorted(teams)}")
+
+
+def _contradiction(stage: Stage, found: str) -> ScheduleError:
+    return ScheduleError(
+        "ordering the calls of an iteration",
+        f"stage {stage.name} {found}",
+        "stages with names of their own, each after what it takes, roles that have processes, and"
+        " memory that is used up by a stage of the same role",
+    )
+
+
+def _opening(a_pass: Pass) -> tuple[Stage, ...]:
+    """The stages that run ahead: up to the first one that keeps something."""
+    keeping = [number for number, stage in enumerate(a_pass.stages) if stage.keeps_until]
+    return a_pass.stages[: (keeping[0] if keeping else 0) + 1]
+
+
+def num_ahead(a_pass: Pass, num_micro_batches: int, depth: int) -> int:
+    """How many micro-batches are opened before the first one goes on."""
+    bounded = any(stage.keeps_until for stage in a_pass.stages)
+    return min(depth, num_micro_batches) if bounded else num_micro_batches
+
+
+def _lags(a_pass: Pass, cycles: Mapping[str, int], most: int) -> dict[str, int]:
+    """Micro-batches by which each stage after the opening follows the first of them."""
+    stages = a_pass.stages[len(_opening(a_pass)) :]
+    before = {stage.name: _roles_before(stage, stages) for stage in stages}
+    lags: dict[str, int] = {}
+    least: dict[str, int] = {}
+    for _ in range(2):
+        for stage in stages:
+            taken = [other for other in stages if other.name in stage.takes]
+            used_up = [other for other in stages if other.keeps_until == stage.name]
+            asked_again = any(
+                other.role != stage.role and stage.role in before[other.name] for other in taken
+            )
+            lag = max((lags[other.name] for other in [*taken, *used_up]), default=0)
+            lag += cycles.get(stage.role, 1) if asked_again else 0
+            lags[stage.name] = min(max(lag, least.get(stage.role, 0) * stage.gathers), most)
+        # What a role gathers is gathered in one order: its gathering stages stay together.
+        least = {
+            role: max(lags[stage.name] for stage in stages if stage.gathers and stage.role == role)
+            for role in {stage.role for stage in stages if stage.gathers}
+        }
+    return lags
+
+
+def _roles_before(stage: Stage, stages: Sequence[Stage]) -> set[str]:
+    """Roles that a stage depends on, the opening's left out."""
+    found: set[str] = set()
+    for other in stages:
+        if other.name in stage.takes:
+            found |= {other.role} | _roles_before(other, stages)
+    return found

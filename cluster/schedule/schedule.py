@@ -1,0 +1,277 @@
+"""Who is asked for what, in which order: the schedule of an iteration as a pure function.
+
+    maker    a0 a1 | e0 a2 | e1 a3 | e2    | e3 | update
+    helper   b0    | b1    | b2    | b3    |    |
+    judge       c0 |    c1 |    c2 |    c3 |    | update       d = 2 micro-batches in flight
+
+A *program* says what has to happen, as data: passes, whose stages every micro-batch goes through,
+updates and handovers. `order_calls` turns it into the list of calls that one controller makes. Each
+process works through its calls in the order in which they were made, so this order *is* the
+schedule. It keeps four promises:
+
+* A call comes after the calls whose results it takes.
+* A role gathers gradients in one order, micro-batch after micro-batch, whatever the depth and the
+  teams are: depth and copies do not change a bit of a run's numbers.
+* What a stage keeps in memory for a later one (a graph) is kept for `depth` micro-batches at most.
+* The samples of a micro-batch are shared out evenly: over the ranks of one copy, which work in
+  step, and in turn over copies, which do not wait for one another.
+
+Where the controller has to hear of results before it goes on (`Call.waits_for`) it has first asked
+for everything that needs none of the roles being updated.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from cluster.errors import ScheduleError
+from cluster.schedule.program import (
+    Handover,
+    Pass,
+    Program,
+    Stage,
+    Team,
+    Update,
+    check_program,
+    num_ahead,
+    pass_order,
+    share_out,
+)
+
+GATHER = "gradient_report"
+"""Stage of an update that tells whether what a role gathered is sound; changes nothing."""
+STEP = "step"
+"""Stage of an update that changes the role's weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call on one rank.
+
+    Attributes:
+        iteration: Which iteration it belongs to.
+        phase: Which part of the program, counted from 0.
+        role: Whom it goes to.
+        rank: Which of the role's processes.
+        stage: What is asked for.
+        micro_batch: Which micro-batch; None in an update or a handover.
+        samples: First sample of the micro-batch that it is about, and one past the last.
+        inputs: Places in the list of the calls whose results it is handed.
+        waits_for: Places of calls that must have succeeded, to the controller's knowledge, before
+            it makes this call, and with it all that follow.
+    """
+
+    iteration: int
+    phase: int
+    role: str
+    rank: int
+    stage: str
+    micro_batch: int | None
+    samples: tuple[int, int]
+    inputs: tuple[int, ...] = ()
+    waits_for: tuple[int, ...] = ()
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that it is about; 0 in an update or a handover."""
+        return self.samples[1] - self.samples[0]
+
+
+def order_calls(
+    program: Program,
+    teams: Mapping[str, Team],
+    num_micro_batches: int,
+    depth: int,
+    *,
+    samples_per_micro_batch: int | None = None,
+    num_iterations: int = 1,
+    first_iteration: int = 0,
+    max_staleness: int = 0,
+) -> list[Call]:
+    """The calls of one or more iterations, in the order in which a controller makes them.
+
+    Args:
+        program: What an iteration consists of.
+        teams: Processes by role.
+        num_micro_batches: Parts of the batch.
+        depth: Most micro-batches whose opening stage is ahead of the stage that uses up what it
+            keeps.
+        samples_per_micro_batch: Size of each part; None: the least that gives every rank some.
+        num_iterations: How many iterations to list.
+        first_iteration: Number of the first one.
+        max_staleness: 0: an iteration starts when all updates of the one before have ended. 1: the
+            roles of an update check themselves one by one, and the next iteration starts with
+            what needs no role whose update is still to come. Which calls that concerns, and by
+            how many updates, is what `cluster.schedule.staleness` tells.
+
+    Raises:
+        ScheduleError: The program contradicts itself, or the samples cannot be shared out.
+    """
+    if min(num_micro_batches, depth, num_iterations) < 1 or max_staleness not in (0, 1):
+        raise ScheduleError(
+            "ordering the calls of an iteration",
+            f"{num_micro_batches} micro-batches, {depth} in flight, {num_iterations} iterations, "
+            f"staleness {max_staleness}",
+            "at least one of each, and a staleness of 0 or 1",
+        )
+    if samples_per_micro_batch is None:
+        samples_per_micro_batch = math.lcm(*(team.ranks for team in teams.values()))
+    check_program(program, teams, samples_per_micro_batch)
+    builder = _Builder(program, teams, num_micro_batches, depth, samples_per_micro_batch)
+    iterations = range(first_iteration, first_iteration + num_iterations)
+    for iteration in iterations:
+        builder.add_iteration(iteration, max_staleness, last=iteration == iterations[-1])
+    return builder.calls
+
+
+def graphs_kept(calls: Sequence[Call], program: Program) -> dict[tuple[str, int], int]:
+    """Most samples whose results a rank keeps in memory at once, by (role, rank)."""
+    keepers = {
+        (phase, stage.name): stage.keeps_until
+        for phase, part in enumerate(program)
+        if isinstance(part, Pass)
+        for stage in part.stages
+        if stage.keeps_until
+    }
+    users = {(phase, user) for (phase, _), user in keepers.items()}
+    kept, most = defaultdict[tuple[str, int], int](int), defaultdict[tuple[str, int], int](int)
+    for call in calls:
+        place, key = (call.role, call.rank), (call.phase, call.stage)
+        if key in keepers:
+            kept[place] += call.num_samples
+            most[place] = max(most[place], kept[place])
+        if key in users:
+            kept[place] -= call.num_samples
+    return dict(most)
+
+
+class _Builder:
+    """The list of calls so far, and what the next one has to know of it."""
+
+    def __init__(
+        self,
+        program: Program,
+        teams: Mapping[str, Team],
+        num_micro_batches: int,
+        depth: int,
+        num_samples: int,
+    ) -> None:
+        self.calls: list[Call] = []
+        self._program = program
+        self._teams = teams
+        self._num_micro_batches = num_micro_batches
+        self._depth = depth
+        self._num_samples = num_samples
+        self._places: dict[tuple[int, int, str, int], list[int]] = {}
+        self._passes_of = {
+            role: [
+                phase
+                for phase, part in enumerate(program)
+                if isinstance(part, Pass) and any(stage.role == role for stage in part.stages)
+            ]
+            for role in teams
+        }
+        shares = {role: num_samples // team.ranks for role, team in teams.items()}
+        self._cycles = {role: -(-team.copies // shares[role]) for role, team in teams.items()}
+        # Calls that the controller must hear of before it goes on.
+        self._waits: tuple[int, ...] = ()
+
+    def add_iteration(self, iteration: int, max_staleness: int, *, last: bool) -> None:
+        """Lists one more iteration."""
+        first = len(self.calls)
+        for phase, part in enumerate(self._program):
+            if isinstance(part, Pass):
+                for stage, index in self._order(part):
+                    self._ask_stage(iteration, phase, stage, index)
+                continue
+            if isinstance(part, Handover):
+                given = self._ask_role(iteration, phase, *part.giver)
+                self._ask_role(iteration, phase, *part.taker, inputs=(given[0],))
+                continue
+            after = phase + 1
+            if after < len(self._program):
+                coming = (iteration, after)
+            else:
+                coming = (iteration + 1, 0) if max_staleness and not last else None
+            self._update(iteration, phase, part, coming, together=not max_staleness)
+        if not max_staleness:
+            steps = range(first, len(self.calls))
+            self._waits = tuple(place for place in steps if self.calls[place].stage == STEP)
+
+    def _update(
+        self,
+        iteration: int,
+        phase: int,
+        update: Update,
+        coming: tuple[int, int] | None,
+        *,
+        together: bool,
+    ) -> None:
+        gathered = {role: self._ask_role(iteration, phase, role, GATHER) for role in update.roles}
+        groups = [update.roles] if together else [(role,) for role in update.roles]
+        left = set(update.roles)
+        for group in groups:
+            if coming is not None:
+                self._ask_ahead(*coming, left)
+            self._waits += tuple(place for role in group for place in gathered[role])
+            for role in group:
+                self._ask_role(iteration, phase, role, STEP)
+            left -= set(group)
+
+    def _ask_ahead(self, iteration: int, phase: int, updated: set[str]) -> None:
+        """Asks for the beginning of a pass, as far as it needs none of these roles."""
+        part = self._program[phase]
+        if not isinstance(part, Pass):
+            return
+        free: set[str] = set()
+        # A role that cannot gather from one stage yet must not gather from a later one before.
+        waiting: set[str] = set()
+        for stage in part.stages:
+            if stage.role in updated or not free.issuperset(stage.takes):
+                waiting |= {stage.role} if stage.gathers else set()
+            elif not (stage.gathers and stage.role in waiting):
+                free.add(stage.name)
+        ahead = num_ahead(part, self._num_micro_batches, self._depth)
+        for stage, index in self._order(part):
+            if stage.name in free and index < ahead:
+                self._ask_stage(iteration, phase, stage, index)
+
+    def _order(self, part: Pass) -> list[tuple[Stage, int]]:
+        return pass_order(part, self._num_micro_batches, self._depth, self._cycles)
+
+    def _ask_stage(self, iteration: int, phase: int, stage: Stage, micro_batch: int) -> None:
+        if (iteration, phase, stage.name, micro_batch) in self._places:
+            return
+        passes = self._passes_of[stage.role]
+        past = iteration * len(passes) + passes.index(phase)
+        turn = past * self._num_micro_batches + micro_batch
+        places: list[int] = []
+        for rank, samples in share_out(self._num_samples, self._teams[stage.role], turn):
+            inputs = tuple(
+                place
+                for name in stage.takes
+                for place in self._places[iteration, phase, name, micro_batch]
+                if _overlap(self.calls[place].samples, samples)
+            )
+            places.append(len(self.calls))
+            self._ask(
+                Call(iteration, phase, stage.role, rank, stage.name, micro_batch, samples, inputs)
+            )
+        self._places[iteration, phase, stage.name, micro_batch] = places
+
+    def _ask_role(
+        self, iteration: int, phase: int, role: str, stage: str, inputs: tuple[int, ...] = ()
+    ) -> list[int]:
+        places = [len(self.calls) + rank for rank in range(self._teams[role].size)]
+        for rank in range(self._teams[role].size):
+            self._ask(Call(iteration, phase, role, rank, stage, None, (0, 0), inputs))
+        return places
+
+    def _ask(self, call: Call) -> None:
+        self.calls.append(replace(call, waits_for=self._waits) if self._waits else call)
+        self._waits = ()
+
+
+def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]

@@ -1,0 +1,261 @@
+"""When each call of a schedule runs: a discrete-event simulator.
+
+    start = latest of   the process is free            (the calls before it on that process)
+                        the results have arrived        (end of the maker + transfer)
+                        the controller has asked        (its calls one after another, and its waits)
+
+A schedule lists every call after all that it waits for, so one walk along the list meets the events
+in an order in which each is known when it is needed: no queue, and the result is exact. Ranks of
+one copy begin a stage together, because their collectives make them wait for the last one.
+
+With every cost but the stages' own at zero, the end of the last call is the shortest time in which
+this order can be worked through: the bound that measurements are held against.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+from cluster.schedule.program import Team
+from cluster.schedule.schedule import Call
+
+
+class Cause(StrEnum):
+    """What a call waited for last."""
+
+    PROCESS = "process"
+    RESULT = "result"
+    CONTROLLER = "controller"
+
+
+def _nothing(call: Call) -> float:
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What takes time.
+
+    Attributes:
+        seconds: Of a call, on its process.
+        result_bytes: That a call hands to each call that takes its result.
+        bandwidth: Bytes a second on the way from process to process.
+        latency_s: Of one transfer, whatever its size; also of a result that is empty.
+        put_bandwidth: Bytes a second at which a process hands a result over; it does nothing else
+            meanwhile.
+        take_bandwidth: Bytes a second at which a process takes a result in; likewise.
+        turn_s: Of each call, on its process, beside the work.
+        call_s: Time in which the controller makes one call.
+        answer_s: From the end of a call until the controller knows of it.
+    """
+
+    seconds: Callable[[Call], float]
+    result_bytes: Callable[[Call], float] = _nothing
+    bandwidth: float = float("inf")
+    latency_s: float = 0.0
+    put_bandwidth: float = float("inf")
+    take_bandwidth: float = float("inf")
+    turn_s: float = 0.0
+    call_s: float = 0.0
+    answer_s: float = 0.0
+
+
+def by_stage(seconds: Mapping[tuple[str, str], float]) -> Callable[[Call], float]:
+    """Seconds of a call by its (role, stage): for one sample, or for an update."""
+
+    def seconds_of(call: Call) -> float:
+        return seconds.get((call.role, call.stage), 0.0) * max(1, call.num_samples)
+
+    return seconds_of
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """When one call ran.
+
+    Attributes:
+        call: The call.
+        asked_s: When the controller made it.
+        ready_s: When the last result that it takes was made; `asked_s` if it takes none.
+        start_s: When it began, all of its results having arrived.
+        end_s: When it had ended, and handed its own result over.
+        cause: What it waited for last.
+        after: Place of the call whose end it waited for; None at the beginning.
+    """
+
+    call: Call
+    asked_s: float
+    ready_s: float
+    start_s: float
+    end_s: float
+    cause: Cause
+    after: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """How one process spent its time; the three parts add up to the whole.
+
+    Attributes:
+        role: Its role.
+        rank: Its rank.
+        busy_s: Working.
+        transferring_s: Idle while what it waits for is on its way.
+        waiting_s: Idle otherwise.
+    """
+
+    role: str
+    rank: int
+    busy_s: float
+    transferring_s: float
+    waiting_s: float
+
+    @property
+    def busy_share(self) -> float:
+        """Part of the time that it worked."""
+        whole = self.busy_s + self.transferring_s + self.waiting_s
+        return self.busy_s / whole if whole else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """A schedule with times.
+
+    Attributes:
+        spans: One a call, in the order of the calls.
+    """
+
+    spans: tuple[Span, ...]
+
+    @property
+    def duration_s(self) -> float:
+        """Until the last call has ended."""
+        return max((span.end_s for span in self.spans), default=0.0)
+
+    def iteration_ends_s(self) -> list[float]:
+        """When the last call of each iteration ended."""
+        ends = defaultdict[int, float](float)
+        for span in self.spans:
+            ends[span.call.iteration] = max(ends[span.call.iteration], span.end_s)
+        return [ends[iteration] for iteration in sorted(ends)]
+
+    @property
+    def iteration_s(self) -> float:
+        """Seconds an iteration in the long run: the first one, which starts from rest, left out."""
+        return mean_period(self.iteration_ends_s())
+
+    def usage(self) -> list[Usage]:
+        """How each process spent the time from the first call's making to the last call's end."""
+        whole = self.duration_s
+        by_process = defaultdict[tuple[str, int], list[Span]](list)
+        for span in self.spans:
+            by_process[span.call.role, span.call.rank].append(span)
+        found: list[Usage] = []
+        for (role, rank), spans in sorted(by_process.items()):
+            free_s = busy_s = transferring_s = 0.0
+            for span in spans:
+                idle_from = max(free_s, span.asked_s, span.ready_s)
+                transferring_s += max(0.0, span.start_s - idle_from) * bool(span.call.inputs)
+                busy_s += span.end_s - span.start_s
+                free_s = span.end_s
+            waiting_s = whole - busy_s - transferring_s
+            found.append(Usage(role, rank, busy_s, transferring_s, waiting_s))
+        return found
+
+    def critical_path(self) -> list[int]:
+        """Places of the calls that decided the duration, first to last."""
+        if not self.spans:
+            return []
+        place: int | None = max(range(len(self.spans)), key=lambda at: self.spans[at].end_s)
+        path: list[int] = []
+        while place is not None:
+            path.append(place)
+            place = self.spans[place].after
+        return path[::-1]
+
+
+def mean_period(ends_s: Sequence[float]) -> float:
+    """Mean distance of events; of a single one, its distance from 0."""
+    if len(ends_s) < 2:
+        return ends_s[0] if ends_s else 0.0
+    return (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1)
+
+
+def simulate(calls: Sequence[Call], costs: Costs, teams: Mapping[str, Team]) -> Timeline:
+    """Works through a schedule.
+
+    Args:
+        calls: In the order in which the controller makes them.
+        costs: What takes time.
+        teams: Processes by role, as the schedule was made for.
+
+    Returns:
+        The same calls with times, the first one asked for at 0.
+    """
+    spans: list[Span] = []
+    free = dict[tuple[str, int], int]()
+    handed_on = {place for call in calls for place in call.inputs}
+    now_s, waited = 0.0, None
+    for gang in _gangs(calls, teams):
+        begun: list[tuple[Call, float, float, list[tuple[float, Cause, int | None]]]] = []
+        for call in gang:
+            for place in call.waits_for:
+                if spans[place].end_s + costs.answer_s > now_s:
+                    now_s, waited = spans[place].end_s + costs.answer_s, place
+            now_s += costs.call_s
+            reasons: list[tuple[float, Cause, int | None]] = [(now_s, Cause.CONTROLLER, waited)]
+            last = free.get((call.role, call.rank))
+            if last is not None:
+                reasons.append((spans[last].end_s, Cause.PROCESS, last))
+            for place in call.inputs:
+                arrival_s = spans[place].end_s + _transfer_s(spans[place].call, call, costs)
+                reasons.append((arrival_s, Cause.RESULT, place))
+            ready_s = max((spans[place].end_s for place in call.inputs), default=now_s)
+            begun.append((call, now_s, ready_s, reasons))
+        start_s, cause, after = max(
+            (reason for *_, reasons in begun for reason in reasons), key=lambda reason: reason[0]
+        )
+        for call, asked_s, ready_s, _ in begun:
+            free[call.role, call.rank] = len(spans)
+            end_s = start_s + _taken_s(call, calls, costs) + costs.seconds(call)
+            end_s += costs.result_bytes(call) / costs.put_bandwidth * (len(spans) in handed_on)
+            spans.append(Span(call, asked_s, ready_s, start_s, end_s, cause, after))
+    return Timeline(tuple(spans))
+
+
+def in_sequence(calls: Sequence[Call]) -> list[Call]:
+    """The same calls one after another, each made when the one before has ended: no overlap."""
+    return [
+        replace(call, waits_for=(place - 1,) if place else ()) for place, call in enumerate(calls)
+    ]
+
+
+def _gangs(calls: Sequence[Call], teams: Mapping[str, Team]) -> Iterator[list[Call]]:
+    """Runs of calls that begin together: one stage on the ranks of one copy."""
+    gang: list[Call] = []
+    for call in calls:
+        if gang and _gang_of(gang[0], teams) != _gang_of(call, teams):
+            yield gang
+            gang = []
+        gang.append(call)
+    if gang:
+        yield gang
+
+
+def _gang_of(call: Call, teams: Mapping[str, Team]) -> tuple[object, ...]:
+    copy = call.rank // teams[call.role].ranks
+    return call.iteration, call.phase, call.role, copy, call.stage, call.micro_batch
+
+
+def _taken_s(call: Call, calls: Sequence[Call], costs: Costs) -> float:
+    """Seconds for which a process takes in what it is handed."""
+    taken = sum(costs.result_bytes(calls[place]) for place in call.inputs)
+    return costs.turn_s + taken / costs.take_bandwidth
+
+
+def _transfer_s(maker: Call, taker: Call, costs: Costs) -> float:
+    """Seconds on the way; what stays in its process is there at once."""
+    if (maker.role, maker.rank) == (taker.role, taker.rank):
+        return 0.0
+    return costs.latency_s + costs.result_bytes(maker) / costs.bandwidth

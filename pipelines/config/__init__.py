@@ -1,0 +1,1 @@
+"""Settings: the recipe, its sections, overrides, and the recipes that ship."""

@@ -1,0 +1,50 @@
+"""When the state of a run is saved and looked at, and which states are kept."""
+
+import difflib
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from pipelines.config.section import Section
+from pipelines.run.ranking import Mode
+from pipelines.run.records import FIGURES
+
+
+def _is_a_figure(name: str) -> str:
+    if name in FIGURES:
+        return name
+    close = difflib.get_close_matches(name, FIGURES, n=1)
+    hint = f"; the nearest one is {close[0]}" if close else f": {', '.join(FIGURES)}"
+    raise ValueError(f"{name!r} is no figure of a validation{hint}")
+
+
+Figure = Annotated[str, AfterValidator(_is_a_figure)]
+"""Name of something that a validation measures."""
+
+
+class CheckpointSettings(Section):
+    """When the state of the run is saved; always at its end."""
+
+    every: int = Field(default=100, ge=0)
+    """Iterations between two checkpoints; 0 saves at the end only."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_best: int = Field(default=0, ge=0)
+    """Best checkpoints that are kept besides; above 0 every validated state becomes one."""
+    score: Figure = "frechet"
+    """The validation figure that ranks them."""
+    mode: Mode = "min"
+    """Whether a small or a large score is good."""
+
+
+class ValidationSettings(Section):
+    """When the averaged generator is sampled and measured; it runs beside the training."""
+
+    every: int = Field(default=0, ge=0)
+    """Iterations between two validations; 0 does none."""
+    num_captions: int = Field(default=64, ge=2)
+    """Held-out captions, one clip each."""
+    teacher_steps: int = Field(default=30, ge=1)
+    """Steps of the teacher's clips, which the generator's are compared with."""
+    timeout_s: float = Field(default=7200.0, gt=0)
+    """How long the run waits at its end for each validation that is still under way."""

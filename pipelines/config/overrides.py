@@ -1,0 +1,158 @@
+"""How settings are written: YAML as people expect it, and overrides such as `batch.size=8`.
+
+    recipe.yaml  ->  nested dict  +  a.b=c, d.e=[1, 2]  ->  nested dict  ->  pipelines.config.recipe
+
+The same text means the same on the command line, in a sweep and in a submitted job.
+
+A section that names a `method` has the settings of that method. Choosing another one therefore
+starts the section anew; settings given beside it are those of the new method, in whatever order.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from sgmd_core.errors import ConfigError
+
+_METHOD = "method"
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """One setting given beside the recipe.
+
+    Attributes:
+        key: Dotted path, for example ("objective", "lambda_nr").
+        value: What YAML makes of the text after the equals sign.
+    """
+
+    key: tuple[str, ...]
+    value: Any
+
+    @property
+    def dotted(self) -> str:
+        """The key as it was typed."""
+        return ".".join(self.key)
+
+
+class _CoreSchemaLoader(yaml.SafeLoader):
+    """YAML 1.2's core schema: `2e-5` is a number, `off` and `no` are words, keys come once.
+
+    PyYAML follows YAML 1.1, which reads `2e-5` as text, `off` as false and `1:30` as 90, and
+    silently keeps the last of two equal keys.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML picks the resolver by the first character of a scalar.
+_CoreSchemaLoader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    _CoreSchemaLoader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
+    )
+
+
+def _whole_number(_: _CoreSchemaLoader, node: yaml.Node) -> int:
+    """Decimal; the constructor of YAML 1.1 would read a leading zero as octal."""
+    return int(node.value)
+
+
+_CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+
+
+def read_yaml(text: str) -> Any:  # noqa: ANN401  (whatever the text holds)
+    """Reads YAML text by the core schema of YAML 1.2.
+
+    Raises:
+        yaml.YAMLError: The text is no YAML, or a key is given twice.
+    """
+    return yaml.load(text, Loader=_CoreSchemaLoader)
+
+
+def parse_override(text: str) -> Override:
+    """Reads `a.b=c`; what stands after the equals sign is YAML.
+
+    Raises:
+        ConfigError: There is no key, no equals sign, or no YAML after it.
+    """
+    attempted, remedy = f"reading the override {text!r}", "For example objective.lambda_nr=0.05"
+    dotted, equals, value = text.partition("=")
+    key = tuple(dotted.strip().split("."))
+    if not equals or not all(key):
+        raise ConfigError(attempted, "no KEY=VALUE", "a dotted key, =, and a value", remedy)
+    try:
+        return Override(key, read_yaml(value))
+    except yaml.YAMLError as error:
+        found = f"{value!r} after the equals sign ({str(error).splitlines()[0]})"
+        raise ConfigError(attempted, found, "a YAML value", remedy) from error
+
+
+def apply_overrides(settings: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:
+    """The settings with the overrides put in, later ones last; the argument is left as it is.
+
+    Raises:
+        ConfigError: An override reaches into a value as if it were a section.
+    """
+    result = dict(settings)
+    for override in sorted(overrides, key=lambda override: override.key[-1] != _METHOD):
+        result = _put(result, override, depth=0)
+    return result
+
+
+def _put(section: Mapping[str, Any], override: Override, depth: int) -> dict[str, Any]:
+    name, result = override.key[depth], dict(section)
+    if depth + 1 == len(override.key):
+        if name == _METHOD and section.get(name, override.value) != override.value:
+            result = {}
+        result[name] = override.value
+        return result
+    inner = section.get(name)
+    if inner is not None and not isinstance(inner, Mapping):
+        raise ConfigError(
+            f"setting {override.dotted}",
+            f"{'.'.join(override.key[: depth + 1])} is the value {inner!r}",
+            "a section with settings of its own",
+        )
+    result[name] = _put(inner or {}, override, depth + 1)
+    return result
+
+
+def nearest_key(unknown: str, known: Sequence[str]) -> str | None:
+    """The known dotted key that was probably meant, if any comes close.
+
+    Tried in turn: a setting of the same name in another section, a key that is written almost the
+    same, a setting of almost the same name.
+    """
+    name = unknown.rpartition(".")[2]
+    misplaced = [key for key in known if key.rpartition(".")[2] == name]
+    if misplaced:
+        return max(misplaced, key=lambda key: difflib.SequenceMatcher(a=unknown, b=key).ratio())
+    in_full = difflib.get_close_matches(unknown, known, n=1, cutoff=0.7)
+    if in_full:
+        return in_full[0]
+    by_name = {key.rpartition(".")[2]: key for key in reversed(known)}
+    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.6)
+    return by_name[close[0]] if close else None

@@ -1,0 +1,322 @@
+"""Every setting of a distillation, checked before anything is started.
+
+    recipe.yaml + overrides  ->  DistillConfig (frozen)  ->  each part gets its own section
+
+Sections that a component owns (`objective`, `generator`, ...) are that component's own record;
+the sections of the run itself are defined here. What depends on files, such as whether the clips
+fit the networks, is checked by `pipelines.distillation.preflight`. Secrets are never settings: they
+come from the environment.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, JsonValue, model_validator
+
+from pipelines.config import recipe_files
+from pipelines.config.alarms import AlarmSettings
+from pipelines.config.checkpointing import CheckpointSettings, Figure, ValidationSettings
+from pipelines.config.methods import ObjectiveSettings, method_contradictions
+from pipelines.config.overrides import Override, apply_overrides
+from pipelines.config.section import Section
+from pipelines.config.study import StudySettings
+from pipelines.config.topology import TopologySettings, topology_contradictions
+from pipelines.data.shards.filesystem import S3Settings
+from pipelines.data.stream.plan import ShuffleSettings
+from pipelines.data.stream.ray_stream import ReadAheadSettings
+from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.schedule import FlowMatchSchedule
+from workers.settings import (
+    FakeScoreSettings,
+    GeneratorSettings,
+    ModelSettings,
+    TeacherSettings,
+    VideoSettings,
+)
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+"""Where the source tree and its `assets/` are."""
+
+# What may change between a run and its resumption: it decides no number but by rounding, or the
+# numbers come after those that were made.
+_NOT_IN_DIGEST: dict[str, Any] = {
+    "name": True,
+    "output": True,
+    "iterations": True,
+    "topology": True,
+    "checkpoint": True,
+    "validation": True,
+    "alarms": True,
+    "trace": True,
+    "tracker": True,
+    "sweep": True,
+    "study": True,
+    "batch": {"micro_batches"},
+    "generator": {"compute": {"checkpointing", "compile"}},
+    "fake_score": {"compute": {"checkpointing", "compile"}},
+    "teacher": {"batched_guidance": True, "compute": {"checkpointing", "compile"}},
+    "data": {"validation", "text_cache", "max_bad_fraction", "read_ahead", "s3"},
+}
+
+
+def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The settings that a table such as the one above names, written with dots."""
+    for name, part in settings.items():
+        if part is True:
+            yield prefix + name
+        elif isinstance(part, Mapping):
+            yield from _keys(part, f"{prefix}{name}.")
+        else:
+            yield from (f"{prefix}{name}.{one}" for one in sorted(part))
+
+
+MAY_CHANGE = tuple(_keys(_NOT_IN_DIGEST))
+"""Settings that may change between a run and its resumption."""
+
+
+class BatchSettings(Section):
+    """How many samples make one update."""
+
+    size: int = Field(ge=1)
+    """Samples in one iteration."""
+    micro_batches: int = Field(default=1, ge=1)
+    """Equal parts that the batch is split into; they are what travels and what is pipelined."""
+
+
+class DataSettings(Section):
+    """Where the captions are: folders of Parquet shards, local or `s3://bucket/prefix`."""
+
+    train: str
+    """Captions that the generator is trained on."""
+    validation: str = ""
+    """Held-out captions; needed when `validation.every` is above 0, and to evaluate."""
+    stored_text: bool = True
+    """Use embeddings that shards carry, if the recipe's text encoder made them."""
+    text_cache: int = Field(default=1024, ge=0)
+    """Captions whose embeddings are remembered; a full one of 512 x 4096 takes 8 MB."""
+    max_caption_chars: int = Field(default=4096, ge=1)
+    """Longer captions are quarantined."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
+    """Share of the rows that may be unusable; past it the run stops and names the worst shards."""
+    shuffle: ShuffleSettings = ShuffleSettings()
+    """How well rows are mixed."""
+    read_ahead: ReadAheadSettings = ReadAheadSettings()
+    """How far ahead of the training data are read."""
+    s3: S3Settings = S3Settings()
+    """How an S3 server is spoken to. Endpoint and keys come from the usual AWS variables."""
+
+
+class TraceSettings(Section):
+    """What trace.json holds, for ui.perfetto.dev."""
+
+    iterations: int = Field(default=20, ge=0)
+    """The last iterations, every call of them; 0 writes no trace."""
+
+
+class TrackerSettings(Section):
+    """Logging besides the run folder. The key comes from WANDB_API_KEY."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    """`offline` writes W&B's files into the run folder and needs no account."""
+    project: str = "sgmd"
+    """W&B project."""
+
+
+class SweepSettings(Section):
+    """What `sgmd sweep` tries: every combination of the grid, as short runs of this recipe."""
+
+    grid: dict[str, list[JsonValue]] = Field(default_factory=dict)
+    """Values to try by dotted key, for example `objective.lambda_nr: [0.05, 0.1]`."""
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    """What every trial has otherwise than the recipe, by dotted key."""
+    iterations: int = Field(default=50, ge=1)
+    """Length of one trial."""
+    score: Figure = "frechet"
+    """Validation figure that ranks the trials."""
+    mode: Literal["min", "max"] = "min"
+    """Whether a small or a large score is good."""
+    concurrent_trials: int = Field(default=1, ge=1)
+    """Trials that run side by side."""
+
+
+class DistillConfig(Section):
+    """A whole distillation: the sections of one recipe."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    output: str = "runs"
+    """Folder that holds the run's folder."""
+    seed: int = Field(default=0, ge=0)
+    """Every random draw is counted from it."""
+    iterations: int = Field(ge=1)
+    """Updates of the generator."""
+    model: ModelSettings
+    video: VideoSettings
+    data: DataSettings
+    batch: BatchSettings
+    schedule: FlowMatchSchedule = FlowMatchSchedule()
+    objective: ObjectiveSettings = SgmdObjective()
+    generator: GeneratorSettings = GeneratorSettings()
+    fake_score: FakeScoreSettings = FakeScoreSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    topology: TopologySettings = TopologySettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    validation: ValidationSettings = ValidationSettings()
+    alarms: AlarmSettings = AlarmSettings()
+    trace: TraceSettings = TraceSettings()
+    tracker: TrackerSettings = TrackerSettings()
+    sweep: SweepSettings = SweepSettings()
+    study: StudySettings = StudySettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        problems = list(_contradictions(self))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run is written down."""
+        return Path(self.output) / self.name
+
+    @property
+    def fresh_updates(self) -> int:
+        """Updates of the fake score an iteration that see new samples; 0 with shared tracking."""
+        return self.objective.fake_updates if self.fake_score.tracking == "fresh" else 0
+
+    @property
+    def model_folder(self) -> Path:
+        """The networks' folder: as given, seen from here or else from the source tree.
+
+        A recipe that ships names `assets/...`, and must work from any folder.
+        """
+        given = Path(self.model.folder).expanduser()
+        shipped = PROJECT_ROOT / given
+        return shipped if not given.exists() and shipped.exists() else given
+
+    @property
+    def digest(self) -> str:
+        """Names the settings that decide a run's numbers; two runs that may share state agree."""
+        settings = self.model_dump(mode="json", exclude=_NOT_IN_DIGEST)
+        text = json.dumps(settings, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def inference_settings(self) -> dict[str, Any]:
+        """How the distilled generator wants to be sampled."""
+        return {
+            "num_steps": self.generator.num_steps,
+            "guidance_scale": 1.0,
+            "flow_shift": self.schedule.shift,
+            "num_frames": self.video.num_frames,
+            "height": self.video.height,
+            "width": self.video.width,
+            "fps": self.video.fps,
+            "text_length": self.model.text_length,
+            "negative_prompt": self.model.negative_prompt,
+        }
+
+    def to_yaml(self) -> str:
+        """The resolved settings, as config.yaml holds them; `load_recipe` reads them back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def with_settings(self, settings: Mapping[str, JsonValue]) -> "DistillConfig":
+        """The same run with other values, checked again.
+
+        Args:
+            settings: New values by dotted key, for example {"objective.lambda_nr": 0.05}.
+
+        Raises:
+            ConfigError: A key or a value is wrong.
+        """
+        return _changed(self, settings, f"changing settings of {self.name}")
+
+    def in_folder(self, run: Path) -> "DistillConfig":
+        """The same run, kept in this folder.
+
+        Raises:
+            ConfigError: The folder has no name that a run can have.
+        """
+        folder = run if run.name else run.resolve()
+        return self.with_settings({"output": str(folder.parent), "name": folder.name})
+
+    def with_absolute_paths(self) -> "DistillConfig":
+        """The same run for a process that works in another folder of this machine."""
+        paths = {
+            "model.folder": str(self.model_folder),
+            "data.train": self.data.train,
+            "data.validation": self.data.validation,
+            "output": self.output,
+        }
+        return self.with_settings(
+            {key: recipe_files.absolute_path(path) for key, path in paths.items() if path}
+        )
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConfig:
+    """Reads a recipe of `sgmd distill`.
+
+    Args:
+        name_or_path: Name of a recipe that ships, or path of a YAML file.
+        overrides: `a.b=c`, later ones last.
+
+    Raises:
+        ConfigError: The file, a key, a value or a combination is wrong; one error names all.
+    """
+    config = recipe_files.load(DistillConfig, name_or_path, overrides)
+    # A grid over another method's settings is for `sgmd sweep` to refuse: nobody else reads it.
+    own = {f"objective.{name}" for name in asdict(config.objective)}
+    foreign = set(recipe_files.known_keys(DistillConfig)) - own
+    grid = config.sweep.grid.items()
+    check_sweep(
+        config,
+        [key for key, _ in grid if not (key.startswith("objective.") and key in foreign)],
+        f"checking the sweep of {name_or_path}",
+    )
+    return config
+
+
+def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> None:
+    """Checks every value that a sweep would try for some of its keys.
+
+    Raises:
+        ConfigError: A key is no setting of this recipe, or a value does not fit it.
+    """
+    trial = _changed(config, config.sweep.settings, attempted)
+    for key in keys:
+        for value in config.sweep.grid[key]:
+            _changed(trial, {key: value}, attempted)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors that complete and check YAML."""
+    return DistillConfig.model_json_schema()
+
+
+def _changed(
+    config: DistillConfig, settings: Mapping[str, JsonValue], attempted: str
+) -> DistillConfig:
+    changes = [Override(tuple(key.split(".")), value) for key, value in settings.items()]
+    changed = apply_overrides(config.model_dump(mode="json"), changes)
+    return recipe_files.validate(DistillConfig, changed, attempted)
+
+
+def _contradictions(config: DistillConfig) -> list[str]:
+    """What is wrong between settings that are right one by one."""
+    problems: list[str] = []
+    batch, topology = config.batch, config.topology
+    if batch.size % batch.micro_batches:
+        problems.append(
+            f"batch.size {batch.size} does not divide into {batch.micro_batches} micro-batches "
+            "(batch.micro_batches)"
+        )
+    problems += topology_contradictions(topology, batch.size, batch.micro_batches)
+    problems += method_contradictions(config.objective, config.fake_score)
+    if config.validation.every and not config.data.validation:
+        problems.append("validation.every is above 0, but data.validation names no captions")
+    return problems

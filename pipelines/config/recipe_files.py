@@ -1,0 +1,247 @@
+"""Recipe files: which ship, where one is, and what is wrong with it, in words.
+
+    name or path  ->  YAML text  ->  nested dict + overrides  ->  a frozen pydantic model
+
+All that is wrong with a recipe is said in one error, and a key that does not exist names the
+nearest one that does.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from pipelines.config.overrides import apply_overrides, nearest_key, parse_override, read_yaml
+from sgmd_core.errors import ConfigError
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The recipes that ship."""
+
+C = TypeVar("C", bound=BaseModel)
+
+# What YAML writes, in the words of somebody who writes it.
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_pattern_mismatch": "letters, digits, `.`, `_` and `-`, a letter or digit first",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dataclass_type": "a section with settings of its own",
+    "model_type": "a section with settings of its own",
+    "dict_type": "a section with settings of its own",
+    "union_tag_not_found": "a section with settings of its own",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe that ships.
+
+    Attributes:
+        name: What the command line calls it.
+        path: The YAML file.
+        summary: The comment that the file opens with.
+    """
+
+    name: str
+    path: Path
+    summary: str
+
+
+def absolute_path(path: str) -> str:
+    """A path as a process in another folder of this machine needs it; a URL stays as it is."""
+    return path if "://" in path else str(Path.cwd() / Path(path).expanduser())
+
+
+def shipped_recipes() -> list[Recipe]:
+    """All recipes that ship, by name."""
+    return [
+        Recipe(path.stem, path, _first_comment(path.read_text(encoding="utf-8")))
+        for path in sorted(RECIPES.glob("*.yaml"))
+    ]
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Path of a recipe.
+
+    Args:
+        name_or_path: Name of a recipe that ships, or path of a YAML file (with a `/` or `.yaml`).
+
+    Raises:
+        ConfigError: There is no such file, or no recipe of that name.
+    """
+    path = Path(name_or_path).expanduser()
+    if "/" in name_or_path or path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise ConfigError(
+            f"opening the recipe {name_or_path}",
+            f"no such file, seen from {Path.cwd()}",
+            "a YAML file",
+            "`sgmd recipes copy NAME` makes one to start from",
+        )
+    names = {recipe.name: recipe.path for recipe in shipped_recipes()}
+    if name_or_path not in names:
+        raise ConfigError(
+            "looking for a recipe that ships",
+            f"the name {name_or_path!r}",
+            f"one of {', '.join(names)}, or the path of a YAML file",
+            "`sgmd recipes list` says what each is for",
+        )
+    return names[name_or_path]
+
+
+def load(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
+    """Reads a recipe into the settings of a command.
+
+    Args:
+        kind: Pydantic model of the settings.
+        name_or_path: Name of a recipe that ships, or path of a YAML file.
+        overrides: `a.b=c`, later ones last.
+
+    Raises:
+        ConfigError: The file, a key, a value or a combination is wrong; one error names all.
+    """
+    path = find_recipe(name_or_path)
+    attempted = f"reading the recipe {path}"
+    try:
+        settings = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(attempted, str(error), "a readable YAML file") from error
+    if not isinstance(settings, Mapping):
+        raise ConfigError(attempted, f"{settings!r}", "sections and keys")
+    if overrides:
+        attempted += f" with {', '.join(overrides)}"
+    changed = apply_overrides(settings, [parse_override(text) for text in overrides])
+    return validate(kind, changed, attempted)
+
+
+def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
+    """Checks a nested dict and makes the settings of it.
+
+    Types are strict: text is never taken for a number, nor a fraction for a count.
+
+    Raises:
+        ConfigError: Says all that is wrong.
+    """
+    try:
+        # By way of JSON, whose strict mode takes a list for a tuple and an object for a record.
+        return kind.model_validate_json(json.dumps(settings), strict=True)
+    except ValidationError as error:
+        known, methods = known_keys(kind), _methods(kind, "")
+        problems = [line for detail in error.errors() for line in _problems(detail, known, methods)]
+    if len(problems) == 1:
+        found = problems[0]
+    else:
+        found = f"{len(problems)} settings are wrong:\n  - " + "\n  - ".join(problems)
+    remedy = "\n`sgmd recipes show NAME` prints a recipe in which every key is explained"
+    raise ConfigError(attempted, found, remedy=remedy)
+
+
+def known_keys(kind: type) -> list[str]:
+    """Dotted keys of all settings of a model, sections and those of every method included."""
+    return list(dict.fromkeys(_keys(kind, "")))
+
+
+def _keys(kind: type, prefix: str) -> Iterator[str]:
+    for name, annotation in _annotations(kind).items():
+        yield prefix + name
+        for inner in _records_in(annotation):
+            yield from _keys(inner, f"{prefix}{name}.")
+
+
+def _methods(kind: type, prefix: str) -> dict[str, set[str]]:
+    """The names among which a section's `method` chooses, by the section's dotted key."""
+    found: dict[str, set[str]] = {}
+    for name, annotation in _annotations(kind).items():
+        records = _records_in(annotation)
+        tags = {tag for record in records for tag in get_args(_annotations(record).get("method"))}
+        if len(tags) > 1:
+            found[prefix + name] = tags
+        for record in records:
+            found |= _methods(record, f"{prefix}{name}.")
+    return found
+
+
+def _annotations(kind: type) -> dict[str, Any]:
+    if issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def _records_in(annotation: Any) -> list[type]:  # noqa: ANN401  (any type expression)
+    """The sections that an annotation names: alone, as `Section | None`, or one a method."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _records_in(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return [record for option in get_args(annotation) for record in _records_in(option)]
+    is_record = isinstance(annotation, type) and (
+        issubclass(annotation, BaseModel) or dataclasses.is_dataclass(annotation)
+    )
+    return [annotation] if is_record else []
+
+
+def _written_key(parts: Sequence[str], methods: Mapping[str, set[str]]) -> tuple[str, str]:
+    """The dotted key as a recipe has it, and the method whose section it is in, if any.
+
+    pydantic names the method as a level of its own, which no recipe has.
+    """
+    key, method = "", ""
+    for part in parts:
+        if part in methods.get(key, ()):
+            method = part
+        else:
+            key = f"{key}.{part}" if key else part
+    return key, method
+
+
+def _problems(
+    detail: ErrorDetails, known: Sequence[str], methods: Mapping[str, set[str]]
+) -> list[str]:
+    key, method = _written_key([str(part) for part in detail["loc"]], methods)
+    match detail["type"]:
+        case "extra_forbidden" | "unexpected_keyword_argument" if key in known:
+            return [f"{key} is not a setting of {method}"]
+        case "union_tag_invalid":
+            found, expected = (detail.get("ctx", {})[name] for name in ("tag", "expected_tags"))
+            return [f"{key}.method is {json.dumps(found)}, expected one of {expected}"]
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            nearest = nearest_key(key, known)
+            hint = f"; the nearest one is {nearest}" if nearest else ""
+            return [f"{key} is not a setting{hint}"]
+        case "missing":
+            return [f"{key} is missing"]
+        case "value_error":
+            return _own_check(key, detail.get("ctx", {})["error"])
+        case kind:
+            found = json.dumps(detail["input"], ensure_ascii=False)
+            said = detail["msg"].removeprefix("Input should be ")
+            return [f"{key} is {found}, expected {_EXPECTED.get(kind, said)}"]
+
+
+def _own_check(key: str, error: ValueError) -> list[str]:
+    """Words of a record that has checked itself, under the section it stands in."""
+    if isinstance(error, ConfigError):
+        return [f"{key}: {error.found}" + (f", expected {error.expected}" * bool(error.expected))]
+    lines = str(error).splitlines()
+    return [f"{key}: {line}" if key else line for line in lines]
+
+
+def _first_comment(text: str) -> str:
+    """The comment paragraph that a file opens with, as one line."""
+    lines = [line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#")]
+    return " ".join(takewhile(bool, lines))

@@ -1,0 +1,1 @@
+"""Checking shards: whether a set is usable, and what it holds."""

@@ -1,0 +1,151 @@
+"""What `sgmd check` tells: counts and statistics, added up group by group, and a verdict."""
+
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from pipelines.data.checking.check_group import GroupFacts
+from pipelines.data.clips.clip_decoding import ClipFacts
+from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.shards.seen import SeenIds
+
+NUM_EXAMPLES = 10
+_QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
+
+CountTokens = Callable[[Sequence[str]], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckReport:
+    """What a folder holds.
+
+    Attributes:
+        folder: Its address.
+        kind: captions, video or encoded.
+        num_shards: Parquet files.
+        num_rows: Rows that their footers promise.
+        num_bytes: Size of the files.
+        problems: What is wrong with the set as a whole.
+        bad: Bad rows by reason.
+        examples: The first bad rows in words.
+        captions: Statistics: distinct ones, characters, tokens, how many are cut.
+        decoded: Rows whose video or values were decoded.
+        videos: Statistics of the decoded videos: sizes, rates, codecs, seconds, frames.
+        encoding: How encoded values are stored, and which networks made them.
+        max_bad_fraction: What was accepted.
+    """
+
+    folder: str
+    kind: str
+    num_shards: int
+    num_rows: int
+    num_bytes: int
+    problems: list[str]
+    bad: dict[str, int]
+    examples: list[str]
+    captions: dict[str, Any]
+    decoded: int
+    videos: dict[str, Any]
+    encoding: dict[str, Any] | None
+    max_bad_fraction: float
+
+    @property
+    def num_bad(self) -> int:
+        """Bad rows."""
+        return sum(self.bad.values())
+
+    @property
+    def is_usable(self) -> bool:
+        """The verdict."""
+        few = self.num_bad <= self.max_bad_fraction * self.num_rows
+        return not self.problems and self.num_bad < self.num_rows and few
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {"usable": self.is_usable, "bad_rows": self.num_bad} | asdict(self)
+
+
+class Tally:
+    """Adds up what the row groups of a set hold.
+
+    Args:
+        count_tokens: Lengths of captions in tokens; None leaves them out.
+        text_length: Tokens that the model takes.
+
+    Attributes:
+        rejections: Bad rows, each with its first reason.
+        num_tried: Rows whose video or values were decoded.
+    """
+
+    def __init__(self, count_tokens: CountTokens | None, text_length: int) -> None:
+        self.rejections: list[Rejection] = []
+        self.num_tried = 0
+        self._count_tokens = count_tokens
+        self._text_length = text_length
+        self._ids = SeenIds()
+        self._captions = SeenIds()
+        self._num_distinct = 0
+        self._characters = array("q")
+        self._tokens = array("q")
+        self._seconds = array("d")
+        self._frames = array("q")
+        self._kinds: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def add(self, facts: GroupFacts) -> None:
+        """One row group, in the order of the set."""
+        bad = {rejection.row: rejection for rejection in facts.rejections}
+        named = [place for place, name in enumerate(facts.sample_ids) if name]
+        for again in self._ids.add([facts.sample_ids[place] for place in named]):
+            name, row = facts.sample_ids[named[again]], facts.rows[named[again]]
+            detail = "an earlier row has the same id"
+            bad.setdefault(row, Rejection(name, facts.shard, row, Reason.DUPLICATE_ID, detail))
+        self.rejections += [bad[row] for row in sorted(bad, key=lambda row: row or 0)]
+        self._characters.extend(len(caption) for caption in facts.captions)
+        if self._count_tokens is not None and facts.captions:
+            self._tokens.extend(self._count_tokens(facts.captions))
+        self._num_distinct += len(facts.captions) - len(self._captions.add(facts.captions))
+        self.num_tried += facts.num_tried
+        for clip in facts.clips:
+            self._add_clip(clip)
+
+    def captions(self) -> dict[str, Any]:
+        """Statistics of the captions."""
+        found: dict[str, Any] = {
+            "distinct": self._num_distinct,
+            "characters": quantiles(self._characters),
+        }
+        if self._count_tokens is not None:
+            found["tokens"] = quantiles(self._tokens)
+            found["text_length"] = self._text_length
+            found["cut"] = sum(length > self._text_length for length in self._tokens)
+        return found
+
+    def videos(self) -> dict[str, Any]:
+        """Statistics of the videos that could be decoded; nothing where there is none."""
+        if not self._frames:
+            return {}
+        counts = {
+            name: dict(found.most_common(NUM_EXAMPLES)) for name, found in self._kinds.items()
+        }
+        return {**counts, "seconds": quantiles(self._seconds), "frames": quantiles(self._frames)}
+
+    def _add_clip(self, clip: ClipFacts) -> None:
+        self._kinds["sizes"][f"{clip.height}x{clip.width}"] += 1
+        self._kinds["fps"][f"{clip.fps:.5g}"] += 1
+        self._kinds["codecs"][clip.codec] += 1
+        self._kinds["rates"]["steady" if clip.is_steady else "variable"] += 1
+        self._kinds["sound"]["yes" if clip.has_audio else "no"] += 1
+        self._seconds.append(clip.duration_s)
+        self._frames.append(clip.num_frames)
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Smallest, 5 %, median, 95 % and largest; nothing for no values."""
+    if not len(values):
+        return {}
+    found = np.quantile(np.asarray(values, dtype=np.float64), list(_QUANTILES.values()))
+    return {name: round(float(value), 3) for name, value in zip(_QUANTILES, found, strict=True)}

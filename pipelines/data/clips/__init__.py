@@ -1,0 +1,1 @@
+"""Clips: decoding videos to the frames, size and rate that training wants."""

@@ -1,0 +1,133 @@
+"""`sgmd encode`: captioned clips become latents and text embeddings, by Ray Data actor pools.
+
+    plan (ours: parts) -> Ray Data: read, decode, encode -> rows, in order -> parts -> index
+
+The plan and the counting are ours, the execution is Ray Data's. A part is written when all its rows
+have come back, good or bad, and under a name that the plan fixes. So a row that Ray computes twice,
+or a command that is killed and started again, leaves every sample in the set exactly once.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipelines.data.making import encode_stages
+from pipelines.data.making.encode_options import EncodeOptions
+from pipelines.data.making.encode_plan import digest, plan_parts
+from pipelines.data.making.encode_writer import PartWriter
+from pipelines.data.making.journal import open_journal
+from pipelines.data.making.rejections import counts_by_reason
+from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.schema import TEXT_COMPONENTS, Encoding
+from sgmd_core.errors import DataError
+from workers.models.folder import fingerprint, inspect_wan_folder
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeReport:
+    """What a folder of encoded shards holds in the end.
+
+    Attributes:
+        folder: Its address.
+        num_clips: Clips in the set.
+        num_new: How many of them this run added.
+        num_shards: Shards.
+        num_bytes: Their size.
+        rejected: Clips that were not taken, by reason.
+        encoding: Shapes, type, and the fingerprints of the networks.
+        seconds: How long this run took.
+    """
+
+    folder: str
+    num_clips: int
+    num_new: int
+    num_shards: int
+    num_bytes: int
+    rejected: dict[str, int]
+    encoding: dict[str, Any]
+    seconds: float
+
+
+def encode(
+    src: str,
+    dst: str,
+    model: str,
+    options: EncodeOptions,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> EncodeReport:
+    """Encodes a set of captioned clips; run again, it goes on where it was stopped.
+
+    Args:
+        src: Folder of video shards, local or `s3://bucket/prefix`.
+        dst: Folder of the new shards.
+        model: Diffusers folder; every machine of the cluster must see it under this path.
+        options: What is made, and with how many actors.
+        on_progress: Called with (what, clips done, clips in all).
+
+    Raises:
+        DataError: a folder cannot be used, the source or the model has changed since an earlier
+            run, or too many clips are bad.
+        ModelFolderError: the model folder cannot be used.
+        ShapeError: the clips do not fit the networks.
+    """
+    started = time.monotonic()
+    encoding = encoding_for(model, options)
+    parts = plan_parts(*open_folder(src), options.shard_clips)
+    if not parts:
+        raise DataError(
+            f"encoding {src}",
+            "no such folder, or no shard in it",
+            "shards of captioned videos",
+            "`sgmd prepare` makes some",
+        )
+    settings = {
+        "source": src,
+        "parts": digest(parts),
+        "encoding": asdict(encoding),
+        "format": asdict(options.wanted),
+    }
+    journal = open_journal(dst, "encode", settings)
+    num_before = sum(shard.num_rows for shard in journal.shards.values())
+    missing = [part for part in parts if part.name not in journal.parts]
+    if missing and not journal.is_complete:
+        writer = PartWriter(journal, missing, encoding, options.max_bad_fraction, f"encoding {src}")
+        readable = [part for part in missing if part.num_rows]
+        total = sum(part.num_rows for part in parts)
+        with closing(encode_stages.run(src, model, options, readable)) as lines:
+            for line in lines:
+                writer.take(line)
+                on_progress("clips", total - writer.num_waiting, total)
+        writer.close()
+    journal.finish()
+    shards = journal.shards.values()
+    num_clips = sum(shard.num_rows for shard in shards)
+    return EncodeReport(
+        folder=dst,
+        num_clips=num_clips,
+        num_new=num_clips - num_before,
+        num_shards=len(shards),
+        num_bytes=sum(shard.num_bytes for shard in shards),
+        rejected=counts_by_reason(journal.rejections),
+        encoding=asdict(encoding),
+        seconds=time.monotonic() - started,
+    )
+
+
+def encoding_for(model: str, options: EncodeOptions) -> Encoding:
+    """What the shards will say about their values.
+
+    Raises:
+        ModelFolderError: the model folder cannot be used.
+        ShapeError: the clips do not fit the networks.
+    """
+    folder = inspect_wan_folder(model)
+    num_frames, height, width, _ = options.pixel_shape
+    return Encoding(
+        latent_shape=folder.latent_shape(num_frames, height, width),
+        text_shape=(options.text_length, folder.text_width),
+        dtype=options.dtype,
+        vae=fingerprint(model, ["vae"]),
+        text_encoder=fingerprint(model, TEXT_COMPONENTS),
+    )

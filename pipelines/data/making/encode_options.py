@@ -1,0 +1,78 @@
+"""How a set is encoded."""
+
+from dataclasses import dataclass, field
+from typing import cast, get_args
+
+from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.shards.schema import DTypeName
+from sgmd_core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """The actors of one stage.
+
+    Attributes:
+        size: How many.
+        gpus: GPUs of each; a fraction shares one.
+    """
+
+    size: int = 1
+    gpus: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeOptions:
+    """How a set is encoded.
+
+    Attributes:
+        wanted: Frames, size and rate; all of them given.
+        text_length: Text positions; longer captions are cut.
+        dtype: Type in which latents and embeddings are stored.
+        shard_clips: Most clips in a shard, as far as the source's row groups allow.
+        max_caption_chars: A longer caption is bad.
+        max_bad_fraction: The command stops where a larger share of the clips is bad.
+        decoders: Tasks that read and decode at the same time, a core each.
+        videos: Actors with the autoencoder.
+        captions: Actors with the text encoder.
+        address: Ray cluster to join; None starts one on this machine, or joins RAY_ADDRESS.
+    """
+
+    wanted: ClipFormat
+    text_length: int = 512
+    dtype: DTypeName = "float32"
+    shard_clips: int = 256
+    max_caption_chars: int = 4096
+    max_bad_fraction: float = 0.01
+    decoders: int = 1
+    videos: Pool = field(default_factory=Pool)
+    captions: Pool = field(default_factory=Pool)
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        wanted = self.wanted
+        if None in (wanted.num_frames, wanted.height, wanted.width, wanted.fps):
+            raise ConfigError(
+                "reading the options of `sgmd encode`",
+                f"{wanted}",
+                "num_frames, height, width and fps",
+                "Latents of one set have one shape: give all four",
+            )
+
+    @property
+    def pixel_shape(self) -> tuple[int, int, int, int]:
+        """(frames, height, width, 3) of every clip."""
+        sizes = (self.wanted.num_frames or 0, self.wanted.height or 0, self.wanted.width or 0)
+        return (*sizes, 3)
+
+
+def dtype_named(name: str) -> DTypeName:
+    """The type of that name.
+
+    Raises:
+        ConfigError: values of that type are not stored.
+    """
+    known = get_args(DTypeName)
+    if name not in known:
+        raise ConfigError("reading the option --dtype", name, f"one of {', '.join(known)}")
+    return cast("DTypeName", name)

@@ -1,0 +1,118 @@
+"""What `sgmd encode` has to do: the row groups of a set, gathered into parts of the new set.
+
+A part becomes one shard. Which row groups it has depends on the source alone, so a command that is
+started again finds the same parts and makes those that are missing.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fsspec import AbstractFileSystem
+
+from pipelines.data.shards.filesystem import S3Settings
+from pipelines.data.shards.index import Shard, read_index
+from pipelines.data.shards.listing import list_chapters
+from pipelines.data.shards.parquet import Fault, read_footers
+
+_AT_ONCE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class SourceGroup:
+    """A row group to be encoded.
+
+    Attributes:
+        index: Its number in the shard.
+        first_row: Number of its first row in the shard.
+        num_rows: Rows.
+    """
+
+    index: int
+    first_row: int
+    num_rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Row groups of one shard that become one shard of the new set.
+
+    Attributes:
+        number: Its place.
+        shard: Path of the source shard.
+        num_bytes: Size of the source shard.
+        groups: Row groups; none where the shard cannot be opened.
+        fault: Why not.
+    """
+
+    number: int
+    shard: str
+    num_bytes: int
+    groups: tuple[SourceGroup, ...]
+    fault: str = ""
+
+    @property
+    def name(self) -> str:
+        """Name of the new shard, without its suffix."""
+        return f"part-{self.number:05d}"
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all its row groups."""
+        return sum(group.num_rows for group in self.groups)
+
+
+def plan_parts(filesystem: AbstractFileSystem, root: str, max_rows: int) -> list[Part]:
+    """Cuts a set into parts.
+
+    Args:
+        filesystem: File system of the source.
+        root: Its path there.
+        max_rows: Most rows of a part; a larger row group stands alone.
+
+    Raises:
+        DataError: the folder cannot be listed, or the server failed.
+    """
+    parts: list[Part] = []
+    for shard, fault in _shards(filesystem, root):
+        if fault:
+            parts.append(Part(len(parts), shard.path, shard.num_bytes, (), fault))
+        for groups in _gathered(shard.rows or (), max_rows):
+            parts.append(Part(len(parts), shard.path, shard.num_bytes, groups))
+    return parts
+
+
+def digest(parts: Sequence[Part]) -> str:
+    """Tells two plans apart."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _gathered(rows: Sequence[int], max_rows: int) -> Iterator[tuple[SourceGroup, ...]]:
+    groups: list[SourceGroup] = []
+    first_row = 0
+    for index, num_rows in enumerate(rows):
+        if groups and sum(group.num_rows for group in groups) + num_rows > max_rows:
+            yield tuple(groups)
+            groups = []
+        if num_rows:
+            groups.append(SourceGroup(index, first_row, num_rows))
+        first_row += num_rows
+    if groups:
+        yield tuple(groups)
+
+
+def _shards(filesystem: AbstractFileSystem, root: str) -> Iterator[tuple[Shard, str]]:
+    """Every shard with its rows, or with what is wrong with it."""
+    index = read_index(filesystem, root)
+    if index is not None:
+        yield from ((shard, "") for shard in index)
+        return
+    for chapter in list_chapters(filesystem, root, _AT_ONCE):
+        files = [(f"{root}/{shard.path}", shard.num_bytes) for shard in chapter]
+        for shard, footer in zip(
+            chapter, read_footers(filesystem, files, S3Settings()), strict=True
+        ):
+            if isinstance(footer, Fault):
+                yield shard, footer.reason
+            else:
+                yield Shard(shard.path, shard.num_bytes, footer.rows), ""

@@ -1,0 +1,300 @@
+"""The stages of `sgmd encode`, as Ray Data runs them: tables of rows in, tables of rows out.
+
+    parts -> read_and_decode (tasks) -> EncodeVideos (actors) -> EncodeCaptions (actors) -> rows
+
+A row that cannot be encoded goes through all stages with its reason, so that whoever counts the
+rows of a part at the end knows when it is whole.
+"""
+
+import json
+import logging
+import os
+import pickle
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from math import prod
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from cluster.ray.topology import require_cpus, require_gpus
+from cluster.runtime import start_ray
+from pipelines.data.clips.clip_decoding import ClipError, decode_clip
+from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.making.encode_options import EncodeOptions
+from pipelines.data.making.encode_plan import Part, SourceGroup
+from pipelines.data.making.rejections import Reason
+from pipelines.data.shards.filesystem import S3Settings, open_folder
+from pipelines.data.shards.parquet import Fault, RowGroupReader
+from pipelines.data.shards.schema import CAPTION, LATENTS, SAMPLE_ID, TEXT_EMBEDS, VIDEO, DTypeName
+from pipelines.data.shards.text import decode_utf8
+from sgmd_core.errors import DataError
+
+TASK = "task"
+PART = "part"
+ROW = "row"
+PIXELS = "pixels"
+REASON = "reason"
+DETAIL = "detail"
+
+_BATCH_BYTES = 64 * 2**20
+_MAX_BATCH = 16
+# Less than an encoder's: stages of equal needs would be fused into one process, in which decoding
+# and encoding wait for each other.
+_DECODE_CPUS = 0.9
+
+SERVER_FAILED = "server_failed"
+"""Reason of a line that stands for no row, but for an error to be raised where it arrives."""
+
+_DECODED = pa.schema(
+    [
+        (PART, pa.int64()),
+        (ROW, pa.int64()),
+        (SAMPLE_ID, pa.string()),
+        (CAPTION, pa.string()),
+        (PIXELS, pa.large_binary()),
+        (REASON, pa.string()),
+        (DETAIL, pa.string()),
+    ]
+)
+
+
+def run(
+    src: str, model: str, options: EncodeOptions, parts: Sequence[Part]
+) -> Generator[dict[str, Any]]:
+    """Encodes some parts with Ray Data; close it where it is not read to its end.
+
+    Args:
+        src: Folder of the source.
+        model: Diffusers folder.
+        options: What is made, and with how many actors.
+        parts: What to encode.
+
+    Yields:
+        Every row of every part, in the plan's order, with `latents` and `text_embeds`, or with
+        `reason` and `detail`.
+
+    Raises:
+        ClusterError: Ray does not start, or the cluster is too small for the actors.
+    """
+    if not parts:
+        return
+    own_cluster = options.address is None and "RAY_ADDRESS" not in os.environ
+    # Every actor holds a core; one more than they do is needed, or nothing would ever be read.
+    needed = options.decoders + options.videos.size + options.captions.size
+    num_cpus = max(os.cpu_count() or 1, needed) if own_cluster else None
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    with start_ray(options.address, num_cpus=num_cpus):
+        pools = (options.videos, options.captions)
+        # Ray Data itself would wait for ever for what the cluster does not have.
+        require_cpus(1 + sum(pool.size for pool in pools), f"encoding {src}")
+        require_gpus(sum(pool.size * pool.gpus for pool in pools), f"encoding {src}")
+        rows = _dataset(src, model, options, parts)
+        blocks = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
+        # Ended before Ray is: what is left of it would start another Ray, or wait for ever.
+        with closing(cast("Generator[pa.Table]", blocks)):
+            for block in blocks:
+                yield from cast("pa.Table", block).to_pylist()
+
+
+def _dataset(
+    src: str, model: str, options: EncodeOptions, parts: Sequence[Part]
+) -> ray.data.Dataset:
+    """The parts on their way through the stages; nothing runs yet."""
+    tasks = [{TASK: pickle.dumps(part)} for part in parts]
+    pixel_shape = options.pixel_shape
+    clip_bytes = prod(pixel_shape)
+    batch_size = max(1, min(_MAX_BATCH, _BATCH_BYTES // clip_bytes))
+    rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        cast("Any", read_and_decode),  # Ray's stubs know no further arguments
+        batch_size=1,
+        batch_format="pyarrow",
+        fn_kwargs={
+            "url": src,
+            "wanted": options.wanted,
+            "max_caption_chars": options.max_caption_chars,
+        },
+        num_cpus=_DECODE_CPUS,
+        compute=ray.data.TaskPoolStrategy(size=options.decoders),
+    )
+    for stage, pool, arguments in (
+        (EncodeVideos, options.videos, {"pixel_shape": pixel_shape}),
+        (EncodeCaptions, options.captions, {"text_length": options.text_length}),
+    ):
+        rows = rows.map_batches(
+            stage,
+            batch_size=batch_size,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(size=pool.size),
+            fn_constructor_kwargs={
+                "model": model,
+                "dtype": options.dtype,
+                "num_threads": 1,
+                **arguments,
+            },
+            num_cpus=1,
+            num_gpus=pool.gpus or None,
+        )
+    rows.context.execution_options.preserve_order = True
+    rows.context.enable_progress_bars = False
+    return rows
+
+
+def read_and_decode(
+    tasks: pa.Table, url: str, wanted: ClipFormat, max_caption_chars: int
+) -> Iterator[pa.Table]:
+    """Reads parts row group by row group, and decodes clip by clip.
+
+    Args:
+        tasks: Pickled parts in the column `task`.
+        url: Folder of the source.
+        wanted: Frames, size and rate of the clips.
+        max_caption_chars: A longer caption is bad.
+
+    Yields:
+        One line a row: with `pixels`, or with `reason` and `detail`.
+    """
+    filesystem, root = open_folder(url, probe=False)
+    # A reader a task: opening Arrow's client would cost more than it saves.
+    reader = RowGroupReader(filesystem, root, S3Settings(native_reads=False))
+    for packed in tasks.column(TASK):
+        part: Part = pickle.loads(packed.as_py())
+        for group in part.groups:
+            try:
+                place = (part.shard, part.num_bytes, group.index)
+                table = reader.read([place], (SAMPLE_ID, CAPTION, VIDEO))[0]
+            except DataError as error:
+                words = json.dumps([str(argument) for argument in error.args])
+                yield _line(part, -1, None, None, reason=SERVER_FAILED, detail=words)
+                return
+            yield from _decoded(part, group, table, wanted, max_caption_chars)
+
+
+def _decoded(
+    part: Part,
+    group: SourceGroup,
+    table: pa.Table | Fault,
+    wanted: ClipFormat,
+    max_caption_chars: int,
+) -> Iterator[pa.Table]:
+    """The lines of one row group; always as many as the plan promises."""
+    rows = range(group.first_row, group.first_row + group.num_rows)
+    if not isinstance(table, Fault) and table.num_rows != group.num_rows:
+        table = Fault(f"{table.num_rows} rows instead of {group.num_rows}")
+    if isinstance(table, Fault):
+        for row in rows:
+            yield _line(part, row, None, None, reason=Reason.UNREADABLE_ROWS, detail=table.reason)
+        return
+    names, unreadable_names = decode_utf8(table[SAMPLE_ID])
+    captions, unreadable_captions = decode_utf8(table[CAPTION])
+    for place, row in enumerate(rows):
+        name, video = names[place].as_py(), table[VIDEO][place].as_py()
+        caption = captions[place].as_py() or ""
+        if not name or unreadable_names[place].as_py():
+            yield _line(part, row, None, caption, reason=Reason.NO_ID)
+        elif unreadable_captions[place].as_py():
+            reason, detail = Reason.UNREADABLE_CAPTION, "no UTF-8"
+            yield _line(part, row, name, caption, reason=reason, detail=detail)
+        elif not caption.strip():
+            yield _line(part, row, name, caption, reason=Reason.EMPTY_CAPTION)
+        elif len(caption) > max_caption_chars:
+            detail = f"{len(caption)} characters; at most {max_caption_chars}"
+            yield _line(part, row, name, caption, reason=Reason.LONG_CAPTION, detail=detail)
+        else:
+            try:
+                pixels = decode_clip(video or b"", wanted).tobytes()
+                yield _line(part, row, name, caption, pixels=pixels)
+            except ClipError as error:
+                reason, detail = error.fault, error.in_short
+                yield _line(part, row, name, caption, reason=reason, detail=detail)
+
+
+def _line(
+    part: Part,
+    row: int,
+    sample_id: str | None,
+    caption: str | None,
+    *,
+    pixels: bytes | None = None,
+    reason: str | None = None,
+    detail: str = "",
+) -> pa.Table:
+    line = {
+        PART: part.number,
+        ROW: row,
+        SAMPLE_ID: sample_id,
+        CAPTION: caption,
+        PIXELS: pixels,
+        REASON: None if reason is None else str(reason),
+        DETAIL: detail,
+    }
+    return pa.Table.from_pylist([line], schema=_DECODED)
+
+
+class EncodeVideos:
+    """Pixels to latents, in an actor that holds the autoencoder.
+
+    Args:
+        model: Diffusers folder.
+        pixel_shape: (frames, height, width, 3) of every clip.
+        dtype: Type in which latents are stored.
+        num_threads: Threads of the network on a CPU.
+    """
+
+    def __init__(
+        self, model: str, pixel_shape: tuple[int, int, int, int], dtype: DTypeName, num_threads: int
+    ) -> None:
+        # Processes that decode import this file too, and have no room for networks.
+        from workers.build import build_video_encoder
+
+        self._encoder = build_video_encoder(model, num_threads)
+        self._shape = pixel_shape
+        self._dtype: DTypeName = dtype
+
+    def __call__(self, lines: pa.Table) -> pa.Table:
+        """Puts the column `latents` in the place of `pixels`."""
+        latents = [self._encode(pixels.as_buffer()) for pixels in lines.column(PIXELS)]
+        return lines.drop_columns([PIXELS]).append_column(LATENTS, pa.array(latents, pa.binary()))
+
+    def _encode(self, pixels: pa.Buffer | None) -> bytes | None:
+        from pipelines.data.shards.values import pack
+
+        if pixels is None:
+            return None
+        clip = np.frombuffer(pixels, dtype=np.uint8).reshape(self._shape)
+        return pack(self._encoder.encode(clip), self._dtype)
+
+
+class EncodeCaptions:
+    """Captions to embeddings, in an actor that holds the text encoder.
+
+    Args:
+        model: Diffusers folder.
+        text_length: Text positions; longer captions are cut.
+        dtype: Type in which embeddings are stored.
+        num_threads: Threads of the network on a CPU.
+    """
+
+    def __init__(self, model: str, text_length: int, dtype: DTypeName, num_threads: int) -> None:
+        from workers.build import build_text_encoder
+        from workers.settings import ModelSettings
+
+        settings = ModelSettings(folder=model, text_length=text_length)
+        self._encoder = build_text_encoder(settings, num_threads)
+        self._dtype: DTypeName = dtype
+
+    def __call__(self, lines: pa.Table) -> pa.Table:
+        """Adds the column `text_embeds`."""
+        captions, reasons = (lines.column(name).to_pylist() for name in (CAPTION, REASON))
+        embeds = [
+            self._embed(caption) if reason is None else None
+            for caption, reason in zip(captions, reasons, strict=True)
+        ]
+        return lines.append_column(TEXT_EMBEDS, pa.array(embeds, pa.binary()))
+
+    def _embed(self, caption: str) -> bytes:
+        from pipelines.data.shards.values import pack_text
+
+        return pack_text(self._encoder.encode([caption], [0]).text[0], self._dtype)

@@ -1,0 +1,124 @@
+"""Encoded rows come back from Ray and become shards: counted, and each part written once."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipelines.data.making import encode_stages as stages
+from pipelines.data.making.encode_plan import Part
+from pipelines.data.making.journal import Journal
+from pipelines.data.making.rejections import Reason, Rejection, require_few
+from pipelines.data.shards.listing import QUARANTINE_NAME
+from pipelines.data.shards.schema import SAMPLE_ID, Encoding, encoded_schema
+from pipelines.data.shards.seen import SeenIds
+from pipelines.data.shards.shard_writing import ShardBuilder
+from sgmd_core.errors import DataError
+
+# Below this number a share says little: the verdict waits for the end.
+_MIN_JUDGED = 200
+
+
+class PartWriter:
+    """Gathers encoded rows into parts, and writes each part when its last row has come.
+
+    Args:
+        journal: Where parts go.
+        missing: Parts that are to be written.
+        encoding: What the rows are.
+        max_bad_fraction: How many bad clips are too many.
+        attempted: What an error shall say that we were doing.
+
+    Attributes:
+        num_waiting: Rows that have not come yet.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        missing: Sequence[Part],
+        encoding: Encoding,
+        max_bad_fraction: float,
+        attempted: str,
+    ) -> None:
+        self._journal = journal
+        self._schema = encoded_schema(encoding)
+        self._max_bad_fraction = max_bad_fraction
+        self._attempted = attempted
+        self._parts = {part.number: part for part in missing}
+        self._open: dict[int, tuple[ShardBuilder, list[Rejection]]] = {}
+        self._seen = SeenIds(found.sample_id for found in journal.rejections)
+        for sample_ids in journal.sample_ids():
+            self._seen.add(sample_ids)
+        self.num_waiting = sum(part.num_rows for part in missing)
+        for part in missing:
+            if not part.num_rows:
+                reason = Reason.UNREADABLE_SHARD
+                self._commit(part, [Rejection("", part.shard, None, reason, part.fault)])
+
+    def take(self, line: Mapping[str, Any]) -> None:
+        """One row, good or bad.
+
+        Raises:
+            DataError: the server failed where the row was read, or too many rows are bad.
+        """
+        if line[stages.REASON] == stages.SERVER_FAILED:
+            raise DataError(*json.loads(line[stages.DETAIL]))
+        part = self._parts[line[stages.PART]]
+        builder, rejections = self._open.setdefault(part.number, (ShardBuilder(self._schema), []))
+        rejection = self._rejection(part, line)
+        if rejection is None:
+            builder.add({name: line[name] for name in self._schema.names})
+        else:
+            rejections.append(rejection)
+        self.num_waiting -= 1
+        if builder.num_rows + len(rejections) == part.num_rows:
+            del self._open[part.number]
+            self._commit(part, rejections, builder)
+            self._judge(at_end=False)
+
+    def close(self) -> None:
+        """Makes sure that nothing was lost.
+
+        Raises:
+            DataError: rows did not come back, or too many are bad.
+        """
+        if self._parts:
+            raise DataError(
+                self._attempted,
+                f"{self.num_waiting} rows of {len(self._parts)} parts did not come back from Ray",
+                "every row once",
+                "Run the command again: it goes on with these",
+            )
+        self._judge(at_end=True)
+
+    def _rejection(self, part: Part, line: Mapping[str, Any]) -> Rejection | None:
+        sample_id = line[SAMPLE_ID] or ""
+        reason, detail = line[stages.REASON], line[stages.DETAIL]
+        if sample_id and self._seen.add([sample_id]) and reason is None:
+            reason, detail = Reason.DUPLICATE_ID, "an earlier row has the same id"
+        if reason is None:
+            return None
+        return Rejection(sample_id, part.shard, line[stages.ROW], reason, detail)
+
+    def _commit(
+        self, part: Part, rejections: Sequence[Rejection], builder: ShardBuilder | None = None
+    ) -> None:
+        self._journal.commit(part.name, builder or ShardBuilder(self._schema), rejections)
+        del self._parts[part.number]
+
+    def _judge(self, *, at_end: bool) -> None:
+        rejections = self._journal.rejections
+        good = sum(shard.num_rows for shard in self._journal.shards.values())
+        num_judged = good + len(rejections)
+        if not at_end and num_judged < _MIN_JUDGED:
+            return
+        if len(rejections) > self._max_bad_fraction * num_judged:
+            self._journal.write_quarantine()
+            require_few(
+                self._attempted,
+                rejections,
+                num_judged,
+                self._max_bad_fraction,
+                f"All of them are in {self._journal.root}/{QUARANTINE_NAME}. Raise"
+                " --max-bad-fraction, or repair the source and encode it into another folder",
+            )

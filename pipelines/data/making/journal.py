@@ -1,0 +1,213 @@
+"""What a command has done to a folder of shards, so that it can be killed and started again.
+
+    _prepare.json             with which settings; the same folder never holds two kinds of shards
+    part-00000.parquet        a shard, written whole
+    _progress/part-00000.json written after its shard: now the part counts
+    quarantine.parquet        what was not taken, and why
+    _index.json               written last: the set is whole; _progress goes away
+
+A shard without its line in `_progress` is what a killed command left behind; it is written again
+under the same name. So every clip is in the set exactly once, however often the command was killed.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.data.making.rejections import Rejection, from_parquet, to_parquet
+from pipelines.data.shards.filesystem import open_folder, storage_errors
+from pipelines.data.shards.index import Shard, read_index, write_index
+from pipelines.data.shards.listing import QUARANTINE_NAME
+from pipelines.data.shards.parquet import read_parquet
+from pipelines.data.shards.schema import SAMPLE_ID
+from pipelines.data.shards.shard_writing import ShardBuilder, write_file, write_shard
+from sgmd_core.errors import DataError
+
+_PROGRESS = "_progress"
+
+
+class Journal:
+    """The state of a folder that a command fills part by part; made by `open_journal`.
+
+    Args:
+        filesystem: The folder's file system.
+        root: Its path there.
+
+    Attributes:
+        shards: Everything written and counted, by name.
+        rejections: Everything that was not taken.
+        parts: Names of the parts that count, also of those in which no clip was good.
+        is_complete: Whether the folder has an index, so that a command came to its end here.
+    """
+
+    def __init__(self, filesystem: AbstractFileSystem, root: str) -> None:
+        self.filesystem = filesystem
+        self.root = root
+        index = read_index(filesystem, root)
+        self.is_complete = index is not None
+        self.shards = {shard.path: shard for shard in index or ()}
+        self.parts = {_part_of(path) for path in self.shards}
+        self.rejections: list[Rejection] = []
+        if self.is_complete:
+            self.rejections = _read_quarantine(filesystem, root)
+        self._load_progress()
+
+    def commit(
+        self, part: str, builder: ShardBuilder, rejections: Sequence[Rejection]
+    ) -> Shard | None:
+        """Writes a part's shard and then the line that makes it count.
+
+        Returns:
+            The shard; None where the part has no good clip.
+        """
+        shard = None
+        if builder.num_rows:
+            shard = write_shard(self.filesystem, self.root, f"{part}.parquet", builder)
+            self.shards[shard.path] = shard
+        self.parts.add(part)
+        self.rejections.extend(rejections)
+        self._write_progress(part, shard, rejections)
+        return shard
+
+    def forget_rejections(self) -> None:
+        """Makes the clips that were not taken so far count as never seen."""
+        for name, entry in self._progress_entries().items():
+            self._write_progress(name, _shard_in(entry), ())
+        self.rejections = []
+
+    def sample_ids(self) -> Iterator[list[str]]:
+        """The ids in all shards that count, shard by shard.
+
+        Raises:
+            DataError: a shard cannot be read.
+        """
+        for path in sorted(self.shards):
+            with (
+                storage_errors(f"reading the ids in {self.root}/{path}"),
+                self.filesystem.open(f"{self.root}/{path}", "rb") as file,
+            ):
+                table = read_parquet(file, columns=[SAMPLE_ID])
+            yield table[SAMPLE_ID].to_pylist()
+
+    def write_quarantine(self) -> None:
+        """Writes what was not taken; an empty file says that nothing was."""
+        write_file(self.filesystem, f"{self.root}/{QUARANTINE_NAME}", to_parquet(self.rejections))
+
+    def finish(self) -> None:
+        """Writes the quarantine and the index, and takes the progress away."""
+        self.write_quarantine()
+        write_index(self.filesystem, self.root, list(self.shards.values()))
+        self.is_complete = True
+        progress = f"{self.root}/{_PROGRESS}"
+        with storage_errors(f"deleting {progress}"):
+            self.filesystem.invalidate_cache()
+            if self.filesystem.exists(progress):
+                self.filesystem.rm(progress, recursive=True)
+
+    def _write_progress(
+        self, part: str, shard: Shard | None, rejections: Sequence[Rejection]
+    ) -> None:
+        entry = {
+            "shard": shard and asdict(shard),
+            "rejections": [asdict(rejection) for rejection in rejections],
+        }
+        path = f"{self.root}/{_PROGRESS}/{part}.json"
+        write_file(self.filesystem, path, json.dumps(entry).encode())
+
+    def _load_progress(self) -> None:
+        known = set(self.rejections)
+        for name, entry in self._progress_entries().items():
+            self.parts.add(name)
+            shard = _shard_in(entry)
+            if shard is not None:
+                self.shards[shard.path] = shard
+            found = [Rejection(**rejection) for rejection in entry["rejections"]]
+            # A command killed between writing the index and deleting the progress left both.
+            self.rejections += [rejection for rejection in found if rejection not in known]
+
+    def _progress_entries(self) -> dict[str, Any]:
+        folder = f"{self.root}/{_PROGRESS}"
+        with storage_errors(f"reading {folder}"):
+            names = _names_in(self.filesystem, folder)
+            return {
+                _part_of(name): json.loads(self.filesystem.cat_file(f"{folder}/{name}"))
+                for name in sorted(names)
+                if name.endswith(".json")
+            }
+
+
+def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal:
+    """Opens a folder to be filled, or to be filled further.
+
+    Args:
+        url: Local path or `s3://bucket/prefix`; a local folder is made.
+        command: Who fills it.
+        settings: What makes its shards what they are, as JSON can hold it.
+
+    Raises:
+        DataError: the folder holds other data, or was filled with other settings.
+    """
+    filesystem, root = open_folder(url)
+    attempted = f"filling {url} with `sgmd {command}`"
+    remedy = "Choose another folder, or delete this one"
+    with storage_errors(attempted):
+        if isinstance(filesystem, LocalFileSystem):
+            filesystem.makedirs(root, exist_ok=True)
+        names = _names_in(filesystem, root)
+    own = f"{root}/_{command}.json"
+    wanted = json.loads(json.dumps(settings))
+    if f"_{command}.json" in names:
+        with storage_errors(attempted):
+            found = json.loads(filesystem.cat_file(own))
+        keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+        if keys:
+            before, now = (
+                ", ".join(f"{key} = {settings.get(key)!r}" for key in keys)
+                for settings in (found, wanted)
+            )
+            raise DataError(attempted, f"shards made with {before}", now, remedy)
+    elif any(name.endswith(".parquet") for name in names):
+        raise DataError(
+            attempted,
+            f"Parquet files that `sgmd {command}` did not write",
+            "an empty folder",
+            remedy,
+        )
+    else:
+        write_file(filesystem, own, json.dumps(wanted, indent=2).encode())
+    return Journal(filesystem, root)
+
+
+def _names_in(filesystem: AbstractFileSystem, folder: str) -> list[str]:
+    """Names of files and folders; none for a folder that is not there."""
+    filesystem.invalidate_cache()
+    try:
+        return [str(path).rpartition("/")[2] for path in filesystem.ls(folder, detail=False)]
+    except FileNotFoundError:
+        return []
+
+
+def _read_quarantine(filesystem: AbstractFileSystem, root: str) -> list[Rejection]:
+    path = f"{root}/{QUARANTINE_NAME}"
+    try:
+        with storage_errors(f"reading {path}"):
+            return from_parquet(cast("bytes", filesystem.cat_file(path)))
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
+
+
+def _shard_in(entry: Mapping[str, Any]) -> Shard | None:
+    shard = entry["shard"]
+    if shard is None:
+        return None
+    return Shard(shard["path"], shard["num_bytes"], tuple(shard["rows"]))
+
+
+def _part_of(file_name: str) -> str:
+    return file_name.rpartition(".")[0]

@@ -1,0 +1,300 @@
+"""`sgmd prepare`: videos and captions as people keep them become shards.
+
+    list_clips -> fresh_clips -> prepare_clip, in processes -> shards, quarantine -> index
+
+Clips arrive in the order of the source, whatever the number of processes, so the same source makes
+the same shards. Memory holds one shard, two clips a process, and eight bytes an id.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+from pipelines.data.making.journal import Journal, open_journal
+from pipelines.data.making.ordered_pool import Died, map_in_order
+from pipelines.data.making.prepare_clip import ClipRules, PreparedClip, prepare_clip
+from pipelines.data.making.rejections import (
+    Reason,
+    Rejection,
+    counts_by_reason,
+    require_few,
+)
+from pipelines.data.making.sources import Columns, SourceClip, list_clips
+from pipelines.data.shards.listing import QUARANTINE_NAME
+from pipelines.data.shards.schema import CAPTION, FPS, SAMPLE_ID, VIDEO, video_schema
+from pipelines.data.shards.seen import SeenIds
+from pipelines.data.shards.shard_writing import ShardBuilder
+from sgmd_core.errors import ConfigError, DataError
+
+# Below this number a share says little: the verdict waits for the end.
+_MIN_JUDGED = 200
+
+Place = tuple[str, str, int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareOptions:
+    """How a source becomes shards.
+
+    Attributes:
+        columns: Names in manifests and JSON files.
+        rules: What is asked of a clip, and what is made of it.
+        shard_clips: Most clips in a shard.
+        shard_bytes: A shard is closed when it has reached this size.
+        max_bad_fraction: The command stops where a larger share of the clips is bad.
+        retry_bad: Try again what an earlier run did not take.
+        num_processes: Processes that read and decode; 0 works in this one, None takes all cores.
+    """
+
+    columns: Columns = field(default_factory=Columns)
+    rules: ClipRules = field(default_factory=ClipRules)
+    shard_clips: int = 512
+    shard_bytes: int = 256 * 2**20
+    max_bad_fraction: float = 0.01
+    retry_bad: bool = False
+    num_processes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.shard_clips < 1 or self.shard_bytes < 1 or not 0 <= self.max_bad_fraction <= 1:
+            raise ConfigError(
+                "reading the options of `sgmd prepare`",
+                f"shard_clips = {self.shard_clips}, shard_bytes = {self.shard_bytes}, "
+                f"max_bad_fraction = {self.max_bad_fraction}",
+                "positive sizes and a fraction in [0, 1]",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the command is; what earlier runs did is included."""
+
+    num_clips: int
+    num_bad: int
+    num_shards: int
+    num_bytes: int
+
+    @property
+    def num_judged(self) -> int:
+        """Clips that were looked at."""
+        return self.num_clips + self.num_bad
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareReport:
+    """What a folder of shards holds in the end.
+
+    Attributes:
+        folder: Its address.
+        num_clips: Clips in the set.
+        num_new: How many of them this run added.
+        num_shards: Shards.
+        num_bytes: Their size.
+        rejected: Clips that were not taken, by reason.
+        seconds: How long this run took.
+    """
+
+    folder: str
+    num_clips: int
+    num_new: int
+    num_shards: int
+    num_bytes: int
+    rejected: dict[str, int]
+    seconds: float
+
+
+def prepare(
+    src: str,
+    dst: str,
+    options: PrepareOptions = PrepareOptions(),
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> PrepareReport:
+    """Makes shards of captioned videos; run again, it goes on where it was stopped.
+
+    Run again after its end, it adds the clips that have joined the source since.
+
+    Args:
+        src: Folder, S3 prefix, tar or manifest; see `list_clips`.
+        dst: Folder of the shards, local or `s3://bucket/prefix`.
+        options: What is asked and made.
+        on_progress: Called after every clip.
+
+    Raises:
+        DataError: source or destination cannot be used, too many clips are bad, or there is none.
+    """
+    started = time.monotonic()
+    journal = open_journal(dst, "prepare", _settings(src, options))
+    if options.retry_bad:
+        journal.forget_rejections()
+    num_before = _written(journal).num_clips
+    written = SeenIds()
+    for sample_ids in journal.sample_ids():
+        written.add(sample_ids)
+    known: set[Place] = {(found.sample_id, found.source, found.row) for found in journal.rejections}
+    clips = fresh_clips(list_clips(src, options.columns), written, known)
+    outcomes = map_in_order(
+        partial(prepare_clip, rules=options.rules), clips, _num_processes(options)
+    )
+    filler = _Filler(journal, options, f"preparing {src}")
+    for outcome in outcomes:
+        filler.take(_as_rejection(outcome) if isinstance(outcome, Died) else outcome)
+        on_progress(filler.progress())
+    filler.close()
+    on_progress(filler.progress())
+    if not journal.shards:
+        raise DataError(
+            f"preparing {src}",
+            "not a single video",
+            "video files with captions beside them, WebDataset tars, or a manifest",
+            "Check the address; a manifest is named itself, not its folder",
+        )
+    journal.finish()
+    end = _written(journal)
+    return PrepareReport(
+        folder=dst,
+        num_clips=end.num_clips,
+        num_new=end.num_clips - num_before,
+        num_shards=end.num_shards,
+        num_bytes=end.num_bytes,
+        rejected=counts_by_reason(journal.rejections),
+        seconds=time.monotonic() - started,
+    )
+
+
+def fresh_clips(
+    listed: Iterable[SourceClip | Rejection], written: SeenIds, known: set[Place]
+) -> Iterator[SourceClip | Rejection]:
+    """Leaves out what an earlier run has dealt with, and rejects ids that come again.
+
+    Args:
+        listed: All clips of the source.
+        written: Ids that are in the shards.
+        known: (id, source, row) of what was rejected before.
+    """
+    seen = SeenIds()
+    for clip in listed:
+        is_known = (clip.sample_id, clip.source, clip.row) in known
+        if isinstance(clip, Rejection):
+            if not is_known:
+                yield clip
+        elif seen.add([clip.sample_id]):
+            if not is_known:
+                detail = "an earlier clip of this source has the same id"
+                yield Rejection(clip.sample_id, clip.source, clip.row, Reason.DUPLICATE_ID, detail)
+        elif not is_known and not written.add([clip.sample_id]):
+            yield clip
+
+
+class _Filler:
+    """Gathers what the workers return into shards.
+
+    Args:
+        journal: What is there already, and where the shards go.
+        options: When a shard is full, and how many bad clips are too many.
+        attempted: What an error shall say that we were doing.
+    """
+
+    def __init__(self, journal: Journal, options: PrepareOptions, attempted: str) -> None:
+        self._journal = journal
+        self._options = options
+        self._attempted = attempted
+        self._builder = ShardBuilder(video_schema())
+        self._waiting: list[Rejection] = []
+        self._written = _written(journal)
+
+    def take(self, outcome: PreparedClip | Rejection) -> None:
+        """Adds one clip, good or bad.
+
+        Raises:
+            DataError: too many clips are bad; all that was found out until then is kept.
+        """
+        if isinstance(outcome, Rejection):
+            self._waiting.append(outcome)
+            if self.progress().num_judged >= _MIN_JUDGED:
+                self._judge()
+            return
+        self._builder.add(
+            {
+                SAMPLE_ID: outcome.sample_id,
+                CAPTION: outcome.caption,
+                VIDEO: outcome.video,
+                FPS: outcome.fps,
+            }
+        )
+        is_full = self._builder.num_rows >= self._options.shard_clips
+        if is_full or self._builder.num_bytes >= self._options.shard_bytes:
+            self._commit()
+
+    def close(self) -> None:
+        """Writes the last shard.
+
+        Raises:
+            DataError: too many clips are bad.
+        """
+        self._commit()
+        self._judge()
+
+    def progress(self) -> Progress:
+        """Where we are."""
+        return Progress(
+            num_clips=self._written.num_clips + self._builder.num_rows,
+            num_bad=self._written.num_bad + len(self._waiting),
+            num_shards=self._written.num_shards,
+            num_bytes=self._written.num_bytes + self._builder.num_bytes,
+        )
+
+    def _commit(self) -> None:
+        if self._builder.num_rows or self._waiting:
+            self._journal.commit(_next_part(self._journal), self._builder, self._waiting)
+            self._builder, self._waiting = ShardBuilder(video_schema()), []
+            self._written = _written(self._journal)
+
+    def _judge(self) -> None:
+        progress = self.progress()
+        if progress.num_bad <= self._options.max_bad_fraction * progress.num_judged:
+            return
+        self._commit()
+        self._journal.write_quarantine()
+        require_few(
+            self._attempted,
+            self._journal.rejections,
+            progress.num_judged,
+            self._options.max_bad_fraction,
+            f"All of them are in {self._journal.root}/{QUARANTINE_NAME}. Repair them and run again"
+            " with --retry-bad, or raise --max-bad-fraction; good clips are kept",
+        )
+
+
+def _as_rejection(died: Died[SourceClip | Rejection]) -> Rejection:
+    clip, detail = died.item, "the process that read this clip ended without a word"
+    return Rejection(clip.sample_id, clip.source, clip.row, Reason.WORKER_DIED, detail)
+
+
+def _written(journal: Journal) -> Progress:
+    return Progress(
+        num_clips=sum(shard.num_rows for shard in journal.shards.values()),
+        num_bad=len(journal.rejections),
+        num_shards=len(journal.shards),
+        num_bytes=sum(shard.num_bytes for shard in journal.shards.values()),
+    )
+
+
+def _next_part(journal: Journal) -> str:
+    numbers = [int(part.rpartition("-")[2]) for part in journal.parts]
+    return f"part-{max(numbers, default=-1) + 1:05d}"
+
+
+def _settings(src: str, options: PrepareOptions) -> dict[str, object]:
+    """What must be the same in all runs that fill one folder."""
+    return {
+        "source": src,
+        "id_column": options.columns.sample_id,
+        "format": asdict(options.rules.wanted),
+    }
+
+
+def _num_processes(options: PrepareOptions) -> int:
+    if options.num_processes is not None:
+        return options.num_processes
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,127 @@
+"""What one worker of `sgmd prepare` does with one clip: read it, look at it, encode it anew."""
+
+import json
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+from pipelines.data.clips.clip_decoding import ClipError, read_facts, read_first_frame, transcode
+from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.making.sources import CaptionFile, FileRange, SourceClip
+from pipelines.data.shards.filesystem import open_folder, storage_errors
+
+_MAX_CAPTION_FILE_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRules:
+    """What is asked of a clip, and what is made of it.
+
+    Attributes:
+        wanted: The format to encode it in; the bytes stay as they are where it asks for nothing.
+        crf: Constant rate factor of that encoding.
+        whole: Decode every frame of bytes that stay as they are, or only the first one.
+        max_caption_chars: A longer caption is bad.
+        max_clip_bytes: A larger file is bad.
+    """
+
+    wanted: ClipFormat = field(default_factory=ClipFormat)
+    crf: int = 18
+    whole: bool = True
+    max_caption_chars: int = 4096
+    max_clip_bytes: int = 512 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedClip:
+    """A row of a shard."""
+
+    sample_id: str
+    caption: str
+    video: bytes
+    fps: float
+
+
+class _BadClip(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip | Rejection:
+    """Reads one clip and checks it; what was rejected before passes through.
+
+    Raises:
+        DataError: the storage failed, which is not the clip's fault.
+    """
+    if isinstance(clip, Rejection):
+        return clip
+    reject = partial(Rejection, clip.sample_id, clip.source, clip.row)
+    try:
+        caption = _caption(clip, rules)
+        data = _read(clip.video, rules.max_clip_bytes, Reason.MISSING_VIDEO)
+        if not rules.wanted.keeps_everything:
+            video, fps = transcode(data, rules.wanted, crf=rules.crf)
+        else:
+            video = data
+            fps = (read_facts if rules.whole else read_first_frame)(data).fps
+    except _BadClip as bad:
+        return reject(bad.reason, bad.detail)
+    except ClipError as error:
+        return reject(error.fault, error.in_short)
+    return PreparedClip(clip.sample_id, caption, video, fps)
+
+
+def _caption(clip: SourceClip, rules: ClipRules) -> str:
+    if clip.caption is None:
+        raise _BadClip(Reason.MISSING_CAPTION, "there is none")
+    text = clip.caption
+    if isinstance(text, CaptionFile):
+        text = _caption_in(text)
+    text = text.strip()
+    if not text:
+        raise _BadClip(Reason.EMPTY_CAPTION, "nothing but blanks")
+    if len(text) > rules.max_caption_chars:
+        raise _BadClip(
+            Reason.LONG_CAPTION, f"{len(text)} characters; at most {rules.max_caption_chars}"
+        )
+    return text
+
+
+def _caption_in(place: CaptionFile) -> str:
+    data = _read(place.file, _MAX_CAPTION_FILE_BYTES, Reason.MISSING_CAPTION)
+    try:
+        text = data.decode("utf-8-sig")
+        if place.json_field is None:
+            return text
+        field = json.loads(text)[place.json_field]
+        if not isinstance(field, str):
+            raise TypeError(f"{field!r} is no text")
+        return field
+    except (ValueError, KeyError, TypeError) as error:
+        raise _BadClip(
+            Reason.UNREADABLE_CAPTION, f"{place.file.url}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _read(place: FileRange, max_bytes: int, missing: Reason) -> bytes:
+    """The bytes of a file, of which at most one more than allowed is fetched."""
+    if place.num_bytes is not None and place.num_bytes > max_bytes:
+        raise _BadClip(Reason.TOO_LARGE, f"{place.num_bytes} bytes; at most {max_bytes}")
+    wanted = max_bytes + 1 if place.num_bytes is None else place.num_bytes
+    filesystem, path = open_folder(place.url, probe=False)
+    try:
+        with storage_errors(f"reading {place.url}"), filesystem.open(path, "rb") as file:
+            file.seek(place.offset)
+            data = cast("bytes", file.read(wanted))
+    except Exception as error:
+        if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
+            raise _BadClip(missing, f"no file {place.url}") from error
+        raise
+    if len(data) > max_bytes:
+        raise _BadClip(Reason.TOO_LARGE, f"more than {max_bytes} bytes")
+    if place.num_bytes is not None and len(data) < place.num_bytes:
+        raise _BadClip(Reason.CUT_SHORT, f"{len(data)} of {place.num_bytes} bytes are there")
+    return data

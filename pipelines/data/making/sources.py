@@ -1,0 +1,325 @@
+"""Captioned videos as people keep them, listed one by one without reading a video.
+
+    a folder      clip.mp4 beside clip.txt (the caption) or clip.json (a field of it), at any depth
+    a tar         WebDataset: key.mp4 and key.txt or key.json, one after the other; also tars that
+                  lie in the folder
+    a manifest    CSV or JSON lines, one clip a row: a path and a caption
+
+The order is fixed, and so are the sample ids: the file's path within the folder, the tar's path and
+the key, or the path as the manifest has it (or a column of its own). They do not depend on where
+the folder lies or on what else is in it.
+"""
+
+import csv
+import io
+import itertools
+import json
+import tarfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO, cast
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.shards.filesystem import open_folder, storage_errors
+from sgmd_core.errors import DataError
+
+VIDEO_SUFFIXES = frozenset(
+    f".{name}"
+    for name in ("mp4", "m4v", "mov", "3gp", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv")
+)
+_CAPTION_SUFFIXES = (".txt", ".json")
+_MANIFEST_SUFFIXES = (".csv", ".jsonl", ".ndjson")
+_PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# One request brings a tar's header and the short members that follow a video.
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """Bytes to be read: a whole file, or a part of it.
+
+    Attributes:
+        url: Address of the file.
+        offset: First byte.
+        num_bytes: How many; None is the whole file.
+    """
+
+    url: str
+    offset: int = 0
+    num_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionFile:
+    """A caption in a file of its own.
+
+    Attributes:
+        file: Where it is.
+        json_field: The field that holds it, in a JSON file; None in a text file.
+    """
+
+    file: FileRange
+    json_field: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceClip:
+    """One clip and where its parts are.
+
+    Attributes:
+        sample_id: Its lasting name.
+        source: The file that names it: the video itself, a tar or a manifest.
+        row: Its place in a tar or a manifest, from 0; None in a folder.
+        video: The video's bytes.
+        caption: The caption, or where it is; None where there is none.
+    """
+
+    sample_id: str
+    source: str
+    row: int | None
+    video: FileRange
+    caption: str | CaptionFile | None
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Names in manifests, and of the caption's field in JSON files.
+
+    Attributes:
+        path: Path of the video: relative to the manifest, absolute, or `s3://bucket/key`.
+        caption: The caption.
+        sample_id: The id; None takes the path for it.
+    """
+
+    path: str = "path"
+    caption: str = "caption"
+    sample_id: str | None = None
+
+
+def list_clips(url: str, columns: Columns = Columns()) -> Iterator[SourceClip | Rejection]:
+    """Names every clip of a source, in a fixed order.
+
+    Args:
+        url: Folder, S3 prefix, `.tar` file, or manifest (`.csv`, `.jsonl`, `.ndjson`).
+        columns: Names in manifests and JSON files.
+
+    Yields:
+        Clips, and rejections of rows and tars that name none.
+
+    Raises:
+        DataError: the source cannot be opened or listed, or a manifest has no such columns.
+    """
+    filesystem, root = open_folder(url)
+    suffix = PurePosixPath(root).suffix
+    if suffix in _MANIFEST_SUFFIXES:
+        yield from _manifest_clips(filesystem, root, columns)
+    elif root.endswith(_PACKED_TARS):
+        raise DataError(
+            f"reading {url}",
+            "a compressed tar, which can only be read from its beginning",
+            "a plain .tar",
+            "Decompress it; videos hardly get smaller anyway",
+        )
+    elif suffix == ".tar":
+        yield from _tar_clips(filesystem, root, root.rpartition("/")[0], columns)
+    else:
+        yield from _folder_clips(filesystem, root, root, columns)
+
+
+def _folder_clips(
+    filesystem: AbstractFileSystem, root: str, folder: str, columns: Columns
+) -> Iterator[SourceClip | Rejection]:
+    """The clips and tars of a folder, then those of its sub-folders; one listing at a time."""
+    with storage_errors(f"listing {folder}"):
+        entries = {str(entry["name"]): entry for entry in filesystem.ls(folder, detail=True)}
+        # What was listed is not needed again, and a large bucket would fill the memory.
+        filesystem.invalidate_cache(folder)
+    shown = {name: entry for name, entry in entries.items() if _name(name)[:1] not in ("", ".")}
+    for path in sorted(shown):
+        if shown[path]["type"] == "directory":
+            continue
+        if PurePosixPath(path).suffix == ".tar":
+            yield from _tar_clips(filesystem, path, root, columns)
+        elif PurePosixPath(path).suffix.lower() in VIDEO_SUFFIXES:
+            address = _address(filesystem, path)
+            yield SourceClip(
+                sample_id=path.removeprefix(root).lstrip("/"),
+                source=address,
+                row=None,
+                video=FileRange(address),
+                caption=_sidecar(filesystem, path, shown, columns),
+            )
+    for path in sorted(shown):
+        if shown[path]["type"] == "directory" and path.rstrip("/") != folder.rstrip("/"):
+            yield from _folder_clips(filesystem, root, path, columns)
+
+
+def _sidecar(
+    filesystem: AbstractFileSystem, path: str, present: Mapping[str, Any], columns: Columns
+) -> CaptionFile | None:
+    for suffix in _CAPTION_SUFFIXES:
+        beside = str(PurePosixPath(path).with_suffix(suffix))
+        if beside in present:
+            field = columns.caption if suffix == ".json" else None
+            return CaptionFile(FileRange(_address(filesystem, beside)), field)
+    return None
+
+
+def _tar_clips(
+    filesystem: AbstractFileSystem, path: str, root: str, columns: Columns
+) -> Iterator[SourceClip | Rejection]:
+    """The clips of a WebDataset tar; only its headers are read."""
+    address = _address(filesystem, path)
+    name = path.removeprefix(root).lstrip("/")
+    count = itertools.count()
+    with _reading(filesystem, path) as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                members = (member for member in tar if member.isfile())
+                for key, group in itertools.groupby(members, lambda member: _key(member.name)):
+                    parts = {PurePosixPath(part.name).suffix.lower(): part for part in group}
+                    clip = _tar_clip(f"{name}/{key}", address, next(count), parts, columns)
+                    if clip is not None:
+                        yield clip
+        except tarfile.TarError as error:
+            yield Rejection(
+                sample_id=name,
+                source=address,
+                row=next(count),
+                reason=Reason.UNREADABLE_ARCHIVE,
+                detail=f"{error}: what follows in this tar is not read",
+            )
+
+
+def _tar_clip(
+    sample_id: str,
+    address: str,
+    row: int,
+    parts: Mapping[str, tarfile.TarInfo],
+    columns: Columns,
+) -> SourceClip | None:
+    """A clip out of the members that share a key; None where none of them is a video."""
+    ranges = {
+        suffix: FileRange(address, part.offset_data, part.size) for suffix, part in parts.items()
+    }
+    video = next((ranges[suffix] for suffix in sorted(ranges) if suffix in VIDEO_SUFFIXES), None)
+    if video is None:
+        return None
+    caption = None
+    if ".txt" in ranges:
+        caption = CaptionFile(ranges[".txt"])
+    elif ".json" in ranges:
+        caption = CaptionFile(ranges[".json"], columns.caption)
+    return SourceClip(sample_id, address, row, video, caption)
+
+
+def _key(member: str) -> str:
+    """What the files of one sample share: the path up to the first dot of the file's name."""
+    folder, _, name = member.rpartition("/")
+    stem = name.partition(".")[0]
+    return f"{folder}/{stem}" if folder else stem
+
+
+def _manifest_clips(
+    filesystem: AbstractFileSystem, path: str, columns: Columns
+) -> Iterator[SourceClip | Rejection]:
+    address = _address(filesystem, path)
+    with (
+        _reading(filesystem, path) as file,
+        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text,
+    ):
+        rows = _csv_rows(text, address, columns) if path.endswith(".csv") else _json_rows(text)
+        for number, row in enumerate(rows):
+            yield _manifest_clip(filesystem, address, number, row, columns)
+
+
+def _csv_rows(text: io.TextIOWrapper, address: str, columns: Columns) -> Iterator[dict[str, Any]]:
+    reader = csv.DictReader(text)
+    found = list(reader.fieldnames or ())
+    missing = [
+        name
+        for name in (columns.path, columns.caption, columns.sample_id)
+        if name is not None and name not in found
+    ]
+    if missing:
+        raise DataError(
+            f"reading {address}",
+            f"the columns {', '.join(found)}; no {', '.join(missing)}",
+            "a path and a caption in each row",
+            "Name them with --path-column, --caption-column and --id-column",
+        )
+    yield from reader
+
+
+def _json_rows(text: io.TextIOWrapper) -> Iterator[dict[str, Any] | str]:
+    """One object a line; what is none comes back as it stands."""
+    for line in text:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        yield row if isinstance(row, dict) else line
+
+
+def _manifest_clip(
+    filesystem: AbstractFileSystem,
+    address: str,
+    number: int,
+    row: dict[str, Any] | str,
+    columns: Columns,
+) -> SourceClip | Rejection:
+    if isinstance(row, str):
+        detail = f"no JSON object: {row.strip()[:80]}"
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
+    path = row.get(columns.path)
+    if not isinstance(path, str) or not path.strip():
+        detail = f"{columns.path} = {path!r}"
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
+    sample_id = path if columns.sample_id is None else row.get(columns.sample_id)
+    if sample_id is None or not str(sample_id):
+        detail = f"{columns.sample_id} = {sample_id!r}"
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
+    caption = row.get(columns.caption)
+    return SourceClip(
+        sample_id=str(sample_id),
+        source=address,
+        row=number,
+        video=FileRange(_resolved(filesystem, address, path)),
+        caption=None if caption is None else str(caption),
+    )
+
+
+def _resolved(filesystem: AbstractFileSystem, manifest: str, path: str) -> str:
+    """The address of a video that a manifest names."""
+    if "://" in path:
+        return path
+    if path.startswith("/"):
+        return _address(filesystem, path)
+    return f"{manifest.rpartition('/')[0]}/{path}"
+
+
+@contextmanager
+def _reading(filesystem: AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
+    """A file that is read from front to back in small steps."""
+    attempted = f"reading {_address(filesystem, path)}"
+    with (
+        storage_errors(attempted),
+        filesystem.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead") as file,
+    ):
+        yield cast("BinaryIO", file)
+
+
+def _address(filesystem: AbstractFileSystem, path: str) -> str:
+    """What `open_folder` takes for a path: as people write it, without file:// on this machine."""
+    return path if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(path)
+
+
+def _name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]

@@ -1,0 +1,1 @@
+"""Shards: the Parquet format, reading and writing it, on disk and on S3."""

@@ -1,0 +1,109 @@
+"""The index of a folder of shards: one small file that saves a listing and thousands of footers.
+
+    {"version": 1, "num_rows": 256,
+     "shards": [{"path": "part-0.parquet", "bytes": 9120, "rows": [128, 128]}]}
+
+Commands that write shards write it last, so its presence says that the set is whole. Paths are
+relative to the folder, which may be moved or mirrored. The index is trusted: after a shard was
+added or taken away by hand, delete it or let `sgmd check` write it anew.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.data.shards.filesystem import storage_errors
+from sgmd_core.errors import DataError
+
+INDEX_NAME = "_index.json"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One Parquet file of a folder.
+
+    Attributes:
+        path: Relative to the folder, with forward slashes.
+        num_bytes: Size of the file.
+        rows: Rows of each row group; None until an index or the footer has told.
+    """
+
+    path: str
+    num_bytes: int
+    rows: tuple[int, ...] | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all row groups, as far as they are known."""
+        return sum(self.rows or ())
+
+
+def write_index(filesystem: AbstractFileSystem, root: str, shards: Sequence[Shard]) -> None:
+    """Writes the index of a folder whose shards are all there; replaces an older one as a whole.
+
+    Args:
+        filesystem: The folder's file system.
+        root: The folder's path in it.
+        shards: Every shard, with its rows; stored in the order of their paths.
+
+    Raises:
+        DataError: A shard's rows are not known, or the store does not let us.
+    """
+    attempted = f"writing {root}/{INDEX_NAME}"
+    unknown = [shard.path for shard in shards if shard.rows is None]
+    if unknown:
+        raise DataError(attempted, f"{unknown[0]} without its rows", "rows of each row group")
+    ordered = sorted(shards, key=lambda shard: shard.path)
+    content = {
+        "version": _VERSION,
+        "num_rows": sum(shard.num_rows for shard in ordered),
+        "shards": [
+            {"path": shard.path, "bytes": shard.num_bytes, "rows": list(shard.rows or ())}
+            for shard in ordered
+        ],
+    }
+    text = json.dumps(content).encode()
+    with storage_errors(attempted):
+        if not isinstance(filesystem, LocalFileSystem):
+            filesystem.pipe_file(f"{root}/{INDEX_NAME}", text)
+            return
+        temporary = Path(root) / f".{INDEX_NAME}.writing"
+        temporary.write_bytes(text)
+        temporary.replace(Path(root) / INDEX_NAME)
+
+
+def read_index(filesystem: AbstractFileSystem, root: str) -> tuple[Shard, ...] | None:
+    """The shards that a folder's index names, in the order of their paths; None without an index.
+
+    Raises:
+        DataError: The index is there and cannot be read or makes no sense.
+    """
+    attempted = f"reading {root}/{INDEX_NAME}"
+    try:
+        with storage_errors(attempted):
+            text = filesystem.cat_file(f"{root}/{INDEX_NAME}")
+    except DataError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return None
+        raise
+    try:
+        content = json.loads(text)
+        if content["version"] != _VERSION:
+            raise ValueError(f"version {content['version']}")
+        found = tuple(
+            Shard(str(entry["path"]), int(entry["bytes"]), tuple(map(int, entry["rows"])))
+            for entry in content["shards"]
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            attempted,
+            f"{type(error).__name__}: {error}",
+            f"an index of version {_VERSION}",
+            "Delete the file: the folder is then listed instead",
+        ) from error
+    return tuple(sorted(found, key=lambda shard: shard.path))

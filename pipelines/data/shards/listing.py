@@ -1,0 +1,100 @@
+"""The shards of a folder, listed lazily: chapter after chapter, in the order of their paths.
+
+A chapter is a fixed number of shards (the last one fewer), whatever the server's pages hold, so its
+borders depend on the paths alone. Nobody has to wait for the end of a long listing, and listing can
+go on after any path.
+"""
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+from fsspec import AbstractFileSystem
+from s3fs import S3FileSystem
+
+from pipelines.data.shards.filesystem import storage_errors
+from pipelines.data.shards.index import Shard
+from sgmd_core.errors import DataError
+
+QUARANTINE_NAME = "quarantine.parquet"
+"""Beside the shards that a command wrote: what it did not take."""
+
+_SUFFIX = ".parquet"
+
+
+def list_chapters(
+    filesystem: AbstractFileSystem, root: str, size: int, after: str = ""
+) -> Iterator[tuple[Shard, ...]]:
+    """Lists the Parquet files under a folder, in any depth.
+
+    Files and folders whose names begin with `_` or `.` are left out: they are ours or a tool's.
+
+    Args:
+        filesystem: The folder's file system.
+        root: The folder's path in it.
+        size: Shards of a chapter.
+        after: Begin after this path (relative to the folder); "" begins at the beginning.
+
+    Yields:
+        Chapters of `size` shards, the last one smaller; none for a folder without shards.
+
+    Raises:
+        DataError: The folder cannot be listed, or the server lists out of order.
+    """
+    chapter: list[Shard] = []
+    last = after
+    for path, num_bytes in _entries(filesystem, root, after):
+        if path <= last:
+            raise DataError(
+                f"listing the shards of {root}",
+                f"{path} after {last}",
+                "paths in increasing order, as S3 lists them",
+                "Give the folder an index (`sgmd check` writes one): it is then not listed",
+            )
+        last = path
+        if _is_shard(path):
+            chapter.append(Shard(path, num_bytes))
+        if len(chapter) == size:
+            yield tuple(chapter)
+            chapter = []
+    if chapter:
+        yield tuple(chapter)
+
+
+def _entries(filesystem: AbstractFileSystem, root: str, after: str) -> Iterator[tuple[str, int]]:
+    """(path relative to the folder, bytes) of every file after a path, in order."""
+    attempted = f"listing the shards of {filesystem.unstrip_protocol(root)}"
+    if isinstance(filesystem, S3FileSystem):
+        yield from _s3_entries(filesystem, root, after, attempted)
+        return
+    with storage_errors(attempted):
+        filesystem.invalidate_cache()
+        found = cast("dict[str, Any]", filesystem.find(root, detail=True))
+    entries = ((path[len(root) + 1 :], entry["size"]) for path, entry in found.items())
+    yield from sorted(entry for entry in entries if entry[0] > after)
+
+
+def _s3_entries(
+    filesystem: S3FileSystem, root: str, after: str, attempted: str
+) -> Iterator[tuple[str, int]]:
+    bucket, prefix, _ = filesystem.split_path(root)
+    prefix = f"{prefix}/" if prefix else ""
+    request = {"Bucket": bucket, "Prefix": prefix}
+    if after:
+        request["StartAfter"] = prefix + after
+    while True:
+        # s3fs itself only lists whole folders; this asks for one page at a time.
+        with storage_errors(attempted):
+            page = cast("Any", filesystem).call_s3("list_objects_v2", **request)
+        for entry in page.get("Contents", []):
+            yield entry["Key"][len(prefix) :], entry["Size"]
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _is_shard(path: str) -> bool:
+    parts = PurePosixPath(path).parts
+    if parts[-1] == QUARANTINE_NAME:
+        return False
+    return path.endswith(_SUFFIX) and not any(part.startswith(("_", ".")) for part in parts)

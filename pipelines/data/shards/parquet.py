@@ -1,0 +1,398 @@
+"""Footers and row groups of Parquet files, many at once.
+
+    row groups -> Arrow's own reader (`pipelines.data.shards.native`) -> what it could not read:
+    ranges of all files -> one round trip (s3fs runs them side by side) -> bytes -> Arrow tables
+
+What is broken in one file comes back as a `Fault` in its place; the others are whole. What is wrong
+with the server is tried again, and raised when that does not help: a server that is down must never
+look like broken data.
+"""
+
+import io
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+
+from pipelines.data.shards.filesystem import (
+    S3Settings,
+    is_transient,
+    storage_error,
+    without_secrets,
+)
+from pipelines.data.shards.native import Group, NativeReader, native_filesystem
+
+_FOOTER_GUESS_BYTES = 64 * 2**10
+_MERGE_GAP_BYTES = 64 * 2**10
+_MAX_BACKOFF_S = 30.0
+_NUM_CACHED_FOOTERS = 256
+_MAX_VAIN_READS = 3
+_MAGIC = b"PAR1"
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a file or a row group cannot be used."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Some bytes of a file.
+
+    Attributes:
+        path: The file's path in its file system.
+        start: First byte.
+        stop: Byte after the last one.
+    """
+
+    path: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What the end of a Parquet file says."""
+
+    metadata: pq.FileMetaData
+    schema: pa.Schema
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows of each row group."""
+        count = self.metadata.num_row_groups
+        return tuple(self.metadata.row_group(index).num_rows for index in range(count))
+
+
+def open_parquet(
+    source: Any,  # noqa: ANN401 - fsspec's files have no common type
+    **options: Any,  # noqa: ANN401 - handed on
+) -> pq.ParquetFile:
+    """A Parquet file that is read by the thread that asks, if that also says `use_threads=False`.
+
+    Reading ahead, Arrow's default, is done by a thread of its own that lets go of the file a moment
+    after the reader has its rows. Where the file is Python's and the process ends in that moment,
+    it ends with SIGABRT (apache/arrow#34314).
+
+    Args:
+        source: The file.
+        options: Of `pyarrow.parquet.ParquetFile`.
+    """
+    return pq.ParquetFile(source, pre_buffer=False, **options)
+
+
+def read_parquet(
+    source: Any,  # noqa: ANN401 - fsspec's files have no common type
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """A whole file that is open for reading, or some columns of it."""
+    return open_parquet(source).read(columns=columns and [*columns], use_threads=False)
+
+
+def fetch(
+    filesystem: AbstractFileSystem, ranges: Sequence[Range], retry: S3Settings
+) -> list[bytes | Fault]:
+    """Reads byte ranges side by side.
+
+    Args:
+        filesystem: Where the files are.
+        ranges: What to read.
+        retry: How often, and how patiently, a server that fails is asked again.
+
+    Returns:
+        For each range its bytes, or why they are not to be had: the file is gone or too short.
+
+    Raises:
+        DataError: The server failed every time, or does not let us read.
+    """
+    found: dict[int, bytes | Fault] = {}
+    waiting = list(range(len(ranges)))
+    for attempt in range(retry.read_attempts):
+        if attempt:
+            time.sleep(min(retry.backoff_s * 2 ** (attempt - 1), _MAX_BACKOFF_S))
+        asked = [ranges[index] for index in waiting]
+        answers = filesystem.cat_ranges(
+            [each.path for each in asked],
+            [each.start for each in asked],
+            [each.stop for each in asked],
+            on_error="return",
+        )
+        failed: dict[int, Exception] = {}
+        for index, wanted, answer in zip(waiting, asked, answers, strict=True):
+            outcome = _outcome(wanted, answer)
+            if isinstance(outcome, Exception):
+                failed[index] = outcome
+            else:
+                found[index] = outcome
+        waiting = list(failed)
+        if not waiting:
+            return [found[index] for index in range(len(ranges))]
+        final = [error for error in failed.values() if not is_transient(error)]
+        if final or attempt + 1 == retry.read_attempts:
+            error = (final or list(failed.values()))[0]
+            path = ranges[waiting[0]].path
+            raise storage_error(f"reading {path} (try {attempt + 1})", error) from error
+    raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def read_footers(
+    filesystem: AbstractFileSystem, files: Sequence[tuple[str, int]], retry: S3Settings
+) -> list[Footer | Fault]:
+    """Reads the footers of several files.
+
+    Args:
+        filesystem: Where the files are.
+        files: Path and size in bytes of each.
+        retry: See `fetch`.
+
+    Raises:
+        DataError: See `fetch`.
+    """
+    tails = fetch(
+        filesystem,
+        [Range(path, max(0, size - _FOOTER_GUESS_BYTES), size) for path, size in files],
+        retry,
+    )
+    footers: list[Footer | Fault] = []
+    for (path, size), tail in zip(files, tails, strict=True):
+        if isinstance(tail, bytes) and (length := _footer_bytes(tail)) > len(tail):
+            start = max(0, size - length)
+            tail = fetch(filesystem, [Range(path, start, size)], retry)[0]
+        footers.append(tail if isinstance(tail, Fault) else _footer(tail))
+    return footers
+
+
+class RowGroupReader:
+    """Reads row groups of one folder; remembers the footers of the latest files.
+
+    Args:
+        filesystem: The folder's file system.
+        root: The folder's path in it.
+        retry: See `fetch`.
+    """
+
+    def __init__(self, filesystem: AbstractFileSystem, root: str, retry: S3Settings) -> None:
+        self._filesystem = filesystem
+        self._root = root
+        self._retry = retry
+        self._footers: OrderedDict[str, Footer | Fault] = OrderedDict()
+        self._vain_reads = 0
+
+    def footers(self, shards: Sequence[tuple[str, int]]) -> list[Footer | Fault]:
+        """The footers of files, given by relative path and size.
+
+        Raises:
+            DataError: See `fetch`.
+        """
+        new = {path: size for path, size in shards if path not in self._footers}
+        read = read_footers(
+            self._filesystem, [(f"{self._root}/{path}", new[path]) for path in new], self._retry
+        )
+        self._footers.update(zip(new, read, strict=True))
+        found = []
+        for path, _ in shards:
+            self._footers.move_to_end(path)
+            found.append(self._footers[path])
+        while len(self._footers) > max(_NUM_CACHED_FOOTERS, len(shards)):
+            self._footers.popitem(last=False)
+        return found
+
+    def read(self, groups: Sequence[Group], columns: Sequence[str]) -> list[pa.Table | Fault]:
+        """Reads some columns of row groups.
+
+        Args:
+            groups: (relative path, size of the file in bytes, number of the row group) of each.
+            columns: Names of the columns; a group that lacks one is a fault.
+
+        Raises:
+            DataError: See `fetch`.
+        """
+        if self._native is None:
+            return self._carefully(groups, columns)
+        quick = self._native.read(groups, columns)
+        left = [
+            group
+            for group, found in zip(groups, quick, strict=True)
+            if isinstance(found, Exception)
+        ]
+        careful = self._carefully(left, columns) if left else []
+        self._heed(quick, careful)
+        rest = iter(careful)
+        return [next(rest) if isinstance(found, Exception) else found for found in quick]
+
+    @cached_property
+    def _native(self) -> NativeReader | None:
+        """Arrow's own reader; made when it is first needed, because many only ask for footers."""
+        try:
+            client = native_filesystem(self._filesystem, self._retry)
+        except Exception as error:  # As with its reads: whatever it is, s3fs may know better.
+            self._give_up(error)
+            return None
+        return None if client is None else NativeReader(client, self._root)
+
+    def _heed(
+        self, quick: Sequence[pa.Table | Exception], careful: Sequence[pa.Table | Fault]
+    ) -> None:
+        """Gives Arrow's reader up where it can read nothing time and again, and we can."""
+        errors = [found for found in quick if isinstance(found, Exception)]
+        if len(errors) < len(quick):
+            self._vain_reads = 0
+        elif any(isinstance(found, pa.Table) for found in careful):
+            self._vain_reads += 1
+            if self._vain_reads == _MAX_VAIN_READS:
+                self._native = None
+                self._give_up(errors[-1])
+
+    def _give_up(self, error: Exception) -> None:
+        _log.warning(
+            "Arrow's own client cannot read %s (%s). It is read through fsspec from now on, which "
+            "is slower; data.s3.native_reads=false saves the attempts.",
+            self._root,
+            _words(error),
+        )
+
+    def _carefully(self, groups: Sequence[Group], columns: Sequence[str]) -> list[pa.Table | Fault]:
+        footers = self.footers([(path, size) for path, size, _ in groups])
+        plans: list[list[Range] | Fault] = [
+            self._ranges(group, footer, columns)
+            for group, footer in zip(groups, footers, strict=True)
+        ]
+        wanted = [part for plan in plans if not isinstance(plan, Fault) for part in plan]
+        pieces = iter(zip(wanted, fetch(self._filesystem, wanted, self._retry), strict=True))
+        tables: list[pa.Table | Fault] = []
+        for (_, size, index), footer, plan in zip(groups, footers, plans, strict=True):
+            if isinstance(plan, Fault):
+                tables.append(plan)
+                continue
+            parts = [next(pieces) for _ in plan]
+            tables.append(_decode(footer, index, columns, parts, size))
+        return tables
+
+    def _ranges(
+        self, group: Group, footer: Footer | Fault, columns: Sequence[str]
+    ) -> list[Range] | Fault:
+        path, _, index = group
+        if isinstance(footer, Fault):
+            return footer
+        missing = [name for name in columns if name not in footer.schema.names]
+        if missing:
+            return Fault(f"missing column {', '.join(missing)}")
+        if index >= footer.metadata.num_row_groups:
+            return Fault(f"no row group {index}: the file has {footer.metadata.num_row_groups}")
+        full = f"{self._root}/{path}"
+        return [Range(full, *span) for span in _chunks(footer.metadata.row_group(index), columns)]
+
+
+class _Parts(io.RawIOBase):
+    """A file of which only some byte ranges are here."""
+
+    def __init__(self, parts: Sequence[tuple[int, bytes]], size: int) -> None:
+        self._parts = parts
+        self._size = size
+        self._at = 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        stop = self._size if size < 0 else min(self._at + size, self._size)
+        for start, content in self._parts:
+            if start <= self._at and stop <= start + len(content):
+                piece = content[self._at - start : stop - start]
+                self._at = stop
+                return piece
+        raise OSError(f"bytes {self._at} to {stop} are in no column chunk that the footer names")
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def _outcome(wanted: Range, answer: Any) -> bytes | Fault | Exception:  # noqa: ANN401
+    """What came of one request; an exception where asking again, or giving up, is right."""
+    if isinstance(answer, FileNotFoundError):
+        return Fault("the file is not there (any more)")
+    if isinstance(answer, Exception):
+        retry = is_transient(answer) or isinstance(answer, PermissionError)
+        return answer if retry else Fault(_words(answer))
+    if len(answer) != wanted.stop - wanted.start:
+        return Fault(f"the file ends {wanted.stop - wanted.start - len(answer)} bytes too early")
+    return bytes(answer)
+
+
+def _footer_bytes(tail: bytes) -> int:
+    """Length of the footer that a file's last bytes announce, with length and magic."""
+    return int.from_bytes(tail[-8:-4], "little") + 8 if tail[-4:] == _MAGIC else 0
+
+
+def _footer(tail: bytes) -> Footer | Fault:
+    try:
+        file = open_parquet(pa.BufferReader(tail))
+        return Footer(file.metadata, file.schema_arrow)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return Fault(f"no readable footer ({_words(error)})")
+
+
+def _chunks(group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[tuple[int, int]]:
+    """Byte ranges of the columns' chunks, near ones merged."""
+    spans: list[tuple[int, int]] = []
+    for number in range(group.num_columns):
+        chunk = group.column(number)
+        if chunk.path_in_schema.partition(".")[0] not in columns:
+            continue
+        first = chunk.data_page_offset
+        if chunk.has_dictionary_page:
+            first = min(first, chunk.dictionary_page_offset)
+        spans.append((first, first + chunk.total_compressed_size))
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if merged and start - merged[-1][1] <= _MERGE_GAP_BYTES:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _decode(
+    footer: Footer | Fault,
+    index: int,
+    columns: Sequence[str],
+    parts: Sequence[tuple[Range, bytes | Fault]],
+    size: int,
+) -> pa.Table | Fault:
+    content: list[tuple[int, bytes]] = []
+    for where, part in parts:
+        if isinstance(part, Fault):
+            return part
+        content.append((where.start, part))
+    assert isinstance(footer, Footer)
+    try:
+        whole = len(content) == 1 and content[0][0] == 0 and len(content[0][1]) == size
+        source = pa.BufferReader(content[0][1]) if whole else _Parts(content, size)
+        file = open_parquet(source, metadata=footer.metadata, page_checksum_verification=True)
+        return file.read_row_group(index, columns=[*columns], use_threads=False)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        return Fault(f"corrupt row group ({_words(error)})")
+
+
+def _words(error: Exception) -> str:
+    text = str(error).strip()
+    return without_secrets(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}")

@@ -1,0 +1,188 @@
+"""What a run knows of its folder: chapters as far as they are listed, row groups as far as opened.
+
+The first look at anything is written down (`shards.jsonl` of the run) and stays true for the run: a
+folder that grows, shrinks or loses a shard meanwhile does not shift the order of what is to come.
+
+    {"shards": [["part-0.parquet", 9120, [128, 128]], ...], "last": true}      one chapter
+    {"rows": {"part-7.parquet": [128, 128]}, "faults": {"part-8.parquet": "no readable footer"}}
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from fsspec import AbstractFileSystem
+
+from pipelines.data.shards.filesystem import S3Settings
+from pipelines.data.shards.index import Shard, read_index
+from pipelines.data.shards.listing import list_chapters
+from pipelines.data.shards.parquet import Fault, read_footers
+from pipelines.data.stream.plan import RowGroup
+from pipelines.data.stream.quarantine import Reject
+from sgmd_core.errors import DataError
+
+Chapter = tuple[Shard, ...]
+
+
+class Catalogue:
+    """The shards of one folder, looked up when they are needed.
+
+    Args:
+        filesystem: The folder's file system.
+        root: The folder's path in it.
+        chapter_shards: Shards of a chapter.
+        retry: How patiently footers are read.
+        recorded: Lines that earlier `take_notes` returned, when a run goes on.
+    """
+
+    def __init__(
+        self,
+        filesystem: AbstractFileSystem,
+        root: str,
+        chapter_shards: int,
+        retry: S3Settings = S3Settings(),
+        recorded: Iterable[Mapping[str, Any]] = (),
+    ) -> None:
+        self._filesystem = filesystem
+        self._root = root
+        self._chapter_shards = chapter_shards
+        self._retry = retry
+        self._chapters: list[Chapter] = []
+        self._rows: dict[str, tuple[int, ...]] = {}
+        self._faults: dict[str, str] = {}
+        self._complete = False
+        self._notes: list[dict[str, Any]] = []
+        self._listing: Iterator[Chapter] | None = None
+        for line in recorded:
+            self._recall(line)
+
+    def chapter(self, number: int) -> Chapter | None:
+        """A chapter's shards as listed; None after the last one.
+
+        Raises:
+            DataError: The folder cannot be listed or holds no shard.
+        """
+        while number >= len(self._chapters) and not self._complete:
+            self._list_another()
+        return self._chapters[number] if number < len(self._chapters) else None
+
+    def num_chapters(self) -> int:
+        """How many chapters there are; lists to the end."""
+        while not self._complete:
+            self._list_another()
+        return len(self._chapters)
+
+    def row_groups(self, shards: Sequence[Shard]) -> tuple[list[RowGroup], list[Reject]]:
+        """The row groups of some shards, in order, and the shards that have none to offer.
+
+        Raises:
+            DataError: The server failed; broken shards are rejected instead.
+        """
+        self._open([shard for shard in shards if shard.path not in self._rows])
+        rejects = [
+            Reject(shard.path, None, None, None, self._faults[shard.path], num_rows=None)
+            for shard in shards
+            if shard.path in self._faults
+        ]
+        groups = [
+            RowGroup(shard.path, shard.num_bytes, index, num_rows)
+            for shard in shards
+            for index, num_rows in enumerate(self._rows[shard.path])
+            if num_rows
+        ]
+        return groups, rejects
+
+    @property
+    def rows_per_shard(self) -> float:
+        """Mean rows of the shards opened so far; at least 1."""
+        sizes = [sum(rows) for path, rows in self._rows.items() if path not in self._faults]
+        return max(1.0, sum(sizes) / len(sizes)) if sizes else 1.0
+
+    @property
+    def num_shards(self) -> int:
+        """Shards listed so far."""
+        return sum(len(chapter) for chapter in self._chapters)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the folder has been listed to its end."""
+        return self._complete
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the whole folder; None as long as a shard has not been listed and opened."""
+        if not self._complete or len(self._rows) < self.num_shards:
+            return None
+        return sum(map(sum, self._rows.values()))
+
+    @property
+    def expected_rows(self) -> float:
+        """Rows of what is listed so far; shards that nobody has opened count as the mean."""
+        known = sum(map(sum, self._rows.values()))
+        unopened = self.num_shards - len(self._rows) + len(self._faults)
+        return known + unopened * self.rows_per_shard
+
+    def take_notes(self) -> list[dict[str, Any]]:
+        """What was learnt since this was last asked, as lines for the run's `shards.jsonl`."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def _list_another(self) -> None:
+        if self._listing is None:
+            self._listing = self._begin()
+        chapter = next(self._listing, ())
+        if not chapter and not self._chapters:
+            raise self._no_shards()
+        lines = [[shard.path, shard.num_bytes, shard.rows] for shard in chapter]
+        self._learn({"shards": lines, "last": len(chapter) < self._chapter_shards})
+
+    def _begin(self) -> Iterator[Chapter]:
+        size = self._chapter_shards
+        if self._chapters:
+            last = self._chapters[-1][-1].path
+            return list_chapters(self._filesystem, self._root, size, after=last)
+        indexed = read_index(self._filesystem, self._root)
+        if indexed is None:
+            return list_chapters(self._filesystem, self._root, size)
+        return iter([indexed[at : at + size] for at in range(0, len(indexed), size)])
+
+    def _open(self, shards: Sequence[Shard]) -> None:
+        if not shards:
+            return
+        files = [(f"{self._root}/{shard.path}", shard.num_bytes) for shard in shards]
+        rows: dict[str, list[int]] = {}
+        faults: dict[str, str] = {}
+        footers = read_footers(self._filesystem, files, self._retry)
+        for shard, footer in zip(shards, footers, strict=True):
+            if isinstance(footer, Fault):
+                faults[shard.path] = footer.reason
+            elif not sum(footer.rows):
+                faults[shard.path] = "no rows"
+            else:
+                rows[shard.path] = list(footer.rows)
+        self._learn({"rows": rows, "faults": faults})
+
+    def _learn(self, line: dict[str, Any]) -> None:
+        self._notes.append(line)
+        self._recall(line)
+
+    def _recall(self, line: Mapping[str, Any]) -> None:
+        if "shards" in line:
+            chapter = tuple(Shard(path, size) for path, size, _ in line["shards"])
+            if chapter:
+                self._chapters.append(chapter)
+            known = {path: tuple(rows) for path, _, rows in line["shards"] if rows is not None}
+            self._rows.update(known)
+            self._complete = line["last"]
+            return
+        self._rows.update({path: tuple(rows) for path, rows in line["rows"].items()})
+        self._faults.update(line["faults"])
+        # A shard that could not be opened stays out for the whole run.
+        self._rows.update(dict.fromkeys(line["faults"], ()))
+
+    def _no_shards(self) -> DataError:
+        return DataError(
+            f"listing the shards of {self._filesystem.unstrip_protocol(self._root)}",
+            "no such folder, or no .parquet file in it",
+            "Parquet shards with the columns sample_id and caption",
+            "Check data.train; `sgmd shapes DST` writes a data set to try",
+        )

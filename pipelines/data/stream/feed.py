@@ -1,0 +1,352 @@
+"""The feed: one stream over a folder, pulled batch by batch, from any place on.
+
+    windows, in order -> rejects set apart, second uses of an id too -> Feed.take(n) -> Batch
+
+A batch is cut from one stream, so neither the number of ranks nor that of micro-batches decides
+which rows come. What it says of itself is small; embeddings stay here until a role asks for them.
+"""
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import torch
+from numpy.typing import NDArray
+
+from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.schema import (
+    LATENTS,
+    REQUIRED_COLUMNS,
+    SAMPLE_ID,
+    TEXT_EMBEDS,
+    VIDEO,
+    Encoding,
+    joined,
+)
+from pipelines.data.shards.seen import SeenIds
+from pipelines.data.shards.values import unpack_all_latents, unpack_text
+from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.plan import Cursor, ShuffleSettings
+from pipelines.data.stream.quarantine import DUPLICATE, Place, Reject, Tally
+from pipelines.data.stream.ray_stream import RayDataReader, ReadAheadSettings
+from pipelines.data.stream.source import Source
+from pipelines.data.stream.stream import Planned, plan_windows, read_here
+from pipelines.data.stream.window import GROUP, PLACE, REASON, ROW, WHOLE_GROUP
+from sgmd_core.errors import DataError
+from sgmd_core.types import Latents, Text
+
+# Arrow makes these functions while it is imported, where a type checker does not see them.
+pc: Any = pyarrow.compute
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """What fixes a stream, and what bounds it.
+
+    Attributes:
+        source: The folder and what is wanted of it.
+        seed: The run's seed.
+        shuffle: How well rows are mixed.
+        max_bad_fraction: Share of the rows that may be unusable before the stream ends.
+        ahead: How far Ray Data reads ahead; None reads in this process, a window ahead.
+    """
+
+    source: Source
+    seed: int
+    shuffle: ShuffleSettings = ShuffleSettings()
+    max_bad_fraction: float = 0.01
+    ahead: ReadAheadSettings | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands in its data, and what it knows of them.
+
+    Attributes:
+        cursor: The row that comes next.
+        rows: Rows handed out so far.
+        catalogue: Lines that the run has written down about its folder.
+        rejects: What has been left out so far.
+        used_ids: Ids that were handed out in the cursor's epoch.
+    """
+
+    cursor: Cursor = Cursor()
+    rows: int = 0
+    catalogue: tuple[Mapping[str, Any], ...] = ()
+    rejects: tuple[Reject, ...] = ()
+    used_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows for one batch, and where the stream stands after them.
+
+    Attributes:
+        number: Which batch of this feed it is, from 0.
+        sample_ids: In stream order.
+        captions: One for each.
+        epochs: (epoch, rows) in stream order; a batch may reach over the end of an epoch.
+        cursor: The row that comes next.
+        position: Rows handed out since the start of the run, these included.
+        passes: Passes over the data; a whole number as long as nobody knows where the folder ends.
+        rejects: What was newly left out on the way.
+        notes: What was newly learnt about the folder, for the run to write down.
+        stop: Arguments of the DataError that ends the run, where too much is bad; no rows then.
+    """
+
+    number: int
+    sample_ids: tuple[str, ...]
+    captions: tuple[str, ...]
+    epochs: tuple[tuple[int, int], ...]
+    cursor: Cursor
+    position: int
+    passes: float
+    rejects: tuple[Reject, ...]
+    notes: tuple[dict[str, Any], ...]
+    stop: tuple[str, ...] | None = None
+
+
+class Feed:
+    """Hands out rows in the plan's order; reading begins at once where it is Ray Data's.
+
+    Where Ray Data reads, close the feed (or use it in `with`) before Ray is shut down.
+
+    Args:
+        settings: What is streamed.
+        progress: Where the run stands.
+        num_rows: Rows that the rest of the run will take; more may be taken.
+    """
+
+    def __init__(self, settings: StreamSettings, progress: Progress, num_rows: int) -> None:
+        source = settings.source
+        filesystem, root = open_folder(source.url, source.s3)
+        catalogue = Catalogue(
+            filesystem, root, settings.shuffle.chapter_shards, source.s3, progress.catalogue
+        )
+        plan = plan_windows(catalogue, settings.seed, settings.shuffle, progress.cursor)
+        self._windows = (
+            read_here(plan, source, num_rows)
+            if settings.ahead is None or not settings.ahead.readers
+            else RayDataReader(plan, source, settings.ahead, num_rows)
+        )
+        self._source = source
+        self._columns = [*source.columns]
+        self._tally = Tally(settings.max_bad_fraction, progress.rejects)
+        self._seen = SeenIds(progress.used_ids)
+        self._epoch = progress.cursor.epoch
+        passes = float(progress.cursor.epoch)
+        self._open = _OpenWindow(progress.cursor, (passes, passes), 1)
+        self._position = progress.rows
+        self._taken = 0
+        self._rejects: list[Reject] = []
+        self._notes: list[dict[str, Any]] = []
+        self._payloads: dict[int, pa.Table] = {}
+        self._stop: DataError | None = None
+        self._usable_in_epoch = progress.cursor > Cursor(progress.cursor.epoch)
+
+    def take(self, num_rows: int) -> Batch:
+        """The next `num_rows` usable rows.
+
+        Raises:
+            DataError: The server failed, or a whole epoch has no usable row.
+        """
+        parts: list[pa.Table] = []
+        epochs: dict[int, int] = {}
+        missing = num_rows
+        while missing and self._stop is None:
+            if self._open.is_empty:
+                self._open_next()
+                continue
+            part = self._open.take(missing)
+            parts.append(part)
+            missing -= part.num_rows
+            epochs[self._epoch] = epochs.get(self._epoch, 0) + part.num_rows
+        if self._stop is not None:
+            return self._batch((), (), {}, stop=tuple(map(str, self._stop.args)))
+        rows = pa.concat_tables(parts)
+        if self._columns:
+            self._payloads[self._taken] = rows.select(self._columns)
+        self._position += num_rows
+        ids, captions = (tuple(rows.column(name).to_pylist()) for name in REQUIRED_COLUMNS)
+        return self._batch(ids, captions, epochs)
+
+    def close(self) -> None:
+        """Ends all reading; harmless when repeated."""
+        self._windows.close()
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Closes it."""
+        self.close()
+
+    def embeddings(self, number: int) -> Text:
+        """Stored embeddings of a batch, (rows, positions, width), float32; lets go of the batch."""
+        stored = self._payloads.pop(number).column(TEXT_EMBEDS)
+        return torch.stack([unpack_text(each.as_py(), self._encoding()).float() for each in stored])
+
+    def latents(self, number: int) -> Latents:
+        """Stored latents of a batch (b, c, t, h, w); lets go of the batch.
+
+        In the type in which they are stored: it is half as much to send on, and the device that
+        needs them casts faster.
+        """
+        stored = self._payloads.pop(number).column(LATENTS)
+        return unpack_all_latents(stored, self._encoding())
+
+    def pixels(self, number: int) -> NDArray[np.uint8]:
+        """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of the batch."""
+        content = joined(self._payloads.pop(number).column(VIDEO))
+        # A copy: the bytes may be a read-only view into shared memory.
+        return content.copy().reshape(-1, *self._source.pixel_shape)
+
+    def _encoding(self) -> Encoding:
+        assert self._source.encoding is not None, "this feed reads nothing encoded"
+        return self._source.encoding
+
+    def _batch(
+        self,
+        ids: tuple[str, ...],
+        captions: tuple[str, ...],
+        epochs: Mapping[int, int],
+        stop: tuple[str, ...] | None = None,
+    ) -> Batch:
+        rejects, self._rejects = self._rejects, []
+        notes, self._notes = self._notes, []
+        self._taken += 1
+        return Batch(
+            number=self._taken - 1,
+            sample_ids=ids,
+            captions=captions,
+            epochs=tuple(epochs.items()),
+            cursor=self._open.cursor,
+            position=self._position,
+            passes=self._open.passes,
+            rejects=tuple(rejects),
+            notes=tuple(notes),
+            stop=stop,
+        )
+
+    def _open_next(self) -> None:
+        """Opens the next window: sets rejects apart and keeps the good rows."""
+        planned, table = next(self._windows)
+        epoch = planned.window.cursor.epoch
+        if epoch != self._epoch:
+            if not self._usable_in_epoch:
+                raise DataError(
+                    "streaming the training data",
+                    f"no usable row in the whole of epoch {self._epoch}",
+                    "rows with an id and a caption",
+                    "`sgmd check` says what is wrong with each shard",
+                )
+            self._seen, self._epoch, self._usable_in_epoch = SeenIds(), epoch, False
+        rejects = [*planned.rejects]
+        if table.column(REASON).null_count < table.num_rows:
+            is_bad = table.column(REASON).is_valid()
+            rejects += _rejects(planned, table.filter(is_bad))
+            table = table.filter(pc.invert(is_bad))
+        good, repeats = self._without_repeats(planned, table)
+        rejects += repeats
+        window = planned.window
+        self._open = _OpenWindow(window.cursor, planned.passes, window.num_rows, good)
+        self._usable_in_epoch |= good.num_rows > 0
+        self._notes += planned.notes
+        new = self._tally.add(rejects)
+        self._rejects += new
+        if new:
+            self._stop = self._tally.verdict(planned.expected_rows, planned.rows_per_shard)
+
+    def _without_repeats(self, planned: Planned, good: pa.Table) -> tuple[pa.Table, list[Reject]]:
+        """The rows whose id comes for the first time in this epoch, and the others.
+
+        A row that was a repetition in an earlier epoch is one for good, although another order may
+        bring it first: of rows with one id, always the same one is used.
+        """
+        repeated = np.zeros(good.num_rows, dtype=bool)
+        repeated[list(_rows_at(planned, good, self._tally.repeats))] = True
+        fresh = np.flatnonzero(~repeated)
+        ids = good.column(SAMPLE_ID).combine_chunks().take(pa.array(fresh))
+        repeated[fresh[self._seen.add(ids)]] = True
+        if not repeated.any():
+            return good, []
+        rejects = list(_repeats(planned, good.filter(pa.array(repeated))))
+        return good.filter(pa.array(~repeated)), rejects
+
+
+@dataclass(slots=True)
+class _OpenWindow:
+    """The usable rows of a window, of which the first `at` are handed out.
+
+    Attributes:
+        cursor: The row that comes next.
+        span: Passes over the data where the window begins and where it ends.
+        num_places: Rows of the window, usable or not.
+        good: The usable ones.
+        at: How many of them are handed out.
+    """
+
+    cursor: Cursor
+    span: tuple[float, float]
+    num_places: int
+    good: pa.Table | None = None
+    at: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return self.good is None or self.at == self.good.num_rows
+
+    @property
+    def passes(self) -> float:
+        begin, end = self.span
+        return begin + (end - begin) * self.cursor.row / self.num_places
+
+    def take(self, num_rows: int) -> pa.Table:
+        assert self.good is not None
+        part = self.good.slice(self.at, num_rows)
+        self.at += part.num_rows
+        # At its end, what is left of the window is only rows that cannot be used.
+        last = part.column(PLACE)[-1].as_py()
+        self.cursor = replace(self.cursor, row=self.num_places if self.is_empty else last + 1)
+        return part
+
+
+def build_feed(settings: StreamSettings, progress: Progress, num_rows: int) -> Feed:
+    """Factory for a worker group."""
+    return Feed(settings, progress, num_rows)
+
+
+def _rejects(planned: Planned, lines: pa.Table) -> Iterator[Reject]:
+    names = (GROUP, ROW, SAMPLE_ID, REASON)
+    for line in lines.select(names).to_pylist():
+        group = planned.window.groups[line[GROUP]]
+        whole = line[ROW] == WHOLE_GROUP
+        yield Reject(
+            group.shard,
+            group.index,
+            None if whole else line[ROW],
+            line[SAMPLE_ID],
+            line[REASON],
+            group.num_rows if whole else 1,
+        )
+
+
+def _repeats(planned: Planned, lines: pa.Table) -> Iterator[Reject]:
+    for line in lines.select((GROUP, ROW, SAMPLE_ID)).to_pylist():
+        group = planned.window.groups[line[GROUP]]
+        yield Reject(group.shard, group.index, line[ROW], line[SAMPLE_ID], DUPLICATE)
+
+
+def _rows_at(planned: Planned, good: pa.Table, places: Set[Place]) -> Iterator[int]:
+    """Which rows of a table lie at some places."""
+    if not places:
+        return
+    groups = [(group.shard, group.index) for group in planned.window.groups]
+    numbers, rows = good.column(GROUP).to_pylist(), good.column(ROW).to_pylist()
+    for at, (number, row) in enumerate(zip(numbers, rows, strict=True)):
+        if (*groups[number], row) in places:
+            yield at

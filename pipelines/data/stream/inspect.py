@@ -1,0 +1,117 @@
+"""A first look at a folder before anything is started: is it usable, how large, what does it hold.
+
+Reads one listing page or the index, the footers of a section, and windows until a row can be used:
+keys that can list but not read fail here, not an hour later.
+"""
+
+from dataclasses import dataclass, replace
+
+from pipelines.data.shards.filesystem import S3Settings, open_folder
+from pipelines.data.shards.parquet import Fault, RowGroupReader
+from pipelines.data.shards.schema import (
+    CAPTION,
+    SAMPLE_ID,
+    Encoding,
+    ShardKind,
+    encoding_of,
+    kind_of,
+)
+from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.plan import ShuffleSettings
+from pipelines.data.stream.quarantine import Reject, in_words
+from pipelines.data.stream.source import Source
+from pipelines.data.stream.stream import plan_windows
+from pipelines.data.stream.window import REASON, read_window
+from sgmd_core.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class FolderFacts:
+    """What a first look tells.
+
+    Attributes:
+        num_shards: Shards listed by now.
+        num_rows: Rows of the folder; None where only listing and opening everything would tell.
+        kind: What the first readable shard holds.
+        encoding: How, if it is an encoded one.
+    """
+
+    num_shards: int
+    num_rows: int | None
+    kind: ShardKind
+    encoding: Encoding | None
+
+
+def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> FolderFacts:
+    """Looks a folder over; reads as little as shows that it can be streamed.
+
+    Args:
+        source: The folder; only ids and captions are read.
+        seed: The run's seed.
+        shuffle: How well rows are mixed.
+
+    Raises:
+        DataError: The folder cannot be opened, listed or read, or its first section of shards has
+            no usable row; says what is wrong with them.
+    """
+    source = replace(source, columns=(), encoding=None, decode=None)
+    filesystem, root = open_folder(source.url, source.s3)
+    catalogue = Catalogue(filesystem, root, shuffle.chapter_shards, source.s3)
+    reader = RowGroupReader(filesystem, root, source.s3)
+    rejects: list[Reject] = []
+    first_section = None
+    for planned in plan_windows(catalogue, seed, shuffle):
+        cursor = planned.window.cursor
+        first_section = first_section or cursor
+        if replace(cursor, window=0) != first_section:
+            break
+        rejects += planned.rejects
+        table = read_window(reader, source, planned.window)
+        usable = table.column(REASON).null_count
+        if usable:
+            first = planned.window.groups[0]
+            footer = reader.footers([(first.shard, first.num_bytes)])[0]
+            if isinstance(footer, Fault):
+                continue
+            return FolderFacts(
+                catalogue.num_shards,
+                catalogue.num_rows,
+                kind_of(footer.schema),
+                encoding_of(footer.schema),
+            )
+        rejects += [
+            Reject(planned.window.groups[line["group"]].shard, None, None, None, line["reason"])
+            for line in table.select(("group", REASON)).to_pylist()
+        ]
+    raise DataError(
+        f"reading the first shards of {source.url}",
+        f"no usable row: {in_words(rejects)}",
+        f"the columns {SAMPLE_ID} and {CAPTION}, filled",
+        "`sgmd check` says what is wrong with each shard",
+    )
+
+
+def first_captions(url: str, s3: S3Settings, seed: int, wanted: int) -> tuple[str, ...]:
+    """The first captions of a folder's seeded order, to validate or evaluate with.
+
+    Figures of two runs are compared over them, so they depend on folder and seed alone, and nothing
+    is left out: one bad row is an error.
+
+    Raises:
+        DataError: The folder cannot be read, or a row met on the way cannot be used.
+        ConfigError: It holds fewer rows.
+    """
+    settings = StreamSettings(Source(url, s3), seed, max_bad_fraction=0.0)
+    with Feed(settings, Progress(), wanted) as feed:
+        batch = feed.take(wanted)
+    if batch.stop is not None:
+        raise DataError(f"reading held-out captions from {url}", *batch.stop[1:])
+    if len(batch.epochs) > 1:
+        raise ConfigError(
+            f"choosing {wanted} captions from {url}",
+            f"{batch.epochs[0][1]} rows",
+            f"at least {wanted}",
+            "Ask for fewer captions (validation.num_captions), or add shards",
+        )
+    return batch.captions

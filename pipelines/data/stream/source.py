@@ -1,0 +1,42 @@
+"""A source of rows: a folder of shards, and the columns and shapes wanted of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.data.shards.filesystem import S3Settings, open_folder
+from pipelines.data.shards.parquet import RowGroupReader
+from pipelines.data.shards.schema import Encoding
+
+Decode = Callable[[bytes, float], NDArray[np.uint8]]
+"""Turns an encoded file and its frames a second into pixels; raises where it cannot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where rows come from, and what is wanted of them.
+
+    Attributes:
+        url: The folder.
+        s3: How to speak to its server.
+        columns: What to read besides ids and captions: `text_embeds`, `latents`, `video`, `fps`.
+        encoding: What latents and embeddings must be; None where they are not read.
+        max_caption_chars: Longer captions are rejected.
+        decode: Applied to `video`; the column then holds the pixels' bytes.
+        pixel_shape: (frames, height, width, 3) that `decode` must come to.
+    """
+
+    url: str
+    s3: S3Settings = S3Settings()
+    columns: tuple[str, ...] = ()
+    encoding: Encoding | None = None
+    max_caption_chars: int = 4096
+    decode: Decode | None = None
+    pixel_shape: tuple[int, ...] = ()
+
+    def open_reader(self) -> RowGroupReader:
+        """Opens the folder for reading in this process."""
+        filesystem, root = open_folder(self.url, self.s3, probe=False)
+        return RowGroupReader(filesystem, root, self.s3)

@@ -1,0 +1,184 @@
+"""The stream of a run's windows: planned lazily, handed out in the plan's order.
+
+    catalogue -> windows (endless) -> read, in this process or by Ray Data -> tables, in order
+
+The plan holds the position; reading only executes it, so where and how far ahead windows are read
+changes the waiting and not the rows.
+"""
+
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from pipelines.data.shards.index import Shard
+from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.plan import (
+    Cursor,
+    ShuffleSettings,
+    Window,
+    chapter_order,
+    sections_of,
+    windows_of,
+)
+from pipelines.data.stream.quarantine import Reject, in_words
+from pipelines.data.stream.source import Source
+from pipelines.data.stream.window import read_window
+from pipelines.data.stream.window_decoding import decode_rows
+from sgmd_core.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A window as it comes out of the plan.
+
+    Attributes:
+        window: What to read.
+        rejects: Shards that turned out to be unusable on the way to it.
+        notes: What was learnt about the folder on the way to it; see `Catalogue.take_notes`.
+        passes: Passes over the data where it begins and where it ends; whole numbers as long as
+            the folder has not been listed to its end.
+        expected_rows: Rows of the folder, as far as known by now.
+        rows_per_shard: Their mean over the shards.
+    """
+
+    window: Window
+    rejects: tuple[Reject, ...]
+    notes: tuple[dict[str, Any], ...]
+    passes: tuple[float, float]
+    expected_rows: float
+    rows_per_shard: float
+
+
+def plan_windows(
+    catalogue: Catalogue, seed: int, shuffle: ShuffleSettings, start: Cursor = Cursor()
+) -> Iterator[Planned]:
+    """The endless order of windows from a place on.
+
+    Args:
+        catalogue: The folder; asked for no more than is needed.
+        seed: The run's seed.
+        shuffle: How well rows are mixed.
+        start: The row that comes first.
+
+    Raises:
+        DataError: The folder cannot be listed or read, or an epoch has no row group to offer.
+    """
+    epoch = start.epoch
+    rejects: list[Reject] = []
+    while True:
+        num_windows = 0
+        for section in _sections(catalogue, seed, shuffle, epoch, start):
+            groups, unusable = catalogue.row_groups(section.shards)
+            rejects += unusable
+            cut = windows_of(seed, epoch, section.chapter, section.cursor.section, groups, shuffle)
+            for place, (chosen, numbers) in enumerate(cut):
+                begin = replace(section.cursor, window=place)
+                window = Window(max(begin, start), chosen, numbers)
+                num_windows += 1
+                if replace(begin, row=window.num_rows) <= start:
+                    continue
+                yield Planned(
+                    window,
+                    tuple(rejects),
+                    tuple(catalogue.take_notes()),
+                    section.passes(place, len(cut)),
+                    catalogue.expected_rows,
+                    catalogue.rows_per_shard,
+                )
+                rejects.clear()
+        # A run that goes on at the end of an epoch may find nothing left of it.
+        if not num_windows and start <= Cursor(epoch=epoch):
+            raise DataError(
+                "streaming the training data",
+                f"no usable row group; {in_words(rejects)}",
+                "shards that can be read",
+                "`sgmd check` says what is wrong with each shard",
+            )
+        epoch += 1
+
+
+def read_here(
+    plan: Iterator[Planned], source: Source, num_rows: int
+) -> Generator[tuple[Planned, pa.Table]]:
+    """Reads window after window in this process, one ahead of the one that is handed out.
+
+    Args:
+        plan: Endless.
+        source: What is wanted of each row.
+        num_rows: Rows that will be taken; beyond them a window is read when it is asked for.
+
+    Raises:
+        DataError: The server failed; what is broken in the data comes as rows.
+    """
+    reader = source.open_reader()
+
+    def read_another() -> tuple[Planned, pa.Table]:
+        planned = next(plan)
+        rows = read_window(reader, source, planned.window)
+        if source.decode is not None:
+            rows = pa.concat_tables(decode_rows(source, rows))
+        return planned, rows
+
+    # Not a daemon: Python waits at its end for a thread that may be inside of Arrow.
+    pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
+    try:
+        coming = None
+        while True:
+            planned, rows = (coming or pool.submit(read_another)).result()
+            num_rows -= planned.window.num_rows
+            coming = pool.submit(read_another) if num_rows > 0 else None
+            yield planned, rows
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Section:
+    """Shards whose row groups are permuted together.
+
+    Attributes:
+        cursor: Where it begins.
+        chapter: Number of its chapter as listed.
+        shards: In the epoch's order.
+        done: Passes over the data before it.
+        share: Passes over the data that it is.
+    """
+
+    cursor: Cursor
+    chapter: int
+    shards: tuple[Shard, ...]
+    done: float
+    share: float
+
+    def passes(self, window: int, num_windows: int) -> tuple[float, float]:
+        """Passes before and after one of its windows."""
+        return (
+            self.done + self.share * window / num_windows,
+            self.done + self.share * (window + 1) / num_windows,
+        )
+
+
+def _sections(
+    catalogue: Catalogue, seed: int, shuffle: ShuffleSettings, epoch: int, start: Cursor
+) -> Iterator[_Section]:
+    """The sections of an epoch, from the one on in which `start` lies."""
+    chapters = chapter_order(seed, epoch, catalogue.num_chapters()) if epoch else None
+    place = shards_before = 0
+    while chapters is None or place < len(chapters):
+        number = place if chapters is None else chapters[place]
+        shards = catalogue.chapter(number)
+        if shards is None:
+            return
+        for index, section in enumerate(sections_of(seed, epoch, number, shards, shuffle.shards)):
+            cursor = Cursor(epoch, place, index)
+            if cursor >= Cursor(start.epoch, start.chapter, start.section):
+                total = catalogue.num_shards if catalogue.is_complete else None
+                done = epoch + (shards_before / total if total else 0)
+                yield _Section(
+                    cursor, number, section, done, len(section) / total if total else 0.0
+                )
+            shards_before += len(section)
+        place += 1

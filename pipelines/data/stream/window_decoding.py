@@ -1,0 +1,103 @@
+"""Pixels in the place of the videos of a window, in the window's order.
+
+Pixels are a hundred times as large as the file they come from. So they are made last, once the rows
+are in order and only of those that are wanted, and a window comes out in parts of bounded size.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.data.clips.clip_decoding import ClipError, ClipFault, decode_clip
+from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.shards.schema import FPS, VIDEO
+from pipelines.data.stream.source import Decode, Source
+from pipelines.data.stream.window import REASON
+
+_PART_BYTES = 64 * 2**20
+_KINDS = {
+    ClipFault.UNDECODABLE: "undecodable video",
+    ClipFault.NO_FRAMES: "video without frames",
+    ClipFault.TOO_SHORT: "video too short",
+    ClipFault.WRONG_SIZE: "video of a wrong size",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ClipDecoder:
+    """Decodes files to clips of one format; what `Source.decode` is for videos.
+
+    Attributes:
+        wanted: Frames, size and rate; its policy says what happens to other sizes.
+    """
+
+    wanted: ClipFormat
+
+    def __call__(self, data: bytes, fps: float) -> NDArray[np.uint8]:
+        """Pixels of one file, see `decode_clip`; the file knows its own rate better than `fps`."""
+        return decode_clip(data, self.wanted)
+
+
+def decode_rows(source: Source, rows: pa.Table) -> Iterator[pa.Table]:
+    """Decodes the videos of rows that `pipelines.data.stream.window.read_window` has read.
+
+    Args:
+        source: Says how, and to which shape.
+        rows: What was read; rows that have a reason stay as they are.
+
+    Yields:
+        All rows, in order: `video` holds the pixels' bytes, and what cannot be decoded its reason.
+    """
+    size = max(1, _PART_BYTES // prod(source.pixel_shape))
+    for start in range(0, max(1, rows.num_rows), size):
+        yield _decode_part(source, rows.slice(start, size))
+
+
+def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
+    decode = cast("Decode", source.decode)
+    reasons: list[str | None] = rows.column(REASON).to_pylist()
+    rates = rows.column(FPS).to_pylist() if FPS in rows.column_names else [0.0] * len(reasons)
+    # Arrow's allocator keeps memory for the next part, which the system's gives back and clears.
+    memory = pa.allocate_buffer(len(reasons) * prod(source.pixel_shape))
+    pixels = np.frombuffer(memory, dtype=np.uint8).reshape(-1, *source.pixel_shape)
+    lengths = np.zeros(len(reasons) + 1, dtype=np.int64)
+    num_decoded = 0
+    for row, (stored, fps) in enumerate(zip(rows.column(VIDEO), rates, strict=True)):
+        if reasons[row] is not None:
+            continue
+        try:
+            frames = decode(stored.as_py(), float(fps or 0.0))
+        except Exception as error:  # A broken file raises whatever its codec thinks of it.
+            reasons[row] = _in_words(error)
+            continue
+        if frames.shape != source.pixel_shape:
+            reasons[row] = f"pixels of a wrong shape ({frames.shape})"
+            continue
+        pixels[num_decoded] = frames
+        num_decoded += 1
+        lengths[row + 1] = frames.nbytes
+    columns = {
+        VIDEO: _binary(pixels, np.cumsum(lengths)),
+        REASON: pa.array(reasons, pa.string()),
+    }
+    for name, values in columns.items():
+        rows = rows.set_column(rows.schema.get_field_index(name), name, values)
+    return rows
+
+
+def _binary(content: NDArray[np.uint8], borders: NDArray[np.int64]) -> pa.Array:
+    """Values that lie one after the other in `content`, without a copy."""
+    buffers = [None, pa.py_buffer(borders.astype(np.int32)), pa.py_buffer(content)]
+    return pa.Array.from_buffers(pa.binary(), len(borders) - 1, buffers)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ClipError):
+        return f"{_KINDS[ClipFault(error.fault)]} ({error.in_short})"
+    words = str(error).splitlines()
+    return f"undecodable video ({type(error).__name__}: {words[0] if words else ''})"

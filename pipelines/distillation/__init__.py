@@ -1,0 +1,1 @@
+"""Distillation: one run from its recipe to the exported generator."""

@@ -1,0 +1,90 @@
+"""Whether a run has used its data once: reads the run's books and judges them.
+
+RUN/config.yaml, shards.jsonl -> the plan, replayed (ids alone)
+RUN/ledger/, quarantine.parquet -> what was used and what was left out   -> a verdict an epoch
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipelines.config.recipe import load_recipe
+from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.parquet import RowGroupReader
+from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.ledger import Ledger
+from pipelines.data.stream.plan import Cursor
+from pipelines.data.stream.quarantine import QuarantineFile
+from pipelines.data.stream.verdict import EpochVerdict, due_rows, judge
+from pipelines.run.folder import RunFolder, read_jsonl
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """What a run did with its data.
+
+    Attributes:
+        iterations: Iterations in the ledger.
+        samples: Samples that they used.
+        cursor: The row that comes next.
+        epochs: A verdict for each epoch that was begun.
+        quarantined: Entries of quarantine.parquet, in counts.
+        iterations_follow: Whether the ledger holds every iteration once, in order.
+    """
+
+    iterations: int
+    samples: int
+    cursor: Cursor
+    epochs: tuple[EpochVerdict, ...]
+    quarantined: dict[str, Any]
+    iterations_follow: bool
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was lost or repeated."""
+        return self.iterations_follow and all(epoch.is_clean for epoch in self.epochs)
+
+    def to_json(self) -> dict[str, Any]:
+        """As `sgmd ledger --json` prints it."""
+        return {
+            "clean": self.is_clean,
+            "iterations": self.iterations,
+            "iterations_follow": self.iterations_follow,
+            "samples": self.samples,
+            "cursor": self.cursor.to_json(),
+            "epochs": [epoch.to_json() for epoch in self.epochs],
+            "quarantined": self.quarantined,
+        }
+
+
+def audit(run: Path) -> Audit:
+    """Judges a run, finished or not.
+
+    Args:
+        run: Its folder.
+
+    Raises:
+        CheckpointError: There is no run.
+        DataError: Its data cannot be read.
+    """
+    folder = RunFolder(run)
+    folder.require()
+    config = load_recipe(str(folder.config))
+    entries = list(Ledger(folder.ledger).entries())
+    quarantine = QuarantineFile(folder.quarantine)
+    end = entries[-1].cursor if entries else Cursor()
+    data = config.data
+    filesystem, root = open_folder(data.train, data.s3)
+    catalogue = Catalogue(
+        filesystem, root, data.shuffle.chapter_shards, data.s3, read_jsonl(folder.shards)
+    )
+    reader = RowGroupReader(filesystem, root, data.s3)
+    due = due_rows(catalogue, reader, config.seed, data.shuffle, end, quarantine.rejects)
+    return Audit(
+        iterations=len(entries),
+        samples=sum(len(entry.sample_ids) for entry in entries),
+        cursor=end,
+        epochs=tuple(judge(due, entries)),
+        quarantined=quarantine.counts(),
+        iterations_follow=[entry.iteration for entry in entries] == list(range(len(entries))),
+    )

@@ -1,0 +1,301 @@
+"""Opens the groups of a run where the recipe wants them, and closes them on every way out.
+
+    local   one process, no Ray: every call runs at once
+    pools   Ray actors: generator x ranks | fake_score x ranks | teacher x replicas x ranks
+    fused   Ray actors x ranks, each with a rank of all three roles
+            both besides: text | feed | validator
+
+All make the same roles from the same factories and settings, so they make the same numbers.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar, TypeVarTuple
+
+from cluster.local import LocalWorkerGroup
+from cluster.ray.direct import Direct
+from cluster.ray.group import RayWorkerGroup
+from cluster.ray.host import Hosts
+from cluster.ray.pools import Pool, Strategy, bundles_of
+from cluster.ray.topology import Placement, reserve
+from cluster.runtime import start_ray
+from cluster.schedule.program import Team
+from cluster.worker_group import WorkerGroup
+from pipelines.config.recipe import DistillConfig
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.topology import PoolSettings, TopologySettings
+from pipelines.data.stream.feed import Feed, Progress, StreamSettings, build_feed
+from pipelines.distillation.iteration import Roles
+from pipelines.distillation.preflight import Preflight
+from pipelines.distillation.validation import ValidationPlan, Validator, build_validator
+from pipelines.run.folder import RunFolder
+from workers.build import (
+    build_fake_score,
+    build_generator,
+    build_teacher,
+    build_text_encoder,
+)
+from workers.evaluator import Sampling
+
+_STRATEGIES: Mapping[str, Strategy] = {
+    "pack": "PACK",
+    "spread": "SPREAD",
+    "strict_pack": "STRICT_PACK",
+    "strict_spread": "STRICT_SPREAD",
+}
+FUSED = "fused"
+"""Pool of the processes that all three roles share."""
+
+# Left outside of the reservation, or Ray Data would never read a row.
+_DATA_CPUS = 1.0
+
+_SENT = frozenset({"rollout", "sample", "denoise", "signal", "pullback", "start", "anchor"})
+"""Stages whose results the roles send one another, and the controller never fetches."""
+
+W = TypeVar("W")
+Ts = TypeVarTuple("Ts")
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """Everybody in a run."""
+
+    roles: Roles
+    feed: WorkerGroup[Feed]
+    validator: WorkerGroup[Validator] | None
+
+
+@contextmanager
+def open_groups(
+    config: DistillConfig,
+    checked: Preflight,
+    folder: RunFolder,
+    progress: Progress,
+    num_rows: int,
+    *,
+    in_trial: bool = False,
+) -> Iterator[Groups]:
+    """Starts every role and waits until all have loaded their networks.
+
+    Args:
+        config: The run's settings.
+        checked: What they come to.
+        folder: Where the validator puts its sheets.
+        progress: Where the run stands in its data.
+        num_rows: Captions that it will still take.
+        in_trial: Take over the placement group of the Tune trial that this process is.
+
+    Raises:
+        SgmdError: A role cannot load what it needs.
+        ClusterError: Ray does not start, or the cluster lacks what the pools ask for.
+    """
+    with ExitStack() as stack:
+        if config.topology.mode == "local":
+            opener: _Opener = _LocalOpener()
+        else:
+            pools = pools_of(config)
+            num_cpus = own_cluster_size(config, bundles_of(pools))
+            stack.enter_context(start_ray(config.topology.address, num_cpus=num_cpus))
+            placement = (
+                Placement.adopt_current(pools)
+                if in_trial
+                else reserve(pools, config.topology.start_timeout_s)
+            )
+            opener = _ray_opener(config, stack.enter_context(placement))
+        groups = _open(opener, stack, config, checked, folder, progress, num_rows)
+        _wait_ready(_all(groups), config.topology.start_timeout_s)
+        yield groups
+
+
+def _wait_ready(groups: Sequence[WorkerGroup[Any]], timeout_s: float) -> None:
+    """Waits until all have loaded their networks, side by side."""
+    deadline_s = time.monotonic() + timeout_s
+    for group in groups:
+        # At the deadline the others may be ready, and are to be told from those that are not.
+        group.wait_ready(max(1.0, deadline_s - time.monotonic()))
+
+
+def own_cluster_size(config: DistillConfig, bundles: Sequence[Mapping[str, float]]) -> int | None:
+    """Logical CPUs of a Ray that we start on this machine; None where a cluster exists.
+
+    On a small machine the roles share cores, which Ray's own count would forbid.
+    """
+    if config.topology.address is not None or "RAY_ADDRESS" in os.environ:
+        return None
+    wanted = sum(bundle.get("CPU", 0.0) for bundle in bundles) + _DATA_CPUS
+    return max(os.cpu_count() or 1, math.ceil(wanted))
+
+
+def pools_of(config: DistillConfig) -> list[Pool]:
+    """The pools that a run reserves, one bundle a rank."""
+    topology = config.topology
+    pools = [
+        *_role_pools(topology),
+        _pool("text", topology.text),
+        _pool("feed", topology.feed),
+    ]
+    if config.validation.every:
+        pools.append(_pool("validator", topology.validator))
+    return pools
+
+
+def _role_pools(topology: TopologySettings) -> list[Pool]:
+    if topology.mode == "fused":
+        return [_pool(FUSED, topology.fused, topology.fused.ranks)]
+    sections = {
+        GENERATOR: topology.generator,
+        FAKE_SCORE: topology.fake_score,
+        TEACHER: topology.teacher,
+    }
+    return [_pool(role, own, topology.teams[role].size) for role, own in sections.items()]
+
+
+def _pool(name: str, settings: PoolSettings, num_ranks: int = 1) -> Pool:
+    return Pool(
+        name,
+        num_ranks,
+        settings.cpus,
+        settings.gpus,
+        resources=settings.resources,
+        labels=settings.labels,
+        strategy=_STRATEGIES[settings.strategy],
+    )
+
+
+class _Opener(Protocol):
+    """Makes one group."""
+
+    def open(
+        self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
+    ) -> WorkerGroup[W]: ...
+
+
+class _LocalOpener:
+    def open(
+        self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
+    ) -> WorkerGroup[W]:
+        return LocalWorkerGroup(name, [factory(*args) for _ in range(team.size)])
+
+
+class _RayOpener:
+    """Makes groups of Ray actors.
+
+    Args:
+        placement: Reserved resources.
+        narrow: Kinds of tensors that are rounded on the way.
+        direct: What the roles send one another past the object store; None: nothing.
+        fused: Processes that all three roles share; None: each has its own.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        narrow: frozenset[str],
+        direct: Direct | None,
+        fused: Hosts | None = None,
+    ) -> None:
+        self._placement = placement
+        self._narrow = narrow
+        self._direct = direct
+        self._fused = fused
+
+    def open(
+        self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
+    ) -> WorkerGroup[W]:
+        if self._fused is not None and name in ROLES:
+            return RayWorkerGroup(name, factory, args, self._fused, narrow=self._narrow)
+        return RayWorkerGroup(
+            name,
+            factory,
+            args,
+            self._placement,
+            collective=team.ranks > 1,
+            copies=team.copies,
+            narrow=self._narrow,
+            direct=self._direct if name in ROLES else None,
+        )
+
+
+def _ray_opener(config: DistillConfig, placement: Placement) -> _RayOpener:
+    topology = config.topology
+    direct = None if topology.transport == "object_store" else Direct(topology.transport, _SENT)
+    if topology.mode != "fused":
+        return _RayOpener(placement, topology.narrowed, direct)
+    fused = Hosts(FUSED, placement, topology.fused.ranks, shared=True)
+    return _RayOpener(placement, topology.narrowed, None, fused)
+
+
+def _open(
+    opener: _Opener,
+    stack: ExitStack,
+    config: DistillConfig,
+    checked: Preflight,
+    folder: RunFolder,
+    progress: Progress,
+    num_rows: int,
+) -> Groups:
+    def group(name: str, factory: Callable[[*Ts], W], args: tuple[*Ts]) -> WorkerGroup[W]:
+        team = config.topology.teams.get(name, Team())
+        return stack.enter_context(opener.open(name, factory, args, team))
+
+    model = replace(config.model, folder=str(checked.model.path.absolute()))
+    threads = config.topology.threads_per_rank
+    schedule, seed = config.schedule, config.seed
+    roles = Roles(
+        generator=group(
+            GENERATOR,
+            build_generator,
+            (model, config.video, schedule, config.generator, seed, threads),
+        ),
+        fake_score=group(
+            FAKE_SCORE, build_fake_score, (model, config.objective, config.fake_score, threads)
+        ),
+        teacher=group(TEACHER, build_teacher, (model, config.teacher, threads)),
+        text=group("text", build_text_encoder, (model, threads, config.data.text_cache)),
+    )
+    stream = StreamSettings(
+        checked.source,
+        seed,
+        config.data.shuffle,
+        config.data.max_bad_fraction,
+        ahead=None if config.topology.mode == "local" else config.data.read_ahead,
+    )
+    feed = group("feed", build_feed, (stream, progress, num_rows))
+    validator = None
+    if checked.held_out:
+        plan = _validation_plan(config, checked.held_out, folder)
+        validator = group(
+            "validator", build_validator, (model, config.video, schedule, plan, threads)
+        )
+    return Groups(roles, feed, validator)
+
+
+def _validation_plan(
+    config: DistillConfig, captions: tuple[str, ...], folder: RunFolder
+) -> ValidationPlan:
+    return ValidationPlan(
+        captions=captions,
+        # Another seed than the teacher's: the distance must not profit from shared noise.
+        generator=Sampling(config.generator.num_steps, 1.0, config.seed + 1),
+        teacher=Sampling(
+            config.validation.teacher_steps, config.teacher.guidance_scale, config.seed
+        ),
+        fps=config.video.fps,
+        samples=str(folder.samples),
+    )
+
+
+def _all(groups: Groups) -> list[WorkerGroup[Any]]:
+    roles = groups.roles
+    found: list[WorkerGroup[Any]] = [
+        roles.generator,
+        roles.fake_score,
+        roles.teacher,
+        roles.text,
+        groups.feed,
+    ]
+    return [*found, groups.validator] if groups.validator else found

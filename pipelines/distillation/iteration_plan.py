@@ -1,0 +1,95 @@
+"""What is the same in every iteration of a run: its program, its processes, its parts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.schedule.program import Pass, Program, Team
+from cluster.schedule.schedule import Call, order_calls
+from cluster.worker_group import Pending
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.programs import iteration_program
+from sgmd_core.objectives import GradientPath
+from sgmd_core.types import Text
+
+
+@dataclass(frozen=True, slots=True)
+class IterationPlan:
+    """What is the same in every iteration.
+
+    Attributes:
+        program: Passes and updates of the objective.
+        teams: Processes by role.
+        batch_size: Samples of one update.
+        micro_batches: Parts that the batch is split into.
+        window: Micro-batches whose graphs the generator may hold at once.
+        max_staleness_iterations: 1 lets an iteration begin before the fake score's update of the
+            one before has ended.
+        timeout_s: How long a group of calls may take before the run is given up.
+        negative: Embedding of the negative prompt, on its way to the teacher.
+    """
+
+    program: Program
+    teams: Mapping[str, Team]
+    batch_size: int
+    micro_batches: int
+    window: int
+    max_staleness_iterations: int
+    timeout_s: float
+    negative: Pending[Text]
+
+    @property
+    def tracking_passes(self) -> int:
+        """Updates of the fake score on samples of their own; 0 with shared tracking."""
+        return sum(isinstance(part, Pass) for part in self.program) - 1
+
+    @property
+    def fresh_tracking(self) -> bool:
+        """Whether the fake score is tracked on samples of its own."""
+        return self.tracking_passes > 0
+
+    @property
+    def batches_per_iteration(self) -> int:
+        """Caption batches that one iteration takes from the stream."""
+        return 1 + self.tracking_passes
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples of one micro-batch."""
+        return self.batch_size // self.micro_batches
+
+    def calls(self, first: int, num_iterations: int = 1) -> list[Call]:
+        """The calls of some iterations, in order; the last one ends with all updates made."""
+        return order_calls(
+            self.program,
+            self.teams,
+            self.micro_batches,
+            self.window,
+            samples_per_micro_batch=self.micro_batch_size,
+            num_iterations=num_iterations,
+            first_iteration=first,
+            max_staleness=self.max_staleness_iterations,
+        )
+
+
+def program_of(config: DistillConfig) -> Program:
+    """What an iteration of a run consists of."""
+    return iteration_program(
+        config.fresh_updates,
+        through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
+        diversity=config.generator.diversity.enabled,
+        mixes_weights=config.fake_score.ida_decay < 1,
+    )
+
+
+def plan_iteration(config: DistillConfig, negative: Pending[Text]) -> IterationPlan:
+    """What a run's settings mean for each of its iterations."""
+    return IterationPlan(
+        program=program_of(config),
+        teams=config.topology.teams,
+        batch_size=config.batch.size,
+        micro_batches=config.batch.micro_batches,
+        window=config.topology.window,
+        max_staleness_iterations=config.topology.max_staleness_iterations,
+        timeout_s=config.topology.call_timeout_s,
+        negative=negative,
+    )

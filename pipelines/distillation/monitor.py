@@ -1,0 +1,228 @@
+"""What a run makes of its figures while it goes on: validations, alarms, the ranking of its states.
+
+    after every iteration   losses          -> alarms
+    when one is due         averaged weights -> validator, on its own resources
+    when one is back        validation.jsonl, sheet, tracker -> alarms -> ranking.json
+
+Nothing here waits for a validation before the end of the run. The validator works through what it
+is asked one after another; while two validations wait, a further one is left out rather than kept,
+because each holds a copy of the weights.
+
+Nor does the training depend on it: a validator that fails, or is late at the end, is told and not
+asked again, and the run goes on.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.errors import CallTimeoutError
+from cluster.storage import Checkpoints, write_json
+from cluster.worker_group import Pending, WorkerGroup
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.validation import Validator
+from pipelines.run.alarms import Alarm, AlarmWatch
+from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
+from pipelines.run.progress import Listener
+from pipelines.run.ranking import Ranked, ranked, scores_of
+from pipelines.run.records import IterationRecord, ValidationRecord
+from pipelines.run.tracker import Tracker
+
+_MAX_WAITING = 2
+"""Validations under way at a time, but for those that must not be left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Validation:
+    """One that has been asked for."""
+
+    iteration: int
+    pending: Pending[ValidationRecord]
+
+
+@dataclass
+class Judge:
+    """Watches one run.
+
+    Attributes:
+        config: The run's settings.
+        folder: Where the run is written down.
+        checkpoints: Its committed states.
+        validator: Validates on resources of its own; None where the recipe wants none.
+        listener: Hears about validations and alarms.
+        tracker: Logs them elsewhere too.
+    """
+
+    config: DistillConfig
+    folder: RunFolder
+    checkpoints: Checkpoints
+    validator: WorkerGroup[Validator] | None
+    listener: Listener
+    tracker: Tracker
+    _watch: AlarmWatch = field(init=False)
+    _scores: dict[int, float] = field(init=False)
+    _waiting: deque[_Validation] = field(init=False, default_factory=deque)
+    _fatal: Alarm | None = field(init=False, default=None)
+    _judged_until: int = field(init=False, default=0)
+    _lost: set[int] = field(init=False, default_factory=set)
+    _problem: str | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Takes note of what an earlier part of the run has found."""
+        self._watch = AlarmWatch(self.config.alarms)
+        validations = read_jsonl(self.folder.validation)
+        self._watch.replay(read_jsonl(self.folder.metrics), validations)
+        self._scores = scores_of(validations, self.config.checkpoint.score) if self.ranks else {}
+        self._judged_until = max((line["iteration"] for line in validations), default=0)
+
+    @property
+    def ranks(self) -> bool:
+        """Whether checkpoints are ranked: every validated state is then one."""
+        return self.validator is not None and self.config.checkpoint.keep_best > 0
+
+    @property
+    def fatal(self) -> Alarm | None:
+        """The alarm that the recipe stops at, once it has sounded."""
+        return self._fatal
+
+    @property
+    def problem(self) -> str | None:
+        """Why the validator is not asked any more; None while it is."""
+        return self._problem
+
+    @property
+    def silent(self) -> list[WorkerGroup[Validator]]:
+        """The validator, where it is no longer asked: it may not answer."""
+        return [self.validator] if self.validator and self._problem is not None else []
+
+    @property
+    def ranking(self) -> list[Ranked]:
+        """Checkpoints that are there, the best first."""
+        if not self.ranks:
+            return []
+        return ranked(self._scores, self.config.checkpoint.mode, self.checkpoints.steps())
+
+    @property
+    def spared(self) -> set[int]:
+        """Checkpoints that must not be deleted: the best ones, and those not yet judged."""
+        if not self.ranks:
+            return set()
+        best = self.ranking[: self.config.checkpoint.keep_best]
+        waiting = {job.iteration for job in self._waiting}
+        return {entry.iteration for entry in best} | waiting | self._lost
+
+    def validates_at(self, iteration: int) -> bool:
+        """Whether a validation is due after so many iterations."""
+        every = self.config.validation.every
+        return every > 0 and (iteration == self.config.iterations or is_due(iteration, every))
+
+    def lost(self, now: int) -> list[int]:
+        """States up to here whose validations were under way when the run ended."""
+        lost = [
+            step
+            for step in self.checkpoints.steps()
+            if self._judged_until < step <= now and self.validates_at(step)
+        ]
+        # Of many, those before the last one that were asked for first: each holds weights.
+        return [*lost[:-1][:_MAX_WAITING], *lost[-1:]]
+
+    def hear(self, record: IterationRecord) -> None:
+        """Looks at the losses of an iteration."""
+        self._raise(self._watch.iteration(record))
+
+    def validate(self, iteration: int, weights: Pending[Any], *, is_last: bool = False) -> None:
+        """Asks for a validation and returns at once.
+
+        Args:
+            iteration: Updates that the weights have seen.
+            weights: The generator's averaged weights, on their way.
+            is_last: Never leave it out: no other one follows.
+        """
+        self.collect()
+        if self.validator is None or self._problem is not None:
+            return
+        if len(self._waiting) >= _MAX_WAITING and not is_last:
+            busy = ", ".join(str(job.iteration) for job in self._waiting)
+            self.listener.note(
+                f"validation at iteration {iteration} left out: those at {busy} are under way. "
+                "Give topology.validator more, or raise validation.every"
+            )
+            return
+        pending = self.validator.call_rank(0, Validator.validate, iteration, weights)
+        self._waiting.append(_Validation(iteration, pending))
+
+    def collect(self) -> None:
+        """Writes down the validations that are back; waits for none."""
+        while self._waiting and self.validator and self.validator.is_done(self._waiting[0].pending):
+            self._take()
+
+    def finish(self) -> None:
+        """Waits for the validations that were asked for, as long as the recipe says."""
+        while self._waiting:
+            self._take()
+
+    def write_ranking(self) -> None:
+        """Writes ranking.json anew: after a validation, and when checkpoints have been deleted."""
+        if not self._scores:
+            return
+        settings = self.config.checkpoint
+        there = set(self.checkpoints.steps())
+        entries = [
+            {
+                "iteration": entry.iteration,
+                "score": entry.score,
+                "checkpoint": (
+                    self.checkpoints.folder(entry.iteration) if entry.iteration in there else None
+                ),
+            }
+            for entry in ranked(self._scores, settings.mode)
+        ]
+        content = {"score": settings.score, "mode": settings.mode, "states": entries}
+        write_json(str(self.folder.ranking), content)
+
+    def _take(self) -> None:
+        """Fetches the oldest validation and draws conclusions."""
+        job = self._waiting.popleft()
+        assert self.validator is not None, "only a validator's work waits"
+        phase = f"validating iteration {job.iteration}"
+        timeout_s = self.config.validation.timeout_s
+        try:
+            (record,) = self.validator.fetch([job.pending], timeout_s=timeout_s, phase=phase)
+        except Exception as error:
+            # Whatever it is, hours of training are worth more than the figures.
+            self._give_up(job, error)
+            return
+        self._judged_until = max(self._judged_until, record.iteration)
+        append_jsonl(self.folder.validation, record.to_json())
+        self.listener.validation(record)
+        self.tracker.validation(record, self.folder.samples)
+        self._raise(self._watch.validation(record))
+        if self.ranks:
+            self._scores |= scores_of([record.to_json()], self.config.checkpoint.score)
+            self.write_ranking()
+
+    def _give_up(self, job: _Validation, error: Exception) -> None:
+        """Does without the validator from here on."""
+        self._lost |= {job.iteration, *(other.iteration for other in self._waiting)}
+        self._waiting.clear()
+        late = isinstance(error, CallTimeoutError)
+        what = "was not back in time" if late else "failed"
+        self._problem = (
+            f"The validation of iteration {job.iteration} {what}, and no other one is made; the "
+            f"training does not depend on it. {type(error).__name__}: {error}"
+        )
+        self.listener.warning(self._problem)
+
+    def _raise(self, alarms: Iterable[Alarm]) -> None:
+        for alarm in alarms:
+            append_jsonl(self.folder.alarms, alarm.to_json())
+            self.listener.alarm(alarm)
+            self.tracker.alarm(alarm)
+            if alarm.name in self.config.alarms.stop and self._fatal is None:
+                self._fatal = alarm
+
+
+def is_due(iteration: int, every: int) -> bool:
+    """Whether what is done every so many iterations is done after this one; 0 is never."""
+    return every > 0 and iteration % every == 0

@@ -1,0 +1,138 @@
+"""Everything about a run that can be wrong before a process or a GPU is taken."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from pipelines.config.recipe import DistillConfig
+from pipelines.data.shards.schema import TEXT_COMPONENTS, TEXT_EMBEDS, Encoding
+from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
+from pipelines.data.stream.source import Source
+from pipelines.run.records import SHAPE_FIGURES
+from sgmd_core.errors import ConfigError, ShapeError
+from sgmd_core.worlds.shapes import labels_from_captions
+from workers.clip_measures import MIN_FRAMES
+from workers.models.folder import WanFolder, fingerprint, inspect_wan_folder
+from workers.optical_flow import MIN_SIDE_PX
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """What a configuration comes to on this machine.
+
+    Attributes:
+        model: The networks' folder.
+        latent_shape: (channels, frames, rows, columns) of one sample.
+        source: The training data, and what is read of them.
+        data: What a first look at them tells.
+        held_out: Captions to validate with; empty when validation is off.
+        rows_per_iteration: Captions that one iteration takes.
+    """
+
+    model: WanFolder
+    latent_shape: tuple[int, int, int, int]
+    source: Source
+    data: FolderFacts
+    held_out: tuple[str, ...]
+    rows_per_iteration: int
+
+    def to_json(self, config: DistillConfig) -> dict[str, Any]:
+        """What `--dry-run` prints."""
+        return {
+            "name": config.name,
+            "run_folder": str(config.run_folder),
+            "model": str(self.model.path),
+            "num_parameters": self.model.num_parameters,
+            "latent_shape": list(self.latent_shape),
+            "training_rows": self.data.num_rows,
+            "training_shards": self.data.num_shards,
+            "training_shards_hold": self.data.kind.value,
+            "stored_text": TEXT_EMBEDS in self.source.columns,
+            "held_out_captions": len(self.held_out),
+            "rows_per_iteration": self.rows_per_iteration,
+            "iterations": config.iterations,
+            "epochs": (
+                config.iterations * self.rows_per_iteration / self.data.num_rows
+                if self.data.num_rows
+                else None
+            ),
+            "objective": asdict(config.objective),
+            "tracking": config.fake_score.tracking,
+            "topology": config.topology.mode,
+            "processes": {role: team.size for role, team in config.topology.teams.items()},
+        }
+
+
+def check(config: DistillConfig) -> Preflight:
+    """Checks model folder, clip size, shards and captions.
+
+    Raises:
+        SgmdError: The first thing that does not fit, with what to do about it.
+    """
+    model = inspect_wan_folder(config.model_folder)
+    video = config.video
+    latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
+    settings = config.data
+    source = Source(settings.train, settings.s3, max_caption_chars=settings.max_caption_chars)
+    data = inspect_folder(source, config.seed, settings.shuffle)
+    if settings.stored_text and data.encoding is not None and _fits(data.encoding, config, model):
+        source = replace(source, columns=(TEXT_EMBEDS,), encoding=data.encoding)
+    return Preflight(
+        model=model,
+        latent_shape=latent_shape,
+        source=source,
+        data=data,
+        held_out=_held_out(config),
+        rows_per_iteration=config.batch.size * (1 + config.fresh_updates),
+    )
+
+
+def _fits(encoding: Encoding, config: DistillConfig, model: WanFolder) -> bool:
+    """Whether stored embeddings are what the recipe's text encoder would make."""
+    shape = (config.model.text_length, model.text_width)
+    return encoding.text_shape == shape and encoding.text_encoder == fingerprint(
+        model.path, TEXT_COMPONENTS
+    )
+
+
+def _held_out(config: DistillConfig) -> tuple[str, ...]:
+    if not config.validation.every:
+        return ()
+    video = config.video
+    if video.num_frames < MIN_FRAMES or min(video.height, video.width) < MIN_SIDE_PX:
+        raise ConfigError(
+            "preparing validations, which measure motion",
+            f"clips of {video.num_frames} frames, {video.height} x {video.width} pixels",
+            f"at least {MIN_FRAMES} frames of {MIN_SIDE_PX} x {MIN_SIDE_PX} pixels",
+            "Set video.num_frames, video.height and video.width, or validation.every=0",
+        )
+    wanted, score = config.validation.num_captions, config.checkpoint.score
+    captions = first_captions(config.data.validation, config.data.s3, config.seed, wanted)
+    if config.checkpoint.keep_best:
+        require_readable(score, captions, f"ranking checkpoints by {score}", "checkpoint.score")
+    return captions
+
+
+def require_readable(score: str, captions: Sequence[str], attempted: str, setting: str) -> None:
+    """Checks that what shall rank can be measured on clips of these captions.
+
+    Args:
+        score: Name of a figure.
+        captions: The held-out ones.
+        attempted: What it is wanted for.
+        setting: Key that names it.
+
+    Raises:
+        ConfigError: It reads shapes, and the captions do not name any.
+    """
+    if score not in SHAPE_FIGURES:
+        return
+    try:
+        labels_from_captions(captions)
+    except ShapeError as error:
+        raise ConfigError(
+            attempted,
+            f"held-out captions that it cannot be read from ({error.found})",
+            "captions of `sgmd shapes`, or a figure of any clips such as frechet",
+            f"Set {setting}",
+        ) from error

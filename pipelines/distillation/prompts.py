@@ -1,0 +1,101 @@
+"""The captions of each iteration: asked for one iteration ahead, entered in the run's books.
+
+take(n + 1)  ->  of(n): wait, enter, hand on  ->  used(n): what the iteration was made of
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.spans import labelled
+from cluster.worker_group import Pending, WorkerGroup
+from pipelines.data.stream.feed import Batch, Feed
+from pipelines.distillation.iteration import PromptBatch
+from pipelines.run.data_log import RunData
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What an iteration took from the stream.
+
+    Attributes:
+        batches: Its batches.
+        waited_s: How long it waited for them.
+        rejected: Rows, row groups and shards newly left out on the way.
+    """
+
+    batches: tuple[Batch, ...]
+    waited_s: float
+    rejected: int
+
+
+class Prompts:
+    """Hands out captions, iteration after iteration.
+
+    Args:
+        feed: Reads the data.
+        data: The run's books about them.
+        batch_size: Captions of one batch.
+        batches_per_iteration: Batches of one iteration.
+        stored: Whether the data bring embeddings along that are used.
+        iterations: First iteration, and one past the last.
+        timeout_s: How long to wait for captions.
+    """
+
+    def __init__(
+        self,
+        feed: WorkerGroup[Feed],
+        data: RunData,
+        batch_size: int,
+        batches_per_iteration: int,
+        *,
+        stored: bool,
+        iterations: tuple[int, int],
+        timeout_s: float,
+    ) -> None:
+        self._feed = feed
+        self._data = data
+        self._batch_size = batch_size
+        self._batches_per_iteration = batches_per_iteration
+        self._stored = stored
+        self._end = iterations[1]
+        self._timeout_s = timeout_s
+        self._taken: dict[int, Taken] = {}
+        self._coming = self._take(iterations[0])
+
+    def of(self, iteration: int) -> list[PromptBatch]:
+        """The captions of an iteration; iterations are asked for in order, each once.
+
+        Raises:
+            DataError: Too much of the data cannot be used, or their server failed.
+        """
+        began = time.perf_counter()
+        phase = f"reading captions ({iteration})"
+        batches = self._feed.fetch(self._coming, self._timeout_s, phase)
+        waited_s = time.perf_counter() - began
+        rejected = self._data.enter(iteration, batches)
+        self._taken[iteration] = Taken(tuple(batches), waited_s, rejected)
+        prompts = [self._prompts(iteration, batch) for batch in batches]
+        # Asked for one iteration ahead, so that reading never stands in the way.
+        self._coming = self._take(iteration + 1)
+        return prompts
+
+    def used(self, iteration: int) -> Taken:
+        """What an iteration that is over has taken; told once."""
+        return self._taken.pop(iteration)
+
+    def _take(self, iteration: int) -> Sequence[Pending[Batch]]:
+        if iteration >= self._end:
+            return []
+        with labelled(iteration):
+            return [
+                self._feed.call_rank(0, Feed.take, self._batch_size)
+                for _ in range(self._batches_per_iteration)
+            ]
+
+    def _prompts(self, iteration: int, batch: Batch) -> PromptBatch:
+        if not self._stored:
+            return PromptBatch(batch.captions)
+        with labelled(iteration):
+            stored = self._feed.call_rank(0, Feed.embeddings, batch.number)
+        return PromptBatch(batch.captions, stored)

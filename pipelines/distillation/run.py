@@ -1,0 +1,400 @@
+"""The main job: distils a many-step teacher into a few-step generator.
+
+    check everything -> open the roles -> [take captions -> iterate -> record] -> export
+
+The controller in this file moves handles and small records; every tensor stays with the roles.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.storage import Checkpoints, write_json
+from cluster.worker_group import Pending
+from pipelines.config.recipe import DistillConfig
+from pipelines.data.shards.schema import TEXT_EMBEDS
+from pipelines.distillation.groups import Groups, open_groups
+from pipelines.distillation.iteration import IterationReport, run_iterations
+from pipelines.distillation.iteration_plan import plan_iteration
+from pipelines.distillation.monitor import Judge, is_due
+from pipelines.distillation.position import Position, resume_position
+from pipelines.distillation.preflight import Preflight, check
+from pipelines.distillation.prompts import Prompts
+from pipelines.distillation.summary import summarise
+from pipelines.media.inference import InferenceSettings, write_inference_settings
+from pipelines.run.alarms import Alarm
+from pipelines.run.data_log import RunData
+from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl, versions
+from pipelines.run.progress import Listener, SilentListener
+from pipelines.run.records import IterationRecord
+from pipelines.run.trace import RunTrace
+from pipelines.run.tracker import Tracker, open_tracker
+from sgmd_core.errors import AlarmError, NonFiniteError
+from workers.fake_score_tracker import FakeScoreTracker
+from workers.generator_learner import GeneratorLearner
+from workers.text_encoder import TextEncoder
+
+# Iterations that may overlap before everything is waited for; bounds what the controller lists.
+# Fewer where an alarm or a time limit may end the run, which happens between such stretches.
+_LONGEST, _LONGEST_STOPPABLE = 100, 10
+
+
+def dry_run(config: DistillConfig) -> dict[str, Any]:
+    """Checks a configuration against models and data without starting anything.
+
+    Raises:
+        SgmdError: What does not fit.
+    """
+    return check(config).to_json(config)
+
+
+def distill(
+    config: DistillConfig,
+    *,
+    resume: bool = False,
+    listener: Listener | None = None,
+    in_trial: bool = False,
+    max_seconds: float | None = None,
+    timed_saves: int = 1,
+) -> dict[str, Any]:
+    """Runs the distillation that a configuration describes.
+
+    Args:
+        config: The run; its folder is `config.run_folder`.
+        resume: Go on from the newest checkpoint in that folder. The resumed run makes the same
+            numbers as one that was never interrupted (bitwise on a CPU).
+        listener: Hears about progress.
+        in_trial: Use the placement group of the Tune trial that this process is.
+        max_seconds: Training time, that before a resumption included, after which the run ends even
+            if `config.iterations` are not made.
+        timed_saves: States that are saved at equal distances in `max_seconds`, its end among them.
+
+    Returns:
+        The run's summary, as summary.json holds it.
+
+    Raises:
+        SgmdError: A wrong setting, model folder or shard, before anything is started; or a loss
+            that stopped being finite, with a note of where the last good state is.
+        ClusterError: Ray, a pool or a worker is not there (any more).
+    """
+    listener = listener or SilentListener()
+    listener.note("checking model folder, shards and settings")
+    checked = check(config)
+    folder = RunFolder(config.run_folder)
+    checkpoints = Checkpoints(str(folder.checkpoints))
+    if resume:
+        start = resume_position(config, folder, checkpoints)
+        folder.rewind(start.iteration)
+        data = RunData(folder)
+        data.rewind(start.iteration)
+        listener.note(f"resuming {folder.root} at iteration {start.iteration}")
+    else:
+        start = Position()
+        folder.create(config.to_yaml())
+        data = RunData(folder)
+    listener.note(f"starting the roles ({config.topology.mode})")
+    rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
+    progress = data.progress(start.cursor, start.rows)
+    with (
+        open_groups(config, checked, folder, progress, rows_left, in_trial=in_trial) as groups,
+        open_tracker(
+            config.tracker.wandb,
+            config.tracker.project,
+            config.name,
+            folder.root,
+            config.model_dump(mode="json"),
+        ) as tracker,
+    ):
+        run = Distillation(config, checked, groups, folder, data, checkpoints, listener, tracker)
+        if resume:
+            run.load(start)
+        try:
+            run.train(start, max_seconds, timed_saves)
+        finally:
+            run.write_trace()
+        return run.finish()
+
+
+class Distillation:
+    """A run under way: the loop and its bookkeeping.
+
+    Args:
+        config: The run's settings.
+        checked: What they come to.
+        groups: The roles, the caption feed and the validator.
+        folder: Where the run is written down.
+        data: Its books about the data.
+        checkpoints: Its committed states.
+        listener: Hears about progress.
+        tracker: Logs elsewhere too.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        checked: Preflight,
+        groups: Groups,
+        folder: RunFolder,
+        data: RunData,
+        checkpoints: Checkpoints,
+        listener: Listener,
+        tracker: Tracker,
+    ) -> None:
+        self._config = config
+        self._checked = checked
+        self._groups = groups
+        self._folder = folder
+        self._data = data
+        self._checkpoints = checkpoints
+        self._listener = listener
+        self._tracker = tracker
+        self._judge = Judge(config, folder, checkpoints, groups.validator, listener, tracker)
+        self._plan = plan_iteration(
+            config,
+            groups.roles.text.call_rank(
+                0, TextEncoder.encode_negative, config.model.negative_prompt
+            ),
+        )
+        roles = groups.roles
+        self._trace = RunTrace(
+            [roles.generator, roles.teacher, roles.fake_score, roles.text],
+            [groups.feed, *([groups.validator] if groups.validator else [])],
+            config.trace.iterations,
+            config.topology.call_timeout_s,
+            waits=not self._plan.max_staleness_iterations,
+        )
+
+    def load(self, start: Position) -> None:
+        """Puts the learning roles back to a committed state."""
+        if not start.iteration:
+            return
+        folder, roles = self._checkpoints.folder(start.iteration), self._groups.roles
+        for iteration in self._judge.lost(start.iteration):
+            self._load_generator(iteration)
+            self._validate(iteration, is_last=True)
+        self._load_generator(start.iteration)
+        fake_score = roles.fake_score.call(FakeScoreTracker.load, folder)
+        self._fetch(roles.fake_score, fake_score, "loading the fake score")
+
+    def train(
+        self, start: Position, max_seconds: float | None = None, timed_saves: int = 1
+    ) -> None:
+        """Iterates to the end; checkpoints and validates on the way.
+
+        Args:
+            start: Where the run stands.
+            max_seconds: Training time of the whole run after which this is the end.
+            timed_saves: States that are saved at equal distances in it.
+
+        Raises:
+            NonFiniteError: With a note that says where the last good state is.
+            AlarmError: An alarm that the recipe stops at; the state is saved.
+            DataError: Too much of the data cannot be used, or their server failed.
+        """
+        end = self._config.iterations
+        limit_s = math.inf if max_seconds is None else max_seconds
+        longest = _LONGEST_STOPPABLE if max_seconds or self._config.alarms.stop else _LONGEST
+        prompts = self._open_prompts(start.iteration)
+        position, spent_s = start, self._seconds_spent()
+        while position.iteration < end and spent_s < limit_s:
+            first, began, before_s = position.iteration, time.perf_counter(), spent_s
+            together = self._num_together(first, longest)
+            try:
+                for report in run_iterations(
+                    self._groups.roles, self._plan, first, together, prompts.of
+                ):
+                    position, took_s = self._record(position, report, prompts, began)
+                    # What is recorded, not the clock: whoever adds it up finds the same end.
+                    spent_s += took_s
+                    began = time.perf_counter()
+            except NonFiniteError as error:
+                error.add_note(self._keep_last_good(position))
+                raise
+            is_last = position.iteration == end or spent_s >= limit_s
+            is_time = int(timed_saves * spent_s / limit_s) > int(timed_saves * before_s / limit_s)
+            if is_last or is_time or self._saves_at(position.iteration):
+                self._save(position)
+            if is_last or self._judge.validates_at(position.iteration):
+                self._validate(position.iteration, is_last)
+            self._judge.collect()
+            if self._judge.fatal is not None and not is_last:
+                raise self._stopped(self._judge.fatal, position)
+
+    def write_trace(self) -> None:
+        """Writes trace.json of what is known by now, also after a failure."""
+        self._trace.write(self._folder.trace)
+
+    def finish(self) -> dict[str, Any]:
+        """Exports the generator, waits for the last validations and writes the summary."""
+        self._listener.note(f"writing the generator to {self._folder.generator}")
+        self._export(self._folder.generator)
+        self._judge.finish()
+        self._prune()
+        self._export_best()
+        self._trace.close(self._judge.silent)
+        self.write_trace()
+        summary = summarise(self._config, self._folder, self._data.counts(), self._judge.ranking)
+        summary |= {
+            "utilisation": self._trace.utilisation(),
+            "critical_path_s": self._trace.critical_path(),
+            "validation_problem": self._judge.problem,
+        }
+        write_json(str(self._folder.summary), summary)
+        return summary
+
+    def _saves_at(self, iteration: int) -> bool:
+        every = self._config.checkpoint.every
+        due = iteration == self._config.iterations or is_due(iteration, every)
+        return due or (self._judge.ranks and self._judge.validates_at(iteration))
+
+    def _load_generator(self, iteration: int) -> None:
+        generator = self._groups.roles.generator
+        loaded = generator.call(GeneratorLearner.load, self._checkpoints.folder(iteration))
+        self._fetch(generator, loaded, "loading the generator")
+
+    def _export(self, target: Path, checkpoint: str | None = None) -> None:
+        """Writes the generator as a diffusers folder, as it is now or as a checkpoint has it."""
+        generator = self._groups.roles.generator
+        exported = generator.call(
+            GeneratorLearner.export,
+            str(target),
+            str(self._checked.model.path.absolute()),
+            self._config.schedule.shift,
+            checkpoint,
+        )
+        self._fetch(generator, exported, "exporting the generator")
+        write_inference_settings(target, InferenceSettings(**self._config.inference_settings()))
+
+    def _export_best(self) -> str:
+        """Writes the best validated generator beside the last one; says which it is."""
+        ranking = self._judge.ranking
+        if not ranking:
+            return "Nothing was validated and kept."
+        best = ranking[0]
+        self._export(self._folder.best, self._checkpoints.folder(best.iteration))
+        score = self._config.checkpoint.score
+        told = f"iteration {best.iteration} ({score} {best.score:.4g}) is in {self._folder.best}"
+        self._listener.note(f"the best generator: {told}")
+        return f"The best generator, of {told}."
+
+    def _stopped(self, alarm: Alarm, position: Position) -> AlarmError:
+        """Saves the state at which an alarm ends the run, and words it."""
+        if position.iteration > (self._checkpoints.latest() or 0):
+            self._save(position)
+        error = AlarmError(
+            f"training {self._config.name}",
+            alarm.in_words(),
+            f"none of the alarms in alarms.stop ({', '.join(self._config.alarms.stop)})",
+            f"The state is {self._checkpoints.folder(position.iteration)}; change the settings, or "
+            f"go on all the same with --resume {self._folder.root}",
+        )
+        error.add_note(self._export_best())
+        return error
+
+    def _open_prompts(self, first: int) -> Prompts:
+        return Prompts(
+            self._groups.feed,
+            self._data,
+            self._config.batch.size,
+            self._plan.batches_per_iteration,
+            stored=TEXT_EMBEDS in self._checked.source.columns,
+            iterations=(first, self._config.iterations),
+            timeout_s=self._config.topology.call_timeout_s,
+        )
+
+    def _num_together(self, first: int, longest: int) -> int:
+        """Iterations from here that may overlap: as far as the next state that is looked at."""
+        if not self._plan.max_staleness_iterations:
+            return 1
+        last = first + 1
+        while (
+            not (self._saves_at(last) or self._judge.validates_at(last)) and last - first < longest
+        ):
+            last += 1
+        return last - first
+
+    def _record(
+        self, position: Position, report: IterationReport, prompts: Prompts, began: float
+    ) -> tuple[Position, float]:
+        """Writes an iteration down that is over; where the run stands now, and what it took."""
+        iteration = position.iteration
+        taken = prompts.used(iteration)
+        last = taken.batches[-1]
+        self._data.record(iteration, taken.batches)
+        record = IterationRecord(
+            iteration=iteration,
+            losses=report.losses,
+            grad_norms=report.grad_norms,
+            seconds=self._trace.add(iteration, report.asked),
+            seconds_total=time.perf_counter() - began,
+            data_wait_s=taken.waited_s,
+            samples_seen=last.position,
+            epoch=last.passes,
+            cursor=last.cursor.to_json(),
+            rejected=taken.rejected,
+            exit_steps=report.exit_steps,
+            stale_calls=report.stale_calls,
+        )
+        append_jsonl(self._folder.metrics, record.to_json())
+        self._listener.iteration(record)
+        self._tracker.iteration(record)
+        self._judge.hear(record)
+        return Position(iteration + 1, last.position, last.cursor), record.seconds_total
+
+    def _seconds_spent(self) -> float:
+        """Training time of all iterations so far."""
+        return sum(record["seconds"]["total"] for record in read_jsonl(self._folder.metrics))
+
+    def _save(self, position: Position) -> None:
+        folder, roles = self._checkpoints.folder(position.iteration), self._groups.roles
+        generator = roles.generator.call(GeneratorLearner.save, folder)
+        fake_score = roles.fake_score.call(FakeScoreTracker.save, folder)
+        self._fetch(roles.generator, generator, "saving the generator")
+        self._fetch(roles.fake_score, fake_score, "saving the fake score")
+        self._checkpoints.commit(
+            position.iteration,
+            {
+                "iteration": position.iteration,
+                "rows": position.rows,
+                "cursor": position.cursor.to_json(),
+                "config_digest": self._config.digest,
+                "seed": self._config.seed,
+                "versions": versions(),
+            },
+        )
+        self._prune()
+
+    def _prune(self) -> None:
+        """Deletes checkpoints that are neither new nor among the best."""
+        self._checkpoints.prune(self._config.checkpoint.keep, self._judge.spared)
+        self._judge.write_ranking()
+
+    def _keep_last_good(self, position: Position) -> str:
+        """Saves the state before the failed iteration, where that can be done; says which is last.
+
+        Not where a role has left it, nor of several ranks, which may wait for a failed one.
+        """
+        roles = self._groups.roles
+        together = not (self._plan.fresh_tracking or self._plan.max_staleness_iterations)
+        whole = roles.generator.size == roles.fake_score.size == 1
+        unsaved = ""
+        try:
+            if together and whole and position.iteration > (self._checkpoints.latest() or 0):
+                self._save(position)
+        except Exception as error:
+            # What ended the run is the error to raise; this one is told beside it.
+            unsaved = f"Saving the state before iteration {position.iteration} failed: {error} "
+        latest = self._checkpoints.latest()
+        if latest is None:
+            return f"{unsaved}No state was saved before iteration {position.iteration}."
+        return f"{unsaved}The last good state is {self._checkpoints.folder(latest)}."
+
+    def _validate(self, iteration: int, is_last: bool) -> None:
+        if self._groups.validator is not None:
+            weights = self._groups.roles.generator.call(GeneratorLearner.final_weights)[0]
+            self._judge.validate(iteration, weights, is_last=is_last)
+
+    def _fetch(self, group: Any, pending: Sequence[Pending[Any]], phase: str) -> list[Any]:  # noqa: ANN401
+        return group.fetch(pending, timeout_s=self._config.topology.call_timeout_s, phase=phase)

@@ -1,0 +1,125 @@
+"""What a run looks at while it trains: clips of the averaged generator beside the teacher's.
+
+Losses of this family do not say how good the clips are, so the figures are measured on decoded
+clips, and the alarms, the ranking of checkpoints and the report read them. What they mean stands in
+`workers.validation_judge`; `sgmd evaluate` measures the same on more clips.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
+from pipelines.run.records import ValidationRecord
+from sgmd_core.errors import ShapeError
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.worlds.shapes import labels_from_captions
+from workers.build import build_evaluator
+from workers.evaluator import Evaluator, Sampling
+from workers.measured_clips import Measurer
+from workers.settings import ModelSettings, VideoSettings
+from workers.validation_judge import ValidationJudge, ValidationReport, ValidationRequest
+
+NUM_SHEET_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationPlan:
+    """What to sample, and how.
+
+    Attributes:
+        captions: Held-out captions, one clip each.
+        generator: How the generator is sampled.
+        teacher: How the teacher is sampled for the reference, from another seed; made once.
+        fps: Frames a second of the sheets.
+        samples: Folder for the contact sheets.
+    """
+
+    captions: tuple[str, ...]
+    generator: Sampling
+    teacher: Sampling
+    fps: int
+    samples: str
+
+
+class Validator:
+    """Samples, measures, and draws a contact sheet.
+
+    Args:
+        evaluator: Samples from given weights, or from the teacher's.
+        plan: What to sample.
+    """
+
+    def __init__(self, evaluator: Evaluator, plan: ValidationPlan) -> None:
+        self._plan = plan
+        self._judge = ValidationJudge(
+            evaluator,
+            ValidationRequest(
+                captions=plan.captions,
+                sampling=plan.generator,
+                reference=plan.teacher,
+                measurer=Measurer(plan.fps, reads_shapes(plan.captions)),
+                num_shown=NUM_SHEET_ROWS,
+            ),
+        )
+
+    def validate(self, iteration: int, weights: dict[str, Tensor]) -> ValidationRecord:
+        """Measures the generator that has these weights.
+
+        Args:
+            iteration: Updates that the weights have seen; names the sheet.
+            weights: The generator's averaged weights.
+        """
+        began = time.perf_counter()
+        report = self._judge.validate(weights)
+        name = f"validation-{iteration:06d}"
+        self._draw(name, report)
+        return ValidationRecord(
+            iteration=iteration,
+            figures=dict(report.figures),
+            seconds=time.perf_counter() - began,
+            sheet=f"{name}.png",
+            intervals=dict(report.intervals),
+            seconds_per_clip=report.seconds_per_clip,
+        )
+
+    def _draw(self, name: str, report: ValidationReport) -> None:
+        """The sheet: row by row the same caption and the same initial noise."""
+        plan, folder = self._plan, Path(self._plan.samples)
+        folder.mkdir(parents=True, exist_ok=True)
+        groups = [
+            SheetGroup(
+                f"teacher, {plan.teacher.num_steps} steps",
+                f"guidance {plan.teacher.guidance_scale:g}",
+                report.teacher_shown,
+            ),
+            SheetGroup(
+                f"generator, {plan.generator.num_steps} steps", "averaged weights", report.shown
+            ),
+        ]
+        captions = plan.captions[:NUM_SHEET_ROWS]
+        png, gif = folder / f"{name}.png", folder / f"{name}.gif"
+        write_contact_sheet(png, gif, groups, captions, plan.fps)
+
+
+def build_validator(
+    model: ModelSettings,
+    video: VideoSettings,
+    schedule: FlowMatchSchedule,
+    plan: ValidationPlan,
+    num_threads: int,
+) -> Validator:
+    """Factory for a worker group."""
+    return Validator(build_evaluator(model, video, schedule, num_threads), plan)
+
+
+def reads_shapes(captions: Sequence[str]) -> bool:
+    """Whether all captions are of the world `shapes`, so that pixels can be read exactly."""
+    try:
+        labels_from_captions(captions)
+    except ShapeError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Evaluation: clip sets sampled, measured and compared with the teacher."""

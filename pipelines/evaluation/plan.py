@@ -1,0 +1,231 @@
+"""What an evaluation compares: which folders, sampled how, on which captions.
+
+    reference             guided teacher, many steps, seed A
+    floor                 the same with seed B: what chance makes of no difference
+    teacher_few           teacher, as many steps as the generator, unguided, seed B
+    teacher_few_guided    the same, guided, seed B
+    generator             its own few steps, seed B
+
+All sets show the same held-out captions, and the sets of seed B start from the same noise. Each is
+also sampled from the other seed, for the diversity of the clips of a caption.
+"""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.data.shards.filesystem import S3Settings
+from pipelines.data.stream.inspect import first_captions
+from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
+from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
+from pipelines.run.folder import RunFolder
+from sgmd_core.errors import ConfigError
+from sgmd_core.schedule import FlowMatchSchedule
+from workers.build import build_evaluator
+from workers.evaluator import Evaluator, Sampling
+from workers.settings import ModelSettings, VideoSettings
+
+_DEFAULT_TEACHER_STEPS = 30
+_CACHE_FOLDER = "evaluation-cache"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationOptions:
+    """How much is sampled, and how.
+
+    Attributes:
+        num_captions: Held-out captions, one clip each in every set.
+        seed: Seed A; seed B is the next number.
+        batch_size: Clips that are sampled side by side.
+        teacher_steps: Steps of the reference; None takes the recipe's, or 30.
+        guidance_scale: Guidance of the teacher; None takes the recipe's, or the folder's.
+        num_bootstraps: Draws behind the standard errors.
+        num_shown: Captions on the contact sheet, different ones.
+        num_threads: Torch threads; None takes every core.
+        features: TorchScript file of a network that describes clips, such as an I3D; None takes
+            the built-in features, which need none.
+    """
+
+    num_captions: int = 256
+    seed: int = 0
+    batch_size: int = 16
+    teacher_steps: int | None = None
+    guidance_scale: float | None = None
+    num_bootstraps: int = 200
+    num_shown: int = 6
+    num_threads: int | None = None
+    features: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        least = {
+            "num_captions": 2,
+            "batch_size": 1,
+            "num_bootstraps": 2,
+            "num_shown": 1,
+            "teacher_steps": 1,
+            "guidance_scale": 1,
+            "num_threads": 1,
+        }
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise ConfigError("evaluating", f"{name} = {value}", f"at least {bound}")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model folder and how its clips are made.
+
+    Attributes:
+        folder: The diffusers folder.
+        model: The same, with the text settings.
+        video: Size of the clips.
+        flow_shift: Shift of the noise levels.
+    """
+
+    folder: Path
+    model: ModelSettings
+    video: VideoSettings
+    flow_shift: float
+
+    @property
+    def facts(self) -> tuple[object, ...]:
+        """What decides its clips besides the folder's files and the way of sampling."""
+        return (self.model.text_length, self.model.negative_prompt, self.video, self.flow_shift)
+
+    def evaluator(self, options: EvaluationOptions) -> Evaluator:
+        """Loads the networks."""
+        return build_evaluator(
+            self.model,
+            self.video,
+            FlowMatchSchedule(shift=self.flow_shift),
+            options.num_threads or os.cpu_count() or 1,
+            options.batch_size,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationPlan:
+    """Everything that an evaluation needs to know.
+
+    Attributes:
+        generator: What is judged.
+        teacher: What it is judged by.
+        samplings: How each set is sampled, by the names of `pipelines.evaluation.result`.
+        captions: One clip each in every set.
+        captions_from: Folder of their shards.
+        output: Where the results go.
+        cache: Where what was measured of the teacher is kept.
+        options: How much is sampled.
+    """
+
+    generator: Subject
+    teacher: Subject
+    samplings: dict[str, Sampling]
+    captions: tuple[str, ...]
+    captions_from: str
+    output: Path
+    cache: Path
+    options: EvaluationOptions
+
+    def twin(self, name: str) -> Sampling:
+        """The same way of sampling from the other seed."""
+        how, first = self.samplings[name], self.options.seed
+        return replace(how, seed=first + 1 if how.seed == first else first)
+
+    def label(self, name: str) -> str:
+        """A set's name for a reader."""
+        how = self.samplings[name]
+        if name == FLOOR:
+            return "the same, other seeds"
+        who = "generator" if name == GENERATOR else "teacher"
+        return f"{who}, {how.num_steps} {'steps' if how.guidance_scale == 1 else 'guided steps'}"
+
+
+def plan_evaluation(
+    run_or_model: str | Path,
+    teacher: str | Path | None,
+    captions: str | None,
+    output: str | Path | None,
+    cache: str | Path | None,
+    options: EvaluationOptions,
+) -> EvaluationPlan:
+    """Looks up everything that an evaluation needs to know; see `evaluation.run.evaluate`.
+
+    Raises:
+        ConfigError: The teacher or the captions are neither given nor known.
+        ModelFolderError: The run has no generator, or a folder's settings cannot be used.
+        DataError: The captions cannot be read.
+    """
+    path = Path(run_or_model)
+    generator_folder = model_folder(path)
+    is_run = RunFolder(path).config.exists()
+    config = load_recipe(str(RunFolder(path).config)) if is_run else None
+    if config is not None:
+        teacher = teacher or config.model_folder
+        captions = captions or config.data.validation
+    if not teacher or not captions:
+        raise ConfigError(
+            f"evaluating {path}",
+            f"teacher {str(teacher or '')!r} and captions {captions or ''!r}",
+            "a teacher to compare with, and shards of held-out captions",
+            "Name a run, which knows both, or give both",
+        )
+    own = read_inference_settings(generator_folder)
+    theirs = _teacher_settings(Path(teacher), config)
+    video = VideoSettings(own.num_frames, own.height, own.width, own.fps)
+    reference = Sampling(
+        options.teacher_steps or _recipe_teacher_steps(config),
+        options.guidance_scale or theirs.guidance_scale,
+        options.seed,
+    )
+    results = Path(output) if output else (path if is_run else Path("evaluation"))
+    few = Sampling(own.num_steps, 1.0, options.seed + 1)
+    return EvaluationPlan(
+        generator=_subject(generator_folder, own, video),
+        teacher=_subject(Path(teacher), theirs, video),
+        samplings={
+            REFERENCE: reference,
+            FLOOR: replace(reference, seed=options.seed + 1),
+            TEACHER_FEW: few,
+            TEACHER_FEW_GUIDED: replace(few, guidance_scale=reference.guidance_scale),
+            GENERATOR: replace(few, guidance_scale=own.guidance_scale),
+        },
+        captions=_captions(captions, options, config),
+        captions_from=captions,
+        output=results,
+        cache=Path(cache) if cache else results / _CACHE_FOLDER,
+        options=options,
+    )
+
+
+def _teacher_settings(folder: Path, config: DistillConfig | None) -> InferenceSettings:
+    """The teacher's own settings, guided as it was when it was distilled."""
+    settings = read_inference_settings(folder)
+    if config is None:
+        return settings
+    return settings.model_copy(
+        update={
+            "guidance_scale": config.teacher.guidance_scale,
+            "text_length": config.model.text_length,
+            "negative_prompt": config.model.negative_prompt,
+        }
+    )
+
+
+def _recipe_teacher_steps(config: DistillConfig | None) -> int:
+    return config.validation.teacher_steps if config is not None else _DEFAULT_TEACHER_STEPS
+
+
+def _subject(folder: Path, settings: InferenceSettings, video: VideoSettings) -> Subject:
+    model = ModelSettings(str(folder), settings.text_length, settings.negative_prompt)
+    return Subject(folder, model, video, settings.flow_shift)
+
+
+def _captions(
+    folder: str, options: EvaluationOptions, config: DistillConfig | None
+) -> tuple[str, ...]:
+    s3 = config.data.s3 if config is not None else S3Settings()
+    return first_captions(folder, s3, options.seed, options.num_captions)

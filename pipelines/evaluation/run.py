@@ -1,0 +1,335 @@
+"""What a distillation has reached: a few-step generator against its teacher, with floor and error.
+
+    plan -> sets of clips -> readings, measures, distances, seconds -> rows -> verdicts -> files
+
+What is compared is told in `pipelines.evaluation.plan`. Nothing here can be tuned towards a
+verdict: what is measured is the same for every run.
+
+Whatever comes from the teacher is kept as numbers in the plan's cache and sampled only once. Many
+generators of one teacher, evaluated with the same options and one `cache` folder, therefore cost a
+few steps a clip each:
+
+    for run in runs:
+        evaluate(run, cache=folder, options=EvaluationOptions(num_captions=64))
+"""
+
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipelines.distillation.validation import reads_shapes
+from pipelines.evaluation.clip_sets import (
+    ClipRequest,
+    ClipSet,
+    file_digest,
+    folder_digest,
+    load_clip_set,
+    sample_clip_set,
+    save_clip_set,
+    set_name,
+)
+from pipelines.evaluation.plan import EvaluationOptions, EvaluationPlan, plan_evaluation
+from pipelines.evaluation.result import (
+    BUILT_IN_FEATURES,
+    FLOOR,
+    GENERATOR,
+    REFERENCE,
+    TEACHER_FEW,
+    TEACHER_FEW_GUIDED,
+    Evaluation,
+    EvaluationRow,
+    Figure,
+    Measure,
+    Spread,
+    judge,
+)
+from pipelines.evaluation.set_distances import Estimate, SetDistance, set_distances
+from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
+from pipelines.run.folder import versions
+from sgmd_core.metrics.bootstrap import (
+    median_interval,
+    median_ratio_interval,
+    resampled_rows,
+)
+from sgmd_core.metrics.comparison import Compared, compare_sets
+from sgmd_core.metrics.frechet import clip_features
+from sgmd_core.worlds.shapes import ClipScores, labels_from_captions, score_clips
+from workers.evaluator import Evaluator
+from workers.feature_network import FeatureExtractor, FeatureNetwork
+
+OnProgress = Callable[[str, int, int], None]
+EVALUATION_FILE = "evaluation.json"
+_FEW_STEP_TEACHERS = (TEACHER_FEW, TEACHER_FEW_GUIDED)
+_SHEET_NAME = "evaluation"
+
+
+def evaluate(
+    run_or_model: str | Path,
+    *,
+    teacher: str | Path | None = None,
+    captions: str | None = None,
+    output: str | Path | None = None,
+    cache: str | Path | None = None,
+    options: EvaluationOptions | None = None,
+    on_progress: OnProgress = lambda label, done, total: None,
+) -> Evaluation:
+    """Samples, measures and judges; writes evaluation.json and the contact sheet.
+
+    Args:
+        run_or_model: A finished run, or a diffusers folder.
+        teacher: Diffusers folder of the teacher; a run knows its own.
+        captions: Folder of shards with held-out captions; a run knows its own.
+        output: Where the results go; a run's are put into its folder, others into `evaluation/`.
+        cache: Folder that keeps what was measured of the teacher, shared by as many evaluations
+            as one likes; None takes `evaluation-cache/` beside the results. Entries are named by
+            all that decides them: the teacher's files, captions, options and measuring code.
+        options: How much is sampled; None takes the defaults.
+        on_progress: Called after every batch with (what is sampled, clips done, clips in all).
+
+    Returns:
+        The evaluation, as evaluation.json holds it.
+
+    Raises:
+        ConfigError: Something is missing or out of range.
+        ModelFolderError: A folder is missing, incomplete or not Wan's.
+        ShapeError: The clips do not fit the networks.
+        DataError: The captions cannot be read.
+    """
+    options = options or EvaluationOptions()
+    plan = plan_evaluation(run_or_model, teacher, captions, output, cache, options)
+    describing = _describing(options)
+    shown = _first_different(plan.captions, options.num_shown)
+    request = ClipRequest(
+        captions=plan.captions,
+        sampling=plan.samplings[REFERENCE],
+        batch_size=options.batch_size,
+        fps=plan.generator.video.fps,
+        reads_shapes=reads_shapes(plan.captions),
+        shown=shown,
+    )
+    sets = _teacher_sets(plan, request, describing, on_progress)
+    sets |= _generator_sets(plan, request, describing, on_progress)
+    rows = _rows(plan, sets)
+    png, gif = _draw(plan, sets, [plan.captions[index] for index in shown])
+    evaluation = Evaluation(
+        generator=str(plan.generator.folder),
+        teacher=str(plan.teacher.folder),
+        captions=plan.captions_from,
+        num_captions=len(plan.captions),
+        num_distinct_captions=len(set(plan.captions)),
+        batch_size=options.batch_size,
+        device=_device_name(options),
+        rows=rows,
+        verdicts=judge(rows),
+        sheet_png=str(png.relative_to(plan.output)),
+        sheet_gif=str(gif.relative_to(plan.output)),
+        versions=versions(),
+        features=BUILT_IN_FEATURES if options.features is None else str(options.features),
+    )
+    evaluation.save(plan.output / EVALUATION_FILE)
+    return evaluation
+
+
+def _first_different(captions: Sequence[str], count: int) -> tuple[int, ...]:
+    """Indices of the first captions that have not come before."""
+    first = {caption: index for index, caption in reversed(list(enumerate(captions)))}
+    return tuple(sorted(first.values())[:count])
+
+
+@dataclass(frozen=True, slots=True)
+class _Describing:
+    """How clips become features, and what names that."""
+
+    extract: FeatureExtractor
+    digest: str
+
+
+def _describing(options: EvaluationOptions) -> _Describing:
+    if options.features is None:
+        return _Describing(clip_features, BUILT_IN_FEATURES)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = FeatureNetwork(options.features, device)
+    return _Describing(network, file_digest(options.features))
+
+
+def _twin_of(name: str) -> str:
+    """The set of the same way of sampling from the other seed."""
+    return {REFERENCE: FLOOR, FLOOR: REFERENCE}.get(name, f"{name}_twin")
+
+
+def _teacher_sets(
+    plan: EvaluationPlan, request: ClipRequest, describing: _Describing, on_progress: OnProgress
+) -> dict[str, ClipSet]:
+    """The teacher's sets, from an earlier evaluation where they are the same."""
+    on_progress("reading the teacher", 0, 1)
+    digest = folder_digest(plan.teacher.folder)
+    on_progress("reading the teacher", 1, 1)
+    evaluator: Evaluator | None = None
+    sets: dict[str, ClipSet] = {}
+    for name, wanted in _requests(plan, request, (REFERENCE, FLOOR, *_FEW_STEP_TEACHERS)):
+        subject = plan.teacher
+        key = set_name(digest, wanted, (*subject.facts, describing.digest))
+        path = plan.cache / f"{key}.npz"
+        if path.exists():
+            sets[name] = load_clip_set(path)
+            continue
+        evaluator = evaluator or subject.evaluator(plan.options)
+        sets[name] = sample_clip_set(
+            evaluator, wanted, _told(plan, name, on_progress), describing.extract
+        )
+        save_clip_set(path, sets[name])
+    return sets
+
+
+def _generator_sets(
+    plan: EvaluationPlan, request: ClipRequest, describing: _Describing, on_progress: OnProgress
+) -> dict[str, ClipSet]:
+    evaluator = plan.generator.evaluator(plan.options)
+    return {
+        name: sample_clip_set(evaluator, wanted, _told(plan, name, on_progress), describing.extract)
+        for name, wanted in _requests(plan, request, (GENERATOR,))
+    }
+
+
+def _requests(
+    plan: EvaluationPlan, request: ClipRequest, names: Sequence[str]
+) -> Iterator[tuple[str, ClipRequest]]:
+    """What to sample for each way of sampling; of twins that are no row, the features alone."""
+    for name in names:
+        yield name, replace(request, sampling=plan.samplings[name])
+        twin = _twin_of(name)
+        if twin not in plan.samplings:
+            how = plan.twin(name)
+            yield twin, replace(request, sampling=how, shown=(), features_only=True)
+
+
+def _told(plan: EvaluationPlan, name: str, on_progress: OnProgress) -> Callable[[int, int], None]:
+    known = name in plan.samplings
+    label = plan.label(name if known else name.removesuffix("_twin"))
+    label += "" if known else ", other seeds"
+    return lambda done, total: on_progress(label, done, total)
+
+
+def _rows(plan: EvaluationPlan, sets: dict[str, ClipSet]) -> tuple[EvaluationRow, ...]:
+    names = [name for name in sets if name in plan.samplings]
+    distances = set_distances(
+        sets[REFERENCE].clips.features,
+        {name: sets[name].clips.features for name in names if name != REFERENCE},
+        floor=FLOOR,
+        baseline=TEACHER_FEW,
+        num_bootstraps=plan.options.num_bootstraps,
+        seed=plan.options.seed,
+    )
+    scores = {name: _scores(sets[name], plan.captions) for name in names}
+    return tuple(
+        _row(
+            name, plan, sets[name], scores[name], scores[REFERENCE], distances.get(name)
+        ).model_copy(update={"measures": _measures(name, plan, sets)})
+        for name in names
+    )
+
+
+def _measures(name: str, plan: EvaluationPlan, sets: dict[str, ClipSet]) -> dict[str, Measure]:
+    """Figures of a row's clips beside those of the floor's, which start from the same noise."""
+
+    def figures(of: str) -> dict[str, Tensor]:
+        twin = sets[_twin_of(of)].clips.features
+        return sets[of].clips.figures(plan.captions, twin)
+
+    compares = name not in (REFERENCE, FLOOR)
+    compared = compare_sets(figures(name), figures(FLOOR) if compares else None, plan.options.seed)
+    own, teachers = sets[name].seconds, sets[FLOOR].seconds
+    rows, their_rows = (resampled_rows(len(part), plan.options.seed) for part in (own, teachers))
+    # What was remembered was timed by another command, perhaps on another machine.
+    together = not (sets[name].remembered or sets[FLOOR].remembered)
+    seconds = Compared(
+        median_interval(own, rows),
+        median_ratio_interval(own, teachers, rows, their_rows) if compares and together else None,
+    )
+    return {
+        figure: Measure(
+            **asdict(found.value), ratio=Spread(**asdict(found.ratio)) if found.ratio else None
+        )
+        for figure, found in {**compared, "seconds_per_clip": seconds}.items()
+    }
+
+
+def _row(
+    name: str,
+    plan: EvaluationPlan,
+    clips: ClipSet,
+    scores: ClipScores | None,
+    reference: ClipScores | None,
+    distance: SetDistance | None,
+) -> EvaluationRow:
+    how = plan.samplings[name]
+    row = EvaluationRow(
+        name=name,
+        label=plan.label(name),
+        num_steps=how.num_steps,
+        guidance_scale=how.guidance_scale,
+        seed=how.seed,
+        seconds_per_clip=float(clips.seconds.median()),
+        remembered=clips.remembered,
+    )
+    figures: dict[str, float | Figure | None] = {}
+    if scores is not None and reference is not None:
+        figures |= {
+            "colour": scores.colour,
+            "shape": scores.shape,
+            "direction": scores.direction,
+            "speed_spearman": scores.speed_spearman,
+            "mean_speed_px_per_frame": scores.mean_speed_px_per_frame,
+            "speed_ratio": _over(scores.mean_speed_px_per_frame, reference.mean_speed_px_per_frame),
+        }
+    if distance is not None:
+        figures |= {
+            "frechet": _figure(distance.distance),
+            "above_floor": _figure(distance.above_floor),
+            "ratio": _figure(distance.ratio),
+        }
+    return row.model_copy(update=figures)
+
+
+def _scores(clips: ClipSet, captions: Sequence[str]) -> ClipScores | None:
+    if clips.clips.reading is None:
+        return None
+    return score_clips(clips.clips.reading, labels_from_captions(captions))
+
+
+def _over(value: float, reference: float) -> float | None:
+    """A ratio, where there is something to divide by: clips may stand still."""
+    return value / reference if reference > 0 else None
+
+
+def _figure(estimate: Estimate) -> Figure:
+    return Figure(value=estimate.value, error=estimate.error)
+
+
+def _draw(
+    plan: EvaluationPlan, sets: dict[str, ClipSet], prompts: Sequence[str]
+) -> tuple[Path, Path]:
+    """The sheet; its groups are sets of one seed, so each row starts from the same noise."""
+    groups: list[SheetGroup] = []
+    for name in (FLOOR, TEACHER_FEW, GENERATOR):
+        how = plan.samplings[name]
+        who = "generator" if name == GENERATOR else "teacher"
+        note = "unguided" if how.guidance_scale == 1 else f"guidance {how.guidance_scale:g}"
+        groups.append(SheetGroup(f"{who}, {how.num_steps} steps", note, sets[name].shown))
+    folder = plan.output / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    png, gif = folder / f"{_SHEET_NAME}.png", folder / f"{_SHEET_NAME}.gif"
+    write_contact_sheet(png, gif, groups, prompts, plan.generator.video.fps)
+    return png, gif
+
+
+def _device_name(options: EvaluationOptions) -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    threads = options.num_threads or os.cpu_count() or 1
+    return f"{platform.machine()} CPU, {threads} threads"

@@ -1,0 +1,1 @@
+"""Media: clips as files, contact sheets and charts."""

@@ -1,0 +1,108 @@
+"""How a model folder wants to be sampled: the file `sgmd.json` beside `model_index.json`.
+
+A few-step generator is only right with its own number of steps and without guidance, and a
+diffusers folder has no place to say so. What the file does not say, or where there is none, the
+defaults of diffusers' WanPipeline hold.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+
+from cluster.storage import write_json
+from pipelines.run.folder import RunFolder
+from sgmd_core.errors import ModelFolderError
+
+SETTINGS_FILE = "sgmd.json"
+_SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+
+
+class InferenceSettings(BaseModel):
+    """How a folder is sampled.
+
+    Attributes:
+        num_steps: Denoising steps.
+        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is the conditional prediction alone.
+        flow_shift: Shift of the noise levels; the folder's scheduler has it too.
+        text_length: Text positions that the denoiser sees.
+        negative_prompt: What guidance leads away from.
+        num_frames: Video frames a clip.
+        height: Pixels.
+        width: Pixels.
+        fps: Frames a second.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    num_steps: PositiveInt = 50
+    guidance_scale: float = Field(default=5.0, ge=1)
+    flow_shift: PositiveFloat = 1.0
+    text_length: PositiveInt = 512
+    negative_prompt: str = ""
+    num_frames: PositiveInt = 81
+    height: PositiveInt = 480
+    width: PositiveInt = 832
+    fps: PositiveInt = 16
+
+
+def read_inference_settings(folder: Path) -> InferenceSettings:
+    """Reads how a diffusers folder wants to be sampled.
+
+    Raises:
+        ModelFolderError: A settings file is there but cannot be used.
+    """
+    found: dict[str, Any] = {}
+    scheduler = _read_json(folder / _SCHEDULER_FILE)
+    for name in ("shift", "flow_shift"):
+        if name in scheduler:
+            found["flow_shift"] = scheduler[name]
+    found |= _read_json(folder / SETTINGS_FILE)
+    try:
+        return InferenceSettings.model_validate(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ModelFolderError(
+            f"reading {folder / SETTINGS_FILE}",
+            f"{'.'.join(str(part) for part in first['loc'])} = {first['input']!r}",
+            first["msg"],
+            f"Correct the file, or delete it to use WanPipeline's defaults ({error.error_count()} "
+            "value(s) to correct)",
+        ) from error
+
+
+def write_inference_settings(folder: Path, settings: InferenceSettings) -> None:
+    """Writes `sgmd.json` into a diffusers folder."""
+    write_json(str(folder / SETTINGS_FILE), settings.model_dump(mode="json"))
+
+
+def model_folder(run_or_model: str | Path) -> Path:
+    """The diffusers folder that a user means: a model folder, or the generator of a run.
+
+    Raises:
+        ModelFolderError: A run that has not written its generator yet.
+    """
+    path = Path(run_or_model)
+    run = RunFolder(path)
+    if not run.config.exists():
+        return path
+    if not run.generator.is_dir():
+        raise ModelFolderError(
+            f"looking for the generator of the run {path}",
+            "no folder generator/ in it",
+            "a run that has come to its end",
+            f"Finish it with --resume {path}, or name a diffusers folder",
+        )
+    return run.generator
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelFolderError(
+            f"reading {path}", f"text that is not JSON ({error})", "a JSON object"
+        ) from error

@@ -1,0 +1,222 @@
+"""`pretrain`: train a small Wan teacher from captioned clips, with Ray Train.
+
+    shards -- Ray Data: decode ----------> stage 1: autoencoder  -> RUN/vae/
+    shards -- Ray Data: decode, encode --> stage 2: denoiser     -> RUN/teacher/
+                                           diffusers folder      -> OUTPUT/
+                                           quality               -> RUN/summary.json
+
+A stage that is finished is not run again, and an unfinished one continues from its last
+checkpoint: giving the command again is how an interrupted run is resumed.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.data
+import torch
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    FailureConfig,
+    Result,
+    RunConfig,
+    ScalingConfig,
+)
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import WorkerGroupError
+
+from cluster.ray.topology import require_cpus
+from pipelines.media.inference import InferenceSettings, write_inference_settings
+from pipelines.pretraining.config import PretrainConfig
+from pipelines.pretraining.data import (
+    clip_dataset,
+    distinct_captions,
+    latent_dataset,
+    require_shards,
+)
+from pipelines.pretraining.events import EVENTS_FILE, EventWriter, PretrainEvent, follow_events
+from pipelines.pretraining.folder import write_pipeline_folder
+from pipelines.pretraining.loops import (
+    NETWORKS_FILE,
+    VAE_FOLDER,
+    VOCABULARY_FILE,
+    build_teacher,
+    denoiser_loop,
+    vae_loop,
+)
+from pipelines.pretraining.quality import QualityReport, measure_folder
+from pipelines.pretraining.vae_stage import open_vae
+from sgmd_core.errors import SgmdError
+
+TEACHER_FOLDER = "teacher"
+# Ray Data lists files in a task of one whole CPU, beside the actor that encodes clips and holds a
+# part of another one. With one CPU for both, the listing would wait for ever.
+_DATA_CPUS = 2
+_SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainResult:
+    """What a finished run has made.
+
+    Attributes:
+        output: The diffusers folder.
+        quality: Its measured quality.
+    """
+
+    output: Path
+    quality: QualityReport
+
+
+def num_cpus_needed(config: PretrainConfig) -> int:
+    """Logical CPUs that a cluster must have for the trainers and for Ray Data beside them."""
+    return config.ray.num_workers * config.ray.cpus_per_worker + _DATA_CPUS
+
+
+def pretrain(
+    config: PretrainConfig, on_event: Callable[[PretrainEvent], None] = lambda event: None
+) -> PretrainResult:
+    """Run both stages, write the diffusers folder and measure it; Ray must be connected.
+
+    Args:
+        config: The recipe.
+        on_event: Called in this process for every line of progress.
+
+    Returns:
+        The folder and its quality.
+
+    Raises:
+        DataError: shards are missing, corrupt or do not fit.
+        InsufficientResourcesError: the cluster is too small, and the job would wait for ever.
+        NonFiniteError: a loss stopped being finite.
+    """
+    for folder in (config.world.train, config.world.held_out):
+        require_shards(folder)
+    require_cpus(num_cpus_needed(config), f"training {config.name}")
+    config = config.with_absolute_paths()
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with follow_events(run_dir / EVENTS_FILE, on_event):
+        _train_vae(config, run_dir)
+        _train_denoiser(config, run_dir)
+        _write_folder(config, run_dir)
+        events = EventWriter(config, "quality", config.sampling.num_clips)
+        events.note(f"measuring {config.output} on {config.sampling.num_clips} held-out captions")
+        quality = measure_folder(Path(config.output), config)
+        (run_dir / _SUMMARY_FILE).write_text(json.dumps(asdict(quality), indent=2) + "\n")
+        events.note(quality.in_words())
+    return PretrainResult(Path(config.output), quality)
+
+
+def _train_vae(config: PretrainConfig, run_dir: Path) -> None:
+    if (run_dir / VAE_FOLDER).exists():
+        return
+    datasets = {
+        "train": clip_dataset(config.world.train, config.world),
+        "held_out": clip_dataset(config.world.held_out, config.world),
+    }
+    result = _run_stage(config, run_dir, "vae", vae_loop, {}, datasets)
+    with _checkpoint_of(result).as_directory() as folder:
+        _copy_whole(Path(folder) / VAE_FOLDER, run_dir / VAE_FOLDER)
+
+
+def _train_denoiser(config: PretrainConfig, run_dir: Path) -> None:
+    if (run_dir / TEACHER_FOLDER).exists():
+        return
+    vae_folder = run_dir / VAE_FOLDER
+    settings = {
+        "vae_folder": str(vae_folder),
+        "vocabulary": distinct_captions(config.world.train),
+    }
+    datasets = {"train": latent_dataset(config.world.train, config.world, vae_folder)}
+    result = _run_stage(config, run_dir, "denoiser", denoiser_loop, settings, datasets)
+    with _checkpoint_of(result).as_directory() as folder:
+        _copy_whole(Path(folder), run_dir / TEACHER_FOLDER)
+
+
+def _write_folder(config: PretrainConfig, run_dir: Path) -> None:
+    vae = open_vae(run_dir / VAE_FOLDER)
+    vocabulary = json.loads((run_dir / TEACHER_FOLDER / VOCABULARY_FILE).read_text())
+    teacher = build_teacher(config, vocabulary, vae.vae.config["z_dim"])
+    state = torch.load(run_dir / TEACHER_FOLDER / NETWORKS_FILE, weights_only=True)
+    teacher.load_state_dict(state)
+    write_pipeline_folder(
+        Path(config.output),
+        transformer=teacher.transformer.transformer,
+        vae=vae.vae,
+        text_encoder=teacher.text_encoder,
+        tokenizer=teacher.tokenizer,
+        flow_shift=config.sampling.flow_shift,
+    )
+    settings = InferenceSettings(
+        num_steps=config.sampling.num_steps,
+        guidance_scale=config.sampling.guidance_scale,
+        flow_shift=config.sampling.flow_shift,
+        text_length=config.text.max_length,
+        num_frames=config.world.num_frames,
+        height=config.world.frame_px,
+        width=config.world.frame_px,
+        fps=config.world.fps,
+    )
+    write_inference_settings(Path(config.output), settings)
+
+
+def _run_stage(
+    config: PretrainConfig,
+    run_dir: Path,
+    stage: str,
+    loop: Callable[[dict[str, Any]], None],
+    settings: dict[str, Any],
+    datasets: dict[str, ray.data.Dataset],
+) -> Result:
+    """Run one stage under Ray Train; the same name and folder continue an earlier attempt."""
+    ray_settings = config.ray
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config={"config": config.model_dump(mode="json"), **settings},
+        torch_config=TorchConfig(backend="gloo"),
+        datasets=dict(datasets),
+        scaling_config=ScalingConfig(
+            num_workers=ray_settings.num_workers,
+            resources_per_worker={"CPU": ray_settings.cpus_per_worker},
+        ),
+        run_config=RunConfig(
+            name=stage,
+            storage_path=str(run_dir / "ray"),
+            checkpoint_config=CheckpointConfig(num_to_keep=ray_settings.checkpoints_to_keep),
+            failure_config=FailureConfig(max_failures=ray_settings.max_failures),
+        ),
+    )
+    try:
+        return trainer.fit()
+    except WorkerGroupError as error:
+        raise _own_error(error) or error from error
+
+
+def _own_error(error: WorkerGroupError) -> SgmdError | None:
+    """The error of ours that made the workers fail, if it was one."""
+    for failure in error.worker_failures.values():
+        cause: BaseException | None = failure
+        while cause is not None:
+            if isinstance(cause, SgmdError):
+                return cause
+            cause = cause.__cause__
+    return None
+
+
+def _checkpoint_of(result: Result) -> Checkpoint:
+    checkpoint = result.checkpoint
+    assert checkpoint is not None, "every stage ends by reporting a checkpoint"
+    return checkpoint
+
+
+def _copy_whole(source: Path, target: Path) -> None:
+    """Copy a folder so that the target exists only when it is complete."""
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft)
+    draft.rename(target)

@@ -1,0 +1,218 @@
+"""What a run tells while it works: a live line on a terminal, plain lines otherwise."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from pipelines.run.alarms import Alarm
+from pipelines.run.records import IterationRecord, ValidationRecord
+
+
+class Listener(Protocol):
+    """Hears what happens in a run."""
+
+    def note(self, text: str) -> None:
+        """One line about a phase: starting, loading, saving."""
+        ...
+
+    def iteration(self, record: IterationRecord) -> None:
+        """An iteration has been committed."""
+        ...
+
+    def validation(self, record: ValidationRecord) -> None:
+        """A validation has come back."""
+        ...
+
+    def alarm(self, alarm: Alarm) -> None:
+        """A limit has been crossed."""
+        ...
+
+    def warning(self, text: str) -> None:
+        """Something went wrong that the run can do without."""
+        ...
+
+
+class SilentListener:
+    """Says nothing; for sweeps and tests."""
+
+    def note(self, text: str) -> None:
+        """Ignores it."""
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Ignores it."""
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Ignores it."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Ignores it."""
+
+    def warning(self, text: str) -> None:
+        """Ignores it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How far a run goes: so many iterations, or until its time is over.
+
+    Attributes:
+        num_iterations: Iterations after which it ends at the latest.
+        max_seconds: Training time after which it ends, where the clock decides.
+        spent_s: Training time that was spent before.
+    """
+
+    num_iterations: int
+    max_seconds: float | None = None
+    spent_s: float = 0.0
+
+
+class LineListener:
+    """Plain lines, for logs and pipes.
+
+    Args:
+        console: Where the lines go.
+        length: Of the run.
+        every_s: Least time between two iteration lines; the first and the last always come.
+    """
+
+    def __init__(self, console: Console, length: Length, every_s: float = 5.0) -> None:
+        self._console = console
+        self._last = length.num_iterations
+        self._of = f"/{self._last}" if length.max_seconds is None else ""
+        self._every_s = every_s
+        self._eta = TimeLeft(length)
+        self._last_s = float("-inf")
+
+    def note(self, text: str) -> None:
+        """Prints it."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Prints it, unless a line came just before."""
+        left = self._eta.after(record)
+        done = record.iteration + 1
+        now = time.monotonic()
+        if done not in (1, self._last) and now - self._last_s < self._every_s:
+            return
+        self._last_s = now
+        self.note(f"iteration {done}{self._of}  {describe(record)}  {left} left")
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Prints it."""
+        self.note(f"validation at iteration {record.iteration}: {describe_validation(record)}")
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Prints it in red, where there are colours."""
+        self.warning(alarm.in_words())
+
+    def warning(self, text: str) -> None:
+        """Prints it in red, where there are colours."""
+        self._console.print(Text(text, style="bold red"), soft_wrap=True)
+
+
+class LiveListener:
+    """A progress bar with the latest figures under it; notes scroll by above.
+
+    The bar counts iterations, or seconds where the clock ends the run.
+
+    Args:
+        progress: A started rich progress display with one text field, `figures`.
+        length: Of the run.
+    """
+
+    def __init__(self, progress: Progress, length: Length) -> None:
+        self._progress = progress
+        self._by_clock = length.max_seconds is not None
+        self._eta = TimeLeft(length)
+        self._task = progress.add_task(
+            "distill, seconds" if self._by_clock else "distill",
+            total=length.max_seconds if self._by_clock else length.num_iterations,
+            figures="starting",
+        )
+
+    def note(self, text: str) -> None:
+        """Prints it above the bar."""
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Moves the bar."""
+        left, done = self._eta.after(record), record.iteration + 1
+        figures = f"{left} left\n  iteration {done}  {describe(record)}"
+        completed = self._eta.spent_s if self._by_clock else done
+        self._progress.update(self._task, completed=completed, figures=figures)
+
+    def validation(self, record: ValidationRecord) -> None:
+        """Prints it above the bar."""
+        self.note(f"validation at iteration {record.iteration}: {describe_validation(record)}")
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Prints it above the bar."""
+        self.warning(alarm.in_words())
+
+    def warning(self, text: str) -> None:
+        """Prints it above the bar, in red."""
+        self._progress.console.print(Text(text, style="bold red"))
+
+
+class TimeLeft:
+    """Estimates the time to the end from a moving average of the iteration time.
+
+    Attributes:
+        spent_s: Training time so far.
+    """
+
+    def __init__(self, length: Length, smoothing: float = 0.9) -> None:
+        self._length = length
+        self._smoothing = smoothing
+        self._mean_s: float | None = None
+        self.spent_s = length.spent_s
+
+    def after(self, record: IterationRecord) -> str:
+        """Time left after this iteration, as hours, minutes and seconds."""
+        self.spent_s += record.seconds_total
+        if self._mean_s is None:
+            self._mean_s = record.seconds_total
+        else:
+            self._mean_s += (1 - self._smoothing) * (record.seconds_total - self._mean_s)
+        left = self._mean_s * (self._length.num_iterations - record.iteration - 1)
+        if self._length.max_seconds is not None:
+            left = min(left, max(0.0, self._length.max_seconds - self.spent_s))
+        left_s = round(left)
+        return f"{left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d}"
+
+
+@contextmanager
+def console_listener(length: Length, console: Console) -> Iterator[Listener]:
+    """The listener that fits where the output goes."""
+    if not console.is_terminal:
+        yield LineListener(console, length)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield LiveListener(progress, length)
+
+
+def describe(record: IterationRecord) -> str:
+    """Losses, gradient norms and where the seconds went, in one line."""
+    losses = "  ".join(f"{name} {value:.4g}" for name, value in record.headline_losses.items())
+    busy = sorted(record.seconds.items(), key=lambda item: -item[1])[:4]
+    stages = " ".join(f"{stage} {seconds:.2f}" for stage, seconds in busy)
+    return f"{losses}  {record.seconds_total:.2f} s ({stages})"
+
+
+def describe_validation(record: ValidationRecord) -> str:
+    """The leading figures of a validation in one line; validation.jsonl has all."""
+    figures = "  ".join(f"{name} {value:.3g}" for name, value in record.headline_figures.items())
+    return f"{figures}  ({record.seconds:.1f} s)"

@@ -1,0 +1,127 @@
+"""What a run writes down, line by line."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+HEADLINE_LOSSES = (
+    "fisher",
+    "negative_residual",
+    "distribution_matching",
+    "score_implicit",
+    "diversity",
+    "residual_contraction",
+)
+HEADLINE_FIGURES = (
+    "frechet",
+    "colour",
+    "shape",
+    "direction",
+    "flow_top_ratio",
+    "saturation_ratio",
+    "sharpness_ratio",
+    "diversity_ratio",
+)
+"""What a line about a validation has room for."""
+
+_CLIP_MEANS = (
+    "flow",
+    "flow_top",
+    "dynamic",
+    "smoothness",
+    "flicker",
+    "saturation",
+    "contrast",
+    "sharpness",
+    "diversity",
+)
+_SHAPE_MEANS = ("colour", "shape", "direction", "mean_speed_px_per_frame")
+SHAPE_FIGURES = (*_SHAPE_MEANS, *(f"{name}_ratio" for name in _SHAPE_MEANS), "speed_spearman")
+"""What a validation measures of captions of the world `shapes` alone."""
+
+FIGURES = (
+    "frechet",
+    "frechet_floor",
+    *_CLIP_MEANS,
+    *(f"{name}_ratio" for name in _CLIP_MEANS),
+    *SHAPE_FIGURES,
+)
+"""All that a validation may measure; `workers.validation_judge` says what they mean."""
+
+
+@dataclass(frozen=True, slots=True)
+class IterationRecord:
+    """One line of metrics.jsonl.
+
+    Attributes:
+        iteration: Generator updates made before this one.
+        losses: Loss terms, means over the samples.
+        grad_norms: Global gradient norm by role, before clipping.
+        seconds: Busy seconds by `role.stage`; stages of different roles overlap. Where iterations
+            overlap, those that were heard of since the iteration before.
+        seconds_total: Wall-clock seconds of the iteration.
+        data_wait_s: Of these, seconds spent waiting for captions.
+        samples_seen: Captions taken from the stream so far.
+        epoch: Passes over the data, as a fraction; only whole ones as long as the folder has not
+            been listed to its end.
+        cursor: The row of the data that comes next; `pipelines.data.stream.plan.Cursor`.
+        rejected: Rows, row groups and shards that were newly left out on the way.
+        exit_steps: The rollout step that learnt, one a micro-batch.
+        stale_calls: Calls that did not wait for all updates of the iteration before to end; 0
+            unless the recipe allows it.
+    """
+
+    iteration: int
+    losses: Mapping[str, float]
+    grad_norms: Mapping[str, float]
+    seconds: Mapping[str, float]
+    seconds_total: float
+    data_wait_s: float
+    samples_seen: int
+    epoch: float
+    cursor: Mapping[str, int]
+    rejected: int
+    exit_steps: tuple[int, ...]
+    stale_calls: int = 0
+
+    @property
+    def headline_losses(self) -> dict[str, float]:
+        """The terms that say what the objective is about, of those that it has."""
+        return {name: self.losses[name] for name in HEADLINE_LOSSES if name in self.losses}
+
+    def to_json(self) -> dict[str, Any]:
+        """As metrics.jsonl holds it."""
+        record = asdict(self)
+        record["seconds"] = {"total": record.pop("seconds_total"), **record["seconds"]}
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRecord:
+    """One line of validation.jsonl.
+
+    Attributes:
+        iteration: Updates the validated weights had seen.
+        figures: Measured on the generator's clips; their names are explained in
+            `workers.validation_judge`.
+        seconds: How long it took, off the critical path.
+        sheet: File name of the contact sheet under samples/.
+        intervals: Ends of the 95 % intervals of those figures that have one.
+        seconds_per_clip: Sampling one clip, beside the training: compare it within a run only.
+    """
+
+    iteration: int
+    figures: Mapping[str, float]
+    seconds: float
+    sheet: str
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    seconds_per_clip: float | None = None
+
+    @property
+    def headline_figures(self) -> dict[str, float]:
+        """The figures that fit on one line, of those that were measured."""
+        return {name: self.figures[name] for name in HEADLINE_FIGURES if name in self.figures}
+
+    def to_json(self) -> dict[str, Any]:
+        """As validation.jsonl holds it."""
+        return asdict(self)

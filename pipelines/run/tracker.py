@@ -1,0 +1,124 @@
+"""Weights & Biases, when the recipe asks for it. The run folder never depends on it."""
+
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from cluster.storage import write_text
+from pipelines.run.alarms import Alarm
+from pipelines.run.records import IterationRecord, ValidationRecord
+
+
+class Tracker(Protocol):
+    """Somewhere else to log to."""
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Logs an iteration."""
+        ...
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Logs a validation and its contact sheet."""
+        ...
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Passes an alarm on."""
+        ...
+
+
+class NoTracker:
+    """Logs nowhere."""
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Ignores it."""
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Ignores it."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Ignores it."""
+
+
+class WandbTracker:
+    """One W&B run.
+
+    A validation runs beside the training and comes back late, perhaps two at once. W&B's own step
+    only grows and drops what comes before it, so nothing is logged by it: curves are drawn over
+    `iteration` and `validation/iteration`, figures like any other.
+    """
+
+    def __init__(self, run: Any) -> None:  # noqa: ANN401  (wandb's Run, imported on demand)
+        self._run = run
+        for name in ("losses/*", "grad_norms/*", "seconds/*", "samples_seen", "epoch"):
+            run.define_metric(name, step_metric="iteration")
+        run.define_metric("validation/*", step_metric="validation/iteration")
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Logs losses, gradient norms and seconds under the names of metrics.jsonl."""
+        figures: dict[str, float] = {"iteration": record.iteration + 1}
+        figures |= {"samples_seen": record.samples_seen, "epoch": record.epoch}
+        figures |= {f"losses/{name}": value for name, value in record.losses.items()}
+        figures |= {f"grad_norms/{name}": value for name, value in record.grad_norms.items()}
+        figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
+        figures["seconds/total"] = record.seconds_total
+        self._run.log(figures)
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Logs the figures, the contact sheet, and the same clips moving."""
+        import wandb
+
+        figures: dict[str, Any] = {
+            f"validation/{name}": value for name, value in record.figures.items()
+        }
+        figures["validation/iteration"] = record.iteration
+        sheet = samples / record.sheet
+        figures["validation/sheet"] = wandb.Image(str(sheet))
+        figures["validation/clips"] = wandb.Video(str(sheet.with_suffix(".gif")), format="gif")
+        self._run.log(figures)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Raises it in W&B, too, which can send it on by mail."""
+        self._run.alert(title=alarm.name, text=alarm.in_words(), level="WARN")
+
+
+@contextmanager
+def open_tracker(
+    mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]
+) -> Iterator[Tracker]:
+    """Opens the tracker that the recipe names.
+
+    Args:
+        mode: `off`, `offline` (writes to the run folder; needs no account) or `online` (the key
+            comes from WANDB_API_KEY).
+        project: W&B project.
+        name: Name of the run.
+        folder: Where W&B may write. A run that is resumed there goes on in W&B as the same run.
+        config: The resolved configuration; it holds no secrets.
+    """
+    if mode == "off":
+        yield NoTracker()
+        return
+    import wandb
+
+    run = wandb.init(
+        mode="offline" if mode == "offline" else "online",
+        project=project,
+        id=_run_id(folder / "wandb-id"),
+        resume="allow",
+        name=name,
+        dir=str(folder),
+        config=dict(config),
+        settings=wandb.Settings(silent=True),
+    )
+    try:
+        yield WandbTracker(run)
+    finally:
+        run.finish()
+
+
+def _run_id(path: Path) -> str:
+    """The name by which W&B knows a run again; made with its first part."""
+    if not path.exists():
+        write_text(str(path), secrets.token_hex(4))
+    return path.read_text()

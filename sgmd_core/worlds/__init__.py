@@ -1,0 +1,1 @@
+"""Worlds whose truth is known: clips whose properties are read exactly from pixels."""

@@ -1,0 +1,135 @@
+"""Groups that share processes hand values over in them; others get them when they ask."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from cluster.errors import ControllerTensorError, StartTimeoutError, TransferError
+from cluster.ray.group import RayWorkerGroup
+from cluster.ray.host import Hosts, device_index
+from cluster.ray.pools import Pool
+from cluster.ray.topology import Placement, reserve
+from cluster.spans import labelled
+from tests.cluster.toys import WAIT_S, Singer, Toy, make_singer, make_sleepy, make_toy
+
+ray_only = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+
+
+def test_a_gpu_is_named_by_its_place_among_those_in_sight():
+    assert device_index("3", None) == 3
+    assert device_index("5", "4,5") == 1
+    assert device_index("GPU-b", "GPU-a, GPU-b") == 1
+
+
+@pytest.fixture(scope="module")
+def placement(ray_cluster: None) -> Iterator[Placement]:
+    pools = [Pool("flat", 2, cpus_per_rank=0.1), Pool("beside", cpus_per_rank=0.1)]
+    with reserve(pools, timeout_s=WAIT_S) as placement:
+        yield placement
+
+
+@pytest.fixture(scope="module")
+def groups(placement: Placement) -> Iterator[list[RayWorkerGroup[Toy]]]:
+    hosts = Hosts("flat", placement, shared=True)
+    groups = [
+        RayWorkerGroup("one", make_toy, (1,), hosts),
+        RayWorkerGroup("two", make_toy, (2,), hosts),
+        RayWorkerGroup("beside", make_toy, (3,), placement),
+    ]
+    for group in groups:
+        group.wait_ready(WAIT_S)
+    yield groups
+    for group in groups:
+        group.close()
+
+
+class TestShared:
+    """Two groups in the same two processes, and one beside them."""
+
+    pytestmark = ray_only
+
+    def test_each_has_workers_of_its_own_in_the_same_processes(self, groups):
+        one, two, beside = groups
+        assert one.process_ids() == two.process_ids() != beside.process_ids()
+        assert one.fetch(one.call(Toy.history), WAIT_S, "reading") == [(1,)] * 2
+        assert two.fetch(two.call(Toy.history), WAIT_S, "reading") == [(2,)] * 2
+
+    def test_a_tensor_stays_in_its_process_and_is_the_same_for_all_there(self, groups):
+        one, two, beside = groups
+        made = one.call_rank(0, Toy.tensor, 5)
+        assert made.reference is not None
+        # Its neighbour writes into the very tensor, which no wire would allow.
+        added = [two.call_rank(0, Toy.overwrite, made), one.call_rank(0, Toy.overwrite, made)]
+        assert one.fetch(added, WAIT_S, "adding") == [5.0, 10.0]
+        # Other processes are sent a copy.
+        copied = [two.call_rank(1, Toy.overwrite, made), beside.call_rank(0, Toy.overwrite, made)]
+        assert one.fetch(copied, WAIT_S, "copying") == [15.0, 15.0]
+        assert one.fetch([one.call_rank(0, Toy.overwrite, made)], WAIT_S, "adding") == [15.0]
+
+    def test_what_stays_is_not_copied_and_is_no_part_of_a_graph(self, groups):
+        one, two, _ = groups
+        counted = two.call_rank(0, Toy.size_of, one.call_rank(0, Toy.elsewhere))
+        assert two.fetch([counted], WAIT_S, "counting") == [3]
+        with pytest.raises(TransferError, match=r"graph\(\) is part of an autograd"):
+            one.fetch([one.call_rank(0, Toy.graph)], WAIT_S, "looking")
+
+    def test_the_controller_gets_small_values_alone(self, groups):
+        one, *_ = groups
+        with pytest.raises(ControllerTensorError):
+            one.fetch([one.call_rank(0, Toy.tensor, 5)], WAIT_S, "looking")
+        assert one.fetch([one.call_rank(0, Toy.sleep, 0.0)], WAIT_S, "sleeping") == [0.0]
+
+    def test_a_value_is_let_go_with_the_last_claim_on_it(self, groups):
+        one, *_ = groups
+        hosts = one._hosts
+        made = one.call_rank(0, Toy.tensor, 5)
+        number = made.home.number
+        del made
+        one.fetch([one.call_rank(0, Toy.sleep, 0.0)], WAIT_S, "sleeping")
+        assert not ray.get(hosts.actors[0].keeps.remote(number), timeout=WAIT_S)
+
+    def test_work_is_told_by_group_and_label(self, groups):
+        one, two, _ = groups
+        one.timings()
+        with labelled(7, 1, 2):
+            one.fetch([one.call_rank(1, Toy.sleep, 0.05)], WAIT_S, "sleeping")
+        (works,) = [part for part in one.fetch(one.ask_work(), WAIT_S, "reading") if part]
+        (work,) = works
+        assert (work.role, work.rank, work.method) == ("one", 1, "sleep")
+        assert (work.label.iteration, work.label.phase, work.label.micro_batch) == (7, 1, 2)
+        assert work.ended_s - work.began_s >= 0.05
+        assert two.clocks() == one.clocks() or len({c.machine for c in two.clocks()}) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_copies_meet_apart_from_one_another():
+    with (
+        reserve([Pool("choir", 4, cpus_per_rank=0.1)], timeout_s=WAIT_S) as placement,
+        RayWorkerGroup("choir", make_singer, (), placement, collective=True, copies=2) as group,
+    ):
+        group.wait_ready(WAIT_S)
+        places = group.fetch(group.call(Singer.place), WAIT_S, "counting")
+        assert places == [(0, 2), (1, 2)] * 2
+        notes = group.map(Singer.chord, [1.0, 10.0, 2.0, 20.0])
+        assert group.fetch(notes, WAIT_S, "singing") == [11.0, 11.0, 22.0, 22.0]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_ranks_that_do_not_come_up_in_time_are_told_one_by_one():
+    with (
+        reserve([Pool("late", 2, cpus_per_rank=0.1)], timeout_s=WAIT_S) as placement,
+        RayWorkerGroup("late", make_sleepy, (), placement) as group,
+    ):
+        started = time.monotonic()
+        while group._start_state(0) == "its process has not started":
+            assert time.monotonic() - started < WAIT_S
+            time.sleep(0.1)
+        with pytest.raises(StartTimeoutError) as caught:
+            group.wait_ready(0.1)
+    assert caught.value.group == "late"
+    assert "is still building" in caught.value.states[0]
+    assert "late[1]" in str(caught.value)

@@ -1,0 +1,188 @@
+"""A schedule is worked through in its order; failures stop it, claims do not pile up."""
+
+import gc
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from cluster.local import LocalWorkerGroup
+from cluster.schedule.execution import Worked, work_through
+from cluster.schedule.program import Handover, Pass, Program, Stage, Team, Update
+from cluster.schedule.schedule import GATHER, STEP, Call, order_calls
+from cluster.spans import Label
+from cluster.worker_group import Pending
+from tests.cluster.toys import WAIT_S, Letters
+
+PROGRAM: Program = (
+    Pass(
+        (
+            Stage("make", "maker", keeps_until="learn"),
+            Stage("look", "judge", ("make",)),
+            Stage("learn", "maker", ("look",), gathers=True),
+        )
+    ),
+    Update(("maker",)),
+    Handover(("maker", "show"), ("judge", "copy")),
+)
+TEAMS = {"maker": Team(ranks=2), "judge": Team(copies=3)}
+
+
+@dataclass
+class Hand:
+    """Says what was done in which order."""
+
+    done: list[str] = field(default_factory=list)
+
+    def make(self, name: str) -> Letters:
+        self.done.append(f"make {name}")
+        return Letters(name)
+
+    def look(self, seen: Letters) -> Letters:
+        self.done.append(f"look {seen.text}")
+        if "?" in seen.text:
+            raise ValueError(f"cannot read {seen.text}")
+        return Letters(seen.text.upper())
+
+    def learn(self, seen: Letters) -> str:
+        self.done.append(f"learn {seen.text}")
+        return seen.text
+
+    def note(self, name: str) -> str:
+        self.done.append(name)
+        return name
+
+    def copy(self, shown: str) -> str:
+        return f"copied {shown}"
+
+
+class Tracked(Letters):
+    """Letters that weak references can point to."""
+
+
+class Stand:
+    """Two roles in this process, and a record of the claims that are alive."""
+
+    def __init__(self, text: str = "abcdefgh") -> None:
+        self.text = text
+        self.groups = {
+            role: LocalWorkerGroup(role, [Hand() for _ in range(team.size)])
+            for role, team in TEAMS.items()
+        }
+        self.refused = ""
+
+    def ask(self, call: Call, given: Mapping[str, Pending[Any]]) -> Pending[Any]:
+        group, rank = self.groups[call.role], call.rank
+        if call.stage == "make":
+            first = 4 * (call.micro_batch or 0)
+            part = self.text[first + call.samples[0] : first + call.samples[1]]
+            return group.call_rank(rank, Hand.make, part)
+        if call.stage in ("look", "learn", "copy"):
+            (value,) = given.values()
+            return group.call_rank(rank, getattr(Hand, call.stage), value)
+        return group.call_rank(rank, Hand.note, call.stage)
+
+    def heed(self, call: Call, report: Any) -> None:
+        if report == self.refused:
+            raise ArithmeticError(f"{call.role}: {report}")
+
+    def run(self, depth: int = 2, num_iterations: int = 1, **options: int) -> list[Worked]:
+        calls = order_calls(
+            PROGRAM,
+            TEAMS,
+            2,
+            depth,
+            samples_per_micro_batch=4,
+            num_iterations=num_iterations,
+            **options,
+        )
+        return list(work_through(calls, self.groups, self.ask, self.heed, WAIT_S))
+
+
+def test_reports_are_the_results_that_nobody_takes():
+    (worked,) = Stand().run()
+    assert [(call.rank, report) for call, report in worked.of("learn")] == [
+        (0, "AB"),
+        (1, "CD"),
+        (0, "EF"),
+        (1, "GH"),
+    ]
+    assert [report for _, report in worked.of("copy")] == ["copied show"] * 3
+    assert [report for _, report in worked.of(STEP)] == [STEP] * 2
+    assert not worked.of("make")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_samples_are_cut_and_joined_on_the_way_whatever_the_depth(depth: int):
+    stand = Stand()
+    stand.run(depth)
+    looked = [
+        [word for word in hand.done if word.startswith("look")]
+        for hand in stand.groups["judge"]._workers
+    ]
+    # Four samples over three judges: one of them gets two, each time another one.
+    assert looked == [["look ab", "look h"], ["look c", "look ef"], ["look d", "look g"]]
+
+
+def test_a_failure_is_told_as_itself_and_nothing_is_updated():
+    stand = Stand("abc?efgh")
+    with pytest.raises(ValueError, match="cannot read"):
+        stand.run()
+    assert not any(STEP in hand.done for hand in stand.groups["maker"]._workers)
+
+
+def test_a_report_that_is_refused_stops_before_the_update():
+    stand = Stand()
+    stand.refused = GATHER
+    with pytest.raises(ArithmeticError, match="maker"):
+        stand.run()
+    assert not any(STEP in hand.done for hand in stand.groups["maker"]._workers)
+
+
+@pytest.mark.parametrize("max_staleness", [0, 1])
+def test_every_iteration_comes_once_with_all_of_its_calls(max_staleness: int):
+    stand = Stand("abcdefgh")
+    found = stand.run(num_iterations=3, max_staleness=max_staleness)
+    assert [worked.iteration for worked in found] == [0, 1, 2]
+    assert len({len(worked.asked) for worked in found}) == 1
+    assert all(one.call.iteration == w.iteration for w in found for one in w.asked)
+
+
+def test_calls_are_labelled_with_what_they_are_part_of():
+    stand = Stand()
+    stand.run()
+    group = stand.groups["judge"]
+    (works,) = group.fetch(group.ask_work(), WAIT_S, "reading times")
+    assert {work.label for work in works if work.method == "look"} == {
+        Label(0, 0, 0),
+        Label(0, 0, 1),
+    }
+    assert all(work.arrived_s <= work.began_s <= work.ended_s <= work.left_s for work in works)
+
+
+def test_a_claim_is_let_go_after_its_last_use():
+    alive: list[weakref.ref[Letters]] = []
+    most = 0
+
+    class Counting(Stand):
+        def ask(self, call: Call, given: Mapping[str, Pending[Any]]) -> Pending[Any]:
+            nonlocal most
+            gc.collect()
+            most = max(most, sum(ref() is not None for ref in alive))
+            return super().ask(call, given)
+
+    stand = Counting()
+    for hand in stand.groups["maker"]._workers:
+        plain = hand.make
+
+        def make(name: str, plain: Any = plain) -> Letters:
+            made = Tracked(plain(name).text)
+            alive.append(weakref.ref(made))
+            return made
+
+        hand.make = make
+    stand.run(depth=1, num_iterations=3)
+    assert len(alive) == 12
+    assert most <= 4

@@ -1,0 +1,225 @@
+"""The order of calls, over every small combination of sizes: what must hold whatever they are."""
+
+from collections import defaultdict
+from functools import cache
+from itertools import product
+
+import pytest
+
+from cluster.errors import ScheduleError
+from cluster.schedule.program import Pass, Stage, Team, Update, pass_order, share_out
+from cluster.schedule.schedule import GATHER, STEP, Call, graphs_kept, order_calls
+from cluster.schedule.staleness import staleness
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.distillation.programs import iteration_program
+
+PROGRAMS = {
+    "shared": iteration_program(),
+    "fresh": iteration_program(1),
+    "several updates": iteration_program(3),
+    "through the teacher": iteration_program(2, through_teacher=True),
+    "shared and through the teacher": iteration_program(through_teacher=True),
+    "with diversity": iteration_program(diversity=True),
+    "with all": iteration_program(2, through_teacher=True, diversity=True, mixes_weights=True),
+}
+TEAMS = [
+    {GENERATOR: Team(1, g), TEACHER: Team(copies, ranks), FAKE_SCORE: Team(1, f)}
+    for g, copies, ranks, f in [
+        (1, 1, 1, 1),
+        (1, 3, 1, 1),
+        (2, 3, 1, 1),
+        (2, 1, 2, 4),
+        (1, 2, 2, 2),
+    ]
+]
+SIZES = list(product(range(len(TEAMS)), (1, 2, 5), (1, 2, 3), (0, 1)))
+"""(team, micro-batches, depth, staleness); every test goes through all of them."""
+each_program = pytest.mark.parametrize("name", list(PROGRAMS))
+
+
+@cache
+def calls_of(name: str, number: int, micro_batches: int, depth: int, stale: int) -> list[Call]:
+    return order_calls(
+        PROGRAMS[name],
+        TEAMS[number],
+        micro_batches,
+        depth,
+        samples_per_micro_batch=4,
+        num_iterations=2,
+        max_staleness=stale,
+    )
+
+
+def gathering(name: str) -> set[str]:
+    passes = [part for part in PROGRAMS[name] if isinstance(part, Pass)]
+    return {stage.name for part in passes for stage in part.stages if stage.gathers}
+
+
+def by_process(calls: list[Call]) -> dict[tuple[str, int], list[Call]]:
+    found = defaultdict[tuple[str, int], list[Call]](list)
+    for call in calls:
+        found[call.role, call.rank].append(call)
+    return found
+
+
+@each_program
+def test_every_stage_sees_every_sample_once(name):
+    for number, micro_batches, depth, stale in SIZES:
+        seen = defaultdict[tuple[int, int, str], list[tuple[int | None, int]]](list)
+        for call in calls_of(name, number, micro_batches, depth, stale):
+            for sample in range(*call.samples):
+                seen[call.iteration, call.phase, call.stage].append((call.micro_batch, sample))
+        stages = [
+            (phase, stage.name)
+            for phase, part in enumerate(PROGRAMS[name])
+            if isinstance(part, Pass)
+            for stage in part.stages
+        ]
+        everything = sorted(product(range(micro_batches), range(4)))
+        for iteration, (phase, stage) in product(range(2), stages):
+            assert sorted(seen[iteration, phase, stage]) == everything
+
+
+@each_program
+def test_a_call_comes_after_the_calls_that_made_its_inputs(name):
+    for number, micro_batches, depth, stale in SIZES:
+        calls = calls_of(name, number, micro_batches, depth, stale)
+        for place, call in enumerate(calls):
+            assert all(taken < place for taken in call.inputs + call.waits_for)
+            makers = [calls[taken] for taken in call.inputs]
+            assert all(
+                (m.iteration, m.micro_batch) == (call.iteration, call.micro_batch) for m in makers
+            )
+            for stage in {maker.stage for maker in makers}:
+                handed = [s for m in makers if m.stage == stage for s in range(*m.samples)]
+                assert set(range(*call.samples)) <= set(handed)
+
+
+@each_program
+def test_no_rank_keeps_more_than_its_share_of_depth_micro_batches(name):
+    for number, micro_batches, depth, stale in SIZES:
+        calls = calls_of(name, number, micro_batches, depth, stale)
+        kept = graphs_kept(calls, PROGRAMS[name])
+        for rank in range(TEAMS[number][GENERATOR].size):
+            share = 4 // TEAMS[number][GENERATOR].ranks
+            assert kept[GENERATOR, rank] == min(depth, micro_batches) * share
+        assert all(most <= depth * 4 for most in kept.values())
+
+
+@pytest.mark.parametrize(("name", "micro_batches"), list(product(PROGRAMS, (1, 2, 5, 8))))
+def test_gradients_are_gathered_in_one_order_whatever_depth_and_teams(name, micro_batches):
+    orders = defaultdict[str, set[tuple[object, ...]]](set)
+    for number, depth, stale in product(range(len(TEAMS)), (1, 2, 3, 9), (0, 1)):
+        calls = calls_of(name, number, micro_batches, depth, stale)
+        for (role, _), own in by_process(calls).items():
+            if role == TEACHER:
+                continue
+            marks = [
+                (call.iteration, call.phase, call.stage, call.micro_batch)
+                for call in own
+                if call.stage in gathering(name) | {GATHER, STEP}
+            ]
+            orders[role].add(tuple(marks))
+    assert {role: len(found) for role, found in orders.items()} == {GENERATOR: 1, FAKE_SCORE: 1}
+
+
+@each_program
+def test_only_what_runs_ahead_of_a_late_update_is_stale(name):
+    for number, micro_batches, depth, stale in SIZES:
+        calls = calls_of(name, number, micro_batches, depth, stale)
+        behind = staleness(calls, PROGRAMS[name])
+        ahead = {
+            (call.role, call.stage)
+            for call, updates in zip(calls, behind, strict=True)
+            if updates and call.stage not in (GATHER, STEP)
+            if call.phase == 0
+        }
+        if not stale:
+            assert ahead == set()
+        else:
+            assert max(behind) == 1
+            expected = {(GENERATOR, "rollout"), (TEACHER, "denoise")}
+            if "start" in {stage for _, stage in ahead}:
+                expected |= {(GENERATOR, "start"), (TEACHER, "anchor")}
+            assert ahead == expected
+
+
+def test_the_order_of_a_shared_iteration_is_the_one_drawn():
+    calls = order_calls(PROGRAMS["shared"], TEAMS[0], 4, 2)
+    told = {
+        role: " ".join(f"{c.stage[0]}{'' if c.micro_batch is None else c.micro_batch}" for c in own)
+        for (role, _), own in by_process(calls).items()
+    }
+    assert told == {
+        GENERATOR: "r0 r1 l0 r2 l1 r3 l2 l3 g s",
+        TEACHER: "d0 d1 d2 d3",
+        FAKE_SCORE: "s0 t0 s1 t1 s2 t2 s3 t3 g s",
+    }
+
+
+def test_a_role_asked_twice_about_a_micro_batch_first_begins_the_next_one():
+    (distil, *_) = PROGRAMS["shared and through the teacher"]
+    assert isinstance(distil, Pass)
+
+    def teacher_order(depth: int, cycles: dict[str, int]) -> str:
+        order = pass_order(distil, 4, depth, cycles)
+        return " ".join(f"{s.name[0]}{j}" for s, j in order if s.role == TEACHER)
+
+    assert teacher_order(1, {}) == "d0 p0 d1 p1 d2 p2 d3 p3"
+    assert teacher_order(3, {}) == "d0 d1 p0 d2 p1 d3 p2 p3"
+    assert teacher_order(3, {TEACHER: 2}) == "d0 d1 d2 p0 d3 p1 p2 p3"
+
+
+@pytest.mark.parametrize("num_copies", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("num_samples", [1, 8, 15])
+def test_copies_share_a_micro_batch_without_gap_or_overlap(num_samples: int, num_copies: int):
+    spans = [span for _, span in share_out(num_samples, Team(copies=num_copies), turn=0)]
+    assert [at for first, end in spans for at in range(first, end)] == list(range(num_samples))
+    sizes = [end - first for first, end in spans]
+    assert len(sizes) == min(num_copies, num_samples)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_copies_take_turns_and_none_gets_more_than_one_share_extra():
+    loads = [0] * 3
+    for turn in range(7):
+        for rank, (first, end) in share_out(4, Team(copies=3), turn):
+            loads[rank] += end - first
+        assert max(loads) - min(loads) <= 1
+    assert [share_out(1, Team(3), turn)[0][0] for turn in range(4)] == [0, 1, 2, 0]
+
+
+def test_the_second_call_about_a_micro_batch_finds_the_copy_that_kept_it():
+    calls = calls_of("through the teacher", 1, 5, 3, 0)
+    first = {(c.iteration, c.micro_batch, c.samples): c.rank for c in calls if c.stage == "denoise"}
+    again = {
+        (c.iteration, c.micro_batch, c.samples): c.rank for c in calls if c.stage == "pullback"
+    }
+    assert first == again
+    assert set(first.values()) == {0, 1, 2}
+
+
+def test_an_update_of_several_roles_waits_until_all_have_gathered_soundly():
+    calls = calls_of("shared", 2, 2, 2, 0)
+    steps = [place for place, call in enumerate(calls) if call.stage == STEP]
+    reports = [place for place, call in enumerate(calls) if call.stage == GATHER]
+    assert set(calls[steps[0]].waits_for) == set(reports[:3])
+    beginning = next(place for place, call in enumerate(calls) if call.iteration == 1)
+    assert set(calls[beginning].waits_for) == set(steps[:3])
+
+
+@pytest.mark.parametrize(
+    ("program", "teams", "samples", "told"),
+    [
+        ((Pass((Stage("b", "x", ("a",)),)),), {"x": Team()}, 1, r"takes \('a',\) after \[\]"),
+        ((Pass((Stage("a", "y"),)),), {"x": Team()}, 1, r"done by y of roles \['x'\]"),
+        ((Pass((Stage("a", "x", keeps_until="b"),)),), {"x": Team()}, 1, "until b"),
+        ((Pass((Stage("a", "x"),)),), {"x": Team(1, 2)}, 3, "sharing 3 samples"),
+        ((Update(("x",)),), {"x": Team(2)}, 1, "copies would drift apart"),
+    ],
+)
+def test_what_cannot_be_worked_through_is_refused(program, teams, samples, told):
+    with pytest.raises(ScheduleError, match=told):
+        order_calls(program, teams, 1, 1, samples_per_micro_batch=samples)
+    with pytest.raises(ScheduleError, match="0 micro-batches"):
+        order_calls((), {"x": Team()}, 0, 1)

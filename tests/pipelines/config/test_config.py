@@ -1,0 +1,438 @@
+"""Recipes and overrides: what is read, what is refused, and in which words."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.config.overrides import apply_overrides, nearest_key, parse_override, read_yaml
+from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, load_recipe
+from pipelines.config.recipe_files import known_keys, load, shipped_recipes
+from sgmd_core.errors import ConfigError
+
+NAMES = [recipe.name for recipe in shipped_recipes()]
+DISTILL_NAMES = ["tiny", "wan-1.3b"]
+
+
+def refusal(*overrides: str, recipe: str = "tiny") -> str:
+    """The words in which a recipe with these overrides is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, overrides)
+    return str(caught.value)
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(load_recipe("tiny").to_yaml())
+    return path
+
+
+class TestYaml:
+    @pytest.mark.parametrize(
+        ("text", "value"),
+        [
+            ("2e-5", 2e-5),
+            ("1e3", 1000.0),
+            (".5", 0.5),
+            ("-3", -3),
+            ("010", 10),
+            ("off", "off"),
+            ("no", "no"),
+            ("1:30", "1:30"),
+            ("2026-01-01", "2026-01-01"),
+            ("true", True),
+            ("null", None),
+            ("'1'", "1"),
+            ("[1, 2e-1]", [1, 0.2]),
+            ("{a: 1}", {"a": 1}),
+        ],
+    )
+    def test_scalars_mean_what_people_expect(self, text, value):
+        assert read_yaml(text) == value
+        assert type(read_yaml(text)) is type(value)
+
+    def test_a_key_given_twice_is_refused(self):
+        with pytest.raises(yaml.YAMLError, match="'lr' is given twice"):
+            read_yaml("lr: 1\nlr: 2")
+
+
+class TestOverrides:
+    def test_an_override_is_a_dotted_key_and_a_yaml_value(self):
+        override = parse_override("objective.lambda_nr=5e-2")
+        assert override.key == ("objective", "lambda_nr")
+        assert override.value == 0.05
+
+    def test_a_value_may_hold_an_equals_sign(self):
+        assert parse_override("data.train=s3://a/b?c=d").value == "s3://a/b?c=d"
+
+    @pytest.mark.parametrize("text", ["seed", "=1", "a..b=1", ".a=1", "a=[1, 2"])
+    def test_what_is_no_override_is_refused_with_an_example(self, text):
+        with pytest.raises(ConfigError, match=r"For example objective\.lambda_nr=0\.05"):
+            parse_override(text)
+
+    def test_later_overrides_win_and_the_settings_stay_as_they_are(self):
+        before = {"a": {"b": 1, "c": 2}}
+        after = apply_overrides(before, [parse_override("a.b=3"), parse_override("a.b=4")])
+        assert after == {"a": {"b": 4, "c": 2}}
+        assert before == {"a": {"b": 1, "c": 2}}
+
+    def test_a_value_cannot_be_entered_like_a_section(self):
+        assert "seed is the value 0" in refusal("seed.x=1")
+
+    @pytest.mark.parametrize(
+        ("unknown", "nearest"),
+        [
+            ("objective.lambda_n", "objective.lambda_nr"),
+            ("lambda_rc", "objective.lambda_rc"),
+            ("generator.lr", "generator.optimizer.lr"),
+            ("fake_score.lr", "fake_score.optimizer.lr"),
+            ("fakescore.tracking", "fake_score.tracking"),
+            ("itertions", "iterations"),
+            ("batch_size", "batch.size"),
+            ("zzzzzz", None),
+        ],
+    )
+    def test_an_unknown_key_finds_the_one_that_was_meant(self, unknown, nearest):
+        assert nearest_key(unknown, known_keys(DistillConfig)) == nearest
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("name", DISTILL_NAMES)
+    def test_shipped_recipes_are_valid_and_complete(self, name):
+        config = load_recipe(name)
+        written = read_yaml((Path(shipped_path(name))).read_text())
+        missing = [key for key in set_keys(config.model_dump()) if not is_written(key, written)]
+        assert [key for key in missing if not key.startswith(("sweep", "study"))] == []
+        assert config.name == name
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_every_recipe_opens_with_what_it_is(self, name):
+        summary = next(recipe.summary for recipe in shipped_recipes() if recipe.name == name)
+        assert len(summary) > 20
+
+    @pytest.mark.parametrize("name", DISTILL_NAMES)
+    def test_a_resolved_recipe_reads_back_as_itself(self, name, tmp_path):
+        config = load_recipe(name, ["objective.lambda_nr=2e-5"])
+        path = tmp_path / "config.yaml"
+        path.write_text(config.to_yaml())
+        assert load_recipe(str(path)) == config
+
+    def test_a_config_travels_by_pickle(self):
+        config = load_recipe("tiny")
+        assert pickle.loads(pickle.dumps(config)) == config
+
+    def test_sections_are_the_components_own_records(self):
+        config = load_recipe("tiny", ["generator.optimizer.betas=[0.5, 0.9]"])
+        assert config.generator.optimizer.betas == (0.5, 0.9)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config.objective.__setattr__("lambda_nr", 1.0)
+
+    def test_a_whole_number_is_taken_for_a_number(self):
+        assert load_recipe("tiny", ["schedule.shift=3"]).schedule.shift == 3.0
+
+    def test_wan_takes_the_released_trainers_figures(self):
+        config = load_recipe("wan-1.3b")
+        assert config.generator.optimizer.lr == 2e-6
+        assert config.fake_score.optimizer.lr == 4e-7
+        assert config.generator.optimizer.betas == (0.0, 0.999)
+        assert config.teacher.guidance_scale == 3.0
+        assert config.schedule.shift == 5.0
+        assert config.objective.form == "released"
+
+    def test_the_model_folder_is_looked_for_here_and_then_in_the_source_tree(
+        self, tmp_path, monkeypatch
+    ):
+        config = load_recipe("tiny", ["model.folder=pipelines/recipes"])
+        monkeypatch.chdir(tmp_path)
+        assert config.model_folder.is_absolute()
+        assert config.model_folder.is_dir()
+        (tmp_path / "pipelines" / "recipes").mkdir(parents=True)
+        assert config.model_folder == Path("pipelines/recipes")
+
+    def test_an_unknown_recipe_names_those_that_ship(self):
+        text = refusal(recipe="tinny")
+        assert "tiny" in text
+        assert "wan-1.3b" in text
+
+    def test_a_missing_file_says_how_to_get_one(self):
+        assert "sgmd recipes copy" in refusal(recipe="no/such.yaml")
+
+    def test_text_that_is_no_yaml_names_file_and_line(self, tmp_path):
+        path = tmp_path / "broken.yaml"
+        path.write_text("name: a\nbatch: [1, 2\n")
+        text = refusal(recipe=str(path))
+        assert str(path) in text
+        assert "line" in text
+
+    def test_a_file_without_sections_is_refused(self, tmp_path):
+        path = tmp_path / "list.yaml"
+        path.write_text("- 1\n- 2\n")
+        assert "sections and keys" in refusal(recipe=str(path))
+
+
+class TestRefusals:
+    def test_an_unknown_key_names_the_nearest_one_and_the_file(self, recipe_file):
+        text = refusal("objective.lambda_nrr=1", recipe=str(recipe_file))
+        assert "objective.lambda_nrr is not a setting" in text
+        assert "the nearest one is objective.lambda_nr" in text
+        assert str(recipe_file) in text
+
+    def test_an_unknown_key_in_the_file_is_refused_too(self, recipe_file):
+        recipe_file.write_text(recipe_file.read_text() + "\ncheckpnt: {every: 1}\n")
+        text = refusal(recipe=str(recipe_file))
+        assert "checkpnt is not a setting; the nearest one is checkpoint" in text
+
+    @pytest.mark.parametrize(
+        ("override", "words"),
+        [
+            ("batch.size=many", 'batch.size is "many", expected a whole number'),
+            ("batch.size=2.5", "batch.size is 2.5, expected a whole number"),
+            ("video.width='32'", 'video.width is "32", expected a whole number'),
+            ("objective.lambda_nr='0.1'", 'objective.lambda_nr is "0.1", expected a number'),
+            ("objective.lambda_nr=true", "objective.lambda_nr is true, expected a number"),
+            ("generator.optimizer.lr=fast", 'generator.optimizer.lr is "fast", expected a number'),
+            ("schedule.shift=.inf", "expected a finite number"),
+            ("name=3", "name is 3, expected text"),
+            ("name=a/b", 'name is "a/b", expected letters'),
+            ("video=3", "video is 3, expected a section"),
+            ("model=~", "model is null, expected a section"),
+            ("topology.mode=ray", "expected 'pools', 'fused' or 'local'"),
+            ("iterations=0", "iterations is 0, expected greater than or equal to 1"),
+            ("objective.lambda_nr=-1", "objective: lambda_nr is -1.0"),
+            ("generator.optimizer.lr=-1", "generator.optimizer: optimizer.lr is -1.0"),
+            ("topology.generator={cpus: 0}", "cpus and gpus are both 0"),
+            ("topology.teacher.strategy=tight", "topology.teacher.strategy is"),
+            ("topology.text.resources={h100: 0}", "expected greater than 0"),
+        ],
+    )
+    def test_a_wrong_value_is_named_with_what_was_expected(self, override, words):
+        assert words in refusal(override)
+
+    def test_a_missing_key_is_named(self, recipe_file):
+        settings = yaml.safe_load(recipe_file.read_text())
+        del settings["model"]["folder"], settings["batch"]
+        recipe_file.write_text(yaml.safe_dump(settings))
+        text = refusal(recipe=str(recipe_file))
+        assert "model.folder is missing" in text
+        assert "batch is missing" in text
+
+    def test_all_that_is_wrong_is_said_at_once(self):
+        text = refusal("batch.size=many", "objective.lambda_n=1", "generator.optimizer.lr=-1")
+        assert "3 settings are wrong" in text
+        assert "batch.size" in text
+        assert "objective.lambda_nr" in text
+        assert "optimizer.lr" in text
+
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            (["batch.size=15"], "batch.size 15 does not divide into 2 micro-batches"),
+            (["topology.teacher.replicas=17"], "some would never work"),
+            (["topology.generator.ranks=3"], "do not divide among topology.generator.ranks 3"),
+            (
+                ["topology.mode=fused", "topology.fused.ranks=16"],
+                "do not divide among topology.fused.ranks 16",
+            ),
+            (
+                ["topology.mode=local", "topology.fake_score.ranks=2"],
+                "topology.fake_score.ranks is 2, but topology.mode local is one process",
+            ),
+            (
+                ["topology.mode=fused", "topology.max_staleness_iterations=1"],
+                "in topology.mode fused they take turns",
+            ),
+            (["topology.mode=local", "topology.address=auto"], "topology.mode local uses no Ray"),
+            (["data.validation=''"], "data.validation names no captions"),
+        ],
+    )
+    def test_contradictions_are_met_before_anything_starts(self, overrides, words):
+        assert words in refusal(*overrides)
+
+    def test_a_sweep_over_a_key_that_does_not_exist_is_met_before_it_starts(self):
+        text = refusal("sweep.grid={objective.lambda_n: [1]}")
+        assert "checking the sweep" in text
+        assert "objective.lambda_nr" in text
+
+    def test_a_sweep_over_a_value_that_does_not_fit_is_met_before_it_starts(self):
+        assert "does not divide" in refusal("sweep.grid={batch.size: [16, 15]}")
+
+    def test_a_recipe_of_another_command_is_refused_by_its_keys(self, tmp_path):
+        path = tmp_path / "other.yaml"
+        path.write_text("name: a\nworld: {train: x}\n")
+        with pytest.raises(ConfigError, match="world is not a setting"):
+            load(DistillConfig, str(path))
+
+
+class TestMethods:
+    @pytest.mark.parametrize("method", ["sgmd", "dmd", "dmd2", "tsg_fisher", "tsg_sim", "sid"])
+    def test_a_method_is_chosen_by_its_name_and_brings_its_own_settings(self, method, tmp_path):
+        overrides = [f"objective.method={method}", "fake_score.tracking=fresh"]
+        config = load_recipe("tiny", overrides)
+        assert config.objective.method == method
+        path = tmp_path / "config.yaml"
+        path.write_text(config.to_yaml())
+        assert load_recipe(str(path)) == config
+
+    def test_a_recipe_without_a_method_is_sgmds(self, recipe_file):
+        settings = yaml.safe_load(recipe_file.read_text())
+        del settings["objective"]["method"], settings["objective"]["fake_updates"]
+        settings["objective"]["lambda_nr"] = 0.3
+        recipe_file.write_text(yaml.safe_dump(settings))
+        for overrides in ([], ["objective.method=sgmd"]):
+            objective = load_recipe(str(recipe_file), overrides).objective
+            assert (objective.method, objective.lambda_nr) == ("sgmd", 0.3)
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_settings_beside_a_method_are_those_of_the_new_one_in_any_order(self, reverse):
+        overrides = ["objective.method=tsg_sim", "objective.form=paper"]
+        overrides = overrides[::-1] if reverse else overrides
+        objective = load_recipe("tiny", overrides).objective
+        assert (objective.method, objective.form) == ("tsg_sim", "paper")
+
+    def test_a_method_can_be_swept_over_and_changed_by_key(self):
+        config = load_recipe(
+            "tiny", ["fake_score.tracking=fresh", "sweep.grid={objective.method: [sgmd, dmd2]}"]
+        )
+        assert config.with_settings({"objective.method": "sid"}).objective.square_weight == 1.0
+
+    def test_a_grid_over_another_methods_settings_stands_in_the_way_of_sweeps_alone(self):
+        config = load_recipe("tiny", ["objective.method=dmd"])
+        assert "objective.lambda_nr" in config.sweep.grid
+        with pytest.raises(ConfigError, match="not a setting of dmd"):
+            check_sweep(config, config.sweep.grid, "sweeping")
+
+    def test_an_unknown_method_names_those_that_there_are(self):
+        text = refusal("objective.method=dmd3")
+        assert 'objective.method is "dmd3", expected one of' in text
+        assert "'tsg_fisher'" in text
+
+    def test_a_setting_of_another_method_is_said_to_be_one(self):
+        text = refusal("objective.method=tsg_sim", "objective.lambda_nr=0.1")
+        assert "objective.lambda_nr is not a setting of tsg_sim" in text
+
+    def test_a_wrong_value_is_named_without_the_level_that_no_recipe_has(self):
+        assert "objective: fake_updates is 0" in refusal("objective.fake_updates=0")
+        assert "objective is 3, expected a section" in refusal("objective=3")
+
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            (["objective.method=dmd2"], "set fake_score.tracking=fresh"),
+            (["fake_score.ida_decay=0.97"], "set fake_score.tracking=fresh"),
+            (
+                ["fake_score.ida_decay=0.97", "fake_score.tracking=fresh"],
+                "leave it at 1 for objective.method sgmd",
+            ),
+        ],
+    )
+    def test_what_a_method_cannot_do_is_met_before_anything_starts(self, overrides, words):
+        assert words in refusal(*overrides)
+
+    @pytest.mark.parametrize(
+        ("overrides", "updates"),
+        [
+            ([], 0),
+            (["fake_score.tracking=fresh"], 1),
+            (["fake_score.tracking=fresh", "objective.method=dmd2"], 5),
+            (["fake_score.tracking=fresh", "objective.fake_updates=3"], 3),
+        ],
+    )
+    def test_updates_on_new_samples_follow_from_method_and_tracking(self, overrides, updates):
+        assert load_recipe("tiny", overrides).fresh_updates == updates
+
+
+class TestDigest:
+    @pytest.mark.parametrize(
+        "override",
+        [
+            "iterations=3",
+            "name=other",
+            "topology.window=1",
+            "checkpoint.every=7",
+            "output=x",
+            "batch.micro_batches=4",
+            "data.s3.max_attempts=9",
+            "data.read_ahead.readers=3",
+        ],
+    )
+    def test_settings_that_leave_the_numbers_alone_leave_the_digest_alone(self, override):
+        assert load_recipe("tiny", [override]).digest == load_recipe("tiny").digest
+
+    @pytest.mark.parametrize(
+        "override",
+        ["seed=1", "objective.lambda_nr=0.2", "data.shuffle.shards=2", "data.train=elsewhere"],
+    )
+    def test_settings_that_change_the_numbers_change_the_digest(self, override):
+        assert load_recipe("tiny", [override]).digest != load_recipe("tiny").digest
+
+
+class TestDerived:
+    def test_settings_can_be_changed_by_dotted_key_and_are_checked_again(self):
+        config = load_recipe("tiny")
+        assert config.with_settings({"objective.lambda_rc": 0.5}).objective.lambda_rc == 0.5
+        assert config.objective.lambda_rc is None
+        with pytest.raises(ConfigError, match="does not divide"):
+            config.with_settings({"batch.size": 15})
+
+    def test_a_run_can_be_found_again_where_it_was_moved_to(self, tmp_path):
+        config = load_recipe("tiny").in_folder(tmp_path / "moved")
+        assert config.run_folder == tmp_path / "moved"
+
+    def test_a_run_can_be_handed_to_a_process_that_works_elsewhere(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        config = load_recipe("tiny", ["data.validation=s3://bucket/held_out", "output=/runs"])
+        moved = config.with_absolute_paths()
+        assert moved.data.train == str(tmp_path / "data" / "shapes" / "train")
+        assert moved.data.validation == "s3://bucket/held_out"
+        assert moved.output == "/runs"
+        assert Path(moved.model.folder).is_absolute()
+        assert moved.with_absolute_paths() == moved
+
+    def test_the_schema_describes_every_section(self):
+        schema = json_schema()
+        json.dumps(schema)
+        assert set(schema["properties"]) == set(DistillConfig.model_fields)
+        assert schema["additionalProperties"] is False
+
+
+def shipped_path(name: str) -> Path:
+    return next(recipe.path for recipe in shipped_recipes() if recipe.name == name)
+
+
+def set_keys(settings: dict, prefix: str = "") -> list[str]:
+    keys = [prefix + name for name in settings]
+    for name, value in settings.items():
+        value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(value, dict):
+            keys += set_keys(value, f"{prefix}{name}.")
+    return keys
+
+
+def is_written(dotted: str, settings: dict) -> bool:
+    value = settings
+    for part in dotted.split("."):
+        if not isinstance(value, dict) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["topology.mode=local"], "topology.mode is local"),
+        ([], r"topology\.generator\.gpus is 0"),
+        (["topology.wire_dtype=bf16"], "sends tensors as they are"),
+    ],
+)
+def test_nixl_is_refused_where_it_cannot_work(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        load_recipe("tiny", ["topology.transport=nixl", *settings])
+
+
+def test_nixl_may_be_asked_for_where_every_role_has_a_gpu():
+    assert load_recipe("wan-1.3b", ["topology.transport=nixl"]).topology.transport == "nixl"

@@ -1,0 +1,263 @@
+"""`sgmd check`: known sets give known figures, and each kind of damage is found."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from s3fs import S3FileSystem
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.data.checking.check import CheckOptions, check
+from pipelines.data.checking.check_group import choose_rows
+from pipelines.data.checking.check_report import quantiles
+from pipelines.data.shards.schema import Encoding, encoded_schema
+from pipelines.data.shards.values import pack
+from pipelines.shapes import NUM_FRAMES, write_shards
+from sgmd_core.errors import DataError
+from tests.helpers.s3_server import serve_s3, use_server
+from tests.helpers.shards import byte_strings, write_folder, write_shard
+
+HERE = CheckOptions(num_processes=0)
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clean") / "train"
+    write_shards(str(folder), num_clips=24, shard_size=8, seed=0)
+    return folder
+
+
+@pytest.fixture
+def clips(clean: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged: three shards of eight rendered clips."""
+    return Path(shutil.copytree(clean, tmp_path / "clips"))
+
+
+def damage(shard: Path, column: str, row: int, value: object) -> None:
+    """Changes one value of a shard; the index is taken away, since sizes change."""
+    table = pq.read_table(shard)
+    values = table[column].to_pylist()
+    values[row] = value
+    place, field = table.schema.get_field_index(column), table.field(column)
+    made = byte_strings(values) if field.type == pa.string() else pa.array(values, field.type)
+    table = table.set_column(place, field, made)
+    pq.write_table(table, shard, row_group_size=4)
+    (shard.parent / "_index.json").unlink(missing_ok=True)
+
+
+def shards_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet"))
+
+
+def captions_of(folder: Path) -> list[str]:
+    return [
+        text for path in shards_of(folder) for text in pq.read_table(path)["caption"].to_pylist()
+    ]
+
+
+def encoded_folder(folder: Path, num_rows: int = 6) -> Encoding:
+    encoding = Encoding((2, 1, 2, 2), (3, 4), "float32", "made-by-vae", "made-by-text")
+    rows = [
+        {
+            "sample_id": f"s{row}",
+            "caption": f"clip {row}",
+            "latents": pack(torch.full((2, 1, 2, 2), float(row)), "float32"),
+            "text_embeds": pack(torch.ones(2, 4), "float32"),
+        }
+        for row in range(num_rows)
+    ]
+    folder.mkdir(parents=True)
+    table = pa.Table.from_pylist(rows, schema=encoded_schema(encoding))
+    pq.write_table(table, folder / "a.parquet", row_group_size=4)
+    return encoding
+
+
+class TestGoodSets:
+    def test_a_rendered_set_has_the_figures_it_was_made_with(self, clips):
+        report = check(str(clips), HERE)
+        assert report.is_usable
+        assert (report.kind, report.num_shards, report.num_rows, report.decoded) == (
+            "video",
+            3,
+            24,
+            24,
+        )
+        assert report.videos["sizes"] == {"32x32": 24}
+        assert report.videos["fps"] == {"8": 24}
+        assert report.videos["frames"]["min"] == report.videos["frames"]["max"] == NUM_FRAMES
+        assert report.videos["seconds"]["median"] == NUM_FRAMES / 8
+        assert report.videos["sound"] == {"no": 24}
+        captions = [
+            t for path in shards_of(clips) for t in pq.read_table(path)["caption"].to_pylist()
+        ]
+        assert report.captions["distinct"] == len(set(captions))
+        assert report.captions["characters"]["max"] == max(map(len, captions))
+
+    def test_processes_find_the_same_as_none(self, clips):
+        damage(shards_of(clips)[1], "video", 3, b"broken")
+        reports = [check(str(clips), CheckOptions(num_processes=n)) for n in (0, 2)]
+        assert reports[0] == reports[1]
+
+    def test_a_sample_decodes_as_many_rows_as_wanted(self, clips):
+        report = check(str(clips), CheckOptions(sample=5, num_processes=0))
+        assert (report.decoded, report.num_rows) == (5, 24)
+        assert choose_rows(100, 7, 0).tolist() == choose_rows(100, 7, 0).tolist()
+        assert choose_rows(100, 7, 0).tolist() != choose_rows(100, 7, 1).tolist()
+        assert choose_rows(5, 7, 0).tolist() == [0, 1, 2, 3, 4]
+        assert len(set(choose_rows(100, 50, 0).tolist())) == 50
+
+    def test_captions_alone_are_a_set_too(self, tmp_path):
+        write_folder(tmp_path, [5, 4])
+        report = check(str(tmp_path), HERE)
+        assert (report.is_usable, report.kind, report.num_rows) == (True, "captions", 9)
+        assert (report.decoded, report.videos) == (0, {})
+
+    def test_tokens_are_counted_with_the_end_of_the_caption(self, tmp_path):
+        write_shard(tmp_path / "a.parquet", ["a", "b", "c"], ["one", "one two", "one two three"])
+        counted = CheckOptions(
+            num_processes=0,
+            count_tokens=lambda captions: [len(caption.split()) + 1 for caption in captions],
+            text_length=3,
+        )
+        report = check(str(tmp_path), counted)
+        assert report.captions["tokens"]["max"] == 4
+        assert report.captions["cut"] == 1
+
+    def test_encoded_values_are_tried(self, tmp_path):
+        encoding = encoded_folder(tmp_path / "set")
+        report = check(str(tmp_path / "set"), HERE)
+        assert (report.is_usable, report.kind, report.decoded) == (True, "encoded", 6)
+        assert report.encoding is not None
+        assert report.encoding["vae"] == encoding.vae
+
+    def test_quantiles_of_known_numbers(self):
+        found = quantiles(range(101))
+        assert found == {"min": 0, "p5": 5, "median": 50, "p95": 95, "max": 100}
+        assert quantiles([]) == {}
+
+
+class TestDamage:
+    @pytest.mark.parametrize(
+        ("column", "value", "reason"),
+        [
+            ("video", b"no video", "undecodable"),
+            ("video", b"", "undecodable"),
+            ("video", None, "undecodable"),
+            ("caption", "  ", "empty_caption"),
+            ("caption", None, "empty_caption"),
+            ("caption", "word " * 1000, "long_caption"),
+            ("caption", b"gr\xf6n", "unreadable_caption"),
+            ("sample_id", None, "no_id"),
+            ("sample_id", b"gr\xf6n", "no_id"),
+            ("sample_id", "shapes-0-train-0000001", "duplicate_id"),
+        ],
+    )
+    def test_a_bad_row_is_named_with_its_reason(self, clips, column, value, reason):
+        damage(shards_of(clips)[1], column, 5, value)
+        report = check(str(clips), HERE)
+        assert report.bad == {reason: 1}
+        assert not report.is_usable
+        assert report.examples[0].startswith(f"{shards_of(clips)[1].name}, row 5: {reason}")
+        assert check(str(clips), CheckOptions(num_processes=0, max_bad_fraction=0.05)).is_usable
+
+    def test_a_shard_that_is_cut_short_counts_as_many_rows_as_the_others(self, clips):
+        shard = shards_of(clips)[0]
+        shard.write_bytes(shard.read_bytes()[:-50])
+        (clips / "_index.json").unlink(missing_ok=True)
+        report = check(str(clips), HERE)
+        assert report.bad == {"unreadable_shard": 8}
+        assert report.num_rows == 24
+        assert shard.name in report.examples[0]
+
+    def test_a_corrupt_row_group_is_bad_and_the_others_are_read(self, tmp_path):
+        encoded_folder(tmp_path / "set", num_rows=8)
+        shard = tmp_path / "set" / "a.parquet"
+        data = bytearray(shard.read_bytes())
+        data[4:40] = b"\xff" * 36
+        shard.write_bytes(data)
+        report = check(str(tmp_path / "set"), HERE)
+        assert report.bad == {"unreadable_rows": 4}
+        assert report.decoded == 4
+
+    def test_a_missing_column_is_told(self, clips):
+        shard = shards_of(clips)[2]
+        pq.write_table(pq.read_table(shard).drop_columns(["fps"]), shard)
+        (clips / "_index.json").unlink(missing_ok=True)
+        report = check(str(clips), HERE)
+        assert "fps" in report.examples[0]
+        assert not report.is_usable
+
+    def test_an_index_that_differs_from_the_folder_is_told_and_can_be_written_anew(self, clips):
+        assert check(str(clips), CheckOptions(num_processes=0, write_index=True)).is_usable
+        shards_of(clips)[0].rename(clips / "renamed.parquet")
+        report = check(str(clips), HERE)
+        assert not report.is_usable
+        assert len(report.problems) == 2
+        assert "--write-index" in report.problems[0]
+        assert check(str(clips), CheckOptions(num_processes=0, write_index=True)).is_usable
+
+    def test_shards_of_several_kinds_are_no_set(self, clips):
+        write_shard(clips / "z.parquet", ["x"])
+        (clips / "_index.json").unlink(missing_ok=True)
+        report = check(str(clips), HERE)
+        assert report.problems == ["shards of several kinds: 3 video, 1 captions"]
+
+    @pytest.mark.parametrize(
+        "value", [b"", bytes(31), pack(torch.full((8,), float("nan")), "float32")]
+    )
+    def test_latents_of_another_shape_or_without_numbers_are_bad(self, tmp_path, value):
+        encoded_folder(tmp_path / "set")
+        damage(tmp_path / "set" / "a.parquet", "latents", 2, value)
+        assert check(str(tmp_path / "set"), HERE).bad == {"bad_encoding": 1}
+
+    def test_a_folder_without_shards_is_a_wrong_request(self, tmp_path):
+        with pytest.raises(DataError, match="sgmd prepare"):
+            check(str(tmp_path), HERE)
+
+
+def test_a_bucket_is_checked_like_a_folder(clips, tmp_path, monkeypatch):
+    damage(shards_of(clips)[1], "video", 3, b"broken")
+    shutil.copytree(clips, tmp_path / "s3" / "bucket" / "set")
+    with serve_s3(tmp_path / "s3") as server:
+        use_server(server.environment, monkeypatch)
+        there = check("s3://bucket/set", HERE).to_json()
+    S3FileSystem.clear_instance_cache()
+    assert there | {"folder": ""} == check(str(clips), HERE).to_json() | {"folder": ""}
+
+
+class TestCommand:
+    def sgmd(self, *arguments: str | Path):
+        return CliRunner().invoke(app, ["check", *map(str, arguments), "--processes", "0"])
+
+    def test_the_exit_code_is_the_verdict(self, clips, tmp_path):
+        good = self.sgmd(clips, "--json")
+        assert good.exit_code == 0
+        assert json.loads(good.stdout)["usable"] is True
+        damage(shards_of(clips)[0], "caption", 0, "")
+        bad = self.sgmd(clips, "--json")
+        assert bad.exit_code == 1
+        assert json.loads(bad.stdout)["bad"] == {"empty_caption": 1}
+        assert self.sgmd(tmp_path / "nowhere").exit_code == 2
+
+    def test_the_table_ends_with_the_verdict(self, clips):
+        damage(shards_of(clips)[0], "caption", 0, "")
+        lines = self.sgmd(clips).stdout.strip().splitlines()
+        assert lines[-1] == f"{clips}: NOT USABLE"
+        assert "empty_caption" in lines[-2]
+
+    def test_a_model_counts_tokens(self, clips):
+        tiny = Path(__file__).parents[4] / "assets" / "tiny-wan"
+        result = self.sgmd(clips, "--json", "--model", tiny, "--text-length", "6", "--sample", "0")
+        found = json.loads(result.stdout)["captions"]
+        captions = [
+            t for path in shards_of(clips) for t in pq.read_table(path)["caption"].to_pylist()
+        ]
+        # One token a word, and the end.
+        words = [len(caption.split()) + 1 for caption in captions]
+        assert found["tokens"]["max"] == max(words)
+        assert found["cut"] == sum(length > 6 for length in words)

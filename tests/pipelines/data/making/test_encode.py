@@ -1,0 +1,360 @@
+"""`sgmd encode`: the plan, the stages, the counting; and the whole, killed in the middle."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cluster.errors import InsufficientResourcesError
+from pipelines.data.clips.clip_decoding import decode_clip
+from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
+from pipelines.data.making import encode_stages as stages
+from pipelines.data.making.encode import EncodeReport, encode, encoding_for
+from pipelines.data.making.encode_options import EncodeOptions, Pool, dtype_named
+from pipelines.data.making.encode_plan import Part, SourceGroup, digest, plan_parts
+from pipelines.data.making.encode_writer import PartWriter
+from pipelines.data.making.journal import open_journal
+from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.index import read_index
+from pipelines.data.shards.schema import Encoding, encoding_of, video_schema
+from pipelines.data.shards.values import unpack_latents, unpack_text
+from pipelines.shapes import Split, captions, write_shards
+from sgmd_core.errors import ConfigError, DataError, ShapeError
+from tests.e2e.processes import ROOT
+from tests.helpers import tiny_wan
+from tests.helpers.shards import byte_strings, write_folder
+from workers.models.wan import load_text, load_vae
+
+WANTED = ClipFormat(
+    num_frames=tiny_wan.NUM_FRAMES,
+    height=tiny_wan.HEIGHT,
+    width=tiny_wan.WIDTH,
+    fps=8,
+    policy=FitPolicy.CROP,
+)
+OPTIONS = EncodeOptions(wanted=WANTED, text_length=tiny_wan.TEXT_LENGTH, shard_clips=8)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    words = sorted({word for split in Split for text in captions(split) for word in text.split()})
+    return str(tiny_wan.write_tiny_wan(tmp_path_factory.mktemp("wan") / "base", words))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of eight rendered clips, of which four are bad, each in its own way."""
+    folder = tmp_path_factory.mktemp("source") / "train"
+    write_shards(str(folder), num_clips=48, shard_size=8, seed=0)
+    paths = sorted(folder.glob("*.parquet"))
+    rows = pq.read_table(paths[1]).to_pylist()
+    rows[2]["video"] = b"no video"
+    rows[3]["caption"] = " "
+    rows[4]["sample_id"] = rows[0]["sample_id"]
+    rows[5]["video"] = rows[5]["video"][:200]
+    pq.write_table(pa.Table.from_pylist(rows, schema=video_schema()), paths[1], row_group_size=4)
+    (folder / "_index.json").unlink(missing_ok=True)
+    return folder
+
+
+def source_rows(folder: Path) -> dict[str, dict[str, Any]]:
+    """The good rows by id."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, path in enumerate(sorted(folder.glob("*.parquet"))):
+        for place, row in enumerate(pq.read_table(path).to_pylist()):
+            if (number, place) not in {(1, 2), (1, 3), (1, 4), (1, 5)}:
+                found[row["sample_id"]] = row
+    return found
+
+
+BAD = {(2, "undecodable"), (3, "empty_caption"), (4, "duplicate_id"), (5, "undecodable")}
+
+
+class TestPlan:
+    def test_row_groups_are_gathered_up_to_the_size_of_a_part(self, tmp_path):
+        write_folder(tmp_path, [10, 4], group=3)
+        parts = plan_parts(*open_folder(str(tmp_path)), 6)
+        rows = [[(g.index, g.first_row, g.num_rows) for g in part.groups] for part in parts]
+        assert rows == [[(0, 0, 3), (1, 3, 3)], [(2, 6, 3), (3, 9, 1)], [(0, 0, 3), (1, 3, 1)]]
+        assert [part.name for part in parts] == ["part-00000", "part-00001", "part-00002"]
+        assert [part.num_rows for part in parts] == [6, 4, 4]
+
+    def test_a_row_group_that_is_too_large_stands_alone(self, tmp_path):
+        write_folder(tmp_path, [10], group=5)
+        assert [part.num_rows for part in plan_parts(*open_folder(str(tmp_path)), 2)] == [5, 5]
+
+    def test_a_shard_that_cannot_be_opened_is_a_part_that_says_so(self, tmp_path):
+        write_folder(tmp_path, [3, 3])
+        (tmp_path / "part-000.parquet").write_bytes(b"torn")
+        first, second = plan_parts(*open_folder(str(tmp_path)), 8)
+        assert first.fault
+        assert (first.num_rows, second.num_rows) == (0, 3)
+
+    def test_other_shards_make_another_plan(self, tmp_path):
+        write_folder(tmp_path, [3, 3])
+        before = plan_parts(*open_folder(str(tmp_path)), 8)
+        assert digest(before) == digest(plan_parts(*open_folder(str(tmp_path)), 8))
+        write_folder(tmp_path, [3, 4])
+        assert digest(before) != digest(plan_parts(*open_folder(str(tmp_path)), 8))
+
+
+class TestOptions:
+    @pytest.mark.parametrize("missing", ["num_frames", "height", "fps"])
+    def test_all_sizes_are_needed(self, missing):
+        sizes = {"num_frames": 9, "height": 16, "width": 16, "fps": 8.0} | {missing: None}
+        if missing == "height":
+            sizes["width"] = None
+        with pytest.raises(ConfigError, match="all four"):
+            EncodeOptions(wanted=ClipFormat(**sizes))
+
+    def test_sizes_that_the_networks_cannot_take_are_told(self, model):
+        with pytest.raises(ShapeError, match="9 frames of 15x16"):
+            encoding_for(model, EncodeOptions(wanted=ClipFormat(9, 15, 16, 8)))
+
+    def test_a_type_that_is_not_stored_is_told(self):
+        assert dtype_named("bfloat16") == "bfloat16"
+        with pytest.raises(ConfigError, match="float32, bfloat16, float16"):
+            dtype_named("int8")
+
+
+class TestStages:
+    def lines(self, folder: Path) -> pa.Table:
+        parts = plan_parts(*open_folder(str(folder)), 8)
+        tasks = pa.table({stages.TASK: [pickle.dumps(part) for part in parts[:2]]})
+        return pa.concat_tables(stages.read_and_decode(tasks, str(folder), WANTED, 4096))
+
+    def test_every_row_comes_out_with_pixels_or_a_reason(self, source):
+        lines = self.lines(source).to_pylist()
+        assert [(line["part"], line["row"]) for line in lines] == [
+            (part, row) for part in range(2) for row in range(8)
+        ]
+        bad = {(line["row"], line["reason"]) for line in lines if line["reason"]}
+        assert bad == BAD - {(4, "duplicate_id")}
+        size = tiny_wan.NUM_FRAMES * tiny_wan.HEIGHT * tiny_wan.WIDTH * 3
+        assert {len(line["pixels"]) for line in lines if not line["reason"]} == {size}
+
+    def test_text_that_is_no_utf8_costs_its_row(self, source, tmp_path):
+        table = pq.read_table(sorted(source.glob("*.parquet"))[-1]).slice(0, 3)
+        for name, row in (("sample_id", 0), ("caption", 2)):
+            values = table[name].to_pylist()
+            values[row] = b"gr\xf6n"
+            place = table.schema.get_field_index(name)
+            table = table.set_column(place, table.field(name), byte_strings(values))
+        pq.write_table(table, tmp_path / "latin.parquet")
+        reasons = [line["reason"] for line in self.lines(tmp_path).to_pylist()]
+        assert reasons == ["no_id", None, "unreadable_caption"]
+
+    def test_a_row_group_that_cannot_be_read_still_counts(self, tmp_path):
+        write_folder(tmp_path, [4])  # captions alone: no column `video`
+        part = Part(
+            0,
+            "part-000.parquet",
+            (tmp_path / "part-000.parquet").stat().st_size,
+            (SourceGroup(0, 0, 3), SourceGroup(1, 3, 1)),
+        )
+        tasks = pa.table({stages.TASK: [pickle.dumps(part)]})
+        lines = pa.concat_tables(stages.read_and_decode(tasks, str(tmp_path), WANTED, 4096))
+        assert lines["reason"].to_pylist() == ["unreadable_rows"] * 4
+        assert "video" in lines["detail"][0].as_py()
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_values_are_those_of_the_networks(self, source, model, dtype):
+        lines = self.lines(source)
+        shape = OPTIONS.pixel_shape
+        encoded = stages.EncodeVideos(model, shape, dtype, 1)(lines)
+        encoded = stages.EncodeCaptions(model, tiny_wan.TEXT_LENGTH, dtype, 1)(encoded)
+        encoding = encoding_for(model, EncodeOptions(WANTED, tiny_wan.TEXT_LENGTH, dtype))
+        vae, text = load_vae(model), load_text(model)
+        kind = getattr(torch, dtype)
+        rows = source_rows(source)
+        for line in encoded.to_pylist():
+            if line["reason"]:
+                assert line["latents"] is line["text_embeds"] is None
+                continue
+            row = rows.get(line["sample_id"])
+            if row is None or row["caption"] != line["caption"]:
+                continue
+            video = torch.from_numpy(decode_clip(row["video"], WANTED)).permute(3, 0, 1, 2)
+            expected = vae.encode(video[None].float() / 255)[0].to(kind)
+            assert torch.equal(unpack_latents(line["latents"], encoding), expected)
+            words = text.encode([line["caption"]], tiny_wan.TEXT_LENGTH)[0].to(kind)
+            assert torch.equal(unpack_text(line["text_embeds"], encoding), words)
+
+
+class TestWriter:
+    encoding = Encoding((1, 1, 1, 1), (1, 1), "float32", "v", "t")
+    parts = (
+        Part(0, "a.parquet", 1, (SourceGroup(0, 0, 2),)),
+        Part(1, "b.parquet", 1, (SourceGroup(0, 0, 1),)),
+        Part(2, "c.parquet", 1, (), "no footer"),
+    )
+
+    def writer(self, folder: Path, max_bad_fraction: float = 1.0) -> PartWriter:
+        journal = open_journal(str(folder), "encode", {})
+        missing = [part for part in self.parts if part.name not in journal.parts]
+        return PartWriter(journal, missing, self.encoding, max_bad_fraction, "encoding")
+
+    def line(self, part: int, row: int, name: str, reason: str | None = None) -> dict[str, Any]:
+        values = {"latents": bytes(4), "text_embeds": bytes(4)} if reason is None else {}
+        return {
+            "part": part,
+            "row": row,
+            "sample_id": name,
+            "caption": "c",
+            "reason": reason,
+            "detail": "",
+            "latents": None,
+            "text_embeds": None,
+        } | values
+
+    def test_a_part_is_written_when_its_last_row_has_come(self, tmp_path):
+        writer = self.writer(tmp_path)
+        writer.take(self.line(0, 0, "x"))
+        assert not (tmp_path / "part-00000.parquet").exists()
+        writer.take(self.line(0, 1, "y", "undecodable"))
+        assert pq.read_table(tmp_path / "part-00000.parquet")["sample_id"].to_pylist() == ["x"]
+        assert writer.num_waiting == 1
+
+    def test_an_id_is_taken_once_also_by_a_run_that_goes_on(self, tmp_path):
+        first = self.writer(tmp_path)
+        first.take(self.line(0, 0, "x"))
+        first.take(self.line(0, 1, "y", "undecodable"))
+        again = self.writer(tmp_path)
+        again.take(self.line(1, 0, "x"))
+        again.close()
+        journal = open_journal(str(tmp_path), "encode", {})
+        assert {(r.source, r.sample_id, r.reason) for r in journal.rejections} == {
+            ("a.parquet", "y", "undecodable"),
+            ("b.parquet", "x", "duplicate_id"),
+            ("c.parquet", "", "unreadable_shard"),
+        }
+
+    def test_rows_that_do_not_come_back_are_told(self, tmp_path):
+        writer = self.writer(tmp_path)
+        writer.take(self.line(0, 0, "x"))
+        with pytest.raises(DataError, match="2 rows of 2 parts"):
+            writer.close()
+
+    def test_an_error_of_the_server_arrives_as_itself(self, tmp_path):
+        line = self.line(0, -1, "", "server_failed")
+        line["detail"] = json.dumps(["reading b", "no answer", "an answer", "wait"])
+        with pytest.raises(DataError, match="no answer"):
+            self.writer(tmp_path).take(line)
+
+    def test_too_many_bad_rows_stop_the_command(self, tmp_path):
+        writer = self.writer(tmp_path, max_bad_fraction=0.4)
+        for part, row, reason in ((0, 0, None), (0, 1, "undecodable"), (1, 0, "no_id")):
+            writer.take(self.line(part, row, f"{part}-{row}", reason))
+        with pytest.raises(DataError, match="3 of 4"):
+            writer.close()
+        assert (tmp_path / "quarantine.parquet").exists()
+
+
+def run_encode(source: Path, target: Path, model: str) -> subprocess.Popen[str]:
+    command = [
+        *(sys.executable, "-m", "pipelines.cli", "encode", str(source), str(target)),
+        *("--model", model, "--num-frames", str(tiny_wan.NUM_FRAMES)),
+        *("--height", str(tiny_wan.HEIGHT), "--width", str(tiny_wan.WIDTH), "--fps", "8"),
+        *("--text-length", str(tiny_wan.TEXT_LENGTH), "--shard-clips", "8"),
+        *("--max-bad-fraction", "0.1", "--json"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.fixture(scope="module")
+def encoded(
+    source: Path, model: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
+) -> tuple[Path, EncodeReport]:
+    """The set encoded by a command that was killed, and the report of the one that went on."""
+    target = tmp_path_factory.mktemp("encoded") / "set"
+    killed = run_encode(source, target, model)
+    progress = target / "_progress"
+    while not any(progress.glob("*.json")):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.002)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (target / "_index.json").exists()
+    return target, encode(str(source), str(target), model, replace(OPTIONS, max_bad_fraction=0.1))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+class TestKilledAndRunAgain:
+    def test_every_good_clip_is_there_exactly_once(self, encoded, source):
+        target, report = encoded
+        filesystem, root = open_folder(str(target))
+        index = read_index(filesystem, root) or ()
+        names = [
+            name
+            for shard in index
+            for name in pq.read_table(target / shard.path)["sample_id"].to_pylist()
+        ]
+        assert len(names) == len(set(names)) == report.num_clips == 44
+        assert set(names) == set(source_rows(source))
+        assert 0 < report.num_new < 44
+        assert not (target / "_progress").exists()
+
+    def test_bad_clips_are_in_the_quarantine_exactly_once(self, encoded):
+        target, report = encoded
+        found = pq.read_table(target / "quarantine.parquet").to_pylist()
+        assert {(row["row"], row["reason"]) for row in found} == BAD
+        assert len(found) == len(BAD)
+        assert report.rejected == {"undecodable": 2, "empty_caption": 1, "duplicate_id": 1}
+
+    def test_values_are_those_of_the_networks(self, encoded, source, model):
+        target, _ = encoded
+        table = pq.read_table(sorted(target.glob("part-*.parquet"))[-1])
+        encoding = encoding_of(table.schema)
+        assert encoding == encoding_for(model, OPTIONS)
+        vae, text, rows = load_vae(model), load_text(model), source_rows(source)
+        for line in table.to_pylist():
+            row = rows[line["sample_id"]]
+            video = torch.from_numpy(decode_clip(row["video"], WANTED)).permute(3, 0, 1, 2)
+            expected = vae.encode(video[None].float() / 255)[0]
+            assert torch.equal(unpack_latents(line["latents"], encoding), expected)
+            words = text.encode([line["caption"]], tiny_wan.TEXT_LENGTH)[0]
+            assert torch.equal(unpack_text(line["text_embeds"], encoding), words)
+
+    def test_a_finished_set_is_left_as_it_is(self, encoded, source, model):
+        target, _ = encoded
+        again = run_encode(source, target, model)
+        out, err = again.communicate(timeout=300)
+        assert again.returncode == 0, err
+        report = json.loads(out)
+        assert (report["clips"], report["new_clips"]) == (44, 0)
+
+    def test_another_model_is_refused(self, encoded, source, model, tmp_path):
+        target, _ = encoded
+        words = sorted({word for text in captions(Split.TRAIN) for word in text.split()})
+        other = tiny_wan.write_tiny_wan(tmp_path / "other", words, seed=1)
+        with pytest.raises(DataError, match="encoding ="):
+            encode(str(source), str(target), str(other), OPTIONS)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_shares_of_gpus_that_the_cluster_does_not_have_are_told(source, model, tmp_path):
+    options = replace(OPTIONS, videos=Pool(2, 0.5), captions=Pool(1, 0.25))
+    with pytest.raises(InsufficientResourcesError, match=r"0 GPU.*at least 1.25 GPU"):
+        encode(str(source), str(tmp_path / "set"), model, options)

@@ -1,0 +1,55 @@
+"""Work in other processes: order, errors, and processes that die."""
+
+import os
+import time
+
+import pytest
+
+from pipelines.data.making.ordered_pool import Died, map_in_order
+
+
+def slow_square(number: int) -> int:
+    time.sleep(0.02 * (number % 3))
+    return number * number
+
+
+def die_at_three(number: int) -> int:
+    if number == 3:
+        os._exit(7)
+    return number
+
+
+def fail_at_two(number: int) -> int:
+    if number == 2:
+        raise KeyError("two")
+    return number
+
+
+@pytest.mark.parametrize("num_processes", [0, 2])
+def test_results_come_in_the_order_of_the_items(num_processes):
+    assert list(map_in_order(slow_square, range(9), num_processes)) == [n * n for n in range(9)]
+
+
+def test_items_are_taken_only_as_places_become_free():
+    taken = []
+
+    def items():
+        for number in range(50):
+            taken.append(number)
+            yield number
+
+    results = map_in_order(slow_square, items(), 2)
+    assert next(results) == 0
+    assert len(taken) <= 4
+    results.close()
+
+
+def test_an_item_that_ends_its_process_is_named_and_the_others_come_through():
+    assert list(map_in_order(die_at_three, range(8), 2)) == [0, 1, 2, Died(3), 4, 5, 6, 7]
+
+
+def test_an_error_of_the_function_is_raised():
+    results = map_in_order(fail_at_two, range(4), 2)
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(KeyError, match="two"):
+        next(results)

@@ -1,0 +1,344 @@
+"""`sgmd prepare`: what is taken, what is not, and that a killed run loses and repeats nothing."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from s3fs import S3FileSystem
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.data.clips.clip_decoding import read_facts
+from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
+from pipelines.data.making.prepare import PrepareOptions, prepare
+from pipelines.data.making.prepare_clip import ClipRules
+from pipelines.data.making.sources import Columns
+from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.index import read_index
+from sgmd_core.errors import DataError
+from tests.e2e.processes import ROOT
+from tests.helpers.s3_server import serve_s3, use_server
+from tests.helpers.video_files import grey_frames, real_clips, sound_file, video_file
+
+HERE = PrepareOptions(num_processes=0, max_bad_fraction=1.0)
+
+
+def rows(folder: Path | str) -> list[dict]:
+    """All rows of a set, in the order of its index."""
+    filesystem, root = open_folder(str(folder))
+    found = []
+    for shard in read_index(filesystem, root) or ():
+        with filesystem.open(f"{root}/{shard.path}", "rb") as file:
+            parquet = pq.ParquetFile(file)
+            stored = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
+            assert stored == list(shard.rows or ())
+            found += parquet.read().to_pylist()
+    return found
+
+
+def quarantine(folder: Path | str) -> dict[str, str]:
+    return {
+        row["sample_id"]: row["reason"]
+        for row in pq.read_table(f"{folder}/quarantine.parquet").to_pylist()
+    }
+
+
+def write_clip(folder: Path, name: str, video: bytes, caption: str | None) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(video)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real clips and odd ones, each with a caption, in two folders."""
+    folder = tmp_path_factory.mktemp("source")
+    for name, path in real_clips().items():
+        write_clip(folder, f"real/{name}", path.read_bytes(), f"filmed: {name}")
+    frames = grey_frames(range(40, 240, 20), height=33, width=47)
+    odd = {
+        "odd.mp4": video_file(frames),
+        "rotated.mp4": video_file(frames, rotation=90),
+        "variable.mp4": video_file(frames[:3], times_s=[0, 0.1, 0.5]),
+        "sound.mp4": video_file(frames, with_audio=True),
+        "film.mkv": video_file(frames, fps=Fraction(24000, 1001), container_format="matroska"),
+        "vp9.webm": video_file(
+            frames[:, :32, :46], codec="libvpx-vp9", container_format="webm", pix_fmt="yuv420p"
+        ),
+    }
+    for name, video in odd.items():
+        write_clip(folder, f"odd/{name}", video, f"made: {name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bad_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One good clip, and one of every fault."""
+    folder = tmp_path_factory.mktemp("bad")
+    good = video_file(grey_frames([50, 100]))
+    write_clip(folder, "good.mp4", good, "good")
+    write_clip(folder, "a/text.mp4", b"no video", "text")
+    write_clip(folder, "a/sound.mkv", sound_file(), "sound alone")
+    write_clip(folder, "a/lonely.mp4", good, None)
+    write_clip(folder, "a/blank.mp4", good, " \n")
+    write_clip(folder, "a/wordy.mp4", good, "word " * 900)
+    write_clip(folder, "a/latin.mp4", good, None)
+    (folder / "a" / "latin.txt").write_bytes("café".encode("latin-1"))
+    write_clip(folder, "a/large.mp4", good + bytes(200_000), "large")
+    return folder
+
+
+class TestWhatIsTaken:
+    def test_files_are_kept_byte_by_byte_under_their_paths(self, source, tmp_path):
+        report = prepare(str(source), str(tmp_path / "set"), HERE)
+        found = {row["sample_id"]: row for row in rows(tmp_path / "set")}
+        videos = {str(p.relative_to(source)) for p in source.rglob("*.*") if p.suffix != ".txt"}
+        assert set(found) == videos
+        assert report.num_clips == report.num_new == len(videos) == 10
+        assert report.rejected == {}
+        for name, row in found.items():
+            assert row["video"] == (source / name).read_bytes()
+            assert row["caption"].endswith(Path(name).name)
+        rates = {name: round(row["fps"], 3) for name, row in found.items()}
+        assert rates["real/carphone_pristine.mp4"] == 29.97
+        assert rates["odd/film.mkv"] == 23.976
+        assert rates["real/bikes.mp4"] == 25
+
+    def test_processes_make_the_same_files_as_none(self, source, tmp_path):
+        files = []
+        for number, processes in enumerate((0, 2)):
+            folder = tmp_path / str(number)
+            options = PrepareOptions(num_processes=processes, shard_clips=3)
+            prepare(str(source), str(folder), options)
+            files.append(
+                {
+                    path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                    for path in folder.glob("*.parquet")
+                }
+            )
+        assert files[0] == files[1]
+        assert len(files[0]) == 4 + 1  # and the quarantine
+
+    def test_a_shard_is_closed_by_number_or_by_size(self, source, tmp_path):
+        options = PrepareOptions(num_processes=0, shard_clips=4, shard_bytes=400_000)
+        prepare(str(source), str(tmp_path), options)
+        filesystem, root = open_folder(str(tmp_path))
+        shards = read_index(filesystem, root) or ()
+        sizes = [shard.num_rows for shard in shards]
+        assert max(sizes) == 4
+        # Every one of the three large clips fills a shard.
+        assert len(sizes) > 4 or sizes.count(4) == 1
+        assert sum(sizes) == 10
+
+    def test_clips_can_be_brought_into_one_format(self, source, tmp_path):
+        wanted = ClipFormat(num_frames=5, height=32, width=48, fps=8, policy=FitPolicy.CROP)
+        options = PrepareOptions(
+            num_processes=0, max_bad_fraction=1.0, rules=ClipRules(wanted=wanted)
+        )
+        report = prepare(str(source), str(tmp_path), options)
+        # Three frames that last 0.9 s in all are too few, as are 10 frames in 0.42 s.
+        assert quarantine(tmp_path)["odd/film.mkv"] == "too_short"
+        assert report.num_clips >= 8
+        for row in rows(tmp_path):
+            facts = read_facts(row["video"])
+            assert (facts.height, facts.width, facts.num_frames, facts.fps) == (32, 48, 5, 8)
+            assert row["fps"] == 8
+
+    def test_other_sizes_can_be_refused(self, source, tmp_path):
+        wanted = ClipFormat(height=33, width=47, policy=FitPolicy.REFUSE)
+        rules = ClipRules(wanted=wanted)
+        prepare(
+            str(source / "odd"),
+            str(tmp_path),
+            PrepareOptions(num_processes=0, max_bad_fraction=1.0, rules=rules),
+        )
+        assert quarantine(tmp_path) == {"rotated.mp4": "wrong_size", "vp9.webm": "wrong_size"}
+
+
+class TestWhatIsNotTaken:
+    def test_every_fault_has_its_name(self, bad_source, tmp_path):
+        rules = ClipRules(max_clip_bytes=200_000)
+        options = PrepareOptions(num_processes=0, max_bad_fraction=1.0, rules=rules)
+        report = prepare(str(bad_source), str(tmp_path), options)
+        assert quarantine(tmp_path) == {
+            "a/text.mp4": "undecodable",
+            "a/sound.mkv": "no_frames",
+            "a/lonely.mp4": "missing_caption",
+            "a/blank.mp4": "empty_caption",
+            "a/wordy.mp4": "long_caption",
+            "a/latin.mp4": "unreadable_caption",
+            "a/large.mp4": "too_large",
+        }
+        assert [row["sample_id"] for row in rows(tmp_path)] == ["good.mp4"]
+        assert sum(report.rejected.values()) == 7
+
+    def test_too_many_stop_the_command_and_the_worst_place_is_named(self, bad_source, tmp_path):
+        options = PrepareOptions(num_processes=0, max_bad_fraction=0.5)
+        with pytest.raises(DataError, match=r"6 of 8.*/a \(6\)") as caught:
+            prepare(str(bad_source), str(tmp_path), options)
+        assert "--retry-bad" in str(caught.value)
+        assert not (tmp_path / "_index.json").exists()
+        assert len(quarantine(tmp_path)) == 6
+
+    def test_repaired_clips_are_taken_when_asked_for(self, bad_source, tmp_path):
+        source = tmp_path / "source"
+        good = video_file(grey_frames([50, 100]))
+        for name in ("a.mp4", "b.mp4"):
+            write_clip(source, name, good, name)
+        (source / "b.mp4").write_bytes(b"broken")
+        prepare(str(source), str(tmp_path / "set"), HERE)
+        (source / "b.mp4").write_bytes(good)
+        prepare(str(source), str(tmp_path / "set"), HERE)
+        assert len(rows(tmp_path / "set")) == 1
+        again = PrepareOptions(num_processes=0, retry_bad=True)
+        assert prepare(str(source), str(tmp_path / "set"), again).num_new == 1
+        assert [row["sample_id"] for row in rows(tmp_path / "set")] == ["a.mp4", "b.mp4"]
+        assert quarantine(tmp_path / "set") == {}
+
+    def test_an_id_that_comes_again_is_rejected_and_stays_so(self, source, tmp_path):
+        manifest = tmp_path / "list.jsonl"
+        lines = [("x", "odd.mp4"), ("y", "sound.mp4"), ("x", "rotated.mp4"), ("z", "gone.mp4")]
+        manifest.write_text(
+            "".join(
+                json.dumps({"id": name, "path": f"{source}/odd/{file}", "caption": file}) + "\n"
+                for name, file in lines
+            )
+        )
+        options = PrepareOptions(
+            num_processes=0, max_bad_fraction=1.0, columns=Columns(sample_id="id")
+        )
+        for _ in range(2):
+            prepare(str(manifest), str(tmp_path / "set"), options)
+            assert {r["sample_id"]: r["caption"] for r in rows(tmp_path / "set")} == {
+                "x": "odd.mp4",
+                "y": "sound.mp4",
+            }
+            assert quarantine(tmp_path / "set") == {"x": "duplicate_id", "z": "missing_video"}
+            assert pq.read_table(tmp_path / "set" / "quarantine.parquet").num_rows == 2
+
+    def test_a_source_without_videos_is_told(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(DataError, match="not a single video"):
+            prepare(str(tmp_path / "empty"), str(tmp_path / "set"), HERE)
+
+    def test_a_folder_of_other_data_is_left_alone(self, source, tmp_path):
+        (tmp_path / "part-00000.parquet").write_bytes(b"mine")
+        with pytest.raises(DataError, match="did not write"):
+            prepare(str(source), str(tmp_path), HERE)
+        assert (tmp_path / "part-00000.parquet").read_bytes() == b"mine"
+
+    def test_one_folder_holds_one_format(self, source, tmp_path):
+        prepare(str(source / "odd"), str(tmp_path), HERE)
+        rules = ClipRules(wanted=ClipFormat(fps=5))
+        options = PrepareOptions(num_processes=0, max_bad_fraction=1.0, rules=rules)
+        with pytest.raises(DataError, match=r"format = .*None.*format = .*5"):
+            prepare(str(source / "odd"), str(tmp_path), options)
+
+
+class TestResuming:
+    def test_clips_that_join_the_source_later_join_the_set(self, tmp_path):
+        good = video_file(grey_frames([50, 100]))
+        for name in ("b.mp4", "c.mp4"):
+            write_clip(tmp_path / "source", name, good, name)
+        prepare(str(tmp_path / "source"), str(tmp_path / "set"), HERE)
+        write_clip(tmp_path / "source", "a.mp4", good, "a.mp4")
+        report = prepare(str(tmp_path / "source"), str(tmp_path / "set"), HERE)
+        assert (report.num_clips, report.num_new) == (3, 1)
+        names = [row["sample_id"] for row in rows(tmp_path / "set")]
+        assert names == ["b.mp4", "c.mp4", "a.mp4"]
+
+    def test_killed_in_the_middle_and_run_again_every_clip_is_there_once(self, tmp_path):
+        video = real_clips()["carphone_distorted.mp4"].read_bytes()
+        for number in range(48):
+            caption = f"clip {number}" if number % 8 else ""
+            write_clip(tmp_path / "source", f"{number:02d}.mp4", video, caption)
+        command = [
+            *(sys.executable, "-m", "pipelines.cli", "prepare", str(tmp_path / "source")),
+            *(str(tmp_path / "set"), "--shard-clips=4", "--processes=1", "--max-bad-fraction=1"),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        progress = tmp_path / "set" / "_progress"
+        while not progress.is_dir() or len(list(progress.glob("*.json"))) < 2:
+            assert run.poll() is None
+            time.sleep(0.01)
+        children = children_of(run.pid)
+        assert children
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        assert not (tmp_path / "set" / "_index.json").exists()
+        # What a kill between a shard and its line in the journal leaves behind.
+        (tmp_path / "set" / "part-00099.parquet.writing").write_bytes(b"torn")
+        subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+
+        names = [row["sample_id"] for row in rows(tmp_path / "set")]
+        bad = quarantine(tmp_path / "set")
+        assert len(names) == len(set(names)) == 42
+        assert sorted([*names, *bad]) == [f"{number:02d}.mp4" for number in range(48)]
+        assert not progress.exists()
+        end = time.monotonic() + 20
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < end, "processes outlive the command"
+            time.sleep(0.1)
+
+
+def children_of(process: int) -> list[str]:
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
+def test_from_a_bucket_into_a_bucket(source, tmp_path, monkeypatch):
+    bucket = tmp_path / "s3" / "clips"
+    bucket.mkdir(parents=True)
+    for path in (source / "odd").iterdir():
+        (bucket / "raw" / "deep").mkdir(parents=True, exist_ok=True)
+        (bucket / "raw" / "deep" / path.name).write_bytes(path.read_bytes())
+    (bucket / "raw" / "bad.mp4").write_bytes(b"")
+    with serve_s3(tmp_path / "s3") as server:
+        use_server(server.environment, monkeypatch)
+        options = PrepareOptions(num_processes=0, max_bad_fraction=0.2, shard_clips=2)
+        for _ in range(2):
+            report = prepare("s3://clips/raw", "s3://clips/set", options)
+            assert (report.num_clips, report.num_shards) == (6, 3)
+            assert report.rejected == {"missing_caption": 1}
+        found = rows("s3://clips/set")
+    S3FileSystem.clear_instance_cache()
+    assert sorted(row["sample_id"] for row in found) == sorted(
+        f"deep/{path.name}" for path in (source / "odd").iterdir() if path.suffix != ".txt"
+    )
+    assert sorted(path.name for path in (bucket / "set").iterdir()) == [
+        "_index.json",
+        "_prepare.json",
+        *(f"part-0000{n}.parquet" for n in range(3)),
+        "quarantine.parquet",
+    ]
+
+
+class TestCommand:
+    def test_the_counts_are_printed_as_json_and_progress_apart_from_them(self, source, tmp_path):
+        result = CliRunner().invoke(
+            app,
+            ["prepare", str(source / "odd"), str(tmp_path), "--json", "--processes", "0"],
+        )
+        assert result.exit_code == 0
+        data = json.loads(result.stdout)
+        assert (data["clips"], data["new_clips"], data["rejected"]) == (6, 6, {})
+        assert "6 clips, 0 bad, 1 shards" in result.stderr
+
+    def test_too_many_bad_clips_are_a_wrong_request(self, bad_source, tmp_path):
+        result = CliRunner().invoke(
+            app, ["prepare", str(bad_source), str(tmp_path), "--processes", "0"]
+        )
+        assert result.exit_code == 2
+        assert result.stderr.splitlines()[-1].startswith("DataError: ")

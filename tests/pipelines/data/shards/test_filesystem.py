@@ -1,0 +1,114 @@
+"""Folders are opened in one place, and what is wrong with a server is told without its keys."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines.data.shards.filesystem import S3Settings, is_transient, open_folder, without_secrets
+from sgmd_core.errors import ConfigError, DataError
+from tests.helpers.s3_server import S3Server, serve_s3, use_server
+
+QUICK = S3Settings(max_attempts=2, connect_timeout_s=1, read_timeout_s=5)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    root = tmp_path_factory.mktemp("s3")
+    (root / "clips" / "set").mkdir(parents=True)
+    (root / "clips" / "set" / "one.txt").write_text("one")
+    with serve_s3(root) as running:
+        yield running
+
+
+@pytest.fixture
+def keys(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    use_server(server.environment, monkeypatch)
+    return server.environment
+
+
+def test_a_local_folder_needs_no_server(tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("one")
+    filesystem, root = open_folder(f"{tmp_path}/")
+    assert filesystem.ls(root, detail=False) == [f"{tmp_path}/one.txt"]
+
+
+def test_a_folder_on_s3_is_read(keys: dict[str, str]) -> None:
+    filesystem, root = open_folder("s3://clips/set/")
+    assert root == "clips/set"
+    assert filesystem.cat_file(f"{root}/one.txt") == b"one"
+
+
+def test_the_checksum_setting_takes_the_place_of_the_variables(
+    keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_RESPONSE_CHECKSUM_VALIDATION")
+    monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION")
+    filesystem, root = open_folder("s3://clips/set", S3Settings(checksums="when_required"))
+    filesystem.pipe_file(f"{root}/two.txt", b"two")
+    assert filesystem.cat_file(f"{root}/two.txt") == b"two"
+
+
+def test_a_missing_bucket_is_named(keys: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=r"s3://nobucket/set: .*a bucket of that name"):
+        open_folder("s3://nobucket/set", QUICK)
+
+
+@pytest.mark.parametrize("wrong", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
+def test_wrong_keys_are_told_and_never_shown(
+    keys: dict[str, str], monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    monkeypatch.setenv(wrong, "certainly-not-the-key")
+    with pytest.raises(DataError, match=r"keys that the server knows") as caught:
+        open_folder("s3://clips/set", QUICK)
+    told = str(caught.value)
+    shown = [value for name, value in keys.items() if "KEY" in name] + ["certainly-not-the-key"]
+    assert not any(value in told for value in shown)
+
+
+def test_no_keys_at_all_are_told(keys: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    with pytest.raises(DataError, match=r"keys that the server knows"):
+        open_folder("s3://clips/set", QUICK)
+
+
+def test_a_server_that_is_down_is_told(
+    keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{free.getsockname()[1]}")
+    with pytest.raises(DataError, match=r"a server that answers.*AWS_ENDPOINT_URL"):
+        open_folder("s3://clips/set", QUICK)
+
+
+def test_an_address_of_an_unknown_kind_is_told() -> None:
+    with pytest.raises(DataError, match=r"a local path or s3://bucket/prefix"):
+        open_folder("ftpx://somewhere/set")
+
+
+def test_keys_are_blotted_out_of_any_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
+    assert (
+        without_secrets("at https://me:word@host/x with hidden") == "at https://***@host/x with ***"
+    )
+
+
+def test_waiting_helps_against_a_server_and_not_against_broken_data() -> None:
+    import errno
+
+    assert is_transient(OSError(errno.EBUSY, "Please reduce your request rate"))
+    assert is_transient(TimeoutError())
+    assert is_transient(ConnectionResetError())
+    assert not is_transient(FileNotFoundError("gone"))
+    assert not is_transient(PermissionError("no"))
+    assert not is_transient(OSError("Couldn't deserialize thrift"))
+
+
+def test_a_setting_that_cannot_work_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.s3\.max_attempts: 0"):
+        S3Settings(max_attempts=0)

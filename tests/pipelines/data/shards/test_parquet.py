@@ -1,0 +1,49 @@
+"""Parquet read from Python's files: nothing of Arrow's may outlive the read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.shards import write_folder
+
+# Counts the threads of its process around one read, once everything is imported.
+PROGRAM = """
+import io, os, sys
+from pathlib import Path
+from pipelines.data.shards.filesystem import S3Settings, open_folder
+from pipelines.data.shards.parquet import RowGroupReader, read_parquet
+
+folder, way = sys.argv[1:]
+path = next(Path(folder).glob("*.parquet"))
+
+def row_group():
+    reader = RowGroupReader(*open_folder(folder), S3Settings(native_reads=False))
+    (table,) = reader.read([(path.name, path.stat().st_size, 1)], ["sample_id", "caption"])
+    return table
+
+ways = {
+    "row_group": row_group,
+    "file": lambda: read_parquet(path.open("rb")),
+    "bytes": lambda: read_parquet(io.BytesIO(path.read_bytes()), ["caption"]),
+}
+before = len(os.listdir("/proc/self/task"))
+assert ways[way]().num_rows > 0
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.parametrize("way", ["row_group", "file", "bytes"])
+def test_reading_starts_no_thread_that_might_meet_the_end_of_the_process(
+    tmp_path: Path, way: str
+) -> None:
+    write_folder(tmp_path, [9])
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), way],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "0"

@@ -1,0 +1,118 @@
+"""One feed for captions, latents, embeddings and decoded clips."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
+from pipelines.data.shards.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO, Encoding, encoded_schema
+from pipelines.data.shards.values import pack, pack_text
+from pipelines.data.stream.feed import Batch, Feed, Progress, StreamSettings
+from pipelines.data.stream.source import Source
+from pipelines.data.stream.window_decoding import ClipDecoder
+from pipelines.media.video import decode_video, encode_mp4
+from pipelines.shapes import render, sample_spec, write_shards
+
+SHAPE = (13, 32, 32, 3)
+
+
+def decode(data: bytes, fps: float) -> np.ndarray:
+    assert fps == 8
+    return decode_video(data)
+
+
+def feed(source: Source) -> Feed:
+    return Feed(StreamSettings(source, 0, max_bad_fraction=1.0), Progress(), 100)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_and_embeddings_come_with_their_rows(tmp_path: Path, dtype) -> None:
+    encoding = Encoding((2, 3, 2, 2), (4, 5), dtype, "v", "t")
+    latents, texts = torch.randn(20, 2, 3, 2, 2), torch.randn(20, 4, 5)
+    texts[:, 3:] = 0
+    columns = {
+        "sample_id": [str(row) for row in range(20)],
+        "caption": ["c"] * 20,
+        "latents": [pack(value, dtype) for value in latents],
+        "text_embeds": [pack_text(value, dtype) for value in texts],
+    }
+    table = pa.table(columns, schema=encoded_schema(encoding))
+    pq.write_table(table, tmp_path / "one.parquet", row_group_size=6)
+    source = Source(str(tmp_path), columns=(LATENTS, TEXT_EMBEDS), encoding=encoding)
+    stream = feed(source)
+    stored = getattr(torch, dtype)
+    for _ in range(5):
+        first, second = stream.take(3), stream.take(5)
+        for batch, found, true in (
+            (first, stream.latents(first.number), latents.to(stored)),
+            (second, stream.embeddings(second.number), texts.to(stored).float()),
+        ):
+            rows = torch.tensor([int(name) for name in batch.sample_ids])
+            assert found.dtype == true.dtype
+            assert torch.equal(found, true[rows])
+
+
+def test_clips_are_decoded_and_the_undecodable_left_out(tmp_path: Path) -> None:
+    write_shards(str(tmp_path), num_clips=6, shard_size=6, seed=0)
+    small = encode_mp4(np.zeros((13, 16, 16, 3), np.uint8), 8)
+    whole = encode_mp4(render(sample_spec(0, 0)), 8)
+    rows = {"torn": whole[: len(whole) // 2], "text": b"no video", "empty": b"", "small": small}
+    columns = {
+        "sample_id": [*rows],
+        "caption": ["c"] * 4,
+        "video": [*rows.values()],
+        "fps": [8] * 4,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "bad.parquet")
+    (tmp_path / "_index.json").unlink()
+    source = Source(str(tmp_path), columns=(VIDEO, FPS), decode=decode, pixel_shape=SHAPE)
+    stream = feed(source)
+    batches: list[Batch] = [stream.take(3), stream.take(3)]
+    reasons = {each.sample_id: each.reason for batch in batches for each in batch.rejects}
+    assert set(reasons) == set(rows)
+    assert reasons["text"].startswith("undecodable video")
+    assert reasons["torn"].startswith(("undecodable video", "pixels of a wrong shape"))
+    assert reasons["empty"] == "no video"
+    assert reasons["small"] == "pixels of a wrong shape ((13, 16, 16, 3))"
+    for batch in batches:
+        pixels = stream.pixels(batch.number)
+        assert pixels.shape == (3, *SHAPE)
+        for name, clip in zip(batch.sample_ids, pixels, strict=True):
+            true = render(sample_spec(0, int(name.split("-")[-1])))
+            # Nearly lossless: a level or two of 255 on average.
+            assert np.abs(clip.astype(int) - true.astype(int)).mean() < 2
+
+
+@pytest.mark.parametrize("policy", FitPolicy)
+def test_what_becomes_of_another_size_and_length_is_the_policys(
+    tmp_path: Path, policy: FitPolicy
+) -> None:
+    films = {
+        "right": np.full((5, 32, 32, 3), 90, np.uint8),
+        "wide": np.full((5, 32, 48, 3), 90, np.uint8),
+        "short": np.full((2, 32, 32, 3), 90, np.uint8),
+    }
+    columns = {
+        "sample_id": [*films],
+        "caption": ["c"] * 3,
+        "video": [encode_mp4(frames, 8) for frames in films.values()],
+        "fps": [8.0] * 3,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "one.parquet")
+    decoder = ClipDecoder(ClipFormat(5, 32, 32, fps=8, policy=policy))
+    source = Source(str(tmp_path), columns=(VIDEO, FPS), decode=decoder, pixel_shape=(5, 32, 32, 3))
+    usable = 1 if policy is FitPolicy.REFUSE else 2
+    stream = feed(source)
+    batch = stream.take(usable)
+    assert stream.pixels(batch.number).shape == (usable, 5, 32, 32, 3)
+    reasons = {each.sample_id: each.reason for each in batch.rejects}
+    assert reasons.pop("short").startswith("video too short (0.250 s of video")
+    if policy is FitPolicy.REFUSE:
+        refused = "video of a wrong size (a picture of 32x48 (height x width); expected 32x32)"
+        assert reasons == {"wide": refused}
+    else:
+        assert set(batch.sample_ids) == {"right", "wide"}

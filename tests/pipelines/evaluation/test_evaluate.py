@@ -1,0 +1,358 @@
+"""`evaluate`: every way of sampling measured alike, remembered, and judged by fixed criteria."""
+
+import io
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from pipelines.commands.evaluation_table import table, verdict_lines
+from pipelines.config.recipe import load_recipe
+from pipelines.evaluation.result import (
+    FLOOR,
+    GENERATOR,
+    REFERENCE,
+    TEACHER_FEW,
+    Evaluation,
+    EvaluationRow,
+    Figure,
+    judge,
+)
+from pipelines.evaluation.run import EVALUATION_FILE, EvaluationOptions, evaluate
+from pipelines.media.inference import (
+    InferenceSettings,
+    read_inference_settings,
+    write_inference_settings,
+)
+from pipelines.shapes import Split, captions
+from sgmd_core.errors import CheckpointError, ConfigError, DataError
+from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
+from workers.clip_measures import MEASURES
+
+CAPTIONS = captions(Split.HELD_OUT)[:4]
+WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
+OPTIONS = EvaluationOptions(
+    num_captions=8,
+    batch_size=4,
+    teacher_steps=3,
+    guidance_scale=2.0,
+    num_bootstraps=5,
+    num_shown=2,
+    num_threads=1,
+)
+
+
+def write_captions(folder: Path, texts: list[str]) -> str:
+    folder.mkdir(parents=True)
+    rows = {"sample_id": [str(index) for index in range(len(texts))], "caption": texts}
+    pq.write_table(pa.table(rows), folder / "a.parquet")
+    return str(folder)
+
+
+def write_model(folder: Path, num_steps: int, seed: int) -> Path:
+    write_tiny_wan(folder, WORDS, seed)
+    settings = InferenceSettings(
+        num_steps=num_steps,
+        guidance_scale=1.0,
+        flow_shift=5.0,
+        text_length=TEXT_LENGTH,
+        num_frames=NUM_FRAMES,
+        height=HEIGHT,
+        width=WIDTH,
+        fps=8,
+    )
+    write_inference_settings(folder, settings)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A teacher, a generator and captions."""
+    root = tmp_path_factory.mktemp("evaluate")
+    write_model(root / "teacher", 3, seed=0)
+    write_model(root / "generator", 2, seed=1)
+    write_captions(root / "captions", CAPTIONS * 2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def evaluation(place) -> Evaluation:
+    return run_evaluation(place, place / "result")
+
+
+def run_evaluation(place: Path, output: Path, cache: Path | None = None, **changes) -> Evaluation:
+    return evaluate(
+        place / "generator",
+        teacher=place / "teacher",
+        captions=str(place / "captions"),
+        output=output,
+        cache=cache,
+        options=replace(OPTIONS, **changes),
+    )
+
+
+def row(name: str, **figures) -> EvaluationRow:
+    facts = {"label": name, "num_steps": 4, "guidance_scale": 1.0, "seed": 1}
+    return EvaluationRow(name=name, seconds_per_clip=1.0, remembered=False, **facts, **figures)
+
+
+def verdicts(generator: EvaluationRow, baseline_error: float = 0.1) -> list[bool]:
+    baseline = row(TEACHER_FEW, above_floor=Figure(value=2.0, error=baseline_error))
+    return [verdict.passed for verdict in judge([row(FLOOR), baseline, generator])]
+
+
+def good_generator(**changes) -> EvaluationRow:
+    figures = {
+        "colour": 0.95,
+        "direction": 0.9,
+        "speed_ratio": 0.91,
+        "above_floor": Figure(value=1.0, error=0.1),
+        "ratio": Figure(value=0.5, error=0.05),
+    }
+    return row(GENERATOR, **{**figures, **changes})
+
+
+class TestRows:
+    def test_every_way_of_sampling_has_a_row_with_its_steps_guidance_and_seed(self, evaluation):
+        ways = [(row.num_steps, row.guidance_scale, row.seed) for row in evaluation.rows]
+        assert ways == [(3, 2.0, 0), (3, 2.0, 1), (2, 1.0, 1), (2, 2.0, 1), (2, 1.0, 1)]
+
+    def test_every_row_is_measured(self, evaluation):
+        for found in evaluation.rows:
+            assert 0 <= found.colour <= 1
+            assert 0 <= found.direction <= 1
+            assert -1 <= found.speed_spearman <= 1
+            assert found.seconds_per_clip > 0
+            assert (found.frechet is None) == (found.name == REFERENCE)
+        assert evaluation.row(REFERENCE).speed_ratio == 1
+        assert evaluation.row(TEACHER_FEW).ratio.value == 1
+        assert evaluation.row(FLOOR).above_floor.value == 0
+
+    def test_the_floor_is_above_zero_and_the_generator_is_not_its_teacher(self, evaluation):
+        floor, generator = evaluation.row(FLOOR).frechet, evaluation.row(GENERATOR).frechet
+        few = evaluation.row(TEACHER_FEW).frechet
+        assert floor.value > 0
+        assert generator.value != few.value
+
+    def test_a_generator_that_is_its_teacher_has_its_teachers_distance(self, place, tmp_path):
+        shutil.copytree(place / "teacher", place / "same")
+        found = evaluate(
+            place / "same",
+            teacher=place / "teacher",
+            captions=str(place / "captions"),
+            output=tmp_path,
+            options=OPTIONS,
+        )
+        assert found.row(GENERATOR).frechet == found.row(TEACHER_FEW).frechet
+
+    def test_captions_of_another_world_leave_the_exact_columns_out(self, place, tmp_path):
+        other = write_captions(tmp_path / "captions", ["a cat on a sofa", *CAPTIONS[:3]] * 2)
+        found = evaluate(
+            place / "generator",
+            teacher=place / "teacher",
+            captions=other,
+            output=tmp_path / "result",
+            options=OPTIONS,
+        )
+        assert {row.colour for row in found.rows} == {None}
+        assert len(found.verdicts) == 1
+        assert "colour" not in printed(found)
+
+
+class TestMeasures:
+    def test_every_row_has_every_measure_with_its_interval(self, evaluation):
+        names = {*MEASURES, "colour", "shape", "direction", "mean_speed_px_per_frame"}
+        for found in evaluation.rows:
+            assert found.measures.keys() == names | {"diversity", "seconds_per_clip"}
+            for measure in found.measures.values():
+                assert measure.low <= measure.value <= measure.high
+            assert found.measures["colour"].value == pytest.approx(found.colour)
+            assert found.measures["diversity"].value > 0
+            assert found.measures["seconds_per_clip"].value == found.seconds_per_clip
+
+    def test_ratios_are_to_the_teacher_on_the_same_noise_and_the_teacher_has_none(self, evaluation):
+        teacher, generator = evaluation.row(FLOOR), evaluation.row(GENERATOR)
+        for row in (evaluation.row(REFERENCE), teacher):
+            assert not any(measure.ratio for measure in row.measures.values())
+        for name in ("flow", "saturation", "sharpness", "diversity"):
+            own, theirs = generator.measures[name], teacher.measures[name]
+            assert own.ratio.value == pytest.approx(own.value / theirs.value)
+            assert own.ratio.low <= own.ratio.value <= own.ratio.high
+
+    def test_a_generator_that_is_its_teacher_has_its_measures(self, place, tmp_path):
+        # As many steps, and guided like it.
+        folder = tmp_path / "same"
+        shutil.copytree(place / "teacher", folder)
+        settings = read_inference_settings(folder)
+        write_inference_settings(folder, settings.model_copy(update={"guidance_scale": 2.0}))
+        found = evaluate(
+            folder,
+            teacher=place / "teacher",
+            captions=str(place / "captions"),
+            output=tmp_path / "result",
+            options=OPTIONS,
+        ).row(GENERATOR)
+        for name in MEASURES:
+            ratio = found.measures[name].ratio
+            assert ratio is None or (ratio.value, ratio.low, ratio.high) == (1, 1, 1)
+        diversity = found.measures["diversity"].ratio
+        assert (diversity.value, diversity.low, diversity.high) == (1, 1, 1)
+
+    def test_several_generators_share_what_was_measured_of_their_teacher(self, place, tmp_path):
+        cache = tmp_path / "cache"
+        first = run_evaluation(place, tmp_path / "first", cache=cache)
+        second = run_evaluation(place, tmp_path / "second", cache=cache)
+        assert not any(row.remembered for row in first.rows)
+        assert [row.remembered for row in second.rows] == [True] * 4 + [False]
+        assert not (tmp_path / "first" / "evaluation-cache").exists()
+
+    def test_a_network_from_a_file_describes_clips_for_distance_and_diversity(
+        self, evaluation, place, tmp_path
+    ):
+        class Means(torch.nn.Module):
+            def forward(self, video: torch.Tensor) -> torch.Tensor:
+                return video.mean(dim=(2, 3, 4))
+
+        path = tmp_path / "features.pt"
+        torch.jit.save(torch.jit.script(Means()), str(path))
+        found = run_evaluation(place, tmp_path / "result", features=path)
+        assert found.features == str(path)
+        assert "features of" in printed(found)
+        own, usual = found.row(GENERATOR), evaluation.row(GENERATOR)
+        assert own.frechet.value != usual.frechet.value
+        assert own.measures["diversity"] != usual.measures["diversity"]
+        assert own.measures["flow"] == usual.measures["flow"]
+
+
+class TestFiles:
+    def test_the_result_is_read_back_from_its_file(self, evaluation, place):
+        path = place / "result" / EVALUATION_FILE
+        assert Evaluation.load(path) == evaluation
+        assert json.loads(path.read_text())["num_distinct_captions"] == len(CAPTIONS)
+
+    def test_the_contact_sheet_is_there_as_a_still_and_as_a_loop(self, evaluation, place):
+        for name, form in ((evaluation.sheet_png, "PNG"), (evaluation.sheet_gif, "GIF")):
+            with Image.open(place / "result" / name) as sheet:
+                assert sheet.format == form
+
+    def test_the_teacher_is_sampled_once_and_the_generator_every_time(self, evaluation, place):
+        again = run_evaluation(place, place / "result")
+        assert [row.remembered for row in again.rows] == [True] * 4 + [False]
+        # Seconds of another command are no measure of this machine.
+        seconds = [row.measures["seconds_per_clip"].ratio for row in again.rows]
+        assert seconds == [None] * 5
+        timed = {"seconds_per_clip": True, "remembered": True, "measures": {"seconds_per_clip"}}
+        figures = [row.model_dump(exclude=timed) for row in again.rows]
+        assert figures == [row.model_dump(exclude=timed) for row in evaluation.rows]
+
+    def test_another_seed_or_another_teacher_is_sampled_anew(self, evaluation, place, tmp_path):
+        again = run_evaluation(place, place / "result", seed=7)
+        assert not any(row.remembered for row in again.rows)
+        other = evaluate(
+            place / "generator",
+            teacher=write_model(tmp_path / "teacher", 3, seed=2),
+            captions=str(place / "captions"),
+            output=place / "result",
+            options=OPTIONS,
+        )
+        assert not any(row.remembered for row in other.rows)
+
+    def test_a_file_of_something_else_is_refused(self, tmp_path):
+        (tmp_path / EVALUATION_FILE).write_text("{}")
+        with pytest.raises(CheckpointError, match="fields"):
+            Evaluation.load(tmp_path / EVALUATION_FILE)
+
+
+class TestRuns:
+    def test_a_run_knows_its_teacher_its_captions_and_its_guidance(self, place, tmp_path):
+        run = tmp_path / "run"
+        shutil.copytree(place / "generator", run / "generator")
+        config = load_recipe(
+            "tiny",
+            [
+                f"model.folder={place / 'teacher'}",
+                f"model.text_length={TEXT_LENGTH}",
+                f"data.validation={place / 'captions'}",
+                f"video={{num_frames: {NUM_FRAMES}, height: {HEIGHT}, width: {WIDTH}, fps: 8}}",
+                "teacher.guidance_scale=4.0",
+                "validation.teacher_steps=2",
+            ],
+        )
+        (run / "config.yaml").write_text(config.to_yaml())
+        options = replace(OPTIONS, teacher_steps=None, guidance_scale=None)
+        found = evaluate(run, options=options)
+        assert (found.rows[0].num_steps, found.rows[0].guidance_scale) == (2, 4.0)
+        assert Evaluation.load(run / EVALUATION_FILE) == found
+
+
+class TestWrongRequests:
+    def test_a_model_alone_does_not_know_its_teacher(self, place):
+        with pytest.raises(ConfigError, match="a teacher to compare with"):
+            evaluate(place / "generator", captions=str(place / "captions"))
+
+    def test_too_few_captions_are_counted(self, place, tmp_path):
+        with pytest.raises(ConfigError, match="8 rows"):
+            run_evaluation(place, tmp_path, num_captions=9)
+
+    def test_a_folder_without_shards_is_named(self, place, tmp_path):
+        with pytest.raises(DataError, match="nothing"):
+            evaluate(
+                place / "generator",
+                teacher=place / "teacher",
+                captions=str(tmp_path / "nothing"),
+                output=tmp_path,
+                options=OPTIONS,
+            )
+
+    @pytest.mark.parametrize("change", [{"num_captions": 1}, {"batch_size": 0}, {"num_shown": 0}])
+    def test_options_out_of_range_are_named(self, change):
+        (name,) = change
+        with pytest.raises(ConfigError, match=name):
+            replace(OPTIONS, **change)
+
+
+class TestVerdicts:
+    def test_a_generator_at_every_limit_passes(self):
+        assert verdicts(good_generator()) == [True, True, True, True]
+
+    @pytest.mark.parametrize(
+        ("change", "criterion"),
+        [
+            ({"ratio": Figure(value=0.51, error=0.05)}, 0),
+            ({"colour": 0.89}, 1),
+            ({"direction": 0.89}, 2),
+            ({"speed_ratio": 0.89}, 3),
+            ({"speed_ratio": 1.11}, 3),
+        ],
+    )
+    def test_each_criterion_can_fail_alone(self, change, criterion):
+        found = verdicts(good_generator(**change))
+        assert [index for index, passed in enumerate(found) if not passed] == [criterion]
+
+    def test_a_teacher_on_its_own_floor_cannot_be_halved(self):
+        assert verdicts(good_generator(), baseline_error=1.5)[0] is False
+
+    def test_the_lines_name_criterion_and_figure(self, evaluation):
+        lines = verdict_lines(evaluation)
+        assert len(lines) == 4
+        assert all("met" in line.lower() and ": " in line for line in lines)
+
+
+def printed(found: Evaluation) -> str:
+    console = Console(file=io.StringIO(), width=80)
+    console.print(table(found))
+    return console.file.getvalue()
+
+
+def test_the_tables_fit_into_80_columns(evaluation):
+    text = printed(evaluation)
+    assert "…" not in text
+    for found in evaluation.rows:
+        assert found.label in text

@@ -1,0 +1,335 @@
+"""A plan's arithmetic by hand, its search by trying everything, and what it refuses."""
+
+import json
+from dataclasses import replace
+from itertools import product
+
+import pytest
+from typer.testing import CliRunner
+
+from cluster.schedule.schedule import order_calls
+from cluster.schedule.simulate import Costs, simulate
+from pipelines.cli import app
+from pipelines.config.recipe import load_recipe
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.planning.hardware import Hardware
+from pipelines.planning.memory import fake_score_memory, generator_memory, teacher_memory
+from pipelines.planning.plan import make_plan
+from pipelines.planning.search import Split, find_batch, find_best, predict, rank_memory
+from pipelines.planning.stage_times import StageTimes, measured, modelled
+from pipelines.planning.workload import KNOWN_SHAPES, Workload
+from sgmd_core.errors import ConfigError
+from tests.helpers.runs import start_run
+
+LATENTS = (16, 21, 60, 104)
+"""480x832, 81 frames."""
+SMALL = Workload(KNOWN_SHAPES["1.3b"], LATENTS, text_length=512, batch_size=24)
+LARGE = replace(SMALL, shape=KNOWN_SHAPES["14b"])
+FREE = Hardware(wire_bandwidth=1e15, wire_latency_s=0.0, call_s=0.0, answer_s=0.0)
+"""Where nothing but the stages takes time."""
+
+
+def sgmd(*arguments: object):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+class TestWork:
+    def test_an_iteration_takes_thirteen_and_a_half_passes_and_fewer_without_checkpointing(self):
+        assert sum(SMALL.passes.values()) == 5.5 + 2 + 6
+        assert sum(replace(SMALL, checkpointing=frozenset()).passes.values()) == 4.5 + 2 + 4
+
+    def test_fresh_tracking_samples_and_predicts_again(self):
+        extra = replace(SMALL, fresh_updates=1).passes
+        assert extra[GENERATOR, "sample"] == 2.5
+        assert extra[FAKE_SCORE, "track"] == 1 + 3
+
+    def test_a_sample_of_the_released_training_has_32760_tokens_and_283_tflop_a_pass(self):
+        assert SMALL.shape.num_tokens(LATENTS) == 32760
+        assert SMALL.forward_flops == pytest.approx(283e12, rel=0.01)
+        # 14B: 2 operations a token and weight of its layers, keys and values of the text left out,
+        # and attention.
+        dense = 2 * 40 * (351e6 - 2 * 5120**2) * 32760
+        assert LARGE.forward_flops == pytest.approx(dense + 4 * 40 * 32760**2 * 5120, rel=0.03)
+
+    def test_a_pass_hands_on_less_than_thirty_megabytes_a_sample(self):
+        assert max(SMALL.result_bytes.values()) < 30e6
+
+    def test_a_recipe_says_what_there_is_to_do(self):
+        config = load_recipe("wan-1.3b", ["fake_score.tracking=fresh"])
+        work = Workload.of(config, "1.3b")
+        learners = frozenset({GENERATOR, FAKE_SCORE})
+        assert work == replace(SMALL, batch_size=16, fresh_updates=1, checkpointing=learners)
+        settings = ["teacher.batched_guidance=false", "generator.compute.precision=fp32"]
+        other = Workload.of(load_recipe("wan-1.3b", settings), "1.3b")
+        assert other.in_turn
+        assert other.bf16 == {TEACHER, FAKE_SCORE}
+
+    def test_a_shipped_model_is_read_from_its_folder(self):
+        work = Workload.of(load_recipe("tiny"))
+        assert work.shape.num_layers < 10
+        assert work.shape.num_tokens(work.latent_shape) == 64
+
+    def test_a_clip_that_does_not_fit_and_an_unknown_model_are_refused(self):
+        config = load_recipe("wan-1.3b", ["video.height=484"])
+        for model, words in (("1.3b", "484x832"), ("7b", "a model called 7b")):
+            with pytest.raises(ConfigError, match=words):
+                Workload.of(config, model)
+
+
+class TestMemory:
+    def test_state_is_sixteen_bytes_a_parameter_and_four_for_an_average(self):
+        parameters = LARGE.shape.num_parameters
+        assert fake_score_memory(LARGE, 1, 1, 1).state == 16 * parameters
+        assert generator_memory(LARGE, 8, 1, 1).state == 20 * parameters / 8
+        without = replace(LARGE, averages=False)
+        assert generator_memory(without, 1, 1, 1).state == 16 * parameters
+        assert teacher_memory(LARGE, 1, 1).state == 4 * parameters
+
+    def test_with_checkpointing_a_graph_is_the_input_of_every_layer(self):
+        graph = generator_memory(SMALL, 1, 1, 1).graphs
+        layers = 30 * 2 * 32760 * 1536
+        assert layers < graph < 1.3 * layers
+        assert generator_memory(SMALL, 1, 1, 3).graphs == 3 * graph
+        kept_whole = generator_memory(replace(SMALL, checkpointing=frozenset()), 1, 1, 1).graphs
+        assert kept_whole > 30 * graph
+
+    def test_guidance_in_turn_halves_what_a_teacher_works_on(self):
+        batched, in_turn = (teacher_memory(replace(SMALL, in_turn=t), 1, 1) for t in (False, True))
+        assert batched.working == 2 * in_turn.working
+
+    def test_a_deeper_window_costs_the_generator_alone(self):
+        shallow, deep = (rank_memory(SMALL, Split(1, 1, 1, 24, depth)) for depth in (1, 3))
+        assert deep[GENERATOR].graphs == 3 * shallow[GENERATOR].graphs
+        assert deep[FAKE_SCORE] == shallow[FAKE_SCORE]
+        assert deep[TEACHER] == shallow[TEACHER]
+
+
+class TestSearch:
+    @pytest.mark.parametrize(
+        "split", [Split(2, 3, 4, 3, 2), Split(4, 1, 2, 2, 1), Split(2, 2, 4, 3, 2, teacher_ranks=2)]
+    )
+    def test_a_group_taken_for_one_fast_process_takes_as_long_as_its_ranks(self, split):
+        work = replace(SMALL, batch_size=24)
+        times = modelled(work, FREE)
+        forward_s = times.seconds[TEACHER, "denoise"] / 2
+
+        def seconds(call):
+            if call.micro_batch is None:
+                return 0.0
+            return work.passes[call.role, call.stage] * forward_s * call.num_samples
+
+        calls = order_calls(
+            work.program,
+            split.teams,
+            split.micro_batches,
+            split.depth,
+            samples_per_micro_batch=24 // split.micro_batches,
+            num_iterations=2,
+        )
+        whole = simulate(calls, Costs(seconds), split.teams)
+        quick = replace(FREE, memory_bandwidth=1e30, gather_bandwidth=1e30)
+        found = predict(work, times, quick, split)
+        assert found.iteration_s == pytest.approx(whole.iteration_s, rel=1e-6)
+
+    def test_it_finds_what_trying_everything_finds(self):
+        work, hardware = replace(SMALL, batch_size=12), Hardware()
+        times = modelled(work, hardware)
+        tried = [
+            predict(work, times, hardware, Split(g, t, f, m, d)).iteration_s
+            for g, t, f in product(range(1, 7), repeat=3)
+            for m, d in product((2, 3, 4, 6), (2, 3))
+            if g + t + f <= 8 and not (12 // m) % g and not (12 // m) % f
+        ]
+        best = find_best(work, times, hardware, 8)
+        assert best is not None
+        assert best.iteration_s <= 1.01 * min(tried)
+        assert best.split.num_gpus <= 8
+
+    def test_more_memory_never_makes_a_plan_slower(self):
+        times = modelled(SMALL, Hardware())
+        seconds = [
+            make_plan(SMALL, times, Hardware(memory_gb=gb), 16).best.iteration_s
+            for gb in (40, 80, 160)
+        ]
+        assert seconds == sorted(seconds, reverse=True)
+
+    def test_a_slower_teacher_gets_more_copies(self):
+        seconds = dict(modelled(SMALL, Hardware()).seconds)
+        few = make_plan(SMALL, StageTimes(seconds, ""), Hardware(), 16).best.split
+        seconds[TEACHER, "denoise"] *= 6
+        many = make_plan(SMALL, StageTimes(seconds, ""), Hardware(), 16).best.split
+        assert many.teacher > few.teacher
+
+    def test_weights_that_are_handed_over_cost_their_way(self):
+        mixing = replace(SMALL, fresh_updates=1, mixes_weights=True)
+        # So fast that the next samples do not hide it.
+        split, hardware = Split(2, 1, 2, 4, 2), Hardware(flops=1e17, wire_bandwidth=1e9)
+        times = modelled(mixing, hardware)
+        with_it, without = (
+            predict(replace(mixing, mixes_weights=mixes), times, hardware, split).iteration_s
+            for mixes in (True, False)
+        )
+        sent_s = 4 * SMALL.shape.num_parameters / 1e9
+        assert 0.9 * sent_s < with_it - without < 1.1 * sent_s
+
+    def test_another_batch_size_is_offered_where_it_uses_the_gpus_better(self):
+        work, hardware = replace(SMALL, batch_size=16), Hardware()
+        times = modelled(work, hardware)
+        suited = replace(work, batch_size=find_batch(work, times, hardware, 8))
+        own, other = (make_plan(one, times, hardware, 8) for one in (work, suited))
+        assert other.work.batch_size / other.best.iteration_s > 16 / own.best.iteration_s
+
+    def test_the_prediction_is_never_below_the_work_over_the_gpus(self):
+        times = modelled(SMALL, Hardware())
+        for num_gpus in (8, 24, 64):
+            plan = make_plan(SMALL, times, Hardware(), num_gpus)
+            whole = 24 * sum(times.seconds.values())
+            assert plan.best.iteration_s >= whole / plan.best.split.num_gpus
+            assert all(0 < share <= 1 for share in plan.best.busy.values())
+
+
+class TestRefusals:
+    def test_what_cannot_fit_is_refused_with_changes_that_would_do(self):
+        large = replace(LARGE, batch_size=16)
+        times = modelled(large, Hardware())
+        with pytest.raises(ConfigError) as refused:
+            make_plan(large, times, Hardware(), 32)
+        words = str(refused.value)
+        assert "a rank of the generator needs" in words
+        assert "generator.ema_decay=0" in words
+        # What it says is so.
+        number = int(words.partition("; or with ")[2].partition(" GPUs")[0])
+        assert find_best(large, times, Hardware(), number) is not None
+        assert find_best(large, times, Hardware(), number - 1) is None
+        assert find_best(replace(large, averages=False), times, Hardware(), 32) is not None
+
+    def test_fewer_gpus_than_roles_are_sent_to_the_fused_topology(self):
+        with pytest.raises(ConfigError, match=r"topology\.mode=fused"):
+            make_plan(SMALL, modelled(SMALL, Hardware()), Hardware(), 2)
+
+    def test_activations_that_do_not_fit_ask_for_checkpointing(self):
+        kept = replace(SMALL, checkpointing=frozenset())
+        with pytest.raises(ConfigError, match=r"generator\.compute\.checkpointing=true"):
+            make_plan(kept, modelled(kept, Hardware()), Hardware(), 16)
+
+
+class TestMeasured:
+    def test_a_run_tells_seconds_of_a_sample(self, tmp_path):
+        run = start_run(tmp_path / "run")
+        lines = [
+            json.dumps({"seconds": {"total": 1.0, **dict.fromkeys(names, 0.32)}})
+            for names in [
+                (
+                    "generator.rollout",
+                    "teacher.denoise",
+                    "fake_score.signal",
+                    "fake_score.track",
+                    "generator.learn",
+                )
+            ]
+            * 3
+        ]
+        (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        work = Workload.of(load_recipe("tiny"))
+        times = measured(run, work)
+        assert set(times.seconds.values()) == {0.32 / 16}
+        assert "3 iterations" in times.source
+
+    def test_a_runs_diversity_loss_is_part_of_its_roles_stages(self, tmp_path):
+        overrides = ("generator.diversity.weight=0.1", "generator.diversity.anchor_step=3")
+        run = start_run(tmp_path / "run", overrides=overrides)
+        seconds = {
+            "generator.start": 0.16,
+            "generator.rollout": 1.6,
+            "teacher.denoise": 3.2,
+            "teacher.anchor": 9.6,
+            "fake_score.signal": 1.6,
+            "fake_score.track": 1.6,
+            "generator.learn": 3.2,
+            "generator.diversify": 4.8,
+        }
+        (run / "metrics.jsonl").write_text(json.dumps({"seconds": seconds}) + "\n")
+        times = measured(run, Workload.of(load_recipe("tiny", overrides))).seconds
+        assert times[GENERATOR, "rollout"] == pytest.approx(1.76 / 16)
+        assert times[TEACHER, "denoise"] == pytest.approx(12.8 / 16)
+        assert times[GENERATOR, "learn"] == pytest.approx(8.0 / 16)
+        # Without the loss: its passes are taken off again.
+        plain = measured(run, Workload.of(load_recipe("tiny"))).seconds
+        assert plain[TEACHER, "denoise"] == pytest.approx(3.2 / 16)
+        assert plain[GENERATOR, "learn"] == pytest.approx(8.0 / 16 * 2 / 5)
+
+    def test_fresh_tracking_is_planned_from_a_benchmark_and_sid_is_sent_to_a_run(self, tmp_path):
+        stages = {
+            ".".join(name): {"seconds_per_sample": passes * 0.5, "passes": passes}
+            for name, passes in SMALL.passes.items()
+        }
+        own = {"num_layers": 30, "width": 1536, "ffn_width": 8960, "patch_size": [1, 2, 2]}
+        run = {"shape": own, "latent_shape": list(LATENTS), "text_length": 512, "stages": stages}
+        file = tmp_path / "gpu.json"
+        file.write_text(json.dumps({"machine": {"device": "a test"}, "runs": [run]}))
+        fresh = replace(SMALL, fresh_updates=5)
+        times = measured(file, fresh)
+        assert times.seconds[GENERATOR, "sample"] == times.seconds[GENERATOR, "rollout"]
+        assert times.seconds[FAKE_SCORE, "track"] == pytest.approx(4 * 0.5)
+        assert "generator.sample taken for generator.rollout" in times.source
+        with pytest.raises(ConfigError, match=r"teacher\.pullback") as refused:
+            measured(file, replace(fresh, through_teacher=True))
+        assert "plan without --measured" in str(refused.value)
+
+    def test_a_benchmark_is_scaled_by_operations(self, tmp_path):
+        own = {"num_layers": 30, "width": 1536, "ffn_width": 8960, "patch_size": [1, 2, 2]}
+        stages = {
+            ".".join(name): {"seconds_per_sample": passes * 0.5, "passes": passes}
+            for name, passes in SMALL.passes.items()
+        }
+        slow = {name: {**stage, "seconds_per_sample": 99.0} for name, stage in stages.items()}
+        shared = {"shape": own, "latent_shape": list(LATENTS), "text_length": 512}
+        document = {
+            "machine": {"device": "a test"},
+            "runs": [{**shared, "stages": slow}, {**shared, "stages": stages}],
+        }
+        file = tmp_path / "gpu.json"
+        file.write_text(json.dumps(document))
+        assert measured(file, SMALL).seconds[TEACHER, "denoise"] == pytest.approx(1.0)
+        scale = LARGE.forward_flops / SMALL.forward_flops
+        larger = measured(file, LARGE)
+        assert larger.seconds[TEACHER, "denoise"] == pytest.approx(scale)
+        assert "scaled" in larger.source
+
+    def test_what_is_no_measurement_is_refused(self, tmp_path):
+        for path in (tmp_path, tmp_path / "missing.json"):
+            with pytest.raises(ConfigError, match="taking stage times"):
+                measured(path, SMALL)
+
+    def test_a_stage_that_was_not_measured_is_named(self, tmp_path):
+        run = start_run(tmp_path / "run")
+        work = Workload.of(load_recipe("tiny"))
+        with pytest.raises(ConfigError, match=r"teacher\.denoise"):
+            measured(run, work)
+
+
+class TestCommand:
+    def test_json_holds_settings_times_and_memory(self):
+        result = sgmd("plan", "wan-1.3b", "--model", "1.3b", "--gpus", 8, "--json")
+        told = json.loads(result.stdout)
+        settings = told["settings"]
+        assert sum(role["gpus"] for role in told["roles"].values()) == told["gpus_used"] <= 8
+        assert 16 % settings["batch.micro_batches"] == 0
+        assert told["iteration_s"] > 0
+        assert set(told["roles"]["generator"]["memory_gb"]) >= {"state", "graphs", "total"}
+
+    def test_a_reader_gets_a_table_and_the_settings(self):
+        result = sgmd("plan", "wan-1.3b", "--model", "14b", "--gpus", 64)
+        assert result.exit_code == 0
+        for words in ("fake score", "GB a GPU", "batch.micro_batches=", "does not fit"):
+            assert words in result.output
+
+    def test_a_plan_that_cannot_be_is_a_wrong_request(self):
+        result = sgmd("plan", "wan-1.3b", "--model", "14b", "--gpus", 8)
+        assert result.exit_code == 2
+        assert "It would fit with" in result.stderr
+
+    def test_a_missing_folder_names_the_option_that_does_without(self):
+        result = sgmd("plan", "wan-1.3b")
+        assert result.exit_code == 2
+        assert "--model 1.3b or 14b" in result.stderr

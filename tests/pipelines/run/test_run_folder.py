@@ -1,0 +1,45 @@
+"""The files of a run: whole or not there, never overwritten, rewound on resume."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl, versions
+from sgmd_core.errors import CheckpointError, ConfigError
+
+
+def test_a_run_is_never_started_over_another(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create("name: run\n")
+    with pytest.raises(ConfigError, match=r"already there.*--resume"):
+        folder.create("name: run\n")
+
+
+def test_resuming_nothing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.yaml"):
+        RunFolder(tmp_path / "nothing").require()
+
+
+def test_a_line_torn_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append_jsonl(path, {"iteration": 0})
+    with path.open("a") as file:
+        file.write('{"iteration": 1, "los')
+    assert read_jsonl(path) == [{"iteration": 0}]
+
+
+def test_rewinding_drops_what_will_be_made_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create("name: run\n")
+    for iteration in range(5):
+        append_jsonl(folder.metrics, {"iteration": iteration})
+    folder.rewind(3)
+    assert [line["iteration"] for line in read_jsonl(folder.metrics)] == [0, 1, 2]
+    append_jsonl(folder.metrics, {"iteration": 3})
+    assert len(read_jsonl(folder.metrics)) == 4
+
+
+def test_versions_name_what_decides_the_numbers() -> None:
+    found = versions()
+    assert found["torch"] != "not installed"
+    assert found["ray"] != "not installed"
