@@ -146,12 +146,12 @@ class TestRecipes:
     def test_the_model_folder_is_looked_for_here_and_then_in_the_source_tree(
         self, tmp_path, monkeypatch
     ):
-        config = load_recipe("tiny", ["model.folder=pipelines/recipes"])
+        config = load_recipe("tiny", ["model.folder=assets/tiny-wan"])
         monkeypatch.chdir(tmp_path)
         assert config.model_folder.is_absolute()
         assert config.model_folder.is_dir()
-        (tmp_path / "pipelines" / "recipes").mkdir(parents=True)
-        assert config.model_folder == Path("pipelines/recipes")
+        (tmp_path / "assets" / "tiny-wan").mkdir(parents=True)
+        assert config.model_folder == Path("assets/tiny-wan")
 
     def test_an_unknown_recipe_names_those_that_ship(self):
         text = refusal(recipe="tinny")
