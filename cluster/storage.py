@@ -14,17 +14,16 @@ its bucket, and whether a bucket exists is not ours to decide.
 
 import json
 import logging
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import StorageError
+from cluster.files import write_whole
 
 MANIFEST = "manifest.json"
 
@@ -50,24 +49,11 @@ def read_text(url: str) -> str:
 def write_text(url: str, text: str) -> None:
     """Writes a file whole or not at all; a reader sees the old text or the new one.
 
-    An object store replaces objects as a whole by itself; on a disk, a rename does it.
-
     Raises:
         StorageError: The store does not let us.
     """
     with _storage_errors(f"writing {url}"):
-        files, path = _resolved(url)
-        if not isinstance(files, LocalFileSystem):
-            files.pipe_file(path, text.encode())
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write_whole(url, text.encode())
 
 
 def read_json(url: str) -> Any:  # noqa: ANN401 - JSON can be anything

@@ -18,6 +18,7 @@ import torch
 from diffusers import AutoencoderKLWan, WanPipeline
 from safetensors import SafetensorError
 
+from cluster.files import write_whole
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
@@ -239,7 +240,7 @@ def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> Path:
         write_gif(path, frames, fps, zoom=repeats)
     else:
         smallest_px = repeats * min(frames.shape[1:3])
-        path.write_bytes(encode_for_players(frames, fps, smallest_side_px=smallest_px))
+        write_whole(path, encode_for_players(frames, fps, smallest_side_px=smallest_px))
     return path
 
 

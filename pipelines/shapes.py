@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import Shard
 from pipelines.data.shards.indexing import index_folder
+from pipelines.data.shards.shard_writing import write_file
 from pipelines.media.video import Pixels, encode_mp4
 from sgmd_core.errors import ConfigError
 from sgmd_core.worlds.shapes import (
@@ -188,8 +189,7 @@ def write_shards(
         name = f"shapes-{seed:04d}-{split}-{indices.start:07d}.parquet"
         buffer = io.BytesIO()
         pq.write_table(_shard_table(seed, indices, split), buffer, row_group_size=_GROUP_CLIPS)
-        # One write of whole bytes: a reader never sees half a shard on an object store.
-        filesystem.pipe_file(f"{root}/{name}", buffer.getvalue())
+        write_file(filesystem, f"{root}/{name}", buffer.getvalue())
         addresses.append(filesystem.unstrip_protocol(f"{root}/{name}"))
         starts = range(0, len(indices), _GROUP_CLIPS)
         rows = tuple(min(_GROUP_CLIPS, len(indices) - first) for first in starts)

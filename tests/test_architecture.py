@@ -52,7 +52,7 @@ def test_the_core_loads_nothing_but_torch():
 
 @pytest.mark.slow
 def test_the_roles_load_no_ray():
-    assert loaded_after_importing("workers", ("ray", "cluster", "pipelines")) == ""
+    assert loaded_after_importing("workers", ("ray", "cluster.errors", "pipelines")) == ""
 
 
 def test_asking_for_help_loads_neither_torch_nor_ray():
@@ -76,6 +76,18 @@ def test_ray_core_is_spoken_only_in_cluster(path):
         and node.attr in RAY_CORE
     ]
     assert spoken == []
+
+
+def test_files_are_written_whole_in_one_place_only():
+    renaming = {"fsync", "rename", "renames", "rmtree", "write_bytes", "mkstemp"}
+    found = [
+        f"{relative(path)}, line {node.lineno}: {node.attr}"
+        for path in SOURCES
+        if relative(path) != "cluster/files.py"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr in renaming
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)

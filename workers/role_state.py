@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cluster.files import whole_file, write_whole
 from sgmd_core.errors import CheckpointError
 from workers.sharding import is_first_rank
 
@@ -58,14 +59,11 @@ def save_role(folder: str, role: str, state: RoleState) -> None:
         return
     target = f"{folder.rstrip('/')}/{role}"
     filesystem, path = fsspec.core.url_to_fs(target)
-    # On an object store this might create a bucket, which is not ours to decide.
-    if isinstance(filesystem, LocalFileSystem):
-        filesystem.makedirs(path, exist_ok=True)
     _write_tensors(filesystem, f"{path}/{_WEIGHTS}", state.weights)
     if state.moments:
         _write_tensors(filesystem, f"{path}/{_OPTIMIZER}", state.moments)
     counters = {"updates": state.updates, "has_optimizer": bool(state.moments)}
-    filesystem.pipe_file(f"{path}/{_COUNTERS}", (json.dumps(counters) + "\n").encode())
+    write_whole(f"{path}/{_COUNTERS}", (json.dumps(counters) + "\n").encode(), filesystem)
 
 
 def load_role(folder: str, role: str) -> RoleState:
@@ -118,9 +116,8 @@ def _write_tensors(
 ) -> None:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if isinstance(filesystem, LocalFileSystem):
-        draft = Path(f"{path}.draft")
-        save_file(whole, draft)
-        draft.replace(path)
+        with whole_file(path) as draft:
+            save_file(whole, draft)
         return
     with tempfile.TemporaryDirectory() as scratch:
         save_file(whole, Path(scratch) / _WEIGHTS)

@@ -9,7 +9,6 @@ files of the model, the captions, the way of sampling, and the code that measure
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.files import whole_file
 from pipelines.media.video import Pixels
 from sgmd_core.metrics import appearance, frechet, motion
 from sgmd_core.metrics.frechet import clip_features
@@ -168,12 +168,9 @@ def save_clip_set(path: Path, clips: ClipSet) -> None:
     if measured.reading is not None:
         for name in READING_FIELDS:
             arrays[f"reading.{name}"] = getattr(measured.reading, name).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Evaluations that share a cache may write the same set at the same time.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    with whole_file(path) as draft, draft.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
-    temporary.replace(path)
 
 
 def load_clip_set(path: Path) -> ClipSet:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from cluster.files import write_whole
 from cluster.storage import write_json
 from pipelines.media.video import Pixels, encode_for_players
 from sgmd_core.errors import DataError
@@ -83,7 +84,7 @@ def write_clip_files(
     for column, group in enumerate(groups):
         names = tuple(f"{column}-{row}.mp4" for row in range(len(prompts)))
         for name, clip in zip(names, group.clips, strict=True):
-            (folder / name).write_bytes(encode_for_players(clip, fps))
+            write_whole(folder / name, encode_for_players(clip, fps))
         columns.append(ClipColumn(group.label, group.note, names))
     content = {"prompts": list(prompts), "columns": [asdict(column) for column in columns]}
     write_json(str(folder / _LIST_FILE), content)

@@ -8,6 +8,7 @@ clip in a folder beside them, for pages that lay them out anew. Small clips are 
 pixels, so that nothing is invented; large ones are scaled down on the sheets.
 """
 
+import io
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from cluster.files import write_whole
 from pipelines.media.clip_files import SheetGroup, clips_folder, write_clip_files
 from pipelines.media.video import Pixels
 from sgmd_core.errors import ShapeError
@@ -51,14 +53,24 @@ def write_contact_sheet(
             in size.
     """
     _require_matching(groups, prompts)
-    still_picture(groups, prompts).save(png, optimize=True)
+    still = io.BytesIO()
+    still_picture(groups, prompts).save(still, "PNG", optimize=True)
+    write_whole(png, still.getvalue())
     frames = loop_pictures(groups, prompts)
     # One palette for all frames: a palette of its own for each makes the background flicker.
     palette = _stacked(frames).quantize(256)
     first, *rest = (frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames)
+    loop = io.BytesIO()
+    duration_ms = round(1000 / fps)
     first.save(
-        gif, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, optimize=False
+        *(loop, "GIF"),
+        save_all=True,
+        append_images=rest,
+        duration=duration_ms,
+        loop=0,
+        optimize=False,
     )
+    write_whole(gif, loop.getvalue())
     write_clip_files(clips_folder(png), groups, prompts, fps)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from cluster.files import write_whole
 from sgmd_core.errors import DataError, ShapeError
 
 Pixels = NDArray[np.uint8]
@@ -146,9 +147,11 @@ def write_gif(path: Path, frames: Pixels, fps: int, *, zoom: int = 1) -> None:
     """Write frames as a looping GIF, each pixel repeated `zoom` times."""
     _require_pixels(frames, "writing a GIF")
     images = [_image(frame, zoom) for frame in frames]
+    file = io.BytesIO()
     images[0].save(
-        path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
+        file, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
     )
+    write_whole(path, file.getvalue())
 
 
 def film_strip(frames: Pixels, num_frames: int, *, zoom: int = 2) -> Pixels:
@@ -190,7 +193,9 @@ def contact_sheet(cells: Sequence[Sequence[Pixels]], row_labels: Sequence[str]) 
 
 def write_png(path: Path, picture: Pixels) -> None:
     """Write one picture (height, width, 3) as PNG."""
-    Image.fromarray(picture).save(path)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    write_whole(path, file.getvalue())
 
 
 def _image(frame: Pixels, zoom: int) -> Image.Image:

@@ -29,7 +29,9 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from cluster.files import whole_folder
 from cluster.ray.topology import require_cpus
+from cluster.storage import write_json
 from pipelines.media.inference import InferenceSettings, write_inference_settings
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import (
@@ -107,7 +109,7 @@ def pretrain(
         events = EventWriter(config, "quality", config.sampling.num_clips)
         events.note(f"measuring {config.output} on {config.sampling.num_clips} held-out captions")
         quality = measure_folder(Path(config.output), config)
-        (run_dir / _SUMMARY_FILE).write_text(json.dumps(asdict(quality), indent=2) + "\n")
+        write_json(str(run_dir / _SUMMARY_FILE), asdict(quality))
         events.note(quality.in_words())
     return PretrainResult(Path(config.output), quality)
 
@@ -216,7 +218,5 @@ def _checkpoint_of(result: Result) -> Checkpoint:
 
 def _copy_whole(source: Path, target: Path) -> None:
     """Copy a folder so that the target exists only when it is complete."""
-    draft = target.with_name(f".{target.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft)
-    draft.rename(target)
+    with whole_folder(target) as draft:
+        shutil.copytree(source, draft, dirs_exist_ok=True)

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from cluster.files import whole_folder
 from sgmd_core.errors import ModelFolderError, ShapeError
 from workers.models.scheduler import build_scheduler
 
@@ -272,20 +273,16 @@ def save_generator_pipeline(
     dst, base = Path(dst), Path(base_folder)
     denoiser = load_transformer(base)
     denoiser.load_state_dict(dict(weights))
-    draft = dst.with_name(f".{dst.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    for name in ("vae", "text_encoder", "tokenizer"):
-        shutil.copytree(base / name, draft / name)
     # The base's own scheduler may take other steps than the generator was trained on.
     scheduler = build_scheduler(flow_shift)
-    scheduler.save_pretrained(draft / "scheduler")
     index = _read_json(base / _INDEX_FILE, base)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    (draft / _INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    denoiser.transformer.save_pretrained(draft / "transformer")
-    shutil.rmtree(dst, ignore_errors=True)
-    draft.rename(dst)
+    with whole_folder(dst) as draft:
+        for name in ("vae", "text_encoder", "tokenizer"):
+            shutil.copytree(base / name, draft / name)
+        scheduler.save_pretrained(draft / "scheduler")
+        (draft / _INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        denoiser.transformer.save_pretrained(draft / "transformer")
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -11,11 +11,10 @@ added or taken away by hand, delete it or let `sgmd check` write it anew.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
+from cluster.files import write_whole
 from pipelines.data.shards.filesystem import storage_errors
 from sgmd_core.errors import DataError
 
@@ -67,14 +66,8 @@ def write_index(filesystem: AbstractFileSystem, root: str, shards: Sequence[Shar
             for shard in ordered
         ],
     }
-    text = json.dumps(content).encode()
     with storage_errors(attempted):
-        if not isinstance(filesystem, LocalFileSystem):
-            filesystem.pipe_file(f"{root}/{INDEX_NAME}", text)
-            return
-        temporary = Path(root) / f".{INDEX_NAME}.writing"
-        temporary.write_bytes(text)
-        temporary.replace(Path(root) / INDEX_NAME)
+        write_whole(f"{root}/{INDEX_NAME}", json.dumps(content).encode(), filesystem)
 
 
 def read_index(filesystem: AbstractFileSystem, root: str) -> tuple[Shard, ...] | None:

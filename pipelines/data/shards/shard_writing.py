@@ -1,24 +1,20 @@
 """Shards that exist whole or not at all, in row groups that a reader can hold."""
 
 import io
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
+from cluster.files import write_whole
 from pipelines.data.shards.filesystem import storage_errors
 from pipelines.data.shards.index import Shard
 from pipelines.data.shards.schema import parquet_options
 
 ROW_GROUP_CLIPS = 32
 ROW_GROUP_BYTES = 64 * 2**20
-# An object of twice this size or more is sent in parts.
-_PART_BYTES = 16 * 2**20
 
 
 class ShardBuilder:
@@ -79,18 +75,7 @@ def write_file(filesystem: AbstractFileSystem, path: str, data: bytes) -> None:
         DataError: the store does not let us.
     """
     with storage_errors(f"writing {filesystem.unstrip_protocol(path)}"):
-        if not isinstance(filesystem, LocalFileSystem):
-            # An object appears when its last part has arrived; each part is tried again by itself.
-            filesystem.pipe_file(path, data, chunksize=_PART_BYTES)
-            return
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.writing")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
+        write_whole(path, data, filesystem)
 
 
 def write_shard(

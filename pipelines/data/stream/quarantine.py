@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.files import whole_file
 from sgmd_core.errors import DataError
 
 _SCHEMA = pa.schema(
@@ -178,6 +179,5 @@ class QuarantineFile:
         }
 
     def _write(self) -> None:
-        temporary = self._path.with_suffix(".writing")
-        pq.write_table(pa.Table.from_pylist(self._lines, schema=_SCHEMA), temporary)
-        temporary.replace(self._path)
+        with whole_file(self._path) as draft:
+            pq.write_table(pa.Table.from_pylist(self._lines, schema=_SCHEMA), draft)

@@ -1,0 +1,176 @@
+"""Files and folders that are written whole or not at all, on a local disk or an object store.
+
+    write_whole(path, data)    one file from bytes
+    whole_file(path)           one local file that a library writes
+    whole_folder(path)         one local folder that a library fills
+
+A draft is written in the same folder under a hidden name, flushed to the disk (fsync), and renamed
+over the target; then the parent folder is flushed, so that the new name survives a power loss. A
+folder is exchanged with the one it replaces and the old one is deleted afterwards: at every moment
+one whole version stands under the name. An object store replaces an object as a whole by itself.
+
+Errors of the file system pass through as they are; a draft that failed is deleted.
+"""
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+# An object of twice this size or more is sent in parts, each tried again by itself.
+_PART_BYTES = 16 * 2**20
+_DRAFT = ".draft"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# A file system without RENAME_EXCHANGE (NFS, some overlays) answers with one of these.
+_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+
+def write_whole(path: str | Path, data: bytes, files: Any = None) -> None:  # noqa: ANN401
+    """Writes a file so that a reader sees all of the old bytes or all of the new ones.
+
+    Args:
+        path: A local path or a URL that fsspec takes; with `files`, a path in it. Missing local
+            folders are made.
+        data: The whole content.
+        files: The fsspec file system that `path` belongs to; None: the one that `path` names.
+    """
+    if files is None:
+        files, path = fsspec.core.url_to_fs(str(path))
+    if isinstance(files, LocalFileSystem):
+        with whole_file(path) as draft:
+            draft.write_bytes(data)
+    elif len(data) < 2 * _PART_BYTES:
+        files.pipe_file(str(path), data)
+    else:
+        files.pipe_file(str(path), data, chunksize=_PART_BYTES)
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yields the path of a draft; on a normal exit it is flushed and takes the place of `path`.
+
+    Args:
+        path: The local file to write. Missing folders are made.
+    """
+    target = _target(path)
+    draft = _draft_of(target)
+    try:
+        yield draft
+        _sync(draft)
+        draft.replace(target)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    sync_folder(target.parent)
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty draft folder; on a normal exit it takes the place of `path`.
+
+    Everything in the draft is flushed first. A folder that stands under the name is exchanged for
+    the draft in one step and deleted afterwards.
+
+    Args:
+        path: The local folder to write. Missing parents are made.
+    """
+    target = _target(path)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target))
+    _delete_orphans(target)
+    draft = _draft_of(target)
+    draft.mkdir()
+    try:
+        yield draft
+        sync_tree(draft)
+        _swap(draft, target)
+    finally:
+        # After an exchange, the draft's name holds what was replaced.
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def sync_tree(folder: str | Path) -> None:
+    """Flushes every file and folder below a local folder, and the folder itself, to the disk."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync(Path(root) / name)
+        sync_folder(root)
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Flushes a local folder's names to the disk; passes where the system cannot."""
+    try:
+        _sync(Path(folder))
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+
+
+def _target(path: str | Path) -> Path:
+    """Where the content goes in the end; a link stays, and what it points to is replaced."""
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _swap(draft: Path, target: Path) -> None:
+    """Puts the draft folder under the target's name."""
+    if not target.exists():
+        draft.rename(target)
+    elif not _exchange(draft, target):
+        # Without an exchange there is an instant between two renames; both versions are whole.
+        old = _draft_of(target)
+        target.rename(old)
+        draft.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    sync_folder(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step; False where the system has no such call."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not (sys.platform == "linux" and hasattr(libc, "renameat2")):
+        return False
+    names = (os.fsencode(one), os.fsencode(other))
+    if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _NO_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _draft_of(target: Path) -> Path:
+    """A hidden name beside the target that names its writer, and that nobody else takes."""
+    writer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    return target.with_name(f".{target.name}.{writer}{_DRAFT}")
+
+
+def _delete_orphans(target: Path) -> None:
+    """Deletes drafts of the target whose writer, on this machine, no longer runs."""
+    prefix = f".{target.name}.{socket.gethostname()}-"
+    for found in target.parent.iterdir():
+        if found.name.startswith(prefix) and found.name.endswith(_DRAFT):
+            process = found.name.removeprefix(prefix).partition("-")[0]
+            if process.isdigit() and not Path(f"/proc/{process}").exists():
+                shutil.rmtree(found, ignore_errors=True)
