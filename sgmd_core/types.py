@@ -104,12 +104,12 @@ class NoisedBatch(SampleRecord):
 
     MAY_NARROW: ClassVar[Mapping[str, str]] = {"x0": VALUE, "noise": VALUE, "text": VALUE}
 
-    key: MicroBatchKey
     x0: Latents
     sigma: PerSample
     noise: Latents
     text: Text
-    generator_version: int
+    key: MicroBatchKey = MicroBatchKey(0, 0)
+    generator_version: int = 0
 
     @property
     def x_t(self) -> Latents:

@@ -2,14 +2,26 @@
 
     objective: {method: dmd2}      the other settings of the section are that method's own
 
-A new method is a file in `sgmd_core/objectives/` and a line here.
+A method is one file in `sgmd_core/objectives/` and a place in `METHODS`. A method from another
+package comes in by the entry point group `sgmd.objectives`, whose values are objective classes:
+
+    [project.entry-points."sgmd.objectives"]
+    pseudo_huber = "my_package.pseudo_huber:PseudoHuberObjective"
+
+The recipe's section, the table of docs/methods.md, the leading losses of progress and report, and
+the tests that run over all methods are made from `METHODS`.
 """
 
+import functools
+import operator
 from collections.abc import Mapping
-from typing import Annotated, Any
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Discriminator, Tag
 
+from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.objectives.dmd import DmdObjective
 from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -17,6 +29,63 @@ from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from workers.settings import FakeScoreSettings
+
+ENTRY_POINTS = "sgmd.objectives"
+
+_OWN: tuple[type[Objective], ...] = (
+    SgmdObjective,
+    TsgFisherObjective,
+    TsgSimObjective,
+    DmdObjective,
+    Dmd2Objective,
+    SidObjective,
+)
+_REQUIRED = ("path", "about", "gradient", "leading_losses", "fake_updates", "method")
+_THROUGH = {
+    GradientPath.SAMPLE: "nothing: directly",
+    GradientPath.FAKE_SCORE: "fake score",
+    GradientPath.BOTH_SCORES: "fake score and teacher",
+}
+
+
+def method_name(objective: type[Objective]) -> str:
+    """Name of a method in recipes: the default of its field `method`."""
+    return str(objective.__dataclass_fields__["method"].default)  # pyright: ignore
+
+
+def load_method(point: EntryPoint) -> type[Objective]:
+    """Loads an objective of another package.
+
+    Raises:
+        ConfigError: It cannot be imported, is no dataclass with what `Objective` asks for, or
+            takes the name of a method that there is.
+    """
+    attempted = f"loading the method {point.name} ({point.value}, entry point of {ENTRY_POINTS})"
+    remedy = "Mend or uninstall the package that provides it"
+    try:
+        objective = point.load()
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(attempted, found, "an objective class", remedy) from error
+    fields = getattr(objective, "__dataclass_fields__", {})
+    missing = [name for name in _REQUIRED if name not in fields and not hasattr(objective, name)]
+    if missing or "method" not in fields:
+        raise ConfigError(
+            attempted,
+            f"{objective!r} without {', '.join(missing) or 'a field method'}",
+            "a frozen dataclass as in sgmd_core/objectives/sgmd.py",
+            remedy,
+        )
+    if method_name(objective) in {method_name(own) for own in _OWN}:
+        raise ConfigError(attempted, f"a second {point.name}", "a name of its own", remedy)
+    return objective
+
+
+METHODS: tuple[type[Objective], ...] = (
+    *_OWN,
+    *(load_method(point) for point in sorted(entry_points(group=ENTRY_POINTS))),
+)
+"""Every method, ours first."""
 
 
 def _method(section: Any) -> str | None:  # noqa: ANN401  (whatever a recipe holds)
@@ -26,16 +95,30 @@ def _method(section: Any) -> str | None:  # noqa: ANN401  (whatever a recipe hol
     return getattr(section, "method", None)
 
 
-ObjectiveSettings = Annotated[
-    Annotated[SgmdObjective, Tag("sgmd")]
-    | Annotated[DmdObjective, Tag("dmd")]
-    | Annotated[Dmd2Objective, Tag("dmd2")]
-    | Annotated[TsgFisherObjective, Tag("tsg_fisher")]
-    | Annotated[TsgSimObjective, Tag("tsg_sim")]
-    | Annotated[SidObjective, Tag("sid")],
-    Discriminator(_method),
-]
-"""The section `objective:`; its `method` says which of these it is."""
+if TYPE_CHECKING:
+    ObjectiveSettings = SgmdObjective | TsgFisherObjective | TsgSimObjective | DmdObjective
+else:
+    _TAGGED = [Annotated[method, Tag(method_name(method))] for method in METHODS]
+    ObjectiveSettings = Annotated[functools.reduce(operator.or_, _TAGGED), Discriminator(_method)]
+    """The section `objective:`; its `method` says which of these it is."""
+
+
+def leading_losses() -> tuple[str, ...]:
+    """Loss terms that come first in progress and report, of all methods."""
+    terms = dict.fromkeys(name for method in METHODS for name in method.leading_losses)
+    # The diversity loss is an option beside every method.
+    return (*terms, "diversity")
+
+
+def methods_table() -> str:
+    """The table of docs/methods.md."""
+    rows = [
+        f"| `{method_name(method)}` | {method.about} | {method.gradient} | {_THROUGH[method.path]} "
+        f"| {method.__dataclass_fields__['fake_updates'].default} |"  # pyright: ignore
+        for method in METHODS
+    ]
+    heads = "| method | | gradient at `x0` | through the input of | fake-score updates |"
+    return "\n".join([heads, "|---|---|---|---|---|", *rows])
 
 
 def method_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSettings) -> list[str]:

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from pipelines.config.methods import leading_losses
 from pipelines.media.charts import Mark, Series, line_chart
 from pipelines.reporting.alarms import marks
 from pipelines.reporting.names import about, in_order, title
 from pipelines.reporting.records import Line, RunRecords
-from pipelines.run.records import HEADLINE_FIGURES, HEADLINE_LOSSES
+from pipelines.run.records import HEADLINE_FIGURES
 
 _LOSSES, _NORMS, _SECONDS, _FIGURES = "losses", "grad_norms", "seconds", "figures"
 
@@ -49,7 +50,7 @@ def training_cards(runs: Sequence[LabelledRun]) -> tuple[list[ChartCard], list[C
     lines = [line for run in runs for line in run.records.metrics]
     at = _alarm_marks(runs)
     losses = _names(lines, _LOSSES)
-    leading = [name for name in losses if name in HEADLINE_LOSSES] or losses
+    leading = [name for name in losses if name in leading_losses()] or losses
     first = [_loss_card(runs, name, at) for name in leading]
     first += _norm_cards(runs, _names(lines, _NORMS), at)
     first += [_seconds_card(runs, at)] if lines else []

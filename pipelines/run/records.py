@@ -4,14 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-HEADLINE_LOSSES = (
-    "fisher",
-    "negative_residual",
-    "distribution_matching",
-    "score_implicit",
-    "diversity",
-    "residual_contraction",
-)
+from pipelines.config.methods import leading_losses
+
 HEADLINE_FIGURES = (
     "frechet",
     "colour",
@@ -86,8 +80,8 @@ class IterationRecord:
 
     @property
     def headline_losses(self) -> dict[str, float]:
-        """The terms that say what the objective is about, of those that it has."""
-        return {name: self.losses[name] for name in HEADLINE_LOSSES if name in self.losses}
+        """Leading terms of the objective's losses."""
+        return {name: self.losses[name] for name in leading_losses() if name in self.losses}
 
     def to_json(self) -> dict[str, Any]:
         """As metrics.jsonl holds it."""

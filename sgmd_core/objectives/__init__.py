@@ -35,10 +35,21 @@ class Objective(Protocol):
     """A pair of losses over the same score query.
 
     Attributes:
-        path: By which ways the generator's loss depends on `x0`.
+        path: Ways by which the generator's loss depends on `x0`.
+        about: One line on the method, for lists of methods.
+        gradient: The generator's gradient at `x0`, as a formula in the words above.
+        leading_losses: Terms of the two losses that a progress line and a report show first.
     """
 
     path: ClassVar[GradientPath]
+    about: ClassVar[str]
+    gradient: ClassVar[str]
+    leading_losses: ClassVar[tuple[str, ...]]
+
+    @property
+    def method(self) -> str:
+        """Name of the method in recipes: `objective: {method: ...}`."""
+        ...
 
     @property
     def fake_updates(self) -> int:

@@ -115,6 +115,9 @@ class DmdObjective:
     """
 
     path: ClassVar[GradientPath] = GradientPath.SAMPLE
+    about: ClassVar[str] = "distribution matching: reverse KL, one fake-score update"
+    gradient: ClassVar[str] = "gap / n"
+    leading_losses: ClassVar[tuple[str, ...]] = ("distribution_matching", "residual_contraction")
 
     method: Literal["dmd"] = "dmd"
     fake_updates: int = 1

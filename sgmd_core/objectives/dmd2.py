@@ -12,35 +12,14 @@ Source: DMD2 (arXiv:2405.14867), two time scales; ratio 5 of the released SGMD t
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sgmd_core.objectives import GradientPath
-from sgmd_core.objectives.dmd import denoising_loss, distribution_matching_loss
-from sgmd_core.objectives.settings import require_updates
-from sgmd_core.types import Latents, Loss, NoisedBatch
+from sgmd_core.objectives.dmd import DmdObjective
 
 
 @dataclass(frozen=True, slots=True)
-class Dmd2Objective:
-    """The losses of generator and fake score. Also a recipe section `objective:`.
+class Dmd2Objective(DmdObjective):
+    """The losses of `DmdObjective` with more fake-score updates. Also a section `objective:`."""
 
-    Attributes:
-        method: Names this section among the methods.
-        fake_updates: Updates of the fake score an iteration.
-    """
+    about: ClassVar[str] = "distribution matching with two time scales, without its GAN term"
 
-    path: ClassVar[GradientPath] = GradientPath.SAMPLE
-
-    method: Literal["dmd2"] = "dmd2"
+    method: Literal["dmd2"] = "dmd2"  # pyright: ignore[reportIncompatibleVariableOverride]
     fake_updates: int = 5
-
-    def __post_init__(self) -> None:
-        require_updates(self.fake_updates)
-
-    def generator_loss(
-        self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
-    ) -> Loss:
-        """Loss of the generator: `dmd.distribution_matching_loss`."""
-        return distribution_matching_loss(query, velocity_fake, velocity_teacher)
-
-    def tracking_loss(self, query: NoisedBatch, velocity_fake: Latents) -> Loss:
-        """Loss of the fake score: `dmd.denoising_loss`."""
-        return denoising_loss(query, velocity_fake)

@@ -47,6 +47,13 @@ class SgmdObjective:
     """
 
     path: ClassVar[GradientPath] = GradientPath.FAKE_SCORE
+    about: ClassVar[str] = "score gradient matching: Fisher term and two opposite potentials"
+    gradient: ClassVar[str] = "J' (w gap + lambda_nr u residual)"
+    leading_losses: ClassVar[tuple[str, ...]] = (
+        "fisher",
+        "negative_residual",
+        "residual_contraction",
+    )
 
     method: Literal["sgmd"] = "sgmd"
     form: Form = "released"

@@ -44,6 +44,9 @@ class SidObjective:
     """
 
     path: ClassVar[GradientPath] = GradientPath.BOTH_SCORES
+    about: ClassVar[str] = "score identity distillation, with a gradient through the teacher"
+    gradient: ClassVar[str] = "that of tsg_sim, and the part through the teacher"
+    leading_losses: ClassVar[tuple[str, ...]] = ("score_implicit", "residual_contraction")
 
     method: Literal["sid"] = "sid"
     square_weight: float = 1.0

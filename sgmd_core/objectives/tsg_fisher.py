@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from sgmd_core.objectives import GradientPath
-from sgmd_core.objectives.fisher import fisher_loss, x0_gap
-from sgmd_core.objectives.forms import DEFAULT_LAMBDA_RC, Form, contraction, gap_weight, mean_rms
-from sgmd_core.objectives.settings import require_number, require_updates
-from sgmd_core.types import Latents, Loss, NoisedBatch, float32
+from sgmd_core.objectives.forms import Form
+from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.types import Latents, Loss, NoisedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +35,9 @@ class TsgFisherObjective:
     """
 
     path: ClassVar[GradientPath] = GradientPath.FAKE_SCORE
+    about: ClassVar[str] = "teacher stop-gradient Fisher divergence: SGMD without its potentials"
+    gradient: ClassVar[str] = "J' (w gap)"
+    leading_losses: ClassVar[tuple[str, ...]] = ("fisher", "residual_contraction")
 
     method: Literal["tsg_fisher"] = "tsg_fisher"
     form: Form = "released"
@@ -44,41 +46,24 @@ class TsgFisherObjective:
     fake_updates: int = 5
 
     def __post_init__(self) -> None:
-        require_number("normalizer_eps", self.normalizer_eps, zero_allowed=False)
-        require_number("sigma_floor", self.sigma_floor, zero_allowed=False)
-        require_updates(self.fake_updates)
+        self.sgmd()
+
+    def sgmd(self) -> SgmdObjective:
+        """The same losses as SGMD's with a weight of 0."""
+        return SgmdObjective(
+            form=self.form,
+            lambda_nr=0.0,
+            normalizer_eps=self.normalizer_eps,
+            sigma_floor=self.sigma_floor,
+            fake_updates=self.fake_updates,
+        )
 
     def generator_loss(
         self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
     ) -> Loss:
-        """Loss of the generator: close the gap to the teacher.
-
-        Args:
-            query: The generator's sample and the noise it is looked at through; `x0` may require
-                a gradient.
-            velocity_fake: Fake score's prediction at `query.x_t`, with its graph back to `x0`.
-            velocity_teacher: Guided teacher's prediction there; a constant.
-
-        Returns:
-            The loss in float32 or wider, and its detached terms: `generator`, `fisher` (the same),
-            and `fisher_norm`, the root mean square of the weighted gap of a sample, averaged over
-            samples.
-        """
-        velocity_fake, velocity_teacher = float32(velocity_fake), float32(velocity_teacher)
-        gap = x0_gap(query, velocity_fake, velocity_teacher)
-        weight = gap_weight(
-            self.form, query, velocity_teacher, self.normalizer_eps, self.sigma_floor
-        )
-        value = fisher_loss(gap, weight)
-        return Loss(
-            value,
-            {
-                "generator": value.detach(),
-                "fisher": value.detach(),
-                "fisher_norm": mean_rms(weight, gap),
-            },
-        )
+        """Loss of the generator: `SgmdObjective.generator_loss` without the negative residual."""
+        return self.sgmd().generator_loss(query, velocity_fake, velocity_teacher)
 
     def tracking_loss(self, query: NoisedBatch, velocity_fake: Latents) -> Loss:
-        """Loss of the fake score: `forms.contraction` with the form's own weight."""
-        return contraction(self.form, DEFAULT_LAMBDA_RC[self.form], query, velocity_fake)
+        """Loss of the fake score: `SgmdObjective.tracking_loss`."""
+        return self.sgmd().tracking_loss(query, velocity_fake)

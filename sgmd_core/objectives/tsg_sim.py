@@ -39,6 +39,9 @@ class TsgSimObjective:
     """
 
     path: ClassVar[GradientPath] = GradientPath.FAKE_SCORE
+    about: ClassVar[str] = "score implicit matching with a constant teacher"
+    gradient: ClassVar[str] = "w [gap + J' (residual - gap)]"
+    leading_losses: ClassVar[tuple[str, ...]] = ("score_implicit", "residual_contraction")
 
     method: Literal["tsg_sim"] = "tsg_sim"
     form: Form = "released"

@@ -12,4 +12,4 @@ def make_query(x0: Tensor, noise: Tensor, sigma: Tensor, text: Tensor | None = N
     """A query; without `text` the captions are one zero each."""
     if text is None:
         text = torch.zeros(len(x0), 1, 1, dtype=x0.dtype)
-    return NoisedBatch(KEY, x0, sigma, noise, text, generator_version=0)
+    return NoisedBatch(x0, sigma, noise, text, KEY)

@@ -16,15 +16,15 @@ import torch
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.rollout import rollout
 from sgmd_core.schedule import FlowMatchSchedule
-from tests.helpers.gaussian import (
+from sgmd_core.worlds.gaussian import (
     AffineGenerator,
     GaussianVelocity,
     LearnedGaussian,
-    balanced_noises,
     gaussian_text,
     gaussian_velocity,
     x0_gain,
 )
+from tests.helpers.noises import balanced_noises
 from tests.helpers.queries import make_query
 
 MU, S = 0.7, 0.5

@@ -16,7 +16,8 @@ from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import detached, per_sample
-from tests.helpers.gaussian import balanced_noises, gaussian_velocity, x0_gain
+from sgmd_core.worlds.gaussian import gaussian_velocity, x0_gain
+from tests.helpers.noises import balanced_noises
 from tests.helpers.queries import make_query
 from tests.helpers.small_network import (
     SmallNetwork,

@@ -5,7 +5,7 @@ from torch import nn
 from sgmd_core.errors import ConfigError
 from sgmd_core.rollout import euler_sample, rollout
 from sgmd_core.schedule import FlowMatchSchedule
-from tests.helpers.gaussian import GaussianVelocity, gaussian_text
+from sgmd_core.worlds.gaussian import GaussianVelocity, gaussian_text
 
 GRID = FlowMatchSchedule(shift=5.0).few_step_grid(4)
 TEXT = torch.zeros(2, 1, 1)

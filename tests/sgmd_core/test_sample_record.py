@@ -11,7 +11,7 @@ KEY = MicroBatchKey(2, 1)
 def a_query(num_samples: int = 5) -> NoisedBatch:
     x0 = torch.arange(num_samples * 8.0).reshape(num_samples, 1, 2, 2, 2)
     sigma = torch.linspace(0.1, 0.9, num_samples)
-    return NoisedBatch(KEY, x0, sigma, -x0, torch.ones(num_samples, 3, 2), 7)
+    return NoisedBatch(x0, sigma, -x0, torch.ones(num_samples, 3, 2), KEY, 7)
 
 
 @pytest.mark.parametrize("at", [1, 2, 4])

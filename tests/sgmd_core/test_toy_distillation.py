@@ -10,7 +10,7 @@ from sgmd_core.rollout import rollout
 from sgmd_core.schedule import NUM_SCORE_LEVELS, FlowMatchSchedule
 from sgmd_core.seeds import draw
 from sgmd_core.types import MicroBatchKey, detached
-from tests.helpers.gaussian import (
+from sgmd_core.worlds.gaussian import (
     AffineGenerator,
     GaussianVelocity,
     LearnedGaussian,
@@ -33,7 +33,11 @@ def distil(objective: SgmdObjective, num_iterations: int) -> tuple[float, float]
     schedule = FlowMatchSchedule()
     grid = schedule.few_step_grid(1)
     text = gaussian_text(torch.full((BATCH,), MEAN), torch.full((BATCH,), STD))
-    teacher, generator, fake = GaussianVelocity(), AffineGenerator(0.0, 1.0), LearnedGaussian(0, 1)
+    teacher, generator, fake = (
+        GaussianVelocity(),
+        AffineGenerator(0.0, 1.0),
+        LearnedGaussian(0.0, 1.0),
+    )
     betas, settled = (0.0, 0.999), []
     generator_optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2, betas=betas)
     fake_optimizer = torch.optim.Adam(fake.parameters(), lr=4e-2, betas=betas)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sgmd_core.velocity import guided_velocity
-from tests.helpers.gaussian import GaussianVelocity, gaussian_text
+from sgmd_core.worlds.gaussian import GaussianVelocity, gaussian_text
 
 
 class CountingModel:

@@ -26,7 +26,7 @@ from sgmd_core.types import (
     per_sample,
 )
 from sgmd_core.velocity import guided_velocity
-from tests.helpers.gaussian import AffineGenerator, LearnedGaussian, x0_gain
+from sgmd_core.worlds.gaussian import AffineGenerator, LearnedGaussian, x0_gain
 from tests.helpers.roles import (
     SEED,
     gather,
@@ -88,7 +88,7 @@ def test_split_gradients_equal_those_of_one_plain_step_bitwise(name, exit_step):
             level = grid[step].expand(3)
             x = x + (grid[step + 1] - grid[step]) * generator(x, level, text.text)
     x0 = x - grid[exit_step] * generator(x, grid[exit_step].expand(3), text.text)
-    query = NoisedBatch(key, x0, draws.sigma, draws.noise, text.text, 0)
+    query = NoisedBatch(x0, draws.sigma, draws.noise, text.text, key)
     with torch.set_grad_enabled(objective.path is GradientPath.BOTH_SCORES):
         velocity_teacher = guided_velocity(
             teacher, query.x_t, query.sigma, query.text, negative_text(), 2.0
@@ -282,7 +282,7 @@ def test_signal_is_the_closed_form_gradient_of_a_gaussian():
     generator = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 3, 1, 2, 2, 2, generator=generator, dtype=torch.float64)
     sigma = torch.tensor([0.3, 0.6, 0.9], dtype=torch.float64)
-    query = NoisedBatch(MicroBatchKey(0, 0), x0, sigma, noise, _no_text(3), 0)
+    query = NoisedBatch(x0, sigma, noise, _no_text(3))
     prediction = ScoreTeacher(teacher, TeacherSettings(guidance_scale=1.0)).denoise(
         query, _no_text(1)
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipelines.config.methods import METHODS, method_name
 from pipelines.config.overrides import apply_overrides, nearest_key, parse_override, read_yaml
 from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, load_recipe
 from pipelines.config.recipe_files import known_keys, load, shipped_recipes
@@ -268,7 +269,7 @@ class TestRefusals:
 
 
 class TestMethods:
-    @pytest.mark.parametrize("method", ["sgmd", "dmd", "dmd2", "tsg_fisher", "tsg_sim", "sid"])
+    @pytest.mark.parametrize("method", [method_name(method) for method in METHODS])
     def test_a_method_is_chosen_by_its_name_and_brings_its_own_settings(self, method, tmp_path):
         overrides = [f"objective.method={method}", "fake_score.tracking=fresh"]
         config = load_recipe("tiny", overrides)

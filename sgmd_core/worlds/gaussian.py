@@ -1,4 +1,4 @@
-"""A world in which everything is known in closed form: clean data are x0 ~ N(mean, std^2).
+"""The Gaussian world: clean data are x0 ~ N(mean, std^2), and every score is exact.
 
 All elements of a latent are independent, so at noise level sigma, with alpha = 1 - sigma,
 
@@ -12,74 +12,80 @@ A caption says (mean, std) in the first two numbers of its first token.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sgmd_core.types import per_sample
+from sgmd_core.types import Latents, PerSample, Text, per_sample
 
 
-def gaussian_text(mean: Tensor, std: Tensor) -> Tensor:
-    """Captions (b, 1, 2) that say one mean and one standard deviation a sample."""
+def gaussian_text(mean: PerSample, std: PerSample) -> Text:
+    """Captions (b, 1, 2): the mean and the standard deviation of each sample."""
     return torch.stack([mean, std], dim=1)[:, None, :]
 
 
-def gaussian_velocity(x_t: Tensor, sigma: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """The exact velocity of N(mean, std^2); one value a sample for all but `x_t`."""
+def gaussian_velocity(x_t: Latents, sigma: PerSample, mean: PerSample, std: PerSample) -> Latents:
+    """Exact velocity of N(mean, std^2) at `x_t`."""
     gain = per_sample(velocity_gain(sigma, std), x_t)
     mean, alpha = per_sample(mean, x_t), per_sample(1 - sigma, x_t)
     return gain * (x_t - alpha * mean) - mean
 
 
-def velocity_gain(sigma: Tensor, std: Tensor) -> Tensor:
-    """d velocity / d x_t, one value a sample."""
+def velocity_gain(sigma: PerSample, std: PerSample) -> PerSample:
+    """Derivative d velocity / d x_t of each sample."""
     alpha = 1 - sigma
     return (sigma - alpha * std.square()) / (alpha.square() * std.square() + sigma.square())
 
 
-def x0_gain(sigma: Tensor, std: Tensor) -> Tensor:
-    """d E[x0 | x_t] / d x_t, one value a sample."""
+def x0_gain(sigma: PerSample, std: PerSample) -> PerSample:
+    """Derivative d E[x0 | x_t] / d x_t of each sample."""
     alpha = 1 - sigma
     return alpha * std.square() / (alpha.square() * std.square() + sigma.square())
 
 
 class GaussianVelocity:
-    """The exact `VelocityModel` of the world that the captions describe."""
+    """The exact `VelocityModel` of N(mean, std^2), with mean and std read from the captions.
 
-    def __call__(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    A teacher whose answers are known in closed form, for tests and examples.
+    """
+
+    def __call__(self, x_t: Latents, sigma: PerSample, text: Text, /) -> Latents:
+        """Predicts the velocity at `x_t`."""
         return gaussian_velocity(x_t, sigma, text[:, 0, 0], text[:, 0, 1])
 
 
 class LearnedGaussian(nn.Module):
-    """A fake score that can be exact: the velocity of N(mean, std^2) with both to be learnt."""
+    """Velocity of N(mean, std^2) with trainable mean and std: a fake score that can be exact.
+
+    Args:
+        mean: Initial mean.
+        std: Initial standard deviation; positive.
+        dtype: Of the two parameters.
+    """
 
     def __init__(self, mean: float, std: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.mean = nn.Parameter(torch.tensor(mean, dtype=dtype))
         self.log_std = nn.Parameter(torch.tensor(std, dtype=dtype).log())
 
-    def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x_t: Latents, sigma: PerSample, text: Text) -> Latents:
+        """Predicts the velocity at `x_t`."""
         mean, std = self.mean.expand(len(x_t)), self.log_std.exp().expand(len(x_t))
         return gaussian_velocity(x_t, sigma, mean, std)
 
 
 class AffineGenerator(nn.Module):
-    """A one-step generator of N(mean, std^2): from pure noise it leaves for mean + std * noise."""
+    """One-step generator of N(mean, std^2): at sigma 1 its x0 is mean + std * noise.
+
+    Args:
+        mean: Initial mean.
+        std: Initial standard deviation.
+        dtype: Of the two parameters.
+    """
 
     def __init__(self, mean: float, std: float, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.mean = nn.Parameter(torch.tensor(mean, dtype=dtype))
         self.std = nn.Parameter(torch.tensor(std, dtype=dtype))
 
-    def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    def forward(self, x_t: Latents, sigma: PerSample, text: Text) -> Latents:
+        """Predicts the velocity at `x_t`, which is pure noise."""
         return x_t - (self.mean + self.std * x_t)
-
-
-def balanced_noises(num_samples: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two noises (b, 1, 1, 2, 2) whose four elements hold all combinations of +1 and -1.
-
-    Their means, variances and correlation over a sample are exactly 0, 1 and 0, so the mean of any
-    quadratic function of them is its expectation under standard normals, without a sampling error.
-    """
-    first = torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=dtype)
-    second = torch.tensor([[1.0, -1.0], [1.0, -1.0]], dtype=dtype)
-    shape = (num_samples, 1, 1, 2, 2)
-    return first.expand(shape).clone(), second.expand(shape).clone()

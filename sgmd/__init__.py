@@ -1,0 +1,109 @@
+"""Public interface of sgmd: Score Gradient Matching Distillation on Ray.
+
+    mathematics   SgmdObjective and the other methods, FlowMatchSchedule, rollout, euler_sample
+    records       NoisedBatch, GeneratorSignal, Loss, MicroBatchKey
+    worlds        GaussianVelocity, a teacher whose scores are exact
+    programs      load_recipe, distill, evaluate, generate, pretrain, sweep
+    data          Feed, StreamSettings, Source
+    errors        SgmdError and the errors below it
+
+Names that are not in `__all__` are private. A name is imported when it is first used, so the
+mathematics needs neither Ray nor diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cluster.errors import ClusterError as ClusterError
+    from pipelines.config.methods import METHODS as METHODS
+    from pipelines.config.recipe import DistillConfig as DistillConfig
+    from pipelines.config.recipe import load_recipe as load_recipe
+    from pipelines.data.stream.feed import Feed as Feed
+    from pipelines.data.stream.feed import StreamSettings as StreamSettings
+    from pipelines.data.stream.source import Source as Source
+    from pipelines.distillation.run import distill as distill
+    from pipelines.evaluation.run import evaluate as evaluate
+    from pipelines.generate import generate as generate
+    from pipelines.pretraining.run import pretrain as pretrain
+    from pipelines.sweep import sweep as sweep
+    from sgmd_core.errors import AlarmError as AlarmError
+    from sgmd_core.errors import CheckpointError as CheckpointError
+    from sgmd_core.errors import ConfigError as ConfigError
+    from sgmd_core.errors import DataError as DataError
+    from sgmd_core.errors import ModelFolderError as ModelFolderError
+    from sgmd_core.errors import NonFiniteError as NonFiniteError
+    from sgmd_core.errors import SgmdError as SgmdError
+    from sgmd_core.errors import ShapeError as ShapeError
+    from sgmd_core.errors import StaleCallError as StaleCallError
+    from sgmd_core.objectives import GradientPath as GradientPath
+    from sgmd_core.objectives import Objective as Objective
+    from sgmd_core.objectives.dmd import DmdObjective as DmdObjective
+    from sgmd_core.objectives.dmd2 import Dmd2Objective as Dmd2Objective
+    from sgmd_core.objectives.sgmd import SgmdObjective as SgmdObjective
+    from sgmd_core.objectives.sid import SidObjective as SidObjective
+    from sgmd_core.objectives.tsg_fisher import TsgFisherObjective as TsgFisherObjective
+    from sgmd_core.objectives.tsg_sim import TsgSimObjective as TsgSimObjective
+    from sgmd_core.rollout import euler_sample as euler_sample
+    from sgmd_core.rollout import rollout as rollout
+    from sgmd_core.schedule import FlowMatchSchedule as FlowMatchSchedule
+    from sgmd_core.types import GeneratorSignal as GeneratorSignal
+    from sgmd_core.types import Loss as Loss
+    from sgmd_core.types import MicroBatchKey as MicroBatchKey
+    from sgmd_core.types import NoisedBatch as NoisedBatch
+    from sgmd_core.velocity import VelocityModel as VelocityModel
+    from sgmd_core.velocity import guided_velocity as guided_velocity
+    from sgmd_core.worlds.gaussian import GaussianVelocity as GaussianVelocity
+    from sgmd_core.worlds.gaussian import gaussian_text as gaussian_text
+
+# The same names as above, for the running program; a test compares the two lists.
+_HOME = {
+    "cluster.errors": ("ClusterError",),
+    "pipelines.config.methods": ("METHODS",),
+    "pipelines.config.recipe": ("DistillConfig", "load_recipe"),
+    "pipelines.data.stream.feed": ("Feed", "StreamSettings"),
+    "pipelines.data.stream.source": ("Source",),
+    "pipelines.distillation.run": ("distill",),
+    "pipelines.evaluation.run": ("evaluate",),
+    "pipelines.generate": ("generate",),
+    "pipelines.pretraining.run": ("pretrain",),
+    "pipelines.sweep": ("sweep",),
+    "sgmd_core.errors": (
+        "AlarmError",
+        "CheckpointError",
+        "ConfigError",
+        "DataError",
+        "ModelFolderError",
+        "NonFiniteError",
+        "SgmdError",
+        "ShapeError",
+        "StaleCallError",
+    ),
+    "sgmd_core.objectives": ("GradientPath", "Objective"),
+    "sgmd_core.objectives.dmd": ("DmdObjective",),
+    "sgmd_core.objectives.dmd2": ("Dmd2Objective",),
+    "sgmd_core.objectives.sgmd": ("SgmdObjective",),
+    "sgmd_core.objectives.sid": ("SidObjective",),
+    "sgmd_core.objectives.tsg_fisher": ("TsgFisherObjective",),
+    "sgmd_core.objectives.tsg_sim": ("TsgSimObjective",),
+    "sgmd_core.rollout": ("euler_sample", "rollout"),
+    "sgmd_core.schedule": ("FlowMatchSchedule",),
+    "sgmd_core.types": ("GeneratorSignal", "Loss", "MicroBatchKey", "NoisedBatch"),
+    "sgmd_core.velocity": ("VelocityModel", "guided_velocity"),
+    "sgmd_core.worlds.gaussian": ("GaussianVelocity", "gaussian_text"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,92 @@
+"""Truths that every method has to meet; a new one meets them all or fails here by name."""
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from pipelines.config.methods import METHODS, method_name
+from sgmd_core.objectives import GradientPath, Objective
+from sgmd_core.types import NoisedBatch, detached
+from tests.e2e.test_equivalence import MODES
+from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
+from tests.pipelines.study.test_passes import METHODS as COUNTED
+from tests.sgmd_core.test_objectives import OBJECTIVES
+
+ALL = pytest.mark.parametrize("method", METHODS, ids=method_name)
+NAMES = {method_name(method) for method in METHODS}
+
+
+def loss_of(objective: Objective, query: NoisedBatch):
+    velocities = [predict(SmallNetwork(seed), query) for seed in (1, 2)]
+    return objective.generator_loss(query, *velocities)
+
+
+def part_of(query: NoisedBatch, start: int, stop: int) -> NoisedBatch:
+    values = {field.name: getattr(query, field.name) for field in fields(query)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(query, **{name: value[start:stop] for name, value in tensors.items()})
+
+
+@ALL
+def test_a_method_describes_itself_and_its_leading_losses_are_terms_of_its_losses(method):
+    objective, query = method(), with_leaf(random_query())
+    terms = dict(loss_of(objective, query).terms)
+    terms |= objective.tracking_loss(detached(query), predict(SmallNetwork(1), query)).terms
+    assert objective.about
+    assert objective.gradient
+    assert set(objective.leading_losses) <= set(terms)
+    assert {"generator", "tracking"} <= set(terms)
+
+
+@ALL
+def test_the_gradient_takes_the_declared_ways_and_no_other(method):
+    objective, query = method(), with_leaf(random_query())
+    velocities = [predict(SmallNetwork(seed), query) for seed in (1, 2)]
+    loss = objective.generator_loss(query, *velocities)
+    gradients = torch.autograd.grad(loss.value, velocities, retain_graph=True, allow_unused=True)
+    reached = [each is not None and bool(each.abs().max() > 0) for each in gradients]
+    expected = {
+        GradientPath.SAMPLE: [False, False],
+        GradientPath.FAKE_SCORE: [True, False],
+        GradientPath.BOTH_SCORES: [True, True],
+    }
+    assert reached == expected[objective.path]
+    (gradient,) = torch.autograd.grad(loss.value, query.x0)
+    assert gradient.abs().max() > 0
+
+
+@ALL
+def test_the_losses_of_a_batch_are_the_means_of_its_samples(method):
+    objective, query = method(), with_leaf(random_query())
+    whole = loss_of(objective, query)
+    (gradient,) = torch.autograd.grad(whole.value, query.x0)
+    parts, gradients = [], []
+    for sample in range(len(query.x0)):
+        part = with_leaf(detached(part_of(query, sample, sample + 1)))
+        loss = loss_of(objective, part)
+        parts.append(loss.value.detach())
+        gradients.append(torch.autograd.grad(loss.value, part.x0)[0] / len(query.x0))
+    assert torch.stack(parts).std() > 1e-3 * whole.value.detach().abs()
+    torch.testing.assert_close(whole.value.detach(), torch.stack(parts).mean())
+    torch.testing.assert_close(gradient, torch.cat(gradients))
+
+
+@ALL
+def test_tracking_reaches_the_fake_score_alone(method):
+    objective, query, fake = method(), with_leaf(random_query()), SmallNetwork(1)
+    loss = objective.tracking_loss(detached(query), predict(fake, detached(query)))
+    gradients = torch.autograd.grad(loss.value, [*fake.parameters(), query.x0], allow_unused=True)
+    assert gradients[-1] is None
+    assert all(gradient.abs().max() > 0 for gradient in gradients[:-1])
+
+
+def test_every_method_stands_in_the_tables_of_the_tests_that_need_more_than_its_name():
+    definitions = {name.partition("-")[0] for name in OBJECTIVES} | {"sgmd"}
+    assert definitions == NAMES, "finite differences: tests/sgmd_core/test_objectives.py"
+    counted = {name.partition(" ")[0] for name in COUNTED}
+    assert counted >= NAMES, "exact pass counts: tests/pipelines/study/test_passes.py"
+    split = {name.partition("-")[0] for name in MODES}
+    covered = {method.path for method in METHODS if method_name(method) in split}
+    missing = {method.path for method in METHODS} - covered
+    assert not missing, "split = fused on Ray: tests/e2e/test_equivalence.py"

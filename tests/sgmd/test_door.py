@@ -1,0 +1,93 @@
+"""The public interface: its names, the cost of importing it, and the example."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+import sgmd
+from pipelines.config.methods import METHODS, load_method, method_name, methods_table
+from sgmd_core.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python(*arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_public_name_is_there_and_none_is_listed_for_type_checkers_alone():
+    tree = ast.parse(Path(str(sgmd.__file__)).read_text())
+    typed = {
+        (node.module, name.name)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+        if name.asname == name.name
+    }
+    lazy = {(module, name) for module, names in sgmd._HOME.items() for name in names}
+    assert typed == lazy
+    for name in sgmd.__all__:
+        assert getattr(sgmd, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        sgmd.distil  # noqa: B018
+
+
+def test_the_mathematics_needs_neither_ray_nor_diffusers():
+    code = (
+        "import sys, sgmd\n"
+        "sgmd.SgmdObjective(), sgmd.FlowMatchSchedule(), sgmd.GaussianVelocity(), sgmd.rollout\n"
+        "print(*[name for name in ('ray', 'diffusers', 'pydantic') if name in sys.modules])"
+    )
+    assert run_python("-c", code).strip() == ""
+
+
+def test_the_example_learns_the_gaussian_in_at_most_thirty_lines():
+    path = ROOT / "examples" / "gaussian.py"
+    assert len(path.read_text().splitlines()) <= 30
+    words = run_python(str(path)).replace(",", "").split()
+    mean, std = float(words[1]), float(words[5])
+    assert (mean, std) == (pytest.approx(0.7, abs=0.03), pytest.approx(0.5, abs=0.03))
+
+
+def test_packages_say_that_they_are_typed():
+    for package in ("sgmd", "sgmd_core", "workers", "cluster", "pipelines"):
+        assert (ROOT / package / "py.typed").is_file()
+
+
+def test_the_docs_list_every_method_as_its_objective_describes_it():
+    """Where this fails, paste `pipelines.config.methods.methods_table()` into docs/methods.md."""
+    assert methods_table() in (ROOT / "docs" / "methods.md").read_text()
+
+
+class TestMethodsFromOutside:
+    def test_an_entry_point_brings_an_objective(self):
+        point = EntryPoint("huber", "tests.helpers.huber:PseudoHuberObjective", "sgmd.objectives")
+        assert method_name(load_method(point)) == "pseudo_huber"
+
+    @pytest.mark.parametrize(
+        ("value", "words"),
+        [
+            ("no_such_package.x:Y", "No module named 'no_such_package'"),
+            ("sgmd_core.schedule:FlowMatchSchedule", "without path, about"),
+            ("sgmd_core.objectives.dmd:DmdObjective", "a second dmd"),
+        ],
+    )
+    def test_one_that_cannot_be_used_is_refused_by_name(self, value, words):
+        with pytest.raises(ConfigError, match=words) as caught:
+            load_method(EntryPoint("dmd", value, "sgmd.objectives"))
+        assert "uninstall the package" in str(caught.value)
+
+    def test_names_of_methods_are_their_own(self):
+        names = [method_name(method) for method in METHODS]
+        assert len(set(names)) == len(names)
