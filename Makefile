@@ -20,7 +20,7 @@ DEMO := runs/demo
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test test-quick lint fmt clean
+.PHONY: help setup browser demo test test-quick lint docs fmt clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
@@ -66,9 +66,13 @@ lint: $(READY)  ## Check style, types, import directions and spelling
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 
+docs: $(READY)  ## Make the generated pages and build the site; a broken link is an error
+	$(BIN)/python docs/make_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 fmt: $(READY)  ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:  ## Remove .venv and caches; runs and data stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
