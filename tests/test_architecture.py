@@ -55,6 +55,12 @@ def test_the_roles_load_no_ray():
     assert loaded_after_importing("workers", ("ray", "cluster.errors", "pipelines")) == ""
 
 
+@pytest.mark.slow
+def test_a_run_in_one_process_needs_no_ray():
+    code = "import sys; sys.modules['ray'] = None; import pipelines.distillation.run; print('ok')"
+    assert run_python(code) == "ok"
+
+
 def test_asking_for_help_loads_neither_torch_nor_ray():
     code = (
         "import sys, pipelines.cli\n"

@@ -14,15 +14,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, TypeVarTuple
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple
 
 from cluster.local import LocalWorkerGroup
 from cluster.ray.direct import Direct
-from cluster.ray.group import RayWorkerGroup
-from cluster.ray.host import Hosts
 from cluster.ray.pools import Pool, Strategy, bundles_of
-from cluster.ray.topology import Placement, reserve
-from cluster.runtime import start_ray
 from cluster.schedule.program import Team
 from cluster.worker_group import WorkerGroup
 from pipelines.config.recipe import DistillConfig
@@ -40,6 +36,11 @@ from workers.build import (
     build_text_encoder,
 )
 from workers.evaluator import Sampling
+
+# Ray is imported where it starts: mode `local` runs on machines that do not have it.
+if TYPE_CHECKING:
+    from cluster.ray.host import Hosts
+    from cluster.ray.topology import Placement
 
 _STRATEGIES: Mapping[str, Strategy] = {
     "pack": "PACK",
@@ -97,6 +98,9 @@ def open_groups(
         if config.topology.mode == "local":
             opener: _Opener = _LocalOpener()
         else:
+            from cluster.ray.topology import Placement, reserve
+            from cluster.runtime import start_ray
+
             pools = pools_of(config)
             num_cpus = own_cluster_size(config, bundles_of(pools))
             stack.enter_context(start_ray(config.topology.address, num_cpus=num_cpus))
@@ -193,10 +197,10 @@ class _RayOpener:
 
     def __init__(
         self,
-        placement: Placement,
+        placement: "Placement",
         narrow: frozenset[str],
         direct: Direct | None,
-        fused: Hosts | None = None,
+        fused: "Hosts | None" = None,
     ) -> None:
         self._placement = placement
         self._narrow = narrow
@@ -206,6 +210,8 @@ class _RayOpener:
     def open(
         self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
     ) -> WorkerGroup[W]:
+        from cluster.ray.group import RayWorkerGroup
+
         if self._fused is not None and name in ROLES:
             return RayWorkerGroup(name, factory, args, self._fused, narrow=self._narrow)
         return RayWorkerGroup(
@@ -220,7 +226,9 @@ class _RayOpener:
         )
 
 
-def _ray_opener(config: DistillConfig, placement: Placement) -> _RayOpener:
+def _ray_opener(config: DistillConfig, placement: "Placement") -> _RayOpener:
+    from cluster.ray.host import Hosts
+
     topology = config.topology
     direct = None if topology.transport == "object_store" else Direct(topology.transport, _SENT)
     if topology.mode != "fused":

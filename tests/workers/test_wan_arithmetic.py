@@ -62,15 +62,46 @@ def test_parameters_are_those_of_the_network(shape, billions):
     assert WanShape.from_config(made.transformer.config) == shape
 
 
+@pytest.fixture
+def plain_attention():
+    """The fused attention of a CPU is not counted, the plain one is."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@pytest.mark.usefixtures("plain_attention")
 def test_operations_are_those_that_a_network_makes():
-    # The fused attention of a CPU is not counted, the plain one is.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as forward:
+    expected = SMALL.pass_flops(LATENTS, TEXT_LENGTH)
+    with FlopCounterMode(display=False) as forward:
         loss = network(SMALL)(*inputs(SMALL)).sum()
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False) as to_parameters:
         loss.backward()
+    assert forward.get_total_flops() == expected.forward
     assert forward.get_total_flops() == SMALL.forward_flops(LATENTS, TEXT_LENGTH)
-    # Once for inputs and once for parameters; the network's own input needs no gradient.
-    assert backward.get_total_flops() == pytest.approx(2 * forward.get_total_flops(), rel=0.03)
+    assert to_parameters.get_total_flops() == expected.to_parameters
+
+
+@pytest.mark.usefixtures("plain_attention")
+def test_a_backward_pass_to_the_input_makes_products_of_attention_twice():
+    expected, made = SMALL.pass_flops(LATENTS, TEXT_LENGTH), network(SMALL)
+    x_t, sigma, text = inputs(SMALL)
+    loss = made(x_t.requires_grad_(), sigma, text).sum()
+    with FlopCounterMode(display=False) as to_input:
+        torch.autograd.grad(loss, x_t, retain_graph=True)
+    assert to_input.get_total_flops() == expected.to_input
+    # The graph is walked a second time for the parameters, as with shared tracking.
+    with FlopCounterMode(display=False) as to_parameters:
+        loss.backward(inputs=list(made.parameters()))
+    assert to_parameters.get_total_flops() == expected.to_parameters
+
+
+def test_attention_is_what_makes_a_backward_pass_to_the_input_dearer_at_full_size():
+    shape = WanShape(num_layers=30, width=1536, ffn_width=8960)
+    passes = shape.pass_flops((16, 21, 60, 104), 512)
+    assert passes.to_input / passes.forward == pytest.approx(
+        1 + passes.attention / passes.forward, rel=0.03
+    )
+    assert passes.to_input / passes.forward > 1.6
 
 
 @pytest.mark.parametrize("bf16", [False, True])

@@ -7,8 +7,10 @@
     each one addition too)   2 n d f                       feed-forward
 
 Operations are counted as everybody counts them, two for a multiplication and its addition, matrix
-products alone. A backward pass costs as much again for the gradients of the inputs, and as much
-again for those of the parameters.
+products alone. A backward pass makes, for each projection, one product for the gradient of its
+input and one for that of its weights; and for each product inside attention two, because both of
+its factors are activations. So a backward pass to the network's input costs a forward pass and
+attention's share of one, `pass_flops` says exactly how much.
 
 The numbers of parameters and operations are exact; the bytes of graphs were fitted to counted ones.
 The tests hold all of them against networks.
@@ -21,6 +23,23 @@ from typing import Any, Self
 
 _TIME_CHANNELS = 6
 """Shift, scale and gate before self-attention and before feed-forward."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassFlops:
+    """Operations of the passes of one sample, without what checkpointing makes again.
+
+    Attributes:
+        forward: A forward pass.
+        to_input: A backward pass to the latents alone.
+        to_parameters: A backward pass to all parameters and not to the latents.
+        attention: What of `forward` lies inside attention: scores and values.
+    """
+
+    forward: int
+    to_input: int
+    to_parameters: int
+    attention: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,20 +113,38 @@ class WanShape:
         return prod(latent_shape[1:]) // prod(self.patch_size)
 
     def forward_flops(self, latent_shape: tuple[int, int, int, int], text_length: int) -> int:
-        """Operations of one forward pass of one sample.
+        """Operations of one forward pass of one sample; see `pass_flops`."""
+        return self.pass_flops(latent_shape, text_length).forward
+
+    def pass_flops(self, latent_shape: tuple[int, int, int, int], text_length: int) -> PassFlops:
+        """Operations of one forward pass of one sample, and of the backward passes after it.
+
+        The way to the latents passes by neither the text nor the noise level: keys and values of
+        the cross-attention, and the embeddings of both, take no part in `to_input`.
 
         Args:
             latent_shape: Channels, frames, rows, columns of its latents.
             text_length: Text positions.
         """
-        d, f, n = self.width, self.ffn_width, self.num_tokens(latent_shape)
-        layer = 6 * n * d * d + 2 * text_length * d * d
-        layer += 2 * n * n * d + 2 * n * text_length * d
-        layer += 2 * n * d * f
-        ends = n * d * prod(self.patch_size) * (self.in_channels + self.out_channels)
-        time = d * (self.freq_width + d + _TIME_CHANNELS * d)
-        text = text_length * d * (self.text_width + d)
-        return 2 * (self.num_layers * layer + ends + time + text)
+        d, f, n, patch = self.width, self.ffn_width, self.num_tokens(latent_shape), self.patch_size
+        stream = self.num_layers * (6 * n * d * d + 2 * n * d * f)
+        text_in_layers = self.num_layers * 2 * text_length * d * d
+        attention = self.num_layers * 2 * n * n * d
+        cross_attention = self.num_layers * 2 * n * text_length * d
+        patches = n * d * prod(patch) * self.in_channels
+        head = n * d * prod(patch) * self.out_channels
+        # Of each embedding the first projection, whose input is data and needs no gradient.
+        firsts = d * self.freq_width + text_length * d * self.text_width
+        time = d * (d + _TIME_CHANNELS * d)
+        text = text_length * d * d
+        products = stream + text_in_layers + patches + head + firsts + time + text
+        inside = attention + cross_attention
+        return PassFlops(
+            forward=2 * (products + inside),
+            to_input=2 * (stream + patches + head + 2 * attention + cross_attention),
+            to_parameters=2 * (2 * products - patches - firsts + 2 * inside),
+            attention=2 * inside,
+        )
 
     def graph_bytes(
         self,
