@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from documents import write_document
+from harness import Groups, Setting, rehearse_setting, sleepers
 from orchestration_memory import measure_memory
 from orchestration_scaling import measure_scaling
 from orchestration_transfer import measure_transfer
 from orchestration_validation import measure_validation, write_docs
-from sleeping_stand import Groups, Setting, rehearse_setting, sleepers
 
 from cluster.rehearsal import rehearse
 from cluster.schedule.simulate import Costs, in_sequence, simulate

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sleeping_stand import Setting, rehearse_setting, sleepers
+from harness import Setting, rehearse_setting, sleepers
 
 from cluster.store_use import store_use
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from sleeping_stand import Groups, Setting, rehearse_setting, sleepers
+from harness import Groups, Setting, rehearse_setting, sleepers
 
 from cluster.rehearsal import rehearse
 from cluster.schedule.program import Pass, Stage, Team

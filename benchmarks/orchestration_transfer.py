@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
-from sleeping_stand import Groups, hops_s, open_sleepers, sleepers
+from harness import Groups, hops_s, open_sleepers, sleepers
 
 from cluster.ray.pools import Pool
 from cluster.runtime import start_ray

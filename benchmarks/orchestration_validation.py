@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sleeping_stand import MachineCosts, Setting, measure_machine, rehearse_setting, sleepers
+from harness import MachineCosts, Setting, measure_machine, rehearse_setting, sleepers
 
 from cluster.schedule.simulate import simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from cluster.measured import key_of_call, key_of_work
-from cluster.schedule.execution import Asked
+from cluster.schedule.execution import IssuedCall
 from cluster.spans import Work
 
 _CONTROLLER = "controller"
@@ -18,7 +18,7 @@ _SHORTEST_SHOWN_S = 1e-4
 Event = dict[str, Any]
 
 
-def trace_events(works: Sequence[Work], iterations: Sequence[Sequence[Asked]]) -> list[Event]:
+def trace_events(works: Sequence[Work], iterations: Sequence[Sequence[IssuedCall]]) -> list[Event]:
     """The events of some iterations.
 
     Args:
@@ -37,7 +37,7 @@ def trace_events(works: Sequence[Work], iterations: Sequence[Sequence[Asked]]) -
         events += _arrows(asked, by_key, pids)
         ends = [by_key[key].left_s for one in asked if (key := key_of_call(one)) in by_key]
         if ends:
-            began_s, number = asked[0].asked_s, asked[0].call.iteration
+            began_s, number = asked[0].issued_s, asked[0].call.iteration
             events.append(_slice(f"iteration {number}", began_s, max(ends), 0, 0, {}))
     return events
 
@@ -56,7 +56,7 @@ def _slices(work: Work, pid: int) -> Iterable[Event]:
 
 
 def _arrows(
-    asked: Sequence[Asked], works: dict[Any, Work], pids: dict[str, int]
+    asked: Sequence[IssuedCall], works: dict[Any, Work], pids: dict[str, int]
 ) -> Iterable[Event]:
     by_place = {one.place: works.get(key_of_call(one)) for one in asked}
     for one in asked:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol, Self, TypeVar, runtime_checkable
 
 from cluster.errors import TransferError
-from cluster.worker_group import Pending, R_co
+from cluster.worker_group import Future, R_co
 
 Span = tuple[int, int]
 """First sample, and one past the last."""
@@ -37,25 +37,25 @@ D = TypeVar("D", bound=Divisible)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class JoinedPending(Pending[R_co]):
-    """Claims on the pieces of one value; `group`, `rank` and `method` are those of the first.
+class JoinedFuture(Future[R_co]):
+    """Futures on the pieces of one value; `group`, `rank` and `method` are those of the first.
 
     Attributes:
-        pieces: Claims on records, whose samples follow one another.
+        pieces: Futures on records, whose samples follow one another.
         spans: The samples that each is about.
         wanted: The samples that the value is about.
     """
 
-    pieces: tuple[Pending[R_co], ...]
+    pieces: tuple[Future[R_co], ...]
     spans: tuple[Span, ...]
     wanted: Span
 
 
-def join(pieces: Sequence[tuple[Pending[R_co], Span]], wanted: Span) -> Pending[R_co]:
-    """A claim on the value about the wanted samples.
+def join(pieces: Sequence[tuple[Future[R_co], Span]], wanted: Span) -> Future[R_co]:
+    """A future on the value about the wanted samples.
 
     Args:
-        pieces: Claims and the samples that each is about, in the order of the samples.
+        pieces: Futures and the samples that each is about, in the order of the samples.
         wanted: Samples that the value is about; the pieces cover them.
 
     Raises:
@@ -75,18 +75,18 @@ def join(pieces: Sequence[tuple[Pending[R_co], Span]], wanted: Span) -> Pending[
     if [span for _, span in used] == [wanted]:
         return used[0][0]
     piece = used[0][0]
-    return JoinedPending(
+    return JoinedFuture(
         piece.group,
         piece.rank,
         piece.method,
-        tuple(claim for claim, _ in used),
+        tuple(future for future, _ in used),
         tuple(span for _, span in used),
         wanted,
     )
 
 
-def put_together(values: Sequence[D], spans: Sequence[Span], wanted: Span) -> D:
-    """The value that `join` claims, from the values of its pieces.
+def concatenate(values: Sequence[D], spans: Sequence[Span], wanted: Span) -> D:
+    """The value that `join` futures, from the values of its pieces.
 
     Raises:
         TransferError: A value is no record about samples.

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Generic
 
 from cluster.errors import ClusterError
-from cluster.joined import JoinedPending, put_together
+from cluster.joined import JoinedFuture, concatenate
 from cluster.spans import Clock, Work, current_label, read_clock
 from cluster.transfer import array_in, to_wire
-from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
+from cluster.worker_group import Future, R, R_co, W, WorkerGroup, refuse_array
 
 OWN_MACHINE = "this"
 """Name of the machine that this process is on, for its own clock."""
@@ -35,7 +35,7 @@ class _Failure:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LocalPending(Pending[R_co]):
+class LocalFuture(Future[R_co]):
     """A call that has already run.
 
     Attributes:
@@ -58,22 +58,22 @@ class LocalWorkerGroup(WorkerGroup[W]):
         self._workers = list(workers)
         self._works: deque[Work] = deque(maxlen=_MOST_WORK_KEPT)
 
-    def fetch(self, pendings: Sequence[Pending[R]], timeout_s: float, phase: str) -> list[R]:
+    def fetch(self, futures: Sequence[Future[R]], timeout_s: float, phase: str) -> list[R]:
         """The results; a call has run when `fetch` is reached, so the timeout never passes."""
-        return [self._value(pending, phase) for pending in pendings]
+        return [self._value(future, phase) for future in futures]
 
-    def is_done(self, pending: Pending[Any]) -> bool:
+    def is_done(self, future: Future[Any]) -> bool:
         """Always: a call runs when it is made."""
         return True
 
     def wait_ready(self, timeout_s: float) -> None:
         """Returns at once: the workers were there before the group."""
 
-    def ask_work(self) -> list[Pending[list[Work]]]:
+    def ask_work(self) -> list[Future[list[Work]]]:
         """What the ranks have done since this was last asked, all in one."""
         works = list(self._works)
         self._works.clear()
-        return [LocalPending(self.name, 0, "take_work", _Result(works))]
+        return [LocalFuture(self.name, 0, "take_work", _Result(works))]
 
     def clocks(self) -> list[Clock]:
         """The clock of this process, once a rank."""
@@ -85,11 +85,11 @@ class LocalWorkerGroup(WorkerGroup[W]):
 
     def _submit(
         self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
-    ) -> LocalPending[Any]:
+    ) -> LocalFuture[Any]:
         inputs = [*args, *keywords.values()]
         failure = next((known for item in inputs if (known := _failure_of(item))), None)
         outcome = failure or self._run(rank, method, args, keywords)
-        return LocalPending(self.name, rank, method, outcome)
+        return LocalFuture(self.name, rank, method, outcome)
 
     def _run(
         self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
@@ -108,34 +108,34 @@ class LocalWorkerGroup(WorkerGroup[W]):
             times = (started_s, started_s, ended_s, ended_s)
             self._works.append(Work(self.name, rank, method, current_label(), *times))
 
-    def _value(self, pending: Pending[R], phase: str) -> R:
-        if not isinstance(pending, LocalPending):
+    def _value(self, future: Future[R], phase: str) -> R:
+        if not isinstance(future, LocalFuture):
             raise ClusterError(
                 phase,
-                f"a result of group {pending.group}, which lives in other processes",
+                f"a result of group {future.group}, which lives in other processes",
                 "results of groups of this process",
                 "Fetch it through its own group",
             )
-        if isinstance(pending.outcome, _Failure):
-            raise pending.outcome.error
-        where = array_in(to_wire(pending.outcome.value, "result"))
+        if isinstance(future.outcome, _Failure):
+            raise future.outcome.error
+        where = array_in(to_wire(future.outcome.value, "result"))
         if where is not None:
-            raise refuse_array(pending, where, phase)
-        return pending.outcome.value
+            raise refuse_array(future, where, phase)
+        return future.outcome.value
 
 
 def _failure_of(value: object) -> _Failure | None:
-    if isinstance(value, JoinedPending):
+    if isinstance(value, JoinedFuture):
         return next((known for piece in value.pieces if (known := _failure_of(piece))), None)
-    if isinstance(value, LocalPending) and isinstance(value.outcome, _Failure):
+    if isinstance(value, LocalFuture) and isinstance(value.outcome, _Failure):
         return value.outcome
     return None
 
 
 def _plain(value: object) -> object:
-    if isinstance(value, JoinedPending):
+    if isinstance(value, JoinedFuture):
         values: list[Any] = [_plain(piece) for piece in value.pieces]
-        return put_together(values, value.spans, value.wanted)
-    if isinstance(value, LocalPending) and isinstance(value.outcome, _Result):
+        return concatenate(values, value.spans, value.wanted)
+    if isinstance(value, LocalFuture) and isinstance(value.outcome, _Result):
         return value.outcome.value
     return value

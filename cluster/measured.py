@@ -1,6 +1,6 @@
 """What a schedule took in truth: the simulator's timeline, made of measured times.
 
-    asked_s      the controller was about to make the call
+    issued_s      the controller was about to make the call
     ready_s      the last result that it takes had been made
     start, end   its arguments were in the process; its result was packed
 
@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.schedule.execution import Asked
+from cluster.schedule.execution import IssuedCall
 from cluster.schedule.simulate import Cause, Span, Timeline
 from cluster.spans import Work
 
@@ -29,14 +29,14 @@ def key_of_work(work: Work) -> _CallKey:
     return (work.role, work.rank, label.iteration, label.phase, work.method, label.micro_batch)
 
 
-def key_of_call(one: Asked) -> _CallKey:
+def key_of_call(one: IssuedCall) -> _CallKey:
     """The same for a call that was made."""
     call = one.call
     return (call.role, call.rank, call.iteration, call.phase, call.stage, call.micro_batch)
 
 
 def measured_timeline(
-    asked: Sequence[Asked],
+    asked: Sequence[IssuedCall],
     works: Mapping[_CallKey, Work],
     processes: Mapping[Rank, Process],
     controller: Process,
@@ -53,7 +53,7 @@ def measured_timeline(
         The calls with their times, counted from the first one's making; what a call waited for
         last is the latest of the three things that it can wait for.
     """
-    began_s = asked[0].asked_s
+    began_s = asked[0].issued_s
     number = {one.place: at for at, one in enumerate(asked)}
     spans: list[Span] = []
     last_on: dict[Process, int] = {}
@@ -65,18 +65,18 @@ def measured_timeline(
             if at is not None and (waited is None or spans[at].end_s > spans[waited].end_s):
                 waited = at
         process = processes[call.role, call.rank]
-        asked_s = one.asked_s - began_s if process != controller else 0.0
-        reasons: list[tuple[float, Cause, int | None]] = [(asked_s, Cause.CONTROLLER, waited)]
+        issued_s = one.issued_s - began_s if process != controller else 0.0
+        reasons: list[tuple[float, Cause, int | None]] = [(issued_s, Cause.CONTROLLER, waited)]
         before = last_on.get(process)
         if before is not None:
             reasons.append((spans[before].end_s, Cause.PROCESS, before))
         taken = [number[place] for place in call.inputs]
         reasons += [(spans[at].end_s, Cause.RESULT, at) for at in taken]
-        ready_s = max((spans[at].end_s for at in taken), default=asked_s)
+        ready_s = max((spans[at].end_s for at in taken), default=issued_s)
         _, cause, after = max(reasons, key=lambda reason: reason[0])
         last_on[process] = len(spans)
         start_s, end_s = work.arrived_s - began_s, work.left_s - began_s
-        spans.append(Span(call, asked_s, ready_s, start_s, end_s, cause, after))
+        spans.append(Span(call, issued_s, ready_s, start_s, end_s, cause, after))
     return Timeline(tuple(spans))
 
 

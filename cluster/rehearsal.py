@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cluster.schedule.schedule import Call
 from cluster.schedule.simulate import Costs, mean_period
-from cluster.worker_group import Pending, WorkerGroup
+from cluster.worker_group import Future, WorkerGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +124,7 @@ def rehearse(
     last_use = {
         place: at for at, call in enumerate(calls) for place in (*call.inputs, *call.waits_for)
     }
-    kept: dict[int, Pending[Any]] = {}
+    kept: dict[int, Future[Any]] = {}
     started_s = time.monotonic()
     for place, call in enumerate(calls):
         group = groups[call.role]

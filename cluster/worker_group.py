@@ -1,11 +1,11 @@
 """A group of workers, and how its one caller speaks to it.
 
-    text  = encoders.call_rank(0, Encoder.encode, captions)     Pending[Text], at once
+    text  = encoders.call_rank(0, Encoder.encode, captions)     Future[Text], at once
     drawn = painters.call_rank(0, Painter.paint, text)          the text goes from rank to rank
     sizes = painters.fetch([drawn], timeout_s=60, phase="painting")
 
 A call names the method itself, not its name in a string, so a type checker knows what comes back
-and refuses a wrong argument. It returns at once with a `Pending`: a claim on the result, which can
+and refuses a wrong argument. It returns at once with a `Future`: a future on the result, which can
 be handed to another call but not looked into. Each rank works through its calls in the order in
 which they were made. Only `fetch` waits, and only small values may be fetched. What several ranks
 returned about parts of one batch can be handed on as one value: see `cluster.joined`.
@@ -36,8 +36,8 @@ _ANSWER_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Pending(Generic[R_co]):
-    """A claim on the result of one call; pass it on, or `fetch` it.
+class Future(Generic[R_co]):
+    """A future on the result of one call; pass it on, or `fetch` it.
 
     Attributes:
         group: Name of the group that was called.
@@ -53,7 +53,7 @@ class Pending(Generic[R_co]):
 class WorkerGroup(ABC, Generic[W]):
     """`size` workers of one kind, each with its own state.
 
-    Every argument of a call may be a `Pending` of the right type instead of a value.
+    Every argument of a call may be a `Future` of the right type instead of a value.
 
     Args:
         name: What errors and reports call the group.
@@ -67,25 +67,25 @@ class WorkerGroup(ABC, Generic[W]):
     @overload
     def call(
         self, method: Callable[Concatenate[W, P], R], /, *args: P.args, **keywords: P.kwargs
-    ) -> list[Pending[R]]: ...
+    ) -> list[Future[R]]: ...
     @overload
-    def call(self, method: Callable[[W, A], R], a: A | Pending[A], /) -> list[Pending[R]]: ...
+    def call(self, method: Callable[[W, A], R], a: A | Future[A], /) -> list[Future[R]]: ...
     @overload
     def call(
-        self, method: Callable[[W, A, B], R], a: A | Pending[A], b: B | Pending[B], /
-    ) -> list[Pending[R]]: ...
+        self, method: Callable[[W, A, B], R], a: A | Future[A], b: B | Future[B], /
+    ) -> list[Future[R]]: ...
     @overload
     def call(
         self,
         method: Callable[[W, A, B, C], R],
-        a: A | Pending[A],
-        b: B | Pending[B],
-        c: C | Pending[C],
+        a: A | Future[A],
+        b: B | Future[B],
+        c: C | Future[C],
         /,
-    ) -> list[Pending[R]]: ...
+    ) -> list[Future[R]]: ...
     def call(
         self, method: Callable[..., Any], /, *args: object, **keywords: object
-    ) -> list[Pending[Any]]:
+    ) -> list[Future[Any]]:
         """Asks every rank to do the same with the same arguments."""
         return [self._submit(rank, method.__name__, args, keywords) for rank in range(self.size)]
 
@@ -97,39 +97,39 @@ class WorkerGroup(ABC, Generic[W]):
         /,
         *args: P.args,
         **keywords: P.kwargs,
-    ) -> Pending[R]: ...
+    ) -> Future[R]: ...
     @overload
     def call_rank(
-        self, rank: int, method: Callable[[W, A], R], a: A | Pending[A], /
-    ) -> Pending[R]: ...
+        self, rank: int, method: Callable[[W, A], R], a: A | Future[A], /
+    ) -> Future[R]: ...
     @overload
     def call_rank(
-        self, rank: int, method: Callable[[W, A, B], R], a: A | Pending[A], b: B | Pending[B], /
-    ) -> Pending[R]: ...
+        self, rank: int, method: Callable[[W, A, B], R], a: A | Future[A], b: B | Future[B], /
+    ) -> Future[R]: ...
     @overload
     def call_rank(
         self,
         rank: int,
         method: Callable[[W, A, B, C], R],
-        a: A | Pending[A],
-        b: B | Pending[B],
-        c: C | Pending[C],
+        a: A | Future[A],
+        b: B | Future[B],
+        c: C | Future[C],
         /,
-    ) -> Pending[R]: ...
+    ) -> Future[R]: ...
     @overload
     def call_rank(
         self,
         rank: int,
         method: Callable[[W, A, B, C, D], R],
-        a: A | Pending[A],
-        b: B | Pending[B],
-        c: C | Pending[C],
-        d: D | Pending[D],
+        a: A | Future[A],
+        b: B | Future[B],
+        c: C | Future[C],
+        d: D | Future[D],
         /,
-    ) -> Pending[R]: ...
+    ) -> Future[R]: ...
     def call_rank(
         self, rank: int, method: Callable[..., Any], /, *args: object, **keywords: object
-    ) -> Pending[Any]:
+    ) -> Future[Any]:
         """Asks one rank."""
         if not 0 <= rank < self.size:
             raise ClusterError(
@@ -141,26 +141,26 @@ class WorkerGroup(ABC, Generic[W]):
 
     @overload
     def map(
-        self, method: Callable[[W, A], R], a: Sequence[A] | Sequence[Pending[A]], /
-    ) -> list[Pending[R]]: ...
+        self, method: Callable[[W, A], R], a: Sequence[A] | Sequence[Future[A]], /
+    ) -> list[Future[R]]: ...
     @overload
     def map(
         self,
         method: Callable[[W, A, B], R],
-        a: Sequence[A] | Sequence[Pending[A]],
-        b: Sequence[B] | Sequence[Pending[B]],
+        a: Sequence[A] | Sequence[Future[A]],
+        b: Sequence[B] | Sequence[Future[B]],
         /,
-    ) -> list[Pending[R]]: ...
+    ) -> list[Future[R]]: ...
     @overload
     def map(
         self,
         method: Callable[[W, A, B, C], R],
-        a: Sequence[A] | Sequence[Pending[A]],
-        b: Sequence[B] | Sequence[Pending[B]],
-        c: Sequence[C] | Sequence[Pending[C]],
+        a: Sequence[A] | Sequence[Future[A]],
+        b: Sequence[B] | Sequence[Future[B]],
+        c: Sequence[C] | Sequence[Future[C]],
         /,
-    ) -> list[Pending[R]]: ...
-    def map(self, method: Callable[..., Any], /, *columns: Sequence[object]) -> list[Pending[Any]]:
+    ) -> list[Future[R]]: ...
+    def map(self, method: Callable[..., Any], /, *columns: Sequence[object]) -> list[Future[Any]]:
         """Asks every rank to do the same, each with its own arguments: rank i gets entry i."""
         lengths = [len(column) for column in columns]
         if any(length != self.size for length in lengths):
@@ -175,11 +175,11 @@ class WorkerGroup(ABC, Generic[W]):
         ]
 
     @abstractmethod
-    def fetch(self, pendings: Sequence[Pending[R]], timeout_s: float, phase: str) -> list[R]:
+    def fetch(self, futures: Sequence[Future[R]], timeout_s: float, phase: str) -> list[R]:
         """Waits for small results; the only place where the controller waits.
 
         Args:
-            pendings: Claims, of this group or of others of its kind.
+            futures: Futures, of this group or of others of its kind.
             timeout_s: How long to wait for all of them together.
             phase: What the program is doing, for the errors: "updating in iteration 7".
 
@@ -191,7 +191,7 @@ class WorkerGroup(ABC, Generic[W]):
         """
 
     @abstractmethod
-    def is_done(self, pending: Pending[Any]) -> bool:
+    def is_done(self, future: Future[Any]) -> bool:
         """Whether `fetch` would return, or raise, without waiting."""
 
     @abstractmethod
@@ -199,7 +199,7 @@ class WorkerGroup(ABC, Generic[W]):
         """Waits until every rank has built its worker; raises what the factory raised."""
 
     @abstractmethod
-    def ask_work(self) -> list[Pending[list[Work]]]:
+    def ask_work(self) -> list[Future[list[Work]]]:
         """Asks every rank what it has done since this was last asked.
 
         Waiting for arguments is no part of it; moving them in and out of the process is.
@@ -222,7 +222,7 @@ class WorkerGroup(ABC, Generic[W]):
     @abstractmethod
     def _submit(
         self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
-    ) -> Pending[Any]:
+    ) -> Future[Any]:
         """Queues one call on one rank."""
 
     def __enter__(self) -> Self:
@@ -237,11 +237,11 @@ class WorkerGroup(ABC, Generic[W]):
         self.close()
 
 
-def refuse_array(pending: Pending[object], where: str, phase: str) -> ControllerTensorError:
+def refuse_array(future: Future[object], where: str, phase: str) -> ControllerTensorError:
     """The error for a tensor that a controller was about to hold."""
     return ControllerTensorError(
         phase,
-        f"{pending.method}() of {pending.group} rank {pending.rank} returned an array at {where}",
+        f"{future.method}() of {future.group} rank {future.rank} returned an array at {where}",
         "numbers, strings and records of them",
-        "Hand the pending result to the group that needs it; it travels from rank to rank",
+        "Hand the future result to the group that needs it; it travels from rank to rank",
     )

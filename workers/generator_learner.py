@@ -28,7 +28,6 @@ from sgmd_core.types import (
     TextBatch,
 )
 from workers.ema import AveragedWeights
-from workers.models.wan import save_generator_pipeline
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
@@ -238,6 +237,9 @@ class GeneratorLearner:
             ModelFolderError: The base folder is not a Wan folder.
             CheckpointError: A file of the checkpoint is missing or torn.
         """
+        # Here, because it takes seconds to import diffusers and only this method needs it.
+        from workers.models.wan import save_generator_pipeline
+
         # Gathering takes all ranks, reading only the one that writes.
         weights = self.final_weights() if checkpoint is None else {}
         if not is_first_rank():

@@ -2,9 +2,9 @@
 
     controller                 object store               host of a rank (an actor)
     call_rank(method, args) -- to_wire --> reference ---> from_wire, method, to_wire -- reference
-    fetch(pending) <------------------------ small values only -----------------------'
+    fetch(future) <------------------------ small values only -----------------------'
 
-Arguments that are pending go as references at the top level of the call: Ray waits for them at the
+Arguments that are future go as references at the top level of the call: Ray waits for them at the
 receiver's end and moves the values from rank to rank, past the controller. The ranks of a group
 have processes of their own, or share them with other groups: see `cluster.ray.host`.
 """
@@ -30,13 +30,13 @@ from cluster.errors import (
     StartTimeoutError,
     WorkerDiedError,
 )
-from cluster.joined import JoinedPending
+from cluster.joined import JoinedFuture
 from cluster.ray.direct import Direct
-from cluster.ray.host import Home, Hosts, Joint, Kept, Layout, Order
+from cluster.ray.host import ArgLayout, CallSpec, Hosts, LocalRef, OwnedResult, SplitArgument
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Work, current_label
 from cluster.transfer import array_in, from_wire, to_wire
-from cluster.worker_group import Pending, R, R_co, W, WorkerGroup, refuse_array
+from cluster.worker_group import Future, R, R_co, W, WorkerGroup, refuse_array
 
 Ts = TypeVarTuple("Ts")
 
@@ -45,19 +45,19 @@ _PATIENCE_S = 5.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class RayPending(Pending[R_co]):
+class RayFuture(Future[R_co]):
     """A reference to a result that stays in the object store, or in its process.
 
     Attributes:
         reference: Ray's reference; dropping the last one frees the value.
         ranks: (group, rank) by actor id of every actor that this result depends on, so that the
             death of any of them can be told by name.
-        home: Where the value is if it has stayed in its process.
+        owned: Where the value is if it has stayed in its process.
     """
 
     reference: ray.ObjectRef
     ranks: Mapping[str, tuple[str, int]]
-    home: Home | None = None
+    owned: OwnedResult | None = None
 
 
 class RayWorkerGroup(WorkerGroup[W]):
@@ -102,9 +102,9 @@ class RayWorkerGroup(WorkerGroup[W]):
         self._direct = direct
         super().__init__(name, self._hosts.size)
         self._ready = [
-            self._pending(rank, "build", actor.build.remote(name, factory, args, meeting), [])
-            for rank, (actor, meeting) in enumerate(
-                zip(self._hosts.actors, self._hosts.meetings, strict=True)
+            self._pending(rank, "build", actor.build.remote(name, factory, args, rendezvous), [])
+            for rank, (actor, rendezvous) in enumerate(
+                zip(self._hosts.actors, self._hosts.rendezvous, strict=True)
             )
         ]
 
@@ -120,30 +120,30 @@ class RayWorkerGroup(WorkerGroup[W]):
             states = [self._start_state(rank) for rank in range(self.size)]
             raise StartTimeoutError(self.name, tuple(states), timeout_s) from None
 
-    def fetch(self, pendings: Sequence[Pending[R]], timeout_s: float, phase: str) -> list[R]:
+    def fetch(self, futures: Sequence[Future[R]], timeout_s: float, phase: str) -> list[R]:
         """Waits for small results; see `WorkerGroup.fetch`."""
-        claims = [_claimed(pending, phase) for pending in pendings]
+        futures = [_as_future(future, phase) for future in futures]
         try:
-            wires = ray.get([claim.reference for claim in claims], timeout=timeout_s)
+            wires = ray.get([future.reference for future in futures], timeout=timeout_s)
         except GetTimeoutError:
-            late = _first_unfinished(claims)
+            late = _first_unfinished(futures)
             raise CallTimeoutError(late.group, late.rank, late.method, phase, timeout_s) from None
         except RayError as error:
-            # Ray tells the failure that it met first; the first claim's may be its cause.
-            _raise_cause(_first_failure(claims) or error, claims, phase)
-        for claim, wire in zip(claims, wires, strict=True):
-            where = "result" if isinstance(wire, Kept) else array_in(wire)
+            # Ray tells the failure that it met first; the first future's may be its cause.
+            _raise_cause(_first_failure(futures) or error, futures, phase)
+        for future, wire in zip(futures, wires, strict=True):
+            where = "result" if isinstance(wire, LocalRef) else array_in(wire)
             if where is not None:
-                raise refuse_array(claim, where, phase)
+                raise refuse_array(future, where, phase)
         return [from_wire(wire) for wire in wires]
 
-    def is_done(self, pending: Pending[Any]) -> bool:
+    def is_done(self, future: Future[Any]) -> bool:
         """Whether the result is somewhere in the object store, or will never be."""
-        reference = _claimed(pending, "looking whether a call is done").reference
+        reference = _as_future(future, "looking whether a call is done").reference
         done, _ = ray.wait([reference], timeout=0, fetch_local=False)
         return bool(done)
 
-    def ask_work(self) -> list[Pending[list[Work]]]:
+    def ask_work(self) -> list[Future[list[Work]]]:
         """Asks every rank what it has done since this was last asked."""
         return [
             self._pending(rank, "take_work", actor.take_work.remote(self.name), [])
@@ -172,29 +172,31 @@ class RayWorkerGroup(WorkerGroup[W]):
 
     def _submit(
         self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
-    ) -> RayPending[Any]:
+    ) -> RayFuture[Any]:
         hosts = self._hosts
         sent, layout = self._laid_out(rank, args, method)
         named = {
             name: self._sent(rank, value, f"{name} of {method}()")
             for name, value in keywords.items()
         }
-        home = Home(hosts, rank, hosts.next_number(), self._narrow) if hosts.shared else None
+        owned = (
+            OwnedResult(hosts, rank, hosts.next_number(), self._narrow) if hosts.shared else None
+        )
         via = self._direct if self._direct and method in self._direct.methods else None
-        order = Order(
+        spec = CallSpec(
             self.name,
             method,
             layout,
             current_label(),
             self._narrow,
             via is not None,
-            None if home is None else home.number,
+            None if owned is None else owned.number,
             hosts.take_dropped(rank),
         )
         run = hosts.actors[rank].run
         run = run if via is None else run.options(tensor_transport=via.transport)
-        reference = run.remote(order, *sent, **named)
-        return self._pending(rank, method, reference, [*args, *keywords.values()], home)
+        reference = run.remote(spec, *sent, **named)
+        return self._pending(rank, method, reference, [*args, *keywords.values()], owned)
 
     def _pending(
         self,
@@ -202,43 +204,43 @@ class RayWorkerGroup(WorkerGroup[W]):
         method: str,
         reference: ray.ObjectRef,
         inputs: Sequence[object],
-        home: Home | None = None,
-    ) -> RayPending[Any]:
+        owned: OwnedResult | None = None,
+    ) -> RayFuture[Any]:
         ranks = {reference.task_id().actor_id().hex(): (self.name, rank)}
         for value in inputs:
-            for piece in value.pieces if isinstance(value, JoinedPending) else (value,):
-                if isinstance(piece, RayPending):
+            for piece in value.pieces if isinstance(value, JoinedFuture) else (value,):
+                if isinstance(piece, RayFuture):
                     ranks |= piece.ranks
-        return RayPending(self.name, rank, method, reference, ranks, home)
+        return RayFuture(self.name, rank, method, reference, ranks, owned)
 
     def _laid_out(
         self, rank: int, args: Sequence[object], method: str
-    ) -> tuple[list[object], Layout]:
+    ) -> tuple[list[object], ArgLayout]:
         """What is sent for the arguments of a call, and what the receiver makes of it.
 
         Ray resolves references at the top level of a call alone, so the pieces of a joined value
         are sent as arguments of their own.
         """
         sent: list[object] = []
-        layout: list[Joint | None] = []
+        layout: list[SplitArgument | None] = []
         for index, value in enumerate(args):
             where = f"argument {index} of {method}()"
-            if isinstance(value, JoinedPending):
+            if isinstance(value, JoinedFuture):
                 sent += [self._sent(rank, piece, where) for piece in value.pieces]
-                layout.append(Joint(value.spans, value.wanted))
+                layout.append(SplitArgument(value.spans, value.wanted))
             else:
                 sent.append(self._sent(rank, value, where))
                 layout.append(None)
         return sent, tuple(layout)
 
     def _sent(self, rank: int, value: object, where: str) -> object:
-        if not isinstance(value, RayPending):
+        if not isinstance(value, RayFuture):
             return to_wire(value, where)
-        home = value.home
-        if home is None or (home.hosts is self._hosts and home.rank == rank):
+        owned = value.owned
+        if owned is None or (owned.hosts is self._hosts and owned.rank == rank):
             return value.reference
         # It may have stayed in another process, which sends it now.
-        return home.hosts.actors[home.rank].deliver.remote(value.reference, home.narrow)
+        return owned.hosts.actors[owned.rank].deliver.remote(value.reference, owned.narrow)
 
     def _start_state(self, rank: int) -> str:
         """What a rank that is being started has come to."""
@@ -253,31 +255,31 @@ class RayWorkerGroup(WorkerGroup[W]):
         return "ready" if built else f"its process on machine {machine} is still building"
 
 
-def _claimed(pending: Pending[R], phase: str) -> RayPending[R]:
-    if not isinstance(pending, RayPending):
+def _as_future(future: Future[R], phase: str) -> RayFuture[R]:
+    if not isinstance(future, RayFuture):
         raise ClusterError(
             phase,
-            f"a result of group {pending.group}, which is no Ray group",
+            f"a result of group {future.group}, which is no Ray group",
             "results of Ray groups",
             "Fetch it through its own group",
         )
-    return pending
+    return future
 
 
-def _first_unfinished(claims: Sequence[RayPending[Any]]) -> RayPending[Any]:
-    """The claim to blame for a timeout; the first one if it finished just now."""
-    for claim in claims:
-        if not ray.wait([claim.reference], timeout=0)[0]:
-            return claim
-    return claims[0]
+def _first_unfinished(futures: Sequence[RayFuture[Any]]) -> RayFuture[Any]:
+    """The future to blame for a timeout; the first one if it finished just now."""
+    for future in futures:
+        if not ray.wait([future.reference], timeout=0)[0]:
+            return future
+    return futures[0]
 
 
-def _first_failure(claims: Sequence[RayPending[Any]]) -> RayError | None:
-    """The failure of the first claim that has one; those that stay open are not waited for long."""
+def _first_failure(futures: Sequence[RayFuture[Any]]) -> RayError | None:
+    """Failure of the first future that has one; open futures are waited for only briefly."""
     deadline_s = time.monotonic() + _PATIENCE_S
-    for claim in claims:
+    for future in futures:
         try:
-            ray.get(claim.reference, timeout=max(0.0, deadline_s - time.monotonic()))
+            ray.get(future.reference, timeout=max(0.0, deadline_s - time.monotonic()))
         except GetTimeoutError:
             continue
         except RayError as error:
@@ -285,7 +287,7 @@ def _first_failure(claims: Sequence[RayPending[Any]]) -> RayError | None:
     return None
 
 
-def _raise_cause(error: RayError, claims: Sequence[RayPending[Any]], phase: str) -> NoReturn:
+def _raise_cause(error: RayError, futures: Sequence[RayFuture[Any]], phase: str) -> NoReturn:
     """Raises what happened in a rank as itself, not in Ray's wrapping.
 
     An error passes through every call that depends on the failed one; each wraps it once more.
@@ -294,8 +296,8 @@ def _raise_cause(error: RayError, claims: Sequence[RayPending[Any]], phase: str)
     while isinstance(cause, RayTaskError):
         cause = cause.cause
     if isinstance(cause, RayActorError):
-        ranks = {actor: rank for claim in claims for actor, rank in claim.ranks.items()}
-        group, rank = ranks.get(cause.actor_id, (claims[0].group, claims[0].rank))
+        ranks = {actor: rank for future in futures for actor, rank in future.ranks.items()}
+        group, rank = ranks.get(cause.actor_id, (futures[0].group, futures[0].rank))
         raise WorkerDiedError(group, rank, phase, str(cause)) from None
     if isinstance(cause, RayError):
         raise RemoteCallError(phase, f"{type(cause).__name__}: {cause}") from None

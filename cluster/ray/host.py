@@ -6,7 +6,7 @@
         "judge"        of another one, where groups share their processes
 
 What the workers of one process hand to one another stays in it: the result is kept under a number,
-and only a marker goes to the object store. It is let go when the controller's last claim on it is
+and only a marker goes to the object store. It is let go when the controller's last future of it is
 gone, and sent when somebody in another process asks for it.
 
 Ranks that run collectives among themselves meet before their first worker is built. Actors are
@@ -29,9 +29,9 @@ import ray.util
 import torch
 
 from cluster.errors import ClusterError, RemoteCallError
-from cluster.joined import Span, put_together
+from cluster.joined import Span, concatenate
 from cluster.ray.direct import ready_to_hand_over, require_transport
-from cluster.ray.rendezvous import Meeting, join_meeting, open_meeting
+from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Label, Work, read_clock
 from cluster.transfer import array_in, from_wire, require_constants, to_wire
@@ -44,26 +44,26 @@ _SEES_ALL_GPUS = {"runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISI
 
 
 @dataclass(frozen=True, slots=True)
-class Joint:
+class SplitArgument:
     """How an argument is put together from the values that were sent for it."""
 
     spans: tuple[Span, ...]
     wanted: Span
 
 
-Layout = tuple[Joint | None, ...]
+ArgLayout = tuple[SplitArgument | None, ...]
 """One entry an argument; None for one that was sent as it is."""
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class LocalRef:
     """Stands for a result that has stayed in its process."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class CallSpec:
     """How a method is to be run.
 
     Attributes:
@@ -79,7 +79,7 @@ class Order:
 
     worker: str
     method: str
-    layout: Layout
+    layout: ArgLayout
     label: Label
     narrow: frozenset[str]
     direct: bool
@@ -87,8 +87,8 @@ class Order:
     drop: tuple[int, ...]
 
 
-class Home:
-    """The controller's claim on a result that is kept in a process; with it goes the result."""
+class OwnedResult:
+    """Handle of a result that stays in a process; the result is dropped with the handle."""
 
     def __init__(self, hosts: "Hosts", rank: int, number: int, narrow: frozenset[str]) -> None:
         self.hosts = hosts
@@ -138,12 +138,14 @@ class Hosts:
         """Where each process is, once it is there."""
         self.dropped: list[deque[int]] = [deque() for _ in range(size)]
         self._number = 0
-        self.meetings: list[ray.ObjectRef | None] = [None] * size
+        self.rendezvous: list[ray.ObjectRef | None] = [None] * size
         for first in range(0, size, meeting_size) if meets else ():
             ranks = range(first, first + meeting_size)
-            meeting = self.actors[first].open_meeting.remote(*(self.places[rank] for rank in ranks))
+            rendezvous = self.actors[first].open_rendezvous.remote(
+                *(self.places[rank] for rank in ranks)
+            )
             for rank in ranks:
-                self.meetings[rank] = meeting
+                self.rendezvous[rank] = rendezvous
 
     @property
     def size(self) -> int:
@@ -156,7 +158,7 @@ class Hosts:
         return self._number
 
     def take_dropped(self, rank: int) -> tuple[int, ...]:
-        """Kept results of a rank that nobody needs any more; told once."""
+        """Stored results of a rank that nobody needs any more; told once."""
         waiting = self.dropped[rank]
         return tuple(waiting.popleft() for _ in range(len(waiting)))
 
@@ -201,56 +203,56 @@ class Host:
         """How times of this process become times of the day."""
         return read_clock(self.place())
 
-    def open_meeting(self, *places: str) -> Meeting:
+    def open_rendezvous(self, *places: str) -> Rendezvous:
         """Opens the place where the ranks meet, and keeps it; asked of the first one.
 
         Args:
             places: Machine of every rank.
         """
-        self._store, meeting = open_meeting(
+        self._store, rendezvous = open_rendezvous(
             len(places),
             ray.util.get_node_ip_address(),
             on_one_machine=len(set(places)) == 1,
             timeout_s=_COLLECTIVE_TIMEOUT_S,
         )
-        return meeting
+        return rendezvous
 
     def build(
         self,
         worker: str,
         factory: Callable[..., Any],
         args: tuple[Any, ...],
-        meeting: Meeting | None,
+        rendezvous: Rendezvous | None,
     ) -> None:
         """Makes a worker; not in the constructor, where an error would lose its type."""
         try:
             if self._transport is not None:
                 require_transport(self._transport, self._place)
-            if meeting is not None and not self._has_met:
+            if rendezvous is not None and not self._has_met:
                 _take_own_gpu()
                 rank = self._rank % self._meeting_size
-                join_meeting(meeting, rank, _COLLECTIVE_TIMEOUT_S, self._store)
+                join_rendezvous(rendezvous, rank, _COLLECTIVE_TIMEOUT_S, self._store)
                 self._has_met = True
             self._workers[worker] = factory(*args)
         except Exception as error:
             raise self._portable(error, worker, factory.__name__) from None
 
-    def run(self, order: Order, /, *sent: object, **keywords: object) -> object:
+    def run(self, spec: CallSpec, /, *sent: object, **keywords: object) -> object:
         """Runs one method on values from the wire; its result goes back onto the wire, or stays."""
         times = [time.monotonic()]
-        for number in order.drop:
+        for number in spec.drop:
             self._kept.pop(number, None)
-        method = order.method
+        method = spec.method
         try:
-            worker = self._workers.get(order.worker)
+            worker = self._workers.get(spec.worker)
             if worker is None:
                 raise ClusterError(
-                    f"calling {method}() of {order.worker} rank {self._rank}",
+                    f"calling {method}() of {spec.worker} rank {self._rank}",
                     "no worker: building it has failed",
                     "wait_ready() to succeed before the first call",
                 )
             named = {name: self._arrived(value) for name, value in keywords.items()}
-            args = _put_in_place([self._arrived(value) for value in sent], order.layout)
+            args = _put_in_place([self._arrived(value) for value in sent], spec.layout)
             times.append(time.monotonic())
             result = getattr(worker, method)(*args, **named)
             if torch.cuda.is_initialized():
@@ -258,24 +260,24 @@ class Host:
                 torch.cuda.synchronize()
             times.append(time.monotonic())
             where = f"the result of {method}()"
-            if order.direct:
+            if spec.direct:
                 return ready_to_hand_over(result, where)
-            if order.keep is None or array_in(result) is None:
-                return to_wire(result, where, order.narrow)
+            if spec.keep is None or array_in(result) is None:
+                return to_wire(result, where, spec.narrow)
             # Not put on the wire, which would copy it from a GPU to main memory for nothing.
             require_constants(result, where)
-            self._kept[order.keep] = result
-            return Kept(order.keep)
+            self._kept[spec.keep] = result
+            return LocalRef(spec.keep)
         except Exception as error:
-            raise self._portable(error, order.worker, method) from None
+            raise self._portable(error, spec.worker, method) from None
         finally:
             # What was not reached took no time.
             times += [time.monotonic()] * (4 - len(times))
-            self._works.append(Work(order.worker, self._rank, method, order.label, *times))
+            self._works.append(Work(spec.worker, self._rank, method, spec.label, *times))
 
     def deliver(self, value: object, narrow: frozenset[str]) -> object:
         """A result of this process for another one, kept or not."""
-        if not isinstance(value, Kept):
+        if not isinstance(value, LocalRef):
             return value
         return to_wire(self._arrived(value), "a kept result", narrow)
 
@@ -295,7 +297,7 @@ class Host:
         return os.getpid()
 
     def _arrived(self, value: object) -> object:
-        return self._kept[value.number] if isinstance(value, Kept) else from_wire(value)
+        return self._kept[value.number] if isinstance(value, LocalRef) else from_wire(value)
 
     def _portable(self, error: Exception, worker: str, method: str) -> Exception:
         """The error with a note of where, or its words if it cannot be rebuilt elsewhere."""
@@ -327,14 +329,14 @@ def device_index(gpu: str, visible: str | None) -> int:
     return names.index(gpu) if gpu in names else int(gpu)
 
 
-def _put_in_place(values: Sequence[Any], layout: Layout) -> list[object]:
+def _put_in_place(values: Sequence[Any], layout: ArgLayout) -> list[object]:
     """The arguments of a call from what was sent for them."""
     args: list[object] = []
     left = iter(values)
-    for joint in layout:
-        if joint is None:
+    for split in layout:
+        if split is None:
             args.append(next(left))
         else:
-            pieces = [next(left) for _ in joint.spans]
-            args.append(put_together(pieces, joint.spans, joint.wanted))
+            pieces = [next(left) for _ in split.spans]
+            args.append(concatenate(pieces, split.spans, split.wanted))
     return args

@@ -1,6 +1,6 @@
 """Where the ranks of one group meet, so that they can run collectives among themselves.
 
-    rank 0   opens a store on a free port and *keeps* it     -> Meeting(host, port)
+    rank 0   opens a store on a free port and *keeps* it     -> Rendezvous(host, port)
     rank i   joins it; then torch.distributed's default group is the worker group
 
 No port is looked for, let go and opened again, so no other process can take it in between. The
@@ -22,7 +22,7 @@ _BACKLOG = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Rendezvous:
     """Where a group meets.
 
     Attributes:
@@ -41,9 +41,9 @@ class Meeting:
         return self.host == _LOOPBACK
 
 
-def open_meeting(
+def open_rendezvous(
     size: int, address: str, *, on_one_machine: bool, timeout_s: float
-) -> tuple[dist.TCPStore, Meeting]:
+) -> tuple[dist.TCPStore, Rendezvous]:
     """Opens the store; rank 0 keeps it as long as the group lives.
 
     Args:
@@ -66,32 +66,32 @@ def open_meeting(
         master_listen_fd=listener.detach(),
         use_libuv=True,
     )
-    return store, Meeting(host, port, size)
+    return store, Rendezvous(host, port, size)
 
 
-def join_meeting(
-    meeting: Meeting, rank: int, timeout_s: float, store: dist.TCPStore | None = None
+def join_rendezvous(
+    rendezvous: Rendezvous, rank: int, timeout_s: float, store: dist.TCPStore | None = None
 ) -> None:
     """Makes the group torch.distributed's default one in this process; waits for all ranks.
 
     Args:
-        meeting: Where.
+        rendezvous: Where.
         rank: Of this process.
         timeout_s: How long a rank may take to come, and later a collective.
         store: Rank 0's own.
     """
     timeout = timedelta(seconds=timeout_s)
-    if meeting.on_one_machine:
+    if rendezvous.on_one_machine:
         # Gloo's own sockets, too, stay on the loopback interface.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if store is None:
         store = dist.TCPStore(
-            meeting.host, meeting.port, is_master=False, timeout=timeout, use_libuv=True
+            rendezvous.host, rendezvous.port, is_master=False, timeout=timeout, use_libuv=True
         )
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=store,
         rank=rank,
-        world_size=meeting.size,
+        world_size=rendezvous.size,
         timeout=timeout,
     )

@@ -46,7 +46,7 @@ _LONGEST_PAUSE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class Seats:
+class BundleRange:
     """Where the ranks of one pool are in a placement group.
 
     Attributes:
@@ -60,10 +60,12 @@ class Seats:
     first_bundle: int
 
 
-def _seats(pools: Sequence[Pool], group: PlacementGroup, first_bundle: int) -> list[Seats]:
-    found: list[Seats] = []
+def _bundle_ranges(
+    pools: Sequence[Pool], group: PlacementGroup, first_bundle: int
+) -> list[BundleRange]:
+    found: list[BundleRange] = []
     for pool in pools:
-        found.append(Seats(pool, group, first_bundle))
+        found.append(BundleRange(pool, group, first_bundle))
         first_bundle += pool.num_ranks
     return found
 
@@ -72,13 +74,13 @@ class Placement:
     """Reserved resources, by pool and rank; a context manager that gives them back.
 
     Args:
-        seats: Of every pool.
+        ranges: Of every pool.
         owned: Whether to give the resources back at the end; an adopted group belongs to Ray Tune.
     """
 
-    def __init__(self, seats: Sequence[Seats], *, owned: bool) -> None:
+    def __init__(self, ranges: Sequence[BundleRange], *, owned: bool) -> None:
         self._owned = owned
-        self._seats = {one.pool.name: one for one in seats}
+        self._ranges = {one.pool.name: one for one in ranges}
 
     @classmethod
     def adopt_current(cls, pools: Sequence[Pool]) -> Self:
@@ -102,7 +104,7 @@ class Placement:
         given = [{kind: amount for kind, amount in own.items() if amount} for own in found]
         if given != expected[1:]:
             raise ClusterError(attempted, f"bundles {found} after its own", f"{expected[1:]}")
-        return cls(_seats(pools, group, first_bundle=1), owned=False)
+        return cls(_bundle_ranges(pools, group, first_bundle=1), owned=False)
 
     def pool(self, name: str) -> Pool:
         """The pool of that name.
@@ -110,24 +112,24 @@ class Placement:
         Raises:
             ClusterError: There is none.
         """
-        return self._seats_of(name).pool
+        return self._range_of(name).pool
 
     def actor_options(self, name: str, rank: int) -> dict[str, Any]:
         """Where one rank of a pool runs and what it takes, as options of a Ray actor."""
-        seats = self._seats_of(name)
+        ranges = self._range_of(name)
         return {
-            "num_cpus": seats.pool.cpus_per_rank,
-            "num_gpus": seats.pool.gpus_per_rank,
-            "resources": dict(seats.pool.resources),
+            "num_cpus": ranges.pool.cpus_per_rank,
+            "num_gpus": ranges.pool.gpus_per_rank,
+            "resources": dict(ranges.pool.resources),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                seats.group, placement_group_bundle_index=seats.first_bundle + rank
+                ranges.group, placement_group_bundle_index=ranges.first_bundle + rank
             ),
         }
 
     def release(self) -> None:
         """Gives the resources back; ends what still runs on them. Harmless when repeated."""
         if self._owned and ray.is_initialized():
-            _remove([one.group for one in self._seats.values()])
+            _remove([one.group for one in self._ranges.values()])
         self._owned = False
 
     def __enter__(self) -> Self:
@@ -141,12 +143,12 @@ class Placement:
     ) -> None:
         self.release()
 
-    def _seats_of(self, name: str) -> Seats:
-        if name not in self._seats:
+    def _range_of(self, name: str) -> BundleRange:
+        if name not in self._ranges:
             raise ClusterError(
-                f"placing group {name}", f"pools {sorted(self._seats)}", f"one called {name}"
+                f"placing group {name}", f"pools {sorted(self._ranges)}", f"one called {name}"
             )
-        return self._seats[name]
+        return self._ranges[name]
 
 
 def reserve(pools: Sequence[Pool], timeout_s: float = 60.0) -> Placement:
@@ -161,15 +163,15 @@ def reserve(pools: Sequence[Pool], timeout_s: float = 60.0) -> Placement:
         ClusterError: A strategy or a label selector is none.
     """
     bundles_of(pools)
-    lots = _lots(pools)
-    pools = [pool for lot in lots for pool in lot]
+    specs = _placement_group_specs(pools)
+    pools = [pool for spec in specs for pool in spec]
     deadline_s = time.monotonic() + timeout_s
     while True:
-        seats = _ask(lots)
-        groups = list(dict.fromkeys(one.group for one in seats))
+        ranges = _ask(specs)
+        groups = list(dict.fromkeys(one.group for one in ranges))
         try:
             if _complete(groups, pools, timeout_s, deadline_s):
-                return Placement(seats, owned=True)
+                return Placement(ranges, owned=True)
         except BaseException:
             _remove(groups)
             raise
@@ -215,34 +217,34 @@ def require_gpus(num_gpus: float, attempted: str) -> None:
         )
 
 
-def _lots(pools: Sequence[Pool]) -> list[list[Pool]]:
+def _placement_group_specs(pools: Sequence[Pool]) -> list[list[Pool]]:
     """Pools that share a placement group: the packed ones; every other one has its own.
 
     Those that are the hardest to place come first, because Ray serves them in this order.
     """
     packed = [pool for pool in pools if pool.strategy == "PACK"]
     others = [[pool] for pool in pools if pool.strategy != "PACK"]
-    others.sort(key=lambda lot: lot[0].strategy, reverse=True)
+    others.sort(key=lambda spec: spec[0].strategy, reverse=True)
     return [*others, packed] if packed else others
 
 
-def _ask(lots: Sequence[Sequence[Pool]]) -> list[Seats]:
+def _ask(specs: Sequence[Sequence[Pool]]) -> list[BundleRange]:
     """Asks Ray for the placement groups; returns at once."""
-    seats: list[Seats] = []
+    ranges: list[BundleRange] = []
     try:
-        for lot in lots:
-            selectors = selectors_of(lot)
+        for spec in specs:
+            selectors = selectors_of(spec)
             labels: dict[str, Any] = {"bundle_label_selector": selectors} if any(selectors) else {}
-            group = placement_group(bundles_of(lot), strategy=lot[0].strategy, **labels)
-            seats += _seats(lot, group, first_bundle=0)
+            group = placement_group(bundles_of(spec), strategy=spec[0].strategy, **labels)
+            ranges += _bundle_ranges(spec, group, first_bundle=0)
     except BaseException as error:
-        _remove([one.group for one in seats])
+        _remove([one.group for one in ranges])
         if isinstance(error, ValueError):
             raise ClusterError(
                 "asking Ray for the pools of a run", str(error), "strategies and labels of Ray's"
             ) from error
         raise
-    return seats
+    return ranges
 
 
 def _complete(

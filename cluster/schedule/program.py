@@ -2,7 +2,7 @@
 
     Pass(Stage("paint", "maker", keeps_until="learn"), Stage("look", "judge", takes=("paint",)), ..)
     Update("maker", "judge")
-    Handover(("maker", "show"), ("judge", "copy"))
+    WeightTransfer(("maker", "show"), ("judge", "copy"))
 
 A program says what has to happen and who does it; `cluster.schedule.schedule` makes calls of it.
 The order of the stages of one pass over its micro-batches, and how samples are shared out over the
@@ -54,7 +54,7 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
-class Handover:
+class WeightTransfer:
     """A value about no samples that one role hands to another, such as its weights.
 
     Attributes:
@@ -84,7 +84,7 @@ class Team:
         return self.copies * self.ranks
 
 
-Program = Sequence[Pass | Update | Handover]
+Program = Sequence[Pass | Update | WeightTransfer]
 
 
 def pass_order(
@@ -116,7 +116,7 @@ def pass_order(
     return order
 
 
-def share_out(num_samples: int, team: Team, turn: int) -> list[tuple[int, tuple[int, int]]]:
+def partition_samples(num_samples: int, team: Team, turn: int) -> list[tuple[int, tuple[int, int]]]:
     """Which rank works on which samples of a micro-batch.
 
     Args:
@@ -149,7 +149,7 @@ def check_program(program: Program, teams: Mapping[str, Team], num_samples: int)
         if isinstance(part, Update):
             _check_update(part, teams)
             continue
-        if isinstance(part, Handover):
+        if isinstance(part, WeightTransfer):
             _check_handover(part, teams)
             continue
         known: dict[str, Stage] = {}
@@ -184,7 +184,7 @@ def _check_update(update: Update, teams: Mapping[str, Team]) -> None:
             )
 
 
-def _check_handover(handover: Handover, teams: Mapping[str, Team]) -> None:
+def _check_handover(handover: WeightTransfer, teams: Mapping[str, Team]) -> None:
     for role, stage in (handover.giver, handover.taker):
         if role not in teams:
             raise _contradiction(Stage(stage, role), f"is done by {role} of {sorted(teams)}")

@@ -27,16 +27,16 @@ from dataclasses import dataclass, replace
 
 from cluster.errors import ScheduleError
 from cluster.schedule.program import (
-    Handover,
     Pass,
     Program,
     Stage,
     Team,
     Update,
+    WeightTransfer,
     check_program,
     num_ahead,
+    partition_samples,
     pass_order,
-    share_out,
 )
 
 GATHER = "gradient_report"
@@ -185,7 +185,7 @@ class _Builder:
                 for stage, index in self._order(part):
                     self._ask_stage(iteration, phase, stage, index)
                 continue
-            if isinstance(part, Handover):
+            if isinstance(part, WeightTransfer):
                 given = self._ask_role(iteration, phase, *part.giver)
                 self._ask_role(iteration, phase, *part.taker, inputs=(given[0],))
                 continue
@@ -247,7 +247,7 @@ class _Builder:
         past = iteration * len(passes) + passes.index(phase)
         turn = past * self._num_micro_batches + micro_batch
         places: list[int] = []
-        for rank, samples in share_out(self._num_samples, self._teams[stage.role], turn):
+        for rank, samples in partition_samples(self._num_samples, self._teams[stage.role], turn):
             inputs = tuple(
                 place
                 for name in stage.takes

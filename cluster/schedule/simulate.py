@@ -76,8 +76,8 @@ class Span:
 
     Attributes:
         call: The call.
-        asked_s: When the controller made it.
-        ready_s: When the last result that it takes was made; `asked_s` if it takes none.
+        issued_s: When the controller made it.
+        ready_s: When the last result that it takes was made; `issued_s` if it takes none.
         start_s: When it began, all of its results having arrived.
         end_s: When it had ended, and handed its own result over.
         cause: What it waited for last.
@@ -85,7 +85,7 @@ class Span:
     """
 
     call: Call
-    asked_s: float
+    issued_s: float
     ready_s: float
     start_s: float
     end_s: float
@@ -113,7 +113,7 @@ class Usage:
 
     @property
     def busy_share(self) -> float:
-        """Part of the time that it worked."""
+        """Part of the time that it result."""
         whole = self.busy_s + self.transferring_s + self.waiting_s
         return self.busy_s / whole if whole else 0.0
 
@@ -155,7 +155,7 @@ class Timeline:
         for (role, rank), spans in sorted(by_process.items()):
             free_s = busy_s = transferring_s = 0.0
             for span in spans:
-                idle_from = max(free_s, span.asked_s, span.ready_s)
+                idle_from = max(free_s, span.issued_s, span.ready_s)
                 transferring_s += max(0.0, span.start_s - idle_from) * bool(span.call.inputs)
                 busy_s += span.end_s - span.start_s
                 free_s = span.end_s
@@ -216,11 +216,11 @@ def simulate(calls: Sequence[Call], costs: Costs, teams: Mapping[str, Team]) -> 
         start_s, cause, after = max(
             (reason for *_, reasons in begun for reason in reasons), key=lambda reason: reason[0]
         )
-        for call, asked_s, ready_s, _ in begun:
+        for call, issued_s, ready_s, _ in begun:
             free[call.role, call.rank] = len(spans)
             end_s = start_s + _taken_s(call, calls, costs) + costs.seconds(call)
             end_s += costs.result_bytes(call) / costs.put_bandwidth * (len(spans) in handed_on)
-            spans.append(Span(call, asked_s, ready_s, start_s, end_s, cause, after))
+            spans.append(Span(call, issued_s, ready_s, start_s, end_s, cause, after))
     return Timeline(tuple(spans))
 
 

@@ -1,19 +1,12 @@
-"""Iterations over the roles: the objective's program, in the order of its schedule.
+"""Runs iterations: executes the program of `algorithm.py` in the order of its schedule.
 
-    generator   r0 r1 | l0 r2 | l1 r3 | ...            | step
-    teacher        d0 | d1    | d2    | ...            |
-    fake score        | s0 t0 | s1 t1 | s2 t2 | ...    | step
+    algorithm.py             stages of an iteration, what each is handed        data
+    cluster.schedule         order of the calls, waits                          a pure function
+    run_iterations           dispatches the calls, checks gradients, reports
 
-    r rollout   d denoise   s signal (input-only VJP)   t track   l learn
-
-So it goes with shared tracking (the SGMD paper's Algorithm 1). With fresh tracking the generator
-steps first, and then come as many tracking updates as the objective wants, each on new samples of
-the generator as it is now. `pipelines.distillation.programs` lists the stages of an iteration,
-`cluster.schedule.schedule` orders the calls, and this file says what each call is handed.
-
-Only handles pass through here, never a tensor. A role works through its calls in the order in
-which they were made, so the schedule's order is what happens; an update comes after all its
-micro-batches, so how many of them are in flight changes the waiting and not the numbers.
+Only futures pass through here, never a tensor. A role works through its calls in the order in which
+they were made, so the schedule's order is the order of execution. Updates come after all
+micro-batches, so the depth (micro-batches in flight) changes how long roles wait and no number.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,13 +15,14 @@ from statistics import fmean
 from typing import Any
 
 from cluster.joined import join
-from cluster.schedule.execution import Asked, Worked, work_through
+from cluster.schedule.execution import IssuedCall, IterationResult, execute_schedule
 from cluster.schedule.program import Pass
 from cluster.schedule.schedule import GATHER, STEP, Call
 from cluster.schedule.staleness import staleness
 from cluster.spans import labelled
-from cluster.worker_group import Pending, WorkerGroup
+from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.distillation.algorithm import DIVERSIFY, LEARN, STAGES, TRACK, StageSpec
 from pipelines.distillation.iteration_plan import IterationPlan
 from sgmd_core.errors import NonFiniteError
 from sgmd_core.types import Draws, MicroBatchKey, Purpose, Text, TextBatch
@@ -64,32 +58,32 @@ class PromptBatch:
     """
 
     captions: tuple[str, ...]
-    stored: Pending[Text] | None = None
+    stored: Future[Text] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class IterationReport:
-    """What an iteration says about itself; small numbers only.
+    """Report of an iteration; small numbers only.
 
     Attributes:
         losses: Loss terms, means over the iteration's samples.
         grad_norms: Global gradient norm by role, before clipping; a mean over several updates.
-        exit_steps: The rollout step that learnt, one a micro-batch.
+        exit_steps: Rollout step that was learned, for each micro-batch.
         generator_version: Updates the generator has seen, this one included.
-        asked: Its calls, and when each was made.
-        stale_calls: Those that did not wait for all updates of the iteration before to end.
+        issued: Its calls, with the time at which each was made.
+        stale_calls: Calls that did not wait for all updates of the previous iteration.
     """
 
     losses: Mapping[str, float]
     grad_norms: Mapping[str, float]
     exit_steps: tuple[int, ...]
     generator_version: int
-    asked: tuple[Asked, ...]
+    issued: tuple[IssuedCall, ...]
     stale_calls: int
 
 
 PromptsOf = Callable[[int], Sequence[PromptBatch]]
-"""The batches of an iteration: one, and with fresh tracking one more for each update."""
+"""Returns the batches of an iteration: one, and with fresh tracking one more for each update."""
 
 
 def iterate(
@@ -106,8 +100,7 @@ def iterate(
         plan: How the batch is split and how long to wait.
         iteration: Generator updates made before this one.
         batches: One batch, and with fresh tracking one more for each update of the fake score.
-        draws: Hands every random number in, to replay a recorded iteration; drawn by counter where
-            it is not given.
+        draws: Random numbers of a recorded iteration, to replay it; others are drawn by counter.
 
     Raises:
         NonFiniteError: A loss or gradient is not finite. With shared tracking neither role has
@@ -125,36 +118,39 @@ def run_iterations(
     prompts_of: PromptsOf,
     draws: Mapping[MicroBatchKey, Draws] | None = None,
 ) -> Iterator[IterationReport]:
-    """Iterates; yields a report when an iteration is over, and ends with nothing under way.
+    """Runs iterations; yields a report after each, and ends with no call under way.
 
     Args:
         roles: The groups.
         plan: How batches are split, how iterations may overlap, how long to wait.
         first: Generator updates made before the first of them.
         num_iterations: How many.
-        prompts_of: Asked for the captions of an iteration when they are needed; with a staleness
-            that is before the iteration before it is over.
+        prompts_of: Returns the captions of an iteration; called when they are needed, which with a
+            staleness is before the previous iteration has finished.
         draws: See `iterate`.
 
     Raises:
         NonFiniteError: See `iterate`.
     """
-    asking = _Asking(roles, plan, prompts_of, draws or {})
+    dispatcher = _CallDispatcher(roles, plan, prompts_of, draws or {})
     calls = plan.calls(first, num_iterations)
     stale = staleness(calls, plan.program)
-    for worked in work_through(calls, roles.scheduled, asking.ask, _heed, plan.timeout_s):
-        asking.forget(worked.iteration)
-        yield _report(worked, sum(stale[one.place] > 0 for one in worked.asked))
+    results = execute_schedule(
+        calls, roles.scheduled, dispatcher.dispatch, check_finite, plan.timeout_s
+    )
+    for result in results:
+        dispatcher.release(result.iteration)
+        yield _report(result, sum(stale[one.place] > 0 for one in result.issued))
 
 
-class _Asking:
-    """What each call of a schedule is handed.
+class _CallDispatcher:
+    """Makes the calls of a schedule: binds each stage to its group, method and arguments.
 
     Args:
         roles: The groups.
-        plan: How batches are split.
-        prompts_of: Gives the captions of an iteration.
-        draws: Random numbers that are handed in.
+        plan: Sizes of batch and micro-batches.
+        prompts_of: Returns the captions of an iteration.
+        draws: Random numbers that are given instead of drawn.
     """
 
     def __init__(
@@ -164,84 +160,40 @@ class _Asking:
         prompts_of: PromptsOf,
         draws: Mapping[MicroBatchKey, Draws],
     ) -> None:
-        self._roles = roles
+        self._groups = roles.scheduled
+        self._text = roles.text
         self._plan = plan
         self._prompts_of = prompts_of
         self._draws = draws
         passes = [at for at, part in enumerate(plan.program) if isinstance(part, Pass)]
         self._batch_of_phase = {phase: number for number, phase in enumerate(passes)}
         self._prompts: dict[int, Sequence[PromptBatch]] = {}
-        self._texts: dict[tuple[int, int], list[Pending[TextBatch]]] = {}
+        self._texts: dict[tuple[int, int], list[Future[TextBatch]]] = {}
 
-    def forget(self, iteration: int) -> None:
-        """Lets go of an iteration's captions."""
+    def dispatch(self, call: Call, results: Mapping[str, Future[Any]]) -> Future[Any]:
+        """Makes a call with the results of the stages that it takes."""
+        stage = STAGES[call.role, call.stage]
+        arguments = stage.arguments(_Inputs(self, call, results))
+        return self._groups[call.role].call_rank(call.rank, stage.method, *arguments)
+
+    def release(self, iteration: int) -> None:
+        """Drops the captions of a finished iteration."""
         del self._prompts[iteration]
         for key in [key for key in self._texts if key[0] == iteration]:
             del self._texts[key]
 
-    def ask(self, call: Call, given: Mapping[str, Pending[Any]]) -> Pending[Any]:
-        """Makes a call."""
-        if call.role == GENERATOR:
-            return self._ask_generator(call, given)
-        if call.role == TEACHER:
-            return self._ask_teacher(call, given)
-        return self._ask_fake_score(call, given)
-
-    def _ask_generator(self, call: Call, given: Mapping[str, Pending[Any]]) -> Pending[Any]:
-        group, rank = self._roles.generator, call.rank
-        match call.stage:
-            case "rollout":
-                return group.call_rank(rank, GeneratorLearner.rollout, *self._wanted(call))
-            case "sample":
-                return group.call_rank(rank, GeneratorLearner.sample, *self._wanted(call))
-            case "start":
-                return group.call_rank(rank, GeneratorLearner.start, *self._wanted(call))
-            case "learn":
-                signal = given.get("pullback") or given["signal"]
-                return group.call_rank(rank, GeneratorLearner.learn, signal)
-            case "diversify":
-                start, target = given["start"], given["anchor"]
-                share = self._share(call)
-                return group.call_rank(rank, GeneratorLearner.diversify, start, target, share)
-            case "trained_weights":
-                return group.call_rank(rank, GeneratorLearner.trained_weights)
-            case _:
-                return _ask_to_update(group, GeneratorLearner, call)
-
-    def _ask_teacher(self, call: Call, given: Mapping[str, Pending[Any]]) -> Pending[Any]:
-        group, rank, negative = self._roles.teacher, call.rank, self._plan.negative
-        match call.stage:
-            case "denoise":
-                return group.call_rank(rank, ScoreTeacher.denoise, given["rollout"], negative)
-            case "anchor":
-                return group.call_rank(rank, ScoreTeacher.anchor, given["start"], negative)
-            case _:
-                query, signal = given["rollout"], given["signal"]
-                return group.call_rank(rank, ScoreTeacher.pullback, query, negative, signal)
-
-    def _ask_fake_score(self, call: Call, given: Mapping[str, Pending[Any]]) -> Pending[Any]:
-        group, rank = self._roles.fake_score, call.rank
-        match call.stage:
-            case "signal":
-                query, prediction = given["rollout"], given["denoise"]
-                share = self._share(call)
-                return group.call_rank(rank, FakeScoreTracker.signal, query, prediction, share)
-            case "track":
-                query = given.get("rollout") or given["sample"]
-                return group.call_rank(rank, FakeScoreTracker.track, query, self._share(call))
-            case "absorb":
-                weights = given["trained_weights"]
-                return group.call_rank(rank, FakeScoreTracker.absorb, weights)
-            case _:
-                return _ask_to_update(group, FakeScoreTracker, call)
-
-    def _share(self, call: Call) -> float:
+    def share(self, call: Call) -> float:
         """Samples of a call over samples of the iteration."""
         return call.num_samples / self._plan.batch_size
 
-    def _wanted(self, call: Call) -> tuple[MicroBatchKey, Pending[TextBatch], Draws | None]:
-        """Key, captions and, where they are handed in, random numbers of a call."""
-        assert call.micro_batch is not None, "asked for samples without a micro-batch"
+    @property
+    def negative(self) -> Future[Text]:
+        """Embedding of the negative prompt."""
+        return self._plan.negative
+
+    def prompts(self, call: Call) -> tuple[MicroBatchKey, Future[TextBatch], Draws | None]:
+        """Key, captions and, where they are given, random numbers of a call."""
+        assert call.micro_batch is not None, "samples are asked for without a micro-batch"
         update = self._batch_of_phase[call.phase]
         # Micro-batches of the tracking updates are counted on, so that each has draws of its own.
         index = max(0, update - 1) * self._plan.micro_batches + call.micro_batch
@@ -256,8 +208,8 @@ class _Asking:
             None if draws is None else draws.cut(*call.samples),
         )
 
-    def _texts_of(self, iteration: int, phase: int) -> list[Pending[TextBatch]]:
-        """The captions of a pass, encoded: one claim a micro-batch."""
+    def _texts_of(self, iteration: int, phase: int) -> list[Future[TextBatch]]:
+        """The captions of a pass, encoded: one future a micro-batch."""
         if (iteration, phase) not in self._texts:
             if iteration not in self._prompts:
                 self._prompts[iteration] = self._prompts_of(iteration)
@@ -272,8 +224,8 @@ class _Asking:
 
     def _encode(
         self, iteration: int, phase: int, index: int, prompts: PromptBatch, first_sample: int
-    ) -> Pending[TextBatch]:
-        text, size = self._roles.text, self._plan.micro_batch_size
+    ) -> Future[TextBatch]:
+        text, size = self._text, self._plan.micro_batch_size
         rows = tuple(range(index * size, (index + 1) * size))
         with labelled(iteration, phase, index):
             if prompts.stored is not None:
@@ -283,15 +235,35 @@ class _Asking:
             return text.call_rank(0, TextEncoder.encode, captions, indices)
 
 
-def _ask_to_update(
-    group: WorkerGroup[Any], role: type[GeneratorLearner] | type[FakeScoreTracker], call: Call
-) -> Pending[Any]:
-    method = role.gradient_report if call.stage == GATHER else role.step
-    return group.call_rank(call.rank, method, call.iteration)
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """Inputs of one call, as `algorithm.CallInputs` asks for them."""
+
+    dispatcher: _CallDispatcher
+    call: Call
+    results: Mapping[str, Future[Any]]
+
+    @property
+    def iteration(self) -> int:
+        return self.call.iteration
+
+    @property
+    def share(self) -> float:
+        return self.dispatcher.share(self.call)
+
+    @property
+    def negative(self) -> Future[Text]:
+        return self.dispatcher.negative
+
+    def prompts(self) -> tuple[MicroBatchKey, Future[TextBatch], Draws | None]:
+        return self.dispatcher.prompts(self.call)
+
+    def of(self, *stages: StageSpec) -> Future[Any]:
+        return next(self.results[stage.name] for stage in stages if stage.name in self.results)
 
 
-def _heed(call: Call, report: Any) -> None:  # noqa: ANN401  (whatever a stage returns)
-    """Stops before an update on gradients that are not finite."""
+def check_finite(call: Call, report: Any) -> None:  # noqa: ANN401  (whatever a stage returns)
+    """Stops before an update with gradients that are not finite."""
     if isinstance(report, GradientReport) and not report.finite:
         raise NonFiniteError(
             f"updating the {call.role} in iteration {call.iteration}",
@@ -301,22 +273,22 @@ def _heed(call: Call, report: Any) -> None:  # noqa: ANN401  (whatever a stage r
         )
 
 
-def _report(worked: Worked, stale_calls: int) -> IterationReport:
-    learned: list[LearnReport] = [report for _, report in worked.of("learn")]
-    tracked: list[TrackReport] = [report for _, report in worked.of("track")]
-    diversified: list[DiversityReport] = [report for _, report in worked.of("diversify")]
+def _report(result: IterationResult, stale_calls: int) -> IterationReport:
+    learned: list[LearnReport] = [report for _, report in result.of(LEARN.name)]
+    tracked: list[TrackReport] = [report for _, report in result.of(TRACK.name)]
+    diversified: list[DiversityReport] = [report for _, report in result.of(DIVERSIFY.name)]
     norms: dict[str, list[float]] = {GENERATOR: [], FAKE_SCORE: []}
-    for call, report in worked.of(GATHER):
+    for call, report in result.of(GATHER):
         if call.rank == 0:
             norms[call.role].append(report.grad_norm)
-    exits = {call.micro_batch: report.exit_step for call, report in worked.of("learn")}
-    versions = [version for call, version in worked.of(STEP) if call.role == GENERATOR]
+    exits = {call.micro_batch: report.exit_step for call, report in result.of(LEARN.name)}
+    versions = [version for call, version in result.of(STEP) if call.role == GENERATOR]
     return IterationReport(
         losses=_means([report.metrics for report in [*learned, *tracked, *diversified]]),
         grad_norms={role: fmean(found) for role, found in norms.items()},
         exit_steps=tuple(exits.values()),
         generator_version=versions[0],
-        asked=worked.asked,
+        issued=result.issued,
         stale_calls=stale_calls,
     )
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from cluster.schedule.program import Pass, Program, Team
 from cluster.schedule.schedule import Call, order_calls
-from cluster.worker_group import Pending
+from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
-from pipelines.distillation.programs import iteration_program
+from pipelines.distillation.algorithm import iteration_program
 from sgmd_core.objectives import GradientPath
 from sgmd_core.types import Text
 
@@ -35,7 +35,7 @@ class IterationPlan:
     window: int
     max_staleness_iterations: int
     timeout_s: float
-    negative: Pending[Text]
+    negative: Future[Text]
 
     @property
     def tracking_passes(self) -> int:
@@ -81,7 +81,7 @@ def program_of(config: DistillConfig) -> Program:
     )
 
 
-def plan_iteration(config: DistillConfig, negative: Pending[Text]) -> IterationPlan:
+def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPlan:
     """What a run's settings mean for each of its iterations."""
     return IterationPlan(
         program=program_of(config),

@@ -19,7 +19,7 @@ from typing import Any
 
 from cluster.errors import CallTimeoutError
 from cluster.storage import Checkpoints, write_json
-from cluster.worker_group import Pending, WorkerGroup
+from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.validation import Validator
 from pipelines.run.alarms import Alarm, AlarmWatch
@@ -38,7 +38,7 @@ class _Validation:
     """One that has been asked for."""
 
     iteration: int
-    pending: Pending[ValidationRecord]
+    future: Future[ValidationRecord]
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Judge:
         """Looks at the losses of an iteration."""
         self._raise(self._watch.iteration(record))
 
-    def validate(self, iteration: int, weights: Pending[Any], *, is_last: bool = False) -> None:
+    def validate(self, iteration: int, weights: Future[Any], *, is_last: bool = False) -> None:
         """Asks for a validation and returns at once.
 
         Args:
@@ -149,12 +149,12 @@ class Judge:
                 "Give topology.validator more, or raise validation.every"
             )
             return
-        pending = self.validator.call_rank(0, Validator.validate, iteration, weights)
-        self._waiting.append(_Validation(iteration, pending))
+        future = self.validator.call_rank(0, Validator.validate, iteration, weights)
+        self._waiting.append(_Validation(iteration, future))
 
     def collect(self) -> None:
         """Writes down the validations that are back; waits for none."""
-        while self._waiting and self.validator and self.validator.is_done(self._waiting[0].pending):
+        while self._waiting and self.validator and self.validator.is_done(self._waiting[0].future):
             self._take()
 
     def finish(self) -> None:
@@ -188,7 +188,7 @@ class Judge:
         phase = f"validating iteration {job.iteration}"
         timeout_s = self.config.validation.timeout_s
         try:
-            (record,) = self.validator.fetch([job.pending], timeout_s=timeout_s, phase=phase)
+            (record,) = self.validator.fetch([job.future], timeout_s=timeout_s, phase=phase)
         except Exception as error:
             # Whatever it is, hours of training are worth more than the figures.
             self._give_up(job, error)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.spans import labelled
-from cluster.worker_group import Pending, WorkerGroup
+from cluster.worker_group import Future, WorkerGroup
 from pipelines.data.stream.feed import Batch, Feed
 from pipelines.distillation.iteration import PromptBatch
 from pipelines.run.data_log import RunData
@@ -84,7 +84,7 @@ class Prompts:
         """What an iteration that is over has taken; told once."""
         return self._taken.pop(iteration)
 
-    def _take(self, iteration: int) -> Sequence[Pending[Batch]]:
+    def _take(self, iteration: int) -> Sequence[Future[Batch]]:
         if iteration >= self._end:
             return []
         with labelled(iteration):

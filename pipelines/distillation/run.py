@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.storage import Checkpoints, write_json
-from cluster.worker_group import Pending
+from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.shards.schema import TEXT_EMBEDS
 from pipelines.distillation.groups import Groups, open_groups
@@ -327,7 +327,7 @@ class Distillation:
             iteration=iteration,
             losses=report.losses,
             grad_norms=report.grad_norms,
-            seconds=self._trace.add(iteration, report.asked),
+            seconds=self._trace.add(iteration, report.issued),
             seconds_total=time.perf_counter() - began,
             data_wait_s=taken.waited_s,
             samples_seen=last.position,
@@ -396,5 +396,5 @@ class Distillation:
             weights = self._groups.roles.generator.call(GeneratorLearner.final_weights)[0]
             self._judge.validate(iteration, weights, is_last=is_last)
 
-    def _fetch(self, group: Any, pending: Sequence[Pending[Any]], phase: str) -> list[Any]:  # noqa: ANN401
-        return group.fetch(pending, timeout_s=self._config.topology.call_timeout_s, phase=phase)
+    def _fetch(self, group: Any, future: Sequence[Future[Any]], phase: str) -> list[Any]:  # noqa: ANN401
+        return group.fetch(future, timeout_s=self._config.topology.call_timeout_s, phase=phase)

@@ -24,7 +24,7 @@ from typing import Any, Self
 from cluster.schedule.program import Program
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
-from pipelines.distillation.programs import iteration_program
+from pipelines.distillation.algorithm import iteration_program
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
 from workers.models.wan_arithmetic import WanShape

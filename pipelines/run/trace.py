@@ -30,18 +30,18 @@ from cluster.measured import (
     measured_timeline,
     path_seconds,
 )
-from cluster.schedule.execution import Asked
+from cluster.schedule.execution import IssuedCall
 from cluster.schedule.simulate import Timeline
 from cluster.spans import Work
 from cluster.storage import write_text
-from cluster.worker_group import Pending, WorkerGroup
+from cluster.worker_group import Future, WorkerGroup
 
 
 @dataclass(frozen=True, slots=True)
 class _Iteration:
     """An iteration whose calls are all known."""
 
-    asked: tuple[Asked, ...]
+    issued: tuple[IssuedCall, ...]
     works: tuple[Work, ...]
 
 
@@ -81,8 +81,8 @@ class RunTrace:
                 self._offsets[group.name, rank] = offset_s
                 self._processes[group.name, rank] = (clock.machine, clock.process)
         self._num_machines = len(machines)
-        self._answers: list[tuple[WorkerGroup[Any], list[Pending[list[Work]]]]] = []
-        self._open: dict[int, tuple[Asked, ...]] = {}
+        self._answers: list[tuple[WorkerGroup[Any], list[Future[list[Work]]]]] = []
+        self._open: dict[int, tuple[IssuedCall, ...]] = {}
         self._works: dict[int, list[Work]] = defaultdict(list)
         self._kept: deque[_Iteration] = deque(maxlen=keep_iterations)
         self._others: deque[Work] = deque(maxlen=10_000)
@@ -93,15 +93,15 @@ class RunTrace:
         self._began_s: float | None = None
         self._ended_s = 0.0
 
-    def add(self, iteration: int, asked: Sequence[Asked]) -> dict[str, float]:
+    def add(self, iteration: int, issued: Sequence[IssuedCall]) -> dict[str, float]:
         """Takes in an iteration that is over.
 
         Returns:
             Busy seconds by `role.stage` since the last iteration, moving values included.
         """
-        own = tuple(replace(one, asked_s=one.asked_s + self._own_offset_s) for one in asked)
+        own = tuple(replace(one, issued_s=one.issued_s + self._own_offset_s) for one in issued)
         if self._began_s is None:
-            self._began_s = own[0].asked_s
+            self._began_s = own[0].issued_s
         self._open[iteration] = own
         if self._waits:
             self._ask(self._groups)
@@ -145,10 +145,10 @@ class RunTrace:
         """Writes the trace of the last iterations."""
         if not self._kept:
             return
-        since_s = self._kept[0].asked[0].asked_s
+        since_s = self._kept[0].issued[0].issued_s
         works = [work for one in self._kept for work in one.works]
         works += [work for work in self._others if work.left_s >= since_s]
-        events = trace_events(works, [one.asked for one in self._kept])
+        events = trace_events(works, [one.issued for one in self._kept])
         content = {
             "traceEvents": events,
             "displayTimeUnit": "ms",
@@ -156,7 +156,7 @@ class RunTrace:
                 "clock": "microseconds since 1970; exact within a machine, by the machines' own"
                 " clocks between them",
                 "machines": self._num_machines,
-                "iterations": [one.asked[0].call.iteration for one in self._kept],
+                "iterations": [one.issued[0].call.iteration for one in self._kept],
             },
         }
         write_text(str(path), json.dumps(content) + "\n")
@@ -166,9 +166,9 @@ class RunTrace:
 
     def _hear(self) -> dict[str, float]:
         seconds = defaultdict[str, float](float)
-        for group, asked in self._answers:
+        for group, answers in self._answers:
             phase = f"reading the times of {group.name}"
-            for part in group.fetch(asked, self._timeout_s, phase):
+            for part in group.fetch(answers, self._timeout_s, phase):
                 for work in part:
                     seconds[f"{work.role}.{work.method}"] += work.seconds
                     self._sort(work)
@@ -193,28 +193,30 @@ class RunTrace:
 
     def _complete(self, iteration: int) -> None:
         """Works out an iteration, if everything is known of it."""
-        asked, works = self._open[iteration], self._works[iteration]
+        issued, works = self._open[iteration], self._works[iteration]
         by_key = {key_of_work(work): work for work in works}
-        if any(key_of_call(one) not in by_key for one in asked):
+        if any(key_of_call(one) not in by_key for one in issued):
             return
         own = (OWN_MACHINE, os.getpid())
-        timeline = measured_timeline(asked, by_key, self._processes, own)
-        since_s = max(0.0, self._ended_s - asked[0].asked_s)
+        timeline = measured_timeline(issued, by_key, self._processes, own)
+        since_s = max(0.0, self._ended_s - issued[0].issued_s)
         for name, spent_s in path_seconds(timeline, since_s).items():
             self._path_s[name] += spent_s
-        self._count(timeline, asked, by_key)
+        self._count(timeline, issued, by_key)
         if self._keep_iterations:
-            self._kept.append(_Iteration(asked, tuple(works)))
+            self._kept.append(_Iteration(issued, tuple(works)))
         del self._open[iteration], self._works[iteration]
         self._num_complete = iteration + 1
 
-    def _count(self, timeline: Timeline, asked: Sequence[Asked], by_key: dict[Any, Work]) -> None:
-        began_s = asked[0].asked_s
-        for span, one in zip(timeline.spans, asked, strict=True):
+    def _count(
+        self, timeline: Timeline, issued: Sequence[IssuedCall], by_key: dict[Any, Work]
+    ) -> None:
+        began_s = issued[0].issued_s
+        for span, one in zip(timeline.spans, issued, strict=True):
             work = by_key[key_of_call(one)]
             rank = (work.role, work.rank)
             process = self._processes[rank]
-            could_begin_s = max(began_s + span.asked_s, began_s + span.ready_s)
+            could_begin_s = max(began_s + span.issued_s, began_s + span.ready_s)
             could_begin_s = max(could_begin_s, self._free_s.get(process, 0.0))
             # Without arguments from others nothing is on its way.
             self._usage[rank].add(work, could_begin_s if one.call.inputs else work.arrived_s)

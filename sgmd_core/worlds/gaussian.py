@@ -14,7 +14,7 @@ A caption says (mean, std) in the first two numbers of its first token.
 import torch
 from torch import nn
 
-from sgmd_core.types import Latents, PerSample, Text, per_sample
+from sgmd_core.types import Latents, PerSample, Scalar, Text, per_sample
 
 
 def gaussian_text(mean: PerSample, std: PerSample) -> Text:
@@ -29,13 +29,13 @@ def gaussian_velocity(x_t: Latents, sigma: PerSample, mean: PerSample, std: PerS
     return gain * (x_t - alpha * mean) - mean
 
 
-def velocity_gain(sigma: PerSample, std: PerSample) -> PerSample:
+def velocity_gain(sigma: PerSample, std: PerSample | Scalar) -> PerSample:
     """Derivative d velocity / d x_t of each sample."""
     alpha = 1 - sigma
     return (sigma - alpha * std.square()) / (alpha.square() * std.square() + sigma.square())
 
 
-def x0_gain(sigma: PerSample, std: PerSample) -> PerSample:
+def x0_gain(sigma: PerSample, std: PerSample | Scalar) -> PerSample:
     """Derivative d E[x0 | x_t] / d x_t of each sample."""
     alpha = 1 - sigma
     return alpha * std.square() / (alpha.square() * std.square() + sigma.square())

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import pytest
 
 from cluster.errors import TransferError
-from cluster.joined import JoinedPending, join, put_together
+from cluster.joined import JoinedFuture, concatenate, join
 from cluster.local import LocalWorkerGroup
-from cluster.worker_group import Pending, WorkerGroup
+from cluster.worker_group import Future, WorkerGroup
 from tests.cluster.toys import WAIT_S, Toy
 
 Groups = Mapping[str, WorkerGroup[Toy]]
@@ -23,11 +23,11 @@ def groups(request: pytest.FixtureRequest) -> Groups:
     }
 
 
-def claim(name: str) -> Pending[str]:
-    return Pending(name, 0, "make")
+def future(name: str) -> Future[str]:
+    return Future(name, 0, "make")
 
 
-THIRDS = [(claim("a"), (0, 2)), (claim("b"), (2, 4)), (claim("c"), (4, 6))]
+THIRDS = [(future("a"), (0, 2)), (future("b"), (2, 4)), (future("c"), (4, 6))]
 
 
 def test_a_piece_that_fits_is_handed_on_as_it_is():
@@ -39,7 +39,7 @@ def test_a_piece_that_fits_is_handed_on_as_it_is():
 )
 def test_only_the_pieces_that_are_needed_are_named(wanted: tuple[int, int], names: str):
     found = join(THIRDS, wanted)
-    assert isinstance(found, JoinedPending)
+    assert isinstance(found, JoinedFuture)
     assert "".join(piece.group for piece in found.pieces) == names
 
 
@@ -56,7 +56,7 @@ def test_a_gap_is_refused():
 
 def test_what_is_no_record_about_samples_is_refused():
     with pytest.raises(TransferError, match="a int"):
-        put_together([1, 2], [(0, 1), (1, 2)], (0, 2))  # type: ignore[type-var]
+        concatenate([1, 2], [(0, 1), (1, 2)], (0, 2))  # type: ignore[type-var]
 
 
 def test_pieces_of_two_ranks_arrive_joined_and_a_part_of_them_cut(groups: Groups):

@@ -4,7 +4,7 @@ import pytest
 
 from cluster.chrome_trace import trace_events
 from cluster.measured import Usage, key_of_call, key_of_work, measured_timeline, path_seconds
-from cluster.schedule.execution import Asked
+from cluster.schedule.execution import IssuedCall
 from cluster.schedule.program import Pass, Stage, Team
 from cluster.schedule.schedule import order_calls
 from cluster.schedule.simulate import Cause, Costs, by_stage, simulate
@@ -39,7 +39,7 @@ def simulated(latency_s: float = 0.0):
         )
         for span in timeline.spans
     ]
-    asked = [Asked(place, call, 100.0) for place, call in enumerate(calls)]
+    asked = [IssuedCall(place, call, 100.0) for place, call in enumerate(calls)]
     return timeline, asked, works
 
 

@@ -34,8 +34,8 @@ def test_call_asks_every_rank_and_map_gives_each_its_own(groups):
 
 def test_a_rank_works_in_the_order_of_submission(groups):
     group = groups["second"]
-    pendings = [group.call_rank(0, Toy.note, number) for number in range(200, 300)]
-    group.fetch(pendings, WAIT_S, "noting")
+    futures = [group.call_rank(0, Toy.note, number) for number in range(200, 300)]
+    group.fetch(futures, WAIT_S, "noting")
     history = group.fetch([group.call_rank(0, Toy.history)], WAIT_S, "reading")[0]
     assert history[-100:] == tuple(range(200, 300))
 
@@ -43,9 +43,9 @@ def test_a_rank_works_in_the_order_of_submission(groups):
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16", "int64", "uint8"])
 def test_a_pending_record_reaches_another_group_bit_for_bit(groups, dtype):
     first, second = groups["first"], groups["second"]
-    pending = first.call_rank(0, Toy.parcel, dtype, 1000)
-    described = second.call_rank(0, Toy.describe, pending)
-    by_keyword = second.call_rank(0, Toy.describe, parcel=pending, extra=0)  # type: ignore[arg-type]
+    future = first.call_rank(0, Toy.parcel, dtype, 1000)
+    described = second.call_rank(0, Toy.describe, future)
+    by_keyword = second.call_rank(0, Toy.describe, parcel=future, extra=0)  # type: ignore[arg-type]
     expected = Toy().describe(Toy().parcel(dtype, 1000))
     assert second.fetch([described, by_keyword], WAIT_S, "describing") == [expected, expected]
 

@@ -154,7 +154,7 @@ class TestBench:
         told = json.loads(sgmd("bench", "--json").stdout)
         names = {one["name"] for one in told}
         assert {"orchestration", "iteration", "gpu", "one_process", "planning"} <= names
-        assert "sleeping_stand" not in names
+        assert "harness" not in names
         assert all(one["measures"].endswith(".") for one in told)
 
     def test_an_unknown_name_is_a_wrong_request(self):

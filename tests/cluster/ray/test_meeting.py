@@ -6,30 +6,30 @@ import pytest
 import torch.distributed as dist
 
 from cluster.ray.group import RayWorkerGroup
-from cluster.ray.rendezvous import join_meeting, open_meeting
+from cluster.ray.rendezvous import join_rendezvous, open_rendezvous
 from cluster.ray.topology import Pool, reserve
 from tests.cluster.toys import WAIT_S, Singer, make_singer
 
 
 def test_a_meeting_on_one_machine_is_open_to_the_loopback_interface_alone():
-    store, meeting = open_meeting(2, "192.0.2.9", on_one_machine=True, timeout_s=5)
-    socket.create_connection((meeting.host, meeting.port), 5).close()
+    store, rendezvous = open_rendezvous(2, "192.0.2.9", on_one_machine=True, timeout_s=5)
+    socket.create_connection((rendezvous.host, rendezvous.port), 5).close()
     # The whole of 127/8 is this machine; a store on all interfaces would answer there, too.
     with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.2", meeting.port), 5)
-    assert meeting.on_one_machine
+        socket.create_connection(("127.0.0.2", rendezvous.port), 5)
+    assert rendezvous.on_one_machine
     del store
 
 
 def test_many_meetings_at_once_get_ports_of_their_own():
-    opened = [open_meeting(1, "", on_one_machine=True, timeout_s=5) for _ in range(20)]
-    assert len({meeting.port for _, meeting in opened}) == 20
+    opened = [open_rendezvous(1, "", on_one_machine=True, timeout_s=5) for _ in range(20)]
+    assert len({rendezvous.port for _, rendezvous in opened}) == 20
 
 
 def test_a_rank_that_does_not_come_is_not_waited_for_forever():
-    store, meeting = open_meeting(2, "", on_one_machine=True, timeout_s=1)
+    store, rendezvous = open_rendezvous(2, "", on_one_machine=True, timeout_s=1)
     with pytest.raises(dist.DistError):
-        join_meeting(meeting, 0, 1.0, store)
+        join_rendezvous(rendezvous, 0, 1.0, store)
     assert not dist.is_initialized()
 
 

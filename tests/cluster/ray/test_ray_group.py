@@ -57,18 +57,18 @@ def test_a_killed_process_is_told_by_group_rank_and_phase(placement, second):
 
 def test_whether_a_call_is_done_is_told_without_waiting(second, tmp_path):
     gate = str(tmp_path / "gate")
-    pending = second.call_rank(0, Toy.wait_for, gate)
+    future = second.call_rank(0, Toy.wait_for, gate)
     # Had this waited, it would have waited for ever.
-    assert not second.is_done(pending)
+    assert not second.is_done(future)
     Path(gate).touch()
-    assert second.fetch([pending], WAIT_S, "waiting for the gate") == [True]
-    assert second.is_done(pending)
+    assert second.fetch([future], WAIT_S, "waiting for the gate") == [True]
+    assert second.is_done(future)
 
 
 def test_a_late_rank_is_named(second):
-    pending = second.call_rank(0, Toy.sleep, 1.0)
+    future = second.call_rank(0, Toy.sleep, 1.0)
     with pytest.raises(CallTimeoutError, match=r"second rank 0 did not finish sleep\(\)") as caught:
-        second.fetch([pending], 0.2, "sleeping in iteration 2")
+        second.fetch([future], 0.2, "sleeping in iteration 2")
     assert isinstance(caught.value, TimeoutError)
     assert (caught.value.phase, caught.value.timeout_s) == ("sleeping in iteration 2", 0.2)
 

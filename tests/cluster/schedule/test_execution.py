@@ -1,4 +1,4 @@
-"""A schedule is worked through in its order; failures stop it, claims do not pile up."""
+"""A schedule is worked through in its order; failures stop it, futures do not pile up."""
 
 import gc
 import weakref
@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from cluster.local import LocalWorkerGroup
-from cluster.schedule.execution import Worked, work_through
-from cluster.schedule.program import Handover, Pass, Program, Stage, Team, Update
+from cluster.schedule.execution import IterationResult, execute_schedule
+from cluster.schedule.program import Pass, Program, Stage, Team, Update, WeightTransfer
 from cluster.schedule.schedule import GATHER, STEP, Call, order_calls
 from cluster.spans import Label
-from cluster.worker_group import Pending
+from cluster.worker_group import Future
 from tests.cluster.toys import WAIT_S, Letters
 
 PROGRAM: Program = (
@@ -25,7 +25,7 @@ PROGRAM: Program = (
         )
     ),
     Update(("maker",)),
-    Handover(("maker", "show"), ("judge", "copy")),
+    WeightTransfer(("maker", "show"), ("judge", "copy")),
 )
 TEAMS = {"maker": Team(ranks=2), "judge": Team(copies=3)}
 
@@ -63,7 +63,7 @@ class Tracked(Letters):
 
 
 class Stand:
-    """Two roles in this process, and a record of the claims that are alive."""
+    """Two roles in this process, and a record of the futures that are alive."""
 
     def __init__(self, text: str = "abcdefgh") -> None:
         self.text = text
@@ -73,7 +73,7 @@ class Stand:
         }
         self.refused = ""
 
-    def ask(self, call: Call, given: Mapping[str, Pending[Any]]) -> Pending[Any]:
+    def ask(self, call: Call, given: Mapping[str, Future[Any]]) -> Future[Any]:
         group, rank = self.groups[call.role], call.rank
         if call.stage == "make":
             first = 4 * (call.micro_batch or 0)
@@ -84,11 +84,11 @@ class Stand:
             return group.call_rank(rank, getattr(Hand, call.stage), value)
         return group.call_rank(rank, Hand.note, call.stage)
 
-    def heed(self, call: Call, report: Any) -> None:
+    def on_report(self, call: Call, report: Any) -> None:
         if report == self.refused:
             raise ArithmeticError(f"{call.role}: {report}")
 
-    def run(self, depth: int = 2, num_iterations: int = 1, **options: int) -> list[Worked]:
+    def run(self, depth: int = 2, num_iterations: int = 1, **options: int) -> list[IterationResult]:
         calls = order_calls(
             PROGRAM,
             TEAMS,
@@ -98,20 +98,20 @@ class Stand:
             num_iterations=num_iterations,
             **options,
         )
-        return list(work_through(calls, self.groups, self.ask, self.heed, WAIT_S))
+        return list(execute_schedule(calls, self.groups, self.ask, self.on_report, WAIT_S))
 
 
 def test_reports_are_the_results_that_nobody_takes():
-    (worked,) = Stand().run()
-    assert [(call.rank, report) for call, report in worked.of("learn")] == [
+    (result,) = Stand().run()
+    assert [(call.rank, report) for call, report in result.of("learn")] == [
         (0, "AB"),
         (1, "CD"),
         (0, "EF"),
         (1, "GH"),
     ]
-    assert [report for _, report in worked.of("copy")] == ["copied show"] * 3
-    assert [report for _, report in worked.of(STEP)] == [STEP] * 2
-    assert not worked.of("make")
+    assert [report for _, report in result.of("copy")] == ["copied show"] * 3
+    assert [report for _, report in result.of(STEP)] == [STEP] * 2
+    assert not result.of("make")
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -145,9 +145,9 @@ def test_a_report_that_is_refused_stops_before_the_update():
 def test_every_iteration_comes_once_with_all_of_its_calls(max_staleness: int):
     stand = Stand("abcdefgh")
     found = stand.run(num_iterations=3, max_staleness=max_staleness)
-    assert [worked.iteration for worked in found] == [0, 1, 2]
-    assert len({len(worked.asked) for worked in found}) == 1
-    assert all(one.call.iteration == w.iteration for w in found for one in w.asked)
+    assert [result.iteration for result in found] == [0, 1, 2]
+    assert len({len(result.issued) for result in found}) == 1
+    assert all(one.call.iteration == w.iteration for w in found for one in w.issued)
 
 
 def test_calls_are_labelled_with_what_they_are_part_of():
@@ -167,7 +167,7 @@ def test_a_claim_is_let_go_after_its_last_use():
     most = 0
 
     class Counting(Stand):
-        def ask(self, call: Call, given: Mapping[str, Pending[Any]]) -> Pending[Any]:
+        def ask(self, call: Call, given: Mapping[str, Future[Any]]) -> Future[Any]:
             nonlocal most
             gc.collect()
             most = max(most, sum(ref() is not None for ref in alive))

@@ -7,11 +7,11 @@ from itertools import product
 import pytest
 
 from cluster.errors import ScheduleError
-from cluster.schedule.program import Pass, Stage, Team, Update, pass_order, share_out
+from cluster.schedule.program import Pass, Stage, Team, Update, partition_samples, pass_order
 from cluster.schedule.schedule import GATHER, STEP, Call, graphs_kept, order_calls
 from cluster.schedule.staleness import staleness
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.distillation.programs import iteration_program
+from pipelines.distillation.algorithm import iteration_program
 
 PROGRAMS = {
     "shared": iteration_program(),
@@ -173,7 +173,7 @@ def test_a_role_asked_twice_about_a_micro_batch_first_begins_the_next_one():
 @pytest.mark.parametrize("num_copies", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("num_samples", [1, 8, 15])
 def test_copies_share_a_micro_batch_without_gap_or_overlap(num_samples: int, num_copies: int):
-    spans = [span for _, span in share_out(num_samples, Team(copies=num_copies), turn=0)]
+    spans = [span for _, span in partition_samples(num_samples, Team(copies=num_copies), turn=0)]
     assert [at for first, end in spans for at in range(first, end)] == list(range(num_samples))
     sizes = [end - first for first, end in spans]
     assert len(sizes) == min(num_copies, num_samples)
@@ -183,10 +183,10 @@ def test_copies_share_a_micro_batch_without_gap_or_overlap(num_samples: int, num
 def test_copies_take_turns_and_none_gets_more_than_one_share_extra():
     loads = [0] * 3
     for turn in range(7):
-        for rank, (first, end) in share_out(4, Team(copies=3), turn):
+        for rank, (first, end) in partition_samples(4, Team(copies=3), turn):
             loads[rank] += end - first
         assert max(loads) - min(loads) <= 1
-    assert [share_out(1, Team(3), turn)[0][0] for turn in range(4)] == [0, 1, 2, 0]
+    assert [partition_samples(1, Team(3), turn)[0][0] for turn in range(4)] == [0, 1, 2, 0]
 
 
 def test_the_second_call_about_a_micro_batch_finds_the_copy_that_kept_it():

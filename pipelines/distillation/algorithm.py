@@ -1,0 +1,233 @@
+"""Algorithm of one iteration: its stages as constants, and their order as data.
+
+For each of m micro-batches, shared tracking (the SGMD paper's Algorithm 1):
+
+    generator               teacher                 fake score
+    ---------               -------                 ----------
+    ROLLOUT  x0 ----------> DENOISE  velocity ----> SIGNAL  d L_G / d x0, through its input only
+       |                                            TRACK   L_F backward to its own weights
+    LEARN    x0.backward(grad_x0) <---------------- grad_x0
+
+then one update of both learners together. SIGNAL waits for DENOISE, DENOISE for ROLLOUT, LEARN for
+SIGNAL; the update waits for all LEARN and TRACK. While a role waits for one micro-batch it works on
+another (`cluster.schedule.schedule`):
+
+    generator   r0 r1 | l0 r2 | l1 r3 | ...            | step
+    teacher        d0 | d1    | d2    | ...            |
+    fake score        | s0 t0 | s1 t1 | s2 t2 | ...    | step
+
+Variants are other programs over the same stages:
+
+    fresh tracking      ROLLOUT DENOISE SIGNAL LEARN | update | n times (SAMPLE TRACK | update)
+    through the teacher PULLBACK between SIGNAL and LEARN (SiD)
+    diversity loss      START before ROLLOUT, ANCHOR by the teacher, DIVERSIFY after LEARN
+    mixing of weights   the fake score takes in the generator's weights between the two updates
+
+A stage states its role, the method that does the work, what the method is handed and what it sends
+back. The dispatcher, the planner and the study read these constants; none compares a name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+from cluster.schedule.program import Pass, Program, Stage, Update, WeightTransfer
+from cluster.schedule.schedule import GATHER, STEP
+from cluster.worker_group import Future
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from workers.fake_score_tracker import FakeScoreTracker
+from workers.generator_learner import GeneratorLearner
+from workers.score_teacher import ScoreTeacher
+
+
+class Sent(StrEnum):
+    """What a stage sends, by its size for one sample."""
+
+    LATENTS = "latents"
+    TEXT = "text"
+
+
+class CallInputs(Protocol):
+    """What a stage may ask for when its method is called."""
+
+    @property
+    def iteration(self) -> int:
+        """Generator updates made before this iteration."""
+        ...
+
+    @property
+    def share(self) -> float:
+        """Samples of the call over samples of the iteration."""
+        ...
+
+    @property
+    def negative(self) -> Future[Any]:
+        """Embedding of the negative prompt."""
+        ...
+
+    def prompts(self) -> tuple[Any, ...]:
+        """Key, captions and, where they are given, random numbers of the call's samples."""
+        ...
+
+    def of(self, *stages: "StageSpec") -> Future[Any]:
+        """Result of the first of these stages that made an input of the call."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageSpec:
+    """A stage: one method of one role.
+
+    Attributes:
+        role: Who does it.
+        method: The role's method.
+        arguments: Arguments of the method, from the inputs of a call.
+        sends: Tensors of its result that travel to another role.
+        gathers: Whether it adds to the gradient that the role's next update uses.
+    """
+
+    role: str
+    method: Callable[..., Any]
+    arguments: Callable[[CallInputs], tuple[Any, ...]]
+    sends: tuple[Sent, ...] = ()
+    gathers: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name in schedules, metrics and traces: that of the method."""
+        return self.method.__name__
+
+    def step(self, *takes: "StageSpec", keeps_until: "StageSpec | None" = None) -> Stage:
+        """The stage in a program, with the stages whose results it takes."""
+        names = tuple(stage.name for stage in takes)
+        until = None if keeps_until is None else keeps_until.name
+        return Stage(self.name, self.role, names, until, self.gathers)
+
+
+_X0_AND_NOISE = (Sent.LATENTS, Sent.LATENTS, Sent.TEXT)
+
+ROLLOUT = StageSpec(
+    GENERATOR, GeneratorLearner.rollout, lambda call: call.prompts(), sends=_X0_AND_NOISE
+)
+SAMPLE = StageSpec(
+    GENERATOR, GeneratorLearner.sample, lambda call: call.prompts(), sends=_X0_AND_NOISE
+)
+DENOISE = StageSpec(
+    TEACHER,
+    ScoreTeacher.denoise,
+    lambda call: (call.of(ROLLOUT), call.negative),
+    sends=(Sent.LATENTS,),
+)
+SIGNAL = StageSpec(
+    FAKE_SCORE,
+    FakeScoreTracker.signal,
+    lambda call: (call.of(ROLLOUT), call.of(DENOISE), call.share),
+    sends=(Sent.LATENTS,),
+)
+TRACK = StageSpec(
+    FAKE_SCORE,
+    FakeScoreTracker.track,
+    lambda call: (call.of(ROLLOUT, SAMPLE), call.share),
+    gathers=True,
+)
+PULLBACK = StageSpec(
+    TEACHER,
+    ScoreTeacher.pullback,
+    lambda call: (call.of(ROLLOUT), call.negative, call.of(SIGNAL)),
+    sends=(Sent.LATENTS,),
+)
+LEARN = StageSpec(
+    GENERATOR, GeneratorLearner.learn, lambda call: (call.of(PULLBACK, SIGNAL),), gathers=True
+)
+START = StageSpec(
+    GENERATOR,
+    GeneratorLearner.start,
+    lambda call: call.prompts(),
+    sends=(Sent.LATENTS, Sent.TEXT),
+)
+ANCHOR = StageSpec(
+    TEACHER,
+    ScoreTeacher.anchor,
+    lambda call: (call.of(START), call.negative),
+    sends=(Sent.LATENTS,),
+)
+DIVERSIFY = StageSpec(
+    GENERATOR,
+    GeneratorLearner.diversify,
+    lambda call: (call.of(START), call.of(ANCHOR), call.share),
+    gathers=True,
+)
+TRAINED_WEIGHTS = StageSpec(GENERATOR, GeneratorLearner.trained_weights, lambda call: ())
+ABSORB = StageSpec(FAKE_SCORE, FakeScoreTracker.absorb, lambda call: (call.of(TRAINED_WEIGHTS),))
+_UPDATES = tuple(
+    StageSpec(role, method, lambda call: (call.iteration,))
+    for role, learner in ((GENERATOR, GeneratorLearner), (FAKE_SCORE, FakeScoreTracker))
+    for method in (learner.gradient_report, learner.step)
+)
+
+STAGES = {
+    (stage.role, stage.name): stage
+    for stage in (
+        ROLLOUT,
+        SAMPLE,
+        DENOISE,
+        SIGNAL,
+        TRACK,
+        PULLBACK,
+        LEARN,
+        START,
+        ANCHOR,
+        DIVERSIFY,
+        TRAINED_WEIGHTS,
+        ABSORB,
+        *_UPDATES,
+    )
+}
+"""Every stage that a call of a schedule can name, by role and name."""
+
+assert {stage.name for stage in _UPDATES} == {GATHER, STEP}, "updates have names of their own"
+
+
+def iteration_program(
+    fresh_updates: int = 0,
+    *,
+    through_teacher: bool = False,
+    diversity: bool = False,
+    mixes_weights: bool = False,
+) -> Program:
+    """Program of one iteration: passes over the micro-batches, and updates.
+
+    Args:
+        fresh_updates: Updates of the fake score, each on new samples of the updated generator; 0
+            tracks the samples that the generator learns from, in the same forward pass.
+        through_teacher: The loss also depends on the samples through the teacher's input, so each
+            signal passes through the teacher on its way back.
+        diversity: The generator also learns where the teacher goes from its initial noise.
+        mixes_weights: With fresh updates, the fake score first takes in the generator's weights.
+    """
+    shared = fresh_updates == 0
+    signal = PULLBACK if through_teacher else SIGNAL
+    distil = Pass(
+        (
+            *([START.step()] if diversity else []),
+            ROLLOUT.step(keeps_until=LEARN),
+            DENOISE.step(ROLLOUT, keeps_until=PULLBACK if through_teacher else None),
+            *([ANCHOR.step(START)] if diversity else []),
+            SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK if shared else None),
+            *([TRACK.step(ROLLOUT)] if shared else []),
+            *([PULLBACK.step(ROLLOUT, SIGNAL)] if through_teacher else []),
+            LEARN.step(signal),
+            *([DIVERSIFY.step(START, ANCHOR)] if diversity else []),
+        )
+    )
+    if shared:
+        return (distil, Update((GENERATOR, FAKE_SCORE)))
+    mix = WeightTransfer((GENERATOR, TRAINED_WEIGHTS.name), (FAKE_SCORE, ABSORB.name))
+    track = Pass((SAMPLE.step(), TRACK.step(SAMPLE)))
+    return (
+        distil,
+        Update((GENERATOR,)),
+        *((mix,) if mixes_weights else ()),
+        *(track, Update((FAKE_SCORE,))) * fresh_updates,
+    )
