@@ -104,7 +104,7 @@ class Hosts:
     Args:
         pool: Name of the pool.
         placement: Reserved resources.
-        meeting_size: So many ranks in a row run collectives among themselves.
+        world_size: So many ranks in a row run collectives among themselves.
         shared: Whether the workers of several groups live here; results then stay here.
         transport: Ray's name of the way past the object store that they must have; None: none.
     """
@@ -113,7 +113,7 @@ class Hosts:
         self,
         pool: str,
         placement: Placement,
-        meeting_size: int = 1,
+        world_size: int = 1,
         *,
         shared: bool = False,
         transport: str | None = None,
@@ -121,17 +121,17 @@ class Hosts:
         self.pool = pool
         self.shared = shared
         size = placement.pool(pool).num_ranks
-        meets = meeting_size > 1
+        has_collectives = world_size > 1
         remote = cast(Any, ray.remote)
         host_class = remote(enable_tensor_transport=True)(Host) if transport else remote(Host)
-        options = _SEES_ALL_GPUS if meets else {}
+        options = _SEES_ALL_GPUS if has_collectives else {}
         self.actors: list[Any] = [
             host_class.options(
                 max_restarts=0,
                 max_task_retries=0,
                 **options,
                 **placement.actor_options(pool, rank),
-            ).remote(pool, rank, meeting_size, transport)
+            ).remote(pool, rank, world_size, transport)
             for rank in range(size)
         ]
         self.places = [actor.place.remote() for actor in self.actors]
@@ -139,8 +139,8 @@ class Hosts:
         self.dropped: list[deque[int]] = [deque() for _ in range(size)]
         self._number = 0
         self.rendezvous: list[ray.ObjectRef | None] = [None] * size
-        for first in range(0, size, meeting_size) if meets else ():
-            ranks = range(first, first + meeting_size)
+        for first in range(0, size, world_size) if has_collectives else ():
+            ranks = range(first, first + world_size)
             rendezvous = self.actors[first].open_rendezvous.remote(
                 *(self.places[rank] for rank in ranks)
             )
@@ -176,15 +176,15 @@ class Host:
     Args:
         pool: Name of its pool.
         rank: Its rank.
-        meeting_size: Ranks that run collectives with it.
+        world_size: Ranks that run collectives with it.
         transport: Ray's name of the way past the object store that it must have; None: none.
     """
 
-    def __init__(self, pool: str, rank: int, meeting_size: int, transport: str | None) -> None:
+    def __init__(self, pool: str, rank: int, world_size: int, transport: str | None) -> None:
         self._place = f"{pool} rank {rank}"
         self._transport = transport
         self._rank = rank
-        self._meeting_size = meeting_size
+        self._meeting_size = world_size
         self._has_met = False
         self._workers: dict[str, Any] = {}
         self._kept: dict[int, object] = {}

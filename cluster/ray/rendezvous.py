@@ -23,7 +23,7 @@ _BACKLOG = 1024
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where a group meets.
+    """Where a group has_collectives.
 
     Attributes:
         host: Address of rank 0's store.

@@ -1,17 +1,12 @@
-"""What one iteration asks of each role, in forward passes of its network.
+"""Workload of one iteration: passes, bytes sent and weights gathered, by stage.
 
-    stage      passes of one sample, k steps, c = 1 with checkpointing (activations made again)
+`pipelines.distillation.costs` has the passes of each stage, `pipelines.distillation.algorithm` what
+each sends. With checkpointing, k steps and guidance, in forward passes of one sample:
 
-    rollout    (k + 1) / 2       on average: the exit step is drawn uniformly; only it is recorded
-    denoise    2                 with and without the caption; 1 without guidance
-    signal     2 + c             forward, and backward to the input
-    track      2 + c             backward to the parameters; fresh tracking: 3 + c, forward too
-    learn      2 + c             backward to the parameters
-    sample     (k + 1) / 2       fresh tracking only
-    pullback   2 (2 + c)         where a loss passes through the teacher's input
+    rollout (k + 1) / 2   denoise 2   signal 3   track 3 (fresh: 4)   learn 3
 
-With shared tracking the two backward passes of the fake score are walked one after the other over
-one forward pass, so with checkpointing its activations are made three times in all.
+With shared tracking the two backward passes of the fake score go one after the other over one
+forward pass, so with checkpointing its activations are made three times in all.
 """
 
 import json
@@ -24,10 +19,27 @@ from typing import Any, Self
 from cluster.schedule.program import Program
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
-from pipelines.distillation.algorithm import iteration_program
+from pipelines.distillation.algorithm import (
+    ANCHOR,
+    DENOISE,
+    DIVERSIFY,
+    LEARN,
+    PULLBACK,
+    ROLLOUT,
+    SAMPLE,
+    SIGNAL,
+    STAGES,
+    TRACK,
+    Sent,
+    iteration_program,
+)
+from pipelines.distillation.costs import mean_rollout, stage_passes
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
 from workers.models.wan_arithmetic import WanShape
+
+_COUNTED_WITH = {ANCHOR: DENOISE, DIVERSIFY: LEARN}
+"""Stages of a diversity loss, which the planned program does not have."""
 
 StageName = tuple[str, str]
 """Role and stage."""
@@ -53,7 +65,7 @@ class Workload:
         num_steps: Steps of the generator.
         guided: Whether the teacher is asked with and without the caption.
         fresh_updates: Updates of the fake score on samples of their own; 0 with shared tracking.
-        through_teacher: Whether a loss passes through the teacher's input.
+        path: Ways by which the generator's loss depends on its samples.
         diversity_steps: Steps of the teacher for a diversity loss; 0 without one.
         mixes_weights: Whether the fake score takes the generator's weights in, each iteration.
         averages: Whether the generator keeps averaged weights.
@@ -69,7 +81,7 @@ class Workload:
     num_steps: int = 4
     guided: bool = True
     fresh_updates: int = 0
-    through_teacher: bool = False
+    path: GradientPath = GradientPath.FAKE_SCORE
     diversity_steps: int = 0
     mixes_weights: bool = False
     averages: bool = True
@@ -103,7 +115,7 @@ class Workload:
             num_steps=config.generator.num_steps,
             guided=config.teacher.guidance_scale != 1,
             fresh_updates=config.fresh_updates,
-            through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
+            path=config.objective.path,
             diversity_steps=diversity.anchor_step if diversity.enabled else 0,
             mixes_weights=config.fake_score.ida_decay < 1,
             averages=config.generator.ema_decay > 0,
@@ -111,6 +123,11 @@ class Workload:
             bf16=frozenset(role for role, own in computes.items() if own.precision == "bf16"),
             checkpointing=frozenset(role for role, own in computes.items() if own.checkpointing),
         )
+
+    @property
+    def through_teacher(self) -> bool:
+        """The loss also passes through the teacher's input."""
+        return self.path is GradientPath.BOTH_SCORES
 
     @property
     def program(self) -> Program:
@@ -132,54 +149,58 @@ class Workload:
 
     @property
     def passes(self) -> dict[StageName, float]:
-        """Forward passes' worth of work by stage, for one sample."""
-        again = {role: int(role in self.checkpointing) for role in ROLES}
-        rollout, guided = (self.num_steps + 1) / 2, 1 + int(self.guided)
-        learn, track = 2 + again[GENERATOR], 2 + again[FAKE_SCORE]
-        shared = self.fresh_updates == 0
-        found: dict[StageName, float] = {
-            (GENERATOR, "rollout"): rollout,
-            (TEACHER, "denoise"): guided,
-            (FAKE_SCORE, "signal"): 2 + again[FAKE_SCORE],
-            (FAKE_SCORE, "track"): track if shared else 1 + track,
-            (GENERATOR, "learn"): learn,
-        }
-        if self.diversity_steps:
-            found[GENERATOR, "learn"] += 1 + learn
-            found[TEACHER, "denoise"] += guided * self.diversity_steps
-        if not shared:
-            found[GENERATOR, "sample"] = rollout
-        if self.through_teacher:
-            found[TEACHER, "pullback"] = guided * (2 + again[TEACHER])
+        """Work of one call of each stage on one sample, in forward passes.
+
+        The stages of a diversity loss are counted with the role's own: see `program`.
+        """
+        rollout = mean_rollout(self.num_steps, first_exit=int(self.diversity_steps > 0))
+        table = stage_passes(
+            path=self.path,
+            rollout=rollout,
+            sample=rollout,
+            guided=self.guided,
+            fresh_tracking=self.fresh_updates > 0,
+            anchor_steps=self.diversity_steps,
+        )
+        found: dict[StageName, float] = {}
+        for stage, passes in table.items():
+            counted = _COUNTED_WITH.get(stage, stage)
+            name = (counted.role, counted.name)
+            units = passes.units(checkpointed=stage.role in self.checkpointing)
+            found[name] = found.get(name, 0.0) + units
         return found
 
     @property
     def gathers(self) -> dict[StageName, float]:
         """How often a call of each stage gathers the weights or sends the gradients, if sharded."""
         shared = self.fresh_updates == 0
-        rollout = (self.num_steps + 1) / 2
-        return {
-            (GENERATOR, "rollout"): rollout,
-            (GENERATOR, "sample"): rollout,
-            (GENERATOR, "learn"): 2.0 + 3.0 * bool(self.diversity_steps),
-            (TEACHER, "denoise"): 1.0 + self.diversity_steps,
-            (TEACHER, "pullback"): 2.0,
-            (FAKE_SCORE, "signal"): 2.0,
-            (FAKE_SCORE, "track"): 2.0 if shared else 3.0,
+        rollout = mean_rollout(self.num_steps, first_exit=int(self.diversity_steps > 0))
+        counts = {
+            ROLLOUT: rollout,
+            SAMPLE: rollout,
+            LEARN: 2.0 + 3.0 * bool(self.diversity_steps),
+            DENOISE: 1.0 + self.diversity_steps,
+            PULLBACK: 2.0,
+            SIGNAL: 2.0,
+            TRACK: 2.0 if shared else 3.0,
         }
+        return {(stage.role, stage.name): count for stage, count in counts.items()}
 
     @property
     def result_bytes(self) -> dict[StageName, int]:
-        """Bytes of one sample that each stage hands on; latents travel in float32."""
-        latents = 4 * prod(self.latent_shape)
-        text = 4 * self.text_length * self.shape.text_width
-        return {
-            (GENERATOR, "rollout"): 2 * latents + text,
-            (GENERATOR, "sample"): 2 * latents + text,
-            (TEACHER, "denoise"): latents,
-            (FAKE_SCORE, "signal"): (1 + int(self.through_teacher)) * latents,
-            (TEACHER, "pullback"): latents,
+        """Bytes of one sample that each stage sends; tensors travel in float32."""
+        size = {
+            Sent.LATENTS: 4 * prod(self.latent_shape),
+            Sent.TEXT: 4 * self.text_length * self.shape.text_width,
         }
+        sent = {
+            (stage.role, stage.name): sum(size[each] for each in stage.sends)
+            for stage in STAGES.values()
+            if stage.sends
+        }
+        # Beside its gradient, such a signal carries the teacher's cotangent.
+        sent[SIGNAL.role, SIGNAL.name] *= 1 + int(self.through_teacher)
+        return sent
 
 
 def _known(model: str) -> tuple[WanShape, tuple[int, int]]:

@@ -1,62 +1,20 @@
-"""How often an iteration runs its networks: counted from the settings, exactly, without running it.
+"""Passes of an iteration's networks: counted from the settings, exactly, without running it.
 
-    units(stage) = forwards + to_input + 2 to_weights         [+ backwards, where checkpointed]
-
-A pass takes one sample, or one whole batch, once through a network of the teacher's size. Going
-back to the input alone costs about as much as going forward; going back to the weights costs twice
-that, since it goes through the activations as well. With activation checkpointing, generator and
-fake score make each forward pass again before they go back.
-
-Only the rollouts vary: one that leaves at step e takes e + 1 passes. Exit steps are drawn by
-counter, so the passes of a run are known before it starts; on average a rollout of k steps takes
-(k + 1) / 2.
-
-Source of the costs: the usual estimate for transformers, a backward pass to the weights is two
-forward passes.
+`pipelines.distillation.costs` has the passes of one call of each stage; here they are counted for a
+whole iteration. Only the rollouts vary: one that exits at step e takes e + 1 passes. Exit steps are
+drawn by counter, so the passes of a run are known before it starts; on average a rollout of k steps
+takes (k + 1) / 2.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from statistics import fmean
 
 from pipelines.config.recipe import DistillConfig
-from sgmd_core.objectives import GradientPath
+from pipelines.config.roles import TEACHER
+from pipelines.distillation.algorithm import SAMPLE, TRACK
+from pipelines.distillation.costs import Passes, mean_rollout, stage_passes
 from sgmd_core.seeds import exit_step
 from sgmd_core.types import MicroBatchKey, Purpose
-
-_NEVER_CHECKPOINTED = "teacher"
-
-
-@dataclass(frozen=True, slots=True)
-class Passes:
-    """Passes of one stage, each over a whole batch.
-
-    Attributes:
-        forwards: Forward passes, with or without a graph.
-        to_input: Backward passes that end at the samples.
-        to_weights: Backward passes that end at the parameters.
-    """
-
-    forwards: float = 0.0
-    to_input: float = 0.0
-    to_weights: float = 0.0
-
-    @property
-    def units(self) -> float:
-        """What they cost, in forward passes."""
-        return self.forwards + self.to_input + 2 * self.to_weights
-
-    def __add__(self, other: "Passes") -> "Passes":
-        return Passes(
-            self.forwards + other.forwards,
-            self.to_input + other.to_input,
-            self.to_weights + other.to_weights,
-        )
-
-    def times(self, count: float) -> "Passes":
-        """So many of them."""
-        return Passes(count * self.forwards, count * self.to_input, count * self.to_weights)
-
 
 PassTable = Mapping[str, Passes]
 """Passes by `role.stage`, as metrics.jsonl names stages."""
@@ -64,7 +22,7 @@ PassTable = Mapping[str, Passes]
 
 def expected_passes(config: DistillConfig) -> dict[str, Passes]:
     """Passes of one iteration, rollouts at their mean length."""
-    mean = (_first_exit(config) + 1 + config.generator.num_steps) / 2
+    mean = mean_rollout(config.generator.num_steps, first_exit=_first_exit(config))
     return _passes(config, mean, mean)
 
 
@@ -92,13 +50,9 @@ def total_units(table: PassTable, *, checkpointed: bool = False) -> float:
         table: The passes.
         checkpointed: Generator and fake score keep no activations and make them again.
     """
-    units = sum(passes.units for passes in table.values())
-    if not checkpointed:
-        return units
-    return units + sum(
-        passes.to_input + passes.to_weights
+    return sum(
+        passes.units(checkpointed=checkpointed and role_of(stage) != TEACHER)
         for stage, passes in table.items()
-        if role_of(stage) != _NEVER_CHECKPOINTED
     )
 
 
@@ -106,7 +60,7 @@ def units_by_role(table: PassTable) -> dict[str, float]:
     """What each role's stages cost, in forward passes."""
     found: dict[str, float] = {}
     for stage, passes in table.items():
-        found[role_of(stage)] = found.get(role_of(stage), 0.0) + passes.units
+        found[role_of(stage)] = found.get(role_of(stage), 0.0) + passes.units()
     return found
 
 
@@ -116,28 +70,22 @@ def role_of(stage: str) -> str:
 
 
 def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, Passes]:
-    """Passes of an iteration whose rollouts take so many passes each, on average."""
-    path, updates = config.objective.path, config.fresh_updates
-    guided = 1 if config.teacher.guidance_scale == 1 else 2
-    through_fake = 0 if path is GradientPath.SAMPLE else 1
-    found = {
-        "generator.rollout": Passes(forwards=rollout),
-        "teacher.denoise": Passes(forwards=guided),
-        "fake_score.signal": Passes(forwards=1, to_input=through_fake),
-        "generator.learn": Passes(to_weights=1),
-        # With shared tracking the forward pass is the signal's.
-        "fake_score.track": Passes(to_weights=1),
+    """Passes of an iteration whose rollouts take this many passes each, on average."""
+    updates, diversity = config.fresh_updates, config.generator.diversity
+    table = stage_passes(
+        path=config.objective.path,
+        rollout=rollout,
+        sample=sample,
+        guided=config.teacher.guidance_scale != 1,
+        fresh_tracking=updates > 0,
+        anchor_steps=diversity.anchor_step if diversity.enabled else 0,
+    )
+    return {
+        f"{stage.role}.{stage.name}": passes.times(
+            updates if updates and stage in (SAMPLE, TRACK) else 1
+        )
+        for stage, passes in table.items()
     }
-    if path is GradientPath.BOTH_SCORES:
-        found["teacher.pullback"] = Passes(forwards=guided, to_input=guided)
-    if updates:
-        found["generator.sample"] = Passes(forwards=sample).times(updates)
-        found["fake_score.track"] = Passes(forwards=1, to_weights=1).times(updates)
-    if config.generator.diversity.enabled:
-        anchor = config.generator.diversity.anchor_step
-        found["teacher.anchor"] = Passes(forwards=guided * anchor)
-        found["generator.diversify"] = Passes(forwards=1, to_weights=1)
-    return found
 
 
 def _rollout_length(config: DistillConfig, iteration: int, purpose: Purpose, count: int) -> float:

@@ -81,11 +81,11 @@ class TestShared:
             one.fetch([one.call_rank(0, Toy.tensor, 5)], WAIT_S, "looking")
         assert one.fetch([one.call_rank(0, Toy.sleep, 0.0)], WAIT_S, "sleeping") == [0.0]
 
-    def test_a_value_is_let_go_with_the_last_claim_on_it(self, groups):
+    def test_a_value_is_let_go_with_the_last_future_of_it(self, groups):
         one, *_ = groups
         hosts = one._hosts
         made = one.call_rank(0, Toy.tensor, 5)
-        number = made.home.number
+        number = made.owned.number
         del made
         one.fetch([one.call_rank(0, Toy.sleep, 0.0)], WAIT_S, "sleeping")
         assert not ray.get(hosts.actors[0].keeps.remote(number), timeout=WAIT_S)

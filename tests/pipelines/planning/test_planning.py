@@ -19,6 +19,7 @@ from pipelines.planning.search import Split, find_batch, find_best, predict, ran
 from pipelines.planning.stage_times import StageTimes, measured, modelled
 from pipelines.planning.workload import KNOWN_SHAPES, Workload
 from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import GradientPath
 from tests.helpers.runs import start_run
 
 LATENTS = (16, 21, 60, 104)
@@ -273,7 +274,7 @@ class TestMeasured:
         assert times.seconds[FAKE_SCORE, "track"] == pytest.approx(4 * 0.5)
         assert "generator.sample taken for generator.rollout" in times.source
         with pytest.raises(ConfigError, match=r"teacher\.pullback") as refused:
-            measured(file, replace(fresh, through_teacher=True))
+            measured(file, replace(fresh, path=GradientPath.BOTH_SCORES))
         assert "plan without --measured" in str(refused.value)
 
     def test_a_benchmark_is_scaled_by_operations(self, tmp_path):

@@ -8,10 +8,10 @@ from torch import nn
 
 from cluster.local import LocalWorkerGroup
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.costs import Passes
 from pipelines.distillation.iteration import PromptBatch, Roles, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.study.passes import (
-    Passes,
     expected_passes,
     iteration_passes,
     run_passes,
@@ -67,7 +67,7 @@ def test_a_roles_share_is_the_sum_of_its_stages():
 
 def test_passes_add_up():
     assert Passes(1, 2, 3) + Passes(1, 0, 0).times(2) == Passes(3, 2, 3)
-    assert Passes(1, 2, 3).units == 9
+    assert Passes(1, 2, 3).units() == 9
 
 
 def test_a_run_is_the_sum_of_its_iterations_and_near_its_expectation():

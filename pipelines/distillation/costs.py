@@ -1,0 +1,111 @@
+"""Network passes of each stage of an iteration: the one table behind planner and study.
+
+    units(stage) = forwards + to_input + 2 to_weights      [+ backwards, where checkpointed]
+
+A pass takes one sample once through a network of the teacher's size. A backward pass to the input
+costs about one forward pass, one to the weights two, since it goes through the activations as well.
+With activation checkpointing each forward pass with a graph is made again before its backward pass.
+
+Source of the costs: the usual estimate for transformers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipelines.distillation.algorithm import (
+    ANCHOR,
+    DENOISE,
+    DIVERSIFY,
+    LEARN,
+    PULLBACK,
+    ROLLOUT,
+    SAMPLE,
+    SIGNAL,
+    TRACK,
+    StageSpec,
+)
+from sgmd_core.objectives import GradientPath
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Passes of one stage.
+
+    Attributes:
+        forwards: Forward passes, with or without a graph.
+        to_input: Backward passes that end at the samples.
+        to_weights: Backward passes that end at the parameters.
+    """
+
+    forwards: float = 0.0
+    to_input: float = 0.0
+    to_weights: float = 0.0
+
+    @property
+    def backwards(self) -> float:
+        """Backward passes of both kinds; checkpointing adds a forward pass to each."""
+        return self.to_input + self.to_weights
+
+    def units(self, *, checkpointed: bool = False) -> float:
+        """Cost in forward passes."""
+        again = self.backwards if checkpointed else 0.0
+        return self.forwards + self.to_input + 2 * self.to_weights + again
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(
+            self.forwards + other.forwards,
+            self.to_input + other.to_input,
+            self.to_weights + other.to_weights,
+        )
+
+    def times(self, count: float) -> "Passes":
+        """These passes, `count` times."""
+        return Passes(count * self.forwards, count * self.to_input, count * self.to_weights)
+
+
+def mean_rollout(num_steps: int, *, first_exit: int = 0) -> float:
+    """Mean forward passes of a rollout whose exit step is drawn uniformly.
+
+    Args:
+        num_steps: Steps of the generator.
+        first_exit: First step that may be drawn, counted from 0.
+    """
+    return (first_exit + 1 + num_steps) / 2
+
+
+def stage_passes(
+    *,
+    path: GradientPath,
+    rollout: float,
+    sample: float,
+    guided: bool,
+    fresh_tracking: bool,
+    anchor_steps: int = 0,
+) -> Mapping[StageSpec, Passes]:
+    """Passes of one sample by stage, for one call of each.
+
+    Args:
+        path: Ways by which the generator's loss depends on its samples.
+        rollout: Forward passes of a rollout of the generator's batch.
+        sample: Forward passes of a rollout of a tracking batch.
+        guided: The teacher predicts with and without the caption.
+        fresh_tracking: The fake score is tracked on samples of its own.
+        anchor_steps: Steps of the teacher for a diversity loss; 0 without one.
+    """
+    predictions = 2 if guided else 1
+    found = {
+        ROLLOUT: Passes(forwards=rollout),
+        DENOISE: Passes(forwards=predictions),
+        SIGNAL: Passes(forwards=1, to_input=0 if path is GradientPath.SAMPLE else 1),
+        # With shared tracking the forward pass is the signal's.
+        TRACK: Passes(forwards=int(fresh_tracking), to_weights=1),
+        LEARN: Passes(to_weights=1),
+    }
+    if path is GradientPath.BOTH_SCORES:
+        found[PULLBACK] = Passes(forwards=predictions, to_input=predictions)
+    if fresh_tracking:
+        found[SAMPLE] = Passes(forwards=sample)
+    if anchor_steps:
+        found[ANCHOR] = Passes(forwards=predictions * anchor_steps)
+        found[DIVERSIFY] = Passes(forwards=1, to_weights=1)
+    return found
