@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.role_state import require_same_tensors
-from workers.sharding import put
+from workers.sharding import parameters_of, put
 
 
 def effective_decay(decay: float, updates: int, start: int = 0) -> float:
@@ -37,7 +37,7 @@ class AveragedWeights:
         self._decay = decay
         self._start = start
         self._average = {
-            name: _wide(value.detach()).clone() for name, value in network.named_parameters()
+            name: _wide(value.detach()).clone() for name, value in parameters_of(network).items()
         }
 
     @property
@@ -49,7 +49,7 @@ class AveragedWeights:
     def update(self, network: nn.Module, updates: int) -> None:
         """Takes the network's present weights in; `updates` were taken in before."""
         weight = 1 - effective_decay(self._decay, updates, self._start)
-        for name, value in network.named_parameters():
+        for name, value in parameters_of(network).items():
             average = self._average[name]
             average.lerp_(value.to(average.dtype), weight)
 

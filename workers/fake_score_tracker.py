@@ -43,7 +43,7 @@ from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
 from workers.role_state import load_role, require_same_tensors, save_role
 from workers.settings import FakeScoreSettings
-from workers.sharding import is_sharded, part_of
+from workers.sharding import is_sharded, parameters_of, part_of
 
 ROLE = "fake_score"
 _X0, _VELOCITY_FAKE = "the generator's x0", "the fake score's velocity"
@@ -204,7 +204,7 @@ class FakeScoreTracker:
 
         Source: implicit distribution alignment, as released for DMD on Wan.
         """
-        own = dict(self._network.named_parameters())
+        own = parameters_of(self._network)
         require_same_tensors(weights, own, "mixing the generator's weights into the fake score")
         if self._kept:
             raise StaleCallError(

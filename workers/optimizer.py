@@ -17,7 +17,7 @@ from sgmd_core.errors import NonFiniteError, StaleCallError
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_tensors
 from workers.settings import OptimizerSettings
-from workers.sharding import gathered, part_of, put, whole
+from workers.sharding import gathered, parameters_of, part_of, put, reshard, whole
 
 
 def learning_rate(settings: OptimizerSettings, updates: int) -> float:
@@ -52,7 +52,8 @@ class RoleOptimizer:
         self._role = role
         self._settings = settings
         self._updates_per_iteration = updates_per_iteration
-        self._parameters = dict(network.named_parameters())
+        self._network = network
+        self._parameters = parameters_of(network)
         self._adamw = torch.optim.AdamW(
             self._parameters.values(),
             lr=settings.lr,
@@ -135,6 +136,7 @@ class RoleOptimizer:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self._settings, self._updates)
         nn.utils.clip_grads_with_norm_(self.parameters, self._settings.max_grad_norm, self._norm)
+        reshard(self._network)
         self._adamw.step()
         self.discard()
         self._updates += 1
@@ -169,7 +171,7 @@ class RoleOptimizer:
         """
         attempted = f"loading the {self._role}"
         require_same_tensors(state.weights, self.weights, attempted)
-        for name, parameter in self._parameters.items():
+        for name, parameter in parameters_of(self._network).items():
             put(parameter, state.weights[name])
         saved = self._adamw.state_dict()
         saved["state"] = _moments_by_index(self._parameters, state.moments)

@@ -58,6 +58,25 @@ def is_sharded(network: nn.Module) -> bool:
     return isinstance(network, FSDPModule)
 
 
+def reshard(network: nn.Module) -> None:
+    """Frees the copies of parameters that forward passes have gathered, on this rank alone.
+
+    FSDP keeps those of the outermost module after a pass without a graph, and until they are freed
+    the module holds them in place of the parts: a change to them would be lost, and after a change
+    to the parts the next pass would still compute with them. Graphs that are kept gather again in
+    their backward pass.
+    """
+    for part in network.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def parameters_of(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name, to be read or changed; on several ranks, this rank's parts."""
+    reshard(network)
+    return dict(network.named_parameters())
+
+
 @torch.no_grad()
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; every rank must ask, in the same order. Not a copy where nothing is shared.

@@ -21,7 +21,7 @@ from sgmd_core.errors import NonFiniteError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import MODES, history, state
 from tests.e2e.test_trace import require_whole_trace
-from tests.helpers.roles import relative_error
+from tests.helpers.moves import relative_error
 
 TOLERANCE = 1e-5
 POOL = "cpus: 0.2"

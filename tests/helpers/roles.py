@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sgmd_core.objectives import GradientPath, Objective
@@ -23,7 +24,7 @@ from workers.settings import (
     OptimizerSettings,
     TeacherSettings,
 )
-from workers.sharding import shard
+from workers.sharding import num_ranks, shard
 
 SEED = 11
 
@@ -39,6 +40,7 @@ class Roles:
     shared_tracking: bool
     objective: Objective
     diversity: DiversitySettings
+    mixes_weights: bool
 
 
 def tiny_roles(
@@ -86,6 +88,7 @@ def tiny_roles(
         shared_tracking=tracking == "shared",
         objective=objective,
         diversity=diversity,
+        mixes_weights=ida_decay < 1,
     )
 
 
@@ -108,22 +111,34 @@ def key_of(iteration: int, micro_batch: int = 0, purpose: Purpose = Purpose.GENE
     return MicroBatchKey(iteration, micro_batch, purpose)
 
 
+def part_of(batch: Sequence[int]) -> Sequence[int]:
+    """The samples of a batch that are this rank's; all of them without a process group."""
+    width = len(batch) // num_ranks()
+    rank = dist.get_rank() if num_ranks() > 1 else 0
+    return batch[rank * width : (rank + 1) * width]
+
+
 def gather(
     roles: Roles,
     iteration: int,
     batches: Sequence[Sequence[int]],
     draws: Sequence[Draws | None] | None = None,
+    signal_factor: float = 1.0,
 ) -> list[NoisedBatch]:
-    """All of an iteration's shared half: gradients gathered, nothing updated."""
+    """All of an iteration's shared half: gradients gathered, nothing updated.
+
+    In a process group each rank takes its part of every micro-batch.
+    """
     num_samples = sum(len(batch) for batch in batches)
     queries: list[NoisedBatch] = []
     for index, batch in enumerate(batches):
-        share = len(batch) / num_samples
-        text = text_batch(batch, iteration)
+        own = part_of(batch)
+        share = len(own) / num_samples
+        text = text_batch(own, iteration)
         handed = None if draws is None else draws[index]
         query = roles.generator.rollout(key_of(iteration, index), text, handed)
         prediction = roles.teacher.denoise(query, negative_text())
-        signal = roles.fake_score.signal(query, prediction, share)
+        signal = roles.fake_score.signal(query, prediction, share * signal_factor)
         if roles.objective.path is GradientPath.BOTH_SCORES:
             signal = roles.teacher.pullback(query, negative_text(), signal)
         roles.generator.learn(signal)
@@ -140,24 +155,34 @@ def gather(
 def iterate(roles: Roles, iteration: int, batches: Sequence[Sequence[int]] = ((0, 1), (2, 3))):
     """One whole iteration, in the order of either tracking mode."""
     gather(roles, iteration, batches)
+    roles.generator.gradient_report(iteration)
     if roles.shared_tracking:
-        roles.generator.gradient_report(iteration)
         roles.fake_score.gradient_report(iteration)
         roles.generator.step(iteration)
     else:
-        roles.generator.gradient_report(iteration)
         roles.generator.step(iteration)
+        if roles.mixes_weights:
+            mix_weights(roles)
         num_samples = sum(len(batch) for batch in batches)
         for update in range(roles.objective.fake_updates):
             if update:
                 roles.fake_score.step(iteration)
             for index, batch in enumerate(batches):
                 key = key_of(iteration, update * len(batches) + index, Purpose.TRACK)
-                counted = [update * num_samples + sample for sample in batch]
+                own = part_of(batch)
+                counted = [update * num_samples + sample for sample in own]
                 query = roles.generator.sample(key, text_batch(counted, iteration + 500))
-                roles.fake_score.track(query, len(batch) / num_samples)
+                roles.fake_score.track(query, len(own) / num_samples)
             roles.fake_score.gradient_report(iteration)
     roles.fake_score.step(iteration)
+
+
+def mix_weights(roles: Roles) -> None:
+    """Mixes the generator's weights into the fake score, which every rank gets from the first."""
+    handed = [roles.generator.trained_weights()]
+    if num_ranks() > 1:
+        dist.broadcast_object_list(handed)
+    roles.fake_score.absorb(handed[0])
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:
@@ -179,13 +204,6 @@ def same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(
         torch.equal(first[name], second[name]) for name in first
     )
-
-
-def relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest difference over the largest entry, over all tensors together."""
-    assert found.keys() == expected.keys()
-    largest = max(float(value.abs().max()) for value in expected.values())
-    return max(float((found[name] - expected[name]).abs().max()) for name in found) / largest
 
 
 def poisoned(query: NoisedBatch) -> NoisedBatch:

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.moves import relative_error
 from tests.helpers.roles import (
     Roles,
     gather,
     gradients,
-    relative_error,
     same_bits,
     tiny_roles,
     weights,

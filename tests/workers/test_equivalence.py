@@ -27,6 +27,7 @@ from sgmd_core.types import (
 )
 from sgmd_core.velocity import guided_velocity
 from sgmd_core.worlds.gaussian import AffineGenerator, LearnedGaussian, x0_gain
+from tests.helpers.moves import relative_error
 from tests.helpers.roles import (
     SEED,
     gather,
@@ -34,7 +35,6 @@ from tests.helpers.roles import (
     iterate,
     key_of,
     negative_text,
-    relative_error,
     same_bits,
     text_batch,
     tiny_roles,

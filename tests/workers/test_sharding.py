@@ -4,130 +4,136 @@ One group of two processes goes through everything once; the tests look at what 
 Sums over two halves round differently from one sum, hence a tolerance: 1e-5 of the largest entry.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sgmd_core.types import MicroBatchKey, Purpose
+from sgmd_core.objectives.dmd import DmdObjective
+from sgmd_core.objectives.dmd2 import Dmd2Objective
+from sgmd_core.objectives.sid import SidObjective
+from sgmd_core.types import Purpose
+from tests.helpers.moves import assert_every_tensor_moves, assert_moves, relative_error
 from tests.helpers.ranks import on_ranks
 from tests.helpers.roles import (
     Roles,
+    gather,
     iterate,
+    key_of,
+    mix_weights,
     negative_text,
-    relative_error,
+    part_of,
     same_bits,
     text_batch,
     tiny_roles,
 )
 from workers.role_state import load_role
-from workers.settings import ComputeSettings
-from workers.sharding import is_sharded
+from workers.settings import ComputeSettings, DiversitySettings
+from workers.sharding import is_sharded, parameters_of, whole
 
-NUM_ITERATIONS = 3
+NUM_ITERATIONS = 2
 BATCHES = ((0, 1), (2, 3))
+FIRST_HALVES = ((0,), (2,))
 TOLERANCE = 1e-5
-TRACKING = ("shared", "fresh")
+RUNS: dict[str, dict[str, Any]] = {
+    "shared": {"tracking": "shared"},
+    "fresh": {"tracking": "fresh"},
+    "dmd2, mixed": {
+        "tracking": "fresh",
+        "objective": Dmd2Objective(fake_updates=2),
+        "ida_decay": 0.5,
+    },
+    "sid, diverse": {
+        "tracking": "fresh",
+        "objective": SidObjective(fake_updates=1),
+        "diversity": DiversitySettings(weight=1.0, teacher_steps=4, anchor_step=2),
+    },
+}
+EXTRAS = {"ida_decay": 1.0, "diversity": DiversitySettings()}
+"""What some of these runs have more than others, left out."""
+FIRST_UPDATE_TOLERANCE = 5e-5
+"""Adam's first update moves an entry by its rate, be its gradient nothing but rounding."""
+Weights = dict[str, Tensor]
 
 pytestmark = pytest.mark.slow
 
 
-def iterate_in_parts(roles: Roles, iteration: int, rank: int, size: int) -> None:
-    """`iterate` of the helpers, of which this rank does its part of every micro-batch."""
-    share = 1 / (len(BATCHES) * size)
-    learn_in_parts(roles, iteration, rank, size, share)
-    roles.generator.gradient_report(iteration)
-    if roles.shared_tracking:
-        roles.fake_score.gradient_report(iteration)
-    roles.generator.step(iteration)
-    if not roles.shared_tracking:
-        for index, batch in enumerate(BATCHES):
-            key = MicroBatchKey(iteration, index, Purpose.TRACK)
-            text = text_batch(part_of(batch, rank, size), iteration + 500)
-            roles.fake_score.track(roles.generator.sample(key, text), share)
-        roles.fake_score.gradient_report(iteration)
-    roles.fake_score.step(iteration)
+def whole_weights(network: nn.Module) -> Weights:
+    return {name: whole(value.detach()).clone() for name, value in parameters_of(network).items()}
 
 
-def learn_in_parts(
-    roles: Roles, iteration: int, rank: int, size: int, share: float, signal_factor: float = 1.0
-) -> None:
-    for index, batch in enumerate(BATCHES):
-        key = MicroBatchKey(iteration, index)
-        text = text_batch(part_of(batch, rank, size), iteration)
-        query = roles.generator.rollout(key, text)
-        prediction = roles.teacher.denoise(query, negative_text())
-        signal = roles.fake_score.signal(query, prediction, share * signal_factor)
-        roles.generator.learn(signal)
-        if roles.shared_tracking:
-            roles.fake_score.track(query, share)
+def all_weights(roles: Roles) -> Weights:
+    """Those of both learners and of the average."""
+    found = {f"average/{name}": value for name, value in roles.generator.final_weights().items()}
+    for role in ("generator", "fake_score"):
+        own = whole_weights(roles.networks[role])
+        found |= {f"{role}/{name}": value for name, value in own.items()}
+    return found
 
 
-def part_of(batch: tuple[int, ...], rank: int, size: int) -> tuple[int, ...]:
-    width = len(batch) // size
-    return batch[rank * width : (rank + 1) * width]
+def weights_after(run: dict[str, Any], batches: tuple[tuple[int, ...], ...] = BATCHES) -> Weights:
+    roles = tiny_roles(**run)
+    for iteration in range(NUM_ITERATIONS):
+        iterate(roles, iteration, batches)
+    return all_weights(roles)
 
 
 def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Everything that takes two ranks."""
     brought: dict[str, Any] = {}
-    for tracking in TRACKING:
-        roles = tiny_roles(tracking)
+    for name, run in RUNS.items():
+        roles = tiny_roles(**run)
         brought["sharded"] = all(
             is_sharded(roles.networks[role]) for role in ("generator", "fake_score")
         )
         for iteration in range(NUM_ITERATIONS):
-            iterate_in_parts(roles, iteration, rank, size)
-        brought[f"final {tracking}"] = roles.generator.final_weights()
-        roles.generator.save(str(folder / tracking))
-        roles.fake_score.save(str(folder / tracking))
-        brought[f"resumed {tracking}"] = resumed_weights(folder / tracking, tracking, rank, size)
-        iterate_in_parts(roles, NUM_ITERATIONS, rank, size)
-        brought[f"uninterrupted {tracking}"] = roles.generator.final_weights()
-    brought["from one rank"] = resumed_weights(folder / "one", "shared", rank, size)
+            iterate(roles, iteration, BATCHES)
+        brought[f"final {name}"] = all_weights(roles)
+        roles.generator.save(str(folder / name))
+        roles.fake_score.save(str(folder / name))
+        brought[f"resumed {name}"] = resumed_weights(folder / name, run)
+        iterate(roles, NUM_ITERATIONS, BATCHES)
+        brought[f"uninterrupted {name}"] = all_weights(roles)
+    brought["from one rank"] = resumed_weights(folder / "one", RUNS["shared"])
     for name, factor in (("once", 1.0), ("thousandfold", 1000.0)):
         roles = tiny_roles("shared")
-        learn_in_parts(roles, 0, rank, size, 0.25, factor)
+        gather(roles, 0, BATCHES, signal_factor=factor)
         brought[f"tracking gradient, signal {name}"] = whole_gradients(roles, "fake_score")
         brought[f"generator gradient, signal {name}"] = whole_gradients(roles, "generator")
     if rank:
         # The first rank alone reads and writes; here there is nothing to be read.
         roles.generator.export("nowhere", "nowhere", 5.0, checkpoint="nowhere")
     roles = tiny_roles("shared", compute=ComputeSettings(checkpointing=True))
-    learn_in_parts(roles, 0, rank, size, 0.25)
+    gather(roles, 0, BATCHES)
     for role in ("generator", "fake_score"):
         brought[f"checkpointed {role}"] = whole_gradients(roles, role)
     return brought
 
 
-def resumed_weights(folder: Path, tracking: str, rank: int, size: int) -> dict[str, Tensor]:
-    """Averaged weights one iteration after a resume."""
-    roles = tiny_roles(tracking)
+def resumed_weights(folder: Path, run: dict[str, Any]) -> Weights:
+    """All weights one iteration after a resume."""
+    roles = tiny_roles(**run)
     roles.generator.load(str(folder))
     roles.fake_score.load(str(folder))
-    iterate_in_parts(roles, NUM_ITERATIONS, rank, size)
-    return roles.generator.final_weights()
+    iterate(roles, NUM_ITERATIONS, BATCHES)
+    return all_weights(roles)
 
 
-def whole_gradients(roles: Roles, role: str) -> dict[str, Tensor]:
+def whole_gradients(roles: Roles, role: str) -> Weights:
     return {
-        name: value.grad.full_tensor()
-        for name, value in roles.networks[role].named_parameters()
+        name: whole(value.grad)
+        for name, value in parameters_of(roles.networks[role]).items()
         if value.grad is not None
     }
 
 
 @pytest.fixture(scope="module")
-def alone() -> dict[str, dict[str, Tensor]]:
+def alone() -> dict[str, Weights]:
     """The same iterations on one rank."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for tracking in TRACKING:
-        roles = tiny_roles(tracking)
-        for iteration in range(NUM_ITERATIONS):
-            iterate(roles, iteration, BATCHES)
-        found[tracking] = roles.generator.final_weights()
-    return found
+    return {name: weights_after(run) for name, run in RUNS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -151,21 +157,27 @@ def test_the_networks_are_really_sharded(ranks):
     assert all(rank["sharded"] for rank in ranks)
 
 
-@pytest.mark.parametrize("tracking", TRACKING)
-def test_two_ranks_make_the_weights_of_one(ranks, alone, tracking):
-    assert relative_error(ranks[0][f"final {tracking}"], alone[tracking]) < TOLERANCE
-    assert ranks[1][f"final {tracking}"] == {}
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_make_the_weights_of_one(ranks, alone, name):
+    run = RUNS[name]
+    assert_every_tensor_moves(alone[name], all_weights(tiny_roles(**run)))
+    # The samples of the second rank, and what this run has more than a plain one.
+    assert_moves(alone[name], weights_after(run, FIRST_HALVES), TOLERANCE)
+    if plain := {key: EXTRAS[key] for key in run.keys() & EXTRAS.keys()}:
+        assert_moves(alone[name], weights_after(run | plain), TOLERANCE)
+    assert relative_error(ranks[0][f"final {name}"], alone[name]) < TOLERANCE
+    assert not any(key.startswith("average") for key in ranks[1][f"final {name}"])
 
 
-@pytest.mark.parametrize("tracking", TRACKING)
-def test_two_resumed_ranks_go_on_bitwise(ranks, tracking):
-    resumed, uninterrupted = (
-        ranks[0][f"{what} {tracking}"] for what in ("resumed", "uninterrupted")
-    )
+@pytest.mark.parametrize("name", RUNS)
+def test_two_resumed_ranks_go_on_bitwise(ranks, name):
+    resumed, uninterrupted = (ranks[0][f"{what} {name}"] for what in ("resumed", "uninterrupted"))
+    assert_moves(uninterrupted, ranks[0][f"final {name}"])
     assert same_bits(resumed, uninterrupted)
 
 
 def test_a_checkpoint_of_one_rank_goes_on_with_two(ranks):
+    assert_moves(ranks[0]["uninterrupted shared"], ranks[0]["final shared"], TOLERANCE)
     assert relative_error(ranks[0]["from one rank"], ranks[0]["uninterrupted shared"]) < TOLERANCE
 
 
@@ -174,11 +186,13 @@ def test_a_checkpoint_of_two_ranks_is_one_of_one_rank(folder, alone):
     saved = load_role(str(folder / "shared"), "generator")
     expected = load_role(str(folder / "one"), "generator")
     assert saved.updates == expected.updates
+    roles = tiny_roles("shared")
+    assert_moves(alone["shared"], all_weights(roles), TOLERANCE)
     assert relative_error(dict(saved.weights), dict(expected.weights)) < TOLERANCE
     assert saved.moments.keys() == expected.moments.keys()
-    roles = tiny_roles("shared")
     roles.generator.load(str(folder / "shared"))
-    assert relative_error(roles.generator.final_weights(), alone["shared"]) < TOLERANCE
+    roles.fake_score.load(str(folder / "shared"))
+    assert relative_error(all_weights(roles), alone["shared"]) < TOLERANCE
 
 
 def test_the_generators_loss_leaves_nothing_in_a_sharded_fake_score(ranks):
@@ -195,16 +209,16 @@ def test_the_generators_loss_leaves_nothing_in_a_sharded_fake_score(ranks):
     assert max(float(value.abs().max()) for value in shouted.values()) > 100 * largest
 
 
-def test_the_gradient_is_that_of_the_whole_batch(ranks):
-    roles = tiny_roles("shared")
-    learn_in_parts(roles, 0, 0, 1, 0.5)
-    found = ranks[0]["tracking gradient, signal once"]
-    expected = {
-        name: value.grad
-        for name, value in roles.networks["fake_score"].named_parameters()
-        if value.grad is not None
-    }
-    assert relative_error(found, expected) < TOLERANCE
+@pytest.mark.parametrize(
+    ("role", "whose"), [("fake_score", "tracking"), ("generator", "generator")]
+)
+def test_the_gradient_is_that_of_the_whole_batch(ranks, role, whose):
+    roles, halves = tiny_roles("shared"), tiny_roles("shared")
+    gather(roles, 0, BATCHES)
+    gather(halves, 0, FIRST_HALVES)
+    expected = whole_gradients(roles, role)
+    assert_moves(expected, whole_gradients(halves, role), TOLERANCE)
+    assert relative_error(ranks[0][f"{whose} gradient, signal once"], expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -213,3 +227,120 @@ def test_the_gradient_is_that_of_the_whole_batch(ranks):
 def test_sharded_layers_can_be_computed_again_instead_of_kept(ranks, role, whose):
     plain = ranks[0][f"{whose} gradient, signal once"]
     assert same_bits(ranks[0][f"checkpointed {role}"], plain)
+
+
+def without_graph(roles: Roles) -> Weights:
+    """Makes both learners' last pass one without a graph; returns what they answered."""
+    text = text_batch(part_of((0, 1)))
+    updates = roles.generator._optimizer.updates
+    query = roles.generator.sample(key_of(updates, purpose=Purpose.TRACK), text)
+    generated = roles.generator.sample(key_of(updates), text)
+    prediction = roles.teacher.denoise(generated, negative_text())
+    # DMD's signal asks for no gradient of the fake score.
+    signal = roles.fake_score.signal(generated, prediction, len(part_of((0, 1))) / 2)
+    return {"sampled": query.x0, "signal": signal.grad_x0}
+
+
+def mixed_roles() -> Roles:
+    return tiny_roles("fresh", objective=DmdObjective(), ida_decay=0.5)
+
+
+def absorbing(roles: Roles, folder: Path) -> None:
+    mix_weights(roles)
+
+
+def loading(roles: Roles, folder: Path) -> None:
+    roles.generator.load(str(folder / "trained"))
+    roles.fake_score.load(str(folder / "trained"))
+
+
+def saving(roles: Roles, folder: Path) -> None:
+    target = str(folder / f"saved-{roles.generator._optimizer.updates}")
+    roles.generator.save(target)
+    roles.fake_score.save(target)
+    loading(roles, folder)
+    roles.generator.load(target)
+    roles.fake_score.load(target)
+    mix_weights(roles)
+
+
+def averaging(roles: Roles, folder: Path) -> None:
+    """After another update of the weights, whose average is then what is trained on."""
+    average = roles.generator._average
+    with torch.no_grad():
+        for value in parameters_of(roles.networks["generator"]).values():
+            value.mul_(1.5)
+    without_graph(roles)
+    average.update(roles.networks["generator"], 0)
+    weights = roles.generator.final_weights()
+    handed = [weights]
+    if is_sharded(roles.networks["generator"]):
+        torch.distributed.broadcast_object_list(handed)
+    roles.fake_score.absorb(handed[0])
+
+
+def stepping(roles: Roles, folder: Path) -> None:
+    """Gradients gathered, then a pass without a graph, then the update."""
+    gather(roles, 0, BATCHES)
+    query = roles.generator.sample(key_of(0, purpose=Purpose.TRACK), text_batch(part_of((0, 1))))
+    roles.fake_score.track(query, len(part_of((0, 1))) / 2)
+    without_graph(roles)
+    for role in (roles.generator, roles.fake_score):
+        role.gradient_report(0)
+        role.step(0)
+
+
+ACCESSES: dict[str, Callable[[Roles, Path], None]] = {
+    "absorb": absorbing,
+    "load": loading,
+    "save": saving,
+    "average": averaging,
+    "step": stepping,
+}
+
+
+def accessed(folder: Path, name: str) -> tuple[Weights, Weights]:
+    """All weights after an access that follows a pass without a graph, and the next answers."""
+    roles = mixed_roles()
+    without_graph(roles)
+    ACCESSES[name](roles, folder)
+    answers = without_graph(roles)
+    return all_weights(roles), answers
+
+
+def access_on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in ACCESSES:
+        found[f"{name} weights"], found[f"{name} answers"] = accessed(folder, name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def accesses(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+    folder = tmp_path_factory.mktemp("accesses")
+    roles = mixed_roles()
+    for iteration in range(2):
+        iterate(roles, iteration, BATCHES)
+    roles.generator.save(str(folder / "trained"))
+    roles.fake_score.save(str(folder / "trained"))
+    return on_ranks(2, access_on_two, tmp_path_factory.mktemp("ranks"), folder), folder
+
+
+@pytest.mark.parametrize("name", ACCESSES)
+def test_a_pass_without_a_graph_hides_no_weight_from_what_comes_after(accesses, name):
+    """FSDP keeps the outermost module's parameters gathered after such a pass."""
+    ranks, folder = accesses
+    tolerance = FIRST_UPDATE_TOLERANCE if name == "step" else TOLERANCE
+    weights, answers = accessed(folder, name)
+    start = mixed_roles()
+    before = all_weights(start)
+    changed = {key: value for key, value in weights.items() if not torch.equal(value, before[key])}
+    assert_every_tensor_moves(
+        {key: value for key, value in weights.items() if key.startswith("fake_score")}, before
+    )
+    assert_moves(changed, {key: before[key] for key in changed}, tolerance)
+    assert_moves(answers, without_graph(start), tolerance)
+    assert relative_error(ranks[0][f"{name} weights"], weights) < tolerance
+    for key, value in answers.items():
+        found = torch.cat([rank[f"{name} answers"][key] for rank in ranks])
+        assert relative_error({key: found}, {key: value}) < tolerance
