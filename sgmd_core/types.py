@@ -118,6 +118,16 @@ class NoisedBatch(SampleRecord):
         return (1 - sigma) * self.x0 + sigma * self.noise
 
     @property
+    def numbers(self) -> Mapping[str, Tensor]:
+        """Its tensors by what they are called in messages, in the order of their making."""
+        return {
+            "the text embedding": self.text,
+            "the noise": self.noise,
+            "the noise level": self.sigma,
+            "the generator's x0": self.x0,
+        }
+
+    @property
     def velocity(self) -> Latents:
         """The velocity of this very sample, noise - x0: what the fake score should predict."""
         return self.noise - self.x0
@@ -176,6 +186,11 @@ class DiversityStart(SampleRecord):
     noise: Latents
     text: Text
     grid: Float[Tensor, " steps"]
+
+    @property
+    def numbers(self) -> Mapping[str, Tensor]:
+        """Its tensors by what they are called in messages, in the order of their making."""
+        return {"the text embedding": self.text, "the initial noise": self.noise}
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,6 @@ a forward pass of its own on another batch. Either way no gradient of the genera
 parameter: autograd is asked for the gradient at x0 and for nothing else.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sgmd_core.errors import NonFiniteError, StaleCallError
+from sgmd_core.errors import StaleCallError
 from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.types import (
     GeneratorSignal,
@@ -38,6 +37,7 @@ from sgmd_core.types import (
     TeacherPrediction,
     detached,
 )
+from workers.finite import micro_batch_in_words, require_finite
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
@@ -46,7 +46,7 @@ from workers.settings import FakeScoreSettings
 from workers.sharding import is_sharded, parameters_of, part_of
 
 ROLE = "fake_score"
-_X0, _VELOCITY_FAKE = "the generator's x0", "the fake score's velocity"
+_VELOCITY_FAKE, _VELOCITY_TEACHER = "the fake score's velocity", "the teacher's velocity"
 
 
 class FakeScoreTracker:
@@ -95,7 +95,7 @@ class FakeScoreTracker:
 
         Raises:
             StaleCallError: The query is of another iteration, or the prediction of another query.
-            NonFiniteError: A loss term or the gradient is not finite.
+            NonFiniteError: A number that goes in or comes out is not finite.
         """
         self._optimizer.require_current(query.key.iteration, "scoring a micro-batch")
         if teacher.key != query.key:
@@ -118,12 +118,8 @@ class FakeScoreTracker:
             loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
             # Asked for these alone, autograd makes no gradient for any parameter.
             gradients = torch.autograd.grad(share * loss.value, wanted, retain_graph=self._shared)
-        sources = {
-            _X0: x0,
-            _VELOCITY_FAKE: velocity_fake,
-            "the teacher's velocity": velocity_teacher,
-        }
-        metrics = _finite_terms(loss, gradients, query.key, sources)
+        predictions = {_VELOCITY_FAKE: velocity_fake, _VELOCITY_TEACHER: velocity_teacher}
+        metrics = _finite_terms(loss, gradients, query, predictions)
         if self._shared:
             self._kept[query.key] = _KeptForward(detached(query), velocity_fake)
         return GeneratorSignal(
@@ -147,13 +143,14 @@ class FakeScoreTracker:
 
         Raises:
             StaleCallError: The query is of another iteration, or its forward pass is not kept.
-            NonFiniteError: A loss term is not finite; no gradient was gathered from it.
+            NonFiniteError: A number that goes in or comes out is not finite; no gradient was
+                gathered from it.
         """
         self._optimizer.require_current(query.key.iteration, "tracking a micro-batch")
         forward = self._take_kept(query) if self._shared else self._forward(query)
         loss = self._objective.tracking_loss(forward.query, forward.velocity_fake)
-        sources = {_X0: forward.query.x0, _VELOCITY_FAKE: forward.velocity_fake}
-        metrics = _finite_terms(loss, (), query.key, sources)
+        predictions = {_VELOCITY_FAKE: forward.velocity_fake}
+        metrics = _finite_terms(loss, (), forward.query, predictions)
         # With shared tracking the graph leads on to x0, which must gather nothing: so the inputs
         # are named. Of a sharded network autograd sees gathered copies, which have no name here;
         # then x0, which is used no more, gathers what nobody reads.
@@ -285,17 +282,15 @@ def _frozen(network: nn.Module) -> Iterator[None]:
 
 
 def _finite_terms(
-    loss: Loss, gradients: Sequence[Tensor], key: MicroBatchKey, sources: Mapping[str, Tensor]
+    loss: Loss, gradients: Sequence[Tensor], query: NoisedBatch, predictions: Mapping[str, Tensor]
 ) -> dict[str, float]:
-    """The loss terms as numbers, once they and the gradients are known to be finite.
-
-    One transfer from the device for all of them: gradients are looked at through their norms.
+    """The loss terms as numbers, once they and all that they come from are known to be finite.
 
     Args:
         loss: What was computed.
         gradients: That at the samples, and that at the teacher's velocity, where they were made.
-        key: The micro-batch.
-        sources: What the loss was computed from, by name; looked at only when something is wrong.
+        query: What the predictions are of.
+        predictions: What the loss was computed from, by name.
 
     Raises:
         NonFiniteError: Something is not finite; says what, where, and what it came from.
@@ -303,17 +298,13 @@ def _finite_terms(
     figures = dict(loss.terms)
     for name, gradient in zip(("grad_x0_norm", "teacher_cotangent_norm"), gradients, strict=False):
         figures[name] = torch.linalg.vector_norm(gradient)
+    # One transfer from the device for all of them.
     values = torch.stack([value.double() for value in figures.values()]).tolist()
     numbers = dict(zip(figures, values, strict=True))
-    bad = [f"{name} = {value}" for name, value in numbers.items() if not math.isfinite(value)]
-    if bad:
-        broken = [name for name, value in sources.items() if not bool(value.isfinite().all())]
-        cause = f"; {' and '.join(broken)} not finite" if broken else ""
-        raise NonFiniteError(
-            f"computing losses on the fake score in iteration {key.iteration}, micro-batch "
-            f"{key.micro_batch} ({key.purpose})",
-            ", ".join(bad) + cause,
-            "finite numbers",
-            "No weight was updated; lower the learning rates or the objective's weights",
-        )
+    require_finite(
+        f"computing losses on the fake score in {micro_batch_in_words(query.key)}",
+        {**query.numbers, **predictions},
+        "lower the learning rates or the objective's weights, unless what was handed in is broken",
+        numbers,
+    )
     return {name: numbers[name] for name in loss.terms}

@@ -8,6 +8,7 @@
 Its objective depends on the generator through x0 alone, so `grad_x0` is all that it has to be told.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from sgmd_core.types import (
     TextBatch,
 )
 from workers.ema import AveragedWeights
+from workers.finite import micro_batch_in_words, require_finite
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
@@ -94,12 +96,14 @@ class GeneratorLearner:
 
         Raises:
             StaleCallError: The key belongs to another iteration.
+            NonFiniteError: A number that goes in or comes out is not finite.
         """
         self._optimizer.require_current(key.iteration, "rolling out a micro-batch")
         draws = self._place_or_draw(key, text, draws)
         x0 = self._run(text, draws, keep_graph=True)
+        query = self._query(key, x0.detach(), text, draws)
         self._kept[key] = _KeptRollout(x0=x0, exit_step=draws.exit_step)
-        return self._query(key, x0.detach(), text, draws)
+        return query
 
     def sample(
         self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
@@ -113,6 +117,7 @@ class GeneratorLearner:
 
         Raises:
             StaleCallError: The signal's rollout is not kept here, or was made by other weights.
+            NonFiniteError: The signal is not finite; no gradient was gathered from it.
         """
         assert signal.teacher_cotangent is None, "the teacher has not added its part yet"
         if signal.key not in self._kept or signal.generator_version != self._optimizer.updates:
@@ -123,6 +128,7 @@ class GeneratorLearner:
                 "the one signal of a rollout that is kept, made by the present weights",
                 "Roll the micro-batch out again",
             )
+        _check("learning from a signal", signal.key, {"the signal's gradient": signal.grad_x0})
         kept = self._kept.pop(signal.key)
         kept.x0.backward(signal.grad_x0.to(kept.x0))
         return LearnReport(metrics=dict(signal.metrics), exit_step=kept.exit_step)
@@ -154,6 +160,8 @@ class GeneratorLearner:
 
         Raises:
             StaleCallError: The two belong to different micro-batches, or to another iteration.
+            NonFiniteError: A number that goes in or comes out is not finite; no gradient was
+                gathered from it.
         """
         self._optimizer.require_current(start.key.iteration, "learning diversity")
         if target.key != start.key:
@@ -167,6 +175,9 @@ class GeneratorLearner:
         sigma = self._schedule.few_step_grid(self._num_steps)[0].to(noise).expand(len(noise))
         velocity = self._network(noise, sigma, start.text.to(device))
         loss = diversity_loss(velocity, target.velocity.to(device))
+        handed = {**start.numbers, "the teacher's path": target.velocity}
+        made = {"the generator's velocity": velocity, "the diversity loss": loss}
+        _check("learning diversity", start.key, {**handed, **made})
         (share * self._diversity.weight * loss).backward()
         return DiversityReport(metrics={"diversity": loss.item()})
 
@@ -300,7 +311,7 @@ class GeneratorLearner:
         )
 
     def _query(self, key: MicroBatchKey, x0: Latents, text: TextBatch, draws: Draws) -> NoisedBatch:
-        return NoisedBatch(
+        query = NoisedBatch(
             key=key,
             x0=x0,
             sigma=draws.sigma,
@@ -308,6 +319,9 @@ class GeneratorLearner:
             text=text.text,
             generator_version=self._optimizer.updates,
         )
+        drawn = {"the initial noise": draws.initial_noise}
+        _check("rolling out", key, {**drawn, **query.numbers})
+        return query
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,3 +330,12 @@ class _KeptRollout:
 
     x0: Latents
     exit_step: int
+
+
+def _check(attempted: str, key: MicroBatchKey, numbers: Mapping[str, Tensor]) -> None:
+    require_finite(
+        f"{attempted} on the generator in {micro_batch_in_words(key)}",
+        numbers,
+        "look for what is broken first: the data, the teacher, or the generator's own weights, "
+        "where lower learning rates help",
+    )

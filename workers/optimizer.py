@@ -131,7 +131,7 @@ class RoleOptimizer:
                 f"updating the {self._role} in iteration {iteration}",
                 f"a gradient norm of {norm.item()}",
                 "finite gradients",
-                "The weights are as they were; lower the learning rate",
+                f"The {self._role} was not updated; lower the learning rate",
             )
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self._settings, self._updates)

@@ -6,10 +6,11 @@ pullback(query, signal)   the part of the generator's gradient that goes through
 anchor(start)             guided steps from the generator's initial noise, for the diversity loss
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sgmd_core.errors import StaleCallError
 from sgmd_core.objectives.diversity import anchor_velocity
@@ -19,14 +20,18 @@ from sgmd_core.types import (
     DiversityTarget,
     GeneratorSignal,
     Latents,
+    MicroBatchKey,
     NoisedBatch,
     TeacherPrediction,
     Text,
     detached,
 )
 from sgmd_core.velocity import guided_velocity
+from workers.finite import micro_batch_in_words, require_finite
 from workers.placement import device_of, query_on
 from workers.settings import TeacherSettings
+
+_NEGATIVE = "the negative prompt's embedding"
 
 
 class ScoreTeacher:
@@ -53,8 +58,13 @@ class ScoreTeacher:
 
         Returns:
             The prediction under the query's key, a constant for every loss.
+
+        Raises:
+            NonFiniteError: A number that goes in or comes out is not finite.
         """
         velocity = self._guided(query_on(query, device_of(self._network)), negative)
+        made = {_NEGATIVE: negative, "the teacher's velocity": velocity}
+        _check("denoising on the teacher", query.key, {**query.numbers, **made})
         return TeacherPrediction(key=query.key, velocity=velocity)
 
     def pullback(
@@ -77,6 +87,7 @@ class ScoreTeacher:
 
         Raises:
             StaleCallError: The signal is of another query, or has no part for the teacher.
+            NonFiniteError: A number that goes in or comes out is not finite.
         """
         if signal.key != query.key or signal.teacher_cotangent is None:
             raise StaleCallError(
@@ -91,6 +102,16 @@ class ScoreTeacher:
         x0 = query.x0.detach().requires_grad_()
         velocity = self._guided(detached(query, x0), negative)
         (grad,) = torch.autograd.grad(velocity, x0, signal.teacher_cotangent.to(velocity))
+        handed = {
+            _NEGATIVE: negative,
+            "the fake score's gradient at x0": signal.grad_x0,
+            "the fake score's gradient at the teacher's velocity": signal.teacher_cotangent,
+        }
+        _check(
+            "carrying a signal through the teacher",
+            query.key,
+            {**query.numbers, **handed, "the gradient through the teacher": grad},
+        )
         return replace(signal, grad_x0=signal.grad_x0.to(device) + grad, teacher_cotangent=None)
 
     @torch.no_grad()
@@ -103,6 +124,9 @@ class ScoreTeacher:
 
         Returns:
             The mean velocity of that path.
+
+        Raises:
+            NonFiniteError: A number that goes in or comes out is not finite.
         """
         device = device_of(self._network)
         noise = start.noise.to(device)
@@ -115,7 +139,12 @@ class ScoreTeacher:
             self._settings.guidance_scale,
             batched_guidance=self._settings.batched_guidance,
         )
-        return DiversityTarget(start.key, anchor_velocity(noise, anchor, float(start.grid[-1])))
+        velocity = anchor_velocity(noise, anchor, float(start.grid[-1]))
+        handed = {**start.numbers, _NEGATIVE: negative}
+        _check(
+            "following the teacher's path", start.key, {**handed, "the teacher's path": velocity}
+        )
+        return DiversityTarget(start.key, velocity)
 
     def _guided(self, query: NoisedBatch, negative: Text) -> Latents:
         return guided_velocity(
@@ -127,3 +156,11 @@ class ScoreTeacher:
             self._settings.guidance_scale,
             batched=self._settings.batched_guidance,
         )
+
+
+def _check(attempted: str, key: MicroBatchKey, numbers: Mapping[str, Tensor]) -> None:
+    require_finite(
+        f"{attempted} in {micro_batch_in_words(key)}",
+        numbers,
+        "look for what is broken first: the data, the generator, or the teacher's own weights",
+    )

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sgmd_core.errors import NonFiniteError
 from sgmd_core.types import Text, TextBatch
 
 
@@ -49,6 +50,9 @@ class TextEncoder:
 
         Returns:
             Embeddings (b, text_length, d) and the positions.
+
+        Raises:
+            NonFiniteError: An embedding is not finite; names its caption.
         """
         text = torch.stack([self._embed(caption) for caption in captions])
         return TextBatch(text=text, sample_indices=tuple(sample_indices))
@@ -72,6 +76,13 @@ class TextEncoder:
         found = self._cache.pop(caption, None)
         if found is None:
             found = _without_end(self._embedder.encode([caption], self._text_length)[0])
+            if not found.isfinite().all():
+                raise NonFiniteError(
+                    f"encoding the caption {caption[:80]!r}",
+                    "an embedding that is not finite",
+                    "finite numbers",
+                    "No weight was updated from it; look at the text encoder's weights",
+                )
         # At the end stands what was used last.
         self._cache[caption] = found
         if len(self._cache) > self._num_cached:

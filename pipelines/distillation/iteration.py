@@ -269,7 +269,8 @@ def check_finite(call: Call, report: Any) -> None:  # noqa: ANN401  (whatever a 
             f"updating the {call.role} in iteration {call.iteration}",
             f"a gradient norm of {report.grad_norm}",
             "finite gradients",
-            "The weights are as they were; lower the learning rate or the objective's weights",
+            f"The {call.role.replace('_', ' ')} was not updated; lower the learning rate or the "
+            "objective's weights",
         )
 
 

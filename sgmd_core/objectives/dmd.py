@@ -39,7 +39,8 @@ def matching_direction(
           = (velocity_teacher - velocity_fake) / mean |velocity_teacher - (noise - x0)|
 
     The noise level cancels, so the difference is formed between velocities and keeps its digits.
-    A sample that both scores reproduce exactly has no direction: 0 / 0 is 0.
+    A sample that both scores reproduce exactly has no direction: 0 / 0 is 0. All else that is
+    not finite stays so, for the caller to refuse.
 
     Args:
         query: Where both looked.
@@ -51,8 +52,9 @@ def matching_direction(
     """
     teacher = float32(velocity_teacher).detach()
     difference = teacher - float32(velocity_fake).detach()
-    residual = sample_mean((teacher - query.velocity.detach()).abs())
-    return torch.nan_to_num(difference / per_sample(residual, difference))
+    residual = per_sample(sample_mean((teacher - query.velocity.detach()).abs()), difference)
+    nowhere = (difference == 0) & (residual == 0)
+    return torch.where(nowhere, torch.zeros_like(difference), difference / residual)
 
 
 def distribution_matching_loss(

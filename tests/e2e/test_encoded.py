@@ -14,7 +14,7 @@ from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import NonFiniteError
 from tests.e2e.conftest import MakeRecipe
-from tests.e2e.test_equivalence import history, state
+from tests.e2e.test_equivalence import MODES, history, state
 from tests.helpers import tiny_wan
 from workers.models.folder import fingerprint, inspect_wan_folder
 from workers.models.wan import load_text
@@ -119,19 +119,21 @@ def poisoned(encoded: Path, sample_id: str, folder: Path) -> Path:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("mode", ["sgmd-shared-released", "dmd2"])
 def test_a_sample_that_is_not_a_number_on_one_rank_of_two_stops_the_run(
-    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
+    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path, mode: str
 ) -> None:
     """The other rank waits for the gradients of the one that has failed; nobody waits for ever."""
-    healthy = make_recipe("name=healthy", f"data.train={encoded}")
+    healthy = make_recipe("name=healthy", f"data.train={encoded}", *MODES[mode])
     distill(healthy)
     third = list(Ledger(RunFolder(healthy.run_folder).ledger).entries())[2]
     train = poisoned(encoded, third.sample_ids[3], tmp_path / "poisoned")
     pool = "ranks: 2, cpus: 0.2"
     teams = [f"topology.{role}={{{pool}}}" for role in ("generator", "fake_score")]
     settings = ["topology.mode=pools", "topology.teacher.cpus=0.2", "checkpoint.every=1", *teams]
+    settings += MODES[mode]
     broken = make_recipe("name=broken", f"data.train={train}", *settings)
-    with pytest.raises(NonFiniteError, match="iteration 2") as caught:
+    with pytest.raises(NonFiniteError, match=r"iteration 2.*text embedding") as caught:
         distill(broken)
     assert len(read_jsonl(RunFolder(broken.run_folder).metrics)) == 2
     assert any("step-000002" in note for note in caught.value.__notes__)

@@ -5,10 +5,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from sgmd_core.errors import NonFiniteError, StaleCallError
-from sgmd_core.types import Purpose
+from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives.dmd import DmdObjective, matching_direction
+from sgmd_core.objectives.dmd2 import Dmd2Objective
+from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.objectives.sid import SidObjective
+from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
+from sgmd_core.objectives.tsg_sim import TsgSimObjective
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.seeds import draw
+from sgmd_core.types import NoisedBatch, Purpose
+from tests.helpers.moves import assert_moves
 from tests.helpers.roles import (
+    SEED,
     gather,
     gradients,
     iterate,
@@ -20,6 +32,8 @@ from tests.helpers.roles import (
     tiny_roles,
     weights,
 )
+from tests.helpers.tiny_wan import LATENT_SHAPE
+from workers.settings import DiversitySettings
 
 TRACKING = pytest.mark.parametrize("tracking", ["shared", "fresh"])
 
@@ -68,14 +82,143 @@ def test_a_nan_gradient_is_reported_and_updates_nothing():
     before, average = weights(roles.networks["generator"]), roles.generator.final_weights()
     query, prediction = _scored(roles)
     signal = roles.fake_score.signal(query, prediction, share=1.0)
-    broken = replace(signal, grad_x0=signal.grad_x0 * float("nan"))
-    roles.generator.learn(broken)
+    # The signal is finite; what the parameters gather from it is not.
+    next(roles.networks["generator"].parameters()).register_hook(lambda grad: grad * float("nan"))
+    roles.generator.learn(signal)
     report = roles.generator.gradient_report(0)
     assert not report.finite
     with pytest.raises(NonFiniteError, match="updating the generator in iteration 0"):
         roles.generator.step(0)
     assert same_bits(weights(roles.networks["generator"]), before)
     assert same_bits(roles.generator.final_weights(), average)
+
+
+METHODS = {
+    "sgmd": SgmdObjective(),
+    "sgmd-paper": SgmdObjective(form="paper"),
+    "dmd": DmdObjective(),
+    "dmd2": Dmd2Objective(),
+    "tsg_fisher": TsgFisherObjective(),
+    "tsg_sim": TsgSimObjective(),
+    "sid": SidObjective(),
+}
+DIVERSITY = DiversitySettings(weight=0.5, teacher_steps=3, anchor_step=1)
+
+
+def _broken(value: Tensor, by: float) -> Tensor:
+    """The tensor with one entry that is not finite."""
+    value = value.clone()
+    value.view(-1)[value.numel() // 2] = by
+    return value
+
+
+def _break_weight(roles, role: str, by: float) -> None:
+    """One bias of the last layer, which no later layer can hide."""
+    with torch.no_grad():
+        roles.networks[role].transformer.proj_out.bias[1] = by
+
+
+def _learn(roles, broken: str, by: float) -> None:
+    """One iteration in the order of fresh tracking, up to the first update; one source broken."""
+    key, text, negative = key_of(0), text_batch([0, 1]), negative_text()
+
+    def maybe(name: str, value: Tensor) -> Tensor:
+        return _broken(value, by) if name == broken else value
+
+    text = replace(text, text=maybe("text", text.text))
+    draws = draw(SEED, key, text.sample_indices, LATENT_SHAPE, FlowMatchSchedule(), 4, 1)
+    draws = replace(
+        draws,
+        initial_noise=maybe("initial noise", draws.initial_noise),
+        noise=maybe("noise", draws.noise),
+        sigma=maybe("level", draws.sigma),
+    )
+    query = roles.generator.rollout(key, text, draws)
+    query = replace(query, x0=maybe("sample", query.x0))
+    prediction = roles.teacher.denoise(query, maybe("negative", negative))
+    prediction = replace(prediction, velocity=maybe("teacher", prediction.velocity))
+    signal = roles.fake_score.signal(query, prediction, share=1.0)
+    signal = replace(signal, grad_x0=maybe("gradient", signal.grad_x0))
+    if signal.teacher_cotangent is not None:
+        cotangent = maybe("cotangent", signal.teacher_cotangent)
+        signal = replace(signal, teacher_cotangent=cotangent)
+        signal = roles.teacher.pullback(query, negative, signal)
+    roles.generator.learn(signal)
+    start = roles.generator.start(key, text, draws)
+    start = replace(start, noise=maybe("start", start.noise))
+    target = roles.teacher.anchor(start, negative)
+    target = replace(target, velocity=maybe("path", target.velocity))
+    roles.generator.diversify(start, target, share=1.0)
+    roles.generator.gradient_report(0)
+    roles.generator.step(0)
+    query = roles.generator.sample(key_of(0, purpose=Purpose.TRACK), text)
+    roles.fake_score.track(replace(query, x0=maybe("tracked sample", query.x0)), share=1.0)
+    roles.fake_score.gradient_report(0)
+    roles.fake_score.step(0)
+
+
+SOURCES = {
+    "text": "the text embedding",
+    "initial noise": "the initial noise",
+    "noise": "the noise",
+    "level": "the noise level",
+    "sample": "the generator's x0",
+    "negative": "the negative prompt's embedding",
+    "teacher": "the teacher's velocity",
+    "gradient": "gradient",
+    "start": "the initial noise",
+    "path": "the teacher's path",
+    "generator weights": "the generator's x0",
+    "fake_score weights": "the fake score's velocity",
+    "teacher weights": "the teacher's velocity",
+    "tracked sample": "the generator's x0",
+    "cotangent": "the fake score's gradient at the teacher's velocity",
+}
+
+
+@pytest.mark.parametrize("by", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_method_learns_from_what_is_not_finite_and_each_names_its_source(method, by):
+    objective = replace(METHODS[method], fake_updates=1)
+    sources = dict(SOURCES)
+    if objective.path is not GradientPath.BOTH_SCORES:
+        del sources["cotangent"]
+    fine = tiny_roles("fresh", objective=objective, diversity=DIVERSITY)
+    start = {role: weights(fine.networks[role]) for role in fine.networks}
+    _learn(fine, "nothing", by)
+    for role in ("generator", "fake_score"):
+        assert_moves(weights(fine.networks[role]), start[role])
+    for source, named in sources.items():
+        roles = tiny_roles("fresh", objective=objective, diversity=DIVERSITY)
+        if source.endswith(" weights"):
+            _break_weight(roles, source.removesuffix(" weights"), by)
+        before = {role: weights(network) for role, network in roles.networks.items()}
+        with pytest.raises(NonFiniteError) as caught:
+            _learn(roles, source, by)
+        message = str(caught.value)
+        assert named in message, (source, message)
+        assert "iteration 0, micro-batch 0" in message, (source, message)
+        assert "No weight was updated from this micro-batch" in message, (source, message)
+        unharmed = ["fake_score"] if source == "tracked sample" else ["generator", "fake_score"]
+        for role in unharmed:
+            after = weights(roles.networks[role])
+            for name, value in after.items():
+                assert torch.equal(value.nan_to_num(), before[role][name].nan_to_num()), source
+
+
+def test_only_a_sample_that_both_scores_reproduce_has_no_direction():
+    query = NoisedBatch(
+        x0=torch.ones(4, 1, 1, 1, 2),
+        sigma=torch.full((4,), 0.5),
+        noise=torch.ones(4, 1, 1, 1, 2),
+        text=torch.zeros(4, 1, 1),
+    )
+    nan, inf = float("nan"), float("inf")
+    fake = torch.tensor([[0.0, 0.0], [1.0, 0.0], [nan, 0.0], [0.0, 0.0]]).reshape(4, 1, 1, 1, 2)
+    teacher = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [inf, 0.0]]).reshape(4, 1, 1, 1, 2)
+    direction = matching_direction(query, fake, teacher).flatten(1)
+    assert direction[0].tolist() == [0.0, 0.0]
+    assert not any(row.isfinite().all() for row in direction[1:])
 
 
 @TRACKING
