@@ -55,9 +55,11 @@ def draw(
 
     Each sample has one stream, counted by (iteration, sample index): its initial noise, its score
     level and its score noise, in this order. The exit step, which is one for the whole
-    micro-batch, has a stream counted by (iteration, micro-batch). So latents do not depend on how
-    an iteration is split into micro-batches, while exit steps are as many as there are
-    micro-batches. The incarnation is not counted: a restarted iteration repeats its numbers.
+    micro-batch, has a stream counted by (iteration, `key.exit_draw`), which is the micro-batch
+    where the key names no other. So initial noise, score levels and score noise do not depend on
+    how an iteration is split into micro-batches; exit steps do not either, if micro-batches that
+    are parts of one name the same draw. The incarnation is not counted: a restarted iteration
+    repeats its numbers.
 
     Args:
         seed: The run's seed.
@@ -96,5 +98,6 @@ def exit_step(seed: int, key: MicroBatchKey, num_steps: int, first_exit: int = 0
         num_steps: Steps of the generator.
         first_exit: The exit step is uniform on first_exit .. num_steps - 1.
     """
-    stream = random_generator(seed, f"exit/{key.purpose}", key.iteration, key.micro_batch)
+    draw = key.micro_batch if key.exit_draw is None else key.exit_draw
+    stream = random_generator(seed, f"exit/{key.purpose}", key.iteration, draw)
     return int(torch.randint(first_exit, num_steps, (), generator=stream))

@@ -53,12 +53,15 @@ class MicroBatchKey:
             fake score too), `TRACK` for the fresh batch of the separate tracking step.
         incarnation: Counts restarts of the role groups, so that a call left over from before a
             restart is recognised.
+        exit_draw: Which draw of the exit step it takes, counted as `micro_batch` is; None takes one
+            of its own. Micro-batches that share one leave their rollouts at the same step.
     """
 
     iteration: int
     micro_batch: int
     purpose: Purpose = Purpose.GENERATE
     incarnation: int = 0
+    exit_draw: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

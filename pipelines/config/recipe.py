@@ -56,7 +56,8 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "tracker": True,
     "sweep": True,
     "study": True,
-    "batch": {"micro_batches"},
+    # The draws of exit steps must stay; `pipelines.distillation.position` sees to it.
+    "batch": {"micro_batches", "exit_draws"},
     "generator": {"compute": {"checkpointing", "compile"}},
     "fake_score": {"compute": {"checkpointing", "compile"}},
     "teacher": {"batched_guidance": True, "compute": {"checkpointing", "compile"}},
@@ -75,7 +76,7 @@ def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from (f"{prefix}{name}.{one}" for one in sorted(part))
 
 
-MAY_CHANGE = tuple(_keys(_NOT_IN_DIGEST))
+MAY_CHANGE = tuple(key for key in _keys(_NOT_IN_DIGEST) if key != "batch.exit_draws")
 """Settings that may change between a run and its resumption."""
 
 
@@ -86,6 +87,14 @@ class BatchSettings(Section):
     """Samples in one iteration."""
     micro_batches: int = Field(default=1, ge=1)
     """Equal parts that the batch is split into; they are what travels and what is pipelined."""
+    exit_draws: int | None = Field(default=None, ge=1)
+    """Draws of the exit step in one batch, each for as many samples; null: one a micro-batch. A run
+    keeps its number, so `micro_batches` may change on resume to another multiple of it."""
+
+    @property
+    def num_exit_draws(self) -> int:
+        """Draws of the exit step in one batch."""
+        return self.exit_draws or self.micro_batches
 
 
 class DataSettings(Section):
@@ -314,6 +323,12 @@ def _contradictions(config: DistillConfig) -> list[str]:
         problems.append(
             f"batch.size {batch.size} does not divide into {batch.micro_batches} micro-batches "
             "(batch.micro_batches)"
+        )
+    if batch.micro_batches % batch.num_exit_draws:
+        problems.append(
+            f"batch.exit_draws {batch.exit_draws} does not divide batch.micro_batches "
+            f"{batch.micro_batches}, and the samples of a micro-batch leave at one step; set "
+            f"batch.micro_batches to a multiple of {batch.exit_draws}"
         )
     problems += topology_contradictions(topology, batch.size, batch.micro_batches)
     problems += method_contradictions(config.objective, config.fake_score)

@@ -10,7 +10,7 @@ micro-batches, so the depth (micro-batches in flight) changes how long roles wai
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -25,7 +25,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.algorithm import DIVERSIFY, LEARN, STAGES, TRACK, StageSpec
 from pipelines.distillation.iteration_plan import IterationPlan
 from sgmd_core.errors import NonFiniteError
-from sgmd_core.types import Draws, MicroBatchKey, Purpose, Text, TextBatch
+from sgmd_core.types import Draws, MicroBatchKey, Text, TextBatch
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.reports import DiversityReport, GradientReport, LearnReport, TrackReport
@@ -194,14 +194,10 @@ class _CallDispatcher:
     def prompts(self, call: Call) -> tuple[MicroBatchKey, Future[TextBatch], Draws | None]:
         """Key, captions and, where they are given, random numbers of a call."""
         assert call.micro_batch is not None, "samples are asked for without a micro-batch"
-        update = self._batch_of_phase[call.phase]
-        # Micro-batches of the tracking updates are counted on, so that each has draws of its own.
-        index = max(0, update - 1) * self._plan.micro_batches + call.micro_batch
-        purpose = Purpose.TRACK if update else Purpose.GENERATE
-        key = MicroBatchKey(call.iteration, index, purpose)
+        key = self._plan.key(call.iteration, call.micro_batch, self._batch_of_phase[call.phase])
         text = self._texts_of(call.iteration, call.phase)[call.micro_batch]
         whole = (0, self._plan.micro_batch_size)
-        draws = self._draws.get(key)
+        draws = self._draws.get(replace(key, exit_draw=None))
         return (
             key,
             join([(text, whole)], call.samples),

@@ -9,7 +9,7 @@ from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.algorithm import iteration_program
 from sgmd_core.objectives import GradientPath
-from sgmd_core.types import Text
+from sgmd_core.types import MicroBatchKey, Purpose, Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,7 @@ class IterationPlan:
             one before has ended.
         timeout_s: How long a group of calls may take before the run is given up.
         negative: Embedding of the negative prompt, on its way to the teacher.
+        exit_draws: Draws of the exit step in one batch; None draws one a micro-batch.
     """
 
     program: Program
@@ -36,6 +37,7 @@ class IterationPlan:
     max_staleness_iterations: int
     timeout_s: float
     negative: Future[Text]
+    exit_draws: int | None = None
 
     @property
     def tracking_passes(self) -> int:
@@ -56,6 +58,26 @@ class IterationPlan:
     def micro_batch_size(self) -> int:
         """Samples of one micro-batch."""
         return self.batch_size // self.micro_batches
+
+    def key(self, iteration: int, micro_batch: int, update: int) -> MicroBatchKey:
+        """Names a micro-batch, and the draw of the exit step that it takes.
+
+        Args:
+            iteration: Generator updates made before.
+            micro_batch: Index within its batch.
+            update: 0 for the batch that the generator learns from, else the tracking update.
+        """
+        # Those of the tracking updates are counted on, so that each has draws of its own.
+        before = max(0, update - 1)
+        draws = self.exit_draws or self.micro_batches
+        exit_draw = before * draws + micro_batch * draws // self.micro_batches
+        index = before * self.micro_batches + micro_batch
+        return MicroBatchKey(
+            iteration,
+            index,
+            Purpose.TRACK if update else Purpose.GENERATE,
+            exit_draw=None if draws == self.micro_batches else exit_draw,
+        )
 
     def calls(self, first: int, num_iterations: int = 1) -> list[Call]:
         """The calls of some iterations, in order; the last one ends with all updates made."""
@@ -92,4 +114,5 @@ def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPl
         max_staleness_iterations=config.topology.max_staleness_iterations,
         timeout_s=config.topology.call_timeout_s,
         negative=negative,
+        exit_draws=config.batch.exit_draws,
     )

@@ -19,7 +19,7 @@ from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import IterationReport, run_iterations
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.monitor import Judge, is_due
-from pipelines.distillation.position import Position, resume_position
+from pipelines.distillation.position import Position, resume_position, with_draws_of
 from pipelines.distillation.preflight import Preflight, check
 from pipelines.distillation.prompts import Prompts
 from pipelines.distillation.summary import summarise
@@ -81,8 +81,9 @@ def distill(
     """
     listener = listener or SilentListener()
     listener.note("checking model folder, shards and settings")
-    checked = check(config)
     folder = RunFolder(config.run_folder)
+    config = with_draws_of(config, folder) if resume else config
+    checked = check(config)
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:
         start = resume_position(config, folder, checkpoints)
@@ -309,9 +310,8 @@ class Distillation:
         if not self._plan.max_staleness_iterations:
             return 1
         last = first + 1
-        while (
-            not (self._saves_at(last) or self._judge.validates_at(last)) and last - first < longest
-        ):
+        ends = (self._saves_at, self._judge.validates_at)
+        while last - first < longest and not any(is_one(last) for is_one in ends):
             last += 1
         return last - first
 

@@ -28,7 +28,7 @@ def expected_passes(config: DistillConfig) -> dict[str, Passes]:
 
 def iteration_passes(config: DistillConfig, iteration: int) -> dict[str, Passes]:
     """Passes of one particular iteration: its exit steps are those that the run will draw."""
-    parts, updates = config.batch.micro_batches, config.fresh_updates
+    parts, updates = config.batch.num_exit_draws, config.fresh_updates
     rollout = _rollout_length(config, iteration, Purpose.GENERATE, parts)
     sample = _rollout_length(config, iteration, Purpose.TRACK, updates * parts) if updates else 0.0
     return _passes(config, rollout, sample)
@@ -89,15 +89,15 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
 
 
 def _rollout_length(config: DistillConfig, iteration: int, purpose: Purpose, count: int) -> float:
-    """Mean passes of an iteration's rollouts; its micro-batches are all of one size."""
+    """Mean passes of an iteration's rollouts; each draw of an exit step is for as many samples."""
     return 1 + fmean(
         exit_step(
             config.seed,
-            MicroBatchKey(iteration, micro_batch, purpose),
+            MicroBatchKey(iteration, draw, purpose),
             config.generator.num_steps,
             _first_exit(config),
         )
-        for micro_batch in range(count)
+        for draw in range(count)
     )
 
 

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
-from pipelines.config.recipe import DistillConfig
+from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
+from sgmd_core.errors import CheckpointError, ConfigError
 from tests.e2e.conftest import MakeRecipe
+from tests.helpers.moves import assert_moves, relative_error
 
 MODES = {
     "sgmd-shared-released": ["fake_score.tracking=shared"],
@@ -95,28 +97,77 @@ def test_the_number_of_micro_batches_in_flight_changes_no_bit(
     assert state(other, 2) == state(reference, 2)
 
 
-def test_splitting_the_batch_changes_the_weights_by_rounding_alone(
-    make_recipe: MakeRecipe,
+def moments(config: DistillConfig, iteration: int) -> dict[str, Tensor]:
+    """The clipped gradients of the last update by role: first moments, whose decay is 0."""
+    folder = RunFolder(config.run_folder).checkpoints / f"step-{iteration:06d}"
+    return {
+        f"{role}/{name}": value
+        for role in ("generator", "fake_score")
+        for name, value in load_file(folder / role / "optimizer.safetensors").items()
+        if "exp_avg" in name and "sq" not in name
+    }
+
+
+# Float32 sums in another order: 1e-5 of the largest entry, as for the recorded vectors.
+SPLIT_TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("mode", ["sgmd-shared-released", "dmd2", "sid"])
+def test_splitting_the_parts_of_a_batch_keeps_its_exit_steps_and_changes_rounding_alone(
+    make_recipe: MakeRecipe, mode: str
 ) -> None:
-    """One generator step, so the one exit step of each micro-batch is the same for both."""
-    settings = ["generator.num_steps=1", "iterations=1", "generator.ema_decay=0.0"]
-    one = make_recipe("name=one", "batch.micro_batches=1", *settings)
-    four = make_recipe("name=four", "batch.micro_batches=4", *settings)
-    distill(one)
-    distill(four)
-    for role in ("generator", "fake_score"):
-        first, second = (
-            load_file(
-                RunFolder(c.run_folder).checkpoints / "step-000001" / role / "optimizer.safetensors"
-            )
-            for c in (one, four)
-        )
-        # The optimizer's first moments are the clipped gradients themselves (beta1 is 0). Float32
-        # sums in another order: 1e-5 of the largest entry, as for the recorded vectors.
-        names = [name for name in first if "exp_avg" in name and "sq" not in name]
-        assert names
-        for name in names:
-            scale = first[name].abs().max()
-            torch.testing.assert_close(
-                second[name], first[name], rtol=0, atol=1e-5 * max(scale, 1e-3)
-            )
+    settings = [*MODES[mode], "batch.size=8", "iterations=1"]
+    two, four, other = (
+        make_recipe(f"name={name}", *settings, *split)
+        for name, split in {
+            "two": ["batch.micro_batches=2"],
+            "four": ["batch.micro_batches=4", "batch.exit_draws=2"],
+            "other": ["batch.micro_batches=4"],
+        }.items()
+    )
+    for config in (two, four, other):
+        distill(config)
+    (told,), (expected,) = history(four), history(two)
+    assert told["exit_steps"] == [step for step in expected["exit_steps"] for _ in range(2)]
+    # Draws of their own move the gradients by far more than rounding.
+    assert_moves(moments(two, 1), moments(other, 1), SPLIT_TOLERANCE)
+    assert relative_error(moments(four, 1), moments(two, 1)) < SPLIT_TOLERANCE
+    assert told["losses"] == pytest.approx(expected["losses"], rel=1e-3)
+
+
+@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+def test_a_run_resumed_with_its_batch_split_further_keeps_its_exit_steps(
+    make_recipe: MakeRecipe, tracking: str
+) -> None:
+    settings = ["batch.size=8", "checkpoint.every=1", f"fake_score.tracking={tracking}"]
+    whole = make_recipe("name=whole", "iterations=2", *settings)
+    distill(whole)
+    parts = make_recipe("name=parts", "iterations=1", *settings)
+    distill(parts)
+    # As `--resume` reads it: the run's own config.yaml, and another split.
+    split = ["iterations=2", "batch.micro_batches=4"]
+    parts = load_recipe(str(RunFolder(parts.run_folder).config), split).in_folder(parts.run_folder)
+    distill(parts, resume=True)
+    assert_moves(moments(whole, 2), moments(whole, 1), SPLIT_TOLERANCE)
+    for ours, theirs in zip(history(parts)[1:], history(whole)[1:], strict=True):
+        expected = [step for step in theirs["exit_steps"] for _ in range(2)]
+        assert ours["exit_steps"] == expected
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
+    assert relative_error(moments(parts, 2), moments(whole, 2)) < SPLIT_TOLERANCE
+
+
+@pytest.mark.parametrize("split", [["batch.micro_batches=1"], ["batch.exit_draws=1"]])
+def test_a_split_that_cannot_keep_the_exit_steps_is_refused_with_both_numbers(
+    make_recipe: MakeRecipe, split: list[str]
+) -> None:
+    distill(make_recipe("iterations=1"))
+    with pytest.raises(CheckpointError) as caught:
+        distill(make_recipe("iterations=2", *split), resume=True)
+    told = str(caught.value)
+    assert split[0].replace("=", " is ").split()[0] in told
+    assert "the run draws 2 exit steps a batch" in told
+
+
+def test_exit_draws_that_a_micro_batch_would_straddle_are_refused(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ConfigError, match=r"batch\.exit_draws 3 does not divide .* 2"):
+        make_recipe("batch.exit_draws=3")
