@@ -20,8 +20,8 @@ from sgmd_core.worlds.shapes import (
     labels_from_captions,
     measure_clips,
 )
-from workers.clip_measures import measure_clip_figures
 from workers.feature_network import FeatureExtractor
+from workers.measures import measure_clip_figures
 
 READING_FIELDS = tuple(ClipReading.__dataclass_fields__)
 
@@ -32,7 +32,7 @@ class MeasuredClips:
 
     Attributes:
         features: One row a clip, for distances between sets and between clips.
-        measures: `clip_measures.MEASURES` by name, one value a clip; empty where not asked for.
+        measures: `measures.CLIP_MEASURES` by name, one value a clip; empty where not asked for.
         reading: What the clips show, where they are of the world `shapes`.
     """
 

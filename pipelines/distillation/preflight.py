@@ -11,7 +11,7 @@ from pipelines.data.stream.source import Source
 from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
-from workers.clip_measures import MIN_FRAMES
+from workers.measures import MIN_FRAMES
 from workers.models.folder import WanFolder, fingerprint, inspect_wan_folder
 from workers.optical_flow import MIN_SIDE_PX
 

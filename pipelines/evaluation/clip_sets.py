@@ -26,12 +26,12 @@ from sgmd_core.metrics import appearance, frechet, motion
 from sgmd_core.metrics.frechet import clip_features
 from sgmd_core.worlds import shapes
 from sgmd_core.worlds.shapes import ClipReading
-from workers import clip_measures, optical_flow
+from workers import measures, optical_flow
 from workers.evaluator import Evaluator, Sampling, to_pixels
 from workers.feature_network import FeatureExtractor
 from workers.measured_clips import READING_FIELDS, MeasuredClips, Measurer, joined
 
-_MEASURING = (frechet, shapes, motion, appearance, clip_measures, optical_flow)
+_MEASURING = (frechet, shapes, motion, appearance, measures, optical_flow)
 _CHUNK_BYTES = 2**22
 
 

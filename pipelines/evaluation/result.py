@@ -79,7 +79,7 @@ class EvaluationRow(Record):
         seconds_per_clip: Median over batches, from caption to pixels.
         remembered: Whether the row was read from an earlier evaluation of this run.
         measures: Every figure that is a mean over clips, by name: motion and looks
-            (`workers.clip_measures`), `diversity` (distance of the features of two clips of a
+            (`workers.measures`), `diversity` (distance of the features of two clips of a
             caption), `seconds_per_clip` (here a median over batches), and for captions of the world
             `shapes` the first three above and the speed once more, with intervals and ratios.
     """

@@ -1,27 +1,17 @@
-"""What recorded quantities are called on the page, and what they mean."""
+"""Titles and meanings of recorded quantities, for the report."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from workers.measures import MEASURES
+
 _TITLES = {
-    "colour": "colour right",
-    "shape": "shape right",
-    "direction": "direction right",
-    "speed_spearman": "speed rank",
-    "mean_speed_px_per_frame": "speed, px/frame",
-    "frechet": "distance",
     "above_floor": "distance above floor",
     "ratio": "distance ÷ few-step teacher's",
-    "seconds_per_clip": "seconds a video",
-    "frechet_floor": "floor of the distance",
-    "flow": "flow, px/frame",
-    "flow_top": "flow of fastest 5 %",
-    "dynamic": "dynamic share",
-    "smoothness": "motion smoothness",
-    "diversity": "diversity of seeds",
     "generator": "generator loss",
     "fisher_norm": "Fisher gradient",
     "nr_norm": "negative residual gradient",
+    **{each.name: each.title for each in MEASURES},
 }
 _ABOUT = {
     "fisher": "How far the fake score is from the teacher on the generator's clips",
@@ -31,25 +21,11 @@ _ABOUT = {
     "tracking": "What the fake score minimises",
     "fisher_norm": "Norm of the Fisher term's gradient at the clips",
     "nr_norm": "Norm of the negative residual's gradient at the clips",
-    "frechet": "Fréchet distance to the teacher's clips; its floor is not taken off",
     "above_floor": "Distance to the teacher's clips, less what other seeds alone make of it",
     "ratio": "Distance above the floor, over that of the teacher in as few unguided steps",
-    "colour": "Share of clips in the caption's colour",
-    "shape": "Share of clips with the caption's shape",
-    "direction": "Share of clips that move the caption's way",
-    "speed_spearman": "Rank correlation of measured and captioned speed",
-    "mean_speed_px_per_frame": "Mean measured speed",
-    "flow_top": "Optical flow of the fastest 5 % of each frame",
-    "flow": "Optical flow, mean over all pixels",
-    "dynamic": "Share of clips that move enough (the rule of VBench, on this flow)",
-    "smoothness": "How evenly things move; 1 is a constant velocity",
-    "flicker": "Change of colour that motion does not explain",
-    "saturation": "Distance between the strongest and the weakest colour of a pixel",
-    "contrast": "Spread of brightness within a frame",
-    "sharpness": "Departure of brightness from its neighbours' mean",
-    "diversity": "Distance between two clips of a caption, made from different noise",
-    "seconds_per_clip": "From caption to pixels, decoding included",
+    **{each.name: each.about for each in MEASURES},
 }
+"""Meanings, in the order in which a reader meets the figures."""
 
 
 _RATIO = "_ratio"
@@ -75,6 +51,17 @@ def in_order(groups: Iterable[Mapping[str, Any]]) -> list[str]:
     found = dict.fromkeys(name for group in groups for name in group)
     known = [name for name in _ABOUT if name in found]
     return [*known, *(name for name in found if name not in _ABOUT)]
+
+
+def measures_table() -> str:
+    """Table of docs/judging.md: every measure with its unit, meaning and known answer."""
+    rows = [
+        f"| `{each.name}` | {each.about} | {each.unit} | {'yes' if each.has_ratio else ''} "
+        f"| {each.known} |"
+        for each in MEASURES
+    ]
+    heads = "| figure | meaning | unit | ratio | known answer that the tests hold it to |"
+    return "\n".join([heads, "|---|---|---|---|---|", *rows])
 
 
 def duration(seconds: float) -> str:

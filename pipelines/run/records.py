@@ -5,42 +5,30 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.config.methods import leading_losses
+from workers.measures import MEASURES
 
-HEADLINE_FIGURES = (
-    "frechet",
-    "colour",
-    "shape",
-    "direction",
-    "flow_top_ratio",
-    "saturation_ratio",
-    "sharpness_ratio",
-    "diversity_ratio",
+FIGURES = tuple(
+    name
+    for measure in MEASURES
+    if measure.ranks
+    for name in (measure.name, *([f"{measure.name}_ratio"] if measure.has_ratio else ()))
 )
-"""What a line about a validation has room for."""
+"""Names of the figures of a validation."""
 
-_CLIP_MEANS = (
-    "flow",
-    "flow_top",
-    "dynamic",
-    "smoothness",
-    "flicker",
-    "saturation",
-    "contrast",
-    "sharpness",
-    "diversity",
+SHAPE_FIGURES = tuple(
+    name
+    for measure in MEASURES
+    if measure.needs_shapes
+    for name in (measure.name, *([f"{measure.name}_ratio"] if measure.has_ratio else ()))
 )
-_SHAPE_MEANS = ("colour", "shape", "direction", "mean_speed_px_per_frame")
-SHAPE_FIGURES = (*_SHAPE_MEANS, *(f"{name}_ratio" for name in _SHAPE_MEANS), "speed_spearman")
-"""What a validation measures of captions of the world `shapes` alone."""
+"""Figures that are read from captions of the world `shapes` only."""
 
-FIGURES = (
-    "frechet",
-    "frechet_floor",
-    *_CLIP_MEANS,
-    *(f"{name}_ratio" for name in _CLIP_MEANS),
-    *SHAPE_FIGURES,
+HEADLINE_FIGURES = tuple(
+    f"{measure.name}_ratio" if measure.leads == "ratio" else measure.name
+    for measure in MEASURES
+    if measure.leads
 )
-"""All that a validation may measure; `workers.validation_judge` says what they mean."""
+"""Figures of a progress line."""
 
 
 @dataclass(frozen=True, slots=True)

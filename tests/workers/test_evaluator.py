@@ -12,9 +12,9 @@ from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_dista
 from sgmd_core.schedule import FlowMatchSchedule
 from tests.helpers.roles import same_bits, weights
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
-from workers.clip_measures import MEASURES, measure_clip_figures
 from workers.evaluator import Evaluator, Sampling, to_pixels
 from workers.measured_clips import Measurer
+from workers.measures import CLIP_MEASURES, measure_clip_figures
 from workers.text_encoder import TextEncoder
 from workers.validation_judge import ValidationJudge, ValidationRequest
 
@@ -140,7 +140,7 @@ def test_validation_measures_the_clips_it_shows():
     assert report.figures["frechet"] == frechet_distance(*moments[0], *moments[1])
     assert report.figures["frechet_floor"] == frechet_distance(*moments[2], *moments[1])
     measured, teachers = (measure_clip_figures(clips, fps=8) for clips in (video, partner))
-    for name in MEASURES:
+    for name in CLIP_MEASURES:
         value = report.figures[name]
         assert value == pytest.approx(float(measured[name].mean()))
         low, high = report.intervals[name]

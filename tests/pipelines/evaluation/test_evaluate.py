@@ -34,7 +34,7 @@ from pipelines.media.inference import (
 from pipelines.shapes import Split, captions
 from sgmd_core.errors import CheckpointError, ConfigError, DataError
 from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
-from workers.clip_measures import MEASURES
+from workers.measures import CLIP_MEASURES
 
 CAPTIONS = captions(Split.HELD_OUT)[:4]
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
@@ -168,7 +168,7 @@ class TestRows:
 
 class TestMeasures:
     def test_every_row_has_every_measure_with_its_interval(self, evaluation):
-        names = {*MEASURES, "colour", "shape", "direction", "mean_speed_px_per_frame"}
+        names = {*CLIP_MEASURES, "colour", "shape", "direction", "mean_speed_px_per_frame"}
         for found in evaluation.rows:
             assert found.measures.keys() == names | {"diversity", "seconds_per_clip"}
             for measure in found.measures.values():
@@ -199,7 +199,7 @@ class TestMeasures:
             output=tmp_path / "result",
             options=OPTIONS,
         ).row(GENERATOR)
-        for name in MEASURES:
+        for name in CLIP_MEASURES:
             ratio = found.measures[name].ratio
             assert ratio is None or (ratio.value, ratio.low, ratio.high) == (1, 1, 1)
         diversity = found.measures["diversity"].ratio

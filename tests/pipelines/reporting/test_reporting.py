@@ -2,9 +2,11 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
+from pipelines.reporting import names
 from pipelines.reporting.alarms import alarm_kinds
 from pipelines.reporting.checkpoints import ranked_checkpoints
 from pipelines.reporting.curves import LabelledRun, training_cards
@@ -15,8 +17,10 @@ from pipelines.reporting.records import Line, read_run
 from pipelines.reporting.settings import differing_settings, flat
 from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
 from pipelines.run.folder import append_jsonl
-from pipelines.run.records import IterationRecord
+from pipelines.run.records import FIGURES, IterationRecord
+from pipelines.study.tables import COLUMNS
 from tests.helpers.runs import finish_run, start_run, write_alarms
+from workers.measures import MEASURES
 
 INTERVAL = {
     "value": 0.9,
@@ -249,3 +253,17 @@ class TestSettings:
         assert [(row.name, row.values) for row in differing_settings(runs)] == [
             ("seed", ("0", "4"))
         ]
+
+
+def test_every_measure_stands_in_the_docs_and_is_titled_and_explained():
+    """Where this fails, paste `pipelines.reporting.names.measures_table()` into docs/judging.md."""
+    text = (Path(__file__).parents[3] / "docs" / "judging.md").read_text()
+    assert names.measures_table() in text
+    for measure in MEASURES:
+        assert names.title(measure.name) == measure.title
+        assert names.about(measure.name) == measure.about
+        assert (measure.name in FIGURES) == measure.ranks
+
+
+def test_the_columns_of_a_study_are_measures():
+    assert {column.figure for column in COLUMNS} <= {measure.name for measure in MEASURES}

@@ -8,8 +8,8 @@ from torch.nn import functional
 from pipelines.shapes import Split, render, sample_spec
 from sgmd_core.errors import ModelFolderError, ShapeError
 from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_distance
-from workers.clip_measures import MEASURES, measure_clip_figures
 from workers.feature_network import FeatureNetwork
+from workers.measures import CLIP_MEASURES, measure_clip_figures
 from workers.optical_flow import optical_flow
 
 SIDE, FRAMES = 32, 13
@@ -86,7 +86,7 @@ def test_clips_of_shapes_move_as_fast_as_they_were_told():
 def test_clips_are_measured_one_by_one_whatever_the_batch():
     _, video = rendered(3)
     together = measure_clip_figures(video, fps=8)
-    assert tuple(together) == MEASURES
+    assert tuple(together) == tuple(CLIP_MEASURES)
     for name, values in together.items():
         assert values.shape == (3,)
         alone = torch.cat([measure_clip_figures(clip[None], fps=8)[name] for clip in video])

@@ -1,0 +1,248 @@
+"""Measures of clips: one list from which figures, names, titles and tables are made.
+
+    MEASURES -> figures of validation, evaluation and study      (`pipelines.run.records`)
+             -> titles and explanations of the report, table of docs/judging.md
+
+A new measure of single clips is one entry with its function. Nothing here needs a trained network.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sgmd_core.metrics.appearance import contrast, saturation, sharpness
+from sgmd_core.metrics.motion import (
+    dynamic_clips,
+    dynamic_interval,
+    flicker,
+    mean_magnitude,
+    smoothness,
+    top_magnitude,
+)
+
+MIN_FRAMES = 3
+"""Smoothness compares two successive steps of a motion."""
+
+
+@dataclass(frozen=True)
+class ClipView:
+    """One clip with what several measures need of it; optical flow is computed once.
+
+    Attributes:
+        clip: Pixels (1, 3, f, h, w) in [0, 1], float32 on the CPU.
+        fps: Frames a second.
+    """
+
+    clip: Tensor
+    fps: int
+
+    @cached_property
+    def flow(self) -> Tensor:
+        """Optical flow between successive frames, pixels."""
+        from workers.optical_flow import optical_flow
+
+        return optical_flow(self.clip)
+
+    @cached_property
+    def thinned_flow(self) -> Tensor:
+        """Optical flow at the frame rate of the dynamic rule.
+
+        A clip that is too short to be thinned is taken as it is.
+        """
+        from workers.optical_flow import optical_flow
+
+        interval = dynamic_interval(self.fps)
+        if self.clip.shape[2] <= interval or interval == 1:
+            return self.flow
+        return optical_flow(self.clip[:, :, ::interval])
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """A figure that a validation or an evaluation may give.
+
+    Attributes:
+        name: Key in validation.jsonl, evaluation.json, W&B and recipes.
+        title: Name for readers.
+        about: Meaning, one line.
+        unit: Unit, empty for shares, ratios and dimensionless figures.
+        known: Known answer that the tests hold it to.
+        function: Value of each clip, (1,); None for figures of sets, pairs or captions.
+        has_ratio: `NAME_ratio` is the ratio to the teacher's, on the same captions and noise.
+        needs_shapes: Read from captions of the world `shapes` only.
+        leads: Shown on progress lines; `ratio` shows the ratio in its place.
+        ranks: May rank checkpoints and trials.
+    """
+
+    name: str
+    title: str
+    about: str
+    unit: str = ""
+    known: str = ""
+    function: Callable[[ClipView], Tensor] | None = field(default=None, repr=False)
+    has_ratio: bool = True
+    needs_shapes: bool = False
+    leads: bool | str = False
+    ranks: bool = True
+
+
+MEASURES: tuple[Measure, ...] = (
+    Measure(
+        "frechet",
+        "distance",
+        "Fréchet distance to the teacher's clips; its floor is not taken off",
+        known="a set against itself is 0; grows with noise",
+        has_ratio=False,
+        leads=True,
+    ),
+    Measure(
+        "frechet_floor",
+        "floor of the distance",
+        "Fréchet distance between the teacher's clips of two seeds",
+        has_ratio=False,
+    ),
+    Measure(
+        "colour",
+        "colour right",
+        "Share of clips in the caption's colour",
+        known="1 for rendered clips",
+        needs_shapes=True,
+        leads=True,
+    ),
+    Measure(
+        "shape",
+        "shape right",
+        "Share of clips with the caption's shape",
+        known="1 for rendered clips",
+        needs_shapes=True,
+        leads=True,
+    ),
+    Measure(
+        "direction",
+        "direction right",
+        "Share of clips that move the caption's way",
+        known="1 for rendered clips",
+        needs_shapes=True,
+        leads=True,
+    ),
+    Measure(
+        "mean_speed_px_per_frame",
+        "speed, px/frame",
+        "Mean measured speed",
+        unit="px/frame",
+        known="that of rendered clips",
+        needs_shapes=True,
+    ),
+    Measure(
+        "speed_spearman",
+        "speed rank",
+        "Rank correlation of measured and captioned speed",
+        known="above 0.99 for rendered clips",
+        has_ratio=False,
+        needs_shapes=True,
+    ),
+    Measure(
+        "flow",
+        "flow, px/frame",
+        "Optical flow, mean over all pixels",
+        unit="px/frame",
+        known="a shift of 2 px is 2 px; a still clip is 0",
+        function=lambda view: mean_magnitude(view.flow),
+    ),
+    Measure(
+        "flow_top",
+        "flow of fastest 5 %",
+        "Optical flow of the fastest 5 % of each frame",
+        unit="px/frame",
+        known="grows with speed",
+        function=lambda view: top_magnitude(view.flow),
+        leads="ratio",
+    ),
+    Measure(
+        "dynamic",
+        "dynamic share",
+        "Share of clips that move enough (the rule of VBench, on this flow)",
+        known="still clips 0, shifted ones 1",
+        function=lambda view: dynamic_clips(view.thinned_flow).float(),
+    ),
+    Measure(
+        "smoothness",
+        "motion smoothness",
+        "Evenness of the motion; 1 is a constant velocity",
+        known="1 for a constant shift",
+        function=lambda view: smoothness(view.flow),
+    ),
+    Measure(
+        "flicker",
+        "flicker",
+        "Change of colour that motion does not explain, of a range of 1",
+        known="0 for still clips; grows with noise",
+        function=lambda view: flicker(view.clip, view.flow),
+    ),
+    Measure(
+        "saturation",
+        "saturation",
+        "Distance between the strongest and the weakest colour of a pixel",
+        known="0 for grey",
+        function=lambda view: saturation(view.clip),
+        leads="ratio",
+    ),
+    Measure(
+        "contrast",
+        "contrast",
+        "Spread of brightness within a frame",
+        known="that of a chessboard",
+        function=lambda view: contrast(view.clip),
+    ),
+    Measure(
+        "sharpness",
+        "sharpness",
+        "Departure of brightness from its neighbours' mean",
+        known="0 for a ramp",
+        function=lambda view: sharpness(view.clip),
+        leads="ratio",
+    ),
+    Measure(
+        "diversity",
+        "diversity of seeds",
+        "Distance between two clips of a caption, made from different noise",
+        known="equal clips 0",
+        leads="ratio",
+    ),
+    Measure(
+        "seconds_per_clip",
+        "seconds a video",
+        "From caption to pixels, decoding included",
+        unit="s",
+        has_ratio=False,
+        ranks=False,
+    ),
+)
+"""Every measure, in the order in which readers meet them."""
+
+CLIP_MEASURES = {measure.name: measure.function for measure in MEASURES if measure.function}
+"""Functions of the measures of single clips, by name."""
+
+
+def measure_clip_figures(video: Tensor, fps: int) -> dict[str, Tensor]:
+    """Measures clips one by one, so that only one clip's flow is in memory.
+
+    Args:
+        video: Clips (b, 3, f, h, w) in [0, 1], at least `MIN_FRAMES` frames of 12 x 12 pixels.
+        fps: Frames a second.
+
+    Returns:
+        One value a clip (b,), by the names of `CLIP_MEASURES`.
+
+    Raises:
+        ShapeError: The clips are too short or too small.
+    """
+    rows = [_figures(ClipView(clip[None].float().cpu(), fps)) for clip in video]
+    return {name: torch.cat([row[name] for row in rows]) for name in CLIP_MEASURES}
+
+
+def _figures(view: ClipView) -> dict[str, Tensor]:
+    return {name: function(view) for name, function in CLIP_MEASURES.items()}
