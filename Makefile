@@ -16,11 +16,14 @@ JOBS := --numprocesses=$(TEST_JOBS) --dist=loadfile
 SHAPES := --jaxtyping-packages=sgmd_core,beartype.beartype
 DEMO := runs/demo
 
+# Options of the check of a GPU: make gpu-check GPU_FLAGS="--only truths stages"
+GPU_FLAGS ?=
+
 # A new version of pyright is not looked for: lint needs no network.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test test-quick lint docs fmt clean
+.PHONY: help setup browser demo test test-quick gpu-check gpu-wheels lint docs fmt clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
@@ -58,6 +61,13 @@ test: $(READY)  ## Run all tests that need no GPU, Ray clusters and slow ones in
 
 test-quick: $(READY)  ## Run the tests that start no Ray and take seconds
 	$(BIN)/python -m pytest $(SHAPES) $(JOBS) -m "not gpu and not ray and not slow" $(PYTEST_FLAGS)
+
+# Without .venv: the machine with the GPU has a torch of its own, and perhaps no network.
+gpu-check:  ## Check roles, speed and memory on a GPU in 8 minutes, with any PYTHON that has torch
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_FLAGS)
+
+gpu-wheels:  ## Say which packages the check lacks here, and the command that fetches them elsewhere
+	$(PYTHON) benchmarks/gpu_check.py --missing $(GPU_FLAGS)
 
 lint: $(READY)  ## Check style, types, import directions and spelling
 	$(BIN)/ruff check .

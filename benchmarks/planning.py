@@ -1,7 +1,7 @@
 """Layouts for 8 to 1,024 GPUs at 1.3B and 14B, as the table of docs/planning.md.
 
     python benchmarks/planning.py                          modelled
-    python benchmarks/planning.py --measured gpu.json      from times of benchmarks/gpu.py
+    python benchmarks/planning.py --measured gpu.json      from times of benchmarks/gpu_check.py
 
 Nothing is run: it asks the planner, with about four samples a GPU and the batch size nearby that
 suits the GPUs best.
@@ -40,7 +40,7 @@ HEADINGS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints one table a size of network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--measured", type=Path, help="JSON of benchmarks/gpu.py, or a run")
+    parser.add_argument("--measured", type=Path, help="JSON of benchmarks/gpu_check.py, or a run")
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB")
     given = parser.parse_args(arguments)
     hardware = Hardware(memory_gb=given.gpu_memory)

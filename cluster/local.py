@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
+import torch
+
 from cluster.errors import ClusterError
 from cluster.joined import JoinedFuture, concatenate
 from cluster.spans import Clock, Work, current_label, read_clock
@@ -98,7 +100,11 @@ class LocalWorkerGroup(WorkerGroup[W]):
         try:
             bound = getattr(self._workers[rank], method)
             named = {name: _plain(value) for name, value in keywords.items()}
-            return _Result(bound(*(_plain(value) for value in args), **named))
+            result = bound(*(_plain(value) for value in args), **named)
+            if torch.cuda.is_initialized():
+                # A call ends with the GPU's work; the next call would be charged for it otherwise.
+                torch.cuda.synchronize()
+            return _Result(result)
         except Exception as error:
             error.add_note(f"raised in {method}() of {self.name} rank {rank}")
             return _Failure(error)

@@ -31,7 +31,7 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def shard(network: nn.Module, blocks: Iterable[nn.Module]) -> None:
+def shard(network: nn.Module, blocks: Iterable[nn.Module], *, alone: bool = False) -> None:
     """Spreads a network's parameters over the ranks of this process's role.
 
     Call it on every rank, with the same weights, before an optimizer is made.
@@ -39,8 +39,9 @@ def shard(network: nn.Module, blocks: Iterable[nn.Module]) -> None:
     Args:
         network: Changed in place.
         blocks: Parts that are gathered one at a time, such as the transformer's layers.
+        alone: Shard also where this process is the only rank, to try the collectives of a device.
     """
-    if num_ranks() == 1:
+    if num_ranks() == 1 and not alone:
         return
     device = next(network.parameters()).device.type
     mesh = init_device_mesh(device, (num_ranks(),))

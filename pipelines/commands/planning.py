@@ -27,7 +27,7 @@ def plan(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(help="A run's folder, or the JSON of benchmarks/gpu.py, to take times from"),
+        typer.Option(help="A run's folder, or gpu.json of `make gpu-check`, to take times from"),
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s that a GPU reaches, where nothing is measured")

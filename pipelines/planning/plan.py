@@ -131,10 +131,11 @@ def make_plan(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: i
     best = find_best(work, times, hardware, num_gpus)
     if best is None:
         raise _does_not_fit(work, hardware, num_gpus)
-    return Plan(work, hardware, num_gpus, times, best, _fused(work, times, hardware, num_gpus))
+    return Plan(work, hardware, num_gpus, times, best, plan_fused(work, times, hardware, num_gpus))
 
 
-def _fused(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int) -> Fused:
+def plan_fused(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int) -> Fused:
+    """Time and memory of all three roles on every GPU, one sample at a time; see `Fused`."""
     used = min(num_gpus, work.batch_size)
     samples = -(-work.batch_size // used)
     seconds = sum(

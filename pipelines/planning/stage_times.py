@@ -2,7 +2,7 @@
 
     modelled     passes * operations of a pass / operations a second
     a run        its metrics.jsonl: median busy seconds of each stage over the samples of a batch
-    a benchmark  the JSON that benchmarks/gpu.py writes
+    a benchmark  the gpu.json that benchmarks/gpu_check.py writes
 
 Times measured for another network or clip are scaled by operations, and the source says so. Where
 a sample without a loss was not measured it is taken for a rollout, which makes the same passes.
@@ -100,7 +100,7 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
         raise ConfigError(
             f"taking stage times from {folder}",
             "no config.yaml or no metrics.jsonl in it",
-            "the folder of a run of `sgmd distill`, or a JSON file of benchmarks/gpu.py",
+            "the folder of a run of `sgmd distill`, or the gpu.json of benchmarks/gpu_check.py",
         )
     config = load_recipe(str(run.config))
     work = Workload.of(config)
@@ -142,7 +142,7 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
         raise ConfigError(
             f"taking stage times from {path}",
             f"{type(error).__name__}: {error}",
-            "a run's folder, or a JSON file that benchmarks/gpu.py wrote",
+            "a run's folder, or a gpu.json that benchmarks/gpu_check.py wrote",
         ) from error
     return found, flops, f"measured by {path} on {document['machine']['device']}"
 

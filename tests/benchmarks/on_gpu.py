@@ -1,0 +1,12 @@
+"""The modules of the check of a GPU, which lie beside the packages."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import gpu_check  # noqa: E402
+from on_gpu import cases, report, role_stages, step, truths, wheels  # noqa: E402
+
+__all__ = ["ROOT", "cases", "gpu_check", "report", "role_stages", "step", "truths", "wheels"]
