@@ -247,6 +247,8 @@ TRUTHS: Mapping[str, Truth] = {
     "wire": Truth(0.0, wire),
     "compile": Truth(1e-4, computed(compile=True, checkpointing=True)),
 }
+LAST = "compile"
+"""It takes longest, and may take all the time there is: everything else comes before it."""
 
 
 def _state(roles: Roles) -> Named:
