@@ -54,8 +54,7 @@ class MeasuredClips:
         if self.reading is not None:
             found |= clip_answers(self.reading, labels_from_captions(captions))
         if other_seed is not None:
-            pair = [*range(len(captions))] * 2
-            found["diversity"] = seed_diversity(torch.cat([self.features, other_seed]), pair)
+            found["diversity"] = seed_diversity(self.features, other_seed)
         return found
 
 

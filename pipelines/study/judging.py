@@ -5,7 +5,8 @@
     teacher_few         the teacher in as few steps as the generators; what they start from
     teacher_few_guided  the same, guided
 
-The teacher's sets are sampled once and remembered in the study's folder, under names that are made
+Each set is also sampled from the other seed, for `diversity`, as an evaluation does it. The
+teacher's sets are sampled once and remembered in the study's folder, under names that are made
 of all that decides them.
 """
 
@@ -30,14 +31,13 @@ from pipelines.evaluation.clip_sets import (
     set_name,
 )
 from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
-from sgmd_core.metrics.diversity import seed_diversity
-from sgmd_core.metrics.frechet import Gaussian, fit_gaussian, frechet_distance
+from sgmd_core.metrics.frechet import Features, Gaussian, fit_gaussian, frechet_distance
 from workers.build import build_evaluator
 from workers.evaluator import Evaluator, Sampling
 from workers.role_state import load_role
 
 Figures = Mapping[str, float]
-"""By name: `frechet`, means of `MeasuredClips.figures`, and `diversity` where captions repeat."""
+"""By name: `frechet`, and means of `MeasuredClips.figures` over the clips."""
 
 _CHUNK_CLIPS = 16
 _CACHE_FOLDER = "teacher"
@@ -78,12 +78,19 @@ class Judge:
     @cached_property
     def key(self) -> str:
         """Names all that decides the figures of a generator but its weights."""
-        return f"{self._name(REFERENCE)}-{self._name(TEACHER_FEW)}"
+        sets = (self._request(REFERENCE), self._request(TEACHER_FEW), self._twin(TEACHER_FEW))
+        return "-".join(self._name(request) for request in sets)
 
     @cached_property
     def teacher(self) -> dict[str, Figures]:
         """Figures of the teacher's sets, by name."""
-        return {name: self._figures(self._teacher_set(name)) for name in self._samplings}
+        return {
+            name: self._figures(
+                self._teacher_set(self._request(name), name),
+                self._teacher_twin(name).clips.features,
+            )
+            for name in self._samplings
+        }
 
     def generator(self, checkpoint: str, role: str, label: str) -> Figures:
         """Figures of a generator.
@@ -93,7 +100,10 @@ class Judge:
             role: Which part of it holds the weights: `ema` or `generator`.
             label: What is sampled, for whoever waits.
         """
-        return self._figures(self._sample(TEACHER_FEW, label, load_role(checkpoint, role).weights))
+        weights = load_role(checkpoint, role).weights
+        clips = self._sample(self._request(TEACHER_FEW), label, weights)
+        twin = self._sample(self._twin(TEACHER_FEW), f"{label}, the other seed", weights)
+        return self._figures(clips, twin.clips.features)
 
     @cached_property
     def _evaluator(self) -> Evaluator:
@@ -112,13 +122,14 @@ class Judge:
 
     @cached_property
     def _target(self) -> Gaussian:
-        return fit_gaussian(self._teacher_set(REFERENCE).clips.features)
+        reference = self._teacher_set(self._request(REFERENCE), REFERENCE)
+        return fit_gaussian(reference.clips.features)
 
-    def _name(self, name: str) -> str:
+    def _name(self, request: ClipRequest) -> str:
         config = self._config
         model = (config.model.text_length, config.model.negative_prompt)
         facts = (*model, config.video, config.schedule.shift)
-        return set_name(self._digest, self._request(name), facts)
+        return set_name(self._digest, request, facts)
 
     def _request(self, name: str) -> ClipRequest:
         return ClipRequest(
@@ -130,28 +141,37 @@ class Judge:
             shown=(),
         )
 
-    def _teacher_set(self, name: str) -> ClipSet:
-        path = self._cache / f"{self._name(name)}.npz"
+    def _twin(self, name: str) -> ClipRequest:
+        """The same clips from the other seed, of which only the features are wanted."""
+        request = self._request(name)
+        seeds = {sampling.seed for sampling in self._samplings.values()}
+        (other,) = seeds - {request.sampling.seed}
+        sampling = replace(request.sampling, seed=other)
+        return replace(request, sampling=sampling, features_only=True)
+
+    def _teacher_set(self, request: ClipRequest, label: str) -> ClipSet:
+        path = self._cache / f"{self._name(request)}.npz"
         if path.exists():
             return load_clip_set(path)
-        clips = self._sample(name, f"the teacher's set {name}")
+        clips = self._sample(request, f"the teacher's set {label}")
         save_clip_set(path, clips)
         return clips
 
+    def _teacher_twin(self, name: str) -> ClipSet:
+        """The teacher's clips from the other seed; reference and floor are each other's."""
+        if known := {REFERENCE: FLOOR, FLOOR: REFERENCE}.get(name):
+            return self._teacher_set(self._request(known), known)
+        return self._teacher_set(self._twin(name), f"{name}, the other seed")
+
     def _sample(
-        self, name: str, label: str, weights: Mapping[str, Tensor] | None = None
+        self, request: ClipRequest, label: str, weights: Mapping[str, Tensor] | None = None
     ) -> ClipSet:
         self._tell(f"sampling {len(self.captions)} clips: {label}")
-        return sample_clip_set(self._evaluator, self._request(name), weights=weights)
+        return sample_clip_set(self._evaluator, request, weights=weights)
 
-    def _figures(self, clips: ClipSet) -> Figures:
-        features = clips.clips.features
-        figures = {
-            "frechet": frechet_distance(*fit_gaussian(features), *self._target),
-            **{
-                name: float(values.double().mean())
-                for name, values in clips.clips.figures(self.captions).items()
-            },
+    def _figures(self, clips: ClipSet, other_seed: Features) -> Figures:
+        found = clips.clips.figures(self.captions, other_seed)
+        return {
+            "frechet": frechet_distance(*fit_gaussian(clips.clips.features), *self._target),
+            **{name: float(values.double().mean()) for name, values in found.items()},
         }
-        diversity = seed_diversity(features, self.captions)
-        return figures | ({"diversity": float(diversity.mean())} if len(diversity) else {})

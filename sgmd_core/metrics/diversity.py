@@ -4,8 +4,6 @@ Distributions can agree caption by caption in their means and still have lost th
 scores that look at one clip at a time do not see that all clips of a caption are the same one.
 """
 
-from collections.abc import Hashable, Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,25 +11,16 @@ from torch import Tensor
 from sgmd_core.metrics.frechet import Features
 
 
-def seed_diversity(features: Features, captions: Sequence[Hashable]) -> Float[Tensor, " g"]:
-    """Mean distance between two clips of a caption, for each caption that has at least two.
+def seed_diversity(features: Features, other_seed: Features) -> Float[Tensor, " g"]:
+    """Distance between the two clips of a caption, made in the same way from two seeds.
 
-        mean over pairs i < j of |features_i - features_j|
+        |features_i - other_seed_i|
 
     Args:
         features: One row a clip.
-        captions: What each clip should show; equal ones make a group.
+        other_seed: Those of clips of the same captions in the same order, from other noise.
 
     Returns:
-        One value a group, in the order in which the captions first come, in units of the features:
-        0 where all clips of a caption are alike. Empty where every caption is its own.
+        One value a caption, in units of the features: 0 where both clips are alike.
     """
-    groups: dict[Hashable, list[int]] = {}
-    for index, caption in enumerate(captions):
-        groups.setdefault(caption, []).append(index)
-    found = [
-        torch.nn.functional.pdist(features[rows].double()).mean()
-        for rows in groups.values()
-        if len(rows) > 1
-    ]
-    return torch.stack(found) if found else torch.zeros(0, dtype=torch.float64)
+    return torch.linalg.vector_norm(features.double() - other_seed.double(), dim=1)

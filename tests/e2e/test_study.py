@@ -16,12 +16,21 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.run import distill
+from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW
+from pipelines.run.folder import RunFolder
 from pipelines.run.progress import Length, LineListener, SilentListener
 from pipelines.run.records import IterationRecord
+from pipelines.study.judging import Judge
 from pipelines.study.run import dry_run, study
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, TIMEOUT_S
+from workers.build import build_evaluator
+from workers.evaluator import Sampling
+from workers.measured_clips import Measurer
+from workers.role_state import load_role
+from workers.validation_judge import ValidationJudge, ValidationRequest
 
 STUDY = (
     "study.variants={ours: {}, theirs: {objective.method: tsg_sim}}",
@@ -87,8 +96,8 @@ def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_figures(
     result = made(config, notes)
     assert (first / "summary.json").stat().st_mtime_ns == finished_at
     sampled = [note for note in notes if note.startswith("sampling")]
-    # The teacher's clips and those of the first run are remembered.
-    assert len(sampled) == 6
+    # The teacher's clips and those of the first run are remembered; six points, two seeds each.
+    assert len(sampled) == 12
     assert not any("teacher's" in note or RUNS[0] in note for note in sampled)
     assert [Path(run.run_folder).name for run in result.runs] == list(RUNS)
     assert [len(run.points) for run in result.runs] == [2, 2, 2, 2]
@@ -213,3 +222,34 @@ def test_the_command_prints_the_plan_as_a_table_and_as_json(
     assert "predicted training time" in shown.stdout
     told = CliRunner().invoke(app, ["study", str(recipe), "--dry-run", "--json"])
     assert json.loads(told.stdout)["seeds"] == [1, 2]
+
+
+def test_diversity_means_two_seeds_of_a_caption_in_study_and_validation_alike(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    config = make_recipe("iterations=1", "study.num_captions=6")
+    distill(config)
+    checkpoint = str(RunFolder(config.run_folder).checkpoints / "step-000001")
+    judge = Judge(config, tmp_path / "study", lambda words: None)
+    # Captions that do not repeat, and yet there is a diversity.
+    judge.captions = tuple(dict.fromkeys(judge.captions))
+    assert len(judge.captions) > 2
+    found = judge.generator(checkpoint, "ema", "the generator")
+    request = ValidationRequest(
+        captions=judge.captions,
+        sampling=Sampling(config.generator.num_steps, 1.0, config.seed + 1),
+        reference=Sampling(
+            config.validation.teacher_steps, config.teacher.guidance_scale, config.seed
+        ),
+        measurer=Measurer(config.video.fps, reads_shapes=True),
+        num_shown=1,
+    )
+    evaluator = build_evaluator(config.model, config.video, config.schedule, num_threads=1)
+    validated = ValidationJudge(evaluator, request).validate(load_role(checkpoint, "ema").weights)
+    assert found["diversity"] > 0
+    assert found["diversity"] == pytest.approx(validated.figures["diversity"], rel=1e-6)
+    # The teacher's two seeds are each other's.
+    reference, floor = (judge.teacher[name]["diversity"] for name in (REFERENCE, FLOOR))
+    assert reference == pytest.approx(floor, rel=1e-9)
+    assert reference > 0
+    assert judge.teacher[TEACHER_FEW]["diversity"] != pytest.approx(found["diversity"], rel=1e-4)
