@@ -15,7 +15,7 @@ from typing import Any, TypedDict, Unpack, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import WanPipeline
 from safetensors import SafetensorError
 
 from cluster.files import write_whole
@@ -23,6 +23,7 @@ from pipelines.media.inference import InferenceSettings, model_folder, read_infe
 from pipelines.media.video import Pixels, encode_for_players, write_gif
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from workers.models.folder import inspect_wan_folder
+from workers.models.wan import load_text, load_transformer, load_vae
 
 FORMATS = ("mp4", "gif")
 OnProgress = Callable[[int, int], None]
@@ -141,8 +142,15 @@ def load_pipeline(folder: Path, device: str) -> WanPipeline:
     """
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
-        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32)
-        pipeline = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype)
+        pipeline = WanPipeline.from_pretrained(
+            folder,
+            transformer=load_transformer(folder, dtype).transformer,
+            text_encoder=load_text(folder, dtype).text_encoder,
+            vae=load_vae(folder).vae,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelFolderError(
             f"loading a WanPipeline from {folder}",

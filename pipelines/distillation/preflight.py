@@ -12,7 +12,8 @@ from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
 from workers.measures import MIN_FRAMES
-from workers.models.folder import WanFolder, fingerprint, inspect_wan_folder
+from workers.models.content import fingerprint
+from workers.models.folder import WanFolder, inspect_wan_folder
 from workers.optical_flow import MIN_SIDE_PX
 
 

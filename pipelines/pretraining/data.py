@@ -20,7 +20,6 @@ from torch import Tensor
 from pipelines.data.shards.parquet import open_parquet
 from pipelines.media.video import decode_video
 from pipelines.pretraining.config import WorldSettings
-from pipelines.pretraining.vae_stage import open_vae
 from sgmd_core.errors import DataError
 
 Batch = dict[str, NDArray[Any]]
@@ -167,7 +166,7 @@ class EncodeClips:
 
     def __init__(self, vae_folder: str) -> None:
         torch.set_num_threads(1)
-        self.vae = open_vae(vae_folder)
+        self.vae = open_autoencoder(vae_folder)
 
     def __call__(self, batch: Batch) -> Batch:
         """Encode the column `pixels` of a batch."""

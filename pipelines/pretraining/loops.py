@@ -26,7 +26,7 @@ from pipelines.pretraining.distributed import average_gradients, from_first_work
 from pipelines.pretraining.events import EventWriter
 from pipelines.pretraining.folder import write_pipeline_folder
 from pipelines.pretraining.quality import held_out_captions, sample_videos, score_videos
-from workers.models.wan import VideoVae, WanVelocity
+from workers.models.wan import VideoVae, WanVelocity, open_autoencoder
 
 STATE_FILE = "state.pt"
 VAE_FOLDER = "vae"
@@ -75,7 +75,7 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
     events = EventWriter(config, "denoiser", longest, is_silent=rank > 0)
     events.note("reading, decoding and encoding the clips")
     clips = _gather("train", "latents")
-    vae = vae_stage.open_vae(settings["vae_folder"])
+    vae = open_autoencoder(settings["vae_folder"])
     torch.manual_seed(config.seed)
     training = DenoiserTraining(
         build_teacher(config, settings["vocabulary"], vae.vae.config["z_dim"]),

@@ -51,8 +51,8 @@ from pipelines.pretraining.loops import (
     vae_loop,
 )
 from pipelines.pretraining.quality import QualityReport, measure_folder
-from pipelines.pretraining.vae_stage import open_vae
 from sgmd_core.errors import SgmdError
+from workers.models.wan import open_autoencoder
 
 TEACHER_FOLDER = "teacher"
 # Ray Data lists files in a task of one whole CPU, beside the actor that encodes clips and holds a
@@ -141,7 +141,7 @@ def _train_denoiser(config: PretrainConfig, run_dir: Path) -> None:
 
 
 def _write_folder(config: PretrainConfig, run_dir: Path) -> None:
-    vae = open_vae(run_dir / VAE_FOLDER)
+    vae = open_autoencoder(run_dir / VAE_FOLDER)
     vocabulary = json.loads((run_dir / TEACHER_FOLDER / VOCABULARY_FILE).read_text())
     teacher = build_teacher(config, vocabulary, vae.vae.config["z_dim"])
     state = torch.load(run_dir / TEACHER_FOLDER / NETWORKS_FILE, weights_only=True)

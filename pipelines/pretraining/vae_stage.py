@@ -9,7 +9,6 @@ depends on (seed, step) alone, so a resumed run repeats the uninterrupted one.
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from pipelines.pretraining.config import VaeSettings
 from sgmd_core.errors import NonFiniteError
-from workers.models.wan import VideoVae
 
 _PIXEL_LEVELS = 255.0
 _MAX_GRAD_NORM = 1.0
@@ -149,12 +147,6 @@ class VaeTraining:
         length = min(self.settings.short_clip_frames, num_frames) if short else num_frames
         start = int(torch.randint(num_frames - length + 1, (), generator=generator))
         return to_unit_video(clips[index, start : start + length])
-
-
-def open_vae(folder: str | Path) -> VideoVae:
-    """Load an autoencoder that stage 1 has saved, frozen."""
-    vae = AutoencoderKLWan.from_pretrained(folder, dtype=torch.float32)
-    return VideoVae(vae.eval().requires_grad_(False))
 
 
 @torch.no_grad()

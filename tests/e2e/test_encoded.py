@@ -16,7 +16,8 @@ from sgmd_core.errors import NonFiniteError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import MODES, history, state
 from tests.helpers import tiny_wan
-from workers.models.folder import fingerprint, inspect_wan_folder
+from workers.models.content import fingerprint
+from workers.models.folder import inspect_wan_folder
 from workers.models.wan import load_text
 
 

@@ -1,29 +1,23 @@
-"""Looks a diffusers Wan folder over without loading a weight.
+"""Check a diffusers Wan folder before a long job starts, without reading a value of its weights.
 
-Configurations and safetensors headers say everything that has to fit before a long job starts:
-families, sizes, factors, and whether each weight file is whole.
+configurations -> networks without weights -> names, shapes and dtypes in the headers
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from sgmd_core.errors import ModelFolderError, ShapeError
-
-_FAMILIES = {
-    "transformer": "WanTransformer3DModel",
-    "vae": "AutoencoderKLWan",
-    "text_encoder": "UMT5EncoderModel",
-}
-_ENDS_BYTES = 2**20
-_REMEDY = "Point model.folder at a complete diffusers Wan text-to-video folder"
+from workers.models.architecture import architecture_of, build_without_weights
+from workers.models.family import (
+    REMEDY,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    VAE,
+    read_component,
+    read_configs,
+)
+from workers.models.weights import Architecture, WeightFiles, check_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +31,8 @@ class WanFolder:
         spatial_factor: Pixels a latent cell, along height and width.
         patch_size: Latent cells a transformer token, along time, height and width.
         text_width: Width of a caption embedding.
-        num_parameters: Parameters by component.
+        num_parameters: Parameters by component, each counted once.
+        weights: Weight files by component.
     """
 
     path: Path
@@ -47,6 +42,7 @@ class WanFolder:
     patch_size: tuple[int, int, int]
     text_width: int
     num_parameters: dict[str, int]
+    weights: dict[str, WeightFiles]
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape (channels, frames, rows, columns) of one clip's latents.
@@ -73,109 +69,90 @@ class WanFolder:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class CheckedComponent:
+    """A component whose weights are those of its network.
+
+    Attributes:
+        path: Its folder.
+        config: Its configuration, with the defaults of what the file leaves out.
+        architecture: The tensors of its network.
+        weights: Its weight files.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    architecture: Architecture
+    weights: WeightFiles
+
+
 def inspect_wan_folder(folder: str | Path) -> WanFolder:
-    """Reads configurations and weight headers of a diffusers Wan folder.
+    """Read configurations and weight headers of a diffusers Wan folder.
 
     Raises:
         ModelFolderError: The folder, a component or a weight file is missing, torn or of another
-            family; names the file.
+            kind of model, or weights and configurations do not belong together; names the file.
     """
-    path = Path(folder)
-    index = _read_json(path, "model_index.json")
-    for component, family in _FAMILIES.items():
-        found = index.get(component, [None, "nothing"])[1]
-        if found != family:
-            raise ModelFolderError(
-                f"reading {path / 'model_index.json'}",
-                f"{component} is {found}",
-                f"{component} to be {family}",
-                _REMEDY,
-            )
-    transformer = _read_json(path, "transformer/config.json")
-    vae = _read_json(path, "vae/config.json")
-    if transformer["in_channels"] != vae["z_dim"]:
-        raise ModelFolderError(
-            f"reading {path}",
-            f"a denoiser for {transformer['in_channels']} latent channels and a VAE with "
-            f"{vae['z_dim']}",
-            "the same number (a text-to-video model; image-to-video models take more channels)",
-            _REMEDY,
-        )
+    configs = read_configs(folder)
+    parts = {name: check_component(configs.path, name) for name in configs.components}
+    transformer, vae = parts[TRANSFORMER].config, parts[VAE].config
+    _require_alike(
+        configs.path,
+        ("transformer in_channels", transformer["in_channels"]),
+        ("vae z_dim", vae["z_dim"]),
+    )
+    _require_alike(
+        configs.path,
+        ("transformer text_dim", transformer["text_dim"]),
+        ("text_encoder d_model", parts[TEXT_ENCODER].config["d_model"]),
+    )
+    _require_statistics(configs.path / VAE, vae)
     frames, rows, columns = transformer["patch_size"]
     return WanFolder(
-        path=path,
+        path=configs.path,
         latent_channels=vae["z_dim"],
-        # Folders written before diffusers stored the factors are Wan 2.1: 4 and 8.
-        temporal_factor=vae.get("scale_factor_temporal", 4),
-        spatial_factor=vae.get("scale_factor_spatial", 8),
+        temporal_factor=vae["scale_factor_temporal"],
+        spatial_factor=vae["scale_factor_spatial"],
         patch_size=(frames, rows, columns),
         text_width=transformer["text_dim"],
-        num_parameters={name: _count_parameters(path / name) for name in _FAMILIES},
+        num_parameters={name: part.architecture.num_parameters for name, part in parts.items()},
+        weights={name: part.weights for name, part in parts.items()},
     )
 
 
-def fingerprint(folder: str | Path, components: Sequence[str]) -> str:
-    """Names the networks in some components of a folder, so that what they made can be recognised.
-
-    Sizes and names of all files count, and of each the first and the last MiB: that is all of a
-    configuration or a tokenizer, and of weights the header and the ends, which is quick for any
-    size.
-
-    Args:
-        folder: Diffusers folder.
-        components: Names of sub-folders, for example ["vae"].
+def check_component(folder: Path, component: str) -> CheckedComponent:
+    """Check one component of a folder, reading its configuration and its weight headers.
 
     Raises:
-        ModelFolderError: A component has no files.
+        ModelFolderError: As `inspect_wan_folder`.
     """
-    digest = hashlib.sha256()
-    for component in components:
-        part = Path(folder) / component
-        files = sorted(path for path in part.rglob("*") if path.is_file())
-        if not files:
-            raise ModelFolderError(f"looking for {part}", "no files there", remedy=_REMEDY)
-        for path in files:
-            size = path.stat().st_size
-            digest.update(f"{component}/{path.relative_to(part)}\n{size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_ENDS_BYTES))
-                file.seek(-min(size, _ENDS_BYTES), os.SEEK_END)
-                digest.update(file.read())
-    return digest.hexdigest()[:16]
+    part = folder / component
+    network: Any = build_without_weights(part, read_component(folder, component))
+    architecture = architecture_of(part, network)
+    config = network.config
+    settings = config.to_dict() if component == TEXT_ENCODER else dict(config)
+    return CheckedComponent(part, settings, architecture, check_weights(part, architecture))
 
 
-def _read_json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        return json.loads((path / name).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+def _require_alike(path: Path, *settings: tuple[str, int]) -> None:
+    if len({value for _, value in settings}) > 1:
         raise ModelFolderError(
-            f"reading {path / name}",
-            f"{type(error).__name__}: {error}",
-            "a diffusers model folder",
-            _REMEDY,
-        ) from error
-
-
-def _count_parameters(component: Path) -> int:
-    files = sorted(component.glob("*.safetensors"))
-    if not files:
-        raise ModelFolderError(
-            f"looking for weights in {component}",
-            "no .safetensors file",
-            "safetensors weights (pickled .bin files are refused)",
-            _REMEDY,
+            f"reading {path}",
+            " and ".join(f"{name} {value}" for name, value in settings),
+            "the same number: components of one text-to-video model",
+            REMEDY,
         )
-    return sum(_parameters_in(file) for file in files)
 
 
-def _parameters_in(file: Path) -> int:
-    try:
-        with safe_open(file, framework="pt") as weights:
-            return sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ModelFolderError(
-            f"reading the header of {file}",
-            f"{type(error).__name__}: {error}",
-            "a complete safetensors file",
-            "Copy the file again; it is probably cut short",
-        ) from error
+def _require_statistics(part: Path, config: dict[str, Any]) -> None:
+    """Check the mean and the deviation that latents are normalised with."""
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        fits = isinstance(values, list | tuple) and len(values) == config["z_dim"]
+        if not fits or (name == "latents_std" and not all(value > 0 for value in values)):
+            raise ModelFolderError(
+                f"reading {part}",
+                f"{name} = {values}",
+                f"{config['z_dim']} numbers" + ", above 0" * (name == "latents_std"),
+                REMEDY,
+            )

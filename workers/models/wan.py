@@ -14,25 +14,33 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from cluster.files import whole_folder
-from sgmd_core.errors import ModelFolderError, ShapeError
+from sgmd_core.errors import ShapeError
+from workers.models.family import (
+    INDEX_FILE,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    VAE,
+    read_json,
+    require_supported_index,
+)
+from workers.models.loading import (
+    TOKENIZER,
+    load_network,
+    load_tokenizer,
+    require_telling_apart,
+)
 from workers.models.scheduler import build_scheduler
+from workers.models.weights import find_weights
 
 _TIME_SCALE = 1000.0
-_INDEX_FILE = "model_index.json"
-_PIPELINE_CLASS = "WanPipeline"
-_REMEDY = "Give a diffusers folder of a Wan text-to-video model, or download it again"
-
-Component = TypeVar("Component")
 
 
 class WanVelocity(nn.Module):
@@ -204,29 +212,33 @@ class VideoVae:
         return mean[None, :, None, None, None], std[None, :, None, None, None]
 
 
-def load_transformer(folder: str | Path) -> WanVelocity:
-    """Load the denoiser of a Wan folder in float32, in evaluation mode.
+def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> WanVelocity:
+    """Load the denoiser of a Wan folder in evaluation mode.
 
     Raises:
-        ModelFolderError: the folder or a file is missing, corrupt or not Wan's.
+        ModelFolderError: The folder or a file is missing, corrupt or not Wan's, or the weights are
+            not those of the network.
     """
-    part = _component_folder(Path(folder), "transformer")
-    transformer = _load(
-        part, lambda: WanTransformer3DModel.from_pretrained(part, dtype=torch.float32)
-    )
-    return WanVelocity(transformer.eval())
+    require_supported_index(Path(folder))
+    return WanVelocity(load_network(WanTransformer3DModel, Path(folder), TRANSFORMER, dtype=dtype))
 
 
-def load_text(folder: str | Path) -> CaptionEncoder:
+def load_text(folder: str | Path, dtype: torch.dtype | None = None) -> CaptionEncoder:
     """Load tokenizer and text encoder of a Wan folder, frozen.
 
+    Args:
+        folder: The Wan folder.
+        dtype: Of the text encoder; None takes what transformers takes by default.
+
     Raises:
-        ModelFolderError: the folder or a file is missing, corrupt or not Wan's.
+        ModelFolderError: As `load_transformer`; or all captions get the same embedding.
     """
-    part = _component_folder(Path(folder), "text_encoder")
-    text_encoder = _load(part, lambda: UMT5EncoderModel.from_pretrained(part))
-    tokenizer = _load_tokenizer(Path(folder))
-    return CaptionEncoder(tokenizer, text_encoder.eval().requires_grad_(False))
+    require_supported_index(Path(folder))
+    options = {} if dtype is None else {"dtype": dtype}
+    text_encoder = load_network(UMT5EncoderModel, Path(folder), TEXT_ENCODER, **options)
+    tokenizer = load_tokenizer(Path(folder))
+    require_telling_apart(Path(folder) / TEXT_ENCODER, tokenizer, text_encoder)
+    return CaptionEncoder(tokenizer, text_encoder.requires_grad_(False))
 
 
 def token_counter(folder: str | Path) -> Callable[[Sequence[str]], list[int]]:
@@ -235,8 +247,8 @@ def token_counter(folder: str | Path) -> Callable[[Sequence[str]], list[int]]:
     Raises:
         ModelFolderError: the folder is not Wan's, or has no tokenizer.
     """
-    _require_wan(Path(folder))
-    tokenizer = _load_tokenizer(Path(folder))
+    require_supported_index(Path(folder))
+    tokenizer = load_tokenizer(Path(folder))
 
     def count(captions: Sequence[str]) -> list[int]:
         return [len(ids) for ids in tokenizer([prompt_clean(c) for c in captions]).input_ids]
@@ -250,9 +262,22 @@ def load_vae(folder: str | Path) -> VideoVae:
     Raises:
         ModelFolderError: the folder or a file is missing, corrupt or not Wan's.
     """
-    part = _component_folder(Path(folder), "vae")
-    vae = _load(part, lambda: AutoencoderKLWan.from_pretrained(part, dtype=torch.float32))
-    return VideoVae(vae.eval().requires_grad_(False))
+    require_supported_index(Path(folder))
+    return open_autoencoder(Path(folder) / VAE)
+
+
+def open_autoencoder(folder: str | Path) -> VideoVae:
+    """Load an autoencoder that is not part of a Wan folder, in float32, frozen.
+
+    Args:
+        folder: Folder called `vae` that diffusers has saved.
+
+    Raises:
+        ModelFolderError: As `load_transformer`.
+    """
+    part = Path(folder)
+    vae = load_network(AutoencoderKLWan, part.parent, part.name, dtype=torch.float32)
+    return VideoVae(vae.requires_grad_(False))
 
 
 def save_generator_pipeline(
@@ -275,81 +300,14 @@ def save_generator_pipeline(
     denoiser.load_state_dict(dict(weights))
     # The base's own scheduler may take other steps than the generator was trained on.
     scheduler = build_scheduler(flow_shift)
-    index = _read_json(base / _INDEX_FILE, base)
+    index = read_json(base / INDEX_FILE)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     with whole_folder(dst) as draft:
-        for name in ("vae", "text_encoder", "tokenizer"):
-            shutil.copytree(base / name, draft / name)
+        shutil.copytree(base / TOKENIZER, draft / TOKENIZER)
+        for name in (VAE, TEXT_ENCODER):
+            # Weight files that nothing loads, pickles among them, have no place in an export.
+            unused = [path.name for path in find_weights(base / name).unused]
+            shutil.copytree(base / name, draft / name, ignore=lambda _, __, names=unused: names)
         scheduler.save_pretrained(draft / "scheduler")
-        (draft / _INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         denoiser.transformer.save_pretrained(draft / "transformer")
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    tokens = folder / "tokenizer"
-    _require_file(tokens / "tokenizer_config.json", folder)
-    return _load(tokens, lambda: AutoTokenizer.from_pretrained(tokens))
-
-
-def _component_folder(folder: Path, name: str) -> Path:
-    """Check that a component of a Wan folder is complete, and return its folder."""
-    _require_wan(folder)
-    part = folder / name
-    _require_file(part / "config.json", folder)
-    _read_json(part / "config.json", folder)
-    if not any(part.glob("*.safetensors")):
-        raise ModelFolderError(
-            f"loading {name} from {folder}",
-            f"no weights: no *.safetensors file in {part}",
-            "safetensors weights beside config.json",
-            _REMEDY,
-        )
-    return part
-
-
-def _require_wan(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ModelFolderError(
-            f"loading a Wan model from {folder}", "no such folder", "a diffusers folder", _REMEDY
-        )
-    _require_file(folder / _INDEX_FILE, folder)
-    found = _read_json(folder / _INDEX_FILE, folder).get("_class_name")
-    if found != _PIPELINE_CLASS:
-        raise ModelFolderError(
-            f"loading a Wan model from {folder}",
-            f"{folder / _INDEX_FILE} says _class_name={found!r}",
-            f"_class_name={_PIPELINE_CLASS!r}",
-            _REMEDY,
-        )
-
-
-def _require_file(path: Path, folder: Path) -> None:
-    if not path.is_file():
-        raise ModelFolderError(
-            f"loading a Wan model from {folder}", f"the file {path} is missing", "", _REMEDY
-        )
-
-
-def _read_json(path: Path, folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelFolderError(
-            f"loading a Wan model from {folder}",
-            f"the file {path} is not JSON ({error})",
-            "",
-            _REMEDY,
-        ) from error
-
-
-def _load(part: Path, load: Callable[[], Component]) -> Component:
-    try:
-        return load()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        weights = ", ".join(sorted(file.name for file in part.glob("*.safetensors"))) or "files"
-        raise ModelFolderError(
-            f"loading {part}",
-            f"{weights} or its configuration could not be read ({error})",
-            "complete, matching weights",
-            _REMEDY,
-        ) from error

@@ -22,7 +22,8 @@ from pipelines.data.making.rejections import counts_by_reason
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.schema import TEXT_COMPONENTS, Encoding
 from sgmd_core.errors import DataError
-from workers.models.folder import fingerprint, inspect_wan_folder
+from workers.models.content import fingerprint
+from workers.models.folder import inspect_wan_folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,206 @@
+"""Digest the content of a model folder, and find weights that are not finite, in one pass.
+
+    every tensor: dtype, shape, all values -> SHA-256  \\
+    config.json without notes of versions              -> digest of a component
+    every file of tokenizer and scheduler              /
+
+Where a folder lies, how its weights are cut into shards and which program wrote them does not
+count; every value does. Digests of large files are remembered in the user's cache under path, inode,
+size and times, because 28 GB take about 20 s on one core at 1.5 GB/s (measured for SHA-256), and the
+disk may take longer.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sgmd_core.errors import ModelFolderError
+from workers.models.family import CONFIG_FILE, REMEDY, TEXT_ENCODER, TRANSFORMER, VAE, read_json
+from workers.models.weights import find_weights
+
+MODEL_COMPONENTS = (TRANSFORMER, TEXT_ENCODER, VAE, "tokenizer", "scheduler")
+"""The components that decide what a model makes."""
+
+# Values of a tensor that are looked at together: bounds the memory that a large embedding takes.
+_PART_VALUES = 2**24
+# Smaller files are read faster than they could be looked up with care.
+_MIN_REMEMBERED_BYTES = 2**26
+# A file that has just been written may be written again within the resolution of its times.
+_SETTLED_S = 2.0
+# Keys of configurations that say who wrote the file, not what it holds.
+_NOTES = ("_diffusers_version", "_name_or_path", "transformers_version")
+_MAX_FILES_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FileContent:
+    """Content of one safetensors file.
+
+    Attributes:
+        tensors: Digest of dtype, shape and every value, by name.
+        not_finite: Names of the tensors that hold a NaN or an infinity.
+    """
+
+    tensors: dict[str, str]
+    not_finite: list[str]
+
+
+def fingerprint(folder: str | Path, components: Sequence[str]) -> str:
+    """Name the content of some components of a folder, so that what they made can be recognised.
+
+    Args:
+        folder: Diffusers folder.
+        components: Names of sub-folders, for example ["vae"].
+
+    Raises:
+        ModelFolderError: A component has no files or weights that are not finite.
+    """
+    digests = [component_digest(Path(folder) / component) for component in components]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
+
+
+def model_digests(folder: str | Path) -> dict[str, str]:
+    """Digest of each of `MODEL_COMPONENTS`.
+
+    Raises:
+        ModelFolderError: As `fingerprint`.
+    """
+    return {name: component_digest(Path(folder) / name) for name in MODEL_COMPONENTS}
+
+
+def component_digest(part: Path) -> str:
+    """Digest of one component: 16 hexadecimal digits.
+
+    Raises:
+        ModelFolderError: There are no files, or weights that are not finite.
+    """
+    digest = hashlib.sha256(f"{part.name}\n".encode())
+    if part.name in (TRANSFORMER, TEXT_ENCODER, VAE):
+        digest.update(_without_notes(part / CONFIG_FILE))
+        for name, value in sorted(_tensors(part).items()):
+            digest.update(f"{name} {value}\n".encode())
+        return digest.hexdigest()[:16]
+    files = sorted(path for path in part.rglob("*") if path.is_file())
+    if not files:
+        raise ModelFolderError(
+            f"looking for {part}", "no files there", "a diffusers folder", REMEDY
+        )
+    for path in files:
+        digest.update(f"{path.relative_to(part)}\n".encode())
+        is_config = path.name.endswith("config.json")
+        digest.update(_without_notes(path) if is_config else path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def read_content(file: Path) -> FileContent:
+    """Read every value of a safetensors file, or remember what an earlier reading found.
+
+    Raises:
+        ModelFolderError: The file is missing or torn.
+    """
+    try:
+        before = _stamp(file)
+        remembered = _recall(file, before)
+        if remembered is not None:
+            return remembered
+        content = _read(file)
+        if before == _stamp(file):
+            _remember(file, before, content)
+        return content
+    except (OSError, SafetensorError) as error:
+        raise ModelFolderError(
+            f"reading the weights of {file}",
+            f"{type(error).__name__}: {error}",
+            "a complete safetensors file",
+            "Copy the file again",
+        ) from error
+
+
+def _tensors(part: Path) -> dict[str, str]:
+    files = find_weights(part).used
+    workers = min(_MAX_FILES_AT_ONCE, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        contents = dict(zip(files, pool.map(read_content, files), strict=True))
+    for file, content in contents.items():
+        if content.not_finite:
+            raise ModelFolderError(
+                f"reading the weights of {file}",
+                f"NaN or infinity in {len(content.not_finite)} tensors, first in "
+                f"{content.not_finite[0]}",
+                "finite weights",
+                "Copy the file again, or go back to a state before the training diverged",
+            )
+    return {name: value for content in contents.values() for name, value in content.tensors.items()}
+
+
+def _read(file: Path) -> FileContent:
+    tensors: dict[str, str] = {}
+    not_finite: list[str] = []
+    with safe_open(file, framework="pt") as weights:
+        for name in sorted(weights.keys()):
+            tensors[name], is_finite = _digest(weights.get_tensor(name))
+            if not is_finite:
+                not_finite.append(name)
+    return FileContent(tensors, not_finite)
+
+
+def _digest(tensor: Tensor) -> tuple[str, bool]:
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    is_finite = True
+    for part in tensor.contiguous().flatten().split(_PART_VALUES):
+        if part.numel():
+            digest.update(part.view(torch.uint8).numpy())
+            is_finite = is_finite and bool(torch.isfinite(part).all())
+    return digest.hexdigest(), is_finite
+
+
+def _without_notes(path: Path) -> bytes:
+    content = {key: value for key, value in read_json(path).items() if key not in _NOTES}
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _stamp(file: Path) -> list[int]:
+    """Changes whenever a file does: times in nanoseconds, of content and of attributes."""
+    facts = file.stat()
+    return [facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns]
+
+
+def _entry(file: Path) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:32]
+    return Path(base) / "sgmd" / "weights" / f"{name}.json"
+
+
+def _recall(file: Path, stamp: list[int]) -> FileContent | None:
+    if stamp[1] < _MIN_REMEMBERED_BYTES:
+        return None
+    try:
+        entry = json.loads(_entry(file).read_text(encoding="utf-8"))
+        if entry["stamp"] == stamp:
+            return FileContent(dict(entry["tensors"]), list(entry["not_finite"]))
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        pass  # Nothing that can be used: read the file.
+    return None
+
+
+def _remember(file: Path, stamp: list[int], content: FileContent) -> None:
+    is_settled = time.time_ns() - max(stamp[2:]) > _SETTLED_S * 1e9
+    if stamp[1] < _MIN_REMEMBERED_BYTES or not is_settled:
+        return
+    try:
+        entry = _entry(file)
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        draft = entry.with_name(f".{entry.name}.{os.getpid()}")
+        draft.write_text(json.dumps({"stamp": stamp, **asdict(content)}), encoding="utf-8")
+        draft.replace(entry)
+    except (OSError, RuntimeError):
+        pass  # Costs time alone: the file is read again the next time.

@@ -1,0 +1,158 @@
+"""Load networks and tokenizer of a Wan folder from safetensors files, whole or not at all.
+
+A library that misses a tensor draws new random weights and says so in a log line. Here that is an
+error. Nothing is unpickled, no code that a folder brings along is run, and nothing is looked up on
+the hub.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from sgmd_core.errors import ModelFolderError
+from workers.models.family import REMEDY
+from workers.models.folder import CheckedComponent, check_component
+
+TOKENIZER = "tokenizer"
+"""Folder of the tokenizer."""
+
+_MAX_NAMED = 4
+
+
+def load_network(network: Any, folder: Path, component: str, **options: Any) -> Any:  # noqa: ANN401  (a class of diffusers or transformers)
+    """Load a network in evaluation mode, every tensor of it from the files.
+
+    Args:
+        network: Class of diffusers or transformers.
+        folder: Folder that holds the component's folder.
+        component: Name of the component.
+        **options: For `from_pretrained`.
+
+    Raises:
+        ModelFolderError: A file is missing, torn or of another network, or the library has not
+            taken every tensor from the files.
+    """
+    part = check_component(folder, component)
+    try:
+        loaded, info = network.from_pretrained(
+            part.path,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise _unreadable(part.path, error) from error
+    _require_all_loaded(part, info)
+    _require_finite(part, loaded)
+    return loaded.eval()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a Wan folder.
+
+    Raises:
+        ModelFolderError: A file is missing or cannot be read, or the tokenizer needs code.
+    """
+    tokens = folder / TOKENIZER
+    if not (tokens / "tokenizer_config.json").is_file():
+        raise ModelFolderError(
+            f"loading a Wan model from {folder}",
+            f"the file {tokens / 'tokenizer_config.json'} is missing",
+            "a tokenizer of transformers",
+            REMEDY,
+        )
+    try:
+        # Code that a folder brings along is never run, and nothing is looked up elsewhere.
+        return AutoTokenizer.from_pretrained(tokens, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise _unreadable(tokens, error) from error
+
+
+@torch.no_grad()
+def require_telling_apart(
+    part: Path, tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel
+) -> None:
+    """Check on two captions of one token that a text encoder is whole and finite.
+
+    Raises:
+        ModelFolderError: It gives both the same embedding or a NaN, or has fewer embeddings than
+            the tokenizer has tokens.
+    """
+    special = set(tokenizer.all_special_ids)
+    size = text_encoder.config.vocab_size
+    if len(tokenizer) > size:
+        raise ModelFolderError(
+            f"loading {part}",
+            f"a tokenizer of {len(tokenizer)} tokens for embeddings of {size}",
+            "the tokenizer of this text encoder",
+            REMEDY,
+        )
+    words = [index for index in range(min(size, len(special) + 2)) if index not in special][:2]
+    if len(words) < 2:
+        return
+    tokens = torch.tensor([[word] for word in words], device=text_encoder.device)
+    first, second = text_encoder(tokens).last_hidden_state
+    is_finite = bool(torch.isfinite(first).all() and torch.isfinite(second).all())
+    if not is_finite or torch.equal(first, second):
+        raise ModelFolderError(
+            f"loading {part}",
+            "the same embedding for two different captions" if is_finite else "NaN in embeddings",
+            "embeddings that are finite and tell captions apart",
+            "Download the text encoder again, and install the versions that constraints.txt pins: "
+            "transformers 5.0 to 5.2 lose the embedding of UMT5",
+        )
+
+
+def _require_all_loaded(part: CheckedComponent, info: Mapping[str, Any]) -> None:
+    """Refuse a network that the library has filled up with new random weights."""
+    problems = {
+        "newly initialised": sorted(info.get("missing_keys") or ()),
+        "not used": [
+            name
+            for name in sorted(info.get("unexpected_keys") or ())
+            if not part.architecture.ignores(name)
+        ],
+        "of another shape": [str(item) for item in info.get("mismatched_keys") or ()],
+        "failed": [str(item) for item in info.get("error_msgs") or ()],
+    }
+    found = [
+        f"{len(names)} tensors {kind} ({', '.join(names[:_MAX_NAMED])})"
+        for kind, names in problems.items()
+        if names
+    ]
+    if found:
+        raise ModelFolderError(
+            f"loading {part.path}",
+            "; ".join(found),
+            "every tensor of the network from the files, although their names are right",
+            "Install the library versions that constraints.txt pins; transformers 5.0 to 5.2 lose "
+            "the embedding of UMT5",
+        )
+
+
+def _require_finite(part: CheckedComponent, network: nn.Module) -> None:
+    """Refuse NaN and infinities, of the file or of a conversion to a narrower type."""
+    for name, value in network.named_parameters():
+        if not torch.isfinite(value).all():
+            raise ModelFolderError(
+                f"loading {part.path}",
+                f"NaN or infinity in {name}",
+                "finite weights",
+                "Copy the files again, or go back to a state before the training diverged",
+            )
+
+
+def _unreadable(part: Path, error: Exception) -> ModelFolderError:
+    files = ", ".join(sorted(file.name for file in part.glob("*.safetensors"))) or "its files"
+    return ModelFolderError(
+        f"loading {part}",
+        f"{files} or the configuration could not be read ({error})",
+        "complete, matching files",
+        REMEDY,
+    )
