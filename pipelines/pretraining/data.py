@@ -21,6 +21,7 @@ from pipelines.data.shards.parquet import open_parquet
 from pipelines.media.video import decode_video
 from pipelines.pretraining.config import WorldSettings
 from sgmd_core.errors import DataError
+from workers.models.wan import open_autoencoder
 
 Batch = dict[str, NDArray[Any]]
 

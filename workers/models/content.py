@@ -1,12 +1,8 @@
 """Digest the content of a model folder, and find weights that are not finite, in one pass.
 
-    every tensor: dtype, shape, all values -> SHA-256  \\
-    config.json without notes of versions              -> digest of a component
-    every file of tokenizer and scheduler              /
-
 Where a folder lies, how its weights are cut into shards and which program wrote them does not
-count; every value does. Digests of large files are remembered in the user's cache under path, inode,
-size and times, because 28 GB take about 20 s on one core at 1.5 GB/s (measured for SHA-256), and the
+count; every value does. Digests of large files are remembered in the user's cache under path,
+inode, size and times: SHA-256 takes about 20 s for 28 GB on one core (1.5 GB/s measured), and the
 disk may take longer.
 """
 
