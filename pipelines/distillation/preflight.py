@@ -12,7 +12,7 @@ from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
 from workers.measures import MIN_FRAMES
-from workers.models.content import fingerprint
+from workers.models.content import fingerprint, model_digests
 from workers.models.folder import WanFolder, inspect_wan_folder
 from workers.optical_flow import MIN_SIDE_PX
 
@@ -23,6 +23,7 @@ class Preflight:
 
     Attributes:
         model: The networks' folder.
+        content: Digest of each of its components, wherever the folder is.
         latent_shape: (channels, frames, rows, columns) of one sample.
         source: The training data, and what is read of them.
         data: What a first look at them tells.
@@ -31,6 +32,7 @@ class Preflight:
     """
 
     model: WanFolder
+    content: dict[str, str]
     latent_shape: tuple[int, int, int, int]
     source: Source
     data: FolderFacts
@@ -44,6 +46,11 @@ class Preflight:
             "run_folder": str(config.run_folder),
             "model": str(self.model.path),
             "num_parameters": self.model.num_parameters,
+            "unused_weight_files": [
+                str(file.relative_to(self.model.path))
+                for part in self.model.weights.values()
+                for file in part.unused
+            ],
             "latent_shape": list(self.latent_shape),
             "training_rows": self.data.num_rows,
             "training_shards": self.data.num_shards,
@@ -80,6 +87,7 @@ def check(config: DistillConfig) -> Preflight:
         source = replace(source, columns=(TEXT_EMBEDS,), encoding=data.encoding)
     return Preflight(
         model=model,
+        content=model_digests(model.path),
         latent_shape=latent_shape,
         source=source,
         data=data,

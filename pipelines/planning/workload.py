@@ -36,6 +36,12 @@ from pipelines.distillation.algorithm import (
 from pipelines.distillation.costs import mean_rollout, stage_passes
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
+from workers.models.family import (
+    INDEX_FILE,
+    TRANSFORMER,
+    read_component,
+    require_supported_index,
+)
 from workers.models.wan_arithmetic import WanShape
 
 _COUNTED_WITH = {ANCHOR: DENOISE, DIVERSIFY: LEARN}
@@ -99,6 +105,7 @@ class Workload:
 
         Raises:
             ConfigError: There is no such shape or folder, or the clip does not fit it.
+            ModelFolderError: The folder holds another kind of model.
         """
         shape, factors = _known(model) if model else _read(config.model_folder)
         diversity = config.generator.diversity
@@ -213,6 +220,8 @@ def _known(model: str) -> tuple[WanShape, tuple[int, int]]:
 
 def _read(folder: Path) -> tuple[WanShape, tuple[int, int]]:
     """Shape and factors from a folder's configurations; its weights need not be there."""
+    if (folder / INDEX_FILE).exists():
+        require_supported_index(folder)
     try:
         config = _json(folder / "transformer" / "config.json")
         vae = _json(folder / "vae" / "config.json")
@@ -224,6 +233,7 @@ def _read(folder: Path) -> tuple[WanShape, tuple[int, int]]:
             "transformer/config.json and vae/config.json of a diffusers Wan folder",
             f"Set model.folder, or plan for a known shape: --model {' or '.join(KNOWN_SHAPES)}",
         ) from error
+    read_component(folder, TRANSFORMER)
     factors = (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8))
     return shape, factors
 

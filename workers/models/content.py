@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cluster.files import write_whole
 from sgmd_core.errors import ModelFolderError
 from workers.models.family import CONFIG_FILE, REMEDY, TEXT_ENCODER, TRANSFORMER, VAE, read_json
 from workers.models.weights import find_weights
@@ -195,8 +196,6 @@ def _remember(file: Path, stamp: list[int], content: FileContent) -> None:
     try:
         entry = _entry(file)
         entry.parent.mkdir(parents=True, exist_ok=True)
-        draft = entry.with_name(f".{entry.name}.{os.getpid()}")
-        draft.write_text(json.dumps({"stamp": stamp, **asdict(content)}), encoding="utf-8")
-        draft.replace(entry)
+        write_whole(entry, json.dumps({"stamp": stamp, **asdict(content)}).encode())
     except (OSError, RuntimeError):
         pass  # Costs time alone: the file is read again the next time.

@@ -15,7 +15,7 @@ from pipelines.config.recipe_files import known_keys, load, shipped_recipes
 from sgmd_core.errors import ConfigError
 
 NAMES = [recipe.name for recipe in shipped_recipes()]
-DISTILL_NAMES = ["tiny", "wan-1.3b"]
+DISTILL_NAMES = ["tiny", "wan-1.3b", "wan21-1.3b-released"]
 
 
 def refusal(*overrides: str, recipe: str = "tiny") -> str:
@@ -437,3 +437,80 @@ def test_nixl_is_refused_where_it_cannot_work(settings, words):
 
 def test_nixl_may_be_asked_for_where_every_role_has_a_gpu():
     assert load_recipe("wan-1.3b", ["topology.transport=nixl"]).topology.transport == "nixl"
+
+
+# The released 1.3B training by the keys of our recipe: its YAML, or else the defaults of its code.
+RELEASED = {
+    "iterations": 1000,
+    "video.num_frames": 81,
+    "video.height": 480,
+    "video.width": 832,
+    "video.fps": 16,
+    "model.text_length": 512,
+    "batch.exit_draws": 1,
+    "schedule.shift": 5.0,
+    "schedule.score_shift": None,
+    "schedule.score_sigma_min": 0.02,
+    "schedule.score_sigma_max": 0.98,
+    "objective.method": "sgmd",
+    "objective.form": "released",
+    "objective.lambda_nr": 0.1,
+    "objective.lambda_rc": None,
+    "objective.normalizer_eps": 1e-8,
+    "objective.sigma_floor": 1e-8,
+    "objective.fake_updates": 1,
+    "generator.num_steps": 4,
+    "generator.ema_decay": 0.0,
+    "generator.diversity": {"weight": 0.05, "teacher_steps": 30, "anchor_step": 5},
+    "generator.optimizer": {
+        "lr": 2e-6,
+        "betas": [0.0, 0.999],
+        "weight_decay": 0.01,
+        "eps": 1e-8,
+        "max_grad_norm": 10.0,
+        "warmup_iterations": 0,
+    },
+    "fake_score.tracking": "fresh",
+    "fake_score.ida_decay": 1.0,
+    "fake_score.optimizer": {
+        "lr": 4e-7,
+        "betas": [0.0, 0.999],
+        "weight_decay": 0.01,
+        "eps": 1e-8,
+        "max_grad_norm": 10.0,
+        "warmup_iterations": 0,
+    },
+    "generator.compute.precision": "bf16",
+    "generator.compute.checkpointing": True,
+    "fake_score.compute.precision": "bf16",
+    "fake_score.compute.checkpointing": True,
+    "teacher.compute.precision": "bf16",
+    "teacher.guidance_scale": 3.0,
+    "checkpoint.every": 100,
+    "checkpoint.keep": 10,
+}
+
+
+def value_of(settings: dict[str, object], key: str) -> object:
+    for part in key.split("."):
+        settings = settings[part]  # type: ignore[assignment]
+    return settings
+
+
+def test_the_released_recipe_has_every_value_of_the_released_training():
+    settings = load_recipe("wan21-1.3b-released").model_dump(mode="json")
+    assert {key: value_of(settings, key) for key in RELEASED} == RELEASED
+
+
+def test_our_recipe_differs_from_the_released_one_where_it_says_so():
+    ours, released = (
+        load_recipe(name).model_dump(mode="json") for name in ("wan-1.3b", "wan21-1.3b-released")
+    )
+    differing = {key for key in RELEASED if value_of(ours, key) != value_of(released, key)}
+    assert differing == {
+        "batch.exit_draws",
+        "generator.ema_decay",
+        "generator.diversity",
+        "fake_score.tracking",
+        "checkpoint.keep",
+    }
