@@ -155,7 +155,7 @@ def _digest(tensor: Tensor) -> tuple[str, bool]:
     is_finite = True
     for part in tensor.contiguous().flatten().split(_PART_VALUES):
         if part.numel():
-            digest.update(part.view(torch.uint8).numpy())
+            digest.update(memoryview(part.view(torch.uint8).numpy()))  # pyright: ignore[reportArgumentType]
             is_finite = is_finite and bool(torch.isfinite(part).all())
     return digest.hexdigest(), is_finite
 

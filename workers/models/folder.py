@@ -149,7 +149,9 @@ def _require_statistics(part: Path, config: dict[str, Any]) -> None:
     for name in ("latents_mean", "latents_std"):
         values = config.get(name)
         fits = isinstance(values, list | tuple) and len(values) == config["z_dim"]
-        if not fits or (name == "latents_std" and not all(value > 0 for value in values)):
+        if fits and name == "latents_std":
+            fits = all(value > 0 for value in values or ())
+        if not fits:
             raise ModelFolderError(
                 f"reading {part}",
                 f"{name} = {values}",
