@@ -47,6 +47,7 @@ class ProxyBook:
         requests: (method, path with query) of every request, in order.
         troubles: How often each trouble was made.
         sent: Bytes of all answers that came through whole.
+        current: Path of the request that the plan is asked about.
     """
 
     endpoint: str
@@ -55,10 +56,12 @@ class ProxyBook:
     requests: list[tuple[str, str]] = field(default_factory=list)
     troubles: dict[Trouble, int] = field(default_factory=dict)
     sent: int = 0
+    current: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, method: str, path: str) -> Trouble:
         with self._lock:
+            self.current = path
             trouble = self.plan(len(self.requests))
             self.requests.append((method, path))
             self.troubles[trouble] = self.troubles.get(trouble, 0) + 1

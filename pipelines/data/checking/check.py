@@ -143,6 +143,8 @@ def _open_all(
     shards: list[_OpenShard] = []
     unreadable: list[Rejection] = []
     for chapter in list_chapters(filesystem, root, _AT_ONCE):
+        # Spark writes parts of no byte; training leaves them out too.
+        chapter = tuple(shard for shard in chapter if shard.num_bytes)
         listed += chapter
         files = [(f"{root}/{shard.path}", shard.num_bytes) for shard in chapter]
         footers = read_footers(filesystem, files, S3Settings())

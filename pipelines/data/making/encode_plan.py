@@ -107,7 +107,9 @@ def _shards(filesystem: AbstractFileSystem, root: str) -> Iterator[tuple[Shard, 
     if index is not None:
         yield from ((shard, "") for shard in index)
         return
-    for chapter in list_chapters(filesystem, root, _AT_ONCE):
+    for listed in list_chapters(filesystem, root, _AT_ONCE):
+        # Spark writes parts of no byte; training leaves them out too.
+        chapter = [shard for shard in listed if shard.num_bytes]
         files = [(f"{root}/{shard.path}", shard.num_bytes) for shard in chapter]
         for shard, footer in zip(
             chapter, read_footers(filesystem, files, S3Settings()), strict=True

@@ -8,6 +8,7 @@ a server that is down are told before anything starts. No error shows a key.
 """
 
 import errno
+import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ import pyarrow as pa
 from aiohttp import ClientPayloadError
 from botocore import exceptions as boto
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
 from sgmd_core.errors import ConfigError, DataError
@@ -57,8 +59,11 @@ class S3Settings:
         max_attempts: Tries of one request, the first one included. After a 5xx, SlowDown, timeout
             or broken connection the SDK waits, at random and twice as long each time, up to 20 s.
         retry_mode: `adaptive` also sends fewer requests after a SlowDown.
-        read_attempts: Tries of one whole row group, on top; what is broken after them is
-            quarantined if the data are at fault, and stops the run if the server is.
+        read_attempts: Tries of one read after its answer broke off or the server failed; what is
+            not served after them is quarantined while the server serves other files, and stops the
+            run if it does not.
+        read_budget_s: Time that all tries of one read may take together, and a second more for
+            each MiB. A read that takes long is reported at each quarter of it.
         backoff_s: Wait before the second of these tries; it doubles with each, up to 30 s.
         native_reads: Read row groups with Arrow's own clients first, also of local files; what
             they cannot read comes through fsspec, as all the rest does.
@@ -71,12 +76,19 @@ class S3Settings:
     max_attempts: int = 5
     retry_mode: Literal["standard", "adaptive"] = "standard"
     read_attempts: int = 4
+    read_budget_s: float = 120.0
     backoff_s: float = 0.5
     native_reads: bool = True
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        for name in ("connect_timeout_s", "read_timeout_s", "max_attempts", "read_attempts"):
+        for name in (
+            "connect_timeout_s",
+            "read_timeout_s",
+            "max_attempts",
+            "read_attempts",
+            "read_budget_s",
+        ):
             value = getattr(self, name)
             if value <= 0:
                 raise ConfigError("reading the settings", f"data.s3.{name}: {value}", "above 0")
@@ -105,9 +117,8 @@ def open_folder(
             the bucket and the endpoint is wrong.
     """
     attempted = f"opening the data folder {without_secrets(url)}"
-    options = _s3_options(s3) if url.startswith(("s3://", "s3a://")) else {}
     try:
-        filesystem, root = fsspec.core.url_to_fs(url, **options)
+        filesystem, root = _open(url, s3)
     except (ImportError, ValueError) as error:
         raise DataError(
             attempted,
@@ -123,6 +134,19 @@ def open_folder(
                 "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1
             )
     return filesystem, root
+
+
+def _open(url: str, s3: S3Settings) -> tuple[AbstractFileSystem, str]:
+    """File system and path of an address, in which `::`, `#`, `?` and `%` are characters."""
+    protocol, separator, path = url.partition("://")
+    if not separator or protocol in ("file", "local"):
+        return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url))
+    if protocol not in ("s3", "s3a"):
+        return fsspec.core.url_to_fs(url)
+    filesystem = S3FileSystem(**_s3_options(s3))
+    # The SDK repeats requests; s3fs would repeat each of them five times again.
+    filesystem.retries = 1
+    return filesystem, path
 
 
 @contextmanager
@@ -154,7 +178,7 @@ def storage_error(attempted: str, error: BaseException) -> DataError:
         attempted,
         found,
         "a file or folder that can be read whole",
-        "If a file was cut short, write it again; on S3, check AWS_ENDPOINT_URL and the keys",
+        "If a file was cut short or damaged, write it again",
     )
 
 
@@ -200,7 +224,52 @@ def _s3_options(s3: S3Settings) -> dict[str, Any]:
         config["request_checksum_calculation"] = s3.checksums
         config["response_checksum_validation"] = s3.checksums
     # Without its own read-ahead, s3fs fetches what is asked for and not 50 MB around it.
-    return {"config_kwargs": config, "default_cache_type": "none"}
+    options: dict[str, Any] = {"config_kwargs": config, "default_cache_type": "none"}
+    endpoint = endpoint_with_scheme()
+    return options if endpoint is None else {**options, "endpoint_url": endpoint}
+
+
+def endpoint_with_scheme() -> str | None:
+    """The endpoint of the environment as a URL, where it stands there without a scheme.
+
+    A host of this machine or network (`localhost:9000`, `10.0.0.5:9000`, `minio:9000`) is spoken to
+    by http, as such servers are.
+
+    Raises:
+        DataError: A host of the internet is named without a scheme.
+    """
+    name = next(
+        (one for one in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(one)), None
+    )
+    if name is None or "://" in os.environ[name]:
+        return None
+    given = os.environ[name]
+    host = given.partition("/")[0].partition(":")[0]
+    try:
+        is_near = ipaddress.ip_address(host).is_private
+    except ValueError:
+        is_near = "." not in host
+    if not is_near:
+        raise DataError(
+            f"reading {name}",
+            f"{given!r}, which has no scheme",
+            "a URL such as https://host:port",
+            f"Set {name}=https://{given} (or http://, if the server does not encrypt)",
+        )
+    return f"http://{given}"
+
+
+def _is_missing_file(error: BaseException, text: str) -> bool:
+    return isinstance(error, FileNotFoundError | NotADirectoryError)
+
+
+def _is_local_rights(error: BaseException, text: str) -> bool:
+    # s3fs raises PermissionError without a number.
+    return isinstance(error, PermissionError) and error.errno is not None
+
+
+def _is_full_disk(error: BaseException, text: str) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _is_checksum(error: BaseException, text: str) -> bool:
@@ -231,12 +300,28 @@ _DIAGNOSES: tuple[tuple[Callable[[BaseException, str], bool], str, str], ...] = 
     (
         _is_checksum,
         "checksums that agree",
-        "Some S3 servers do not know the newer checksums: set data.s3.checksums=when_required",
+        "Some S3 servers do not know the newer checksums: set AWS_REQUEST_CHECKSUM_CALCULATION and "
+        "AWS_RESPONSE_CHECKSUM_VALIDATION to when_required, or data.s3.checksums=when_required",
     ),
     (
         _is_missing_bucket,
         "a bucket of that name on this server",
         "Check the address, AWS_ENDPOINT_URL, and make the bucket if it is yours to make",
+    ),
+    (
+        _is_missing_file,
+        "a file or folder that is there",
+        "Check the address",
+    ),
+    (
+        _is_local_rights,
+        "a file or folder that this user may use",
+        "Check its owner and its permissions",
+    ),
+    (
+        _is_full_disk,
+        "room on the disk",
+        "Free some space, or choose another folder",
     ),
     (
         _is_keys,
@@ -246,11 +331,11 @@ _DIAGNOSES: tuple[tuple[Callable[[BaseException, str], bool], str, str], ...] = 
     (
         _is_endpoint,
         "a server that answers",
-        "Check AWS_ENDPOINT_URL and the network; data.s3 has the timeouts and retries",
+        "Check AWS_ENDPOINT_URL and the network; data.s3 of a recipe has the timeouts",
     ),
     (
         _is_busy,
         "a server that is not overloaded or failing",
-        "Try later, or raise data.s3.max_attempts and data.s3.read_attempts",
+        "Try later, or raise data.s3.max_attempts and data.s3.read_budget_s of a recipe",
     ),
 )

@@ -27,7 +27,8 @@ def list_chapters(
 ) -> Iterator[tuple[Shard, ...]]:
     """Lists the Parquet files under a folder, in any depth.
 
-    Files and folders whose names begin with `_` or `.` are left out: they are ours or a tool's.
+    Files and folders whose names begin with `_` or `.` are left out: they are ours or a tool's. So
+    are the empty objects by which a folder is marked on S3.
 
     Args:
         filesystem: The folder's file system.
@@ -44,6 +45,8 @@ def list_chapters(
     chapter: list[Shard] = []
     last = after
     for path, num_bytes in _entries(filesystem, root, after):
+        if not path or path.endswith("/"):
+            continue  # Consoles and tools mark a folder by an empty object of its name.
         if path <= last:
             raise DataError(
                 f"listing the shards of {root}",

@@ -10,7 +10,6 @@ look like broken data.
 
 import io
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,44 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
-from pipelines.data.shards.filesystem import (
-    S3Settings,
-    is_transient,
-    storage_error,
-    without_secrets,
-)
+from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.native import Group, NativeReader, native_filesystem
+from pipelines.data.shards.reading import Fault, Range, fetch, words_of
 
 _FOOTER_GUESS_BYTES = 64 * 2**10
 _MERGE_GAP_BYTES = 64 * 2**10
-_MAX_BACKOFF_S = 30.0
 _NUM_CACHED_FOOTERS = 256
 _MAX_VAIN_READS = 3
 _MAGIC = b"PAR1"
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """Why a file or a row group cannot be used."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Some bytes of a file.
-
-    Attributes:
-        path: The file's path in its file system.
-        start: First byte.
-        stop: Byte after the last one.
-    """
-
-    path: str
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,52 +70,6 @@ def read_parquet(
 ) -> pa.Table:
     """A whole file that is open for reading, or some columns of it."""
     return open_parquet(source).read(columns=columns and [*columns], use_threads=False)
-
-
-def fetch(
-    filesystem: AbstractFileSystem, ranges: Sequence[Range], retry: S3Settings
-) -> list[bytes | Fault]:
-    """Reads byte ranges side by side.
-
-    Args:
-        filesystem: Where the files are.
-        ranges: What to read.
-        retry: How often, and how patiently, a server that fails is asked again.
-
-    Returns:
-        For each range its bytes, or why they are not to be had: the file is gone or too short.
-
-    Raises:
-        DataError: The server failed every time, or does not let us read.
-    """
-    found: dict[int, bytes | Fault] = {}
-    waiting = list(range(len(ranges)))
-    for attempt in range(retry.read_attempts):
-        if attempt:
-            time.sleep(min(retry.backoff_s * 2 ** (attempt - 1), _MAX_BACKOFF_S))
-        asked = [ranges[index] for index in waiting]
-        answers = filesystem.cat_ranges(
-            [each.path for each in asked],
-            [each.start for each in asked],
-            [each.stop for each in asked],
-            on_error="return",
-        )
-        failed: dict[int, Exception] = {}
-        for index, wanted, answer in zip(waiting, asked, answers, strict=True):
-            outcome = _outcome(wanted, answer)
-            if isinstance(outcome, Exception):
-                failed[index] = outcome
-            else:
-                found[index] = outcome
-        waiting = list(failed)
-        if not waiting:
-            return [found[index] for index in range(len(ranges))]
-        final = [error for error in failed.values() if not is_transient(error)]
-        if final or attempt + 1 == retry.read_attempts:
-            error = (final or list(failed.values()))[0]
-            path = ranges[waiting[0]].path
-            raise storage_error(f"reading {path} (try {attempt + 1})", error) from error
-    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def read_footers(
@@ -187,6 +113,7 @@ class RowGroupReader:
         self._root = root
         self._retry = retry
         self._footers: OrderedDict[str, Footer | Fault] = OrderedDict()
+        self._unanswered: dict[str, Fault] = {}
         self._vain_reads = 0
 
     def footers(self, shards: Sequence[tuple[str, int]]) -> list[Footer | Fault]:
@@ -219,6 +146,9 @@ class RowGroupReader:
             DataError: See `fetch`.
         """
         if self._native is None:
+            return self._carefully(groups, columns)
+        if any(path in self._unanswered for path, _, _ in groups):
+            # Arrow would wait for them again.
             return self._carefully(groups, columns)
         quick = self._native.read(groups, columns)
         left = [
@@ -259,7 +189,7 @@ class RowGroupReader:
             "Arrow's own client cannot read %s (%s). It is read through fsspec from now on, which "
             "is slower; data.s3.native_reads=false saves the attempts.",
             self._root,
-            _words(error),
+            words_of(error),
         )
 
     def _carefully(self, groups: Sequence[Group], columns: Sequence[str]) -> list[pa.Table | Fault]:
@@ -271,11 +201,14 @@ class RowGroupReader:
         wanted = [part for plan in plans if not isinstance(plan, Fault) for part in plan]
         pieces = iter(zip(wanted, fetch(self._filesystem, wanted, self._retry), strict=True))
         tables: list[pa.Table | Fault] = []
-        for (_, size, index), footer, plan in zip(groups, footers, plans, strict=True):
+        for (path, size, index), footer, plan in zip(groups, footers, plans, strict=True):
             if isinstance(plan, Fault):
                 tables.append(plan)
                 continue
             parts = [next(pieces) for _ in plan]
+            for _, part in parts:
+                if isinstance(part, Fault) and part.is_unanswered:
+                    self._unanswered[path] = part
             tables.append(_decode(footer, index, columns, parts, size))
         return tables
 
@@ -283,6 +216,8 @@ class RowGroupReader:
         self, group: Group, footer: Footer | Fault, columns: Sequence[str]
     ) -> list[Range] | Fault:
         path, _, index = group
+        if path in self._unanswered:
+            return self._unanswered[path]
         if isinstance(footer, Fault):
             return footer
         missing = [name for name in columns if name not in footer.schema.names]
@@ -326,18 +261,6 @@ class _Parts(io.RawIOBase):
         return True
 
 
-def _outcome(wanted: Range, answer: Any) -> bytes | Fault | Exception:  # noqa: ANN401
-    """What came of one request; an exception where asking again, or giving up, is right."""
-    if isinstance(answer, FileNotFoundError):
-        return Fault("the file is not there (any more)")
-    if isinstance(answer, Exception):
-        retry = is_transient(answer) or isinstance(answer, PermissionError)
-        return answer if retry else Fault(_words(answer))
-    if len(answer) != wanted.stop - wanted.start:
-        return Fault(f"the file ends {wanted.stop - wanted.start - len(answer)} bytes too early")
-    return bytes(answer)
-
-
 def _footer_bytes(tail: bytes) -> int:
     """Length of the footer that a file's last bytes announce, with length and magic."""
     return int.from_bytes(tail[-8:-4], "little") + 8 if tail[-4:] == _MAGIC else 0
@@ -348,7 +271,7 @@ def _footer(tail: bytes) -> Footer | Fault:
         file = open_parquet(pa.BufferReader(tail))
         return Footer(file.metadata, file.schema_arrow)
     except (OSError, ValueError, pa.ArrowException) as error:
-        return Fault(f"no readable footer ({_words(error)})")
+        return Fault(f"no readable footer ({words_of(error)})")
 
 
 def _chunks(group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[tuple[int, int]]:
@@ -390,9 +313,4 @@ def _decode(
         file = open_parquet(source, metadata=footer.metadata, page_checksum_verification=True)
         return file.read_row_group(index, columns=[*columns], use_threads=False)
     except (OSError, ValueError, pa.ArrowException) as error:
-        return Fault(f"corrupt row group ({_words(error)})")
-
-
-def _words(error: Exception) -> str:
-    text = str(error).strip()
-    return without_secrets(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}")
+        return Fault(f"corrupt row group ({words_of(error)})")

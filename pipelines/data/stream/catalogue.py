@@ -22,6 +22,9 @@ from sgmd_core.errors import DataError
 
 Chapter = tuple[Shard, ...]
 
+NO_ROWS = "no rows"
+"""Reason of a shard that lacks nothing: Spark writes a part without rows, or without a byte."""
+
 
 class Catalogue:
     """The shards of one folder, looked up when they are needed.
@@ -79,7 +82,14 @@ class Catalogue:
         """
         self._open([shard for shard in shards if shard.path not in self._rows])
         rejects = [
-            Reject(shard.path, None, None, None, self._faults[shard.path], num_rows=None)
+            Reject(
+                shard.path,
+                None,
+                None,
+                None,
+                self._faults[shard.path],
+                num_rows=0 if self._faults[shard.path] == NO_ROWS else None,
+            )
             for shard in shards
             if shard.path in self._faults
         ]
@@ -153,10 +163,12 @@ class Catalogue:
         faults: dict[str, str] = {}
         footers = read_footers(self._filesystem, files, self._retry)
         for shard, footer in zip(shards, footers, strict=True):
-            if isinstance(footer, Fault):
+            if not shard.num_bytes:
+                faults[shard.path] = NO_ROWS
+            elif isinstance(footer, Fault):
                 faults[shard.path] = footer.reason
             elif not sum(footer.rows):
-                faults[shard.path] = "no rows"
+                faults[shard.path] = NO_ROWS
             else:
                 rows[shard.path] = list(footer.rows)
         self._learn({"rows": rows, "faults": faults})

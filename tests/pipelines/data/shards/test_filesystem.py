@@ -6,7 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.data.shards.filesystem import S3Settings, is_transient, open_folder, without_secrets
+from pipelines.data.shards.filesystem import (
+    S3Settings,
+    is_transient,
+    open_folder,
+    storage_errors,
+    without_secrets,
+)
 from sgmd_core.errors import ConfigError, DataError
 from tests.helpers.s3_server import S3Server, serve_s3, use_server
 
@@ -112,3 +118,32 @@ def test_waiting_helps_against_a_server_and_not_against_broken_data() -> None:
 def test_a_setting_that_cannot_work_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.s3\.max_attempts: 0"):
         S3Settings(max_attempts=0)
+
+
+def test_signs_in_a_name_are_characters(keys: dict[str, str], tmp_path: Path) -> None:
+    for url in ("s3://clips/a::b #?%é/.set", f"{tmp_path}/a::b #?%é/.set"):
+        filesystem, root = open_folder(url)
+        if not url.startswith("s3"):
+            filesystem.makedirs(root)
+        filesystem.pipe_file(f"{root}/one.txt", b"one")
+        assert filesystem.cat_file(f"{open_folder(url)[1]}/one.txt") == b"one"
+
+
+def test_an_endpoint_without_a_scheme_is_understood(
+    keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", keys["AWS_ENDPOINT_URL"].removeprefix("http://"))
+    filesystem, root = open_folder("s3://clips/set")
+    assert filesystem.cat_file(f"{root}/one.txt") == b"one"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "s3.example.com:9000")
+    with pytest.raises(DataError, match=r"no scheme.*https://s3\.example\.com:9000"):
+        open_folder("s3://clips/set")
+
+
+def test_a_missing_local_path_says_nothing_of_s3(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match=r"Check the address") as caught,
+        storage_errors("reading x"),
+    ):
+        (tmp_path / "x").read_bytes()
+    assert "AWS" not in str(caught.value)

@@ -110,7 +110,7 @@ def test_an_id_is_new_again_in_the_next_epoch_and_known_after_a_resume(folder: P
     assert not set(batch.sample_ids) & set(first.sample_ids[:4])
 
 
-@pytest.mark.parametrize("kept", [0, 3, 100])
+@pytest.mark.parametrize("kept", [3, 100])
 def test_a_shard_that_was_cut_short(folder: Path, kept: int) -> None:
     write_shard(folder / "bad.parquet", ["x"] * 50)
     path = folder / "bad.parquet"
@@ -298,3 +298,9 @@ def test_held_out_captions_are_all_good_or_refused(folder: Path) -> None:
     write_shard(folder / "bad.parquet", ["b"], [""])
     with pytest.raises(DataError, match=r"held-out.*bad\.parquet"):
         first_captions(str(folder), S3Settings(), 0, NUM_GOOD)
+
+
+def test_a_part_of_no_byte_is_named_and_counts_no_row(folder: Path) -> None:
+    (folder / "part-empty.parquet").write_bytes(b"")
+    found = reject(folder)
+    assert (found.shard, found.reason, found.num_rows) == ("part-empty.parquet", "no rows", 0)

@@ -13,6 +13,7 @@ from s3fs import S3FileSystem
 
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.listing import list_chapters
+from pipelines.data.shards.reading import Fault, Range, fetch
 from pipelines.data.shards.schema import parquet_options, video_schema
 from pipelines.data.shards.shard_writing import write_file
 from pipelines.data.stream.catalogue import Catalogue
@@ -140,6 +141,46 @@ def test_a_server_that_is_gone_stops_the_run_and_quarantines_nothing(
         stream.take(sum(SIZES))
     assert "overloaded or failing" in str(caught.value)
     assert first.rejects == ()
+
+
+@pytest.mark.parametrize("trouble", [Trouble.INTERNAL, Trouble.STALL])
+def test_one_object_that_is_not_served_is_a_fault_within_its_budget(
+    through: Callable[..., ProxyBook], trouble: Trouble
+) -> None:
+    book = through(healthy)
+    quick = S3Settings(max_attempts=2, read_attempts=2, read_budget_s=1.5, backoff_s=0.01)
+    filesystem, root = open_folder("s3://clips/set", quick)
+    book.plan = lambda number: trouble if "part-001" in book.current else Trouble.NONE
+    names = [f"{root}/part-{number:03d}.parquet" for number in range(3)]
+    found = fetch(filesystem, [Range(name, 0, 50) for name in names], quick)
+    assert [type(one) for one in found] == [bytes, Fault, bytes]
+    assert isinstance(found[1], Fault)
+    assert found[1].is_unanswered
+    assert 1 <= book.troubles[trouble] <= quick.max_attempts * quick.read_attempts
+    book.plan = lambda number: trouble
+    with pytest.raises(DataError, match=r"part-001\.parquet \(try"):
+        fetch(filesystem, [Range(names[1], 0, 50)], quick)
+
+
+def test_folder_markers_are_no_shards(
+    through: Callable[..., ProxyBook], server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moto.server import ThreadedMotoServer
+
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    S3FileSystem.clear_instance_cache()
+    try:
+        client = S3FileSystem(skip_instance_cache=True)
+        client.mkdir("marked")
+        for key in ("set/", "set/deep/", "set/deep/a.parquet"):
+            client.call_s3("put_object", Bucket="marked", Key=key, Body=b"x" * ("." in key))
+        (chapter,) = list_chapters(*open_folder("s3://marked/set"), 10)
+    finally:
+        moto.stop()
+    assert [shard.path for shard in chapter] == ["deep/a.parquet"]
 
 
 def test_the_first_batch_comes_before_the_listing_ends(through: Callable[..., ProxyBook]) -> None:

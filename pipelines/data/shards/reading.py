@@ -1,0 +1,237 @@
+"""Byte ranges of files, read within one budget of time.
+
+    ranges -> side by side, each tried again within its budget -> bytes
+    an object that fails for good -> does the server answer for another one? -> Fault, or DataError
+
+Retries do not multiply: a request is repeated by the SDK, a broken answer here, and `read_budget_s`
+bounds all of it. A server that fails as a whole is never taken for bad data.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem, sync
+
+from pipelines.data.shards.filesystem import (
+    S3Settings,
+    is_transient,
+    storage_error,
+    without_secrets,
+)
+
+_MAX_BACKOFF_S = 30.0
+_AT_ONCE = 10  # as many as the SDK opens connections, so that no read waits inside its budget
+_WITNESS_S = 10.0
+_BYTES_PER_S = 2**20  # a large range is given more time than a small one
+_REPORTS = 4  # a read that takes long is reported at each quarter of its budget
+
+_log = logging.getLogger(__name__)
+# The last file that each file system has read: it shows later whether the server still answers.
+_read_before: dict[AbstractFileSystem, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a file or a row group cannot be used.
+
+    Attributes:
+        reason: In words.
+        is_unanswered: The server serves others and not this one; asking again costs a budget.
+    """
+
+    reason: str
+    is_unanswered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Some bytes of a file.
+
+    Attributes:
+        path: The file's path in its file system.
+        start: First byte.
+        stop: Byte after the last one.
+    """
+
+    path: str
+    start: int
+    stop: int
+
+
+def fetch(
+    filesystem: AbstractFileSystem, ranges: Sequence[Range], retry: S3Settings
+) -> list[bytes | Fault]:
+    """Reads byte ranges side by side.
+
+    Args:
+        filesystem: Where the files are.
+        ranges: What to read.
+        retry: How often and how long a server that fails is asked again.
+
+    Returns:
+        For each range its bytes, or why they are not to be had: the file is gone, is too short, or
+        is not served although another file is.
+
+    Raises:
+        DataError: The server failed, or lets us read nothing.
+    """
+    if isinstance(filesystem, AsyncFileSystem):
+        answers = cast("list[_Answer]", sync(filesystem.loop, _read_all, filesystem, ranges, retry))
+    else:
+        answers = [_read_here(filesystem, wanted, retry) for wanted in ranges]
+    good = [one.path for one, answer in zip(ranges, answers, strict=True) if answer.is_good]
+    if good:
+        _read_before[filesystem] = good[-1]
+    return [
+        _judged(filesystem, wanted, answer, retry)
+        for wanted, answer in zip(ranges, answers, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    outcome: bytes | Fault | Exception
+    tries: int
+
+    @property
+    def is_good(self) -> bool:
+        return isinstance(self.outcome, bytes)
+
+
+def _judged(
+    filesystem: AbstractFileSystem, wanted: Range, answer: _Answer, retry: S3Settings
+) -> bytes | Fault:
+    error = answer.outcome
+    if not isinstance(error, Exception):
+        return error
+    witness = _read_before.get(filesystem)
+    if witness is not None and witness != wanted.path and _answers(filesystem, witness, retry):
+        return Fault(f"not served, while others are ({words_of(error)})", is_unanswered=True)
+    attempted = f"reading {wanted.path} (try {answer.tries})"
+    raise storage_error(attempted, error) from error
+
+
+def _answers(filesystem: AbstractFileSystem, path: str, retry: S3Settings) -> bool:
+    """Whether one byte of a file that was read before can still be read."""
+    try:
+        if isinstance(filesystem, AsyncFileSystem):
+            timeout = min(_WITNESS_S, retry.read_budget_s)
+            sync(filesystem.loop, filesystem._cat_file, path, start=0, end=1, timeout=timeout)
+        else:
+            filesystem.cat_file(path, start=0, end=1)
+    except Exception:  # Any trouble here says that it is not the other object's own.
+        return False
+    return True
+
+
+async def _read_all(
+    filesystem: AsyncFileSystem, ranges: Sequence[Range], retry: S3Settings
+) -> list[_Answer]:
+    slots = asyncio.Semaphore(_AT_ONCE)
+    started: dict[int, float] = {}
+
+    async def read(number: int, wanted: Range) -> _Answer:
+        async with slots:
+            started[number] = time.monotonic()
+            try:
+                return await _read_one(filesystem, wanted, retry)
+            finally:
+                del started[number]
+
+    reporter = asyncio.ensure_future(_report(ranges, started, retry.read_budget_s))
+    try:
+        return await asyncio.gather(*(read(*pair) for pair in enumerate(ranges)))
+    finally:
+        reporter.cancel()
+
+
+async def _report(ranges: Sequence[Range], started: dict[int, float], budget_s: float) -> None:
+    """Says at each quarter of the budget what is still being read."""
+    pause_s = budget_s / _REPORTS
+    while True:
+        await asyncio.sleep(pause_s)
+        now = time.monotonic()
+        late = [number for number, since in started.items() if now - since > pause_s / 2]
+        if late:
+            first = min(late, key=lambda number: started[number])
+            others = f" and {len(late) - 1} more" if len(late) > 1 else ""
+            waited = now - started[first]
+            _log.warning(
+                "still reading %s%s, %.0f s of %.0f s",
+                without_secrets(ranges[first].path),
+                others,
+                waited,
+                _budget_s(ranges[first], budget_s),
+            )
+
+
+async def _read_one(filesystem: AsyncFileSystem, wanted: Range, retry: S3Settings) -> _Answer:
+    end = time.monotonic() + _budget_s(wanted, retry.read_budget_s)
+    tries = 0
+    outcome: bytes | Fault | Exception = TimeoutError("no answer")
+    while tries < retry.read_attempts and time.monotonic() < end:
+        tries += 1
+        try:
+            async with asyncio.timeout(end - time.monotonic()):
+                outcome = _outcome(
+                    wanted,
+                    await filesystem._cat_file(wanted.path, start=wanted.start, end=wanted.stop),
+                )
+        except Exception as error:
+            if isinstance(error, TimeoutError) and time.monotonic() >= end:
+                budget_s = _budget_s(wanted, retry.read_budget_s)
+                outcome = TimeoutError(f"no whole answer in {budget_s:.0f} s")
+            else:
+                outcome = _outcome(wanted, error)
+        if not isinstance(outcome, Exception) or not is_transient(outcome):
+            break
+        await asyncio.sleep(max(0.0, min(_backoff_s(tries, retry), end - time.monotonic())))
+    return _Answer(outcome, tries)
+
+
+def _read_here(filesystem: AbstractFileSystem, wanted: Range, retry: S3Settings) -> _Answer:
+    """As `_read_one`, of files that only block; a single read cannot be cut short."""
+    end = time.monotonic() + _budget_s(wanted, retry.read_budget_s)
+    for tries in range(1, retry.read_attempts + 1):
+        try:
+            outcome = _outcome(
+                wanted, filesystem.cat_file(wanted.path, start=wanted.start, end=wanted.stop)
+            )
+        except Exception as error:
+            outcome = _outcome(wanted, error)
+        is_over = tries == retry.read_attempts or time.monotonic() >= end
+        if not isinstance(outcome, Exception) or not is_transient(outcome) or is_over:
+            return _Answer(outcome, tries)
+        time.sleep(_backoff_s(tries, retry))
+    raise AssertionError("unreachable: the last try returns")
+
+
+def _budget_s(wanted: Range, budget_s: float) -> float:
+    return budget_s + (wanted.stop - wanted.start) / _BYTES_PER_S
+
+
+def _backoff_s(tries: int, retry: S3Settings) -> float:
+    return min(retry.backoff_s * 2 ** (tries - 1), _MAX_BACKOFF_S)
+
+
+def _outcome(wanted: Range, answer: Any) -> bytes | Fault | Exception:  # noqa: ANN401
+    """What came of one request; an exception where asking again, or giving up, is right."""
+    if isinstance(answer, FileNotFoundError):
+        return Fault("the file is not there (any more)")
+    if isinstance(answer, Exception):
+        retry = is_transient(answer) or isinstance(answer, PermissionError)
+        return answer if retry else Fault(words_of(answer))
+    if len(answer) != wanted.stop - wanted.start:
+        return Fault(f"the file ends {wanted.stop - wanted.start - len(answer)} bytes too early")
+    return bytes(answer)
+
+
+def words_of(error: Exception) -> str:
+    """Type and first line of an error, without keys."""
+    text = str(error).strip()
+    return without_secrets(f"{type(error).__name__}: {text.splitlines()[0] if text else ''}")
