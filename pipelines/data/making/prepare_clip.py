@@ -7,6 +7,7 @@ from typing import cast
 
 from pipelines.data.clips.clip_decoding import ClipError, read_facts, read_first_frame, transcode
 from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.making.manifest_rows import fault_of_text
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.sources import CaptionFile, FileRange, SourceClip
 from pipelines.data.shards.filesystem import open_folder, storage_errors
@@ -97,10 +98,11 @@ def _caption_in(place: CaptionFile) -> str:
         if place.json_field is None:
             return text
         field = json.loads(text)[place.json_field]
-        if not isinstance(field, str):
-            raise TypeError(f"{field!r} is no text")
+        fault = fault_of_text(field)
+        if fault is not None:
+            raise TypeError(fault)
         return field
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _BadClip(
             Reason.UNREADABLE_CAPTION, f"{place.file.url}: {type(error).__name__}: {error}"
         ) from error

@@ -1,21 +1,18 @@
 """Captioned videos as people keep them, listed one by one without reading a video.
 
     a folder      clip.mp4 beside clip.txt (the caption) or clip.json (a field of it), at any depth
-    a tar         WebDataset: key.mp4 and key.txt or key.json, one after the other; also tars that
-                  lie in the folder
+    a tar         key.mp4 and key.txt or key.json in any order; also tars that lie in the folder
     a manifest    CSV or JSON lines, one clip a row: a path and a caption
+
+A caption belongs to the video whose name is the same up to the last dot.
 
 The order is fixed, and so are the sample ids: the file's path within the folder, the tar's path and
 the key, or the path as the manifest has it (or a column of its own). They do not depend on where
 the folder lies or on what else is in it.
 """
 
-import csv
-import io
 import itertools
-import json
-import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -24,7 +21,15 @@ from typing import Any, BinaryIO, cast
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.data.making.manifest_rows import (
+    csv_header_and_rows,
+    fault_of_text,
+    json_rows,
+    manifest_lines,
+    printable,
+)
 from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.making.tar_members import TarFault, read_members
 from pipelines.data.shards.filesystem import open_folder, storage_errors
 from sgmd_core.errors import DataError
 
@@ -34,6 +39,7 @@ VIDEO_SUFFIXES = frozenset(
 )
 _CAPTION_SUFFIXES = (".txt", ".json")
 _MANIFEST_SUFFIXES = (".csv", ".jsonl", ".ndjson")
+_BAD_CAPTION = Reason.UNREADABLE_CAPTION
 _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # One request brings a tar's header and the short members that follow a video.
 _BLOCK_BYTES = 2**20
@@ -114,6 +120,17 @@ def list_clips(url: str, columns: Columns = Columns()) -> Iterator[SourceClip | 
     Raises:
         DataError: the source cannot be opened or listed, or a manifest has no such columns.
     """
+    for clip in _listed(url, columns):
+        fault = fault_of_text(clip.sample_id) or fault_of_text(clip.source)
+        if fault is None:
+            yield clip
+            continue
+        sample_id, source = printable(clip.sample_id), printable(clip.source)
+        reason = clip.reason if isinstance(clip, Rejection) else Reason.NO_ID
+        yield Rejection(sample_id, source, clip.row, reason, f"its name is {fault}")
+
+
+def _listed(url: str, columns: Columns) -> Iterator[SourceClip | Rejection]:
     filesystem, root = open_folder(url)
     suffix = PurePosixPath(root).suffix
     if suffix in _MANIFEST_SUFFIXES:
@@ -145,6 +162,10 @@ def _folder_clips(
             continue
         if PurePosixPath(path).suffix == ".tar":
             yield from _tar_clips(filesystem, path, root, columns)
+        elif path.endswith(_PACKED_TARS):
+            name, detail = path.removeprefix(root).lstrip("/"), "a compressed tar: decompress it"
+            address = _address(filesystem, path)
+            yield Rejection(name, address, None, Reason.UNREADABLE_ARCHIVE, detail)
         elif PurePosixPath(path).suffix.lower() in VIDEO_SUFFIXES:
             address = _address(filesystem, path)
             yield SourceClip(
@@ -173,99 +194,76 @@ def _sidecar(
 def _tar_clips(
     filesystem: AbstractFileSystem, path: str, root: str, columns: Columns
 ) -> Iterator[SourceClip | Rejection]:
-    """The clips of a WebDataset tar; only its headers are read."""
+    """The clips of a tar; only its headers are read."""
     address = _address(filesystem, path)
     name = path.removeprefix(root).lstrip("/")
-    count = itertools.count()
+    parts: dict[str, dict[str, FileRange]] = {}
+    faults: list[TarFault] = []
     with _reading(filesystem, path) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                members = (member for member in tar if member.isfile())
-                for key, group in itertools.groupby(members, lambda member: _key(member.name)):
-                    parts = {PurePosixPath(part.name).suffix.lower(): part for part in group}
-                    clip = _tar_clip(f"{name}/{key}", address, next(count), parts, columns)
-                    if clip is not None:
-                        yield clip
-        except tarfile.TarError as error:
-            yield Rejection(
-                sample_id=name,
-                source=address,
-                row=next(count),
-                reason=Reason.UNREADABLE_ARCHIVE,
-                detail=f"{error}: what follows in this tar is not read",
-            )
+        for member in read_members(file):
+            if isinstance(member, TarFault):
+                faults.append(member)
+            elif member.suffix in VIDEO_SUFFIXES or member.suffix in _CAPTION_SUFFIXES:
+                files = parts.setdefault(member.key, {})
+                files[member.suffix] = FileRange(address, member.offset, member.num_bytes)
+    count = itertools.count()
+    for key, files in parts.items():
+        yield from _tar_clip(f"{name}/{key}", address, count, files, columns)
+    for fault in faults:
+        # A member that could be no part of a clip is nobody's loss.
+        suffix = PurePosixPath(fault.name or "").suffix.lower()
+        if fault.name is None or suffix in VIDEO_SUFFIXES or suffix in _CAPTION_SUFFIXES:
+            sample_id = name if fault.name is None else f"{name}/{fault.name}"
+            reason = Reason.UNREADABLE_ARCHIVE
+            yield Rejection(sample_id, address, next(count), reason, fault.detail)
 
 
 def _tar_clip(
     sample_id: str,
     address: str,
-    row: int,
-    parts: Mapping[str, tarfile.TarInfo],
+    count: Iterator[int],
+    files: Mapping[str, FileRange],
     columns: Columns,
-) -> SourceClip | None:
-    """A clip out of the members that share a key; None where none of them is a video."""
-    ranges = {
-        suffix: FileRange(address, part.offset_data, part.size) for suffix, part in parts.items()
-    }
-    video = next((ranges[suffix] for suffix in sorted(ranges) if suffix in VIDEO_SUFFIXES), None)
-    if video is None:
-        return None
+) -> Iterator[SourceClip | Rejection]:
+    """A clip out of the members that share a name up to its last dot."""
+    videos = [suffix for suffix in sorted(files) if suffix in VIDEO_SUFFIXES]
     caption = None
-    if ".txt" in ranges:
-        caption = CaptionFile(ranges[".txt"])
-    elif ".json" in ranges:
-        caption = CaptionFile(ranges[".json"], columns.caption)
-    return SourceClip(sample_id, address, row, video, caption)
-
-
-def _key(member: str) -> str:
-    """What the files of one sample share: the path up to the first dot of the file's name."""
-    folder, _, name = member.rpartition("/")
-    stem = name.partition(".")[0]
-    return f"{folder}/{stem}" if folder else stem
+    if ".txt" in files:
+        caption = CaptionFile(files[".txt"])
+    elif ".json" in files:
+        caption = CaptionFile(files[".json"], columns.caption)
+    for suffix in videos[:1]:
+        yield SourceClip(sample_id, address, next(count), files[suffix], caption)
+    for suffix in videos[1:]:
+        detail = f"a {suffix} beside the {videos[0]} of the same name, which is taken"
+        yield Rejection(sample_id, address, next(count), Reason.DUPLICATE_ID, detail)
 
 
 def _manifest_clips(
     filesystem: AbstractFileSystem, path: str, columns: Columns
 ) -> Iterator[SourceClip | Rejection]:
     address = _address(filesystem, path)
-    with (
-        _reading(filesystem, path) as file,
-        io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text,
-    ):
-        rows = _csv_rows(text, address, columns) if path.endswith(".csv") else _json_rows(text)
+    with _reading(filesystem, path) as file:
+        lines = manifest_lines(file, address)
+        if path.endswith(".csv"):
+            header, rows = csv_header_and_rows(lines, address)
+            _require_columns(header, address, columns)
+        else:
+            rows = json_rows(lines)
         for number, row in enumerate(rows):
             yield _manifest_clip(filesystem, address, number, row, columns)
 
 
-def _csv_rows(text: io.TextIOWrapper, address: str, columns: Columns) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(text)
-    found = list(reader.fieldnames or ())
-    missing = [
-        name
-        for name in (columns.path, columns.caption, columns.sample_id)
-        if name is not None and name not in found
-    ]
+def _require_columns(found: Sequence[str], address: str, columns: Columns) -> None:
+    wanted = (columns.path, columns.caption, columns.sample_id)
+    missing = [name for name in wanted if name is not None and name not in found]
     if missing:
         raise DataError(
             f"reading {address}",
-            f"the columns {', '.join(found)}; no {', '.join(missing)}",
+            f"the columns {printable(', '.join(found))}; no {', '.join(missing)}",
             "a path and a caption in each row",
             "Name them with --path-column, --caption-column and --id-column",
         )
-    yield from reader
-
-
-def _json_rows(text: io.TextIOWrapper) -> Iterator[dict[str, Any] | str]:
-    """One object a line; what is none comes back as it stands."""
-    for line in text:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        yield row if isinstance(row, dict) else line
 
 
 def _manifest_clip(
@@ -276,23 +274,25 @@ def _manifest_clip(
     columns: Columns,
 ) -> SourceClip | Rejection:
     if isinstance(row, str):
-        detail = f"no JSON object: {row.strip()[:80]}"
-        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, printable(row))
     path = row.get(columns.path)
     if not isinstance(path, str) or not path.strip():
-        detail = f"{columns.path} = {path!r}"
+        detail = f"{columns.path} = {str(path)[:80]!r}"
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
     sample_id = path if columns.sample_id is None else row.get(columns.sample_id)
     if sample_id is None or not str(sample_id):
         detail = f"{columns.sample_id} = {sample_id!r}"
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
     caption = row.get(columns.caption)
+    fault = None if caption is None else fault_of_text(caption)
+    if fault is not None:
+        return Rejection(printable(str(sample_id)), address, number, _BAD_CAPTION, fault)
     return SourceClip(
         sample_id=str(sample_id),
         source=address,
         row=number,
         video=FileRange(_resolved(filesystem, address, path)),
-        caption=None if caption is None else str(caption),
+        caption=caption,
     )
 
 

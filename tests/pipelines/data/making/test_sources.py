@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -39,6 +41,18 @@ def clips(url: str | Path, columns: Columns = _DEFAULT) -> list[SourceClip]:
     found = list(list_clips(str(url), columns))
     assert all(isinstance(clip, SourceClip) for clip in found)
     return found
+
+
+def rejected(found: list[SourceClip | Rejection]) -> list[Rejection]:
+    return [each for each in found if isinstance(each, Rejection)]
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields: object) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    for field, value in fields.items():
+        setattr(entry, field, value)
+    tar.addfile(entry, io.BytesIO(data))
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -80,13 +94,14 @@ class TestTar:
             "d/001.mp4": b"first video",
             "d/001.txt": b"first",
             "d/002.left.mp4": b"second video",
-            "d/002.json": json.dumps({"text": "second"}).encode(),
+            "d/002.left.json": json.dumps({"text": "second"}).encode(),
             "d/003.txt": b"no video",
             "d/004.mp4": b"fourth video",
         }
         path = write_tar(tmp_path / "t.tar", members)
         found = clips(path, Columns(caption="text"))
-        assert [clip.sample_id for clip in found] == [f"t.tar/d/00{n}" for n in (1, 2, 4)]
+        names = ("001", "002.left", "004")
+        assert [clip.sample_id for clip in found] == [f"t.tar/d/{name}" for name in names]
         assert content(found[0].video) == b"first video"
         assert isinstance(found[0].caption, CaptionFile)
         assert content(found[0].caption.file) == b"first"
@@ -109,6 +124,98 @@ class TestTar:
         last = found[-1]
         assert isinstance(last, Rejection)
         assert last.reason == Reason.UNREADABLE_ARCHIVE
+
+    def test_names_with_dots_are_paired_up_to_the_last_dot(self, tmp_path):
+        members = {
+            "Show.S01E01.mp4": b"first video",
+            "Show.S01E01.txt": b"first",
+            "Show.S01E02.mp4": b"second video",
+            "x_1.5_3.0.mp4": b"third video",
+            "x_1.5_3.0.txt": b"third",
+        }
+        first, second, third = clips(write_tar(tmp_path / "t.tar", members))
+        assert (content(first.video), content(first.caption.file)) == (b"first video", b"first")
+        assert (content(second.video), second.caption) == (b"second video", None)
+        assert third.sample_id == "t.tar/x_1.5_3.0"
+        assert content(third.caption.file) == b"third"
+
+    def test_members_of_a_clip_may_lie_apart_and_those_of_macos_are_left_out(self, tmp_path):
+        members = {
+            "a.mp4": b"video a",
+            "b.mp4": b"video b",
+            "._a.mp4": b"attributes",
+            "__MACOSX/b.mp4": b"attributes",
+            "b.txt": b"b",
+            "a.txt": b"a",
+        }
+        found = clips(write_tar(tmp_path / "t.tar", members))
+        assert [clip.sample_id for clip in found] == ["t.tar/a", "t.tar/b"]
+        assert [content(clip.caption.file) for clip in found] == [b"a", b"b"]
+
+    def test_two_tars_joined_are_read_to_the_end(self, tmp_path):
+        one = write_tar(tmp_path / "1", {"a.mp4": b"video a", "a.txt": b"a"}).read_bytes()
+        two = write_tar(tmp_path / "2", {"b.mp4": b"video b", "b.txt": b"b"}).read_bytes()
+        path = tmp_path / "t.tar"
+        path.write_bytes(one + two)
+        found = clips(path)
+        assert [content(clip.video) for clip in found] == [b"video a", b"video b"]
+        assert content(found[1].caption.file) == b"b"
+
+    @pytest.mark.parametrize(
+        ("damage", "words"),
+        [
+            (lambda data: data[:2048], "no end mark at byte 2048"),
+            (lambda data: data[:2048] + b"?" * 512 + data[2560:], "damaged header at byte 2048"),
+            (lambda data: data + b"not a tar".ljust(512, b"?"), "damaged header"),
+            (lambda data: data[:2500], "unexpected|truncated|no end mark|damaged"),
+        ],
+        ids=["cut at a member's border", "damaged header", "other data behind", "cut in a header"],
+    )
+    def test_a_tar_that_does_not_end_well_never_ends_silently(self, tmp_path, damage, words):
+        path = write_tar(tmp_path / "t.tar", {f"{n}.mp4": b"video" for n in range(4)})
+        path.write_bytes(damage(path.read_bytes()))
+        found = list(list_clips(str(path)))
+        assert [clip.sample_id for clip in found[:2]] == ["t.tar/0", "t.tar/1"]
+        assert found[-1].reason == Reason.UNREADABLE_ARCHIVE
+        assert re.search(words, found[-1].detail)
+        assert len(rejected(found)) == 1
+
+    def test_a_hard_link_is_the_file_and_what_is_no_file_is_rejected_by_name(self, tmp_path):
+        with tarfile.open(tmp_path / "t.tar", "w") as tar:
+            add(tar, "a.mp4", b"video")
+            add(tar, "b.mp4", type=tarfile.LNKTYPE, linkname="a.mp4")
+            add(tar, "c.mp4", type=tarfile.LNKTYPE, linkname="gone.mp4")
+            add(tar, "d.mp4", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+            add(tar, "e.mp4", type=tarfile.FIFOTYPE)
+            add(tar, "f.fifo", type=tarfile.FIFOTYPE)
+            add(tar, "g.mp4", type=tarfile.DIRTYPE)
+            add(tar, "a.mp4", b"again")
+            add(tar, "a.mov", b"another format")
+        found = list(list_clips(str(tmp_path / "t.tar")))
+        good = [clip for clip in found if isinstance(clip, SourceClip)]
+        assert [clip.sample_id for clip in good] == ["t.tar/a", "t.tar/b"]
+        assert [clip.reason for clip in rejected(found) if "mp4" in clip.sample_id] == (
+            [Reason.UNREADABLE_ARCHIVE] * 4
+        )
+        details = " ".join(clip.detail for clip in rejected(found))
+        for words in ("gone.mp4", "symbolic link", "a pipe", "the same name"):
+            assert words in details
+        assert len(rejected(found)) == 5
+        assert len({clip.row for clip in found}) == len(found)
+
+    def test_a_member_larger_than_its_tar_is_rejected(self, tmp_path):
+        header = tarfile.TarInfo("a.mp4")
+        header.size = 2**40
+        path = tmp_path / "t.tar"
+        path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+        (found,) = list_clips(str(path))
+        assert found.reason == Reason.UNREADABLE_ARCHIVE
+
+    def test_a_compressed_tar_in_a_folder_is_rejected(self, tmp_path):
+        touch(tmp_path, "a.mp4", "b.tar.gz")
+        _, packed = list_clips(str(tmp_path))
+        assert isinstance(packed, Rejection)
+        assert (packed.sample_id, packed.reason) == ("b.tar.gz", Reason.UNREADABLE_ARCHIVE)
 
     def test_a_compressed_tar_is_refused_with_what_to_do(self, tmp_path):
         (tmp_path / "t.tar.gz").write_bytes(b"")
@@ -149,3 +256,73 @@ class TestManifest:
         ]
         assert isinstance(last, SourceClip)
         assert last.caption is None
+
+    @pytest.mark.parametrize(
+        "caption", ['["one", "two"]', '{"en": "one"}', "3", "NaN", "true", '"\\ud800"']
+    )
+    def test_a_caption_that_is_no_text_is_rejected_and_never_stored_as_python(
+        self, tmp_path, caption
+    ):
+        path = tmp_path / "list.jsonl"
+        path.write_text(f'{{"path": "1.mp4", "caption": {caption}}}\n{{"path": "2.mp4"}}\n')
+        bad, good = list_clips(str(path))
+        assert isinstance(bad, Rejection)
+        assert (bad.sample_id, bad.reason) == ("1.mp4", Reason.UNREADABLE_CAPTION)
+        assert isinstance(good, SourceClip)
+
+    @pytest.mark.parametrize(
+        ("row", "words"),
+        [
+            ("1.mp4,a cat, a dog", "3 fields, the header has 2"),
+            ("1.mp4", "1 fields"),
+            ('1.mp4,"a cat', "unexpected end|expected"),
+            ('1.mp4,"' + "x" * (2**20 + 1) + '"', "field limit"),
+        ],
+        ids=["bare comma", "too few", "unclosed quote", "huge field"],
+    )
+    @pytest.mark.parametrize("after", ["2.mp4,two", '2.mp4,"two"'])
+    def test_a_bad_csv_row_costs_only_itself(self, tmp_path, row, words, after):
+        path = tmp_path / "list.csv"
+        path.write_text(f"path,caption\n{row}\n{after}\n3.mp4,three\n")
+        bad, *good = list_clips(str(path))
+        assert isinstance(bad, Rejection)
+        assert bad.reason == Reason.BAD_MANIFEST_ROW
+        assert re.search(words, bad.detail)
+        assert [clip.caption for clip in good] == ["two", "three"]
+
+    def test_a_long_quoted_caption_over_several_lines_is_one_caption(self, tmp_path):
+        text = "line\n" * 40_000
+        path = tmp_path / "list.csv"
+        path.write_text(f'path,caption\n1.mp4,"{text}"\n2.mp4,two\n')
+        assert [clip.caption for clip in clips(path)] == [text, "two"]
+
+    def test_rows_that_are_not_utf8_are_rejected_and_the_others_kept(self, tmp_path):
+        path = tmp_path / "list.csv"
+        path.write_bytes("path,caption\n1.mp4,café\n".encode("latin-1") + b"2.mp4,two\n")
+        bad, good = list_clips(str(path))
+        assert (bad.sample_id, bad.reason) == ("1.mp4", Reason.UNREADABLE_CAPTION)
+        assert "UTF-8" in bad.detail
+        assert good.caption == "two"
+
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+    @pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+    def test_wide_text_is_refused_in_one_sentence(self, tmp_path, name, encoding):
+        path = tmp_path / name
+        path.write_bytes("path,caption\n1.mp4,one\n".encode(encoding))
+        with pytest.raises(DataError, match=r"UTF-16.*iconv"):
+            clips(path)
+
+    def test_json_nested_too_deep_costs_its_row(self, tmp_path):
+        path = tmp_path / "list.jsonl"
+        path.write_text("[" * 200_000 + '\n{"path": "2.mp4", "caption": "two"}\n')
+        bad, good = list_clips(str(path))
+        assert bad.reason == Reason.BAD_MANIFEST_ROW
+        assert good.caption == "two"
+
+
+def test_a_file_name_that_is_not_utf8_is_rejected(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.mp4")).write_bytes(b"video")
+    touch(tmp_path, "a.mp4")
+    good, bad = list_clips(str(tmp_path))
+    assert good.sample_id == "a.mp4"
+    assert (bad.reason, bad.sample_id) == (Reason.NO_ID, "\\udcff.mp4")
