@@ -47,6 +47,8 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 _NOT_IN_DIGEST: dict[str, Any] = {
     "name": True,
     "output": True,
+    # Compared by content: `workers.models.content`.
+    "model": {"folder"},
     "iterations": True,
     "topology": True,
     "checkpoint": True,
@@ -210,10 +212,17 @@ class DistillConfig(Section):
         return shipped if not given.exists() and shipped.exists() else given
 
     @property
+    def deciding_settings(self) -> dict[str, JsonValue]:
+        """The settings that decide a run's numbers, by dotted key.
+
+        Not among them is where the networks are: their content decides, wherever it lies.
+        """
+        return _flat(self.model_dump(mode="json", exclude=_NOT_IN_DIGEST))
+
+    @property
     def digest(self) -> str:
         """Names the settings that decide a run's numbers; two runs that may share state agree."""
-        settings = self.model_dump(mode="json", exclude=_NOT_IN_DIGEST)
-        text = json.dumps(settings, sort_keys=True)
+        text = json.dumps(self.deciding_settings, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def inference_settings(self) -> dict[str, Any]:
@@ -305,6 +314,16 @@ def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> N
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors that complete and check YAML."""
     return DistillConfig.model_json_schema()
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, JsonValue]:
+    flat: dict[str, JsonValue] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def _changed(

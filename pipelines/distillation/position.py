@@ -1,6 +1,9 @@
 """Where a run stands, and where it is taken up again."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cluster.storage import Checkpoints
 from pipelines.config.recipe import MAY_CHANGE, DistillConfig, load_recipe
@@ -48,24 +51,66 @@ def with_draws_of(config: DistillConfig, folder: RunFolder) -> DistillConfig:
     )
 
 
-def resume_position(config: DistillConfig, folder: RunFolder, checkpoints: Checkpoints) -> Position:
+def resume_position(
+    config: DistillConfig,
+    content: Mapping[str, str],
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+) -> Position:
     """Where a run is taken up again: at its newest checkpoint, or at the beginning.
 
+    Args:
+        config: The settings now.
+        content: Digests of the components of the model folder now.
+        folder: The run.
+        checkpoints: Its committed states.
+
     Raises:
-        CheckpointError: There is no run, or its checkpoint is one of other settings.
+        CheckpointError: There is no run, or it was made with other settings or another model; names
+            every difference with both values.
     """
     folder.require()
     latest = checkpoints.latest()
-    if latest is None:
-        return Position()
-    manifest = checkpoints.manifest(latest)
-    if manifest["config_digest"] != config.digest:
+    began = json.loads(folder.identity.read_text()) if folder.identity.exists() else None
+    found = differences(began, identity(config, content)) if began else []
+    manifest = checkpoints.manifest(latest) if latest is not None else None
+    if began is None and manifest is not None and manifest["config_digest"] != config.digest:
+        found = [f"the checkpoint has digest {manifest['config_digest']}, not {config.digest}"]
+    if found:
         raise CheckpointError(
-            f"resuming {folder.root} at iteration {latest}",
-            f"a checkpoint of configuration {manifest['config_digest']}, while the settings now "
-            f"come to {config.digest}",
-            f"the same settings, but for {', '.join(MAY_CHANGE)}",
-            f"Resume with the run's own config.yaml: sgmd distill {folder.config} --resume ...",
+            f"resuming {folder.root}" + f" at iteration {latest}" * (latest is not None),
+            "; ".join(found),
+            f"the same model and the same settings, but for {', '.join(MAY_CHANGE)}",
+            f"Resume with the run's own config.yaml: sgmd distill {folder.config} --resume ..., "
+            "with the model that it began with, at any path",
         )
+    if manifest is None:
+        return Position()
     cursor = Cursor.from_json(manifest.get("cursor"))
     return Position(manifest["iteration"], manifest["rows"], cursor)
+
+
+def identity(config: DistillConfig, content: Mapping[str, str]) -> dict[str, Any]:
+    """What decides the numbers of a run: settings by key, and content of its networks."""
+    return {"settings": config.deciding_settings, "model": dict(content)}
+
+
+def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Every setting and component in which two identities differ, with both values."""
+    settings = began["settings"], now["settings"]
+    found = [
+        f"{key} is {_value(settings[1], key)}, and was {_value(settings[0], key)}"
+        for key in sorted({*settings[0], *settings[1]})
+        if _value(settings[0], key) != _value(settings[1], key)
+    ]
+    models = began["model"], now["model"]
+    return found + [
+        f"the {name} in model.folder has content {_value(models[1], name)}, and had "
+        f"{_value(models[0], name)}"
+        for name in sorted({*models[0], *models[1]})
+        if models[0].get(name) != models[1].get(name)
+    ]
+
+
+def _value(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "not set"

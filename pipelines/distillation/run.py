@@ -19,7 +19,12 @@ from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import IterationReport, run_iterations
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.monitor import Judge, is_due
-from pipelines.distillation.position import Position, resume_position, with_draws_of
+from pipelines.distillation.position import (
+    Position,
+    identity,
+    resume_position,
+    with_draws_of,
+)
 from pipelines.distillation.preflight import Preflight, check
 from pipelines.distillation.prompts import Prompts
 from pipelines.distillation.summary import summarise
@@ -86,7 +91,7 @@ def distill(
     checked = check(config)
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:
-        start = resume_position(config, folder, checkpoints)
+        start = resume_position(config, checked.content, folder, checkpoints)
         folder.rewind(start.iteration)
         data = RunData(folder)
         data.rewind(start.iteration)
@@ -94,6 +99,7 @@ def distill(
     else:
         start = Position()
         folder.create(config.to_yaml())
+        write_json(str(folder.identity), identity(config, checked.content))
         data = RunData(folder)
     listener.note(f"starting the roles ({config.topology.mode})")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration

@@ -1,7 +1,7 @@
 """Where a run keeps what it makes.
 
-runs/NAME/  config.yaml  metrics.jsonl  validation.jsonl  alarms.jsonl  ranking.json  summary.json
-trace.json  ledger/  shards.jsonl  quarantine.parquet  wandb-id
+runs/NAME/  config.yaml  identity.json  metrics.jsonl  validation.jsonl  alarms.jsonl  ranking.json
+summary.json  trace.json  ledger/  shards.jsonl  quarantine.parquet  wandb-id
 samples/  checkpoints/step-000200/  generator/  best/  evaluation.json  report.html
 """
 
@@ -28,6 +28,7 @@ class RunFolder:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root).absolute()
         self.config = self.root / "config.yaml"
+        self.identity = self.root / "identity.json"
         self.metrics = self.root / "metrics.jsonl"
         self.validation = self.root / "validation.jsonl"
         self.alarms = self.root / "alarms.jsonl"

@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster.storage import Checkpoints, read_json, write_json, write_text
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.position import differences, identity
 from pipelines.distillation.preflight import check
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, git_revision, versions
@@ -38,6 +39,7 @@ from pipelines.study.results import Point, RunResult, StudyResult, place_of, tim
 from pipelines.study.speed import seconds_per_unit
 from pipelines.study.tables import cost_csv, results_csv, results_markdown
 from sgmd_core.errors import ConfigError
+from workers.models.content import model_digests
 
 RESULTS_FILE = "results.json"
 WRITTEN = ("results.md", "results.csv", "cost.csv", RESULTS_FILE)
@@ -115,11 +117,18 @@ def study(
 
 def _require_same(run: PlannedRun) -> None:
     """Refuses to go on with a run of other settings."""
-    path = RunFolder(run.folder).config
-    if path.exists() and load_recipe(str(path)).digest != run.config.digest:
+    folder = RunFolder(run.folder)
+    if not folder.config.exists():
+        return
+    other = load_recipe(str(folder.config)).digest != run.config.digest
+    found = ["other settings"] if other else []
+    if folder.identity.exists():
+        began = read_json(str(folder.identity))
+        found = differences(began, identity(run.config, model_digests(run.config.model_folder)))
+    if found:
         raise ConfigError(
             f"going on with the study in {run.folder.parent.parent}",
-            f"{run.config.name} was made with other settings",
+            f"{run.config.name} was made with other settings or another model: {'; '.join(found)}",
             "the settings that the study was started with; its budget may grow",
             "Choose another name=..., or delete that run's folder",
         )
