@@ -4,7 +4,6 @@ Distributions can agree caption by caption in their means and still have lost th
 scores that look at one clip at a time do not see that all clips of a caption are the same one.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -23,4 +22,4 @@ def seed_diversity(features: Features, other_seed: Features) -> Float[Tensor, " 
     Returns:
         One value a caption, in units of the features: 0 where both clips are alike.
     """
-    return torch.linalg.vector_norm(features.double() - other_seed.double(), dim=1)
+    return (features.double() - other_seed.double()).square().sum(dim=1).sqrt()

@@ -5,6 +5,7 @@ import pytest
 from pipelines.distillation.run import distill
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import history, state
+from tests.helpers.moves import assert_moves
 
 ROLES = ("generator", "fake_score", "teacher")
 
@@ -45,6 +46,11 @@ def test_guidance_in_two_passes_changes_rounding_alone(make_recipe: MakeRecipe):
     apart = make_recipe("name=apart", *settings, "teacher.batched_guidance=false")
     distill(plain)
     distill(apart)
+    for number, without in enumerate(("teacher.guidance_scale=1", "generator.diversity.weight=0")):
+        other = make_recipe(f"name=without-{number}", *settings, without)
+        distill(other)
+        losses, others = (history(config)[-1]["losses"] for config in (plain, other))
+        assert_moves(losses, losses | others, 1e-4)
     for ours, theirs in zip(history(apart), history(plain), strict=True):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
 

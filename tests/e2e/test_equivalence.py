@@ -58,6 +58,9 @@ def test_roles_on_ray_make_the_bits_that_one_process_makes(
     pools = make_recipe("name=pools", "topology.mode=pools", *settings)
     distill(local)
     distill(pools)
+    other = make_recipe("name=other", *settings, "seed=1")
+    distill(other)
+    assert_moves(moments(local, 5), moments(other, 5))
     assert len(history(local)) == 5
     assert history(pools) == history(local)
     assert state(pools, 5) == state(local, 5)
@@ -75,6 +78,7 @@ def test_a_resumed_run_makes_the_bits_of_one_that_was_never_stopped(
     parts = make_recipe("name=parts", "iterations=6", *settings)
     drop_checkpoint(parts, 3)
     distill(parts, resume=True)
+    assert_moves(moments(whole, 6), moments(whole, 4))
     assert history(parts) == history(whole)
     assert state(parts, 6) == state(whole, 6)
 

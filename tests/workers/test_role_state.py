@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sgmd_core.errors import CheckpointError
+from tests.helpers.moves import assert_moves
 from tests.helpers.roles import iterate, same_bits, tiny_roles, weights
 
 
@@ -35,8 +36,39 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tracking, place, tmp_pat
         iterate(straight, iteration)
         iterate(resumed, iteration)
     for role in ("generator", "fake_score"):
+        assert_moves(weights(straight.networks[role]), weights(stopped.networks[role]))
         assert same_bits(weights(resumed.networks[role]), weights(straight.networks[role]))
+    assert_moves(straight.generator.final_weights(), stopped.generator.final_weights())
     assert same_bits(resumed.generator.final_weights(), straight.generator.final_weights())
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "generator/weights",
+        "generator/optimizer",
+        "ema/weights",
+        "fake_score/weights",
+        "fake_score/optimizer",
+    ],
+)
+def test_a_resume_that_lost_a_part_would_make_other_bits(lost, tmp_path):
+    straight, resumed = tiny_roles(), tiny_roles()
+    for iteration in range(2):
+        iterate(straight, iteration)
+    _save(straight, str(tmp_path))
+    path = tmp_path / f"{lost}.safetensors"
+    save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path)
+    _load(resumed, str(tmp_path))
+    iterate(straight, 2)
+    iterate(resumed, 2)
+    found, expected = (
+        weights(roles.networks["generator"])
+        | {f"fake/{name}": value for name, value in weights(roles.networks["fake_score"]).items()}
+        | {f"ema/{name}": value for name, value in roles.generator.final_weights().items()}
+        for roles in (resumed, straight)
+    )
+    assert_moves(expected, found)
 
 
 def test_saving_disturbs_nothing(tmp_path):
