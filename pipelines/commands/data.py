@@ -37,7 +37,8 @@ def prepare(
         typer.Argument(
             metavar="SRC",
             help="Folder or s3://bucket/prefix of videos with captions beside them (clip.mp4,"
-            " clip.txt) or of WebDataset tars; a .tar; or a .csv or .jsonl manifest.",
+            " clip.txt) or of WebDataset tars; a .tar; a .csv or .jsonl manifest; or a .txt with"
+            " one prompt a line.",
         ),
     ],
     target: Annotated[
@@ -54,6 +55,9 @@ def prepare(
     id_column: Annotated[
         str | None, typer.Option(help="Manifest: the sample id; default: the path")
     ] = None,
+    captions_only: Annotated[
+        bool, typer.Option("--captions-only", help="Manifest: take the captions, no videos")
+    ] = False,
     num_frames: NumFrames = None,
     height: Height = None,
     width: Width = None,
@@ -86,7 +90,7 @@ def prepare(
         from pipelines.data.making.sources import Columns
 
         options = PrepareOptions(
-            columns=Columns(path_column, caption_column, id_column),
+            columns=Columns(None if captions_only else path_column, caption_column, id_column),
             rules=ClipRules(
                 wanted=ClipFormat(num_frames, height, width, fps, policy),
                 crf=crf,

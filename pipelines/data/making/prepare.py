@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
+import pyarrow as pa
+
 from pipelines.data.making.journal import Journal, open_journal
 from pipelines.data.making.ordered_pool import Died, map_in_order
 from pipelines.data.making.prepare_clip import ClipRules, PreparedClip, prepare_clip
@@ -21,9 +23,16 @@ from pipelines.data.making.rejections import (
     counts_by_reason,
     require_few,
 )
-from pipelines.data.making.sources import Columns, SourceClip, list_clips
+from pipelines.data.making.sources import PROMPTS_SUFFIX, Columns, SourceClip, list_clips
 from pipelines.data.shards.listing import QUARANTINE_NAME
-from pipelines.data.shards.schema import CAPTION, FPS, SAMPLE_ID, VIDEO, video_schema
+from pipelines.data.shards.schema import (
+    CAPTION,
+    FPS,
+    SAMPLE_ID,
+    VIDEO,
+    caption_schema,
+    video_schema,
+)
 from pipelines.data.shards.seen import SeenIds
 from pipelines.data.shards.shard_writing import ShardBuilder
 from sgmd_core.errors import ConfigError, DataError
@@ -136,7 +145,9 @@ def prepare(
     outcomes = map_in_order(
         partial(prepare_clip, rules=options.rules), clips, _num_processes(options)
     )
-    filler = _Filler(journal, options, f"preparing {src}")
+    captions_only = src.endswith(PROMPTS_SUFFIX) or options.columns.path is None
+    schema = caption_schema() if captions_only else video_schema()
+    filler = _Filler(journal, options, f"preparing {src}", schema)
     for outcome in outcomes:
         filler.take(_as_rejection(outcome) if isinstance(outcome, Died) else outcome)
         on_progress(filler.progress())
@@ -145,8 +156,8 @@ def prepare(
     if not journal.shards:
         raise DataError(
             f"preparing {src}",
-            "not a single video",
-            "video files with captions beside them, WebDataset tars, or a manifest",
+            "not a single caption" if captions_only else "not a single video",
+            "video files with captions beside them, tars, a manifest, or a .txt of prompts",
             "Check the address; a manifest is named itself, not its folder",
         )
     journal.finish()
@@ -193,13 +204,17 @@ class _Filler:
         journal: What is there already, and where the shards go.
         options: When a shard is full, and how many bad clips are too many.
         attempted: What an error shall say that we were doing.
+        schema: Of clips, or of captions alone.
     """
 
-    def __init__(self, journal: Journal, options: PrepareOptions, attempted: str) -> None:
+    def __init__(
+        self, journal: Journal, options: PrepareOptions, attempted: str, schema: pa.Schema
+    ) -> None:
         self._journal = journal
         self._options = options
         self._attempted = attempted
-        self._builder = ShardBuilder(video_schema())
+        self._schema = schema
+        self._builder = ShardBuilder(schema)
         self._waiting: list[Rejection] = []
         self._written = _written(journal)
 
@@ -214,14 +229,13 @@ class _Filler:
             if self.progress().num_judged >= _MIN_JUDGED:
                 self._judge()
             return
-        self._builder.add(
-            {
-                SAMPLE_ID: outcome.sample_id,
-                CAPTION: outcome.caption,
-                VIDEO: outcome.video,
-                FPS: outcome.fps,
-            }
-        )
+        row = {
+            SAMPLE_ID: outcome.sample_id,
+            CAPTION: outcome.caption,
+            VIDEO: outcome.video,
+            FPS: outcome.fps,
+        }
+        self._builder.add({name: row[name] for name in self._schema.names})
         is_full = self._builder.num_rows >= self._options.shard_clips
         if is_full or self._builder.num_bytes >= self._options.shard_bytes:
             self._commit()
@@ -247,7 +261,7 @@ class _Filler:
     def _commit(self) -> None:
         if self._builder.num_rows or self._waiting:
             self._journal.commit(_next_part(self._journal), self._builder, self._waiting)
-            self._builder, self._waiting = ShardBuilder(video_schema()), []
+            self._builder, self._waiting = ShardBuilder(self._schema), []
             self._written = _written(self._journal)
 
     def _judge(self) -> None:
@@ -287,11 +301,13 @@ def _next_part(journal: Journal) -> str:
 
 def _settings(src: str, options: PrepareOptions) -> dict[str, object]:
     """What must be the same in all runs that fill one folder."""
-    return {
+    settings: dict[str, object] = {
         "source": src,
         "id_column": options.columns.sample_id,
         "format": asdict(options.rules.wanted),
     }
+    # Sets from before captions alone could be prepared have no such entry.
+    return settings | ({"captions_only": True} if options.columns.path is None else {})
 
 
 def _num_processes(options: PrepareOptions) -> int:

@@ -36,12 +36,12 @@ class ClipRules:
 
 @dataclass(frozen=True, slots=True)
 class PreparedClip:
-    """A row of a shard."""
+    """A row of a shard; `video` and `fps` are None in a set of captions."""
 
     sample_id: str
     caption: str
-    video: bytes
-    fps: float
+    video: bytes | None = None
+    fps: float | None = None
 
 
 class _BadClip(Exception):
@@ -62,6 +62,8 @@ def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip
     reject = partial(Rejection, clip.sample_id, clip.source, clip.row)
     try:
         caption = _caption(clip, rules)
+        if clip.video is None:
+            return PreparedClip(clip.sample_id, caption)
         data = _read(clip.video, rules.max_clip_bytes, Reason.MISSING_VIDEO)
         if not rules.wanted.keeps_everything:
             video, fps = transcode(data, rules.wanted, crf=rules.crf)

@@ -2,7 +2,8 @@
 
     a folder      clip.mp4 beside clip.txt (the caption) or clip.json (a field of it), at any depth
     a tar         key.mp4 and key.txt or key.json in any order; also tars that lie in the folder
-    a manifest    CSV or JSON lines, one clip a row: a path and a caption
+    a manifest    CSV or JSON lines, one clip a row: a path and a caption; or captions alone
+    prompts       a .txt with one caption a line
 
 A caption belongs to the video whose name is the same up to the last dot.
 
@@ -11,7 +12,9 @@ the key, or the path as the manifest has it (or a column of its own). They do no
 the folder lies or on what else is in it.
 """
 
+import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,6 +40,7 @@ VIDEO_SUFFIXES = frozenset(
     f".{name}"
     for name in ("mp4", "m4v", "mov", "3gp", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv")
 )
+PROMPTS_SUFFIX = ".txt"
 _CAPTION_SUFFIXES = (".txt", ".json")
 _MANIFEST_SUFFIXES = (".csv", ".jsonl", ".ndjson")
 _BAD_CAPTION = Reason.UNREADABLE_CAPTION
@@ -81,14 +85,14 @@ class SourceClip:
         sample_id: Its lasting name.
         source: The file that names it: the video itself, a tar or a manifest.
         row: Its place in a tar or a manifest, from 0; None in a folder.
-        video: The video's bytes.
+        video: The video's bytes; None where the source holds captions alone.
         caption: The caption, or where it is; None where there is none.
     """
 
     sample_id: str
     source: str
     row: int | None
-    video: FileRange
+    video: FileRange | None
     caption: str | CaptionFile | None
 
 
@@ -97,12 +101,13 @@ class Columns:
     """Names in manifests, and of the caption's field in JSON files.
 
     Attributes:
-        path: Path of the video: relative to the manifest, absolute, or `s3://bucket/key`.
+        path: Path of the video: relative to the manifest, absolute, or `s3://bucket/key`. None
+            takes the captions alone.
         caption: The caption.
         sample_id: The id; None takes the path for it.
     """
 
-    path: str = "path"
+    path: str | None = "path"
     caption: str = "caption"
     sample_id: str | None = None
 
@@ -133,7 +138,16 @@ def list_clips(url: str, columns: Columns = Columns()) -> Iterator[SourceClip | 
 def _listed(url: str, columns: Columns) -> Iterator[SourceClip | Rejection]:
     filesystem, root = open_folder(url)
     suffix = PurePosixPath(root).suffix
-    if suffix in _MANIFEST_SUFFIXES:
+    if columns.path is None and suffix not in _MANIFEST_SUFFIXES:
+        raise DataError(
+            f"reading the captions of {url}",
+            "no manifest",
+            f"a file that ends in {', '.join(_MANIFEST_SUFFIXES)}",
+            "Leave --captions-only out; a .txt of prompts does not need it",
+        )
+    if suffix == PROMPTS_SUFFIX:
+        yield from _prompts(filesystem, root)
+    elif suffix in _MANIFEST_SUFFIXES:
         yield from _manifest_clips(filesystem, root, columns)
     elif root.endswith(_PACKED_TARS):
         raise DataError(
@@ -250,8 +264,40 @@ def _manifest_clips(
             _require_columns(header, address, columns)
         else:
             rows = json_rows(lines)
+        names = _CaptionIds()
         for number, row in enumerate(rows):
-            yield _manifest_clip(filesystem, address, number, row, columns)
+            yield _manifest_clip(filesystem, address, number, row, columns, names)
+
+
+def _prompts(filesystem: AbstractFileSystem, path: str) -> Iterator[SourceClip | Rejection]:
+    """The lines of a text file that are not blank, as captions."""
+    address = _address(filesystem, path)
+    names = _CaptionIds()
+    with _reading(filesystem, path) as file:
+        for number, line in enumerate(manifest_lines(file, address)):
+            text = line.strip()
+            fault = fault_of_text(text)
+            if fault is not None:
+                yield Rejection("", address, number, _BAD_CAPTION, fault)
+            elif text:
+                yield SourceClip(names.next(text), address, number, None, text)
+
+
+class _CaptionIds:
+    """Ids of captions without a name: a hash of the text, and its number where it comes again.
+
+    They stay the same when other lines are added to the file.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[bytes] = Counter()
+
+    def next(self, caption: str) -> str:
+        """The id of the next clip with this caption."""
+        digest = hashlib.blake2b(caption.encode(), digest_size=12)
+        self._counts[digest.digest()] += 1
+        count = self._counts[digest.digest()]
+        return digest.hexdigest() if count == 1 else f"{digest.hexdigest()}-{count}"
 
 
 def _require_columns(found: Sequence[str], address: str, columns: Columns) -> None:
@@ -262,7 +308,8 @@ def _require_columns(found: Sequence[str], address: str, columns: Columns) -> No
             f"reading {address}",
             f"the columns {printable(', '.join(found))}; no {', '.join(missing)}",
             "a path and a caption in each row",
-            "Name them with --path-column, --caption-column and --id-column",
+            "Name them with --path-column, --caption-column and --id-column; captions without"
+            " videos are taken with --captions-only",
         )
 
 
@@ -272,26 +319,31 @@ def _manifest_clip(
     number: int,
     row: dict[str, Any] | str,
     columns: Columns,
+    names: "_CaptionIds",
 ) -> SourceClip | Rejection:
     if isinstance(row, str):
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, printable(row))
-    path = row.get(columns.path)
-    if not isinstance(path, str) or not path.strip():
+    caption = row.get(columns.caption)
+    fault = None if caption is None else fault_of_text(caption)
+    path = None if columns.path is None else row.get(columns.path)
+    if columns.path is not None and (not isinstance(path, str) or not path.strip()):
         detail = f"{columns.path} = {str(path)[:80]!r}"
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
     sample_id = path if columns.sample_id is None else row.get(columns.sample_id)
+    if columns.sample_id is None and path is None:
+        if fault is not None:
+            return Rejection("", address, number, _BAD_CAPTION, fault)
+        sample_id = names.next(caption or "")
     if sample_id is None or not str(sample_id):
         detail = f"{columns.sample_id} = {sample_id!r}"
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
-    caption = row.get(columns.caption)
-    fault = None if caption is None else fault_of_text(caption)
     if fault is not None:
         return Rejection(printable(str(sample_id)), address, number, _BAD_CAPTION, fault)
     return SourceClip(
         sample_id=str(sample_id),
         source=address,
         row=number,
-        video=FileRange(_resolved(filesystem, address, path)),
+        video=None if path is None else FileRange(_resolved(filesystem, address, path)),
         caption=caption,
     )
 

@@ -16,6 +16,7 @@ from s3fs import S3FileSystem
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.data.checking.check import CheckOptions, check
 from pipelines.data.clips.clip_decoding import read_facts
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.making.prepare import PrepareOptions, prepare
@@ -23,6 +24,7 @@ from pipelines.data.making.prepare_clip import ClipRules
 from pipelines.data.making.sources import Columns
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import read_index
+from pipelines.data.shards.schema import ShardKind
 from sgmd_core.errors import DataError
 from tests.e2e.processes import ROOT
 from tests.helpers.s3_server import serve_s3, use_server
@@ -342,3 +344,37 @@ class TestCommand:
         )
         assert result.exit_code == 2
         assert result.stderr.splitlines()[-1].startswith("DataError: ")
+
+
+def test_a_file_of_prompts_becomes_shards_of_captions(tmp_path):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out"
+    prompts.write_bytes("a cat, “grey”\n\n  a dog \na cat, “grey”\n".encode() + b"\xff\n")
+    report = prepare(str(prompts), str(out), HERE)
+    assert report.rejected == {"unreadable_caption": 1}
+    first = rows(out)
+    assert [row["caption"] for row in first] == ["a cat, “grey”", "a dog", "a cat, “grey”"]
+    assert len({row["sample_id"] for row in first}) == 3
+    assert set(first[0]) == {"sample_id", "caption"}
+    prompts.write_text("new\na cat, “grey”\na dog\n")
+    assert prepare(str(prompts), str(out), HERE).num_new == 1
+    assert check(str(out), CheckOptions(num_processes=0)).kind == ShardKind.CAPTIONS
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])
+def test_captions_of_a_manifest_without_videos_are_taken_only_when_asked(tmp_path, name):
+    manifest, out = tmp_path / name, tmp_path / "out"
+    text = "caption\none\ntwo\n" if name.endswith("csv") else '{"caption": "one"}\n' * 2
+    manifest.write_text(text)
+    with pytest.raises(DataError):
+        prepare(str(manifest), str(tmp_path / "videos"), HERE)
+    result = CliRunner().invoke(
+        app, ["prepare", str(manifest), str(out), "--captions-only", "--processes", "0"]
+    )
+    assert result.exit_code == 0, result.output
+    expected = ["one", "two"] if name.endswith("csv") else ["one", "one"]
+    assert [row["caption"] for row in rows(out)] == expected
+
+
+def test_captions_only_of_a_folder_is_refused(source, tmp_path):
+    with pytest.raises(DataError, match="no manifest"):
+        prepare(str(source), str(tmp_path), PrepareOptions(columns=Columns(path=None)))
