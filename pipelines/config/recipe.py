@@ -212,7 +212,7 @@ class DistillConfig(Section):
         return shipped if not given.exists() and shipped.exists() else given
 
     @property
-    def deciding_settings(self) -> dict[str, JsonValue]:
+    def deciding_settings(self) -> dict[str, Any]:
         """The settings that decide a run's numbers, by dotted key.
 
         Not among them is where the networks are: their content decides, wherever it lies.
@@ -316,8 +316,8 @@ def json_schema() -> dict[str, Any]:
     return DistillConfig.model_json_schema()
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, JsonValue]:
-    flat: dict[str, JsonValue] = {}
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{prefix}{name}.")

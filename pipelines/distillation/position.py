@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.storage import Checkpoints
+from cluster.storage import Checkpoints, write_json
 from pipelines.config.recipe import MAY_CHANGE, DistillConfig, load_recipe
 from pipelines.data.stream.plan import Cursor
 from pipelines.run.folder import RunFolder
@@ -25,6 +25,16 @@ class Position:
     iteration: int = 0
     rows: int = 0
     cursor: Cursor = Cursor()
+
+
+def begin(config: DistillConfig, content: Mapping[str, str], folder: RunFolder) -> None:
+    """Make the folder of a new run and record what decides its numbers.
+
+    Raises:
+        ConfigError: A run of this name exists already.
+    """
+    folder.create(config.to_yaml())
+    write_json(str(folder.identity), identity(config, content))
 
 
 def with_draws_of(config: DistillConfig, folder: RunFolder) -> DistillConfig:

@@ -19,12 +19,7 @@ from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import IterationReport, run_iterations
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.monitor import Judge, is_due
-from pipelines.distillation.position import (
-    Position,
-    identity,
-    resume_position,
-    with_draws_of,
-)
+from pipelines.distillation.position import Position, begin, resume_position, with_draws_of
 from pipelines.distillation.preflight import Preflight, check
 from pipelines.distillation.prompts import Prompts
 from pipelines.distillation.summary import summarise
@@ -98,8 +93,7 @@ def distill(
         listener.note(f"resuming {folder.root} at iteration {start.iteration}")
     else:
         start = Position()
-        folder.create(config.to_yaml())
-        write_json(str(folder.identity), identity(config, checked.content))
+        begin(config, checked.content, folder)
         data = RunData(folder)
     listener.note(f"starting the roles ({config.topology.mode})")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
