@@ -29,7 +29,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the reference")] = 0,
     features: Annotated[
         Path | None,
-        typer.Option(help="TorchScript network, such as an I3D, in place of built-in features"),
+        typer.Option(help="Weights of an I3D (.safetensors) in place of the built-in features"),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Keeps the teacher's figures, for several runs")

@@ -43,7 +43,7 @@ class EvaluationOptions:
         num_bootstraps: Draws behind the standard errors.
         num_shown: Captions on the contact sheet, different ones.
         num_threads: Torch threads; None takes every core.
-        features: TorchScript file of a network that describes clips, such as an I3D; None takes
+        features: Weights of an I3D that describes clips, as safetensors; None takes
             the built-in features, which need none.
     """
 

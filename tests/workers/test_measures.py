@@ -1,7 +1,10 @@
 """Figures of real pixels: what is rendered moves as it was told, and the flow finds it."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
@@ -9,6 +12,7 @@ from pipelines.shapes import Split, render, sample_spec
 from sgmd_core.errors import ModelFolderError, ShapeError
 from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_distance
 from workers.feature_network import FeatureNetwork
+from workers.i3d import UNITS, I3d
 from workers.measures import CLIP_MEASURES, measure_clip_figures
 from workers.optical_flow import optical_flow
 
@@ -106,70 +110,105 @@ def test_clips_without_a_flow_are_refused(shape):
         optical_flow(torch.zeros(shape))
 
 
-class PlainNetwork(nn.Module):
-    def forward(self, video: torch.Tensor) -> torch.Tensor:
-        return torch.stack([video.mean(dim=(1, 2, 3, 4)), video.amax(dim=(1, 2, 3, 4))], dim=1)
-
-
-class SharedStyleNetwork(nn.Module):
-    """Takes the options that the I3D which video papers share takes."""
-
-    def forward(
-        self,
-        video: torch.Tensor,
-        rescale: bool = True,
-        resize: bool = False,
-        return_features: bool = False,
-    ) -> torch.Tensor:
-        options = torch.tensor([float(rescale), float(resize), float(return_features)])
-        return options.expand(video.shape[0], 3)
-
-
-class WrongNetwork(nn.Module):
-    def forward(self, video: torch.Tensor) -> torch.Tensor:
-        return video.mean(dim=(0, 1, 2)).flatten()
-
-
-def saved(folder, network: nn.Module):
-    path = folder / "features.pt"
-    torch.jit.save(torch.jit.script(network), str(path))
+def thin_i3d(folder: Path, seed: int = 0) -> Path:
+    """An I3D of few channels with random weights, as a file."""
+    torch.manual_seed(seed)
+    network = I3d(dict.fromkeys(UNITS, 4), num_classes=5)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            # A spread that few random channels keep up through all blocks.
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.05, 0.2)
+            module.bias.data.uniform_(0, 0.5)
+    path = folder / "i3d.safetensors"
+    save_file(network.state_dict(), path)
     return path
 
 
+KINETICS = {
+    **{"Conv3d_1a_7x7": 64, "Conv3d_2b_1x1": 64, "Conv3d_2c_3x3": 192},
+    **{
+        f"Mixed_{block}.{branch}": width
+        for block, widths in {
+            "3b": (64, 96, 128, 16, 32, 32),
+            "3c": (128, 128, 192, 32, 96, 64),
+            "4b": (192, 96, 208, 16, 48, 64),
+            "4c": (160, 112, 224, 24, 64, 64),
+            "4d": (128, 128, 256, 24, 64, 64),
+            "4e": (112, 144, 288, 32, 64, 64),
+            "4f": (256, 160, 320, 32, 128, 128),
+            "5b": (256, 160, 320, 32, 128, 128),
+            "5c": (384, 192, 384, 48, 128, 128),
+        }.items()
+        for branch, width in zip(("b0", "b1a", "b1b", "b2a", "b2b", "b3b"), widths, strict=True)
+    },
+}
+
+
+def test_the_i3d_of_kinetics_has_as_many_parameters_as_its_paper_says():
+    with torch.device("meta"):
+        network = I3d(KINETICS, num_classes=400)
+    # 12.3 million without the classifier of 400 classes and its bias.
+    assert sum(value.numel() for value in network.parameters()) == 12_697_264
+
+
 def test_a_feature_network_sees_clips_from_minus_one_to_one(tmp_path):
-    network = FeatureNetwork(saved(tmp_path, PlainNetwork()))
-    video = torch.stack([torch.zeros(3, 4, 8, 8), torch.ones(3, 4, 8, 8)])
-    assert network(video).tolist() == [[-1.0, -1.0], [1.0, 1.0]]
+    extract = FeatureNetwork(thin_i3d(tmp_path))
+    video = torch.rand(2, 3, 9, 16, 16)
+    network = I3d(dict.fromkeys(UNITS, 4), num_classes=5).eval()
+    network.load_state_dict(load_file(tmp_path / "i3d.safetensors"))
+    frames = video.movedim(2, 1).flatten(0, 1)
+    large = nn.functional.interpolate(frames, (224, 224), mode="bilinear").unflatten(0, (2, 9))
+    expected = network(large.movedim(1, 2) * 2 - 1)
+    torch.testing.assert_close(extract(video), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert extract(video).shape == (2, 5)
+    assert (extract(video)[0] - extract(video)[1]).abs().max() > 1e-3
 
 
-def test_the_shared_i3d_is_told_to_resize_and_to_return_features_and_not_to_rescale(tmp_path):
-    network = FeatureNetwork(saved(tmp_path, SharedStyleNetwork()))
-    assert network(torch.zeros(2, 3, 4, 8, 8)).tolist() == [[0.0, 1.0, 1.0]] * 2
+def test_pickles_and_torchscript_are_refused_and_never_loaded(tmp_path):
+    written = tmp_path / "written-by-a-script"
 
+    class Writing(nn.Module):
+        def __init__(self, path: str) -> None:
+            super().__init__()
+            self.path = path
 
-def test_what_is_no_torchscript_is_refused_and_never_unpickled(tmp_path):
-    path = tmp_path / "pickled.pt"
-    torch.save(PlainNetwork(), path)
-    with pytest.raises(ModelFolderError, match="TorchScript"):
-        FeatureNetwork(path)
+        def forward(self, video: torch.Tensor) -> torch.Tensor:
+            torch.save(video, self.path)
+            return video
+
+    script = tmp_path / "script.pt"
+    torch.jit.save(torch.jit.script(Writing(str(written))), str(script))
+    pickled = tmp_path / "pickled.pt"
+    torch.save(nn.Linear(1, 1), pickled)
+    for path in (script, pickled):
+        with pytest.raises(ModelFolderError, match="pickles and TorchScript are never loaded"):
+            FeatureNetwork(path)
+    assert not written.exists()
     with pytest.raises(ModelFolderError, match="no such file"):
-        FeatureNetwork(tmp_path / "missing.pt")
+        FeatureNetwork(tmp_path / "missing.safetensors")
 
 
-def test_features_that_are_not_one_row_a_clip_are_refused(tmp_path):
-    network = FeatureNetwork(saved(tmp_path, WrongNetwork()))
-    with pytest.raises(ShapeError, match="one row of features a clip"):
-        network(torch.zeros(2, 3, 4, 8, 8))
+def test_weights_of_another_network_are_refused(tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(1)}, other)
+    with pytest.raises(ModelFolderError, match=r"no tensor 'Conv3d_1a_7x7"):
+        FeatureNetwork(other)
 
 
-@pytest.mark.parametrize("pluggable", [False, True])
-def test_the_distance_of_a_set_to_itself_is_nothing_and_grows_with_noise(tmp_path, pluggable):
+def test_clips_that_are_too_short_for_the_network_are_refused(tmp_path):
+    with pytest.raises(ShapeError, match="9 frames or more"):
+        FeatureNetwork(thin_i3d(tmp_path))(torch.zeros(2, 3, 4, 8, 8))
+
+
+def test_the_distance_of_a_set_to_itself_is_nothing_and_grows_with_noise():
     _, video = rendered(24)
-    extract = FeatureNetwork(saved(tmp_path, PlainNetwork())) if pluggable else clip_features
     noise = torch.randn(video.shape, generator=torch.Generator().manual_seed(2))
-    reference = fit_gaussian(extract(video))
+    reference = fit_gaussian(clip_features(video))
     found = [
-        frechet_distance(*fit_gaussian(extract((video + level * noise).clamp(0, 1))), *reference)
+        frechet_distance(
+            *fit_gaussian(clip_features((video + level * noise).clamp(0, 1))), *reference
+        )
         for level in (0.0, 0.05, 0.2)
     ]
     assert found[0] == pytest.approx(0, abs=1e-9)

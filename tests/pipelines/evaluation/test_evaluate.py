@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from rich.console import Console
 
@@ -34,6 +33,7 @@ from pipelines.media.inference import (
 from pipelines.shapes import Split, captions
 from sgmd_core.errors import CheckpointError, ConfigError, DataError
 from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
+from tests.workers.test_measures import thin_i3d
 from workers.measures import CLIP_MEASURES
 
 CAPTIONS = captions(Split.HELD_OUT)[:4]
@@ -216,12 +216,7 @@ class TestMeasures:
     def test_a_network_from_a_file_describes_clips_for_distance_and_diversity(
         self, evaluation, place, tmp_path
     ):
-        class Means(torch.nn.Module):
-            def forward(self, video: torch.Tensor) -> torch.Tensor:
-                return video.mean(dim=(2, 3, 4))
-
-        path = tmp_path / "features.pt"
-        torch.jit.save(torch.jit.script(Means()), str(path))
+        path = thin_i3d(tmp_path)
         found = run_evaluation(place, tmp_path / "result", features=path)
         assert found.features == str(path)
         assert "features of" in printed(found)
