@@ -13,6 +13,7 @@ On a cluster that needs S3, better give the nodes a role or the keys in their ow
 
 import asyncio
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,52 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.errors import JobError
 
-EXCLUDED = (".git/", ".venv/", "/runs/", "/data/", "/wandb/", "__pycache__/", "*.egg-info/")
+SECRET_FILES = (
+    ".env",
+    ".env.*",
+    "*.env",
+    "*.pem",
+    "*.key",
+    "*.p12",
+    "*.pfx",
+    "*.jks",
+    "*.kdbx",
+    "*.ovpn",
+    "id_rsa*",
+    "id_ecdsa*",
+    "id_ed25519*",
+    ".netrc",
+    "_netrc",
+    ".npmrc",
+    ".pypirc",
+    ".git-credentials",
+    ".htpasswd",
+    ".aws/",
+    ".azure/",
+    ".ssh/",
+    ".gnupg/",
+    ".kube/",
+    ".docker/",
+    ".config/gcloud/",
+    "*credentials*.json",
+    "*service-account*.json",
+    "*service_account*.json",
+    "secrets/",
+    "secrets.*",
+)
+"""Names of files that hold keys or passwords; a job never takes them along."""
+
+EXCLUDED = (
+    ".git/",
+    ".venv/",
+    "/runs/",
+    "/data/",
+    "/wandb/",
+    "/site/",
+    "__pycache__/",
+    "*.egg-info/",
+    *SECRET_FILES,
+)
 """What stays at home, besides what .gitignore and .rayignore name.
 
 A leading slash means the folder on top alone: a package may have a `data` of its own.
@@ -68,11 +114,17 @@ def forwarded_environment(
             "every variable that is named to be set",
             "Export it, or leave it out",
         )
-    return {
-        name: value
+    forwarded = {
+        name: without_user(value)
         for name, value in environment.items()
-        if name in also or any(fnmatchcase(name, pattern) for pattern in FORWARDED)
+        if any(fnmatchcase(name, pattern) for pattern in FORWARDED)
     }
+    return forwarded | {name: environment[name] for name in also}
+
+
+def without_user(address: str) -> str:
+    """An address without the user and password that may stand before its host."""
+    return re.sub(r"(?<=//)[^/?#]*@", "", address)
 
 
 def submit_job(

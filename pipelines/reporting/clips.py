@@ -20,6 +20,7 @@ from pipelines.media.clip_files import ClipColumn, ClipFiles, clips_folder, read
 from pipelines.media.video import first_frame, shrink_video
 from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.records import RunRecords
+from pipelines.run.folder import file_inside
 from sgmd_core.errors import DataError
 
 # Base64 adds a third, so that a page stays below 15 MB with room for curves and text.
@@ -29,12 +30,18 @@ _CLIPS_SHARE = 0.75
 # Tried one after the other on a clip that is larger than its share: width and x264 rate factor.
 _SMALLER = ((360, 26), (240, 34))
 _POSTER_PX = 180
-_MEDIA_TYPES = {
-    ".png": "image/png",
-    ".gif": "image/gif",
-    ".jpg": "image/jpeg",
-    ".mp4": "video/mp4",
+_MAGIC = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"GIF8": "image/gif",
+    b"\xff\xd8\xff": "image/jpeg",
 }
+
+
+def _media_type(content: bytes) -> str | None:
+    """Media type by the first bytes of a file, whatever its name says."""
+    if content[4:8] == b"ftyp":
+        return "video/mp4"
+    return next((kind for magic, kind in _MAGIC.items() if content.startswith(magic)), None)
 
 
 @dataclass(slots=True)
@@ -50,22 +57,35 @@ class Media:
     notes: list[str] = field(default_factory=list)
 
     def put(self, name: str, content: bytes) -> str:
-        """The address of a file inside the page; empty where it is too large."""
+        """The address of a file inside the page; empty where it is too large or no media."""
+        kind = _media_type(content)
+        if kind is None:
+            self.notes.append(f"{name} is left out: it is no PNG, GIF, JPEG or MP4.")
+            return ""
         if len(content) > self.left_bytes:
             self.notes.append(f"{name} ({len(content) / 2**20:.1f} MB) is left out: no room.")
             return ""
         self.left_bytes -= len(content)
         data = base64.b64encode(content).decode("ascii")
-        return f"data:{_MEDIA_TYPES[Path(name).suffix]};base64,{data}"
+        return f"data:{kind};base64,{data}"
 
     def put_file(self, root: Path, name: str) -> str:
-        """The same for a file under a folder; empty also where it is missing."""
-        try:
-            content = (root / name).read_bytes()
-        except OSError:
-            self.notes.append(f"{name} is not there.")
+        """The same for a file of a run; empty also where it is missing or lies elsewhere."""
+        path = file_inside(root, name)
+        if path is None:
+            is_missing = not (root / name).exists()
+            found = "not there" if is_missing else "no file inside the run's folder"
+            self.notes.append(f"{name} is {found}.")
             return ""
-        return self.put(name, content)
+        size = path.stat().st_size
+        if size > self.left_bytes:
+            self.notes.append(f"{name} ({size / 2**20:.1f} MB) is left out: no room.")
+            return ""
+        try:
+            return self.put(name, path.read_bytes())
+        except OSError as error:
+            self.notes.append(f"{name} cannot be read: {error}.")
+            return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +190,12 @@ def _newest_clips(run: RunRecords, media: Media) -> ClipFiles | None:
         if (name := line.texts.get("sheet", ""))
     ]
     for sheet in sheets:
+        folder = clips_folder(sheet)
+        if not folder.resolve().is_relative_to(root.resolve()):
+            media.notes.append(f"{sheet.name} points outside of the run's folder.")
+            continue
         try:
-            files = read_clip_files(clips_folder(sheet))
+            files = read_clip_files(folder)
         except DataError as error:
             media.notes.append(str(error))
             continue
@@ -183,8 +207,9 @@ def _newest_clips(run: RunRecords, media: Media) -> ClipFiles | None:
 def _column(label: str, files: ClipFiles, column: ClipColumn, media: Media) -> _Column:
     clips: dict[str, tuple[str, bytes]] = {}
     for prompt, name in zip(files.prompts, column.files, strict=True):
+        path = file_inside(files.folder, name)
         try:
-            content = (files.folder / name).read_bytes()
+            content = b"" if path is None else path.read_bytes()
             first_frame(content)
         except (OSError, DataError):
             media.notes.append(f"{files.folder.name}/{name} is missing or is no video.")

@@ -15,7 +15,7 @@ import yaml
 
 from pipelines.config.overrides import read_yaml
 from pipelines.evaluation.run import EVALUATION_FILE
-from pipelines.run.folder import RunFolder
+from pipelines.run.folder import RunFolder, file_inside
 from sgmd_core.errors import CheckpointError
 
 _MAX_LINES_NAMED = 5
@@ -94,7 +94,7 @@ class RunRecords:
 
 
 def read_run(run_folder: str | Path) -> RunRecords:
-    """Reads all that is there.
+    """Reads all that is there; links that lead out of the folder are not followed.
 
     Raises:
         CheckpointError: Nothing in the folder looks like a run's.
@@ -169,10 +169,14 @@ def _missing(
 
 def _text(path: Path, notes: list[str]) -> str:
     """A file's text, empty where it is not there; bytes that are no text are replaced."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    if not path.exists():
         return ""
+    inside = file_inside(path.parent, path.name)
+    if inside is None:
+        notes.append(f"{path.name} is left out: it is no file inside the run's folder.")
+        return ""
+    try:
+        return inside.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         notes.append(f"{path.name} cannot be read: {error}.")
         return ""

@@ -18,6 +18,18 @@ from sgmd_core.errors import CheckpointError, ConfigError
 TRACKED_PACKAGES = ("sgmd", "torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 
 
+def file_inside(root: Path, name: str | Path) -> Path | None:
+    """Path of a regular file that lies in a folder, links resolved; None for any other.
+
+    A run folder may come from elsewhere: `../` and links in it must not lead to other files.
+    """
+    try:
+        path = (root / name).resolve()
+        return path if path.is_relative_to(root.resolve()) and path.is_file() else None
+    except (OSError, ValueError, RuntimeError):
+        return None
+
+
 class RunFolder:
     """The files of one run on a disk that every role can reach.
 

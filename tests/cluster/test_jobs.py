@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import JobError
-from cluster.jobs import follow_job, forwarded_environment, submit_job
+from cluster.jobs import SECRET_FILES, follow_job, forwarded_environment, submit_job
 from tests.cluster.toys import WAIT_S
 
 PROGRAM = """
@@ -18,6 +18,7 @@ from cluster.runtime import start_ray
 with start_ray():
     print("word", sys.argv[1], "cpus", int(ray.cluster_resources()["CPU"]))
 print("variable", os.environ["COLOUR"], "ignored", Path("runs").exists())
+print("uploaded", sorted(path.name for path in Path().rglob("*") if path.is_file()))
 sys.exit(int(sys.argv[2]))
 """
 
@@ -36,6 +37,24 @@ def test_variables_go_along_by_pattern_and_keys_only_by_name():
     assert named == {**usual, "WANDB_API_KEY": "secret"}
     with pytest.raises(JobError, match="AWS_ROLE not set"):
         forwarded_environment(["AWS_ROLE"], environment)
+
+
+def test_an_endpoint_goes_along_without_the_user_and_password_in_it():
+    environment = {
+        "AWS_ENDPOINT_URL": "https://user:top-secret@store:9000/path?x=1",
+        "WANDB_BASE_URL": "https://wandb.local",
+    }
+    assert forwarded_environment(environment=environment) == {
+        "AWS_ENDPOINT_URL": "https://store:9000/path?x=1",
+        "WANDB_BASE_URL": "https://wandb.local",
+    }
+    named = forwarded_environment(["AWS_ENDPOINT_URL"], environment)
+    assert "top-secret" in named["AWS_ENDPOINT_URL"]
+
+
+def test_what_ray_leaves_at_home_by_itself_holds_the_same_secrets():
+    listed = (Path(__file__).parents[2] / ".rayignore").read_text().splitlines()
+    assert set(SECRET_FILES) <= set(listed)
 
 
 def test_a_job_server_that_is_not_there_is_told(monkeypatch):
@@ -59,6 +78,9 @@ def test_a_job_runs_in_the_uploaded_folder_and_its_output_and_fate_come_back(
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "large").write_text("stays at home")
+    for secret in (".env", "prod.env", "key.pem", "keys/id_ed25519", "deep/.aws/credentials"):
+        (tmp_path / secret).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / secret).write_text("top-secret")
     root = str(Path(__file__).parents[2])
     variables = {"COLOUR": "red", "PYTHONPATH": root}
     output: list[str] = []
@@ -68,6 +90,7 @@ def test_a_job_runs_in_the_uploaded_folder_and_its_output_and_fate_come_back(
     follow_job(ray_head, job, output.append, WAIT_S)
     assert "word two words cpus 4" in "".join(output)
     assert "variable red ignored False" in "".join(output)
+    assert "uploaded ['program.py']" in "".join(output)
 
     job = submit_job(ray_head, [*argv[:3], "3"], tmp_path, variables)
     with pytest.raises(JobError, match=r"FAILED.*exit code 3"):

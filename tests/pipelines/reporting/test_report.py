@@ -1,5 +1,6 @@
 """`report`: one page that needs nothing else, of any runs, however far they came."""
 
+import base64
 import json
 import re
 import shutil
@@ -321,3 +322,54 @@ class TestComparison:
         shown = page(two[0], other)
         assert "young: The run is at iteration 3 of 60" in shown.warnings
         assert "Generators against their teacher" in shown.headings
+
+
+class TestRunFromElsewhere:
+    """What a folder names is shown only where it lies in the folder and is a picture or a clip."""
+
+    @pytest.mark.parametrize("name", ["../secret.png", "{outside}", "linked.png", "notes.png"])
+    def test_no_file_from_elsewhere_gets_into_the_page(self, finished, tmp_path, name):
+        secret = tmp_path / "secret.png"
+        secret.write_bytes(b"\x89PNG\r\n\x1a\n" + b"top-secret" * 100)
+        (finished / "linked.png").symlink_to(secret)
+        (finished / "notes.png").write_text("top-secret" * 100)
+        path = finished / "evaluation.json"
+        content = json.loads(path.read_text())
+        content["sheet_png"] = content["sheet_gif"] = name.format(outside=secret)
+        path.write_text(json.dumps(content))
+        text = write_report([finished]).read_text()
+        assert base64.b64encode(b"top-secret" * 3).decode()[4:-4] not in text
+        assert b64_of(secret) not in text
+
+    def test_a_file_of_figures_that_is_a_link_elsewhere_is_not_followed(self, finished, tmp_path):
+        outside = tmp_path / "other.yaml"
+        outside.write_text("password: top-secret\n")
+        (finished / "config.yaml").unlink()
+        (finished / "config.yaml").symlink_to(outside)
+        text = write_report([finished]).read_text()
+        assert "top-secret" not in text
+        assert "config.yaml is left out" in text
+
+    def test_clips_of_other_folders_are_not_shown(self, finished, tmp_path):
+        listing = next(finished.rglob("clips.json"))
+        content = json.loads(listing.read_text())
+        stolen = next(listing.parent.glob("*.mp4")).rename(tmp_path / "stolen.mp4")
+        for column in content["columns"]:
+            column["files"] = [f"../../../{stolen.name}"] * len(content["prompts"])
+        listing.write_text(json.dumps(content))
+        shown = page(finished)
+        assert not [source for source in shown.sources if source.startswith("data:video")]
+
+    def test_a_sheet_of_another_kind_is_left_out_with_a_note(self, finished):
+        path = finished / "evaluation.json"
+        content = json.loads(path.read_text())
+        (finished / "sheet.svg").write_text("<svg onload='alert(1)'/>")
+        content["sheet_png"] = "sheet.svg"
+        path.write_text(json.dumps(content))
+        text = write_report([finished]).read_text()
+        assert "sheet.svg is left out: it is no PNG, GIF, JPEG or MP4" in text
+        assert "onload" not in text
+
+
+def b64_of(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()[:400]
