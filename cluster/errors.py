@@ -12,6 +12,8 @@
         ├── TransferError                a value that groups cannot hand to one another
         ├── ControllerTensorError        a tensor was on its way to the controller
         ├── StorageError                 a file, folder or bucket cannot be read or written
+        ├── LeaseError                   another process is writing to a folder
+        ├── LeaseLostError               another process has taken a folder over
         └── JobError                     a job could not be submitted or did not succeed
 
 An error raised by a worker's own method arrives as itself, with a note that names the group, the
@@ -128,6 +130,14 @@ class ControllerTensorError(ClusterError, TypeError):
 
 class StorageError(ClusterError):
     """A file, folder or bucket cannot be read or written."""
+
+
+class LeaseError(ClusterError):
+    """Another process is writing to the folder that this one wants to write to."""
+
+
+class LeaseLostError(ClusterError):
+    """Another process has taken over the folder that this one was writing to."""
 
 
 class JobError(ClusterError):

@@ -9,12 +9,15 @@ over the target; then the parent folder is flushed, so that the new name survive
 folder is exchanged with the one it replaces and the old one is deleted afterwards: at every moment
 one whole version stands under the name. An object store replaces an object as a whole by itself.
 
-Errors of the file system pass through as they are; a draft that failed is deleted.
+Errors of the file system pass through as they are, for `storage_errors` to word; a draft that
+failed is deleted.
 """
 
 import ctypes
 import errno
+import hashlib
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -27,6 +30,8 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.errors import StorageError
+
 # An object of twice this size or more is sent in parts, each tried again by itself.
 _PART_BYTES = 16 * 2**20
 _DRAFT = ".draft"
@@ -34,6 +39,65 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 # A file system without RENAME_EXCHANGE (NFS, some overlays) answers with one of these.
 _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
+
+_CHUNK_BYTES = 4 * 2**20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_REMEDIES = {
+    **dict.fromkeys(
+        _FULL, ("room on the disk", "Free space there, or raise the quota, and run it again")
+    ),
+    errno.EROFS: (
+        "a disk that can be written to",
+        "The file system is mounted read-only: choose another folder, or mount it for writing",
+    ),
+}
+_CODE = re.compile(r"(?:os error|[Ee]rrno) (\d+)")
+_STORAGE = (
+    "storage that works",
+    "Check the path and the rights to it; for S3 also AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,"
+    " AWS_SECRET_ACCESS_KEY and that the bucket exists",
+)
+
+
+@contextmanager
+def storage_errors(attempted: str) -> Iterator[None]:
+    """Turns whatever a file system raises into a `StorageError` that says what to do.
+
+    A full disk, a quota and a disk that is read-only have remedies of their own.
+
+    Args:
+        attempted: What is being done, with the path.
+    """
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        expected, remedy = _REMEDIES.get(_code_of(error), _STORAGE)
+        found = f"{type(error).__name__}: {error}"
+        raise StorageError(attempted, found, expected, remedy) from error
+
+
+def _code_of(error: Exception) -> int:
+    """The system's number of an error, also where a library has it in its text only."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    named = _CODE.search(str(error))
+    return int(named[1]) if named else 0
+
+
+def sha256_of(path: str | Path, files: Any = None) -> str:  # noqa: ANN401
+    """SHA-256 of a file's content as hexadecimal digits, read as a stream.
+
+    Args:
+        path: As in `write_whole`.
+        files: As in `write_whole`.
+    """
+    digest = hashlib.sha256()
+    with Path(path).open("rb") if files is None else files.open(str(path), "rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def write_whole(path: str | Path, data: bytes, files: Any = None) -> None:  # noqa: ANN401
@@ -67,7 +131,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     draft = _draft_of(target)
     try:
         yield draft
-        _sync(draft)
+        sync_file(draft)
         draft.replace(target)
     except BaseException:
         with suppress(OSError):
@@ -105,14 +169,14 @@ def sync_tree(folder: str | Path) -> None:
     """Flushes every file and folder below a local folder, and the folder itself, to the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
-            _sync(Path(root) / name)
+            sync_file(Path(root) / name)
         sync_folder(root)
 
 
 def sync_folder(folder: str | Path) -> None:
     """Flushes a local folder's names to the disk; passes where the system cannot."""
     try:
-        _sync(Path(folder))
+        sync_file(Path(folder))
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
@@ -125,7 +189,8 @@ def _target(path: str | Path) -> Path:
     return target
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: str | Path) -> None:
+    """Flushes a local file to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

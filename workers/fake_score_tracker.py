@@ -219,9 +219,16 @@ class FakeScoreTracker:
         self._kept.clear()
         self._optimizer.discard()
 
-    def save(self, folder: str) -> None:
-        """Writes `fake_score/` under a checkpoint folder; every rank must be asked."""
-        save_role(folder, ROLE, self._optimizer.state())
+    def save(self, folder: str) -> dict[str, str]:
+        """Writes `fake_score/` under a checkpoint folder; every rank must be asked.
+
+        Returns:
+            SHA-256 of what was written, by path in the checkpoint.
+
+        Raises:
+            StorageError: The disk is full or cannot be written to.
+        """
+        return save_role(folder, ROLE, self._optimizer.state())
 
     def load(self, folder: str) -> int:
         """Goes on where `save` left off, bit for bit.

@@ -260,15 +260,22 @@ class GeneratorLearner:
             weights = dict(load_role(checkpoint, kept).weights)
         save_generator_pipeline(dst, base_folder, weights, flow_shift=flow_shift)
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str) -> dict[str, str]:
         """Writes `generator/` and, where an average is kept, `ema/` under a checkpoint folder.
 
         Every rank must be asked; the first one writes.
+
+        Returns:
+            SHA-256 of what was written, by path in the checkpoint.
+
+        Raises:
+            StorageError: The disk is full or cannot be written to.
         """
-        save_role(folder, ROLE, self._optimizer.state())
+        digests = save_role(folder, ROLE, self._optimizer.state())
         if self._average is not None:
             average = gathered(self._average.average)
-            save_role(folder, AVERAGE, RoleState(self._optimizer.updates, average, {}))
+            digests |= save_role(folder, AVERAGE, RoleState(self._optimizer.updates, average, {}))
+        return digests
 
     def load(self, folder: str) -> int:
         """Goes on where `save` left off, bit for bit.

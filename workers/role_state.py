@@ -2,7 +2,7 @@
 
     FOLDER/ROLE/weights.safetensors     parameters by name
     FOLDER/ROLE/optimizer.safetensors   AdamW's moments, `exp_avg/NAME` and so on
-    FOLDER/ROLE/role.json               number of updates
+    FOLDER/ROLE/role.json               role, number of updates, SHA-256 of the files beside it
 
 FOLDER is one checkpoint, a local folder or an fsspec URL such as s3://bucket/run/step-000200. Every
 tensor keeps its dtype and every bit, so a resumed run goes on with the same numbers. Nothing is
@@ -10,6 +10,7 @@ pickled. A checkpoint exists once its manifest does, which the controller writes
 have returned; what a crash leaves behind before that is overwritten by the next attempt.
 """
 
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.files import whole_file, write_whole
+from cluster.files import sha256_of, storage_errors, whole_file, write_whole
 from sgmd_core.errors import CheckpointError
 from workers.sharding import is_first_rank
 
@@ -47,40 +48,67 @@ class RoleState:
     moments: Mapping[str, Tensor]
 
 
-def save_role(folder: str, role: str, state: RoleState) -> None:
+def save_role(folder: str, role: str, state: RoleState) -> dict[str, str]:
     """Writes a role's state under `folder/role`; of several ranks only the first one does.
 
     Args:
         folder: The checkpoint: a local folder or an fsspec URL.
         role: Name of the subfolder.
         state: What to write; tensors on any device.
+
+    Returns:
+        SHA-256 of what was written, by path in the checkpoint; nothing on other ranks.
+
+    Raises:
+        StorageError: The disk is full or cannot be written to.
     """
     if not is_first_rank():
-        return
+        return {}
     target = f"{folder.rstrip('/')}/{role}"
-    filesystem, path = fsspec.core.url_to_fs(target)
-    _write_tensors(filesystem, f"{path}/{_WEIGHTS}", state.weights)
+    with storage_errors(f"saving the {role} to {target}"):
+        digests = _write(*fsspec.core.url_to_fs(target), role, state)
+    return {f"{role}/{name}": digest for name, digest in digests.items()}
+
+
+def _write(
+    filesystem: fsspec.AbstractFileSystem, path: str, role: str, state: RoleState
+) -> dict[str, str]:
+    """Writes the files of a role; returns their digests by name."""
+    digests = {_WEIGHTS: _write_tensors(filesystem, f"{path}/{_WEIGHTS}", state.weights)}
     if state.moments:
-        _write_tensors(filesystem, f"{path}/{_OPTIMIZER}", state.moments)
-    counters = {"updates": state.updates, "has_optimizer": bool(state.moments)}
-    write_whole(f"{path}/{_COUNTERS}", (json.dumps(counters) + "\n").encode(), filesystem)
+        optimizer = f"{path}/{_OPTIMIZER}"
+        digests[_OPTIMIZER] = _write_tensors(filesystem, optimizer, state.moments)
+    counters = {
+        "role": role,
+        "updates": state.updates,
+        "has_optimizer": bool(state.moments),
+        "sha256": digests,
+    }
+    text = (json.dumps(counters) + "\n").encode()
+    write_whole(f"{path}/{_COUNTERS}", text, filesystem)
+    return {**digests, _COUNTERS: hashlib.sha256(text).hexdigest()}
 
 
 def load_role(folder: str, role: str) -> RoleState:
-    """Reads what `save_role` wrote.
+    """Reads what `save_role` wrote, and checks every byte of it.
+
+    A role without digests was saved by an older version, and is read as it is.
 
     Raises:
-        CheckpointError: A file is missing or torn; names it.
+        CheckpointError: A file is missing, torn, changed, or another role's; names it.
     """
     target = f"{folder.rstrip('/')}/{role}"
     filesystem, path = fsspec.core.url_to_fs(target)
     try:
         counters = json.loads(filesystem.cat_file(f"{path}/{_COUNTERS}"))
-        weights = _read_tensors(filesystem, f"{path}/{_WEIGHTS}")
+        saved_as, digests = counters.get("role", role), counters.get("sha256", {})
+        if saved_as != role:
+            raise ValueError(f"{_COUNTERS} is that of the {saved_as}")
+        weights = _read_tensors(filesystem, path, _WEIGHTS, digests)
         has_optimizer = counters["has_optimizer"]
-        moments = _read_tensors(filesystem, f"{path}/{_OPTIMIZER}") if has_optimizer else {}
-        return RoleState(counters["updates"], weights, moments)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        moments = _read_tensors(filesystem, path, _OPTIMIZER, digests) if has_optimizer else {}
+        return RoleState(int(counters["updates"]), weights, moments)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"loading the {role} from {target}",
             f"{type(error).__name__}: {error}",
@@ -113,22 +141,38 @@ def require_same_tensors(
 
 def _write_tensors(
     filesystem: fsspec.AbstractFileSystem, path: str, tensors: Mapping[str, Tensor]
-) -> None:
+) -> str:
+    """Writes a file of tensors; returns its digest."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if isinstance(filesystem, LocalFileSystem):
         with whole_file(path) as draft:
             save_file(whole, draft)
-        return
+            return sha256_of(draft)
     with tempfile.TemporaryDirectory() as scratch:
         save_file(whole, Path(scratch) / _WEIGHTS)
         filesystem.put_file(str(Path(scratch) / _WEIGHTS), path)
+        return sha256_of(Path(scratch) / _WEIGHTS)
 
 
-def _read_tensors(filesystem: fsspec.AbstractFileSystem, path: str) -> dict[str, Tensor]:
+def _read_tensors(
+    filesystem: fsspec.AbstractFileSystem, folder: str, name: str, digests: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """Reads a file of tensors whose digest agrees with what was written."""
+    path = f"{folder}/{name}"
     if isinstance(filesystem, LocalFileSystem):
+        _require_digest(Path(path), name, digests)
         return load_file(path)
     with tempfile.TemporaryDirectory() as scratch:
         local = Path(scratch) / _WEIGHTS
         filesystem.get_file(path, str(local))
+        _require_digest(local, name, digests)
         # Copied, because safetensors maps the file, which is about to be deleted.
         return {name: tensor.clone() for name, tensor in load_file(local).items()}
+
+
+def _require_digest(path: Path, name: str, digests: Mapping[str, str]) -> None:
+    expected = digests.get(name)
+    if expected is not None and (found := sha256_of(path)) != expected:
+        raise ValueError(
+            f"{name} is not what was written (sha256 {found[:12]}..., expected {expected[:12]}...)"
+        )

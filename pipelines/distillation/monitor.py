@@ -17,8 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.checkpoints import Checkpoints
 from cluster.errors import CallTimeoutError
-from cluster.storage import Checkpoints, write_json
+from cluster.storage import write_json
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.validation import Validator

@@ -1,11 +1,12 @@
 """Where a run stands, and where it is taken up again."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.storage import Checkpoints, write_json
+from cluster.checkpoints import MANIFEST, Checkpoints
+from cluster.storage import write_json
 from pipelines.config.recipe import MAY_CHANGE, DistillConfig, load_recipe
 from pipelines.data.stream.plan import Cursor
 from pipelines.run.folder import RunFolder
@@ -66,38 +67,77 @@ def resume_position(
     content: Mapping[str, str],
     folder: RunFolder,
     checkpoints: Checkpoints,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Position:
-    """Where a run is taken up again: at its newest checkpoint, or at the beginning.
+    """Where a run is taken up again: at its newest whole checkpoint, or at the beginning.
+
+    Every byte of a checkpoint is compared with its manifest. A broken one is set aside, and the one
+    before it is taken.
 
     Args:
         config: The settings now.
         content: Digests of the components of the model folder now.
         folder: The run.
         checkpoints: Its committed states.
+        say: Hears which checkpoint is broken and why, which one is taken, and what was not checked.
 
     Raises:
-        CheckpointError: There is no run, or it was made with other settings or another model; names
-            every difference with both values.
+        CheckpointError: There is no run, no checkpoint of it is whole, or it was made with other
+            settings or another model; names every difference with both values.
     """
     folder.require()
-    latest = checkpoints.latest()
-    began = json.loads(folder.identity.read_text()) if folder.identity.exists() else None
-    found = differences(began, identity(config, content)) if began else []
-    manifest = checkpoints.manifest(latest) if latest is not None else None
-    if began is None and manifest is not None and manifest["config_digest"] != config.digest:
-        found = [f"the checkpoint has digest {manifest['config_digest']}, not {config.digest}"]
+    if folder.identity.exists():
+        began = json.loads(folder.identity.read_text())
+        _require_same(differences(began, identity(config, content)), folder)
+    broken: dict[int, str] = {}
+    for step in reversed(checkpoints.all_steps()):
+        fault = checkpoints.fault(step, contents=True)
+        manifest = {} if fault else checkpoints.manifest(step)
+        found = _position(manifest)
+        if found is not None:
+            digest = manifest.get("config_digest")
+            if not folder.identity.exists() and digest != config.digest:
+                other = [f"the checkpoint has digest {digest}, not {config.digest}"]
+                _require_same(other, folder)
+            for number, reason in broken.items():
+                say(f"checkpoint {number} is broken ({reason}): going on from {step} instead")
+                checkpoints.set_aside(number)
+            if not checkpoints.has_digests(step):
+                say(f"checkpoint {step} has no digests: only the sizes of its parts were checked")
+            return found
+        if not fault.startswith(f"no {MANIFEST}"):
+            broken[step] = fault or f"{MANIFEST} does not say where the run stood"
+    if broken:
+        raise CheckpointError(
+            f"resuming {folder.root}",
+            "; ".join(f"checkpoint {step} is broken: {why}" for step, why in broken.items()),
+            "one checkpoint that is whole",
+            "Restore one from a copy, or start a new run under another name",
+        )
+    return Position()
+
+
+def _require_same(found: Sequence[str], folder: RunFolder) -> None:
+    """Refuses to go on with other settings or another model."""
     if found:
         raise CheckpointError(
-            f"resuming {folder.root}" + f" at iteration {latest}" * (latest is not None),
+            f"resuming {folder.root}",
             "; ".join(found),
             f"the same model and the same settings, but for {', '.join(MAY_CHANGE)}",
             f"Resume with the run's own config.yaml: sgmd distill {folder.config} --resume ..., "
             "with the model that it began with, at any path",
         )
-    if manifest is None:
-        return Position()
-    cursor = Cursor.from_json(manifest.get("cursor"))
-    return Position(manifest["iteration"], manifest["rows"], cursor)
+
+
+def _position(manifest: Mapping[str, Any]) -> Position | None:
+    """Where a manifest says that the run stood; None where it makes no sense."""
+    try:
+        iteration, rows = manifest["iteration"], manifest["rows"]
+        if not (isinstance(iteration, int) and isinstance(rows, int)):
+            return None
+        return Position(iteration, rows, Cursor.from_json(manifest.get("cursor")))
+    except (KeyError, CheckpointError):
+        return None
 
 
 def identity(config: DistillConfig, content: Mapping[str, str]) -> dict[str, Any]:

@@ -8,10 +8,11 @@ The controller in this file moves handles and small records; every tensor stays 
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from cluster.storage import Checkpoints, write_json
+from cluster.checkpoints import Checkpoints
+from cluster.errors import ClusterError, StorageError
+from cluster.storage import write_json
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.shards.schema import TEXT_EMBEDS
@@ -22,17 +23,16 @@ from pipelines.distillation.monitor import Judge, is_due
 from pipelines.distillation.position import Position, begin, resume_position, with_draws_of
 from pipelines.distillation.preflight import Preflight, check
 from pipelines.distillation.prompts import Prompts
+from pipelines.distillation.states import States
 from pipelines.distillation.summary import summarise
-from pipelines.media.inference import InferenceSettings, write_inference_settings
 from pipelines.run.alarms import Alarm
 from pipelines.run.data_log import RunData
-from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl, versions
+from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.run.progress import Listener, SilentListener
 from pipelines.run.records import IterationRecord
 from pipelines.run.trace import RunTrace
 from pipelines.run.tracker import Tracker, open_tracker
-from sgmd_core.errors import AlarmError, NonFiniteError
-from workers.fake_score_tracker import FakeScoreTracker
+from sgmd_core.errors import AlarmError, DataError, NonFiniteError
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
 
@@ -86,10 +86,10 @@ def distill(
     checked = check(config)
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:
-        start = resume_position(config, checked.content, folder, checkpoints)
-        folder.rewind(start.iteration)
+        start = resume_position(config, checked.content, folder, checkpoints, listener.warning)
         data = RunData(folder)
-        data.rewind(start.iteration)
+        folder.rewind(start.iteration, listener.warning)
+        data.rewind(start.iteration, listener.warning)
         listener.note(f"resuming {folder.root} at iteration {start.iteration}")
     else:
         start = Position()
@@ -113,9 +113,12 @@ def distill(
             run.load(start)
         try:
             run.train(start, max_seconds, timed_saves)
+            return run.finish()
+        except (ClusterError, DataError) as error:
+            error.add_note(run.last_good())
+            raise
         finally:
             run.write_trace()
-        return run.finish()
 
 
 class Distillation:
@@ -152,6 +155,7 @@ class Distillation:
         self._listener = listener
         self._tracker = tracker
         self._judge = Judge(config, folder, checkpoints, groups.validator, listener, tracker)
+        self._states = States(config, checked, groups.roles, folder, checkpoints, self._judge)
         self._plan = plan_iteration(
             config,
             groups.roles.text.call_rank(
@@ -171,13 +175,10 @@ class Distillation:
         """Puts the learning roles back to a committed state."""
         if not start.iteration:
             return
-        folder, roles = self._checkpoints.folder(start.iteration), self._groups.roles
         for iteration in self._judge.lost(start.iteration):
-            self._load_generator(iteration)
+            self._states.load_generator(iteration)
             self._validate(iteration, is_last=True)
-        self._load_generator(start.iteration)
-        fake_score = roles.fake_score.call(FakeScoreTracker.load, folder)
-        self._fetch(roles.fake_score, fake_score, "loading the fake score")
+        self._states.load(start.iteration)
 
     def train(
         self, start: Position, max_seconds: float | None = None, timed_saves: int = 1
@@ -211,12 +212,12 @@ class Distillation:
                     spent_s += took_s
                     began = time.perf_counter()
             except NonFiniteError as error:
-                error.add_note(self._keep_last_good(position))
+                error.add_note(self._states.keep_last_good(position, may_save=self._is_in_step))
                 raise
             is_last = position.iteration == end or spent_s >= limit_s
             is_time = int(timed_saves * spent_s / limit_s) > int(timed_saves * before_s / limit_s)
             if is_last or is_time or self._saves_at(position.iteration):
-                self._save(position)
+                self._states.save(position)
             if is_last or self._judge.validates_at(position.iteration):
                 self._validate(position.iteration, is_last)
             self._judge.collect()
@@ -225,17 +226,24 @@ class Distillation:
 
     def write_trace(self) -> None:
         """Writes trace.json of what is known by now, also after a failure."""
-        self._trace.write(self._folder.trace)
+        try:
+            self._trace.write(self._folder.trace)
+        except StorageError as error:
+            # It must not hide the failure before it.
+            self._listener.warning(f"{self._folder.trace.name} was not written. {error}")
+
+    def last_good(self) -> str:
+        """Says which state a run that has failed can be taken up at."""
+        return self._states.last_good()
 
     def finish(self) -> dict[str, Any]:
         """Exports the generator, waits for the last validations and writes the summary."""
         self._listener.note(f"writing the generator to {self._folder.generator}")
-        self._export(self._folder.generator)
+        self._states.export(self._folder.generator)
         self._judge.finish()
-        self._prune()
-        self._export_best()
+        self._states.prune()
+        self._states.export_best()
         self._trace.close(self._judge.silent)
-        self.write_trace()
         summary = summarise(self._config, self._folder, self._data.counts(), self._judge.ranking)
         summary |= {
             "utilisation": self._trace.utilisation(),
@@ -245,45 +253,19 @@ class Distillation:
         write_json(str(self._folder.summary), summary)
         return summary
 
+    @property
+    def _is_in_step(self) -> bool:
+        """Whether, when an iteration fails, both roles still stand before it."""
+        return not (self._plan.fresh_tracking or self._plan.max_staleness_iterations)
+
     def _saves_at(self, iteration: int) -> bool:
         every = self._config.checkpoint.every
         due = iteration == self._config.iterations or is_due(iteration, every)
         return due or (self._judge.ranks and self._judge.validates_at(iteration))
 
-    def _load_generator(self, iteration: int) -> None:
-        generator = self._groups.roles.generator
-        loaded = generator.call(GeneratorLearner.load, self._checkpoints.folder(iteration))
-        self._fetch(generator, loaded, "loading the generator")
-
-    def _export(self, target: Path, checkpoint: str | None = None) -> None:
-        """Writes the generator as a diffusers folder, as it is now or as a checkpoint has it."""
-        generator = self._groups.roles.generator
-        exported = generator.call(
-            GeneratorLearner.export,
-            str(target),
-            str(self._checked.model.path.absolute()),
-            self._config.schedule.shift,
-            checkpoint,
-        )
-        self._fetch(generator, exported, "exporting the generator")
-        write_inference_settings(target, InferenceSettings(**self._config.inference_settings()))
-
-    def _export_best(self) -> str:
-        """Writes the best validated generator beside the last one; says which it is."""
-        ranking = self._judge.ranking
-        if not ranking:
-            return "Nothing was validated and kept."
-        best = ranking[0]
-        self._export(self._folder.best, self._checkpoints.folder(best.iteration))
-        score = self._config.checkpoint.score
-        told = f"iteration {best.iteration} ({score} {best.score:.4g}) is in {self._folder.best}"
-        self._listener.note(f"the best generator: {told}")
-        return f"The best generator, of {told}."
-
     def _stopped(self, alarm: Alarm, position: Position) -> AlarmError:
         """Saves the state at which an alarm ends the run, and words it."""
-        if position.iteration > (self._checkpoints.latest() or 0):
-            self._save(position)
+        self._states.save_if_newer(position)
         error = AlarmError(
             f"training {self._config.name}",
             alarm.in_words(),
@@ -291,7 +273,7 @@ class Distillation:
             f"The state is {self._checkpoints.folder(position.iteration)}; change the settings, or "
             f"go on all the same with --resume {self._folder.root}",
         )
-        error.add_note(self._export_best())
+        error.add_note(self._states.export_best())
         return error
 
     def _open_prompts(self, first: int) -> Prompts:
@@ -346,50 +328,6 @@ class Distillation:
     def _seconds_spent(self) -> float:
         """Training time of all iterations so far."""
         return sum(record["seconds"]["total"] for record in read_jsonl(self._folder.metrics))
-
-    def _save(self, position: Position) -> None:
-        folder, roles = self._checkpoints.folder(position.iteration), self._groups.roles
-        generator = roles.generator.call(GeneratorLearner.save, folder)
-        fake_score = roles.fake_score.call(FakeScoreTracker.save, folder)
-        self._fetch(roles.generator, generator, "saving the generator")
-        self._fetch(roles.fake_score, fake_score, "saving the fake score")
-        self._checkpoints.commit(
-            position.iteration,
-            {
-                "iteration": position.iteration,
-                "rows": position.rows,
-                "cursor": position.cursor.to_json(),
-                "config_digest": self._config.digest,
-                "seed": self._config.seed,
-                "versions": versions(),
-            },
-        )
-        self._prune()
-
-    def _prune(self) -> None:
-        """Deletes checkpoints that are neither new nor among the best."""
-        self._checkpoints.prune(self._config.checkpoint.keep, self._judge.spared)
-        self._judge.write_ranking()
-
-    def _keep_last_good(self, position: Position) -> str:
-        """Saves the state before the failed iteration, where that can be done; says which is last.
-
-        Not where a role has left it, nor of several ranks, which may wait for a failed one.
-        """
-        roles = self._groups.roles
-        together = not (self._plan.fresh_tracking or self._plan.max_staleness_iterations)
-        whole = roles.generator.size == roles.fake_score.size == 1
-        unsaved = ""
-        try:
-            if together and whole and position.iteration > (self._checkpoints.latest() or 0):
-                self._save(position)
-        except Exception as error:
-            # What ended the run is the error to raise; this one is told beside it.
-            unsaved = f"Saving the state before iteration {position.iteration} failed: {error} "
-        latest = self._checkpoints.latest()
-        if latest is None:
-            return f"{unsaved}No state was saved before iteration {position.iteration}."
-        return f"{unsaved}The last good state is {self._checkpoints.folder(latest)}."
 
     def _validate(self, iteration: int, is_last: bool) -> None:
         if self._groups.validator is not None:

@@ -32,7 +32,7 @@ def summarise(
         "name": config.name,
         "run_folder": str(folder.root),
         "generator": str(folder.generator),
-        "iterations": len(records),
+        "iterations": records[-1]["iteration"] + 1 if records else 0,
         "samples_seen": records[-1]["samples_seen"] if records else 0,
         "seconds": sum(seconds),
         "seconds_per_iteration": statistics.median(seconds) if seconds else None,

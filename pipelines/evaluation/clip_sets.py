@@ -9,11 +9,14 @@ files of the model, the captions, the way of sampling, and the code that measure
 
 import hashlib
 import json
+import logging
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -33,6 +36,7 @@ from workers.measured_clips import READING_FIELDS, MeasuredClips, Measurer, join
 
 _MEASURING = (frechet, shapes, motion, appearance, measures, optical_flow)
 _CHUNK_BYTES = 2**22
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +177,18 @@ def save_clip_set(path: Path, clips: ClipSet) -> None:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def load_clip_set(path: Path) -> ClipSet:
-    """Reads a set back."""
+def load_clip_set(path: Path) -> ClipSet | None:
+    """Reads a set back; None where there is none, or where the file is broken, with a warning."""
+    if not path.exists():
+        return None
+    try:
+        return _read(path)
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error) as error:
+        _log.warning("%s is broken (%s): its clips are sampled again", path, error)
+        return None
+
+
+def _read(path: Path) -> ClipSet:
     with np.load(path, allow_pickle=False) as arrays:
         reading = _group(arrays, "reading.")
         return ClipSet(

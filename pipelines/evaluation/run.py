@@ -175,8 +175,8 @@ def _teacher_sets(
         subject = plan.teacher
         key = set_name(digest, wanted, (*subject.facts, describing.digest))
         path = plan.cache / f"{key}.npz"
-        if path.exists():
-            sets[name] = load_clip_set(path)
+        if (remembered := load_clip_set(path)) is not None:
+            sets[name] = remembered
             continue
         evaluator = evaluator or subject.evaluator(plan.options)
         sets[name] = sample_clip_set(

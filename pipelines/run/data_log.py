@@ -8,7 +8,7 @@ All of it is on the disk before the iteration that depends on it ends, so a proc
 at any moment can be taken up at its checkpoint: `rewind` forgets what will be made again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipelines.data.stream.feed import Batch, Progress
@@ -31,9 +31,14 @@ class RunData:
         self._ledger = Ledger(folder.ledger)
         self._quarantine = QuarantineFile(folder.quarantine)
 
-    def rewind(self, iteration: int) -> None:
-        """Forgets what was entered for this iteration and later ones."""
-        self._ledger.rewind(iteration)
+    def rewind(self, iteration: int, on_broken: Callable[[str], None] | None = None) -> None:
+        """Forgets what was entered for this iteration and later ones.
+
+        Args:
+            iteration: The first to forget.
+            on_broken: Hears which lines were broken.
+        """
+        self._ledger.rewind(iteration, on_broken)
         self._quarantine.rewind(iteration)
 
     def progress(self, cursor: Cursor, rows: int) -> Progress:

@@ -7,13 +7,28 @@ samples/  checkpoints/step-000200/  generator/  best/  evaluation.json  report.h
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cluster.logs import Kind, append_line, flush_log, read_lines
 from cluster.storage import write_text
 from sgmd_core.errors import CheckpointError, ConfigError
+
+_NUMBER = (int, float)
+_FIELDS: Mapping[str, Mapping[str, Kind]] = {
+    "metrics.jsonl": {
+        "iteration": int,
+        "seconds": dict,
+        "losses": dict,
+        "data_wait_s": _NUMBER,
+        "samples_seen": int,
+    },
+    "validation.jsonl": {"iteration": int, "figures": dict},
+    "alarms.jsonl": {"iteration": int},
+}
+"""What every line of a log has; a line without it is broken."""
 
 TRACKED_PACKAGES = ("sgmd", "torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 
@@ -89,31 +104,46 @@ class RunFolder:
                 "Check the path; without --resume a new run is started",
             )
 
-    def rewind(self, iteration: int) -> None:
-        """Drops what was logged for iterations that a resumed run will make again."""
+    def rewind(self, iteration: int, on_broken: Callable[[str], None] | None = None) -> None:
+        """Drops what was logged for iterations that a resumed run will make again.
+
+        Args:
+            iteration: The first of them.
+            on_broken: Hears one sentence of each log in which lines were broken.
+        """
         # Metrics name the updates made before them, the others the updates they have seen.
         for path, first_dropped in (
             (self.metrics, iteration),
             (self.validation, iteration + 1),
             (self.alarms, iteration + 1),
         ):
-            kept = [line for line in read_jsonl(path) if line["iteration"] < first_dropped]
+            lines = read_jsonl(path, on_broken)
+            kept = [line for line in lines if line["iteration"] < first_dropped]
             if path.exists():
                 write_text(str(path), "".join(json.dumps(line) + "\n" for line in kept))
 
+    def flush(self) -> None:
+        """Flushes the logs to the disk, before a checkpoint that they lead to is committed."""
+        for path in (self.metrics, self.validation, self.alarms, self.shards):
+            flush_log(path)
+        for path in self.ledger.glob("*.jsonl"):
+            flush_log(path)
+
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:
-    """Adds one line and flushes it, so that a killed run keeps what it logged."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Adds one line to a log of a run."""
+    append_line(path, record)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a log; a last line torn by a crash is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+def read_jsonl(path: Path, on_broken: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """All whole lines of a log of a run.
+
+    Args:
+        path: The log.
+        on_broken: Hears one sentence where lines were left out; None: a warning is logged.
+    """
+    fields = _FIELDS.get(path.name, {})
+    return read_lines(path, fields, on_broken) if on_broken else read_lines(path, fields)
 
 
 def versions() -> dict[str, str]:

@@ -151,8 +151,8 @@ class Judge:
 
     def _teacher_set(self, request: ClipRequest, label: str) -> ClipSet:
         path = self._cache / f"{self._name(request)}.npz"
-        if path.exists():
-            return load_clip_set(path)
+        if (remembered := load_clip_set(path)) is not None:
+            return remembered
         clips = self._sample(request, f"the teacher's set {label}")
         save_clip_set(path, clips)
         return clips

@@ -7,7 +7,7 @@ one is resumed from its checkpoint, what was measured is remembered. A run that 
 says why; started again, the study tries it once more.
 """
 
-import json
+import logging
 import os
 import platform
 import traceback
@@ -18,7 +18,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.storage import Checkpoints, read_json, write_json, write_text
+from cluster.checkpoints import Checkpoints
+from cluster.errors import StorageError
+from cluster.storage import read_json, write_json, write_text
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import differences, identity
 from pipelines.distillation.preflight import check
@@ -40,6 +42,8 @@ from pipelines.study.speed import seconds_per_unit
 from pipelines.study.tables import cost_csv, results_csv, results_markdown
 from sgmd_core.errors import ConfigError
 from workers.models.content import model_digests
+
+_log = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 WRITTEN = ("results.md", "results.csv", "cost.csv", RESULTS_FILE)
@@ -181,7 +185,11 @@ def _is_finished(run: PlannedRun) -> bool:
     folder = RunFolder(run.folder)
     if not folder.summary.exists():
         return False
-    done = json.loads(folder.summary.read_text(encoding="utf-8"))["iterations"]
+    try:
+        done = int(read_json(str(folder.summary))["iterations"])
+    except (StorageError, KeyError, TypeError, ValueError) as error:
+        _log.warning("%s is broken (%s): the run is resumed to write it", folder.summary, error)
+        return False
     if run.max_seconds is None:
         return done >= run.config.iterations
     return place_of(run, done)[1] >= run.max_seconds
@@ -207,10 +215,16 @@ def _measure(run: PlannedRun, judge: Judge) -> dict[int, Point]:
 def _remembered(run: PlannedRun, judge: Judge) -> dict[int, Point]:
     """What was measured before, in the same way."""
     path = run.folder / _POINTS_FILE
-    stored: dict[str, Any] = read_json(str(path)) if path.exists() else {}
-    if stored.get("judge") != judge.key:
+    if not path.exists():
         return {}
-    return {entry["iteration"]: Point(**entry) for entry in stored["points"]}
+    try:
+        stored = read_json(str(path))
+        if stored["judge"] != judge.key:
+            return {}
+        return {entry["iteration"]: Point(**entry) for entry in stored["points"]}
+    except (StorageError, KeyError, TypeError) as error:
+        _log.warning("%s is broken (%s): its points are measured again", path, error)
+        return {}
 
 
 def _result(

@@ -1,12 +1,15 @@
 """Saved and loaded roles go on bit for bit; what does not fit is named."""
 
 import json
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cluster.errors import StorageError
 from sgmd_core.errors import CheckpointError
 from tests.helpers.moves import assert_moves
 from tests.helpers.roles import iterate, same_bits, tiny_roles, weights
@@ -143,6 +146,57 @@ def test_a_torn_or_missing_file_is_an_error_and_leaves_the_role_as_it_was(tmp_pa
     assert same_bits(weights(other.networks["fake_score"]), before)
 
 
+def as_an_older_version_saved_it(folder: Path) -> None:
+    """Takes the digests out of role.json."""
+    counters = json.loads((folder / "role.json").read_text())
+    kept = {name: counters[name] for name in ("updates", "has_optimizer")}
+    (folder / "role.json").write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors"])
+def test_a_flipped_bit_is_an_error_and_leaves_the_role_as_it_was(tmp_path, file):
+    roles, other = tiny_roles(), tiny_roles()
+    iterate(roles, 0)
+    _save(roles, str(tmp_path))
+    path = tmp_path / "generator" / file
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    before = weights(other.networks["generator"])
+    with pytest.raises(CheckpointError, match=rf"{file} is not what was written"):
+        other.generator.load(str(tmp_path))
+    assert same_bits(weights(other.networks["generator"]), before)
+    as_an_older_version_saved_it(path.parent)
+    other.generator.load(str(tmp_path))
+    assert not same_bits(weights(other.networks["generator"]), before), "nothing checked it then"
+
+
+def test_the_files_of_another_role_are_refused(tmp_path):
+    roles = tiny_roles()
+    iterate(roles, 0)
+    _save(roles, str(tmp_path))
+    own, others = tmp_path / "generator", tmp_path / "fake_score"
+    shutil.copy(others / "weights.safetensors", own / "weights.safetensors")
+    with pytest.raises(CheckpointError, match=r"weights\.safetensors is not what was written"):
+        tiny_roles().generator.load(str(tmp_path))
+    shutil.copytree(others, own, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"role\.json is that of the fake_score"):
+        tiny_roles().generator.load(str(tmp_path))
+
+
+def test_a_role_that_does_not_fit_on_the_disk_says_so(tmp_path):
+    roles = tiny_roles()
+    iterate(roles, 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(StorageError, match=r"saving the generator to .*Free space there"):
+            roles.generator.save(str(tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "generator").iterdir())
+
+
 def test_weights_of_another_network_are_refused_by_name(tmp_path):
     roles = tiny_roles()
     iterate(roles, 0)
@@ -151,6 +205,7 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path):
     tensors = load_file(path)
     first = sorted(tensors)[0]
     save_file({**tensors, first: torch.zeros(3)}, path)
+    as_an_older_version_saved_it(path.parent)
     with pytest.raises(CheckpointError) as caught:
         roles.generator.load(str(tmp_path))
     assert first in str(caught.value)

@@ -11,6 +11,7 @@ under the same name. So every clip is in the set exactly once, however often the
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -28,6 +29,7 @@ from pipelines.data.shards.shard_writing import ShardBuilder, write_file, write_
 from sgmd_core.errors import DataError
 
 _PROGRESS = "_progress"
+_log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -133,11 +135,23 @@ class Journal:
         folder = f"{self.root}/{_PROGRESS}"
         with storage_errors(f"reading {folder}"):
             names = _names_in(self.filesystem, folder)
-            return {
-                _part_of(name): json.loads(self.filesystem.cat_file(f"{folder}/{name}"))
+            found = {
+                _part_of(name): _entry(self.filesystem.cat_file(f"{folder}/{name}"))
                 for name in sorted(names)
                 if name.endswith(".json")
             }
+            for part in [part for part, entry in found.items() if entry is None]:
+                self._take_back(part)
+            return {part: entry for part, entry in found.items() if entry is not None}
+
+    def _take_back(self, part: str) -> None:
+        """Deletes a part whose entry is broken: what is in it is then made again."""
+        place = f"{self.root}/{_PROGRESS}/{part}.json"
+        _log.warning("%s is broken: the clips of %s are made again", place, part)
+        # The shard first: without it the entry still says that the part is not whole.
+        for path in (f"{self.root}/{part}.parquet", place):
+            if self.filesystem.exists(path):
+                self.filesystem.rm_file(path)
 
 
 def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal:
@@ -162,7 +176,12 @@ def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal
     wanted = json.loads(json.dumps(settings))
     if f"_{command}.json" in names:
         with storage_errors(attempted):
-            found = json.loads(filesystem.cat_file(own))
+            text = filesystem.cat_file(own)
+        try:
+            found = dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            broken = f"{own} is broken ({error}): nobody knows how its shards were made"
+            raise DataError(attempted, broken, "the settings of an earlier run", remedy) from error
         keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
         if keys:
             before, now = (
@@ -207,6 +226,17 @@ def _shard_in(entry: Mapping[str, Any]) -> Shard | None:
     if shard is None:
         return None
     return Shard(shard["path"], shard["num_bytes"], tuple(shard["rows"]))
+
+
+def _entry(data: str | bytes) -> dict[str, Any] | None:
+    """What a part's entry says; None where it is broken."""
+    try:
+        entry = json.loads(data)
+        _shard_in(entry)
+        [Rejection(**rejection) for rejection in entry["rejections"]]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return entry
 
 
 def _part_of(file_name: str) -> str:

@@ -7,16 +7,21 @@ A line is added when its iteration is done, with the metrics, and handed to the 
 process that is killed loses none, at worst it tears the last line, which is then not read.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.files import storage_errors
+from cluster.logs import append_line, whole_lines
 from cluster.storage import write_text
 from pipelines.data.stream.feed import Batch
 from pipelines.data.stream.plan import Cursor
+from sgmd_core.errors import CheckpointError
 
 _ITERATIONS_PER_FILE = 1000
+_FIELDS = {"iteration": int, "epochs": list, "cursor": dict, "ids": list}
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +66,23 @@ class Ledger:
             "cursor": batches[-1].cursor.to_json(),
             "ids": [name for batch in batches for name in batch.sample_ids],
         }
-        self._folder.mkdir(exist_ok=True)
-        with self._path(iteration).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with storage_errors(f"making {self._folder}"):
+            self._folder.mkdir(exist_ok=True)
+        append_line(self._path(iteration), line)
 
-    def rewind(self, iteration: int) -> None:
-        """Drops the lines of this iteration and later ones, and a torn one."""
+    def rewind(self, iteration: int, on_broken: Callable[[str], None] | None = None) -> None:
+        """Drops the lines of this iteration and later ones, and broken ones.
+
+        Args:
+            iteration: The first to drop.
+            on_broken: Hears which lines were broken.
+        """
         for path in self._paths():
             if int(path.stem) >= iteration:
                 path.unlink()
             elif int(path.stem) + _ITERATIONS_PER_FILE > iteration:
-                kept = [line for line, entry in _lines(path) if entry.iteration < iteration]
+                lines = _lines(path, on_broken)
+                kept = [line for line, entry in lines if entry.iteration < iteration]
                 write_text(str(path), "".join(f"{line}\n" for line in kept))
 
     def entries(self) -> Iterator[Entry]:
@@ -98,19 +109,16 @@ class Ledger:
         return self._folder / f"{first:09d}.jsonl"
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Entry]]:
-    """Whole lines of a file and what they say; a last line torn by a crash is left out."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if not line.endswith("\n"):
-                return
-            stored = json.loads(line)
-            yield (
-                line.rstrip("\n"),
-                Entry(
-                    stored["iteration"],
-                    tuple((epoch, count) for epoch, count in stored["epochs"]),
-                    Cursor.from_json(stored["cursor"]),
-                    tuple(stored["ids"]),
-                ),
-            )
+def _lines(
+    path: Path, on_broken: Callable[[str], None] | None = None
+) -> Iterator[tuple[str, Entry]]:
+    """Whole lines of a file and what they say; a line that makes no sense is left out."""
+    say = on_broken or _log.warning
+    for line, stored in whole_lines(path, _FIELDS, say):
+        try:
+            epochs = tuple((int(epoch), int(count)) for epoch, count in stored["epochs"])
+            cursor = Cursor.from_json(stored["cursor"])
+        except (CheckpointError, TypeError, ValueError) as error:
+            say(f"{path}: the line of iteration {stored['iteration']} left out ({error})")
+            continue
+        yield line, Entry(stored["iteration"], epochs, cursor, tuple(map(str, stored["ids"])))

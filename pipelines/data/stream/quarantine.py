@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.files import whole_file
-from sgmd_core.errors import DataError
+from cluster.files import storage_errors, whole_file
+from sgmd_core.errors import CheckpointError, DataError
 
 _SCHEMA = pa.schema(
     [
@@ -144,9 +144,7 @@ class QuarantineFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lines: list[dict[str, Any]] = (
-            pq.read_table(path, schema=_SCHEMA).to_pylist() if path.exists() else []
-        )
+        self._lines: list[dict[str, Any]] = _read(path) if path.exists() else []
 
     @property
     def rejects(self) -> list[Reject]:
@@ -179,5 +177,23 @@ class QuarantineFile:
         }
 
     def _write(self) -> None:
-        with whole_file(self._path) as draft:
+        with storage_errors(f"writing {self._path}"), whole_file(self._path) as draft:
             pq.write_table(pa.Table.from_pylist(self._lines, schema=_SCHEMA), draft)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a quarantine file.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
+    try:
+        return pq.read_table(path, schema=_SCHEMA).to_pylist()
+    except (OSError, pa.ArrowException) as error:
+        raise CheckpointError(
+            f"reading {path}",
+            f"{type(error).__name__}: {str(error).splitlines()[0]}",
+            "the rows that the run has left out",
+            "Move the file away to go on without them: what is bad is found again when it is met,"
+            " and counted from 0",
+        ) from error

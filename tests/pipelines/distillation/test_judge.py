@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.checkpoints import Checkpoints
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
-from cluster.storage import Checkpoints
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.monitor import Judge
 from pipelines.run.alarms import Alarm

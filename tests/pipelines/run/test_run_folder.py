@@ -21,7 +21,7 @@ def test_resuming_nothing_says_so(tmp_path: Path) -> None:
 
 
 def test_a_line_torn_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
+    path = tmp_path / "alarms.jsonl"
     append_jsonl(path, {"iteration": 0})
     with path.open("a") as file:
         file.write('{"iteration": 1, "los')
@@ -31,11 +31,12 @@ def test_a_line_torn_by_a_crash_is_left_out(tmp_path: Path) -> None:
 def test_rewinding_drops_what_will_be_made_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create("name: run\n")
+    rest = {"seconds": {}, "losses": {}, "data_wait_s": 0.0, "samples_seen": 4}
     for iteration in range(5):
-        append_jsonl(folder.metrics, {"iteration": iteration})
+        append_jsonl(folder.metrics, {"iteration": iteration, **rest})
     folder.rewind(3)
     assert [line["iteration"] for line in read_jsonl(folder.metrics)] == [0, 1, 2]
-    append_jsonl(folder.metrics, {"iteration": 3})
+    append_jsonl(folder.metrics, {"iteration": 3, **rest})
     assert len(read_jsonl(folder.metrics)) == 4
 
 
