@@ -52,7 +52,7 @@ def test_the_core_loads_nothing_but_torch():
 
 @pytest.mark.slow
 def test_the_roles_load_no_ray():
-    assert loaded_after_importing("workers", ("ray", "cluster.errors", "pipelines")) == ""
+    assert loaded_after_importing("workers", ("ray", "cluster.storage", "pipelines")) == ""
 
 
 @pytest.mark.slow
