@@ -62,6 +62,7 @@ def test_a_resume_that_lost_a_part_would_make_other_bits(lost, tmp_path):
     _save(straight, str(tmp_path))
     path = tmp_path / f"{lost}.safetensors"
     save_file({name: torch.zeros_like(value) for name, value in load_file(path).items()}, path)
+    as_an_older_version_saved_it(path.parent)
     _load(resumed, str(tmp_path))
     iterate(straight, 2)
     iterate(resumed, 2)
