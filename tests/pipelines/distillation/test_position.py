@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cluster.storage import Checkpoints
+from cluster.checkpoints import Checkpoints
 from pipelines.config.recipe import PROJECT_ROOT, DistillConfig, load_recipe
 from pipelines.distillation.position import Position, identity, resume_position
 from pipelines.run.folder import RunFolder
