@@ -69,12 +69,21 @@ gpu-check:  ## Check roles, speed and memory on a GPU in 8 minutes, with any PYT
 gpu-wheels:  ## Say which packages the check lacks here, and the command that fetches them elsewhere
 	$(PYTHON) benchmarks/gpu_check.py --missing $(GPU_FLAGS)
 
+# In an environment of its own: what users get who install today, within the bounds of pyproject.toml.
+test-latest:  ## Run the tests with the newest versions of all libraries
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-latest/bin/python -m pip freeze --exclude-editable > .venv-latest/versions.txt
+	.venv-latest/bin/python -m pytest $(SHAPES) $(JOBS) -m "not gpu" $(PYTEST_FLAGS)
+
 lint: $(READY)  ## Check style, types, import directions and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	@git ls-files 'sgmd*/*.py' 'workers/*.py' 'cluster/*.py' 'pipelines/*.py' | xargs wc -l | \
+		awk '$$2 != "total" && $$1 > 400 {print "warning: " $$2 " has " $$1 " lines: one idea?"}'
 
 docs: $(READY)  ## Make the generated pages and build the site; a broken link is an error
 	$(BIN)/python docs/make_reference.py
