@@ -15,7 +15,9 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _PROBE_TIMEOUT_S = 5.0
+_GCS_PROBE_EVERY_S = 3.0
 
 
 @contextmanager
@@ -69,6 +72,46 @@ def start_ray(
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[None]:
+    """Watches that Ray's control service (GCS) answers, while this process is connected to it.
+
+    Ray ends a driver 60 s after the service has gone, without a word of ours. So the sentence has
+    to come before.
+
+    Args:
+        tell: Hears one sentence, once, when the service has not answered for so long.
+        limit_s: Silence that is worth the sentence.
+    """
+    if not ray.is_initialized():
+        yield
+        return
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    over = threading.Event()
+
+    def watch() -> None:
+        answered_s = time.monotonic()
+        while not over.wait(_GCS_PROBE_EVERY_S):
+            try:
+                socket.create_connection((host, int(port)), _PROBE_TIMEOUT_S).close()
+                answered_s = time.monotonic()
+            except OSError:
+                if time.monotonic() - answered_s > limit_s:
+                    tell(
+                        f"Ray's control service at {host}:{port} does not answer (it has ended, or "
+                        "its machine is gone); Ray will end this process within a minute. Start "
+                        "the cluster again and go on with --resume"
+                    )
+                    return
+
+    thread = threading.Thread(target=watch, name="watch-gcs", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def _start_local(

@@ -6,6 +6,7 @@ Heavy imports stand inside the commands, so that `--help` is there at once.
               1   a run failed on the way, something necessary is missing (doctor), or a set of
                   shards is not usable (check)
               2   the request was wrong: a setting, a folder, a shard
+              130 or 143   a run was stopped by Ctrl-C or SIGTERM, after its state was saved
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +27,13 @@ from pipelines.commands import (
     runs,
 )
 from pipelines.commands.output import show_error
-from sgmd_core.errors import AlarmError, NonFiniteError, SgmdError, StaleCallError
+from sgmd_core.errors import (
+    AlarmError,
+    NonFiniteError,
+    SgmdError,
+    StaleCallError,
+    StopRequestedError,
+)
 
 _RUN_FAILURES = (AlarmError, ClusterError, NonFiniteError, StaleCallError)
 
@@ -42,6 +49,8 @@ class _TeachingGroup(TyperGroup):
             if ctx.params["debug"]:
                 raise
             show_error(error)
+            if isinstance(error, StopRequestedError):
+                raise typer.Exit(error.exit_code) from None
             raise typer.Exit(1 if isinstance(error, _RUN_FAILURES) else 2) from None
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from cluster.files import write_whole
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
+from pipelines.run.folder import require_lasting_folder
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from workers.models.folder import inspect_wan_folder
 from workers.models.wan import load_text, load_transformer, load_vae
@@ -106,6 +107,7 @@ def generate(
         ModelFolderError: The folder is missing, incomplete or not Wan's.
         ShapeError: The clip's size does not fit the networks.
     """
+    require_lasting_folder(output, "--output")
     folder = model_folder(run_or_model)
     changes = {name: value for name, value in sampling.items() if value is not None}
     _require_request(prompts, formats, changes, zoom)

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.jobs import follow_job, forwarded_environment, submit_job
+from pipelines.config.overrides import read_yaml
 from pipelines.config.recipe import PROJECT_ROOT
 from pipelines.config.recipe_files import find_recipe, shipped_recipes
+from pipelines.run.folder import REVISION_VARIABLE, git_revision, require_lasting_folder
 from sgmd_core.errors import ConfigError
 
 
@@ -43,11 +45,35 @@ def submit(
         ConfigError: The recipe would not travel with the job.
         JobError: The cluster cannot be reached or refuses the job, or the job failed.
     """
+    if command != "evaluate":
+        _require_absolute_output(recipe, overrides)
     argv = ["python", "-m", "pipelines.cli", command, _portable(recipe, working_dir), *overrides]
-    job = submit_job(address, argv, working_dir, forwarded_environment(forward))
+    variables = forwarded_environment(forward) | {REVISION_VARIABLE: git_revision()}
+    job = submit_job(address, argv, working_dir, variables)
     if follow:
         follow_job(address, job, on_log)
     return job
+
+
+def _require_absolute_output(recipe: str, overrides: Sequence[str]) -> None:
+    """Refuses an output that would lie in the job's package, which Ray deletes with the job."""
+    given = [value.partition("=")[2] for value in overrides if value.startswith("output=")]
+    written = given[-1:] or [_output_of(recipe)]
+    for output in written:
+        require_lasting_folder(output, "output")
+        if not Path(output).is_absolute() and "--resume" not in overrides:
+            raise ConfigError(
+                f"submitting {recipe}",
+                f"output is {output!r}, which would lie in the job's package and go with the job",
+                "an absolute path on a disk that every node of the cluster reaches",
+                f"Add it: sgmd submit {recipe} ... output=/mnt/runs",
+            )
+
+
+def _output_of(recipe: str) -> str:
+    """The recipe's output; recipes of other commands have one of their own kind."""
+    content = read_yaml(find_recipe(recipe).read_text(encoding="utf-8"))
+    return str(content.get("output", "runs")) if isinstance(content, dict) else "runs"
 
 
 def _portable(recipe: str, working_dir: Path) -> str:

@@ -24,6 +24,7 @@ from pipelines.config.recipe import DistillConfig, check_sweep
 from pipelines.distillation.groups import own_cluster_size, pools_of
 from pipelines.distillation.preflight import check, require_readable
 from pipelines.distillation.run import distill
+from pipelines.run.folder import require_lasting_folder
 from pipelines.run.progress import Listener, SilentListener
 from sgmd_core.errors import ConfigError
 
@@ -98,6 +99,7 @@ def sweep(config: DistillConfig, listener: Listener | None = None) -> SweepResul
     listener = listener or SilentListener()
     # Tune's newer reporter prints to standard output even when told to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    require_lasting_folder(config.output, "output")
     _require_grid(config)
     score, held_out = config.sweep.score, check(_trial_config(config, {}, "check")).held_out
     require_readable(score, held_out, f"ranking trials by {score}", "sweep.score")

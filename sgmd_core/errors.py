@@ -8,7 +8,8 @@
     ├── CheckpointError        a run folder or checkpoint cannot be read or does not fit
     ├── StaleCallError         a role was asked about a batch that it no longer holds
     ├── NonFiniteError         a loss or a gradient stopped being finite
-    └── AlarmError             a run was ended by an alarm that the recipe stops at
+    ├── AlarmError             a run was ended by an alarm that the recipe stops at
+    └── StopRequestedError     a run was ended by Ctrl-C or SIGTERM, after its state was saved
 
 Each error keeps the facts it was raised with and words them in `__str__`, so that it arrives from
 another process with its type and its fields.
@@ -71,3 +72,12 @@ class NonFiniteError(SgmdError):
 
 class AlarmError(SgmdError):
     """A run was ended by an alarm that its recipe stops at; its state is on disk."""
+
+
+class StopRequestedError(SgmdError):
+    """A run ended because it was asked to, by Ctrl-C or SIGTERM; its state has been saved."""
+
+    @property
+    def exit_code(self) -> int:
+        """Exit code of a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
+        return 143 if "SIGTERM" in self.found else 130

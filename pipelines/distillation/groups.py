@@ -79,6 +79,7 @@ def open_groups(
     num_rows: int,
     *,
     in_trial: bool = False,
+    tell: Callable[[str], None] = lambda words: None,
 ) -> Iterator[Groups]:
     """Starts every role and waits until all have loaded their networks.
 
@@ -89,6 +90,7 @@ def open_groups(
         progress: Where the run stands in its data.
         num_rows: Captions that it will still take.
         in_trial: Take over the placement group of the Tune trial that this process is.
+        tell: Hears when the Ray cluster is lost.
 
     Raises:
         SgmdError: A role cannot load what it needs.
@@ -99,11 +101,12 @@ def open_groups(
             opener: _Opener = _LocalOpener()
         else:
             from cluster.ray.topology import Placement, reserve
-            from cluster.runtime import start_ray
+            from cluster.runtime import start_ray, watch_gcs
 
             pools = pools_of(config)
             num_cpus = own_cluster_size(config, bundles_of(pools))
             stack.enter_context(start_ray(config.topology.address, num_cpus=num_cpus))
+            stack.enter_context(watch_gcs(tell))
             placement = (
                 Placement.adopt_current(pools)
                 if in_trial

@@ -8,6 +8,7 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.data.shards.schema import TEXT_COMPONENTS, TEXT_EMBEDS, Encoding
 from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
 from pipelines.data.stream.source import Source
+from pipelines.run.folder import require_lasting_folder
 from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
@@ -77,6 +78,7 @@ def check(config: DistillConfig) -> Preflight:
     Raises:
         SgmdError: The first thing that does not fit, with what to do about it.
     """
+    require_lasting_folder(config.output, "output")
     model = inspect_wan_folder(config.model_folder)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)

@@ -30,15 +30,16 @@ from pipelines.run.data_log import RunData
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.run.progress import Listener, SilentListener
 from pipelines.run.records import IterationRecord
+from pipelines.run.stopping import StopRequests, stop_requests
 from pipelines.run.trace import RunTrace
 from pipelines.run.tracker import Tracker, open_tracker
-from sgmd_core.errors import AlarmError, DataError, NonFiniteError
+from sgmd_core.errors import AlarmError, DataError, NonFiniteError, StopRequestedError
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
 
 # Iterations that may overlap before everything is waited for; bounds what the controller lists.
-# Fewer where an alarm or a time limit may end the run, which happens between such stretches.
-_LONGEST, _LONGEST_STOPPABLE = 100, 10
+# A run can be stopped between such stretches only.
+_LONGEST = 10
 
 
 def dry_run(config: DistillConfig) -> dict[str, Any]:
@@ -99,7 +100,15 @@ def distill(
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
     progress = data.progress(start.cursor, start.rows)
     with (
-        open_groups(config, checked, folder, progress, rows_left, in_trial=in_trial) as groups,
+        open_groups(
+            config,
+            checked,
+            folder,
+            progress,
+            rows_left,
+            in_trial=in_trial,
+            tell=listener.warning,
+        ) as groups,
         open_tracker(
             config.tracker.wandb,
             config.tracker.project,
@@ -112,7 +121,8 @@ def distill(
         if resume:
             run.load(start)
         try:
-            run.train(start, max_seconds, timed_saves)
+            with stop_requests(listener.warning) as stops:
+                run.train(start, max_seconds, timed_saves, stops)
             return run.finish()
         except (ClusterError, DataError) as error:
             error.add_note(run.last_good())
@@ -181,7 +191,11 @@ class Distillation:
         self._states.load(start.iteration)
 
     def train(
-        self, start: Position, max_seconds: float | None = None, timed_saves: int = 1
+        self,
+        start: Position,
+        max_seconds: float | None = None,
+        timed_saves: int = 1,
+        stops: StopRequests | None = None,
     ) -> None:
         """Iterates to the end; checkpoints and validates on the way.
 
@@ -189,20 +203,21 @@ class Distillation:
             start: Where the run stands.
             max_seconds: Training time of the whole run after which this is the end.
             timed_saves: States that are saved at equal distances in it.
+            stops: Requests from outside to end the run.
 
         Raises:
+            StopRequestedError: A stop was asked for; the state is saved.
             NonFiniteError: With a note that says where the last good state is.
             AlarmError: An alarm that the recipe stops at; the state is saved.
             DataError: Too much of the data cannot be used, or their server failed.
         """
         end = self._config.iterations
         limit_s = math.inf if max_seconds is None else max_seconds
-        longest = _LONGEST_STOPPABLE if max_seconds or self._config.alarms.stop else _LONGEST
         prompts = self._open_prompts(start.iteration)
         position, spent_s = start, self._seconds_spent()
         while position.iteration < end and spent_s < limit_s:
             first, began, before_s = position.iteration, time.perf_counter(), spent_s
-            together = self._num_together(first, longest)
+            together = self._num_together(first)
             try:
                 for report in run_iterations(
                     self._groups.roles, self._plan, first, together, prompts.of
@@ -223,6 +238,8 @@ class Distillation:
             self._judge.collect()
             if self._judge.fatal is not None and not is_last:
                 raise self._stopped(self._judge.fatal, position)
+            if stops is not None and stops.received and not is_last:
+                raise self._interrupted(stops, position)
 
     def write_trace(self) -> None:
         """Writes trace.json of what is known by now, also after a failure."""
@@ -276,6 +293,14 @@ class Distillation:
         error.add_note(self._states.export_best())
         return error
 
+    def _interrupted(self, stops: StopRequests, position: Position) -> StopRequestedError:
+        """Saves the state at which a request from outside ends the run, and words it."""
+        self._states.save_if_newer(position)
+        state = self._checkpoints.folder(position.iteration)
+        error = stops.error(self._config.name, state, str(self._folder.root))
+        error.add_note(self._states.export_best())
+        return error
+
     def _open_prompts(self, first: int) -> Prompts:
         return Prompts(
             self._groups.feed,
@@ -287,13 +312,13 @@ class Distillation:
             timeout_s=self._config.topology.call_timeout_s,
         )
 
-    def _num_together(self, first: int, longest: int) -> int:
+    def _num_together(self, first: int) -> int:
         """Iterations from here that may overlap: as far as the next state that is looked at."""
         if not self._plan.max_staleness_iterations:
             return 1
         last = first + 1
         ends = (self._saves_at, self._judge.validates_at)
-        while last - first < longest and not any(is_one(last) for is_one in ends):
+        while last - first < _LONGEST and not any(is_one(last) for is_one in ends):
             last += 1
         return last - first
 

@@ -19,7 +19,7 @@ from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.inspect import first_captions
 from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
-from pipelines.run.folder import RunFolder
+from pipelines.run.folder import RunFolder, require_lasting_folder
 from sgmd_core.errors import ConfigError
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.build import build_evaluator
@@ -181,6 +181,9 @@ def plan_evaluation(
         options.guidance_scale or theirs.guidance_scale,
         options.seed,
     )
+    for folder, option in ((output, "--output"), (cache, "--cache")):
+        if folder:
+            require_lasting_folder(folder, option)
     results = Path(output) if output else (path if is_run else Path("evaluation"))
     few = Sampling(own.num_steps, 1.0, options.seed + 1)
     return EvaluationPlan(

@@ -51,6 +51,7 @@ from pipelines.pretraining.loops import (
     vae_loop,
 )
 from pipelines.pretraining.quality import QualityReport, measure_folder
+from pipelines.run.folder import require_lasting_folder
 from sgmd_core.errors import SgmdError
 from workers.models.wan import open_autoencoder
 
@@ -96,6 +97,8 @@ def pretrain(
         InsufficientResourcesError: the cluster is too small, and the job would wait for ever.
         NonFiniteError: a loss stopped being finite.
     """
+    require_lasting_folder(config.output, "output")
+    require_lasting_folder(config.run_dir, "run_dir")
     for folder in (config.world.train, config.world.held_out):
         require_shards(folder)
     require_cpus(num_cpus_needed(config), f"training {config.name}")

@@ -25,6 +25,7 @@ from pipelines.reporting.names import duration
 from pipelines.reporting.records import RunRecords, finite, read_run
 from pipelines.reporting.settings import differing_facts, differing_settings, facts
 from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
+from pipelines.run.folder import require_lasting_folder
 
 T = TypeVar("T")
 
@@ -48,6 +49,8 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path | None = 
     Raises:
         CheckpointError: One of the folders holds nothing of a run.
     """
+    if output:
+        require_lasting_folder(output, "--output")
     runs = [read_run(folder) for folder in run_folders]
     first = runs[0].folder.root
     beside = first / REPORT_FILE if len(runs) == 1 else first.parent / COMPARISON_FILE

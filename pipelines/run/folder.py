@@ -6,6 +6,8 @@ samples/  checkpoints/step-000200/  generator/  best/  evaluation.json  report.h
 """
 
 import json
+import os
+import re
 import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -43,6 +45,41 @@ def file_inside(root: Path, name: str | Path) -> Path | None:
         return path if path.is_relative_to(root.resolve()) and path.is_file() else None
     except (OSError, ValueError, RuntimeError):
         return None
+
+
+REVISION_VARIABLE = "SGMD_GIT_REVISION"
+"""Environment variable of submitted jobs: the revision of the tree that was uploaded."""
+
+_JOB_FOLDER = "runtime_resources/working_dir_files/"
+"""Part of the path in which Ray unpacks the working directory of a job."""
+
+
+def require_lasting_folder(folder: str | Path, setting: str) -> None:
+    """Checks that a folder to write to is on a disk and outlasts this process.
+
+    Args:
+        folder: As it was given.
+        setting: Setting or option that gave it.
+
+    Raises:
+        ConfigError: It is an object store, or lies in the package folder of a Ray job.
+    """
+    attempted = f"writing to {folder} ({setting})"
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
+        raise ConfigError(
+            attempted,
+            "an address of an object store",
+            "a folder on a disk that every process of the run reaches",
+            "Data are read from object stores, results are not written there yet. Write to a "
+            "mounted disk, for example output=/mnt/runs, and copy the folder afterwards",
+        )
+    if _JOB_FOLDER in f"{Path(folder).absolute()}/":
+        raise ConfigError(
+            attempted,
+            "a folder inside the package of this Ray job, which Ray deletes with the job",
+            "an absolute path on a disk that outlasts the job",
+            f"Submit again with {setting} on a shared disk, for example output=/mnt/runs",
+        )
 
 
 class RunFolder:
@@ -158,7 +195,12 @@ def versions() -> dict[str, str]:
 
 
 def git_revision() -> str:
-    """Revision of the source tree, marked `+changes` when it has any; empty outside of git."""
+    """Revision of the source tree, marked `+changes` when it has any; empty outside of git.
+
+    A submitted job has no `.git`; `sgmd submit` sends the revision along.
+    """
+    if REVISION_VARIABLE in os.environ:
+        return os.environ[REVISION_VARIABLE]
     source = Path(__file__).parent
     try:
         revision = _git(source, "rev-parse", "HEAD")

@@ -40,7 +40,7 @@ from pipelines.study.plan import (
 from pipelines.study.results import Point, RunResult, StudyResult, place_of, times_of
 from pipelines.study.speed import seconds_per_unit
 from pipelines.study.tables import cost_csv, results_csv, results_markdown
-from sgmd_core.errors import ConfigError
+from sgmd_core.errors import ConfigError, StopRequestedError
 from workers.models.content import model_digests
 
 _log = logging.getLogger(__name__)
@@ -155,6 +155,8 @@ def _made(
                 )
         points = _measure(run, judge)
         (run.folder / FAILURE_FILE).unlink(missing_ok=True)
+    except StopRequestedError:
+        raise
     # Whatever breaks one run, the others are still worth making.
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure} (all of it: {_write_failure(run, failure)})"

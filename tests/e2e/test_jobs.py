@@ -61,7 +61,7 @@ def test_our_own_command_submits_and_follows(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     inside = tmp_path / "tree"
     inside.mkdir()
-    for name in ("pipelines", "workers", "cluster", "sgmd_core"):
+    for name in ("sgmd", "pipelines", "workers", "cluster", "sgmd_core"):
         (inside / name).symlink_to(ROOT / name)
     (inside / "mine.yaml").write_text(recipe_file.read_text())
     printed: list[str] = []
@@ -79,7 +79,7 @@ def test_our_own_command_submits_and_follows(
 
 _LIST_SOURCES = """
 from pathlib import Path
-for package in ("pipelines", "workers", "cluster", "sgmd_core"):
+for package in ("sgmd", "pipelines", "workers", "cluster", "sgmd_core"):
     for path in Path(package).rglob("*.[pyj]*"):
         print("source", path.as_posix())
 """
@@ -97,7 +97,7 @@ def test_all_of_the_sources_travel(ray_head: str, monkeypatch: pytest.MonkeyPatc
     )
     sources = re.findall(r"^source (.+)$", here.stdout, re.MULTILINE)
     assert arrived == {name for name in sources if not name.endswith(".pyc")}
-    assert "pipelines/data/feed.py" in arrived
+    assert "pipelines/data/stream/feed.py" in arrived
 
 
 def test_actors_that_encode_share_a_gpu(
@@ -125,3 +125,15 @@ def test_actors_that_encode_share_a_gpu(
 def test_a_recipe_that_would_stay_at_home_is_refused(recipe_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"inside the folder that travels"):
         submit(str(recipe_file), address="http://127.0.0.1:9", working_dir=tmp_path)
+
+
+def test_a_job_whose_output_would_go_with_its_package_is_refused_before_the_upload(
+    tmp_path: Path,
+) -> None:
+    for output, words in (
+        ("runs", "would lie in the job's package"),
+        ("s3://bucket/runs", "an address of an object store"),
+    ):
+        with pytest.raises(ConfigError, match=words) as caught:
+            submit("tiny", [f"output={output}"], address="http://127.0.0.1:9")
+        assert "output=/mnt/runs" in str(caught.value)

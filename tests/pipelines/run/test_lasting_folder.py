@@ -1,0 +1,56 @@
+"""Results are written where they last: not to addresses, and not into the package of a Ray job."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config.recipe import load_recipe
+from pipelines.config.recipe_files import load
+from pipelines.distillation.preflight import check
+from pipelines.evaluation.run import evaluate
+from pipelines.generate import generate
+from pipelines.pretraining.config import PretrainConfig
+from pipelines.pretraining.run import pretrain
+from pipelines.reporting.page import write_report
+from pipelines.run.folder import REVISION_VARIABLE, git_revision, require_lasting_folder
+from pipelines.sweep import sweep
+from sgmd_core.errors import ConfigError
+
+ADDRESS = "s3://bucket/runs"
+TINY = Path(__file__).parents[3] / "assets" / "tiny-wan"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: check(load_recipe("tiny", [f"output={ADDRESS}"])),
+        lambda: sweep(load_recipe("tiny", [f"output={ADDRESS}"])),
+        lambda: pretrain(load(PretrainConfig, "pretrain-tiny", [f"output={ADDRESS}"])),
+        lambda: pretrain(load(PretrainConfig, "pretrain-tiny", [f"run_dir={ADDRESS}"])),
+        lambda: generate(TINY, ["a red circle"], output=ADDRESS),
+        lambda: evaluate(TINY, teacher=TINY, captions="data", output=ADDRESS),
+        lambda: write_report(["runs/demo"], f"{ADDRESS}/report.html"),
+    ],
+    ids=["distill", "sweep", "pretrain", "pretrain run_dir", "generate", "evaluate", "report"],
+)
+def test_an_address_of_an_object_store_is_refused_and_no_folder_is_made(
+    write, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="an address of an object store"):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_package_folder_of_a_job_is_refused(tmp_path, monkeypatch):
+    package = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0123"
+    package.mkdir(parents=True)
+    monkeypatch.chdir(package)
+    with pytest.raises(ConfigError, match="deletes with the job"):
+        check(load_recipe("tiny", ["output=runs"]))
+    require_lasting_folder(tmp_path / "runs", "output")
+
+
+def test_a_job_knows_the_revision_that_was_submitted(monkeypatch):
+    monkeypatch.setenv(REVISION_VARIABLE, "abc123+changes")
+    assert git_revision() == "abc123+changes"
