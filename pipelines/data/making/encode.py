@@ -19,7 +19,7 @@ from pipelines.data.making.encode_plan import digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
 from pipelines.data.making.journal import open_journal
 from pipelines.data.making.rejections import counts_by_reason
-from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.filesystem import canonical_address, open_folder
 from pipelines.data.shards.schema import TEXT_COMPONENTS, Encoding
 from sgmd_core.errors import DataError
 from workers.models.content import fingerprint
@@ -84,7 +84,7 @@ def encode(
             "`sgmd prepare` makes some",
         )
     settings = {
-        "source": src,
+        "source": canonical_address(src),
         "parts": digest(parts),
         "encoding": asdict(encoding),
         "format": asdict(options.wanted),

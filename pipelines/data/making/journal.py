@@ -17,11 +17,10 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from fsspec import AbstractFileSystem
-from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.making.rejections import Rejection, from_parquet, to_parquet
 from pipelines.data.shards.filesystem import open_folder, storage_errors
-from pipelines.data.shards.index import Shard, read_index, write_index
+from pipelines.data.shards.index import INDEX_NAME, Shard, read_index, write_index
 from pipelines.data.shards.listing import QUARANTINE_NAME
 from pipelines.data.shards.parquet import read_parquet
 from pipelines.data.shards.schema import SAMPLE_ID
@@ -38,17 +37,29 @@ class Journal:
     Args:
         filesystem: The folder's file system.
         root: Its path there.
+        settings_path: File that says what its shards are made with.
+        settings: What it shall say.
 
     Attributes:
+        is_bound: That file says so; otherwise it is written with the first part.
         shards: Everything written and counted, by name.
         rejections: Everything that was not taken.
         parts: Names of the parts that count, also of those in which no clip was good.
         is_complete: Whether the folder has an index, so that a command came to its end here.
     """
 
-    def __init__(self, filesystem: AbstractFileSystem, root: str) -> None:
+    def __init__(
+        self,
+        filesystem: AbstractFileSystem,
+        root: str,
+        settings_path: str,
+        settings: Mapping[str, Any],
+    ) -> None:
         self.filesystem = filesystem
         self.root = root
+        self.is_bound = False
+        self._settings_path = settings_path
+        self._settings = settings
         index = read_index(filesystem, root)
         self.is_complete = index is not None
         self.shards = {shard.path: shard for shard in index or ()}
@@ -66,6 +77,7 @@ class Journal:
         Returns:
             The shard; None where the part has no good clip.
         """
+        self._bind()
         shard = None
         if builder.num_rows:
             shard = write_shard(self.filesystem, self.root, f"{part}.parquet", builder)
@@ -80,6 +92,13 @@ class Journal:
         for name, entry in self._progress_entries().items():
             self._write_progress(name, _shard_in(entry), ())
         self.rejections = []
+
+    def forget_everything(self) -> None:
+        """Makes a folder without shards as good as empty."""
+        assert not self.shards, "shards belong to the settings that made them"
+        self.rejections, self.is_complete = [], False
+        self.parts.clear()
+        self._delete(_PROGRESS, INDEX_NAME, QUARANTINE_NAME)
 
     def sample_ids(self) -> Iterator[list[str]]:
         """The ids in all shards that count, shard by shard.
@@ -101,14 +120,26 @@ class Journal:
 
     def finish(self) -> None:
         """Writes the quarantine and the index, and takes the progress away."""
+        self._bind()
         self.write_quarantine()
         write_index(self.filesystem, self.root, list(self.shards.values()))
         self.is_complete = True
-        progress = f"{self.root}/{_PROGRESS}"
-        with storage_errors(f"deleting {progress}"):
-            self.filesystem.invalidate_cache()
-            if self.filesystem.exists(progress):
-                self.filesystem.rm(progress, recursive=True)
+        self._delete(_PROGRESS)
+
+    def _bind(self) -> None:
+        """Says what the shards are made with, before the first of them is there."""
+        if not self.is_bound:
+            content = json.dumps(self._settings, indent=2).encode()
+            write_file(self.filesystem, self._settings_path, content)
+            self.is_bound = True
+
+    def _delete(self, *names: str) -> None:
+        for name in names:
+            path = f"{self.root}/{name}"
+            with storage_errors(f"deleting {path}"):
+                self.filesystem.invalidate_cache()
+                if self.filesystem.exists(path):
+                    self.filesystem.rm(path, recursive=True)
 
     def _write_progress(
         self, part: str, shard: Shard | None, rejections: Sequence[Rejection]
@@ -155,50 +186,80 @@ class Journal:
 
 
 def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal:
-    """Opens a folder to be filled, or to be filled further.
+    """Opens a folder to be filled, or to be filled further; writes nothing yet.
+
+    A folder that holds no shard is not bound to the settings of an earlier run.
 
     Args:
-        url: Local path or `s3://bucket/prefix`; a local folder is made.
+        url: Local path or `s3://bucket/prefix`.
         command: Who fills it.
-        settings: What makes its shards what they are, as JSON can hold it.
+        settings: Everything that decides the content of its shards, as JSON can hold it.
 
     Raises:
         DataError: the folder holds other data, or was filled with other settings.
     """
     filesystem, root = open_folder(url)
     attempted = f"filling {url} with `sgmd {command}`"
-    remedy = "Choose another folder, or delete this one"
     with storage_errors(attempted):
-        if isinstance(filesystem, LocalFileSystem):
-            filesystem.makedirs(root, exist_ok=True)
         names = _names_in(filesystem, root)
     own = f"{root}/_{command}.json"
     wanted = json.loads(json.dumps(settings))
-    if f"_{command}.json" in names:
-        with storage_errors(attempted):
-            text = filesystem.cat_file(own)
-        try:
-            found = dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            broken = f"{own} is broken ({error}): nobody knows how its shards were made"
-            raise DataError(attempted, broken, "the settings of an earlier run", remedy) from error
-        keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-        if keys:
-            before, now = (
-                ", ".join(f"{key} = {settings.get(key)!r}" for key in keys)
-                for settings in (found, wanted)
+    if f"_{command}.json" not in names:
+        if any(name.endswith(".parquet") for name in names):
+            raise DataError(
+                attempted,
+                f"Parquet files that `sgmd {command}` did not write",
+                "an empty folder",
+                "Choose another folder, or delete this one",
             )
-            raise DataError(attempted, f"shards made with {before}", now, remedy)
-    elif any(name.endswith(".parquet") for name in names):
+        return Journal(filesystem, root, own, wanted)
+    with storage_errors(attempted):
+        text = filesystem.cat_file(own)
+    try:
+        found = dict(json.loads(text))
+    except (ValueError, TypeError) as error:
         raise DataError(
             attempted,
-            f"Parquet files that `sgmd {command}` did not write",
-            "an empty folder",
-            remedy,
-        )
+            f"{own} is broken ({error}): nobody knows how its shards were made",
+            "the settings of an earlier run",
+            "Choose another folder, or delete this one",
+        ) from error
+    journal = Journal(filesystem, root, own, wanted)
+    if found == wanted:
+        journal.is_bound = True
+    elif journal.shards:
+        raise _other_settings(attempted, found, wanted)
     else:
-        write_file(filesystem, own, json.dumps(wanted, indent=2).encode())
-    return Journal(filesystem, root)
+        journal.forget_everything()
+    return journal
+
+
+def _other_settings(
+    attempted: str, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> DataError:
+    """Names each setting that differs, with both of its values."""
+    before, now = _flat(found), _flat(wanted)
+    unknown = "(not recorded)"
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    old = ", ".join(f"{name} = {before.get(name, unknown)!r}" for name in names)
+    new = ", ".join(f"{name} = {now.get(name, unknown)!r}" for name in names)
+    return DataError(
+        attempted,
+        f"shards made with {old}; this run has {new}",
+        "the same settings in all runs that fill one folder",
+        "Repeat the settings of the first run, choose another folder, or delete this one",
+    )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": each for inner, each in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat
 
 
 def _names_in(filesystem: AbstractFileSystem, folder: str) -> list[str]:

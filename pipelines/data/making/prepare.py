@@ -6,6 +6,7 @@ Clips arrive in the order of the source, whatever the number of processes, so th
 the same shards. Memory holds one shard, two clips a process, and eight bytes an id.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,6 +25,7 @@ from pipelines.data.making.rejections import (
     require_few,
 )
 from pipelines.data.making.sources import PROMPTS_SUFFIX, Columns, SourceClip, list_clips
+from pipelines.data.shards.filesystem import canonical_address
 from pipelines.data.shards.listing import QUARANTINE_NAME
 from pipelines.data.shards.schema import (
     CAPTION,
@@ -133,7 +135,10 @@ def prepare(
         DataError: source or destination cannot be used, too many clips are bad, or there is none.
     """
     started = time.monotonic()
+    src = canonical_address(src)
     journal = open_journal(dst, "prepare", _settings(src, options))
+    captions_only = src.endswith(PROMPTS_SUFFIX) or options.columns.path is None
+    listed = _some(list_clips(src, options.columns), _no_clip(src, captions_only))
     if options.retry_bad:
         journal.forget_rejections()
     num_before = _written(journal).num_clips
@@ -141,11 +146,10 @@ def prepare(
     for sample_ids in journal.sample_ids():
         written.add(sample_ids)
     known: set[Place] = {(found.sample_id, found.source, found.row) for found in journal.rejections}
-    clips = fresh_clips(list_clips(src, options.columns), written, known)
+    clips = fresh_clips(listed, written, known)
     outcomes = map_in_order(
         partial(prepare_clip, rules=options.rules), clips, _num_processes(options)
     )
-    captions_only = src.endswith(PROMPTS_SUFFIX) or options.columns.path is None
     schema = caption_schema() if captions_only else video_schema()
     filler = _Filler(journal, options, f"preparing {src}", schema)
     for outcome in outcomes:
@@ -154,12 +158,7 @@ def prepare(
     filler.close()
     on_progress(filler.progress())
     if not journal.shards:
-        raise DataError(
-            f"preparing {src}",
-            "not a single caption" if captions_only else "not a single video",
-            "video files with captions beside them, tars, a manifest, or a .txt of prompts",
-            "Check the address; a manifest is named itself, not its folder",
-        )
+        raise _no_clip(src, captions_only)
     journal.finish()
     end = _written(journal)
     return PrepareReport(
@@ -170,6 +169,24 @@ def prepare(
         num_bytes=end.num_bytes,
         rejected=counts_by_reason(journal.rejections),
         seconds=time.monotonic() - started,
+    )
+
+
+def _some(
+    listed: Iterator[SourceClip | Rejection], nothing: DataError
+) -> Iterator[SourceClip | Rejection]:
+    """Returns the listing once it is known to name something; raises `nothing` otherwise."""
+    for first in listed:
+        return itertools.chain([first], listed)
+    raise nothing
+
+
+def _no_clip(src: str, captions_only: bool) -> DataError:
+    return DataError(
+        f"preparing {src}",
+        "not a single caption" if captions_only else "not a single video",
+        "video files with captions beside them, tars, a manifest, or a .txt of prompts",
+        "Check the address; a manifest is named itself, not its folder",
     )
 
 
@@ -300,14 +317,20 @@ def _next_part(journal: Journal) -> str:
 
 
 def _settings(src: str, options: PrepareOptions) -> dict[str, object]:
-    """What must be the same in all runs that fill one folder."""
-    settings: dict[str, object] = {
+    """Everything that decides what a clip's row holds: the same in all runs that fill one folder.
+
+    Limits decide which clips are taken and not what they hold, so they may change.
+    """
+    rules = options.rules
+    return {
         "source": src,
+        "path_column": options.columns.path,
+        "caption_column": options.columns.caption,
         "id_column": options.columns.sample_id,
-        "format": asdict(options.rules.wanted),
+        **asdict(rules.wanted),
+        "crf": None if rules.wanted.keeps_everything else rules.crf,
+        "decode_all": rules.whole,
     }
-    # Sets from before captions alone could be prepared have no such entry.
-    return settings | ({"captions_only": True} if options.columns.path is None else {})
 
 
 def _num_processes(options: PrepareOptions) -> int:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import fsspec
@@ -147,6 +148,20 @@ def _open(url: str, s3: S3Settings) -> tuple[AbstractFileSystem, str]:
     # The SDK repeats requests; s3fs would repeat each of them five times again.
     filesystem.retries = 1
     return filesystem, path
+
+
+def canonical_address(url: str) -> str:
+    """The one address of a folder or file that has several spellings.
+
+    `videos/`, `./videos` and a link to it become the absolute path, `s3a://b/p/` becomes `s3://b/p`.
+    A link to a file keeps its name, because relative paths in a manifest start where the link is.
+    """
+    filesystem, path = open_folder(url, probe=False)
+    if not isinstance(filesystem, LocalFileSystem):
+        return filesystem.unstrip_protocol(path)
+    # As the system reads it: ".." after a link leads out of the folder that the link names.
+    spelled = Path(path if "://" in url else url).expanduser()
+    return str(spelled.parent.resolve() / spelled.name if spelled.is_file() else spelled.resolve())
 
 
 @contextmanager

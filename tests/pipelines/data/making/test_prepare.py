@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -243,8 +244,82 @@ class TestWhatIsNotTaken:
         prepare(str(source / "odd"), str(tmp_path), HERE)
         rules = ClipRules(wanted=ClipFormat(fps=5))
         options = PrepareOptions(num_processes=0, max_bad_fraction=1.0, rules=rules)
-        with pytest.raises(DataError, match=r"format = .*None.*format = .*5"):
+        with pytest.raises(DataError, match=r"fps = None.*this run has fps = 5"):
             prepare(str(source / "odd"), str(tmp_path), options)
+
+
+class TestIdentity:
+    @pytest.mark.parametrize(
+        ("option", "values"),
+        [
+            ("caption_column", ("short", "long")),
+            ("path_column", ("path", "file")),
+            ("id_column", ("id", "path")),
+            ("crf", ("18", "30")),
+            ("policy", ("crop", "resize")),
+            ("height", ("32", "16")),
+            ("decode_all", ("--decode-all", "--decode-first")),
+        ],
+    )
+    def test_a_setting_that_decides_the_content_is_the_same_in_all_runs(
+        self, source, tmp_path, option, values
+    ):
+        manifest = tmp_path / "list.csv"
+        manifest.write_text(
+            f"id,path,file,caption,short,long\na,{source}/odd/odd.mp4,odd.mp4,c,red,a red circle\n"
+        )
+        outputs = []
+        for value in values:
+            given = [value] if value[0] == "-" else [f"--{option.replace('_', '-')}={value}"]
+            size = ["--height=32", "--width=32"] if option in ("crf", "policy", "height") else []
+            command = ["prepare", str(manifest), str(tmp_path / "set"), "--processes=0"]
+            result = CliRunner().invoke(app, [*command, *size, *given, "--max-bad-fraction=1"])
+            outputs.append((result.exit_code, " ".join(result.stderr.split())))
+        assert outputs[0][0] == 0
+        assert outputs[1][0] == 2
+        said = {"--decode-all": "True", "--decode-first": "False"}
+        for value in values:
+            words = str(said.get(value, value))
+            assert re.search(rf"{option} = '?{re.escape(words)}'?", outputs[1][1]), outputs[1]
+        assert len(rows(tmp_path / "set")) == 1
+
+    def test_spellings_of_one_source_are_one_source(self, tmp_path, monkeypatch):
+        good = video_file(grey_frames([50, 100]))
+        write_clip(tmp_path / "home" / "videos", "a.mp4", good, "a")
+        write_clip(tmp_path / "home" / "videos", "b.mp4", b"broken", "b")
+        (tmp_path / "link").symlink_to(tmp_path / "home" / "videos")
+        monkeypatch.chdir(tmp_path / "home")
+        whole = str(tmp_path / "home" / "videos")
+        spellings = ("videos/", "./videos", whole, f"{whole}/", "../link", f"file://{whole}")
+        for number, spelling in enumerate(spellings):
+            report = prepare(spelling, str(tmp_path / "set"), HERE)
+            assert (report.num_clips, report.num_new) == (1, int(number == 0))
+            assert report.rejected == {"undecodable": 1}
+        other = tmp_path / "home" / "other"
+        write_clip(other, "a.mp4", good, "a")
+        with pytest.raises(DataError, match=rf"source = '{whole}'.*source = '{other}'"):
+            prepare("other", str(tmp_path / "set"), HERE)
+
+    @pytest.mark.parametrize("wrong", ["vidoes", "empty", "clips.csv", "notes.md"])
+    def test_a_typing_error_in_the_source_writes_nothing(self, source, tmp_path, wrong):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "notes.md").write_text("no videos")
+        with pytest.raises(DataError, match=wrong):
+            prepare(str(tmp_path / wrong), str(tmp_path / "set"), HERE)
+        assert not (tmp_path / "set").exists()
+        assert prepare(str(source / "odd"), str(tmp_path / "set"), HERE).num_clips == 6
+
+    def test_a_folder_without_a_shard_is_not_bound_to_a_typing_error(self, source, tmp_path):
+        manifest = tmp_path / "list.jsonl"
+        manifest.write_text(json.dumps({"path": f"{source}/odd/odd.mp4", "text": "odd"}) + "\n")
+        for columns in (Columns(path="place"), Columns(caption="words")):
+            with pytest.raises(DataError, match=r"not a single video|bad"):
+                prepare(str(manifest), str(tmp_path / "set"), PrepareOptions(columns=columns))
+        report = prepare(
+            str(manifest), str(tmp_path / "set"), PrepareOptions(columns=Columns(caption="text"))
+        )
+        assert (report.num_clips, report.rejected) == (1, {})
+        assert quarantine(tmp_path / "set") == {}
 
 
 class TestResuming:
@@ -310,8 +385,8 @@ def test_from_a_bucket_into_a_bucket(source, tmp_path, monkeypatch):
     with serve_s3(tmp_path / "s3") as server:
         use_server(server.environment, monkeypatch)
         options = PrepareOptions(num_processes=0, max_bad_fraction=0.2, shard_clips=2)
-        for _ in range(2):
-            report = prepare("s3://clips/raw", "s3://clips/set", options)
+        for spelling in ("s3://clips/raw", "s3://clips/raw/", "s3a://clips/raw"):
+            report = prepare(spelling, "s3://clips/set", options)
             assert (report.num_clips, report.num_shards) == (6, 3)
             assert report.rejected == {"missing_caption": 1}
         found = rows("s3://clips/set")
