@@ -30,7 +30,7 @@ def list_recipes(as_json: Json = False) -> None:
 @app.command("show")
 def show_recipe(recipe: RecipeName, as_json: Json = False) -> None:
     """Print a recipe, with every key explained."""
-    from pipelines.config.overrides import read_yaml
+    from pipelines.config.yaml_text import read_yaml
     from pipelines.config.recipe_files import find_recipe
 
     text = find_recipe(recipe).read_text(encoding="utf-8")

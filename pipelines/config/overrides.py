@@ -9,13 +9,13 @@ starts the section anew; settings given beside it are those of the new method, i
 """
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
+from pipelines.config.yaml_text import MAX_DEPTH, read_yaml, shortened, yaml_problem
 from sgmd_core.errors import ConfigError
 
 _METHOD = "method"
@@ -39,74 +39,21 @@ class Override:
         return ".".join(self.key)
 
 
-class _CoreSchemaLoader(yaml.SafeLoader):
-    """YAML 1.2's core schema: `2e-5` is a number, `off` and `no` are words, keys come once.
-
-    PyYAML follows YAML 1.1, which reads `2e-5` as text, `off` as false and `1:30` as 90, and
-    silently keeps the last of two equal keys.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-# PyYAML picks the resolver by the first character of a scalar.
-_CoreSchemaLoader.yaml_implicit_resolvers = {}
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-):
-    _CoreSchemaLoader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first)
-    )
-
-
-def _whole_number(_: _CoreSchemaLoader, node: yaml.Node) -> int:
-    """Decimal; the constructor of YAML 1.1 would read a leading zero as octal."""
-    return int(node.value)
-
-
-_CoreSchemaLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-
-
-def read_yaml(text: str) -> Any:  # noqa: ANN401  (whatever the text holds)
-    """Reads YAML text by the core schema of YAML 1.2.
-
-    Raises:
-        yaml.YAMLError: The text is no YAML, or a key is given twice.
-    """
-    return yaml.load(text, Loader=_CoreSchemaLoader)
-
-
 def parse_override(text: str) -> Override:
     """Reads `a.b=c`; what stands after the equals sign is YAML.
 
     Raises:
         ConfigError: There is no key, no equals sign, or no YAML after it.
     """
-    attempted, remedy = f"reading the override {text!r}", "For example objective.lambda_nr=0.05"
+    attempted, remedy = f"reading the override {shortened(repr(text))}", "For example objective.lambda_nr=0.05"
     dotted, equals, value = text.partition("=")
     key = tuple(dotted.strip().split("."))
-    if not equals or not all(key):
+    if not equals or not all(key) or len(key) > MAX_DEPTH:
         raise ConfigError(attempted, "no KEY=VALUE", "a dotted key, =, and a value", remedy)
     try:
         return Override(key, read_yaml(value))
     except yaml.YAMLError as error:
-        found = f"{value!r} after the equals sign ({str(error).splitlines()[0]})"
+        found = f"{shortened(repr(value))} after the equals sign ({yaml_problem(error)})"
         raise ConfigError(attempted, found, "a YAML value", remedy) from error
 
 

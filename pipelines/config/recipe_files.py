@@ -8,6 +8,7 @@ nearest one that does.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,11 +20,23 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipelines.config.overrides import apply_overrides, nearest_key, parse_override, read_yaml
+from pipelines.config.overrides import apply_overrides, nearest_key, parse_override
+from pipelines.config.yaml_text import MAX_CHARACTERS, read_yaml, shortened, yaml_problem
 from sgmd_core.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
 """The recipes that ship."""
+
+SECTIONS_OF = {
+    "pretrain": ("world", "vae", "text", "denoiser"),
+    "distill": ("model", "objective", "generator", "fake_score", "teacher"),
+}
+"""Sections by which a recipe of each command is recognised."""
+_SHARED_KEYS = frozenset({"name", "output", "seed"})
+
+_MOST_SECONDS = 1e8
+_MOST = 2**53
+_EXTREMES = {"seed": 2**63 - 1}
 
 C = TypeVar("C", bound=BaseModel)
 
@@ -116,16 +129,54 @@ def load(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
     """
     path = find_recipe(name_or_path)
     attempted = f"reading the recipe {path}"
-    try:
-        settings = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(attempted, str(error), "a readable YAML file") from error
-    if not isinstance(settings, Mapping):
-        raise ConfigError(attempted, f"{settings!r}", "sections and keys")
+    settings = _sections(path, attempted)
+    _require_command(kind, settings, attempted)
     if overrides:
-        attempted += f" with {', '.join(overrides)}"
+        attempted += f" with {shortened(', '.join(overrides))}"
     changed = apply_overrides(settings, [parse_override(text) for text in overrides])
     return validate(kind, changed, attempted)
+
+
+def _sections(path: Path, attempted: str) -> Mapping[str, Any]:
+    """What the file holds, unchecked.
+
+    Raises:
+        ConfigError: It cannot be read, is no YAML, or no section.
+    """
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_CHARACTERS + 1)
+        settings = read_yaml(text)
+    except UnicodeDecodeError as error:
+        found = f"bytes that are not UTF-8 text, at {error.start}"
+        raise ConfigError(attempted, found, "a YAML file") from error
+    except OSError as error:
+        raise ConfigError(attempted, str(error), "a readable YAML file") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(attempted, yaml_problem(error), "a readable YAML file") from error
+    if not isinstance(settings, Mapping):
+        found = "an empty file" if settings is None else shortened(repr(settings))
+        raise ConfigError(attempted, found, "sections and keys", "`sgmd recipes show NAME`")
+    return settings
+
+
+def _require_command(kind: type[BaseModel], settings: Mapping[str, Any], attempted: str) -> None:
+    """Checks that a recipe is not another command's.
+
+    Raises:
+        ConfigError: Its sections are those of another command and none of this one.
+    """
+    if any(own in settings for own in kind.model_fields if own not in _SHARED_KEYS):
+        return
+    for command, sections in SECTIONS_OF.items():
+        found = [name for name in sections if name in settings]
+        if found:
+            raise ConfigError(
+                attempted,
+                f"the sections {', '.join(found)}, which are those of `sgmd {command}`",
+                f"sections such as {', '.join(sorted(set(kind.model_fields) - _SHARED_KEYS)[:4])}",
+                f"Run it with `sgmd {command} {attempted.rpartition(' ')[2]}`",
+            )
 
 
 def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
@@ -136,18 +187,40 @@ def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
     Raises:
         ConfigError: Says all that is wrong.
     """
+    problems = [*_unusable_numbers(settings)]
     try:
         # By way of JSON, whose strict mode takes a list for a tuple and an object for a record.
-        return kind.model_validate_json(json.dumps(settings), strict=True)
+        checked = kind.model_validate_json(json.dumps(settings), strict=True)
+        if not problems:
+            return checked
     except ValidationError as error:
         known, methods = known_keys(kind), _methods(kind, "")
-        problems = [line for detail in error.errors() for line in _problems(detail, known, methods)]
+        problems += [
+            line for detail in error.errors() for line in _problems(detail, known, methods)
+        ]
+    problems = list(dict.fromkeys(problems))
     if len(problems) == 1:
         found = problems[0]
     else:
         found = f"{len(problems)} settings are wrong:\n  - " + "\n  - ".join(problems)
     remedy = "\n`sgmd recipes show NAME` prints a recipe in which every key is explained"
     raise ConfigError(attempted, found, remedy=remedy)
+
+
+def _unusable_numbers(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Numbers that no setting can have: not finite, or beyond what counts and clocks hold."""
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            yield from _unusable_numbers(value, f"{key}.")
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            most = _MOST_SECONDS if key.endswith("_s") else _EXTREMES.get(key, _MOST)
+            if not math.isfinite(number):
+                yield f"{key} is {json.dumps(number)}, expected a finite number"
+            elif abs(number) > most:
+                yield f"{key} is {number:g}, expected at most {most:g}"
 
 
 def known_keys(kind: type) -> list[str]:
@@ -228,7 +301,7 @@ def _problems(
         case "value_error":
             return _own_check(key, detail.get("ctx", {})["error"])
         case kind:
-            found = json.dumps(detail["input"], ensure_ascii=False)
+            found = shortened(json.dumps(detail["input"], ensure_ascii=False))
             said = detail["msg"].removeprefix("Input should be ")
             return [f"{key} is {found}, expected {_EXPECTED.get(kind, said)}"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from pipelines.config.overrides import read_yaml
+from pipelines.config.yaml_text import read_yaml
 from pipelines.evaluation.run import EVALUATION_FILE
 from pipelines.run.folder import RunFolder, file_inside
 from sgmd_core.errors import CheckpointError

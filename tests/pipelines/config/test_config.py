@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from pipelines.config.methods import METHODS, method_name
-from pipelines.config.overrides import apply_overrides, nearest_key, parse_override, read_yaml
+from pipelines.config.overrides import apply_overrides, nearest_key, parse_override
 from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, load_recipe
 from pipelines.config.recipe_files import known_keys, load, shipped_recipes
+from pipelines.config.yaml_text import read_yaml
 from sgmd_core.errors import ConfigError
 
 NAMES = [recipe.name for recipe in shipped_recipes()]
