@@ -30,8 +30,8 @@ def list_recipes(as_json: Json = False) -> None:
 @app.command("show")
 def show_recipe(recipe: RecipeName, as_json: Json = False) -> None:
     """Print a recipe, with every key explained."""
-    from pipelines.config.yaml_text import read_yaml
     from pipelines.config.recipe_files import find_recipe
+    from pipelines.config.yaml_text import read_yaml
 
     text = find_recipe(recipe).read_text(encoding="utf-8")
     show(read_yaml(text), as_json, text.rstrip("\n"))

@@ -45,7 +45,10 @@ def parse_override(text: str) -> Override:
     Raises:
         ConfigError: There is no key, no equals sign, or no YAML after it.
     """
-    attempted, remedy = f"reading the override {shortened(repr(text))}", "For example objective.lambda_nr=0.05"
+    attempted, remedy = (
+        f"reading the override {shortened(repr(text))}",
+        "For example objective.lambda_nr=0.05",
+    )
     dotted, equals, value = text.partition("=")
     key = tuple(dotted.strip().split("."))
     if not equals or not all(key) or len(key) > MAX_DEPTH:

@@ -85,7 +85,7 @@ MAY_CHANGE = tuple(key for key in _keys(_NOT_IN_DIGEST) if key != "batch.exit_dr
 class BatchSettings(Section):
     """How many samples make one update."""
 
-    size: int = Field(ge=1)
+    size: int = Field(ge=1, le=2**20)
     """Samples in one iteration."""
     micro_batches: int = Field(default=1, ge=1)
     """Equal parts that the batch is split into; they are what travels and what is pipelined."""

@@ -130,7 +130,7 @@ def load(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
     path = find_recipe(name_or_path)
     attempted = f"reading the recipe {path}"
     settings = _sections(path, attempted)
-    _require_command(kind, settings, attempted)
+    _require_command(kind, settings, name_or_path, attempted)
     if overrides:
         attempted += f" with {shortened(', '.join(overrides))}"
     changed = apply_overrides(settings, [parse_override(text) for text in overrides])
@@ -160,7 +160,9 @@ def _sections(path: Path, attempted: str) -> Mapping[str, Any]:
     return settings
 
 
-def _require_command(kind: type[BaseModel], settings: Mapping[str, Any], attempted: str) -> None:
+def _require_command(
+    kind: type[BaseModel], settings: Mapping[str, Any], name: str, attempted: str
+) -> None:
     """Checks that a recipe is not another command's.
 
     Raises:
@@ -175,7 +177,7 @@ def _require_command(kind: type[BaseModel], settings: Mapping[str, Any], attempt
                 attempted,
                 f"the sections {', '.join(found)}, which are those of `sgmd {command}`",
                 f"sections such as {', '.join(sorted(set(kind.model_fields) - _SHARED_KEYS)[:4])}",
-                f"Run it with `sgmd {command} {attempted.rpartition(' ')[2]}`",
+                f"Run it with `sgmd {command} {name}`",
             )
 
 
@@ -298,6 +300,8 @@ def _problems(
             return [f"{key} is not a setting{hint}"]
         case "missing":
             return [f"{key} is missing"]
+        case "json_invalid":
+            return [f"text that is not Unicode ({detail['msg']})"]
         case "value_error":
             return _own_check(key, detail.get("ctx", {})["error"])
         case kind:

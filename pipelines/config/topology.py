@@ -41,14 +41,14 @@ class LightPoolSettings(PoolSettings):
 class RolePoolSettings(PoolSettings):
     """What a role takes whose network can be sharded."""
 
-    ranks: int = Field(default=1, ge=1)
+    ranks: int = Field(default=1, ge=1, le=2**16)
     """Processes that share one network (FSDP2) and its samples, each with `cpus` and `gpus`."""
 
 
 class TeacherPoolSettings(RolePoolSettings):
     """What the teacher takes; its replicas hold no state and share the samples."""
 
-    replicas: int = Field(default=1, ge=1)
+    replicas: int = Field(default=1, ge=1, le=2**16)
     """Independent copies, each of `ranks` processes."""
 
 
@@ -76,7 +76,7 @@ class TopologySettings(Section):
     """Resources of the validator; a GPU keeps validation up with the training."""
     threads_per_rank: int = Field(default=1, ge=1)
     """Torch threads of each role's process."""
-    window: int = Field(default=2, ge=1)
+    window: int = Field(default=2, ge=1, le=2**10)
     """Micro-batches in flight; each one keeps a rollout's graph. Changes waiting, not numbers."""
     max_staleness_iterations: Literal[0, 1] = 0
     """1: an iteration may begin before the fake score's update of the one before has ended."""

@@ -108,6 +108,8 @@ def _shown(node: yaml.Node) -> str:
 
 def _whole_number(text: str) -> int:
     """Decimal; the constructor of YAML 1.1 would read a leading zero as octal."""
+    if not text.lstrip("+-").isdecimal():
+        raise ValueError(f"{text!r} is not a whole number")
     # Beyond 4300 digits Python refuses, and 64 bits hold every count.
     if len(text) > 25 or abs(int(text)) > MAX_INTEGER:
         raise ValueError("a whole number of more than 64 bits")
@@ -118,7 +120,10 @@ def _number(text: str) -> float:
     lower = text.lower()
     if lower.lstrip("+-") == ".inf":
         return -math.inf if lower.startswith("-") else math.inf
-    return math.nan if lower == ".nan" else float(text)
+    try:
+        return math.nan if lower == ".nan" else float(text)
+    except ValueError as error:
+        raise ValueError(f"{text!r} is not a number") from error
 
 
 def _truth(text: str) -> bool:

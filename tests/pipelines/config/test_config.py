@@ -262,10 +262,10 @@ class TestRefusals:
     def test_a_sweep_over_a_value_that_does_not_fit_is_met_before_it_starts(self):
         assert "does not divide" in refusal("sweep.grid={batch.size: [16, 15]}")
 
-    def test_a_recipe_of_another_command_is_refused_by_its_keys(self, tmp_path):
+    def test_a_recipe_of_another_command_is_refused_by_its_sections(self, tmp_path):
         path = tmp_path / "other.yaml"
         path.write_text("name: a\nworld: {train: x}\n")
-        with pytest.raises(ConfigError, match="world is not a setting"):
+        with pytest.raises(ConfigError, match=r"the sections world.*sgmd pretrain"):
             load(DistillConfig, str(path))
 
 
