@@ -1,21 +1,16 @@
 """The command line: `sgmd`, or `python -m pipelines.cli`, which needs no installation.
 
-Heavy imports stand inside the commands, so that `--help` is there at once.
-
-    exit code 0   done
-              1   a run failed on the way, something necessary is missing (doctor), or a set of
-                  shards is not usable (check)
-              2   the request was wrong: a setting, a folder, a shard
-              130 or 143   a run was stopped by Ctrl-C or SIGTERM, after its state was saved
+Heavy imports stand inside the commands, so that `--help` is there at once. Exit codes and what is
+shown of errors: `pipelines.commands.failures`.
 """
 
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from cluster.errors import ClusterError
 from pipelines.commands import (
     bench,
     comparing,
@@ -26,32 +21,27 @@ from pipelines.commands import (
     results,
     runs,
 )
-from pipelines.commands.output import show_error
-from sgmd_core.errors import (
-    AlarmError,
-    NonFiniteError,
-    SgmdError,
-    StaleCallError,
-    StopRequestedError,
-)
+from pipelines.commands.failures import report_failure
 
-_RUN_FAILURES = (AlarmError, ClusterError, NonFiniteError, StaleCallError)
+# Typer brings click along, from 0.2x on as a part of itself, so its base of wrong options has two
+# names. A closed pipe is click's to end in silence.
+_CLICK_ERROR = typer.BadParameter.mro()[2]
+_NOT_OURS = (typer.Exit, typer.Abort, BrokenPipeError, _CLICK_ERROR)
 
 
 class _TeachingGroup(TyperGroup):
-    """Shows our errors in words; `--debug` lets the traceback through."""
+    """Shows errors in words; `--debug` lets the traceback through."""
 
-    # Typer brings click along, from 0.2x on as a part of itself, so the context has two names.
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
         try:
             return super().invoke(ctx)
-        except SgmdError as error:
+        except _NOT_OURS:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
                 raise
-            show_error(error)
-            if isinstance(error, StopRequestedError):
-                raise typer.Exit(error.exit_code) from None
-            raise typer.Exit(1 if isinstance(error, _RUN_FAILURES) else 2) from None
+            code = report_failure(error, ctx.invoked_subcommand or "", sys.argv[1:])
+            raise typer.Exit(code) from None
 
 
 app = typer.Typer(

@@ -22,9 +22,6 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from rich.text import Text
-
-from sgmd_core.errors import SgmdError
 
 _PIPE_COLUMNS = 120
 _LINE_EVERY_S = 10.0
@@ -121,14 +118,6 @@ def pairs(data: Mapping[str, Any]) -> Table:
     for name, value in _flat(data):
         table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
     return table
-
-
-def show_error(error: SgmdError) -> None:
-    """One red paragraph and what was noted on the way; no traceback."""
-    # A note from another process goes on with that process's traceback.
-    notes = [note.partition("\n")[0] for note in getattr(error, "__notes__", ())]
-    text = "\n".join([f"{type(error).__name__}: {error}", *notes])
-    Console(stderr=True).print(Text(text, style="red"), soft_wrap=True)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -153,7 +153,7 @@ class TestBench:
     def test_without_a_name_it_lists_what_there_is_and_no_helper(self):
         told = json.loads(sgmd("bench", "--json").stdout)
         names = {one["name"] for one in told}
-        assert {"orchestration", "iteration", "gpu", "one_process", "planning"} <= names
+        assert {"orchestration", "iteration", "gpu_check", "one_process", "planning"} <= names
         assert "harness" not in names
         assert all(one["measures"].endswith(".") for one in told)
 

@@ -10,7 +10,6 @@ a server that is down are told before anything starts. No error shows a key.
 import errno
 import ipaddress
 import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,10 +24,9 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
+from cluster.redaction import without_secrets
 from sgmd_core.errors import ConfigError, DataError
 
-_SECRET_VARIABLES = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
-_USER_IN_URL = re.compile(r"//[^/@\s]+@")
 _TRANSIENT_NUMBERS = (
     errno.EBUSY,
     errno.EIO,
@@ -216,15 +214,6 @@ def is_transient(error: BaseException) -> bool:
         return True
     # s3fs turns 5xx and SlowDown into plain OSErrors with a number.
     return isinstance(error, OSError) and error.errno in _TRANSIENT_NUMBERS
-
-
-def without_secrets(text: str) -> str:
-    """The text with every key of the environment, and users in addresses, blotted out."""
-    for name in _SECRET_VARIABLES:
-        value = os.environ.get(name)
-        if value:
-            text = text.replace(value, "***")
-    return _USER_IN_URL.sub("//***@", text)
 
 
 def _s3_options(s3: S3Settings) -> dict[str, Any]:

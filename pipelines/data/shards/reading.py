@@ -17,12 +17,8 @@ from typing import Any, cast
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
-from pipelines.data.shards.filesystem import (
-    S3Settings,
-    is_transient,
-    storage_error,
-    without_secrets,
-)
+from cluster.redaction import without_secrets
+from pipelines.data.shards.filesystem import S3Settings, is_transient, storage_error
 
 _MAX_BACKOFF_S = 30.0
 _AT_ONCE = 10  # as many as the SDK opens connections, so that no read waits inside its budget

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.redaction import without_secrets
 from pipelines.data.shards.filesystem import (
     S3Settings,
     is_transient,
     open_folder,
     storage_errors,
-    without_secrets,
 )
 from sgmd_core.errors import ConfigError, DataError
 from tests.helpers.s3_server import S3Server, serve_s3, use_server

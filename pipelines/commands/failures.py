@@ -1,0 +1,142 @@
+"""The outermost layer of the command line: how a command that failed ends.
+
+    exit code 0     done
+              1     a run failed on the way, something necessary is missing (doctor), a set of
+                    shards is not usable (check), samples were lost or repeated (ledger)
+              2     the request was wrong: an option, a setting, a folder, a shard
+              130 or 143   stopped by Ctrl-C or SIGTERM; a run has saved its state then
+
+Errors of this project are shown in words. Any other one becomes one sentence, and a file in the
+system's folder for temporary files holds the traceback. Neither shows a key of the environment.
+"""
+
+import platform
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from cluster.errors import ClusterError
+from cluster.redaction import without_secrets
+from sgmd_core.errors import (
+    AlarmError,
+    NonFiniteError,
+    SgmdError,
+    StaleCallError,
+    StopRequestedError,
+)
+
+FAILED = 1
+WRONG_REQUEST = 2
+INTERRUPTED = 130
+_RUN_FAILURES = (AlarmError, ClusterError, NonFiniteError, StaleCallError)
+_PACKAGES = ("sgmd", "torch", "ray", "diffusers", "transformers", "pydantic", "typer")
+_LONGEST = 600
+
+
+def report_failure(error: BaseException, command: str, arguments: Sequence[str]) -> int:
+    """Shows how a command failed, on standard error.
+
+    Args:
+        error: What ended it.
+        command: Its name, for example "distill".
+        arguments: Arguments of the process, for the file of details.
+
+    Returns:
+        The exit code.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        _show([f"Interrupted: sgmd {command} was stopped with Ctrl-C.", *_notes(error)])
+        return INTERRUPTED
+    if isinstance(error, SgmdError):
+        if isinstance(error, StopRequestedError):
+            code = error.exit_code
+        else:
+            code = FAILED if isinstance(error, _RUN_FAILURES) else WRONG_REQUEST
+        _show([f"{type(error).__name__}: {error}", *_notes(error)])
+        return code
+    sentence = (
+        f"sgmd {command} failed with {type(error).__name__}: {first_line(error)} "
+        f"{_write_details(error, command, arguments)}"
+    )
+    _show([sentence, *_notes(error)])
+    return FAILED
+
+
+@contextmanager
+def hinting(hint: Callable[[], str]) -> Iterator[None]:
+    """Adds to an error that ends a started work how the work is taken up again.
+
+    A wrong request gets no hint: the same command would be refused again.
+
+    Args:
+        hint: The words, asked for when something failed; empty where nothing was started.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, _RUN_FAILURES) or not isinstance(error, SgmdError):
+            words = hint()
+            said = "\n".join([str(error), *_notes(error)])
+            if words and "--resume" not in said:
+                error.add_note(words)
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's words that says something, cut where it is long."""
+    text = "" if isinstance(error, KeyError) and not error.args else str(error)
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "no further words")
+    line = line if len(line) <= _LONGEST else line[:_LONGEST] + " ..."
+    return line if line.endswith((".", "!", "?")) else line + "."
+
+
+def _notes(error: BaseException) -> list[str]:
+    # A note from another process goes on with that process's traceback.
+    return [note.partition("\n")[0] for note in getattr(error, "__notes__", ())]
+
+
+def _show(lines: Sequence[str]) -> None:
+    text = without_secrets("\n".join(lines))
+    Console(stderr=True).print(Text(text, style="red"), soft_wrap=True)
+
+
+def _write_details(error: BaseException, command: str, arguments: Sequence[str]) -> str:
+    """Writes the traceback to a file that only this user can read; says where it is."""
+    lines = [
+        f"sgmd {command}, {datetime.now(UTC).isoformat(timespec='seconds')}",
+        f"arguments: {' '.join(arguments)}",
+        f"folder: {Path.cwd()}",
+        f"python {platform.python_version()}, {', '.join(_versions())}",
+        "",
+        "".join(traceback.format_exception(error)),
+    ]
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w",
+            encoding="utf-8",
+            errors="backslashreplace",
+            prefix=f"sgmd-{command}-",
+            suffix=".txt",
+            delete=False,
+        ) as file:
+            file.write(without_secrets("\n".join(lines)))
+    except OSError as problem:
+        return f"No file of details could be written ({problem}): sgmd --debug shows the traceback."
+    return f"This is not a failure that sgmd knows; details are in {file.name}."
+
+
+def _versions() -> Iterator[str]:
+    for package in _PACKAGES:
+        if package == "sgmd" or package in sys.modules:
+            try:
+                yield f"{package} {version(package)}"
+            except PackageNotFoundError:
+                continue

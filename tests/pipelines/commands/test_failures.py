@@ -1,0 +1,109 @@
+"""The outermost layer of the command line: one sentence, details in a file, no key anywhere."""
+
+import re
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import ClusterError
+from pipelines.commands.failures import hinting, report_failure
+from sgmd_core.errors import ConfigError, DataError
+
+HINT = "The run goes on with: sgmd distill --resume runs/tiny"
+
+
+@pytest.fixture(autouse=True)
+def folder_of_details(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def raised(error: BaseException) -> BaseException:
+    """The error with a traceback."""
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+def test_an_error_that_nobody_foresaw_is_one_sentence_and_a_file_with_its_traceback(capsys):
+    code = report_failure(raised(KeyError("weights")), "report", ["report", "runs/tiny"])
+    said = capsys.readouterr().err
+    assert code == 1
+    assert said.startswith("sgmd report failed with KeyError: 'weights'.")
+    assert len(said.splitlines()) == 1
+    named = re.search(r"details are in (\S+\.txt)\.", said)
+    assert named is not None
+    details = Path(named[1])
+    text = details.read_text()
+    assert "Traceback (most recent call last)" in text
+    assert "arguments: report runs/tiny" in text
+    assert details.stat().st_mode & 0o077 == 0
+
+
+def test_keys_of_the_environment_are_in_neither(capsys, monkeypatch, folder_of_details):
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    monkeypatch.setenv("HF_TOKEN", "hf_abcdefgh")
+    error = RuntimeError("0123456789abcdef and hf_abcdefgh were refused by https://me:pw@host")
+    report_failure(raised(error), "distill", ["distill", "x=hf_abcdefgh"])
+    (details,) = folder_of_details.glob("sgmd-distill-*.txt")
+    for text in (capsys.readouterr().err, details.read_text()):
+        assert "*** and *** were refused by https://***@host" in text
+        assert "hf_abcdefgh" not in text
+        assert "0123456789abcdef" not in text
+
+
+def test_a_key_in_a_known_error_is_blotted_out_too(capsys, monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-of-somebody")
+    report_failure(raised(DataError("reading", "secret-of-somebody refused")), "check", [])
+    assert "*** refused" in capsys.readouterr().err
+
+
+def test_a_folder_for_details_that_takes_no_file_is_said(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    assert report_failure(raised(TypeError("no")), "plan", []) == 1
+    said = capsys.readouterr().err
+    assert "sgmd --debug shows the traceback" in said
+
+
+def test_an_error_without_words_still_says_which_it_was(capsys):
+    report_failure(raised(AssertionError()), "plan", [])
+    assert "AssertionError: no further words." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("reading", "nothing"), 2),
+        (DataError("reading", "nothing"), 2),
+        (ClusterError("asking", "nothing", "an answer"), 1),
+        (OSError("no space left on device"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_codes_tell_wrong_requests_failures_and_interruptions_apart(error, code):
+    assert report_failure(raised(error), "distill", []) == code
+
+
+class TestHints:
+    @pytest.mark.parametrize(
+        "error", [ClusterError("a", "b", "c"), OSError("disk"), KeyboardInterrupt()]
+    )
+    def test_a_run_that_was_started_points_to_its_resume(self, error, capsys):
+        with pytest.raises(type(error)) as caught, hinting(lambda: HINT):
+            raise error
+        report_failure(caught.value, "distill", [])
+        assert HINT in capsys.readouterr().err
+
+    def test_a_wrong_request_gets_no_hint(self, capsys):
+        with pytest.raises(ConfigError) as caught, hinting(lambda: HINT):
+            raise ConfigError("reading", "nothing")
+        report_failure(caught.value, "distill", [])
+        assert HINT not in capsys.readouterr().err
+
+    def test_an_error_that_names_the_resume_itself_is_left_alone(self):
+        own = ClusterError("a", "b", "c", "Go on with sgmd distill --resume runs/tiny")
+        with pytest.raises(ClusterError) as caught, hinting(lambda: HINT):
+            raise own
+        assert not getattr(caught.value, "__notes__", [])
