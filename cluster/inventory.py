@@ -1,6 +1,8 @@
-"""What a Ray cluster consists of: its machines and their resources, in all and free."""
+"""Resources in all and free: of the machines of a Ray cluster, and the memory of this one."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 
@@ -34,3 +36,23 @@ def take_inventory() -> ClusterInventory:
         free_cpus=free.get("CPU", 0.0),
         free_gpus=free.get("GPU", 0.0),
     )
+
+
+def memory_bytes() -> tuple[int, int]:
+    """Memory that this process may use: (in all, free), a container's limit included.
+
+    Where the system does not say what is free (outside of Linux), all of it counts as free.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        free = total
+    else:
+        # What is available counts the disk cache, which gives way.
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit_file, used_file = (Path("/sys/fs/cgroup") / f"memory.{n}" for n in ("max", "current"))
+    if limit_file.exists() and (limit := limit_file.read_text().strip()) != "max":
+        total = min(total, int(limit))
+        free = min(free, int(limit) - int(used_file.read_text()))
+    return total, free

@@ -21,7 +21,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from packaging.requirements import Requirement
 
-from cluster.inventory import take_inventory
+from cluster.inventory import memory_bytes, take_inventory
 from cluster.runtime import start_ray
 from pipelines.config.recipe import PROJECT_ROOT
 from pipelines.media.video import decode_video, encode_mp4
@@ -247,26 +247,6 @@ def _ray_cluster(address: str) -> Finding:
         f"{found.num_nodes} machines, {found.free_cpus:g} of {found.cpus:g} CPUs and "
         f"{found.free_gpus:g} of {found.gpus:g} GPUs free",
     )
-
-
-def memory_bytes() -> tuple[int, int]:
-    """Memory that this process may use: (in all, free), a container's limit included.
-
-    Where the system does not say what is free (outside of Linux), all of it counts as free.
-    """
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        free = total
-    else:
-        # What is available counts the disk cache, which gives way.
-        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit_file, used_file = (Path("/sys/fs/cgroup") / f"memory.{n}" for n in ("max", "current"))
-    if limit_file.exists() and (limit := limit_file.read_text().strip()) != "max":
-        total = min(total, int(limit))
-        free = min(free, int(limit) - int(used_file.read_text()))
-    return total, free
 
 
 def _gib(num_bytes: int) -> str:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from pipelines.commands.failures import hinting
 from pipelines.commands.options import Json, Overrides, RecipeName
-from pipelines.commands.output import pairs, progress_bar, show, working
+from pipelines.commands.output import progress_bar, show, working
+from pipelines.commands.run_summary import dry_run_words, summary_words
 from sgmd_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,22 +108,27 @@ def distill(
     """Distil a teacher into a few-step generator: the main job."""
     with working() as console:
         from pipelines.distillation import run as job
+        from pipelines.run.folder import RunFolder
         from pipelines.run.progress import Length, console_listener
-        from pipelines.run.records import HEADLINE_FIGURES
 
         config = _distill_config(recipe, overrides or [], resume)
         if dry_run:
-            result = job.dry_run(config)
+            result = job.dry_run(config, resume=resume is not None)
         else:
-            with console_listener(Length(config.iterations), console) as listener:
+            folder = RunFolder(config.run_folder)
+            is_ours = resume is not None or not folder.config.exists()
+
+            def hint() -> str:
+                known = is_ours and folder.config.exists()
+                return f"The run goes on with: sgmd distill --resume {folder.root}" if known else ""
+
+            length = Length(config.iterations)
+            with hinting(hint), console_listener(length, console) as listener:
                 result = job.distill(config, resume=resume is not None, listener=listener)
     if dry_run:
-        show(result, as_json, pairs(result), "Everything fits; nothing was started.")
-        return
-    told = {name: value for name, value in result.items() if name != "versions"}
-    figures = result["validation"]
-    told["validation"] = {name: figures[name] for name in HEADLINE_FIGURES if name in figures}
-    show(result, as_json, pairs(told), f"Measure it: sgmd evaluate {config.run_folder}")
+        show(result, as_json, *dry_run_words(result))
+    else:
+        show(result, as_json, *summary_words(result))
 
 
 def _distill_config(

@@ -35,7 +35,8 @@ SECTIONS_OF = {
 _SHARED_KEYS = frozenset({"name", "output", "seed"})
 
 _MOST_SECONDS = 1e8
-_MOST = 2**53
+_MOST_COUNT = 2**53
+_MOST_FLOAT = 3.4e38  # of float32
 _EXTREMES = {"seed": 2**63 - 1}
 
 C = TypeVar("C", bound=BaseModel)
@@ -197,8 +198,12 @@ def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
             return checked
     except ValidationError as error:
         known, methods = known_keys(kind), _methods(kind, "")
+        too_large = {line.partition(" is ")[0] for line in problems}
         problems += [
-            line for detail in error.errors() for line in _problems(detail, known, methods)
+            line
+            for detail in error.errors()
+            for line in _problems(detail, known, methods)
+            if line.partition(" is ")[0] not in too_large
         ]
     problems = list(dict.fromkeys(problems))
     if len(problems) == 1:
@@ -218,7 +223,8 @@ def _unusable_numbers(settings: Mapping[str, Any], prefix: str = "") -> Iterator
         for number in value if isinstance(value, list) else [value]:
             if not isinstance(number, int | float) or isinstance(number, bool):
                 continue
-            most = _MOST_SECONDS if key.endswith("_s") else _EXTREMES.get(key, _MOST)
+            most = _MOST_COUNT if isinstance(number, int) else _MOST_FLOAT
+            most = _MOST_SECONDS if key.endswith("_s") else _EXTREMES.get(key, most)
             if not math.isfinite(number):
                 yield f"{key} is {json.dumps(number)}, expected a finite number"
             elif abs(number) > most:

@@ -15,6 +15,7 @@ from sgmd_core.worlds.shapes import labels_from_captions
 from workers.measures import MIN_FRAMES
 from workers.models.content import fingerprint, model_digests
 from workers.models.folder import WanFolder, inspect_wan_folder
+from workers.models.loading import load_tokenizer
 from workers.optical_flow import MIN_SIDE_PX
 
 
@@ -71,6 +72,27 @@ class Preflight:
             "processes": {role: team.size for role, team in config.topology.teams.items()},
         }
 
+    @property
+    def checked(self) -> dict[str, str]:
+        """Subjects that `check` looked at, each with what it compared."""
+        found = {
+            "settings": "every value, and what they ask of one another",
+            "model": f"configurations, tokenizer, weight headers of {self.model.path}; clip size",
+            "data": f"listing of {self.source.url}, footers and rows up to the first usable ones",
+        }
+        if self.held_out:
+            found["held-out"] = f"{len(self.held_out)} captions, all usable"
+        return found
+
+    @property
+    def not_checked(self) -> dict[str, str]:
+        """Subjects that `check` did not look at, each with what does."""
+        return {
+            "weights": "their values: networks are not loaded",
+            "data": f"the other rows: sgmd check {self.source.url}",
+            "time": "how long an iteration takes: sgmd plan, or a short run",
+        }
+
 
 def check(config: DistillConfig) -> Preflight:
     """Checks model folder, clip size, shards and captions.
@@ -80,6 +102,7 @@ def check(config: DistillConfig) -> Preflight:
     """
     require_lasting_folder(config.output, "output")
     model = inspect_wan_folder(config.model_folder)
+    load_tokenizer(model.path)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
     settings = config.data

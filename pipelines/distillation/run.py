@@ -24,6 +24,7 @@ from pipelines.distillation.position import Position, begin, resume_position, wi
 from pipelines.distillation.preflight import Preflight, check
 from pipelines.distillation.prompts import Prompts
 from pipelines.distillation.states import States
+from pipelines.distillation.readiness import check_machine
 from pipelines.distillation.summary import summarise
 from pipelines.run.alarms import Alarm
 from pipelines.run.data_log import RunData
@@ -42,13 +43,25 @@ from workers.text_encoder import TextEncoder
 _LONGEST = 10
 
 
-def dry_run(config: DistillConfig) -> dict[str, Any]:
-    """Checks a configuration against models and data without starting anything.
+def dry_run(config: DistillConfig, *, resume: bool = False) -> dict[str, Any]:
+    """Checks a configuration against model, data and this machine without starting anything.
+
+    Args:
+        config: The run.
+        resume: Whether an earlier run is to go on.
+
+    Returns:
+        What the run comes to; under `checked` and `not_checked` what was looked at.
 
     Raises:
         SgmdError: What does not fit.
     """
-    return check(config).to_json(config)
+    found = check(config)
+    machine = check_machine(config, found.model, resume=resume)
+    return found.to_json(config) | {
+        "checked": found.checked | dict(machine.checked),
+        "not_checked": found.not_checked | dict(machine.not_checked),
+    }
 
 
 def distill(
@@ -85,6 +98,7 @@ def distill(
     folder = RunFolder(config.run_folder)
     config = with_draws_of(config, folder) if resume else config
     checked = check(config)
+    check_machine(config, checked.model, resume=resume, gpus=False)
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:
         start = resume_position(config, checked.content, folder, checkpoints, listener.warning)

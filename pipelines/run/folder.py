@@ -113,6 +113,19 @@ class RunFolder:
         Raises:
             ConfigError: A run of this name exists already; nothing is overwritten.
         """
+        self.require_free()
+        self.samples.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        # Empty says that none was raised; no file, that none was looked out for.
+        self.alarms.touch()
+        write_text(str(self.config), config_yaml)
+
+    def require_free(self) -> None:
+        """Checks that no run of this name exists.
+
+        Raises:
+            ConfigError: There is one; nothing is overwritten.
+        """
         if self.config.exists():
             raise ConfigError(
                 f"starting a new run in {self.root}",
@@ -121,11 +134,6 @@ class RunFolder:
                 "Choose another one with name=..., go on with --resume "
                 f"{self.root}, or delete the folder",
             )
-        self.samples.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.mkdir(exist_ok=True)
-        # Empty says that none was raised; no file, that none was looked out for.
-        self.alarms.touch()
-        write_text(str(self.config), config_yaml)
 
     def require(self) -> None:
         """Checks that there is a run to go on with.

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.inventory import memory_bytes
 from pipelines import doctor
-from pipelines.doctor import Status, examine, memory_bytes
+from pipelines.doctor import Status, examine
 
 
 def finding(name: str, **places: str) -> doctor.Finding:

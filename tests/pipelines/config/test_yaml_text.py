@@ -92,6 +92,10 @@ def test_a_file_that_is_no_recipe_is_refused_with_its_name(tmp_path, content, wo
     ("setting", "words"),
     [
         ("seed=1e23", "seed is 1e+23, expected at most 9.22337e+18"),
+        (
+            "generator.optimizer.lr=1e39",
+            "generator.optimizer.lr is 1e+39, expected at most 3.4e+38",
+        ),
         ("iterations=1000000000000000000", "iterations is 1e+18, expected at most"),
         ("schedule.shift=.inf", "schedule.shift is Infinity, expected a finite number"),
         ("objective.lambda_nr=.nan", "objective.lambda_nr is NaN, expected a finite number"),

@@ -1,0 +1,71 @@
+"""Summaries of a run and of a dry run for a reader: short, with the next step on top."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pipelines.commands.output import pairs
+from pipelines.reporting.names import duration, title
+from pipelines.run.records import HEADLINE_FIGURES
+
+
+def summary_words(summary: Mapping[str, Any]) -> list[RenderableType]:
+    """A finished run for a reader; summary.json has all of it."""
+    folder = summary["run_folder"]
+    shown: list[RenderableType] = [
+        f"{summary['name']}: {summary['iterations']} iterations in {duration(summary['seconds'])}, "
+        f"{summary['samples_seen']} captions",
+        f"next: sgmd evaluate {folder}",
+        f"      sgmd report {folder}",
+    ]
+    figures = summary["validation"]
+    named = [name for name in HEADLINE_FIGURES if name in figures]
+    if named:
+        table = Table(title="last validation", title_justify="left", box=None, show_header=False)
+        table.add_column(style="bold")
+        table.add_column(justify="right")
+        for name in named:
+            table.add_row(title(name), f"{figures[name]:.3g}")
+        shown.append(table)
+    shown.append(f"generator: {summary['generator']}")
+    if summary["best"]:
+        best = summary["best"][0]
+        shown.append(f"the best one: {folder}/best, of iteration {best['iteration']}")
+    shown.append(f"everything else: {folder}/summary.json")
+    shown += [Text(problem, style="bold red") for problem in _problems(summary)]
+    return shown
+
+
+def dry_run_words(result: Mapping[str, Any]) -> list[RenderableType]:
+    """A dry run for a reader: what the run is, what was checked, and what was not."""
+    facts = {
+        name: value
+        for name, value in result.items()
+        if name not in ("checked", "not_checked", "objective")
+    }
+    method = {"objective": result["objective"].get("method", "")}
+    shown: list[RenderableType] = [pairs(facts | method)]
+    for heading, key in (("checked", "checked"), ("not checked", "not_checked")):
+        table = Table(title=heading, title_justify="left", box=None, show_header=False)
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, words in result[key].items():
+            table.add_row(name.replace("_", " "), words)
+        shown.append(table)
+    shown.append("No problem in what was checked; nothing was started.")
+    return shown
+
+
+def _problems(summary: Mapping[str, Any]) -> Iterator[str]:
+    quarantined = summary["quarantined"]
+    left_out = sum(value for value in quarantined.values() if isinstance(value, int))
+    if left_out:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in quarantined.items())
+        yield f"left out of the data: {reasons}"
+    if summary["alarms"]:
+        yield f"alarms: {summary['alarms']}, in {summary['run_folder']}/alarms.jsonl"
+    if summary.get("validation_problem"):
+        yield str(summary["validation_problem"])

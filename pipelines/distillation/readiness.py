@@ -1,0 +1,259 @@
+"""Checks of what a run needs of this machine: memory, disk, outputs and services.
+
+Every check says what it compared with what, so that a dry run can list them; what cannot be seen
+from here is listed too.
+"""
+
+import importlib.util
+import netrc
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from urllib.parse import urlparse
+
+import torch
+
+from cluster.inventory import memory_bytes
+from pipelines.config.recipe import DistillConfig
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.topology import PoolSettings
+from pipelines.planning.memory import RankMemory
+from pipelines.planning.search import Split, rank_memory
+from pipelines.planning.workload import Workload
+from pipelines.run.folder import RunFolder
+from sgmd_core.errors import ConfigError
+from workers.models.folder import WanFolder
+
+_GB = 1e9
+_FLOAT = 4
+_WANDB_HOST = "https://api.wandb.ai"
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """What was looked at, in words.
+
+    Attributes:
+        checked: What was compared with what, by subject.
+        not_checked: What the run needs that cannot be seen from here, by subject.
+    """
+
+    checked: Mapping[str, str]
+    not_checked: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Need:
+    """Bytes of one process, and the part of a GPU that it claims."""
+
+    name: str
+    num_bytes: float
+    gpus: float
+    count: int = 1
+
+    def in_words(self) -> str:
+        times = f"{self.count} x " if self.count > 1 else ""
+        return f"{self.name} {times}{_gb(self.num_bytes)}"
+
+
+def check_machine(
+    config: DistillConfig, model: WanFolder, *, resume: bool = False, gpus: bool = True
+) -> Readiness:
+    """Checks what a run takes of this machine.
+
+    Args:
+        config: The run.
+        model: Its networks.
+        resume: Whether its folder is to be there already.
+        gpus: Whether to look at GPUs, too; a run that starts learns of them from Ray.
+
+    Raises:
+        ConfigError: Outputs cannot be written, memory or disk do not suffice, or W&B has no key.
+    """
+    checked = {"outputs": _outputs(config, model, resume=resume)}
+    not_checked: dict[str, str] = {}
+    if config.tracker.wandb != "off":
+        checked["tracker"] = _tracker(config.tracker.wandb)
+        if config.tracker.wandb == "online":
+            not_checked["tracker"] = "whether W&B takes the key"
+    needs = _needs(config, model)
+    if _is_elsewhere(config):
+        words = ", ".join(need.in_words() for need in needs)
+        not_checked["memory"] = f"the cluster's machines; a process needs: {words}"
+        not_checked["cluster"] = f"whether {_address(config)} has the pools' CPUs and GPUs"
+    else:
+        checked["memory"] = _main_memory([need for need in needs if not need.gpus])
+        on_gpu = [need for need in needs if need.gpus]
+        if on_gpu and gpus:
+            checked["gpu_memory"] = _gpu_memory(on_gpu)
+    return Readiness(checked, not_checked)
+
+
+def _outputs(config: DistillConfig, model: WanFolder, *, resume: bool) -> str:
+    """Checks that the run's folder can be made and has room for what the run keeps."""
+    folder = config.run_folder.absolute()
+    attempted = f"checking the run's folder {folder}"
+    if not resume:
+        RunFolder(config.run_folder).require_free()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        # Rights alone do not tell: a disk may be read-only.
+        with tempfile.TemporaryFile(dir=there):
+            free = shutil.disk_usage(there).free
+    except OSError as error:
+        raise ConfigError(
+            attempted,
+            f"nothing can be written to {there} ({error.strerror or error})",
+            "a folder that this user may write to",
+            "Set output=... to one, or correct its rights",
+        ) from error
+    needed = _disk_bytes(config, model)
+    if needed > free:
+        raise ConfigError(
+            attempted,
+            f"{_gb(free)} are free on its disk, and checkpoints and generators take {_gb(needed)}",
+            "room for checkpoint.keep + checkpoint.keep_best + 1 states",
+            "Lower these, or set output=... to a larger disk",
+        )
+    return f"{there} takes files; {_gb(free)} free, checkpoints and generators take {_gb(needed)}"
+
+
+def _disk_bytes(config: DistillConfig, model: WanFolder) -> float:
+    """Of the states that are kept, of one that is written before an old one goes, and exports."""
+    network = _FLOAT * model.num_parameters["transformer"]
+    averaged = int(config.generator.ema_decay > 0)
+    state = network * (3 + averaged + 3)
+    states = config.checkpoint.keep + config.checkpoint.keep_best + 1
+    exports = 1 + int(config.checkpoint.keep_best > 0)
+    return states * state + exports * _FLOAT * sum(model.num_parameters.values())
+
+
+def _tracker(mode: str) -> str:
+    """Checks that W&B is installed and, online, has a key."""
+    attempted = f"checking tracker.wandb={mode}"
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            attempted, "the package wandb is not installed", remedy="pip install wandb"
+        )
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or _in_netrc()):
+        raise ConfigError(
+            attempted,
+            "no key of W&B in WANDB_API_KEY or in ~/.netrc",
+            "a key",
+            "Export WANDB_API_KEY, or set tracker.wandb=offline, which needs no account",
+        )
+    return "W&B is installed" + (", and there is a key" if mode == "online" else "")
+
+
+def _in_netrc() -> bool:
+    host = urlparse(os.environ.get("WANDB_BASE_URL", _WANDB_HOST)).hostname or ""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _needs(config: DistillConfig, model: WanFolder) -> list[_Need]:
+    """Bytes of every process, by the planner's memory model; of encoders the weights."""
+    topology = config.topology
+    teams = topology.teams
+    split = Split(
+        teams[GENERATOR].ranks,
+        teams[TEACHER].copies,
+        teams[FAKE_SCORE].ranks,
+        config.batch.micro_batches,
+        topology.window,
+        teams[TEACHER].ranks,
+    )
+    memory = rank_memory(Workload.of(config), split)
+    pools: dict[str, PoolSettings] = {
+        GENERATOR: topology.generator,
+        TEACHER: topology.teacher,
+        FAKE_SCORE: topology.fake_score,
+    }
+    if topology.mode == "fused":
+        needs = [_Need("all roles", _together(memory), topology.fused.gpus, topology.fused.ranks)]
+    else:
+        needs = [
+            _Need(role.replace("_", " "), memory[role].total, pool.gpus, teams[role].size)
+            for role, pool in pools.items()
+        ]
+    counts = {name: _FLOAT * number for name, number in model.num_parameters.items()}
+    needs.append(_Need("text encoder", counts["text_encoder"], topology.text.gpus))
+    if config.validation.every:
+        weights = counts["transformer"] + counts["vae"] + counts["text_encoder"]
+        needs.append(_Need("validator", weights, topology.validator.gpus))
+    return needs
+
+
+def _together(memory: Mapping[str, RankMemory]) -> float:
+    """Of a process with a rank of all three roles, which work one after the other."""
+    parts = [memory[role] for role in ROLES]
+    kept = sum(part.state + part.gathered + part.graphs for part in parts)
+    return kept + max(part.working for part in parts)
+
+
+def _main_memory(needs: list[_Need]) -> str:
+    total, free = memory_bytes()
+    needed = sum(need.count * need.num_bytes for need in needs)
+    words = ", ".join(need.in_words() for need in needs)
+    if needed > total:
+        raise ConfigError(
+            "checking the memory of this machine",
+            f"the run needs {_gb(needed)} ({words}), and the machine has {_gb(total)}",
+            "all processes that compute on the CPU to fit",
+            "Use a smaller model, clips or micro-batches, give roles GPUs (topology.ROLE.gpus), or "
+            "more machines (topology.address); `sgmd plan` says what would fit",
+        )
+    short = "" if needed <= free else "; more than is free now"
+    return f"{_gb(needed)} needed ({words}), {_gb(free)} free of {_gb(total)}{short}"
+
+
+def _gpu_memory(needs: list[_Need]) -> str:
+    sizes = [
+        torch.cuda.get_device_properties(index).total_memory
+        for index in range(torch.cuda.device_count())
+    ]
+    attempted = "checking the GPUs of this machine"
+    words = ", ".join(need.in_words() for need in needs)
+    if not sizes:
+        raise ConfigError(
+            attempted,
+            f"none that torch can use, and these are to have one: {words}",
+            "a GPU for every role whose topology.ROLE.gpus is above 0",
+            "Set these to 0, or join a cluster that has GPUs: topology.address",
+        )
+    largest = max(sizes)
+    too_large = [need for need in needs if need.num_bytes > largest]
+    if too_large:
+        raise ConfigError(
+            attempted,
+            f"{', '.join(need.in_words() for need in too_large)}, and a GPU has {_gb(largest)}",
+            "a rank of each role to fit its GPU",
+            "More ranks, smaller micro-batches or checkpointing; `sgmd plan` says what would fit",
+        )
+    claimed = sum(need.count * need.gpus for need in needs)
+    needed = sum(need.count * need.num_bytes for need in needs)
+    if claimed > len(sizes) or needed > sum(sizes):
+        raise ConfigError(
+            attempted,
+            f"{claimed:g} GPUs claimed and {_gb(needed)} needed ({words}); there are {len(sizes)} "
+            f"with {_gb(sum(sizes))} in all",
+            "no more than there is",
+            "Lower topology.ROLE.gpus and ranks, or join a larger cluster: topology.address",
+        )
+    return f"{words}; {len(sizes)} GPUs of {_gb(largest)}"
+
+
+def _is_elsewhere(config: DistillConfig) -> bool:
+    return config.topology.mode != "local" and _address(config) is not None
+
+
+def _address(config: DistillConfig) -> str | None:
+    return config.topology.address or os.environ.get("RAY_ADDRESS")
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / _GB:.3g} GB"
