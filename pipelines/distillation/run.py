@@ -23,8 +23,8 @@ from pipelines.distillation.monitor import Judge, is_due
 from pipelines.distillation.position import Position, begin, resume_position, with_draws_of
 from pipelines.distillation.preflight import Preflight, check
 from pipelines.distillation.prompts import Prompts
-from pipelines.distillation.states import States
 from pipelines.distillation.readiness import check_machine
+from pipelines.distillation.states import States
 from pipelines.distillation.summary import summarise
 from pipelines.run.alarms import Alarm
 from pipelines.run.data_log import RunData
