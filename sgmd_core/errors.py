@@ -81,3 +81,21 @@ class StopRequestedError(SgmdError):
     def exit_code(self) -> int:
         """Exit code of a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
         return 143 if "SIGTERM" in self.found else 130
+
+
+def non_finite_remedy(num_updates: int, settings: str) -> str:
+    """Remedy for a value that is not finite, by its likely cause.
+
+    Args:
+        num_updates: Updates that the weights have seen; before the first one, no rate is at fault.
+        settings: Settings to lower once updates have been made.
+    """
+    if num_updates == 0:
+        return (
+            "No update has been made yet, so no rate is at fault: check the model's weights, the "
+            "data of this batch, and whether compute.precision=fp32 is finite"
+        )
+    return (
+        f"Lower {settings}; where a lower rate fails at the same iteration, look at the data of "
+        "its batch"
+    )

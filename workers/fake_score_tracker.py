@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sgmd_core.errors import StaleCallError
+from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.types import (
     GeneratorSignal,
@@ -311,7 +311,7 @@ def _finite_terms(
     require_finite(
         f"computing losses on the fake score in {micro_batch_in_words(query.key)}",
         {**query.numbers, **predictions},
-        "lower the learning rates or the objective's weights, unless what was handed in is broken",
+        non_finite_remedy(query.generator_version, "the learning rates or the objective's weights"),
         numbers,
     )
     return {name: numbers[name] for name in loss.terms}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from sgmd_core.errors import StaleCallError
+from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.diversity import diversity_loss
 from sgmd_core.rollout import rollout
 from sgmd_core.schedule import FlowMatchSchedule
@@ -343,6 +343,5 @@ def _check(attempted: str, key: MicroBatchKey, numbers: Mapping[str, Tensor]) ->
     require_finite(
         f"{attempted} on the generator in {micro_batch_in_words(key)}",
         numbers,
-        "look for what is broken first: the data, the teacher, or the generator's own weights, "
-        "where lower learning rates help",
+        non_finite_remedy(key.iteration, "generator.optimizer.lr"),
     )

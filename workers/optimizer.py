@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sgmd_core.errors import NonFiniteError, StaleCallError
+from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_tensors
 from workers.settings import OptimizerSettings
@@ -131,7 +131,8 @@ class RoleOptimizer:
                 f"updating the {self._role} in iteration {iteration}",
                 f"a gradient norm of {norm.item()}",
                 "finite gradients",
-                f"The {self._role} was not updated; lower the learning rate",
+                f"The {self._role} was not updated. "
+                + non_finite_remedy(self._updates, "its optimizer.lr"),
             )
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self._settings, self._updates)

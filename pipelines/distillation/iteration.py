@@ -24,7 +24,7 @@ from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.algorithm import DIVERSIFY, LEARN, STAGES, TRACK, StageSpec
 from pipelines.distillation.iteration_plan import IterationPlan
-from sgmd_core.errors import NonFiniteError
+from sgmd_core.errors import NonFiniteError, non_finite_remedy
 from sgmd_core.types import Draws, MicroBatchKey, Text, TextBatch
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
@@ -265,8 +265,8 @@ def check_finite(call: Call, report: Any) -> None:  # noqa: ANN401  (whatever a 
             f"updating the {call.role} in iteration {call.iteration}",
             f"a gradient norm of {report.grad_norm}",
             "finite gradients",
-            f"The {call.role.replace('_', ' ')} was not updated; lower the learning rate or the "
-            "objective's weights",
+            f"The {call.role.replace('_', ' ')} was not updated. "
+            + non_finite_remedy(call.iteration, f"{call.role}.optimizer.lr"),
         )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from pipelines.pretraining.config import DenoiserSettings, TextSettings
-from sgmd_core.errors import NonFiniteError
+from sgmd_core.errors import NonFiniteError, non_finite_remedy
 from workers.models.wan import CaptionEncoder, WanVelocity, embed_captions
 
 
@@ -221,7 +221,8 @@ class DenoiserTraining:
                 "training the denoiser",
                 f"the loss {loss.item()} at step {step}",
                 "a finite loss",
-                "Lower denoiser.learning_rate and resume from the last checkpoint",
+                non_finite_remedy(step, "denoiser.learning_rate")
+                + ". The last checkpoint is as it was",
             )
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from pipelines.pretraining.config import VaeSettings
-from sgmd_core.errors import NonFiniteError
+from sgmd_core.errors import NonFiniteError, non_finite_remedy
 
 _PIXEL_LEVELS = 255.0
 _MAX_GRAD_NORM = 1.0
@@ -109,7 +109,8 @@ class VaeTraining:
                 "training the autoencoder",
                 f"the loss {loss.total.item()} at step {self.num_steps_done}",
                 "a finite loss",
-                "Lower vae.learning_rate and resume from the last checkpoint",
+                non_finite_remedy(self.num_steps_done, "vae.learning_rate")
+                + ". The last checkpoint is as it was",
             )
         self._optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
