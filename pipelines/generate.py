@@ -6,6 +6,7 @@ Works on any diffusers Wan text-to-video folder, ours or not. A clip depends on 
 seed alone, not on the other prompts of the call.
 """
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +78,7 @@ def generate(
     prompts: Sequence[str],
     *,
     output: str | Path,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     formats: Sequence[str] = FORMATS,
     zoom: int | None = None,
     device: str | None = None,
@@ -88,9 +89,10 @@ def generate(
 
     Args:
         run_or_model: A diffusers Wan folder, or a finished run, whose generator is used.
-        prompts: What to show, one clip each.
-        output: Folder of the files; made when missing, files of the same name are replaced.
-        seed: Seed of the initial noise, the same for every prompt.
+        prompts: Shown by one clip for each seed.
+        output: Folder of the files, whose names hold the number and words of the prompt, and the
+            seed; made when missing, files of the same name are replaced.
+        seed: Seed of the initial noise, the same for every prompt; or several.
         formats: Some of `FORMATS`.
         zoom: Each pixel is repeated so often along both sides of the files; None enlarges clips
             whose short side is under 256 px.
@@ -100,39 +102,41 @@ def generate(
             from WanPipeline's defaults.
 
     Returns:
-        One record a prompt, in order.
+        One record a clip, in the order of the prompts and then of the seeds.
 
     Raises:
-        ConfigError: No prompt, an empty one, or a setting out of range.
+        ConfigError: No prompt, an empty one, no seed, or a setting out of range.
         ModelFolderError: The folder is missing, incomplete or not Wan's.
         ShapeError: The clip's size does not fit the networks.
     """
     require_lasting_folder(output, "--output")
     folder = model_folder(run_or_model)
     changes = {name: value for name, value in sampling.items() if value is not None}
-    _require_request(prompts, formats, changes, zoom)
+    seeds = [seed] if isinstance(seed, int) else list(dict.fromkeys(seed))
+    _require_request(prompts, seeds, formats, changes, zoom)
     settings = _settings(folder, changes)
     pipeline = load_pipeline(folder, device or _default_device())
     if "flow_shift" in changes:
         _set_flow_shift(pipeline, settings.flow_shift)
     root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
-    total = len(prompts) * settings.num_steps
+    total = len(prompts) * len(seeds) * settings.num_steps
+    digits = max(2, len(str(len(prompts) - 1)))
     clips: list[GeneratedClip] = []
-    for index, prompt in enumerate(prompts):
-        before = index * settings.num_steps
+    for (index, prompt), chosen in itertools.product(enumerate(prompts), seeds):
+        before = len(clips) * settings.num_steps
 
         def on_step(step: int, before: int = before) -> None:
             on_progress(before + step, total)
 
         began = time.perf_counter()
-        frames = sample(pipeline, prompt, seed, settings, on_step)
+        frames = sample(pipeline, prompt, chosen, settings, on_step)
         seconds = time.perf_counter() - began
-        stem = f"{index:02d}-{_slug(prompt)}-seed{seed}"
+        stem = f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}"
         paths = tuple(
             _write(root / f"{stem}.{form}", frames, settings.fps, zoom) for form in formats
         )
-        clips.append(GeneratedClip(prompt, seed, paths, frames, seconds))
+        clips.append(GeneratedClip(prompt, chosen, paths, frames, seconds))
     return clips
 
 
@@ -222,13 +226,19 @@ def _set_flow_shift(pipeline: WanPipeline, flow_shift: float) -> None:
 
 
 def _require_request(
-    prompts: Sequence[str], formats: Sequence[str], changes: Mapping[str, Any], zoom: int | None
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    formats: Sequence[str],
+    changes: Mapping[str, Any],
+    zoom: int | None,
 ) -> None:
     attempted = "generating clips"
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ConfigError(
             attempted, f"the prompts {list(prompts)}", "at least one, none of them empty"
         )
+    if not seeds or min(seeds) < 0:
+        raise ConfigError(attempted, f"the seeds {list(seeds)}", "at least one, none below 0")
     unknown = [form for form in formats if form not in FORMATS]
     if unknown or not formats:
         raise ConfigError(attempted, f"the formats {list(formats)}", f"some of {FORMATS}")
@@ -255,7 +265,7 @@ def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> Path:
 
 
 def _slug(prompt: str) -> str:
-    slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
     return slug[:_SLUG_LENGTH].rstrip("-") or "clip"
 
 

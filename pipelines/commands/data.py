@@ -37,8 +37,8 @@ def prepare(
         typer.Argument(
             metavar="SRC",
             help="Folder or s3://bucket/prefix of videos with captions beside them (clip.mp4,"
-            " clip.txt) or of WebDataset tars; a .tar; a .csv or .jsonl manifest; or a .txt with"
-            " one prompt a line.",
+            " clip.txt) or of WebDataset tars; a .tar; a .csv, .tsv, .jsonl, .json or .parquet"
+            " manifest; or a .txt with one prompt a line.",
         ),
     ],
     target: Annotated[
@@ -87,7 +87,7 @@ def prepare(
         from pipelines.data.making.prepare import PrepareOptions
         from pipelines.data.making.prepare import prepare as make_shards
         from pipelines.data.making.prepare_clip import ClipRules
-        from pipelines.data.making.sources import Columns
+        from pipelines.data.making.source_clip import Columns
 
         options = PrepareOptions(
             columns=Columns(None if captions_only else path_column, caption_column, id_column),
@@ -126,7 +126,10 @@ def _tell(count: Counter, now: "Progress") -> None:
 
 def check(
     folder: Annotated[
-        str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix of shards.")
+        str,
+        typer.Argument(
+            metavar="DST", help="Folder or s3://bucket/prefix of shards, or a file of captions."
+        ),
     ],
     sample: Annotated[
         int | None, typer.Option(min=0, help="Rows to decode, drawn by seed; default: all")

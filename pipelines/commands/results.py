@@ -8,6 +8,7 @@ from rich.table import Table
 
 from pipelines.commands.options import Json
 from pipelines.commands.output import progress_bar, show, working
+from sgmd_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipelines.distillation.audit import Audit
@@ -19,7 +20,7 @@ def evaluate(
     ],
     teacher: Annotated[Path | None, typer.Option(help="Teacher's folder; a run knows it")] = None,
     captions: Annotated[
-        str | None, typer.Option(help="Shards of held-out captions; a run knows them")
+        str | None, typer.Option(help="Shards or file of held-out captions; a run knows them")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default RUN")] = None,
     num_captions: Annotated[int, typer.Option(help="Clips in every set")] = 256,
@@ -69,9 +70,21 @@ def generate(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A diffusers Wan folder, or a finished run.")
     ],
-    prompt: Annotated[list[str], typer.Option(help="What to show; may be given more than once")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to show; may be given more than once")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="File of prompts: .txt with one a line, .csv, .tsv, .json, .jsonl, ..."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the clips")] = Path("clips"),
-    seed: Annotated[int, typer.Option(help="Seed of the initial noise")] = 0,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Seed of the initial noise; may be given more than once; default 0"),
+    ] = None,
+    num_clips: Annotated[
+        int | None, typer.Option(min=1, help="Clips of each prompt, from the seed on")
+    ] = None,
     num_steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance")] = None,
     flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise levels")] = None,
@@ -94,9 +107,9 @@ def generate(
         logging.disable_progress_bar()
         clips = job.generate(
             model,
-            prompt,
+            _prompts(prompt or [], prompts),
             output=output,
-            seed=seed,
+            seed=_seeds(seed or [0], num_clips),
             num_steps=num_steps,
             guidance_scale=guidance_scale,
             flow_shift=flow_shift,
@@ -120,6 +133,29 @@ def generate(
         for clip in clips
     ]
     show(rows, as_json, "\n".join(str(path) for clip in clips for path in clip.paths))
+
+
+def _prompts(given: list[str], file: str | None) -> list[str]:
+    from pipelines.data.making.caption_file import read_prompts
+
+    found = given + ([] if file is None else read_prompts(file))
+    if not found:
+        raise ConfigError(
+            "generating clips", "no prompt", "something to show", "Give --prompt or --prompts FILE"
+        )
+    return found
+
+
+def _seeds(given: list[int], num_clips: int | None) -> list[int]:
+    if num_clips is None:
+        return given
+    if len(given) > 1:
+        raise ConfigError(
+            "generating clips",
+            f"--num-clips {num_clips} and {len(given)} seeds",
+            "one of them, as clips come from following seeds",
+        )
+    return [given[0] + number for number in range(num_clips)]
 
 
 def report(

@@ -100,7 +100,11 @@ class BatchSettings(Section):
 
 
 class DataSettings(Section):
-    """Where the captions are: folders of Parquet shards, local or `s3://bucket/prefix`."""
+    """Where the captions are: folders of Parquet shards or files of captions, local or `s3://`.
+
+    A file is a `.txt` with one prompt a line, or a `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet`
+    with a column `caption`, `prompt` or `text`.
+    """
 
     train: str
     """Captions that the generator is trained on."""

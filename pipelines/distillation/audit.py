@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.config.recipe import load_recipe
-from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.making.caption_file import open_set
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.ledger import Ledger
@@ -74,7 +74,7 @@ def audit(run: Path) -> Audit:
     quarantine = QuarantineFile(folder.quarantine)
     end = entries[-1].cursor if entries else Cursor()
     data = config.data
-    filesystem, root = open_folder(data.train, data.s3)
+    filesystem, root = open_set(data.train, data.s3)
     catalogue = Catalogue(
         filesystem, root, data.shuffle.chapter_shards, data.s3, read_jsonl(folder.shards)
     )

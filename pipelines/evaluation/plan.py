@@ -170,7 +170,7 @@ def plan_evaluation(
         raise ConfigError(
             f"evaluating {path}",
             f"teacher {str(teacher or '')!r} and captions {captions or ''!r}",
-            "a teacher to compare with, and shards of held-out captions",
+            "a teacher to compare with, and shards or a file of held-out captions",
             "Name a run, which knows both, or give both",
         )
     own = read_inference_settings(generator_folder)

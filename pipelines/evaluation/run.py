@@ -83,7 +83,7 @@ def evaluate(
     Args:
         run_or_model: A finished run, or a diffusers folder.
         teacher: Diffusers folder of the teacher; a run knows its own.
-        captions: Folder of shards with held-out captions; a run knows its own.
+        captions: Folder of shards, or file, with held-out captions; a run knows its own.
         output: Where the results go; a run's are put into its folder, others into `evaluation/`.
         cache: Folder that keeps what was measured of the teacher, shared by as many evaluations
             as one likes; None takes `evaluation-cache/` beside the results. Entries are named by

@@ -1,5 +1,6 @@
 """`generate`: real files from a real WanPipeline, the same for the same prompt and seed."""
 
+import contextlib
 import io
 import json
 import shutil
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner, Result
 
+from pipelines.cli import app
 from pipelines.generate import generate
 from pipelines.media.inference import SETTINGS_FILE, InferenceSettings, write_inference_settings
 from pipelines.media.video import decode_video
@@ -84,6 +87,56 @@ class TestFiles:
             "00-a-red-red-circle-seed3.mp4",
             "00-a-red-red-circle-seed3.gif",
         ]
+
+    def test_every_prompt_is_shown_by_one_clip_a_seed_and_names_are_kept_in_any_script(
+        self, model, tmp_path
+    ):
+        clips = generate(
+            model, ["Красный круг", PROMPT], output=tmp_path, seed=[5, 6, 5], formats=["mp4"]
+        )
+        assert [clip.paths[0].name for clip in clips] == [
+            "00-красный-круг-seed5.mp4",
+            "00-красный-круг-seed6.mp4",
+            "01-a-red-circle-moves-left-seed5.mp4",
+            "01-a-red-circle-moves-left-seed6.mp4",
+        ]
+        alone = frames_of(model, tmp_path, seed=6)
+        assert np.array_equal(clips[3].frames, alone)
+        assert not np.array_equal(clips[2].frames, alone)
+
+    def test_the_command_takes_a_file_of_prompts_and_a_number_of_clips(self, model, tmp_path):
+        (tmp_path / "prompts.csv").write_text('prompt\na red circle\n"red, left"\n')
+        arguments = ["--prompts", "prompts.csv", "--num-clips", "2", "--seed", "7"]
+        result = command(tmp_path, "generate", str(model), *arguments, "--json")
+        assert result.exit_code == 0, result.stderr
+        found = [(clip["prompt"], clip["seed"]) for clip in json.loads(result.stdout)]
+        assert found == [
+            ("a red circle", 7),
+            ("a red circle", 8),
+            ("red, left", 7),
+            ("red, left", 8),
+        ]
+        assert len(list((tmp_path / "clips").glob("*.mp4"))) == 4
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ([], "Give --prompt or --prompts FILE"),
+            (["--prompts", "nowhere.txt"], "Check the address"),
+            (["--prompt", "a", "--num-clips", "2", "--seed", "1", "--seed", "2"], "one of them"),
+        ],
+    )
+    def test_a_command_without_prompts_or_with_two_kinds_of_seeds_is_refused(
+        self, model, tmp_path, arguments, words
+    ):
+        result = command(tmp_path, "generate", str(model), *arguments)
+        assert result.exit_code == 2
+        assert words in " ".join(result.stderr.split())
+
+
+def command(folder: Path, *arguments: str) -> Result:
+    with contextlib.chdir(folder):
+        return CliRunner().invoke(app, arguments)
 
 
 class TestSampling:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.data.checking.check_group import GroupFacts, GroupTask, check_group, choose_rows
 from pipelines.data.checking.check_report import NUM_EXAMPLES, CheckReport, CountTokens, Tally
+from pipelines.data.making.caption_file import shard_folder
 from pipelines.data.making.ordered_pool import Died, map_in_order
 from pipelines.data.making.rejections import Reason, Rejection, counts_by_reason
 from pipelines.data.shards.filesystem import S3Settings, open_folder
@@ -82,14 +83,15 @@ def check(
     """Looks at every shard of a folder.
 
     Args:
-        url: Local path or `s3://bucket/prefix`.
+        url: Local path or `s3://bucket/prefix` of a folder, or of a file of captions.
         options: How closely.
         on_progress: Called with (what, done, in all).
 
     Raises:
         DataError: the folder cannot be opened, or holds no shard.
     """
-    filesystem, root = open_folder(url)
+    folder = shard_folder(url)
+    filesystem, root = open_folder(folder)
     listed, shards, unreadable = _open_all(filesystem, root, on_progress)
     if not listed:
         raise DataError(
@@ -102,7 +104,7 @@ def check(
         index_folder(filesystem, root, [opened.shard for opened in shards])
     num_rows = sum(opened.shard.num_rows for opened in shards)
     chosen = choose_rows(num_rows, options.sample, options.seed)
-    tasks = list(_tasks(url, shards, chosen, options))
+    tasks = list(_tasks(folder, shards, chosen, options))
     processes = options.num_processes
     if processes is None:
         processes = len(os.sched_getaffinity(0))

@@ -20,6 +20,7 @@ from pipelines.data.shards.schema import (
     VIDEO,
     Encoding,
     ShardKind,
+    faults_in,
 )
 from pipelines.data.shards.text import decode_utf8
 from pipelines.data.shards.values import unpack_latents, unpack_text
@@ -105,6 +106,9 @@ def check_group(task: GroupTask) -> GroupFacts:
         place = task.first_row + row
         rejections.setdefault(row, Rejection(ids[row], task.shard, place, reason, detail))
 
+    for row, fault in faults_in(table.schema, task.index).items():
+        reason, _, detail = fault.partition(" (")
+        reject(row, reason, detail.removesuffix(")"))
     for row, (name, caption) in enumerate(zip(ids, captions, strict=True)):
         if not name:
             reject(row, Reason.NO_ID, "")

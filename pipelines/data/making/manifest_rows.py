@@ -1,13 +1,23 @@
-"""Rows of CSV and JSON-lines manifests; a row that cannot be read costs only itself."""
+"""Rows of manifests: CSV, TSV, JSON lines, JSON, Parquet; a bad row costs only itself.
+
+file -> a value for each column, or the fault of the row
+"""
 
 import csv
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines.data.shards.text import decode_utf8
 from sgmd_core.errors import DataError
 
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+_MAX_JSON_BYTES = 2**29
+_BATCH_ROWS = 1024
 _MAX_FIELD_CHARS = 2**20
 _PEEK_BYTES = 1024
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -42,9 +52,9 @@ def manifest_lines(file: BinaryIO, address: str) -> Iterator[str]:
 
 
 def csv_header_and_rows(
-    lines: Iterable[str], address: str
+    lines: Iterable[str], address: str, delimiter: str = ","
 ) -> tuple[list[str], Iterator[dict[str, Any] | str]]:
-    """Reads CSV strictly.
+    """Reads CSV or TSV strictly.
 
     Returns:
         The names of the columns, and the rows: a value for each column, or what is wrong with it.
@@ -54,14 +64,21 @@ def csv_header_and_rows(
     """
     csv.field_size_limit(_MAX_FIELD_CHARS)
     source = _Lines(lines)
-    header = next(_records(source), [])
+    header = next(_records(source, delimiter), [])
     if isinstance(header, str):
         raise DataError(f"reading {address}", header, "a first line that names the columns")
-    return header, (_row(header, record) for record in _records(source) if record)
+    return header, (
+        _row(header, record, delimiter) for record in _records(source, delimiter) if record
+    )
 
 
-def json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
-    """Reads JSON lines: an object, or what is wrong with the line; blank lines are skipped."""
+def json_rows(lines: Iterable[str], caption: str) -> Iterator[dict[str, Any] | str]:
+    """Reads JSON lines: an object, or what is wrong with the line; blank lines are skipped.
+
+    Args:
+        lines: Of the file.
+        caption: Name of the value where a line is a string alone.
+    """
     for line in lines:
         if not line.strip():
             continue
@@ -69,7 +86,116 @@ def json_rows(lines: Iterable[str]) -> Iterator[dict[str, Any] | str]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
+        if isinstance(row, str):
+            row = {caption: row}
         yield row if isinstance(row, dict) else f"no JSON object: {line.strip()[:80]}"
+
+
+def json_file_rows(
+    file: BinaryIO, address: str, key: str, captions: Sequence[str]
+) -> Iterator[dict[str, Any] | str]:
+    """Reads a JSON file as a whole.
+
+    It may hold a list of captions or of objects; an object whose values are captions, or lists of
+    them; or an object one of whose values is a list of objects with captions.
+
+    Args:
+        file: The file.
+        address: Its address, for errors.
+        key: Column that the keys of an object of captions become.
+        captions: Names that a caption may have.
+
+    Raises:
+        DataError: it is no JSON, is too large, or has another form.
+    """
+    attempted = f"reading {address}"
+    data = file.read(_MAX_JSON_BYTES + 1)
+    refuse_wide_text(data[:_PEEK_BYTES], address)
+    if len(data) > _MAX_JSON_BYTES:
+        raise DataError(
+            attempted,
+            f"more than {_MAX_JSON_BYTES // 2**20} MiB, which are read at once",
+            "a smaller .json, or JSON lines",
+            f"Convert it: jq -c '.[]' {address.rpartition('/')[2]} > captions.jsonl",
+        )
+    try:
+        content = json.loads(data.decode("utf-8-sig", errors="surrogateescape"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            attempted,
+            printable(f"no JSON ({error})"),
+            "one JSON value",
+            "Name a file with one JSON object a line .jsonl",
+        ) from error
+    if isinstance(content, dict):
+        content = _list_in(content, attempted, key, captions)
+    if not isinstance(content, list):
+        raise DataError(attempted, f"a JSON {type(content).__name__}", "a list or an object")
+    for row in content:
+        if isinstance(row, str):
+            row = {captions[0]: row}
+        yield row if isinstance(row, dict) else f"no JSON object: {str(row)[:80]}"
+
+
+def _list_in(
+    content: dict[str, Any], attempted: str, key: str, captions: Sequence[str]
+) -> list[Any]:
+    """The rows of a JSON object."""
+    if content and all(_is_caption(value) for value in content.values()):
+        return [{key: name, captions[0]: value} for name, value in content.items()]
+    lists = [
+        value
+        for value in content.values()
+        if isinstance(value, list)
+        and any(isinstance(row, dict) and not {*captions}.isdisjoint(row) for row in value)
+    ]
+    if len(lists) != 1:
+        raise DataError(
+            attempted,
+            printable(f"an object with the keys {', '.join(map(str, content))[:200]}"),
+            f"one list of objects with {' or '.join(captions)}, or a caption for each key",
+            "Write the captions as JSON lines, one object a line",
+        )
+    return lists[0]
+
+
+def _is_caption(value: object) -> bool:
+    if isinstance(value, list):
+        return all(isinstance(each, str) for each in value)
+    return isinstance(value, str)
+
+
+def parquet_rows(
+    file: BinaryIO, wanted: Sequence[str]
+) -> tuple[list[str], Iterator[dict[str, Any] | str]]:
+    """Reads some columns of a Parquet file.
+
+    Returns:
+        The names of all columns, and the rows.
+    """
+    parquet = pq.ParquetFile(file)
+    names = parquet.schema_arrow.names
+    return names, _parquet_rows(parquet, [name for name in wanted if name in names])
+
+
+def _parquet_rows(
+    parquet: pq.ParquetFile, columns: Sequence[str]
+) -> Iterator[dict[str, Any] | str]:
+    for batch in parquet.iter_batches(_BATCH_ROWS, columns=[*columns]):
+        values, broken = {}, {}
+        for name in columns:
+            column = pa.chunked_array([batch.column(name)])
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+                column, faults = decode_utf8(column)
+                broken |= {row: name for row, is_bad in enumerate(faults.to_pylist()) if is_bad}
+            values[name] = column.to_pylist()
+        for row in range(batch.num_rows):
+            if row in broken:
+                yield f"{broken[row]} is no UTF-8"
+            else:
+                yield {name: values[name][row] for name in columns}
 
 
 def fault_of_text(value: object) -> str | None:
@@ -110,8 +236,8 @@ class _Lines:
         self.taken.clear()
 
 
-def _records(lines: _Lines) -> Iterator[list[str] | str]:
-    reader = csv.reader(lines, strict=True)
+def _records(lines: _Lines, delimiter: str) -> Iterator[list[str] | str]:
+    reader = csv.reader(lines, strict=True, delimiter=delimiter)
     while True:
         lines.taken.clear()
         try:
@@ -121,15 +247,16 @@ def _records(lines: _Lines) -> Iterator[list[str] | str]:
         except csv.Error as error:
             yield f"{error}: {lines.taken[0].strip()[:80]}" if lines.taken else str(error)
             lines.skip_first()
-            reader = csv.reader(lines, strict=True)
+            reader = csv.reader(lines, strict=True, delimiter=delimiter)
 
 
-def _row(header: list[str], record: list[str] | str) -> dict[str, Any] | str:
+def _row(header: list[str], record: list[str] | str, delimiter: str) -> dict[str, Any] | str:
     if isinstance(record, str):
         return record
     if len(record) != len(header):
+        name = "tab" if delimiter == "\t" else "comma"
         return (
-            f"{len(record)} fields, the header has {len(header)} (a comma in a caption needs"
-            f" quotes): {','.join(record)[:80]}"
+            f"{len(record)} fields, the header has {len(header)} (a {name} in a caption needs"
+            f" quotes): {delimiter.join(record)[:80]}"
         )
     return dict(zip(header, record, strict=True))

@@ -24,7 +24,8 @@ from pipelines.data.making.rejections import (
     counts_by_reason,
     require_few,
 )
-from pipelines.data.making.sources import PROMPTS_SUFFIX, Columns, SourceClip, list_clips
+from pipelines.data.making.source_clip import Columns, SourceClip
+from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
 from pipelines.data.shards.filesystem import canonical_address
 from pipelines.data.shards.listing import QUARANTINE_NAME
 from pipelines.data.shards.schema import (

@@ -9,7 +9,7 @@ from pipelines.data.clips.clip_decoding import ClipError, read_facts, read_first
 from pipelines.data.clips.clip_format import ClipFormat
 from pipelines.data.making.manifest_rows import fault_of_text
 from pipelines.data.making.rejections import Reason, Rejection
-from pipelines.data.making.sources import CaptionFile, FileRange, SourceClip
+from pipelines.data.making.source_clip import CaptionFile, FileRange, SourceClip
 from pipelines.data.shards.filesystem import open_folder, storage_errors
 
 _MAX_CAPTION_FILE_BYTES = 2**20

@@ -32,6 +32,8 @@ TEXT_EMBEDS = "text_embeds"
 
 REQUIRED_COLUMNS = (SAMPLE_ID, CAPTION)
 ENCODING_KEY = b"sgmd.encoding"
+FAULTS_KEY = b"sgmd.faults"
+"""Metadata of shards made of a file of captions: why a row of the file is no caption."""
 
 TEXT_COMPONENTS = ("text_encoder", "tokenizer")
 """What an embedding depends on, in the order in which its fingerprint is taken."""
@@ -167,6 +169,18 @@ def encoding_of(schema: pa.Schema) -> Encoding | None:
             "latent_shape, text_shape, dtype, vae and text_encoder",
             "Encode the videos again with `sgmd encode`",
         ) from error
+
+
+def faults_in(schema: pa.Schema, group: int) -> dict[int, str]:
+    """Why rows of a row group have no caption, by their number in it; see `FAULTS_KEY`."""
+    stored = (schema.metadata or {}).get(FAULTS_KEY)
+    if stored is None:
+        return {}
+    try:
+        places = ((key.split("/"), str(fault)) for key, fault in json.loads(stored).items())
+        return {int(row): fault for (number, row), fault in places if int(number) == group}
+    except (ValueError, AttributeError):
+        return {}
 
 
 def joined(values: pa.ChunkedArray) -> NDArray[np.uint8]:

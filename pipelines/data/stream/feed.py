@@ -16,7 +16,7 @@ import pyarrow.compute
 import torch
 from numpy.typing import NDArray
 
-from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.making.caption_file import open_set, require_unchanged
 from pipelines.data.shards.schema import (
     LATENTS,
     REQUIRED_COLUMNS,
@@ -122,7 +122,8 @@ class Feed:
 
     def __init__(self, settings: StreamSettings, progress: Progress, num_rows: int) -> None:
         source = settings.source
-        filesystem, root = open_folder(source.url, source.s3)
+        filesystem, root = open_set(source.url, source.s3)
+        require_unchanged(source.url, root, progress.catalogue)
         catalogue = Catalogue(
             filesystem, root, settings.shuffle.chapter_shards, source.s3, progress.catalogue
         )

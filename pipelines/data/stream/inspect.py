@@ -6,7 +6,8 @@ keys that can list but not read fail here, not an hour later.
 
 from dataclasses import dataclass, replace
 
-from pipelines.data.shards.filesystem import S3Settings, open_folder
+from pipelines.data.making.caption_file import open_set
+from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.parquet import Fault, RowGroupReader
 from pipelines.data.shards.schema import (
     CAPTION,
@@ -44,7 +45,7 @@ class FolderFacts:
 
 
 def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> FolderFacts:
-    """Looks a folder over; reads as little as shows that it can be streamed.
+    """Looks a folder or a file of captions over; reads as little as shows that it can be streamed.
 
     Args:
         source: The folder; only ids and captions are read.
@@ -56,7 +57,7 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
             no usable row; says what is wrong with them.
     """
     source = replace(source, columns=(), encoding=None, decode=None)
-    filesystem, root = open_folder(source.url, source.s3)
+    filesystem, root = open_set(source.url, source.s3)
     catalogue = Catalogue(filesystem, root, shuffle.chapter_shards, source.s3)
     reader = RowGroupReader(filesystem, root, source.s3)
     rejects: list[Reject] = []
@@ -112,6 +113,7 @@ def first_captions(url: str, s3: S3Settings, seed: int, wanted: int) -> tuple[st
             f"choosing {wanted} captions from {url}",
             f"{batch.epochs[0][1]} rows",
             f"at least {wanted}",
-            "Ask for fewer captions (validation.num_captions), or add shards",
+            "Ask for fewer captions (validation.num_captions of a recipe, --num-captions of"
+            " `sgmd evaluate`), or add some",
         )
     return batch.captions

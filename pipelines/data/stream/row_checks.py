@@ -4,6 +4,7 @@ columns of a row group -> the same, with text that is text -> a reason for each 
 """
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,18 @@ from pipelines.data.stream.source import Source
 pc: Any = pyarrow.compute
 
 _FIRST_BEYOND_ASCII = 0x80
+_NONE: Mapping[int, str] = MappingProxyType({})
 
 
 def check_rows(
-    source: Source, columns: Mapping[str, pa.ChunkedArray]
+    source: Source, columns: Mapping[str, pa.ChunkedArray], faults: Mapping[int, str] = _NONE
 ) -> tuple[dict[str, pa.ChunkedArray], NDArray[np.object_]]:
     """Checks every row of a row group.
 
     Args:
         source: What is wanted of each row.
         columns: Ids and captions as strings, and what else is wanted.
+        faults: Rows of which it is known that they are bad.
 
     Returns:
         The columns, in which ids and captions are valid UTF-8; and why each row cannot be used,
@@ -36,6 +39,9 @@ def check_rows(
     """
     columns = dict(columns)
     reasons = np.full(len(columns[SAMPLE_ID]), None, dtype=object)
+    for row, fault in faults.items():
+        if row < len(reasons):
+            reasons[row] = fault
 
     def reject(which: Any, reason: Callable[[int], str]) -> None:  # noqa: ANN401 - Arrow's array
         bad = pc.fill_null(which, True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.shards.filesystem import S3Settings, open_folder
+from pipelines.data.making.caption_file import open_set
+from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.shards.schema import Encoding
 
@@ -38,5 +39,5 @@ class Source:
 
     def open_reader(self) -> RowGroupReader:
         """Opens the folder for reading in this process."""
-        filesystem, root = open_folder(self.url, self.s3, probe=False)
+        filesystem, root = open_set(self.url, self.s3, probe=False)
         return RowGroupReader(filesystem, root, self.s3)

@@ -22,6 +22,7 @@ from pipelines.data.shards.schema import (
     TEXT_EMBEDS,
     Encoding,
     encoding_of,
+    faults_in,
     missing_columns,
 )
 from pipelines.data.stream.plan import RowGroup, Window
@@ -124,7 +125,8 @@ def _checked(
     # Shards may differ in how they store the same: 32 or 64 bits, plain strings or a dictionary.
     types = {field.name: field.type for field in lines_schema(source)}
     columns_by_name = {name: table.column(name).cast(types[name]) for name in columns}
-    columns_by_name, reasons = check_rows(source, columns_by_name)
+    faults = faults_in(table.schema, group.index)
+    columns_by_name, reasons = check_rows(source, columns_by_name, faults)
     size = table.num_rows
     return pa.table(
         {

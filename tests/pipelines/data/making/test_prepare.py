@@ -451,5 +451,5 @@ def test_captions_of_a_manifest_without_videos_are_taken_only_when_asked(tmp_pat
 
 
 def test_captions_only_of_a_folder_is_refused(source, tmp_path):
-    with pytest.raises(DataError, match="no manifest"):
+    with pytest.raises(DataError, match="no file of captions"):
         prepare(str(source), str(tmp_path), PrepareOptions(columns=Columns(path=None)))

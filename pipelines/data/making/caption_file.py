@@ -1,0 +1,185 @@
+"""A file of captions used as a data set: `data.train=prompts.txt`.
+
+    prompts.txt -> digest -> ~/.cache/sgmd/captions/DIGEST/captions-DIGEST-00000.parquet
+
+The file becomes shards once on each machine; whoever reads the set opens these shards, so a file
+has the same order, checks and quarantine as a folder. A row of the file that is no caption stays in
+its place as a row without one, and its fault stands in the shard's metadata. The names of the
+shards hold the digest: a run that goes on after its file has changed finds none of its shards, and
+says so.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import pyarrow as pa
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
+from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.making.source_clip import Columns, SourceClip
+from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
+from pipelines.data.shards.filesystem import S3Settings, open_folder, storage_errors
+from pipelines.data.shards.index import INDEX_NAME, write_index
+from pipelines.data.shards.schema import CAPTION, FAULTS_KEY, SAMPLE_ID, caption_schema
+from pipelines.data.shards.shard_writing import ROW_GROUP_CLIPS, ShardBuilder, write_shard
+from sgmd_core.errors import DataError
+
+CAPTION_FILE_SUFFIXES = (PROMPTS_SUFFIX, *MANIFEST_SUFFIXES)
+# Part of the digest: what is made of the same bytes changes with it.
+_VERSION = b"1"
+_SHARD_ROWS = 4096
+_PREFIX = "captions-"
+_READ_BYTES = 2**20
+
+
+def open_set(
+    url: str, s3: S3Settings = S3Settings(), *, probe: bool = True
+) -> tuple[AbstractFileSystem, str]:
+    """Opens a folder of shards, or a file of captions as such a folder.
+
+    Args:
+        url: Local path or `s3://bucket/prefix`; a file ends in one of `CAPTION_FILE_SUFFIXES`.
+        s3: How to speak to the server, where there is one.
+        probe: Ask the server for one key; see `open_folder`.
+
+    Returns:
+        The file system and the path of the folder in it.
+
+    Raises:
+        DataError: the folder or file cannot be opened, or the file holds no captions.
+    """
+    folder = shard_folder(url, s3)
+    return open_folder(folder, s3, probe=probe and folder == url)
+
+
+def shard_folder(url: str, s3: S3Settings = S3Settings()) -> str:
+    """The address of a set's shards: its own, or for a file of captions a folder in the cache.
+
+    Raises:
+        DataError: the file cannot be read, or holds no captions.
+    """
+    if PurePosixPath(url).suffix.lower() not in CAPTION_FILE_SUFFIXES:
+        return url
+    filesystem, root = open_folder(url, s3)
+    with storage_errors(f"opening {url}"):
+        if filesystem.isdir(root):
+            return url
+    return _converted(url, s3, _stamp(filesystem, root))
+
+
+def read_prompts(url: str, s3: S3Settings = S3Settings()) -> list[str]:
+    """All captions of a file, in its order, without blanks around them.
+
+    Raises:
+        DataError: the file cannot be read, holds no caption, or a row of it is none.
+    """
+    prompts: list[str] = []
+    bad: list[str] = []
+    for clip in list_clips(url, Columns(path=None, caption=None), s3):
+        if isinstance(clip, SourceClip) and isinstance(clip.caption, str) and clip.caption.strip():
+            prompts.append(clip.caption.strip())
+        elif isinstance(clip, Rejection):
+            bad.append(clip.in_words())
+        else:
+            bad.append(f"{clip.source}, row {clip.row}: {Reason.EMPTY_CAPTION}")
+    if bad or not prompts:
+        found = f"{len(bad)} rows that are no caption, the first: {bad[0]}" if bad else "no caption"
+        raise DataError(f"reading the prompts in {url}", found, "a caption in each row")
+    return prompts
+
+
+def require_unchanged(url: str, folder: str, recorded: Iterable[Mapping[str, Any]]) -> None:
+    """Checks that a file of captions is the one that a run has read before.
+
+    Args:
+        url: Address of the set.
+        folder: Path of the opened folder; see `open_set`.
+        recorded: What the run knows of its shards; see `Catalogue`.
+
+    Raises:
+        DataError: its bytes are others.
+    """
+    known = next((path for line in recorded for path, *_ in line.get("shards", ())), None)
+    if known is None or folder == url or PurePosixPath(folder).name in known:
+        return
+    if PurePosixPath(url).suffix.lower() in CAPTION_FILE_SUFFIXES and known.startswith(_PREFIX):
+        raise DataError(
+            f"continuing a run on {url}",
+            "a file that has changed since the run began",
+            "the same captions",
+            "Restore the file, or start a new run",
+        )
+
+
+def _stamp(filesystem: AbstractFileSystem, root: str) -> str:
+    """Differs where a file has changed since this process last read it."""
+    with storage_errors(f"reading {root}"):
+        filesystem.invalidate_cache(filesystem._parent(root))
+        facts = filesystem.info(root)
+    return repr([facts.get(name) for name in ("size", "mtime", "ino", "ETag", "LastModified")])
+
+
+@lru_cache(maxsize=64)
+def _converted(url: str, s3: S3Settings, stamp: str) -> str:
+    """Path of the folder of shards that a file of captions is."""
+    filesystem, root = open_folder(url, s3, probe=False)
+    digest = hashlib.sha256(_VERSION + PurePosixPath(root).suffix.lower().encode())
+    with storage_errors(f"reading {url}"), filesystem.open(root, "rb") as file:
+        while part := cast("bytes", file.read(_READ_BYTES)):
+            digest.update(part)
+    name = digest.hexdigest()[:32]
+    folder = _cache() / name
+    if not (folder / INDEX_NAME).exists():
+        _convert(url, s3, name, folder)
+    return str(folder)
+
+
+def _convert(url: str, s3: S3Settings, name: str, folder: Path) -> None:
+    """Writes shards and then their index; processes that do so at once write the same bytes."""
+    shards = []
+    clips = list_clips(url, Columns(path=None, caption=None), s3)
+    while part := tuple(itertools.islice(clips, _SHARD_ROWS)):
+        builder = ShardBuilder(_with_faults(part))
+        for clip in part:
+            caption = clip.caption if isinstance(clip, SourceClip) else None
+            builder.add({SAMPLE_ID: clip.sample_id or f"row {clip.row}", CAPTION: caption})
+        shard = f"{_PREFIX}{name}-{len(shards):05d}.parquet"
+        shards.append(write_shard(LocalFileSystem(), str(folder), shard, builder))
+    if not shards:
+        raise DataError(f"reading {url}", "no row", "captions", "Check the address")
+    write_index(LocalFileSystem(), str(folder), shards)
+
+
+def _with_faults(part: tuple[SourceClip | Rejection, ...]) -> pa.Schema:
+    """The schema of a shard, with the faults of its rows by row group and row."""
+    faults = {
+        f"{row // ROW_GROUP_CLIPS}/{row % ROW_GROUP_CLIPS}": (
+            f"{clip.reason} (row {clip.row} of the file: {clip.detail})"
+        )
+        for row, clip in enumerate(part)
+        if isinstance(clip, Rejection)
+    }
+    return caption_schema().with_metadata({FAULTS_KEY: json.dumps(faults).encode()})
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(base) / "sgmd" / "captions"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"making {folder}, where files of captions become shards",
+            f"{type(error).__name__}: {error}",
+            "a folder that can be written",
+            "Set XDG_CACHE_HOME to one",
+        ) from error
+    return folder

@@ -1,0 +1,167 @@
+"""Clips that a manifest names, and captions of a file without videos.
+
+rows of the file -> SourceClip, or the rejection of a row that names none
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+from fsspec import AbstractFileSystem
+
+from pipelines.data.making.manifest_rows import (
+    csv_header_and_rows,
+    fault_of_text,
+    json_file_rows,
+    json_rows,
+    manifest_lines,
+    parquet_rows,
+    printable,
+)
+from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.making.source_clip import (
+    Columns,
+    FileRange,
+    SourceClip,
+    address_of,
+    open_reading,
+)
+from pipelines.data.shards.schema import SAMPLE_ID
+from sgmd_core.errors import DataError
+
+_BAD_CAPTION = Reason.UNREADABLE_CAPTION
+
+
+def manifest_clips(
+    filesystem: AbstractFileSystem, path: str, columns: Columns
+) -> Iterator[SourceClip | Rejection]:
+    """The rows of a manifest; see `list_clips`."""
+    address = address_of(filesystem, path)
+    with open_reading(filesystem, path) as file:
+        names = _CaptionIds()
+        for number, row in enumerate(_manifest_rows(file, address, columns)):
+            yield _manifest_clip(filesystem, address, number, row, columns, names)
+
+
+def _manifest_rows(
+    file: BinaryIO, address: str, columns: Columns
+) -> Iterator[dict[str, Any] | str]:
+    suffix = PurePosixPath(address).suffix.lower()
+    wanted = [*columns.captions, columns.path, columns.sample_id or SAMPLE_ID]
+    if suffix == ".json":
+        key = columns.path or columns.sample_id or SAMPLE_ID
+        yield from json_file_rows(file, address, key, columns.captions)
+    elif suffix in (".jsonl", ".ndjson"):
+        yield from json_rows(manifest_lines(file, address), columns.captions[0])
+    else:
+        if suffix == ".parquet":
+            header, rows = parquet_rows(file, [name for name in wanted if name])
+        else:
+            lines = manifest_lines(file, address)
+            header, rows = csv_header_and_rows(lines, address, "\t" if suffix == ".tsv" else ",")
+        _require_columns(header, address, columns)
+        yield from rows
+
+
+def prompt_clips(filesystem: AbstractFileSystem, path: str) -> Iterator[SourceClip | Rejection]:
+    """The lines of a text file that are not blank, as captions."""
+    address = address_of(filesystem, path)
+    names = _CaptionIds()
+    with open_reading(filesystem, path) as file:
+        for number, line in enumerate(manifest_lines(file, address)):
+            text = line.strip()
+            fault = fault_of_text(text)
+            if fault is not None:
+                yield Rejection("", address, number, _BAD_CAPTION, fault)
+            elif text:
+                yield SourceClip(names.next(text), address, number, None, text)
+
+
+class _CaptionIds:
+    """Ids of captions without a name: a hash of the text, and its number where it comes again.
+
+    They stay the same when other lines are added to the file.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[bytes] = Counter()
+
+    def next(self, caption: str) -> str:
+        """The id of the next clip with this caption."""
+        digest = hashlib.blake2b(caption.encode(), digest_size=12)
+        self._counts[digest.digest()] += 1
+        count = self._counts[digest.digest()]
+        return digest.hexdigest() if count == 1 else f"{digest.hexdigest()}-{count}"
+
+
+def _require_columns(found: Sequence[str], address: str, columns: Columns) -> None:
+    wanted = (columns.path, columns.sample_id)
+    missing = [name for name in wanted if name is not None and name not in found]
+    if set(columns.captions).isdisjoint(found):
+        missing.append(" or ".join(columns.captions))
+    if not missing:
+        return
+    if columns.caption is None:
+        expected = f"a column {' or '.join(columns.captions)}"
+        remedy = "Rename the column, or make shards: sgmd prepare --captions-only --caption-column"
+    else:
+        expected = "a path and a caption in each row"
+        remedy = (
+            "Name them with --path-column, --caption-column and --id-column; captions without"
+            " videos are taken with --captions-only"
+        )
+    raise DataError(
+        f"reading {address}",
+        f"the columns {printable(', '.join(found))}; no {', '.join(missing)}",
+        expected,
+        remedy,
+    )
+
+
+def _manifest_clip(
+    filesystem: AbstractFileSystem,
+    address: str,
+    number: int,
+    row: dict[str, Any] | str,
+    columns: Columns,
+    names: _CaptionIds,
+) -> SourceClip | Rejection:
+    if isinstance(row, str):
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, printable(row))
+    caption = next((row[name] for name in columns.captions if name in row), None)
+    fault = None if caption is None else fault_of_text(caption)
+    path = None if columns.path is None else row.get(columns.path)
+    if columns.path is not None and (not isinstance(path, str) or not path.strip()):
+        detail = f"{columns.path} = {str(path)[:80]!r}"
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
+    if columns.sample_id is not None:
+        sample_id = row.get(columns.sample_id)
+    else:
+        sample_id = row.get(SAMPLE_ID) if path is None else path
+    if columns.sample_id is None and sample_id is None:
+        if fault is not None:
+            return Rejection("", address, number, _BAD_CAPTION, fault)
+        sample_id = names.next(caption or "")
+    if sample_id is None or not str(sample_id):
+        detail = f"{columns.sample_id} = {sample_id!r}"
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
+    if fault is not None:
+        return Rejection(printable(str(sample_id)), address, number, _BAD_CAPTION, fault)
+    return SourceClip(
+        sample_id=str(sample_id),
+        source=address,
+        row=number,
+        video=None if path is None else FileRange(_resolved(filesystem, address, path)),
+        caption=caption,
+    )
+
+
+def _resolved(filesystem: AbstractFileSystem, manifest: str, path: str) -> str:
+    """The address of a video that a manifest names."""
+    if "://" in path:
+        return path
+    if path.startswith("/"):
+        return address_of(filesystem, path)
+    return f"{manifest.rpartition('/')[0]}/{path}"

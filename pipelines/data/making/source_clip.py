@@ -1,0 +1,100 @@
+"""A clip of a source: its id, and where its video and its caption are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.data.shards.filesystem import storage_errors
+
+CAPTION_NAMES = ("caption", "prompt", "text")
+"""Columns that hold the captions of a file that names no column, in this order."""
+# One request brings a tar's header and the short members that follow a video.
+_BLOCK_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """Bytes to be read: a whole file, or a part of it.
+
+    Attributes:
+        url: Address of the file.
+        offset: First byte.
+        num_bytes: How many; None is the whole file.
+    """
+
+    url: str
+    offset: int = 0
+    num_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionFile:
+    """A caption in a file of its own.
+
+    Attributes:
+        file: Where it is.
+        json_field: The field that holds it, in a JSON file; None in a text file.
+    """
+
+    file: FileRange
+    json_field: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceClip:
+    """One clip and where its parts are.
+
+    Attributes:
+        sample_id: Its lasting name.
+        source: The file that names it: the video itself, a tar or a manifest.
+        row: Its place in a tar or a manifest, from 0; None in a folder.
+        video: The video's bytes; None where the source holds captions alone.
+        caption: The caption, or where it is; None where there is none.
+    """
+
+    sample_id: str
+    source: str
+    row: int | None
+    video: FileRange | None
+    caption: str | CaptionFile | None
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Names in manifests, and of the caption's field in JSON files.
+
+    Attributes:
+        path: Path of the video: relative to the manifest, absolute, or `s3://bucket/key`. None
+            takes the captions alone.
+        caption: The caption; None takes the first of `CAPTION_NAMES` that is there.
+        sample_id: The id; None takes the path for it.
+    """
+
+    path: str | None = "path"
+    caption: str | None = "caption"
+    sample_id: str | None = None
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Names that a caption may have, the preferred one first."""
+        return CAPTION_NAMES if self.caption is None else (self.caption,)
+
+
+@contextmanager
+def open_reading(filesystem: AbstractFileSystem, path: str) -> Iterator[BinaryIO]:
+    """A file that is read from front to back in small steps."""
+    attempted = f"reading {address_of(filesystem, path)}"
+    with (
+        storage_errors(attempted),
+        filesystem.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead") as file,
+    ):
+        yield cast("BinaryIO", file)
+
+
+def address_of(filesystem: AbstractFileSystem, path: str) -> str:
+    """What `open_folder` takes for a path: as people write it, without file:// on this machine."""
+    return path if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(path)
