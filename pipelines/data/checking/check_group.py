@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.data.clips.clip_decoding import ClipError, ClipFacts, read_facts
+from pipelines.data.making.caption_rule import caption_faults, split_words
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.parquet import Fault, RowGroupReader
@@ -97,7 +98,7 @@ def check_group(task: GroupTask) -> GroupFacts:
         )
         return GroupFacts(task.shard, (), (), (), (), 0, tuple(unreadable))
     named, unreadable_ids = decode_utf8(table[SAMPLE_ID])
-    told, unreadable_captions = decode_utf8(table[CAPTION])
+    told, bad_captions = caption_faults(table[CAPTION], task.max_caption_chars)
     ids, captions = ([text or "" for text in column.to_pylist()] for column in (named, told))
     rejections: dict[int, Rejection] = {}
     clips: list[ClipFacts] = []
@@ -107,20 +108,12 @@ def check_group(task: GroupTask) -> GroupFacts:
         rejections.setdefault(row, Rejection(ids[row], task.shard, place, reason, detail))
 
     for row, fault in faults_in(table.schema, task.index).items():
-        reason, _, detail = fault.partition(" (")
-        reject(row, reason, detail.removesuffix(")"))
-    for row, (name, caption) in enumerate(zip(ids, captions, strict=True)):
-        if not name:
-            reject(row, Reason.NO_ID, "")
-        elif unreadable_ids[row].as_py():
-            reject(row, Reason.NO_ID, "no UTF-8")
-        if unreadable_captions[row].as_py():
-            reject(row, Reason.UNREADABLE_CAPTION, "no UTF-8")
-        elif not caption.strip():
-            reject(row, Reason.EMPTY_CAPTION, "")
-        elif len(caption) > task.max_caption_chars:
-            words = f"{len(caption)} characters; at most {task.max_caption_chars}"
-            reject(row, Reason.LONG_CAPTION, words)
+        reject(row, *split_words(fault))
+    for row, name in enumerate(ids):
+        if not name or unreadable_ids[row].as_py():
+            reject(row, Reason.NO_ID, "no UTF-8" if name else "")
+        if row in bad_captions:
+            reject(row, *bad_captions[row])
     for row in task.tried:
         values = [table[name][row].as_py() for name in _values(task.kind)]
         try:

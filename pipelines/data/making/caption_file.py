@@ -22,6 +22,7 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.data.making.caption_rule import in_words
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.source_clip import Columns, SourceClip
@@ -162,7 +163,7 @@ def _with_faults(part: tuple[SourceClip | Rejection, ...]) -> pa.Schema:
     """The schema of a shard, with the faults of its rows by row group and row."""
     faults = {
         f"{row // ROW_GROUP_CLIPS}/{row % ROW_GROUP_CLIPS}": (
-            f"{clip.reason} (row {clip.row} of the file: {clip.detail})"
+            in_words(clip.reason, f"row {clip.row} of the file: {clip.detail}")
         )
         for row, clip in enumerate(part)
         if isinstance(clip, Rejection)

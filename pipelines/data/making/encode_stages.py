@@ -23,6 +23,7 @@ from cluster.ray.topology import require_cpus, require_gpus
 from cluster.runtime import start_ray
 from pipelines.data.clips.clip_decoding import ClipError, decode_clip
 from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.making.caption_rule import caption_faults
 from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.encode_plan import Part, SourceGroup
 from pipelines.data.making.rejections import Reason
@@ -188,20 +189,15 @@ def _decoded(
             yield _line(part, row, None, None, reason=Reason.UNREADABLE_ROWS, detail=table.reason)
         return
     names, unreadable_names = decode_utf8(table[SAMPLE_ID])
-    captions, unreadable_captions = decode_utf8(table[CAPTION])
+    captions, bad_captions = caption_faults(table[CAPTION], max_caption_chars)
     for place, row in enumerate(rows):
         name, video = names[place].as_py(), table[VIDEO][place].as_py()
         caption = captions[place].as_py() or ""
         if not name or unreadable_names[place].as_py():
             yield _line(part, row, None, caption, reason=Reason.NO_ID)
-        elif unreadable_captions[place].as_py():
-            reason, detail = Reason.UNREADABLE_CAPTION, "no UTF-8"
+        elif place in bad_captions:
+            reason, detail = bad_captions[place]
             yield _line(part, row, name, caption, reason=reason, detail=detail)
-        elif not caption.strip():
-            yield _line(part, row, name, caption, reason=Reason.EMPTY_CAPTION)
-        elif len(caption) > max_caption_chars:
-            detail = f"{len(caption)} characters; at most {max_caption_chars}"
-            yield _line(part, row, name, caption, reason=Reason.LONG_CAPTION, detail=detail)
         else:
             try:
                 pixels = decode_clip(video or b"", wanted).tobytes()

@@ -7,6 +7,7 @@ from typing import cast
 
 from pipelines.data.clips.clip_decoding import ClipError, read_facts, read_first_frame, transcode
 from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.making.caption_rule import caption_fault
 from pipelines.data.making.manifest_rows import fault_of_text
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.source_clip import CaptionFile, FileRange, SourceClip
@@ -84,12 +85,9 @@ def _caption(clip: SourceClip, rules: ClipRules) -> str:
     if isinstance(text, CaptionFile):
         text = _caption_in(text)
     text = text.strip()
-    if not text:
-        raise _BadClip(Reason.EMPTY_CAPTION, "nothing but blanks")
-    if len(text) > rules.max_caption_chars:
-        raise _BadClip(
-            Reason.LONG_CAPTION, f"{len(text)} characters; at most {rules.max_caption_chars}"
-        )
+    fault = caption_fault(text, rules.max_caption_chars)
+    if fault is not None:
+        raise _BadClip(*fault)
     return text
 
 

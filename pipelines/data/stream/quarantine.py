@@ -31,7 +31,9 @@ _SCHEMA = pa.schema(
 )
 _NUM_SHOWN = 5
 
-DUPLICATE = "duplicate id (an earlier row of the epoch has it)"
+DUPLICATE = "duplicate_id (an earlier row of the epoch has it)"
+_DUPLICATES = (DUPLICATE, "duplicate id (an earlier row of the epoch has it)")
+"""As runs write it today, and as earlier ones have."""
 
 Place = tuple[str, int | None, int | None]
 """(shard, row group, row)"""
@@ -88,7 +90,7 @@ class Tally:
         for reject in rejects:
             if reject.place not in self._rejects:
                 self._rejects[reject.place] = reject
-                if reject.reason == DUPLICATE:
+                if reject.reason in _DUPLICATES:
                     self._repeats.add(reject.place)
                 new.append(reject)
         return new

@@ -15,17 +15,12 @@ from numpy.typing import NDArray
 
 from pipelines.data.clips.clip_decoding import ClipError, ClipFault, decode_clip
 from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.making.caption_rule import in_words
 from pipelines.data.shards.schema import FPS, VIDEO
 from pipelines.data.stream.source import Decode, Source
 from pipelines.data.stream.window import REASON
 
 _PART_BYTES = 64 * 2**20
-_KINDS = {
-    ClipFault.UNDECODABLE: "undecodable video",
-    ClipFault.NO_FRAMES: "video without frames",
-    ClipFault.TOO_SHORT: "video too short",
-    ClipFault.WRONG_SIZE: "video of a wrong size",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +71,7 @@ def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
             reasons[row] = _in_words(error)
             continue
         if frames.shape != source.pixel_shape:
-            reasons[row] = f"pixels of a wrong shape ({frames.shape})"
+            reasons[row] = in_words(ClipFault.WRONG_SIZE, f"pixels of {frames.shape}")
             continue
         pixels[num_decoded] = frames
         num_decoded += 1
@@ -98,6 +93,6 @@ def _binary(content: NDArray[np.uint8], borders: NDArray[np.int64]) -> pa.Array:
 
 def _in_words(error: Exception) -> str:
     if isinstance(error, ClipError):
-        return f"{_KINDS[ClipFault(error.fault)]} ({error.in_short})"
+        return in_words(error.fault, error.in_short)
     words = str(error).splitlines()
-    return f"undecodable video ({type(error).__name__}: {words[0] if words else ''})"
+    return in_words(ClipFault.UNDECODABLE, f"{type(error).__name__}: {words[0] if words else ''}")

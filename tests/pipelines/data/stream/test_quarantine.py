@@ -66,33 +66,35 @@ def test_text_that_is_no_utf8_costs_its_row(folder: Path, column: str) -> None:
     names, rejects = one_epoch(folder)
     assert len(names) == NUM_GOOD + 1
     assert "new-1" in names
-    assert [each.reason for each in rejects] == [f"{column} is no UTF-8"]
+    reason = {"caption": "unreadable_caption", "sample_id": "no_id"}[column]
+    assert [each.reason for each in rejects] == [f"{reason} (no UTF-8)"]
     assert rejects[0].sample_id == ("gr\ufffd\ufffder" if column == "sample_id" else "new-0")
 
 
 @pytest.mark.parametrize("caption", [None, "", " \t\n "])
 def test_a_row_without_caption(folder: Path, caption: str | None) -> None:
     write_shard(folder / "bad.parquet", ["x"], [caption])
-    assert reject(folder) == Reject("bad.parquet", 0, 0, "x", "no caption")
+    words = "no text" if caption is None else "nothing but blanks"
+    assert reject(folder) == Reject("bad.parquet", 0, 0, "x", f"empty_caption ({words})")
 
 
 def test_a_caption_that_is_too_long(folder: Path) -> None:
     write_shard(folder / "bad.parquet", ["x"], ["é" * 101])
     found = reject(folder, max_caption_chars=100)
     assert (found.shard, found.sample_id) == ("bad.parquet", "x")
-    assert found.reason == "caption too long (101 characters; at most 100)"
+    assert found.reason == "long_caption (101 characters; at most 100)"
 
 
 def test_a_row_without_id(folder: Path) -> None:
     write_shard(folder / "bad.parquet", [None], ["a caption"])
-    assert reject(folder) == Reject("bad.parquet", 0, 0, None, "no sample_id")
+    assert reject(folder) == Reject("bad.parquet", 0, 0, None, "no_id")
 
 
 def test_an_id_that_came_before(folder: Path) -> None:
     write_shard(folder / "part-001a.parquet", ["1-3"])
     found = reject(folder)
     assert found.sample_id == "1-3"
-    assert found.reason.startswith("duplicate id")
+    assert found.reason.startswith("duplicate_id")
     assert found.shard in ("part-001.parquet", "part-001a.parquet")
 
 
@@ -213,9 +215,9 @@ def test_encoded_rows_of_a_wrong_shape_or_maker(tmp_path: Path) -> None:
     assert names == ["good"]
     reasons = {Path(each.shard).stem: each.reason for each in rejects}
     assert set(reasons) == {"ragged", "long", "latents", "other", "plain"}
-    assert "text embedding of a wrong size (15 bytes)" in reasons["ragged"]
-    assert "text embedding of a wrong size (48 bytes)" in reasons["long"]
-    assert "latents of a wrong shape (12 bytes)" in reasons["latents"]
+    assert "bad_encoding (text embedding of 15 bytes)" in reasons["ragged"]
+    assert "bad_encoding (text embedding of 48 bytes)" in reasons["long"]
+    assert "bad_encoding (latents of 12 bytes)" in reasons["latents"]
     assert "encoded otherwise" in reasons["other"]
     assert "missing column latents" in reasons["plain"]
 
@@ -228,7 +230,8 @@ def test_past_the_limit_the_worst_shards_are_named(folder: Path) -> None:
     assert batch.sample_ids == ()
     told = str(DataError(*batch.stop))
     assert "10 of about 40 rows" in told
-    assert told.index("worst.parquet (9 rows, no caption)") < told.index("bad.parquet (1 rows")
+    worst = "worst.parquet (9 rows, empty_caption (nothing but blanks))"
+    assert told.index(worst) < told.index("bad.parquet (1 rows")
     assert "10.00%" in told
     assert len(batch.rejects) == 10
 

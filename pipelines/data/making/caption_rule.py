@@ -1,0 +1,104 @@
+"""The rule that says which captions can be used: in prepare, check, encode and training alike.
+
+A caption is text in UTF-8, is not blank, and has no more characters than allowed; blanks around it
+do not count.
+"""
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from pipelines.data.making.rejections import Reason
+from pipelines.data.shards.text import decode_utf8
+
+Fault = tuple[Reason, str]
+"""A reason and what was found, in words."""
+
+_FIRST_BEYOND_ASCII = 0x80
+
+
+def caption_fault(text: str | None, max_chars: int) -> Fault | None:
+    """Says why a caption cannot be used; None where it can.
+
+    Args:
+        text: The caption; None where a row has none.
+        max_chars: Most characters, without blanks around them.
+    """
+    num_chars = len((text or "").strip())
+    if not num_chars:
+        return Reason.EMPTY_CAPTION, "no text" if text is None else "nothing but blanks"
+    if num_chars > max_chars:
+        return Reason.LONG_CAPTION, f"{num_chars} characters; at most {max_chars}"
+    return None
+
+
+def caption_faults(
+    captions: pa.ChunkedArray, max_chars: int
+) -> tuple[pa.ChunkedArray, dict[int, Fault]]:
+    """Applies the rule to a column.
+
+    Args:
+        captions: Strings, of whatever bytes a file calls so.
+        max_chars: Most characters of a caption.
+
+    Returns:
+        The captions as valid UTF-8, and the faults by row.
+    """
+    captions = captions.cast(pa.string())
+    if _are_surely_good(captions, max_chars):
+        return captions, {}
+    captions, broken = decode_utf8(captions)
+    faults: dict[int, Fault] = {}
+    rows = zip(captions.to_pylist(), broken.to_pylist(), strict=True)
+    for row, (text, is_broken) in enumerate(rows):
+        fault = caption_fault(text, max_chars)
+        if is_broken:
+            fault = Reason.UNREADABLE_CAPTION, "no UTF-8"
+        if fault is not None:
+            faults[row] = fault
+    return captions, faults
+
+
+def in_words(reason: str, detail: str) -> str:
+    """Reason and detail as one text; `split_words` takes it apart."""
+    return f"{reason} ({detail})" if detail else str(reason)
+
+
+def split_words(text: str) -> tuple[str, str]:
+    """The reason and the detail of `in_words`."""
+    reason, _, detail = text.partition(" (")
+    return reason, detail.removesuffix(")")
+
+
+def is_ascii(values: pa.ChunkedArray) -> bool:
+    """Whether no string holds a character beyond ASCII."""
+    return all(
+        _characters(chunk)[1].max(initial=0) < _FIRST_BEYOND_ASCII for chunk in values.chunks
+    )
+
+
+def _are_surely_good(captions: pa.ChunkedArray, limit: int) -> bool:
+    """Whether a glance shows that no caption is missing, blank, too long or broken.
+
+    All is ASCII, each begins with a letter, digit or sign and has at most as many bytes as
+    characters are allowed. That holds for most row groups, and looking closer costs as much as all
+    other checks together.
+    """
+    for chunk in captions.chunks:
+        borders, characters = _characters(chunk)
+        lengths = np.diff(borders)
+        if chunk.null_count or not lengths.all() or (lengths > limit).any():
+            return False
+        if (characters[borders[:-1]] <= ord(" ")).any():
+            return False
+    return is_ascii(captions)
+
+
+def _characters(chunk: pa.StringArray) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+    """Where each string begins and ends in the bytes of all, and these bytes."""
+    _, offsets, content = chunk.buffers()
+    borders = np.frombuffer(offsets, dtype=np.int32)[chunk.offset :][: len(chunk) + 1]
+    content = np.frombuffer(content or b"", dtype=np.uint8)
+    if not len(borders):
+        return np.zeros(1, np.int32), content[:0]
+    return borders - borders[0], content[borders[0] : borders[-1]]

@@ -1,0 +1,89 @@
+"""One rule for captions: who prepares, checks, encodes and trains takes the same rows."""
+
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.data.checking.check import CheckOptions, check
+from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.making.caption_rule import split_words
+from pipelines.data.making.encode_plan import plan_parts
+from pipelines.data.making.encode_stages import TASK, read_and_decode
+from pipelines.data.making.prepare_clip import ClipRules, prepare_clip
+from pipelines.data.making.rejections import Rejection
+from pipelines.data.making.source_clip import SourceClip
+from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.source import Source
+
+LIMIT = 10
+CAPTIONS = {
+    "good": "a" * LIMIT,
+    "blanks around": f"  {'a' * LIMIT}\n",
+    "separators": f"\x1c{'é' * LIMIT}\u3000",
+    "long": "é" * (LIMIT + 1),
+    "empty": "",
+    "blank": " \t\n",
+    "no-break": "\u00a0",
+}
+FAULTS = {
+    "long": ("long_caption", "11 characters; at most 10"),
+    "empty": ("empty_caption", "nothing but blanks"),
+    "blank": ("empty_caption", "nothing but blanks"),
+    "no-break": ("empty_caption", "nothing but blanks"),
+}
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    columns = {"sample_id": [*CAPTIONS], "caption": [*CAPTIONS.values()]}
+    videos = {"video": [b""] * len(CAPTIONS), "fps": [8.0] * len(CAPTIONS)}
+    (tmp_path / "captions").mkdir()
+    (tmp_path / "videos").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "captions" / "part.parquet")
+    pq.write_table(pa.table(columns | videos), tmp_path / "videos" / "part.parquet")
+    return tmp_path
+
+
+def test_training_and_check_and_encode_and_prepare_reject_the_same_captions_alike(shards):
+    source = Source(str(shards / "captions"), max_caption_chars=LIMIT)
+    settings = StreamSettings(source, 0, max_bad_fraction=1.0)
+    with Feed(settings, Progress(), 4) as feed:
+        batches = [feed.take(3), feed.take(1)]
+    trained = {
+        each.sample_id: split_words(each.reason) for batch in batches for each in batch.rejects
+    }
+    assert trained == FAULTS
+
+    options = CheckOptions(max_caption_chars=LIMIT, num_processes=0)
+    report = check(str(shards / "captions"), options)
+    assert report.bad == {"empty_caption": 3, "long_caption": 1}
+
+    prepared = {
+        name: prepare_clip(SourceClip(name, "list.csv", 0, None, text), rules)
+        for rules in [ClipRules(max_caption_chars=LIMIT)]
+        for name, text in CAPTIONS.items()
+    }
+    assert {
+        name: (found.reason, found.detail)
+        for name, found in prepared.items()
+        if isinstance(found, Rejection)
+    } == FAULTS
+
+    encoded = {
+        line["sample_id"]: (line["reason"], line["detail"])
+        for part in plan_parts(*open_folder(str(shards / "videos")), 100)
+        for table in read_and_decode(
+            pa.table({TASK: [pickle.dumps(part)]}),
+            str(shards / "videos"),
+            ClipFormat(5, 32, 32, 8),
+            LIMIT,
+        )
+        for line in table.to_pylist()
+    }
+    assert {name: encoded[name] for name in FAULTS} == FAULTS
+    # The others come to their videos, which hold nothing.
+    assert {encoded[name][0] for name in CAPTIONS if name not in FAULTS} == {"undecodable"}
