@@ -45,9 +45,10 @@ def submit(
         ConfigError: The recipe would not travel with the job.
         JobError: The cluster cannot be reached or refuses the job, or the job failed.
     """
+    portable = _portable(recipe, working_dir)
     if command != "evaluate":
         _require_absolute_output(recipe, overrides)
-    argv = ["python", "-m", "pipelines.cli", command, _portable(recipe, working_dir), *overrides]
+    argv = ["python", "-m", "pipelines.cli", command, portable, *overrides]
     variables = forwarded_environment(forward) | {REVISION_VARIABLE: git_revision()}
     job = submit_job(address, argv, working_dir, variables)
     if follow:

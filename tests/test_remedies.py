@@ -17,7 +17,7 @@ def test_before_the_first_update_no_rate_is_blamed():
 @pytest.mark.parametrize("updates", [0, 2])
 def test_an_optimizer_blames_its_rate_only_once_it_has_been_used(updates):
     network = torch.nn.Linear(2, 1)
-    optimizer = RoleOptimizer("generator", network, OptimizerSettings())
+    optimizer = RoleOptimizer("generator", network, OptimizerSettings(lr=0.1))
     for value in [1.0] * updates + [float("nan")]:
         for parameter in network.parameters():
             parameter.grad = torch.full_like(parameter, value)

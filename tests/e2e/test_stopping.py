@@ -27,7 +27,7 @@ def start(config, tmp_path: Path) -> subprocess.Popen[str]:
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     metrics = RunFolder(config.run_folder).metrics
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(read_jsonl(metrics)) < 2:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
