@@ -9,7 +9,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from pipelines.commands import (
     bench,
@@ -22,14 +21,15 @@ from pipelines.commands import (
     runs,
 )
 from pipelines.commands.failures import report_failure
+from pipelines.commands.options import PlainCommand, PlainGroup
 
 # Typer brings click along, from 0.2x on as a part of itself, so its base of wrong options has two
 # names. A closed pipe is click's to end in silence.
-_CLICK_ERROR = typer.BadParameter.mro()[2]
+_CLICK_ERROR: type[BaseException] = typer.BadParameter.mro()[2]
 _NOT_OURS = (typer.Exit, typer.Abort, BrokenPipeError, _CLICK_ERROR)
 
 
-class _TeachingGroup(TyperGroup):
+class _TeachingGroup(PlainGroup):
     """Shows errors in words; `--debug` lets the traceback through."""
 
     def invoke(self, ctx: Any) -> Any:  # noqa: ANN401
@@ -48,7 +48,6 @@ app = typer.Typer(
     name="sgmd",
     cls=_TeachingGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Turns a many-step text-to-video diffusion model into a four-step one, on Ray.",
 )
@@ -70,7 +69,7 @@ for command in (
     results.report,
     results.ledger,
 ):
-    app.command()(command)
+    app.command(cls=PlainCommand)(command)
 app.add_typer(recipes.app, name="recipes")
 
 

@@ -10,6 +10,7 @@ validation figure of their last iteration, measured on the same captions and see
 import csv
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -233,8 +234,7 @@ class _Announcer(tune.Callback):
 def _trial_of(result: tune.Result) -> Trial:
     settings = dict(result.config or {})
     if result.error is not None:
-        cause = str(result.error).strip().splitlines()
-        return Trial(settings, {}, 0.0, str(result.path), cause[-1] if cause else "unknown error")
+        return Trial(settings, {}, 0.0, str(result.path), trial_error(result.error))
     metrics = dict(result.metrics or {})
     if "run_seconds" not in metrics:
         return Trial(settings, {}, 0.0, str(result.path), "ended before its last iteration")
@@ -245,6 +245,23 @@ def _trial_of(result: tune.Result) -> Trial:
     }
     return Trial(settings, figures, metrics["run_seconds"], metrics["run_folder"], "")
 
+
+def trial_error(error: Exception) -> str:
+    """The error of a trial in a line, without the traceback that Ray puts around it.
+
+    Ray's text is a traceback whose last unindented line of the form `Type: words` is the error;
+    notes, which an error takes along, follow it and do not say what it was.
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {cause}".partition("\n")[0]
+    lines = str(error).strip().splitlines()
+    raised = [line for line in lines if _RAISED.match(line)]
+    kind, colon, words = (raised or lines or ["unknown error"])[-1].strip().partition(": ")
+    return (kind.rpartition(".")[2] if raised else kind) + colon + words
+
+
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(\(.*\))?(: |$)")
 
 # What Ray Tune adds to every report.
 _TUNE_FIGURES = ("time_this_iter_s", "time_total_s", "time_since_restore", "timestamp")

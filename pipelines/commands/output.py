@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -25,6 +26,7 @@ from rich.table import Table
 
 _PIPE_COLUMNS = 120
 _LINE_EVERY_S = 10.0
+_BAR_COLUMNS = 20  # leaves room for words on a terminal of 80 columns
 
 Counter = Callable[[str], None]
 """Tells how far a work is whose end is not known; the words replace those before."""
@@ -41,26 +43,64 @@ def working() -> Iterator[Console]:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Shows how far each of several works is: call it with (what, done, in all)."""
+    """Shows how far each of several works is: call it with (what, done, in all).
+
+    On a terminal a bar each; in a log a line each at its start and end, and every ten seconds.
+    """
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(_BAR_COLUMNS),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
     with working() as console:
-        bars = Progress(*columns, console=console, disable=not console.is_terminal)
+        if not console.is_terminal:
+            yield _ProgressLines(console)
+            return
+        bars = Progress(*columns, console=console)
         tasks: dict[str, TaskID] = {}
 
         def show_progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
                 tasks[what] = bars.add_task(what, total=total)
-                if not console.is_terminal:
-                    console.print(f"{what} ...", highlight=False, markup=False)
             bars.update(tasks[what], completed=done, total=total)
 
         with bars:
             yield show_progress
+
+
+class _ProgressLines:
+    """Lines for a log: work, done and in all, rate, time left.
+
+    Args:
+        console: Where the lines go.
+        every_s: Least time between two lines of the same work; its end always has one.
+    """
+
+    def __init__(self, console: Console, every_s: float = _LINE_EVERY_S) -> None:
+        self._console = console
+        self._every_s = every_s
+        self._started: dict[str, tuple[float, int]] = {}
+        self._shown_at: dict[str, float] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Prints a line where one is due."""
+        now = time.monotonic()
+        if what not in self._started:
+            self._started[what], self._shown_at[what] = (now, done), now
+            self._console.print(f"{what}: {done}/{total}", highlight=False, markup=False)
+            return
+        if done < total and now - self._shown_at[what] < self._every_s:
+            return
+        self._shown_at[what] = now
+        began_at, before = self._started[what]
+        rate = (done - before) / max(now - began_at, 1e-3)
+        words = f"{what}: {done}/{total}"
+        if rate > 0:
+            left = str(timedelta(seconds=round((total - done) / rate)))
+            pace = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
+            words += f", {pace}" + (f", {left} left" if done < total else "")
+        self._console.print(words, highlight=False, markup=False)
 
 
 @contextmanager

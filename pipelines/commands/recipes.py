@@ -7,14 +7,16 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from pipelines.commands.options import Json, RecipeName
+from pipelines.commands.options import Json, PlainCommand, PlainGroup, RecipeName
 from pipelines.commands.output import show
 from sgmd_core.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="The recipes that ship, to read and to copy.")
+app = typer.Typer(
+    cls=PlainGroup, no_args_is_help=True, help="The recipes that ship, to read and to copy."
+)
 
 
-@app.command("list")
+@app.command("list", cls=PlainCommand)
 def list_recipes(as_json: Json = False) -> None:
     """List the recipes that ship."""
     from pipelines.config.recipe_files import shipped_recipes
@@ -27,7 +29,7 @@ def list_recipes(as_json: Json = False) -> None:
     show(rows, as_json, table)
 
 
-@app.command("show")
+@app.command("show", cls=PlainCommand)
 def show_recipe(recipe: RecipeName, as_json: Json = False) -> None:
     """Print a recipe, with every key explained."""
     from pipelines.config.recipe_files import find_recipe
@@ -37,7 +39,7 @@ def show_recipe(recipe: RecipeName, as_json: Json = False) -> None:
     show(read_yaml(text), as_json, text.rstrip("\n"))
 
 
-@app.command("copy")
+@app.command("copy", cls=PlainCommand)
 def copy_recipe(
     recipe: RecipeName,
     target: Annotated[
@@ -59,7 +61,7 @@ def copy_recipe(
     show({"path": str(target)}, as_json, f"{target}    run it: sgmd distill {target}")
 
 
-@app.command("schema")
+@app.command("schema", cls=PlainCommand)
 def show_schema() -> None:
     """Print the JSON schema of a distillation recipe, for editors that check YAML."""
     from pipelines.config.recipe import json_schema

@@ -6,12 +6,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from pipelines.run.alarms import Alarm
 from pipelines.run.records import IterationRecord, ValidationRecord
+
+_BAR_COLUMNS = 20  # leaves room for the counts on a terminal of 80 columns
 
 
 class Listener(Protocol):
@@ -116,13 +118,23 @@ class LineListener:
         self._console.print(Text(text, style="bold red"), soft_wrap=True)
 
 
+class BarAndFigures(Progress):
+    """Bars, and below each one its text field `figures`, which takes no room from the bar."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bars' table, then one line of figures a task, cut at the terminal's edge."""
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
+
+
 class LiveListener:
     """A progress bar with the latest figures under it; notes scroll by above.
 
     The bar counts iterations, or seconds where the clock ends the run.
 
     Args:
-        progress: A started rich progress display with one text field, `figures`.
+        progress: A started rich progress display with the text fields `figures` and `left`.
         length: Of the run.
     """
 
@@ -134,6 +146,7 @@ class LiveListener:
             "distill, seconds" if self._by_clock else "distill",
             total=length.max_seconds if self._by_clock else length.num_iterations,
             figures="starting",
+            left="",
         )
 
     def note(self, text: str) -> None:
@@ -143,9 +156,9 @@ class LiveListener:
     def iteration(self, record: IterationRecord) -> None:
         """Moves the bar."""
         left, done = self._eta.after(record), record.iteration + 1
-        figures = f"{left} left\n  iteration {done}  {describe(record)}"
+        figures = f"  iteration {done}  {describe(record)}"
         completed = self._eta.spent_s if self._by_clock else done
-        self._progress.update(self._task, completed=completed, figures=figures)
+        self._progress.update(self._task, completed=completed, figures=figures, left=f"{left} left")
 
     def validation(self, record: ValidationRecord) -> None:
         """Prints it above the bar."""
@@ -195,12 +208,12 @@ def console_listener(length: Length, console: Console) -> Iterator[Listener]:
         return
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(_BAR_COLUMNS),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[figures]}"),
+        TextColumn("{task.fields[left]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with BarAndFigures(*columns, console=console) as progress:
         yield LiveListener(progress, length)
 
 

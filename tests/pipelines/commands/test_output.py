@@ -1,0 +1,77 @@
+"""Results and progress at the widths of real terminals, and in logs."""
+
+import io
+import re
+import traceback
+
+import pytest
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.commands.output import _ProgressLines
+from pipelines.run.progress import BarAndFigures
+from pipelines.sweep import trial_error
+from sgmd_core.errors import DataError
+
+
+def test_a_log_gets_done_and_total_rate_and_time_left():
+    log = io.StringIO()
+    progress = _ProgressLines(Console(file=log, width=120), every_s=0.0)
+    for done in range(0, 5):
+        progress("teacher, 50 steps", done, 4)
+    lines = log.getvalue().splitlines()
+    assert lines[0] == "teacher, 50 steps: 0/4"
+    assert re.fullmatch(r"teacher, 50 steps: 2/4, [\d.e+]+/s, 0:00:\d\d left", lines[2])
+    assert re.fullmatch(r"teacher, 50 steps: 4/4, [\d.e+]+/s", lines[-1])
+
+
+def test_lines_that_follow_closely_are_left_out_of_a_log_but_not_the_last_one():
+    log = io.StringIO()
+    progress = _ProgressLines(Console(file=log, width=120), every_s=3600.0)
+    for done in range(0, 101):
+        progress("clips", done, 100)
+    assert [line.split(",")[0] for line in log.getvalue().splitlines()] == [
+        "clips: 0/100",
+        "clips: 100/100",
+    ]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_bar_of_a_run_stays_beside_long_figures(columns):
+    console = Console(file=io.StringIO(), width=columns, force_terminal=True)
+    bars = (
+        TextColumn("{task.description}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    progress = BarAndFigures(*bars, console=console, auto_refresh=False)
+    figures = "  iteration 7  " + "generator/loss 0.1234  " * 10
+    progress.add_task("distill", total=100, completed=50, figures=figures, left="1:02:03 left")
+    out = Console(file=io.StringIO(), width=columns)
+    out.print(progress.get_renderable())
+    assert isinstance(out.file, io.StringIO)
+    lines = out.file.getvalue().splitlines()
+    assert "━━━━━━━━━━" in lines[0]
+    assert "50/100" in lines[0]
+    assert "1:02:03 left" in lines[0]
+    assert len(lines) == 2
+    assert lines[1].startswith("  iteration 7")
+
+
+def test_flags_are_shown_without_a_type_and_completion_can_be_installed():
+    for arguments in (["distill", "--help"], ["recipes", "list", "--help"], ["--help"]):
+        text = CliRunner().invoke(app, arguments).output
+        assert "<bool>" not in text
+    assert "--install-completion" in text
+    assert CliRunner().invoke(app, ["recipes", "list", "--json"]).stdout.startswith("[")
+
+
+def test_a_failed_trial_shows_its_error_and_not_the_last_note():
+    error = DataError("reading shard-0.parquet", "a torn file", remedy="Download it again")
+    error.add_note("raised on a worker\nof machine 3")
+    told = "".join(traceback.format_exception(error))
+    assert trial_error(RuntimeError(told)).startswith("DataError: While reading shard-0.parquet")
