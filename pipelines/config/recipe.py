@@ -206,6 +206,15 @@ class DistillConfig(Section):
         return self.objective.fake_updates if self.fake_score.tracking == "fresh" else 0
 
     @property
+    def gpus_beside(self) -> dict[str, float]:
+        """GPUs of the processes beside the three roles, by section; those that take some."""
+        topology = self.topology
+        pools = {"text": topology.text, "feed": topology.feed}
+        if self.validation.every:
+            pools["validator"] = topology.validator
+        return {section: pool.gpus for section, pool in pools.items() if pool.gpus}
+
+    @property
     def model_folder(self) -> Path:
         """The networks' folder: as given, seen from here or else from the source tree.
 

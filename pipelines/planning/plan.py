@@ -1,7 +1,8 @@
 """How a run should be laid out on some GPUs and what that comes to, or why it cannot be done."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
@@ -29,11 +30,23 @@ class Fused:
         iteration_s: Seconds an iteration.
         memory: Of one rank: generator and fake score sharded over all GPUs, the teacher whole.
         fits: Whether a GPU holds it.
+        ranks: Its GPUs: the most that divide the batch.
     """
 
     iteration_s: float
     memory: RankMemory
     fits: bool
+    ranks: int
+
+    def settings(self, work: Workload) -> dict[str, int | str]:
+        """Settings of the recipe for it, one sample a rank at a time."""
+        return {
+            "topology.mode": "fused",
+            "topology.fused.ranks": self.ranks,
+            "topology.fused.gpus": 1,
+            "batch.micro_batches": work.batch_size // self.ranks,
+            "topology.window": 1,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +56,11 @@ class Plan:
     Attributes:
         work: What it does.
         hardware: What it runs on.
-        num_gpus: GPUs that there are.
+        num_gpus: GPUs that there are for the roles.
         times: Of the stages.
         best: Where the roles go, and what that comes to.
-        fused: The same GPUs without separate pools, for comparison.
+        fused: The same GPUs without separate pools.
+        beside: GPUs of other processes, by section: text encoder, feed, validator.
     """
 
     work: Workload
@@ -55,17 +69,30 @@ class Plan:
     times: StageTimes
     best: Prediction
     fused: Fused
+    beside: Mapping[str, float] = field(default_factory=dict)
 
-    def settings(self) -> dict[str, int]:
-        """What to set in the recipe."""
+    @property
+    def gpus_beside(self) -> int:
+        """Whole GPUs of the processes beside the roles."""
+        return math.ceil(sum(self.beside.values()))
+
+    @property
+    def fused_is_faster(self) -> bool:
+        """Whether the fused layout fits, can be set, and takes less time."""
+        return self.fused.fits and self.fused.iteration_s < self.best.iteration_s
+
+    def settings(self) -> dict[str, int | str]:
+        """Settings of the recipe for separate pools."""
         split = self.best.split
         return {
+            "topology.mode": "pools",
             "batch.micro_batches": split.micro_batches,
             "topology.window": split.depth,
             "topology.generator.ranks": split.generator,
             "topology.teacher.replicas": split.teacher,
             "topology.teacher.ranks": split.teacher_ranks,
             "topology.fake_score.ranks": split.fake_score,
+            **{f"topology.{role}.gpus": 1 for role in ROLES},
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -73,12 +100,16 @@ class Plan:
         split, best = self.best.split, self.best
         samples = self.work.batch_size // split.micro_batches
         return {
-            "gpus": self.num_gpus,
-            "gpus_used": split.num_gpus,
+            "gpus": self.num_gpus + self.gpus_beside,
+            "gpus_used": split.num_gpus + self.gpus_beside,
+            "gpus_beside": dict(self.beside),
+            "faster": "fused" if self.fused_is_faster else "pools",
             "settings": self.settings(),
             "iteration_s": best.iteration_s,
             "samples_per_s": self.work.batch_size / best.iteration_s,
-            "gpu_hours_per_1000_iterations": best.iteration_s * split.num_gpus / 3.6,
+            "gpu_hours_per_1000_iterations": best.iteration_s
+            * (split.num_gpus + self.gpus_beside)
+            / 3.6,
             "roles": {
                 role: {
                     "gpus": split.teams[role].size,
@@ -92,6 +123,7 @@ class Plan:
                 "iteration_s": self.fused.iteration_s,
                 "memory_gb": self.fused.memory.to_json(),
                 "fits": self.fused.fits,
+                "settings": self.fused.settings(self.work),
             },
             "stage_seconds_per_sample": {
                 ".".join(name): seconds for name, seconds in self.times.seconds.items()
@@ -109,7 +141,13 @@ class Plan:
         }
 
 
-def make_plan(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int) -> Plan:
+def make_plan(
+    work: Workload,
+    times: StageTimes,
+    hardware: Hardware,
+    num_gpus: int,
+    beside: Mapping[str, float] | None = None,
+) -> Plan:
     """The fastest layout that fits.
 
     Args:
@@ -117,6 +155,7 @@ def make_plan(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: i
         times: Of its stages.
         hardware: What it runs on.
         num_gpus: For generator, teacher and fake score together.
+        beside: GPUs of other processes, by section; not of these.
 
     Raises:
         ConfigError: Nothing fits; says what is short, and which changes would do.
@@ -131,13 +170,15 @@ def make_plan(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: i
     best = find_best(work, times, hardware, num_gpus)
     if best is None:
         raise _does_not_fit(work, hardware, num_gpus)
-    return Plan(work, hardware, num_gpus, times, best, plan_fused(work, times, hardware, num_gpus))
+    fused = plan_fused(work, times, hardware, num_gpus)
+    return Plan(work, hardware, num_gpus, times, best, fused, beside or {})
 
 
 def plan_fused(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int) -> Fused:
     """Time and memory of all three roles on every GPU, one sample at a time; see `Fused`."""
-    used = min(num_gpus, work.batch_size)
-    samples = -(-work.batch_size // used)
+    # Ranks share a micro-batch evenly, so others than divisors of the batch cannot be set.
+    used = max(n for n in range(1, num_gpus + 1) if work.batch_size % n == 0)
+    samples = work.batch_size // used
     seconds = sum(
         spent * (max(1, work.fresh_updates) if stage in ("sample", "track") else 1)
         for (_, stage), spent in times.seconds.items()
@@ -152,7 +193,7 @@ def plan_fused(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: 
         graphs=generator.graphs + fake_score.graphs,
         working=max(part.working for part in parts),
     )
-    return Fused(seconds * samples, memory, memory.fits(hardware))
+    return Fused(seconds * samples, memory, memory.fits(hardware), used)
 
 
 def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigError:

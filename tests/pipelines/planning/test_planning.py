@@ -218,7 +218,13 @@ class TestMeasured:
     def test_a_run_tells_seconds_of_a_sample(self, tmp_path):
         run = start_run(tmp_path / "run")
         lines = [
-            json.dumps({"seconds": {"total": 1.0, **dict.fromkeys(names, 0.32)}})
+            json.dumps(
+                {
+                    "iteration": 0,
+                    "losses": {},
+                    "seconds": {"total": 1.0, **dict.fromkeys(names, 0.32)},
+                }
+            )
             for names in [
                 (
                     "generator.rollout",
@@ -249,7 +255,9 @@ class TestMeasured:
             "generator.learn": 3.2,
             "generator.diversify": 4.8,
         }
-        (run / "metrics.jsonl").write_text(json.dumps({"seconds": seconds}) + "\n")
+        (run / "metrics.jsonl").write_text(
+            json.dumps({"iteration": 0, "losses": {}, "seconds": seconds}) + "\n"
+        )
         times = measured(run, Workload.of(load_recipe("tiny", overrides))).seconds
         assert times[GENERATOR, "rollout"] == pytest.approx(1.76 / 16)
         assert times[TEACHER, "denoise"] == pytest.approx(12.8 / 16)
@@ -314,10 +322,52 @@ class TestCommand:
         result = sgmd("plan", "wan-1.3b", "--model", "1.3b", "--gpus", 8, "--json")
         told = json.loads(result.stdout)
         settings = told["settings"]
-        assert sum(role["gpus"] for role in told["roles"].values()) == told["gpus_used"] <= 8
+        assert told["gpus_beside"] == {"validator": 1}
+        of_roles = sum(role["gpus"] for role in told["roles"].values())
+        assert of_roles + 1 == told["gpus_used"] <= told["gpus"] == 8
         assert 16 % settings["batch.micro_batches"] == 0
         assert told["iteration_s"] > 0
         assert set(told["roles"]["generator"]["memory_gb"]) >= {"state", "graphs", "total"}
+
+    def test_both_layouts_have_settings_that_the_recipe_takes_and_the_faster_one_is_named(self):
+        told = json.loads(sgmd("plan", "wan-1.3b", "--model", "1.3b", "--gpus", 9, "--json").stdout)
+        fused = told["fused"]
+        is_faster = fused["fits"] and fused["iteration_s"] < told["iteration_s"]
+        assert told["faster"] == ("fused" if is_faster else "pools") == "fused"
+        for settings in (told["settings"], fused["settings"]):
+            config = load_recipe("wan-1.3b", [f"{key}={value}" for key, value in settings.items()])
+            beside = sum(told["gpus_beside"].values())
+            topology = config.topology
+            of_roles = (
+                topology.fused.ranks
+                if topology.mode == "fused"
+                else sum(team.size for team in topology.teams.values())
+            )
+            assert of_roles + beside <= 9
+        words = sgmd("plan", "wan-1.3b", "--model", "1.3b", "--gpus", 9).output
+        assert "fused is faster; its settings: topology.mode=fused topology.fused.ranks=8" in words
+
+    @pytest.mark.parametrize("gpus", [1, 2])
+    def test_fewer_gpus_than_roles_get_the_fused_layout_whatever_the_recipe_sets(self, gpus):
+        options = ("--model", "1.3b", "validation.every=0", "--json")
+        told = json.loads(sgmd("plan", "wan-1.3b", "--gpus", gpus, *options).stdout)
+        assert told["gpus_used"] == gpus
+        settings = [f"{key}={value}" for key, value in told["settings"].items()]
+        assert load_recipe("wan-1.3b", settings).topology.fused.ranks == gpus
+        again = sgmd("plan", "wan-1.3b", "--gpus", gpus, *options, *settings)
+        assert json.loads(again.stdout)["settings"] == told["settings"]
+
+    def test_a_validator_that_takes_the_only_gpu_is_named(self):
+        result = sgmd("plan", "wan-1.3b", "--model", "1.3b", "--gpus", 1)
+        assert result.exit_code == 2
+        assert "no GPU left for the roles beside validator 1" in result.stderr
+        assert "topology.validator.gpus=0" in result.stderr
+
+    def test_one_gpu_that_does_not_hold_all_roles_is_refused_with_its_bytes(self):
+        options = ("--model", "14b", "validation.every=0")
+        result = sgmd("plan", "wan-1.3b", "--gpus", 1, *options)
+        assert result.exit_code == 2
+        assert "with all roles on every GPU (fused) one needs" in result.stderr
 
     def test_a_reader_gets_a_table_and_the_settings(self):
         result = sgmd("plan", "wan-1.3b", "--model", "14b", "--gpus", 64)
