@@ -34,6 +34,9 @@ def sgmd(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+_RECORD = {"iteration": 0, "losses": {}, "grad_norms": {}, "data_wait_s": 0.0, "samples_seen": 0}
+
+
 class TestWork:
     def test_an_iteration_takes_thirteen_and_a_half_passes_and_fewer_without_checkpointing(self):
         assert sum(SMALL.passes.values()) == 5.5 + 2 + 6
@@ -218,13 +221,7 @@ class TestMeasured:
     def test_a_run_tells_seconds_of_a_sample(self, tmp_path):
         run = start_run(tmp_path / "run")
         lines = [
-            json.dumps(
-                {
-                    "iteration": 0,
-                    "losses": {},
-                    "seconds": {"total": 1.0, **dict.fromkeys(names, 0.32)},
-                }
-            )
+            json.dumps(_RECORD | {"seconds": {"total": 1.0, **dict.fromkeys(names, 0.32)}})
             for names in [
                 (
                     "generator.rollout",
@@ -255,9 +252,7 @@ class TestMeasured:
             "generator.learn": 3.2,
             "generator.diversify": 4.8,
         }
-        (run / "metrics.jsonl").write_text(
-            json.dumps({"iteration": 0, "losses": {}, "seconds": seconds}) + "\n"
-        )
+        (run / "metrics.jsonl").write_text(json.dumps(_RECORD | {"seconds": seconds}) + "\n")
         times = measured(run, Workload.of(load_recipe("tiny", overrides))).seconds
         assert times[GENERATOR, "rollout"] == pytest.approx(1.76 / 16)
         assert times[TEACHER, "denoise"] == pytest.approx(12.8 / 16)
