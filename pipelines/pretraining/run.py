@@ -6,7 +6,8 @@
                                            quality               -> RUN/summary.json
 
 A stage that is finished is not run again, and an unfinished one continues from its last
-checkpoint: giving the command again is how an interrupted run is resumed.
+checkpoint: giving the command again is how an interrupted run is resumed. With other settings or
+other clips it is refused instead.
 """
 
 import json
@@ -52,10 +53,18 @@ from pipelines.pretraining.loops import (
 )
 from pipelines.pretraining.quality import QualityReport, measure_folder
 from pipelines.run.folder import require_lasting_folder
+from pipelines.pretraining.stages import (
+    DENOISER_STAGE,
+    RAY_FOLDER,
+    TEACHER_FOLDER,
+    VAE_STAGE,
+    record_stage,
+    require_same_stages,
+    stage_identities,
+)
 from sgmd_core.errors import SgmdError
 from workers.models.wan import open_autoencoder
 
-TEACHER_FOLDER = "teacher"
 # Ray Data lists files in a task of one whole CPU, beside the actor that encodes clips and holds a
 # part of another one. With one CPU for both, the listing would wait for ever.
 _DATA_CPUS = 2
@@ -95,19 +104,22 @@ def pretrain(
     Raises:
         DataError: shards are missing, corrupt or do not fit.
         InsufficientResourcesError: the cluster is too small, and the job would wait for ever.
+        CheckpointError: a stage in the run's folder was made from other settings or other clips.
         NonFiniteError: a loss stopped being finite.
     """
     require_lasting_folder(config.output, "output")
     require_lasting_folder(config.run_dir, "run_dir")
     for folder in (config.world.train, config.world.held_out):
         require_shards(folder)
+    identities = stage_identities(config)
+    require_same_stages(Path(config.run_dir), identities)
     require_cpus(num_cpus_needed(config), f"training {config.name}")
     config = config.with_absolute_paths()
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with follow_events(run_dir / EVENTS_FILE, on_event):
-        _train_vae(config, run_dir)
-        _train_denoiser(config, run_dir)
+        _train_vae(config, run_dir, identities[VAE_STAGE])
+        _train_denoiser(config, run_dir, identities[DENOISER_STAGE])
         _write_folder(config, run_dir)
         events = EventWriter(config, "quality", config.sampling.num_clips)
         events.note(f"measuring {config.output} on {config.sampling.num_clips} held-out captions")
@@ -117,28 +129,30 @@ def pretrain(
     return PretrainResult(Path(config.output), quality)
 
 
-def _train_vae(config: PretrainConfig, run_dir: Path) -> None:
+def _train_vae(config: PretrainConfig, run_dir: Path, identity: dict[str, Any]) -> None:
     if (run_dir / VAE_FOLDER).exists():
         return
+    record_stage(run_dir, VAE_STAGE, identity)
     datasets = {
         "train": clip_dataset(config.world.train, config.world),
         "held_out": clip_dataset(config.world.held_out, config.world),
     }
-    result = _run_stage(config, run_dir, "vae", vae_loop, {}, datasets)
+    result = _run_stage(config, run_dir, VAE_STAGE, vae_loop, {}, datasets)
     with _checkpoint_of(result).as_directory() as folder:
         _copy_whole(Path(folder) / VAE_FOLDER, run_dir / VAE_FOLDER)
 
 
-def _train_denoiser(config: PretrainConfig, run_dir: Path) -> None:
+def _train_denoiser(config: PretrainConfig, run_dir: Path, identity: dict[str, Any]) -> None:
     if (run_dir / TEACHER_FOLDER).exists():
         return
+    record_stage(run_dir, DENOISER_STAGE, identity)
     vae_folder = run_dir / VAE_FOLDER
     settings = {
         "vae_folder": str(vae_folder),
         "vocabulary": distinct_captions(config.world.train),
     }
     datasets = {"train": latent_dataset(config.world.train, config.world, vae_folder)}
-    result = _run_stage(config, run_dir, "denoiser", denoiser_loop, settings, datasets)
+    result = _run_stage(config, run_dir, DENOISER_STAGE, denoiser_loop, settings, datasets)
     with _checkpoint_of(result).as_directory() as folder:
         _copy_whole(Path(folder), run_dir / TEACHER_FOLDER)
 
@@ -191,7 +205,7 @@ def _run_stage(
         ),
         run_config=RunConfig(
             name=stage,
-            storage_path=str(run_dir / "ray"),
+            storage_path=str(run_dir / RAY_FOLDER),
             checkpoint_config=CheckpointConfig(num_to_keep=ray_settings.checkpoints_to_keep),
             failure_config=FailureConfig(max_failures=ray_settings.max_failures),
         ),

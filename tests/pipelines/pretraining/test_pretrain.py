@@ -27,10 +27,12 @@ from pipelines.pretraining.denoiser_stage import (
 from pipelines.pretraining.events import EventWriter, PretrainEvent, follow_events
 from pipelines.pretraining.loops import build_teacher
 from pipelines.pretraining.run import pretrain
+from pipelines.pretraining.stages import record_stage, require_same_stages, stage_identities
 from pipelines.shapes import Split, captions, render_batch, write_shards
-from sgmd_core.errors import DataError, NonFiniteError
+from sgmd_core.errors import CheckpointError, DataError, NonFiniteError
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.models.scheduler import build_scheduler
+from workers.models.wan import VideoVae
 
 MICRO_DENOISER = {
     "num_layers": 1,
@@ -221,7 +223,7 @@ def test_latent_statistics_normalise_the_training_latents() -> None:
     vae = networks.build_vae(settings)
     clips = torch.from_numpy(render_batch(0, range(6), Split.TRAIN)[0])
     vae_stage.store_latent_statistics(vae, vae_stage.encode_clips(vae, clips))
-    latents = vae_stage.VideoVae(vae).encode(vae_stage.to_unit_video(clips))
+    latents = VideoVae(vae).encode(vae_stage.to_unit_video(clips))
     assert latents.mean(dim=(0, 2, 3, 4)).tolist() == pytest.approx([0.0] * 4, abs=1e-4)
     assert latents.std(dim=(0, 2, 3, 4)).tolist() == pytest.approx([1.0] * 4, abs=1e-3)
 
@@ -296,6 +298,62 @@ def test_clips_of_another_size_are_refused(tmp_path: Path) -> None:
     world = micro_config(tmp_path).world.model_copy(update={"frame_px": 48})
     with pytest.raises(DataError, match=r"\(13, 48, 48, 3\)"):
         DecodeClips(world)(batch)
+
+
+def begun(folder: Path) -> PretrainConfig:
+    """A run with a finished autoencoder and a denoiser that was interrupted."""
+    write_clips(folder)
+    config = micro_config(folder)
+    run_dir = Path(config.run_dir)
+    (run_dir / "vae").mkdir(parents=True)
+    (run_dir / "ray" / "denoiser").mkdir(parents=True)
+    for stage, identity in stage_identities(config).items():
+        record_stage(run_dir, stage, identity)
+    return config
+
+
+def refusal(config: PretrainConfig) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        pretrain(config)
+    return str(caught.value)
+
+
+def test_stages_go_on_with_the_same_clips_elsewhere_and_other_figures(tmp_path: Path) -> None:
+    config = begun(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "moved")
+    moved = config.model_copy(
+        update={
+            "world": config.world.model_copy(update={"train": str(tmp_path / "moved")}),
+            "sampling": config.sampling.model_copy(update={"num_clips": 8}),
+        }
+    )
+    require_same_stages(Path(config.run_dir), stage_identities(moved))
+
+
+def test_a_stage_of_other_settings_is_refused_with_both_values(tmp_path: Path) -> None:
+    config = begun(tmp_path)
+    vae = config.vae.model_copy(update={"num_steps": 5})
+    message = refusal(config.model_copy(update={"vae": vae}))
+    assert "stage vae: vae.num_steps is 5, and was 4" in message
+    assert "stage denoiser: vae.num_steps is 5, and was 4" in message
+    denoiser = config.denoiser.model_copy(update={"ema_decay": 0.5})
+    message = refusal(config.model_copy(update={"denoiser": denoiser}))
+    assert "stage denoiser: denoiser.ema_decay is 0.5, and was 0.998" in message
+    assert "stage vae" not in message
+
+
+def test_a_stage_of_other_clips_or_without_a_record_is_refused(tmp_path: Path) -> None:
+    config = begun(tmp_path)
+    write_shards(str(tmp_path / "other"), num_clips=16, shard_size=8, seed=1)
+    other = min((tmp_path / "other").glob("*.parquet"))
+    shard = min((tmp_path / "train").glob("*.parquet"))
+    key = f"the content of {shard.name} in world.train"
+    before = stage_identities(config)["vae"][key]
+    shard.write_bytes(other.read_bytes())
+    after = stage_identities(config)["vae"][key]
+    assert f'stage vae: {key} is "{after}", and was "{before}"' in refusal(config)
+    (tmp_path / "run" / "identity.json").unlink()
+    assert "stage vae: no record of what it was made from" in refusal(config)
 
 
 def test_events_reach_the_follower_once_and_in_order(tmp_path: Path) -> None:

@@ -1,0 +1,105 @@
+"""Record what each stage is made from, and refuse to reuse one that was made from anything else.
+
+    RUN/identity.json   {"vae": {"seed": 0, "vae.base_dim": 16, ...}, "denoiser": {...}}
+
+A stage is recorded before it begins, so an interrupted one is compared like a finished one. Where
+the shards lie does not count; every byte of them does, because a stage reads all of them.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from cluster.storage import read_json, write_json
+from pipelines.pretraining.config import PretrainConfig
+from pipelines.pretraining.loops import VAE_FOLDER
+from pipelines.run.differences import value_differences
+from sgmd_core.errors import CheckpointError
+
+VAE_STAGE = "vae"
+DENOISER_STAGE = "denoiser"
+TEACHER_FOLDER = "teacher"
+RAY_FOLDER = "ray"
+_IDENTITY_FILE = "identity.json"
+_MADE = {VAE_STAGE: VAE_FOLDER, DENOISER_STAGE: TEACHER_FOLDER}
+
+
+def stage_identities(config: PretrainConfig) -> dict[str, dict[str, Any]]:
+    """Everything that decides the networks of each stage, by dotted key.
+
+    Reads all training shards: about as long as a stage takes to load them.
+    """
+    settings = config.model_dump(mode="json")
+
+    def section(name: str, *keys: str) -> dict[str, Any]:
+        return {f"{name}.{key}": settings[name][key] for key in keys or settings[name]}
+
+    vae = {
+        "seed": config.seed,
+        **section("world", "num_frames", "frame_px", "max_clips"),
+        **section("vae"),
+        **section("ray", "num_workers"),
+        **_shards(config.world.train),
+    }
+    sampling = section("sampling", "guidance_scale", "flow_shift", "batch_size")
+    denoiser = {**vae, **section("text"), **section("denoiser"), **sampling}
+    return {VAE_STAGE: vae, DENOISER_STAGE: denoiser}
+
+
+def require_same_stages(run_dir: Path, now: dict[str, dict[str, Any]]) -> None:
+    """Refuses to reuse or continue a stage that was made from something else.
+
+    Args:
+        run_dir: Folder of the run.
+        now: What `stage_identities` returns now.
+
+    Raises:
+        CheckpointError: A stage differs; names every difference with both values.
+    """
+    recorded = _recorded(run_dir)
+    found: list[str] = []
+    begun: list[str] = []
+    for stage, made in _MADE.items():
+        paths = [path for path in (run_dir / made, run_dir / RAY_FOLDER / stage) if path.exists()]
+        if not paths:
+            continue
+        before = recorded.get(stage)
+        different = (
+            value_differences(before, now[stage])
+            if before is not None
+            else [f"no record of what it was made from in {_IDENTITY_FILE}"]
+        )
+        if different:
+            found.append(f"stage {stage}: {'; '.join(different)}")
+            begun += map(str, paths)
+    if found:
+        raise CheckpointError(
+            f"reusing what an earlier run has made in {run_dir}",
+            ". ".join(found),
+            "the settings and the shards that it was made from",
+            "Set them back, choose another run_dir, or delete what is to be made again: "
+            + ", ".join(begun),
+        )
+
+
+def record_stage(run_dir: Path, stage: str, identity: dict[str, Any]) -> None:
+    """Writes down what a stage is made from, before it begins."""
+    write_json(str(run_dir / _IDENTITY_FILE), {**_recorded(run_dir), stage: identity})
+
+
+def _recorded(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / _IDENTITY_FILE
+    return read_json(str(path)) if path.exists() else {}
+
+
+def _shards(folder: str) -> dict[str, str]:
+    """Digest of each training shard, by a key that leaves its folder out."""
+    filesystem, root = fsspec.core.url_to_fs(folder)
+    found: dict[str, str] = {}
+    for path in sorted(filesystem.glob(f"{root}/*.parquet")):
+        with filesystem.open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        found[f"the content of {Path(path).name} in world.train"] = digest.hexdigest()[:16]
+    return found

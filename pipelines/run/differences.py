@@ -1,0 +1,24 @@
+"""Name every value in which two records differ, so that nothing is taken up under other terms."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Every key whose value is another one, with both values.
+
+    Args:
+        before: Recorded values by dotted key.
+        now: Values now.
+    """
+    return [
+        f"{key} is {in_words(now, key)}, and was {in_words(before, key)}"
+        for key in sorted({*before, *now})
+        if in_words(before, key) != in_words(now, key)
+    ]
+
+
+def in_words(values: Mapping[str, Any], key: str) -> str:
+    """A value as JSON; `not set` where there is none."""
+    return json.dumps(values[key]) if key in values else "not set"
