@@ -4,7 +4,7 @@
 
 Sampling a teacher in many steps is the dear part of an evaluation and gives the same clips every
 time. So what was measured is kept, under a name that is made of everything it depends on: all
-files of the model, the captions, the way of sampling, and the code that measures.
+values of the model, the captions, the way of sampling, and the code that measures.
 """
 
 import hashlib
@@ -35,7 +35,6 @@ from workers.feature_network import FeatureExtractor
 from workers.measured_clips import READING_FIELDS, MeasuredClips, Measurer, joined
 
 _MEASURING = (frechet, shapes, motion, appearance, measures, optical_flow)
-_CHUNK_BYTES = 2**22
 _log = logging.getLogger(__name__)
 
 
@@ -123,7 +122,7 @@ def set_name(model_digest: str, request: ClipRequest, facts: Sequence[object]) -
     """Names a set by all that decides its figures.
 
     Args:
-        model_digest: Of the model folder's files.
+        model_digest: Of the content of the model folder.
         request: What is sampled.
         facts: Everything else that decides the clips and their features, such as their size, the
             flow shift, and the network that describes them.
@@ -138,26 +137,10 @@ def set_name(model_digest: str, request: ClipRequest, facts: Sequence[object]) -
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def folder_digest(folder: Path) -> str:
-    """Digest of the names and contents of all files of a folder."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder)}\n{path.stat().st_size}\n".encode())
-        _update(digest, path)
-    return digest.hexdigest()
-
-
 def file_digest(path: Path) -> str:
     """Digest of a file's contents."""
-    digest = hashlib.sha256()
-    _update(digest, path)
-    return digest.hexdigest()
-
-
-def _update(digest: "hashlib._Hash", path: Path) -> None:
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_clip_set(path: Path, clips: ClipSet) -> None:

@@ -14,16 +14,19 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cluster.storage import read_json
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.inspect import first_captions
+from pipelines.distillation.position import model_differences
 from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.run.folder import RunFolder, require_lasting_folder
-from sgmd_core.errors import ConfigError
+from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.build import build_evaluator
 from workers.evaluator import Evaluator, Sampling
+from workers.models.content import model_digests
 from workers.settings import ModelSettings, VideoSettings
 
 _DEFAULT_TEACHER_STEPS = 30
@@ -156,7 +159,8 @@ def plan_evaluation(
 
     Raises:
         ConfigError: The teacher or the captions are neither given nor known.
-        ModelFolderError: The run has no generator, or a folder's settings cannot be used.
+        ModelFolderError: The run has no generator, its teacher has changed since, or a folder's
+            settings cannot be used.
         DataError: The captions cannot be read.
     """
     path = Path(run_or_model)
@@ -164,7 +168,9 @@ def plan_evaluation(
     is_run = RunFolder(path).config.exists()
     config = load_recipe(str(RunFolder(path).config)) if is_run else None
     if config is not None:
-        teacher = teacher or config.model_folder
+        if not teacher:
+            teacher = config.model_folder
+            _require_teacher_of(RunFolder(path), config.model_folder)
         captions = captions or config.data.validation
     if not teacher or not captions:
         raise ConfigError(
@@ -202,6 +208,20 @@ def plan_evaluation(
         cache=Path(cache) if cache else results / _CACHE_FOLDER,
         options=options,
     )
+
+
+def _require_teacher_of(run: RunFolder, teacher: str | Path) -> None:
+    """Refuses networks that are not those that the run was distilled from."""
+    if not run.identity.exists():
+        return
+    found = model_differences(read_json(str(run.identity)), model_digests(teacher))
+    if found:
+        raise ModelFolderError(
+            f"evaluating {run.root} against its teacher in {teacher}",
+            "; ".join(found),
+            "the networks that the run was distilled from",
+            "Give the folder that holds them, or another teacher on purpose, with --teacher",
+        )
 
 
 def _teacher_settings(folder: Path, config: DistillConfig | None) -> InferenceSettings:

@@ -27,7 +27,6 @@ from pipelines.evaluation.clip_sets import (
     ClipRequest,
     ClipSet,
     file_digest,
-    folder_digest,
     load_clip_set,
     sample_clip_set,
     save_clip_set,
@@ -61,6 +60,7 @@ from sgmd_core.metrics.frechet import clip_features
 from sgmd_core.worlds.shapes import ClipScores, labels_from_captions, score_clips
 from workers.evaluator import Evaluator
 from workers.feature_network import FeatureExtractor, FeatureNetwork
+from workers.models.content import MODEL_COMPONENTS, fingerprint
 
 OnProgress = Callable[[str, int, int], None]
 EVALUATION_FILE = "evaluation.json"
@@ -87,7 +87,7 @@ def evaluate(
         output: Where the results go; a run's are put into its folder, others into `evaluation/`.
         cache: Folder that keeps what was measured of the teacher, shared by as many evaluations
             as one likes; None takes `evaluation-cache/` beside the results. Entries are named by
-            all that decides them: the teacher's files, captions, options and measuring code.
+            all that decides them: the teacher's content, captions, options and measuring code.
         options: How much is sampled; None takes the defaults.
         on_progress: Called after every batch with (what is sampled, clips done, clips in all).
 
@@ -96,7 +96,8 @@ def evaluate(
 
     Raises:
         ConfigError: Something is missing or out of range.
-        ModelFolderError: A folder is missing, incomplete or not Wan's.
+        ModelFolderError: A folder is missing, incomplete or not Wan's, or the teacher of the run
+            has changed since.
         ShapeError: The clips do not fit the networks.
         DataError: The captions cannot be read.
     """
@@ -167,7 +168,7 @@ def _teacher_sets(
 ) -> dict[str, ClipSet]:
     """The teacher's sets, from an earlier evaluation where they are the same."""
     on_progress("reading the teacher", 0, 1)
-    digest = folder_digest(plan.teacher.folder)
+    digest = fingerprint(plan.teacher.folder, MODEL_COMPONENTS)
     on_progress("reading the teacher", 1, 1)
     evaluator: Evaluator | None = None
     sets: dict[str, ClipSet] = {}

@@ -24,7 +24,6 @@ from pipelines.distillation.validation import reads_shapes
 from pipelines.evaluation.clip_sets import (
     ClipRequest,
     ClipSet,
-    folder_digest,
     load_clip_set,
     sample_clip_set,
     save_clip_set,
@@ -34,6 +33,7 @@ from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_F
 from sgmd_core.metrics.frechet import Features, Gaussian, fit_gaussian, frechet_distance
 from workers.build import build_evaluator
 from workers.evaluator import Evaluator, Sampling
+from workers.models.content import MODEL_COMPONENTS, fingerprint
 from workers.role_state import load_role
 
 Figures = Mapping[str, float]
@@ -118,7 +118,7 @@ class Judge:
 
     @cached_property
     def _digest(self) -> str:
-        return folder_digest(self._config.model_folder)
+        return fingerprint(self._config.model_folder, MODEL_COMPONENTS)
 
     @cached_property
     def _target(self) -> Gaussian:

@@ -11,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from pipelines.commands.evaluation_table import table, verdict_lines
 from pipelines.config.recipe import load_recipe
+from pipelines.evaluation.plan import plan_evaluation
 from pipelines.evaluation.result import (
     FLOOR,
     GENERATOR,
@@ -30,11 +32,13 @@ from pipelines.media.inference import (
     read_inference_settings,
     write_inference_settings,
 )
+from pipelines.run.folder import RunFolder
 from pipelines.shapes import Split, captions
-from sgmd_core.errors import CheckpointError, ConfigError, DataError
+from sgmd_core.errors import CheckpointError, ConfigError, DataError, ModelFolderError
 from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
 from tests.workers.test_measures import thin_i3d
 from workers.measures import CLIP_MEASURES
+from workers.models.content import model_digests
 
 CAPTIONS = captions(Split.HELD_OUT)[:4]
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
@@ -225,6 +229,20 @@ class TestMeasures:
         assert own.measures["diversity"] != usual.measures["diversity"]
         assert own.measures["flow"] == usual.measures["flow"]
 
+    def test_the_same_teacher_elsewhere_is_remembered_and_other_weights_are_not(
+        self, place, tmp_path
+    ):
+        moved, cache = tmp_path / "place", tmp_path / "cache"
+        run_evaluation(place, tmp_path / "first", cache=cache)
+        shutil.copytree(place, moved, ignore=shutil.ignore_patterns("result"))
+        (moved / "teacher" / "README.md").write_text("Decides no clip.")
+        again = run_evaluation(moved, tmp_path / "second", cache=cache)
+        assert [row.remembered for row in again.rows] == [True] * 4 + [False]
+        (weights,) = (moved / "teacher" / "transformer").glob("*.safetensors")
+        save_file({name: 1.05 * value for name, value in load_file(weights).items()}, weights)
+        other = run_evaluation(moved, tmp_path / "third", cache=cache)
+        assert not any(row.remembered for row in other.rows)
+
 
 class TestFiles:
     def test_the_result_is_read_back_from_its_file(self, evaluation, place):
@@ -285,6 +303,30 @@ class TestRuns:
         found = evaluate(run, options=options)
         assert (found.rows[0].num_steps, found.rows[0].guidance_scale) == (2, 4.0)
         assert Evaluation.load(run / EVALUATION_FILE) == found
+
+    def test_a_teacher_that_changed_since_the_run_is_refused_unless_it_is_given(
+        self, place, tmp_path
+    ):
+        run, teacher = RunFolder(tmp_path / "run"), tmp_path / "teacher"
+        shutil.copytree(place / "generator", run.generator)
+        shutil.copytree(place / "teacher", teacher)
+        config = load_recipe(
+            "tiny", [f"model.folder={teacher}", f"data.validation={place / 'captions'}"]
+        )
+        run.config.write_text(config.to_yaml())
+        before = model_digests(teacher)
+        run.identity.write_text(json.dumps({"model": before}))
+        plan_evaluation(run.root, None, None, None, None, OPTIONS)
+        (weights,) = (teacher / "transformer").glob("*.safetensors")
+        save_file({name: 1.05 * value for name, value in load_file(weights).items()}, weights)
+        after = model_digests(teacher)
+        with pytest.raises(ModelFolderError, match="--teacher") as caught:
+            evaluate(run.root, options=OPTIONS)
+        assert (
+            f'the transformer in model.folder has content "{after["transformer"]}", and had '
+            f'"{before["transformer"]}"'
+        ) in str(caught.value)
+        plan_evaluation(run.root, teacher, None, None, None, OPTIONS)
 
 
 class TestWrongRequests:
