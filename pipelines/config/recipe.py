@@ -63,7 +63,8 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "generator": {"compute": {"checkpointing", "compile"}},
     "fake_score": {"compute": {"checkpointing", "compile"}},
     "teacher": {"batched_guidance": True, "compute": {"checkpointing", "compile"}},
-    "data": {"validation", "text_cache", "max_bad_fraction", "read_ahead", "s3"},
+    # Compared by content: `pipelines.data.stream.content`.
+    "data": {"train", "validation", "text_cache", "max_bad_fraction", "read_ahead", "s3"},
 }
 
 
@@ -228,7 +229,7 @@ class DistillConfig(Section):
     def deciding_settings(self) -> dict[str, Any]:
         """The settings that decide a run's numbers, by dotted key.
 
-        Not among them is where the networks are: their content decides, wherever it lies.
+        Not among them is where networks and data are: their content decides, wherever it lies.
         """
         return _flat(self.model_dump(mode="json", exclude=_NOT_IN_DIGEST))
 

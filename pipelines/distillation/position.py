@@ -1,15 +1,17 @@
 """Where a run stands, and where it is taken up again."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.checkpoints import MANIFEST, Checkpoints
-from cluster.storage import write_json
+from cluster.storage import read_json, write_json
 from pipelines.config.recipe import MAY_CHANGE, DistillConfig, load_recipe
+from pipelines.data.stream.content import captions_digest, data_differences
 from pipelines.data.stream.plan import Cursor
-from pipelines.run.folder import RunFolder
+from pipelines.distillation.preflight import Preflight
+from pipelines.run.differences import in_words, value_differences
+from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import CheckpointError
 
 
@@ -28,14 +30,14 @@ class Position:
     cursor: Cursor = Cursor()
 
 
-def begin(config: DistillConfig, content: Mapping[str, str], folder: RunFolder) -> None:
+def begin(config: DistillConfig, checked: Preflight, folder: RunFolder) -> None:
     """Make the folder of a new run and record what decides its numbers.
 
     Raises:
         ConfigError: A run of this name exists already.
     """
     folder.create(config.to_yaml())
-    write_json(str(folder.identity), identity(config, content))
+    write_json(str(folder.identity), identity(config, checked))
 
 
 def with_draws_of(config: DistillConfig, folder: RunFolder) -> DistillConfig:
@@ -64,7 +66,7 @@ def with_draws_of(config: DistillConfig, folder: RunFolder) -> DistillConfig:
 
 def resume_position(
     config: DistillConfig,
-    content: Mapping[str, str],
+    checked: Preflight,
     folder: RunFolder,
     checkpoints: Checkpoints,
     say: Callable[[str], None] = lambda text: None,
@@ -76,19 +78,18 @@ def resume_position(
 
     Args:
         config: The settings now.
-        content: Digests of the components of the model folder now.
+        checked: Its networks and its data now.
         folder: The run.
         checkpoints: Its committed states.
         say: Hears which checkpoint is broken and why, which one is taken, and what was not checked.
 
     Raises:
         CheckpointError: There is no run, no checkpoint of it is whole, or it was made with other
-            settings or another model; names every difference with both values.
+            settings, another model or other data; names every difference with both values.
+        DataError: The server of the data failed.
     """
     folder.require()
-    if folder.identity.exists():
-        began = json.loads(folder.identity.read_text())
-        _require_same(differences(began, identity(config, content)), folder)
+    _require_same(differences(config, checked, folder), folder)
     broken: dict[int, str] = {}
     for step in reversed(checkpoints.all_steps()):
         fault = checkpoints.fault(step, contents=True)
@@ -118,14 +119,15 @@ def resume_position(
 
 
 def _require_same(found: Sequence[str], folder: RunFolder) -> None:
-    """Refuses to go on with other settings or another model."""
+    """Refuses to go on with other settings, another model or other data."""
     if found:
         raise CheckpointError(
             f"resuming {folder.root}",
             "; ".join(found),
-            f"the same model and the same settings, but for {', '.join(MAY_CHANGE)}",
+            "the model, the data and the settings that it began with, but for "
+            f"{', '.join(MAY_CHANGE)}",
             f"Resume with the run's own config.yaml: sgmd distill {folder.config} --resume ..., "
-            "with the model that it began with, at any path",
+            "with its model and its data, at any path",
         )
 
 
@@ -140,27 +142,56 @@ def _position(manifest: Mapping[str, Any]) -> Position | None:
         return None
 
 
-def identity(config: DistillConfig, content: Mapping[str, str]) -> dict[str, Any]:
-    """What decides the numbers of a run: settings by key, and content of its networks."""
-    return {"settings": config.deciding_settings, "model": dict(content)}
+def identity(config: DistillConfig, checked: Preflight) -> dict[str, Any]:
+    """Everything that decides the numbers of a run: settings by key, content of networks, data."""
+    return {
+        "settings": config.deciding_settings,
+        "model": checked.content,
+        "train": list(checked.data.first),
+        "validation": {str(len(checked.held_out)): captions_digest(checked.held_out)},
+    }
 
 
-def differences(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Every setting and component in which two identities differ, with both values."""
-    settings = began["settings"], now["settings"]
-    found = [
-        f"{key} is {_value(settings[1], key)}, and was {_value(settings[0], key)}"
-        for key in sorted({*settings[0], *settings[1]})
-        if _value(settings[0], key) != _value(settings[1], key)
+def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) -> list[str]:
+    """Every setting, component and shard in which a run differs from its beginning, both values.
+
+    Args:
+        config: The settings now.
+        checked: Networks and data now.
+        folder: The run.
+
+    Raises:
+        DataError: The server of the data failed.
+    """
+    if not folder.identity.exists():
+        return []
+    began, now = read_json(str(folder.identity)), identity(config, checked)
+    captions = began.get("validation", {}), now["validation"]
+    return [
+        *value_differences(began["settings"], now["settings"]),
+        *model_differences(began, now["model"]),
+        *data_differences(checked.source, read_jsonl(folder.shards), began.get("train", ())),
+        # As many captions as then: another number is another choice from the same folder.
+        *(
+            f"the first {count} captions of data.validation have content "
+            f"{in_words(captions[1], count)}, and had {in_words(captions[0], count)}"
+            for count in sorted({*captions[0]} & {*captions[1]})
+            if captions[0][count] != captions[1][count]
+        ),
     ]
-    models = began["model"], now["model"]
-    return found + [
-        f"the {name} in model.folder has content {_value(models[1], name)}, and had "
-        f"{_value(models[0], name)}"
-        for name in sorted({*models[0], *models[1]})
-        if models[0].get(name) != models[1].get(name)
+
+
+def model_differences(began: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
+    """Every component of the model folder that is not the one of a run, with both digests.
+
+    Args:
+        began: Identity of the run.
+        now: Digests of the components now.
+    """
+    before = began["model"]
+    return [
+        f"the {name} in model.folder has content {in_words(now, name)}, and had "
+        f"{in_words(before, name)}"
+        for name in sorted({*before, *now})
+        if before.get(name) != now.get(name)
     ]
-
-
-def _value(values: Mapping[str, Any], key: str) -> str:
-    return json.dumps(values[key]) if key in values else "not set"

@@ -101,14 +101,14 @@ def distill(
     check_machine(config, checked.model, resume=resume, gpus=False)
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:
-        start = resume_position(config, checked.content, folder, checkpoints, listener.warning)
+        start = resume_position(config, checked, folder, checkpoints, listener.warning)
         data = RunData(folder)
         folder.rewind(start.iteration, listener.warning)
         data.rewind(start.iteration, listener.warning)
         listener.note(f"resuming {folder.root} at iteration {start.iteration}")
     else:
         start = Position()
-        begin(config, checked.content, folder)
+        begin(config, checked, folder)
         data = RunData(folder)
     listener.note(f"starting the roles ({config.topology.mode})")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration

@@ -52,7 +52,6 @@ from pipelines.pretraining.loops import (
     vae_loop,
 )
 from pipelines.pretraining.quality import QualityReport, measure_folder
-from pipelines.run.folder import require_lasting_folder
 from pipelines.pretraining.stages import (
     DENOISER_STAGE,
     RAY_FOLDER,
@@ -62,6 +61,7 @@ from pipelines.pretraining.stages import (
     require_same_stages,
     stage_identities,
 )
+from pipelines.run.folder import require_lasting_folder
 from sgmd_core.errors import SgmdError
 from workers.models.wan import open_autoencoder
 

@@ -22,7 +22,7 @@ from cluster.checkpoints import Checkpoints
 from cluster.errors import StorageError
 from cluster.storage import read_json, write_json, write_text
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.distillation.position import differences, identity
+from pipelines.distillation.position import differences
 from pipelines.distillation.preflight import check
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, git_revision, versions
@@ -41,7 +41,6 @@ from pipelines.study.results import Point, RunResult, StudyResult, place_of, tim
 from pipelines.study.speed import seconds_per_unit
 from pipelines.study.tables import cost_csv, results_csv, results_markdown
 from sgmd_core.errors import ConfigError, StopRequestedError
-from workers.models.content import model_digests
 
 _log = logging.getLogger(__name__)
 
@@ -120,20 +119,18 @@ def study(
 
 
 def _require_same(run: PlannedRun) -> None:
-    """Refuses to go on with a run of other settings."""
+    """Refuses to go on with a run of other settings, data or networks."""
     folder = RunFolder(run.folder)
     if not folder.config.exists():
         return
-    other = load_recipe(str(folder.config)).digest != run.config.digest
-    found = ["other settings"] if other else []
-    if folder.identity.exists():
-        began = read_json(str(folder.identity))
-        found = differences(began, identity(run.config, model_digests(run.config.model_folder)))
+    found = differences(run.config, check(run.config), folder)
+    if not found and load_recipe(str(folder.config)).digest != run.config.digest:
+        found = ["other settings"]
     if found:
         raise ConfigError(
             f"going on with the study in {run.folder.parent.parent}",
-            f"{run.config.name} was made with other settings or another model: {'; '.join(found)}",
-            "the settings that the study was started with; its budget may grow",
+            f"{run.config.name} was made with other settings, data or networks: {'; '.join(found)}",
+            "the settings, data and model that the study was started with; its budget may grow",
             "Choose another name=..., or delete that run's folder",
         )
 

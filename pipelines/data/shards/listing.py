@@ -5,7 +5,7 @@ borders depend on the paths alone. Nobody has to wait for the end of a long list
 go on after any path.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import PurePosixPath
 from typing import Any, cast
 
@@ -62,6 +62,25 @@ def list_chapters(
             chapter = []
     if chapter:
         yield tuple(chapter)
+
+
+def sizes_of(filesystem: AbstractFileSystem, root: str, paths: Collection[str]) -> dict[str, int]:
+    """Bytes of some files as a listing names them now; those that are gone are left out.
+
+    Args:
+        filesystem: The folder's file system.
+        root: The folder's path in it.
+        paths: Relative to the folder.
+
+    Raises:
+        DataError: The folder cannot be listed.
+    """
+    found: dict[str, int] = {}
+    entries = _entries(filesystem, root, "")
+    while len(found) < len(paths) and (entry := next(entries, None)) is not None:
+        if entry[0] in paths:
+            found[entry[0]] = entry[1]
+    return found
 
 
 def _entries(filesystem: AbstractFileSystem, root: str, after: str) -> Iterator[tuple[str, int]]:

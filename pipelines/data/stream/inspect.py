@@ -5,6 +5,7 @@ keys that can list but not read fail here, not an hour later.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from pipelines.data.making.caption_file import open_set
 from pipelines.data.shards.filesystem import S3Settings
@@ -18,6 +19,7 @@ from pipelines.data.shards.schema import (
     kind_of,
 )
 from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.content import digests
 from pipelines.data.stream.feed import Feed, Progress, StreamSettings
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.quarantine import Reject, in_words
@@ -36,12 +38,14 @@ class FolderFacts:
         num_rows: Rows of the folder; None where only listing and opening everything would tell.
         kind: What the first readable shard holds.
         encoding: How, if it is an encoded one.
+        first: Digests of the row groups of the first window that has a usable row.
     """
 
     num_shards: int
     num_rows: int | None
     kind: ShardKind
     encoding: Encoding | None
+    first: tuple[dict[str, Any], ...]
 
 
 def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> FolderFacts:
@@ -80,6 +84,7 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
                 catalogue.num_rows,
                 kind_of(footer.schema),
                 encoding_of(footer.schema),
+                tuple(digests(planned.window, table)),
             )
         rejects += [
             Reject(planned.window.groups[line["group"]].shard, None, None, None, line["reason"])

@@ -1,17 +1,23 @@
-"""Another model or other settings are not gone on with; the same model at another path is."""
+"""Another model, other data or settings are refused; the same ones at another path are not."""
 
 import json
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.checkpoints import Checkpoints
 from pipelines.config.recipe import PROJECT_ROOT, DistillConfig, load_recipe
-from pipelines.distillation.position import Position, identity, resume_position
+from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.distillation.position import Position, begin, resume_position
+from pipelines.distillation.preflight import check
+from pipelines.run.data_log import RunData
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import CheckpointError
+from tests.helpers.s3_server import serve_s3, use_server
 from workers.models.content import model_digests
 
 
@@ -20,39 +26,116 @@ def model(tmp_path: Path) -> Path:
     return shutil.copytree(PROJECT_ROOT / "assets" / "tiny-wan", tmp_path / "model")
 
 
+def write_rows(path: Path, caption: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = {"sample_id": [f"{path.stem}-{row}" for row in range(4)], "caption": [caption] * 4}
+    pq.write_table(pa.table(rows), path, row_group_size=2)
+
+
 @pytest.fixture
-def run(tmp_path: Path, model: Path) -> RunFolder:
-    folder, config = RunFolder(tmp_path / "run"), load_recipe("tiny", [f"model.folder={model}"])
-    folder.create(config.to_yaml())
-    folder.identity.write_text(json.dumps(identity(config, model_digests(model))))
+def data(tmp_path: Path) -> Path:
+    for name in ("train/a", "train/b", "train/c", "held_out/a"):
+        write_rows(tmp_path / "data" / f"{name}.parquet", "a red circle moves left")
+    return tmp_path / "data"
+
+
+def recipe(model: Path, data: Path, *overrides: str) -> DistillConfig:
+    paths = [f"data.train={data / 'train'}", f"data.validation={data / 'held_out'}"]
+    small = ["validation.num_captions=4", "data.shuffle.row_groups=4"]
+    return load_recipe("tiny", [f"model.folder={model}", *paths, *small, *overrides])
+
+
+@pytest.fixture
+def run(tmp_path: Path, model: Path, data: Path) -> RunFolder:
+    folder, config = RunFolder(tmp_path / "run"), recipe(model, data)
+    checked = check(config)
+    begin(config, checked, folder)
+    with Feed(StreamSettings(checked.source, 0, config.data.shuffle), Progress(), 4) as feed:
+        RunData(folder).enter(0, [feed.take(4)])
     return folder
 
 
-def resumed(run: RunFolder, model: Path, *overrides: str) -> Position:
-    config: DistillConfig = load_recipe("tiny", [f"model.folder={model}", *overrides])
-    checkpoints = Checkpoints(str(run.checkpoints))
-    return resume_position(config, model_digests(model), run, checkpoints)
+def resumed(run: RunFolder, model: Path, data: Path, *overrides: str) -> Position:
+    config = recipe(model, data, *overrides)
+    return resume_position(config, check(config), run, Checkpoints(str(run.checkpoints)))
 
 
-def test_the_same_model_at_another_path_is_resumed(run, model, tmp_path) -> None:
-    assert resumed(run, model.rename(tmp_path / "moved"), "iterations=7") == Position()
+def refusal(run: RunFolder, model: Path, data: Path, *overrides: str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        resumed(run, model, data, *overrides)
+    return str(caught.value)
+
+
+def test_the_same_model_and_data_at_other_paths_are_resumed(
+    run, model, data, tmp_path, monkeypatch
+) -> None:
+    moved = model.rename(tmp_path / "moved"), data.rename(tmp_path / "other")
+    assert resumed(run, *moved, "iterations=7") == Position()
+    monkeypatch.chdir(tmp_path)
+    assert resumed(run, Path("moved"), Path("./other")) == Position()
+
+
+def test_the_same_data_on_an_s3_server_are_resumed(run, model, data, tmp_path, monkeypatch) -> None:
+    shutil.copytree(data, tmp_path / "s3" / "bucket")
+    with serve_s3(tmp_path / "s3") as server:
+        use_server(server.environment, monkeypatch)
+        config = recipe(model, data).with_settings(
+            {"data.train": "s3://bucket/train", "data.validation": "s3://bucket/held_out"}
+        )
+        checkpoints = Checkpoints(str(run.checkpoints))
+        assert resume_position(config, check(config), run, checkpoints) == Position()
+
+
+def test_shards_that_are_new_or_lost_do_not_stop_a_resume(run, model, data) -> None:
+    write_rows(data / "train" / "0-before-all-others.parquet", "a blue square moves up")
+    (data / "train" / "b.parquet").unlink()
+    assert resumed(run, model, data) == Position()
+
+
+def test_a_shard_of_another_size_is_refused_with_both_sizes(run, model, data) -> None:
+    shard = data / "train" / "b.parquet"
+    before = shard.stat().st_size
+    write_rows(shard, "a red circle moves left and right again")
+    assert (
+        f"b.parquet in data.train has {shard.stat().st_size} bytes, and had {before}"
+    ) in refusal(run, model, data)
+
+
+def test_other_captions_in_as_many_bytes_are_refused_with_both_digests(run, model, data) -> None:
+    sizes = {path.name: path.stat().st_size for path in (data / "train").iterdir()}
+    (before, *_) = json.loads(run.identity.read_text())["train"]
+    shard = data / "train" / before["shard"]
+    write_rows(shard, "a red circle moves down"[:23])
+    assert shard.stat().st_size == sizes[shard.name]
+    message = refusal(run, model, data)
+    assert f"row group {before['index']} of {before['shard']} in data.train" in message
+    assert f'and had "{before["content"]}"' in message
+
+
+def test_a_folder_of_other_shards_is_refused(run, model, data) -> None:
+    for name in "abc":
+        (data / "train" / f"{name}.parquet").rename(data / "train" / f"other-{name}.parquet")
+    assert "data.train has none of its 3 shards, such as a.parquet" in refusal(run, model, data)
+
+
+def test_other_held_out_captions_are_refused_but_another_number_is_not(run, model, data) -> None:
+    write_rows(data / "held_out" / "a.parquet", "a green square moves up")
+    assert "the first 4 captions of data.validation have content" in refusal(run, model, data)
+    assert resumed(run, model, data, "validation.num_captions=3") == Position()
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
-def test_another_model_at_the_same_path_is_refused_by_component(run, model, part) -> None:
+def test_another_model_at_the_same_path_is_refused_by_component(run, model, data, part) -> None:
     before = model_digests(model)[part]
     (weights,) = (model / part).glob("*.safetensors")
     save_file({name: 1.05 * value for name, value in load_file(weights).items()}, weights)
     after = model_digests(model)[part]
-    with pytest.raises(CheckpointError) as caught:
-        resumed(run, model)
-    assert f'the {part} in model.folder has content "{after}", and had "{before}"' in str(
-        caught.value
-    )
+    message = refusal(run, model, data)
+    assert f'the {part} in model.folder has content "{after}", and had "{before}"' in message
 
 
-def test_every_setting_that_differs_is_named_with_both_values(run, model) -> None:
-    with pytest.raises(CheckpointError) as caught:
-        resumed(run, model, "teacher.guidance_scale=2.5", "objective.lambda_nr=0.2")
-    assert "teacher.guidance_scale is 2.5, and was " in str(caught.value)
-    assert "objective.lambda_nr is 0.2, and was 0.1" in str(caught.value)
+def test_every_setting_that_differs_is_named_with_both_values(run, model, data) -> None:
+    changes = ("teacher.guidance_scale=2.5", "objective.lambda_nr=0.2")
+    message = refusal(run, model, data, *changes)
+    assert "teacher.guidance_scale is 2.5, and was " in message
+    assert "objective.lambda_nr is 0.2, and was 0.1" in message
