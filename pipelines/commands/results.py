@@ -179,13 +179,16 @@ def report(
 
 def ledger(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, finished or not.")],
+    data: Annotated[
+        str | None, typer.Option(help="Where its training data are now, if they were moved")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say whether a run used every sample of each epoch once; exit code 1 if it did not."""
     with working():
         from pipelines.distillation.audit import audit
 
-        result = audit(run)
+        result = audit(run, data)
     verdict = "every sample once" if result.is_clean else "samples were lost or repeated"
     told = f"{result.iterations} iterations, {result.samples} samples: {verdict}"
     show(result.to_json(), as_json, _ledger_table(result), told)

@@ -57,11 +57,12 @@ class Audit:
         }
 
 
-def audit(run: Path) -> Audit:
+def audit(run: Path, train: str | None = None) -> Audit:
     """Judges a run, finished or not.
 
     Args:
         run: Its folder.
+        train: Where its training data are now; None: where they were when it began.
 
     Raises:
         CheckpointError: There is no run.
@@ -74,7 +75,7 @@ def audit(run: Path) -> Audit:
     quarantine = QuarantineFile(folder.quarantine)
     end = entries[-1].cursor if entries else Cursor()
     data = config.data
-    filesystem, root = open_set(data.train, data.s3)
+    filesystem, root = open_set(train or data.train, data.s3)
     catalogue = Catalogue(
         filesystem, root, data.shuffle.chapter_shards, data.s3, read_jsonl(folder.shards)
     )

@@ -12,11 +12,12 @@ from safetensors.torch import load_file, save_file
 from cluster.checkpoints import Checkpoints
 from pipelines.config.recipe import PROJECT_ROOT, DistillConfig, load_recipe
 from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.distillation.audit import audit
 from pipelines.distillation.position import Position, begin, resume_position
 from pipelines.distillation.preflight import check
 from pipelines.run.data_log import RunData
 from pipelines.run.folder import RunFolder
-from sgmd_core.errors import CheckpointError
+from sgmd_core.errors import CheckpointError, DataError
 from tests.helpers.s3_server import serve_s3, use_server
 from workers.models.content import model_digests
 
@@ -51,7 +52,9 @@ def run(tmp_path: Path, model: Path, data: Path) -> RunFolder:
     checked = check(config)
     begin(config, checked, folder)
     with Feed(StreamSettings(checked.source, 0, config.data.shuffle), Progress(), 4) as feed:
-        RunData(folder).enter(0, [feed.take(4)])
+        batches, books = [feed.take(4)], RunData(folder)
+    books.enter(0, batches)
+    books.record(0, batches)
     return folder
 
 
@@ -84,6 +87,14 @@ def test_the_same_data_on_an_s3_server_are_resumed(run, model, data, tmp_path, m
         )
         checkpoints = Checkpoints(str(run.checkpoints))
         assert resume_position(config, check(config), run, checkpoints) == Position()
+
+
+def test_a_ledger_is_checked_where_the_data_are_now(run, data, tmp_path) -> None:
+    moved = data.rename(tmp_path / "other")
+    with pytest.raises(DataError, match="data/train"):
+        audit(run.root)
+    found = audit(run.root, str(moved / "train"))
+    assert (found.samples, found.is_clean) == (4, True)
 
 
 def test_shards_that_are_new_or_lost_do_not_stop_a_resume(run, model, data) -> None:
