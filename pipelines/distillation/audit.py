@@ -10,6 +10,7 @@ from typing import Any
 
 from pipelines.config.recipe import load_recipe
 from pipelines.data.making.caption_file import open_set
+from pipelines.data.shards.listing import sizes_of
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.ledger import Ledger
@@ -17,6 +18,7 @@ from pipelines.data.stream.plan import Cursor
 from pipelines.data.stream.quarantine import QuarantineFile
 from pipelines.data.stream.verdict import EpochVerdict, due_rows, judge
 from pipelines.run.folder import RunFolder, read_jsonl
+from sgmd_core.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,16 @@ def audit(run: Path, train: str | None = None) -> Audit:
     end = entries[-1].cursor if entries else Cursor()
     data = config.data
     filesystem, root = open_set(train or data.train, data.s3)
-    catalogue = Catalogue(
-        filesystem, root, data.shuffle.chapter_shards, data.s3, read_jsonl(folder.shards)
-    )
+    listed = read_jsonl(folder.shards)
+    shards = {path for line in listed for path, *_ in line.get("shards", ())}
+    if shards and not sizes_of(filesystem, root, shards):
+        raise DataError(
+            f"checking the ledger of {folder.root} against {train or data.train}",
+            f"none of the {len(shards)} shards of the run, such as {min(shards)}",
+            "the data that the run was trained on",
+            "Say where they are now with --data",
+        )
+    catalogue = Catalogue(filesystem, root, data.shuffle.chapter_shards, data.s3, listed)
     reader = RowGroupReader(filesystem, root, data.s3)
     due = due_rows(catalogue, reader, config.seed, data.shuffle, end, quarantine.rejects)
     return Audit(

@@ -91,7 +91,7 @@ def test_the_same_data_on_an_s3_server_are_resumed(run, model, data, tmp_path, m
 
 def test_a_ledger_is_checked_where_the_data_are_now(run, data, tmp_path) -> None:
     moved = data.rename(tmp_path / "other")
-    with pytest.raises(DataError, match="data/train"):
+    with pytest.raises(DataError, match="with --data"):
         audit(run.root)
     found = audit(run.root, str(moved / "train"))
     assert (found.samples, found.is_clean) == (4, True)
