@@ -26,7 +26,12 @@ from pipelines.commands.options import PlainCommand, PlainGroup
 # Typer brings click along, from 0.2x on as a part of itself, so its base of wrong options has two
 # names. A closed pipe is click's to end in silence.
 _CLICK_ERROR: type[BaseException] = typer.BadParameter.mro()[2]
-_NOT_OURS = (typer.Exit, typer.Abort, BrokenPipeError, _CLICK_ERROR)
+_NOT_OURS: tuple[type[BaseException], ...] = (
+    typer.Exit,
+    typer.Abort,
+    BrokenPipeError,
+    _CLICK_ERROR,
+)
 
 
 class _TeachingGroup(PlainGroup):

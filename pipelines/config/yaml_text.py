@@ -171,4 +171,5 @@ for _tag, _pattern, _first, _convert in _SCALARS:
         _CORE + _tag, re.compile(rf"^(?:{_pattern})$"), list(_first)
     )
     _CoreSchemaLoader.add_constructor(_CORE + _tag, _scalar(_convert))
-_CoreSchemaLoader.add_constructor(None, _refused)  # pyright: ignore[reportArgumentType]
+# None stands for every tag without a constructor of its own; the stubs do not know it.
+_CoreSchemaLoader.add_constructor(None, _refused)  # pyright: ignore[reportArgumentType]  # pyright: ignore[reportArgumentType]
