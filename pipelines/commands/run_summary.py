@@ -10,6 +10,7 @@ from rich.text import Text
 from pipelines.commands.output import pairs
 from pipelines.reporting.names import duration, title
 from pipelines.run.records import HEADLINE_FIGURES
+from workers.models.vocabulary import UnknownWords
 
 
 def summary_words(summary: Mapping[str, Any]) -> list[RenderableType]:
@@ -44,7 +45,7 @@ def dry_run_words(result: Mapping[str, Any]) -> list[RenderableType]:
     facts = {
         name: value
         for name, value in result.items()
-        if name not in ("checked", "not_checked", "objective")
+        if name not in ("unknown_words", "checked", "not_checked", "objective")
     }
     method = {"objective": result["objective"].get("method", "")}
     shown: list[RenderableType] = [pairs(facts | method)]
@@ -55,6 +56,9 @@ def dry_run_words(result: Mapping[str, Any]) -> list[RenderableType]:
         for name, words in result[key].items():
             table.add_row(name.replace("_", " "), words)
         shown.append(table)
+    unknown = UnknownWords(**result["unknown_words"])
+    if unknown.num_affected:
+        shown.append(Text(unknown.in_words(), style="bold red"))
     shown.append("No problem in what was checked; nothing was started.")
     return shown
 

@@ -16,7 +16,11 @@ from workers.measures import MIN_FRAMES
 from workers.models.content import fingerprint, model_digests
 from workers.models.folder import WanFolder, inspect_wan_folder
 from workers.models.loading import load_tokenizer
+from workers.models.vocabulary import UnknownWords, unknown_words
 from workers.optical_flow import MIN_SIDE_PX
+
+# As many captions as tell which language and vocabulary the data have.
+_NUM_READ = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Preflight:
         data: What a first look at them tells.
         held_out: Captions to validate with; empty when validation is off.
         rows_per_iteration: Captions that one iteration takes.
+        unknown_words: Words of the first captions that the tokenizer does not know.
     """
 
     model: WanFolder
@@ -40,6 +45,7 @@ class Preflight:
     data: FolderFacts
     held_out: tuple[str, ...]
     rows_per_iteration: int
+    unknown_words: UnknownWords
 
     def to_json(self, config: DistillConfig) -> dict[str, Any]:
         """What `--dry-run` prints."""
@@ -59,6 +65,7 @@ class Preflight:
             "training_shards_hold": self.data.kind.value,
             "stored_text": TEXT_EMBEDS in self.source.columns,
             "held_out_captions": len(self.held_out),
+            "unknown_words": asdict(self.unknown_words),
             "rows_per_iteration": self.rows_per_iteration,
             "iterations": config.iterations,
             "epochs": (
@@ -110,14 +117,16 @@ def check(config: DistillConfig) -> Preflight:
     data = inspect_folder(source, config.seed, settings.shuffle)
     if settings.stored_text and data.encoding is not None and _fits(data.encoding, config, model):
         source = replace(source, columns=(TEXT_EMBEDS,), encoding=data.encoding)
+    held_out = _held_out(config)
     return Preflight(
         model=model,
         content=model_digests(model.path),
         latent_shape=latent_shape,
         source=source,
         data=data,
-        held_out=_held_out(config),
+        held_out=held_out,
         rows_per_iteration=config.batch.size * (1 + config.fresh_updates),
+        unknown_words=unknown_words(model.path, [*data.captions[:_NUM_READ], *held_out]),
     )
 
 

@@ -98,6 +98,8 @@ def distill(
     folder = RunFolder(config.run_folder)
     config = with_draws_of(config, folder) if resume else config
     checked = check(config)
+    if checked.unknown_words.num_affected:
+        listener.warning(checked.unknown_words.in_words())
     check_machine(config, checked.model, resume=resume, gpus=False)
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:

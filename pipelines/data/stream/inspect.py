@@ -39,6 +39,7 @@ class FolderFacts:
         kind: What the first readable shard holds.
         encoding: How, if it is an encoded one.
         first: Digests of the row groups of the first window that has a usable row.
+        captions: The usable captions of the first window that has some.
     """
 
     num_shards: int
@@ -46,6 +47,7 @@ class FolderFacts:
     kind: ShardKind
     encoding: Encoding | None
     first: tuple[dict[str, Any], ...]
+    captions: tuple[str, ...] = ()
 
 
 def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> FolderFacts:
@@ -85,6 +87,7 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
                 kind_of(footer.schema),
                 encoding_of(footer.schema),
                 tuple(digests(planned.window, table)),
+                tuple(table.filter(table.column(REASON).is_null()).column(CAPTION).to_pylist()),
             )
         rejects += [
             Reject(planned.window.groups[line["group"]].shard, None, None, None, line["reason"])
