@@ -18,6 +18,7 @@ from itertools import chain
 import av
 import numpy as np
 from av.container import InputContainer
+from av.video.codeccontext import VideoCodecContext
 from av.video.reformatter import VideoReformatter
 from av.video.stream import VideoStream
 
@@ -250,10 +251,10 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, VideoStream]]:
             # Not simply the first one: pictures of an album cover count as video streams too.
             stream = container.streams.best("video")
             if not isinstance(stream, VideoStream):
-                kinds = sorted({stream.type for stream in container.streams})
-                raise ClipError(
-                    ClipFault.NO_FRAMES, f"no video among the streams ({', '.join(kinds)})"
-                )
+                kinds = ", ".join(sorted({stream.type for stream in container.streams}))
+                raise ClipError(ClipFault.NO_FRAMES, f"no video among the streams ({kinds})")
+            if not isinstance(stream.codec_context, VideoCodecContext):  # None, against its types
+                raise ClipError(ClipFault.UNDECODABLE, "a video codec that FFmpeg does not know")
             # One clip a core is faster than one clip on all cores.
             stream.codec_context.thread_count = 1
             yield container, stream
