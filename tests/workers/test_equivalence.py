@@ -27,7 +27,7 @@ from sgmd_core.types import (
 )
 from sgmd_core.velocity import guided_velocity
 from sgmd_core.worlds.gaussian import AffineGenerator, LearnedGaussian, x0_gain
-from tests.helpers.moves import relative_error
+from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.roles import (
     SEED,
     gather,
@@ -120,13 +120,20 @@ def test_gradients_of_micro_batches_add_up_to_those_of_one_batch(form, batches):
     for role in ("generator", "fake_score"):
         error = relative_error(gradients(parts.networks[role]), gradients(whole.networks[role]))
         assert error < 1e-5
+        # A micro-batch that was left out would be noticed.
+        one = tiny_roles(form=form)
+        gather(one, 0, [(0, 1, 2)], [drawn(0, (0, 1, 2))])
+        assert_moves(gradients(whole.networks[role]), gradients(one.networks[role]), 1e-5)
 
 
 def test_shared_tracking_and_a_forward_of_its_own_give_the_same_gradient_bitwise():
     shared, fresh = tiny_roles("shared"), tiny_roles("fresh")
     for query in gather(shared, 0, [(0, 1), (2, 3)]):
         fresh.fake_score.track(query, share=0.5)
+    once = tiny_roles()
+    gather(once, 0, [(0, 1)])
     found, expected = (gradients(roles.networks["fake_score"]) for roles in (shared, fresh))
+    assert_moves(expected, gradients(once.networks["fake_score"]))
     assert same_bits(found, expected)
 
 
@@ -141,7 +148,10 @@ def test_a_recorded_iteration_is_replayed_from_its_draws_bitwise():
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one.x0, other.x0)
         assert torch.equal(one.x_t, other.x_t)
+    other = tiny_roles()
+    gather(other, 0, [(4, 5), (6, 7)])
     for role in ("generator", "fake_score"):
+        assert_moves(gradients(drawn.networks[role]), gradients(other.networks[role]))
         assert same_bits(gradients(drawn.networks[role]), gradients(replayed.networks[role]))
 
 
@@ -207,12 +217,17 @@ def test_several_tracking_updates_make_one_iteration_and_each_sees_samples_of_it
 
 def test_sgmd_without_its_potential_and_at_ratio_five_is_tsg_fisher_to_the_bit():
     runs = []
-    for objective in (TsgFisherObjective(), SgmdObjective(lambda_nr=0.0, fake_updates=5)):
+    for objective in (
+        TsgFisherObjective(),
+        SgmdObjective(lambda_nr=0.0, fake_updates=5),
+        SgmdObjective(fake_updates=5),
+    ):
         roles = tiny_roles("fresh", objective=objective)
         for iteration in range(2):
             iterate(roles, iteration, ((0, 1),))
         runs.append([weights(roles.networks[role]) for role in ("generator", "fake_score")])
-    for one, other in zip(*runs, strict=True):
+    for one, other, with_potential in zip(*runs, strict=True):
+        assert_moves(one, with_potential)
         assert same_bits(one, other)
 
 
@@ -225,6 +240,7 @@ def test_the_diversity_loss_adds_the_gradient_of_the_teachers_path_bitwise():
     query = plain.generator.rollout(key_of(0), text)
     prediction = plain.teacher.denoise(query, negative_text())
     plain.generator.learn(plain.fake_score.signal(query, prediction, 1.0))
+    without = gradients(plain.networks["generator"])
     draws = draw(SEED, key_of(0), text.sample_indices, LATENT_SHAPE, schedule, 4, first_exit=1)
     network, teacher = plain.networks["generator"], plain.networks["teacher"]
     noise, grid = draws.initial_noise, schedule.few_step_grid(4)
@@ -237,6 +253,7 @@ def test_the_diversity_loss_adds_the_gradient_of_the_teachers_path_bitwise():
         target = anchor_velocity(noise, x, float(grid[2]))
     velocity = network(noise, torch.ones(3), text.text)
     (0.05 * (velocity - target).square().mean()).backward()
+    assert_moves(gradients(network), without)
     assert same_bits(gradients(roles.networks["generator"]), gradients(network))
 
 
@@ -257,6 +274,7 @@ def test_mixing_takes_the_generators_weights_in_by_the_share_that_was_set():
     roles.fake_score.absorb(roles.generator.trained_weights())
     for name, value in weights(roles.networks["fake_score"]).items():
         expected = 0.75 * fake_score[name] + 0.25 * generator[name]
+        assert_moves({name: expected}, {name: fake_score[name]}, 1e-6)
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7)
     assert same_bits(weights(roles.networks["generator"]), generator)
 

@@ -49,6 +49,9 @@ def test_noise_levels_and_keys_are_never_rounded():
     assert torch.equal(received.sigma, query.sigma)
     assert received.key == query.key
     assert torch.equal(received.x0, query.x0.bfloat16().float())
+    # Rounding would have changed the noise levels too.
+    assert not torch.equal(query.sigma.bfloat16().to(query.sigma.dtype), query.sigma)
+    assert not torch.equal(received.x0, query.x0)
 
 
 def test_a_gradient_keeps_its_bits_when_only_values_are_rounded():
