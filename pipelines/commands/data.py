@@ -7,7 +7,7 @@ import typer
 
 from pipelines.commands.options import Json
 from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
-from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
+from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits, FitPolicy
 
 if TYPE_CHECKING:
     from pipelines.data.making.prepare import Progress
@@ -29,6 +29,10 @@ Processes = Annotated[
     int | None, typer.Option(min=0, help="Default: one a core; 0 works in this process")
 ]
 Fps = Annotated[float | None, typer.Option(help="Frames a second, sampled by time")]
+MaxPixels = Annotated[int, typer.Option(min=1, help="A video with larger pictures is bad")]
+MaxFrames = Annotated[int, typer.Option(min=1, help="A video with more frames is bad")]
+MaxSeconds = Annotated[float, typer.Option(min=0, help="A longer video is bad")]
+MaxDecode = Annotated[float, typer.Option(min=0, help="A video that decodes longer is bad")]
 
 
 def prepare(
@@ -71,6 +75,10 @@ def prepare(
     ] = True,
     max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
     max_clip_mb: Annotated[int, typer.Option(help="A larger file is bad, in MiB")] = 512,
+    max_pixels: MaxPixels = DEFAULT_LIMITS.max_pixels,
+    max_frames: MaxFrames = DEFAULT_LIMITS.max_frames,
+    max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
+    max_decode_seconds: MaxDecode = DEFAULT_LIMITS.max_decode_s,
     max_bad_fraction: MaxBad = 0.01,
     retry_bad: Annotated[
         bool, typer.Option("--retry-bad", help="Try again what earlier runs did not take")
@@ -97,6 +105,7 @@ def prepare(
                 whole=decode,
                 max_caption_chars=max_caption_chars,
                 max_clip_bytes=max_clip_mb * 2**20,
+                limits=ClipLimits(max_pixels, max_frames, max_seconds, max_decode_seconds),
             ),
             shard_clips=shard_clips,
             shard_bytes=shard_mb * 2**20,
@@ -112,6 +121,7 @@ def prepare(
         "shards": report.num_shards,
         "bytes": report.num_bytes,
         "rejected": report.rejected,
+        "look": report.look,
         "seconds": report.seconds,
     }
     show(data, as_json, pairs(data), f"Look at them: sgmd check {target}")
@@ -142,6 +152,10 @@ def check(
         int | None, typer.Option(min=1, help="Tokens that the model takes; its folder knows")
     ] = None,
     max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
+    max_pixels: MaxPixels = DEFAULT_LIMITS.max_pixels,
+    max_frames: MaxFrames = DEFAULT_LIMITS.max_frames,
+    max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
+    max_decode_seconds: MaxDecode = DEFAULT_LIMITS.max_decode_s,
     max_bad_fraction: MaxBad = 0.01,
     write_index: Annotated[
         bool, typer.Option("--write-index", help="Write _index.json anew, for the shards there")
@@ -168,6 +182,7 @@ def check(
                 sample=sample,
                 seed=seed,
                 max_caption_chars=max_caption_chars,
+                limits=ClipLimits(max_pixels, max_frames, max_seconds, max_decode_seconds),
                 max_bad_fraction=max_bad_fraction,
                 count_tokens=count_tokens,
                 text_length=limit,
@@ -218,6 +233,10 @@ def encode(
     ] = "float32",
     shard_clips: Annotated[int, typer.Option(min=1, help="Most clips in a shard")] = 256,
     max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
+    max_pixels: MaxPixels = DEFAULT_LIMITS.max_pixels,
+    max_frames: MaxFrames = DEFAULT_LIMITS.max_frames,
+    max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
+    max_decode_seconds: MaxDecode = DEFAULT_LIMITS.max_decode_s,
     max_bad_fraction: MaxBad = 0.01,
     decoders: Annotated[int, typer.Option(min=1, help="Clips decoded side by side")] = 1,
     video_encoders: Annotated[int, typer.Option(min=1, help="Actors with the autoencoder")] = 1,
@@ -253,6 +272,7 @@ def encode(
                 dtype=dtype_named(dtype),
                 shard_clips=shard_clips,
                 max_caption_chars=max_caption_chars,
+                limits=ClipLimits(max_pixels, max_frames, max_seconds, max_decode_seconds),
                 max_bad_fraction=max_bad_fraction,
                 decoders=decoders,
                 videos=Pool(video_encoders, video_gpus),

@@ -9,7 +9,7 @@ than the accepted share of rows is bad.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from fsspec import AbstractFileSystem
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.data.checking.check_group import GroupFacts, GroupTask, check_group, choose_rows
 from pipelines.data.checking.check_report import NUM_EXAMPLES, CheckReport, CountTokens, Tally
+from pipelines.data.clips.clip_format import ClipLimits
 from pipelines.data.making.caption_file import shard_folder
 from pipelines.data.making.ordered_pool import Died, map_in_order
 from pipelines.data.making.rejections import Reason, Rejection, counts_by_reason
@@ -49,6 +50,7 @@ class CheckOptions:
             rows are always read.
         seed: Which rows those are.
         max_caption_chars: A longer caption is bad.
+        limits: What a video may ask for.
         max_bad_fraction: The set is usable while no larger share of its rows is bad.
         count_tokens: Lengths of captions in tokens; None leaves them out.
         text_length: Tokens that the model takes; the rest of a caption is cut.
@@ -59,6 +61,7 @@ class CheckOptions:
     sample: int | None = None
     seed: int = 0
     max_caption_chars: int = 4096
+    limits: ClipLimits = field(default_factory=ClipLimits)
     max_bad_fraction: float = 0.01
     count_tokens: CountTokens | None = None
     text_length: int = 512
@@ -243,6 +246,7 @@ def _tasks(
                 encoding=opened.encoding,
                 tried=tuple(int(n) - first for n in chosen[start:stop]) if has_values else (),
                 max_caption_chars=options.max_caption_chars,
+                limits=options.limits,
             )
             first, first_row = first + num_rows, first_row + num_rows
 

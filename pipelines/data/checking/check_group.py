@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pipelines.data.clips.clip_decoding import ClipError, ClipFacts, read_facts
+from pipelines.data.clips.clip_decoding import ClipFacts, read_facts
+from pipelines.data.clips.clip_errors import ClipError
+from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipLimits
 from pipelines.data.making.caption_rule import caption_faults, split_words
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.shards.filesystem import S3Settings, open_folder
@@ -43,6 +45,7 @@ class GroupTask:
         encoding: How its values are to be read, in an encoded shard.
         tried: Rows (within the group) whose video or values are decoded.
         max_caption_chars: A longer caption is bad.
+        limits: What a video may ask for.
     """
 
     url: str
@@ -55,6 +58,7 @@ class GroupTask:
     encoding: Encoding | None
     tried: tuple[int, ...]
     max_caption_chars: int
+    limits: ClipLimits = DEFAULT_LIMITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +122,7 @@ def check_group(task: GroupTask) -> GroupFacts:
         values = [table[name][row].as_py() for name in _values(task.kind)]
         try:
             if task.kind is ShardKind.VIDEO:
-                clips.append(read_facts(values[0] or b""))
+                clips.append(read_facts(values[0] or b"", task.limits))
             elif task.encoding is not None:
                 _try_values(values[0], values[1], task.encoding)
         except ClipError as error:

@@ -1,7 +1,7 @@
 """What a clip shall be once it is decoded, and how a picture of another size is made to fit."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from fractions import Fraction
 
@@ -71,6 +71,38 @@ class ClipFormat:
     def keeps_everything(self) -> bool:
         """Whether nothing is asked of a clip."""
         return self.num_frames is None and self.height is None and self.fps is None
+
+
+@dataclass(frozen=True, slots=True)
+class ClipLimits:
+    """What one file may ask for; one that asks for more is bad.
+
+    Attributes:
+        max_pixels: Of one picture; 8192 x 4320 fit.
+        max_frames: Frames that are decoded, and that come out.
+        max_seconds: Length of what is decoded.
+        max_decode_s: Time to decode one file.
+
+    Raises:
+        ConfigError: a number is not positive.
+    """
+
+    max_pixels: int = 40_000_000
+    max_frames: int = 36_000
+    max_seconds: float = 3600.0
+    max_decode_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        wrong = {name: n for name, n in asdict(self).items() if not 0 < n < math.inf}
+        if wrong:
+            raise ConfigError(
+                "reading the bounds of clips",
+                ", ".join(f"{name} = {value}" for name, value in wrong.items()),
+                "positive numbers",
+            )
+
+
+DEFAULT_LIMITS = ClipLimits()
 
 
 @dataclass(frozen=True, slots=True)

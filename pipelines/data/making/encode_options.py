@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import cast, get_args
 
-from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
 from pipelines.data.shards.schema import DTypeName
 from sgmd_core.errors import ConfigError
 
@@ -31,6 +31,7 @@ class EncodeOptions:
         dtype: Type in which latents and embeddings are stored.
         shard_clips: Most clips in a shard, as far as the source's row groups allow.
         max_caption_chars: A longer caption is bad.
+        limits: What a video may ask for.
         max_bad_fraction: The command stops where a larger share of the clips is bad.
         decoders: Tasks that read and decode at the same time, a core each.
         videos: Actors with the autoencoder.
@@ -43,6 +44,7 @@ class EncodeOptions:
     dtype: DTypeName = "float32"
     shard_clips: int = 256
     max_caption_chars: int = 4096
+    limits: ClipLimits = field(default_factory=ClipLimits)
     max_bad_fraction: float = 0.01
     decoders: int = 1
     videos: Pool = field(default_factory=Pool)

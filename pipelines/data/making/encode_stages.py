@@ -21,8 +21,9 @@ import ray.data
 
 from cluster.ray.topology import require_cpus, require_gpus
 from cluster.runtime import start_ray
-from pipelines.data.clips.clip_decoding import ClipError, decode_clip
-from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.clips.clip_decoding import decode_clip
+from pipelines.data.clips.clip_errors import ClipError
+from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
 from pipelines.data.making.caption_rule import caption_faults
 from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.encode_plan import Part, SourceGroup
@@ -115,6 +116,7 @@ def _dataset(
         fn_kwargs={
             "url": src,
             "wanted": options.wanted,
+            "limits": options.limits,
             "max_caption_chars": options.max_caption_chars,
         },
         num_cpus=_DECODE_CPUS,
@@ -144,7 +146,7 @@ def _dataset(
 
 
 def read_and_decode(
-    tasks: pa.Table, url: str, wanted: ClipFormat, max_caption_chars: int
+    tasks: pa.Table, url: str, wanted: ClipFormat, limits: ClipLimits, max_caption_chars: int
 ) -> Iterator[pa.Table]:
     """Reads parts row group by row group, and decodes clip by clip.
 
@@ -152,6 +154,7 @@ def read_and_decode(
         tasks: Pickled parts in the column `task`.
         url: Folder of the source.
         wanted: Frames, size and rate of the clips.
+        limits: What a video may ask for.
         max_caption_chars: A longer caption is bad.
 
     Yields:
@@ -170,7 +173,7 @@ def read_and_decode(
                 words = json.dumps([str(argument) for argument in error.args])
                 yield _line(part, -1, None, None, reason=SERVER_FAILED, detail=words)
                 return
-            yield from _decoded(part, group, table, wanted, max_caption_chars)
+            yield from _decoded(part, group, table, wanted, limits, max_caption_chars)
 
 
 def _decoded(
@@ -178,6 +181,7 @@ def _decoded(
     group: SourceGroup,
     table: pa.Table | Fault,
     wanted: ClipFormat,
+    limits: ClipLimits,
     max_caption_chars: int,
 ) -> Iterator[pa.Table]:
     """The lines of one row group; always as many as the plan promises."""
@@ -200,7 +204,7 @@ def _decoded(
             yield _line(part, row, name, caption, reason=reason, detail=detail)
         else:
             try:
-                pixels = decode_clip(video or b"", wanted).tobytes()
+                pixels = decode_clip(video or b"", wanted, limits).tobytes()
                 yield _line(part, row, name, caption, pixels=pixels)
             except ClipError as error:
                 reason, detail = error.fault, error.in_short

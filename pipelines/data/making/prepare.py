@@ -9,6 +9,7 @@ the same shards. Memory holds one shard, two clips a process, and eight bytes an
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -104,6 +105,7 @@ class PrepareReport:
         num_shards: Shards.
         num_bytes: Their size.
         rejected: Clips that were not taken, by reason.
+        look: Clips of this run whose look a decoder changes, by property, see `look_of`.
         seconds: How long this run took.
     """
 
@@ -113,6 +115,7 @@ class PrepareReport:
     num_shards: int
     num_bytes: int
     rejected: dict[str, int]
+    look: dict[str, int]
     seconds: float
 
 
@@ -169,6 +172,7 @@ def prepare(
         num_shards=end.num_shards,
         num_bytes=end.num_bytes,
         rejected=counts_by_reason(journal.rejections),
+        look=dict(filler.look.most_common()),
         seconds=time.monotonic() - started,
     )
 
@@ -234,6 +238,7 @@ class _Filler:
         self._schema = schema
         self._builder = ShardBuilder(schema)
         self._waiting: list[Rejection] = []
+        self.look: Counter[str] = Counter()
         self._written = _written(journal)
 
     def take(self, outcome: PreparedClip | Rejection) -> None:
@@ -247,6 +252,7 @@ class _Filler:
             if self.progress().num_judged >= _MIN_JUDGED:
                 self._judge()
             return
+        self.look.update(outcome.look)
         row = {
             SAMPLE_ID: outcome.sample_id,
             CAPTION: outcome.caption,

@@ -3,10 +3,15 @@
 import json
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import cast
 
-from pipelines.data.clips.clip_decoding import ClipError, read_facts, read_first_frame, transcode
-from pipelines.data.clips.clip_format import ClipFormat
+from fsspec.implementations.local import LocalFileSystem
+
+from pipelines.data.clips.clip_decoding import read_facts, read_first_frame, read_look
+from pipelines.data.clips.clip_errors import ClipError
+from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
+from pipelines.data.clips.transcoding import transcode
 from pipelines.data.making.caption_rule import caption_fault
 from pipelines.data.making.manifest_rows import fault_of_text
 from pipelines.data.making.rejections import Reason, Rejection
@@ -26,6 +31,7 @@ class ClipRules:
         whole: Decode every frame of bytes that stay as they are, or only the first one.
         max_caption_chars: A longer caption is bad.
         max_clip_bytes: A larger file is bad.
+        limits: What a video may ask for.
     """
 
     wanted: ClipFormat = field(default_factory=ClipFormat)
@@ -33,16 +39,21 @@ class ClipRules:
     whole: bool = True
     max_caption_chars: int = 4096
     max_clip_bytes: int = 512 * 2**20
+    limits: ClipLimits = field(default_factory=ClipLimits)
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedClip:
-    """A row of a shard; `video` and `fps` are None in a set of captions."""
+    """A row of a shard; `video` and `fps` are None in a set of captions.
+
+    `look` names what changes the look of the pictures, see `look_of`.
+    """
 
     sample_id: str
     caption: str
     video: bytes | None = None
     fps: float | None = None
+    look: tuple[str, ...] = ()
 
 
 class _BadClip(Exception):
@@ -67,15 +78,17 @@ def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip
             return PreparedClip(clip.sample_id, caption)
         data = _read(clip.video, rules.max_clip_bytes, Reason.MISSING_VIDEO)
         if not rules.wanted.keeps_everything:
-            video, fps = transcode(data, rules.wanted, crf=rules.crf)
+            look = read_look(data, rules.limits)
+            video, fps = transcode(data, rules.wanted, crf=rules.crf, limits=rules.limits)
         else:
             video = data
-            fps = (read_facts if rules.whole else read_first_frame)(data).fps
+            facts = (read_facts if rules.whole else read_first_frame)(data, rules.limits)
+            fps, look = facts.fps, facts.look
     except _BadClip as bad:
         return reject(bad.reason, bad.detail)
     except ClipError as error:
         return reject(error.fault, error.in_short)
-    return PreparedClip(clip.sample_id, caption, video, fps)
+    return PreparedClip(clip.sample_id, caption, video, fps, look)
 
 
 def _caption(clip: SourceClip, rules: ClipRules) -> str:
@@ -114,6 +127,9 @@ def _read(place: FileRange, max_bytes: int, missing: Reason) -> bytes:
         raise _BadClip(Reason.TOO_LARGE, f"{place.num_bytes} bytes; at most {max_bytes}")
     wanted = max_bytes + 1 if place.num_bytes is None else place.num_bytes
     filesystem, path = open_folder(place.url, probe=False)
+    if isinstance(filesystem, LocalFileSystem) and Path(path).exists() and not Path(path).is_file():
+        # A pipe would be waited for, and a device has no end.
+        raise _BadClip(missing, f"{place.url} is a folder, pipe, socket or device, not a file")
     try:
         with storage_errors(f"reading {place.url}"), filesystem.open(path, "rb") as file:
             file.seek(place.offset)

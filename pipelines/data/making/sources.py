@@ -36,8 +36,11 @@ from pipelines.data.shards.filesystem import S3Settings, open_folder, storage_er
 from sgmd_core.errors import DataError
 
 VIDEO_SUFFIXES = frozenset(
-    f".{name}"
-    for name in ("mp4", "m4v", "mov", "3gp", "mkv", "webm", "avi", "mpg", "mpeg", "wmv", "flv")
+    (
+        ".mp4 .m4v .mov .qt .3gp .3g2 .mj2 .f4v .mkv .mk3d .webm .avi .divx .mpg .mpeg .mpe .m1v .m2v"
+        " .vob .ts .mts .m2ts .m2t .wmv .asf .flv .swf .ogv .ogm .gif .apng .rm .rmvb .mxf .dv .nut"
+        " .ivf .y4m .mjpeg .mjpg .wtv .amv .h264 .264 .hevc .h265 .265"
+    ).split()  # noqa: SIM905 - a list would take forty lines
 )
 PROMPTS_SUFFIX = ".txt"
 _CAPTION_SUFFIXES = (".txt", ".json")

@@ -5,7 +5,7 @@ are in order and only of those that are wanted, and a window comes out in parts 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import cast
 
@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.data.clips.clip_decoding import ClipError, ClipFault, decode_clip
-from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.clips.clip_decoding import decode_clip
+from pipelines.data.clips.clip_errors import ClipError, ClipFault
+from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
 from pipelines.data.making.caption_rule import in_words
 from pipelines.data.shards.schema import FPS, VIDEO
 from pipelines.data.stream.source import Decode, Source
@@ -29,13 +30,15 @@ class ClipDecoder:
 
     Attributes:
         wanted: Frames, size and rate; its policy says what happens to other sizes.
+        limits: What a file may ask for.
     """
 
     wanted: ClipFormat
+    limits: ClipLimits = field(default_factory=ClipLimits)
 
     def __call__(self, data: bytes, fps: float) -> NDArray[np.uint8]:
         """Pixels of one file, see `decode_clip`; the file knows its own rate better than `fps`."""
-        return decode_clip(data, self.wanted)
+        return decode_clip(data, self.wanted, self.limits)
 
 
 def decode_rows(source: Source, rows: pa.Table) -> Iterator[pa.Table]:

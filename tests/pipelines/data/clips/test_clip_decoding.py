@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 from pipelines.data.clips.clip_decoding import (
-    ClipError,
-    ClipFault,
     decode_clip,
     read_facts,
     read_first_frame,
     sample_frames,
-    transcode,
 )
+from pipelines.data.clips.clip_errors import ClipError, ClipFault
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy, place, samples_before
+from pipelines.data.clips.transcoding import transcode
 from sgmd_core.errors import ConfigError
 from tests.helpers.video_files import grey_frames, real_clips, sound_file, video_file
 

@@ -248,6 +248,22 @@ class TestWhatIsNotTaken:
             prepare(str(source / "odd"), str(tmp_path), options)
 
 
+@pytest.mark.parametrize("suffix", [".MP4", ".gif", ".ts", ".mts", ".3g2", ".asf", ".vob", ".ogv"])
+def test_files_of_every_usual_kind_are_clips(tmp_path, suffix):
+    # FFmpeg goes by the content; the name only says that a file is meant as a clip.
+    write_clip(tmp_path / "src", f"a{suffix}", video_file(grey_frames([50, 100])), "a")
+    assert prepare(str(tmp_path / "src"), str(tmp_path / "set"), HERE).num_clips == 1
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    write_clip(tmp_path / "src", "a.mp4", video_file(grey_frames([50, 100])), "a")
+    os.mkfifo(tmp_path / "src" / "b.mp4")
+    (tmp_path / "src" / "b.txt").write_text("b")
+    options = PrepareOptions(num_processes=0, max_bad_fraction=0.5)
+    report = prepare(str(tmp_path / "src"), str(tmp_path / "set"), options)
+    assert (report.num_clips, report.rejected) == (1, {"missing_video": 1})
+
+
 class TestIdentity:
     @pytest.mark.parametrize(
         ("option", "values"),
