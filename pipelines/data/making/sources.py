@@ -35,13 +35,12 @@ from pipelines.data.making.tar_members import TarFault, read_members
 from pipelines.data.shards.filesystem import S3Settings, open_folder, storage_errors
 from sgmd_core.errors import DataError
 
-VIDEO_SUFFIXES = frozenset(
-    (
-        ".mp4 .m4v .mov .qt .3gp .3g2 .mj2 .f4v .mkv .mk3d .webm .avi .divx .mpg .mpeg .mpe .m1v .m2v"
-        " .vob .ts .mts .m2ts .m2t .wmv .asf .flv .swf .ogv .ogm .gif .apng .rm .rmvb .mxf .dv .nut"
-        " .ivf .y4m .mjpeg .mjpg .wtv .amv .h264 .264 .hevc .h265 .265"
-    ).split()  # noqa: SIM905 - a list would take forty lines
+_KNOWN = (
+    "mp4 m4v mov qt 3gp 3g2 mj2 f4v mkv mk3d webm avi divx mpg mpeg mpe m1v m2v vob ts mts m2ts"
+    " m2t wmv asf flv swf ogv ogm gif apng rm rmvb mxf dv nut ivf y4m mjpeg mjpg wtv amv h264 264"
+    " hevc h265 265"
 )
+VIDEO_SUFFIXES = frozenset(f".{name}" for name in _KNOWN.split())
 PROMPTS_SUFFIX = ".txt"
 _CAPTION_SUFFIXES = (".txt", ".json")
 _PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
