@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from pipelines.data.clips.clip_decoding import ClipError, decode_clip, read_facts, transcode
+from pipelines.data.clips.clip_decoding import decode_clip, read_facts
+from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.clips.transcoding import transcode
 from pipelines.data.making.ordered_pool import map_in_order
 from tests.fuzz.mutations import CASE_LIMIT_S, NUM_CASES, mutate_bytes
 from tests.helpers.video_files import grey_frames, video_file
