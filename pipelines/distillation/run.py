@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import ClusterError, StorageError
+from cluster.lease import hold
 from cluster.storage import write_json
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
@@ -92,6 +93,7 @@ def distill(
         SgmdError: A wrong setting, model folder or shard, before anything is started; or a loss
             that stopped being finite, with a note of where the last good state is.
         ClusterError: Ray, a pool or a worker is not there (any more).
+        LeaseError: Another process runs in the folder.
     """
     listener = listener or SilentListener()
     listener.note("checking model folder, shards and settings")
@@ -101,6 +103,31 @@ def distill(
     if checked.unknown_words.num_affected:
         listener.warning(checked.unknown_words.in_words())
     check_machine(config, checked.model, resume=resume, gpus=False)
+    with hold(str(folder.root), f"sgmd distill {config.name}"):
+        return _distill(
+            config,
+            checked,
+            folder,
+            resume=resume,
+            listener=listener,
+            in_trial=in_trial,
+            max_seconds=max_seconds,
+            timed_saves=timed_saves,
+        )
+
+
+def _distill(
+    config: DistillConfig,
+    checked: Preflight,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    listener: Listener,
+    in_trial: bool,
+    max_seconds: float | None,
+    timed_saves: int,
+) -> dict[str, Any]:
+    """Runs a checked distillation in a folder that this process holds."""
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:
         start = resume_position(config, checked, folder, checkpoints, listener.warning)

@@ -17,7 +17,7 @@ from pipelines.data.making import encode_stages
 from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.encode_plan import digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
-from pipelines.data.making.journal import open_journal
+from pipelines.data.making.journal import filling
 from pipelines.data.making.rejections import counts_by_reason
 from pipelines.data.shards.filesystem import canonical_address, open_folder
 from pipelines.data.shards.schema import TEXT_COMPONENTS, Encoding
@@ -89,19 +89,21 @@ def encode(
         "encoding": asdict(encoding),
         "format": asdict(options.wanted),
     }
-    journal = open_journal(dst, "encode", settings)
-    num_before = sum(shard.num_rows for shard in journal.shards.values())
-    missing = [part for part in parts if part.name not in journal.parts]
-    if missing and not journal.is_complete:
-        writer = PartWriter(journal, missing, encoding, options.max_bad_fraction, f"encoding {src}")
-        readable = [part for part in missing if part.num_rows]
-        total = sum(part.num_rows for part in parts)
-        with closing(encode_stages.run(src, model, options, readable)) as lines:
-            for line in lines:
-                writer.take(line)
-                on_progress("clips", total - writer.num_waiting, total)
-        writer.close()
-    journal.finish()
+    with filling(dst, "encode", settings) as journal:
+        num_before = sum(shard.num_rows for shard in journal.shards.values())
+        missing = [part for part in parts if part.name not in journal.parts]
+        if missing and not journal.is_complete:
+            writer = PartWriter(
+                journal, missing, encoding, options.max_bad_fraction, f"encoding {src}"
+            )
+            readable = [part for part in missing if part.num_rows]
+            total = sum(part.num_rows for part in parts)
+            with closing(encode_stages.run(src, model, options, readable)) as lines:
+                for line in lines:
+                    writer.take(line)
+                    on_progress("clips", total - writer.num_waiting, total)
+            writer.close()
+        journal.finish()
     shards = journal.shards.values()
     num_clips = sum(shard.num_rows for shard in shards)
     return EncodeReport(

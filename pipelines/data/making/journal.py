@@ -13,11 +13,13 @@ under the same name. So every clip is in the set exactly once, however often the
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, cast
 
 from fsspec import AbstractFileSystem
 
+from cluster.lease import Lease, hold
 from pipelines.data.making.rejections import Rejection, from_parquet, to_parquet
 from pipelines.data.shards.filesystem import open_folder, storage_errors
 from pipelines.data.shards.index import INDEX_NAME, Shard, read_index, write_index
@@ -42,6 +44,7 @@ class Journal:
 
     Attributes:
         is_bound: That file says so; otherwise it is written with the first part.
+        lease: Checked before each part.
         shards: Everything written and counted, by name.
         rejections: Everything that was not taken.
         parts: Names of the parts that count, also of those in which no clip was good.
@@ -58,6 +61,7 @@ class Journal:
         self.filesystem = filesystem
         self.root = root
         self.is_bound = False
+        self.lease = Lease()
         self._settings_path = settings_path
         self._settings = settings
         index = read_index(filesystem, root)
@@ -127,7 +131,12 @@ class Journal:
         self._delete(_PROGRESS)
 
     def _bind(self) -> None:
-        """Says what the shards are made with, before the first of them is there."""
+        """Says what the shards are made with, before the first of them is there.
+
+        Raises:
+            LeaseLostError: Another process fills the folder by now.
+        """
+        self.lease.check()
         if not self.is_bound:
             content = json.dumps(self._settings, indent=2).encode()
             write_file(self.filesystem, self._settings_path, content)
@@ -183,6 +192,27 @@ class Journal:
         for path in (f"{self.root}/{part}.parquet", place):
             if self.filesystem.exists(path):
                 self.filesystem.rm_file(path)
+
+
+@contextmanager
+def filling(url: str, command: str, settings: Mapping[str, Any]) -> Iterator[Journal]:
+    """Holds the lease on a folder while it is filled, and opens its journal.
+
+    Args:
+        url: Local path or `s3://bucket/prefix`.
+        command: See `open_journal`.
+        settings: See `open_journal`.
+
+    Raises:
+        DataError: See `open_journal`.
+        LeaseError: Another process fills the folder.
+    """
+    filesystem, _ = open_folder(url, probe=False)
+    with hold(url, f"sgmd {command}", filesystem) as lease:
+        # Opened under the lease: another process may have filled the folder until now.
+        journal = open_journal(url, command, settings)
+        journal.lease = lease
+        yield journal
 
 
 def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal:

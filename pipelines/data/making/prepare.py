@@ -16,7 +16,7 @@ from functools import partial
 
 import pyarrow as pa
 
-from pipelines.data.making.journal import Journal, open_journal
+from pipelines.data.making.journal import Journal, filling, open_journal
 from pipelines.data.making.ordered_pool import Died, map_in_order
 from pipelines.data.making.prepare_clip import ClipRules, PreparedClip, prepare_clip
 from pipelines.data.making.rejections import (
@@ -140,30 +140,17 @@ def prepare(
     """
     started = time.monotonic()
     src = canonical_address(src)
-    journal = open_journal(dst, "prepare", _settings(src, options))
+    settings = _settings(src, options)
+    open_journal(dst, "prepare", settings)  # refuses before anything is written
     captions_only = src.endswith(PROMPTS_SUFFIX) or options.columns.path is None
-    listed = _some(list_clips(src, options.columns), _no_clip(src, captions_only))
-    if options.retry_bad:
-        journal.forget_rejections()
-    num_before = _written(journal).num_clips
-    written = SeenIds()
-    for sample_ids in journal.sample_ids():
-        written.add(sample_ids)
-    known: set[Place] = {(found.sample_id, found.source, found.row) for found in journal.rejections}
-    clips = fresh_clips(listed, written, known)
-    outcomes = map_in_order(
-        partial(prepare_clip, rules=options.rules), clips, _num_processes(options)
-    )
+    no_clip = _no_clip(src, captions_only)
+    listed = _some(list_clips(src, options.columns), no_clip)
     schema = caption_schema() if captions_only else video_schema()
-    filler = _Filler(journal, options, f"preparing {src}", schema)
-    for outcome in outcomes:
-        filler.take(_as_rejection(outcome) if isinstance(outcome, Died) else outcome)
-        on_progress(filler.progress())
-    filler.close()
-    on_progress(filler.progress())
-    if not journal.shards:
-        raise _no_clip(src, captions_only)
-    journal.finish()
+    with filling(dst, "prepare", settings) as journal:
+        filler, num_before = _fill(journal, src, listed, schema, options, on_progress)
+        if not journal.shards:
+            raise no_clip
+        journal.finish()
     end = _written(journal)
     return PrepareReport(
         folder=dst,
@@ -175,6 +162,35 @@ def prepare(
         look=dict(filler.look.most_common()),
         seconds=time.monotonic() - started,
     )
+
+
+def _fill(
+    journal: Journal,
+    src: str,
+    listed: Iterable[SourceClip | Rejection],
+    schema: pa.Schema,
+    options: PrepareOptions,
+    on_progress: Callable[[Progress], None],
+) -> tuple["_Filler", int]:
+    """Takes every clip that is not there yet; returns the filler and the clips before it."""
+    if options.retry_bad:
+        journal.forget_rejections()
+    num_before = _written(journal).num_clips
+    written = SeenIds()
+    for sample_ids in journal.sample_ids():
+        written.add(sample_ids)
+    known: set[Place] = {(found.sample_id, found.source, found.row) for found in journal.rejections}
+    clips = fresh_clips(listed, written, known)
+    outcomes = map_in_order(
+        partial(prepare_clip, rules=options.rules), clips, _num_processes(options)
+    )
+    filler = _Filler(journal, options, f"preparing {src}", schema)
+    for outcome in outcomes:
+        filler.take(_as_rejection(outcome) if isinstance(outcome, Died) else outcome)
+        on_progress(filler.progress())
+    filler.close()
+    on_progress(filler.progress())
+    return filler, num_before
 
 
 def _some(

@@ -1,0 +1,227 @@
+"""Lease on a folder that is written to: one process at a time.
+
+    disk           flock on FOLDER/.lease    the kernel frees it with the process, also after a kill
+    object store   FOLDER/_lease.json        renewed every 10 s; free when it is 60 s old
+
+On a disk a holder that is paused keeps its lease. On an object store it may lose it; whoever holds
+one asks `check` before each commit, which reads the object again.
+"""
+
+import errno
+import fcntl
+import getpass
+import json
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from cluster.errors import LeaseError, LeaseLostError
+
+LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
+_RENEW_EVERY_S, _EXPIRY_S = 10.0, 60.0
+# Two writers that create the object at once both see the later one after so long.
+_SETTLE_S = 1.0
+_log = logging.getLogger(__name__)
+
+
+class Lease:
+    """A lease that this process holds."""
+
+    def check(self) -> None:
+        """Makes sure that the lease is still held; call it before each commit.
+
+        Raises:
+            LeaseLostError: Another process has taken it over.
+        """
+
+
+@contextmanager
+def hold(
+    folder: str, purpose: str, filesystem: AbstractFileSystem | None = None
+) -> Iterator[Lease]:
+    """Holds a folder for writing.
+
+    Args:
+        folder: Local path, which is made where it is missing, or an address fsspec knows.
+        purpose: What is done there, for the message that others get.
+        filesystem: Of an object store, with its settings; None takes the usual ones.
+
+    Raises:
+        LeaseError: Another process holds it; says which one and since when.
+    """
+    if filesystem is None:
+        filesystem, path = fsspec.core.url_to_fs(folder)
+    else:
+        path = str(filesystem._strip_protocol(folder))
+    holder = {
+        "purpose": purpose,
+        "owner": f"{_user()}@{socket.gethostname()}",
+        "pid": os.getpid(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "token": secrets.token_hex(8),
+    }
+    if isinstance(filesystem, LocalFileSystem):
+        with _hold_local(Path(path), folder, holder):
+            yield Lease()
+        return
+    lease = _ObjectLease(filesystem, f"{path}/{LEASE_OBJECT}", folder, holder)
+    lease.take()
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+@contextmanager
+def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[None]:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = path / LEASE_FILE
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            text = os.pread(descriptor, 2**16, 0).decode(errors="replace")
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise _held(folder, text) from None
+            _log.warning("%s cannot be locked (%s): do not write to it twice at once", path, error)
+            yield
+            return
+        # The holder before may have deleted the file between our opening and locking it.
+        with suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == lock.stat().st_ino:
+                break
+        os.close(descriptor)
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        yield
+    finally:
+        with suppress(OSError):
+            lock.unlink()
+        os.close(descriptor)
+
+
+class _ObjectLease(Lease):
+    """A lease as an object that is renewed by a thread."""
+
+    def __init__(
+        self,
+        filesystem: AbstractFileSystem,
+        path: str,
+        folder: str,
+        holder: Mapping[str, Any],
+    ) -> None:
+        self._filesystem = filesystem
+        self._path = path
+        self._folder = folder
+        self._holder = holder
+        self._over = threading.Event()
+        self._renewed_s = time.monotonic()
+
+    def take(self) -> None:
+        """Creates the object, or takes over one that nobody renews any more."""
+        found = self._read()
+        if found and time.time() - float(found.get("renewed", 0)) < _EXPIRY_S:
+            raise _held(self._folder, json.dumps(found))
+        self._write(is_new=not found)
+        time.sleep(_SETTLE_S)
+        self.check()
+        threading.Thread(target=self._renew, name="renew-lease", daemon=True).start()
+
+    def check(self) -> None:
+        """See `Lease`; reads the object."""
+        found = self._read()
+        if found.get("token") != self._holder["token"]:
+            raise LeaseLostError(
+                f"writing to {self._folder}",
+                f"the lease is held by {_words(found)}" if found else "the lease is gone",
+                "the lease that this process took",
+                "Let the other process finish, then run the command again",
+            )
+
+    def release(self) -> None:
+        """Deletes the object where it is still this process's."""
+        self._over.set()
+        with suppress(Exception):
+            if self._read().get("token") == self._holder["token"]:
+                self._filesystem.rm_file(self._path)
+
+    def _renew(self) -> None:
+        while not self._over.wait(_RENEW_EVERY_S):
+            try:
+                self.check()
+                # Whoever was paused for longer than the expiry must not bring its lease back.
+                if time.monotonic() - self._renewed_s < _EXPIRY_S:
+                    self._write(is_new=False)
+            except LeaseLostError:
+                return
+            except Exception as error:
+                _log.warning("The lease %s was not renewed: %s", self._path, error)
+
+    def _read(self) -> dict[str, Any]:
+        self._filesystem.invalidate_cache()
+        try:
+            found = json.loads(self._filesystem.cat_file(self._path))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _write(self, *, is_new: bool) -> None:
+        content = json.dumps({**self._holder, "renewed": time.time()}).encode()
+        try:
+            # Conditional where the server knows how; the read after it decides elsewhere.
+            self._filesystem.pipe_file(
+                self._path, content, mode="create" if is_new else "overwrite"
+            )
+        except FileExistsError:
+            raise _held(self._folder, json.dumps(self._read())) from None
+        except (NotImplementedError, TypeError):
+            self._filesystem.pipe_file(self._path, content)
+        self._renewed_s = time.monotonic()
+
+
+def _held(folder: str, text: str) -> LeaseError:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = {}
+    return LeaseError(
+        f"writing to {folder}",
+        f"it is being written to by {_words(found)}",
+        "a folder that no other process writes to",
+        "Wait for that process or end it, or choose another folder",
+    )
+
+
+def _words(found: Mapping[str, Any]) -> str:
+    if not found:
+        return "another process"
+    return (
+        f"{found.get('owner')}, process {found.get('pid')} (`{found.get('command')}`), since "
+        f"{found.get('since')}: {found.get('purpose')}"
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())

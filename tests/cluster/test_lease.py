@@ -1,0 +1,110 @@
+"""One writer at a time: leases on folders and on object stores, held, freed, taken over, lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from cluster import lease as leases
+from cluster.errors import LeaseError, LeaseLostError
+from cluster.lease import LEASE_FILE, LEASE_OBJECT, hold
+
+ROOT = Path(__file__).parents[2]
+HOLDER = """
+import sys, time
+from cluster.lease import hold
+with hold(sys.argv[1], "a test"):
+    print("held", flush=True)
+    time.sleep(120)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds `tmp_path`."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+class TestDisk:
+    def test_a_second_process_is_refused_and_told_who_holds_the_folder(self, tmp_path, holder):
+        with pytest.raises(LeaseError) as caught, hold(str(tmp_path), "another test"):
+            pass
+        text = str(caught.value)
+        assert f"process {holder.pid}" in text
+        assert ": a test" in text
+
+    @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+    def test_a_folder_is_free_as_soon_as_its_holder_is_dead(self, tmp_path, holder, number):
+        holder.send_signal(number)
+        holder.wait()
+        with hold(str(tmp_path), "another test"):
+            assert json.loads((tmp_path / LEASE_FILE).read_text())["pid"] == os.getpid()
+
+    def test_a_holder_that_is_paused_keeps_the_folder(self, tmp_path, holder):
+        holder.send_signal(signal.SIGSTOP)
+        with pytest.raises(LeaseError), hold(str(tmp_path), "another test"):
+            pass
+
+    def test_nothing_stays_behind_and_the_same_process_is_refused_too(self, tmp_path):
+        with hold(str(tmp_path), "one") as lease:
+            lease.check()
+            with pytest.raises(LeaseError), hold(str(tmp_path), "two"):
+                pass
+        assert list(tmp_path.iterdir()) == []
+        with hold(str(tmp_path), "three"):
+            pass
+
+
+class TestObjectStore:
+    @pytest.fixture(autouse=True)
+    def quick(self, monkeypatch) -> None:
+        monkeypatch.setattr(leases, "_SETTLE_S", 0.05)
+
+    @pytest.fixture
+    def folder(self, request) -> str:
+        fsspec.filesystem("memory").store.clear()
+        return "memory://set"
+
+    def test_a_second_writer_is_refused_until_the_first_is_done(self, folder):
+        with hold(folder, "one") as lease:
+            lease.check()
+            with pytest.raises(LeaseError, match="one"), hold(folder, "two"):
+                pass
+        with hold(folder, "two"):
+            pass
+        assert not fsspec.filesystem("memory").exists(f"/set/{LEASE_OBJECT}")
+
+    def test_a_lease_that_nobody_renews_is_taken_over_and_its_holder_notices(
+        self, folder, monkeypatch
+    ):
+        with hold(folder, "paused") as paused:
+            monkeypatch.setattr(leases, "_EXPIRY_S", 0.0)
+            time.sleep(0.01)
+            with hold(folder, "next") as taker:
+                with pytest.raises(LeaseLostError, match="next"):
+                    paused.check()
+                taker.check()
+
+    def test_a_holder_that_was_paused_does_not_bring_its_lease_back(self, folder, monkeypatch):
+        monkeypatch.setattr(leases, "_RENEW_EVERY_S", 0.05)
+        with hold(folder, "paused") as paused:
+            monkeypatch.setattr(leases, "_EXPIRY_S", 0.0)
+            with hold(folder, "next") as taker:
+                time.sleep(0.3)
+                taker.check()
+                with pytest.raises(LeaseLostError):
+                    paused.check()
