@@ -43,14 +43,15 @@ def unknown_words(folder: str | Path, captions: Sequence[str]) -> UnknownWords:
         ModelFolderError: the folder has no tokenizer.
     """
     tokenizer = load_tokenizer(Path(folder))
+    is_fast = bool(tokenizer.is_fast)
     words: Counter[str] = Counter()
     num_affected = 0
     for caption in map(prompt_clean, captions):
-        encoded = tokenizer(caption, return_offsets_mapping=tokenizer.is_fast)
+        encoded = tokenizer(caption, return_offsets_mapping=is_fast)
         ids = cast("list[int]", encoded["input_ids"])
         unknown = [at for at, each in enumerate(ids) if each == tokenizer.unk_token_id]
         num_affected += bool(unknown)
-        if tokenizer.is_fast:
+        if is_fast:
             borders = cast("list[tuple[int, int]]", encoded["offset_mapping"])
             words.update(caption[slice(*borders[at])].strip() for at in unknown)
     shown = tuple(word for word, _ in words.most_common(_NUM_WORDS_SHOWN))
