@@ -62,10 +62,8 @@ def hold(
     Raises:
         LeaseError: Another process holds it; says which one and since when.
     """
-    if filesystem is None:
-        filesystem, path = fsspec.core.url_to_fs(folder)
-    else:
-        path = str(filesystem._strip_protocol(folder))
+    store = fsspec.core.url_to_fs(folder)[0] if filesystem is None else filesystem
+    path = str(store._strip_protocol(folder))
     holder = {
         "purpose": purpose,
         "owner": f"{_user()}@{socket.gethostname()}",
@@ -74,11 +72,11 @@ def hold(
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "token": secrets.token_hex(8),
     }
-    if isinstance(filesystem, LocalFileSystem):
+    if isinstance(store, LocalFileSystem):
         with _hold_local(Path(path), folder, holder):
             yield Lease()
         return
-    lease = _ObjectLease(filesystem, f"{path}/{LEASE_OBJECT}", folder, holder)
+    lease = _ObjectLease(store, f"{path}/{LEASE_OBJECT}", folder, holder)
     lease.take()
     try:
         yield lease
