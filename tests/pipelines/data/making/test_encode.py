@@ -18,7 +18,7 @@ import torch
 
 from cluster.errors import InsufficientResourcesError
 from pipelines.data.clips.clip_decoding import decode_clip
-from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
+from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, FitPolicy
 from pipelines.data.making import encode_stages as stages
 from pipelines.data.making.encode import EncodeReport, encode, encoding_for
 from pipelines.data.making.encode_options import EncodeOptions, Pool, dtype_named
@@ -132,7 +132,9 @@ class TestStages:
     def lines(self, folder: Path) -> pa.Table:
         parts = plan_parts(*open_folder(str(folder)), 8)
         tasks = pa.table({stages.TASK: [pickle.dumps(part) for part in parts[:2]]})
-        return pa.concat_tables(stages.read_and_decode(tasks, str(folder), WANTED, 4096))
+        return pa.concat_tables(
+            stages.read_and_decode(tasks, str(folder), WANTED, DEFAULT_LIMITS, 4096)
+        )
 
     def test_every_row_comes_out_with_pixels_or_a_reason(self, source):
         lines = self.lines(source).to_pylist()
@@ -164,7 +166,9 @@ class TestStages:
             (SourceGroup(0, 0, 3), SourceGroup(1, 3, 1)),
         )
         tasks = pa.table({stages.TASK: [pickle.dumps(part)]})
-        lines = pa.concat_tables(stages.read_and_decode(tasks, str(tmp_path), WANTED, 4096))
+        lines = pa.concat_tables(
+            stages.read_and_decode(tasks, str(tmp_path), WANTED, DEFAULT_LIMITS, 4096)
+        )
         assert lines["reason"].to_pylist() == ["unreadable_rows"] * 4
         assert "video" in lines["detail"][0].as_py()
 
