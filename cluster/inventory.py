@@ -4,8 +4,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-
 
 @dataclass(frozen=True, slots=True)
 class ClusterInventory:
@@ -28,6 +26,9 @@ class ClusterInventory:
 
 def take_inventory() -> ClusterInventory:
     """Counts the cluster that this process is connected to."""
+    # Here, because a run in one process looks at memory where Ray need not be installed.
+    import ray
+
     total, free = ray.cluster_resources(), ray.available_resources()
     return ClusterInventory(
         num_nodes=sum(bool(node["Alive"]) for node in ray.nodes()),

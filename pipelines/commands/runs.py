@@ -11,7 +11,6 @@ from rich.table import Table
 from pipelines.commands.failures import hinting
 from pipelines.commands.options import Json, Overrides, RecipeName
 from pipelines.commands.output import progress_bar, show, working
-from pipelines.commands.run_summary import dry_run_words, summary_words
 from sgmd_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -126,8 +125,12 @@ def distill(
             with hinting(hint), console_listener(length, console) as listener:
                 result = job.distill(config, resume=resume is not None, listener=listener)
     if dry_run:
+        from pipelines.commands.run_summary import dry_run_words
+
         show(result, as_json, *dry_run_words(result))
     else:
+        from pipelines.commands.run_summary import summary_words
+
         show(result, as_json, *summary_words(result))
 
 
