@@ -320,6 +320,7 @@ def refusal(config: PretrainConfig) -> str:
 
 def test_stages_go_on_with_the_same_clips_elsewhere_and_other_figures(tmp_path: Path) -> None:
     config = begun(tmp_path)
+    recorded = stage_identities(config)
     (tmp_path / "train").rename(tmp_path / "moved")
     moved = config.model_copy(
         update={
@@ -327,6 +328,7 @@ def test_stages_go_on_with_the_same_clips_elsewhere_and_other_figures(tmp_path: 
             "sampling": config.sampling.model_copy(update={"num_clips": 8}),
         }
     )
+    assert stage_identities(moved) == recorded
     require_same_stages(Path(config.run_dir), stage_identities(moved))
 
 
