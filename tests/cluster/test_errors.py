@@ -23,6 +23,8 @@ EXAMPLES = [
             errors.TransferError,
             errors.ControllerTensorError,
             errors.StorageError,
+            errors.LeaseError,
+            errors.LeaseLostError,
             errors.JobError,
         )
     ),

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.checking.check import CheckOptions, check
-from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat
 from pipelines.data.making.caption_rule import split_words
 from pipelines.data.making.encode_plan import plan_parts
 from pipelines.data.making.encode_stages import TASK, read_and_decode
@@ -80,6 +80,7 @@ def test_training_and_check_and_encode_and_prepare_reject_the_same_captions_alik
             pa.table({TASK: [pickle.dumps(part)]}),
             str(shards / "videos"),
             ClipFormat(5, 32, 32, 8),
+            DEFAULT_LIMITS,
             LIMIT,
         )
         for line in table.to_pylist()

@@ -1,6 +1,5 @@
 """Arrow's own reader gives what the careful one gives, and may fail without a loss."""
 
-import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.native import Group, NativeReader, endpoint_options, native_filesystem
 from pipelines.data.shards.parquet import Fault, RowGroupReader
+from tests.helpers.logs import record_warnings
 from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
 
 COLUMNS = ("sample_id", "caption", "latents")
@@ -81,11 +81,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, s3_access: S3Access) -> Ite
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the reader warns of; libraries that other tests use may have turned logging off."""
-    messages: list[str] = []
-    logger = logging.getLogger("pipelines.data.shards.parquet")
-    monkeypatch.setattr(logger, "warning", lambda text, *args: messages.append(text % args))
-    return messages
+    """What the reader warns of."""
+    return record_warnings("pipelines.data.shards.parquet", monkeypatch)
 
 
 @pytest.fixture
