@@ -21,11 +21,11 @@ from typing import Any
 from documents import write_document
 
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.data.stream.feed import Feed, Progress
+from pipelines.data.stream.feed import Feed, FeedProgress
 from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import PromptBatch, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
-from pipelines.distillation.preflight import check
+from pipelines.distillation.preflight import run_preflight
 from pipelines.run.folder import RunFolder
 from pipelines.study.passes import (
     expected_passes,
@@ -79,7 +79,7 @@ def measure(recipe: str, overrides: Sequence[str], turns: int, warmup: int) -> d
         for planned in plan.runs[: len(plan.variants)]:
             folder, own = RunFolder(Path(scratch) / planned.variant), planned.config
             rows = own.batch.size * (1 + own.fresh_updates)
-            groups = open_groups(own, check(own), folder, Progress(), rows)
+            groups = open_groups(own, run_preflight(own), folder, FeedProgress(), rows)
             stands[planned.variant] = Stand(own, stack.enter_context(groups))
         for turn in range(warmup + turns):
             for variant, stand in stands.items():

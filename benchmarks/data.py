@@ -58,7 +58,7 @@ from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.listing import list_chapters
 from pipelines.data.shards.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO
 from pipelines.data.stream.catalogue import Catalogue
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source
@@ -154,7 +154,7 @@ def _stages(source: Source, num_rows: int, batch: int) -> dict[str, dict[str, fl
             read_window(reader, source, window)
 
     def handed_out() -> None:
-        feed = Feed(StreamSettings(source, seed=0), Progress(), num_rows)
+        feed = Feed(StreamSettings(source, seed=0), FeedProgress(), num_rows)
         for _ in range(num_rows // batch):
             _take(feed, source, batch)
 
@@ -173,7 +173,7 @@ def _stream(source: Source, num_rows: int, batch: int, readers: int) -> tuple[fl
     """Seconds until the first batch, and rows a second from then on to the end."""
     settings = StreamSettings(source, seed=0, ahead=ReadAheadSettings(readers=readers))
     began = time.perf_counter()
-    with Feed(settings, Progress(), num_rows) as feed:
+    with Feed(settings, FeedProgress(), num_rows) as feed:
         _take(feed, source, batch)
         first_s = time.perf_counter() - began
         for _ in range(num_rows // batch - 1):
@@ -256,11 +256,13 @@ def measure_first(scratch: Path, rounds: int) -> dict[str, Any]:
     with serve(scratch):
         for _ in range(rounds):
             with _timed(seconds["in_process"]):
-                assert len(Feed(StreamSettings(source, 0), Progress(), 16).take(16).captions) == 16
+                assert (
+                    len(Feed(StreamSettings(source, 0), FeedProgress(), 16).take(16).captions) == 16
+                )
             with start_ray(num_cpus=3):
                 settings = StreamSettings(source, 0, ahead=ReadAheadSettings())
                 began = time.perf_counter()
-                with Feed(settings, Progress(), 1600) as feed:
+                with Feed(settings, FeedProgress(), 1600) as feed:
                     feed.take(16)
                     seconds["with_ray"].append(time.perf_counter() - began)
             with _timed(seconds["listing_all"]):

@@ -15,7 +15,7 @@ from data_sets import BUCKET, serve, write_videos
 from cluster.runtime import start_ray
 from pipelines.data.clips.clip_format import ClipFormat
 from pipelines.data.shards.schema import FPS, VIDEO
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.window_decoding import ClipDecoder
@@ -43,7 +43,7 @@ def measure_memory(scratch: Path, rounds: int) -> dict[str, Any]:
     spilled_mb = 0.0
     with serve(scratch), start_ray(num_cpus=3, temp_dir=str(scratch / "ray")):
         settings = StreamSettings(source, 0, ahead=ReadAheadSettings())
-        with Feed(settings, Progress(), NUM_CLIPS) as feed:
+        with Feed(settings, FeedProgress(), NUM_CLIPS) as feed:
             for taken in range(_BATCH, NUM_CLIPS + 1, _BATCH):
                 batch = feed.take(_BATCH)
                 assert feed.pixels(batch.number).shape == (_BATCH, *shape)

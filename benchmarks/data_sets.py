@@ -25,7 +25,7 @@ from pipelines.data.shards.schema import (
     video_schema,
 )
 from pipelines.media.video import encode_mp4
-from pipelines.shapes import FPS, Split, captions, render, sample_spec
+from pipelines.shapes import FPS, ClipSplit, captions, render, sample_spec
 
 BUCKET = "bench"
 # A quarter of 480 x 832 pixels in each direction, 21 frames; a caption of at most 256 tokens.
@@ -113,7 +113,7 @@ def write_videos(
         encode_mp4(render(sample_spec(0, index)).repeat(zoom, 1).repeat(zoom, 2), FPS)
         for index in range(num_distinct)
     ]
-    texts = captions(Split.TRAIN)
+    texts = captions(ClipSplit.TRAIN)
     for first in range(0, num_clips, shard_rows):
         rows = range(first, min(first + shard_rows, num_clips))
         columns = {

@@ -21,11 +21,11 @@ from typing import Any
 from documents import write_document
 
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.data.stream.feed import Feed, Progress
+from pipelines.data.stream.feed import Feed, FeedProgress
 from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import PromptBatch, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
-from pipelines.distillation.preflight import check
+from pipelines.distillation.preflight import run_preflight
 from pipelines.run.folder import RunFolder
 from workers.text_encoder import TextEncoder
 
@@ -79,7 +79,7 @@ def measure(
                 config = load_recipe(recipe, [*overrides, *settings, "validation.every=0"])
                 folder = RunFolder(Path(scratch) / mode)
                 groups = open_groups(
-                    config, check(config), folder, Progress(), 2 * config.batch.size
+                    config, run_preflight(config), folder, FeedProgress(), 2 * config.batch.size
                 )
                 stands[mode] = Stand(config, stack.enter_context(groups))
             runs: dict[str, list[tuple[float, float]]] = {mode: [] for mode in TOPOLOGIES}

@@ -30,7 +30,7 @@ from orchestration_scaling import measure_scaling
 from orchestration_transfer import measure_transfer
 from orchestration_validation import measure_validation, write_docs
 
-from cluster.rehearsal import rehearse
+from cluster.dummies import run_dummies
 from cluster.schedule.simulate import Costs, in_sequence, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 
@@ -100,7 +100,7 @@ def _orders(groups: Groups, rounds: int, num_iterations: int) -> list[dict[str, 
     measured = _in_turns(
         {
             name: lambda own=calls: (
-                rehearse(own, {role: groups[role] for role in teams}, costs).iteration_s
+                run_dummies(own, {role: groups[role] for role in teams}, costs).iteration_s
             )
             for name, calls in orders.items()
         },

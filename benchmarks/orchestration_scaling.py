@@ -5,7 +5,7 @@ from typing import Any
 
 from harness import Groups, Setting, rehearse_setting, sleepers
 
-from cluster.rehearsal import rehearse
+from cluster.dummies import run_dummies
 from cluster.schedule.program import Pass, Stage, Team
 from cluster.schedule.schedule import order_calls
 from cluster.schedule.simulate import Costs
@@ -34,7 +34,7 @@ def _copies(groups: Groups, count: int, rounds: int) -> dict[str, float]:
     program = (Pass((Stage("denoise", TEACHER),)),)
     calls = order_calls(program, {TEACHER: Team(copies=count)}, TASKS, 1)
     costs = Costs(lambda call: NAP_S)
-    times = [rehearse(calls, groups, costs).iteration_s for _ in range(rounds)]
+    times = [run_dummies(calls, groups, costs).iteration_s for _ in range(rounds)]
     return _row(count, statistics.median(times), TASKS * NAP_S / count)
 
 

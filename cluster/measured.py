@@ -100,7 +100,7 @@ def path_seconds(timeline: Timeline, since_s: float = 0.0) -> dict[str, float]:
 
 
 @dataclass(slots=True)
-class Usage:
+class MeasuredUsage:
     """How one rank has spent its time so far; what is neither is waiting."""
 
     busy_s: float = 0.0

@@ -56,7 +56,7 @@ class GeneratedClip:
     seconds: float
 
 
-class Sampling(TypedDict, total=False):
+class SamplingOptions(TypedDict, total=False):
     """What may be sampled otherwise than the folder says; None leaves it to the folder.
 
     The names are those of `InferenceSettings`.
@@ -83,7 +83,7 @@ def generate(
     zoom: int | None = None,
     device: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
-    **sampling: Unpack[Sampling],
+    **sampling: Unpack[SamplingOptions],
 ) -> list[GeneratedClip]:
     """Samples every prompt and writes one file a format.
 
@@ -98,8 +98,8 @@ def generate(
             whose short side is under 256 px.
         device: Torch device; None takes a GPU where there is one.
         on_progress: Called after every denoising step with (steps done, steps in all).
-        **sampling: See `Sampling`; the rest comes from the folder's `sgmd.json`, and without one
-            from WanPipeline's defaults.
+        **sampling: See `SamplingOptions`; the rest comes from the folder's `sgmd.json`, and
+            without one from WanPipeline's defaults.
 
     Returns:
         One record a clip, in the order of the prompts and then of the seeds.

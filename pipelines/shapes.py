@@ -57,7 +57,7 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
-class Split(StrEnum):
+class ClipSplit(StrEnum):
     """Which set of captions a clip is drawn from; the two sets share no caption."""
 
     TRAIN = "train"
@@ -89,7 +89,7 @@ class ClipSpec:
     background: tuple[float, float, float]
 
 
-def captions(split: Split) -> list[str]:
+def captions(split: ClipSplit) -> list[str]:
     """All captions of a split, in a fixed order."""
     return [_caption_text(*words) for words in _combinations(split)]
 
@@ -99,11 +99,11 @@ def caption(spec: ClipSpec) -> str:
     return _caption_text(spec.colour, spec.shape, spec.direction, spec.speed_word)
 
 
-def sample_spec(seed: int, index: int, split: Split = Split.TRAIN) -> ClipSpec:
+def sample_spec(seed: int, index: int, split: ClipSplit = ClipSplit.TRAIN) -> ClipSpec:
     """Draw clip number `index`; depends on the arguments alone, not on earlier draws."""
     words = _combinations(split)
     # Counter-based: any clip can be drawn alone, on any machine, in any order.
-    split_key = list(Split).index(split)
+    split_key = list(ClipSplit).index(split)
     draw = np.random.Generator(np.random.Philox(key=[seed, 2 * index + split_key]))
     colour, shape, direction, speed_word = words[int(draw.integers(len(words)))]
     jitter = 1 + draw.uniform(-SPEED_JITTER, SPEED_JITTER)
@@ -150,7 +150,7 @@ def write_shards(
     num_clips: int,
     shard_size: int,
     seed: int,
-    split: Split = Split.TRAIN,
+    split: ClipSplit = ClipSplit.TRAIN,
     first_index: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
@@ -200,14 +200,14 @@ def write_shards(
 
 
 def render_batch(
-    seed: int, indices: Sequence[int], split: Split
+    seed: int, indices: Sequence[int], split: ClipSplit
 ) -> tuple[NDArray[np.uint8], list[str]]:
     """Draw several clips at once: pixels (clips, frames, height, width, 3) and their captions."""
     specs = [sample_spec(seed, index, split) for index in indices]
     return np.stack([render(spec) for spec in specs]), [caption(spec) for spec in specs]
 
 
-def _shard_table(seed: int, indices: range, split: Split) -> pa.Table:
+def _shard_table(seed: int, indices: range, split: ClipSplit) -> pa.Table:
     specs = [sample_spec(seed, index, split) for index in indices]
     return pa.table(
         {
@@ -225,8 +225,8 @@ def _caption_text(colour: str, shape: str, direction: str, speed_word: str) -> s
 
 
 @cache
-def _combinations(split: Split) -> tuple[tuple[str, str, str, str], ...]:
-    held_out = split is Split.HELD_OUT
+def _combinations(split: ClipSplit) -> tuple[tuple[str, str, str, str], ...]:
+    held_out = split is ClipSplit.HELD_OUT
     return tuple(
         (colour, shape, direction, speed_word)
         for i, colour in enumerate(COLOURS)

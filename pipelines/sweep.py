@@ -23,7 +23,7 @@ from cluster.runtime import start_ray
 from cluster.storage import write_json, write_text
 from pipelines.config.recipe import DistillConfig, check_sweep
 from pipelines.distillation.groups import own_cluster_size, pools_of
-from pipelines.distillation.preflight import check, require_readable
+from pipelines.distillation.preflight import require_readable, run_preflight
 from pipelines.distillation.run import distill
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.progress import Listener, SilentListener
@@ -102,7 +102,7 @@ def sweep(config: DistillConfig, listener: Listener | None = None) -> SweepResul
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     require_lasting_folder(config.output, "output")
     _require_grid(config)
-    score, held_out = config.sweep.score, check(_trial_config(config, {}, "check")).held_out
+    score, held_out = config.sweep.score, run_preflight(_trial_config(config, {}, "check")).held_out
     require_readable(score, held_out, f"ranking trials by {score}", "sweep.score")
     folder = Path(config.output).absolute() / f"{config.name}-sweep"
     if (folder / "results.json").exists():

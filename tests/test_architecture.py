@@ -118,3 +118,16 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
         body = body[1:]
     last = function.end_lineno or function.lineno
     return last - body[0].lineno + 1 if body else 0
+
+
+def test_no_public_name_stands_for_two_things():
+    homes: dict[str, list[str]] = {}
+    for path in SOURCES:
+        # A command of the command line has the name of the function that it calls.
+        if path.parent.name == "commands":
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(relative(path))
+    assert len(homes) > 500
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}

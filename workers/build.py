@@ -10,7 +10,7 @@ from torch import nn
 
 from sgmd_core.objectives import Objective
 from sgmd_core.schedule import FlowMatchSchedule
-from workers.compute import prepare
+from workers.compute import prepare_network
 from workers.evaluator import Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
@@ -142,7 +142,7 @@ def _denoiser(model: ModelSettings) -> WanVelocity:
 
 def _ready(model: ModelSettings, compute: ComputeSettings) -> WanVelocity:
     """A role's network, computed as the settings say, spread over the role's ranks."""
-    denoiser = prepare(_denoiser(model), compute)
+    denoiser = prepare_network(_denoiser(model), compute)
     shard(denoiser, denoiser.blocks)
     return denoiser
 

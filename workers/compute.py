@@ -19,7 +19,7 @@ from workers.models.wan import WanVelocity
 from workers.settings import ComputeSettings
 
 
-def prepare(network: WanVelocity, settings: ComputeSettings) -> WanVelocity:
+def prepare_network(network: WanVelocity, settings: ComputeSettings) -> WanVelocity:
     """Makes a network compute that way; call it before the network is sharded.
 
     Args:

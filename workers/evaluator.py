@@ -24,7 +24,7 @@ from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import random_generator
 from sgmd_core.types import Latents
 from sgmd_core.velocity import VelocityModel
-from workers.measured_clips import MeasuredClips, Measurer, joined
+from workers.measured_clips import MeasuredClips, Measurer, concatenate_clips
 from workers.placement import device_of
 from workers.role_state import require_same_tensors
 from workers.text_encoder import TextEncoder
@@ -174,7 +174,7 @@ class Evaluator:
             seconds.append((time.perf_counter() - began) / len(chunk))
             parts.append(measurer.measure(video))
             shown += to_pixels(video[: max(0, num_shown - start)])
-        return MeasuredSample(joined(parts), tuple(shown), tuple(seconds))
+        return MeasuredSample(concatenate_clips(parts), tuple(shown), tuple(seconds))
 
     def _model(self, weights: Mapping[str, Tensor] | None) -> VelocityModel:
         if weights is None:

@@ -87,7 +87,7 @@ class Measurer:
         return MeasuredClips(features, measure_clip_figures(video, self.fps), reading)
 
 
-def joined(parts: Sequence[MeasuredClips]) -> MeasuredClips:
+def concatenate_clips(parts: Sequence[MeasuredClips]) -> MeasuredClips:
     """One set of several parts, in their order."""
     readings = [part.reading for part in parts if part.reading is not None]
     return MeasuredClips(

@@ -14,7 +14,7 @@ from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
 from sgmd_core.types import Draws, MicroBatchKey, TextBatch
-from workers.compute import prepare
+from workers.compute import prepare_network
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.models.wan import WanVelocity
@@ -93,7 +93,7 @@ class Case:
                 ffn_dim=shape.ffn_width,
                 num_layers=shape.num_layers,
             )
-        return prepare(WanVelocity(transformer), compute or self.compute)
+        return prepare_network(WanVelocity(transformer), compute or self.compute)
 
     def generator(self) -> GeneratorLearner:
         """The generator with averaged weights, as the recipe `wan-1.3b` has it."""

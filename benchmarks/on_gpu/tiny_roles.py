@@ -21,7 +21,7 @@ from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
 from sgmd_core.types import MicroBatchKey, NoisedBatch, Purpose, TextBatch
-from workers.compute import prepare
+from workers.compute import prepare_network
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.models.folder import inspect_wan_folder
@@ -67,7 +67,7 @@ class Roles:
         self.device = device
         self.objective = objective or SgmdObjective()
         self.networks = {
-            name: prepare(deepcopy(_loaded()), compute or ComputeSettings())
+            name: prepare_network(deepcopy(_loaded()), compute or ComputeSettings())
             for name in ("generator", "fake_score", "teacher")
         }
         for seed, name in enumerate(("generator", "fake_score")):

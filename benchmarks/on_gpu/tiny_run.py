@@ -170,9 +170,9 @@ def _host_share(context: Context, work: Path, plain_s: float) -> dict[str, Any]:
     from iteration import Stand
 
     from pipelines.config.recipe import load_recipe
-    from pipelines.data.stream.feed import Progress
+    from pipelines.data.stream.feed import FeedProgress
     from pipelines.distillation.groups import open_groups
-    from pipelines.distillation.preflight import check
+    from pipelines.distillation.preflight import run_preflight
     from pipelines.run.folder import RunFolder
 
     settings = ["topology.mode=local", "validation.every=0", f"output={work}", "name=profiled"]
@@ -183,7 +183,9 @@ def _host_share(context: Context, work: Path, plain_s: float) -> dict[str, Any]:
     activities = [ProfilerActivity.CUDA if on_card else ProfilerActivity.CPU]
     rounds = 1 if context.small else 4
     folder = RunFolder(work / "profiled")
-    with open_groups(config, check(config), folder, Progress(), 2 * config.batch.size) as groups:
+    with open_groups(
+        config, run_preflight(config), folder, FeedProgress(), 2 * config.batch.size
+    ) as groups:
         stand = Stand(config, groups)
         for _ in range(rounds):
             stand.run()

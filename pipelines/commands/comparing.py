@@ -38,9 +38,9 @@ def study(
 
 
 def _planned(config: "DistillConfig") -> Shown:
-    from pipelines.study.run import dry_run
+    from pipelines.study.run import dry_run_study
 
-    planned = dry_run(config)
+    planned = dry_run_study(config)
     return planned, [_plan_table(planned), _plan_words(planned)]
 
 

@@ -10,7 +10,7 @@ from pipelines.commands.output import Counter, counting, pairs, progress_bar, sh
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits, FitPolicy
 
 if TYPE_CHECKING:
-    from pipelines.data.making.prepare import Progress
+    from pipelines.data.making.prepare import PrepareProgress
 
 Policy = Annotated[
     FitPolicy,
@@ -127,7 +127,7 @@ def prepare(
     show(data, as_json, pairs(data), f"Look at them: sgmd check {target}")
 
 
-def _tell(count: Counter, now: "Progress") -> None:
+def _tell(count: Counter, now: "PrepareProgress") -> None:
     count(
         f"{now.num_clips} clips, {now.num_bad} bad, {now.num_shards} shards,"
         f" {now.num_bytes / 2**20:.1f} MiB"
@@ -166,7 +166,7 @@ def check(
     """Look at every shard, row and video of a set; exit code 0: usable, 1: not, 2: no such set."""
     with progress_bar() as on_progress:
         from pipelines.data.checking.check import CheckOptions
-        from pipelines.data.checking.check import check as look
+        from pipelines.data.checking.check import check_shards as look
 
         count_tokens, limit = None, 512
         if model is not None:
@@ -251,7 +251,7 @@ def encode(
     """Encode videos to latents and captions to embeddings; killed and started again, it goes on."""
     with progress_bar() as on_progress:
         from pipelines.data.making.encode import encode as make_latents
-        from pipelines.data.making.encode_options import EncodeOptions, Pool, dtype_named
+        from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
         from pipelines.media.inference import model_folder, read_inference_settings
 
         folder = model_folder(model)
@@ -275,8 +275,8 @@ def encode(
                 limits=ClipLimits(max_pixels, max_frames, max_seconds, max_decode_seconds),
                 max_bad_fraction=max_bad_fraction,
                 decoders=decoders,
-                videos=Pool(video_encoders, video_gpus),
-                captions=Pool(text_encoders, text_gpus),
+                videos=ActorPool(video_encoders, video_gpus),
+                captions=ActorPool(text_encoders, text_gpus),
                 address=address,
             ),
             on_progress,

@@ -17,9 +17,9 @@ from pipelines.evaluation.result import (
     GENERATOR,
     REFERENCE,
     TEACHER_FEW,
+    ErrorBar,
     Evaluation,
     EvaluationRow,
-    Spread,
     rounded,
     with_error,
 )
@@ -30,7 +30,7 @@ MOTION = "flow_top"
 
 
 @dataclass(frozen=True, slots=True)
-class Column:
+class TableColumn:
     """One column of the tables.
 
     Attributes:
@@ -76,7 +76,7 @@ def verdict_lines(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def _table(evaluation: Evaluation, columns: Sequence[Column]) -> Table | None:
+def _table(evaluation: Evaluation, columns: Sequence[TableColumn]) -> Table | None:
     # For captions of another world, for example, there are no shares of right answers.
     columns = [column for column in columns if any(map(column.text, evaluation.rows))]
     if not columns:
@@ -116,7 +116,7 @@ def _measures(evaluation: Evaluation) -> Table | None:
     return shown
 
 
-def _with_interval(ratio: Spread) -> str:
+def _with_interval(ratio: ErrorBar) -> str:
     return f"{ratio.value:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
 
 
@@ -157,19 +157,19 @@ def _seconds(row: EvaluationRow) -> str:
 
 
 READINGS = (
-    Column("colour", lambda row: _share(row.colour)),
-    Column("shape", lambda row: _share(row.shape)),
-    Column("direction", lambda row: _share(row.direction)),
-    Column("rank", lambda row: _share(row.speed_spearman)),
-    Column("px/frame", _speed),
-    Column("motion", _motion),
+    TableColumn("colour", lambda row: _share(row.colour)),
+    TableColumn("shape", lambda row: _share(row.shape)),
+    TableColumn("direction", lambda row: _share(row.direction)),
+    TableColumn("rank", lambda row: _share(row.speed_spearman)),
+    TableColumn("px/frame", _speed),
+    TableColumn("motion", _motion),
 )
 """What the clips show: shares of right answers, speed, and motion beside the teacher's."""
 
 DISTANCES = (
-    Column("distance", _distance),
-    Column("above floor", _above_floor),
-    Column("ratio", _ratio),
-    Column("s/video", _seconds),
+    TableColumn("distance", _distance),
+    TableColumn("above floor", _above_floor),
+    TableColumn("ratio", _ratio),
+    TableColumn("s/video", _seconds),
 )
 """How far from the reference, and how fast."""

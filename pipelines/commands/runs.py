@@ -29,7 +29,7 @@ def shapes(
 ) -> None:
     """Write the embedded data set: captioned clips of moving shapes, as mp4 in Parquet shards."""
     with progress_bar() as on_progress:
-        from pipelines.shapes import Split, write_shards
+        from pipelines.shapes import ClipSplit, write_shards
 
         shards = {
             split.value: write_shards(
@@ -40,7 +40,10 @@ def shapes(
                 split=split,
                 on_progress=lambda done, total, what=split.value: on_progress(what, done, total),
             )
-            for split, num_clips in ((Split.TRAIN, train_clips), (Split.HELD_OUT, held_out_clips))
+            for split, num_clips in (
+                (ClipSplit.TRAIN, train_clips),
+                (ClipSplit.HELD_OUT, held_out_clips),
+            )
         }
     counts = {name: len(paths) for name, paths in shards.items()}
     data = {"folder": target, "clips": {"train": train_clips, "held_out": held_out_clips}}

@@ -16,7 +16,7 @@ from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.ledger import Ledger
 from pipelines.data.stream.plan import Cursor
 from pipelines.data.stream.quarantine import QuarantineFile
-from pipelines.data.stream.verdict import EpochVerdict, due_rows, judge
+from pipelines.data.stream.reconciliation import EpochReconciliation, due_rows, reconcile
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import DataError
 
@@ -37,7 +37,7 @@ class Audit:
     iterations: int
     samples: int
     cursor: Cursor
-    epochs: tuple[EpochVerdict, ...]
+    epochs: tuple[EpochReconciliation, ...]
     quarantined: dict[str, Any]
     iterations_follow: bool
 
@@ -94,7 +94,7 @@ def audit(run: Path, train: str | None = None) -> Audit:
         iterations=len(entries),
         samples=sum(len(entry.sample_ids) for entry in entries),
         cursor=end,
-        epochs=tuple(judge(due, entries)),
+        epochs=tuple(reconcile(due, entries)),
         quarantined=quarantine.counts(),
         iterations_follow=[entry.iteration for entry in entries] == list(range(len(entries))),
     )

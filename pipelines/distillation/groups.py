@@ -24,7 +24,7 @@ from cluster.worker_group import WorkerGroup
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import PoolSettings, TopologySettings
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings, build_feed
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings, build_feed
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.preflight import Preflight
 from pipelines.distillation.validation import ValidationPlan, Validator, build_validator
@@ -75,7 +75,7 @@ def open_groups(
     config: DistillConfig,
     checked: Preflight,
     folder: RunFolder,
-    progress: Progress,
+    progress: FeedProgress,
     num_rows: int,
     *,
     in_trial: bool = False,
@@ -246,7 +246,7 @@ def _open(
     config: DistillConfig,
     checked: Preflight,
     folder: RunFolder,
-    progress: Progress,
+    progress: FeedProgress,
     num_rows: int,
 ) -> Groups:
     def group(name: str, factory: Callable[[*Ts], W], args: tuple[*Ts]) -> WorkerGroup[W]:

@@ -43,7 +43,7 @@ class _Validation:
 
 
 @dataclass
-class Judge:
+class RunMonitor:
     """Watches one run.
 
     Attributes:

@@ -10,7 +10,7 @@ from pipelines.config.recipe import MAY_CHANGE, DistillConfig, load_recipe
 from pipelines.data.stream.content import captions_digest, data_differences
 from pipelines.data.stream.plan import Cursor
 from pipelines.distillation.preflight import Preflight
-from pipelines.run.differences import in_words, value_differences
+from pipelines.run.differences import format_value, value_differences
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import CheckpointError
 
@@ -174,7 +174,7 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
         # As many captions as then: another number is another choice from the same folder.
         *(
             f"the first {count} captions of data.validation have content "
-            f"{in_words(captions[1], count)}, and had {in_words(captions[0], count)}"
+            f"{format_value(captions[1], count)}, and had {format_value(captions[0], count)}"
             for count in sorted({*captions[0]} & {*captions[1]})
             if captions[0][count] != captions[1][count]
         ),
@@ -190,8 +190,8 @@ def model_differences(began: Mapping[str, Any], now: Mapping[str, str]) -> list[
     """
     before = began["model"]
     return [
-        f"the {name} in model.folder has content {in_words(now, name)}, and had "
-        f"{in_words(before, name)}"
+        f"the {name} in model.folder has content {format_value(now, name)}, and had "
+        f"{format_value(before, name)}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
     ]

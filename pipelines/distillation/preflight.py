@@ -101,7 +101,7 @@ class Preflight:
         }
 
 
-def check(config: DistillConfig) -> Preflight:
+def run_preflight(config: DistillConfig) -> Preflight:
     """Checks model folder, clip size, shards and captions.
 
     Raises:

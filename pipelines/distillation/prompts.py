@@ -11,7 +11,7 @@ from cluster.spans import labelled
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.data.stream.feed import Batch, Feed
 from pipelines.distillation.iteration import PromptBatch
-from pipelines.run.data_log import RunData
+from pipelines.run.data_log import DataLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Prompts:
     def __init__(
         self,
         feed: WorkerGroup[Feed],
-        data: RunData,
+        data: DataLog,
         batch_size: int,
         batches_per_iteration: int,
         *,

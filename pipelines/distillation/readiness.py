@@ -20,7 +20,7 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import PoolSettings
 from pipelines.planning.memory import RankMemory
-from pipelines.planning.search import Split, rank_memory
+from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ConfigError
@@ -159,7 +159,7 @@ def _needs(config: DistillConfig, model: WanFolder) -> list[_Need]:
     """Bytes of every process, by the planner's memory model; of encoders the weights."""
     topology = config.topology
     teams = topology.teams
-    split = Split(
+    split = PoolSplit(
         teams[GENERATOR].ranks,
         teams[TEACHER].copies,
         teams[FAKE_SCORE].ranks,

@@ -20,15 +20,15 @@ from pipelines.data.shards.schema import TEXT_EMBEDS
 from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import IterationReport, run_iterations
 from pipelines.distillation.iteration_plan import plan_iteration
-from pipelines.distillation.monitor import Judge, is_due
+from pipelines.distillation.monitor import RunMonitor, is_due
 from pipelines.distillation.position import Position, begin, resume_position, with_draws_of
-from pipelines.distillation.preflight import Preflight, check
+from pipelines.distillation.preflight import Preflight, run_preflight
 from pipelines.distillation.prompts import Prompts
 from pipelines.distillation.readiness import check_machine
 from pipelines.distillation.states import States
 from pipelines.distillation.summary import summarise
 from pipelines.run.alarms import Alarm
-from pipelines.run.data_log import RunData
+from pipelines.run.data_log import DataLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.run.progress import Listener, SilentListener
 from pipelines.run.records import IterationRecord
@@ -57,7 +57,7 @@ def dry_run(config: DistillConfig, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         SgmdError: What does not fit.
     """
-    found = check(config)
+    found = run_preflight(config)
     machine = check_machine(config, found.model, resume=resume)
     return found.to_json(config) | {
         "checked": found.checked | dict(machine.checked),
@@ -99,7 +99,7 @@ def distill(
     listener.note("checking model folder, shards and settings")
     folder = RunFolder(config.run_folder)
     config = with_draws_of(config, folder) if resume else config
-    checked = check(config)
+    checked = run_preflight(config)
     if checked.unknown_words.num_affected:
         listener.warning(checked.unknown_words.in_words())
     check_machine(config, checked.model, resume=resume, gpus=False)
@@ -131,14 +131,14 @@ def _distill(
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:
         start = resume_position(config, checked, folder, checkpoints, listener.warning)
-        data = RunData(folder)
+        data = DataLog(folder)
         folder.rewind(start.iteration, listener.warning)
         data.rewind(start.iteration, listener.warning)
         listener.note(f"resuming {folder.root} at iteration {start.iteration}")
     else:
         start = Position()
         begin(config, checked, folder)
-        data = RunData(folder)
+        data = DataLog(folder)
     listener.note(f"starting the roles ({config.topology.mode})")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
     progress = data.progress(start.cursor, start.rows)
@@ -194,7 +194,7 @@ class Distillation:
         checked: Preflight,
         groups: Groups,
         folder: RunFolder,
-        data: RunData,
+        data: DataLog,
         checkpoints: Checkpoints,
         listener: Listener,
         tracker: Tracker,
@@ -207,7 +207,7 @@ class Distillation:
         self._checkpoints = checkpoints
         self._listener = listener
         self._tracker = tracker
-        self._judge = Judge(config, folder, checkpoints, groups.validator, listener, tracker)
+        self._judge = RunMonitor(config, folder, checkpoints, groups.validator, listener, tracker)
         self._states = States(config, checked, groups.roles, folder, checkpoints, self._judge)
         self._plan = plan_iteration(
             config,

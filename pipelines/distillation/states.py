@@ -12,7 +12,7 @@ from cluster.checkpoints import Checkpoints
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.iteration import Roles
-from pipelines.distillation.monitor import Judge
+from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
 from pipelines.distillation.preflight import Preflight
 from pipelines.media.inference import InferenceSettings, write_inference_settings
@@ -40,7 +40,7 @@ class States:
         roles: Roles,
         folder: RunFolder,
         checkpoints: Checkpoints,
-        judge: Judge,
+        judge: RunMonitor,
     ) -> None:
         self._config = config
         self._checked = checked

@@ -2,7 +2,7 @@
 
 Losses of this family do not say how good the clips are, so the figures are measured on decoded
 clips, and the alarms, the ranking of checkpoints and the report read them. What they mean stands in
-`workers.validation_judge`; `sgmd evaluate` measures the same on more clips.
+`workers.validation_evaluator`; `sgmd evaluate` measures the same on more clips.
 """
 
 import time
@@ -21,7 +21,7 @@ from workers.build import build_evaluator
 from workers.evaluator import Evaluator, Sampling
 from workers.measured_clips import Measurer
 from workers.settings import ModelSettings, VideoSettings
-from workers.validation_judge import ValidationJudge, ValidationReport, ValidationRequest
+from workers.validation_evaluator import ValidationEvaluator, ValidationReport, ValidationRequest
 
 NUM_SHEET_ROWS = 8
 
@@ -55,7 +55,7 @@ class Validator:
 
     def __init__(self, evaluator: Evaluator, plan: ValidationPlan) -> None:
         self._plan = plan
-        self._judge = ValidationJudge(
+        self._judge = ValidationEvaluator(
             evaluator,
             ValidationRequest(
                 captions=plan.captions,

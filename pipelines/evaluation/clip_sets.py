@@ -32,7 +32,7 @@ from sgmd_core.worlds.shapes import ClipReading
 from workers import measures, optical_flow
 from workers.evaluator import Evaluator, Sampling, to_pixels
 from workers.feature_network import FeatureExtractor
-from workers.measured_clips import READING_FIELDS, MeasuredClips, Measurer, joined
+from workers.measured_clips import READING_FIELDS, MeasuredClips, Measurer, concatenate_clips
 
 _MEASURING = (frechet, shapes, motion, appearance, measures, optical_flow)
 _log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def sample_clip_set(
                 shown[index] = to_pixels(video[index - start : index - start + 1])[0]
         on_progress(start + len(captions), total)
     return ClipSet(
-        clips=joined(parts),
+        clips=concatenate_clips(parts),
         shown=tuple(shown[index] for index in request.shown),
         seconds=torch.tensor(seconds),
     )

@@ -39,7 +39,7 @@ class Figure(Record):
     error: float
 
 
-class Spread(Record):
+class ErrorBar(Record):
     """A figure with its 95 % confidence interval."""
 
     value: float
@@ -47,7 +47,7 @@ class Spread(Record):
     high: float
 
 
-class Measure(Spread):
+class MeasuredFigure(ErrorBar):
     """A mean over clips, and its ratio to the teacher.
 
     Attributes:
@@ -55,7 +55,7 @@ class Measure(Spread):
             captions from the same noise; None for those clips themselves, and where that is 0.
     """
 
-    ratio: Spread | None = None
+    ratio: ErrorBar | None = None
 
 
 class EvaluationRow(Record):
@@ -100,10 +100,10 @@ class EvaluationRow(Record):
     ratio: Figure | None = None
     seconds_per_clip: float
     remembered: bool
-    measures: Mapping[str, Measure] = Field(default_factory=dict)
+    measures: Mapping[str, MeasuredFigure] = Field(default_factory=dict)
 
 
-class Verdict(Record):
+class CriterionResult(Record):
     """One criterion and how the generator stands to it."""
 
     criterion: str
@@ -139,7 +139,7 @@ class Evaluation(Record):
     batch_size: int
     device: str
     rows: tuple[EvaluationRow, ...]
-    verdicts: tuple[Verdict, ...]
+    verdicts: tuple[CriterionResult, ...]
     sheet_png: str
     sheet_gif: str
     versions: dict[str, str]
@@ -176,7 +176,7 @@ class Evaluation(Record):
             ) from error
 
 
-def judge(rows: Sequence[EvaluationRow]) -> tuple[Verdict, ...]:
+def evaluate_criteria(rows: Sequence[EvaluationRow]) -> tuple[CriterionResult, ...]:
     """Judges the generator's row.
 
     Args:
@@ -191,7 +191,7 @@ def judge(rows: Sequence[EvaluationRow]) -> tuple[Verdict, ...]:
     for quantity, share in (("colour", generator.colour), ("direction", generator.direction)):
         if share is not None:
             verdicts.append(
-                Verdict(
+                CriterionResult(
                     criterion=f"{quantity} right in at least {MIN_SHARE_RIGHT:.0%} of the clips",
                     passed=share >= MIN_SHARE_RIGHT,
                     found=f"{share:.1%}",
@@ -199,7 +199,7 @@ def judge(rows: Sequence[EvaluationRow]) -> tuple[Verdict, ...]:
             )
     if generator.speed_ratio is not None:
         verdicts.append(
-            Verdict(
+            CriterionResult(
                 criterion=f"mean speed within {MAX_SPEED_CHANGE:.0%} of the guided teacher's",
                 passed=abs(generator.speed_ratio - 1) <= MAX_SPEED_CHANGE,
                 found=f"{generator.speed_ratio:.3f} of it",
@@ -208,7 +208,7 @@ def judge(rows: Sequence[EvaluationRow]) -> tuple[Verdict, ...]:
     return tuple(verdicts)
 
 
-def _judge_distance(generator: EvaluationRow, baseline: EvaluationRow) -> Verdict:
+def _judge_distance(generator: EvaluationRow, baseline: EvaluationRow) -> CriterionResult:
     criterion = (
         f"distance above the floor at most {MAX_DISTANCE_RATIO:g} of the teacher's own in "
         f"{baseline.num_steps} unguided steps"
@@ -219,8 +219,8 @@ def _judge_distance(generator: EvaluationRow, baseline: EvaluationRow) -> Verdic
     assert ratio is not None, "the generator has a ratio"
     if theirs.value < 2 * theirs.error:
         found = f"the teacher's own is {with_error(theirs)}: too few clips to tell"
-        return Verdict(criterion=criterion, passed=False, found=found)
-    return Verdict(
+        return CriterionResult(criterion=criterion, passed=False, found=found)
+    return CriterionResult(
         criterion=criterion,
         passed=ratio.value <= MAX_DISTANCE_RATIO,
         found=f"{with_error(own)} against {with_error(theirs)}, that is {with_error(ratio)} of it",

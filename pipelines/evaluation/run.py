@@ -40,12 +40,12 @@ from pipelines.evaluation.result import (
     REFERENCE,
     TEACHER_FEW,
     TEACHER_FEW_GUIDED,
+    ErrorBar,
     Evaluation,
     EvaluationRow,
     Figure,
-    Measure,
-    Spread,
-    judge,
+    MeasuredFigure,
+    evaluate_criteria,
 )
 from pipelines.evaluation.set_distances import Estimate, SetDistance, set_distances
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
@@ -126,7 +126,7 @@ def evaluate(
         batch_size=options.batch_size,
         device=_device_name(options),
         rows=rows,
-        verdicts=judge(rows),
+        verdicts=evaluate_criteria(rows),
         sheet_png=str(png.relative_to(plan.output)),
         sheet_gif=str(gif.relative_to(plan.output)),
         versions=versions(),
@@ -235,7 +235,9 @@ def _rows(plan: EvaluationPlan, sets: dict[str, ClipSet]) -> tuple[EvaluationRow
     )
 
 
-def _measures(name: str, plan: EvaluationPlan, sets: dict[str, ClipSet]) -> dict[str, Measure]:
+def _measures(
+    name: str, plan: EvaluationPlan, sets: dict[str, ClipSet]
+) -> dict[str, MeasuredFigure]:
     """Figures of a row's clips beside those of the floor's, which start from the same noise."""
 
     def figures(of: str) -> dict[str, Tensor]:
@@ -253,8 +255,8 @@ def _measures(name: str, plan: EvaluationPlan, sets: dict[str, ClipSet]) -> dict
         median_ratio_interval(own, teachers, rows, their_rows) if compares and together else None,
     )
     return {
-        figure: Measure(
-            **asdict(found.value), ratio=Spread(**asdict(found.ratio)) if found.ratio else None
+        figure: MeasuredFigure(
+            **asdict(found.value), ratio=ErrorBar(**asdict(found.ratio)) if found.ratio else None
         )
         for figure, found in {**compared, "seconds_per_clip": seconds}.items()
     }

@@ -40,7 +40,7 @@ _AS_FAST = 1.01
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class PoolSplit:
     """One way to lay a run out.
 
     Attributes:
@@ -85,7 +85,7 @@ class Prediction:
         memory: Of one rank, by role.
     """
 
-    split: Split
+    split: PoolSplit
     iteration_s: float
     busy: dict[str, float]
     memory: dict[str, RankMemory]
@@ -134,7 +134,7 @@ def find_batch(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: 
     return best[1]
 
 
-def candidates(work: Workload, num_gpus: int) -> Iterator[Split]:
+def candidates(work: Workload, num_gpus: int) -> Iterator[PoolSplit]:
     """Every split that a schedule allows, with as many teachers as there is room and use for."""
     for micro_batches in _divisors(work.batch_size):
         samples = work.batch_size // micro_batches
@@ -143,10 +143,12 @@ def candidates(work: Workload, num_gpus: int) -> Iterator[Split]:
                 left = (num_gpus - generator - fake_score) // ranks
                 if left >= 1 and samples % ranks == 0:
                     teacher = min(left, work.batch_size // ranks)
-                    yield Split(generator, teacher, fake_score, micro_batches, teacher_ranks=ranks)
+                    yield PoolSplit(
+                        generator, teacher, fake_score, micro_batches, teacher_ranks=ranks
+                    )
 
 
-def _free_splits(batch_size: int, num_gpus: int) -> Iterator[tuple[Split, int]]:
+def _free_splits(batch_size: int, num_gpus: int) -> Iterator[tuple[PoolSplit, int]]:
     """Splits over all GPUs with group sizes in simple ratios, and batch sizes that suit them."""
     for generator in range(1, num_gpus - 1):
         for (part, parts), ranks in product(_RATIOS, _TEACHER_RANKS):
@@ -159,10 +161,10 @@ def _free_splits(batch_size: int, num_gpus: int) -> Iterator[tuple[Split, int]]:
                 size = micro_batches * samples
                 if 3 * batch_size <= 4 * size and 4 * size <= 5 * batch_size:
                     copies = min(copies, size // ranks)
-                    yield Split(generator, copies, fake_score, micro_batches, 1, ranks), size
+                    yield PoolSplit(generator, copies, fake_score, micro_batches, 1, ranks), size
 
 
-def rank_memory(work: Workload, split: Split) -> dict[str, RankMemory]:
+def rank_memory(work: Workload, split: PoolSplit) -> dict[str, RankMemory]:
     """What a rank of each role needs."""
     samples = work.batch_size // split.micro_batches
     open_at_once = min(split.depth, split.micro_batches)
@@ -177,7 +179,7 @@ def rank_memory(work: Workload, split: Split) -> dict[str, RankMemory]:
     }
 
 
-def predict(work: Workload, times: StageTimes, hardware: Hardware, split: Split) -> Prediction:
+def predict(work: Workload, times: StageTimes, hardware: Hardware, split: PoolSplit) -> Prediction:
     """Simulates some iterations of a split."""
     timeline = simulate(*_schedule(work, times, hardware, split))
     whole_s = timeline.duration_s
@@ -189,7 +191,7 @@ def predict(work: Workload, times: StageTimes, hardware: Hardware, split: Split)
 
 
 def _schedule(
-    work: Workload, times: StageTimes, hardware: Hardware, split: Split
+    work: Workload, times: StageTimes, hardware: Hardware, split: PoolSplit
 ) -> tuple[list[Call], Costs, dict[str, Team]]:
     teams = {GENERATOR: Team(), TEACHER: split.teams[TEACHER], FAKE_SCORE: Team()}
     samples = work.batch_size // split.micro_batches
@@ -205,7 +207,7 @@ def _schedule(
 
 
 def _costs(
-    work: Workload, times: StageTimes, hardware: Hardware, split: Split, samples: int
+    work: Workload, times: StageTimes, hardware: Hardware, split: PoolSplit, samples: int
 ) -> Costs:
     teams, weights = split.teams, 4 * work.shape.num_parameters
     step_s = {role: update_s(work, hardware, teams[role].ranks) for role in ROLES}
@@ -238,7 +240,7 @@ def _costs(
     )
 
 
-def _bound_s(work: Workload, times: StageTimes, split: Split) -> float:
+def _bound_s(work: Workload, times: StageTimes, split: PoolSplit) -> float:
     """About what an iteration takes: the busiest role, and what the others do before and after."""
     samples = work.batch_size // split.micro_batches
     own = {role: 0.0 for role in ROLES}
@@ -252,11 +254,11 @@ def _bound_s(work: Workload, times: StageTimes, split: Split) -> float:
     return max(own[role] + sum(one.values()) - one[role] for role in ROLES)
 
 
-def _fits(work: Workload, hardware: Hardware, split: Split) -> bool:
+def _fits(work: Workload, hardware: Hardware, split: PoolSplit) -> bool:
     return all(one.fits(hardware) for one in rank_memory(work, split).values())
 
 
-def _depths(work: Workload, hardware: Hardware, split: Split) -> Iterator[Split]:
+def _depths(work: Workload, hardware: Hardware, split: PoolSplit) -> Iterator[PoolSplit]:
     for depth in range(1, min(MAX_DEPTH, split.micro_batches) + 1):
         deeper = replace(split, depth=depth)
         if _fits(work, hardware, deeper):

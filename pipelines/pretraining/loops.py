@@ -78,7 +78,7 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
     vae = open_autoencoder(settings["vae_folder"])
     torch.manual_seed(config.seed)
     training = DenoiserTraining(
-        build_teacher(config, settings["vocabulary"], vae.vae.config["z_dim"]),
+        build_pretrained_teacher(config, settings["vocabulary"], vae.vae.config["z_dim"]),
         config.denoiser,
         config.text,
         seed=config.seed,
@@ -109,13 +109,13 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
         )
 
 
-def build_teacher(
+def build_pretrained_teacher(
     config: PretrainConfig, vocabulary: list[str], latent_channels: int
 ) -> TeacherNetworks:
     """Fresh denoiser, caption encoder and a tokenizer made from all captions of the run."""
     tokenizer = networks.train_tokenizer(vocabulary)
     transformer = networks.build_transformer(config.denoiser, config.text, latent_channels)
-    text_encoder = networks.build_text_encoder(config.text, len(tokenizer))
+    text_encoder = networks.new_text_encoder(config.text, len(tokenizer))
     return TeacherNetworks(WanVelocity(transformer), text_encoder, tokenizer)
 
 

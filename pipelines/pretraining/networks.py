@@ -80,7 +80,7 @@ def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def build_text_encoder(settings: TextSettings, vocabulary_size: int) -> UMT5EncoderModel:
+def new_text_encoder(settings: TextSettings, vocabulary_size: int) -> UMT5EncoderModel:
     """An untrained caption encoder."""
     config = UMT5Config(
         vocab_size=vocabulary_size,

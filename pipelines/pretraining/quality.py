@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipelines.pretraining.config import PretrainConfig, SamplingSettings
 from pipelines.pretraining.vae_stage import psnr_db, to_unit_video
-from pipelines.shapes import Split, caption, render_batch, sample_spec
+from pipelines.shapes import ClipSplit, caption, render_batch, sample_spec
 from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.velocity import VelocityModel
@@ -79,7 +79,7 @@ def measure_folder(folder: Path, config: PretrainConfig) -> QualityReport:
         return score_videos(videos, captions)
 
     few = settings.model_copy(update={"num_steps": 4, "guidance_scale": 1.0})
-    rendered, _ = render_batch(seed, range(settings.num_clips), Split.HELD_OUT)
+    rendered, _ = render_batch(seed, range(settings.num_clips), ClipSplit.HELD_OUT)
     truth = to_unit_video(torch.from_numpy(rendered))
     decoded = torch.cat([vae.decode(vae.encode(part)) for part in truth.split(_DECODE_BATCH)])
     return QualityReport(
@@ -94,7 +94,7 @@ def measure_folder(folder: Path, config: PretrainConfig) -> QualityReport:
 
 def held_out_captions(num_clips: int, seed: int) -> list[str]:
     """Captions that training never sees, drawn as clips are."""
-    return [caption(sample_spec(seed, index, Split.HELD_OUT)) for index in range(num_clips)]
+    return [caption(sample_spec(seed, index, ClipSplit.HELD_OUT)) for index in range(num_clips)]
 
 
 @torch.no_grad()

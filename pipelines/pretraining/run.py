@@ -47,7 +47,7 @@ from pipelines.pretraining.loops import (
     NETWORKS_FILE,
     VAE_FOLDER,
     VOCABULARY_FILE,
-    build_teacher,
+    build_pretrained_teacher,
     denoiser_loop,
     vae_loop,
 )
@@ -160,7 +160,7 @@ def _train_denoiser(config: PretrainConfig, run_dir: Path, identity: dict[str, A
 def _write_folder(config: PretrainConfig, run_dir: Path) -> None:
     vae = open_autoencoder(run_dir / VAE_FOLDER)
     vocabulary = json.loads((run_dir / TEACHER_FOLDER / VOCABULARY_FILE).read_text())
-    teacher = build_teacher(config, vocabulary, vae.vae.config["z_dim"])
+    teacher = build_pretrained_teacher(config, vocabulary, vae.vae.config["z_dim"])
     state = torch.load(run_dir / TEACHER_FOLDER / NETWORKS_FILE, weights_only=True)
     teacher.load_state_dict(state)
     write_pipeline_folder(

@@ -24,7 +24,7 @@ _RATIO_FIELDS = {"speed_ratio": "mean_speed_px_per_frame"}
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class ShownFigure:
     """A figure and how sure it is.
 
     Attributes:
@@ -88,8 +88,8 @@ class SamplingRow:
     name: str
     label: str
     facts: Mapping[str, float]
-    figures: Mapping[str, Figure]
-    ratios: Mapping[str, Figure]
+    figures: Mapping[str, ShownFigure]
+    ratios: Mapping[str, ShownFigure]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,10 +154,10 @@ def read_rows(evaluation: Mapping[str, Any]) -> SamplingRows:
     )
 
 
-def _figures(entry: Mapping[str, Any]) -> tuple[dict[str, Figure], dict[str, Figure]]:
+def _figures(entry: Mapping[str, Any]) -> tuple[dict[str, ShownFigure], dict[str, ShownFigure]]:
     """Figures of a row or of a group in it, and the ratios recorded beside them."""
-    figures: dict[str, Figure] = {}
-    ratios: dict[str, Figure] = {}
+    figures: dict[str, ShownFigure] = {}
+    ratios: dict[str, ShownFigure] = {}
     for name, value in entry.items():
         if name in _FACTS:
             continue
@@ -176,7 +176,7 @@ def _figures(entry: Mapping[str, Any]) -> tuple[dict[str, Figure], dict[str, Fig
     return figures, ratios
 
 
-def _figure(value: object) -> Figure | None:
+def _figure(value: object) -> ShownFigure | None:
     if isinstance(value, Mapping):
         if not _is_finite(value.get("value")):
             return None
@@ -185,8 +185,10 @@ def _figure(value: object) -> Figure | None:
             for name in ("low", "high", "error")
             if _is_finite(value.get(name))
         }
-        return Figure(float(value["value"]), **ends)
-    return Figure(float(value)) if isinstance(value, int | float) and _is_finite(value) else None
+        return ShownFigure(float(value["value"]), **ends)
+    return (
+        ShownFigure(float(value)) if isinstance(value, int | float) and _is_finite(value) else None
+    )
 
 
 def _is_finite(value: object) -> bool:
@@ -194,10 +196,12 @@ def _is_finite(value: object) -> bool:
 
 
 def _ratios(
-    figures: Mapping[str, Figure], recorded: Mapping[str, Figure], reference: Mapping[str, Figure]
-) -> dict[str, Figure]:
+    figures: Mapping[str, ShownFigure],
+    recorded: Mapping[str, ShownFigure],
+    reference: Mapping[str, ShownFigure],
+) -> dict[str, ShownFigure]:
     plain = {
-        name: Figure(figure.value / reference[name].value)
+        name: ShownFigure(figure.value / reference[name].value)
         for name, figure in figures.items()
         if name in reference and reference[name].value
     }

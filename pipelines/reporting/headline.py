@@ -11,7 +11,7 @@ from typing import Any
 from pipelines.evaluation.result import TEACHER_FEW
 from pipelines.media.charts import number
 from pipelines.reporting.curves import LabelledRun
-from pipelines.reporting.figures import Figure, SamplingRow, SamplingRows, read_rows
+from pipelines.reporting.figures import SamplingRow, SamplingRows, ShownFigure, read_rows
 from pipelines.reporting.names import about, in_order, title
 
 _PLOT_W, _PLOT_H = 110, 18
@@ -78,7 +78,7 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class CriterionLine:
     """One criterion and how the generator stands to it."""
 
     criterion: str
@@ -91,7 +91,7 @@ class Criterion:
     """One criterion and how each run's generator stands to it; None where it was not judged."""
 
     name: str
-    verdicts: tuple[Verdict | None, ...]
+    verdicts: tuple[CriterionLine | None, ...]
 
 
 def figure_table(runs: Sequence[LabelledRun]) -> FigureTable | None:
@@ -132,11 +132,11 @@ def tiles(evaluation: Mapping[str, Any]) -> list[Tile]:
     return found
 
 
-def verdicts(evaluation: Mapping[str, Any]) -> list[Verdict]:
+def verdicts(evaluation: Mapping[str, Any]) -> list[CriterionLine]:
     """The criteria that were judged when the run was evaluated."""
     entries = evaluation.get("verdicts")
     return [
-        Verdict(str(entry["criterion"]), entry["passed"] is True, str(entry.get("found", "")))
+        CriterionLine(str(entry["criterion"]), entry["passed"] is True, str(entry.get("found", "")))
         for entry in (entries if isinstance(entries, list) else [])
         if isinstance(entry, Mapping) and {"criterion", "passed"} <= entry.keys()
     ]
@@ -149,7 +149,7 @@ def criteria(runs: Sequence[LabelledRun]) -> list[Criterion]:
     return [Criterion(name, tuple(found.get(name) for found in by_run)) for name in names]
 
 
-def ratio_plot(figure: Figure, other: Figure | None) -> str:
+def ratio_plot(figure: ShownFigure, other: ShownFigure | None) -> str:
     """A ratio on a line with the teacher, 1, in its middle; its interval; and a second ratio."""
     middle = _PLOT_H / 2
     parts = [
@@ -226,13 +226,13 @@ def _own_cells(
     return _cell(generator, name), Cell(ratio.text, ratio.spread), Cell(plot=plot)
 
 
-def _percents(figure: Figure) -> str:
+def _percents(figure: ShownFigure) -> str:
     if figure.low is None or figure.high is None or figure.low == figure.high:
         return ""
     return f"[{figure.low:.0%}, {figure.high:.0%}]"
 
 
-def _words(figure: Figure) -> str:
+def _words(figure: ShownFigure) -> str:
     return f"{figure.text} {figure.spread}".strip()
 
 

@@ -11,7 +11,7 @@ at any moment can be taken up at its checkpoint: `rewind` forgets what will be m
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipelines.data.stream.feed import Batch, Progress
+from pipelines.data.stream.feed import Batch, FeedProgress
 from pipelines.data.stream.ledger import Ledger
 from pipelines.data.stream.plan import Cursor
 from pipelines.data.stream.quarantine import QuarantineFile
@@ -19,7 +19,7 @@ from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from sgmd_core.errors import DataError
 
 
-class RunData:
+class DataLog:
     """The books of one run.
 
     Args:
@@ -41,9 +41,9 @@ class RunData:
         self._ledger.rewind(iteration, on_broken)
         self._quarantine.rewind(iteration)
 
-    def progress(self, cursor: Cursor, rows: int) -> Progress:
+    def progress(self, cursor: Cursor, rows: int) -> FeedProgress:
         """What a feed needs to know to go on from a place."""
-        return Progress(
+        return FeedProgress(
             cursor=cursor,
             rows=rows,
             catalogue=tuple(read_jsonl(self._shards)),

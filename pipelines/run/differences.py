@@ -13,12 +13,12 @@ def value_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list
         now: Values now.
     """
     return [
-        f"{key} is {in_words(now, key)}, and was {in_words(before, key)}"
+        f"{key} is {format_value(now, key)}, and was {format_value(before, key)}"
         for key in sorted({*before, *now})
-        if in_words(before, key) != in_words(now, key)
+        if format_value(before, key) != format_value(now, key)
     ]
 
 
-def in_words(values: Mapping[str, Any], key: str) -> str:
+def format_value(values: Mapping[str, Any], key: str) -> str:
     """A value as JSON; `not set` where there is none."""
     return json.dumps(values[key]) if key in values else "not set"

@@ -85,7 +85,7 @@ class ValidationRecord:
     Attributes:
         iteration: Updates the validated weights had seen.
         figures: Measured on the generator's clips; their names are explained in
-            `workers.validation_judge`.
+            `workers.validation_evaluator`.
         seconds: How long it took, off the critical path.
         sheet: File name of the contact sheet under samples/.
         intervals: Ends of the 95 % intervals of those figures that have one.

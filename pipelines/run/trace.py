@@ -22,9 +22,9 @@ from typing import Any
 from cluster.chrome_trace import trace_events
 from cluster.local import OWN_MACHINE
 from cluster.measured import (
+    MeasuredUsage,
     Process,
     Rank,
-    Usage,
     key_of_call,
     key_of_work,
     measured_timeline,
@@ -86,7 +86,7 @@ class RunTrace:
         self._works: dict[int, list[Work]] = defaultdict(list)
         self._kept: deque[_Iteration] = deque(maxlen=keep_iterations)
         self._others: deque[Work] = deque(maxlen=10_000)
-        self._usage: dict[Rank, Usage] = defaultdict(Usage)
+        self._usage: dict[Rank, MeasuredUsage] = defaultdict(MeasuredUsage)
         self._free_s: dict[Process, float] = {}
         self._num_complete = 0
         self._path_s = defaultdict[str, float](float)

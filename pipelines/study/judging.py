@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.stream.inspect import first_captions
-from pipelines.distillation.preflight import check
+from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.validation import reads_shapes
 from pipelines.evaluation.clip_sets import (
     ClipRequest,
@@ -43,7 +43,7 @@ _CHUNK_CLIPS = 16
 _CACHE_FOLDER = "teacher"
 
 
-class Judge:
+class StudyEvaluator:
     """Samples and measures, always with the same captions and the same noise.
 
     Args:
@@ -109,7 +109,7 @@ class Judge:
     def _evaluator(self) -> Evaluator:
         config = self._config
         return build_evaluator(
-            replace(config.model, folder=str(check(config).model.path.absolute())),
+            replace(config.model, folder=str(run_preflight(config).model.path.absolute())),
             config.video,
             config.schedule,
             config.topology.threads_per_rank,

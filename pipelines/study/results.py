@@ -66,7 +66,7 @@ class RunResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class SeedSpread:
     """A figure over seeds.
 
     Attributes:
@@ -114,7 +114,7 @@ class StudyResult:
         """Last points of a variant's runs that came to their end."""
         return [run.end for run in self.of(variant) if run.end is not None]
 
-    def at_end(self, variant: str, figure: str, *, over_teacher: bool = False) -> Spread | None:
+    def at_end(self, variant: str, figure: str, *, over_teacher: bool = False) -> SeedSpread | None:
         """A figure at the end of a variant's runs, over seeds.
 
         Args:
@@ -143,12 +143,12 @@ class StudyResult:
         return {**asdict(self), "at_end": ends}
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def spread(values: Sequence[float]) -> SeedSpread | None:
     """Mean and standard deviation of the finite values; None where there are none."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
-    return Spread(fmean(finite), stdev(finite) if len(finite) > 1 else None, len(finite))
+    return SeedSpread(fmean(finite), stdev(finite) if len(finite) > 1 else None, len(finite))
 
 
 def mean_curve(runs: Sequence[RunResult], figure: str) -> list[tuple[Point, float]]:

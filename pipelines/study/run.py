@@ -23,12 +23,12 @@ from cluster.errors import StorageError
 from cluster.storage import read_json, write_json, write_text
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import differences
-from pipelines.distillation.preflight import check
+from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, git_revision, versions
 from pipelines.run.progress import Length, Listener
 from pipelines.study.figures import write_plots
-from pipelines.study.judging import Figures, Judge
+from pipelines.study.judging import Figures, StudyEvaluator
 from pipelines.study.passes import expected_passes, units_by_role
 from pipelines.study.plan import (
     PlannedRun,
@@ -58,7 +58,7 @@ def folder_of(config: DistillConfig) -> Path:
     return plan_study(config).folder
 
 
-def dry_run(config: DistillConfig) -> dict[str, Any]:
+def dry_run_study(config: DistillConfig) -> dict[str, Any]:
     """What a study would do, cost and take; makes nothing.
 
     Raises:
@@ -66,7 +66,7 @@ def dry_run(config: DistillConfig) -> dict[str, Any]:
     """
     plan = plan_study(config)
     for run in plan.runs[: len(plan.variants)]:
-        check(run.config)
+        run_preflight(run.config)
     speed, source = seconds_per_unit(plan)
     rows = plan_rows(plan, speed)
     seconds = [row["seconds"] for row in rows]
@@ -106,8 +106,8 @@ def study(
     for run in plan.runs:
         _require_same(run)
     for run in plan.runs[: len(plan.variants)]:
-        check(run.config)
-    judge = Judge(config.with_settings(dict(config.study.settings)), plan.folder, tell)
+        run_preflight(run.config)
+    judge = StudyEvaluator(config.with_settings(dict(config.study.settings)), plan.folder, tell)
     teacher = judge.teacher
     results: list[RunResult] = []
     for number, run in enumerate(plan.runs, 1):
@@ -123,7 +123,7 @@ def _require_same(run: PlannedRun) -> None:
     folder = RunFolder(run.folder)
     if not folder.config.exists():
         return
-    found = differences(run.config, check(run.config), folder)
+    found = differences(run.config, run_preflight(run.config), folder)
     if not found and load_recipe(str(folder.config)).digest != run.config.digest:
         found = ["other settings"]
     if found:
@@ -136,7 +136,7 @@ def _require_same(run: PlannedRun) -> None:
 
 
 def _made(
-    run: PlannedRun, judge: Judge, tell: Callable[[str], None], open_listener: OpenListener
+    run: PlannedRun, judge: StudyEvaluator, tell: Callable[[str], None], open_listener: OpenListener
 ) -> RunResult:
     """A run at its end, measured; or why there is none."""
     error = ""
@@ -194,7 +194,7 @@ def _is_finished(run: PlannedRun) -> bool:
     return place_of(run, done)[1] >= run.max_seconds
 
 
-def _measure(run: PlannedRun, judge: Judge) -> dict[int, Point]:
+def _measure(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
     """Points of a finished run by iteration; each is written down as soon as it is measured."""
     points = _remembered(run, judge)
     checkpoints = Checkpoints(str(RunFolder(run.folder).checkpoints))
@@ -211,7 +211,7 @@ def _measure(run: PlannedRun, judge: Judge) -> dict[int, Point]:
     return points
 
 
-def _remembered(run: PlannedRun, judge: Judge) -> dict[int, Point]:
+def _remembered(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
     """What was measured before, in the same way."""
     path = run.folder / _POINTS_FILE
     if not path.exists():
@@ -227,7 +227,7 @@ def _remembered(run: PlannedRun, judge: Judge) -> dict[int, Point]:
 
 
 def _result(
-    plan: StudyPlan, judge: Judge, teacher: dict[str, Figures], runs: list[RunResult]
+    plan: StudyPlan, judge: StudyEvaluator, teacher: dict[str, Figures], runs: list[RunResult]
 ) -> StudyResult:
     study = plan.config.study
     first = {run.variant: run for run in reversed(plan.runs)}

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from pipelines.config.recipe import DistillConfig
-from pipelines.distillation.preflight import check
+from pipelines.distillation.preflight import run_preflight
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.study.passes import iteration_passes, total_units
 from pipelines.study.plan import StudyPlan
@@ -41,7 +41,7 @@ def time_forward(config: DistillConfig) -> float:
 
     The network is built as the generator's is: on the GPU if there is one, and with its `compute`.
     """
-    checked = check(config)
+    checked = run_preflight(config)
     model = replace(config.model, folder=str(checked.model.path))
     network = build_denoiser(model, config.generator.compute, config.topology.threads_per_rank)
     device = device_of(network.eval())

@@ -12,7 +12,7 @@ from statistics import median
 
 from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
 from pipelines.study.passes import role_of
-from pipelines.study.results import Spread, StudyResult
+from pipelines.study.results import SeedSpread, StudyResult
 
 TEACHER_LABELS = {
     REFERENCE: "teacher, many guided steps",
@@ -136,7 +136,7 @@ def _variant_row(result: StudyResult, variant: str, columns: Sequence[Column]) -
     return cells
 
 
-def plus_minus(found: Spread, decimals: int) -> str:
+def plus_minus(found: SeedSpread, decimals: int) -> str:
     """A mean and its deviation over seeds, where there is one."""
     mean = f"{found.mean:.{decimals}f}"
     return mean if found.deviation is None else f"{mean} ± {found.deviation:.{decimals}f}"

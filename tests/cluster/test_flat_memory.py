@@ -8,10 +8,10 @@ from itertools import count
 import pytest
 import torch
 
+from cluster.dummies import make_dummy_worker, run_dummies
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
-from cluster.rehearsal import make_sleeper, rehearse
 from cluster.schedule.program import Pass, Stage, Team
 from cluster.schedule.schedule import order_calls
 from cluster.schedule.simulate import Costs
@@ -37,7 +37,7 @@ def run_iteration(ray_cluster: None):
     teams, costs = {pool.name: Team() for pool in pools}, Costs(lambda c: 0, lambda c: RESULT_BYTES)
     with reserve(pools, timeout_s=WAIT_S) as placement:
         groups = {
-            pool.name: RayWorkerGroup(pool.name, make_sleeper, (), placement) for pool in pools
+            pool.name: RayWorkerGroup(pool.name, make_dummy_worker, (), placement) for pool in pools
         }
         for group in groups.values():
             group.wait_ready(WAIT_S)
@@ -47,7 +47,7 @@ def run_iteration(ray_cluster: None):
             calls = order_calls(
                 (Pass(stages),), teams, MICRO_BATCHES, 2, first_iteration=next(numbers)
             )
-            rehearse(calls, groups, costs, WAIT_S)
+            run_dummies(calls, groups, costs, WAIT_S)
 
         yield run
         for group in groups.values():

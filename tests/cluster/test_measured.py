@@ -3,7 +3,13 @@
 import pytest
 
 from cluster.chrome_trace import trace_events
-from cluster.measured import Usage, key_of_call, key_of_work, measured_timeline, path_seconds
+from cluster.measured import (
+    MeasuredUsage,
+    key_of_call,
+    key_of_work,
+    measured_timeline,
+    path_seconds,
+)
 from cluster.schedule.execution import IssuedCall
 from cluster.schedule.program import Pass, Stage, Team
 from cluster.schedule.schedule import order_calls
@@ -80,7 +86,7 @@ def test_roles_of_one_process_take_turns():
 
 
 def test_a_rank_is_transferring_while_what_it_takes_is_packed_unpacked_or_on_its_way():
-    used = Usage()
+    used = MeasuredUsage()
     used.add(Work("judge", 0, "look", Label(), 3.0, 3.5, 7.0, 7.25), could_begin_s=2.0)
     assert used.busy_s == 3.5
     assert used.transferring_s == 1.0 + 0.5 + 0.25

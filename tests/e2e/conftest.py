@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.shapes import Split, captions, write_shards
+from pipelines.shapes import ClipSplit, captions, write_shards
 from tests.helpers import tiny_wan
 
 MakeRecipe = Callable[..., DistillConfig]
@@ -18,7 +18,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     write_shards(str(folder / "train"), num_clips=48, shard_size=16, seed=0)
     write_shards(
-        str(folder / "held_out"), num_clips=16, shard_size=16, seed=0, split=Split.HELD_OUT
+        str(folder / "held_out"), num_clips=16, shard_size=16, seed=0, split=ClipSplit.HELD_OUT
     )
     return folder
 
@@ -26,7 +26,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A diffusers folder of a Wan with random weights that knows the words of the captions."""
-    words = sorted({word for split in Split for text in captions(split) for word in text.split()})
+    words = sorted(
+        {word for split in ClipSplit for text in captions(split) for word in text.split()}
+    )
     return tiny_wan.write_tiny_wan(tmp_path_factory.mktemp("wan") / "base", words)
 
 

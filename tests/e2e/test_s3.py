@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.ledger import Ledger
 from pipelines.data.stream.source import Source
 from pipelines.distillation.run import distill, dry_run
@@ -37,7 +37,7 @@ def s3(bucket: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_bucket_is_read_like_a_folder(s3: str, world: Path) -> None:
     remote, local = (
-        Feed(StreamSettings(Source(url), seed=0), Progress(), 48).take(48)
+        Feed(StreamSettings(Source(url), seed=0), FeedProgress(), 48).take(48)
         for url in (f"{s3}/train", str(world / "train"))
     )
     assert remote == local

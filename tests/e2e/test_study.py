@@ -21,8 +21,8 @@ from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW
 from pipelines.run.folder import RunFolder
 from pipelines.run.progress import Length, LineListener, SilentListener
 from pipelines.run.records import IterationRecord
-from pipelines.study.judging import Judge
-from pipelines.study.run import dry_run, study
+from pipelines.study.judging import StudyEvaluator
+from pipelines.study.run import dry_run_study, study
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, TIMEOUT_S
@@ -30,7 +30,7 @@ from workers.build import build_evaluator
 from workers.evaluator import Sampling
 from workers.measured_clips import Measurer
 from workers.role_state import load_role
-from workers.validation_judge import ValidationJudge, ValidationRequest
+from workers.validation_evaluator import ValidationEvaluator, ValidationRequest
 
 STUDY = (
     "study.variants={ours: {}, theirs: {objective.method: tsg_sim}}",
@@ -204,13 +204,13 @@ def test_a_study_does_not_go_on_with_runs_of_other_settings(make_recipe: MakeRec
 def test_a_dry_run_tells_forwards_and_time_and_makes_nothing(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    planned = dry_run(make_recipe(*STUDY, "generator.compute.precision=bf16"))
+    planned = dry_run_study(make_recipe(*STUDY, "generator.compute.precision=bf16"))
     assert planned["runs"] == 4
     assert [row["units_per_iteration"] for row in planned["variants"]] == [10.5, 10.5]
     assert planned["training_seconds"] > 0
     assert not (tmp_path / "runs").exists()
     # On a cluster nobody knows before a first run.
-    assert dry_run(make_recipe(*STUDY, "topology.mode=pools"))["training_seconds"] is None
+    assert dry_run_study(make_recipe(*STUDY, "topology.mode=pools"))["training_seconds"] is None
 
 
 def test_the_command_prints_the_plan_as_a_table_and_as_json(
@@ -230,7 +230,7 @@ def test_diversity_means_two_seeds_of_a_caption_in_study_and_validation_alike(
     config = make_recipe("iterations=1", "study.num_captions=6")
     distill(config)
     checkpoint = str(RunFolder(config.run_folder).checkpoints / "step-000001")
-    judge = Judge(config, tmp_path / "study", lambda words: None)
+    judge = StudyEvaluator(config, tmp_path / "study", lambda words: None)
     # Captions that do not repeat, and yet there is a diversity.
     judge.captions = tuple(dict.fromkeys(judge.captions))
     assert len(judge.captions) > 2
@@ -245,7 +245,9 @@ def test_diversity_means_two_seeds_of_a_caption_in_study_and_validation_alike(
         num_shown=1,
     )
     evaluator = build_evaluator(config.model, config.video, config.schedule, num_threads=1)
-    validated = ValidationJudge(evaluator, request).validate(load_role(checkpoint, "ema").weights)
+    validated = ValidationEvaluator(evaluator, request).validate(
+        load_role(checkpoint, "ema").weights
+    )
     assert found["diversity"] > 0
     assert found["diversity"] == pytest.approx(validated.figures["diversity"], rel=1e-6)
     # The teacher's two seeds are each other's.

@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.checking.check import CheckOptions, check
+from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import Shard, write_index
 from pipelines.data.shards.schema import caption_schema, parquet_options
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.quarantine import Reject
 from pipelines.data.stream.source import Source
 from sgmd_core.errors import DataError
@@ -38,7 +38,7 @@ def write_set(folder: Path) -> bytes:
 def one_epoch(folder: Path) -> tuple[dict[str, str], list[Reject]]:
     """Captions by id, and rejects, of the first epoch."""
     settings = StreamSettings(Source(str(folder)), 0, max_bad_fraction=1.0)
-    feed, rows, rejects = Feed(settings, Progress(), 1000), {}, []
+    feed, rows, rejects = Feed(settings, FeedProgress(), 1000), {}, []
     while True:
         batch = feed.take(1)
         rejects += batch.rejects
@@ -73,11 +73,11 @@ def test_check_counts_what_is_damaged(tmp_path: Path):
     folder = tmp_path / "set"
     data, found = write_set(folder), Counter()
     options = CheckOptions(num_processes=0)
-    assert check(str(folder), options).is_usable
+    assert check_shards(str(folder), options).is_usable
     for seed in range(NUM_CASES):
         (folder / SHARDS[0]).write_bytes(mutate_bytes(data, seed))
         with time_limit():
-            report = check(str(folder), options)
+            report = check_shards(str(folder), options)
         rows, _ = one_epoch(folder)
         assert report.bad or report.problems or rows == CAPTIONS, seed
         found[report.is_usable] += 1

@@ -12,7 +12,7 @@ from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Draws, MicroBatchKey, NoisedBatch, Purpose, Text, TextBatch
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
-from workers.compute import prepare
+from workers.compute import prepare_network
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.score_teacher import ScoreTeacher
@@ -64,7 +64,7 @@ def tiny_roles(
         "teacher": tiny_velocity(3),
     }
     for network in networks.values():
-        prepare(network, compute or ComputeSettings())
+        prepare_network(network, compute or ComputeSettings())
     for role in ("generator", "fake_score"):
         shard(networks[role], networks[role].blocks)
     optimizer = OptimizerSettings(lr=lr, max_grad_norm=1.0)

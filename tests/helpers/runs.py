@@ -10,26 +10,26 @@ from pipelines.evaluation.result import (
     GENERATOR,
     REFERENCE,
     TEACHER_FEW,
+    ErrorBar,
     Evaluation,
     EvaluationRow,
     Figure,
-    Measure,
-    Spread,
-    judge,
+    MeasuredFigure,
+    evaluate_criteria,
 )
 from pipelines.media.clip_files import SheetGroup
 from pipelines.media.contact_sheet import write_contact_sheet
 from pipelines.run.folder import RunFolder, append_jsonl
 from pipelines.run.records import IterationRecord, ValidationRecord
-from pipelines.shapes import FPS, Split, render_batch
+from pipelines.shapes import FPS, ClipSplit, render_batch
 
 NUM_ITERATIONS = 60
 
 
 def write_sheet(folder: Path, name: str, *, generator_seed: int = 1) -> None:
     """A contact sheet of two captions, the clips rendered as the data set renders them."""
-    reference, captions = render_batch(0, [1, 2], Split.TRAIN)
-    own, _ = render_batch(generator_seed, [1, 2], Split.TRAIN)
+    reference, captions = render_batch(0, [1, 2], ClipSplit.TRAIN)
+    own, _ = render_batch(generator_seed, [1, 2], ClipSplit.TRAIN)
     groups = [
         SheetGroup("teacher, 30 steps", "guidance 2", list(reference)),
         SheetGroup("teacher, 4 steps", "unguided", list(reference[::-1])),
@@ -87,7 +87,9 @@ def evaluation(*, generator_colour: float = 0.9) -> Evaluation:
         )
         for name in (FLOOR, TEACHER_FEW, GENERATOR)
     ]
-    measure = Measure(value=0.9, low=0.8, high=1.0, ratio=Spread(value=0.75, low=0.7, high=0.8))
+    measure = MeasuredFigure(
+        value=0.9, low=0.8, high=1.0, ratio=ErrorBar(value=0.75, low=0.7, high=0.8)
+    )
     measures = {"flow": measure, "flow_top": measure, "saturation": measure, "diversity": measure}
     rows = [
         row if row.name == REFERENCE else row.model_copy(update={"measures": measures})
@@ -102,7 +104,7 @@ def evaluation(*, generator_colour: float = 0.9) -> Evaluation:
         batch_size=16,
         device="cpu",
         rows=tuple(rows),
-        verdicts=judge(rows),
+        verdicts=evaluate_criteria(rows),
         sheet_png="samples/evaluation.png",
         sheet_gif="samples/evaluation.gif",
         versions={"torch": "2"},

@@ -11,7 +11,7 @@ from pipelines.media.video import decode_video
 from pipelines.shapes import (
     FPS,
     SPEED_JITTER,
-    Split,
+    ClipSplit,
     caption,
     captions,
     render,
@@ -37,8 +37,8 @@ def to_video(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 4, 1, 2, 3).float() / 255
 
 
-@pytest.mark.parametrize("split", Split)
-def test_the_measurer_reads_rendered_clips_nearly_without_error(split: Split) -> None:
+@pytest.mark.parametrize("split", ClipSplit)
+def test_the_measurer_reads_rendered_clips_nearly_without_error(split: ClipSplit) -> None:
     pixels, texts = render_batch(5, range(NUM_CLIPS), split)
     reading = measure_clips(to_video(pixels))
     scores = score_clips(reading, labels_from_captions(texts))
@@ -52,7 +52,7 @@ def test_the_measurer_reads_rendered_clips_nearly_without_error(split: Split) ->
 
 
 def test_held_out_captions_never_occur_in_training() -> None:
-    train, held_out = set(captions(Split.TRAIN)), set(captions(Split.HELD_OUT))
+    train, held_out = set(captions(ClipSplit.TRAIN)), set(captions(ClipSplit.HELD_OUT))
     assert not train & held_out
     assert len(train | held_out) == len(COLOURS) * len(SHAPES) * len(DIRECTIONS) * len(
         SPEEDS_PX_PER_FRAME
@@ -62,7 +62,7 @@ def test_held_out_captions_never_occur_in_training() -> None:
 
 def test_every_pair_of_words_occurs_in_training() -> None:
     pairs = set()
-    for text in captions(Split.TRAIN):
+    for text in captions(ClipSplit.TRAIN):
         _, colour, shape, _, direction, *speed = text.split()
         words = (colour, shape, direction, speed[0] if speed else "")
         pairs |= {(i, j, words[i], words[j]) for i in range(4) for j in range(i)}

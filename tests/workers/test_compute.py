@@ -15,7 +15,7 @@ from tests.helpers.roles import (
     tiny_roles,
     weights,
 )
-from workers.compute import prepare
+from workers.compute import prepare_network
 from workers.settings import ComputeSettings
 
 BATCHES = ((0, 1), (2, 3))
@@ -25,7 +25,7 @@ def gradients_of(
     roles: Roles, settings: ComputeSettings, batches: Sequence[Sequence[int]] = BATCHES
 ) -> dict[str, dict[str, Tensor]]:
     for network in roles.networks.values():
-        prepare(network, settings)
+        prepare_network(network, settings)
     gather(roles, 0, batches)
     return {role: gradients(roles.networks[role]) for role in ("generator", "fake_score")}
 
@@ -52,7 +52,7 @@ def test_checkpointing_keeps_fewer_activations():
     kept: list[int] = []
     for checkpointing in (False, True):
         roles = tiny_roles()
-        network = prepare(
+        network = prepare_network(
             roles.networks["fake_score"], ComputeSettings(checkpointing=checkpointing)
         )
         sizes: list[int] = []

@@ -16,7 +16,7 @@ from workers.evaluator import Evaluator, Sampling, to_pixels
 from workers.measured_clips import Measurer
 from workers.measures import CLIP_MEASURES, measure_clip_figures
 from workers.text_encoder import TextEncoder
-from workers.validation_judge import ValidationJudge, ValidationRequest
+from workers.validation_evaluator import ValidationEvaluator, ValidationRequest
 
 MEASURER = Measurer(fps=8, reads_shapes=True)
 
@@ -131,7 +131,7 @@ def _request(**changes) -> ValidationRequest:
 
 def test_validation_measures_the_clips_it_shows():
     evaluator, other = _evaluator(), tiny_velocity(4)
-    report = ValidationJudge(evaluator, _request()).validate(weights(other))
+    report = ValidationEvaluator(evaluator, _request()).validate(weights(other))
     video = evaluator.sample(CAPTIONS, 0, 1, 2, 1.0, weights(other))
     reference = evaluator.sample(CAPTIONS, 0, 0, 3, 2.0)
     partner = evaluator.sample(CAPTIONS, 0, 1, 3, 2.0)
@@ -157,7 +157,7 @@ def test_validation_measures_the_clips_it_shows():
 
 def test_diversity_is_how_far_the_two_clips_of_a_caption_are_apart():
     evaluator, other = _evaluator(), tiny_velocity(4)
-    figures = ValidationJudge(evaluator, _request()).validate(weights(other)).figures
+    figures = ValidationEvaluator(evaluator, _request()).validate(weights(other)).figures
     first, second = (
         clip_features(evaluator.sample(CAPTIONS, 0, seed, 2, 1.0, weights(other)))
         for seed in (0, 1)
@@ -170,7 +170,7 @@ def test_diversity_is_how_far_the_two_clips_of_a_caption_are_apart():
 def test_a_generator_that_is_its_teacher_keeps_everything_and_is_on_the_floor():
     evaluator = _evaluator(seed=3)
     request = _request(sampling=Sampling(3, 2.0, seed=1))
-    report = ValidationJudge(evaluator, request).validate(weights(tiny_velocity(3)))
+    report = ValidationEvaluator(evaluator, request).validate(weights(tiny_velocity(3)))
     assert report.figures["frechet"] == report.figures["frechet_floor"]
     ratios = {name: value for name, value in report.figures.items() if name.endswith("_ratio")}
     assert {"flow_ratio", "saturation_ratio", "diversity_ratio"} <= ratios.keys()
@@ -181,7 +181,7 @@ def test_the_teacher_is_sampled_once():
     evaluator = _evaluator()
     calls: list[int] = []
     evaluator._network.register_forward_hook(lambda *_: calls.append(1))
-    judge, handed = ValidationJudge(evaluator, _request()), weights(tiny_velocity(4))
+    judge, handed = ValidationEvaluator(evaluator, _request()), weights(tiny_velocity(4))
     judge.validate(handed)
     first = len(calls)
     judge.validate(handed)
@@ -192,7 +192,7 @@ def test_the_teacher_is_sampled_once():
 
 def test_captions_of_another_world_are_measured_without_exact_readings():
     request = _request(captions=("anything", "at all"), measurer=Measurer(8, reads_shapes=False))
-    report = ValidationJudge(_evaluator(), request).validate(weights(tiny_velocity(4)))
+    report = ValidationEvaluator(_evaluator(), request).validate(weights(tiny_velocity(4)))
     assert "colour" not in report.figures
     assert "flow_ratio" in report.figures
     assert len(report.shown) == 2

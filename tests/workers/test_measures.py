@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from pipelines.shapes import Split, render, sample_spec
+from pipelines.shapes import ClipSplit, render, sample_spec
 from sgmd_core.errors import ModelFolderError, ShapeError
 from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_distance
 from workers.feature_network import FeatureNetwork
@@ -71,7 +71,7 @@ def test_flow_grows_with_speed_and_flicker_with_noise():
 
 
 def rendered(count: int):
-    specs = [sample_spec(0, index, Split.HELD_OUT) for index in range(count)]
+    specs = [sample_spec(0, index, ClipSplit.HELD_OUT) for index in range(count)]
     frames = torch.stack([torch.from_numpy(render(spec)) for spec in specs])
     return specs, frames.permute(0, 4, 1, 2, 3).float() / 255
 

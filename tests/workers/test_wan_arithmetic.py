@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from workers.compute import ComputeSettings, prepare
+from workers.compute import ComputeSettings, prepare_network
 from workers.models.wan import WanVelocity
 from workers.models.wan_arithmetic import WanShape
 
@@ -108,7 +108,7 @@ def test_attention_is_what_makes_a_backward_pass_to_the_input_dearer_at_full_siz
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bytes_of_a_graph_are_near_those_that_a_network_keeps(bf16, checkpointing):
     made = network(SMALL)
-    prepare(made, ComputeSettings("bf16" if bf16 else "fp32", checkpointing))
+    prepare_network(made, ComputeSettings("bf16" if bf16 else "fp32", checkpointing))
     weights = {value.untyped_storage().data_ptr() for value in made.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 

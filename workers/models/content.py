@@ -21,7 +21,14 @@ from torch import Tensor
 
 from cluster.files import write_whole
 from sgmd_core.errors import ModelFolderError
-from workers.models.family import CONFIG_FILE, REMEDY, TEXT_ENCODER, TRANSFORMER, VAE, read_json
+from workers.models.family import (
+    CONFIG_FILE,
+    REMEDY,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    VAE,
+    read_model_json,
+)
 from workers.models.weights import find_weights
 
 MODEL_COMPONENTS = (TRANSFORMER, TEXT_ENCODER, VAE, "tokenizer", "scheduler")
@@ -161,7 +168,7 @@ def _digest(tensor: Tensor) -> tuple[str, bool]:
 
 
 def _without_notes(path: Path) -> bytes:
-    content = {key: value for key, value in read_json(path).items() if key not in _NOTES}
+    content = {key: value for key, value in read_model_json(path).items() if key not in _NOTES}
     return json.dumps(content, sort_keys=True).encode()
 
 

@@ -67,7 +67,7 @@ def read_configs(folder: str | Path) -> WanConfigs:
     path = Path(folder)
     require_supported_index(path)
     components = {name: read_component(path, name) for name in _CLASSES}
-    return WanConfigs(path, read_json(path / INDEX_FILE), components)
+    return WanConfigs(path, read_model_json(path / INDEX_FILE), components)
 
 
 def require_supported_index(folder: Path) -> None:
@@ -103,7 +103,7 @@ def read_component(folder: Path, component: str) -> Mapping[str, Any]:
             an image.
     """
     part = folder / component
-    config = read_json(part / CONFIG_FILE)
+    config = read_model_json(part / CONFIG_FILE)
     _require_class(part, config, _CLASSES[component][1])
     if (part / "adapter_config.json").exists():
         raise ModelFolderError(
@@ -125,7 +125,7 @@ def read_component(folder: Path, component: str) -> Mapping[str, Any]:
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_model_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
@@ -160,7 +160,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"{INDEX_FILE} beside the folders {', '.join(_CLASSES)}, tokenizer and scheduler",
             f"Download the repository whose name ends in -Diffusers, or convert it: {_CONVERT}",
         )
-    return read_json(folder / INDEX_FILE)
+    return read_model_json(folder / INDEX_FILE)
 
 
 def _require_one_denoiser(folder: Path, index: Mapping[str, Any]) -> None:

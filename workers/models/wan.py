@@ -28,7 +28,7 @@ from workers.models.family import (
     TEXT_ENCODER,
     TRANSFORMER,
     VAE,
-    read_json,
+    read_model_json,
     require_supported_index,
 )
 from workers.models.loading import (
@@ -300,7 +300,7 @@ def save_generator_pipeline(
     denoiser.load_state_dict(dict(weights))
     # The base's own scheduler may take other steps than the generator was trained on.
     scheduler = build_scheduler(flow_shift)
-    index = read_json(base / INDEX_FILE)
+    index = read_model_json(base / INDEX_FILE)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     with whole_folder(dst) as draft:
         shutil.copytree(base / TOKENIZER, draft / TOKENIZER)

@@ -16,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from sgmd_core.errors import ModelFolderError
-from workers.models.family import REMEDY, TEXT_ENCODER, TRANSFORMER, VAE, read_json
+from workers.models.family import REMEDY, TEXT_ENCODER, TRANSFORMER, VAE, read_model_json
 
 DTYPES = ("F32", "BF16", "F16", "F64")
 """Types of weights that can be trained on or computed with, in the words of safetensors."""
@@ -164,7 +164,7 @@ def check_weights(part: Path, architecture: Architecture) -> WeightFiles:
 
 
 def _shards(part: Path, index: Path) -> Iterator[Path]:
-    mapping = read_json(index).get("weight_map")
+    mapping = read_model_json(index).get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise _refusal(part, f"{index.name} has no weight_map", "the index of the shards", REMEDY)
     names = sorted({str(name) for name in mapping.values()})

@@ -16,7 +16,7 @@ from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
 from pipelines.data.checking.check_group import GroupFacts, GroupTask, check_group, choose_rows
-from pipelines.data.checking.check_report import NUM_EXAMPLES, CheckReport, CountTokens, Tally
+from pipelines.data.checking.check_report import NUM_EXAMPLES, CheckReport, CheckTally, CountTokens
 from pipelines.data.clips.clip_format import ClipLimits
 from pipelines.data.making.caption_file import shard_folder
 from pipelines.data.making.ordered_pool import Died, map_in_order
@@ -78,7 +78,7 @@ class _OpenShard:
     encoding: Encoding | None
 
 
-def check(
+def check_shards(
     url: str,
     options: CheckOptions = CheckOptions(),
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -111,7 +111,7 @@ def check(
     processes = options.num_processes
     if processes is None:
         processes = len(os.sched_getaffinity(0))
-    tally = Tally(options.count_tokens, options.text_length)
+    tally = CheckTally(options.count_tokens, options.text_length)
     for done, facts in enumerate(map_in_order(check_group, tasks, processes), start=1):
         tally.add(_nothing_read(facts) if isinstance(facts, Died) else facts)
         on_progress("row groups", done, len(tasks))

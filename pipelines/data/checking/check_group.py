@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pipelines.data.clips.clip_decoding import ClipFacts, read_facts
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipLimits
-from pipelines.data.making.caption_rule import caption_faults, split_words
+from pipelines.data.making.caption_rule import caption_faults, split_reason
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.parquet import Fault, RowGroupReader
@@ -112,7 +112,7 @@ def check_group(task: GroupTask) -> GroupFacts:
         rejections.setdefault(row, Rejection(ids[row], task.shard, place, reason, detail))
 
     for row, fault in faults_in(table.schema, task.index).items():
-        reject(row, *split_words(fault))
+        reject(row, *split_reason(fault))
     for row, name in enumerate(ids):
         if not name or unreadable_ids[row].as_py():
             reject(row, Reason.NO_ID, "no UTF-8" if name else "")

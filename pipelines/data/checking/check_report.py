@@ -69,7 +69,7 @@ class CheckReport:
         return {"usable": self.is_usable, "bad_rows": self.num_bad} | asdict(self)
 
 
-class Tally:
+class CheckTally:
     """Adds up what the row groups of a set hold.
 
     Args:

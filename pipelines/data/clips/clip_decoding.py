@@ -23,7 +23,7 @@ from pipelines.data.clips.clip_format import (
     ClipFormat,
     ClipLimits,
     FitPolicy,
-    Placement,
+    FramePlacement,
     place,
     samples_before,
 )
@@ -221,7 +221,7 @@ class _Fitter:
         self._pixel_aspect = pixel_aspect
         self._converter = VideoReformatter()
         self._first_size: tuple[int, int] | None = None
-        self._spots: dict[tuple[int, int, int], Placement] = {}
+        self._spots: dict[tuple[int, int, int], FramePlacement] = {}
 
     def __call__(self, frame: av.VideoFrame) -> Pixels:
         """Pixels (height, width, 3) of one frame.
@@ -254,19 +254,19 @@ class _Fitter:
         right = spot.left + (self._wanted.width or spot.scaled_width)
         return np.ascontiguousarray(pixels[spot.top : bottom, spot.left : right], dtype=np.uint8)
 
-    def _placement(self, frame: av.VideoFrame, turns: int) -> Placement:
+    def _placement(self, frame: av.VideoFrame, turns: int) -> FramePlacement:
         height, width = size = _upright_size(frame)
         self._first_size = self._first_size or size
         if self._wanted.height is None or self._wanted.width is None:
             _require_size(size, self._first_size)
-            return Placement(height, width, top=0, left=0)
+            return FramePlacement(height, width, top=0, left=0)
         wanted = (self._wanted.height, self._wanted.width)
         match self._wanted.policy:
             case FitPolicy.REFUSE:
                 _require_size(size, wanted)
-                return Placement(height, width, top=0, left=0)
+                return FramePlacement(height, width, top=0, left=0)
             case FitPolicy.RESIZE:
-                return Placement(*wanted, top=0, left=0)
+                return FramePlacement(*wanted, top=0, left=0)
             case FitPolicy.CROP:
                 aspect = 1 / self._pixel_aspect if turns % 2 else self._pixel_aspect
                 return place(height, width, *wanted, pixel_aspect=float(aspect))

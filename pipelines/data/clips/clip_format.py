@@ -106,7 +106,7 @@ DEFAULT_LIMITS = ClipLimits()
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
+class FramePlacement:
     """How one picture becomes another: scaled first, then a window of the wanted size cut out.
 
     Attributes:
@@ -124,7 +124,7 @@ class Placement:
 
 def place(
     height: int, width: int, wanted_height: int, wanted_width: int, *, pixel_aspect: float = 1.0
-) -> Placement:
+) -> FramePlacement:
     """Where the centred window lies that covers the wanted size (policy `crop`).
 
     Args:
@@ -138,7 +138,7 @@ def place(
     scale = max(wanted_height / height, wanted_width / shown_width)
     scaled_height = max(wanted_height, round(height * scale))
     scaled_width = max(wanted_width, round(shown_width * scale))
-    return Placement(
+    return FramePlacement(
         scaled_height,
         scaled_width,
         top=(scaled_height - wanted_height) // 2,

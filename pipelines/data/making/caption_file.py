@@ -22,12 +22,12 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.data.making.caption_rule import in_words
+from pipelines.data.making.caption_rule import join_reason
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
-from pipelines.data.shards.filesystem import S3Settings, open_folder, storage_errors
+from pipelines.data.shards.filesystem import S3Settings, data_errors, open_folder
 from pipelines.data.shards.index import INDEX_NAME, write_index
 from pipelines.data.shards.schema import CAPTION, FAULTS_KEY, SAMPLE_ID, caption_schema
 from pipelines.data.shards.shard_writing import ROW_GROUP_CLIPS, ShardBuilder, write_shard
@@ -70,7 +70,7 @@ def shard_folder(url: str, s3: S3Settings = S3Settings()) -> str:
     if PurePosixPath(url).suffix.lower() not in CAPTION_FILE_SUFFIXES:
         return url
     filesystem, root = open_folder(url, s3)
-    with storage_errors(f"opening {url}"):
+    with data_errors(f"opening {url}"):
         if filesystem.isdir(root):
             return url
     return _converted(url, s3, _stamp(filesystem, root))
@@ -122,7 +122,7 @@ def require_unchanged(url: str, folder: str, recorded: Iterable[Mapping[str, Any
 
 def _stamp(filesystem: AbstractFileSystem, root: str) -> str:
     """Differs where a file has changed since this process last read it."""
-    with storage_errors(f"reading {root}"):
+    with data_errors(f"reading {root}"):
         filesystem.invalidate_cache(filesystem._parent(root))
         facts = filesystem.info(root)
     return repr([facts.get(name) for name in ("size", "mtime", "ino", "ETag", "LastModified")])
@@ -133,7 +133,7 @@ def _converted(url: str, s3: S3Settings, stamp: str) -> str:
     """Path of the folder of shards that a file of captions is."""
     filesystem, root = open_folder(url, s3, probe=False)
     digest = hashlib.sha256(_VERSION + PurePosixPath(root).suffix.lower().encode())
-    with storage_errors(f"reading {url}"), filesystem.open(root, "rb") as file:
+    with data_errors(f"reading {url}"), filesystem.open(root, "rb") as file:
         while part := cast("bytes", file.read(_READ_BYTES)):
             digest.update(part)
     name = digest.hexdigest()[:32]
@@ -163,7 +163,7 @@ def _with_faults(part: tuple[SourceClip | Rejection, ...]) -> pa.Schema:
     """The schema of a shard, with the faults of its rows by row group and row."""
     faults = {
         f"{row // ROW_GROUP_CLIPS}/{row % ROW_GROUP_CLIPS}": (
-            in_words(clip.reason, f"row {clip.row} of the file: {clip.detail}")
+            join_reason(clip.reason, f"row {clip.row} of the file: {clip.detail}")
         )
         for row, clip in enumerate(part)
         if isinstance(clip, Rejection)

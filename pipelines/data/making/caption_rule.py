@@ -59,13 +59,13 @@ def caption_faults(
     return captions, faults
 
 
-def in_words(reason: str, detail: str) -> str:
-    """Reason and detail as one text; `split_words` takes it apart."""
+def join_reason(reason: str, detail: str) -> str:
+    """Reason and detail as one text; `split_reason` takes it apart."""
     return f"{reason} ({detail})" if detail else str(reason)
 
 
-def split_words(text: str) -> tuple[str, str]:
-    """The reason and the detail of `in_words`."""
+def split_reason(text: str) -> tuple[str, str]:
+    """The reason and the detail of `join_reason`."""
     reason, _, detail = text.partition(" (")
     return reason, detail.removesuffix(")")
 

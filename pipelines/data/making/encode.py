@@ -98,7 +98,7 @@ def encode(
             )
             readable = [part for part in missing if part.num_rows]
             total = sum(part.num_rows for part in parts)
-            with closing(encode_stages.run(src, model, options, readable)) as lines:
+            with closing(encode_stages.run_encoding(src, model, options, readable)) as lines:
                 for line in lines:
                     writer.take(line)
                     on_progress("clips", total - writer.num_waiting, total)

@@ -9,7 +9,7 @@ from sgmd_core.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
+class ActorPool:
     """The actors of one stage.
 
     Attributes:
@@ -47,8 +47,8 @@ class EncodeOptions:
     limits: ClipLimits = field(default_factory=ClipLimits)
     max_bad_fraction: float = 0.01
     decoders: int = 1
-    videos: Pool = field(default_factory=Pool)
-    captions: Pool = field(default_factory=Pool)
+    videos: ActorPool = field(default_factory=ActorPool)
+    captions: ActorPool = field(default_factory=ActorPool)
     address: str | None = None
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ _DECODED = pa.schema(
 )
 
 
-def run(
+def run_encoding(
     src: str, model: str, options: EncodeOptions, parts: Sequence[Part]
 ) -> Generator[dict[str, Any]]:
     """Encodes some parts with Ray Data; close it where it is not read to its end.

@@ -21,7 +21,7 @@ from fsspec import AbstractFileSystem
 
 from cluster.lease import Lease, hold
 from pipelines.data.making.rejections import Rejection, from_parquet, to_parquet
-from pipelines.data.shards.filesystem import open_folder, storage_errors
+from pipelines.data.shards.filesystem import data_errors, open_folder
 from pipelines.data.shards.index import INDEX_NAME, Shard, read_index, write_index
 from pipelines.data.shards.listing import QUARANTINE_NAME
 from pipelines.data.shards.parquet import read_parquet
@@ -112,7 +112,7 @@ class Journal:
         """
         for path in sorted(self.shards):
             with (
-                storage_errors(f"reading the ids in {self.root}/{path}"),
+                data_errors(f"reading the ids in {self.root}/{path}"),
                 self.filesystem.open(f"{self.root}/{path}", "rb") as file,
             ):
                 table = read_parquet(file, columns=[SAMPLE_ID])
@@ -145,7 +145,7 @@ class Journal:
     def _delete(self, *names: str) -> None:
         for name in names:
             path = f"{self.root}/{name}"
-            with storage_errors(f"deleting {path}"):
+            with data_errors(f"deleting {path}"):
                 self.filesystem.invalidate_cache()
                 if self.filesystem.exists(path):
                     self.filesystem.rm(path, recursive=True)
@@ -173,7 +173,7 @@ class Journal:
 
     def _progress_entries(self) -> dict[str, Any]:
         folder = f"{self.root}/{_PROGRESS}"
-        with storage_errors(f"reading {folder}"):
+        with data_errors(f"reading {folder}"):
             names = _names_in(self.filesystem, folder)
             found = {
                 _part_of(name): _entry(self.filesystem.cat_file(f"{folder}/{name}"))
@@ -230,7 +230,7 @@ def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal
     """
     filesystem, root = open_folder(url)
     attempted = f"filling {url} with `sgmd {command}`"
-    with storage_errors(attempted):
+    with data_errors(attempted):
         names = _names_in(filesystem, root)
     own = f"{root}/_{command}.json"
     wanted = json.loads(json.dumps(settings))
@@ -243,7 +243,7 @@ def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal
                 "Choose another folder, or delete this one",
             )
         return Journal(filesystem, root, own, wanted)
-    with storage_errors(attempted):
+    with data_errors(attempted):
         text = filesystem.cat_file(own)
     try:
         found = dict(json.loads(text))
@@ -304,7 +304,7 @@ def _names_in(filesystem: AbstractFileSystem, folder: str) -> list[str]:
 def _read_quarantine(filesystem: AbstractFileSystem, root: str) -> list[Rejection]:
     path = f"{root}/{QUARANTINE_NAME}"
     try:
-        with storage_errors(f"reading {path}"):
+        with data_errors(f"reading {path}"):
             return from_parquet(cast("bytes", filesystem.cat_file(path)))
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):

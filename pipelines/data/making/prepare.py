@@ -80,7 +80,7 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class PrepareProgress:
     """How far the command is; what earlier runs did is included."""
 
     num_clips: int
@@ -123,7 +123,7 @@ def prepare(
     src: str,
     dst: str,
     options: PrepareOptions = PrepareOptions(),
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[PrepareProgress], None] = lambda progress: None,
 ) -> PrepareReport:
     """Makes shards of captioned videos; run again, it goes on where it was stopped.
 
@@ -170,7 +170,7 @@ def _fill(
     listed: Iterable[SourceClip | Rejection],
     schema: pa.Schema,
     options: PrepareOptions,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[PrepareProgress], None],
 ) -> tuple["_Filler", int]:
     """Takes every clip that is not there yet; returns the filler and the clips before it."""
     if options.retry_bad:
@@ -289,9 +289,9 @@ class _Filler:
         self._commit()
         self._judge()
 
-    def progress(self) -> Progress:
+    def progress(self) -> PrepareProgress:
         """Where we are."""
-        return Progress(
+        return PrepareProgress(
             num_clips=self._written.num_clips + self._builder.num_rows,
             num_bad=self._written.num_bad + len(self._waiting),
             num_shards=self._written.num_shards,
@@ -325,8 +325,8 @@ def _as_rejection(died: Died[SourceClip | Rejection]) -> Rejection:
     return Rejection(clip.sample_id, clip.source, clip.row, Reason.WORKER_DIED, detail)
 
 
-def _written(journal: Journal) -> Progress:
-    return Progress(
+def _written(journal: Journal) -> PrepareProgress:
+    return PrepareProgress(
         num_clips=sum(shard.num_rows for shard in journal.shards.values()),
         num_bad=len(journal.rejections),
         num_shards=len(journal.shards),

@@ -16,7 +16,7 @@ from pipelines.data.making.caption_rule import caption_fault
 from pipelines.data.making.manifest_rows import fault_of_text
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.source_clip import CaptionFile, FileRange, SourceClip
-from pipelines.data.shards.filesystem import open_folder, storage_errors
+from pipelines.data.shards.filesystem import data_errors, open_folder
 
 _MAX_CAPTION_FILE_BYTES = 2**20
 
@@ -131,7 +131,7 @@ def _read(place: FileRange, max_bytes: int, missing: Reason) -> bytes:
         # A pipe would be waited for, and a device has no end.
         raise _BadClip(missing, f"{place.url} is a folder, pipe, socket or device, not a file")
     try:
-        with storage_errors(f"reading {place.url}"), filesystem.open(path, "rb") as file:
+        with data_errors(f"reading {place.url}"), filesystem.open(path, "rb") as file:
             file.seek(place.offset)
             data = cast("bytes", file.read(wanted))
     except Exception as error:

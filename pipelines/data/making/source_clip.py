@@ -8,7 +8,7 @@ from typing import BinaryIO, cast
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.data.shards.filesystem import storage_errors
+from pipelines.data.shards.filesystem import data_errors
 
 CAPTION_NAMES = ("caption", "prompt", "text")
 """Columns that hold the captions of a file that names no column, in this order."""
@@ -89,7 +89,7 @@ def open_reading(filesystem: AbstractFileSystem, path: str) -> Iterator[BinaryIO
     """A file that is read from front to back in small steps."""
     attempted = f"reading {address_of(filesystem, path)}"
     with (
-        storage_errors(attempted),
+        data_errors(attempted),
         filesystem.open(path, "rb", block_size=_BLOCK_BYTES, cache_type="readahead") as file,
     ):
         yield cast("BinaryIO", file)

@@ -32,7 +32,7 @@ from pipelines.data.making.source_clip import (
     open_reading,
 )
 from pipelines.data.making.tar_members import TarFault, read_members
-from pipelines.data.shards.filesystem import S3Settings, open_folder, storage_errors
+from pipelines.data.shards.filesystem import S3Settings, data_errors, open_folder
 from sgmd_core.errors import DataError
 
 _KNOWN = (
@@ -104,7 +104,7 @@ def _folder_clips(
     filesystem: AbstractFileSystem, root: str, folder: str, columns: Columns
 ) -> Iterator[SourceClip | Rejection]:
     """The clips and tars of a folder, then those of its sub-folders; one listing at a time."""
-    with storage_errors(f"listing {folder}"):
+    with data_errors(f"listing {folder}"):
         entries = {str(entry["name"]): entry for entry in filesystem.ls(folder, detail=True)}
         # What was listed is not needed again, and a large bucket would fill the memory.
         filesystem.invalidate_cache(folder)

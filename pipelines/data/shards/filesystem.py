@@ -127,7 +127,7 @@ def open_folder(
         ) from error
     root = root.rstrip("/")
     if probe and isinstance(filesystem, S3FileSystem):
-        with storage_errors(attempted):
+        with data_errors(attempted):
             bucket, prefix, _ = filesystem.split_path(root)
             cast("Any", filesystem).call_s3(
                 "list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=1
@@ -163,7 +163,7 @@ def canonical_address(url: str) -> str:
 
 
 @contextmanager
-def storage_errors(attempted: str) -> Iterator[None]:
+def data_errors(attempted: str) -> Iterator[None]:
     """Words whatever a file system raises as our error, and says what is wrong where it can.
 
     Raises:
@@ -172,10 +172,10 @@ def storage_errors(attempted: str) -> Iterator[None]:
     try:
         yield
     except _STORAGE_ERRORS as error:
-        raise storage_error(attempted, error) from error
+        raise data_error(attempted, error) from error
 
 
-def storage_error(attempted: str, error: BaseException) -> DataError:
+def data_error(attempted: str, error: BaseException) -> DataError:
     """The error of a file system in our words; never shows a key.
 
     Args:

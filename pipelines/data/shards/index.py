@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 
 from cluster.files import write_whole
-from pipelines.data.shards.filesystem import storage_errors
+from pipelines.data.shards.filesystem import data_errors
 from sgmd_core.errors import DataError
 
 INDEX_NAME = "_index.json"
@@ -66,7 +66,7 @@ def write_index(filesystem: AbstractFileSystem, root: str, shards: Sequence[Shar
             for shard in ordered
         ],
     }
-    with storage_errors(attempted):
+    with data_errors(attempted):
         write_whole(f"{root}/{INDEX_NAME}", json.dumps(content).encode(), filesystem)
 
 
@@ -78,7 +78,7 @@ def read_index(filesystem: AbstractFileSystem, root: str) -> tuple[Shard, ...] |
     """
     attempted = f"reading {root}/{INDEX_NAME}"
     try:
-        with storage_errors(attempted):
+        with data_errors(attempted):
             text = filesystem.cat_file(f"{root}/{INDEX_NAME}")
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):

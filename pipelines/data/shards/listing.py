@@ -12,7 +12,7 @@ from typing import Any, cast
 from fsspec import AbstractFileSystem
 from s3fs import S3FileSystem
 
-from pipelines.data.shards.filesystem import storage_errors
+from pipelines.data.shards.filesystem import data_errors
 from pipelines.data.shards.index import Shard
 from sgmd_core.errors import DataError
 
@@ -89,7 +89,7 @@ def _entries(filesystem: AbstractFileSystem, root: str, after: str) -> Iterator[
     if isinstance(filesystem, S3FileSystem):
         yield from _s3_entries(filesystem, root, after, attempted)
         return
-    with storage_errors(attempted):
+    with data_errors(attempted):
         filesystem.invalidate_cache()
         found = cast("dict[str, Any]", filesystem.find(root, detail=True))
     entries = ((path[len(root) + 1 :], entry["size"]) for path, entry in found.items())
@@ -106,7 +106,7 @@ def _s3_entries(
         request["StartAfter"] = prefix + after
     while True:
         # s3fs itself only lists whole folders; this asks for one page at a time.
-        with storage_errors(attempted):
+        with data_errors(attempted):
             page = cast("Any", filesystem).call_s3("list_objects_v2", **request)
         for entry in page.get("Contents", []):
             yield entry["Key"][len(prefix) :], entry["Size"]

@@ -18,7 +18,7 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
 from cluster.redaction import without_secrets
-from pipelines.data.shards.filesystem import S3Settings, is_transient, storage_error
+from pipelines.data.shards.filesystem import S3Settings, data_error, is_transient
 
 _MAX_BACKOFF_S = 30.0
 _AT_ONCE = 10  # as many as the SDK opens connections, so that no read waits inside its budget
@@ -109,7 +109,7 @@ def _judged(
     if witness is not None and witness != wanted.path and _answers(filesystem, witness, retry):
         return Fault(f"not served, while others are ({words_of(error)})", is_unanswered=True)
     attempted = f"reading {wanted.path} (try {answer.tries})"
-    raise storage_error(attempted, error) from error
+    raise data_error(attempted, error) from error
 
 
 def _answers(filesystem: AbstractFileSystem, path: str, retry: S3Settings) -> bool:

@@ -183,7 +183,7 @@ def faults_in(schema: pa.Schema, group: int) -> dict[int, str]:
         return {}
 
 
-def joined(values: pa.ChunkedArray) -> NDArray[np.uint8]:
+def join_names(values: pa.ChunkedArray) -> NDArray[np.uint8]:
     """The bytes of a binary column, one value after the other.
 
     Without a copy where the column is in one piece; read-only then.

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
 from cluster.files import write_whole
-from pipelines.data.shards.filesystem import storage_errors
+from pipelines.data.shards.filesystem import data_errors
 from pipelines.data.shards.index import Shard
 from pipelines.data.shards.schema import parquet_options
 
@@ -74,7 +74,7 @@ def write_file(filesystem: AbstractFileSystem, path: str, data: bytes) -> None:
     Raises:
         DataError: the store does not let us.
     """
-    with storage_errors(f"writing {filesystem.unstrip_protocol(path)}"):
+    with data_errors(f"writing {filesystem.unstrip_protocol(path)}"):
         write_whole(path, data, filesystem)
 
 

@@ -24,7 +24,7 @@ from pipelines.data.shards.schema import (
     TEXT_EMBEDS,
     VIDEO,
     Encoding,
-    joined,
+    join_names,
 )
 from pipelines.data.shards.seen import SeenIds
 from pipelines.data.shards.values import unpack_all_latents, unpack_text
@@ -33,7 +33,7 @@ from pipelines.data.stream.plan import Cursor, ShuffleSettings
 from pipelines.data.stream.quarantine import DUPLICATE, Place, Reject, Tally
 from pipelines.data.stream.ray_stream import RayDataReader, ReadAheadSettings
 from pipelines.data.stream.source import Source
-from pipelines.data.stream.stream import Planned, plan_windows, read_here
+from pipelines.data.stream.stream import Planned, plan_windows, read_in_process
 from pipelines.data.stream.window import GROUP, PLACE, REASON, ROW, WHOLE_GROUP
 from sgmd_core.errors import DataError
 from sgmd_core.types import Latents, Text
@@ -62,7 +62,7 @@ class StreamSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class FeedProgress:
     """Where a run stands in its data, and what it knows of them.
 
     Attributes:
@@ -120,7 +120,7 @@ class Feed:
         num_rows: Rows that the rest of the run will take; more may be taken.
     """
 
-    def __init__(self, settings: StreamSettings, progress: Progress, num_rows: int) -> None:
+    def __init__(self, settings: StreamSettings, progress: FeedProgress, num_rows: int) -> None:
         source = settings.source
         filesystem, root = open_set(source.url, source.s3)
         require_unchanged(source.url, root, progress.catalogue)
@@ -129,7 +129,7 @@ class Feed:
         )
         plan = plan_windows(catalogue, settings.seed, settings.shuffle, progress.cursor)
         self._windows = (
-            read_here(plan, source, num_rows)
+            read_in_process(plan, source, num_rows)
             if settings.ahead is None or not settings.ahead.readers
             else RayDataReader(plan, source, settings.ahead, num_rows)
         )
@@ -202,7 +202,7 @@ class Feed:
 
     def pixels(self, number: int) -> NDArray[np.uint8]:
         """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of the batch."""
-        content = joined(self._payloads.pop(number).column(VIDEO))
+        content = join_names(self._payloads.pop(number).column(VIDEO))
         # A copy: the bytes may be a read-only view into shared memory.
         return content.copy().reshape(-1, *self._source.pixel_shape)
 
@@ -316,7 +316,7 @@ class _OpenWindow:
         return part
 
 
-def build_feed(settings: StreamSettings, progress: Progress, num_rows: int) -> Feed:
+def build_feed(settings: StreamSettings, progress: FeedProgress, num_rows: int) -> Feed:
     """Factory for a worker group."""
     return Feed(settings, progress, num_rows)
 

@@ -20,9 +20,9 @@ from pipelines.data.shards.schema import (
 )
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.content import digests
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.plan import ShuffleSettings
-from pipelines.data.stream.quarantine import Reject, in_words
+from pipelines.data.stream.quarantine import Reject, summarize_rejects
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.stream import plan_windows
 from pipelines.data.stream.window import REASON, read_window
@@ -95,7 +95,7 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
         ]
     raise DataError(
         f"reading the first shards of {source.url}",
-        f"no usable row: {in_words(rejects)}",
+        f"no usable row: {summarize_rejects(rejects)}",
         f"the columns {SAMPLE_ID} and {CAPTION}, filled",
         "`sgmd check` says what is wrong with each shard",
     )
@@ -112,7 +112,7 @@ def first_captions(url: str, s3: S3Settings, seed: int, wanted: int) -> tuple[st
         ConfigError: It holds fewer rows.
     """
     settings = StreamSettings(Source(url, s3), seed, max_bad_fraction=0.0)
-    with Feed(settings, Progress(), wanted) as feed:
+    with Feed(settings, FeedProgress(), wanted) as feed:
         batch = feed.take(wanted)
     if batch.stop is not None:
         raise DataError(f"reading held-out captions from {url}", *batch.stop[1:])

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LedgerEntry:
     """What one iteration used.
 
     Attributes:
@@ -85,7 +85,7 @@ class Ledger:
                 kept = [line for line, entry in lines if entry.iteration < iteration]
                 write_text(str(path), "".join(f"{line}\n" for line in kept))
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> Iterator[LedgerEntry]:
         """Every iteration's entry, oldest first."""
         for path in self._paths():
             for _, entry in _lines(path):
@@ -111,7 +111,7 @@ class Ledger:
 
 def _lines(
     path: Path, on_broken: Callable[[str], None] | None = None
-) -> Iterator[tuple[str, Entry]]:
+) -> Iterator[tuple[str, LedgerEntry]]:
     """Whole lines of a file and what they say; a line that makes no sense is left out."""
     say = on_broken or _log.warning
     for line, stored in whole_lines(path, _FIELDS, say):
@@ -121,4 +121,4 @@ def _lines(
         except (CheckpointError, TypeError, ValueError) as error:
             say(f"{path}: the line of iteration {stored['iteration']} left out ({error})")
             continue
-        yield line, Entry(stored["iteration"], epochs, cursor, tuple(map(str, stored["ids"])))
+        yield line, LedgerEntry(stored["iteration"], epochs, cursor, tuple(map(str, stored["ids"])))

@@ -108,7 +108,7 @@ class Tally:
         return DataError(
             "streaming the training data",
             f"{bad:.0f} of about {num_rows:.0f} rows cannot be used: "
-            f"{in_words(list(self._rejects.values()), rows_per_shard)}",
+            f"{summarize_rejects(list(self._rejects.values()), rows_per_shard)}",
             f"at most {self._limit:.2%} (data.max_bad_fraction)",
             "Repair or remove these shards (quarantine.parquet of the run lists everything, "
             "`sgmd check` the whole set), or raise data.max_bad_fraction",
@@ -121,7 +121,7 @@ class Tally:
         )
 
 
-def in_words(rejects: Sequence[Reject], rows_per_shard: float = 1.0) -> str:
+def summarize_rejects(rejects: Sequence[Reject], rows_per_shard: float = 1.0) -> str:
     """The worst shards, with counts and the commonest reason of each."""
     rows: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}

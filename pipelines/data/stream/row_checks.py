@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from pipelines.data.making.caption_rule import caption_faults, in_words, is_ascii
+from pipelines.data.making.caption_rule import caption_faults, is_ascii, join_reason
 from pipelines.data.making.rejections import Reason
 from pipelines.data.shards.schema import CAPTION, LATENTS, SAMPLE_ID, TEXT_EMBEDS, VIDEO
 from pipelines.data.shards.text import decode_utf8
@@ -52,11 +52,11 @@ def check_rows(
 
     if not is_ascii(columns[SAMPLE_ID]):
         columns[SAMPLE_ID], broken = decode_utf8(columns[SAMPLE_ID])
-        reject(broken, lambda row: in_words(Reason.NO_ID, "no UTF-8"))
+        reject(broken, lambda row: join_reason(Reason.NO_ID, "no UTF-8"))
     reject(pc.is_null(columns[SAMPLE_ID]), lambda row: str(Reason.NO_ID))
     columns[CAPTION], bad_captions = caption_faults(columns[CAPTION], source.max_caption_chars)
     for row, fault in bad_captions.items():
-        reasons[row] = reasons[row] or in_words(*fault)
+        reasons[row] = reasons[row] or join_reason(*fault)
     if source.encoding is not None and TEXT_EMBEDS in columns:
         positions, width = source.encoding.text_shape
         row_bytes = width * source.encoding.item_bytes
@@ -64,13 +64,13 @@ def check_rows(
         ragged = pc.not_equal(pc.multiply(pc.divide(stored, row_bytes), row_bytes), stored)
         reject(
             pc.or_(ragged, pc.greater(stored, positions * row_bytes)),
-            lambda row: in_words(Reason.BAD_ENCODING, f"text embedding of {stored[row]} bytes"),
+            lambda row: join_reason(Reason.BAD_ENCODING, f"text embedding of {stored[row]} bytes"),
         )
     if source.encoding is not None and LATENTS in columns:
         stored_latents = pc.binary_length(columns[LATENTS])
         reject(
             pc.not_equal(stored_latents, source.encoding.latent_bytes),
-            lambda row: in_words(Reason.BAD_ENCODING, f"latents of {stored_latents[row]} bytes"),
+            lambda row: join_reason(Reason.BAD_ENCODING, f"latents of {stored_latents[row]} bytes"),
         )
     if VIDEO in columns:
         reject(pc.equal(pc.binary_length(columns[VIDEO]), 0), lambda row: str(Reason.MISSING_VIDEO))

@@ -23,7 +23,7 @@ from pipelines.data.stream.plan import (
     sections_of,
     windows_of,
 )
-from pipelines.data.stream.quarantine import Reject, in_words
+from pipelines.data.stream.quarantine import Reject, summarize_rejects
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.window import read_window
 from pipelines.data.stream.window_decoding import decode_rows
@@ -93,14 +93,14 @@ def plan_windows(
         if not num_windows and start <= Cursor(epoch=epoch):
             raise DataError(
                 "streaming the training data",
-                f"no usable row group; {in_words(rejects)}",
+                f"no usable row group; {summarize_rejects(rejects)}",
                 "shards that can be read",
                 "`sgmd check` says what is wrong with each shard",
             )
         epoch += 1
 
 
-def read_here(
+def read_in_process(
     plan: Iterator[Planned], source: Source, num_rows: int
 ) -> Generator[tuple[Planned, pa.Table]]:
     """Reads window after window in this process, one ahead of the one that is handed out.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipelines.data.clips.clip_decoding import decode_clip
 from pipelines.data.clips.clip_errors import ClipError, ClipFault
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
-from pipelines.data.making.caption_rule import in_words
+from pipelines.data.making.caption_rule import join_reason
 from pipelines.data.shards.schema import FPS, VIDEO
 from pipelines.data.stream.source import Decode, Source
 from pipelines.data.stream.window import REASON
@@ -74,7 +74,7 @@ def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
             reasons[row] = _in_words(error)
             continue
         if frames.shape != source.pixel_shape:
-            reasons[row] = in_words(ClipFault.WRONG_SIZE, f"pixels of {frames.shape}")
+            reasons[row] = join_reason(ClipFault.WRONG_SIZE, f"pixels of {frames.shape}")
             continue
         pixels[num_decoded] = frames
         num_decoded += 1
@@ -96,6 +96,8 @@ def _binary(content: NDArray[np.uint8], borders: NDArray[np.int64]) -> pa.Array:
 
 def _in_words(error: Exception) -> str:
     if isinstance(error, ClipError):
-        return in_words(error.fault, error.in_short)
+        return join_reason(error.fault, error.in_short)
     words = str(error).splitlines()
-    return in_words(ClipFault.UNDECODABLE, f"{type(error).__name__}: {words[0] if words else ''}")
+    return join_reason(
+        ClipFault.UNDECODABLE, f"{type(error).__name__}: {words[0] if words else ''}"
+    )

@@ -2,8 +2,8 @@
 
 import pytest
 
+from cluster.dummies import DummyWorker, SimulatedRun, make_dummy_worker, run_dummies
 from cluster.local import LocalWorkerGroup
-from cluster.rehearsal import Rehearsal, Sleeper, make_sleeper, rehearse
 from cluster.schedule.program import Team
 from cluster.schedule.schedule import Call, order_calls
 from cluster.schedule.simulate import Costs, by_stage, in_sequence, simulate
@@ -21,7 +21,7 @@ SECONDS = {
 }
 
 
-def ends_in_order(told: Rehearsal, calls: list[Call]) -> bool:
+def ends_in_order(told: SimulatedRun, calls: list[Call]) -> bool:
     """Whether each call began after the calls that it takes results from had ended."""
     return all(
         told.naps[place].end_s <= told.naps[at].start_s
@@ -31,9 +31,9 @@ def ends_in_order(told: Rehearsal, calls: list[Call]) -> bool:
 
 
 def test_one_process_takes_the_sum_of_all_stages():
-    groups = {role: LocalWorkerGroup(role, [Sleeper()]) for role in TEAMS}
+    groups = {role: LocalWorkerGroup(role, [DummyWorker()]) for role in TEAMS}
     calls = order_calls(iteration_program(), TEAMS, 2, 2)
-    told = rehearse(calls, groups, Costs(lambda call: 0.01, lambda call: 100.0))
+    told = run_dummies(calls, groups, Costs(lambda call: 0.01, lambda call: 100.0))
     assert [nap.place for nap in told.naps] == list(range(len(calls)))
     assert told.iteration_s >= len(calls) * 0.01
     assert ends_in_order(told, calls)
@@ -51,10 +51,10 @@ def test_processes_on_ray_overlap_as_simulated():
     costs = Costs(by_stage(SECONDS), lambda call: 1e5)
     calls = order_calls(iteration_program(), TEAMS, 4, 3, num_iterations=3)
     with reserve(pools, WAIT_S) as placement:
-        groups = {role: RayWorkerGroup(role, make_sleeper, (), placement) for role in TEAMS}
+        groups = {role: RayWorkerGroup(role, make_dummy_worker, (), placement) for role in TEAMS}
         for group in groups.values():
             group.wait_ready(WAIT_S)
-        told = rehearse(calls, groups, costs)
+        told = run_dummies(calls, groups, costs)
         for group in groups.values():
             group.close()
     bound_s = simulate(calls, Costs(costs.seconds), TEAMS).iteration_s

@@ -10,7 +10,7 @@ from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
 from pipelines.config.recipe import load_recipe
-from pipelines.distillation.monitor import Judge
+from pipelines.distillation.monitor import RunMonitor
 from pipelines.run.alarms import Alarm
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.progress import SilentListener
@@ -65,7 +65,7 @@ def test_a_validation_is_written_when_it_is_back_and_delays_nothing(
     ):
         group.wait_ready(WAIT_S)
         checkpoints = Checkpoints(str(folder.checkpoints))
-        judge = Judge(config, folder, checkpoints, group, listener, NoTracker())
+        judge = RunMonitor(config, folder, checkpoints, group, listener, NoTracker())
         started = time.monotonic()
         for iteration in (10, 20, 30):
             judge.validate(iteration, {"motion": 9})
@@ -93,7 +93,7 @@ def test_a_validation_is_written_when_it_is_back_and_delays_nothing(
 
         # One that is late is told, and given up with those behind it.
         hasty = config.with_settings({"validation.timeout_s": 0.2})
-        judge = Judge(hasty, folder, checkpoints, group, listener, NoTracker())
+        judge = RunMonitor(hasty, folder, checkpoints, group, listener, NoTracker())
         judge.validate(50, {"motion": 9})
         judge.validate(60, {"motion": 9})
         judge.finish()

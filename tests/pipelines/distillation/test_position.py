@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from cluster.checkpoints import Checkpoints
 from pipelines.config.recipe import PROJECT_ROOT, DistillConfig, load_recipe
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.distillation.audit import audit
 from pipelines.distillation.position import Position, begin, resume_position
-from pipelines.distillation.preflight import check
-from pipelines.run.data_log import RunData
+from pipelines.distillation.preflight import run_preflight
+from pipelines.run.data_log import DataLog
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import CheckpointError, DataError
 from tests.helpers.s3_server import serve_s3, use_server
@@ -49,10 +49,10 @@ def recipe(model: Path, data: Path, *overrides: str) -> DistillConfig:
 @pytest.fixture
 def run(tmp_path: Path, model: Path, data: Path) -> RunFolder:
     folder, config = RunFolder(tmp_path / "run"), recipe(model, data)
-    checked = check(config)
+    checked = run_preflight(config)
     begin(config, checked, folder)
-    with Feed(StreamSettings(checked.source, 0, config.data.shuffle), Progress(), 4) as feed:
-        batches, books = [feed.take(4)], RunData(folder)
+    with Feed(StreamSettings(checked.source, 0, config.data.shuffle), FeedProgress(), 4) as feed:
+        batches, books = [feed.take(4)], DataLog(folder)
     books.enter(0, batches)
     books.record(0, batches)
     return folder
@@ -60,7 +60,7 @@ def run(tmp_path: Path, model: Path, data: Path) -> RunFolder:
 
 def resumed(run: RunFolder, model: Path, data: Path, *overrides: str) -> Position:
     config = recipe(model, data, *overrides)
-    return resume_position(config, check(config), run, Checkpoints(str(run.checkpoints)))
+    return resume_position(config, run_preflight(config), run, Checkpoints(str(run.checkpoints)))
 
 
 def refusal(run: RunFolder, model: Path, data: Path, *overrides: str) -> str:
@@ -86,7 +86,7 @@ def test_the_same_data_on_an_s3_server_are_resumed(run, model, data, tmp_path, m
             {"data.train": "s3://bucket/train", "data.validation": "s3://bucket/held_out"}
         )
         checkpoints = Checkpoints(str(run.checkpoints))
-        assert resume_position(config, check(config), run, checkpoints) == Position()
+        assert resume_position(config, run_preflight(config), run, checkpoints) == Position()
 
 
 def test_a_ledger_is_checked_where_the_data_are_now(run, data, tmp_path) -> None:

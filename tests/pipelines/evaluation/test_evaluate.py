@@ -24,7 +24,7 @@ from pipelines.evaluation.result import (
     Evaluation,
     EvaluationRow,
     Figure,
-    judge,
+    evaluate_criteria,
 )
 from pipelines.evaluation.run import EVALUATION_FILE, EvaluationOptions, evaluate
 from pipelines.media.inference import (
@@ -33,14 +33,14 @@ from pipelines.media.inference import (
     write_inference_settings,
 )
 from pipelines.run.folder import RunFolder
-from pipelines.shapes import Split, captions
+from pipelines.shapes import ClipSplit, captions
 from sgmd_core.errors import CheckpointError, ConfigError, DataError, ModelFolderError
 from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
 from tests.workers.test_measures import thin_i3d
 from workers.measures import CLIP_MEASURES
 from workers.models.content import model_digests
 
-CAPTIONS = captions(Split.HELD_OUT)[:4]
+CAPTIONS = captions(ClipSplit.HELD_OUT)[:4]
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
 OPTIONS = EvaluationOptions(
     num_captions=8,
@@ -109,7 +109,7 @@ def row(name: str, **figures) -> EvaluationRow:
 
 def verdicts(generator: EvaluationRow, baseline_error: float = 0.1) -> list[bool]:
     baseline = row(TEACHER_FEW, above_floor=Figure(value=2.0, error=baseline_error))
-    return [verdict.passed for verdict in judge([row(FLOOR), baseline, generator])]
+    return [verdict.passed for verdict in evaluate_criteria([row(FLOOR), baseline, generator])]
 
 
 def good_generator(**changes) -> EvaluationRow:

@@ -19,12 +19,12 @@ from pipelines.media.video import (
     write_gif,
     write_png,
 )
-from pipelines.shapes import FPS, Split, render_batch
+from pipelines.shapes import FPS, ClipSplit, render_batch
 from sgmd_core.errors import DataError, ShapeError
 
 
 def rendered_clip() -> np.ndarray:
-    pixels, _ = render_batch(0, [3], Split.TRAIN)
+    pixels, _ = render_batch(0, [3], ClipSplit.TRAIN)
     return pixels[0]
 
 

@@ -15,7 +15,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.memory import fake_score_memory, generator_memory, teacher_memory
 from pipelines.planning.plan import make_plan
-from pipelines.planning.search import Split, find_batch, find_best, predict, rank_memory
+from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
 from pipelines.planning.stage_times import StageTimes, measured, modelled
 from pipelines.planning.workload import KNOWN_SHAPES, Workload
 from sgmd_core.errors import ConfigError
@@ -102,7 +102,7 @@ class TestMemory:
         assert batched.working == 2 * in_turn.working
 
     def test_a_deeper_window_costs_the_generator_alone(self):
-        shallow, deep = (rank_memory(SMALL, Split(1, 1, 1, 24, depth)) for depth in (1, 3))
+        shallow, deep = (rank_memory(SMALL, PoolSplit(1, 1, 1, 24, depth)) for depth in (1, 3))
         assert deep[GENERATOR].graphs == 3 * shallow[GENERATOR].graphs
         assert deep[FAKE_SCORE] == shallow[FAKE_SCORE]
         assert deep[TEACHER] == shallow[TEACHER]
@@ -110,7 +110,12 @@ class TestMemory:
 
 class TestSearch:
     @pytest.mark.parametrize(
-        "split", [Split(2, 3, 4, 3, 2), Split(4, 1, 2, 2, 1), Split(2, 2, 4, 3, 2, teacher_ranks=2)]
+        "split",
+        [
+            PoolSplit(2, 3, 4, 3, 2),
+            PoolSplit(4, 1, 2, 2, 1),
+            PoolSplit(2, 2, 4, 3, 2, teacher_ranks=2),
+        ],
     )
     def test_a_group_taken_for_one_fast_process_takes_as_long_as_its_ranks(self, split):
         work = replace(SMALL, batch_size=24)
@@ -139,7 +144,7 @@ class TestSearch:
         work, hardware = replace(SMALL, batch_size=12), Hardware()
         times = modelled(work, hardware)
         tried = [
-            predict(work, times, hardware, Split(g, t, f, m, d)).iteration_s
+            predict(work, times, hardware, PoolSplit(g, t, f, m, d)).iteration_s
             for g, t, f in product(range(1, 7), repeat=3)
             for m, d in product((2, 3, 4, 6), (2, 3))
             if g + t + f <= 8 and not (12 // m) % g and not (12 // m) % f
@@ -167,7 +172,7 @@ class TestSearch:
     def test_weights_that_are_handed_over_cost_their_way(self):
         mixing = replace(SMALL, fresh_updates=1, mixes_weights=True)
         # So fast that the next samples do not hide it.
-        split, hardware = Split(2, 1, 2, 4, 2), Hardware(flops=1e17, wire_bandwidth=1e9)
+        split, hardware = PoolSplit(2, 1, 2, 4, 2), Hardware(flops=1e17, wire_bandwidth=1e9)
         times = modelled(mixing, hardware)
         with_it, without = (
             predict(replace(mixing, mixes_weights=mixes), times, hardware, split).iteration_s

@@ -25,10 +25,10 @@ from pipelines.pretraining.denoiser_stage import (
     flow_matching_loss,
 )
 from pipelines.pretraining.events import EventWriter, PretrainEvent, follow_events
-from pipelines.pretraining.loops import build_teacher
+from pipelines.pretraining.loops import build_pretrained_teacher
 from pipelines.pretraining.run import pretrain
 from pipelines.pretraining.stages import record_stage, require_same_stages, stage_identities
-from pipelines.shapes import Split, captions, render_batch, write_shards
+from pipelines.shapes import ClipSplit, captions, render_batch, write_shards
 from sgmd_core.errors import CheckpointError, DataError, NonFiniteError
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.models.scheduler import build_scheduler
@@ -66,19 +66,21 @@ def micro_config(folder: Path, **sections: dict[str, object]) -> PretrainConfig:
 
 def write_clips(folder: Path) -> None:
     write_shards(str(folder / "train"), num_clips=16, shard_size=8, seed=0)
-    write_shards(str(folder / "held_out"), num_clips=4, shard_size=4, seed=0, split=Split.HELD_OUT)
+    write_shards(
+        str(folder / "held_out"), num_clips=4, shard_size=4, seed=0, split=ClipSplit.HELD_OUT
+    )
 
 
 def denoiser_training(weights_seed: int = 0) -> DenoiserTraining:
     config = micro_config(Path("unused"))
     torch.manual_seed(weights_seed)
-    teacher = build_teacher(config, captions(Split.TRAIN), latent_channels=4)
+    teacher = build_pretrained_teacher(config, captions(ClipSplit.TRAIN), latent_channels=4)
     return DenoiserTraining(teacher, config.denoiser, config.text, seed=0)
 
 
 def random_latents() -> tuple[torch.Tensor, list[str]]:
     generator = torch.Generator().manual_seed(3)
-    return torch.randn(8, 4, 2, 2, 2, generator=generator), captions(Split.TRAIN)[:8]
+    return torch.randn(8, 4, 2, 2, 2, generator=generator), captions(ClipSplit.TRAIN)[:8]
 
 
 # ----------------------------------------------------------------------------- learning rate
@@ -176,7 +178,7 @@ def test_a_resumed_denoiser_repeats_the_uninterrupted_one_bitwise() -> None:
 
 def test_a_resumed_autoencoder_repeats_the_uninterrupted_one_bitwise() -> None:
     settings = VaeSettings(base_dim=4, latent_channels=4, num_steps=4, batch_size=1)
-    clips = torch.from_numpy(render_batch(0, range(4), Split.TRAIN)[0])
+    clips = torch.from_numpy(render_batch(0, range(4), ClipSplit.TRAIN)[0])
 
     def start() -> vae_stage.VaeTraining:
         torch.manual_seed(0)
@@ -221,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_unchanged() -> None:
 def test_latent_statistics_normalise_the_training_latents() -> None:
     settings = VaeSettings(base_dim=4, latent_channels=4)
     vae = networks.build_vae(settings)
-    clips = torch.from_numpy(render_batch(0, range(6), Split.TRAIN)[0])
+    clips = torch.from_numpy(render_batch(0, range(6), ClipSplit.TRAIN)[0])
     vae_stage.store_latent_statistics(vae, vae_stage.encode_clips(vae, clips))
     latents = VideoVae(vae).encode(vae_stage.to_unit_video(clips))
     assert latents.mean(dim=(0, 2, 3, 4)).tolist() == pytest.approx([0.0] * 4, abs=1e-4)

@@ -10,7 +10,7 @@ from pipelines.reporting import names
 from pipelines.reporting.alarms import alarm_kinds
 from pipelines.reporting.checkpoints import ranked_checkpoints
 from pipelines.reporting.curves import LabelledRun, training_cards
-from pipelines.reporting.figures import Figure, read_rows
+from pipelines.reporting.figures import ShownFigure, read_rows
 from pipelines.reporting.headline import figure_table, ratio_plot, tiles
 from pipelines.reporting.page import write_report
 from pipelines.reporting.records import Line, read_run
@@ -39,15 +39,15 @@ def rows_with(**generator):
 class TestFigures:
     def test_a_ratio_is_taken_as_recorded_or_else_of_the_two_values(self):
         generator = read_rows(rows_with(speed=1.0, flow=INTERVAL)).generator
-        assert generator.ratios["speed"] == Figure(0.5)
-        assert generator.ratios["flow"] == Figure(0.75, low=0.7, high=0.8)
+        assert generator.ratios["speed"] == ShownFigure(0.5)
+        assert generator.ratios["flow"] == ShownFigure(0.75, low=0.7, high=0.8)
 
     def test_a_figure_that_the_teacher_lacks_has_no_ratio(self):
         assert "extra" not in read_rows(rows_with(extra=1.0)).generator.ratios
 
     def test_figures_are_found_in_groups_of_a_row(self):
         generator = read_rows(rows_with(metrics={"flow": INTERVAL, "clips": "a.png"})).generator
-        assert generator.figures["flow"] == Figure(0.9, low=0.8, high=1.0)
+        assert generator.figures["flow"] == ShownFigure(0.9, low=0.8, high=1.0)
         assert "clips" not in generator.figures
 
     def test_facts_truths_words_and_what_is_not_finite_are_no_figures(self):
@@ -58,12 +58,12 @@ class TestFigures:
     @pytest.mark.parametrize(
         ("figure", "text", "spread"),
         [
-            (Figure(0.35243, error=0.116), "0.35", "± 0.12"),
-            (Figure(0.013493, error=0.0036), "0.013", "± 0.004"),
-            (Figure(0.9, low=0.81234, high=1.0), "0.9", "[0.812, 1]"),
-            (Figure(1.0, error=0.0), "1", ""),
-            (Figure(1.0, low=1.0, high=1.0), "1", ""),
-            (Figure(12345.6), "12,346", ""),
+            (ShownFigure(0.35243, error=0.116), "0.35", "± 0.12"),
+            (ShownFigure(0.013493, error=0.0036), "0.013", "± 0.004"),
+            (ShownFigure(0.9, low=0.81234, high=1.0), "0.9", "[0.812, 1]"),
+            (ShownFigure(1.0, error=0.0), "1", ""),
+            (ShownFigure(1.0, low=1.0, high=1.0), "1", ""),
+            (ShownFigure(12345.6), "12,346", ""),
         ],
     )
     def test_a_figure_has_the_decimals_that_its_error_allows(self, figure, text, spread):
@@ -88,9 +88,9 @@ class TestFigures:
         assert (tile.big, tile.spread) == ("75%", "[70%, 80%]")
 
     def test_the_teacher_lies_in_the_middle_of_a_drawn_ratio(self):
-        assert 'class="own" cx="55.0"' in ratio_plot(Figure(1.0), None)
-        assert 'class="own" cx="5.0"' in ratio_plot(Figure(0.1), None)
-        assert 'x1="45.0" x2="65.0"' in ratio_plot(Figure(1.0, low=0.9, high=1.1), None)
+        assert 'class="own" cx="55.0"' in ratio_plot(ShownFigure(1.0), None)
+        assert 'class="own" cx="5.0"' in ratio_plot(ShownFigure(0.1), None)
+        assert 'x1="45.0" x2="65.0"' in ratio_plot(ShownFigure(1.0, low=0.9, high=1.1), None)
 
 
 class TestAlarms:

@@ -6,7 +6,7 @@ import pytest
 
 from pipelines.config.recipe import load_recipe
 from pipelines.config.recipe_files import load
-from pipelines.distillation.preflight import check
+from pipelines.distillation.preflight import run_preflight
 from pipelines.evaluation.run import evaluate
 from pipelines.generate import generate
 from pipelines.pretraining.config import PretrainConfig
@@ -23,7 +23,7 @@ TINY = Path(__file__).parents[3] / "assets" / "tiny-wan"
 @pytest.mark.parametrize(
     "write",
     [
-        lambda: check(load_recipe("tiny", [f"output={ADDRESS}"])),
+        lambda: run_preflight(load_recipe("tiny", [f"output={ADDRESS}"])),
         lambda: sweep(load_recipe("tiny", [f"output={ADDRESS}"])),
         lambda: pretrain(load(PretrainConfig, "pretrain-tiny", [f"output={ADDRESS}"])),
         lambda: pretrain(load(PretrainConfig, "pretrain-tiny", [f"run_dir={ADDRESS}"])),
@@ -47,7 +47,7 @@ def test_the_package_folder_of_a_job_is_refused(tmp_path, monkeypatch):
     package.mkdir(parents=True)
     monkeypatch.chdir(package)
     with pytest.raises(ConfigError, match="deletes with the job"):
-        check(load_recipe("tiny", ["output=runs"]))
+        run_preflight(load_recipe("tiny", ["output=runs"]))
     require_lasting_folder(tmp_path / "runs", "output")
 
 

@@ -12,7 +12,7 @@ from s3fs import S3FileSystem
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.data.checking.check import CheckOptions, check
+from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.checking.check_group import choose_rows
 from pipelines.data.checking.check_report import quantiles
 from pipelines.data.shards.schema import Encoding, encoded_schema
@@ -79,7 +79,7 @@ def encoded_folder(folder: Path, num_rows: int = 6) -> Encoding:
 
 class TestGoodSets:
     def test_a_rendered_set_has_the_figures_it_was_made_with(self, clips):
-        report = check(str(clips), HERE)
+        report = check_shards(str(clips), HERE)
         assert report.is_usable
         assert (report.kind, report.num_shards, report.num_rows, report.decoded) == (
             "video",
@@ -100,11 +100,11 @@ class TestGoodSets:
 
     def test_processes_find_the_same_as_none(self, clips):
         damage(shards_of(clips)[1], "video", 3, b"broken")
-        reports = [check(str(clips), CheckOptions(num_processes=n)) for n in (0, 2)]
+        reports = [check_shards(str(clips), CheckOptions(num_processes=n)) for n in (0, 2)]
         assert reports[0] == reports[1]
 
     def test_a_sample_decodes_as_many_rows_as_wanted(self, clips):
-        report = check(str(clips), CheckOptions(sample=5, num_processes=0))
+        report = check_shards(str(clips), CheckOptions(sample=5, num_processes=0))
         assert (report.decoded, report.num_rows) == (5, 24)
         assert choose_rows(100, 7, 0).tolist() == choose_rows(100, 7, 0).tolist()
         assert choose_rows(100, 7, 0).tolist() != choose_rows(100, 7, 1).tolist()
@@ -113,7 +113,7 @@ class TestGoodSets:
 
     def test_captions_alone_are_a_set_too(self, tmp_path):
         write_folder(tmp_path, [5, 4])
-        report = check(str(tmp_path), HERE)
+        report = check_shards(str(tmp_path), HERE)
         assert (report.is_usable, report.kind, report.num_rows) == (True, "captions", 9)
         assert (report.decoded, report.videos) == (0, {})
 
@@ -124,13 +124,13 @@ class TestGoodSets:
             count_tokens=lambda captions: [len(caption.split()) + 1 for caption in captions],
             text_length=3,
         )
-        report = check(str(tmp_path), counted)
+        report = check_shards(str(tmp_path), counted)
         assert report.captions["tokens"]["max"] == 4
         assert report.captions["cut"] == 1
 
     def test_encoded_values_are_tried(self, tmp_path):
         encoding = encoded_folder(tmp_path / "set")
-        report = check(str(tmp_path / "set"), HERE)
+        report = check_shards(str(tmp_path / "set"), HERE)
         assert (report.is_usable, report.kind, report.decoded) == (True, "encoded", 6)
         assert report.encoding is not None
         assert report.encoding["vae"] == encoding.vae
@@ -159,17 +159,19 @@ class TestDamage:
     )
     def test_a_bad_row_is_named_with_its_reason(self, clips, column, value, reason):
         damage(shards_of(clips)[1], column, 5, value)
-        report = check(str(clips), HERE)
+        report = check_shards(str(clips), HERE)
         assert report.bad == {reason: 1}
         assert not report.is_usable
         assert report.examples[0].startswith(f"{shards_of(clips)[1].name}, row 5: {reason}")
-        assert check(str(clips), CheckOptions(num_processes=0, max_bad_fraction=0.05)).is_usable
+        assert check_shards(
+            str(clips), CheckOptions(num_processes=0, max_bad_fraction=0.05)
+        ).is_usable
 
     def test_a_shard_that_is_cut_short_counts_as_many_rows_as_the_others(self, clips):
         shard = shards_of(clips)[0]
         shard.write_bytes(shard.read_bytes()[:-50])
         (clips / "_index.json").unlink(missing_ok=True)
-        report = check(str(clips), HERE)
+        report = check_shards(str(clips), HERE)
         assert report.bad == {"unreadable_shard": 8}
         assert report.num_rows == 24
         assert shard.name in report.examples[0]
@@ -180,7 +182,7 @@ class TestDamage:
         data = bytearray(shard.read_bytes())
         data[4:40] = b"\xff" * 36
         shard.write_bytes(data)
-        report = check(str(tmp_path / "set"), HERE)
+        report = check_shards(str(tmp_path / "set"), HERE)
         assert report.bad == {"unreadable_rows": 4}
         assert report.decoded == 4
 
@@ -188,23 +190,23 @@ class TestDamage:
         shard = shards_of(clips)[2]
         pq.write_table(pq.read_table(shard).drop_columns(["fps"]), shard)
         (clips / "_index.json").unlink(missing_ok=True)
-        report = check(str(clips), HERE)
+        report = check_shards(str(clips), HERE)
         assert "fps" in report.examples[0]
         assert not report.is_usable
 
     def test_an_index_that_differs_from_the_folder_is_told_and_can_be_written_anew(self, clips):
-        assert check(str(clips), CheckOptions(num_processes=0, write_index=True)).is_usable
+        assert check_shards(str(clips), CheckOptions(num_processes=0, write_index=True)).is_usable
         shards_of(clips)[0].rename(clips / "renamed.parquet")
-        report = check(str(clips), HERE)
+        report = check_shards(str(clips), HERE)
         assert not report.is_usable
         assert len(report.problems) == 2
         assert "--write-index" in report.problems[0]
-        assert check(str(clips), CheckOptions(num_processes=0, write_index=True)).is_usable
+        assert check_shards(str(clips), CheckOptions(num_processes=0, write_index=True)).is_usable
 
     def test_shards_of_several_kinds_are_no_set(self, clips):
         write_shard(clips / "z.parquet", ["x"])
         (clips / "_index.json").unlink(missing_ok=True)
-        report = check(str(clips), HERE)
+        report = check_shards(str(clips), HERE)
         assert report.problems == ["shards of several kinds: 3 video, 1 captions"]
 
     @pytest.mark.parametrize(
@@ -213,11 +215,11 @@ class TestDamage:
     def test_latents_of_another_shape_or_without_numbers_are_bad(self, tmp_path, value):
         encoded_folder(tmp_path / "set")
         damage(tmp_path / "set" / "a.parquet", "latents", 2, value)
-        assert check(str(tmp_path / "set"), HERE).bad == {"bad_encoding": 1}
+        assert check_shards(str(tmp_path / "set"), HERE).bad == {"bad_encoding": 1}
 
     def test_a_folder_without_shards_is_a_wrong_request(self, tmp_path):
         with pytest.raises(DataError, match="sgmd prepare"):
-            check(str(tmp_path), HERE)
+            check_shards(str(tmp_path), HERE)
 
 
 def test_a_bucket_is_checked_like_a_folder(clips, tmp_path, monkeypatch):
@@ -225,9 +227,9 @@ def test_a_bucket_is_checked_like_a_folder(clips, tmp_path, monkeypatch):
     shutil.copytree(clips, tmp_path / "s3" / "bucket" / "set")
     with serve_s3(tmp_path / "s3") as server:
         use_server(server.environment, monkeypatch)
-        there = check("s3://bucket/set", HERE).to_json()
+        there = check_shards("s3://bucket/set", HERE).to_json()
     S3FileSystem.clear_instance_cache()
-    assert there | {"folder": ""} == check(str(clips), HERE).to_json() | {"folder": ""}
+    assert there | {"folder": ""} == check_shards(str(clips), HERE).to_json() | {"folder": ""}
 
 
 class TestCommand:

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from s3fs import S3FileSystem
 
-from pipelines.data.checking.check import CheckOptions, check
+from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.making.caption_file import read_prompts
 from pipelines.data.making.prepare import PrepareOptions, prepare
 from pipelines.data.making.source_clip import Columns
-from pipelines.data.stream.feed import Batch, Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.inspect import first_captions, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source
@@ -44,7 +44,9 @@ def write(path: Path, captions: list[str] = CAPTIONS) -> Path:
     return path
 
 
-def take(path: Path | str, num_rows: int, progress: Progress = Progress(), **settings) -> Batch:
+def take(
+    path: Path | str, num_rows: int, progress: FeedProgress = FeedProgress(), **settings
+) -> Batch:
     wanted = StreamSettings(Source(str(path)), seed=3, **settings)
     with Feed(wanted, progress, num_rows) as feed:
         return feed.take(num_rows)
@@ -82,7 +84,7 @@ def test_a_bad_row_is_quarantined_with_its_place_in_the_file_and_counted_by_chec
     reasons = sorted(reject.reason for reject in batch.rejects)
     assert reasons[0] == "bad_manifest_row (row 40 of the file: no JSON object: {broken)"
     assert len(reasons) == 2
-    report = check(str(path), CheckOptions(num_processes=0))
+    report = check_shards(str(path), CheckOptions(num_processes=0))
     assert report.bad == {"bad_manifest_row": 1, "empty_caption": 1}
     assert (report.kind, report.num_rows) == ("captions", 70)
 
@@ -91,7 +93,7 @@ def test_a_run_goes_on_within_a_file_and_refuses_one_that_has_changed(tmp_path):
     path = write(tmp_path / "prompts.txt")
     whole = take(path, 60)
     first = take(path, 20)
-    so_far = Progress(first.cursor, first.position, first.notes, (), first.sample_ids)
+    so_far = FeedProgress(first.cursor, first.position, first.notes, (), first.sample_ids)
     assert take(path, 40, so_far).captions == whole.captions[20:]
     write(path, [*CAPTIONS[:-1], "a blue square"])
     with pytest.raises(DataError, match="a file that has changed since the run began"):
@@ -107,7 +109,7 @@ def test_a_file_in_a_bucket_is_the_same_set(tmp_path, monkeypatch):
     with serve_s3(tmp_path / "s3") as server:
         use_server(server.environment, monkeypatch)
         there = take("s3://bucket/prompts.txt", 40)
-        report = check("s3://bucket/prompts.txt", CheckOptions(num_processes=0))
+        report = check_shards("s3://bucket/prompts.txt", CheckOptions(num_processes=0))
         with pytest.raises(DataError, match="Check the address"):
             take("s3://bucket/nowhere.txt", 1)
     S3FileSystem.clear_instance_cache()

@@ -7,16 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.checking.check import CheckOptions, check
+from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat
-from pipelines.data.making.caption_rule import split_words
+from pipelines.data.making.caption_rule import split_reason
 from pipelines.data.making.encode_plan import plan_parts
 from pipelines.data.making.encode_stages import TASK, read_and_decode
 from pipelines.data.making.prepare_clip import ClipRules, prepare_clip
 from pipelines.data.making.rejections import Rejection
 from pipelines.data.making.source_clip import SourceClip
 from pipelines.data.shards.filesystem import open_folder
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.source import Source
 
 LIMIT = 10
@@ -51,15 +51,15 @@ def shards(tmp_path) -> Path:
 def test_training_and_check_and_encode_and_prepare_reject_the_same_captions_alike(shards):
     source = Source(str(shards / "captions"), max_caption_chars=LIMIT)
     settings = StreamSettings(source, 0, max_bad_fraction=1.0)
-    with Feed(settings, Progress(), 4) as feed:
+    with Feed(settings, FeedProgress(), 4) as feed:
         batches = [feed.take(3), feed.take(1)]
     trained = {
-        each.sample_id: split_words(each.reason) for batch in batches for each in batch.rejects
+        each.sample_id: split_reason(each.reason) for batch in batches for each in batch.rejects
     }
     assert trained == FAULTS
 
     options = CheckOptions(max_caption_chars=LIMIT, num_processes=0)
-    report = check(str(shards / "captions"), options)
+    report = check_shards(str(shards / "captions"), options)
     assert report.bad == {"empty_caption": 3, "long_caption": 1}
 
     prepared = {

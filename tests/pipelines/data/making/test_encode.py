@@ -21,7 +21,7 @@ from pipelines.data.clips.clip_decoding import decode_clip
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, FitPolicy
 from pipelines.data.making import encode_stages as stages
 from pipelines.data.making.encode import EncodeReport, encode, encoding_for
-from pipelines.data.making.encode_options import EncodeOptions, Pool, dtype_named
+from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
 from pipelines.data.making.encode_plan import Part, SourceGroup, digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
 from pipelines.data.making.journal import open_journal
@@ -29,7 +29,7 @@ from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import read_index
 from pipelines.data.shards.schema import Encoding, encoding_of, video_schema
 from pipelines.data.shards.values import unpack_latents, unpack_text
-from pipelines.shapes import Split, captions, write_shards
+from pipelines.shapes import ClipSplit, captions, write_shards
 from sgmd_core.errors import ConfigError, DataError, ShapeError
 from tests.e2e.processes import ROOT
 from tests.helpers import tiny_wan
@@ -48,7 +48,9 @@ OPTIONS = EncodeOptions(wanted=WANTED, text_length=tiny_wan.TEXT_LENGTH, shard_c
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    words = sorted({word for split in Split for text in captions(split) for word in text.split()})
+    words = sorted(
+        {word for split in ClipSplit for text in captions(split) for word in text.split()}
+    )
     return str(tiny_wan.write_tiny_wan(tmp_path_factory.mktemp("wan") / "base", words))
 
 
@@ -350,7 +352,7 @@ class TestKilledAndRunAgain:
 
     def test_another_model_is_refused(self, encoded, source, model, tmp_path):
         target, _ = encoded
-        words = sorted({word for text in captions(Split.TRAIN) for word in text.split()})
+        words = sorted({word for text in captions(ClipSplit.TRAIN) for word in text.split()})
         other = tiny_wan.write_tiny_wan(tmp_path / "other", words, seed=1)
         with pytest.raises(DataError, match=r"encoding\.vae ="):
             encode(str(source), str(target), str(other), OPTIONS)
@@ -359,6 +361,6 @@ class TestKilledAndRunAgain:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_shares_of_gpus_that_the_cluster_does_not_have_are_told(source, model, tmp_path):
-    options = replace(OPTIONS, videos=Pool(2, 0.5), captions=Pool(1, 0.25))
+    options = replace(OPTIONS, videos=ActorPool(2, 0.5), captions=ActorPool(1, 0.25))
     with pytest.raises(InsufficientResourcesError, match=r"0 GPU.*at least 1.25 GPU"):
         encode(str(source), str(tmp_path / "set"), model, options)

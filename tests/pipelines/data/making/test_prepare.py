@@ -17,7 +17,7 @@ from s3fs import S3FileSystem
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.data.checking.check import CheckOptions, check
+from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.clips.clip_decoding import read_facts
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.making.prepare import PrepareOptions, prepare
@@ -448,7 +448,7 @@ def test_a_file_of_prompts_becomes_shards_of_captions(tmp_path):
     assert set(first[0]) == {"sample_id", "caption"}
     prompts.write_text("new\na cat, “grey”\na dog\n")
     assert prepare(str(prompts), str(out), HERE).num_new == 1
-    assert check(str(out), CheckOptions(num_processes=0)).kind == ShardKind.CAPTIONS
+    assert check_shards(str(out), CheckOptions(num_processes=0)).kind == ShardKind.CAPTIONS
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.jsonl"])

@@ -9,9 +9,9 @@ import pytest
 from cluster.redaction import without_secrets
 from pipelines.data.shards.filesystem import (
     S3Settings,
+    data_errors,
     is_transient,
     open_folder,
-    storage_errors,
 )
 from sgmd_core.errors import ConfigError, DataError
 from tests.helpers.s3_server import S3Server, serve_s3, use_server
@@ -143,7 +143,7 @@ def test_an_endpoint_without_a_scheme_is_understood(
 def test_a_missing_local_path_says_nothing_of_s3(tmp_path: Path) -> None:
     with (
         pytest.raises(DataError, match=r"Check the address") as caught,
-        storage_errors("reading x"),
+        data_errors("reading x"),
     ):
         (tmp_path / "x").read_bytes()
     assert "AWS" not in str(caught.value)

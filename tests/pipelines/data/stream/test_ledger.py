@@ -7,12 +7,12 @@ import pytest
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.stream.catalogue import Catalogue
-from pipelines.data.stream.feed import Batch, Feed, Progress, StreamSettings
-from pipelines.data.stream.ledger import Entry, Ledger
+from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.ledger import Ledger, LedgerEntry
 from pipelines.data.stream.plan import Cursor, ShuffleSettings
 from pipelines.data.stream.quarantine import Reject
+from pipelines.data.stream.reconciliation import DueRow, due_rows, reconcile
 from pipelines.data.stream.source import Source
-from pipelines.data.stream.verdict import DueRow, due_rows, judge
 from tests.helpers.shards import write_folder, write_shard
 
 SMALL = ShuffleSettings(shards=2, row_groups=2)
@@ -24,8 +24,8 @@ def batch(ids: tuple[str, ...], epochs=None, cursor=Cursor()) -> Batch:
     )
 
 
-def entry(iteration: int, ids: tuple[str, ...], epochs=None) -> Entry:
-    return Entry(iteration, epochs or ((0, len(ids)),), Cursor(), ids)
+def entry(iteration: int, ids: tuple[str, ...], epochs=None) -> LedgerEntry:
+    return LedgerEntry(iteration, epochs or ((0, len(ids)),), Cursor(), ids)
 
 
 def due(*names: str, epoch: int = 0, quarantined: tuple[str, ...] = ()) -> list[DueRow]:
@@ -78,14 +78,14 @@ def test_a_torn_last_line_is_not_read_and_goes_with_a_rewind(tmp_path: Path) -> 
 
 
 def test_every_sample_once_is_clean() -> None:
-    (verdict,) = judge(due("a", "b", "c"), [entry(0, ("b",)), entry(1, ("a", "c"))])
+    (verdict,) = reconcile(due("a", "b", "c"), [entry(0, ("b",)), entry(1, ("a", "c"))])
     assert verdict.is_clean
     assert (verdict.due, verdict.used_once) == (3, 3)
 
 
 def test_each_fault_is_told_by_its_name() -> None:
     rows = due("a", "b", "c", "d", quarantined=("d",))
-    (verdict,) = judge(rows, [entry(0, ("a", "b", "b", "x"))])
+    (verdict,) = reconcile(rows, [entry(0, ("a", "b", "b", "x"))])
     assert not verdict.is_clean
     found = (verdict.used_once, verdict.repeated, verdict.missing, verdict.quarantined)
     assert found == (1, 1, 1, 1)
@@ -96,16 +96,16 @@ def test_each_fault_is_told_by_its_name() -> None:
 def test_epochs_are_judged_apart() -> None:
     rows = due("a", "b") + due("b", "a", epoch=1)
     entries = [entry(0, ("a", "b", "b"), ((0, 2), (1, 1))), entry(1, ("a",), ((1, 1),))]
-    assert [each.is_clean for each in judge(rows, entries)] == [True, True]
+    assert [each.is_clean for each in reconcile(rows, entries)] == [True, True]
     swapped = [entry(0, ("a", "b", "b"), ((0, 1), (1, 2))), entries[1]]
-    assert [each.is_clean for each in judge(rows, swapped)] == [False, False]
+    assert [each.is_clean for each in reconcile(rows, swapped)] == [False, False]
 
 
 def test_of_two_rows_with_one_id_one_is_used_and_one_quarantined() -> None:
     rows = [DueRow(0, "a", False), DueRow(0, "a", True)]
-    (verdict,) = judge(rows, [entry(0, ("a",))])
+    (verdict,) = reconcile(rows, [entry(0, ("a",))])
     assert verdict.is_clean
-    (verdict,) = judge([DueRow(0, "a", False), DueRow(0, "a", False)], [entry(0, ("a",))])
+    (verdict,) = reconcile([DueRow(0, "a", False), DueRow(0, "a", False)], [entry(0, ("a",))])
     assert verdict.missing == 1
 
 
@@ -115,7 +115,7 @@ def test_the_plan_replayed_agrees_with_what_a_feed_handed_out(tmp_path: Path) ->
     write_shard(folder / "bad.parquet", ["x", "0-1", "y"], ["", "a twin", "good"])
     (folder / "cut.parquet").write_bytes(b"PAR1")
     source = Source(str(folder))
-    feed = Feed(StreamSettings(source, 4, SMALL, max_bad_fraction=1.0), Progress(), 100)
+    feed = Feed(StreamSettings(source, 4, SMALL, max_bad_fraction=1.0), FeedProgress(), 100)
     ledger = Ledger(tmp_path / "ledger")
     rejects: list[Reject] = []
     notes = []
@@ -131,7 +131,7 @@ def test_the_plan_replayed_agrees_with_what_a_feed_handed_out(tmp_path: Path) ->
         catalogue = Catalogue(filesystem, root, 1000, recorded=notes)
         reader = RowGroupReader(filesystem, root, S3Settings())
         end = entries[-1].cursor
-        return judge(due_rows(catalogue, reader, 4, SMALL, end, rejects), entries)
+        return reconcile(due_rows(catalogue, reader, 4, SMALL, end, rejects), entries)
 
     verdicts = replayed()
     assert [each.epoch for each in verdicts] == [0, 1, 2]

@@ -11,7 +11,7 @@ import torch
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.shards.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO, Encoding, encoded_schema
 from pipelines.data.shards.values import pack, pack_text
-from pipelines.data.stream.feed import Batch, Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.window_decoding import ClipDecoder
 from pipelines.media.video import decode_video, encode_mp4
@@ -26,7 +26,7 @@ def decode(data: bytes, fps: float) -> np.ndarray:
 
 
 def feed(source: Source) -> Feed:
-    return Feed(StreamSettings(source, 0, max_bad_fraction=1.0), Progress(), 100)
+    return Feed(StreamSettings(source, 0, max_bad_fraction=1.0), FeedProgress(), 100)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

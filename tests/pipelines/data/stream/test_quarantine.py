@@ -15,7 +15,7 @@ from pipelines.data.shards.schema import (
     encoded_schema,
     parquet_options,
 )
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.inspect import first_captions, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.quarantine import QuarantineFile, Reject, Tally
@@ -33,7 +33,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def feed(folder: Path, limit: float = 0.9, progress: Progress = Progress(), **wanted) -> Feed:
+def feed(
+    folder: Path, limit: float = 0.9, progress: FeedProgress = FeedProgress(), **wanted
+) -> Feed:
     settings = StreamSettings(Source(str(folder), **wanted), 0, max_bad_fraction=limit)
     return Feed(settings, progress, 1000)
 
@@ -107,7 +109,7 @@ def test_an_id_is_new_again_in_the_next_epoch_and_known_after_a_resume(folder: P
         assert sorted(batch.sample_ids) == sorted(first.sample_ids)
         assert batch.rejects == ()
     write_shard(folder / "bad.parquet", list(first.sample_ids[:4]))
-    resumed = feed(folder, progress=Progress(used_ids=first.sample_ids[:4]))
+    resumed = feed(folder, progress=FeedProgress(used_ids=first.sample_ids[:4]))
     batch = resumed.take(NUM_GOOD - 4)
     assert not set(batch.sample_ids) & set(first.sample_ids[:4])
 
@@ -252,7 +254,7 @@ def test_rejects_are_told_once_and_not_again_after_a_resume(folder: Path) -> Non
     stream = feed(folder)
     told = [reject for _ in range(9) for reject in stream.take(10).rejects]
     assert len(told) == 1
-    resumed = feed(folder, progress=Progress(rejects=tuple(told)))
+    resumed = feed(folder, progress=FeedProgress(rejects=tuple(told)))
     assert resumed.take(NUM_GOOD).rejects == ()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.stream.catalogue import Catalogue
-from pipelines.data.stream.feed import Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.plan import ShuffleSettings, Window
 from pipelines.data.stream.ray_stream import (
     ReadAheadSettings,
@@ -85,7 +85,7 @@ def test_reading_ahead_rests_once_it_has_read_as_far_as_it_may(source: Source) -
     settings = StreamSettings(
         source, 0, ShuffleSettings(row_groups=1), ahead=ReadAheadSettings(store_mb=0.002)
     )
-    with Feed(settings, Progress(), 9 * 16) as stream:
+    with Feed(settings, FeedProgress(), 9 * 16) as stream:
         stream.take(1)
         time.sleep(2.0)
         before = time.process_time()

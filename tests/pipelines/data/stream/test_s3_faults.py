@@ -17,7 +17,7 @@ from pipelines.data.shards.reading import Fault, Range, fetch
 from pipelines.data.shards.schema import parquet_options, video_schema
 from pipelines.data.shards.shard_writing import write_file
 from pipelines.data.stream.catalogue import Catalogue
-from pipelines.data.stream.feed import Batch, Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source
@@ -88,7 +88,7 @@ def healthy(number: int) -> Trouble:
 
 def feed(s3: S3Settings = PATIENT, ahead: ReadAheadSettings | None = None) -> Feed:
     settings = StreamSettings(Source("s3://clips/set", s3), 0, SMALL, ahead=ahead)
-    return Feed(settings, Progress(), 2 * sum(SIZES))
+    return Feed(settings, FeedProgress(), 2 * sum(SIZES))
 
 
 def epoch(stream: Feed) -> list[Batch]:
@@ -217,7 +217,7 @@ def test_captions_of_a_large_shard_do_not_fetch_its_videos(
 ) -> None:
     book = through(healthy)
     settings = StreamSettings(Source("s3://clips/large", S3Settings(native_reads=native)), 0)
-    assert len(set(Feed(settings, Progress(), 8).take(8).sample_ids)) == 8
+    assert len(set(Feed(settings, FeedProgress(), 8).take(8).sample_ids)) == 8
     assert 0 < book.sent < 600_000
 
 
@@ -251,7 +251,9 @@ def test_moto_lists_and_reads_alike(server: S3Server, monkeypatch: pytest.Monkey
     finally:
         moto.stop()
     local = Feed(
-        StreamSettings(Source(str(Path(server.root) / "clips" / "set")), 0, SMALL), Progress(), 80
+        StreamSettings(Source(str(Path(server.root) / "clips" / "set")), 0, SMALL),
+        FeedProgress(),
+        80,
     )
     assert remote == ids(epoch(local))
 
@@ -286,13 +288,13 @@ def test_a_process_ends_in_the_middle_of_reading_from_s3(
     through(lambda number: Trouble.DRIBBLE)
     script = (
         "import sys\n"
-        "from pipelines.data.stream.feed import Feed, Progress, StreamSettings\n"
+        "from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings\n"
         "from pipelines.data.shards.filesystem import S3Settings\n"
         "from pipelines.data.stream.plan import ShuffleSettings\n"
         "from pipelines.data.stream.source import Source\n"
         f"source = Source('s3://clips/set', S3Settings(native_reads={native}))\n"
         "shuffle = ShuffleSettings(shards=2, row_groups=1)\n"
-        "feed = Feed(StreamSettings(source, 0, shuffle), Progress(), 10_000)\n"
+        "feed = Feed(StreamSettings(source, 0, shuffle), FeedProgress(), 10_000)\n"
         "print(len(feed.take(1).captions))\n"
     )
     done = subprocess.run(
@@ -314,7 +316,7 @@ def test_a_process_ends_although_it_has_not_closed_its_feed(tmp_path: Path, read
     script = (
         "import sys\n"
         "from cluster.runtime import start_ray\n"
-        "from pipelines.data.stream.feed import Feed, Progress, StreamSettings\n"
+        "from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings\n"
         "from pipelines.data.stream.plan import ShuffleSettings\n"
         "from pipelines.data.stream.ray_stream import ReadAheadSettings\n"
         "from pipelines.data.stream.source import Source\n"
@@ -323,7 +325,7 @@ def test_a_process_ends_although_it_has_not_closed_its_feed(tmp_path: Path, read
         "shuffle = ShuffleSettings(shards=2, row_groups=2)\n"
         "ahead = ReadAheadSettings(readers=int(sys.argv[2]))\n"
         "settings = StreamSettings(Source(sys.argv[1]), 0, shuffle, ahead=ahead)\n"
-        "feed = Feed(settings, Progress(), 10_000)\n"
+        "feed = Feed(settings, FeedProgress(), 10_000)\n"
         "print(len(feed.take(50).captions))\n"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "set"), str(readers)]

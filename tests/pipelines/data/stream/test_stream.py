@@ -13,7 +13,7 @@ from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import INDEX_NAME
 from pipelines.data.shards.indexing import index_folder
 from pipelines.data.stream.catalogue import Catalogue
-from pipelines.data.stream.feed import Batch, Feed, Progress, StreamSettings
+from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.plan import (
     Cursor,
     RowGroup,
@@ -22,7 +22,7 @@ from pipelines.data.stream.plan import (
     windows_of,
 )
 from pipelines.data.stream.source import Source
-from pipelines.data.stream.stream import Planned, plan_windows, read_here
+from pipelines.data.stream.stream import Planned, plan_windows, read_in_process
 from sgmd_core.errors import CheckpointError, DataError
 from tests.helpers.shards import write_folder, write_shard
 
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> str:
 def feed(
     folder: str,
     seed: int = 0,
-    progress: Progress = Progress(),
+    progress: FeedProgress = FeedProgress(),
     shuffle: ShuffleSettings = SMALL,
 ) -> Feed:
     return Feed(StreamSettings(Source(folder), seed, shuffle), progress, 1000)
@@ -74,7 +74,7 @@ def test_a_row_keeps_its_own_caption(folder: str) -> None:
 @pytest.mark.parametrize("size", [1, 4, 7, 36, 50])
 def test_the_stream_goes_on_from_any_position_as_if_never_stopped(folder: str, size: int) -> None:
     whole = feed(folder, seed=3).take(150).sample_ids
-    progress, taken = Progress(), []
+    progress, taken = FeedProgress(), []
     while len(taken) < 150 - size:
         # A new feed for each batch: nothing is left of the one before but the cursor.
         batch = feed(folder, 3, progress).take(size)
@@ -83,7 +83,7 @@ def test_the_stream_goes_on_from_any_position_as_if_never_stopped(folder: str, s
         in_epoch = sum(count for number, count in batch.epochs if number == epoch)
         used = progress.used_ids if epoch == progress.cursor.epoch else ()
         used += batch.sample_ids[size - in_epoch :]
-        progress = Progress(batch.cursor, batch.position, used_ids=used)
+        progress = FeedProgress(batch.cursor, batch.position, used_ids=used)
     assert taken == list(whole[: len(taken)])
 
 
@@ -161,21 +161,21 @@ def test_a_folder_that_changes_meanwhile_does_not_shift_what_is_to_come(folder: 
     notes = tuple(first.notes)
     write_shard(Path(folder) / "part-000a.parquet", ["new-0", "new-1"])
     (Path(folder) / "part-009.parquet").write_bytes(b"not yet there before")
-    progress = Progress(first.cursor, 20, notes, used_ids=first.sample_ids)
+    progress = FeedProgress(first.cursor, 20, notes, used_ids=first.sample_ids)
     assert feed(folder, 0, progress).take(52).sample_ids == whole[20:]
 
 
 def test_listing_goes_on_after_what_was_written_down(folder: str) -> None:
     whole = feed(folder, shuffle=CHAPTERS).take(100).sample_ids
     first = feed(folder, shuffle=CHAPTERS).take(10)
-    progress = Progress(first.cursor, 10, tuple(first.notes), used_ids=first.sample_ids)
+    progress = FeedProgress(first.cursor, 10, tuple(first.notes), used_ids=first.sample_ids)
     assert sum(len(line.get("shards", ())) for line in first.notes) == 2
     assert feed(folder, 0, progress, CHAPTERS).take(90).sample_ids == whole[10:]
 
 
 def test_going_on_with_another_number_of_ranks_uses_every_sample_once(folder: str) -> None:
     """Stopped after each batch, and taken up by 1, 2, 3, ... ranks in turn."""
-    progress, used = Progress(), []
+    progress, used = FeedProgress(), []
     for num_ranks in range(1, 10):
         batch = feed(folder, 0, progress).take(4)
         for _, (start, stop) in partition_samples(4, Team(copies=num_ranks), turn=0):
@@ -225,7 +225,7 @@ def test_one_window_is_read_ahead_and_none_beyond_what_will_be_taken(folder: str
             planned.append(each)
             yield each
 
-    windows = read_here(plan(), source, num_rows=2**30)
+    windows = read_in_process(plan(), source, num_rows=2**30)
     first, _ = next(windows)
     end = time.monotonic() + 30
     while len(planned) < 2:
@@ -234,7 +234,7 @@ def test_one_window_is_read_ahead_and_none_beyond_what_will_be_taken(folder: str
     windows.close()
 
     planned.clear()
-    windows = read_here(plan(), source, num_rows=first.window.num_rows)
+    windows = read_in_process(plan(), source, num_rows=first.window.num_rows)
     assert next(windows)[0] == first
     time.sleep(0.5)
     assert len(planned) == 1

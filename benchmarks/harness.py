@@ -7,10 +7,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+from cluster.dummies import DummyWorker, SimulatedRun, make_dummy_worker, run_dummies
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
-from cluster.rehearsal import Rehearsal, Sleeper, make_sleeper, rehearse
 from cluster.runtime import start_ray
 from cluster.schedule.program import Pass, Program, Stage, Team
 from cluster.schedule.schedule import Call, order_calls
@@ -20,7 +20,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.algorithm import iteration_program
 
 START_TIMEOUT_S = 600.0
-Groups = Mapping[str, WorkerGroup[Sleeper]]
+Groups = Mapping[str, WorkerGroup[DummyWorker]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,7 @@ class MachineCosts:
 
 
 @contextmanager
-def sleepers(sizes: Mapping[str, int]) -> Iterator[dict[str, RayWorkerGroup[Sleeper]]]:
+def sleepers(sizes: Mapping[str, int]) -> Iterator[dict[str, RayWorkerGroup[DummyWorker]]]:
     """Groups of sleeping processes on a Ray of their own.
 
     Args:
@@ -144,11 +144,13 @@ def sleepers(sizes: Mapping[str, int]) -> Iterator[dict[str, RayWorkerGroup[Slee
         yield open_sleepers(stack, pools)
 
 
-def open_sleepers(stack: ExitStack, pools: Sequence[Pool]) -> dict[str, RayWorkerGroup[Sleeper]]:
+def open_sleepers(
+    stack: ExitStack, pools: Sequence[Pool]
+) -> dict[str, RayWorkerGroup[DummyWorker]]:
     """Opens a group a pool on the Ray that this process is connected to."""
     placement = stack.enter_context(reserve(pools, START_TIMEOUT_S))
     groups = {
-        pool.name: stack.enter_context(RayWorkerGroup(pool.name, make_sleeper, (), placement))
+        pool.name: stack.enter_context(RayWorkerGroup(pool.name, make_dummy_worker, (), placement))
         for pool in pools
     }
     for group in groups.values():
@@ -170,7 +172,7 @@ def hops_s(groups: Groups, num_bytes: int, repetitions: int) -> list[float]:
     costs = Costs(lambda call: 0.0, lambda call: num_bytes)
     found: list[float] = []
     for _ in range(repetitions):
-        told = rehearse(
+        told = run_dummies(
             order_calls(program, teams, 1, 1), {name: groups[name] for name in teams}, costs
         )
         found.append(told.naps[1].start_s - told.naps[0].end_s)
@@ -183,13 +185,15 @@ def measure_machine(groups: Groups, repetitions: int = 30) -> MachineCosts:
     trips: list[float] = []
     for _ in range(repetitions):
         started = time.monotonic()
-        group.fetch([group.call_rank(0, Sleeper.work, 0, 0.0, 0)], 60, "measuring an empty call")
+        group.fetch(
+            [group.call_rank(0, DummyWorker.work, 0, 0.0, 0)], 60, "measuring an empty call"
+        )
         trips.append(time.monotonic() - started)
     started = time.monotonic()
-    asked = [group.call_rank(0, Sleeper.work, 0, 0.0, 0) for _ in range(10 * repetitions)]
+    asked = [group.call_rank(0, DummyWorker.work, 0, 0.0, 0) for _ in range(10 * repetitions)]
     call_s = (time.monotonic() - started) / len(asked)
     group.fetch(asked, 60, "measuring many calls")
-    group.fetch(group.call(Sleeper.take_naps), 60, "waking")
+    group.fetch(group.call(DummyWorker.take_naps), 60, "waking")
     large = 8 * 10**6
     hop_s, large_hop_s = (statistics.median(hops_s(groups, n, repetitions)) for n in (0, large))
     put_s, take_s = _turns_s(groups, 0, repetitions)
@@ -226,7 +230,7 @@ def _turns_s(groups: Groups, num_bytes: int, repetitions: int) -> tuple[float, f
         return num_bytes * (call.micro_batch != repetitions)
 
     own = {name: groups[name] for name in (maker, taker)}
-    naps = rehearse(calls, own, Costs(lambda call: 0.0, size)).naps
+    naps = run_dummies(calls, own, Costs(lambda call: 0.0, size)).naps
     made_s, taken_s = (
         statistics.median(
             naps[after].start_s - naps[before].end_s for before, after in pairwise(places[:-1])
@@ -236,7 +240,7 @@ def _turns_s(groups: Groups, num_bytes: int, repetitions: int) -> tuple[float, f
     return made_s, taken_s
 
 
-def rehearse_setting(setting: Setting, groups: Groups, num_iterations: int) -> Rehearsal:
+def rehearse_setting(setting: Setting, groups: Groups, num_iterations: int) -> SimulatedRun:
     """Works a configuration through."""
     own = {role: groups[role] for role in setting.team_of()}
-    return rehearse(setting.calls(num_iterations), own, setting.costs())
+    return run_dummies(setting.calls(num_iterations), own, setting.costs())

@@ -70,7 +70,7 @@ class ValidationReport:
     teacher_shown: tuple[NDArray[np.uint8], ...]
 
 
-class ValidationJudge:
+class ValidationEvaluator:
     """Validates one generator after another on the same captions.
 
     Args:

@@ -18,7 +18,7 @@ from pipelines.data.shards.parquet import Fault, RowGroupReader
 from pipelines.data.shards.schema import SAMPLE_ID
 from pipelines.data.shards.text import decode_utf8
 from pipelines.data.stream.catalogue import Catalogue
-from pipelines.data.stream.ledger import Entry
+from pipelines.data.stream.ledger import LedgerEntry
 from pipelines.data.stream.plan import Cursor, ShuffleSettings, Window
 from pipelines.data.stream.quarantine import Reject
 from pipelines.data.stream.stream import plan_windows
@@ -42,7 +42,7 @@ class DueRow:
 
 
 @dataclass(slots=True)
-class EpochVerdict:
+class EpochReconciliation:
     """What became of the rows of one epoch, as far as the run has come.
 
     Attributes:
@@ -75,7 +75,7 @@ class EpochVerdict:
         return {**asdict(self), "clean": self.is_clean}
 
 
-def judge(due: Iterable[DueRow], entries: Iterable[Entry]) -> list[EpochVerdict]:
+def reconcile(due: Iterable[DueRow], entries: Iterable[LedgerEntry]) -> list[EpochReconciliation]:
     """Compares what was due with what was used, epoch by epoch.
 
     Args:
@@ -147,8 +147,8 @@ def _due_in(
         yield DueRow(cursor.epoch, ids[index], bool(quarantined))
 
 
-def _judge_epoch(epoch: int, due: Iterable[DueRow], used: Counter[str]) -> EpochVerdict:
-    verdict = EpochVerdict(epoch)
+def _judge_epoch(epoch: int, due: Iterable[DueRow], used: Counter[str]) -> EpochReconciliation:
+    verdict = EpochReconciliation(epoch)
     wanted: Counter[str | None] = Counter()
     left_out: Counter[str | None] = Counter()
     for row in due:
@@ -173,6 +173,6 @@ def _judge_epoch(epoch: int, due: Iterable[DueRow], used: Counter[str]) -> Epoch
     return verdict
 
 
-def _note(verdict: EpochVerdict, example: str) -> None:
+def _note(verdict: EpochReconciliation, example: str) -> None:
     if len(verdict.examples) < _NUM_EXAMPLES:
         verdict.examples.append(example)

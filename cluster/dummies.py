@@ -21,7 +21,7 @@ from cluster.worker_group import Future, WorkerGroup
 
 
 @dataclass(frozen=True, slots=True)
-class Nap:
+class DummyCall:
     """One call as its rank saw it.
 
     Attributes:
@@ -35,11 +35,11 @@ class Nap:
     end_s: float
 
 
-class Sleeper:
+class DummyWorker:
     """A worker that sleeps instead of working."""
 
     def __init__(self) -> None:
-        self._naps: list[Nap] = []
+        self._naps: list[DummyCall] = []
 
     def work(self, place: int, seconds: float, result_bytes: int, *inputs: object) -> Tensor | None:
         """Sleeps, and returns a tensor of the size wanted.
@@ -54,22 +54,22 @@ class Sleeper:
         result = torch.ones(result_bytes, dtype=torch.uint8) if result_bytes else None
         # What making the result took counts as part of the work.
         time.sleep(max(0.0, seconds - (time.monotonic() - start_s)))
-        self._naps.append(Nap(place, start_s, time.monotonic()))
+        self._naps.append(DummyCall(place, start_s, time.monotonic()))
         return result
 
-    def take_naps(self) -> tuple[Nap, ...]:
+    def take_naps(self) -> tuple[DummyCall, ...]:
         """All calls of `work` since this was last asked."""
         naps, self._naps = tuple(self._naps), []
         return naps
 
 
-def make_sleeper() -> Sleeper:
+def make_dummy_worker() -> DummyWorker:
     """Builds a sleeper in the process of its rank."""
-    return Sleeper()
+    return DummyWorker()
 
 
 @dataclass(frozen=True, slots=True)
-class Rehearsal:
+class SimulatedRun:
     """What a schedule took.
 
     Attributes:
@@ -78,7 +78,7 @@ class Rehearsal:
     """
 
     calls: tuple[Call, ...]
-    naps: tuple[Nap, ...]
+    naps: tuple[DummyCall, ...]
 
     def iteration_ends_s(self) -> list[float]:
         """When the last call of each iteration ended."""
@@ -105,12 +105,12 @@ class Rehearsal:
         return busy_s / (len(ranks) * (until - since))
 
 
-def rehearse(
+def run_dummies(
     calls: Sequence[Call],
-    groups: Mapping[str, WorkerGroup[Sleeper]],
+    groups: Mapping[str, WorkerGroup[DummyWorker]],
     costs: Costs,
     timeout_s: float = 600.0,
-) -> Rehearsal:
+) -> SimulatedRun:
     """Makes the calls of a schedule and waits for all of them.
 
     Args:
@@ -132,18 +132,18 @@ def rehearse(
             group.fetch([kept[other] for other in call.waits_for], timeout_s, "rehearsing")
         result_bytes = round(costs.result_bytes(call)) if place in handed_on else 0
         arguments = (place, costs.seconds(call), result_bytes, *(kept[at] for at in call.inputs))
-        kept[place] = group.call_rank(call.rank, Sleeper.work, *arguments)
+        kept[place] = group.call_rank(call.rank, DummyWorker.work, *arguments)
         for other in {*call.inputs, *call.waits_for}:
             if last_use[other] == place:
                 del kept[other]
-    naps: list[Nap] = []
+    naps: list[DummyCall] = []
     for group in groups.values():
-        asked = group.call(Sleeper.take_naps)
+        asked = group.call(DummyWorker.take_naps)
         naps += [nap for part in group.fetch(asked, timeout_s, "waking") for nap in part]
-    return Rehearsal(
+    return SimulatedRun(
         tuple(calls),
         tuple(
-            Nap(nap.place, nap.start_s - started_s, nap.end_s - started_s)
+            DummyCall(nap.place, nap.start_s - started_s, nap.end_s - started_s)
             for nap in sorted(naps, key=lambda nap: nap.place)
         ),
     )
