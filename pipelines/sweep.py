@@ -26,7 +26,7 @@ from pipelines.distillation.groups import own_cluster_size, pools_of
 from pipelines.distillation.preflight import require_readable, run_preflight
 from pipelines.distillation.run import distill
 from pipelines.run.folder import require_lasting_folder
-from pipelines.run.progress import Listener, SilentListener
+from pipelines.run.observer import RunObserver
 from sgmd_core.errors import ConfigError
 
 _CONTROLLER_CPUS = 1.0
@@ -86,18 +86,18 @@ class SweepResult:
         }
 
 
-def sweep(config: DistillConfig, listener: Listener | None = None) -> SweepResult:
+def sweep(config: DistillConfig, observer: RunObserver | None = None) -> SweepResult:
     """Runs every trial of a recipe's `sweep` section.
 
     Args:
         config: The recipe; its sweep section says what to try and how to rank.
-        listener: Hears when a trial ends.
+        observer: Receives a note when a trial ends.
 
     Raises:
         SgmdError: The grid is empty, a value does not fit, or every trial failed.
         ClusterError: Ray does not start.
     """
-    listener = listener or SilentListener()
+    observer = observer or RunObserver()
     # Tune's newer reporter prints to standard output even when told to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     require_lasting_folder(config.output, "output")
@@ -114,8 +114,8 @@ def sweep(config: DistillConfig, listener: Listener | None = None) -> SweepResul
         )
     num_cpus = own_cluster_size(config, _bundles(_pools(config)))
     with start_ray(config.topology.address, num_cpus=num_cpus):
-        listener.note(f"sweeping {_num_trials(config)} trials in {folder}")
-        results = _tuner(config, folder, listener).fit()
+        observer.note(f"sweeping {_num_trials(config)} trials in {folder}")
+        results = _tuner(config, folder, observer).fit()
     trials = _ranked(config, [_trial_of(result) for result in results])
     if trials[0].error:
         raise ConfigError(
@@ -180,7 +180,7 @@ def _resources(pools: Sequence[Pool]) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory(_bundles(pools), "PACK", bundle_label_selector=selectors)
 
 
-def _tuner(config: DistillConfig, folder: Path, listener: Listener) -> tune.Tuner:
+def _tuner(config: DistillConfig, folder: Path, observer: RunObserver) -> tune.Tuner:
     output = str(folder / "trials")
     # A trial works in a folder of Tune's.
     base = config.with_absolute_paths().model_copy(update={"output": output})
@@ -209,7 +209,7 @@ def _tuner(config: DistillConfig, folder: Path, listener: Listener) -> tune.Tune
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[_Announcer(listener)],
+            callbacks=[_Announcer(observer)],
         ),
     )
 
@@ -217,18 +217,18 @@ def _tuner(config: DistillConfig, folder: Path, listener: Listener) -> tune.Tune
 class _Announcer(tune.Callback):
     """Tells when a trial ends."""
 
-    def __init__(self, listener: Listener) -> None:
-        self._listener = listener
+    def __init__(self, observer: RunObserver) -> None:
+        self._observer = observer
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune writes its callbacks down for a later restore, and a console cannot be written down.
-        return {"_listener": SilentListener()}
+        return {"_observer": RunObserver()}
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
-        self._listener.note(f"{trial}: done with {trial.config}")
+        self._observer.note(f"{trial}: done with {trial.config}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
-        self._listener.note(f"{trial}: failed with {trial.config}")
+        self._observer.note(f"{trial}: failed with {trial.config}")
 
 
 def _trial_of(result: tune.Result) -> Trial:

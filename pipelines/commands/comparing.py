@@ -45,14 +45,14 @@ def _planned(config: "DistillConfig") -> Shown:
 
 
 def _made(config: "DistillConfig", console: Console) -> Shown:
-    from pipelines.run.progress import console_listener
+    from pipelines.run.progress import console_observer
     from pipelines.study import run as job
     from pipelines.study.tables import results_markdown
 
     result = job.study(
         config,
         lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
-        lambda length: console_listener(length, console),
+        lambda rule, spent_s: console_observer(rule, console, spent_s),
     )
     folder = job.folder_of(config)
     paths = "\n".join(str(folder / name) for name in job.WRITTEN)

@@ -111,7 +111,8 @@ def distill(
     with working() as console:
         from pipelines.distillation import run as job
         from pipelines.run.folder import RunFolder
-        from pipelines.run.progress import Length, console_listener
+        from pipelines.run.progress import console_observer
+        from pipelines.run.stop_rule import StopRule
 
         config = _distill_config(recipe, overrides or [], resume)
         if dry_run:
@@ -124,9 +125,9 @@ def distill(
                 known = is_ours and folder.config.exists()
                 return f"The run goes on with: sgmd distill --resume {folder.root}" if known else ""
 
-            length = Length(config.iterations)
-            with hinting(hint), console_listener(length, console) as listener:
-                result = job.distill(config, resume=resume is not None, listener=listener)
+            rule = StopRule(config.iterations)
+            with hinting(hint), console_observer(rule, console) as observer:
+                result = job.distill(config, resume=resume is not None, observer=observer)
     if dry_run:
         from pipelines.commands.run_summary import dry_run_words
 
@@ -162,10 +163,11 @@ def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False
     with working() as console:
         from pipelines import sweep as job
         from pipelines.config.recipe import load_recipe
-        from pipelines.run.progress import Length, LineListener
+        from pipelines.run.progress import LineObserver
+        from pipelines.run.stop_rule import StopRule
 
         config = load_recipe(recipe, overrides or [])
-        result = job.sweep(config, LineListener(console, Length(config.sweep.iterations)))
+        result = job.sweep(config, LineObserver(console, StopRule(config.sweep.iterations)))
     show(
         result.to_json(),
         as_json,

@@ -1,4 +1,4 @@
-"""What a run makes of its figures while it goes on: validations, alarms, the ranking of its states.
+"""Monitors a run while it goes on: validations, alarms, the ranking of its states.
 
     after every iteration   losses          -> alarms
     when one is due         averaged weights -> validator, on its own resources
@@ -25,10 +25,9 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.validation import Validator
 from pipelines.run.alarms import Alarm, AlarmWatch
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
-from pipelines.run.progress import Listener
+from pipelines.run.observer import RunObserver
 from pipelines.run.ranking import Ranked, ranked, scores_of
 from pipelines.run.records import IterationRecord, ValidationRecord
-from pipelines.run.tracker import Tracker
 
 _MAX_WAITING = 2
 """Validations under way at a time, but for those that must not be left out."""
@@ -51,16 +50,14 @@ class RunMonitor:
         folder: Where the run is written down.
         checkpoints: Its committed states.
         validator: Validates on resources of its own; None where the recipe wants none.
-        listener: Hears about validations and alarms.
-        tracker: Logs them elsewhere too.
+        observer: Receives validations and alarms.
     """
 
     config: DistillConfig
     folder: RunFolder
     checkpoints: Checkpoints
     validator: WorkerGroup[Validator] | None
-    listener: Listener
-    tracker: Tracker
+    observer: RunObserver
     _watch: AlarmWatch = field(init=False)
     _scores: dict[int, float] = field(init=False)
     _waiting: deque[_Validation] = field(init=False, default_factory=deque)
@@ -128,8 +125,8 @@ class RunMonitor:
         # Of many, those before the last one that were asked for first: each holds weights.
         return [*lost[:-1][:_MAX_WAITING], *lost[-1:]]
 
-    def hear(self, record: IterationRecord) -> None:
-        """Looks at the losses of an iteration."""
+    def iteration(self, record: IterationRecord) -> None:
+        """Compares the losses of an iteration with the limits of the alarms."""
         self._raise(self._watch.iteration(record))
 
     def validate(self, iteration: int, weights: Future[Any], *, is_last: bool = False) -> None:
@@ -145,7 +142,7 @@ class RunMonitor:
             return
         if len(self._waiting) >= _MAX_WAITING and not is_last:
             busy = ", ".join(str(job.iteration) for job in self._waiting)
-            self.listener.note(
+            self.observer.note(
                 f"validation at iteration {iteration} left out: those at {busy} are under way. "
                 "Give topology.validator more, or raise validation.every"
             )
@@ -196,8 +193,7 @@ class RunMonitor:
             return
         self._judged_until = max(self._judged_until, record.iteration)
         append_jsonl(self.folder.validation, record.to_json())
-        self.listener.validation(record)
-        self.tracker.validation(record, self.folder.samples)
+        self.observer.validation(record, self.folder.samples)
         self._raise(self._watch.validation(record))
         if self.ranks:
             self._scores |= scores_of([record.to_json()], self.config.checkpoint.score)
@@ -213,13 +209,12 @@ class RunMonitor:
             f"The validation of iteration {job.iteration} {what}, and no other one is made; the "
             f"training does not depend on it. {type(error).__name__}: {error}"
         )
-        self.listener.warning(self._problem)
+        self.observer.warning(self._problem)
 
     def _raise(self, alarms: Iterable[Alarm]) -> None:
         for alarm in alarms:
             append_jsonl(self.folder.alarms, alarm.to_json())
-            self.listener.alarm(alarm)
-            self.tracker.alarm(alarm)
+            self.observer.alarm(alarm)
             if alarm.name in self.config.alarms.stop and self._fatal is None:
                 self._fatal = alarm
 

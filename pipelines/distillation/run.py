@@ -5,7 +5,6 @@
 The controller in this file moves handles and small records; every tensor stays with the roles.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -30,11 +29,12 @@ from pipelines.distillation.summary import summarise
 from pipelines.run.alarms import Alarm
 from pipelines.run.data_log import DataLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
-from pipelines.run.progress import Listener, SilentListener
+from pipelines.run.observer import Observers, RunObserver
 from pipelines.run.records import IterationRecord
+from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopRequests, stop_requests
 from pipelines.run.trace import RunTrace
-from pipelines.run.tracker import Tracker, open_tracker
+from pipelines.run.tracker import open_tracker
 from sgmd_core.errors import AlarmError, DataError, NonFiniteError, StopRequestedError
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
@@ -69,10 +69,9 @@ def distill(
     config: DistillConfig,
     *,
     resume: bool = False,
-    listener: Listener | None = None,
+    observer: RunObserver | None = None,
     in_trial: bool = False,
-    max_seconds: float | None = None,
-    timed_saves: int = 1,
+    stop_rule: StopRule | None = None,
 ) -> dict[str, Any]:
     """Runs the distillation that a configuration describes.
 
@@ -80,11 +79,9 @@ def distill(
         config: The run; its folder is `config.run_folder`.
         resume: Go on from the newest checkpoint in that folder. The resumed run makes the same
             numbers as one that was never interrupted (bitwise on a CPU).
-        listener: Hears about progress.
+        observer: Receives the events of the run.
         in_trial: Use the placement group of the Tune trial that this process is.
-        max_seconds: Training time, that before a resumption included, after which the run ends even
-            if `config.iterations` are not made.
-        timed_saves: States that are saved at equal distances in `max_seconds`, its end among them.
+        stop_rule: Ends the run, at `config.iterations` at the latest, which is its default.
 
     Returns:
         The run's summary, as summary.json holds it.
@@ -95,13 +92,13 @@ def distill(
         ClusterError: Ray, a pool or a worker is not there (any more).
         LeaseError: Another process runs in the folder.
     """
-    listener = listener or SilentListener()
-    listener.note("checking model folder, shards and settings")
+    observer = observer or RunObserver()
+    observer.note("checking model folder, shards and settings")
     folder = RunFolder(config.run_folder)
     config = with_draws_of(config, folder) if resume else config
     checked = run_preflight(config)
     if checked.unknown_words.num_affected:
-        listener.warning(checked.unknown_words.in_words())
+        observer.warning(checked.unknown_words.in_words())
     check_machine(config, checked.model, resume=resume, gpus=False)
     with hold(str(folder.root), f"sgmd distill {config.name}"):
         return _distill(
@@ -109,10 +106,9 @@ def distill(
             checked,
             folder,
             resume=resume,
-            listener=listener,
+            observer=observer,
             in_trial=in_trial,
-            max_seconds=max_seconds,
-            timed_saves=timed_saves,
+            stop_rule=stop_rule or StopRule(config.iterations),
         )
 
 
@@ -122,24 +118,23 @@ def _distill(
     folder: RunFolder,
     *,
     resume: bool,
-    listener: Listener,
+    observer: RunObserver,
     in_trial: bool,
-    max_seconds: float | None,
-    timed_saves: int,
+    stop_rule: StopRule,
 ) -> dict[str, Any]:
     """Runs a checked distillation in a folder that this process holds."""
     checkpoints = Checkpoints(str(folder.checkpoints))
     if resume:
-        start = resume_position(config, checked, folder, checkpoints, listener.warning)
+        start = resume_position(config, checked, folder, checkpoints, observer.warning)
         data = DataLog(folder)
-        folder.rewind(start.iteration, listener.warning)
-        data.rewind(start.iteration, listener.warning)
-        listener.note(f"resuming {folder.root} at iteration {start.iteration}")
+        folder.rewind(start.iteration, observer.warning)
+        data.rewind(start.iteration, observer.warning)
+        observer.note(f"resuming {folder.root} at iteration {start.iteration}")
     else:
         start = Position()
         begin(config, checked, folder)
         data = DataLog(folder)
-    listener.note(f"starting the roles ({config.topology.mode})")
+    observer.note(f"starting the roles ({config.topology.mode})")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
     progress = data.progress(start.cursor, start.rows)
     with (
@@ -150,7 +145,7 @@ def _distill(
             progress,
             rows_left,
             in_trial=in_trial,
-            tell=listener.warning,
+            tell=observer.warning,
         ) as groups,
         open_tracker(
             config.tracker.wandb,
@@ -160,12 +155,13 @@ def _distill(
             config.model_dump(mode="json"),
         ) as tracker,
     ):
-        run = Distillation(config, checked, groups, folder, data, checkpoints, listener, tracker)
+        observers = Observers([observer, tracker])
+        run = Distillation(config, checked, groups, folder, data, checkpoints, observers)
         if resume:
             run.load(start)
         try:
-            with stop_requests(listener.warning) as stops:
-                run.train(start, max_seconds, timed_saves, stops)
+            with stop_requests(observer.warning) as stops:
+                run.train(start, stop_rule, stops)
             return run.finish()
         except (ClusterError, DataError) as error:
             error.add_note(run.last_good())
@@ -184,8 +180,7 @@ class Distillation:
         folder: Where the run is written down.
         data: Its books about the data.
         checkpoints: Its committed states.
-        listener: Hears about progress.
-        tracker: Logs elsewhere too.
+        observer: Receives the events of the run.
     """
 
     def __init__(
@@ -196,8 +191,7 @@ class Distillation:
         folder: RunFolder,
         data: DataLog,
         checkpoints: Checkpoints,
-        listener: Listener,
-        tracker: Tracker,
+        observer: RunObserver,
     ) -> None:
         self._config = config
         self._checked = checked
@@ -205,10 +199,9 @@ class Distillation:
         self._folder = folder
         self._data = data
         self._checkpoints = checkpoints
-        self._listener = listener
-        self._tracker = tracker
-        self._judge = RunMonitor(config, folder, checkpoints, groups.validator, listener, tracker)
-        self._states = States(config, checked, groups.roles, folder, checkpoints, self._judge)
+        self._observer = observer
+        self._monitor = RunMonitor(config, folder, checkpoints, groups.validator, observer)
+        self._states = States(config, checked, groups.roles, folder, checkpoints, self._monitor)
         self._plan = plan_iteration(
             config,
             groups.roles.text.call_rank(
@@ -228,7 +221,7 @@ class Distillation:
         """Puts the learning roles back to a committed state."""
         if not start.iteration:
             return
-        for iteration in self._judge.lost(start.iteration):
+        for iteration in self._monitor.lost(start.iteration):
             self._states.load_generator(iteration)
             self._validate(iteration, is_last=True)
         self._states.load(start.iteration)
@@ -236,16 +229,14 @@ class Distillation:
     def train(
         self,
         start: Position,
-        max_seconds: float | None = None,
-        timed_saves: int = 1,
+        stop_rule: StopRule,
         stops: StopRequests | None = None,
     ) -> None:
         """Iterates to the end; checkpoints and validates on the way.
 
         Args:
             start: Where the run stands.
-            max_seconds: Training time of the whole run after which this is the end.
-            timed_saves: States that are saved at equal distances in it.
+            stop_rule: Ends the training.
             stops: Requests from outside to end the run.
 
         Raises:
@@ -254,11 +245,9 @@ class Distillation:
             AlarmError: An alarm that the recipe stops at; the state is saved.
             DataError: Too much of the data cannot be used, or their server failed.
         """
-        end = self._config.iterations
-        limit_s = math.inf if max_seconds is None else max_seconds
         prompts = self._open_prompts(start.iteration)
         position, spent_s = start, self._seconds_spent()
-        while position.iteration < end and spent_s < limit_s:
+        while not stop_rule.is_reached(position.iteration, spent_s):
             first, began, before_s = position.iteration, time.perf_counter(), spent_s
             together = self._num_together(first)
             try:
@@ -272,15 +261,15 @@ class Distillation:
             except NonFiniteError as error:
                 error.add_note(self._states.keep_last_good(position, may_save=self._is_in_step))
                 raise
-            is_last = position.iteration == end or spent_s >= limit_s
-            is_time = int(timed_saves * spent_s / limit_s) > int(timed_saves * before_s / limit_s)
+            is_last = stop_rule.is_reached(position.iteration, spent_s)
+            is_time = stop_rule.saves_between(before_s, spent_s)
             if is_last or is_time or self._saves_at(position.iteration):
                 self._states.save(position)
-            if is_last or self._judge.validates_at(position.iteration):
+            if is_last or self._monitor.validates_at(position.iteration):
                 self._validate(position.iteration, is_last)
-            self._judge.collect()
-            if self._judge.fatal is not None and not is_last:
-                raise self._stopped(self._judge.fatal, position)
+            self._monitor.collect()
+            if self._monitor.fatal is not None and not is_last:
+                raise self._stopped(self._monitor.fatal, position)
             if stops is not None and stops.received and not is_last:
                 raise self._interrupted(stops, position)
 
@@ -290,7 +279,7 @@ class Distillation:
             self._trace.write(self._folder.trace)
         except StorageError as error:
             # It must not hide the failure before it.
-            self._listener.warning(f"{self._folder.trace.name} was not written. {error}")
+            self._observer.warning(f"{self._folder.trace.name} was not written. {error}")
 
     def last_good(self) -> str:
         """Says which state a run that has failed can be taken up at."""
@@ -298,17 +287,17 @@ class Distillation:
 
     def finish(self) -> dict[str, Any]:
         """Exports the generator, waits for the last validations and writes the summary."""
-        self._listener.note(f"writing the generator to {self._folder.generator}")
+        self._observer.note(f"writing the generator to {self._folder.generator}")
         self._states.export(self._folder.generator)
-        self._judge.finish()
+        self._monitor.finish()
         self._states.prune()
         self._states.export_best()
-        self._trace.close(self._judge.silent)
-        summary = summarise(self._config, self._folder, self._data.counts(), self._judge.ranking)
+        self._trace.close(self._monitor.silent)
+        summary = summarise(self._config, self._folder, self._data.counts(), self._monitor.ranking)
         summary |= {
             "utilisation": self._trace.utilisation(),
             "critical_path_s": self._trace.critical_path(),
-            "validation_problem": self._judge.problem,
+            "validation_problem": self._monitor.problem,
         }
         write_json(str(self._folder.summary), summary)
         return summary
@@ -321,7 +310,7 @@ class Distillation:
     def _saves_at(self, iteration: int) -> bool:
         every = self._config.checkpoint.every
         due = iteration == self._config.iterations or is_due(iteration, every)
-        return due or (self._judge.ranks and self._judge.validates_at(iteration))
+        return due or (self._monitor.ranks and self._monitor.validates_at(iteration))
 
     def _stopped(self, alarm: Alarm, position: Position) -> AlarmError:
         """Saves the state at which an alarm ends the run, and words it."""
@@ -360,7 +349,7 @@ class Distillation:
         if not self._plan.max_staleness_iterations:
             return 1
         last = first + 1
-        ends = (self._saves_at, self._judge.validates_at)
+        ends = (self._saves_at, self._monitor.validates_at)
         while last - first < _LONGEST and not any(is_one(last) for is_one in ends):
             last += 1
         return last - first
@@ -388,9 +377,8 @@ class Distillation:
             stale_calls=report.stale_calls,
         )
         append_jsonl(self._folder.metrics, record.to_json())
-        self._listener.iteration(record)
-        self._tracker.iteration(record)
-        self._judge.hear(record)
+        self._observer.iteration(record)
+        self._monitor.iteration(record)
         return Position(iteration + 1, last.position, last.cursor), record.seconds_total
 
     def _seconds_spent(self) -> float:
@@ -400,7 +388,7 @@ class Distillation:
     def _validate(self, iteration: int, is_last: bool) -> None:
         if self._groups.validator is not None:
             weights = self._groups.roles.generator.call(GeneratorLearner.final_weights)[0]
-            self._judge.validate(iteration, weights, is_last=is_last)
+            self._monitor.validate(iteration, weights, is_last=is_last)
 
     def _fetch(self, group: Any, future: Sequence[Future[Any]], phase: str) -> list[Any]:  # noqa: ANN401
         return group.fetch(future, timeout_s=self._config.topology.call_timeout_s, phase=phase)

@@ -30,7 +30,7 @@ class States:
         roles: Whose states they are.
         folder: The run.
         checkpoints: Its committed states.
-        judge: Says which of them are worth keeping.
+        monitor: Ranks them.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class States:
         roles: Roles,
         folder: RunFolder,
         checkpoints: Checkpoints,
-        judge: RunMonitor,
+        monitor: RunMonitor,
     ) -> None:
         self._config = config
         self._checked = checked
         self._roles = roles
         self._folder = folder
         self._checkpoints = checkpoints
-        self._judge = judge
+        self._monitor = monitor
 
     def save(self, position: Position) -> None:
         """Commits the present state, and deletes what is neither new nor among the best.
@@ -85,8 +85,8 @@ class States:
 
     def prune(self) -> None:
         """Deletes checkpoints that are neither new nor among the best."""
-        self._checkpoints.prune(self._config.checkpoint.keep, self._judge.spared)
-        self._judge.write_ranking()
+        self._checkpoints.prune(self._config.checkpoint.keep, self._monitor.spared)
+        self._monitor.write_ranking()
 
     def load(self, iteration: int) -> None:
         """Puts both learning roles back to a committed state."""
@@ -116,14 +116,14 @@ class States:
 
     def export_best(self) -> str:
         """Writes the best validated generator beside the last one; says which it is."""
-        ranking = self._judge.ranking
+        ranking = self._monitor.ranking
         if not ranking:
             return "Nothing was validated and kept."
         best = ranking[0]
         self.export(self._folder.best, self._checkpoints.folder(best.iteration))
         score = self._config.checkpoint.score
         told = f"iteration {best.iteration} ({score} {best.score:.4g}) is in {self._folder.best}"
-        self._judge.listener.note(f"the best generator: {told}")
+        self._monitor.observer.note(f"the best generator: {told}")
         return f"The best generator, of {told}."
 
     def keep_last_good(self, position: Position, *, may_save: bool) -> str:

@@ -55,7 +55,7 @@ class Validator:
 
     def __init__(self, evaluator: Evaluator, plan: ValidationPlan) -> None:
         self._plan = plan
-        self._judge = ValidationEvaluator(
+        self._evaluator = ValidationEvaluator(
             evaluator,
             ValidationRequest(
                 captions=plan.captions,
@@ -74,7 +74,7 @@ class Validator:
             weights: The generator's averaged weights.
         """
         began = time.perf_counter()
-        report = self._judge.validate(weights)
+        report = self._evaluator.validate(weights)
         name = f"validation-{iteration:06d}"
         self._draw(name, report)
         return ValidationRecord(

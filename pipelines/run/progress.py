@@ -1,94 +1,40 @@
-"""What a run tells while it works: a live line on a terminal, plain lines otherwise."""
+"""Shows a run on the console: a live line on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from pipelines.run.alarms import Alarm
+from pipelines.run.observer import RunObserver
 from pipelines.run.records import IterationRecord, ValidationRecord
+from pipelines.run.stop_rule import StopRule
 
 _BAR_COLUMNS = 20  # leaves room for the counts on a terminal of 80 columns
 
 
-class Listener(Protocol):
-    """Hears what happens in a run."""
-
-    def note(self, text: str) -> None:
-        """One line about a phase: starting, loading, saving."""
-        ...
-
-    def iteration(self, record: IterationRecord) -> None:
-        """An iteration has been committed."""
-        ...
-
-    def validation(self, record: ValidationRecord) -> None:
-        """A validation has come back."""
-        ...
-
-    def alarm(self, alarm: Alarm) -> None:
-        """A limit has been crossed."""
-        ...
-
-    def warning(self, text: str) -> None:
-        """Something went wrong that the run can do without."""
-        ...
-
-
-class SilentListener:
-    """Says nothing; for sweeps and tests."""
-
-    def note(self, text: str) -> None:
-        """Ignores it."""
-
-    def iteration(self, record: IterationRecord) -> None:
-        """Ignores it."""
-
-    def validation(self, record: ValidationRecord) -> None:
-        """Ignores it."""
-
-    def alarm(self, alarm: Alarm) -> None:
-        """Ignores it."""
-
-    def warning(self, text: str) -> None:
-        """Ignores it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Length:
-    """How far a run goes: so many iterations, or until its time is over.
-
-    Attributes:
-        num_iterations: Iterations after which it ends at the latest.
-        max_seconds: Training time after which it ends, where the clock decides.
-        spent_s: Training time that was spent before.
-    """
-
-    num_iterations: int
-    max_seconds: float | None = None
-    spent_s: float = 0.0
-
-
-class LineListener:
+class LineObserver(RunObserver):
     """Plain lines, for logs and pipes.
 
     Args:
         console: Where the lines go.
-        length: Of the run.
+        stop_rule: Ends the run.
+        spent_s: Training time before.
         every_s: Least time between two iteration lines; the first and the last always come.
     """
 
-    def __init__(self, console: Console, length: Length, every_s: float = 5.0) -> None:
+    def __init__(
+        self, console: Console, stop_rule: StopRule, spent_s: float = 0.0, every_s: float = 5.0
+    ) -> None:
         self._console = console
-        self._last = length.num_iterations
-        self._of = f"/{self._last}" if length.max_seconds is None else ""
+        self._last = stop_rule.num_iterations
+        self._of = f"/{self._last}" if stop_rule.max_seconds is None else ""
         self._every_s = every_s
-        self._eta = TimeLeft(length)
+        self._eta = TimeLeft(stop_rule, spent_s)
         self._last_s = float("-inf")
 
     def note(self, text: str) -> None:
@@ -105,7 +51,7 @@ class LineListener:
         self._last_s = now
         self.note(f"iteration {done}{self._of}  {describe(record)}  {left} left")
 
-    def validation(self, record: ValidationRecord) -> None:
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
         """Prints it."""
         self.note(f"validation at iteration {record.iteration}: {describe_validation(record)}")
 
@@ -128,23 +74,24 @@ class BarAndFigures(Progress):
             yield Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
 
 
-class LiveListener:
+class LiveObserver(RunObserver):
     """A progress bar with the latest figures under it; notes scroll by above.
 
     The bar counts iterations, or seconds where the clock ends the run.
 
     Args:
         progress: A started rich progress display with the text fields `figures` and `left`.
-        length: Of the run.
+        stop_rule: Ends the run.
+        spent_s: Training time before.
     """
 
-    def __init__(self, progress: Progress, length: Length) -> None:
+    def __init__(self, progress: Progress, stop_rule: StopRule, spent_s: float = 0.0) -> None:
         self._progress = progress
-        self._by_clock = length.max_seconds is not None
-        self._eta = TimeLeft(length)
+        self._by_clock = stop_rule.max_seconds is not None
+        self._eta = TimeLeft(stop_rule, spent_s)
         self._task = progress.add_task(
             "distill, seconds" if self._by_clock else "distill",
-            total=length.max_seconds if self._by_clock else length.num_iterations,
+            total=stop_rule.max_seconds if self._by_clock else stop_rule.num_iterations,
             figures="starting",
             left="",
         )
@@ -160,7 +107,7 @@ class LiveListener:
         completed = self._eta.spent_s if self._by_clock else done
         self._progress.update(self._task, completed=completed, figures=figures, left=f"{left} left")
 
-    def validation(self, record: ValidationRecord) -> None:
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
         """Prints it above the bar."""
         self.note(f"validation at iteration {record.iteration}: {describe_validation(record)}")
 
@@ -180,11 +127,11 @@ class TimeLeft:
         spent_s: Training time so far.
     """
 
-    def __init__(self, length: Length, smoothing: float = 0.9) -> None:
-        self._length = length
+    def __init__(self, stop_rule: StopRule, spent_s: float = 0.0, smoothing: float = 0.9) -> None:
+        self._stop_rule = stop_rule
         self._smoothing = smoothing
         self._mean_s: float | None = None
-        self.spent_s = length.spent_s
+        self.spent_s = spent_s
 
     def after(self, record: IterationRecord) -> str:
         """Time left after this iteration, as hours, minutes and seconds."""
@@ -193,18 +140,20 @@ class TimeLeft:
             self._mean_s = record.seconds_total
         else:
             self._mean_s += (1 - self._smoothing) * (record.seconds_total - self._mean_s)
-        left = self._mean_s * (self._length.num_iterations - record.iteration - 1)
-        if self._length.max_seconds is not None:
-            left = min(left, max(0.0, self._length.max_seconds - self.spent_s))
+        left = self._mean_s * (self._stop_rule.num_iterations - record.iteration - 1)
+        if self._stop_rule.max_seconds is not None:
+            left = min(left, max(0.0, self._stop_rule.max_seconds - self.spent_s))
         left_s = round(left)
         return f"{left_s // 3600}:{left_s // 60 % 60:02d}:{left_s % 60:02d}"
 
 
 @contextmanager
-def console_listener(length: Length, console: Console) -> Iterator[Listener]:
-    """The listener that fits where the output goes."""
+def console_observer(
+    stop_rule: StopRule, console: Console, spent_s: float = 0.0
+) -> Iterator[RunObserver]:
+    """Yields a live display on a terminal, and plain lines elsewhere."""
     if not console.is_terminal:
-        yield LineListener(console, length)
+        yield LineObserver(console, stop_rule, spent_s)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -214,7 +163,7 @@ def console_listener(length: Length, console: Console) -> Iterator[Listener]:
         TextColumn("{task.fields[left]}"),
     )
     with BarAndFigures(*columns, console=console) as progress:
-        yield LiveListener(progress, length)
+        yield LiveObserver(progress, stop_rule, spent_s)
 
 
 def describe(record: IterationRecord) -> str:

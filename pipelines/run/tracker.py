@@ -4,43 +4,15 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from cluster.storage import write_text
 from pipelines.run.alarms import Alarm
+from pipelines.run.observer import RunObserver
 from pipelines.run.records import IterationRecord, ValidationRecord
 
 
-class Tracker(Protocol):
-    """Somewhere else to log to."""
-
-    def iteration(self, record: IterationRecord) -> None:
-        """Logs an iteration."""
-        ...
-
-    def validation(self, record: ValidationRecord, samples: Path) -> None:
-        """Logs a validation and its contact sheet."""
-        ...
-
-    def alarm(self, alarm: Alarm) -> None:
-        """Passes an alarm on."""
-        ...
-
-
-class NoTracker:
-    """Logs nowhere."""
-
-    def iteration(self, record: IterationRecord) -> None:
-        """Ignores it."""
-
-    def validation(self, record: ValidationRecord, samples: Path) -> None:
-        """Ignores it."""
-
-    def alarm(self, alarm: Alarm) -> None:
-        """Ignores it."""
-
-
-class WandbTracker:
+class WandbObserver(RunObserver):
     """One W&B run.
 
     A validation runs beside the training and comes back late, perhaps two at once. W&B's own step
@@ -85,7 +57,7 @@ class WandbTracker:
 @contextmanager
 def open_tracker(
     mode: str, project: str, name: str, folder: Path, config: Mapping[str, Any]
-) -> Iterator[Tracker]:
+) -> Iterator[RunObserver]:
     """Opens the tracker that the recipe names.
 
     Args:
@@ -97,7 +69,7 @@ def open_tracker(
         config: The resolved configuration; it holds no secrets.
     """
     if mode == "off":
-        yield NoTracker()
+        yield RunObserver()
         return
     import wandb
 
@@ -112,7 +84,7 @@ def open_tracker(
         settings=wandb.Settings(silent=True),
     )
     try:
-        yield WandbTracker(run)
+        yield WandbObserver(run)
     finally:
         run.finish()
 

@@ -26,7 +26,8 @@ from pipelines.distillation.position import differences
 from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, git_revision, versions
-from pipelines.run.progress import Length, Listener
+from pipelines.run.observer import RunObserver
+from pipelines.run.stop_rule import StopRule
 from pipelines.study.figures import write_plots
 from pipelines.study.judging import Figures, StudyEvaluator
 from pipelines.study.passes import expected_passes, units_by_role
@@ -49,8 +50,8 @@ WRITTEN = ("results.md", "results.csv", "cost.csv", RESULTS_FILE)
 _POINTS_FILE = "study.json"
 FAILURE_FILE = "failure.txt"
 
-OpenListener = Callable[[Length], AbstractContextManager[Listener]]
-"""Opens what hears the progress of one run, given how far it goes."""
+OpenObserver = Callable[[StopRule, float], AbstractContextManager[RunObserver]]
+"""Opens the observer of one run, given its stop rule and the training time spent before."""
 
 
 def folder_of(config: DistillConfig) -> Path:
@@ -86,14 +87,14 @@ def dry_run_study(config: DistillConfig) -> dict[str, Any]:
 def study(
     config: DistillConfig,
     tell: Callable[[str], None],
-    open_listener: OpenListener,
+    open_observer: OpenObserver,
 ) -> StudyResult:
     """Makes and measures every run that is still missing, and writes tables and plots.
 
     Args:
         config: The recipe; its study section says what is compared.
         tell: Hears one line about each phase.
-        open_listener: Opens what hears the progress of a run.
+        open_observer: Opens the observer of a run.
 
     Returns:
         Everything that was found, as results.json holds it.
@@ -112,7 +113,7 @@ def study(
     results: list[RunResult] = []
     for number, run in enumerate(plan.runs, 1):
         tell(f"run {number}/{len(plan.runs)}: {run.config.name}")
-        results.append(_made(run, judge, tell, open_listener))
+        results.append(_made(run, judge, tell, open_observer))
         # After every run, so that a study under way can be looked at.
         _write(plan.folder, _result(plan, judge, teacher, results))
     return _result(plan, judge, teacher, results)
@@ -136,19 +137,19 @@ def _require_same(run: PlannedRun) -> None:
 
 
 def _made(
-    run: PlannedRun, judge: StudyEvaluator, tell: Callable[[str], None], open_listener: OpenListener
+    run: PlannedRun, judge: StudyEvaluator, tell: Callable[[str], None], open_observer: OpenObserver
 ) -> RunResult:
     """A run at its end, measured; or why there is none."""
     error = ""
     try:
         if not _is_finished(run):
-            with open_listener(_length(run)) as listener:
+            rule = StopRule(run.config.iterations, run.max_seconds, judge.num_measurements)
+            with open_observer(rule, _seconds_spent(run)) as observer:
                 distill(
                     run.config,
                     resume=RunFolder(run.folder).config.exists(),
-                    listener=listener,
-                    max_seconds=run.max_seconds,
-                    timed_saves=judge.num_measurements,
+                    observer=observer,
+                    stop_rule=rule,
                 )
         points = _measure(run, judge)
         (run.folder / FAILURE_FILE).unlink(missing_ok=True)
@@ -172,12 +173,10 @@ def _write_failure(run: PlannedRun, failure: Exception) -> Path:
     return path
 
 
-def _length(run: PlannedRun) -> Length:
-    """How far a run goes from its last state."""
-    if run.max_seconds is None:
-        return Length(run.config.iterations)
-    start = Checkpoints(str(RunFolder(run.folder).checkpoints)).latest() or 0
-    return Length(run.config.iterations, run.max_seconds, place_of(run, start)[1])
+def _seconds_spent(run: PlannedRun) -> float:
+    """Training time up to a run's last state."""
+    start = Checkpoints(str(RunFolder(run.folder).checkpoints)).latest()
+    return place_of(run, start)[1] if start else 0.0
 
 
 def _is_finished(run: PlannedRun) -> bool:

@@ -7,8 +7,9 @@ from safetensors.torch import load_file
 
 from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.progress import SilentListener
+from pipelines.run.observer import RunObserver
 from pipelines.run.records import IterationRecord
+from pipelines.run.stop_rule import StopRule
 from sgmd_core.errors import (
     CheckpointError,
     ConfigError,
@@ -98,7 +99,7 @@ def test_a_run_that_blows_up_stops_with_its_last_good_state_on_disk(
     assert all(value.isfinite().all() for value in load_file(saved).values())
 
 
-class _Blocking(SilentListener):
+class _Blocking(RunObserver):
     """Leaves no room for the checkpoint of the iteration that has just ended."""
 
     def __init__(self, folder: RunFolder) -> None:
@@ -113,7 +114,7 @@ def test_a_save_that_fails_after_a_run_has_blown_up_is_told_beside_it(
 ) -> None:
     config = make_recipe("generator.optimizer.lr=1e30", "checkpoint.every=0")
     with pytest.raises(NonFiniteError) as caught:
-        distill(config, listener=_Blocking(RunFolder(config.run_folder)))
+        distill(config, observer=_Blocking(RunFolder(config.run_folder)))
     (told,) = [note for note in caught.value.__notes__ if "Saving the state" in note]
     assert "No state was saved" in told
 
@@ -123,5 +124,5 @@ def test_a_time_limit_ends_iterations_that_overlap(make_recipe: MakeRecipe) -> N
     # Roles of one process take turns, so a recipe refuses this; what may overlap is the same.
     topology = config.topology.model_copy(update={"max_staleness_iterations": 1})
     config = config.model_copy(update={"topology": topology})
-    distill(config, max_seconds=1e-3)
+    distill(config, stop_rule=StopRule(config.iterations, max_seconds=1e-3))
     assert len(read_jsonl(RunFolder(config.run_folder).metrics)) == 10

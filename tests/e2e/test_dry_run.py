@@ -7,7 +7,7 @@ import pytest
 from cluster.inventory import memory_bytes
 from pipelines.commands.run_summary import dry_run_words
 from pipelines.distillation.run import distill, dry_run
-from pipelines.run.progress import SilentListener
+from pipelines.run.observer import RunObserver
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
 from tests.pipelines.commands.rendering import rendered
@@ -51,7 +51,7 @@ def test_a_name_that_is_taken_is_met_by_a_dry_run_and_a_resume_is_not_refused(
     make_recipe: MakeRecipe,
 ) -> None:
     config = make_recipe()
-    distill(config.with_settings({"iterations": 1}), listener=SilentListener())
+    distill(config.with_settings({"iterations": 1}), observer=RunObserver())
     with pytest.raises(ConfigError, match="a run of that name is already there"):
         dry_run(config)
     assert dry_run(config, resume=True)["checked"]

@@ -11,7 +11,7 @@ from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.run import distill
 from pipelines.reporting.page import write_report
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.progress import SilentListener
+from pipelines.run.observer import RunObserver
 from sgmd_core.errors import CheckpointError
 from tests.e2e.conftest import MakeRecipe
 
@@ -20,7 +20,7 @@ END = 4
 LAST = "step-000003"
 
 
-class Hearing(SilentListener):
+class Hearing(RunObserver):
     """Keeps what the run warns of."""
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ def resumed(stopped: DistillConfig, folder: Path, damage: Damage) -> tuple[RunFo
     run, hearing = RunFolder(folder), Hearing()
     damage(run)
     config = load_recipe(str(run.config), [f"iterations={END}"]).in_folder(folder)
-    distill(config, resume=True, listener=hearing)
+    distill(config, resume=True, observer=hearing)
     return run, hearing.warnings
 
 

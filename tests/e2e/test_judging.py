@@ -11,7 +11,7 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.run import distill
 from pipelines.media.inference import read_inference_settings
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.progress import SilentListener
+from pipelines.run.observer import RunObserver
 from pipelines.run.records import FIGURES, IterationRecord
 from sgmd_core.errors import AlarmError, ConfigError
 from tests.e2e.conftest import MakeRecipe
@@ -134,7 +134,7 @@ def test_an_alarm_can_end_the_run_whose_state_stays_and_can_be_gone_on_with(
     assert len(read_jsonl(folder.metrics)) == 6
 
 
-class Obstacle(SilentListener):
+class Obstacle(RunObserver):
     """Puts a file where the validator's sheets are to go."""
 
     def __init__(self, samples: Path) -> None:
@@ -155,10 +155,10 @@ def test_a_validator_that_fails_ends_the_validations_and_not_the_run(
 ) -> None:
     config = make_recipe("iterations=6", *RANKED)
     folder = RunFolder(config.run_folder)
-    listener = Obstacle(folder.samples)
-    summary = distill(config, listener=listener)
+    observer = Obstacle(folder.samples)
+    summary = distill(config, observer=observer)
     assert [line["iteration"] for line in validations(config)] == [2]
-    (told,) = listener.warnings
+    (told,) = observer.warnings
     assert "validation of iteration 4 failed" in told
     assert "FileExistsError" in told
     assert summary["iterations"] == 6

@@ -19,8 +19,10 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.run import distill
 from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW
 from pipelines.run.folder import RunFolder
-from pipelines.run.progress import Length, LineListener, SilentListener
+from pipelines.run.observer import RunObserver
+from pipelines.run.progress import LineObserver
 from pipelines.run.records import IterationRecord
+from pipelines.run.stop_rule import StopRule
 from pipelines.study.judging import StudyEvaluator
 from pipelines.study.run import dry_run_study, study
 from sgmd_core.errors import ConfigError
@@ -46,10 +48,10 @@ KILLED = """
 import os, signal, sys
 from contextlib import contextmanager
 from pipelines.config.recipe import load_recipe
-from pipelines.run.progress import SilentListener
+from pipelines.run.observer import RunObserver
 from pipelines.study.run import study
 
-class Killer(SilentListener):
+class Killer(RunObserver):
     iterations = 0
     def iteration(self, record):
         Killer.iterations += 1
@@ -57,16 +59,16 @@ class Killer(SilentListener):
             os.kill(os.getpid(), signal.SIGKILL)
 
 @contextmanager
-def listener(length):
+def observer(rule, spent_s):
     yield Killer()
 
-study(load_recipe(sys.argv[1]), print, listener)
+study(load_recipe(sys.argv[1]), print, observer)
 """
 
 
 @contextmanager
-def silent(length: Length):
-    yield SilentListener()
+def silent(rule: StopRule, spent_s: float):
+    yield RunObserver()
 
 
 def made(config: DistillConfig, notes: list[str] | None = None):
@@ -149,29 +151,29 @@ def test_a_study_by_the_clock_measures_on_the_way_and_makes_no_finished_run_agai
 ) -> None:
     clock = "study.budget={unit: seconds, amount: 2.5}"
     config = make_recipe(*STUDY, clock, "study.seeds=[1]", "study.variants={ours: {}}")
-    lengths: list[Length] = []
+    opened: list[tuple[float | None, float]] = []
 
-    class Slow(SilentListener):
+    class Slow(RunObserver):
         # What is written between two iterations is no training time.
         def iteration(self, record):
             time.sleep(0.5 if record.iteration == 0 else 0)
 
     @contextmanager
-    def listener(length: Length):
-        lengths.append(length)
+    def observer(rule: StopRule, spent_s: float):
+        opened.append((rule.max_seconds, spent_s))
         yield Slow()
 
-    (run,) = study(config, lambda _: None, listener).runs
+    (run,) = study(config, lambda _: None, observer).runs
     assert not run.error
     half, end = run.points
     assert half.iteration < end.iteration
     assert 1.25 <= half.seconds < 2.5 <= end.seconds
     summary = Path(run.run_folder) / "summary.json"
     written_at = summary.stat().st_mtime_ns
-    (again,) = study(config, lambda _: None, listener).runs
+    (again,) = study(config, lambda _: None, observer).runs
     assert summary.stat().st_mtime_ns == written_at
     assert again.points == run.points
-    assert [(length.max_seconds, length.spent_s) for length in lengths] == [(2.5, 0.0)]
+    assert opened == [(2.5, 0.0)]
 
 
 def test_progress_by_the_clock_tells_the_time_and_no_number_of_iterations() -> None:
@@ -189,7 +191,7 @@ def test_progress_by_the_clock_tells_the_time_and_no_number_of_iterations() -> N
         exit_steps=(1,),
     )
     console = Console(file=io.StringIO(), width=200)
-    LineListener(console, Length(1_000_000, max_seconds=60.0, spent_s=26.0)).iteration(record)
+    LineObserver(console, StopRule(1_000_000, max_seconds=60.0), spent_s=26.0).iteration(record)
     told = console.file.getvalue()
     assert told.startswith("iteration 1  ")
     assert "0:00:30 left" in told

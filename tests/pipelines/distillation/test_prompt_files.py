@@ -5,7 +5,7 @@ import pytest
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.audit import audit
 from pipelines.distillation.run import distill, dry_run
-from pipelines.run.progress import SilentListener
+from pipelines.run.observer import RunObserver
 
 WORDS = [
     f"a {colour} circle moves {way} quickly"
@@ -14,7 +14,7 @@ WORDS = [
 ]
 
 
-class Warnings(SilentListener):
+class Warnings(RunObserver):
     """Keeps what a run warns of."""
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ def test_a_run_trains_on_a_file_of_prompts_and_says_which_words_the_model_does_n
     assert planned["unknown_words"]["num_affected"] == 1
     assert tuple(planned["unknown_words"]["words"]) == ("zebra",)
     warnings = Warnings()
-    summary = distill(config, listener=warnings)
+    summary = distill(config, observer=warnings)
     assert summary["samples_seen"] == 4
     assert any("'zebra'" in text for text in warnings.texts)
     found = audit(config.run_folder)

@@ -13,9 +13,8 @@ from pipelines.config.recipe import load_recipe
 from pipelines.distillation.monitor import RunMonitor
 from pipelines.run.alarms import Alarm
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.progress import SilentListener
+from pipelines.run.observer import RunObserver
 from pipelines.run.records import ValidationRecord
-from pipelines.run.tracker import NoTracker
 
 WAIT_S = 120.0
 
@@ -34,7 +33,7 @@ class SlowValidator:
         return ValidationRecord(iteration, figures, 1.0, "sheet.png")
 
 
-class Listening(SilentListener):
+class Listening(RunObserver):
     def __init__(self) -> None:
         self.heard: list[str] = []
 
@@ -57,7 +56,7 @@ def test_a_validation_is_written_when_it_is_back_and_delays_nothing(
     tmp_path: Path, ray_cluster: None
 ) -> None:
     config = load_recipe("tiny", [f"output={tmp_path}", "name=run", "checkpoint.keep_best=0"])
-    folder, listener = RunFolder(config.run_folder), Listening()
+    folder, observer = RunFolder(config.run_folder), Listening()
     folder.create(config.to_yaml())
     with (
         reserve([Pool("validator", 1, 0.1)], WAIT_S) as placement,
@@ -65,14 +64,14 @@ def test_a_validation_is_written_when_it_is_back_and_delays_nothing(
     ):
         group.wait_ready(WAIT_S)
         checkpoints = Checkpoints(str(folder.checkpoints))
-        judge = RunMonitor(config, folder, checkpoints, group, listener, NoTracker())
+        judge = RunMonitor(config, folder, checkpoints, group, observer)
         started = time.monotonic()
         for iteration in (10, 20, 30):
             judge.validate(iteration, {"motion": 9})
             judge.collect()
         assert time.monotonic() - started < 5
         assert validated(folder) == []
-        assert [line for line in listener.heard if "30 left out: those at 10, 20" in line]
+        assert [line for line in observer.heard if "30 left out: those at 10, 20" in line]
 
         (tmp_path / "go-10").touch()
         end = time.monotonic() + WAIT_S
@@ -88,18 +87,18 @@ def test_a_validation_is_written_when_it_is_back_and_delays_nothing(
             (tmp_path / f"go-{iteration}").touch()
         judge.finish()
         assert validated(folder) == [10, 20, 40, config.iterations]
-        assert listener.heard[-1] == "motion_collapse"
+        assert observer.heard[-1] == "motion_collapse"
         assert judge.problem is None
 
         # One that is late is told, and given up with those behind it.
         hasty = config.with_settings({"validation.timeout_s": 0.2})
-        judge = RunMonitor(hasty, folder, checkpoints, group, listener, NoTracker())
+        judge = RunMonitor(hasty, folder, checkpoints, group, observer)
         judge.validate(50, {"motion": 9})
         judge.validate(60, {"motion": 9})
         judge.finish()
         assert judge.problem is not None
         assert "iteration 50 was not back in time" in judge.problem
-        assert listener.heard[-1] == judge.problem
+        assert observer.heard[-1] == judge.problem
         judge.validate(70, {"motion": 9})
         judge.finish()
         assert validated(folder) == [10, 20, 40, config.iterations]

@@ -1,0 +1,58 @@
+"""What a run reports while it works. The terminal, the tracker and tests observe it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.run.alarms import Alarm
+from pipelines.run.records import IterationRecord, ValidationRecord
+
+
+class RunObserver:
+    """Receives the events of a run in their order. Every method does nothing unless overridden."""
+
+    def note(self, text: str) -> None:
+        """Receives one line about a phase: starting, loading, saving."""
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Receives the record of an iteration that is committed."""
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Receives a validation; its contact sheet lies in the folder `samples`."""
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Receives a figure that has crossed its limit."""
+
+    def warning(self, text: str) -> None:
+        """Receives one line about a failure that the run can do without."""
+
+
+class Observers(RunObserver):
+    """Passes every event on to several observers, in their order."""
+
+    def __init__(self, observers: Sequence[RunObserver]) -> None:
+        self._observers = tuple(observers)
+
+    def note(self, text: str) -> None:
+        """Passes it on."""
+        for observer in self._observers:
+            observer.note(text)
+
+    def iteration(self, record: IterationRecord) -> None:
+        """Passes it on."""
+        for observer in self._observers:
+            observer.iteration(record)
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Passes it on."""
+        for observer in self._observers:
+            observer.validation(record, samples)
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Passes it on."""
+        for observer in self._observers:
+            observer.alarm(alarm)
+
+    def warning(self, text: str) -> None:
+        """Passes it on."""
+        for observer in self._observers:
+            observer.warning(text)
