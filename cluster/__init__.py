@@ -1,1 +1,1 @@
-"""Where it runs: Ray core and no diffusion. This package could run any SPMD program."""
+"""Ray core without diffusion: worker groups, schedules, pools. It could run any SPMD program."""

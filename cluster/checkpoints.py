@@ -40,7 +40,7 @@ class Checkpoints:
         self._said: set[str] = set()
 
     def folder(self, step: int) -> str:
-        """Where the parts of a step are, or go."""
+        """Returns the folder that holds the parts of a step."""
         return f"{self.root}/step-{step:06d}"
 
     def begin(self, step: int) -> None:
@@ -86,7 +86,7 @@ class Checkpoints:
         write_json(f"{folder}/{MANIFEST}", content)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """What `commit` wrote.
+        """Returns the manifest that `commit` wrote.
 
         Raises:
             StorageError: The step has not been committed, or its manifest is broken.
@@ -133,7 +133,7 @@ class Checkpoints:
         return ""
 
     def has_digests(self, step: int) -> bool:
-        """Whether the manifest has a digest of every part; older versions wrote sizes only."""
+        """Returns True if the manifest has digests of all parts; old manifests have sizes only."""
         manifest = self.manifest(step)
         return manifest["files"].keys() <= manifest.get("sha256", {}).keys()
 

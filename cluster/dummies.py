@@ -70,7 +70,7 @@ def make_dummy_worker() -> DummyWorker:
 
 @dataclass(frozen=True, slots=True)
 class SimulatedRun:
-    """What a schedule took.
+    """Times of a schedule that dummy workers have run.
 
     Attributes:
         calls: The schedule.
@@ -81,7 +81,7 @@ class SimulatedRun:
     naps: tuple[DummyCall, ...]
 
     def iteration_ends_s(self) -> list[float]:
-        """When the last call of each iteration ended."""
+        """End of the last call of each iteration, in seconds."""
         ends = defaultdict[int, float](float)
         for call, nap in zip(self.calls, self.naps, strict=True):
             ends[call.iteration] = max(ends[call.iteration], nap.end_s)

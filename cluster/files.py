@@ -183,7 +183,7 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def _target(path: str | Path) -> Path:
-    """Where the content goes in the end; a link stays, and what it points to is replaced."""
+    """Returns the path that is written in the end: a link stays, and its target is replaced."""
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     return target

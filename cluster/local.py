@@ -72,7 +72,7 @@ class LocalWorkerGroup(WorkerGroup[W]):
         """Returns at once: the workers were there before the group."""
 
     def ask_work(self) -> list[Future[list[Work]]]:
-        """What the ranks have done since this was last asked, all in one."""
+        """Returns the work of all ranks since the last call, as one list."""
         works = list(self._works)
         self._works.clear()
         return [LocalFuture(self.name, 0, "take_work", _Result(works))]

@@ -91,7 +91,7 @@ def whole_lines(
 
 
 def _parsed(data: bytes, fields: Mapping[str, Kind]) -> tuple[str, dict[str, Any]]:
-    """What is wrong with a line, or an empty string and its content."""
+    """Returns the fault of a line, or an empty string and the line's content."""
     if not data.strip(b"\0\n"):
         return "only NULs" if b"\0" in data else "empty", {}
     try:

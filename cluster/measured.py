@@ -1,4 +1,4 @@
-"""What a schedule took in truth: the simulator's timeline, made of measured times.
+"""Measured timelines: the simulator's timeline, made of measured times.
 
     issued_s      the controller was about to make the call
     ready_s      the last result that it takes had been made
@@ -24,7 +24,7 @@ _CallKey = tuple[str, int, int | None, int | None, str, int | None]
 
 
 def key_of_work(work: Work) -> _CallKey:
-    """Which call of a schedule this was, if it was one."""
+    """Returns the schedule's key of a piece of work, or None if no schedule issued it."""
     label = work.label
     return (work.role, work.rank, label.iteration, label.phase, work.method, label.micro_batch)
 
@@ -41,7 +41,7 @@ def measured_timeline(
     processes: Mapping[Rank, Process],
     controller: Process,
 ) -> Timeline:
-    """When each call of one iteration ran.
+    """Returns the start and the end of every call of one iteration.
 
     Args:
         asked: All its calls, in order.
@@ -81,7 +81,7 @@ def measured_timeline(
 
 
 def path_seconds(timeline: Timeline, since_s: float = 0.0) -> dict[str, float]:
-    """Where the time of the critical path went: seconds by `role.stage`, and between calls.
+    """Splits the critical path: seconds by `role.stage`, and between calls.
 
     Args:
         timeline: Of one iteration.
@@ -101,7 +101,7 @@ def path_seconds(timeline: Timeline, since_s: float = 0.0) -> dict[str, float]:
 
 @dataclass(slots=True)
 class MeasuredUsage:
-    """How one rank has spent its time so far; what is neither is waiting."""
+    """Time of one rank so far, working and receiving; the rest is waiting."""
 
     busy_s: float = 0.0
     transferring_s: float = 0.0

@@ -1,4 +1,4 @@
-"""When each call ran: what every rank notes about its work, and on whose clock.
+"""Spans of calls: what every rank records about its work, and on whose clock.
 
     arrived   its arguments are in the process
     began     they are unpacked and on their way to the method
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """What a call is part of.
+    """Iteration, stage and micro-batch that a call belongs to.
 
     Attributes:
         iteration: Which iteration; None outside of any.
@@ -68,7 +68,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """How times of one process become times of the day.
+    """Offset from the times of one process to the time of day.
 
     Attributes:
         machine: Where it is; processes with the same name share a monotonic clock.
@@ -91,7 +91,7 @@ _current: ContextVar[Label] = ContextVar("label", default=_NOWHERE)
 
 
 def current_label() -> Label:
-    """What the calls that are being made are part of."""
+    """Returns the label of the calls that are being issued."""
     return _current.get()
 
 

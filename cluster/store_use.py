@@ -1,4 +1,4 @@
-"""How full the object stores of a cluster are, as the stores themselves say."""
+"""Use of a cluster's object stores, as the stores report it."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from ray._private.internal_api import get_memory_info_reply
 
 @dataclass(frozen=True, slots=True)
 class StoreUse:
-    """What lies in the object stores of all machines.
+    """Content of the object stores of all machines.
 
     Attributes:
         num_bytes: Size of it.

@@ -1,4 +1,4 @@
-"""What travels between groups: records, containers, numbers, and tensors as numpy arrays.
+"""Values that travel between groups: records, containers, numbers, and tensors as numpy arrays.
 
     tensor  --to_wire-->  WireTensor(numpy array)  --object store-->  --from_wire-->  tensor
 
@@ -152,7 +152,7 @@ def require_constants(value: object, where: str = "value") -> None:
 
 
 def parts_of(value: object) -> list[tuple[str, object]]:
-    """What a container or a record consists of, each part with its place; else nothing."""
+    """Returns the parts of a container or record, each with its place; of other values, nothing."""
     if isinstance(value, WireRecord):
         return [(f".{name}", part) for name, part in value.values.items()]
     if isinstance(value, tuple | list):

@@ -192,7 +192,7 @@ class WorkerGroup(ABC, Generic[W]):
 
     @abstractmethod
     def is_done(self, future: Future[Any]) -> bool:
-        """Whether `fetch` would return, or raise, without waiting."""
+        """Returns True if `fetch` would return, or raise, without waiting."""
 
     @abstractmethod
     def wait_ready(self, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""What is true: the mathematics of score-gradient-matching distillation, in plain torch.
+"""The mathematics of score-gradient-matching distillation, in plain torch.
 
 No Ray, no process groups, no files and no global random state live here.
 """

@@ -35,7 +35,7 @@ VALUE, GRADIENT = "value", "gradient"
 
 
 class Purpose(StrEnum):
-    """Which half of an iteration a batch serves; the two never share a random draw."""
+    """The half of an iteration that a batch serves; the two never share a random draw."""
 
     GENERATE = "generate"
     TRACK = "track"
@@ -172,7 +172,7 @@ class GeneratorSignal(SampleRecord):
 
 @dataclass(frozen=True, slots=True)
 class DiversityStart(SampleRecord):
-    """Where the generator's rollouts start, for a teacher that goes the same way.
+    """Start of the generator's rollouts, for a teacher that goes the same way.
 
     Attributes:
         key: The micro-batch.

@@ -1,4 +1,4 @@
-"""What a network is to us, and how a caption is made to weigh more."""
+"""The velocity protocol of networks, and classifier-free guidance."""
 
 from typing import Protocol, runtime_checkable
 

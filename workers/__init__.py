@@ -1,1 +1,1 @@
-"""Who does it: one plain class a role, and adapters to the networks. torch.distributed, no Ray."""
+"""The roles, one plain class each, and adapters to the networks. torch.distributed, no Ray."""

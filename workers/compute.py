@@ -1,4 +1,4 @@
-"""How a role's network is computed: memory and speed, and of the numbers only the rounding.
+"""Memory and speed of a role's network; of the numbers, only the rounding changes.
 
     precision bf16    matrix products in bfloat16; weights, moments and gradients stay float32
     checkpointing     activations of the layers are made again in the backward pass, not kept

@@ -1,4 +1,4 @@
-"""What remains of clips once they are measured: a few numbers each, and no pixels.
+"""Measured clips: a few numbers each, and no pixels.
 
     video -> features (for distances between sets), measures, and readings of the world `shapes`
 
@@ -60,7 +60,7 @@ class MeasuredClips:
 
 @dataclass(frozen=True, slots=True)
 class Measurer:
-    """What to measure of clips.
+    """Measures that are taken of clips.
 
     Attributes:
         fps: Frames a second.

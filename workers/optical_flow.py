@@ -23,7 +23,7 @@ MIN_SIDE_PX = 12
 
 
 def optical_flow(video: Tensor) -> Tensor:
-    """Where each pixel of a frame is in the next one.
+    """Returns the displacement of each pixel of a frame to the next frame.
 
     Args:
         video: Clips (b, 3, f, h, w) in [0, 1]; what lies outside is cut off.

@@ -1,4 +1,4 @@
-"""How a role's weights are updated: AdamW on finite and clipped gradients.
+"""Updates a role's weights: AdamW on finite and clipped gradients.
 
     learn, learn, ...  ->  gradient_report(iteration)  ->  step(iteration)     or     discard()
 
@@ -71,7 +71,7 @@ class RoleOptimizer:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is updated."""
+        """Parameters that are updated."""
         return list(self._parameters.values())
 
     def require_current(self, iteration: int, attempted: str) -> None:

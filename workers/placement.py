@@ -9,7 +9,7 @@ from sgmd_core.types import Draws, NoisedBatch, TextBatch
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Where a network's parameters are."""
+    """Returns the device of a network's parameters."""
     return next(network.parameters()).device
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class GradientReport:
-    """What a role has gathered for its next update.
+    """Gradients that a role has accumulated for its next update.
 
     Attributes:
         grad_norm: Global L2 norm of the gradient, before clipping.
@@ -19,7 +19,7 @@ class GradientReport:
 
 @dataclass(frozen=True, slots=True)
 class LearnReport:
-    """What the generator learned from one signal.
+    """Losses of the generator on one signal.
 
     Attributes:
         metrics: Loss terms of the signal, means over its samples.
@@ -32,7 +32,7 @@ class LearnReport:
 
 @dataclass(frozen=True, slots=True)
 class DiversityReport:
-    """What the generator learned from the teacher's path.
+    """Losses of the generator on the teacher's path.
 
     Attributes:
         metrics: `diversity`, the loss without its weight.
@@ -43,7 +43,7 @@ class DiversityReport:
 
 @dataclass(frozen=True, slots=True)
 class TrackReport:
-    """What the fake score learned from one batch.
+    """Losses of the fake score on one batch.
 
     Attributes:
         metrics: Loss terms of the batch, means over its samples.

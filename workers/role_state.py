@@ -1,4 +1,4 @@
-"""What a role keeps on disk, and how it is written.
+"""State of a role on disk: its files, and how they are written.
 
     FOLDER/ROLE/weights.safetensors     parameters by name
     FOLDER/ROLE/optimizer.safetensors   AdamW's moments, `exp_avg/NAME` and so on

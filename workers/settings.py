@@ -1,4 +1,4 @@
-"""What each role can be told, as plain records; they are sections of a recipe too.
+"""Settings of each role, as plain records; they are sections of a recipe too.
 
     ModelSettings      which networks
     VideoSettings      which clips
@@ -101,7 +101,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, slots=True)
 class ComputeSettings:
-    """How a network is computed; see `workers.compute`.
+    """Memory and speed of a network; see `workers.compute`.
 
     Attributes:
         precision: `fp32`, or `bf16` for matrix products in bfloat16 with float32 weights.
@@ -149,7 +149,7 @@ class DiversitySettings:
 
     @property
     def enabled(self) -> bool:
-        """Whether the loss is on."""
+        """True if the loss is on."""
         return self.weight > 0
 
 

@@ -27,7 +27,7 @@ def num_ranks() -> int:
 
 
 def is_first_rank() -> bool:
-    """Whether this process writes for its role."""
+    """Returns True in the process that writes for its role."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -55,7 +55,7 @@ def shard(network: nn.Module, blocks: Iterable[nn.Module], *, alone: bool = Fals
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether this process keeps only a part of the network."""
+    """Returns True if this process keeps only a part of the network."""
     return isinstance(network, FSDPModule)
 
 

@@ -32,7 +32,7 @@ _RESAMPLING_SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class ValidationRequest:
-    """What to validate.
+    """A validation to make.
 
     Attributes:
         captions: One clip each.
@@ -53,7 +53,7 @@ class ValidationRequest:
 
 @dataclass(frozen=True, slots=True)
 class ValidationReport:
-    """What a validation found.
+    """Result of a validation.
 
     Attributes:
         figures: By name, as the top of this file says.

@@ -28,7 +28,7 @@ NIXL = "nixl"
 
 @dataclass(frozen=True, slots=True)
 class Direct:
-    """What goes past the object store.
+    """A value that bypasses the object store.
 
     Attributes:
         transport: Ray's name of the way.

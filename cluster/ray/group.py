@@ -138,7 +138,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         return [from_wire(wire) for wire in wires]
 
     def is_done(self, future: Future[Any]) -> bool:
-        """Whether the result is somewhere in the object store, or will never be."""
+        """Returns True once the result is in the object store, or will never be."""
         reference = _as_future(future, "looking whether a call is done").reference
         done, _ = ray.wait([reference], timeout=0, fetch_local=False)
         return bool(done)
@@ -216,7 +216,7 @@ class RayWorkerGroup(WorkerGroup[W]):
     def _laid_out(
         self, rank: int, args: Sequence[object], method: str
     ) -> tuple[list[object], ArgLayout]:
-        """What is sent for the arguments of a call, and what the receiver makes of it.
+        """Returns what is sent for the arguments of a call, and how the receiver assembles them.
 
         Ray resolves references at the top level of a call alone, so the pieces of a joined value
         are sent as arguments of their own.
@@ -243,7 +243,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         return owned.hosts.actors[owned.rank].deliver.remote(value.reference, owned.narrow)
 
     def _start_state(self, rank: int) -> str:
-        """What a rank that is being started has come to."""
+        """Returns the state of a rank that is being started."""
         where, ready = self._hosts.places[rank], self._ready[rank].reference
         if not ray.wait([where], timeout=0)[0]:
             return "its process has not started"

@@ -45,7 +45,7 @@ _SEES_ALL_GPUS = {"runtime_env": {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISI
 
 @dataclass(frozen=True, slots=True)
 class SplitArgument:
-    """How an argument is put together from the values that were sent for it."""
+    """An argument that the receiver concatenates from several values."""
 
     spans: tuple[Span, ...]
     wanted: Span
@@ -64,7 +64,7 @@ class LocalRef:
 
 @dataclass(frozen=True, slots=True)
 class CallSpec:
-    """How a method is to be run.
+    """A method call: name, arguments, label, and what becomes of the result.
 
     Attributes:
         worker: Group whose worker is meant.
@@ -200,7 +200,7 @@ class Host:
         return ray.get_runtime_context().get_node_id()
 
     def clock(self) -> Clock:
-        """How times of this process become times of the day."""
+        """Returns the offset from this process's clock to the time of day."""
         return read_clock(self.place())
 
     def open_rendezvous(self, *places: str) -> Rendezvous:
@@ -282,14 +282,14 @@ class Host:
         return to_wire(self._arrived(value), "a kept result", narrow)
 
     def take_work(self, worker: str) -> list[Work]:
-        """What a worker has done since this was last asked."""
+        """Returns the work of this worker since the last call."""
         own = [work for work in self._works if work.role == worker]
         others = [work for work in self._works if work.role != worker]
         self._works = deque(others, maxlen=_MOST_WORK_KEPT)
         return own
 
     def keeps(self, number: int) -> bool:
-        """Whether a result has stayed here; for tests."""
+        """Returns True if a result has stayed in this process; for tests."""
         return number in self._kept
 
     def process_id(self) -> int:

@@ -1,4 +1,4 @@
-"""What each group asks for: pools, as plain records.
+"""Resource requests of worker groups: pools, as plain records.
 
 Pool("painter", num_ranks=2, cpus_per_rank=1)      bundles 0, 1
 Pool("judge", num_ranks=1, gpus_per_rank=1)        bundle  2
@@ -56,7 +56,7 @@ class Pool:
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What one rank asks for, as Ray spells it; zeros are left out."""
+        """Returns the resources of one rank in Ray's spelling, without zeros."""
         asked = {"CPU": self.cpus_per_rank, "GPU": self.gpus_per_rank, **self.resources}
         return {kind: float(amount) for kind, amount in asked.items() if amount}
 

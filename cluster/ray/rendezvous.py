@@ -1,4 +1,4 @@
-"""Where the ranks of one group meet, so that they can run collectives among themselves.
+"""Rendezvous of the ranks of one group, for collectives among themselves.
 
     rank 0   opens a store on a free port and *keeps* it     -> Rendezvous(host, port)
     rank i   joins it; then torch.distributed's default group is the worker group
@@ -23,7 +23,7 @@ _BACKLOG = 1024
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where a group has_collectives.
+    """Address at which the ranks of a group meet.
 
     Attributes:
         host: Address of rank 0's store.
@@ -37,7 +37,7 @@ class Rendezvous:
 
     @property
     def on_one_machine(self) -> bool:
-        """Whether all ranks share a machine."""
+        """True if all ranks share a machine."""
         return self.host == _LOOPBACK
 
 

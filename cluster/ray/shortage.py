@@ -1,4 +1,4 @@
-"""Why a reservation does not come about: each rank's request against the machines there are."""
+"""Explains a reservation that fails: each rank's request against the machines of the cluster."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What became of one rank's request.
+    """Outcome of one rank's request.
 
     Attributes:
         rank: "pool[rank]".
@@ -118,7 +118,7 @@ def first_fit(pools: Sequence[Pool], found: Sequence[Machine]) -> list[Row]:
 
 
 def matches(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Whether a machine's labels satisfy a selector: `a`, `!a`, `in(a, b)` or `!in(a, b)`."""
+    """Returns True if labels satisfy a selector: `a`, `!a`, `in(a, b)` or `!in(a, b)`."""
     for key, wanted in selector.items():
         negated, wanted = wanted.startswith("!"), wanted.removeprefix("!")
         listed = wanted[3:-1] if wanted.startswith("in(") and wanted.endswith(")") else wanted

@@ -1,4 +1,4 @@
-"""Where the pools of a run lie: its placement groups, reserved all together or not at all.
+"""Placement groups of a run's pools, reserved all together or not at all.
 
 The pools that only want to be packed share one placement group, whose bundles Ray reserves all or
 none; a pool with another strategy has a group of its own. A run that holds some of its groups and
@@ -47,7 +47,7 @@ _LONGEST_PAUSE_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class BundleRange:
-    """Where the ranks of one pool are in a placement group.
+    """Bundles of one pool in a placement group.
 
     Attributes:
         pool: The pool.
@@ -115,7 +115,7 @@ class Placement:
         return self._range_of(name).pool
 
     def actor_options(self, name: str, rank: int) -> dict[str, Any]:
-        """Where one rank of a pool runs and what it takes, as options of a Ray actor."""
+        """Returns the options of the Ray actor that hosts one rank: placement and resources."""
         ranges = self._range_of(name)
         return {
             "num_cpus": ranges.pool.cpus_per_rank,

@@ -1,4 +1,4 @@
-"""What an iteration consists of, as data: passes over the micro-batches, updates, handovers.
+"""An iteration as data: passes over the micro-batches, updates, handovers.
 
     Pass(Stage("paint", "maker", keeps_until="learn"), Stage("look", "judge", takes=("paint",)), ..)
     Update("maker", "judge")
@@ -17,7 +17,7 @@ from cluster.errors import ScheduleError
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What one role does to each micro-batch of a pass.
+    """One role's work on each micro-batch of a pass.
 
     Attributes:
         name: Its method.
@@ -117,7 +117,7 @@ def pass_order(
 
 
 def partition_samples(num_samples: int, team: Team, turn: int) -> list[tuple[int, tuple[int, int]]]:
-    """Which rank works on which samples of a micro-batch.
+    """Assigns the samples of a micro-batch to ranks.
 
     Args:
         num_samples: Samples of the micro-batch; a multiple of the team's ranks a copy.
@@ -206,7 +206,7 @@ def _opening(a_pass: Pass) -> tuple[Stage, ...]:
 
 
 def num_ahead(a_pass: Pass, num_micro_batches: int, depth: int) -> int:
-    """How many micro-batches are opened before the first one goes on."""
+    """Number of micro-batches that are opened before the first one goes on."""
     bounded = any(stage.keeps_until for stage in a_pass.stages)
     return min(depth, num_micro_batches) if bounded else num_micro_batches
 

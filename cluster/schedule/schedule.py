@@ -1,4 +1,4 @@
-"""Who is asked for what, in which order: the schedule of an iteration as a pure function.
+"""The schedule of an iteration as a pure function: the calls and their order.
 
     maker    a0 a1 | e0 a2 | e1 a3 | e2    | e3 | update
     helper   b0    | b1    | b2    | b3    |    |

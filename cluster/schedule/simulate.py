@@ -1,4 +1,4 @@
-"""When each call of a schedule runs: a discrete-event simulator.
+"""A discrete-event simulator of schedules: start and end of every call.
 
     start = latest of   the process is free            (the calls before it on that process)
                         the results have arrived        (end of the maker + transfer)
@@ -22,7 +22,7 @@ from cluster.schedule.schedule import Call
 
 
 class Cause(StrEnum):
-    """What a call waited for last."""
+    """The last event that a call waited for."""
 
     PROCESS = "process"
     RESULT = "result"
@@ -35,7 +35,7 @@ def _nothing(call: Call) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What takes time.
+    """Seconds of stages, updates and transfers.
 
     Attributes:
         seconds: Of a call, on its process.
@@ -72,7 +72,7 @@ def by_stage(seconds: Mapping[tuple[str, str], float]) -> Callable[[Call], float
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """When one call ran.
+    """Start and end of one call.
 
     Attributes:
         call: The call.
@@ -95,7 +95,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """How one process spent its time; the three parts add up to the whole.
+    """Time of one process; the three parts add up to the whole.
 
     Attributes:
         role: Its role.
@@ -134,7 +134,7 @@ class Timeline:
         return max((span.end_s for span in self.spans), default=0.0)
 
     def iteration_ends_s(self) -> list[float]:
-        """When the last call of each iteration ended."""
+        """End of the last call of each iteration, in seconds."""
         ends = defaultdict[int, float](float)
         for span in self.spans:
             ends[span.call.iteration] = max(ends[span.call.iteration], span.end_s)
@@ -146,7 +146,7 @@ class Timeline:
         return mean_period(self.iteration_ends_s())
 
     def usage(self) -> list[Usage]:
-        """How each process spent the time from the first call's making to the last call's end."""
+        """Returns the usage of each process from the start of the first call to the last end."""
         whole = self.duration_s
         by_process = defaultdict[tuple[str, int], list[Span]](list)
         for span in self.spans:

@@ -1,4 +1,4 @@
-"""How far each call may run ahead of the updates of the iterations before its own.
+"""Bounds how far each call may run ahead of the updates of earlier iterations.
 
 A call is stale by n iterations if updates of the n-th iteration before its own need not have ended
 when it runs: nothing that it waits for, directly or through others, has waited for them. Three

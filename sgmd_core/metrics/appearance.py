@@ -1,4 +1,4 @@
-"""What the pictures of a clip look like, in three numbers that drift when a distillation fails.
+"""Three numbers of the pictures of a clip that drift when a distillation fails.
 
     saturation  mean over pixels of max - min of red, green, blue
     contrast    standard deviation of brightness within a frame, averaged over frames
@@ -39,7 +39,7 @@ def contrast(video: RgbVideo) -> PerClip:
 
 
 def sharpness(video: RgbVideo) -> PerClip:
-    """How much brightness departs from the mean of its four neighbours; 0 for plain frames.
+    """Returns how much brightness departs from the mean of its four neighbours; 0 for plain frames.
 
     Raises:
         ShapeError: The frames have no inner pixel.

@@ -1,4 +1,4 @@
-"""How different clips of one caption are: what a generator keeps of the noise it starts from.
+"""Diversity of clips of one caption: what a generator keeps of its initial noise.
 
 Distributions can agree caption by caption in their means and still have lost their spread; and
 scores that look at one clip at a time do not see that all clips of a caption are the same one.

@@ -1,4 +1,4 @@
-"""How much a clip moves, how evenly, and how much it flickers, from its optical flow.
+"""Amount and evenness of a clip's motion, and its flicker, from its optical flow.
 
 A flow says where each pixel of a frame is in the next one: (right, down) in pixels a frame. Where
 it comes from is not decided here.
@@ -45,7 +45,7 @@ def dynamic_interval(fps: int) -> int:
 
 
 def dynamic_clips(flow: Flow) -> Bool[Tensor, " b"]:
-    """Which clips move: the rule of VBench's dynamic degree, on whatever flow is given.
+    """Selects the clips that move, by the rule of VBench's dynamic degree on any flow.
 
     A clip is dynamic if the top 5 % of at least `round(frames / 4)` steps is faster than 6 pixels
     a step for every 256 pixels of its shorter side. The benchmark takes its flow from a learned
@@ -60,7 +60,7 @@ def dynamic_clips(flow: Flow) -> Bool[Tensor, " b"]:
 
 
 def smoothness(flow: Flow) -> PerClip:
-    """How evenly things move, in [0, 1].
+    """Returns the evenness of motion, in [0, 1].
 
         1 - sum |flow| * change / sum |flow|
         change = |then - flow| / (|then| + |flow|),   then = flow_next(x + flow(x))

@@ -1,4 +1,4 @@
-"""What the two learners minimise; one method, one file.
+"""Objectives of the two learners; one method, one file.
 
 An objective is mathematics over predictions: it never holds or calls a network. Whoever calls it
 decides whose parameters receive the gradient.

@@ -33,7 +33,7 @@ from sgmd_core.types import Latents, Loss, NoisedBatch, float32, per_sample, sam
 def matching_direction(
     query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
 ) -> Latents:
-    """Where the samples should not go: the gap between the scores, per unit of teacher residual.
+    """Returns the gap between the scores, per unit of teacher residual.
 
         q = (x0_fake - x0_teacher) / mean |x0 - x0_teacher|
           = (velocity_teacher - velocity_fake) / mean |velocity_teacher - (noise - x0)|

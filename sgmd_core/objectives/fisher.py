@@ -45,7 +45,7 @@ def x0_gap(query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
 
 
 def teacher_residual(query: NoisedBatch, velocity_teacher: Latents) -> PerSample:
-    """How far the teacher's prediction is from the sample, on average over its elements.
+    """Returns the mean distance of the teacher's prediction from the sample over its elements.
 
         n = mean |x0 - x0_teacher| = sigma * mean |velocity_teacher - (noise - x0)|
 

@@ -25,7 +25,7 @@ from sgmd_core.types import Latents, NoisedBatch, PerSample, Samples, Scalar, pe
 
 
 def fake_residual(query: NoisedBatch, velocity_fake: Latents) -> Latents:
-    """What the fake score's prediction misses of the sample, which is held constant.
+    """Returns the residual of the fake score's prediction; the sample is held constant.
 
         sg[x0] - x0_fake = sigma * (velocity_fake - sg[noise - x0]) - (x_t - sg[x_t])
 

@@ -1,4 +1,4 @@
-"""What a clip of the world `shapes` shows, read exactly from its pixels.
+"""Reads a clip of the world `shapes` exactly from its pixels.
 
 A clip shows one coloured shape that moves along a straight line over a plain background, so
 colour, shape, direction and speed can be measured without any learned network:
@@ -50,7 +50,7 @@ _MIN_PATH_FRAMES = 4
 
 @dataclass(frozen=True, slots=True)
 class ClipLabels:
-    """What captions say: indices into the vocabularies, one entry per clip."""
+    """Content of captions: indices into the vocabularies, one entry per clip."""
 
     colour: Int[Tensor, " b"]
     shape: Int[Tensor, " b"]
@@ -60,7 +60,7 @@ class ClipLabels:
 
 @dataclass(frozen=True, slots=True)
 class ClipReading:
-    """What the pixels show; the first four fields compare with `ClipLabels`.
+    """Content of pixels; the first four fields compare with `ClipLabels`.
 
     `velocity_px_per_frame` is (right, down); `area_px` the covered area of an average frame;
     `contrast` the distance of the shape's colour from the background, near 0 when nothing shows.
@@ -220,7 +220,7 @@ def score_clips(reading: ClipReading, labels: ClipLabels) -> ClipScores:
 
 
 def clip_answers(reading: ClipReading, labels: ClipLabels) -> dict[str, Float[Tensor, " b"]]:
-    """What `score_clips` averages, clip by clip.
+    """Returns the values that `score_clips` averages, clip by clip.
 
     Returns:
         `colour`, `shape`, `direction`: 1 where the clip shows what its caption says, else 0;

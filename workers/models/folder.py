@@ -22,7 +22,7 @@ from workers.models.weights import Architecture, WeightFiles, check_weights
 
 @dataclass(frozen=True, slots=True)
 class WanFolder:
-    """What a Wan folder holds.
+    """Content of a Wan folder.
 
     Attributes:
         path: The folder.

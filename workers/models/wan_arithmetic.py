@@ -1,4 +1,4 @@
-"""What a Wan denoiser of a given shape costs: parameters, operations, bytes; no network is made.
+"""Parameters, operations and bytes of a Wan denoiser of a given shape; no network is made.
 
     tokens n = latent frames * rows * columns / patch      d width    f feed-forward    l text
 

@@ -92,7 +92,7 @@ class Architecture:
         return sum(prod(shape) for name, shape in self.shapes.items() if name not in seconds)
 
     def ignores(self, name: str) -> bool:
-        """Whether a tensor of a file is left out without a loss."""
+        """Returns True if a tensor of a file can be left out without a loss."""
         return any(re.search(pattern, name) for pattern in self.ignored)
 
 
