@@ -107,7 +107,7 @@ def _curves(
 
 
 def _spilled_mb(ray_folder: Path) -> float:
-    """What Ray has written to disk because the object store was full, and not deleted again."""
+    """Returns what Ray has spilled to disk from a full object store and not deleted again."""
     files = ray_folder.glob("session_*/ray_spilled_objects*/**/*")
     return sum(path.stat().st_size for path in files if path.is_file()) / 2**20
 

@@ -1,4 +1,4 @@
-"""How long the roles of `sgmd distill tiny` wait for captions that come from S3."""
+"""Measures how long the roles of `sgmd distill tiny` wait for captions that come from S3."""
 
 import json
 import statistics

@@ -1,4 +1,4 @@
-"""Whether the roles are right and how fast they are on one GPU: eight minutes, one command.
+"""Checks the roles on one GPU and measures them: eight minutes, one command.
 
     make gpu-check                                    on the machine with the GPU
     python benchmarks/gpu_check.py --missing          what it lacks, and how to fetch that elsewhere

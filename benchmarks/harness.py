@@ -1,4 +1,4 @@
-"""What the parts of `orchestration.py` share: sleeping groups on Ray, and what Ray itself costs."""
+"""Parts that `orchestration.py` shares: sleeping groups on Ray, and the costs of Ray itself."""
 
 import statistics
 import time
@@ -52,7 +52,7 @@ class Setting:
 
     @property
     def program(self) -> Program:
-        """What an iteration consists of."""
+        """Returns the program of an iteration."""
         return iteration_program(self.fresh_updates)
 
     def team_of(self) -> dict[str, Team]:
@@ -77,7 +77,7 @@ class Setting:
         )
 
     def costs(self, machine: "MachineCosts | None" = None) -> Costs:
-        """What its stages take, and what the machine adds; without one, nothing."""
+        """Returns the costs of its stages, with those of the machine if they are given."""
         rollout, denoise, signal, track, learn = (ms / 1e3 for ms in self.stage_ms)
         seconds = {"rollout": rollout, "sample": rollout, "denoise": denoise}
         seconds |= {"signal": signal, "track": track, "learn": learn}
@@ -110,7 +110,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class MachineCosts:
-    """What Ray costs on this machine.
+    """Costs of Ray on this machine.
 
     Attributes:
         call_s: Controller's time to make one call.

@@ -75,7 +75,7 @@ class Iterations:
         fake_score.step(iteration)
 
     def _draws(self, key: MicroBatchKey) -> Draws:
-        """What the key draws, but for the exit step: every one in turn."""
+        """Returns the draws of the key with every exit step in turn."""
         drawn = draw(0, key, (0,), LATENT_SHAPE, self._schedule, NUM_STEPS)
         return replace(drawn, exit_step=key.iteration % NUM_STEPS)
 

@@ -1,4 +1,4 @@
-"""What separate processes cost: schedules worked through by sleepers, transfers, scaling.
+"""Measures the cost of separate processes: schedules of sleepers, transfers, scaling.
 
     python benchmarks/orchestration.py schedule transfer scaling validation --output figures.json
     python benchmarks/orchestration.py validation --docs docs/orchestration
@@ -117,7 +117,7 @@ def _orders(groups: Groups, rounds: int, num_iterations: int) -> list[dict[str, 
 
 
 def _busy(groups: Groups, rounds: int) -> dict[str, float]:
-    """How busy the generator is, as the bottleneck, with m = 8."""
+    """Returns the busy share of the generator, as the bottleneck, with m = 8."""
     exact = replace(SPLITS[0], micro_batches=8)
     variants = {"exact": exact, "staleness 1": replace(exact, staleness=1)}
     measured = _in_turns(
@@ -133,7 +133,7 @@ def _busy(groups: Groups, rounds: int) -> dict[str, float]:
 
 
 def measure_controller(rounds: int, num_iterations: int) -> dict[str, float]:
-    """What the machinery adds to a micro-batch, with five processes.
+    """Measures what the machinery adds to a micro-batch, with five processes.
 
     A sleep lasts a little longer than it was asked to, and that is no work of a controller: the
     bound is that of the naps as they were.

@@ -39,7 +39,7 @@ _MAX_CODEC_ERROR = 24
 
 
 class Status(StrEnum):
-    """How a check came out."""
+    """Outcome of a check."""
 
     GOOD = "good"
     LIMITED = "limited"
@@ -48,7 +48,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
         name: What was looked at.

@@ -57,7 +57,7 @@ class GeneratedClip:
 
 
 class SamplingOptions(TypedDict, total=False):
-    """What may be sampled otherwise than the folder says; None leaves it to the folder.
+    """Sampling settings that replace the folder's; None leaves them to the folder.
 
     The names are those of `InferenceSettings`.
     """

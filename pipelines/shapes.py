@@ -58,7 +58,7 @@ SHARD_SCHEMA = pa.schema(
 
 
 class ClipSplit(StrEnum):
-    """Which set of captions a clip is drawn from; the two sets share no caption."""
+    """Set of captions that a clip is drawn from; the two sets share no caption."""
 
     TRAIN = "train"
     HELD_OUT = "held_out"

@@ -128,7 +128,7 @@ def sweep(config: DistillConfig, observer: RunObserver | None = None) -> SweepRe
 
 
 def trial_settings(config: DistillConfig, settings: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What a trial changes in the recipe, by dotted key; the tried values win."""
+    """Returns what a trial changes in the recipe, by dotted key; the tried values win."""
     iterations = config.sweep.iterations
     return {
         "name": name,
@@ -163,13 +163,13 @@ def _num_trials(config: DistillConfig) -> int:
 
 
 def _pools(config: DistillConfig) -> list[Pool]:
-    """What one trial takes besides its controller."""
+    """Returns the resources of one trial besides its controller."""
     trial = _trial_config(config, {}, "bundles")
     return [] if trial.topology.mode == "local" else pools_of(trial)
 
 
 def _bundles(pools: Sequence[Pool]) -> list[dict[str, float]]:
-    """What one trial takes: its controller first, then its pools."""
+    """Returns the bundles of one trial: its controller first, then its pools."""
     return [{"CPU": _CONTROLLER_CPUS}, *bundles_of(pools)]
 
 

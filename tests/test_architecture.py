@@ -120,6 +120,18 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return last - body[0].lineno + 1 if body else 0
 
 
+def test_docstrings_begin_with_a_noun_or_a_verb():
+    inverted = [
+        f"{relative(path)}: {line}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        for line in (ast.get_docstring(node) or "").splitlines()[:1]
+        if line.split(" ")[0] in {"What", "Whether", "How", "Where", "Which", "When", "Who", "Why"}
+    ]
+    assert inverted == []
+
+
 def test_no_public_name_stands_for_two_things():
     homes: dict[str, list[str]] = {}
     for path in SOURCES:

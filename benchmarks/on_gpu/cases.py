@@ -40,7 +40,7 @@ SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What is measured.
+    """A case to measure.
 
     Attributes:
         model: Key of `SHAPES`.
@@ -120,7 +120,7 @@ class Case:
         return TextBatch(self.text(samples), tuple(range(samples)))
 
     def draws(self, key: MicroBatchKey, exit_step: int, samples: int = 1) -> Draws:
-        """What the key draws, but for the exit step."""
+        """Returns the draws of the key, without the exit step."""
         indices = tuple(range(samples))
         drawn = draw(SEED, key, indices, self.latent_shape, FlowMatchSchedule(), NUM_STEPS)
         return replace(drawn, exit_step=exit_step)

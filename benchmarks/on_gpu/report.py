@@ -1,4 +1,4 @@
-"""What the steps have found: one JSON for `sgmd plan`, one table, one section of the docs."""
+"""Results of the steps: one JSON for `sgmd plan`, one table, one section of the docs."""
 
 import json
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ def write_docs(folder: Path, page: Path) -> None:
 
 
 def _words(name: str, document: dict[str, Any]) -> str:
-    """Why a step did not end well, and what it has found."""
+    """Returns why a step did not end well, and its results so far."""
     try:
         told = "; ".join(_SHORT[name](document.get("results", {})))
     except (KeyError, TypeError, ValueError) as error:

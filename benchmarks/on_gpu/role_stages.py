@@ -174,7 +174,7 @@ def measure(
 def longest_that_fits(
     case: Case, frames: Sequence[int], run: Callable[[Case], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `run` finds at the longest clip that the device has the memory for.
+    """Runs the longest clip that fits in the memory of the device.
 
     Raises:
         RuntimeError: Not even the shortest one fits.

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(slots=True)
 class Context:
-    """What a step is given.
+    """Input of a step.
 
     Attributes:
         name: Of the step.
@@ -33,7 +33,7 @@ class Context:
         write(self.folder, self.name, {"status": "running", "results": self.results})
 
     def of(self, step: str) -> dict[str, Any]:
-        """What another step has found; empty where it has not run."""
+        """Returns the results of another step; empty where it has not run."""
         return read(self.folder, step).get("results", {})
 
 

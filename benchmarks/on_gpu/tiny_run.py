@@ -82,7 +82,7 @@ def run_pools(context: Context) -> None:
 
 
 def _nixl(device: str) -> str:
-    """Why results were not sent from GPU to GPU: each role would need a GPU of its own."""
+    """Explains why results were not sent from GPU to GPU: each role would need its own."""
     if find_spec("nixl") is None:
         return "not run: nixl is not installed"
     count = torch.cuda.device_count() if device != "cpu" else 0
@@ -166,7 +166,7 @@ def _sample(context: Context, run: Path) -> dict[str, Any]:
 
 
 def _host_share(context: Context, work: Path, plain_s: float) -> dict[str, Any]:
-    """How long kernels run in an iteration, and how long the device waits for the host."""
+    """Returns the seconds of kernels in an iteration, and the seconds of waiting for the host."""
     from iteration import Stand
 
     from pipelines.config.recipe import load_recipe

@@ -252,7 +252,7 @@ LAST = "compile"
 
 
 def _state(roles: Roles) -> Named:
-    """What checkpoints keep, through the roles' own doors and the optimizers' state."""
+    """Returns the state that checkpoints keep, by way of the roles and their optimizers."""
     found = {
         "generator": flat(roles.generator.trained_weights().values()),
         "average": flat(roles.generator.final_weights().values()),

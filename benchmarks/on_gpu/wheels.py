@@ -69,7 +69,7 @@ Packages = Mapping[str, Package]
 
 
 def fetchable() -> Packages:
-    """What `wheels.json` lists."""
+    """Returns the entries of `wheels.json`."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     return {
         name: Package(entry["version"], tuple(entry["requires"])) for name, entry in table.items()
@@ -77,7 +77,7 @@ def fetchable() -> Packages:
 
 
 def installed() -> Packages:
-    """What this interpreter finds; of several versions the one that it would import."""
+    """Returns the packages of this interpreter; of several versions, the one it would import."""
     found: dict[str, Package] = {}
     for distribution in importlib.metadata.distributions():
         name = distribution.metadata["Name"]
@@ -88,7 +88,7 @@ def installed() -> Packages:
 
 
 def listed(path: Path) -> Packages:
-    """What `pip freeze` has listed on another machine."""
+    """Returns the output of `pip freeze` from another machine."""
     lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
     pairs = (line.split("==", 1) for line in lines if "==" in line)
     return {canonicalize_name(name.strip()): Package(version.strip()) for name, version in pairs}
@@ -208,7 +208,7 @@ def install(missing: Mapping[str, str], wheels: Path, target: Path) -> dict[str,
 
 
 def table() -> dict[str, Any]:
-    """What `wheels.json` should hold: all that the groups need, as this environment has it."""
+    """Returns the content of `wheels.json`: all that the groups need, as installed here."""
     there = installed()
     todo = [Requirement(root) for group in GROUPS for root in roots_of(group)]
     found: dict[str, Any] = {}

@@ -49,7 +49,7 @@ def bench(
 
 
 def _benchmarks(folder: Path) -> dict[str, str]:
-    """What each script says about itself, by its name; helpers, which cannot be run, left out."""
+    """Returns the description of each script by its name, without helpers that cannot be run."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.py")):
         text = path.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What compares methods: `sgmd study`."""
+"""Command that compares methods: `sgmd study`."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any

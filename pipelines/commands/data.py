@@ -1,4 +1,4 @@
-"""What makes and checks data: `sgmd prepare`, `sgmd check`, `sgmd encode`."""
+"""Commands that make and check data: `sgmd prepare`, `sgmd check`, `sgmd encode`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""How a terminal shows an evaluation: two tables of all ways of sampling, one of the generator.
+"""Tables of an evaluation: two of all ways of sampling, one of the generator.
 
 what the clips show | how far they are from the teacher's, and how fast | every measure, in full
 """
@@ -43,14 +43,14 @@ class TableColumn:
 
 
 def table(evaluation: Evaluation) -> Group:
-    """What rich prints: headline tables, the generator's measures in full, and a legend."""
+    """Returns headline tables, the generator's measures in full, and a legend."""
     tables = [_table(evaluation, columns) for columns in (READINGS, DISTANCES)]
     tables.append(_measures(evaluation))
     return Group(*(shown for shown in tables if shown is not None), Text(legend(evaluation)))
 
 
 def legend(evaluation: Evaluation) -> str:
-    """What the columns mean."""
+    """Explains the columns."""
     guidance = evaluation.row(REFERENCE).guidance_scale
     earlier = "; * timed earlier" if any(row.remembered for row in evaluation.rows) else ""
     lines = [

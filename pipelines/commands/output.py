@@ -1,4 +1,4 @@
-"""What the command line shows: a result as JSON or as a table, and progress apart from it.
+"""Output of the command line: a result as JSON or as a table, and progress apart from it.
 
 standard output   the result, and nothing else
 standard error    progress, notes, errors

@@ -198,7 +198,7 @@ def _set(settings: Mapping[str, int | str]) -> str:
 
 
 def _advice(result: "Plan", suited: "Plan") -> list[str]:
-    """What another batch size would gain, where that is worth a word."""
+    """Returns what another batch size would gain, if it is worth a line."""
     gain = (suited.work.batch_size / suited.best.iteration_s) / (
         result.work.batch_size / result.best.iteration_s
     )

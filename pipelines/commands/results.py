@@ -1,4 +1,4 @@
-"""What is done with a result: `sgmd evaluate`, `generate`, `report`, `ledger`."""
+"""Commands that read results: `sgmd evaluate`, `generate`, `report`, `ledger`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated

@@ -1,4 +1,4 @@
-"""What makes something: `sgmd shapes`, `pretrain`, `distill`, `sweep`, `submit`."""
+"""Commands that make something: `sgmd shapes`, `pretrain`, `distill`, `sweep`, `submit`."""
 
 import os
 from dataclasses import asdict

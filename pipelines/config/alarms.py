@@ -16,7 +16,7 @@ AlarmName = Literal[
 
 
 class AlarmSettings(Section):
-    """When a run warns, and whether it stops then."""
+    """Limits at which a run warns, and the alarms that stop it."""
 
     saturation_above: float = Field(default=1.3, gt=1)
     """Limit of the saturation of the clips, as a ratio to the teacher's."""

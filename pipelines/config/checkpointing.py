@@ -1,4 +1,4 @@
-"""When the state of a run is saved and looked at, and which states are kept."""
+"""Settings of saving, validating and keeping the states of a run."""
 
 import difflib
 from typing import Annotated
@@ -23,7 +23,7 @@ Figure = Annotated[str, AfterValidator(_is_a_figure)]
 
 
 class CheckpointSettings(Section):
-    """When the state of the run is saved; always at its end."""
+    """Iterations after which the state of the run is saved; always at its end."""
 
     every: int = Field(default=100, ge=0)
     """Iterations between two checkpoints; 0 saves at the end only."""
@@ -38,7 +38,7 @@ class CheckpointSettings(Section):
 
 
 class ValidationSettings(Section):
-    """When the averaged generator is sampled and measured; it runs beside the training."""
+    """Sampling and measuring of the averaged generator, beside the training."""
 
     every: int = Field(default=0, ge=0)
     """Iterations between two validations; 0 does none."""

@@ -89,7 +89,7 @@ METHODS: tuple[type[Objective], ...] = (
 
 
 def _method(section: Any) -> str | None:  # noqa: ANN401  (whatever a recipe holds)
-    """Which objective a section is of; recipes that name none are SGMD's."""
+    """Returns the objective that a section configures; recipes that name none are SGMD's."""
     if isinstance(section, Mapping):
         return str(section.get("method", "sgmd"))
     return getattr(section, "method", None)
@@ -122,7 +122,7 @@ def methods_table() -> str:
 
 
 def method_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSettings) -> list[str]:
-    """What a method cannot do with a fake score of these settings, as sentences."""
+    """Returns what a method cannot do with a fake score of these settings, as sentences."""
     problems: list[str] = []
     if objective.fake_updates > 1 and fake_score.tracking == "shared":
         problems.append(

@@ -1,4 +1,4 @@
-"""How settings are written: YAML as people expect it, and overrides such as `batch.size=8`.
+"""Reads settings: YAML as people expect it, and overrides such as `batch.size=8`.
 
     recipe.yaml  ->  nested dict  +  a.b=c, d.e=[1, 2]  ->  nested dict  ->  pipelines.config.recipe
 

@@ -84,7 +84,7 @@ MAY_CHANGE = tuple(key for key in _keys(_NOT_IN_DIGEST) if key != "batch.exit_dr
 
 
 class BatchSettings(Section):
-    """How many samples make one update."""
+    """Samples of one update."""
 
     size: int = Field(ge=1, le=2**20)
     """Samples in one iteration."""
@@ -101,7 +101,7 @@ class BatchSettings(Section):
 
 
 class DataSettings(Section):
-    """Where the captions are: folders of Parquet shards or files of captions, local or `s3://`.
+    """Captions: folders of Parquet shards or files of captions, local or `s3://`.
 
     A file is a `.txt` with one prompt a line, or a `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet`
     with a column `caption`, `prompt` or `text`.
@@ -128,7 +128,7 @@ class DataSettings(Section):
 
 
 class TraceSettings(Section):
-    """What trace.json holds, for ui.perfetto.dev."""
+    """Content of trace.json, for ui.perfetto.dev."""
 
     iterations: int = Field(default=20, ge=0)
     """The last iterations, every call of them; 0 writes no trace."""
@@ -144,7 +144,7 @@ class TrackerSettings(Section):
 
 
 class SweepSettings(Section):
-    """What `sgmd sweep` tries: every combination of the grid, as short runs of this recipe."""
+    """Grid of `sgmd sweep`: every combination, as short runs of this recipe."""
 
     grid: dict[str, list[JsonValue]] = Field(default_factory=dict)
     """Values to try by dotted key, for example `objective.lambda_nr: [0.05, 0.1]`."""
@@ -198,7 +198,7 @@ class DistillConfig(Section):
 
     @property
     def run_folder(self) -> Path:
-        """Where the run is written down."""
+        """Folder of the run."""
         return Path(self.output) / self.name
 
     @property
@@ -240,7 +240,7 @@ class DistillConfig(Section):
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def inference_settings(self) -> dict[str, Any]:
-        """How the distilled generator wants to be sampled."""
+        """Returns how the distilled generator is to be sampled."""
         return {
             "num_steps": self.generator.num_steps,
             "guidance_scale": 1.0,
@@ -349,7 +349,7 @@ def _changed(
 
 
 def _contradictions(config: DistillConfig) -> list[str]:
-    """What is wrong between settings that are right one by one."""
+    """Returns what is wrong between settings that are right one by one."""
     problems: list[str] = []
     batch, topology = config.batch, config.topology
     if batch.size % batch.micro_batches:

@@ -139,7 +139,7 @@ def load(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
 
 
 def _sections(path: Path, attempted: str) -> Mapping[str, Any]:
-    """What the file holds, unchecked.
+    """Returns the content of the file, unchecked.
 
     Raises:
         ConfigError: It cannot be read, is no YAML, or no section.

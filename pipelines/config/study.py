@@ -10,7 +10,7 @@ VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class BudgetSettings(Section):
-    """What every run of a study may spend."""
+    """Budget of every run of a study."""
 
     unit: Literal["iterations", "seconds", "forwards"] = "iterations"
     """`iterations`: updates of the generator. `seconds`: of training, by the clock. `forwards`:
@@ -21,7 +21,7 @@ class BudgetSettings(Section):
 
 
 class StudySettings(Section):
-    """What `sgmd study` compares: every variant with every seed, each on the same budget."""
+    """Comparison of `sgmd study`: every variant with every seed, each on the same budget."""
 
     variants: dict[VariantName, dict[str, JsonValue]] = Field(default_factory=dict)
     """By name, what a variant has otherwise than the recipe, by dotted key."""

@@ -1,4 +1,4 @@
-"""Where the roles of a run live: pools, ranks and replicas, and what a batch allows of them."""
+"""Settings of pools, ranks and replicas, and what a batch allows of them."""
 
 from typing import Annotated, Literal, Self
 
@@ -11,7 +11,7 @@ from sgmd_core.types import GRADIENT, VALUE
 
 
 class PoolSettings(Section):
-    """What one process of a role takes of the cluster."""
+    """Resources of one process of a role."""
 
     cpus: float = Field(default=1.0, ge=0)
     """Logical CPUs of Ray."""
@@ -32,28 +32,28 @@ class PoolSettings(Section):
 
 
 class LightPoolSettings(PoolSettings):
-    """What a role takes that computes little; a small claim keeps it schedulable anywhere."""
+    """Resources of a role that computes little; a small claim keeps it schedulable anywhere."""
 
     cpus: float = Field(default=0.25, ge=0)
     """Logical CPUs of Ray; light roles share cores with the others."""
 
 
 class RolePoolSettings(PoolSettings):
-    """What a role takes whose network can be sharded."""
+    """Resources of a role whose network can be sharded."""
 
     ranks: int = Field(default=1, ge=1, le=2**16)
     """Processes that share one network (FSDP2) and its samples, each with `cpus` and `gpus`."""
 
 
 class TeacherPoolSettings(RolePoolSettings):
-    """What the teacher takes; its replicas hold no state and share the samples."""
+    """Resources of the teacher; its replicas hold no state and share the samples."""
 
     replicas: int = Field(default=1, ge=1, le=2**16)
     """Independent copies, each of `ranks` processes."""
 
 
 class TopologySettings(Section):
-    """Where the roles run."""
+    """Pools of the roles."""
 
     mode: Literal["pools", "fused", "local"] = "pools"
     """`pools`: Ray actors, each role on its own resources. `fused`: Ray actors that each have a
@@ -113,7 +113,7 @@ class TopologySettings(Section):
 def topology_contradictions(
     topology: TopologySettings, batch_size: int, micro_batches: int
 ) -> list[str]:
-    """What a topology cannot do with a batch of this size, as sentences."""
+    """Returns what a topology cannot do with a batch of this size, as sentences."""
     problems: list[str] = []
     if topology.mode == "local" and topology.address is not None:
         problems.append(

@@ -42,14 +42,14 @@ from workers.score_teacher import ScoreTeacher
 
 
 class Sent(StrEnum):
-    """What a stage sends, by its size for one sample."""
+    """Tensors that a stage sends, by their size for one sample."""
 
     LATENTS = "latents"
     TEXT = "text"
 
 
 class CallInputs(Protocol):
-    """What a stage may ask for when its method is called."""
+    """Inputs of a stage's call."""
 
     @property
     def iteration(self) -> int:

@@ -1,4 +1,4 @@
-"""Whether a run has used its data once: reads the run's books and judges them.
+"""Audits a run: reads its ledger and checks that every sample was used once.
 
 RUN/config.yaml, shards.jsonl -> the plan, replayed (ids alone)
 RUN/ledger/, quarantine.parquet -> what was used and what was left out   -> a verdict an epoch
@@ -23,7 +23,7 @@ from sgmd_core.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What a run did with its data.
+    """Use that a run made of its data.
 
     Attributes:
         iterations: Iterations in the ledger.
@@ -43,7 +43,7 @@ class Audit:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing was lost or repeated."""
+        """True if nothing was lost or repeated."""
         return self.iterations_follow and all(epoch.is_clean for epoch in self.epochs)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What is the same in every iteration of a run: its program, its processes, its parts."""
+"""Constants of a run's iterations: program, processes, parts."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from sgmd_core.types import MicroBatchKey, Purpose, Text
 
 @dataclass(frozen=True, slots=True)
 class IterationPlan:
-    """What is the same in every iteration.
+    """Constants of all iterations.
 
     Attributes:
         program: Passes and updates of the objective.
@@ -46,7 +46,7 @@ class IterationPlan:
 
     @property
     def fresh_tracking(self) -> bool:
-        """Whether the fake score is tracked on samples of its own."""
+        """True if the fake score is tracked on samples of its own."""
         return self.tracking_passes > 0
 
     @property
@@ -94,7 +94,7 @@ class IterationPlan:
 
 
 def program_of(config: DistillConfig) -> Program:
-    """What an iteration of a run consists of."""
+    """Returns the program of an iteration."""
     return iteration_program(
         config.fresh_updates,
         through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
@@ -104,7 +104,7 @@ def program_of(config: DistillConfig) -> Program:
 
 
 def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPlan:
-    """What a run's settings mean for each of its iterations."""
+    """Derives the constants of all iterations from a run's settings."""
     return IterationPlan(
         program=program_of(config),
         teams=config.topology.teams,

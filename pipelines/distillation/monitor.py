@@ -76,7 +76,7 @@ class RunMonitor:
 
     @property
     def ranks(self) -> bool:
-        """Whether checkpoints are ranked: every validated state is then one."""
+        """True if checkpoints are ranked: every validated state is then one."""
         return self.validator is not None and self.config.checkpoint.keep_best > 0
 
     @property
@@ -86,7 +86,7 @@ class RunMonitor:
 
     @property
     def problem(self) -> str | None:
-        """Why the validator is not asked any more; None while it is."""
+        """Reason why the validator is not called any more; None while it is."""
         return self._problem
 
     @property
@@ -111,7 +111,7 @@ class RunMonitor:
         return {entry.iteration for entry in best} | waiting | self._lost
 
     def validates_at(self, iteration: int) -> bool:
-        """Whether a validation is due after so many iterations."""
+        """Returns True if a validation is due after so many iterations."""
         every = self.config.validation.every
         return every > 0 and (iteration == self.config.iterations or is_due(iteration, every))
 
@@ -220,5 +220,5 @@ class RunMonitor:
 
 
 def is_due(iteration: int, every: int) -> bool:
-    """Whether what is done every so many iterations is done after this one; 0 is never."""
+    """Returns True after every so many iterations; 0 is never."""
     return every > 0 and iteration % every == 0

@@ -1,4 +1,4 @@
-"""Where a run stands, and where it is taken up again."""
+"""Position of a run, and the position at which it is resumed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from sgmd_core.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where a run stands.
+    """Position of a run: iterations, samples, cursor.
 
     Attributes:
         iteration: Generator updates made.
@@ -71,7 +71,7 @@ def resume_position(
     checkpoints: Checkpoints,
     say: Callable[[str], None] = lambda text: None,
 ) -> Position:
-    """Where a run is taken up again: at its newest whole checkpoint, or at the beginning.
+    """Returns the position of the newest whole checkpoint, or the beginning.
 
     Every byte of a checkpoint is compared with its manifest. A broken one is set aside, and the one
     before it is taken.
@@ -132,7 +132,7 @@ def _require_same(found: Sequence[str], folder: RunFolder) -> None:
 
 
 def _position(manifest: Mapping[str, Any]) -> Position | None:
-    """Where a manifest says that the run stood; None where it makes no sense."""
+    """Returns the position in a manifest; None where it makes no sense."""
     try:
         iteration, rows = manifest["iteration"], manifest["rows"]
         if not (isinstance(iteration, int) and isinstance(rows, int)):

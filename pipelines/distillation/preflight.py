@@ -25,7 +25,7 @@ _NUM_READ = 256
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """What a configuration comes to on this machine.
+    """Result of checking a configuration on this machine.
 
     Attributes:
         model: The networks' folder.
@@ -48,7 +48,7 @@ class Preflight:
     unknown_words: UnknownWords
 
     def to_json(self, config: DistillConfig) -> dict[str, Any]:
-        """What `--dry-run` prints."""
+        """Returns what `--dry-run` prints."""
         return {
             "name": config.name,
             "run_folder": str(config.run_folder),
@@ -131,7 +131,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
 
 
 def _fits(encoding: Encoding, config: DistillConfig, model: WanFolder) -> bool:
-    """Whether stored embeddings are what the recipe's text encoder would make."""
+    """Returns True if stored embeddings are what the recipe's text encoder would make."""
     shape = (config.model.text_length, model.text_width)
     return encoding.text_shape == shape and encoding.text_encoder == fingerprint(
         model.path, TEXT_COMPONENTS

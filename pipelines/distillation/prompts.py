@@ -16,7 +16,7 @@ from pipelines.run.data_log import DataLog
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What an iteration took from the stream.
+    """Batches that an iteration took from the stream.
 
     Attributes:
         batches: Its batches.
@@ -81,7 +81,7 @@ class Prompts:
         return prompts
 
     def used(self, iteration: int) -> Taken:
-        """What an iteration that is over has taken; told once."""
+        """Returns the batches of an iteration that is over, once."""
         return self._taken.pop(iteration)
 
     def _take(self, iteration: int) -> Sequence[Future[Batch]]:

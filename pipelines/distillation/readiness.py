@@ -33,7 +33,7 @@ _WANDB_HOST = "https://api.wandb.ai"
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """What was looked at, in words.
+    """Checks that were made, in words.
 
     Attributes:
         checked: What was compared with what, by subject.

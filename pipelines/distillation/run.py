@@ -304,7 +304,7 @@ class Distillation:
 
     @property
     def _is_in_step(self) -> bool:
-        """Whether, when an iteration fails, both roles still stand before it."""
+        """True if both roles still stand before an iteration that fails."""
         return not (self._plan.fresh_tracking or self._plan.max_staleness_iterations)
 
     def _saves_at(self, iteration: int) -> bool:

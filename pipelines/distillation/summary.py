@@ -1,4 +1,4 @@
-"""What a run comes to in the end: summary.json."""
+"""Summary of a finished run: summary.json."""
 
 import statistics
 from collections.abc import Mapping, Sequence

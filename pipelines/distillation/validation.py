@@ -1,4 +1,4 @@
-"""What a run looks at while it trains: clips of the averaged generator beside the teacher's.
+"""Validation during training: clips of the averaged generator beside the teacher's.
 
 Losses of this family do not say how good the clips are, so the figures are measured on decoded
 clips, and the alarms, the ranking of checkpoints and the report read them. What they mean stands in
@@ -28,7 +28,7 @@ NUM_SHEET_ROWS = 8
 
 @dataclass(frozen=True, slots=True)
 class ValidationPlan:
-    """What to sample, and how.
+    """Samples of a validation.
 
     Attributes:
         captions: Held-out captions, one clip each.
@@ -117,7 +117,7 @@ def build_validator(
 
 
 def reads_shapes(captions: Sequence[str]) -> bool:
-    """Whether all captions are of the world `shapes`, so that pixels can be read exactly."""
+    """Returns True if all captions are of the world `shapes`, whose pixels can be read exactly."""
     try:
         labels_from_captions(captions)
     except ShapeError:

@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ClipSet:
-    """What remains of a set of clips.
+    """A set of clips, measured.
 
     Attributes:
         clips: What was measured of each.
@@ -57,7 +57,7 @@ class ClipSet:
 
 @dataclass(frozen=True, slots=True)
 class ClipRequest:
-    """What to sample.
+    """A set of clips to sample.
 
     Attributes:
         captions: One clip each.

@@ -1,4 +1,4 @@
-"""What an evaluation compares: which folders, sampled how, on which captions.
+"""Plan of an evaluation: folders, ways of sampling, captions.
 
     reference             guided teacher, many steps, seed A
     floor                 the same with seed B: what chance makes of no difference
@@ -35,7 +35,7 @@ _CACHE_FOLDER = "evaluation-cache"
 
 @dataclass(frozen=True, slots=True)
 class EvaluationOptions:
-    """How much is sampled, and how.
+    """Amount and way of sampling.
 
     Attributes:
         num_captions: Held-out captions, one clip each in every set.
@@ -95,7 +95,7 @@ class Subject:
 
     @property
     def facts(self) -> tuple[object, ...]:
-        """What decides its clips besides the folder's files and the way of sampling."""
+        """Returns what decides its clips besides the folder's files and the way of sampling."""
         return (self.model.text_length, self.model.negative_prompt, self.video, self.flow_shift)
 
     def evaluator(self, options: EvaluationOptions) -> Evaluator:

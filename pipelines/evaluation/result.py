@@ -151,7 +151,7 @@ class Evaluation(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether every criterion is met."""
+        """True if every criterion is met."""
         return all(verdict.passed for verdict in self.verdicts)
 
     def save(self, path: Path) -> None:

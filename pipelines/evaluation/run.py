@@ -1,4 +1,4 @@
-"""What a distillation has reached: a few-step generator against its teacher, with floor and error.
+"""Evaluates a few-step generator against its teacher, with floor and error.
 
     plan -> sets of clips -> readings, measures, distances, seconds -> rows -> verdicts -> files
 
@@ -144,7 +144,7 @@ def _first_different(captions: Sequence[str], count: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Describing:
-    """How clips become features, and what names that."""
+    """Feature extractor, and its name."""
 
     extract: FeatureExtractor
     digest: str
@@ -200,7 +200,7 @@ def _generator_sets(
 def _requests(
     plan: EvaluationPlan, request: ClipRequest, names: Sequence[str]
 ) -> Iterator[tuple[str, ClipRequest]]:
-    """What to sample for each way of sampling; of twins that are no row, the features alone."""
+    """Returns the sets to sample for each way of sampling; of twins without a row, features only."""
     for name in names:
         yield name, replace(request, sampling=plan.samplings[name])
         twin = _twin_of(name)

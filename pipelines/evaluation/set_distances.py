@@ -1,4 +1,4 @@
-"""How far sets of clips are from a reference set, with the part that chance explains taken off.
+"""Distances of sets of clips from a reference set, without the part that chance explains.
 
     above_floor(set) = distance(set, reference) - distance(floor, reference)
     ratio(set)       = above_floor(set) / above_floor(baseline)
@@ -32,7 +32,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class SetDistance:
-    """How far one set is from the reference.
+    """Distance of one set from the reference.
 
     Attributes:
         distance: Frechet distance to the reference; biased upwards by the number of clips.

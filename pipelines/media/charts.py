@@ -60,7 +60,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """Where a value lies: 0 at the low end, 1 at the high end."""
+        """Returns the place of a value: 0 at the low end, 1 at the high end."""
         low, high = self._scaled(self.low), self._scaled(self.high)
         return (self._scaled(value) - low) / (high - low)
 
@@ -182,7 +182,7 @@ def number(value: float) -> str:
 
 
 def _recorded(curve: Series) -> dict[str, object]:
-    """What a page shows under the pointer: points as recorded, null in a gap."""
+    """Returns the points that a page shows under the pointer: as recorded, null in a gap."""
     kept = thinned(curve.y, _MAX_POINTS)
     values = [float(f"{curve.y[i]:.{_FIGURES}g}") if _finite(curve.y[i]) else None for i in kept]
     return {"label": curve.label, "x": [curve.x[i] for i in kept], "y": values}

@@ -50,7 +50,7 @@ class ClipColumn:
 
 @dataclass(frozen=True, slots=True)
 class ClipFiles:
-    """What clips.json holds.
+    """Content of clips.json.
 
     Attributes:
         folder: Where the files are.
@@ -64,7 +64,7 @@ class ClipFiles:
 
 
 def clips_folder(sheet: Path) -> Path:
-    """Where the clips of a contact sheet are: samples/a.png has them in samples/a/."""
+    """Returns the folder of a contact sheet's clips: samples/a.png has them in samples/a/."""
     return sheet.with_suffix("")
 
 

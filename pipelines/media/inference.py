@@ -1,4 +1,4 @@
-"""How a model folder wants to be sampled: the file `sgmd.json` beside `model_index.json`.
+"""Sampling settings of a model folder: the file `sgmd.json` beside `model_index.json`.
 
 A few-step generator is only right with its own number of steps and without guidance, and a
 diffusers folder has no place to say so. What the file does not say, or where there is none, the
@@ -20,7 +20,7 @@ _SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 
 
 class InferenceSettings(BaseModel):
-    """How a folder is sampled.
+    """Sampling settings of a folder.
 
     Attributes:
         num_steps: Denoising steps.

@@ -1,4 +1,4 @@
-"""What a GPU and its connections are assumed to do; every number can be replaced by a measured one.
+"""Assumed speeds of GPUs and connections; a measured value can replace each one.
 
 Defaults are those of an H100 with 80 GB. The rate of computation is a published one of the same
 model family with the same kind of sharding: Wan 2.1 14B, 37,440 tokens a sample, FSDP2, 64 H100,
@@ -45,7 +45,7 @@ class Hardware:
 
     @property
     def usable_bytes(self) -> float:
-        """What a rank may fill."""
+        """Bytes that a rank may fill."""
         return GB * (self.memory_gb * (1 - self.spare_share) - self.reserve_gb)
 
     def gather_s(self, num_bytes: float, ranks: int) -> float:

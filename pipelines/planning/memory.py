@@ -34,7 +34,7 @@ class RankMemory:
         return self.state + self.gathered + self.graphs + self.working
 
     def fits(self, hardware: Hardware) -> bool:
-        """Whether a GPU holds it and leaves the room that an allocator needs."""
+        """Returns True if a GPU holds it and leaves the room that an allocator needs."""
         return self.total <= hardware.usable_bytes
 
     def to_json(self) -> dict[str, Any]:

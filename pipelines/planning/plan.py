@@ -1,4 +1,4 @@
-"""How a run should be laid out on some GPUs and what that comes to, or why it cannot be done."""
+"""Plans the layout of a run on some GPUs and its costs, or says why it cannot be done."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +51,7 @@ class Fused:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to lay a run out.
+    """Layout of a run.
 
     Attributes:
         work: What it does.
@@ -78,7 +78,7 @@ class Plan:
 
     @property
     def fused_is_faster(self) -> bool:
-        """Whether the fused layout fits, can be set, and takes less time."""
+        """True if the fused layout fits, can be set, and takes less time."""
         return self.fused.fits and self.fused.iteration_s < self.best.iteration_s
 
     def settings(self) -> dict[str, int | str]:
@@ -212,7 +212,7 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
 
 
 def _least(work: Workload, num_gpus: int) -> str:
-    """What each role needs in the layout whose fullest rank is the least full."""
+    """Returns the needs of each role in the layout whose fullest rank is the least full."""
     layouts = [rank_memory(work, split) for split in candidates(work, num_gpus)]
     best = min(layouts, key=lambda parts: max(part.total for part in parts.values()))
     words = {GENERATOR: "generator", TEACHER: "teacher", FAKE_SCORE: "fake score"}

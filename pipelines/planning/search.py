@@ -76,7 +76,7 @@ class PoolSplit:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What a split comes to.
+    """Seconds and memory of a split.
 
     Attributes:
         split: The split.
@@ -165,7 +165,7 @@ def _free_splits(batch_size: int, num_gpus: int) -> Iterator[tuple[PoolSplit, in
 
 
 def rank_memory(work: Workload, split: PoolSplit) -> dict[str, RankMemory]:
-    """What a rank of each role needs."""
+    """Returns the memory of a rank of each role."""
     samples = work.batch_size // split.micro_batches
     open_at_once = min(split.depth, split.micro_batches)
     own = {GENERATOR: samples / split.generator, FAKE_SCORE: samples / split.fake_score}

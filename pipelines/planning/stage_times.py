@@ -36,7 +36,7 @@ _ADDED = {
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """How long a sample takes.
+    """Seconds of one sample.
 
     Attributes:
         seconds: By role and stage, of one sample on one GPU.

@@ -97,7 +97,7 @@ class Workload:
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
-        """What a recipe asks for.
+        """Returns the workload of a recipe.
 
         Args:
             config: The recipe.
@@ -179,7 +179,7 @@ class Workload:
 
     @property
     def gathers(self) -> dict[StageName, float]:
-        """How often a call of each stage gathers the weights or sends the gradients, if sharded."""
+        """Counts how often a sharded call of each stage gathers weights or sends gradients."""
         shared = self.fresh_updates == 0
         rollout = mean_rollout(self.num_steps, first_exit=int(self.diversity_steps > 0))
         counts = {

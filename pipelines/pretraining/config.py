@@ -14,7 +14,7 @@ class Settings(BaseModel):
 
 
 class WorldSettings(Settings):
-    """Where the clips are, and how large they are.
+    """Clips: their folder and their size.
 
     `train` and `held_out` are folders of Parquet shards, local or `s3://`.
     """
@@ -94,7 +94,7 @@ class DenoiserSettings(Settings):
 
 
 class SamplingSettings(Settings):
-    """How clips are sampled when the teacher is watched and measured."""
+    """Sampling of clips to watch and measure the teacher."""
 
     num_steps: PositiveInt = 30
     guidance_scale: PositiveFloat = 2.0
@@ -104,7 +104,7 @@ class SamplingSettings(Settings):
 
 
 class RayTrainSettings(Settings):
-    """How Ray Train runs the stages.
+    """Ray Train's settings for the stages.
 
     An interrupted stage continues from its last checkpoint: at once after a failure (at most
     `max_failures` times), or when the same command is given again.

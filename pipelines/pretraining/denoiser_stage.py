@@ -143,7 +143,7 @@ class RateSchedule:
         return self
 
     def is_over(self, step: int) -> bool:
-        """Whether the rate has fallen to zero."""
+        """True once the rate has fallen to zero."""
         return self.decay_start is not None and step >= self.decay_start + self.settings.decay_steps
 
 
@@ -188,7 +188,7 @@ class DenoiserTraining:
 
     @property
     def is_over(self) -> bool:
-        """Whether the schedule has ended."""
+        """True once the schedule has ended."""
         return self.schedule.is_over(self.num_steps_done)
 
     def step(self, latents: Tensor, captions: Sequence[str]) -> dict[str, float]:

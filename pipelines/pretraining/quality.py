@@ -29,7 +29,7 @@ Embed = Callable[[Sequence[str]], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class QualityReport:
-    """What a finished teacher can do, on held-out captions.
+    """Quality of a finished teacher, on held-out captions.
 
     Attributes:
         guided: Scores of the guided sampler with all its steps.

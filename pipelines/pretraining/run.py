@@ -73,7 +73,7 @@ _SUMMARY_FILE = "summary.json"
 
 @dataclass(frozen=True, slots=True)
 class PretrainResult:
-    """What a finished run has made.
+    """Files of a finished run.
 
     Attributes:
         output: The diffusers folder.

@@ -41,7 +41,7 @@ class LabelledRun:
 
 
 def training_cards(runs: Sequence[LabelledRun]) -> tuple[list[ChartCard], list[ChartCard]]:
-    """What a reader looks at first, and everything else that the lines hold.
+    """Returns the curves that a reader looks at first, and everything else that the lines hold.
 
     Returns:
         The headline losses (all losses, where an objective has none of those), gradient norms and

@@ -103,7 +103,7 @@ def figure_table(runs: Sequence[LabelledRun]) -> FigureTable | None:
 
 
 def tiles(evaluation: Mapping[str, Any]) -> list[Tile]:
-    """What a generator has reached in a few numbers, as far as they were measured."""
+    """Returns the result of a generator in a few numbers, as far as they were measured."""
     rows = read_rows(evaluation)
     generator, reference = rows.generator, rows.reference
     if generator is None or reference is None:
@@ -243,6 +243,6 @@ def _motion(generator: SamplingRow) -> list[str]:
 
 
 def _at(ratio: float) -> float:
-    """Where a ratio lies; beyond the line's ends it lies at its end."""
+    """Returns the place of a ratio on the line, bounded by its ends."""
     inside = min(max(ratio, _PLOT_LOW), _PLOT_HIGH)
     return round(5 + (inside - _PLOT_LOW) / (_PLOT_HIGH - _PLOT_LOW) * (_PLOT_W - 10), 1)

@@ -108,7 +108,7 @@ def _content(runs: Sequence[LabelledRun]) -> dict[str, Any]:
 
 
 def _run(run: LabelledRun) -> dict[str, Any]:
-    """What the page says of one run."""
+    """Returns the page's section of one run."""
     records = run.records
     used, recorded = utilisation(records)
     return {
@@ -144,7 +144,7 @@ def _facts_line(run: RunRecords) -> list[str]:
 
 
 def _setting(runs: Sequence[RunRecords]) -> list[str]:
-    """What was measured on what; one line for each setting that some run was measured in."""
+    """Returns what was measured on what; one line for each setting of a measured run."""
     lines: dict[str, None] = {}
     for run in runs:
         entry = run.evaluation

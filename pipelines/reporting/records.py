@@ -42,7 +42,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class RunRecords:
-    """What was found in a run folder.
+    """Content of a run folder.
 
     Attributes:
         folder: The run's folder.
@@ -72,7 +72,7 @@ class RunRecords:
 
     @property
     def name(self) -> str:
-        """What the run is called."""
+        """Name of the run."""
         return str(self.config.get("name", self.folder.root.name))
 
     @property
@@ -137,7 +137,7 @@ def numbers(entry: object) -> dict[str, float]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a number; true and false are none."""
+    """Returns True if a JSON value is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

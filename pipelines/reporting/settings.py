@@ -20,7 +20,7 @@ class Difference:
 
 
 def facts(run: RunRecords) -> dict[str, str]:
-    """What made the figures of a run: its folder, seed, digests and versions."""
+    """Returns the origin of a run's figures: its folder, seed, digests and versions."""
     summary = run.summary
     evaluation = run.evaluation
     versions = summary.get("versions") or evaluation.get("versions")

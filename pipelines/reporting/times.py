@@ -1,4 +1,4 @@
-"""Where a run's time went: seconds by role and stage, how busy each rank was, what decided.
+"""Time of a run: seconds by role and stage, busy share of each rank, critical path.
 
 Utilisation is taken as recorded, where `utilisation` in summary.json names roles, or ranks of
 them, with their `busy`, `waiting` and `transferring` (shares or seconds). Otherwise a role was busy
@@ -38,7 +38,7 @@ class StageTime:
 
 @dataclass(frozen=True, slots=True)
 class Utilisation:
-    """How one role spent a run; shares of its time that add up to 1."""
+    """Time of one role in a run; shares that add up to 1."""
 
     role: str
     busy: float
@@ -65,7 +65,7 @@ def stage_times(run: RunRecords) -> list[StageTime]:
 
 
 def utilisation(run: RunRecords) -> tuple[list[Utilisation], bool]:
-    """How busy each role was, and whether the run has recorded it as such."""
+    """Returns the utilisation of each role, and whether the run has recorded it as such."""
     recorded = run.summary.get("utilisation")
     if isinstance(recorded, Mapping):
         found = [_recorded(str(role), numbers(entry)) for role, entry in recorded.items()]

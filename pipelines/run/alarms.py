@@ -80,11 +80,11 @@ class AlarmWatch:
         self._sounding: set[AlarmName] = set()
 
     def iteration(self, record: IterationRecord) -> list[Alarm]:
-        """What an iteration's losses give cause for."""
+        """Returns the alarms of an iteration's losses."""
         return self._losses_of(record.iteration + 1, record.losses)
 
     def validation(self, record: ValidationRecord) -> list[Alarm]:
-        """What a validation gives cause for."""
+        """Returns the alarms of a validation."""
         return self._sound(record.iteration, _quality_limits(record.figures, self._settings))
 
     def replay(

@@ -42,7 +42,7 @@ class DataLog:
         self._quarantine.rewind(iteration)
 
     def progress(self, cursor: Cursor, rows: int) -> FeedProgress:
-        """What a feed needs to know to go on from a place."""
+        """Returns what a feed needs to go on from a place."""
         return FeedProgress(
             cursor=cursor,
             rows=rows,
@@ -72,5 +72,5 @@ class DataLog:
         self._ledger.append(iteration, batches)
 
     def counts(self) -> dict[str, Any]:
-        """What was left out, for summary.json."""
+        """Counts what was left out, for summary.json."""
         return self._quarantine.counts()

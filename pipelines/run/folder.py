@@ -1,4 +1,4 @@
-"""Where a run keeps what it makes.
+"""Files of a run.
 
 runs/NAME/  config.yaml  identity.json  metrics.jsonl  validation.jsonl  alarms.jsonl  ranking.json
 summary.json  trace.json  ledger/  shards.jsonl  quarantine.parquet  wandb-id

@@ -1,4 +1,4 @@
-"""What a run reports while it works. The terminal, the tracker and tests observe it."""
+"""Observers of a run: the terminal, the tracker and tests receive its events."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are the best, by a figure of its validations.
+"""Ranks the checkpoints of a run by a figure of its validations.
 
     validation.jsonl -> scores by iteration -> best first -> ranking.json, and what is not deleted
 

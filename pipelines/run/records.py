@@ -1,4 +1,4 @@
-"""What a run writes down, line by line."""
+"""Records that a run writes, line by line."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

@@ -1,4 +1,4 @@
-"""When a training ends."""
+"""The end of a training, by iterations or by time."""
 
 import math
 from dataclasses import dataclass

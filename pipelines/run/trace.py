@@ -1,4 +1,4 @@
-"""Where a run's time goes: gathered from every role and rank, iteration by iteration.
+"""Times of a run, gathered from every role and rank, iteration by iteration.
 
     seconds by role and stage   each iteration's, for metrics.jsonl
     utilisation                 busy, transferring, waiting by role and rank, of the whole run

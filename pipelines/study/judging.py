@@ -1,4 +1,4 @@
-"""What the clips of a study are measured by: one set of the teacher's, for all runs.
+"""Measures the clips of a study against one set of the teacher's, for all runs.
 
     reference           guided teacher, many steps
     floor               the same with other seeds: what chance makes of no difference

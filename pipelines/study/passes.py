@@ -44,7 +44,7 @@ def run_passes(config: DistillConfig, num_iterations: int) -> dict[str, Passes]:
 
 
 def total_units(table: PassTable, *, checkpointed: bool = False) -> float:
-    """What all stages cost together, in forward passes.
+    """Cost of all stages together, in forward passes.
 
     Args:
         table: The passes.
@@ -57,7 +57,7 @@ def total_units(table: PassTable, *, checkpointed: bool = False) -> float:
 
 
 def units_by_role(table: PassTable) -> dict[str, float]:
-    """What each role's stages cost, in forward passes."""
+    """Cost of each role's stages, in forward passes."""
     found: dict[str, float] = {}
     for stage, passes in table.items():
         found[role_of(stage)] = found.get(role_of(stage), 0.0) + passes.units()

@@ -1,4 +1,4 @@
-"""Which runs a study consists of, and what each of them is allowed.
+"""Runs of a study, and the budget of each.
 
     recipe + study.settings + a variant + a seed + the budget  ->  one run of `sgmd distill`
 
@@ -43,7 +43,7 @@ class PlannedRun:
 
     @property
     def folder(self) -> Path:
-        """Where the run is written down."""
+        """Folder of the run."""
         return self.config.run_folder
 
     @property
@@ -73,7 +73,7 @@ class StudyPlan:
 
 
 def plan_study(config: DistillConfig) -> StudyPlan:
-    """What `sgmd study` will do.
+    """Returns the plan of `sgmd study`.
 
     Args:
         config: The recipe; its study section says what is compared.
@@ -136,7 +136,7 @@ def plan_rows(plan: StudyPlan, seconds_per_unit: float | None) -> list[dict[str,
 
 
 def measured_iterations(available: Sequence[int], wanted: int) -> list[int]:
-    """Which checkpoints of a run are measured: so many, evenly spread, the last one always.
+    """Returns the checkpoints of a run that are measured: evenly spread, the last one always.
 
     Args:
         available: Iterations that there is a checkpoint of, rising.

@@ -1,4 +1,4 @@
-"""What a study has found: points of runs, their means and spreads over seeds.
+"""Results of a study: points of runs, their means and spreads over seeds.
 
     runs of a variant  ->  the same figure of each  ->  mean, standard deviation, number
 

@@ -55,12 +55,12 @@ OpenObserver = Callable[[StopRule, float], AbstractContextManager[RunObserver]]
 
 
 def folder_of(config: DistillConfig) -> Path:
-    """Where a study is written down."""
+    """Returns the folder of a study."""
     return plan_study(config).folder
 
 
 def dry_run_study(config: DistillConfig) -> dict[str, Any]:
-    """What a study would do, cost and take; makes nothing.
+    """Returns the runs of a study with their costs; makes nothing.
 
     Raises:
         SgmdError: What does not fit.
@@ -211,7 +211,7 @@ def _measure(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
 
 
 def _remembered(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
-    """What was measured before, in the same way."""
+    """Returns what was measured before in the same way."""
     path = run.folder / _POINTS_FILE
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""How long one forward pass over a batch takes: known from runs that were made, or tried out.
+"""Seconds of one forward pass over a batch: known from runs that were made, or tried out.
 
 Trying out is for the local topology alone, where this machine is the one that will compute.
 """

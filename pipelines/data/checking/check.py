@@ -43,7 +43,7 @@ _AT_ONCE = 1000
 
 @dataclass(frozen=True, slots=True)
 class CheckOptions:
-    """How closely a folder is looked at.
+    """Depth of a check.
 
     Attributes:
         sample: Rows whose video or values are decoded; None decodes all. Ids and captions of all
@@ -185,7 +185,7 @@ def _open(shard: Shard, footer: Footer | Fault) -> _OpenShard | Rejection:
 
 
 def _misfits(shards: Sequence[_OpenShard]) -> list[str]:
-    """What keeps shards from being one set."""
+    """Returns what keeps shards from being one set."""
     problems = []
     kinds = Counter(opened.kind.value for opened in shards)
     if len(kinds) > 1:
@@ -201,7 +201,7 @@ def _misfits(shards: Sequence[_OpenShard]) -> list[str]:
 def _index_problems(
     index: Sequence[Shard] | None, listed: Sequence[Shard], shards: Sequence[_OpenShard]
 ) -> list[str]:
-    """Where the index says something else than the folder; readers trust the index."""
+    """Returns where the index differs from the folder; readers trust the index."""
     if index is None:
         return []
     there = {shard.path: shard.num_bytes for shard in listed}

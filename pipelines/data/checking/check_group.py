@@ -1,4 +1,4 @@
-"""What one worker of `sgmd check` does with one row group: look at every row, try some of them."""
+"""Checks one row group in a worker of `sgmd check`: looks at every row, decodes some of them."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ class GroupTask:
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """What a row group holds.
+    """Content of a row group.
 
     Attributes:
         shard: Path of the shard.
@@ -142,7 +142,7 @@ def check_group(task: GroupTask) -> GroupFacts:
 
 
 def choose_rows(num_rows: int, sample: int | None, seed: int) -> NDArray[np.int64]:
-    """Which of all rows are decoded: all, or as many as wanted, drawn by seed; in order."""
+    """Chooses the rows to decode: all, or as many as wanted, drawn by seed; in order."""
     if sample is None or sample >= num_rows:
         return np.arange(num_rows)
     return np.sort(np.random.default_rng(seed).choice(num_rows, size=sample, replace=False))

@@ -1,4 +1,4 @@
-"""What `sgmd check` tells: counts and statistics, added up group by group, and a verdict."""
+"""Report of `sgmd check`: counts and statistics, added up group by group."""
 
 from array import array
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ CountTokens = Callable[[Sequence[str]], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What a folder holds.
+    """Content of a folder.
 
     Attributes:
         folder: Its address.

@@ -37,7 +37,7 @@ _HEADER_TOLERANCE = Fraction(1, 100)
 
 @dataclass(frozen=True, slots=True)
 class ClipFacts:
-    """What a video file holds.
+    """Content of a video file.
 
     Attributes:
         height: Rows of a picture that stands upright.
@@ -196,7 +196,7 @@ def read_first_frame(data: bytes, limits: ClipLimits = DEFAULT_LIMITS) -> ClipFa
 
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
-    """How often a picture must be turned by 90 degrees, against the clock, to stand upright."""
+    """Returns the quarter turns, against the clock, that put a picture upright."""
     return round(frame.rotation / 90) % 4
 
 

@@ -6,7 +6,7 @@ from sgmd_core.errors import DataError
 
 
 class ClipFault(StrEnum):
-    """Why a clip is bad."""
+    """Reasons why a clip is bad."""
 
     UNDECODABLE = "undecodable"
     NO_FRAMES = "no_frames"
@@ -34,5 +34,5 @@ class ClipError(DataError):
 
     @property
     def in_short(self) -> str:
-        """What was found, and what would have been right."""
+        """Returns what was found, and what was expected."""
         return f"{self.found}; expected {self.expected}" if self.expected else self.found

@@ -1,4 +1,4 @@
-"""What a clip shall be once it is decoded, and how a picture of another size is made to fit."""
+"""Format of decoded clips, and how a picture of another size is made to fit."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ _TIME_TOLERANCE_S = Fraction(1, 1000)
 
 
 class FitPolicy(StrEnum):
-    """What happens to a picture whose size is not the wanted one.
+    """Treatment of a picture whose size is not the wanted one.
 
     resize    each side is scaled by itself; the proportions change
     crop      scaled until it covers the wanted size, then what sticks out is cut off, equally on
@@ -69,13 +69,13 @@ class ClipFormat:
 
     @property
     def keeps_everything(self) -> bool:
-        """Whether nothing is asked of a clip."""
+        """True if nothing is asked of a clip."""
         return self.num_frames is None and self.height is None and self.fps is None
 
 
 @dataclass(frozen=True, slots=True)
 class ClipLimits:
-    """What one file may ask for; one that asks for more is bad.
+    """Limits of one file; one that asks for more is bad.
 
     Attributes:
         max_pixels: Of one picture; 8192 x 4320 fit.
@@ -107,7 +107,7 @@ DEFAULT_LIMITS = ClipLimits()
 
 @dataclass(frozen=True, slots=True)
 class FramePlacement:
-    """How one picture becomes another: scaled first, then a window of the wanted size cut out.
+    """Scaling of a picture, then the window of the wanted size that is cut out.
 
     Attributes:
         scaled_height: Pixels after scaling.
@@ -125,7 +125,7 @@ class FramePlacement:
 def place(
     height: int, width: int, wanted_height: int, wanted_width: int, *, pixel_aspect: float = 1.0
 ) -> FramePlacement:
-    """Where the centred window lies that covers the wanted size (policy `crop`).
+    """Returns the centred window that covers the wanted size (policy `crop`).
 
     Args:
         height: Rows of the picture.
@@ -147,7 +147,7 @@ def place(
 
 
 def samples_before(end_s: Fraction, fps: Fraction) -> int:
-    """How many of the sampling times 0, 1/fps, 2/fps, ... lie before a time.
+    """Counts the sampling times 0, 1/fps, 2/fps, ... before a time.
 
     A time that misses the end by a rounded time stamp counts as on it, that is, as not before it.
     """

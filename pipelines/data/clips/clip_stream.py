@@ -183,5 +183,5 @@ def stated_fps(stream: VideoStream) -> Fraction:
 
 
 def fraction(number: Fraction | None) -> Fraction:
-    """What is not known is None or 0/1, according to the release of PyAV."""
+    """Returns None for an unknown fraction, which is None or 0/1 by the release of PyAV."""
     return Fraction(number.numerator, number.denominator) if number else Fraction(0)

@@ -71,14 +71,14 @@ def split_reason(text: str) -> tuple[str, str]:
 
 
 def is_ascii(values: pa.ChunkedArray) -> bool:
-    """Whether no string holds a character beyond ASCII."""
+    """Returns True if no string holds a character beyond ASCII."""
     return all(
         _characters(chunk)[1].max(initial=0) < _FIRST_BEYOND_ASCII for chunk in values.chunks
     )
 
 
 def _are_surely_good(captions: pa.ChunkedArray, limit: int) -> bool:
-    """Whether a glance shows that no caption is missing, blank, too long or broken.
+    """Returns True if a quick test finds no caption missing, blank, too long or broken.
 
     All is ASCII, each begins with a letter, digit or sign and has at most as many bytes as
     characters are allowed. That holds for most row groups, and looking closer costs as much as all
@@ -95,7 +95,7 @@ def _are_surely_good(captions: pa.ChunkedArray, limit: int) -> bool:
 
 
 def _characters(chunk: pa.StringArray) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-    """Where each string begins and ends in the bytes of all, and these bytes."""
+    """Returns where each string begins and ends in the bytes of all, and these bytes."""
     _, offsets, content = chunk.buffers()
     borders = np.frombuffer(offsets, dtype=np.int32)[chunk.offset :][: len(chunk) + 1]
     content = np.frombuffer(content or b"", dtype=np.uint8)

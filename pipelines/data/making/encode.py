@@ -28,7 +28,7 @@ from workers.models.folder import inspect_wan_folder
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """What a folder of encoded shards holds in the end.
+    """Content of a folder of encoded shards in the end.
 
     Attributes:
         folder: Its address.
@@ -119,7 +119,7 @@ def encode(
 
 
 def encoding_for(model: str, options: EncodeOptions) -> Encoding:
-    """What the shards will say about their values.
+    """Returns what the shards state about their values.
 
     Raises:
         ModelFolderError: the model folder cannot be used.

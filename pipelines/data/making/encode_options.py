@@ -1,4 +1,4 @@
-"""How a set is encoded."""
+"""Options of `sgmd encode`."""
 
 from dataclasses import dataclass, field
 from typing import cast, get_args
@@ -23,7 +23,7 @@ class ActorPool:
 
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
-    """How a set is encoded.
+    """Options of encoding a set.
 
     Attributes:
         wanted: Frames, size and rate; all of them given.

@@ -1,4 +1,4 @@
-"""What `sgmd encode` has to do: the row groups of a set, gathered into parts of the new set.
+"""Plan of `sgmd encode`: the row groups of a set, gathered into parts of the new set.
 
 A part becomes one shard. Which row groups it has depends on the source alone, so a command that is
 started again finds the same parts and makes those that are missing.

@@ -1,4 +1,4 @@
-"""What a command has done to a folder of shards, so that it can be killed and started again.
+"""Journal of a folder of shards, by which a command can be killed and started again.
 
     _prepare.json             with which settings; the same folder never holds two kinds of shards
     part-00000.parquet        a shard, written whole
@@ -320,7 +320,7 @@ def _shard_in(entry: Mapping[str, Any]) -> Shard | None:
 
 
 def _entry(data: str | bytes) -> dict[str, Any] | None:
-    """What a part's entry says; None where it is broken."""
+    """Returns the content of a part's entry; None where it is broken."""
     try:
         entry = json.loads(data)
         _shard_in(entry)

@@ -23,7 +23,7 @@ _WAITING_PER_PROCESS = 2
 
 @dataclass(frozen=True, slots=True)
 class Died(Generic[Item]):
-    """What comes instead of a result when an item ended the process that worked on it."""
+    """Stands for the result of an item that ended the process that worked on it."""
 
     item: Item
 

@@ -49,7 +49,7 @@ Place = tuple[str, str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class PrepareOptions:
-    """How a source becomes shards.
+    """Options of making shards of a source.
 
     Attributes:
         columns: Names in manifests and JSON files.
@@ -81,7 +81,7 @@ class PrepareOptions:
 
 @dataclass(frozen=True, slots=True)
 class PrepareProgress:
-    """How far the command is; what earlier runs did is included."""
+    """Progress of the command, earlier runs included."""
 
     num_clips: int
     num_bad: int
@@ -96,7 +96,7 @@ class PrepareProgress:
 
 @dataclass(frozen=True, slots=True)
 class PrepareReport:
-    """What a folder of shards holds in the end.
+    """Content of a folder of shards in the end.
 
     Attributes:
         folder: Its address.
@@ -290,7 +290,7 @@ class _Filler:
         self._judge()
 
     def progress(self) -> PrepareProgress:
-        """Where we are."""
+        """Returns the progress so far."""
         return PrepareProgress(
             num_clips=self._written.num_clips + self._builder.num_rows,
             num_bad=self._written.num_bad + len(self._waiting),

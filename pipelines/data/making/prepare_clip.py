@@ -1,4 +1,4 @@
-"""What one worker of `sgmd prepare` does with one clip: read it, look at it, encode it anew."""
+"""Reads, checks and encodes one clip in a worker of `sgmd prepare`."""
 
 import json
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ _MAX_CAPTION_FILE_BYTES = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ClipRules:
-    """What is asked of a clip, and what is made of it.
+    """Requirements of a clip, and its format in the set.
 
     Attributes:
         wanted: The format to encode it in; the bytes stay as they are where it asks for nothing.

@@ -25,7 +25,7 @@ _MAX_DETAIL = 400
 
 
 class Reason(StrEnum):
-    """Why a clip is not taken, beyond what `ClipFault` says of its pictures."""
+    """Reasons why a clip is not taken, besides `ClipFault`'s of its pictures."""
 
     MISSING_VIDEO = "missing_video"
     CUT_SHORT = "cut_short"
@@ -64,7 +64,7 @@ class Rejection:
 
     @property
     def group(self) -> str:
-        """What a user would repair as a whole: a tar, a manifest, a shard or a folder."""
+        """The tar, manifest, shard or folder that a user would repair as a whole."""
         return self.source if self.row is not None else self.source.rpartition("/")[0]
 
     def in_words(self) -> str:
@@ -86,12 +86,12 @@ def to_parquet(rejections: Iterable[Rejection]) -> bytes:
 
 
 def from_parquet(data: bytes) -> list[Rejection]:
-    """What `to_parquet` wrote."""
+    """Reads what `to_parquet` wrote."""
     return [Rejection(**row) for row in read_parquet(io.BytesIO(data)).to_pylist()]
 
 
 def counts_by_reason(rejections: Iterable[Rejection]) -> dict[str, int]:
-    """How many for each reason, the most frequent first."""
+    """Counts the rejections of each reason, the most frequent first."""
     return dict(Counter(str(rejection.reason) for rejection in rejections).most_common())
 
 

@@ -96,5 +96,5 @@ def open_reading(filesystem: AbstractFileSystem, path: str) -> Iterator[BinaryIO
 
 
 def address_of(filesystem: AbstractFileSystem, path: str) -> str:
-    """What `open_folder` takes for a path: as people write it, without file:// on this machine."""
+    """Returns what `open_folder` takes for a path: as people write it, without file://."""
     return path if isinstance(filesystem, LocalFileSystem) else filesystem.unstrip_protocol(path)

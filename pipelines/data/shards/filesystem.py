@@ -46,7 +46,7 @@ _STORAGE_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class S3Settings:
-    """How an S3 server is spoken to.
+    """Connection to an S3 server.
 
     Attributes:
         checksums: `when_required` for servers that do not know the checksums which newer clients
@@ -196,7 +196,7 @@ def data_error(attempted: str, error: BaseException) -> DataError:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether a server may answer the same request well a moment later.
+    """Returns True if a server may answer the same request well a moment later.
 
     Broken data raise an error of Arrow, a missing file FileNotFoundError, wrong keys
     PermissionError; none of them gets better by waiting.
@@ -217,7 +217,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def _s3_options(s3: S3Settings) -> dict[str, Any]:
-    """What s3fs and the SDK under it are opened with."""
+    """Returns the options of s3fs and of the SDK under it."""
     config: dict[str, Any] = {
         "connect_timeout": s3.connect_timeout_s,
         "read_timeout": s3.read_timeout_s,

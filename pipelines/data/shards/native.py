@@ -108,7 +108,7 @@ def native_filesystem(filesystem: AbstractFileSystem, s3: S3Settings) -> fs.File
 
 
 def endpoint_options(endpoint_url: str, region: str) -> dict[str, str]:
-    """How Arrow's client is told of an endpoint.
+    """Returns the options of Arrow's client for an endpoint.
 
     Of AWS's endpoints it makes the usual one of a region itself, with the bucket in the host name;
     any other, such as that of a private network, must be said.

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What the end of a Parquet file says."""
+    """Content of the end of a Parquet file."""
 
     metadata: pq.FileMetaData
     schema: pa.Schema

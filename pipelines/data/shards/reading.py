@@ -33,7 +33,7 @@ _read_before: dict[AbstractFileSystem, str] = {}
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Why a file or a row group cannot be used.
+    """Reason why a file or a row group cannot be used.
 
     Attributes:
         reason: In words.
@@ -113,7 +113,7 @@ def _judged(
 
 
 def _answers(filesystem: AbstractFileSystem, path: str, retry: S3Settings) -> bool:
-    """Whether one byte of a file that was read before can still be read."""
+    """Returns True if one byte of a file that was read before can still be read."""
     try:
         if isinstance(filesystem, AsyncFileSystem):
             timeout = min(_WITNESS_S, retry.read_budget_s)
@@ -216,7 +216,7 @@ def _backoff_s(tries: int, retry: S3Settings) -> float:
 
 
 def _outcome(wanted: Range, answer: Any) -> bytes | Fault | Exception:  # noqa: ANN401
-    """What came of one request; an exception where asking again, or giving up, is right."""
+    """Returns the outcome of one request; an exception that calls for a retry, or for the end."""
     if isinstance(answer, FileNotFoundError):
         return Fault("the file is not there (any more)")
     if isinstance(answer, Exception):

@@ -1,4 +1,4 @@
-"""What is in a shard: the columns, and which of three kinds a Parquet file is.
+"""Columns of a shard, and the three kinds of Parquet files.
 
     captions   sample_id  caption
     video      sample_id  caption  video (encoded file)      fps
@@ -42,7 +42,7 @@ DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
 class ShardKind(StrEnum):
-    """What a shard holds besides ids and captions."""
+    """Content of a shard besides ids and captions."""
 
     CAPTIONS = "captions"
     VIDEO = "video"
@@ -51,7 +51,7 @@ class ShardKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """How the values of an encoded shard are to be read.
+    """Format of the values of an encoded shard.
 
     Attributes:
         latent_shape: (channels, frames, rows, columns) of each sample's latents.
@@ -110,7 +110,7 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
 
 
 def kind_of(schema: pa.Schema) -> ShardKind:
-    """Which kind of shard has this schema; extra columns do no harm."""
+    """Returns the kind of shard that has this schema; extra columns do no harm."""
     if {LATENTS, TEXT_EMBEDS} <= set(schema.names):
         return ShardKind.ENCODED
     return ShardKind.VIDEO if VIDEO in schema.names else ShardKind.CAPTIONS
@@ -172,7 +172,7 @@ def encoding_of(schema: pa.Schema) -> Encoding | None:
 
 
 def faults_in(schema: pa.Schema, group: int) -> dict[int, str]:
-    """Why rows of a row group have no caption, by their number in it; see `FAULTS_KEY`."""
+    """Returns why rows of a row group have no caption, by their number in it; see `FAULTS_KEY`."""
     stored = (schema.metadata or {}).get(FAULTS_KEY)
     if stored is None:
         return {}

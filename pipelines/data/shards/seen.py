@@ -1,4 +1,4 @@
-"""Which ids an epoch has met, in eight bytes an id.
+"""Set of the ids that an epoch has met, in eight bytes an id.
 
 Ids are remembered as 64-bit digests: a sum of their bytes, each times a fixed random number of its
 place. Two given ids share a digest with a probability below 2^-56, so of ten million ids a pair
@@ -44,7 +44,7 @@ class SeenIds:
         return again
 
     def _holds(self, ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Which of some digests, in order, have been entered."""
+        """Returns which of some digests, in order, have been entered."""
         found = np.zeros(len(ordered), dtype=bool)
         for known in self._known:
             place = np.minimum(np.searchsorted(known, ordered), len(known) - 1)

@@ -1,4 +1,4 @@
-"""What a run knows of its folder: chapters as far as they are listed, row groups as far as opened.
+"""Catalogue of a run's folder: chapters as far as listed, row groups as far as opened.
 
 The first look at anything is written down (`shards.jsonl` of the run) and stays true for the run: a
 folder that grows, shrinks or loses a shard meanwhile does not shift the order of what is to come.
@@ -69,7 +69,7 @@ class Catalogue:
         return self._chapters[number] if number < len(self._chapters) else None
 
     def num_chapters(self) -> int:
-        """How many chapters there are; lists to the end."""
+        """Counts the chapters; lists to the end."""
         while not self._complete:
             self._list_another()
         return len(self._chapters)
@@ -114,7 +114,7 @@ class Catalogue:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the folder has been listed to its end."""
+        """True if the folder has been listed to its end."""
         return self._complete
 
     @property
@@ -132,7 +132,7 @@ class Catalogue:
         return known + unopened * self.rows_per_shard
 
     def take_notes(self) -> list[dict[str, Any]]:
-        """What was learnt since this was last asked, as lines for the run's `shards.jsonl`."""
+        """Returns what was learnt since the last call, as lines for the run's `shards.jsonl`."""
         notes, self._notes = self._notes, []
         return notes
 

@@ -44,7 +44,7 @@ pc: Any = pyarrow.compute
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """What fixes a stream, and what bounds it.
+    """Settings that fix a stream, and its bounds.
 
     Attributes:
         source: The folder and what is wanted of it.
@@ -63,7 +63,7 @@ class StreamSettings:
 
 @dataclass(frozen=True, slots=True)
 class FeedProgress:
-    """Where a run stands in its data, and what it knows of them.
+    """Position of a run in its data, and its knowledge of them.
 
     Attributes:
         cursor: The row that comes next.
@@ -343,7 +343,7 @@ def _repeats(planned: Planned, lines: pa.Table) -> Iterator[Reject]:
 
 
 def _rows_at(planned: Planned, good: pa.Table, places: Set[Place]) -> Iterator[int]:
-    """Which rows of a table lie at some places."""
+    """Returns the rows of a table at some places."""
     if not places:
         return
     groups = [(group.shard, group.index) for group in planned.window.groups]

@@ -31,7 +31,7 @@ from sgmd_core.errors import ConfigError, DataError
 
 @dataclass(frozen=True, slots=True)
 class FolderFacts:
-    """What a first look tells.
+    """Result of a first look.
 
     Attributes:
         num_shards: Shards listed by now.

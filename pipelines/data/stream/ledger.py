@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """What one iteration used.
+    """Samples that one iteration used.
 
     Attributes:
         iteration: Generator updates made before it.

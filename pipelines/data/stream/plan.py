@@ -25,7 +25,7 @@ _CHAPTERS, _SHARDS, _ROW_GROUPS, _ROWS = range(4)
 
 @dataclass(frozen=True, slots=True)
 class ShuffleSettings:
-    """How well rows are mixed, and what that costs in memory and waiting.
+    """Quality of the shuffle, and its cost in memory and waiting.
 
     Attributes:
         chapter_shards: Shards of a chapter; the first batch waits until one is listed.
@@ -73,7 +73,7 @@ class Cursor:
 
     @classmethod
     def from_json(cls, stored: Any) -> Self:  # noqa: ANN401 - JSON can be anything
-        """What `to_json` made.
+        """Reads what `to_json` made.
 
         Raises:
             CheckpointError: It is something else.

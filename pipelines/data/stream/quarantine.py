@@ -1,4 +1,4 @@
-"""What could not be used, and why: `quarantine.parquet` of a run, and the limit that stops it.
+"""Unusable data with their reasons: `quarantine.parquet` of a run, and the limit that stops it.
 
     shard  row_group  row  sample_id  reason  num_rows  iteration
 
@@ -61,7 +61,7 @@ class Reject:
 
     @property
     def place(self) -> Place:
-        """What makes two entries the same."""
+        """Key by which two entries are the same."""
         return self.shard, self.row_group, self.row
 
 

@@ -61,7 +61,7 @@ _SIZE = "window_lines"
 
 @dataclass(frozen=True, slots=True)
 class ReadAheadSettings:
-    """How far ahead of the training data are read.
+    """Distance that readers are ahead of the training.
 
     Attributes:
         readers: Processes that read. 0 reads in the process that hands out the rows, one window
@@ -300,7 +300,7 @@ def tasks_of(windows: Sequence[Window], source: Source) -> list[list[tuple[int, 
 
 
 def read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
-    """What a reader's process does: windows in, their lines out, each in one part or several."""
+    """Reads windows in a reader's process and returns their lines, each in one part or several."""
     windows = [pair for packed in block.column("task") for pair in pickle.loads(packed.as_py())]
     for number, window in windows:
         try:

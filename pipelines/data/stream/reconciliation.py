@@ -1,4 +1,4 @@
-"""Whether a run used every sample once: its ledger against the plan.
+"""Reconciles a run's ledger with the plan: every sample is used once.
 
     plan, replayed from the start (ids only)  ->  rows that were due, by epoch
     ledger                                    ->  ids that were used, by epoch
@@ -43,7 +43,7 @@ class DueRow:
 
 @dataclass(slots=True)
 class EpochReconciliation:
-    """What became of the rows of one epoch, as far as the run has come.
+    """Fate of the rows of one epoch, as far as the run has come.
 
     Attributes:
         epoch: Which pass.
@@ -67,7 +67,7 @@ class EpochReconciliation:
 
     @property
     def is_clean(self) -> bool:
-        """Whether every row that was due is used once or quarantined."""
+        """True if every row that was due is used once or quarantined."""
         return not (self.repeated or self.missing or self.unknown)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Why rows cannot be used: no id, a bad caption, values of a wrong size.
+"""Finds rows that cannot be used: no id, a bad caption, values of a wrong size.
 
 columns of a row group -> the same, with text that is text -> a reason for each bad row
 """

@@ -17,7 +17,7 @@ Decode = Callable[[bytes, float], NDArray[np.uint8]]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where rows come from, and what is wanted of them.
+    """Address of rows, and what is wanted of them.
 
     Attributes:
         url: The folder.

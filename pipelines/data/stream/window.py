@@ -159,7 +159,7 @@ def _in_order(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:
 
 
 def _agree(found: Encoding, wanted: Encoding, columns: Sequence[str]) -> bool:
-    """Whether what is read of an encoded shard is as wanted; the rest may differ."""
+    """Returns True if what is read of an encoded shard is as wanted; the rest may differ."""
     same = found.dtype == wanted.dtype
     if TEXT_EMBEDS in columns:
         same &= (found.text_shape, found.text_encoder) == (wanted.text_shape, wanted.text_encoder)
