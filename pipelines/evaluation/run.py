@@ -200,7 +200,7 @@ def _generator_sets(
 def _requests(
     plan: EvaluationPlan, request: ClipRequest, names: Sequence[str]
 ) -> Iterator[tuple[str, ClipRequest]]:
-    """Returns the sets to sample for each way of sampling; of twins without a row, features only."""
+    """Returns the sets to sample for each way of sampling; of twins with no row, features only."""
     for name in names:
         yield name, replace(request, sampling=plan.samplings[name])
         twin = _twin_of(name)
