@@ -30,7 +30,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.errors import StorageError
+from cluster.errors import ClusterError, StorageError
 
 # An object of twice this size or more is sent in parts, each tried again by itself.
 _PART_BYTES = 16 * 2**20
@@ -70,7 +70,7 @@ def storage_errors(attempted: str) -> Iterator[None]:
     """
     try:
         yield
-    except StorageError:
+    except ClusterError:
         raise
     except Exception as error:
         expected, remedy = _REMEDIES.get(_code_of(error), _STORAGE)

@@ -29,6 +29,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import LeaseError, LeaseLostError
+from cluster.files import storage_errors
 
 LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
 _RENEW_EVERY_S, _EXPIRY_S = 10.0, 60.0
@@ -61,6 +62,7 @@ def hold(
 
     Raises:
         LeaseError: Another process holds it; says which one and since when.
+        StorageError: Nothing can be written there.
     """
     store = fsspec.core.url_to_fs(folder)[0] if filesystem is None else filesystem
     path = str(store._strip_protocol(folder))
@@ -77,7 +79,8 @@ def hold(
             yield Lease()
         return
     lease = _ObjectLease(store, f"{path}/{LEASE_OBJECT}", folder, holder)
-    lease.take()
+    with storage_errors(f"writing to {folder}"):
+        lease.take()
     try:
         yield lease
     finally:
@@ -86,10 +89,11 @@ def hold(
 
 @contextmanager
 def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[None]:
-    path.mkdir(parents=True, exist_ok=True)
     lock = path / LEASE_FILE
     while True:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with storage_errors(f"writing to {folder}"):
+            path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -106,12 +110,15 @@ def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[
                 break
         os.close(descriptor)
     try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        with storage_errors(f"writing to {folder}"):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode(), 0)
         yield
     finally:
         with suppress(OSError):
-            lock.unlink()
+            # The folder may have been replaced; a file of that name is another holder's then.
+            if os.fstat(descriptor).st_ino == lock.stat().st_ino:
+                lock.unlink()
         os.close(descriptor)
 
 

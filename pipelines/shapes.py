@@ -21,6 +21,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from cluster.lease import hold
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import Shard
 from pipelines.data.shards.indexing import index_folder
@@ -170,6 +171,7 @@ def write_shards(
 
     Raises:
         ConfigError: a count is not positive.
+        LeaseError: Another process writes shards there.
     """
     if num_clips < 1 or shard_size < 1:
         raise ConfigError(
@@ -181,21 +183,23 @@ def write_shards(
     # On an object store this might create a bucket, which is not ours to decide.
     if isinstance(filesystem, LocalFileSystem):
         filesystem.makedirs(root, exist_ok=True)
-    addresses: list[str] = []
-    written: list[Shard] = []
-    for start in range(0, num_clips, shard_size):
-        stop = min(start + shard_size, num_clips)
-        indices = range(first_index + start, first_index + stop)
-        name = f"shapes-{seed:04d}-{split}-{indices.start:07d}.parquet"
-        buffer = io.BytesIO()
-        pq.write_table(_shard_table(seed, indices, split), buffer, row_group_size=_GROUP_CLIPS)
-        write_file(filesystem, f"{root}/{name}", buffer.getvalue())
-        addresses.append(filesystem.unstrip_protocol(f"{root}/{name}"))
-        starts = range(0, len(indices), _GROUP_CLIPS)
-        rows = tuple(min(_GROUP_CLIPS, len(indices) - first) for first in starts)
-        written.append(Shard(name, buffer.getbuffer().nbytes, rows))
-        on_progress(stop, num_clips)
-    index_folder(filesystem, root, written)
+    with hold(dst, f"sgmd shapes ({split})", filesystem) as lease:
+        addresses: list[str] = []
+        written: list[Shard] = []
+        for start in range(0, num_clips, shard_size):
+            stop = min(start + shard_size, num_clips)
+            indices = range(first_index + start, first_index + stop)
+            name = f"shapes-{seed:04d}-{split}-{indices.start:07d}.parquet"
+            buffer = io.BytesIO()
+            pq.write_table(_shard_table(seed, indices, split), buffer, row_group_size=_GROUP_CLIPS)
+            lease.check()
+            write_file(filesystem, f"{root}/{name}", buffer.getvalue())
+            addresses.append(filesystem.unstrip_protocol(f"{root}/{name}"))
+            starts = range(0, len(indices), _GROUP_CLIPS)
+            rows = tuple(min(_GROUP_CLIPS, len(indices) - first) for first in starts)
+            written.append(Shard(name, buffer.getbuffer().nbytes, rows))
+            on_progress(stop, num_clips)
+        index_folder(filesystem, root, written)
     return addresses
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ray import tune
 
+from cluster.lease import hold
 from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
 from cluster.storage import write_json, write_text
@@ -96,6 +97,7 @@ def sweep(config: DistillConfig, observer: RunObserver | None = None) -> SweepRe
     Raises:
         SgmdError: The grid is empty, a value does not fit, or every trial failed.
         ClusterError: Ray does not start.
+        LeaseError: Another process sweeps in the folder.
     """
     observer = observer or RunObserver()
     # Tune's newer reporter prints to standard output even when told to be silent.
@@ -105,6 +107,12 @@ def sweep(config: DistillConfig, observer: RunObserver | None = None) -> SweepRe
     score, held_out = config.sweep.score, run_preflight(_trial_config(config, {}, "check")).held_out
     require_readable(score, held_out, f"ranking trials by {score}", "sweep.score")
     folder = Path(config.output).absolute() / f"{config.name}-sweep"
+    with hold(str(folder), f"sgmd sweep {config.name}"):
+        return _sweep(config, folder, observer)
+
+
+def _sweep(config: DistillConfig, folder: Path, observer: RunObserver) -> SweepResult:
+    """Runs a checked sweep in a folder that this process holds."""
     if (folder / "results.json").exists():
         raise ConfigError(
             f"starting a sweep in {folder}",

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cluster.lease import hold
 from pipelines.distillation.validation import reads_shapes
 from pipelines.evaluation.clip_sets import (
     ClipRequest,
@@ -65,7 +66,7 @@ from workers.models.content import MODEL_COMPONENTS, fingerprint
 OnProgress = Callable[[str, int, int], None]
 EVALUATION_FILE = "evaluation.json"
 _FEW_STEP_TEACHERS = (TEACHER_FEW, TEACHER_FEW_GUIDED)
-_SHEET_NAME = "evaluation"
+_SHEET_FOLDER, _SHEET_NAME = "samples", "evaluation"
 
 
 def evaluate(
@@ -100,9 +101,19 @@ def evaluate(
             has changed since.
         ShapeError: The clips do not fit the networks.
         DataError: The captions cannot be read.
+        LeaseError: Another process evaluates into the same folder.
     """
     options = options or EvaluationOptions()
     plan = plan_evaluation(run_or_model, teacher, captions, output, cache, options)
+    # Not the folder itself: a run may train on while its last generator is evaluated.
+    with hold(str(plan.output / _SHEET_FOLDER), "sgmd evaluate"):
+        return _evaluate(plan, options, on_progress)
+
+
+def _evaluate(
+    plan: EvaluationPlan, options: EvaluationOptions, on_progress: OnProgress
+) -> Evaluation:
+    """Carries out a checked evaluation in a folder that this process holds."""
     describing = _describing(options)
     shown = _first_different(plan.captions, options.num_shown)
     request = ClipRequest(
@@ -324,8 +335,7 @@ def _draw(
         who = "generator" if name == GENERATOR else "teacher"
         note = "unguided" if how.guidance_scale == 1 else f"guidance {how.guidance_scale:g}"
         groups.append(SheetGroup(f"{who}, {how.num_steps} steps", note, sets[name].shown))
-    folder = plan.output / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = plan.output / _SHEET_FOLDER
     png, gif = folder / f"{_SHEET_NAME}.png", folder / f"{_SHEET_NAME}.gif"
     write_contact_sheet(png, gif, groups, prompts, plan.generator.video.fps)
     return png, gif

@@ -31,6 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.files import whole_folder
+from cluster.lease import hold
 from cluster.ray.topology import require_cpus
 from cluster.storage import write_json
 from pipelines.media.inference import InferenceSettings, write_inference_settings
@@ -106,17 +107,23 @@ def pretrain(
         InsufficientResourcesError: the cluster is too small, and the job would wait for ever.
         CheckpointError: a stage in the run's folder was made from other settings or other clips.
         NonFiniteError: a loss stopped being finite.
+        LeaseError: another process trains in the run's folder.
     """
     require_lasting_folder(config.output, "output")
     require_lasting_folder(config.run_dir, "run_dir")
     for folder in (config.world.train, config.world.held_out):
         require_shards(folder)
-    identities = stage_identities(config)
-    require_same_stages(Path(config.run_dir), identities)
-    require_cpus(num_cpus_needed(config), f"training {config.name}")
     config = config.with_absolute_paths()
+    with hold(config.run_dir, f"sgmd pretrain {config.name}"):
+        return _pretrain(config, on_event)
+
+
+def _pretrain(config: PretrainConfig, on_event: Callable[[PretrainEvent], None]) -> PretrainResult:
+    """Runs a checked recipe in a folder that this process holds."""
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    identities = stage_identities(config)
+    require_same_stages(run_dir, identities)
+    require_cpus(num_cpus_needed(config), f"training {config.name}")
     with follow_events(run_dir / EVENTS_FILE, on_event):
         _train_vae(config, run_dir, identities[VAE_STAGE])
         _train_denoiser(config, run_dir, identities[DENOISER_STAGE])

@@ -20,6 +20,7 @@ from typing import Any
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import StorageError
+from cluster.lease import hold
 from cluster.storage import read_json, write_json, write_text
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import differences
@@ -102,12 +103,24 @@ def study(
     Raises:
         SgmdError: The study itself is wrong, or its folder holds runs of other settings. What goes
             wrong in a run is in its row.
+        LeaseError: Another process runs the study.
     """
     plan = plan_study(config)
-    for run in plan.runs:
-        _require_same(run)
     for run in plan.runs[: len(plan.variants)]:
         run_preflight(run.config)
+    with hold(str(plan.folder), f"sgmd study {config.name}"):
+        return _study(config, plan, tell, open_observer)
+
+
+def _study(
+    config: DistillConfig,
+    plan: StudyPlan,
+    tell: Callable[[str], None],
+    open_observer: OpenObserver,
+) -> StudyResult:
+    """Runs a checked study in a folder that this process holds."""
+    for run in plan.runs:
+        _require_same(run)
     judge = StudyEvaluator(config.with_settings(dict(config.study.settings)), plan.folder, tell)
     teacher = judge.teacher
     results: list[RunResult] = []
