@@ -6,13 +6,14 @@ VENV ?= .venv
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 PYTEST_FLAGS ?=
-# Test processes side by side; each takes whole files of tests. Much of a test is waiting for Ray.
+# Test processes side by side; each takes whole files of tests, in the order of tests/conftest.py.
+# Much of a test is waiting for Ray.
 TEST_JOBS ?= 2
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-JOBS := --numprocesses=$(TEST_JOBS) --dist=loadfile
+JOBS := --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder
 SHAPES := --jaxtyping-packages=sgmd_core,beartype.beartype
 DEMO := runs/demo
 
@@ -21,6 +22,8 @@ GPU_FLAGS ?=
 
 # A new version of pyright is not looked for: lint needs no network.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+# Tests start many processes: compiled files are written once and read by all of them.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup browser demo test test-quick gpu-check gpu-wheels lint docs fmt clean

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ RAY_CORE = {"get", "put", "wait", "init", "remote", "kill", "shutdown", "method"
 MAX_FUNCTION_LINES = 60
 
 
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """Every source file, parsed once for all tests here."""
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+
+
 def run_python(code: str) -> str:
     """What a fresh interpreter prints."""
     done = subprocess.run(
@@ -24,15 +31,23 @@ def run_python(code: str) -> str:
     return done.stdout.strip()
 
 
-def loaded_after_importing(package: str, suspects: tuple[str, ...]) -> str:
-    """Which suspects a fresh interpreter has loaded after every module of a package."""
-    return run_python(
-        "import importlib, pkgutil, sys\n"
-        f"import {package} as package\n"
-        f"for module in pkgutil.walk_packages(package.__path__, '{package}.'):\n"
-        "    importlib.import_module(module.name)\n"
-        f"print(*[name for name in {suspects!r} if name in sys.modules])"
-    )
+LAYERS = {
+    "sgmd_core": ("ray", "diffusers", "transformers", "pyarrow", "fsspec", "pydantic", "cv2"),
+    "workers": ("ray", "cluster.storage", "pipelines"),
+}
+"""What is not loaded after every module of a package and of those before it."""
+
+LOAD = f"""
+import importlib, pkgutil, sys
+for name, suspects in {LAYERS!r}.items():
+    package = importlib.import_module(name)
+    for module in pkgutil.walk_packages(package.__path__, name + "."):
+        importlib.import_module(module.name)
+    print(name, "loads:", *[one for one in suspects if one in sys.modules])
+sys.modules["ray"] = None
+import pipelines.distillation.run
+print("a run in one process needs no Ray")
+"""
 
 
 def relative(path: Path) -> str:
@@ -44,20 +59,14 @@ def test_imports_go_down_only(monkeypatch):
     assert cli.lint_imports(config_filename="pyproject.toml", no_cache=True) == 0
 
 
-def test_the_core_loads_nothing_but_torch():
-    suspects = ("ray", "diffusers", "transformers", "pyarrow", "fsspec", "pydantic", "cv2")
-    assert loaded_after_importing("sgmd_core", suspects) == ""
-
-
+# One interpreter for all of them: loading torch and the networks takes ten seconds.
 @pytest.mark.slow
-def test_the_roles_load_no_ray():
-    assert loaded_after_importing("workers", ("ray", "cluster.storage", "pipelines")) == ""
-
-
-@pytest.mark.slow
-def test_a_run_in_one_process_needs_no_ray():
-    code = "import sys; sys.modules['ray'] = None; import pipelines.distillation.run; print('ok')"
-    assert run_python(code) == "ok"
+def test_the_core_loads_nothing_but_torch_the_roles_no_ray_and_a_run_in_one_process_needs_none():
+    assert run_python(LOAD).splitlines() == [
+        "sgmd_core loads:",
+        "workers loads:",
+        "a run in one process needs no Ray",
+    ]
 
 
 def test_asking_for_help_loads_neither_torch_nor_ray():
@@ -68,13 +77,12 @@ def test_asking_for_help_loads_neither_torch_nor_ray():
     assert run_python(code) == ""
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in SOURCES if p.parts[len(ROOT.parts)] != "cluster"], ids=relative
-)
-def test_ray_core_is_spoken_only_in_cluster(path):
+def test_ray_core_is_spoken_only_in_cluster():
     spoken = [
-        f"line {node.lineno}: ray.{node.attr}"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        f"{relative(path)}, line {node.lineno}: ray.{node.attr}"
+        for path, tree in trees().items()
+        if not relative(path).startswith("cluster/")
+        for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and isinstance(node.value, ast.Name)
         and node.value.id == "ray"
@@ -87,26 +95,21 @@ def test_files_are_written_whole_in_one_place_only():
     renaming = {"fsync", "rename", "renames", "rmtree", "write_bytes", "mkstemp"}
     found = [
         f"{relative(path)}, line {node.lineno}: {node.attr}"
-        for path in SOURCES
+        for path, tree in trees().items()
         if relative(path) != "cluster/files.py"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr in renaming
     ]
     assert found == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=relative)
-def test_a_file_holds_one_idea_and_a_function_fits_on_a_screen(path):
-    text = path.read_text(encoding="utf-8")
-    functions = [
-        node
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+def test_a_function_fits_on_a_screen():
     too_long = [
-        f"{function.name}: {length} lines"
-        for function in functions
-        if (length := code_lines(function)) > MAX_FUNCTION_LINES
+        f"{relative(path)}: {node.name}: {length} lines"
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := code_lines(node)) > MAX_FUNCTION_LINES
     ]
     assert too_long == []
 
@@ -123,8 +126,8 @@ def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def test_docstrings_begin_with_a_noun_or_a_verb():
     inverted = [
         f"{relative(path)}: {line}"
-        for path in SOURCES
-        for node in ast.walk(ast.parse(path.read_text()))
+        for path, tree in trees().items()
+        for node in ast.walk(tree)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
         for line in (ast.get_docstring(node) or "").splitlines()[:1]
         if line.split(" ")[0] in {"What", "Whether", "How", "Where", "Which", "When", "Who", "Why"}
@@ -134,11 +137,11 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
 
 def test_no_public_name_stands_for_two_things():
     homes: dict[str, list[str]] = {}
-    for path in SOURCES:
+    for path, tree in trees().items():
         # A command of the command line has the name of the function that it calls.
         if path.parent.name == "commands":
             continue
-        for node in ast.parse(path.read_text()).body:
+        for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(relative(path))
     assert len(homes) > 500

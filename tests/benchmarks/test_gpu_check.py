@@ -118,6 +118,7 @@ def test_a_failing_step_says_why_and_the_next_one_runs(tmp_path):
     assert "figures that cannot be read" in printed
 
 
+@pytest.mark.slow
 def test_a_step_over_its_time_is_stopped_and_what_is_left_is_skipped(tmp_path):
     check(tmp_path, "--total", "1.5", "--only", "stages", "iteration")
     found = {name: step.read(tmp_path, name) for name in ("stages", "iteration")}
@@ -128,13 +129,11 @@ def test_a_step_over_its_time_is_stopped_and_what_is_left_is_skipped(tmp_path):
 
 
 def test_a_run_on_a_gpu_asks_for_one(tmp_path):
-    command = [sys.executable, "benchmarks/gpu_check.py", "--folder", str(tmp_path)]
     if cases.torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "sees no GPU" in done.stderr
-    assert "--cpu" in done.stderr
+    with pytest.raises(SystemExit, match="sees no GPU") as caught:
+        gpu_check.main(["--folder", str(tmp_path), "--wheels", str(tmp_path / "wheels")])
+    assert "--cpu" in str(caught.value)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

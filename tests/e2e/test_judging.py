@@ -94,6 +94,7 @@ def test_the_best_and_the_newest_checkpoint_are_kept_and_the_best_is_exported(
     assert read_inference_settings(folder.best) == read_inference_settings(folder.generator)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_lost", [1, 2])
 def test_a_resumed_run_has_the_alarms_the_figures_and_the_ranking_of_one_never_stopped(
     whole: DistillConfig, module_recipe: MakeRecipe, num_lost: int
@@ -114,6 +115,7 @@ def test_a_resumed_run_has_the_alarms_the_figures_and_the_ranking_of_one_never_s
     assert steps(parts) == steps(whole)
 
 
+@pytest.mark.slow
 def test_an_alarm_can_end_the_run_whose_state_stays_and_can_be_gone_on_with(
     make_recipe: MakeRecipe,
 ) -> None:
@@ -150,6 +152,7 @@ class Obstacle(RunObserver):
         self.warnings.append(text)
 
 
+@pytest.mark.slow
 def test_a_validator_that_fails_ends_the_validations_and_not_the_run(
     make_recipe: MakeRecipe,
 ) -> None:

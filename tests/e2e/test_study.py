@@ -112,6 +112,7 @@ def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_figures(
     assert figures(tmp_path / "runs" / "whole-study") == figures(folder)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_a_row_that_says_why_and_is_tried_again(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_study_by_the_clock_ends_its_runs_when_their_time_is_over(
     assert not [note for note in notes if note.startswith("sampling")]
 
 
+@pytest.mark.slow
 def test_a_study_by_the_clock_measures_on_the_way_and_makes_no_finished_run_again(
     make_recipe: MakeRecipe,
 ) -> None:
@@ -197,6 +199,7 @@ def test_progress_by_the_clock_tells_the_time_and_no_number_of_iterations() -> N
     assert "0:00:30 left" in told
 
 
+@pytest.mark.slow
 def test_a_study_does_not_go_on_with_runs_of_other_settings(make_recipe: MakeRecipe) -> None:
     made(make_recipe(*STUDY, "study.seeds=[1]", "study.variants={ours: {}}"))
     with pytest.raises(ConfigError, match="made with other settings"):
@@ -226,6 +229,7 @@ def test_the_command_prints_the_plan_as_a_table_and_as_json(
     assert json.loads(told.stdout)["seeds"] == [1, 2]
 
 
+@pytest.mark.slow
 def test_diversity_means_two_seeds_of_a_caption_in_study_and_validation_alike(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

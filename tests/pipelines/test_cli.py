@@ -163,4 +163,4 @@ class TestBench:
         assert "orchestration" in result.stderr
 
     def test_a_benchmark_gets_its_own_options_and_its_exit_code_is_passed_on(self):
-        assert sgmd("bench", "one_process", "--", "--no-such-option").exit_code == 2
+        assert sgmd("bench", "gpu_check", "--", "--no-such-option").exit_code == 2

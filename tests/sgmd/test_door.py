@@ -52,6 +52,7 @@ def test_the_mathematics_needs_neither_ray_nor_diffusers():
     assert run_python("-c", code).strip() == ""
 
 
+@pytest.mark.slow
 def test_the_example_learns_the_gaussian_in_at_most_thirty_lines():
     path = ROOT / "examples" / "gaussian.py"
     assert len(path.read_text().splitlines()) <= 30

@@ -323,6 +323,7 @@ def test_signal_is_the_closed_form_gradient_of_a_gaussian():
     torch.testing.assert_close(signal.grad_x0, expected, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracking", ["shared", "fresh"])
 def test_the_roles_lead_a_gaussian_generator_to_the_teacher(tracking):
     # Fisher alone: its fixed point is the teacher itself. The batch's own spread leaves 2 %.

@@ -176,7 +176,14 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("by", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "by",
+    [
+        float("nan"),
+        pytest.param(float("inf"), marks=pytest.mark.slow),
+        pytest.param(-float("inf"), marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_no_method_learns_from_what_is_not_finite_and_each_names_its_source(method, by):
     objective = replace(METHODS[method], fake_updates=1)

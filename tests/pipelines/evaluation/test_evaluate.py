@@ -209,14 +209,7 @@ class TestMeasures:
         diversity = found.measures["diversity"].ratio
         assert (diversity.value, diversity.low, diversity.high) == (1, 1, 1)
 
-    def test_several_generators_share_what_was_measured_of_their_teacher(self, place, tmp_path):
-        cache = tmp_path / "cache"
-        first = run_evaluation(place, tmp_path / "first", cache=cache)
-        second = run_evaluation(place, tmp_path / "second", cache=cache)
-        assert not any(row.remembered for row in first.rows)
-        assert [row.remembered for row in second.rows] == [True] * 4 + [False]
-        assert not (tmp_path / "first" / "evaluation-cache").exists()
-
+    @pytest.mark.slow
     def test_a_network_from_a_file_describes_clips_for_distance_and_diversity(
         self, evaluation, place, tmp_path
     ):
@@ -229,11 +222,14 @@ class TestMeasures:
         assert own.measures["diversity"] != usual.measures["diversity"]
         assert own.measures["flow"] == usual.measures["flow"]
 
-    def test_the_same_teacher_elsewhere_is_remembered_and_other_weights_are_not(
+    @pytest.mark.slow
+    def test_generators_share_their_teacher_also_elsewhere_and_other_weights_are_another(
         self, place, tmp_path
     ):
         moved, cache = tmp_path / "place", tmp_path / "cache"
-        run_evaluation(place, tmp_path / "first", cache=cache)
+        first = run_evaluation(place, tmp_path / "first", cache=cache)
+        assert not any(row.remembered for row in first.rows)
+        assert not (tmp_path / "first" / "evaluation-cache").exists()
         shutil.copytree(place, moved, ignore=shutil.ignore_patterns("result"))
         (moved / "teacher" / "README.md").write_text("Decides no clip.")
         again = run_evaluation(moved, tmp_path / "second", cache=cache)
@@ -265,6 +261,7 @@ class TestFiles:
         figures = [row.model_dump(exclude=timed) for row in again.rows]
         assert figures == [row.model_dump(exclude=timed) for row in evaluation.rows]
 
+    @pytest.mark.slow
     def test_another_seed_or_another_teacher_is_sampled_anew(self, evaluation, place, tmp_path):
         again = run_evaluation(place, place / "result", seed=7)
         assert not any(row.remembered for row in again.rows)

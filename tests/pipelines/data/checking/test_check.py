@@ -98,6 +98,7 @@ class TestGoodSets:
         assert report.captions["distinct"] == len(set(captions))
         assert report.captions["characters"]["max"] == max(map(len, captions))
 
+    @pytest.mark.slow
     def test_processes_find_the_same_as_none(self, clips):
         damage(shards_of(clips)[1], "video", 3, b"broken")
         reports = [check_shards(str(clips), CheckOptions(num_processes=n)) for n in (0, 2)]

@@ -281,6 +281,7 @@ class TestTranscoding:
             transcode(data, ClipFormat(num_frames=5, fps=10))
 
 
+@pytest.mark.slow
 def test_memory_stays_flat_over_many_clips():
     # A clip that leaked one of its pictures would show within a hundred.
     data = video_file(grey_frames([10, 200], height=144, width=176))

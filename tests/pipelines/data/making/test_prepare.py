@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -117,6 +118,7 @@ class TestWhatIsTaken:
         assert rates["odd/film.mkv"] == 23.976
         assert rates["real/bikes.mp4"] == 25
 
+    @pytest.mark.slow
     def test_processes_make_the_same_files_as_none(self, source, tmp_path):
         files = []
         for number, processes in enumerate((0, 2)):
@@ -330,10 +332,9 @@ class TestIdentity:
         manifest.write_text(json.dumps({"path": f"{source}/odd/odd.mp4", "text": "odd"}) + "\n")
         for columns in (Columns(path="place"), Columns(caption="words")):
             with pytest.raises(DataError, match=r"not a single video|bad"):
-                prepare(str(manifest), str(tmp_path / "set"), PrepareOptions(columns=columns))
-        report = prepare(
-            str(manifest), str(tmp_path / "set"), PrepareOptions(columns=Columns(caption="text"))
-        )
+                prepare(str(manifest), str(tmp_path / "set"), replace(HERE, columns=columns))
+        options = replace(HERE, columns=Columns(caption="text"))
+        report = prepare(str(manifest), str(tmp_path / "set"), options)
         assert (report.num_clips, report.rejected) == (1, {})
         assert quarantine(tmp_path / "set") == {}
 
@@ -350,6 +351,7 @@ class TestResuming:
         names = [row["sample_id"] for row in rows(tmp_path / "set")]
         assert names == ["b.mp4", "c.mp4", "a.mp4"]
 
+    @pytest.mark.slow
     def test_killed_in_the_middle_and_run_again_every_clip_is_there_once(self, tmp_path):
         video = real_clips()["carphone_distorted.mp4"].read_bytes()
         for number in range(48):

@@ -113,6 +113,7 @@ def test_busy_breaking_and_slow_servers_cost_no_sample(
     assert all(book.troubles.get(trouble, 0) >= 1 for trouble in ALL_TROUBLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", [True, False])
 def test_a_server_that_falls_silent_is_asked_again(
     through: Callable[..., ProxyBook], native: bool
