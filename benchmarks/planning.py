@@ -17,8 +17,9 @@ from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.plan import Plan, make_plan
 from pipelines.planning.search import find_batch
 from pipelines.planning.stage_times import measured, modelled
-from pipelines.planning.workload import KNOWN_SHAPES, Workload
+from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
+from workers.models.wan_arithmetic import RELEASED_SHAPES
 
 LATENT_SHAPE = (16, 21, 60, 104)
 TEXT_LENGTH = 512
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB")
     given = parser.parse_args(arguments)
     hardware = Hardware(memory_gb=given.gpu_memory)
-    for name, shape in KNOWN_SHAPES.items():
+    for name, shape in RELEASED_SHAPES.items():
         print(f"\n### {name}\n")
         print(f"| {' | '.join(HEADINGS)} |")
         print("|" + "---|" * len(HEADINGS))

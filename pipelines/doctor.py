@@ -26,7 +26,7 @@ from cluster.runtime import start_ray
 from pipelines.config.recipe import PROJECT_ROOT
 from pipelines.media.video import decode_video, encode_mp4
 from sgmd_core.errors import SgmdError
-from workers.models.folder import inspect_wan_folder
+from workers.models.families import family_of
 
 _GIB = 2**30
 _MIN_MEMORY_BYTES = 4 * _GIB
@@ -143,7 +143,7 @@ def _memory() -> Finding:
 def _gpus() -> Finding:
     if not torch.cuda.is_available():
         built = "" if torch.version.cuda else ", and torch is built without CUDA"
-        remedy = "Enough for the tiny recipe; a real Wan needs NVIDIA GPUs and torch with CUDA"
+        remedy = "Enough for the tiny recipe; a real model needs NVIDIA GPUs and torch with CUDA"
         return Finding("GPUs", Status.LIMITED, f"none{built}", remedy)
     names = [
         f"{device.name} {_gib(device.total_memory)}"
@@ -201,7 +201,7 @@ def _codec() -> Finding:
 def _tiny_model() -> Finding:
     folder = PROJECT_ROOT / "assets" / "tiny-wan"
     try:
-        model = inspect_wan_folder(folder)
+        model = family_of(folder).inspect(folder)
     except SgmdError as error:
         remedy = "It comes with the source tree: clone it whole and run from there"
         return Finding("tiny model", Status.LIMITED, str(error), remedy)

@@ -1,9 +1,9 @@
-"""Prompts to video files, with diffusers' own WanPipeline: what we show is what users get.
+"""Prompts to video files, with the sampler of the model's family: what we show is what users get.
 
-    prompt, seed -> WanPipeline -> frames in [0, 1] -> mp4 (H.264) and GIF
+    prompt, seed -> ClipSampler (of Wan: diffusers' WanPipeline) -> frames -> mp4 (H.264) and GIF
 
-Works on any diffusers Wan text-to-video folder, ours or not. A clip depends on its prompt and the
-seed alone, not on the other prompts of the call.
+Works on any folder of a known family, ours or not. A clip depends on its prompt and the seed alone,
+not on the other prompts of the call.
 """
 
 import itertools
@@ -12,26 +12,22 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack
 
-import numpy as np
 import torch
-from diffusers import WanPipeline
-from safetensors import SafetensorError
 
 from cluster.files import write_whole
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
 from pipelines.run.folder import require_lasting_folder
-from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
-from workers.models.folder import inspect_wan_folder
-from workers.models.wan import load_text, load_transformer, load_vae
+from sgmd_core.errors import ConfigError, ShapeError
+from workers.models.families import family_of
+from workers.models.family import ModelFamily
+from workers.models.sampling import SampleRequest
 
 FORMATS = ("mp4", "gif")
 OnProgress = Callable[[int, int], None]
 
-# WanPipeline refuses other sizes, whatever the networks could do.
-_PIPELINE_MULTIPLE_PX = 16
 # Players show a clip of 32 px as a dot.
 _SMALLEST_SIDE_PX = 256
 _SLUG_LENGTH = 48
@@ -88,7 +84,7 @@ def generate(
     """Samples every prompt and writes one file a format.
 
     Args:
-        run_or_model: A diffusers Wan folder, or a finished run, whose generator is used.
+        run_or_model: A model folder, or a finished run, whose generator is used.
         prompts: Shown by one clip for each seed.
         output: Folder of the files, whose names hold the number and words of the prompt, and the
             seed; made when missing, files of the same name are replaced.
@@ -99,14 +95,14 @@ def generate(
         device: Torch device; None takes a GPU where there is one.
         on_progress: Called after every denoising step with (steps done, steps in all).
         **sampling: See `SamplingOptions`; the rest comes from the folder's `sgmd.json`, and
-            without one from WanPipeline's defaults.
+            without one from the family's defaults.
 
     Returns:
         One record a clip, in the order of the prompts and then of the seeds.
 
     Raises:
         ConfigError: No prompt, an empty one, no seed, or a setting out of range.
-        ModelFolderError: The folder is missing, incomplete or not Wan's.
+        ModelFolderError: The folder is missing, incomplete or of no known family.
         ShapeError: The clip's size does not fit the networks.
     """
     require_lasting_folder(output, "--output")
@@ -114,10 +110,9 @@ def generate(
     changes = {name: value for name, value in sampling.items() if value is not None}
     seeds = [seed] if isinstance(seed, int) else list(dict.fromkeys(seed))
     _require_request(prompts, seeds, formats, changes, zoom)
-    settings = _settings(folder, changes)
-    pipeline = load_pipeline(folder, device or _default_device())
-    if "flow_shift" in changes:
-        _set_flow_shift(pipeline, settings.flow_shift)
+    family = family_of(folder)
+    settings = _settings(family, folder, changes)
+    sampler = family.open_sampler(folder, device or _default_device())
     root = Path(output)
     root.mkdir(parents=True, exist_ok=True)
     total = len(prompts) * len(seeds) * settings.num_steps
@@ -130,7 +125,7 @@ def generate(
             on_progress(before + step, total)
 
         began = time.perf_counter()
-        frames = sample(pipeline, prompt, chosen, settings, on_step)
+        frames = sampler.sample(_sample_request(prompt, chosen, settings), on_step)
         seconds = time.perf_counter() - began
         stem = f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}"
         paths = tuple(
@@ -140,89 +135,23 @@ def generate(
     return clips
 
 
-def load_pipeline(folder: Path, device: str) -> WanPipeline:
-    """Loads a WanPipeline: float32 on a CPU; on a GPU bfloat16, but for the autoencoder.
-
-    Raises:
-        ModelFolderError: A component is missing or corrupt.
-    """
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    try:
-        pipeline = WanPipeline.from_pretrained(
-            folder,
-            transformer=load_transformer(folder, dtype).transformer,
-            text_encoder=load_text(folder, dtype).text_encoder,
-            vae=load_vae(folder).vae,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelFolderError(
-            f"loading a WanPipeline from {folder}",
-            f"{type(error).__name__}: {str(error).splitlines()[0]}",
-            "a complete diffusers folder of a Wan text-to-video model",
-            "Download or export it again",
-        ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def sample(
-    pipeline: WanPipeline,
-    prompt: str,
-    seed: int,
-    settings: InferenceSettings,
-    on_step: Callable[[int], None] = lambda step: None,
-) -> Pixels:
-    """Samples one clip.
-
-    Returns:
-        Pixels (frames, height, width, 3).
-    """
-
-    def after_step(_: WanPipeline, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:  # noqa: ANN401  (diffusers passes a number or a tensor)
-        on_step(step + 1)
-        return tensors
-
-    (video,) = pipeline(
-        prompt=prompt,
-        negative_prompt=settings.negative_prompt,
-        height=settings.height,
-        width=settings.width,
-        num_frames=settings.num_frames,
-        num_inference_steps=settings.num_steps,
-        guidance_scale=settings.guidance_scale,
-        max_sequence_length=settings.text_length,
-        # On the CPU, so that a seed means the same clip on every machine.
-        generator=torch.Generator("cpu").manual_seed(seed),
-        # Declared with two arguments, called with four.
-        callback_on_step_end=cast(Any, after_step),
-        output_type="np",
-        return_dict=False,
-    )
-    return (np.asarray(video[0]) * 255).round().clip(0, 255).astype(np.uint8)
-
-
-def _settings(folder: Path, changes: Mapping[str, Any]) -> InferenceSettings:
-    wan = inspect_wan_folder(folder)
+def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> InferenceSettings:
+    checked = family.inspect(folder)
     settings = read_inference_settings(folder).model_copy(update=changes)
-    wan.latent_shape(settings.num_frames, settings.height, settings.width)
-    if settings.height % _PIPELINE_MULTIPLE_PX or settings.width % _PIPELINE_MULTIPLE_PX:
+    checked.latent_shape(settings.num_frames, settings.height, settings.width)
+    rules = family.traits.sampling
+    if settings.height % rules.multiple_px or settings.width % rules.multiple_px:
         raise ShapeError(
             f"sampling from {folder}",
             f"frames of {settings.height}x{settings.width}",
-            f"height and width to be multiples of {_PIPELINE_MULTIPLE_PX} (WanPipeline's rule)",
+            f"height and width to be multiples of {rules.multiple_px} ({rules.source}'s rule)",
             "Change height or width",
         )
     return settings
 
 
-def _set_flow_shift(pipeline: WanPipeline, flow_shift: float) -> None:
-    config = pipeline.scheduler.config
-    # diffusers' flow-match Euler scheduler calls it `shift`, its multistep solvers `flow_shift`.
-    name = "flow_shift" if "flow_shift" in config else "shift"
-    pipeline.scheduler = type(pipeline.scheduler).from_config(config, **{name: flow_shift})
+def _sample_request(prompt: str, seed: int, settings: InferenceSettings) -> SampleRequest:
+    return SampleRequest(prompt=prompt, seed=seed, **settings.model_dump(exclude={"fps"}))
 
 
 def _require_request(

@@ -3,6 +3,7 @@
     mathematics   SgmdObjective and the other methods, FlowMatchSchedule, rollout, euler_sample
     records       NoisedBatch, GeneratorSignal, Loss, MicroBatchKey
     worlds        GaussianVelocity, a teacher whose scores are exact
+    models        ModelFamily, Denoiser, family_of
     programs      load_recipe, distill, evaluate, generate, pretrain, sweep
     data          Feed, StreamSettings, Source
     errors        SgmdError and the errors below it
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
     from sgmd_core.velocity import guided_velocity as guided_velocity
     from sgmd_core.worlds.gaussian import GaussianVelocity as GaussianVelocity
     from sgmd_core.worlds.gaussian import gaussian_text as gaussian_text
+    from workers.models.families import family_of as family_of
+    from workers.models.family import Denoiser as Denoiser
+    from workers.models.family import ModelFamily as ModelFamily
 
 # The same names as above, for the running program; a test compares the two lists.
 _HOME = {
@@ -91,6 +95,8 @@ _HOME = {
     "sgmd_core.types": ("GeneratorSignal", "Loss", "MicroBatchKey", "NoisedBatch"),
     "sgmd_core.velocity": ("VelocityModel", "guided_velocity"),
     "sgmd_core.worlds.gaussian": ("GaussianVelocity", "gaussian_text"),
+    "workers.models.families": ("family_of",),
+    "workers.models.family": ("Denoiser", "ModelFamily"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

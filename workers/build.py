@@ -5,6 +5,8 @@ number of torch threads, because a process that shares a machine must not take a
 its networks on the GPU that the process was given, if any.
 """
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -14,8 +16,8 @@ from workers.compute import prepare_network
 from workers.evaluator import Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
-from workers.models.folder import inspect_wan_folder
-from workers.models.wan import CaptionEncoder, WanVelocity, load_text, load_transformer, load_vae
+from workers.models.families import family_of
+from workers.models.family import Autoencoder, Denoiser, TextEmbedder
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
     ComputeSettings,
@@ -74,7 +76,7 @@ def build_teacher(
     return ScoreTeacher(_ready(model, settings.compute), settings)
 
 
-def build_denoiser(model: ModelSettings, compute: ComputeSettings, num_threads: int) -> WanVelocity:
+def build_denoiser(model: ModelSettings, compute: ComputeSettings, num_threads: int) -> Denoiser:
     """A role's network alone, where and how the role computes it, to be timed.
 
     Raises:
@@ -103,9 +105,7 @@ def build_video_encoder(folder: str, num_threads: int) -> VideoEncoder:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    vae = load_vae(folder)
-    nn.Module.to(vae.vae, _device())
-    return VideoEncoder(vae)
+    return VideoEncoder(_autoencoder(folder))
 
 
 def build_evaluator(
@@ -123,12 +123,10 @@ def build_evaluator(
     """
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
-    vae = load_vae(model.folder)
-    nn.Module.to(vae.vae, _device())
     return Evaluator(
         _denoiser(model),
         TextEncoder(_captions(model), model.text_length),
-        vae,
+        _autoencoder(model.folder),
         schedule,
         latent_shape,
         model.negative_prompt,
@@ -136,26 +134,35 @@ def build_evaluator(
     )
 
 
-def _denoiser(model: ModelSettings) -> WanVelocity:
-    return load_transformer(model.folder).to(_device())
+def _denoiser(model: ModelSettings) -> Denoiser:
+    folder = Path(model.folder)
+    return family_of(folder).load_denoiser(folder).to(_device())
 
 
-def _ready(model: ModelSettings, compute: ComputeSettings) -> WanVelocity:
+def _ready(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
     """A role's network, computed as the settings say, spread over the role's ranks."""
     denoiser = prepare_network(_denoiser(model), compute)
     shard(denoiser, denoiser.blocks)
     return denoiser
 
 
-def _captions(model: ModelSettings) -> CaptionEncoder:
-    captions = load_text(model.folder)
-    nn.Module.to(captions.text_encoder, _device())
+def _captions(model: ModelSettings) -> TextEmbedder:
+    folder = Path(model.folder)
+    captions = family_of(folder).load_text(folder)
+    nn.Module.to(captions.network, _device())
     return captions
 
 
+def _autoencoder(folder: str) -> Autoencoder:
+    autoencoder = family_of(folder).load_autoencoder(Path(folder))
+    nn.Module.to(autoencoder.network, _device())
+    return autoencoder
+
+
 def _latent_shape(model: ModelSettings, video: VideoSettings) -> tuple[int, int, int, int]:
-    folder = inspect_wan_folder(model.folder)
-    return folder.latent_shape(video.num_frames, video.height, video.width)
+    folder = Path(model.folder)
+    checked = family_of(folder).inspect(folder)
+    return checked.latent_shape(video.num_frames, video.height, video.width)
 
 
 def _device() -> torch.device:

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
-from workers.models.wan import WanVelocity
+from workers.models.family import Denoiser
 from workers.settings import ComputeSettings
 
 
-def prepare_network(network: WanVelocity, settings: ComputeSettings) -> WanVelocity:
+def prepare_network(network: Denoiser, settings: ComputeSettings) -> Denoiser:
     """Makes a network compute that way; call it before the network is sharded.
 
     Args:
@@ -31,10 +31,10 @@ def prepare_network(network: WanVelocity, settings: ComputeSettings) -> WanVeloc
     """
     if settings.precision == "bf16":
         network.autocast_dtype = torch.bfloat16
-        # Wan's norms take a bfloat16 input and float32 weights: right, only not fused.
+        # Norms take a bfloat16 input and float32 weights: right, only not fused.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     if settings.checkpointing:
-        network.transformer.enable_gradient_checkpointing()
+        network.set_checkpointing(True)
     if settings.compile:
         # A graph that serves the generator's loss and the tracking loss is walked twice; compiled
         # code would otherwise reuse its buffers on the first walk.

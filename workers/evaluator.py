@@ -36,7 +36,7 @@ _STREAM = "evaluate"
 
 
 class VideoDecoder(Protocol):
-    """Latents to pixels, such as `workers.models.wan.VideoVae`."""
+    """Latents to pixels, such as a `workers.models.family.Autoencoder`."""
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents (b, c, t, h, w) to clips (b, 3, t', h', w') in [0, 1]."""

@@ -61,8 +61,8 @@ class FakeScoreTracker:
     def __init__(
         self, velocity_model: nn.Module, objective: Objective, settings: FakeScoreSettings
     ) -> None:
-        # Evaluation mode, as in the reference: both losses must see the same function, and Wan has
-        # no layer that needs training mode. Gradients do not depend on it.
+        # Evaluation mode, as in the reference: both losses must see the same function.
+        # Transformers without dropout or batch statistics have the same gradients in both modes.
         self._network = velocity_model.eval().requires_grad_(True)
         self._objective = objective
         self._shared = settings.tracking == "shared"

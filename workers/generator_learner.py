@@ -10,6 +10,7 @@ Its objective depends on the generator through x0 alone, so `grad_x0` is all tha
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from sgmd_core.types import (
 )
 from workers.ema import AveragedWeights
 from workers.finite import micro_batch_in_words, require_finite
+from workers.models.families import family_of
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
@@ -60,8 +62,8 @@ class GeneratorLearner:
         latent_shape: tuple[int, int, int, int],
         seed: int,
     ) -> None:
-        # Evaluation mode: a replayed rollout must repeat itself, and Wan has no layer that needs
-        # training mode. Gradients do not depend on it.
+        # Evaluation mode: a replayed rollout must repeat itself. Transformers without dropout or
+        # batch statistics have the same gradients in both modes.
         self._network = velocity_model.eval().requires_grad_(True)
         self._schedule = schedule
         self._num_steps = settings.num_steps
@@ -233,24 +235,21 @@ class GeneratorLearner:
     def export(
         self, dst: str, base_folder: str, flow_shift: float, checkpoint: str | None = None
     ) -> None:
-        """Writes a generator as a diffusers pipeline, the other parts taken from a base.
+        """Writes a generator as a model folder, the other parts taken from a base.
 
         Every rank must be asked; the first one writes.
 
         Args:
-            dst: New folder of the pipeline.
-            base_folder: Diffusers folder that the generator started from.
-            flow_shift: Shift of the noise levels, for the pipeline's scheduler.
+            dst: New folder.
+            base_folder: Model folder that the generator started from.
+            flow_shift: Shift of the noise levels, that the folder is sampled with.
             checkpoint: Folder that `save` has written, to export what `final_weights` were then;
                 None exports those of now.
 
         Raises:
-            ModelFolderError: The base folder is not a Wan folder.
+            ModelFolderError: The base folder is of no known family, or not complete.
             CheckpointError: A file of the checkpoint is missing or torn.
         """
-        # Here, because it takes seconds to import diffusers and only this method needs it.
-        from workers.models.wan import save_generator_pipeline
-
         # Gathering takes all ranks, reading only the one that writes.
         weights = self.final_weights() if checkpoint is None else {}
         if not is_first_rank():
@@ -258,7 +257,8 @@ class GeneratorLearner:
         if checkpoint is not None:
             kept = ROLE if self._average is None else AVERAGE
             weights = dict(load_role(checkpoint, kept).weights)
-        save_generator_pipeline(dst, base_folder, weights, flow_shift=flow_shift)
+        base = Path(base_folder)
+        family_of(base).export(Path(dst), base, weights, flow_shift=flow_shift)
 
     def save(self, folder: str) -> dict[str, str]:
         """Writes `generator/` and, where an average is kept, `ema/` under a checkpoint folder.

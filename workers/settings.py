@@ -20,7 +20,7 @@ class ModelSettings:
     """The networks that all roles start from.
 
     Attributes:
-        folder: Diffusers folder of a Wan text-to-video model.
+        folder: Diffusers folder of a text-to-video model of a known family.
         text_length: Text positions that the denoiser sees; longer captions are cut.
         negative_prompt: What guidance leads away from.
     """

@@ -17,7 +17,7 @@ from sgmd_core.types import Text, TextBatch
 
 
 class CaptionEmbedder(Protocol):
-    """A tokenizer and its network, such as `workers.models.wan.CaptionEncoder`."""
+    """A tokenizer and its network, such as a `workers.models.family.TextEmbedder`."""
 
     def encode(self, captions: Sequence[str], max_length: int) -> Text:
         """Embeds captions, zero after each caption's end."""

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from workers.models.wan import VideoVae
+from workers.models.family import Autoencoder
 from workers.placement import device_of
 
 _PIXEL_LEVELS = 255.0
@@ -22,7 +22,7 @@ class VideoEncoder:
         vae: The autoencoder.
     """
 
-    def __init__(self, vae: VideoVae) -> None:
+    def __init__(self, vae: Autoencoder) -> None:
         self._vae = vae
 
     def encode(self, pixels: NDArray[np.uint8]) -> Tensor:
@@ -38,6 +38,6 @@ class VideoEncoder:
             ShapeError: the autoencoder cannot encode clips of this size.
         """
         # A copy: what Ray hands over is read-only.
-        video = torch.from_numpy(pixels.copy()).to(device_of(self._vae.vae))
+        video = torch.from_numpy(pixels.copy()).to(device_of(self._vae.network))
         video = video.permute(3, 0, 1, 2)[None].float() / _PIXEL_LEVELS
         return self._vae.encode(video)[0].cpu()

@@ -24,8 +24,8 @@ from sgmd_core.types import MicroBatchKey, NoisedBatch, Purpose, TextBatch
 from workers.compute import prepare_network
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
-from workers.models.folder import inspect_wan_folder
 from workers.models.wan import WanVelocity, load_transformer
+from workers.models.wan_folder import inspect_wan_folder
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
     ComputeSettings,

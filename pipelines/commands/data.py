@@ -171,10 +171,10 @@ def check(
         count_tokens, limit = None, 512
         if model is not None:
             from pipelines.media.inference import model_folder, read_inference_settings
-            from workers.models.wan import token_counter
+            from workers.models.families import family_of
 
             model = model_folder(model)
-            count_tokens = token_counter(model)
+            count_tokens = family_of(model).load_tokenizer(model).count_tokens
             limit = text_length or read_inference_settings(model).text_length
         report = look(
             folder,
@@ -217,9 +217,7 @@ def encode(
     target: Annotated[
         str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix for the new shards.")
     ],
-    model: Annotated[
-        Path, typer.Option(help="Diffusers Wan folder; what is not given here comes from it")
-    ],
+    model: Annotated[Path, typer.Option(help="Model folder; what is not given here comes from it")],
     num_frames: NumFrames = None,
     height: Height = None,
     width: Width = None,

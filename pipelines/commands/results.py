@@ -68,7 +68,7 @@ def evaluate(
 
 def generate(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A diffusers Wan folder, or a finished run.")
+        Path, typer.Argument(metavar="MODEL", help="A model folder, or a finished run.")
     ],
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to show; may be given more than once")

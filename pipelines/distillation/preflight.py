@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipelines.config.recipe import DistillConfig
-from pipelines.data.shards.schema import TEXT_COMPONENTS, TEXT_EMBEDS, Encoding
+from pipelines.config.roles import ROLES
+from pipelines.data.shards.schema import TEXT_EMBEDS, Encoding
 from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
 from pipelines.data.stream.source import Source
 from pipelines.run.folder import require_lasting_folder
@@ -14,10 +15,12 @@ from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
 from workers.measures import MIN_FRAMES
 from workers.models.content import fingerprint, model_digests
-from workers.models.folder import WanFolder, inspect_wan_folder
-from workers.models.loading import load_tokenizer
-from workers.models.vocabulary import UnknownWords, unknown_words
+from workers.models.families import family_of
+from workers.models.family import ModelFamily
+from workers.models.folder import ModelFolder
+from workers.models.vocabulary import UnknownWords
 from workers.optical_flow import MIN_SIDE_PX
+from workers.settings import ComputeSettings
 
 # As many captions as tell which language and vocabulary the data have.
 _NUM_READ = 256
@@ -38,7 +41,7 @@ class Preflight:
         unknown_words: Words of the first captions that the tokenizer does not know.
     """
 
-    model: WanFolder
+    model: ModelFolder
     content: dict[str, str]
     latent_shape: tuple[int, int, int, int]
     source: Source
@@ -108,8 +111,10 @@ def run_preflight(config: DistillConfig) -> Preflight:
         SgmdError: The first thing that does not fit, with what to do about it.
     """
     require_lasting_folder(config.output, "output")
-    model = inspect_wan_folder(config.model_folder)
-    load_tokenizer(model.path)
+    family = family_of(config.model_folder)
+    require_computable(config, family)
+    model = family.inspect(config.model_folder)
+    tokenizer = family.load_tokenizer(model.path)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
     settings = config.data
@@ -126,15 +131,38 @@ def run_preflight(config: DistillConfig) -> Preflight:
         data=data,
         held_out=held_out,
         rows_per_iteration=config.batch.size * (1 + config.fresh_updates),
-        unknown_words=unknown_words(model.path, [*data.captions[:_NUM_READ], *held_out]),
+        unknown_words=tokenizer.unknown_words([*data.captions[:_NUM_READ], *held_out]),
     )
 
 
-def _fits(encoding: Encoding, config: DistillConfig, model: WanFolder) -> bool:
+def require_computable(config: DistillConfig, family: ModelFamily) -> None:
+    """Check that the denoiser of a family can be computed as the roles want it.
+
+    Raises:
+        ConfigError: A setting of `compute` is one that the family does not support.
+    """
+    for role in ROLES:
+        compute: ComputeSettings = getattr(config, role).compute
+        wanted = {
+            "bf16": compute.precision == "bf16",
+            "checkpointing": compute.checkpointing,
+            "compile": compute.compile,
+        }
+        lacking = [name for name in wanted if wanted[name] and name not in family.traits.computes]
+        if lacking:
+            raise ConfigError(
+                f"preparing the {role.replace('_', ' ')} of the family {family.name}",
+                f"{role}.compute asks for {' and '.join(lacking)}",
+                f"settings that the family supports: {', '.join(sorted(family.traits.computes))}",
+                f"Correct {role}.compute",
+            )
+
+
+def _fits(encoding: Encoding, config: DistillConfig, model: ModelFolder) -> bool:
     """Returns True if stored embeddings are what the recipe's text encoder would make."""
     shape = (config.model.text_length, model.text_width)
     return encoding.text_shape == shape and encoding.text_encoder == fingerprint(
-        model.path, TEXT_COMPONENTS
+        model.path, model.layout.text
     )
 
 

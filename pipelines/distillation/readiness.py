@@ -24,7 +24,7 @@ from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ConfigError
-from workers.models.folder import WanFolder
+from workers.models.folder import ModelFolder
 
 _GB = 1e9
 _FLOAT = 4
@@ -59,7 +59,7 @@ class _Need:
 
 
 def check_machine(
-    config: DistillConfig, model: WanFolder, *, resume: bool = False, gpus: bool = True
+    config: DistillConfig, model: ModelFolder, *, resume: bool = False, gpus: bool = True
 ) -> Readiness:
     """Checks what a run takes of this machine.
 
@@ -91,7 +91,7 @@ def check_machine(
     return Readiness(checked, not_checked)
 
 
-def _outputs(config: DistillConfig, model: WanFolder, *, resume: bool) -> str:
+def _outputs(config: DistillConfig, model: ModelFolder, *, resume: bool) -> str:
     """Checks that the run's folder can be made and has room for what the run keeps."""
     folder = config.run_folder.absolute()
     attempted = f"checking the run's folder {folder}"
@@ -120,9 +120,9 @@ def _outputs(config: DistillConfig, model: WanFolder, *, resume: bool) -> str:
     return f"{there} takes files; {_gb(free)} free, checkpoints and generators take {_gb(needed)}"
 
 
-def _disk_bytes(config: DistillConfig, model: WanFolder) -> float:
+def _disk_bytes(config: DistillConfig, model: ModelFolder) -> float:
     """Of the states that are kept, of one that is written before an old one goes, and exports."""
-    network = _FLOAT * model.num_parameters["transformer"]
+    network = _FLOAT * model.num_denoiser_parameters
     averaged = int(config.generator.ema_decay > 0)
     state = network * (3 + averaged + 3)
     states = config.checkpoint.keep + config.checkpoint.keep_best + 1
@@ -155,7 +155,7 @@ def _in_netrc() -> bool:
         return False
 
 
-def _needs(config: DistillConfig, model: WanFolder) -> list[_Need]:
+def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
     """Bytes of every process, by the planner's memory model; of encoders the weights."""
     topology = config.topology
     teams = topology.teams

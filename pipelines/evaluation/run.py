@@ -61,7 +61,7 @@ from sgmd_core.metrics.frechet import clip_features
 from sgmd_core.worlds.shapes import ClipScores, labels_from_captions, score_clips
 from workers.evaluator import Evaluator
 from workers.feature_network import FeatureExtractor, FeatureNetwork
-from workers.models.content import MODEL_COMPONENTS, fingerprint
+from workers.models.content import fingerprint
 
 OnProgress = Callable[[str, int, int], None]
 EVALUATION_FILE = "evaluation.json"
@@ -97,8 +97,8 @@ def evaluate(
 
     Raises:
         ConfigError: Something is missing or out of range.
-        ModelFolderError: A folder is missing, incomplete or not Wan's, or the teacher of the run
-            has changed since.
+        ModelFolderError: A folder is missing, incomplete or of no known family, or the teacher of
+            the run has changed since.
         ShapeError: The clips do not fit the networks.
         DataError: The captions cannot be read.
         LeaseError: Another process evaluates into the same folder.
@@ -179,7 +179,7 @@ def _teacher_sets(
 ) -> dict[str, ClipSet]:
     """The teacher's sets, from an earlier evaluation where they are the same."""
     on_progress("reading the teacher", 0, 1)
-    digest = fingerprint(plan.teacher.folder, MODEL_COMPONENTS)
+    digest = fingerprint(plan.teacher.folder)
     on_progress("reading the teacher", 1, 1)
     evaluator: Evaluator | None = None
     sets: dict[str, ClipSet] = {}

@@ -2,10 +2,11 @@
 
 A few-step generator is only right with its own number of steps and without guidance, and a
 diffusers folder has no place to say so. What the file does not say, or where there is none, the
-defaults of diffusers' WanPipeline hold.
+defaults of the model's family hold: those of diffusers' WanPipeline for Wan.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 from cluster.storage import write_json
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ModelFolderError
+from workers.models.families import family_of
 
 SETTINGS_FILE = "sgmd.json"
 _SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
@@ -36,24 +38,26 @@ class InferenceSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    num_steps: PositiveInt = 50
-    guidance_scale: float = Field(default=5.0, ge=1)
-    flow_shift: PositiveFloat = 1.0
-    text_length: PositiveInt = 512
+    num_steps: PositiveInt
+    guidance_scale: float = Field(ge=1)
+    flow_shift: PositiveFloat
+    text_length: PositiveInt
     negative_prompt: str = ""
-    num_frames: PositiveInt = 81
-    height: PositiveInt = 480
-    width: PositiveInt = 832
-    fps: PositiveInt = 16
+    num_frames: PositiveInt
+    height: PositiveInt
+    width: PositiveInt
+    fps: PositiveInt
 
 
 def read_inference_settings(folder: Path) -> InferenceSettings:
     """Reads how a diffusers folder wants to be sampled.
 
     Raises:
-        ModelFolderError: A settings file is there but cannot be used.
+        ModelFolderError: The folder is of no known family, or a settings file is there but cannot
+            be used.
     """
-    found: dict[str, Any] = {}
+    rules = family_of(folder).traits.sampling
+    found: dict[str, Any] = asdict(rules)
     scheduler = _read_json(folder / _SCHEDULER_FILE)
     for name in ("shift", "flow_shift"):
         if name in scheduler:
@@ -67,8 +71,8 @@ def read_inference_settings(folder: Path) -> InferenceSettings:
             f"reading {folder / SETTINGS_FILE}",
             f"{'.'.join(str(part) for part in first['loc'])} = {first['input']!r}",
             first["msg"],
-            f"Correct the file, or delete it to use WanPipeline's defaults ({error.error_count()} "
-            "value(s) to correct)",
+            f"Correct the file, or delete it to use {rules.source}'s defaults "
+            f"({error.error_count()} value(s) to correct)",
         ) from error
 
 

@@ -21,8 +21,10 @@ from pipelines.planning.hardware import Hardware
 from pipelines.planning.workload import StageName, Workload
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError
-from workers.models.wan_arithmetic import WanShape
+from workers.models.families import family_named
 
+_FAMILY_OF_BENCHMARKS = "wan"
+"""Family of a gpu.json that does not name one."""
 _BYTES_OF_A_STEP = 40
 """That an update moves for one parameter: weight, gradient, two moments and average, in and out."""
 
@@ -129,7 +131,8 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         run = best_run(document)
-        shape = WanShape(**{**run["shape"], "patch_size": tuple(run["shape"]["patch_size"])})
+        family = family_named(run.get("family", _FAMILY_OF_BENCHMARKS))
+        shape = family.shape_from_record(run["shape"])
         forward = shape.forward_flops(tuple(run["latent_shape"]), run["text_length"])
         found: dict[StageName, float] = {}
         flops: dict[StageName, float] = {}

@@ -9,12 +9,10 @@ With shared tracking the two backward passes of the fake score go one after the 
 forward pass, so with checkpointing its activations are made three times in all.
 """
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from cluster.schedule.program import Program
 from pipelines.config.recipe import DistillConfig
@@ -34,29 +32,17 @@ from pipelines.distillation.algorithm import (
     iteration_program,
 )
 from pipelines.distillation.costs import mean_rollout, stage_passes
-from sgmd_core.errors import ConfigError
+from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.objectives import GradientPath
-from workers.models.family import (
-    INDEX_FILE,
-    TRANSFORMER,
-    read_component,
-    require_supported_index,
-)
-from workers.models.wan_arithmetic import WanShape
+from workers.models.configs import INDEX_FILE
+from workers.models.families import families, family_of
+from workers.models.family import DenoiserShape, ModelShape
 
 _COUNTED_WITH = {ANCHOR: DENOISE, DIVERSIFY: LEARN}
 """Stages of a diversity loss, which the planned program does not have."""
 
 StageName = tuple[str, str]
 """Role and stage."""
-
-KNOWN_SHAPES = {
-    "1.3b": WanShape(num_layers=30, width=1536, ffn_width=8960),
-    "14b": WanShape(num_layers=40, width=5120, ffn_width=13824),
-}
-"""Wan 2.1 text-to-video, as released."""
-_FACTORS = (4, 8)
-"""Video frames and pixels a latent cell, of Wan 2.1's autoencoder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +66,7 @@ class Workload:
         checkpointing: Roles whose activations are made again in the backward pass.
     """
 
-    shape: WanShape
+    shape: DenoiserShape
     latent_shape: tuple[int, int, int, int]
     text_length: int
     batch_size: int
@@ -101,13 +87,13 @@ class Workload:
 
         Args:
             config: The recipe.
-            model: A key of `KNOWN_SHAPES`; None reads the recipe's model folder.
+            model: Name of a released model of a family; None reads the recipe's model folder.
 
         Raises:
             ConfigError: There is no such shape or folder, or the clip does not fit it.
             ModelFolderError: The folder holds another kind of model.
         """
-        shape, factors = _known(model) if model else _read(config.model_folder)
+        shape = _released(model) if model else _read(config.model_folder)
         diversity = config.generator.diversity
         computes = {
             GENERATOR: config.generator.compute,
@@ -115,8 +101,8 @@ class Workload:
             FAKE_SCORE: config.fake_score.compute,
         }
         return cls(
-            shape=shape,
-            latent_shape=_latent_shape(config, shape, factors),
+            shape=shape.denoiser,
+            latent_shape=_latent_shape(config, shape),
             text_length=config.model.text_length,
             batch_size=config.batch.size,
             num_steps=config.generator.num_steps,
@@ -210,58 +196,37 @@ class Workload:
         return sent
 
 
-def _known(model: str) -> tuple[WanShape, tuple[int, int]]:
-    if model.lower() not in KNOWN_SHAPES:
-        raise ConfigError(
-            "planning a run", f"a model called {model}", f"one of {', '.join(KNOWN_SHAPES)}"
-        )
-    return KNOWN_SHAPES[model.lower()], _FACTORS
+def released_models() -> dict[str, ModelShape]:
+    """Shapes of the released models of all families, by name."""
+    return {name: shape for family in families() for name, shape in family.traits.released.items()}
 
 
-def _read(folder: Path) -> tuple[WanShape, tuple[int, int]]:
-    """Shape and factors from a folder's configurations; its weights need not be there."""
-    if (folder / INDEX_FILE).exists():
-        require_supported_index(folder)
+def _released(model: str) -> ModelShape:
+    known = released_models()
+    if model.lower() not in known:
+        raise ConfigError("planning a run", f"a model called {model}", f"one of {', '.join(known)}")
+    return known[model.lower()]
+
+
+def _read(folder: Path) -> ModelShape:
+    """Shape from a folder's configurations; its weights need not be there."""
     try:
-        config = _json(folder / "transformer" / "config.json")
-        vae = _json(folder / "vae" / "config.json")
-        shape = WanShape.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+        return family_of(folder).read_shape(folder)
+    except ModelFolderError as error:
+        names = " or ".join(released_models())
+        if (folder / INDEX_FILE).exists():
+            raise
         raise ConfigError(
             f"reading the shape of the networks in {folder}",
-            f"{type(error).__name__}: {error}",
-            "transformer/config.json and vae/config.json of a diffusers Wan folder",
-            f"Set model.folder, or plan for a known shape: --model {' or '.join(KNOWN_SHAPES)}",
+            f"{error.attempted}: {error.found}",
+            "model_index.json and the configurations of a diffusers folder",
+            f"Set model.folder, or plan for a known shape: --model {names}",
         ) from error
-    read_component(folder, TRANSFORMER)
-    factors = (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8))
-    return shape, factors
 
 
-def _json(path: Path) -> Mapping[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _latent_shape(
-    config: DistillConfig, shape: WanShape, factors: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    video, (frames, pixels) = config.video, factors
-    latent = (
-        shape.out_channels,
-        (video.num_frames - 1) // frames + 1,
-        video.height // pixels,
-        video.width // pixels,
-    )
-    fits = (video.num_frames - 1) % frames == 0 and not any(
-        size % (pixels * patch)
-        for size, patch in zip((video.height, video.width), shape.patch_size[1:], strict=True)
-    )
-    if not fits or latent[1] % shape.patch_size[0]:
-        raise ConfigError(
-            "planning a run",
-            f"{video.num_frames} frames of {video.height}x{video.width}",
-            f"1 + a multiple of {frames} frames, and sizes that divide by "
-            f"{pixels * shape.patch_size[1]}",
-            "Correct video.num_frames, video.height or video.width",
-        )
-    return latent
+def _latent_shape(config: DistillConfig, shape: ModelShape) -> tuple[int, int, int, int]:
+    video = config.video
+    try:
+        return shape.geometry.latent_shape(video.num_frames, video.height, video.width)
+    except ShapeError as error:
+        raise ConfigError("planning a run", error.found, error.expected, error.remedy) from error

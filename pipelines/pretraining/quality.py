@@ -19,7 +19,8 @@ from sgmd_core.worlds.shapes import (
     measure_clips,
     score_clips,
 )
-from workers.models.wan import VideoVae, load_text, load_transformer, load_vae
+from workers.models.families import family_of
+from workers.models.family import Autoencoder
 
 _QUALITY_SEED = 9_001
 _DECODE_BATCH = 32
@@ -61,14 +62,17 @@ class QualityReport:
 def measure_folder(folder: Path, config: PretrainConfig) -> QualityReport:
     """Measure a diffusers folder of the world `shapes`; see `QualityReport`."""
     settings, world = config.sampling, config.world
-    transformer, text, vae = load_transformer(folder), load_text(folder), load_vae(folder)
-    latent_shape = vae.latent_shape(world.num_frames, world.frame_px, world.frame_px)
+    family = family_of(folder)
+    denoiser, text = family.load_denoiser(folder), family.load_text(folder)
+    vae = family.load_autoencoder(folder)
+    frames = (world.num_frames, world.frame_px, world.frame_px)
+    latent_shape = family.inspect(folder).latent_shape(*frames)
     seed = config.seed + _QUALITY_SEED
     captions = held_out_captions(settings.num_clips, seed)
 
     def scores(sampling: SamplingSettings, text_length: int) -> ClipScores:
         videos = sample_videos(
-            transformer,
+            denoiser,
             lambda texts: text.encode(texts, text_length),
             vae,
             captions,
@@ -101,7 +105,7 @@ def held_out_captions(num_clips: int, seed: int) -> list[str]:
 def sample_videos(
     velocity: VelocityModel,
     embed: Embed,
-    vae: VideoVae,
+    vae: Autoencoder,
     captions: Sequence[str],
     latent_shape: Sequence[int],
     settings: SamplingSettings,

@@ -33,7 +33,7 @@ from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_F
 from sgmd_core.metrics.frechet import Features, Gaussian, fit_gaussian, frechet_distance
 from workers.build import build_evaluator
 from workers.evaluator import Evaluator, Sampling
-from workers.models.content import MODEL_COMPONENTS, fingerprint
+from workers.models.content import fingerprint
 from workers.role_state import load_role
 
 Figures = Mapping[str, float]
@@ -118,7 +118,7 @@ class StudyEvaluator:
 
     @cached_property
     def _digest(self) -> str:
-        return fingerprint(self._config.model_folder, MODEL_COMPONENTS)
+        return fingerprint(self._config.model_folder)
 
     @cached_property
     def _target(self) -> Gaussian:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines.data.shards.schema import TEXT_COMPONENTS, Encoding, encoded_schema
+from pipelines.data.shards.schema import Encoding, encoded_schema
 from pipelines.data.shards.values import pack_text
 from pipelines.data.stream.ledger import Ledger
 from pipelines.distillation.run import distill, dry_run
@@ -17,8 +17,9 @@ from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import MODES, history, state
 from tests.helpers import tiny_wan
 from workers.models.content import fingerprint
-from workers.models.folder import inspect_wan_folder
 from workers.models.wan import load_text
+from workers.models.wan_family import LAYOUT
+from workers.models.wan_folder import inspect_wan_folder
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def encoded(world: Path, wan_folder: Path, tmp_path_factory: pytest.TempPathFact
         text_shape=(tiny_wan.TEXT_LENGTH, width),
         dtype="float32",
         vae="none",
-        text_encoder=fingerprint(wan_folder, TEXT_COMPONENTS),
+        text_encoder=fingerprint(wan_folder, LAYOUT.text),
     )
     for shard in sorted((world / "train").glob("*.parquet")):
         plain = pq.read_table(shard, columns=["sample_id", "caption"])

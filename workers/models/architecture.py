@@ -1,58 +1,110 @@
-"""Build the networks of a Wan folder without weights, to know what their files must hold."""
+"""Build networks without weights, and compare them with the headers of their weight files."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
 
 from sgmd_core.errors import ModelFolderError
-from workers.models.family import CONFIG_FILE, REMEDY, TEXT_ENCODER, TRANSFORMER
-from workers.models.weights import Architecture
+from workers.models.configs import CONFIG_FILE, REMEDY
+from workers.models.weights import (
+    Architecture,
+    ForeignNames,
+    WeightFiles,
+    check_weights,
+)
 
 # Far above any released model; keeps a damaged number from building for ever.
 _MAX_LAYERS = 1000
 
 
-def build_without_weights(part: Path, config: Mapping[str, Any]) -> nn.Module:
-    """Build a component's network on the meta device, which takes no memory for weights.
+@dataclass(frozen=True, slots=True)
+class CheckedComponent:
+    """A component whose weights are those of its network.
+
+    Attributes:
+        path: Its folder.
+        config: Its configuration, with the defaults of what the file leaves out.
+        architecture: The tensors of its network.
+        weights: Its weight files.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    architecture: Architecture
+    weights: WeightFiles
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkKind:
+    """A class of networks, as far as its files are concerned.
+
+    Attributes:
+        build: Makes the network from the content of its config.json.
+        stem: Name of the weight files without suffix.
+        counts: Keys of the configuration that count layers, bounded before the network is built.
+        ignored: Patterns of names in files that the network leaves out without a loss.
+        convert: Command that makes a component of a single file of another program.
+        foreign: Names that other programs give to the tensors of this network.
+    """
+
+    build: Callable[[dict[str, Any]], Any]
+    stem: str
+    counts: tuple[str, ...] = ("num_layers",)
+    ignored: tuple[str, ...] = ()
+    convert: str = "save it with save_pretrained(FOLDER)"
+    foreign: tuple[ForeignNames, ...] = ()
+
+
+def check_network(part: Path, config: Mapping[str, Any], kind: NetworkKind) -> CheckedComponent:
+    """Check that the weight files of a component are those of its network, by headers alone.
 
     Args:
-        part: Folder of the component, whose name says which network it is.
+        part: Folder of the component.
         config: Content of its config.json.
+        kind: Its network.
+
+    Raises:
+        ModelFolderError: No network has this configuration, or weights are missing, torn or of
+            another network; names the file.
+    """
+    network = build_without_weights(part, config, kind)
+    architecture = architecture_of(network, kind)
+    own: Any = network.config
+    settings = own.to_dict() if hasattr(own, "to_dict") else dict(own)
+    return CheckedComponent(part, settings, architecture, check_weights(part, architecture))
+
+
+def build_without_weights(part: Path, config: Mapping[str, Any], kind: NetworkKind) -> nn.Module:
+    """Build a component's network on the meta device, which takes no memory for weights.
 
     Raises:
         ModelFolderError: No network has this configuration.
     """
     try:
-        _require_bounded(config)
+        for name in kind.counts:
+            _require_bounded(name, config.get(name))
         with torch.device("meta"):
-            if part.name == TRANSFORMER:
-                return _network(WanTransformer3DModel.from_config(dict(config)))
-            if part.name == TEXT_ENCODER:
-                return UMT5EncoderModel(UMT5Config(**config))
-            return _network(AutoencoderKLWan.from_config(dict(config)))
+            # from_config of diffusers is declared to return a pair.
+            network = kind.build(dict(config))
+        assert isinstance(network, nn.Module)
+        return network
     # Whatever a constructor raises, the file that it was given is at fault.
     except Exception as error:
         raise ModelFolderError(
             f"building the network of {part / CONFIG_FILE}",
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            "the configuration of a Wan network",
+            "the configuration of a network of this family",
             REMEDY,
         ) from error
 
 
-def architecture_of(part: Path, network: nn.Module) -> Architecture:
-    """List the tensors that the files of a network must hold.
-
-    Args:
-        part: Folder of the component.
-        network: The network, without weights.
-    """
+def architecture_of(network: nn.Module, kind: NetworkKind) -> Architecture:
+    """List the tensors that the files of a network must hold."""
     tensors = network.state_dict(keep_vars=True)
     names_of: dict[int, list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
@@ -60,20 +112,15 @@ def architecture_of(part: Path, network: nn.Module) -> Architecture:
     # Some releases of these networks brought parameters that are no more, and load without them.
     ignored = getattr(network, "_keys_to_ignore_on_load_unexpected", None) or ()
     return Architecture(
-        component=part.name,
+        stem=kind.stem,
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
         aliases=tuple(tuple(names) for names in names_of.values() if len(names) > 1),
-        ignored=tuple(ignored) + ((r"^(decoder|lm_head)\.",) if part.name == TEXT_ENCODER else ()),
+        ignored=(*ignored, *kind.ignored),
+        convert=kind.convert,
+        foreign=kind.foreign,
     )
 
 
-def _network(made: Any) -> nn.Module:  # noqa: ANN401  (from_config may return a pair)
-    assert isinstance(made, nn.Module)
-    return made
-
-
-def _require_bounded(config: Mapping[str, Any]) -> None:
-    for name in ("num_layers", "num_res_blocks", "num_decoder_layers"):
-        value = config.get(name)
-        if value is not None and not (isinstance(value, int) and 0 < value <= _MAX_LAYERS):
-            raise ValueError(f"{name} is {value!r}, expected 1 to {_MAX_LAYERS}")
+def _require_bounded(name: str, value: object) -> None:
+    if value is not None and not (isinstance(value, int) and 0 < value <= _MAX_LAYERS):
+        raise ValueError(f"{name} is {value!r}, expected 1 to {_MAX_LAYERS}")

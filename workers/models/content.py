@@ -21,18 +21,9 @@ from torch import Tensor
 
 from cluster.files import write_whole
 from sgmd_core.errors import ModelFolderError
-from workers.models.family import (
-    CONFIG_FILE,
-    REMEDY,
-    TEXT_ENCODER,
-    TRANSFORMER,
-    VAE,
-    read_model_json,
-)
+from workers.models.configs import CONFIG_FILE, REMEDY, read_model_json
+from workers.models.families import family_of
 from workers.models.weights import find_weights
-
-MODEL_COMPONENTS = (TRANSFORMER, TEXT_ENCODER, VAE, "tokenizer", "scheduler")
-"""The components that decide what a model makes."""
 
 # Values of a tensor that are looked at together: bounds the memory that a large embedding takes.
 _PART_VALUES = 2**24
@@ -58,39 +49,51 @@ class FileContent:
     not_finite: list[str]
 
 
-def fingerprint(folder: str | Path, components: Sequence[str]) -> str:
+def fingerprint(folder: str | Path, components: Sequence[str] | None = None) -> str:
     """Name the content of some components of a folder, so that what they made can be recognised.
 
     Args:
-        folder: Diffusers folder.
-        components: Names of sub-folders, for example ["vae"].
+        folder: Model folder.
+        components: Names of sub-folders, for example ["vae"]; None takes all that decide what the
+            model makes.
 
     Raises:
-        ModelFolderError: A component has no files or weights that are not finite.
+        ModelFolderError: The folder is of no known family, or a component has no files or weights
+            that are not finite.
     """
-    digests = [component_digest(Path(folder) / component) for component in components]
+    layout = family_of(folder).traits.layout
+    names = layout.components if components is None else components
+    digests = [component_digest(Path(folder) / name, layout.weights.get(name)) for name in names]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()[:16]
 
 
 def model_digests(folder: str | Path) -> dict[str, str]:
-    """Digest of each of `MODEL_COMPONENTS`.
+    """Digest of each component that decides what the model makes.
 
     Raises:
         ModelFolderError: As `fingerprint`.
     """
-    return {name: component_digest(Path(folder) / name) for name in MODEL_COMPONENTS}
+    layout = family_of(folder).traits.layout
+    return {
+        name: component_digest(Path(folder) / name, layout.weights.get(name))
+        for name in layout.components
+    }
 
 
-def component_digest(part: Path) -> str:
+def component_digest(part: Path, stem: str | None) -> str:
     """Digest of one component: 16 hexadecimal digits.
+
+    Args:
+        part: Folder of the component.
+        stem: Name of its weight files without suffix; None: it has no weights.
 
     Raises:
         ModelFolderError: There are no files, or weights that are not finite.
     """
     digest = hashlib.sha256(f"{part.name}\n".encode())
-    if part.name in (TRANSFORMER, TEXT_ENCODER, VAE):
+    if stem is not None:
         digest.update(_without_notes(part / CONFIG_FILE))
-        for name, value in sorted(_tensors(part).items()):
+        for name, value in sorted(_tensors(part, stem).items()):
             digest.update(f"{name} {value}\n".encode())
         return digest.hexdigest()[:16]
     files = sorted(path for path in part.rglob("*") if path.is_file())
@@ -129,8 +132,8 @@ def read_content(file: Path) -> FileContent:
         ) from error
 
 
-def _tensors(part: Path) -> dict[str, str]:
-    files = find_weights(part).used
+def _tensors(part: Path, stem: str) -> dict[str, str]:
+    files = find_weights(part, stem).used
     workers = min(_MAX_FILES_AT_ONCE, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         contents = dict(zip(files, pool.map(read_content, files), strict=True))

@@ -1,212 +1,267 @@
-"""Tell a Wan text-to-video folder from every other model, by its configurations alone.
+"""What a model family is to everything outside of it: two interfaces and the records they hand out.
 
-    model_index.json            WanPipeline, one denoiser, no boundary between experts
-    COMPONENT/config.json       the class of the component, no image input, no quantization
+    ModelFamily    folder -> checked folder, networks, sampler, arithmetic; weights -> folder
+    Denoiser       (x_t, sigma, text) -> velocity, with blocks, precision and checkpointing
 
-No weight is opened and no network library is imported, so `sgmd plan` can ask before anything is
-downloaded.
+A family is one file with a class of each, and a place in `workers.models.families`. Nothing here
+imports a library of networks, and a family imports its own where it loads them: a plan reads
+configurations only.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
 
 from sgmd_core.errors import ModelFolderError
+from sgmd_core.types import Text
+from workers.models.folder import ClipGeometry, FolderLayout, LatentShape, ModelFolder
+from workers.models.sampling import ClipSampler, SamplingRules
+from workers.models.vocabulary import CaptionTokenizer
 
-INDEX_FILE = "model_index.json"
-CONFIG_FILE = "config.json"
-TRANSFORMER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
-REMEDY = "Give a complete diffusers folder of a Wan text-to-video model with one denoiser"
 
-_PIPELINE_CLASS = "WanPipeline"
-_CLASSES = {
-    TRANSFORMER: ["diffusers", "WanTransformer3DModel"],
-    VAE: ["diffusers", "AutoencoderKLWan"],
-    TEXT_ENCODER: ["transformers", "UMT5EncoderModel"],
-}
-_TOKENIZER_LIBRARY = "transformers"
-_CONVERT = "https://github.com/huggingface/diffusers/blob/main/scripts/convert_wan_to_diffusers.py"
-# What another kind of model is for, so that the sentence says why it cannot be distilled.
-_OTHER_PIPELINES = {
-    "WanImageToVideoPipeline": "an image-to-video model",
-    "WanVACEPipeline": "a VACE model, which edits given videos",
-    "WanVideoToVideoPipeline": "a video-to-video pipeline",
-    "WanAnimatePipeline": "an animation model, which takes an image and a motion",
-    "WanSpeechToVideoPipeline": "a speech-to-video model",
-}
-# Keys of transformer/config.json that only models with an image input set.
-_IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
-# Files of the original release, which is laid out in another way.
-_ORIGINAL_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
+class Denoiser(nn.Module, ABC):
+    """A network of a family as a velocity model.
+
+    A class and not a protocol: FSDP2, `functional_call` and state dicts need an `nn.Module`.
+
+    Attributes:
+        autocast_dtype: Type of matrix products; None: the network's own.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocast_dtype: torch.dtype | None = None
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        """Predict the velocity `noise - x0`.
+
+        Args:
+            x_t: Noisy latents (B, C, T, H, W).
+            sigma: Noise level of each sample (B,), in [0, 1].
+            text: Text embeddings (B, L, D), zeros after the caption's end.
+
+        Returns:
+            Velocity in float32, shaped like `x_t`, no view: FSDP2 hooks it.
+
+        Raises:
+            ShapeError: The latents do not fit the network.
+        """
+
+    @property
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """Layers, in order: sharded, checkpointed and compiled one at a time."""
+
+    @abstractmethod
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute the activations of the layers in the backward pass, or keep them."""
+
+
+class TextEmbedder(Protocol):
+    """Tokenizer and text encoder."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The text encoder, to be moved to a device."""
+        ...
+
+    def encode(self, captions: Sequence[str], max_length: int) -> Text:
+        """Embed captions without gradient, (B, max_length, D), zeros after each caption's end."""
+        ...
+
+
+class Autoencoder(Protocol):
+    """Videos (B, 3, T, H, W) in [0, 1] to normalised latents (B, C, T', H', W') and back."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network, to be moved to a device."""
+        ...
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Encode videos; the same latents each time.
+
+        Raises:
+            ShapeError: The clips do not divide into latent cells.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Decode latents to float32 videos in [0, 1]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class WanConfigs:
-    """The configurations of a Wan text-to-video folder.
+class PassFlops:
+    """Operations of the passes of one sample, without what checkpointing makes again.
 
     Attributes:
-        path: The folder.
-        index: Content of model_index.json.
-        components: Content of config.json by component.
+        forward: A forward pass.
+        to_input: A backward pass to the latents alone.
+        to_parameters: A backward pass to all parameters and not to the latents.
+        attention: What of `forward` lies inside attention: scores and values.
     """
 
-    path: Path
-    index: Mapping[str, Any]
-    components: Mapping[str, Mapping[str, Any]]
+    forward: int
+    to_input: int
+    to_parameters: int
+    attention: int
 
 
-def read_configs(folder: str | Path) -> WanConfigs:
-    """Read the configurations of a folder and refuse every model that is not supported.
+class DenoiserShape(Protocol):
+    """Costs of a denoiser by its configuration: parameters, operations, bytes."""
 
-    Raises:
-        ModelFolderError: A file is missing or no JSON, or the folder is not a text-to-video Wan
-            with one denoiser; says which kind of model it is where that is known.
+    @property
+    def num_layers(self) -> int:
+        """Layers: `Denoiser.blocks`."""
+        ...
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream between layers."""
+        ...
+
+    @property
+    def text_width(self) -> int:
+        """Width of a caption embedding."""
+        ...
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters, biases and norms included."""
+        ...
+
+    @property
+    def parameters_per_layer(self) -> int:
+        """Parameters of one layer."""
+        ...
+
+    def num_tokens(self, latent_shape: LatentShape) -> int:
+        """Tokens of one sample."""
+        ...
+
+    def forward_flops(self, latent_shape: LatentShape, text_length: int) -> int:
+        """Operations of one forward pass of one sample."""
+        ...
+
+    def pass_flops(self, latent_shape: LatentShape, text_length: int) -> PassFlops:
+        """Operations of one forward pass of one sample, and of the backward passes after it."""
+        ...
+
+    def graph_bytes(
+        self, latent_shape: LatentShape, text_length: int, *, bf16: bool, checkpointing: bool
+    ) -> int:
+        """Bytes that one sample's forward pass keeps for its backward pass."""
+        ...
+
+    def layer_graph_bytes(self, latent_shape: LatentShape, text_length: int, *, bf16: bool) -> int:
+        """Bytes of one layer's part of a graph without checkpointing."""
+        ...
+
+    def transient_bytes(self, latent_shape: LatentShape, *, bf16: bool) -> int:
+        """Bytes that a pass without a graph holds at its widest place, for one sample."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Arithmetic of a model: its denoiser and the sizes of its latents."""
+
+    denoiser: DenoiserShape
+    geometry: ClipGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyTraits:
+    """Facts of a family that need no folder.
+
+    Attributes:
+        about: One line for readers.
+        layout: Components of its folders.
+        sampling: How a folder is sampled that does not say so.
+        computes: Values of `compute` that its denoiser supports, of `bf16`, `checkpointing` and
+            `compile`.
+        relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
+        released: Shapes of released models by name, to plan for before a folder is there.
     """
-    path = Path(folder)
-    require_supported_index(path)
-    components = {name: read_component(path, name) for name in _CLASSES}
-    return WanConfigs(path, read_model_json(path / INDEX_FILE), components)
+
+    about: str
+    layout: FolderLayout
+    sampling: SamplingRules
+    computes: frozenset[str] = frozenset({"bf16", "checkpointing", "compile"})
+    relatives: Mapping[str, str] = field(default_factory=dict)
+    released: Mapping[str, ModelShape] = field(default_factory=dict)
 
 
-def require_supported_index(folder: Path) -> None:
-    """Check model_index.json: a WanPipeline of one text-to-video denoiser.
+@runtime_checkable
+class ModelFamily(Protocol):
+    """Everything that is known of one kind of text-to-video model.
 
-    Raises:
-        ModelFolderError: It is missing, no JSON, or of another kind of model.
+    Methods that take a folder raise `ModelFolderError` where a file is missing, torn or of another
+    model, and name it.
     """
-    index = _read_index(folder)
-    pipeline = index.get("_class_name")
-    if pipeline != _PIPELINE_CLASS:
-        kind = _OTHER_PIPELINES.get(str(pipeline))
-        found = f"_class_name is {pipeline!r}" + (f": {kind}" if kind else "")
-        raise _unsupported(folder, found, f"_class_name {_PIPELINE_CLASS!r}, text to video")
-    _require_one_denoiser(folder, index)
-    for component, expected in _CLASSES.items():
-        if index.get(component) != expected:
-            raise _unsupported(
-                folder, f"{component} is {index.get(component)}", f"{component} to be {expected}"
-            )
-    tokenizer = index.get("tokenizer")
-    if not (isinstance(tokenizer, list) and tokenizer[:1] == [_TOKENIZER_LIBRARY]):
-        raise _unsupported(
-            folder, f"tokenizer is {tokenizer}", f"a tokenizer of {_TOKENIZER_LIBRARY}"
-        )
 
+    @property
+    def name(self) -> str:
+        """Name in messages and results."""
+        ...
 
-def read_component(folder: Path, component: str) -> Mapping[str, Any]:
-    """Read and check the configuration of one component.
+    @property
+    def traits(self) -> FamilyTraits:
+        """Facts that need no folder."""
+        ...
 
-    Raises:
-        ModelFolderError: It is missing, no JSON, of another class, quantized, an adapter, or takes
-            an image.
-    """
-    part = folder / component
-    config = read_model_json(part / CONFIG_FILE)
-    _require_class(part, config, _CLASSES[component][1])
-    if (part / "adapter_config.json").exists():
-        raise ModelFolderError(
-            f"reading {part}",
-            "adapter_config.json: a LoRA adapter beside the weights",
-            "the weights of the network alone",
-            "Merge it first: WanPipeline.load_lora_weights(...), fuse_lora(), save_pretrained(...)",
-        )
-    for key in ("quantization_config", "transformers_weights"):
-        if config.get(key) is not None:
-            raise ModelFolderError(
-                f"reading {part / CONFIG_FILE}",
-                f"{key} = {config[key]!r}",
-                "weights in float32, bfloat16 or float16 under their usual name",
-                "Use the folder as it was released, before quantization",
-            )
-    if component == TRANSFORMER:
-        _require_text_input(part, config)
-    return config
+    def explain_files(self, folder: Path) -> ModelFolderError | None:
+        """Refusal of a folder without model_index.json that holds this family in another layout."""
+        ...
 
+    def read_shape(self, folder: Path) -> ModelShape:
+        """Read the shape from configurations alone; weights need not be there."""
+        ...
 
-def read_model_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+    def shape_from_record(self, record: Mapping[str, Any]) -> DenoiserShape:
+        """Rebuild a shape from the JSON object that a benchmark has written of it."""
+        ...
 
-    Raises:
-        ModelFolderError: The file is missing, or holds no JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _unreadable(path, f"the file {path} is missing or unreadable ({error})") from error
-    except ValueError as error:
-        raise _unreadable(path, f"the file {path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise _unreadable(path, f"the file {path} holds a {type(content).__name__}")
-    return content
+    def inspect(self, folder: Path) -> ModelFolder:
+        """Check configurations and weight headers, without reading a value."""
+        ...
 
+    def load_denoiser(self, folder: Path, dtype: torch.dtype = torch.float32) -> Denoiser:
+        """Load the denoiser in evaluation mode, every tensor from the files."""
+        ...
 
-def _unreadable(path: Path, found: str) -> ModelFolderError:
-    return ModelFolderError(f"reading {path}", found, "a JSON object", REMEDY)
+    def load_text(self, folder: Path, dtype: torch.dtype | None = None) -> TextEmbedder:
+        """Load tokenizer and text encoder, frozen; None keeps the library's own type."""
+        ...
 
+    def load_autoencoder(self, folder: Path) -> Autoencoder:
+        """Load the autoencoder in float32, frozen."""
+        ...
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    attempted = f"loading a Wan model from {folder}"
-    if not folder.is_dir():
-        found = "a file" if folder.is_file() else "no such folder"
-        raise ModelFolderError(attempted, found, "a diffusers folder", REMEDY)
-    if not (folder / INDEX_FILE).exists() and (
-        any((folder / name).exists() for name in _ORIGINAL_FILES) or (folder / CONFIG_FILE).exists()
-    ):
-        raise ModelFolderError(
-            attempted,
-            f"no {INDEX_FILE}, but files of the original release or of one component alone",
-            f"{INDEX_FILE} beside the folders {', '.join(_CLASSES)}, tokenizer and scheduler",
-            f"Download the repository whose name ends in -Diffusers, or convert it: {_CONVERT}",
-        )
-    return read_model_json(folder / INDEX_FILE)
+    def load_tokenizer(self, folder: Path) -> CaptionTokenizer:
+        """Load the tokenizer alone."""
+        ...
 
+    def open_sampler(self, folder: Path, device: str) -> ClipSampler:
+        """Load what turns prompts into clips, as users of the folder would sample it."""
+        ...
 
-def _require_one_denoiser(folder: Path, index: Mapping[str, Any]) -> None:
-    second = index.get("transformer_2")
-    reasons = [
-        f"transformer_2 is {second}" * bool(isinstance(second, list) and any(second)),
-        f"boundary_ratio is {index.get('boundary_ratio')}"
-        * (index.get("boundary_ratio") is not None),
-        "a folder transformer_2/" * (folder / "transformer_2").exists(),
-    ]
-    if any(reasons):
-        found = ", ".join(reason for reason in reasons if reason)
-        raise _unsupported(
-            folder,
-            f"{found}: a mixture of two denoisers, one for each range of noise (Wan2.2-A14B)",
-            "one denoiser for all noise levels; two experts are not supported yet",
-        )
+    def export(
+        self, dst: Path, base_folder: Path, weights: Mapping[str, Tensor], *, flow_shift: float
+    ) -> None:
+        """Write a model folder: a new denoiser beside the other components of a base folder.
 
-
-def _require_class(part: Path, config: Mapping[str, Any], expected: str) -> None:
-    # diffusers writes `_class_name`; transformers `architectures` and `model_type`.
-    found = config.get("_class_name")
-    if part.name == TEXT_ENCODER:
-        architectures = config.get("architectures") or []
-        found = expected if config.get("model_type") == "umt5" else config.get("model_type")
-        if architectures and not all(str(name).startswith("UMT5") for name in architectures):
-            found = ", ".join(map(str, architectures))
-    if found != expected:
-        raise ModelFolderError(
-            f"reading {part / CONFIG_FILE}", f"a {found}", f"a {expected}", REMEDY
-        )
-
-
-def _require_text_input(part: Path, config: Mapping[str, Any]) -> None:
-    given = [f"{key} = {config[key]}" for key in _IMAGE_KEYS if config.get(key) is not None]
-    channels = config.get("in_channels", 16), config.get("out_channels", 16)
-    if channels[0] != channels[1]:
-        given.append(f"in_channels = {channels[0]} and out_channels = {channels[1]}")
-    if given:
-        raise ModelFolderError(
-            f"reading {part / CONFIG_FILE}",
-            f"{', '.join(given)}: a denoiser that takes an image or a video besides the text",
-            "a text-to-video denoiser",
-            "Give the text-to-video model of the same size",
-        )
-
-
-def _unsupported(folder: Path, found: str, expected: str) -> ModelFolderError:
-    return ModelFolderError(f"reading {folder / INDEX_FILE}", found, expected, REMEDY)
+        Args:
+            dst: Folder to write; an existing one is replaced whole.
+            base_folder: Source of the other components and of the denoiser's configuration.
+            weights: Parameters of the `Denoiser` by name.
+            flow_shift: Shift of the noise levels that the folder is sampled with.
+        """
+        ...

@@ -1,4 +1,4 @@
-"""Load networks and tokenizer of a Wan folder from safetensors files, whole or not at all.
+"""Load networks and tokenizer of a model folder from safetensors files, whole or not at all.
 
 A library that misses a tensor draws new random weights and says so in a log line. Here that is an
 error. Nothing is unpickled, no code that a folder brings along is run, and nothing is looked up on
@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sgmd_core.errors import ModelFolderError
-from workers.models.family import REMEDY
-from workers.models.folder import CheckedComponent, check_component
+from workers.models.architecture import CheckedComponent
+from workers.models.configs import REMEDY
 
 TOKENIZER = "tokenizer"
 """Folder of the tokenizer."""
@@ -24,20 +24,18 @@ TOKENIZER = "tokenizer"
 _MAX_NAMED = 4
 
 
-def load_network(network: Any, folder: Path, component: str, **options: Any) -> Any:  # noqa: ANN401  (a class of diffusers or transformers)
+def load_network(network: Any, part: CheckedComponent, **options: Any) -> Any:  # noqa: ANN401  (a class of diffusers or transformers)
     """Load a network in evaluation mode, every tensor of it from the files.
 
     Args:
         network: Class of diffusers or transformers.
-        folder: Folder that holds the component's folder.
-        component: Name of the component.
+        part: The component, as `check_network` returns it.
         **options: For `from_pretrained`.
 
     Raises:
-        ModelFolderError: A file is missing, torn or of another network, or the library has not
-            taken every tensor from the files.
+        ModelFolderError: A file cannot be read, or the library has not taken every tensor from the
+            files.
     """
-    part = check_component(folder, component)
     try:
         loaded, info = network.from_pretrained(
             part.path,
@@ -54,7 +52,7 @@ def load_network(network: Any, folder: Path, component: str, **options: Any) -> 
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a Wan folder.
+    """Load the tokenizer of a model folder.
 
     Raises:
         ModelFolderError: A file is missing or cannot be read, or the tokenizer needs code.
@@ -62,7 +60,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokens = folder / TOKENIZER
     if not (tokens / "tokenizer_config.json").is_file():
         raise ModelFolderError(
-            f"loading a Wan model from {folder}",
+            f"loading the model {folder}",
             f"the file {tokens / 'tokenizer_config.json'} is missing",
             "a tokenizer of transformers",
             REMEDY,
@@ -76,7 +74,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @torch.no_grad()
 def require_telling_apart(
-    part: Path, tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel
+    part: Path, tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel
 ) -> None:
     """Check on two captions of one token that a text encoder is whole and finite.
 

@@ -1,14 +1,12 @@
-"""Words of captions that a tokenizer does not know."""
+"""Tokens of captions: how many a caption has, and which of its words a tokenizer does not know."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Protocol, cast
 
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
-from workers.models.loading import load_tokenizer
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _NUM_WORDS_SHOWN = 5
 
@@ -36,23 +34,52 @@ class UnknownWords:
         )
 
 
-def unknown_words(folder: str | Path, captions: Sequence[str]) -> UnknownWords:
-    """Counts the captions in which a word becomes the token for unknown words.
+class CaptionTokenizer(Protocol):
+    """The tokenizer of a model."""
 
-    Raises:
-        ModelFolderError: the folder has no tokenizer.
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Count the tokens of each caption, uncut, end included."""
+        ...
+
+    def unknown_words(self, captions: Sequence[str]) -> UnknownWords:
+        """Count the captions in which a word becomes the token for unknown words."""
+        ...
+
+
+class LibraryTokenizer:
+    """A tokenizer of transformers.
+
+    Args:
+        tokenizer: The tokenizer.
+        clean: What the model's pipeline does to a caption first.
     """
-    tokenizer = load_tokenizer(Path(folder))
-    is_fast = bool(tokenizer.is_fast)
-    words: Counter[str] = Counter()
-    num_affected = 0
-    for caption in map(prompt_clean, captions):
-        encoded = tokenizer(caption, return_offsets_mapping=is_fast)
-        ids = cast("list[int]", encoded["input_ids"])
-        unknown = [at for at, each in enumerate(ids) if each == tokenizer.unk_token_id]
-        num_affected += bool(unknown)
-        if is_fast:
-            borders = cast("list[tuple[int, int]]", encoded["offset_mapping"])
-            words.update(caption[slice(*borders[at])].strip() for at in unknown)
-    shown = tuple(word for word, _ in words.most_common(_NUM_WORDS_SHOWN))
-    return UnknownWords(len(captions), num_affected, shown)
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        clean: Callable[[str], str] = lambda caption: caption,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._clean = clean
+
+    def count_tokens(self, captions: Sequence[str]) -> list[int]:
+        """Count the tokens of each caption, uncut, end included."""
+        tokens = self._tokenizer([self._clean(caption) for caption in captions])
+        return [len(ids) for ids in cast("list[list[int]]", tokens.input_ids)]
+
+    def unknown_words(self, captions: Sequence[str]) -> UnknownWords:
+        """Count the captions in which a word becomes the token for unknown words."""
+        tokenizer = self._tokenizer
+        is_fast = bool(tokenizer.is_fast)
+        words: Counter[str] = Counter()
+        num_affected = 0
+        for caption in map(self._clean, captions):
+            encoded = tokenizer(caption, return_offsets_mapping=is_fast)
+            ids = cast("list[int]", encoded["input_ids"])
+            unknown = [at for at, each in enumerate(ids) if each == tokenizer.unk_token_id]
+            num_affected += bool(unknown)
+            if is_fast:
+                borders = cast("list[tuple[int, int]]", encoded["offset_mapping"])
+                words.update(caption[slice(*borders[at])].strip() for at in unknown)
+        shown = tuple(word for word, _ in words.most_common(_NUM_WORDS_SHOWN))
+        return UnknownWords(len(captions), num_affected, shown)

@@ -1,8 +1,8 @@
-"""Wan, spoken to in our words: velocities, captions and videos in, latents out.
+"""Networks of Wan: velocities, captions and videos in, latents out.
 
-The only file that knows Wan's time scale, argument names, file layout and latent normalisation.
+The only file that knows Wan's time scale, argument names and latent normalisation.
 
-    VelocityModel   WanVelocity     (x_t, sigma, text) -> velocity
+    Denoiser        WanVelocity     (x_t, sigma, text) -> velocity
     captions        CaptionEncoder  captions -> text embeddings, as WanPipeline makes them
     pixels          VideoVae        videos in [0, 1] <-> normalised latents
 
@@ -12,7 +12,7 @@ vae/ and scheduler/.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,40 +23,35 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from cluster.files import whole_folder
 from sgmd_core.errors import ShapeError
-from workers.models.family import (
-    INDEX_FILE,
+from workers.models.configs import INDEX_FILE, read_model_json
+from workers.models.family import Denoiser
+from workers.models.folder import ClipGeometry
+from workers.models.loading import load_network, load_tokenizer, require_telling_apart
+from workers.models.scheduler import build_scheduler
+from workers.models.wan_family import (
+    LAYOUT,
     TEXT_ENCODER,
+    TOKENIZER,
     TRANSFORMER,
     VAE,
-    read_model_json,
     require_supported_index,
 )
-from workers.models.loading import (
-    TOKENIZER,
-    load_network,
-    load_tokenizer,
-    require_telling_apart,
-)
-from workers.models.scheduler import build_scheduler
+from workers.models.wan_folder import check_component
 from workers.models.weights import find_weights
 
 _TIME_SCALE = 1000.0
 
 
-class WanVelocity(nn.Module):
+class WanVelocity(Denoiser):
     """A Wan denoiser as a velocity model.
 
     Args:
         transformer: The network of diffusers.
-
-    Attributes:
-        autocast_dtype: What matrix products are computed in; None: the transformer's own dtype.
     """
 
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         super().__init__()
         self.transformer = transformer
-        self.autocast_dtype: torch.dtype | None = None
 
     def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         """Predict the velocity `noise - x0`.
@@ -91,6 +86,13 @@ class WanVelocity(nn.Module):
         """The layers, in order: what is gathered one at a time when the network is sharded."""
         return list(self.transformer.blocks)
 
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute the activations of the layers in the backward pass, or keep them."""
+        if enabled:
+            self.transformer.enable_gradient_checkpointing()
+        else:
+            self.transformer.disable_gradient_checkpointing()
+
     def _require_latents(self, x_t: Tensor) -> None:
         channels = self.transformer.config["in_channels"]
         patch_size = tuple(self.transformer.config["patch_size"])
@@ -115,9 +117,9 @@ class CaptionEncoder:
         self.text_encoder = text_encoder
 
     @property
-    def text_dim(self) -> int:
-        """Width of a text embedding."""
-        return self.text_encoder.config.d_model
+    def network(self) -> nn.Module:
+        """The text encoder."""
+        return self.text_encoder
 
     def encode(self, captions: Sequence[str], max_length: int) -> Tensor:
         """Embed captions exactly as WanPipeline does; no gradient.
@@ -167,6 +169,11 @@ class VideoVae:
     def __init__(self, vae: AutoencoderKLWan) -> None:
         self.vae = vae
 
+    @property
+    def network(self) -> nn.Module:
+        """The network of diffusers."""
+        return self.vae
+
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
         """Encode videos (B, 3, T, H, W) in [0, 1] to normalised latents (B, C, T', H', W')."""
@@ -187,23 +194,13 @@ class VideoVae:
         """Latent shape (C, T, H, W) of a video.
 
         Raises:
-            ShapeError: a size is not a multiple of what the autoencoder and patches need.
+            ShapeError: A size is not a multiple of what the autoencoder needs.
         """
         config = self.vae.config
-        temporal, spatial = config["scale_factor_temporal"], config["scale_factor_spatial"]
-        if num_frames < 1 or (num_frames - 1) % temporal or height % spatial or width % spatial:
-            raise ShapeError(
-                "sizing latents",
-                f"a video of {num_frames} frames, {height} x {width} px",
-                f"frames = 1 + a multiple of {temporal}, height and width multiples of {spatial}",
-                "Change the number of frames or the frame size",
-            )
-        return (
-            config["z_dim"],
-            1 + (num_frames - 1) // temporal,
-            height // spatial,
-            width // spatial,
+        geometry = ClipGeometry(
+            config["z_dim"], config["scale_factor_temporal"], config["scale_factor_spatial"]
         )
+        return geometry.latent_shape(num_frames, height, width)
 
     def _statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.vae.config
@@ -220,7 +217,8 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
             not those of the network.
     """
     require_supported_index(Path(folder))
-    return WanVelocity(load_network(WanTransformer3DModel, Path(folder), TRANSFORMER, dtype=dtype))
+    part = check_component(Path(folder), TRANSFORMER)
+    return WanVelocity(load_network(WanTransformer3DModel, part, dtype=dtype))
 
 
 def load_text(folder: str | Path, dtype: torch.dtype | None = None) -> CaptionEncoder:
@@ -235,25 +233,11 @@ def load_text(folder: str | Path, dtype: torch.dtype | None = None) -> CaptionEn
     """
     require_supported_index(Path(folder))
     options = {} if dtype is None else {"dtype": dtype}
-    text_encoder = load_network(UMT5EncoderModel, Path(folder), TEXT_ENCODER, **options)
+    part = check_component(Path(folder), TEXT_ENCODER)
+    text_encoder = load_network(UMT5EncoderModel, part, **options)
     tokenizer = load_tokenizer(Path(folder))
     require_telling_apart(Path(folder) / TEXT_ENCODER, tokenizer, text_encoder)
     return CaptionEncoder(tokenizer, text_encoder.requires_grad_(False))
-
-
-def token_counter(folder: str | Path) -> Callable[[Sequence[str]], list[int]]:
-    """A function that tells how many tokens each of several captions has, uncut, end included.
-
-    Raises:
-        ModelFolderError: the folder is not Wan's, or has no tokenizer.
-    """
-    require_supported_index(Path(folder))
-    tokenizer = load_tokenizer(Path(folder))
-
-    def count(captions: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in tokenizer([prompt_clean(c) for c in captions]).input_ids]
-
-    return count
 
 
 def load_vae(folder: str | Path) -> VideoVae:
@@ -275,8 +259,8 @@ def open_autoencoder(folder: str | Path) -> VideoVae:
     Raises:
         ModelFolderError: As `load_transformer`.
     """
-    part = Path(folder)
-    vae = load_network(AutoencoderKLWan, part.parent, part.name, dtype=torch.float32)
+    part = check_component(Path(folder).parent, Path(folder).name)
+    vae = load_network(AutoencoderKLWan, part, dtype=torch.float32)
     return VideoVae(vae.requires_grad_(False))
 
 
@@ -306,7 +290,7 @@ def save_generator_pipeline(
         shutil.copytree(base / TOKENIZER, draft / TOKENIZER)
         for name in (VAE, TEXT_ENCODER):
             # Weight files that nothing loads, pickles among them, have no place in an export.
-            unused = [path.name for path in find_weights(base / name).unused]
+            unused = [path.name for path in find_weights(base / name, LAYOUT.weights[name]).unused]
             shutil.copytree(base / name, draft / name, ignore=lambda _, __, names=unused: names)
         scheduler.save_pretrained(draft / "scheduler")
         (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")

@@ -21,25 +21,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Self
 
+from workers.models.family import PassFlops
+
 _TIME_CHANNELS = 6
 """Shift, scale and gate before self-attention and before feed-forward."""
-
-
-@dataclass(frozen=True, slots=True)
-class PassFlops:
-    """Operations of the passes of one sample, without what checkpointing makes again.
-
-    Attributes:
-        forward: A forward pass.
-        to_input: A backward pass to the latents alone.
-        to_parameters: A backward pass to all parameters and not to the latents.
-        attention: What of `forward` lies inside attention: scores and values.
-    """
-
-    forward: int
-    to_input: int
-    to_parameters: int
-    attention: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +179,13 @@ class WanShape:
         """
         n, size = self.num_tokens(latent_shape), 2 if bf16 else 4
         return 2 * size * n * self.ffn_width + 24 * n * self.width
+
+
+RELEASED_SHAPES = {
+    "1.3b": WanShape(num_layers=30, width=1536, ffn_width=8960),
+    "14b": WanShape(num_layers=40, width=5120, ffn_width=13824),
+}
+"""Wan 2.1 text-to-video, as released."""
 
 
 def _linear(inputs: int, outputs: int) -> int:

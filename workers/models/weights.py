@@ -8,51 +8,59 @@ pickles, adapters) are never opened.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from sgmd_core.errors import ModelFolderError
-from workers.models.family import REMEDY, TEXT_ENCODER, TRANSFORMER, VAE, read_model_json
+from workers.models.configs import REMEDY, read_model_json
 
 DTYPES = ("F32", "BF16", "F16", "F64")
 """Types of weights that can be trained on or computed with, in the words of safetensors."""
 
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+TRANSFORMERS_STEM = "model"
+"""Names under which the two libraries look for weight files, without suffix."""
+
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack")
 _MAX_NAMED = 4
-_SCRIPT = "scripts/convert_wan_to_diffusers.py of diffusers"
-_FROM_SINGLE_FILE = {
-    TRANSFORMER: "WanTransformer3DModel.from_single_file(FILE).save_pretrained(FOLDER)",
-    VAE: "AutoencoderKLWan.from_single_file(FILE).save_pretrained(FOLDER)",
-    TEXT_ENCODER: _SCRIPT,
-}
-# Names that tell which program wrote a file, its kind, and what makes it a component of diffusers.
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignNames:
+    """Names of tensors that another program writes.
+
+    Attributes:
+        pattern: Regular expression that matches at least one of them.
+        kind: What such a file is.
+        remedy: What makes it a component of a model folder; `{convert}` is the network's own way.
+    """
+
+    pattern: str
+    kind: str
+    remedy: str
+
+
 _FOREIGN_NAMES = (
-    (
+    ForeignNames(
         r"lora_|\.lora|hada_|lokr_",
         "a LoRA file, which holds changes of weights and no network",
-        "Merge it: WanPipeline.load_lora_weights(FILE), fuse_lora(), save_pretrained(FOLDER)",
+        "Merge it: load_lora_weights(FILE), fuse_lora(), save_pretrained(FOLDER) of the pipeline",
     ),
-    (
+    ForeignNames(
         r"scaled_fp8|\.(scale_weight|scale_input|weight_scale|input_scale)$",
         "scaled weights in 8 bits",
         "Use the weights in bfloat16, float16 or float32",
     ),
-    (r"^(model\.)?diffusion_model\.", "the names of ComfyUI", "Convert it: {convert}"),
-    (
-        r"self_attn\.|^blocks\.\d+\.attn\.|^token_embedding\.|^(text|time)_embedding\.|^head\.|"
-        r"^(encoder|decoder)\.(conv1|middle|downsamples|upsamples|head)\.|^conv[12]\.",
-        "the names of the original Wan release",
-        "Convert it: {convert}; " + _SCRIPT + " makes a whole folder",
-    ),
-    (
-        r"^(module|_orig_mod|transformer|model|vae|text_encoder)\.",
-        "the names of a network inside a wrapper",
-        "Save the network itself with save_pretrained(FOLDER)",
-    ),
+    ForeignNames(r"^(model\.)?diffusion_model\.", "the names of ComfyUI", "Convert it: {convert}"),
+)
+_WRAPPED_NAMES = ForeignNames(
+    r"^(module|_orig_mod|transformer|model|vae|text_encoder)\.",
+    "the names of a network inside a wrapper",
+    "Save the network itself with save_pretrained(FOLDER)",
 )
 
 
@@ -74,16 +82,20 @@ class Architecture:
     """The tensors of a network that a component must bring.
 
     Attributes:
-        component: Name of the component.
+        stem: Name of the weight files without suffix.
         shapes: Shapes by name, of parameters and of buffers that are stored.
         aliases: Groups of names of one tensor, of which a file must hold at least one.
         ignored: Patterns of names that the network leaves out without a loss.
+        convert: Command that makes a component of a single file of another program.
+        foreign: Names that other programs give to the tensors of this network.
     """
 
-    component: str
+    stem: str
     shapes: Mapping[str, tuple[int, ...]]
     aliases: tuple[tuple[str, ...], ...] = ()
     ignored: tuple[str, ...] = ()
+    convert: str = "save it with save_pretrained(FOLDER)"
+    foreign: tuple[ForeignNames, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -94,6 +106,13 @@ class Architecture:
     def ignores(self, name: str) -> bool:
         """Returns True if a tensor of a file can be left out without a loss."""
         return any(re.search(pattern, name) for pattern in self.ignored)
+
+    def explain(self, names: Collection[str]) -> ForeignNames | None:
+        """Kind of a file whose tensors have other names, and its remedy; None if unknown."""
+        for each in (*_FOREIGN_NAMES, *self.foreign, _WRAPPED_NAMES):
+            if any(re.search(each.pattern, name) for name in names):
+                return replace(each, remedy=each.remedy.format(convert=self.convert))
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,22 +128,28 @@ class WeightFiles:
     unused: tuple[Path, ...]
 
 
-def find_weights(part: Path) -> WeightFiles:
+def find_weights(
+    part: Path, stem: str, explain: Callable[[Collection[str]], ForeignNames | None] | None = None
+) -> WeightFiles:
     """Find the files that diffusers or transformers would load from a component's folder.
+
+    Args:
+        part: Folder of the component.
+        stem: Name of the weight files without suffix: that of diffusers or of transformers.
+        explain: Kind of a file with foreign names of tensors, for the error.
 
     Raises:
         ModelFolderError: There are none in safetensors format under the name that is loaded, or a
             shard is missing.
     """
-    stem = "model" if part.name == TEXT_ENCODER else "diffusion_pytorch_model"
     whole, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
     # Where both are there, transformers takes the single file and diffusers the index.
-    if index.is_file() and not (part.name == TEXT_ENCODER and whole.is_file()):
+    if index.is_file() and not (stem == TRANSFORMERS_STEM and whole.is_file()):
         used = tuple(_shards(part, index))
     elif whole.is_file():
         used = (whole,)
     else:
-        raise _no_weights(part, whole)
+        raise _no_weights(part, whole, explain)
     others = (path for path in sorted(part.iterdir()) if path.suffix in _WEIGHT_SUFFIXES)
     return WeightFiles(used, tuple(path for path in others if path not in used))
 
@@ -136,12 +161,12 @@ def check_weights(part: Path, architecture: Architecture) -> WeightFiles:
         ModelFolderError: A file or a tensor is missing, torn, unexpected or of another shape or
             dtype; says what converts it where that is known.
     """
-    files = find_weights(part)
+    files = find_weights(part, architecture.stem, architecture.explain)
     found = _entries(part, files.used)
     expected = architecture.shapes
     unexpected = [name for name in found if name not in expected and not architecture.ignores(name)]
     missing = _missing(found, architecture)
-    _require_names(part, files.used, missing, unexpected)
+    _require_names(part, files.used, missing, unexpected, architecture)
     wrong_dtype = [name for name in expected if name in found and found[name].dtype not in DTYPES]
     if wrong_dtype:
         raise _refusal(
@@ -196,7 +221,9 @@ def _shards(part: Path, index: Path) -> Iterator[Path]:
     yield from (part / name for name in names)
 
 
-def _no_weights(part: Path, whole: Path) -> ModelFolderError:
+def _no_weights(
+    part: Path, whole: Path, explain: Callable[[Collection[str]], ForeignNames | None] | None
+) -> ModelFolderError:
     """Say which weights there are instead of those that would be loaded."""
     others = sorted(path for path in part.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
     safe = [path for path in others if path.suffix == ".safetensors"]
@@ -211,9 +238,9 @@ def _no_weights(part: Path, whole: Path) -> ModelFolderError:
             "with save_pretrained(FOLDER, safe_serialization=True)",
         )
     found = f"{_named(path.name for path in safe)} instead of {whole.name}"
-    hint = _foreign(part.name, _header(safe[0]))
+    hint = explain(_header(safe[0])) if explain is not None else None
     if hint is not None:
-        return _refusal(part, f"{found}: {hint[0]}", expected, hint[1])
+        return _refusal(part, f"{found}: {hint.kind}", expected, hint.remedy)
     variant = f"{whole.stem}."
     if len(safe) == 1 and safe[0].name.startswith(variant):
         return _refusal(part, f"{found}: a variant alone", expected, f"Rename it to {whole.name}")
@@ -266,6 +293,7 @@ def _require_names(
     files: tuple[Path, ...],
     missing: list[str],
     unexpected: list[str],
+    architecture: Architecture,
 ) -> None:
     if not missing and not unexpected:
         return
@@ -275,24 +303,16 @@ def _require_names(
     if unexpected:
         problems.append(f"{len(unexpected)} are not in the network ({_named(unexpected)})")
     what = f"{_named(file.name for file in files)}: {' and '.join(problems)}"
-    hint = _foreign(part.name, unexpected)
+    hint = architecture.explain(unexpected)
     if hint is not None:
-        kind, remedy = hint
-        raise _refusal(part, f"{what}; they are {kind}", "weights as diffusers saves them", remedy)
+        expected = "weights as diffusers saves them"
+        raise _refusal(part, f"{what}; they are {hint.kind}", expected, hint.remedy)
     raise _refusal(
         part,
         what,
         "exactly the tensors of the network that config.json describes",
         "Copy weights and config.json again from the same model",
     )
-
-
-def _foreign(component: str, names: Collection[str]) -> tuple[str, str] | None:
-    """Kind of a file of another program and what to do with it; None where it is not known."""
-    for pattern, kind, remedy in _FOREIGN_NAMES:
-        if any(re.search(pattern, name) for name in names):
-            return kind, remedy.format(convert=_FROM_SINGLE_FILE[component])
-    return None
 
 
 def _named(names: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from pipelines.data.making import encode_stages
@@ -20,10 +21,10 @@ from pipelines.data.making.encode_writer import PartWriter
 from pipelines.data.making.journal import filling
 from pipelines.data.making.rejections import counts_by_reason
 from pipelines.data.shards.filesystem import canonical_address, open_folder
-from pipelines.data.shards.schema import TEXT_COMPONENTS, Encoding
+from pipelines.data.shards.schema import Encoding
 from sgmd_core.errors import DataError
 from workers.models.content import fingerprint
-from workers.models.folder import inspect_wan_folder
+from workers.models.families import family_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,12 +126,12 @@ def encoding_for(model: str, options: EncodeOptions) -> Encoding:
         ModelFolderError: the model folder cannot be used.
         ShapeError: the clips do not fit the networks.
     """
-    folder = inspect_wan_folder(model)
+    folder = family_of(model).inspect(Path(model))
     num_frames, height, width, _ = options.pixel_shape
     return Encoding(
         latent_shape=folder.latent_shape(num_frames, height, width),
         text_shape=(options.text_length, folder.text_width),
         dtype=options.dtype,
-        vae=fingerprint(model, ["vae"]),
-        text_encoder=fingerprint(model, TEXT_COMPONENTS),
+        vae=fingerprint(model, [folder.layout.autoencoder]),
+        text_encoder=fingerprint(model, folder.layout.text),
     )

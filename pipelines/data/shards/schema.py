@@ -35,9 +35,6 @@ ENCODING_KEY = b"sgmd.encoding"
 FAULTS_KEY = b"sgmd.faults"
 """Metadata of shards made of a file of captions: why a row of the file is no caption."""
 
-TEXT_COMPONENTS = ("text_encoder", "tokenizer")
-"""What an embedding depends on, in the order in which its fingerprint is taken."""
-
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
@@ -58,7 +55,7 @@ class Encoding:
         text_shape: (positions, width) of each caption's embedding, zeros at the end included.
         dtype: Type of both; float32 makes the bits that encoding on the way would make.
         vae: Fingerprint of the autoencoder that made the latents (component "vae").
-        text_encoder: Fingerprint of what made the embeddings (components `TEXT_COMPONENTS`).
+        text_encoder: Fingerprint of what made the embeddings (`FolderLayout.text`).
     """
 
     latent_shape: tuple[int, int, int, int]

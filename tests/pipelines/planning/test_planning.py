@@ -17,15 +17,16 @@ from pipelines.planning.memory import fake_score_memory, generator_memory, teach
 from pipelines.planning.plan import make_plan
 from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
 from pipelines.planning.stage_times import StageTimes, measured, modelled
-from pipelines.planning.workload import KNOWN_SHAPES, Workload
+from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
 from tests.helpers.runs import start_run
+from workers.models.wan_arithmetic import RELEASED_SHAPES
 
 LATENTS = (16, 21, 60, 104)
 """480x832, 81 frames."""
-SMALL = Workload(KNOWN_SHAPES["1.3b"], LATENTS, text_length=512, batch_size=24)
-LARGE = replace(SMALL, shape=KNOWN_SHAPES["14b"])
+SMALL = Workload(RELEASED_SHAPES["1.3b"], LATENTS, text_length=512, batch_size=24)
+LARGE = replace(SMALL, shape=RELEASED_SHAPES["14b"])
 FREE = Hardware(wire_bandwidth=1e15, wire_latency_s=0.0, call_s=0.0, answer_s=0.0)
 """Where nothing but the stages takes time."""
 

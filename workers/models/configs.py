@@ -1,0 +1,32 @@
+"""JSON files of a model folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sgmd_core.errors import ModelFolderError
+
+INDEX_FILE = "model_index.json"
+CONFIG_FILE = "config.json"
+REMEDY = "Give a complete diffusers folder of a supported text-to-video model"
+
+
+def read_model_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ModelFolderError: The file is missing, or holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _unreadable(path, f"the file {path} is missing or unreadable ({error})") from error
+    except ValueError as error:
+        raise _unreadable(path, f"the file {path} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise _unreadable(path, f"the file {path} holds a {type(content).__name__}")
+    return content
+
+
+def _unreadable(path: Path, found: str) -> ModelFolderError:
+    return ModelFolderError(f"reading {path}", found, "a JSON object", REMEDY)

@@ -1,0 +1,126 @@
+"""The model families, and which of them a folder belongs to.
+
+A family is one file with a place in the tuple below. A family from another package comes in by the
+entry point group `sgmd.families`, whose values are classes that are made without arguments:
+
+    [project.entry-points."sgmd.families"]
+    toy = "my_package.toy:ToyFamily"
+
+The package must be installed wherever a role runs.
+"""
+
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from sgmd_core.errors import ConfigError, ModelFolderError
+from workers.models.configs import CONFIG_FILE, INDEX_FILE, REMEDY, read_model_json
+from workers.models.family import FamilyTraits, ModelFamily
+from workers.models.wan_family import WanFamily
+
+ENTRY_POINTS = "sgmd.families"
+
+_OWN: tuple[ModelFamily, ...] = (WanFamily(),)
+_MEMBERS = tuple(name for name in vars(ModelFamily) if not name.startswith("_"))
+
+
+@cache
+def families() -> tuple[ModelFamily, ...]:
+    """Every family, ours first.
+
+    Raises:
+        ConfigError: A family from outside cannot be used.
+    """
+    found = list(_OWN)
+    for point in sorted(entry_points(group=ENTRY_POINTS)):
+        found.append(load_family(point, found))
+    return tuple(found)
+
+
+def family_named(name: str) -> ModelFamily:
+    """The family of a name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for family in families():
+        if family.name == name:
+            return family
+    names = ", ".join(family.name for family in families())
+    raise ConfigError("looking for a model family", f"the name {name!r}", f"one of {names}")
+
+
+def family_of(folder: str | Path) -> ModelFamily:
+    """Find the family of a model folder by the class in model_index.json.
+
+    A folder without this file is recognised by the class of its denoiser.
+
+    Raises:
+        ModelFolderError: There is no such folder, or no family is known for it; names the families.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        found = "a file" if path.is_file() else "no such folder"
+        raise ModelFolderError(f"loading the model {path}", found, "a diffusers folder", REMEDY)
+    has_index = (path / INDEX_FILE).exists()
+    pipeline = str(read_model_json(path / INDEX_FILE).get("_class_name")) if has_index else None
+    # Ours first, so that a broken package of another family does not stop them.
+    for known in (lambda: _OWN, families):
+        for family in known():
+            if _holds(path, pipeline, family.traits):
+                return family
+    if pipeline is None:
+        refusals = (family.explain_files(path) for family in families())
+        raise next(filter(None, refusals), None) or _unknown(path, f"no {INDEX_FILE}")
+    kinds = (family.traits.relatives.get(pipeline) for family in families())
+    kind = next(filter(None, kinds), None)
+    raise _unknown(path, f"_class_name is {pipeline!r}" + (f": {kind}" if kind else ""))
+
+
+def load_family(point: EntryPoint, others: list[ModelFamily] | None = None) -> ModelFamily:
+    """Load a family of another package.
+
+    Args:
+        point: Its entry point.
+        others: Families whose names and classes are taken; None: ours.
+
+    Raises:
+        ConfigError: It cannot be imported or made, lacks members of `ModelFamily`, or takes the
+            name or the pipeline class of another family.
+    """
+    attempted = f"loading the family {point.name} ({point.value}, entry point of {ENTRY_POINTS})"
+    remedy = "Correct or uninstall the package that provides it"
+    try:
+        family = point.load()()
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+        raise ConfigError(attempted, found, "a class of a model family", remedy) from error
+    missing = [name for name in _MEMBERS if not hasattr(family, name)]
+    if missing:
+        found = f"{family!r} without {', '.join(missing)}"
+        raise ConfigError(attempted, found, "the members of sgmd.ModelFamily", remedy)
+    for other in _OWN if others is None else others:
+        same_class = other.traits.layout.pipeline_class == family.traits.layout.pipeline_class
+        if other.name == family.name or same_class:
+            found = f"{family.name} for {family.traits.layout.pipeline_class}, which is taken"
+            raise ConfigError(attempted, found, "a name and a pipeline class of its own", remedy)
+    return family
+
+
+def _holds(folder: Path, pipeline: str | None, traits: FamilyTraits) -> bool:
+    layout = traits.layout
+    if pipeline is not None:
+        return pipeline == layout.pipeline_class
+    config = folder / layout.denoiser / CONFIG_FILE
+    return config.is_file() and read_model_json(config).get("_class_name") == layout.denoiser_class
+
+
+def _unknown(folder: Path, found: str) -> ModelFolderError:
+    known = ", ".join(
+        f"{family.name} (_class_name {family.traits.layout.pipeline_class!r}, "
+        f"{family.traits.about})"
+        for family in families()
+    )
+    return ModelFolderError(
+        f"reading {folder / INDEX_FILE}", found, f"a family that is known: {known}", REMEDY
+    )

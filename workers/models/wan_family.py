@@ -1,0 +1,333 @@
+"""Wan as a model family, and the checks that tell its folders by their configurations alone.
+
+    model_index.json            WanPipeline, one denoiser, no boundary between experts
+    COMPONENT/config.json       the class of the component, no image input, no quantization
+
+    wan             networks        wan_folder    checks of weight files
+    wan_pipeline    sampling        wan_arithmetic
+
+No network library is imported before a method needs one, so `sgmd plan` can ask before anything is
+downloaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sgmd_core.errors import ModelFolderError
+from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
+from workers.models.family import FamilyTraits, ModelShape
+from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
+from workers.models.sampling import SamplingRules
+from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
+from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
+from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM
+
+if TYPE_CHECKING:
+    from workers.models.wan import CaptionEncoder, VideoVae, WanVelocity
+    from workers.models.wan_pipeline import WanSampler
+
+WAN = "wan"
+TRANSFORMER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
+TOKENIZER = "tokenizer"
+REMEDY = "Give a complete diffusers folder of a Wan text-to-video model with one denoiser"
+
+_PIPELINE_CLASS = "WanPipeline"
+_CLASSES = {
+    TRANSFORMER: ["diffusers", "WanTransformer3DModel"],
+    VAE: ["diffusers", "AutoencoderKLWan"],
+    TEXT_ENCODER: ["transformers", "UMT5EncoderModel"],
+}
+_TOKENIZER_LIBRARY = "transformers"
+_CONVERT = "https://github.com/huggingface/diffusers/blob/main/scripts/convert_wan_to_diffusers.py"
+# What another kind of model is for, so that the sentence says why it cannot be distilled.
+_OTHER_PIPELINES = {
+    "WanImageToVideoPipeline": "an image-to-video model",
+    "WanVACEPipeline": "a VACE model, which edits given videos",
+    "WanVideoToVideoPipeline": "a video-to-video pipeline",
+    "WanAnimatePipeline": "an animation model, which takes an image and a motion",
+    "WanSpeechToVideoPipeline": "a speech-to-video model",
+}
+# Keys of transformer/config.json that only models with an image input set.
+_IMAGE_KEYS = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
+# Files of the original release, which is laid out in another way.
+_ORIGINAL_FILES = ("Wan2.1_VAE.pth", "Wan2.2_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth")
+
+# In this order digests of whole folders were taken from the first run on.
+LAYOUT = FolderLayout(
+    pipeline_class=_PIPELINE_CLASS,
+    denoiser_class=_CLASSES[TRANSFORMER][1],
+    denoiser=TRANSFORMER,
+    autoencoder=VAE,
+    text=(TEXT_ENCODER, TOKENIZER),
+    weights={TRANSFORMER: DIFFUSERS_STEM, TEXT_ENCODER: TRANSFORMERS_STEM, VAE: DIFFUSERS_STEM},
+    files=(TOKENIZER, "scheduler"),
+)
+_RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
+_TRAITS = FamilyTraits(
+    about="text to video with one denoiser",
+    layout=LAYOUT,
+    sampling=SamplingRules(
+        source="WanPipeline",
+        # WanPipeline refuses other sizes, whatever the networks could do.
+        multiple_px=16,
+        num_steps=50,
+        guidance_scale=5.0,
+        flow_shift=1.0,
+        text_length=512,
+        num_frames=81,
+        height=480,
+        width=832,
+        fps=16,
+    ),
+    relatives=_OTHER_PIPELINES,
+    released={
+        name: ModelShape(shape, _RELEASED_GEOMETRY) for name, shape in RELEASED_SHAPES.items()
+    },
+)
+
+
+class WanFamily:
+    """Wan 2.1 and 2.2 text-to-video models with one denoiser; see `ModelFamily`."""
+
+    name = WAN
+    traits = _TRAITS
+
+    def explain_files(self, folder: Path) -> ModelFolderError | None:
+        """Refusal of the original release, and of one component alone."""
+        return _original_release(folder)
+
+    def read_shape(self, folder: Path) -> ModelShape:
+        """Read the shape from the configurations of denoiser and autoencoder."""
+        if (folder / INDEX_FILE).exists():
+            require_supported_index(folder)
+        config = read_component(folder, TRANSFORMER)
+        vae = read_model_json(folder / VAE / CONFIG_FILE)
+        try:
+            shape = WanShape.from_config(config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelFolderError(
+                f"reading {folder / TRANSFORMER / CONFIG_FILE}",
+                f"{type(error).__name__}: {error}",
+                "the configuration of a Wan denoiser",
+                REMEDY,
+            ) from error
+        geometry = ClipGeometry(
+            shape.out_channels,
+            vae.get("scale_factor_temporal", _RELEASED_GEOMETRY.temporal_factor),
+            vae.get("scale_factor_spatial", _RELEASED_GEOMETRY.spatial_factor),
+            shape.patch_size,
+        )
+        return ModelShape(shape, geometry)
+
+    def shape_from_record(self, record: Mapping[str, Any]) -> WanShape:
+        """Rebuild a shape from the fields of `WanShape`."""
+        return WanShape(**{**record, "patch_size": tuple(record["patch_size"])})
+
+    def inspect(self, folder: Path) -> ModelFolder:
+        """Check configurations and weight headers."""
+        from workers.models.wan_folder import inspect_wan_folder
+
+        return inspect_wan_folder(folder)
+
+    def load_denoiser(self, folder: Path, dtype: torch.dtype = torch.float32) -> "WanVelocity":
+        """Load the transformer."""
+        from workers.models.wan import load_transformer
+
+        return load_transformer(folder, dtype)
+
+    def load_text(self, folder: Path, dtype: torch.dtype | None = None) -> "CaptionEncoder":
+        """Load tokenizer and UMT5 encoder."""
+        from workers.models.wan import load_text
+
+        return load_text(folder, dtype)
+
+    def load_autoencoder(self, folder: Path) -> "VideoVae":
+        """Load the autoencoder."""
+        from workers.models.wan import load_vae
+
+        return load_vae(folder)
+
+    def load_tokenizer(self, folder: Path) -> CaptionTokenizer:
+        """Load the tokenizer, with WanPipeline's way of cleaning captions."""
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
+        from workers.models.loading import load_tokenizer
+
+        require_supported_index(folder)
+        return LibraryTokenizer(load_tokenizer(folder), prompt_clean)
+
+    def open_sampler(self, folder: Path, device: str) -> "WanSampler":
+        """Load a WanPipeline."""
+        from workers.models.wan_pipeline import WanSampler
+
+        return WanSampler(folder, device)
+
+    def export(
+        self, dst: Path, base_folder: Path, weights: Mapping[str, Tensor], *, flow_shift: float
+    ) -> None:
+        """Write a folder that WanPipeline loads."""
+        from workers.models.wan import save_generator_pipeline
+
+        save_generator_pipeline(dst, base_folder, weights, flow_shift=flow_shift)
+
+
+@dataclass(frozen=True, slots=True)
+class WanConfigs:
+    """The configurations of a Wan text-to-video folder.
+
+    Attributes:
+        path: The folder.
+        index: Content of model_index.json.
+        components: Content of config.json by component.
+    """
+
+    path: Path
+    index: Mapping[str, Any]
+    components: Mapping[str, Mapping[str, Any]]
+
+
+def read_configs(folder: str | Path) -> WanConfigs:
+    """Read the configurations of a folder and refuse every model that is not supported.
+
+    Raises:
+        ModelFolderError: A file is missing or no JSON, or the folder is not a text-to-video Wan
+            with one denoiser; says which kind of model it is where that is known.
+    """
+    path = Path(folder)
+    require_supported_index(path)
+    components = {name: read_component(path, name) for name in _CLASSES}
+    return WanConfigs(path, read_model_json(path / INDEX_FILE), components)
+
+
+def require_supported_index(folder: Path) -> None:
+    """Check model_index.json: a WanPipeline of one text-to-video denoiser.
+
+    Raises:
+        ModelFolderError: It is missing, no JSON, or of another kind of model.
+    """
+    index = _read_index(folder)
+    pipeline = index.get("_class_name")
+    if pipeline != _PIPELINE_CLASS:
+        kind = _OTHER_PIPELINES.get(str(pipeline))
+        found = f"_class_name is {pipeline!r}" + (f": {kind}" if kind else "")
+        raise _unsupported(folder, found, f"_class_name {_PIPELINE_CLASS!r}, text to video")
+    _require_one_denoiser(folder, index)
+    for component, expected in _CLASSES.items():
+        if index.get(component) != expected:
+            raise _unsupported(
+                folder, f"{component} is {index.get(component)}", f"{component} to be {expected}"
+            )
+    tokenizer = index.get("tokenizer")
+    if not (isinstance(tokenizer, list) and tokenizer[:1] == [_TOKENIZER_LIBRARY]):
+        raise _unsupported(
+            folder, f"tokenizer is {tokenizer}", f"a tokenizer of {_TOKENIZER_LIBRARY}"
+        )
+
+
+def read_component(folder: Path, component: str) -> Mapping[str, Any]:
+    """Read and check the configuration of one component.
+
+    Raises:
+        ModelFolderError: It is missing, no JSON, of another class, quantized, an adapter, or takes
+            an image.
+    """
+    part = folder / component
+    config = read_model_json(part / CONFIG_FILE)
+    _require_class(part, config, _CLASSES[component][1])
+    if (part / "adapter_config.json").exists():
+        raise ModelFolderError(
+            f"reading {part}",
+            "adapter_config.json: a LoRA adapter beside the weights",
+            "the weights of the network alone",
+            "Merge it first: WanPipeline.load_lora_weights(...), fuse_lora(), save_pretrained(...)",
+        )
+    for key in ("quantization_config", "transformers_weights"):
+        if config.get(key) is not None:
+            raise ModelFolderError(
+                f"reading {part / CONFIG_FILE}",
+                f"{key} = {config[key]!r}",
+                "weights in float32, bfloat16 or float16 under their usual name",
+                "Use the folder as it was released, before quantization",
+            )
+    if component == TRANSFORMER:
+        _require_text_input(part, config)
+    return config
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        found = "a file" if folder.is_file() else "no such folder"
+        raise ModelFolderError(_loading(folder), found, "a diffusers folder", REMEDY)
+    original = None if (folder / INDEX_FILE).exists() else _original_release(folder)
+    if original is not None:
+        raise original
+    return read_model_json(folder / INDEX_FILE)
+
+
+def _original_release(folder: Path) -> ModelFolderError | None:
+    if not any((folder / name).exists() for name in (*_ORIGINAL_FILES, CONFIG_FILE)):
+        return None
+    return ModelFolderError(
+        _loading(folder),
+        f"no {INDEX_FILE}, but files of the original release or of one component alone",
+        f"{INDEX_FILE} beside the folders {', '.join(_CLASSES)}, tokenizer and scheduler",
+        f"Download the repository whose name ends in -Diffusers, or convert it: {_CONVERT}",
+    )
+
+
+def _loading(folder: Path) -> str:
+    return f"loading a Wan model from {folder}"
+
+
+def _require_one_denoiser(folder: Path, index: Mapping[str, Any]) -> None:
+    second = index.get("transformer_2")
+    reasons = [
+        f"transformer_2 is {second}" * bool(isinstance(second, list) and any(second)),
+        f"boundary_ratio is {index.get('boundary_ratio')}"
+        * (index.get("boundary_ratio") is not None),
+        "a folder transformer_2/" * (folder / "transformer_2").exists(),
+    ]
+    if any(reasons):
+        found = ", ".join(reason for reason in reasons if reason)
+        raise _unsupported(
+            folder,
+            f"{found}: a mixture of two denoisers, one for each range of noise (Wan2.2-A14B)",
+            "one denoiser for all noise levels; two experts are not supported yet",
+        )
+
+
+def _require_class(part: Path, config: Mapping[str, Any], expected: str) -> None:
+    # diffusers writes `_class_name`; transformers `architectures` and `model_type`.
+    found = config.get("_class_name")
+    if part.name == TEXT_ENCODER:
+        architectures = config.get("architectures") or []
+        found = expected if config.get("model_type") == "umt5" else config.get("model_type")
+        if architectures and not all(str(name).startswith("UMT5") for name in architectures):
+            found = ", ".join(map(str, architectures))
+    if found != expected:
+        raise ModelFolderError(
+            f"reading {part / CONFIG_FILE}", f"a {found}", f"a {expected}", REMEDY
+        )
+
+
+def _require_text_input(part: Path, config: Mapping[str, Any]) -> None:
+    given = [f"{key} = {config[key]}" for key in _IMAGE_KEYS if config.get(key) is not None]
+    channels = config.get("in_channels", 16), config.get("out_channels", 16)
+    if channels[0] != channels[1]:
+        given.append(f"in_channels = {channels[0]} and out_channels = {channels[1]}")
+    if given:
+        raise ModelFolderError(
+            f"reading {part / CONFIG_FILE}",
+            f"{', '.join(given)}: a denoiser that takes an image or a video besides the text",
+            "a text-to-video denoiser",
+            "Give the text-to-video model of the same size",
+        )
+
+
+def _unsupported(folder: Path, found: str, expected: str) -> ModelFolderError:
+    return ModelFolderError(f"reading {folder / INDEX_FILE}", found, expected, REMEDY)

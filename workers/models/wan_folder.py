@@ -1,0 +1,131 @@
+"""Check a Wan folder before a long job starts, without reading a value of its weights.
+
+configurations -> networks without weights -> names, shapes and dtypes in the headers
+"""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from transformers import UMT5Config, UMT5EncoderModel
+
+from sgmd_core.errors import ModelFolderError
+from workers.models.architecture import CheckedComponent, NetworkKind, check_network
+from workers.models.folder import ClipGeometry, ModelFolder
+from workers.models.wan_family import (
+    LAYOUT,
+    REMEDY,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    VAE,
+    WAN,
+    read_component,
+    read_configs,
+)
+from workers.models.weights import ForeignNames
+
+_SCRIPT = "scripts/convert_wan_to_diffusers.py of diffusers"
+_ORIGINAL_NAMES = ForeignNames(
+    r"self_attn\.|^blocks\.\d+\.attn\.|^token_embedding\.|^(text|time)_embedding\.|^head\.|"
+    r"^(encoder|decoder)\.(conv1|middle|downsamples|upsamples|head)\.|^conv[12]\.",
+    "the names of the original Wan release",
+    "Convert it: {convert}; " + _SCRIPT + " makes a whole folder",
+)
+_KINDS = {
+    TRANSFORMER: NetworkKind(
+        WanTransformer3DModel.from_config,
+        LAYOUT.weights[TRANSFORMER],
+        convert="WanTransformer3DModel.from_single_file(FILE).save_pretrained(FOLDER)",
+        foreign=(_ORIGINAL_NAMES,),
+    ),
+    VAE: NetworkKind(
+        AutoencoderKLWan.from_config,
+        LAYOUT.weights[VAE],
+        counts=("num_res_blocks",),
+        convert="AutoencoderKLWan.from_single_file(FILE).save_pretrained(FOLDER)",
+        foreign=(_ORIGINAL_NAMES,),
+    ),
+    TEXT_ENCODER: NetworkKind(
+        lambda config: UMT5EncoderModel(UMT5Config(**config)),
+        LAYOUT.weights[TEXT_ENCODER],
+        counts=("num_layers", "num_decoder_layers"),
+        # The decoder of the model that the encoder was taken from.
+        ignored=(r"^(decoder|lm_head)\.",),
+        convert=_SCRIPT,
+        foreign=(_ORIGINAL_NAMES,),
+    ),
+}
+
+
+def inspect_wan_folder(folder: str | Path) -> ModelFolder:
+    """Read configurations and weight headers of a Wan folder.
+
+    Raises:
+        ModelFolderError: The folder, a component or a weight file is missing, torn or of another
+            kind of model, or weights and configurations do not belong together; names the file.
+    """
+    configs = read_configs(folder)
+    parts = {name: check_component(configs.path, name) for name in configs.components}
+    transformer, vae = parts[TRANSFORMER].config, parts[VAE].config
+    _require_alike(
+        configs.path,
+        ("transformer in_channels", transformer["in_channels"]),
+        ("vae z_dim", vae["z_dim"]),
+    )
+    _require_alike(
+        configs.path,
+        ("transformer text_dim", transformer["text_dim"]),
+        ("text_encoder d_model", parts[TEXT_ENCODER].config["d_model"]),
+    )
+    _require_statistics(configs.path / VAE, vae)
+    frames, rows, columns = transformer["patch_size"]
+    return ModelFolder(
+        path=configs.path,
+        family=WAN,
+        layout=LAYOUT,
+        geometry=ClipGeometry(
+            latent_channels=vae["z_dim"],
+            temporal_factor=vae["scale_factor_temporal"],
+            spatial_factor=vae["scale_factor_spatial"],
+            patch_size=(frames, rows, columns),
+        ),
+        text_width=transformer["text_dim"],
+        num_parameters={name: part.architecture.num_parameters for name, part in parts.items()},
+        weights={name: part.weights for name, part in parts.items()},
+    )
+
+
+def check_component(folder: Path, component: str) -> CheckedComponent:
+    """Check one component of a Wan folder, reading its configuration and its weight headers.
+
+    Raises:
+        ModelFolderError: As `inspect_wan_folder`.
+    """
+    config = read_component(folder, component)
+    return check_network(folder / component, config, _KINDS[component])
+
+
+def _require_alike(path: Path, *settings: tuple[str, int]) -> None:
+    if len({value for _, value in settings}) > 1:
+        raise ModelFolderError(
+            f"reading {path}",
+            " and ".join(f"{name} {value}" for name, value in settings),
+            "the same number: components of one text-to-video model",
+            REMEDY,
+        )
+
+
+def _require_statistics(part: Path, config: dict[str, Any]) -> None:
+    """Check the mean and the deviation that latents are normalised with."""
+    for name in ("latents_mean", "latents_std"):
+        values = config.get(name)
+        fits = isinstance(values, list | tuple) and len(values) == config["z_dim"]
+        if fits and name == "latents_std":
+            fits = all(value > 0 for value in values or ())
+        if not fits:
+            raise ModelFolderError(
+                f"reading {part}",
+                f"{name} = {values}",
+                f"{config['z_dim']} numbers" + ", above 0" * (name == "latents_std"),
+                REMEDY,
+            )
