@@ -11,7 +11,6 @@ vae/ and scheduler/.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from cluster.files import whole_folder
 from sgmd_core.errors import ShapeError
 from workers.models.configs import INDEX_FILE, read_model_json
+from workers.models.exporting import copy_components
 from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry
 from workers.models.loading import load_network, load_tokenizer, require_telling_apart
@@ -37,7 +37,6 @@ from workers.models.wan_family import (
     require_supported_index,
 )
 from workers.models.wan_folder import check_component
-from workers.models.weights import find_weights
 
 _TIME_SCALE = 1000.0
 
@@ -218,7 +217,7 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     """
     require_supported_index(Path(folder))
     part = check_component(Path(folder), TRANSFORMER)
-    return WanVelocity(load_network(WanTransformer3DModel, part, dtype=dtype))
+    return WanVelocity(load_network(WanTransformer3DModel, part, dtype=dtype)).eval()
 
 
 def load_text(folder: str | Path, dtype: torch.dtype | None = None) -> CaptionEncoder:
@@ -287,11 +286,7 @@ def save_generator_pipeline(
     index = read_model_json(base / INDEX_FILE)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     with whole_folder(dst) as draft:
-        shutil.copytree(base / TOKENIZER, draft / TOKENIZER)
-        for name in (VAE, TEXT_ENCODER):
-            # Weight files that nothing loads, pickles among them, have no place in an export.
-            unused = [path.name for path in find_weights(base / name, LAYOUT.weights[name]).unused]
-            shutil.copytree(base / name, draft / name, ignore=lambda _, __, names=unused: names)
+        copy_components(base, draft, LAYOUT, (TOKENIZER, VAE, TEXT_ENCODER))
         scheduler.save_pretrained(draft / "scheduler")
         (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         denoiser.transformer.save_pretrained(draft / "transformer")

@@ -1,0 +1,435 @@
+"""Truths that every model family has to meet; a new one meets them all or fails here by name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
+from tests.helpers import tiny_wan
+from tests.helpers.families import installed_family
+from tests.helpers.moves import assert_moves
+from tests.helpers.toy_family import write_toy
+from workers.compute import prepare_network
+from workers.models.content import fingerprint, model_digests
+from workers.models.families import families, family_named, family_of, load_family
+from workers.models.family import Denoiser, ModelFamily
+from workers.models.sampling import SampleRequest
+from workers.settings import ComputeSettings
+
+CAPTIONS = ("a red circle moves left", "a circle", "")
+TEXT_LENGTH = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """A tiny model of a family, and a clip that it can make."""
+
+    write: Callable[[Path], Path]
+    clip: tuple[int, int, int] = (9, 16, 16)
+
+
+CASES = {
+    "wan": Case(lambda folder: tiny_wan.write_tiny_wan(folder, CAPTIONS[0].split())),
+    "toy": Case(write_toy),
+}
+ALL = pytest.mark.parametrize("case", CASES.items(), ids=CASES, indirect=True)
+
+
+@dataclass(frozen=True)
+class Model:
+    """What the tests of a family share; nobody changes its folder."""
+
+    name: str
+    folder: Path
+    family: ModelFamily
+    clip: tuple[int, int, int]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        return self.family.inspect(self.folder).latent_shape(*self.clip)
+
+    def inputs(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        x_t = torch.randn(2, *self.latent_shape, generator=generator).to(dtype)
+        text = self.family.load_text(self.folder).encode(CAPTIONS[:2], TEXT_LENGTH)
+        return x_t, torch.tensor([0.3, 0.8], dtype=dtype), text.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def toy_is_installed(tmp_path_factory):
+    with installed_family(tmp_path_factory.mktemp("site")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def case(request, tmp_path_factory, toy_is_installed) -> Model:
+    name, made = request.param
+    folder = made.write(tmp_path_factory.mktemp(name) / "model")
+    return Model(name, folder, family_of(folder), made.clip)
+
+
+@pytest.fixture
+def broken(case: Model, tmp_path: Path) -> Path:
+    """A copy that a test may break."""
+    return shutil.copytree(case.folder, tmp_path / "model")
+
+
+def gradients(denoiser: Denoiser, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    x_t, sigma, text = inputs
+    x_t = x_t.clone().requires_grad_()
+    denoiser.zero_grad()
+    velocity = denoiser(x_t, sigma, text)
+    (velocity * torch.linspace(-1, 1, velocity.numel()).reshape(velocity.shape)).sum().backward()
+    found = {name: value.grad.clone() for name, value in denoiser.named_parameters()}
+    return found | {"x_t": x_t.grad}
+
+
+def weight_file(case: Model, folder: Path, component: str) -> Path:
+    return folder / component / f"{case.family.traits.layout.weights[component]}.safetensors"
+
+
+def change_one_value(file: Path) -> None:
+    weights = load_file(file)
+    name = min(weights)
+    weights[name].view(-1)[0] += 0.25
+    save_file(weights, file)
+
+
+def test_every_family_has_a_tiny_model_in_these_tests(toy_is_installed):
+    missing = {family.name for family in families()} - set(CASES)
+    assert not missing, f"give them a case in {Path(__file__).name}"
+
+
+@ALL
+def test_a_folder_is_of_its_family_with_and_without_its_index(case, broken):
+    assert isinstance(case.family, ModelFamily)
+    assert case.family.name == case.name
+    assert family_named(case.name) is case.family
+    (broken / "model_index.json").unlink()
+    assert family_of(broken) is case.family
+
+
+@ALL
+def test_what_is_inspected_is_what_is_loaded(case):
+    checked, layout = case.family.inspect(case.folder), case.family.traits.layout
+    denoiser = case.family.load_denoiser(case.folder)
+    text, codec = case.family.load_text(case.folder), case.family.load_autoencoder(case.folder)
+    found = {layout.denoiser: denoiser, layout.autoencoder: codec.network}
+    found[layout.text[0]] = text.network
+    assert set(layout.weights) == set(checked.num_parameters) == set(found)
+    for name, network in found.items():
+        parameters = {id(value): value.numel() for value in network.parameters()}
+        assert checked.num_parameters[name] == sum(parameters.values()), name
+        assert not network.training
+    assert checked.family == case.name
+    embeddings = text.encode(CAPTIONS, TEXT_LENGTH)
+    assert embeddings.shape == (3, TEXT_LENGTH, checked.text_width)
+    assert not embeddings.requires_grad
+    assert not any(value.requires_grad for value in codec.network.parameters())
+
+
+@ALL
+def test_a_velocity_depends_on_latents_noise_level_and_caption(case):
+    denoiser = case.family.load_denoiser(case.folder)
+    x_t, sigma, text = case.inputs()
+    with torch.no_grad():
+        velocity = denoiser(x_t, sigma, text)
+        assert torch.equal(denoiser(x_t, sigma, text), velocity)
+        others = [denoiser(x_t.flip(0), sigma, text), denoiser(x_t, sigma.flip(0), text)]
+        others.append(denoiser(x_t, sigma, text.flip(0)))
+    assert velocity.shape == x_t.shape
+    assert velocity.dtype == torch.float32
+    for other in others:
+        assert (other - velocity).abs().max() > 1e-3
+    with pytest.raises(ShapeError):
+        denoiser(x_t[0], sigma, text)
+
+
+@ALL
+def test_captions_end_in_zeros_and_tokens_are_counted(case):
+    text, tokenizer = case.family.load_text(case.folder), case.family.load_tokenizer(case.folder)
+    counts = tokenizer.count_tokens(CAPTIONS)
+    embeddings = text.encode(CAPTIONS, 9)
+    for row, count in zip(embeddings, counts, strict=True):
+        assert row[:count].abs().sum(dim=1).gt(0).all()
+        assert not row[count:].any()
+    assert (embeddings[0] - embeddings[1]).abs().max() > 1e-3
+    assert tokenizer.unknown_words(CAPTIONS).num_affected == 0
+
+
+@ALL
+def test_clips_have_the_latents_that_are_announced_and_come_back_in_range(case):
+    codec = case.family.load_autoencoder(case.folder)
+    frames, height, width = case.clip
+    video = torch.rand(2, 3, *case.clip, generator=torch.Generator().manual_seed(1))
+    latents = codec.encode(video)
+    assert latents.shape == (2, *case.latent_shape)
+    assert torch.equal(codec.encode(video), latents)
+    assert (latents[0] - latents[1]).abs().max() > 1e-3
+    again = codec.decode(5 * latents)
+    assert again.shape == video.shape
+    assert again.dtype == torch.float32
+    assert 0 <= float(again.min()) < float(again.max()) <= 1
+    checked = case.family.inspect(case.folder)
+    for size in ((frames, height + 1, width), (frames, height, width + 1), (0, height, width)):
+        with pytest.raises(ShapeError, match="multiple"):
+            checked.latent_shape(*size)
+
+
+@ALL
+def test_the_gradient_at_the_input_is_that_of_finite_differences(case):
+    denoiser = case.family.load_denoiser(case.folder, torch.float64).requires_grad_(False)
+    x_t, sigma, text = case.inputs(torch.float64)
+    generator = torch.Generator().manual_seed(2)
+    cotangent, direction = torch.randn(2, *x_t.shape, generator=generator, dtype=torch.float64)
+
+    def loss(at: Tensor) -> Tensor:
+        return (denoiser(at, sigma, text).double() * cotangent).sum()
+
+    leaf = x_t.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf), leaf)
+    along = float((gradient * direction).sum())
+    step = 1e-3
+    with torch.no_grad():
+        expected = float(loss(x_t + step * direction) - loss(x_t - step * direction)) / (2 * step)
+    # Velocities are rounded to float32, about 1e-4 of this difference.
+    assert abs(expected) > 0.1
+    assert along == pytest.approx(expected, rel=3e-3)
+
+
+@ALL
+def test_checkpointing_repeats_every_bit_and_keeps_less(case):
+    inputs = case.inputs()
+    kept: list[int] = []
+    found: list[dict[str, Tensor]] = []
+    denoiser = case.family.load_denoiser(case.folder).requires_grad_(True)
+    for enabled in (False, True, False):
+        denoiser.set_checkpointing(enabled)
+        sizes: list[int] = []
+
+        def pack(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            denoiser(*inputs)
+        kept.append(sum(sizes))
+        found.append(gradients(denoiser, inputs))
+    x_t, sigma, text = inputs
+    assert_moves(found[0], gradients(denoiser, (x_t.flip(0), sigma, text)), 1e-3)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], found[0][name]) for name in found[0])
+    assert kept[1] < kept[0] == kept[2]
+
+
+@ALL
+def test_bf16_rounds_products_and_leaves_weights_in_float32(case):
+    x_t, sigma, text = case.inputs()
+    plain = case.family.load_denoiser(case.folder)
+    rounded = case.family.load_denoiser(case.folder)
+    prepare_network(rounded, ComputeSettings(precision="bf16"))
+    with torch.no_grad():
+        exact, found = plain(x_t, sigma, text), rounded(x_t, sigma, text)
+    error = float((found - exact).norm() / exact.norm())
+    assert 1e-5 < error < 0.1
+    assert {value.dtype for value in rounded.parameters()} == {torch.float32}
+    assert found.dtype == torch.float32
+
+
+@ALL
+def test_arithmetic_is_that_of_the_network(case):
+    shape, denoiser = (
+        case.family.read_shape(case.folder),
+        case.family.load_denoiser(case.folder).requires_grad_(True),
+    )
+    costs = shape.denoiser
+    assert shape.geometry.latent_shape(*case.clip) == case.latent_shape
+    assert costs.num_parameters == sum(value.numel() for value in denoiser.parameters())
+    assert costs.num_layers == len(denoiser.blocks)
+    layer = sum(value.numel() for value in denoiser.blocks[0].parameters())
+    assert costs.parameters_per_layer == layer
+    x_t, sigma, text = (value[:1] for value in case.inputs())
+    assert costs.text_width == text.shape[2]
+    expected = costs.pass_flops(case.latent_shape, TEXT_LENGTH)
+    # The fused attention of a CPU is not counted, the plain one is.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as forward:
+            loss = denoiser(x_t.requires_grad_(), sigma, text).sum()
+        with FlopCounterMode(display=False) as to_input:
+            torch.autograd.grad(loss, x_t, retain_graph=True)
+        with FlopCounterMode(display=False) as to_parameters:
+            loss.backward(inputs=list(denoiser.parameters()))
+    assert forward.get_total_flops() == expected.forward
+    assert forward.get_total_flops() == costs.forward_flops(case.latent_shape, TEXT_LENGTH)
+    assert to_input.get_total_flops() == expected.to_input
+    assert to_parameters.get_total_flops() == expected.to_parameters
+
+
+@ALL
+def test_bytes_grow_with_the_clip_and_shrink_with_checkpointing(case):
+    costs, sizes = case.family.read_shape(case.folder).denoiser, case.latent_shape
+    larger = (*sizes[:3], 2 * sizes[3])
+    for bf16 in (False, True):
+        kept = costs.graph_bytes(sizes, TEXT_LENGTH, bf16=bf16, checkpointing=False)
+        again = costs.graph_bytes(sizes, TEXT_LENGTH, bf16=bf16, checkpointing=True)
+        assert again < kept
+        assert costs.layer_graph_bytes(sizes, TEXT_LENGTH, bf16=bf16) <= kept
+        assert kept < costs.graph_bytes(larger, TEXT_LENGTH, bf16=bf16, checkpointing=False)
+        few = costs.transient_bytes(sizes, bf16=bf16)
+        assert 0 < few < costs.transient_bytes(larger, bf16=bf16)
+
+
+@ALL
+def test_an_export_is_reloaded_to_the_last_bit(case, tmp_path):
+    generator = case.family.load_denoiser(case.folder)
+    drawn = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in generator.parameters():
+            value.add_(0.1 * torch.randn(value.shape, generator=drawn))
+    x_t, sigma, text = case.inputs()
+    out = tmp_path / "out"
+    for _ in range(2):  # A second time replaces the first.
+        weights = dict(generator.named_parameters())
+        case.family.export(out, case.folder, weights, flow_shift=3.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert family_of(out) is case.family
+    reloaded, base = case.family.load_denoiser(out), case.family.load_denoiser(case.folder)
+    for name, value in generator.named_parameters():
+        assert torch.equal(reloaded.get_parameter(name), value), name
+    with torch.no_grad():
+        velocity = generator(x_t, sigma, text)
+        assert torch.equal(reloaded(x_t, sigma, text), velocity)
+        assert (base(x_t, sigma, text) - velocity).abs().max() > 1e-3
+    digests, before = model_digests(out), model_digests(case.folder)
+    layout = case.family.traits.layout
+    assert digests[layout.denoiser] != before[layout.denoiser]
+    for name in (*layout.text, layout.autoencoder):
+        assert digests[name] == before[name], name
+
+
+@ALL
+def test_the_content_changes_with_one_value_of_any_component(case, broken):
+    before = model_digests(case.folder)
+    assert model_digests(broken) == before
+    assert fingerprint(broken) == fingerprint(case.folder)
+    for name in case.family.traits.layout.weights:
+        change_one_value(weight_file(case, broken, name))
+        after = model_digests(broken)
+        assert {part for part in after if after[part] != before[part]} == {name}
+        before = after
+    assert fingerprint(broken) != fingerprint(case.folder)
+
+
+@ALL
+def test_missing_torn_and_foreign_weights_are_refused_by_name(case, broken, tmp_path):
+    for name in case.family.traits.layout.weights:
+        file = weight_file(case, broken, name)
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-40])
+        with pytest.raises(ModelFolderError, match=file.name):
+            case.family.inspect(broken)
+        weights = load_file(weight_file(case, case.folder, name))
+        save_file({key: value for key, value in list(weights.items())[1:]}, file)
+        with pytest.raises(ModelFolderError, match="missing"):
+            case.family.inspect(broken)
+        file.unlink()
+        with pytest.raises(ModelFolderError, match="no weights"):
+            case.family.inspect(broken)
+        file.write_bytes(whole)
+    case.family.inspect(broken)
+
+
+@ALL
+def test_a_seed_is_a_clip(case):
+    frames, height, width = case.clip
+    sampler = case.family.open_sampler(case.folder, "cpu")
+    steps: list[int] = []
+
+    def sample(seed: int, flow_shift: float = 3.0, prompt: str = CAPTIONS[0]):
+        request = SampleRequest(
+            prompt=prompt,
+            seed=seed,
+            num_steps=2,
+            guidance_scale=2.0,
+            flow_shift=flow_shift,
+            text_length=TEXT_LENGTH,
+            negative_prompt="",
+            num_frames=frames,
+            height=height,
+            width=width,
+        )
+        return sampler.sample(request, steps.append)
+
+    clip = sample(0)
+    assert clip.shape == (*case.clip, 3)
+    assert clip.dtype.name == "uint8"
+    assert steps == [1, 2]
+    assert (sample(0) == clip).all()
+    for other in (sample(1), sample(0, flow_shift=1.0), sample(0, prompt=CAPTIONS[1])):
+        assert (other != clip).any()
+
+
+class TestUnknownFolders:
+    @pytest.mark.parametrize(
+        ("index", "words"),
+        [
+            ({"_class_name": "LTXPipeline"}, "LTXPipeline"),
+            ({"_class_name": "WanImageToVideoPipeline"}, "an image-to-video model"),
+            ({}, "_class_name is 'None'"),
+        ],
+    )
+    def test_another_family_is_refused_with_the_families_that_are_known(
+        self, toy_is_installed, tmp_path, index, words
+    ):
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        with pytest.raises(ModelFolderError, match=words) as caught:
+            family_of(tmp_path)
+        for name in ("wan (_class_name 'WanPipeline'", "toy (_class_name 'ToyPipeline'"):
+            assert name in str(caught.value)
+
+    def test_a_folder_without_an_index_says_what_it_is_where_that_is_known(self, tmp_path):
+        with pytest.raises(ModelFolderError, match=r"no model_index.json.*WanPipeline"):
+            family_of(tmp_path)
+        (tmp_path / "Wan2.1_VAE.pth").touch()
+        with pytest.raises(ModelFolderError, match="files of the original release"):
+            family_of(tmp_path)
+        with pytest.raises(ModelFolderError, match="no such folder"):
+            family_of(tmp_path / "nowhere")
+
+    def test_an_unknown_name_lists_the_names(self, toy_is_installed):
+        with pytest.raises(ConfigError, match="one of wan, toy"):
+            family_named("ltx")
+
+
+class TestFamiliesFromOutside:
+    @pytest.mark.parametrize(
+        ("value", "words"),
+        [
+            ("no_such_package.x:Y", "No module named 'no_such_package'"),
+            ("sgmd_core.schedule:FlowMatchSchedule", "without name, traits"),
+            ("workers.models.wan_family:WanFamily", "wan for WanPipeline, which is taken"),
+        ],
+    )
+    def test_one_that_cannot_be_used_is_refused_by_name(self, value, words):
+        from importlib.metadata import EntryPoint
+
+        with pytest.raises(ConfigError, match=words) as caught:
+            load_family(EntryPoint("other", value, "sgmd.families"))
+        assert "uninstall the package" in str(caught.value)
+
+    def test_a_broken_one_does_not_stop_a_model_of_ours(self, tmp_path):
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+        with installed_family(tmp_path / "site", "no_such_package.x:Y"):
+            assert family_of(tmp_path / "model").name == "wan"
+            with pytest.raises(ConfigError, match="no_such_package"):
+                families()
