@@ -180,10 +180,9 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
             _Need(role.replace("_", " "), memory[role].total, pool.gpus, teams[role].size)
             for role, pool in pools.items()
         ]
-    counts = {name: _FLOAT * number for name, number in model.num_parameters.items()}
-    needs.append(_Need("text encoder", counts["text_encoder"], topology.text.gpus))
+    needs.append(_Need("text encoder", _FLOAT * model.num_text_parameters, topology.text.gpus))
     if config.validation.every:
-        weights = counts["transformer"] + counts["vae"] + counts["text_encoder"]
+        weights = _FLOAT * sum(model.num_parameters.values())
         needs.append(_Need("validator", weights, topology.validator.gpus))
     return needs
 

@@ -116,6 +116,11 @@ class ModelFolder:
         """Parameters of the denoiser."""
         return self.num_parameters[self.layout.denoiser]
 
+    @property
+    def num_text_parameters(self) -> int:
+        """Parameters of the text encoder."""
+        return sum(self.num_parameters.get(name, 0) for name in self.layout.text)
+
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
         """Shape of one clip's latents.
 

@@ -18,9 +18,6 @@ from sgmd_core.errors import ModelFolderError
 from workers.models.architecture import CheckedComponent
 from workers.models.configs import REMEDY
 
-TOKENIZER = "tokenizer"
-"""Folder of the tokenizer."""
-
 _MAX_NAMED = 4
 
 
@@ -51,16 +48,15 @@ def load_network(network: Any, part: CheckedComponent, **options: Any) -> Any:  
     return loaded.eval()
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder.
+def load_tokenizer(tokens: Path) -> PreTrainedTokenizerBase:
+    """Load a tokenizer of transformers from its component's folder.
 
     Raises:
         ModelFolderError: A file is missing or cannot be read, or the tokenizer needs code.
     """
-    tokens = folder / TOKENIZER
     if not (tokens / "tokenizer_config.json").is_file():
         raise ModelFolderError(
-            f"loading the model {folder}",
+            f"loading the model {tokens.parent}",
             f"the file {tokens / 'tokenizer_config.json'} is missing",
             "a tokenizer of transformers",
             REMEDY,

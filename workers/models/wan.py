@@ -234,7 +234,7 @@ def load_text(folder: str | Path, dtype: torch.dtype | None = None) -> CaptionEn
     options = {} if dtype is None else {"dtype": dtype}
     part = check_component(Path(folder), TEXT_ENCODER)
     text_encoder = load_network(UMT5EncoderModel, part, **options)
-    tokenizer = load_tokenizer(Path(folder))
+    tokenizer = load_tokenizer(Path(folder) / TOKENIZER)
     require_telling_apart(Path(folder) / TEXT_ENCODER, tokenizer, text_encoder)
     return CaptionEncoder(tokenizer, text_encoder.requires_grad_(False))
 

@@ -159,7 +159,7 @@ class WanFamily:
         from workers.models.loading import load_tokenizer
 
         require_supported_index(folder)
-        return LibraryTokenizer(load_tokenizer(folder), prompt_clean)
+        return LibraryTokenizer(load_tokenizer(folder / TOKENIZER), prompt_clean)
 
     def open_sampler(self, folder: Path, device: str) -> "WanSampler":
         """Load a WanPipeline."""

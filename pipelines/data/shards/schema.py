@@ -54,7 +54,7 @@ class Encoding:
         latent_shape: (channels, frames, rows, columns) of each sample's latents.
         text_shape: (positions, width) of each caption's embedding, zeros at the end included.
         dtype: Type of both; float32 makes the bits that encoding on the way would make.
-        vae: Fingerprint of the autoencoder that made the latents (component "vae").
+        vae: Fingerprint of the autoencoder that made the latents (`FolderLayout.autoencoder`).
         text_encoder: Fingerprint of what made the embeddings (`FolderLayout.text`).
     """
 
