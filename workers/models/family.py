@@ -1,4 +1,4 @@
-"""What a model family is to everything outside of it: two interfaces and the records they hand out.
+"""Interfaces of a model family to everything outside of it, and the records it hands out.
 
     ModelFamily    folder -> checked folder, networks, sampler, arithmetic; weights -> folder
     Denoiser       (x_t, sigma, text) -> velocity, with blocks, precision and checkpointing

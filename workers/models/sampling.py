@@ -23,7 +23,7 @@ from workers.text_encoder import CaptionEmbedder
 
 @dataclass(frozen=True, slots=True)
 class SamplingRules:
-    """How folders of a family are sampled where they do not say so.
+    """Defaults of sampling a folder that does not state its own.
 
     Attributes:
         source: What these values are the defaults of, for messages.
