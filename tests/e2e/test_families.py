@@ -14,7 +14,6 @@ from pipelines.evaluation.run import evaluate
 from pipelines.generate import generate
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.progress import SilentListener
 from sgmd_core.errors import ConfigError, ModelFolderError
 from tests.e2e.conftest import MakeRecipe
 from tests.helpers.families import installed_family
@@ -41,7 +40,7 @@ def config(module_recipe: MakeRecipe, toy_folder: Path) -> DistillConfig:
 
 @pytest.fixture(scope="module")
 def run(config: DistillConfig) -> RunFolder:
-    distill(config, listener=SilentListener())
+    distill(config)
     return RunFolder(config.run_folder)
 
 
@@ -75,7 +74,7 @@ def test_the_run_can_be_resumed_sampled_and_evaluated(run, config, world, tmp_pa
 
     copy = shutil.copytree(config.run_folder, tmp_path / "runs" / "toy")
     longer = load_recipe(str(copy / "config.yaml"), ["iterations=3", f"output={tmp_path / 'runs'}"])
-    distill(longer, listener=SilentListener(), resume=True)
+    distill(longer, resume=True)
     assert [record["iteration"] for record in read_jsonl(RunFolder(copy).metrics)] == [0, 1, 2]
 
 
