@@ -29,7 +29,7 @@ class Setting:
 
     Attributes:
         name: What tables call it.
-        teams: (generator ranks, teacher copies, fake-score ranks).
+        teams: (generator ranks, teacher replicas, fake-score ranks).
         stage_ms: Of one sample: rollout, denoise, signal, track, learn; sample, in a fresh pass,
             takes as long as a rollout.
         micro_batches: Parts of the batch.
@@ -60,7 +60,7 @@ class Setting:
         generator, teacher, fake_score = self.teams
         return {
             GENERATOR: Team(ranks=generator),
-            TEACHER: Team(copies=teacher),
+            TEACHER: Team(replicas=teacher),
             FAKE_SCORE: Team(ranks=fake_score),
         }
 

@@ -32,7 +32,7 @@ def measure_scaling(max_processes: int, rounds: int) -> dict[str, Any]:
 def _copies(groups: Groups, count: int, rounds: int) -> dict[str, float]:
     """The same tasks on more copies: the ideal is inversely proportional to their number."""
     program = (Pass((Stage("denoise", TEACHER),)),)
-    calls = order_calls(program, {TEACHER: Team(copies=count)}, TASKS, 1)
+    calls = order_calls(program, {TEACHER: Team(replicas=count)}, TASKS, 1)
     costs = Costs(lambda call: NAP_S)
     times = [run_dummies(calls, groups, costs).iteration_s for _ in range(rounds)]
     return _row(count, statistics.median(times), TASKS * NAP_S / count)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.role_state import require_same_tensors
-from workers.sharding import parameters_of, put
+from workers.sharding import copy_into, parameters_of
 
 
 def effective_decay(decay: float, updates: int, start: int = 0) -> float:
@@ -61,7 +61,7 @@ class AveragedWeights:
         """
         require_same_tensors(average, self._average, "loading the averaged weights")
         for name, value in self._average.items():
-            put(value, average[name])
+            copy_into(value, average[name])
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
 from workers.role_state import load_role, require_same_tensors, save_role
 from workers.settings import FakeScoreSettings
-from workers.sharding import is_sharded, parameters_of, part_of
+from workers.sharding import is_sharded, local_shard, parameters_of
 
 ROLE = "fake_score"
 _VELOCITY_FAKE, _VELOCITY_TEACHER = "the fake score's velocity", "the teacher's velocity"
@@ -187,7 +187,7 @@ class FakeScoreTracker:
         return self._optimizer.step(iteration)
 
     @torch.no_grad()
-    def absorb(self, weights: Mapping[str, Tensor]) -> None:
+    def mix_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Mixes the generator's weights in, right after its update.
 
             weights <- ida_decay * weights + (1 - ida_decay) * generator's
@@ -211,7 +211,7 @@ class FakeScoreTracker:
                 "Set fake_score.tracking=fresh",
             )
         for name, value in own.items():
-            mixed_in = part_of(weights[name].to(value.dtype), value)
+            mixed_in = local_shard(weights[name].to(value.dtype), value)
             value.lerp_(mixed_in.to(value.device), 1 - self._ida_decay)
 
     def discard(self) -> None:

@@ -37,7 +37,7 @@ from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
 from workers.role_state import RoleState, load_role, save_role
 from workers.settings import GeneratorSettings
-from workers.sharding import gathered, is_first_rank
+from workers.sharding import gather_to_rank0, is_first_rank
 
 ROLE = "generator"
 AVERAGE = "ema"
@@ -223,14 +223,18 @@ class GeneratorLearner:
 
         Every rank must be asked; the weights are the first one's, those of the others are empty.
         """
-        return gathered(self._optimizer.weights)
+        return gather_to_rank0(self._optimizer.weights)
 
     def final_weights(self) -> dict[str, Tensor]:
         """A copy of the weights to validate and export: the average, where one is kept.
 
         Every rank must be asked; the weights are the first one's, those of the others are empty.
         """
-        return self.trained_weights() if self._average is None else gathered(self._average.average)
+        return (
+            self.trained_weights()
+            if self._average is None
+            else gather_to_rank0(self._average.average)
+        )
 
     def export(
         self, dst: str, base_folder: str, flow_shift: float, checkpoint: str | None = None
@@ -273,7 +277,7 @@ class GeneratorLearner:
         """
         digests = save_role(folder, ROLE, self._optimizer.state())
         if self._average is not None:
-            average = gathered(self._average.average)
+            average = gather_to_rank0(self._average.average)
             digests |= save_role(folder, AVERAGE, RoleState(self._optimizer.updates, average, {}))
         return digests
 

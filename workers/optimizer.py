@@ -17,7 +17,14 @@ from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_tensors
 from workers.settings import OptimizerSettings
-from workers.sharding import gathered, parameters_of, part_of, put, reshard, whole
+from workers.sharding import (
+    copy_into,
+    full_tensor,
+    gather_to_rank0,
+    local_shard,
+    parameters_of,
+    reshard,
+)
 
 
 def learning_rate(settings: OptimizerSettings, updates: int) -> float:
@@ -104,7 +111,7 @@ class RoleOptimizer:
                 "at least one micro-batch learned since the last update",
             )
         self._norm = nn.utils.get_total_norm(gradients)
-        norm = whole(self._norm).item()
+        norm = full_tensor(self._norm).item()
         return GradientReport(grad_norm=norm, finite=math.isfinite(norm))
 
     def step(self, iteration: int) -> int:
@@ -125,7 +132,7 @@ class RoleOptimizer:
                 "a gradient report of this iteration, taken after all micro-batches",
                 "Call gradient_report first",
             )
-        norm = whole(self._norm)
+        norm = full_tensor(self._norm)
         if not torch.isfinite(norm):
             raise NonFiniteError(
                 f"updating the {self._role} in iteration {iteration}",
@@ -162,7 +169,7 @@ class RoleOptimizer:
         for name, parameter in self._parameters.items():
             for kind, value in self._adamw.state[parameter].items():
                 moments[f"{kind}/{name}"] = value
-        return RoleState(self._updates, gathered(self.weights), gathered(moments))
+        return RoleState(self._updates, gather_to_rank0(self.weights), gather_to_rank0(moments))
 
     def load_state(self, state: RoleState) -> None:
         """Goes on where `state` was taken.
@@ -173,7 +180,7 @@ class RoleOptimizer:
         attempted = f"loading the {self._role}"
         require_same_tensors(state.weights, self.weights, attempted)
         for name, parameter in parameters_of(self._network).items():
-            put(parameter, state.weights[name])
+            copy_into(parameter, state.weights[name])
         saved = self._adamw.state_dict()
         saved["state"] = _moments_by_index(self._parameters, state.moments)
         self._adamw.load_state_dict(saved)
@@ -191,6 +198,6 @@ def _moments_by_index(
         kind, name = label.split("/", 1)
         # The step count is a number of its own; the moments are shaped like their parameter.
         is_shaped = value.shape == parameters[name].shape and value.ndim > 0
-        part = part_of(value, parameters[name]) if is_shaped else value
+        part = local_shard(value, parameters[name]) if is_shaped else value
         by_index.setdefault(positions[name], {})[kind] = part
     return by_index

@@ -79,7 +79,7 @@ def parameters_of(network: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor; every rank must ask, in the same order. Not a copy where nothing is shared.
 
     Args:
@@ -88,7 +88,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies of whole tensors on the first rank; every rank must ask, the others get nothing.
 
     One tensor at a time and, where something is shared, to main memory: no rank ever holds two
@@ -96,19 +96,19 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     copies: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        value = whole(tensor.detach())
+        value = full_tensor(tensor.detach())
         if is_first_rank():
             copies[name] = value.cpu() if isinstance(tensor, DTensor) else value.clone()
     return copies
 
 
 @torch.no_grad()
-def put(target: Tensor, value: Tensor) -> None:
+def copy_into(target: Tensor, value: Tensor) -> None:
     """Copies a whole tensor, known to every rank, into one of which each rank keeps a part."""
-    target.copy_(part_of(value, target))
+    target.copy_(local_shard(value, target))
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
+def local_shard(value: Tensor, like: Tensor) -> Tensor:
     """This rank's part of a whole tensor that every rank knows, laid out like another one."""
     if not isinstance(like, DTensor):
         return value

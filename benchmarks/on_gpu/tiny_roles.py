@@ -34,7 +34,7 @@ from workers.settings import (
     OptimizerSettings,
     TeacherSettings,
 )
-from workers.sharding import shard, whole
+from workers.sharding import full_tensor, shard
 
 TINY_WAN = Path(__file__).resolve().parents[2] / "assets" / "tiny-wan"
 TEXT_LENGTH = 16
@@ -136,7 +136,7 @@ class Roles:
         """Gradients of both networks, each as one vector."""
         return {
             f"gradient of the {name}": flat(
-                whole(value.grad)
+                full_tensor(value.grad)
                 for value in self.networks[name].parameters()
                 if value.grad is not None
             )

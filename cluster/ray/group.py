@@ -73,7 +73,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         placement: Reserved resources; or processes that the group shares with others, one a rank.
         pool: The pool whose ranks these are; None: the one called like the group.
         collective: Whether the ranks, if there are several, run collectives among themselves.
-        copies: Parts of the group that do so apart from one another.
+        replicas: Parts of the group that do so apart from one another.
         narrow: Kinds of tensors that its results carry in bfloat16; see `cluster.transfer`.
         direct: Which results go past the object store; its own processes then have to be able to.
     """
@@ -87,7 +87,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         pool: str | None = None,
         *,
         collective: bool = False,
-        copies: int = 1,
+        replicas: int = 1,
         narrow: AbstractSet[str] = frozenset(),
         direct: Direct | None = None,
     ) -> None:
@@ -95,7 +95,7 @@ class RayWorkerGroup(WorkerGroup[W]):
             pool = name if pool is None else pool
             ranks = placement.pool(pool).num_ranks
             transport = None if direct is None else direct.transport
-            size = ranks // copies if collective else 1
+            size = ranks // replicas if collective else 1
             placement = Hosts(pool, placement, size, transport=transport)
         self._hosts = placement
         self._narrow = frozenset(narrow)

@@ -71,17 +71,17 @@ class Team:
     """The processes of one role.
 
     Attributes:
-        copies: Independent copies; each gets samples of its own.
-        ranks: Processes of one copy; they share its samples evenly and work in step.
+        replicas: Independent copies; each gets samples of its own.
+        ranks: Processes of one replica; they share its samples evenly and work in step.
     """
 
-    copies: int = 1
+    replicas: int = 1
     ranks: int = 1
 
     @property
     def size(self) -> int:
-        """Processes in all; rank `copy * ranks + i` is the i-th of its copy."""
-        return self.copies * self.ranks
+        """Processes in all; rank `replica * ranks + i` is the i-th of its replica."""
+        return self.replicas * self.ranks
 
 
 Program = Sequence[Pass | Update | WeightTransfer]
@@ -99,7 +99,7 @@ def pass_order(
         a_pass: The stages.
         num_micro_batches: Parts of the batch.
         depth: Most micro-batches that are open at once.
-        cycles: By role, micro-batches after which a copy gets its next one; 1 if not given.
+        cycles: By role, micro-batches after which a replica gets its next one; 1 if not given.
     """
     opening = _opening(a_pass)
     ahead = num_ahead(a_pass, num_micro_batches, depth)
@@ -116,25 +116,27 @@ def pass_order(
     return order
 
 
-def partition_samples(num_samples: int, team: Team, turn: int) -> list[tuple[int, tuple[int, int]]]:
+def partition_samples(
+    num_samples: int, team: Team, round: int
+) -> list[tuple[int, tuple[int, int]]]:
     """Assigns the samples of a micro-batch to ranks.
 
     Args:
-        num_samples: Samples of the micro-batch; a multiple of the team's ranks a copy.
+        num_samples: Samples of the micro-batch; a multiple of the team's ranks per replica.
         team: The role's processes.
-        turn: Micro-batches that the role has been given before; copies take turns.
+        round: Micro-batches that the role has been given before; replicas take turns.
 
     Returns:
-        (rank, (first sample, one past the last)), in the order of the samples. Over many turns
-        every copy gets the same number of samples, give or take one share.
+        (rank, (first sample, one past the last)), in the order of the samples. Over many rounds
+        every replica gets the same number of samples, give or take one share.
     """
     shares, found, start = num_samples // team.ranks, [], 0
-    fewest, left_over = divmod(shares, team.copies)
-    for place in range(min(team.copies, shares)):
-        copy = (turn * left_over + place) % team.copies
+    fewest, left_over = divmod(shares, team.replicas)
+    for place in range(min(team.replicas, shares)):
+        replica = (round * left_over + place) % team.replicas
         size = fewest + (place < left_over)
         for member in range(team.ranks):
-            found.append((copy * team.ranks + member, (start, start + size)))
+            found.append((replica * team.ranks + member, (start, start + size)))
             start += size
     return found
 
@@ -176,11 +178,11 @@ def check_program(program: Program, teams: Mapping[str, Team], num_samples: int)
 
 def _check_update(update: Update, teams: Mapping[str, Team]) -> None:
     for role in update.roles:
-        if role not in teams or teams[role].copies > 1:
+        if role not in teams or teams[role].replicas > 1:
             raise ScheduleError(
                 "ordering the calls of an iteration",
                 f"an update of {role}, which has {teams.get(role, 'no processes')}",
-                "one copy of a role that learns: copies would drift apart",
+                "one replica of a role that learns: several would drift apart",
             )
 
 

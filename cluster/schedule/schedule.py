@@ -11,10 +11,10 @@ schedule. It keeps four promises:
 
 * A call comes after the calls whose results it takes.
 * A role gathers gradients in one order, micro-batch after micro-batch, whatever the depth and the
-  teams are: depth and copies do not change a bit of a run's numbers.
+  teams are: depth and replicas do not change a bit of a run's numbers.
 * What a stage keeps in memory for a later one (a graph) is kept for `depth` micro-batches at most.
-* The samples of a micro-batch are shared out evenly: over the ranks of one copy, which work in
-  step, and in turn over copies, which do not wait for one another.
+* The samples of a micro-batch are shared out evenly: over the ranks of one replica, which work in
+  step, and in turn over replicas, which do not wait for one another.
 
 Where the controller has to hear of results before it goes on (`Call.waits_for`) it has first asked
 for everything that needs none of the roles being updated.
@@ -173,7 +173,7 @@ class _Builder:
             for role in teams
         }
         shares = {role: num_samples // team.ranks for role, team in teams.items()}
-        self._cycles = {role: -(-team.copies // shares[role]) for role, team in teams.items()}
+        self._cycles = {role: -(-team.replicas // shares[role]) for role, team in teams.items()}
         # Calls that the controller must hear of before it goes on.
         self._waits: tuple[int, ...] = ()
 
@@ -245,9 +245,9 @@ class _Builder:
             return
         passes = self._passes_of[stage.role]
         past = iteration * len(passes) + passes.index(phase)
-        turn = past * self._num_micro_batches + micro_batch
+        round = past * self._num_micro_batches + micro_batch
         places: list[int] = []
-        for rank, samples in partition_samples(self._num_samples, self._teams[stage.role], turn):
+        for rank, samples in partition_samples(self._num_samples, self._teams[stage.role], round):
             inputs = tuple(
                 place
                 for name in stage.takes

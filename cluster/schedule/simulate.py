@@ -6,7 +6,7 @@
 
 A schedule lists every call after all that it waits for, so one walk along the list meets the events
 in an order in which each is known when it is needed: no queue, and the result is exact. Ranks of
-one copy begin a stage together, because their collectives make them wait for the last one.
+one replica begin a stage together, because their collectives make them wait for the last one.
 
 With every cost but the stages' own at zero, the end of the last call is the shortest time in which
 this order can be worked through: the bound that measurements are held against.
@@ -232,7 +232,7 @@ def in_sequence(calls: Sequence[Call]) -> list[Call]:
 
 
 def _gangs(calls: Sequence[Call], teams: Mapping[str, Team]) -> Iterator[list[Call]]:
-    """Runs of calls that begin together: one stage on the ranks of one copy."""
+    """Runs of calls that begin together: one stage on the ranks of one replica."""
     gang: list[Call] = []
     for call in calls:
         if gang and _gang_of(gang[0], teams) != _gang_of(call, teams):
@@ -244,8 +244,8 @@ def _gangs(calls: Sequence[Call], teams: Mapping[str, Team]) -> Iterator[list[Ca
 
 
 def _gang_of(call: Call, teams: Mapping[str, Team]) -> tuple[object, ...]:
-    copy = call.rank // teams[call.role].ranks
-    return call.iteration, call.phase, call.role, copy, call.stage, call.micro_batch
+    replica = call.rank // teams[call.role].ranks
+    return call.iteration, call.phase, call.role, replica, call.stage, call.micro_batch
 
 
 def _taken_s(call: Call, calls: Sequence[Call], costs: Costs) -> float:

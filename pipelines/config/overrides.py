@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from pipelines.config.renamed_keys import current_key, with_current_keys
 from pipelines.config.yaml_text import MAX_DEPTH, read_yaml, shortened, yaml_problem
 from sgmd_core.errors import ConfigError
 
@@ -66,8 +67,9 @@ def apply_overrides(settings: Mapping[str, Any], overrides: Iterable[Override]) 
     Raises:
         ConfigError: An override reaches into a value as if it were a section.
     """
-    result = dict(settings)
-    for override in sorted(overrides, key=lambda override: override.key[-1] != _METHOD):
+    result = with_current_keys(settings)
+    current = (Override(current_key(each.key), each.value) for each in overrides)
+    for override in sorted(current, key=lambda override: override.key[-1] != _METHOD):
         result = _put(result, override, depth=0)
     return result
 

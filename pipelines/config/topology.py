@@ -76,7 +76,7 @@ class TopologySettings(Section):
     """Resources of the validator; a GPU keeps validation up with the training."""
     threads_per_rank: int = Field(default=1, ge=1)
     """Torch threads of each role's process."""
-    window: int = Field(default=2, ge=1, le=2**10)
+    depth: int = Field(default=2, ge=1, le=2**10)
     """Micro-batches in flight; each one keeps a rollout's graph. Changes waiting, not numbers."""
     max_staleness_iterations: Literal[0, 1] = 0
     """1: an iteration may begin before the fake score's update of the one before has ended."""
@@ -135,10 +135,10 @@ def topology_contradictions(
                 "set it to 1, or the mode to pools"
             )
     problems += _transport_contradictions(topology)
-    copies = topology.teams[TEACHER].copies
-    if copies > batch_size // topology.teacher.ranks:
+    replicas = topology.teams[TEACHER].replicas
+    if replicas > batch_size // topology.teacher.ranks:
         problems.append(
-            f"topology.teacher.replicas {copies} is more than the batch has samples for "
+            f"topology.teacher.replicas {replicas} is more than the batch has samples for "
             f"({batch_size} over {topology.teacher.ranks} ranks), so some would never work"
         )
     if topology.max_staleness_iterations and topology.mode != "pools":

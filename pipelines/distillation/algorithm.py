@@ -159,7 +159,9 @@ DIVERSIFY = StageSpec(
     gathers=True,
 )
 TRAINED_WEIGHTS = StageSpec(GENERATOR, GeneratorLearner.trained_weights, lambda call: ())
-ABSORB = StageSpec(FAKE_SCORE, FakeScoreTracker.absorb, lambda call: (call.of(TRAINED_WEIGHTS),))
+MIX_WEIGHTS = StageSpec(
+    FAKE_SCORE, FakeScoreTracker.mix_weights, lambda call: (call.of(TRAINED_WEIGHTS),)
+)
 _UPDATES = tuple(
     StageSpec(role, method, lambda call: (call.iteration,))
     for role, learner in ((GENERATOR, GeneratorLearner), (FAKE_SCORE, FakeScoreTracker))
@@ -180,7 +182,7 @@ STAGES = {
         ANCHOR,
         DIVERSIFY,
         TRAINED_WEIGHTS,
-        ABSORB,
+        MIX_WEIGHTS,
         *_UPDATES,
     )
 }
@@ -223,7 +225,7 @@ def iteration_program(
     )
     if shared:
         return (distil, Update((GENERATOR, FAKE_SCORE)))
-    mix = WeightTransfer((GENERATOR, TRAINED_WEIGHTS.name), (FAKE_SCORE, ABSORB.name))
+    mix = WeightTransfer((GENERATOR, TRAINED_WEIGHTS.name), (FAKE_SCORE, MIX_WEIGHTS.name))
     track = Pass((SAMPLE.step(), TRACK.step(SAMPLE)))
     return (
         distil,

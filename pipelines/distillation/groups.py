@@ -223,7 +223,7 @@ class _RayOpener:
             args,
             self._placement,
             collective=team.ranks > 1,
-            copies=team.copies,
+            replicas=team.replicas,
             narrow=self._narrow,
             direct=self._direct if name in ROLES else None,
         )

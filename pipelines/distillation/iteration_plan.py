@@ -21,7 +21,7 @@ class IterationPlan:
         teams: Processes by role.
         batch_size: Samples of one update.
         micro_batches: Parts that the batch is split into.
-        window: Micro-batches whose graphs the generator may hold at once.
+        depth: Micro-batches whose graphs the generator may hold at once.
         max_staleness_iterations: 1 lets an iteration begin before the fake score's update of the
             one before has ended.
         timeout_s: How long a group of calls may take before the run is given up.
@@ -33,7 +33,7 @@ class IterationPlan:
     teams: Mapping[str, Team]
     batch_size: int
     micro_batches: int
-    window: int
+    depth: int
     max_staleness_iterations: int
     timeout_s: float
     negative: Future[Text]
@@ -85,7 +85,7 @@ class IterationPlan:
             self.program,
             self.teams,
             self.micro_batches,
-            self.window,
+            self.depth,
             samples_per_micro_batch=self.micro_batch_size,
             num_iterations=num_iterations,
             first_iteration=first,
@@ -110,7 +110,7 @@ def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPl
         teams=config.topology.teams,
         batch_size=config.batch.size,
         micro_batches=config.batch.micro_batches,
-        window=config.topology.window,
+        depth=config.topology.depth,
         max_staleness_iterations=config.topology.max_staleness_iterations,
         timeout_s=config.topology.call_timeout_s,
         negative=negative,

@@ -161,10 +161,10 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
     teams = topology.teams
     split = PoolSplit(
         teams[GENERATOR].ranks,
-        teams[TEACHER].copies,
+        teams[TEACHER].replicas,
         teams[FAKE_SCORE].ranks,
         config.batch.micro_batches,
-        topology.window,
+        topology.depth,
         teams[TEACHER].ranks,
     )
     memory = rank_memory(Workload.of(config), split)

@@ -62,7 +62,7 @@ def fake_score_memory(work: Workload, ranks: int, samples: float, kept: float) -
 
 
 def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
-    """A rank of a teacher copy that is asked about some samples at a time."""
+    """A rank of a teacher replica that is asked about some samples at a time."""
     passes = samples * (2 if work.guided and not work.in_turn else 1)
     widest = work.shape.transient_bytes(work.latent_shape, bf16=TEACHER in work.bf16)
     if work.through_teacher:

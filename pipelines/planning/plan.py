@@ -45,7 +45,7 @@ class Fused:
             "topology.fused.ranks": self.ranks,
             "topology.fused.gpus": 1,
             "batch.micro_batches": work.batch_size // self.ranks,
-            "topology.window": 1,
+            "topology.depth": 1,
         }
 
 
@@ -87,7 +87,7 @@ class Plan:
         return {
             "topology.mode": "pools",
             "batch.micro_batches": split.micro_batches,
-            "topology.window": split.depth,
+            "topology.depth": split.depth,
             "topology.generator.ranks": split.generator,
             "topology.teacher.replicas": split.teacher,
             "topology.teacher.ranks": split.teacher_ranks,

@@ -1,7 +1,7 @@
 """Finds pool sizes, micro-batches and depth: candidates by arithmetic, the best by simulation.
 
     m micro-batches of s = batch / m samples
-    g generator ranks and f ranks of the fake score share the s samples evenly, t teacher copies
+    g generator ranks and f ranks of the fake score share the s samples evenly, t teacher replicas
     any split that fits the GPUs and whose ranks fit their memory is a candidate
 
 A group's ranks work in step, so the simulator sees a group as one process that is as many times
@@ -49,7 +49,7 @@ class PoolSplit:
         fake_score: Ranks of the fake score.
         micro_batches: Parts of the batch.
         depth: Parts in flight.
-        teacher_ranks: Ranks that share the network of one teacher copy.
+        teacher_ranks: Ranks that share the network of one teacher replica.
     """
 
     generator: int
@@ -153,15 +153,15 @@ def _free_splits(batch_size: int, num_gpus: int) -> Iterator[tuple[PoolSplit, in
     for generator in range(1, num_gpus - 1):
         for (part, parts), ranks in product(_RATIOS, _TEACHER_RANKS):
             fake_score = generator * part // parts
-            copies = (num_gpus - generator - fake_score) // ranks
-            if generator * part % parts or fake_score < 1 or copies < 1:
+            replicas = (num_gpus - generator - fake_score) // ranks
+            if generator * part % parts or fake_score < 1 or replicas < 1:
                 continue
             samples = lcm(generator, fake_score, ranks)
             for micro_batches in range(2, _MOST_FREE_PARTS):
                 size = micro_batches * samples
                 if 3 * batch_size <= 4 * size and 4 * size <= 5 * batch_size:
-                    copies = min(copies, size // ranks)
-                    yield PoolSplit(generator, copies, fake_score, micro_batches, 1, ranks), size
+                    replicas = min(replicas, size // ranks)
+                    yield PoolSplit(generator, replicas, fake_score, micro_batches, 1, ranks), size
 
 
 def rank_memory(work: Workload, split: PoolSplit) -> dict[str, RankMemory]:

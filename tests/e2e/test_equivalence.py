@@ -94,8 +94,8 @@ def test_the_number_of_micro_batches_in_flight_changes_no_bit(
     make_recipe: MakeRecipe, window: int
 ) -> None:
     settings = ["batch.micro_batches=4", "iterations=2"]
-    reference = make_recipe("name=reference", "topology.window=3", *settings)
-    other = make_recipe("name=other", f"topology.window={window}", *settings)
+    reference = make_recipe("name=reference", "topology.depth=3", *settings)
+    other = make_recipe("name=other", f"topology.depth={window}", *settings)
     distill(reference)
     distill(other)
     assert state(other, 2) == state(reference, 2)

@@ -182,7 +182,7 @@ def mix_weights(roles: Roles) -> None:
     handed = [roles.generator.trained_weights()]
     if num_ranks() > 1:
         dist.broadcast_object_list(handed)
-    roles.fake_score.absorb(handed[0])
+    roles.fake_score.mix_weights(handed[0])
 
 
 def gradients(network: nn.Module) -> dict[str, Tensor]:

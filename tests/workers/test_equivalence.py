@@ -271,7 +271,7 @@ def test_with_diversity_no_rollout_exits_at_the_first_step():
 def test_mixing_takes_the_generators_weights_in_by_the_share_that_was_set():
     roles = tiny_roles("fresh", objective=Dmd2Objective(), ida_decay=0.75)
     fake_score, generator = (weights(roles.networks[n]) for n in ("fake_score", "generator"))
-    roles.fake_score.absorb(roles.generator.trained_weights())
+    roles.fake_score.mix_weights(roles.generator.trained_weights())
     for name, value in weights(roles.networks["fake_score"]).items():
         expected = 0.75 * fake_score[name] + 0.25 * generator[name]
         assert_moves({name: expected}, {name: fake_score[name]}, 1e-6)

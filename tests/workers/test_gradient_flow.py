@@ -135,7 +135,7 @@ def test_weights_are_not_mixed_under_a_graph_that_was_made_with_the_old_ones():
     roles = tiny_roles("shared", objective=DmdObjective(), ida_decay=0.9)
     _signal(roles)
     with pytest.raises(StaleCallError, match=r"fake_score\.tracking=fresh"):
-        roles.fake_score.absorb(roles.generator.trained_weights())
+        roles.fake_score.mix_weights(roles.generator.trained_weights())
 
 
 @TRACKING

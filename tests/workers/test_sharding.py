@@ -32,7 +32,7 @@ from tests.helpers.roles import (
 )
 from workers.role_state import load_role
 from workers.settings import ComputeSettings, DiversitySettings
-from workers.sharding import is_sharded, parameters_of, whole
+from workers.sharding import full_tensor, is_sharded, parameters_of
 
 NUM_ITERATIONS = 2
 BATCHES = ((0, 1), (2, 3))
@@ -62,7 +62,9 @@ pytestmark = pytest.mark.slow
 
 
 def whole_weights(network: nn.Module) -> Weights:
-    return {name: whole(value.detach()).clone() for name, value in parameters_of(network).items()}
+    return {
+        name: full_tensor(value.detach()).clone() for name, value in parameters_of(network).items()
+    }
 
 
 def all_weights(roles: Roles) -> Weights:
@@ -124,7 +126,7 @@ def resumed_weights(folder: Path, run: dict[str, Any]) -> Weights:
 
 def whole_gradients(roles: Roles, role: str) -> Weights:
     return {
-        name: whole(value.grad)
+        name: full_tensor(value.grad)
         for name, value in parameters_of(roles.networks[role]).items()
         if value.grad is not None
     }
@@ -245,7 +247,7 @@ def mixed_roles() -> Roles:
     return tiny_roles("fresh", objective=DmdObjective(), ida_decay=0.5)
 
 
-def absorbing(roles: Roles, folder: Path) -> None:
+def mixing(roles: Roles, folder: Path) -> None:
     mix_weights(roles)
 
 
@@ -276,7 +278,7 @@ def averaging(roles: Roles, folder: Path) -> None:
     handed = [weights]
     if is_sharded(roles.networks["generator"]):
         torch.distributed.broadcast_object_list(handed)
-    roles.fake_score.absorb(handed[0])
+    roles.fake_score.mix_weights(handed[0])
 
 
 def stepping(roles: Roles, folder: Path) -> None:
@@ -291,7 +293,7 @@ def stepping(roles: Roles, folder: Path) -> None:
 
 
 ACCESSES: dict[str, Callable[[Roles, Path], None]] = {
-    "absorb": absorbing,
+    "mix_weights": mixing,
     "load": loading,
     "save": saving,
     "average": averaging,

@@ -27,7 +27,7 @@ PROGRAM: Program = (
     Update(("maker",)),
     WeightTransfer(("maker", "show"), ("judge", "copy")),
 )
-TEAMS = {"maker": Team(ranks=2), "judge": Team(copies=3)}
+TEAMS = {"maker": Team(ranks=2), "judge": Team(replicas=3)}
 
 
 @dataclass

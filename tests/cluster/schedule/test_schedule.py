@@ -173,7 +173,7 @@ def test_a_role_asked_twice_about_a_micro_batch_first_begins_the_next_one():
 @pytest.mark.parametrize("num_copies", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("num_samples", [1, 8, 15])
 def test_copies_share_a_micro_batch_without_gap_or_overlap(num_samples: int, num_copies: int):
-    spans = [span for _, span in partition_samples(num_samples, Team(copies=num_copies), turn=0)]
+    spans = [span for _, span in partition_samples(num_samples, Team(replicas=num_copies), round=0)]
     assert [at for first, end in spans for at in range(first, end)] == list(range(num_samples))
     sizes = [end - first for first, end in spans]
     assert len(sizes) == min(num_copies, num_samples)
@@ -183,7 +183,7 @@ def test_copies_share_a_micro_batch_without_gap_or_overlap(num_samples: int, num
 def test_copies_take_turns_and_none_gets_more_than_one_share_extra():
     loads = [0] * 3
     for turn in range(7):
-        for rank, (first, end) in partition_samples(4, Team(copies=3), turn):
+        for rank, (first, end) in partition_samples(4, Team(replicas=3), turn):
             loads[rank] += end - first
         assert max(loads) - min(loads) <= 1
     assert [partition_samples(1, Team(3), turn)[0][0] for turn in range(4)] == [0, 1, 2, 0]
@@ -215,7 +215,7 @@ def test_an_update_of_several_roles_waits_until_all_have_gathered_soundly():
         ((Pass((Stage("a", "y"),)),), {"x": Team()}, 1, r"done by y of roles \['x'\]"),
         ((Pass((Stage("a", "x", keeps_until="b"),)),), {"x": Team()}, 1, "until b"),
         ((Pass((Stage("a", "x"),)),), {"x": Team(1, 2)}, 3, "sharing 3 samples"),
-        ((Update(("x",)),), {"x": Team(2)}, 1, "copies would drift apart"),
+        ((Update(("x",)),), {"x": Team(2)}, 1, "several would drift apart"),
     ],
 )
 def test_what_cannot_be_worked_through_is_refused(program, teams, samples, told):

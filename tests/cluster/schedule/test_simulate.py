@@ -52,7 +52,7 @@ def test_a_chain_takes_the_slowest_stage_once_a_micro_batch_and_the_others_once(
 
 def test_copies_divide_the_time_of_their_stage():
     seconds = {("a", "stage 0"): 1.0, ("b", "stage 1"): 4.0}
-    teams = {"a": Team(), "b": Team(copies=4)}
+    teams = {"a": Team(), "b": Team(replicas=4)}
     assert run(chain("a", "b"), seconds, teams, m=40).duration_s == 40 + 4
 
 
@@ -132,7 +132,7 @@ def test_the_controller_makes_one_call_after_another_and_hears_of_results_late()
 
 def test_ranks_of_a_copy_begin_together():
     stages = (Stage("a", "x"), Stage("b", "y", ("a",)))
-    teams = {"x": Team(copies=2), "y": Team(ranks=2)}
+    teams = {"x": Team(replicas=2), "y": Team(ranks=2)}
     calls = order_calls((Pass(stages),), teams, 1, 1, samples_per_micro_batch=2)
 
     def uneven(call: Call) -> float:

@@ -353,7 +353,7 @@ class TestDigest:
         [
             "iterations=3",
             "name=other",
-            "topology.window=1",
+            "topology.depth=1",
             "checkpoint.every=7",
             "output=x",
             "batch.micro_batches=4",

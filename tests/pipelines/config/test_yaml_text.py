@@ -106,7 +106,7 @@ def test_a_file_that_is_no_recipe_is_refused_with_its_name(tmp_path, content, wo
         ("data.s3.read_timeout_s=1e12", "expected at most 1e+08"),
         ("batch.size=1000000000", "batch.size is 1000000000, expected less than or equal to"),
         ("topology.generator.ranks=1000000000", "expected less than or equal to"),
-        ("topology.window=1000000000", "expected less than or equal to"),
+        ("topology.depth=1000000000", "expected less than or equal to"),
     ],
 )
 def test_numbers_that_nothing_can_hold_are_wrong_settings(setting, words):
