@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -279,4 +280,19 @@ def test_a_text_encoder_that_cannot_tell_captions_apart_is_refused(model: Path) 
         lambda w: w | {"shared.weight": torch.ones_like(w["shared.weight"])},
     )
     with pytest.raises(ModelFolderError, match="the same embedding for two different captions"):
+        load_text(model)
+
+
+@pytest.mark.parametrize(
+    ("version", "loads"),
+    [("4.57.1", True), ("5.0.0", False), ("5.1.0", False), ("5.2.3", False), ("5.3.0", True)],
+)
+def test_versions_of_transformers_that_lose_the_embedding_are_refused(
+    model: Path, monkeypatch, version: str, loads: bool
+) -> None:
+    monkeypatch.setattr(transformers, "__version__", version)
+    if loads:
+        assert load_text(model).encode(["a circle"], 8).ndim == 3
+        return
+    with pytest.raises(ModelFolderError, match=rf"transformers {version}.*5\.3 and later"):
         load_text(model)

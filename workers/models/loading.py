@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +69,24 @@ def load_tokenizer(tokens: Path) -> PreTrainedTokenizerBase:
         raise _unreadable(tokens, error) from error
 
 
+def require_tied_embeddings(part: Path) -> None:
+    """Check that this version of transformers loads the embedding of a UMT5.
+
+    A Wan's files hold it once, as `shared`, and its config.json says that nothing is tied: the
+    versions 5.0 to 5.2 then leave the encoder's own copy as it was drawn.
+
+    Raises:
+        ModelFolderError: It is one of these.
+    """
+    if transformers.__version__.split(".")[:2] in (["5", "0"], ["5", "1"], ["5", "2"]):
+        raise ModelFolderError(
+            f"loading {part}",
+            f"transformers {transformers.__version__}, which does not load the embedding of UMT5",
+            "transformers before 5.0, or 5.3 and later",
+            "pip install --upgrade transformers",
+        )
+
+
 @torch.no_grad()
 def require_telling_apart(
     part: Path, tokenizer: PreTrainedTokenizerBase, text_encoder: PreTrainedModel
@@ -98,8 +117,7 @@ def require_telling_apart(
             f"loading {part}",
             "the same embedding for two different captions" if is_finite else "NaN in embeddings",
             "embeddings that are finite and tell captions apart",
-            "Download the text encoder again, and install the versions that constraints.txt pins: "
-            "transformers 5.0 to 5.2 lose the embedding of UMT5",
+            "Download the text encoder again, and install the versions that constraints.txt pins",
         )
 
 

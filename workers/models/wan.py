@@ -26,7 +26,12 @@ from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.exporting import copy_components
 from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry
-from workers.models.loading import load_network, load_tokenizer, require_telling_apart
+from workers.models.loading import (
+    load_network,
+    load_tokenizer,
+    require_telling_apart,
+    require_tied_embeddings,
+)
 from workers.models.scheduler import build_scheduler
 from workers.models.wan_family import (
     LAYOUT,
@@ -231,6 +236,7 @@ def load_text(folder: str | Path, dtype: torch.dtype | None = None) -> CaptionEn
         ModelFolderError: As `load_transformer`; or all captions get the same embedding.
     """
     require_supported_index(Path(folder))
+    require_tied_embeddings(Path(folder) / TEXT_ENCODER)
     options = {} if dtype is None else {"dtype": dtype}
     part = check_component(Path(folder), TEXT_ENCODER)
     text_encoder = load_network(UMT5EncoderModel, part, **options)
