@@ -3,8 +3,9 @@
     python docs/make_reference.py           writes docs/reference/*.md and llms.txt
     python docs/make_reference.py --check   exits with 1 where a page is out of date
 
-cli.md comes from Typer, recipe.md from the settings' models, python.md from `sgmd.__all__`, and
-llms.txt from the navigation in mkdocs.yml.
+cli.md comes from Typer, recipe.md from the settings' models, python.md from `sgmd.__all__`, the
+tables of judging.md and methods.md from `MEASURES` and `METHODS`, and llms.txt from the navigation
+in mkdocs.yml.
 """
 
 import inspect
@@ -143,6 +144,30 @@ def python_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def judging_page() -> str:
+    """docs/judging.md with the table of measures as the code has it."""
+    from pipelines.reporting.names import measures_table
+
+    return _with_table("judging.md", measures_table())
+
+
+def methods_page() -> str:
+    """docs/methods.md with the table of methods as the code has it."""
+    from pipelines.config.methods import methods_table
+
+    return _with_table("methods.md", methods_table())
+
+
+def _with_table(name: str, table: str) -> str:
+    """A page whose table of the same head is replaced."""
+    text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    head = re.escape(table.partition("\n")[0])
+    pattern = rf"^{head}\n(\|.*\n)*"
+    if not re.search(pattern, text, re.MULTILINE):
+        raise SystemExit(f"docs/{name} has no table that begins with {table.partition(chr(10))[0]}")
+    return re.sub(pattern, lambda _: f"{table}\n", text, count=1, flags=re.MULTILINE)
+
+
 def llms_page() -> str:
     """The map of the documentation for language models: one line a page."""
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
@@ -178,6 +203,8 @@ PAGES = {
     REFERENCE / "cli.md": cli_page,
     REFERENCE / "recipe.md": recipe_page,
     REFERENCE / "python.md": python_page,
+    ROOT / "docs" / "judging.md": judging_page,
+    ROOT / "docs" / "methods.md": methods_page,
     ROOT / "llms.txt": llms_page,
 }
 

@@ -67,7 +67,7 @@ def test_packages_say_that_they_are_typed():
 
 
 def test_the_docs_list_every_method_as_its_objective_describes_it():
-    """Where this fails, paste `pipelines.config.methods.methods_table()` into docs/methods.md."""
+    """Where this fails, run `make docs`."""
     assert methods_table() in (ROOT / "docs" / "methods.md").read_text()
 
 

@@ -9,11 +9,13 @@ from pipelines.config.methods import METHODS, method_name
 from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.types import NoisedBatch, detached
 from tests.e2e.test_equivalence import MODES
+from tests.helpers.huber import PseudoHuberObjective
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
 from tests.pipelines.study.test_passes import METHODS as COUNTED
 from tests.sgmd_core.test_objectives import OBJECTIVES
 
-ALL = pytest.mark.parametrize("method", METHODS, ids=method_name)
+# Beside ours the objective of docs/extending.md, which comes from outside.
+ALL = pytest.mark.parametrize("method", [*METHODS, PseudoHuberObjective], ids=method_name)
 NAMES = {method_name(method) for method in METHODS}
 
 

@@ -256,7 +256,7 @@ class TestSettings:
 
 
 def test_every_measure_stands_in_the_docs_and_is_titled_and_explained():
-    """Where this fails, paste `pipelines.reporting.names.measures_table()` into docs/judging.md."""
+    """Where this fails, run `make docs`."""
     text = (Path(__file__).parents[3] / "docs" / "judging.md").read_text()
     assert names.measures_table() in text
     for measure in MEASURES:

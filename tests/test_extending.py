@@ -1,0 +1,173 @@
+"""The walk-throughs of docs/extending.md, step by step: what a page shows is what is run here."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipelines.run.folder import RunFolder, read_jsonl
+from sgmd_core.types import detached
+from tests.helpers.families import write_package
+from tests.helpers.huber import PseudoHuberObjective
+from tests.helpers.small_network import (
+    SmallNetwork,
+    predict,
+    random_query,
+    with_leaf,
+    x0_prediction,
+)
+from tests.helpers.toy_family import write_toy
+from workers.measures import MEASURES
+
+ROOT = Path(__file__).parents[1]
+HELPERS = ROOT / "tests" / "helpers"
+PAGE = ROOT / "docs" / "extending.md"
+
+
+def block(section: str, language: str) -> str:
+    """The code of a language under a heading of the page."""
+    text = PAGE.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return code
+
+
+def run_python(folder: Path, *arguments: str) -> str:
+    path = os.pathsep.join([str(folder), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `my_package` as the page has it, and its entry points."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "my_package").mkdir()
+    (folder / "my_package" / "__init__.py").touch()
+    objective = block("A new objective", "python")
+    (folder / "my_package" / "pseudo_huber.py").write_text(objective)
+    shutil.copy(HELPERS / "toy_family.py", folder / "my_package" / "toy.py")
+    tables = [block(f"A new {kind}", "toml") for kind in ("objective", "model family")]
+    return write_package(folder, "\n".join(_as_ini(table) for table in tables))
+
+
+def _as_ini(table: str) -> str:
+    """A table of pyproject.toml as an installer writes it into entry_points.txt."""
+    return re.sub(r'\[project\.entry-points\."(.*)"\]', r"[\1]", table).replace('"', "")
+
+
+def test_the_objective_of_the_page_is_the_one_that_the_tests_hold():
+    assert block("A new objective", "python").strip() == (HELPERS / "huber.py").read_text().strip()
+
+
+@pytest.mark.slow
+def test_a_package_with_an_objective_and_a_family_distils_without_a_change_here(package, tmp_path):
+    model = write_toy(tmp_path / "model")
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red circle moves left\na blue bar moves up\n" * 4)
+    recipe = {
+        "name": "mine",
+        "iterations": 2,
+        "output": str(tmp_path / "runs"),
+        "model": {"folder": str(model), "text_length": 6},
+        "video": {"num_frames": 5, "height": 16, "width": 16, "fps": 8},
+        "data": {"train": str(captions), "validation": str(captions)},
+        "batch": {"size": 2},
+        "validation": {"every": 0},
+        "topology": {"mode": "local"},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    settings = ["objective.method=pseudo_huber", "objective.delta=0.5"]
+    command = ("-m", "pipelines.cli", "distill", str(tmp_path / "recipe.yaml"), *settings)
+    run_python(package, *command)
+    run = RunFolder(tmp_path / "runs" / "mine")
+    written = yaml.safe_load(run.config.read_text())["objective"]
+    assert written["method"] == "pseudo_huber"
+    assert written["delta"] == 0.5
+    records = read_jsonl(run.metrics)
+    assert [record["iteration"] for record in records] == [0, 1]
+    assert all(record["losses"]["fisher"] > 0 for record in records)
+    assert "ToyPipeline" in (run.generator / "model_index.json").read_text()
+
+
+def test_the_gradient_of_the_objective_agrees_with_finite_differences():
+    objective, fake, teacher = PseudoHuberObjective(delta=0.3), SmallNetwork(1), SmallNetwork(2)
+    base = random_query()
+
+    def value_at(x0: torch.Tensor) -> torch.Tensor:
+        query = detached(base, x0)
+        # The prediction of the teacher is a constant.
+        gap = x0_prediction(fake, query) - x0_prediction(teacher, base)
+        gap = gap - (query.x_t - base.x_t)
+        return (0.3**2 * ((1 + (gap / 0.3) ** 2).sqrt() - 1)).mean()
+
+    query = with_leaf(base)
+    velocity_teacher = predict(teacher, base)
+    loss = objective.generator_loss(query, predict(fake, query), velocity_teacher)
+    (gradient,) = torch.autograd.grad(loss.value, query.x0)
+    torch.testing.assert_close(loss.value.detach(), value_at(base.x0).detach())
+    direction = torch.randn(
+        base.x0.shape, dtype=base.x0.dtype, generator=torch.Generator().manual_seed(5)
+    )
+    with torch.no_grad():
+        ends = [value_at(base.x0 + step * direction) for step in (1e-5, -1e-5)]
+    numeric = float((ends[0] - ends[1]) / 2e-5)
+    assert abs(numeric) > 1e-3
+    assert float((gradient * direction).sum()) == pytest.approx(numeric, rel=1e-6)
+
+
+MEASURED = """
+import sys, types
+from pathlib import Path
+import torch
+module = types.ModuleType("workers.measures")
+module.__file__ = "measures.py"
+sys.modules["workers.measures"] = module
+exec(compile(Path("measures.py").read_text(), "measures.py", "exec"), module.__dict__)
+
+from pipelines.config.recipe import load_recipe
+from pipelines.reporting.names import measures_table
+from pipelines.run.records import FIGURES
+from sgmd_core.metrics.comparison import compare_sets
+
+white = module.measure_clip_figures(torch.ones(2, 3, 4, 16, 16), fps=8)["brightness"]
+black = module.measure_clip_figures(torch.zeros(2, 3, 4, 16, 16), fps=8)["brightness"]
+assert white.tolist() == [1, 1] and black.tolist() == [0, 0]
+assert {"brightness", "brightness_ratio"} <= set(FIGURES)
+assert "| `brightness` | Mean of all colours of all pixels |" in measures_table()
+recipe = load_recipe("tiny", ["checkpoint.score=brightness", "sweep.score=brightness_ratio"])
+print(recipe.checkpoint.score, recipe.sweep.score)
+"""
+
+
+def test_a_measure_is_one_entry_of_one_file(tmp_path):
+    entry = block("A new measure", "python")
+    own = (ROOT / "workers" / "measures.py").read_text()
+    start = "MEASURES: tuple[Measure, ...] = (\n"
+    assert own.count(start) == 1
+    changed = own.replace(start, f"{start}{entry.rstrip()},\n")
+    assert len(ast.parse(changed).body) == len(ast.parse(own).body)
+    (tmp_path / "measures.py").write_text(changed)
+    assert run_python(tmp_path, "-c", MEASURED).split() == ["brightness", "brightness_ratio"]
+    assert "brightness" not in {measure.name for measure in MEASURES}
+
+
+def test_the_page_says_how_many_files_each_touches():
+    rows = re.findall(
+        r"^\| (objective|measure of clips|model family) \| (\d)", PAGE.read_text(), re.M
+    )
+    assert rows == [("objective", "1"), ("measure of clips", "1"), ("model family", "1")]
