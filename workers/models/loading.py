@@ -6,11 +6,11 @@ the hub.
 """
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -78,10 +78,11 @@ def require_tied_embeddings(part: Path) -> None:
     Raises:
         ModelFolderError: It is one of these.
     """
-    if transformers.__version__.split(".")[:2] in (["5", "0"], ["5", "1"], ["5", "2"]):
+    installed = version("transformers")
+    if installed.split(".")[:2] in (["5", "0"], ["5", "1"], ["5", "2"]):
         raise ModelFolderError(
             f"loading {part}",
-            f"transformers {transformers.__version__}, which does not load the embedding of UMT5",
+            f"transformers {installed}, which does not load the embedding of UMT5",
             "transformers before 5.0, or 5.3 and later",
             "pip install --upgrade transformers",
         )
