@@ -12,6 +12,7 @@ from pipelines.distillation.run import distill, dry_run
 from pipelines.evaluation.plan import EvaluationOptions
 from pipelines.evaluation.run import evaluate
 from pipelines.generate import generate
+from pipelines.media.inference import read_inference_settings
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError, ModelFolderError
@@ -82,6 +83,18 @@ def test_a_plan_reads_its_shape(config):
     work = Workload.of(config)
     assert work.shape == ToyShape(channels=4, width=16, num_layers=2, text_width=8)
     assert work.latent_shape == (4, FRAMES, 4, 4)
+
+
+def test_a_folder_that_does_not_say_how_is_sampled_by_the_defaults_of_its_family(
+    toy_folder, wan_folder
+):
+    found = [read_inference_settings(folder) for folder in (toy_folder, wan_folder)]
+    assert [(each.num_frames, each.height, each.num_steps) for each in found] == [
+        (5, 16, 8),
+        (81, 480, 50),
+    ]
+    # The scheduler of the folder knows its own shift.
+    assert [each.flow_shift for each in found] == [1.0, 5.0]
 
 
 def test_settings_that_the_family_lacks_are_refused_before_anything_starts(config):

@@ -1,8 +1,9 @@
 """Truths that every model family has to meet; a new one meets them all or fails here by name."""
 
 import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from tests.helpers import tiny_wan
 from tests.helpers.families import installed_family
-from tests.helpers.moves import assert_moves
+from tests.helpers.moves import assert_moves, relative_error
+from tests.helpers.ranks import on_ranks
 from tests.helpers.toy_family import write_toy
 from workers.compute import prepare_network
 from workers.models.content import fingerprint, model_digests
@@ -24,6 +26,7 @@ from workers.models.families import families, family_named, family_of, load_fami
 from workers.models.family import Denoiser, ModelFamily
 from workers.models.sampling import SampleRequest
 from workers.settings import ComputeSettings
+from workers.sharding import full_tensor, is_sharded, shard
 
 CAPTIONS = ("a red circle moves left", "a circle", "")
 TEXT_LENGTH = 6
@@ -83,12 +86,17 @@ def broken(case: Model, tmp_path: Path) -> Path:
     return shutil.copytree(case.folder, tmp_path / "model")
 
 
+def weights_of(latent_shape: Sequence[int]) -> Tensor:
+    """Weights of a loss that is linear in two velocities."""
+    return torch.linspace(-1, 1, 2 * math.prod(latent_shape)).reshape(2, *latent_shape)
+
+
 def gradients(denoiser: Denoiser, inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
     x_t, sigma, text = inputs
     x_t = x_t.clone().requires_grad_()
     denoiser.zero_grad()
     velocity = denoiser(x_t, sigma, text)
-    (velocity * torch.linspace(-1, 1, velocity.numel()).reshape(velocity.shape)).sum().backward()
+    (velocity * weights_of(x_t.shape[1:])[: len(x_t)]).sum().backward()
     found = {name: value.grad.clone() for name, value in denoiser.named_parameters()}
     return found | {"x_t": x_t.grad}
 
@@ -229,6 +237,42 @@ def test_checkpointing_repeats_every_bit_and_keeps_less(case):
     for other in found[1:]:
         assert all(torch.equal(other[name], found[0][name]) for name in found[0])
     assert kept[1] < kept[0] == kept[2]
+
+
+def sharded_gradients(rank: int, size: int, folders: dict[str, Path]) -> dict[str, Tensor]:
+    """Gradients of one sample a rank, summed over the ranks, as `FAMILY/PARAMETER`."""
+    found: dict[str, Tensor] = {}
+    for name, folder in folders.items():
+        model = Model(name, folder, family_of(folder), CASES[name].clip)
+        denoiser = model.family.load_denoiser(folder).requires_grad_(True)
+        shard(denoiser, denoiser.blocks)
+        assert all(is_sharded(part) for part in (denoiser, *denoiser.blocks))
+        own = tuple(value[rank : rank + 1] for value in model.inputs())
+        velocity = denoiser(*own)
+        (velocity * weights_of(model.latent_shape)[rank : rank + 1]).sum().backward()
+        for key, value in denoiser.named_parameters():
+            assert value.grad is not None
+            found[f"{name}/{key}"] = full_tensor(value.grad)
+    return found
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_gradients_of_one_in_every_family(toy_is_installed, tmp_path):
+    folders = {name: case.write(tmp_path / name) for name, case in CASES.items()}
+    (tmp_path / "ranks").mkdir()
+    expected: dict[str, Tensor] = {}
+    halves: dict[str, Tensor] = {}
+    for name, folder in folders.items():
+        model = Model(name, folder, family_of(folder), CASES[name].clip)
+        denoiser = model.family.load_denoiser(folder).requires_grad_(True)
+        inputs = model.inputs()
+        for found, samples in ((expected, slice(0, 2)), (halves, slice(0, 1))):
+            part = gradients(denoiser, tuple(value[samples] for value in inputs))
+            part.pop("x_t")
+            found.update({f"{name}/{key}": value for key, value in part.items()})
+    assert_moves(expected, halves, 1e-5)
+    for found in on_ranks(2, sharded_gradients, tmp_path / "ranks", folders):
+        assert relative_error(found, expected) < 1e-5
 
 
 @ALL
