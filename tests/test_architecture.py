@@ -77,6 +77,17 @@ def test_asking_for_help_loads_neither_torch_nor_ray():
     assert run_python(code) == ""
 
 
+def test_planning_reads_configurations_without_a_library_of_networks():
+    code = (
+        "import sys\n"
+        "from pipelines.config.recipe import load_recipe\n"
+        "from pipelines.planning.workload import Workload\n"
+        "assert Workload.of(load_recipe('tiny')).shape.num_layers\n"
+        "print(*[name for name in ('ray', 'diffusers', 'transformers') if name in sys.modules])"
+    )
+    assert run_python(code) == ""
+
+
 def test_ray_core_is_spoken_only_in_cluster():
     spoken = [
         f"{relative(path)}, line {node.lineno}: ray.{node.attr}"
