@@ -439,6 +439,7 @@ class TestUnknownFolders:
             family_of(tmp_path)
         for name in ("wan (_class_name 'WanPipeline'", "toy (_class_name 'ToyPipeline'"):
             assert name in str(caught.value)
+        assert "install the package of its family" in str(caught.value)
 
     def test_a_folder_without_an_index_says_what_it_is_where_that_is_known(self, tmp_path):
         with pytest.raises(ModelFolderError, match=r"no model_index.json.*WanPipeline"):

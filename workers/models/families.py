@@ -122,5 +122,8 @@ def _unknown(folder: Path, found: str) -> ModelFolderError:
         for family in families()
     )
     return ModelFolderError(
-        f"reading {folder / INDEX_FILE}", found, f"a family that is known: {known}", REMEDY
+        f"reading {folder / INDEX_FILE}",
+        found,
+        f"a family that is known: {known}",
+        f"Give a folder of one of them, or install the package of its family ({ENTRY_POINTS})",
     )
