@@ -114,6 +114,7 @@ def pretrain(
     for folder in (config.world.train, config.world.held_out):
         require_shards(folder)
     config = config.with_absolute_paths()
+    require_cpus(num_cpus_needed(config), f"training {config.name}")
     with hold(config.run_dir, f"sgmd pretrain {config.name}"):
         return _pretrain(config, on_event)
 
@@ -123,7 +124,6 @@ def _pretrain(config: PretrainConfig, on_event: Callable[[PretrainEvent], None])
     run_dir = Path(config.run_dir)
     identities = stage_identities(config)
     require_same_stages(run_dir, identities)
-    require_cpus(num_cpus_needed(config), f"training {config.name}")
     with follow_events(run_dir / EVENTS_FILE, on_event):
         _train_vae(config, run_dir, identities[VAE_STAGE])
         _train_denoiser(config, run_dir, identities[DENOISER_STAGE])
