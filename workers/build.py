@@ -13,7 +13,7 @@ from torch import nn
 from sgmd_core.objectives import Objective
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.compute import prepare_network
-from workers.evaluator import Evaluator
+from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.models.families import family_of
@@ -113,7 +113,7 @@ def build_evaluator(
     video: VideoSettings,
     schedule: FlowMatchSchedule,
     num_threads: int,
-    chunk_clips: int = 16,
+    chunk_clips: int = CHUNK_CLIPS,
 ) -> Evaluator:
     """The evaluator, with the weights of the model folder as its base.
 

@@ -1,6 +1,6 @@
-"""Samples clips and measures them: teacher and generator alike, by the same road.
+"""Samples clips, of teacher and generator alike.
 
-    captions -> text -> Euler steps from counted noise -> decoder -> video in [0, 1] -> figures
+    captions -> text -> Euler steps from counted noise -> decoder -> video in [0, 1]
 
 One network serves everybody: the base model's weights are the teacher's, and other weights of the
 same network, such as a generator's averaged ones, are put in for a call without being loaded. The
@@ -8,7 +8,6 @@ noise of a clip is counted by (seed, index of its caption), so two ways of sampl
 noise when they use the same seed, however the captions are split.
 """
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -24,13 +23,15 @@ from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import random_generator
 from sgmd_core.types import Latents
 from sgmd_core.velocity import VelocityModel
-from workers.measured_clips import MeasuredClips, Measurer, concatenate_clips
 from workers.placement import device_of
 from workers.role_state import require_same_tensors
 from workers.text_encoder import TextEncoder
 
 Video = Tensor
 """Clips (b, 3, t, h, w) in [0, 1], float32, on the CPU."""
+
+CHUNK_CLIPS = 16
+"""Clips that are sampled side by side, unless told otherwise."""
 
 _STREAM = "evaluate"
 
@@ -58,21 +59,6 @@ class Sampling:
     seed: int
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredSample:
-    """Clips of one way of sampling.
-
-    Attributes:
-        clips: Their numbers.
-        shown: Pixels (frames, height, width, 3) of the first ones.
-        seconds_per_clip: One entry a chunk; from caption to pixels.
-    """
-
-    clips: MeasuredClips
-    shown: tuple[NDArray[np.uint8], ...]
-    seconds_per_clip: tuple[float, ...]
-
-
 class Evaluator:
     """Samples with the base model, or with other weights in its place.
 
@@ -94,7 +80,7 @@ class Evaluator:
         schedule: FlowMatchSchedule,
         latent_shape: tuple[int, int, int, int],
         negative_prompt: str = "",
-        chunk_clips: int = 16,
+        chunk_clips: int = CHUNK_CLIPS,
     ) -> None:
         self._network = velocity_model.eval().requires_grad_(False)
         self._text_encoder = text_encoder
@@ -146,35 +132,6 @@ class Evaluator:
             latents = self._latents(model, chunk, noise, num_steps, guidance_scale, on_step)
             clips.append(self._decoder.decode(latents).float().cpu())
         return torch.cat(clips)
-
-    def sample_measured(
-        self,
-        captions: Sequence[str],
-        how: Sampling,
-        measurer: Measurer,
-        weights: Mapping[str, Tensor] | None = None,
-        num_shown: int = 0,
-    ) -> MeasuredSample:
-        """Samples one clip a caption and keeps what was measured, chunk by chunk.
-
-        Args:
-            captions: What to show.
-            how: Steps, guidance and seed.
-            measurer: What to measure.
-            weights: Parameters by name to use instead of the base model's.
-            num_shown: Clips whose pixels are kept, the first ones.
-        """
-        parts: list[MeasuredClips] = []
-        seconds: list[float] = []
-        shown: list[NDArray[np.uint8]] = []
-        for start in range(0, len(captions), self._chunk_clips):
-            chunk = captions[start : start + self._chunk_clips]
-            began = time.perf_counter()
-            video = self.sample(chunk, start, how.seed, how.num_steps, how.guidance_scale, weights)
-            seconds.append((time.perf_counter() - began) / len(chunk))
-            parts.append(measurer.measure(video))
-            shown += to_pixels(video[: max(0, num_shown - start)])
-        return MeasuredSample(concatenate_clips(parts), tuple(shown), tuple(seconds))
 
     def _model(self, weights: Mapping[str, Tensor] | None) -> VelocityModel:
         if weights is None:

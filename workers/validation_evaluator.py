@@ -24,31 +24,10 @@ from torch import Tensor
 from sgmd_core.metrics.comparison import compare_sets
 from sgmd_core.metrics.frechet import Features, fit_gaussian, frechet_distance
 from sgmd_core.worlds.shapes import labels_from_captions, score_clips
-from workers.evaluator import Evaluator, MeasuredSample, Sampling
-from workers.measured_clips import Measurer
+from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
+from workers.evaluator import Evaluator, Sampling
 
 _RESAMPLING_SEED = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ValidationRequest:
-    """A validation to make.
-
-    Attributes:
-        captions: One clip each.
-        sampling: How the generator is sampled.
-        reference: How the teacher is sampled for the clips that the distance is taken to. Its seed
-            is another one, or the distance would profit from common noise; the teacher's clips
-            that ratios are taken to have the generator's seed.
-        measurer: What is measured of clips.
-        num_shown: Clips to hand back, the first ones.
-    """
-
-    captions: tuple[str, ...]
-    sampling: Sampling
-    reference: Sampling
-    measurer: Measurer
-    num_shown: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +54,16 @@ class ValidationEvaluator:
 
     Args:
         evaluator: Its base weights are the teacher's.
-        request: What to validate.
+        request: The generator's clips.
+        reference: How the teacher is sampled for the clips that the distance is taken to. Its seed
+            is another one, or the distance would profit from common noise; the teacher's clips
+            that ratios are taken to have the generator's seed.
     """
 
-    def __init__(self, evaluator: Evaluator, request: ValidationRequest) -> None:
+    def __init__(self, evaluator: Evaluator, request: ClipRequest, reference: Sampling) -> None:
         self._evaluator = evaluator
         self._request = request
+        self._reference_sampling = reference
 
     def validate(self, weights: Mapping[str, Tensor]) -> ValidationReport:
         """Samples with a generator's weights and measures the clips.
@@ -90,8 +73,8 @@ class ValidationEvaluator:
             ShapeError: The clips are too short or too small to be measured.
         """
         request = self._request
-        clips = self._sample(request.sampling, weights)
-        twin = self._features(replace(request.sampling, seed=request.reference.seed), weights)
+        clips = sample_clip_set(self._evaluator, request, weights=weights)
+        twin = self._features(request.twin(self._reference_sampling.seed), weights)
         own = clips.clips.figures(request.captions, twin)
         partner = self._partner.clips.figures(request.captions, self._reference)
 
@@ -111,32 +94,26 @@ class ValidationEvaluator:
         return ValidationReport(
             figures,
             intervals,
-            median(clips.seconds_per_clip),
+            median(clips.seconds.tolist()),
             clips.shown,
             self._partner.shown,
         )
 
     @cached_property
-    def _partner(self) -> MeasuredSample:
+    def _partner(self) -> ClipSet:
         """The teacher's clips from the generator's noise."""
-        request = self._request
-        return self._sample(replace(request.reference, seed=request.sampling.seed), None)
+        seed = self._request.sampling.seed
+        sampling = replace(self._reference_sampling, seed=seed)
+        return sample_clip_set(self._evaluator, self._request.sampled(sampling))
 
     @cached_property
     def _reference(self) -> Features:
         """Features of the teacher's clips from other noise."""
-        return self._features(self._request.reference, None)
+        sampling = self._reference_sampling
+        return self._features(self._request.sampled(sampling).twin(sampling.seed), None)
 
     def _distance(self, features: Features) -> float:
         return frechet_distance(*fit_gaussian(features), *fit_gaussian(self._reference))
 
-    def _sample(self, how: Sampling, weights: Mapping[str, Tensor] | None) -> MeasuredSample:
-        request = self._request
-        return self._evaluator.sample_measured(
-            request.captions, how, request.measurer, weights, request.num_shown
-        )
-
-    def _features(self, how: Sampling, weights: Mapping[str, Tensor] | None) -> Features:
-        measurer = replace(self._request.measurer, features_only=True)
-        found = self._evaluator.sample_measured(self._request.captions, how, measurer, weights)
-        return found.clips.features
+    def _features(self, request: ClipRequest, weights: Mapping[str, Tensor] | None) -> Features:
+        return sample_clip_set(self._evaluator, request, weights=weights).clips.features

@@ -18,10 +18,10 @@ from sgmd_core.errors import ShapeError
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.worlds.shapes import labels_from_captions
 from workers.build import build_evaluator
-from workers.evaluator import Evaluator, Sampling
-from workers.measured_clips import Measurer
+from workers.clip_sets import ClipRequest
+from workers.evaluator import CHUNK_CLIPS, Evaluator, Sampling
 from workers.settings import ModelSettings, VideoSettings
-from workers.validation_evaluator import ValidationEvaluator, ValidationReport, ValidationRequest
+from workers.validation_evaluator import ValidationEvaluator, ValidationReport
 
 NUM_SHEET_ROWS = 8
 
@@ -57,13 +57,15 @@ class Validator:
         self._plan = plan
         self._evaluator = ValidationEvaluator(
             evaluator,
-            ValidationRequest(
+            ClipRequest(
                 captions=plan.captions,
                 sampling=plan.generator,
-                reference=plan.teacher,
-                measurer=Measurer(plan.fps, reads_shapes(plan.captions)),
-                num_shown=NUM_SHEET_ROWS,
+                batch_size=CHUNK_CLIPS,
+                fps=plan.fps,
+                reads_shapes=reads_shapes(plan.captions),
+                shown=tuple(range(min(NUM_SHEET_ROWS, len(plan.captions)))),
             ),
+            plan.teacher,
         )
 
     def validate(self, iteration: int, weights: dict[str, Tensor]) -> ValidationRecord:

@@ -1,13 +1,8 @@
 """Plan of an evaluation: folders, ways of sampling, captions.
 
-    reference             guided teacher, many steps, seed A
-    floor                 the same with seed B: what chance makes of no difference
-    teacher_few           teacher, as many steps as the generator, unguided, seed B
-    teacher_few_guided    the same, guided, seed B
-    generator             its own few steps, seed B
-
-All sets show the same held-out captions, and the sets of seed B start from the same noise. Each is
-also sampled from the other seed, for the diversity of the clips of a caption.
+The teacher's sets are those of `pipelines.evaluation.teacher_sets`; the generator's has its own few
+steps and starts from the same noise. All sets show the same held-out captions, and each is also
+sampled from the other seed, for the diversity of the clips of a caption.
 """
 
 import os
@@ -19,7 +14,8 @@ from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.inspect import first_captions
 from pipelines.distillation.position import model_differences
-from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
+from pipelines.evaluation.result import FLOOR, GENERATOR, TEACHER_FEW
+from pipelines.evaluation.teacher_sets import teacher_samplings
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.run.folder import RunFolder, require_lasting_folder
 from sgmd_core.errors import ConfigError, ModelFolderError
@@ -133,11 +129,6 @@ class EvaluationPlan:
     cache: Path
     options: EvaluationOptions
 
-    def twin(self, name: str) -> Sampling:
-        """The same way of sampling from the other seed."""
-        how, first = self.samplings[name], self.options.seed
-        return replace(how, seed=first + 1 if how.seed == first else first)
-
     def label(self, name: str) -> str:
         """A set's name for a reader."""
         how = self.samplings[name]
@@ -182,26 +173,22 @@ def plan_evaluation(
     own = read_inference_settings(generator_folder)
     theirs = _teacher_settings(Path(teacher), config)
     video = VideoSettings(own.num_frames, own.height, own.width, own.fps)
-    reference = Sampling(
+    samplings = teacher_samplings(
         options.teacher_steps or _recipe_teacher_steps(config),
         options.guidance_scale or theirs.guidance_scale,
+        own.num_steps,
         options.seed,
     )
+    # The generator starts from the noise of the teacher's few steps.
+    samplings[GENERATOR] = replace(samplings[TEACHER_FEW], guidance_scale=own.guidance_scale)
     for folder, option in ((output, "--output"), (cache, "--cache")):
         if folder:
             require_lasting_folder(folder, option)
     results = Path(output) if output else (path if is_run else Path("evaluation"))
-    few = Sampling(own.num_steps, 1.0, options.seed + 1)
     return EvaluationPlan(
         generator=_subject(generator_folder, own, video),
         teacher=_subject(Path(teacher), theirs, video),
-        samplings={
-            REFERENCE: reference,
-            FLOOR: replace(reference, seed=options.seed + 1),
-            TEACHER_FEW: few,
-            TEACHER_FEW_GUIDED: replace(few, guidance_scale=reference.guidance_scale),
-            GENERATOR: replace(few, guidance_scale=own.guidance_scale),
-        },
+        samplings=samplings,
         captions=_captions(captions, options, config),
         captions_from=captions,
         output=results,

@@ -15,8 +15,9 @@ few steps a clip each:
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -24,15 +25,7 @@ from torch import Tensor
 
 from cluster.lease import hold
 from pipelines.distillation.validation import reads_shapes
-from pipelines.evaluation.clip_sets import (
-    ClipRequest,
-    ClipSet,
-    file_digest,
-    load_clip_set,
-    sample_clip_set,
-    save_clip_set,
-    set_name,
-)
+from pipelines.evaluation.clip_sets import file_digest
 from pipelines.evaluation.plan import EvaluationOptions, EvaluationPlan, plan_evaluation
 from pipelines.evaluation.result import (
     BUILT_IN_FEATURES,
@@ -40,7 +33,6 @@ from pipelines.evaluation.result import (
     GENERATOR,
     REFERENCE,
     TEACHER_FEW,
-    TEACHER_FEW_GUIDED,
     ErrorBar,
     Evaluation,
     EvaluationRow,
@@ -49,6 +41,7 @@ from pipelines.evaluation.result import (
     evaluate_criteria,
 )
 from pipelines.evaluation.set_distances import Estimate, SetDistance, set_distances
+from pipelines.evaluation.teacher_sets import TEACHER_SETS, NamedExtractor, TeacherSets
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
 from pipelines.run.folder import versions
 from sgmd_core.metrics.bootstrap import (
@@ -57,15 +50,15 @@ from sgmd_core.metrics.bootstrap import (
     resampled_rows,
 )
 from sgmd_core.metrics.comparison import Compared, compare_sets
-from sgmd_core.metrics.frechet import clip_features
+from sgmd_core.metrics.frechet import Features
 from sgmd_core.worlds.shapes import ClipScores, labels_from_captions, score_clips
+from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import Evaluator
-from workers.feature_network import FeatureExtractor, FeatureNetwork
+from workers.feature_network import FeatureNetwork
 from workers.models.content import fingerprint
 
 OnProgress = Callable[[str, int, int], None]
 EVALUATION_FILE = "evaluation.json"
-_FEW_STEP_TEACHERS = (TEACHER_FEW, TEACHER_FEW_GUIDED)
 _SHEET_FOLDER, _SHEET_NAME = "samples", "evaluation"
 
 
@@ -114,7 +107,7 @@ def _evaluate(
     plan: EvaluationPlan, options: EvaluationOptions, on_progress: OnProgress
 ) -> Evaluation:
     """Carries out a checked evaluation in a folder that this process holds."""
-    describing = _describing(options)
+    features = _features(options)
     shown = _first_different(plan.captions, options.num_shown)
     request = ClipRequest(
         captions=plan.captions,
@@ -124,9 +117,8 @@ def _evaluate(
         reads_shapes=reads_shapes(plan.captions),
         shown=shown,
     )
-    sets = _teacher_sets(plan, request, describing, on_progress)
-    sets |= _generator_sets(plan, request, describing, on_progress)
-    rows = _rows(plan, sets)
+    sets, twins = _sample_sets(plan, request, features, on_progress)
+    rows = _rows(plan, sets, twins)
     png, gif = _draw(plan, sets, [plan.captions[index] for index in shown])
     evaluation = Evaluation(
         generator=str(plan.generator.folder),
@@ -153,107 +145,91 @@ def _first_different(captions: Sequence[str], count: int) -> tuple[int, ...]:
     return tuple(sorted(first.values())[:count])
 
 
-@dataclass(frozen=True, slots=True)
-class _Describing:
-    """Feature extractor, and its name."""
-
-    extract: FeatureExtractor
-    digest: str
-
-
-def _describing(options: EvaluationOptions) -> _Describing:
+def _features(options: EvaluationOptions) -> NamedExtractor:
     if options.features is None:
-        return _Describing(clip_features, BUILT_IN_FEATURES)
+        return NamedExtractor()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = FeatureNetwork(options.features, device)
-    return _Describing(network, file_digest(options.features))
-
-
-def _twin_of(name: str) -> str:
-    """The set of the same way of sampling from the other seed."""
-    return {REFERENCE: FLOOR, FLOOR: REFERENCE}.get(name, f"{name}_twin")
+    return NamedExtractor(FeatureNetwork(options.features, device), file_digest(options.features))
 
 
 def _teacher_sets(
-    plan: EvaluationPlan, request: ClipRequest, describing: _Describing, on_progress: OnProgress
-) -> dict[str, ClipSet]:
+    plan: EvaluationPlan, request: ClipRequest, features: NamedExtractor, on_progress: OnProgress
+) -> TeacherSets:
     """The teacher's sets, from an earlier evaluation where they are the same."""
     on_progress("reading the teacher", 0, 1)
     digest = fingerprint(plan.teacher.folder)
     on_progress("reading the teacher", 1, 1)
-    evaluator: Evaluator | None = None
-    sets: dict[str, ClipSet] = {}
-    for name, wanted in _requests(plan, request, (REFERENCE, FLOOR, *_FEW_STEP_TEACHERS)):
-        subject = plan.teacher
-        key = set_name(digest, wanted, (*subject.facts, describing.digest))
-        path = plan.cache / f"{key}.npz"
-        if (remembered := load_clip_set(path)) is not None:
-            sets[name] = remembered
-            continue
-        evaluator = evaluator or subject.evaluator(plan.options)
-        sets[name] = sample_clip_set(
-            evaluator, wanted, _told(plan, name, on_progress), describing.extract
-        )
-        save_clip_set(path, sets[name])
-    return sets
+
+    @cache
+    def open_evaluator() -> Evaluator:
+        return plan.teacher.evaluator(plan.options)
+
+    return TeacherSets(
+        cache=plan.cache,
+        digest=digest,
+        facts=plan.teacher.facts,
+        samplings=plan.samplings,
+        request=request,
+        open_evaluator=open_evaluator,
+        features=features,
+        on_progress=lambda name, is_twin, done, total: on_progress(
+            _label(plan, name, is_twin=is_twin), done, total
+        ),
+    )
 
 
-def _generator_sets(
-    plan: EvaluationPlan, request: ClipRequest, describing: _Describing, on_progress: OnProgress
-) -> dict[str, ClipSet]:
+def _sample_sets(
+    plan: EvaluationPlan, request: ClipRequest, features: NamedExtractor, on_progress: OnProgress
+) -> tuple[dict[str, ClipSet], dict[str, Features]]:
+    """All sets by name, and the features of their twins from the other seed."""
+    teacher = _teacher_sets(plan, request, features, on_progress)
+    sets = {name: teacher.set(name) for name in TEACHER_SETS}
+    twins = {name: teacher.twin(name).clips.features for name in TEACHER_SETS}
     evaluator = plan.generator.evaluator(plan.options)
-    return {
-        name: sample_clip_set(evaluator, wanted, _told(plan, name, on_progress), describing.extract)
-        for name, wanted in _requests(plan, request, (GENERATOR,))
-    }
+    own = request.sampled(plan.samplings[GENERATOR])
+    sets[GENERATOR], twin = (
+        sample_clip_set(
+            evaluator,
+            wanted,
+            partial(on_progress, _label(plan, GENERATOR, is_twin=wanted is not own)),
+            features.extract,
+        )
+        for wanted in (own, own.twin(teacher.other_seed(own.sampling.seed)))
+    )
+    return sets, twins | {GENERATOR: twin.clips.features}
 
 
-def _requests(
-    plan: EvaluationPlan, request: ClipRequest, names: Sequence[str]
-) -> Iterator[tuple[str, ClipRequest]]:
-    """Returns the sets to sample for each way of sampling; of twins with no row, features only."""
-    for name in names:
-        yield name, replace(request, sampling=plan.samplings[name])
-        twin = _twin_of(name)
-        if twin not in plan.samplings:
-            how = plan.twin(name)
-            yield twin, replace(request, sampling=how, shown=(), features_only=True)
+def _label(plan: EvaluationPlan, name: str, *, is_twin: bool) -> str:
+    return plan.label(name) + (", other seeds" if is_twin else "")
 
 
-def _told(plan: EvaluationPlan, name: str, on_progress: OnProgress) -> Callable[[int, int], None]:
-    known = name in plan.samplings
-    label = plan.label(name if known else name.removesuffix("_twin"))
-    label += "" if known else ", other seeds"
-    return lambda done, total: on_progress(label, done, total)
-
-
-def _rows(plan: EvaluationPlan, sets: dict[str, ClipSet]) -> tuple[EvaluationRow, ...]:
-    names = [name for name in sets if name in plan.samplings]
+def _rows(
+    plan: EvaluationPlan, sets: dict[str, ClipSet], twins: dict[str, Features]
+) -> tuple[EvaluationRow, ...]:
     distances = set_distances(
         sets[REFERENCE].clips.features,
-        {name: sets[name].clips.features for name in names if name != REFERENCE},
+        {name: sets[name].clips.features for name in sets if name != REFERENCE},
         floor=FLOOR,
         baseline=TEACHER_FEW,
         num_bootstraps=plan.options.num_bootstraps,
         seed=plan.options.seed,
     )
-    scores = {name: _scores(sets[name], plan.captions) for name in names}
+    scores = {name: _scores(sets[name], plan.captions) for name in sets}
     return tuple(
         _row(
             name, plan, sets[name], scores[name], scores[REFERENCE], distances.get(name)
-        ).model_copy(update={"measures": _measures(name, plan, sets)})
-        for name in names
+        ).model_copy(update={"measures": _measures(name, plan, sets, twins)})
+        for name in sets
     )
 
 
 def _measures(
-    name: str, plan: EvaluationPlan, sets: dict[str, ClipSet]
+    name: str, plan: EvaluationPlan, sets: dict[str, ClipSet], twins: dict[str, Features]
 ) -> dict[str, MeasuredFigure]:
     """Figures of a row's clips beside those of the floor's, which start from the same noise."""
 
     def figures(of: str) -> dict[str, Tensor]:
-        twin = sets[_twin_of(of)].clips.features
-        return sets[of].clips.figures(plan.captions, twin)
+        return sets[of].clips.figures(plan.captions, twins[of])
 
     compares = name not in (REFERENCE, FLOOR)
     compared = compare_sets(figures(name), figures(FLOOR) if compares else None, plan.options.seed)

@@ -1,13 +1,8 @@
 """Measures the clips of a study against one set of the teacher's, for all runs.
 
-    reference           guided teacher, many steps
-    floor               the same with other seeds: what chance makes of no difference
-    teacher_few         the teacher in as few steps as the generators; what they start from
-    teacher_few_guided  the same, guided
-
-Each set is also sampled from the other seed, for `diversity`, as an evaluation does it. The
-teacher's sets are sampled once and remembered in the study's folder, under names that are made
-of all that decides them.
+The teacher's sets are those of an evaluation (`pipelines.evaluation.teacher_sets`). Each set is
+also sampled from the other seed, for `diversity`. They are sampled once and remembered in the
+study's folder.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,25 +16,18 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.data.stream.inspect import first_captions
 from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.validation import reads_shapes
-from pipelines.evaluation.clip_sets import (
-    ClipRequest,
-    ClipSet,
-    load_clip_set,
-    sample_clip_set,
-    save_clip_set,
-    set_name,
-)
-from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
+from pipelines.evaluation.result import REFERENCE, TEACHER_FEW
+from pipelines.evaluation.teacher_sets import TEACHER_SETS, TeacherSets, teacher_samplings
 from sgmd_core.metrics.frechet import Features, Gaussian, fit_gaussian, frechet_distance
 from workers.build import build_evaluator
-from workers.evaluator import Evaluator, Sampling
+from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
+from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.models.content import fingerprint
 from workers.role_state import load_role
 
 Figures = Mapping[str, float]
 """By name: `frechet`, and means of `MeasuredClips.figures` over the clips."""
 
-_CHUNK_CLIPS = 16
 _CACHE_FOLDER = "teacher"
 
 
@@ -59,16 +47,6 @@ class StudyEvaluator:
         self.captions = first_captions(
             config.data.validation, config.data.s3, config.seed, config.study.num_captions
         )
-        guidance = config.teacher.guidance_scale
-        reference = Sampling(config.validation.teacher_steps, guidance, config.seed)
-        # Another seed than the reference's: the distance must not profit from shared noise.
-        few = Sampling(config.generator.num_steps, 1.0, config.seed + 1)
-        self._samplings = {
-            REFERENCE: reference,
-            FLOOR: replace(reference, seed=few.seed),
-            TEACHER_FEW: few,
-            TEACHER_FEW_GUIDED: replace(few, guidance_scale=guidance),
-        }
 
     @property
     def num_measurements(self) -> int:
@@ -78,18 +56,17 @@ class StudyEvaluator:
     @cached_property
     def key(self) -> str:
         """Names all that decides the figures of a generator but its weights."""
-        sets = (self._request(REFERENCE), self._request(TEACHER_FEW), self._twin(TEACHER_FEW))
-        return "-".join(self._name(request) for request in sets)
+        sets = self._sets
+        few, twin = (sets.request_of(TEACHER_FEW, is_twin=is_twin) for is_twin in (False, True))
+        return "-".join(sets.key(each) for each in (sets.request_of(REFERENCE), few, twin))
 
     @cached_property
     def teacher(self) -> dict[str, Figures]:
         """Figures of the teacher's sets, by name."""
+        sets = self._sets
         return {
-            name: self._figures(
-                self._teacher_set(self._request(name), name),
-                self._teacher_twin(name).clips.features,
-            )
-            for name in self._samplings
+            name: self._figures(sets.set(name), sets.twin(name).clips.features)
+            for name in TEACHER_SETS
         }
 
     def generator(self, checkpoint: str, role: str, label: str) -> Figures:
@@ -101,9 +78,12 @@ class StudyEvaluator:
             label: What is sampled, for whoever waits.
         """
         weights = load_role(checkpoint, role).weights
-        clips = self._sample(self._request(TEACHER_FEW), label, weights)
-        twin = self._sample(self._twin(TEACHER_FEW), f"{label}, the other seed", weights)
-        return self._figures(clips, twin.clips.features)
+        # The generator is sampled as the teacher's few steps are: the same noise, unguided.
+        own, twin = (
+            self._sample(self._sets.request_of(TEACHER_FEW, is_twin=is_twin), words, weights)
+            for is_twin, words in ((False, label), (True, f"{label}, the other seed"))
+        )
+        return self._figures(own, twin.clips.features)
 
     @cached_property
     def _evaluator(self) -> Evaluator:
@@ -113,59 +93,44 @@ class StudyEvaluator:
             config.video,
             config.schedule,
             config.topology.threads_per_rank,
-            _CHUNK_CLIPS,
+            CHUNK_CLIPS,
         )
 
     @cached_property
-    def _digest(self) -> str:
-        return fingerprint(self._config.model_folder)
+    def _sets(self) -> TeacherSets:
+        config = self._config
+        samplings = teacher_samplings(
+            config.validation.teacher_steps,
+            config.teacher.guidance_scale,
+            config.generator.num_steps,
+            config.seed,
+        )
+        model = (config.model.text_length, config.model.negative_prompt)
+        return TeacherSets(
+            cache=self._cache,
+            digest=fingerprint(config.model_folder),
+            facts=(*model, config.video, config.schedule.shift),
+            samplings=samplings,
+            request=ClipRequest(
+                captions=self.captions,
+                sampling=samplings[REFERENCE],
+                batch_size=CHUNK_CLIPS,
+                fps=config.video.fps,
+                reads_shapes=reads_shapes(self.captions),
+            ),
+            open_evaluator=lambda: self._evaluator,
+            on_progress=self._report,
+        )
 
     @cached_property
     def _target(self) -> Gaussian:
-        reference = self._teacher_set(self._request(REFERENCE), REFERENCE)
-        return fit_gaussian(reference.clips.features)
+        return fit_gaussian(self._sets.set(REFERENCE).clips.features)
 
-    def _name(self, request: ClipRequest) -> str:
-        config = self._config
-        model = (config.model.text_length, config.model.negative_prompt)
-        facts = (*model, config.video, config.schedule.shift)
-        return set_name(self._digest, request, facts)
+    def _report(self, name: str, is_twin: bool, done: int, total: int) -> None:
+        other = ", the other seed" if is_twin else ""
+        self._tell(f"sampling the teacher's set {name}{other}: {done} of {total} clips")
 
-    def _request(self, name: str) -> ClipRequest:
-        return ClipRequest(
-            captions=self.captions,
-            sampling=self._samplings[name],
-            batch_size=_CHUNK_CLIPS,
-            fps=self._config.video.fps,
-            reads_shapes=reads_shapes(self.captions),
-            shown=(),
-        )
-
-    def _twin(self, name: str) -> ClipRequest:
-        """The same clips from the other seed, of which only the features are wanted."""
-        request = self._request(name)
-        seeds = {sampling.seed for sampling in self._samplings.values()}
-        (other,) = seeds - {request.sampling.seed}
-        sampling = replace(request.sampling, seed=other)
-        return replace(request, sampling=sampling, features_only=True)
-
-    def _teacher_set(self, request: ClipRequest, label: str) -> ClipSet:
-        path = self._cache / f"{self._name(request)}.npz"
-        if (remembered := load_clip_set(path)) is not None:
-            return remembered
-        clips = self._sample(request, f"the teacher's set {label}")
-        save_clip_set(path, clips)
-        return clips
-
-    def _teacher_twin(self, name: str) -> ClipSet:
-        """The teacher's clips from the other seed; reference and floor are each other's."""
-        if known := {REFERENCE: FLOOR, FLOOR: REFERENCE}.get(name):
-            return self._teacher_set(self._request(known), known)
-        return self._teacher_set(self._twin(name), f"{name}, the other seed")
-
-    def _sample(
-        self, request: ClipRequest, label: str, weights: Mapping[str, Tensor] | None = None
-    ) -> ClipSet:
+    def _sample(self, request: ClipRequest, label: str, weights: Mapping[str, Tensor]) -> ClipSet:
         self._tell(f"sampling {len(self.captions)} clips: {label}")
         return sample_clip_set(self._evaluator, request, weights=weights)
 

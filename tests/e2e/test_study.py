@@ -29,10 +29,10 @@ from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, TIMEOUT_S
 from workers.build import build_evaluator
-from workers.evaluator import Sampling
-from workers.measured_clips import Measurer
+from workers.clip_sets import ClipRequest
+from workers.evaluator import CHUNK_CLIPS, Sampling
 from workers.role_state import load_role
-from workers.validation_evaluator import ValidationEvaluator, ValidationRequest
+from workers.validation_evaluator import ValidationEvaluator
 
 STUDY = (
     "study.variants={ours: {}, theirs: {objective.method: tsg_sim}}",
@@ -241,17 +241,18 @@ def test_diversity_means_two_seeds_of_a_caption_in_study_and_validation_alike(
     judge.captions = tuple(dict.fromkeys(judge.captions))
     assert len(judge.captions) > 2
     found = judge.generator(checkpoint, "ema", "the generator")
-    request = ValidationRequest(
+    request = ClipRequest(
         captions=judge.captions,
         sampling=Sampling(config.generator.num_steps, 1.0, config.seed + 1),
-        reference=Sampling(
-            config.validation.teacher_steps, config.teacher.guidance_scale, config.seed
-        ),
-        measurer=Measurer(config.video.fps, reads_shapes=True),
-        num_shown=1,
+        batch_size=CHUNK_CLIPS,
+        fps=config.video.fps,
+        reads_shapes=True,
+    )
+    reference = Sampling(
+        config.validation.teacher_steps, config.teacher.guidance_scale, config.seed
     )
     evaluator = build_evaluator(config.model, config.video, config.schedule, num_threads=1)
-    validated = ValidationEvaluator(evaluator, request).validate(
+    validated = ValidationEvaluator(evaluator, request, reference).validate(
         load_role(checkpoint, "ema").weights
     )
     assert found["diversity"] > 0

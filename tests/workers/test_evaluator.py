@@ -1,6 +1,7 @@
 """Clips depend on weights, captions, seed and index alone; figures are measured on them."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,13 +13,11 @@ from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_dista
 from sgmd_core.schedule import FlowMatchSchedule
 from tests.helpers.roles import same_bits, weights
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
+from workers.clip_sets import ClipRequest, sample_clip_set
 from workers.evaluator import Evaluator, Sampling, to_pixels
-from workers.measured_clips import Measurer
 from workers.measures import CLIP_MEASURES, measure_clip_figures
 from workers.text_encoder import TextEncoder
-from workers.validation_evaluator import ValidationEvaluator, ValidationRequest
-
-MEASURER = Measurer(fps=8, reads_shapes=True)
+from workers.validation_evaluator import ValidationEvaluator
 
 CAPTIONS = (
     "a red circle moves left",
@@ -118,20 +117,24 @@ def test_progress_counts_the_steps_of_all_chunks():
     assert heard == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def _request(**changes) -> ValidationRequest:
+REFERENCE = Sampling(3, 2.0, seed=0)
+
+
+def _request(**changes) -> ClipRequest:
     settings = {
         "captions": CAPTIONS,
         "sampling": Sampling(2, 1.0, seed=1),
-        "reference": Sampling(3, 2.0, seed=0),
-        "measurer": MEASURER,
-        "num_shown": 2,
+        "batch_size": 2,
+        "fps": 8,
+        "reads_shapes": True,
+        "shown": (0, 1),
     }
-    return ValidationRequest(**(settings | changes))
+    return ClipRequest(**(settings | changes))
 
 
 def test_validation_measures_the_clips_it_shows():
     evaluator, other = _evaluator(), tiny_velocity(4)
-    report = ValidationEvaluator(evaluator, _request()).validate(weights(other))
+    report = ValidationEvaluator(evaluator, _request(), REFERENCE).validate(weights(other))
     video = evaluator.sample(CAPTIONS, 0, 1, 2, 1.0, weights(other))
     reference = evaluator.sample(CAPTIONS, 0, 0, 3, 2.0)
     partner = evaluator.sample(CAPTIONS, 0, 1, 3, 2.0)
@@ -157,7 +160,7 @@ def test_validation_measures_the_clips_it_shows():
 
 def test_diversity_is_how_far_the_two_clips_of_a_caption_are_apart():
     evaluator, other = _evaluator(), tiny_velocity(4)
-    figures = ValidationEvaluator(evaluator, _request()).validate(weights(other)).figures
+    figures = ValidationEvaluator(evaluator, _request(), REFERENCE).validate(weights(other)).figures
     first, second = (
         clip_features(evaluator.sample(CAPTIONS, 0, seed, 2, 1.0, weights(other)))
         for seed in (0, 1)
@@ -170,7 +173,7 @@ def test_diversity_is_how_far_the_two_clips_of_a_caption_are_apart():
 def test_a_generator_that_is_its_teacher_keeps_everything_and_is_on_the_floor():
     evaluator = _evaluator(seed=3)
     request = _request(sampling=Sampling(3, 2.0, seed=1))
-    report = ValidationEvaluator(evaluator, request).validate(weights(tiny_velocity(3)))
+    report = ValidationEvaluator(evaluator, request, REFERENCE).validate(weights(tiny_velocity(3)))
     assert report.figures["frechet"] == report.figures["frechet_floor"]
     ratios = {name: value for name, value in report.figures.items() if name.endswith("_ratio")}
     assert {"flow_ratio", "saturation_ratio", "diversity_ratio"} <= ratios.keys()
@@ -181,7 +184,7 @@ def test_the_teacher_is_sampled_once():
     evaluator = _evaluator()
     calls: list[int] = []
     evaluator._network.register_forward_hook(lambda *_: calls.append(1))
-    judge, handed = ValidationEvaluator(evaluator, _request()), weights(tiny_velocity(4))
+    judge, handed = ValidationEvaluator(evaluator, _request(), REFERENCE), weights(tiny_velocity(4))
     judge.validate(handed)
     first = len(calls)
     judge.validate(handed)
@@ -191,19 +194,24 @@ def test_the_teacher_is_sampled_once():
 
 
 def test_captions_of_another_world_are_measured_without_exact_readings():
-    request = _request(captions=("anything", "at all"), measurer=Measurer(8, reads_shapes=False))
-    report = ValidationEvaluator(_evaluator(), request).validate(weights(tiny_velocity(4)))
+    request = _request(captions=("anything", "at all"), reads_shapes=False)
+    report = ValidationEvaluator(_evaluator(), request, REFERENCE).validate(
+        weights(tiny_velocity(4))
+    )
     assert "colour" not in report.figures
     assert "flow_ratio" in report.figures
     assert len(report.shown) == 2
 
 
 def test_measuring_in_chunks_changes_nothing():
-    whole = _evaluator(chunk_clips=4).sample_measured(CAPTIONS, Sampling(2, 1.0, 7), MEASURER)
-    parts = _evaluator(chunk_clips=3).sample_measured(CAPTIONS, Sampling(2, 1.0, 7), MEASURER)
+    request = _request(sampling=Sampling(2, 1.0, 7))
+    whole, parts = (
+        sample_clip_set(_evaluator(chunk_clips=size), replace(request, batch_size=size))
+        for size in (4, 3)
+    )
     # Other chunks batch the matrix products differently: rounding, nothing more.
     torch.testing.assert_close(parts.clips.features, whole.clips.features, atol=1e-4, rtol=1e-4)
-    assert len(parts.seconds_per_clip) == 2
+    assert len(parts.seconds) == 2
     assert len(parts.clips.measures["flow"]) == len(CAPTIONS)
 
 

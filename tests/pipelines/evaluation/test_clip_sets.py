@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from pipelines.evaluation.clip_sets import ClipSet, load_clip_set, save_clip_set
+from pipelines.evaluation.clip_sets import load_clip_set, save_clip_set
 from tests.helpers.logs import record_warnings
+from workers.clip_sets import ClipSet
 from workers.measured_clips import MeasuredClips
 
 
