@@ -11,6 +11,7 @@ from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLim
 
 if TYPE_CHECKING:
     from pipelines.data.making.prepare import PrepareProgress
+    from pipelines.data.making.set_report import SetReport
 
 Policy = Annotated[
     FitPolicy,
@@ -114,17 +115,7 @@ def prepare(
             num_processes=processes,
         )
         report = make_shards(source, target, options, lambda now: _tell(count, now))
-    data = {
-        "folder": report.folder,
-        "clips": report.num_clips,
-        "new_clips": report.num_new,
-        "shards": report.num_shards,
-        "bytes": report.num_bytes,
-        "rejected": report.rejected,
-        "look": report.look,
-        "seconds": report.seconds,
-    }
-    show(data, as_json, pairs(data), f"Look at them: sgmd check {target}")
+    _show_set(report, target, as_json)
 
 
 def _tell(count: Counter, now: "PrepareProgress") -> None:
@@ -132,6 +123,13 @@ def _tell(count: Counter, now: "PrepareProgress") -> None:
         f"{now.num_clips} clips, {now.num_bad} bad, {now.num_shards} shards,"
         f" {now.num_bytes / 2**20:.1f} MiB"
     )
+
+
+def _show_set(report: "SetReport", target: str, as_json: bool) -> None:
+    """Prints the report of a command that fills a folder with shards."""
+    data = report.to_json()
+    figures = pairs({name: value for name, value in data.items() if name != "skipped"})
+    show(data, as_json, figures, *report.notes(), f"Look at them: sgmd check {target}")
 
 
 def check(
@@ -279,14 +277,4 @@ def encode(
             ),
             on_progress,
         )
-    data = {
-        "folder": report.folder,
-        "clips": report.num_clips,
-        "new_clips": report.num_new,
-        "shards": report.num_shards,
-        "bytes": report.num_bytes,
-        "rejected": report.rejected,
-        "encoding": report.encoding,
-        "seconds": report.seconds,
-    }
-    show(data, as_json, pairs(data), f"Look at them: sgmd check {target}")
+    _show_set(report, target, as_json)

@@ -19,7 +19,7 @@ from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.encode_plan import digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
 from pipelines.data.making.journal import filling
-from pipelines.data.making.rejections import counts_by_reason
+from pipelines.data.making.set_report import SetReport, set_facts
 from pipelines.data.shards.filesystem import canonical_address, open_folder
 from pipelines.data.shards.schema import Encoding
 from sgmd_core.errors import DataError
@@ -27,29 +27,19 @@ from workers.models.content import fingerprint
 from workers.models.families import family_of
 
 
-@dataclass(frozen=True, slots=True)
-class EncodeReport:
-    """Content of a folder of encoded shards in the end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeReport(SetReport):
+    """Content of a folder of encoded shards at the end of `sgmd encode`.
 
     Attributes:
-        folder: Its address.
-        num_clips: Clips in the set.
-        num_new: How many of them this run added.
-        num_shards: Shards.
-        num_bytes: Their size.
-        rejected: Clips that were not taken, by reason.
         encoding: Shapes, type, and the fingerprints of the networks.
-        seconds: How long this run took.
     """
 
-    folder: str
-    num_clips: int
-    num_new: int
-    num_shards: int
-    num_bytes: int
-    rejected: dict[str, int]
     encoding: dict[str, Any]
-    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Names and values as the command prints them."""
+        return SetReport.to_json(self) | {"encoding": self.encoding}
 
 
 def encode(
@@ -105,18 +95,7 @@ def encode(
                     on_progress("clips", total - writer.num_waiting, total)
             writer.close()
         journal.finish()
-    shards = journal.shards.values()
-    num_clips = sum(shard.num_rows for shard in shards)
-    return EncodeReport(
-        folder=dst,
-        num_clips=num_clips,
-        num_new=num_clips - num_before,
-        num_shards=len(shards),
-        num_bytes=sum(shard.num_bytes for shard in shards),
-        rejected=counts_by_reason(journal.rejections),
-        encoding=asdict(encoding),
-        seconds=time.monotonic() - started,
-    )
+    return EncodeReport(**set_facts(dst, journal, num_before, started), encoding=asdict(encoding))
 
 
 def encoding_for(model: str, options: EncodeOptions) -> Encoding:

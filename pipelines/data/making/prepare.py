@@ -10,21 +10,25 @@ import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 
 from pipelines.data.making.journal import Journal, filling, open_journal
+from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.ordered_pool import Died, map_in_order
 from pipelines.data.making.prepare_clip import ClipRules, PreparedClip, prepare_clip
 from pipelines.data.making.rejections import (
     Reason,
     Rejection,
-    counts_by_reason,
     require_few,
 )
+from pipelines.data.making.set_report import SetReport, set_facts
+from pipelines.data.making.skipped import SkippedFiles, SkippedKind
 from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
 from pipelines.data.shards.filesystem import canonical_address
@@ -94,29 +98,27 @@ class PrepareProgress:
         return self.num_clips + self.num_bad
 
 
-@dataclass(frozen=True, slots=True)
-class PrepareReport:
-    """Content of a folder of shards in the end.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareReport(SetReport):
+    """Content of a folder of shards, and of its source, at the end of `sgmd prepare`.
 
     Attributes:
-        folder: Its address.
-        num_clips: Clips in the set.
-        num_new: How many of them this run added.
-        num_shards: Shards.
-        num_bytes: Their size.
-        rejected: Clips that were not taken, by reason.
+        skipped: Files of the source that are no part of a clip, by kind.
         look: Clips of this run whose look a decoder changes, by property, see `look_of`.
-        seconds: How long this run took.
     """
 
-    folder: str
-    num_clips: int
-    num_new: int
-    num_shards: int
-    num_bytes: int
-    rejected: dict[str, int]
+    skipped: Sequence[SkippedKind]
     look: dict[str, int]
-    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Names and values as the command prints them."""
+        skipped = [asdict(kind) for kind in self.skipped]
+        return SetReport.to_json(self) | {"look": self.look, "skipped": skipped}
+
+    def notes(self) -> Sequence[str]:
+        """A line for each kind of what is not in the set."""
+        skipped = [f"skipped, {kind.in_words()}" for kind in self.skipped]
+        return [*SetReport.notes(self), *skipped]
 
 
 def prepare(
@@ -142,25 +144,23 @@ def prepare(
     src = canonical_address(src)
     settings = _settings(src, options)
     open_journal(dst, "prepare", settings)  # refuses before anything is written
-    captions_only = src.endswith(PROMPTS_SUFFIX) or options.columns.path is None
-    no_clip = _no_clip(src, captions_only)
-    listed = _some(list_clips(src, options.columns), no_clip)
+    captions_only = src.lower().endswith(PROMPTS_SUFFIX) or options.columns.path is None
+    skipped = SkippedFiles()
+    listed = iter(list_clips(src, options.columns, skipped=skipped))
+    first = next(listed, None)
+    if first is None:
+        raise _no_clip(src, captions_only, skipped)
+    listed = itertools.chain([first], listed)
     schema = caption_schema() if captions_only else video_schema()
     with filling(dst, "prepare", settings) as journal:
         filler, num_before = _fill(journal, src, listed, schema, options, on_progress)
         if not journal.shards:
-            raise no_clip
+            raise _no_clip(src, captions_only, skipped)
         journal.finish()
-    end = _written(journal)
     return PrepareReport(
-        folder=dst,
-        num_clips=end.num_clips,
-        num_new=end.num_clips - num_before,
-        num_shards=end.num_shards,
-        num_bytes=end.num_bytes,
-        rejected=counts_by_reason(journal.rejections),
+        **set_facts(dst, journal, num_before, started),
+        skipped=skipped.kinds,
         look=dict(filler.look.most_common()),
-        seconds=time.monotonic() - started,
     )
 
 
@@ -193,21 +193,21 @@ def _fill(
     return filler, num_before
 
 
-def _some(
-    listed: Iterator[SourceClip | Rejection], nothing: DataError
-) -> Iterator[SourceClip | Rejection]:
-    """Returns the listing once it is known to name something; raises `nothing` otherwise."""
-    for first in listed:
-        return itertools.chain([first], listed)
-    raise nothing
-
-
-def _no_clip(src: str, captions_only: bool) -> DataError:
+def _no_clip(src: str, captions_only: bool, skipped: SkippedFiles) -> DataError:
+    """The error for a source that names nothing; says what lies there instead."""
+    found = "not a single caption" if captions_only else "not a single video"
+    is_file = PurePosixPath(src).suffix.lower() in (PROMPTS_SUFFIX, *MANIFEST_SUFFIXES, ".tar")
+    if is_file:
+        expected = "a caption in each line or row" if captions_only else "a file that names clips"
+        remedy = "Check the content of the file"
+    else:
+        expected = "video files with captions beside them, or tars of them"
+        remedy = "Check the address; videos and tars are found at any depth below it"
     return DataError(
         f"preparing {src}",
-        "not a single caption" if captions_only else "not a single video",
-        "video files with captions beside them, tars, a manifest, or a .txt of prompts",
-        "Check the address; a manifest is named itself, not its folder",
+        "; ".join([found, *(kind.in_words() for kind in skipped.kinds)]),
+        expected,
+        remedy,
     )
 
 

@@ -95,6 +95,14 @@ def counts_by_reason(rejections: Iterable[Rejection]) -> dict[str, int]:
     return dict(Counter(str(rejection.reason) for rejection in rejections).most_common())
 
 
+def examples_by_reason(rejections: Iterable[Rejection]) -> dict[str, str]:
+    """The first rejection of each reason, in one line each."""
+    first: dict[str, Rejection] = {}
+    for rejection in rejections:
+        first.setdefault(str(rejection.reason), rejection)
+    return {reason: rejection.in_words() for reason, rejection in first.items()}
+
+
 def require_few(
     attempted: str,
     rejections: Sequence[Rejection],

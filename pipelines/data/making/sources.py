@@ -6,7 +6,8 @@
                   captions alone
     prompts       a .txt with one caption a line
 
-A caption belongs to the video whose name is the same up to the last dot.
+A caption belongs to the video whose name is the same up to the last dot. Suffixes count in upper
+case too. Whatever else lies there is counted by kind, see `SkippedFiles`.
 
 The order is fixed, and so are the sample ids: the file's path within the folder, the tar's path and
 the key, or the path as the manifest has it (or a column of its own). They do not depend on where
@@ -14,15 +15,30 @@ the folder lies or on what else is in it.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
-from pathlib import PurePosixPath
-from typing import Any
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES, fault_of_text, printable
 from pipelines.data.making.manifests import manifest_clips, prompt_clips
 from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.making.skipped import (
+    ARCHIVES,
+    HIDDEN,
+    LINKED_FOLDERS,
+    LONELY_CAPTIONS,
+    MANIFESTS,
+    SHARED_CAPTIONS,
+    TAR_LINKS,
+    TWO_CAPTIONS,
+    SkippedFiles,
+    unknown_kind,
+)
 from pipelines.data.making.source_clip import (
     CaptionFile,
     Columns,
@@ -43,11 +59,28 @@ _KNOWN = (
 VIDEO_SUFFIXES = frozenset(f".{name}" for name in _KNOWN.split())
 PROMPTS_SUFFIX = ".txt"
 _CAPTION_SUFFIXES = (".txt", ".json")
-_PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_ARCHIVE_SUFFIXES = frozenset((".zip", ".rar", ".7z", ".gz", ".bz2", ".xz", ".zst"))
+_PACKED_TAR = re.compile(
+    r"\.(tar\.(gz|z|bz2?|xz|lzma|zstd?|lz4|lz)|tgz|taz|tbz2?|txz|tlz|tzst)$", re.IGNORECASE
+)
+_UNPACK = "decompress it (gunzip, bunzip2, unxz or unzstd) to a plain .tar and prepare that"
+_SYSTEM_FILES = frozenset((".DS_Store", ".localized"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A file or a member of a tar that can be a part of a clip."""
+
+    suffix: str
+    place: FileRange
+    name: str
 
 
 def list_clips(
-    url: str, columns: Columns = Columns(), s3: S3Settings = S3Settings()
+    url: str,
+    columns: Columns = Columns(),
+    s3: S3Settings = S3Settings(),
+    skipped: SkippedFiles | None = None,
 ) -> Iterator[SourceClip | Rejection]:
     """Names every clip of a source, in a fixed order.
 
@@ -56,6 +89,7 @@ def list_clips(
             prompts.
         columns: Names in manifests and JSON files.
         s3: How to speak to the server, where there is one.
+        skipped: Counts the files that are no part of a clip.
 
     Yields:
         Clips, and rejections of rows and tars that name none.
@@ -63,7 +97,7 @@ def list_clips(
     Raises:
         DataError: the source cannot be opened or listed, or a manifest has no such columns.
     """
-    for clip in _listed(url, columns, s3):
+    for clip in _listed(url, columns, s3, SkippedFiles() if skipped is None else skipped):
         fault = fault_of_text(clip.sample_id) or fault_of_text(clip.source)
         if fault is None:
             yield clip
@@ -73,7 +107,9 @@ def list_clips(
         yield Rejection(sample_id, source, clip.row, reason, f"its name is {fault}")
 
 
-def _listed(url: str, columns: Columns, s3: S3Settings) -> Iterator[SourceClip | Rejection]:
+def _listed(
+    url: str, columns: Columns, s3: S3Settings, skipped: SkippedFiles
+) -> Iterator[SourceClip | Rejection]:
     filesystem, root = open_folder(url, s3)
     suffix = PurePosixPath(root).suffix.lower()
     if columns.path is None and suffix not in (PROMPTS_SUFFIX, *MANIFEST_SUFFIXES):
@@ -87,108 +123,194 @@ def _listed(url: str, columns: Columns, s3: S3Settings) -> Iterator[SourceClip |
         yield from prompt_clips(filesystem, root)
     elif suffix in MANIFEST_SUFFIXES:
         yield from manifest_clips(filesystem, root, columns)
-    elif root.endswith(_PACKED_TARS):
+    elif _PACKED_TAR.search(root):
         raise DataError(
             f"reading {url}",
             "a compressed tar, which can only be read from its beginning",
             "a plain .tar",
-            "Decompress it; videos hardly get smaller anyway",
+            f"{_UNPACK.capitalize()}; videos hardly get smaller by compression",
         )
     elif suffix == ".tar":
-        yield from _tar_clips(filesystem, root, root.rpartition("/")[0], columns)
+        yield from _tar_clips(filesystem, root, root.rpartition("/")[0], columns, skipped)
     else:
-        yield from _folder_clips(filesystem, root, root, columns)
+        if suffix:
+            _refuse_file(filesystem, root, url)
+        yield from _folder_clips(filesystem, root, root, columns, skipped)
+
+
+def _refuse_file(filesystem: AbstractFileSystem, root: str, url: str) -> None:
+    """Refuses a single file that is no list of clips; a folder may have a dot in its name."""
+    with data_errors(f"opening {url}"):
+        if not filesystem.isfile(root):
+            return
+    is_video = PurePosixPath(root).suffix.lower() in VIDEO_SUFFIXES
+    raise DataError(
+        f"reading {url}",
+        "a single video" if is_video else "a file of a kind that names no clips",
+        f"a folder, a .tar, a .txt of prompts, or a manifest ({', '.join(MANIFEST_SUFFIXES)})",
+        "Name its folder" if is_video else "Convert it, or name a folder of videos",
+    )
 
 
 def _folder_clips(
-    filesystem: AbstractFileSystem, root: str, folder: str, columns: Columns
+    filesystem: AbstractFileSystem,
+    root: str,
+    folder: str,
+    columns: Columns,
+    skipped: SkippedFiles,
 ) -> Iterator[SourceClip | Rejection]:
     """The clips and tars of a folder, then those of its sub-folders; one listing at a time."""
     with data_errors(f"listing {folder}"):
         entries = {str(entry["name"]): entry for entry in filesystem.ls(folder, detail=True)}
         # What was listed is not needed again, and a large bucket would fill the memory.
         filesystem.invalidate_cache(folder)
-    shown = {name: entry for name, entry in entries.items() if _name(name)[:1] not in ("", ".")}
-    for path in sorted(shown):
-        if shown[path]["type"] == "directory":
+    files: list[str] = []
+    folders: list[str] = []
+    for path in sorted(entries):
+        # Consoles and tools mark a folder on S3 by an empty object of its name.
+        if path.endswith("/") or path == folder.rstrip("/"):
             continue
-        if PurePosixPath(path).suffix == ".tar":
-            yield from _tar_clips(filesystem, path, root, columns)
-        elif path.endswith(_PACKED_TARS):
-            name, detail = path.removeprefix(root).lstrip("/"), "a compressed tar: decompress it"
-            address = address_of(filesystem, path)
+        name = _name(path)
+        if name.startswith("."):
+            if name not in _SYSTEM_FILES and not name.startswith("._"):
+                skipped.add(HIDDEN, path)
+        elif entries[path]["type"] == "directory":
+            folders.append(path)
+        elif isinstance(filesystem, LocalFileSystem) and Path(path).is_dir():
+            skipped.add(LINKED_FOLDERS, path)
+        else:
+            files.append(path)
+    yield from _file_clips(filesystem, root, files, columns, skipped)
+    for path in folders:
+        yield from _folder_clips(filesystem, root, path, columns, skipped)
+
+
+def _file_clips(
+    filesystem: AbstractFileSystem,
+    root: str,
+    files: Sequence[str],
+    columns: Columns,
+    skipped: SkippedFiles,
+) -> Iterator[SourceClip | Rejection]:
+    """The clips and tars of one folder, in the order of their names."""
+    captions: dict[str, list[_Part]] = {}
+    for path in files:
+        if (suffix := PurePosixPath(path).suffix.lower()) in _CAPTION_SUFFIXES:
+            place = FileRange(address_of(filesystem, path))
+            captions.setdefault(_stem(path), []).append(_Part(suffix, place, path))
+    used: Counter[str] = Counter()
+    for path in files:
+        suffix = PurePosixPath(path).suffix.lower()
+        if suffix == ".tar":
+            yield from _tar_clips(filesystem, path, root, columns, skipped)
+        elif _PACKED_TAR.search(path):
+            name, address = path.removeprefix(root).lstrip("/"), address_of(filesystem, path)
+            detail = f"a compressed tar; {_UNPACK}"
             yield Rejection(name, address, None, Reason.UNREADABLE_ARCHIVE, detail)
-        elif PurePosixPath(path).suffix.lower() in VIDEO_SUFFIXES:
+        elif suffix in VIDEO_SUFFIXES:
             address = address_of(filesystem, path)
+            beside = captions.get(_stem(path), [])
+            used[_stem(path)] += 1
             yield SourceClip(
                 sample_id=path.removeprefix(root).lstrip("/"),
                 source=address,
                 row=None,
                 video=FileRange(address),
-                caption=_sidecar(filesystem, path, shown, columns),
+                caption=_chosen(beside, path, columns, skipped),
             )
-    for path in sorted(shown):
-        if shown[path]["type"] == "directory" and path.rstrip("/") != folder.rstrip("/"):
-            yield from _folder_clips(filesystem, root, path, columns)
+        elif suffix not in _CAPTION_SUFFIXES:
+            skipped.add(_kind(suffix), path)
+    for stem, parts in captions.items():
+        if used[stem] > 1:
+            skipped.add(SHARED_CAPTIONS, parts[0].name)
+        for part in parts if not used[stem] else ():
+            skipped.add(LONELY_CAPTIONS, part.name)
 
 
-def _sidecar(
-    filesystem: AbstractFileSystem, path: str, present: Mapping[str, Any], columns: Columns
+def _chosen(
+    parts: Sequence[_Part], video: str, columns: Columns, skipped: SkippedFiles
 ) -> CaptionFile | None:
-    for suffix in _CAPTION_SUFFIXES:
-        beside = str(PurePosixPath(path).with_suffix(suffix))
-        if beside in present:
-            field = columns.captions[0] if suffix == ".json" else None
-            return CaptionFile(FileRange(address_of(filesystem, beside)), field)
-    return None
+    """The caption beside a video: a text before a JSON file."""
+    if not parts:
+        return None
+    ordered = sorted(parts, key=lambda part: _CAPTION_SUFFIXES.index(part.suffix))
+    if len(ordered) > 1:
+        names = ", ".join(_name(part.name) for part in ordered)
+        skipped.add(TWO_CAPTIONS, f"{video} with {names}")
+    first = ordered[0]
+    return CaptionFile(first.place, columns.captions[0] if first.suffix == ".json" else None)
+
+
+def _kind(suffix: str) -> str:
+    if suffix in MANIFEST_SUFFIXES:
+        return MANIFESTS
+    return f"{suffix} {ARCHIVES}" if suffix in _ARCHIVE_SUFFIXES else unknown_kind(suffix)
 
 
 def _tar_clips(
-    filesystem: AbstractFileSystem, path: str, root: str, columns: Columns
+    filesystem: AbstractFileSystem,
+    path: str,
+    root: str,
+    columns: Columns,
+    skipped: SkippedFiles,
 ) -> Iterator[SourceClip | Rejection]:
     """The clips of a tar; only its headers are read."""
     address = address_of(filesystem, path)
     name = path.removeprefix(root).lstrip("/")
-    parts: dict[str, dict[str, FileRange]] = {}
+    parts: dict[str, list[_Part]] = {}
     faults: list[TarFault] = []
     with open_reading(filesystem, path) as file:
         for member in read_members(file):
             if isinstance(member, TarFault):
                 faults.append(member)
-            elif member.suffix in VIDEO_SUFFIXES or member.suffix in _CAPTION_SUFFIXES:
-                files = parts.setdefault(member.key, {})
-                files[member.suffix] = FileRange(address, member.offset, member.num_bytes)
+            elif _is_clip_part(member.suffix):
+                place = FileRange(address, member.offset, member.num_bytes)
+                part = _Part(member.suffix, place, f"{name}/{member.name}")
+                parts.setdefault(member.key, []).append(part)
+            else:
+                skipped.add(_kind(member.suffix), f"{name}/{member.name}")
     count = itertools.count()
     for key, files in parts.items():
-        yield from _tar_clip(f"{name}/{key}", address, count, files, columns)
+        yield from _tar_clip(f"{name}/{key}", address, count, files, columns, skipped)
     for fault in faults:
-        # A member that could be no part of a clip is nobody's loss.
-        suffix = PurePosixPath(fault.name or "").suffix.lower()
-        if fault.name is None or suffix in VIDEO_SUFFIXES or suffix in _CAPTION_SUFFIXES:
+        if fault.name is None or _is_clip_part(PurePosixPath(fault.name).suffix.lower()):
             sample_id = name if fault.name is None else f"{name}/{fault.name}"
             reason = Reason.UNREADABLE_ARCHIVE
             yield Rejection(sample_id, address, next(count), reason, fault.detail)
+        else:
+            skipped.add(TAR_LINKS, f"{name}/{fault.name} ({fault.detail})")
+
+
+def _is_clip_part(suffix: str) -> bool:
+    return suffix in VIDEO_SUFFIXES or suffix in _CAPTION_SUFFIXES
 
 
 def _tar_clip(
     sample_id: str,
     address: str,
     count: Iterator[int],
-    files: Mapping[str, FileRange],
+    parts: Sequence[_Part],
     columns: Columns,
+    skipped: SkippedFiles,
 ) -> Iterator[SourceClip | Rejection]:
     """A clip out of the members that share a name up to its last dot."""
-    videos = [suffix for suffix in sorted(files) if suffix in VIDEO_SUFFIXES]
-    caption = None
-    if ".txt" in files:
-        caption = CaptionFile(files[".txt"])
-    elif ".json" in files:
-        caption = CaptionFile(files[".json"], columns.captions[0])
-    for suffix in videos[:1]:
-        yield SourceClip(sample_id, address, next(count), files[suffix], caption)
-    for suffix in videos[1:]:
-        detail = f"a {suffix} beside the {videos[0]} of the same name, which is taken"
+    videos = sorted(
+        (part for part in parts if part.suffix in VIDEO_SUFFIXES), key=lambda part: part.suffix
+    )
+    captions = [part for part in parts if part.suffix in _CAPTION_SUFFIXES]
+    if not videos:
+        for part in captions:
+            skipped.add(LONELY_CAPTIONS, part.name)
+        return
+    caption = _chosen(captions, videos[0].name, columns, skipped)
+    yield SourceClip(sample_id, address, next(count), videos[0].place, caption)
+    for part in videos[1:]:
+        detail = f"{_name(part.name)} beside {_name(videos[0].name)}, which is taken"
         yield Rejection(sample_id, address, next(count), Reason.DUPLICATE_ID, detail)
+
+
+def _stem(path: str) -> str:
+    return str(PurePosixPath(path).with_suffix(""))
 
 
 def _name(path: str) -> str:

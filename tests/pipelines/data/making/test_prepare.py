@@ -236,6 +236,35 @@ class TestWhatIsNotTaken:
         with pytest.raises(DataError, match="not a single video"):
             prepare(str(tmp_path / "empty"), str(tmp_path / "set"), HERE)
 
+    def test_the_summary_names_each_kind_of_what_is_not_in_the_set(self, tmp_path):
+        video = video_file(grey_frames([50, 100]))
+        write_clip(tmp_path / "source", "A.MP4", video, None)
+        (tmp_path / "source" / "A.TXT").write_text("upper case")
+        for name in ("lonely.txt", "1.jpg", "2.jpg", "x.tar.gz"):
+            (tmp_path / "source" / name).write_text("words")
+        arguments = ["prepare", str(tmp_path / "source"), str(tmp_path / "set")]
+        options = ["--processes", "0", "--max-bad-fraction", "0.5"]
+        for more in ([], ["--json"]):
+            result = CliRunner().invoke(app, [*arguments, *options, *more])
+            assert result.exit_code == 0
+            assert [row["caption"] for row in rows(tmp_path / "set")] == ["upper case"]
+            if more:
+                skipped = json.loads(result.stdout)["skipped"]
+                assert [kind["count"] for kind in skipped] == [2, 1]
+                continue
+            lines = [line for line in result.stdout.splitlines() if "such as" in line]
+            assert len(lines) == 3
+            for words in ("unreadable_archive: 1", ".jpg: 2", "lonely.txt"):
+                assert any(words in line for line in lines)
+
+    def test_a_source_without_a_clip_says_what_lies_there(self, tmp_path):
+        (tmp_path / "source").mkdir()
+        (tmp_path / "source" / "list.csv").write_text("path,caption\n")
+        with pytest.raises(DataError, match=r"not a single video; manifests.*list\.csv"):
+            prepare(str(tmp_path / "source"), str(tmp_path / "set"), HERE)
+        with pytest.raises(DataError, match="content of the file"):
+            prepare(str(tmp_path / "source" / "list.csv"), str(tmp_path / "set"), HERE)
+
     def test_a_folder_of_other_data_is_left_alone(self, source, tmp_path):
         (tmp_path / "part-00000.parquet").write_bytes(b"mine")
         with pytest.raises(DataError, match="did not write"):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.making.skipped import SkippedFiles
 from pipelines.data.making.sources import (
     CaptionFile,
     Columns,
@@ -86,6 +87,59 @@ class TestFolder:
     def test_a_missing_folder_is_told(self, tmp_path):
         with pytest.raises(DataError, match="nowhere"):
             clips(tmp_path / "nowhere")
+
+    def test_suffixes_in_upper_case_are_taken(self, tmp_path):
+        touch(tmp_path, "A.MP4", "A.TXT", "b.Mov", "b.JSON")
+        write_tar(tmp_path / "T.TAR", {"K.MP4": b"video", "K.TXT": b"words"})
+        first, packed, second = clips(tmp_path)
+        assert first.caption == CaptionFile(FileRange(f"{tmp_path}/A.TXT"))
+        assert second.caption == CaptionFile(FileRange(f"{tmp_path}/b.JSON"), "caption")
+        assert (content(packed.video), content(packed.caption.file)) == (b"video", b"words")
+
+    def test_what_is_no_clip_is_counted_by_kind_with_an_example(self, tmp_path):
+        source = tmp_path / "source"
+        touch(source, "a.mp4", "a.txt", "a.json", "b.mp4", "b.mov", "b.txt", "lonely.txt")
+        touch(source, "list.csv", "1.jpg", "2.JPG", "c.zip", "noext", ".hidden.mp4", "._a.mp4")
+        touch(tmp_path / "elsewhere", "d.mp4")
+        (source / "link").symlink_to(tmp_path / "elsewhere")
+        with tarfile.open(source / "t.tar", "w") as tar:
+            add(tar, "k.mp4", b"video")
+            add(tar, "z.txt", b"words")
+            add(tar, "i.png", b"picture")
+            add(tar, "linked", type=tarfile.SYMTYPE, linkname="/etc")
+        skipped = SkippedFiles()
+        found = list(list_clips(str(source), skipped=skipped))
+        assert [clip.sample_id for clip in found] == ["a.mp4", "b.mov", "b.mp4", "t.tar/k"]
+        counts = {kind.what.partition(" (")[0]: kind.count for kind in skipped.kinds}
+        assert counts == {
+            "hidden files and folders, whose names begin with a dot": 1,
+            "links to folders, which are not followed": 1,
+            "files of an unknown kind, .jpg": 2,
+            "files of an unknown kind, .png": 1,
+            "files of an unknown kind, without a suffix": 1,
+            "clips with several caption files, of which the first named is used": 1,
+            "caption files that several videos of the same name share": 1,
+            "caption files without a video of the same name up to the last dot": 2,
+            "manifests beside other files, which are not read": 1,
+            ".zip archives that are not read": 1,
+            "members of tars that are no files and name no clip": 1,
+        }
+        lines = "\n".join(kind.in_words() for kind in skipped.kinds)
+        for example in ("source/link", "t.tar/i.png", "a.mp4 with a.txt, a.json", "c.zip"):
+            assert example in lines
+
+    def test_many_unknown_kinds_end_in_one_line(self, tmp_path):
+        touch(tmp_path, "a.mp4", *(f"x.k{number:02d}" for number in range(40)))
+        skipped = SkippedFiles()
+        list(list_clips(str(tmp_path), skipped=skipped))
+        assert sum(kind.count for kind in skipped.kinds) == 40
+        assert len(skipped.kinds) == 21
+
+    @pytest.mark.parametrize(("name", "words"), [("a.mp4", "single video"), ("a.xyz", "a kind")])
+    def test_a_file_that_lists_no_clips_is_refused_by_what_it_is(self, tmp_path, name, words):
+        touch(tmp_path, name)
+        with pytest.raises(DataError, match=words):
+            clips(tmp_path / name)
 
 
 class TestTar:
@@ -203,6 +257,15 @@ class TestTar:
         assert len(rejected(found)) == 5
         assert len({clip.row for clip in found}) == len(found)
 
+    def test_videos_whose_names_differ_in_the_case_of_the_suffix_are_named(self, tmp_path):
+        path = write_tar(tmp_path / "t.tar", {"k.mp4": b"1", "k.MP4": b"2", "k.txt": b"words"})
+        first, second = list_clips(str(path))
+        assert content(first.video) == b"1"
+        assert (second.reason, second.detail) == (
+            Reason.DUPLICATE_ID,
+            "k.MP4 beside k.mp4, which is taken",
+        )
+
     def test_a_member_larger_than_its_tar_is_rejected(self, tmp_path):
         header = tarfile.TarInfo("a.mp4")
         header.size = 2**40
@@ -211,11 +274,13 @@ class TestTar:
         (found,) = list_clips(str(path))
         assert found.reason == Reason.UNREADABLE_ARCHIVE
 
-    def test_a_compressed_tar_in_a_folder_is_rejected(self, tmp_path):
-        touch(tmp_path, "a.mp4", "b.tar.gz")
+    @pytest.mark.parametrize("name", ["b.tar.gz", "b.TGZ", "b.tar.lz4", "b.txz"])
+    def test_a_compressed_tar_in_a_folder_is_rejected(self, tmp_path, name):
+        touch(tmp_path, "a.mp4", name)
         _, packed = list_clips(str(tmp_path))
         assert isinstance(packed, Rejection)
-        assert (packed.sample_id, packed.reason) == ("b.tar.gz", Reason.UNREADABLE_ARCHIVE)
+        assert (packed.sample_id, packed.reason) == (name, Reason.UNREADABLE_ARCHIVE)
+        assert "gunzip" in packed.detail
 
     def test_a_compressed_tar_is_refused_with_what_to_do(self, tmp_path):
         (tmp_path / "t.tar.gz").write_bytes(b"")
