@@ -61,7 +61,8 @@ def run_pools(context: Context) -> None:
     """Each role in actors of its own, which share the card; through the object store."""
     if find_spec("ray") is None:
         raise RuntimeError("Ray is not installed: its wheel is in the group ray")
-    iterations = 3 if context.small else 20
+    # On a CPU starting the actors is nearly all of it.
+    iterations = 2 if context.small else 20
     work = _scratch(context)
     _write_captions(context, work)
     share = 0.0 if context.device == "cpu" else 0.25

@@ -72,6 +72,19 @@ def test_what_the_steps_find_on_a_cpu_is_right(folder):
     assert all(one["seconds"] > 0 and one["losses"] for one in iterations)
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_roles_in_actors_of_their_own_make_the_losses_of_one_process(tmp_path):
+    gpu_check.main(["--cpu", "--folder", str(tmp_path), "--step", "pools"])
+    document = step.read(tmp_path, "pools")
+    assert document["status"] == "done", document
+    results = document["results"]
+    assert results["against_local"] == {"first_iteration": 0, "all_iterations": 0}
+    assert results["iterations"] == 2
+    assert results["seconds_per_iteration"] > 0
+    assert results["local_seconds_per_iteration"] > 0
+
+
 @pytest.mark.slow
 def test_a_plan_reads_what_was_measured(folder):
     stages = json.loads((folder / "stages.json").read_text())["results"]

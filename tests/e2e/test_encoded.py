@@ -1,5 +1,6 @@
 """Embeddings that came with the data make the bits that the text encoder would have made."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import NonFiniteError
 from tests.e2e.conftest import MakeRecipe
-from tests.e2e.test_equivalence import MODES, history, state
+from tests.e2e.test_equivalence import MODES, history, moments, slow_but, state
 from tests.helpers import tiny_wan
+from tests.helpers.moves import assert_moves
 from workers.models.content import fingerprint
 from workers.models.wan import load_text
 from workers.models.wan_family import LAYOUT
@@ -47,9 +49,32 @@ def encoded(world: Path, wan_folder: Path, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+def changed(encoded: Path, folder: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> Path:
+    """The shards again, each embedding as `change` makes it from its sample's id and itself."""
+    folder.mkdir()
+    for shard in encoded.glob("*.parquet"):
+        table = pq.read_table(shard)
+        texts = [
+            change(name, np.frombuffer(text, np.float32)).astype(np.float32).tobytes()
+            for name, text in zip(
+                table["sample_id"].to_pylist(), table["text_embeds"].to_pylist(), strict=True
+            )
+        ]
+        place = table.schema.get_field_index("text_embeds")
+        pq.write_table(
+            table.set_column(place, table.schema.field(place), [texts]), folder / shard.name
+        )
+    return folder
+
+
+def reversed_words(encoded: Path, folder: Path) -> Path:
+    """The shards again with embeddings of other texts."""
+    return changed(encoded, folder, lambda name, text: text[::-1])
+
+
+@pytest.mark.parametrize("tracking", slow_but("shared", "fresh"))
 def test_stored_embeddings_make_the_same_run_bitwise(
-    make_recipe: MakeRecipe, encoded: Path, tracking: str
+    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path, tracking: str
 ) -> None:
     tracked = f"fake_score.tracking={tracking}"
     computed = make_recipe("name=computed", tracked)
@@ -57,6 +82,10 @@ def test_stored_embeddings_make_the_same_run_bitwise(
     assert dry_run(stored)["stored_text"] is True
     distill(computed)
     distill(stored)
+    train = reversed_words(encoded, tmp_path / "reversed")
+    other = make_recipe("name=other", tracked, f"data.train={train}")
+    distill(other)
+    assert_moves(moments(computed, 5), moments(other, 5))
     assert history(stored) == history(computed)
     assert state(stored, 5) == state(computed, 5)
     busy = {
@@ -92,30 +121,19 @@ def fingerprint_in(metadata: bytes) -> bytes:
     return json.loads(metadata)["text_encoder"].encode()
 
 
-def test_the_size_of_the_cache_changes_no_bit(make_recipe: MakeRecipe) -> None:
+def test_the_size_of_the_cache_changes_no_bit(
+    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
+) -> None:
     large = make_recipe("name=large", "iterations=2")
     none = make_recipe("name=none", "iterations=2", "data.text_cache=0")
-    distill(large)
-    distill(none)
+    # A cache that handed out the embedding of another caption would be noticed.
+    train = reversed_words(encoded, tmp_path / "reversed")
+    other = make_recipe("name=other", "iterations=2", f"data.train={train}")
+    for config in (large, none, other):
+        distill(config)
+    assert_moves(moments(large, 2), moments(other, 2))
+    assert history(none) == history(large)
     assert state(none, 2) == state(large, 2)
-
-
-def poisoned(encoded: Path, sample_id: str, folder: Path) -> Path:
-    """The shards again; the embedding of one sample is not a number."""
-    folder.mkdir()
-    for shard in encoded.glob("*.parquet"):
-        table = pq.read_table(shard)
-        texts = [
-            np.full(len(text) // 4, np.nan, np.float32).tobytes() if name == sample_id else text
-            for name, text in zip(
-                table["sample_id"].to_pylist(), table["text_embeds"].to_pylist(), strict=True
-            )
-        ]
-        place = table.schema.get_field_index("text_embeds")
-        pq.write_table(
-            table.set_column(place, table.schema.field(place), [texts]), folder / shard.name
-        )
-    return folder
 
 
 @pytest.mark.ray
@@ -129,7 +147,10 @@ def test_a_sample_that_is_not_a_number_on_one_rank_of_two_stops_the_run(
     healthy = make_recipe("name=healthy", f"data.train={encoded}", *MODES[mode])
     distill(healthy)
     third = list(Ledger(RunFolder(healthy.run_folder).ledger).entries())[2]
-    train = poisoned(encoded, third.sample_ids[3], tmp_path / "poisoned")
+    bad = third.sample_ids[3]
+    train = changed(
+        encoded, tmp_path / "bad", lambda name, text: text * np.nan if name == bad else text
+    )
     pool = "ranks: 2, cpus: 0.2"
     teams = [f"topology.{role}={{{pool}}}" for role in ("generator", "fake_score")]
     settings = ["topology.mode=pools", "topology.teacher.cpus=0.2", "checkpoint.every=1", *teams]

@@ -14,7 +14,8 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import StopRequestedError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT
-from tests.e2e.test_equivalence import history, state
+from tests.e2e.test_equivalence import history, moments, state
+from tests.helpers.moves import assert_moves
 
 ENDLESS = 100_000
 
@@ -58,8 +59,10 @@ def test_a_stopped_run_saves_its_state_and_goes_on_with_the_same_bits(
     reached = len(read_jsonl(RunFolder(config.run_folder).metrics))
     whole = make_recipe("name=whole", f"iterations={reached + 1}", "checkpoint.every=0")
     end = {"iterations": reached + 1, "topology.mode": "local"}
+    before = moments(config, reached)
     distill(config.with_settings(end), resume=True)
     distill(whole)
+    assert_moves(moments(whole, reached + 1), before)
     assert history(config) == history(whole)
     assert state(config, reached + 1) == state(whole, reached + 1)
 

@@ -22,7 +22,7 @@ from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import NonFiniteError
 from tests.e2e.conftest import MakeRecipe
-from tests.e2e.test_equivalence import MODES, history, state
+from tests.e2e.test_equivalence import MODES, history, moments, state
 from tests.e2e.test_trace import require_whole_trace
 from tests.helpers.moves import assert_moves, relative_error
 
@@ -101,6 +101,9 @@ def test_fused_roles_make_the_bits_of_one_process(make_recipe: MakeRecipe, mode:
     fused = make_recipe("name=fused", "topology.mode=fused", *settings)
     distill(local)
     distill(fused)
+    other = make_recipe("name=other", *settings, OTHER_SAMPLES)
+    distill(other)
+    assert_moves(moments(local, 2), moments(other, 2))
     assert history(fused) == history(local)
     assert state(fused, 2) == state(local, 2)
 
@@ -130,6 +133,10 @@ def test_a_staleness_of_one_is_told_and_changes_no_bit(make_recipe: MakeRecipe) 
     )
     distill(local)
     summary = distill(stale)
+    # Rollouts with the weights of before an update would give other gradients.
+    unmoved = make_recipe("name=unmoved", *settings, "generator.optimizer.lr=1.0e-9")
+    distill(unmoved)
+    assert_moves(moments(local, 5), moments(unmoved, 5))
     lines = history(stale)
     told = [line.pop("stale_calls") for line in lines]
     # Both micro-batches of the window roll out and are denoised ahead; not past a checkpoint.

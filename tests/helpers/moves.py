@@ -47,6 +47,8 @@ def assert_every_tensor_moves(expected: Mapping[str, Tensor], without: Mapping[s
 
 def _tensors(values: Mapping[str, Tensor] | Mapping[str, float]) -> dict[str, Tensor]:
     return {
-        name: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+        name: value.detach()
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=torch.float64)
         for name, value in values.items()
     }

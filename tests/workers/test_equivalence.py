@@ -100,8 +100,13 @@ def test_split_gradients_equal_those_of_one_plain_step_bitwise(name, exit_step):
     velocity_fake = fake_score(still.x_t, still.sigma, still.text)
     objective.tracking_loss(still, velocity_fake).value.backward()
 
-    assert same_bits(gradients(split.networks["generator"]), gradients(generator))
-    assert same_bits(gradients(split.networks["fake_score"]), gradients(fake_score))
+    # The same noise for other captions.
+    other = tiny_roles(objective=objective)
+    other.objective = split.objective
+    gather(other, 0, [(3, 4, 5)], [draws])
+    for name, network in (("generator", generator), ("fake_score", fake_score)):
+        assert_moves(gradients(network), gradients(other.networks[name]))
+        assert same_bits(gradients(split.networks[name]), gradients(network))
 
 
 @FORMS
@@ -197,6 +202,10 @@ def test_the_signal_is_the_same_in_both_tracking_modes_bitwise(name):
         prediction = roles.teacher.denoise(query, negative_text())
         found.append(roles.fake_score.signal(query, prediction, share=0.5))
     shared, fresh = found
+    other = roles.generator.rollout(key_of(0, 1), text_batch([2, 3]))
+    prediction = roles.teacher.denoise(other, negative_text())
+    signal = roles.fake_score.signal(other, prediction, share=0.5)
+    assert_moves({"signal": fresh.grad_x0}, {"signal": signal.grad_x0})
     assert torch.equal(shared.grad_x0, fresh.grad_x0)
     assert shared.metrics == fresh.metrics
 

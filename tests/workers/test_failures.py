@@ -240,6 +240,8 @@ def test_after_a_non_finite_iteration_the_roles_can_go_on(tracking):
     iterate(roles, 0)
     iterate(undisturbed, 0)
     for role in ("generator", "fake_score"):
+        start = weights(tiny_roles(tracking).networks[role])
+        assert_moves(weights(undisturbed.networks[role]), start)
         assert same_bits(weights(roles.networks[role]), weights(undisturbed.networks[role]))
 
 

@@ -1,5 +1,7 @@
 """Who receives gradient, and who must not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from sgmd_core.types import Purpose
+from tests.helpers.moves import assert_moves
 from tests.helpers.roles import (
     gather,
     gradients,
@@ -68,6 +71,9 @@ def test_tracking_gradient_is_the_same_with_and_without_a_signal_before_it(track
     alone.fake_score.track(query, share=1.0)
     found = gradients(roles.networks["fake_score"])
     assert found.keys() == dict(roles.networks["fake_score"].named_parameters()).keys()
+    other = tiny_roles("fresh")
+    other.fake_score.track(replace(query, x0=query.x0.flip(0)), share=1.0)
+    assert_moves(found, gradients(other.networks["fake_score"]))
     assert same_bits(found, gradients(alone.networks["fake_score"]))
 
 
@@ -198,6 +204,8 @@ def test_discard_drops_graphs_and_gradients_and_keeps_the_weights(tracking):
     iterate(roles, 0)
     iterate(untouched, 0)
     for role in ("generator", "fake_score"):
+        start = weights(tiny_roles(tracking).networks[role])
+        assert_moves(weights(untouched.networks[role]), start)
         assert same_bits(weights(roles.networks[role]), weights(untouched.networks[role]))
 
 

@@ -81,6 +81,8 @@ def test_saving_disturbs_nothing(tmp_path):
         iterate(saving, iteration)
         iterate(silent, iteration)
         _save(saving, str(tmp_path / str(iteration)))
+    start = weights(tiny_roles().networks["generator"])
+    assert_moves(weights(silent.networks["generator"]), start)
     assert same_bits(weights(saving.networks["generator"]), weights(silent.networks["generator"]))
 
 
@@ -116,11 +118,13 @@ def test_a_checkpoint_can_be_loaded_over_a_run_that_went_on(tmp_path):
     roles, straight = tiny_roles(), tiny_roles()
     iterate(roles, 0)
     _save(roles, str(tmp_path))
+    once = weights(roles.networks["generator"])
     iterate(roles, 1)
     _load(roles, str(tmp_path))
     iterate(roles, 1)
     for iteration in range(2):
         iterate(straight, iteration)
+    assert_moves(weights(straight.networks["generator"]), once)
     assert same_bits(weights(roles.networks["generator"]), weights(straight.networks["generator"]))
 
 

@@ -31,6 +31,7 @@ from pipelines.pretraining.stages import record_stage, require_same_stages, stag
 from pipelines.shapes import ClipSplit, captions, render_batch, write_shards
 from sgmd_core.errors import CheckpointError, DataError, NonFiniteError
 from sgmd_core.schedule import FlowMatchSchedule
+from tests.helpers.moves import assert_moves
 from workers.models.scheduler import build_scheduler
 from workers.models.wan import VideoVae
 
@@ -169,6 +170,9 @@ def test_a_resumed_denoiser_repeats_the_uninterrupted_one_bitwise() -> None:
         second.step(latents, texts)
         second.watched(None)
     assert second.schedule == whole.schedule
+    assert_moves(whole.networks.state_dict(), first.networks.state_dict())
+    with whole.averaged() as expected, first.averaged() as earlier:
+        assert_moves(*(dict(one.named_parameters()) for one in (expected, earlier)))
     for name, value in whole.networks.state_dict().items():
         assert torch.equal(second.networks.state_dict()[name], value), name
     with whole.averaged() as expected, second.averaged() as found:
@@ -192,6 +196,7 @@ def test_a_resumed_autoencoder_repeats_the_uninterrupted_one_bitwise() -> None:
     second.load_state_dict(first.state_dict())
     for _ in range(2):
         second.step(clips)
+    assert_moves(whole.vae.state_dict(), first.vae.state_dict())
     for name, value in whole.vae.state_dict().items():
         assert torch.equal(second.vae.state_dict()[name], value), name
 
