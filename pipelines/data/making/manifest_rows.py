@@ -4,6 +4,7 @@ file -> a value for each column, or the fault of the row
 """
 
 import csv
+import itertools
 import json
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,6 +21,9 @@ _MAX_JSON_BYTES = 2**29
 _BATCH_ROWS = 1024
 _MAX_FIELD_CHARS = 2**20
 _PEEK_BYTES = 1024
+_PEEK_LINES = 1000
+# Fewer may be single bad rows, which cost only themselves.
+_MIN_FOREIGN_LINES = 3
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -38,15 +42,50 @@ def refuse_wide_text(head: bytes, address: str) -> None:
         )
 
 
+def refuse_other_encoding(rows: Iterable[bytes], address: str) -> None:
+    """Refuses text of which most lines beyond ASCII are not UTF-8.
+
+    A single bad line among good ones is left to the row that it costs.
+
+    Args:
+        rows: The first lines of the file.
+        address: Its address, for errors.
+
+    Raises:
+        DataError: names the encodings that it may have and the command that converts it.
+    """
+    good, bad = 0, 0
+    for row in rows:
+        if not row.isascii():
+            try:
+                row.decode("utf-8")
+                good += 1
+            except UnicodeDecodeError:
+                bad += 1
+    if bad < _MIN_FOREIGN_LINES or bad <= good:
+        return
+    name = address.rpartition("/")[2]
+    raise DataError(
+        f"reading {address}",
+        f"{bad} of the first lines are not UTF-8; the file is in another encoding, such as Latin-1"
+        " or GBK",
+        "text in UTF-8",
+        f"Convert it: iconv -f LATIN1 -t UTF-8 {name} > utf8-{name} (GBK for Chinese text)",
+    )
+
+
 def manifest_lines(file: BinaryIO, address: str) -> Iterator[str]:
     """Lines of a manifest, in which bytes that are not UTF-8 become lone surrogates.
 
     Raises:
-        DataError: the file is UTF-16 or UTF-32.
+        DataError: the file is not UTF-8 as a whole.
     """
-    for number, line in enumerate(file):
+    first = list(itertools.islice(file, _PEEK_LINES))
+    for line in first[:1]:
+        refuse_wide_text(line, address)
+    refuse_other_encoding(first, address)
+    for number, line in enumerate(itertools.chain(first, file)):
         if number == 0:
-            refuse_wide_text(line, address)
             line = line.removeprefix(b"\xef\xbb\xbf")
         yield line.decode("utf-8", errors="surrogateescape")
 
@@ -111,6 +150,7 @@ def json_file_rows(
     attempted = f"reading {address}"
     data = file.read(_MAX_JSON_BYTES + 1)
     refuse_wide_text(data[:_PEEK_BYTES], address)
+    refuse_other_encoding(data[: _PEEK_BYTES**2].split(b'"'), address)
     if len(data) > _MAX_JSON_BYTES:
         raise DataError(
             attempted,

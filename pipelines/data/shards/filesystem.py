@@ -305,7 +305,7 @@ _DIAGNOSES: tuple[tuple[Callable[[BaseException, str], bool], str, str], ...] = 
         _is_checksum,
         "checksums that agree",
         "Some S3 servers do not know the newer checksums: set AWS_REQUEST_CHECKSUM_CALCULATION and "
-        "AWS_RESPONSE_CHECKSUM_VALIDATION to when_required, or data.s3.checksums=when_required",
+        "AWS_RESPONSE_CHECKSUM_VALIDATION to when_required",
     ),
     (
         _is_missing_bucket,
@@ -335,11 +335,11 @@ _DIAGNOSES: tuple[tuple[Callable[[BaseException, str], bool], str, str], ...] = 
     (
         _is_endpoint,
         "a server that answers",
-        "Check AWS_ENDPOINT_URL and the network; data.s3 of a recipe has the timeouts",
+        "Check AWS_ENDPOINT_URL and the network",
     ),
     (
         _is_busy,
         "a server that is not overloaded or failing",
-        "Try later, or raise data.s3.max_attempts and data.s3.read_budget_s of a recipe",
+        "Try again later, or have fewer processes read at once",
     ),
 )

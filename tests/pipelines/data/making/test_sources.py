@@ -377,6 +377,25 @@ class TestManifest:
         with pytest.raises(DataError, match=r"UTF-16.*iconv"):
             clips(path)
 
+    @pytest.mark.parametrize(("encoding", "text"), [("latin-1", "café"), ("gbk", "一只猫在跑步")])
+    @pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "list.json", "list.txt"])
+    def test_a_file_in_another_encoding_is_refused_in_one_sentence(
+        self, tmp_path, name, encoding, text
+    ):
+        listed = [{"path": f"{number}.mp4", "caption": text} for number in range(5)]
+        lines = [json.dumps(row, ensure_ascii=False) for row in listed]
+        content = {
+            "list.csv": "path,caption\n" + "".join(f"{n}.mp4,{text}\n" for n in range(5)),
+            "list.jsonl": "\n".join(lines),
+            "list.json": f"[{','.join(lines)}]",
+            "list.txt": f"{text}\n" * 5,
+        }[name]
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        with pytest.raises(DataError, match=r"not UTF-8.*iconv -f LATIN1 -t UTF-8"):
+            clips(tmp_path / name)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        assert [clip.caption for clip in clips(tmp_path / name)] == [text] * 5
+
     def test_json_nested_too_deep_costs_its_row(self, tmp_path):
         path = tmp_path / "list.jsonl"
         path.write_text("[" * 200_000 + '\n{"path": "2.mp4", "caption": "two"}\n')
