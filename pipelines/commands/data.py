@@ -30,6 +30,16 @@ Processes = Annotated[
     int | None, typer.Option(min=0, help="Default: one a core; 0 works in this process")
 ]
 Fps = Annotated[float | None, typer.Option(help="Frames a second, sampled by time")]
+CaptionColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of captions; default: caption, or the only one of prompt and text"),
+]
+IdColumn = Annotated[
+    str | None, typer.Option(help="Column of ids; default: sample_id, or ids of file and row")
+]
+VideoColumn = Annotated[
+    str | None, typer.Option(help="Column of videos: bytes, or a struct of them; default: video")
+]
 MaxPixels = Annotated[int, typer.Option(min=1, help="A video with larger pictures is bad")]
 MaxFrames = Annotated[int, typer.Option(min=1, help="A video with more frames is bad")]
 MaxSeconds = Annotated[float, typer.Option(min=0, help="A longer video is bad")]
@@ -155,6 +165,9 @@ def check(
     max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
     max_decode_seconds: MaxDecode = DEFAULT_LIMITS.max_decode_s,
     max_bad_fraction: MaxBad = 0.01,
+    caption_column: CaptionColumn = None,
+    id_column: IdColumn = None,
+    video_column: VideoColumn = None,
     write_index: Annotated[
         bool, typer.Option("--write-index", help="Write _index.json anew, for the shards there")
     ] = False,
@@ -165,6 +178,7 @@ def check(
     with progress_bar() as on_progress:
         from pipelines.data.checking.check import CheckOptions
         from pipelines.data.checking.check import check_shards as look
+        from pipelines.data.shards.columns import OptionColumnNames
 
         count_tokens, limit = None, 512
         if model is not None:
@@ -186,6 +200,7 @@ def check(
                 text_length=limit,
                 num_processes=processes,
                 write_index=write_index,
+                names=OptionColumnNames(caption_column, id_column, video_column),
             ),
             on_progress,
         )
@@ -234,6 +249,9 @@ def encode(
     max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
     max_decode_seconds: MaxDecode = DEFAULT_LIMITS.max_decode_s,
     max_bad_fraction: MaxBad = 0.01,
+    caption_column: CaptionColumn = None,
+    id_column: IdColumn = None,
+    video_column: VideoColumn = None,
     decoders: Annotated[int, typer.Option(min=1, help="Clips decoded side by side")] = 1,
     video_encoders: Annotated[int, typer.Option(min=1, help="Actors with the autoencoder")] = 1,
     video_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each; 0.5 shares one")] = 0.0,
@@ -248,6 +266,7 @@ def encode(
     with progress_bar() as on_progress:
         from pipelines.data.making.encode import encode as make_latents
         from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
+        from pipelines.data.shards.columns import OptionColumnNames
         from pipelines.media.inference import model_folder, read_inference_settings
 
         folder = model_folder(model)
@@ -273,6 +292,7 @@ def encode(
                 decoders=decoders,
                 videos=ActorPool(video_encoders, video_gpus),
                 captions=ActorPool(text_encoders, text_gpus),
+                names=OptionColumnNames(caption_column, id_column, video_column),
                 address=address,
             ),
             on_progress,

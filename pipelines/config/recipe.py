@@ -26,6 +26,7 @@ from pipelines.config.overrides import Override, apply_overrides
 from pipelines.config.section import Section
 from pipelines.config.study import StudySettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
+from pipelines.data.shards.columns import RecipeColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
@@ -64,7 +65,16 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "fake_score": {"compute": {"checkpointing", "compile"}},
     "teacher": {"batched_guidance": True, "compute": {"checkpointing", "compile"}},
     # Compared by content: `pipelines.data.stream.content`.
-    "data": {"train", "validation", "text_cache", "max_bad_fraction", "read_ahead", "s3"},
+    "data": {
+        "train",
+        "validation",
+        "columns",
+        "validation_columns",
+        "text_cache",
+        "max_bad_fraction",
+        "read_ahead",
+        "s3",
+    },
 }
 
 
@@ -111,6 +121,10 @@ class DataSettings(Section):
     """Captions that the generator is trained on."""
     validation: str = ""
     """Held-out captions; needed when `validation.every` is above 0, and to evaluate."""
+    columns: RecipeColumnNames = RecipeColumnNames()
+    """Names of the columns in the shards of `train`; null finds them by their usual names."""
+    validation_columns: RecipeColumnNames | None = None
+    """The same for `validation`; null: as in `columns`."""
     stored_text: bool = True
     """Use embeddings that shards carry, if the recipe's text encoder made them."""
     text_cache: int = Field(default=1024, ge=0)

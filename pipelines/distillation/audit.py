@@ -77,18 +77,20 @@ def audit(run: Path, train: str | None = None) -> Audit:
     quarantine = QuarantineFile(folder.quarantine)
     end = entries[-1].cursor if entries else Cursor()
     data = config.data
-    filesystem, root = open_set(train or data.train, data.s3)
+    place = open_set(train or data.train, data.s3, data.columns)
     listed = read_jsonl(folder.shards)
     shards = {path for line in listed for path, *_ in line.get("shards", ())}
-    if shards and not sizes_of(filesystem, root, shards):
+    if shards and not sizes_of(place.filesystem, place.root, shards):
         raise DataError(
             f"checking the ledger of {folder.root} against {train or data.train}",
             f"none of the {len(shards)} shards of the run, such as {min(shards)}",
             "the data that the run was trained on",
             "Say where they are now with --data",
         )
-    catalogue = Catalogue(filesystem, root, data.shuffle.chapter_shards, data.s3, listed)
-    reader = RowGroupReader(filesystem, root, data.s3)
+    chapter_shards = data.shuffle.chapter_shards
+    catalogue = Catalogue(place.filesystem, place.root, chapter_shards, data.s3, listed, place.only)
+    names = catalogue.settle_names(place.names)
+    reader = RowGroupReader(place.filesystem, place.root, data.s3, names)
     due = due_rows(catalogue, reader, config.seed, data.shuffle, end, quarantine.rejects)
     return Audit(
         iterations=len(entries),

@@ -148,6 +148,9 @@ def identity(config: DistillConfig, checked: Preflight) -> dict[str, Any]:
         "settings": config.deciding_settings,
         "model": checked.content,
         "train": list(checked.data.first),
+        "columns": {
+            f"data.columns.{name}": stored for name, stored in checked.data.columns.stored.items()
+        },
         "validation": {str(len(checked.held_out)): captions_digest(checked.held_out)},
     }
 
@@ -170,6 +173,7 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
     return [
         *value_differences(began["settings"], now["settings"]),
         *model_differences(began, now["model"]),
+        *(value_differences(began["columns"], now["columns"]) if "columns" in began else ()),
         *data_differences(checked.source, read_jsonl(folder.shards), began.get("train", ())),
         # As many captions as then: another number is another choice from the same folder.
         *(

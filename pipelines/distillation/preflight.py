@@ -66,6 +66,7 @@ class Preflight:
             "training_rows": self.data.num_rows,
             "training_shards": self.data.num_shards,
             "training_shards_hold": self.data.kind.value,
+            "training_columns": self.data.found or "as sgmd names them",
             "stored_text": TEXT_EMBEDS in self.source.columns,
             "held_out_captions": len(self.held_out),
             "unknown_words": asdict(self.unknown_words),
@@ -118,8 +119,14 @@ def run_preflight(config: DistillConfig) -> Preflight:
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
     settings = config.data
-    source = Source(settings.train, settings.s3, max_caption_chars=settings.max_caption_chars)
+    source = Source(
+        settings.train,
+        settings.s3,
+        max_caption_chars=settings.max_caption_chars,
+        names=settings.columns,
+    )
     data = inspect_folder(source, config.seed, settings.shuffle)
+    source = replace(source, settled=data.names)
     if settings.stored_text and data.encoding is not None and _fits(data.encoding, config, model):
         source = replace(source, columns=(TEXT_EMBEDS,), encoding=data.encoding)
     held_out = _held_out(config)
@@ -178,7 +185,10 @@ def _held_out(config: DistillConfig) -> tuple[str, ...]:
             "Set video.num_frames, video.height and video.width, or validation.every=0",
         )
     wanted, score = config.validation.num_captions, config.checkpoint.score
-    captions = first_captions(config.data.validation, config.data.s3, config.seed, wanted)
+    data = config.data
+    captions = first_captions(
+        data.validation, data.s3, config.seed, wanted, data.validation_columns or data.columns
+    )
     if config.checkpoint.keep_best:
         require_readable(score, captions, f"ranking checkpoints by {score}", "checkpoint.score")
     return captions

@@ -97,6 +97,8 @@ def distill(
     folder = RunFolder(config.run_folder)
     config = with_draws_of(config, folder) if resume else config
     checked = run_preflight(config)
+    if checked.data.found:
+        observer.warning(f"data.train: {checked.data.found}")
     if checked.unknown_words.num_affected:
         observer.warning(checked.unknown_words.in_words())
     check_machine(config, checked.model, resume=resume, gpus=False)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cluster.storage import read_json
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.inspect import first_captions
 from pipelines.distillation.position import model_differences
@@ -237,5 +238,9 @@ def _subject(folder: Path, settings: InferenceSettings, video: VideoSettings) ->
 def _captions(
     folder: str, options: EvaluationOptions, config: DistillConfig | None
 ) -> tuple[str, ...]:
-    s3 = config.data.s3 if config is not None else S3Settings()
-    return first_captions(folder, s3, options.seed, options.num_captions)
+    if config is None:
+        return first_captions(folder, S3Settings(), options.seed, options.num_captions)
+    data = config.data
+    is_own = folder == data.validation
+    names = (data.validation_columns or data.columns) if is_own else ColumnNames()
+    return first_captions(folder, data.s3, options.seed, options.num_captions, names)

@@ -44,8 +44,10 @@ class StudyEvaluator:
         self._config = config
         self._cache = folder / _CACHE_FOLDER
         self._tell = tell
+        data = config.data
+        names = data.validation_columns or data.columns
         self.captions = first_captions(
-            config.data.validation, config.data.s3, config.seed, config.study.num_captions
+            data.validation, data.s3, config.seed, config.study.num_captions, names
         )
 
     @property

@@ -9,32 +9,46 @@ than the accepted share of rows is bad.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from fsspec import AbstractFileSystem
 from numpy.typing import NDArray
 
-from pipelines.data.checking.check_group import GroupFacts, GroupTask, check_group, choose_rows
-from pipelines.data.checking.check_report import NUM_EXAMPLES, CheckReport, CheckTally, CountTokens
+from pipelines.data.checking.check_group import (
+    NUM_EXAMPLES,
+    CountTokens,
+    GroupFacts,
+    GroupTask,
+    check_group,
+    choose_rows,
+    nothing_read,
+)
+from pipelines.data.checking.check_report import CheckReport, CheckTally
 from pipelines.data.clips.clip_format import ClipLimits
-from pipelines.data.making.caption_file import shard_folder
+from pipelines.data.making.caption_file import locate_set, open_set
 from pipelines.data.making.ordered_pool import Died, map_in_order
-from pipelines.data.making.rejections import Reason, Rejection, counts_by_reason
-from pipelines.data.shards.filesystem import S3Settings, open_folder
-from pipelines.data.shards.index import Shard, read_index
-from pipelines.data.shards.indexing import index_folder
-from pipelines.data.shards.listing import list_chapters
-from pipelines.data.shards.parquet import Fault, Footer, read_footers
+from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.shards.columns import (
+    SETTLING_SHARDS,
+    ColumnMap,
+    ColumnNames,
+    kind_of,
+    map_columns,
+    settle_names,
+)
+from pipelines.data.shards.index import Shard, read_index, write_index
+from pipelines.data.shards.parquet import Footer
+from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.scan import ScannedShard, scan_folder
 from pipelines.data.shards.schema import (
+    CAPTION,
     FPS,
     REQUIRED_COLUMNS,
     VIDEO,
     Encoding,
     ShardKind,
     encoding_of,
-    kind_of,
-    missing_columns,
 )
 from sgmd_core.errors import DataError
 
@@ -56,6 +70,7 @@ class CheckOptions:
         text_length: Tokens that the model takes; the rest of a caption is cut.
         num_processes: Processes that read and decode; 0 works in this one, None takes all cores.
         write_index: Write the index anew, for the shards that are there.
+        names: Names of the set's columns.
     """
 
     sample: int | None = None
@@ -67,6 +82,7 @@ class CheckOptions:
     text_length: int = 512
     num_processes: int | None = None
     write_index: bool = False
+    names: ColumnNames = ColumnNames()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +92,42 @@ class _OpenShard:
     shard: Shard
     kind: ShardKind
     encoding: Encoding | None
+    columns: ColumnMap
+
+
+@dataclass(slots=True)
+class _Opened:
+    """All shards as scanned; those with rows that can be used; and those that cannot."""
+
+    names: ColumnNames
+    listed: list[ScannedShard] = field(default_factory=list)
+    shards: list[_OpenShard] = field(default_factory=list)
+    unreadable: list[Rejection] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    is_settled: bool = False
+
+    def take(self, some: Sequence[ScannedShard]) -> None:
+        """Sorts shards that have bytes; the first of them settle the names of the columns."""
+        if not self.is_settled:
+            first = (
+                each.footer.schema for each in some[:SETTLING_SHARDS] if each.footer is not None
+            )
+            settled = settle_names(first, self.names)
+            if isinstance(settled, Fault):
+                setting = self.names.setting_of(CAPTION)
+                self.problems.append(f"{settled.reason}, in different shards; see {setting}")
+            else:
+                self.names = settled
+            self.is_settled = True
+        for each in some:
+            if each.footer is None:
+                self.unreadable.append(_unreadable(each.shard, each.fault))
+            elif not each.is_empty:
+                found = _open(each.shard, each.footer, self.names)
+                if isinstance(found, Rejection):
+                    self.unreadable.append(found)
+                else:
+                    self.shards.append(found)
 
 
 def check_shards(
@@ -93,45 +145,50 @@ def check_shards(
     Raises:
         DataError: the folder cannot be opened, or holds no shard.
     """
-    folder = shard_folder(url)
-    filesystem, root = open_folder(folder)
-    listed, shards, unreadable = _open_all(filesystem, root, on_progress)
-    if not listed:
+    folder, only = locate_set(url, names=options.names)
+    place = open_set(url, names=options.names)
+    filesystem, root = place.filesystem, place.root
+    opened = _open_all(filesystem, root, only, place.names, on_progress)
+    shards = opened.shards
+    if not opened.listed:
         raise DataError(
             f"checking {url}",
             "no such folder, or no shard in it",
             "Parquet shards",
             "`sgmd prepare` makes some",
         )
-    if options.write_index and not unreadable:
-        index_folder(filesystem, root, [opened.shard for opened in shards])
-    num_rows = sum(opened.shard.num_rows for opened in shards)
+    unwritten = _write_index(filesystem, root, only, opened) if options.write_index else []
+    num_rows = sum(each.shard.num_rows for each in shards)
     chosen = choose_rows(num_rows, options.sample, options.seed)
+    options = replace(options, names=opened.names)
     tasks = list(_tasks(folder, shards, chosen, options))
     processes = options.num_processes
     if processes is None:
         processes = len(os.sched_getaffinity(0))
-    tally = CheckTally(options.count_tokens, options.text_length)
+    tally = CheckTally(None if options.count_tokens is None else options.text_length)
     for done, facts in enumerate(map_in_order(check_group, tasks, processes), start=1):
-        tally.add(_nothing_read(facts) if isinstance(facts, Died) else facts)
+        tally.add(_worker_died(facts.item) if isinstance(facts, Died) else facts)
         on_progress("row groups", done, len(tasks))
 
     # A shard that cannot be opened counts as many rows as the others have.
     per_shard = max(1, round(num_rows / len(shards))) if shards else 1
-    bad = counts_by_reason(tally.rejections)
-    if unreadable:
-        bad[Reason.UNREADABLE_SHARD] = per_shard * len(unreadable)
-    problems = _misfits(shards) + _index_problems(read_index(filesystem, root), listed, shards)
+    bad = tally.bad
+    if opened.unreadable:
+        bad[str(Reason.UNREADABLE_SHARD)] = per_shard * len(opened.unreadable)
+    index = None if only else read_index(filesystem, root)
+    problems = opened.problems + unwritten + _misfits(shards) + _index_problems(index, opened)
     encoding = shards[0].encoding if shards else None
     return CheckReport(
         folder=url,
         kind=shards[0].kind.value if shards else "",
-        num_shards=len(listed),
-        num_rows=num_rows + per_shard * len(unreadable),
-        num_bytes=sum(shard.num_bytes for shard in listed),
+        num_shards=len(opened.listed),
+        num_empty=sum(each.is_empty for each in opened.listed),
+        columns=_columns_in_words(shards),
+        num_rows=num_rows + per_shard * len(opened.unreadable),
+        num_bytes=sum(each.shard.num_bytes for each in opened.listed),
         problems=problems if num_rows else [*problems, "no rows"],
-        bad=bad,
-        examples=[each.in_words() for each in [*unreadable, *tally.rejections][:NUM_EXAMPLES]],
+        bad=dict(bad.most_common()),
+        examples=[each.in_words() for each in [*opened.unreadable, *tally.examples][:NUM_EXAMPLES]],
         captions=tally.captions(),
         decoded=tally.num_tried,
         videos=tally.videos(),
@@ -141,47 +198,89 @@ def check_shards(
 
 
 def _open_all(
-    filesystem: AbstractFileSystem, root: str, on_progress: Callable[[str, int, int], None]
-) -> tuple[list[Shard], list[_OpenShard], list[Rejection]]:
-    """All shards as listed; those whose footer can be used; and those whose cannot."""
-    listed: list[Shard] = []
-    shards: list[_OpenShard] = []
-    unreadable: list[Rejection] = []
-    for chapter in list_chapters(filesystem, root, _AT_ONCE):
-        # Spark writes parts of no byte; training leaves them out too.
-        chapter = tuple(shard for shard in chapter if shard.num_bytes)
-        listed += chapter
-        files = [(f"{root}/{shard.path}", shard.num_bytes) for shard in chapter]
-        footers = read_footers(filesystem, files, S3Settings())
-        for shard, footer in zip(chapter, footers, strict=True):
-            opened = _open(shard, footer)
-            if isinstance(opened, Rejection):
-                unreadable.append(opened)
-            else:
-                shards.append(opened)
-        on_progress("footers", len(listed), len(listed))
-    return listed, shards, unreadable
+    filesystem: AbstractFileSystem,
+    root: str,
+    only: str,
+    names: ColumnNames,
+    on_progress: Callable[[str, int, int], None],
+) -> _Opened:
+    opened = _Opened(names)
+    waiting: list[ScannedShard] = []
+    for scanned in scan_folder(filesystem, root, only=only):
+        # Thousands of footers would take more memory than all else.
+        opened.listed.append(replace(scanned, footer=None))
+        if scanned.shard.num_bytes:
+            waiting.append(scanned)
+        if len(waiting) == _AT_ONCE:
+            opened.take(waiting)
+            waiting = []
+            on_progress("footers", len(opened.listed), len(opened.listed))
+    opened.take(waiting)
+    on_progress("footers", len(opened.listed), len(opened.listed))
+    _require_rates(opened)
+    return opened
 
 
-def _open(shard: Shard, footer: Footer | Fault) -> _OpenShard | Rejection:
-    if isinstance(footer, Fault):
-        return Rejection("", shard.path, None, Reason.UNREADABLE_SHARD, footer.reason)
-    kind = kind_of(footer.schema)
+def _open(shard: Shard, footer: Footer, names: ColumnNames) -> _OpenShard | Rejection:
+    kind = kind_of(footer.schema, names)
     wanted = (*REQUIRED_COLUMNS, *((VIDEO, FPS) if kind is ShardKind.VIDEO else ()))
-    missing = missing_columns(footer.schema, wanted)
-    if missing:
-        detail = f"no usable column {', '.join(missing)}"
-        return Rejection("", shard.path, None, Reason.UNREADABLE_SHARD, detail)
+    columns = map_columns(footer.schema, names, wanted)
+    if isinstance(columns, Fault):
+        hint = "" if CAPTION not in columns.reason else f"; see {names.setting_of(CAPTION)}"
+        return _unreadable(shard, columns.reason + hint)
     encoding = None
     if kind is ShardKind.ENCODED:
         try:
             encoding = encoding_of(footer.schema)
         except DataError as error:
-            return Rejection("", shard.path, None, Reason.UNREADABLE_SHARD, error.found)
+            return _unreadable(shard, error.found)
         if encoding is None:
-            detail = "latents without the metadata that say what they are"
-            return Rejection("", shard.path, None, Reason.UNREADABLE_SHARD, detail)
-    return _OpenShard(Shard(shard.path, shard.num_bytes, footer.rows), kind, encoding)
+            return _unreadable(shard, "latents without the metadata that say what they are")
+    return _OpenShard(shard, kind, encoding, columns)
+
+
+def _unreadable(shard: Shard, detail: str) -> Rejection:
+    return Rejection("", shard.path, None, Reason.UNREADABLE_SHARD, detail)
+
+
+def _require_rates(opened: _Opened) -> None:
+    """Sets shards of videos without rates apart, where others of the set have them."""
+    videos = [each for each in opened.shards if each.kind is ShardKind.VIDEO]
+    without = [each for each in videos if each.columns.stored.get(FPS) is None]
+    if len(without) < len(videos):
+        detail = f"missing column {FPS}, which other shards of the set have"
+        opened.unreadable += [_unreadable(each.shard, detail) for each in without]
+        opened.shards = [each for each in opened.shards if each not in without]
+
+
+def _columns_in_words(shards: Sequence[_OpenShard]) -> str:
+    """Names the columns that were taken for ours; with counts, where shards differ."""
+    counts = Counter(each.columns.in_words() for each in shards)
+    if len(counts) < 2:
+        return "".join(counts)
+    return " | ".join(
+        f"{number} shards: {words or 'as sgmd names them'}" for words, number in counts.items()
+    )
+
+
+def _write_index(
+    filesystem: AbstractFileSystem, root: str, only: str, opened: _Opened
+) -> list[str]:
+    """Writes the index for the shards that are there; says why not, where one is unusable.
+
+    Raises:
+        DataError: the set is one file, or a shard of it cannot be opened.
+    """
+    attempted = f"writing the index of {filesystem.unstrip_protocol(root)}"
+    if only:
+        raise DataError(
+            attempted, f"{only}, a single file", "a folder of shards", "Leave --write-index out"
+        )
+    if opened.unreadable:
+        count, first = len(opened.unreadable), opened.unreadable[0].source
+        return [f"the index was not written: {count} shards cannot be used, such as {first}"]
+    write_index(filesystem, root, [each.shard for each in opened.listed])
+    return []
 
 
 def _misfits(shards: Sequence[_OpenShard]) -> list[str]:
@@ -198,22 +297,27 @@ def _misfits(shards: Sequence[_OpenShard]) -> list[str]:
     return problems
 
 
-def _index_problems(
-    index: Sequence[Shard] | None, listed: Sequence[Shard], shards: Sequence[_OpenShard]
-) -> list[str]:
+def _index_problems(index: Sequence[Shard] | None, opened: _Opened) -> list[str]:
     """Returns where the index differs from the folder; readers trust the index."""
     if index is None:
         return []
-    there = {shard.path: shard.num_bytes for shard in listed}
-    rows = {opened.shard.path: opened.shard.rows for opened in shards}
+    there = {each.shard.path: each.shard for each in opened.listed}
     named = {shard.path for shard in index}
     gone = [shard.path for shard in index if shard.path not in there]
-    extra = [path for path in there if path not in named]
+    # A part without rows that the index leaves out is missed by nobody.
+    extra = [
+        each.shard.path
+        for each in opened.listed
+        if each.shard.path not in named and not each.is_empty
+    ]
     changed = [
         shard.path
         for shard in index
         if shard.path in there
-        and (shard.num_bytes != there[shard.path] or shard.rows != rows.get(shard.path, shard.rows))
+        and (
+            shard.num_bytes != there[shard.path].num_bytes
+            or there[shard.path].rows not in (None, shard.rows)
+        )
     ]
     return [
         f"{len(paths)} shards {words}, such as {paths[0]}; --write-index makes the index anew"
@@ -244,18 +348,15 @@ def _tasks(
                 num_rows=num_rows,
                 kind=opened.kind,
                 encoding=opened.encoding,
-                tried=tuple(int(n) - first for n in chosen[start:stop]) if has_values else (),
+                tried=chosen[start:stop] - first if has_values else chosen[:0],
                 max_caption_chars=options.max_caption_chars,
                 limits=options.limits,
+                names=options.names,
+                count_tokens=options.count_tokens,
             )
             first, first_row = first + num_rows, first_row + num_rows
 
 
-def _nothing_read(died: Died[GroupTask]) -> GroupFacts:
-    task = died.item
+def _worker_died(task: GroupTask) -> GroupFacts:
     detail = "the process that decoded these rows ended without a word"
-    rejections = (
-        Rejection("", task.shard, task.first_row + row, Reason.WORKER_DIED, detail)
-        for row in range(task.num_rows)
-    )
-    return GroupFacts(task.shard, (), (), (), (), 0, tuple(rejections))
+    return nothing_read(task, Reason.WORKER_DIED, detail)

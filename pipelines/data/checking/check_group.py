@@ -1,9 +1,17 @@
-"""Checks one row group in a worker of `sgmd check`: looks at every row, decodes some of them."""
+"""Checks one row group in a worker of `sgmd check`: looks at every row, decodes some of them.
 
-from dataclasses import dataclass
+Rows are read some at a time, and of each a few numbers are kept, so memory depends neither on how
+long captions are nor, but for some twenty bytes a row, on how many rows a group has.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 import torch
 from numpy.typing import NDArray
 
@@ -12,8 +20,10 @@ from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipLimits
 from pipelines.data.making.caption_rule import caption_faults, split_reason
 from pipelines.data.making.rejections import Reason, Rejection
-from pipelines.data.shards.filesystem import S3Settings, open_folder
-from pipelines.data.shards.parquet import Fault, RowGroupReader
+from pipelines.data.shards.batches import Rows, read_batches
+from pipelines.data.shards.columns import ColumnNames
+from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.schema import (
     CAPTION,
     LATENTS,
@@ -25,9 +35,18 @@ from pipelines.data.shards.schema import (
     ShardKind,
     faults_in,
 )
+from pipelines.data.shards.seen import digest_ids
 from pipelines.data.shards.text import decode_utf8
 from pipelines.data.shards.values import unpack_latents, unpack_text
 from sgmd_core.errors import DataError
+
+# Arrow makes these functions while it is imported, where a type checker does not see them.
+pc: Any = pyarrow.compute
+
+NUM_EXAMPLES = 10
+"""Bad rows that are named."""
+
+CountTokens = Callable[[Sequence[str]], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +62,11 @@ class GroupTask:
         num_rows: Rows that the footer promises.
         kind: What the shard holds.
         encoding: How its values are to be read, in an encoded shard.
-        tried: Rows (within the group) whose video or values are decoded.
+        tried: Rows (within the group) whose video or values are decoded, in order.
         max_caption_chars: A longer caption is bad.
         limits: What a video may ask for.
+        names: Names of the set's columns.
+        count_tokens: Lengths of captions in tokens; None leaves them out.
     """
 
     url: str
@@ -56,32 +77,55 @@ class GroupTask:
     num_rows: int
     kind: ShardKind
     encoding: Encoding | None
-    tried: tuple[int, ...]
+    tried: NDArray[np.int64]
     max_caption_chars: int
     limits: ClipLimits = DEFAULT_LIMITS
+    names: ColumnNames = ColumnNames()
+    count_tokens: CountTokens | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadRows:
+    """Rows of one shard that cannot be used.
+
+    Attributes:
+        rows: Their numbers within the shard, in order.
+        reasons: How many for each reason.
+        examples: The first `NUM_EXAMPLES` of them.
+    """
+
+    rows: NDArray[np.int64]
+    reasons: Counter[str]
+    examples: tuple[Rejection, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class GroupFacts:
-    """Content of a row group.
+    """Content of a row group, in some numbers a row.
 
     Attributes:
         shard: Path of the shard.
-        rows: Number of each row that could be read, within the shard.
-        sample_ids: Their ids; "" where there is none.
-        captions: Their captions; "" where there is none.
+        first_row: Number of the first row within the shard.
+        ids: Digest of each id; see `digest_ids`.
+        has_id: Which rows have one.
+        captions: Digest of each caption, "" where there is none.
+        characters: Length of each caption.
+        tokens: The same in tokens; empty where nobody counts them.
         clips: What the videos hold that were decoded.
         num_tried: Rows whose video or values were decoded.
-        rejections: What is wrong; a row group that cannot be read counts row by row.
+        bad: What is wrong; a row group that cannot be read counts row by row, and has no ids.
     """
 
     shard: str
-    rows: tuple[int, ...]
-    sample_ids: tuple[str, ...]
-    captions: tuple[str, ...]
+    first_row: int
+    ids: NDArray[np.uint64]
+    has_id: NDArray[np.bool_]
+    captions: NDArray[np.uint64]
+    characters: NDArray[np.int32]
+    tokens: NDArray[np.int32]
     clips: tuple[ClipFacts, ...]
     num_tried: int
-    rejections: tuple[Rejection, ...]
+    bad: BadRows
 
 
 def check_group(task: GroupTask) -> GroupFacts:
@@ -90,54 +134,33 @@ def check_group(task: GroupTask) -> GroupFacts:
     Raises:
         DataError: the storage failed, which is not the data's fault.
     """
-    columns = [*REQUIRED_COLUMNS, *(_values(task.kind) if task.tried else ())]
+    columns = [*REQUIRED_COLUMNS, *(_values(task.kind) if len(task.tried) else ())]
     filesystem, root = open_folder(task.url, probe=False)
-    # A reader a row group, because the folder may change between two checks.
-    reader = RowGroupReader(filesystem, root, S3Settings(native_reads=False))
-    table = reader.read([(task.shard, task.num_bytes, task.index)], columns)[0]
-    if isinstance(table, Fault):
-        unreadable = (
-            Rejection("", task.shard, task.first_row + row, Reason.UNREADABLE_ROWS, table.reason)
-            for row in range(task.num_rows)
-        )
-        return GroupFacts(task.shard, (), (), (), (), 0, tuple(unreadable))
-    named, unreadable_ids = decode_utf8(table[SAMPLE_ID])
-    told, bad_captions = caption_faults(table[CAPTION], task.max_caption_chars)
-    ids, captions = ([text or "" for text in column.to_pylist()] for column in (named, told))
-    rejections: dict[int, Rejection] = {}
-    clips: list[ClipFacts] = []
+    look = _Look(task)
+    group = (task.shard, task.num_bytes, task.index)
+    for rows in read_batches(filesystem, root, group, columns, task.names):
+        if isinstance(rows, Fault):
+            return nothing_read(task, Reason.UNREADABLE_ROWS, rows.reason)
+        look.add(rows)
+    return look.facts()
 
-    def reject(row: int, reason: str, detail: str) -> None:
-        place = task.first_row + row
-        rejections.setdefault(row, Rejection(ids[row], task.shard, place, reason, detail))
 
-    for row, fault in faults_in(table.schema, task.index).items():
-        reject(row, *split_reason(fault))
-    for row, name in enumerate(ids):
-        if not name or unreadable_ids[row].as_py():
-            reject(row, Reason.NO_ID, "no UTF-8" if name else "")
-        if row in bad_captions:
-            reject(row, *bad_captions[row])
-    for row in task.tried:
-        values = [table[name][row].as_py() for name in _values(task.kind)]
-        try:
-            if task.kind is ShardKind.VIDEO:
-                clips.append(read_facts(values[0] or b"", task.limits))
-            elif task.encoding is not None:
-                _try_values(values[0], values[1], task.encoding)
-        except ClipError as error:
-            reject(row, error.fault, error.found)
-        except DataError as error:
-            reject(row, Reason.BAD_ENCODING, f"{error.found}; expected {error.expected}")
-    rows = range(task.first_row, task.first_row + len(ids))
+def nothing_read(task: GroupTask, reason: str, detail: str) -> GroupFacts:
+    """Facts of a row group of which no row can be used, for one reason."""
+    rows = task.first_row + np.arange(task.num_rows)
+    examples = (Rejection("", task.shard, int(row), reason, detail) for row in rows[:NUM_EXAMPLES])
+    bad = BadRows(rows, Counter({str(reason): task.num_rows}), tuple(examples))
     return GroupFacts(
         task.shard,
-        tuple(rows),
-        tuple(ids),
-        tuple(captions),
-        tuple(clips),
-        len(task.tried),
-        tuple(rejections[row] for row in sorted(rejections)),
+        task.first_row,
+        ids=np.zeros(0, np.uint64),
+        has_id=np.zeros(0, np.bool_),
+        captions=np.zeros(0, np.uint64),
+        characters=np.zeros(0, np.int32),
+        tokens=np.zeros(0, np.int32),
+        clips=(),
+        num_tried=0,
+        bad=bad,
     )
 
 
@@ -146,6 +169,96 @@ def choose_rows(num_rows: int, sample: int | None, seed: int) -> NDArray[np.int6
     if sample is None or sample >= num_rows:
         return np.arange(num_rows)
     return np.sort(np.random.default_rng(seed).choice(num_rows, size=sample, replace=False))
+
+
+@dataclass(slots=True)
+class _Look:
+    """Adds up what batches of a row group hold."""
+
+    task: GroupTask
+    ids: list[NDArray[np.uint64]] = field(default_factory=list)
+    has_id: list[NDArray[np.bool_]] = field(default_factory=list)
+    captions: list[NDArray[np.uint64]] = field(default_factory=list)
+    characters: list[NDArray[np.int32]] = field(default_factory=list)
+    tokens: list[NDArray[np.int32]] = field(default_factory=list)
+    clips: list[ClipFacts] = field(default_factory=list)
+    bad: list[NDArray[np.int64]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    examples: list[Rejection] = field(default_factory=list)
+    faults: Mapping[int, str] | None = None
+
+    def add(self, rows: Rows) -> None:
+        task, table = self.task, rows.table
+        if self.faults is None:
+            self.faults = faults_in(table.schema, task.index)
+        named, unreadable_ids = decode_utf8(table[SAMPLE_ID])
+        told, bad_captions = caption_faults(table[CAPTION], task.max_caption_chars)
+        named, told = pc.fill_null(named, ""), pc.fill_null(told, "")
+        faults: dict[int, tuple[str, str]] = {}
+        for row, fault in self.faults.items():
+            if rows.first <= row < rows.first + table.num_rows:
+                faults.setdefault(row - rows.first, split_reason(fault))
+        has_id = np.asarray(pc.not_equal(named, ""))
+        broken = np.asarray(unreadable_ids)
+        for row in np.flatnonzero(~has_id | broken):
+            faults.setdefault(int(row), (Reason.NO_ID, "no UTF-8" if has_id[row] else ""))
+        for row, fault in bad_captions.items():
+            faults.setdefault(row, fault)
+        for row, fault in self._try_rows(rows):
+            faults.setdefault(row, fault)
+        self.ids.append(digest_ids(named))
+        self.has_id.append(has_id)
+        self.captions.append(digest_ids(told))
+        self.characters.append(np.asarray(pc.utf8_length(told), dtype=np.int32))
+        if task.count_tokens is not None:
+            lengths = task.count_tokens(told.to_pylist()) if len(told) else []
+            self.tokens.append(np.asarray(lengths, dtype=np.int32))
+        self._reject(rows, faults, named)
+
+    def facts(self) -> GroupFacts:
+        return GroupFacts(
+            self.task.shard,
+            self.task.first_row,
+            ids=np.concatenate([np.zeros(0, np.uint64), *self.ids]),
+            has_id=np.concatenate([np.zeros(0, np.bool_), *self.has_id]),
+            captions=np.concatenate([np.zeros(0, np.uint64), *self.captions]),
+            characters=np.concatenate([np.zeros(0, np.int32), *self.characters]),
+            tokens=np.concatenate([np.zeros(0, np.int32), *self.tokens]),
+            clips=tuple(self.clips),
+            num_tried=len(self.task.tried),
+            bad=BadRows(
+                np.concatenate([np.zeros(0, np.int64), *self.bad]),
+                self.reasons,
+                tuple(self.examples),
+            ),
+        )
+
+    def _try_rows(self, rows: Rows) -> Iterator[tuple[int, tuple[str, str]]]:
+        """Decodes the chosen rows of a batch; what is wrong with them."""
+        task, table = self.task, rows.table
+        start, stop = np.searchsorted(task.tried, (rows.first, rows.first + table.num_rows))
+        for row in (task.tried[start:stop] - rows.first).tolist():
+            values = [table[name][row].as_py() for name in _values(task.kind)]
+            try:
+                if task.kind is ShardKind.VIDEO:
+                    self.clips.append(read_facts(values[0] or b"", task.limits))
+                elif task.encoding is not None:
+                    _try_values(values[0], values[1], task.encoding)
+            except ClipError as error:
+                yield row, (error.fault, error.found)
+            except DataError as error:
+                yield row, (Reason.BAD_ENCODING, f"{error.found}; expected {error.expected}")
+
+    def _reject(
+        self, rows: Rows, faults: Mapping[int, tuple[str, str]], ids: pa.ChunkedArray
+    ) -> None:
+        first = self.task.first_row + rows.first
+        bad = sorted(faults)
+        self.bad.append(first + np.asarray(bad, dtype=np.int64))
+        self.reasons.update(str(reason) for reason, _ in faults.values())
+        for row in bad[: NUM_EXAMPLES - len(self.examples)]:
+            name = ids[row].as_py()
+            self.examples.append(Rejection(name, self.task.shard, first + row, *faults[row]))
 
 
 def _values(kind: ShardKind) -> tuple[str, ...]:

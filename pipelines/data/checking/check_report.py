@@ -2,21 +2,19 @@
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pipelines.data.checking.check_group import GroupFacts
+from pipelines.data.checking.check_group import NUM_EXAMPLES, GroupFacts
 from pipelines.data.clips.clip_decoding import ClipFacts
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.shards.seen import SeenIds
 
-NUM_EXAMPLES = 10
 _QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}
-
-CountTokens = Callable[[Sequence[str]], list[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +24,10 @@ class CheckReport:
     Attributes:
         folder: Its address.
         kind: captions, video or encoded.
-        num_shards: Parquet files.
+        num_shards: Parquet files, those without rows included.
+        num_empty: Parquet files without rows or without a byte; nothing is wrong with them.
+        columns: Stored names of the columns that are not named as ours, in words; empty where all
+            are.
         num_rows: Rows that their footers promise.
         num_bytes: Size of the files.
         problems: What is wrong with the set as a whole.
@@ -42,6 +43,8 @@ class CheckReport:
     folder: str
     kind: str
     num_shards: int
+    num_empty: int
+    columns: str
     num_rows: int
     num_bytes: int
     problems: list[str]
@@ -73,41 +76,40 @@ class CheckTally:
     """Adds up what the row groups of a set hold.
 
     Args:
-        count_tokens: Lengths of captions in tokens; None leaves them out.
-        text_length: Tokens that the model takes.
+        text_length: Tokens that the model takes; None where nobody counts tokens.
 
     Attributes:
-        rejections: Bad rows, each with its first reason.
+        bad: Bad rows by their first reason.
+        examples: The first of them.
         num_tried: Rows whose video or values were decoded.
     """
 
-    def __init__(self, count_tokens: CountTokens | None, text_length: int) -> None:
-        self.rejections: list[Rejection] = []
+    def __init__(self, text_length: int | None) -> None:
+        self.bad: Counter[str] = Counter()
+        self.examples: list[Rejection] = []
         self.num_tried = 0
-        self._count_tokens = count_tokens
         self._text_length = text_length
         self._ids = SeenIds()
         self._captions = SeenIds()
         self._num_distinct = 0
-        self._characters = array("q")
-        self._tokens = array("q")
+        self._characters = array("i")
+        self._tokens = array("i")
         self._seconds = array("d")
         self._frames = array("q")
         self._kinds: dict[str, Counter[str]] = defaultdict(Counter)
 
     def add(self, facts: GroupFacts) -> None:
         """One row group, in the order of the set."""
-        bad = {rejection.row: rejection for rejection in facts.rejections}
-        named = [place for place, name in enumerate(facts.sample_ids) if name]
-        for again in self._ids.add([facts.sample_ids[place] for place in named]):
-            name, row = facts.sample_ids[named[again]], facts.rows[named[again]]
-            detail = "an earlier row has the same id"
-            bad.setdefault(row, Rejection(name, facts.shard, row, Reason.DUPLICATE_ID, detail))
-        self.rejections += [bad[row] for row in sorted(bad, key=lambda row: row or 0)]
-        self._characters.extend(len(caption) for caption in facts.captions)
-        if self._count_tokens is not None and facts.captions:
-            self._tokens.extend(self._count_tokens(facts.captions))
-        self._num_distinct += len(facts.captions) - len(self._captions.add(facts.captions))
+        named = np.flatnonzero(facts.has_id)
+        again = named[self._ids.add_digests(facts.ids[named])] + facts.first_row
+        repeated = np.setdiff1d(again, facts.bad.rows)
+        self.bad.update(facts.bad.reasons)
+        if len(repeated):
+            self.bad[str(Reason.DUPLICATE_ID)] += len(repeated)
+        self._add_examples(facts, repeated)
+        self._characters.frombytes(facts.characters.tobytes())
+        self._tokens.frombytes(facts.tokens.tobytes())
+        self._num_distinct += len(facts.captions) - len(self._captions.add_digests(facts.captions))
         self.num_tried += facts.num_tried
         for clip in facts.clips:
             self._add_clip(clip)
@@ -118,10 +120,10 @@ class CheckTally:
             "distinct": self._num_distinct,
             "characters": quantiles(self._characters),
         }
-        if self._count_tokens is not None:
+        if self._text_length is not None:
             found["tokens"] = quantiles(self._tokens)
             found["text_length"] = self._text_length
-            found["cut"] = sum(length > self._text_length for length in self._tokens)
+            found["cut"] = int((np.asarray(self._tokens) > self._text_length).sum())
         return found
 
     def videos(self) -> dict[str, Any]:
@@ -132,6 +134,15 @@ class CheckTally:
             name: dict(found.most_common(NUM_EXAMPLES)) for name, found in self._kinds.items()
         }
         return {**counts, "seconds": quantiles(self._seconds), "frames": quantiles(self._frames)}
+
+    def _add_examples(self, facts: GroupFacts, repeated: NDArray[np.int64]) -> None:
+        detail = "an earlier row has the same id"
+        repeats = (
+            Rejection("", facts.shard, int(row), Reason.DUPLICATE_ID, detail)
+            for row in repeated[:NUM_EXAMPLES]
+        )
+        found = sorted([*facts.bad.examples, *repeats], key=lambda each: each.row or 0)
+        self.examples += found[: NUM_EXAMPLES - len(self.examples)]
 
     def _add_clip(self, clip: ClipFacts) -> None:
         self._kinds["sizes"][f"{clip.height}x{clip.width}"] += 1

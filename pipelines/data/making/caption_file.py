@@ -27,9 +27,18 @@ from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
+from pipelines.data.shards.columns import ColumnNames, kind_of
 from pipelines.data.shards.filesystem import S3Settings, data_errors, open_folder
 from pipelines.data.shards.index import INDEX_NAME, write_index
-from pipelines.data.shards.schema import CAPTION, FAULTS_KEY, SAMPLE_ID, caption_schema
+from pipelines.data.shards.parquet import Footer, read_footers
+from pipelines.data.shards.scan import ShardSet
+from pipelines.data.shards.schema import (
+    CAPTION,
+    FAULTS_KEY,
+    SAMPLE_ID,
+    ShardKind,
+    caption_schema,
+)
 from pipelines.data.shards.shard_writing import ROW_GROUP_CLIPS, ShardBuilder, write_shard
 from sgmd_core.errors import DataError
 
@@ -42,38 +51,47 @@ _READ_BYTES = 2**20
 
 
 def open_set(
-    url: str, s3: S3Settings = S3Settings(), *, probe: bool = True
-) -> tuple[AbstractFileSystem, str]:
-    """Opens a folder of shards, or a file of captions as such a folder.
+    url: str,
+    s3: S3Settings = S3Settings(),
+    names: ColumnNames = ColumnNames(),
+    *,
+    probe: bool = True,
+) -> ShardSet:
+    """Opens a folder of shards, one shard, or a file of captions as a folder of shards.
 
     Args:
         url: Local path or `s3://bucket/prefix`; a file ends in one of `CAPTION_FILE_SUFFIXES`.
         s3: How to speak to the server, where there is one.
+        names: Names of the set's columns.
         probe: Ask the server for one key; see `open_folder`.
-
-    Returns:
-        The file system and the path of the folder in it.
 
     Raises:
         DataError: the folder or file cannot be opened, or the file holds no captions.
     """
-    folder = shard_folder(url, s3)
-    return open_folder(folder, s3, probe=probe and folder == url)
+    folder, only = locate_set(url, s3, names)
+    is_made = folder != url and not only
+    filesystem, root = open_folder(folder, s3, probe=probe and folder == url)
+    return ShardSet(filesystem, root, only, type(names)() if is_made else names)
 
 
-def shard_folder(url: str, s3: S3Settings = S3Settings()) -> str:
-    """The address of a set's shards: its own, or for a file of captions a folder in the cache.
+def locate_set(
+    url: str, s3: S3Settings = S3Settings(), names: ColumnNames = ColumnNames()
+) -> tuple[str, str]:
+    """The folder of a set's shards, and the name of the only one where the set is a file.
+
+    A Parquet file with videos or latents is a shard in its own folder. Any other file of captions
+    becomes a folder of shards in the cache.
 
     Raises:
         DataError: the file cannot be read, or holds no captions.
     """
     if PurePosixPath(url).suffix.lower() not in CAPTION_FILE_SUFFIXES:
-        return url
+        return url, ""
     filesystem, root = open_folder(url, s3)
     with data_errors(f"opening {url}"):
         if filesystem.isdir(root):
-            return url
-    return _converted(url, s3, _stamp(filesystem, root))
+            return url, ""
+    return _located(url, s3, names, _stamp(filesystem, root))
 
 
 def read_prompts(url: str, s3: S3Settings = S3Settings()) -> list[str]:
@@ -129,24 +147,41 @@ def _stamp(filesystem: AbstractFileSystem, root: str) -> str:
 
 
 @lru_cache(maxsize=64)
-def _converted(url: str, s3: S3Settings, stamp: str) -> str:
-    """Path of the folder of shards that a file of captions is."""
+def _located(url: str, s3: S3Settings, names: ColumnNames, stamp: str) -> tuple[str, str]:
+    """Folder and name of a file that is a shard; folder of the shards made of another file."""
     filesystem, root = open_folder(url, s3, probe=False)
+    if PurePosixPath(root).suffix.lower() == ".parquet":
+        with data_errors(f"opening {url}"):
+            size = int(filesystem.info(root)["size"])
+        (footer,) = read_footers(filesystem, [(root, size)], s3)
+        if isinstance(footer, Footer) and kind_of(footer.schema, names) is not ShardKind.CAPTIONS:
+            parent, slash, name = url.rpartition("/")
+            return parent or slash or ".", name
+    return _converted(url, s3, names, filesystem, root), ""
+
+
+def _converted(
+    url: str, s3: S3Settings, names: ColumnNames, filesystem: AbstractFileSystem, root: str
+) -> str:
+    """Path of the folder of shards that a file of captions is."""
+    columns = Columns(None, names.caption, names.sample_id, names.setting_of(CAPTION))
     digest = hashlib.sha256(_VERSION + PurePosixPath(root).suffix.lower().encode())
+    if names.caption is not None or names.sample_id is not None:
+        digest.update(repr((names.caption, names.sample_id)).encode())
     with data_errors(f"reading {url}"), filesystem.open(root, "rb") as file:
         while part := cast("bytes", file.read(_READ_BYTES)):
             digest.update(part)
     name = digest.hexdigest()[:32]
     folder = _cache() / name
     if not (folder / INDEX_NAME).exists():
-        _convert(url, s3, name, folder)
+        _convert(url, s3, columns, name, folder)
     return str(folder)
 
 
-def _convert(url: str, s3: S3Settings, name: str, folder: Path) -> None:
+def _convert(url: str, s3: S3Settings, columns: Columns, name: str, folder: Path) -> None:
     """Writes shards and then their index; processes that do so at once write the same bytes."""
     shards = []
-    clips = list_clips(url, Columns(path=None, caption=None), s3)
+    clips = list_clips(url, columns, s3)
     while part := tuple(itertools.islice(clips, _SHARD_ROWS)):
         builder = ShardBuilder(_with_faults(part))
         for clip in part:

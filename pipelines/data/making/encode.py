@@ -8,19 +8,31 @@ or a command that is killed and started again, leaves every sample in the set ex
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.data.making import encode_stages
+from pipelines.data.making.caption_file import locate_set
 from pipelines.data.making.encode_options import EncodeOptions
-from pipelines.data.making.encode_plan import digest, plan_parts
+from pipelines.data.making.encode_plan import Part, digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
 from pipelines.data.making.journal import filling
 from pipelines.data.making.set_report import SetReport, set_facts
+from pipelines.data.shards.columns import (
+    SETTLING_SHARDS,
+    ColumnMap,
+    ColumnNames,
+    column_error,
+    map_columns,
+    settle_names,
+)
 from pipelines.data.shards.filesystem import canonical_address, open_folder
+from pipelines.data.shards.index import Shard
+from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.scan import ShardSet, open_shards
 from pipelines.data.shards.schema import Encoding
 from sgmd_core.errors import DataError
 from workers.models.content import fingerprint
@@ -33,13 +45,16 @@ class EncodeReport(SetReport):
 
     Attributes:
         encoding: Shapes, type, and the fingerprints of the networks.
+        columns: Columns of the source that are not named as ours, in words; empty where all are.
     """
 
     encoding: dict[str, Any]
+    columns: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Names and values as the command prints them."""
-        return SetReport.to_json(self) | {"encoding": self.encoding}
+        own = {"encoding": self.encoding, "columns": self.columns}
+        return SetReport.to_json(self) | own
 
 
 def encode(
@@ -66,19 +81,22 @@ def encode(
     """
     started = time.monotonic()
     encoding = encoding_for(model, options)
-    parts = plan_parts(*open_folder(src), options.shard_clips)
-    if not parts:
+    folder, only = locate_set(src, names=options.names)
+    place = ShardSet(*open_folder(folder), only)
+    parts = plan_parts(place.filesystem, place.root, options.shard_clips, only=only)
+    if not parts or (folder != src and not only):
+        found = "a file of captions" if parts else "no such folder, or no shard in it"
         raise DataError(
-            f"encoding {src}",
-            "no such folder, or no shard in it",
-            "shards of captioned videos",
-            "`sgmd prepare` makes some",
+            f"encoding {src}", found, "shards of captioned videos", "`sgmd prepare` makes some"
         )
+    names, columns = _columns_of(src, place, parts, options.names)
+    options = replace(options, names=names)
     settings = {
         "source": canonical_address(src),
         "parts": digest(parts),
         "encoding": asdict(encoding),
         "format": asdict(options.wanted),
+        **({"columns": dict(columns.stored)} if columns.in_words() else {}),
     }
     with filling(dst, "encode", settings) as journal:
         num_before = sum(shard.num_rows for shard in journal.shards.values())
@@ -89,13 +107,44 @@ def encode(
             )
             readable = [part for part in missing if part.num_rows]
             total = sum(part.num_rows for part in parts)
-            with closing(encode_stages.run_encoding(src, model, options, readable)) as lines:
+            with closing(encode_stages.run_encoding(folder, model, options, readable)) as lines:
                 for line in lines:
                     writer.take(line)
                     on_progress("clips", total - writer.num_waiting, total)
             writer.close()
         journal.finish()
-    return EncodeReport(**set_facts(dst, journal, num_before, started), encoding=asdict(encoding))
+    return EncodeReport(
+        **set_facts(dst, journal, num_before, started),
+        encoding=asdict(encoding),
+        columns=columns.in_words(),
+    )
+
+
+def _columns_of(
+    src: str, place: ShardSet, parts: Sequence[Part], names: ColumnNames
+) -> tuple[ColumnNames, ColumnMap]:
+    """Names of the columns of a set, and where the first shard that can be read has them.
+
+    Raises:
+        DataError: None of the first shards has them, or it is not clear which they are.
+    """
+    sizes = {part.shard: part.num_bytes for part in parts if part.num_rows}
+    first = [Shard(path, sizes[path]) for path in [*sizes][:SETTLING_SHARDS]]
+    opened = open_shards(place.filesystem, place.root, first)
+    schemas = {each.shard.path: each.footer.schema for each in opened if each.footer is not None}
+    if not schemas:
+        return names, ColumnMap({})
+    wanted = encode_stages.CLIP_COLUMNS
+    settled = settle_names(schemas.values(), names)
+    if isinstance(settled, Fault):
+        raise column_error(src, "its first shards", settled, names, wanted)
+    found = {path: map_columns(schema, settled, wanted) for path, schema in schemas.items()}
+    fitting = [columns for columns in found.values() if isinstance(columns, ColumnMap)]
+    if not fitting:
+        path, fault = next(iter(found.items()))
+        assert isinstance(fault, Fault), "none of them fits"
+        raise column_error(src, path, fault, names, wanted)
+    return settled, fitting[0]
 
 
 def encoding_for(model: str, options: EncodeOptions) -> Encoding:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import cast, get_args
 
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
+from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.schema import DTypeName
 from sgmd_core.errors import ConfigError
 
@@ -36,6 +37,7 @@ class EncodeOptions:
         decoders: Tasks that read and decode at the same time, a core each.
         videos: Actors with the autoencoder.
         captions: Actors with the text encoder.
+        names: Names of the source's columns.
         address: Ray cluster to join; None starts one on this machine, or joins RAY_ADDRESS.
     """
 
@@ -49,6 +51,7 @@ class EncodeOptions:
     decoders: int = 1
     videos: ActorPool = field(default_factory=ActorPool)
     captions: ActorPool = field(default_factory=ActorPool)
+    names: ColumnNames = ColumnNames()
     address: str | None = None
 
     def __post_init__(self) -> None:

@@ -10,12 +10,8 @@ from dataclasses import dataclass
 
 from fsspec import AbstractFileSystem
 
-from pipelines.data.shards.filesystem import S3Settings
-from pipelines.data.shards.index import Shard, read_index
-from pipelines.data.shards.listing import list_chapters
-from pipelines.data.shards.parquet import Fault, read_footers
-
-_AT_ONCE = 1000
+from pipelines.data.shards.index import read_index
+from pipelines.data.shards.scan import ScannedShard, scan_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +58,31 @@ class Part:
         return sum(group.num_rows for group in self.groups)
 
 
-def plan_parts(filesystem: AbstractFileSystem, root: str, max_rows: int) -> list[Part]:
+def plan_parts(
+    filesystem: AbstractFileSystem, root: str, max_rows: int, *, only: str = ""
+) -> list[Part]:
     """Cuts a set into parts.
 
     Args:
         filesystem: File system of the source.
         root: Its path there.
         max_rows: Most rows of a part; a larger row group stands alone.
+        only: Name of the only shard of the source; see `ShardSet`.
 
     Raises:
         DataError: the folder cannot be listed, or the server failed.
     """
     parts: list[Part] = []
-    for shard, fault in _shards(filesystem, root):
-        if fault:
-            parts.append(Part(len(parts), shard.path, shard.num_bytes, (), fault))
+    index = None if only else read_index(filesystem, root)
+    scanned = (
+        scan_folder(filesystem, root, only=only)
+        if index is None
+        else (ScannedShard(shard, None) for shard in index)
+    )
+    for each in scanned:
+        shard = each.shard
+        if each.is_broken:
+            parts.append(Part(len(parts), shard.path, shard.num_bytes, (), each.fault))
         for groups in _gathered(shard.rows or (), max_rows):
             parts.append(Part(len(parts), shard.path, shard.num_bytes, groups))
     return parts
@@ -99,22 +105,3 @@ def _gathered(rows: Sequence[int], max_rows: int) -> Iterator[tuple[SourceGroup,
         first_row += num_rows
     if groups:
         yield tuple(groups)
-
-
-def _shards(filesystem: AbstractFileSystem, root: str) -> Iterator[tuple[Shard, str]]:
-    """Every shard with its rows, or with what is wrong with it."""
-    index = read_index(filesystem, root)
-    if index is not None:
-        yield from ((shard, "") for shard in index)
-        return
-    for listed in list_chapters(filesystem, root, _AT_ONCE):
-        # Spark writes parts of no byte; training leaves them out too.
-        chapter = [shard for shard in listed if shard.num_bytes]
-        files = [(f"{root}/{shard.path}", shard.num_bytes) for shard in chapter]
-        for shard, footer in zip(
-            chapter, read_footers(filesystem, files, S3Settings()), strict=True
-        ):
-            if isinstance(footer, Fault):
-                yield shard, footer.reason
-            else:
-                yield Shard(shard.path, shard.num_bytes, footer.rows), ""

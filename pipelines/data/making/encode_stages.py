@@ -28,8 +28,10 @@ from pipelines.data.making.caption_rule import caption_faults
 from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.encode_plan import Part, SourceGroup
 from pipelines.data.making.rejections import Reason
+from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import S3Settings, open_folder
-from pipelines.data.shards.parquet import Fault, RowGroupReader
+from pipelines.data.shards.parquet import RowGroupReader
+from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.schema import CAPTION, LATENTS, SAMPLE_ID, TEXT_EMBEDS, VIDEO, DTypeName
 from pipelines.data.shards.text import decode_utf8
 from sgmd_core.errors import DataError
@@ -40,6 +42,9 @@ ROW = "row"
 PIXELS = "pixels"
 REASON = "reason"
 DETAIL = "detail"
+
+CLIP_COLUMNS = (SAMPLE_ID, CAPTION, VIDEO)
+"""What is read of the source."""
 
 _BATCH_BYTES = 64 * 2**20
 _MAX_BATCH = 16
@@ -118,6 +123,7 @@ def _dataset(
             "wanted": options.wanted,
             "limits": options.limits,
             "max_caption_chars": options.max_caption_chars,
+            "names": options.names,
         },
         num_cpus=_DECODE_CPUS,
         compute=ray.data.TaskPoolStrategy(size=options.decoders),
@@ -146,7 +152,12 @@ def _dataset(
 
 
 def read_and_decode(
-    tasks: pa.Table, url: str, wanted: ClipFormat, limits: ClipLimits, max_caption_chars: int
+    tasks: pa.Table,
+    url: str,
+    wanted: ClipFormat,
+    limits: ClipLimits,
+    max_caption_chars: int,
+    names: ColumnNames = ColumnNames(),
 ) -> Iterator[pa.Table]:
     """Reads parts row group by row group, and decodes clip by clip.
 
@@ -156,19 +167,20 @@ def read_and_decode(
         wanted: Frames, size and rate of the clips.
         limits: What a video may ask for.
         max_caption_chars: A longer caption is bad.
+        names: Names of the source's columns.
 
     Yields:
         One line a row: with `pixels`, or with `reason` and `detail`.
     """
     filesystem, root = open_folder(url, probe=False)
     # A reader a task: opening Arrow's client would cost more than it saves.
-    reader = RowGroupReader(filesystem, root, S3Settings(native_reads=False))
+    reader = RowGroupReader(filesystem, root, S3Settings(native_reads=False), names)
     for packed in tasks.column(TASK):
         part: Part = pickle.loads(packed.as_py())
         for group in part.groups:
             try:
                 place = (part.shard, part.num_bytes, group.index)
-                table = reader.read([place], (SAMPLE_ID, CAPTION, VIDEO))[0]
+                table = reader.read([place], CLIP_COLUMNS)[0]
             except DataError as error:
                 words = json.dumps([str(argument) for argument in error.args])
                 yield _line(part, -1, None, None, reason=SERVER_FAILED, detail=words)

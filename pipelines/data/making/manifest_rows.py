@@ -7,12 +7,14 @@ import csv
 import itertools
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipelines.data.shards.columns import as_plain, fits
+from pipelines.data.shards.schema import CAPTION
 from pipelines.data.shards.text import decode_utf8
 from sgmd_core.errors import DataError
 
@@ -206,16 +208,20 @@ def _is_caption(value: object) -> bool:
 
 
 def parquet_rows(
-    file: BinaryIO, wanted: Sequence[str]
+    file: BinaryIO, choose: Callable[[Sequence[str]], Sequence[str]]
 ) -> tuple[list[str], Iterator[dict[str, Any] | str]]:
     """Reads some columns of a Parquet file.
+
+    Args:
+        file: The file.
+        choose: Those of its columns that are wanted.
 
     Returns:
         The names of all columns, and the rows.
     """
     parquet = pq.ParquetFile(file)
     names = parquet.schema_arrow.names
-    return names, _parquet_rows(parquet, [name for name in wanted if name in names])
+    return names, _parquet_rows(parquet, choose(names))
 
 
 def _parquet_rows(
@@ -225,6 +231,8 @@ def _parquet_rows(
         values, broken = {}, {}
         for name in columns:
             column = pa.chunked_array([batch.column(name)])
+            if fits(CAPTION, column.type):
+                column = as_plain(CAPTION, column)
             if pa.types.is_dictionary(column.type):
                 column = column.cast(column.type.value_type)
             if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):

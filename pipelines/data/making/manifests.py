@@ -28,6 +28,7 @@ from pipelines.data.making.source_clip import (
     address_of,
     open_reading,
 )
+from pipelines.data.shards.columns import competing_captions
 from pipelines.data.shards.schema import SAMPLE_ID
 from sgmd_core.errors import DataError
 
@@ -40,16 +41,15 @@ def manifest_clips(
     """The rows of a manifest; see `list_clips`."""
     address = address_of(filesystem, path)
     with open_reading(filesystem, path) as file:
-        names = _CaptionIds()
+        ids = _CaptionIds()
         for number, row in enumerate(_manifest_rows(file, address, columns)):
-            yield _manifest_clip(filesystem, address, number, row, columns, names)
+            yield _manifest_clip(filesystem, address, number, row, columns, ids)
 
 
 def _manifest_rows(
     file: BinaryIO, address: str, columns: Columns
 ) -> Iterator[dict[str, Any] | str]:
     suffix = PurePosixPath(address).suffix.lower()
-    wanted = [*columns.captions, columns.path, columns.sample_id or SAMPLE_ID]
     if suffix == ".json":
         key = columns.path or columns.sample_id or SAMPLE_ID
         yield from json_file_rows(file, address, key, columns.captions)
@@ -57,12 +57,25 @@ def _manifest_rows(
         yield from json_rows(manifest_lines(file, address), columns.captions[0])
     else:
         if suffix == ".parquet":
-            header, rows = parquet_rows(file, [name for name in wanted if name])
+            header, rows = parquet_rows(file, lambda names: _wanted(names, columns))
         else:
             lines = manifest_lines(file, address)
             header, rows = csv_header_and_rows(lines, address, "\t" if suffix == ".tsv" else ",")
         _require_columns(header, address, columns)
         yield from rows
+
+
+def _wanted(names: Sequence[str], columns: Columns) -> list[str]:
+    """The columns of a table that say something about a clip."""
+    others = (columns.path, columns.sample_id or SAMPLE_ID)
+    return [name for name in names if name in (*_caption_columns(names, columns), *others)]
+
+
+def _caption_columns(names: Sequence[str], columns: Columns) -> list[str]:
+    """Columns of which any may hold the captions."""
+    if columns.caption is not None:
+        return [columns.caption] if columns.caption in names else []
+    return competing_captions(names)
 
 
 def prompt_clips(filesystem: AbstractFileSystem, path: str) -> Iterator[SourceClip | Rejection]:
@@ -97,15 +110,18 @@ class _CaptionIds:
 
 
 def _require_columns(found: Sequence[str], address: str, columns: Columns) -> None:
+    captions = _caption_columns(found, columns)
+    _require_one_caption(captions, address, columns)
     wanted = (columns.path, columns.sample_id)
     missing = [name for name in wanted if name is not None and name not in found]
-    if set(columns.captions).isdisjoint(found):
+    if not captions:
         missing.append(" or ".join(columns.captions))
     if not missing:
         return
-    if columns.caption is None:
+    if columns.path is None:
         expected = f"a column {' or '.join(columns.captions)}"
-        remedy = "Rename the column, or make shards: sgmd prepare --captions-only --caption-column"
+        named = f"Name the column with {columns.caption_setting}" if columns.caption_setting else ""
+        remedy = named or "Rename the column"
     else:
         expected = "a path and a caption in each row"
         remedy = (
@@ -120,17 +136,31 @@ def _require_columns(found: Sequence[str], address: str, columns: Columns) -> No
     )
 
 
+def _require_one_caption(captions: Sequence[str], address: str, columns: Columns) -> None:
+    if len(captions) > 1:
+        raise DataError(
+            f"reading {address}",
+            printable(f"the columns {' and '.join(captions)}, each of which may be the caption"),
+            "one column of captions",
+            f"Name the one to take with {columns.caption_setting}"
+            if columns.caption_setting
+            else "Rename the one to take caption, or remove the other",
+        )
+
+
 def _manifest_clip(
     filesystem: AbstractFileSystem,
     address: str,
     number: int,
     row: dict[str, Any] | str,
     columns: Columns,
-    names: _CaptionIds,
+    ids: _CaptionIds,
 ) -> SourceClip | Rejection:
     if isinstance(row, str):
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, printable(row))
-    caption = next((row[name] for name in columns.captions if name in row), None)
+    names = _caption_columns([*row], columns)
+    _require_one_caption(names, address, columns)
+    caption = row[names[0]] if names else None
     fault = None if caption is None else fault_of_text(caption)
     path = None if columns.path is None else row.get(columns.path)
     if columns.path is not None and (not isinstance(path, str) or not path.strip()):
@@ -143,7 +173,7 @@ def _manifest_clip(
     if columns.sample_id is None and sample_id is None:
         if fault is not None:
             return Rejection("", address, number, _BAD_CAPTION, fault)
-        sample_id = names.next(caption or "")
+        sample_id = ids.next(caption or "")
     if sample_id is None or not str(sample_id):
         detail = f"{columns.sample_id} = {sample_id!r}"
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)

@@ -8,10 +8,9 @@ from typing import BinaryIO, cast
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from pipelines.data.shards.columns import CAPTION_NAMES
 from pipelines.data.shards.filesystem import data_errors
 
-CAPTION_NAMES = ("caption", "prompt", "text")
-"""Columns that hold the captions of a file that names no column, in this order."""
 # One request brings a tar's header and the short members that follow a video.
 _BLOCK_BYTES = 2**20
 
@@ -70,13 +69,16 @@ class Columns:
     Attributes:
         path: Path of the video: relative to the manifest, absolute, or `s3://bucket/key`. None
             takes the captions alone.
-        caption: The caption; None takes the first of `CAPTION_NAMES` that is there.
+        caption: The caption; None takes the column that has one of `CAPTION_NAMES`.
         sample_id: The id; None takes the path for it.
+        caption_setting: How the caller spells the setting of the caption's name; empty where there
+            is none.
     """
 
     path: str | None = "path"
     caption: str | None = "caption"
     sample_id: str | None = None
+    caption_setting: str = "--caption-column"
 
     @property
     def captions(self) -> tuple[str, ...]:

@@ -5,7 +5,8 @@
 
 Commands that write shards write it last, so its presence says that the set is whole. Paths are
 relative to the folder, which may be moved or mirrored. The index is trusted: after a shard was
-added or taken away by hand, delete it or let `sgmd check` write it anew.
+added or taken away by hand, delete it or let `sgmd check --write-index` write it anew. Shards
+without rows, as Spark writes them, are named with no rows, and `num_empty` counts them.
 """
 
 import json
@@ -58,9 +59,11 @@ def write_index(filesystem: AbstractFileSystem, root: str, shards: Sequence[Shar
     if unknown:
         raise DataError(attempted, f"{unknown[0]} without its rows", "rows of each row group")
     ordered = sorted(shards, key=lambda shard: shard.path)
+    num_empty = sum(not shard.num_rows for shard in ordered)
     content = {
         "version": _VERSION,
         "num_rows": sum(shard.num_rows for shard in ordered),
+        **({"num_empty": num_empty} if num_empty else {}),
         "shards": [
             {"path": shard.path, "bytes": shard.num_bytes, "rows": list(shard.rows or ())}
             for shard in ordered

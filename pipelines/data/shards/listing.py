@@ -23,7 +23,13 @@ _SUFFIX = ".parquet"
 
 
 def list_chapters(
-    filesystem: AbstractFileSystem, root: str, size: int, after: str = ""
+    filesystem: AbstractFileSystem,
+    root: str,
+    size: int,
+    after: str = "",
+    *,
+    only: str = "",
+    in_order: bool = True,
 ) -> Iterator[tuple[Shard, ...]]:
     """Lists the Parquet files under a folder, in any depth.
 
@@ -35,6 +41,9 @@ def list_chapters(
         root: The folder's path in it.
         size: Shards of a chapter.
         after: Begin after this path (relative to the folder); "" begins at the beginning.
+        only: Name of the only file of the folder that is wanted; "" wants all.
+        in_order: Trust the server to list in order, which spares waiting for the last page; False
+            sorts what is listed.
 
     Yields:
         Chapters of `size` shards, the last one smaller; none for a folder without shards.
@@ -44,7 +53,8 @@ def list_chapters(
     """
     chapter: list[Shard] = []
     last = after
-    for path, num_bytes in _entries(filesystem, root, after):
+    entries = _only(filesystem, root, only) if only else _entries(filesystem, root, after)
+    for path, num_bytes in entries if in_order else sorted(entries):
         if not path or path.endswith("/"):
             continue  # Consoles and tools mark a folder by an empty object of its name.
         if path <= last:
@@ -52,7 +62,7 @@ def list_chapters(
                 f"listing the shards of {root}",
                 f"{path} after {last}",
                 "paths in increasing order, as S3 lists them",
-                "Give the folder an index (`sgmd check` writes one): it is then not listed",
+                "Give the folder an index, which is read instead: sgmd check --write-index ADDRESS",
             )
         last = path
         if _is_shard(path):
@@ -81,6 +91,15 @@ def sizes_of(filesystem: AbstractFileSystem, root: str, paths: Collection[str]) 
         if entry[0] in paths:
             found[entry[0]] = entry[1]
     return found
+
+
+def _only(filesystem: AbstractFileSystem, root: str, name: str) -> Iterator[tuple[str, int]]:
+    """The one file of a set that is a file, if it is there."""
+    path = f"{root}/{name}"
+    with data_errors(f"opening {filesystem.unstrip_protocol(path)}"):
+        filesystem.invalidate_cache()
+        if filesystem.isfile(path):
+            yield name, int(filesystem.info(path)["size"])
 
 
 def _entries(filesystem: AbstractFileSystem, root: str, after: str) -> Iterator[tuple[str, int]]:

@@ -22,7 +22,9 @@ from fsspec.implementations.local import LocalFileSystem
 from pyarrow import fs
 from s3fs import S3FileSystem
 
+from pipelines.data.shards.columns import ColumnNames, map_columns
 from pipelines.data.shards.filesystem import S3Settings
+from pipelines.data.shards.reading import Fault
 
 # As many as Arrow has threads for reading; one window has no more row groups by default.
 _NUM_THREADS = 8
@@ -38,11 +40,15 @@ class NativeReader:
     Args:
         filesystem: The client; see `native_filesystem`.
         root: The folder's path in it.
+        names: Names of the set's columns.
     """
 
-    def __init__(self, filesystem: fs.FileSystem, root: str) -> None:
+    def __init__(
+        self, filesystem: fs.FileSystem, root: str, names: ColumnNames = ColumnNames()
+    ) -> None:
         self._filesystem = filesystem
         self._root = root
+        self._names = names
         options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         self._format = ds.ParquetFileFormat(default_fragment_scan_options=options)
         self._fragments: OrderedDict[tuple[str, int], ds.ParquetFileFragment] = OrderedDict()
@@ -55,8 +61,13 @@ class NativeReader:
     def _read(self, group: Group, columns: Sequence[str]) -> pa.Table | Exception:
         path, size, index = group
         try:
-            part = cast("Any", self._fragment(path, size)).subset(row_group_ids=[index])
-            return part.to_table(columns=[*columns], use_threads=False)
+            fragment = cast("Any", self._fragment(path, size))
+            found = map_columns(fragment.physical_schema, self._names, columns)
+            if isinstance(found, Fault):
+                return ValueError(found.reason)
+            part = fragment.subset(row_group_ids=[index])
+            table = part.to_table(columns=found.sources, use_threads=False)
+            return found.apply(table, path, fragment.metadata, index)
         except Exception as error:  # Whatever it is: who reads again says what is wrong.
             return error
 

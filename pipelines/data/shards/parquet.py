@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
+from pipelines.data.shards.columns import ColumnMap, ColumnNames, map_columns
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.native import Group, NativeReader, native_filesystem
 from pipelines.data.shards.reading import Fault, Range, fetch, words_of
@@ -106,12 +107,20 @@ class RowGroupReader:
         filesystem: The folder's file system.
         root: The folder's path in it.
         retry: See `fetch`.
+        names: Names of the set's columns.
     """
 
-    def __init__(self, filesystem: AbstractFileSystem, root: str, retry: S3Settings) -> None:
+    def __init__(
+        self,
+        filesystem: AbstractFileSystem,
+        root: str,
+        retry: S3Settings,
+        names: ColumnNames = ColumnNames(),
+    ) -> None:
         self._filesystem = filesystem
         self._root = root
         self._retry = retry
+        self._names = names
         self._footers: OrderedDict[str, Footer | Fault] = OrderedDict()
         self._unanswered: dict[str, Fault] = {}
         self._vain_reads = 0
@@ -140,7 +149,8 @@ class RowGroupReader:
 
         Args:
             groups: (relative path, size of the file in bytes, number of the row group) of each.
-            columns: Names of the columns; a group that lacks one is a fault.
+            columns: Our names of the columns, by which the tables have them; a group that lacks
+                one is a fault. See `pipelines.data.shards.columns`.
 
         Raises:
             DataError: See `fetch`.
@@ -169,7 +179,7 @@ class RowGroupReader:
         except Exception as error:  # As with its reads: whatever it is, s3fs may know better.
             self._give_up(error)
             return None
-        return None if client is None else NativeReader(client, self._root)
+        return None if client is None else NativeReader(client, self._root, self._names)
 
     def _heed(
         self, quick: Sequence[pa.Table | Exception], careful: Sequence[pa.Table | Fault]
@@ -194,39 +204,49 @@ class RowGroupReader:
 
     def _carefully(self, groups: Sequence[Group], columns: Sequence[str]) -> list[pa.Table | Fault]:
         footers = self.footers([(path, size) for path, size, _ in groups])
-        plans: list[list[Range] | Fault] = [
-            self._ranges(group, footer, columns)
+        plans: list[_Plan | Fault] = [
+            self._plan(group, footer, columns)
             for group, footer in zip(groups, footers, strict=True)
         ]
-        wanted = [part for plan in plans if not isinstance(plan, Fault) for part in plan]
+        wanted = [part for plan in plans if isinstance(plan, _Plan) for part in plan.ranges]
         pieces = iter(zip(wanted, fetch(self._filesystem, wanted, self._retry), strict=True))
         tables: list[pa.Table | Fault] = []
-        for (path, size, index), footer, plan in zip(groups, footers, plans, strict=True):
+        for group, plan in zip(groups, plans, strict=True):
             if isinstance(plan, Fault):
                 tables.append(plan)
                 continue
-            parts = [next(pieces) for _ in plan]
+            parts = [next(pieces) for _ in plan.ranges]
             for _, part in parts:
                 if isinstance(part, Fault) and part.is_unanswered:
-                    self._unanswered[path] = part
-            tables.append(_decode(footer, index, columns, parts, size))
+                    self._unanswered[group[0]] = part
+            tables.append(_decode(plan, group, parts))
         return tables
 
-    def _ranges(
+    def _plan(
         self, group: Group, footer: Footer | Fault, columns: Sequence[str]
-    ) -> list[Range] | Fault:
+    ) -> "_Plan | Fault":
         path, _, index = group
         if path in self._unanswered:
             return self._unanswered[path]
         if isinstance(footer, Fault):
             return footer
-        missing = [name for name in columns if name not in footer.schema.names]
-        if missing:
-            return Fault(f"missing column {', '.join(missing)}")
+        found = map_columns(footer.schema, self._names, columns)
+        if isinstance(found, Fault):
+            return found
         if index >= footer.metadata.num_row_groups:
             return Fault(f"no row group {index}: the file has {footer.metadata.num_row_groups}")
         full = f"{self._root}/{path}"
-        return [Range(full, *span) for span in _chunks(footer.metadata.row_group(index), columns)]
+        spans = _chunks(footer.metadata.row_group(index), found.sources)
+        return _Plan(footer, found, [Range(full, *span) for span in spans])
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Plan of reading a row group: from these bytes, with these columns."""
+
+    footer: Footer
+    columns: ColumnMap
+    ranges: list[Range]
 
 
 class _Parts(io.RawIOBase):
@@ -279,7 +299,8 @@ def _chunks(group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[tuple[in
     spans: list[tuple[int, int]] = []
     for number in range(group.num_columns):
         chunk = group.column(number)
-        if chunk.path_in_schema.partition(".")[0] not in columns:
+        path = chunk.path_in_schema
+        if not any(path == name or path.startswith(f"{name}.") for name in columns):
             continue
         first = chunk.data_page_offset
         if chunk.has_dictionary_page:
@@ -295,22 +316,20 @@ def _chunks(group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[tuple[in
 
 
 def _decode(
-    footer: Footer | Fault,
-    index: int,
-    columns: Sequence[str],
-    parts: Sequence[tuple[Range, bytes | Fault]],
-    size: int,
+    plan: _Plan, group: Group, parts: Sequence[tuple[Range, bytes | Fault]]
 ) -> pa.Table | Fault:
+    path, size, index = group
     content: list[tuple[int, bytes]] = []
     for where, part in parts:
         if isinstance(part, Fault):
             return part
         content.append((where.start, part))
-    assert isinstance(footer, Footer)
+    metadata, sources = plan.footer.metadata, plan.columns.sources
     try:
         whole = len(content) == 1 and content[0][0] == 0 and len(content[0][1]) == size
         source = pa.BufferReader(content[0][1]) if whole else _Parts(content, size)
-        file = open_parquet(source, metadata=footer.metadata, page_checksum_verification=True)
-        return file.read_row_group(index, columns=[*columns], use_threads=False)
+        file = open_parquet(source, metadata=metadata, page_checksum_verification=True)
+        table = file.read_row_group(index, columns=sources, use_threads=False)
+        return plan.columns.apply(table, path, metadata, index)
     except (OSError, ValueError, pa.ArrowException) as error:
         return Fault(f"corrupt row group ({words_of(error)})")

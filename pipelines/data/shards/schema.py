@@ -11,7 +11,6 @@ bfloat16. Shape and type are the same in a whole shard and stand in the schema's
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from math import prod
@@ -106,41 +105,6 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
     }
 
 
-def kind_of(schema: pa.Schema) -> ShardKind:
-    """Returns the kind of shard that has this schema; extra columns do no harm."""
-    if {LATENTS, TEXT_EMBEDS} <= set(schema.names):
-        return ShardKind.ENCODED
-    return ShardKind.VIDEO if VIDEO in schema.names else ShardKind.CAPTIONS
-
-
-def missing_columns(schema: pa.Schema, wanted: Sequence[str] = REQUIRED_COLUMNS) -> list[str]:
-    """Columns that a shard lacks, or has in a type that cannot be read as what they should be."""
-    return [
-        name
-        for name in wanted
-        if name not in schema.names or not _fits(name, schema.field(name).type)
-    ]
-
-
-def require_columns(
-    schema: pa.Schema, shard: str, wanted: Sequence[str] = REQUIRED_COLUMNS
-) -> None:
-    """Checks that a shard can be read.
-
-    Raises:
-        DataError: A column is missing or of a wrong type; names the shard and the columns it has.
-    """
-    missing = missing_columns(schema, wanted)
-    if missing:
-        found = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise DataError(
-            f"reading the footer of {shard}",
-            f"columns {found}; missing {', '.join(missing)}",
-            f"the columns {', '.join(wanted)}",
-            "Write the shard again with these columns",
-        )
-
-
 def encoding_of(schema: pa.Schema) -> Encoding | None:
     """The encoding that a shard names; None where it names none.
 
@@ -189,14 +153,3 @@ def join_names(values: pa.ChunkedArray) -> NDArray[np.uint8]:
     _, borders, content = array.buffers()
     places = np.frombuffer(borders, dtype=np.int32)[array.offset :][: len(array) + 1]
     return np.frombuffer(content, dtype=np.uint8)[places[0] : places[-1]]
-
-
-def _fits(name: str, stored: pa.DataType) -> bool:
-    if name in (SAMPLE_ID, CAPTION):
-        # A dictionary of strings reads as strings; ids may be numbers.
-        plain = stored.value_type if isinstance(stored, pa.DictionaryType) else stored
-        is_text = pa.types.is_string(plain) or pa.types.is_large_string(plain)
-        return is_text or (name == SAMPLE_ID and pa.types.is_integer(plain))
-    if name == FPS:
-        return pa.types.is_integer(stored) or pa.types.is_floating(stored)
-    return pa.types.is_binary(stored) or pa.types.is_large_binary(stored)

@@ -29,7 +29,10 @@ class SeenIds:
 
     def add(self, ids: Sequence[str] | pa.Array) -> list[int]:
         """Enters ids; returns the places of those that have been met before, here or earlier."""
-        digests = _digests(pa.array(ids, pa.large_string()))
+        return self.add_digests(digest_ids(pa.chunked_array([pa.array(ids, pa.large_string())])))
+
+    def add_digests(self, digests: NDArray[np.uint64]) -> list[int]:
+        """As `add`, of what `digest_ids` has made of ids."""
         again: list[int] = []
         new = np.sort(digests)
         is_again = self._holds(new)
@@ -59,8 +62,13 @@ class SeenIds:
             self._known.append(new)
 
 
-def _digests(ids: pa.Array) -> NDArray[np.uint64]:
+def digest_ids(ids: pa.ChunkedArray) -> NDArray[np.uint64]:
     """One number an id, of all its UTF-8 bytes and their places."""
+    chunks = (_digests(chunk) for chunk in ids.cast(pa.large_string()).chunks)
+    return np.concatenate([np.zeros(0, dtype=np.uint64), *chunks])
+
+
+def _digests(ids: pa.Array) -> NDArray[np.uint64]:
     _, offsets, content = ids.buffers()
     if not len(ids) or not content:
         return np.zeros(len(ids), dtype=np.uint64)

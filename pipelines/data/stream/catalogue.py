@@ -12,18 +12,22 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from pipelines.data.shards.columns import (
+    SETTLING_SHARDS,
+    ColumnNames,
+    column_error,
+    settle_names,
+)
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.index import Shard, read_index
 from pipelines.data.shards.listing import list_chapters
-from pipelines.data.shards.parquet import Fault, read_footers
+from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.scan import NO_ROWS, open_shards
 from pipelines.data.stream.plan import RowGroup
 from pipelines.data.stream.quarantine import Reject
 from sgmd_core.errors import DataError
 
 Chapter = tuple[Shard, ...]
-
-NO_ROWS = "no rows"
-"""Reason of a shard that lacks nothing: Spark writes a part without rows, or without a byte."""
 
 
 class Catalogue:
@@ -35,6 +39,7 @@ class Catalogue:
         chapter_shards: Shards of a chapter.
         retry: How patiently footers are read.
         recorded: Lines that earlier `take_notes` returned, when a run goes on.
+        only: Name of the only shard; see `ShardSet`.
     """
 
     def __init__(
@@ -44,11 +49,13 @@ class Catalogue:
         chapter_shards: int,
         retry: S3Settings = S3Settings(),
         recorded: Iterable[Mapping[str, Any]] = (),
+        only: str = "",
     ) -> None:
         self._filesystem = filesystem
         self._root = root
         self._chapter_shards = chapter_shards
         self._retry = retry
+        self._only = only
         self._chapters: list[Chapter] = []
         self._rows: dict[str, tuple[int, ...]] = {}
         self._faults: dict[str, str] = {}
@@ -67,6 +74,24 @@ class Catalogue:
         while number >= len(self._chapters) and not self._complete:
             self._list_another()
         return self._chapters[number] if number < len(self._chapters) else None
+
+    def settle_names(self, names: ColumnNames) -> ColumnNames:
+        """Names of the set's columns, by its first shards.
+
+        Args:
+            names: Names that the caller gives.
+
+        Raises:
+            DataError: Two columns compete; the folder has no shard, or the server failed.
+        """
+        filled = [shard for shard in self.chapter(0) or () if shard.num_bytes][:SETTLING_SHARDS]
+        opened = open_shards(self._filesystem, self._root, filled, self._retry)
+        schemas = [each.footer.schema for each in opened if each.footer is not None]
+        settled = settle_names(schemas, names)
+        if isinstance(settled, Fault):
+            url = self._filesystem.unstrip_protocol(self._root)
+            raise column_error(url, "its first shards", settled, names)
+        return settled
 
     def num_chapters(self) -> int:
         """Counts the chapters; lists to the end."""
@@ -149,28 +174,22 @@ class Catalogue:
         size = self._chapter_shards
         if self._chapters:
             last = self._chapters[-1][-1].path
-            return list_chapters(self._filesystem, self._root, size, after=last)
-        indexed = read_index(self._filesystem, self._root)
+            return list_chapters(self._filesystem, self._root, size, last, only=self._only)
+        indexed = None if self._only else read_index(self._filesystem, self._root)
         if indexed is None:
-            return list_chapters(self._filesystem, self._root, size)
+            return list_chapters(self._filesystem, self._root, size, only=self._only)
         return iter([indexed[at : at + size] for at in range(0, len(indexed), size)])
 
     def _open(self, shards: Sequence[Shard]) -> None:
         if not shards:
             return
-        files = [(f"{self._root}/{shard.path}", shard.num_bytes) for shard in shards]
         rows: dict[str, list[int]] = {}
         faults: dict[str, str] = {}
-        footers = read_footers(self._filesystem, files, self._retry)
-        for shard, footer in zip(shards, footers, strict=True):
-            if not shard.num_bytes:
-                faults[shard.path] = NO_ROWS
-            elif isinstance(footer, Fault):
-                faults[shard.path] = footer.reason
-            elif not sum(footer.rows):
-                faults[shard.path] = NO_ROWS
+        for scanned in open_shards(self._filesystem, self._root, shards, self._retry):
+            if scanned.fault:
+                faults[scanned.shard.path] = scanned.fault
             else:
-                rows[shard.path] = list(footer.rows)
+                rows[scanned.shard.path] = list(scanned.shard.rows or ())
         self._learn({"rows": rows, "faults": faults})
 
     def _learn(self, line: dict[str, Any]) -> None:
@@ -184,6 +203,7 @@ class Catalogue:
                 self._chapters.append(chapter)
             known = {path: tuple(rows) for path, _, rows in line["shards"] if rows is not None}
             self._rows.update(known)
+            self._faults.update({path: NO_ROWS for path, rows in known.items() if not sum(rows)})
             self._complete = line["last"]
             return
         self._rows.update({path: tuple(rows) for path, rows in line["rows"].items()})

@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
-from pipelines.data.making.caption_file import open_set
 from pipelines.data.shards.listing import sizes_of
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.shards.schema import CAPTION, SAMPLE_ID
@@ -69,8 +68,8 @@ def data_differences(
     """
     before = {group["shard"]: int(group["num_bytes"]) for group in first}
     before |= {path: size for line in listed for path, size, _ in line.get("shards", ())}
-    filesystem, root = open_set(source.url, source.s3)
-    now = sizes_of(filesystem, root, before)
+    place = source.open()
+    now = sizes_of(place.filesystem, place.root, before)
     if before and not now:
         return [f"data.train has none of its {len(before)} shards, such as {min(before)}"]
     resized = [
@@ -79,7 +78,7 @@ def data_differences(
         if now[path] != before[path]
     ]
     same = [group for group in first if now.get(group["shard"]) == group["num_bytes"]]
-    reader = RowGroupReader(filesystem, root, source.s3)
+    reader = source.reader_of(place)
     return [*_shortened(resized), *_shortened(list(_rewritten(source, reader, same)))]
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute
 import torch
 from numpy.typing import NDArray
 
-from pipelines.data.making.caption_file import open_set, require_unchanged
+from pipelines.data.making.caption_file import require_unchanged
 from pipelines.data.shards.schema import (
     LATENTS,
     REQUIRED_COLUMNS,
@@ -122,11 +122,17 @@ class Feed:
 
     def __init__(self, settings: StreamSettings, progress: FeedProgress, num_rows: int) -> None:
         source = settings.source
-        filesystem, root = open_set(source.url, source.s3)
-        require_unchanged(source.url, root, progress.catalogue)
+        place = source.open()
+        require_unchanged(source.url, place.root, progress.catalogue)
         catalogue = Catalogue(
-            filesystem, root, settings.shuffle.chapter_shards, source.s3, progress.catalogue
+            place.filesystem,
+            place.root,
+            settings.shuffle.chapter_shards,
+            source.s3,
+            progress.catalogue,
+            place.only,
         )
+        source = replace(source, settled=catalogue.settle_names(place.names))
         plan = plan_windows(catalogue, settings.seed, settings.shuffle, progress.cursor)
         self._windows = (
             read_in_process(plan, source, num_rows)

@@ -4,19 +4,26 @@ Reads one listing page or the index, the footers of a section, and windows until
 keys that can list but not read fail here, not an hour later.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pipelines.data.making.caption_file import open_set
+from pipelines.data.shards.columns import (
+    ColumnMap,
+    ColumnNames,
+    column_error,
+    kind_of,
+    map_columns,
+)
 from pipelines.data.shards.filesystem import S3Settings
-from pipelines.data.shards.parquet import Fault, RowGroupReader
+from pipelines.data.shards.parquet import Footer
+from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.schema import (
     CAPTION,
+    REQUIRED_COLUMNS,
     SAMPLE_ID,
     Encoding,
     ShardKind,
     encoding_of,
-    kind_of,
 )
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.content import digests
@@ -40,6 +47,8 @@ class FolderFacts:
         encoding: How, if it is an encoded one.
         first: Digests of the row groups of the first window that has a usable row.
         captions: The usable captions of the first window that has some.
+        columns: Where the first readable shard has ids and captions.
+        names: Names of the set's columns.
     """
 
     num_shards: int
@@ -48,6 +57,13 @@ class FolderFacts:
     encoding: Encoding | None
     first: tuple[dict[str, Any], ...]
     captions: tuple[str, ...] = ()
+    columns: ColumnMap = field(default_factory=lambda: ColumnMap({}))
+    names: ColumnNames = ColumnNames()
+
+    @property
+    def found(self) -> str:
+        """One line that names the columns that were taken for ours; empty where they are ours."""
+        return self.columns.in_words()
 
 
 def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> FolderFacts:
@@ -63,11 +79,15 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
             no usable row; says what is wrong with them.
     """
     source = replace(source, columns=(), encoding=None, decode=None)
-    filesystem, root = open_set(source.url, source.s3)
-    catalogue = Catalogue(filesystem, root, shuffle.chapter_shards, source.s3)
-    reader = RowGroupReader(filesystem, root, source.s3)
+    place = source.open()
+    catalogue = Catalogue(
+        place.filesystem, place.root, shuffle.chapter_shards, source.s3, only=place.only
+    )
+    names = catalogue.settle_names(place.names)
+    source = replace(source, settled=names)
+    reader = source.reader_of(place)
     rejects: list[Reject] = []
-    first_section = None
+    first_section = misfit = None
     for planned in plan_windows(catalogue, seed, shuffle):
         cursor = planned.window.cursor
         first_section = first_section or cursor
@@ -75,24 +95,32 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
             break
         rejects += planned.rejects
         table = read_window(reader, source, planned.window)
-        usable = table.column(REASON).null_count
-        if usable:
-            first = planned.window.groups[0]
-            footer = reader.footers([(first.shard, first.num_bytes)])[0]
-            if isinstance(footer, Fault):
-                continue
+        footer, columns = None, None
+        for group in planned.window.groups:
+            footer = reader.footers([(group.shard, group.num_bytes)])[0]
+            if not isinstance(footer, Fault):
+                columns = map_columns(footer.schema, names, REQUIRED_COLUMNS)
+                if isinstance(columns, ColumnMap):
+                    break
+                misfit = misfit or (group.shard, columns)
+        has_usable = table.column(REASON).null_count
+        if isinstance(footer, Footer) and isinstance(columns, ColumnMap) and has_usable:
             return FolderFacts(
                 catalogue.num_shards,
                 catalogue.num_rows,
-                kind_of(footer.schema),
+                kind_of(footer.schema, names),
                 encoding_of(footer.schema),
                 tuple(digests(planned.window, table)),
                 tuple(table.filter(table.column(REASON).is_null()).column(CAPTION).to_pylist()),
+                columns,
+                names,
             )
         rejects += [
             Reject(planned.window.groups[line["group"]].shard, None, None, None, line["reason"])
             for line in table.select(("group", REASON)).to_pylist()
         ]
+    if misfit is not None:
+        raise column_error(source.url, *misfit, source.names)
     raise DataError(
         f"reading the first shards of {source.url}",
         f"no usable row: {summarize_rejects(rejects)}",
@@ -101,7 +129,9 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
     )
 
 
-def first_captions(url: str, s3: S3Settings, seed: int, wanted: int) -> tuple[str, ...]:
+def first_captions(
+    url: str, s3: S3Settings, seed: int, wanted: int, names: ColumnNames = ColumnNames()
+) -> tuple[str, ...]:
     """The first captions of a folder's seeded order, to validate or evaluate with.
 
     Figures of two runs are compared over them, so they depend on folder and seed alone, and nothing
@@ -111,11 +141,17 @@ def first_captions(url: str, s3: S3Settings, seed: int, wanted: int) -> tuple[st
         DataError: The folder cannot be read, or a row met on the way cannot be used.
         ConfigError: It holds fewer rows.
     """
-    settings = StreamSettings(Source(url, s3), seed, max_bad_fraction=0.0)
+    settings = StreamSettings(Source(url, s3, names=names), seed, max_bad_fraction=0.0)
     with Feed(settings, FeedProgress(), wanted) as feed:
         batch = feed.take(wanted)
     if batch.stop is not None:
-        raise DataError(f"reading held-out captions from {url}", *batch.stop[1:])
+        found = batch.stop[1]
+        raise DataError(
+            f"reading held-out captions from {url}",
+            found,
+            "captions of which every one can be used",
+            f"Repair or remove these rows: sgmd check {url} names them",
+        )
     if len(batch.epochs) > 1:
         raise ConfigError(
             f"choosing {wanted} captions from {url}",

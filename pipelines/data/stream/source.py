@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.data.making.caption_file import open_set
+from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.parquet import RowGroupReader
+from pipelines.data.shards.scan import ShardSet
 from pipelines.data.shards.schema import Encoding
 
 Decode = Callable[[bytes, float], NDArray[np.uint8]]
@@ -25,6 +27,8 @@ class Source:
         columns: What to read besides ids and captions: `text_embeds`, `latents`, `video`, `fps`.
         encoding: What latents and embeddings must be; None where they are not read.
         max_caption_chars: Longer captions are rejected.
+        names: Names that the caller gives for the set's columns.
+        settled: Names that its first shards have; None as long as nobody has looked.
         decode: Applied to `video`; the column then holds the pixels' bytes.
         pixel_shape: (frames, height, width, 3) that `decode` must come to.
     """
@@ -36,8 +40,17 @@ class Source:
     max_caption_chars: int = 4096
     decode: Decode | None = None
     pixel_shape: tuple[int, ...] = ()
+    names: ColumnNames = ColumnNames()
+    settled: ColumnNames | None = None
+
+    def open(self, *, probe: bool = True) -> ShardSet:
+        """Opens the folder; see `open_set`."""
+        return open_set(self.url, self.s3, self.names, probe=probe)
+
+    def reader_of(self, place: ShardSet) -> RowGroupReader:
+        """A reader of the opened folder."""
+        return RowGroupReader(place.filesystem, place.root, self.s3, self.settled or place.names)
 
     def open_reader(self) -> RowGroupReader:
         """Opens the folder for reading in this process."""
-        filesystem, root = open_set(self.url, self.s3, probe=False)
-        return RowGroupReader(filesystem, root, self.s3)
+        return self.reader_of(self.open(probe=False))

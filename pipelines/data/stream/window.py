@@ -23,7 +23,6 @@ from pipelines.data.shards.schema import (
     Encoding,
     encoding_of,
     faults_in,
-    missing_columns,
 )
 from pipelines.data.stream.plan import RowGroup, Window
 from pipelines.data.stream.row_checks import check_rows
@@ -112,9 +111,6 @@ def _checked(
         return table
     if table.num_rows != group.num_rows:
         return Fault(f"changed since it was listed ({group.num_rows} rows, now {table.num_rows})")
-    misfits = missing_columns(table.schema, columns)
-    if misfits:
-        return Fault(f"a type that cannot be read in column {', '.join(misfits)}")
     if source.encoding is not None:
         try:
             found = encoding_of(table.schema)

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipelines.data.shards.columns import kind_of
 from pipelines.data.shards.schema import (
     ENCODING_KEY,
     Encoding,
@@ -14,10 +15,7 @@ from pipelines.data.shards.schema import (
     caption_schema,
     encoded_schema,
     encoding_of,
-    kind_of,
-    missing_columns,
     parquet_options,
-    require_columns,
     video_schema,
 )
 from pipelines.data.shards.values import pack, pack_text, unpack_latents, unpack_text
@@ -85,15 +83,3 @@ def test_metadata_that_make_no_sense_are_told() -> None:
     broken = caption_schema().with_metadata({ENCODING_KEY: b'{"latent_shape": [1, 2]}'})
     with pytest.raises(DataError, match=r"sgmd\.encoding.*sgmd encode"):
         encoding_of(broken)
-
-
-def test_a_column_of_the_wrong_type_counts_as_missing() -> None:
-    schema = pa.schema([("sample_id", pa.int64()), ("caption", pa.int32())])
-    assert missing_columns(schema) == ["caption"]
-    with pytest.raises(DataError, match=r"one\.parquet: columns sample_id \(int64\).*missing cap"):
-        require_columns(schema, "one.parquet")
-
-
-def test_strings_may_be_large_or_of_a_dictionary() -> None:
-    text = pa.dictionary(pa.int32(), pa.string())
-    assert not missing_columns(pa.schema([("sample_id", pa.large_string()), ("caption", text)]))

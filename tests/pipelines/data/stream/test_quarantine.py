@@ -289,7 +289,7 @@ def test_a_first_look_tells_size_and_kind(folder: Path) -> None:
 
 def test_a_first_look_refuses_a_folder_whose_shards_all_lack_a_column(tmp_path: Path) -> None:
     for shard in range(3):
-        table = pa.table({"sample_id": ["a"], "text": ["b"]})
+        table = pa.table({"sample_id": ["a"], "label": ["b"]})
         (tmp_path / "set").mkdir(exist_ok=True)
         pq.write_table(table, tmp_path / "set" / f"{shard}.parquet")
     with pytest.raises(DataError, match=r"no usable row.*0\.parquet.*missing column caption"):
