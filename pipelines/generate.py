@@ -7,6 +7,7 @@ not on the other prompts of the call.
 """
 
 import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 
-from cluster.files import write_whole
+from cluster.files import storage_errors, write_whole
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
 from pipelines.run.folder import require_lasting_folder
@@ -31,6 +32,7 @@ OnProgress = Callable[[int, int], None]
 # Players show a clip of 32 px as a dot.
 _SMALLEST_SIDE_PX = 256
 _SLUG_LENGTH = 48
+_LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,9 +114,12 @@ def generate(
     _require_request(prompts, seeds, formats, changes, zoom)
     family = family_of(folder)
     settings = _settings(family, folder, changes)
-    sampler = family.open_sampler(folder, device or _default_device())
+    device = device or _default_device()
+    _require_device(device)
+    sampler = family.open_sampler(folder, device)
     root = Path(output)
-    root.mkdir(parents=True, exist_ok=True)
+    with storage_errors(f"writing clips to {root}"):
+        root.mkdir(parents=True, exist_ok=True)
     total = len(prompts) * len(seeds) * settings.num_steps
     digits = max(2, len(str(len(prompts) - 1)))
     clips: list[GeneratedClip] = []
@@ -128,9 +133,10 @@ def generate(
         frames = sampler.sample(_sample_request(prompt, chosen, settings), on_step)
         seconds = time.perf_counter() - began
         stem = f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}"
-        paths = tuple(
-            _write(root / f"{stem}.{form}", frames, settings.fps, zoom) for form in formats
-        )
+        with storage_errors(f"writing clips to {root}"):
+            paths = tuple(
+                _write(root / f"{stem}.{form}", frames, settings.fps, zoom) for form in formats
+            )
         clips.append(GeneratedClip(prompt, chosen, paths, frames, seconds))
     return clips
 
@@ -166,11 +172,16 @@ def _require_request(
         raise ConfigError(
             attempted, f"the prompts {list(prompts)}", "at least one, none of them empty"
         )
-    if not seeds or min(seeds) < 0:
-        raise ConfigError(attempted, f"the seeds {list(seeds)}", "at least one, none below 0")
+    if not seeds or min(seeds) < 0 or max(seeds) > _LARGEST_SEED:
+        raise ConfigError(
+            attempted, f"the seeds {list(seeds)}", f"at least one, each from 0 to {_LARGEST_SEED}"
+        )
     unknown = [form for form in formats if form not in FORMATS]
     if unknown or not formats:
         raise ConfigError(attempted, f"the formats {list(formats)}", f"some of {FORMATS}")
+    for name, value in changes.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(attempted, f"{name} = {value}", "a finite number")
     for name in ("num_steps", "guidance_scale", "text_length", "num_frames", "fps"):
         if changes.get(name, 1) < 1:
             raise ConfigError(
@@ -196,6 +207,23 @@ def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> Path:
 def _slug(prompt: str) -> str:
     slug = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
     return slug[:_SLUG_LENGTH].rstrip("-") or "clip"
+
+
+def _require_device(device: str) -> None:
+    """Checks that torch can compute there.
+
+    Raises:
+        ConfigError: It knows no such device, or this machine has none.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            "generating clips",
+            f"the device {device}: {str(error).splitlines()[0]}",
+            "a device of this machine that torch knows",
+            "Leave --device out, or take cpu",
+        ) from error
 
 
 def _default_device() -> str:

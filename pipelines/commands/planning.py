@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pipelines.planning.workload import Workload
 
 _TO_GAIN = 1.05
+_MOST_GPUS = 4096  # the search over layouts grows with them
 
 
 def plan(
@@ -57,6 +58,11 @@ def plan(
         from pipelines.planning.search import find_batch
         from pipelines.planning.workload import Workload
 
+        for option, value in (("--gpu-memory", gpu_memory), ("--tflops", tflops)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError("planning a run", f"{option} {value:g}", "a number above 0")
+        if gpus > _MOST_GPUS:
+            raise ConfigError("planning a run", f"--gpus {gpus}", f"at most {_MOST_GPUS}")
         if measured is not None and tflops is not None:
             raise ConfigError(
                 "planning a run", "both --measured and --tflops", "times from one of them"

@@ -1,6 +1,5 @@
 """`sgmd recipes`: list, show, copy, schema."""
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +47,9 @@ def copy_recipe(
     as_json: Json = False,
 ) -> None:
     """Copy a recipe, to be edited."""
+    from cluster.storage import write_text
     from pipelines.config.recipe_files import find_recipe
+    from pipelines.run.folder import require_lasting_folder
 
     source = find_recipe(recipe)
     target = target or Path(source.name)
@@ -56,8 +57,8 @@ def copy_recipe(
         raise ConfigError(
             f"copying the recipe {recipe}", f"{target} is there already", "a new file"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    require_lasting_folder(target, "the file to write")
+    write_text(str(target), source.read_text(encoding="utf-8"))
     show({"path": str(target)}, as_json, f"{target}    run it: sgmd distill {target}")
 
 

@@ -142,6 +142,7 @@ def _distill_config(
     recipe: str | None, overrides: list[str], resume: Path | None
 ) -> "DistillConfig":
     from pipelines.config.recipe import load_recipe
+    from pipelines.run.folder import RunFolder
 
     if resume is None:
         if recipe is None:
@@ -154,6 +155,7 @@ def _distill_config(
         return load_recipe(recipe, overrides)
     if recipe is None or "=" in recipe:
         overrides = [recipe, *overrides] if recipe else overrides
+        RunFolder(resume).require()
         recipe = str(resume / "config.yaml")
     return load_recipe(recipe, overrides).in_folder(resume)
 

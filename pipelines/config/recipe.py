@@ -177,7 +177,7 @@ class SweepSettings(Section):
 class DistillConfig(Section):
     """A whole distillation: the sections of one recipe."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run and of its folder."""
     output: str = "runs"
     """Folder that holds the run's folder."""

@@ -49,6 +49,7 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_too_long": "a shorter text",
     "string_pattern_mismatch": "letters, digits, `.`, `_` and `-`, a letter or digit first",
     "list_type": "a list",
     "tuple_type": "a list",

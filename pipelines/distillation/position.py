@@ -169,6 +169,15 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
     if not folder.identity.exists():
         return []
     began, now = read_json(str(folder.identity)), identity(config, checked)
+    if not isinstance(began, dict) or not all(
+        isinstance(began.get(name), dict) for name in ("settings", "model")
+    ):
+        raise CheckpointError(
+            f"resuming {folder.root}",
+            f"{folder.identity.name} does not hold the settings and the model of its beginning",
+            "the identity.json that the run wrote when it began",
+            "Restore that file from a copy, or start a new run",
+        )
     captions = began.get("validation", {}), now["validation"]
     return [
         *value_differences(began["settings"], now["settings"]),

@@ -103,7 +103,7 @@ class TestErrors:
     def test_a_run_that_is_not_there_cannot_be_resumed(self, empty_folder):
         result = sgmd("distill", "--resume", "runs/none")
         assert result.exit_code == 2
-        assert "runs/none/config.yaml" in result.stderr
+        assert "runs/none: no config.yaml there" in result.stderr
 
     def test_a_missing_model_folder_is_met_by_a_dry_run(self, empty_folder):
         result = sgmd("distill", "tiny", "model.folder=nowhere", "--dry-run")
@@ -147,6 +147,33 @@ class TestDoctor:
         result = sgmd("doctor", "--storage", tmp_path / "file" / "folder")
         assert result.exit_code == 1
         assert "missing" in result.stdout
+
+
+class TestOddRequests:
+    """Each is refused in one sentence that names what was found and what to do."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "found", "expected"),
+        [
+            (("distill", "--resume", "nowhere"), "no config.yaml", "folder of an earlier run"),
+            (("distill", "tiny", f"name={'n' * 300}"), "name is", "a shorter text"),
+            (("plan", "tiny", "--tflops", "0"), "--tflops 0", "a number above 0"),
+            (("plan", "tiny", "--tflops", "-1"), "--tflops -1", "a number above 0"),
+            (("plan", "tiny", "--gpu-memory", "nan"), "--gpu-memory nan", "a number above 0"),
+            (("plan", "tiny", "--gpus", "100000000"), "100000000", "4096"),
+            (("recipes", "copy", "tiny", "file/x.yaml"), "file", "storage that works"),
+            (("recipes", "copy", "tiny", "s3://b/x.yaml"), "object store", "folder on a disk"),
+        ],
+    )
+    def test_an_odd_request_says_what_is_wrong(self, arguments, found, expected, empty_folder):
+        (empty_folder / "file").write_text("")
+        result = sgmd(*arguments)
+        told = " ".join(result.stderr.split())
+        assert result.exit_code in (1, 2)
+        assert found in told
+        assert expected in told
+        assert "Traceback" not in told
+        assert "not a failure that sgmd knows" not in told
 
 
 class TestBench:

@@ -118,7 +118,7 @@ def open_folder(
     attempted = f"opening the data folder {without_secrets(url)}"
     try:
         filesystem, root = _open(url, s3)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, OSError) as error:
         raise DataError(
             attempted,
             without_secrets(f"{type(error).__name__}: {error}"),
