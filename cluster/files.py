@@ -52,10 +52,11 @@ _REMEDIES = {
     ),
 }
 _CODE = re.compile(r"(?:os error|[Ee]rrno) (\d+)")
-_STORAGE = (
-    "storage that works",
-    "Check the path and the rights to it; for S3 also AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,"
-    " AWS_SECRET_ACCESS_KEY and that the bucket exists",
+_DISK = ("storage that works", "Check the path and the rights to it")
+_OBJECT_STORE = (
+    "an object store that works",
+    "Check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, that the bucket exists and"
+    " the rights to it",
 )
 
 
@@ -73,9 +74,19 @@ def storage_errors(attempted: str) -> Iterator[None]:
     except ClusterError:
         raise
     except Exception as error:
-        expected, remedy = _REMEDIES.get(_code_of(error), _STORAGE)
+        usual = _OBJECT_STORE if _is_remote(attempted, error) else _DISK
+        expected, remedy = _REMEDIES.get(_code_of(error), usual)
         found = f"{type(error).__name__}: {error}"
         raise StorageError(attempted, found, expected, remedy) from error
+
+
+def _is_remote(attempted: str, error: BaseException) -> bool:
+    """Returns True if an error comes from an object store; s3fs chains the SDK's errors."""
+    if "://" in attempted:
+        return True
+    chain = [error, error.__cause__, error.__context__]
+    sdk = ("botocore", "aiobotocore", "aiohttp")
+    return any(type(each).__module__.split(".")[0] in sdk for each in chain)
 
 
 def _code_of(error: Exception) -> int:

@@ -225,8 +225,10 @@ def _storage(folder: str) -> Finding:
     # Whatever a storage client raises, it is what is to be reported.
     except Exception as error:
         remedy = (
-            "For S3 check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
-            "that the bucket exists"
+            "Check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and that the bucket "
+            "exists"
+            if "://" in folder
+            else "Check the folder and the rights to it"
         )
         return Finding(name, Status.MISSING, f"{type(error).__name__}: {error}", remedy)
     if read != payload:

@@ -2,8 +2,10 @@
 
 import fsspec
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from cluster.errors import StorageError
+from cluster.files import storage_errors
 from cluster.storage import read_json, write_json, write_text
 
 
@@ -28,3 +30,18 @@ def test_a_missing_bucket_is_an_error_and_stays_missing(s3_bucket):
     with pytest.raises(StorageError, match="bucket exists"):
         write_text("s3://elsewhere/run/config.yaml", "x")
     assert "elsewhere" not in fsspec.filesystem("s3", skip_instance_cache=True).ls("")
+
+
+@pytest.mark.parametrize(
+    ("place", "cause", "named"),
+    [
+        ("/disk/run", None, "Check the path and the rights to it"),
+        ("s3://bucket/run", None, "AWS_ENDPOINT_URL"),
+        ("bucket/run", EndpointConnectionError(endpoint_url="http://x"), "AWS_ENDPOINT_URL"),
+    ],
+)
+def test_a_remedy_names_the_settings_of_s3_only_where_s3_is_meant(place, cause, named):
+    with pytest.raises(StorageError) as caught, storage_errors(f"reading {place}"):
+        raise PermissionError(13, "Permission denied") from cause
+    assert named in str(caught.value)
+    assert ("AWS" in str(caught.value)) == ("AWS" in named)

@@ -49,7 +49,7 @@ def test_a_storage_that_cannot_be_written_is_missing_and_says_why(tmp_path: Path
     found = finding("storage", storage=str(tmp_path / "file" / "folder"))
     assert found.status is Status.MISSING
     assert "file" in found.found
-    assert "AWS_ENDPOINT_URL" in found.remedy
+    assert found.remedy == "Check the folder and the rights to it"
 
 
 def test_a_storage_of_an_unknown_kind_is_missing():

@@ -292,7 +292,10 @@ def _is_keys(error: BaseException, text: str) -> bool:
 def _is_endpoint(error: BaseException, text: str) -> bool:
     if isinstance(error, boto.ConnectionError | boto.HTTPClientError):
         return True
-    return isinstance(error, ConnectionError | TimeoutError)
+    # A network mount that hangs raises TimeoutError too; the system's has a number.
+    return isinstance(error, ConnectionError) or (
+        isinstance(error, TimeoutError) and error.errno is None
+    )
 
 
 def _is_busy(error: BaseException, text: str) -> bool:
