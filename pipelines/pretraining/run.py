@@ -114,16 +114,20 @@ def pretrain(
     for folder in (config.world.train, config.world.held_out):
         require_shards(folder)
     config = config.with_absolute_paths()
+    identities = stage_identities(config)
+    require_same_stages(Path(config.run_dir), identities)
     require_cpus(num_cpus_needed(config), f"training {config.name}")
     with hold(config.run_dir, f"sgmd pretrain {config.name}"):
-        return _pretrain(config, on_event)
+        return _pretrain(config, identities, on_event)
 
 
-def _pretrain(config: PretrainConfig, on_event: Callable[[PretrainEvent], None]) -> PretrainResult:
+def _pretrain(
+    config: PretrainConfig,
+    identities: dict[str, dict[str, Any]],
+    on_event: Callable[[PretrainEvent], None],
+) -> PretrainResult:
     """Runs a checked recipe in a folder that this process holds."""
     run_dir = Path(config.run_dir)
-    identities = stage_identities(config)
-    require_same_stages(run_dir, identities)
     with follow_events(run_dir / EVENTS_FILE, on_event):
         _train_vae(config, run_dir, identities[VAE_STAGE])
         _train_denoiser(config, run_dir, identities[DENOISER_STAGE])
