@@ -8,6 +8,7 @@ import typer
 from pipelines.commands.options import Json
 from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits, FitPolicy
+from pipelines.data.making.caption_choice import CaptionChoice
 
 if TYPE_CHECKING:
     from pipelines.data.making.prepare import PrepareProgress
@@ -73,6 +74,15 @@ def prepare(
     captions_only: Annotated[
         bool, typer.Option("--captions-only", help="Manifest: take the captions, no videos")
     ] = False,
+    captions: Annotated[
+        CaptionChoice,
+        typer.Option(
+            help="Of a list of captions, or of manifest rows with one video: take the first"
+            " usable one or a random one, and count the others in the summary; or make a row of"
+            " each (all), with the ids ID#0, ID#1, ..."
+        ),
+    ] = CaptionChoice.FIRST,
+    seed: Annotated[int, typer.Option(help="Which caption --captions random takes")] = 0,
     num_frames: NumFrames = None,
     height: Height = None,
     width: Width = None,
@@ -117,6 +127,8 @@ def prepare(
                 max_caption_chars=max_caption_chars,
                 max_clip_bytes=max_clip_mb * 2**20,
                 limits=ClipLimits(max_pixels, max_frames, max_seconds, max_decode_seconds),
+                captions=captions,
+                seed=seed,
             ),
             shard_clips=shard_clips,
             shard_bytes=shard_mb * 2**20,

@@ -4,6 +4,7 @@ rows of the file -> SourceClip, or the rejection of a row that names none
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
@@ -21,6 +22,8 @@ from pipelines.data.making.manifest_rows import (
     printable,
 )
 from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.making.several_captions import list_fault, rows_by_clip
+from pipelines.data.making.skipped import SkippedFiles
 from pipelines.data.making.source_clip import (
     Columns,
     FileRange,
@@ -36,9 +39,18 @@ _BAD_CAPTION = Reason.UNREADABLE_CAPTION
 
 
 def manifest_clips(
+    filesystem: AbstractFileSystem, path: str, columns: Columns, skipped: SkippedFiles
+) -> Iterator[SourceClip | Rejection]:
+    """The clips of a manifest; see `list_clips`."""
+    if columns.several and columns.path is not None:
+        return rows_by_clip(lambda: _row_clips(filesystem, path, columns), skipped)
+    return _row_clips(filesystem, path, columns)
+
+
+def _row_clips(
     filesystem: AbstractFileSystem, path: str, columns: Columns
 ) -> Iterator[SourceClip | Rejection]:
-    """The rows of a manifest; see `list_clips`."""
+    """Each row of a manifest as a clip."""
     address = address_of(filesystem, path)
     with open_reading(filesystem, path) as file:
         ids = _CaptionIds()
@@ -161,7 +173,11 @@ def _manifest_clip(
     names = _caption_columns([*row], columns)
     _require_one_caption(names, address, columns)
     caption = row[names[0]] if names else None
-    fault = None if caption is None else fault_of_text(caption)
+    if columns.several and isinstance(caption, list):
+        caption = tuple(caption)
+        fault = list_fault(caption)
+    else:
+        fault = None if caption is None else fault_of_text(caption)
     path = None if columns.path is None else row.get(columns.path)
     if columns.path is not None and (not isinstance(path, str) or not path.strip()):
         detail = f"{columns.path} = {str(path)[:80]!r}"
@@ -173,7 +189,9 @@ def _manifest_clip(
     if columns.sample_id is None and sample_id is None:
         if fault is not None:
             return Rejection("", address, number, _BAD_CAPTION, fault)
-        sample_id = ids.next(caption or "")
+        # A list is hashed as a whole, so its id does not depend on which caption is taken.
+        text = json.dumps(caption, default=str) if isinstance(caption, tuple) else caption
+        sample_id = ids.next(text or "")
     if sample_id is None or not str(sample_id):
         detail = f"{columns.sample_id} = {sample_id!r}"
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)

@@ -11,17 +11,23 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
+from pipelines.data.making.caption_choice import CaptionChoice
 from pipelines.data.making.journal import Journal, filling, open_journal
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.ordered_pool import Died, map_in_order
-from pipelines.data.making.prepare_clip import ClipRules, PreparedClip, prepare_clip
+from pipelines.data.making.prepare_clip import (
+    ClipRules,
+    PreparedClip,
+    clips_of_captions,
+    prepare_clip,
+)
 from pipelines.data.making.rejections import (
     Reason,
     Rejection,
@@ -105,20 +111,29 @@ class PrepareReport(SetReport):
     Attributes:
         skipped: Files of the source that are no part of a clip, by kind.
         look: Clips of this run whose look a decoder changes, by property, see `look_of`.
+        captions: The rule for clips with several captions.
+        num_left_out: Captions of this run's clips that the rule leaves out.
     """
 
     skipped: Sequence[SkippedKind]
     look: dict[str, int]
+    captions: CaptionChoice
+    num_left_out: int
 
     def to_json(self) -> dict[str, Any]:
         """Names and values as the command prints them."""
         skipped = [asdict(kind) for kind in self.skipped]
-        return SetReport.to_json(self) | {"look": self.look, "skipped": skipped}
+        facts = {"look": self.look, "captions_left_out": self.num_left_out, "skipped": skipped}
+        return SetReport.to_json(self) | facts
 
     def notes(self) -> Sequence[str]:
         """A line for each kind of what is not in the set."""
         skipped = [f"skipped, {kind.in_words()}" for kind in self.skipped]
-        return [*SetReport.notes(self), *skipped]
+        left_out = (
+            f"left out, captions of clips that have several: {self.num_left_out} (--captions"
+            f" {self.captions}; all takes each of them as a row)"
+        )
+        return [*SetReport.notes(self), *skipped, *([left_out] if self.num_left_out else [])]
 
 
 def prepare(
@@ -146,7 +161,7 @@ def prepare(
     open_journal(dst, "prepare", settings)  # refuses before anything is written
     captions_only = src.lower().endswith(PROMPTS_SUFFIX) or options.columns.path is None
     skipped = SkippedFiles()
-    listed = iter(list_clips(src, options.columns, skipped=skipped))
+    listed = list_clips(src, replace(options.columns, several=True), skipped=skipped)
     first = next(listed, None)
     if first is None:
         raise _no_clip(src, captions_only, skipped)
@@ -161,6 +176,8 @@ def prepare(
         **set_facts(dst, journal, num_before, started),
         skipped=skipped.kinds,
         look=dict(filler.look.most_common()),
+        captions=options.rules.captions,
+        num_left_out=filler.num_left_out,
     )
 
 
@@ -180,7 +197,8 @@ def _fill(
     for sample_ids in journal.sample_ids():
         written.add(sample_ids)
     known: set[Place] = {(found.sample_id, found.source, found.row) for found in journal.rejections}
-    clips = fresh_clips(listed, written, known)
+    is_all = options.rules.captions is CaptionChoice.ALL
+    clips = fresh_clips(listed, written, known, clips_of_captions if is_all else None)
     outcomes = map_in_order(
         partial(prepare_clip, rules=options.rules), clips, _num_processes(options)
     )
@@ -212,7 +230,10 @@ def _no_clip(src: str, captions_only: bool, skipped: SkippedFiles) -> DataError:
 
 
 def fresh_clips(
-    listed: Iterable[SourceClip | Rejection], written: SeenIds, known: set[Place]
+    listed: Iterable[SourceClip | Rejection],
+    written: SeenIds,
+    known: set[Place],
+    split: Callable[[SourceClip], Iterable[SourceClip | Rejection]] | None = None,
 ) -> Iterator[SourceClip | Rejection]:
     """Leaves out what an earlier run has dealt with, and rejects ids that come again.
 
@@ -220,19 +241,28 @@ def fresh_clips(
         listed: All clips of the source.
         written: Ids that are in the shards.
         known: (id, source, row) of what was rejected before.
+        split: Makes the rows of a clip, where it may have several.
     """
+    clips = _with_duplicates_rejected(listed)
+    if split is not None:
+        rows = ((clip,) if isinstance(clip, Rejection) else split(clip) for clip in clips)
+        clips = itertools.chain.from_iterable(rows)
+    for clip in clips:
+        if (clip.sample_id, clip.source, clip.row) in known:
+            continue
+        if isinstance(clip, Rejection) or not written.add([clip.sample_id]):
+            yield clip
+
+
+def _with_duplicates_rejected(
+    listed: Iterable[SourceClip | Rejection],
+) -> Iterator[SourceClip | Rejection]:
     seen = SeenIds()
     for clip in listed:
-        is_known = (clip.sample_id, clip.source, clip.row) in known
-        if isinstance(clip, Rejection):
-            if not is_known:
-                yield clip
-        elif seen.add([clip.sample_id]):
-            if not is_known:
-                detail = "an earlier clip of this source has the same id"
-                yield Rejection(clip.sample_id, clip.source, clip.row, Reason.DUPLICATE_ID, detail)
-        elif not is_known and not written.add([clip.sample_id]):
-            yield clip
+        if isinstance(clip, SourceClip) and seen.add([clip.sample_id]):
+            detail = "an earlier clip of this source has the same id"
+            clip = Rejection(clip.sample_id, clip.source, clip.row, Reason.DUPLICATE_ID, detail)
+        yield clip
 
 
 class _Filler:
@@ -255,6 +285,7 @@ class _Filler:
         self._builder = ShardBuilder(schema)
         self._waiting: list[Rejection] = []
         self.look: Counter[str] = Counter()
+        self.num_left_out = 0
         self._written = _written(journal)
 
     def take(self, outcome: PreparedClip | Rejection) -> None:
@@ -269,6 +300,7 @@ class _Filler:
                 self._judge()
             return
         self.look.update(outcome.look)
+        self.num_left_out += outcome.num_left_out
         row = {
             SAMPLE_ID: outcome.sample_id,
             CAPTION: outcome.caption,
@@ -353,6 +385,8 @@ def _settings(src: str, options: PrepareOptions) -> dict[str, object]:
         **asdict(rules.wanted),
         "crf": None if rules.wanted.keeps_everything else rules.crf,
         "decode_all": rules.whole,
+        "captions": str(rules.captions),
+        "caption_seed": rules.seed if rules.captions is CaptionChoice.RANDOM else None,
     }
 
 

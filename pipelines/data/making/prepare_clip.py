@@ -1,7 +1,8 @@
 """Reads, checks and encodes one clip in a worker of `sgmd prepare`."""
 
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -12,9 +13,15 @@ from pipelines.data.clips.clip_decoding import read_facts, read_first_frame, rea
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
 from pipelines.data.clips.transcoding import transcode
+from pipelines.data.making.caption_choice import CaptionChoice
 from pipelines.data.making.caption_rule import caption_fault
 from pipelines.data.making.manifest_rows import fault_of_text
 from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.making.several_captions import (
+    choose_caption,
+    list_fault,
+    one_clip_a_caption,
+)
 from pipelines.data.making.source_clip import CaptionFile, FileRange, SourceClip
 from pipelines.data.shards.filesystem import data_errors, open_folder
 
@@ -32,6 +39,8 @@ class ClipRules:
         max_caption_chars: A longer caption is bad.
         max_clip_bytes: A larger file is bad.
         limits: What a video may ask for.
+        captions: Which captions are taken of a clip that has several.
+        seed: Fixes the random choice of a caption; of no other use.
     """
 
     wanted: ClipFormat = field(default_factory=ClipFormat)
@@ -40,13 +49,16 @@ class ClipRules:
     max_caption_chars: int = 4096
     max_clip_bytes: int = 512 * 2**20
     limits: ClipLimits = field(default_factory=ClipLimits)
+    captions: CaptionChoice = CaptionChoice.FIRST
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedClip:
     """A row of a shard; `video` and `fps` are None in a set of captions.
 
-    `look` names what changes the look of the pictures, see `look_of`.
+    `look` names what changes the look of the pictures, see `look_of`; `num_left_out` counts the
+    clip's captions besides `caption`.
     """
 
     sample_id: str
@@ -54,6 +66,7 @@ class PreparedClip:
     video: bytes | None = None
     fps: float | None = None
     look: tuple[str, ...] = ()
+    num_left_out: int = 0
 
 
 class _BadClip(Exception):
@@ -73,9 +86,9 @@ def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip
         return clip
     reject = partial(Rejection, clip.sample_id, clip.source, clip.row)
     try:
-        caption = _caption(clip, rules)
+        caption, num_left_out = _caption(clip, rules)
         if clip.video is None:
-            return PreparedClip(clip.sample_id, caption)
+            return PreparedClip(clip.sample_id, caption, num_left_out=num_left_out)
         data = _read(clip.video, rules.max_clip_bytes, Reason.MISSING_VIDEO)
         if not rules.wanted.keeps_everything:
             look = read_look(data, rules.limits)
@@ -88,33 +101,64 @@ def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip
         return reject(bad.reason, bad.detail)
     except ClipError as error:
         return reject(error.fault, error.in_short)
-    return PreparedClip(clip.sample_id, caption, video, fps, look)
+    return PreparedClip(clip.sample_id, caption, video, fps, look, num_left_out)
 
 
-def _caption(clip: SourceClip, rules: ClipRules) -> str:
+def clips_of_captions(clip: SourceClip) -> Iterator[SourceClip | Rejection]:
+    """Makes a clip of each caption of a clip, see `one_clip_a_caption`; reads its JSON file.
+
+    Raises:
+        DataError: the storage failed, which is not the clip's fault.
+    """
+    captions = clip.caption
+    if isinstance(captions, CaptionFile) and captions.json_field is not None:
+        try:
+            captions = _captions_in(captions)
+        except _BadClip as bad:
+            yield Rejection(clip.sample_id, clip.source, clip.row, bad.reason, bad.detail)
+            return
+    if isinstance(captions, tuple) and captions:
+        yield from one_clip_a_caption(clip, captions)
+    elif captions is None or isinstance(captions, tuple):
+        yield replace(clip, caption=None)
+    else:
+        yield replace(clip, sample_id=f"{clip.sample_id}#0", caption=captions)
+
+
+def _caption(clip: SourceClip, rules: ClipRules) -> tuple[str, int]:
+    """The clip's caption, and the number of those left out."""
     if clip.caption is None:
         raise _BadClip(Reason.MISSING_CAPTION, "there is none")
-    text = clip.caption
-    if isinstance(text, CaptionFile):
-        text = _caption_in(text)
-    text = text.strip()
-    fault = caption_fault(text, rules.max_caption_chars)
+    captions = clip.caption
+    if isinstance(captions, CaptionFile):
+        captions = _captions_in(captions)
+    if isinstance(captions, tuple):
+        found = choose_caption(
+            captions, rules.captions, rules.seed, clip.sample_id, rules.max_caption_chars
+        )
+        if not isinstance(found, str):
+            raise _BadClip(*found)
+        return found.strip(), len(captions) - 1
+    fault = caption_fault(captions, rules.max_caption_chars)
     if fault is not None:
         raise _BadClip(*fault)
-    return text
+    return captions.strip(), 0
 
 
-def _caption_in(place: CaptionFile) -> str:
+def _captions_in(place: CaptionFile) -> str | tuple[object, ...]:
+    """The text of a file; the captions that its field holds, where it is JSON."""
     data = _read(place.file, _MAX_CAPTION_FILE_BYTES, Reason.MISSING_CAPTION)
     try:
         text = data.decode("utf-8-sig")
         if place.json_field is None:
             return text
-        field = json.loads(text)[place.json_field]
-        fault = fault_of_text(field)
+        content = json.loads(text)
+        captions = content if isinstance(content, list) else content[place.json_field]
+        is_list = isinstance(captions, list)
+        fault = list_fault(captions) if is_list else fault_of_text(captions)
         if fault is not None:
             raise TypeError(fault)
-        return field
+        return tuple(captions) if is_list else captions
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _BadClip(
             Reason.UNREADABLE_CAPTION, f"{place.file.url}: {type(error).__name__}: {error}"

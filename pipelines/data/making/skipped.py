@@ -17,6 +17,7 @@ HIDDEN = "hidden files and folders, whose names begin with a dot"
 TAR_LINKS = "members of tars that are no files and name no clip"
 TWO_CAPTIONS = "clips with several caption files, of which the first named is used"
 SHARED_CAPTIONS = "caption files that several videos of the same name share"
+EQUAL_CAPTIONS = "rows that repeat a video and its caption, each pair of which is taken once"
 ARCHIVES = "archives that are not read (unpack them)"
 OTHER_KINDS = "files of further unknown kinds"
 

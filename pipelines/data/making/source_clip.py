@@ -52,14 +52,15 @@ class SourceClip:
         source: The file that names it: the video itself, a tar or a manifest.
         row: Its place in a tar or a manifest, from 0; None in a folder.
         video: The video's bytes; None where the source holds captions alone.
-        caption: The caption, or where it is; None where there is none.
+        caption: The caption, or where it is; several of them as the source lists them, which need
+            not be text; None where there is none.
     """
 
     sample_id: str
     source: str
     row: int | None
     video: FileRange | None
-    caption: str | CaptionFile | None
+    caption: str | CaptionFile | tuple[object, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +74,15 @@ class Columns:
         sample_id: The id; None takes the path for it.
         caption_setting: How the caller spells the setting of the caption's name; empty where there
             is none.
+        several: Take a list as the captions of one clip, and rows of one video as one clip;
+            otherwise the list is no caption and the row a clip whose id comes again.
     """
 
     path: str | None = "path"
     caption: str | None = "caption"
     sample_id: str | None = None
     caption_setting: str = "--caption-column"
+    several: bool = False
 
     @property
     def captions(self) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
     a folder      clip.mp4 beside clip.txt (the caption) or clip.json (a field of it), at any depth
     a tar         key.mp4 and key.txt or key.json in any order; also tars that lie in the folder
-    a manifest    CSV, TSV, JSON lines, JSON or Parquet, one clip a row: a path and a caption; or
+    a manifest    CSV, TSV, JSON lines, JSON or Parquet: a path and a caption in each row, or
                   captions alone
     prompts       a .txt with one caption a line
 
@@ -122,7 +122,7 @@ def _listed(
     if suffix == PROMPTS_SUFFIX:
         yield from prompt_clips(filesystem, root)
     elif suffix in MANIFEST_SUFFIXES:
-        yield from manifest_clips(filesystem, root, columns)
+        yield from manifest_clips(filesystem, root, columns, skipped)
     elif _PACKED_TAR.search(root):
         raise DataError(
             f"reading {url}",
