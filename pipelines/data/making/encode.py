@@ -8,11 +8,13 @@ or a command that is killed and started again, leaves every sample in the set ex
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
 
 from pipelines.data.making import encode_stages
 from pipelines.data.making.caption_file import locate_set
@@ -33,7 +35,7 @@ from pipelines.data.shards.filesystem import canonical_address, open_folder
 from pipelines.data.shards.index import Shard
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.scan import ShardSet, open_shards
-from pipelines.data.shards.schema import Encoding
+from pipelines.data.shards.schema import REQUIRED_COLUMNS, VIDEO, Encoding
 from sgmd_core.errors import DataError
 from workers.models.content import fingerprint
 from workers.models.families import family_of
@@ -141,10 +143,29 @@ def _columns_of(
     found = {path: map_columns(schema, settled, wanted) for path, schema in schemas.items()}
     fitting = [columns for columns in found.values() if isinstance(columns, ColumnMap)]
     if not fitting:
+        _require_videos(src, schemas.values(), settled)
         path, fault = next(iter(found.items()))
         assert isinstance(fault, Fault), "none of them fits"
         raise column_error(src, path, fault, names, wanted)
     return settled, fitting[0]
+
+
+def _require_videos(src: str, schemas: Collection[pa.Schema], names: ColumnNames) -> None:
+    """Names the remedy for a set that has captions and no videos.
+
+    Raises:
+        DataError: No shard has a column of videos, and one has ids and captions.
+    """
+    if names.video is not None or any(VIDEO in schema.names for schema in schemas):
+        return
+    if any(isinstance(map_columns(each, names, REQUIRED_COLUMNS), ColumnMap) for each in schemas):
+        raise DataError(
+            f"encoding {src}",
+            f"captions without a column {VIDEO}",
+            "captioned videos",
+            "`sgmd distill` reads captions without encoding; where there are videos, name their"
+            f" column: {names.setting_of(VIDEO)}",
+        )
 
 
 def encoding_for(model: str, options: EncodeOptions) -> Encoding:

@@ -25,6 +25,7 @@ from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype
 from pipelines.data.making.encode_plan import Part, SourceGroup, digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
 from pipelines.data.making.journal import open_journal
+from pipelines.data.shards.columns import ColumnNames, OptionColumnNames
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import read_index
 from pipelines.data.shards.schema import Encoding, encoding_of, video_schema
@@ -128,6 +129,21 @@ class TestOptions:
         assert dtype_named("bfloat16") == "bfloat16"
         with pytest.raises(ConfigError, match="float32, bfloat16, float16"):
             dtype_named("int8")
+
+
+class TestCaptionsAlone:
+    def test_they_are_refused_before_ray_starts(self, model, tmp_path):
+        write_folder(tmp_path / "captions", [3])
+        options = replace(OPTIONS, names=OptionColumnNames())
+        with pytest.raises(DataError, match=r"captions without a column video.*--video-column"):
+            encode(str(tmp_path / "captions"), str(tmp_path / "set"), model, options)
+        assert not (tmp_path / "set").exists()
+
+    def test_a_column_of_videos_that_is_named_wrongly_is_still_told(self, model, tmp_path):
+        write_folder(tmp_path / "captions", [3])
+        options = replace(OPTIONS, names=ColumnNames(video="clip"))
+        with pytest.raises(DataError, match=r"missing column clip"):
+            encode(str(tmp_path / "captions"), str(tmp_path / "set"), model, options)
 
 
 class TestStages:
