@@ -89,7 +89,7 @@ def hold(
 
 @contextmanager
 def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[None]:
-    lock = path / LEASE_FILE
+    lock, is_new = path / LEASE_FILE, not path.exists()
     while True:
         with storage_errors(f"writing to {folder}"):
             path.mkdir(parents=True, exist_ok=True)
@@ -119,6 +119,9 @@ def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[
             # The folder may have been replaced; a file of that name is another holder's then.
             if os.fstat(descriptor).st_ino == lock.stat().st_ino:
                 lock.unlink()
+                if is_new:
+                    # Whoever was refused before writing anything leaves no empty folder.
+                    path.rmdir()
         os.close(descriptor)
 
 

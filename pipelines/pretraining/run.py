@@ -114,10 +114,10 @@ def pretrain(
     for folder in (config.world.train, config.world.held_out):
         require_shards(folder)
     config = config.with_absolute_paths()
-    identities = stage_identities(config)
-    require_same_stages(Path(config.run_dir), identities)
-    require_cpus(num_cpus_needed(config), f"training {config.name}")
     with hold(config.run_dir, f"sgmd pretrain {config.name}"):
+        identities = stage_identities(config)
+        require_same_stages(Path(config.run_dir), identities)
+        require_cpus(num_cpus_needed(config), f"training {config.name}")
         return _pretrain(config, identities, on_event)
 
 

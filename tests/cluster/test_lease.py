@@ -108,3 +108,16 @@ class TestObjectStore:
                 taker.check()
                 with pytest.raises(LeaseLostError):
                     paused.check()
+
+
+def test_a_folder_that_was_made_for_a_lease_and_stayed_empty_goes_with_it(tmp_path):
+    with hold(str(tmp_path / "new"), "a test"):
+        assert (tmp_path / "new").is_dir()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with hold(str(tmp_path / "old"), "a test"):
+        pass
+    assert (tmp_path / "old").is_dir()
+    with hold(str(tmp_path / "used"), "a test"):
+        (tmp_path / "used" / "result").write_text("kept")
+    assert (tmp_path / "used" / "result").read_text() == "kept"

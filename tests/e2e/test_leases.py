@@ -124,6 +124,7 @@ def test_every_command_that_fills_a_folder_is_refused_while_another_process_does
             assert "Wait for that process or end it" in str(caught.value)
             assert sorted(folder.rglob("*")) == before
         # A first writer that is dead leaves its file behind, which stops nobody.
+        folder.mkdir(exist_ok=True)
         (folder / LEASE_FILE).write_text(json.dumps({"owner": "nobody", "pid": 1}))
         with hold(str(folder), "the next writer"):
             pass
