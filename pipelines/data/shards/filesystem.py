@@ -290,7 +290,7 @@ def _is_keys(error: BaseException, text: str) -> bool:
 
 
 def _is_endpoint(error: BaseException, text: str) -> bool:
-    if isinstance(error, boto.ConnectionError | boto.HTTPClientError):
+    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | ClientPayloadError):
         return True
     # A network mount that hangs raises TimeoutError too; the system's has a number.
     return isinstance(error, ConnectionError) or (

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from fsspec import AbstractFileSystem
 
 from cluster.files import write_whole
-from pipelines.data.shards.filesystem import data_errors
+from pipelines.data.shards.filesystem import S3Settings, data_errors
+from pipelines.data.shards.reading import fetch_file
 from sgmd_core.errors import DataError
 
 INDEX_NAME = "_index.json"
@@ -73,20 +74,22 @@ def write_index(filesystem: AbstractFileSystem, root: str, shards: Sequence[Shar
         write_whole(f"{root}/{INDEX_NAME}", json.dumps(content).encode(), filesystem)
 
 
-def read_index(filesystem: AbstractFileSystem, root: str) -> tuple[Shard, ...] | None:
+def read_index(
+    filesystem: AbstractFileSystem, root: str, retry: S3Settings = S3Settings()
+) -> tuple[Shard, ...] | None:
     """The shards that a folder's index names, in the order of their paths; None without an index.
+
+    Args:
+        filesystem: The folder's file system.
+        root: The folder's path in it.
+        retry: How patiently it is read.
 
     Raises:
         DataError: The index is there and cannot be read or makes no sense.
     """
-    attempted = f"reading {root}/{INDEX_NAME}"
-    try:
-        with data_errors(attempted):
-            text = filesystem.cat_file(f"{root}/{INDEX_NAME}")
-    except DataError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            return None
-        raise
+    text = fetch_file(filesystem, f"{root}/{INDEX_NAME}", retry)
+    if text is None:
+        return None
     try:
         content = json.loads(text)
         if content["version"] != _VERSION:
@@ -97,7 +100,7 @@ def read_index(filesystem: AbstractFileSystem, root: str) -> tuple[Shard, ...] |
         )
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            attempted,
+            f"reading {root}/{INDEX_NAME}",
             f"{type(error).__name__}: {error}",
             f"an index of version {_VERSION}",
             "Delete the file: the folder is then listed instead",

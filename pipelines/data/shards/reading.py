@@ -19,6 +19,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 from cluster.redaction import without_secrets
 from pipelines.data.shards.filesystem import S3Settings, data_error, is_transient
+from sgmd_core.errors import DataError
 
 _MAX_BACKOFF_S = 30.0
 _AT_ONCE = 10  # as many as the SDK opens connections, so that no read waits inside its budget
@@ -38,10 +39,12 @@ class Fault:
     Attributes:
         reason: In words.
         is_unanswered: The server serves others and not this one; asking again costs a budget.
+        is_missing: There is no such file.
     """
 
     reason: str
     is_unanswered: bool = False
+    is_missing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +54,17 @@ class Range:
     Attributes:
         path: The file's path in its file system.
         start: First byte.
-        stop: Byte after the last one.
+        stop: Byte after the last one; None reads to the end of the file.
     """
 
     path: str
     start: int
-    stop: int
+    stop: int | None
+
+    @property
+    def num_bytes(self) -> int | None:
+        """Number of bytes; None where the end of the file decides."""
+        return None if self.stop is None else self.stop - self.start
 
 
 def fetch(
@@ -87,6 +95,30 @@ def fetch(
         _judged(filesystem, wanted, answer, retry)
         for wanted, answer in zip(ranges, answers, strict=True)
     ]
+
+
+def fetch_file(
+    filesystem: AbstractFileSystem, path: str, retry: S3Settings = S3Settings()
+) -> bytes | None:
+    """Reads a small file whole, as patiently as `fetch`.
+
+    Returns:
+        Its bytes; None where there is no such file.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    (answer,) = fetch(filesystem, [Range(path, 0, None)], retry)
+    if isinstance(answer, bytes):
+        return answer
+    if answer.is_missing:
+        return None
+    raise DataError(
+        f"reading {without_secrets(path)}",
+        answer.reason,
+        "a file that can be read whole",
+        "If it was damaged, write it again",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +240,7 @@ def _read_here(filesystem: AbstractFileSystem, wanted: Range, retry: S3Settings)
 
 
 def _budget_s(wanted: Range, budget_s: float) -> float:
-    return budget_s + (wanted.stop - wanted.start) / _BYTES_PER_S
+    return budget_s + (wanted.num_bytes or 0) / _BYTES_PER_S
 
 
 def _backoff_s(tries: int, retry: S3Settings) -> float:
@@ -218,12 +250,12 @@ def _backoff_s(tries: int, retry: S3Settings) -> float:
 def _outcome(wanted: Range, answer: Any) -> bytes | Fault | Exception:  # noqa: ANN401
     """Returns the outcome of one request; an exception that calls for a retry, or for the end."""
     if isinstance(answer, FileNotFoundError):
-        return Fault("the file is not there (any more)")
+        return Fault("the file is not there (any more)", is_missing=True)
     if isinstance(answer, Exception):
         retry = is_transient(answer) or isinstance(answer, PermissionError)
         return answer if retry else Fault(words_of(answer))
-    if len(answer) != wanted.stop - wanted.start:
-        return Fault(f"the file ends {wanted.stop - wanted.start - len(answer)} bytes too early")
+    if wanted.num_bytes not in (None, len(answer)):
+        return Fault(f"the file ends {wanted.num_bytes - len(answer)} bytes too early")
     return bytes(answer)
 
 

@@ -175,7 +175,7 @@ class Catalogue:
         if self._chapters:
             last = self._chapters[-1][-1].path
             return list_chapters(self._filesystem, self._root, size, last, only=self._only)
-        indexed = None if self._only else read_index(self._filesystem, self._root)
+        indexed = None if self._only else read_index(self._filesystem, self._root, self._retry)
         if indexed is None:
             return list_chapters(self._filesystem, self._root, size, only=self._only)
         return iter([indexed[at : at + size] for at in range(0, len(indexed), size)])

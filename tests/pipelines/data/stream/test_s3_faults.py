@@ -12,6 +12,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from pipelines.data.shards.filesystem import S3Settings, open_folder
+from pipelines.data.shards.index import read_index, write_index
 from pipelines.data.shards.listing import list_chapters
 from pipelines.data.shards.reading import Fault, Range, fetch
 from pipelines.data.shards.schema import parquet_options, video_schema
@@ -161,6 +162,25 @@ def test_one_object_that_is_not_served_is_a_fault_within_its_budget(
     book.plan = lambda number: trouble
     with pytest.raises(DataError, match=r"part-001\.parquet \(try"):
         fetch(filesystem, [Range(names[1], 0, 50)], quick)
+
+
+def test_an_index_whose_answer_breaks_off_is_asked_for_again(
+    through: Callable[..., ProxyBook],
+) -> None:
+    book = through(healthy)
+    filesystem, root = open_folder("s3://clips/set", PATIENT)
+    shards = tuple(shard for chapter in list_chapters(filesystem, root, 9) for shard in chapter)
+    named = [replace(shard, rows=(size,)) for shard, size in zip(shards, SIZES, strict=True)]
+    write_index(filesystem, "clips/indexed", named)
+    breaks = [Trouble.RESET, Trouble.INTERNAL, Trouble.RESET]
+    book.plan = lambda number: breaks.pop() if breaks else Trouble.NONE
+    assert read_index(filesystem, "clips/indexed", PATIENT) == tuple(named)
+    assert book.troubles[Trouble.RESET] == 2
+    assert read_index(filesystem, root, PATIENT) is None
+    book.plan = lambda number: Trouble.RESET
+    with pytest.raises(DataError, match=r"_index\.json \(try 4\)") as raised:
+        read_index(filesystem, "clips/indexed", PATIENT)
+    assert "a server that answers" in str(raised.value)
 
 
 def test_folder_markers_are_no_shards(
