@@ -150,7 +150,8 @@ def _tell(count: Counter, now: "PrepareProgress") -> None:
 def _show_set(report: "SetReport", target: str, as_json: bool) -> None:
     """Prints the report of a command that fills a folder with shards."""
     data = report.to_json()
-    figures = pairs({name: value for name, value in data.items() if name != "skipped"})
+    hidden = ("skipped", "unknown_words")
+    figures = pairs({name: value for name, value in data.items() if name not in hidden})
     show(data, as_json, figures, *report.notes(), f"Look at them: sgmd check {target}")
 
 
@@ -235,9 +236,22 @@ def _in_a_line(value: object) -> object:
     return "  ".join(f"{name}: {inner}" for name, inner in value.items())
 
 
+_CLIP_OPTIONS = (
+    *("num_frames", "height", "width", "fps", "policy", "video_column"),
+    *("max_pixels", "max_frames", "max_seconds", "max_decode_seconds"),
+    *("video_encoders", "video_gpus"),
+)
+
+
 def encode(
+    context: typer.Context,
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="Folder or s3://bucket/prefix of video shards.")
+        str,
+        typer.Argument(
+            metavar="SRC",
+            help="Folder or s3://bucket/prefix of video shards; with --text-only of any shards,"
+            " or a file of captions.",
+        ),
     ],
     target: Annotated[
         str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix for the new shards.")
@@ -248,6 +262,9 @@ def encode(
     width: Width = None,
     fps: Fps = None,
     policy: Policy = FitPolicy.CROP,
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Make text embeddings alone; no video is read")
+    ] = False,
     text_length: Annotated[
         int | None, typer.Option(min=1, help="Text positions; longer captions are cut")
     ] = None,
@@ -281,6 +298,8 @@ def encode(
         from pipelines.data.shards.columns import OptionColumnNames
         from pipelines.media.inference import model_folder, read_inference_settings
 
+        if text_only:
+            _refuse_clip_options(context)
         folder = model_folder(model)
         known = read_inference_settings(folder)
         report = make_latents(
@@ -304,9 +323,33 @@ def encode(
                 decoders=decoders,
                 videos=ActorPool(video_encoders, video_gpus),
                 captions=ActorPool(text_encoders, text_gpus),
+                text_only=text_only,
                 names=OptionColumnNames(caption_column, id_column, video_column),
                 address=address,
             ),
             on_progress,
         )
     _show_set(report, target, as_json)
+
+
+def _refuse_clip_options(context: typer.Context) -> None:
+    """Refuses options of videos where no video is read.
+
+    Raises:
+        ConfigError: The command line has one.
+    """
+    given = []
+    for parameter in context.command.params:
+        if parameter.name in _CLIP_OPTIONS:
+            origin = context.get_parameter_source(parameter.name)
+            if origin is not None and origin.name != "DEFAULT":
+                given.append(parameter.opts[0])
+    if given:
+        from sgmd_core.errors import ConfigError
+
+        raise ConfigError(
+            "reading the options of `sgmd encode`",
+            f"--text-only with {', '.join(given)}",
+            "no option of videos, because --text-only reads none",
+            "Leave out these options, or --text-only",
+        )

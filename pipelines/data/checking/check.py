@@ -229,7 +229,7 @@ def _open(shard: Shard, footer: Footer, names: ColumnNames) -> _OpenShard | Reje
         hint = "" if CAPTION not in columns.reason else f"; see {names.setting_of(CAPTION)}"
         return _unreadable(shard, columns.reason + hint)
     encoding = None
-    if kind is ShardKind.ENCODED:
+    if kind in (ShardKind.ENCODED, ShardKind.TEXT):
         try:
             encoding = encoding_of(footer.schema)
         except DataError as error:

@@ -238,12 +238,12 @@ class _Look:
         task, table = self.task, rows.table
         start, stop = np.searchsorted(task.tried, (rows.first, rows.first + table.num_rows))
         for row in (task.tried[start:stop] - rows.first).tolist():
-            values = [table[name][row].as_py() for name in _values(task.kind)]
+            values = {name: table[name][row].as_py() for name in _values(task.kind)}
             try:
                 if task.kind is ShardKind.VIDEO:
-                    self.clips.append(read_facts(values[0] or b"", task.limits))
+                    self.clips.append(read_facts(values[VIDEO] or b"", task.limits))
                 elif task.encoding is not None:
-                    _try_values(values[0], values[1], task.encoding)
+                    _try_values(values, task.encoding)
             except ClipError as error:
                 yield row, (error.fault, error.found)
             except DataError as error:
@@ -266,18 +266,17 @@ def _values(kind: ShardKind) -> tuple[str, ...]:
     columns = {
         ShardKind.VIDEO: (VIDEO,),
         ShardKind.ENCODED: (LATENTS, TEXT_EMBEDS),
+        ShardKind.TEXT: (TEXT_EMBEDS,),
         ShardKind.CAPTIONS: (),
     }
     return columns[kind]
 
 
-def _try_values(latents: Any, text: Any, encoding: Encoding) -> None:  # noqa: ANN401 - of a file
+def _try_values(stored: Mapping[str, Any], encoding: Encoding) -> None:
     """Checks shapes and that all numbers are finite."""
-    for name, values in (
-        (LATENTS, unpack_latents(latents or b"", encoding)),
-        (TEXT_EMBEDS, unpack_text(text or b"", encoding)),
-    ):
-        if not torch.isfinite(values).all():
+    for name, content in stored.items():
+        unpack = unpack_latents if name == LATENTS else unpack_text
+        if not torch.isfinite(unpack(content or b"", encoding)).all():
             raise DataError(
                 f"reading {name}", f"{name} with numbers that are not finite", "numbers"
             )

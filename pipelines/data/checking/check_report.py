@@ -23,7 +23,7 @@ class CheckReport:
 
     Attributes:
         folder: Its address.
-        kind: captions, video or encoded.
+        kind: captions, video, encoded or text (embeddings alone).
         num_shards: Parquet files, those without rows included.
         num_empty: Parquet files without rows or without a byte; nothing is wrong with them.
         columns: Stored names of the columns that are not named as ours, in words; empty where all

@@ -2,22 +2,26 @@
 
     plan (ours: parts) -> Ray Data: read, decode, encode -> rows, in order -> parts -> index
 
+With `text_only`, captions become text embeddings, and no video is read.
+
 The plan and the counting are ours, the execution is Ray Data's. A part is written when all its rows
 have come back, good or bad, and under a name that the plan fixes. So a row that Ray computes twice,
 or a command that is killed and started again, leaves every sample in the set exactly once.
 """
 
+import pickle
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipelines.data.making import encode_stages
-from pipelines.data.making.caption_file import locate_set
+from pipelines.data.making.caption_file import open_set
 from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.encode_plan import Part, digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
@@ -31,14 +35,17 @@ from pipelines.data.shards.columns import (
     map_columns,
     settle_names,
 )
-from pipelines.data.shards.filesystem import canonical_address, open_folder
+from pipelines.data.shards.filesystem import canonical_address
 from pipelines.data.shards.index import Shard
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.scan import ShardSet, open_shards
-from pipelines.data.shards.schema import REQUIRED_COLUMNS, VIDEO, Encoding
+from pipelines.data.shards.schema import CAPTION, REQUIRED_COLUMNS, VIDEO, Encoding
 from sgmd_core.errors import DataError
 from workers.models.content import fingerprint
 from workers.models.families import family_of
+from workers.models.vocabulary import UnknownWords
+
+_NUM_LOOKED_AT = 256  # as many captions as `distill` looks at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +55,22 @@ class EncodeReport(SetReport):
     Attributes:
         encoding: Shapes, type, and the fingerprints of the networks.
         columns: Columns of the source that are not named as ours, in words; empty where all are.
+        unknown_words: Words of its first captions that the tokenizer does not know.
     """
 
     encoding: dict[str, Any]
     columns: str = ""
+    unknown_words: UnknownWords
 
     def to_json(self) -> dict[str, Any]:
         """Names and values as the command prints them."""
         own = {"encoding": self.encoding, "columns": self.columns}
-        return SetReport.to_json(self) | own
+        return SetReport.to_json(self) | own | {"unknown_words": asdict(self.unknown_words)}
+
+    def notes(self) -> Sequence[str]:
+        """A line for each kind of what is not in the set or not in the tokenizer."""
+        unknown = [self.unknown_words.in_words()] if self.unknown_words.num_affected else []
+        return [*SetReport.notes(self), *unknown]
 
 
 def encode(
@@ -66,10 +80,11 @@ def encode(
     options: EncodeOptions,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> EncodeReport:
-    """Encodes a set of captioned clips; run again, it goes on where it was stopped.
+    """Encodes a set of captioned clips or of captions; run again, it goes on where it was stopped.
 
     Args:
-        src: Folder of video shards, local or `s3://bucket/prefix`.
+        src: Folder of shards, local or `s3://bucket/prefix`; with videos, unless `text_only`,
+            which takes a file of captions too.
         dst: Folder of the new shards.
         model: Diffusers folder; every machine of the cluster must see it under this path.
         options: What is made, and with how many actors.
@@ -83,23 +98,17 @@ def encode(
     """
     started = time.monotonic()
     encoding = encoding_for(model, options)
-    folder, only = locate_set(src, names=options.names)
-    place = ShardSet(*open_folder(folder), only)
-    parts = plan_parts(place.filesystem, place.root, options.shard_clips, only=only)
-    if not parts or (folder != src and not only):
-        found = "a file of captions" if parts else "no such folder, or no shard in it"
-        raise DataError(
-            f"encoding {src}", found, "shards of captioned videos", "`sgmd prepare` makes some"
-        )
-    names, columns = _columns_of(src, place, parts, options.names)
-    options = replace(options, names=names)
-    settings = {
-        "source": canonical_address(src),
-        "parts": digest(parts),
-        "encoding": asdict(encoding),
-        "format": asdict(options.wanted),
-        **({"columns": dict(columns.stored)} if columns.in_words() else {}),
-    }
+    place = open_set(src, names=options.names)
+    parts = plan_parts(place.filesystem, place.root, options.shard_clips, only=place.only)
+    if not parts:
+        found, expected = "no such folder, or no shard in it", "shards of captioned videos"
+        if options.text_only:
+            expected = "shards or a file of captions"
+        raise DataError(f"encoding {src}", found, expected, "`sgmd prepare` makes some")
+    names, columns = _columns_of(src, place, parts, options)
+    options = replace(options, settled=names)
+    settings = _settings(src, parts, encoding, options, columns)
+    unit = "captions" if options.text_only else "clips"
     with filling(dst, "encode", settings) as journal:
         num_before = sum(shard.num_rows for shard in journal.shards.values())
         missing = [part for part in parts if part.name not in journal.parts]
@@ -109,52 +118,73 @@ def encode(
             )
             readable = [part for part in missing if part.num_rows]
             total = sum(part.num_rows for part in parts)
-            with closing(encode_stages.run_encoding(folder, model, options, readable)) as lines:
+            with closing(encode_stages.run_encoding(src, model, options, readable)) as lines:
                 for line in lines:
                     writer.take(line)
-                    on_progress("clips", total - writer.num_waiting, total)
+                    on_progress(unit, total - writer.num_waiting, total)
             writer.close()
         journal.finish()
     return EncodeReport(
         **set_facts(dst, journal, num_before, started),
         encoding=asdict(encoding),
         columns=columns.in_words(),
+        unknown_words=_unknown_words(src, model, options, parts),
     )
 
 
 def _columns_of(
-    src: str, place: ShardSet, parts: Sequence[Part], names: ColumnNames
+    src: str, place: ShardSet, parts: Sequence[Part], options: EncodeOptions
 ) -> tuple[ColumnNames, ColumnMap]:
     """Names of the columns of a set, and where the first shard that can be read has them.
 
     Raises:
         DataError: None of the first shards has them, or it is not clear which they are.
     """
+    names = place.names
+    wanted = REQUIRED_COLUMNS if options.text_only else encode_stages.CLIP_COLUMNS
     sizes = {part.shard: part.num_bytes for part in parts if part.num_rows}
     first = [Shard(path, sizes[path]) for path in [*sizes][:SETTLING_SHARDS]]
     opened = open_shards(place.filesystem, place.root, first)
     schemas = {each.shard.path: each.footer.schema for each in opened if each.footer is not None}
     if not schemas:
         return names, ColumnMap({})
-    wanted = encode_stages.CLIP_COLUMNS
     settled = settle_names(schemas.values(), names)
     if isinstance(settled, Fault):
         raise column_error(src, "its first shards", settled, names, wanted)
     found = {path: map_columns(schema, settled, wanted) for path, schema in schemas.items()}
     fitting = [columns for columns in found.values() if isinstance(columns, ColumnMap)]
     if not fitting:
-        _require_videos(src, schemas.values(), settled)
+        if VIDEO in wanted:
+            _require_videos(src, schemas.values(), settled)
         path, fault = next(iter(found.items()))
         assert isinstance(fault, Fault), "none of them fits"
         raise column_error(src, path, fault, names, wanted)
     return settled, fitting[0]
 
 
+def _unknown_words(
+    src: str, model: str, options: EncodeOptions, parts: Sequence[Part]
+) -> UnknownWords:
+    """Counts words of the source's first captions that the tokenizer does not know."""
+    lines = encode_stages.read_and_decode(
+        pa.table({encode_stages.TASK: [pickle.dumps(part) for part in parts]}),
+        src,
+        None,
+        options.limits,
+        options.max_caption_chars,
+        options.names,
+        options.settled,
+    )
+    good = (line for line in lines if line[encode_stages.REASON].null_count)
+    captions = [line[CAPTION][0].as_py() for line in islice(good, _NUM_LOOKED_AT)]
+    return family_of(model).load_tokenizer(Path(model)).unknown_words(captions)
+
+
 def _require_videos(src: str, schemas: Collection[pa.Schema], names: ColumnNames) -> None:
     """Names the remedy for a set that has captions and no videos.
 
     Raises:
-        DataError: No shard has a column of videos, and one has ids and captions.
+        DataError: No shard has a column of videos, and one has all that text embeddings need.
     """
     if names.video is not None or any(VIDEO in schema.names for schema in schemas):
         return
@@ -163,9 +193,27 @@ def _require_videos(src: str, schemas: Collection[pa.Schema], names: ColumnNames
             f"encoding {src}",
             f"captions without a column {VIDEO}",
             "captioned videos",
-            "`sgmd distill` reads captions without encoding; where there are videos, name their"
-            f" column: {names.setting_of(VIDEO)}",
+            "Add --text-only to make text embeddings alone, which is what `sgmd distill` reads of"
+            f" an encoded set, or name the column of videos: {names.setting_of(VIDEO)}",
         )
+
+
+def _settings(
+    src: str,
+    parts: Sequence[Part],
+    encoding: Encoding,
+    options: EncodeOptions,
+    columns: ColumnMap,
+) -> dict[str, Any]:
+    """Everything that decides the content of the new shards; see `open_journal`."""
+    wanted = {"text_only": True} if options.text_only else {"format": asdict(options.wanted)}
+    return {
+        "source": canonical_address(src),
+        "parts": digest(parts),
+        "encoding": asdict(encoding),
+        **wanted,
+        **({"columns": dict(columns.stored)} if columns.in_words() else {}),
+    }
 
 
 def encoding_for(model: str, options: EncodeOptions) -> Encoding:
@@ -176,11 +224,15 @@ def encoding_for(model: str, options: EncodeOptions) -> Encoding:
         ShapeError: the clips do not fit the networks.
     """
     folder = family_of(model).inspect(Path(model))
-    num_frames, height, width, _ = options.pixel_shape
+    latent_shape, vae = (), ""
+    if not options.text_only:
+        num_frames, height, width, _ = options.pixel_shape
+        latent_shape = folder.latent_shape(num_frames, height, width)
+        vae = fingerprint(model, [folder.layout.autoencoder])
     return Encoding(
-        latent_shape=folder.latent_shape(num_frames, height, width),
+        latent_shape=latent_shape,
         text_shape=(options.text_length, folder.text_width),
         dtype=options.dtype,
-        vae=fingerprint(model, [folder.layout.autoencoder]),
+        vae=vae,
         text_encoder=fingerprint(model, folder.layout.text),
     )

@@ -27,7 +27,7 @@ class EncodeOptions:
     """Options of encoding a set.
 
     Attributes:
-        wanted: Frames, size and rate; all of them given.
+        wanted: Frames, size and rate; all of them given, unless `text_only`.
         text_length: Text positions; longer captions are cut.
         dtype: Type in which latents and embeddings are stored.
         shard_clips: Most clips in a shard, as far as the source's row groups allow.
@@ -37,7 +37,9 @@ class EncodeOptions:
         decoders: Tasks that read and decode at the same time, a core each.
         videos: Actors with the autoencoder.
         captions: Actors with the text encoder.
-        names: Names of the source's columns.
+        text_only: Make text embeddings alone; no video is read.
+        names: Names that the caller gives for the source's columns.
+        settled: Names that its first shards have; None as long as nobody has looked.
         address: Ray cluster to join; None starts one on this machine, or joins RAY_ADDRESS.
     """
 
@@ -51,18 +53,30 @@ class EncodeOptions:
     decoders: int = 1
     videos: ActorPool = field(default_factory=ActorPool)
     captions: ActorPool = field(default_factory=ActorPool)
+    text_only: bool = False
     names: ColumnNames = ColumnNames()
+    settled: ColumnNames | None = None
     address: str | None = None
 
     def __post_init__(self) -> None:
         wanted = self.wanted
-        if None in (wanted.num_frames, wanted.height, wanted.width, wanted.fps):
+        if not self.text_only and None in (
+            wanted.num_frames,
+            wanted.height,
+            wanted.width,
+            wanted.fps,
+        ):
             raise ConfigError(
                 "reading the options of `sgmd encode`",
                 f"{wanted}",
                 "num_frames, height, width and fps",
                 "Latents of one set have one shape: give all four",
             )
+
+    @property
+    def pools(self) -> tuple[ActorPool, ...]:
+        """The pools that encoding starts."""
+        return (self.captions,) if self.text_only else (self.videos, self.captions)
 
     @property
     def pixel_shape(self) -> tuple[int, int, int, int]:

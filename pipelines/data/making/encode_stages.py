@@ -2,6 +2,8 @@
 
     parts -> read_and_decode (tasks) -> EncodeVideos (actors) -> EncodeCaptions (actors) -> rows
 
+Where text embeddings are made alone, no video is read and EncodeVideos is left out.
+
 A row that cannot be encoded goes through all stages with its reason, so that whoever counts the
 rows of a part at the end knows when it is whole.
 """
@@ -24,15 +26,25 @@ from cluster.runtime import start_ray
 from pipelines.data.clips.clip_decoding import decode_clip
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
-from pipelines.data.making.caption_rule import caption_faults
-from pipelines.data.making.encode_options import EncodeOptions
+from pipelines.data.making.caption_file import open_set
+from pipelines.data.making.caption_rule import caption_faults, split_reason
+from pipelines.data.making.encode_options import ActorPool, EncodeOptions
 from pipelines.data.making.encode_plan import Part, SourceGroup
 from pipelines.data.making.rejections import Reason
 from pipelines.data.shards.columns import ColumnNames
-from pipelines.data.shards.filesystem import S3Settings, open_folder
+from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.shards.reading import Fault
-from pipelines.data.shards.schema import CAPTION, LATENTS, SAMPLE_ID, TEXT_EMBEDS, VIDEO, DTypeName
+from pipelines.data.shards.schema import (
+    CAPTION,
+    LATENTS,
+    REQUIRED_COLUMNS,
+    SAMPLE_ID,
+    TEXT_EMBEDS,
+    VIDEO,
+    DTypeName,
+    faults_in,
+)
 from pipelines.data.shards.text import decode_utf8
 from sgmd_core.errors import DataError
 
@@ -43,8 +55,8 @@ PIXELS = "pixels"
 REASON = "reason"
 DETAIL = "detail"
 
-CLIP_COLUMNS = (SAMPLE_ID, CAPTION, VIDEO)
-"""What is read of the source."""
+CLIP_COLUMNS = (*REQUIRED_COLUMNS, VIDEO)
+"""What is read of a source of clips."""
 
 _BATCH_BYTES = 64 * 2**20
 _MAX_BATCH = 16
@@ -74,14 +86,14 @@ def run_encoding(
     """Encodes some parts with Ray Data; close it where it is not read to its end.
 
     Args:
-        src: Folder of the source.
+        src: Address of the source.
         model: Diffusers folder.
         options: What is made, and with how many actors.
         parts: What to encode.
 
     Yields:
-        Every row of every part, in the plan's order, with `latents` and `text_embeds`, or with
-        `reason` and `detail`.
+        Every row of every part, in the plan's order, with `latents` and `text_embeds` (or with
+        `text_embeds` alone), or with `reason` and `detail`.
 
     Raises:
         ClusterError: Ray does not start, or the cluster is too small for the actors.
@@ -90,14 +102,14 @@ def run_encoding(
         return
     own_cluster = options.address is None and "RAY_ADDRESS" not in os.environ
     # Every actor holds a core; one more than they do is needed, or nothing would ever be read.
-    needed = options.decoders + options.videos.size + options.captions.size
+    num_actors = sum(pool.size for pool in options.pools)
+    needed = options.decoders + num_actors
     num_cpus = max(os.cpu_count() or 1, needed) if own_cluster else None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     with start_ray(options.address, num_cpus=num_cpus):
-        pools = (options.videos, options.captions)
         # Ray Data itself would wait for ever for what the cluster does not have.
-        require_cpus(1 + sum(pool.size for pool in pools), f"encoding {src}")
-        require_gpus(sum(pool.size * pool.gpus for pool in pools), f"encoding {src}")
+        require_cpus(1 + num_actors, f"encoding {src}")
+        require_gpus(sum(pool.size * pool.gpus for pool in options.pools), f"encoding {src}")
         rows = _dataset(src, model, options, parts)
         blocks = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
         # Ended before Ray is: what is left of it would start another Ray, or wait for ever.
@@ -111,27 +123,29 @@ def _dataset(
 ) -> ray.data.Dataset:
     """The parts on their way through the stages; nothing runs yet."""
     tasks = [{TASK: pickle.dumps(part)} for part in parts]
-    pixel_shape = options.pixel_shape
-    clip_bytes = prod(pixel_shape)
-    batch_size = max(1, min(_MAX_BATCH, _BATCH_BYTES // clip_bytes))
+    stages: list[tuple[type, ActorPool, dict[str, Any]]] = []
+    batch_size = _MAX_BATCH
+    if not options.text_only:
+        pixel_shape = options.pixel_shape
+        batch_size = max(1, min(_MAX_BATCH, _BATCH_BYTES // prod(pixel_shape)))
+        stages.append((EncodeVideos, options.videos, {"pixel_shape": pixel_shape}))
+    stages.append((EncodeCaptions, options.captions, {"text_length": options.text_length}))
     rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
         cast("Any", read_and_decode),  # Ray's stubs know no further arguments
         batch_size=1,
         batch_format="pyarrow",
         fn_kwargs={
             "url": src,
-            "wanted": options.wanted,
+            "wanted": None if options.text_only else options.wanted,
             "limits": options.limits,
             "max_caption_chars": options.max_caption_chars,
             "names": options.names,
+            "settled": options.settled,
         },
         num_cpus=_DECODE_CPUS,
         compute=ray.data.TaskPoolStrategy(size=options.decoders),
     )
-    for stage, pool, arguments in (
-        (EncodeVideos, options.videos, {"pixel_shape": pixel_shape}),
-        (EncodeCaptions, options.captions, {"text_length": options.text_length}),
-    ):
+    for stage, pool, arguments in stages:
         rows = rows.map_batches(
             stage,
             batch_size=batch_size,
@@ -154,33 +168,38 @@ def _dataset(
 def read_and_decode(
     tasks: pa.Table,
     url: str,
-    wanted: ClipFormat,
+    wanted: ClipFormat | None,
     limits: ClipLimits,
     max_caption_chars: int,
     names: ColumnNames = ColumnNames(),
+    settled: ColumnNames | None = None,
 ) -> Iterator[pa.Table]:
     """Reads parts row group by row group, and decodes clip by clip.
 
     Args:
         tasks: Pickled parts in the column `task`.
-        url: Folder of the source.
-        wanted: Frames, size and rate of the clips.
+        url: Address of the source; a file of captions becomes shards on this machine too.
+        wanted: Frames, size and rate of the clips; None reads captions and no videos.
         limits: What a video may ask for.
         max_caption_chars: A longer caption is bad.
-        names: Names of the source's columns.
+        names: Names that the caller gives for the source's columns.
+        settled: Names that its first shards have.
 
     Yields:
-        One line a row: with `pixels`, or with `reason` and `detail`.
+        One line a row: with `pixels` if clips are wanted, or with `reason` and `detail`.
     """
-    filesystem, root = open_folder(url, probe=False)
+    place = open_set(url, names=names, probe=False)
     # A reader a task: opening Arrow's client would cost more than it saves.
-    reader = RowGroupReader(filesystem, root, S3Settings(native_reads=False), names)
+    reader = RowGroupReader(
+        place.filesystem, place.root, S3Settings(native_reads=False), settled or place.names
+    )
+    columns = REQUIRED_COLUMNS if wanted is None else CLIP_COLUMNS
     for packed in tasks.column(TASK):
         part: Part = pickle.loads(packed.as_py())
         for group in part.groups:
             try:
-                place = (part.shard, part.num_bytes, group.index)
-                table = reader.read([place], CLIP_COLUMNS)[0]
+                where = (part.shard, part.num_bytes, group.index)
+                table = reader.read([where], columns)[0]
             except DataError as error:
                 words = json.dumps([str(argument) for argument in error.args])
                 yield _line(part, -1, None, None, reason=SERVER_FAILED, detail=words)
@@ -192,7 +211,7 @@ def _decoded(
     part: Part,
     group: SourceGroup,
     table: pa.Table | Fault,
-    wanted: ClipFormat,
+    wanted: ClipFormat | None,
     limits: ClipLimits,
     max_caption_chars: int,
 ) -> Iterator[pa.Table]:
@@ -206,16 +225,21 @@ def _decoded(
         return
     names, unreadable_names = decode_utf8(table[SAMPLE_ID])
     captions, bad_captions = caption_faults(table[CAPTION], max_caption_chars)
+    known = faults_in(table.schema, group.index)
+    faults = {**bad_captions, **{place: split_reason(known[place]) for place in known}}
     for place, row in enumerate(rows):
-        name, video = names[place].as_py(), table[VIDEO][place].as_py()
+        name = names[place].as_py()
         caption = captions[place].as_py() or ""
         if not name or unreadable_names[place].as_py():
             yield _line(part, row, None, caption, reason=Reason.NO_ID)
-        elif place in bad_captions:
-            reason, detail = bad_captions[place]
+        elif place in faults:
+            reason, detail = faults[place]
             yield _line(part, row, name, caption, reason=reason, detail=detail)
+        elif wanted is None:
+            yield _line(part, row, name, caption)
         else:
             try:
+                video = table[VIDEO][place].as_py()
                 pixels = decode_clip(video or b"", wanted, limits).tobytes()
                 yield _line(part, row, name, caption, pixels=pixels)
             except ClipError as error:

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.schema import (
     CAPTION,
+    ENCODING_KEY,
     FPS,
     LATENTS,
     REQUIRED_COLUMNS,
@@ -231,6 +232,8 @@ def kind_of(schema: pa.Schema, names: ColumnNames = ColumnNames()) -> ShardKind:
     """Returns the kind of shard that has this schema; extra columns do no harm."""
     if {LATENTS, TEXT_EMBEDS} <= set(schema.names):
         return ShardKind.ENCODED
+    if TEXT_EMBEDS in schema.names and ENCODING_KEY in (schema.metadata or {}):
+        return ShardKind.TEXT
     is_video = isinstance(_find(schema, VIDEO, names.video), str)
     return ShardKind.VIDEO if is_video else ShardKind.CAPTIONS
 

@@ -1,8 +1,9 @@
-"""Columns of a shard, and the three kinds of Parquet files.
+"""Columns of a shard, and the four kinds of Parquet files.
 
     captions   sample_id  caption
     video      sample_id  caption  video (encoded file)      fps
     encoded    sample_id  caption  latents (x0, raw values)  text_embeds (raw values)
+    text       sample_id  caption                            text_embeds (raw values)
 
 Latents and embeddings are the plain bytes of their values, little-endian, because Parquet reads a
 binary value with one copy while it decodes a list number by number, and because Arrow has no
@@ -43,6 +44,7 @@ class ShardKind(StrEnum):
     CAPTIONS = "captions"
     VIDEO = "video"
     ENCODED = "encoded"
+    TEXT = "text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,16 @@ class Encoding:
     """Format of the values of an encoded shard.
 
     Attributes:
-        latent_shape: (channels, frames, rows, columns) of each sample's latents.
+        latent_shape: (channels, frames, rows, columns) of each sample's latents; empty where text
+            embeddings are stored alone.
         text_shape: (positions, width) of each caption's embedding, zeros at the end included.
         dtype: Type of both; float32 makes the bits that encoding on the way would make.
-        vae: Fingerprint of the autoencoder that made the latents (`FolderLayout.autoencoder`).
+        vae: Fingerprint of the autoencoder that made the latents (`FolderLayout.autoencoder`);
+            empty where there are none.
         text_encoder: Fingerprint of what made the embeddings (`FolderLayout.text`).
     """
 
-    latent_shape: tuple[int, int, int, int]
+    latent_shape: tuple[int, ...]
     text_shape: tuple[int, int]
     dtype: DTypeName
     vae: str
@@ -70,8 +74,8 @@ class Encoding:
 
     @property
     def latent_bytes(self) -> int:
-        """Size of one sample's latents."""
-        return prod(self.latent_shape) * self.item_bytes
+        """Size of one sample's latents; 0 where none are stored."""
+        return prod(self.latent_shape) * self.item_bytes if self.latent_shape else 0
 
 
 def caption_schema() -> pa.Schema:
@@ -85,8 +89,9 @@ def video_schema() -> pa.Schema:
 
 
 def encoded_schema(encoding: Encoding) -> pa.Schema:
-    """Latents and embeddings, with shape and type in the metadata."""
-    columns = [*caption_schema(), (LATENTS, pa.binary()), (TEXT_EMBEDS, pa.binary())]
+    """Latents and embeddings, or embeddings alone; shape and type stand in the metadata."""
+    latents = [(LATENTS, pa.binary())] if encoding.latent_shape else []
+    columns = [*caption_schema(), *latents, (TEXT_EMBEDS, pa.binary())]
     return pa.schema(columns, metadata={ENCODING_KEY: json.dumps(asdict(encoding)).encode()})
 
 
@@ -117,7 +122,7 @@ def encoding_of(schema: pa.Schema) -> Encoding | None:
     try:
         fields = json.loads(stored)
         latent, text = tuple(fields["latent_shape"]), tuple(fields["text_shape"])
-        if len(latent) != 4 or len(text) != 2:
+        if len(latent) not in (0, 4) or len(text) != 2:
             raise ValueError(f"latent_shape {latent}, text_shape {text}")
         if fields["dtype"] not in get_args(DTypeName):
             raise ValueError(f"dtype {fields['dtype']!r}")
@@ -128,7 +133,7 @@ def encoding_of(schema: pa.Schema) -> Encoding | None:
             f"reading the metadata {ENCODING_KEY.decode()}",
             f"{stored.decode(errors='replace')} ({type(error).__name__}: {error})",
             "latent_shape, text_shape, dtype, vae and text_encoder",
-            "Encode the videos again with `sgmd encode`",
+            "Encode the set again with `sgmd encode`",
         ) from error
 
 

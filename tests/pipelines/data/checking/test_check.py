@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -135,6 +136,19 @@ class TestGoodSets:
         assert (report.is_usable, report.kind, report.decoded) == (True, "encoded", 6)
         assert report.encoding is not None
         assert report.encoding["vae"] == encoding.vae
+
+    def test_embeddings_without_latents_are_tried(self, tmp_path):
+        encoding = Encoding((), (3, 4), "float32", "", "made-by-text")
+        good, bad = torch.ones(2, 4), torch.full((2, 4), torch.nan)
+        rows = [
+            {"sample_id": f"s{row}", "caption": "c", "text_embeds": pack(text, "float32")}
+            for row, text in enumerate((good, good, bad))
+        ]
+        table = pa.Table.from_pylist(rows, schema=encoded_schema(encoding))
+        pq.write_table(table, tmp_path / "a.parquet")
+        report = check_shards(str(tmp_path), replace(HERE, max_bad_fraction=0.5))
+        assert (report.is_usable, report.kind, report.decoded) == (True, "text", 3)
+        assert report.bad == {"bad_encoding": 1}
 
     def test_quantiles_of_known_numbers(self):
         found = quantiles(range(101))

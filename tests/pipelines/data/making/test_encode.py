@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from cluster.errors import InsufficientResourcesError
+from pipelines.cli import app
 from pipelines.data.clips.clip_decoding import decode_clip
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, FitPolicy
 from pipelines.data.making import encode_stages as stages
@@ -25,7 +27,7 @@ from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype
 from pipelines.data.making.encode_plan import Part, SourceGroup, digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
 from pipelines.data.making.journal import open_journal
-from pipelines.data.shards.columns import ColumnNames, OptionColumnNames
+from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import read_index
 from pipelines.data.shards.schema import Encoding, encoding_of, video_schema
@@ -131,19 +133,49 @@ class TestOptions:
             dtype_named("int8")
 
 
-class TestCaptionsAlone:
-    def test_they_are_refused_before_ray_starts(self, model, tmp_path):
+class TestTextOnly:
+    """What is decided before Ray starts; `tests/e2e/test_text_only.py` has the whole."""
+
+    def test_captions_alone_are_refused_before_ray_starts(self, model, tmp_path):
         write_folder(tmp_path / "captions", [3])
-        options = replace(OPTIONS, names=OptionColumnNames())
-        with pytest.raises(DataError, match=r"captions without a column video.*--video-column"):
-            encode(str(tmp_path / "captions"), str(tmp_path / "set"), model, options)
+        with pytest.raises(DataError, match=r"captions without a column video.*--text-only"):
+            encode(str(tmp_path / "captions"), str(tmp_path / "set"), model, OPTIONS)
         assert not (tmp_path / "set").exists()
+
+    def test_so_is_a_file_of_captions(self, model, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        (tmp_path / "prompts.txt").write_text("a red circle")
+        with pytest.raises(DataError, match=r"captions without a column video.*--text-only"):
+            encode(str(tmp_path / "prompts.txt"), str(tmp_path / "set"), model, OPTIONS)
 
     def test_a_column_of_videos_that_is_named_wrongly_is_still_told(self, model, tmp_path):
         write_folder(tmp_path / "captions", [3])
         options = replace(OPTIONS, names=ColumnNames(video="clip"))
         with pytest.raises(DataError, match=r"missing column clip"):
             encode(str(tmp_path / "captions"), str(tmp_path / "set"), model, options)
+
+    def test_no_sizes_and_no_autoencoder_are_needed(self, model):
+        options = EncodeOptions(ClipFormat(), tiny_wan.TEXT_LENGTH, text_only=True)
+        found = encoding_for(model, options)
+        assert (found.latent_shape, found.vae) == ((), "")
+        assert found.text_encoder == encoding_for(model, OPTIONS).text_encoder
+        assert options.pools == (options.captions,)
+
+    def test_lines_of_videos_that_are_not_read_have_no_pixels(self, source):
+        parts = plan_parts(*open_folder(str(source)), 8)
+        tasks = pa.table({stages.TASK: [pickle.dumps(part) for part in parts[1:2]]})
+        lines = pa.concat_tables(
+            stages.read_and_decode(tasks, str(source), None, DEFAULT_LIMITS, 4096)
+        ).to_pylist()
+        assert [line["reason"] for line in lines] == [None] * 3 + ["empty_caption"] + [None] * 4
+        assert {line["pixels"] for line in lines} == {None}
+
+    @pytest.mark.parametrize("option", [["--num-frames", "9"], ["--video-gpus", "0.5"]])
+    def test_options_of_videos_are_refused(self, model, source, tmp_path, option):
+        command = ["encode", source, tmp_path / "set", "--model", model, "--text-only", *option]
+        done = CliRunner().invoke(app, [str(each) for each in command])
+        assert done.exit_code == 2
+        assert f"--text-only with {option[0]}" in " ".join(done.output.split())
 
 
 class TestStages:

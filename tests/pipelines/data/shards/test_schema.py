@@ -79,6 +79,18 @@ def test_the_kind_is_told_by_the_columns() -> None:
     assert encoding_of(caption_schema()) is None
 
 
+def test_embeddings_alone_are_a_kind_of_their_own() -> None:
+    how = Encoding((), (5, 8), "float32", vae="", text_encoder="t")
+    schema = encoded_schema(how)
+    assert schema.names == ["sample_id", "caption", "text_embeds"]
+    assert kind_of(schema) is ShardKind.TEXT
+    assert encoding_of(schema) == how
+    # A column of that name in another tool's captions does no harm.
+    assert kind_of(schema.remove_metadata()) is ShardKind.CAPTIONS
+    with pytest.raises(DataError, match=r"4 bytes.*0 bytes"):
+        unpack_latents(bytes(4), how)
+
+
 def test_metadata_that_make_no_sense_are_told() -> None:
     broken = caption_schema().with_metadata({ENCODING_KEY: b'{"latent_shape": [1, 2]}'})
     with pytest.raises(DataError, match=r"sgmd\.encoding.*sgmd encode"):
