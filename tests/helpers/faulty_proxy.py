@@ -22,6 +22,7 @@ _SLOW_DOWN = (
     b'<?xml version="1.0"?><Error><Code>SlowDown</Code>'
     b"<Message>Please reduce your request rate.</Message></Error>"
 )
+_DENIED = b'<?xml version="1.0"?><Error><Code>AccessDenied</Code><Message>no</Message></Error>'
 _INTERNAL = b'<?xml version="1.0"?><Error><Code>InternalError</Code><Message>no</Message></Error>'
 
 
@@ -31,9 +32,18 @@ class Trouble(StrEnum):
     NONE = "none"
     SLOW_DOWN = "503 SlowDown"
     INTERNAL = "500"
+    DENIED = "403 AccessDenied"
+    SILENCE = "no answer"
     RESET = "reset in the middle of the answer"
     STALL = "silence in the middle of the answer"
     DRIBBLE = "a slow answer"
+
+
+_REFUSALS = {
+    Trouble.SLOW_DOWN: (503, _SLOW_DOWN),
+    Trouble.INTERNAL: (500, _INTERNAL),
+    Trouble.DENIED: (403, _DENIED),
+}
 
 
 @dataclass
@@ -43,7 +53,7 @@ class ProxyBook:
     Attributes:
         endpoint: Where clients reach it.
         plan: Trouble of the n-th request; may be exchanged while it runs.
-        stall_s: How long a stalled answer stays silent.
+        stall_s: How long a stalled or missing answer stays silent.
         requests: (method, path with query) of every request, in order.
         troubles: How often each trouble was made.
         sent: Bytes of all answers that came through whole.
@@ -129,9 +139,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _pass_on(self) -> None:
         trouble = self.events.enter(self.command, self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if trouble in (Trouble.SLOW_DOWN, Trouble.INTERNAL):
-            status, told = (503, _SLOW_DOWN) if trouble is Trouble.SLOW_DOWN else (500, _INTERNAL)
+        if trouble in _REFUSALS:
+            status, told = _REFUSALS[trouble]
             self._answer(status, {"Content-Type": "application/xml"}, told)
+            return
+        if trouble is Trouble.SILENCE:
+            time.sleep(self.events.stall_s)
+            self._reset()
             return
         server = HTTPConnection(self.backend, timeout=60)
         headers = dict(self.headers.items())

@@ -12,9 +12,8 @@ import ipaddress
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import fsspec
 import pyarrow as pa
@@ -25,16 +24,10 @@ from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
 from cluster.redaction import without_secrets
-from sgmd_core.errors import ConfigError, DataError
+from pipelines.data.shards.patient_s3 import PatientS3FileSystem
+from pipelines.data.shards.s3_settings import S3Settings
+from sgmd_core.errors import DataError
 
-_TRANSIENT_NUMBERS = (
-    errno.EBUSY,
-    errno.EIO,
-    errno.EREMOTEIO,
-    errno.ETIMEDOUT,
-    errno.ECONNRESET,
-    errno.ESTALE,
-)
 _STORAGE_ERRORS = (
     OSError,
     boto.BotoCoreError,
@@ -42,59 +35,6 @@ _STORAGE_ERRORS = (
     ClientPayloadError,
     pa.ArrowException,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class S3Settings:
-    """Connection to an S3 server.
-
-    Attributes:
-        checksums: `when_required` for servers that do not know the checksums which newer clients
-            send and ask for; null leaves it to the AWS variables and the SDK (`when_supported`).
-        addressing: Whether the bucket stands in the path or in the host name; `auto` suits AWS and
-            servers that are named by their IP address.
-        connect_timeout_s: How long opening a connection may take.
-        read_timeout_s: How long the server may stay silent in the middle of an answer.
-        max_attempts: Tries of one request, the first one included. After a 5xx, SlowDown, timeout
-            or broken connection the SDK waits, at random and twice as long each time, up to 20 s.
-        retry_mode: `adaptive` also sends fewer requests after a SlowDown.
-        read_attempts: Tries of one read after its answer broke off or the server failed; what is
-            not served after them is quarantined while the server serves other files, and stops the
-            run if it does not.
-        read_budget_s: Time that all tries of one read may take together, and a second more for
-            each MiB. A read that takes long is reported at each quarter of it.
-        backoff_s: Wait before the second of these tries; it doubles with each, up to 30 s.
-        native_reads: Read row groups with Arrow's own clients first, also of local files; what
-            they cannot read comes through fsspec, as all the rest does.
-    """
-
-    checksums: Literal["when_required", "when_supported"] | None = None
-    addressing: Literal["auto", "path", "virtual"] = "auto"
-    connect_timeout_s: float = 5.0
-    read_timeout_s: float = 30.0
-    max_attempts: int = 5
-    retry_mode: Literal["standard", "adaptive"] = "standard"
-    read_attempts: int = 4
-    read_budget_s: float = 120.0
-    backoff_s: float = 0.5
-    native_reads: bool = True
-
-    def __post_init__(self) -> None:
-        """Checks the values."""
-        for name in (
-            "connect_timeout_s",
-            "read_timeout_s",
-            "max_attempts",
-            "read_attempts",
-            "read_budget_s",
-        ):
-            value = getattr(self, name)
-            if value <= 0:
-                raise ConfigError("reading the settings", f"data.s3.{name}: {value}", "above 0")
-        if self.backoff_s < 0:
-            raise ConfigError(
-                "reading the settings", f"data.s3.backoff_s: {self.backoff_s}", "at least 0"
-            )
 
 
 def open_folder(
@@ -142,10 +82,7 @@ def _open(url: str, s3: S3Settings) -> tuple[AbstractFileSystem, str]:
         return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url))
     if protocol not in ("s3", "s3a"):
         return fsspec.core.url_to_fs(url)
-    filesystem = S3FileSystem(**_s3_options(s3))
-    # The SDK repeats requests; s3fs would repeat each of them five times again.
-    filesystem.retries = 1
-    return filesystem, path
+    return PatientS3FileSystem(patience=s3, **_s3_options(s3)), path
 
 
 def canonical_address(url: str) -> str:
@@ -193,27 +130,6 @@ def data_error(attempted: str, error: BaseException) -> DataError:
         "a file or folder that can be read whole",
         "If a file was cut short or damaged, write it again",
     )
-
-
-def is_transient(error: BaseException) -> bool:
-    """Returns True if a server may answer the same request well a moment later.
-
-    Broken data raise an error of Arrow, a missing file FileNotFoundError, wrong keys
-    PermissionError; none of them gets better by waiting.
-    """
-    if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
-        return False
-    if isinstance(error, pa.ArrowException):
-        return False
-    if isinstance(error, boto.ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status == 429
-    if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
-        return False
-    if isinstance(error, (boto.BotoCoreError, ClientPayloadError, TimeoutError, ConnectionError)):
-        return True
-    # s3fs turns 5xx and SlowDown into plain OSErrors with a number.
-    return isinstance(error, OSError) and error.errno in _TRANSIENT_NUMBERS
 
 
 def _s3_options(s3: S3Settings) -> dict[str, Any]:

@@ -3,12 +3,11 @@
     ranges -> side by side, each tried again within its budget -> bytes
     an object that fails for good -> does the server answer for another one? -> Fault, or DataError
 
-Retries do not multiply: a request is repeated by the SDK, a broken answer here, and `read_budget_s`
-bounds all of it. A server that fails as a whole is never taken for bad data.
+`read_budget_s` bounds all tries of a read, see `pipelines.data.shards.patience`. A server that
+fails as a whole is never taken for bad data.
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,16 +17,21 @@ from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 
 from cluster.redaction import without_secrets
-from pipelines.data.shards.filesystem import S3Settings, data_error, is_transient
+from pipelines.data.shards.filesystem import data_error
+from pipelines.data.shards.patience import (
+    Waiting,
+    ask_again,
+    backoff_of,
+    budget_of,
+    is_transient,
+    reporting,
+)
+from pipelines.data.shards.patient_s3 import PatientS3FileSystem
+from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 
-_MAX_BACKOFF_S = 30.0
 _AT_ONCE = 10  # as many as the SDK opens connections, so that no read waits inside its budget
 _WITNESS_S = 10.0
-_BYTES_PER_S = 2**20  # a large range is given more time than a small one
-_REPORTS = 4  # a read that takes long is reported at each quarter of its budget
-
-_log = logging.getLogger(__name__)
 # The last file that each file system has read: it shows later whether the server still answers.
 _read_before: dict[AbstractFileSystem, str] = {}
 
@@ -149,7 +153,7 @@ def _answers(filesystem: AbstractFileSystem, path: str, retry: S3Settings) -> bo
     try:
         if isinstance(filesystem, AsyncFileSystem):
             timeout = min(_WITNESS_S, retry.read_budget_s)
-            sync(filesystem.loop, filesystem._cat_file, path, start=0, end=1, timeout=timeout)
+            sync(filesystem.loop, _ask, filesystem, path, 0, 1, timeout=timeout)
         else:
             filesystem.cat_file(path, start=0, end=1)
     except Exception:  # Any trouble here says that it is not the other object's own.
@@ -161,70 +165,40 @@ async def _read_all(
     filesystem: AsyncFileSystem, ranges: Sequence[Range], retry: S3Settings
 ) -> list[_Answer]:
     slots = asyncio.Semaphore(_AT_ONCE)
-    started: dict[int, float] = {}
+    waiting: dict[int, Waiting] = {}
 
     async def read(number: int, wanted: Range) -> _Answer:
         async with slots:
-            started[number] = time.monotonic()
+            budget_s = budget_of(wanted.num_bytes, retry)
+            waiting[number] = Waiting(f"reading {wanted.path}", budget_s)
             try:
-                return await _read_one(filesystem, wanted, retry)
+                return await _read_one(filesystem, wanted, retry, budget_s)
             finally:
-                del started[number]
+                del waiting[number]
 
-    reporter = asyncio.ensure_future(_report(ranges, started, retry.read_budget_s))
-    try:
+    async with reporting(waiting, retry):
         return await asyncio.gather(*(read(*pair) for pair in enumerate(ranges)))
-    finally:
-        reporter.cancel()
 
 
-async def _report(ranges: Sequence[Range], started: dict[int, float], budget_s: float) -> None:
-    """Says at each quarter of the budget what is still being read."""
-    pause_s = budget_s / _REPORTS
-    while True:
-        await asyncio.sleep(pause_s)
-        now = time.monotonic()
-        late = [number for number, since in started.items() if now - since > pause_s / 2]
-        if late:
-            first = min(late, key=lambda number: started[number])
-            others = f" and {len(late) - 1} more" if len(late) > 1 else ""
-            waited = now - started[first]
-            _log.warning(
-                "still reading %s%s, %.0f s of %.0f s",
-                without_secrets(ranges[first].path),
-                others,
-                waited,
-                _budget_s(ranges[first], budget_s),
-            )
+async def _read_one(
+    filesystem: AsyncFileSystem, wanted: Range, retry: S3Settings, budget_s: float
+) -> _Answer:
+    answer, tries = await ask_again(
+        lambda: _ask(filesystem, wanted.path, wanted.start, wanted.stop), retry, budget_s
+    )
+    return _Answer(_outcome(wanted, answer), tries)
 
 
-async def _read_one(filesystem: AsyncFileSystem, wanted: Range, retry: S3Settings) -> _Answer:
-    end = time.monotonic() + _budget_s(wanted, retry.read_budget_s)
-    tries = 0
-    outcome: bytes | Fault | Exception = TimeoutError("no answer")
-    while tries < retry.read_attempts and time.monotonic() < end:
-        tries += 1
-        try:
-            async with asyncio.timeout(end - time.monotonic()):
-                outcome = _outcome(
-                    wanted,
-                    await filesystem._cat_file(wanted.path, start=wanted.start, end=wanted.stop),
-                )
-        except Exception as error:
-            if isinstance(error, TimeoutError) and time.monotonic() >= end:
-                budget_s = _budget_s(wanted, retry.read_budget_s)
-                outcome = TimeoutError(f"no whole answer in {budget_s:.0f} s")
-            else:
-                outcome = _outcome(wanted, error)
-        if not isinstance(outcome, Exception) or not is_transient(outcome):
-            break
-        await asyncio.sleep(max(0.0, min(_backoff_s(tries, retry), end - time.monotonic())))
-    return _Answer(outcome, tries)
+async def _ask(filesystem: AsyncFileSystem, path: str, start: int, stop: int | None) -> bytes:
+    """One request, without the patience that the file system may have of its own."""
+    if isinstance(filesystem, PatientS3FileSystem):
+        return await filesystem.cat_once(path, start, stop)
+    return cast("bytes", await filesystem._cat_file(path, start=start, end=stop))
 
 
 def _read_here(filesystem: AbstractFileSystem, wanted: Range, retry: S3Settings) -> _Answer:
     """As `_read_one`, of files that only block; a single read cannot be cut short."""
-    end = time.monotonic() + _budget_s(wanted, retry.read_budget_s)
+    end = time.monotonic() + budget_of(wanted.num_bytes, retry)
     for tries in range(1, retry.read_attempts + 1):
         try:
             outcome = _outcome(
@@ -235,16 +209,8 @@ def _read_here(filesystem: AbstractFileSystem, wanted: Range, retry: S3Settings)
         is_over = tries == retry.read_attempts or time.monotonic() >= end
         if not isinstance(outcome, Exception) or not is_transient(outcome) or is_over:
             return _Answer(outcome, tries)
-        time.sleep(_backoff_s(tries, retry))
+        time.sleep(backoff_of(tries, retry))
     raise AssertionError("unreachable: the last try returns")
-
-
-def _budget_s(wanted: Range, budget_s: float) -> float:
-    return budget_s + (wanted.num_bytes or 0) / _BYTES_PER_S
-
-
-def _backoff_s(tries: int, retry: S3Settings) -> float:
-    return min(retry.backoff_s * 2 ** (tries - 1), _MAX_BACKOFF_S)
 
 
 def _outcome(wanted: Range, answer: Any) -> bytes | Fault | Exception:  # noqa: ANN401

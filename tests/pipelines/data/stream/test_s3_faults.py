@@ -62,27 +62,6 @@ def server(tmp_path_factory: pytest.TempPathFactory, s3_access: S3Access) -> Ite
         yield running
 
 
-@pytest.fixture
-def through(
-    server: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., ProxyBook]]:
-    """Puts a proxy with some troubles between this process and the server."""
-    use_server(server.environment, monkeypatch)
-    stack = []
-
-    def put(plan: Callable[[int], Trouble], stall_s: float = 2.0) -> ProxyBook:
-        manager = serve_faulty(server.environment["AWS_ENDPOINT_URL"], plan, stall_s)
-        stack.append(manager)
-        book = manager.__enter__()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", book.endpoint)
-        S3FileSystem.clear_instance_cache()
-        return book
-
-    yield put
-    for manager in stack:
-        manager.__exit__(None, None, None)
-
-
 def healthy(number: int) -> Trouble:
     return Trouble.NONE
 

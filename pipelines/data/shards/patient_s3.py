@@ -1,0 +1,101 @@
+"""An S3 file system whose requests end within a budget of time, and are reported meanwhile.
+
+    list, head, put, delete    repeated by the SDK; all tries together bounded
+    bytes (cat_file, open)     also asked for again where the answer breaks off
+
+So `info`, `ls`, `exists`, `open`, `cat_file` and `pipe_file` need no patience of their own.
+"""
+
+from typing import Any, cast
+
+from fsspec.asyn import sync_wrapper
+from s3fs import S3FileSystem
+from s3fs.core import S3File
+
+from pipelines.data.shards.patience import (
+    Waiting,
+    ask_again,
+    ask_once,
+    budget_of,
+    reporting,
+)
+from pipelines.data.shards.s3_settings import S3Settings
+
+
+class PatientS3FileSystem(S3FileSystem):
+    """S3 with patience.
+
+    Args:
+        patience: Tries and time of a request.
+        options: As `s3fs.S3FileSystem` takes them.
+    """
+
+    # The SDK repeats requests; s3fs would repeat each of them five times again.
+    retries = 1
+
+    def __init__(self, *, patience: S3Settings = S3Settings(), **options: Any) -> None:  # noqa: ANN401
+        super().__init__(**options)
+        self.patience = patience
+
+    async def cat_once(
+        self, path: str, start: int | None, end: int | None, version_id: str | None = None
+    ) -> bytes:
+        """Reads a range of an object with one request; for those who count tries themselves."""
+        # One request also of a whole object: parts of two versions of it would not fit together.
+        found = await super()._cat_file(path, version_id, start, end, max_concurrency=1)
+        return cast("bytes", found)
+
+    async def _cat_file(  # pyright: ignore[reportIncompatibleMethodOverride] - keyword options
+        self,
+        path: str,
+        version_id: str | None = None,
+        start: int | None = None,
+        end: int | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> bytes:
+        budget_s = budget_of(None if end is None else end - (start or 0), self.patience)
+        async with reporting({0: Waiting(f"reading {path}", budget_s)}, self.patience):
+            answer, _ = await ask_again(
+                lambda: self.cat_once(path, start, end, version_id), self.patience, budget_s
+            )
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        if method == "get_object":
+            # Its bytes come later; who reads them has a budget for both.
+            return await super()._call_s3(method, *arguments, **options)
+        body = options.get("Body")
+        budget_s = budget_of(len(body) if isinstance(body, bytes) else 0, self.patience)
+        call = super()._call_s3
+        place = f"{options.get('Bucket')}/{options.get('Key') or options.get('Prefix') or ''}"
+        waiting = {0: Waiting(f"waiting for the answer to {method} of {place}", budget_s)}
+        async with reporting(waiting, self.patience):
+            return await ask_once(lambda: call(method, *arguments, **options), budget_s)
+
+    # The one of s3fs is bound to its own method.
+    call_s3 = sync_wrapper(_call_s3)
+
+    def _open(  # pyright: ignore[reportIncompatibleMethodOverride] - the rest are keywords
+        self,
+        path: str,
+        mode: str = "rb",
+        **options: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        if mode != "rb":
+            return super()._open(path, mode, **options)
+        options["block_size"] = options.get("block_size") or self.default_block_size
+        options["cache_type"] = options.get("cache_type") or self.default_cache_type
+        return _PatientFile(self, path, mode, **options)
+
+
+class _PatientFile(S3File):
+    def _fetch_range(self, start: int, end: int) -> Any:  # noqa: ANN401 - as s3fs has it
+        if start == end:
+            return b""
+        return self.fs.cat_file(self.path, start=start, end=end)
+
+
+# Whoever clears the clients of s3fs, because keys or addresses are others now, means these too.
+PatientS3FileSystem._cache = S3FileSystem._cache
