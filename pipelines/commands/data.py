@@ -8,7 +8,9 @@ import typer
 from pipelines.commands.options import Json
 from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits, FitPolicy
+from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_choice import CaptionChoice
+from pipelines.data.shards.s3_settings import DEFAULT_READ_BUDGET_S, S3Settings
 
 if TYPE_CHECKING:
     from pipelines.data.making.prepare import PrepareProgress
@@ -45,6 +47,22 @@ MaxPixels = Annotated[int, typer.Option(min=1, help="A video with larger picture
 MaxFrames = Annotated[int, typer.Option(min=1, help="A video with more frames is bad")]
 MaxSeconds = Annotated[float, typer.Option(min=0, help="A longer video is bad")]
 MaxDecode = Annotated[float, typer.Option(min=0, help="A video that decodes longer is bad")]
+MaxHang = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="A process in which one call of the decoder takes longer is ended, and the video is"
+        " bad; 0 waits for ever",
+    ),
+]
+ReadBudget = Annotated[
+    float,
+    typer.Option(
+        min=0.001,
+        help="Time that all tries of one read from S3 may take together, and a second more for"
+        " each MiB; an object that is not served by then is bad, if others are",
+    ),
+]
 
 
 def prepare(
@@ -100,6 +118,8 @@ def prepare(
     max_frames: MaxFrames = DEFAULT_LIMITS.max_frames,
     max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
     max_decode_seconds: MaxDecode = DEFAULT_LIMITS.max_decode_s,
+    max_hang_seconds: MaxHang = MAX_HANG_S,
+    read_budget_seconds: ReadBudget = DEFAULT_READ_BUDGET_S,
     max_bad_fraction: MaxBad = 0.01,
     retry_bad: Annotated[
         bool, typer.Option("--retry-bad", help="Try again what earlier runs did not take")
@@ -135,6 +155,8 @@ def prepare(
             max_bad_fraction=max_bad_fraction,
             retry_bad=retry_bad,
             num_processes=processes,
+            max_hang_s=max_hang_seconds,
+            s3=S3Settings(read_budget_s=read_budget_seconds),
         )
         report = make_shards(source, target, options, lambda now: _tell(count, now))
     _show_set(report, target, as_json)
@@ -177,6 +199,7 @@ def check(
     max_frames: MaxFrames = DEFAULT_LIMITS.max_frames,
     max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
     max_decode_seconds: MaxDecode = DEFAULT_LIMITS.max_decode_s,
+    max_hang_seconds: MaxHang = MAX_HANG_S,
     max_bad_fraction: MaxBad = 0.01,
     caption_column: CaptionColumn = None,
     id_column: IdColumn = None,
@@ -212,6 +235,7 @@ def check(
                 count_tokens=count_tokens,
                 text_length=limit,
                 num_processes=processes,
+                max_hang_s=max_hang_seconds,
                 write_index=write_index,
                 names=OptionColumnNames(caption_column, id_column, video_column),
             ),

@@ -25,7 +25,9 @@ from pipelines.data.checking.check_group import (
     nothing_read,
 )
 from pipelines.data.checking.check_report import CheckReport, CheckTally
+from pipelines.data.clips.clip_errors import ClipFault
 from pipelines.data.clips.clip_format import ClipLimits
+from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_file import locate_set, open_set
 from pipelines.data.making.ordered_pool import Died, map_in_order
 from pipelines.data.making.rejections import Reason, Rejection
@@ -69,6 +71,7 @@ class CheckOptions:
         count_tokens: Lengths of captions in tokens; None leaves them out.
         text_length: Tokens that the model takes; the rest of a caption is cut.
         num_processes: Processes that read and decode; 0 works in this one, None takes all cores.
+        max_hang_s: Time that one call of the decoder may take in such a process.
         write_index: Write the index anew, for the shards that are there.
         names: Names of the set's columns.
     """
@@ -81,6 +84,7 @@ class CheckOptions:
     count_tokens: CountTokens | None = None
     text_length: int = 512
     num_processes: int | None = None
+    max_hang_s: float = MAX_HANG_S
     write_index: bool = False
     names: ColumnNames = ColumnNames()
 
@@ -166,8 +170,9 @@ def check_shards(
     if processes is None:
         processes = len(os.sched_getaffinity(0))
     tally = CheckTally(None if options.count_tokens is None else options.text_length)
-    for done, facts in enumerate(map_in_order(check_group, tasks, processes), start=1):
-        tally.add(_worker_died(facts.item) if isinstance(facts, Died) else facts)
+    found = map_in_order(check_group, tasks, processes, options.max_hang_s)
+    for done, facts in enumerate(found, start=1):
+        tally.add(_worker_died(facts) if isinstance(facts, Died) else facts)
         on_progress("row groups", done, len(tasks))
 
     # A shard that cannot be opened counts as many rows as the others have.
@@ -357,6 +362,6 @@ def _tasks(
             first, first_row = first + num_rows, first_row + num_rows
 
 
-def _worker_died(task: GroupTask) -> GroupFacts:
-    detail = "the process that decoded these rows ended without a word"
-    return nothing_read(task, Reason.WORKER_DIED, detail)
+def _worker_died(died: Died[GroupTask]) -> GroupFacts:
+    reason = ClipFault.TOO_SLOW if died.hung else Reason.WORKER_DIED
+    return nothing_read(died.item, reason, died.in_words)

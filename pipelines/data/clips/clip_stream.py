@@ -15,6 +15,7 @@ from av.video.stream import VideoStream
 
 from pipelines.data.clips.clip_errors import ClipError, ClipFault
 from pipelines.data.clips.clip_format import ClipLimits
+from pipelines.data.clips.hang_guard import guarded, progress
 
 FALLBACK_FPS = Fraction(25)
 _MAX_DURATION_S = 24 * 3600
@@ -50,9 +51,12 @@ def opened(
     options = {"max_pixels": str(4 * limits.max_pixels + _PADDING_PIXELS)}
     only_these_bytes = {"protocol_whitelist": "none"}
     try:
-        with av.open(
-            io.BytesIO(data), "r", options=options, container_options=only_these_bytes
-        ) as container:
+        with (
+            guarded(),
+            av.open(
+                io.BytesIO(data), "r", options=options, container_options=only_these_bytes
+            ) as container,
+        ):
             stream = _main_stream(container)
             _check_header(container, stream, limits, whole=whole)
             # One clip a core is faster than one clip on all cores.
@@ -145,6 +149,7 @@ def shown_frames(
     waiting: av.VideoFrame | None = None
     start_s, origin = Fraction(0), 0
     for number, frame in enumerate(container.decode(stream)):
+        progress()
         if frame.is_corrupt:
             raise ClipError(ClipFault.UNDECODABLE, f"a damaged frame at {float(start_s):.3f} s")
         check_pixels(frame.height, frame.width, limits)

@@ -2,7 +2,8 @@
 
 Processes and not threads: a video that crashes FFmpeg ends its process, and a process gives back
 all memory. When one dies, the items that were on their way are tried again one by one; the item
-that ends a process again is the culprit, and the others come through.
+that ends a process again is the culprit, and the others come through. A decoder that hangs ends its
+process too, see `pipelines.data.clips.hang_guard`.
 """
 
 import multiprocessing
@@ -15,6 +16,8 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from pipelines.data.clips.hang_guard import HANG_SIGNAL, MAX_HANG_S, end_on_hang
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -23,13 +26,29 @@ _WAITING_PER_PROCESS = 2
 
 @dataclass(frozen=True, slots=True)
 class Died(Generic[Item]):
-    """Stands for the result of an item that ended the process that worked on it."""
+    """Stands for the result of an item that ended the process that worked on it.
+
+    Attributes:
+        item: The item.
+        hung: The process was ended because a call of the decoder did not return.
+    """
 
     item: Item
+    hung: bool = False
+
+    @property
+    def in_words(self) -> str:
+        """The end of the process, in one line."""
+        if self.hung:
+            return "a call of the decoder did not return in time (--max-hang-seconds), twice"
+        return "the process that worked on it ended without a word, twice"
 
 
 def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], num_processes: int
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    num_processes: int,
+    max_hang_s: float = MAX_HANG_S,
 ) -> Iterator[Result | Died[Item]]:
     """Applies a function to items as they come.
 
@@ -41,6 +60,7 @@ def map_in_order(
             because it may run twice.
         items: Taken from as places become free.
         num_processes: 0 works in this process, without the protection.
+        max_hang_s: Time that one call of the decoder may take; 0 for ever.
 
     Yields:
         The results, in the order of the items; errors of the function are raised here.
@@ -50,7 +70,7 @@ def map_in_order(
         return
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     source = iter(items)
-    executor = _executor(num_processes)
+    executor = _executor(num_processes, max_hang_s)
     try:
         while True:
             while len(waiting) < _WAITING_PER_PROCESS * num_processes:
@@ -66,9 +86,9 @@ def map_in_order(
                 yield future.result()
             except BrokenProcessPool:
                 executor.shutdown(wait=True)
-                yield from _one_by_one(function, [item, *(item for item, _ in waiting)])
+                yield from _one_by_one(function, [item, *(item for item, _ in waiting)], max_hang_s)
                 waiting.clear()
-                executor = _executor(num_processes)
+                executor = _executor(num_processes, max_hang_s)
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
@@ -86,25 +106,34 @@ def _submit(
 
 
 def _one_by_one(
-    function: Callable[[Item], Result], items: Iterable[Item]
+    function: Callable[[Item], Result], items: Iterable[Item], max_hang_s: float
 ) -> Iterator[Result | Died[Item]]:
-    executor = _executor(1)
+    others, executor = multiprocessing.active_children(), _executor(1, max_hang_s)
     try:
         for item in items:
+            future = executor.submit(function, item)
+            worker = [one for one in multiprocessing.active_children() if one not in others]
             try:
-                yield executor.submit(function, item).result()
+                yield future.result()
             except BrokenProcessPool:
                 executor.shutdown(wait=True)
-                executor = _executor(1)
-                yield Died(item)
+                others, executor = multiprocessing.active_children(), _executor(1, max_hang_s)
+                yield Died(item, any(one.exitcode == -HANG_SIGNAL for one in worker))
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _executor(num_processes: int) -> ProcessPoolExecutor:
+def _executor(num_processes: int, max_hang_s: float) -> ProcessPoolExecutor:
     # Forking a process that has threads, as those of S3 clients, may hang the child.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_processes, mp_context=context, initializer=_die_with_parent)
+    return ProcessPoolExecutor(
+        num_processes, mp_context=context, initializer=_begin, initargs=(max_hang_s,)
+    )
+
+
+def _begin(max_hang_s: float) -> None:
+    end_on_hang(max_hang_s)
+    _die_with_parent()
 
 
 def _die_with_parent() -> None:

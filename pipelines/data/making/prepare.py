@@ -6,11 +6,10 @@ Clips arrive in the order of the source, whatever the number of processes, so th
 the same shards. Memory holds one shard, two clips a process, and eight bytes an id.
 """
 
-import itertools
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import PurePosixPath
@@ -18,7 +17,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipelines.data.clips.clip_errors import ClipFault
+from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_choice import CaptionChoice
+from pipelines.data.making.fresh_clips import Place, fresh_clips
 from pipelines.data.making.journal import Journal, filling, open_journal
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.ordered_pool import Died, map_in_order
@@ -37,8 +39,10 @@ from pipelines.data.making.set_report import SetReport, set_facts
 from pipelines.data.making.skipped import SkippedFiles, SkippedKind
 from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
+from pipelines.data.making.witnesses import Listing, Witnesses
 from pipelines.data.shards.filesystem import canonical_address
 from pipelines.data.shards.listing import QUARANTINE_NAME
+from pipelines.data.shards.s3_settings import S3Settings
 from pipelines.data.shards.schema import (
     CAPTION,
     FPS,
@@ -54,8 +58,6 @@ from sgmd_core.errors import ConfigError, DataError
 # Below this number a share says little: the verdict waits for the end.
 _MIN_JUDGED = 200
 
-Place = tuple[str, str, int | None]
-
 
 @dataclass(frozen=True, slots=True)
 class PrepareOptions:
@@ -69,6 +71,8 @@ class PrepareOptions:
         max_bad_fraction: The command stops where a larger share of the clips is bad.
         retry_bad: Try again what an earlier run did not take.
         num_processes: Processes that read and decode; 0 works in this one, None takes all cores.
+        max_hang_s: Time that one call of the decoder may take in such a process.
+        s3: How to speak to the servers of source and videos.
     """
 
     columns: Columns = field(default_factory=Columns)
@@ -78,6 +82,8 @@ class PrepareOptions:
     max_bad_fraction: float = 0.01
     retry_bad: bool = False
     num_processes: int | None = None
+    max_hang_s: float = MAX_HANG_S
+    s3: S3Settings = S3Settings()
 
     def __post_init__(self) -> None:
         if self.shard_clips < 1 or self.shard_bytes < 1 or not 0 <= self.max_bad_fraction <= 1:
@@ -161,11 +167,9 @@ def prepare(
     open_journal(dst, "prepare", settings)  # refuses before anything is written
     captions_only = src.lower().endswith(PROMPTS_SUFFIX) or options.columns.path is None
     skipped = SkippedFiles()
-    listed = list_clips(src, replace(options.columns, several=True), skipped=skipped)
-    first = next(listed, None)
-    if first is None:
+    listed = Listing(list_clips(src, replace(options.columns, several=True), options.s3, skipped))
+    if next(listed.nearby(), None) is None:
         raise _no_clip(src, captions_only, skipped)
-    listed = itertools.chain([first], listed)
     schema = caption_schema() if captions_only else video_schema()
     with filling(dst, "prepare", settings) as journal:
         filler, num_before = _fill(journal, src, listed, schema, options, on_progress)
@@ -184,7 +188,7 @@ def prepare(
 def _fill(
     journal: Journal,
     src: str,
-    listed: Iterable[SourceClip | Rejection],
+    listed: Listing,
     schema: pa.Schema,
     options: PrepareOptions,
     on_progress: Callable[[PrepareProgress], None],
@@ -198,13 +202,17 @@ def _fill(
         written.add(sample_ids)
     known: set[Place] = {(found.sample_id, found.source, found.row) for found in journal.rejections}
     is_all = options.rules.captions is CaptionChoice.ALL
-    clips = fresh_clips(listed, written, known, clips_of_captions if is_all else None)
+    split = partial(clips_of_captions, s3=options.s3) if is_all else None
     outcomes = map_in_order(
-        partial(prepare_clip, rules=options.rules), clips, _num_processes(options)
+        partial(prepare_clip, rules=options.rules, s3=options.s3),
+        fresh_clips(listed, written, known, split),
+        _num_processes(options),
+        options.max_hang_s,
     )
     filler = _Filler(journal, options, f"preparing {src}", schema)
+    witnesses = Witnesses(listed, options.s3)
     for outcome in outcomes:
-        filler.take(_as_rejection(outcome) if isinstance(outcome, Died) else outcome)
+        filler.take(witnesses.settle(_of_dead(outcome) if isinstance(outcome, Died) else outcome))
         on_progress(filler.progress())
     filler.close()
     on_progress(filler.progress())
@@ -227,42 +235,6 @@ def _no_clip(src: str, captions_only: bool, skipped: SkippedFiles) -> DataError:
         expected,
         remedy,
     )
-
-
-def fresh_clips(
-    listed: Iterable[SourceClip | Rejection],
-    written: SeenIds,
-    known: set[Place],
-    split: Callable[[SourceClip], Iterable[SourceClip | Rejection]] | None = None,
-) -> Iterator[SourceClip | Rejection]:
-    """Leaves out what an earlier run has dealt with, and rejects ids that come again.
-
-    Args:
-        listed: All clips of the source.
-        written: Ids that are in the shards.
-        known: (id, source, row) of what was rejected before.
-        split: Makes the rows of a clip, where it may have several.
-    """
-    clips = _with_duplicates_rejected(listed)
-    if split is not None:
-        rows = ((clip,) if isinstance(clip, Rejection) else split(clip) for clip in clips)
-        clips = itertools.chain.from_iterable(rows)
-    for clip in clips:
-        if (clip.sample_id, clip.source, clip.row) in known:
-            continue
-        if isinstance(clip, Rejection) or not written.add([clip.sample_id]):
-            yield clip
-
-
-def _with_duplicates_rejected(
-    listed: Iterable[SourceClip | Rejection],
-) -> Iterator[SourceClip | Rejection]:
-    seen = SeenIds()
-    for clip in listed:
-        if isinstance(clip, SourceClip) and seen.add([clip.sample_id]):
-            detail = "an earlier clip of this source has the same id"
-            clip = Rejection(clip.sample_id, clip.source, clip.row, Reason.DUPLICATE_ID, detail)
-        yield clip
 
 
 class _Filler:
@@ -352,9 +324,9 @@ class _Filler:
         )
 
 
-def _as_rejection(died: Died[SourceClip | Rejection]) -> Rejection:
-    clip, detail = died.item, "the process that read this clip ended without a word"
-    return Rejection(clip.sample_id, clip.source, clip.row, Reason.WORKER_DIED, detail)
+def _of_dead(died: Died[SourceClip | Rejection]) -> Rejection:
+    clip, reason = died.item, ClipFault.TOO_SLOW if died.hung else Reason.WORKER_DIED
+    return Rejection(clip.sample_id, clip.source, clip.row, reason, died.in_words)
 
 
 def _written(journal: Journal) -> PrepareProgress:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -23,7 +22,10 @@ from pipelines.data.making.several_captions import (
     one_clip_a_caption,
 )
 from pipelines.data.making.source_clip import CaptionFile, FileRange, SourceClip
+from pipelines.data.making.unserved import unserved
 from pipelines.data.shards.filesystem import data_errors, open_folder
+from pipelines.data.shards.s3_settings import S3Settings
+from sgmd_core.errors import DataError
 
 _MAX_CAPTION_FILE_BYTES = 2**20
 
@@ -58,7 +60,7 @@ class PreparedClip:
     """A row of a shard; `video` and `fps` are None in a set of captions.
 
     `look` names what changes the look of the pictures, see `look_of`; `num_left_out` counts the
-    clip's captions besides `caption`.
+    clip's captions besides `caption`; `file` is where the video was read.
     """
 
     sample_id: str
@@ -67,6 +69,7 @@ class PreparedClip:
     fps: float | None = None
     look: tuple[str, ...] = ()
     num_left_out: int = 0
+    file: FileRange | None = None
 
 
 class _BadClip(Exception):
@@ -75,21 +78,35 @@ class _BadClip(Exception):
         self.reason = reason
         self.detail = detail
 
+    def rejects(self, clip: SourceClip) -> Rejection:
+        return Rejection(clip.sample_id, clip.source, clip.row, self.reason, self.detail)
 
-def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip | Rejection:
+
+class _UnservedFile(_BadClip):
+    def __init__(self, file: FileRange, error: DataError) -> None:
+        super().__init__(Reason.UNSERVED, error.found)
+        self.file = file
+        self.error = error
+
+    def rejects(self, clip: SourceClip) -> Rejection:
+        return unserved(clip.sample_id, clip.source, clip.row, self.file, self.error)
+
+
+def prepare_clip(
+    clip: SourceClip | Rejection, rules: ClipRules, s3: S3Settings = S3Settings()
+) -> PreparedClip | Rejection:
     """Reads one clip and checks it; what was rejected before passes through.
 
-    Raises:
-        DataError: the storage failed, which is not the clip's fault.
+    Returns:
+        The clip, or why it is not taken; `Unserved` where the storage may be what fails.
     """
     if isinstance(clip, Rejection):
         return clip
-    reject = partial(Rejection, clip.sample_id, clip.source, clip.row)
     try:
-        caption, num_left_out = _caption(clip, rules)
+        caption, num_left_out = _caption(clip, rules, s3)
         if clip.video is None:
             return PreparedClip(clip.sample_id, caption, num_left_out=num_left_out)
-        data = _read(clip.video, rules.max_clip_bytes, Reason.MISSING_VIDEO)
+        data = _read(clip.video, rules.max_clip_bytes, Reason.MISSING_VIDEO, s3)
         if not rules.wanted.keeps_everything:
             look = read_look(data, rules.limits)
             video, fps = transcode(data, rules.wanted, crf=rules.crf, limits=rules.limits)
@@ -98,24 +115,22 @@ def prepare_clip(clip: SourceClip | Rejection, rules: ClipRules) -> PreparedClip
             facts = (read_facts if rules.whole else read_first_frame)(data, rules.limits)
             fps, look = facts.fps, facts.look
     except _BadClip as bad:
-        return reject(bad.reason, bad.detail)
+        return bad.rejects(clip)
     except ClipError as error:
-        return reject(error.fault, error.in_short)
-    return PreparedClip(clip.sample_id, caption, video, fps, look, num_left_out)
+        return Rejection(clip.sample_id, clip.source, clip.row, error.fault, error.in_short)
+    return PreparedClip(clip.sample_id, caption, video, fps, look, num_left_out, clip.video)
 
 
-def clips_of_captions(clip: SourceClip) -> Iterator[SourceClip | Rejection]:
-    """Makes a clip of each caption of a clip, see `one_clip_a_caption`; reads its JSON file.
-
-    Raises:
-        DataError: the storage failed, which is not the clip's fault.
-    """
+def clips_of_captions(
+    clip: SourceClip, s3: S3Settings = S3Settings()
+) -> Iterator[SourceClip | Rejection]:
+    """Makes a clip of each caption of a clip, see `one_clip_a_caption`; reads its JSON file."""
     captions = clip.caption
     if isinstance(captions, CaptionFile) and captions.json_field is not None:
         try:
-            captions = _captions_in(captions)
+            captions = _captions_in(captions, s3)
         except _BadClip as bad:
-            yield Rejection(clip.sample_id, clip.source, clip.row, bad.reason, bad.detail)
+            yield bad.rejects(clip)
             return
     if isinstance(captions, tuple) and captions:
         yield from one_clip_a_caption(clip, captions)
@@ -125,13 +140,13 @@ def clips_of_captions(clip: SourceClip) -> Iterator[SourceClip | Rejection]:
         yield replace(clip, sample_id=f"{clip.sample_id}#0", caption=captions)
 
 
-def _caption(clip: SourceClip, rules: ClipRules) -> tuple[str, int]:
+def _caption(clip: SourceClip, rules: ClipRules, s3: S3Settings) -> tuple[str, int]:
     """The clip's caption, and the number of those left out."""
     if clip.caption is None:
         raise _BadClip(Reason.MISSING_CAPTION, "there is none")
     captions = clip.caption
     if isinstance(captions, CaptionFile):
-        captions = _captions_in(captions)
+        captions = _captions_in(captions, s3)
     if isinstance(captions, tuple):
         found = choose_caption(
             captions, rules.captions, rules.seed, clip.sample_id, rules.max_caption_chars
@@ -145,9 +160,9 @@ def _caption(clip: SourceClip, rules: ClipRules) -> tuple[str, int]:
     return captions.strip(), 0
 
 
-def _captions_in(place: CaptionFile) -> str | tuple[object, ...]:
+def _captions_in(place: CaptionFile, s3: S3Settings) -> str | tuple[object, ...]:
     """The text of a file; the captions that its field holds, where it is JSON."""
-    data = _read(place.file, _MAX_CAPTION_FILE_BYTES, Reason.MISSING_CAPTION)
+    data = _read(place.file, _MAX_CAPTION_FILE_BYTES, Reason.MISSING_CAPTION, s3)
     try:
         text = data.decode("utf-8-sig")
         if place.json_field is None:
@@ -165,25 +180,29 @@ def _captions_in(place: CaptionFile) -> str | tuple[object, ...]:
         ) from error
 
 
-def _read(place: FileRange, max_bytes: int, missing: Reason) -> bytes:
+def _read(place: FileRange, max_bytes: int, missing: Reason, s3: S3Settings) -> bytes:
     """The bytes of a file, of which at most one more than allowed is fetched."""
     if place.num_bytes is not None and place.num_bytes > max_bytes:
         raise _BadClip(Reason.TOO_LARGE, f"{place.num_bytes} bytes; at most {max_bytes}")
     wanted = max_bytes + 1 if place.num_bytes is None else place.num_bytes
-    filesystem, path = open_folder(place.url, probe=False)
-    if isinstance(filesystem, LocalFileSystem) and Path(path).exists() and not Path(path).is_file():
-        # A pipe would be waited for, and a device has no end.
-        raise _BadClip(missing, f"{place.url} is a folder, pipe, socket or device, not a file")
     try:
+        filesystem, path = open_folder(place.url, s3, probe=False)
+        if isinstance(filesystem, LocalFileSystem) and _is_no_file(path):
+            # A pipe would be waited for, and a device has no end.
+            raise _BadClip(missing, f"{place.url} is a folder, pipe, socket or device, not a file")
         with data_errors(f"reading {place.url}"), filesystem.open(path, "rb") as file:
             file.seek(place.offset)
             data = cast("bytes", file.read(wanted))
-    except Exception as error:
+    except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
             raise _BadClip(missing, f"no file {place.url}") from error
-        raise
+        raise _UnservedFile(place, error) from error
     if len(data) > max_bytes:
         raise _BadClip(Reason.TOO_LARGE, f"more than {max_bytes} bytes")
     if place.num_bytes is not None and len(data) < place.num_bytes:
         raise _BadClip(Reason.CUT_SHORT, f"{len(data)} of {place.num_bytes} bytes are there")
     return data
+
+
+def _is_no_file(path: str) -> bool:
+    return Path(path).exists() and not Path(path).is_file()

@@ -28,6 +28,7 @@ class Reason(StrEnum):
     """Reasons why a clip is not taken, besides `ClipFault`'s of its pictures."""
 
     MISSING_VIDEO = "missing_video"
+    UNSERVED = "unserved"
     CUT_SHORT = "cut_short"
     TOO_LARGE = "too_large"
     MISSING_CAPTION = "missing_caption"

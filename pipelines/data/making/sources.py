@@ -48,6 +48,7 @@ from pipelines.data.making.source_clip import (
     open_reading,
 )
 from pipelines.data.making.tar_members import TarFault, read_members
+from pipelines.data.making.unserved import unserved
 from pipelines.data.shards.filesystem import S3Settings, data_errors, open_folder
 from sgmd_core.errors import DataError
 
@@ -259,16 +260,21 @@ def _tar_clips(
     name = path.removeprefix(root).lstrip("/")
     parts: dict[str, list[_Part]] = {}
     faults: list[TarFault] = []
-    with open_reading(filesystem, path) as file:
-        for member in read_members(file):
-            if isinstance(member, TarFault):
-                faults.append(member)
-            elif _is_clip_part(member.suffix):
-                place = FileRange(address, member.offset, member.num_bytes)
-                part = _Part(member.suffix, place, f"{name}/{member.name}")
-                parts.setdefault(member.key, []).append(part)
-            else:
-                skipped.add(_kind(member.suffix), f"{name}/{member.name}")
+    try:
+        with open_reading(filesystem, path) as file:
+            members = list(read_members(file))
+    except DataError as error:
+        yield unserved(name, address, None, FileRange(address), error)
+        return
+    for member in members:
+        if isinstance(member, TarFault):
+            faults.append(member)
+        elif _is_clip_part(member.suffix):
+            place = FileRange(address, member.offset, member.num_bytes)
+            part = _Part(member.suffix, place, f"{name}/{member.name}")
+            parts.setdefault(member.key, []).append(part)
+        else:
+            skipped.add(_kind(member.suffix), f"{name}/{member.name}")
     count = itertools.count()
     for key, files in parts.items():
         yield from _tar_clip(f"{name}/{key}", address, count, files, columns, skipped)

@@ -10,7 +10,7 @@ fails as a whole is never taken for bad data.
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from fsspec import AbstractFileSystem
@@ -88,10 +88,7 @@ def fetch(
     Raises:
         DataError: The server failed, or lets us read nothing.
     """
-    if isinstance(filesystem, AsyncFileSystem):
-        answers = cast("list[_Answer]", sync(filesystem.loop, _read_all, filesystem, ranges, retry))
-    else:
-        answers = [_read_here(filesystem, wanted, retry) for wanted in ranges]
+    answers = _answers_to(filesystem, ranges, retry)
     good = [one.path for one, answer in zip(ranges, answers, strict=True) if answer.is_good]
     if good:
         _read_before[filesystem] = good[-1]
@@ -125,6 +122,22 @@ def fetch_file(
     )
 
 
+def serves_one_of(
+    filesystem: AbstractFileSystem, ranges: Sequence[Range], retry: S3Settings
+) -> bool:
+    """Returns True if at least one of some byte ranges can be read, within a few seconds."""
+    quick = replace(retry, read_budget_s=min(_WITNESS_S, retry.read_budget_s))
+    return any(answer.is_good for answer in _answers_to(filesystem, ranges, quick))
+
+
+def _answers_to(
+    filesystem: AbstractFileSystem, ranges: Sequence[Range], retry: S3Settings
+) -> "list[_Answer]":
+    if isinstance(filesystem, AsyncFileSystem):
+        return cast("list[_Answer]", sync(filesystem.loop, _read_all, filesystem, ranges, retry))
+    return [_read_here(filesystem, wanted, retry) for wanted in ranges]
+
+
 @dataclass(frozen=True, slots=True)
 class _Answer:
     outcome: bytes | Fault | Exception
@@ -142,23 +155,14 @@ def _judged(
     if not isinstance(error, Exception):
         return error
     witness = _read_before.get(filesystem)
-    if witness is not None and witness != wanted.path and _answers(filesystem, witness, retry):
+    if (
+        witness is not None
+        and witness != wanted.path
+        and serves_one_of(filesystem, [Range(witness, 0, 1)], retry)
+    ):
         return Fault(f"not served, while others are ({words_of(error)})", is_unanswered=True)
     attempted = f"reading {wanted.path} (try {answer.tries})"
     raise data_error(attempted, error) from error
-
-
-def _answers(filesystem: AbstractFileSystem, path: str, retry: S3Settings) -> bool:
-    """Returns True if one byte of a file that was read before can still be read."""
-    try:
-        if isinstance(filesystem, AsyncFileSystem):
-            timeout = min(_WITNESS_S, retry.read_budget_s)
-            sync(filesystem.loop, _ask, filesystem, path, 0, 1, timeout=timeout)
-        else:
-            filesystem.cat_file(path, start=0, end=1)
-    except Exception:  # Any trouble here says that it is not the other object's own.
-        return False
-    return True
 
 
 async def _read_all(

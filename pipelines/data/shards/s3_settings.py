@@ -5,6 +5,8 @@ from typing import Literal
 
 from sgmd_core.errors import ConfigError
 
+DEFAULT_READ_BUDGET_S = 120.0
+
 
 @dataclass(frozen=True, slots=True)
 class S3Settings:
@@ -37,7 +39,7 @@ class S3Settings:
     max_attempts: int = 5
     retry_mode: Literal["standard", "adaptive"] = "standard"
     read_attempts: int = 4
-    read_budget_s: float = 120.0
+    read_budget_s: float = DEFAULT_READ_BUDGET_S
     backoff_s: float = 0.5
     native_reads: bool = True
 

@@ -1,10 +1,12 @@
 """Work in other processes: order, errors, and processes that die."""
 
+import ctypes
 import os
 import time
 
 import pytest
 
+from pipelines.data.clips.hang_guard import guarded
 from pipelines.data.making.ordered_pool import Died, map_in_order
 
 
@@ -16,6 +18,15 @@ def slow_square(number: int) -> int:
 def die_at_three(number: int) -> int:
     if number == 3:
         os._exit(7)
+    return number
+
+
+def hang_at_three(number: int) -> int:
+    with guarded():
+        if number == 3:
+            # Called so, a function of C keeps the interpreter's lock: no thread of ours could act.
+            ctypes.PyDLL(None).sleep(60)
+        time.sleep(0.02)
     return number
 
 
@@ -46,6 +57,12 @@ def test_items_are_taken_only_as_places_become_free():
 
 def test_an_item_that_ends_its_process_is_named_and_the_others_come_through():
     assert list(map_in_order(die_at_three, range(8), 2)) == [0, 1, 2, Died(3), 4, 5, 6, 7]
+
+
+def test_an_item_that_hangs_in_a_decoder_is_named_and_the_others_come_through():
+    found = list(map_in_order(hang_at_three, range(6), 2, max_hang_s=2.0))
+    assert found == [0, 1, 2, Died(3, hung=True), 4, 5]
+    assert list(map_in_order(hang_at_three, range(2), 0, max_hang_s=0.001)) == [0, 1]
 
 
 def test_an_error_of_the_function_is_raised():
