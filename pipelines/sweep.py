@@ -11,8 +11,9 @@ import csv
 import io
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from pipelines.config.recipe import DistillConfig, check_sweep
 from pipelines.distillation.groups import own_cluster_size, pools_of
 from pipelines.distillation.preflight import require_readable, run_preflight
 from pipelines.distillation.run import distill
-from pipelines.run.folder import require_lasting_folder
+from pipelines.run.folder import RunFolder, read_jsonl, require_lasting_folder
 from pipelines.run.observer import RunObserver
+from pipelines.run.ranking import Contender, not_told_apart
 from sgmd_core.errors import ConfigError
 
 _CONTROLLER_CPUS = 1.0
+_ERRORS = "errors_of_figures"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class Trial:
         seconds: Training time of the trial.
         run_folder: Its run folder.
         error: What went wrong, or an empty string.
+        intervals: 95 % intervals of the figures.
+        influences: Influence of each clip on the figures that rank.
     """
 
     settings: Mapping[str, Any]
@@ -50,6 +55,13 @@ class Trial:
     seconds: float
     run_folder: str
     error: str
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    influences: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    def contender(self, score: str) -> Contender:
+        """Entry of the ranking."""
+        name = ", ".join(f"{key}={each}" for key, each in self.settings.items())
+        return Contender.of_validation(f"({name})", asdict(self), score)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +80,24 @@ class SweepResult:
     folder: Path
     best_recipe: Path
 
+    @property
+    def note(self) -> str:
+        """Names the trials that may be as good as the best one; empty where it is the best."""
+        tried = [trial.contender(self.score) for trial in self.trials if not trial.error]
+        return not_told_apart(tried, "trials", self.score)
+
     def to_json(self) -> dict[str, Any]:
         """As results.json holds it."""
         return {
             "score": self.score,
             "folder": str(self.folder),
             "best_recipe": str(self.best_recipe),
+            "note": self.note,
             "trials": [
                 {
                     "settings": dict(trial.settings),
                     "figures": dict(trial.figures),
+                    "intervals": dict(trial.intervals),
                     "seconds": trial.seconds,
                     "run_folder": trial.run_folder,
                     "error": trial.error,
@@ -197,9 +217,15 @@ def _tuner(config: DistillConfig, folder: Path, observer: RunObserver) -> tune.T
         trial = _trial_config(base, settings, tune.get_context().get_trial_name())
         on_ray = trial.topology.mode != "local"
         summary = distill(trial, in_trial=on_ray)
+        measured = read_jsonl(RunFolder(summary["run_folder"]).validation)[-1:]
         tune.report(
             {
                 **summary["validation"],
+                _ERRORS: {
+                    name: dict(line[name])
+                    for line in measured
+                    for name in ("intervals", "influences")
+                },
                 "run_seconds": summary["seconds"],
                 "run_folder": summary["run_folder"],
             }
@@ -251,7 +277,14 @@ def _trial_of(result: tune.Result) -> Trial:
         for name, value in metrics.items()
         if isinstance(value, float) and name not in _TUNE_FIGURES and name != "run_seconds"
     }
-    return Trial(settings, figures, metrics["run_seconds"], metrics["run_folder"], "")
+    return Trial(
+        settings,
+        figures,
+        metrics["run_seconds"],
+        metrics["run_folder"],
+        "",
+        **metrics.get(_ERRORS, {}),
+    )
 
 
 def trial_error(error: Exception) -> str:
@@ -289,7 +322,8 @@ def _ranked(config: DistillConfig, trials: Sequence[Trial]) -> tuple[Trial, ...]
 def _write(config: DistillConfig, folder: Path, trials: tuple[Trial, ...]) -> SweepResult:
     best = config.with_settings(dict(trials[0].settings))
     result = SweepResult(config.sweep.score, trials, folder, folder / "best.yaml")
-    write_text(str(result.best_recipe), best.to_yaml())
+    note = "".join(f"# {line}\n" for line in textwrap.wrap(result.note, 97))
+    write_text(str(result.best_recipe), note + best.to_yaml())
     write_text(str(folder / "results.csv"), _csv(config, trials))
     write_json(str(folder / "results.json"), result.to_json())
     return result

@@ -35,6 +35,8 @@ def summary_words(summary: Mapping[str, Any]) -> list[RenderableType]:
     if summary["best"]:
         best = summary["best"][0]
         shown.append(f"the best one: {folder}/best, of iteration {best['iteration']}")
+    if summary.get("ranking_note"):
+        shown.append(str(summary["ranking_note"]))
     shown.append(f"everything else: {folder}/summary.json")
     shown += [Text(problem, style="bold red") for problem in _problems(summary)]
     return shown

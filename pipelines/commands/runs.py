@@ -174,6 +174,7 @@ def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False
         result.to_json(),
         as_json,
         _sweep_table(result),
+        *([result.note] if result.note else []),
         f"best settings: {result.best_recipe}    run them: sgmd distill {result.best_recipe}",
     )
 

@@ -297,6 +297,7 @@ def _validation_plan(
         ),
         fps=config.video.fps,
         samples=str(folder.samples),
+        scores=(config.checkpoint.score, config.sweep.score),
     )
 
 

@@ -26,7 +26,7 @@ from pipelines.distillation.validation import Validator
 from pipelines.run.alarms import Alarm, AlarmWatch
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.run.observer import RunObserver
-from pipelines.run.ranking import Ranked, ranked, scores_of
+from pipelines.run.ranking import Contender, Ranked, not_told_apart, ranked, scores_of
 from pipelines.run.records import IterationRecord, ValidationRecord
 
 _MAX_WAITING = 2
@@ -100,6 +100,20 @@ class RunMonitor:
         if not self.ranks:
             return []
         return ranked(self._scores, self.config.checkpoint.mode, self.checkpoints.steps())
+
+    @property
+    def ranking_note(self) -> str:
+        """Names the states that may be as good as the best one; empty where it is the best."""
+        if not self._scores:
+            return ""
+        score = self.config.checkpoint.score
+        lines = {line["iteration"]: line for line in read_jsonl(self.folder.validation)}
+        contenders = [
+            Contender.of_validation(str(entry.iteration), lines[entry.iteration], score)
+            for entry in ranked(self._scores, self.config.checkpoint.mode)
+            if score in lines.get(entry.iteration, {}).get("figures", {})
+        ]
+        return not_told_apart(contenders, "checkpoints", score)
 
     @property
     def spared(self) -> set[int]:
@@ -176,7 +190,12 @@ class RunMonitor:
             }
             for entry in ranked(self._scores, settings.mode)
         ]
-        content = {"score": settings.score, "mode": settings.mode, "states": entries}
+        content = {
+            "score": settings.score,
+            "mode": settings.mode,
+            "states": entries,
+            "note": self.ranking_note,
+        }
         write_json(str(self.folder.ranking), content)
 
     def _take(self) -> None:

@@ -299,6 +299,7 @@ class Distillation:
         summary |= {
             "utilisation": self._trace.utilisation(),
             "critical_path_s": self._trace.critical_path(),
+            "ranking_note": self._monitor.ranking_note,
             "validation_problem": self._monitor.problem,
         }
         write_json(str(self._folder.summary), summary)

@@ -36,6 +36,7 @@ class ValidationPlan:
         teacher: How the teacher is sampled for the reference, from another seed; made once.
         fps: Frames a second of the sheets.
         samples: Folder for the contact sheets.
+        scores: Figures that rank generators.
     """
 
     captions: tuple[str, ...]
@@ -43,6 +44,7 @@ class ValidationPlan:
     teacher: Sampling
     fps: int
     samples: str
+    scores: tuple[str, ...] = ()
 
 
 class Validator:
@@ -66,6 +68,7 @@ class Validator:
                 shown=tuple(range(min(NUM_SHEET_ROWS, len(plan.captions)))),
             ),
             plan.teacher,
+            plan.scores,
         )
 
     def validate(self, iteration: int, weights: dict[str, Tensor]) -> ValidationRecord:
@@ -85,6 +88,7 @@ class Validator:
             seconds=time.perf_counter() - began,
             sheet=f"{name}.png",
             intervals=dict(report.intervals),
+            influences=dict(report.influences),
             seconds_per_clip=report.seconds_per_clip,
         )
 

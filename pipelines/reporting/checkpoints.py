@@ -37,6 +37,7 @@ class RankingTable:
         headings: The score first, then other leading figures.
         rows: The best first, at most ten.
         num_more: Rows that are left out.
+        note: Which states may be as good as the best one; may be empty.
     """
 
     score: str
@@ -44,6 +45,7 @@ class RankingTable:
     headings: tuple[str, ...]
     rows: tuple[RankedCheckpoint, ...]
     num_more: int
+    note: str
 
 
 def ranked_checkpoints(run: RunRecords) -> RankingTable | None:
@@ -72,6 +74,7 @@ def ranked_checkpoints(run: RunRecords) -> RankingTable | None:
         headings=tuple(title(name) for name in (score, *others)),
         rows=tuple(rows[:_MAX_SHOWN]),
         num_more=max(0, len(rows) - _MAX_SHOWN),
+        note=str(run.ranking.get("note", "")),
     )
 
 

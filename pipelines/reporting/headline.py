@@ -13,12 +13,14 @@ from pipelines.media.charts import number
 from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.figures import SamplingRow, SamplingRows, ShownFigure, read_rows
 from pipelines.reporting.names import about, in_order, title
+from pipelines.run.ranking import Contender, not_told_apart
 
 _PLOT_W, _PLOT_H = 110, 18
 _PLOT_LOW, _PLOT_HIGH = 0.5, 1.5
 # Small things that move are lost in the mean over all pixels.
 _MOTION = "flow_top"
 _SPEED, _SECONDS, _DISTANCE_RATIO = "mean_speed_px_per_frame", "seconds_per_clip", "ratio"
+_DISTANCE = "above_floor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,18 @@ def figure_table(runs: Sequence[LabelledRun]) -> FigureTable | None:
     if not any(rows.figure_names for _, rows in found):
         return None
     return _of_one(found[0][1]) if len(runs) == 1 else _of_several(found)
+
+
+def comparison_note(runs: Sequence[LabelledRun]) -> str:
+    """Names the runs that may be as close to their teacher as the closest one; may be empty."""
+    found = [(run.label, read_rows(run.records.evaluation).generator) for run in runs]
+    contenders = [
+        Contender(label, figure.value, figure.ends)
+        for label, generator in found
+        if generator and (figure := generator.figures.get(_DISTANCE))
+    ]
+    contenders.sort(key=lambda contender: contender.value)
+    return not_told_apart(contenders, "runs", title(_DISTANCE), "sgmd evaluate --num-captions")
 
 
 def tiles(evaluation: Mapping[str, Any]) -> list[Tile]:

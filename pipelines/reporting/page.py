@@ -20,7 +20,7 @@ from pipelines.reporting.alarms import alarm_kinds
 from pipelines.reporting.checkpoints import ranked_checkpoints
 from pipelines.reporting.clips import Media, clip_table
 from pipelines.reporting.curves import LabelledRun, training_cards, validation_cards
-from pipelines.reporting.headline import criteria, figure_table, tiles
+from pipelines.reporting.headline import comparison_note, criteria, figure_table, tiles
 from pipelines.reporting.names import duration
 from pipelines.reporting.records import RunRecords, finite, read_run
 from pipelines.reporting.settings import differing_facts, differing_settings, facts
@@ -91,6 +91,7 @@ def _content(runs: Sequence[LabelledRun]) -> dict[str, Any]:
         "tiles": tiles(alone.evaluation) if alone else [],
         "criteria": criteria(runs),
         "figures": figure_table(runs),
+        "comparison_note": comparison_note(runs),
         "setting": _setting(records),
         "settings": differing_settings(records) if not alone else [],
         "versions": differing_facts(records) if not alone else [],

@@ -90,6 +90,7 @@ class ValidationRecord:
         sheet: File name of the contact sheet under samples/.
         intervals: Ends of the 95 % intervals of those figures that have one.
         seconds_per_clip: Sampling one clip, beside the training: compare it within a run only.
+        influences: Influence of each clip on the figures that rank; see `pipelines.run.ranking`.
     """
 
     iteration: int
@@ -98,6 +99,7 @@ class ValidationRecord:
     sheet: str
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     seconds_per_clip: float | None = None
+    influences: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def headline_figures(self) -> dict[str, float]:

@@ -13,11 +13,14 @@ from typing import Any
 
 from pipelines.evaluation.result import REFERENCE
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.ranking import Contender, not_told_apart
 from pipelines.study.judging import Figures
 from pipelines.study.passes import iteration_passes, total_units
 from pipelines.study.plan import PlannedRun
 
 _TOTAL = "total"
+SCORE = "frechet"
+"""Figure that variants are compared by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,14 @@ class SeedSpread:
     deviation: float | None
     count: int
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval of the mean by Student's t; None of a single seed."""
+        if self.deviation is None:
+            return None
+        reach = _student_t(self.count - 1) * self.deviation / math.sqrt(self.count)
+        return self.mean - reach, self.mean + reach
+
 
 @dataclass(frozen=True, slots=True)
 class StudyResult:
@@ -129,6 +140,27 @@ class StudyResult:
         below = self.teacher[REFERENCE].get(figure) if over_teacher else 1.0
         return spread([value / below for value in values]) if below else None
 
+    @property
+    def note(self) -> str:
+        """Names the variants that may be as close to the teacher as the closest one.
+
+        Intervals are those of means over seeds; a variant with a single seed has none.
+        """
+        found = {variant: self.at_end(variant, SCORE) for variant in self.variants}
+        contenders = [
+            Contender(variant, spread.mean, spread.interval)
+            for variant, spread in found.items()
+            if spread is not None
+        ]
+        contenders.sort(key=lambda contender: contender.value)
+        single = [contender.name for contender in contenders if contender.interval is None]
+        if single and len(contenders) > 1:
+            return (
+                f"{SCORE} is known from one seed for {', '.join(single)}, and two runs of a "
+                "variant differ: take more seeds: study.seeds"
+            )
+        return not_told_apart(contenders, "variants", SCORE, "study.seeds", "seeds")
+
     def to_json(self) -> dict[str, Any]:
         """As results.json holds it, with the spreads that the tables show."""
         figures = sorted({name for run in self.runs for p in run.points for name in p.figures})
@@ -140,7 +172,16 @@ class StudyResult:
             }
             for variant in self.variants
         }
-        return {**asdict(self), "at_end": ends}
+        return {**asdict(self), "at_end": ends, "note": self.note}
+
+
+def _student_t(freedom: int) -> float:
+    """97.5 % quantile of Student's t."""
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    # Beyond the table, its expansion at the normal quantile; off by less than 0.003.
+    if freedom <= len(table):
+        return table[freedom - 1]
+    return 1.96 + 2.37 / freedom + 2.82 / freedom**2
 
 
 def spread(values: Sequence[float]) -> SeedSpread | None:

@@ -80,7 +80,8 @@ def results_markdown(result: StudyResult) -> str:
         for run in result.runs
         if run.error
     ]
-    return "\n".join([told, "", *lines, *([""] if failed else []), *failed]) + "\n"
+    below = [*([result.note] if result.note else []), *failed]
+    return "\n".join([told, "", *lines, *([""] if below else []), *below]) + "\n"
 
 
 def results_csv(result: StudyResult) -> str:

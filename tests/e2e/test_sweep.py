@@ -62,6 +62,12 @@ def test_a_sweep_tries_every_combination_and_writes_the_best(
     assert len(table) == 4
     stored = json.loads((result.folder / "results.json").read_text())
     assert stored["trials"][0]["figures"]["frechet"] == scores[0]
+    low, high = stored["trials"][0]["intervals"]["frechet"]
+    assert low <= scores[0] <= high
+    # Two updates leave the trials all but equal, on 8 clips.
+    assert stored["note"].startswith("trials (objective.lambda_nr=")
+    assert "are not told apart by these clips: frechet" in stored["note"]
+    assert result.best_recipe.read_text().startswith("# trials (objective.lambda_nr=")
 
 
 @pytest.mark.ray

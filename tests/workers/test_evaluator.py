@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sgmd_core.errors import CheckpointError
 from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_distance
+from sgmd_core.metrics.jackknife import influences, standard_error
 from sgmd_core.schedule import FlowMatchSchedule
 from tests.helpers.roles import same_bits, weights
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
@@ -156,6 +157,40 @@ def test_validation_measures_the_clips_it_shows():
     assert len(report.shown) == 2
     assert np.array_equal(report.shown[1], to_pixels(video)[1])
     assert np.array_equal(report.teacher_shown[1], to_pixels(partner)[1])
+
+
+def test_every_figure_has_an_interval_and_those_that_rank_the_influence_of_each_clip():
+    evaluator, other = _evaluator(), tiny_velocity(4)
+    scores = ("frechet", "speed_spearman", "sharpness", "flow_ratio")
+    report = ValidationEvaluator(evaluator, _request(), REFERENCE, scores).validate(weights(other))
+    assert report.intervals.keys() == report.figures.keys()
+    assert report.influences.keys() == set(scores)
+    for name, influence in report.influences.items():
+        low, high = report.intervals[name]
+        assert low <= report.figures[name] <= high
+        assert len(influence) == len(CAPTIONS)
+        assert sum(influence) == pytest.approx(0, abs=1e-9)
+    low, high = report.intervals["frechet"]
+    assert high - low == pytest.approx(2 * 1.96 * standard_error(report.influences["frechet"]))
+    # A ratio of means is linear enough for its influences to be those of leaving clips out.
+    own, partner = (
+        measure_clip_figures(evaluator.sample(CAPTIONS, 0, 1, *how), fps=8)["flow"].double()
+        for how in ((2, 1.0, weights(other)), (3, 2.0))
+    )
+    left_out = influences(lambda kept: float(own[kept].mean() / partner[kept].mean()), len(own))
+    torch.testing.assert_close(
+        torch.tensor(report.influences["flow_ratio"]).double(), left_out, rtol=0.5, atol=1e-3
+    )
+
+
+def test_two_clips_are_too_few_to_leave_one_out():
+    request = _request(captions=CAPTIONS[:2])
+    report = ValidationEvaluator(_evaluator(), request, REFERENCE, ("frechet",)).validate(
+        weights(tiny_velocity(4))
+    )
+    assert "frechet" in report.figures
+    assert "frechet" not in report.intervals
+    assert not report.influences
 
 
 def test_diversity_is_how_far_the_two_clips_of_a_caption_are_apart():

@@ -66,6 +66,23 @@ def test_figures_at_the_end_leave_out_runs_that_failed(result):
     assert result.at_end("a", "diversity", over_teacher=True) is None
 
 
+def test_variants_that_their_seeds_do_not_separate_are_named(result):
+    # One seed of two failed: how much its runs differ is not known.
+    assert "known from one seed for b<c" in result.note
+    assert "study.seeds" in result.note
+    assert result.note in results_markdown(result)
+    runs = [run("a", seed, 0.4 + 0.01 * seed) for seed in range(3)]
+    near = [run("b<c", seed, 0.41 + 0.01 * seed) for seed in range(3)]
+    far = [run("b<c", seed, 0.9 + 0.01 * seed) for seed in range(3)]
+    # The mean of 0.40, 0.41, 0.42 by Student's t with two degrees of freedom.
+    assert replace(result, runs=(*runs, *near)).note == (
+        "variants a and b<c are not told apart by these seeds: frechet 0.41 [0.385, 0.435] and "
+        "0.42 [0.395, 0.445], 95 %; take more seeds: study.seeds"
+    )
+    assert replace(result, runs=(*runs, *far)).note == ""
+    assert replace(result, runs=tuple(runs)).note == ""
+
+
 def test_a_curve_is_the_mean_of_the_runs_that_have_got_so_far(result):
     curve = mean_curve(result.of("b<c"), "frechet")
     assert [(at.iteration, at.units, value) for at, value in curve] == [
