@@ -26,6 +26,8 @@ from typing import Any
 
 import fsspec
 from fsspec import AbstractFileSystem
+from fsspec.asyn import AsyncFileSystem, sync
+from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import LeaseError, LeaseLostError
@@ -35,6 +37,8 @@ LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
 _RENEW_EVERY_S, _EXPIRY_S = 10.0, 60.0
 # Two writers that create the object at once both see the later one after so long.
 _SETTLE_S = 1.0
+# A renewal that is not answered soon is tried again before the lease expires.
+_ANSWER_S, _RENEWAL_S = 120.0, 20.0
 _log = logging.getLogger(__name__)
 
 
@@ -144,17 +148,21 @@ class _ObjectLease(Lease):
 
     def take(self) -> None:
         """Creates the object, or takes over one that nobody renews any more."""
-        found = self._read()
+        found = self._read(_ANSWER_S)
         if found and time.time() - float(found.get("renewed", 0)) < _EXPIRY_S:
             raise _held(self._folder, json.dumps(found))
-        self._write(is_new=not found)
+        self._write(is_new=not found, timeout_s=_ANSWER_S)
         time.sleep(_SETTLE_S)
         self.check()
         threading.Thread(target=self._renew, name="renew-lease", daemon=True).start()
 
     def check(self) -> None:
         """See `Lease`; reads the object."""
-        found = self._read()
+        with storage_errors(f"reading the lease on {self._folder}"):
+            self._require_own(_ANSWER_S)
+
+    def _require_own(self, timeout_s: float) -> None:
+        found = self._read(timeout_s)
         if found.get("token") != self._holder["token"]:
             raise LeaseLostError(
                 f"writing to {self._folder}",
@@ -167,43 +175,54 @@ class _ObjectLease(Lease):
         """Deletes the object where it is still this process's."""
         self._over.set()
         with suppress(Exception):
-            if self._read().get("token") == self._holder["token"]:
-                self._filesystem.rm_file(self._path)
+            if self._read(_RENEWAL_S).get("token") == self._holder["token"]:
+                self._ask("rm_file", timeout_s=_RENEWAL_S)
 
     def _renew(self) -> None:
         while not self._over.wait(_RENEW_EVERY_S):
             try:
-                self.check()
+                self._require_own(_RENEWAL_S)
                 # Whoever was paused for longer than the expiry must not bring its lease back.
                 if time.monotonic() - self._renewed_s < _EXPIRY_S:
-                    self._write(is_new=False)
+                    self._write(is_new=False, timeout_s=_RENEWAL_S)
             except LeaseLostError:
                 return
             except Exception as error:
                 _log.warning("The lease %s was not renewed: %s", self._path, error)
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self, timeout_s: float) -> dict[str, Any]:
         self._filesystem.invalidate_cache()
         try:
-            found = json.loads(self._filesystem.cat_file(self._path))
+            found = json.loads(self._ask("cat_file", timeout_s=timeout_s))
         except FileNotFoundError:
             return {}
         except ValueError:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _write(self, *, is_new: bool) -> None:
+    def _write(self, *, is_new: bool, timeout_s: float) -> None:
         content = json.dumps({**self._holder, "renewed": time.time()}).encode()
         try:
             # Conditional where the server knows how; the read after it decides elsewhere.
-            self._filesystem.pipe_file(
-                self._path, content, mode="create" if is_new else "overwrite"
-            )
+            mode = "create" if is_new else "overwrite"
+            self._ask("pipe_file", content, timeout_s=timeout_s, mode=mode)
         except FileExistsError:
-            raise _held(self._folder, json.dumps(self._read())) from None
+            raise _held(self._folder, json.dumps(self._read(timeout_s))) from None
         except (NotImplementedError, TypeError):
-            self._filesystem.pipe_file(self._path, content)
+            self._ask("pipe_file", content, timeout_s=timeout_s)
         self._renewed_s = time.monotonic()
+
+    def _ask(self, request: str, *content: bytes, timeout_s: float, **options: str) -> Any:  # noqa: ANN401
+        """One request about the object; a server that never answers is not waited for."""
+        files = self._filesystem
+        if not isinstance(files, AsyncFileSystem):
+            return getattr(files, request)(self._path, *content, **options)
+        ask = getattr(files, f"_{request}")
+        try:
+            return sync(files.loop, ask, self._path, *content, timeout=timeout_s, **options)
+        except FSTimeoutError as error:
+            words = f"no answer about {self._path} in {timeout_s:.0f} s"
+            raise TimeoutError(words) from error
 
 
 def _held(folder: str, text: str) -> LeaseError:

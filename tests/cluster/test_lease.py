@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from s3fs import S3FileSystem
 
 from cluster import lease as leases
-from cluster.errors import LeaseError, LeaseLostError
+from cluster.errors import LeaseError, LeaseLostError, StorageError
 from cluster.lease import LEASE_FILE, LEASE_OBJECT, hold
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +110,22 @@ class TestObjectStore:
                 taker.check()
                 with pytest.raises(LeaseLostError):
                     paused.check()
+
+
+def test_a_store_that_accepts_and_never_answers_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(leases, "_ANSWER_S", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = S3FileSystem(
+            key="a-key",
+            secret="a-secret",
+            endpoint_url=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            skip_instance_cache=True,
+        )
+        started = time.monotonic()
+        with pytest.raises(StorageError, match=r"no answer about .*_lease\.json in 1 s"):  # noqa: SIM117
+            with hold("s3://bucket/set", "a test", store):
+                pass
+        assert time.monotonic() - started < 30.0
 
 
 def test_a_folder_that_was_made_for_a_lease_and_stayed_empty_goes_with_it(tmp_path):

@@ -53,6 +53,7 @@ class PatientS3FileSystem(S3FileSystem):
         end: int | None = None,
         **options: Any,  # noqa: ANN401
     ) -> bytes:
+        await self.set_session()
         budget_s = budget_of(None if end is None else end - (start or 0), self.patience)
         async with reporting({0: Waiting(f"reading {path}", budget_s)}, self.patience):
             answer, _ = await ask_again(
@@ -66,6 +67,8 @@ class PatientS3FileSystem(S3FileSystem):
         if method == "get_object":
             # Its bytes come later; who reads them has a budget for both.
             return await super()._call_s3(method, *arguments, **options)
+        # Making the client takes seconds on a busy machine, and is not the server's delay.
+        await self.set_session()
         body = options.get("Body")
         budget_s = budget_of(len(body) if isinstance(body, bytes) else 0, self.patience)
         call = super()._call_s3

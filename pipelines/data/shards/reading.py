@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
+from s3fs import S3FileSystem
 
 from cluster.redaction import without_secrets
 from pipelines.data.shards.filesystem import data_error
@@ -31,7 +32,7 @@ from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 
 _AT_ONCE = 10  # as many as the SDK opens connections, so that no read waits inside its budget
-_WITNESS_S = 10.0
+_WITNESS_S, _NUM_WITNESSES = 10.0, 8
 # The last file that each file system has read: it shows later whether the server still answers.
 _read_before: dict[AbstractFileSystem, str] = {}
 
@@ -118,7 +119,9 @@ def fetch_file(
         f"reading {without_secrets(path)}",
         answer.reason,
         "a file that can be read whole",
-        "If it was damaged, write it again",
+        "Check the rights to it, or try again later"
+        if answer.is_unanswered
+        else "If it was damaged, write it again",
     )
 
 
@@ -154,15 +157,33 @@ def _judged(
     error = answer.outcome
     if not isinstance(error, Exception):
         return error
-    witness = _read_before.get(filesystem)
-    if (
-        witness is not None
-        and witness != wanted.path
-        and serves_one_of(filesystem, [Range(witness, 0, 1)], retry)
-    ):
+    others = [Range(path, 0, 1) for path in _others(filesystem, wanted.path)]
+    if serves_one_of(filesystem, others, retry):
         return Fault(f"not served, while others are ({words_of(error)})", is_unanswered=True)
     attempted = f"reading {wanted.path} (try {answer.tries})"
     raise data_error(attempted, error) from error
+
+
+def _others(filesystem: AbstractFileSystem, path: str) -> list[str]:
+    """The file that was read last; where none was read yet, some that lie beside a file."""
+    known = _read_before.get(filesystem)
+    if known is not None and known != path:
+        return [known]
+    if not isinstance(filesystem, S3FileSystem):
+        return []
+    bucket, key, _ = filesystem.split_path(path)
+    folder = f"{key.rpartition('/')[0]}/".lstrip("/")
+    request = {"Bucket": bucket, "Prefix": folder, "MaxKeys": _NUM_WITNESSES}
+    try:
+        ask = filesystem._call_s3
+        page = cast(
+            "dict[str, Any]",
+            sync(filesystem.loop, ask, "list_objects_v2", timeout=_WITNESS_S, **request),
+        )
+    except Exception:  # A server that does not even list has failed as a whole.
+        return []
+    found = [f"{bucket}/{entry['Key']}" for entry in page.get("Contents", []) if entry["Size"]]
+    return [one for one in found if one != path]
 
 
 async def _read_all(

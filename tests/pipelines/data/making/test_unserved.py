@@ -10,7 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.checking.check import CheckOptions, check_shards
+from pipelines.data.making.caption_file import open_set, read_prompts
 from pipelines.data.making.prepare import PrepareOptions, prepare
+from pipelines.data.shards.index import read_index
 from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every
@@ -71,8 +73,14 @@ def unserved(folder: Path) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["folder", "clips.tar", "list.csv", "prompts.txt"])
 def test_a_busy_server_changes_nothing_in_what_prepare_and_check_make(
-    through: Callable[..., ProxyBook], server: S3Server, name: str
+    through: Callable[..., ProxyBook],
+    server: S3Server,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
     def made(place: str) -> tuple[object, ...]:
         report = prepare(f"s3://clips/raw/{name}", f"s3://clips/{place}", HERE)
         checked = check_shards(f"s3://clips/{place}", CheckOptions(num_processes=0))
@@ -80,7 +88,8 @@ def test_a_busy_server_changes_nothing_in_what_prepare_and_check_make(
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name[0] != "_"}
         facts = asdict(checked)
         facts.pop("folder", None)
-        return report.num_clips, report.rejected, files, str(facts).replace(place, "SET")
+        told = [] if name in ("folder", "clips.tar") else read_prompts(f"s3://clips/raw/{name}")
+        return report.num_clips, report.rejected, files, str(facts).replace(place, "SET"), told
 
     through(healthy)
     calm = made(f"calm-{name}")
@@ -88,6 +97,10 @@ def test_a_busy_server_changes_nothing_in_what_prepare_and_check_make(
     book = through(every(3, *TROUBLES))
     assert made(f"busy-{name}") == calm
     assert all(book.troubles.get(trouble, 0) >= 2 for trouble in TROUBLES), book.troubles
+    if calm[-1]:
+        opened = open_set(f"s3://clips/raw/{name}")
+        index = read_index(opened.filesystem, opened.root)
+        assert sum(shard.num_rows for shard in index or ()) == calm[0]
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,6 @@ def test_a_server_that_accepts_and_never_answers_is_given_up_and_reported_meanwh
     book = through(healthy, stall_s=30.0)
     # The SDK alone would wait five times the 30 s that ship.
     filesystem, root = open_folder("s3://clips/set", S3Settings(read_budget_s=4.0), probe=False)
-    filesystem.connect()
     file = filesystem.open(f"{root}/one.bin")
     assert file.read(1) == CONTENT[:1]
     book.plan = lambda number: Trouble.SILENCE

@@ -143,6 +143,23 @@ def test_one_object_that_is_not_served_is_a_fault_within_its_budget(
         fetch(filesystem, [Range(names[1], 0, 50)], quick)
 
 
+def test_the_first_object_that_is_read_and_not_served_is_a_fault_if_those_beside_it_are(
+    through: Callable[..., ProxyBook],
+) -> None:
+    """A process that begins with it has read nothing that could show that the server answers."""
+    book = through(healthy)
+    quick = S3Settings(max_attempts=1, read_attempts=1, backoff_s=0.01)
+    filesystem, root = open_folder("s3://clips/set", quick)
+    wanted = [Range(f"{root}/part-000.parquet", 0, 50)]
+    book.plan = lambda number: Trouble.DENIED if "part-" in book.current else Trouble.NONE
+    with pytest.raises(DataError, match="AWS_ACCESS_KEY_ID"):
+        fetch(filesystem, wanted, quick)
+    book.plan = lambda number: Trouble.DENIED if "part-000" in book.current else Trouble.NONE
+    (found,) = fetch(filesystem, wanted, quick)
+    assert isinstance(found, Fault)
+    assert found.is_unanswered
+
+
 def test_an_index_whose_answer_breaks_off_is_asked_for_again(
     through: Callable[..., ProxyBook],
 ) -> None:
