@@ -38,11 +38,16 @@ def guarded() -> Iterator[None]:
     try:
         yield
     finally:
-        if _limit_s:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        relax()
 
 
 def progress() -> None:
     """Starts the time anew: the call before has returned."""
     if _limit_s:
         signal.setitimer(signal.ITIMER_REAL, _limit_s)
+
+
+def relax() -> None:
+    """Stops the time: no decoder is at work."""
+    if _limit_s:
+        signal.setitimer(signal.ITIMER_REAL, 0)

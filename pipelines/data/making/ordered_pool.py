@@ -16,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pipelines.data.clips.hang_guard import HANG_SIGNAL, MAX_HANG_S, end_on_hang
+from pipelines.data.clips.hang_guard import HANG_SIGNAL, MAX_HANG_S, end_on_hang, relax
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -97,12 +97,19 @@ def _submit(
     executor: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item
 ) -> Future[Result]:
     try:
-        return executor.submit(function, item)
+        return executor.submit(_apply, function, item)
     except BrokenProcessPool as error:
         # It broke a moment ago; the oldest item under way will tell.
         failed: Future[Result] = Future()
         failed.set_exception(error)
         return failed
+
+
+def _apply(function: Callable[[Item], Result], item: Item) -> Result:
+    try:
+        return function(item)
+    finally:
+        relax()  # A generator of frames that nobody has closed yet would still be watched.
 
 
 def _one_by_one(
@@ -111,7 +118,7 @@ def _one_by_one(
     others, executor = multiprocessing.active_children(), _executor(1, max_hang_s)
     try:
         for item in items:
-            future = executor.submit(function, item)
+            future = executor.submit(_apply, function, item)
             worker = [one for one in multiprocessing.active_children() if one not in others]
             try:
                 yield future.result()
