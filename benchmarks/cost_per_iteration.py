@@ -30,6 +30,7 @@ from pipelines.run.folder import RunFolder
 from pipelines.study.passes import (
     expected_passes,
     iteration_passes,
+    pass_costs,
     role_of,
     total_units,
     units_by_role,
@@ -102,8 +103,9 @@ def _summary(
     first_turn: int,
 ) -> dict[str, Any]:
     per_iteration = expected_passes(config)
-    units = total_units(per_iteration)
-    made = [total_units(iteration_passes(config, first_turn + n)) for n in range(len(own))]
+    costs, base_costs = pass_costs(config), pass_costs(base_config)
+    units = total_units(per_iteration, costs)
+    made = [total_units(iteration_passes(config, first_turn + n), costs) for n in range(len(own))]
     stages = {name for run in own for name in run if "." in name}
     by_stage = {name: statistics.median(run.get(name, 0.0) for run in own) for name in stages}
     by_role: dict[str, float] = {}
@@ -115,9 +117,9 @@ def _summary(
         "wall_over_first": _ratios(own, base, "wall"),
         "cpu_over_first": _ratios(own, base, "cpu"),
         "units": units,
-        "units_over_first": units / total_units(expected_passes(base_config)),
-        "units_checkpointed": total_units(per_iteration, checkpointed=True),
-        "units_by_role": units_by_role(per_iteration),
+        "units_over_first": units / total_units(expected_passes(base_config), base_costs),
+        "units_checkpointed": total_units(per_iteration, costs, checkpointed=True),
+        "units_by_role": units_by_role(per_iteration, costs),
         "cpu_s_per_unit": statistics.median(
             run["cpu"] / count for run, count in zip(own, made, strict=True)
         ),

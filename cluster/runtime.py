@@ -9,6 +9,7 @@ directory, readable by everyone on the machine; here it lives in the environment
 of those it starts. A mode or token that the user chose (RAY_AUTH_MODE, RAY_AUTH_TOKEN,
 RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token) is left alone. Ray listens on all interfaces, also on one
 machine: the token is what keeps others out, so RAY_AUTH_MODE=disabled belongs on trusted networks.
+The parts of a new cluster meet at the loopback address, which a machine without network has too.
 """
 
 import logging
@@ -28,6 +29,7 @@ from cluster.errors import RayStartError
 _log = logging.getLogger(__name__)
 
 _TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_LOOPBACK = "127.0.0.1"
 _PROBE_TIMEOUT_S = 5.0
 _GCS_PROBE_EVERY_S = 3.0
 
@@ -120,15 +122,26 @@ def _start_local(
     if not _has_token() and os.environ.get("RAY_AUTH_MODE", "token") == "token":
         # It stays for the life of the process: Ray reads it once and keeps it.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        object_store_memory=object_store_memory,
-        _temp_dir=temp_dir,
-        include_dashboard=False,
-        log_to_driver=log_to_driver,
-        logging_level=logging.ERROR,
-    )
+    for is_last in (False, True):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=object_store_memory,
+                _temp_dir=temp_dir,
+                # Ray would look for the way to the internet, and not start where there is none.
+                _node_ip_address=_LOOPBACK,
+                include_dashboard=False,
+                log_to_driver=log_to_driver,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:  # Ray raises no type of its own for this.
+            if is_last or "timed out" not in str(error):
+                raise
+            _log.warning("Ray did not start in time; starting it once more")
+            ray.shutdown()
+        else:
+            return
 
 
 def _connect(address: str, log_to_driver: bool) -> None:

@@ -116,14 +116,10 @@ ROLES: dict[str, Callable[[Case, int], Measured]] = {
 
 def passes_of(case: Case) -> dict[str, float]:
     """Forward passes' worth of work by stage, as computed: how `sgmd plan` counts and scales."""
-    again = float(case.compute.checkpointing)
-    return {
-        "generator.rollout": (NUM_STEPS + 1) / 2,
-        "generator.learn": 2.0 + again,
-        "teacher.denoise": 2.0,
-        "fake_score.signal": 2.0 + again,
-        "fake_score.track": 2.0 + again,
-    }
+    again, forward = float(case.compute.checkpointing), case.flops.forward
+    needed = {stage: flops / forward for stage, flops in needed_flops(case).items()}
+    backward = ("generator.learn", "fake_score.signal", "fake_score.track")
+    return needed | {stage: needed[stage] + again for stage in backward}
 
 
 def needed_flops(case: Case) -> dict[str, float]:

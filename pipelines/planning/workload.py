@@ -3,7 +3,9 @@
 `pipelines.distillation.costs` has the passes of each stage, `pipelines.distillation.algorithm` what
 each sends. With checkpointing, k steps and guidance, in forward passes of one sample:
 
-    rollout (k + 1) / 2   denoise 2   signal 3   track 3 (fresh: 4)   learn 3
+    rollout (k + 1) / 2   denoise 2   signal 2 + i   track 1 + w (fresh: 2 + w)   learn 1 + w
+
+where i and w are the costs of backward passes to the input and to the weights, `PassCosts`.
 
 With shared tracking the two backward passes of the fake score go one after the other over one
 forward pass, so with checkpointing its activations are made three times in all.
@@ -31,7 +33,7 @@ from pipelines.distillation.algorithm import (
     Sent,
     iteration_program,
 )
-from pipelines.distillation.costs import mean_rollout, stage_passes
+from pipelines.distillation.costs import PassCosts, mean_rollout, stage_passes
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.objectives import GradientPath
 from workers.models.configs import INDEX_FILE
@@ -141,6 +143,11 @@ class Workload:
         return self.shape.forward_flops(self.latent_shape, self.text_length)
 
     @property
+    def costs(self) -> PassCosts:
+        """Costs of backward passes at this clip's size."""
+        return PassCosts.of(self.shape.pass_flops(self.latent_shape, self.text_length))
+
+    @property
     def passes(self) -> dict[StageName, float]:
         """Work of one call of each stage on one sample, in forward passes.
 
@@ -155,11 +162,12 @@ class Workload:
             fresh_tracking=self.fresh_updates > 0,
             anchor_steps=self.diversity_steps,
         )
+        costs = self.costs
         found: dict[StageName, float] = {}
         for stage, passes in table.items():
             counted = _COUNTED_WITH.get(stage, stage)
             name = (counted.role, counted.name)
-            units = passes.units(checkpointed=stage.role in self.checkpointing)
+            units = passes.units(costs, checkpointed=stage.role in self.checkpointing)
             found[name] = found.get(name, 0.0) + units
         return found
 

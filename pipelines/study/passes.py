@@ -3,7 +3,7 @@
 `pipelines.distillation.costs` has the passes of one call of each stage; here they are counted for a
 whole iteration. Only the rollouts vary: one that exits at step e takes e + 1 passes. Exit steps are
 drawn by counter, so the passes of a run are known before it starts; on average a rollout of k steps
-takes (k + 1) / 2.
+takes (k + 1) / 2. Costs of backward passes are those of the recipe's networks at its clip's size.
 """
 
 from collections.abc import Mapping
@@ -12,12 +12,22 @@ from statistics import fmean
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import TEACHER
 from pipelines.distillation.algorithm import SAMPLE, TRACK
-from pipelines.distillation.costs import Passes, mean_rollout, stage_passes
+from pipelines.distillation.costs import PassCosts, Passes, mean_rollout, stage_passes
+from pipelines.planning.workload import Workload
 from sgmd_core.seeds import exit_step
 from sgmd_core.types import MicroBatchKey, Purpose
 
 PassTable = Mapping[str, Passes]
 """Passes by `role.stage`, as metrics.jsonl names stages."""
+
+
+def pass_costs(config: DistillConfig) -> PassCosts:
+    """Costs of backward passes through the recipe's networks.
+
+    Raises:
+        ConfigError: The model folder has no configuration, or the clip does not fit it.
+    """
+    return Workload.of(config).costs
 
 
 def expected_passes(config: DistillConfig) -> dict[str, Passes]:
@@ -43,24 +53,25 @@ def run_passes(config: DistillConfig, num_iterations: int) -> dict[str, Passes]:
     return total
 
 
-def total_units(table: PassTable, *, checkpointed: bool = False) -> float:
+def total_units(table: PassTable, costs: PassCosts, *, checkpointed: bool = False) -> float:
     """Cost of all stages together, in forward passes.
 
     Args:
         table: The passes.
+        costs: Costs of backward passes.
         checkpointed: Generator and fake score keep no activations and make them again.
     """
     return sum(
-        passes.units(checkpointed=checkpointed and role_of(stage) != TEACHER)
+        passes.units(costs, checkpointed=checkpointed and role_of(stage) != TEACHER)
         for stage, passes in table.items()
     )
 
 
-def units_by_role(table: PassTable) -> dict[str, float]:
+def units_by_role(table: PassTable, costs: PassCosts) -> dict[str, float]:
     """Cost of each role's stages, in forward passes."""
     found: dict[str, float] = {}
     for stage, passes in table.items():
-        found[role_of(stage)] = found.get(role_of(stage), 0.0) + passes.units()
+        found[role_of(stage)] = found.get(role_of(stage), 0.0) + passes.units(costs)
     return found
 
 

@@ -15,7 +15,13 @@ from typing import Any
 from pydantic import JsonValue
 
 from pipelines.config.recipe import DistillConfig
-from pipelines.study.passes import expected_passes, run_passes, total_units, units_by_role
+from pipelines.study.passes import (
+    expected_passes,
+    pass_costs,
+    run_passes,
+    total_units,
+    units_by_role,
+)
 from sgmd_core.errors import ConfigError
 
 # More than any run makes before its seconds are over.
@@ -115,20 +121,20 @@ def plan_rows(plan: StudyPlan, seconds_per_unit: float | None) -> list[dict[str,
     """
     rows: list[dict[str, Any]] = []
     for run in plan.runs[: len(plan.variants)]:
-        per_iteration = expected_passes(run.config)
-        units = total_units(per_iteration)
+        per_iteration, costs = expected_passes(run.config), pass_costs(run.config)
+        units = total_units(per_iteration, costs)
         row: dict[str, Any] = {
             "variant": run.variant,
             "method": run.config.objective.method,
             "tracking": run.config.fake_score.tracking,
             "units_per_iteration": units,
-            "units_by_role": units_by_role(per_iteration),
+            "units_by_role": units_by_role(per_iteration, costs),
         }
         if run.max_seconds is not None:
             made = seconds_per_unit and max(1, int(run.max_seconds / (units * seconds_per_unit)))
             row |= {"iterations": made, "units": None, "seconds": run.max_seconds}
         else:
-            spent = total_units(run_passes(run.config, run.config.iterations))
+            spent = total_units(run_passes(run.config, run.config.iterations), costs)
             seconds = seconds_per_unit and spent * seconds_per_unit
             row |= {"iterations": run.config.iterations, "units": spent, "seconds": seconds}
         rows.append(row)
@@ -177,19 +183,23 @@ def _planned_run(config: DistillConfig, folder: Path, variant: str, seed: int) -
             case "iterations":
                 iterations = int(amount)
             case "forwards":
-                iterations = int(amount / total_units(expected_passes(base)))
+                iterations = int(amount / _units_per_iteration(base))
         return PlannedRun(variant, _with_iterations(base, iterations, study.measurements), None)
     except ConfigError as error:
         error.add_note(f"met while {attempted}")
         raise
 
 
+def _units_per_iteration(config: DistillConfig) -> float:
+    return total_units(expected_passes(config), pass_costs(config))
+
+
 def _with_iterations(config: DistillConfig, iterations: int, measurements: int) -> DistillConfig:
     if iterations < 1:
-        needed = total_units(expected_passes(config))
+        needed = _units_per_iteration(config)
         raise ConfigError(
             f"giving {config.name} its budget",
-            f"less than one iteration, which takes {needed:g} forwards",
+            f"less than one iteration, which takes {needed:.3g} forwards",
             "at least one",
             "Raise study.budget.amount",
         )

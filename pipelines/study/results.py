@@ -15,7 +15,7 @@ from pipelines.evaluation.result import REFERENCE
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.ranking import Contender, not_told_apart
 from pipelines.study.judging import Figures
-from pipelines.study.passes import iteration_passes, total_units
+from pipelines.study.passes import pass_costs, run_passes, total_units
 from pipelines.study.plan import PlannedRun
 
 _TOTAL = "total"
@@ -219,7 +219,7 @@ def mean_curve(runs: Sequence[RunResult], figure: str) -> list[tuple[Point, floa
 
 def place_of(run: PlannedRun, iteration: int) -> tuple[float, float]:
     """Units and seconds that a run took for its first iterations."""
-    units = sum(total_units(iteration_passes(run.config, i)) for i in range(iteration))
+    units = total_units(run_passes(run.config, iteration), pass_costs(run.config))
     seconds = [
         line["seconds"][_TOTAL]
         for line in read_jsonl(RunFolder(run.folder).metrics)

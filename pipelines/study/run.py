@@ -31,7 +31,7 @@ from pipelines.run.observer import RunObserver
 from pipelines.run.stop_rule import StopRule
 from pipelines.study.figures import write_plots
 from pipelines.study.judging import Figures, StudyEvaluator
-from pipelines.study.passes import expected_passes, units_by_role
+from pipelines.study.passes import expected_passes, pass_costs, units_by_role
 from pipelines.study.plan import (
     PlannedRun,
     StudyPlan,
@@ -242,7 +242,8 @@ def _result(
     plan: StudyPlan, judge: StudyEvaluator, teacher: dict[str, Figures], runs: list[RunResult]
 ) -> StudyResult:
     study = plan.config.study
-    first = {run.variant: run for run in reversed(plan.runs)}
+    first = {run.variant: run.config for run in reversed(plan.runs)}
+    configs = {variant: first[variant] for variant in plan.variants}
     return StudyResult(
         name=plan.config.name,
         budget=(study.budget.unit, study.budget.amount),
@@ -251,13 +252,13 @@ def _result(
         teacher=teacher,
         variants=plan.variants,
         units_per_iteration={
-            variant: units_by_role(expected_passes(first[variant].config))
-            for variant in plan.variants
+            variant: units_by_role(expected_passes(config), pass_costs(config))
+            for variant, config in configs.items()
         },
         runs=tuple(runs),
         facts={
-            "topology": first[plan.variants[0]].config.topology.mode,
-            "threads_per_rank": first[plan.variants[0]].config.topology.threads_per_rank,
+            "topology": configs[plan.variants[0]].topology.mode,
+            "threads_per_rank": configs[plan.variants[0]].topology.threads_per_rank,
             "machine": platform.machine(),
             "cores": os.cpu_count(),
             "git_revision": git_revision(),

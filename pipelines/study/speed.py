@@ -13,7 +13,7 @@ import torch
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.preflight import run_preflight
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.study.passes import iteration_passes, total_units
+from pipelines.study.passes import iteration_passes, pass_costs, total_units
 from pipelines.study.plan import StudyPlan
 from workers.build import build_denoiser
 from workers.placement import device_of
@@ -66,7 +66,8 @@ def _recorded(plan: StudyPlan) -> Sequence[float]:
     """Seconds a unit of every iteration that was made, by the units of that very iteration."""
     found: list[float] = []
     for run in plan.runs:
+        costs = pass_costs(run.config)
         for line in read_jsonl(RunFolder(run.folder).metrics):
-            units = total_units(iteration_passes(run.config, line["iteration"]))
+            units = total_units(iteration_passes(run.config, line["iteration"]), costs)
             found.append(line["seconds"]["total"] / units)
     return found

@@ -64,6 +64,13 @@ def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_private_cluster_meets_at_the_loopback_address():
+    assert ray.util.get_node_ip_address() == "127.0.0.1"
+    assert ray.get_runtime_context().gcs_address.startswith("127.0.0.1:")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_process_that_is_connected_stays_so():
     with start_ray():
         assert ray.cluster_resources()["CPU"] == 4

@@ -39,14 +39,17 @@ _RECORD = {"iteration": 0, "losses": {}, "grad_norms": {}, "data_wait_s": 0.0, "
 
 
 class TestWork:
-    def test_an_iteration_takes_thirteen_and_a_half_passes_and_fewer_without_checkpointing(self):
-        assert sum(SMALL.passes.values()) == 5.5 + 2 + 6
-        assert sum(replace(SMALL, checkpointing=frozenset()).passes.values()) == 4.5 + 2 + 4
+    def test_an_iteration_takes_fourteen_passes_and_fewer_without_checkpointing(self):
+        # A backward pass to the input costs 1.70 forward passes, attention's share and one.
+        fake_score = 1 + 1.6984 + 2
+        assert sum(SMALL.passes.values()) == pytest.approx(5.5 + 2 + fake_score + 2, abs=1e-3)
+        kept = replace(SMALL, checkpointing=frozenset())
+        assert sum(kept.passes.values()) == pytest.approx(4.5 + 2 + fake_score, abs=1e-3)
 
     def test_fresh_tracking_samples_and_predicts_again(self):
         extra = replace(SMALL, fresh_updates=1).passes
         assert extra[GENERATOR, "sample"] == 2.5
-        assert extra[FAKE_SCORE, "track"] == 1 + 3
+        assert extra[FAKE_SCORE, "track"] == pytest.approx(1 + 3, abs=1e-4)
 
     def test_a_sample_of_the_released_training_has_32760_tokens_and_283_tflop_a_pass(self):
         assert SMALL.shape.num_tokens(LATENTS) == 32760
@@ -266,7 +269,7 @@ class TestMeasured:
         # Without the loss: its passes are taken off again.
         plain = measured(run, Workload.of(load_recipe("tiny"))).seconds
         assert plain[TEACHER, "denoise"] == pytest.approx(3.2 / 16)
-        assert plain[GENERATOR, "learn"] == pytest.approx(8.0 / 16 * 2 / 5)
+        assert plain[GENERATOR, "learn"] == pytest.approx(8.0 / 16 * 2 / 5, rel=1e-3)
 
     def test_fresh_tracking_is_planned_from_a_benchmark_and_sid_is_sent_to_a_run(self, tmp_path):
         stages = {
@@ -280,7 +283,7 @@ class TestMeasured:
         fresh = replace(SMALL, fresh_updates=5)
         times = measured(file, fresh)
         assert times.seconds[GENERATOR, "sample"] == times.seconds[GENERATOR, "rollout"]
-        assert times.seconds[FAKE_SCORE, "track"] == pytest.approx(4 * 0.5)
+        assert times.seconds[FAKE_SCORE, "track"] == pytest.approx(4 * 0.5, rel=1e-4)
         assert "generator.sample taken for generator.rollout" in times.source
         with pytest.raises(ConfigError, match=r"teacher\.pullback") as refused:
             measured(file, replace(fresh, path=GradientPath.BOTH_SCORES))

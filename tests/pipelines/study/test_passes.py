@@ -8,12 +8,14 @@ from torch import nn
 
 from cluster.local import LocalWorkerGroup
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.distillation.costs import Passes
+from pipelines.distillation.costs import PassCosts, Passes
 from pipelines.distillation.iteration import PromptBatch, Roles, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
+from pipelines.planning.workload import Workload
 from pipelines.study.passes import (
     expected_passes,
     iteration_passes,
+    pass_costs,
     run_passes,
     total_units,
     units_by_role,
@@ -41,6 +43,10 @@ METHODS = {
 }
 
 
+USUAL = PassCosts(to_input=1.0, to_weights=2.0)
+"""The usual estimate, which leaves attention out."""
+
+
 def config_of(*overrides: str) -> DistillConfig:
     return load_recipe("tiny", ["batch.size=8", "topology.mode=local", *overrides])
 
@@ -52,30 +58,54 @@ def config_of(*overrides: str) -> DistillConfig:
 )
 def test_the_cost_of_an_iteration_is_that_of_the_method_cards(method, units):
     passes = expected_passes(config_of(*METHODS[method]))
-    assert total_units(passes, checkpointed=True) == units
+    assert total_units(passes, USUAL, checkpointed=True) == units
+
+
+def test_attention_makes_the_signal_dearer_than_a_forward_pass():
+    """480x832, 81 frames: attention is 0.70 of a forward pass, and the weights see none of it."""
+    work = Workload.of(load_recipe("wan-1.3b"), "1.3b")
+    assert work.costs.to_input == pytest.approx(1.70, abs=0.005)
+    assert work.costs.to_weights == pytest.approx(2.0, abs=1e-3)
+    shared, dmd2 = (expected_passes(config_of(*METHODS[name])) for name in ("sgmd shared", "dmd2"))
+    assert units_by_role(shared, work.costs)["fake_score"] == pytest.approx(4.70, abs=0.005)
+    units = [total_units(table, work.costs, checkpointed=True) for table in (shared, dmd2)]
+    assert units[1] / units[0] == pytest.approx(2.89, abs=0.005)
+
+
+def test_costs_are_those_of_the_recipes_clip():
+    config = config_of()
+    small = pass_costs(config)
+    assert small == Workload.of(config).costs
+    # Products with data as their input end a pass to the weights early: a little less than two.
+    assert 1.02 < small.to_input < 1.03
+    assert 1.99 < small.to_weights < 2
+    assert pass_costs(config_of("video.num_frames=25")).to_input > small.to_input
 
 
 def test_without_checkpointing_nothing_is_computed_twice():
     shared, dmd2 = (expected_passes(config_of(*METHODS[name])) for name in ("sgmd shared", "dmd2"))
-    assert (total_units(shared), total_units(dmd2)) == (10.5, 35)
+    assert (total_units(shared, USUAL), total_units(dmd2, USUAL)) == (10.5, 35)
 
 
 def test_a_roles_share_is_the_sum_of_its_stages():
-    shares = units_by_role(expected_passes(config_of()))
+    shares = units_by_role(expected_passes(config_of()), USUAL)
     assert shares == {"generator": 4.5, "teacher": 2, "fake_score": 4}
 
 
 def test_passes_add_up():
     assert Passes(1, 2, 3) + Passes(1, 0, 0).times(2) == Passes(3, 2, 3)
-    assert Passes(1, 2, 3).units() == 9
+    assert Passes(1, 2, 3).units(USUAL) == 9
+    assert Passes(1, 2, 3).units(USUAL, checkpointed=True) == 14
+    assert Passes(1, 2, 3).units(PassCosts(1.5, 2.0)) == 10
 
 
 def test_a_run_is_the_sum_of_its_iterations_and_near_its_expectation():
     config = config_of(FRESH)
     whole = run_passes(config, 400)
-    by_hand = sum(total_units(iteration_passes(config, i)) for i in range(400))
-    assert total_units(whole) == pytest.approx(by_hand)
-    assert total_units(whole) / 400 == pytest.approx(total_units(expected_passes(config)), rel=0.02)
+    by_hand = sum(total_units(iteration_passes(config, i), USUAL) for i in range(400))
+    assert total_units(whole, USUAL) == pytest.approx(by_hand)
+    mean = total_units(expected_passes(config), USUAL)
+    assert total_units(whole, USUAL) / 400 == pytest.approx(mean, rel=0.02)
 
 
 class CountingNetwork(nn.Module):
