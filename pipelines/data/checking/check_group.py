@@ -18,17 +18,16 @@ from numpy.typing import NDArray
 from pipelines.data.clips.clip_decoding import ClipFacts, read_facts
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipLimits
-from pipelines.data.making.caption_rule import caption_faults, split_reason
+from pipelines.data.making.caption_rule import split_reason
 from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.making.row_checks import check_rows
 from pipelines.data.shards.batches import Rows, read_batches
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.schema import (
-    CAPTION,
     LATENTS,
     REQUIRED_COLUMNS,
-    SAMPLE_ID,
     TEXT_EMBEDS,
     VIDEO,
     Encoding,
@@ -36,7 +35,6 @@ from pipelines.data.shards.schema import (
     faults_in,
 )
 from pipelines.data.shards.seen import digest_ids
-from pipelines.data.shards.text import decode_utf8
 from pipelines.data.shards.values import unpack_latents, unpack_text
 from sgmd_core.errors import DataError
 
@@ -191,19 +189,13 @@ class _Look:
         task, table = self.task, rows.table
         if self.faults is None:
             self.faults = faults_in(table.schema, task.index)
-        named, unreadable_ids = decode_utf8(table[SAMPLE_ID])
-        told, bad_captions = caption_faults(table[CAPTION], task.max_caption_chars)
-        named, told = pc.fill_null(named, ""), pc.fill_null(told, "")
-        faults: dict[int, tuple[str, str]] = {}
-        for row, fault in self.faults.items():
-            if rows.first <= row < rows.first + table.num_rows:
-                faults.setdefault(row - rows.first, split_reason(fault))
+        known = {row - rows.first: self.faults[row] for row in self.faults if row >= rows.first}
+        columns = {name: table[name].cast(pa.string()) for name in REQUIRED_COLUMNS}
+        columns, reasons = check_rows(columns, task.max_caption_chars, known)
+        named, told = (pc.fill_null(columns[name], "") for name in REQUIRED_COLUMNS)
         has_id = np.asarray(pc.not_equal(named, ""))
-        broken = np.asarray(unreadable_ids)
-        for row in np.flatnonzero(~has_id | broken):
-            faults.setdefault(int(row), (Reason.NO_ID, "no UTF-8" if has_id[row] else ""))
-        for row, fault in bad_captions.items():
-            faults.setdefault(row, fault)
+        bad = np.flatnonzero(reasons != None)  # noqa: E711 - compares each
+        faults = {int(row): split_reason(reasons[row]) for row in bad}
         for row, fault in self._try_rows(rows):
             faults.setdefault(row, fault)
         self.ids.append(digest_ids(named))

@@ -27,10 +27,11 @@ from pipelines.data.clips.clip_decoding import decode_clip
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
 from pipelines.data.making.caption_file import open_set
-from pipelines.data.making.caption_rule import caption_faults, split_reason
+from pipelines.data.making.caption_rule import split_reason
 from pipelines.data.making.encode_options import ActorPool, EncodeOptions
 from pipelines.data.making.encode_plan import Part, SourceGroup
 from pipelines.data.making.rejections import Reason
+from pipelines.data.making.row_checks import check_rows
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.parquet import RowGroupReader
@@ -45,7 +46,6 @@ from pipelines.data.shards.schema import (
     DTypeName,
     faults_in,
 )
-from pipelines.data.shards.text import decode_utf8
 from sgmd_core.errors import DataError
 
 TASK = "task"
@@ -223,18 +223,15 @@ def _decoded(
         for row in rows:
             yield _line(part, row, None, None, reason=Reason.UNREADABLE_ROWS, detail=table.reason)
         return
-    names, unreadable_names = decode_utf8(table[SAMPLE_ID])
-    captions, bad_captions = caption_faults(table[CAPTION], max_caption_chars)
+    texts = {name: table[name].cast(pa.string()) for name in REQUIRED_COLUMNS}
     known = faults_in(table.schema, group.index)
-    faults = {**bad_captions, **{place: split_reason(known[place]) for place in known}}
+    texts, reasons = check_rows(texts, max_caption_chars, known)
     for place, row in enumerate(rows):
-        name = names[place].as_py()
-        caption = captions[place].as_py() or ""
-        if not name or unreadable_names[place].as_py():
-            yield _line(part, row, None, caption, reason=Reason.NO_ID)
-        elif place in faults:
-            reason, detail = faults[place]
-            yield _line(part, row, name, caption, reason=reason, detail=detail)
+        name, caption = (texts[column][place].as_py() for column in REQUIRED_COLUMNS)
+        if reasons[place] is not None:
+            reason, detail = split_reason(reasons[place])
+            name = None if reason == Reason.NO_ID else name
+            yield _line(part, row, name, caption or "", reason=reason, detail=detail)
         elif wanted is None:
             yield _line(part, row, name, caption)
         else:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.data.making.row_checks import check_rows
 from pipelines.data.shards.parquet import Fault, RowGroupReader
 from pipelines.data.shards.schema import (
     CAPTION,
@@ -25,7 +26,6 @@ from pipelines.data.shards.schema import (
     faults_in,
 )
 from pipelines.data.stream.plan import RowGroup, Window
-from pipelines.data.stream.row_checks import check_rows
 from pipelines.data.stream.source import Source
 from sgmd_core.errors import DataError
 
@@ -122,7 +122,9 @@ def _checked(
     types = {field.name: field.type for field in lines_schema(source)}
     columns_by_name = {name: table.column(name).cast(types[name]) for name in columns}
     faults = faults_in(table.schema, group.index)
-    columns_by_name, reasons = check_rows(source, columns_by_name, faults)
+    columns_by_name, reasons = check_rows(
+        columns_by_name, source.max_caption_chars, faults, source.encoding
+    )
     size = table.num_rows
     return pa.table(
         {

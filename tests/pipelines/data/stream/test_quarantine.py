@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.index import Shard, write_index
 from pipelines.data.shards.schema import (
@@ -87,9 +88,11 @@ def test_a_caption_that_is_too_long(folder: Path) -> None:
     assert found.reason == "long_caption (101 characters; at most 100)"
 
 
-def test_a_row_without_id(folder: Path) -> None:
-    write_shard(folder / "bad.parquet", [None], ["a caption"])
-    assert reject(folder) == Reject("bad.parquet", 0, 0, None, "no_id")
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_row_without_id(folder: Path, name: str | None) -> None:
+    write_shard(folder / "bad.parquet", [name], ["a caption"])
+    assert reject(folder) == Reject("bad.parquet", 0, 0, name, "no_id")
+    assert check_shards(str(folder), CheckOptions(num_processes=0)).bad == {"no_id": 1}
 
 
 def test_an_id_that_came_before(folder: Path) -> None:

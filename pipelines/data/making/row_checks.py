@@ -1,4 +1,6 @@
-"""Finds rows that cannot be used: no id, a bad caption, values of a wrong size.
+"""Finds rows that cannot be used, in check, encode and training alike.
+
+No id, a bad caption, values of a wrong size:
 
 columns of a row group -> the same, with text that is text -> a reason for each bad row
 """
@@ -14,9 +16,15 @@ from numpy.typing import NDArray
 
 from pipelines.data.making.caption_rule import caption_faults, is_ascii, join_reason
 from pipelines.data.making.rejections import Reason
-from pipelines.data.shards.schema import CAPTION, LATENTS, SAMPLE_ID, TEXT_EMBEDS, VIDEO
+from pipelines.data.shards.schema import (
+    CAPTION,
+    LATENTS,
+    SAMPLE_ID,
+    TEXT_EMBEDS,
+    VIDEO,
+    Encoding,
+)
 from pipelines.data.shards.text import decode_utf8
-from pipelines.data.stream.source import Source
 
 # Arrow makes these functions while it is imported, where a type checker does not see them.
 pc: Any = pyarrow.compute
@@ -25,14 +33,18 @@ _NONE: Mapping[int, str] = MappingProxyType({})
 
 
 def check_rows(
-    source: Source, columns: Mapping[str, pa.ChunkedArray], faults: Mapping[int, str] = _NONE
+    columns: Mapping[str, pa.ChunkedArray],
+    max_caption_chars: int,
+    faults: Mapping[int, str] = _NONE,
+    encoding: Encoding | None = None,
 ) -> tuple[dict[str, pa.ChunkedArray], NDArray[np.object_]]:
     """Checks every row of a row group.
 
     Args:
-        source: What is wanted of each row.
         columns: Ids and captions as strings, and what else is wanted.
+        max_caption_chars: A longer caption is bad.
         faults: Rows of which it is known that they are bad.
+        encoding: What latents and embeddings must be; None where they are not among the columns.
 
     Returns:
         The columns, in which ids and captions are valid UTF-8; and why each row cannot be used,
@@ -53,23 +65,24 @@ def check_rows(
     if not is_ascii(columns[SAMPLE_ID]):
         columns[SAMPLE_ID], broken = decode_utf8(columns[SAMPLE_ID])
         reject(broken, lambda row: join_reason(Reason.NO_ID, "no UTF-8"))
-    reject(pc.is_null(columns[SAMPLE_ID]), lambda row: str(Reason.NO_ID))
-    columns[CAPTION], bad_captions = caption_faults(columns[CAPTION], source.max_caption_chars)
+    has_no_id = pc.equal(pc.fill_null(columns[SAMPLE_ID], ""), "")
+    reject(has_no_id, lambda row: str(Reason.NO_ID))
+    columns[CAPTION], bad_captions = caption_faults(columns[CAPTION], max_caption_chars)
     for row, fault in bad_captions.items():
         reasons[row] = reasons[row] or join_reason(*fault)
-    if source.encoding is not None and TEXT_EMBEDS in columns:
-        positions, width = source.encoding.text_shape
-        row_bytes = width * source.encoding.item_bytes
+    if encoding is not None and TEXT_EMBEDS in columns:
+        positions, width = encoding.text_shape
+        row_bytes = width * encoding.item_bytes
         stored = pc.binary_length(columns[TEXT_EMBEDS])
         ragged = pc.not_equal(pc.multiply(pc.divide(stored, row_bytes), row_bytes), stored)
         reject(
             pc.or_(ragged, pc.greater(stored, positions * row_bytes)),
             lambda row: join_reason(Reason.BAD_ENCODING, f"text embedding of {stored[row]} bytes"),
         )
-    if source.encoding is not None and LATENTS in columns:
+    if encoding is not None and LATENTS in columns:
         stored_latents = pc.binary_length(columns[LATENTS])
         reject(
-            pc.not_equal(stored_latents, source.encoding.latent_bytes),
+            pc.not_equal(stored_latents, encoding.latent_bytes),
             lambda row: join_reason(Reason.BAD_ENCODING, f"latents of {stored_latents[row]} bytes"),
         )
     if VIDEO in columns:
