@@ -16,7 +16,8 @@ class Settings(BaseModel):
 class WorldSettings(Settings):
     """Clips: their folder and their size.
 
-    `train` and `held_out` are folders of Parquet shards, local or `s3://`.
+    `train` and `held_out` are folders of Parquet shards, local or `s3://`: of captioned videos, or
+    `train` of what `sgmd encode` has made of them.
     """
 
     train: str
@@ -28,8 +29,13 @@ class WorldSettings(Settings):
 
 
 class VaeSettings(Settings):
-    """The video autoencoder and its training."""
+    """The video autoencoder and its training.
 
+    With `folder`, a model folder, its autoencoder is taken and none is trained. Encoded clips need
+    it: they hold no videos to train one on.
+    """
+
+    folder: str | None = None
     base_dim: PositiveInt = 16
     latent_channels: PositiveInt = 16
     patch_size: PositiveInt = 2
@@ -149,4 +155,11 @@ class PretrainConfig(Settings):
             for name in ("run_dir", "output", "partial_output")
             if (path := getattr(self, name)) is not None
         }
-        return self.model_copy(update={**outputs, "world": self.world.model_copy(update=world)})
+        vae = {"folder": self.vae.folder and absolute_path(self.vae.folder)}
+        return self.model_copy(
+            update={
+                **outputs,
+                "world": self.world.model_copy(update=world),
+                "vae": self.vae.model_copy(update=vae),
+            }
+        )

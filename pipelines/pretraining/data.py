@@ -1,35 +1,61 @@
-"""Clips for training, read from Parquet shards with Ray Data.
+"""Clips for training, read from a set of shards with Ray Data.
 
-    read shards -> decode mp4 -> [encode to latents] -> the worker's memory
+    videos   row group -> decode -> [encode to latents] -> the worker's memory
+    encoded  row group -> latents -----------------------> the worker's memory
 
 The embedded world is small: a worker reads its part of the shards once and keeps it.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import pickle
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 import ray.data
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipelines.data.shards.parquet import open_parquet
-from pipelines.media.video import decode_video
+from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
+from pipelines.data.shards.columns import map_columns
+from pipelines.data.shards.filesystem import S3Settings
+from pipelines.data.shards.parquet import RowGroupReader
+from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.scan import scan_folder
+from pipelines.data.shards.schema import (
+    CAPTION,
+    LATENTS,
+    REQUIRED_COLUMNS,
+    SAMPLE_ID,
+    VIDEO,
+    ShardKind,
+    join_names,
+)
+from pipelines.data.shards.values import unpack_all_latents
+from pipelines.data.stream.inspect import inspect_folder
+from pipelines.data.stream.plan import Cursor, RowGroup, ShuffleSettings, Window
+from pipelines.data.stream.source import Source
+from pipelines.data.stream.window import REASON, ROW, read_window
+from pipelines.data.stream.window_decoding import ClipDecoder, decode_rows
 from pipelines.pretraining.config import WorldSettings
 from sgmd_core.errors import DataError
 from workers.models.wan import open_autoencoder
 
+# Arrow makes these functions while it is imported, where a type checker does not see them.
+pc: Any = pyarrow.compute
+
 Batch = dict[str, NDArray[Any]]
 
-_COLUMNS = ("sample_id", "caption", "video")
+PIXELS = "pixels"
+_TASK = "task"
 # Reading and decoding are light; whole cores are left to the training worker, which on a small
 # machine holds nearly all of them.
 _LIGHT_TASK_CPUS = 0.1
-_DECODE_BATCH = 64
+_ENCODE_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,117 +71,172 @@ class MemoryClips:
     captions: list[str]
 
 
-def require_shards(folder: str) -> None:
-    """Check that a folder holds readable, non-empty shards with the columns that we need.
+@dataclass(frozen=True, slots=True)
+class TrainingClips:
+    """A set of which the end of every shard has been read.
+
+    Attributes:
+        source: Its address, and what is read: `latents` of an encoded set, otherwise `video`.
+        groups: Its row groups with the rows that are wanted of each, in the order of their paths.
+    """
+
+    source: Source
+    groups: tuple[tuple[RowGroup, int], ...]
+
+    @property
+    def shards(self) -> list[str]:
+        """Paths of its shards, relative to its folder."""
+        return list(dict.fromkeys(group.shard for group, _ in self.groups))
+
+
+def open_clips(
+    folder: str,
+    world: WorldSettings,
+    kinds: Collection[ShardKind] = (ShardKind.VIDEO, ShardKind.ENCODED),
+) -> TrainingClips:
+    """Looks a set over; its first shard decides whether videos or latents are read.
+
+    Args:
+        folder: Local folder or `s3://bucket/prefix`.
+        world: Size of the clips, and how many are read at most.
+        kinds: Kinds of shards that may be read.
 
     Raises:
-        DataError: there is no shard, or one is corrupt, empty or lacks a column.
+        DataError: There is no shard, it is of another kind, or one is corrupt or lacks a column.
     """
     attempted = f"looking for clips in {folder}"
-    filesystem, root = fsspec.core.url_to_fs(folder)
-    shards = sorted(filesystem.glob(f"{root}/*.parquet"))
-    if not shards:
+    # A reader a task: opening Arrow's client would cost more than it saves.
+    source = Source(folder, S3Settings(native_reads=False))
+    facts = inspect_folder(source, 0, ShuffleSettings())
+    if facts.kind not in kinds:
         raise DataError(
             attempted,
-            "no *.parquet file",
-            "shards of captioned videos",
-            "Write some with `sgmd shapes`, or correct the address",
+            f"shards of the kind {facts.kind}",
+            f"shards of the kind {' or '.join(kinds)}",
+            "`sgmd shapes` and `sgmd prepare` write videos, and `sgmd encode` encodes them",
         )
-    for shard in shards:
-        try:
-            with filesystem.open(shard, "rb") as file:
-                parquet = open_parquet(file)
-                names, num_rows = parquet.schema_arrow.names, parquet.metadata.num_rows
-        except (OSError, ValueError) as error:
-            raise DataError(attempted, f"{shard} is not readable Parquet ({error})") from error
-        missing = [name for name in _COLUMNS if name not in names]
-        if missing or not num_rows:
-            found = f"{shard} lacks the columns {missing}" if missing else f"{shard} has no rows"
-            raise DataError(attempted, found, f"rows with the columns {list(_COLUMNS)}")
+    source = replace(source, settled=facts.names)
+    if facts.kind is ShardKind.ENCODED:
+        source = replace(source, columns=(LATENTS,), encoding=facts.encoding)
+    else:
+        size = (world.frame_px, world.frame_px)
+        source = replace(
+            source,
+            columns=(VIDEO,),
+            decode=ClipDecoder(ClipFormat(None, *size, policy=FitPolicy.REFUSE)),
+            pixel_shape=(world.num_frames, *size, 3),
+        )
+    place = source.open(probe=False)
+    wanted = (*REQUIRED_COLUMNS, *source.columns)
+    groups: list[tuple[RowGroup, int]] = []
+    room = world.max_clips
+    for each in scan_folder(place.filesystem, place.root, source.s3, only=place.only):
+        shard, fault = each.shard, each.fault if each.is_broken else ""
+        if each.footer is not None and not each.is_empty:
+            columns = map_columns(each.footer.schema, facts.names, wanted)
+            fault = columns.reason if isinstance(columns, Fault) else fault
+        if fault:
+            raise DataError(attempted, f"{shard.path}: {fault}", f"rows with the columns {wanted}")
+        for index, num_rows in enumerate(shard.rows or ()):
+            num_wanted = num_rows if room is None else min(num_rows, room)
+            room = None if room is None else room - num_wanted
+            if num_wanted:
+                group = RowGroup(shard.path, shard.num_bytes, index, num_rows)
+                groups.append((group, num_wanted))
+    return TrainingClips(source, tuple(groups))
 
 
-def clip_dataset(folder: str, world: WorldSettings) -> ray.data.Dataset:
-    """Decoded clips: rows of sample_id, caption and pixels (T, H, W, 3)."""
-    rows = _read(folder, _COLUMNS)
-    if world.max_clips is not None:
-        rows = rows.limit(world.max_clips)
-    return rows.map_batches(
-        cast("Any", DecodeClips(world)),  # Ray's stubs know functions, not callable objects
-        batch_size=_DECODE_BATCH,
+def clip_dataset(clips: TrainingClips) -> ray.data.Dataset:
+    """Rows of sample_id, caption, and pixels (T, H, W, 3) or stored latents (C, T, H, W)."""
+    context = ray.data.DataContext.get_current()
+    # Progress is told by events; Ray Data would log a screenful for every stage.
+    context.enable_progress_bars = context.print_on_execution_start = False
+    tasks = [{_TASK: pickle.dumps(each)} for each in clips.groups]
+    return ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
+        cast("Any", ReadClips(clips.source)),  # Ray's stubs know functions, not callable objects
+        batch_size=1,
+        batch_format="pyarrow",
         num_cpus=_LIGHT_TASK_CPUS,
     )
 
 
-def latent_dataset(folder: str, world: WorldSettings, vae_folder: Path) -> ray.data.Dataset:
-    """Encoded clips: rows of sample_id, caption and normalised latents (C, T, H, W)."""
-    return clip_dataset(folder, world).map_batches(
+def latent_dataset(clips: TrainingClips, vae_folder: Path) -> ray.data.Dataset:
+    """Rows of sample_id, caption and normalised latents (C, T, H, W)."""
+    if clips.source.encoding is not None:
+        return clip_dataset(clips)
+    return clip_dataset(clips).map_batches(
         EncodeClips,
         fn_constructor_kwargs={"vae_folder": str(vae_folder)},
-        batch_size=_DECODE_BATCH,
+        batch_size=_ENCODE_BATCH,
         num_cpus=_LIGHT_TASK_CPUS,
         compute=ray.data.ActorPoolStrategy(size=1),
     )
 
 
-def distinct_captions(folder: str) -> list[str]:
-    """All captions of the shards, each once, sorted."""
-    rows = _read(folder, ["caption"])
+def distinct_captions(clips: TrainingClips) -> list[str]:
+    """All captions of a set, each once, sorted."""
+    source = replace(clips.source, columns=(), encoding=None, decode=None)
+    reader = source.open_reader()
     found: set[str] = set()
-    for batch in rows.iter_batches(batch_size=1024):
-        found.update(batch["caption"].tolist())
+    for group, num_rows in clips.groups:
+        for part in _read_group(reader, source, group, num_rows):
+            found.update(part[CAPTION].to_pylist())
     return sorted(found)
 
 
-def _read(folder: str, columns: Sequence[str]) -> ray.data.Dataset:
-    context = ray.data.DataContext.get_current()
-    # Progress is told by events; Ray Data would log a screenful for every stage.
-    context.enable_progress_bars = context.print_on_execution_start = False
-    return ray.data.read_parquet(folder, num_cpus=_LIGHT_TASK_CPUS).select_columns(list(columns))
+def _read_group(
+    reader: RowGroupReader, source: Source, group: RowGroup, num_rows: int
+) -> Iterator[pa.Table]:
+    """The first rows of a row group, in parts of bounded size.
+
+    Raises:
+        DataError: A row cannot be used, or the server failed.
+    """
+    table = read_window(reader, source, Window(Cursor(), (group,), (0,)))
+    table = table.filter(pc.less(table[ROW], num_rows))
+    for part in [table] if source.decode is None else decode_rows(source, table):
+        for line in part.filter(part[REASON].is_valid()).slice(0, 1).to_pylist():
+            raise DataError(
+                f"reading {group.shard} of {source.url}",
+                f"row {line[ROW]} of row group {group.index}, {line[SAMPLE_ID]}: {line[REASON]}",
+                "clips that can all be used",
+                f"`sgmd check {source.url}` names broken ones; clips of another size need other"
+                " values of world.num_frames and world.frame_px",
+            )
+        yield part
 
 
-class DecodeClips:
-    """Turns encoded videos into pixels.
+class ReadClips:
+    """Row groups to their clips.
 
     Args:
-        world: The expected frame count and size.
+        source: The set, and what is read of it.
     """
 
-    def __init__(self, world: WorldSettings) -> None:
-        self.world = world
+    def __init__(self, source: Source) -> None:
+        self.source = source
 
-    def __call__(self, batch: Batch) -> Batch:
-        """Decode the column `video` of a batch.
+    def __call__(self, tasks: pa.Table) -> Iterator[Batch]:
+        """Read row groups, each in parts of bounded size.
 
         Raises:
-            DataError: a video cannot be decoded, has another size, or its caption is empty.
+            DataError: A row cannot be used: its video cannot be decoded or has another size, its
+                caption is empty, or its latents are of another autoencoder.
         """
-        pixels = [
-            self._decode(sample_id, caption, video)
-            for sample_id, caption, video in zip(
-                batch["sample_id"], batch["caption"], batch["video"], strict=True
-            )
-        ]
-        return {
-            "sample_id": batch["sample_id"],
-            "caption": batch["caption"],
-            "pixels": np.stack(pixels),
-        }
-
-    def _decode(self, sample_id: str, caption: str | None, video: bytes) -> NDArray[np.uint8]:
-        attempted = f"decoding the sample {sample_id}"
-        if not caption:
-            raise DataError(attempted, "its caption is empty", "a caption")
-        pixels = decode_video(video)
-        size = self.world.frame_px
-        expected = (self.world.num_frames, size, size, 3)
-        if pixels.shape != expected:
-            raise DataError(
-                attempted,
-                f"a video of shape {pixels.shape}",
-                f"{expected}, (frames, height, width, 3)",
-                "Prepare the clips in one size, or set world.num_frames and world.frame_px",
-            )
-        return pixels
+        source = self.source
+        reader = source.open_reader()
+        for task in tasks[_TASK].to_pylist():
+            for part in _read_group(reader, source, *pickle.loads(task)):
+                names = {
+                    name: np.array(part[name].to_pylist(), dtype=object)
+                    for name in REQUIRED_COLUMNS
+                }
+                if source.encoding is None:
+                    pixels = join_names(part[VIDEO]).reshape(-1, *source.pixel_shape)
+                    yield {**names, PIXELS: pixels}
+                else:
+                    latents = unpack_all_latents(part[LATENTS], source.encoding)
+                    yield {**names, LATENTS: latents.float().numpy()}
 
 
 class EncodeClips:
@@ -171,12 +252,8 @@ class EncodeClips:
 
     def __call__(self, batch: Batch) -> Batch:
         """Encode the column `pixels` of a batch."""
-        video = torch.from_numpy(batch["pixels"]).permute(0, 4, 1, 2, 3).float() / 255
-        return {
-            "sample_id": batch["sample_id"],
-            "caption": batch["caption"],
-            "latents": self.vae.encode(video).numpy(),
-        }
+        video = torch.from_numpy(batch.pop(PIXELS)).permute(0, 4, 1, 2, 3).float() / 255
+        return {**batch, LATENTS: self.vae.encode(video).numpy()}
 
 
 def collect(batches: Iterable[Mapping[str, NDArray[Any]]], column: str) -> MemoryClips:

@@ -73,7 +73,7 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     longest = config.denoiser.max_hold_steps + config.denoiser.decay_steps
     events = EventWriter(config, "denoiser", longest, is_silent=rank > 0)
-    events.note("reading, decoding and encoding the clips")
+    events.note("reading the clips' latents")
     clips = _gather("train", "latents")
     vae = open_autoencoder(settings["vae_folder"])
     torch.manual_seed(config.seed)

@@ -5,6 +5,8 @@
                                            diffusers folder      -> OUTPUT/
                                            quality               -> RUN/summary.json
 
+With `vae.folder`, the autoencoder is taken from there; then the shards may hold latents.
+
 A stage that is finished is not run again, and an unfinished one continues from its last
 checkpoint: giving the command again is how an interrupted run is resumed. With other settings or
 other clips it is refused instead.
@@ -34,13 +36,15 @@ from cluster.files import whole_folder
 from cluster.lease import hold
 from cluster.ray.topology import require_cpus
 from cluster.storage import write_json
+from pipelines.data.shards.schema import ShardKind
 from pipelines.media.inference import InferenceSettings, write_inference_settings
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import (
+    TrainingClips,
     clip_dataset,
     distinct_captions,
     latent_dataset,
-    require_shards,
+    open_clips,
 )
 from pipelines.pretraining.events import EVENTS_FILE, EventWriter, PretrainEvent, follow_events
 from pipelines.pretraining.folder import write_pipeline_folder
@@ -59,15 +63,16 @@ from pipelines.pretraining.stages import (
     TEACHER_FOLDER,
     VAE_STAGE,
     record_stage,
+    require_autoencoder,
     require_same_stages,
     stage_identities,
 )
 from pipelines.run.folder import require_lasting_folder
 from sgmd_core.errors import SgmdError
+from workers.models.families import family_of
 from workers.models.wan import open_autoencoder
 
-# Ray Data lists files in a task of one whole CPU, beside the actor that encodes clips and holds a
-# part of another one. With one CPU for both, the listing would wait for ever.
+# Ray Data's reading tasks and its actor that encodes clips hold parts of a CPU; one for either.
 _DATA_CPUS = 2
 _SUMMARY_FILE = "summary.json"
 
@@ -111,26 +116,27 @@ def pretrain(
     """
     require_lasting_folder(config.output, "output")
     require_lasting_folder(config.run_dir, "run_dir")
-    for folder in (config.world.train, config.world.held_out):
-        require_shards(folder)
     config = config.with_absolute_paths()
+    clips = open_clips(config.world.train, config.world)
+    require_autoencoder(config, clips)
     with hold(config.run_dir, f"sgmd pretrain {config.name}"):
-        identities = stage_identities(config)
+        identities = stage_identities(config, clips)
         require_same_stages(Path(config.run_dir), identities)
         require_cpus(num_cpus_needed(config), f"training {config.name}")
-        return _pretrain(config, identities, on_event)
+        return _pretrain(config, clips, identities, on_event)
 
 
 def _pretrain(
     config: PretrainConfig,
+    clips: TrainingClips,
     identities: dict[str, dict[str, Any]],
     on_event: Callable[[PretrainEvent], None],
 ) -> PretrainResult:
     """Runs a checked recipe in a folder that this process holds."""
     run_dir = Path(config.run_dir)
     with follow_events(run_dir / EVENTS_FILE, on_event):
-        _train_vae(config, run_dir, identities[VAE_STAGE])
-        _train_denoiser(config, run_dir, identities[DENOISER_STAGE])
+        _make_vae(config, clips, run_dir, identities[VAE_STAGE])
+        _train_denoiser(config, clips, run_dir, identities[DENOISER_STAGE])
         _write_folder(config, run_dir)
         events = EventWriter(config, "quality", config.sampling.num_clips)
         events.note(f"measuring {config.output} on {config.sampling.num_clips} held-out captions")
@@ -140,29 +146,37 @@ def _pretrain(
     return PretrainResult(Path(config.output), quality)
 
 
-def _train_vae(config: PretrainConfig, run_dir: Path, identity: dict[str, Any]) -> None:
+def _make_vae(
+    config: PretrainConfig, clips: TrainingClips, run_dir: Path, identity: dict[str, Any]
+) -> None:
     if (run_dir / VAE_FOLDER).exists():
         return
+    folder = config.vae.folder
+    if folder is not None:
+        record_stage(run_dir, VAE_STAGE, identity)
+        part = family_of(folder).traits.layout.autoencoder
+        _copy_whole(Path(folder) / part, run_dir / VAE_FOLDER)
+        return
+    held_out = open_clips(config.world.held_out, config.world, [ShardKind.VIDEO])
     record_stage(run_dir, VAE_STAGE, identity)
-    datasets = {
-        "train": clip_dataset(config.world.train, config.world),
-        "held_out": clip_dataset(config.world.held_out, config.world),
-    }
+    datasets = {"train": clip_dataset(clips), "held_out": clip_dataset(held_out)}
     result = _run_stage(config, run_dir, VAE_STAGE, vae_loop, {}, datasets)
     with _checkpoint_of(result).as_directory() as folder:
         _copy_whole(Path(folder) / VAE_FOLDER, run_dir / VAE_FOLDER)
 
 
-def _train_denoiser(config: PretrainConfig, run_dir: Path, identity: dict[str, Any]) -> None:
+def _train_denoiser(
+    config: PretrainConfig, clips: TrainingClips, run_dir: Path, identity: dict[str, Any]
+) -> None:
     if (run_dir / TEACHER_FOLDER).exists():
         return
     record_stage(run_dir, DENOISER_STAGE, identity)
     vae_folder = run_dir / VAE_FOLDER
     settings = {
         "vae_folder": str(vae_folder),
-        "vocabulary": distinct_captions(config.world.train),
+        "vocabulary": distinct_captions(clips),
     }
-    datasets = {"train": latent_dataset(config.world.train, config.world, vae_folder)}
+    datasets = {"train": latent_dataset(clips, vae_folder)}
     result = _run_stage(config, run_dir, DENOISER_STAGE, denoiser_loop, settings, datasets)
     with _checkpoint_of(result).as_directory() as folder:
         _copy_whole(Path(folder), run_dir / TEACHER_FOLDER)

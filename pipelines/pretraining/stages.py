@@ -8,15 +8,16 @@ the shards lie does not count; every byte of them does, because a stage reads al
 
 import hashlib
 from pathlib import Path
-from typing import Any
-
-import fsspec
+from typing import Any, cast
 
 from cluster.storage import read_json, write_json
 from pipelines.pretraining.config import PretrainConfig
+from pipelines.pretraining.data import TrainingClips
 from pipelines.pretraining.loops import VAE_FOLDER
 from pipelines.run.differences import value_differences
-from sgmd_core.errors import CheckpointError
+from sgmd_core.errors import CheckpointError, ConfigError, DataError
+from workers.models.content import fingerprint
+from workers.models.families import family_of
 
 VAE_STAGE = "vae"
 DENOISER_STAGE = "denoiser"
@@ -26,26 +27,84 @@ _IDENTITY_FILE = "identity.json"
 _MADE = {VAE_STAGE: VAE_FOLDER, DENOISER_STAGE: TEACHER_FOLDER}
 
 
-def stage_identities(config: PretrainConfig) -> dict[str, dict[str, Any]]:
+def stage_identities(config: PretrainConfig, clips: TrainingClips) -> dict[str, dict[str, Any]]:
     """Everything that decides the networks of each stage, by dotted key.
 
     Reads all training shards: about as long as a stage takes to load them.
+
+    Raises:
+        ModelFolderError: `vae.folder` cannot be used.
     """
     settings = config.model_dump(mode="json")
 
     def section(name: str, *keys: str) -> dict[str, Any]:
         return {f"{name}.{key}": settings[name][key] for key in keys or settings[name]}
 
-    vae = {
+    common = {
         "seed": config.seed,
         **section("world", "num_frames", "frame_px", "max_clips"),
-        **section("vae"),
         **section("ray", "num_workers"),
-        **_shards(config.world.train),
+        **_shards(clips),
     }
+    if config.vae.folder is None:
+        made = section("vae", *(key for key in settings["vae"] if key != "folder"))
+        vae = {**common, **made}
+    else:
+        vae = made = {"the content of vae.folder": autoencoder_of(config.vae.folder)}
     sampling = section("sampling", "guidance_scale", "flow_shift", "batch_size")
-    denoiser = {**vae, **section("text"), **section("denoiser"), **sampling}
+    denoiser = {**common, **made, **section("text"), **section("denoiser"), **sampling}
     return {VAE_STAGE: vae, DENOISER_STAGE: denoiser}
+
+
+def autoencoder_of(folder: str) -> str:
+    """Fingerprint of a model folder's autoencoder, as encoded shards name it.
+
+    Raises:
+        ModelFolderError: The folder cannot be used.
+    """
+    return fingerprint(folder, [family_of(folder).traits.layout.autoencoder])
+
+
+def require_autoencoder(config: PretrainConfig, clips: TrainingClips) -> None:
+    """Checks that `vae.folder` fits the clips, and has made them if they are encoded.
+
+    Raises:
+        ConfigError: The clips are encoded, and `vae.folder` is not set.
+        DataError: It is another autoencoder, or clips of `world` have latents of another shape.
+        ModelFolderError: `vae.folder` cannot be used.
+        ShapeError: Its autoencoder cannot encode clips of the size in `world`.
+    """
+    attempted = f"training on the latents in {clips.source.url}"
+    encoding, folder = clips.source.encoding, config.vae.folder
+    if folder is None:
+        if encoding is None:
+            return
+        raise ConfigError(
+            attempted,
+            "no vae.folder, and no videos to train an autoencoder on",
+            "the autoencoder that made the latents",
+            "Set vae.folder to the model folder that `sgmd encode` has used, or world.train to the"
+            " videos",
+        )
+    size = (config.world.num_frames, config.world.frame_px, config.world.frame_px)
+    expected = family_of(folder).inspect(Path(folder)).latent_shape(*size)
+    if encoding is None:
+        return
+    found = autoencoder_of(folder)
+    if found != encoding.vae:
+        raise DataError(
+            attempted,
+            f"latents of the autoencoder {encoding.vae}",
+            f"those of {folder}, {found}",
+            "Set vae.folder to the model folder that `sgmd encode` has used, or encode again",
+        )
+    if encoding.latent_shape != expected:
+        raise DataError(
+            attempted,
+            f"latents of {encoding.latent_shape}",
+            f"{expected}, of clips of (frames, height, width) {size}",
+            "Set world.num_frames and world.frame_px to those of the encoded clips",
+        )
 
 
 def require_same_stages(run_dir: Path, now: dict[str, dict[str, Any]]) -> None:
@@ -94,12 +153,12 @@ def _recorded(run_dir: Path) -> dict[str, Any]:
     return read_json(str(path)) if path.exists() else {}
 
 
-def _shards(folder: str) -> dict[str, str]:
+def _shards(clips: TrainingClips) -> dict[str, str]:
     """Digest of each training shard, by a key that leaves its folder out."""
-    filesystem, root = fsspec.core.url_to_fs(folder)
+    place = clips.source.open(probe=False)
     found: dict[str, str] = {}
-    for path in sorted(filesystem.glob(f"{root}/*.parquet")):
-        with filesystem.open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        found[f"the content of {Path(path).name} in world.train"] = digest.hexdigest()[:16]
+    for path in clips.shards:
+        with place.filesystem.open(f"{place.root}/{path}", "rb") as file:
+            digest = hashlib.file_digest(cast("Any", file), "sha256")
+        found[f"the content of {path} in world.train"] = digest.hexdigest()[:16]
     return found

@@ -216,6 +216,6 @@ class Catalogue:
             f"listing the shards of {self._filesystem.unstrip_protocol(self._root)}",
             "no such folder, or no .parquet file in it",
             "Parquet shards with the columns sample_id and caption",
-            "Check data.train (a folder of shards, or a file such as prompts.txt); `sgmd shapes"
-            " DST` writes a data set to try",
+            "Check the address (data.train or world.train of a recipe: a folder of shards, or a"
+            " file such as prompts.txt); `sgmd shapes DST` writes a data set to try",
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 from pathlib import Path
@@ -17,7 +18,7 @@ from cluster.errors import InsufficientResourcesError
 from pipelines.media.inference import read_inference_settings
 from pipelines.pretraining import networks, vae_stage
 from pipelines.pretraining.config import DenoiserSettings, PretrainConfig, VaeSettings
-from pipelines.pretraining.data import DecodeClips, collect, require_shards
+from pipelines.pretraining.data import ReadClips, TrainingClips, collect, open_clips
 from pipelines.pretraining.denoiser_stage import (
     DenoiserTraining,
     RateSchedule,
@@ -263,48 +264,84 @@ def test_a_worker_without_clips_says_so() -> None:
 
 def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="sgmd shapes"):
-        require_shards(str(tmp_path))
+        open_clips(str(tmp_path), micro_config(tmp_path).world)
 
 
-def test_an_empty_a_corrupt_and_an_incomplete_shard_are_named(tmp_path: Path) -> None:
+def test_captions_alone_are_refused(tmp_path: Path) -> None:
+    shard = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"sample_id": ["a"], "caption": ["a red circle"]}), shard)
+    with pytest.raises(DataError, match=r"kind captions.*video or encoded"):
+        open_clips(str(tmp_path), micro_config(tmp_path).world)
+
+
+def test_a_corrupt_and_an_incomplete_shard_are_named_and_an_empty_one_does_no_harm(
+    tmp_path: Path,
+) -> None:
     write_clips(tmp_path)
-    shard = next((tmp_path / "train").glob("*.parquet"))
+    folder, world = str(tmp_path / "train"), micro_config(tmp_path).world
+    first, shard = sorted((tmp_path / "train").glob("*.parquet"))
     table = pq.read_table(shard)
-    require_shards(str(tmp_path / "train"))
+    (tmp_path / "train" / "_index.json").unlink()
+    # Rows that a command did not take lie beside its shards, and are none of them.
+    pq.write_table(pa.table({"reason": ["torn"]}), tmp_path / "train" / "quarantine.parquet")
+    assert open_clips(folder, world).shards == [first.name, shard.name]
     pq.write_table(table.slice(0, 0), shard)
-    with pytest.raises(DataError, match=f"{shard.name} has no rows"):
-        require_shards(str(tmp_path / "train"))
+    assert open_clips(folder, world).shards == [first.name]
     pq.write_table(table.drop_columns(["caption"]), shard)
-    with pytest.raises(DataError, match=rf"{shard.name} lacks the columns \['caption'\]"):
-        require_shards(str(tmp_path / "train"))
+    with pytest.raises(DataError, match=rf"{shard.name}: missing column caption"):
+        open_clips(folder, world)
     shard.write_bytes(b"PAR1 torn")
-    with pytest.raises(DataError, match=f"{shard.name} is not readable Parquet"):
-        require_shards(str(tmp_path / "train"))
+    with pytest.raises(DataError, match=rf"{shard.name}: no readable footer"):
+        open_clips(folder, world)
+
+
+def read_all(clips: TrainingClips) -> list[dict[str, np.ndarray]]:
+    """What Ray Data's tasks read."""
+    tasks = pa.table({"task": [pickle.dumps(each) for each in clips.groups]})
+    return list(ReadClips(clips.source)(tasks))
+
+
+def test_at_most_so_many_clips_are_read_the_first_ones(tmp_path: Path) -> None:
+    write_clips(tmp_path)
+    world = micro_config(tmp_path).world
+    every = collect(read_all(open_clips(world.train, world)), "pixels")
+    few = world.model_copy(update={"max_clips": 11})
+    some = collect(read_all(open_clips(world.train, few)), "pixels")
+    assert (len(every.values), len(some.values)) == (16, 11)
+    assert torch.equal(some.values, every.values[:11])
+    assert some.captions == every.captions[:11]
 
 
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"caption": ""}, "its caption is empty"),
-        ({"video": b"torn"}, "not a readable video"),
+        ({"caption": ""}, "row 0 of row group 0.*empty_caption"),
+        ({"video": b"torn"}, "row 0 of row group 0.*undecodable"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, object], complaint: str) -> None:
     write_clips(tmp_path)
     shard = next((tmp_path / "train").glob("*.parquet"))
-    row = pq.read_table(shard).slice(0, 1).to_pylist()[0] | change
-    batch = {name: np.array([value], dtype=object) for name, value in row.items()}
+    table = pq.read_table(shard)
+    rows = table.to_pylist()
+    rows[0] |= change
+    pq.write_table(pa.Table.from_pylist(rows, schema=table.schema), shard)
+    (tmp_path / "train" / "_index.json").unlink()
+    world = micro_config(tmp_path).world
     with pytest.raises(DataError, match=complaint):
-        DecodeClips(micro_config(tmp_path).world)(batch)
+        read_all(open_clips(world.train, world))
 
 
 def test_clips_of_another_size_are_refused(tmp_path: Path) -> None:
     write_clips(tmp_path)
-    table: pa.Table = pq.read_table(next((tmp_path / "train").glob("*.parquet")))
-    batch = {name: np.array(table[name].to_pylist(), dtype=object) for name in table.column_names}
-    world = micro_config(tmp_path).world.model_copy(update={"frame_px": 48})
-    with pytest.raises(DataError, match=r"\(13, 48, 48, 3\)"):
-        DecodeClips(world)(batch)
+    world = micro_config(tmp_path).world
+    for change in ({"frame_px": 48}, {"num_frames": 9}):
+        with pytest.raises(DataError, match="wrong_size"):
+            read_all(open_clips(world.train, world.model_copy(update=change)))
+
+
+def identities(config: PretrainConfig) -> dict[str, dict[str, object]]:
+    return stage_identities(config, open_clips(config.world.train, config.world))
 
 
 def begun(folder: Path) -> PretrainConfig:
@@ -314,7 +351,7 @@ def begun(folder: Path) -> PretrainConfig:
     run_dir = Path(config.run_dir)
     (run_dir / "vae").mkdir(parents=True)
     (run_dir / "ray" / "denoiser").mkdir(parents=True)
-    for stage, identity in stage_identities(config).items():
+    for stage, identity in identities(config).items():
         record_stage(run_dir, stage, identity)
     return config
 
@@ -327,7 +364,7 @@ def refusal(config: PretrainConfig) -> str:
 
 def test_stages_go_on_with_the_same_clips_elsewhere_and_other_figures(tmp_path: Path) -> None:
     config = begun(tmp_path)
-    recorded = stage_identities(config)
+    recorded = identities(config)
     (tmp_path / "train").rename(tmp_path / "moved")
     moved = config.model_copy(
         update={
@@ -335,8 +372,8 @@ def test_stages_go_on_with_the_same_clips_elsewhere_and_other_figures(tmp_path: 
             "sampling": config.sampling.model_copy(update={"num_clips": 8}),
         }
     )
-    assert stage_identities(moved) == recorded
-    require_same_stages(Path(config.run_dir), stage_identities(moved))
+    assert identities(moved) == recorded
+    require_same_stages(Path(config.run_dir), identities(moved))
 
 
 def test_a_stage_of_other_settings_is_refused_with_both_values(tmp_path: Path) -> None:
@@ -357,9 +394,9 @@ def test_a_stage_of_other_clips_or_without_a_record_is_refused(tmp_path: Path) -
     other = min((tmp_path / "other").glob("*.parquet"))
     shard = min((tmp_path / "train").glob("*.parquet"))
     key = f"the content of {shard.name} in world.train"
-    before = stage_identities(config)["vae"][key]
+    before = identities(config)["vae"][key]
     shard.write_bytes(other.read_bytes())
-    after = stage_identities(config)["vae"][key]
+    after = identities(config)["vae"][key]
     assert f'stage vae: {key} is "{after}", and was "{before}"' in refusal(config)
     (tmp_path / "run" / "identity.json").unlink()
     assert "stage vae: no record of what it was made from" in refusal(config)
