@@ -169,12 +169,25 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page: figures, clips, curves, times, alarms, settings."""
-    with working():
-        from pipelines.reporting.page import write_report
+    """Write one self-contained HTML page: figures, clips, curves, times, alarms, settings.
 
-        path = write_report(runs, output)
-    show({"path": str(path), "bytes": path.stat().st_size}, as_json, str(path))
+    Exit code 1: of some file of a run nothing could be read; the page shows the rest.
+    """
+    with working():
+        from pipelines.reporting.page import write_page
+        from pipelines.reporting.records import read_run
+
+        records = [read_run(run) for run in runs]
+        path = write_page(records, output)
+    broken = {str(run.folder.root): list(run.broken) for run in records if run.broken}
+    lost = [f"{run.folder.root / name}" for run in records for name in run.unreadable]
+    data = {"path": str(path), "bytes": path.stat().st_size, "broken": broken, "unreadable": lost}
+    words = [f"{run}: {sentence}" for run, sentences in broken.items() for sentence in sentences]
+    if lost:
+        words.append(f"The page lacks what nothing could be read of: {', '.join(lost)}")
+    show(data, as_json, str(path), *words)
+    if lost:
+        raise typer.Exit(1)
 
 
 def ledger(

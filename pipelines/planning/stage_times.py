@@ -9,6 +9,7 @@ a sample without a loss was not measured it is taken for a rollout, which makes 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from workers.models.families import family_named
 
 _FAMILY_OF_BENCHMARKS = "wan"
 """Family of a gpu.json that does not name one."""
+_NOT_A_BENCHMARK = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _BYTES_OF_A_STEP = 40
 """That an update moves for one parameter: weight, gradient, two moments and average, in and out."""
 
@@ -107,13 +109,20 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
     config = load_recipe(str(run.config))
     work = Workload.of(config)
     records = read_jsonl(run.metrics)
+    if not records:
+        raise ConfigError(
+            f"taking stage times from {folder}",
+            f"no whole line in {run.metrics.name}",
+            "a run that has made at least one iteration",
+            "Give another run, or plan without --measured",
+        )
     found: dict[StageName, float] = {}
     for name in work.passes:
         key, added = ".".join(name), ".".join(_ADDED.get(name, ()))
         times = [
-            record["seconds"][key] + record["seconds"].get(added, 0.0)
+            seconds + _seconds(record["seconds"].get(added), 0.0)
             for record in records
-            if key in record["seconds"]
+            if (seconds := _seconds(record["seconds"].get(key), 0.0)) > 0
         ]
         if times:
             found[name] = median(times) / _samples(config, work, name)
@@ -127,6 +136,13 @@ def _samples(config: DistillConfig, work: Workload, name: StageName) -> int:
     return config.batch.size * (work.fresh_updates if on_fresh else 1)
 
 
+def _seconds(value: object, default: float) -> float:
+    """A measured time; the default where it is no finite number above 0."""
+    if isinstance(value, int | float) and 0 < value < math.inf:
+        return float(value)
+    return default
+
+
 def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName, float], str]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -134,24 +150,53 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
         family = family_named(run.get("family", _FAMILY_OF_BENCHMARKS))
         shape = family.shape_from_record(run["shape"])
         forward = shape.forward_flops(tuple(run["latent_shape"]), run["text_length"])
+        device = document["machine"]["device"]
         found: dict[StageName, float] = {}
         flops: dict[StageName, float] = {}
         for key, stage in run["stages"].items():
             role, _, name = key.partition(".")
             if role in ROLES and "passes" in stage:
-                found[role, name] = stage["seconds_per_sample"]
+                found[role, name] = _measured_s(key, stage["seconds_per_sample"])
                 flops[role, name] = stage["passes"] * forward
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _NOT_A_BENCHMARK as error:
         raise ConfigError(
             f"taking stage times from {path}",
-            f"{type(error).__name__}: {error}",
+            _in_words(error),
             "a run's folder, or a gpu.json that benchmarks/gpu_check.py wrote",
         ) from error
-    return found, flops, f"measured by {path} on {document['machine']['device']}"
+    return found, flops, f"measured by {path} on {device}"
+
+
+def _measured_s(key: str, value: object) -> float:
+    seconds = _seconds(value, 0.0)
+    if not seconds:
+        raise ValueError(f"seconds_per_sample of {key} is {value!r}, no time above 0")
+    return seconds
+
+
+def _in_words(error: Exception) -> str:
+    """Says why a file is no benchmark's, without Python's own names for it."""
+    match error:
+        case FileNotFoundError():
+            return "no such file"
+        case OSError():
+            return f"a file that cannot be read ({error.strerror})"
+        case json.JSONDecodeError():
+            return f"a file that is not JSON (line {error.lineno}, column {error.colno})"
+        case UnicodeDecodeError():
+            return f"bytes that are not UTF-8 text, at {error.start}"
+        case KeyError():
+            return f"JSON without {error.args[0]!r}"
+        case ValueError():
+            return str(error)
+        case _:
+            return "JSON of another shape"
 
 
 def best_run(document: Mapping[str, Any]) -> Mapping[str, Any]:
     """The fastest of a benchmark's runs: they differ in how the networks are computed."""
+    if not document["runs"]:
+        raise ValueError("JSON whose 'runs' are empty")
     return min(
         document["runs"],
         key=lambda run: sum(stage["seconds_per_sample"] for stage in run["stages"].values()),

@@ -49,9 +49,13 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path | None = 
     Raises:
         CheckpointError: One of the folders holds nothing of a run.
     """
+    return write_page([read_run(folder) for folder in run_folders], output)
+
+
+def write_page(runs: Sequence[RunRecords], output: str | Path | None = None) -> Path:
+    """Writes the page of runs that have been read; see `write_report`."""
     if output:
         require_lasting_folder(output, "--output")
-    runs = [read_run(folder) for folder in run_folders]
     first = runs[0].folder.root
     beside = first / REPORT_FILE if len(runs) == 1 else first.parent / COMPARISON_FILE
     path = Path(output) if output else beside

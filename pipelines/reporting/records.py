@@ -7,7 +7,7 @@ one. Whatever is missing or cannot be read becomes a sentence on the page; the r
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class RunRecords:
         summary: summary.json, written at the end of a run; empty before.
         evaluation: evaluation.json, written by `sgmd evaluate`; empty before.
         notes: What is missing or cannot be read, as sentences.
+        broken: Those of what is there and cannot be read, in whole or in part.
+        unreadable: Names of the files of which nothing can be read.
     """
 
     folder: RunFolder
@@ -69,6 +71,8 @@ class RunRecords:
     summary: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     notes: Sequence[str]
+    broken: Sequence[str] = ()
+    unreadable: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -107,26 +111,43 @@ def read_run(run_folder: str | Path) -> RunRecords:
             "neither config.yaml nor metrics.jsonl nor evaluation.json there",
             "the folder of a run",
         )
-    notes: list[str] = []
-    text = _text(folder.config, notes)
-    config = _document(folder.config, read_yaml, notes)
-    metrics = _lines(folder.metrics, notes)
-    summary = _document(folder.summary, json.loads, notes)
-    found = _document(evaluation, json.loads, notes)
-    notes += _missing(folder, evaluation, config.get("iterations"), len(metrics))
+    faults = _Faults()
+    text = _text(folder.config, faults)
+    config = _document(folder.config, read_yaml, faults)
+    metrics = _lines(folder.metrics, faults)
+    summary = _document(folder.summary, json.loads, faults)
+    found = _document(evaluation, json.loads, faults)
+    missing = _missing(folder, evaluation, config.get("iterations"), len(metrics))
+    validations, alarms = _lines(folder.validation, faults), _lines(folder.alarms, faults)
+    ranking = _document(folder.ranking, json.loads, faults)
     return RunRecords(
         folder=folder,
         config_text=text,
         config=config,
         metrics=metrics,
-        validations=_lines(folder.validation, notes),
-        alarms=_lines(folder.alarms, notes),
+        validations=validations,
+        alarms=alarms,
         alarms_recorded=(folder.alarms).exists(),
-        ranking=_document(folder.ranking, json.loads, notes),
+        ranking=ranking,
         summary=summary,
         evaluation=found,
-        notes=notes,
+        notes=[*faults.sentences, *missing],
+        broken=tuple(faults.sentences),
+        unreadable=tuple(faults.files),
     )
+
+
+@dataclass(slots=True)
+class _Faults:
+    """Faults of the files of a run: one sentence each, and the files that are lost whole."""
+
+    sentences: list[str] = field(default_factory=list)
+    files: dict[str, None] = field(default_factory=dict)
+
+    def lose(self, path: Path, sentence: str) -> None:
+        """Adds a file of which nothing can be read."""
+        self.sentences.append(sentence)
+        self.files[path.name] = None
 
 
 def numbers(entry: object) -> dict[str, float]:
@@ -167,40 +188,40 @@ def _missing(
     return found
 
 
-def _text(path: Path, notes: list[str]) -> str:
+def _text(path: Path, faults: _Faults) -> str:
     """A file's text, empty where it is not there; bytes that are no text are replaced."""
     if not path.exists():
         return ""
     inside = file_inside(path.parent, path.name)
     if inside is None:
-        notes.append(f"{path.name} is left out: it is no file inside the run's folder.")
+        faults.lose(path, f"{path.name} is left out: it is no file inside the run's folder.")
         return ""
     try:
         return inside.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        notes.append(f"{path.name} cannot be read: {error}.")
+        faults.lose(path, f"{path.name} cannot be read: {error}.")
         return ""
 
 
-def _document(path: Path, read: Callable[[str], Any], notes: list[str]) -> dict[str, Any]:
+def _document(path: Path, read: Callable[[str], Any], faults: _Faults) -> dict[str, Any]:
     """One object, or nothing and a note."""
-    text = _text(path, notes)
+    text = _text(path, faults)
     if not text.strip():
-        if path.exists():
-            notes.append(f"{path.name} is empty.")
+        if path.exists() and path.name not in faults.files:
+            faults.lose(path, f"{path.name} is empty.")
         return {}
     try:
         content = read(text)
     except (ValueError, yaml.YAMLError) as error:
-        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
+        faults.lose(path, f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
         return {}
     if not isinstance(content, Mapping):
-        notes.append(f"{path.name} cannot be read: it holds no names and values.")
+        faults.lose(path, f"{path.name} cannot be read: it holds no names and values.")
         return {}
     return dict(content)
 
 
-def _lines(path: Path, notes: list[str]) -> list[Line]:
+def _lines(path: Path, faults: _Faults) -> list[Line]:
     """All lines that can be read, one an iteration; the others are counted in a note.
 
     Where a resumed run has written an iteration again, the later line counts.
@@ -208,7 +229,7 @@ def _lines(path: Path, notes: list[str]) -> list[Line]:
     several = path.name == RunFolder("").alarms.name
     found: list[Line] = []
     wrong: list[int] = []
-    for number, text in enumerate(_text(path, notes).split("\n"), start=1):
+    for number, text in enumerate(_text(path, faults).split("\n"), start=1):
         if text.strip():
             line = _line(text)
             if line is None:
@@ -219,7 +240,11 @@ def _lines(path: Path, notes: list[str]) -> list[Line]:
         which = ", ".join(map(str, wrong[:_MAX_LINES_NAMED]))
         more = " and others" if len(wrong) > _MAX_LINES_NAMED else ""
         noun = "line" if len(wrong) == 1 else "lines"
-        notes.append(f"{path.name}: {len(wrong)} {noun} left out, torn or wrong ({which}{more}).")
+        told = f"{path.name}: {len(wrong)} {noun} left out, torn or wrong ({which}{more})."
+        if found:
+            faults.sentences.append(told)
+        else:
+            faults.lose(path, told)
     if not several:
         found = list({line.iteration: line for line in found}.values())
     return sorted(found, key=lambda line: line.iteration)

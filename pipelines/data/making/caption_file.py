@@ -86,6 +86,7 @@ def locate_set(
         DataError: the file cannot be read, or holds no captions.
     """
     if PurePosixPath(url).suffix.lower() not in CAPTION_FILE_SUFFIXES:
+        _require_folder(url)
         return url, ""
     filesystem, root = open_folder(url, s3)
     with data_errors(f"opening {url}"):
@@ -135,6 +136,17 @@ def require_unchanged(url: str, folder: str, recorded: Iterable[Mapping[str, Any
             "a file that has changed since the run began",
             "the same captions",
             "Restore the file, or start a new run",
+        )
+
+
+def _require_folder(url: str) -> None:
+    """Refuses a local file of another kind, which would be taken for a folder and searched."""
+    if Path(url.removeprefix("file://")).is_file():
+        raise DataError(
+            f"opening the data set {url}",
+            "a file that is neither a Parquet shard nor a list of captions",
+            f"a folder of shards, or a file that ends in {', '.join(CAPTION_FILE_SUFFIXES)}",
+            "Make shards of videos and their captions with sgmd prepare SRC DST, and give DST",
         )
 
 

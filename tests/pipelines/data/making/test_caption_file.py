@@ -9,7 +9,7 @@ import pytest
 from s3fs import S3FileSystem
 
 from pipelines.data.checking.check import CheckOptions, check_shards
-from pipelines.data.making.caption_file import read_prompts
+from pipelines.data.making.caption_file import open_set, read_prompts
 from pipelines.data.making.prepare import PrepareOptions, prepare
 from pipelines.data.making.source_clip import Columns
 from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
@@ -171,3 +171,12 @@ def test_an_object_of_captions_names_its_samples(tmp_path):
     batch = take(path, 2)
     found = dict(zip(batch.sample_ids, batch.captions, strict=True))
     assert found == {"one": "a red circle", "two": "a blue square"}
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "noise.bin", "noise"])
+def test_a_file_of_another_kind_is_named_and_not_searched_for_an_index(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(bytes(range(256)))
+    with pytest.raises(DataError, match=r"neither a Parquet shard nor a list") as caught:
+        open_set(str(tmp_path / name))
+    assert "_index.json" not in str(caught.value)
+    assert "sgmd prepare" in str(caught.value)
