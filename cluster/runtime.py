@@ -9,7 +9,7 @@ directory, readable by everyone on the machine; here it lives in the environment
 of those it starts. A mode or token that the user chose (RAY_AUTH_MODE, RAY_AUTH_TOKEN,
 RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token) is left alone. Ray listens on all interfaces, also on one
 machine: the token is what keeps others out, so RAY_AUTH_MODE=disabled belongs on trusted networks.
-The parts of a new cluster meet at the loopback address, which a machine without network has too.
+A start that a busy machine did not make in time is tried once more.
 """
 
 import logging
@@ -29,7 +29,6 @@ from cluster.errors import RayStartError
 _log = logging.getLogger(__name__)
 
 _TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-_LOOPBACK = "127.0.0.1"
 _PROBE_TIMEOUT_S = 5.0
 _GCS_PROBE_EVERY_S = 3.0
 
@@ -129,8 +128,6 @@ def _start_local(
                 num_cpus=num_cpus,
                 object_store_memory=object_store_memory,
                 _temp_dir=temp_dir,
-                # Ray would look for the way to the internet, and not start where there is none.
-                _node_ip_address=_LOOPBACK,
                 include_dashboard=False,
                 log_to_driver=log_to_driver,
                 logging_level=logging.ERROR,
