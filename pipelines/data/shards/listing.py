@@ -14,10 +14,8 @@ from s3fs import S3FileSystem
 
 from pipelines.data.shards.filesystem import data_errors
 from pipelines.data.shards.index import Shard
+from pipelines.data.shards.schema import QUARANTINE_NAME
 from sgmd_core.errors import DataError
-
-QUARANTINE_NAME = "quarantine.parquet"
-"""Beside the shards that a command wrote: what it did not take."""
 
 _SUFFIX = ".parquet"
 

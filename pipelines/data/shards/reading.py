@@ -29,6 +29,7 @@ from pipelines.data.shards.patience import (
 )
 from pipelines.data.shards.patient_s3 import PatientS3FileSystem
 from pipelines.data.shards.s3_settings import S3Settings
+from pipelines.data.shards.schema import QUARANTINE_NAME
 from sgmd_core.errors import DataError
 
 _AT_ONCE = 10  # as many as the SDK opens connections, so that no read waits inside its budget
@@ -90,7 +91,11 @@ def fetch(
         DataError: The server failed, or lets us read nothing.
     """
     answers = _answers_to(filesystem, ranges, retry)
-    good = [one.path for one, answer in zip(ranges, answers, strict=True) if answer.is_good]
+    good = [
+        one.path
+        for one, answer in zip(ranges, answers, strict=True)
+        if answer.is_good and _tells(one.path)
+    ]
     if good:
         _read_before[filesystem] = good[-1]
     return [
@@ -183,7 +188,13 @@ def _others(filesystem: AbstractFileSystem, path: str) -> list[str]:
     except Exception:  # A server that does not even list has failed as a whole.
         return []
     found = [f"{bucket}/{entry['Key']}" for entry in page.get("Contents", []) if entry["Size"]]
-    return [one for one in found if one != path]
+    return [one for one in found if one != path and _tells(one)]
+
+
+def _tells(path: str) -> bool:
+    """Returns False for files that we write beside data: keys may read them and not the data."""
+    name = path.rpartition("/")[2]
+    return not name.startswith(("_", ".")) and name != QUARANTINE_NAME
 
 
 async def _read_all(

@@ -35,6 +35,9 @@ ENCODING_KEY = b"sgmd.encoding"
 FAULTS_KEY = b"sgmd.faults"
 """Metadata of shards made of a file of captions: why a row of the file is no caption."""
 
+QUARANTINE_NAME = "quarantine.parquet"
+"""Beside the shards that a command wrote: what it did not take."""
+
 DTypeName = Literal["float32", "bfloat16", "float16"]
 
 

@@ -14,7 +14,7 @@ from s3fs import S3FileSystem
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.index import read_index, write_index
 from pipelines.data.shards.listing import list_chapters
-from pipelines.data.shards.reading import Fault, Range, fetch
+from pipelines.data.shards.reading import Fault, Range, fetch, fetch_file
 from pipelines.data.shards.schema import parquet_options, video_schema
 from pipelines.data.shards.shard_writing import write_file
 from pipelines.data.stream.catalogue import Catalogue
@@ -55,6 +55,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, s3_access: S3Access) -> Ite
     root = tmp_path_factory.mktemp("s3")
     write_folder(root / "clips" / "set", SIZES)
     write_videos(root / "clips" / "large")
+    write_folder(root / "clips" / "lone", (5,))
+    for name in ("_index.json", "quarantine.parquet"):
+        (root / "clips" / "lone" / name).write_bytes(b"{}")
     (root / "clips" / "many").mkdir()
     for number in range(2100):
         (root / "clips" / "many" / f"{number:05d}.parquet").write_bytes(b"x")
@@ -158,6 +161,18 @@ def test_the_first_object_that_is_read_and_not_served_is_a_fault_if_those_beside
     (found,) = fetch(filesystem, wanted, quick)
     assert isinstance(found, Fault)
     assert found.is_unanswered
+
+
+def test_files_that_we_write_beside_the_data_do_not_show_that_the_data_is_served(
+    through: Callable[..., ProxyBook],
+) -> None:
+    book = through(healthy)
+    quick = S3Settings(max_attempts=1, read_attempts=1, backoff_s=0.01)
+    filesystem, root = open_folder("s3://clips/lone", quick)
+    book.plan = lambda number: Trouble.DENIED if "part-" in book.current else Trouble.NONE
+    assert fetch_file(filesystem, f"{root}/_index.json", quick) == b"{}"
+    with pytest.raises(DataError, match="AWS_ACCESS_KEY_ID"):
+        fetch(filesystem, [Range(f"{root}/part-000.parquet", 0, 50)], quick)
 
 
 def test_an_index_whose_answer_breaks_off_is_asked_for_again(
