@@ -1,6 +1,6 @@
 """Command that compares methods: `sgmd study`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -8,10 +8,11 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from pipelines.commands.options import Json, Overrides, RecipeName
-from pipelines.commands.output import show, working
+from pipelines.commands.output import FittingTable, show, working
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
+    from pipelines.study.results import StudyResult
 
 Shown = tuple[dict[str, Any], list[RenderableType]]
 """A result as JSON can hold it, and the same for a reader."""
@@ -47,16 +48,42 @@ def _planned(config: "DistillConfig") -> Shown:
 def _made(config: "DistillConfig", console: Console) -> Shown:
     from pipelines.run.progress import console_observer
     from pipelines.study import run as job
-    from pipelines.study.tables import results_markdown
 
     result = job.study(
         config,
         lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
         lambda rule, spent_s: console_observer(rule, console, spent_s),
     )
-    folder = job.folder_of(config)
-    paths = "\n".join(str(folder / name) for name in job.WRITTEN)
-    return result.to_json(), [results_markdown(result), paths]
+    return result.to_json(), _result_words(result, str(job.folder_of(config)), job.WRITTEN)
+
+
+def _result_words(
+    result: "StudyResult", folder: str, written: Sequence[str]
+) -> list[RenderableType]:
+    """The table as far as it fits, what it does not tell apart, errors, and files."""
+    from pipelines.study.tables import results_rows, setting_words
+
+    headings, *rows = results_rows(result)
+    # Names, runs and the distance first; times and counts last.
+    order = [0, 1, *range(6, len(headings)), *range(2, 6)]
+    table = FittingTable(
+        [headings[place] for place in order],
+        [[row[place] for place in order] for row in rows],
+        num_kept=3,
+        elsewhere=f"{folder}/results.md",
+    )
+    failed = [
+        f"failed, {run.variant}, seed {run.seed}: {' '.join(run.error.split())}"
+        for run in result.runs
+        if run.error
+    ]
+    return [
+        table,
+        setting_words(result),
+        *([result.note] if result.note else []),
+        *failed,
+        f"written to {folder}: {', '.join(written)}",
+    ]
 
 
 def _plan_table(planned: Mapping[str, Any]) -> Table:

@@ -10,10 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
 from datetime import timedelta
+from threading import Event, Lock, Thread
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -23,9 +26,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 _PIPE_COLUMNS = 120
 _LINE_EVERY_S = 10.0
+_STILL_EVERY_S = 30.0
 _BAR_COLUMNS = 20  # leaves room for words on a terminal of 80 columns
 
 Counter = Callable[[str], None]
@@ -45,7 +50,8 @@ def working() -> Iterator[Console]:
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """Shows how far each of several works is: call it with (what, done, in all).
 
-    On a terminal a bar each; in a log a line each at its start and end, and every ten seconds.
+    On a terminal a bar each; in a log a line each at its start and end, and every ten seconds;
+    while nothing is heard, as during the many steps of a large batch, a line every 30 seconds.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -55,7 +61,8 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     )
     with working() as console:
         if not console.is_terminal:
-            yield _ProgressLines(console)
+            with _ProgressLines(console) as lines:
+                yield lines
             return
         bars = Progress(*columns, console=console)
         tasks: dict[str, TaskID] = {}
@@ -72,19 +79,58 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 class _ProgressLines:
     """Lines for a log: work, done and in all, rate, time left.
 
+    As a context it also says what is under way while nothing is heard.
+
     Args:
         console: Where the lines go.
         every_s: Least time between two lines of the same work; its end always has one.
+        still_every_s: Longest time without a line.
     """
 
-    def __init__(self, console: Console, every_s: float = _LINE_EVERY_S) -> None:
+    def __init__(
+        self,
+        console: Console,
+        every_s: float = _LINE_EVERY_S,
+        still_every_s: float = _STILL_EVERY_S,
+    ) -> None:
         self._console = console
         self._every_s = every_s
+        self._still_every_s = still_every_s
         self._started: dict[str, tuple[float, int]] = {}
         self._shown_at: dict[str, float] = {}
+        self._latest = ("starting", 0, 0)
+        self._heard_at = time.monotonic()
+        self._lock = Lock()
+        self._ended = Event()
+        self._thread = Thread(target=self._repeat, daemon=True)
+
+    def __enter__(self) -> "_ProgressLines":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Prints a line where one is due."""
+        with self._lock:
+            self._heard_at, self._latest = time.monotonic(), (what, done, total)
+            self._tell(what, done, total)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(self._still_every_s):
+            with self._lock:
+                quiet_s = time.monotonic() - max([self._heard_at, *self._shown_at.values()])
+                if quiet_s < self._still_every_s:
+                    continue
+                what, done, total = self._latest
+                since = timedelta(seconds=round(time.monotonic() - self._heard_at))
+                count = f": {done}/{total}" if total else ""
+                words = f"{what}{count}, at work on the next for {since}"
+                self._console.print(words, highlight=False, markup=False)
+
+    def _tell(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what not in self._started:
             self._started[what], self._shown_at[what] = (now, done), now
@@ -150,14 +196,72 @@ def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: Rendera
         console.print(part, soft_wrap=isinstance(part, str))
 
 
+@dataclass(frozen=True, slots=True)
+class FittingTable:
+    """A table that leaves out its last columns where a terminal is too narrow, and names them.
+
+    Attributes:
+        headings: Headings of the columns.
+        rows: Cells of each row.
+        num_kept: Columns that are always shown; they are folded where even they do not fit.
+        num_words: Of these, the first ones are words and stand at the left.
+        title: Title above the table.
+        elsewhere: Where the columns that are left out can be found.
+    """
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    num_kept: int
+    num_words: int = 1
+    title: str | None = None
+    elsewhere: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yields the table of as many columns as fit, and the names of the others."""
+        num_shown = len(self.headings)
+        unbounded = options.update(width=10_000)
+        while num_shown > self.num_kept:
+            width = Measurement.get(console, unbounded, self._table(num_shown)).maximum
+            if width <= options.max_width:
+                break
+            num_shown -= 1
+        yield self._table(num_shown)
+        if num_shown < len(self.headings):
+            yield Text(f"also in {self.elsewhere}: {', '.join(self.headings[num_shown:])}")
+
+    def _table(self, num_shown: int) -> Table:
+        table = Table(title=self.title, title_justify="left")
+        for place, heading in enumerate(self.headings[:num_shown]):
+            justify = "left" if place < self.num_words else "right"
+            table.add_column(heading, justify=justify, overflow="fold")
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in row[:num_shown]))
+        return table
+
+
 def pairs(data: Mapping[str, Any]) -> Table:
     """Names and values below each other; sections are written with dots."""
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _flat(data):
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
+        table.add_row(name, Text(_in_words(value)))
     return table
+
+
+def _in_words(value: object) -> str:
+    """A value for a reader: no brackets, quotes or names of Python."""
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case None:
+            return "none"
+        case float():
+            return f"{value:.4g}"
+        case list() | tuple():
+            return ", ".join(map(_in_words, value)) or "none"
+        case _:
+            return str(value)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -12,6 +12,8 @@ from pipelines.reporting.names import duration, title
 from pipelines.run.records import HEADLINE_FIGURES
 from workers.models.vocabulary import UnknownWords
 
+_FIGURES_A_LINE = 2
+
 
 def summary_words(summary: Mapping[str, Any]) -> list[RenderableType]:
     """A finished run for a reader; summary.json has all of it."""
@@ -26,10 +28,15 @@ def summary_words(summary: Mapping[str, Any]) -> list[RenderableType]:
     named = [name for name in HEADLINE_FIGURES if name in figures]
     if named:
         table = Table(title="last validation", title_justify="left", box=None, show_header=False)
-        table.add_column(style="bold")
-        table.add_column(justify="right")
-        for name in named:
-            table.add_row(title(name), f"{figures[name]:.3g}")
+        for _ in range(_FIGURES_A_LINE):
+            table.add_column(style="bold")
+            table.add_column(justify="right")
+        for line in range(0, len(named), _FIGURES_A_LINE):
+            cells = [
+                (title(name), f"{figures[name]:.3g}")
+                for name in named[line : line + _FIGURES_A_LINE]
+            ]
+            table.add_row(*(cell for pair in cells for cell in pair))
         shown.append(table)
     shown.append(f"generator: {summary['generator']}")
     if summary["best"]:

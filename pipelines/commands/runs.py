@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.console import RenderableType
 
 from pipelines.commands.failures import hinting
 from pipelines.commands.options import Json, Overrides, RecipeName
-from pipelines.commands.output import progress_bar, show, working
+from pipelines.commands.output import FittingTable, progress_bar, show, working
 from sgmd_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -170,33 +170,50 @@ def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False
 
         config = load_recipe(recipe, overrides or [])
         result = job.sweep(config, LineObserver(console, StopRule(config.sweep.iterations)))
-    show(
-        result.to_json(),
-        as_json,
-        _sweep_table(result),
-        *([result.note] if result.note else []),
-        f"best settings: {result.best_recipe}    run them: sgmd distill {result.best_recipe}",
-    )
+    show(result.to_json(), as_json, *_sweep_words(result))
 
 
-def _sweep_table(result: "SweepResult") -> Table:
-    """One row a trial, the best one first, ranked by the column that is named first."""
+def _sweep_words(result: "SweepResult") -> list[RenderableType]:
+    """Trials, the best one first, then errors, what is not told apart, and the next step."""
     from pipelines.run.records import HEADLINE_FIGURES
 
     best = result.trials[0]
     others = [name for name in HEADLINE_FIGURES if name in best.figures and name != result.score]
-    table = Table(title=f"trials by {result.score}", title_justify="left")
-    for heading in (*best.settings, result.score, *others, "seconds", "error"):
-        table.add_column(heading, overflow="fold")
-    for trial in result.trials:
-        figures = [trial.figures.get(name) for name in (result.score, *others)]
-        table.add_row(
+    rows = [
+        [
             *(str(value) for value in trial.settings.values()),
-            *("" if value is None else f"{value:.4g}" for value in figures),
-            f"{trial.seconds:.1f}",
-            trial.error,
-        )
-    return table
+            *(
+                f"{trial.figures[name]:.4g}" if name in trial.figures else ""
+                for name in (result.score, *others)
+            ),
+            f"{trial.seconds:.1f}" if not trial.error else "failed",
+        ]
+        for trial in result.trials
+    ]
+    # Seconds stand before the other figures, which narrow terminals leave out.
+    num_kept = len(best.settings) + 2
+    rows = [[*row[: num_kept - 1], row[-1], *row[num_kept - 1 : -1]] for row in rows]
+    table = FittingTable(
+        [*best.settings, result.score, "seconds", *others],
+        rows,
+        num_kept=num_kept,
+        num_words=0,
+        title=f"trials by {result.score}",
+        elsewhere=f"{result.folder}/results.csv",
+    )
+    failed = [
+        f"failed, {', '.join(f'{key}={value}' for key, value in trial.settings.items())}: "
+        f"{trial.error}"
+        for trial in result.trials
+        if trial.error
+    ]
+    return [
+        table,
+        *failed,
+        *([result.note] if result.note else []),
+        f"best settings: {result.best_recipe}",
+        f"next: sgmd distill {result.best_recipe}",
+    ]
 
 
 def submit(

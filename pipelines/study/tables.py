@@ -58,30 +58,40 @@ COLUMNS = (
 
 def results_markdown(result: StudyResult) -> str:
     """The table of variants, and under it what went wrong."""
-    columns = [column for column in COLUMNS if column.figure in result.teacher[REFERENCE]]
-    head = ["sampled by", "runs", "iterations", "forwards", "seconds", "s / iteration"]
-    rows = [[*head, *(column.heading for column in columns)]]
-    rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
-    for name, label in TEACHER_LABELS.items():
-        cells = [_teacher_cell(result, name, column) for column in columns]
-        rows.append([label, *[""] * (len(head) - 1), *cells])
-    for variant in result.variants:
-        rows.append(_variant_row(result, variant, columns))
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    unit, amount = result.budget
-    told = (
-        f"Budget of a run: {amount:g} {_UNITS[unit]}. Seeds {_listed(result.seeds)}; "
-        f"{result.num_captions} held-out captions, one clip each. Figures are means over seeds ± "
-        "standard deviation; all but Fréchet and shares of right answers are ratios to the teacher "
-        "in many guided steps."
-    )
+    head, *rows = results_rows(result)
+    rows = [[f"**{row[0]}**" if row[0] in result.variants else row[0], *row[1:]] for row in rows]
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
     failed = [
         f"* **{run.variant}, seed {run.seed}** failed: {' '.join(run.error.split())}"
         for run in result.runs
         if run.error
     ]
     below = [*([result.note] if result.note else []), *failed]
+    told = setting_words(result)
     return "\n".join([told, "", *lines, *([""] if below else []), *below]) + "\n"
+
+
+def results_rows(result: StudyResult) -> list[list[str]]:
+    """Headings, then a row for each of the teacher's sets and for each variant."""
+    columns = [column for column in COLUMNS if column.figure in result.teacher[REFERENCE]]
+    head = ["sampled by", "runs", "iterations", "forwards", "seconds", "s / iteration"]
+    rows = [[*head, *(column.heading for column in columns)]]
+    for name, label in TEACHER_LABELS.items():
+        cells = [_teacher_cell(result, name, column) for column in columns]
+        rows.append([label, *[""] * (len(head) - 1), *cells])
+    return rows + [_variant_row(result, variant, columns) for variant in result.variants]
+
+
+def setting_words(result: StudyResult) -> str:
+    """Budget, seeds and captions behind the table."""
+    unit, amount = result.budget
+    return (
+        f"Budget of a run: {amount:g} {_UNITS[unit]}. Seeds {_listed(result.seeds)}; "
+        f"{result.num_captions} held-out captions, one clip each. Figures are means over seeds ± "
+        "standard deviation; all but Fréchet and shares of right answers are ratios to the teacher "
+        "in many guided steps."
+    )
 
 
 def results_csv(result: StudyResult) -> str:
@@ -121,7 +131,7 @@ def _variant_row(result: StudyResult, variant: str, columns: Sequence[Column]) -
     runs, ends = result.of(variant), result.ends(variant)
     times = [run.iteration_s for run in runs if run.iteration_s is not None]
     made = f"{len(ends)}" if len(ends) == len(runs) else f"{len(ends)} of {len(runs)}"
-    cells = [f"**{variant}**", made]
+    cells = [variant, made]
     if ends:
         cells += [
             f"{median(point.iteration for point in ends):g}",

@@ -194,6 +194,24 @@ class TestSampling:
         # Its raw grid runs down to 1/1000 where ours runs to 0.
         assert (shown - measured).abs().max() < 0.01
 
+    @pytest.mark.parametrize(("num_steps", "most"), [(4, 0.001), (30, 0.004)])
+    def test_the_grid_of_our_folders_is_as_far_from_the_trained_one_as_its_description_says(
+        self, num_steps, most
+    ):
+        for shift in (1.0, 3.0, 5.0):
+            scheduler = build_scheduler(shift)
+            scheduler.set_timesteps(num_steps)
+            grid = FlowMatchSchedule(shift=shift).few_step_grid(num_steps)
+            apart = (scheduler.sigmas - grid).abs()
+            # By the formula of the description, but for the first one, 1 - 1e-6, and the last, 0.
+            place = torch.arange(1, num_steps).double() / num_steps
+            raw = 1 - 0.999 * place
+            described = shift * raw / (1 + (shift - 1) * raw)
+            torch.testing.assert_close(
+                scheduler.sigmas[1:-1].double(), described, rtol=0, atol=2e-6
+            )
+            assert 1e-4 < float(apart.max()) <= most
+
 
 class TestWrongRequests:
     def test_a_run_without_a_generator_says_so(self, tmp_path):

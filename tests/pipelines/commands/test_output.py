@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 import traceback
 
 import pytest
@@ -36,6 +37,22 @@ def test_lines_that_follow_closely_are_left_out_of_a_log_but_not_the_last_one():
         "clips: 0/100",
         "clips: 100/100",
     ]
+
+
+def test_a_log_hears_of_a_long_work_while_it_does_nothing_but_work():
+    log = io.StringIO()
+    with _ProgressLines(Console(file=log, width=120), still_every_s=0.05) as progress:
+        progress("teacher, 50 steps", 16, 256)
+        deadline = time.monotonic() + 60
+        while log.getvalue().count("\n") < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    first, *still = log.getvalue().splitlines()
+    assert first == "teacher, 50 steps: 16/256"
+    assert still
+    for line in still:
+        assert re.fullmatch(
+            r"teacher, 50 steps: 16/256, at work on the next for \d:\d\d:\d\d", line
+        )
 
 
 @pytest.mark.parametrize("columns", [80, 120])
