@@ -10,6 +10,7 @@
     decode   raw video through the reader of a window, and through a plain PyAV loop, as it is and
              with one thread that converts, in turns; one core
     first    seconds until the first batch of a prefix of 10,000 shards, and until all are listed
+    check    peak memory of `sgmd check` for row groups of 10,000 to 400,000 captions
     memory   resident memory of every process while 20,000 clips are streamed and decoded
     wait     how long the roles of `sgmd distill tiny` wait for data from S3
 
@@ -38,6 +39,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import torch
 from av.video.reformatter import VideoReformatter
+from data_check import measure_check
 from data_memory import draw, measure_memory
 from data_sets import (
     BUCKET,
@@ -283,6 +285,7 @@ _PIECES: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "stream": measure_stream,
     "decode": measure_decode,
     "first": measure_first,
+    "check": measure_check,
     "memory": measure_memory,
     "wait": measure_wait,
 }
