@@ -11,9 +11,11 @@ Its objective depends on the generator through x0 alone, so `grad_x0` is all tha
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from cluster.files import whole_folder
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.diversity import diversity_loss
 from sgmd_core.rollout import rollout
@@ -32,6 +34,7 @@ from sgmd_core.types import (
 from workers.ema import AveragedWeights
 from workers.finite import micro_batch_in_words, require_finite
 from workers.models.families import family_of
+from workers.models.weight_digests import write_model_settings
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
@@ -237,7 +240,11 @@ class GeneratorLearner:
         )
 
     def export(
-        self, dst: str, base_folder: str, flow_shift: float, checkpoint: str | None = None
+        self,
+        dst: str,
+        base_folder: str,
+        settings: Mapping[str, Any],
+        checkpoint: str | None = None,
     ) -> None:
         """Writes a generator as a model folder, the other parts taken from a base.
 
@@ -246,7 +253,7 @@ class GeneratorLearner:
         Args:
             dst: New folder.
             base_folder: Model folder that the generator started from.
-            flow_shift: Shift of the noise levels, that the folder is sampled with.
+            settings: How the folder is sampled, for its `sgmd.json`; `flow_shift` is among them.
             checkpoint: Folder that `save` has written, to export what `final_weights` were then;
                 None exports those of now.
 
@@ -262,7 +269,9 @@ class GeneratorLearner:
             kept = ROLE if self._average is None else AVERAGE
             weights = dict(load_role(checkpoint, kept).weights)
         base = Path(base_folder)
-        family_of(base).export(Path(dst), base, weights, flow_shift=flow_shift)
+        with whole_folder(dst) as draft:
+            family_of(base).export(draft, base, weights, flow_shift=settings["flow_shift"])
+            write_model_settings(draft, settings)
 
     def save(self, folder: str) -> dict[str, str]:
         """Writes `generator/` and, where an average is kept, `ema/` under a checkpoint folder.

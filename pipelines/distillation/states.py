@@ -15,7 +15,6 @@ from pipelines.distillation.iteration import Roles
 from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
 from pipelines.distillation.preflight import Preflight
-from pipelines.media.inference import InferenceSettings, write_inference_settings
 from pipelines.run.folder import RunFolder, versions
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
@@ -108,11 +107,10 @@ class States:
             GeneratorLearner.export,
             str(target),
             str(self._checked.model.path.absolute()),
-            self._config.schedule.shift,
+            self._config.inference_settings(),
             checkpoint,
         )
         self._fetch(generator, exported, "exporting the generator")
-        write_inference_settings(target, InferenceSettings(**self._config.inference_settings()))
 
     def export_best(self) -> str:
         """Writes the best validated generator beside the last one; says which it is."""

@@ -12,12 +12,12 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from cluster.storage import write_json
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ModelFolderError
+from workers.models.configs import read_model_json
 from workers.models.families import family_of
+from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
 
-SETTINGS_FILE = "sgmd.json"
 _SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 
 
@@ -77,8 +77,8 @@ def read_inference_settings(folder: Path) -> InferenceSettings:
 
 
 def write_inference_settings(folder: Path, settings: InferenceSettings) -> None:
-    """Writes `sgmd.json` into a diffusers folder."""
-    write_json(str(folder / SETTINGS_FILE), settings.model_dump(mode="json"))
+    """Writes `sgmd.json` into a diffusers folder, with the digests of its weights."""
+    write_model_settings(folder, settings.model_dump(mode="json"))
 
 
 def model_folder(run_or_model: str | Path) -> Path:

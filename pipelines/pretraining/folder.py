@@ -7,6 +7,7 @@ from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from cluster.files import whole_folder
+from pipelines.media.inference import InferenceSettings, write_inference_settings
 from workers.models.scheduler import build_scheduler
 
 
@@ -17,10 +18,19 @@ def write_pipeline_folder(
     vae: AutoencoderKLWan,
     text_encoder: UMT5EncoderModel,
     tokenizer: PreTrainedTokenizerBase,
-    flow_shift: float,
+    settings: InferenceSettings,
 ) -> None:
-    """Write a folder that `diffusers.WanPipeline.from_pretrained` loads; replaces an old one."""
-    parts: dict[str, Any] = {"tokenizer": tokenizer, "scheduler": build_scheduler(flow_shift)}
+    """Write a folder that `diffusers.WanPipeline.from_pretrained` loads; replaces an old one.
+
+    Args:
+        dst: The folder.
+        transformer: The denoiser.
+        vae: The autoencoder.
+        text_encoder: The text encoder.
+        tokenizer: Its tokenizer.
+        settings: How the folder is sampled, for its `sgmd.json`.
+    """
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "scheduler": build_scheduler(settings.flow_shift)}
     pipeline = WanPipeline(
         **parts,
         text_encoder=text_encoder,
@@ -29,3 +39,4 @@ def write_pipeline_folder(
     )
     with whole_folder(dst) as draft:
         pipeline.save_pretrained(draft)
+        write_inference_settings(draft, settings)

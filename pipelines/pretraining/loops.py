@@ -18,6 +18,7 @@ from typing import Any
 import ray.train
 import torch
 
+from pipelines.media.inference import InferenceSettings
 from pipelines.pretraining import networks, vae_stage
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import MemoryClips, collect
@@ -119,6 +120,20 @@ def build_pretrained_teacher(
     return TeacherNetworks(WanVelocity(transformer), text_encoder, tokenizer)
 
 
+def inference_settings(config: PretrainConfig) -> InferenceSettings:
+    """How a trained teacher is to be sampled."""
+    return InferenceSettings(
+        num_steps=config.sampling.num_steps,
+        guidance_scale=config.sampling.guidance_scale,
+        flow_shift=config.sampling.flow_shift,
+        text_length=config.text.max_length,
+        num_frames=config.world.num_frames,
+        height=config.world.frame_px,
+        width=config.world.frame_px,
+        fps=config.world.fps,
+    )
+
+
 def _watch(
     config: PretrainConfig, training: DenoiserTraining, vae: VideoVae, clips: MemoryClips
 ) -> dict[str, float]:
@@ -145,7 +160,7 @@ def _watch(
                 vae=vae.vae,
                 text_encoder=averaged.text_encoder,
                 tokenizer=averaged.tokenizer,
-                flow_shift=config.sampling.flow_shift,
+                settings=inference_settings(config),
             )
     return asdict(score_videos(videos, captions))
 

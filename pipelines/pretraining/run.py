@@ -37,7 +37,6 @@ from cluster.lease import hold
 from cluster.ray.topology import require_cpus
 from cluster.storage import write_json
 from pipelines.data.shards.schema import ShardKind
-from pipelines.media.inference import InferenceSettings, write_inference_settings
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import (
     TrainingClips,
@@ -54,6 +53,7 @@ from pipelines.pretraining.loops import (
     VOCABULARY_FILE,
     build_pretrained_teacher,
     denoiser_loop,
+    inference_settings,
     vae_loop,
 )
 from pipelines.pretraining.quality import QualityReport, measure_folder
@@ -194,19 +194,8 @@ def _write_folder(config: PretrainConfig, run_dir: Path) -> None:
         vae=vae.vae,
         text_encoder=teacher.text_encoder,
         tokenizer=teacher.tokenizer,
-        flow_shift=config.sampling.flow_shift,
+        settings=inference_settings(config),
     )
-    settings = InferenceSettings(
-        num_steps=config.sampling.num_steps,
-        guidance_scale=config.sampling.guidance_scale,
-        flow_shift=config.sampling.flow_shift,
-        text_length=config.text.max_length,
-        num_frames=config.world.num_frames,
-        height=config.world.frame_px,
-        width=config.world.frame_px,
-        fps=config.world.fps,
-    )
-    write_inference_settings(Path(config.output), settings)
 
 
 def _run_stage(

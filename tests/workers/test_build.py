@@ -69,7 +69,7 @@ def test_built_roles_make_an_iteration_and_the_result_is_a_diffusers_pipeline(mo
         assert role.gradient_report(0).finite
         assert role.step(0) == 1
 
-    generator.export(str(tmp_path / "generator"), model.folder, 5.0)
+    generator.export(str(tmp_path / "generator"), model.folder, SETTINGS)
     pipeline = WanPipeline.from_pretrained(tmp_path / "generator")
     trained = generator.final_weights()
     for name, value in pipeline.transformer.named_parameters():
@@ -91,7 +91,7 @@ def test_exporting_leaves_the_weights_in_training_alone(model, tmp_path):
     generator = _generator(model)
     before = {name: value.clone() for name, value in generator._network.state_dict().items()}
     generator._average.average["transformer.patch_embedding.bias"].add_(1.0)
-    generator.export(str(tmp_path / "generator"), model.folder, 5.0)
+    generator.export(str(tmp_path / "generator"), model.folder, SETTINGS)
     after = generator._network.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
 

@@ -107,7 +107,7 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
         brought[f"generator gradient, signal {name}"] = whole_gradients(roles, "generator")
     if rank:
         # The first rank alone reads and writes; here there is nothing to be read.
-        roles.generator.export("nowhere", "nowhere", 5.0, checkpoint="nowhere")
+        roles.generator.export("nowhere", "nowhere", {}, checkpoint="nowhere")
     roles = tiny_roles("shared", compute=ComputeSettings(checkpointing=True))
     gather(roles, 0, BATCHES)
     for role in ("generator", "fake_score"):
