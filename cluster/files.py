@@ -21,7 +21,9 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +33,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import ClusterError, StorageError
+from sgmd_core.errors import ConfigError
 
 # An object of twice this size or more is sent in parts, each tried again by itself.
 _PART_BYTES = 16 * 2**20
@@ -52,6 +55,7 @@ _REMEDIES = {
     ),
 }
 _CODE = re.compile(r"(?:os error|[Ee]rrno) (\d+)")
+_ELSEWHERE = "Choose another path"
 _DISK = ("storage that works", "Check the path and the rights to it")
 _OBJECT_STORE = (
     "an object store that works",
@@ -78,6 +82,63 @@ def storage_errors(attempted: str) -> Iterator[None]:
         expected, remedy = _REMEDIES.get(_code_of(error), usual)
         found = f"{type(error).__name__}: {error}"
         raise StorageError(attempted, found, expected, remedy) from error
+
+
+def kind_of_path(path: str | Path) -> str:
+    """Kind of what stands at a local path, in words: "a file", "a folder", "a named pipe", ...
+
+    Links are followed; "" where nothing is there.
+    """
+    if not os.path.lexists(path):
+        return ""
+    try:
+        mode = Path(path).stat().st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ELOOP):
+            return "a link that leads nowhere"
+        return f"a path that cannot be looked at ({error.strerror})"
+    kinds = (
+        (stat.S_ISREG, "a file"),
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((words for is_it, words in kinds if is_it(mode)), "a device")
+
+
+def require_writable(folder: str | Path, setting: str, *, is_file: bool = False) -> None:
+    """Checks before a long job that its results can be written; makes nothing.
+
+    Args:
+        folder: Local folder that is written to; it may not be there yet.
+        setting: Setting or option that gave it.
+        is_file: It is a file to write instead.
+
+    Raises:
+        ConfigError: A path of another kind is in the way, or nothing can be written there.
+    """
+    attempted = f"writing to {folder} ({setting})"
+    path = Path(folder).absolute()
+    if is_file and (kind := kind_of_path(path)) not in ("", "a file"):
+        raise ConfigError(attempted, f"{kind} of that name", "a file, or a free name", _ELSEWHERE)
+    above = (*path.parents,) if is_file else (path, *path.parents)
+    there = next(each for each in above if os.path.lexists(each))
+    if (kind := kind_of_path(there)) != "a folder":
+        raise ConfigError(attempted, f"{there} is {kind}", "a folder", _ELSEWHERE)
+    try:
+        # Rights alone do not tell: a disk may be read-only.
+        with tempfile.TemporaryFile(dir=there):
+            longest = os.pathconf(there, "PC_NAME_MAX")
+    except OSError as error:
+        raise ConfigError(
+            attempted,
+            f"nothing can be written to {there} ({error.strerror or error})",
+            "a folder that this user may write to",
+            f"{_ELSEWHERE}, or correct its rights",
+        ) from error
+    if any(len(os.fsencode(name)) > longest for name in path.parts):
+        found = f"a name of more than {longest} bytes"
+        raise ConfigError(attempted, found, "shorter names", _ELSEWHERE)
 
 
 def _is_remote(attempted: str, error: BaseException) -> bool:
@@ -139,6 +200,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         path: The local file to write. Missing folders are made.
     """
     target = _target(path)
+    if (kind := kind_of_path(target)) not in ("", "a file"):
+        # A rename would put a file in the place of a pipe or a device.
+        raise OSError(errno.EINVAL, f"{kind} is there, not a file", str(target))
     draft = _draft_of(target)
     try:
         yield draft

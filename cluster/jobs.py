@@ -24,6 +24,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster.errors import JobError
+from sgmd_core.errors import ConfigError
 
 SECRET_FILES = (
     ".env",
@@ -104,11 +105,11 @@ def forwarded_environment(
         environment: Where to take them from.
 
     Raises:
-        JobError: A named variable is not set.
+        ConfigError: A named variable is not set.
     """
     missing = [name for name in also if name not in environment]
     if missing:
-        raise JobError(
+        raise ConfigError(
             "collecting the environment of a job",
             f"{', '.join(missing)} not set",
             "every variable that is named to be set",

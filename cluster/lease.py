@@ -70,14 +70,7 @@ def hold(
     """
     store = fsspec.core.url_to_fs(folder)[0] if filesystem is None else filesystem
     path = str(store._strip_protocol(folder))
-    holder = {
-        "purpose": purpose,
-        "owner": f"{_user()}@{socket.gethostname()}",
-        "pid": os.getpid(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
-        "since": datetime.now(UTC).isoformat(timespec="seconds"),
-        "token": secrets.token_hex(8),
-    }
+    holder = _holder(purpose)
     if isinstance(store, LocalFileSystem):
         with _hold_local(Path(path), folder, holder):
             yield Lease()
@@ -89,6 +82,37 @@ def hold(
         yield lease
     finally:
         lease.release()
+
+
+@contextmanager
+def hold_replaced(folder: str, purpose: str) -> Iterator[None]:
+    """Holds a local folder that its writer exchanges whole; the lease lies beside it.
+
+    A lease inside would be exchanged with the folder. The folder itself is not made.
+
+    Args:
+        folder: Local path; links are followed, so that two spellings are one folder.
+        purpose: As in `hold`.
+
+    Raises:
+        LeaseError: Another process holds it; says which one and since when.
+        StorageError: Nothing can be written there.
+    """
+    target = Path(os.path.realpath(folder))
+    beside = target.with_name(f".{target.name}{LEASE_FILE}")
+    with _hold_local(beside, folder, _holder(purpose)):
+        yield
+
+
+def _holder(purpose: str) -> dict[str, Any]:
+    return {
+        "purpose": purpose,
+        "owner": f"{_user()}@{socket.gethostname()}",
+        "pid": os.getpid(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "token": secrets.token_hex(8),
+    }
 
 
 @contextmanager

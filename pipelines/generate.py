@@ -20,11 +20,13 @@ import torch
 from cluster.files import storage_errors, write_whole
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
-from pipelines.run.folder import require_lasting_folder
+from pipelines.run.folder import require_output_folder
 from sgmd_core.errors import ConfigError, ShapeError
+from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS
 from workers.models.families import family_of
 from workers.models.family import ModelFamily
 from workers.models.sampling import SampleRequest
+from workers.models.weight_digests import require_same_weights
 
 FORMATS = ("mp4", "gif")
 OnProgress = Callable[[int, int], None]
@@ -33,6 +35,18 @@ OnProgress = Callable[[int, int], None]
 _SMALLEST_SIDE_PX = 256
 _SLUG_LENGTH = 48
 _LARGEST_SEED = 2**63 - 1
+_LARGEST_ZOOM = 64
+_SIDE = "larger pictures do not fit into an H.264 file"
+# Most that a setting may be, and why.
+_MOST: Mapping[str, tuple[float, str]] = {
+    "num_steps": (MAX_STEPS, WHY_MAX_STEPS),
+    "guidance_scale": (1e4, "a clip is far beyond its colours long before"),
+    "text_length": (2**14, "the text encoder's memory grows with its square"),
+    "num_frames": (2**20, "a clip is made in memory"),
+    "height": (2**14, _SIDE),
+    "width": (2**14, _SIDE),
+    "fps": (2**16 - 1, "mp4 and GIF count no more"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +121,7 @@ def generate(
         ModelFolderError: The folder is missing, incomplete or of no known family.
         ShapeError: The clip's size does not fit the networks.
     """
-    require_lasting_folder(output, "--output")
+    require_output_folder(output, "--output")
     folder = model_folder(run_or_model)
     changes = {name: value for name, value in sampling.items() if value is not None}
     seeds = [seed] if isinstance(seed, int) else list(dict.fromkeys(seed))
@@ -116,6 +130,7 @@ def generate(
     settings = _settings(family, folder, changes)
     device = device or _default_device()
     _require_device(device)
+    require_same_weights(folder)
     sampler = family.open_sampler(folder, device)
     root = Path(output)
     with storage_errors(f"writing clips to {root}"):
@@ -182,15 +197,15 @@ def _require_request(
     for name, value in changes.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(attempted, f"{name} = {value}", "a finite number")
-    for name in ("num_steps", "guidance_scale", "text_length", "num_frames", "fps"):
-        if changes.get(name, 1) < 1:
-            raise ConfigError(
-                attempted, f"{name} = {changes[name]}", "at least 1", f"Correct {name}"
-            )
+    for name, (most, why) in _MOST.items():
+        value = changes.get(name, 1)
+        if not 1 <= value <= most:
+            expected = "at least 1" if value < 1 else f"at most {most:g}: {why}"
+            raise ConfigError(attempted, f"{name} = {value}", expected, f"Correct {name}")
     if changes.get("flow_shift", 1.0) <= 0:
         raise ConfigError(attempted, f"flow_shift = {changes['flow_shift']}", "above 0")
-    if zoom is not None and zoom < 1:
-        raise ConfigError(attempted, f"zoom = {zoom}", "a whole number from 1 on")
+    if zoom is not None and not 1 <= zoom <= _LARGEST_ZOOM:
+        raise ConfigError(attempted, f"zoom = {zoom}", f"a whole number from 1 to {_LARGEST_ZOOM}")
 
 
 def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> Path:

@@ -21,6 +21,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
 
+from cluster.files import require_writable
 from cluster.lease import hold
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import Shard
@@ -47,6 +48,8 @@ BACKGROUND_RANGE = (0.10, 0.40)
 BACKGROUND_TINT = 0.08
 _HELD_OUT_PERIOD = 6
 _GROUP_CLIPS = 128
+_MAX_CLIPS = 10**7
+_MAX_CLIPS = 10**7
 
 SHARD_SCHEMA = pa.schema(
     [
@@ -173,15 +176,11 @@ def write_shards(
         ConfigError: a count is not positive.
         LeaseError: Another process writes shards there.
     """
-    if num_clips < 1 or shard_size < 1:
-        raise ConfigError(
-            "writing shards of the world `shapes`",
-            f"num_clips={num_clips}, shard_size={shard_size}",
-            "both at least 1",
-        )
+    require_counts(num_clips=num_clips, shard_size=shard_size)
     filesystem, root = open_folder(dst)
     # On an object store this might create a bucket, which is not ours to decide.
     if isinstance(filesystem, LocalFileSystem):
+        require_writable(root, "DST")
         filesystem.makedirs(root, exist_ok=True)
     with hold(dst, f"sgmd shapes ({split})", filesystem) as lease:
         addresses: list[str] = []
@@ -201,6 +200,22 @@ def write_shards(
             on_progress(stop, num_clips)
         index_folder(filesystem, root, written)
     return addresses
+
+
+def require_counts(**counts: int) -> None:
+    """Checks numbers of clips.
+
+    Raises:
+        ConfigError: One is not positive, or larger than the index of a clip may be.
+    """
+    wrong = [f"{name}={count}" for name, count in counts.items() if not 1 <= count <= _MAX_CLIPS]
+    if wrong:
+        raise ConfigError(
+            "writing shards of the world `shapes`",
+            ", ".join(wrong),
+            f"from 1 to {_MAX_CLIPS}, as the names of the shards count clips with seven digits",
+            "Correct the number",
+        )
 
 
 def render_batch(

@@ -4,15 +4,30 @@ The working directory travels with the job, without runs, data and virtual envir
 command runs there as `python -m pipelines.cli`; so the cluster needs our dependencies, not us.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from pydantic import BaseModel
+
+from cluster.files import kind_of_path
 from cluster.jobs import follow_job, forwarded_environment, submit_job
 from pipelines.config.overrides import read_yaml
-from pipelines.config.recipe import PROJECT_ROOT
-from pipelines.config.recipe_files import find_recipe, shipped_recipes
+from pipelines.config.recipe import PROJECT_ROOT, DistillConfig
+from pipelines.config.recipe_files import find_recipe, load, shipped_recipes
+from pipelines.pretraining.config import PretrainConfig
 from pipelines.run.folder import REVISION_VARIABLE, git_revision, require_lasting_folder
 from sgmd_core.errors import ConfigError
+
+_COMMANDS: dict[str, type[BaseModel] | None] = {
+    "distill": DistillConfig,
+    "sweep": DistillConfig,
+    "study": DistillConfig,
+    "pretrain": PretrainConfig,
+    "evaluate": None,
+}
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def submit(
@@ -42,10 +57,13 @@ def submit(
         The job's id.
 
     Raises:
-        ConfigError: The recipe would not travel with the job.
+        ConfigError: The recipe would not travel with the job, or the command, its settings, the
+            address, the working directory or a variable is wrong; asked before the cluster is.
         JobError: The cluster cannot be reached or refuses the job, or the job failed.
     """
     portable = _portable(recipe, working_dir)
+    _require_request(address, working_dir, command, forward)
+    _require_settings(recipe, overrides, command)
     if command != "evaluate":
         _require_absolute_output(recipe, overrides)
     argv = ["python", "-m", "pipelines.cli", command, portable, *overrides]
@@ -54,6 +72,53 @@ def submit(
     if follow:
         follow_job(address, job, on_log)
     return job
+
+
+def _require_request(address: str, working_dir: Path, command: str, forward: Sequence[str]) -> None:
+    """Checks what can be checked here, before anything is sent."""
+    if command not in _COMMANDS:
+        expected = f"one of {', '.join(_COMMANDS)}"
+        raise ConfigError("submitting a job", f"--command {command}", expected, "Correct it")
+    if urlsplit(address).scheme not in ("http", "https", "ray"):
+        raise ConfigError(
+            "submitting a job",
+            f"--address {address}",
+            "the URL of a dashboard, such as http://127.0.0.1:8265",
+            "`ray start --head --dashboard-host=...` prints it",
+        )
+    if not (working_dir / "pipelines" / "cli.py").is_file():
+        kind = kind_of_path(working_dir)
+        found = "no pipelines/cli.py in it" if kind == "a folder" else kind or "no such folder"
+        raise ConfigError(
+            f"submitting the folder {working_dir}",
+            found,
+            "a source tree of sgmd, which runs on the cluster",
+            "Correct --working-dir, or leave it out to send this one",
+        )
+    wrong = [name for name in forward if not _VARIABLE.fullmatch(name)]
+    if wrong:
+        raise ConfigError(
+            "submitting a job",
+            f"--env {wrong[0].partition('=')[0]}, with more than a name"
+            if "=" in wrong[0]
+            else f"--env {wrong[0]}",
+            "the name of a variable that is set here",
+            "Export the variable, then give its name alone",
+        )
+
+
+def _require_settings(recipe: str, overrides: Sequence[str], command: str) -> None:
+    """Reads the recipe with its settings as the job will; options of the command pass by."""
+    kind = _COMMANDS[command]
+    if kind is None:
+        return
+    after_option = any(value.startswith("-") for value in overrides)
+    settings = [
+        value
+        for value in overrides
+        if not value.startswith("-") and ("=" in value or not after_option)
+    ]
+    load(kind, recipe, settings)
 
 
 def _require_absolute_output(recipe: str, overrides: Sequence[str]) -> None:

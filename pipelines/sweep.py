@@ -27,7 +27,7 @@ from pipelines.config.recipe import DistillConfig, check_sweep
 from pipelines.distillation.groups import own_cluster_size, pools_of
 from pipelines.distillation.preflight import require_readable, run_preflight
 from pipelines.distillation.run import distill
-from pipelines.run.folder import RunFolder, read_jsonl, require_lasting_folder
+from pipelines.run.folder import RunFolder, read_jsonl, require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.run.ranking import Contender, not_told_apart
 from sgmd_core.errors import ConfigError
@@ -122,7 +122,7 @@ def sweep(config: DistillConfig, observer: RunObserver | None = None) -> SweepRe
     observer = observer or RunObserver()
     # Tune's newer reporter prints to standard output even when told to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    require_lasting_folder(config.output, "output")
+    require_output_folder(config.output, "output")
     _require_grid(config)
     score, held_out = config.sweep.score, run_preflight(_trial_config(config, {}, "check")).held_out
     require_readable(score, held_out, f"ranking trials by {score}", "sweep.score")

@@ -22,6 +22,10 @@ from sgmd_core.types import Latents, PerSample, per_sample
 NUM_SCORE_LEVELS = 1000
 """The score law starts from an integer drawn uniformly below this."""
 
+MAX_STEPS = 1000
+WHY_MAX_STEPS = "networks tell 1000 noise levels apart, and more steps repeat them"
+"""Bound of a sampler's steps, and its reason for errors."""
+
 
 def shift_sigma(u: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*shape"]:
     """Moves noise levels toward pure noise; keeps 0 and 1 where they are.
@@ -103,17 +107,19 @@ class FlowMatchSchedule:
         0.96, 0.8889, 0.7273 and 0.
 
         Args:
-            num_steps: Network passes of the sampler, at least 1.
+            num_steps: Network passes of the sampler, from 1 to `MAX_STEPS`.
 
         Returns:
             Falling noise levels (num_steps + 1,) in float32, computed in float64; first 1, last 0.
 
         Raises:
-            ConfigError: `num_steps` is below 1.
+            ConfigError: `num_steps` is out of range.
         """
-        if num_steps < 1:
+        if not 1 <= num_steps <= MAX_STEPS:
             raise ConfigError(
-                "laying out the sampler's noise levels", f"{num_steps} steps", "at least 1 step"
+                "laying out the sampler's noise levels",
+                f"{num_steps} steps",
+                "at least 1 step" if num_steps < 1 else f"at most {MAX_STEPS}: {WHY_MAX_STEPS}",
             )
         u = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         return shift_sigma(u, self.shift).float()

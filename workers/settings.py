@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sgmd_core.errors import ConfigError
+from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,7 @@ class DiversitySettings:
     def __post_init__(self) -> None:
         """Checks the values."""
         _require(self.weight >= 0, "generator.diversity.weight", self.weight, "0 or more")
+        _require_steps("generator.diversity.teacher_steps", self.teacher_steps)
         _require(
             1 <= self.anchor_step <= self.teacher_steps,
             "generator.diversity.anchor_step",
@@ -175,7 +177,7 @@ class GeneratorSettings:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        _require(self.num_steps >= 1, "generator.num_steps", self.num_steps, "at least 1")
+        _require_steps("generator.num_steps", self.num_steps)
         _require(0 <= self.ema_decay < 1, "generator.ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.ema_start >= 0, "generator.ema_start", self.ema_start, "0 or more")
         _require(
@@ -240,6 +242,11 @@ class TeacherSettings:
             self.guidance_scale,
             "at least 1 (1 is no guidance)",
         )
+
+
+def _require_steps(name: str, found: int) -> None:
+    expected = "at least 1" if found < 1 else f"at most {MAX_STEPS}: {WHY_MAX_STEPS}"
+    _require(1 <= found <= MAX_STEPS, name, found, expected)
 
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipelines.commands.options import Json
+from pipelines.commands.options import LARGEST_SEED, Json
 from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits, FitPolicy
 from pipelines.data.clips.hang_guard import MAX_HANG_S
@@ -30,7 +30,8 @@ NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames a clip; a sho
 Height = Annotated[int | None, typer.Option(min=1, help="Pixels")]
 Width = Annotated[int | None, typer.Option(min=1, help="Pixels")]
 Processes = Annotated[
-    int | None, typer.Option(min=0, help="Default: one a core; 0 works in this process")
+    int | None,
+    typer.Option(min=0, max=1024, help="Default: one a core; 0 works in this process"),
 ]
 Fps = Annotated[float | None, typer.Option(help="Frames a second, sampled by time")]
 CaptionColumn = Annotated[
@@ -100,7 +101,9 @@ def prepare(
             " each (all), with the ids ID#0, ID#1, ..."
         ),
     ] = CaptionChoice.FIRST,
-    seed: Annotated[int, typer.Option(help="Which caption --captions random takes")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Which caption --captions random takes")
+    ] = 0,
     num_frames: NumFrames = None,
     height: Height = None,
     width: Width = None,
@@ -112,8 +115,8 @@ def prepare(
     decode: Annotated[
         bool, typer.Option("--decode-all/--decode-first", help="Frames that are tried")
     ] = True,
-    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
-    max_clip_mb: Annotated[int, typer.Option(help="A larger file is bad, in MiB")] = 512,
+    max_caption_chars: Annotated[int, typer.Option(min=1, help="A longer caption is bad")] = 4096,
+    max_clip_mb: Annotated[int, typer.Option(min=1, help="A larger file is bad, in MiB")] = 512,
     max_pixels: MaxPixels = DEFAULT_LIMITS.max_pixels,
     max_frames: MaxFrames = DEFAULT_LIMITS.max_frames,
     max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
@@ -187,14 +190,14 @@ def check(
     sample: Annotated[
         int | None, typer.Option(min=0, help="Rows to decode, drawn by seed; default: all")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Which rows are drawn")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Which rows are drawn")] = 0,
     model: Annotated[
         Path | None, typer.Option(help="Diffusers folder: count captions in its tokens too")
     ] = None,
     text_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens that the model takes; its folder knows")
     ] = None,
-    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
+    max_caption_chars: Annotated[int, typer.Option(min=1, help="A longer caption is bad")] = 4096,
     max_pixels: MaxPixels = DEFAULT_LIMITS.max_pixels,
     max_frames: MaxFrames = DEFAULT_LIMITS.max_frames,
     max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
@@ -296,7 +299,7 @@ def encode(
         str, typer.Option(help="float32 keeps every bit; bfloat16 and float16 take half the room")
     ] = "float32",
     shard_clips: Annotated[int, typer.Option(min=1, help="Most clips in a shard")] = 256,
-    max_caption_chars: Annotated[int, typer.Option(help="A longer caption is bad")] = 4096,
+    max_caption_chars: Annotated[int, typer.Option(min=1, help="A longer caption is bad")] = 4096,
     max_pixels: MaxPixels = DEFAULT_LIMITS.max_pixels,
     max_frames: MaxFrames = DEFAULT_LIMITS.max_frames,
     max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
@@ -335,7 +338,7 @@ def encode(
                     num_frames=num_frames or known.num_frames,
                     height=height or known.height,
                     width=width or known.width,
-                    fps=fps or known.fps,
+                    fps=known.fps if fps is None else fps,
                     policy=policy,
                 ),
                 text_length=text_length or known.text_length,

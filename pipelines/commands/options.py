@@ -1,9 +1,15 @@
 """Arguments that several commands share."""
 
+from itertools import pairwise
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from sgmd_core.errors import ConfigError
+
+_MAY_BE_EMPTY = ("--negative-prompt",)
+LARGEST_SEED = 2**63 - 1
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RecipeName = Annotated[
@@ -16,7 +22,30 @@ Overrides = Annotated[
 
 
 class PlainCommand(TyperCommand):
-    """A command whose flags are shown without a type: they take no value."""
+    """A command whose flags are shown without a type: they take no value.
+
+    An empty argument, as an unset variable of the shell leaves it, is refused: an empty path would
+    be the present folder.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401  (typer's context)
+        """Arguments as typer reads them.
+
+        Raises:
+            ConfigError: One of them is empty.
+        """
+        for before, given in pairwise(["", *args]):
+            option = before if before.startswith("--") else ""
+            if given.startswith("--") and given.endswith("="):
+                option, given = given[:-1], ""
+            if not given and option not in _MAY_BE_EMPTY:
+                raise ConfigError(
+                    f"reading the arguments of sgmd {self.name}",
+                    f"{option} is empty" if option else "an empty argument",
+                    "a value",
+                    "Give one, or leave it out; a variable of the shell may be unset",
+                )
+        return super().parse_args(ctx, args)
 
     def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401  (typer's own context)
         """Parameters, `--help` included."""

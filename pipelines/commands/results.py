@@ -83,7 +83,8 @@ def generate(
         typer.Option(help="Seed of the initial noise; may be given more than once; default 0"),
     ] = None,
     num_clips: Annotated[
-        int | None, typer.Option(min=1, help="Clips of each prompt, from the seed on")
+        int | None,
+        typer.Option(min=1, max=1_000_000, help="Clips of each prompt, from the seed on"),
     ] = None,
     num_steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance")] = None,

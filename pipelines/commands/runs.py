@@ -9,7 +9,7 @@ import typer
 from rich.console import RenderableType
 
 from pipelines.commands.failures import hinting
-from pipelines.commands.options import Json, Overrides, RecipeName
+from pipelines.commands.options import LARGEST_SEED, Json, Overrides, RecipeName
 from pipelines.commands.output import FittingTable, progress_bar, show, working
 from sgmd_core.errors import ConfigError
 
@@ -24,13 +24,16 @@ def shapes(
     train_clips: Annotated[int, typer.Option(help="Clips in DST/train")] = 2048,
     held_out_clips: Annotated[int, typer.Option(help="Clips in DST/held_out")] = 512,
     shard_size: Annotated[int, typer.Option(help="Clips in one Parquet file")] = 512,
-    seed: Annotated[int, typer.Option(help="Fixes every clip")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Fixes every clip")] = 0,
     as_json: Json = False,
 ) -> None:
     """Write the embedded data set: captioned clips of moving shapes, as mp4 in Parquet shards."""
     with progress_bar() as on_progress:
-        from pipelines.shapes import ClipSplit, write_shards
+        from pipelines.shapes import ClipSplit, require_counts, write_shards
 
+        require_counts(
+            train_clips=train_clips, held_out_clips=held_out_clips, shard_size=shard_size
+        )
         shards = {
             split.value: write_shards(
                 f"{target.rstrip('/')}/{split.value}",
@@ -70,7 +73,7 @@ def pretrain(
         from pipelines.pretraining import run as job
         from pipelines.pretraining.config import PretrainConfig
 
-        config = load(PretrainConfig, recipe, overrides or [])
+        config, _ = job.checked(load(PretrainConfig, recipe, overrides or []))
         own_cluster = address is None and "RAY_ADDRESS" not in os.environ
         num_cpus = max(os.cpu_count() or 1, job.num_cpus_needed(config)) if own_cluster else None
         with start_ray(address, num_cpus=num_cpus):

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 from pipelines.config.section import Section
 from pipelines.run.ranking import Mode
 from pipelines.run.records import FIGURES
+from sgmd_core.schedule import MAX_STEPS
 
 
 def _is_a_figure(name: str) -> str:
@@ -44,7 +45,7 @@ class ValidationSettings(Section):
     """Iterations between two validations; 0 does none."""
     num_captions: int = Field(default=64, ge=2)
     """Held-out captions, one clip each."""
-    teacher_steps: int = Field(default=30, ge=1)
+    teacher_steps: int = Field(default=30, ge=1, le=MAX_STEPS)
     """Steps of the teacher's clips, which the generator's are compared with."""
     timeout_s: float = Field(default=7200.0, gt=0)
     """How long the run waits at its end for each validation that is still under way."""

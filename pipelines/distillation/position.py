@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.checkpoints import MANIFEST, Checkpoints
+from cluster.errors import StorageError
 from cluster.storage import read_json, write_json
 from pipelines.config.recipe import MAY_CHANGE, DistillConfig, load_recipe
 from pipelines.data.stream.content import captions_digest, data_differences
@@ -155,6 +156,41 @@ def identity(config: DistillConfig, checked: Preflight) -> dict[str, Any]:
     }
 
 
+def read_identity(folder: RunFolder, attempted: str) -> dict[str, Any]:
+    """Identity of a run when it began.
+
+    Args:
+        folder: The run; its identity.json is there.
+        attempted: Purpose, for the error.
+
+    Raises:
+        CheckpointError: The file is not one that a run wrote.
+    """
+    try:
+        began = read_json(str(folder.identity))
+    except StorageError as error:
+        began, found = None, error.found
+    else:
+        found = "it does not hold the settings and the model of the run's beginning"
+    if not isinstance(began, dict) or not all(
+        isinstance(began.get(name, default), kind)
+        for name, kind, default in (
+            ("settings", dict, None),
+            ("model", dict, None),
+            ("columns", dict, {}),
+            ("validation", dict, {}),
+            ("train", list, []),
+        )
+    ):
+        raise CheckpointError(
+            attempted,
+            f"{folder.identity.name} is damaged: {found}",
+            "the identity.json that the run wrote when it began",
+            "Restore that file from a copy, or start a new run",
+        )
+    return began
+
+
 def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) -> list[str]:
     """Every setting, component and shard in which a run differs from its beginning, both values.
 
@@ -168,16 +204,7 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
     """
     if not folder.identity.exists():
         return []
-    began, now = read_json(str(folder.identity)), identity(config, checked)
-    if not isinstance(began, dict) or not all(
-        isinstance(began.get(name), dict) for name in ("settings", "model")
-    ):
-        raise CheckpointError(
-            f"resuming {folder.root}",
-            f"{folder.identity.name} does not hold the settings and the model of its beginning",
-            "the identity.json that the run wrote when it began",
-            "Restore that file from a copy, or start a new run",
-        )
+    began, now = read_identity(folder, f"resuming {folder.root}"), identity(config, checked)
     captions = began.get("validation", {}), now["validation"]
     return [
         *value_differences(began["settings"], now["settings"]),

@@ -8,13 +8,13 @@ import importlib.util
 import netrc
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlparse
 
 import torch
 
+from cluster.files import require_writable
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
@@ -97,18 +97,9 @@ def _outputs(config: DistillConfig, model: ModelFolder, *, resume: bool) -> str:
     attempted = f"checking the run's folder {folder}"
     if not resume:
         RunFolder(config.run_folder).require_free()
+    require_writable(folder, "output")
     there = next(path for path in (folder, *folder.parents) if path.exists())
-    try:
-        # Rights alone do not tell: a disk may be read-only.
-        with tempfile.TemporaryFile(dir=there):
-            free = shutil.disk_usage(there).free
-    except OSError as error:
-        raise ConfigError(
-            attempted,
-            f"nothing can be written to {there} ({error.strerror or error})",
-            "a folder that this user may write to",
-            "Set output=... to one, or correct its rights",
-        ) from error
+    free = shutil.disk_usage(there).free
     needed = _disk_bytes(config, model)
     if needed > free:
         raise ConfigError(

@@ -6,27 +6,31 @@ sampled from the other seed, for the diversity of the clips of a caption.
 """
 
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.storage import read_json
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.inspect import first_captions
-from pipelines.distillation.position import model_differences
+from pipelines.distillation.position import model_differences, read_identity
 from pipelines.evaluation.result import FLOOR, GENERATOR, TEACHER_FEW
 from pipelines.evaluation.teacher_sets import teacher_samplings
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
-from pipelines.run.folder import RunFolder, require_lasting_folder
+from pipelines.run.folder import RunFolder, require_output_folder
 from sgmd_core.errors import ConfigError, ModelFolderError
-from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule
 from workers.build import build_evaluator
 from workers.evaluator import Evaluator, Sampling
 from workers.models.content import model_digests
+from workers.models.weight_digests import require_same_weights
 from workers.settings import ModelSettings, VideoSettings
 
 _DEFAULT_TEACHER_STEPS = 30
+# Seed B is the next number.
+_MOST = {"teacher_steps": MAX_STEPS, "seed": 2**63 - 2}
+_WHY = {"teacher_steps": f": {WHY_MAX_STEPS}"}
 _CACHE_FOLDER = "evaluation-cache"
 
 
@@ -67,11 +71,20 @@ class EvaluationOptions:
             "teacher_steps": 1,
             "guidance_scale": 1,
             "num_threads": 1,
+            "seed": 0,
         }
         for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < bound:
-                raise ConfigError("evaluating", f"{name} = {value}", f"at least {bound}")
+            most = _MOST.get(name, sys.float_info.max)
+            # Written so that NaN is refused too.
+            if value is not None and not bound <= value <= most:
+                expected = f"at least {bound}" if value < bound else f"from {bound} to {most:g}"
+                raise ConfigError(
+                    "evaluating",
+                    f"{name} = {value}",
+                    expected + _WHY.get(name, ""),
+                    f"Correct {name}",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +170,12 @@ def plan_evaluation(
     """
     path = Path(run_or_model)
     generator_folder = model_folder(path)
+    own = read_inference_settings(generator_folder)
     is_run = RunFolder(path).config.exists()
+    results = Path(output) if output else (path if is_run else Path("evaluation"))
+    for folder, option in ((results, "--output"), (cache, "--cache")):
+        if folder:
+            require_output_folder(folder, option)
     config = load_recipe(str(RunFolder(path).config)) if is_run else None
     if config is not None:
         if not teacher:
@@ -171,7 +189,6 @@ def plan_evaluation(
             "a teacher to compare with, and shards or a file of held-out captions",
             "Name a run, which knows both, or give both",
         )
-    own = read_inference_settings(generator_folder)
     theirs = _teacher_settings(Path(teacher), config)
     video = VideoSettings(own.num_frames, own.height, own.width, own.fps)
     samplings = teacher_samplings(
@@ -182,15 +199,14 @@ def plan_evaluation(
     )
     # The generator starts from the noise of the teacher's few steps.
     samplings[GENERATOR] = replace(samplings[TEACHER_FEW], guidance_scale=own.guidance_scale)
-    for folder, option in ((output, "--output"), (cache, "--cache")):
-        if folder:
-            require_lasting_folder(folder, option)
-    results = Path(output) if output else (path if is_run else Path("evaluation"))
+    chosen = _captions(captions, options, config)
+    for folder in dict.fromkeys((generator_folder, Path(teacher))):
+        require_same_weights(folder)
     return EvaluationPlan(
         generator=_subject(generator_folder, own, video),
         teacher=_subject(Path(teacher), theirs, video),
         samplings=samplings,
-        captions=_captions(captions, options, config),
+        captions=chosen,
         captions_from=captions,
         output=results,
         cache=Path(cache) if cache else results / _CACHE_FOLDER,
@@ -202,7 +218,8 @@ def _require_teacher_of(run: RunFolder, teacher: str | Path) -> None:
     """Refuses networks that are not those that the run was distilled from."""
     if not run.identity.exists():
         return
-    found = model_differences(read_json(str(run.identity)), model_digests(teacher))
+    began = read_identity(run, f"evaluating {run.root}")
+    found = model_differences(began, model_digests(teacher))
     if found:
         raise ModelFolderError(
             f"evaluating {run.root} against its teacher in {teacher}",

@@ -5,15 +5,18 @@ diffusers folder has no place to say so. What the file does not say, or where th
 defaults of the model's family hold: those of diffusers' WanPipeline for Wan.
 """
 
-import json
+import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
+from cluster.files import kind_of_path
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ModelFolderError
+from sgmd_core.schedule import MAX_STEPS
 from workers.models.configs import read_model_json
 from workers.models.families import family_of
 from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
@@ -36,9 +39,9 @@ class InferenceSettings(BaseModel):
         fps: Frames a second.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    num_steps: PositiveInt
+    num_steps: int = Field(ge=1, le=MAX_STEPS)
     guidance_scale: float = Field(ge=1)
     flow_shift: PositiveFloat
     text_length: PositiveInt
@@ -58,11 +61,11 @@ def read_inference_settings(folder: Path) -> InferenceSettings:
     """
     rules = family_of(folder).traits.sampling
     found: dict[str, Any] = asdict(rules)
-    scheduler = _read_json(folder / _SCHEDULER_FILE)
+    scheduler = _read_if_there(folder / _SCHEDULER_FILE)
     for name in ("shift", "flow_shift"):
         if name in scheduler:
             found["flow_shift"] = scheduler[name]
-    found |= _read_json(folder / SETTINGS_FILE)
+    found |= _read_if_there(folder / SETTINGS_FILE)
     try:
         return InferenceSettings.model_validate(found)
     except ValidationError as error:
@@ -85,9 +88,18 @@ def model_folder(run_or_model: str | Path) -> Path:
     """The diffusers folder that a user means: a model folder, or the generator of a run.
 
     Raises:
-        ModelFolderError: A run that has not written its generator yet.
+        ModelFolderError: No folder is there, or a run that has not written its generator yet.
     """
     path = Path(run_or_model)
+    if not path.is_dir():
+        is_address = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(run_or_model))
+        kind = "an address of an object store" if is_address else kind_of_path(path)
+        raise ModelFolderError(
+            f"looking for the run or model {path}",
+            kind or "no such folder",
+            "the folder of a run, or a diffusers folder, on a disk",
+            "Check the path",
+        )
     run = RunFolder(path)
     if not run.config.exists():
         return path
@@ -101,12 +113,5 @@ def model_folder(run_or_model: str | Path) -> Path:
     return run.generator
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelFolderError(
-            f"reading {path}", f"text that is not JSON ({error})", "a JSON object"
-        ) from error
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_model_json(path) if os.path.lexists(path) else {}

@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
 from pipelines.config.recipe_files import absolute_path
+from sgmd_core.schedule import MAX_STEPS
 
 
 class Settings(BaseModel):
@@ -96,14 +97,14 @@ class DenoiserSettings(Settings):
     decay_steps: PositiveInt = 2500
     watch_every_steps: PositiveInt = 500
     watch_clips: PositiveInt = 64
-    watch_sampling_steps: PositiveInt = 12
+    watch_sampling_steps: int = Field(default=12, ge=1, le=MAX_STEPS)
 
 
 class SamplingSettings(Settings):
     """Sampling of clips to watch and measure the teacher."""
 
-    num_steps: PositiveInt = 30
-    guidance_scale: PositiveFloat = 2.0
+    num_steps: int = Field(default=30, ge=1, le=MAX_STEPS)
+    guidance_scale: float = Field(default=2.0, ge=1)
     flow_shift: PositiveFloat = 3.0
     num_clips: PositiveInt = 256
     batch_size: PositiveInt = 64

@@ -121,7 +121,7 @@ def build_pretrained_teacher(
 
 
 def inference_settings(config: PretrainConfig) -> InferenceSettings:
-    """How a trained teacher is to be sampled."""
+    """Sampling settings of a trained teacher."""
     return InferenceSettings(
         num_steps=config.sampling.num_steps,
         guidance_scale=config.sampling.guidance_scale,

@@ -13,8 +13,10 @@ other clips it is refused instead.
 """
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from cluster.files import whole_folder
-from cluster.lease import hold
+from cluster.lease import hold, hold_replaced
 from cluster.ray.topology import require_cpus
 from cluster.storage import write_json
 from pipelines.data.shards.schema import ShardKind
@@ -46,7 +48,7 @@ from pipelines.pretraining.data import (
     open_clips,
 )
 from pipelines.pretraining.events import EVENTS_FILE, EventWriter, PretrainEvent, follow_events
-from pipelines.pretraining.folder import write_pipeline_folder
+from pipelines.pretraining.folder import require_replaceable, write_pipeline_folder
 from pipelines.pretraining.loops import (
     NETWORKS_FILE,
     VAE_FOLDER,
@@ -67,7 +69,7 @@ from pipelines.pretraining.stages import (
     require_same_stages,
     stage_identities,
 )
-from pipelines.run.folder import require_lasting_folder
+from pipelines.run.folder import require_output_folder
 from sgmd_core.errors import SgmdError
 from workers.models.families import family_of
 from workers.models.wan import open_autoencoder
@@ -112,18 +114,67 @@ def pretrain(
         InsufficientResourcesError: the cluster is too small, and the job would wait for ever.
         CheckpointError: a stage in the run's folder was made from other settings or other clips.
         NonFiniteError: a loss stopped being finite.
-        LeaseError: another process trains in the run's folder.
+        LeaseError: another process trains in the run's folder, or into the same model folder.
+        ConfigError: a folder to write to is an address, cannot be written to, or is a model folder
+            to replace in which other things lie.
     """
-    require_lasting_folder(config.output, "output")
-    require_lasting_folder(config.run_dir, "run_dir")
-    config = config.with_absolute_paths()
-    clips = open_clips(config.world.train, config.world)
-    require_autoencoder(config, clips)
-    with hold(config.run_dir, f"sgmd pretrain {config.name}"):
+    config, clips = checked(config)
+    with _held(config):
         identities = stage_identities(config, clips)
         require_same_stages(Path(config.run_dir), identities)
         require_cpus(num_cpus_needed(config), f"training {config.name}")
         return _pretrain(config, clips, identities, on_event)
+
+
+def checked(config: PretrainConfig) -> tuple[PretrainConfig, TrainingClips]:
+    """Checks the recipe, its shards and its folders; needs no Ray, and writes nothing.
+
+    Returns:
+        The recipe with absolute paths, and the clips that it trains on.
+
+    Raises:
+        DataError: Shards are missing.
+        ConfigError: See `pretrain`.
+    """
+    named = {"run_dir": config.run_dir, **_outputs(config)}
+    for setting, folder in named.items():
+        require_output_folder(folder, setting)
+    config = config.with_absolute_paths()
+    for setting, folder in _outputs(config).items():
+        require_replaceable(folder, setting, _sources(config))
+    clips = open_clips(config.world.train, config.world)
+    require_autoencoder(config, clips)
+    if config.vae.folder is None:
+        open_clips(config.world.held_out, config.world, [ShardKind.VIDEO])
+    return config, clips
+
+
+def _outputs(config: PretrainConfig) -> dict[str, str]:
+    """Model folders that the run replaces whole, by setting."""
+    named = {"output": config.output, "partial_output": config.partial_output}
+    return {setting: folder for setting, folder in named.items() if folder is not None}
+
+
+def _sources(config: PretrainConfig) -> dict[str, str]:
+    """Addresses that must not lie in a folder that is replaced, by setting."""
+    named = {
+        "run_dir": config.run_dir,
+        "world.train": config.world.train,
+        "world.held_out": config.world.held_out,
+        "vae.folder": config.vae.folder,
+    }
+    return {setting: address for setting, address in named.items() if address is not None}
+
+
+@contextmanager
+def _held(config: PretrainConfig) -> Iterator[None]:
+    """Holds the run's folder and the model folders that it makes, against other processes."""
+    purpose = f"sgmd pretrain {config.name}"
+    with ExitStack() as stack:
+        stack.enter_context(hold(config.run_dir, purpose))
+        for folder in sorted({os.path.realpath(each) for each in _outputs(config).values()}):
+            stack.enter_context(hold_replaced(folder, purpose))
+        yield
 
 
 def _pretrain(

@@ -150,7 +150,17 @@ def record_stage(run_dir: Path, stage: str, identity: dict[str, Any]) -> None:
 
 def _recorded(run_dir: Path) -> dict[str, Any]:
     path = run_dir / _IDENTITY_FILE
-    return read_json(str(path)) if path.exists() else {}
+    if not path.exists():
+        return {}
+    content = read_json(str(path))
+    if not isinstance(content, dict) or not all(isinstance(v, dict) for v in content.values()):
+        raise CheckpointError(
+            f"reading {path}",
+            "no table of stages and what they were made from",
+            "what `sgmd pretrain` wrote",
+            "Restore the file from a copy, or choose another run_dir",
+        )
+    return content
 
 
 def _shards(clips: TrainingClips) -> dict[str, str]:

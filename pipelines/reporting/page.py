@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cluster.files import require_writable
 from cluster.storage import write_text
 from pipelines.media.charts import NUM_COLOURS, number
 from pipelines.reporting.alarms import alarm_kinds
@@ -59,6 +60,7 @@ def write_page(runs: Sequence[RunRecords], output: str | Path | None = None) -> 
     first = runs[0].folder.root
     beside = first / REPORT_FILE if len(runs) == 1 else first.parent / COMPARISON_FILE
     path = Path(output) if output else beside
+    require_writable(path, "--output", is_file=True)
     write_text(str(path), report_html(runs))
     return path
 

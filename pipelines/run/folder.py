@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from cluster.files import require_writable
 from cluster.logs import Kind, append_line, flush_log, read_lines
 from cluster.storage import write_text
 from sgmd_core.errors import CheckpointError, ConfigError
@@ -80,6 +81,16 @@ def require_lasting_folder(folder: str | Path, setting: str) -> None:
             "an absolute path on a disk that outlasts the job",
             f"Submit again with {setting} on a shared disk, for example output=/mnt/runs",
         )
+
+
+def require_output_folder(folder: str | Path, setting: str) -> None:
+    """Checks before a long job that its results can be written to a folder and outlast it.
+
+    Raises:
+        ConfigError: As `require_lasting_folder` and `cluster.files.require_writable`.
+    """
+    require_lasting_folder(folder, setting)
+    require_writable(folder, setting)
 
 
 class RunFolder:

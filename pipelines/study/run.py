@@ -26,7 +26,7 @@ from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import differences
 from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.run import distill
-from pipelines.run.folder import RunFolder, git_revision, versions
+from pipelines.run.folder import RunFolder, git_revision, require_output_folder, versions
 from pipelines.run.observer import RunObserver
 from pipelines.run.stop_rule import StopRule
 from pipelines.study.figures import write_plots
@@ -67,6 +67,7 @@ def dry_run_study(config: DistillConfig) -> dict[str, Any]:
         SgmdError: What does not fit.
     """
     plan = plan_study(config)
+    require_output_folder(plan.folder, "output")
     for run in plan.runs[: len(plan.variants)]:
         run_preflight(run.config)
     speed, source = seconds_per_unit(plan)
@@ -106,6 +107,7 @@ def study(
         LeaseError: Another process runs the study.
     """
     plan = plan_study(config)
+    require_output_folder(plan.folder, "output")
     for run in plan.runs[: len(plan.variants)]:
         run_preflight(run.config)
     with hold(str(plan.folder), f"sgmd study {config.name}"):

@@ -7,6 +7,7 @@ import pytest
 
 from cluster.errors import JobError
 from cluster.jobs import SECRET_FILES, follow_job, forwarded_environment, submit_job
+from sgmd_core.errors import ConfigError
 from tests.cluster.toys import WAIT_S
 
 PROGRAM = """
@@ -35,7 +36,7 @@ def test_variables_go_along_by_pattern_and_keys_only_by_name():
     assert forwarded_environment(environment=environment) == usual
     named = forwarded_environment(["WANDB_API_KEY"], environment)
     assert named == {**usual, "WANDB_API_KEY": "secret"}
-    with pytest.raises(JobError, match="AWS_ROLE not set"):
+    with pytest.raises(ConfigError, match="AWS_ROLE not set"):
         forwarded_environment(["AWS_ROLE"], environment)
 
 

@@ -31,6 +31,7 @@ from workers.settings import (
 )
 
 CAPTIONS = ("a red circle moves left", "a blue bar moves up slowly")
+SETTINGS = {"flow_shift": 5.0}
 VIDEO = VideoSettings(NUM_FRAMES, HEIGHT, WIDTH, fps=8)
 GENERATOR = GeneratorSettings(optimizer=OptimizerSettings(lr=1e-2))
 

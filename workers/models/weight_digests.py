@@ -1,7 +1,7 @@
 """Digests of the weight files of a model folder, kept in its `sgmd.json`.
 
     write_model_settings(draft, settings)   sgmd.json: settings, and SHA-256 of every weight file
-    require_unchanged(folder)               reads every byte again and compares
+    require_same_weights(folder)               reads every byte again and compares
 
 A folder that another program has written has no digests, and neither has one of an older version:
 both load. The check streams the files and keeps nothing: it costs about 1200 MB/s a core, up to
@@ -47,7 +47,7 @@ def write_model_settings(folder: str | Path, settings: Mapping[str, Any]) -> Non
     write_whole(root / SETTINGS_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def require_unchanged(folder: str | Path) -> None:
+def require_same_weights(folder: str | Path) -> None:
     """Compare the weight files of a folder with the digests that were written with them.
 
     Raises:

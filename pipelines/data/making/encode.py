@@ -40,7 +40,7 @@ from pipelines.data.shards.index import Shard
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.scan import ShardSet, open_shards
 from pipelines.data.shards.schema import CAPTION, REQUIRED_COLUMNS, VIDEO, Encoding
-from sgmd_core.errors import DataError
+from sgmd_core.errors import ConfigError, DataError
 from workers.models.content import fingerprint
 from workers.models.families import family_of
 from workers.models.vocabulary import UnknownWords
@@ -99,6 +99,7 @@ def encode(
     started = time.monotonic()
     encoding = encoding_for(model, options)
     place = open_set(src, names=options.names)
+    _require_apart(src, dst)
     parts = plan_parts(place.filesystem, place.root, options.shard_clips, only=place.only)
     if not parts:
         found, expected = "no such folder, or no shard in it", "shards of captioned videos"
@@ -236,3 +237,15 @@ def encoding_for(model: str, options: EncodeOptions) -> Encoding:
         vae=vae,
         text_encoder=fingerprint(model, folder.layout.text),
     )
+
+
+def _require_apart(src: str, dst: str) -> None:
+    """Refuses to write new shards among those that are read."""
+    source, target = canonical_address(src), canonical_address(dst)
+    if f"{target}/".startswith(f"{source.rstrip('/')}/"):
+        raise ConfigError(
+            f"encoding {src} into {dst}",
+            "a folder inside the source, whose next reader would take the new shards for clips",
+            "a folder apart from the source",
+            "Choose another DST",
+        )

@@ -18,7 +18,9 @@ from dataclasses import asdict
 from typing import Any, cast
 
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 
+from cluster.files import require_writable
 from cluster.lease import Lease, hold
 from pipelines.data.making.rejections import Rejection, from_parquet, to_parquet
 from pipelines.data.shards.filesystem import data_errors, open_folder
@@ -205,9 +207,12 @@ def filling(url: str, command: str, settings: Mapping[str, Any]) -> Iterator[Jou
 
     Raises:
         DataError: See `open_journal`.
+        ConfigError: A local folder cannot be written to.
         LeaseError: Another process fills the folder.
     """
-    filesystem, _ = open_folder(url, probe=False)
+    filesystem, root = open_folder(url, probe=False)
+    if isinstance(filesystem, LocalFileSystem):
+        require_writable(root, "DST")
     with hold(url, f"sgmd {command}", filesystem) as lease:
         # Opened under the lease: another process may have filled the folder until now.
         journal = open_journal(url, command, settings)

@@ -10,6 +10,7 @@ a server that is down are told before anything starts. No error shows a key.
 import errno
 import ipaddress
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +24,14 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
+from cluster.files import kind_of_path
 from cluster.redaction import without_secrets
 from pipelines.data.shards.patient_s3 import PatientS3FileSystem
 from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 
+_LOCAL = ("file", "local")
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _STORAGE_ERRORS = (
     OSError,
     boto.BotoCoreError,
@@ -56,6 +60,9 @@ def open_folder(
             the bucket and the endpoint is wrong.
     """
     attempted = f"opening the data folder {without_secrets(url)}"
+    if fault := _fault_of_address(url):
+        expected = "a local path of a file or folder, or s3://bucket/prefix"
+        raise DataError(attempted, fault, expected, "Correct the address")
     try:
         filesystem, root = _open(url, s3)
     except (ImportError, ValueError, OSError) as error:
@@ -75,10 +82,29 @@ def open_folder(
     return filesystem, root
 
 
+def _fault_of_address(url: str) -> str:
+    """Says what is wrong with an address, without asking any server; empty where it is right."""
+    protocol, separator, path = url.partition("://")
+    if not separator:
+        named = _ONE_SLASH.match(url)
+        if named and not os.path.lexists(url):
+            return f"{named[1]}: with one slash after it"
+        path = url
+    elif protocol in ("s3", "s3a"):
+        return "" if path.strip("/") else "no bucket"
+    elif protocol not in _LOCAL:
+        # Files of a manifest may be anywhere that fsspec reads by http.
+        return "" if protocol in ("http", "https") else f"the protocol {protocol}"
+    if not path:
+        return "an empty address"
+    kind = kind_of_path(Path(path).expanduser())
+    return "" if kind in ("", "a file", "a folder") else kind
+
+
 def _open(url: str, s3: S3Settings) -> tuple[AbstractFileSystem, str]:
     """File system and path of an address, in which `::`, `#`, `?` and `%` are characters."""
     protocol, separator, path = url.partition("://")
-    if not separator or protocol in ("file", "local"):
+    if not separator or protocol in _LOCAL:
         return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url))
     if protocol not in ("s3", "s3a"):
         return fsspec.core.url_to_fs(url)

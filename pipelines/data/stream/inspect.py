@@ -35,6 +35,8 @@ from pipelines.data.stream.stream import plan_windows
 from pipelines.data.stream.window import REASON, read_window
 from sgmd_core.errors import ConfigError, DataError
 
+_CAPTIONS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True, slots=True)
 class FolderFacts:
@@ -142,22 +144,26 @@ def first_captions(
         ConfigError: It holds fewer rows.
     """
     settings = StreamSettings(Source(url, s3, names=names), seed, max_bad_fraction=0.0)
-    with Feed(settings, FeedProgress(), wanted) as feed:
-        batch = feed.take(wanted)
-    if batch.stop is not None:
-        found = batch.stop[1]
-        raise DataError(
-            f"reading held-out captions from {url}",
-            found,
-            "captions of which every one can be used",
-            f"Repair or remove these rows: sgmd check {url} names them",
-        )
-    if len(batch.epochs) > 1:
-        raise ConfigError(
-            f"choosing {wanted} captions from {url}",
-            f"{batch.epochs[0][1]} rows",
-            f"at least {wanted}",
-            "Ask for fewer captions (validation.num_captions of a recipe, --num-captions of"
-            " `sgmd evaluate`), or add some",
-        )
-    return batch.captions
+    found: list[str] = []
+    with Feed(settings, FeedProgress(), min(wanted, _CAPTIONS_AT_ONCE)) as feed:
+        while len(found) < wanted:
+            # In parts, so that a number far above the rows does not go round and round.
+            batch = feed.take(min(wanted - len(found), _CAPTIONS_AT_ONCE))
+            if batch.stop is not None:
+                raise DataError(
+                    f"reading held-out captions from {url}",
+                    batch.stop[1],
+                    "captions of which every one can be used",
+                    f"Repair or remove these rows: sgmd check {url} names them",
+                )
+            found += batch.captions
+            if batch.epochs[-1][0] > 0:
+                num_rows = len(found) - sum(count for epoch, count in batch.epochs if epoch > 0)
+                raise ConfigError(
+                    f"choosing {wanted} captions from {url}",
+                    f"{num_rows} rows",
+                    f"at least {wanted}",
+                    "Ask for fewer captions (validation.num_captions of a recipe, --num-captions of"
+                    " `sgmd evaluate`), or add some",
+                )
+    return tuple(found)
