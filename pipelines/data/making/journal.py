@@ -211,8 +211,7 @@ def filling(url: str, command: str, settings: Mapping[str, Any]) -> Iterator[Jou
         LeaseError: Another process fills the folder.
     """
     filesystem, root = open_folder(url, probe=False)
-    if isinstance(filesystem, LocalFileSystem):
-        require_writable(root, "DST")
+    _require_writable(filesystem, root)
     with hold(url, f"sgmd {command}", filesystem) as lease:
         # Opened under the lease: another process may have filled the folder until now.
         journal = open_journal(url, command, settings)
@@ -232,8 +231,10 @@ def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal
 
     Raises:
         DataError: the folder holds other data, or was filled with other settings.
+        ConfigError: a local folder cannot be written to.
     """
     filesystem, root = open_folder(url)
+    _require_writable(filesystem, root)
     attempted = f"filling {url} with `sgmd {command}`"
     with data_errors(attempted):
         names = _names_in(filesystem, root)
@@ -295,6 +296,11 @@ def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def _require_writable(filesystem: AbstractFileSystem, root: str) -> None:
+    if isinstance(filesystem, LocalFileSystem):
+        require_writable(root, "DST")
 
 
 def _names_in(filesystem: AbstractFileSystem, folder: str) -> list[str]:

@@ -72,7 +72,7 @@ def answer(*arguments: str) -> tuple[int, str]:
     ("arguments", "words"),
     [
         (("shapes", "file"), "file is a file. Expected a folder"),
-        (("shapes", "pipe"), "a file or folder, or s3://bucket/prefix"),
+        (("shapes", "pipe"), "pipe is a named pipe. Expected a folder"),
         (("shapes", "dangling"), "dangling is a link that leads nowhere"),
         (("shapes", "s3://"), "with one slash after it"),
         (("shapes", "gs://bucket/x"), "the protocol gs. Expected a local path"),
@@ -182,8 +182,14 @@ def test_an_identity_of_another_shape_is_named(place, text):
     assert "identity.json is damaged" in said
 
 
-@pytest.mark.parametrize("text", ["null", "[]", "3", '{"flow_shift": Infinity}', "{"])
-@pytest.mark.parametrize("name", ["sgmd.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("sgmd.json", '{"flow_shift": Infinity}'),
+        *(("sgmd.json", text) for text in ("null", "[]", "3", "{")),
+        *(("scheduler/scheduler_config.json", text) for text in ("null", "[]", "3", "{")),
+    ],
+)
 def test_settings_of_a_generator_of_another_shape_are_named(place, name, text):
     path = place / "run" / "generator" / name
     before = path.read_text()
