@@ -50,6 +50,8 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path | None = 
     Raises:
         CheckpointError: One of the folders holds nothing of a run.
     """
+    if output:
+        require_lasting_folder(output, "--output")  # before anything is read
     return write_page([read_run(folder) for folder in run_folders], output)
 
 

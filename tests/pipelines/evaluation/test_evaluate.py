@@ -312,7 +312,7 @@ class TestRuns:
         )
         run.config.write_text(config.to_yaml())
         before = model_digests(teacher)
-        run.identity.write_text(json.dumps({"model": before}))
+        run.identity.write_text(json.dumps({"settings": {}, "model": before}))
         plan_evaluation(run.root, None, None, None, None, OPTIONS)
         (weights,) = (teacher / "transformer").glob("*.safetensors")
         save_file({name: 1.05 * value for name, value in load_file(weights).items()}, weights)
