@@ -316,6 +316,8 @@ class TestRuns:
         plan_evaluation(run.root, None, None, None, None, OPTIONS)
         (weights,) = (teacher / "transformer").glob("*.safetensors")
         save_file({name: 1.05 * value for name, value in load_file(weights).items()}, weights)
+        # Written anew, with its own digests, as another training would.
+        write_inference_settings(teacher, read_inference_settings(teacher))
         after = model_digests(teacher)
         with pytest.raises(ModelFolderError, match="--teacher") as caught:
             evaluate(run.root, options=OPTIONS)
