@@ -118,7 +118,7 @@ def answer(*arguments: str) -> tuple[int, str]:
         (("evaluate", "run", "--seed", str(2**70)), "seed = 1180591620717411303424"),
         (("evaluate", "run", "--num-captions", "100000000"), "4 rows. Expected at least 1000000"),
         (("evaluate", "run", "--captions", "pipe"), "pipe: a named pipe"),
-        (("evaluate", "run", "--captions", "bytes"), "neither a Parquet shard nor a list of captions"),
+        (("evaluate", "run", "--captions", "bytes"), "neither a Parquet shard nor a list"),
         (("generate", "run", "--prompt", "a", "--num-steps", "100000000"), "at most 1000"),
         (("generate", "run", "--prompt", "a", "--num-clips", "1000000000"), "'--num-clips'"),
         (("generate", "run", "--prompt", "a", "--height", "100000000"), "at most 16384"),
