@@ -12,7 +12,7 @@ import io
 import os
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,19 +107,28 @@ class SweepResult:
         }
 
 
-def sweep(config: DistillConfig, observer: RunObserver | None = None) -> SweepResult:
+OnProgress = Callable[[str, int, int], None]
+"""Hears what is counted, how many are done, and of how many."""
+
+
+def sweep(
+    config: DistillConfig,
+    observer: RunObserver | None = None,
+    on_progress: OnProgress | None = None,
+) -> SweepResult:
     """Runs every trial of a recipe's `sweep` section.
 
     Args:
         config: The recipe; its sweep section says what to try and how to rank.
         observer: Receives a note when a trial ends.
+        on_progress: Called when a trial ends with (what is counted, trials ended, trials in all).
 
     Raises:
         SgmdError: The grid is empty, a value does not fit, or every trial failed.
         ClusterError: Ray does not start.
         LeaseError: Another process sweeps in the folder.
     """
-    observer = observer or RunObserver()
+    observer, on_progress = observer or RunObserver(), on_progress or _hear_nothing
     # Tune's newer reporter prints to standard output even when told to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     require_output_folder(config.output, "output")
@@ -128,10 +137,10 @@ def sweep(config: DistillConfig, observer: RunObserver | None = None) -> SweepRe
     require_readable(score, held_out, f"ranking trials by {score}", "sweep.score")
     folder = Path(config.output).absolute() / f"{config.name}-sweep"
     with hold(str(folder), f"sgmd sweep {config.name}"):
-        return _sweep(config, folder, observer)
+        return _sweep(config, folder, _Announcer(observer, on_progress, _num_trials(config)))
 
 
-def _sweep(config: DistillConfig, folder: Path, observer: RunObserver) -> SweepResult:
+def _sweep(config: DistillConfig, folder: Path, announcer: "_Announcer") -> SweepResult:
     """Runs a checked sweep in a folder that this process holds."""
     if (folder / "results.json").exists():
         raise ConfigError(
@@ -142,8 +151,8 @@ def _sweep(config: DistillConfig, folder: Path, observer: RunObserver) -> SweepR
         )
     num_cpus = own_cluster_size(config, _bundles(_pools(config)))
     with start_ray(config.topology.address, num_cpus=num_cpus):
-        observer.note(f"sweeping {_num_trials(config)} trials in {folder}")
-        results = _tuner(config, folder, observer).fit()
+        announcer.begin(folder)
+        results = _tuner(config, folder, announcer).fit()
     trials = _ranked(config, [_trial_of(result) for result in results])
     if trials[0].error:
         raise ConfigError(
@@ -208,7 +217,7 @@ def _resources(pools: Sequence[Pool]) -> tune.PlacementGroupFactory:
     return tune.PlacementGroupFactory(_bundles(pools), "PACK", bundle_label_selector=selectors)
 
 
-def _tuner(config: DistillConfig, folder: Path, observer: RunObserver) -> tune.Tuner:
+def _tuner(config: DistillConfig, folder: Path, announcer: "_Announcer") -> tune.Tuner:
     output = str(folder / "trials")
     # A trial works in a folder of Tune's.
     base = config.with_absolute_paths().model_copy(update={"output": output})
@@ -243,26 +252,48 @@ def _tuner(config: DistillConfig, folder: Path, observer: RunObserver) -> tune.T
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[_Announcer(observer)],
+            callbacks=[announcer],
         ),
     )
 
 
-class _Announcer(tune.Callback):
-    """Tells when a trial ends."""
+def _hear_nothing(what: str, done: int, total: int) -> None:
+    """Stands for a display that is not there any more."""
 
-    def __init__(self, observer: RunObserver) -> None:
+
+class _Announcer(tune.Callback):
+    """Tells when a trial ends, and how many have."""
+
+    def __init__(self, observer: RunObserver, on_progress: OnProgress, total: int) -> None:
         self._observer = observer
+        self._on_progress = on_progress
+        self._done, self._total = 0, total
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune writes its callbacks down for a later restore, and a console cannot be written down.
-        return {"_observer": RunObserver()}
+        return {
+            "_observer": RunObserver(),
+            "_on_progress": _hear_nothing,
+            "_done": self._done,
+            "_total": self._total,
+        }
+
+    def begin(self, folder: Path) -> None:
+        """Tells what is to be done."""
+        self._observer.note(f"sweeping {self._total} trials in {folder}")
+        self._on_progress("trials", 0, self._total)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
-        self._observer.note(f"{trial}: done with {trial.config}")
+        self._end(trial, "done")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
-        self._observer.note(f"{trial}: failed with {trial.config}")
+        self._end(trial, "failed")
+
+    def _end(self, trial: Any, how: str) -> None:  # noqa: ANN401 - Tune's own
+        self._done += 1
+        settings = ", ".join(f"{key}={value}" for key, value in trial.config.items())
+        self._observer.note(f"{trial}: {how} with {settings}")
+        self._on_progress("trials", self._done, self._total)
 
 
 def _trial_of(result: tune.Result) -> Trial:

@@ -205,7 +205,12 @@ def ledger(
         result = audit(run, data)
     verdict = "every sample once" if result.is_clean else "samples were lost or repeated"
     told = f"{result.iterations} iterations, {result.samples} samples: {verdict}"
-    show(result.to_json(), as_json, _ledger_table(result), told)
+    examples = [
+        f"epoch {epoch.epoch}, for example: {', '.join(epoch.examples)}"
+        for epoch in result.epochs
+        if epoch.examples
+    ]
+    show(result.to_json(), as_json, _ledger_table(result), *examples, told)
     if not result.is_clean:
         raise typer.Exit(1)
 
@@ -214,9 +219,8 @@ def _ledger_table(result: "Audit") -> Table:
     """One row an epoch, as far as the run has come in it."""
     kinds = ("due", "used_once", "quarantined", "repeated", "missing", "unknown")
     table = Table()
-    for heading in ("epoch", *(kind.replace("_", " ") for kind in kinds), "for example"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("epoch", *(kind.replace("_", " ") for kind in kinds)):
+        table.add_column(heading, justify="right", overflow="fold")
     for epoch in result.epochs:
-        figures = [str(getattr(epoch, kind)) for kind in kinds]
-        table.add_row(str(epoch.epoch), *figures, ", ".join(epoch.examples))
+        table.add_row(str(epoch.epoch), *(str(getattr(epoch, kind)) for kind in kinds))
     return table

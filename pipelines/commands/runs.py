@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
 from pipelines.commands.failures import hinting
 from pipelines.commands.options import LARGEST_SEED, Json, Overrides, RecipeName
@@ -165,14 +165,16 @@ def _distill_config(
 
 def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
     """Try every combination of the recipe's `sweep.grid` with Ray Tune; write best.yaml."""
-    with working() as console:
+    with progress_bar() as on_progress:
         from pipelines import sweep as job
         from pipelines.config.recipe import load_recipe
         from pipelines.run.progress import LineObserver
         from pipelines.run.stop_rule import StopRule
 
         config = load_recipe(recipe, overrides or [])
-        result = job.sweep(config, LineObserver(console, StopRule(config.sweep.iterations)))
+        # The live display takes what is printed to standard error, and shows it above the bar.
+        observer = LineObserver(Console(stderr=True), StopRule(config.sweep.iterations))
+        result = job.sweep(config, observer, on_progress)
     show(result.to_json(), as_json, *_sweep_words(result))
 
 

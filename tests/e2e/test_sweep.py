@@ -45,7 +45,9 @@ def test_a_sweep_tries_every_combination_and_writes_the_best(
     make_recipe: MakeRecipe, ray_cluster: None
 ) -> None:
     config = make_recipe(*GRID)
-    result = sweep(config)
+    heard: list[tuple[str, int, int]] = []
+    result = sweep(config, on_progress=lambda *counted: heard.append(counted))
+    assert heard == [("trials", done, 4) for done in range(5)]
     tried = {
         (t.settings["objective.lambda_nr"], t.settings["objective.lambda_rc"])
         for t in result.trials

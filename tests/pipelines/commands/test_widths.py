@@ -7,8 +7,12 @@ import pytest
 from pipelines.commands.comparing import _result_words
 from pipelines.commands.evaluation_table import table
 from pipelines.commands.output import pairs
+from pipelines.commands.results import _ledger_table
 from pipelines.commands.run_summary import summary_words
 from pipelines.commands.runs import _sweep_words
+from pipelines.data.stream.plan import Cursor
+from pipelines.data.stream.reconciliation import EpochReconciliation
+from pipelines.distillation.audit import Audit
 from pipelines.run.records import HEADLINE_FIGURES
 from pipelines.study.results import Point, RunResult, StudyResult
 from pipelines.sweep import SweepResult, Trial
@@ -60,17 +64,23 @@ def study_result() -> StudyResult:
     )
 
 
+def ledger() -> Audit:
+    epoch = EpochReconciliation(3, 1234567, 1234560, 4, 1, 2, 0, ["part-0.parquet:17"] * 5)
+    return Audit(1000, 1234560, Cursor(), (epoch,), {}, True)
+
+
 def results(folder: Path) -> dict[str, list]:
     return {
         "sweep": _sweep_words(sweep_result(folder)),
         "study": _result_words(study_result(), "runs/study", ("results.md", "results.csv")),
         "evaluate": [table(evaluation())],
+        "ledger": [_ledger_table(ledger())],
         "pairs": [pairs({"clips": 12345678, "rejected": {"bad": 3}, "seconds": 0.1234567})],
     }
 
 
 @pytest.mark.parametrize("columns", [80, 120])
-@pytest.mark.parametrize("name", ["sweep", "study", "evaluate", "pairs"])
+@pytest.mark.parametrize("name", ["sweep", "study", "evaluate", "ledger", "pairs"])
 def test_no_line_is_longer_than_the_terminal_and_no_cell_is_cut(
     tmp_path: Path, name: str, columns: int
 ) -> None:
@@ -82,6 +92,7 @@ def test_no_line_is_longer_than_the_terminal_and_no_cell_is_cut(
         "sweep": ("0.1734", "1234.5", "generator.optimizer.lr", "failed"),
         "study": ("sgmd-shared-released", "0.1234 ± 0.0000", "Fréchet"),
         "evaluate": ("distance", "s/video", "ratio to teacher"),
+        "ledger": ("quarantined", "used once", "1234560"),
         "pairs": ("12345678", "rejected.bad", "0.1235"),
     }[name]:
         # Whole, in one line.
