@@ -16,7 +16,8 @@ from s3fs import S3FileSystem
 
 from cluster import lease as leases
 from cluster.errors import LeaseError, LeaseLostError, StorageError
-from cluster.lease import LEASE_FILE, LEASE_OBJECT, hold
+from cluster.files import whole_folder
+from cluster.lease import LEASE_FILE, LEASE_OBJECT, hold, hold_replaced
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -39,6 +40,27 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     yield process
     process.kill()
     process.wait()
+
+
+class TestReplacedFolders:
+    def test_a_folder_stays_held_while_it_is_exchanged_whole(self, tmp_path):
+        model = tmp_path / "model"
+        with hold_replaced(str(model), "a test"):
+            assert not model.exists()
+            for _ in range(2):
+                with whole_folder(model) as draft:
+                    (draft / "weights").touch()
+                again = hold_replaced(str(model), "another test")
+                with pytest.raises(LeaseError, match=rf"{model}: .*a test"), again:
+                    pass
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert [path.name for path in model.iterdir()] == ["weights"]
+
+    def test_two_spellings_are_one_folder(self, tmp_path):
+        (tmp_path / "link").symlink_to(tmp_path / "model")
+        again = hold_replaced(str(tmp_path / "link"), "another test")
+        with hold_replaced(str(tmp_path / "model"), "a test"), pytest.raises(LeaseError), again:
+            pass
 
 
 class TestDisk:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
@@ -83,6 +84,23 @@ def test_resuming_under_other_settings_is_refused(make_recipe: MakeRecipe) -> No
         distill(make_recipe("iterations=2", "objective.lambda_nr=0.2"), resume=True)
     told = caught.value.expected
     assert all(name in told for name in ("alarms", "teacher.batched_guidance", "data.read_ahead"))
+
+
+def test_resuming_with_other_columns_is_refused_with_both_values(
+    make_recipe: MakeRecipe, world: Path, tmp_path: Path
+) -> None:
+    """The two columns hold the same captions, so that only the mapping differs."""
+    for shard in (world / "train").glob("*.parquet"):
+        table = pq.read_table(shard)
+        names = ["short" if name == "caption" else name for name in table.column_names]
+        table = table.rename_columns(names).append_column("long", table.column("caption"))
+        pq.write_table(table, tmp_path / shard.name)
+    settings = (f"data.train={tmp_path}", "data.validation_columns.caption=caption")
+    distill(make_recipe("iterations=1", *settings, "data.columns.caption=short"))
+    again = make_recipe("iterations=2", *settings, "data.columns.caption=long")
+    with pytest.raises(CheckpointError, match=r"data\.columns\.caption is .*long.*was .*short"):
+        distill(again, resume=True)
+    distill(make_recipe("iterations=2", *settings, "data.columns.caption=short"), resume=True)
 
 
 def test_a_run_that_blows_up_stops_with_its_last_good_state_on_disk(

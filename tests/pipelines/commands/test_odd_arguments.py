@@ -12,7 +12,12 @@ import pytest
 import ray
 from typer.testing import CliRunner
 
+from cluster.errors import LeaseError
+from cluster.lease import hold_replaced
 from pipelines.cli import app
+from pipelines.config.recipe_files import load
+from pipelines.pretraining.config import PretrainConfig
+from pipelines.pretraining.run import pretrain
 from pipelines.shapes import ClipSplit, write_shards
 from tests.helpers.runs import start_run
 
@@ -200,6 +205,21 @@ def test_settings_of_a_generator_of_another_shape_are_named(place, name, text):
         path.write_text(before)
     assert code == 2
     assert Path(name).name in said or "flow_shift" in said
+
+
+@pytest.mark.parametrize("setting", ["output", "partial_output"])
+def test_two_pretrainings_do_not_write_one_model_folder(place, tmp_path, setting):
+    """Their run folders differ; the second is refused before it asks for Ray."""
+    model = str(tmp_path / "model")
+    given = {"run_dir": str(tmp_path / "run"), "output": str(tmp_path / "own"), setting: model}
+    world = {"world.train": str(place / "train"), "world.held_out": str(place / "held_out")}
+    overrides = [f"{name}={value}" for name, value in {**world, **given}.items()]
+    config = load(PretrainConfig, "pretrain-tiny", overrides)
+    refused = pytest.raises(LeaseError, match=rf"{model}: .*sgmd pretrain first")
+    with hold_replaced(model, "sgmd pretrain first"), refused:
+        pretrain(config)
+    assert not ray.is_initialized()
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_negative_prompt_may_be_empty():
