@@ -49,16 +49,24 @@ class EventWriter:
         stage: Name of the stage.
         num_steps: Steps of the stage at most.
         is_silent: True on all workers but the first.
+        every_s: Longest time between two steps that are written down, where steps end.
     """
 
     def __init__(
-        self, config: PretrainConfig, stage: str, num_steps: int, *, is_silent: bool = False
+        self,
+        config: PretrainConfig,
+        stage: str,
+        num_steps: int,
+        *,
+        is_silent: bool = False,
+        every_s: float = 30.0,
     ) -> None:
         self._path = Path(config.run_dir) / EVENTS_FILE
         self._every_steps = config.ray.report_every_steps
         self._stage = stage
         self._num_steps = num_steps
         self._is_silent = is_silent
+        self._every_s = every_s
         self._last = (time.monotonic(), 0)
 
     def start(self, step: int) -> None:
@@ -67,10 +75,14 @@ class EventWriter:
         self.note(f"{self._stage} starts at step {step} in process {os.getpid()}")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done; every `ray.report_every_steps`-th is written down."""
-        if step % self._every_steps and step != self._num_steps:
-            return
+        """A step is done; every `ray.report_every_steps`-th is written down.
+
+        So is one that ends more than 30 seconds after the last one that was.
+        """
         now, (then, last_step) = time.monotonic(), self._last
+        is_due = not step % self._every_steps or step == self._num_steps
+        if not is_due and now - then < self._every_s:
+            return
         seconds = (now - then) / max(1, step - last_step)
         self._last = (now, step)
         self._append(PretrainEvent(self._stage, step, self._num_steps, seconds, dict(metrics)))

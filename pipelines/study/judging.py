@@ -134,7 +134,12 @@ class StudyEvaluator:
 
     def _sample(self, request: ClipRequest, label: str, weights: Mapping[str, Tensor]) -> ClipSet:
         self._tell(f"sampling {len(self.captions)} clips: {label}")
-        return sample_clip_set(self._evaluator, request, weights=weights)
+        return sample_clip_set(
+            self._evaluator,
+            request,
+            lambda done, total: self._tell(f"{label}: {done} of {total} clips"),
+            weights=weights,
+        )
 
     def _figures(self, clips: ClipSet, other_seed: Features) -> Figures:
         found = clips.clips.figures(self.captions, other_seed)

@@ -414,6 +414,19 @@ def test_events_reach_the_follower_once_and_in_order(tmp_path: Path) -> None:
     assert heard[1].metrics == {"loss": 0.5}
 
 
+@pytest.mark.parametrize(("every_s", "written"), [(0.0, [1, 2, 3]), (3600.0, [3])])
+def test_slow_steps_are_written_down_before_their_number_is_due(
+    tmp_path: Path, every_s: float, written: list[int]
+) -> None:
+    config = micro_config(tmp_path)
+    rare = config.ray.model_copy(update={"report_every_steps": 100})
+    writer = EventWriter(config.model_copy(update={"ray": rare}), "vae", 3, every_s=every_s)
+    for step in range(1, 4):
+        writer.step(step, {})
+    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == written
+
+
 # ---------------------------------------------------------------------------------- Ray Train
 
 
