@@ -1,5 +1,6 @@
 """Embeddings that came with the data make the bits that the text encoder would have made."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,6 +97,28 @@ def test_stored_embeddings_make_the_same_run_bitwise(
     }
     assert "text.place" in busy
     assert "text.encode" not in busy
+
+
+def test_one_parquet_file_of_embeddings_is_a_set_as_its_folder_is(
+    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "alone"
+    folder.mkdir()
+    shard, other = sorted(encoded.glob("shapes-*.parquet"))[:2]
+    shutil.copy(shard, folder)
+    runs = {
+        name: make_recipe(f"name={name}", "iterations=2", f"data.train={train}")
+        for name, train in (("file", shard), ("folder", folder), ("other", other))
+    }
+    planned = dry_run(runs["file"])
+    assert (planned["stored_text"], planned["training_rows"]) == (True, 16)
+    for config in runs.values():
+        distill(config)
+    assert_moves(moments(runs["file"], 2), moments(runs["other"], 2))
+    assert history(runs["file"]) == history(runs["folder"])
+    assert state(runs["file"], 2) == state(runs["folder"], 2)
+    lines = read_jsonl(RunFolder(runs["file"].run_folder).metrics)
+    assert "text.encode" not in {key for line in lines for key in line["seconds"]}
 
 
 @pytest.mark.parametrize("override", ["model.text_length=9", "data.stored_text=false"])

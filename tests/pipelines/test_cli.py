@@ -133,7 +133,7 @@ class TestShapes:
     def test_a_count_below_one_is_refused(self, empty_folder):
         result = sgmd("shapes", "data/shapes", "--train-clips", "0")
         assert result.exit_code == 2
-        assert "num_clips=0" in result.stderr
+        assert "train_clips=0" in result.stderr
 
 
 class TestDoctor:
