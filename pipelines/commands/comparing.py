@@ -106,7 +106,8 @@ def _plan_table(planned: Mapping[str, Any]) -> Table:
 
 def _plan_words(planned: Mapping[str, Any]) -> str:
     total, source = planned["training_seconds"], planned["seconds_per_forward_from"]
-    lines = [f"{planned['runs']} runs (seeds {planned['seeds']}) in {planned['folder']}"]
+    seeds = ", ".join(map(str, planned["seeds"]))
+    lines = [f"{planned['runs']} runs (seeds {seeds}) in {planned['folder']}"]
     if total is None:
         lines.append(f"how long a forward pass takes is not known: {source}")
     else:

@@ -188,7 +188,7 @@ def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: Rendera
         sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
         return
     console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
+    if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         # A log or a pipe has no width of its own; rich would take 80 columns.
         console.width = _PIPE_COLUMNS
     for part in shown:

@@ -100,7 +100,7 @@ def _table(result: "Plan") -> Table:
     shape = told["workload"]
     table = Table(
         title=f"{told['gpus_used']} of {told['gpus']} GPUs, "
-        f"{shape['parameters'] / 1e9:.1f}B parameters, {shape['tokens']} tokens a sample, "
+        f"{_count(shape['parameters'])} parameters, {shape['tokens']} tokens a sample, "
         f"{shape['batch_size']} samples an iteration",
         title_justify="left",
     )
@@ -122,6 +122,11 @@ def _table(result: "Plan") -> Table:
     for section, share in result.beside.items():
         table.add_row(section, f"{share:g}")
     return table
+
+
+def _count(number: int) -> str:
+    """A number of parameters in billions, or millions where it is less than 0.1 billion."""
+    return f"{number / 1e9:.1f}B" if number >= 1e8 else f"{number / 1e6:.2g}M"
 
 
 def _words(result: "Plan") -> list[str]:

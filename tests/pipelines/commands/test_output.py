@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.commands.output import _ProgressLines
+from pipelines.commands.output import _ProgressLines, pairs, show
 from pipelines.run.progress import BarAndFigures
 from pipelines.sweep import trial_error
 from sgmd_core.errors import DataError
@@ -92,3 +92,13 @@ def test_a_failed_trial_shows_its_error_and_not_the_last_note():
     error.add_note("raised on a worker\nof machine 3")
     told = "".join(traceback.format_exception(error))
     assert trial_error(RuntimeError(told)).startswith("DataError: While reading shard-0.parquet")
+
+
+@pytest.mark.parametrize(("columns", "widest"), [("", 120), ("80", 80)])
+def test_a_pipe_is_as_wide_as_its_environment_says_or_120_columns(
+    monkeypatch, capsys, columns: str, widest: int
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    show({}, False, pairs({"words": "word " * 100}))
+    lines = capsys.readouterr().out.splitlines()
+    assert widest - 10 < max(map(len, lines)) <= widest
