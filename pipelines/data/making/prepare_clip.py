@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
-from fsspec.implementations.local import LocalFileSystem
-
 from pipelines.data.clips.clip_decoding import read_facts, read_first_frame, read_look
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
@@ -186,10 +184,11 @@ def _read(place: FileRange, max_bytes: int, missing: Reason, s3: S3Settings) -> 
         raise _BadClip(Reason.TOO_LARGE, f"{place.num_bytes} bytes; at most {max_bytes}")
     wanted = max_bytes + 1 if place.num_bytes is None else place.num_bytes
     try:
-        filesystem, path = open_folder(place.url, s3, probe=False)
-        if isinstance(filesystem, LocalFileSystem) and _is_no_file(path):
+        path = place.url.removeprefix("file://")
+        if "://" not in path and _is_no_file(path):
             # A pipe would be waited for, and a device has no end.
             raise _BadClip(missing, f"{place.url} is a folder, pipe, socket or device, not a file")
+        filesystem, path = open_folder(place.url, s3, probe=False)
         with data_errors(f"reading {place.url}"), filesystem.open(path, "rb") as file:
             file.seek(place.offset)
             data = cast("bytes", file.read(wanted))

@@ -61,7 +61,7 @@ def open_folder(
     """
     attempted = f"opening the data folder {without_secrets(url)}"
     if fault := _fault_of_address(url):
-        expected = "a local path of a file or folder, or s3://bucket/prefix"
+        expected = "a local path or s3://bucket/prefix, of a file or folder"
         raise DataError(attempted, fault, expected, "Correct the address")
     try:
         filesystem, root = _open(url, s3)
