@@ -1,1 +1,1 @@
-"""The story: from video-caption shards to a few-step generator, and what one can do with it."""
+"""Programs: from video-caption shards to a few-step generator, and what is done with it."""

@@ -141,7 +141,7 @@ class GeneratorLearner:
     def start(
         self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
     ) -> DiversityStart:
-        """Initial noise of a micro-batch, for the teacher to go its own way from there.
+        """Initial noise of a micro-batch: the starting point of the teacher's own trajectory.
 
         Args:
             key: The micro-batch, as its rollout was named.
@@ -315,7 +315,7 @@ class GeneratorLearner:
                 self._latent_shape,
                 self._schedule,
                 self._num_steps,
-                # The diversity loss has the first step to itself.
+                # The first step is trained by the diversity loss alone.
                 first_exit=int(self._diversity.enabled),
             )
         return draws_on(draws, device_of(self._network))

@@ -48,7 +48,7 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """Roles whose weights change together: all of them, or none if one has gathered nonsense."""
+    """Roles whose weights change together: all of them, or none if a gradient is not finite."""
 
     roles: tuple[str, ...]
 

@@ -9,7 +9,10 @@ For each of m micro-batches, shared tracking (the SGMD paper's Algorithm 1):
     LEARN    x0.backward(grad_x0) <---------------- grad_x0
 
 then one update of both learners together. SIGNAL waits for DENOISE, DENOISE for ROLLOUT, LEARN for
-SIGNAL; the update waits for all LEARN and TRACK. While a role waits for one micro-batch it works on
+SIGNAL; TRACK comes after SIGNAL on the same forward pass. When all LEARN and TRACK are done the
+controller asks both learners for their gradient norms and, if both are finite, lets both step; the
+next iteration waits for the steps. ROLLOUT also waits for its captions, which the text encoder
+embeds one iteration ahead. While a role waits for one micro-batch it works on
 another (`cluster.schedule.schedule`):
 
     generator   r0 r1 | l0 r2 | l1 r3 | ...            | step
@@ -24,7 +27,7 @@ Variants are other programs over the same stages:
     mixing of weights   the fake score takes in the generator's weights between the two updates
 
 A stage states its role, the method that does the work, what the method is handed and what it sends
-back. The dispatcher, the planner and the study read these constants; none compares a name.
+back. The dispatcher, the planner and the study read these constants.
 """
 
 from collections.abc import Callable

@@ -63,7 +63,7 @@ Ts = TypeVarTuple("Ts")
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Everybody in a run."""
+    """All worker groups of a run."""
 
     roles: Roles
     feed: WorkerGroup[Feed]
@@ -85,12 +85,12 @@ def open_groups(
 
     Args:
         config: The run's settings.
-        checked: What they come to.
+        checked: Result of the checks before the run.
         folder: Where the validator puts its sheets.
         progress: Where the run stands in its data.
         num_rows: Captions that it will still take.
         in_trial: Take over the placement group of the Tune trial that this process is.
-        tell: Hears when the Ray cluster is lost.
+        tell: Called with one sentence when the Ray cluster is lost.
 
     Raises:
         SgmdError: A role cannot load what it needs.

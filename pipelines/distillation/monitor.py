@@ -8,8 +8,8 @@ Nothing here waits for a validation before the end of the run. The validator wor
 is asked one after another; while two validations wait, a further one is left out rather than kept,
 because each holds a copy of the weights.
 
-Nor does the training depend on it: a validator that fails, or is late at the end, is told and not
-asked again, and the run goes on.
+Training does not depend on it: a validator that fails, or times out at the end, is reported and not
+asked again.
 """
 
 from collections import deque

@@ -1,4 +1,4 @@
-"""The captions of each iteration: asked for one iteration ahead, entered in the run's books.
+"""The captions of each iteration: asked for one iteration ahead, entered in the log of the data.
 
 take(n + 1)  ->  of(n): wait, enter, hand on  ->  used(n): what the iteration was made of
 """
@@ -34,7 +34,7 @@ class Prompts:
 
     Args:
         feed: Reads the data.
-        data: The run's books about them.
+        data: Log of the data that the run has used.
         batch_size: Captions of one batch.
         batches_per_iteration: Batches of one iteration.
         stored: Whether the data bring embeddings along that are used.
@@ -76,7 +76,7 @@ class Prompts:
         rejected = self._data.enter(iteration, batches)
         self._taken[iteration] = Taken(tuple(batches), waited_s, rejected)
         prompts = [self._prompts(iteration, batch) for batch in batches]
-        # Asked for one iteration ahead, so that reading never stands in the way.
+        # Asked for one iteration ahead, so that training does not wait for reading.
         self._coming = self._take(iteration + 1)
         return prompts
 

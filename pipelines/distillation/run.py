@@ -6,14 +6,12 @@ The controller in this file moves handles and small records; every tensor stays 
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import ClusterError, StorageError
 from cluster.lease import hold
 from cluster.storage import write_json
-from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.shards.schema import TEXT_EMBEDS
 from pipelines.distillation.groups import Groups, open_groups
@@ -177,10 +175,10 @@ class Distillation:
 
     Args:
         config: The run's settings.
-        checked: What they come to.
+        checked: Result of the checks before the run.
         groups: The roles, the caption feed and the validator.
         folder: Where the run is written down.
-        data: Its books about the data.
+        data: Log of the data that the run has used.
         checkpoints: Its committed states.
         observer: Receives the events of the run.
     """
@@ -257,7 +255,7 @@ class Distillation:
                     self._groups.roles, self._plan, first, together, prompts.of
                 ):
                     position, took_s = self._record(position, report, prompts, began)
-                    # What is recorded, not the clock: whoever adds it up finds the same end.
+                    # Recorded seconds, not wall time: a resumed run stops at the same iteration.
                     spent_s += took_s
                     began = time.perf_counter()
             except NonFiniteError as error:
@@ -284,7 +282,7 @@ class Distillation:
             self._observer.warning(f"{self._folder.trace.name} was not written. {error}")
 
     def last_good(self) -> str:
-        """Says which state a run that has failed can be taken up at."""
+        """Says which state a run that has failed can be resumed from."""
         return self._states.last_good()
 
     def finish(self) -> dict[str, Any]:
@@ -360,7 +358,7 @@ class Distillation:
     def _record(
         self, position: Position, report: IterationReport, prompts: Prompts, began: float
     ) -> tuple[Position, float]:
-        """Writes an iteration down that is over; where the run stands now, and what it took."""
+        """Records a finished iteration; returns the new position and its seconds."""
         iteration = position.iteration
         taken = prompts.used(iteration)
         last = taken.batches[-1]
@@ -392,6 +390,3 @@ class Distillation:
         if self._groups.validator is not None:
             weights = self._groups.roles.generator.call(GeneratorLearner.final_weights)[0]
             self._monitor.validate(iteration, weights, is_last=is_last)
-
-    def _fetch(self, group: Any, future: Sequence[Future[Any]], phase: str) -> list[Any]:  # noqa: ANN401
-        return group.fetch(future, timeout_s=self._config.topology.call_timeout_s, phase=phase)

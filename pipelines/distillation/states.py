@@ -25,7 +25,7 @@ class States:
 
     Args:
         config: The run's settings.
-        checked: What they come to.
+        checked: Result of the checks before the run.
         roles: Whose states they are.
         folder: The run.
         checkpoints: Its committed states.
@@ -138,7 +138,7 @@ class States:
             if may_save and one_rank:
                 self.save_if_newer(position)
         except Exception as error:
-            # What ended the run is the error to raise; this one is told beside it.
+            # What ended the run is the error to raise; this one is added to its message.
             unsaved = f"Saving the state before iteration {position.iteration} failed: {error} "
         return unsaved + self.last_good()
 

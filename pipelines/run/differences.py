@@ -1,4 +1,4 @@
-"""Name every value in which two records differ, so that nothing is taken up under other terms."""
+"""Name every value in which two records differ, so that nothing resumes with other settings."""
 
 import json
 from collections.abc import Mapping

@@ -54,7 +54,7 @@ class RunTrace:
         keep_iterations: Of which every call is kept for trace.json.
         timeout_s: How long to wait for an answer.
         waits: Whether the ranks are idle between iterations, so that asking them costs no time;
-            otherwise they answer when they come to it, and are heard one iteration later.
+            otherwise the answers are collected one iteration later.
     """
 
     def __init__(

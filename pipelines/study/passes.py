@@ -113,5 +113,5 @@ def _rollout_length(config: DistillConfig, iteration: int, purpose: Purpose, cou
 
 
 def _first_exit(config: DistillConfig) -> int:
-    """The diversity loss has the first step to itself."""
+    """First step that may be drawn: the first of all is trained by the diversity loss alone."""
     return int(config.generator.diversity.enabled)

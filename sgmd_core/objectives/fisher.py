@@ -79,9 +79,9 @@ def released_fisher_weight(residual: PerSample, eps: float) -> PerSample:
 def paper_fisher_weight(sigma: PerSample, sigma_floor: float) -> PerSample:
     """The weight under which the gap is a difference of scores: c = (1 - sigma)^2 / sigma^4.
 
-    It runs from 6.0e6 at sigma = 0.02 to 4.3e-4 at 0.98, so a rare query with little noise owns the
-    gradient of its batch. What bounds it in practice is the score law's `score_sigma_min`;
-    `sigma_floor` only keeps a hand-made query at sigma = 0 from dividing by it.
+    It runs from 6.0e6 at sigma = 0.02 to 4.3e-4 at 0.98, so a rare query with little noise
+    dominates the gradient of its batch. What bounds it in practice is the score law's
+    `score_sigma_min`; `sigma_floor` only keeps a hand-made query at sigma = 0 from dividing by it.
 
     Args:
         sigma: Noise level of each sample.

@@ -40,7 +40,8 @@ class SgmdObjective:
         lambda_nr: Weight of the negative residual; 0 leaves TSG-Fisher. The paper tried 0.05 to
             0.5 and settled on 0.1; 0.5 collapsed.
         lambda_rc: Weight of the residual contraction; None takes the form's own, 1 released and
-            0.1 paper. AdamW hardly notices it, gradient clipping does.
+            0.1 paper. AdamW is nearly invariant to it, so it acts mainly through
+            gradient clipping.
         normalizer_eps: Added to the teacher's residual, in latent units.
         sigma_floor: Lower limit of a noise level that something is divided by.
         fake_updates: Updates of the fake score an iteration; paper and release make 1.
@@ -87,8 +88,8 @@ class SgmdObjective:
                            / num_elements
 
         Args:
-            query: The generator's sample and the noise it is looked at through; `x0` may require
-                a gradient.
+            query: The generator's sample and the noise that was added to it; `x0` may require a
+                gradient.
             velocity_fake: Fake score's prediction at `query.x_t`, with its graph back to `x0`.
             velocity_teacher: Guided teacher's prediction there; a constant.
 

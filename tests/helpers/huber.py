@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 
 from sgmd_core.objectives import GradientPath
 from sgmd_core.objectives.dmd import denoising_loss
-from sgmd_core.types import Latents, Loss, NoisedBatch, float32, per_sample
+from sgmd_core.objectives.fisher import x0_gap
+from sgmd_core.types import Latents, Loss, NoisedBatch, float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,7 @@ class PseudoHuberObjective:
         self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
     ) -> Loss:
         """Mean of delta^2 (sqrt(1 + (gap / delta)^2) - 1)."""
-        sigma = per_sample(query.sigma, query.x0)
-        gap = sigma * (float32(velocity_teacher).detach() - float32(velocity_fake))
+        gap = x0_gap(query, float32(velocity_fake), float32(velocity_teacher))
         value = (self.delta**2 * ((1 + (gap / self.delta).square()).sqrt() - 1)).mean()
         return Loss(value, {"generator": value.detach(), "fisher": value.detach()})
 
