@@ -207,8 +207,13 @@ class _ObjectLease(Lease):
             try:
                 self._require_own(_RENEWAL_S)
                 # Whoever was paused for longer than the expiry must not bring its lease back.
-                if time.monotonic() - self._renewed_s < _EXPIRY_S:
-                    self._write(is_new=False, timeout_s=_RENEWAL_S)
+                if time.monotonic() - self._renewed_s >= _EXPIRY_S:
+                    _log.warning(
+                        "The lease %s could not be renewed in time, and others may take it",
+                        self._path,
+                    )
+                    return
+                self._write(is_new=False, timeout_s=_RENEWAL_S)
             except LeaseLostError:
                 return
             except Exception as error:

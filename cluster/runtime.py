@@ -15,11 +15,12 @@ A start that a busy machine did not make in time is tried once more.
 import logging
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -30,6 +31,7 @@ _log = logging.getLogger(__name__)
 
 _TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _PROBE_TIMEOUT_S = 5.0
+_GRACE_S = 10.0
 _GCS_PROBE_EVERY_S = 3.0
 
 
@@ -122,6 +124,7 @@ def _start_local(
         # It stays for the life of the process: Ray reads it once and keeps it.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for is_last in (False, True):
+        ours = _children()
         try:
             ray.init(
                 address="local",
@@ -137,8 +140,36 @@ def _start_local(
                 raise
             _log.warning("Ray did not start in time; starting it once more")
             ray.shutdown()
+            # What has come up of it belongs to nobody: Ray forgets it, and it would run on.
+            _end(_children() - ours)
         else:
             return
+
+
+def _children() -> set[int]:
+    """Returns the processes that this one has started."""
+    found: set[int] = set()
+    for each in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            # number (name) state parent ...: a name may hold anything.
+            _, parent, *_ = each.read_text().rpartition(")")[2].split()
+            if int(parent) == os.getpid():
+                found.add(int(each.parent.name))
+    return found
+
+
+def _end(processes: set[int]) -> None:
+    """Ends processes of ours and waits until they are gone."""
+    for number in processes:
+        with suppress(OSError):
+            os.kill(number, signal.SIGTERM)
+    end = time.monotonic() + _GRACE_S
+    for number in processes:
+        with suppress(OSError):
+            while os.waitpid(number, os.WNOHANG) == (0, 0):
+                if time.monotonic() > end:
+                    os.kill(number, signal.SIGKILL)
+                time.sleep(0.05)
 
 
 def _connect(address: str, log_to_driver: bool) -> None:

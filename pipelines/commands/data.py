@@ -52,6 +52,7 @@ MaxHang = Annotated[
     float,
     typer.Option(
         min=0,
+        max=86400,
         help="A process in which one call of the decoder takes longer is ended, and the video is"
         " bad; 0 waits for ever",
     ),

@@ -3,7 +3,7 @@
     RUN/identity.json   {"vae": {"seed": 0, "vae.base_dim": 16, ...}, "denoiser": {...}}
 
 A stage is recorded before it begins, so an interrupted one is compared like a finished one. Where
-the shards lie does not count; every byte of them does, because a stage reads all of them.
+the shards lie does not count; every byte of those that are trained on does.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from cluster.storage import read_json, write_json
+from pipelines.data.making.source_clip import open_reading
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import TrainingClips
 from pipelines.pretraining.loops import VAE_FOLDER
@@ -30,7 +31,7 @@ _MADE = {VAE_STAGE: VAE_FOLDER, DENOISER_STAGE: TEACHER_FOLDER}
 def stage_identities(config: PretrainConfig, clips: TrainingClips) -> dict[str, dict[str, Any]]:
     """Everything that decides the networks of each stage, by dotted key.
 
-    Reads all training shards: about as long as a stage takes to load them.
+    Reads all shards that are trained on: about as long as a stage takes to load them.
 
     Raises:
         ModelFolderError: `vae.folder` cannot be used.
@@ -168,7 +169,7 @@ def _shards(clips: TrainingClips) -> dict[str, str]:
     place = clips.source.open(probe=False)
     found: dict[str, str] = {}
     for path in clips.shards:
-        with place.filesystem.open(f"{place.root}/{path}", "rb") as file:
+        with open_reading(place.filesystem, f"{place.root}/{path}") as file:
             digest = hashlib.file_digest(cast("Any", file), "sha256")
         found[f"the content of {path} in world.train"] = digest.hexdigest()[:16]
     return found

@@ -96,7 +96,7 @@ class Contender:
         """Returns True if the difference of the two is more than chance, at 95 %.
 
         By the differences clip by clip where both were measured on the same clips; otherwise if
-        the intervals do not overlap. Nothing is claimed of one without an interval.
+        the intervals do not overlap. Without intervals nothing is known against it: True.
         """
         if self.influence and len(self.influence) == len(other.influence):
             pairs = zip(self.influence, other.influence, strict=True)

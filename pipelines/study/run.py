@@ -234,7 +234,11 @@ def _remembered(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
         stored = read_json(str(path))
         if stored["judge"] != judge.key:
             return {}
-        return {entry["iteration"]: Point(**entry) for entry in stored["points"]}
+        # Units are counted anew: an earlier version may have counted otherwise.
+        return {
+            entry["iteration"]: Point(**entry | {"units": place_of(run, entry["iteration"])[0]})
+            for entry in stored["points"]
+        }
     except (StorageError, KeyError, TypeError) as error:
         _log.warning("%s is broken (%s): its points are measured again", path, error)
         return {}

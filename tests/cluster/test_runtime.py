@@ -88,7 +88,7 @@ def test_a_ray_that_cannot_start_says_why(tmp_path):
 
 
 STARTS_LATE = """
-import sys
+import subprocess, sys
 import ray
 from cluster.errors import RayStartError
 from cluster.runtime import start_ray
@@ -96,9 +96,13 @@ from cluster.runtime import start_ray
 # A machine that is busy for exactly as long cannot be had, so this stands for Ray.
 late, tries = int(sys.argv[1]), []
 
+parts = []
+
 def init_late(*arguments, **options):
+    assert all(part.poll() is not None for part in parts), "the first start still runs"
     tries.append(options)
     if len(tries) <= late:
+        parts.append(subprocess.Popen(["sleep", "600"]))
         raise Exception("The current node timed out during startup.")
 
 ray.init = init_late
@@ -107,6 +111,7 @@ try:
         print("started", len(tries))
 except RayStartError as error:
     print("refused", len(tries))
+    parts.pop().kill()
 """
 
 

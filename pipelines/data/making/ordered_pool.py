@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from pipelines.data.clips.hang_guard import HANG_SIGNAL, MAX_HANG_S, end_on_hang, relax
+from sgmd_core.errors import ConfigError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _WAITING_PER_PROCESS = 2
+_LONGEST_HANG_S = 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +66,16 @@ def map_in_order(
 
     Yields:
         The results, in the order of the items; errors of the function are raised here.
+
+    Raises:
+        ConfigError: `max_hang_s` is no such time.
     """
+    if not 0 <= max_hang_s <= _LONGEST_HANG_S:
+        raise ConfigError(
+            "watching the decoder",
+            f"a limit of {max_hang_s:g} s (--max-hang-seconds)",
+            f"0, which waits for ever, to {_LONGEST_HANG_S:g}",
+        )
     if num_processes == 0:
         yield from map(function, items)
         return
@@ -118,7 +129,12 @@ def _one_by_one(
     others, executor = multiprocessing.active_children(), _executor(1, max_hang_s)
     try:
         for item in items:
-            future = executor.submit(_apply, function, item)
+            future = _submit(executor, function, item)
+            if isinstance(future.exception(0) if future.done() else None, BrokenProcessPool):
+                # Its process ended after the item before, so this one has not been tried.
+                executor.shutdown(wait=True)
+                others, executor = multiprocessing.active_children(), _executor(1, max_hang_s)
+                future = _submit(executor, function, item)
             worker = [one for one in multiprocessing.active_children() if one not in others]
             try:
                 yield future.result()

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import cast
 
+import aiohttp
+
+from cluster.files import kind_of_path
 from pipelines.data.clips.clip_decoding import read_facts, read_first_frame, read_look
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
@@ -26,6 +28,7 @@ from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 
 _MAX_CAPTION_FILE_BYTES = 2**20
+_GONE = (404, 410)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,16 +188,19 @@ def _read(place: FileRange, max_bytes: int, missing: Reason, s3: S3Settings) -> 
     wanted = max_bytes + 1 if place.num_bytes is None else place.num_bytes
     try:
         path = place.url.removeprefix("file://")
-        if "://" not in path and _is_no_file(path):
+        kind = "" if "://" in path else kind_of_path(path)
+        if kind not in ("", "a file"):
             # A pipe would be waited for, and a device has no end.
-            raise _BadClip(missing, f"{place.url} is a folder, pipe, socket or device, not a file")
+            raise _BadClip(missing, f"{place.url} is {kind}, not a file")
         filesystem, path = open_folder(place.url, s3, probe=False)
         with data_errors(f"reading {place.url}"), filesystem.open(path, "rb") as file:
             file.seek(place.offset)
             data = cast("bytes", file.read(wanted))
     except DataError as error:
-        if isinstance(error.__cause__, FileNotFoundError | IsADirectoryError):
+        if _says_missing(error):
             raise _BadClip(missing, f"no file {place.url}") from error
+        if error.__cause__ is None:  # The address is wrong, and no storage was asked.
+            raise _BadClip(missing, f"{place.url}: {error.found}") from error
         raise _UnservedFile(place, error) from error
     if len(data) > max_bytes:
         raise _BadClip(Reason.TOO_LARGE, f"more than {max_bytes} bytes")
@@ -203,5 +209,13 @@ def _read(place: FileRange, max_bytes: int, missing: Reason, s3: S3Settings) -> 
     return data
 
 
-def _is_no_file(path: str) -> bool:
-    return Path(path).exists() and not Path(path).is_file()
+def _says_missing(error: DataError) -> bool:
+    """Returns True if the storage says that there is no such file."""
+    cause = error.__cause__
+    if not isinstance(cause, FileNotFoundError | IsADirectoryError):
+        return False
+    # fsspec's HTTP file system raises FileNotFoundError for whatever went wrong.
+    behind = cause.__cause__
+    if isinstance(behind, aiohttp.ClientResponseError):
+        return behind.status in _GONE
+    return not isinstance(behind, aiohttp.ClientError | TimeoutError)

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import fsspec
 import pyarrow as pa
-from aiohttp import ClientPayloadError
+from aiohttp import ClientError
 from botocore import exceptions as boto
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -36,7 +36,7 @@ _STORAGE_ERRORS = (
     OSError,
     boto.BotoCoreError,
     boto.ClientError,
-    ClientPayloadError,
+    ClientError,
     pa.ArrowException,
 )
 
@@ -97,7 +97,7 @@ def _fault_of_address(url: str) -> str:
         return "" if protocol in ("http", "https") else f"the protocol {protocol}"
     if not path:
         return "an empty address"
-    kind = kind_of_path(Path(path).expanduser())
+    kind = kind_of_path(os.path.expanduser(path))  # noqa: PTH111 (leaves an unknown user)
     return "" if kind in ("", "a file", "a folder") else kind
 
 
@@ -232,7 +232,7 @@ def _is_keys(error: BaseException, text: str) -> bool:
 
 
 def _is_endpoint(error: BaseException, text: str) -> bool:
-    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | ClientPayloadError):
+    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | ClientError):
         return True
     # A network mount that hangs raises TimeoutError too; the system's has a number.
     return isinstance(error, ConnectionError) or (

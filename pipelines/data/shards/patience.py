@@ -83,7 +83,7 @@ async def ask_again(
         except Exception as found:
             is_late = isinstance(found, TimeoutError) and time.monotonic() >= end
             error = _too_late(budget_s) if is_late else found
-        if not is_transient(error):
+        if not is_transient(error) or tries == settings.read_attempts:
             break
         await asyncio.sleep(max(0.0, min(backoff_of(tries, settings), end - time.monotonic())))
     return error, tries

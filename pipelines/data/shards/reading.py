@@ -34,8 +34,8 @@ from sgmd_core.errors import DataError
 
 _AT_ONCE = 10  # as many as the SDK opens connections, so that no read waits inside its budget
 _WITNESS_S, _NUM_WITNESSES = 10.0, 8
-# The last file that each file system has read: it shows later whether the server still answers.
-_read_before: dict[AbstractFileSystem, str] = {}
+# The file that was read last in each bucket: it shows later whether that is still served.
+_read_before: dict[tuple[AbstractFileSystem, str], str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +96,7 @@ def fetch(
         for one, answer in zip(ranges, answers, strict=True)
         if answer.is_good and _tells(one.path)
     ]
-    if good:
-        _read_before[filesystem] = good[-1]
+    _read_before.update({_bucket_of(filesystem, path): path for path in good})
     return [
         _judged(filesystem, wanted, answer, retry)
         for wanted, answer in zip(ranges, answers, strict=True)
@@ -162,18 +161,23 @@ def _judged(
     error = answer.outcome
     if not isinstance(error, Exception):
         return error
-    others = [Range(path, 0, 1) for path in _others(filesystem, wanted.path)]
-    if serves_one_of(filesystem, others, retry):
+    known = _read_before.get(_bucket_of(filesystem, wanted.path), wanted.path)
+    before = [Range(known, 0, 1)] if known != wanted.path else []
+    if serves_one_of(filesystem, before, retry) or serves_one_of(
+        filesystem, [Range(path, 0, 1) for path in _beside(filesystem, wanted.path)], retry
+    ):
         return Fault(f"not served, while others are ({words_of(error)})", is_unanswered=True)
     attempted = f"reading {wanted.path} (try {answer.tries})"
     raise data_error(attempted, error) from error
 
 
-def _others(filesystem: AbstractFileSystem, path: str) -> list[str]:
-    """The file that was read last; where none was read yet, some that lie beside a file."""
-    known = _read_before.get(filesystem)
-    if known is not None and known != path:
-        return [known]
+def _bucket_of(filesystem: AbstractFileSystem, path: str) -> tuple[AbstractFileSystem, str]:
+    """Rights are given by bucket; a local file system is one."""
+    return filesystem, path.partition("/")[0]
+
+
+def _beside(filesystem: AbstractFileSystem, path: str) -> list[str]:
+    """Some files that lie beside a file."""
     if not isinstance(filesystem, S3FileSystem):
         return []
     bucket, key, _ = filesystem.split_path(path)

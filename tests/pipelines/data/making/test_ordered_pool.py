@@ -2,12 +2,14 @@
 
 import ctypes
 import os
+import threading
 import time
 
 import pytest
 
 from pipelines.data.clips.hang_guard import guarded
 from pipelines.data.making.ordered_pool import Died, map_in_order
+from sgmd_core.errors import ConfigError
 
 
 def slow_square(number: int) -> int:
@@ -18,6 +20,15 @@ def slow_square(number: int) -> int:
 def die_at_three(number: int) -> int:
     if number == 3:
         os._exit(7)
+    return number
+
+
+def die_after_one(number: int) -> int:
+    if number == 0:
+        os._exit(7)
+    if number == 1:
+        # As where memory runs out a moment after the answer was sent.
+        threading.Timer(0.3, os._exit, [7]).start()
     return number
 
 
@@ -57,6 +68,21 @@ def test_items_are_taken_only_as_places_become_free():
 
 def test_an_item_that_ends_its_process_is_named_and_the_others_come_through():
     assert list(map_in_order(die_at_three, range(8), 2)) == [0, 1, 2, Died(3), 4, 5, 6, 7]
+
+
+def test_a_process_that_ends_between_two_items_costs_none():
+    found = []
+    # 0 and 1 end the process, so what is under way with them is tried one by one.
+    for result in map_in_order(die_after_one, range(4), 1):
+        found.append(result)
+        time.sleep(1.0)
+    assert found == [Died(0), 1, 2, 3]
+
+
+@pytest.mark.parametrize("limit_s", [float("inf"), float("nan"), -1.0, 1e10])
+def test_a_limit_that_no_timer_takes_is_refused(limit_s):
+    with pytest.raises(ConfigError, match="max-hang-seconds"):
+        next(map_in_order(slow_square, range(3), 1, max_hang_s=limit_s))
 
 
 def test_an_item_that_hangs_in_a_decoder_is_named_and_the_others_come_through():

@@ -7,9 +7,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -286,13 +288,54 @@ def test_files_of_every_usual_kind_are_clips(tmp_path, suffix):
     assert prepare(str(tmp_path / "src"), str(tmp_path / "set"), HERE).num_clips == 1
 
 
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+def test_a_pipe_or_a_dead_link_in_place_of_a_file_is_one_missing_video(tmp_path):
     write_clip(tmp_path / "src", "a.mp4", video_file(grey_frames([50, 100])), "a")
     os.mkfifo(tmp_path / "src" / "b.mp4")
-    (tmp_path / "src" / "b.txt").write_text("b")
-    options = PrepareOptions(num_processes=0, max_bad_fraction=0.5)
+    (tmp_path / "src" / "c.mp4").symlink_to("gone.mp4")
+    (tmp_path / "src" / "d.mp4").symlink_to("d.mp4")
+    for name in "bcd":
+        (tmp_path / "src" / f"{name}.txt").write_text(name)
+    options = PrepareOptions(num_processes=0, max_bad_fraction=0.8)
     report = prepare(str(tmp_path / "src"), str(tmp_path / "set"), options)
+    assert (report.num_clips, report.rejected) == (1, {"missing_video": 3})
+
+
+def test_an_odd_address_in_a_manifest_is_one_missing_video(tmp_path):
+    write_clip(tmp_path, "a.mp4", video_file(grey_frames([50, 100])), "a")
+    manifest = tmp_path / "clips.csv"
+    manifest.write_text("path,caption\na.mp4,a\nftp://server/b.mp4,b\n")
+    options = PrepareOptions(num_processes=0, max_bad_fraction=0.5)
+    report = prepare(str(manifest), str(tmp_path / "set"), options)
     assert (report.num_clips, report.rejected) == (1, {"missing_video": 1})
+
+
+@pytest.mark.parametrize(("status", "is_missing"), [(404, True), (503, False)])
+def test_an_http_server_that_fails_is_not_taken_for_missing_videos(tmp_path, status, is_missing):
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refuses)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    write_clip(tmp_path, "a.mp4", video_file(grey_frames([50, 100])), "a")
+    manifest = tmp_path / "clips.csv"
+    manifest.write_text(f"path,caption\na.mp4,a\nhttp://127.0.0.1:{server.server_port}/b.mp4,b\n")
+    options = PrepareOptions(num_processes=0, max_bad_fraction=0.5)
+    try:
+        if is_missing:
+            report = prepare(str(manifest), str(tmp_path / "set"), options)
+            assert (report.num_clips, report.rejected) == (1, {"missing_video": 1})
+        else:
+            with pytest.raises(DataError, match=r"b\.mp4"):
+                prepare(str(manifest), str(tmp_path / "set"), options)
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class TestIdentity:

@@ -157,7 +157,7 @@ def test_a_server_that_serves_no_video_stops_the_command_and_rejects_nothing(
     assert prepare("s3://clips/raw/folder", str(tmp_path), HERE).num_clips == 3
 
 
-def test_a_local_file_that_cannot_be_read_is_one_rejected_clip(
+def test_a_local_video_that_leads_nowhere_is_one_rejected_clip(
     server: S3Server, tmp_path: Path
 ) -> None:
     """A link to itself: the system refuses to open it, whoever asks."""
@@ -169,7 +169,7 @@ def test_a_local_file_that_cannot_be_read_is_one_rejected_clip(
     (source / "a.mp4").unlink()
     (source / "a.mp4").symlink_to("a.mp4")
     report = prepare(str(source), str(tmp_path / "set"), HERE)
-    assert (report.num_clips, report.rejected) == (2, {"unserved": 1})
+    assert (report.num_clips, report.rejected) == (2, {"missing_video": 1})
 
 
 @pytest.mark.slow
