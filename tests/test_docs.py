@@ -1,12 +1,17 @@
 """The documentation: generated pages are those of the code, and the site has no broken link."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+
+from pipelines.config.recipe import DistillConfig
+from pipelines.config.recipe_files import known_keys
+from pipelines.pretraining.config import PretrainConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,3 +47,20 @@ def _leaves(nav):
             yield entry
         else:
             yield from _leaves(entry)
+
+
+def test_recipe_keys_that_pages_name_exist():
+    keys = [*known_keys(DistillConfig), *known_keys(PretrainConfig)]
+    parts = {".".join(key.split(".")[:end]) for key in keys for end in range(1, key.count(".") + 2)}
+    sections = {key.partition(".")[0] for key in keys if "." in key}
+    named = re.compile(r"`([a-z_0-9]+(?:\.[a-z_0-9]+)+)(?:[=:] ?[^`]*)?`")
+    files = (".json", ".jsonl", ".yaml", ".py")
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    found = [
+        (page.name, key)
+        for page in pages
+        for key in named.findall(page.read_text(encoding="utf-8"))
+        if key.partition(".")[0] in sections and not key.endswith(files)
+    ]
+    assert len(found) > 50
+    assert [(page, key) for page, key in found if key not in parts] == []
