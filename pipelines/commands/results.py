@@ -204,6 +204,8 @@ def ledger(
 
         result = audit(run, data)
     verdict = "every sample once" if result.is_clean else "samples were lost or repeated"
+    if result.iterations_missing:
+        verdict = f"{result.iterations_missing} iterations were made of which the ledger has none"
     told = f"{result.iterations} iterations, {result.samples} samples: {verdict}"
     examples = [
         f"epoch {epoch.epoch}, for example: {', '.join(epoch.examples)}"

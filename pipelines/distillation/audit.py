@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.checkpoints import Checkpoints
 from pipelines.config.recipe import load_recipe
 from pipelines.data.making.caption_file import open_set
 from pipelines.data.shards.listing import sizes_of
@@ -32,6 +33,8 @@ class Audit:
         epochs: A verdict for each epoch that was begun.
         quarantined: Entries of quarantine.parquet, in counts.
         iterations_follow: Whether the ledger holds every iteration once, in order.
+        iterations_missing: Iterations at the end that metrics or checkpoints know, and the ledger
+            does not.
     """
 
     iterations: int
@@ -40,11 +43,13 @@ class Audit:
     epochs: tuple[EpochReconciliation, ...]
     quarantined: dict[str, Any]
     iterations_follow: bool
+    iterations_missing: int
 
     @property
     def is_clean(self) -> bool:
         """True if nothing was lost or repeated."""
-        return self.iterations_follow and all(epoch.is_clean for epoch in self.epochs)
+        is_whole = self.iterations_follow and not self.iterations_missing
+        return is_whole and all(epoch.is_clean for epoch in self.epochs)
 
     def to_json(self) -> dict[str, Any]:
         """As `sgmd ledger --json` prints it."""
@@ -52,6 +57,7 @@ class Audit:
             "clean": self.is_clean,
             "iterations": self.iterations,
             "iterations_follow": self.iterations_follow,
+            "iterations_missing": self.iterations_missing,
             "samples": self.samples,
             "cursor": self.cursor.to_json(),
             "epochs": [epoch.to_json() for epoch in self.epochs],
@@ -71,7 +77,7 @@ def audit(run: Path, train: str | None = None) -> Audit:
         DataError: Its data cannot be read.
     """
     folder = RunFolder(run)
-    folder.require()
+    folder.require("checking the ledger of", "Check the path")
     config = load_recipe(str(folder.config))
     entries = list(Ledger(folder.ledger).entries())
     quarantine = QuarantineFile(folder.quarantine)
@@ -92,11 +98,21 @@ def audit(run: Path, train: str | None = None) -> Audit:
     names = catalogue.settle_names(place.names)
     reader = RowGroupReader(place.filesystem, place.root, data.s3, names)
     due = due_rows(catalogue, reader, config.seed, data.shuffle, end, quarantine.rejects)
+    iterations = [entry.iteration for entry in entries]
     return Audit(
         iterations=len(entries),
         samples=sum(len(entry.sample_ids) for entry in entries),
         cursor=end,
         epochs=tuple(reconcile(due, entries)),
         quarantined=quarantine.counts(),
-        iterations_follow=[entry.iteration for entry in entries] == list(range(len(entries))),
+        iterations_follow=iterations == list(range(len(entries))),
+        iterations_missing=max(0, _iterations_made(folder) - max(iterations, default=-1) - 1),
     )
+
+
+def _iterations_made(folder: RunFolder) -> int:
+    """Iterations that surely ended, whatever the ledger says."""
+    recorded = max((line["iteration"] for line in read_jsonl(folder.metrics)), default=0)
+    # A kill may come after an iteration's metrics and before its line of the ledger.
+    steps = Checkpoints(str(folder.checkpoints)).all_steps()
+    return max([recorded, *steps])

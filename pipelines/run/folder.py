@@ -146,18 +146,22 @@ class RunFolder:
                 f"{self.root}, or delete the folder",
             )
 
-    def require(self) -> None:
-        """Checks that there is a run to go on with.
+    def require(
+        self,
+        attempted: str = "resuming",
+        remedy: str = "Check the path; without --resume a new run is started",
+    ) -> None:
+        """Checks that there is a run.
 
         Raises:
             CheckpointError: There is no run here.
         """
         if not self.config.exists():
             raise CheckpointError(
-                f"resuming {self.root}",
+                f"{attempted} {self.root}",
                 "no config.yaml there",
                 "the folder of an earlier run",
-                "Check the path; without --resume a new run is started",
+                remedy,
             )
 
     def rewind(self, iteration: int, on_broken: Callable[[str], None] | None = None) -> None:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.stream.ledger import Ledger
 from pipelines.distillation.audit import audit
@@ -93,6 +95,22 @@ def test_a_run_from_a_busy_s3_killed_in_the_middle_uses_every_sample_once(
     told = run_cli("ledger", str(killed.run_folder))
     assert told["clean"] is True
     assert told["epochs"] == [epoch.to_json() for epoch in verdict.epochs]
+
+
+def test_a_ledger_whose_end_is_lost_is_told_with_exit_code_1(make_recipe: MakeRecipe) -> None:
+    config = make_recipe("iterations=4", "checkpoint.every=2")
+    distill(config)
+    folder = RunFolder(config.run_folder)
+    assert audit(config.run_folder).is_clean
+    (path,) = folder.ledger.iterdir()
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2]))
+    # The checkpoint after the fourth iteration knows better.
+    assert audit(config.run_folder).iterations_missing == 2
+    path.write_bytes(bytes(range(256)))
+    told = CliRunner().invoke(app, ["ledger", str(config.run_folder)])
+    assert told.exit_code == 1
+    assert "4 iterations were made of which the ledger has none" in told.output
 
 
 def test_a_ledger_with_a_hole_is_told_with_exit_code_1(make_recipe: MakeRecipe) -> None:
