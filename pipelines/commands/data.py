@@ -26,9 +26,11 @@ Policy = Annotated[
 MaxBad = Annotated[
     float, typer.Option(min=0, max=1, help="Stop where a larger share of the clips is bad")
 ]
-NumFrames = Annotated[int | None, typer.Option(min=1, help="Frames a clip; a shorter one is bad")]
-Height = Annotated[int | None, typer.Option(min=1, help="Pixels")]
-Width = Annotated[int | None, typer.Option(min=1, help="Pixels")]
+NumFrames = Annotated[
+    int | None, typer.Option(min=1, max=2**17, help="Frames a clip; a shorter one is bad")
+]
+Height = Annotated[int | None, typer.Option(min=1, max=2**14, help="Pixels")]
+Width = Annotated[int | None, typer.Option(min=1, max=2**14, help="Pixels")]
 Processes = Annotated[
     int | None,
     typer.Option(min=0, max=1024, help="Default: one a core; 0 works in this process"),
@@ -196,7 +198,8 @@ def check(
         Path | None, typer.Option(help="Diffusers folder: count captions in its tokens too")
     ] = None,
     text_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens that the model takes; its folder knows")
+        int | None,
+        typer.Option(min=1, max=2**14, help="Tokens that the model takes; its folder knows"),
     ] = None,
     max_caption_chars: Annotated[int, typer.Option(min=1, help="A longer caption is bad")] = 4096,
     max_pixels: MaxPixels = DEFAULT_LIMITS.max_pixels,
@@ -294,7 +297,7 @@ def encode(
         bool, typer.Option("--text-only", help="Make text embeddings alone; no video is read")
     ] = False,
     text_length: Annotated[
-        int | None, typer.Option(min=1, help="Text positions; longer captions are cut")
+        int | None, typer.Option(min=1, max=2**14, help="Text positions; longer captions are cut")
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float32 keeps every bit; bfloat16 and float16 take half the room")
