@@ -10,7 +10,7 @@ import itertools
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -18,6 +18,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from cluster.files import storage_errors, write_whole
+from cluster.inventory import memory_bytes
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
 from pipelines.run.folder import require_output_folder
@@ -25,7 +26,7 @@ from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS
 from workers.models.families import family_of
 from workers.models.family import ModelFamily
-from workers.models.sampling import SampleRequest
+from workers.models.sampling import ClipSampler, SampleRequest
 from workers.models.weight_digests import require_same_weights
 
 FORMATS = ("mp4", "gif")
@@ -36,6 +37,7 @@ _SMALLEST_SIDE_PX = 256
 _SLUG_LENGTH = 48
 _LARGEST_SEED = 2**63 - 1
 _LARGEST_ZOOM = 64
+_BYTES_A_PIXEL = 12
 _SIDE = "larger pictures do not fit into an H.264 file"
 # Most that a setting may be, and why.
 _MOST: Mapping[str, tuple[float, str]] = {
@@ -96,8 +98,11 @@ def generate(
     device: str | None = None,
     on_progress: OnProgress = lambda done, total: None,
     **sampling: Unpack[SamplingOptions],
-) -> list[GeneratedClip]:
+) -> Iterator[GeneratedClip]:
     """Samples every prompt and writes one file a format.
+
+    The request is checked at once; a clip is sampled when it is asked for, so that the pixels of
+    many are never held together.
 
     Args:
         run_or_model: A model folder, or a finished run, whose generator is used.
@@ -135,11 +140,24 @@ def generate(
     root = Path(output)
     with storage_errors(f"writing clips to {root}"):
         root.mkdir(parents=True, exist_ok=True)
-    total = len(prompts) * len(seeds) * settings.num_steps
-    digits = max(2, len(str(len(prompts) - 1)))
-    clips: list[GeneratedClip] = []
-    for (index, prompt), chosen in itertools.product(enumerate(prompts), seeds):
-        before = len(clips) * settings.num_steps
+    requests = list(itertools.product(enumerate(prompts), seeds))
+    return _clips(sampler, requests, settings, root, formats, zoom, on_progress)
+
+
+def _clips(
+    sampler: ClipSampler,
+    requests: Sequence[tuple[tuple[int, str], int]],
+    settings: InferenceSettings,
+    root: Path,
+    formats: Sequence[str],
+    zoom: int | None,
+    on_progress: OnProgress,
+) -> Iterator[GeneratedClip]:
+    """Samples and writes clip by clip; a request is a numbered prompt and a seed."""
+    total = len(requests) * settings.num_steps
+    digits = max(2, len(str(requests[-1][0][0])))
+    for number, ((index, prompt), chosen) in enumerate(requests):
+        before = number * settings.num_steps
 
         def on_step(step: int, before: int = before) -> None:
             on_progress(before + step, total)
@@ -152,14 +170,23 @@ def generate(
             paths = tuple(
                 _write(root / f"{stem}.{form}", frames, settings.fps, zoom) for form in formats
             )
-        clips.append(GeneratedClip(prompt, chosen, paths, frames, seconds))
-    return clips
+        yield GeneratedClip(prompt, chosen, paths, frames, seconds)
 
 
 def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> InferenceSettings:
     checked = family.inspect(folder)
     settings = read_inference_settings(folder).model_copy(update=changes)
     checked.latent_shape(settings.num_frames, settings.height, settings.width)
+    pixel_bytes = _BYTES_A_PIXEL * settings.num_frames * settings.height * settings.width
+    memory, _ = memory_bytes()
+    if pixel_bytes > memory:
+        raise ConfigError(
+            f"sampling from {folder}",
+            f"clips of {settings.num_frames} frames of {settings.height}x{settings.width}: "
+            f"{pixel_bytes / 1e9:.3g} GB of pixels in float32",
+            f"what fits into the {memory / 1e9:.3g} GB of this machine's memory",
+            "Lower num_frames, height or width",
+        )
     rules = family.traits.sampling
     if settings.height % rules.multiple_px or settings.width % rules.multiple_px:
         raise ShapeError(

@@ -124,16 +124,16 @@ def generate(
             device=device,
             on_progress=lambda done, total: on_progress("denoising steps", done, total),
         )
-    rows = [
-        {
-            "prompt": clip.prompt,
-            "seed": clip.seed,
-            "paths": [str(path) for path in clip.paths],
-            "seconds": clip.seconds,
-        }
-        for clip in clips
-    ]
-    show(rows, as_json, "\n".join(str(path) for clip in clips for path in clip.paths))
+        rows = [
+            {
+                "prompt": clip.prompt,
+                "seed": clip.seed,
+                "paths": [str(path) for path in clip.paths],
+                "seconds": clip.seconds,
+            }
+            for clip in clips
+        ]
+    show(rows, as_json, "\n".join(path for row in rows for path in row["paths"]))
 
 
 def _prompts(given: list[str], file: str | None) -> list[str]:

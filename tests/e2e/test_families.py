@@ -60,9 +60,8 @@ def test_two_iterations_train_it_and_export_a_folder_of_its_family(run, toy_fold
 
 
 def test_the_run_can_be_resumed_sampled_and_evaluated(run, config, world, tmp_path):
-    generated = generate(
-        config.run_folder, ["a red circle"], output=tmp_path / "clips", seed=[0, 1]
-    )
+    clips = tmp_path / "clips"
+    generated = list(generate(config.run_folder, ["a red circle"], output=clips, seed=[0, 1]))
     assert [clip.frames.shape for clip in generated] == 2 * [(FRAMES, SIDE, SIDE, 3)]
     assert (generated[0].frames != generated[1].frames).any()
     assert all(path.stat().st_size for clip in generated for path in clip.paths)

@@ -54,7 +54,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def frames_of(model: Path, output: Path, prompts=(PROMPT,), **settings) -> np.ndarray:
-    return generate(model, prompts, output=output, **settings)[-1].frames
+    return list(generate(model, prompts, output=output, **settings))[-1].frames
 
 
 class TestFiles:
@@ -91,9 +91,12 @@ class TestFiles:
     def test_every_prompt_is_shown_by_one_clip_a_seed_and_names_are_kept_in_any_script(
         self, model, tmp_path
     ):
-        clips = generate(
+        asked = generate(
             model, ["Красный круг", PROMPT], output=tmp_path, seed=[5, 6, 5], formats=["mp4"]
         )
+        # Sampled as they are asked for.
+        assert not any(tmp_path.iterdir())
+        clips = list(asked)
         assert [clip.paths[0].name for clip in clips] == [
             "00-красный-круг-seed5.mp4",
             "00-красный-круг-seed6.mp4",

@@ -31,6 +31,7 @@ PRETRAIN = (
     "run_dir=new/run",
     "output=new/model",
 )
+LARGE = ("--height", "8192", "--width", "8192")
 SUBMIT = ("submit", "tiny", "output=/mnt/runs")
 
 
@@ -132,6 +133,7 @@ def answer(*arguments: str) -> tuple[int, str]:
         (("generate", "run", "--prompt", "a", "--height", "100000000"), "at most 16384"),
         (("generate", "run", "--prompt", "a", "--text-length", "100000000"), "its square"),
         (("generate", "run", "--prompt", "a", "--fps", "100000000"), "at most 65535"),
+        (("generate", "run", "--prompt", "a", "--num-frames", "1000001", *LARGE), "GB of pixels"),
         (("generate", "run", "--prompt", "a", "--zoom", "100000"), "from 1 to 64"),
         (("generate", "run", "--prompt", "a", "--guidance-scale", "1e30"), "at most 10000"),
         (("generate", "run", "--prompt", "a", "--flow-shift", "nan"), "a finite number"),
