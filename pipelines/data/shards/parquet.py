@@ -197,7 +197,7 @@ class RowGroupReader:
     def _give_up(self, error: Exception) -> None:
         _log.warning(
             "Arrow's own client cannot read %s (%s). It is read through fsspec from now on, which "
-            "is slower; data.s3.native_reads=false saves the attempts.",
+            "is slower; in a recipe, data.s3.native_reads=false saves the attempts.",
             self._root,
             words_of(error),
         )
