@@ -38,7 +38,7 @@ def test_outputs_that_cannot_be_written_are_refused(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"nothing can be written.*Set output="):
+    with pytest.raises(ConfigError, match=r"writing to .*file/runs.*file is a file"):
         dry_run(make_recipe(f"output={tmp_path / 'file' / 'runs'}"))
 
 

@@ -66,7 +66,7 @@ def study_result() -> StudyResult:
 
 def ledger() -> Audit:
     epoch = EpochReconciliation(3, 1234567, 1234560, 4, 1, 2, 0, ["part-0.parquet:17"] * 5)
-    return Audit(1000, 1234560, Cursor(), (epoch,), {}, True)
+    return Audit(1000, 1234560, Cursor(), (epoch,), {}, True, 0)
 
 
 def results(folder: Path) -> dict[str, list]:
@@ -117,7 +117,8 @@ def test_a_sweep_names_figures_without_room_the_error_itself_and_the_next_step_l
 ) -> None:
     words = _sweep_words(sweep_result(tmp_path))
     narrow, wide = (rendered(words, columns) for columns in (80, 400))
-    assert f"also in {tmp_path}/results.csv:" in " ".join(narrow.split())
+    # A long path is broken where a line ends.
+    assert f"alsoin{tmp_path}/results.csv:" in "".join(narrow.split())
     assert "also in" not in wide
     assert "failed, objective.lambda_nr=9.0, generator.optimizer.lr=1e-05: DataError: While" in wide
     assert "trials (objective.lambda_nr=0.05, generator.optimizer.lr=1e-05)" in wide

@@ -39,6 +39,7 @@ from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write
 from tests.workers.test_measures import thin_i3d
 from workers.measures import CLIP_MEASURES
 from workers.models.content import model_digests
+from workers.models.weight_digests import write_model_settings
 
 CAPTIONS = captions(ClipSplit.HELD_OUT)[:4]
 WORDS = sorted({word for caption in CAPTIONS for word in caption.split()})
@@ -236,6 +237,11 @@ class TestMeasures:
         assert [row.remembered for row in again.rows] == [True] * 4 + [False]
         (weights,) = (moved / "teacher" / "transformer").glob("*.safetensors")
         save_file({name: 1.05 * value for name, value in load_file(weights).items()}, weights)
+        with pytest.raises(ModelFolderError, match="SHA-256"):
+            run_evaluation(moved, tmp_path / "third", cache=cache)
+        settings = json.loads((moved / "teacher" / "sgmd.json").read_text())
+        settings.pop("sha256")
+        write_model_settings(moved / "teacher", settings)
         other = run_evaluation(moved, tmp_path / "third", cache=cache)
         assert not any(row.remembered for row in other.rows)
 
