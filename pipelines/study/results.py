@@ -217,15 +217,19 @@ def mean_curve(runs: Sequence[RunResult], figure: str) -> list[tuple[Point, floa
     ]
 
 
+def units_of(run: PlannedRun, iteration: int) -> float:
+    """Units that a run took for its first iterations, counted from its settings."""
+    return total_units(run_passes(run.config, iteration), pass_costs(run.config))
+
+
 def place_of(run: PlannedRun, iteration: int) -> tuple[float, float]:
     """Units and seconds that a run took for its first iterations."""
-    units = total_units(run_passes(run.config, iteration), pass_costs(run.config))
     seconds = [
         line["seconds"][_TOTAL]
         for line in read_jsonl(RunFolder(run.folder).metrics)
         if line["iteration"] < iteration
     ]
-    return units, sum(seconds)
+    return units_of(run, iteration), sum(seconds)
 
 
 def times_of(run: PlannedRun) -> tuple[dict[str, float], float | None]:

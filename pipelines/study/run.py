@@ -39,7 +39,14 @@ from pipelines.study.plan import (
     plan_rows,
     plan_study,
 )
-from pipelines.study.results import Point, RunResult, StudyResult, place_of, times_of
+from pipelines.study.results import (
+    Point,
+    RunResult,
+    StudyResult,
+    place_of,
+    times_of,
+    units_of,
+)
 from pipelines.study.speed import seconds_per_unit
 from pipelines.study.tables import cost_csv, results_csv, results_markdown
 from sgmd_core.errors import ConfigError, StopRequestedError
@@ -236,7 +243,7 @@ def _remembered(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
             return {}
         # Units are counted anew: an earlier version may have counted otherwise.
         return {
-            entry["iteration"]: Point(**entry | {"units": place_of(run, entry["iteration"])[0]})
+            entry["iteration"]: Point(**entry | {"units": units_of(run, entry["iteration"])})
             for entry in stored["points"]
         }
     except (StorageError, KeyError, TypeError) as error:

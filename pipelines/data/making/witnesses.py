@@ -13,11 +13,9 @@ from pipelines.data.making.rejections import Rejection
 from pipelines.data.making.source_clip import FileRange, SourceClip
 from pipelines.data.making.unserved import Unserved
 from pipelines.data.shards.filesystem import open_folder
-from pipelines.data.shards.reading import Range, serves_one_of
+from pipelines.data.shards.reading import NUM_WITNESSES, Range, serves_one_of
 from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
-
-_NUM_WITNESSES = 8
 
 Listed = SourceClip | Rejection
 
@@ -32,7 +30,7 @@ class Listing(Iterator[Listed]):
     def __init__(self, clips: Iterable[Listed]) -> None:
         self._clips = iter(clips)
         self._ahead: deque[Listed] = deque()
-        self._recent: deque[Listed] = deque(maxlen=_NUM_WITNESSES)
+        self._recent: deque[Listed] = deque(maxlen=NUM_WITNESSES)
 
     def __next__(self) -> Listed:
         clip = self._ahead.popleft() if self._ahead else next(self._clips)
@@ -42,7 +40,7 @@ class Listing(Iterator[Listed]):
     def nearby(self) -> Iterator[Listed]:
         """Yields the clips taken last and then those that come next, which stay to be taken."""
         yield from tuple(self._recent)
-        for place in range(_NUM_WITNESSES):
+        for place in range(NUM_WITNESSES):
             if place == len(self._ahead):
                 clip = next(self._clips, None)
                 if clip is None:
@@ -100,7 +98,7 @@ class Witnesses:
         server = _server_of(bad)
         # A tar is one object: whether it can be read, its other members tell as well.
         found = dict.fromkeys(one for one in videos if one and one != bad)
-        return [one for one in found if _server_of(one) == server][:_NUM_WITNESSES]
+        return [one for one in found if _server_of(one) == server][:NUM_WITNESSES]
 
 
 def _server_of(file: FileRange) -> str:

@@ -33,7 +33,10 @@ from pipelines.data.shards.schema import QUARANTINE_NAME
 from sgmd_core.errors import DataError
 
 _AT_ONCE = 10  # as many as the SDK opens connections, so that no read waits inside its budget
-_WITNESS_S, _NUM_WITNESSES = 10.0, 8
+_WITNESS_S = 10.0
+NUM_WITNESSES = 8
+"""Other objects that are asked for, at most, where one is not served."""
+
 # The file that was read last in each bucket: it shows later whether that is still served.
 _read_before: dict[tuple[AbstractFileSystem, str], str] = {}
 
@@ -182,7 +185,7 @@ def _beside(filesystem: AbstractFileSystem, path: str) -> list[str]:
         return []
     bucket, key, _ = filesystem.split_path(path)
     folder = f"{key.rpartition('/')[0]}/".lstrip("/")
-    request = {"Bucket": bucket, "Prefix": folder, "MaxKeys": _NUM_WITNESSES}
+    request = {"Bucket": bucket, "Prefix": folder, "MaxKeys": NUM_WITNESSES}
     try:
         ask = filesystem._call_s3
         page = cast(
