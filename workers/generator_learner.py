@@ -315,8 +315,7 @@ class GeneratorLearner:
                 self._latent_shape,
                 self._schedule,
                 self._num_steps,
-                # The first step is trained by the diversity loss alone.
-                first_exit=int(self._diversity.enabled),
+                first_exit=self._diversity.first_exit,
             )
         return draws_on(draws, device_of(self._network))
 

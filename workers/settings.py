@@ -154,6 +154,16 @@ class DiversitySettings:
         """True if the loss is on."""
         return self.weight > 0
 
+    @property
+    def num_anchor_steps(self) -> int:
+        """Steps of the teacher that are taken for a micro-batch; 0 where the loss is off."""
+        return self.anchor_step if self.enabled else 0
+
+    @property
+    def first_exit(self) -> int:
+        """First step at which a rollout may exit: the loss alone trains the very first."""
+        return int(self.enabled)
+
 
 @dataclass(frozen=True, slots=True)
 class GeneratorSettings:

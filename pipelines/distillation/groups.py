@@ -25,6 +25,7 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import PoolSettings, TopologySettings
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings, build_feed
+from pipelines.distillation.algorithm import STAGES
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.preflight import Preflight
 from pipelines.distillation.validation import ValidationPlan, Validator, build_validator
@@ -53,9 +54,6 @@ FUSED = "fused"
 
 # Left outside of the reservation, or Ray Data would never read a row.
 _DATA_CPUS = 1.0
-
-_SENT = frozenset({"rollout", "sample", "denoise", "signal", "pullback", "start", "anchor"})
-"""Stages whose results the roles send one another, and the controller never fetches."""
 
 W = TypeVar("W")
 Ts = TypeVarTuple("Ts")
@@ -229,11 +227,18 @@ class _RayOpener:
         )
 
 
+def direct_of(transport: str) -> Direct | None:
+    """Results that the roles send one another, and the controller never fetches."""
+    if transport == "object_store":
+        return None
+    return Direct(transport, frozenset(stage.name for stage in STAGES.values() if stage.sends))
+
+
 def _ray_opener(config: DistillConfig, placement: "Placement") -> _RayOpener:
     from cluster.ray.host import Hosts
 
     topology = config.topology
-    direct = None if topology.transport == "object_store" else Direct(topology.transport, _SENT)
+    direct = direct_of(topology.transport)
     if topology.mode != "fused":
         return _RayOpener(placement, topology.narrowed, direct)
     fused = Hosts(FUSED, placement, topology.fused.ranks, shared=True)

@@ -17,9 +17,9 @@ from statistics import median
 from typing import Any
 
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES
 from pipelines.planning.hardware import Hardware
-from pipelines.planning.workload import StageName, Workload
+from pipelines.planning.workload import COUNTED_WITH, StageName, Workload
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError
 from workers.models.families import family_named
@@ -30,11 +30,7 @@ _NOT_A_BENCHMARK = (OSError, ValueError, LookupError, TypeError, AttributeError,
 _BYTES_OF_A_STEP = 40
 """That an update moves for one parameter: weight, gradient, two moments and average, in and out."""
 
-_ADDED = {
-    (GENERATOR, "rollout"): (GENERATOR, "start"),
-    (TEACHER, "denoise"): (TEACHER, "anchor"),
-    (GENERATOR, "learn"): (GENERATOR, "diversify"),
-}
+_ADDED = {(own.role, own.name): (added.role, added.name) for added, own in COUNTED_WITH.items()}
 """Stages of a diversity loss, by the stage that a workload counts them with."""
 
 

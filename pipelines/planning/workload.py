@@ -11,7 +11,7 @@ With shared tracking the two backward passes of the fake score go one after the 
 forward pass, so with checkpointing its activations are made three times in all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Self
@@ -29,6 +29,7 @@ from pipelines.distillation.algorithm import (
     SAMPLE,
     SIGNAL,
     STAGES,
+    START,
     TRACK,
     Sent,
     iteration_program,
@@ -39,9 +40,10 @@ from sgmd_core.objectives import GradientPath
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
 from workers.models.family import DenoiserShape, ModelShape
+from workers.settings import DiversitySettings
 
-_COUNTED_WITH = {ANCHOR: DENOISE, DIVERSIFY: LEARN}
-"""Stages of a diversity loss, which the planned program does not have."""
+COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
+"""Stages of a diversity loss, which the planned program does not have, and their role's own."""
 
 StageName = tuple[str, str]
 """Role and stage."""
@@ -60,7 +62,7 @@ class Workload:
         guided: Whether the teacher is asked with and without the caption.
         fresh_updates: Updates of the fake score on samples of their own; 0 with shared tracking.
         path: Ways by which the generator's loss depends on its samples.
-        diversity_steps: Steps of the teacher for a diversity loss; 0 without one.
+        diversity: The extra loss on the generator's first step.
         mixes_weights: Whether the fake score takes the generator's weights in, each iteration.
         averages: Whether the generator keeps averaged weights.
         in_turn: Whether the teacher makes its two predictions in turn, not as one batch.
@@ -76,7 +78,7 @@ class Workload:
     guided: bool = True
     fresh_updates: int = 0
     path: GradientPath = GradientPath.FAKE_SCORE
-    diversity_steps: int = 0
+    diversity: DiversitySettings = field(default_factory=DiversitySettings)
     mixes_weights: bool = False
     averages: bool = True
     in_turn: bool = False
@@ -96,7 +98,6 @@ class Workload:
             ModelFolderError: The folder holds another kind of model.
         """
         shape = _released(model) if model else _read(config.model_folder)
-        diversity = config.generator.diversity
         computes = {
             GENERATOR: config.generator.compute,
             TEACHER: config.teacher.compute,
@@ -111,7 +112,7 @@ class Workload:
             guided=config.teacher.guidance_scale != 1,
             fresh_updates=config.fresh_updates,
             path=config.objective.path,
-            diversity_steps=diversity.anchor_step if diversity.enabled else 0,
+            diversity=config.generator.diversity,
             mixes_weights=config.fake_score.ida_decay < 1,
             averages=config.generator.ema_decay > 0,
             in_turn=not config.teacher.batched_guidance,
@@ -153,19 +154,19 @@ class Workload:
 
         The stages of a diversity loss are counted with the role's own: see `program`.
         """
-        rollout = mean_rollout(self.num_steps, first_exit=int(self.diversity_steps > 0))
+        rollout = mean_rollout(self.num_steps, first_exit=self.diversity.first_exit)
         table = stage_passes(
             path=self.path,
             rollout=rollout,
             sample=rollout,
             guided=self.guided,
             fresh_tracking=self.fresh_updates > 0,
-            anchor_steps=self.diversity_steps,
+            anchor_steps=self.diversity.num_anchor_steps,
         )
         costs = self.costs
         found: dict[StageName, float] = {}
         for stage, passes in table.items():
-            counted = _COUNTED_WITH.get(stage, stage)
+            counted = COUNTED_WITH.get(stage, stage)
             name = (counted.role, counted.name)
             units = passes.units(costs, checkpointed=stage.role in self.checkpointing)
             found[name] = found.get(name, 0.0) + units
@@ -175,12 +176,12 @@ class Workload:
     def gathers(self) -> dict[StageName, float]:
         """Counts how often a sharded call of each stage gathers weights or sends gradients."""
         shared = self.fresh_updates == 0
-        rollout = mean_rollout(self.num_steps, first_exit=int(self.diversity_steps > 0))
+        rollout = mean_rollout(self.num_steps, first_exit=self.diversity.first_exit)
         counts = {
             ROLLOUT: rollout,
             SAMPLE: rollout,
-            LEARN: 2.0 + 3.0 * bool(self.diversity_steps),
-            DENOISE: 1.0 + self.diversity_steps,
+            LEARN: 2.0 + 3.0 * self.diversity.enabled,
+            DENOISE: 1.0 + self.diversity.num_anchor_steps,
             PULLBACK: 2.0,
             SIGNAL: 2.0,
             TRACK: 2.0 if shared else 3.0,

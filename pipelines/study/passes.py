@@ -32,7 +32,8 @@ def pass_costs(config: DistillConfig) -> PassCosts:
 
 def expected_passes(config: DistillConfig) -> dict[str, Passes]:
     """Passes of one iteration, rollouts at their mean length."""
-    mean = mean_rollout(config.generator.num_steps, first_exit=_first_exit(config))
+    generator = config.generator
+    mean = mean_rollout(generator.num_steps, first_exit=generator.diversity.first_exit)
     return _passes(config, mean, mean)
 
 
@@ -82,14 +83,14 @@ def role_of(stage: str) -> str:
 
 def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, Passes]:
     """Passes of an iteration whose rollouts take this many passes each, on average."""
-    updates, diversity = config.fresh_updates, config.generator.diversity
+    updates = config.fresh_updates
     table = stage_passes(
         path=config.objective.path,
         rollout=rollout,
         sample=sample,
         guided=config.teacher.guidance_scale != 1,
         fresh_tracking=updates > 0,
-        anchor_steps=diversity.anchor_step if diversity.enabled else 0,
+        anchor_steps=config.generator.diversity.num_anchor_steps,
     )
     return {
         f"{stage.role}.{stage.name}": passes.times(
@@ -106,12 +107,7 @@ def _rollout_length(config: DistillConfig, iteration: int, purpose: Purpose, cou
             config.seed,
             MicroBatchKey(iteration, draw, purpose),
             config.generator.num_steps,
-            _first_exit(config),
+            config.generator.diversity.first_exit,
         )
         for draw in range(count)
     )
-
-
-def _first_exit(config: DistillConfig) -> int:
-    """First step that may be drawn: the first of all is trained by the diversity loss alone."""
-    return int(config.generator.diversity.enabled)

@@ -1,7 +1,9 @@
-"""Which resources a recipe asks for."""
+"""Resources and transport that a recipe asks for."""
 
+from cluster.schedule.program import Pass
 from pipelines.config.recipe import load_recipe
-from pipelines.distillation.groups import pools_of
+from pipelines.distillation.algorithm import iteration_program
+from pipelines.distillation.groups import direct_of, pools_of
 
 
 def test_every_role_asks_for_what_its_section_says():
@@ -25,3 +27,23 @@ def test_every_role_asks_for_what_its_section_says():
 def test_without_validation_nobody_validates():
     config = load_recipe("tiny", ["validation.every=0"])
     assert "validator" not in {pool.name for pool in pools_of(config)}
+
+
+def test_a_direct_transport_carries_every_result_that_another_role_takes():
+    programs = [
+        iteration_program(through_teacher=True, diversity=True),
+        iteration_program(fresh_updates=1, mixes_weights=True),
+    ]
+    passes = [each for program in programs for each in program if isinstance(each, Pass)]
+    stages = {stage.name: stage for each in passes for stage in each.stages}
+    taken = {
+        name
+        for each in passes
+        for stage in each.stages
+        for name in stage.takes
+        if stages[name].role != stage.role
+    }
+    direct = direct_of("nixl")
+    assert direct is not None
+    assert direct.methods == taken
+    assert direct_of("object_store") is None
