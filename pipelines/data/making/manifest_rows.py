@@ -227,7 +227,9 @@ def parquet_rows(
 def _parquet_rows(
     parquet: pq.ParquetFile, columns: Sequence[str]
 ) -> Iterator[dict[str, Any] | str]:
+    num_left = parquet.metadata.num_rows
     for batch in parquet.iter_batches(_BATCH_ROWS, columns=[*columns]):
+        num_left -= batch.num_rows
         values, broken = {}, {}
         for name in columns:
             column = pa.chunked_array([batch.column(name)])
@@ -244,6 +246,9 @@ def _parquet_rows(
                 yield f"{broken[row]} is no UTF-8"
             else:
                 yield {name: values[name][row] for name in columns}
+    # Arrow passes over pages of a kind that it does not know.
+    if num_left and columns:
+        raise OSError(f"{num_left} rows fewer than the footer promises")
 
 
 def fault_of_text(value: object) -> str | None:

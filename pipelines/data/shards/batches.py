@@ -91,6 +91,10 @@ def read_batches(
             table = table.replace_schema_metadata(footer.schema.metadata)
             yield Rows(first, found.apply(table, path, footer.metadata, index, first))
             first += batch.num_rows
+        # Arrow passes over pages of a kind that it does not know.
+        promised = footer.metadata.row_group(index).num_rows
+        if first != promised:
+            yield Fault(f"corrupt row group ({first} rows; the footer promises {promised})")
     except _UnreadableError as error:
         yield error.fault
     except (OSError, ValueError, pa.ArrowException) as error:

@@ -21,7 +21,7 @@ from pipelines.data.shards.values import pack
 from pipelines.shapes import NUM_FRAMES, write_shards
 from sgmd_core.errors import DataError
 from tests.helpers.s3_server import serve_s3, use_server
-from tests.helpers.shards import byte_strings, write_folder, write_shard
+from tests.helpers.shards import byte_strings, write_folder, write_shard, write_unknown_page
 
 HERE = CheckOptions(num_processes=0)
 
@@ -190,6 +190,13 @@ class TestDamage:
         assert report.bad == {"unreadable_shard": 8}
         assert report.num_rows == 24
         assert shard.name in report.examples[0]
+
+    def test_a_row_group_that_ends_before_its_rows_is_bad(self, tmp_path):
+        names = [f"clip-{row}" for row in range(12)]
+        write_unknown_page(tmp_path / "a.parquet", pa.table({"sample_id": names, "caption": names}))
+        report = check_shards(str(tmp_path), HERE)
+        assert report.bad == {"unreadable_rows": 4}
+        assert "0 rows; the footer promises 4" in report.examples[0]
 
     def test_a_corrupt_row_group_is_bad_and_the_others_are_read(self, tmp_path):
         encoded_folder(tmp_path / "set", num_rows=8)

@@ -7,6 +7,7 @@ import re
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipelines.data.making.rejections import Reason, Rejection
@@ -19,6 +20,7 @@ from pipelines.data.making.sources import (
     list_clips,
 )
 from sgmd_core.errors import DataError
+from tests.helpers.shards import write_unknown_page
 
 _DEFAULT = Columns()
 
@@ -410,3 +412,11 @@ def test_a_file_name_that_is_not_utf8_is_rejected(tmp_path):
     good, bad = list_clips(str(tmp_path))
     assert good.sample_id == "a.mp4"
     assert (bad.reason, bad.sample_id) == (Reason.NO_ID, "\\udcff.mp4")
+
+
+def test_a_parquet_manifest_of_which_arrow_skips_a_page_is_not_read_as_a_shorter_one(tmp_path):
+    names = {"path": [f"{row}.mp4" for row in range(12)]}
+    names["caption"] = [f"clip {row}" for row in range(12)]
+    write_unknown_page(tmp_path / "clips.parquet", pa.table(names), group=12)
+    with pytest.raises(DataError, match=r"clips\.parquet.*12 rows fewer than the footer promises"):
+        list(list_clips(str(tmp_path / "clips.parquet"), Columns(path="path")))
