@@ -236,7 +236,10 @@ class RowGroupReader:
         if index >= footer.metadata.num_row_groups:
             return Fault(f"no row group {index}: the file has {footer.metadata.num_row_groups}")
         full = f"{self._root}/{path}"
-        spans = _chunks(footer.metadata.row_group(index), found.sources)
+        try:
+            spans = _chunks(footer.metadata.row_group(index), found.sources)
+        except ValueError as error:
+            return Fault(f"corrupt footer ({words_of(error)})")
         return _Plan(footer, found, [Range(full, *span) for span in spans])
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.data.shards.filesystem import S3Settings, open_folder
+from pipelines.data.shards.parquet import RowGroupReader
+from pipelines.data.shards.reading import Fault
 from tests.helpers.shards import write_folder
 
 # Counts the threads of its process around one read, once everything is imported.
@@ -47,3 +50,19 @@ def test_reading_starts_no_thread_that_might_meet_the_end_of_the_process(
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "0"
+
+
+def test_a_footer_whose_column_names_are_no_text_is_a_fault_of_its_row_groups(tmp_path: Path):
+    write_folder(tmp_path, [3, 3])
+    shard = tmp_path / "part-000.parquet"
+    content = shard.read_bytes()
+    # In the schema the name stays; in what the footer says of the row group it is damaged.
+    place = content.rindex(b"caption")
+    assert content.count(b"caption") == 2
+    shard.write_bytes(content[:place] + b"cap\xffion" + content[place + 7 :])
+    reader = RowGroupReader(*open_folder(str(tmp_path)), S3Settings(native_reads=False))
+    groups = [(path.name, path.stat().st_size, 0) for path in sorted(tmp_path.iterdir())]
+    broken, whole = reader.read(groups, ["sample_id", "caption"])
+    assert isinstance(broken, Fault)
+    assert "corrupt footer" in broken.reason
+    assert whole.num_rows == 3
