@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from threading import Event, Lock, Thread
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -76,6 +77,49 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
             yield show_progress
 
 
+class _Heartbeat:
+    """Repeats the latest words while nothing is heard; a context.
+
+    Args:
+        say: Shows a line.
+        every_s: Longest time without a line.
+    """
+
+    def __init__(self, say: Callable[[str], None], every_s: float) -> None:
+        self.lock = Lock()
+        self._say = say
+        self._every_s = every_s
+        self._latest = "starting"
+        self._heard_at = self._said_at = time.monotonic()
+        self._ended = Event()
+        self._thread = Thread(target=self._repeat, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def hear(self, words: str) -> None:
+        """Takes in the latest words; hold `lock`."""
+        self._heard_at, self._latest = time.monotonic(), words
+
+    def say(self, words: str) -> None:
+        """Shows a line; hold `lock`."""
+        self._said_at = time.monotonic()
+        self._say(words)
+
+    def _repeat(self) -> None:
+        while not self._ended.wait(self._every_s):
+            with self.lock:
+                now = time.monotonic()
+                if now - max(self._heard_at, self._said_at) >= self._every_s:
+                    since = timedelta(seconds=round(now - self._heard_at))
+                    self.say(f"{self._latest}, at work on the next for {since}")
+
+
 class _ProgressLines:
     """Lines for a log: work, done and in all, rate, time left.
 
@@ -93,48 +137,29 @@ class _ProgressLines:
         every_s: float = _LINE_EVERY_S,
         still_every_s: float = _STILL_EVERY_S,
     ) -> None:
-        self._console = console
         self._every_s = every_s
-        self._still_every_s = still_every_s
         self._started: dict[str, tuple[float, int]] = {}
         self._shown_at: dict[str, float] = {}
-        self._latest = ("starting", 0, 0)
-        self._heard_at = time.monotonic()
-        self._lock = Lock()
-        self._ended = Event()
-        self._thread = Thread(target=self._repeat, daemon=True)
+        self._heartbeat = _Heartbeat(_printer(console), still_every_s)
 
-    def __enter__(self) -> "_ProgressLines":
-        self._thread.start()
+    def __enter__(self) -> Self:
+        self._heartbeat.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
+    def __exit__(self, *error: object) -> None:
+        self._heartbeat.__exit__(*error)
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """Prints a line where one is due."""
-        with self._lock:
-            self._heard_at, self._latest = time.monotonic(), (what, done, total)
+        with self._heartbeat.lock:
+            self._heartbeat.hear(f"{what}: {done}/{total}" if total else what)
             self._tell(what, done, total)
-
-    def _repeat(self) -> None:
-        while not self._ended.wait(self._still_every_s):
-            with self._lock:
-                quiet_s = time.monotonic() - max([self._heard_at, *self._shown_at.values()])
-                if quiet_s < self._still_every_s:
-                    continue
-                what, done, total = self._latest
-                since = timedelta(seconds=round(time.monotonic() - self._heard_at))
-                count = f": {done}/{total}" if total else ""
-                words = f"{what}{count}, at work on the next for {since}"
-                self._console.print(words, highlight=False, markup=False)
 
     def _tell(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what not in self._started:
             self._started[what], self._shown_at[what] = (now, done), now
-            self._console.print(f"{what}: {done}/{total}", highlight=False, markup=False)
+            self._heartbeat.say(f"{what}: {done}/{total}")
             return
         if done < total and now - self._shown_at[what] < self._every_s:
             return
@@ -146,34 +171,65 @@ class _ProgressLines:
             left = str(timedelta(seconds=round((total - done) / rate)))
             pace = f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
             words += f", {pace}" + (f", {left} left" if done < total else "")
-        self._console.print(words, highlight=False, markup=False)
+        self._heartbeat.say(words)
 
 
 @contextmanager
 def counting() -> Iterator[Counter]:
     """Shows the latest words about a work: in one line, or every ten seconds where there is none.
 
-    The last words are always shown.
+    While nothing is heard, as during a clip that takes long, a line every 30 seconds. The last
+    words are always shown.
     """
     with working() as console:
-        latest, shown_at = "", time.monotonic()
         status = console.status("") if console.is_terminal else nullcontext()
-        with status as line:
+        with status as line, _CountLines(console, None if line is None else line.update) as count:
+            yield count
 
-            def tell(words: str) -> None:
-                nonlocal latest, shown_at
-                latest = words
-                if line is not None:
-                    line.update(words)
-                elif time.monotonic() - shown_at >= _LINE_EVERY_S:
-                    shown_at = time.monotonic()
-                    console.print(words, highlight=False, markup=False)
 
-            try:
-                yield tell
-            finally:
-                if latest:
-                    console.print(latest, highlight=False, markup=False)
+class _CountLines:
+    """Words about a work whose end is not known; a context.
+
+    Args:
+        console: Where the last words go, and all others where there is no line.
+        update: Replaces the words of a line that stays; None prints them.
+        every_s: Least time between two printed lines.
+        still_every_s: Longest time without a line.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        update: Callable[[str], None] | None = None,
+        every_s: float = _LINE_EVERY_S,
+        still_every_s: float = _STILL_EVERY_S,
+    ) -> None:
+        self._print = _printer(console)
+        self._every_s = 0.0 if update else every_s
+        self._latest, self._shown_at = "", time.monotonic()
+        self._heartbeat = _Heartbeat(update or self._print, still_every_s)
+
+    def __enter__(self) -> Self:
+        self._heartbeat.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._heartbeat.__exit__(*error)
+        if self._latest:
+            self._print(self._latest)
+
+    def __call__(self, words: str) -> None:
+        """Takes in the latest words, and shows them where a line is due."""
+        with self._heartbeat.lock:
+            self._heartbeat.hear(words)
+            self._latest, now = words, time.monotonic()
+            if now - self._shown_at >= self._every_s:
+                self._shown_at = now
+                self._heartbeat.say(words)
+
+
+def _printer(console: Console) -> Callable[[str], None]:
+    return partial(console.print, highlight=False, markup=False)
 
 
 def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: RenderableType) -> None:

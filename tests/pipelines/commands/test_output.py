@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.commands.output import _ProgressLines, pairs, show
+from pipelines.commands.output import _CountLines, _ProgressLines, pairs, show
 from pipelines.run.progress import BarAndFigures
 from pipelines.sweep import trial_error
 from sgmd_core.errors import DataError
@@ -53,6 +53,25 @@ def test_a_log_hears_of_a_long_work_while_it_does_nothing_but_work():
         assert re.fullmatch(
             r"teacher, 50 steps: 16/256, at work on the next for \d:\d\d:\d\d", line
         )
+
+
+@pytest.mark.parametrize("is_line", [False, True], ids=["log", "terminal"])
+def test_a_count_says_that_it_goes_on_while_a_single_clip_takes_long(is_line):
+    log = io.StringIO()
+    line: list[str] = []
+    update = line.append if is_line else None
+    with _CountLines(Console(file=log, width=120), update, still_every_s=0.05) as count:
+        count("7 clips, 0 bad")
+        deadline = time.monotonic() + 60
+        while len(line if is_line else log.getvalue().splitlines()) < 2:
+            assert time.monotonic() < deadline, "not a line while nothing was heard"
+            time.sleep(0.01)
+    lines = line if is_line else log.getvalue().splitlines()
+    still = [each for each in lines if "at work" in each]
+    assert still
+    for each in still:
+        assert re.fullmatch(r"7 clips, 0 bad, at work on the next for \d:\d\d:\d\d", each)
+    assert log.getvalue().splitlines()[-1] == "7 clips, 0 bad"
 
 
 @pytest.mark.parametrize("columns", [80, 120])
