@@ -73,12 +73,14 @@ def pretrain(
         from pipelines.pretraining import run as job
         from pipelines.pretraining.config import PretrainConfig
 
-        config, _ = job.checked(load(PretrainConfig, recipe, overrides or []))
+        checked = job.checked(load(PretrainConfig, recipe, overrides or []))
         own_cluster = address is None and "RAY_ADDRESS" not in os.environ
-        num_cpus = max(os.cpu_count() or 1, job.num_cpus_needed(config)) if own_cluster else None
+        num_cpus = (
+            max(os.cpu_count() or 1, job.num_cpus_needed(checked.config)) if own_cluster else None
+        )
         with start_ray(address, num_cpus=num_cpus):
             result = job.pretrain(
-                config,
+                checked,
                 lambda event: console.print(_event_line(event), highlight=False, markup=False),
             )
     data = {"output": str(result.output), "quality": asdict(result.quality)}

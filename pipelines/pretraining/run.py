@@ -80,6 +80,21 @@ _SUMMARY_FILE = "summary.json"
 
 
 @dataclass(frozen=True, slots=True)
+class CheckedPretrain:
+    """A recipe whose shards and folders have been looked over; see `checked`.
+
+    Attributes:
+        config: The recipe with absolute paths.
+        clips: The clips that it trains on.
+        held_out: The clips that its autoencoder is watched on; None where it trains none.
+    """
+
+    config: PretrainConfig
+    clips: TrainingClips
+    held_out: TrainingClips | None
+
+
+@dataclass(frozen=True, slots=True)
 class PretrainResult:
     """Files of a finished run.
 
@@ -98,12 +113,13 @@ def num_cpus_needed(config: PretrainConfig) -> int:
 
 
 def pretrain(
-    config: PretrainConfig, on_event: Callable[[PretrainEvent], None] = lambda event: None
+    config: PretrainConfig | CheckedPretrain,
+    on_event: Callable[[PretrainEvent], None] = lambda event: None,
 ) -> PretrainResult:
     """Run both stages, write the diffusers folder and measure it; Ray must be connected.
 
     Args:
-        config: The recipe.
+        config: The recipe, or what `checked` has made of it, which is not looked over again.
         on_event: Called in this process for every line of progress.
 
     Returns:
@@ -118,19 +134,16 @@ def pretrain(
         ConfigError: a folder to write to is an address, cannot be written to, or is a model folder
             to replace in which other things lie.
     """
-    config, clips = checked(config)
-    with _held(config):
-        identities = stage_identities(config, clips)
-        require_same_stages(Path(config.run_dir), identities)
-        require_cpus(num_cpus_needed(config), f"training {config.name}")
-        return _pretrain(config, clips, identities, on_event)
+    job = config if isinstance(config, CheckedPretrain) else checked(config)
+    with _held(job.config):
+        identities = stage_identities(job.config, job.clips)
+        require_same_stages(Path(job.config.run_dir), identities)
+        require_cpus(num_cpus_needed(job.config), f"training {job.config.name}")
+        return _pretrain(job, identities, on_event)
 
 
-def checked(config: PretrainConfig) -> tuple[PretrainConfig, TrainingClips]:
+def checked(config: PretrainConfig) -> CheckedPretrain:
     """Checks the recipe, its shards and its folders; needs no Ray, and writes nothing.
-
-    Returns:
-        The recipe with absolute paths, and the clips that it trains on.
 
     Raises:
         DataError: Shards are missing.
@@ -142,11 +155,11 @@ def checked(config: PretrainConfig) -> tuple[PretrainConfig, TrainingClips]:
     config = config.with_absolute_paths()
     for setting, folder in _outputs(config).items():
         require_replaceable(folder, setting, _sources(config))
-    clips = open_clips(config.world.train, config.world)
+    clips, held_out = open_clips(config.world.train, config.world), None
     require_autoencoder(config, clips)
     if config.vae.folder is None:
-        open_clips(config.world.held_out, config.world, [ShardKind.VIDEO])
-    return config, clips
+        held_out = open_clips(config.world.held_out, config.world, [ShardKind.VIDEO])
+    return CheckedPretrain(config, clips, held_out)
 
 
 def _outputs(config: PretrainConfig) -> dict[str, str]:
@@ -178,16 +191,16 @@ def _held(config: PretrainConfig) -> Iterator[None]:
 
 
 def _pretrain(
-    config: PretrainConfig,
-    clips: TrainingClips,
+    job: CheckedPretrain,
     identities: dict[str, dict[str, Any]],
     on_event: Callable[[PretrainEvent], None],
 ) -> PretrainResult:
     """Runs a checked recipe in a folder that this process holds."""
+    config = job.config
     run_dir = Path(config.run_dir)
     with follow_events(run_dir / EVENTS_FILE, on_event):
-        _make_vae(config, clips, run_dir, identities[VAE_STAGE])
-        _train_denoiser(config, clips, run_dir, identities[DENOISER_STAGE])
+        _make_vae(job, run_dir, identities[VAE_STAGE])
+        _train_denoiser(config, job.clips, run_dir, identities[DENOISER_STAGE])
         _write_folder(config, run_dir)
         events = EventWriter(config, "quality", config.sampling.num_clips)
         events.note(f"measuring {config.output} on {config.sampling.num_clips} held-out captions")
@@ -197,20 +210,18 @@ def _pretrain(
     return PretrainResult(Path(config.output), quality)
 
 
-def _make_vae(
-    config: PretrainConfig, clips: TrainingClips, run_dir: Path, identity: dict[str, Any]
-) -> None:
+def _make_vae(job: CheckedPretrain, run_dir: Path, identity: dict[str, Any]) -> None:
     if (run_dir / VAE_FOLDER).exists():
         return
-    folder = config.vae.folder
-    if folder is not None:
+    config, folder = job.config, job.config.vae.folder
+    if job.held_out is None:
+        assert folder is not None, "the autoencoder is taken or trained"
         record_stage(run_dir, VAE_STAGE, identity)
         part = family_of(folder).traits.layout.autoencoder
         _copy_whole(Path(folder) / part, run_dir / VAE_FOLDER)
         return
-    held_out = open_clips(config.world.held_out, config.world, [ShardKind.VIDEO])
     record_stage(run_dir, VAE_STAGE, identity)
-    datasets = {"train": clip_dataset(clips), "held_out": clip_dataset(held_out)}
+    datasets = {"train": clip_dataset(job.clips), "held_out": clip_dataset(job.held_out)}
     result = _run_stage(config, run_dir, VAE_STAGE, vae_loop, {}, datasets)
     with _checkpoint_of(result).as_directory() as folder:
         _copy_whole(Path(folder) / VAE_FOLDER, run_dir / VAE_FOLDER)

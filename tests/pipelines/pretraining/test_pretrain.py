@@ -6,6 +6,7 @@ import pickle
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +28,7 @@ from pipelines.pretraining.denoiser_stage import (
 )
 from pipelines.pretraining.events import EventWriter, PretrainEvent, follow_events
 from pipelines.pretraining.loops import build_pretrained_teacher
-from pipelines.pretraining.run import pretrain
+from pipelines.pretraining.run import checked, pretrain
 from pipelines.pretraining.stages import record_stage, require_same_stages, stage_identities
 from pipelines.shapes import ClipSplit, captions, render_batch, write_shards
 from sgmd_core.errors import CheckpointError, DataError, NonFiniteError
@@ -455,7 +456,15 @@ def test_two_workers_train_one_is_killed_and_the_run_ends_in_a_loadable_pipeline
             killed.append(int(re.findall(r"process (\d+)", starts[-1])[0]))
             os.kill(killed[0], signal.SIGKILL)
 
-    result = pretrain(config, kill_once)
+    opened: list[str] = []
+
+    def count(folder: str, *settings: Any) -> TrainingClips:
+        opened.append(Path(folder).name)
+        return open_clips(folder, *settings)
+
+    monkeypatch.setattr("pipelines.pretraining.run.open_clips", count)
+    result = pretrain(checked(config), kill_once)
+    assert opened == ["train", "held_out"], "each set is looked over once"
     starts = [event.note for event in heard if " starts at step " in event.note]
     assert [note.split(" in ")[0] for note in starts[:2]] == [
         "vae starts at step 0",
