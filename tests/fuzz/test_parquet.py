@@ -10,9 +10,9 @@ import pytest
 from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import Shard, write_index
+from pipelines.data.shards.rejection import Rejection
 from pipelines.data.shards.schema import caption_schema, parquet_options
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
-from pipelines.data.stream.quarantine import Reject
 from pipelines.data.stream.source import Source
 from sgmd_core.errors import DataError
 from tests.fuzz.mutations import NUM_CASES, mutate_bytes, time_limit
@@ -35,7 +35,7 @@ def write_set(folder: Path) -> bytes:
     return (folder / SHARDS[0]).read_bytes()
 
 
-def one_epoch(folder: Path) -> tuple[dict[str, str], list[Reject]]:
+def one_epoch(folder: Path) -> tuple[dict[str, str], list[Rejection]]:
     """Captions by id, and rejects, of the first epoch."""
     settings = StreamSettings(Source(str(folder)), 0, max_bad_fraction=1.0)
     feed, rows, rejects = Feed(settings, FeedProgress(), 1000), {}, []

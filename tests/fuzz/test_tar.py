@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.data.making.prepare_clip import ClipRules, prepare_clip
-from pipelines.data.making.rejections import Rejection
 from pipelines.data.making.sources import CaptionFile, SourceClip, list_clips
+from pipelines.data.shards.rejection import Rejection
 from tests.fuzz.mutations import NUM_CASES, mutate_bytes, time_limit
 from tests.helpers.video_files import grey_frames, video_file
 

@@ -30,7 +30,6 @@ from pipelines.data.clips.clip_format import ClipLimits
 from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_file import locate_set, open_set
 from pipelines.data.making.ordered_pool import Died, map_in_order
-from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.shards.columns import (
     SETTLING_SHARDS,
     ColumnMap,
@@ -42,6 +41,7 @@ from pipelines.data.shards.columns import (
 from pipelines.data.shards.index import Shard, read_index, write_index
 from pipelines.data.shards.parquet import Footer
 from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.rejection import Reason, Rejection
 from pipelines.data.shards.scan import ScannedShard, scan_folder
 from pipelines.data.shards.schema import (
     CAPTION,

@@ -18,13 +18,12 @@ from numpy.typing import NDArray
 from pipelines.data.clips.clip_decoding import ClipFacts, read_facts
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipLimits
-from pipelines.data.making.caption_rule import split_reason
-from pipelines.data.making.rejections import Reason, Rejection
-from pipelines.data.making.row_checks import check_rows
 from pipelines.data.shards.batches import Rows, read_batches
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.rejection import Reason, Rejection, split_reason
+from pipelines.data.shards.row_checks import check_rows
 from pipelines.data.shards.schema import (
     LATENTS,
     REQUIRED_COLUMNS,

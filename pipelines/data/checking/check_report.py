@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.data.checking.check_group import NUM_EXAMPLES, GroupFacts
 from pipelines.data.clips.clip_decoding import ClipFacts
-from pipelines.data.making.rejections import Reason, Rejection
+from pipelines.data.shards.rejection import Reason, Rejection
 from pipelines.data.shards.seen import SeenIds
 
 _QUANTILES = {"min": 0.0, "p5": 0.05, "median": 0.5, "p95": 0.95, "max": 1.0}

@@ -22,15 +22,14 @@ import pyarrow as pa
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from pipelines.data.making.caption_rule import join_reason
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
-from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
 from pipelines.data.shards.columns import ColumnNames, kind_of
 from pipelines.data.shards.filesystem import S3Settings, data_errors, open_folder
 from pipelines.data.shards.index import INDEX_NAME, write_index
 from pipelines.data.shards.parquet import Footer, read_footers
+from pipelines.data.shards.rejection import Reason, Rejection, join_reason
 from pipelines.data.shards.scan import ShardSet
 from pipelines.data.shards.schema import (
     CAPTION,

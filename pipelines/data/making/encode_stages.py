@@ -27,15 +27,14 @@ from pipelines.data.clips.clip_decoding import decode_clip
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
 from pipelines.data.making.caption_file import open_set
-from pipelines.data.making.caption_rule import split_reason
 from pipelines.data.making.encode_options import ActorPool, EncodeOptions
 from pipelines.data.making.encode_plan import Part, SourceGroup
-from pipelines.data.making.rejections import Reason
-from pipelines.data.making.row_checks import check_rows
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.rejection import Reason, split_reason
+from pipelines.data.shards.row_checks import check_rows
 from pipelines.data.shards.schema import (
     CAPTION,
     LATENTS,

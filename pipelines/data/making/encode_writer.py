@@ -7,8 +7,8 @@ from typing import Any
 from pipelines.data.making import encode_stages as stages
 from pipelines.data.making.encode_plan import Part
 from pipelines.data.making.journal import Journal
-from pipelines.data.making.rejections import Reason, Rejection, require_few
 from pipelines.data.shards.listing import QUARANTINE_NAME
+from pipelines.data.shards.rejection import Reason, Rejection, require_few
 from pipelines.data.shards.schema import SAMPLE_ID, Encoding, encoded_schema
 from pipelines.data.shards.seen import SeenIds
 from pipelines.data.shards.shard_writing import ShardBuilder

@@ -3,8 +3,8 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 
-from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.source_clip import SourceClip
+from pipelines.data.shards.rejection import Reason, Rejection
 from pipelines.data.shards.seen import SeenIds
 
 Place = tuple[str, str, int | None]

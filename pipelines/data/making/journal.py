@@ -22,11 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cluster.files import require_writable
 from cluster.lease import Lease, hold
-from pipelines.data.making.rejections import Rejection, from_parquet, to_parquet
 from pipelines.data.shards.filesystem import data_errors, open_folder
 from pipelines.data.shards.index import INDEX_NAME, Shard, read_index, write_index
 from pipelines.data.shards.listing import QUARANTINE_NAME
 from pipelines.data.shards.parquet import read_parquet
+from pipelines.data.shards.rejection import Rejection, from_parquet, to_parquet
 from pipelines.data.shards.schema import SAMPLE_ID
 from pipelines.data.shards.shard_writing import ShardBuilder, write_file, write_shard
 from sgmd_core.errors import DataError
@@ -316,7 +316,7 @@ def _read_quarantine(filesystem: AbstractFileSystem, root: str) -> list[Rejectio
     path = f"{root}/{QUARANTINE_NAME}"
     try:
         with data_errors(f"reading {path}"):
-            return from_parquet(cast("bytes", filesystem.cat_file(path)))
+            return [each for each, _ in from_parquet(cast("bytes", filesystem.cat_file(path)))]
     except DataError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return []

@@ -21,7 +21,6 @@ from pipelines.data.making.manifest_rows import (
     parquet_rows,
     printable,
 )
-from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.several_captions import list_fault, rows_by_clip
 from pipelines.data.making.skipped import SkippedFiles
 from pipelines.data.making.source_clip import (
@@ -32,6 +31,7 @@ from pipelines.data.making.source_clip import (
     open_reading,
 )
 from pipelines.data.shards.columns import competing_captions
+from pipelines.data.shards.rejection import Reason, Rejection
 from pipelines.data.shards.schema import SAMPLE_ID
 from sgmd_core.errors import DataError
 

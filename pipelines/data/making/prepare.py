@@ -30,11 +30,6 @@ from pipelines.data.making.prepare_clip import (
     clips_of_captions,
     prepare_clip,
 )
-from pipelines.data.making.rejections import (
-    Reason,
-    Rejection,
-    require_few,
-)
 from pipelines.data.making.set_report import SetReport, set_facts
 from pipelines.data.making.skipped import SkippedFiles, SkippedKind
 from pipelines.data.making.source_clip import Columns, SourceClip
@@ -42,6 +37,11 @@ from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
 from pipelines.data.making.witnesses import Listing, Witnesses
 from pipelines.data.shards.filesystem import canonical_address
 from pipelines.data.shards.listing import QUARANTINE_NAME
+from pipelines.data.shards.rejection import (
+    Reason,
+    Rejection,
+    require_few,
+)
 from pipelines.data.shards.s3_settings import S3Settings
 from pipelines.data.shards.schema import (
     CAPTION,

@@ -13,9 +13,7 @@ from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
 from pipelines.data.clips.transcoding import transcode
 from pipelines.data.making.caption_choice import CaptionChoice
-from pipelines.data.making.caption_rule import caption_fault
 from pipelines.data.making.manifest_rows import fault_of_text
-from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.several_captions import (
     choose_caption,
     list_fault,
@@ -23,7 +21,9 @@ from pipelines.data.making.several_captions import (
 )
 from pipelines.data.making.source_clip import CaptionFile, FileRange, SourceClip
 from pipelines.data.making.unserved import unserved
+from pipelines.data.shards.caption_rule import caption_fault
 from pipelines.data.shards.filesystem import data_errors, open_folder
+from pipelines.data.shards.rejection import Reason, Rejection
 from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 

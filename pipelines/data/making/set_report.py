@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipelines.data.making.journal import Journal
-from pipelines.data.making.rejections import counts_by_reason, examples_by_reason
+from pipelines.data.shards.rejection import counts_by_reason, examples_by_reason
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipelines.data.making.caption_choice import CaptionChoice
-from pipelines.data.making.caption_rule import Fault, caption_fault
 from pipelines.data.making.manifest_rows import fault_of_text
-from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.skipped import EQUAL_CAPTIONS, SkippedFiles
 from pipelines.data.making.source_clip import SourceClip
+from pipelines.data.shards.caption_rule import Fault, caption_fault
+from pipelines.data.shards.rejection import Reason, Rejection
 from pipelines.data.shards.seen import SeenIds
 
 

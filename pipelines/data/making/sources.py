@@ -26,7 +26,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES, fault_of_text, printable
 from pipelines.data.making.manifests import manifest_clips, prompt_clips
-from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.skipped import (
     ARCHIVES,
     HIDDEN,
@@ -50,6 +49,7 @@ from pipelines.data.making.source_clip import (
 from pipelines.data.making.tar_members import TarFault, read_members
 from pipelines.data.making.unserved import unserved
 from pipelines.data.shards.filesystem import S3Settings, data_errors, open_folder
+from pipelines.data.shards.rejection import Reason, Rejection
 from sgmd_core.errors import DataError
 
 _KNOWN = (

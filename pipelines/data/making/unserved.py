@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.source_clip import FileRange
+from pipelines.data.shards.rejection import Reason, Rejection
 from sgmd_core.errors import DataError
 
 

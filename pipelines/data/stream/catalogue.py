@@ -22,9 +22,9 @@ from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.index import Shard, read_index
 from pipelines.data.shards.listing import list_chapters
 from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.rejection import Rejection, split_reason
 from pipelines.data.shards.scan import NO_ROWS, open_shards
 from pipelines.data.stream.plan import RowGroup
-from pipelines.data.stream.quarantine import Reject
 from sgmd_core.errors import DataError
 
 Chapter = tuple[Shard, ...]
@@ -99,7 +99,7 @@ class Catalogue:
             self._list_another()
         return len(self._chapters)
 
-    def row_groups(self, shards: Sequence[Shard]) -> tuple[list[RowGroup], list[Reject]]:
+    def row_groups(self, shards: Sequence[Shard]) -> tuple[list[RowGroup], list[Rejection]]:
         """The row groups of some shards, in order, and the shards that have none to offer.
 
         Raises:
@@ -107,12 +107,11 @@ class Catalogue:
         """
         self._open([shard for shard in shards if shard.path not in self._rows])
         rejects = [
-            Reject(
+            Rejection(
+                "",
                 shard.path,
                 None,
-                None,
-                None,
-                self._faults[shard.path],
+                *split_reason(self._faults[shard.path]),
                 num_rows=0 if self._faults[shard.path] == NO_ROWS else None,
             )
             for shard in shards

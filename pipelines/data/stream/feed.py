@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.data.making.caption_file import require_unchanged
+from pipelines.data.shards.rejection import Place, Reason, Rejection, split_reason
 from pipelines.data.shards.schema import (
     LATENTS,
     REQUIRED_COLUMNS,
@@ -30,7 +31,7 @@ from pipelines.data.shards.seen import SeenIds
 from pipelines.data.shards.values import unpack_all_latents, unpack_text
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.plan import Cursor, ShuffleSettings
-from pipelines.data.stream.quarantine import DUPLICATE, Place, Reject, Tally
+from pipelines.data.stream.quarantine import REPEATS, Tally
 from pipelines.data.stream.ray_stream import RayDataReader, ReadAheadSettings
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.stream import Planned, plan_windows, read_in_process
@@ -76,7 +77,7 @@ class FeedProgress:
     cursor: Cursor = Cursor()
     rows: int = 0
     catalogue: tuple[Mapping[str, Any], ...] = ()
-    rejects: tuple[Reject, ...] = ()
+    rejects: tuple[Rejection, ...] = ()
     used_ids: tuple[str, ...] = ()
 
 
@@ -104,7 +105,7 @@ class Batch:
     cursor: Cursor
     position: int
     passes: float
-    rejects: tuple[Reject, ...]
+    rejects: tuple[Rejection, ...]
     notes: tuple[dict[str, Any], ...]
     stop: tuple[str, ...] | None = None
 
@@ -148,7 +149,7 @@ class Feed:
         self._open = _OpenWindow(progress.cursor, (passes, passes), 1)
         self._position = progress.rows
         self._taken = 0
-        self._rejects: list[Reject] = []
+        self._rejects: list[Rejection] = []
         self._notes: list[dict[str, Any]] = []
         self._payloads: dict[int, pa.Table] = {}
         self._stop: DataError | None = None
@@ -268,7 +269,9 @@ class Feed:
         if new:
             self._stop = self._tally.verdict(planned.expected_rows, planned.rows_per_shard)
 
-    def _without_repeats(self, planned: Planned, good: pa.Table) -> tuple[pa.Table, list[Reject]]:
+    def _without_repeats(
+        self, planned: Planned, good: pa.Table
+    ) -> tuple[pa.Table, list[Rejection]]:
         """The rows whose id comes for the first time in this epoch, and the others.
 
         A row that was a repetition in an earlier epoch is one for good, although another order may
@@ -327,25 +330,26 @@ def build_feed(settings: StreamSettings, progress: FeedProgress, num_rows: int) 
     return Feed(settings, progress, num_rows)
 
 
-def _rejects(planned: Planned, lines: pa.Table) -> Iterator[Reject]:
+def _rejects(planned: Planned, lines: pa.Table) -> Iterator[Rejection]:
     names = (GROUP, ROW, SAMPLE_ID, REASON)
     for line in lines.select(names).to_pylist():
         group = planned.window.groups[line[GROUP]]
         whole = line[ROW] == WHOLE_GROUP
-        yield Reject(
+        yield Rejection(
+            line[SAMPLE_ID] or "",
             group.shard,
-            group.index,
             None if whole else line[ROW],
-            line[SAMPLE_ID],
-            line[REASON],
+            *split_reason(line[REASON]),
+            group.index,
             group.num_rows if whole else 1,
         )
 
 
-def _repeats(planned: Planned, lines: pa.Table) -> Iterator[Reject]:
+def _repeats(planned: Planned, lines: pa.Table) -> Iterator[Rejection]:
     for line in lines.select((GROUP, ROW, SAMPLE_ID)).to_pylist():
         group = planned.window.groups[line[GROUP]]
-        yield Reject(group.shard, group.index, line[ROW], line[SAMPLE_ID], DUPLICATE)
+        place = (line[SAMPLE_ID], group.shard, line[ROW])
+        yield Rejection(*place, Reason.DUPLICATE_ID, REPEATS, group.index)
 
 
 def _rows_at(planned: Planned, good: pa.Table, places: Set[Place]) -> Iterator[int]:

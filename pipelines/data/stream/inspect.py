@@ -17,6 +17,7 @@ from pipelines.data.shards.columns import (
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.parquet import Footer
 from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.rejection import Rejection, split_reason
 from pipelines.data.shards.schema import (
     CAPTION,
     REQUIRED_COLUMNS,
@@ -29,7 +30,7 @@ from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.content import digests
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.plan import ShuffleSettings
-from pipelines.data.stream.quarantine import Reject, summarize_rejects
+from pipelines.data.stream.quarantine import summarize_rejects
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.stream import plan_windows
 from pipelines.data.stream.window import REASON, read_window
@@ -88,7 +89,7 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
     names = catalogue.settle_names(place.names)
     source = replace(source, settled=names)
     reader = source.reader_of(place)
-    rejects: list[Reject] = []
+    rejects: list[Rejection] = []
     first_section = misfit = None
     for planned in plan_windows(catalogue, seed, shuffle):
         cursor = planned.window.cursor
@@ -118,7 +119,9 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
                 names,
             )
         rejects += [
-            Reject(planned.window.groups[line["group"]].shard, None, None, None, line["reason"])
+            Rejection(
+                "", planned.window.groups[line["group"]].shard, None, *split_reason(line[REASON])
+            )
             for line in table.select(("group", REASON)).to_pylist()
         ]
     if misfit is not None:

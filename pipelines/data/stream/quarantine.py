@@ -1,68 +1,24 @@
-"""Unusable data with their reasons: `quarantine.parquet` of a run, and the limit that stops it.
+"""Unusable data of a run: `quarantine.parquet`, and the limit that stops it.
 
-    shard  row_group  row  sample_id  reason  num_rows  iteration
-
-An entry stands for one row; for a whole row group where `row` is null; for a whole shard where
-`row_group` is null too. The same row is met again in every epoch and entered once.
+The same row is met again in every epoch and entered once.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from cluster.files import storage_errors, whole_file
+from cluster.files import storage_errors, write_whole
+from pipelines.data.shards.rejection import Place, Reason, Rejection, from_parquet, to_parquet
 from sgmd_core.errors import CheckpointError, DataError
 
-_SCHEMA = pa.schema(
-    [
-        ("shard", pa.string()),
-        ("row_group", pa.int32()),
-        ("row", pa.int32()),
-        ("sample_id", pa.string()),
-        ("reason", pa.string()),
-        ("num_rows", pa.int64()),
-        ("iteration", pa.int64()),
-    ]
-)
 _NUM_SHOWN = 5
 
-DUPLICATE = "duplicate_id (an earlier row of the epoch has it)"
-_DUPLICATES = (DUPLICATE, "duplicate id (an earlier row of the epoch has it)")
+REPEATS = "an earlier row of the epoch has it"
+_DUPLICATES = (Reason.DUPLICATE_ID, "duplicate id")
 """As runs write it today, and as earlier ones have."""
-
-Place = tuple[str, int | None, int | None]
-"""(shard, row group, row)"""
-
-
-@dataclass(frozen=True, slots=True)
-class Reject:
-    """Something that was left out.
-
-    Attributes:
-        shard: Path relative to the data folder.
-        row_group: Number within the shard; None for the whole shard.
-        row: Number within the row group; None for the whole row group.
-        sample_id: The row's id, where it has one.
-        reason: Why it cannot be used.
-        num_rows: Rows that it stands for; None where nobody knows.
-    """
-
-    shard: str
-    row_group: int | None
-    row: int | None
-    sample_id: str | None
-    reason: str
-    num_rows: int | None = 1
-
-    @property
-    def place(self) -> Place:
-        """Key by which two entries are the same."""
-        return self.shard, self.row_group, self.row
 
 
 class Tally:
@@ -73,9 +29,9 @@ class Tally:
         earlier: Rejects of the run so far.
     """
 
-    def __init__(self, max_bad_fraction: float, earlier: Iterable[Reject] = ()) -> None:
+    def __init__(self, max_bad_fraction: float, earlier: Iterable[Rejection] = ()) -> None:
         self._limit = max_bad_fraction
-        self._rejects: dict[Place, Reject] = {}
+        self._rejects: dict[Place, Rejection] = {}
         self._repeats: set[Place] = set()
         self.add(earlier)
 
@@ -84,9 +40,9 @@ class Tally:
         """Rows whose id another row has, which is the one that is used."""
         return self._repeats
 
-    def add(self, rejects: Iterable[Reject]) -> list[Reject]:
+    def add(self, rejects: Iterable[Rejection]) -> list[Rejection]:
         """Counts rejects; returns those that were not known."""
-        new: list[Reject] = []
+        new: list[Rejection] = []
         for reject in rejects:
             if reject.place not in self._rejects:
                 self._rejects[reject.place] = reject
@@ -121,14 +77,14 @@ class Tally:
         )
 
 
-def summarize_rejects(rejects: Sequence[Reject], rows_per_shard: float = 1.0) -> str:
+def summarize_rejects(rejects: Sequence[Rejection], rows_per_shard: float = 1.0) -> str:
     """The worst shards, with counts and the commonest reason of each."""
     rows: Counter[str] = Counter()
     reasons: dict[str, Counter[str]] = {}
     for reject in rejects:
         size = rows_per_shard if reject.num_rows is None else reject.num_rows
-        rows[reject.shard] += max(1, round(size))
-        reasons.setdefault(reject.shard, Counter())[reject.reason] += 1
+        rows[reject.source] += max(1, round(size))
+        reasons.setdefault(reject.source, Counter())[reject.why] += 1
     shown = [
         f"{shard} ({count} rows, {reasons[shard].most_common(1)[0][0]})"
         for shard, count in rows.most_common(_NUM_SHOWN)
@@ -146,52 +102,50 @@ class QuarantineFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._lines: list[dict[str, Any]] = _read(path) if path.exists() else []
+        self._entries = _read(path) if path.exists() else []
 
     @property
-    def rejects(self) -> list[Reject]:
+    def rejects(self) -> list[Rejection]:
         """All entries."""
-        return [
-            Reject(**{name: value for name, value in line.items() if name != "iteration"})
-            for line in self._lines
-        ]
+        return [each for each, _ in self._entries]
 
-    def add(self, iteration: int, rejects: Sequence[Reject]) -> None:
+    def add(self, iteration: int, rejects: Sequence[Rejection]) -> None:
         """Enters what was met on the way to an iteration's batch, and writes the file."""
         if rejects:
-            self._lines += [{**asdict(reject), "iteration": iteration} for reject in rejects]
+            self._entries += [(reject, iteration) for reject in rejects]
             self._write()
 
     def rewind(self, iteration: int) -> None:
         """Forgets what was entered for this iteration or a later one."""
-        kept = [line for line in self._lines if line["iteration"] < iteration]
-        if len(kept) != len(self._lines):
-            self._lines = kept
+        kept = [(reject, entered) for reject, entered in self._entries if entered < iteration]
+        if len(kept) != len(self._entries):
+            self._entries = kept
             self._write()
 
     def counts(self) -> dict[str, Any]:
         """For summary.json: entries, shards, and how often each kind of reason occurred."""
-        kinds = Counter(line["reason"].partition(" (")[0] for line in self._lines)
+        kinds = Counter(str(reject.reason) for reject in self.rejects)
         return {
-            "entries": len(self._lines),
-            "shards": len({line["shard"] for line in self._lines}),
+            "entries": len(self._entries),
+            "shards": len({reject.source for reject in self.rejects}),
             "reasons": dict(kinds.most_common()),
         }
 
     def _write(self) -> None:
-        with storage_errors(f"writing {self._path}"), whole_file(self._path) as draft:
-            pq.write_table(pa.Table.from_pylist(self._lines, schema=_SCHEMA), draft)
+        with storage_errors(f"writing {self._path}"):
+            content = to_parquet(self.rejects, [iteration for _, iteration in self._entries])
+            write_whole(self._path, content)
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a quarantine file.
+def _read(path: Path) -> list[tuple[Rejection, int]]:
+    """The entries of a run's quarantine file, with their iterations.
 
     Raises:
         CheckpointError: It cannot be read.
     """
     try:
-        return pq.read_table(path, schema=_SCHEMA).to_pylist()
-    except (OSError, pa.ArrowException) as error:
+        return [(reject, iteration or 0) for reject, iteration in from_parquet(path.read_bytes())]
+    except (OSError, KeyError, pa.ArrowException) as error:
         raise CheckpointError(
             f"reading {path}",
             f"{type(error).__name__}: {str(error).splitlines()[0]}",

@@ -15,12 +15,12 @@ from itertools import groupby
 from typing import Any
 
 from pipelines.data.shards.parquet import Fault, RowGroupReader
+from pipelines.data.shards.rejection import Place, Rejection
 from pipelines.data.shards.schema import SAMPLE_ID
 from pipelines.data.shards.text import decode_utf8
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.ledger import LedgerEntry
 from pipelines.data.stream.plan import Cursor, ShuffleSettings, Window
-from pipelines.data.stream.quarantine import Reject
 from pipelines.data.stream.stream import plan_windows
 
 _NUM_EXAMPLES = 5
@@ -101,7 +101,7 @@ def due_rows(
     seed: int,
     shuffle: ShuffleSettings,
     end: Cursor,
-    rejects: Iterable[Reject],
+    rejects: Iterable[Rejection],
 ) -> Iterator[DueRow]:
     """Replays the plan from the start of a run to a place; reads ids alone.
 
@@ -127,7 +127,7 @@ def _due_in(
     window: Window,
     reader: RowGroupReader,
     end: Cursor,
-    left_out: set[tuple[str, int | None, int | None]],
+    left_out: set[Place],
 ) -> Iterator[DueRow]:
     groups = window.groups
     tables = reader.read([(each.shard, each.num_bytes, each.index) for each in groups], [SAMPLE_ID])

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipelines.data.shards.index import Shard
+from pipelines.data.shards.rejection import Rejection
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.plan import (
     Cursor,
@@ -23,7 +24,7 @@ from pipelines.data.stream.plan import (
     sections_of,
     windows_of,
 )
-from pipelines.data.stream.quarantine import Reject, summarize_rejects
+from pipelines.data.stream.quarantine import summarize_rejects
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.window import read_window
 from pipelines.data.stream.window_decoding import decode_rows
@@ -45,7 +46,7 @@ class Planned:
     """
 
     window: Window
-    rejects: tuple[Reject, ...]
+    rejects: tuple[Rejection, ...]
     notes: tuple[dict[str, Any], ...]
     passes: tuple[float, float]
     expected_rows: float
@@ -67,7 +68,7 @@ def plan_windows(
         DataError: The folder cannot be listed or read, or an epoch has no row group to offer.
     """
     epoch = start.epoch
-    rejects: list[Reject] = []
+    rejects: list[Rejection] = []
     while True:
         num_windows = 0
         for section in _sections(catalogue, seed, shuffle, epoch, start):

@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.data.making.row_checks import check_rows
 from pipelines.data.shards.parquet import Fault, RowGroupReader
+from pipelines.data.shards.row_checks import check_rows
 from pipelines.data.shards.schema import (
     CAPTION,
     FPS,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipelines.data.clips.clip_decoding import decode_clip
 from pipelines.data.clips.clip_errors import ClipError, ClipFault
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
-from pipelines.data.making.caption_rule import join_reason
+from pipelines.data.shards.rejection import join_reason
 from pipelines.data.shards.schema import FPS, VIDEO
 from pipelines.data.stream.source import Decode, Source
 from pipelines.data.stream.window import REASON

@@ -10,7 +10,6 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from pipelines.data.making.rejections import Reason, Rejection
 from pipelines.data.making.skipped import SkippedFiles
 from pipelines.data.making.sources import (
     CaptionFile,
@@ -19,6 +18,7 @@ from pipelines.data.making.sources import (
     SourceClip,
     list_clips,
 )
+from pipelines.data.shards.rejection import Reason, Rejection
 from sgmd_core.errors import DataError
 from tests.helpers.shards import write_unknown_page
 

@@ -6,11 +6,11 @@ import pytest
 
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.parquet import RowGroupReader
+from pipelines.data.shards.rejection import Rejection
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.ledger import Ledger, LedgerEntry
 from pipelines.data.stream.plan import Cursor, ShuffleSettings
-from pipelines.data.stream.quarantine import Reject
 from pipelines.data.stream.reconciliation import DueRow, due_rows, reconcile
 from pipelines.data.stream.source import Source
 from tests.helpers.shards import write_folder, write_shard
@@ -117,7 +117,7 @@ def test_the_plan_replayed_agrees_with_what_a_feed_handed_out(tmp_path: Path) ->
     source = Source(str(folder))
     feed = Feed(StreamSettings(source, 4, SMALL, max_bad_fraction=1.0), FeedProgress(), 100)
     ledger = Ledger(tmp_path / "ledger")
-    rejects: list[Reject] = []
+    rejects: list[Rejection] = []
     notes = []
     for iteration in range(11):
         taken = feed.take(5)
@@ -126,7 +126,7 @@ def test_the_plan_replayed_agrees_with_what_a_feed_handed_out(tmp_path: Path) ->
         notes += taken.notes
     filesystem, root = open_folder(str(folder))
 
-    def replayed(without: int = -1, rejects: list[Reject] = rejects) -> list:
+    def replayed(without: int = -1, rejects: list[Rejection] = rejects) -> list:
         entries = [each for each in ledger.entries() if each.iteration != without]
         catalogue = Catalogue(filesystem, root, 1000, recorded=notes)
         reader = RowGroupReader(filesystem, root, S3Settings())

@@ -72,7 +72,7 @@ def test_clips_are_decoded_and_the_undecodable_left_out(tmp_path: Path) -> None:
     source = Source(str(tmp_path), columns=(VIDEO, FPS), decode=decode, pixel_shape=SHAPE)
     stream = feed(source)
     batches: list[Batch] = [stream.take(3), stream.take(3)]
-    reasons = {each.sample_id: each.reason for batch in batches for each in batch.rejects}
+    reasons = {each.sample_id: each.why for batch in batches for each in batch.rejects}
     assert set(reasons) == set(rows)
     assert reasons["text"].startswith("undecodable")
     assert reasons["torn"].startswith(("undecodable", "wrong_size"))
@@ -109,7 +109,7 @@ def test_what_becomes_of_another_size_and_length_is_the_policys(
     stream = feed(source)
     batch = stream.take(usable)
     assert stream.pixels(batch.number).shape == (usable, 5, 32, 32, 3)
-    reasons = {each.sample_id: each.reason for each in batch.rejects}
+    reasons = {each.sample_id: each.why for each in batch.rejects}
     assert reasons.pop("short").startswith("too_short (0.250 s of video")
     if policy is FitPolicy.REFUSE:
         refused = "wrong_size (a picture of 32x48 (height x width); expected 32x32)"

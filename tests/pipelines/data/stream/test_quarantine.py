@@ -9,6 +9,7 @@ import pytest
 from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.index import Shard, write_index
+from pipelines.data.shards.rejection import Rejection
 from pipelines.data.shards.schema import (
     TEXT_EMBEDS,
     Encoding,
@@ -19,7 +20,7 @@ from pipelines.data.shards.schema import (
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.inspect import first_captions, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
-from pipelines.data.stream.quarantine import QuarantineFile, Reject, Tally
+from pipelines.data.stream.quarantine import QuarantineFile, Tally
 from pipelines.data.stream.source import Source
 from sgmd_core.errors import ConfigError, DataError
 from tests.helpers.shards import byte_strings, write_folder, write_shard
@@ -41,7 +42,7 @@ def feed(
     return Feed(settings, progress, 1000)
 
 
-def one_epoch(folder: Path, **wanted) -> tuple[list[str], list[Reject]]:
+def one_epoch(folder: Path, **wanted) -> tuple[list[str], list[Rejection]]:
     """Ids and rejects of the first epoch."""
     stream, names, rejects = feed(folder, **wanted), [], []
     while True:
@@ -52,7 +53,7 @@ def one_epoch(folder: Path, **wanted) -> tuple[list[str], list[Reject]]:
         names += batch.sample_ids
 
 
-def reject(folder: Path, **wanted) -> Reject:
+def reject(folder: Path, **wanted) -> Rejection:
     """The one reject of an epoch whose good rows all came."""
     names, rejects = one_epoch(folder, **wanted)
     assert len(names) == len(set(names)) == NUM_GOOD
@@ -70,7 +71,7 @@ def test_text_that_is_no_utf8_costs_its_row(folder: Path, column: str) -> None:
     assert len(names) == NUM_GOOD + 1
     assert "new-1" in names
     reason = {"caption": "unreadable_caption", "sample_id": "no_id"}[column]
-    assert [each.reason for each in rejects] == [f"{reason} (no UTF-8)"]
+    assert [each.why for each in rejects] == [f"{reason} (no UTF-8)"]
     assert rejects[0].sample_id == ("gr\ufffd\ufffder" if column == "sample_id" else "new-0")
 
 
@@ -78,20 +79,20 @@ def test_text_that_is_no_utf8_costs_its_row(folder: Path, column: str) -> None:
 def test_a_row_without_caption(folder: Path, caption: str | None) -> None:
     write_shard(folder / "bad.parquet", ["x"], [caption])
     words = "no text" if caption is None else "nothing but blanks"
-    assert reject(folder) == Reject("bad.parquet", 0, 0, "x", f"empty_caption ({words})")
+    assert reject(folder) == Rejection("x", "bad.parquet", 0, "empty_caption", words, 0)
 
 
 def test_a_caption_that_is_too_long(folder: Path) -> None:
     write_shard(folder / "bad.parquet", ["x"], ["é" * 101])
     found = reject(folder, max_caption_chars=100)
-    assert (found.shard, found.sample_id) == ("bad.parquet", "x")
-    assert found.reason == "long_caption (101 characters; at most 100)"
+    assert (found.source, found.sample_id) == ("bad.parquet", "x")
+    assert found.why == "long_caption (101 characters; at most 100)"
 
 
 @pytest.mark.parametrize("name", [None, ""])
 def test_a_row_without_id(folder: Path, name: str | None) -> None:
     write_shard(folder / "bad.parquet", [name], ["a caption"])
-    assert reject(folder) == Reject("bad.parquet", 0, 0, name, "no_id")
+    assert reject(folder) == Rejection(name or "", "bad.parquet", 0, "no_id", row_group=0)
     assert check_shards(str(folder), CheckOptions(num_processes=0)).bad == {"no_id": 1}
 
 
@@ -99,8 +100,8 @@ def test_an_id_that_came_before(folder: Path) -> None:
     write_shard(folder / "part-001a.parquet", ["1-3"])
     found = reject(folder)
     assert found.sample_id == "1-3"
-    assert found.reason.startswith("duplicate_id")
-    assert found.shard in ("part-001.parquet", "part-001a.parquet")
+    assert found.why.startswith("duplicate_id")
+    assert found.source in ("part-001.parquet", "part-001a.parquet")
 
 
 def test_an_id_is_new_again_in_the_next_epoch_and_known_after_a_resume(folder: Path) -> None:
@@ -123,25 +124,25 @@ def test_a_shard_that_was_cut_short(folder: Path, kept: int) -> None:
     path = folder / "bad.parquet"
     path.write_bytes(path.read_bytes()[:kept])
     found = reject(folder)
-    assert (found.shard, found.row_group, found.num_rows) == ("bad.parquet", None, None)
-    assert "no readable footer" in found.reason
+    assert (found.source, found.row_group, found.num_rows) == ("bad.parquet", None, None)
+    assert "no readable footer" in found.why
 
 
 def test_a_shard_without_rows(folder: Path) -> None:
     write_shard(folder / "bad.parquet", [])
-    assert reject(folder).reason == "no rows"
+    assert reject(folder).why == "no rows"
 
 
 def test_a_missing_column(folder: Path) -> None:
     pq.write_table(pa.table({"sample_id": ["a"], "text": ["b"]}), folder / "bad.parquet")
     found = reject(folder)
-    assert (found.shard, found.row_group, found.row) == ("bad.parquet", 0, None)
-    assert found.reason == "missing column caption"
+    assert (found.source, found.row_group, found.row) == ("bad.parquet", 0, None)
+    assert found.why == "missing column caption"
 
 
 def test_a_column_of_the_wrong_type(folder: Path) -> None:
     pq.write_table(pa.table({"sample_id": ["a"], "caption": [1.5]}), folder / "bad.parquet")
-    assert "type" in reject(folder).reason
+    assert "type" in reject(folder).why
 
 
 def test_only_the_corrupt_row_group_of_a_shard_is_left_out(folder: Path) -> None:
@@ -156,7 +157,7 @@ def test_only_the_corrupt_row_group_of_a_shard_is_left_out(folder: Path) -> None
     assert {"x0", "x1", "x2"} <= set(names)
     assert len(names) == NUM_GOOD + 3
     assert [(each.row_group, each.row, each.num_rows) for each in rejects] == [(1, None, 3)]
-    assert "corrupt row group" in rejects[0].reason
+    assert "corrupt row group" in rejects[0].why
 
 
 def test_bits_that_flipped_inside_a_page_are_noticed(folder: Path) -> None:
@@ -172,7 +173,7 @@ def test_bits_that_flipped_inside_a_page_are_noticed(folder: Path) -> None:
     for shard in folder.glob("part-*"):
         shard.unlink()
     _, rejects = one_epoch(folder, columns=(TEXT_EMBEDS,), encoding=encoding, limit=0.0)
-    assert "corrupt row group" in rejects[0].reason
+    assert "corrupt row group" in rejects[0].why
 
 
 def test_a_shard_that_disappears_meanwhile(folder: Path) -> None:
@@ -182,11 +183,11 @@ def test_a_shard_that_disappears_meanwhile(folder: Path) -> None:
     ])  # fmt: skip
     names, rejects = one_epoch(folder)
     assert len(names) == NUM_GOOD
-    assert {(each.shard, each.row_group, each.num_rows) for each in rejects} == {
+    assert {(each.source, each.row_group, each.num_rows) for each in rejects} == {
         ("gone.parquet", 0, 4),
         ("gone.parquet", 1, 4),
     }
-    assert all("not there (any more)" in each.reason for each in rejects)
+    assert all("not there (any more)" in each.why for each in rejects)
 
 
 def test_a_shard_that_changed_since_the_index(folder: Path) -> None:
@@ -196,7 +197,7 @@ def test_a_shard_that_changed_since_the_index(folder: Path) -> None:
     write_index(
         *open_folder(str(folder)), [*shards, Shard("bad.parquet", path.stat().st_size, (7,))]
     )
-    assert "changed since it was listed (7 rows, now 2)" in reject(folder).reason
+    assert "changed since it was listed (7 rows, now 2)" in reject(folder).why
 
 
 def encoded_shard(path: Path, encoding: Encoding, latents: bytes, text: bytes) -> None:
@@ -218,7 +219,7 @@ def test_encoded_rows_of_a_wrong_shape_or_maker(tmp_path: Path) -> None:
     write_shard(folder / "plain.parquet", ["plain"])
     names, rejects = one_epoch(folder, columns=("latents", TEXT_EMBEDS), encoding=wanted)
     assert names == ["good"]
-    reasons = {Path(each.shard).stem: each.reason for each in rejects}
+    reasons = {Path(each.source).stem: each.why for each in rejects}
     assert set(reasons) == {"ragged", "long", "latents", "other", "plain"}
     assert "bad_encoding (text embedding of 15 bytes)" in reasons["ragged"]
     assert "bad_encoding (text embedding of 48 bytes)" in reasons["long"]
@@ -262,7 +263,7 @@ def test_rejects_are_told_once_and_not_again_after_a_resume(folder: Path) -> Non
 
 
 def test_a_shard_of_unknown_length_counts_like_the_others(folder: Path) -> None:
-    unknown = Reject("x", None, None, None, "no readable footer", num_rows=None)
+    unknown = Rejection("", "x", None, "no readable footer", num_rows=None)
     tally = Tally(0.2)
     tally.add([unknown])
     assert tally.verdict(num_rows=40, rows_per_shard=10) is not None
@@ -274,7 +275,7 @@ def test_the_file_is_whole_at_any_time_and_can_be_rewound(tmp_path: Path) -> Non
     book = QuarantineFile(path)
     book.add(0, [])
     assert not path.exists()
-    rejects = [Reject("s", 0, row, f"id{row}", "no caption") for row in range(3)]
+    rejects = [Rejection(f"id{row}", "s", row, "no caption", row_group=0) for row in range(3)]
     for iteration, each in enumerate(rejects):
         book.add(iteration, [each])
         assert pq.read_table(path).num_rows == iteration + 1
@@ -311,4 +312,4 @@ def test_held_out_captions_are_all_good_or_refused(folder: Path) -> None:
 def test_a_part_of_no_byte_is_named_and_counts_no_row(folder: Path) -> None:
     (folder / "part-empty.parquet").write_bytes(b"")
     found = reject(folder)
-    assert (found.shard, found.reason, found.num_rows) == ("part-empty.parquet", "no rows", 0)
+    assert (found.source, found.why, found.num_rows) == ("part-empty.parquet", "no rows", 0)

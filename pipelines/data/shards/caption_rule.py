@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.data.making.rejections import Reason
+from pipelines.data.shards.rejection import Reason
 from pipelines.data.shards.text import decode_utf8
 
 Fault = tuple[Reason, str]
@@ -57,17 +57,6 @@ def caption_faults(
         if fault is not None:
             faults[row] = fault
     return captions, faults
-
-
-def join_reason(reason: str, detail: str) -> str:
-    """Reason and detail as one text; `split_reason` takes it apart."""
-    return f"{reason} ({detail})" if detail else str(reason)
-
-
-def split_reason(text: str) -> tuple[str, str]:
-    """The reason and the detail of `join_reason`."""
-    reason, _, detail = text.partition(" (")
-    return reason, detail.removesuffix(")")
 
 
 def is_ascii(values: pa.ChunkedArray) -> bool:

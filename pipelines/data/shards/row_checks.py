@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.compute
 from numpy.typing import NDArray
 
-from pipelines.data.making.caption_rule import caption_faults, is_ascii, join_reason
-from pipelines.data.making.rejections import Reason
+from pipelines.data.shards.caption_rule import caption_faults, is_ascii
+from pipelines.data.shards.rejection import Reason, join_reason
 from pipelines.data.shards.schema import (
     CAPTION,
     LATENTS,

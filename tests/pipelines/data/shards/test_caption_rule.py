@@ -9,13 +9,12 @@ import pytest
 
 from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat
-from pipelines.data.making.caption_rule import split_reason
 from pipelines.data.making.encode_plan import plan_parts
 from pipelines.data.making.encode_stages import TASK, read_and_decode
 from pipelines.data.making.prepare_clip import ClipRules, prepare_clip
-from pipelines.data.making.rejections import Rejection
 from pipelines.data.making.source_clip import SourceClip
 from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.rejection import Rejection
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.source import Source
 
@@ -54,7 +53,7 @@ def test_training_and_check_and_encode_and_prepare_reject_the_same_captions_alik
     with Feed(settings, FeedProgress(), 4) as feed:
         batches = [feed.take(3), feed.take(1)]
     trained = {
-        each.sample_id: split_reason(each.reason) for batch in batches for each in batch.rejects
+        each.sample_id: (each.reason, each.detail) for batch in batches for each in batch.rejects
     }
     assert trained == FAULTS
 
