@@ -137,6 +137,7 @@ def prepare(
 
     Files stay as they are, byte by byte, unless --num-frames, --height and --width, or --fps ask
     for another format. What is not taken is in DST/quarantine.parquet with its reason.
+    Exit code 1: the set is made, and lacks all clips of a tar that cannot be read.
     """
     with counting() as count:
         from pipelines.data.making.prepare import PrepareOptions
@@ -176,11 +177,17 @@ def _tell(count: Counter, now: "PrepareProgress") -> None:
 
 
 def _show_set(report: "SetReport", target: str, as_json: bool) -> None:
-    """Prints the report of a command that fills a folder with shards."""
+    """Prints the report of a command that fills a folder with shards.
+
+    Raises:
+        Exit: With code 1, where nothing of a whole file of the source is in the set.
+    """
     data = report.to_json()
-    hidden = ("skipped", "unknown_words")
+    hidden = ("skipped", "unknown_words", "unread")
     figures = pairs({name: value for name, value in data.items() if name not in hidden})
     show(data, as_json, figures, *report.notes(), f"Look at them: sgmd check {target}")
+    if report.unread:
+        raise typer.Exit(1)
 
 
 def check(

@@ -2,7 +2,8 @@
 
     exit code 0     done
               1     a run failed on the way, something necessary is missing (doctor), a set of
-                    shards is not usable (check), samples were lost or repeated (ledger)
+                    shards is not usable (check), a set lacks a whole tar or shard of its source
+                    (prepare, encode), samples were lost or repeated (ledger)
               2     the request was wrong: an option, a setting, a folder, a shard
               130 or 143   stopped by Ctrl-C or SIGTERM; a run has saved its state then
 

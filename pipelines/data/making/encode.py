@@ -16,7 +16,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -61,6 +61,8 @@ class EncodeReport(SetReport):
     encoding: dict[str, Any]
     columns: str = ""
     unknown_words: UnknownWords
+
+    REPAIR: ClassVar[str] = "repair or remove them, and encode into another folder"
 
     def to_json(self) -> dict[str, Any]:
         """Names and values as the command prints them."""

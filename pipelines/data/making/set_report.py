@@ -3,10 +3,17 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from pipelines.data.making.journal import Journal
-from pipelines.data.shards.rejection import counts_by_reason, examples_by_reason
+from pipelines.data.shards.rejection import Reason, counts_by_reason, examples_by_reason
+
+_MISSING = {
+    Reason.UNREADABLE_ARCHIVE: "tars of which nothing can be read",
+    Reason.UNREADABLE_SHARD: "shards of which nothing can be read",
+    Reason.DAMAGED_ARCHIVE: "tars of which the rest cannot be read",
+}
+"""Rejections that stand for an unknown number of clips."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,6 +28,8 @@ class SetReport:
         num_bytes: Their size.
         rejected: Clips that were not taken, by reason.
         examples: The first rejection of each reason, in one line each.
+        unread: Tars or shards of the source of which nothing could be read: the set lacks all
+            their clips.
         seconds: Duration of this run.
     """
 
@@ -31,7 +40,11 @@ class SetReport:
     num_bytes: int
     rejected: dict[str, int]
     examples: dict[str, str]
+    unread: Sequence[str]
     seconds: float
+
+    REPAIR: ClassVar[str] = "repair or remove them, and run it again with --retry-bad"
+    """Remedy for clips that are missing."""
 
     def to_json(self) -> dict[str, Any]:
         """Names and values as the command prints them."""
@@ -42,15 +55,22 @@ class SetReport:
             "shards": self.num_shards,
             "bytes": self.num_bytes,
             "rejected": self.rejected,
+            "unread": [*self.unread],
             "seconds": self.seconds,
         }
 
     def notes(self) -> Sequence[str]:
         """A line for each kind of what is not in the set."""
         return [
-            f"not taken, {reason}: {count}, such as {self.examples[reason]}"
+            f"{self._kind_of(reason)}: {count}, such as {self.examples[reason]}"
             for reason, count in self.rejected.items()
         ]
+
+    def _kind_of(self, reason: str) -> str:
+        for missing, words in _MISSING.items():
+            if reason == missing:
+                return f"clips are missing, {words} ({self.REPAIR})"
+        return f"not taken, {reason}"
 
 
 def set_facts(folder: str, journal: Journal, num_before: int, started: float) -> dict[str, Any]:
@@ -72,5 +92,6 @@ def set_facts(folder: str, journal: Journal, num_before: int, started: float) ->
         "num_bytes": sum(shard.num_bytes for shard in shards),
         "rejected": counts_by_reason(journal.rejections),
         "examples": examples_by_reason(journal.rejections),
+        "unread": [each.in_words() for each in journal.rejections if each.is_whole_file],
         "seconds": time.monotonic() - started,
     }

@@ -24,6 +24,7 @@ from pathlib import Path, PurePosixPath
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
+from cluster.files import kind_of_path
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES, fault_of_text, printable
 from pipelines.data.making.manifests import manifest_clips, prompt_clips
 from pipelines.data.making.skipped import (
@@ -260,11 +261,17 @@ def _tar_clips(
     name = path.removeprefix(root).lstrip("/")
     parts: dict[str, list[_Part]] = {}
     faults: list[TarFault] = []
+    kind = kind_of_path(path) if isinstance(filesystem, LocalFileSystem) else ""
+    if kind not in ("", "a file"):
+        # A pipe would be waited for, and a device has no end.
+        yield Rejection(name, address, None, Reason.UNREADABLE_ARCHIVE, f"{kind}, not a file")
+        return
     try:
         with open_reading(filesystem, path) as file:
             members = list(read_members(file))
     except DataError as error:
-        yield unserved(name, address, None, FileRange(address), error)
+        reason = Reason.UNREADABLE_ARCHIVE
+        yield unserved(name, address, None, FileRange(address), error, reason)
         return
     for member in members:
         if isinstance(member, TarFault):
@@ -279,10 +286,13 @@ def _tar_clips(
     for key, files in parts.items():
         yield from _tar_clip(f"{name}/{key}", address, count, files, columns, skipped)
     for fault in faults:
-        if fault.name is None or _is_clip_part(PurePosixPath(fault.name).suffix.lower()):
-            sample_id = name if fault.name is None else f"{name}/{fault.name}"
-            reason = Reason.UNREADABLE_ARCHIVE
-            yield Rejection(sample_id, address, next(count), reason, fault.detail)
+        if fault.name is None and not parts:
+            yield Rejection(name, address, None, Reason.UNREADABLE_ARCHIVE, fault.detail)
+        elif fault.name is None:
+            yield Rejection(name, address, next(count), Reason.DAMAGED_ARCHIVE, fault.detail)
+        elif _is_clip_part(PurePosixPath(fault.name).suffix.lower()):
+            member, reason = f"{name}/{fault.name}", Reason.UNREADABLE_MEMBER
+            yield Rejection(member, address, next(count), reason, fault.detail)
         else:
             skipped.add(TAR_LINKS, f"{name}/{fault.name} ({fault.detail})")
 

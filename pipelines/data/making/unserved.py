@@ -21,7 +21,12 @@ class Unserved(Rejection):
 
 
 def unserved(
-    sample_id: str, source: str, row: int | None, file: FileRange, error: DataError
+    sample_id: str,
+    source: str,
+    row: int | None,
+    file: FileRange,
+    error: DataError,
+    reason: Reason = Reason.UNSERVED,
 ) -> Unserved:
     """The rejection of a clip, or of a tar, that cannot be read."""
-    return Unserved(sample_id, source, row, Reason.UNSERVED, error.found, file=file, error=error)
+    return Unserved(sample_id, source, row, reason, error.found, file=file, error=error)

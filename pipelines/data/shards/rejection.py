@@ -52,6 +52,8 @@ class Reason(StrEnum):
     DUPLICATE_ID = "duplicate_id"
     BAD_MANIFEST_ROW = "bad_manifest_row"
     UNREADABLE_ARCHIVE = "unreadable_archive"
+    DAMAGED_ARCHIVE = "damaged_archive"
+    UNREADABLE_MEMBER = "unreadable_member"
     NO_ID = "no_id"
     UNREADABLE_SHARD = "unreadable_shard"
     UNREADABLE_ROWS = "unreadable_rows"
@@ -93,6 +95,14 @@ class Rejection:
     def place(self) -> Place:
         """Key by which two rejections are the same."""
         return self.source, self.row_group, self.row
+
+    @property
+    def is_whole_file(self) -> bool:
+        """True if it stands for a file of the source of which nothing can be read."""
+        return self.row is None and self.reason in (
+            Reason.UNREADABLE_ARCHIVE,
+            Reason.UNREADABLE_SHARD,
+        )
 
     @property
     def why(self) -> str:

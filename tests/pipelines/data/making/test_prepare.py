@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
@@ -172,6 +173,15 @@ class TestWhatIsTaken:
         assert quarantine(tmp_path) == {"rotated.mp4": "wrong_size", "vp9.webm": "wrong_size"}
 
 
+def clip_and_tar(folder: Path) -> Path:
+    """A folder with a clip and a tar of the same clip; returns the tar."""
+    write_clip(folder, "a.mp4", video_file(grey_frames([50, 100])), "words")
+    with tarfile.open(folder / "b.tar", "w") as tar:
+        for name in ("a.mp4", "a.txt"):
+            tar.add(folder / name, f"in-tar-{name}")
+    return folder / "b.tar"
+
+
 class TestWhatIsNotTaken:
     def test_every_fault_has_its_name(self, bad_source, tmp_path):
         rules = ClipRules(max_clip_bytes=200_000)
@@ -248,7 +258,7 @@ class TestWhatIsNotTaken:
         options = ["--processes", "0", "--max-bad-fraction", "0.5"]
         for more in ([], ["--json"]):
             result = CliRunner().invoke(app, [*arguments, *options, *more])
-            assert result.exit_code == 0
+            assert result.exit_code == 1, "no clip of the compressed tar is in the set"
             assert [row["caption"] for row in rows(tmp_path / "set")] == ["upper case"]
             if more:
                 skipped = json.loads(result.stdout)["skipped"]
@@ -256,8 +266,50 @@ class TestWhatIsNotTaken:
                 continue
             lines = [line for line in result.stdout.splitlines() if "such as" in line]
             assert len(lines) == 3
-            for words in ("unreadable_archive: 1", ".jpg: 2", "lonely.txt"):
+            for words in ("clips are missing, tars of which nothing", ".jpg: 2", "lonely.txt"):
                 assert any(words in line for line in lines)
+
+    @pytest.mark.parametrize("kind", ["no tar", "empty", "cut in its first header", "gone", "pipe"])
+    def test_a_tar_of_which_nothing_can_be_read_is_a_line_of_its_own_and_exit_code_1(
+        self, tmp_path, kind
+    ):
+        path = clip_and_tar(tmp_path / "source")
+        whole = path.read_bytes()
+        if kind == "gone":
+            path.unlink()
+            path.symlink_to(tmp_path / "nowhere")
+        elif kind == "pipe":
+            path.unlink()
+            os.mkfifo(path)
+        else:
+            bad = {"no tar": b"words " * 999, "empty": b"", "cut in its first header": whole[:300]}
+            path.write_bytes(bad[kind])
+        arguments = ["prepare", str(tmp_path / "source"), str(tmp_path / "set")]
+        options = ["--processes", "0", "--max-bad-fraction", "0.5"]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == 1, result.output
+        lines = [line for line in result.stdout.splitlines() if "clips are missing" in line]
+        assert len(lines) == 1
+        assert re.search(r"tars of which nothing can be read .*: 1, such as .*b\.tar", lines[0])
+        assert [row["caption"] for row in rows(tmp_path / "set")] == ["words"]
+        again = CliRunner().invoke(app, [*arguments, *options])
+        assert again.exit_code == 1, "the clips are still missing"
+        path.unlink()
+        path.write_bytes(whole)
+        mended = CliRunner().invoke(app, [*arguments, *options, "--retry-bad", "--json"])
+        assert mended.exit_code == 0, mended.output
+        assert json.loads(mended.stdout)["unread"] == []
+        assert len(rows(tmp_path / "set")) == 2
+
+    def test_a_tar_whose_rest_cannot_be_read_is_said_in_a_line_of_its_own(self, tmp_path):
+        path = clip_and_tar(tmp_path / "source")
+        path.write_bytes(path.read_bytes().rstrip(b"\0"))
+        arguments = ["prepare", str(tmp_path / "source"), str(tmp_path / "set")]
+        options = ["--processes", "0", "--max-bad-fraction", "0.5"]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == 0, "a part of it is in the set"
+        assert "clips are missing, tars of which the rest cannot be read" in result.stdout
+        assert "damaged_archive" in result.stdout
 
     def test_a_source_without_a_clip_says_what_lies_there(self, tmp_path):
         (tmp_path / "source").mkdir()

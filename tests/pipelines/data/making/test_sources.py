@@ -179,7 +179,7 @@ class TestTar:
         assert [clip.sample_id for clip in found] == ["t.tar/0", "t.tar/1", "t.tar"]
         last = found[-1]
         assert isinstance(last, Rejection)
-        assert last.reason == Reason.UNREADABLE_ARCHIVE
+        assert last.reason == Reason.DAMAGED_ARCHIVE
 
     def test_names_with_dots_are_paired_up_to_the_last_dot(self, tmp_path):
         members = {
@@ -232,7 +232,7 @@ class TestTar:
         path.write_bytes(damage(path.read_bytes()))
         found = list(list_clips(str(path)))
         assert [clip.sample_id for clip in found[:2]] == ["t.tar/0", "t.tar/1"]
-        assert found[-1].reason == Reason.UNREADABLE_ARCHIVE
+        assert found[-1].reason == Reason.DAMAGED_ARCHIVE
         assert re.search(words, found[-1].detail)
         assert len(rejected(found)) == 1
 
@@ -251,7 +251,7 @@ class TestTar:
         good = [clip for clip in found if isinstance(clip, SourceClip)]
         assert [clip.sample_id for clip in good] == ["t.tar/a", "t.tar/b"]
         assert [clip.reason for clip in rejected(found) if "mp4" in clip.sample_id] == (
-            [Reason.UNREADABLE_ARCHIVE] * 4
+            [Reason.UNREADABLE_MEMBER] * 4
         )
         details = " ".join(clip.detail for clip in rejected(found))
         for words in ("gone.mp4", "symbolic link", "a pipe", "the same name"):

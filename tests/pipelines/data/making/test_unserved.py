@@ -65,9 +65,9 @@ def for_path(*parts: str, trouble: Trouble, book: ProxyBook) -> Callable[[int], 
     )
 
 
-def unserved(folder: Path) -> dict[str, str]:
+def unserved(folder: Path, reason: str = "unserved") -> dict[str, str]:
     rows = pq.read_table(folder / "quarantine.parquet").to_pylist()
-    return {row["sample_id"]: row["detail"] for row in rows if row["reason"] == "unserved"}
+    return {row["sample_id"]: row["detail"] for row in rows if row["reason"] == reason}
 
 
 @pytest.mark.slow
@@ -121,9 +121,12 @@ def test_one_object_that_is_refused_is_one_rejected_clip(
     book.plan = for_path(bad, trouble=Trouble.DENIED, book=book)
     options = replace(HERE, num_processes=num_processes)
     report = prepare(f"s3://clips/raw/{name}", str(tmp_path), options)
-    assert report.rejected == {"unserved": 1}
-    assert report.num_clips == (3 if bad.endswith(".tar") else 2)
-    (detail,) = unserved(tmp_path).values()
+    is_tar = bad.endswith(".tar")
+    reason = "unreadable_archive" if is_tar else "unserved"
+    assert report.rejected == {reason: 1}
+    assert report.num_clips == (3 if is_tar else 2)
+    assert len(report.unread) == is_tar
+    (detail,) = unserved(tmp_path, reason).values()
     assert detail.startswith("cannot be read, while other files can: PermissionError")
     assert book.troubles[Trouble.DENIED] >= 1
 
