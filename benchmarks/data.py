@@ -55,6 +55,7 @@ from pyarrow.fs import S3FileSystem
 from s3fs import S3FileSystem as FsspecS3
 
 from cluster.runtime import start_ray
+from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.clips.clip_format import ClipFormat
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.listing import list_chapters
@@ -66,7 +67,7 @@ from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.stream import plan_windows
 from pipelines.data.stream.window import read_window
-from pipelines.data.stream.window_decoding import ClipDecoder, decode_rows
+from pipelines.data.stream.window_decoding import decode_rows
 from pipelines.run.folder import git_revision, versions
 from pipelines.shapes import FRAME_PX, NUM_FRAMES
 

@@ -13,12 +13,12 @@ import psutil
 from data_sets import BUCKET, serve, write_videos
 
 from cluster.runtime import start_ray
+from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.clips.clip_format import ClipFormat
 from pipelines.data.shards.schema import FPS, VIDEO
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source
-from pipelines.data.stream.window_decoding import ClipDecoder
 from pipelines.shapes import FRAME_PX, NUM_FRAMES
 
 NUM_CLIPS = 20_000

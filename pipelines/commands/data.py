@@ -276,7 +276,7 @@ def _in_a_line(value: object) -> object:
 
 _CLIP_OPTIONS = (
     *("num_frames", "height", "width", "fps", "policy", "video_column"),
-    *("max_pixels", "max_frames", "max_seconds", "max_decode_seconds"),
+    *("max_pixels", "max_frames", "max_seconds", "max_decode_seconds", "max_hang_seconds"),
     *("video_encoders", "video_gpus"),
 )
 
@@ -315,6 +315,7 @@ def encode(
     max_frames: MaxFrames = DEFAULT_LIMITS.max_frames,
     max_seconds: MaxSeconds = DEFAULT_LIMITS.max_seconds,
     max_decode_seconds: MaxDecode = DEFAULT_LIMITS.max_decode_s,
+    max_hang_seconds: MaxHang = MAX_HANG_S,
     max_bad_fraction: MaxBad = 0.01,
     caption_column: CaptionColumn = None,
     id_column: IdColumn = None,
@@ -357,6 +358,7 @@ def encode(
                 shard_clips=shard_clips,
                 max_caption_chars=max_caption_chars,
                 limits=ClipLimits(max_pixels, max_frames, max_seconds, max_decode_seconds),
+                max_hang_s=max_hang_seconds,
                 max_bad_fraction=max_bad_fraction,
                 decoders=decoders,
                 videos=ActorPool(video_encoders, video_gpus),

@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.shards.columns import map_columns
 from pipelines.data.shards.filesystem import S3Settings
@@ -40,7 +41,7 @@ from pipelines.data.stream.inspect import inspect_folder
 from pipelines.data.stream.plan import Cursor, RowGroup, ShuffleSettings, Window
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.window import REASON, ROW, read_window
-from pipelines.data.stream.window_decoding import ClipDecoder, decode_rows
+from pipelines.data.stream.window_decoding import decode_rows
 from pipelines.pretraining.config import WorldSettings
 from sgmd_core.errors import DataError
 from workers.models.wan import open_autoencoder

@@ -8,7 +8,7 @@ is converted, and decoding stops at the last wanted frame. Sound is ignored.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import chain
 
@@ -85,6 +85,23 @@ def decode_clip(data: bytes, wanted: ClipFormat, limits: ClipLimits = DEFAULT_LI
     for number, pixels in enumerate(chain([first], frames)):
         clip[number] = pixels
     return clip
+
+
+@dataclass(frozen=True, slots=True)
+class ClipDecoder:
+    """Decodes files to clips of one format; what `Source.decode` is for videos.
+
+    Attributes:
+        wanted: Frames, size and rate; its policy says what happens to other sizes.
+        limits: What a file may ask for.
+    """
+
+    wanted: ClipFormat
+    limits: ClipLimits = field(default_factory=ClipLimits)
+
+    def __call__(self, data: bytes, fps: float = 0.0) -> Pixels:
+        """Pixels of one file, see `decode_clip`; the file knows its own rate better than `fps`."""
+        return decode_clip(data, self.wanted, self.limits)
 
 
 def sample_frames(

@@ -11,12 +11,30 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from sgmd_core.errors import ConfigError
+
 MAX_HANG_S = 60.0
 """No call of FFmpeg takes a tenth of this with the largest pictures that are allowed."""
+
+_LONGEST_HANG_S = 86400.0
 
 HANG_SIGNAL = signal.SIGALRM
 
 _limit_s = 0.0
+
+
+def require_hang_limit(limit_s: float) -> None:
+    """Checks a limit.
+
+    Raises:
+        ConfigError: It is no time that a timer takes.
+    """
+    if not 0 <= limit_s <= _LONGEST_HANG_S:
+        raise ConfigError(
+            "watching the decoder",
+            f"a limit of {limit_s:g} s (--max-hang-seconds)",
+            f"0, which waits for ever, to {_LONGEST_HANG_S:g}",
+        )
 
 
 def end_on_hang(limit_s: float) -> None:

@@ -173,7 +173,6 @@ def _unknown_words(
         pa.table({encode_stages.TASK: [pickle.dumps(part) for part in parts]}),
         src,
         None,
-        options.limits,
         options.max_caption_chars,
         options.names,
         options.settled,

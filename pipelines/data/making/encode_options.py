@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import cast, get_args
 
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
+from pipelines.data.clips.hang_guard import MAX_HANG_S, require_hang_limit
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.schema import DTypeName
 from sgmd_core.errors import ConfigError
@@ -33,6 +34,7 @@ class EncodeOptions:
         shard_clips: Most clips in a shard, as far as the source's row groups allow.
         max_caption_chars: A longer caption is bad.
         limits: What a video may ask for.
+        max_hang_s: Time that one call of the decoder may take; 0 for ever.
         max_bad_fraction: The command stops where a larger share of the clips is bad.
         decoders: Tasks that read and decode at the same time, a core each.
         videos: Actors with the autoencoder.
@@ -49,6 +51,7 @@ class EncodeOptions:
     shard_clips: int = 256
     max_caption_chars: int = 4096
     limits: ClipLimits = field(default_factory=ClipLimits)
+    max_hang_s: float = MAX_HANG_S
     max_bad_fraction: float = 0.01
     decoders: int = 1
     videos: ActorPool = field(default_factory=ActorPool)
@@ -59,6 +62,7 @@ class EncodeOptions:
     address: str | None = None
 
     def __post_init__(self) -> None:
+        require_hang_limit(self.max_hang_s)
         wanted = self.wanted
         if not self.text_only and None in (
             wanted.num_frames,

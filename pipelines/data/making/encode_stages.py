@@ -12,8 +12,9 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from math import prod
 from typing import Any, cast
 
@@ -23,9 +24,10 @@ import ray.data
 
 from cluster.ray.topology import require_cpus, require_gpus
 from cluster.runtime import start_ray
-from pipelines.data.clips.clip_decoding import decode_clip
+from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.clips.clip_errors import ClipError
-from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
+from pipelines.data.clips.guarded_process import Died, decoding_process
+from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_file import open_set
 from pipelines.data.making.encode_options import ActorPool, EncodeOptions
 from pipelines.data.making.encode_plan import Part, SourceGroup
@@ -45,6 +47,7 @@ from pipelines.data.shards.schema import (
     DTypeName,
     faults_in,
 )
+from pipelines.media.video import Pixels
 from sgmd_core.errors import DataError
 
 TASK = "task"
@@ -135,11 +138,11 @@ def _dataset(
         batch_format="pyarrow",
         fn_kwargs={
             "url": src,
-            "wanted": None if options.text_only else options.wanted,
-            "limits": options.limits,
+            "decode": None if options.text_only else ClipDecoder(options.wanted, options.limits),
             "max_caption_chars": options.max_caption_chars,
             "names": options.names,
             "settled": options.settled,
+            "max_hang_s": options.max_hang_s,
         },
         num_cpus=_DECODE_CPUS,
         compute=ray.data.TaskPoolStrategy(size=options.decoders),
@@ -167,22 +170,22 @@ def _dataset(
 def read_and_decode(
     tasks: pa.Table,
     url: str,
-    wanted: ClipFormat | None,
-    limits: ClipLimits,
+    decode: ClipDecoder | None,
     max_caption_chars: int,
     names: ColumnNames = ColumnNames(),
     settled: ColumnNames | None = None,
+    max_hang_s: float = MAX_HANG_S,
 ) -> Iterator[pa.Table]:
     """Reads parts row group by row group, and decodes clip by clip.
 
     Args:
         tasks: Pickled parts in the column `task`.
         url: Address of the source; a file of captions becomes shards on this machine too.
-        wanted: Frames, size and rate of the clips; None reads captions and no videos.
-        limits: What a video may ask for.
+        decode: Decodes the videos; None reads captions and no videos.
         max_caption_chars: A longer caption is bad.
         names: Names that the caller gives for the source's columns.
         settled: Names that its first shards have.
+        max_hang_s: Time that one call of the decoder may take; 0 for ever.
 
     Yields:
         One line a row: with `pixels` if clips are wanted, or with `reason` and `detail`.
@@ -192,26 +195,28 @@ def read_and_decode(
     reader = RowGroupReader(
         place.filesystem, place.root, S3Settings(native_reads=False), settled or place.names
     )
-    columns = REQUIRED_COLUMNS if wanted is None else CLIP_COLUMNS
+    columns = REQUIRED_COLUMNS if decode is None else CLIP_COLUMNS
+    apply = decode
+    if decode is not None and max_hang_s:
+        apply = partial(decoding_process(max_hang_s).apply, decode)
     for packed in tasks.column(TASK):
         part: Part = pickle.loads(packed.as_py())
         for group in part.groups:
             try:
                 where = (part.shard, part.num_bytes, group.index)
                 table = reader.read([where], columns)[0]
+                yield from _decoded(part, group, table, apply, max_caption_chars)
             except DataError as error:
                 words = json.dumps([str(argument) for argument in error.args])
                 yield _line(part, -1, None, None, reason=SERVER_FAILED, detail=words)
                 return
-            yield from _decoded(part, group, table, wanted, limits, max_caption_chars)
 
 
 def _decoded(
     part: Part,
     group: SourceGroup,
     table: pa.Table | Fault,
-    wanted: ClipFormat | None,
-    limits: ClipLimits,
+    decode: Callable[[bytes], Pixels | Died[bytes]] | None,
     max_caption_chars: int,
 ) -> Iterator[pa.Table]:
     """The lines of one row group; always as many as the plan promises."""
@@ -231,16 +236,20 @@ def _decoded(
             reason, detail = split_reason(reasons[place])
             name = None if reason == Reason.NO_ID else name
             yield _line(part, row, name, caption or "", reason=reason, detail=detail)
-        elif wanted is None:
+        elif decode is None:
             yield _line(part, row, name, caption)
         else:
             try:
-                video = table[VIDEO][place].as_py()
-                pixels = decode_clip(video or b"", wanted, limits).tobytes()
-                yield _line(part, row, name, caption, pixels=pixels)
+                found = decode(table[VIDEO][place].as_py() or b"")
             except ClipError as error:
                 reason, detail = error.fault, error.in_short
                 yield _line(part, row, name, caption, reason=reason, detail=detail)
+                continue
+            if isinstance(found, Died):
+                words = found.in_words
+                yield _line(part, row, name, caption, reason=found.reason, detail=words)
+            else:
+                yield _line(part, row, name, caption, pixels=found.tobytes())
 
 
 def _line(

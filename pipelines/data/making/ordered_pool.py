@@ -13,37 +13,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
-from pipelines.data.clips.hang_guard import HANG_SIGNAL, MAX_HANG_S, end_on_hang, relax
-from sgmd_core.errors import ConfigError
+from pipelines.data.clips.guarded_process import Died, GuardedProcess
+from pipelines.data.clips.hang_guard import MAX_HANG_S, end_on_hang, relax, require_hang_limit
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _WAITING_PER_PROCESS = 2
-_LONGEST_HANG_S = 86400.0
-
-
-@dataclass(frozen=True, slots=True)
-class Died(Generic[Item]):
-    """Stands for the result of an item that ended the process that worked on it.
-
-    Attributes:
-        item: The item.
-        hung: The process was ended because a call of the decoder did not return.
-    """
-
-    item: Item
-    hung: bool = False
-
-    @property
-    def in_words(self) -> str:
-        """The end of the process, in one line."""
-        if self.hung:
-            return "a call of the decoder did not return in time (--max-hang-seconds), twice"
-        return "the process that worked on it ended without a word, twice"
 
 
 def map_in_order(
@@ -70,12 +48,7 @@ def map_in_order(
     Raises:
         ConfigError: `max_hang_s` is no such time.
     """
-    if not 0 <= max_hang_s <= _LONGEST_HANG_S:
-        raise ConfigError(
-            "watching the decoder",
-            f"a limit of {max_hang_s:g} s (--max-hang-seconds)",
-            f"0, which waits for ever, to {_LONGEST_HANG_S:g}",
-        )
+    require_hang_limit(max_hang_s)
     if num_processes == 0:
         yield from map(function, items)
         return
@@ -126,24 +99,12 @@ def _apply(function: Callable[[Item], Result], item: Item) -> Result:
 def _one_by_one(
     function: Callable[[Item], Result], items: Iterable[Item], max_hang_s: float
 ) -> Iterator[Result | Died[Item]]:
-    others, executor = multiprocessing.active_children(), _executor(1, max_hang_s)
+    process = GuardedProcess(max_hang_s, tries=1)
     try:
         for item in items:
-            future = _submit(executor, function, item)
-            if isinstance(future.exception(0) if future.done() else None, BrokenProcessPool):
-                # Its process ended after the item before, so this one has not been tried.
-                executor.shutdown(wait=True)
-                others, executor = multiprocessing.active_children(), _executor(1, max_hang_s)
-                future = _submit(executor, function, item)
-            worker = [one for one in multiprocessing.active_children() if one not in others]
-            try:
-                yield future.result()
-            except BrokenProcessPool:
-                executor.shutdown(wait=True)
-                others, executor = multiprocessing.active_children(), _executor(1, max_hang_s)
-                yield Died(item, any(one.exitcode == -HANG_SIGNAL for one in worker))
+            yield process.apply(function, item)
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        process.close()
 
 
 def _executor(num_processes: int, max_hang_s: float) -> ProcessPoolExecutor:

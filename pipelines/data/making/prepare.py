@@ -17,13 +17,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.data.clips.clip_errors import ClipFault
+from pipelines.data.clips.guarded_process import Died
 from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_choice import CaptionChoice
 from pipelines.data.making.fresh_clips import Place, fresh_clips
 from pipelines.data.making.journal import Journal, filling, open_journal
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
-from pipelines.data.making.ordered_pool import Died, map_in_order
+from pipelines.data.making.ordered_pool import map_in_order
 from pipelines.data.making.prepare_clip import (
     ClipRules,
     PreparedClip,
@@ -38,7 +38,6 @@ from pipelines.data.making.witnesses import Listing, Witnesses
 from pipelines.data.shards.filesystem import canonical_address
 from pipelines.data.shards.listing import QUARANTINE_NAME
 from pipelines.data.shards.rejection import (
-    Reason,
     Rejection,
     require_few,
 )
@@ -325,8 +324,8 @@ class _Filler:
 
 
 def _of_dead(died: Died[SourceClip | Rejection]) -> Rejection:
-    clip, reason = died.item, ClipFault.TOO_SLOW if died.hung else Reason.WORKER_DIED
-    return Rejection(clip.sample_id, clip.source, clip.row, reason, died.in_words)
+    clip = died.item
+    return Rejection(clip.sample_id, clip.source, clip.row, died.reason, died.in_words)
 
 
 def _written(journal: Journal) -> PrepareProgress:

@@ -305,15 +305,14 @@ def read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
     for number, window in windows:
         try:
             table = read_window(_reader(source), source, window)
+            for part in [table] if source.decode is None else decode_rows(source, table):
+                for name, value in ((_NUMBER, number), (_SIZE, table.num_rows)):
+                    values = pa.array(np.full(part.num_rows, value, dtype=np.int64))
+                    part = part.append_column(name, values)
+                yield part
         except DataError as error:
             yield fault_line(number, error, source)
             return
-        parts = [table] if source.decode is None else decode_rows(source, table)
-        for part in parts:
-            for name, value in ((_NUMBER, number), (_SIZE, table.num_rows)):
-                values = pa.array(np.full(part.num_rows, value, dtype=np.int64))
-                part = part.append_column(name, values)
-            yield part
 
 
 @lru_cache(maxsize=4)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_file import open_set
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import S3Settings
@@ -31,6 +32,8 @@ class Source:
         settled: Names that its first shards have; None as long as nobody has looked.
         decode: Applied to `video`; the column then holds the pixels' bytes.
         pixel_shape: (frames, height, width, 3) that `decode` must come to.
+        max_hang_s: Time that one call of the decoder may take; a video that takes longer is
+            rejected. 0 decodes in the reader's own process and waits for ever.
     """
 
     url: str
@@ -42,6 +45,7 @@ class Source:
     pixel_shape: tuple[int, ...] = ()
     names: ColumnNames = ColumnNames()
     settled: ColumnNames | None = None
+    max_hang_s: float = MAX_HANG_S
 
     def open(self, *, probe: bool = True) -> ShardSet:
         """Opens the folder; see `open_set`."""

@@ -4,8 +4,8 @@ Pixels are a hundred times as large as the file they come from. So they are made
 are in order and only of those that are wanted, and a window comes out in parts of bounded size.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from functools import partial
 from math import prod
 from typing import cast
 
@@ -13,32 +13,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.data.clips.clip_decoding import decode_clip
 from pipelines.data.clips.clip_errors import ClipError, ClipFault
-from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
+from pipelines.data.clips.guarded_process import Died, ProcessStartError, decoding_process
 from pipelines.data.shards.rejection import join_reason
 from pipelines.data.shards.schema import FPS, VIDEO
 from pipelines.data.stream.source import Decode, Source
 from pipelines.data.stream.window import REASON
 
 _PART_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class ClipDecoder:
-    """Decodes files to clips of one format; what `Source.decode` is for videos.
-
-    Attributes:
-        wanted: Frames, size and rate; its policy says what happens to other sizes.
-        limits: What a file may ask for.
-    """
-
-    wanted: ClipFormat
-    limits: ClipLimits = field(default_factory=ClipLimits)
-
-    def __call__(self, data: bytes, fps: float) -> NDArray[np.uint8]:
-        """Pixels of one file, see `decode_clip`; the file knows its own rate better than `fps`."""
-        return decode_clip(data, self.wanted, self.limits)
 
 
 def decode_rows(source: Source, rows: pa.Table) -> Iterator[pa.Table]:
@@ -50,6 +32,9 @@ def decode_rows(source: Source, rows: pa.Table) -> Iterator[pa.Table]:
 
     Yields:
         All rows, in order: `video` holds the pixels' bytes, and what cannot be decoded its reason.
+
+    Raises:
+        ProcessStartError: The process that decodes does not start.
     """
     size = max(1, _PART_BYTES // prod(source.pixel_shape))
     for start in range(0, max(1, rows.num_rows), size):
@@ -57,7 +42,7 @@ def decode_rows(source: Source, rows: pa.Table) -> Iterator[pa.Table]:
 
 
 def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
-    decode = cast("Decode", source.decode)
+    decode = _decoder_of(source)
     reasons: list[str | None] = rows.column(REASON).to_pylist()
     rates = rows.column(FPS).to_pylist() if FPS in rows.column_names else [0.0] * len(reasons)
     # Arrow's allocator keeps memory for the next part, which the system's gives back and clears.
@@ -70,8 +55,13 @@ def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
             continue
         try:
             frames = decode(stored.as_py(), float(fps or 0.0))
+        except ProcessStartError:
+            raise
         except Exception as error:  # A broken file raises whatever its codec thinks of it.
             reasons[row] = _in_words(error)
+            continue
+        if isinstance(frames, Died):
+            reasons[row] = join_reason(frames.reason, frames.in_words)
             continue
         if frames.shape != source.pixel_shape:
             reasons[row] = join_reason(ClipFault.WRONG_SIZE, f"pixels of {frames.shape}")
@@ -86,6 +76,15 @@ def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
     for name, values in columns.items():
         rows = rows.set_column(rows.schema.get_field_index(name), name, values)
     return rows
+
+
+def _decoder_of(source: Source) -> Callable[[bytes, float], NDArray[np.uint8] | Died[bytes]]:
+    """The source's decoder, in a process that may be lost where the source bounds its calls."""
+    decode = cast("Decode", source.decode)
+    # No other process can import what a script or a notebook defines.
+    if not source.max_hang_s or getattr(source.decode, "__module__", "") == "__main__":
+        return decode
+    return partial(decoding_process(source.max_hang_s).apply, decode)
 
 
 def _binary(content: NDArray[np.uint8], borders: NDArray[np.int64]) -> pa.Array:

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from cluster.errors import InsufficientResourcesError
 from pipelines.cli import app
-from pipelines.data.clips.clip_decoding import decode_clip
-from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, FitPolicy
+from pipelines.data.clips.clip_decoding import ClipDecoder, decode_clip
+from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.making import encode_stages as stages
 from pipelines.data.making.encode import EncodeReport, encode, encoding_for
 from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
@@ -36,6 +36,7 @@ from pipelines.shapes import ClipSplit, captions, write_shards
 from sgmd_core.errors import ConfigError, DataError, ShapeError
 from tests.e2e.processes import ROOT
 from tests.helpers import tiny_wan
+from tests.helpers.hanging import HANG, OddDecoder
 from tests.helpers.shards import byte_strings, write_folder
 from workers.models.wan import load_text, load_vae
 
@@ -164,9 +165,7 @@ class TestTextOnly:
     def test_lines_of_videos_that_are_not_read_have_no_pixels(self, source):
         parts = plan_parts(*open_folder(str(source)), 8)
         tasks = pa.table({stages.TASK: [pickle.dumps(part) for part in parts[1:2]]})
-        lines = pa.concat_tables(
-            stages.read_and_decode(tasks, str(source), None, DEFAULT_LIMITS, 4096)
-        ).to_pylist()
+        lines = pa.concat_tables(stages.read_and_decode(tasks, str(source), None, 4096)).to_pylist()
         assert [line["reason"] for line in lines] == [None] * 3 + ["empty_caption"] + [None] * 4
         assert {line["pixels"] for line in lines} == {None}
 
@@ -183,7 +182,7 @@ class TestStages:
         parts = plan_parts(*open_folder(str(folder)), 8)
         tasks = pa.table({stages.TASK: [pickle.dumps(part) for part in parts[:2]]})
         return pa.concat_tables(
-            stages.read_and_decode(tasks, str(folder), WANTED, DEFAULT_LIMITS, 4096)
+            stages.read_and_decode(tasks, str(folder), ClipDecoder(WANTED), 4096)
         )
 
     def test_every_row_comes_out_with_pixels_or_a_reason(self, source):
@@ -195,6 +194,22 @@ class TestStages:
         assert bad == BAD - {(4, "duplicate_id")}
         size = tiny_wan.NUM_FRAMES * tiny_wan.HEIGHT * tiny_wan.WIDTH * 3
         assert {len(line["pixels"]) for line in lines if not line["reason"]} == {size}
+
+    def test_a_decoder_that_hangs_costs_its_row(self, source, tmp_path):
+        table = pq.read_table(min(source.glob("*.parquet"))).slice(0, 3)
+        videos = table["video"].to_pylist()
+        place = table.schema.get_field_index("video")
+        odd = pa.array([videos[0], HANG, videos[2]], pa.binary())
+        pq.write_table(table.set_column(place, "video", odd), tmp_path / "odd.parquet")
+        (part,) = plan_parts(*open_folder(str(tmp_path)), 8)
+        tasks = pa.table({stages.TASK: [pickle.dumps(part)]})
+        decoder = OddDecoder(WANTED)
+        lines = stages.read_and_decode(tasks, str(tmp_path), decoder, 4096, max_hang_s=2.0)
+        first, hung, last = pa.concat_tables(lines).to_pylist()
+        assert (hung["reason"], hung["pixels"]) == ("too_slow", None)
+        assert "--max-hang-seconds" in hung["detail"]
+        for line, video in ((first, videos[0]), (last, videos[2])):
+            assert line["pixels"] == decoder(video).tobytes(), "the same bits as without the guard"
 
     def test_text_that_is_no_utf8_costs_its_row(self, source, tmp_path):
         table = pq.read_table(sorted(source.glob("*.parquet"))[-1]).slice(0, 3)
@@ -217,7 +232,7 @@ class TestStages:
         )
         tasks = pa.table({stages.TASK: [pickle.dumps(part)]})
         lines = pa.concat_tables(
-            stages.read_and_decode(tasks, str(tmp_path), WANTED, DEFAULT_LIMITS, 4096)
+            stages.read_and_decode(tasks, str(tmp_path), ClipDecoder(WANTED), 4096)
         )
         assert lines["reason"].to_pylist() == ["unreadable_rows"] * 4
         assert "video" in lines["detail"][0].as_py()

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.checking.check import CheckOptions, check_shards
-from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat
+from pipelines.data.clips.clip_decoding import ClipDecoder
+from pipelines.data.clips.clip_format import ClipFormat
 from pipelines.data.making.encode_plan import plan_parts
 from pipelines.data.making.encode_stages import TASK, read_and_decode
 from pipelines.data.making.prepare_clip import ClipRules, prepare_clip
@@ -78,8 +79,7 @@ def test_training_and_check_and_encode_and_prepare_reject_the_same_captions_alik
         for table in read_and_decode(
             pa.table({TASK: [pickle.dumps(part)]}),
             str(shards / "videos"),
-            ClipFormat(5, 32, 32, 8),
-            DEFAULT_LIMITS,
+            ClipDecoder(ClipFormat(5, 32, 32, 8)),
             LIMIT,
         )
         for line in table.to_pylist()

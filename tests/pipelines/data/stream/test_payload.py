@@ -8,14 +8,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.shards.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO, Encoding, encoded_schema
 from pipelines.data.shards.values import pack, pack_text
 from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source
-from pipelines.data.stream.window_decoding import ClipDecoder
 from pipelines.media.video import decode_video, encode_mp4
 from pipelines.shapes import render, sample_spec, write_shards
+from tests.helpers.hanging import CRASH, HANG, OddDecoder, grey_clip
 
 SHAPE = (13, 32, 32, 3)
 
@@ -116,3 +118,50 @@ def test_what_becomes_of_another_size_and_length_is_the_policys(
         assert reasons == {"wide": refused}
     else:
         assert set(batch.sample_ids) == {"right", "wide"}
+
+
+def write_odd_set(folder: Path, *odd: bytes) -> dict[str, bytes]:
+    """A shard of four good videos and some files that a decoder hangs at; the good ones by id."""
+    good = {f"good{n}": encode_mp4(grey_clip(40 * n + 40), 8) for n in range(4)}
+    videos = {**good, **{value.decode(): value for value in odd}}
+    columns = {
+        "sample_id": [*videos],
+        "caption": ["c"] * len(videos),
+        "video": [*videos.values()],
+        "fps": [8.0] * len(videos),
+    }
+    folder.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), folder / "one.parquet", row_group_size=2)
+    return good
+
+
+@pytest.mark.parametrize("readers", [0, pytest.param(1, marks=pytest.mark.ray)])
+def test_a_decoder_that_hangs_costs_its_clip_and_not_the_run(
+    tmp_path: Path, readers: int, request: pytest.FixtureRequest
+) -> None:
+    good = write_odd_set(tmp_path, HANG)
+    decoder = OddDecoder(ClipFormat(5, 32, 32, fps=8))
+    source = Source(
+        str(tmp_path), columns=(VIDEO,), decode=decoder, pixel_shape=(5, 32, 32, 3), max_hang_s=2.0
+    )
+    if readers:
+        request.getfixturevalue("ray_cluster")
+    ahead = ReadAheadSettings(readers)
+    settings = StreamSettings(source, 0, max_bad_fraction=0.5, ahead=ahead)
+    with Feed(settings, FeedProgress(), 4) as stream:
+        batch = stream.take(4)
+        pixels = stream.pixels(batch.number)
+    (left_out,) = batch.rejects
+    assert (left_out.sample_id, left_out.reason) == ("hang", "too_slow")
+    assert "max_hang_s" in left_out.detail
+    assert set(batch.sample_ids) == set(good)
+    for name, clip in zip(batch.sample_ids, pixels, strict=True):
+        assert np.array_equal(clip, decoder(good[name])), "the same bits as without the guard"
+
+
+def test_a_decoder_that_crashes_costs_its_clip_too(tmp_path: Path) -> None:
+    write_odd_set(tmp_path, CRASH)
+    decoder = OddDecoder(ClipFormat(5, 32, 32, fps=8))
+    source = Source(str(tmp_path), columns=(VIDEO,), decode=decoder, pixel_shape=(5, 32, 32, 3))
+    batch = feed(source).take(4)
+    assert [each.reason for each in batch.rejects] == ["worker_died"]
