@@ -81,7 +81,7 @@ def test_a_bad_row_is_quarantined_with_its_place_in_the_file_and_counted_by_chec
     path.write_text("\n".join(lines))
     batch = take(path, 68, max_bad_fraction=0.1)
     assert sorted(batch.captions) == sorted(CAPTIONS[:40] + CAPTIONS[41:50] + CAPTIONS[51:])
-    reasons = sorted(reject.reason for reject in batch.rejects)
+    reasons = sorted(reject.why for reject in batch.rejects)
     assert reasons[0] == "bad_manifest_row (row 40 of the file: no JSON object: {broken)"
     assert len(reasons) == 2
     report = check_shards(str(path), CheckOptions(num_processes=0))
