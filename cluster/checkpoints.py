@@ -17,8 +17,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from cluster.errors import StorageError
-from cluster.files import sha256_of, storage_errors
-from cluster.storage import file_sizes, read_json, resolved, write_json
+from cluster.files import open_store, sha256_of, storage_errors
+from cluster.storage import file_sizes, read_json, write_json
 
 MANIFEST = "manifest.json"
 _SET_ASIDE = "manifest.json.broken"
@@ -47,7 +47,7 @@ class Checkpoints:
         """Takes away what stands in a step's folder; call it before its parts are written."""
         folder = self.folder(step)
         with storage_errors(f"clearing {folder}"):
-            files, path = resolved(folder)
+            files, path = open_store(folder)
             files.invalidate_cache()
             is_there = files.isdir(path)
         if is_there:
@@ -140,7 +140,7 @@ class Checkpoints:
     def all_steps(self) -> list[int]:
         """Steps of all folders, complete or not, oldest first."""
         with storage_errors(f"listing {self.root}"):
-            files, path = resolved(self.root)
+            files, path = open_store(self.root)
             files.invalidate_cache()
             try:
                 entries = files.ls(path, detail=False)
@@ -161,7 +161,7 @@ class Checkpoints:
         """Makes a broken checkpoint count no longer; its parts stay until it is pruned."""
         folder = self.folder(step)
         with storage_errors(f"setting {folder} aside"):
-            files, path = resolved(folder)
+            files, path = open_store(folder)
             if files.exists(f"{path}/{MANIFEST}"):
                 files.mv(f"{path}/{MANIFEST}", f"{path}/{_SET_ASIDE}")
 
@@ -194,14 +194,14 @@ class Checkpoints:
         """SHA-256 of some parts; several are read at once."""
         folder = self.folder(step)
         with storage_errors(f"reading {folder}"), ThreadPoolExecutor(_AT_ONCE) as pool:
-            files, path = resolved(folder)
+            files, path = open_store(folder)
             found = pool.map(lambda name: sha256_of(f"{path}/{name}", files), names)
             return dict(zip(names, found, strict=True))
 
     def _delete(self, step: int) -> None:
         folder = self.folder(step)
         with storage_errors(f"deleting {folder}"):
-            files, path = resolved(folder)
+            files, path = open_store(folder)
             # Without its manifest it no longer exists, should we die half-way.
             if files.exists(f"{path}/{MANIFEST}"):
                 files.rm_file(f"{path}/{MANIFEST}")

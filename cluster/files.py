@@ -27,13 +27,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import ClusterError, StorageError
-from sgmd_core.errors import ConfigError
+from sgmd_core.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from cluster.s3.settings import S3Settings
 
 # An object of twice this size or more is sent in parts, each tried again by itself.
 _PART_BYTES = 16 * 2**20
@@ -75,13 +79,39 @@ def storage_errors(attempted: str) -> Iterator[None]:
     """
     try:
         yield
-    except ClusterError:
+    except (ClusterError, DataError):
         raise
     except Exception as error:
         usual = _OBJECT_STORE if _is_remote(attempted, error) else _DISK
         expected, remedy = _REMEDIES.get(_code_of(error), usual)
         found = f"{type(error).__name__}: {error}"
         raise StorageError(attempted, found, expected, remedy) from error
+
+
+def open_store(
+    address: str | Path, patience: "S3Settings | None" = None
+) -> tuple[AbstractFileSystem, str]:
+    """The file system of a path or URL, and the path in it.
+
+    A request to an S3 server is repeated after errors that pass, such as a 503, and given up within
+    a budget of time (120 s, and a second more for each MiB), so a server that accepts and never
+    answers ends in an error.
+
+    Args:
+        address: `/disk/run`, `s3://bucket/run`, or whatever fsspec takes.
+        patience: How to speak to an S3 server; None takes the usual budget.
+
+    Raises:
+        ValueError: fsspec knows no such protocol.
+    """
+    protocol, separator, path = str(address).partition("://")
+    if separator and protocol in ("s3", "s3a"):
+        # Loading the client takes a second, and most folders are on a disk.
+        from cluster.s3.filesystem import open_s3
+
+        return open_s3(patience), path.rstrip("/")
+    files, path = fsspec.core.url_to_fs(str(address))
+    return files, path.rstrip("/") or path
 
 
 def kind_of_path(path: str | Path) -> str:
@@ -182,7 +212,7 @@ def write_whole(path: str | Path, data: bytes, files: Any = None) -> None:  # no
         files: The fsspec file system that `path` belongs to; None: the one that `path` names.
     """
     if files is None:
-        files, path = fsspec.core.url_to_fs(str(path))
+        files, path = open_store(path)
     if isinstance(files, LocalFileSystem):
         with whole_file(path) as draft:
             draft.write_bytes(data)

@@ -24,14 +24,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import LeaseError, LeaseLostError
-from cluster.files import storage_errors
+from cluster.files import open_store, storage_errors
 
 LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
 _RENEW_EVERY_S, _EXPIRY_S = 10.0, 60.0
@@ -68,7 +67,7 @@ def hold(
         LeaseError: Another process holds it; says which one and since when.
         StorageError: Nothing can be written there.
     """
-    store = fsspec.core.url_to_fs(folder)[0] if filesystem is None else filesystem
+    store = open_store(folder)[0] if filesystem is None else filesystem
     path = str(store._strip_protocol(folder))
     holder = _holder(purpose)
     if isinstance(store, LocalFileSystem):

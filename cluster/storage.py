@@ -1,8 +1,8 @@
 """Texts and JSON of a run, on a local disk or an object store.
 
-Paths are what fsspec takes: `/disk/run`, `s3://bucket/run`. Keys and endpoint of S3 come from the
-usual AWS variables. Folders are made on local disks only. Asked to make a folder, s3fs may create
-its bucket, and whether a bucket exists is not ours to decide.
+Paths are what `cluster.files.open_store` takes: `/disk/run`, `s3://bucket/run`. Keys and endpoint
+of S3 come from the usual AWS variables. Folders are made on local disks only. Asked to make a
+folder, s3fs may create its bucket, and whether a bucket exists is not ours to decide.
 """
 
 import json
@@ -10,10 +10,8 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
-
 from cluster.errors import StorageError
-from cluster.files import storage_errors, write_whole
+from cluster.files import open_store, storage_errors, write_whole
 
 
 def read_text(url: str) -> str:
@@ -23,7 +21,7 @@ def read_text(url: str) -> str:
         StorageError: It is not there, or the store does not let us.
     """
     with storage_errors(f"reading {url}"):
-        files, path = resolved(url)
+        files, path = open_store(url)
         return str(files.read_text(path, encoding="utf-8"))
 
 
@@ -58,16 +56,10 @@ def write_json(url: str, content: Mapping[str, Any]) -> None:
 def file_sizes(folder: str) -> dict[str, int]:
     """Size in bytes of every file under a folder, by relative path."""
     with storage_errors(f"listing {folder}"):
-        files, path = resolved(folder)
+        files, path = open_store(folder)
         files.invalidate_cache()
         found = dict(files.find(path, detail=True))
     return {
         str(PurePosixPath(name).relative_to(path)): entry["size"]
         for name, entry in sorted(found.items())
     }
-
-
-def resolved(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a path or URL, and the path in it."""
-    files, path = fsspec.core.url_to_fs(url)
-    return files, path.rstrip("/")

@@ -15,14 +15,15 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from packaging.requirements import Requirement
 
+from cluster.files import open_store
 from cluster.inventory import memory_bytes, take_inventory
 from cluster.runtime import start_ray
+from cluster.s3.settings import S3Settings
 from pipelines.config.recipe import PROJECT_ROOT
 from pipelines.media.video import decode_video, encode_mp4
 from sgmd_core.errors import SgmdError
@@ -36,6 +37,7 @@ _MIN_DISK_BYTES = 5 * _GIB
 _MAX_TEMP_PATH_BYTES = 45
 # A clip decoded from H.264 differs a little from what was encoded.
 _MAX_CODEC_ERROR = 24
+_STORAGE_S = 20.0  # a request to an S3 server
 
 
 class Status(StrEnum):
@@ -215,7 +217,7 @@ def _storage(folder: str) -> Finding:
     payload = uuid.uuid4().bytes
     address = f"{folder.rstrip('/')}/sgmd-doctor-{uuid.uuid4().hex}"
     try:
-        filesystem, path = fsspec.core.url_to_fs(address)
+        filesystem, path = open_store(address, S3Settings(read_budget_s=_STORAGE_S))
         # On an object store this might create a bucket, which is not ours to decide.
         if isinstance(filesystem, LocalFileSystem):
             filesystem.makedirs(filesystem._parent(path), exist_ok=True)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import HTTPError
@@ -17,7 +17,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.helpers.s3_server import S3Access, free_port
+from tests.helpers.faulty_proxy import ProxyBook, Trouble, serve_faulty
+from tests.helpers.s3_server import S3Access, S3Server, free_port, use_server
 
 # Ray reads the mode when it is imported. The token is this session's, never the user's own.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -63,6 +64,24 @@ def ray_folder() -> Iterator[Path]:
 def s3_access() -> S3Access:
     """Where the processes of `ray_cluster` look for an S3 server; who wants one, starts it."""
     return S3Access()
+
+
+@pytest.fixture
+def through(
+    server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., ProxyBook]]:
+    """Puts a proxy with some troubles between this process and the module's fixture `server`."""
+    use_server(server.environment, monkeypatch)
+
+    def put(plan: Callable[[int], Trouble], stall_s: float = 2.0) -> ProxyBook:
+        book = stack.enter_context(
+            serve_faulty(server.environment["AWS_ENDPOINT_URL"], plan, stall_s)
+        )
+        use_server({"AWS_ENDPOINT_URL": book.endpoint}, monkeypatch)
+        return book
+
+    with ExitStack() as stack:
+        yield put
 
 
 @pytest.fixture(scope="session")

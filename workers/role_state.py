@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.files import sha256_of, storage_errors, whole_file, write_whole
+from cluster.files import open_store, sha256_of, storage_errors, whole_file, write_whole
 from sgmd_core.errors import CheckpointError
 from workers.sharding import is_first_rank
 
@@ -66,12 +66,12 @@ def save_role(folder: str, role: str, state: RoleState) -> dict[str, str]:
         return {}
     target = f"{folder.rstrip('/')}/{role}"
     with storage_errors(f"saving the {role} to {target}"):
-        digests = _write(*fsspec.core.url_to_fs(target), role, state)
+        digests = _write(*open_store(target), role, state)
     return {f"{role}/{name}": digest for name, digest in digests.items()}
 
 
 def _write(
-    filesystem: fsspec.AbstractFileSystem, path: str, role: str, state: RoleState
+    filesystem: AbstractFileSystem, path: str, role: str, state: RoleState
 ) -> dict[str, str]:
     """Writes the files of a role; returns their digests by name."""
     digests = {_WEIGHTS: _write_tensors(filesystem, f"{path}/{_WEIGHTS}", state.weights)}
@@ -96,9 +96,10 @@ def load_role(folder: str, role: str) -> RoleState:
 
     Raises:
         CheckpointError: A file is missing, torn, changed, or another role's; names it.
+        StorageError: The server fails, or does not answer in time.
     """
     target = f"{folder.rstrip('/')}/{role}"
-    filesystem, path = fsspec.core.url_to_fs(target)
+    filesystem, path = open_store(target)
     try:
         counters = json.loads(filesystem.cat_file(f"{path}/{_COUNTERS}"))
         saved_as, digests = counters.get("role", role), counters.get("sha256", {})
@@ -108,13 +109,23 @@ def load_role(folder: str, role: str) -> RoleState:
         has_optimizer = counters["has_optimizer"]
         moments = _read_tensors(filesystem, path, _OPTIMIZER, digests) if has_optimizer else {}
         return RoleState(int(counters["updates"]), weights, moments)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"loading the {role} from {target}",
-            f"{type(error).__name__}: {error}",
-            f"{_COUNTERS}, {_WEIGHTS} and {_OPTIMIZER}, whole",
-            _REMEDY,
-        ) from error
+    except OSError as error:
+        if isinstance(filesystem, LocalFileSystem) or isinstance(error, FileNotFoundError):
+            raise _broken(role, target, error) from error
+        # A server that fails does not make a checkpoint a broken one.
+        with storage_errors(f"loading the {role} from {target}"):
+            raise
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _broken(role, target, error) from error
+
+
+def _broken(role: str, target: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"loading the {role} from {target}",
+        f"{type(error).__name__}: {error}",
+        f"{_COUNTERS}, {_WEIGHTS} and {_OPTIMIZER}, whole",
+        _REMEDY,
+    )
 
 
 def require_same_tensors(
@@ -139,9 +150,7 @@ def require_same_tensors(
             )
 
 
-def _write_tensors(
-    filesystem: fsspec.AbstractFileSystem, path: str, tensors: Mapping[str, Tensor]
-) -> str:
+def _write_tensors(filesystem: AbstractFileSystem, path: str, tensors: Mapping[str, Tensor]) -> str:
     """Writes a file of tensors; returns its digest."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if isinstance(filesystem, LocalFileSystem):
@@ -155,7 +164,7 @@ def _write_tensors(
 
 
 def _read_tensors(
-    filesystem: fsspec.AbstractFileSystem, folder: str, name: str, digests: Mapping[str, str]
+    filesystem: AbstractFileSystem, folder: str, name: str, digests: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """Reads a file of tensors whose digest agrees with what was written."""
     path = f"{folder}/{name}"

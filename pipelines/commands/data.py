@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cluster.s3.settings import DEFAULT_READ_BUDGET_S, S3Settings
 from pipelines.commands.options import LARGEST_SEED, Json
 from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits, FitPolicy
 from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_choice import CaptionChoice
-from pipelines.data.shards.s3_settings import DEFAULT_READ_BUDGET_S, S3Settings
 
 if TYPE_CHECKING:
     from pipelines.data.making.prepare import PrepareProgress

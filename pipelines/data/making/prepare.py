@@ -17,6 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from cluster.s3.settings import S3Settings
 from pipelines.data.clips.guarded_process import Died
 from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_choice import CaptionChoice
@@ -41,7 +42,6 @@ from pipelines.data.shards.rejection import (
     Rejection,
     require_few,
 )
-from pipelines.data.shards.s3_settings import S3Settings
 from pipelines.data.shards.schema import (
     CAPTION,
     FPS,

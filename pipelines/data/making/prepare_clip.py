@@ -8,6 +8,7 @@ from typing import cast
 import aiohttp
 
 from cluster.files import kind_of_path
+from cluster.s3.settings import S3Settings
 from pipelines.data.clips.clip_decoding import read_facts, read_first_frame, read_look
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
@@ -24,7 +25,6 @@ from pipelines.data.making.unserved import unserved
 from pipelines.data.shards.caption_rule import caption_fault
 from pipelines.data.shards.filesystem import data_errors, open_folder
 from pipelines.data.shards.rejection import Reason, Rejection
-from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 
 _MAX_CAPTION_FILE_BYTES = 2**20

@@ -8,13 +8,13 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from cluster.s3.settings import S3Settings
 from pipelines.data.making.prepare_clip import PreparedClip
 from pipelines.data.making.source_clip import FileRange, SourceClip
 from pipelines.data.making.unserved import Unserved
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.reading import NUM_WITNESSES, Range, serves_one_of
 from pipelines.data.shards.rejection import Rejection
-from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 
 Listed = SourceClip | Rejection

@@ -8,7 +8,6 @@ a server that is down are told before anything starts. No error shows a key.
 """
 
 import errno
-import ipaddress
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -26,8 +25,8 @@ from s3fs import S3FileSystem
 
 from cluster.files import kind_of_path
 from cluster.redaction import without_secrets
-from pipelines.data.shards.patient_s3 import PatientS3FileSystem
-from pipelines.data.shards.s3_settings import S3Settings
+from cluster.s3.filesystem import open_s3
+from cluster.s3.settings import S3Settings
 from sgmd_core.errors import DataError
 
 _LOCAL = ("file", "local")
@@ -108,7 +107,7 @@ def _open(url: str, s3: S3Settings) -> tuple[AbstractFileSystem, str]:
         return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url))
     if protocol not in ("s3", "s3a"):
         return fsspec.core.url_to_fs(url)
-    return PatientS3FileSystem(patience=s3, **_s3_options(s3)), path
+    return open_s3(s3), path
 
 
 def canonical_address(url: str) -> str:
@@ -156,53 +155,6 @@ def data_error(attempted: str, error: BaseException) -> DataError:
         "a file or folder that can be read whole",
         "If a file was cut short or damaged, write it again",
     )
-
-
-def _s3_options(s3: S3Settings) -> dict[str, Any]:
-    """Returns the options of s3fs and of the SDK under it."""
-    config: dict[str, Any] = {
-        "connect_timeout": s3.connect_timeout_s,
-        "read_timeout": s3.read_timeout_s,
-        "retries": {"total_max_attempts": s3.max_attempts, "mode": s3.retry_mode},
-        "s3": {"addressing_style": s3.addressing},
-    }
-    if s3.checksums is not None:
-        config["request_checksum_calculation"] = s3.checksums
-        config["response_checksum_validation"] = s3.checksums
-    # Without its own read-ahead, s3fs fetches what is asked for and not 50 MB around it.
-    options: dict[str, Any] = {"config_kwargs": config, "default_cache_type": "none"}
-    endpoint = endpoint_with_scheme()
-    return options if endpoint is None else {**options, "endpoint_url": endpoint}
-
-
-def endpoint_with_scheme() -> str | None:
-    """The endpoint of the environment as a URL, where it stands there without a scheme.
-
-    A host of this machine or network (`localhost:9000`, `10.0.0.5:9000`, `minio:9000`) is spoken to
-    by http, as such servers are.
-
-    Raises:
-        DataError: A host of the internet is named without a scheme.
-    """
-    name = next(
-        (one for one in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(one)), None
-    )
-    if name is None or "://" in os.environ[name]:
-        return None
-    given = os.environ[name]
-    host = given.partition("/")[0].partition(":")[0]
-    try:
-        is_near = ipaddress.ip_address(host).is_private
-    except ValueError:
-        is_near = "." not in host
-    if not is_near:
-        raise DataError(
-            f"reading {name}",
-            f"{given!r}, which has no scheme",
-            "a URL such as https://host:port",
-            f"Set {name}=https://{given} (or http://, if the server does not encrypt)",
-        )
-    return f"http://{given}"
 
 
 def _is_missing_file(error: BaseException, text: str) -> bool:

@@ -3,7 +3,7 @@
     ranges -> side by side, each tried again within its budget -> bytes
     an object that fails for good -> does the server answer for another one? -> Fault, or DataError
 
-`read_budget_s` bounds all tries of a read, see `pipelines.data.shards.patience`. A server that
+`read_budget_s` bounds all tries of a read, see `cluster.s3.patience`. A server that
 fails as a whole is never taken for bad data.
 """
 
@@ -18,8 +18,8 @@ from fsspec.asyn import AsyncFileSystem, sync
 from s3fs import S3FileSystem
 
 from cluster.redaction import without_secrets
-from pipelines.data.shards.filesystem import data_error
-from pipelines.data.shards.patience import (
+from cluster.s3.filesystem import PatientS3FileSystem
+from cluster.s3.patience import (
     Waiting,
     ask_again,
     backoff_of,
@@ -27,8 +27,8 @@ from pipelines.data.shards.patience import (
     is_transient,
     reporting,
 )
-from pipelines.data.shards.patient_s3 import PatientS3FileSystem
-from pipelines.data.shards.s3_settings import S3Settings
+from cluster.s3.settings import S3Settings
+from pipelines.data.shards.filesystem import data_error
 from pipelines.data.shards.schema import QUARANTINE_NAME
 from sgmd_core.errors import DataError
 

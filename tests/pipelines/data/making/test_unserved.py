@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.s3.settings import S3Settings
 from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.making.caption_file import open_set, read_prompts
 from pipelines.data.making.prepare import PrepareOptions, prepare
 from pipelines.data.shards.index import read_index
-from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every
 from tests.helpers.s3_server import S3Server, serve_s3

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from cluster.redaction import without_secrets
+from cluster.s3.patience import is_transient
+from cluster.s3.settings import S3Settings
 from pipelines.data.shards.filesystem import data_errors, open_folder
-from pipelines.data.shards.patience import is_transient
-from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import ConfigError, DataError
 from tests.helpers.s3_server import S3Server, serve_s3, use_server
 

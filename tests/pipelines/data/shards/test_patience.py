@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from cluster.s3.settings import S3Settings
 from pipelines.data.shards.filesystem import data_errors, open_folder
-from pipelines.data.shards.s3_settings import S3Settings
 from sgmd_core.errors import DataError
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every
 from tests.helpers.s3_server import S3Server, serve_s3

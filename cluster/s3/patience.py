@@ -15,12 +15,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import pyarrow as pa
 from aiohttp import ClientPayloadError
 from botocore import exceptions as boto
 
 from cluster.redaction import without_secrets
-from pipelines.data.shards.s3_settings import S3Settings
+from cluster.s3.settings import S3Settings
 
 T = TypeVar("T")
 
@@ -149,8 +148,6 @@ def is_transient(error: BaseException) -> bool:
     PermissionError; none of them gets better by waiting.
     """
     if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)):
-        return False
-    if isinstance(error, pa.ArrowException):
         return False
     if isinstance(error, boto.ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)

@@ -6,20 +6,44 @@
 So `info`, `ls`, `exists`, `open`, `cat_file` and `pipe_file` need no patience of their own.
 """
 
+import ipaddress
+import os
+from pathlib import Path
 from typing import Any, cast
 
 from fsspec.asyn import sync_wrapper
+from fsspec.callbacks import DEFAULT_CALLBACK, Callback
 from s3fs import S3FileSystem
 from s3fs.core import S3File
 
-from pipelines.data.shards.patience import (
+from cluster.s3.patience import (
     Waiting,
     ask_again,
     ask_once,
     budget_of,
     reporting,
 )
-from pipelines.data.shards.s3_settings import S3Settings
+from cluster.s3.settings import S3Settings
+from sgmd_core.errors import DataError
+
+RUNS = S3Settings()
+"""Patience with the folders of runs."""
+
+# A part of a file that is downloaded has a budget of its own.
+_PART_BYTES = 64 * 2**20
+
+
+def open_s3(settings: S3Settings | None = None) -> "PatientS3FileSystem":
+    """The client of the S3 server that the AWS variables name.
+
+    Args:
+        settings: How to speak to the server; None takes those of the folders of runs.
+
+    Raises:
+        DataError: A host of the internet is named without a scheme.
+    """
+    settings = RUNS if settings is None else settings
+    return PatientS3FileSystem(patience=settings, **_options(settings))
 
 
 class PatientS3FileSystem(S3FileSystem):
@@ -63,6 +87,24 @@ class PatientS3FileSystem(S3FileSystem):
             raise answer
         return answer
 
+    async def _get_file(  # pyright: ignore[reportIncompatibleMethodOverride] - keyword options
+        self,
+        rpath: str,
+        lpath: str,
+        callback: Callback = DEFAULT_CALLBACK,
+        version_id: str | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> None:
+        size = int((await self._info(rpath, refresh=True))["size"])
+        callback.set_size(size)
+        with Path(lpath).open("wb") as file:
+            for start in range(0, size, _PART_BYTES):
+                part = await self._cat_file(
+                    rpath, version_id, start, min(start + _PART_BYTES, size)
+                )
+                file.write(part)
+                callback.relative_update(len(part))
+
     async def _call_s3(self, method: str, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         if method == "get_object":
             # Its bytes come later; who reads them has a budget for both.
@@ -102,3 +144,50 @@ class _PatientFile(S3File):
 
 # Whoever clears the clients of s3fs, because keys or addresses are others now, means these too.
 PatientS3FileSystem._cache = S3FileSystem._cache
+
+
+def _options(s3: S3Settings) -> dict[str, Any]:
+    """Returns the options of s3fs and of the SDK under it."""
+    config: dict[str, Any] = {
+        "connect_timeout": s3.connect_timeout_s,
+        "read_timeout": s3.read_timeout_s,
+        "retries": {"total_max_attempts": s3.max_attempts, "mode": s3.retry_mode},
+        "s3": {"addressing_style": s3.addressing},
+    }
+    if s3.checksums is not None:
+        config["request_checksum_calculation"] = s3.checksums
+        config["response_checksum_validation"] = s3.checksums
+    # Without its own read-ahead, s3fs fetches what is asked for and not 50 MB around it.
+    options: dict[str, Any] = {"config_kwargs": config, "default_cache_type": "none"}
+    endpoint = endpoint_with_scheme()
+    return options if endpoint is None else {**options, "endpoint_url": endpoint}
+
+
+def endpoint_with_scheme() -> str | None:
+    """The endpoint of the environment as a URL, where it stands there without a scheme.
+
+    A host of this machine or network (`localhost:9000`, `10.0.0.5:9000`, `minio:9000`) is spoken to
+    by http, as such servers are.
+
+    Raises:
+        DataError: A host of the internet is named without a scheme.
+    """
+    name = next(
+        (one for one in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") if os.environ.get(one)), None
+    )
+    if name is None or "://" in os.environ[name]:
+        return None
+    given = os.environ[name]
+    host = given.partition("/")[0].partition(":")[0]
+    try:
+        is_near = ipaddress.ip_address(host).is_private
+    except ValueError:
+        is_near = "." not in host
+    if not is_near:
+        raise DataError(
+            f"reading {name}",
+            f"{given!r}, which has no scheme",
+            "a URL such as https://host:port",
+            f"Set {name}=https://{given} (or http://, if the server does not encrypt)",
+        )
+    return f"http://{given}"
