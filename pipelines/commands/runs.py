@@ -64,6 +64,9 @@ def pretrain(
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: our own")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check settings, clips and folders; start nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a small teacher from clips with Ray Train; the same command again resumes it."""
@@ -74,6 +77,12 @@ def pretrain(
         from pipelines.pretraining.config import PretrainConfig
 
         checked = job.checked(load(PretrainConfig, recipe, overrides or []))
+        if dry_run:
+            config, num_clips = checked.config, checked.clips.num_rows
+            data = {"output": config.output, "run_dir": config.run_dir, "clips": num_clips}
+            words = f"{num_clips} clips in {config.world.train}; would write {config.output}"
+            show(data, as_json, words)
+            return
         own_cluster = address is None and "RAY_ADDRESS" not in os.environ
         num_cpus = (
             max(os.cpu_count() or 1, job.num_cpus_needed(checked.config)) if own_cluster else None

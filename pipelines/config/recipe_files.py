@@ -9,7 +9,7 @@ nearest one that does.
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -192,20 +192,13 @@ def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
         ConfigError: Says all that is wrong.
     """
     problems = [*_unusable_numbers(settings)]
-    try:
-        # By way of JSON, whose strict mode takes a list for a tuple and an object for a record.
-        checked = kind.model_validate_json(json.dumps(settings), strict=True)
-        if not problems:
-            return checked
-    except ValidationError as error:
-        known, methods = known_keys(kind), _methods(kind, "")
-        too_large = {line.partition(" is ")[0] for line in problems}
-        problems += [
-            line
-            for detail in error.errors()
-            for line in _problems(detail, known, methods)
-            if line.partition(" is ")[0] not in too_large
-        ]
+    checked = _made(kind, settings)
+    if not problems and not isinstance(checked, ValidationError):
+        return checked
+    too_large = {line.partition(" is ")[0] for line in problems}
+    problems += [
+        line for line in _all_problems(kind, settings) if line.partition(" is ")[0] not in too_large
+    ]
     problems = list(dict.fromkeys(problems))
     if len(problems) == 1:
         found = problems[0]
@@ -213,6 +206,65 @@ def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
         found = f"{len(problems)} settings are wrong:\n  - " + "\n  - ".join(problems)
     remedy = "\n`sgmd recipes show NAME` prints a recipe in which every key is explained"
     raise ConfigError(attempted, found, remedy=remedy)
+
+
+def _made(kind: type[C], settings: Mapping[str, Any]) -> C | ValidationError:
+    try:
+        # By way of JSON, whose strict mode takes a list for a tuple and an object for a record.
+        return kind.model_validate_json(json.dumps(settings), strict=True)
+    except ValidationError as error:
+        return error
+
+
+def _all_problems(kind: type[BaseModel], settings: Mapping[str, Any]) -> Iterator[str]:
+    """Everything that is wrong with settings.
+
+    A section with a wrong value is not compared with the others, and a record that checks itself
+    stops at its first wrong value. So the settings are checked again without the wrong ones, until
+    nothing new is found.
+    """
+    known, methods = known_keys(kind), _methods(kind, "")
+    dropped: set[str] = set()
+    while isinstance(error := _made(kind, settings), ValidationError):
+        wrong: set[str] = set()
+        for detail in error.errors():
+            key, _ = _written_key([str(part) for part in detail["loc"]], methods)
+            is_own = detail["type"] == "value_error"
+            # Of a setting that was left out, only its absence can be said.
+            if not is_own and any(f"{each}.".startswith(f"{key}.") for each in dropped):
+                # It has no default, so its section cannot be made without it.
+                wrong.add(key.rpartition(".")[0])
+                continue
+            lines = _problems(detail, known, methods)
+            yield from (line for line in lines if not any(each in line for each in dropped))
+            wrong.add(_wrong_key(key, lines[0], known) if is_own else key)
+        wrong -= {"", *dropped}
+        if not wrong:
+            return
+        dropped |= wrong
+        settings = _without(settings, wrong)
+
+
+def _wrong_key(section: str, line: str, known: Sequence[str]) -> str:
+    """The setting that a record has refused, by the first word of what it says."""
+    words = line.removeprefix(f"{section}: ").split(maxsplit=1)
+    key = f"{section}.{words[0].rpartition('.')[2]}" if section and words else ""
+    return key if key in known else section
+
+
+def _without(
+    settings: Mapping[str, Any], keys: Collection[str], prefix: str = ""
+) -> dict[str, Any]:
+    """The settings without some of them; of a list with a wrong element, without the list."""
+    return {
+        name: _without(value, keys, f"{prefix}{name}.") if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if not any(
+            key == f"{prefix}{name}"
+            or (key.startswith(f"{prefix}{name}.") and not isinstance(value, Mapping))
+            for key in keys
+        )
+    }
 
 
 def _unusable_numbers(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

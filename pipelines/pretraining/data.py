@@ -89,6 +89,11 @@ class TrainingClips:
         """Paths of its shards, relative to its folder."""
         return list(dict.fromkeys(group.shard for group, _ in self.groups))
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that are wanted."""
+        return sum(num_rows for _, num_rows in self.groups)
+
 
 def open_clips(
     folder: str,

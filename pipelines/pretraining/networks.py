@@ -7,10 +7,15 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from pipelines.pretraining.config import DenoiserSettings, TextSettings, VaeSettings
+from pipelines.pretraining.config import (
+    ROPE_LENGTH,
+    SPATIAL_FACTOR,
+    TEMPORAL_FACTOR,
+    DenoiserSettings,
+    TextSettings,
+    VaeSettings,
+)
 
-SPATIAL_FACTOR = 4
-TEMPORAL_FACTOR = 4
 _RGB = 3
 _FIRST_LOG_VARIANCE = -6.0
 
@@ -58,7 +63,7 @@ def build_transformer(
         freq_dim=settings.freq_dim,
         ffn_dim=settings.ffn_dim,
         num_layers=settings.num_layers,
-        rope_max_seq_len=64,
+        rope_max_seq_len=ROPE_LENGTH,
     )
 
 

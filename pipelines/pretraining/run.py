@@ -70,7 +70,7 @@ from pipelines.pretraining.stages import (
     stage_identities,
 )
 from pipelines.run.folder import require_output_folder
-from sgmd_core.errors import SgmdError
+from sgmd_core.errors import ConfigError, SgmdError
 from workers.models.families import family_of
 from workers.models.wan import open_autoencoder
 
@@ -157,9 +157,26 @@ def checked(config: PretrainConfig) -> CheckedPretrain:
         require_replaceable(folder, setting, _sources(config))
     clips, held_out = open_clips(config.world.train, config.world), None
     require_autoencoder(config, clips)
+    _require_clip_each(config, clips, "world.train")
     if config.vae.folder is None:
         held_out = open_clips(config.world.held_out, config.world, [ShardKind.VIDEO])
+        _require_clip_each(config, held_out, "world.held_out")
     return CheckedPretrain(config, clips, held_out)
+
+
+def _require_clip_each(config: PretrainConfig, clips: TrainingClips, setting: str) -> None:
+    """Checks that every worker gets a clip.
+
+    Raises:
+        ConfigError: There are fewer clips than workers.
+    """
+    if clips.num_rows < config.ray.num_workers:
+        raise ConfigError(
+            f"sharing the clips of {setting} among the workers",
+            f"{clips.num_rows} clips and ray.num_workers {config.ray.num_workers}",
+            "a clip for each worker at least",
+            "Lower ray.num_workers, or raise world.max_clips or write more clips",
+        )
 
 
 def _outputs(config: PretrainConfig) -> dict[str, str]:

@@ -12,11 +12,12 @@ from typing import Any, cast
 
 from cluster.storage import read_json, write_json
 from pipelines.data.making.source_clip import open_reading
-from pipelines.pretraining.config import PretrainConfig
+from pipelines.pretraining.config import PretrainConfig, latent_problems
 from pipelines.pretraining.data import TrainingClips
 from pipelines.pretraining.loops import VAE_FOLDER
 from pipelines.run.differences import value_differences
-from sgmd_core.errors import CheckpointError, ConfigError, DataError
+from pipelines.shapes import FRAME_PX, NUM_FRAMES
+from sgmd_core.errors import CheckpointError, ConfigError, DataError, ShapeError
 from workers.models.content import fingerprint
 from workers.models.families import family_of
 
@@ -70,7 +71,8 @@ def require_autoencoder(config: PretrainConfig, clips: TrainingClips) -> None:
     """Checks that `vae.folder` fits the clips, and has made them if they are encoded.
 
     Raises:
-        ConfigError: The clips are encoded, and `vae.folder` is not set.
+        ConfigError: The clips are encoded, and `vae.folder` is not set; or the denoiser cannot take
+            its latents.
         DataError: It is another autoencoder, or clips of `world` have latents of another shape.
         ModelFolderError: `vae.folder` cannot be used.
         ShapeError: Its autoencoder cannot encode clips of the size in `world`.
@@ -88,7 +90,20 @@ def require_autoencoder(config: PretrainConfig, clips: TrainingClips) -> None:
             " videos",
         )
     size = (config.world.num_frames, config.world.frame_px, config.world.frame_px)
-    expected = family_of(folder).inspect(Path(folder)).latent_shape(*size)
+    geometry = family_of(folder).inspect(Path(folder))
+    expected = geometry.latent_shape(*size)
+    problems = list(latent_problems(expected, config.denoiser.patch_size))
+    if problems:
+        raise ConfigError(f"encoding clips with {folder}", "; ".join(problems))
+    try:
+        geometry.latent_shape(NUM_FRAMES, FRAME_PX, FRAME_PX)
+    except ShapeError as error:
+        raise ConfigError(
+            "checking the clips that the teacher is measured with",
+            error.found,
+            error.expected,
+            "Set vae.folder to another model folder, or to null to train an autoencoder",
+        ) from error
     if encoding is None:
         return
     found = autoencoder_of(folder)

@@ -229,6 +229,30 @@ class TestRefusals:
         assert "objective.lambda_nr" in text
         assert "optimizer.lr" in text
 
+    def test_a_wrong_value_hides_no_other_value_of_its_section_and_no_contradiction(self):
+        text = refusal(
+            "seed=-1",
+            "generator.num_steps=0",
+            "generator.ema_decay=2",
+            "generator.optimizer.lr=-1",
+            "batch.micro_batches=3",
+            "schedule.shift=0",
+            "schedule.score_sigma_min=3",
+            "objective.method=none",
+        )
+        assert "8 settings are wrong" in text
+        for words in (
+            "seed is -1",
+            "generator.num_steps is 0",
+            "generator.ema_decay is 2.0",
+            "optimizer.lr is -1.0",
+            "does not divide into 3 micro-batches",
+            "shift is 0.0",
+            "score_sigma_min is 3.0",
+            'objective.method is "none"',
+        ):
+            assert text.count(words) == 1
+
     @pytest.mark.parametrize(
         ("overrides", "words"),
         [
