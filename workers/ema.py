@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.role_state import require_same_tensors
-from workers.sharding import copy_into, parameters_of
+from workers.sharding import copy_into, parameters_of, reshard
 
 
 def effective_decay(decay: float, updates: int, start: int = 0) -> float:
@@ -36,8 +36,10 @@ class AveragedWeights:
     def __init__(self, network: nn.Module, decay: float, start: int = 0) -> None:
         self._decay = decay
         self._start = start
+        self._network = network
+        self._parameters = parameters_of(network)
         self._average = {
-            name: _wide(value.detach()).clone() for name, value in parameters_of(network).items()
+            name: _wide(value.detach()).clone() for name, value in self._parameters.items()
         }
 
     @property
@@ -46,12 +48,14 @@ class AveragedWeights:
         return self._average
 
     @torch.no_grad()
-    def update(self, network: nn.Module, updates: int) -> None:
+    def update(self, updates: int) -> None:
         """Takes the network's present weights in; `updates` were taken in before."""
         weight = 1 - effective_decay(self._decay, updates, self._start)
-        for name, value in parameters_of(network).items():
-            average = self._average[name]
-            average.lerp_(value.to(average.dtype), weight)
+        reshard(self._network)
+        averages = list(self._average.values())
+        weights = [_wide(value.detach()) for value in self._parameters.values()]
+        # One call for all tensors, as in torch.optim.swa_utils.
+        torch._foreach_lerp_(averages, weights, weight)
 
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Goes on from a saved average.

@@ -113,7 +113,7 @@ class FakeScoreTracker:
         if self._objective.path is GradientPath.BOTH_SCORES:
             # The graph behind it is the teacher's, who is sent the gradient at this leaf.
             wanted.append(velocity_teacher.requires_grad_())
-        with nullcontext() if self._keeps_parameters else _frozen(self._network):
+        with nullcontext() if self._keeps_parameters else _frozen(self._optimizer.parameters):
             velocity_fake = self._predict(leaf)
             loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
             # Asked for these alone, autograd makes no gradient for any parameter.
@@ -279,13 +279,15 @@ class _KeptForward:
 
 
 @contextmanager
-def _frozen(network: nn.Module) -> Iterator[None]:
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """No parameter takes part in graphs recorded inside, which saves the memory for it."""
-    network.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        network.requires_grad_(True)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def _finite_terms(

@@ -213,7 +213,7 @@ class GeneratorLearner:
         """
         version = self._optimizer.step(iteration)
         if self._average is not None:
-            self._average.update(self._network, iteration)
+            self._average.update(iteration)
         return version
 
     def discard(self) -> None:

@@ -10,10 +10,10 @@ updates an iteration, each after a report of its own.
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
+from workers.adamw import make_adamw, restore_moments
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_tensors
 from workers.settings import OptimizerSettings
@@ -25,6 +25,9 @@ from workers.sharding import (
     parameters_of,
     reshard,
 )
+
+_CLIP_MARGIN = 1e-5
+"""More than what torch adds to the norm before it divides by it."""
 
 
 def learning_rate(settings: OptimizerSettings, updates: int) -> float:
@@ -61,7 +64,7 @@ class RoleOptimizer:
         self._updates_per_iteration = updates_per_iteration
         self._network = network
         self._parameters = parameters_of(network)
-        self._adamw = torch.optim.AdamW(
+        self._adamw = make_adamw(
             self._parameters.values(),
             lr=settings.lr,
             betas=settings.betas,
@@ -132,18 +135,22 @@ class RoleOptimizer:
                 "a gradient report of this iteration, taken after all micro-batches",
                 "Call gradient_report first",
             )
-        norm = full_tensor(self._norm)
-        if not torch.isfinite(norm):
+        norm = full_tensor(self._norm).item()
+        if not math.isfinite(norm):
             raise NonFiniteError(
                 f"updating the {self._role} in iteration {iteration}",
-                f"a gradient norm of {norm.item()}",
+                f"a gradient norm of {norm}",
                 "finite gradients",
                 f"The {self._role} was not updated. "
                 + non_finite_remedy(self._updates, "its optimizer.lr"),
             )
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate(self._settings, self._updates)
-        nn.utils.clip_grads_with_norm_(self.parameters, self._settings.max_grad_norm, self._norm)
+        # Gradients below the limit would be multiplied by 1.
+        if norm + _CLIP_MARGIN > self._settings.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(
+                self.parameters, self._settings.max_grad_norm, self._norm
+            )
         reshard(self._network)
         self._adamw.step()
         self.discard()
@@ -179,11 +186,10 @@ class RoleOptimizer:
         """
         attempted = f"loading the {self._role}"
         require_same_tensors(state.weights, self.weights, attempted)
-        for name, parameter in parameters_of(self._network).items():
+        reshard(self._network)
+        for name, parameter in self._parameters.items():
             copy_into(parameter, state.weights[name])
-        saved = self._adamw.state_dict()
-        saved["state"] = _moments_by_index(self._parameters, state.moments)
-        self._adamw.load_state_dict(saved)
+        restore_moments(self._adamw, _moments_by_index(self._parameters, state.moments))
         self._updates = state.updates
         self.discard()
 

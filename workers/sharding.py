@@ -67,6 +67,8 @@ def reshard(network: nn.Module) -> None:
     to the parts the next pass would still compute with them. Graphs that are kept gather again in
     their backward pass.
     """
+    if not is_sharded(network):
+        return
     for part in network.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

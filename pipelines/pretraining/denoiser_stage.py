@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from pipelines.pretraining.config import DenoiserSettings, TextSettings
 from sgmd_core.errors import NonFiniteError, non_finite_remedy
+from workers.adamw import make_adamw, restore_moments
 from workers.models.wan import CaptionEncoder, WanVelocity, embed_captions
 
 
@@ -179,7 +180,7 @@ class DenoiserTraining:
         self._average = {
             name: value.detach().clone() for name, value in networks.named_parameters()
         }
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = make_adamw(
             networks.parameters(),
             lr=settings.learning_rate,
             betas=settings.betas,
@@ -261,7 +262,7 @@ class DenoiserTraining:
         """Continue where `state_dict` was taken."""
         self.networks.load_state_dict(state["networks"])
         self._average = {name: value.clone() for name, value in state["average"].items()}
-        self._optimizer.load_state_dict(state["optimizer"])
+        restore_moments(self._optimizer, state["optimizer"]["state"])
         self.num_steps_done = state["num_steps_done"]
         self.schedule = RateSchedule(self.settings, state["decay_start"])
 
@@ -269,8 +270,10 @@ class DenoiserTraining:
     def _update_average(self, step: int) -> None:
         # A short horizon at first, so that the average does not remember the initial weights.
         decay = min(self.settings.ema_decay, (step + 1) / (step + 10))
-        for name, value in self.networks.named_parameters():
-            self._average[name].lerp_(value, 1 - decay)
+        trained = dict(self.networks.named_parameters())
+        torch._foreach_lerp_(
+            [self._average[name] for name in trained], [*trained.values()], 1 - decay
+        )
 
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:

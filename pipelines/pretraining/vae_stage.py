@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipelines.pretraining.config import VaeSettings
 from sgmd_core.errors import NonFiniteError, non_finite_remedy
+from workers.adamw import make_adamw, restore_moments
 
 _PIXEL_LEVELS = 255.0
 _MAX_GRAD_NORM = 1.0
@@ -89,7 +90,7 @@ class VaeTraining:
         self.seed = seed
         self.num_steps_done = 0
         self._sync_gradients = sync_gradients
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = make_adamw(
             vae.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
         )
 
@@ -137,7 +138,7 @@ class VaeTraining:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
         self.vae.load_state_dict(state["vae"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        restore_moments(self._optimizer, state["optimizer"]["state"])
         self.num_steps_done = state["num_steps_done"]
 
     def _draw(self, clips: Tensor, generator: torch.Generator) -> Tensor:

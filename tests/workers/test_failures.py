@@ -33,6 +33,7 @@ from tests.helpers.roles import (
     weights,
 )
 from tests.helpers.tiny_wan import LATENT_SHAPE
+from workers.finite import require_finite
 from workers.settings import DiversitySettings
 
 TRACKING = pytest.mark.parametrize("tracking", ["shared", "fresh"])
@@ -347,3 +348,13 @@ def test_refusals_arrive_from_another_process_as_they_were_raised():
     assert isinstance(arrived, StaleCallError)
     assert str(arrived) == str(caught.value)
     assert arrived.found == caught.value.found
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_numbers_whose_sum_overflows_are_finite_and_a_single_bad_one_is_not(bad):
+    largest = torch.full((3, 5), torch.finfo(torch.float32).max)
+    assert not torch.isfinite(largest.sum())
+    require_finite("adding", {"the largest": largest, "half": torch.full((9,), 6e4).half()}, "")
+    largest[1, 2] = bad
+    with pytest.raises(NonFiniteError, match="the largest not finite"):
+        require_finite("adding", {"the largest": largest}, "")

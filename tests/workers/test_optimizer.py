@@ -81,7 +81,7 @@ def test_average_follows_its_formula():
     expected = 1.0
     for updates, value in enumerate([2.0, 4.0, -1.0, 0.5]):
         network.values.data.fill_(value)
-        average.update(network, updates)
+        average.update(updates)
         kept = min(0.25, (1 + updates) / (10 + updates))
         expected = kept * expected + (1 - kept) * value
     assert average.average["values"].item() == pytest.approx(expected)

@@ -99,6 +99,7 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
         brought[f"resumed {name}"] = resumed_weights(folder / name, run)
         iterate(roles, NUM_ITERATIONS, BATCHES)
         brought[f"uninterrupted {name}"] = all_weights(roles)
+    brought["fused"] = roles.generator._optimizer._adamw.param_groups[0]["fused"]
     brought["from one rank"] = resumed_weights(folder / "one", RUNS["shared"])
     for name, factor in (("once", 1.0), ("thousandfold", 1000.0)):
         roles = tiny_roles("shared")
@@ -157,6 +158,10 @@ def ranks(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[s
 
 def test_the_networks_are_really_sharded(ranks):
     assert all(rank["sharded"] for rank in ranks)
+
+
+def test_the_parts_of_sharded_parameters_are_updated_in_one_kernel(ranks):
+    assert all(rank["fused"] for rank in ranks)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -273,7 +278,7 @@ def averaging(roles: Roles, folder: Path) -> None:
         for value in parameters_of(roles.networks["generator"]).values():
             value.mul_(1.5)
     without_graph(roles)
-    average.update(roles.networks["generator"], 0)
+    average.update(0)
     weights = roles.generator.final_weights()
     handed = [weights]
     if is_sharded(roles.networks["generator"]):

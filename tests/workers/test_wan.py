@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import ModelMixin, WanPipeline
 
 from sgmd_core.errors import ModelFolderError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions, measure_clips, score_clips
@@ -65,6 +65,25 @@ def test_velocity_is_the_transformer_at_a_thousand_sigma(
         )[0]
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_latents_reach_the_transformer_in_its_own_type_which_no_pass_looks_up(
+    wan_folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = load_transformer(wan_folder, dtype)
+    # Some modules stay in float32: the type is not that of just any parameter.
+    kept = {value.dtype for value in network.parameters()}
+    assert kept == {torch.float32, dtype}
+    handed: list[torch.dtype] = []
+    network.transformer.patch_embedding.register_forward_pre_hook(
+        lambda _module, inputs: handed.append(inputs[0].dtype)
+    )
+    expected = network.transformer.dtype
+    monkeypatch.delattr(ModelMixin, "dtype")
+    with torch.no_grad():
+        network(torch.zeros(1, *LATENT_SHAPE), torch.ones(1), torch.zeros(1, 3, TEXT_DIM))
+    assert handed == [expected] == [dtype]
 
 
 @pytest.mark.parametrize("max_length", [2, TEXT_LENGTH, 40])

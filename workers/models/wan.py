@@ -72,7 +72,8 @@ class WanVelocity(Denoiser):
             ShapeError: the latents do not fit the network.
         """
         self._require_latents(x_t)
-        dtype = self.transformer.dtype
+        # `ModelMixin.dtype` walks all modules at each call; this is the parameter that it finds.
+        dtype = self.transformer.patch_embedding.weight.dtype
         with torch.autocast(
             x_t.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None
         ):

@@ -1,0 +1,153 @@
+"""AdamW as one kernel: where it runs, and how states of either kernel go on in the other."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.profiler import profile
+from torch.utils import _foreach_utils
+
+from tests.helpers.moves import assert_moves, relative_error
+from workers.adamw import FUSED_DEVICES, make_adamw, restore_moments
+from workers.ema import AveragedWeights
+from workers.optimizer import RoleOptimizer
+from workers.role_state import RoleState
+from workers.settings import OptimizerSettings
+
+SETTINGS = OptimizerSettings(lr=1e-2, betas=(0.9, 0.999), max_grad_norm=1e6)
+OPTIONS = {"lr": SETTINGS.lr, "betas": SETTINGS.betas, "weight_decay": SETTINGS.weight_decay}
+NUM_UPDATES = 3
+TOLERANCE = 1e-6
+
+
+class Layers(nn.Module):
+    """Tensors of several sizes, one of them a scalar's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        made = torch.Generator().manual_seed(0)
+        for name, shape in (("matrix", (33, 7)), ("vector", (5,)), ("single", (1,))):
+            self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=made)))
+
+    def learn(self, update: int) -> None:
+        """Gives every parameter a gradient that depends on the update's number."""
+        for place, value in enumerate(self.parameters()):
+            made = torch.Generator().manual_seed(100 * update + place)
+            value.grad = torch.randn(value.shape, generator=made)
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in network.named_parameters()}
+
+
+def by_single_operations(network: Layers, updates: range) -> torch.optim.AdamW:
+    """Updates a network with torch's unfused AdamW."""
+    optimizer = torch.optim.AdamW(network.parameters(), **OPTIONS, fused=False)
+    for update in updates:
+        network.learn(update)
+        optimizer.step()
+    return optimizer
+
+
+def steps(network: Layers, optimizer: RoleOptimizer, updates: range) -> None:
+    for update in updates:
+        network.learn(update)
+        optimizer.gradient_report(update)
+        optimizer.step(update)
+
+
+def saved_by(network: Layers, optimizer: torch.optim.AdamW) -> RoleState:
+    """What a checkpoint holds of a role that was updated by this optimizer."""
+    moments = {
+        f"{kind}/{name}": value.clone()
+        for name, parameter in network.named_parameters()
+        for kind, value in optimizer.state[parameter].items()
+    }
+    return RoleState(NUM_UPDATES, weights_of(network), moments)
+
+
+def kernels_of(update) -> set[str]:
+    """Names of the operations that a call runs."""
+    with profile() as recorded:
+        update()
+    return {event.key for event in recorded.key_averages()}
+
+
+def test_an_update_is_one_kernel_and_its_numbers_are_those_of_single_operations():
+    network, plain = Layers(), Layers()
+    optimizer = RoleOptimizer("generator", network, SETTINGS)
+    steps(network, optimizer, range(NUM_UPDATES))
+    by_single_operations(plain, range(NUM_UPDATES))
+    assert_moves(weights_of(plain), weights_of(Layers()), TOLERANCE)
+    assert relative_error(weights_of(network), weights_of(plain)) < TOLERANCE
+    run = kernels_of(lambda: steps(network, optimizer, range(NUM_UPDATES, NUM_UPDATES + 1)))
+    assert "aten::_fused_adamw_" in run
+    assert "aten::addcdiv_" not in run
+
+
+def test_a_device_without_the_kernel_gets_single_operations():
+    value = nn.Parameter(torch.zeros(3, device="meta"))
+    value.grad = torch.zeros_like(value)
+    with pytest.raises(RuntimeError, match="fused"):
+        torch.optim.AdamW([value], fused=True).step()
+    make_adamw([value], **OPTIONS).step()
+
+
+def test_every_device_that_is_given_the_kernel_has_one():
+    supported = set(_foreach_utils._get_fused_kernels_supported_devices())
+    assert supported >= FUSED_DEVICES
+
+
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.float64])
+def test_a_checkpoint_of_the_unfused_optimizer_goes_on_in_the_kernel(step_dtype):
+    old, resumed, without = Layers(), Layers(), Layers()
+    unfused = by_single_operations(old, range(NUM_UPDATES))
+    state = saved_by(old, unfused)
+    for name in weights_of(old):
+        state.moments[f"step/{name}"] = state.moments[f"step/{name}"].to(step_dtype)
+    optimizer = RoleOptimizer("generator", resumed, SETTINGS)
+    optimizer.load_state(state)
+    assert optimizer._adamw.param_groups[0]["fused"]
+    more = range(NUM_UPDATES, 2 * NUM_UPDATES)
+    steps(resumed, optimizer, more)
+    for update in more:
+        old.learn(update)
+        unfused.step()
+    # An optimizer that has lost its moments moves elsewhere.
+    without.load_state_dict(state.weights)
+    by_single_operations(without, more)
+    assert_moves(weights_of(old), weights_of(without), TOLERANCE)
+    assert relative_error(weights_of(resumed), weights_of(old)) < TOLERANCE
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_saved_groups_do_not_decide_which_kernel_runs(kept):
+    saver, loader = Layers(), Layers()
+    saved = torch.optim.AdamW(saver.parameters(), **OPTIONS, fused=kept)
+    saver.learn(0)
+    saved.step()
+    here = torch.optim.AdamW(loader.parameters(), **OPTIONS, fused=not kept)
+    restore_moments(here, deepcopy(saved.state_dict()["state"]))
+    assert here.param_groups[0]["fused"] is not kept
+    for network, optimizer in ((saver, saved), (loader, here)):
+        network.load_state_dict(weights_of(Layers()))
+        network.learn(1)
+        optimizer.step()
+    assert_moves(weights_of(saver), weights_of(Layers()), TOLERANCE)
+    assert relative_error(weights_of(loader), weights_of(saver)) < TOLERANCE
+
+
+def test_the_average_of_all_tensors_at_once_has_the_bits_of_one_after_another():
+    network = Layers()
+    average = AveragedWeights(network, decay=0.99)
+    expected = weights_of(network)
+    for update in range(NUM_UPDATES):
+        with torch.no_grad():
+            for value in network.parameters():
+                value.add_(update + 0.3)
+        for name, value in weights_of(network).items():
+            expected[name].lerp_(value, 1 - (1 + update) / (10 + update))
+        average.update(update)
+    assert_moves(expected, weights_of(Layers()))
+    assert all(torch.equal(average.average[name], value) for name, value in expected.items())
