@@ -9,7 +9,8 @@ import shutil
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -212,18 +213,20 @@ def _tiny_model() -> Finding:
 
 
 def _storage(folder: str) -> Finding:
-    """Writes, reads and deletes one small object."""
+    """Writes, reads and deletes one small object; nothing that was not there before stays."""
     name = f"storage {folder}"
     payload = uuid.uuid4().bytes
     address = f"{folder.rstrip('/')}/sgmd-doctor-{uuid.uuid4().hex}"
     try:
         filesystem, path = open_store(address, S3Settings(read_budget_s=_STORAGE_S))
         # On an object store this might create a bucket, which is not ours to decide.
-        if isinstance(filesystem, LocalFileSystem):
-            filesystem.makedirs(filesystem._parent(path), exist_ok=True)
-        filesystem.pipe_file(path, payload)
-        read = filesystem.cat_file(path)
-        filesystem.rm_file(path)
+        is_local = isinstance(filesystem, LocalFileSystem)
+        with _folders_for(Path(path)) if is_local else nullcontext():
+            filesystem.pipe_file(path, payload)
+            try:
+                read = filesystem.cat_file(path)
+            finally:
+                filesystem.rm_file(path)
     # Whatever a storage client raises, it is what is to be reported.
     except Exception as error:
         remedy = (
@@ -236,6 +239,19 @@ def _storage(folder: str) -> Finding:
     if read != payload:
         return Finding(name, Status.MISSING, "reads back something else", "Try another folder")
     return Finding(name, Status.GOOD, "writes, reads and deletes")
+
+
+@contextmanager
+def _folders_for(path: Path) -> Iterator[None]:
+    """Makes the folders above a path, and deletes those of them that were not there."""
+    missing = [each for each in path.parents if not each.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # Another process may have put something there.
+                folder.rmdir()
 
 
 def _ray_cluster(address: str) -> Finding:

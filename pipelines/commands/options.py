@@ -1,5 +1,6 @@
 """Arguments that several commands share."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -21,6 +22,12 @@ Overrides = Annotated[
 ]
 
 
+def _require_single(settings: Sequence[str], attempted: str) -> None:
+    from pipelines.config.overrides import parse_override, require_single
+
+    require_single([parse_override(each) for each in settings], attempted)
+
+
 class PlainCommand(TyperCommand):
     """A command whose flags are shown without a type: they take no value.
 
@@ -32,7 +39,7 @@ class PlainCommand(TyperCommand):
         """Arguments as typer reads them.
 
         Raises:
-            ConfigError: One of them is empty.
+            ConfigError: One of them is empty, or a setting is given twice.
         """
         for before, given in pairwise(["", *args]):
             option = before if before.startswith("--") else ""
@@ -45,7 +52,13 @@ class PlainCommand(TyperCommand):
                     "a value",
                     "Give one, or leave it out; a variable of the shell may be unset",
                 )
-        return super().parse_args(ctx, args)
+        left = super().parse_args(ctx, args)
+        given = [ctx.params.get("recipe"), *(ctx.params.get("overrides") or ())]
+        given += ctx.params.get("arguments") or ()
+        settings = [each for each in given if each and "=" in each and not each.startswith("-")]
+        if len(settings) > 1:
+            _require_single(settings, f"reading the settings of sgmd {self.name}")
+        return left
 
     def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401  (typer's own context)
         """Parameters, `--help` included."""

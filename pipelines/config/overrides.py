@@ -9,6 +9,7 @@ starts the section anew; settings given beside it are those of the new method, i
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,11 @@ class Override:
         """The key as it was typed."""
         return ".".join(self.key)
 
+    @property
+    def in_words(self) -> str:
+        """Key and value, shortened."""
+        return shortened(f"{self.dotted}={json.dumps(self.value, default=str)}")
+
 
 def parse_override(text: str) -> Override:
     """Reads `a.b=c`; what stands after the equals sign is YAML.
@@ -59,6 +65,40 @@ def parse_override(text: str) -> Override:
     except yaml.YAMLError as error:
         found = f"{shortened(repr(value))} after the equals sign ({yaml_problem(error)})"
         raise ConfigError(attempted, found, "a YAML value", remedy) from error
+
+
+def require_single(overrides: Sequence[Override], attempted: str) -> None:
+    """Checks that no setting is given twice, alone or in a section.
+
+    Raises:
+        ConfigError: Some are; names them with both values.
+    """
+    found: list[str] = []
+    given: list[tuple[Override, tuple[str, ...]]] = []
+    for override in overrides:
+        key = current_key(override.key)
+        found += [
+            f"{before.in_words} and {override.in_words}"
+            for before, earlier in given
+            if _loses(earlier, before.value, key)
+        ]
+        given.append((override, key))
+    if found:
+        expected = "each setting once"
+        raise ConfigError(attempted, "; ".join(found), expected, "Leave out one of the two")
+
+
+def _loses(earlier: tuple[str, ...], value: Any, later: tuple[str, ...]) -> bool:  # noqa: ANN401 - any YAML
+    """Returns True if what is set later takes the place of something set earlier."""
+    if earlier[: len(later)] == later:
+        return True
+    if later[: len(earlier)] != earlier:
+        return False
+    for name in later[len(earlier) :]:
+        if not isinstance(value, Mapping) or name not in value:
+            return False
+        value = value[name]
+    return True
 
 
 def apply_overrides(settings: Mapping[str, Any], overrides: Iterable[Override]) -> dict[str, Any]:

@@ -41,7 +41,10 @@ def test_free_memory_is_part_of_all_memory():
 def test_a_storage_folder_is_written_to_and_left_clean(tmp_path: Path):
     found = finding("storage", storage=str(tmp_path / "deep" / "folder"))
     assert found.status is Status.GOOD
-    assert list((tmp_path / "deep" / "folder").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "there").mkdir()
+    assert finding("storage", storage=str(tmp_path / "there" / "new")).status is Status.GOOD
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
 
 
 def test_a_storage_that_cannot_be_written_is_missing_and_says_why(tmp_path: Path):
@@ -50,6 +53,7 @@ def test_a_storage_that_cannot_be_written_is_missing_and_says_why(tmp_path: Path
     assert found.status is Status.MISSING
     assert "file" in found.found
     assert found.remedy == "Check the folder and the rights to it"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_storage_of_an_unknown_kind_is_missing():

@@ -23,14 +23,21 @@ from tests.helpers.runs import start_run
 
 TINY = Path(__file__).parents[3] / "assets" / "tiny-wan"
 DATA = ("data.train=train", "data.validation=held_out", "validation.num_captions=4")
-PRETRAIN = (
-    "pretrain",
-    "pretrain-tiny",
-    "world.train=train",
-    "world.held_out=held_out",
-    "run_dir=new/run",
-    "output=new/model",
-)
+
+
+def pretrain_with(change: str) -> tuple[str, ...]:
+    """A command whose settings are right but for one."""
+    settings = {
+        "world.train": "train",
+        "world.held_out": "held_out",
+        "run_dir": "new/run",
+        "output": "new/model",
+    }
+    key, _, value = change.partition("=")
+    changed = settings | {key: value}
+    return "pretrain", "pretrain-tiny", *(f"{name}={each}" for name, each in changed.items())
+
+
 LARGE = ("--height", "8192", "--width", "8192")
 SUBMIT = ("submit", "tiny", "output=/mnt/runs")
 
@@ -153,16 +160,16 @@ def answer(*arguments: str) -> tuple[int, str]:
         (("distill", "tiny", "--dry-run", "validation.teacher_steps=100000000"), "equal to 1000"),
         (("sweep", "tiny", *DATA, "output=file"), "file is a file"),
         (("study", "tiny", *DATA, "output=file", "--dry-run"), "file is a file"),
-        ((*PRETRAIN, "world.train=nowhere"), "no such folder, or no .parquet file"),
-        ((*PRETRAIN, "world.train=pipe"), "pipe: a named pipe"),
-        ((*PRETRAIN, "run_dir=file"), "(run_dir): "),
-        ((*PRETRAIN, "output=file"), "file is a file"),
-        ((*PRETRAIN, "output=new/run"), "is in it. Expected a folder for the model alone"),
-        ((*PRETRAIN, "output=."), "is in it. Expected a folder for the model alone"),
-        ((*PRETRAIN, "output=half"), "a folder with metrics.jsonl, and no model_index.json"),
-        ((*PRETRAIN, "partial_output=pipe"), "(partial_output): "),
-        ((*PRETRAIN, "sampling.guidance_scale=0.5"), "sampling.guidance_scale is 0.5"),
-        ((*PRETRAIN, "sampling.num_steps=100000000"), "less than or equal to 1000"),
+        (pretrain_with("world.train=nowhere"), "no such folder, or no .parquet file"),
+        (pretrain_with("world.train=pipe"), "pipe: a named pipe"),
+        (pretrain_with("run_dir=file"), "(run_dir): "),
+        (pretrain_with("output=file"), "file is a file"),
+        (pretrain_with("output=new/run"), "is in it. Expected a folder for the model alone"),
+        (pretrain_with("output=."), "is in it. Expected a folder for the model alone"),
+        (pretrain_with("output=half"), "a folder with metrics.jsonl, and no model_index.json"),
+        (pretrain_with("partial_output=pipe"), "(partial_output): "),
+        (pretrain_with("sampling.guidance_scale=0.5"), "sampling.guidance_scale is 0.5"),
+        (pretrain_with("sampling.num_steps=100000000"), "less than or equal to 1000"),
         ((*SUBMIT, "--address", "foo"), "the URL of a dashboard"),
         ((*SUBMIT, "--command", "dance"), "--command dance. Expected one of distill, sweep"),
         ((*SUBMIT, "--working-dir", "nowhere"), "nowhere: no such folder"),

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.config.methods import METHODS, method_name
 from pipelines.config.overrides import apply_overrides, nearest_key, parse_override
 from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, load_recipe
@@ -81,6 +83,29 @@ class TestOverrides:
         after = apply_overrides(before, [parse_override("a.b=3"), parse_override("a.b=4")])
         assert after == {"a": {"b": 4, "c": 2}}
         assert before == {"a": {"b": 1, "c": 2}}
+
+    @pytest.mark.parametrize(
+        ("overrides", "words"),
+        [
+            (["seed=1", "seed=2"], "seed=1 and seed=2"),
+            (["seed=1", "seed=1"], "seed=1 and seed=1"),
+            (["batch.size=8", "batch={size: 16}"], 'batch.size=8 and batch={"size": 16}'),
+            (["batch={size: 16}", "batch.size=8"], 'batch={"size": 16} and batch.size=8'),
+            (["batch.micro_batches=2", "batch={size: 16}"], "batch.micro_batches=2 and batch="),
+            (["topology.window=2", "topology.depth=3"], "topology.window=2 and topology.depth=3"),
+        ],
+    )
+    def test_a_setting_that_is_given_twice_is_refused_with_both_values(self, overrides, words):
+        for command in (["distill", "tiny"], ["submit", "tiny"], ["distill", "--resume", "RUN"]):
+            found = CliRunner().invoke(app, [*command, *overrides])
+            assert isinstance(found.exception, SystemExit)
+            assert found.exit_code == 2
+            assert words in " ".join(found.stderr.split())
+            assert "Expected each setting once" in " ".join(found.stderr.split())
+
+    def test_a_section_and_a_setting_that_it_leaves_open_are_both_taken(self):
+        batch = load_recipe("tiny", ["batch={size: 16}", "batch.micro_batches=4"]).batch
+        assert (batch.size, batch.micro_batches) == (16, 4)
 
     def test_a_value_cannot_be_entered_like_a_section(self):
         assert "seed is the value 0" in refusal("seed.x=1")
