@@ -77,15 +77,36 @@ def test_asking_for_help_loads_neither_torch_nor_ray():
     assert run_python(code) == ""
 
 
-def test_planning_reads_configurations_without_a_library_of_networks():
-    code = (
-        "import sys\n"
-        "from pipelines.config.recipe import load_recipe\n"
-        "from pipelines.planning.workload import Workload\n"
-        "assert Workload.of(load_recipe('tiny')).shape.num_layers\n"
-        "print(*[name for name in ('ray', 'diffusers', 'transformers') if name in sys.modules])"
-    )
-    assert run_python(code) == ""
+PARTS = """
+import sys
+def absent(part, *libraries):
+    print(part, "loads:", *[one for one in libraries if one in sys.modules])
+import pipelines.data.stream.ray_stream
+absent("a process that reads", "torch", "ray", "diffusers", "transformers")
+import pipelines.data.stream.feed
+absent("the feed", "ray", "diffusers", "transformers")
+import workers.build
+from pipelines.commands.runs import _distill_config
+from pipelines.planning.workload import Workload
+assert Workload.of(_distill_config("tiny", [], None)).shape.num_layers
+absent("a recipe that is read and planned", "ray", "diffusers", "transformers")
+import cluster.ray.host
+absent("the inside of a rank", "diffusers", "transformers", "ray.data", "ray.train")
+from workers.settings import ModelSettings
+workers.build.build_text_encoder(ModelSettings("assets/tiny-wan", 16), 1)
+absent("the text encoder", "diffusers")
+"""
+
+
+# One interpreter for all of them, in this order: each adds to what the ones before have loaded.
+def test_a_process_loads_the_libraries_of_its_part_alone():
+    assert run_python(PARTS).splitlines() == [
+        "a process that reads loads:",
+        "the feed loads:",
+        "a recipe that is read and planned loads:",
+        "the inside of a rank loads:",
+        "the text encoder loads:",
+    ]
 
 
 def test_ray_core_is_spoken_only_in_cluster():

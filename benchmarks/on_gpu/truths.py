@@ -49,7 +49,8 @@ from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from sgmd_core.types import MicroBatchKey, Purpose
-from workers.models.wan import load_text, load_vae
+from workers.models.wan import load_vae
+from workers.models.wan_text import load_text
 from workers.settings import ComputeSettings
 
 OBJECTIVES: Mapping[str, Objective] = {

@@ -71,12 +71,15 @@ def pretrain(
 ) -> None:
     """Train a small teacher from clips with Ray Train; the same command again resumes it."""
     with working() as console:
-        from cluster.runtime import start_ray
         from pipelines.config.recipe_files import load
-        from pipelines.pretraining import run as job
         from pipelines.pretraining.config import PretrainConfig
 
-        checked = job.checked(load(PretrainConfig, recipe, overrides or []))
+        loaded = load(PretrainConfig, recipe, overrides or [])
+
+        from cluster.runtime import start_ray
+        from pipelines.pretraining import run as job
+
+        checked = job.checked(loaded)
         if dry_run:
             config, num_clips = checked.config, checked.clips.num_rows
             data = {"output": config.output, "run_dir": config.run_dir, "clips": num_clips}
@@ -123,12 +126,14 @@ def distill(
 ) -> None:
     """Distil a teacher into a few-step generator: the main job."""
     with working() as console:
+        # Before the libraries of networks: a wrong setting is reported without waiting for them.
+        config = _distill_config(recipe, overrides or [], resume)
+
         from pipelines.distillation import run as job
         from pipelines.run.folder import RunFolder
         from pipelines.run.progress import console_observer
         from pipelines.run.stop_rule import StopRule
 
-        config = _distill_config(recipe, overrides or [], resume)
         if dry_run:
             result = job.dry_run(config, resume=resume is not None)
         else:
@@ -177,12 +182,14 @@ def _distill_config(
 def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
     """Try every combination of the recipe's `sweep.grid` with Ray Tune; write best.yaml."""
     with progress_bar() as on_progress:
-        from pipelines import sweep as job
         from pipelines.config.recipe import load_recipe
+
+        config = load_recipe(recipe, overrides or [])
+
+        from pipelines import sweep as job
         from pipelines.run.progress import LineObserver
         from pipelines.run.stop_rule import StopRule
 
-        config = load_recipe(recipe, overrides or [])
         # The live display takes what is printed to standard error, and shows it above the bar.
         observer = LineObserver(Console(stderr=True), StopRule(config.sweep.iterations))
         result = job.sweep(config, observer, on_progress)

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 from pipelines.pretraining.config import DenoiserSettings, TextSettings
 from sgmd_core.errors import NonFiniteError, non_finite_remedy
 from workers.adamw import make_adamw, restore_moments
-from workers.models.wan import CaptionEncoder, WanVelocity, embed_captions
+from workers.models.wan import WanVelocity
+from workers.models.wan_text import CaptionEncoder, embed_captions
 
 
 @dataclass(frozen=True, slots=True)

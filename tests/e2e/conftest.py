@@ -46,7 +46,10 @@ video:
   height: {tiny_wan.HEIGHT}
   width: {tiny_wan.WIDTH}
   fps: 8
-data: {{train: {world / "train"}, validation: {world / "held_out"}}}
+data:
+  train: {world / "train"}
+  validation: {world / "held_out"}
+  read_ahead: {{readers: 0}}  # Ray Data is started where it is what a test shows
 batch: {{size: 4, micro_batches: 2}}
 schedule: {{shift: 3.0}}
 generator: {{optimizer: {{lr: 1.0e-3}}}}

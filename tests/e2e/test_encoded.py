@@ -21,9 +21,9 @@ from tests.e2e.test_equivalence import MODES, history, moments, slow_but, state
 from tests.helpers import tiny_wan
 from tests.helpers.moves import assert_moves
 from workers.models.content import fingerprint
-from workers.models.wan import load_text
 from workers.models.wan_family import LAYOUT
 from workers.models.wan_folder import inspect_wan_folder
+from workers.models.wan_text import load_text
 
 
 @pytest.fixture(scope="module")

@@ -81,7 +81,8 @@ def test_wrong_keys_are_told_and_never_shown(
 @pytest.mark.usefixtures("ray_cluster")
 def test_roles_on_ray_stream_from_s3_through_ray_data(s3: str, make_recipe: MakeRecipe) -> None:
     local = make_recipe("name=local", "iterations=2", f"data.train={s3}/train")
-    pools = make_recipe("iterations=2", f"data.train={s3}/train", "topology.mode=pools")
+    ray_data = ["topology.mode=pools", "data.read_ahead.readers=2"]
+    pools = make_recipe("iterations=2", f"data.train={s3}/train", *ray_data)
     distill(local)
     summary = distill(pools)
     assert summary["iterations"] == 2

@@ -25,7 +25,7 @@ from tests.e2e.test_equivalence import history, moments, state
 from tests.helpers import tiny_wan
 from tests.helpers.moves import assert_moves
 from workers.models.vocabulary import UnknownWords
-from workers.models.wan import load_text
+from workers.models.wan_text import load_text
 
 OPTIONS = EncodeOptions(ClipFormat(), tiny_wan.TEXT_LENGTH, text_only=True)
 SHARD_CAPTIONS = 16

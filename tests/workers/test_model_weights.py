@@ -18,13 +18,9 @@ from sgmd_core.errors import ModelFolderError
 from tests.helpers.tiny_wan import write_tiny_wan
 from workers.models import content, loading
 from workers.models.content import fingerprint, model_digests, read_content
-from workers.models.wan import (
-    load_text,
-    load_transformer,
-    load_vae,
-    save_generator_pipeline,
-)
+from workers.models.wan import load_transformer, load_vae, save_generator_pipeline
 from workers.models.wan_folder import inspect_wan_folder
+from workers.models.wan_text import load_text
 
 WORDS = ("a", "red", "circle")
 DENOISER = "transformer/diffusion_pytorch_model.safetensors"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import ModelMixin, WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 from sgmd_core.errors import ModelFolderError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions, measure_clips, score_clips
@@ -21,12 +22,8 @@ from tests.helpers.tiny_wan import (
     tiny_velocity,
     write_tiny_wan,
 )
-from workers.models.wan import (
-    load_text,
-    load_transformer,
-    load_vae,
-    save_generator_pipeline,
-)
+from workers.models.wan import load_transformer, load_vae, save_generator_pipeline
+from workers.models.wan_text import clean_caption, load_text
 
 WORDS = ("a", "red", "circle", "moves", "left")
 CAPTIONS = ("a red circle moves left", "a circle", "")
@@ -98,6 +95,22 @@ def test_captions_are_embedded_as_the_pipeline_does(
     assert found.shape == (len(CAPTIONS), max_length, TEXT_DIM)
     # The pipeline attends over padding before it is masked; sums differ in the last digits.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    [
+        "a red circle",
+        "  two \t lines\n\nof\u00a0text\u2003\x1c ",
+        "escaped &amp;amp; twice, once &lt;b&gt; and not &nosuch;",
+        "\u00e2\u0080\u0099mended\u00e2\u0080\u0099 ï¬\u0081ne",
+        "fullwidth \uff21\uff22 and \u2018quotes\u2019",
+        "&nbsp;&#32;&#x3000;",
+        "",
+    ],
+)
+def test_captions_are_cleaned_as_the_pipeline_does(caption: str) -> None:
+    assert clean_caption(caption) == prompt_clean(caption)
 
 
 def test_nothing_follows_the_end_of_a_caption(wan_folder: Path) -> None:

@@ -1,24 +1,22 @@
-"""Networks of Wan: velocities, captions and videos in, latents out.
+"""Networks of Wan that diffusers has: the denoiser and the autoencoder.
 
 The only file that knows Wan's time scale, argument names and latent normalisation.
 
     Denoiser        WanVelocity     (x_t, sigma, text) -> velocity
-    captions        CaptionEncoder  captions -> text embeddings, as WanPipeline makes them
     pixels          VideoVae        videos in [0, 1] <-> normalised latents
+    captions        CaptionEncoder  in `workers.models.wan_text`, which needs no diffusers
 
 All are read from one diffusers folder: model_index.json, transformer/, text_encoder/, tokenizer/,
 vae/ and scheduler/.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 from cluster.files import whole_folder
 from sgmd_core.errors import ShapeError
@@ -26,12 +24,7 @@ from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.exporting import copy_components
 from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry
-from workers.models.loading import (
-    load_network,
-    load_tokenizer,
-    require_telling_apart,
-    require_tied_embeddings,
-)
+from workers.models.loading import load_network
 from workers.models.scheduler import build_scheduler
 from workers.models.wan_family import (
     LAYOUT,
@@ -109,59 +102,6 @@ class WanVelocity(Denoiser):
             raise ShapeError("denoising", f"latents of shape {tuple(x_t.shape)}", expected)
 
 
-class CaptionEncoder:
-    """Tokenizer and text encoder of a Wan folder.
-
-    Args:
-        tokenizer: Tokenizer of the text encoder.
-        text_encoder: UMT5 encoder.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, text_encoder: UMT5EncoderModel) -> None:
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
-
-    @property
-    def network(self) -> nn.Module:
-        """The text encoder."""
-        return self.text_encoder
-
-    def encode(self, captions: Sequence[str], max_length: int) -> Tensor:
-        """Embed captions exactly as WanPipeline does; no gradient.
-
-        Args:
-            captions: Captions; "" is the unconditional one.
-            max_length: Number of text positions; longer captions are cut.
-
-        Returns:
-            Embeddings (B, max_length, D), zeros after each caption's end.
-        """
-        with torch.no_grad():
-            return embed_captions(self.tokenizer, self.text_encoder, captions, max_length)
-
-
-def embed_captions(
-    tokenizer: PreTrainedTokenizerBase,
-    text_encoder: UMT5EncoderModel,
-    captions: Sequence[str],
-    max_length: int,
-) -> Tensor:
-    """Embed captions with gradients; see `CaptionEncoder.encode`."""
-    tokens = tokenizer(
-        [prompt_clean(caption) for caption in captions],
-        padding=True,
-        max_length=max_length,
-        truncation=True,
-        return_attention_mask=True,
-        return_tensors="pt",
-    ).to(text_encoder.device)
-    mask = tokens.attention_mask
-    hidden = text_encoder(tokens.input_ids, mask).last_hidden_state
-    # Wan gives its cross-attention no mask: what follows a caption must be zero, and counts.
-    hidden = hidden * mask[..., None].to(hidden.dtype)
-    return nn.functional.pad(hidden, (0, 0, 0, max_length - hidden.shape[1]))
-
-
 class VideoVae:
     """A Wan autoencoder between videos in [0, 1] and normalised latents.
 
@@ -224,26 +164,6 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     require_supported_index(Path(folder))
     part = check_component(Path(folder), TRANSFORMER)
     return WanVelocity(load_network(WanTransformer3DModel, part, dtype=dtype)).eval()
-
-
-def load_text(folder: str | Path, dtype: torch.dtype | None = None) -> CaptionEncoder:
-    """Load tokenizer and text encoder of a Wan folder, frozen.
-
-    Args:
-        folder: The Wan folder.
-        dtype: Of the text encoder; None takes what transformers takes by default.
-
-    Raises:
-        ModelFolderError: As `load_transformer`; or all captions get the same embedding.
-    """
-    require_supported_index(Path(folder))
-    require_tied_embeddings(Path(folder) / TEXT_ENCODER)
-    options = {} if dtype is None else {"dtype": dtype}
-    part = check_component(Path(folder), TEXT_ENCODER)
-    text_encoder = load_network(UMT5EncoderModel, part, **options)
-    tokenizer = load_tokenizer(Path(folder) / TOKENIZER)
-    require_telling_apart(Path(folder) / TEXT_ENCODER, tokenizer, text_encoder)
-    return CaptionEncoder(tokenizer, text_encoder.requires_grad_(False))
 
 
 def load_vae(folder: str | Path) -> VideoVae:

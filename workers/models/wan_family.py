@@ -3,7 +3,8 @@
     model_index.json            WanPipeline, one denoiser, no boundary between experts
     COMPONENT/config.json       the class of the component, no image input, no quantization
 
-    wan             networks        wan_folder    checks of weight files
+    wan             networks        wan_text      captions
+    wan_folder      checks of weight files
     wan_pipeline    sampling        wan_arithmetic
 
 No network library is imported before a method needs one, so `sgmd plan` can ask before anything is
@@ -28,8 +29,9 @@ from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
 from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM
 
 if TYPE_CHECKING:
-    from workers.models.wan import CaptionEncoder, VideoVae, WanVelocity
+    from workers.models.wan import VideoVae, WanVelocity
     from workers.models.wan_pipeline import WanSampler
+    from workers.models.wan_text import CaptionEncoder
 
 WAN = "wan"
 TRANSFORMER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
@@ -142,7 +144,7 @@ class WanFamily:
 
     def load_text(self, folder: Path, dtype: torch.dtype | None = None) -> "CaptionEncoder":
         """Load tokenizer and UMT5 encoder."""
-        from workers.models.wan import load_text
+        from workers.models.wan_text import load_text
 
         return load_text(folder, dtype)
 
@@ -154,12 +156,11 @@ class WanFamily:
 
     def load_tokenizer(self, folder: Path) -> CaptionTokenizer:
         """Load the tokenizer, with WanPipeline's way of cleaning captions."""
-        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-
         from workers.models.loading import load_tokenizer
+        from workers.models.wan_text import clean_caption
 
         require_supported_index(folder)
-        return LibraryTokenizer(load_tokenizer(folder / TOKENIZER), prompt_clean)
+        return LibraryTokenizer(load_tokenizer(folder / TOKENIZER), clean_caption)
 
     def open_sampler(self, folder: Path, device: str) -> "WanSampler":
         """Load a WanPipeline."""

@@ -6,9 +6,6 @@ configurations -> networks without weights -> names, shapes and dtypes in the he
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from transformers import UMT5Config, UMT5EncoderModel
-
 from sgmd_core.errors import ModelFolderError
 from workers.models.architecture import CheckedComponent, NetworkKind, check_network
 from workers.models.folder import ClipGeometry, ModelFolder
@@ -31,30 +28,39 @@ _ORIGINAL_NAMES = ForeignNames(
     "the names of the original Wan release",
     "Convert it: {convert}; " + _SCRIPT + " makes a whole folder",
 )
-_KINDS = {
-    TRANSFORMER: NetworkKind(
-        WanTransformer3DModel.from_config,
-        LAYOUT.weights[TRANSFORMER],
-        convert="WanTransformer3DModel.from_single_file(FILE).save_pretrained(FOLDER)",
-        foreign=(_ORIGINAL_NAMES,),
-    ),
-    VAE: NetworkKind(
+
+
+def _kind(component: str) -> NetworkKind:
+    """The network of a component; imports the library of that component alone."""
+    if component == TEXT_ENCODER:
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        return NetworkKind(
+            lambda config: UMT5EncoderModel(UMT5Config(**config)),
+            LAYOUT.weights[TEXT_ENCODER],
+            counts=("num_layers", "num_decoder_layers"),
+            # The decoder of the model that the encoder was taken from.
+            ignored=(r"^(decoder|lm_head)\.",),
+            convert=_SCRIPT,
+            foreign=(_ORIGINAL_NAMES,),
+        )
+    # Seconds of CPU, which a process of the text encoder spares.
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+
+    if component == TRANSFORMER:
+        return NetworkKind(
+            WanTransformer3DModel.from_config,
+            LAYOUT.weights[TRANSFORMER],
+            convert="WanTransformer3DModel.from_single_file(FILE).save_pretrained(FOLDER)",
+            foreign=(_ORIGINAL_NAMES,),
+        )
+    return NetworkKind(
         AutoencoderKLWan.from_config,
         LAYOUT.weights[VAE],
         counts=("num_res_blocks",),
         convert="AutoencoderKLWan.from_single_file(FILE).save_pretrained(FOLDER)",
         foreign=(_ORIGINAL_NAMES,),
-    ),
-    TEXT_ENCODER: NetworkKind(
-        lambda config: UMT5EncoderModel(UMT5Config(**config)),
-        LAYOUT.weights[TEXT_ENCODER],
-        counts=("num_layers", "num_decoder_layers"),
-        # The decoder of the model that the encoder was taken from.
-        ignored=(r"^(decoder|lm_head)\.",),
-        convert=_SCRIPT,
-        foreign=(_ORIGINAL_NAMES,),
-    ),
-}
+    )
 
 
 def inspect_wan_folder(folder: str | Path) -> ModelFolder:
@@ -102,7 +108,7 @@ def check_component(folder: Path, component: str) -> CheckedComponent:
         ModelFolderError: As `inspect_wan_folder`.
     """
     config = read_component(folder, component)
-    return check_network(folder / component, config, _KINDS[component])
+    return check_network(folder / component, config, _kind(component))
 
 
 def _require_alike(path: Path, *settings: tuple[str, int]) -> None:

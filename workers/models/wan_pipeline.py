@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from sgmd_core.errors import ModelFolderError
 from workers.models.sampling import SampleRequest
-from workers.models.wan import load_text, load_transformer, load_vae
+from workers.models.wan import load_transformer, load_vae
+from workers.models.wan_text import load_text
 
 
 class WanSampler:

@@ -38,7 +38,8 @@ from tests.e2e.processes import ROOT
 from tests.helpers import tiny_wan
 from tests.helpers.hanging import HANG, OddDecoder
 from tests.helpers.shards import byte_strings, write_folder
-from workers.models.wan import load_text, load_vae
+from workers.models.wan import load_vae
+from workers.models.wan_text import load_text
 
 WANTED = ClipFormat(
     num_frames=tiny_wan.NUM_FRAMES,
