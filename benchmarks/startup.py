@@ -173,7 +173,8 @@ def main() -> None:
     data = options.data.resolve()
     for tree in trees.values():
         # Once unmeasured: files are compiled and read from the disk.
-        measure_run(tree, data, options.overrides)
+        shards = [f"data.train={data}/train", f"data.validation={data}/held_out"]
+        measure_command(tree, "distill", "tiny", "--dry-run", *shards)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in trees}
     helps: dict[str, list[float]] = {name: [] for name in trees}
     for _ in range(options.pairs):
