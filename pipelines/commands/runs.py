@@ -12,6 +12,7 @@ from pipelines.commands.failures import hinting
 from pipelines.commands.options import LARGEST_SEED, Json, Overrides, RecipeName
 from pipelines.commands.output import FittingTable, progress_bar, show, working
 from sgmd_core.errors import ConfigError
+from workers.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
@@ -76,8 +77,9 @@ def pretrain(
 
         loaded = load(PretrainConfig, recipe, overrides or [])
 
-        from cluster.runtime import start_ray
-        from pipelines.pretraining import run as job
+        with paused_collector():
+            from cluster.runtime import start_ray
+            from pipelines.pretraining import run as job
 
         checked = job.checked(loaded)
         if dry_run:
@@ -129,10 +131,11 @@ def distill(
         # Before the libraries of networks: a wrong setting is reported without waiting for them.
         config = _distill_config(recipe, overrides or [], resume)
 
-        from pipelines.distillation import run as job
-        from pipelines.run.folder import RunFolder
-        from pipelines.run.progress import console_observer
-        from pipelines.run.stop_rule import StopRule
+        with paused_collector():
+            from pipelines.distillation import run as job
+            from pipelines.run.folder import RunFolder
+            from pipelines.run.progress import console_observer
+            from pipelines.run.stop_rule import StopRule
 
         if dry_run:
             result = job.dry_run(config, resume=resume is not None)
@@ -160,8 +163,9 @@ def distill(
 def _distill_config(
     recipe: str | None, overrides: list[str], resume: Path | None
 ) -> "DistillConfig":
-    from pipelines.config.recipe import load_recipe
-    from pipelines.run.folder import RunFolder
+    with paused_collector():
+        from pipelines.config.recipe import load_recipe
+        from pipelines.run.folder import RunFolder
 
     if resume is None:
         if recipe is None:
@@ -186,9 +190,10 @@ def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False
 
         config = load_recipe(recipe, overrides or [])
 
-        from pipelines import sweep as job
-        from pipelines.run.progress import LineObserver
-        from pipelines.run.stop_rule import StopRule
+        with paused_collector():
+            from pipelines import sweep as job
+            from pipelines.run.progress import LineObserver
+            from pipelines.run.stop_rule import StopRule
 
         # The live display takes what is printed to standard error, and shows it above the bar.
         observer = LineObserver(Console(stderr=True), StopRule(config.sweep.iterations))

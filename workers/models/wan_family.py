@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sgmd_core.errors import ModelFolderError
+from workers.collector import paused_collector
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
 from workers.models.family import FamilyTraits, ModelShape
 from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
@@ -132,39 +133,45 @@ class WanFamily:
 
     def inspect(self, folder: Path) -> ModelFolder:
         """Check configurations and weight headers."""
-        from workers.models.wan_folder import inspect_wan_folder
+        with paused_collector():
+            from workers.models.wan_folder import inspect_wan_folder
 
         return inspect_wan_folder(folder)
 
     def load_denoiser(self, folder: Path, dtype: torch.dtype = torch.float32) -> "WanVelocity":
         """Load the transformer."""
-        from workers.models.wan import load_transformer
+        with paused_collector():
+            from workers.models.wan import load_transformer
 
         return load_transformer(folder, dtype)
 
     def load_text(self, folder: Path, dtype: torch.dtype | None = None) -> "CaptionEncoder":
         """Load tokenizer and UMT5 encoder."""
-        from workers.models.wan_text import load_text
+        with paused_collector():
+            from workers.models.wan_text import load_text
 
         return load_text(folder, dtype)
 
     def load_autoencoder(self, folder: Path) -> "VideoVae":
         """Load the autoencoder."""
-        from workers.models.wan import load_vae
+        with paused_collector():
+            from workers.models.wan import load_vae
 
         return load_vae(folder)
 
     def load_tokenizer(self, folder: Path) -> CaptionTokenizer:
         """Load the tokenizer, with WanPipeline's way of cleaning captions."""
-        from workers.models.loading import load_tokenizer
-        from workers.models.wan_text import clean_caption
+        with paused_collector():
+            from workers.models.loading import load_tokenizer
+            from workers.models.wan_text import clean_caption
 
         require_supported_index(folder)
         return LibraryTokenizer(load_tokenizer(folder / TOKENIZER), clean_caption)
 
     def open_sampler(self, folder: Path, device: str) -> "WanSampler":
         """Load a WanPipeline."""
-        from workers.models.wan_pipeline import WanSampler
+        with paused_collector():
+            from workers.models.wan_pipeline import WanSampler
 
         return WanSampler(folder, device)
 
@@ -172,7 +179,8 @@ class WanFamily:
         self, dst: Path, base_folder: Path, weights: Mapping[str, Tensor], *, flow_shift: float
     ) -> None:
         """Write a folder that WanPipeline loads."""
-        from workers.models.wan import save_generator_pipeline
+        with paused_collector():
+            from workers.models.wan import save_generator_pipeline
 
         save_generator_pipeline(dst, base_folder, weights, flow_shift=flow_shift)
 

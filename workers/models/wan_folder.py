@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sgmd_core.errors import ModelFolderError
+from workers.collector import paused_collector
 from workers.models.architecture import CheckedComponent, NetworkKind, check_network
 from workers.models.folder import ClipGeometry, ModelFolder
 from workers.models.wan_family import (
@@ -33,7 +34,8 @@ _ORIGINAL_NAMES = ForeignNames(
 def _kind(component: str) -> NetworkKind:
     """The network of a component; imports the library of that component alone."""
     if component == TEXT_ENCODER:
-        from transformers import UMT5Config, UMT5EncoderModel
+        with paused_collector():
+            from transformers import UMT5Config, UMT5EncoderModel
 
         return NetworkKind(
             lambda config: UMT5EncoderModel(UMT5Config(**config)),
@@ -45,7 +47,8 @@ def _kind(component: str) -> NetworkKind:
             foreign=(_ORIGINAL_NAMES,),
         )
     # Seconds of CPU, which a process of the text encoder spares.
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    with paused_collector():
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     if component == TRANSFORMER:
         return NetworkKind(
