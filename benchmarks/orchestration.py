@@ -30,7 +30,7 @@ from orchestration_scaling import measure_scaling
 from orchestration_transfer import measure_transfer
 from orchestration_validation import measure_validation, write_docs
 
-from cluster.dummies import run_dummies
+from benchmarks.dummies import run_dummies
 from cluster.schedule.simulate import Costs, in_sequence, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 

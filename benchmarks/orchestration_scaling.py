@@ -5,7 +5,7 @@ from typing import Any
 
 from harness import Groups, Setting, rehearse_setting, sleepers
 
-from cluster.dummies import run_dummies
+from benchmarks.dummies import run_dummies
 from cluster.schedule.program import Pass, Stage, Team
 from cluster.schedule.schedule import order_calls
 from cluster.schedule.simulate import Costs

@@ -117,6 +117,8 @@ def read_run(run_folder: str | Path) -> RunRecords:
     metrics = _lines(folder.metrics, faults)
     summary = _document(folder.summary, json.loads, faults)
     found = _document(evaluation, json.loads, faults)
+    if not metrics and folder.metrics.name not in faults.files:
+        _lose_metrics(folder, faults)
     missing = _missing(folder, evaluation, config.get("iterations"), len(metrics))
     validations, alarms = _lines(folder.validation, faults), _lines(folder.alarms, faults)
     ranking = _document(folder.ranking, json.loads, faults)
@@ -148,6 +150,25 @@ class _Faults:
         """Adds a file of which nothing can be read."""
         self.sentences.append(sentence)
         self.files[path.name] = None
+
+
+def _lose_metrics(folder: RunFolder, faults: _Faults) -> None:
+    """Counts an empty or missing log as lost where the run has left signs of its iterations.
+
+    A run that has only been started has no line yet, and lacks nothing.
+    """
+    signs = [
+        f"{path.name}/" if path.is_dir() else path.name
+        for path in (folder.summary, folder.validation, folder.checkpoints)
+        if (any(path.iterdir()) if path.is_dir() else path.exists() and path.stat().st_size)
+    ]
+    if signs:
+        state = "has no iteration" if folder.metrics.exists() else "is not there"
+        faults.lose(
+            folder.metrics,
+            f"{folder.metrics.name} {state}, but {' and '.join(signs)} come from iterations that "
+            "were made: restore it from a copy.",
+        )
 
 
 def numbers(entry: object) -> dict[str, float]:

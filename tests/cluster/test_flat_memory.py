@@ -8,14 +8,14 @@ from itertools import count
 import pytest
 import torch
 
-from cluster.dummies import make_dummy_worker, run_dummies
+from benchmarks.dummies import make_dummy_worker, run_dummies
+from benchmarks.store_use import store_use
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
 from cluster.schedule.program import Pass, Stage, Team
 from cluster.schedule.schedule import order_calls
 from cluster.schedule.simulate import Costs
-from cluster.store_use import store_use
 from cluster.transfer import WireTensor
 from tests.cluster.toys import WAIT_S
 

@@ -6,12 +6,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from benchmarks.store_use import store_use
 from cluster.errors import TransferError
 from cluster.ray.direct import NIXL, Direct, ready_to_hand_over, require_transport
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
-from cluster.store_use import store_use
 from tests.cluster.toys import WAIT_S, Colour, Parcel, Toy, make_toy
 
 

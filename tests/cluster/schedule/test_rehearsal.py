@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster.dummies import DummyWorker, SimulatedRun, make_dummy_worker, run_dummies
+from benchmarks.dummies import DummyWorker, SimulatedRun, make_dummy_worker, run_dummies
 from cluster.local import LocalWorkerGroup
 from cluster.schedule.program import Team
 from cluster.schedule.schedule import Call, order_calls

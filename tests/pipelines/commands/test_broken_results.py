@@ -46,6 +46,26 @@ def test_a_report_without_a_file_of_which_nothing_can_be_read_ends_with_1(
     assert len(found["broken"][str(run)]) == 1
 
 
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_a_report_of_a_run_whose_log_is_lost_ends_with_1_and_says_what_came_of_iterations(
+    tmp_path: Path, is_empty: bool
+) -> None:
+    run = finish_run(tmp_path / "run")
+    (run / "metrics.jsonl").unlink()
+    if is_empty:
+        (run / "metrics.jsonl").touch()
+    done = sgmd("report", run)
+    assert done.exit_code == 1
+    state = "has no iteration" if is_empty else "is not there"
+    assert f"metrics.jsonl {state}, but summary.json and validation.jsonl come from" in done.stdout
+
+
+def test_a_report_of_a_run_that_has_only_been_started_lacks_nothing(tmp_path: Path) -> None:
+    done = sgmd("report", start_run(tmp_path / "run", 0))
+    assert done.exit_code == 0
+    assert done.stdout == f"{tmp_path}/run/report.html\n"
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
