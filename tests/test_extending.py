@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from pipelines.run.folder import RunFolder, read_jsonl
+from sgmd_core.objectives import Objective
 from sgmd_core.types import detached
 from tests.helpers.families import write_package
 from tests.helpers.huber import PseudoHuberObjective
@@ -25,6 +26,7 @@ from tests.helpers.small_network import (
 )
 from tests.helpers.toy_family import write_toy
 from workers.measures import MEASURES
+from workers.models.family import Denoiser, DenoiserShape, ModelFamily
 
 ROOT = Path(__file__).parents[1]
 HELPERS = ROOT / "tests" / "helpers"
@@ -163,6 +165,23 @@ def test_a_measure_is_one_entry_of_one_file(tmp_path):
     (tmp_path / "measures.py").write_text(changed)
     assert run_python(tmp_path, "-c", MEASURED).split() == ["brightness", "brightness_ratio"]
     assert "brightness" not in {measure.name for measure in MEASURES}
+
+
+@pytest.mark.parametrize(
+    ("section", "kinds"),
+    [
+        ("A new model family", (ModelFamily, Denoiser, DenoiserShape)),
+        ("A new objective", (Objective,)),
+    ],
+)
+def test_the_page_names_every_member_that_an_extension_must_have(section, kinds):
+    text = PAGE.read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    members = [name for kind in kinds for name in {**vars(kind), **kind.__annotations__}]
+    members = [name for name in members if not name.startswith("_")]
+    assert len(members) > 7
+    # The traits are the subject of a step of their own.
+    text = text.replace("**Traits**", "traits")
+    assert [name for name in members if not re.search(rf"\b{name}\b", text)] == []
 
 
 def test_the_page_says_how_many_files_each_touches():
