@@ -36,6 +36,7 @@ from pipelines.data.shards.columns import (
     ColumnNames,
     kind_of,
     map_columns,
+    require_named,
     settle_names,
 )
 from pipelines.data.shards.index import Shard, read_index, write_index
@@ -103,6 +104,7 @@ class _OpenShard:
 class _Opened:
     """All shards as scanned; those with rows that can be used; and those that cannot."""
 
+    url: str
     names: ColumnNames
     listed: list[ScannedShard] = field(default_factory=list)
     shards: list[_OpenShard] = field(default_factory=list)
@@ -111,11 +113,16 @@ class _Opened:
     is_settled: bool = False
 
     def take(self, some: Sequence[ScannedShard]) -> None:
-        """Sorts shards that have bytes; the first of them settle the names of the columns."""
+        """Sorts shards that have bytes; the first of them settle the names of the columns.
+
+        Raises:
+            DataError: A column that the caller names is in none of the first shards.
+        """
         if not self.is_settled:
-            first = (
+            first = [
                 each.footer.schema for each in some[:SETTLING_SHARDS] if each.footer is not None
-            )
+            ]
+            require_named(self.url, first, self.names)
             settled = settle_names(first, self.names)
             if isinstance(settled, Fault):
                 setting = self.names.setting_of(CAPTION)
@@ -147,7 +154,7 @@ def check_shards(
         on_progress: Called with (what, done, in all).
 
     Raises:
-        DataError: the folder cannot be opened, or holds no shard.
+        DataError: the folder cannot be opened, holds no shard, or lacks a column that is named.
     """
     folder, only = locate_set(url, names=options.names)
     place = open_set(url, names=options.names)
@@ -209,7 +216,7 @@ def _open_all(
     names: ColumnNames,
     on_progress: Callable[[str, int, int], None],
 ) -> _Opened:
-    opened = _Opened(names)
+    opened = _Opened(filesystem.unstrip_protocol(root), names)
     waiting: list[ScannedShard] = []
     for scanned in scan_folder(filesystem, root, only=only):
         # Thousands of footers would take more memory than all else.

@@ -25,7 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
 from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
-from pipelines.data.shards.columns import ColumnNames, kind_of
+from pipelines.data.shards.columns import ColumnNames, kind_of, require_named
 from pipelines.data.shards.filesystem import S3Settings, data_errors, open_folder
 from pipelines.data.shards.index import INDEX_NAME, write_index
 from pipelines.data.shards.parquet import Footer, read_footers
@@ -34,7 +34,9 @@ from pipelines.data.shards.scan import ShardSet
 from pipelines.data.shards.schema import (
     CAPTION,
     FAULTS_KEY,
+    FPS,
     SAMPLE_ID,
+    VIDEO,
     ShardKind,
     caption_schema,
 )
@@ -165,6 +167,8 @@ def _located(url: str, s3: S3Settings, names: ColumnNames, stamp: str) -> tuple[
         with data_errors(f"opening {url}"):
             size = int(filesystem.info(root)["size"])
         (footer,) = read_footers(filesystem, [(root, size)], s3)
+        if isinstance(footer, Footer):
+            require_named(url, [footer.schema], names)
         if isinstance(footer, Footer) and kind_of(footer.schema, names) is not ShardKind.CAPTIONS:
             parent, slash, name = url.rpartition("/")
             return parent or slash or ".", name
@@ -174,7 +178,21 @@ def _located(url: str, s3: S3Settings, names: ColumnNames, stamp: str) -> tuple[
 def _converted(
     url: str, s3: S3Settings, names: ColumnNames, filesystem: AbstractFileSystem, root: str
 ) -> str:
-    """Path of the folder of shards that a file of captions is."""
+    """Path of the folder of shards that a file of captions is.
+
+    Raises:
+        DataError: It cannot be read, or a column is named that such a file has not.
+    """
+    suffix = PurePosixPath(root).suffix.lower()
+    is_table = suffix not in (PROMPTS_SUFFIX, ".parquet")
+    for column in (VIDEO, FPS) if is_table else (CAPTION, SAMPLE_ID, VIDEO, FPS):
+        if suffix != ".parquet" and getattr(names, column) is not None:
+            raise DataError(
+                f"reading {url}",
+                f"{names.setting_of(column)} {getattr(names, column)}, of a file of captions",
+                "no name for a column that is not there",
+                f"Leave {names.setting_of(column)} out",
+            )
     columns = Columns(None, names.caption, names.sample_id, names.setting_of(CAPTION))
     digest = hashlib.sha256(_VERSION + PurePosixPath(root).suffix.lower().encode())
     if names.caption is not None or names.sample_id is not None:

@@ -33,6 +33,7 @@ from pipelines.data.shards.columns import (
     ColumnNames,
     column_error,
     map_columns,
+    require_named,
     settle_names,
 )
 from pipelines.data.shards.filesystem import canonical_address
@@ -151,6 +152,7 @@ def _columns_of(
     schemas = {each.shard.path: each.footer.schema for each in opened if each.footer is not None}
     if not schemas:
         return names, ColumnMap({})
+    require_named(src, schemas.values(), names)
     settled = settle_names(schemas.values(), names)
     if isinstance(settled, Fault):
         raise column_error(src, "its first shards", settled, names, wanted)

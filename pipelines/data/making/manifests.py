@@ -4,9 +4,10 @@ rows of the file -> SourceClip, or the rejection of a row that names none
 """
 
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
@@ -30,12 +31,14 @@ from pipelines.data.making.source_clip import (
     address_of,
     open_reading,
 )
-from pipelines.data.shards.columns import competing_captions
+from pipelines.data.shards.columns import competing_captions, nearest_column
 from pipelines.data.shards.rejection import Reason, Rejection
 from pipelines.data.shards.schema import SAMPLE_ID
 from sgmd_core.errors import DataError
 
 _BAD_CAPTION = Reason.UNREADABLE_CAPTION
+_SHOWN_CHARS = 400
+_SETTLING_ROWS = 64  # of a file without a header, whose keys are its columns
 
 
 def manifest_clips(
@@ -64,9 +67,11 @@ def _manifest_rows(
     suffix = PurePosixPath(address).suffix.lower()
     if suffix == ".json":
         key = columns.path or columns.sample_id or SAMPLE_ID
-        yield from json_file_rows(file, address, key, columns.captions)
+        rows = json_file_rows(file, address, key, columns.captions)
+        yield from _with_named_keys(rows, address, columns)
     elif suffix in (".jsonl", ".ndjson"):
-        yield from json_rows(manifest_lines(file, address), columns.captions[0])
+        rows = json_rows(manifest_lines(file, address), columns.captions[0])
+        yield from _with_named_keys(rows, address, columns)
     else:
         if suffix == ".parquet":
             header, rows = parquet_rows(file, lambda names: _wanted(names, columns))
@@ -75,6 +80,19 @@ def _manifest_rows(
             header, rows = csv_header_and_rows(lines, address, "\t" if suffix == ".tsv" else ",")
         _require_columns(header, address, columns)
         yield from rows
+
+
+def _with_named_keys(
+    rows: Iterable[dict[str, Any] | str], address: str, columns: Columns
+) -> Iterator[dict[str, Any] | str]:
+    """The rows, unless none of the first ones has a key that the caller names."""
+    waiting = iter(rows)
+    first = list(itertools.islice(waiting, _SETTLING_ROWS))
+    found = list(dict.fromkeys(key for row in first if isinstance(row, dict) for key in row))
+    named = (columns.path, columns.sample_id, columns.caption)
+    if found and (missing := [name for name in named if name is not None and name not in found]):
+        raise _missing_columns(found, missing, address, columns)
+    yield from itertools.chain(first, waiting)
 
 
 def _wanted(names: Sequence[str], columns: Columns) -> list[str]:
@@ -128,8 +146,13 @@ def _require_columns(found: Sequence[str], address: str, columns: Columns) -> No
     missing = [name for name in wanted if name is not None and name not in found]
     if not captions:
         missing.append(" or ".join(columns.captions))
-    if not missing:
-        return
+    if missing:
+        raise _missing_columns(found, missing, address, columns)
+
+
+def _missing_columns(
+    found: Sequence[str], missing: Sequence[str], address: str, columns: Columns
+) -> DataError:
     if columns.path is None:
         expected = f"a column {' or '.join(columns.captions)}"
         named = f"Name the column with {columns.caption_setting}" if columns.caption_setting else ""
@@ -140,9 +163,11 @@ def _require_columns(found: Sequence[str], address: str, columns: Columns) -> No
             "Name them with --path-column, --caption-column and --id-column; captions without"
             " videos are taken with --captions-only"
         )
-    raise DataError(
+    near = [f"{one} for {name}" for name in missing if (one := nearest_column(name, found))]
+    remedy = f"{remedy}. Nearest: {printable(', '.join(near))}" if near else remedy
+    return DataError(
         f"reading {address}",
-        f"the columns {printable(', '.join(found))}; no {', '.join(missing)}",
+        f"the columns {printable(', '.join(found))[:_SHOWN_CHARS]}; no {', '.join(missing)}",
         expected,
         remedy,
     )

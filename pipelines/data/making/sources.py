@@ -121,6 +121,8 @@ def _listed(
             f"a file that ends in {', '.join((PROMPTS_SUFFIX, *MANIFEST_SUFFIXES))}",
             "Leave --captions-only out",
         )
+    if suffix not in MANIFEST_SUFFIXES:
+        _refuse_columns(url, columns, is_text=suffix == PROMPTS_SUFFIX)
     if suffix == PROMPTS_SUFFIX:
         yield from prompt_clips(filesystem, root)
     elif suffix in MANIFEST_SUFFIXES:
@@ -138,6 +140,27 @@ def _listed(
         if suffix:
             _refuse_file(filesystem, root, url)
         yield from _folder_clips(filesystem, root, root, columns, skipped)
+
+
+def _refuse_columns(url: str, columns: Columns, *, is_text: bool) -> None:
+    """Refuses names of columns for a source that has none.
+
+    Raises:
+        DataError: Columns are named for files and tars, or for a text of prompts.
+    """
+    usual = Columns()
+    named = {
+        "--path-column": columns.path not in (None, usual.path),
+        "--id-column": columns.sample_id is not None,
+        "--caption-column": is_text and columns.caption not in (None, usual.caption),
+    }
+    if given := [option for option, is_given in named.items() if is_given]:
+        raise DataError(
+            f"reading {url}",
+            f"{', '.join(given)}, of a source without columns",
+            f"a manifest ({', '.join(MANIFEST_SUFFIXES)}), whose columns have names",
+            f"Leave {', '.join(given)} out, or name the manifest as SRC",
+        )
 
 
 def _refuse_file(filesystem: AbstractFileSystem, root: str, url: str) -> None:

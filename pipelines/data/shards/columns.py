@@ -10,6 +10,7 @@ ids made of the shard's path and the row's number in it, which stay the same whe
 lies and however its row groups are cut.
 """
 
+import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -192,6 +193,37 @@ def settle_names(schemas: Iterable[pa.Schema], names: ColumnNames) -> ColumnName
     return replace(names, **found)
 
 
+def require_named(url: str, schemas: Iterable[pa.Schema], names: ColumnNames) -> None:
+    """Checks that columns which the caller names are in a set.
+
+    Args:
+        url: The set.
+        schemas: Of its first shards; nothing is checked where none can be read.
+        names: Names that the caller gives.
+
+    Raises:
+        DataError: None of the shards has one of them; names the nearest.
+    """
+    found = list(dict.fromkeys(name for schema in schemas for name in schema.names))
+    for column in (CAPTION, SAMPLE_ID, VIDEO, FPS):
+        given = getattr(names, column)
+        if found and given is not None and given not in found:
+            nearest = nearest_column(given, found)
+            raise DataError(
+                f"reading {url}",
+                f"no column {given} ({names.setting_of(column)}); the columns are {_shown(found)}",
+                "a column of the set",
+                f"The nearest is {nearest}" if nearest else "Name one of these, or none",
+            )
+
+
+def nearest_column(given: str, found: Sequence[str]) -> str | None:
+    """The column that was probably meant, if any comes close; cases count as one."""
+    by_name = {name.casefold(): name for name in reversed(found)}
+    close = difflib.get_close_matches(given.casefold(), by_name, n=1)
+    return by_name[close[0]] if close else None
+
+
 def column_error(
     url: str,
     shard: str,
@@ -267,7 +299,7 @@ def _find(schema: pa.Schema, name: str, given: str | None) -> str | _Missing | N
     """Stored name of one of our columns; None where it may be missing."""
     if given is not None:
         if given not in schema.names:
-            others = f" (for {name}; the columns are {_shown(schema)})"
+            others = f" (for {name}; the columns are {_shown(schema.names)})"
             return _Missing(given if given == name else given + others)
         return _checked(schema, name, given)
     usual = CAPTION_NAMES if name == CAPTION else (name,)
@@ -301,8 +333,7 @@ def _is_filled(schema: pa.Schema, name: str, stored: str) -> bool:
     return all(fits(name, kind) and not pa.types.is_null(kind) for kind in kinds)
 
 
-def _shown(schema: pa.Schema) -> str:
-    names = [field.name for field in schema]
+def _shown(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > _NUM_SHOWN else ""
     return ", ".join(names[:_NUM_SHOWN]) + more
 

@@ -16,6 +16,7 @@ from pipelines.data.shards.columns import (
     SETTLING_SHARDS,
     ColumnNames,
     column_error,
+    require_named,
     settle_names,
 )
 from pipelines.data.shards.filesystem import S3Settings
@@ -82,14 +83,16 @@ class Catalogue:
             names: Names that the caller gives.
 
         Raises:
-            DataError: Two columns compete; the folder has no shard, or the server failed.
+            DataError: Two columns compete, or a named one is missing; the folder has no shard, or
+                the server failed.
         """
         filled = [shard for shard in self.chapter(0) or () if shard.num_bytes][:SETTLING_SHARDS]
         opened = open_shards(self._filesystem, self._root, filled, self._retry)
         schemas = [each.footer.schema for each in opened if each.footer is not None]
+        url = self._filesystem.unstrip_protocol(self._root)
+        require_named(url, schemas, names)
         settled = settle_names(schemas, names)
         if isinstance(settled, Fault):
-            url = self._filesystem.unstrip_protocol(self._root)
             raise column_error(url, "its first shards", settled, names)
         return settled
 

@@ -153,7 +153,7 @@ class TestTextOnly:
     def test_a_column_of_videos_that_is_named_wrongly_is_still_told(self, model, tmp_path):
         write_folder(tmp_path / "captions", [3])
         options = replace(OPTIONS, names=ColumnNames(video="clip"))
-        with pytest.raises(DataError, match=r"missing column clip"):
+        with pytest.raises(DataError, match=r"no column clip "):
             encode(str(tmp_path / "captions"), str(tmp_path / "set"), model, options)
 
     def test_no_sizes_and_no_autoencoder_are_needed(self, model):
