@@ -28,7 +28,7 @@ from pipelines.data.checking.check_report import CheckReport, CheckTally
 from pipelines.data.clips.clip_errors import ClipFault
 from pipelines.data.clips.clip_format import ClipLimits
 from pipelines.data.clips.hang_guard import MAX_HANG_S
-from pipelines.data.making.caption_file import locate_set, open_set
+from pipelines.data.making.caption_file import locate_set, no_shards, open_set
 from pipelines.data.making.ordered_pool import Died, map_in_order
 from pipelines.data.shards.columns import (
     SETTLING_SHARDS,
@@ -162,12 +162,7 @@ def check_shards(
     opened = _open_all(filesystem, root, only, place.names, on_progress)
     shards = opened.shards
     if not opened.listed:
-        raise DataError(
-            f"checking {url}",
-            "no such folder, or no shard in it",
-            "Parquet shards",
-            "`sgmd prepare` makes some",
-        )
+        raise no_shards(f"checking {url}", filesystem, root)
     unwritten = _write_index(filesystem, root, only, opened) if options.write_index else []
     num_rows = sum(each.shard.num_rows for each in shards)
     chosen = choose_rows(num_rows, options.sample, options.seed)

@@ -28,6 +28,7 @@ from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
 from pipelines.data.shards.columns import ColumnNames, kind_of, require_named
 from pipelines.data.shards.filesystem import S3Settings, data_errors, open_folder
 from pipelines.data.shards.index import INDEX_NAME, write_index
+from pipelines.data.shards.listing import list_files
 from pipelines.data.shards.parquet import Footer, read_footers
 from pipelines.data.shards.rejection import Reason, Rejection, join_reason
 from pipelines.data.shards.scan import ShardSet
@@ -44,6 +45,13 @@ from pipelines.data.shards.shard_writing import ROW_GROUP_CLIPS, ShardBuilder, w
 from sgmd_core.errors import DataError
 
 CAPTION_FILE_SUFFIXES = (PROMPTS_SUFFIX, *MANIFEST_SUFFIXES)
+_SUFFIXES = ", ".join(CAPTION_FILE_SUFFIXES)
+_OTHER_FILE = "a file that is neither a Parquet shard nor a list of captions"
+_PREPARE = (
+    "Make shards of videos and their captions (a folder of them, a tar, a manifest) with"
+    " `sgmd prepare SRC DST`, and give DST"
+)
+_LOOKED_AT = 1000  # files that are counted of a folder without shards
 # Part of the digest: what is made of the same bytes changes with it.
 _VERSION = b"1"
 _SHARD_ROWS = 4096
@@ -140,15 +148,38 @@ def require_unchanged(url: str, folder: str, recorded: Iterable[Mapping[str, Any
         )
 
 
+def no_shards(attempted: str, filesystem: AbstractFileSystem, root: str) -> DataError:
+    """The error of a set without a shard: says what lies at its address instead.
+
+    Args:
+        attempted: What the caller was doing.
+        filesystem: Where the set should be.
+        root: Its path there.
+    """
+    expected = f"a folder of Parquet shards, or a file that ends in {_SUFFIXES}"
+    try:
+        if filesystem.isfile(root):
+            return DataError(attempted, _OTHER_FILE, expected, _PREPARE)
+        there = [path for path, _ in itertools.islice(list_files(filesystem, root), _LOOKED_AT)]
+    except (OSError, DataError):  # It is listed for the sake of words alone.
+        there = []
+    if there:
+        count = f"{len(there)} or more" if len(there) == _LOOKED_AT else str(len(there))
+        found = f"no .parquet file among the {count} there, such as {there[0]}"
+        return DataError(attempted, found, expected, _PREPARE)
+    return DataError(
+        attempted,
+        "no such folder, or no file in it",
+        expected,
+        "Check the address; `sgmd shapes DST` writes a data set to try",
+    )
+
+
 def _require_folder(url: str) -> None:
     """Refuses a local file of another kind, which would be taken for a folder and searched."""
     if Path(url.removeprefix("file://")).is_file():
-        raise DataError(
-            f"opening the data set {url}",
-            "a file that is neither a Parquet shard nor a list of captions",
-            f"a folder of shards, or a file that ends in {', '.join(CAPTION_FILE_SUFFIXES)}",
-            "Make shards of videos and their captions with sgmd prepare SRC DST, and give DST",
-        )
+        expected = f"a folder of Parquet shards, or a file that ends in {_SUFFIXES}"
+        raise DataError(f"opening the data set {url}", _OTHER_FILE, expected, _PREPARE)
 
 
 def _stamp(filesystem: AbstractFileSystem, root: str) -> str:

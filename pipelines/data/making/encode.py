@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 
 from pipelines.data.making import encode_stages
-from pipelines.data.making.caption_file import open_set
+from pipelines.data.making.caption_file import no_shards, open_set
 from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.encode_plan import Part, digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
@@ -105,10 +105,7 @@ def encode(
     _require_apart(src, dst)
     parts = plan_parts(place.filesystem, place.root, options.shard_clips, only=place.only)
     if not parts:
-        found, expected = "no such folder, or no shard in it", "shards of captioned videos"
-        if options.text_only:
-            expected = "shards or a file of captions"
-        raise DataError(f"encoding {src}", found, expected, "`sgmd prepare` makes some")
+        raise no_shards(f"encoding {src}", place.filesystem, place.root)
     names, columns = _columns_of(src, place, parts, options)
     options = replace(options, settled=names)
     settings = _settings(src, parts, encoding, options, columns)

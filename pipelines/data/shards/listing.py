@@ -91,6 +91,15 @@ def sizes_of(filesystem: AbstractFileSystem, root: str, paths: Collection[str]) 
     return found
 
 
+def list_files(filesystem: AbstractFileSystem, root: str) -> Iterator[tuple[str, int]]:
+    """(path relative to the folder, bytes) of every file of a folder, in order.
+
+    Raises:
+        DataError: The folder cannot be listed.
+    """
+    return _entries(filesystem, root, "")
+
+
 def _only(filesystem: AbstractFileSystem, root: str, name: str) -> Iterator[tuple[str, int]]:
     """The one file of a set that is a file, if it is there."""
     path = f"{root}/{name}"

@@ -12,6 +12,7 @@ from typing import Any
 
 from fsspec import AbstractFileSystem
 
+from pipelines.data.making.caption_file import no_shards
 from pipelines.data.shards.columns import (
     SETTLING_SHARDS,
     ColumnNames,
@@ -26,7 +27,6 @@ from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.rejection import Rejection, split_reason
 from pipelines.data.shards.scan import NO_ROWS, open_shards
 from pipelines.data.stream.plan import RowGroup
-from sgmd_core.errors import DataError
 
 Chapter = tuple[Shard, ...]
 
@@ -168,7 +168,8 @@ class Catalogue:
             self._listing = self._begin()
         chapter = next(self._listing, ())
         if not chapter and not self._chapters:
-            raise self._no_shards()
+            url = self._filesystem.unstrip_protocol(self._root)
+            raise no_shards(f"listing the shards of {url}", self._filesystem, self._root)
         lines = [[shard.path, shard.num_bytes, shard.rows] for shard in chapter]
         self._learn({"shards": lines, "last": len(chapter) < self._chapter_shards})
 
@@ -212,12 +213,3 @@ class Catalogue:
         self._faults.update(line["faults"])
         # A shard that could not be opened stays out for the whole run.
         self._rows.update(dict.fromkeys(line["faults"], ()))
-
-    def _no_shards(self) -> DataError:
-        return DataError(
-            f"listing the shards of {self._filesystem.unstrip_protocol(self._root)}",
-            "no such folder, or no .parquet file in it",
-            "Parquet shards with the columns sample_id and caption",
-            "Check the address (data.train or world.train of a recipe: a folder of shards, or a"
-            " file such as prompts.txt); `sgmd shapes DST` writes a data set to try",
-        )

@@ -160,7 +160,7 @@ def answer(*arguments: str) -> tuple[int, str]:
         (("distill", "tiny", "--dry-run", "validation.teacher_steps=100000000"), "equal to 1000"),
         (("sweep", "tiny", *DATA, "output=file"), "file is a file"),
         (("study", "tiny", *DATA, "output=file", "--dry-run"), "file is a file"),
-        (pretrain_with("world.train=nowhere"), "no such folder, or no .parquet file"),
+        (pretrain_with("world.train=nowhere"), "no such folder, or no file in it"),
         (pretrain_with("world.train=pipe"), "pipe: a named pipe"),
         (pretrain_with("run_dir=file"), "(run_dir): "),
         (pretrain_with("output=file"), "file is a file"),

@@ -11,9 +11,15 @@ import pytest
 
 from cluster.s3.settings import S3Settings
 from pipelines.data.checking.check import CheckOptions, check_shards
+from pipelines.data.clips.clip_format import ClipFormat
 from pipelines.data.making.caption_file import open_set, read_prompts
+from pipelines.data.making.encode import encode
+from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.prepare import PrepareOptions, prepare
 from pipelines.data.shards.index import read_index
+from pipelines.data.stream.inspect import inspect_folder
+from pipelines.data.stream.plan import ShuffleSettings
+from pipelines.data.stream.source import Source
 from sgmd_core.errors import DataError
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every
 from tests.helpers.s3_server import S3Server, serve_s3
@@ -41,6 +47,7 @@ def write_source(raw: Path, video: bytes) -> None:
                 tar.add(part, part.name)
     lines = [f"folder/{name},caption of {name}" for name in NAMES]
     (raw / "list.csv").write_text("\n".join(["path,caption", *lines]) + "\n")
+    (raw / "labels.csv").write_text("path,label\nfolder/a.mp4,7\n")
     (raw / "prompts.txt").write_text("".join(f"prompt {number}\n" for number in range(50)))
 
 
@@ -190,3 +197,28 @@ def test_a_clip_whose_decoder_hangs_is_rejected(server: S3Server, tmp_path: Path
     assert (report.num_clips, report.rejected) == (1, {"too_slow": 1})
     (row,) = pq.read_table(tmp_path / "set" / "quarantine.parquet").to_pylist()
     assert "--max-hang-seconds" in row["detail"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("folder/a.mp4", "a file that is neither a Parquet shard nor a list of captions.*prepare"),
+        ("clips.tar", "a file that is neither a Parquet shard nor a list of captions.*prepare"),
+        ("labels.csv", "the columns path, label; no caption or prompt or text"),
+        ("folder", r"no \.parquet file among the 6 there, such as a\.mp4.*prepare"),
+        ("nowhere", "no such folder, or no file in it.*Check the address"),
+    ],
+)
+def test_what_is_no_set_on_s3_is_refused_by_what_it_is(
+    through: Callable[..., ProxyBook], tmp_path: Path, name: str, words: str
+) -> None:
+    through(healthy)
+    url, model = f"s3://clips/raw/{name}", Path(__file__).parents[4] / "assets" / "tiny-wan"
+    for work in (
+        lambda: check_shards(url, CheckOptions(num_processes=0)),
+        lambda: encode(url, str(tmp_path), str(model), EncodeOptions(ClipFormat(5, 32, 32, 8))),
+        lambda: inspect_folder(Source(url), 0, ShuffleSettings()),
+    ):
+        with pytest.raises(DataError, match=words):
+            work()
+    assert not [*tmp_path.iterdir()]
