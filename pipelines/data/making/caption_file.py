@@ -156,7 +156,7 @@ def no_shards(attempted: str, filesystem: AbstractFileSystem, root: str) -> Data
         filesystem: Where the set should be.
         root: Its path there.
     """
-    expected = f"a folder of Parquet shards, or a file that ends in {_SUFFIXES}"
+    expected = f"a folder of shards, or a file that ends in {_SUFFIXES}"
     try:
         if filesystem.isfile(root):
             return DataError(attempted, _OTHER_FILE, expected, _PREPARE)
@@ -178,7 +178,7 @@ def no_shards(attempted: str, filesystem: AbstractFileSystem, root: str) -> Data
 def _require_folder(url: str) -> None:
     """Refuses a local file of another kind, which would be taken for a folder and searched."""
     if Path(url.removeprefix("file://")).is_file():
-        expected = f"a folder of Parquet shards, or a file that ends in {_SUFFIXES}"
+        expected = f"a folder of shards, or a file that ends in {_SUFFIXES}"
         raise DataError(f"opening the data set {url}", _OTHER_FILE, expected, _PREPARE)
 
 
