@@ -71,11 +71,11 @@ def test_training_refuses_them_too(place: Path) -> None:
 @pytest.mark.parametrize("name", ["list.csv", "list.jsonl", "list.json"])
 @pytest.mark.parametrize("option", ["path", "caption", "id"])
 def test_prepare_refuses_them_in_every_manifest(place: Path, name: str, option: str) -> None:
-    names = {"path": "file", "caption": "text", "id": "Key", option: "fiel"}
+    names = {"path": "file", "caption": "text", "id": "Key", option: "files"}
     options = [part for key, value in names.items() for part in (f"--{key}-column", value)]
     found = refused("prepare", place / name, place / "out", *options)
-    assert "the columns Key, text, file; no fiel" in found
-    assert "Nearest: file for fiel" in found
+    assert "the columns Key, text, file; no files" in found
+    assert "Nearest: file for files" in found
     assert not (place / "out").exists()
 
 
