@@ -27,7 +27,7 @@ from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype
 from pipelines.data.making.encode_plan import Part, SourceGroup, digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
 from pipelines.data.making.journal import open_journal
-from pipelines.data.shards.columns import ColumnNames
+from pipelines.data.shards.columns import ColumnNames, OptionColumnNames
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import read_index
 from pipelines.data.shards.schema import Encoding, encoding_of, video_schema
@@ -83,6 +83,22 @@ def source_rows(folder: Path) -> dict[str, dict[str, Any]]:
             if (number, place) not in {(1, 2), (1, 3), (1, 4), (1, 5)}:
                 found[row["sample_id"]] = row
     return found
+
+
+@pytest.fixture(scope="module")
+def foreign(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same rows as other tools store them: other names, and videos as structs of bytes."""
+    folder = tmp_path_factory.mktemp("foreign") / "train"
+    folder.mkdir()
+    for path in source.glob("*.parquet"):
+        table = pq.read_table(path)
+        videos = [{"bytes": video, "path": None} for video in table["video"].to_pylist()]
+        columns = {"Key": table["sample_id"], "words": table["caption"], "clip": videos}
+        pq.write_table(pa.table(columns), folder / path.name, row_group_size=4)
+    return folder
+
+
+FOREIGN = OptionColumnNames(caption="words", sample_id="Key", video="clip")
 
 
 BAD = {(2, "undecodable"), (3, "empty_caption"), (4, "duplicate_id"), (5, "undecodable")}
@@ -337,6 +353,7 @@ def run_encode(source: Path, target: Path, model: str) -> subprocess.Popen[str]:
         *("--model", model, "--num-frames", str(tiny_wan.NUM_FRAMES)),
         *("--height", str(tiny_wan.HEIGHT), "--width", str(tiny_wan.WIDTH), "--fps", "8"),
         *("--text-length", str(tiny_wan.TEXT_LENGTH), "--shard-clips", "8"),
+        *("--id-column", "Key", "--caption-column", "words", "--video-column", "clip"),
         *("--max-bad-fraction", "0.1", "--json"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -353,11 +370,11 @@ def run_encode(source: Path, target: Path, model: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def encoded(
-    source: Path, model: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
+    foreign: Path, model: str, tmp_path_factory: pytest.TempPathFactory, ray_cluster: None
 ) -> tuple[Path, EncodeReport]:
     """The set encoded by a command that was killed, and the report of the one that went on."""
     target = tmp_path_factory.mktemp("encoded") / "set"
-    killed = run_encode(source, target, model)
+    killed = run_encode(foreign, target, model)
     progress = target / "_progress"
     while not any(progress.glob("*.json")):
         assert killed.poll() is None, killed.communicate()
@@ -365,7 +382,8 @@ def encoded(
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert not (target / "_index.json").exists()
-    return target, encode(str(source), str(target), model, replace(OPTIONS, max_bad_fraction=0.1))
+    options = replace(OPTIONS, max_bad_fraction=0.1, names=FOREIGN)
+    return target, encode(str(foreign), str(target), model, options)
 
 
 @pytest.mark.ray
@@ -383,6 +401,9 @@ class TestKilledAndRunAgain:
         assert len(names) == len(set(names)) == report.num_clips == 44
         assert set(names) == set(source_rows(source))
         assert 0 < report.num_new < 44
+        assert report.columns == (
+            "sample_id is column Key; caption is column words; video is column clip"
+        )
         assert not (target / "_progress").exists()
 
     def test_bad_clips_are_in_the_quarantine_exactly_once(self, encoded):
@@ -406,20 +427,20 @@ class TestKilledAndRunAgain:
             words = text.encode([line["caption"]], tiny_wan.TEXT_LENGTH)[0]
             assert torch.equal(unpack_text(line["text_embeds"], encoding), words)
 
-    def test_a_finished_set_is_left_as_it_is(self, encoded, source, model):
+    def test_a_finished_set_is_left_as_it_is(self, encoded, foreign, model):
         target, _ = encoded
-        again = run_encode(source, target, model)
+        again = run_encode(foreign, target, model)
         out, err = again.communicate(timeout=300)
         assert again.returncode == 0, err
         report = json.loads(out)
         assert (report["clips"], report["new_clips"]) == (44, 0)
 
-    def test_another_model_is_refused(self, encoded, source, model, tmp_path):
+    def test_another_model_is_refused(self, encoded, foreign, model, tmp_path):
         target, _ = encoded
         words = sorted({word for text in captions(ClipSplit.TRAIN) for word in text.split()})
         other = tiny_wan.write_tiny_wan(tmp_path / "other", words, seed=1)
         with pytest.raises(DataError, match=r"encoding\.vae ="):
-            encode(str(source), str(target), str(other), OPTIONS)
+            encode(str(foreign), str(target), str(other), replace(OPTIONS, names=FOREIGN))
 
 
 @pytest.mark.ray
