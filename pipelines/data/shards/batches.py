@@ -17,7 +17,7 @@ from fsspec import AbstractFileSystem
 from pipelines.data.shards.columns import ColumnNames, map_columns
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.native import Group
-from pipelines.data.shards.parquet import read_footers
+from pipelines.data.shards.parquet import column_chunks, read_footers
 from pipelines.data.shards.reading import Fault, Range, fetch, words_of
 
 _BATCH_ROWS = 4096
@@ -81,7 +81,7 @@ def read_batches(
             buffer_size=_BUFFER_BYTES,
         )
         batches = file.iter_batches(
-            _num_rows(footer.metadata.row_group(index), found.sources),
+            _num_rows(footer.metadata, index, found.sources),
             row_groups=[index],
             columns=found.sources,
             use_threads=False,
@@ -101,9 +101,9 @@ def read_batches(
         yield Fault(f"corrupt row group ({words_of(error)})")
 
 
-def _num_rows(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+def _num_rows(metadata: pq.FileMetaData, index: int, columns: Sequence[str]) -> int:
     """Rows of a batch: as many as take `_BATCH_BYTES` at most, by what the footer says."""
-    chunks = (group.column(number) for number in range(group.num_columns))
+    group, chunks = metadata.row_group(index), column_chunks(metadata, index)
     size = sum(
         chunk.total_uncompressed_size
         for chunk in chunks

@@ -12,6 +12,7 @@ import io
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -237,8 +238,8 @@ class RowGroupReader:
             return Fault(f"no row group {index}: the file has {footer.metadata.num_row_groups}")
         full = f"{self._root}/{path}"
         try:
-            spans = _chunks(footer.metadata.row_group(index), found.sources)
-        except ValueError as error:
+            spans = _chunks(footer.metadata, index, found.sources)
+        except (OSError, ValueError, pa.ArrowException) as error:
             return Fault(f"corrupt footer ({words_of(error)})")
         return _Plan(footer, found, [Range(full, *span) for span in spans])
 
@@ -297,11 +298,41 @@ def _footer(tail: bytes) -> Footer | Fault:
         return Fault(f"no readable footer ({words_of(error)})")
 
 
-def _chunks(group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[tuple[int, int]]:
+class _NothingReadError(OSError):
+    """A file that is never read was asked for bytes."""
+
+
+class _NoBytes(_Parts):
+    """A file of any size that refuses to be read."""
+
+    def __init__(self) -> None:
+        super().__init__((), 2**62)
+
+    def read(self, size: int = -1) -> bytes:
+        raise _NothingReadError(size)
+
+
+def column_chunks(metadata: pq.FileMetaData, index: int) -> list[pq.ColumnChunkMetaData]:
+    """Column chunks of a row group.
+
+    Where Parquet refuses a chunk, `RowGroupMetaData.column` ends the process; reading raises. So
+    each column is read first, from a file without bytes.
+
+    Raises:
+        OSError, ValueError, pyarrow.ArrowException: The footer is damaged.
+    """
+    file, group = open_parquet(_NoBytes(), metadata=metadata), metadata.row_group(index)
+    for number in range(group.num_columns):
+        with suppress(_NothingReadError):
+            path = metadata.schema.column(number).path
+            file.read_row_group(index, columns=[path], use_threads=False)
+    return [group.column(number) for number in range(group.num_columns)]
+
+
+def _chunks(metadata: pq.FileMetaData, index: int, columns: Sequence[str]) -> list[tuple[int, int]]:
     """Byte ranges of the columns' chunks, near ones merged."""
     spans: list[tuple[int, int]] = []
-    for number in range(group.num_columns):
-        chunk = group.column(number)
+    for chunk in column_chunks(metadata, index):
         path = chunk.path_in_schema
         if not any(path == name or path.startswith(f"{name}.") for name in columns):
             continue

@@ -66,3 +66,29 @@ def test_a_footer_whose_column_names_are_no_text_is_a_fault_of_its_row_groups(tm
     assert isinstance(broken, Fault)
     assert "corrupt footer" in broken.reason
     assert whole.num_rows == 3
+
+
+def test_a_column_chunk_that_parquet_refuses_is_a_fault_and_ends_no_process(tmp_path: Path):
+    write_folder(tmp_path, [3])
+    shard = tmp_path / "part-000.parquet"
+    content = shard.read_bytes()
+    # Histograms of the levels of `caption`: none for repetition, and two counts for definition.
+    none, two = b"\x19\x06", b"\x19&\x00\x06"
+    place = content.rindex(none + two)
+    shard.write_bytes(content[:place] + two + none + content[place + 6 :])
+    code = CHUNKS.format(shard=str(shard))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "histogram size mismatch" in done.stdout
+
+
+CHUNKS = """
+import sys
+import pyarrow.parquet as pq
+from pipelines.data.shards.parquet import column_chunks
+metadata = pq.ParquetFile({shard!r}).metadata
+try:
+    column_chunks(metadata, 0)
+except OSError as error:
+    print(error)
+"""
