@@ -11,6 +11,8 @@ processes of a role, are decided here.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Self
 
 from cluster.errors import ScheduleError
 
@@ -66,22 +68,70 @@ class WeightTransfer:
     taker: tuple[str, str]
 
 
+Process = tuple[str, int]
+"""Pool of a process, and its index in the pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Home:
+    """A pool on which a role has a replica, on all of the pool's processes.
+
+    Attributes:
+        pool: Name of the pool.
+        ranks: Processes of the pool.
+        speed: Of one of them, over that of others; a stage takes so much less time there.
+    """
+
+    pool: str
+    ranks: int = 1
+    speed: float = 1.0
+
+
 @dataclass(frozen=True, slots=True)
 class Team:
     """The processes of one role.
 
     Attributes:
         replicas: Independent copies; each gets samples of its own.
-        ranks: Processes of one replica; they share its samples evenly and work in step.
+        ranks: Processes of one replica, of the largest where they differ; they share its samples
+            and work in step.
+        homes: Pool of each replica, where roles share pools; empty: processes of the role's own.
     """
 
     replicas: int = 1
     ranks: int = 1
+    homes: tuple[Home, ...] = ()
+
+    @classmethod
+    def on(cls, *homes: Home) -> Self:
+        """A team with one replica on each of these pools."""
+        return cls(len(homes), max(home.ranks for home in homes), homes)
+
+    @property
+    def ranks_by_replica(self) -> tuple[int, ...]:
+        """Processes of each replica."""
+        return tuple(home.ranks for home in self.homes) or (self.ranks,) * self.replicas
 
     @property
     def size(self) -> int:
-        """Processes in all; rank `replica * ranks + i` is the i-th of its replica."""
-        return self.replicas * self.ranks
+        """Processes in all; the ranks of a replica follow those of the replicas before it."""
+        return sum(self.ranks_by_replica)
+
+    def first_rank(self, replica: int) -> int:
+        """Rank of the first process of a replica."""
+        return sum(self.ranks_by_replica[:replica])
+
+    def replica_of(self, rank: int) -> int:
+        """The replica that a rank belongs to."""
+        ends = accumulate(self.ranks_by_replica)
+        return next(replica for replica, end in enumerate(ends) if rank < end)
+
+    def process(self, role: str, rank: int) -> Process:
+        """The process of a rank: roles that share a pool share its processes."""
+        if not self.homes:
+            return role, rank
+        replica = self.replica_of(rank)
+        return self.homes[replica].pool, rank - self.first_rank(replica)
 
 
 Program = Sequence[Pass | Update | WeightTransfer]
@@ -101,7 +151,7 @@ def pass_order(
         depth: Most micro-batches that are open at once.
         cycles: By role, micro-batches after which a replica gets its next one; 1 if not given.
     """
-    opening = _opening(a_pass)
+    opening = opening_of(a_pass)
     ahead = num_ahead(a_pass, num_micro_batches, depth)
     lags = _lags(a_pass, cycles or {}, most=min(depth, num_micro_batches) - 1)
     lag = max(lags.values(), default=0)
@@ -141,6 +191,15 @@ def partition_samples(
     return found
 
 
+def share_in_replica(
+    num_samples: int, team: Team, replica: int
+) -> list[tuple[int, tuple[int, int]]]:
+    """Shares a micro-batch out over the ranks of one replica; see `partition_samples`."""
+    ranks, first = team.ranks_by_replica[replica], team.first_rank(replica)
+    share = num_samples // ranks
+    return [(first + rank, (rank * share, (rank + 1) * share)) for rank in range(ranks)]
+
+
 def check_program(program: Program, teams: Mapping[str, Team], num_samples: int) -> None:
     """Refuses a program that cannot be worked through.
 
@@ -163,10 +222,11 @@ def check_program(program: Program, teams: Mapping[str, Team], num_samples: int)
             team = teams.get(stage.role)
             if team is None:
                 raise _contradiction(stage, f"is done by {stage.role} of roles {sorted(teams)}")
-            if num_samples % team.ranks:
+            uneven = [ranks for ranks in team.ranks_by_replica if num_samples % ranks]
+            if uneven:
                 raise ScheduleError(
                     f"sharing {num_samples} samples of a micro-batch among {stage.role}",
-                    f"{team.ranks} ranks that work in step",
+                    f"{uneven[0]} ranks that work in step",
                     "a number of samples that they divide",
                     "Change the size of the batch, the number of micro-batches or of ranks",
                 )
@@ -201,7 +261,7 @@ def _contradiction(stage: Stage, found: str) -> ScheduleError:
     )
 
 
-def _opening(a_pass: Pass) -> tuple[Stage, ...]:
+def opening_of(a_pass: Pass) -> tuple[Stage, ...]:
     """The stages that run ahead: up to the first one that keeps something."""
     keeping = [number for number, stage in enumerate(a_pass.stages) if stage.keeps_until]
     return a_pass.stages[: (keeping[0] if keeping else 0) + 1]
@@ -215,7 +275,7 @@ def num_ahead(a_pass: Pass, num_micro_batches: int, depth: int) -> int:
 
 def _lags(a_pass: Pass, cycles: Mapping[str, int], most: int) -> dict[str, int]:
     """Micro-batches by which each stage after the opening follows the first of them."""
-    stages = a_pass.stages[len(_opening(a_pass)) :]
+    stages = a_pass.stages[len(opening_of(a_pass)) :]
     before = {stage.name: _roles_before(stage, stages) for stage in stages}
     lags: dict[str, int] = {}
     least: dict[str, int] = {}

@@ -14,7 +14,8 @@ schedule. It keeps four promises:
   teams are: depth and replicas do not change a bit of a run's numbers.
 * What a stage keeps in memory for a later one (a graph) is kept for `depth` micro-batches at most.
 * The samples of a micro-batch are shared out evenly: over the ranks of one replica, which work in
-  step, and in turn over replicas, which do not wait for one another.
+  step, and in turn over replicas, which do not wait for one another. Where roles share pools, a
+  replica takes a micro-batch whole.
 
 Where the controller has to hear of results before it goes on (`Call.waits_for`) it has first asked
 for everything that needs none of the roles being updated.
@@ -26,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.errors import ScheduleError
+from cluster.schedule.dealing import StageSeconds, deal_pass, dealt_seconds
 from cluster.schedule.program import (
     Pass,
     Program,
@@ -37,12 +39,16 @@ from cluster.schedule.program import (
     num_ahead,
     partition_samples,
     pass_order,
+    share_in_replica,
 )
 
 GATHER = "gradient_report"
 """Stage of an update that tells whether what a role gathered is sound; changes nothing."""
 STEP = "step"
 """Stage of an update that changes the role's weights."""
+
+_Turn = tuple[Stage, int, int | None]
+"""Stage, micro-batch, and the replica that takes it whole; None: replicas share it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +94,7 @@ def order_calls(
     num_iterations: int = 1,
     first_iteration: int = 0,
     max_staleness: int = 0,
+    stage_seconds: Mapping[tuple[str, str], float] | None = None,
 ) -> list[Call]:
     """The calls of one or more iterations, in the order in which a controller makes them.
 
@@ -118,7 +125,9 @@ def order_calls(
     if samples_per_micro_batch is None:
         samples_per_micro_batch = math.lcm(*(team.ranks for team in teams.values()))
     check_program(program, teams, samples_per_micro_batch)
-    builder = _Builder(program, teams, num_micro_batches, depth, samples_per_micro_batch)
+    builder = _Builder(
+        program, teams, num_micro_batches, depth, samples_per_micro_batch, stage_seconds or {}
+    )
     iterations = range(first_iteration, first_iteration + num_iterations)
     for iteration in iterations:
         builder.add_iteration(iteration, max_staleness, last=iteration == iterations[-1])
@@ -156,6 +165,7 @@ class _Builder:
         num_micro_batches: int,
         depth: int,
         num_samples: int,
+        stage_seconds: Mapping[tuple[str, str], float],
     ) -> None:
         self.calls: list[Call] = []
         self._program = program
@@ -172,8 +182,15 @@ class _Builder:
             ]
             for role in teams
         }
-        shares = {role: num_samples // team.ranks for role, team in teams.items()}
+        shares = {role: max(1, num_samples // team.ranks) for role, team in teams.items()}
         self._cycles = {role: -(-team.replicas // shares[role]) for role, team in teams.items()}
+        seconds = dealt_seconds(teams, stage_seconds, num_samples)
+        shared = any(team.homes for team in teams.values())
+        self._orders = {
+            phase: self._dealt(part, seconds) if shared else self._in_turns(part)
+            for phase, part in enumerate(program)
+            if isinstance(part, Pass)
+        }
         # Calls that the controller must hear of before it goes on.
         self._waits: tuple[int, ...] = ()
 
@@ -182,8 +199,8 @@ class _Builder:
         first = len(self.calls)
         for phase, part in enumerate(self._program):
             if isinstance(part, Pass):
-                for stage, index in self._order(part):
-                    self._ask_stage(iteration, phase, stage, index)
+                for stage, index, replica in self._orders[phase]:
+                    self._ask_stage(iteration, phase, stage, index, replica)
                 continue
             if isinstance(part, WeightTransfer):
                 given = self._ask_role(iteration, phase, *part.giver)
@@ -233,21 +250,36 @@ class _Builder:
             elif not (stage.gathers and stage.role in waiting):
                 free.add(stage.name)
         ahead = num_ahead(part, self._num_micro_batches, self._depth)
-        for stage, index in self._order(part):
+        for stage, index, replica in self._orders[phase]:
             if stage.name in free and index < ahead:
-                self._ask_stage(iteration, phase, stage, index)
+                self._ask_stage(iteration, phase, stage, index, replica)
 
-    def _order(self, part: Pass) -> list[tuple[Stage, int]]:
-        return pass_order(part, self._num_micro_batches, self._depth, self._cycles)
+    def _in_turns(self, part: Pass) -> list[_Turn]:
+        """Order where each role has processes of its own; replicas share each micro-batch."""
+        order = pass_order(part, self._num_micro_batches, self._depth, self._cycles)
+        return [(stage, index, None) for stage, index in order]
 
-    def _ask_stage(self, iteration: int, phase: int, stage: Stage, micro_batch: int) -> None:
+    def _dealt(self, part: Pass, seconds: StageSeconds) -> list[_Turn]:
+        """Order where roles share pools; a replica takes a micro-batch whole."""
+        dealt = deal_pass(part, self._teams, self._num_micro_batches, self._depth, seconds)
+        return [(deal.stage, deal.micro_batch, deal.replica) for deal in dealt.deals]
+
+    def _ask_stage(
+        self, iteration: int, phase: int, stage: Stage, micro_batch: int, replica: int | None
+    ) -> None:
         if (iteration, phase, stage.name, micro_batch) in self._places:
             return
         passes = self._passes_of[stage.role]
         past = iteration * len(passes) + passes.index(phase)
         round = past * self._num_micro_batches + micro_batch
         places: list[int] = []
-        for rank, samples in partition_samples(self._num_samples, self._teams[stage.role], round):
+        team = self._teams[stage.role]
+        shares = (
+            partition_samples(self._num_samples, team, round)
+            if replica is None
+            else share_in_replica(self._num_samples, team, replica)
+        )
+        for rank, samples in shares:
             inputs = tuple(
                 place
                 for name in stage.takes

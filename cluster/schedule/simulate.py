@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from cluster.schedule.program import Team
+from cluster.schedule.program import Process, Team
 from cluster.schedule.schedule import Call
 
 
@@ -98,8 +98,8 @@ class Usage:
     """Time of one process; the three parts add up to the whole.
 
     Attributes:
-        role: Its role.
-        rank: Its rank.
+        role: Its role, or the pool that several roles share.
+        rank: Its rank in it.
         busy_s: Working.
         transferring_s: Idle while what it waits for is on its way.
         waiting_s: Idle otherwise.
@@ -124,9 +124,11 @@ class Timeline:
 
     Attributes:
         spans: One a call, in the order of the calls.
+        processes: The process of each.
     """
 
     spans: tuple[Span, ...]
+    processes: tuple[Process, ...]
 
     @property
     def duration_s(self) -> float:
@@ -148,9 +150,9 @@ class Timeline:
     def usage(self) -> list[Usage]:
         """Returns the usage of each process from the start of the first call to the last end."""
         whole = self.duration_s
-        by_process = defaultdict[tuple[str, int], list[Span]](list)
-        for span in self.spans:
-            by_process[span.call.role, span.call.rank].append(span)
+        by_process = defaultdict[Process, list[Span]](list)
+        for span, process in zip(self.spans, self.processes, strict=True):
+            by_process[process].append(span)
         found: list[Usage] = []
         for (role, rank), spans in sorted(by_process.items()):
             free_s = busy_s = transferring_s = 0.0
@@ -194,34 +196,48 @@ def simulate(calls: Sequence[Call], costs: Costs, teams: Mapping[str, Team]) -> 
         The same calls with times, the first one asked for at 0.
     """
     spans: list[Span] = []
-    free = dict[tuple[str, int], int]()
-    handed_on = {place for call in calls for place in call.inputs}
+    processes = [teams[call.role].process(call.role, call.rank) for call in calls]
+    free = dict[Process, int]()
+    handed_on = {
+        taken
+        for place, call in enumerate(calls)
+        for taken in call.inputs
+        if processes[taken] != processes[place]
+    }
     now_s, waited = 0.0, None
     for gang in _gangs(calls, teams):
         begun: list[tuple[Call, float, float, list[tuple[float, Cause, int | None]]]] = []
-        for call in gang:
-            for place in call.waits_for:
-                if spans[place].end_s + costs.answer_s > now_s:
-                    now_s, waited = spans[place].end_s + costs.answer_s, place
+        for place, call in enumerate(gang, start=len(spans)):
+            process = processes[place]
+            for other in call.waits_for:
+                if spans[other].end_s + costs.answer_s > now_s:
+                    now_s, waited = spans[other].end_s + costs.answer_s, other
             now_s += costs.call_s
             reasons: list[tuple[float, Cause, int | None]] = [(now_s, Cause.CONTROLLER, waited)]
-            last = free.get((call.role, call.rank))
+            last = free.get(process)
             if last is not None:
                 reasons.append((spans[last].end_s, Cause.PROCESS, last))
-            for place in call.inputs:
-                arrival_s = spans[place].end_s + _transfer_s(spans[place].call, call, costs)
-                reasons.append((arrival_s, Cause.RESULT, place))
-            ready_s = max((spans[place].end_s for place in call.inputs), default=now_s)
+            for taken in call.inputs:
+                stays = processes[taken] == process
+                arrival_s = spans[taken].end_s + (0.0 if stays else _hop_s(calls[taken], costs))
+                reasons.append((arrival_s, Cause.RESULT, taken))
+            ready_s = max((spans[taken].end_s for taken in call.inputs), default=now_s)
             begun.append((call, now_s, ready_s, reasons))
         start_s, cause, after = max(
             (reason for *_, reasons in begun for reason in reasons), key=lambda reason: reason[0]
         )
         for call, issued_s, ready_s, _ in begun:
-            free[call.role, call.rank] = len(spans)
-            end_s = start_s + _taken_s(call, calls, costs) + costs.seconds(call)
+            process = processes[len(spans)]
+            free[process] = len(spans)
+            taken = sum(
+                costs.result_bytes(calls[place])
+                for place in call.inputs
+                if processes[place] != process
+            )
+            end_s = start_s + costs.turn_s + taken / costs.take_bandwidth + costs.seconds(call)
             end_s += costs.result_bytes(call) / costs.put_bandwidth * (len(spans) in handed_on)
             spans.append(Span(call, issued_s, ready_s, start_s, end_s, cause, after))
-    return Timeline(tuple(spans))
+    return Timeline(tuple(spans), tuple(processes))
 
 
 def in_sequence(calls: Sequence[Call]) -> list[Call]:
@@ -244,18 +260,10 @@ def _gangs(calls: Sequence[Call], teams: Mapping[str, Team]) -> Iterator[list[Ca
 
 
 def _gang_of(call: Call, teams: Mapping[str, Team]) -> tuple[object, ...]:
-    replica = call.rank // teams[call.role].ranks
+    replica = teams[call.role].replica_of(call.rank)
     return call.iteration, call.phase, call.role, replica, call.stage, call.micro_batch
 
 
-def _taken_s(call: Call, calls: Sequence[Call], costs: Costs) -> float:
-    """Seconds for which a process takes in what it is handed."""
-    taken = sum(costs.result_bytes(calls[place]) for place in call.inputs)
-    return costs.turn_s + taken / costs.take_bandwidth
-
-
-def _transfer_s(maker: Call, taker: Call, costs: Costs) -> float:
-    """Seconds on the way; what stays in its process is there at once."""
-    if (maker.role, maker.rank) == (taker.role, taker.rank):
-        return 0.0
+def _hop_s(maker: Call, costs: Costs) -> float:
+    """Seconds on the way from process to process."""
     return costs.latency_s + costs.result_bytes(maker) / costs.bandwidth

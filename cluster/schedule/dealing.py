@@ -1,0 +1,293 @@
+"""Order of a pass whose roles share pools: which copy takes which micro-batch, and when.
+
+    learn    r0 d0 r1 d1 | r2 l0 | d2 ...       generator, and a copy of the teacher
+    score          s0 t0 | s1 t1 | d3 s2 ...    fake score, and another copy
+
+A pool works on one stage at a time, so the order of the stages of all its roles decides when each
+ends. `deal_pass` chooses it by list scheduling on the stages' seconds: the stage that can start
+first is next, and of several that can, the one that a rule puts first. A role with copies on
+several pools is given work where the least is left to do; single changes of that choice are then
+tried. The result is the shortest of what was tried: a pure function of the program, the teams and
+the seconds, so that a run can fix it before it starts.
+
+Order and copies change no number: gradients are gathered in one order, copies have equal weights,
+and a copy takes a micro-batch whole.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from cluster.schedule.program import Pass, Stage, Team, opening_of
+
+StageSeconds = Callable[[Stage, int], float]
+"""Seconds of a stage on a micro-batch, by the replica that works on it."""
+
+_SHORTER = 1 - 1e-9
+_MOST_TRIALS = 400
+"""Schedules that a search may make; each takes about a millisecond."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """A stage of a micro-batch, and the replica that works on it."""
+
+    stage: Stage
+    micro_batch: int
+    replica: int
+
+
+@dataclass(frozen=True, slots=True)
+class DealtPass:
+    """A pass in order.
+
+    Attributes:
+        deals: In the order in which they start.
+        seconds: From the first start to the last end.
+    """
+
+    deals: tuple[Deal, ...]
+    seconds: float
+
+
+def deal_pass(
+    a_pass: Pass,
+    teams: Mapping[str, Team],
+    num_micro_batches: int,
+    depth: int,
+    seconds: StageSeconds,
+) -> DealtPass:
+    """The shortest order of a pass that was found.
+
+    Args:
+        a_pass: The stages.
+        teams: Processes by role.
+        num_micro_batches: Parts of the batch.
+        depth: Most micro-batches that are open at once.
+        seconds: Of each stage on one micro-batch.
+    """
+    search = _Search(_Graph(a_pass, num_micro_batches, depth), teams, seconds)
+    return search.best()
+
+
+Node = tuple[int, int]
+"""Index of a stage in its pass, and of a micro-batch."""
+
+
+class _Graph:
+    """Stages of all micro-batches, and what each has to wait for."""
+
+    def __init__(self, a_pass: Pass, num_micro_batches: int, depth: int) -> None:
+        self.stages = a_pass.stages
+        self.num_micro_batches = num_micro_batches
+        self.depth = depth
+        number = {stage.name: at for at, stage in enumerate(self.stages)}
+        self.takes = [tuple(number[name] for name in stage.takes) for stage in self.stages]
+        self.user = [number[stage.keeps_until or stage.name] for stage in self.stages]
+        self.tied = {user: at for at, user in enumerate(self.user) if user != at}
+        opening = opening_of(a_pass)
+        self.opener = next((at for at, user in enumerate(self.user) if user != at), None)
+        self.num_opening = len(opening) if self.opener is not None else 0
+        self.nodes = [(at, i) for i in range(num_micro_batches) for at in range(len(self.stages))]
+        self._gathering = self._gather_chains()
+
+    def before(self, node: Node, replica_of: Callable[[Node], int]) -> Iterator[Node]:
+        """Nodes that must have ended before a node starts."""
+        at, index = node
+        yield from ((taken, index) for taken in self.takes[at])
+        if node in self._gathering:
+            yield self._gathering[node]
+        elif previous := self._previous(node, 1, replica_of):
+            yield previous
+        if at < self.num_opening and self.opener is not None and index >= self.depth:
+            # An opening stage waits until an earlier micro-batch is closed.
+            yield self.user[self.opener], index - self.depth
+        elif self.user[at] != at and (closed := self._previous(node, self.depth, replica_of)):
+            yield self.user[at], closed[1]
+
+    def _previous(
+        self, node: Node, count: int, replica_of: Callable[[Node], int]
+    ) -> Node | None:
+        """The node of the same stage that a replica worked on so many turns before."""
+        at, index = node
+        own = replica_of(node)
+        for earlier in range(index - 1, -1, -1):
+            count -= replica_of((at, earlier)) == own
+            if not count:
+                return at, earlier
+        return None
+
+    def _gather_chains(self) -> dict[Node, Node]:
+        """By gathering node, the one of its role that gathers before it: one order for all."""
+        chains: dict[Node, Node] = {}
+        for role in {stage.role for stage in self.stages if stage.gathers}:
+            chain = [
+                (at, index)
+                for at, index in self.nodes
+                if self.stages[at].gathers and self.stages[at].role == role
+            ]
+            chains |= {after: before for before, after in pairwise(chain)}
+        return chains
+
+
+_Rule = Callable[[Node], tuple[float, ...]]
+_Choice = dict[Node, int]
+
+
+class _Search:
+    """Tries rules and choices of replicas."""
+
+    def __init__(self, graph: _Graph, teams: Mapping[str, Team], seconds: StageSeconds) -> None:
+        self._graph = graph
+        self._teams = [teams[stage.role] for stage in graph.stages]
+        self._seconds = [
+            [seconds(stage, replica) for replica in range(team.replicas)]
+            for stage, team in zip(graph.stages, self._teams, strict=True)
+        ]
+        self._pools = [
+            [team.process(stage.role, team.first_rank(replica))[0] for replica in range(team.replicas)]
+            for stage, team in zip(graph.stages, self._teams, strict=True)
+        ]
+        self._trials = 0
+
+    def best(self) -> DealtPass:
+        """The shortest schedule; of equally short ones the first that was tried."""
+        starts = [
+            (*self._schedule(choice, rule), choice)
+            for choice in self._beginnings()
+            for rule in self._rules()
+        ]
+        *found, choice = min(starts, key=lambda one: one[0])
+        improved = True
+        while improved and self._trials < _MOST_TRIALS:
+            improved = False
+            for changed in self._changes(choice):
+                for rule in self._rules():
+                    tried = self._schedule(changed, rule)
+                    if tried[0] < _SHORTER * found[0]:
+                        choice, found, improved = changed, tried, True
+                if improved or self._trials >= _MOST_TRIALS:
+                    break
+        length, order = found
+        deals = [Deal(self._graph.stages[at], i, choice[at, i]) for at, i in order]
+        return DealtPass(tuple(deals), length)
+
+    def _rules(self) -> Iterator[_Rule]:
+        """Orders of what can start at the same time, smallest first."""
+        left = self._seconds_left()
+        # To finish what has been begun keeps the fewest micro-batches open.
+        yield lambda node: (-node[0], node[1])
+        yield lambda node: (-left[node[0]], node[1])
+        yield lambda node: (node[1], node[0])
+
+    def _seconds_left(self) -> list[float]:
+        """Of each stage, the longest way from its start to the end of its micro-batch."""
+        graph = self._graph
+        left = [0.0] * len(graph.stages)
+        for at in reversed(range(len(graph.stages))):
+            after = [left[user] for user, taken in enumerate(graph.takes) if at in taken]
+            left[at] = min(self._seconds[at]) + max(after, default=0.0)
+        return left
+
+    def _balanced(self) -> _Choice:
+        """Gives the stages of copied roles to the pool on which the least is left to do."""
+        graph = self._graph
+        load: dict[str, float] = {}
+        for at, pools in enumerate(self._pools):
+            alone = len(pools) == 1
+            for pool in pools:
+                load.setdefault(pool, 0.0)
+            if alone:
+                load[pools[0]] += graph.num_micro_batches * self._seconds[at][0]
+        choice: _Choice = {}
+        for at, index in graph.nodes:
+            pools = self._pools[at]
+            if at in graph.tied:
+                replica = choice[graph.tied[at], index]
+            else:
+                costs = self._seconds[at]
+                replica = min(
+                    range(len(pools)), key=lambda one: (load[pools[one]] + costs[one], one)
+                )
+            choice[at, index] = replica
+            if len(pools) > 1:
+                load[pools[replica]] += self._seconds[at][replica]
+        return choice
+
+    def _beginnings(self) -> Iterator[_Choice]:
+        """The balanced choice, and the same numbers of micro-batches in one block a replica."""
+        balanced = self._balanced()
+        yield balanced
+        if any(len(pools) > 1 for pools in self._pools):
+            for reverse in (False, True):
+                blocks = dict(balanced)
+                for at in range(len(self._pools)):
+                    micro_batches = range(self._graph.num_micro_batches)
+                    chosen = sorted((balanced[at, i] for i in micro_batches), reverse=reverse)
+                    blocks |= {(at, i): replica for i, replica in enumerate(chosen)}
+                yield blocks
+
+    def _changes(self, choice: _Choice) -> Iterator[_Choice]:
+        """Choices that differ in one node, and in what is tied to it."""
+        graph = self._graph
+        tied = {first: user for user, first in graph.tied.items()}
+        for (at, index), chosen in choice.items():
+            if at in graph.tied:
+                continue
+            for replica in range(len(self._pools[at])):
+                if replica != chosen:
+                    changed = {**choice, (at, index): replica}
+                    if at in tied:
+                        changed[tied[at], index] = replica
+                    yield changed
+
+    def _schedule(self, choice: _Choice, rule: _Rule) -> tuple[float, list[Node]]:
+        """Returns the length of a schedule, and its nodes in the order of their starts."""
+        self._trials += 1
+        graph = self._graph
+        waits = {node: set(graph.before(node, choice.__getitem__)) for node in graph.nodes}
+        after: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
+        for node, befores in waits.items():
+            for before in befores:
+                after[before].append(node)
+        ready = {node: 0.0 for node, befores in waits.items() if not befores}
+        arrived = dict.fromkeys(graph.nodes, 0.0)
+        free: dict[str, float] = {}
+        order: list[Node] = []
+        while ready:
+            starts = {
+                node: max(since, free.get(self._pools[node[0]][choice[node]], 0.0))
+                for node, since in ready.items()
+            }
+            node = min(starts, key=lambda one: (starts[one], rule(one)))
+            end = starts[node] + self._seconds[node[0]][choice[node]]
+            free[self._pools[node[0]][choice[node]]] = end
+            order.append(node)
+            del ready[node]
+            for follower in after[node]:
+                waits[follower].discard(node)
+                arrived[follower] = max(arrived[follower], end)
+                if not waits[follower]:
+                    ready[follower] = arrived[follower]
+        assert len(order) == len(graph.nodes), "a stage waits for itself"
+        return max(free.values()), order
+
+
+def dealt_seconds(
+    teams: Mapping[str, Team], stage_seconds: Mapping[tuple[str, str], float], num_samples: int
+) -> StageSeconds:
+    """Seconds of stages on a micro-batch, from those of one sample.
+
+    Args:
+        teams: Processes by role.
+        stage_seconds: Of one sample, by role and stage; a stage that is missing takes 1.
+        num_samples: Samples of a micro-batch.
+    """
+
+    def seconds(stage: Stage, replica: int) -> float:
+        team = teams[stage.role]
+        speed = team.homes[replica].speed if team.homes else 1.0
+        most = -(-num_samples // team.ranks_by_replica[replica])
+        return stage_seconds.get((stage.role, stage.name), 1.0) * most / speed
+
+    return seconds
