@@ -15,7 +15,10 @@ ranks of a group would see two orders, and a collective operation inside the gro
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
@@ -33,6 +36,30 @@ R_co = TypeVar("R_co", covariant=True)
 W = TypeVar("W")
 
 _ANSWER_TIMEOUT_S = 600.0
+
+_takers: ContextVar[frozenset[tuple[str, int]] | None] = ContextVar("takers", default=None)
+
+
+@contextmanager
+def taken_by(processes: AbstractSet[tuple[str, int]]) -> Iterator[None]:
+    """Says which processes will take the results of the calls made inside.
+
+    A group that shares its processes then keeps a result where one of them is its own, and sends it
+    at once where another is. Without it a result stays, and is sent when another process asks.
+
+    Args:
+        processes: (pool, index) of each.
+    """
+    token = _takers.set(frozenset(processes))
+    try:
+        yield
+    finally:
+        _takers.reset(token)
+
+
+def current_takers() -> frozenset[tuple[str, int]] | None:
+    """Processes that take the results of the calls made now; None where nobody has said."""
+    return _takers.get()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

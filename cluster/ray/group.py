@@ -36,7 +36,15 @@ from cluster.ray.host import ArgLayout, CallSpec, Hosts, LocalRef, OwnedResult, 
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Work, current_label
 from cluster.transfer import array_in, from_wire, to_wire
-from cluster.worker_group import Future, R, R_co, W, WorkerGroup, refuse_array
+from cluster.worker_group import (
+    Future,
+    R,
+    R_co,
+    W,
+    WorkerGroup,
+    current_takers,
+    refuse_array,
+)
 
 Ts = TypeVarTuple("Ts")
 
@@ -53,11 +61,29 @@ class RayFuture(Future[R_co]):
         ranks: (group, rank) by actor id of every actor that this result depends on, so that the
             death of any of them can be told by name.
         owned: Where the value is if it has stayed in its process.
+        sent: Reference for other processes, where it was sent as well.
     """
 
     reference: ray.ObjectRef
     ranks: Mapping[str, tuple[str, int]]
     owned: OwnedResult | None = None
+    sent: ray.ObjectRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Seat:
+    """Process of a rank: the pool's, and its index there."""
+
+    hosts: Hosts
+    index: int
+
+    @property
+    def actor(self) -> Any:  # noqa: ANN401 - Ray's handle
+        return self.hosts.actors[self.index]
+
+    @property
+    def process(self) -> tuple[str, int]:
+        return self.hosts.pool, self.index
 
 
 class RayWorkerGroup(WorkerGroup[W]):
@@ -70,7 +96,8 @@ class RayWorkerGroup(WorkerGroup[W]):
         name: What errors and reports call the group.
         factory: Module-level function that builds the worker inside the rank's process.
         args: Its arguments; plain picklable values.
-        placement: Reserved resources; or processes that the group shares with others, one a rank.
+        placement: Reserved resources; or the pools of processes that the group shares with others,
+            one rank a process, in this order.
         pool: The pool whose ranks these are; None: the one called like the group.
         collective: Whether the ranks, if there are several, run collectives among themselves.
         replicas: Parts of the group that do so apart from one another.
@@ -83,7 +110,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         name: str,
         factory: Callable[[*Ts], W],
         args: tuple[*Ts],
-        placement: Placement | Hosts,
+        placement: Placement | Hosts | Sequence[Hosts],
         pool: str | None = None,
         *,
         collective: bool = False,
@@ -97,15 +124,21 @@ class RayWorkerGroup(WorkerGroup[W]):
             transport = None if direct is None else direct.transport
             size = ranks // replicas if collective else 1
             placement = Hosts(pool, placement, size, transport=transport)
-        self._hosts = placement
+        pools = [placement] if isinstance(placement, Hosts) else list(placement)
+        self._seats = [_Seat(hosts, index) for hosts in pools for index in range(hosts.size)]
         self._narrow = frozenset(narrow)
         self._direct = direct
-        super().__init__(name, self._hosts.size)
+        super().__init__(name, len(self._seats))
         self._ready = [
-            self._pending(rank, "build", actor.build.remote(name, factory, args, rendezvous), [])
-            for rank, (actor, rendezvous) in enumerate(
-                zip(self._hosts.actors, self._hosts.rendezvous, strict=True)
+            self._pending(
+                rank,
+                "build",
+                seat.actor.build.remote(
+                    name, factory, args, seat.hosts.rendezvous[seat.index], rank
+                ),
+                [],
             )
+            for rank, seat in enumerate(self._seats)
         ]
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -146,41 +179,45 @@ class RayWorkerGroup(WorkerGroup[W]):
     def ask_work(self) -> list[Future[list[Work]]]:
         """Asks every rank what it has done since this was last asked."""
         return [
-            self._pending(rank, "take_work", actor.take_work.remote(self.name), [])
-            for rank, actor in enumerate(self._hosts.actors)
+            self._pending(rank, "take_work", seat.actor.take_work.remote(self.name), [])
+            for rank, seat in enumerate(self._seats)
         ]
 
     def clocks(self) -> list[Clock]:
         """The clock of each rank."""
         asked = [
-            self._pending(rank, "clock", actor.clock.remote(), [])
-            for rank, actor in enumerate(self._hosts.actors)
+            self._pending(rank, "clock", seat.actor.clock.remote(), [])
+            for rank, seat in enumerate(self._seats)
         ]
         return self.fetch(asked, _ANSWER_TIMEOUT_S, f"reading the clocks of {self.name}")
 
     def process_ids(self) -> list[int]:
         """Process id of each rank, on its machine; for `py-spy` and for tests."""
         asked = [
-            self._pending(rank, "process_id", actor.process_id.remote(), [])
-            for rank, actor in enumerate(self._hosts.actors)
+            self._pending(rank, "process_id", seat.actor.process_id.remote(), [])
+            for rank, seat in enumerate(self._seats)
         ]
         return self.fetch(asked, _ANSWER_TIMEOUT_S, f"finding the processes of {self.name}")
 
     def close(self) -> None:
         """Ends the processes; what they hold is gone. Harmless when repeated."""
-        self._hosts.close()
+        for seat in self._seats:
+            seat.hosts.close()
 
     def _submit(
         self, rank: int, method: str, args: Sequence[object], keywords: Mapping[str, object]
     ) -> RayFuture[Any]:
-        hosts = self._hosts
+        seat = self._seats[rank]
         sent, layout = self._laid_out(rank, args, method)
         named = {
             name: self._sent(rank, value, f"{name} of {method}()")
             for name, value in keywords.items()
         }
+        keep, send = _fate(seat)
         owned = (
-            OwnedResult(hosts, rank, hosts.next_number(), self._narrow) if hosts.shared else None
+            OwnedResult(seat.hosts, seat.index, seat.hosts.next_number(), self._narrow)
+            if keep
+            else None
         )
         via = self._direct if self._direct and method in self._direct.methods else None
         spec = CallSpec(
@@ -191,12 +228,16 @@ class RayWorkerGroup(WorkerGroup[W]):
             self._narrow,
             via is not None,
             None if owned is None else owned.number,
-            hosts.take_dropped(rank),
+            send,
+            seat.hosts.take_dropped(seat.index),
         )
-        run = hosts.actors[rank].run
+        run = seat.actor.run
         run = run if via is None else run.options(tensor_transport=via.transport)
-        reference = run.remote(spec, *sent, **named)
-        return self._pending(rank, method, reference, [*args, *keywords.values()], owned)
+        inputs = [*args, *keywords.values()]
+        if not send:
+            return self._pending(rank, method, run.remote(spec, *sent, **named), inputs, owned)
+        kept, wire = run.options(num_returns=2).remote(spec, *sent, **named)
+        return self._pending(rank, method, kept, inputs, owned, wire)
 
     def _pending(
         self,
@@ -205,13 +246,14 @@ class RayWorkerGroup(WorkerGroup[W]):
         reference: ray.ObjectRef,
         inputs: Sequence[object],
         owned: OwnedResult | None = None,
+        sent: ray.ObjectRef | None = None,
     ) -> RayFuture[Any]:
         ranks = {reference.task_id().actor_id().hex(): (self.name, rank)}
         for value in inputs:
             for piece in value.pieces if isinstance(value, JoinedFuture) else (value,):
                 if isinstance(piece, RayFuture):
                     ranks |= piece.ranks
-        return RayFuture(self.name, rank, method, reference, ranks, owned)
+        return RayFuture(self.name, rank, method, reference, ranks, owned, sent)
 
     def _laid_out(
         self, rank: int, args: Sequence[object], method: str
@@ -237,14 +279,18 @@ class RayWorkerGroup(WorkerGroup[W]):
         if not isinstance(value, RayFuture):
             return to_wire(value, where)
         owned = value.owned
-        if owned is None or (owned.hosts is self._hosts and owned.rank == rank):
+        seat = self._seats[rank]
+        if owned is None or (owned.hosts is seat.hosts and owned.rank == seat.index):
             return value.reference
+        if value.sent is not None:
+            return value.sent
         # It may have stayed in another process, which sends it now.
         return owned.hosts.actors[owned.rank].deliver.remote(value.reference, owned.narrow)
 
     def _start_state(self, rank: int) -> str:
         """Returns the state of a rank that is being started."""
-        where, ready = self._hosts.places[rank], self._ready[rank].reference
+        seat = self._seats[rank]
+        where, ready = seat.hosts.places[seat.index], self._ready[rank].reference
         if not ray.wait([where], timeout=0)[0]:
             return "its process has not started"
         try:
@@ -253,6 +299,19 @@ class RayWorkerGroup(WorkerGroup[W]):
             return f"its process has ended: {type(error).__name__}"
         built = bool(ray.wait([ready], timeout=0)[0])
         return "ready" if built else f"its process on machine {machine} is still building"
+
+
+def _fate(seat: _Seat) -> tuple[bool, bool]:
+    """Returns whether the result of a call stays in its process, and whether it is sent as well."""
+    if not seat.hosts.shared:
+        return False, False
+    takers = current_takers()
+    if takers is None:
+        return True, False
+    elsewhere = bool(takers - {seat.process})
+    # A result that nobody takes is a report, which the controller fetches.
+    keep = seat.process in takers
+    return keep, keep and elsewhere
 
 
 def _as_future(future: Future[R], phase: str) -> RayFuture[R]:

@@ -7,7 +7,9 @@
 
 What the workers of one process hand to one another stays in it: the result is kept under a number,
 and only a marker goes to the object store. It is let go when the controller's last future of it is
-gone, and sent when somebody in another process asks for it.
+gone. Where the caller says which processes will take it (`cluster.worker_group.taken_by`), it is
+sent with the call itself, or not kept; otherwise it is sent when another process asks for it, after
+all calls that were made before.
 
 Ranks that run collectives among themselves meet before their first worker is built. Actors are
 synchronous and are never restarted and calls never retried by Ray: a restart would lose the
@@ -74,6 +76,7 @@ class CallSpec:
         narrow: Kinds of tensors that the result carries in bfloat16, if it is sent.
         direct: Whether the result goes past the object store, as it is.
         keep: Number under which a result that holds arrays stays here; None: it is sent.
+        send: Whether a result that stays here is sent as well, as a second return value.
         drop: Numbers of kept results that nobody needs any more.
     """
 
@@ -84,6 +87,7 @@ class CallSpec:
     narrow: frozenset[str]
     direct: bool
     keep: int | None
+    send: bool
     drop: tuple[int, ...]
 
 
@@ -187,6 +191,7 @@ class Host:
         self._meeting_size = world_size
         self._has_met = False
         self._workers: dict[str, Any] = {}
+        self._ranks: dict[str, int] = {}
         self._kept: dict[int, object] = {}
         self._store: Any = None
         self._works: deque[Work] = deque(maxlen=_MOST_WORK_KEPT)
@@ -223,8 +228,10 @@ class Host:
         factory: Callable[..., Any],
         args: tuple[Any, ...],
         rendezvous: Rendezvous | None,
+        own_rank: int,
     ) -> None:
         """Makes a worker; not in the constructor, where an error would lose its type."""
+        self._ranks[worker] = own_rank
         try:
             if self._transport is not None:
                 require_transport(self._transport, self._place)
@@ -247,7 +254,7 @@ class Host:
             worker = self._workers.get(spec.worker)
             if worker is None:
                 raise ClusterError(
-                    f"calling {method}() of {spec.worker} rank {self._rank}",
+                    f"calling {method}() of {spec.worker} rank {self._rank_of(spec.worker)}",
                     "no worker: building it has failed",
                     "wait_ready() to succeed before the first call",
                 )
@@ -263,17 +270,20 @@ class Host:
             if spec.direct:
                 return ready_to_hand_over(result, where)
             if spec.keep is None or array_in(result) is None:
-                return to_wire(result, where, spec.narrow)
+                wire = to_wire(result, where, spec.narrow)
+                return (wire, wire) if spec.send else wire
             # Not put on the wire, which would copy it from a GPU to main memory for nothing.
             require_constants(result, where)
             self._kept[spec.keep] = result
-            return LocalRef(spec.keep)
+            marker = LocalRef(spec.keep)
+            return (marker, to_wire(result, where, spec.narrow)) if spec.send else marker
         except Exception as error:
             raise self._portable(error, spec.worker, method) from None
         finally:
             # What was not reached took no time.
             times += [time.monotonic()] * (4 - len(times))
-            self._works.append(Work(spec.worker, self._rank, method, spec.label, *times))
+            rank = self._rank_of(spec.worker)
+            self._works.append(Work(spec.worker, rank, method, spec.label, *times))
 
     def deliver(self, value: object, narrow: frozenset[str]) -> object:
         """A result of this process for another one, kept or not."""
@@ -296,12 +306,16 @@ class Host:
         """Id of this process."""
         return os.getpid()
 
+    def _rank_of(self, worker: str) -> int:
+        """Rank of this process in a group; a group on several pools counts on."""
+        return self._ranks.get(worker, self._rank)
+
     def _arrived(self, value: object) -> object:
         return self._kept[value.number] if isinstance(value, LocalRef) else from_wire(value)
 
     def _portable(self, error: Exception, worker: str, method: str) -> Exception:
         """The error with a note of where, or its words if it cannot be rebuilt elsewhere."""
-        where = f"{method}() of {worker} rank {self._rank}"
+        where = f"{method}() of {worker} rank {self._rank_of(worker)}"
         told = "".join(traceback.format_exception(error))
         error.add_note(f"raised in {where}:\n{told}")
         try:

@@ -105,9 +105,7 @@ class _Graph:
         elif self.user[at] != at and (closed := self._previous(node, self.depth, replica_of)):
             yield self.user[at], closed[1]
 
-    def _previous(
-        self, node: Node, count: int, replica_of: Callable[[Node], int]
-    ) -> Node | None:
+    def _previous(self, node: Node, count: int, replica_of: Callable[[Node], int]) -> Node | None:
         """The node of the same stage that a replica worked on so many turns before."""
         at, index = node
         own = replica_of(node)
@@ -145,32 +143,30 @@ class _Search:
             for stage, team in zip(graph.stages, self._teams, strict=True)
         ]
         self._pools = [
-            [team.process(stage.role, team.first_rank(replica))[0] for replica in range(team.replicas)]
+            [team.process(stage.role, team.first_rank(one))[0] for one in range(team.replicas)]
             for stage, team in zip(graph.stages, self._teams, strict=True)
         ]
         self._trials = 0
 
     def best(self) -> DealtPass:
         """The shortest schedule; of equally short ones the first that was tried."""
-        starts = [
-            (*self._schedule(choice, rule), choice)
+        tried = [
+            (self._schedule(choice, rule), choice)
             for choice in self._beginnings()
             for rule in self._rules()
         ]
-        *found, choice = min(starts, key=lambda one: one[0])
+        found, choice = min(tried, key=lambda one: one[0].seconds)
         improved = True
         while improved and self._trials < _MOST_TRIALS:
             improved = False
             for changed in self._changes(choice):
                 for rule in self._rules():
-                    tried = self._schedule(changed, rule)
-                    if tried[0] < _SHORTER * found[0]:
-                        choice, found, improved = changed, tried, True
+                    other = self._schedule(changed, rule)
+                    if other.seconds < _SHORTER * found.seconds:
+                        found, choice, improved = other, changed, True
                 if improved or self._trials >= _MOST_TRIALS:
                     break
-        length, order = found
-        deals = [Deal(self._graph.stages[at], i, choice[at, i]) for at, i in order]
-        return DealtPass(tuple(deals), length)
+        return found
 
     def _rules(self) -> Iterator[_Rule]:
         """Orders of what can start at the same time, smallest first."""
@@ -241,8 +237,8 @@ class _Search:
                         changed[tied[at], index] = replica
                     yield changed
 
-    def _schedule(self, choice: _Choice, rule: _Rule) -> tuple[float, list[Node]]:
-        """Returns the length of a schedule, and its nodes in the order of their starts."""
+    def _schedule(self, choice: _Choice, rule: _Rule) -> DealtPass:
+        """Works through the pass: the next node is the one that can start first."""
         self._trials += 1
         graph = self._graph
         waits = {node: set(graph.before(node, choice.__getitem__)) for node in graph.nodes}
@@ -270,7 +266,8 @@ class _Search:
                 if not waits[follower]:
                     ready[follower] = arrived[follower]
         assert len(order) == len(graph.nodes), "a stage waits for itself"
-        return max(free.values()), order
+        deals = [Deal(graph.stages[at], index, choice[at, index]) for at, index in order]
+        return DealtPass(tuple(deals), max(free.values()))
 
 
 def dealt_seconds(

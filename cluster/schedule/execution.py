@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.joined import join
+from cluster.schedule.program import Process, Team
 from cluster.schedule.schedule import Call
 from cluster.spans import labelled
-from cluster.worker_group import Future, WorkerGroup
+from cluster.worker_group import Future, WorkerGroup, taken_by
 
 Dispatch = Callable[[Call, Mapping[str, Future[Any]]], Future[Any]]
 """Makes a call. The inputs are futures by the stage that made them, cut to the call's samples."""
@@ -66,6 +67,7 @@ def execute_schedule(
     dispatch: Dispatch,
     on_report: OnReport,
     timeout_s: float,
+    teams: Mapping[str, Team] | None = None,
 ) -> Iterator[IterationResult]:
     """Makes the calls of a schedule; yields each iteration when it has finished.
 
@@ -77,22 +79,33 @@ def execute_schedule(
         dispatch: Makes one call.
         on_report: Receives each report that is waited for.
         timeout_s: Limit of each wait.
+        teams: Processes by role, where roles share pools: each result then goes where it is taken.
 
     Raises:
         Exception: An error of a call or of `on_report`; the calls after the wait were not made.
     """
     run = _Run(calls, groups, timeout_s)
     ends = {call.iteration: place for place, call in enumerate(calls)}
+    takers = _takers_of(calls, teams or {})
     for place, call in enumerate(calls):
         if call.waits_for:
             for waited in run.wait(call.waits_for):
                 on_report(calls[waited], run.reports[waited])
         issued_s = time.monotonic()
-        with labelled(call.iteration, call.phase, call.micro_batch):
+        with labelled(call.iteration, call.phase, call.micro_batch), taken_by(takers[place]):
             future = dispatch(call, run.inputs(call))
         run.add(IssuedCall(place, call, issued_s), future)
         if place == ends[call.iteration]:
             yield run.close(call.iteration)
+
+
+def _takers_of(calls: Sequence[Call], teams: Mapping[str, Team]) -> list[set[Process]]:
+    """Processes that take the result of each call."""
+    found: list[set[Process]] = [set() for _ in calls]
+    for call in calls:
+        for taken in call.inputs if call.role in teams else ():
+            found[taken].add(teams[call.role].process(call.role, call.rank))
+    return found
 
 
 class _Run:

@@ -111,6 +111,9 @@ def order_calls(
             roles of an update check themselves one by one, and the next iteration starts with
             what needs no role whose update is still to come. Which calls that concerns, and by
             how many updates, is what `cluster.schedule.staleness` tells.
+        stage_seconds: Of one sample by role and stage, in any unit. Where roles share pools, they
+            decide the order of the stages and which copy of a role takes which micro-batch: see
+            `cluster.schedule.dealing`. Stages that are missing, or all, take 1.
 
     Raises:
         ScheduleError: The program contradicts itself, or the samples cannot be shared out.

@@ -14,16 +14,19 @@ to its last checkpoint.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from cluster.schedule.program import Program, Update
+from cluster.schedule.program import Program, Team, Update
 from cluster.schedule.schedule import STEP, Call
 
 
-def staleness(calls: Sequence[Call], program: Program) -> list[int]:
+def staleness(
+    calls: Sequence[Call], program: Program, teams: Mapping[str, Team] | None = None
+) -> list[int]:
     """Iterations whose updates may still be under way when each call runs.
 
     Args:
         calls: Whole iterations of a schedule, in order.
         program: What it was made from.
+        teams: Processes by role, where roles share them; None: each role has its own.
 
     Returns:
         One number a call. An update is over when one rank's part is: ranks step together.
@@ -36,15 +39,17 @@ def staleness(calls: Sequence[Call], program: Program) -> list[int]:
     heard: Mapping[str, int] = {}
     found: list[int] = []
     for place, call in enumerate(calls):
-        process = (call.role, call.rank)
+        own = (teams or {}).get(call.role, Team())
+        process = own.process(call.role, call.rank) if own.homes else (call.role, call.rank)
         heard = _newest([heard, *(after[waited] for waited in call.waits_for)])
         earlier = [*call.inputs, *([last_on[process]] if process in last_on else [])]
         known = _newest([heard, *(after[other] for other in earlier)])
         whole = min((known.get(role, 0) // number for role, number in each.items()), default=0)
         found.append(max(0, call.iteration - first - whole) if each else 0)
         if call.stage == STEP:
-            own = after[last_on[process]] if process in last_on else {}
-            known = {**known, call.role: max(known.get(call.role, 0), own.get(call.role, 0) + 1)}
+            before = after[last_on[process]] if process in last_on else {}
+            number = before.get(call.role, 0) + 1
+            known = {**known, call.role: max(known.get(call.role, 0), number)}
         after.append(known)
         last_on[process] = place
     return found

@@ -1,13 +1,16 @@
 """Settings of pools, ranks and replicas, and what a batch allows of them."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from cluster.schedule.program import Team
+from cluster.schedule.program import Home, Team
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.section import Section
 from sgmd_core.types import GRADIENT, VALUE
+
+FUSED = "fused"
+"""Pool of mode `fused`."""
 
 
 class PoolSettings(Section):
@@ -52,22 +55,80 @@ class TeacherPoolSettings(RolePoolSettings):
     """Independent copies, each of `ranks` processes."""
 
 
+class NamedPoolSettings(RolePoolSettings):
+    """Processes that roles are placed on; each of them has a rank of every role of the pool."""
+
+    speed: float = Field(default=1.0, gt=0)
+    """Speed of one of its GPUs over that of the other pools', where they differ: decides how many
+    of the teacher's calls go to its copy there."""
+
+
+PoolName = Annotated[str, Field(pattern="^[a-z][a-z0-9_-]{0,39}$")]
+
+
+class RolePlaces(Section):
+    """Pools of `topology.pools` that each role lives on, in mode `map`."""
+
+    generator: PoolName = "learn"
+    """Pool of the generator."""
+    fake_score: PoolName = "score"
+    """Pool of the fake score."""
+    teacher: tuple[PoolName, ...] = ("learn", "score")
+    """Pools of the teacher: each gets a frozen copy, and the calls go to the one that has time."""
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        # Lists become tuples here: behind a validator of its own JSON is no longer JSON.
+        given = [value] if isinstance(value, str) else value
+        return tuple(given) if isinstance(given, list) else given
+
+    @model_validator(mode="after")
+    def _names_a_pool_once(self) -> Self:
+        if not self.teacher or len(set(self.teacher)) < len(self.teacher):
+            raise ValueError(f"teacher names {list(self.teacher)}, not one or several pools")
+        return self
+
+    @property
+    def pools(self) -> dict[str, tuple[str, ...]]:
+        """Names of the pools by role."""
+        return {
+            GENERATOR: (self.generator,),
+            TEACHER: self.teacher,
+            FAKE_SCORE: (self.fake_score,),
+        }
+
+
+def _two_pools() -> dict[str, NamedPoolSettings]:
+    return {"learn": NamedPoolSettings(), "score": NamedPoolSettings()}
+
+
 class TopologySettings(Section):
     """Pools of the roles."""
 
-    mode: Literal["pools", "fused", "local"] = "pools"
-    """`pools`: Ray actors, each role on its own resources. `fused`: Ray actors that each have a
-    rank of all three roles. `local`: one process, without Ray."""
+    mode: Literal["map", "pools", "fused", "local"] = "map"
+    """`map`: Ray actors in the pools of `topology.pools`, each role where `topology.roles` puts it.
+    Short names of three maps: `pools`, each role in a pool of its own; `fused`, all three roles in
+    one pool; `local`, all in one process, without Ray."""
     address: str | None = None
     """Ray cluster to join, `auto` or `HOST:PORT`; null takes RAY_ADDRESS, else starts Ray here."""
+    pools: dict[PoolName, NamedPoolSettings] = Field(
+        default_factory=_two_pools, min_length=1, max_length=64
+    )
+    """In mode `map`: pools by name, their ranks, and resources of each rank."""
+    roles: RolePlaces = RolePlaces()
+    """In mode `map`: the pool or pools of each role."""
+    stage_seconds: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Seconds of one sample by `role.stage`, where roles share pools, to share out the teacher's
+    calls; those that are missing, or all, are counted in network passes."""
     generator: RolePoolSettings = RolePoolSettings()
-    """Ranks of the generator, and resources of each."""
+    """In mode `pools`: ranks of the generator, and resources of each."""
     teacher: TeacherPoolSettings = TeacherPoolSettings()
-    """Replicas of the teacher and their ranks, and resources of each rank."""
+    """In mode `pools`: replicas of the teacher and their ranks, and resources of each rank."""
     fake_score: RolePoolSettings = RolePoolSettings()
-    """Ranks of the fake score, and resources of each."""
+    """In mode `pools`: ranks of the fake score, and resources of each."""
     fused: RolePoolSettings = RolePoolSettings()
-    """In mode `fused`, in place of these three: ranks of all of them, and resources of each."""
+    """In mode `fused`: ranks of all three roles, and resources of each."""
     text: LightPoolSettings = LightPoolSettings()
     """Resources of the text encoder; a GPU is worth it where captions are not encoded already."""
     feed: LightPoolSettings = LightPoolSettings()
@@ -98,16 +159,64 @@ class TopologySettings(Section):
         kinds = {VALUE: self.wire_dtype, GRADIENT: self.gradient_wire_dtype}
         return frozenset(kind for kind, dtype in kinds.items() if dtype == "bf16")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _mode_of_older_recipes(cls, values: Any) -> Any:  # noqa: ANN401 - as the file has them
+        """Recipes without a mode that size the roles' own pools mean these."""
+        if not isinstance(values, dict) or {"mode", "pools", "roles"} & {*values}:
+            return values
+        return {**values, "mode": "pools"} if {*ROLES} & {*values} else values
+
+    @property
+    def role_pools(self) -> dict[str, RolePoolSettings]:
+        """Pools of the three roles by name; none in mode `local`."""
+        match self.mode:
+            case "map":
+                return dict(self.pools)
+            case "fused":
+                return {FUSED: self.fused}
+            case "pools":
+                own = (self.generator, self.teacher, self.fake_score)
+                return dict(zip(ROLES, own, strict=True))
+            case "local":
+                return {}
+
+    @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Names of the pools that each role lives on; none in mode `local`."""
+        match self.mode:
+            case "map":
+                return self.roles.pools
+            case "fused":
+                return dict.fromkeys(ROLES, (FUSED,))
+            case "pools":
+                return {role: (role,) for role in ROLES}
+            case "local":
+                return dict.fromkeys(ROLES, ())
+
+    @property
+    def shares_pools(self) -> bool:
+        """True if processes may have ranks of several roles."""
+        return self.mode in ("map", "fused")
+
     @property
     def teams(self) -> dict[str, Team]:
         """The processes of each role."""
-        if self.mode == "fused":
-            return {role: Team(ranks=self.fused.ranks) for role in ROLES}
+        if self.shares_pools:
+            pools = self.role_pools
+            return {
+                role: Team.on(*(_home(name, pools[name]) for name in names))
+                for role, names in self.places.items()
+            }
         return {
             GENERATOR: Team(ranks=self.generator.ranks),
             TEACHER: Team(self.teacher.replicas, self.teacher.ranks),
             FAKE_SCORE: Team(ranks=self.fake_score.ranks),
         }
+
+
+def _home(name: str, pool: RolePoolSettings) -> Home:
+    return Home(name, pool.ranks, pool.speed if isinstance(pool, NamedPoolSettings) else 1.0)
 
 
 def topology_contradictions(
@@ -120,31 +229,82 @@ def topology_contradictions(
             f"topology.address {topology.address!r} names a Ray cluster, but topology.mode local "
             "uses no Ray"
         )
+    if found := _map_contradictions(topology):
+        return [*problems, *found]
     samples = batch_size // micro_batches
-    sections = {role: role if topology.mode != "fused" else "fused" for role in ROLES}
-    ranks = {sections[role]: team.ranks for role, team in topology.teams.items()}
-    for section, number in ranks.items():
+    for section, number in _ranks(topology).items():
         if batch_size % micro_batches == 0 and samples % number:
             problems.append(
                 f"a micro-batch has {samples} samples (batch.size / batch.micro_batches), which do "
-                f"not divide among topology.{section}.ranks {number}"
+                f"not divide among {section}.ranks {number}"
             )
         if topology.mode == "local" and number > 1:
             problems.append(
-                f"topology.{section}.ranks is {number}, but topology.mode local is one process; "
+                f"{section}.ranks is {number}, but topology.mode local is one process; "
                 "set it to 1, or the mode to pools"
             )
     problems += _transport_contradictions(topology)
-    replicas = topology.teams[TEACHER].replicas
+    replicas = topology.teacher.replicas if topology.mode == "pools" else 1
     if replicas > batch_size // topology.teacher.ranks:
         problems.append(
             f"topology.teacher.replicas {replicas} is more than the batch has samples for "
             f"({batch_size} over {topology.teacher.ranks} ranks), so some would never work"
         )
-    if topology.max_staleness_iterations and topology.mode != "pools":
+    if topology.max_staleness_iterations and topology.mode in ("fused", "local"):
         problems.append(
             "topology.max_staleness_iterations 1 lets roles run apart, but in topology.mode "
             f"{topology.mode} they take turns; set it to 0"
+        )
+    return problems
+
+
+def _ranks(topology: TopologySettings) -> dict[str, int]:
+    """Ranks that share a micro-batch, by section."""
+    match topology.mode:
+        case "map":
+            return {f"topology.pools.{name}": pool.ranks for name, pool in topology.pools.items()}
+        case "fused":
+            return {"topology.fused": topology.fused.ranks}
+        case _:
+            return {f"topology.{role}": topology.teams[role].ranks for role in ROLES}
+
+
+def _map_contradictions(topology: TopologySettings) -> list[str]:
+    if topology.mode != "map":
+        return []
+    problems: list[str] = []
+    names = {name for places in topology.places.values() for name in places}
+    problems += [
+        f"topology.roles.{role} names the pool {name!r}, and topology.pools has "
+        f"{', '.join(topology.pools)}"
+        for role, places in topology.places.items()
+        for name in places
+        if name not in topology.pools
+    ]
+    problems += [
+        f"topology.pools.{name} has processes, but topology.roles puts no role there; name it for "
+        "a role, or leave it out"
+        for name in topology.pools
+        if name not in names
+    ]
+    problems += [
+        f"topology.pools has a pool called {name}, which is the name of a pool beside the roles; "
+        "choose another"
+        for name in ("text", "feed", "validator")
+        if name in topology.pools
+    ]
+    sized = {role: getattr(topology, role) for role in ROLES}
+    problems += [
+        f"topology.{role}.{key} is {getattr(own, key)}, which only topology.mode pools reads; set "
+        "the mode to pools, or the ranks of topology.pools"
+        for role, own in sized.items()
+        for key in ("ranks", "replicas")
+        if getattr(own, key, 1) > 1
+    ]
+    unknown = [key for key in topology.stage_seconds if key.split(".")[0] not in ROLES]
+    if unknown:
+        problems.append(
+            f"topology.stage_seconds has {', '.join(unknown)}; its keys are like generator.rollout"
         )
     return problems
 

@@ -1,9 +1,11 @@
 """Opens the groups of a run where the recipe wants them, and closes them on every way out.
 
     local   one process, no Ray: every call runs at once
+    map     Ray actors: learn x ranks (generator, teacher) | score x ranks (fake score, teacher),
+            or as topology.roles says
     pools   Ray actors: generator x ranks | fake_score x ranks | teacher x replicas x ranks
     fused   Ray actors x ranks, each with a rank of all three roles
-            both besides: text | feed | validator
+            on Ray besides: text | feed | validator
 
 All make the same roles from the same factories and settings, so they make the same numbers.
 """
@@ -49,9 +51,6 @@ _STRATEGIES: Mapping[str, Strategy] = {
     "strict_pack": "STRICT_PACK",
     "strict_spread": "STRICT_SPREAD",
 }
-FUSED = "fused"
-"""Pool of the processes that all three roles share."""
-
 # Left outside of the reservation, or Ray Data would never read a row.
 _DATA_CPUS = 1.0
 
@@ -149,14 +148,11 @@ def pools_of(config: DistillConfig) -> list[Pool]:
 
 
 def _role_pools(topology: TopologySettings) -> list[Pool]:
-    if topology.mode == "fused":
-        return [_pool(FUSED, topology.fused, topology.fused.ranks)]
-    sections = {
-        GENERATOR: topology.generator,
-        FAKE_SCORE: topology.fake_score,
-        TEACHER: topology.teacher,
-    }
-    return [_pool(role, own, topology.teams[role].size) for role, own in sections.items()]
+    replicas = topology.teacher.replicas if topology.mode == "pools" else 1
+    return [
+        _pool(name, own, own.ranks * (replicas if name == TEACHER else 1))
+        for name, own in topology.role_pools.items()
+    ]
 
 
 def _pool(name: str, settings: PoolSettings, num_ranks: int = 1) -> Pool:
@@ -193,7 +189,7 @@ class _RayOpener:
         placement: Reserved resources.
         narrow: Kinds of tensors that are rounded on the way.
         direct: What the roles send one another past the object store; None: nothing.
-        fused: Processes that all three roles share; None: each has its own.
+        shared: Pools of processes that roles share, by name; empty: each role has its own.
     """
 
     def __init__(
@@ -201,20 +197,21 @@ class _RayOpener:
         placement: "Placement",
         narrow: frozenset[str],
         direct: Direct | None,
-        fused: "Hosts | None" = None,
+        shared: "Mapping[str, Hosts]",
     ) -> None:
         self._placement = placement
         self._narrow = narrow
         self._direct = direct
-        self._fused = fused
+        self._shared = shared
 
     def open(
         self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
     ) -> WorkerGroup[W]:
         from cluster.ray.group import RayWorkerGroup
 
-        if self._fused is not None and name in ROLES:
-            return RayWorkerGroup(name, factory, args, self._fused, narrow=self._narrow)
+        if team.homes:
+            hosts = [self._shared[home.pool] for home in team.homes]
+            return RayWorkerGroup(name, factory, args, hosts, narrow=self._narrow)
         return RayWorkerGroup(
             name,
             factory,
@@ -239,10 +236,11 @@ def _ray_opener(config: DistillConfig, placement: "Placement") -> _RayOpener:
 
     topology = config.topology
     direct = direct_of(topology.transport)
-    if topology.mode != "fused":
-        return _RayOpener(placement, topology.narrowed, direct)
-    fused = Hosts(FUSED, placement, topology.fused.ranks, shared=True)
-    return _RayOpener(placement, topology.narrowed, None, fused)
+    shared: dict[str, Hosts] = {}
+    if topology.shares_pools:
+        for name, pool in topology.role_pools.items():
+            shared[name] = Hosts(name, placement, pool.ranks, shared=True)
+    return _RayOpener(placement, topology.narrowed, direct, shared)
 
 
 def _open(

@@ -134,9 +134,9 @@ def run_iterations(
     """
     dispatcher = _CallDispatcher(roles, plan, prompts_of, draws or {})
     calls = plan.calls(first, num_iterations)
-    stale = staleness(calls, plan.program)
+    stale = staleness(calls, plan.program, plan.teams)
     results = execute_schedule(
-        calls, roles.scheduled, dispatcher.dispatch, check_finite, plan.timeout_s
+        calls, roles.scheduled, dispatcher.dispatch, check_finite, plan.timeout_s, plan.teams
     )
     for result in results:
         dispatcher.release(result.iteration)

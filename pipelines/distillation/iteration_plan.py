@@ -1,13 +1,14 @@
 """Constants of a run's iterations: program, processes, parts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cluster.schedule.program import Pass, Program, Team
 from cluster.schedule.schedule import Call, order_calls
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.algorithm import iteration_program
+from pipelines.planning.workload import Workload
 from sgmd_core.objectives import GradientPath
 from sgmd_core.types import MicroBatchKey, Purpose, Text
 
@@ -27,6 +28,7 @@ class IterationPlan:
         timeout_s: How long a group of calls may take before the run is given up.
         negative: Embedding of the negative prompt, on its way to the teacher.
         exit_draws: Draws of the exit step in one batch; None draws one a micro-batch.
+        stage_seconds: Of one sample by role and stage, in any unit: see `order_calls`.
     """
 
     program: Program
@@ -38,6 +40,7 @@ class IterationPlan:
     timeout_s: float
     negative: Future[Text]
     exit_draws: int | None = None
+    stage_seconds: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def tracking_passes(self) -> int:
@@ -90,6 +93,7 @@ class IterationPlan:
             num_iterations=num_iterations,
             first_iteration=first,
             max_staleness=self.max_staleness_iterations,
+            stage_seconds=self.stage_seconds,
         )
 
 
@@ -115,4 +119,15 @@ def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPl
         timeout_s=config.topology.call_timeout_s,
         negative=negative,
         exit_draws=config.batch.exit_draws,
+        stage_seconds=_stage_seconds(config) if config.topology.shares_pools else {},
     )
+
+
+def _stage_seconds(config: DistillConfig) -> dict[tuple[str, str], float]:
+    """Measured seconds of the recipe; where one is missing, network passes for all."""
+    given = {tuple(name.split(".")): value for name, value in config.topology.stage_seconds.items()}
+    counted = Workload.of(config).stage_units
+    measured = {(role, stage): given.get((role, stage)) for role, stage in counted}
+    if any(value is None for value in measured.values()):
+        return counted
+    return {name: value for name, value in measured.items() if value is not None}

@@ -8,7 +8,7 @@ import importlib.util
 import netrc
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from urllib.parse import urlparse
 
@@ -18,7 +18,6 @@ from cluster.files import require_writable
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
-from pipelines.config.topology import PoolSettings
 from pipelines.planning.memory import RankMemory
 from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.workload import Workload
@@ -152,25 +151,27 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
     teams = topology.teams
     split = PoolSplit(
         teams[GENERATOR].ranks,
-        teams[TEACHER].replicas,
+        # Where pools are shared, one of the copies takes a micro-batch whole.
+        1 if topology.shares_pools else teams[TEACHER].replicas,
         teams[FAKE_SCORE].ranks,
         config.batch.micro_batches,
         topology.depth,
-        teams[TEACHER].ranks,
+        min(teams[TEACHER].ranks_by_replica),
     )
     memory = rank_memory(Workload.of(config), split)
-    pools: dict[str, PoolSettings] = {
-        GENERATOR: topology.generator,
-        TEACHER: topology.teacher,
-        FAKE_SCORE: topology.fake_score,
-    }
-    if topology.mode == "fused":
-        needs = [_Need("all roles", _together(memory), topology.fused.gpus, topology.fused.ranks)]
-    else:
+    needs: list[_Need] = []
+    if topology.mode in ("pools", "local"):
+        own = {GENERATOR: topology.generator, TEACHER: topology.teacher}
+        own[FAKE_SCORE] = topology.fake_score
         needs = [
-            _Need(role.replace("_", " "), memory[role].total, pool.gpus, teams[role].size)
-            for role, pool in pools.items()
+            _Need(role.replace("_", " "), memory[role].total, own[role].gpus, teams[role].size)
+            for role in ROLES
         ]
+    for name, pool in topology.role_pools.items() if topology.shares_pools else ():
+        roles = [role for role in ROLES if name in topology.places[role]]
+        words = "all roles" if len(roles) == len(ROLES) else f"pool {name}"
+        together = _together([memory[role] for role in roles])
+        needs.append(_Need(words, together, pool.gpus, pool.ranks))
     needs.append(_Need("text encoder", _FLOAT * model.num_text_parameters, topology.text.gpus))
     if config.validation.every:
         weights = _FLOAT * sum(model.num_parameters.values())
@@ -178,9 +179,8 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
     return needs
 
 
-def _together(memory: Mapping[str, RankMemory]) -> float:
-    """Of a process with a rank of all three roles, which work one after the other."""
-    parts = [memory[role] for role in ROLES]
+def _together(parts: Sequence[RankMemory]) -> float:
+    """Of a process with a rank of several roles, which work one after the other."""
     kept = sum(part.state + part.gathered + part.graphs for part in parts)
     return kept + max(part.working for part in parts)
 

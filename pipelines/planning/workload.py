@@ -154,6 +154,16 @@ class Workload:
 
         The stages of a diversity loss are counted with the role's own: see `program`.
         """
+        found: dict[StageName, float] = {}
+        for (role, stage), units in self.stage_units.items():
+            counted = COUNTED_WITH.get(STAGES[role, stage])
+            name = (role, stage) if counted is None else (counted.role, counted.name)
+            found[name] = found.get(name, 0.0) + units
+        return found
+
+    @property
+    def stage_units(self) -> dict[StageName, float]:
+        """Work of one call of each stage on one sample, in forward passes."""
         rollout = mean_rollout(self.num_steps, first_exit=self.diversity.first_exit)
         table = stage_passes(
             path=self.path,
@@ -164,13 +174,12 @@ class Workload:
             anchor_steps=self.diversity.num_anchor_steps,
         )
         costs = self.costs
-        found: dict[StageName, float] = {}
-        for stage, passes in table.items():
-            counted = COUNTED_WITH.get(stage, stage)
-            name = (counted.role, counted.name)
-            units = passes.units(costs, checkpointed=stage.role in self.checkpointing)
-            found[name] = found.get(name, 0.0) + units
-        return found
+        return {
+            (stage.role, stage.name): passes.units(
+                costs, checkpointed=stage.role in self.checkpointing
+            )
+            for stage, passes in table.items()
+        }
 
     @property
     def gathers(self) -> dict[StageName, float]:
