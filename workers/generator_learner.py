@@ -117,8 +117,13 @@ class GeneratorLearner:
         draws = self._place_or_draw(key, text, draws)
         return self._query(key, self._run(text, draws, keep_graph=False), text, draws)
 
-    def learn(self, signal: GeneratorSignal) -> LearnReport:
+    def learn(self, signal: GeneratorSignal, weight: float = 1.0) -> LearnReport:
         """Carries a signal from `x0` to the parameters, whose gradients add up over micro-batches.
+
+        Args:
+            signal: What the fake score answered to a rollout that is kept.
+            weight: 0 adds nothing: this rank has no sample of its own, and takes part in the
+                collectives of those that have.
 
         Raises:
             StaleCallError: The signal's rollout is not kept here, or was made by other weights.
@@ -135,7 +140,8 @@ class GeneratorLearner:
             )
         _check("learning from a signal", signal.key, {"the signal's gradient": signal.grad_x0})
         kept = self._kept.pop(signal.key)
-        kept.x0.backward(signal.grad_x0.to(kept.x0))
+        grad_x0 = signal.grad_x0.to(kept.x0)
+        kept.x0.backward(grad_x0 if weight == 1 else weight * grad_x0)
         return LearnReport(metrics=dict(signal.metrics), exit_step=kept.exit_step)
 
     def start(

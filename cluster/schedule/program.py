@@ -166,41 +166,64 @@ def pass_order(
     return order
 
 
-def partition_samples(
-    num_samples: int, team: Team, round: int
-) -> list[tuple[int, tuple[int, int]]]:
-    """Assigns the samples of a micro-batch to ranks.
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Samples of a micro-batch that one rank works on.
+
+    Attributes:
+        rank: The rank.
+        samples: First sample, and one past the last.
+        stands_in: The rank has no sample of its own; it computes the first one again, with weight
+            0, to keep the collectives of its replica company.
+    """
+
+    rank: int
+    samples: tuple[int, int]
+    stands_in: bool = False
+
+
+def partition_samples(num_samples: int, team: Team, round: int) -> list[Share]:
+    """Assigns the samples of a micro-batch to the replicas of a team.
 
     Args:
-        num_samples: Samples of the micro-batch; a multiple of the team's ranks per replica.
+        num_samples: Samples of the micro-batch.
         team: The role's processes.
         round: Micro-batches that the role has been given before; replicas take turns.
 
     Returns:
-        (rank, (first sample, one past the last)), in the order of the samples. Over many rounds
-        every replica gets the same number of samples, give or take one share.
+        Shares in the order of the samples. Over many rounds every replica gets the same number of
+        samples, give or take one share. Where the samples do not divide among the ranks of a
+        replica, one replica takes them all.
     """
-    shares, found, start = num_samples // team.ranks, [], 0
+    if num_samples % team.ranks:
+        return share_in_replica(num_samples, team, round % team.replicas)
+    shares, found, start = num_samples // team.ranks, list[Share](), 0
     fewest, left_over = divmod(shares, team.replicas)
     for place in range(min(team.replicas, shares)):
         replica = (round * left_over + place) % team.replicas
         size = fewest + (place < left_over)
         for member in range(team.ranks):
-            found.append((replica * team.ranks + member, (start, start + size)))
+            found.append(Share(replica * team.ranks + member, (start, start + size)))
             start += size
     return found
 
 
-def share_in_replica(
-    num_samples: int, team: Team, replica: int
-) -> list[tuple[int, tuple[int, int]]]:
-    """Shares a micro-batch out over the ranks of one replica; see `partition_samples`."""
+def share_in_replica(num_samples: int, team: Team, replica: int) -> list[Share]:
+    """Shares a micro-batch out over the ranks of one replica, the first ones with one more."""
     ranks, first = team.ranks_by_replica[replica], team.first_rank(replica)
-    share = num_samples // ranks
-    return [(first + rank, (rank * share, (rank + 1) * share)) for rank in range(ranks)]
+    fewest, left_over = divmod(num_samples, ranks)
+    sizes = [fewest + (rank < left_over) for rank in range(ranks)]
+    ends = list(accumulate(sizes))
+    shares = [
+        Share(first + rank, (end - size, end))
+        for rank, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        if size
+    ]
+    idle = range(first + len(shares), first + ranks)
+    return shares + [Share(rank, (0, 1), stands_in=True) for rank in idle]
 
 
-def check_program(program: Program, teams: Mapping[str, Team], num_samples: int) -> None:
+def check_program(program: Program, teams: Mapping[str, Team]) -> None:
     """Refuses a program that cannot be worked through.
 
     Raises:
@@ -222,14 +245,6 @@ def check_program(program: Program, teams: Mapping[str, Team], num_samples: int)
             team = teams.get(stage.role)
             if team is None:
                 raise _contradiction(stage, f"is done by {stage.role} of roles {sorted(teams)}")
-            uneven = [ranks for ranks in team.ranks_by_replica if num_samples % ranks]
-            if uneven:
-                raise ScheduleError(
-                    f"sharing {num_samples} samples of a micro-batch among {stage.role}",
-                    f"{uneven[0]} ranks that work in step",
-                    "a number of samples that they divide",
-                    "Change the size of the batch, the number of micro-batches or of ranks",
-                )
         for stage in part.stages:
             user = known.get(stage.keeps_until or stage.name)
             if user is None or user.role != stage.role:

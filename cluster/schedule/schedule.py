@@ -13,9 +13,10 @@ schedule. It keeps four promises:
 * A role gathers gradients in one order, micro-batch after micro-batch, whatever the depth and the
   teams are: depth and replicas do not change a bit of a run's numbers.
 * What a stage keeps in memory for a later one (a graph) is kept for `depth` micro-batches at most.
-* The samples of a micro-batch are shared out evenly: over the ranks of one replica, which work in
-  step, and in turn over replicas, which do not wait for one another. Where roles share pools, a
-  replica takes a micro-batch whole.
+* The samples of a micro-batch are shared out as evenly as they divide: over the ranks of one
+  replica, which work in step, and in turn over replicas, which do not wait for one another. Where
+  roles share pools, a replica takes a micro-batch whole. A rank without a sample takes part in the
+  collectives of its replica with weight 0.
 
 Where the controller has to hear of results before it goes on (`Call.waits_for`) it has first asked
 for everything that needs none of the roles being updated.
@@ -63,6 +64,8 @@ class Call:
         stage: What is asked for.
         micro_batch: Which micro-batch; None in an update or a handover.
         samples: First sample of the micro-batch that it is about, and one past the last.
+        stands_in: Its rank has no sample of its own, and works on the first one with weight 0, for
+            the collectives of its replica; nobody takes the result.
         inputs: Places in the list of the calls whose results it is handed.
         waits_for: Places of calls that must have succeeded, to the controller's knowledge, before
             it makes this call, and with it all that follow.
@@ -77,10 +80,16 @@ class Call:
     samples: tuple[int, int]
     inputs: tuple[int, ...] = ()
     waits_for: tuple[int, ...] = ()
+    stands_in: bool = False
 
     @property
     def num_samples(self) -> int:
-        """Samples that it is about; 0 in an update or a handover."""
+        """Samples that count; 0 in an update, a handover, or for a rank that has none."""
+        return 0 if self.stands_in else self.num_computed
+
+    @property
+    def num_computed(self) -> int:
+        """Samples that it works on; 0 in an update or a handover."""
         return self.samples[1] - self.samples[0]
 
 
@@ -90,7 +99,7 @@ def order_calls(
     num_micro_batches: int,
     depth: int,
     *,
-    samples_per_micro_batch: int | None = None,
+    samples_per_micro_batch: int | Sequence[int] | None = None,
     num_iterations: int = 1,
     first_iteration: int = 0,
     max_staleness: int = 0,
@@ -104,7 +113,8 @@ def order_calls(
         num_micro_batches: Parts of the batch.
         depth: Most micro-batches whose opening stage is ahead of the stage that uses up what it
             keeps.
-        samples_per_micro_batch: Size of each part; None: the least that gives every rank some.
+        samples_per_micro_batch: Size of each part, or one size for all; None: the least that gives
+            every rank as many.
         num_iterations: How many iterations to list.
         first_iteration: Number of the first one.
         max_staleness: 0: an iteration starts when all updates of the one before have ended. 1: the
@@ -127,7 +137,9 @@ def order_calls(
         )
     if samples_per_micro_batch is None:
         samples_per_micro_batch = math.lcm(*(team.ranks for team in teams.values()))
-    check_program(program, teams, samples_per_micro_batch)
+    if isinstance(samples_per_micro_batch, int):
+        samples_per_micro_batch = [samples_per_micro_batch] * num_micro_batches
+    check_program(program, teams)
     builder = _Builder(
         program, teams, num_micro_batches, depth, samples_per_micro_batch, stage_seconds or {}
     )
@@ -151,10 +163,10 @@ def graphs_kept(calls: Sequence[Call], program: Program) -> dict[tuple[str, int]
     for call in calls:
         place, key = (call.role, call.rank), (call.phase, call.stage)
         if key in keepers:
-            kept[place] += call.num_samples
+            kept[place] += call.num_computed
             most[place] = max(most[place], kept[place])
         if key in users:
-            kept[place] -= call.num_samples
+            kept[place] -= call.num_computed
     return dict(most)
 
 
@@ -167,7 +179,7 @@ class _Builder:
         teams: Mapping[str, Team],
         num_micro_batches: int,
         depth: int,
-        num_samples: int,
+        sizes: Sequence[int],
         stage_seconds: Mapping[tuple[str, str], float],
     ) -> None:
         self.calls: list[Call] = []
@@ -175,7 +187,7 @@ class _Builder:
         self._teams = teams
         self._num_micro_batches = num_micro_batches
         self._depth = depth
-        self._num_samples = num_samples
+        self._sizes = sizes
         self._places: dict[tuple[int, int, str, int], list[int]] = {}
         self._passes_of = {
             role: [
@@ -185,9 +197,9 @@ class _Builder:
             ]
             for role in teams
         }
-        shares = {role: max(1, num_samples // team.ranks) for role, team in teams.items()}
+        shares = {role: max(1, min(sizes) // team.ranks) for role, team in teams.items()}
         self._cycles = {role: -(-team.replicas // shares[role]) for role, team in teams.items()}
-        seconds = dealt_seconds(teams, stage_seconds, num_samples)
+        seconds = dealt_seconds(teams, stage_seconds, max(sizes))
         shared = any(team.homes for team in teams.values())
         self._orders = {
             phase: self._dealt(part, seconds) if shared else self._in_turns(part)
@@ -278,20 +290,31 @@ class _Builder:
         places: list[int] = []
         team = self._teams[stage.role]
         shares = (
-            partition_samples(self._num_samples, team, round)
+            partition_samples(self._sizes[micro_batch], team, round)
             if replica is None
-            else share_in_replica(self._num_samples, team, replica)
+            else share_in_replica(self._sizes[micro_batch], team, replica)
         )
-        for rank, samples in shares:
+        for share in shares:
             inputs = tuple(
                 place
                 for name in stage.takes
                 for place in self._places[iteration, phase, name, micro_batch]
-                if _overlap(self.calls[place].samples, samples)
+                if _overlap(self.calls[place].samples, share.samples)
             )
-            places.append(len(self.calls))
+            if not share.stands_in:
+                places.append(len(self.calls))
             self._ask(
-                Call(iteration, phase, stage.role, rank, stage.name, micro_batch, samples, inputs)
+                Call(
+                    iteration,
+                    phase,
+                    stage.role,
+                    share.rank,
+                    stage.name,
+                    micro_batch,
+                    share.samples,
+                    inputs,
+                    stands_in=share.stands_in,
+                )
             )
         self._places[iteration, phase, stage.name, micro_batch] = places
 

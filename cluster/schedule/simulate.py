@@ -65,7 +65,7 @@ def by_stage(seconds: Mapping[tuple[str, str], float]) -> Callable[[Call], float
     """Seconds of a call by its (role, stage): for one sample, or for an update."""
 
     def seconds_of(call: Call) -> float:
-        return seconds.get((call.role, call.stage), 0.0) * max(1, call.num_samples)
+        return seconds.get((call.role, call.stage), 0.0) * max(1, call.num_computed)
 
     return seconds_of
 

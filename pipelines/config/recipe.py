@@ -99,7 +99,8 @@ class BatchSettings(Section):
     size: int = Field(ge=1, le=2**20)
     """Samples in one iteration."""
     micro_batches: int = Field(default=1, ge=1)
-    """Equal parts that the batch is split into; they are what travels and what is pipelined."""
+    """Parts that the batch is split into, equal where it divides; they are what travels and what is
+    pipelined."""
     exit_draws: int | None = Field(default=None, ge=1)
     """Draws of the exit step in one batch, each for as many samples; null: one a micro-batch. A run
     keeps its number, so `micro_batches` may change on resume to another multiple of it."""
@@ -366,10 +367,10 @@ def _contradictions(config: DistillConfig) -> list[str]:
     """Returns what is wrong between settings that are right one by one."""
     problems: list[str] = []
     batch, topology = config.batch, config.topology
-    if batch.size % batch.micro_batches:
+    if batch.micro_batches > batch.size:
         problems.append(
-            f"batch.size {batch.size} does not divide into {batch.micro_batches} micro-batches "
-            "(batch.micro_batches)"
+            f"batch.micro_batches {batch.micro_batches} is more than the samples of a batch "
+            f"(batch.size {batch.size}), so some would be empty"
         )
     if batch.micro_batches % batch.num_exit_draws:
         problems.append(

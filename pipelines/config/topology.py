@@ -45,7 +45,8 @@ class RolePoolSettings(PoolSettings):
     """Resources of a role whose network can be sharded."""
 
     ranks: int = Field(default=1, ge=1, le=2**16)
-    """Processes that share one network (FSDP2) and its samples, each with `cpus` and `gpus`."""
+    """Processes that share a network (FSDP2) and the samples of each micro-batch, each with `cpus`
+    and `gpus`. Where these do not divide, some ranks have one more than others."""
 
 
 class TeacherPoolSettings(RolePoolSettings):
@@ -231,12 +232,12 @@ def topology_contradictions(
         )
     if found := _map_contradictions(topology):
         return [*problems, *found]
-    samples = batch_size // micro_batches
+    samples = -(-batch_size // micro_batches)
     for section, number in _ranks(topology).items():
-        if batch_size % micro_batches == 0 and samples % number:
+        if number > samples:
             problems.append(
-                f"a micro-batch has {samples} samples (batch.size / batch.micro_batches), which do "
-                f"not divide among {section}.ranks {number}"
+                f"a micro-batch has {samples} samples at most (batch.size / batch.micro_batches), "
+                f"and {section}.ranks is {number}: some ranks would never have one of their own"
             )
         if topology.mode == "local" and number > 1:
             problems.append(

@@ -65,6 +65,11 @@ class CallInputs(Protocol):
         ...
 
     @property
+    def weight(self) -> float:
+        """0 where the rank has no sample of its own, else 1."""
+        ...
+
+    @property
     def negative(self) -> Future[Any]:
         """Embedding of the negative prompt."""
         ...
@@ -141,7 +146,10 @@ PULLBACK = StageSpec(
     sends=(Sent.LATENTS,),
 )
 LEARN = StageSpec(
-    GENERATOR, GeneratorLearner.learn, lambda call: (call.of(PULLBACK, SIGNAL),), gathers=True
+    GENERATOR,
+    GeneratorLearner.learn,
+    lambda call: (call.of(PULLBACK, SIGNAL), call.weight),
+    gathers=True,
 )
 START = StageSpec(
     GENERATOR,

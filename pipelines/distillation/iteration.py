@@ -196,7 +196,7 @@ class _CallDispatcher:
         assert call.micro_batch is not None, "samples are asked for without a micro-batch"
         key = self._plan.key(call.iteration, call.micro_batch, self._batch_of_phase[call.phase])
         text = self._texts_of(call.iteration, call.phase)[call.micro_batch]
-        whole = (0, self._plan.micro_batch_size)
+        whole = (0, self._plan.micro_batch_sizes[call.micro_batch])
         draws = self._draws.get(replace(key, exit_draw=None))
         return (
             key,
@@ -221,8 +221,9 @@ class _CallDispatcher:
     def _encode(
         self, iteration: int, phase: int, index: int, prompts: PromptBatch, first_sample: int
     ) -> Future[TextBatch]:
-        text, size = self._text, self._plan.micro_batch_size
-        rows = tuple(range(index * size, (index + 1) * size))
+        text, sizes = self._text, self._plan.micro_batch_sizes
+        before = sum(sizes[:index])
+        rows = tuple(range(before, before + sizes[index]))
         with labelled(iteration, phase, index):
             if prompts.stored is not None:
                 return text.call_rank(0, TextEncoder.place, prompts.stored, rows, first_sample)
@@ -248,6 +249,10 @@ class _Inputs:
         return self.dispatcher.share(self.call)
 
     @property
+    def weight(self) -> float:
+        return 0.0 if self.call.stands_in else 1.0
+
+    @property
     def negative(self) -> Future[Text]:
         return self.dispatcher.negative
 
@@ -271,9 +276,12 @@ def check_finite(call: Call, report: Any) -> None:  # noqa: ANN401  (whatever a 
 
 
 def _report(result: IterationResult, stale_calls: int) -> IterationReport:
-    learned: list[LearnReport] = [report for _, report in result.of(LEARN.name)]
-    tracked: list[TrackReport] = [report for _, report in result.of(TRACK.name)]
-    diversified: list[DiversityReport] = [report for _, report in result.of(DIVERSIFY.name)]
+    reported: list[tuple[Call, LearnReport | TrackReport | DiversityReport]] = [
+        (call, report)
+        for stage in (LEARN, TRACK, DIVERSIFY)
+        for call, report in result.of(stage.name)
+        if not call.stands_in
+    ]
     norms: dict[str, list[float]] = {GENERATOR: [], FAKE_SCORE: []}
     for call, report in result.of(GATHER):
         if call.rank == 0:
@@ -281,7 +289,7 @@ def _report(result: IterationResult, stale_calls: int) -> IterationReport:
     exits = {call.micro_batch: report.exit_step for call, report in result.of(LEARN.name)}
     versions = [version for call, version in result.of(STEP) if call.role == GENERATOR]
     return IterationReport(
-        losses=_means([report.metrics for report in [*learned, *tracked, *diversified]]),
+        losses=_means([(call.num_samples, report.metrics) for call, report in reported]),
         grad_norms={role: fmean(found) for role, found in norms.items()},
         exit_steps=tuple(exits.values()),
         generator_version=versions[0],
@@ -290,7 +298,11 @@ def _report(result: IterationResult, stale_calls: int) -> IterationReport:
     )
 
 
-def _means(terms: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean of each loss term over the calls of its stage, which are all about as many samples."""
-    names = dict.fromkeys(name for part in terms for name in part)
-    return {name: fmean(part[name] for part in terms if name in part) for name in names}
+def _means(terms: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """Mean of each loss term over the samples of its stage's calls."""
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(name for _, part in terms for name in part):
+        own = [(samples, part[name]) for samples, part in terms if name in part]
+        sizes, values = zip(*own, strict=True)
+        found[name] = fmean(values, None if len({*sizes}) == 1 else sizes)
+    return found

@@ -58,9 +58,17 @@ class IterationPlan:
         return 1 + self.tracking_passes
 
     @property
-    def micro_batch_size(self) -> int:
-        """Samples of one micro-batch."""
-        return self.batch_size // self.micro_batches
+    def micro_batch_sizes(self) -> tuple[int, ...]:
+        """Samples of each micro-batch, as equal as they divide.
+
+        The samples of one draw of the exit step are split among its own micro-batches, so that they
+        do not depend on the number of micro-batches.
+        """
+        draws = self.exit_draws or self.micro_batches
+        parts = self.micro_batches // draws
+        return tuple(
+            size for group in _split(self.batch_size, draws) for size in _split(group, parts)
+        )
 
     def key(self, iteration: int, micro_batch: int, update: int) -> MicroBatchKey:
         """Names a micro-batch, and the draw of the exit step that it takes.
@@ -89,12 +97,18 @@ class IterationPlan:
             self.teams,
             self.micro_batches,
             self.depth,
-            samples_per_micro_batch=self.micro_batch_size,
+            samples_per_micro_batch=self.micro_batch_sizes,
             num_iterations=num_iterations,
             first_iteration=first,
             max_staleness=self.max_staleness_iterations,
             stage_seconds=self.stage_seconds,
         )
+
+
+def _split(number: int, parts: int) -> list[int]:
+    """Whole numbers that differ by 1 at most, the larger ones first."""
+    fewest, left_over = divmod(number, parts)
+    return [fewest + (part < left_over) for part in range(parts)]
 
 
 def program_of(config: DistillConfig) -> Program:

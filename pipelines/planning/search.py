@@ -166,9 +166,9 @@ def _free_splits(batch_size: int, num_gpus: int) -> Iterator[tuple[PoolSplit, in
 
 def rank_memory(work: Workload, split: PoolSplit) -> dict[str, RankMemory]:
     """Returns the memory of a rank of each role."""
-    samples = work.batch_size // split.micro_batches
+    samples = -(-work.batch_size // split.micro_batches)
     open_at_once = min(split.depth, split.micro_batches)
-    own = {GENERATOR: samples / split.generator, FAKE_SCORE: samples / split.fake_score}
+    own = {GENERATOR: -(-samples // split.generator), FAKE_SCORE: -(-samples // split.fake_score)}
     of_teacher = -(-samples // (split.teacher_ranks * split.teacher))
     return {
         GENERATOR: generator_memory(

@@ -173,7 +173,8 @@ def test_a_role_asked_twice_about_a_micro_batch_first_begins_the_next_one():
 @pytest.mark.parametrize("num_copies", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("num_samples", [1, 8, 15])
 def test_copies_share_a_micro_batch_without_gap_or_overlap(num_samples: int, num_copies: int):
-    spans = [span for _, span in partition_samples(num_samples, Team(replicas=num_copies), round=0)]
+    shares = partition_samples(num_samples, Team(replicas=num_copies), round=0)
+    spans = [share.samples for share in shares]
     assert [at for first, end in spans for at in range(first, end)] == list(range(num_samples))
     sizes = [end - first for first, end in spans]
     assert len(sizes) == min(num_copies, num_samples)
@@ -183,10 +184,42 @@ def test_copies_share_a_micro_batch_without_gap_or_overlap(num_samples: int, num
 def test_copies_take_turns_and_none_gets_more_than_one_share_extra():
     loads = [0] * 3
     for turn in range(7):
-        for rank, (first, end) in partition_samples(4, Team(replicas=3), turn):
-            loads[rank] += end - first
+        for share in partition_samples(4, Team(replicas=3), turn):
+            loads[share.rank] += share.samples[1] - share.samples[0]
         assert max(loads) - min(loads) <= 1
-    assert [partition_samples(1, Team(3), turn)[0][0] for turn in range(4)] == [0, 1, 2, 0]
+    assert [partition_samples(1, Team(3), turn)[0].rank for turn in range(4)] == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "team", "turn", "expected"),
+    [
+        (5, Team(1, 2), 0, [(0, (0, 3)), (1, (3, 5))]),
+        (5, Team(2, 2), 1, [(2, (0, 3)), (3, (3, 5))]),
+        (2, Team(1, 4), 0, [(0, (0, 1)), (1, (1, 2)), (2, "stands in"), (3, "stands in")]),
+    ],
+)
+def test_ranks_share_what_does_not_divide(num_samples: int, team: Team, turn: int, expected):
+    shares = partition_samples(num_samples, team, turn)
+    found = [(one.rank, "stands in" if one.stands_in else one.samples) for one in shares]
+    assert found == expected
+    # A rank without a sample works on the first one.
+    assert all(one.samples == (0, 1) for one in shares if one.stands_in)
+
+
+def test_nobody_takes_what_a_rank_without_a_sample_made():
+    teams = {GENERATOR: Team(1, 3), TEACHER: Team(1, 2), FAKE_SCORE: Team(1, 4)}
+    calls = order_calls(PROGRAMS["with all"], teams, 3, 2, samples_per_micro_batch=[3, 2, 1])
+    made = [place for place, call in enumerate(calls) if call.stands_in]
+    assert {calls[place].role for place in made} == {*teams}
+    assert not any(calls[taken].stands_in for call in calls for taken in call.inputs)
+    # Every rank of a role is asked about every micro-batch, so that its collectives are complete.
+    asked = defaultdict[tuple[int, str, str, int], set[int]](set)
+    for call in calls:
+        if call.micro_batch is not None:
+            asked[call.phase, call.role, call.stage, call.micro_batch].add(call.rank)
+    assert all(len(ranks) == teams[key[1]].ranks for key, ranks in asked.items())
+    counted = sum(call.num_samples for call in calls if call.stage == "learn")
+    assert counted == 6
 
 
 def test_the_second_call_about_a_micro_batch_finds_the_copy_that_kept_it():
@@ -214,7 +247,6 @@ def test_an_update_of_several_roles_waits_until_all_have_gathered_soundly():
         ((Pass((Stage("b", "x", ("a",)),)),), {"x": Team()}, 1, r"takes \('a',\) after \[\]"),
         ((Pass((Stage("a", "y"),)),), {"x": Team()}, 1, r"done by y of roles \['x'\]"),
         ((Pass((Stage("a", "x", keeps_until="b"),)),), {"x": Team()}, 1, "until b"),
-        ((Pass((Stage("a", "x"),)),), {"x": Team(1, 2)}, 3, "sharing 3 samples"),
         ((Update(("x",)),), {"x": Team(2)}, 1, "several would drift apart"),
     ],
 )

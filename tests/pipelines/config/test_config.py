@@ -227,7 +227,7 @@ class TestRefusals:
             ("name=a/b", 'name is "a/b", expected letters'),
             ("video=3", "video is 3, expected a section"),
             ("model=~", "model is null, expected a section"),
-            ("topology.mode=ray", "expected 'pools', 'fused' or 'local'"),
+            ("topology.mode=ray", "expected 'map', 'pools', 'fused' or 'local'"),
             ("iterations=0", "iterations is 0, expected greater than or equal to 1"),
             ("objective.lambda_nr=-1", "objective: lambda_nr is -1.0"),
             ("generator.optimizer.lr=-1", "generator.optimizer: optimizer.lr is -1.0"),
@@ -281,9 +281,18 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("overrides", "words"),
         [
-            (["batch.size=15"], "batch.size 15 does not divide into 2 micro-batches"),
-            (["topology.teacher.replicas=17"], "some would never work"),
-            (["topology.generator.ranks=3"], "do not divide among topology.generator.ranks 3"),
+            (["batch.micro_batches=33"], "is more than the samples of a batch"),
+            (["topology.mode=pools", "topology.teacher.replicas=17"], "some would never work"),
+            (
+                ["topology.mode=pools", "topology.generator.ranks=9"],
+                "topology.generator.ranks is 9: some ranks would never have one",
+            ),
+            (["topology.pools.learn.ranks=9"], "topology.pools.learn.ranks is 9"),
+            (["topology.generator.ranks=2"], "which only topology.mode pools reads"),
+            (["topology.roles.teacher=[learn, other]"], "names the pool 'other', and topology"),
+            (["topology.roles.fake_score=learn", "topology.roles.teacher=learn"], "no role there"),
+            (["topology.pools={text: {ranks: 1}}"], "a pool called text"),
+            (["topology.stage_seconds={rollout: 2}"], "keys are like generator.rollout"),
             (
                 ["topology.mode=fused", "topology.fused.ranks=16"],
                 "do not divide among topology.fused.ranks 16",
@@ -477,7 +486,8 @@ def is_written(dotted: str, settings: dict) -> bool:
     ("settings", "words"),
     [
         (["topology.mode=local"], "topology.mode is local"),
-        ([], r"topology\.generator\.gpus is 0"),
+        ([], "topology.mode is map"),
+        (["topology.mode=pools"], r"topology\.generator\.gpus is 0"),
         (["topology.wire_dtype=bf16"], "sends tensors as they are"),
     ],
 )
@@ -487,7 +497,22 @@ def test_nixl_is_refused_where_it_cannot_work(settings, words):
 
 
 def test_nixl_may_be_asked_for_where_every_role_has_a_gpu():
-    assert load_recipe("wan-1.3b", ["topology.transport=nixl"]).topology.transport == "nixl"
+    settings = ["topology.transport=nixl", "topology.mode=pools"]
+    assert load_recipe("wan-1.3b", settings).topology.transport == "nixl"
+
+
+def test_a_recipe_without_a_mode_that_sizes_the_roles_own_pools_means_these(recipe_file: Path):
+    def mode_of(topology: str) -> str:
+        settings = yaml.safe_load(recipe_file.read_text())
+        other = recipe_file.with_name("other.yaml")
+        other.write_text(yaml.safe_dump({**settings, "topology": yaml.safe_load(topology)}))
+        return load_recipe(str(other)).topology.mode
+
+    assert mode_of("{}") == "map"
+    assert mode_of("{teacher: {replicas: 2}}") == "pools"
+    assert mode_of("{generator: {cpus: 2}}") == "pools"
+    assert mode_of("{mode: fused, teacher: {cpus: 2}}") == "fused"
+    assert mode_of("{roles: {teacher: learn}}") == "map"
 
 
 # The released 1.3B training by the keys of our recipe: its YAML, or else the defaults of its code.

@@ -10,13 +10,14 @@ def test_every_role_asks_for_what_its_section_says():
     config = load_recipe(
         "tiny",
         [
+            "topology.mode=pools",
             "topology.teacher={replicas: 2, cpus: 1, strategy: strict_spread}",
             "topology.text={gpus: 1, labels: {pool: light}}",
             "topology.validator.resources={h100: 0.5}",
         ],
     )
     pools = {pool.name: pool for pool in pools_of(config)}
-    assert list(pools) == ["generator", "fake_score", "teacher", "text", "feed", "validator"]
+    assert list(pools) == ["generator", "teacher", "fake_score", "text", "feed", "validator"]
     assert (pools["teacher"].num_ranks, pools["teacher"].strategy) == (2, "STRICT_SPREAD")
     assert pools["text"].bundle == {"CPU": 0.25, "GPU": 1.0}
     assert pools["text"].labels == {"pool": "light"}
@@ -47,3 +48,20 @@ def test_a_direct_transport_carries_every_result_that_another_role_takes():
     assert direct is not None
     assert direct.methods == taken
     assert direct_of("object_store") is None
+
+
+def test_named_pools_ask_for_what_they_say_whatever_roles_are_there():
+    config = load_recipe(
+        "tiny",
+        [
+            "batch.size=24",
+            "topology.pools.learn={ranks: 2, cpus: 1, labels: {gpu: big}}",
+            "topology.pools.cheap={ranks: 3, cpus: 0.25, resources: {l40: 1}}",
+            "topology.roles.teacher=[score, cheap]",
+        ],
+    )
+    pools = {pool.name: pool for pool in pools_of(config)}
+    assert list(pools) == ["learn", "score", "cheap", "text", "feed", "validator"]
+    assert [pools[name].num_ranks for name in ("learn", "score", "cheap")] == [2, 1, 3]
+    assert pools["learn"].labels == {"gpu": "big"}
+    assert pools["cheap"].bundle == {"CPU": 0.25, "l40": 1.0}

@@ -1,0 +1,84 @@
+"""Roles on named pools, several to a pool and the teacher on some: the run of one process.
+
+With one rank a pool the bits are those of one process; with several they differ as sums over ranks
+do: see `test_topologies`.
+"""
+
+import pytest
+
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, read_jsonl
+from tests.e2e.conftest import MakeRecipe
+from tests.e2e.test_equivalence import MODES, history, moments, state
+from tests.e2e.test_topologies import (
+    BATCH,
+    OTHER_SAMPLES,
+    POOL,
+    assert_run_moves,
+    require_same_run,
+)
+from tests.e2e.test_trace import require_whole_trace
+from tests.helpers.moves import assert_moves
+
+TWO = ["topology.mode=map", f"topology.pools={{learn: {{{POOL}}}, score: {{{POOL}}}}}"]
+THREE = [
+    "topology.mode=map",
+    f"topology.pools={{a: {{{POOL}}}, b: {{{POOL}}}, spare: {{{POOL}, speed: 0.5}}}}",
+    "topology.roles={generator: a, fake_score: b, teacher: [a, b, spare]}",
+]
+LEARNERS_TOGETHER = [
+    "topology.mode=map",
+    f"topology.pools={{both: {{{POOL}}}, frozen: {{{POOL}}}}}",
+    "topology.roles={generator: both, fake_score: both, teacher: frozen}",
+]
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "layout"),
+    [
+        ("sgmd-shared-released", TWO),
+        ("dmd2", THREE),
+        ("sid", TWO),
+        ("sgmd-fresh-paper", LEARNERS_TOGETHER),
+    ],
+)
+def test_one_rank_a_pool_makes_the_bits_of_one_process(
+    make_recipe: MakeRecipe, mode: str, layout: list[str]
+) -> None:
+    settings = [*MODES[mode], "iterations=3", "batch={size: 4, micro_batches: 4}"]
+    local, mapped = (
+        make_recipe("name=local", *settings),
+        make_recipe("name=map", *settings, *layout),
+    )
+    distill(local)
+    summary = distill(mapped)
+    other = make_recipe("name=other", *settings, OTHER_SAMPLES)
+    distill(other)
+    assert_moves(moments(local, 3), moments(other, 3))
+    assert history(mapped) == history(local)
+    assert state(mapped, 3) == state(local, 3)
+    require_whole_trace(mapped, summary, list(range(3)))
+
+
+def test_pools_of_unequal_ranks_share_the_teachers_calls(make_recipe: MakeRecipe) -> None:
+    """Two ranks learn, one tracks; the teacher is sharded on the first pool, whole on the other."""
+    settings = [*MODES["dmd2"], *BATCH, "iterations=2", "fake_score.ida_decay=0.5"]
+    one = make_recipe("name=one", *settings)
+    two = make_recipe(
+        "name=two",
+        *settings,
+        "topology.mode=map",
+        f"topology.pools={{learn: {{ranks: 2, {POOL}}}, score: {{{POOL}}}}}",
+    )
+    distill(one)
+    summary = distill(two)
+    assert_run_moves(make_recipe, one, 2, settings, OTHER_SAMPLES)
+    unmixed = "fake_score.ida_decay=1.0"
+    assert_run_moves(make_recipe, one, 2, settings, unmixed, roles=("fake_score",))
+    require_same_run(two, one, 2, losses=1e-3)
+    ranks = {"generator": 2, "fake_score": 1, "teacher": 3}
+    expected = {f"{role}[{rank}]" for role, number in ranks.items() for rank in range(number)}
+    assert set(summary["utilisation"]) <= expected
+    assert len(read_jsonl(RunFolder(two.run_folder).metrics)) == 2
