@@ -13,13 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.schedule.execution import IssuedCall
+from cluster.schedule.program import Process
 from cluster.schedule.simulate import Cause, Span, Timeline
 from cluster.spans import Work
 
 Rank = tuple[str, int]
 """Role, and rank in it."""
-Process = tuple[str, int]
-"""Machine, and process on it; ranks of several roles may share one."""
 _CallKey = tuple[str, int, int | None, int | None, str, int | None]
 
 
@@ -46,7 +45,8 @@ def measured_timeline(
     Args:
         asked: All its calls, in order.
         works: What the ranks noted about each, on the clock of `asked`.
-        processes: Where each rank is.
+        processes: Where each rank is: machine, and process on it; ranks of several roles may share
+            one.
         controller: Where the controller is; ranks in its own process work while it asks them.
 
     Returns:
@@ -77,7 +77,8 @@ def measured_timeline(
         last_on[process] = len(spans)
         start_s, end_s = work.arrived_s - began_s, work.left_s - began_s
         spans.append(Span(call, issued_s, ready_s, start_s, end_s, cause, after))
-    return Timeline(tuple(spans))
+    used = tuple(processes[one.call.role, one.call.rank] for one in asked)
+    return Timeline(tuple(spans), used)
 
 
 def path_seconds(timeline: Timeline, since_s: float = 0.0) -> dict[str, float]:

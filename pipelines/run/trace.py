@@ -23,7 +23,6 @@ from cluster.chrome_trace import trace_events
 from cluster.local import OWN_MACHINE
 from cluster.measured import (
     MeasuredUsage,
-    Process,
     Rank,
     key_of_call,
     key_of_work,
@@ -31,6 +30,7 @@ from cluster.measured import (
     path_seconds,
 )
 from cluster.schedule.execution import IssuedCall
+from cluster.schedule.program import Process
 from cluster.schedule.simulate import Timeline
 from cluster.spans import Work
 from cluster.storage import write_text
