@@ -95,6 +95,8 @@ class _Graph:
         """Nodes that must have ended before a node starts."""
         at, index = node
         yield from ((taken, index) for taken in self.takes[at])
+        if at in self.tied:
+            yield self.tied[at], index
         if node in self._gathering:
             yield self._gathering[node]
         elif previous := self._previous(node, 1, replica_of):

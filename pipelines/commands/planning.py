@@ -1,24 +1,22 @@
 """`sgmd plan`: pool sizes, memory and time before a GPU is taken."""
 
 import math
-import sys
 from collections.abc import Mapping
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
+from cluster.storage import write_text
 from pipelines.commands.options import Json, Overrides, RecipeName
 from pipelines.commands.output import show, working
 from sgmd_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipelines.planning.hardware import Hardware
+    from pipelines.config.recipe import DistillConfig
+    from pipelines.planning.layouts import Layout
     from pipelines.planning.plan import Plan
-    from pipelines.planning.stage_times import StageTimes
-    from pipelines.planning.workload import Workload
 
 _TO_GAIN = 1.05
 _MOST_GPUS = 4096  # the search over layouts grows with them
@@ -43,15 +41,16 @@ def plan(
     any_batch: Annotated[
         bool, typer.Option("--any-batch", help="Take the batch size nearby that suits best")
     ] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="New file for the recipe with the best layout")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Size the pools for some GPUs: layout, time, use and memory, before any is taken."""
-    results = sys.stdout
     with working():
         from dataclasses import replace
 
         from pipelines.config.recipe import load_recipe
-        from pipelines.config.roles import ROLES
         from pipelines.planning import stage_times
         from pipelines.planning.hardware import Hardware
         from pipelines.planning.plan import make_plan
@@ -79,11 +78,8 @@ def plan(
         )
         beside = config.gpus_beside
         for_roles = gpus - math.ceil(sum(beside.values()))
-        if for_roles < len(ROLES):
-            told = _plan_of_few(work, times, hardware, for_roles, beside)
-            with redirect_stdout(results):
-                show(told | {"recipe": recipe}, as_json, *_words_of_few(told))
-            return
+        if for_roles < 1:
+            raise _nothing_left(gpus, beside)
         suited = replace(work, batch_size=find_batch(work, times, hardware, for_roles))
         result = make_plan(suited if any_batch else work, times, hardware, for_roles, beside)
         advice = (
@@ -91,8 +87,9 @@ def plan(
             if any_batch
             else _advice(result, make_plan(suited, times, hardware, for_roles, beside))
         )
+        written = [] if write is None else [_write(config, result, write)]
     data = result.to_json() | {"recipe": recipe, "advice": advice}
-    show(data, as_json, _table(result), *_words(result), *advice)
+    show(data, as_json, _table(result), *_words(result), *advice, *written)
 
 
 def _table(result: "Plan") -> Table:
@@ -104,23 +101,21 @@ def _table(result: "Plan") -> Table:
         f"{shape['batch_size']} samples an iteration",
         title_justify="left",
     )
-    headings = ("role", "GPUs", "samples a call", "busy", "GB a GPU", "state", "graphs", "working")
+    headings = ("pool", "roles", "GPUs", "samples a call", "busy", "GB a GPU", "graphs")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "role" else "right")
-    for role, facts in told["roles"].items():
-        memory = facts["memory_gb"]
+        table.add_column(heading, justify="left" if heading in ("pool", "roles") else "right")
+    for name, pool in result.best.pools.items():
         table.add_row(
-            role.replace("_", " "),
-            str(facts["gpus"]),
-            f"{facts['samples_per_call']:.3g}",
-            f"{100 * facts['busy']:.0f} %",
-            f"{memory['total']:.1f}",
-            f"{memory['state']:.1f}",
-            f"{memory['graphs']:.1f}",
-            f"{memory['gathered'] + memory['working']:.1f}",
+            name.replace("_", " "),
+            ", ".join(role.replace("_", " ") for role in pool.roles),
+            str(pool.gpus),
+            f"{pool.samples_per_call:.3g}",
+            f"{100 * pool.busy:.0f} %",
+            f"{pool.memory.total / 1e9:.1f}",
+            f"{pool.memory.graphs / 1e9:.1f}",
         )
     for section, share in result.beside.items():
-        table.add_row(section, f"{share:g}")
+        table.add_row(section, "", f"{share:g}")
     return table
 
 
@@ -130,82 +125,56 @@ def _count(number: int) -> str:
 
 
 def _words(result: "Plan") -> list[str]:
-    told, fused = result.to_json(), result.fused
-    fits = "fits" if fused.fits else "does not fit"
+    told = result.to_json()
     return [
-        f"{told['iteration_s']:.4g} s an iteration, "
+        f"{told['layout']}: {told['iteration_s']:.4g} s an iteration, "
         f"{told['gpu_hours_per_1000_iterations']:.4g} GPU-hours for 1000; "
         f"stage times {told['stage_times']}",
-        f"all roles on {fused.ranks} GPUs (fused): {fused.iteration_s:.4g} s, "
-        f"{fused.memory.total / 1e9:.0f} GB a GPU, which {fits}",
-        *(
-            [f"fused is faster; its settings: {_set(fused.settings(result.work))}"]
-            if result.fused_is_faster
-            else []
-        ),
-        f"{'settings of separate pools' if result.fused_is_faster else 'settings'}: "
-        f"{_set(result.settings())}",
-    ]
-
-
-def _plan_of_few(
-    work: "Workload",
-    times: "StageTimes",
-    hardware: "Hardware",
-    num_gpus: int,
-    beside: Mapping[str, float],
-) -> dict[str, Any]:
-    """The fused layout, where there are fewer GPUs than roles.
-
-    Raises:
-        ConfigError: No GPU is left for the roles, or one does not hold them.
-    """
-    from pipelines.planning.plan import plan_fused
-
-    taken = ", ".join(f"{section} {share:g}" for section, share in beside.items())
-    attempted = f"planning for {num_gpus + math.ceil(sum(beside.values()))} GPUs"
-    if num_gpus < 1:
-        raise ConfigError(
-            attempted,
-            f"no GPU left for the roles beside {taken or 'nothing'}",
-            "at least one",
-            "Set "
-            + (" ".join(f"topology.{section}.gpus=0" for section in beside) or "--gpus 1 or more"),
-        )
-    fused = plan_fused(work, times, hardware, num_gpus)
-    needed = f"{fused.memory.total / 1e9:.1f} GB"
-    if not fused.fits:
-        raise ConfigError(
-            attempted,
-            f"with all roles on every GPU (fused) one needs {needed}",
-            f"at most {hardware.usable_bytes / 1e9:.1f} GB of its {hardware.memory_gb:g} GB",
-            "Take 3 GPUs or more for separate pools, larger ones (--gpu-memory), "
-            "checkpointing=true, a smaller clip or a smaller model",
-        )
-    return {
-        "gpus": num_gpus + math.ceil(sum(beside.values())),
-        "gpus_used": fused.ranks + math.ceil(sum(beside.values())),
-        "gpus_beside": dict(beside),
-        "faster": "fused",
-        "settings": fused.settings(work),
-        "iteration_s": fused.iteration_s,
-        "memory_gb": fused.memory.to_json(),
-        "stage_times": times.source,
-    }
-
-
-def _words_of_few(told: Mapping[str, Any]) -> list[str]:
-    beside = "".join(f", {section} on {share:g}" for section, share in told["gpus_beside"].items())
-    return [
-        f"{told['gpus_used']} of {told['gpus']} GPUs, all roles together (fused){beside}",
-        f"{told['iteration_s']:.4g} s an iteration, {told['memory_gb']['total']:.1f} GB a GPU, "
-        f"which fits; stage times {told['stage_times']}",
+        *(_beside(layout) for layout in result.layouts[1:]),
         f"settings: {_set(told['settings'])}",
     ]
 
 
-def _set(settings: Mapping[str, int | str]) -> str:
-    return " ".join(f"{key}={value}" for key, value in settings.items())
+def _write(config: "DistillConfig", result: "Plan", path: Path) -> str:
+    """Writes the recipe with the best layout; returns what to do with it."""
+    settings = dict(result.best.settings) | {"batch.size": result.work.batch_size}
+    if path.exists():
+        raise ConfigError("writing the planned recipe", f"{path} is there already", "a new file")
+    if result.times.is_measured:
+        named = {".".join(name): seconds for name, seconds in result.times.seconds.items()}
+        settings["topology.stage_seconds"] = named
+    write_text(str(path), config.with_settings(settings).to_yaml())
+    return f"{path} has these settings: sgmd distill {path}"
+
+
+def _beside(layout: "Layout") -> str:
+    """One line about a layout that is not the best."""
+    fullest = max(pool.memory.total for pool in layout.pools.values()) / 1e9
+    fits = "fits" if layout.fits else "does not fit"
+    busy = ", ".join(f"{name} {100 * pool.busy:.0f} %" for name, pool in layout.pools.items())
+    return (
+        f"{layout.name}: {layout.iteration_s:.4g} s on {layout.num_gpus} GPUs, busy {busy}; "
+        f"{fullest:.0f} GB a GPU, which {fits}; {layout.gathered_bytes / 1e9:.3g} GB of weights "
+        "gathered"
+    )
+
+
+def _nothing_left(num_gpus: int, beside: Mapping[str, float]) -> ConfigError:
+    taken = ", ".join(f"{section} {share:g}" for section, share in beside.items())
+    return ConfigError(
+        f"planning for {num_gpus} GPUs",
+        f"no GPU left for the roles beside {taken or 'nothing'}",
+        "at least one",
+        "Set "
+        + (" ".join(f"topology.{section}.gpus=0" for section in beside) or "--gpus 1 or more"),
+    )
+
+
+def _set(settings: Mapping[str, Any]) -> str:
+    def in_words(value: object) -> str:
+        return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
+
+    return " ".join(f"{key}={in_words(value)}" for key, value in settings.items())
 
 
 def _advice(result: "Plan", suited: "Plan") -> list[str]:
@@ -217,6 +186,5 @@ def _advice(result: "Plan", suited: "Plan") -> list[str]:
         return []
     return [
         f"with batch.size={suited.work.batch_size} the same GPUs would make "
-        f"{100 * (gain - 1):.0f} % more samples a second: ranks share a micro-batch evenly, and "
-        f"more layouts fit that size (--any-batch)"
+        f"{100 * (gain - 1):.0f} % more samples a second (--any-batch)"
     ]

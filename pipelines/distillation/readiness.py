@@ -8,7 +8,7 @@ import importlib.util
 import netrc
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlparse
 
@@ -18,7 +18,7 @@ from cluster.files import require_writable
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
-from pipelines.planning.memory import RankMemory
+from pipelines.planning.layouts import together
 from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder
@@ -170,19 +170,13 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
     for name, pool in topology.role_pools.items() if topology.shares_pools else ():
         roles = [role for role in ROLES if name in topology.places[role]]
         words = "all roles" if len(roles) == len(ROLES) else f"pool {name}"
-        together = _together([memory[role] for role in roles])
-        needs.append(_Need(words, together, pool.gpus, pool.ranks))
+        own = together([memory[role] for role in roles])
+        needs.append(_Need(words, own.total, pool.gpus, pool.ranks))
     needs.append(_Need("text encoder", _FLOAT * model.num_text_parameters, topology.text.gpus))
     if config.validation.every:
         weights = _FLOAT * sum(model.num_parameters.values())
         needs.append(_Need("validator", weights, topology.validator.gpus))
     return needs
-
-
-def _together(parts: Sequence[RankMemory]) -> float:
-    """Of a process with a rank of several roles, which work one after the other."""
-    kept = sum(part.state + part.gathered + part.graphs for part in parts)
-    return kept + max(part.working for part in parts)
 
 
 def _main_memory(needs: list[_Need]) -> str:

@@ -7,59 +7,38 @@ from typing import Any
 
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import GB, Hardware
-from pipelines.planning.memory import (
-    RankMemory,
-    fake_score_memory,
-    generator_memory,
-    teacher_memory,
+from pipelines.planning.layouts import (
+    LEARN,
+    SCORE,
+    Layout,
+    any_layout_fits,
+    fused_layout,
+    fused_memory,
+    map_layout,
+    map_memory,
+    pool_maps,
+    pools_layout,
 )
-from pipelines.planning.search import Prediction, candidates, find_best, rank_memory
+from pipelines.planning.search import candidates, find_best, rank_memory
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 
+_LEAST_OF_A_MAP = 2
 _MOST_GPUS = 8192
 _MOST_MEMORY_GB = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Fused:
-    """The same iteration with all three roles on every GPU, one after another: nobody waits.
-
-    Attributes:
-        iteration_s: Seconds an iteration.
-        memory: Of one rank: generator and fake score sharded over all GPUs, the teacher whole.
-        fits: Whether a GPU holds it.
-        ranks: Its GPUs: the most that divide the batch.
-    """
-
-    iteration_s: float
-    memory: RankMemory
-    fits: bool
-    ranks: int
-
-    def settings(self, work: Workload) -> dict[str, int | str]:
-        """Settings of the recipe for it, one sample a rank at a time."""
-        return {
-            "topology.mode": "fused",
-            "topology.fused.ranks": self.ranks,
-            "topology.fused.gpus": 1,
-            "batch.micro_batches": work.batch_size // self.ranks,
-            "topology.depth": 1,
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """Layout of a run.
+    """Layouts of a run, the best first.
 
     Attributes:
         work: What it does.
         hardware: What it runs on.
         num_gpus: GPUs that there are for the roles.
         times: Of the stages.
-        best: Where the roles go, and what that comes to.
-        fused: The same GPUs without separate pools.
+        layouts: The best of each kind: those that fit, the fastest first; then the others.
         beside: GPUs of other processes, by section: text encoder, feed, validator.
     """
 
@@ -67,64 +46,33 @@ class Plan:
     hardware: Hardware
     num_gpus: int
     times: StageTimes
-    best: Prediction
-    fused: Fused
+    layouts: tuple[Layout, ...]
     beside: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Layout:
+        """The fastest layout that fits."""
+        return self.layouts[0]
 
     @property
     def gpus_beside(self) -> int:
         """Whole GPUs of the processes beside the roles."""
         return math.ceil(sum(self.beside.values()))
 
-    @property
-    def fused_is_faster(self) -> bool:
-        """True if the fused layout fits, can be set, and takes less time."""
-        return self.fused.fits and self.fused.iteration_s < self.best.iteration_s
-
-    def settings(self) -> dict[str, int | str]:
-        """Settings of the recipe for separate pools."""
-        split = self.best.split
-        return {
-            "topology.mode": "pools",
-            "batch.micro_batches": split.micro_batches,
-            "topology.depth": split.depth,
-            "topology.generator.ranks": split.generator,
-            "topology.teacher.replicas": split.teacher,
-            "topology.teacher.ranks": split.teacher_ranks,
-            "topology.fake_score.ranks": split.fake_score,
-            **{f"topology.{role}.gpus": 1 for role in ROLES},
-        }
-
     def to_json(self) -> dict[str, Any]:
         """All of it, as `sgmd plan --json` prints it."""
-        split, best = self.best.split, self.best
-        samples = self.work.batch_size // split.micro_batches
+        best = self.best
+        used = best.num_gpus + self.gpus_beside
         return {
             "gpus": self.num_gpus + self.gpus_beside,
-            "gpus_used": split.num_gpus + self.gpus_beside,
+            "gpus_used": used,
             "gpus_beside": dict(self.beside),
-            "faster": "fused" if self.fused_is_faster else "pools",
-            "settings": self.settings(),
+            "layout": best.name,
+            "settings": dict(best.settings),
             "iteration_s": best.iteration_s,
             "samples_per_s": self.work.batch_size / best.iteration_s,
-            "gpu_hours_per_1000_iterations": best.iteration_s
-            * (split.num_gpus + self.gpus_beside)
-            / 3.6,
-            "roles": {
-                role: {
-                    "gpus": split.teams[role].size,
-                    "samples_per_call": samples / min(samples, split.teams[role].size),
-                    "busy": best.busy[role],
-                    "memory_gb": best.memory[role].to_json(),
-                }
-                for role in ROLES
-            },
-            "fused": {
-                "iteration_s": self.fused.iteration_s,
-                "memory_gb": self.fused.memory.to_json(),
-                "fits": self.fused.fits,
-                "settings": self.fused.settings(self.work),
-            },
+            "gpu_hours_per_1000_iterations": best.iteration_s * used / 3.6,
+            "layouts": {layout.name: layout.to_json() for layout in self.layouts},
             "stage_seconds_per_sample": {
                 ".".join(name): seconds for name, seconds in self.times.seconds.items()
             },
@@ -148,7 +96,7 @@ def make_plan(
     num_gpus: int,
     beside: Mapping[str, float] | None = None,
 ) -> Plan:
-    """The fastest layout that fits.
+    """The fastest layout of each kind.
 
     Args:
         work: The iteration.
@@ -160,40 +108,15 @@ def make_plan(
     Raises:
         ConfigError: Nothing fits; says what is short, and which changes would do.
     """
-    if num_gpus < len(ROLES):
-        raise ConfigError(
-            f"planning for {num_gpus} GPUs",
-            "fewer GPUs than roles",
-            "at least 3: generator, teacher and fake score have a GPU each",
-            "On fewer GPUs the roles share one process: topology.mode=fused",
-        )
-    best = find_best(work, times, hardware, num_gpus)
-    if best is None:
+    found = [fused_layout(work, times, hardware, num_gpus)]
+    if num_gpus >= _LEAST_OF_A_MAP and (mapped := map_layout(work, times, hardware, num_gpus)):
+        found.append(mapped)
+    if num_gpus >= len(ROLES) and (classic := find_best(work, times, hardware, num_gpus)):
+        found.append(pools_layout(work, classic))
+    found.sort(key=lambda layout: (not layout.fits, layout.iteration_s))
+    if not found[0].fits:
         raise _does_not_fit(work, hardware, num_gpus)
-    fused = plan_fused(work, times, hardware, num_gpus)
-    return Plan(work, hardware, num_gpus, times, best, fused, beside or {})
-
-
-def plan_fused(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int) -> Fused:
-    """Time and memory of all three roles on every GPU, one sample at a time; see `Fused`."""
-    # Ranks share a micro-batch evenly, so others than divisors of the batch cannot be set.
-    used = max(n for n in range(1, num_gpus + 1) if work.batch_size % n == 0)
-    samples = work.batch_size // used
-    seconds = sum(
-        spent * (max(1, work.fresh_updates) if stage in ("sample", "track") else 1)
-        for (_, stage), spent in times.seconds.items()
-    )
-    generator = generator_memory(work, used, 1, 1)
-    fake_score = fake_score_memory(work, used, 1, 1)
-    teacher = teacher_memory(work, 1, 1)
-    parts = (generator, fake_score, teacher)
-    memory = RankMemory(
-        state=sum(part.state for part in parts),
-        gathered=sum(part.gathered for part in parts),
-        graphs=generator.graphs + fake_score.graphs,
-        working=max(part.working for part in parts),
-    )
-    return Fused(seconds * samples, memory, memory.fits(hardware), used)
+    return Plan(work, hardware, num_gpus, times, tuple(found), beside or {})
 
 
 def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigError:
@@ -212,15 +135,18 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
 
 
 def _least(work: Workload, num_gpus: int) -> str:
-    """Returns the needs of each role in the layout whose fullest rank is the least full."""
-    layouts = [rank_memory(work, split) for split in candidates(work, num_gpus)]
+    """Returns the needs of each pool in the layout whose fullest rank is the least full."""
+    layouts = [dict(rank_memory(work, split)) for split in candidates(work, num_gpus)]
+    layouts += [map_memory(work, one) for one in pool_maps(work, num_gpus)]
+    layouts.append({"all roles": fused_memory(work, num_gpus)})
     best = min(layouts, key=lambda parts: max(part.total for part in parts.values()))
-    words = {GENERATOR: "generator", TEACHER: "teacher", FAKE_SCORE: "fake score"}
+    words = {GENERATOR: "the generator", TEACHER: "the teacher", FAKE_SCORE: "the fake score"}
+    words |= {LEARN: "generator and teacher", SCORE: "fake score and teacher"}
     return ", ".join(
-        f"a rank of the {words[role]} needs {part.total / GB:.1f} GB "
+        f"a rank of {words.get(name, name)} needs {part.total / GB:.1f} GB "
         f"(state {part.state / GB:.0f}, graphs {part.graphs / GB:.0f}, "
         f"working {(part.working + part.gathered) / GB:.0f})"
-        for role, part in best.items()
+        for name, part in best.items()
     )
 
 
@@ -251,7 +177,7 @@ def _remedies(work: Workload, hardware: Hardware, num_gpus: int) -> Iterator[str
 
 
 def _fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
-    return any(
+    return any_layout_fits(work, hardware, num_gpus) or any(
         all(part.fits(hardware) for part in rank_memory(work, split).values())
         for split in candidates(work, num_gpus)
     )

@@ -27,6 +27,7 @@ from workers.models.families import family_named
 _FAMILY_OF_BENCHMARKS = "wan"
 """Family of a gpu.json that does not name one."""
 _NOT_A_BENCHMARK = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+_MEASURED = "measured"
 _BYTES_OF_A_STEP = 40
 """That an update moves for one parameter: weight, gradient, two moments and average, in and out."""
 
@@ -45,6 +46,11 @@ class StageTimes:
 
     seconds: Mapping[StageName, float]
     source: str
+
+    @property
+    def is_measured(self) -> bool:
+        """True if they were measured, not counted from operations."""
+        return self.source.startswith(_MEASURED)
 
 
 def modelled(work: Workload, hardware: Hardware) -> StageTimes:
@@ -123,7 +129,7 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
         if times:
             found[name] = median(times) / _samples(config, work, name)
     flops = {name: passes * work.forward_flops for name, passes in work.passes.items()}
-    return found, flops, f"measured in {len(records)} iterations of {folder}"
+    return found, flops, f"{_MEASURED} in {len(records)} iterations of {folder}"
 
 
 def _samples(config: DistillConfig, work: Workload, name: StageName) -> int:
@@ -160,7 +166,7 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
             _in_words(error),
             "a run's folder, or a gpu.json that benchmarks/gpu_check.py wrote",
         ) from error
-    return found, flops, f"measured by {path} on {device}"
+    return found, flops, f"{_MEASURED} by {path} on {device}"
 
 
 def _measured_s(key: str, value: object) -> float:

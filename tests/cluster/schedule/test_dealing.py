@@ -87,6 +87,26 @@ def test_every_stage_sees_every_sample_once_after_what_it_takes(name):
 
 
 @each_program
+def test_what_a_stage_keeps_is_used_up_after_it_on_its_own_rank(name):
+    users = {
+        (phase, stage.name): stage.keeps_until
+        for phase, part in enumerate(PROGRAMS[name])
+        if isinstance(part, Pass)
+        for stage in part.stages
+        if stage.keeps_until
+    }
+    for layout, micro_batches, depth, stale in SIZES:
+        calls = calls_of(name, layout, micro_batches, depth, stale)
+        place = {
+            (c.iteration, c.phase, c.stage, c.micro_batch, c.rank): at for at, c in enumerate(calls)
+        }
+        for (iteration, phase, stage, micro_batch, rank), kept in place.items():
+            if (phase, stage) in users:
+                user = users[phase, stage]
+                assert place[iteration, phase, user, micro_batch, rank] > kept
+
+
+@each_program
 def test_gradients_are_gathered_in_the_order_of_roles_with_processes_of_their_own(name):
     own = {GENERATOR: Team(), TEACHER: Team(), FAKE_SCORE: Team()}
     for micro_batches in (1, 2, 5):

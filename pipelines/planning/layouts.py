@@ -1,0 +1,429 @@
+"""Layouts of a run on some GPUs: named pools, classic pools, all roles together.
+
+    map     learn: generator and a copy of the teacher | score: fake score and another copy
+    pools   generator | teacher, replicas | fake score
+    fused   all three roles on every GPU, one after the other
+
+Each is the exact schedule of calls, worked through by the simulator, with the memory of a rank of
+every pool. A pool's ranks work in step, so the simulator sees it as one process.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+from cluster.schedule.program import Home, Team
+from cluster.schedule.schedule import Call, order_calls
+from cluster.schedule.simulate import Costs, simulate
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.topology import FUSED
+from pipelines.planning.hardware import GB, Hardware
+from pipelines.planning.memory import (
+    RankMemory,
+    fake_score_memory,
+    generator_memory,
+    teacher_memory,
+)
+from pipelines.planning.search import Prediction
+from pipelines.planning.stage_times import StageTimes, update_s
+from pipelines.planning.workload import Workload
+
+LEARN, SCORE = "learn", "score"
+_MAX_DEPTH = 4
+_MOST_MICRO_BATCHES = 32
+_MOST_SAMPLES = 8
+"""Of a rank in one call; the smallest number of ranks takes them all."""
+_SIMULATED = 16
+_AS_FAST = 1.005
+"""Times that are taken for equal: then fewer GPUs and micro-batches in flight decide."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolUse:
+    """Use of one pool.
+
+    Attributes:
+        gpus: Its GPUs.
+        roles: Roles that live on it.
+        samples_per_call: Most samples of one of its ranks in a call.
+        busy: Part of its time that it works.
+        memory: Of one rank.
+    """
+
+    gpus: int
+    roles: tuple[str, ...]
+    samples_per_call: float
+    busy: float
+    memory: RankMemory
+
+    def to_json(self) -> dict[str, Any]:
+        """As `sgmd plan --json` prints it."""
+        return {
+            "gpus": self.gpus,
+            "roles": list(self.roles),
+            "samples_per_call": self.samples_per_call,
+            "busy": self.busy,
+            "memory_gb": self.memory.to_json(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A layout of the three roles, and its costs.
+
+    Attributes:
+        name: `map`, `pools` or `fused`, the recipe's `topology.mode`.
+        iteration_s: Seconds an iteration.
+        pools: Its pools by name.
+        settings: Settings of the recipe for it.
+        gathered_bytes: Weights that a GPU is sent in an iteration, the most of any pool.
+        fits: Whether a GPU of every pool holds its ranks.
+    """
+
+    name: str
+    iteration_s: float
+    pools: Mapping[str, PoolUse]
+    settings: Mapping[str, Any]
+    gathered_bytes: float
+    fits: bool
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs of the three roles."""
+        return sum(pool.gpus for pool in self.pools.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """As `sgmd plan --json` prints it."""
+        return {
+            "iteration_s": self.iteration_s,
+            "gpus": self.num_gpus,
+            "fits": self.fits,
+            "gathered_gb": round(self.gathered_bytes / GB, 2),
+            "settings": dict(self.settings),
+            "pools": {name: pool.to_json() for name, pool in self.pools.items()},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMap:
+    """Ranks of the pools, and the pools of each role.
+
+    Attributes:
+        ranks: Of each pool.
+        places: Pools of each role.
+        micro_batches: Parts of the batch.
+        depth: Parts in flight.
+    """
+
+    ranks: Mapping[str, int]
+    places: Mapping[str, tuple[str, ...]]
+    micro_batches: int
+    depth: int = 1
+
+    def roles_on(self, pool: str) -> tuple[str, ...]:
+        """Roles that live on a pool."""
+        return tuple(role for role in ROLES if pool in self.places[role])
+
+
+def fused_layout(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int) -> Layout:
+    """All three roles on every GPU that shortens the iteration, one sample a rank at a time."""
+    one = _fused(work, num_gpus)
+    settings = {
+        "topology.mode": "fused",
+        "topology.fused.ranks": one.ranks[FUSED],
+        "topology.fused.gpus": 1,
+        "batch.micro_batches": one.micro_batches,
+        "topology.depth": 1,
+    }
+    return _simulated("fused", work, times, hardware, one, settings)
+
+
+def fused_memory(work: Workload, num_gpus: int) -> RankMemory:
+    """Memory of a rank of all three roles."""
+    return map_memory(work, _fused(work, num_gpus))[FUSED]
+
+
+def _fused(work: Workload, num_gpus: int) -> PoolMap:
+    most = -(-work.batch_size // num_gpus)
+    # Ranks that would only make more of the last round idle are left out.
+    ranks = -(-work.batch_size // most)
+    return PoolMap({FUSED: ranks}, dict.fromkeys(ROLES, (FUSED,)), most)
+
+
+def map_layout(
+    work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int
+) -> Layout | None:
+    """The fastest two pools that fit, the teacher on both or on one; None if nothing fits."""
+    fitting = [
+        one for one in pool_maps(work, num_gpus) if _fits(work, hardware, replace(one, depth=1))
+    ]
+    fitting.sort(key=lambda one: _bound_s(work, times, one))
+    found = [
+        _simulated("map", work, times, hardware, deeper, _map_settings(deeper))
+        for one in fitting[:_SIMULATED]
+        for deeper in _depths(one)
+        if _fits(work, hardware, deeper)
+    ]
+    if not found:
+        return None
+    fastest_s = min(one.iteration_s for one in found)
+    equal = [one for one in found if one.iteration_s <= _AS_FAST * fastest_s]
+    return min(equal, key=lambda one: (one.num_gpus, one.settings["topology.depth"]))
+
+
+def pools_layout(work: Workload, found: Prediction) -> Layout:
+    """Classic pools, as `pipelines.planning.search` has found them."""
+    split = found.split
+    samples = work.batch_size // split.micro_batches
+    settings = {
+        "topology.mode": "pools",
+        "batch.micro_batches": split.micro_batches,
+        "topology.depth": split.depth,
+        "topology.generator.ranks": split.generator,
+        "topology.teacher.replicas": split.teacher,
+        "topology.teacher.ranks": split.teacher_ranks,
+        "topology.fake_score.ranks": split.fake_score,
+        **{f"topology.{role}.gpus": 1 for role in ROLES},
+    }
+    pools = {
+        role: PoolUse(
+            team.size,
+            (role,),
+            samples / min(samples, team.size),
+            found.busy[role],
+            found.memory[role],
+        )
+        for role, team in split.teams.items()
+    }
+    gathered = {
+        role: _gathered_bytes(work, {role: team.ranks}, {role: split.micro_batches})
+        for role, team in split.teams.items()
+    }
+    # The calls of a copied teacher are shared by its copies.
+    gathered[TEACHER] /= split.teacher
+    return Layout("pools", found.iteration_s, pools, settings, max(gathered.values()), fits=True)
+
+
+def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
+    """Two pools that use at least half of the GPUs, with every use of the teacher.
+
+    A pool has as many ranks as its samples of a micro-batch want: more would wait for the rank with
+    the most samples.
+    """
+    for micro_batches in range(1, min(_MOST_MICRO_BATCHES, work.batch_size) + 1):
+        size = -(-work.batch_size // micro_batches)
+        wanted = {-(-size // share) for share in range(1, _MOST_SAMPLES + 1)}
+        for learn, score in product(sorted(wanted), repeat=2):
+            if not num_gpus < 2 * (learn + score) <= 2 * num_gpus:
+                continue
+            for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
+                places = {GENERATOR: (LEARN,), TEACHER: teacher, FAKE_SCORE: (SCORE,)}
+                yield PoolMap({LEARN: learn, SCORE: score}, places, micro_batches)
+
+
+def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
+    """Returns the memory of a rank of each pool: its roles' together, which work in turn."""
+    samples = -(-work.batch_size // one.micro_batches)
+    found: dict[str, RankMemory] = {}
+    for pool, ranks in one.ranks.items():
+        own = -(-samples // ranks)
+        kept = min(one.depth, one.micro_batches) * own
+        of_role = {
+            GENERATOR: lambda r=ranks, o=own, k=kept: generator_memory(work, r, o, k),
+            TEACHER: lambda r=ranks, o=own: teacher_memory(work, r, o),
+            FAKE_SCORE: lambda r=ranks, o=own: fake_score_memory(work, r, o, o),
+        }
+        found[pool] = together([of_role[role]() for role in one.roles_on(pool)])
+    return found
+
+
+def together(parts: Sequence[RankMemory]) -> RankMemory:
+    """Memory of a process with a rank of several roles, which work one after the other."""
+    return RankMemory(
+        state=sum(part.state for part in parts),
+        gathered=sum(part.gathered for part in parts),
+        graphs=sum(part.graphs for part in parts),
+        working=max(part.working for part in parts),
+    )
+
+
+def any_layout_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
+    """Returns True if two pools, or all roles together, fit; classic pools are not looked at."""
+    return _fits(work, hardware, _fused(work, num_gpus)) or any(
+        _fits(work, hardware, other) for other in pool_maps(work, num_gpus)
+    )
+
+
+def _map_settings(one: PoolMap) -> dict[str, Any]:
+    teacher = one.places[TEACHER]
+    return {
+        "topology.mode": "map",
+        "batch.micro_batches": one.micro_batches,
+        "topology.depth": one.depth,
+        **{f"topology.pools.{pool}.ranks": ranks for pool, ranks in one.ranks.items()},
+        **{f"topology.pools.{pool}.gpus": 1 for pool in one.ranks},
+        "topology.roles.generator": one.places[GENERATOR][0],
+        "topology.roles.fake_score": one.places[FAKE_SCORE][0],
+        "topology.roles.teacher": list(teacher),
+    }
+
+
+def _simulated(
+    name: str,
+    work: Workload,
+    times: StageTimes,
+    hardware: Hardware,
+    one: PoolMap,
+    settings: Mapping[str, Any],
+) -> Layout:
+    """Works the schedule of a map through; every pool is one process."""
+    teams = {role: Team.on(*(Home(pool) for pool in one.places[role])) for role in ROLES}
+    sizes = _sizes(work, one)
+    calls = order_calls(
+        work.program,
+        teams,
+        one.micro_batches,
+        one.depth,
+        samples_per_micro_batch=sizes,
+        stage_seconds=_seconds_of_pools(times, one, max(sizes)),
+    )
+    timeline = simulate(calls, _costs(work, times, hardware, one, teams), teams)
+    busy = {usage.role: usage.busy_share for usage in timeline.usage()}
+    memory = map_memory(work, one)
+    pools = {
+        pool: PoolUse(
+            ranks, one.roles_on(pool), -(-max(sizes) // ranks), busy.get(pool, 0.0), memory[pool]
+        )
+        for pool, ranks in one.ranks.items()
+    }
+    gathered = {
+        pool: _gathered_bytes(
+            work, dict.fromkeys(one.roles_on(pool), ranks), _micro_batches_on(calls, teams, pool)
+        )
+        for pool, ranks in one.ranks.items()
+    }
+    fits = all(part.fits(hardware) for part in memory.values())
+    return Layout(name, timeline.iteration_s, pools, settings, max(gathered.values()), fits)
+
+
+def _sizes(work: Workload, one: PoolMap) -> tuple[int, ...]:
+    fewest, left_over = divmod(work.batch_size, one.micro_batches)
+    return tuple(fewest + (part < left_over) for part in range(one.micro_batches))
+
+
+def _seconds_of_pools(times: StageTimes, one: PoolMap, size: int) -> dict[tuple[str, str], float]:
+    """Seconds of stages for dealing: of the pools' most loaded rank, over the samples."""
+    return {
+        (role, stage): seconds * -(-size // min(one.ranks[p] for p in one.places[role])) / size
+        for (role, stage), seconds in times.seconds.items()
+    }
+
+
+def _costs(
+    work: Workload,
+    times: StageTimes,
+    hardware: Hardware,
+    one: PoolMap,
+    teams: Mapping[str, Team],
+) -> Costs:
+    weights = 4 * work.shape.num_parameters
+    gathers, sent = work.gathers, work.result_bytes
+
+    def ranks_of(call: Call) -> int:
+        return one.ranks[teams[call.role].process(call.role, call.rank)[0]]
+
+    def seconds(call: Call) -> float:
+        ranks = ranks_of(call)
+        if call.micro_batch is None:
+            step_s = update_s(work, hardware, ranks)
+            return step_s if call.stage == "step" else step_s / 10
+        name = (call.role, call.stage)
+        working_s = times.seconds[name] * -(-call.num_samples // ranks)
+        # Weights are gathered while the layer before computes.
+        return max(working_s, gathers[name] * hardware.gather_s(weights, ranks))
+
+    def result_bytes(call: Call) -> float:
+        if call.stage == "trained_weights":
+            return weights
+        # A process takes what concerns its own samples.
+        share = -(-call.num_samples // ranks_of(call)) if call.micro_batch is not None else 0
+        return sent.get((call.role, call.stage), 0) * share
+
+    return Costs(
+        seconds,
+        result_bytes,
+        bandwidth=hardware.wire_bandwidth,
+        latency_s=hardware.wire_latency_s,
+        call_s=hardware.call_s,
+        answer_s=hardware.answer_s,
+    )
+
+
+def _micro_batches_on(
+    calls: Sequence[Call], teams: Mapping[str, Team], pool: str
+) -> dict[str, float]:
+    """Micro-batches of each role that are worked on by a pool."""
+    found: dict[str, set[int]] = {}
+    for call in calls:
+        if call.micro_batch is None:
+            continue
+        if teams[call.role].process(call.role, call.rank)[0] == pool:
+            found.setdefault(call.role, set()).add(call.micro_batch)
+    return {role: len(micro_batches) for role, micro_batches in found.items()}
+
+
+def _gathered_bytes(
+    work: Workload, ranks: Mapping[str, int], micro_batches: Mapping[str, float]
+) -> float:
+    """Bytes of weights and gradients that a rank is sent in an iteration."""
+    weights = 4 * work.shape.num_parameters
+    updates = max(1, work.fresh_updates)
+    return sum(
+        count
+        * (updates if stage in ("sample", "track") else 1)
+        * micro_batches.get(role, 0)
+        * weights
+        * (ranks[role] - 1)
+        / ranks[role]
+        for (role, stage), count in work.gathers.items()
+        if role in ranks and (role, stage) in work.passes
+    )
+
+
+def _bound_s(work: Workload, times: StageTimes, one: PoolMap) -> float:
+    """About what an iteration takes: the pools' work with the teacher's shared out, and a start."""
+    sizes = _sizes(work, one)
+    rounds = {pool: sum(-(-size // ranks) for size in sizes) for pool, ranks in one.ranks.items()}
+    own = dict.fromkeys(ROLES, 0.0)
+    for (role, stage), seconds in times.seconds.items():
+        updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
+        own[role] += seconds * updates
+    load = {
+        pool: rounds[pool] * sum(own[role] for role in one.roles_on(pool) if role != TEACHER)
+        for pool in one.ranks
+    }
+    teacher = {pool: rounds[pool] * own[TEACHER] for pool in one.places[TEACHER]}
+    if len(teacher) == 1:
+        (pool,) = teacher
+        load[pool] += teacher[pool]
+        whole_s = max(load.values())
+    else:
+        # The part of the calls on the first pool that makes both end together.
+        (first, second), part = teacher, 0.5
+        part = (load[second] + teacher[second] - load[first]) / (teacher[first] + teacher[second])
+        part = min(1.0, max(0.0, part))
+        whole_s = max(
+            load[first] + part * teacher[first], load[second] + (1 - part) * teacher[second]
+        )
+    first_s = times.seconds[GENERATOR, "rollout"] * -(-sizes[0] // one.ranks[LEARN])
+    return whole_s + first_s
+
+
+def _depths(one: PoolMap) -> Iterator[PoolMap]:
+    for depth in range(1, min(_MAX_DEPTH, one.micro_batches) + 1):
+        yield replace(one, depth=depth)
+
+
+def _fits(work: Workload, hardware: Hardware, one: PoolMap) -> bool:
+    return all(part.fits(hardware) for part in map_memory(work, one).values())
