@@ -3,19 +3,16 @@
     python benchmarks/planning.py                          modelled
     python benchmarks/planning.py --measured gpu.json      from times of benchmarks/gpu_check.py
 
-Nothing is run: it asks the planner, with about four samples a GPU and the batch size nearby that
-suits the GPUs best.
+Nothing is run: it asks the planner, with four samples a GPU.
 """
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import GB, Hardware
+from pipelines.planning.layouts import Layout
 from pipelines.planning.plan import Plan, make_plan
-from pipelines.planning.search import find_batch
 from pipelines.planning.stage_times import measured, modelled
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
@@ -28,11 +25,13 @@ NUM_GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 HEADINGS = (
     "GPUs",
     "batch",
-    "generator : teacher : fake score",
+    "learn : score",
     "m, depth",
-    "s an iteration",
+    "map: s",
     "busy, %",
-    "GB a rank",
+    "GB a GPU",
+    "pools: s",
+    "GB",
     "fused: s",
     "GB",
 )
@@ -52,33 +51,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for num_gpus in NUM_GPUS:
             work = Workload(shape, LATENT_SHAPE, TEXT_LENGTH, SAMPLES_PER_GPU * num_gpus)
             times = measured(given.measured, work) if given.measured else modelled(work, hardware)
-            size = find_batch(work, times, hardware, num_gpus)
-            sized = replace(work, batch_size=size)
             try:
-                print(_row(make_plan(sized, times, hardware, num_gpus)))
+                print(_row(make_plan(work, times, hardware, num_gpus)))
             except ConfigError as refused:
                 short = refused.remedy.replace("It would fit with ", "")
-                print(f"| {num_gpus} | {size} | does not fit; fits with {short} |" + " |" * 6)
+                cells = f"| {num_gpus} | {work.batch_size} | does not fit; fits with {short} |"
+                print(cells + " |" * (len(HEADINGS) - 3))
 
 
 def _row(plan: Plan) -> str:
-    best, split = plan.best, plan.best.split
-    teacher = f"{split.teacher}" + (f"x{split.teacher_ranks}" if split.teacher_ranks > 1 else "")
-    fused = plan.fused
-    cells = (
-        str(plan.num_gpus),
-        str(plan.work.batch_size),
-        f"{split.generator} : {teacher} : {split.fake_score}",
-        f"{split.micro_batches}, {split.depth}",
-        f"{best.iteration_s:.0f}",
-        " : ".join(f"{100 * best.busy[role]:.0f}" for role in ROLES),
-        " : ".join(
-            f"{best.memory[role].total / GB:.0f}" for role in (GENERATOR, TEACHER, FAKE_SCORE)
-        ),
-        f"{fused.iteration_s:.0f}",
-        f"{fused.memory.total / GB:.0f}" + ("" if fused.fits else ", does not fit"),
-    )
+    found = {layout.name: layout for layout in plan.layouts}
+    cells = [str(plan.num_gpus), str(plan.work.batch_size)]
+    mapped = found.get("map")
+    if mapped is None:
+        cells += ["does not fit", "", "", "", ""]
+    else:
+        pools, settings = mapped.pools, mapped.settings
+        teacher = settings["topology.roles.teacher"]
+        cells += [
+            " : ".join(str(pool.gpus) for pool in pools.values())
+            + ("" if len(teacher) == len(pools) else f", teacher on {teacher[0]}"),
+            f"{settings['batch.micro_batches']}, {settings['topology.depth']}",
+            f"{mapped.iteration_s:.0f}",
+            " : ".join(f"{100 * pool.busy:.0f}" for pool in pools.values()),
+            " : ".join(f"{pool.memory.total / GB:.0f}" for pool in pools.values()),
+        ]
+    for name in ("pools", "fused"):
+        layout = found.get(name)
+        cells += _time_and_memory(layout) if layout else ["does not fit", ""]
     return f"| {' | '.join(cells)} |"
+
+
+def _time_and_memory(layout: Layout) -> list[str]:
+    most = max(pool.memory.total for pool in layout.pools.values()) / GB
+    return [f"{layout.iteration_s:.0f}", f"{most:.0f}" + ("" if layout.fits else ", does not fit")]
 
 
 if __name__ == "__main__":

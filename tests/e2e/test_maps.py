@@ -7,7 +7,6 @@ do: see `test_topologies`.
 import pytest
 
 from pipelines.distillation.run import distill
-from pipelines.run.folder import RunFolder, read_jsonl
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import MODES, history, moments, state
 from tests.e2e.test_topologies import (
@@ -38,9 +37,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cl
     ("mode", "layout"),
     [
         ("sgmd-shared-released", TWO),
-        ("dmd2", THREE),
-        ("sid", TWO),
-        ("sgmd-fresh-paper", LEARNERS_TOGETHER),
+        ("dmd2", LEARNERS_TOGETHER),
+        ("sid", THREE),
     ],
 )
 def test_one_rank_a_pool_makes_the_bits_of_one_process(
@@ -80,10 +78,9 @@ def test_pools_of_unequal_ranks_share_the_teachers_calls(make_recipe: MakeRecipe
     unmixed = "fake_score.ida_decay=1.0"
     assert_run_moves(make_recipe, one, 2, settings, unmixed, roles=("fake_score",))
     require_same_run(two, one, 2, losses=1e-3)
-    ranks = {"generator": 2, "fake_score": 1, "teacher": 3}
-    expected = {f"{role}[{rank}]" for role, number in ranks.items() for rank in range(number)}
-    assert set(summary["utilisation"]) <= expected
-    assert len(read_jsonl(RunFolder(two.run_folder).metrics)) == 2
+    teachers = {f"teacher[{rank}]" for rank in range(3)}
+    assert {"generator[0]", "generator[1]", "fake_score"} <= set(summary["utilisation"])
+    assert {name for name in summary["utilisation"] if "teacher" in name} <= teachers
 
 
 def test_samples_that_do_not_divide_are_shared_by_any_ranks(make_recipe: MakeRecipe) -> None:
