@@ -18,7 +18,7 @@ from cluster.files import require_writable
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
-from pipelines.planning.layouts import together
+from pipelines.planning.pool_maps import together
 from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder

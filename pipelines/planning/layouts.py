@@ -10,7 +10,6 @@ every pool. A pool's ranks work in step, so the simulator sees it as one process
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 from cluster.schedule.program import Home, Team
@@ -19,21 +18,13 @@ from cluster.schedule.simulate import Costs, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import FUSED
 from pipelines.planning.hardware import GB, Hardware
-from pipelines.planning.memory import (
-    RankMemory,
-    fake_score_memory,
-    generator_memory,
-    teacher_memory,
-)
+from pipelines.planning.memory import RankMemory
+from pipelines.planning.pool_maps import LEARN, PoolMap, fits, fused_map, map_memory, pool_maps
 from pipelines.planning.search import Prediction
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.workload import Workload
 
-LEARN, SCORE = "learn", "score"
 _MAX_DEPTH = 4
-_MOST_MICRO_BATCHES = 32
-_MOST_SAMPLES = 8
-"""Of a rank in one call; the smallest number of ranks takes them all."""
 _SIMULATED = 16
 _AS_FAST = 1.005
 """Times that are taken for equal: then fewer GPUs and micro-batches in flight decide."""
@@ -105,30 +96,9 @@ class Layout:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class PoolMap:
-    """Ranks of the pools, and the pools of each role.
-
-    Attributes:
-        ranks: Of each pool.
-        places: Pools of each role.
-        micro_batches: Parts of the batch.
-        depth: Parts in flight.
-    """
-
-    ranks: Mapping[str, int]
-    places: Mapping[str, tuple[str, ...]]
-    micro_batches: int
-    depth: int = 1
-
-    def roles_on(self, pool: str) -> tuple[str, ...]:
-        """Roles that live on a pool."""
-        return tuple(role for role in ROLES if pool in self.places[role])
-
-
 def fused_layout(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int) -> Layout:
     """All three roles on every GPU that shortens the iteration, one sample a rank at a time."""
-    one = _fused(work, num_gpus)
+    one = fused_map(work, num_gpus)
     settings = {
         "topology.mode": "fused",
         "topology.fused.ranks": one.ranks[FUSED],
@@ -139,31 +109,19 @@ def fused_layout(work: Workload, times: StageTimes, hardware: Hardware, num_gpus
     return _simulated("fused", work, times, hardware, one, settings)
 
 
-def fused_memory(work: Workload, num_gpus: int) -> RankMemory:
-    """Memory of a rank of all three roles."""
-    return map_memory(work, _fused(work, num_gpus))[FUSED]
-
-
-def _fused(work: Workload, num_gpus: int) -> PoolMap:
-    most = -(-work.batch_size // num_gpus)
-    # Ranks that would only make more of the last round idle are left out.
-    ranks = -(-work.batch_size // most)
-    return PoolMap({FUSED: ranks}, dict.fromkeys(ROLES, (FUSED,)), most)
-
-
 def map_layout(
     work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int
 ) -> Layout | None:
     """The fastest two pools that fit, the teacher on both or on one; None if nothing fits."""
     fitting = [
-        one for one in pool_maps(work, num_gpus) if _fits(work, hardware, replace(one, depth=1))
+        one for one in pool_maps(work, num_gpus) if fits(work, hardware, replace(one, depth=1))
     ]
     fitting.sort(key=lambda one: _bound_s(work, times, one))
     found = [
         _simulated("map", work, times, hardware, deeper, _map_settings(deeper))
         for one in fitting[:_SIMULATED]
         for deeper in _depths(one)
-        if _fits(work, hardware, deeper)
+        if fits(work, hardware, deeper)
     ]
     if not found:
         return None
@@ -203,56 +161,6 @@ def pools_layout(work: Workload, found: Prediction) -> Layout:
     # The calls of a copied teacher are shared by its copies.
     gathered[TEACHER] /= split.teacher
     return Layout("pools", found.iteration_s, pools, settings, max(gathered.values()), fits=True)
-
-
-def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
-    """Two pools that use at least half of the GPUs, with every use of the teacher.
-
-    A pool has as many ranks as its samples of a micro-batch want: more would wait for the rank with
-    the most samples.
-    """
-    for micro_batches in range(1, min(_MOST_MICRO_BATCHES, work.batch_size) + 1):
-        size = -(-work.batch_size // micro_batches)
-        wanted = {-(-size // share) for share in range(1, _MOST_SAMPLES + 1)}
-        for learn, score in product(sorted(wanted), repeat=2):
-            if not num_gpus < 2 * (learn + score) <= 2 * num_gpus:
-                continue
-            for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
-                places = {GENERATOR: (LEARN,), TEACHER: teacher, FAKE_SCORE: (SCORE,)}
-                yield PoolMap({LEARN: learn, SCORE: score}, places, micro_batches)
-
-
-def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
-    """Returns the memory of a rank of each pool: its roles' together, which work in turn."""
-    samples = -(-work.batch_size // one.micro_batches)
-    found: dict[str, RankMemory] = {}
-    for pool, ranks in one.ranks.items():
-        own = -(-samples // ranks)
-        kept = min(one.depth, one.micro_batches) * own
-        of_role = {
-            GENERATOR: lambda r=ranks, o=own, k=kept: generator_memory(work, r, o, k),
-            TEACHER: lambda r=ranks, o=own: teacher_memory(work, r, o),
-            FAKE_SCORE: lambda r=ranks, o=own: fake_score_memory(work, r, o, o),
-        }
-        found[pool] = together([of_role[role]() for role in one.roles_on(pool)])
-    return found
-
-
-def together(parts: Sequence[RankMemory]) -> RankMemory:
-    """Memory of a process with a rank of several roles, which work one after the other."""
-    return RankMemory(
-        state=sum(part.state for part in parts),
-        gathered=sum(part.gathered for part in parts),
-        graphs=sum(part.graphs for part in parts),
-        working=max(part.working for part in parts),
-    )
-
-
-def any_layout_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
-    """Returns True if two pools, or all roles together, fit; classic pools are not looked at."""
-    return _fits(work, hardware, _fused(work, num_gpus)) or any(
-        _fits(work, hardware, other) for other in pool_maps(work, num_gpus)
-    )
 
 
 def _map_settings(one: PoolMap) -> dict[str, Any]:
@@ -307,17 +215,17 @@ def _simulated(
     return Layout(name, timeline.iteration_s, pools, settings, max(gathered.values()), fits)
 
 
-def _sizes(work: Workload, one: PoolMap) -> tuple[int, ...]:
-    fewest, left_over = divmod(work.batch_size, one.micro_batches)
-    return tuple(fewest + (part < left_over) for part in range(one.micro_batches))
-
-
 def _seconds_of_pools(times: StageTimes, one: PoolMap, size: int) -> dict[tuple[str, str], float]:
     """Seconds of stages for dealing: of the pools' most loaded rank, over the samples."""
     return {
         (role, stage): seconds * -(-size // min(one.ranks[p] for p in one.places[role])) / size
         for (role, stage), seconds in times.seconds.items()
     }
+
+
+def _sizes(work: Workload, one: PoolMap) -> tuple[int, ...]:
+    fewest, left_over = divmod(work.batch_size, one.micro_batches)
+    return tuple(fewest + (part < left_over) for part in range(one.micro_batches))
 
 
 def _costs(
@@ -395,7 +303,7 @@ def _bound_s(work: Workload, times: StageTimes, one: PoolMap) -> float:
     """About what an iteration takes: the pools' work with the teacher's shared out, and a start."""
     sizes = _sizes(work, one)
     rounds = {pool: sum(-(-size // ranks) for size in sizes) for pool, ranks in one.ranks.items()}
-    own = dict.fromkeys(ROLES, 0.0)
+    own: dict[str, float] = dict.fromkeys(ROLES, 0.0)
     for (role, stage), seconds in times.seconds.items():
         updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
         own[role] += seconds * updates
@@ -423,7 +331,3 @@ def _bound_s(work: Workload, times: StageTimes, one: PoolMap) -> float:
 def _depths(one: PoolMap) -> Iterator[PoolMap]:
     for depth in range(1, min(_MAX_DEPTH, one.micro_batches) + 1):
         yield replace(one, depth=depth)
-
-
-def _fits(work: Workload, hardware: Hardware, one: PoolMap) -> bool:
-    return all(part.fits(hardware) for part in map_memory(work, one).values())

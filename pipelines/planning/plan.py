@@ -7,17 +7,14 @@ from typing import Any
 
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import GB, Hardware
-from pipelines.planning.layouts import (
+from pipelines.planning.layouts import Layout, fused_layout, map_layout, pools_layout
+from pipelines.planning.pool_maps import (
     LEARN,
     SCORE,
-    Layout,
     any_layout_fits,
-    fused_layout,
     fused_memory,
-    map_layout,
     map_memory,
     pool_maps,
-    pools_layout,
 )
 from pipelines.planning.search import candidates, find_best, rank_memory
 from pipelines.planning.stage_times import StageTimes

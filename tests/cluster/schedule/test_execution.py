@@ -88,7 +88,9 @@ class Stand:
         if report == self.refused:
             raise ArithmeticError(f"{call.role}: {report}")
 
-    def run(self, depth: int = 2, num_iterations: int = 1, **options: int) -> list[IterationResult]:
+    def run(
+        self, depth: int = 2, num_iterations: int = 1, max_staleness: int = 0
+    ) -> list[IterationResult]:
         calls = order_calls(
             PROGRAM,
             TEAMS,
@@ -96,7 +98,7 @@ class Stand:
             depth,
             samples_per_micro_batch=4,
             num_iterations=num_iterations,
-            **options,
+            max_staleness=max_staleness,
         )
         return list(execute_schedule(calls, self.groups, self.ask, self.on_report, WAIT_S))
 

@@ -1,0 +1,110 @@
+"""Maps of roles to pools, as candidates of a plan, and the memory of a rank of each pool."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.topology import FUSED
+from pipelines.planning.hardware import Hardware
+from pipelines.planning.memory import (
+    RankMemory,
+    fake_score_memory,
+    generator_memory,
+    teacher_memory,
+)
+from pipelines.planning.workload import Workload
+
+LEARN, SCORE = "learn", "score"
+_MOST_MICRO_BATCHES = 32
+_MOST_SAMPLES = 8
+"""Of a rank in one call; the smallest number of ranks takes them all."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMap:
+    """Ranks of the pools, and the pools of each role.
+
+    Attributes:
+        ranks: Of each pool.
+        places: Pools of each role.
+        micro_batches: Parts of the batch.
+        depth: Parts in flight.
+    """
+
+    ranks: Mapping[str, int]
+    places: Mapping[str, tuple[str, ...]]
+    micro_batches: int
+    depth: int = 1
+
+    def roles_on(self, pool: str) -> tuple[str, ...]:
+        """Roles that live on a pool."""
+        return tuple(role for role in ROLES if pool in self.places[role])
+
+
+def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
+    """Two pools that use at least half of the GPUs, with every use of the teacher.
+
+    A pool has as many ranks as its samples of a micro-batch want: more would wait for the rank with
+    the most samples.
+    """
+    for micro_batches in range(1, min(_MOST_MICRO_BATCHES, work.batch_size) + 1):
+        size = -(-work.batch_size // micro_batches)
+        wanted = {-(-size // share) for share in range(1, _MOST_SAMPLES + 1)}
+        for learn, score in product(sorted(wanted), repeat=2):
+            if not num_gpus < 2 * (learn + score) <= 2 * num_gpus:
+                continue
+            for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
+                places = {GENERATOR: (LEARN,), TEACHER: teacher, FAKE_SCORE: (SCORE,)}
+                yield PoolMap({LEARN: learn, SCORE: score}, places, micro_batches)
+
+
+def fused_memory(work: Workload, num_gpus: int) -> RankMemory:
+    """Memory of a rank of all three roles."""
+    return map_memory(work, fused_map(work, num_gpus))[FUSED]
+
+
+def fused_map(work: Workload, num_gpus: int) -> PoolMap:
+    """All three roles on every GPU that shortens the iteration, one sample a rank at a time."""
+    most = -(-work.batch_size // num_gpus)
+    # Ranks that would only make more of the last round idle are left out.
+    ranks = -(-work.batch_size // most)
+    return PoolMap({FUSED: ranks}, dict.fromkeys(ROLES, (FUSED,)), most)
+
+
+def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
+    """Returns the memory of a rank of each pool: its roles' together, which work in turn."""
+    samples = -(-work.batch_size // one.micro_batches)
+    found: dict[str, RankMemory] = {}
+    for pool, ranks in one.ranks.items():
+        own = -(-samples // ranks)
+        kept = min(one.depth, one.micro_batches) * own
+        of_role = {
+            GENERATOR: lambda r=ranks, o=own, k=kept: generator_memory(work, r, o, k),
+            TEACHER: lambda r=ranks, o=own: teacher_memory(work, r, o),
+            FAKE_SCORE: lambda r=ranks, o=own: fake_score_memory(work, r, o, o),
+        }
+        found[pool] = together([of_role[role]() for role in one.roles_on(pool)])
+    return found
+
+
+def together(parts: Sequence[RankMemory]) -> RankMemory:
+    """Memory of a process with a rank of several roles, which work one after the other."""
+    return RankMemory(
+        state=sum(part.state for part in parts),
+        gathered=sum(part.gathered for part in parts),
+        graphs=sum(part.graphs for part in parts),
+        working=max(part.working for part in parts),
+    )
+
+
+def any_layout_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
+    """Returns True if two pools, or all roles together, fit; classic pools are not looked at."""
+    return fits(work, hardware, fused_map(work, num_gpus)) or any(
+        fits(work, hardware, other) for other in pool_maps(work, num_gpus)
+    )
+
+
+def fits(work: Workload, hardware: Hardware, one: PoolMap) -> bool:
+    """Returns True if a GPU of every pool holds its ranks."""
+    return all(part.fits(hardware) for part in map_memory(work, one).values())
