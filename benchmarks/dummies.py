@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.schedule.execution import takers_of
+from cluster.schedule.program import Team
 from cluster.schedule.schedule import Call
 from cluster.schedule.simulate import Costs, mean_period
-from cluster.worker_group import Future, WorkerGroup
+from cluster.worker_group import Future, WorkerGroup, taken_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,7 @@ def run_dummies(
     groups: Mapping[str, WorkerGroup[DummyWorker]],
     costs: Costs,
     timeout_s: float = 600.0,
+    teams: Mapping[str, Team] | None = None,
 ) -> SimulatedRun:
     """Makes the calls of a schedule and waits for all of them.
 
@@ -118,6 +121,7 @@ def run_dummies(
         groups: Sleepers by role.
         costs: Seconds and bytes of each call; what else is in there belongs to the simulator.
         timeout_s: How long each wait may take.
+        teams: Processes by role, where roles share pools.
     """
     handed_on = {place for call in calls for place in call.inputs}
     # In ascending order, so that the last use is the one that stays.
@@ -125,6 +129,7 @@ def run_dummies(
         place: at for at, call in enumerate(calls) for place in (*call.inputs, *call.waits_for)
     }
     kept: dict[int, Future[Any]] = {}
+    takers = takers_of(calls, teams or {})
     started_s = time.monotonic()
     for place, call in enumerate(calls):
         group = groups[call.role]
@@ -132,7 +137,8 @@ def run_dummies(
             group.fetch([kept[other] for other in call.waits_for], timeout_s, "rehearsing")
         result_bytes = round(costs.result_bytes(call)) if place in handed_on else 0
         arguments = (place, costs.seconds(call), result_bytes, *(kept[at] for at in call.inputs))
-        kept[place] = group.call_rank(call.rank, DummyWorker.work, *arguments)
+        with taken_by(takers[place]):
+            kept[place] = group.call_rank(call.rank, DummyWorker.work, *arguments)
         for other in {*call.inputs, *call.waits_for}:
             if last_use[other] == place:
                 del kept[other]

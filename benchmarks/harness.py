@@ -12,7 +12,7 @@ from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
 from cluster.runtime import start_ray
-from cluster.schedule.program import Pass, Program, Stage, Team
+from cluster.schedule.program import Home, Pass, Program, Stage, Team
 from cluster.schedule.schedule import Call, order_calls
 from cluster.schedule.simulate import Costs, simulate
 from cluster.worker_group import WorkerGroup
@@ -38,6 +38,7 @@ class Setting:
         samples: Samples of a micro-batch.
         megabytes: Of one sample's latents, on the way between roles.
         staleness: Iterations that may overlap.
+        homes: Pools of each role, where roles share them; `teams` is not read then.
     """
 
     name: str
@@ -49,6 +50,27 @@ class Setting:
     samples: int = 1
     megabytes: float = 0.0
     staleness: int = 0
+    homes: Mapping[str, tuple[Home, ...]] | None = None
+
+    @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Names of the pools of each role; of processes of its own, one named by their number."""
+        if self.homes is None:
+            sizes = {role: team.size for role, team in self.team_of().items()}
+            return {role: (f"{role}-{size}",) for role, size in sizes.items()}
+        return {role: tuple(home.pool for home in own) for role, own in self.homes.items()}
+
+    @property
+    def pools(self) -> dict[str, int]:
+        """Processes of each pool."""
+        if self.homes is None:
+            return {name: self.team_of()[role].size for role, (name,) in self.places.items()}
+        return {home.pool: home.ranks for own in self.homes.values() for home in own}
+
+    @property
+    def layout(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """Which pools each role lives on, as a key."""
+        return tuple(sorted(self.places.items()))
 
     @property
     def program(self) -> Program:
@@ -57,6 +79,8 @@ class Setting:
 
     def team_of(self) -> dict[str, Team]:
         """Processes by role."""
+        if self.homes is not None:
+            return {role: Team.on(*own) for role, own in self.homes.items()}
         generator, teacher, fake_score = self.teams
         return {
             GENERATOR: Team(ranks=generator),
@@ -74,16 +98,27 @@ class Setting:
             samples_per_micro_batch=self.samples,
             num_iterations=num_iterations,
             max_staleness=self.staleness,
+            stage_seconds={
+                (stage.role, stage.name): self.stage_seconds.get(stage.name, 0.0)
+                for part in self.program
+                if isinstance(part, Pass)
+                for stage in part.stages
+            },
         )
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Seconds of one sample by stage."""
+        rollout, denoise, signal, track, learn = (ms / 1e3 for ms in self.stage_ms)
+        found = {"rollout": rollout, "sample": rollout, "denoise": denoise}
+        return found | {"signal": signal, "track": track, "learn": learn}
 
     def costs(self, machine: "MachineCosts | None" = None) -> Costs:
         """Returns the costs of its stages, with those of the machine if they are given."""
-        rollout, denoise, signal, track, learn = (ms / 1e3 for ms in self.stage_ms)
-        seconds = {"rollout": rollout, "sample": rollout, "denoise": denoise}
-        seconds |= {"signal": signal, "track": track, "learn": learn}
+        seconds = self.stage_seconds
 
         def seconds_of(call: Call) -> float:
-            return seconds.get(call.stage, 0.0) * call.num_samples
+            return seconds.get(call.stage, 0.0) * call.num_computed
 
         def bytes_of(call: Call) -> float:
             return self.megabytes * 1e6 * call.num_samples
@@ -242,5 +277,6 @@ def _turns_s(groups: Groups, num_bytes: int, repetitions: int) -> tuple[float, f
 
 def rehearse_setting(setting: Setting, groups: Groups, num_iterations: int) -> SimulatedRun:
     """Works a configuration through."""
-    own = {role: groups[role] for role in setting.team_of()}
-    return run_dummies(setting.calls(num_iterations), own, setting.costs())
+    teams = setting.team_of()
+    own = {role: groups[role] for role in teams}
+    return run_dummies(setting.calls(num_iterations), own, setting.costs(), teams=teams)

@@ -86,7 +86,7 @@ def execute_schedule(
     """
     run = _Run(calls, groups, timeout_s)
     ends = {call.iteration: place for place, call in enumerate(calls)}
-    takers = _takers_of(calls, teams or {})
+    takers = takers_of(calls, teams or {})
     for place, call in enumerate(calls):
         if call.waits_for:
             for waited in run.wait(call.waits_for):
@@ -99,7 +99,7 @@ def execute_schedule(
             yield run.close(call.iteration)
 
 
-def _takers_of(calls: Sequence[Call], teams: Mapping[str, Team]) -> list[set[Process]]:
+def takers_of(calls: Sequence[Call], teams: Mapping[str, Team]) -> list[set[Process]]:
     """Processes that take the result of each call."""
     found: list[set[Process]] = [set() for _ in calls]
     for call in calls:
