@@ -2,13 +2,14 @@
 
     python benchmarks/iteration.py --output iteration.json
 
-Both topologies run the same recipe side by side and take turns, one iteration each, so that a
-machine whose speed drifts slows both. Quote medians and the ratio. CPU seconds are those of the one
-process, all its threads together.
+All topologies run the same recipe side by side and take turns, one iteration each, so that a
+machine whose speed drifts slows all of them. Quote medians and the ratios. CPU seconds are those of
+the processes of the three roles and of this one, all their threads together.
 """
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from typing import Any
 
 from documents import write_document
 
+from cluster.ray.group import RayWorkerGroup
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.stream.feed import Feed, FeedProgress
 from pipelines.distillation.groups import Groups, open_groups
@@ -30,7 +32,7 @@ from pipelines.run.folder import RunFolder
 from workers.text_encoder import TextEncoder
 
 TRACKING = ("shared", "fresh")
-TOPOLOGIES = ("local", "pools")
+TOPOLOGIES = ("local", "map", "pools", "fused")
 
 
 class Stand:
@@ -57,19 +59,33 @@ class Stand:
             )
         ]
         self._iteration = 0
+        roles = groups.roles.scheduled.values()
+        pids = {
+            pid for role in roles if isinstance(role, RayWorkerGroup) for pid in role.process_ids()
+        }
+        self._pids = {*pids, os.getpid()}
 
     def run(self) -> tuple[float, float, dict[str, float]]:
         """Wall and CPU seconds of one iteration, and its losses."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        wall, cpu = time.perf_counter(), self._cpu_s()
         report = iterate(self._groups.roles, self._plan, self._iteration, self._prompts)
         self._iteration += 1
-        return time.perf_counter() - wall, time.process_time() - cpu, dict(report.losses)
+        return time.perf_counter() - wall, self._cpu_s() - cpu, dict(report.losses)
+
+    def _cpu_s(self) -> float:
+        return sum(_cpu_s_of(pid) for pid in self._pids)
+
+
+def _cpu_s_of(pid: int) -> float:
+    """CPU seconds of a process of this machine, user's and system's (proc(5), fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(
     recipe: str, overrides: Sequence[str], num_iterations: int, warmup: int
 ) -> dict[str, Any]:
-    """Medians for both tracking modes and both topologies."""
+    """Medians for both tracking modes and all topologies."""
     found: dict[str, Any] = {}
     for tracking in TRACKING:
         with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
@@ -90,23 +106,27 @@ def measure(
                     losses.append(terms)
                     if number >= warmup:
                         runs[mode].append((wall_s, cpu_s))
-                assert losses[0] == losses[1], "the topologies must make the same numbers"
+                assert all(one == losses[0] for one in losses), "topologies make the same numbers"
         found[tracking] = _summary(runs)
         print(tracking, json.dumps(found[tracking]), file=sys.stderr)
     return found
 
 
-def _summary(runs: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
-    local, pools = runs["local"], runs["pools"]
-    ratios = [there[0] / here[0] for here, there in zip(local, pools, strict=True)]
-    return {
-        "local_wall_s": statistics.median(wall for wall, _ in local),
-        "local_cpu_s": statistics.median(cpu for _, cpu in local),
-        "pools_wall_s": statistics.median(wall for wall, _ in pools),
-        "pools_over_local": statistics.median(ratios),
-        "pools_over_local_min": min(ratios),
-        "pools_over_local_max": max(ratios),
-    }
+def _summary(runs: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
+    """Medians of each topology, and its ratios to one process, pair by pair."""
+    found: dict[str, dict[str, float]] = {}
+    for mode, own in runs.items():
+        pairs = list(zip(own, runs["local"], strict=True))
+        wall, cpu = ([mine[part] / local[part] for mine, local in pairs] for part in (0, 1))
+        found[mode] = {
+            "wall_s": statistics.median(wall_s for wall_s, _ in own),
+            "cpu_s": statistics.median(cpu_s for _, cpu_s in own),
+            "wall_over_local": statistics.median(wall),
+            "wall_over_local_min": min(wall),
+            "wall_over_local_max": max(wall),
+            "cpu_over_local": statistics.median(cpu),
+        }
+    return found
 
 
 def main() -> None:

@@ -188,8 +188,9 @@ def _main_memory(needs: list[_Need]) -> str:
             "checking the memory of this machine",
             f"the run needs {_gb(needed)} ({words}), and the machine has {_gb(total)}",
             "all processes that compute on the CPU to fit",
-            "Use a smaller model, clips or micro-batches, give roles GPUs (topology.ROLE.gpus), or "
-            "more machines (topology.address); `sgmd plan` says what would fit",
+            "Use a smaller model, clips or micro-batches, give the pools GPUs "
+            "(topology.pools.NAME.gpus), or more machines (topology.address); `sgmd plan` says what "
+            "would fit",
         )
     short = "" if needed <= free else "; more than is free now"
     return f"{_gb(needed)} needed ({words}), {_gb(free)} free of {_gb(total)}{short}"
@@ -206,7 +207,7 @@ def _gpu_memory(needs: list[_Need]) -> str:
         raise ConfigError(
             attempted,
             f"none that torch can use, and these are to have one: {words}",
-            "a GPU for every role whose topology.ROLE.gpus is above 0",
+            "a GPU for every pool whose `gpus` (in topology) is above 0",
             "Set these to 0, or join a cluster that has GPUs: topology.address",
         )
     largest = max(sizes)
@@ -226,7 +227,8 @@ def _gpu_memory(needs: list[_Need]) -> str:
             f"{claimed:g} GPUs claimed and {_gb(needed)} needed ({words}); there are {len(sizes)} "
             f"with {_gb(sum(sizes))} in all",
             "no more than there is",
-            "Lower topology.ROLE.gpus and ranks, or join a larger cluster: topology.address",
+            "Lower `gpus` and ranks of the pools in topology, or join a larger cluster: "
+            "topology.address",
         )
     return f"{words}; {len(sizes)} GPUs of {_gb(largest)}"
 
