@@ -189,8 +189,8 @@ def _main_memory(needs: list[_Need]) -> str:
             f"the run needs {_gb(needed)} ({words}), and the machine has {_gb(total)}",
             "all processes that compute on the CPU to fit",
             "Use a smaller model, clips or micro-batches, give the pools GPUs "
-            "(topology.pools.NAME.gpus), or more machines (topology.address); `sgmd plan` says what "
-            "would fit",
+            "(topology.pools.NAME.gpus), or more machines (topology.address); `sgmd plan` says "
+            "what would fit",
         )
     short = "" if needed <= free else "; more than is free now"
     return f"{_gb(needed)} needed ({words}), {_gb(free)} free of {_gb(total)}{short}"
