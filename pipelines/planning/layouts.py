@@ -19,7 +19,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import FUSED
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.memory import RankMemory
-from pipelines.planning.pool_maps import LEARN, PoolMap, fits, fused_map, map_memory, pool_maps
+from pipelines.planning.pool_maps import LEARN, PoolMap, fused_map, map_fits, map_memory, pool_maps
 from pipelines.planning.search import Prediction
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.workload import Workload
@@ -114,14 +114,14 @@ def map_layout(
 ) -> Layout | None:
     """The fastest two pools that fit, the teacher on both or on one; None if nothing fits."""
     fitting = [
-        one for one in pool_maps(work, num_gpus) if fits(work, hardware, replace(one, depth=1))
+        one for one in pool_maps(work, num_gpus) if map_fits(work, hardware, replace(one, depth=1))
     ]
     fitting.sort(key=lambda one: _bound_s(work, times, one))
     found = [
         _simulated("map", work, times, hardware, deeper, _map_settings(deeper))
         for one in fitting[:_SIMULATED]
         for deeper in _depths(one)
-        if fits(work, hardware, deeper)
+        if map_fits(work, hardware, deeper)
     ]
     if not found:
         return None

@@ -100,11 +100,11 @@ def together(parts: Sequence[RankMemory]) -> RankMemory:
 
 def any_layout_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
     """Returns True if two pools, or all roles together, fit; classic pools are not looked at."""
-    return fits(work, hardware, fused_map(work, num_gpus)) or any(
-        fits(work, hardware, other) for other in pool_maps(work, num_gpus)
+    return map_fits(work, hardware, fused_map(work, num_gpus)) or any(
+        map_fits(work, hardware, other) for other in pool_maps(work, num_gpus)
     )
 
 
-def fits(work: Workload, hardware: Hardware, one: PoolMap) -> bool:
+def map_fits(work: Workload, hardware: Hardware, one: PoolMap) -> bool:
     """Returns True if a GPU of every pool holds its ranks."""
     return all(part.fits(hardware) for part in map_memory(work, one).values())

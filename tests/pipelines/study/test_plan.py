@@ -115,7 +115,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_starts(overrides, wo
 
 def test_an_error_in_a_variant_names_the_variant():
     with pytest.raises(ConfigError) as caught:
-        plan_study(study_of("study.variants={odd: {batch.size: 15}}"))
+        plan_study(study_of("study.variants={odd: {batch.size: 1}}"))
     assert "variant odd" in caught.value.__notes__[0]
 
 
