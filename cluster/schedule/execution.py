@@ -119,6 +119,13 @@ class _Run:
         self._timeout_s = timeout_s
         # In ascending order, so that the last use is the one that stays.
         self._last_use = {taken: place for place, call in enumerate(calls) for taken in call.inputs}
+        # A stage's results go to others or are reports, also where a rank only stands in.
+        taken = {(calls[place].phase, calls[place].stage) for place in self._last_use}
+        self._unread = {
+            place
+            for place, call in enumerate(calls)
+            if call.stands_in and (call.phase, call.stage) in taken
+        }
         self._futures: dict[int, Future[Any]] = {}
         self._issued: list[IssuedCall] = []
         self.reports: dict[int, Any] = {}
@@ -133,7 +140,8 @@ class _Run:
     def add(self, issued: IssuedCall, future: Future[Any]) -> None:
         """Records a call, and drops the futures that it was the last one to take."""
         self._issued.append(issued)
-        self._futures[issued.place] = future
+        if issued.place not in self._unread:
+            self._futures[issued.place] = future
         for taken in set(issued.call.inputs):
             if self._last_use[taken] == issued.place:
                 del self._futures[taken]
@@ -155,7 +163,7 @@ class _Run:
         own = [one for one in self._issued if one.call.iteration == iteration]
         self._fetch(one.place for one in own if one.place in self._futures)
         self._issued = [one for one in self._issued if one.call.iteration != iteration]
-        reporting = [one for one in own if one.place not in self._last_use]
+        reporting = [one for one in own if one.place not in self._last_use | self._unread]
         for one in reporting:
             self._futures.pop(one.place)
         reports = tuple((one.call, self.reports[one.place]) for one in reporting)

@@ -193,3 +193,22 @@ def test_a_claim_is_let_go_after_its_last_use():
         gc.unfreeze()
     assert len(alive) == 12
     assert most <= 4
+
+
+def test_what_a_rank_makes_that_stands_in_is_no_report_where_others_are_handed_on():
+    teams = {"maker": Team(ranks=3), "judge": Team(ranks=3)}
+    calls = order_calls(PROGRAM, teams, 2, 2, samples_per_micro_batch=[3, 2])
+    assert any(call.stands_in and call.stage == "look" for call in calls)
+    stand = Stand()
+    stand.groups = {
+        role: LocalWorkerGroup(role, [Hand() for _ in range(team.size)])
+        for role, team in teams.items()
+    }
+    (result,) = execute_schedule(calls, stand.groups, stand.ask, stand.on_report, WAIT_S)
+    assert {call.stage for call, _ in result.reports} == {"learn", GATHER, STEP, "copy"}
+    # It has worked all the same, for the collectives of the others.
+    standing = [(call.stage, call.rank) for call in calls if call.stands_in]
+    assert sorted(standing) == [("learn", 2), ("look", 2), ("make", 2)]
+    done = [hand.done for hand in stand.groups["judge"]._workers]
+    assert done[2][-1].startswith("look")
+    assert len(done[2]) == 2
