@@ -126,6 +126,7 @@ class _Run:
             for place, call in enumerate(calls)
             if call.stands_in and (call.phase, call.stage) in taken
         }
+        self._kept_back = {*self._last_use, *self._unread}
         self._futures: dict[int, Future[Any]] = {}
         self._issued: list[IssuedCall] = []
         self.reports: dict[int, Any] = {}
@@ -163,7 +164,7 @@ class _Run:
         own = [one for one in self._issued if one.call.iteration == iteration]
         self._fetch(one.place for one in own if one.place in self._futures)
         self._issued = [one for one in self._issued if one.call.iteration != iteration]
-        reporting = [one for one in own if one.place not in self._last_use | self._unread]
+        reporting = [one for one in own if one.place not in self._kept_back]
         for one in reporting:
             self._futures.pop(one.place)
         reports = tuple((one.call, self.reports[one.place]) for one in reporting)
