@@ -205,7 +205,7 @@ def test_what_a_rank_makes_that_stands_in_is_no_report_where_others_are_handed_o
         for role, team in teams.items()
     }
     (result,) = execute_schedule(calls, stand.groups, stand.ask, stand.on_report, WAIT_S)
-    assert {call.stage for call, _ in result.reports} == {"learn", GATHER, STEP, "copy"}
+    assert {call.stage for call, _ in result.reports} == {"learn", GATHER, STEP, "copy", "show"}
     # It has worked all the same, for the collectives of the others.
     standing = [(call.stage, call.rank) for call in calls if call.stands_in]
     assert sorted(standing) == [("learn", 2), ("look", 2), ("make", 2)]
