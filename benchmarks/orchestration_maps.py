@@ -26,7 +26,7 @@ from harness import (
     rehearse_setting,
 )
 
-from cluster.dummies import make_dummy_worker
+from benchmarks.dummies import make_dummy_worker
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.host import Hosts
 from cluster.ray.pools import Pool
