@@ -245,10 +245,10 @@ class _Search:
         graph = self._graph
         waits = {node: set(graph.before(node, choice.__getitem__)) for node in graph.nodes}
         after: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
-        for node, befores in waits.items():
-            for before in befores:
+        for node, earlier in waits.items():
+            for before in earlier:
                 after[before].append(node)
-        ready = {node: 0.0 for node, befores in waits.items() if not befores}
+        ready = {node: 0.0 for node, earlier in waits.items() if not earlier}
         arrived = dict.fromkeys(graph.nodes, 0.0)
         free: dict[str, float] = {}
         order: list[Node] = []
