@@ -39,6 +39,7 @@ from pipelines.study.plan import (
     plan_rows,
     plan_study,
 )
+from pipelines.study.recorded_costs import require_same_costs
 from pipelines.study.results import (
     Point,
     RunResult,
@@ -130,6 +131,7 @@ def _study(
     """Runs a checked study in a folder that this process holds."""
     for run in plan.runs:
         _require_same(run)
+    require_same_costs(plan)
     judge = StudyEvaluator(config.with_settings(dict(config.study.settings)), plan.folder, tell)
     teacher = judge.teacher
     results: list[RunResult] = []
