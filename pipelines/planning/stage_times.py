@@ -23,11 +23,16 @@ from pipelines.planning.workload import COUNTED_WITH, StageName, Workload
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import ConfigError
 from workers.models.families import family_named
+from workers.models.family import PassFlops
 
 _FAMILY_OF_BENCHMARKS = "wan"
 """Family of a gpu.json that does not name one."""
 _NOT_A_BENCHMARK = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _MEASURED = "measured"
+_TO_INPUT = "fake_score.signal"
+"""Stage with a backward pass to the input, as a benchmark names it."""
+_COUNTED_AS_FORWARD = (2.0, 3.0)
+"""Its passes where that pass counts one, without and with activation checkpointing."""
 _BYTES_OF_A_STEP = 40
 """That an update moves for one parameter: weight, gradient, two moments and average, in and out."""
 
@@ -151,7 +156,7 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
         run = best_run(document)
         family = family_named(run.get("family", _FAMILY_OF_BENCHMARKS))
         shape = family.shape_from_record(run["shape"])
-        forward = shape.forward_flops(tuple(run["latent_shape"]), run["text_length"])
+        costs = shape.pass_flops(tuple(run["latent_shape"]), run["text_length"])
         device = document["machine"]["device"]
         found: dict[StageName, float] = {}
         flops: dict[StageName, float] = {}
@@ -159,7 +164,7 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
             role, _, name = key.partition(".")
             if role in ROLES and "passes" in stage:
                 found[role, name] = _measured_s(key, stage["seconds_per_sample"])
-                flops[role, name] = stage["passes"] * forward
+                flops[role, name] = _passes(key, stage["passes"], costs) * costs.forward
     except _NOT_A_BENCHMARK as error:
         raise ConfigError(
             f"taking stage times from {path}",
@@ -167,6 +172,13 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
             "a run's folder, or a gpu.json that benchmarks/gpu_check.py wrote",
         ) from error
     return found, flops, f"{_MEASURED} by {path} on {device}"
+
+
+def _passes(key: str, counted: float, costs: PassFlops) -> float:
+    """Passes of a stage; files of before 2026-11-28 count one to the input as a forward pass."""
+    if key == _TO_INPUT and counted in _COUNTED_AS_FORWARD:
+        return counted - 1 + costs.to_input / costs.forward
+    return counted
 
 
 def _measured_s(key: str, value: object) -> float:

@@ -343,6 +343,25 @@ class TestMeasured:
         assert larger.seconds[TEACHER, "denoise"] == pytest.approx(scale)
         assert "scaled" in larger.source
 
+    @pytest.mark.parametrize("as_now", [True, False])
+    def test_a_benchmark_of_before_counts_the_signal_by_its_operations_too(self, tmp_path, as_now):
+        own = {"num_layers": 30, "width": 1536, "ffn_width": 8960, "patch_size": [1, 2, 2]}
+        stages = {
+            ".".join(name): {"seconds_per_sample": passes * 0.5, "passes": passes}
+            for name, passes in SMALL.passes.items()
+        }
+        assert stages["fake_score.signal"]["passes"] > 3.6
+        if not as_now:
+            stages["fake_score.signal"]["passes"] = 3.0
+        run = {"shape": own, "latent_shape": list(LATENTS), "text_length": 512, "stages": stages}
+        file = tmp_path / "gpu.json"
+        file.write_text(json.dumps({"machine": {"device": "a test"}, "runs": [run]}))
+        times = measured(file, SMALL)
+        assert times.seconds[FAKE_SCORE, "signal"] == pytest.approx(
+            stages["fake_score.signal"]["seconds_per_sample"], rel=1e-3
+        )
+        assert "scaled" not in times.source
+
     def test_what_is_no_measurement_is_refused(self, tmp_path):
         for path in (tmp_path, tmp_path / "missing.json"):
             with pytest.raises(ConfigError, match="taking stage times"):
