@@ -330,7 +330,10 @@ def encode(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Encode videos to latents and captions to embeddings; killed and started again, it goes on."""
+    """Encode videos to latents and captions to embeddings; killed and started again, it goes on.
+
+    Exit code 1: the set is made, and lacks all rows of a shard that cannot be read.
+    """
     with progress_bar() as on_progress:
         from pipelines.data.making.encode import encode as make_latents
         from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
