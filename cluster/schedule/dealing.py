@@ -14,7 +14,7 @@ Order and copies change no number: gradients are gathered in one order, copies h
 and a copy takes a micro-batch whole.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -24,8 +24,8 @@ StageSeconds = Callable[[Stage, int], float]
 """Seconds of a stage on a micro-batch, by the replica that works on it."""
 
 _SHORTER = 1 - 1e-9
-_MOST_TRIALS = 400
-"""Schedules that a search may make; each takes about a millisecond."""
+_MOST_STARTS = 10_000
+"""Starts of stages in all schedules that a search tries: about a quarter of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,12 @@ def deal_pass(
         depth: Most micro-batches that are open at once.
         seconds: Of each stage on one micro-batch.
     """
-    search = _Search(_Graph(a_pass, num_micro_batches, depth), teams, seconds)
-    return search.best()
+    deepest = min(depth, num_micro_batches)
+    # A search that may open more micro-batches does not always find the order that opens fewer.
+    depths = range(max(1, deepest - 2), deepest + 1)
+    graphs = [_Graph(a_pass, num_micro_batches, one) for one in depths]
+    found = [_Search(graph, teams, seconds).best() for graph in graphs]
+    return min(found, key=lambda dealt: dealt.seconds)
 
 
 Node = tuple[int, int]
@@ -148,7 +152,7 @@ class _Search:
             [team.process(stage.role, team.first_rank(one))[0] for one in range(team.replicas)]
             for stage, team in zip(graph.stages, self._teams, strict=True)
         ]
-        self._trials = 0
+        self._starts_left = _MOST_STARTS
 
     def best(self) -> DealtPass:
         """The shortest schedule; of equally short ones the first that was tried."""
@@ -159,14 +163,14 @@ class _Search:
         ]
         found, choice = min(tried, key=lambda one: one[0].seconds)
         improved = True
-        while improved and self._trials < _MOST_TRIALS:
+        while improved and self._starts_left > 0:
             improved = False
             for changed in self._changes(choice):
                 for rule in self._rules():
                     other = self._schedule(changed, rule)
                     if other.seconds < _SHORTER * found.seconds:
                         found, choice, improved = other, changed, True
-                if improved or self._trials >= _MOST_TRIALS:
+                if improved or self._starts_left <= 0:
                     break
         return found
 
@@ -213,17 +217,17 @@ class _Search:
         return choice
 
     def _beginnings(self) -> Iterator[_Choice]:
-        """The balanced choice, and the same numbers of micro-batches in one block a replica."""
+        """The balanced choice; the same numbers spread evenly, and in one block a replica."""
         balanced = self._balanced()
         yield balanced
         if any(len(pools) > 1 for pools in self._pools):
-            for reverse in (False, True):
-                blocks = dict(balanced)
+            for arrange in (_spread, sorted, lambda chosen: sorted(chosen, reverse=True)):
+                arranged = dict(balanced)
                 for at in range(len(self._pools)):
                     micro_batches = range(self._graph.num_micro_batches)
-                    chosen = sorted((balanced[at, i] for i in micro_batches), reverse=reverse)
-                    blocks |= {(at, i): replica for i, replica in enumerate(chosen)}
-                yield blocks
+                    chosen = arrange([balanced[at, index] for index in micro_batches])
+                    arranged |= {(at, index): one for index, one in enumerate(chosen)}
+                yield arranged
 
     def _changes(self, choice: _Choice) -> Iterator[_Choice]:
         """Choices that differ in one node, and in what is tied to it."""
@@ -241,8 +245,8 @@ class _Search:
 
     def _schedule(self, choice: _Choice, rule: _Rule) -> DealtPass:
         """Works through the pass: the next node is the one that can start first."""
-        self._trials += 1
         graph = self._graph
+        self._starts_left -= len(graph.nodes)
         waits = {node: set(graph.before(node, choice.__getitem__)) for node in graph.nodes}
         after: dict[Node, list[Node]] = {node: [] for node in graph.nodes}
         for node, earlier in waits.items():
@@ -270,6 +274,19 @@ class _Search:
         assert len(order) == len(graph.nodes), "a stage waits for itself"
         deals = [Deal(graph.stages[at], index, choice[at, index]) for at, index in order]
         return DealtPass(tuple(deals), max(free.values()))
+
+
+def _spread(chosen: Sequence[int]) -> list[int]:
+    """The same replicas, each as evenly spread as it can be."""
+    given = dict.fromkeys(sorted(set(chosen)), 0)
+    found: list[int] = []
+    for index in range(1, len(chosen) + 1):
+        due = {
+            one: index * chosen.count(one) / len(chosen) - number for one, number in given.items()
+        }
+        found.append(max(due, key=due.__getitem__))
+        given[found[-1]] += 1
+    return found
 
 
 def dealt_seconds(
