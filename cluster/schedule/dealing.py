@@ -16,6 +16,7 @@ and a copy takes a micro-batch whole.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from cluster.schedule.program import Pass, Stage, Team, opening_of
@@ -23,6 +24,9 @@ from cluster.schedule.program import Pass, Stage, Team, opening_of
 StageSeconds = Callable[[Stage, int], float]
 """Seconds of a stage on a micro-batch, by the replica that works on it."""
 
+MOST_KEPT = 2
+"""Most micro-batches for which a stage other than the first keeps something at once. One would make
+the fake score's signal wait for the tracking before it; more gain nothing."""
 _SHORTER = 1 - 1e-9
 _MOST_STARTS = 10_000
 """Starts of stages in all schedules that a search tries: about a quarter of a second."""
@@ -57,7 +61,7 @@ def deal_pass(
     depth: int,
     seconds: StageSeconds,
 ) -> DealtPass:
-    """The shortest order of a pass that was found.
+    """The shortest order of a pass that was found; remembered for the same arguments.
 
     Args:
         a_pass: The stages.
@@ -66,11 +70,35 @@ def deal_pass(
         depth: Most micro-batches that are open at once.
         seconds: Of each stage on one micro-batch.
     """
+    places = tuple(
+        tuple(
+            _Place(teams[stage.role].pool_of(stage.role, replica), seconds(stage, replica))
+            for replica in range(teams[stage.role].replicas)
+        )
+        for stage in a_pass.stages
+    )
+    return _deal(a_pass, places, num_micro_batches, depth)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Pool of a replica, and seconds of a stage there."""
+
+    pool: str
+    seconds: float
+
+
+_Places = tuple[tuple[_Place, ...], ...]
+"""By stage and replica."""
+
+
+@lru_cache(maxsize=64)
+def _deal(a_pass: Pass, places: _Places, num_micro_batches: int, depth: int) -> DealtPass:
     deepest = min(depth, num_micro_batches)
     # A search that may open more micro-batches does not always find the order that opens fewer.
     depths = range(max(1, deepest - 2), deepest + 1)
     graphs = [_Graph(a_pass, num_micro_batches, one) for one in depths]
-    found = [_Search(graph, teams, seconds).best() for graph in graphs]
+    found = [_Search(graph, places).best() for graph in graphs]
     return min(found, key=lambda dealt: dealt.seconds)
 
 
@@ -85,6 +113,7 @@ class _Graph:
         self.stages = a_pass.stages
         self.num_micro_batches = num_micro_batches
         self.depth = depth
+        self.kept = min(depth, MOST_KEPT)
         number = {stage.name: at for at, stage in enumerate(self.stages)}
         self.takes = [tuple(number[name] for name in stage.takes) for stage in self.stages]
         self.user = [number[stage.keeps_until or stage.name] for stage in self.stages]
@@ -108,7 +137,7 @@ class _Graph:
         if at < self.num_opening and self.opener is not None and index >= self.depth:
             # An opening stage waits until an earlier micro-batch is closed.
             yield self.user[self.opener], index - self.depth
-        elif self.user[at] != at and (closed := self._previous(node, self.depth, replica_of)):
+        elif self.user[at] != at and (closed := self._previous(node, self.kept, replica_of)):
             yield self.user[at], closed[1]
 
     def _previous(self, node: Node, count: int, replica_of: Callable[[Node], int]) -> Node | None:
@@ -141,17 +170,10 @@ _Choice = dict[Node, int]
 class _Search:
     """Tries rules and choices of replicas."""
 
-    def __init__(self, graph: _Graph, teams: Mapping[str, Team], seconds: StageSeconds) -> None:
+    def __init__(self, graph: _Graph, places: _Places) -> None:
         self._graph = graph
-        self._teams = [teams[stage.role] for stage in graph.stages]
-        self._seconds = [
-            [seconds(stage, replica) for replica in range(team.replicas)]
-            for stage, team in zip(graph.stages, self._teams, strict=True)
-        ]
-        self._pools = [
-            [team.process(stage.role, team.first_rank(one))[0] for one in range(team.replicas)]
-            for stage, team in zip(graph.stages, self._teams, strict=True)
-        ]
+        self._seconds = [[place.seconds for place in own] for own in places]
+        self._pools = [[place.pool for place in own] for own in places]
         self._starts_left = _MOST_STARTS
 
     def best(self) -> DealtPass:

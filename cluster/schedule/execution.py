@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.errors import ControllerTensorError
 from cluster.joined import join
 from cluster.schedule.program import Process, Team
 from cluster.schedule.schedule import Call
@@ -25,6 +26,8 @@ Dispatch = Callable[[Call, Mapping[str, Future[Any]]], Future[Any]]
 """Makes a call. The inputs are futures by the stage that made them, cut to the call's samples."""
 OnReport = Callable[[Call, Any], None]
 """Receives a report that was waited for; raises to stop."""
+
+_ANSWER_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +131,8 @@ class _Run:
         }
         self._kept_back = {*self._last_use, *self._unread}
         self._futures: dict[int, Future[Any]] = {}
+        # Of ranks that stand in: nobody reads them, but they say why the ranks beside them wait.
+        self._standing: dict[int, Future[Any]] = {}
         self._issued: list[IssuedCall] = []
         self.reports: dict[int, Any] = {}
 
@@ -141,8 +146,8 @@ class _Run:
     def add(self, issued: IssuedCall, future: Future[Any]) -> None:
         """Records a call, and drops the futures that it was the last one to take."""
         self._issued.append(issued)
-        if issued.place not in self._unread:
-            self._futures[issued.place] = future
+        kept = self._standing if issued.place in self._unread else self._futures
+        kept[issued.place] = future
         for taken in set(issued.call.inputs):
             if self._last_use[taken] == issued.place:
                 del self._futures[taken]
@@ -167,6 +172,8 @@ class _Run:
         reporting = [one for one in own if one.place not in self._kept_back]
         for one in reporting:
             self._futures.pop(one.place)
+        for one in own:
+            self._standing.pop(one.place, None)
         reports = tuple((one.call, self.reports[one.place]) for one in reporting)
         return IterationResult(iteration, reports, tuple(own))
 
@@ -185,8 +192,24 @@ class _Run:
         phase = f"working on {_words(self._calls[place].stage for place in wanted)}"
         phase += f" in iteration {first.iteration}"
         futures = [self._futures[place] for place in wanted]
-        results = self._groups[first.role].fetch(futures, self._timeout_s, phase)
+        try:
+            results = self._groups[first.role].fetch(futures, self._timeout_s, phase)
+        except Exception:
+            self._raise_of_standing(phase)
+            raise
         self.reports.update(zip(wanted, results, strict=True))
+
+    def _raise_of_standing(self, phase: str) -> None:
+        """Raises what a rank that stands in has raised: the others fail for it, or wait for it."""
+        for place, future in self._standing.items():
+            group = self._groups[self._calls[place].role]
+            if not group.is_done(future):
+                continue
+            try:
+                group.fetch([future], _ANSWER_TIMEOUT_S, phase)
+            except ControllerTensorError:
+                # It has made what it should.
+                continue
 
     def _fetch_order(self, place: int) -> tuple[int, int, float, int]:
         """Sort key: calls without a micro-batch come after those of their phase."""

@@ -126,6 +126,10 @@ class Team:
         ends = accumulate(self.ranks_by_replica)
         return next(replica for replica, end in enumerate(ends) if rank < end)
 
+    def pool_of(self, role: str, replica: int) -> str:
+        """Pool of a replica; of a role with processes of its own, the role."""
+        return self.homes[replica].pool if self.homes else role
+
     def process(self, role: str, rank: int) -> Process:
         """The process of a rank: roles that share a pool share its processes."""
         if not self.homes:
@@ -182,13 +186,17 @@ class Share:
     stands_in: bool = False
 
 
-def partition_samples(num_samples: int, team: Team, round: int) -> list[Share]:
+def partition_samples(
+    num_samples: int, team: Team, round: int, odd_round: int | None = None
+) -> list[Share]:
     """Assigns the samples of a micro-batch to the replicas of a team.
 
     Args:
         num_samples: Samples of the micro-batch.
         team: The role's processes.
         round: Micro-batches that the role has been given before; replicas take turns.
+        odd_round: The same for a micro-batch whose samples do not divide among the ranks of a
+            replica; None: `round`.
 
     Returns:
         Shares in the order of the samples. Over many rounds every replica gets the same number of
@@ -196,7 +204,8 @@ def partition_samples(num_samples: int, team: Team, round: int) -> list[Share]:
         replica, one replica takes them all.
     """
     if num_samples % team.ranks:
-        return share_in_replica(num_samples, team, round % team.replicas)
+        turn = round if odd_round is None else odd_round
+        return share_in_replica(num_samples, team, turn % team.replicas)
     shares, found, start = num_samples // team.ranks, list[Share](), 0
     fewest, left_over = divmod(shares, team.replicas)
     for place in range(min(team.replicas, shares)):
@@ -208,11 +217,16 @@ def partition_samples(num_samples: int, team: Team, round: int) -> list[Share]:
     return found
 
 
+def split_evenly(number: int, parts: int) -> tuple[int, ...]:
+    """Whole numbers that differ by 1 at most and add up to the number, the larger ones first."""
+    fewest, left_over = divmod(number, parts)
+    return tuple(fewest + (part < left_over) for part in range(parts))
+
+
 def share_in_replica(num_samples: int, team: Team, replica: int) -> list[Share]:
     """Shares a micro-batch out over the ranks of one replica, the first ones with one more."""
     ranks, first = team.ranks_by_replica[replica], team.first_rank(replica)
-    fewest, left_over = divmod(num_samples, ranks)
-    sizes = [fewest + (rank < left_over) for rank in range(ranks)]
+    sizes = split_evenly(num_samples, ranks)
     ends = list(accumulate(sizes))
     shares = [
         Share(first + rank, (end - size, end))

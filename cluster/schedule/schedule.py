@@ -290,7 +290,8 @@ class _Builder:
         places: list[int] = []
         team = self._teams[stage.role]
         shares = (
-            partition_samples(self._sizes[micro_batch], team, round)
+            # The odd micro-batch of each batch would always meet the same replica.
+            partition_samples(self._sizes[micro_batch], team, round, past + micro_batch)
             if replica is None
             else share_in_replica(self._sizes[micro_batch], team, replica)
         )

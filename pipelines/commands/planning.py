@@ -81,12 +81,12 @@ def plan(
         if for_roles < 1:
             raise _nothing_left(gpus, beside)
         suited = replace(work, batch_size=find_batch(work, times, hardware, for_roles))
-        result = make_plan(suited if any_batch else work, times, hardware, for_roles, beside)
-        advice = (
-            []
-            if any_batch
-            else _advice(result, make_plan(suited, times, hardware, for_roles, beside))
+        result, other = (
+            make_plan(one, times, hardware, for_roles, beside) for one in (work, suited)
         )
+        if any_batch and _samples_per_s(other) > _samples_per_s(result):
+            result, other = other, result
+        advice = _advice(result, other)
         written = [] if write is None else [_write(config, result, write)]
     data = result.to_json() | {"recipe": recipe, "advice": advice}
     show(data, as_json, _table(result), *_words(result), *advice, *written)
@@ -137,14 +137,45 @@ def _words(result: "Plan") -> list[str]:
 
 def _write(config: "DistillConfig", result: "Plan", path: Path) -> str:
     """Writes the recipe with the best layout; returns what to do with it."""
-    settings = dict(result.best.settings) | {"batch.size": result.work.batch_size}
     if path.exists():
         raise ConfigError("writing the planned recipe", f"{path} is there already", "a new file")
-    if result.times.is_measured:
-        named = {".".join(name): seconds for name, seconds in result.times.seconds.items()}
-        settings["topology.stage_seconds"] = named
-    write_text(str(path), config.with_settings(settings).to_yaml())
+    write_text(str(path), _planned_recipe(config, result).to_yaml())
     return f"{path} has these settings: sgmd distill {path}"
+
+
+def _planned_recipe(config: "DistillConfig", result: "Plan") -> "DistillConfig":
+    """The recipe with the best layout, and without what only its own layout had a use for."""
+    from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+
+    best, topology = result.best, config.topology
+    settings: dict[str, Any] = {
+        "topology.generator.ranks": 1,
+        "topology.teacher": topology.teacher.model_dump() | {"ranks": 1, "replicas": 1},
+        "topology.fake_score.ranks": 1,
+        "batch.size": result.work.batch_size,
+        # Draws of the exit step are those of the new micro-batches.
+        "batch.exit_draws": None,
+        "topology.transport": topology.transport if best.name == "pools" else "object_store",
+        "topology.max_staleness_iterations": (
+            0 if best.name == "fused" else topology.max_staleness_iterations
+        ),
+    }
+    settings |= {key: value for key, value in best.settings.items() if ".pools." not in key}
+    if best.name == "map":
+        # Pools of the recipe keep their CPUs, labels and resources.
+        given = {name: pool.model_dump() for name, pool in topology.pools.items()}
+        homes = {GENERATOR: topology.roles.generator, FAKE_SCORE: topology.roles.fake_score}
+        settings["topology.pools"] = {
+            name: given.get(homes[next(role for role in pool.roles if role != TEACHER)], {})
+            | {"ranks": pool.gpus, "gpus": 1}
+            for name, pool in best.pools.items()
+        }
+        if result.times.is_measured:
+            settings["topology.stage_seconds"] = {
+                ".".join(name): seconds
+                for name, seconds in result.work.split_by_stage(result.times.seconds).items()
+            }
+    return config.with_settings(settings)
 
 
 def _beside(layout: "Layout") -> str:
@@ -177,11 +208,13 @@ def _set(settings: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={in_words(value)}" for key, value in settings.items())
 
 
+def _samples_per_s(plan: "Plan") -> float:
+    return plan.work.batch_size / plan.best.iteration_s
+
+
 def _advice(result: "Plan", suited: "Plan") -> list[str]:
     """Returns what another batch size would gain, if it is worth a line."""
-    gain = (suited.work.batch_size / suited.best.iteration_s) / (
-        result.work.batch_size / result.best.iteration_s
-    )
+    gain = _samples_per_s(suited) / _samples_per_s(result)
     if gain < _TO_GAIN:
         return []
     return [

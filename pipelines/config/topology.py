@@ -121,7 +121,7 @@ class TopologySettings(Section):
     """In mode `map`: the pool or pools of each role."""
     stage_seconds: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     """Seconds of one sample by `role.stage`, where roles share pools, to share out the teacher's
-    calls; those that are missing, or all, are counted in network passes."""
+    calls: of every stage, or of none to count network passes."""
     generator: RolePoolSettings = RolePoolSettings()
     """In mode `pools`: ranks of the generator, and resources of each."""
     teacher: TeacherPoolSettings = TeacherPoolSettings()
@@ -251,7 +251,8 @@ def topology_contradictions(
             f"topology.teacher.replicas {replicas} is more than the batch has samples for "
             f"({batch_size} over {topology.teacher.ranks} ranks), so some would never work"
         )
-    if topology.max_staleness_iterations and topology.mode in ("fused", "local"):
+    together = topology.places[GENERATOR] == topology.places[FAKE_SCORE]
+    if topology.max_staleness_iterations and together:
         problems.append(
             "topology.max_staleness_iterations 1 lets roles run apart, but in topology.mode "
             f"{topology.mode} they take turns; set it to 0"

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from cluster.schedule.program import Pass, Program, Team
+from cluster.schedule.program import Pass, Program, Team, split_evenly
 from cluster.schedule.schedule import Call, order_calls
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.algorithm import iteration_program
 from pipelines.planning.workload import Workload
+from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
 from sgmd_core.types import MicroBatchKey, Purpose, Text
 
@@ -67,7 +68,9 @@ class IterationPlan:
         draws = self.exit_draws or self.micro_batches
         parts = self.micro_batches // draws
         return tuple(
-            size for group in _split(self.batch_size, draws) for size in _split(group, parts)
+            size
+            for group in split_evenly(self.batch_size, draws)
+            for size in split_evenly(group, parts)
         )
 
     def key(self, iteration: int, micro_batch: int, update: int) -> MicroBatchKey:
@@ -105,12 +108,6 @@ class IterationPlan:
         )
 
 
-def _split(number: int, parts: int) -> list[int]:
-    """Whole numbers that differ by 1 at most, the larger ones first."""
-    fewest, left_over = divmod(number, parts)
-    return [fewest + (part < left_over) for part in range(parts)]
-
-
 def program_of(config: DistillConfig) -> Program:
     """Returns the program of an iteration."""
     return iteration_program(
@@ -133,15 +130,31 @@ def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPl
         timeout_s=config.topology.call_timeout_s,
         negative=negative,
         exit_draws=config.batch.exit_draws,
-        stage_seconds=_stage_seconds(config) if config.topology.shares_pools else {},
+        stage_seconds=stage_seconds(config) if config.topology.shares_pools else {},
     )
 
 
-def _stage_seconds(config: DistillConfig) -> dict[tuple[str, str], float]:
-    """Measured seconds of the recipe; where one is missing, network passes for all."""
-    given = {tuple(name.split(".")): value for name, value in config.topology.stage_seconds.items()}
+def stage_seconds(config: DistillConfig) -> dict[tuple[str, str], float]:
+    """Seconds by which calls are dealt: those of the recipe, or counted network passes.
+
+    Raises:
+        ConfigError: The recipe names a stage that its iterations do not have, or not all of them.
+    """
     counted = Workload.of(config).stage_units
-    measured = {(role, stage): given.get((role, stage)) for role, stage in counted}
-    if any(value is None for value in measured.values()):
+    given = config.topology.stage_seconds
+    if not given:
         return counted
-    return {name: value for name, value in measured.items() if value is not None}
+    names = {".".join(name): name for name in counted}
+    if set(given) != set(names):
+        unknown, missing = sorted({*given} - {*names}), sorted({*names} - {*given})
+        raise ConfigError(
+            "reading topology.stage_seconds",
+            "; ".join(
+                f"{what} {', '.join(stages)}"
+                for what, stages in (("no stage called", unknown), ("nothing for", missing))
+                if stages
+            ),
+            f"seconds of {', '.join(names)}",
+            "`sgmd plan --measured ... --write` writes them; {} counts network passes",
+        )
+    return {names[name]: seconds for name, seconds in given.items()}

@@ -9,6 +9,7 @@ from pipelines.config.roles import ROLES
 from pipelines.data.shards.schema import TEXT_EMBEDS, Encoding
 from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
 from pipelines.data.stream.source import Source
+from pipelines.distillation.iteration_plan import stage_seconds
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
@@ -118,6 +119,8 @@ def run_preflight(config: DistillConfig) -> Preflight:
     tokenizer = family.load_tokenizer(model.path)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
+    if config.topology.shares_pools:
+        stage_seconds(config)
     settings = config.data
     source = Source(
         settings.train,

@@ -18,7 +18,7 @@ from cluster.files import require_writable
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
-from pipelines.planning.pool_maps import together
+from pipelines.planning.pool_maps import PoolMap, map_memory
 from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder
@@ -147,31 +147,35 @@ def _in_netrc() -> bool:
 
 def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
     """Bytes of every process, by the planner's memory model; of encoders the weights."""
-    topology = config.topology
-    teams = topology.teams
-    split = PoolSplit(
-        teams[GENERATOR].ranks,
-        # Where pools are shared, one of the copies takes a micro-batch whole.
-        1 if topology.shares_pools else teams[TEACHER].replicas,
-        teams[FAKE_SCORE].ranks,
-        config.batch.micro_batches,
-        topology.depth,
-        min(teams[TEACHER].ranks_by_replica),
-    )
-    memory = rank_memory(Workload.of(config), split)
+    topology, work = config.topology, Workload.of(config)
     needs: list[_Need] = []
-    if topology.mode in ("pools", "local"):
+    if topology.shares_pools:
+        one = PoolMap(
+            {name: pool.ranks for name, pool in topology.role_pools.items()},
+            topology.places,
+            config.batch.micro_batches,
+            topology.depth,
+        )
+        for name, memory in map_memory(work, one).items():
+            words = "all roles" if one.roles_on(name) == ROLES else f"pool {name}"
+            pool = topology.role_pools[name]
+            needs.append(_Need(words, memory.total, pool.gpus, pool.ranks))
+    else:
+        teams = topology.teams
+        split = PoolSplit(
+            teams[GENERATOR].ranks,
+            teams[TEACHER].replicas,
+            teams[FAKE_SCORE].ranks,
+            config.batch.micro_batches,
+            topology.depth,
+            teams[TEACHER].ranks,
+        )
         own = {GENERATOR: topology.generator, TEACHER: topology.teacher}
         own[FAKE_SCORE] = topology.fake_score
-        needs = [
-            _Need(role.replace("_", " "), memory[role].total, own[role].gpus, teams[role].size)
-            for role in ROLES
+        needs += [
+            _Need(role.replace("_", " "), memory.total, own[role].gpus, teams[role].size)
+            for role, memory in rank_memory(work, split).items()
         ]
-    for name, pool in topology.role_pools.items() if topology.shares_pools else ():
-        roles = [role for role in ROLES if name in topology.places[role]]
-        words = "all roles" if len(roles) == len(ROLES) else f"pool {name}"
-        own = together([memory[role] for role in roles])
-        needs.append(_Need(words, own.total, pool.gpus, pool.ranks))
     needs.append(_Need("text encoder", _FLOAT * model.num_text_parameters, topology.text.gpus))
     if config.validation.every:
         weights = _FLOAT * sum(model.num_parameters.values())

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.schedule.program import Home, Team
+from cluster.schedule.program import Home, Team, split_evenly
 from cluster.schedule.schedule import Call, order_calls
 from cluster.schedule.simulate import Costs, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
@@ -158,8 +158,8 @@ def pools_layout(work: Workload, found: Prediction) -> Layout:
         role: _gathered_bytes(work, {role: team.ranks}, {role: split.micro_batches})
         for role, team in split.teams.items()
     }
-    # The calls of a copied teacher are shared by its copies.
-    gathered[TEACHER] /= split.teacher
+    # Copies of the teacher share each micro-batch as far as it has samples for them.
+    gathered[TEACHER] *= min(1.0, samples / split.teacher_ranks / split.teacher)
     return Layout("pools", found.iteration_s, pools, settings, max(gathered.values()), fits=True)
 
 
@@ -186,15 +186,17 @@ def _simulated(
     settings: Mapping[str, Any],
 ) -> Layout:
     """Works the schedule of a map through; every pool is one process."""
-    teams = {role: Team.on(*(Home(pool) for pool in one.places[role])) for role in ROLES}
     sizes = _sizes(work, one)
+    teams = {
+        role: Team.on(*(_home(one, pool, sizes) for pool in one.places[role])) for role in ROLES
+    }
     calls = order_calls(
         work.program,
         teams,
         one.micro_batches,
         one.depth,
         samples_per_micro_batch=sizes,
-        stage_seconds=_seconds_of_pools(times, one, max(sizes)),
+        stage_seconds=times.seconds,
     )
     timeline = simulate(calls, _costs(work, times, hardware, one, teams), teams)
     busy = {usage.role: usage.busy_share for usage in timeline.usage()}
@@ -215,17 +217,14 @@ def _simulated(
     return Layout(name, timeline.iteration_s, pools, settings, max(gathered.values()), fits)
 
 
-def _seconds_of_pools(times: StageTimes, one: PoolMap, size: int) -> dict[tuple[str, str], float]:
-    """Seconds of stages for dealing: of the pools' most loaded rank, over the samples."""
-    return {
-        (role, stage): seconds * -(-size // min(one.ranks[p] for p in one.places[role])) / size
-        for (role, stage), seconds in times.seconds.items()
-    }
+def _home(one: PoolMap, pool: str, sizes: Sequence[int]) -> Home:
+    """A pool as one process, faster by its ranks: as fast as the one with the most samples."""
+    size = max(sizes)
+    return Home(pool, 1, speed=size / -(-size // one.ranks[pool]))
 
 
 def _sizes(work: Workload, one: PoolMap) -> tuple[int, ...]:
-    fewest, left_over = divmod(work.batch_size, one.micro_batches)
-    return tuple(fewest + (part < left_over) for part in range(one.micro_batches))
+    return split_evenly(work.batch_size, one.micro_batches)
 
 
 def _costs(

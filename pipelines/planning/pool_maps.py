@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
+from cluster.schedule.dealing import MOST_KEPT
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import FUSED
 from pipelines.planning.hardware import Hardware
@@ -79,10 +80,11 @@ def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
     for pool, ranks in one.ranks.items():
         own = -(-samples // ranks)
         kept = min(one.depth, one.micro_batches) * own
+        tracked = min(MOST_KEPT, one.depth, one.micro_batches) * own
         of_role = {
             GENERATOR: lambda r=ranks, o=own, k=kept: generator_memory(work, r, o, k),
             TEACHER: lambda r=ranks, o=own: teacher_memory(work, r, o),
-            FAKE_SCORE: lambda r=ranks, o=own: fake_score_memory(work, r, o, o),
+            FAKE_SCORE: lambda r=ranks, o=own, k=tracked: fake_score_memory(work, r, o, k),
         }
         found[pool] = together([of_role[role]() for role in one.roles_on(pool)])
     return found

@@ -11,6 +11,7 @@ With shared tracking the two backward passes of the fake score go one after the 
 forward pass, so with checkpointing its activations are made three times in all.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -159,6 +160,15 @@ class Workload:
             counted = COUNTED_WITH.get(STAGES[role, stage])
             name = (role, stage) if counted is None else (counted.role, counted.name)
             found[name] = found.get(name, 0.0) + units
+        return found
+
+    def split_by_stage(self, seconds: Mapping[StageName, float]) -> dict[StageName, float]:
+        """Splits seconds that hold those of a diversity loss among its stages, by their work."""
+        found: dict[StageName, float] = {}
+        for (role, stage), units in self.stage_units.items():
+            counted = COUNTED_WITH.get(STAGES[role, stage])
+            name = (role, stage) if counted is None else (counted.role, counted.name)
+            found[role, stage] = seconds[name] * units / self.passes[name]
         return found
 
     @property

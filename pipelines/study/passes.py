@@ -9,6 +9,7 @@ takes (k + 1) / 2. Costs of backward passes are those of the recipe's networks a
 from collections.abc import Mapping
 from statistics import fmean
 
+from cluster.schedule.program import split_evenly
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import TEACHER
 from pipelines.distillation.algorithm import SAMPLE, TRACK
@@ -101,8 +102,9 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
 
 
 def _rollout_length(config: DistillConfig, iteration: int, purpose: Purpose, count: int) -> float:
-    """Mean passes of an iteration's rollouts; each draw of an exit step is for as many samples."""
-    return 1 + fmean(
+    """Mean passes of an iteration's rollouts, by the samples of each draw of an exit step."""
+    samples = split_evenly(config.batch.size, config.batch.num_exit_draws)
+    exits = [
         exit_step(
             config.seed,
             MicroBatchKey(iteration, draw, purpose),
@@ -110,4 +112,5 @@ def _rollout_length(config: DistillConfig, iteration: int, purpose: Purpose, cou
             config.generator.diversity.first_exit,
         )
         for draw in range(count)
-    )
+    ]
+    return 1 + fmean(exits, samples * (count // len(samples)))

@@ -59,7 +59,8 @@ def test_results_go_from_process_to_process_past_the_store(ray_cluster):
         )
         for group in (maker, taker):
             group.wait_ready(WAIT_S)
-        create_collective_group([*maker._hosts.actors, *taker._hosts.actors], backend="gloo")
+        actors = [seat.actor for group in (maker, taker) for seat in group._seats]
+        create_collective_group(actors, backend="gloo")
         objects = store_use().num_objects
         parcel = maker.call_rank(0, Toy.parcel, "float32", 100_000)
         told = taker.call_rank(0, Toy.describe, parcel)

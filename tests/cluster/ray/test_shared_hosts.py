@@ -83,7 +83,7 @@ class TestShared:
 
     def test_a_value_is_let_go_with_the_last_future_of_it(self, groups):
         one, *_ = groups
-        hosts = one._hosts
+        hosts = one._seats[0].hosts
         made = one.call_rank(0, Toy.tensor, 5)
         number = made.owned.number
         del made

@@ -212,3 +212,25 @@ def test_what_a_rank_makes_that_stands_in_is_no_report_where_others_are_handed_o
     done = [hand.done for hand in stand.groups["judge"]._workers]
     assert done[2][-1].startswith("look")
     assert len(done[2]) == 2
+
+
+class Hung(Hand):
+    def look(self, seen: Letters) -> Letters:
+        raise TimeoutError("waited for the other ranks")
+
+
+class Broken(Hand):
+    def look(self, seen: Letters) -> Letters:
+        raise ValueError("out of memory")
+
+
+def test_the_failure_of_a_rank_that_stands_in_is_told_before_those_that_wait_for_it():
+    teams = {"maker": Team(ranks=3), "judge": Team(ranks=3)}
+    calls = order_calls(PROGRAM, teams, 1, 1, samples_per_micro_batch=[2])
+    stand = Stand()
+    stand.groups = {
+        "maker": LocalWorkerGroup("maker", [Hand() for _ in range(3)]),
+        "judge": LocalWorkerGroup("judge", [Hung(), Hung(), Broken()]),
+    }
+    with pytest.raises(ValueError, match="out of memory"):
+        list(execute_schedule(calls, stand.groups, stand.ask, stand.on_report, WAIT_S))

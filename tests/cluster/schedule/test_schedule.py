@@ -206,6 +206,19 @@ def test_ranks_share_what_does_not_divide(num_samples: int, team: Team, turn: in
     assert all(one.samples == (0, 1) for one in shares if one.stands_in)
 
 
+def test_odd_micro_batches_go_to_replicas_in_turn():
+    teams = {GENERATOR: Team(), TEACHER: Team(2, 2), FAKE_SCORE: Team()}
+    calls = order_calls(
+        PROGRAMS["shared"], teams, 4, 2, samples_per_micro_batch=[4, 4, 4, 3], num_iterations=8
+    )
+    loads = [0, 0]
+    for call in calls:
+        if call.role == TEACHER:
+            loads[call.rank // 2] += call.num_samples
+    assert sum(loads) == 8 * 15
+    assert abs(loads[0] - loads[1]) <= 3
+
+
 def test_nobody_takes_what_a_rank_without_a_sample_made():
     teams = {GENERATOR: Team(1, 3), TEACHER: Team(1, 2), FAKE_SCORE: Team(1, 4)}
     calls = order_calls(PROGRAMS["with all"], teams, 3, 2, samples_per_micro_batch=[3, 2, 1])

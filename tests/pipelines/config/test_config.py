@@ -303,6 +303,14 @@ class TestRefusals:
                 "topology.fake_score.ranks is 2, but topology.mode local is one process",
             ),
             (
+                [
+                    "topology.pools={a: {ranks: 1}}",
+                    "topology.roles={generator: a, fake_score: a, teacher: a}",
+                    "topology.max_staleness_iterations=1",
+                ],
+                "in topology.mode map they take turns",
+            ),
+            (
                 ["topology.mode=fused", "topology.max_staleness_iterations=1"],
                 "in topology.mode fused they take turns",
             ),

@@ -1,9 +1,13 @@
 """Resources and transport that a recipe asks for."""
 
+import pytest
+
 from cluster.schedule.program import Pass
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.algorithm import iteration_program
 from pipelines.distillation.groups import direct_of, pools_of
+from pipelines.distillation.iteration_plan import stage_seconds
+from sgmd_core.errors import ConfigError
 
 
 def test_every_role_asks_for_what_its_section_says():
@@ -65,3 +69,22 @@ def test_named_pools_ask_for_what_they_say_whatever_roles_are_there():
     assert [pools[name].num_ranks for name in ("learn", "score", "cheap")] == [2, 1, 3]
     assert pools["learn"].labels == {"gpu": "big"}
     assert pools["cheap"].bundle == {"CPU": 0.25, "l40": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("{generator.rollot: 1}", "no stage called generator.rollot"),
+        ("{generator.rollout: 2, teacher.denoise: 2}", "nothing for fake_score.signal"),
+    ],
+)
+def test_measured_seconds_are_those_of_every_stage_or_refused(given: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        stage_seconds(load_recipe("tiny", [f"topology.stage_seconds={given}"]))
+
+
+def test_measured_seconds_take_the_place_of_counted_passes():
+    counted = stage_seconds(load_recipe("tiny"))
+    given = {".".join(name): 2 * units for name, units in counted.items()}
+    config = load_recipe("tiny").with_settings({"topology.stage_seconds": given})
+    assert stage_seconds(config) == {name: 2 * units for name, units in counted.items()}

@@ -8,7 +8,8 @@ from itertools import product
 import pytest
 from typer.testing import CliRunner
 
-from cluster.schedule.schedule import order_calls
+from cluster.schedule.program import Home, Team
+from cluster.schedule.schedule import graphs_kept, order_calls
 from cluster.schedule.simulate import Costs, simulate
 from pipelines.cli import app
 from pipelines.config.recipe import load_recipe
@@ -17,6 +18,7 @@ from pipelines.distillation.groups import pools_of
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.memory import fake_score_memory, generator_memory, teacher_memory
 from pipelines.planning.plan import make_plan
+from pipelines.planning.pool_maps import PoolMap, map_memory
 from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
 from pipelines.planning.stage_times import StageTimes, measured, modelled
 from pipelines.planning.workload import Workload
@@ -106,6 +108,33 @@ class TestMemory:
     def test_guidance_in_turn_halves_what_a_teacher_works_on(self):
         batched, in_turn = (teacher_memory(replace(SMALL, in_turn=t), 1, 1) for t in (False, True))
         assert batched.working == 2 * in_turn.working
+
+    def test_a_map_is_charged_for_the_graphs_that_its_schedule_keeps(self):
+        one = PoolMap(
+            {"learn": 4, "score": 4},
+            {GENERATOR: ("learn",), TEACHER: ("learn", "score"), FAKE_SCORE: ("score",)},
+            micro_batches=6,
+            depth=3,
+        )
+        homes = Home("learn", 4), Home("score", 4)
+        teams = {
+            GENERATOR: Team.on(homes[0]),
+            TEACHER: Team.on(*homes),
+            FAKE_SCORE: Team.on(homes[1]),
+        }
+        calls = order_calls(
+            SMALL.program,
+            teams,
+            6,
+            3,
+            samples_per_micro_batch=4,
+            stage_seconds=modelled(SMALL, Hardware()).seconds,
+        )
+        kept = graphs_kept(calls, SMALL.program)
+        memory = map_memory(SMALL, one)
+        graph = generator_memory(SMALL, 1, 1, 1).graphs
+        assert memory["learn"].graphs >= kept[GENERATOR, 0] * graph
+        assert memory["score"].graphs >= kept[FAKE_SCORE, 0] * graph
 
     def test_a_deeper_window_costs_the_generator_alone(self):
         shallow, deep = (rank_memory(SMALL, PoolSplit(1, 1, 1, 24, depth)) for depth in (1, 3))
@@ -402,11 +431,54 @@ class TestCommand:
         options = ("--model", "1.3b", "--gpus", 8, "--write", mine, "--json")
         told = json.loads(sgmd("plan", "wan-1.3b", *options).stdout)
         config = load_recipe(str(mine))
-        assert config == load_recipe("wan-1.3b").with_settings(told["settings"])
-        assert config.topology.mode == told["layout"]
+        assert config.topology.mode == told["layout"] == "map"
+        pools = told["layouts"]["map"]["pools"]
+        assert {name: pool.ranks for name, pool in config.topology.pools.items()} == {
+            name: pool["gpus"] for name, pool in pools.items()
+        }
+        assert config.batch.micro_batches == told["settings"]["batch.micro_batches"]
+        # What the recipe says of its pools besides stays.
+        assert config.topology.pools["learn"].cpus == 4
         again = sgmd("plan", "wan-1.3b", *options)
         assert again.exit_code == 2
         assert "is there already" in again.stderr
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            (
+                "topology.mode=pools",
+                "topology.generator.ranks=2",
+                "topology.teacher.replicas=3",
+                "batch.micro_batches=4",
+            ),
+            (
+                "topology.pools={a: {gpus: 1, labels: {rack: r1}}, b: {gpus: 1}}",
+                "topology.roles={generator: a, fake_score: b, teacher: b}",
+            ),
+            ("batch.micro_batches=4", "batch.exit_draws=4"),
+            ("topology.max_staleness_iterations=1",),
+            ("topology.mode=pools", "topology.transport=nixl"),
+        ],
+    )
+    @pytest.mark.parametrize("gpus", [2, 8])
+    def test_recipes_of_every_layout_can_be_written_anew(self, tmp_path, overrides, gpus):
+        mine = tmp_path / "mine.yaml"
+        options = ("--model", "1.3b", "--gpus", gpus, "validation.every=0", "--write", mine)
+        result = sgmd("plan", "wan-1.3b", *options, "--json", *overrides)
+        assert result.exit_code == 0, result.stderr
+        config = load_recipe(str(mine))
+        assert config.topology.mode == json.loads(result.stdout)["layout"]
+        if "rack" in overrides[0] and config.topology.mode == "map":
+            assert config.topology.pools["learn"].labels == {"rack": "r1"}
+
+    def test_another_batch_size_is_taken_only_where_it_makes_more_samples(self):
+        options = ("--model", "1.3b", "--gpus", 8, "validation.every=0", "--json")
+        own, any_size = (
+            json.loads(sgmd("plan", "wan-1.3b", *options, *extra).stdout)
+            for extra in ((), ("--any-batch",))
+        )
+        assert any_size["samples_per_s"] >= own["samples_per_s"]
 
     @pytest.mark.parametrize("gpus", [1, 2])
     def test_few_gpus_are_planned_whatever_the_recipe_sets(self, gpus):

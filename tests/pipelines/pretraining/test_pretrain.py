@@ -505,6 +505,6 @@ def test_two_workers_train_one_is_killed_and_the_run_ends_in_a_loadable_pipeline
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_cluster_that_is_too_small_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     write_clips(tmp_path)
-    with pytest.raises(InsufficientResourcesError, match="at least 9 CPU"):
-        pretrain(micro_config(tmp_path, ray={"num_workers": 7}))
+    with pytest.raises(InsufficientResourcesError, match="at least 10 CPU"):
+        pretrain(micro_config(tmp_path, ray={"num_workers": 2, "cpus_per_worker": 4}))
     assert not (tmp_path / "run").exists()
