@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import HTTPError
@@ -107,32 +107,49 @@ def ray_head(ray_folder: Path) -> Iterator[str]:
 
     This process is not connected to it. It ends with the session, and only its own processes do.
     """
-    dashboard, *ports = (free_port() for _ in range(4))
+    log_file = ray_folder / "head.log"
+    for is_last in (False, False, True):
+        dashboard, *ports = (free_port() for _ in range(4))
+        head = _start_head(ray_folder / "head", log_file, dashboard, ports)
+        try:
+            _wait_for(f"http://127.0.0.1:{dashboard}/api/version", head, log_file)
+            # Jobs are started by the agent, which comes up later.
+            _wait_for(f"http://127.0.0.1:{ports[2]}/api/local_raylet_healthz", head, log_file)
+            break
+        except RuntimeError:
+            # On a busy machine Ray's agent may take longer to start than its raylet waits for it.
+            _end(head)
+            if is_last:
+                raise
+    try:
+        yield f"http://127.0.0.1:{dashboard}"
+    finally:
+        _end(head)
+
+
+def _start_head(
+    folder: Path, log_file: Path, dashboard: int, ports: Sequence[int]
+) -> subprocess.Popen[bytes]:
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
         *("--num-cpus=4", "--num-gpus=1", "--disable-usage-stats"),
         f"--object-store-memory={300 * 2**20}",
         *(f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"),
         *(f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={ports[2]}"),
-        *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={ray_folder / 'head'}"),
+        *("--min-worker-port=0", "--max-worker-port=0", f"--temp-dir={folder}"),
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     # Commands of jobs find the interpreter of these tests under the name python.
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    log = (ray_folder / "head.log").open("w")
-    head = subprocess.Popen(
-        command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-    )
-    try:
-        log_file = ray_folder / "head.log"
-        _wait_for(f"http://127.0.0.1:{dashboard}/api/version", head, log_file)
-        # Jobs are started by the agent, which comes up later.
-        _wait_for(f"http://127.0.0.1:{ports[2]}/api/local_raylet_healthz", head, log_file)
-        yield f"http://127.0.0.1:{dashboard}"
-    finally:
-        head.send_signal(signal.SIGTERM)
-        head.wait(timeout=60)
-        log.close()
+    with log_file.open("w") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+
+def _end(head: subprocess.Popen[bytes]) -> None:
+    head.send_signal(signal.SIGTERM)
+    head.wait(timeout=60)
 
 
 def _wait_for(url: str, head: subprocess.Popen[bytes], log: Path) -> None:
