@@ -67,7 +67,7 @@ def run_pools(context: Context) -> None:
     _write_captions(context, work)
     share = 0.0 if context.device == "cpu" else 0.25
     pools = [f"topology.{role}.gpus={share}" for role in ("generator", "teacher", "fake_score")]
-    run = _distill(context, work, "pools", iterations, "topology.mode=pools", *pools)
+    run = _distill(context, work, "pools", iterations, *pools, mode="pools")
     _finish(run, "sgmd distill in pools")
     alone = _distill(context, work, "local", iterations)
     _finish(alone, "sgmd distill in one process")
@@ -103,11 +103,17 @@ def _write_captions(context: Context, work: Path) -> None:
 
 
 def _distill(
-    context: Context, work: Path, name: str, iterations: int, *settings: str, on_cpu: bool = False
+    context: Context,
+    work: Path,
+    name: str,
+    iterations: int,
+    *settings: str,
+    mode: str = "local",
+    on_cpu: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Starts a run of the recipe `tiny` without validation."""
     given = [
-        *("topology.mode=local", "validation.every=0", "checkpoint.every=0", f"name={name}"),
+        *(f"topology.mode={mode}", "validation.every=0", "checkpoint.every=0", f"name={name}"),
         *(f"output={work}", f"iterations={iterations}", f"data.train={work / 'shapes' / 'train'}"),
     ]
     if context.small:
