@@ -101,9 +101,10 @@ def _table(result: "Plan") -> Table:
         f"{shape['batch_size']} samples an iteration",
         title_justify="left",
     )
-    headings = ("pool", "roles", "GPUs", "samples a call", "busy", "GB a GPU", "graphs")
+    headings = ("pool", "roles", "GPUs", "samples", "busy", "GB a GPU", "graphs")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading in ("pool", "roles") else "right")
+        is_text = heading in ("pool", "roles")
+        table.add_column(heading, justify="left" if is_text else "right", no_wrap=is_text)
     for name, pool in result.best.pools.items():
         table.add_row(
             name.replace("_", " "),

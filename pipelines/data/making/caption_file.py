@@ -171,7 +171,7 @@ def no_shards(attempted: str, filesystem: AbstractFileSystem, root: str) -> Data
         attempted,
         "no such folder, or no file in it",
         expected,
-        "Check the address; `sgmd shapes DST` writes a data set to try",
+        "Check the address; `sgmd prepare` makes shards, and `sgmd shapes DST` a data set to try",
     )
 
 

@@ -178,8 +178,8 @@ def test_going_on_with_another_number_of_ranks_uses_every_sample_once(folder: st
     progress, used = FeedProgress(), []
     for num_ranks in range(1, 10):
         batch = feed(folder, 0, progress).take(4)
-        for _, (start, stop) in partition_samples(4, Team(replicas=num_ranks), round=0):
-            used += batch.sample_ids[start:stop]
+        for share in partition_samples(4, Team(replicas=num_ranks), round=0):
+            used += batch.sample_ids[slice(*share.samples)]
         progress = replace(progress, cursor=batch.cursor, rows=batch.position, used_ids=tuple(used))
     assert len(used) == sum(SIZES) == len(set(used))
 
