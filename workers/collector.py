@@ -10,7 +10,7 @@ def paused_collector() -> Iterator[None]:
     """Pause Python's collector of reference cycles; for imports, which make nothing to collect.
 
     Importing diffusers makes a million objects that stay, and the collector looks at all of them
-    again and again: a fifth of the CPU time of these imports (docs/benchmarks.md, Start).
+    again and again: a seventh of the CPU time of these imports (docs/benchmarks.md, Start).
     """
     was_enabled = gc.isenabled()
     gc.disable()

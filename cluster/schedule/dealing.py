@@ -77,7 +77,11 @@ def deal_pass(
         )
         for stage in a_pass.stages
     )
-    return _deal(a_pass, places, num_micro_batches, depth)
+    deepest = min(depth, num_micro_batches)
+    # A search that may open more micro-batches does not always find the order that opens fewer.
+    depths = range(max(1, deepest - 2), deepest + 1)
+    found = [_deal(a_pass, places, num_micro_batches, one) for one in depths]
+    return min(found, key=lambda dealt: dealt.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,7 @@ _Places = tuple[tuple[_Place, ...], ...]
 
 @lru_cache(maxsize=64)
 def _deal(a_pass: Pass, places: _Places, num_micro_batches: int, depth: int) -> DealtPass:
-    deepest = min(depth, num_micro_batches)
-    # A search that may open more micro-batches does not always find the order that opens fewer.
-    depths = range(max(1, deepest - 2), deepest + 1)
-    graphs = [_Graph(a_pass, num_micro_batches, one) for one in depths]
-    found = [_Search(graph, places).best() for graph in graphs]
-    return min(found, key=lambda dealt: dealt.seconds)
+    return _Search(_Graph(a_pass, num_micro_batches, depth), places).best()
 
 
 Node = tuple[int, int]

@@ -151,7 +151,8 @@ def _planned_recipe(config: "DistillConfig", result: "Plan") -> "DistillConfig":
     best, topology = result.best, config.topology
     settings: dict[str, Any] = {
         "topology.generator.ranks": 1,
-        "topology.teacher": topology.teacher.model_dump() | {"ranks": 1, "replicas": 1},
+        "topology.teacher.ranks": 1,
+        "topology.teacher.replicas": 1,
         "topology.fake_score.ranks": 1,
         "batch.size": result.work.batch_size,
         # Draws of the exit step are those of the new micro-batches.

@@ -164,7 +164,6 @@ def pools_layout(work: Workload, found: Prediction) -> Layout:
 
 
 def _map_settings(one: PoolMap) -> dict[str, Any]:
-    teacher = one.places[TEACHER]
     return {
         "topology.mode": "map",
         "batch.micro_batches": one.micro_batches,
@@ -173,7 +172,7 @@ def _map_settings(one: PoolMap) -> dict[str, Any]:
         **{f"topology.pools.{pool}.gpus": 1 for pool in one.ranks},
         "topology.roles.generator": one.places[GENERATOR][0],
         "topology.roles.fake_score": one.places[FAKE_SCORE][0],
-        "topology.roles.teacher": list(teacher),
+        "topology.roles.teacher": list(one.places[TEACHER]),
     }
 
 
@@ -186,7 +185,7 @@ def _simulated(
     settings: Mapping[str, Any],
 ) -> Layout:
     """Works the schedule of a map through; every pool is one process."""
-    sizes = _sizes(work, one)
+    sizes = split_evenly(work.batch_size, one.micro_batches)
     teams = {
         role: Team.on(*(_home(one, pool, sizes) for pool in one.places[role])) for role in ROLES
     }
@@ -221,10 +220,6 @@ def _home(one: PoolMap, pool: str, sizes: Sequence[int]) -> Home:
     """A pool as one process, faster by its ranks: as fast as the one with the most samples."""
     size = max(sizes)
     return Home(pool, 1, speed=size / -(-size // one.ranks[pool]))
-
-
-def _sizes(work: Workload, one: PoolMap) -> tuple[int, ...]:
-    return split_evenly(work.batch_size, one.micro_batches)
 
 
 def _costs(
@@ -300,7 +295,7 @@ def _gathered_bytes(
 
 def _bound_s(work: Workload, times: StageTimes, one: PoolMap) -> float:
     """About what an iteration takes: the pools' work with the teacher's shared out, and a start."""
-    sizes = _sizes(work, one)
+    sizes = split_evenly(work.batch_size, one.micro_batches)
     rounds = {pool: sum(-(-size // ranks) for size in sizes) for pool, ranks in one.ranks.items()}
     own: dict[str, float] = dict.fromkeys(ROLES, 0.0)
     for (role, stage), seconds in times.seconds.items():
@@ -317,7 +312,7 @@ def _bound_s(work: Workload, times: StageTimes, one: PoolMap) -> float:
         whole_s = max(load.values())
     else:
         # The part of the calls on the first pool that makes both end together.
-        (first, second), part = teacher, 0.5
+        first, second = teacher
         part = (load[second] + teacher[second] - load[first]) / (teacher[first] + teacher[second])
         part = min(1.0, max(0.0, part))
         whole_s = max(

@@ -76,17 +76,16 @@ def fused_map(work: Workload, num_gpus: int) -> PoolMap:
 def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
     """Returns the memory of a rank of each pool: its roles' together, which work in turn."""
     samples = -(-work.batch_size // one.micro_batches)
+    open_at_once = min(one.depth, one.micro_batches)
     found: dict[str, RankMemory] = {}
     for pool, ranks in one.ranks.items():
         own = -(-samples // ranks)
-        kept = min(one.depth, one.micro_batches) * own
-        tracked = min(MOST_KEPT, one.depth, one.micro_batches) * own
         of_role = {
-            GENERATOR: lambda r=ranks, o=own, k=kept: generator_memory(work, r, o, k),
-            TEACHER: lambda r=ranks, o=own: teacher_memory(work, r, o),
-            FAKE_SCORE: lambda r=ranks, o=own, k=tracked: fake_score_memory(work, r, o, k),
+            GENERATOR: generator_memory(work, ranks, own, open_at_once * own),
+            TEACHER: teacher_memory(work, ranks, own),
+            FAKE_SCORE: fake_score_memory(work, ranks, own, min(MOST_KEPT, open_at_once) * own),
         }
-        found[pool] = together([of_role[role]() for role in one.roles_on(pool)])
+        found[pool] = together([of_role[role] for role in one.roles_on(pool)])
     return found
 
 
