@@ -7,7 +7,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from benchmarks.dummies import DummyWorker, SimulatedRun, make_dummy_worker, run_dummies
+from dummies import DummyWorker, SimulatedRun, make_dummy_worker, run_dummies
+
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve

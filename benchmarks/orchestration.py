@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from documents import write_document
+from dummies import run_dummies
 from harness import Groups, Setting, rehearse_setting, sleepers
 from orchestration_maps import measure_maps
 from orchestration_memory import measure_memory
@@ -32,7 +33,6 @@ from orchestration_scaling import measure_scaling
 from orchestration_transfer import measure_transfer
 from orchestration_validation import measure_validation, write_docs
 
-from benchmarks.dummies import run_dummies
 from cluster.schedule.simulate import Costs, in_sequence, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from dummies import make_dummy_worker
 from harness import (
     START_TIMEOUT_S,
     Groups,
@@ -26,7 +27,6 @@ from harness import (
     rehearse_setting,
 )
 
-from benchmarks.dummies import make_dummy_worker
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.host import Hosts
 from cluster.ray.pools import Pool

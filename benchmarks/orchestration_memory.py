@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from harness import Setting, rehearse_setting, sleepers
+from store_use import store_use
 
-from benchmarks.store_use import store_use
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 
 SETTING = Setting("memory", (1, 1, 1), (0, 0, 0, 0, 0), 2, 2, megabytes=0.2)

@@ -3,9 +3,9 @@
 import statistics
 from typing import Any
 
+from dummies import run_dummies
 from harness import Groups, Setting, rehearse_setting, sleepers
 
-from benchmarks.dummies import run_dummies
 from cluster.schedule.program import Pass, Stage, Team
 from cluster.schedule.schedule import order_calls
 from cluster.schedule.simulate import Costs
