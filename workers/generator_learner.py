@@ -33,13 +33,14 @@ from sgmd_core.types import (
 )
 from workers.ema import AveragedWeights
 from workers.finite import micro_batch_in_words, require_finite
+from workers.models.exporting import DTYPES, narrowed
 from workers.models.families import family_of
 from workers.models.weight_digests import write_model_settings
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
 from workers.role_state import RoleState, load_role, save_role
-from workers.settings import GeneratorSettings
+from workers.settings import ExportSettings, GeneratorSettings
 from workers.sharding import gather_to_rank0, is_first_rank
 
 ROLE = "generator"
@@ -251,6 +252,7 @@ class GeneratorLearner:
         base_folder: str,
         settings: Mapping[str, Any],
         checkpoint: str | None = None,
+        form: ExportSettings = ExportSettings(),
     ) -> None:
         """Writes a generator as a model folder, the other parts taken from a base.
 
@@ -262,6 +264,7 @@ class GeneratorLearner:
             settings: How the folder is sampled, for its `sgmd.json`; `flow_shift` is among them.
             checkpoint: Folder that `save` has written, to export what `final_weights` were then;
                 None exports those of now.
+            form: Type of the weights, and whether the other parts are linked or copied.
 
         Raises:
             ModelFolderError: The base folder is of no known family, or not complete.
@@ -275,8 +278,16 @@ class GeneratorLearner:
             kept = ROLE if self._average is None else AVERAGE
             weights = dict(load_role(checkpoint, kept).weights)
         base = Path(base_folder)
+        family = family_of(base)
+        weights = narrowed(weights, DTYPES[form.dtype], family.traits.keep_fp32)
         with whole_folder(dst) as draft:
-            family_of(base).export(draft, base, weights, flow_shift=settings["flow_shift"])
+            family.export(
+                draft,
+                base,
+                weights,
+                flow_shift=settings["flow_shift"],
+                components=form.components,
+            )
             write_model_settings(draft, settings)
 
     def save(self, folder: str) -> dict[str, str]:

@@ -5,6 +5,7 @@
     OptimizerSettings  how a role's weights are updated
     ComputeSettings    how a role's network is computed
     GeneratorSettings, DiversitySettings, FakeScoreSettings, TeacherSettings
+    ExportSettings     how the generator is written
 
 Every record checks itself when it is made, so that a wrong number is met before a network is read.
 """
@@ -227,6 +228,32 @@ class FakeScoreSettings:
             "'shared' or 'fresh'",
         )
         _require(0 < self.ida_decay <= 1, "fake_score.ida_decay", self.ida_decay, "in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportSettings:
+    """Form of the model folders that a run writes: `generator/` and `best/`.
+
+    Attributes:
+        dtype: Type of the denoiser's weights: `bf16`, `fp16` or `fp32`. What diffusers computes in
+            float32 (norms, modulation, time embedding) stays float32.
+        components: Autoencoder and text encoder: `link` takes the base folder's own files (hard
+            links, or symbolic ones to another disk), `copy` copies them.
+    """
+
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    components: Literal["link", "copy"] = "link"
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        dtypes = ("bf16", "fp16", "fp32")
+        _require(self.dtype in dtypes, "export.dtype", self.dtype, f"one of {dtypes}")
+        _require(
+            self.components in ("link", "copy"),
+            "export.components",
+            self.components,
+            "'link' or 'copy'",
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from pipelines.data.stream.ray_stream import ReadAheadSettings
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.settings import (
+    ExportSettings,
     FakeScoreSettings,
     GeneratorSettings,
     ModelSettings,
@@ -55,6 +56,7 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "checkpoint": True,
     "validation": True,
     "alarms": True,
+    "export": True,
     "trace": True,
     "tracker": True,
     "sweep": True,
@@ -197,6 +199,7 @@ class DistillConfig(Section):
     teacher: TeacherSettings = TeacherSettings()
     topology: TopologySettings = TopologySettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
+    export: ExportSettings = ExportSettings()
     validation: ValidationSettings = ValidationSettings()
     alarms: AlarmSettings = AlarmSettings()
     trace: TraceSettings = TraceSettings()

@@ -109,6 +109,7 @@ class States:
             str(self._checked.model.path.absolute()),
             self._config.inference_settings(),
             checkpoint,
+            self._config.export,
         )
         self._fetch(generator, exported, "exporting the generator")
 

@@ -25,7 +25,7 @@ from cluster.files import whole_folder
 from sgmd_core.errors import ModelFolderError, ShapeError
 from workers.models.architecture import CheckedComponent, NetworkKind, check_network
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
-from workers.models.exporting import copy_components
+from workers.models.exporting import Components, copy_components
 from workers.models.family import (
     Denoiser,
     FamilyTraits,
@@ -313,13 +313,19 @@ class ToyFamily:
         return EulerSampler(denoiser, text, autoencoder, self.inspect(folder).latent_shape)
 
     def export(
-        self, dst: Path, base_folder: Path, weights: Mapping[str, Tensor], *, flow_shift: float
+        self,
+        dst: Path,
+        base_folder: Path,
+        weights: Mapping[str, Tensor],
+        *,
+        flow_shift: float,
+        components: Components = "copy",
     ) -> None:
         # The shift is in sgmd.json, which every export gets.
         denoiser = self.load_denoiser(base_folder)
-        denoiser.load_state_dict(dict(weights))
+        denoiser.load_state_dict(dict(weights), assign=True)
         with whole_folder(dst) as draft:
-            copy_components(base_folder, draft, _TRAITS.layout, (WORDS, CODEC))
+            copy_components(base_folder, draft, _TRAITS.layout, (WORDS, CODEC), components)
             denoiser.network.save_pretrained(draft / DENOISER)
             (draft / INDEX_FILE).write_text(json.dumps({"_class_name": "ToyPipeline"}))
 

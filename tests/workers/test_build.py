@@ -1,11 +1,13 @@
 """The factories make roles that work together from one diffusers folder."""
 
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors.torch import load_file
 
 from sgmd_core.errors import ModelFolderError, ShapeError
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -20,8 +22,10 @@ from workers.build import (
     build_teacher,
     build_text_encoder,
 )
+from workers.models.wan_family import WanFamily
 from workers.settings import (
     ComputeSettings,
+    ExportSettings,
     FakeScoreSettings,
     GeneratorSettings,
     ModelSettings,
@@ -70,7 +74,8 @@ def test_built_roles_make_an_iteration_and_the_result_is_a_diffusers_pipeline(mo
         assert role.gradient_report(0).finite
         assert role.step(0) == 1
 
-    generator.export(str(tmp_path / "generator"), model.folder, SETTINGS)
+    whole = ExportSettings(dtype="fp32")
+    generator.export(str(tmp_path / "generator"), model.folder, SETTINGS, form=whole)
     pipeline = WanPipeline.from_pretrained(tmp_path / "generator")
     trained = generator.final_weights()
     for name, value in pipeline.transformer.named_parameters():
@@ -95,6 +100,47 @@ def test_exporting_leaves_the_weights_in_training_alone(model, tmp_path):
     generator.export(str(tmp_path / "generator"), model.folder, SETTINGS)
     after = generator._network.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_an_export_is_in_bfloat16_but_for_what_diffusers_keeps_in_float32(model, tmp_path):
+    generator = _generator(model)
+    generator.export(str(tmp_path / "generator"), model.folder, SETTINGS)
+    stored = load_file(tmp_path / "generator/transformer/diffusion_pytorch_model.safetensors")
+    trained = generator.final_weights()
+    kept = set(WanTransformer3DModel._keep_in_fp32_modules or ())
+    assert kept == WanFamily.traits.keep_fp32
+    for name, value in stored.items():
+        dtype = torch.float32 if kept.intersection(name.split(".")) else torch.bfloat16
+        assert value.dtype is dtype, name
+        assert torch.equal(value, trained[f"transformer.{name}"].to(dtype)), name
+    assert {value.dtype for value in stored.values()} == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("components", ["link", "copy"])
+def test_unchanged_weights_are_linked_or_copied_and_small_files_copied(model, tmp_path, components):
+    form = ExportSettings(components=components)
+    _generator(model).export(str(tmp_path / "generator"), model.folder, SETTINGS, form=form)
+    weights = Path("text_encoder/model.safetensors")
+    base, exported = (Path(folder) / weights for folder in (model.folder, tmp_path / "generator"))
+    assert base.read_bytes() == exported.read_bytes()
+    assert base.samefile(exported) == (components == "link")
+    config = Path("text_encoder/config.json")
+    assert not (Path(model.folder) / config).samefile(tmp_path / "generator" / config)
+    WanPipeline.from_pretrained(tmp_path / "generator")
+
+
+def test_a_base_of_links_into_a_cache_is_exported_with_links_to_the_files_behind(model, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(model.folder, cache / "snapshot")
+    weights = cache / "snapshot/vae/diffusion_pytorch_model.safetensors"
+    blob = weights.rename(cache / "blob")
+    weights.symlink_to(Path("../../blob"))
+    linked = ModelSettings(str(cache / "snapshot"), text_length=TEXT_LENGTH)
+    _generator(linked).export(str(tmp_path / "generator"), linked.folder, SETTINGS)
+    exported = tmp_path / "generator/vae/diffusion_pytorch_model.safetensors"
+    assert not exported.is_symlink()
+    assert exported.samefile(blob)
+    WanPipeline.from_pretrained(tmp_path / "generator")
 
 
 def test_an_embedding_does_not_depend_on_the_captions_beside_it(model):

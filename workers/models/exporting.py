@@ -1,14 +1,41 @@
-"""Copy the components of a model folder that training has not changed."""
+"""Write what training has not changed, and narrow what it has.
 
+copy_components     text encoder, autoencoder, tokenizer: linked or copied from the base folder
+narrowed            weights in the type of a file, but for those that stay in float32
+"""
+
+import errno
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from workers.models.folder import FolderLayout
 from workers.models.weights import find_weights
 
+Components = Literal["link", "copy"]
+DTYPES: Mapping[str, torch.dtype] = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+"""Types of weights in exports, by the words of `ExportSettings`."""
 
-def copy_components(base: Path, dst: Path, layout: FolderLayout, names: Sequence[str]) -> None:
+# Another disk, or one without hard links; the kernel may also forbid links to foreign files.
+_NO_HARD_LINK = (errno.EXDEV, errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EMLINK)
+
+
+def copy_components(
+    base: Path,
+    dst: Path,
+    layout: FolderLayout,
+    names: Sequence[str],
+    components: Components = "copy",
+) -> None:
     """Copy components of a base folder, without weight files that nothing loads.
 
     Args:
@@ -16,6 +43,8 @@ def copy_components(base: Path, dst: Path, layout: FolderLayout, names: Sequence
         dst: New folder.
         layout: Components of both.
         names: Components to copy.
+        components: `link` makes hard links of the weight files, or symbolic links where the base
+            lies on another disk; the small files are always copied.
 
     Raises:
         ModelFolderError: A component has no weight files.
@@ -25,4 +54,41 @@ def copy_components(base: Path, dst: Path, layout: FolderLayout, names: Sequence
         # Pickles among them have no place in an export.
         unused = find_weights(base / name, stem).unused if stem is not None else ()
         left_out = [path.name for path in unused]
-        shutil.copytree(base / name, dst / name, ignore=lambda _, __, names=left_out: names)
+        copy = _link if stem is not None and components == "link" else shutil.copy2
+        shutil.copytree(
+            base / name,
+            dst / name,
+            ignore=lambda _, __, names=left_out: names,
+            copy_function=copy,
+        )
+
+
+def narrowed(
+    weights: Mapping[str, Tensor], dtype: torch.dtype, kept: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """Weights in a narrower type.
+
+    Args:
+        weights: By name.
+        dtype: Type of the result.
+        kept: Parts of names, between dots, of weights that stay as they are.
+    """
+    return {
+        name: value if set(kept).intersection(name.split(".")) else value.to(dtype)
+        for name, value in weights.items()
+    }
+
+
+def _link(source: str, target: str) -> str:
+    """Links weights, and copies every other file: `copytree`'s copy function."""
+    if Path(source).suffix != ".safetensors":
+        return shutil.copy2(source, target)
+    # Of a link, what it leads to: the hub's cache keeps links to files elsewhere.
+    real = Path(source).resolve()
+    try:
+        os.link(real, target)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINK:
+            raise
+        os.symlink(real, target)
+    return target

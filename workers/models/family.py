@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sgmd_core.errors import ModelFolderError
 from sgmd_core.types import Text
+from workers.models.exporting import Components
 from workers.models.folder import ClipGeometry, FolderLayout, LatentShape, ModelFolder
 from workers.models.sampling import ClipSampler, SamplingRules
 from workers.models.vocabulary import CaptionTokenizer
@@ -189,6 +190,7 @@ class FamilyTraits:
             `compile`.
         relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
         released: Shapes of released models by name, to plan for before a folder is there.
+        keep_fp32: Parts of names, between dots, of weights that exports keep in float32.
     """
 
     about: str
@@ -197,6 +199,7 @@ class FamilyTraits:
     computes: frozenset[str] = frozenset({"bf16", "checkpointing", "compile"})
     relatives: Mapping[str, str] = field(default_factory=dict)
     released: Mapping[str, ModelShape] = field(default_factory=dict)
+    keep_fp32: frozenset[str] = frozenset()
 
 
 @runtime_checkable
@@ -254,14 +257,21 @@ class ModelFamily(Protocol):
         ...
 
     def export(
-        self, dst: Path, base_folder: Path, weights: Mapping[str, Tensor], *, flow_shift: float
+        self,
+        dst: Path,
+        base_folder: Path,
+        weights: Mapping[str, Tensor],
+        *,
+        flow_shift: float,
+        components: Components = "copy",
     ) -> None:
         """Write a model folder: a new denoiser beside the other components of a base folder.
 
         Args:
             dst: Folder to write; an existing one is replaced whole.
             base_folder: Source of the other components and of the denoiser's configuration.
-            weights: Parameters of the `Denoiser` by name.
+            weights: Parameters of the `Denoiser` by name, written in the types that they have.
             flow_shift: Shift of the noise levels that the folder is sampled with.
+            components: Whether the other components are linked or copied.
         """
         ...

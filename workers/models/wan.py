@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cluster.files import whole_folder
 from sgmd_core.errors import ShapeError
 from workers.models.configs import INDEX_FILE, read_model_json
-from workers.models.exporting import copy_components
+from workers.models.exporting import Components, copy_components
 from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry
 from workers.models.loading import load_network
@@ -34,7 +34,7 @@ from workers.models.wan_family import (
     VAE,
     require_supported_index,
 )
-from workers.models.wan_folder import check_component
+from workers.models.wan_folder import build_component, check_component
 
 _TIME_SCALE = 1000.0
 
@@ -191,7 +191,12 @@ def open_autoencoder(folder: str | Path) -> VideoVae:
 
 
 def save_generator_pipeline(
-    dst: str | Path, base_folder: str | Path, weights: Mapping[str, Tensor], *, flow_shift: float
+    dst: str | Path,
+    base_folder: str | Path,
+    weights: Mapping[str, Tensor],
+    *,
+    flow_shift: float,
+    components: Components = "copy",
 ) -> None:
     """Write a diffusers folder: a new denoiser beside the other components of a base folder.
 
@@ -199,21 +204,24 @@ def save_generator_pipeline(
         dst: Folder to write; an existing one is replaced whole.
         base_folder: Where autoencoder, text encoder and tokenizer come from, and the denoiser's
             configuration.
-        weights: Parameters of the denoiser to write, a `WanVelocity`'s.
+        weights: Parameters of the denoiser to write, a `WanVelocity`'s, in the types of the file.
         flow_shift: Shift of the noise levels that the pipeline will sample with.
+        components: Whether the other components are linked or copied.
 
     Raises:
         ModelFolderError: the base folder is not a Wan folder.
     """
     dst, base = Path(dst), Path(base_folder)
-    denoiser = load_transformer(base)
-    denoiser.load_state_dict(dict(weights))
+    require_supported_index(base)
+    # The base's own weights are not read: they would all be replaced.
+    denoiser = WanVelocity(build_component(base, TRANSFORMER))
+    denoiser.load_state_dict(dict(weights), assign=True)
     # The base's own scheduler may take other steps than the generator was trained on.
     scheduler = build_scheduler(flow_shift)
     index = read_model_json(base / INDEX_FILE)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     with whole_folder(dst) as draft:
-        copy_components(base, draft, LAYOUT, (TOKENIZER, VAE, TEXT_ENCODER))
+        copy_components(base, draft, LAYOUT, (TOKENIZER, VAE, TEXT_ENCODER), components)
         scheduler.save_pretrained(draft / "scheduler")
         (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         denoiser.transformer.save_pretrained(draft / "transformer")

@@ -22,6 +22,7 @@ from torch import Tensor
 from sgmd_core.errors import ModelFolderError
 from workers.collector import paused_collector
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
+from workers.models.exporting import Components
 from workers.models.family import FamilyTraits, ModelShape
 from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
 from workers.models.sampling import SamplingRules
@@ -91,6 +92,8 @@ _TRAITS = FamilyTraits(
     released={
         name: ModelShape(shape, _RELEASED_GEOMETRY) for name, shape in RELEASED_SHAPES.items()
     },
+    # WanTransformer3DModel's own choice.
+    keep_fp32=frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
 )
 
 
@@ -176,13 +179,21 @@ class WanFamily:
         return WanSampler(folder, device)
 
     def export(
-        self, dst: Path, base_folder: Path, weights: Mapping[str, Tensor], *, flow_shift: float
+        self,
+        dst: Path,
+        base_folder: Path,
+        weights: Mapping[str, Tensor],
+        *,
+        flow_shift: float,
+        components: Components = "copy",
     ) -> None:
         """Write a folder that WanPipeline loads."""
         with paused_collector():
             from workers.models.wan import save_generator_pipeline
 
-        save_generator_pipeline(dst, base_folder, weights, flow_shift=flow_shift)
+        save_generator_pipeline(
+            dst, base_folder, weights, flow_shift=flow_shift, components=components
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,12 @@ from typing import Any
 
 from sgmd_core.errors import ModelFolderError
 from workers.collector import paused_collector
-from workers.models.architecture import CheckedComponent, NetworkKind, check_network
+from workers.models.architecture import (
+    CheckedComponent,
+    NetworkKind,
+    build_without_weights,
+    check_network,
+)
 from workers.models.folder import ClipGeometry, ModelFolder
 from workers.models.wan_family import (
     LAYOUT,
@@ -112,6 +117,16 @@ def check_component(folder: Path, component: str) -> CheckedComponent:
     """
     config = read_component(folder, component)
     return check_network(folder / component, config, _kind(component))
+
+
+def build_component(folder: Path, component: str) -> Any:  # noqa: ANN401  (a network of diffusers)
+    """Build the network of a component without weights, on the meta device.
+
+    Raises:
+        ModelFolderError: Its configuration is missing or of another network.
+    """
+    config = read_component(folder, component)
+    return build_without_weights(folder / component, config, _kind(component))
 
 
 def _require_alike(path: Path, *settings: tuple[str, int]) -> None:
