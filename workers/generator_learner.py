@@ -252,7 +252,7 @@ class GeneratorLearner:
         base_folder: str,
         settings: Mapping[str, Any],
         checkpoint: str | None = None,
-        form: ExportSettings = ExportSettings(),
+        form: ExportSettings | None = None,
     ) -> None:
         """Writes a generator as a model folder, the other parts taken from a base.
 
@@ -264,7 +264,8 @@ class GeneratorLearner:
             settings: How the folder is sampled, for its `sgmd.json`; `flow_shift` is among them.
             checkpoint: Folder that `save` has written, to export what `final_weights` were then;
                 None exports those of now.
-            form: Type of the weights, and whether the other parts are linked or copied.
+            form: Type of the weights, and whether the other parts are linked or copied; None: as
+                by default.
 
         Raises:
             ModelFolderError: The base folder is of no known family, or not complete.
@@ -278,7 +279,7 @@ class GeneratorLearner:
             kept = ROLE if self._average is None else AVERAGE
             weights = dict(load_role(checkpoint, kept).weights)
         base = Path(base_folder)
-        family = family_of(base)
+        family, form = family_of(base), form or ExportSettings()
         weights = narrowed(weights, DTYPES[form.dtype], family.traits.keep_fp32)
         with whole_folder(dst) as draft:
             family.export(

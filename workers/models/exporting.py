@@ -90,5 +90,5 @@ def _link(source: str, target: str) -> str:
     except OSError as error:
         if error.errno not in _NO_HARD_LINK:
             raise
-        os.symlink(real, target)
+        Path(target).symlink_to(real)
     return target

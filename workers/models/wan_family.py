@@ -93,7 +93,7 @@ _TRAITS = FamilyTraits(
         name: ModelShape(shape, _RELEASED_GEOMETRY) for name, shape in RELEASED_SHAPES.items()
     },
     # WanTransformer3DModel's own choice.
-    keep_fp32=frozenset({"time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
+    keep_fp32=frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
 )
 
 
