@@ -1,18 +1,28 @@
-"""AdamW as one kernel over all parameters, where the device has one.
+"""AdamW as one kernel over all parameters, where the device has one, with the state that it needs.
+
+    beta1 above 0      exp_avg, exp_avg_sq, step     torch's own class
+    beta1 = 0          exp_avg_sq, step              the gradient is its own first moment
+    moments on a CPU   the same, of which the device holds one parameter's at a time
 
 On a CPU the update of a role of 69 tensors then takes a fifth of the time. The kernel rounds
 differently from the update by single operations, so which of the two runs is decided by the device
-alone and never by a checkpoint.
+alone and never by a checkpoint. Where the moments lie, and whether a first one is kept for a decay
+of 0, changes no bit.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from sgmd_core.errors import CheckpointError
+from workers.sharding import local_part, to_main_memory
 
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Types of devices with the kernel; torch refuses another one only at the first update."""
+FIRST, SECOND = "exp_avg", "exp_avg_sq"
 
 
 def make_adamw(
@@ -22,28 +32,153 @@ def make_adamw(
     betas: tuple[float, float],
     eps: float = 1e-8,
     weight_decay: float,
-) -> torch.optim.AdamW:
+    offload: bool = False,
+) -> torch.optim.Optimizer:
     """Makes the optimizer of these parameters: all of them, in one group.
 
     Args:
         parameters: What is updated; on several ranks, this rank's parts.
         lr: Learning rate.
-        betas: Decay of the first and second moment.
+        betas: Decay of the first and second moment; a first one of 0 keeps no first moment.
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay, in units of the learning rate.
+        offload: Keep the moments in main memory.
     """
     updated = list(parameters)
     fused = all(value.device.type in FUSED_DEVICES for value in updated)
+    if offload or betas[0] == 0:
+        return LeanAdamW(updated, lr, betas, eps, weight_decay, fused=fused, offload=offload)
     return torch.optim.AdamW(
         updated, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
     )
 
 
-def restore_moments(optimizer: torch.optim.AdamW, moments: Mapping[int, Any]) -> None:
+class LeanAdamW(torch.optim.Optimizer):
+    """AdamW without a first moment where its decay is 0, with moments on the device or the CPU.
+
+    Args:
+        parameters: What is updated.
+        lr: Learning rate.
+        betas: Decay of the first and second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled decay, in units of the learning rate.
+        fused: Update by one kernel.
+        offload: Keep the moments in main memory, pinned where the parameters are on a GPU; an
+            update takes them to the device and back, one parameter after another.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        *,
+        fused: bool,
+        offload: bool,
+    ) -> None:
+        self._offload = offload
+        self._kinds = (SECOND,) if betas[0] == 0 else (FIRST, SECOND)
+        # `fused` is a key that torch looks at when it places a loaded step count.
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(parameters, options | {"fused": fused})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates every parameter that has a gradient."""
+        assert closure is None, "an update follows one backward pass"
+        for group in self.param_groups:
+            moved = [value for value in group["params"] if value.grad is not None]
+            for value in moved:
+                self._prepare_state(value)
+            parts = [[value] for value in moved] if self._offload else [moved]
+            for part in parts:
+                self._update(part, group)
+        if self._offload and torch.cuda.is_available():
+            # The copies to main memory are on their way.
+            torch.cuda.synchronize()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state over; moments go where this optimizer keeps them."""
+        super().load_state_dict(state_dict)
+        for parameter in self.state:
+            self._prepare_state(parameter)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        gradients = [local_part(value.grad) for value in parameters if value.grad is not None]
+        states = [self.state[value] for value in parameters]
+        kept = {kind: [local_part(state[kind]) for state in states] for kind in self._kinds}
+        devices = [one.device for one in gradients]
+        used = {
+            kind: [
+                one.to(device, non_blocking=True) for one, device in zip(ones, devices, strict=True)
+            ]
+            for kind, ones in kept.items()
+        }
+        beta1, beta2 = group["betas"]
+        adamw(
+            [local_part(value) for value in parameters],
+            gradients,
+            # With a decay of 0 it becomes the gradient, whatever it was.
+            used.get(FIRST, gradients),
+            used[SECOND],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        for kind, ones in kept.items():
+            for one, now in zip(ones, used[kind], strict=True):
+                if one is not now:
+                    one.copy_(now, non_blocking=True)
+
+    def _prepare_state(self, parameter: Tensor) -> None:
+        """Makes the state of a parameter at its first update, and puts loaded moments in place."""
+        state = self.state[parameter]
+        if "step" not in state:
+            device = parameter.device if self.param_groups[0]["fused"] else "cpu"
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for kind in self._kinds:
+                state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        for kind in self._kinds:
+            if self._offload:
+                state[kind] = to_main_memory(state[kind])
+
+
+def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Any]) -> None:
     """Takes saved moments and step counts over; rates and kernel stay those of this process.
+
+    First moments of an optimizer that needs none are left out: their decay of 0 makes them
+    the gradient of the last update, which no later update uses.
 
     Args:
         optimizer: Whose state is replaced.
         moments: Section `state` of an optimizer's `state_dict`, of either kernel.
     """
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": dict(moments)})
+    needless = {FIRST} if optimizer.param_groups[0]["betas"][0] == 0 else set()
+    state = {
+        index: {kind: value for kind, value in saved.items() if kind not in needless}
+        for index, saved in moments.items()
+    }
+    _require_moments(optimizer, state)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _require_moments(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
+    beta1 = optimizer.param_groups[0]["betas"][0]
+    expected = {SECOND, "step"} | ({FIRST} if beta1 else set())
+    for saved in state.values():
+        if missing := sorted(expected - saved.keys()):
+            raise CheckpointError(
+                "loading the state of an optimizer",
+                f"no {' and no '.join(missing)} in it, and a decay of the first moment of {beta1}",
+                "the moments that its betas need",
+                "Set the optimizer's betas to those that the checkpoint was written with",
+            )

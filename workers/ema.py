@@ -9,13 +9,13 @@ a ninth of the updates made. An average that starts later counts n from there, a
 themselves before.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from workers.role_state import require_same_tensors
-from workers.sharding import copy_into, parameters_of, reshard
+from workers.sharding import as_shard, local_shard, parameters_of, reshard, to_main_memory
 
 
 def effective_decay(decay: float, updates: int, start: int = 0) -> float:
@@ -31,15 +31,20 @@ class AveragedWeights:
         network: What is averaged; its present weights are the first average.
         decay: Share of the old average that an update keeps, in (0, 1).
         start: Updates before the averaging begins.
+        offload: Keep the average in main memory, and make it there.
     """
 
-    def __init__(self, network: nn.Module, decay: float, start: int = 0) -> None:
+    def __init__(
+        self, network: nn.Module, decay: float, start: int = 0, *, offload: bool = False
+    ) -> None:
         self._decay = decay
+        self._place = to_main_memory if offload else _unmoved
         self._start = start
         self._network = network
         self._parameters = parameters_of(network)
         self._average = {
-            name: _wide(value.detach()).clone() for name, value in self._parameters.items()
+            name: self._place(_wide(value.detach())).clone()
+            for name, value in self._parameters.items()
         }
 
     @property
@@ -47,13 +52,18 @@ class AveragedWeights:
         """The averaged parameters by name: views, and on several ranks parts."""
         return self._average
 
+    def shards(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and averaged parameters, to be gathered one after another."""
+        for name, value in self._average.items():
+            yield name, as_shard(value, self._parameters[name])
+
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Takes the network's present weights in; `updates` were taken in before."""
         weight = 1 - effective_decay(self._decay, updates, self._start)
         reshard(self._network)
         averages = list(self._average.values())
-        weights = [_wide(value.detach()) for value in self._parameters.values()]
+        weights = [self._place(_wide(value.detach())) for value in self._parameters.values()]
         # One call for all tensors, as in torch.optim.swa_utils.
         torch._foreach_lerp_(averages, weights, weight)
 
@@ -63,9 +73,14 @@ class AveragedWeights:
         Raises:
             CheckpointError: It was taken of another network.
         """
-        require_same_tensors(average, self._average, "loading the averaged weights")
+        require_same_tensors(average, self._parameters, "loading the averaged weights")
         for name, value in self._average.items():
-            copy_into(value, average[name])
+            whole = local_shard(average[name], self._parameters[name])
+            value.copy_(self._place(whole))
+
+
+def _unmoved(value: Tensor) -> Tensor:
+    return value
 
 
 def _wide(value: Tensor) -> Tensor:

@@ -76,7 +76,12 @@ class GeneratorLearner:
         self._seed = seed
         self._optimizer = RoleOptimizer(ROLE, velocity_model, settings.optimizer)
         self._average = (
-            AveragedWeights(velocity_model, settings.ema_decay, settings.ema_start)
+            AveragedWeights(
+                velocity_model,
+                settings.ema_decay,
+                settings.ema_start,
+                offload=settings.ema_device == "cpu",
+            )
             if settings.ema_decay > 0
             else None
         )
@@ -233,7 +238,7 @@ class GeneratorLearner:
 
         Every rank must be asked; the weights are the first one's, those of the others are empty.
         """
-        return gather_to_rank0(self._optimizer.weights)
+        return gather_to_rank0(self._optimizer.weights.items())
 
     def final_weights(self) -> dict[str, Tensor]:
         """A copy of the weights to validate and export: the average, where one is kept.
@@ -243,7 +248,7 @@ class GeneratorLearner:
         return (
             self.trained_weights()
             if self._average is None
-            else gather_to_rank0(self._average.average)
+            else gather_to_rank0(self._average.shards())
         )
 
     def export(
@@ -304,7 +309,7 @@ class GeneratorLearner:
         """
         digests = save_role(folder, ROLE, self._optimizer.state())
         if self._average is not None:
-            average = gather_to_rank0(self._average.average)
+            average = gather_to_rank0(self._average.shards())
             digests |= save_role(folder, AVERAGE, RoleState(self._optimizer.updates, average, {}))
         return digests
 

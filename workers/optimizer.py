@@ -8,7 +8,7 @@ updates an iteration, each after a report of its own.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -18,6 +18,7 @@ from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_tensors
 from workers.settings import OptimizerSettings
 from workers.sharding import (
+    as_shard,
     copy_into,
     full_tensor,
     gather_to_rank0,
@@ -70,6 +71,7 @@ class RoleOptimizer:
             betas=settings.betas,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
+            offload=settings.moments == "cpu",
         )
         self._updates = 0
         self._norm: Tensor | None = None
@@ -172,11 +174,14 @@ class RoleOptimizer:
 
         Every rank must ask; the tensors are the first one's, those of the others are empty.
         """
-        moments: dict[str, Tensor] = {}
+        weights = gather_to_rank0(self.weights.items())
+        return RoleState(self._updates, weights, gather_to_rank0(self._moments()))
+
+    def _moments(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's state by `KIND/NAME`; parts in main memory go to the device in turn."""
         for name, parameter in self._parameters.items():
             for kind, value in self._adamw.state[parameter].items():
-                moments[f"{kind}/{name}"] = value
-        return RoleState(self._updates, gather_to_rank0(self.weights), gather_to_rank0(moments))
+                yield f"{kind}/{name}", as_shard(value, parameter) if value.ndim else value
 
     def load_state(self, state: RoleState) -> None:
         """Goes on where `state` was taken.

@@ -72,6 +72,8 @@ class OptimizerSettings:
         eps: Added to the root of the second moment.
         max_grad_norm: Global L2 norm that gradients are clipped to.
         warmup_iterations: Updates over which the rate rises linearly; 0 starts at `lr`.
+        moments: Where AdamW keeps its moments: on the `device`, or on the `cpu`, from where an
+            update takes them and where it puts them back. The numbers are the same.
     """
 
     lr: float
@@ -80,6 +82,7 @@ class OptimizerSettings:
     eps: float = 1e-8
     max_grad_norm: float = 10.0
     warmup_iterations: int = 0
+    moments: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -99,6 +102,7 @@ class OptimizerSettings:
             self.warmup_iterations,
             "0 or more",
         )
+        _require_place("optimizer.moments", self.moments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,7 @@ class GeneratorSettings:
         num_steps: Steps it samples in.
         ema_decay: Decay of the averaged weights that are validated and exported; 0 keeps none.
         ema_start: Updates before the averaging begins; until then the average is the weights.
+        ema_device: Where the average is kept and made: on the network's `device`, or on the `cpu`.
         diversity: An extra loss on the first step.
         optimizer: How it is updated; the rate of the released 14B training unless set.
         compute: How it is computed.
@@ -182,6 +187,7 @@ class GeneratorSettings:
     num_steps: int = 4
     ema_decay: float = 0.99
     ema_start: int = 0
+    ema_device: Literal["device", "cpu"] = "device"
     diversity: DiversitySettings = field(default_factory=DiversitySettings)
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=2e-6))
     compute: ComputeSettings = field(default_factory=ComputeSettings)
@@ -191,6 +197,7 @@ class GeneratorSettings:
         _require_steps("generator.num_steps", self.num_steps)
         _require(0 <= self.ema_decay < 1, "generator.ema_decay", self.ema_decay, "in [0, 1)")
         _require(self.ema_start >= 0, "generator.ema_start", self.ema_start, "0 or more")
+        _require_place("generator.ema_device", self.ema_device)
         _require(
             self.num_steps >= 2 or not self.diversity.enabled,
             "generator.num_steps",
@@ -279,6 +286,10 @@ class TeacherSettings:
             self.guidance_scale,
             "at least 1 (1 is no guidance)",
         )
+
+
+def _require_place(name: str, found: str) -> None:
+    _require(found in ("device", "cpu"), name, found, "'device' or 'cpu'")
 
 
 def _require_steps(name: str, found: int) -> None:

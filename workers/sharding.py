@@ -11,7 +11,7 @@ A process that was not placed in a process group has the network to itself, and 
 anything.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -90,14 +90,17 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_to_rank0(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """Copies of whole tensors on the first rank; every rank must ask, the others get nothing.
 
     One tensor at a time and, where something is shared, to main memory: no rank ever holds two
     whole networks on its device.
+
+    Args:
+        tensors: Names and tensors, in the same order on every rank.
     """
     copies: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         value = full_tensor(tensor.detach())
         if is_first_rank():
             copies[name] = value.cpu() if isinstance(tensor, DTensor) else value.clone()
@@ -108,6 +111,38 @@ def gather_to_rank0(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def copy_into(target: Tensor, value: Tensor) -> None:
     """Copies a whole tensor, known to every rank, into one of which each rank keeps a part."""
     target.copy_(local_shard(value, target))
+
+
+def as_shard(part: Tensor, like: Tensor) -> Tensor:
+    """A tensor of which each rank keeps a part in main memory, laid out like another one.
+
+    Args:
+        part: This rank's part, wherever it lies; or a whole tensor, returned as it is.
+        like: Parameter that it belongs to.
+    """
+    if not isinstance(like, DTensor) or isinstance(part, DTensor):
+        return part
+    return DTensor.from_local(
+        part.to(like.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor, as a plain one: a view."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def to_main_memory(tensor: Tensor) -> Tensor:
+    """This rank's part in main memory, pinned where it comes from a GPU; itself if it is there."""
+    part = local_part(tensor)
+    if part.device.type == "cpu":
+        return part
+    return torch.empty_like(part, device="cpu", pin_memory=part.is_cuda).copy_(part)
 
 
 def local_shard(value: Tensor, like: Tensor) -> Tensor:

@@ -114,7 +114,11 @@ def _disk_bytes(config: DistillConfig, model: ModelFolder) -> float:
     """Of the states that are kept, of one that is written before an old one goes, and exports."""
     network = _FLOAT * model.num_denoiser_parameters
     averaged = int(config.generator.ema_decay > 0)
-    state = network * (3 + averaged + 3)
+    # Of both learners weights and moments; a decay of 0 has no first moment.
+    moments = sum(
+        1 + int(role.optimizer.betas[0] > 0) for role in (config.generator, config.fake_score)
+    )
+    state = network * (2 + averaged + moments)
     states = config.checkpoint.keep + config.checkpoint.keep_best + 1
     exports = 1 + int(config.checkpoint.keep_best > 0)
     return states * state + exports * _FLOAT * sum(model.num_parameters.values())

@@ -26,6 +26,8 @@ class Hardware:
         wire_latency_s: Of one hop, whatever its size.
         call_s: Controller's time to make one call.
         answer_s: From the end of a call until the controller knows.
+        host_bandwidth: Bytes a second between a GPU and pinned main memory, one way.
+        host_memory_gb: Main memory of a machine for each of its GPUs.
         reserve_gb: CUDA's and NCCL's own memory on each GPU.
         spare_share: Part of a GPU's memory that is left free: what an allocator cannot use.
     """
@@ -40,6 +42,8 @@ class Hardware:
     wire_latency_s: float = 0.002
     call_s: float = 0.0005
     answer_s: float = 0.002
+    host_bandwidth: float = 25e9
+    host_memory_gb: float = 200.0
     reserve_gb: float = 3.0
     spare_share: float = 0.05
 

@@ -238,7 +238,7 @@ def _costs(
     def seconds(call: Call) -> float:
         ranks = ranks_of(call)
         if call.micro_batch is None:
-            step_s = update_s(work, hardware, ranks)
+            step_s = update_s(work, hardware, call.role, ranks)
             return step_s if call.stage == "step" else step_s / 10
         name = (call.role, call.stage)
         working_s = times.seconds[name] * -(-call.num_samples // ranks)

@@ -1,9 +1,10 @@
 """Bytes that one rank of each role needs.
 
-    state      its share of weights, gradients, Adam's two moments, average       sharded over ranks
+    state      its share of weights, gradients, Adam's moments, average           sharded over ranks
     gathered   two layers' weights and one layer's gradient, whole                if sharded
     graphs     what the passes that wait for a signal keep                        by depth
     working    the widest place of a pass; with checkpointing a layer made again
+    host       its share of what settings keep in main memory                     beside the GPU's
 
 Everything but products of matrices is float32: weights are cast where they are used. The teacher
 keeps weights and nothing else.
@@ -27,10 +28,11 @@ class RankMemory:
     gathered: float
     graphs: float
     working: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it, without what CUDA and NCCL take for themselves."""
+        """All of it on the GPU, without what CUDA and NCCL take for themselves."""
         return self.state + self.gathered + self.graphs + self.working
 
     def fits(self, hardware: Hardware) -> bool:
@@ -41,6 +43,7 @@ class RankMemory:
         """In GB."""
         parts = {"state": self.state, "gathered": self.gathered}
         parts |= {"graphs": self.graphs, "working": self.working, "total": self.total}
+        parts |= {"host": self.host} if self.host else {}
         return {name: round(value / GB, 2) for name, value in parts.items()}
 
 
@@ -76,16 +79,18 @@ def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
 
 
 def _learner_memory(
-    work: Workload, role: str, ranks: int, samples: float, kept: float
+    work: Workload, role: str, ranks: int, samples: float, waiting: float
 ) -> RankMemory:
     shape = work.shape
-    copies = 4 + int(role == GENERATOR and work.averages)
+    share = _FLOAT * shape.num_parameters / ranks
+    kept = work.kept(role)
     passing = shape.transient_bytes(work.latent_shape, bf16=role in work.bf16)
     return RankMemory(
-        state=copies * _FLOAT * shape.num_parameters / ranks,
+        state=(2 + kept.moments + kept.averages - kept.on_host) * share,
         gathered=_FLOAT * _gathered(work, ranks, layers=3),
-        graphs=kept * _graph(work, role),
+        graphs=waiting * _graph(work, role),
         working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
+        host=kept.on_host * share,
     )
 
 

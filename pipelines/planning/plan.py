@@ -78,6 +78,8 @@ class Plan:
                 **asdict(self.work),
                 "bf16": sorted(self.work.bf16),
                 "checkpointing": sorted(self.work.checkpointing),
+                "momentum": sorted(self.work.momentum),
+                "moments_on_cpu": sorted(self.work.moments_on_cpu),
                 "parameters": self.work.shape.num_parameters,
                 "tokens": self.work.shape.num_tokens(self.work.latent_shape),
                 "forward_flops": self.work.forward_flops,
@@ -158,8 +160,10 @@ def _remedies(work: Workload, hardware: Hardware, num_gpus: int) -> Iterator[str
         yield "compute.precision=bf16 of every role"
     if work.guided and not work.in_turn and _fits(replace(work, in_turn=True), hardware, num_gpus):
         yield "teacher.batched_guidance=false"
-    if work.averages and _fits(replace(work, averages=False), hardware, num_gpus):
-        yield "generator.ema_decay=0"
+    if work.averages and _fits(replace(work, average_on_cpu=True), hardware, num_gpus):
+        yield "generator.ema_device=cpu"
+    if _fits(replace(work, moments_on_cpu=learners), hardware, num_gpus):
+        yield "generator.optimizer.moments=cpu fake_score.optimizer.moments=cpu"
     for factor in (2, 4, 8, 16, 32, 64):
         if _fits(replace(work, batch_size=factor * work.batch_size), hardware, num_gpus):
             yield f"batch.size={factor * work.batch_size}, which more ranks can share"

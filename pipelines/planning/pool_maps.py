@@ -96,6 +96,7 @@ def together(parts: Sequence[RankMemory]) -> RankMemory:
         gathered=sum(part.gathered for part in parts),
         graphs=sum(part.graphs for part in parts),
         working=max(part.working for part in parts),
+        host=sum(part.host for part in parts),
     )
 
 

@@ -210,7 +210,7 @@ def _costs(
     work: Workload, times: StageTimes, hardware: Hardware, split: PoolSplit, samples: int
 ) -> Costs:
     teams, weights = split.teams, 4 * work.shape.num_parameters
-    step_s = {role: update_s(work, hardware, teams[role].ranks) for role in ROLES}
+    step_s = {role: update_s(work, hardware, role, teams[role].ranks) for role in ROLES}
     gather_s = {role: hardware.gather_s(weights, teams[role].ranks) for role in ROLES}
     gathers, sent = work.gathers, work.result_bytes
     # A process takes what concerns its own samples: the largest share is what the others wait for.

@@ -33,8 +33,8 @@ _TO_INPUT = "fake_score.signal"
 """Stage with a backward pass to the input, as a benchmark names it."""
 _COUNTED_AS_FORWARD = (2.0, 3.0)
 """Its passes where that pass counts one, without and with activation checkpointing."""
-_BYTES_OF_A_STEP = 40
-"""That an update moves for one parameter: weight, gradient, two moments and average, in and out."""
+_BYTES_OF_AN_UPDATED = 8
+"""That an update moves for an entry of weights, of gradients, of a moment, of the average: in, out."""
 
 _ADDED = {(own.role, own.name): (added.role, added.name) for added, own in COUNTED_WITH.items()}
 """Stages of a diversity loss, by the stage that a workload counts them with."""
@@ -99,9 +99,12 @@ def measured(path: Path, work: Workload) -> StageTimes:
     return StageTimes(seconds, where + (", scaled by operations" if scaled else ""))
 
 
-def update_s(work: Workload, hardware: Hardware, ranks: int) -> float:
-    """Seconds of an update: bound by memory, and shared by the ranks."""
-    return _BYTES_OF_A_STEP * work.shape.num_parameters / ranks / hardware.memory_bandwidth
+def update_s(work: Workload, hardware: Hardware, role: str, ranks: int) -> float:
+    """Seconds of an update: bound by memory, or by the way to main memory, shared by the ranks."""
+    entries = _BYTES_OF_AN_UPDATED * work.shape.num_parameters / ranks
+    kept = work.kept(role)
+    on_device = (2 + kept.moments + kept.averages) * entries / hardware.memory_bandwidth
+    return on_device + kept.on_host * entries / hardware.host_bandwidth
 
 
 def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, float], str]:

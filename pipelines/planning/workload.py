@@ -51,6 +51,21 @@ StageName = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class KeptCopies:
+    """Copies of a learner's parameters beside weights and gradients.
+
+    Attributes:
+        moments: Of the optimizer.
+        averages: 1 where averaged weights are kept.
+        on_host: Of both, those in main memory.
+    """
+
+    moments: int
+    averages: int
+    on_host: int
+
+
+@dataclass(frozen=True, slots=True)
 class Workload:
     """One iteration of a run, as far as it decides times and memory.
 
@@ -66,6 +81,9 @@ class Workload:
         diversity: The extra loss on the generator's first step.
         mixes_weights: Whether the fake score takes the generator's weights in, each iteration.
         averages: Whether the generator keeps averaged weights.
+        average_on_cpu: Whether it keeps them in main memory.
+        momentum: Roles whose optimizer keeps a first moment.
+        moments_on_cpu: Roles whose optimizer keeps its moments in main memory.
         in_turn: Whether the teacher makes its two predictions in turn, not as one batch.
         bf16: Roles whose matrix products are in bfloat16; weights are in float32.
         checkpointing: Roles whose activations are made again in the backward pass.
@@ -82,6 +100,9 @@ class Workload:
     diversity: DiversitySettings = field(default_factory=DiversitySettings)
     mixes_weights: bool = False
     averages: bool = True
+    average_on_cpu: bool = False
+    momentum: frozenset[str] = frozenset()
+    moments_on_cpu: frozenset[str] = frozenset()
     in_turn: bool = False
     bf16: frozenset[str] = frozenset(ROLES)
     checkpointing: frozenset[str] = frozenset(ROLES)
@@ -99,6 +120,10 @@ class Workload:
             ModelFolderError: The folder holds another kind of model.
         """
         shape = _released(model) if model else _read(config.model_folder)
+        updated = {
+            GENERATOR: config.generator.optimizer,
+            FAKE_SCORE: config.fake_score.optimizer,
+        }
         computes = {
             GENERATOR: config.generator.compute,
             TEACHER: config.teacher.compute,
@@ -116,10 +141,20 @@ class Workload:
             diversity=config.generator.diversity,
             mixes_weights=config.fake_score.ida_decay < 1,
             averages=config.generator.ema_decay > 0,
+            average_on_cpu=config.generator.ema_device == "cpu",
+            momentum=frozenset(role for role, own in updated.items() if own.betas[0] > 0),
+            moments_on_cpu=frozenset(role for role, own in updated.items() if own.moments == "cpu"),
             in_turn=not config.teacher.batched_guidance,
             bf16=frozenset(role for role, own in computes.items() if own.precision == "bf16"),
             checkpointing=frozenset(role for role, own in computes.items() if own.checkpointing),
         )
+
+    def kept(self, role: str) -> KeptCopies:
+        """Copies that a learner keeps of its parameters."""
+        moments = 1 + int(role in self.momentum)
+        averages = int(role == GENERATOR and self.averages)
+        on_host = moments * (role in self.moments_on_cpu) + averages * self.average_on_cpu
+        return KeptCopies(moments, averages, on_host)
 
     @property
     def through_teacher(self) -> bool:

@@ -112,13 +112,13 @@ def test_the_number_of_micro_batches_in_flight_changes_no_bit(make_recipe: MakeR
 
 
 def moments(config: DistillConfig, iteration: int) -> dict[str, Tensor]:
-    """The clipped gradients of the last update by role: first moments, whose decay is 0."""
+    """Root mean squares of the clipped gradients of all updates by role, up to a factor."""
     folder = RunFolder(config.run_folder).checkpoints / f"step-{iteration:06d}"
     return {
-        f"{role}/{name}": value
+        f"{role}/{name}": value.sqrt()
         for role in ("generator", "fake_score")
         for name, value in load_file(folder / role / "optimizer.safetensors").items()
-        if "exp_avg" in name and "sq" not in name
+        if name.startswith("exp_avg_sq/")
     }
 
 

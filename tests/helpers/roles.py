@@ -53,6 +53,8 @@ def tiny_roles(
     diversity: DiversitySettings | None = None,
     ida_decay: float = 1.0,
     compute: ComputeSettings | None = None,
+    betas: tuple[float, float] = (0.0, 0.999),
+    offloaded: bool = False,
 ) -> Roles:
     """Three different tiny Wans, so that no term of the objective vanishes.
 
@@ -67,14 +69,17 @@ def tiny_roles(
         prepare_network(network, compute or ComputeSettings())
     for role in ("generator", "fake_score"):
         shard(networks[role], networks[role].blocks)
-    optimizer = OptimizerSettings(lr=lr, max_grad_norm=1.0)
+    place = "cpu" if offloaded else "device"
+    optimizer = OptimizerSettings(lr=lr, max_grad_norm=1.0, betas=betas, moments=place)
     objective = objective or SgmdObjective(form=form)
     diversity = diversity or DiversitySettings()
     return Roles(
         generator=GeneratorLearner(
             networks["generator"],
             FlowMatchSchedule(),
-            GeneratorSettings(ema_decay=ema_decay, diversity=diversity, optimizer=optimizer),
+            GeneratorSettings(
+                ema_decay=ema_decay, ema_device=place, diversity=diversity, optimizer=optimizer
+            ),
             LATENT_SHAPE,
             SEED,
         ),

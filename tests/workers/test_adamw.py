@@ -1,6 +1,7 @@
 """AdamW as one kernel: where it runs, and how states of either kernel go on in the other."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils import _foreach_utils
 
+from sgmd_core.errors import CheckpointError
 from tests.helpers.moves import assert_moves, relative_error
+from tests.helpers.roles import same_bits
 from workers.adamw import FUSED_DEVICES, make_adamw, restore_moments
 from workers.ema import AveragedWeights
 from workers.optimizer import RoleOptimizer
@@ -136,6 +139,87 @@ def test_saved_groups_do_not_decide_which_kernel_runs(kept):
         optimizer.step()
     assert_moves(weights_of(saver), weights_of(Layers()), TOLERANCE)
     assert relative_error(weights_of(loader), weights_of(saver)) < TOLERANCE
+
+
+def by_torch(network: Layers, betas: tuple[float, float], updates: range) -> torch.optim.AdamW:
+    """Updates a network with torch's AdamW, which always keeps both moments."""
+    optimizer = torch.optim.AdamW(network.parameters(), **OPTIONS | {"betas": betas}, fused=True)
+    for update in updates:
+        network.learn(update)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("moments", ["device", "cpu"])
+def test_what_is_kept_of_the_moments_and_where_changes_no_bit_and_resumes(moments, beta1):
+    betas = (beta1, 0.999)
+    settings = replace(SETTINGS, betas=betas, moments=moments)
+    network, plain, resumed = Layers(), Layers(), Layers()
+    optimizer = RoleOptimizer("generator", network, settings)
+    steps(network, optimizer, range(NUM_UPDATES))
+    state = optimizer.state()
+    steps(network, optimizer, range(NUM_UPDATES, 2 * NUM_UPDATES))
+    other = RoleOptimizer("generator", resumed, settings)
+    other.load_state(state)
+    steps(resumed, other, range(NUM_UPDATES, 2 * NUM_UPDATES))
+    by_torch(plain, betas, range(2 * NUM_UPDATES))
+    without = Layers()
+    by_torch(without, (0.5, 0.999), range(2 * NUM_UPDATES))
+    assert_moves(weights_of(plain), weights_of(without))
+    assert same_bits(weights_of(network), weights_of(plain))
+    assert same_bits(weights_of(resumed), weights_of(plain))
+    kinds = {"exp_avg_sq", "step"} | ({"exp_avg"} if beta1 else set())
+    assert {name.split("/")[0] for name in state.moments} == kinds
+
+
+def test_without_momentum_the_optimizer_holds_one_number_a_parameter():
+    network = Layers()
+    optimizer = RoleOptimizer("generator", network, replace(SETTINGS, betas=(0.0, 0.999)))
+    steps(network, optimizer, range(1))
+    held = sum(
+        value.numel() for state in optimizer._adamw.state.values() for value in state.values()
+    )
+    num_parameters = sum(value.numel() for value in network.parameters())
+    assert held == num_parameters + len(list(network.parameters()))
+
+
+def test_a_checkpoint_with_needless_first_moments_goes_on_bitwise():
+    old, resumed = Layers(), Layers()
+    betas = (0.0, 0.999)
+    state = saved_by(old, by_torch(old, betas, range(NUM_UPDATES)))
+    assert any(name.startswith("exp_avg/") for name in state.moments)
+    optimizer = RoleOptimizer("generator", resumed, replace(SETTINGS, betas=betas))
+    optimizer.load_state(state)
+    steps(resumed, optimizer, range(NUM_UPDATES, 2 * NUM_UPDATES))
+    expected = Layers()
+    by_torch(expected, betas, range(2 * NUM_UPDATES))
+    assert_moves(weights_of(expected), weights_of(old))
+    assert same_bits(weights_of(resumed), weights_of(expected))
+    assert not any(name.startswith("exp_avg/") for name in optimizer.state().moments)
+
+
+def test_a_checkpoint_without_the_first_moments_that_betas_need_is_refused_by_name():
+    network = Layers()
+    saver = RoleOptimizer("generator", network, replace(SETTINGS, betas=(0.0, 0.999)))
+    steps(network, saver, range(1))
+    loader = RoleOptimizer("generator", Layers(), SETTINGS)
+    with pytest.raises(CheckpointError, match="no exp_avg in it") as refused:
+        loader.load_state(saver.state())
+    assert "betas" in str(refused.value)
+
+
+def test_an_average_in_main_memory_has_the_bits_of_one_on_the_device():
+    network = Layers()
+    kept, offloaded = AveragedWeights(network, 0.9), AveragedWeights(network, 0.9, offload=True)
+    for update in range(NUM_UPDATES):
+        with torch.no_grad():
+            for value in network.parameters():
+                value.add_(update + 0.3)
+        kept.update(update)
+        offloaded.update(update)
+    assert_moves(dict(kept.average), weights_of(network))
+    assert same_bits(dict(offloaded.shards()), dict(kept.average))
 
 
 def test_the_average_of_all_tensors_at_once_has_the_bits_of_one_after_another():

@@ -31,6 +31,8 @@ from workers.settings import (
         (lambda: OptimizerSettings(lr=1e-4, eps=0.0), "optimizer.eps"),
         (lambda: OptimizerSettings(lr=1e-4, max_grad_norm=0.0), "optimizer.max_grad_norm"),
         (lambda: OptimizerSettings(lr=1e-4, warmup_iterations=-1), "optimizer.warmup_iterations"),
+        (lambda: OptimizerSettings(lr=1e-4, moments="disk"), "optimizer.moments"),
+        (lambda: GeneratorSettings(ema_device="disk"), "generator.ema_device"),
         (lambda: GeneratorSettings(num_steps=0), "generator.num_steps"),
         (lambda: GeneratorSettings(ema_decay=1.0), "generator.ema_decay"),
         (lambda: GeneratorSettings(ema_start=-1), "generator.ema_start"),

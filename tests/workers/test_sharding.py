@@ -51,8 +51,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "objective": SidObjective(fake_updates=1),
         "diversity": DiversitySettings(weight=1.0, teacher_steps=4, anchor_step=2),
     },
+    "offloaded, momentum": {"betas": (0.5, 0.999), "offloaded": True},
 }
-EXTRAS = {"ida_decay": 1.0, "diversity": DiversitySettings()}
+EXTRAS = {"ida_decay": 1.0, "diversity": DiversitySettings(), "betas": (0.0, 0.999)}
 """What some of these runs have more than others, left out."""
 FIRST_UPDATE_TOLERANCE = 5e-5
 """Adam's first update moves an entry by its rate, be its gradient nothing but rounding."""

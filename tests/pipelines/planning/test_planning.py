@@ -20,7 +20,7 @@ from pipelines.planning.memory import fake_score_memory, generator_memory, teach
 from pipelines.planning.plan import make_plan
 from pipelines.planning.pool_maps import PoolMap, map_memory
 from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
-from pipelines.planning.stage_times import StageTimes, measured, modelled
+from pipelines.planning.stage_times import StageTimes, measured, modelled, update_s
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
@@ -89,13 +89,29 @@ class TestWork:
 
 
 class TestMemory:
-    def test_state_is_sixteen_bytes_a_parameter_and_four_for_an_average(self):
+    def test_state_is_twelve_bytes_a_parameter_and_four_for_a_momentum_and_an_average(self):
         parameters = LARGE.shape.num_parameters
-        assert fake_score_memory(LARGE, 1, 1, 1).state == 16 * parameters
-        assert generator_memory(LARGE, 8, 1, 1).state == 20 * parameters / 8
+        assert fake_score_memory(LARGE, 1, 1, 1).state == 12 * parameters
+        assert generator_memory(LARGE, 8, 1, 1).state == 16 * parameters / 8
         without = replace(LARGE, averages=False)
-        assert generator_memory(without, 1, 1, 1).state == 16 * parameters
+        assert generator_memory(without, 1, 1, 1).state == 12 * parameters
+        with_momentum = replace(LARGE, momentum=frozenset({FAKE_SCORE}))
+        assert fake_score_memory(with_momentum, 1, 1, 1).state == 16 * parameters
         assert teacher_memory(LARGE, 1, 1).state == 4 * parameters
+
+    def test_what_lies_in_main_memory_leaves_the_gpu_and_takes_time_of_the_update(self):
+        config = load_recipe(
+            "wan-1.3b", ["generator.optimizer.moments=cpu", "generator.ema_device=cpu"]
+        )
+        offloaded, plain = Workload.of(config, "14b"), Workload.of(load_recipe("wan-1.3b"), "14b")
+        parameters = plain.shape.num_parameters
+        memory = generator_memory(offloaded, 4, 1, 1)
+        assert memory.state == 8 * parameters / 4
+        assert memory.host == 8 * parameters / 4
+        assert memory.total == generator_memory(plain, 4, 1, 1).total - memory.host
+        assert fake_score_memory(offloaded, 4, 1, 1) == fake_score_memory(plain, 4, 1, 1)
+        slower, faster = (update_s(one, Hardware(), GENERATOR, 4) for one in (offloaded, plain))
+        assert slower > faster
 
     def test_with_checkpointing_a_graph_is_the_input_of_every_layer(self):
         graph = generator_memory(SMALL, 1, 1, 1).graphs
@@ -263,19 +279,20 @@ class TestSearch:
 
 class TestRefusals:
     def test_what_cannot_fit_is_refused_with_changes_that_would_do(self):
+        small = Hardware(memory_gb=80)
         large = replace(LARGE, batch_size=16)
-        times = modelled(large, Hardware())
+        times = modelled(large, small)
         with pytest.raises(ConfigError) as refused:
-            make_plan(large, times, Hardware(), 16)
+            make_plan(large, times, small, 8)
         words = str(refused.value)
         assert "in no layout does every role fit. At its least, a rank of" in words
         # What it says is so.
         (number,) = map(int, re.findall(r"with (\d+) GPUs;", words))
-        assert make_plan(large, times, Hardware(), number).best.fits
+        assert make_plan(large, times, small, number).best.fits
         with pytest.raises(ConfigError):
-            make_plan(large, times, Hardware(), number - 1)
+            make_plan(large, times, small, number - 1)
         gigabytes = float(words.rpartition("GPUs of ")[2].partition(" GB")[0])
-        assert make_plan(large, times, Hardware(memory_gb=gigabytes), 16).best.fits
+        assert make_plan(large, times, Hardware(memory_gb=gigabytes), 8).best.fits
 
     def test_one_gpu_holds_all_roles_together_and_two_may_be_two_pools(self):
         times = modelled(SMALL, Hardware())
