@@ -34,7 +34,7 @@ _TO_INPUT = "fake_score.signal"
 _COUNTED_AS_FORWARD = (2.0, 3.0)
 """Its passes where that pass counts one, without and with activation checkpointing."""
 _BYTES_OF_AN_UPDATED = 8
-"""That an update moves for an entry of weights, of gradients, of a moment, of the average: in, out."""
+"""That an update moves for an entry of weights, gradients, moments, average: in and out."""
 
 _ADDED = {(own.role, own.name): (added.role, added.name) for added, own in COUNTED_WITH.items()}
 """Stages of a diversity loss, by the stage that a workload counts them with."""
