@@ -4,7 +4,7 @@
     python benchmarks/gpu_check.py --missing          what it lacks, and how to fetch that elsewhere
     python benchmarks/gpu_check.py --cpu --folder F   the same steps, small, on a CPU
     python benchmarks/gpu_check.py --write-docs F     fills docs/benchmarks.md from a folder's JSON
-    sgmd plan wan-1.3b --model 1.3b --measured F/gpu.json
+    sgmd plan wan21-1.3b --model 1.3b --measured F/gpu.json
 
 It runs from the source tree on any Python that has torch; nothing is installed there but what lies
 in a folder of wheels, and that into a folder of its own. Each step is a process with a budget of

@@ -97,7 +97,7 @@ class Case:
         return prepare_network(WanVelocity(transformer), compute or self.compute)
 
     def generator(self) -> GeneratorLearner:
-        """The generator with averaged weights, as the recipe `wan-1.3b` has it."""
+        """The generator with averaged weights, as the recipe `wan21-1.3b` has it."""
         settings = GeneratorSettings(num_steps=NUM_STEPS, compute=self.compute)
         schedule = FlowMatchSchedule()
         return GeneratorLearner(self.network(), schedule, settings, self.latent_shape, SEED)

@@ -44,7 +44,7 @@ def measure(context: Context, case: Case) -> dict[str, Any]:
     """Seconds and peak memory of two iterations, the first of which warms up."""
     settings = ["batch.size=2", "batch.micro_batches=2"]
     settings += ["topology.mode=local", "topology.address=null"]
-    config = load_recipe("wan-1.3b", settings)
+    config = load_recipe("wan21-1.3b", settings)
     text = TextEncoder(MadeUpCaptions(case), case.text_length)
     roles = Roles(
         generator=LocalWorkerGroup("generator", [case.generator()]),

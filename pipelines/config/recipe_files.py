@@ -8,6 +8,7 @@ nearest one that does.
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ from sgmd_core.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
 """The recipes that ship."""
+RENAMED_RECIPES = {"wan-1.3b": "wan21-1.3b"}
+"""New names of shipped recipes by their old ones."""
+
+_log = logging.getLogger(__name__)
 
 SECTIONS_OF = {
     "pretrain": ("world", "vae", "text", "denoiser"),
@@ -108,6 +113,10 @@ def find_recipe(name_or_path: str) -> Path:
             "`sgmd recipes copy NAME` makes one to start from",
         )
     names = {recipe.name: recipe.path for recipe in shipped_recipes()}
+    renamed = RENAMED_RECIPES.get(name_or_path)
+    if renamed is not None:
+        _log.warning("the recipe %s is now called %s: write that", name_or_path, renamed)
+        return names[renamed]
     if name_or_path not in names:
         raise ConfigError(
             "looking for a recipe that ships",

@@ -183,9 +183,10 @@ class WanShape:
 
 RELEASED_SHAPES = {
     "1.3b": WanShape(num_layers=30, width=1536, ffn_width=8960),
+    "5b": WanShape(num_layers=30, width=3072, ffn_width=14336, in_channels=48, out_channels=48),
     "14b": WanShape(num_layers=40, width=5120, ffn_width=13824),
 }
-"""Wan 2.1 text-to-video, as released."""
+"""Text-to-video models as released: Wan 2.1, and the 5B of Wan 2.2."""
 
 
 def _linear(inputs: int, outputs: int) -> int:

@@ -12,7 +12,7 @@ downloaded.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +72,8 @@ LAYOUT = FolderLayout(
     files=(TOKENIZER, "scheduler"),
 )
 _RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
+# The autoencoder of Wan 2.2's 5B packs 2 x 2 pixels into channels before it halves three times.
+_WIDE_STRIDE_GEOMETRY = replace(_RELEASED_GEOMETRY, latent_channels=48, spatial_factor=16)
 _TRAITS = FamilyTraits(
     about="text to video with one denoiser",
     layout=LAYOUT,
@@ -90,7 +92,10 @@ _TRAITS = FamilyTraits(
     ),
     relatives=_OTHER_PIPELINES,
     released={
-        name: ModelShape(shape, _RELEASED_GEOMETRY) for name, shape in RELEASED_SHAPES.items()
+        name: ModelShape(shape, geometry)
+        for name, shape in RELEASED_SHAPES.items()
+        for geometry in (_RELEASED_GEOMETRY, _WIDE_STRIDE_GEOMETRY)
+        if geometry.latent_channels == shape.in_channels
     },
     # WanTransformer3DModel's own choice.
     keep_fp32=frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),

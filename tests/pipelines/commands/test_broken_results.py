@@ -86,7 +86,7 @@ def test_times_that_are_no_benchmarks_are_refused_in_one_sentence(
     path = tmp_path / "gpu.json"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    done = sgmd("plan", "wan-1.3b", "--model", "1.3b", "--measured", path)
+    done = sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--measured", path)
     assert done.exit_code == 2
     assert done.stdout == ""
     said = " ".join(done.stderr.split())
@@ -97,6 +97,6 @@ def test_times_that_are_no_benchmarks_are_refused_in_one_sentence(
 def test_a_run_without_a_whole_line_gives_no_times(tmp_path: Path) -> None:
     run = start_run(tmp_path / "run", 0)
     (run / "metrics.jsonl").write_bytes(b"\xff" * 100)
-    done = sgmd("plan", "wan-1.3b", "--model", "1.3b", "--measured", run)
+    done = sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--measured", run)
     assert done.exit_code == 2
     assert "no whole line in metrics.jsonl" in " ".join(done.stderr.split())

@@ -18,7 +18,7 @@ from pipelines.config.yaml_text import read_yaml
 from sgmd_core.errors import ConfigError
 
 NAMES = [recipe.name for recipe in shipped_recipes()]
-DISTILL_NAMES = ["tiny", "wan-1.3b", "wan21-1.3b-released"]
+DISTILL_NAMES = [name for name in NAMES if "pretrain" not in name]
 
 
 def refusal(*overrides: str, recipe: str = "tiny") -> str:
@@ -162,7 +162,7 @@ class TestRecipes:
         assert load_recipe("tiny", ["schedule.shift=3"]).schedule.shift == 3.0
 
     def test_wan_takes_the_released_trainers_figures(self):
-        config = load_recipe("wan-1.3b")
+        config = load_recipe("wan21-1.3b")
         assert config.generator.optimizer.lr == 2e-6
         assert config.fake_score.optimizer.lr == 4e-7
         assert config.generator.optimizer.betas == (0.0, 0.999)
@@ -180,10 +180,14 @@ class TestRecipes:
         (tmp_path / "assets" / "tiny-wan").mkdir(parents=True)
         assert config.model_folder == Path("assets/tiny-wan")
 
+    def test_a_recipe_is_found_by_its_old_name_with_a_warning(self, caplog):
+        assert load_recipe("wan-1.3b") == load_recipe("wan21-1.3b")
+        assert "wan-1.3b is now called wan21-1.3b: write that" in caplog.text
+
     def test_an_unknown_recipe_names_those_that_ship(self):
         text = refusal(recipe="tinny")
         assert "tiny" in text
-        assert "wan-1.3b" in text
+        assert "wan21-1.3b" in text
 
     def test_a_missing_file_says_how_to_get_one(self):
         assert "sgmd recipes copy" in refusal(recipe="no/such.yaml")
@@ -507,7 +511,7 @@ def test_nixl_is_refused_where_it_cannot_work(settings, words):
 
 def test_nixl_may_be_asked_for_where_every_role_has_a_gpu():
     settings = ["topology.transport=nixl", "topology.mode=pools"]
-    assert load_recipe("wan-1.3b", settings).topology.transport == "nixl"
+    assert load_recipe("wan21-1.3b", settings).topology.transport == "nixl"
 
 
 def test_a_recipe_without_a_mode_that_sizes_the_roles_own_pools_means_these(recipe_file: Path):
@@ -589,9 +593,43 @@ def test_the_released_recipe_has_every_value_of_the_released_training():
     assert {key: value_of(settings, key) for key in RELEASED} == RELEASED
 
 
+# What each size has of its own, beside the names and the sizes of pools.
+OWN = {
+    "wan21-14b": {"iterations": 5000, "batch.size": 64, "batch.micro_batches": 4},
+    "wan22-5b": {
+        "iterations": 5000,
+        "video.num_frames": 121,
+        "video.height": 704,
+        "video.width": 1280,
+        "video.fps": 24,
+        "batch.size": 32,
+        "batch.micro_batches": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_recipe_of_another_size_differs_where_the_size_asks_for_it(name):
+    found, base = (flat(load_recipe(each).model_dump(mode="json")) for each in (name, "wan21-1.3b"))
+    differing = {key: found[key] for key in found if found[key] != base.get(key)}
+    pools = {key for key in differing if key.endswith(".ranks")}
+    assert pools == {"topology.pools.learn.ranks", "topology.pools.score.ranks"}
+    named = {"name", "model.folder", *pools}
+    assert {key: differing[key] for key in differing if key not in named} == OWN[name]
+
+
+def flat(settings: dict, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in settings.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
 def test_our_recipe_differs_from_the_released_one_where_it_says_so():
     ours, released = (
-        load_recipe(name).model_dump(mode="json") for name in ("wan-1.3b", "wan21-1.3b-released")
+        load_recipe(name).model_dump(mode="json") for name in ("wan21-1.3b", "wan21-1.3b-released")
     )
     differing = {key for key in RELEASED if value_of(ours, key) != value_of(released, key)}
     assert differing == {

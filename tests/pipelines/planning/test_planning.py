@@ -67,12 +67,12 @@ class TestWork:
         assert max(SMALL.result_bytes.values()) < 30e6
 
     def test_a_recipe_says_what_there_is_to_do(self):
-        config = load_recipe("wan-1.3b", ["fake_score.tracking=fresh"])
+        config = load_recipe("wan21-1.3b", ["fake_score.tracking=fresh"])
         work = Workload.of(config, "1.3b")
         learners = frozenset({GENERATOR, FAKE_SCORE})
         assert work == replace(SMALL, batch_size=16, fresh_updates=1, checkpointing=learners)
         settings = ["teacher.batched_guidance=false", "generator.compute.precision=fp32"]
-        other = Workload.of(load_recipe("wan-1.3b", settings), "1.3b")
+        other = Workload.of(load_recipe("wan21-1.3b", settings), "1.3b")
         assert other.in_turn
         assert other.bf16 == {TEACHER, FAKE_SCORE}
 
@@ -81,8 +81,31 @@ class TestWork:
         assert work.shape.num_layers < 10
         assert work.shape.num_tokens(work.latent_shape) == 64
 
+    @pytest.mark.parametrize(
+        ("recipe", "model", "billions", "latents", "tokens"),
+        [
+            ("wan21-1.3b", "1.3b", 1.42, (16, 21, 60, 104), 32760),
+            ("wan21-14b", "14b", 14.29, (16, 21, 60, 104), 32760),
+            ("wan22-5b", "5b", 5.0, (48, 31, 44, 80), 27280),
+        ],
+    )
+    def test_a_shipped_recipe_is_planned_at_the_released_size_and_its_own_pools_fit(
+        self, recipe, model, billions, latents, tokens
+    ):
+        config = load_recipe(recipe)
+        work = Workload.of(config, model)
+        assert work.shape.num_parameters / 1e9 == pytest.approx(billions, rel=0.01)
+        assert work.latent_shape == latents
+        assert work.shape.num_tokens(latents) == tokens
+        pools = config.topology.pools
+        gpus = sum(pool.ranks for pool in pools.values())
+        plan = make_plan(work, modelled(work, Hardware()), Hardware(), gpus)
+        (layout,) = (each for each in plan.layouts if each.name == "map")
+        assert layout.fits
+        assert layout.num_gpus == gpus
+
     def test_a_clip_that_does_not_fit_and_an_unknown_model_are_refused(self):
-        config = load_recipe("wan-1.3b", ["video.height=484"])
+        config = load_recipe("wan21-1.3b", ["video.height=484"])
         for model, words in (("1.3b", "484x832"), ("7b", "a model called 7b")):
             with pytest.raises(ConfigError, match=words):
                 Workload.of(config, model)
@@ -422,7 +445,7 @@ class TestMeasured:
 
 class TestCommand:
     def test_json_holds_settings_times_and_memory(self):
-        result = sgmd("plan", "wan-1.3b", "--model", "1.3b", "--gpus", 8, "--json")
+        result = sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 8, "--json")
         told = json.loads(result.stdout)
         assert told["gpus_beside"] == {"validator": 1}
         best = told["layouts"][told["layout"]]
@@ -433,20 +456,22 @@ class TestCommand:
         assert set(memory) >= {"state", "graphs", "total"}
 
     def test_every_layout_has_settings_that_the_recipe_takes(self):
-        told = json.loads(sgmd("plan", "wan-1.3b", "--model", "1.3b", "--gpus", 9, "--json").stdout)
+        told = json.loads(
+            sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 9, "--json").stdout
+        )
         assert set(told["layouts"]) == {"map", "pools", "fused"}
         for name, layout in told["layouts"].items():
-            config = load_recipe("wan-1.3b").with_settings(layout["settings"])
+            config = load_recipe("wan21-1.3b").with_settings(layout["settings"])
             assert config.topology.mode == name
             of_roles = sum(pool.num_ranks for pool in pools_of(config)[:-3])
             assert of_roles == layout["gpus"] <= 8
-        words = sgmd("plan", "wan-1.3b", "--model", "1.3b", "--gpus", 9).output
+        words = sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 9).output
         assert "settings: topology.mode=" in words
 
     def test_the_best_layout_can_be_written_as_a_recipe_that_says_the_same(self, tmp_path):
         mine = tmp_path / "plans" / "mine.yaml"
         options = ("--model", "1.3b", "--gpus", 8, "--write", mine, "--json")
-        told = json.loads(sgmd("plan", "wan-1.3b", *options).stdout)
+        told = json.loads(sgmd("plan", "wan21-1.3b", *options).stdout)
         config = load_recipe(str(mine))
         assert config.topology.mode == told["layout"] == "map"
         pools = told["layouts"]["map"]["pools"]
@@ -456,7 +481,7 @@ class TestCommand:
         assert config.batch.micro_batches == told["settings"]["batch.micro_batches"]
         # What the recipe says of its pools besides stays.
         assert config.topology.pools["learn"].cpus == 4
-        again = sgmd("plan", "wan-1.3b", *options)
+        again = sgmd("plan", "wan21-1.3b", *options)
         assert again.exit_code == 2
         assert "is there already" in again.stderr
 
@@ -482,7 +507,7 @@ class TestCommand:
     def test_recipes_of_every_layout_can_be_written_anew(self, tmp_path, overrides, gpus):
         mine = tmp_path / "mine.yaml"
         options = ("--model", "1.3b", "--gpus", gpus, "validation.every=0", "--write", mine)
-        result = sgmd("plan", "wan-1.3b", *options, "--json", *overrides)
+        result = sgmd("plan", "wan21-1.3b", *options, "--json", *overrides)
         assert result.exit_code == 0, result.stderr
         config = load_recipe(str(mine))
         assert config.topology.mode == json.loads(result.stdout)["layout"]
@@ -492,7 +517,7 @@ class TestCommand:
     def test_another_batch_size_is_taken_only_where_it_makes_more_samples(self):
         options = ("--model", "1.3b", "--gpus", 8, "validation.every=0", "--json")
         own, any_size = (
-            json.loads(sgmd("plan", "wan-1.3b", *options, *extra).stdout)
+            json.loads(sgmd("plan", "wan21-1.3b", *options, *extra).stdout)
             for extra in ((), ("--any-batch",))
         )
         assert any_size["samples_per_s"] >= own["samples_per_s"]
@@ -500,35 +525,35 @@ class TestCommand:
     @pytest.mark.parametrize("gpus", [1, 2])
     def test_few_gpus_are_planned_whatever_the_recipe_sets(self, gpus):
         options = ("--model", "1.3b", "validation.every=0", "--json")
-        told = json.loads(sgmd("plan", "wan-1.3b", "--gpus", gpus, *options).stdout)
+        told = json.loads(sgmd("plan", "wan21-1.3b", "--gpus", gpus, *options).stdout)
         assert told["gpus_used"] == gpus
-        config = load_recipe("wan-1.3b").with_settings(told["settings"])
+        config = load_recipe("wan21-1.3b").with_settings(told["settings"])
         assert sum(pool.ranks for pool in config.topology.role_pools.values()) == gpus
 
     def test_a_validator_that_takes_the_only_gpu_is_named(self):
-        result = sgmd("plan", "wan-1.3b", "--model", "1.3b", "--gpus", 1)
+        result = sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 1)
         assert result.exit_code == 2
         assert "no GPU left for the roles beside validator 1" in result.stderr
         assert "topology.validator.gpus=0" in result.stderr
 
     def test_one_gpu_that_does_not_hold_all_roles_is_refused_with_its_bytes(self):
         options = ("--model", "14b", "validation.every=0")
-        result = sgmd("plan", "wan-1.3b", "--gpus", 1, *options)
+        result = sgmd("plan", "wan21-1.3b", "--gpus", 1, *options)
         assert result.exit_code == 2
         assert "a rank of all roles needs" in result.stderr
 
     def test_a_reader_gets_a_table_and_the_settings(self):
-        result = sgmd("plan", "wan-1.3b", "--model", "14b", "--gpus", 64)
+        result = sgmd("plan", "wan21-1.3b", "--model", "14b", "--gpus", 64)
         assert result.exit_code == 0
         for words in ("fake score", "GB a GPU", "batch.micro_batches=", "gathered"):
             assert words in result.output
 
     def test_a_plan_that_cannot_be_is_a_wrong_request(self):
-        result = sgmd("plan", "wan-1.3b", "--model", "14b", "--gpus", 8)
+        result = sgmd("plan", "wan21-1.3b", "--model", "14b", "--gpus", 8)
         assert result.exit_code == 2
         assert "It would fit with" in result.stderr
 
     def test_a_missing_folder_names_the_option_that_does_without(self):
-        result = sgmd("plan", "wan-1.3b")
+        result = sgmd("plan", "wan21-1.3b")
         assert result.exit_code == 2
-        assert "--model 1.3b or 14b" in result.stderr
+        assert "--model 1.3b or 5b or 14b" in result.stderr

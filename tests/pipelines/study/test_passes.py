@@ -63,7 +63,7 @@ def test_the_cost_of_an_iteration_is_that_of_the_method_cards(method, units):
 
 def test_attention_makes_the_signal_dearer_than_a_forward_pass():
     """480x832, 81 frames: attention is 0.70 of a forward pass, and the weights see none of it."""
-    work = Workload.of(load_recipe("wan-1.3b"), "1.3b")
+    work = Workload.of(load_recipe("wan21-1.3b"), "1.3b")
     assert work.costs.to_input == pytest.approx(1.70, abs=0.005)
     assert work.costs.to_weights == pytest.approx(2.0, abs=1e-3)
     shared, dmd2 = (expected_passes(config_of(*METHODS[name])) for name in ("sgmd shared", "dmd2"))
