@@ -14,6 +14,7 @@ from pipelines.commands import (
     bench,
     comparing,
     data,
+    exporting,
     machine,
     planning,
     recipes,
@@ -71,6 +72,7 @@ for command in (
     bench.bench,
     results.evaluate,
     results.generate,
+    exporting.export,
     results.report,
     results.ledger,
 ):

@@ -21,6 +21,7 @@ COMMANDS = (
     "sweep",
     "study",
     "evaluate",
+    "export",
     "generate",
     "report",
     "ledger",

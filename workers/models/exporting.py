@@ -17,7 +17,7 @@ from torch import Tensor
 from workers.models.folder import FolderLayout
 from workers.models.weights import find_weights
 
-Components = Literal["link", "copy"]
+Components = Literal["link", "copy", "none"]
 DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
@@ -44,13 +44,16 @@ def copy_components(
         layout: Components of both.
         names: Components to copy.
         components: `link` makes hard links of the weight files, or symbolic links where the base
-            lies on another disk; the small files are always copied.
+            lies on another disk, and copies the small files; `none` leaves components with weights
+            out.
 
     Raises:
         ModelFolderError: A component has no weight files.
     """
     for name in names:
         stem = layout.weights.get(name)
+        if stem is not None and components == "none":
+            continue
         # Pickles among them have no place in an export.
         unused = find_weights(base / name, stem).unused if stem is not None else ()
         left_out = [path.name for path in unused]

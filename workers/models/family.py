@@ -9,7 +9,7 @@ configurations only.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sgmd_core.errors import ModelFolderError
 from sgmd_core.types import Text
+from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.folder import ClipGeometry, FolderLayout, LatentShape, ModelFolder
 from workers.models.sampling import ClipSampler, SamplingRules
@@ -191,6 +192,7 @@ class FamilyTraits:
         relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
         released: Shapes of released models by name, to plan for before a folder is there.
         keep_fp32: Parts of names, between dots, of weights that exports keep in float32.
+        exchange: Makes what writes the denoiser for other programs; None: nothing does.
     """
 
     about: str
@@ -200,6 +202,7 @@ class FamilyTraits:
     relatives: Mapping[str, str] = field(default_factory=dict)
     released: Mapping[str, ModelShape] = field(default_factory=dict)
     keep_fp32: frozenset[str] = frozenset()
+    exchange: Callable[[], ExchangeFiles] | None = None
 
 
 @runtime_checkable

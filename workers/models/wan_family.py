@@ -22,6 +22,7 @@ from torch import Tensor
 from sgmd_core.errors import ModelFolderError
 from workers.collector import paused_collector
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
+from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.family import FamilyTraits, ModelShape
 from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
@@ -71,6 +72,15 @@ LAYOUT = FolderLayout(
     weights={TRANSFORMER: DIFFUSERS_STEM, TEXT_ENCODER: TRANSFORMERS_STEM, VAE: DIFFUSERS_STEM},
     files=(TOKENIZER, "scheduler"),
 )
+
+
+def _exchange() -> ExchangeFiles:
+    with paused_collector():
+        from workers.models.wan_exchange import WanExchange
+
+    return WanExchange()
+
+
 _RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
 # The autoencoder of Wan 2.2's 5B packs 2 x 2 pixels into channels before it halves three times.
 _WIDE_STRIDE_GEOMETRY = replace(_RELEASED_GEOMETRY, latent_channels=48, spatial_factor=16)
@@ -98,6 +108,7 @@ _TRAITS = FamilyTraits(
         if geometry.latent_channels == shape.in_channels
     },
     # WanTransformer3DModel's own choice.
+    exchange=_exchange,
     keep_fp32=frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
 )
 

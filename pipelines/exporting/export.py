@@ -1,0 +1,259 @@
+"""Export a generator: write a format, read it back as its users would, compare, describe.
+
+    diffusers       a model folder; other components linked, copied or left out
+    single-file     one file of weights, in the names of the original release
+    comfyui         the same in the names that ComfyUI saves
+    lora            the change from the base, of low rank, for diffusers
+    lora-comfyui    the same for ComfyUI
+
+The result is a folder with the file, sgmd.json (how to sample) and README.md (the model card). It
+takes its place once everything in it was read back.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from cluster.files import whole_folder
+from pipelines.exporting.model_card import Figures, write_model_card
+from pipelines.exporting.source import TrainedGenerator, open_source
+from pipelines.run.folder import require_output_folder
+from sgmd_core.errors import ConfigError, ModelFolderError
+from workers.models.exchange import LORA_FORMATS, WEIGHT_FORMATS, ExchangeFiles
+from workers.models.exporting import DTYPES, Components, narrowed
+from workers.models.low_rank import approximate_all, share_kept
+from workers.models.weight_digests import write_model_settings
+
+DIFFUSERS = "diffusers"
+FORMATS = (DIFFUSERS, *WEIGHT_FORMATS, *LORA_FORMATS)
+OnProgress = Callable[[str, int, int], None]
+
+# bfloat16 has 8 significant bits: half a unit of the last place.
+_ROUNDING = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
+_EXPORTS = "exports"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """Form of an export.
+
+    Attributes:
+        form: One of `FORMATS`.
+        dtype: Type of the weights: `bf16`, `fp16` or `fp32`.
+        components: For `diffusers`: the other components are linked, copied or left out.
+        rank: Of a LoRA.
+    """
+
+    form: str = DIFFUSERS
+    dtype: str = "bf16"
+    components: Components = "link"
+    rank: int = 64
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        for value, known, option in (
+            (self.form, FORMATS, "--format"),
+            (self.dtype, DTYPES, "--dtype"),
+            (self.components, get_args(Components), "--components"),
+        ):
+            if value not in known:
+                expected = f"one of {', '.join(known)}"
+                raise ConfigError("exporting", f"{option} {value}", expected)
+        if not 1 <= self.rank <= 2**14:
+            raise ConfigError("exporting", f"--rank {self.rank}", "from 1 to 16384")
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """An export that was read back.
+
+    Attributes:
+        folder: Where it is.
+        iteration: Updates that the weights have seen; None where this is not known.
+        bytes: Of the weight files that were written; linked ones are not counted.
+        figures: Its form and what the comparison has shown.
+    """
+
+    folder: Path
+    iteration: int | None
+    bytes: int
+    figures: Figures
+
+
+def export(
+    run_or_model: str | Path,
+    *,
+    checkpoint: str | None = None,
+    base: str | Path | None = None,
+    output: str | Path | None = None,
+    options: ExportOptions | None = None,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> ExportResult:
+    """Exports a generator.
+
+    Args:
+        run_or_model: Folder of a run, or a model folder.
+        checkpoint: `last`, `best` or an iteration; None: the newest one.
+        base: Model folder that the weights were trained from; None: as the run says.
+        output: Folder of the export, replaced whole; None: `exports/FORMAT` in the run.
+        options: Its form; None: the defaults.
+        on_progress: Called with (what, done, in all).
+
+    Raises:
+        ConfigError: An option is wrong, or the family has no such format.
+        CheckpointError: The checkpoint does not exist or is not whole.
+        ModelFolderError: A folder cannot be used, or what was read back is not what was written.
+    """
+    options = options or ExportOptions()
+    target = _target(run_or_model, output, options)
+    steps = 4
+    on_progress("reading the weights", 0, steps)
+    source = open_source(run_or_model, checkpoint, base)
+    _require_base(source, options, run_or_model)
+    with whole_folder(target) as draft:
+        on_progress(f"writing {options.form}", 1, steps)
+        kept, read_back = _WRITERS[options.form](source, options, draft)
+        on_progress("reading it back", 2, steps)
+        difference = _compare(source, options, read_back(), kept)
+        on_progress("describing it", 3, steps)
+        change = _largest_change(source)
+        figures = Figures(options.form, options.dtype, options.rank, difference, change, kept)
+        result = ExportResult(target, source.iteration, _bytes_written(draft), figures)
+        write_model_settings(draft, source.sampling.model_dump(mode="json"))
+        write_model_card(draft, source, figures)
+    on_progress("describing it", steps, steps)
+    return result
+
+
+Written = tuple[float | None, Callable[[], Mapping[str, Tensor]]]
+"""Share of the change that was kept, and what reads the weights back."""
+
+
+def _write_diffusers(source: TrainedGenerator, options: ExportOptions, draft: Path) -> Written:
+    family = source.family
+    weights = narrowed(source.weights, DTYPES[options.dtype], family.traits.keep_fp32)
+    family.export(
+        draft,
+        source.base,
+        weights,
+        flow_shift=source.sampling.flow_shift,
+        components=options.components,
+    )
+    return None, lambda: dict(family.load_denoiser(draft).named_parameters())
+
+
+def _write_single(source: TrainedGenerator, options: ExportOptions, draft: Path) -> Written:
+    files = _files(source, options)
+    path = draft / f"{source.name}-{options.dtype}.safetensors"
+    weights = narrowed(source.weights, DTYPES[options.dtype], source.family.traits.keep_fp32)
+    files.write_weights(options.form, path, weights)
+    return None, lambda: files.read_weights(path, source.base)
+
+
+def _write_lora(source: TrainedGenerator, options: ExportOptions, draft: Path) -> Written:
+    files = _files(source, options)
+    before = dict(source.family.load_denoiser(source.base).named_parameters())
+    with torch.no_grad():
+        factors = approximate_all(before, source.weights, options.rank)
+        kept = share_kept(before, source.weights, factors)
+    if not factors:
+        raise ModelFolderError(
+            f"exporting {source.name} as a LoRA",
+            f"no matrix that differs from those of {source.base}",
+            "weights that were trained from this base",
+            "Give the base that they were trained from with --base FOLDER",
+        )
+    path = draft / "pytorch_lora_weights.safetensors"
+    files.write_low_rank(options.form, path, factors, DTYPES[options.dtype])
+    return kept, lambda: files.read_low_rank(path, source.base)
+
+
+_WRITERS: Mapping[str, Callable[[TrainedGenerator, ExportOptions, Path], Written]] = {
+    DIFFUSERS: _write_diffusers,
+    **dict.fromkeys(WEIGHT_FORMATS, _write_single),
+    **dict.fromkeys(LORA_FORMATS, _write_lora),
+}
+
+
+def _compare(
+    source: TrainedGenerator,
+    options: ExportOptions,
+    found: Mapping[str, Tensor],
+    kept: float | None,
+) -> float:
+    """Largest difference of a weight that was read back; refuses what rounding cannot explain."""
+    if missing := sorted(source.weights.keys() - found.keys()):
+        raise _lost(source, options, f"{len(missing)} weights are missing, {missing[0]} first")
+    largest = 0.0
+    for name, value in source.weights.items():
+        trained = value.detach().float()
+        difference = float((found[name].detach().float() - trained).abs().max())
+        allowed = float(trained.abs().max()) * _ROUNDING[options.dtype]
+        if kept is None and difference > allowed:
+            words = f"{name} differs by {difference:.3g}, where rounding allows {allowed:.3g}"
+            raise _lost(source, options, words)
+        largest = max(largest, difference)
+    return largest
+
+
+def _lost(source: TrainedGenerator, options: ExportOptions, found: str) -> ModelFolderError:
+    return ModelFolderError(
+        f"reading the export of {source.name} as {options.form} back",
+        found,
+        "the weights that were written",
+        "Nothing was kept; please report this with the versions of diffusers and torch",
+    )
+
+
+def _largest_change(source: TrainedGenerator) -> float:
+    before = dict(source.family.load_denoiser(source.base).named_parameters())
+    changes = (
+        float((value.float() - before[name].detach().float()).abs().max())
+        for name, value in source.weights.items()
+    )
+    return max(changes, default=0.0)
+
+
+def _files(source: TrainedGenerator, options: ExportOptions) -> ExchangeFiles:
+    make = source.family.traits.exchange
+    if make is None:
+        raise ConfigError(
+            f"exporting {source.name} as {options.form}",
+            f"a {source.family.name} model, which no other program reads from such a file",
+            f"--format {DIFFUSERS}",
+        )
+    return make()
+
+
+def _require_base(source: TrainedGenerator, options: ExportOptions, given: str | Path) -> None:
+    """A LoRA of a model folder needs to know what it is a change of."""
+    is_itself = source.run is None and source.base.resolve() == Path(given).resolve()
+    if options.form in LORA_FORMATS and is_itself:
+        raise ConfigError(
+            f"exporting {given} as {options.form}",
+            "no base",
+            "the model folder that its weights were trained from",
+            "Give it with --base FOLDER",
+        )
+
+
+def _target(run_or_model: str | Path, output: str | Path | None, options: ExportOptions) -> Path:
+    target = Path(output) if output is not None else Path(run_or_model) / _EXPORTS / options.form
+    source = Path(run_or_model)
+    if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
+        raise ConfigError(
+            f"exporting {run_or_model}",
+            f"--output {target}, which holds what is exported",
+            "another folder, as it is replaced whole",
+        )
+    require_output_folder(target, "--output")
+    return target
+
+
+def _bytes_written(draft: Path) -> int:
+    found = (path for path in draft.rglob("*.safetensors") if not path.is_symlink())
+    return sum(stat.st_size for stat in map(Path.stat, found) if stat.st_nlink == 1)

@@ -1,0 +1,159 @@
+"""The model card of an export: README.md with metadata, as model hubs read it.
+
+recipe, data, figures, clips, and the lines of code that sample it rightly
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from cluster.files import write_whole
+from pipelines.evaluation.result import GENERATOR, REFERENCE, Evaluation
+from pipelines.evaluation.run import EVALUATION_FILE
+from pipelines.exporting.source import TrainedGenerator
+from pipelines.reporting.names import in_order
+from pipelines.run.folder import RunFolder, file_inside, git_revision, read_jsonl
+from sgmd_core.errors import CheckpointError
+from sgmd_core.schedule import FlowMatchSchedule
+from workers.models.configs import INDEX_FILE, read_model_json
+
+CARD = "README.md"
+_CLIPS = "samples"
+_TEMPLATES = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Form of an export, and its distance from the trained weights.
+
+    Attributes:
+        form: Its format.
+        dtype: Type of its weights.
+        rank: Of the LoRA.
+        largest_difference: Of a weight that was read back from the trained one.
+        largest_change: Of a trained weight from that of the base.
+        share_kept: Share of the squared change that a LoRA holds; None for other formats.
+    """
+
+    form: str
+    dtype: str
+    rank: int
+    largest_difference: float
+    largest_change: float
+    share_kept: float | None
+
+
+def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) -> None:
+    """Writes README.md, and the clips that it shows, into the folder of an export."""
+    evaluation = _evaluation(source)
+    rows = _rows(evaluation)
+    files = sorted(path.name for path in draft.glob("*.safetensors"))
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATES),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # Markdown, with nothing in it that was not written by a recipe or this program.
+        autoescape=False,
+    )
+    grid = FlowMatchSchedule(shift=source.sampling.flow_shift).few_step_grid(
+        source.sampling.num_steps
+    )
+    text = environment.get_template("model_card.md.j2").render(
+        metadata=_metadata(source).to_yaml().strip(),
+        source=source,
+        config=source.config,
+        base=_base_id(source.base),
+        has_pipeline=source.family.traits.exchange is not None,
+        has_components=all((draft / name).is_dir() for name in source.family.traits.layout.weights),
+        file=files[0] if files else "",
+        sampling=source.sampling,
+        sigmas=[round(float(sigma), 4) for sigma in grid],
+        figures=figures,
+        rows=rows,
+        measures=in_order(row["measures"] for row in rows),
+        validation=_validation(source),
+        verdicts=() if evaluation is None else evaluation.verdicts,
+        clips=_copy_clips(draft, source.run, evaluation),
+        captions=_captions_seen(source),
+        revision=git_revision(),
+        versions={name: version(name) for name in ("sgmd", "torch", "diffusers")},
+    )
+    write_whole(draft / CARD, text.encode())
+
+
+def _metadata(source: TrainedGenerator) -> ModelCardData:
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="text-to-video",
+        base_model=_base_id(source.base),
+        tags=["text-to-video", "distillation", "few-step", "sgmd", source.family.name],
+    )
+
+
+def _base_id(base: Path) -> str:
+    """Id of the base on the hub, where its folder or index says so, or the folder's name."""
+    for part in (base, *base.parents):
+        if part.name.startswith("models--"):
+            return part.name.removeprefix("models--").replace("--", "/", 1)
+    known = read_model_json(base / INDEX_FILE) if (base / INDEX_FILE).is_file() else {}
+    return str(known.get("_name_or_path") or base.name)
+
+
+def _evaluation(source: TrainedGenerator) -> Evaluation | None:
+    """Result of `sgmd evaluate`; None where there is none of these weights that can be read."""
+    if source.run is None or source.config is None or source.iteration != source.config.iterations:
+        return None
+    path = file_inside(source.run.root, EVALUATION_FILE)
+    try:
+        return None if path is None else Evaluation.load(path)
+    except (CheckpointError, OSError):
+        return None
+
+
+def _rows(evaluation: Evaluation | None) -> list[dict[str, Any]]:
+    """Figures of the generator beside those of the teacher."""
+    if evaluation is None:
+        return []
+    names = {row.name for row in evaluation.rows}
+    return [
+        evaluation.row(name).model_dump(mode="json")
+        for name in (GENERATOR, REFERENCE)
+        if name in names
+    ]
+
+
+def _validation(source: TrainedGenerator) -> dict[str, float]:
+    """Figures of the validation at this iteration; none where it was not validated."""
+    if source.run is None:
+        return {}
+    lines = read_jsonl(source.run.validation)
+    return next((li["figures"] for li in lines if li["iteration"] == source.iteration), {})
+
+
+def _copy_clips(draft: Path, run: RunFolder | None, evaluation: Evaluation | None) -> str:
+    """Copies the contact sheet beside the card; its name, or nothing."""
+    if run is None or evaluation is None:
+        return ""
+    sheet = file_inside(run.root, evaluation.sheet_gif)
+    if sheet is None or sheet.suffix != ".gif" or not sheet.read_bytes().startswith(b"GIF8"):
+        return ""
+    write_whole(draft / f"{_CLIPS}.gif", sheet.read_bytes())
+    return f"{_CLIPS}.gif"
+
+
+def _captions_seen(source: TrainedGenerator) -> int:
+    """Captions that the weights have been trained on."""
+    if source.run is None or not source.run.metrics.exists():
+        return 0
+    seen = [
+        line["samples_seen"]
+        for line in read_jsonl(source.run.metrics)
+        if source.iteration is None or line["iteration"] < source.iteration
+    ]
+    return max(seen, default=0)

@@ -1,0 +1,157 @@
+"""Weights that are exported: of a checkpoint of a run, of its finished generator, or of a folder.
+
+RUN                     its newest whole checkpoint; without one, generator/
+RUN --checkpoint best   the best one of ranking.json; or a number
+FOLDER                  a model folder, beside the base that it was trained from
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from cluster.checkpoints import Checkpoints
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
+from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.ranking import ranked, scores_of
+from sgmd_core.errors import CheckpointError, ConfigError, ModelFolderError
+from workers.generator_learner import AVERAGE, ROLE
+from workers.models.families import family_of
+from workers.models.family import ModelFamily
+from workers.models.weight_digests import require_same_weights
+from workers.role_state import load_role
+
+LAST, BEST = "last", "best"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedGenerator:
+    """A trained generator.
+
+    Attributes:
+        name: For file names and titles.
+        weights: Parameters of the `Denoiser` by name, in float32 where they come from a checkpoint.
+        base: Model folder with the configuration and all other components.
+        family: Family of both.
+        sampling: How the generator is sampled.
+        run: The run; None: the weights come from a model folder.
+        config: Settings of the run.
+        iteration: Updates that the weights have seen; None where this is not known.
+    """
+
+    name: str
+    weights: Mapping[str, Tensor]
+    base: Path
+    family: ModelFamily
+    sampling: InferenceSettings
+    run: RunFolder | None = None
+    config: DistillConfig | None = None
+    iteration: int | None = None
+
+
+def open_source(
+    run_or_model: str | Path, checkpoint: str | None = None, base: str | Path | None = None
+) -> TrainedGenerator:
+    """Reads the weights to export.
+
+    Args:
+        run_or_model: Folder of a run, or a model folder.
+        checkpoint: `last`, `best` or an iteration; None: the newest one, or the run's generator
+            where no checkpoint was kept.
+        base: Model folder that the weights were trained from; None: as the run says, or the folder
+            itself.
+
+    Raises:
+        ConfigError: The checkpoint is no number and none of the words.
+        CheckpointError: The checkpoint does not exist or is not whole.
+        ModelFolderError: A folder is missing, incomplete or of no known family.
+    """
+    run = RunFolder(run_or_model)
+    if run.config.exists():
+        return _of_run(run, checkpoint, base)
+    if checkpoint is not None:
+        raise ConfigError(
+            f"exporting {run_or_model}",
+            f"--checkpoint {checkpoint} of a folder without config.yaml",
+            "the folder of a run",
+            "Name the run, or leave --checkpoint out",
+        )
+    folder = model_folder(run_or_model)
+    return TrainedGenerator(
+        name=folder.resolve().name,
+        weights=_of_folder(folder),
+        base=folder if base is None else _checked(base),
+        family=family_of(folder),
+        sampling=read_inference_settings(folder),
+    )
+
+
+def _of_run(run: RunFolder, checkpoint: str | None, base: str | Path | None) -> TrainedGenerator:
+    config = load_recipe(str(run.config))
+    folder = _checked(config.model_folder if base is None else base)
+    step = _step(run, config, checkpoint)
+    if step is None:
+        weights = _of_folder(model_folder(run.root))
+    else:
+        part = AVERAGE if config.generator.ema_decay > 0 else ROLE
+        weights = load_role(Checkpoints(str(run.checkpoints)).folder(step), part).weights
+    return TrainedGenerator(
+        name=config.name,
+        weights=weights,
+        base=folder,
+        family=family_of(folder),
+        sampling=InferenceSettings.model_validate(config.inference_settings()),
+        run=run,
+        config=config,
+        iteration=config.iterations if step is None else step,
+    )
+
+
+def _step(run: RunFolder, config: DistillConfig, checkpoint: str | None) -> int | None:
+    """Iteration of the checkpoint that is meant; None: the run's finished generator."""
+    checkpoints = Checkpoints(str(run.checkpoints))
+    attempted = f"exporting checkpoint {checkpoint} of {run.root}"
+    steps = checkpoints.steps()
+    if checkpoint in (None, LAST):
+        if not steps and checkpoint is not None:
+            raise _missing(attempted, steps)
+        return steps[-1] if steps else None
+    if checkpoint == BEST:
+        scores = scores_of(read_jsonl(run.validation), config.checkpoint.score)
+        ranking = ranked(scores, config.checkpoint.mode, among=steps)
+        if not ranking:
+            found = "no checkpoint that was kept has been validated"
+            raise CheckpointError(attempted, found, "a validated one", "Name an iteration")
+        return ranking[0].iteration
+    if checkpoint is None or not checkpoint.isdecimal():
+        expected = f"{LAST}, {BEST} or an iteration"
+        raise ConfigError(attempted, f"--checkpoint {checkpoint}", expected)
+    if int(checkpoint) not in steps:
+        raise _missing(attempted, steps)
+    return int(checkpoint)
+
+
+def _missing(attempted: str, steps: list[int]) -> CheckpointError:
+    kept = ", ".join(map(str, steps)) or "none"
+    remedy = "Name one of them" if steps else "Leave --checkpoint out to export generator/"
+    return CheckpointError(attempted, f"the checkpoints that were kept: {kept}", "it there", remedy)
+
+
+def _of_folder(folder: Path) -> dict[str, Tensor]:
+    require_same_weights(folder)
+    denoiser = family_of(folder).load_denoiser(folder)
+    return {name: value.detach() for name, value in denoiser.named_parameters()}
+
+
+def _checked(base: str | Path) -> Path:
+    folder = Path(base)
+    if not folder.is_dir():
+        raise ModelFolderError(
+            f"looking for the base model {folder}",
+            "no such folder",
+            "the model folder that the generator was trained from",
+            "Give its present place with --base FOLDER",
+        )
+    return folder.absolute()

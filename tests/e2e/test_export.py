@@ -1,0 +1,209 @@
+"""A trained generator is handed over in every format, read back, described and sampled."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+from typer.testing import CliRunner, Result
+
+from pipelines.cli import app
+from pipelines.distillation.run import distill
+from pipelines.exporting.export import FORMATS, ExportOptions, export
+from pipelines.generate import generate
+from pipelines.run.folder import RunFolder
+from sgmd_core.errors import CheckpointError, ConfigError, ModelFolderError
+from tests.e2e.conftest import MakeRecipe
+from tests.helpers.families import installed_family
+from tests.helpers.toy_family import write_toy
+from workers.models.low_rank import approximate_all
+from workers.models.wan import load_transformer
+from workers.models.weight_digests import require_same_weights
+from workers.role_state import load_role
+
+PROMPT = "a red circle moves left"
+
+
+@pytest.fixture(scope="module")
+def run(module_recipe: MakeRecipe) -> RunFolder:
+    large = ("generator.optimizer.lr=0.01", "checkpoint.every=1", "checkpoint.keep=2")
+    config = module_recipe("name=export", "iterations=2", *large)
+    distill(config)
+    return RunFolder(config.run_folder)
+
+
+def command(*arguments: str) -> Result:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return CliRunner().invoke(app, [*arguments])
+
+
+def trained(run: RunFolder, step: int) -> dict[str, torch.Tensor]:
+    return dict(load_role(str(run.checkpoints / f"step-{step:06d}"), "ema").weights)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_is_read_back_and_its_card_samples_as_we_do(run, wan_folder, tmp_path, form):
+    found = export(run.root, output=tmp_path / form, options=ExportOptions(form, "fp32"))
+    weights = trained(run, 2)
+    base = load_transformer(wan_folder).state_dict()
+    change = max(float((weights[name] - base[name]).abs().max()) for name in weights)
+    assert found.figures.largest_change == pytest.approx(change)
+    assert change > 1e-3
+    # A LoRA of full rank lacks biases, norms, modulation and the convolution alone.
+    assert found.figures.largest_difference <= (change if form.startswith("lora") else 0)
+    assert found.iteration == 2
+    require_same_weights(tmp_path / form)
+    if form != "lora-comfyui":
+        card = (tmp_path / form / "README.md").read_text()
+        frames = _run_card(card, tmp_path / form, wan_folder)
+        model = _sampled_by_us(found.figures.form, run, wan_folder, tmp_path)
+        (clip,) = generate(model, [PROMPT], output=tmp_path / "clips", formats=["gif"])
+        # The pipeline of the card computes in the same type on the same noise.
+        difference = np.abs(frames.astype(float) - clip.frames)
+        assert difference.max() <= 1
+        (teacher,) = generate(wan_folder, [PROMPT], output=tmp_path / "clips", **_sampling(model))
+        assert np.abs(teacher.frames.astype(float) - clip.frames).max() > 10
+
+
+def _sampling(model: Path) -> dict:
+    settings = json.loads((model / "sgmd.json").read_text())
+    return {name: value for name, value in settings.items() if name not in ("sha256",)}
+
+
+def _sampled_by_us(form: str, run: RunFolder, base: Path, tmp_path: Path) -> Path:
+    """A model folder with the weights that the export stands for."""
+    if not form.startswith("lora"):
+        return run.generator
+    before, after = load_transformer(base).state_dict(), trained(run, 2)
+    merged = dict(before)
+    for name, each in approximate_all(before, after, rank=64).items():
+        merged[f"{name}.weight"] = before[f"{name}.weight"] + each.up @ each.down
+    folder = tmp_path / "merged"
+    shutil.copytree(run.generator, folder)
+    (folder / "sgmd.json").write_text(json.dumps(_sampling(run.generator)))
+    network = load_transformer(run.generator)
+    network.load_state_dict(merged)
+    network.transformer.save_pretrained(folder / "transformer")
+    return folder
+
+
+def _run_card(card: str, folder: Path, base: Path) -> np.ndarray:
+    """Frames that the code of a model card makes, on a CPU and in float32."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    calls = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
+    assert len(calls) <= 6
+    code = code.replace('"FOLDER', f'"{folder}').replace('"BASE"', f'"{base}"')
+    code = code.replace("bfloat16", "float32").replace('"cuda"', '"cpu"')
+    code = code.replace("A cat surfs a wave", PROMPT)
+    code = code.replace(
+        "guidance_scale", 'generator=torch.Generator("cpu").manual_seed(0), guidance_scale'
+    )
+    code = code.replace('"clip.mp4"', f'"{folder / "clip.mp4"}"')
+    names: dict = {}
+    exec(code, names)
+    assert (folder / "clip.mp4").stat().st_size > 0
+    return (np.asarray(names["frames"]) * 255).round()
+
+
+def test_the_command_says_what_was_kept_and_lost(run, tmp_path):
+    result = command(
+        "export", str(run.root), "--format", "lora", "--rank", "2", "--output", str(tmp_path / "x")
+    )
+    assert result.exit_code == 0, result.stderr
+    share = re.search(r"rank 2 keeps ([\d.]+)% of the change", result.stdout)
+    assert share is not None
+    assert 1 < float(share[1]) < 99
+    assert re.search(r"differs from the trained weights by up to [\d.e-]+", result.stdout)
+    again = command(
+        "export", str(run.root), "--format", "lora", "--output", str(tmp_path / "y"), "--json"
+    )
+    assert json.loads(again.stdout)["share_kept"] > float(share[1]) / 100
+    card = (tmp_path / "x" / "README.md").read_text()
+    assert "LoRA of rank 2" in card
+    assert "| captions seen | 8 |" in card
+    assert "1.0, 0.9, 0.75, 0.5, 0.0" in card
+
+
+@pytest.mark.parametrize(("given", "step"), [("1", 1), ("2", 2), ("last", 2), (None, 2)])
+def test_any_checkpoint_that_was_kept_is_exported(run, tmp_path, given, step):
+    options = ExportOptions(dtype="fp32", components="none")
+    found = export(run.root, checkpoint=given, output=tmp_path / "out", options=options)
+    assert found.iteration == step
+    weights = trained(run, step)
+    other = trained(run, 3 - step)
+    assert any(not torch.equal(weights[name], other[name]) for name in weights)
+    assert not (tmp_path / "out" / "text_encoder").exists()
+    loaded = load_transformer(tmp_path / "out").state_dict()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def test_bf16_is_the_default_and_half_as_large(run, tmp_path):
+    half = export(run.root, output=tmp_path / "half")
+    whole = export(run.root, output=tmp_path / "whole", options=ExportOptions(dtype="fp32"))
+    assert half.bytes < 0.75 * whole.bytes
+    assert 0 < half.figures.largest_difference < 2**-8
+    WanPipeline.from_pretrained(tmp_path / "half")
+
+
+def test_a_model_folder_is_exported_too_and_a_lora_of_it_needs_its_base(run, wan_folder, tmp_path):
+    found = export(
+        run.generator,
+        base=wan_folder,
+        output=tmp_path / "lora",
+        options=ExportOptions("lora", "fp32", rank=8),
+    )
+    assert found.iteration is None
+    assert found.figures.share_kept is not None
+    with pytest.raises(ConfigError, match="--base FOLDER"):
+        export(run.generator, output=tmp_path / "x", options=ExportOptions("lora"))
+    copy = shutil.copytree(run.generator, tmp_path / "copy")
+    with pytest.raises(ModelFolderError, match="no matrix that differs"):
+        export(copy, base=run.generator, output=tmp_path / "x", options=ExportOptions("lora"))
+
+
+class TestRefusals:
+    def test_a_checkpoint_that_was_not_kept_names_those_that_were(self, run, tmp_path):
+        with pytest.raises(CheckpointError, match="kept: 1, 2"):
+            export(run.root, checkpoint="7", output=tmp_path / "x")
+        with pytest.raises(ConfigError, match="last, best or an iteration"):
+            export(run.root, checkpoint="newest", output=tmp_path / "x")
+        with pytest.raises(CheckpointError, match="has been validated"):
+            export(run.root, checkpoint="best", output=tmp_path / "x")
+        assert not (tmp_path / "x").exists()
+
+    def test_a_flipped_bit_is_not_exported(self, run, tmp_path):
+        copy = tmp_path / "run"
+        shutil.copytree(run.root, copy)
+        weights = copy / "checkpoints/step-000002/ema/weights.safetensors"
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+        with pytest.raises(CheckpointError, match="sha256"):
+            export(copy, output=tmp_path / "x")
+
+    def test_the_source_is_not_replaced_by_its_export(self, run):
+        for target in (run.root, run.root.parent):
+            with pytest.raises(ConfigError, match="replaced whole"):
+                export(run.root, output=target)
+
+    @pytest.mark.parametrize(
+        "options", [{"form": "gguf"}, {"dtype": "fp8"}, {"components": "zip"}, {"rank": 0}]
+    )
+    def test_an_unknown_option_lists_those_that_are_known(self, options):
+        with pytest.raises(ConfigError, match=r"one of|from 1"):
+            ExportOptions(**options)
+
+    def test_a_family_without_such_files_says_so(self, tmp_path):
+        with installed_family(tmp_path / "site"):
+            folder = write_toy(tmp_path / "toy")
+            with pytest.raises(ConfigError, match="toy model, which no other program reads"):
+                export(folder, output=tmp_path / "x", options=ExportOptions("single-file"))
+            found = export(folder, output=tmp_path / "whole")
+            assert found.figures.largest_change == 0
+            assert "sgmd generate FOLDER" in (tmp_path / "whole/README.md").read_text()
