@@ -5,6 +5,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -27,14 +28,14 @@ NUM_FRAMES, HEIGHT, WIDTH = 9, 16, 16
 """Size of the clips whose latents have `LATENT_SHAPE`."""
 
 
-def tiny_velocity(seed: int = 0) -> WanVelocity:
+def tiny_velocity(seed: int = 0, channels: int = LATENT_CHANNELS) -> WanVelocity:
     """A denoiser of 2 layers and 2 heads of 16."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=2,
         attention_head_dim=16,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         text_dim=TEXT_DIM,
         freq_dim=16,
         ffn_dim=32,
@@ -71,6 +72,54 @@ def write_tiny_wan(folder: Path, words: Sequence[str], seed: int = 0) -> Path:
         scale_factor_spatial=4,
         scale_factor_temporal=4,
     )
+    return _write(folder, words, seed, vae)
+
+
+def write_tiny_wan22_5b(folder: Path, words: Sequence[str], seed: int = 0) -> Path:
+    """Writes a narrow Wan 2.2 TI2V-5B: 48 channels, stride 16, a time step for every token."""
+    channels = 48
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=channels,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+        scale_factor_temporal=4,
+    )
+    return _write(folder, words, seed, vae, channels, expand_timesteps=True)
+
+
+def _write(
+    folder: Path,
+    words: Sequence[str],
+    seed: int,
+    vae: AutoencoderKLWan,
+    channels: int = LATENT_CHANNELS,
+    **options: Any,
+) -> Path:
+    vocabulary, text_encoder = tiny_text_encoder(words, seed)
+    pipeline = WanPipeline(
+        tokenizer=word_tokenizer(vocabulary),
+        text_encoder=text_encoder,
+        vae=with_seeded_weights(vae, seed),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        transformer=tiny_velocity(seed, channels).transformer,
+        **options,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def tiny_text_encoder(words: Sequence[str], seed: int) -> tuple[dict[str, int], UMT5EncoderModel]:
+    """A vocabulary of words, and a text encoder of one layer for it."""
     vocabulary = {word: index for index, word in enumerate(["<pad>", "</s>", "<unk>", *words])}
     text_encoder = UMT5EncoderModel(
         UMT5Config(
@@ -85,18 +134,11 @@ def write_tiny_wan(folder: Path, words: Sequence[str], seed: int = 0) -> Path:
             eos_token_id=1,
         )
     )
-    pipeline = WanPipeline(
-        tokenizer=_tokenizer(vocabulary),
-        text_encoder=with_seeded_weights(text_encoder, seed),
-        vae=with_seeded_weights(vae, seed),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
-        transformer=tiny_velocity(seed).transformer,
-    )
-    pipeline.save_pretrained(folder)
-    return folder
+    return vocabulary, with_seeded_weights(text_encoder, seed)
 
 
-def _tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+def word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words that ends every caption."""
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(

@@ -42,6 +42,10 @@ _TIME_SCALE = 1000.0
 class WanVelocity(Denoiser):
     """A Wan denoiser as a velocity model.
 
+    Wan 2.2 TI2V-5B takes a time step for every token, because clean frames of an image may stand
+    among noisy ones. In text to video all tokens of a sample share one, so the network is called
+    with that one: the same numbers, without a modulation for every token and layer.
+
     Args:
         transformer: The network of diffusers.
     """

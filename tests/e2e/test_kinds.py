@@ -1,0 +1,151 @@
+"""Every kind of model that ships with us is distilled, exported and sampled by its own pipeline."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.run import distill, dry_run
+from pipelines.generate import generate
+from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.shapes import ClipSplit, captions
+from tests.e2e.conftest import MakeRecipe
+from tests.helpers import tiny_wan
+from workers.models.families import family_of
+
+PROMPT = "a red circle moves left"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A narrow model of a released kind, a clip that it makes, and the recipe of its real size."""
+
+    write: Callable[[Path, Sequence[str]], Path]
+    clip: tuple[int, int, int]
+    recipes: tuple[str, ...]
+
+
+KINDS = {
+    "wan21": Kind(tiny_wan.write_tiny_wan, (9, 16, 16), ("wan21-1.3b", "wan21-14b")),
+    "wan22-5b": Kind(tiny_wan.write_tiny_wan22_5b, (9, 32, 64), ("wan22-5b",)),
+}
+ALL = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    words = sorted({word for text in captions(ClipSplit.TRAIN) for word in text.split()})
+    root = tmp_path_factory.mktemp("kinds")
+    return {name: kind.write(root / name, words) for name, kind in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def configs(module_recipe: MakeRecipe, folders: dict[str, Path]) -> dict[str, DistillConfig]:
+    return {
+        name: module_recipe(
+            f"name={name}",
+            "iterations=2",
+            f"model.folder={folders[name]}",
+            *(
+                f"video.{key}={size}"
+                for key, size in zip(("num_frames", "height", "width"), kind.clip, strict=True)
+            ),
+            # What the pipeline loads is to be compared to the last bit.
+            "export.dtype=fp32",
+        )
+        for name, kind in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def run_of(configs: dict[str, DistillConfig]) -> Callable[[str], RunFolder]:
+    """Runs of two iterations in one process, made once each."""
+
+    def run(kind: str) -> RunFolder:
+        folder = RunFolder(configs[kind].run_folder)
+        if not folder.generator.exists():
+            distill(configs[kind])
+        return folder
+
+    return run
+
+
+@ALL
+def test_two_iterations_are_exported_for_the_pipeline_of_the_kind(kind, run_of, folders, tmp_path):
+    run, clip = run_of(kind), KINDS[kind].clip
+    family = family_of(folders[kind])
+    trained, base = (family.load_denoiser(path) for path in (run.generator, folders[kind]))
+    weights = dict(base.named_parameters())
+    moved = [not torch.equal(value, weights[name]) for name, value in trained.named_parameters()]
+    assert all(moved)
+
+    pipeline = DiffusionPipeline.from_pretrained(run.generator)
+    assert type(pipeline).__name__ == family.traits.layout.pipeline_class
+    index, before = (DiffusionPipeline.load_config(path) for path in (run.generator, folders[kind]))
+    left = {"scheduler", "_name_or_path"}
+    assert {key: index[key] for key in index if key not in left} == {
+        key: before[key] for key in before if key not in left
+    }
+    pipeline.set_progress_bar_config(disable=True)
+    frames, height, width = clip
+    video = pipeline(
+        PROMPT,
+        num_frames=frames,
+        height=height,
+        width=width,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        max_sequence_length=tiny_wan.TEXT_LENGTH,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).frames[0]
+    ours, other = generate(run.generator.parent, [PROMPT], output=tmp_path, seed=[3, 4], formats=["gif"])
+    theirs = np.round(255 * video).astype(int)
+    assert np.abs(ours.frames - theirs).max() <= 1
+    assert np.abs(other.frames - theirs).mean() > 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "recipe"), [(name, recipe) for name, kind in KINDS.items() for recipe in kind.recipes]
+)
+def test_a_dry_run_of_its_recipe_takes_a_folder_of_the_kind(kind, recipe, folders, world, tmp_path):
+    config = load_recipe(
+        recipe,
+        [
+            f"model.folder={folders[kind]}",
+            f"data.train={world / 'train'}",
+            f"data.validation={world / 'held_out'}",
+            f"output={tmp_path}",
+            "validation.num_captions=8",
+        ],
+    )
+    told = dry_run(config)
+    channels, frames, height, width = told["latent_shape"]
+    geometry = family_of(folders[kind]).read_shape(folders[kind]).geometry
+    assert channels == geometry.latent_channels
+    assert (frames - 1) * geometry.temporal_factor + 1 == config.video.num_frames
+    assert height * geometry.spatial_factor == config.video.height
+    assert width * geometry.spatial_factor == config.video.width
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wan21"])
+def test_pools_make_the_generator_of_one_process(kind, run_of, configs):
+    expected = run_of(kind)
+    pools = configs[kind].with_settings({"name": f"{kind}-pools", "topology.mode": "pools"})
+    distill(pools)
+    found = RunFolder(pools.run_folder)
+    losses = [[row["losses"] for row in read_jsonl(run.metrics)] for run in (found, expected)]
+    assert losses[0] == losses[1]
+    for part in family_of(found.generator).traits.layout.weights:
+        for file in (expected.generator / part).glob("*.safetensors"):
+            ours, theirs = load_file(found.generator / part / file.name), load_file(file)
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), file
