@@ -105,7 +105,8 @@ def test_two_iterations_are_exported_for_the_pipeline_of_the_kind(kind, run_of, 
         generator=torch.Generator().manual_seed(3),
         output_type="np",
     ).frames[0]
-    ours, other = generate(run.generator.parent, [PROMPT], output=tmp_path, seed=[3, 4], formats=["gif"])
+    folder = run.generator.parent
+    ours, other = generate(folder, [PROMPT], output=tmp_path, seed=[3, 4], formats=["gif"])
     theirs = np.round(255 * video).astype(int)
     assert np.abs(ours.frames - theirs).max() <= 1
     assert np.abs(other.frames - theirs).mean() > 5
