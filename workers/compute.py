@@ -4,7 +4,7 @@
     checkpointing     activations of the layers are made again in the backward pass, not kept
     compile           the layers as compiled code, one region for all of them
 
-All three leave the weights as they are, and work with gradients asked for at the network's input.
+All of them leave the weights as they are, and work with gradients asked for at the network's input.
 One thing is lost with `compile`: compiled code makes all gradients of a layer at once, so the
 generator's signal makes those of the fake score's parameters too, and throws them away.
 """
@@ -16,6 +16,7 @@ from torch import nn
 from torch._functorch import config as functorch_config
 
 from workers.models.family import Denoiser
+from workers.recomputation import layer_function
 from workers.settings import ComputeSettings
 
 
@@ -34,6 +35,7 @@ def prepare_network(network: Denoiser, settings: ComputeSettings) -> Denoiser:
         # Norms take a bfloat16 input and float32 weights: right, only not fused.
         warnings.filterwarnings("ignore", "Mismatch dtype between input and weight")
     if settings.checkpointing:
+        network.layer_function = layer_function(settings.checkpointing)
         network.set_checkpointing(True)
     if settings.compile:
         # A graph that serves the generator's loss and the tracking loss is walked twice; compiled

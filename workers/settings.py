@@ -112,11 +112,13 @@ class ComputeSettings:
     Attributes:
         precision: `fp32`, or `bf16` for matrix products in bfloat16 with float32 weights.
         checkpointing: Keep no activations of the layers: a third more work, far less memory.
+            `selective` keeps the outputs of self-attention, which need not be made again; `offload`
+            keeps the layers' inputs in main memory.
         compile: Compile the layers with `torch.compile`; the first iteration takes minutes.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
-    checkpointing: bool = False
+    checkpointing: bool | Literal["selective", "offload"] = False
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -126,6 +128,18 @@ class ComputeSettings:
             "compute.precision",
             self.precision,
             "'fp32' or 'bf16'",
+        )
+        _require(
+            self.checkpointing in (False, True, "selective", "offload"),
+            "compute.checkpointing",
+            self.checkpointing,
+            "true, false, 'selective' or 'offload'",
+        )
+        _require(
+            not (self.compile and self.checkpointing == "selective"),
+            "compute.checkpointing",
+            self.checkpointing,
+            "true or 'offload' beside compute.compile=true, which hides attention from it",
         )
 
 

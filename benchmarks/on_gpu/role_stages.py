@@ -116,7 +116,7 @@ ROLES: dict[str, Callable[[Case, int], Measured]] = {
 
 def passes_of(case: Case) -> dict[str, float]:
     """Forward passes' worth of work by stage, as computed: how `sgmd plan` counts and scales."""
-    again, forward = float(case.compute.checkpointing), case.flops.forward
+    again, forward = float(bool(case.compute.checkpointing)), case.flops.forward
     needed = {stage: flops / forward for stage, flops in needed_flops(case).items()}
     backward = ("generator.learn", "fake_score.signal", "fake_score.track")
     return needed | {stage: needed[stage] + again for stage in backward}

@@ -63,8 +63,12 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "study": True,
     # The draws of exit steps must stay; `pipelines.distillation.position` sees to it.
     "batch": {"micro_batches", "exit_draws"},
-    "generator": {"compute": {"checkpointing", "compile"}},
-    "fake_score": {"compute": {"checkpointing", "compile"}},
+    "generator": {
+        "ema_device": True,
+        "optimizer": {"moments"},
+        "compute": {"checkpointing", "compile"},
+    },
+    "fake_score": {"optimizer": {"moments"}, "compute": {"checkpointing", "compile"}},
     "teacher": {"batched_guidance": True, "compute": {"checkpointing", "compile"}},
     # Compared by content: `pipelines.data.stream.content`.
     "data": {

@@ -69,9 +69,14 @@ class Passes:
         """Backward passes of both kinds; checkpointing adds a forward pass to each."""
         return self.to_input + self.to_weights
 
-    def units(self, costs: PassCosts, *, checkpointed: bool = False) -> float:
-        """Cost in forward passes."""
-        again = self.backwards if checkpointed else 0.0
+    def units(self, costs: PassCosts, *, checkpointed: float = 0.0) -> float:
+        """Cost in forward passes.
+
+        Args:
+            costs: Of the backward passes.
+            checkpointed: Part of a forward pass that is made again for each backward pass.
+        """
+        again = checkpointed * self.backwards
         backward = costs.to_input * self.to_input + costs.to_weights * self.to_weights
         return self.forwards + backward + again
 

@@ -155,7 +155,9 @@ def require_computable(config: DistillConfig, family: ModelFamily) -> None:
         compute: ComputeSettings = getattr(config, role).compute
         wanted = {
             "bf16": compute.precision == "bf16",
-            "checkpointing": compute.checkpointing,
+            "checkpointing": bool(compute.checkpointing),
+            "selective": compute.checkpointing == "selective",
+            "offload": compute.checkpointing == "offload",
             "compile": compute.compile,
         }
         lacking = [name for name in wanted if wanted[name] and name not in family.traits.computes]

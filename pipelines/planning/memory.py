@@ -84,13 +84,14 @@ def _learner_memory(
     shape = work.shape
     share = _FLOAT * shape.num_parameters / ranks
     kept = work.kept(role)
+    offloaded = waiting * work.stream_bytes(role) * (role in work.offloading)
     passing = shape.transient_bytes(work.latent_shape, bf16=role in work.bf16)
     return RankMemory(
         state=(2 + kept.moments + kept.averages - kept.on_host) * share,
         gathered=_FLOAT * _gathered(work, ranks, layers=3),
-        graphs=waiting * _graph(work, role),
+        graphs=waiting * _graph(work, role) - offloaded,
         working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
-        host=kept.on_host * share,
+        host=kept.on_host * share + offloaded,
     )
 
 
@@ -102,12 +103,13 @@ def _gathered(work: Workload, ranks: int, layers: int) -> int:
 
 
 def _graph(work: Workload, role: str) -> float:
-    return work.shape.graph_bytes(
+    graph = work.shape.graph_bytes(
         work.latent_shape,
         work.text_length,
         bf16=role in work.bf16,
         checkpointing=role in work.checkpointing,
     )
+    return graph + (work.stream_bytes(role) if role in work.selective else 0)
 
 
 def _layer(work: Workload, role: str) -> float:

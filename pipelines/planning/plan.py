@@ -78,6 +78,8 @@ class Plan:
                 **asdict(self.work),
                 "bf16": sorted(self.work.bf16),
                 "checkpointing": sorted(self.work.checkpointing),
+                "selective": sorted(self.work.selective),
+                "offloading": sorted(self.work.offloading),
                 "momentum": sorted(self.work.momentum),
                 "moments_on_cpu": sorted(self.work.moments_on_cpu),
                 "parameters": self.work.shape.num_parameters,

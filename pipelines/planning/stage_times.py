@@ -61,8 +61,14 @@ class StageTimes:
 def modelled(work: Workload, hardware: Hardware) -> StageTimes:
     """From operations alone."""
     forward_s = work.forward_flops / hardware.flops
+    moved_s = {
+        role: 2 * work.stream_bytes(role) / hardware.host_bandwidth for role in work.offloading
+    }
     return StageTimes(
-        {name: passes * forward_s for name, passes in work.passes.items()},
+        {
+            name: passes * forward_s + work.backwards[name] * moved_s.get(name[0], 0.0)
+            for name, passes in work.passes.items()
+        },
         f"modelled at {hardware.flops / 1e12:.1f} TFLOP/s a GPU",
     )
 

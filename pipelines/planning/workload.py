@@ -33,15 +33,16 @@ from pipelines.distillation.algorithm import (
     START,
     TRACK,
     Sent,
+    StageSpec,
     iteration_program,
 )
-from pipelines.distillation.costs import PassCosts, mean_rollout, stage_passes
+from pipelines.distillation.costs import PassCosts, Passes, mean_rollout, stage_passes
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.objectives import GradientPath
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
 from workers.models.family import DenoiserShape, ModelShape
-from workers.settings import DiversitySettings
+from workers.settings import ComputeSettings, DiversitySettings
 
 COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
 """Stages of a diversity loss, which the planned program does not have, and their role's own."""
@@ -87,6 +88,8 @@ class Workload:
         in_turn: Whether the teacher makes its two predictions in turn, not as one batch.
         bf16: Roles whose matrix products are in bfloat16; weights are in float32.
         checkpointing: Roles whose activations are made again in the backward pass.
+        selective: Of these, roles that keep the outputs of self-attention.
+        offloading: Of these, roles that keep the inputs of layers in main memory.
     """
 
     shape: DenoiserShape
@@ -106,6 +109,8 @@ class Workload:
     in_turn: bool = False
     bf16: frozenset[str] = frozenset(ROLES)
     checkpointing: frozenset[str] = frozenset(ROLES)
+    selective: frozenset[str] = frozenset()
+    offloading: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -147,6 +152,8 @@ class Workload:
             in_turn=not config.teacher.batched_guidance,
             bf16=frozenset(role for role, own in computes.items() if own.precision == "bf16"),
             checkpointing=frozenset(role for role, own in computes.items() if own.checkpointing),
+            selective=_roles_with(computes, "selective"),
+            offloading=_roles_with(computes, "offload"),
         )
 
     def kept(self, role: str) -> KeptCopies:
@@ -155,6 +162,22 @@ class Workload:
         averages = int(role == GENERATOR and self.averages)
         on_host = moments * (role in self.moments_on_cpu) + averages * self.average_on_cpu
         return KeptCopies(moments, averages, on_host)
+
+    def made_again(self, role: str) -> float:
+        """Part of a forward pass that is made again for each backward pass of a role."""
+        if role not in self.selective:
+            return float(role in self.checkpointing)
+        flops = self.shape.pass_flops(self.latent_shape, self.text_length)
+        tokens = self.shape.num_tokens(self.latent_shape)
+        # Of attention that of the tokens to each other; the rest looks at the caption.
+        kept = flops.attention * tokens / (tokens + self.text_length)
+        return 1 - kept / flops.forward
+
+    def stream_bytes(self, role: str) -> int:
+        """Bytes of the inputs of all layers, of one sample: those of self-attention's outputs."""
+        tokens = self.shape.num_tokens(self.latent_shape)
+        size = 2 if role in self.bf16 else 4
+        return size * self.shape.num_layers * tokens * self.shape.width
 
     @property
     def through_teacher(self) -> bool:
@@ -190,12 +213,15 @@ class Workload:
 
         The stages of a diversity loss are counted with the role's own: see `program`.
         """
-        found: dict[StageName, float] = {}
-        for (role, stage), units in self.stage_units.items():
-            counted = COUNTED_WITH.get(STAGES[role, stage])
-            name = (role, stage) if counted is None else (counted.role, counted.name)
-            found[name] = found.get(name, 0.0) + units
-        return found
+        return _counted_together(self.stage_units)
+
+    @property
+    def backwards(self) -> dict[StageName, float]:
+        """Backward passes of one sample by stage, those of a diversity loss as in `passes`."""
+        table = self._passes_by_stage()
+        return _counted_together(
+            {(stage.role, stage.name): passes.backwards for stage, passes in table.items()}
+        )
 
     def split_by_stage(self, seconds: Mapping[StageName, float]) -> dict[StageName, float]:
         """Splits seconds that hold those of a diversity loss among its stages, by their work."""
@@ -209,8 +235,16 @@ class Workload:
     @property
     def stage_units(self) -> dict[StageName, float]:
         """Work of one call of each stage on one sample, in forward passes."""
+        table = self._passes_by_stage()
+        costs = self.costs
+        return {
+            (stage.role, stage.name): passes.units(costs, checkpointed=self.made_again(stage.role))
+            for stage, passes in table.items()
+        }
+
+    def _passes_by_stage(self) -> Mapping[StageSpec, Passes]:
         rollout = mean_rollout(self.num_steps, first_exit=self.diversity.first_exit)
-        table = stage_passes(
+        return stage_passes(
             path=self.path,
             rollout=rollout,
             sample=rollout,
@@ -218,13 +252,6 @@ class Workload:
             fresh_tracking=self.fresh_updates > 0,
             anchor_steps=self.diversity.num_anchor_steps,
         )
-        costs = self.costs
-        return {
-            (stage.role, stage.name): passes.units(
-                costs, checkpointed=stage.role in self.checkpointing
-            )
-            for stage, passes in table.items()
-        }
 
     @property
     def gathers(self) -> dict[StageName, float]:
@@ -257,6 +284,20 @@ class Workload:
         # Beside its gradient, such a signal carries the teacher's cotangent.
         sent[SIGNAL.role, SIGNAL.name] *= 1 + int(self.through_teacher)
         return sent
+
+
+def _counted_together(units: Mapping[StageName, float]) -> dict[StageName, float]:
+    """Adds the stages of a diversity loss to those that they are counted with."""
+    found: dict[StageName, float] = {}
+    for (role, stage), value in units.items():
+        counted = COUNTED_WITH.get(STAGES[role, stage])
+        name = (role, stage) if counted is None else (counted.role, counted.name)
+        found[name] = found.get(name, 0.0) + value
+    return found
+
+
+def _roles_with(computes: Mapping[str, ComputeSettings], mode: str) -> frozenset[str]:
+    return frozenset(role for role, own in computes.items() if own.checkpointing == mode)
 
 
 def released_models() -> dict[str, ModelShape]:

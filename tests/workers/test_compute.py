@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sgmd_core.errors import ConfigError
 from tests.helpers.moves import assert_every_tensor_moves, assert_moves, relative_error
 from tests.helpers.roles import (
     Roles,
@@ -15,6 +18,7 @@ from tests.helpers.roles import (
     tiny_roles,
     weights,
 )
+from tests.helpers.tiny_wan import tiny_velocity
 from workers.compute import prepare_network
 from workers.settings import ComputeSettings
 
@@ -30,6 +34,17 @@ def gradients_of(
     return {role: gradients(roles.networks[role]) for role in ("generator", "fake_score")}
 
 
+class CountedAttention(TorchDispatchMode):
+    """Counts calls of the CPU's fused attention that are really made."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        self.calls += int(func is attention)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture(scope="module")
 def plain() -> dict[str, dict[str, Tensor]]:
     return gradients_of(tiny_roles(), ComputeSettings())
@@ -43,9 +58,54 @@ def test_the_gradients_compared_here_depend_on_what_is_computed(plain):
         assert_every_tensor_moves(plain[role], other[role])
 
 
-def test_checkpointing_repeats_every_bit(plain):
-    found = gradients_of(tiny_roles(), ComputeSettings(checkpointing=True))
+@pytest.mark.parametrize("mode", [True, "selective", "offload"])
+def test_checkpointing_repeats_every_bit(plain, mode):
+    # With shared tracking each graph of the fake score is walked twice.
+    found = gradients_of(tiny_roles(), ComputeSettings(checkpointing=mode))
     assert all(same_bits(found[role], plain[role]) for role in plain)
+
+
+@pytest.mark.parametrize("mode", [True, "selective"])
+def test_attention_is_made_again_unless_its_outputs_are_kept(mode):
+    network = prepare_network(tiny_velocity(2), ComputeSettings(checkpointing=mode))
+    clip = torch.ones(2, 4, 3, 4, 4, requires_grad=True)
+    with CountedAttention() as counted:
+        loss = network(clip, torch.full((2,), 0.5), torch.ones(2, 6, 8)).sum()
+        torch.autograd.grad(loss, clip, retain_graph=True)
+        loss.backward()
+    layers = len(network.blocks)
+    # Self- and cross-attention of each layer: once, and again in both walks.
+    again = 2 * 2 * layers if mode is True else 2 * layers
+    assert counted.calls == 2 * layers + again
+
+
+def test_outputs_that_cannot_be_kept_are_refused_by_name():
+    network = prepare_network(tiny_velocity(2), ComputeSettings(checkpointing="selective"))
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        pytest.raises(ConfigError, match="no fused attention in WanTransformerBlock on cpu"),
+    ):
+        network(torch.ones(2, 4, 3, 4, 4), torch.full((2,), 0.5), torch.ones(2, 6, 8))
+
+
+def test_offloaded_checkpointing_hands_the_streams_of_all_layers_to_main_memory(monkeypatch):
+    network = prepare_network(tiny_velocity(2), ComputeSettings(checkpointing="offload"))
+    handed: list[tuple[int, ...]] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+
+    def watched(pack, unpack):
+        def packed(value):
+            handed.append(tuple(value.shape))
+            return pack(value)
+
+        return hooks(packed, unpack)
+
+    monkeypatch.setattr(torch.autograd.graph, "saved_tensors_hooks", watched)
+    network(torch.ones(2, 4, 3, 4, 4), torch.full((2,), 0.5), torch.ones(2, 6, 8))
+    width = network.blocks[0].scale_shift_table.shape[-1]
+    assert [shape for shape in handed if shape == (2, 12, width)] == [(2, 12, width)] * len(
+        network.blocks
+    )
 
 
 def test_checkpointing_keeps_fewer_activations():
@@ -81,7 +141,7 @@ def test_bf16_rounds_products_and_leaves_weights_and_gradients_in_float32(plain)
 # torch.compile warns while it looks at tensors, and here warnings are errors.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "offload"])
 def test_compiled_layers_make_the_same_gradients(plain, checkpointing):
     settings = ComputeSettings(compile=True, checkpointing=checkpointing)
     found = gradients_of(tiny_roles(), settings)

@@ -6,6 +6,7 @@ import pytest
 
 from sgmd_core.errors import ConfigError
 from workers.settings import (
+    ComputeSettings,
     DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
@@ -42,6 +43,11 @@ from workers.settings import (
         (
             lambda: GeneratorSettings(num_steps=1, diversity=DiversitySettings(0.05)),
             "generator.num_steps",
+        ),
+        (lambda: ComputeSettings(checkpointing="half"), "compute.checkpointing"),
+        (
+            lambda: ComputeSettings(checkpointing="selective", compile=True),
+            "compute.checkpointing",
         ),
         (lambda: FakeScoreSettings(tracking="sometimes"), "fake_score.tracking"),
         (lambda: FakeScoreSettings(ida_decay=0.0), "fake_score.ida_decay"),

@@ -57,6 +57,7 @@ EXTRAS = {"ida_decay": 1.0, "diversity": DiversitySettings(), "betas": (0.0, 0.9
 """What some of these runs have more than others, left out."""
 FIRST_UPDATE_TOLERANCE = 5e-5
 """Adam's first update moves an entry by its rate, be its gradient nothing but rounding."""
+CHECKPOINTING = (True, "selective", "offload")
 Weights = dict[str, Tensor]
 
 pytestmark = pytest.mark.slow
@@ -110,10 +111,11 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
     if rank:
         # The first rank alone reads and writes; here there is nothing to be read.
         roles.generator.export("nowhere", "nowhere", {}, checkpoint="nowhere")
-    roles = tiny_roles("shared", compute=ComputeSettings(checkpointing=True))
-    gather(roles, 0, BATCHES)
-    for role in ("generator", "fake_score"):
-        brought[f"checkpointed {role}"] = whole_gradients(roles, role)
+    for mode in CHECKPOINTING:
+        roles = tiny_roles("shared", compute=ComputeSettings(checkpointing=mode))
+        gather(roles, 0, BATCHES)
+        for role in ("generator", "fake_score"):
+            brought[f"checkpointed {mode} {role}"] = whole_gradients(roles, role)
     return brought
 
 
@@ -234,7 +236,8 @@ def test_the_gradient_is_that_of_the_whole_batch(ranks, role, whose):
 )
 def test_sharded_layers_can_be_computed_again_instead_of_kept(ranks, role, whose):
     plain = ranks[0][f"{whose} gradient, signal once"]
-    assert same_bits(ranks[0][f"checkpointed {role}"], plain)
+    for mode in CHECKPOINTING:
+        assert same_bits(ranks[0][f"checkpointed {mode} {role}"], plain)
 
 
 def without_graph(roles: Roles) -> Weights:

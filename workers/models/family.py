@@ -33,11 +33,14 @@ class Denoiser(nn.Module, ABC):
 
     Attributes:
         autocast_dtype: Type of matrix products; None: the network's own.
+        layer_function: Computes a layer under checkpointing, `workers.recomputation`; None: the
+            library's own. A family that takes it has `selective` and `offload` in its `computes`.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.autocast_dtype: torch.dtype | None = None
+        self.layer_function: Callable[..., Any] | None = None
 
     @abstractmethod
     def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
@@ -187,8 +190,8 @@ class FamilyTraits:
         about: One line for readers.
         layout: Components of its folders.
         sampling: How a folder is sampled that does not say so.
-        computes: Values of `compute` that its denoiser supports, of `bf16`, `checkpointing` and
-            `compile`.
+        computes: Values of `compute` that its denoiser supports, of `bf16`, `checkpointing`,
+            `selective`, `offload` and `compile`.
         relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
         released: Shapes of released models by name, to plan for before a folder is there.
         keep_fp32: Parts of names, between dots, of weights that exports keep in float32.

@@ -91,7 +91,7 @@ class WanVelocity(Denoiser):
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the layers in the backward pass, or keep them."""
         if enabled:
-            self.transformer.enable_gradient_checkpointing()
+            self.transformer.enable_gradient_checkpointing(self.layer_function)
         else:
             self.transformer.disable_gradient_checkpointing()
 
