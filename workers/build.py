@@ -136,14 +136,18 @@ def build_evaluator(
 
 def _denoiser(model: ModelSettings) -> Denoiser:
     folder = Path(model.folder)
-    return family_of(folder).load_denoiser(folder).to(_device())
+    return family_of(folder).load_denoiser(folder, device=_device())
 
 
 def _ready(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
     """A role's network, computed as the settings say, spread over the role's ranks."""
-    denoiser = prepare_network(_denoiser(model), compute)
-    shard(denoiser, denoiser.blocks)
-    return denoiser
+
+    def prepare(denoiser: Denoiser) -> None:
+        prepare_network(denoiser, compute)
+        shard(denoiser, denoiser.blocks, device=_device().type)
+
+    folder = Path(model.folder)
+    return family_of(folder).load_denoiser(folder, device=_device(), prepare=prepare)
 
 
 def _captions(model: ModelSettings) -> TextEmbedder:

@@ -31,20 +31,27 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def shard(network: nn.Module, blocks: Iterable[nn.Module], *, alone: bool = False) -> None:
+def shard(
+    network: nn.Module,
+    blocks: Iterable[nn.Module],
+    *,
+    device: str | None = None,
+    alone: bool = False,
+) -> None:
     """Spreads a network's parameters over the ranks of this process's role.
 
-    Call it on every rank, with the same weights, before an optimizer is made.
+    Call it on every rank, with the same weights or with all of them on the meta device, before an
+    optimizer is made.
 
     Args:
         network: Changed in place.
         blocks: Parts that are gathered one at a time, such as the transformer's layers.
+        device: Type of the device that the weights will be on; None: the one that they are on.
         alone: Shard also where this process is the only rank, to try the collectives of a device.
     """
     if num_ranks() == 1 and not alone:
         return
-    device = next(network.parameters()).device.type
-    mesh = init_device_mesh(device, (num_ranks(),))
+    mesh = init_device_mesh(device or next(network.parameters()).device.type, (num_ranks(),))
     for part in (*blocks, network):
         fully_shard(part, mesh=mesh)
     for part in network.modules():
@@ -152,3 +159,14 @@ def local_shard(value: Tensor, like: Tensor) -> Tensor:
     placed = value.to(like.device)
     # Every rank cuts its own part out; nothing is sent.
     return distribute_tensor(placed, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def local_rows(tensor: Tensor) -> tuple[Tensor, int]:
+    """This rank's part of a tensor, to be written, and the index of its first row in the whole."""
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    # The rows of a column of indices go where those of the tensor went.
+    rows = local_shard(torch.arange(tensor.shape[0], device=tensor.device), tensor)
+    assert isinstance(rows, DTensor)
+    indices = rows.to_local()
+    return tensor.to_local(), int(indices[0]) if len(indices) else 0

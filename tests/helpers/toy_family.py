@@ -8,7 +8,7 @@ It has nothing in common with Wan: other components, no tokenizer files, no pipe
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -35,6 +35,7 @@ from workers.models.family import (
 from workers.models.folder import ClipGeometry, FolderLayout, LatentShape, ModelFolder
 from workers.models.loading import load_network
 from workers.models.sampling import EulerSampler, SamplingRules
+from workers.models.sharded_loading import load_sharded
 from workers.models.vocabulary import UnknownWords
 from workers.models.weights import DIFFUSERS_STEM
 
@@ -293,8 +294,15 @@ class ToyFamily:
             weights={name: part.weights for name, part in parts.items()},
         )
 
-    def load_denoiser(self, folder: Path, dtype: torch.dtype = torch.float32) -> ToyDenoiser:
-        return ToyDenoiser(_load(folder, DENOISER, dtype)).eval()
+    def load_denoiser(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        prepare: Callable[[Denoiser], object] | None = None,
+    ) -> ToyDenoiser:
+        part = _check(folder, DENOISER)
+        return load_sharded(ToyNetwork, part, ToyDenoiser, dtype, device, prepare)
 
     def load_text(self, folder: Path, dtype: torch.dtype | None = None) -> ToyEmbedder:
         return ToyEmbedder(_load(folder, WORDS, dtype or torch.float32).requires_grad_(False))

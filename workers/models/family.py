@@ -242,8 +242,22 @@ class ModelFamily(Protocol):
         """Check configurations and weight headers, without reading a value."""
         ...
 
-    def load_denoiser(self, folder: Path, dtype: torch.dtype = torch.float32) -> Denoiser:
-        """Load the denoiser in evaluation mode, every tensor from the files."""
+    def load_denoiser(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        prepare: Callable[[Denoiser], object] | None = None,
+    ) -> Denoiser:
+        """Load the denoiser in evaluation mode, every tensor from the files.
+
+        Args:
+            folder: Model folder.
+            dtype: Of the weights.
+            device: Device of the weights.
+            prepare: Called before values are read, with the weights on the meta device; shards the
+                denoiser, so that each rank reads its own rows alone. See `load_sharded`.
+        """
         ...
 
     def load_text(self, folder: Path, dtype: torch.dtype | None = None) -> TextEmbedder:

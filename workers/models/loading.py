@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from sgmd_core.errors import ModelFolderError
@@ -43,9 +43,10 @@ def load_network(network: Any, part: CheckedComponent, **options: Any) -> Any:  
             **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise _unreadable(part.path, error) from error
-    _require_all_loaded(part, info)
-    _require_finite(part, loaded)
+        raise unreadable(part.path, error) from error
+    require_all_loaded(part, info)
+    for name, value in loaded.named_parameters():
+        require_finite_weights(part, name, value)
     return loaded.eval()
 
 
@@ -66,7 +67,7 @@ def load_tokenizer(tokens: Path) -> PreTrainedTokenizerBase:
         # Code that a folder brings along is never run, and nothing is looked up elsewhere.
         return AutoTokenizer.from_pretrained(tokens, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        raise _unreadable(tokens, error) from error
+        raise unreadable(tokens, error) from error
 
 
 def require_tied_embeddings(part: Path) -> None:
@@ -122,8 +123,16 @@ def require_telling_apart(
         )
 
 
-def _require_all_loaded(part: CheckedComponent, info: Mapping[str, Any]) -> None:
-    """Refuse a network that the library has filled up with new random weights."""
+def require_all_loaded(part: CheckedComponent, info: Mapping[str, Any]) -> None:
+    """Refuse a network of which not every tensor came from the files.
+
+    Args:
+        part: The component.
+        info: Loading info of `from_pretrained`: names by problem.
+
+    Raises:
+        ModelFolderError: A tensor is new, unused, of another shape, or failed.
+    """
     problems = {
         "newly initialised": sorted(info.get("missing_keys") or ()),
         "not used": [
@@ -149,19 +158,23 @@ def _require_all_loaded(part: CheckedComponent, info: Mapping[str, Any]) -> None
         )
 
 
-def _require_finite(part: CheckedComponent, network: nn.Module) -> None:
-    """Refuse NaN and infinities, of the file or of a conversion to a narrower type."""
-    for name, value in network.named_parameters():
-        if not torch.isfinite(value).all():
-            raise ModelFolderError(
-                f"loading {part.path}",
-                f"NaN or infinity in {name}",
-                "finite weights",
-                "Copy the files again, or go back to a state before the training diverged",
-            )
+def require_finite_weights(part: CheckedComponent, name: str, value: Tensor) -> None:
+    """Refuse NaN and infinities, of the file or of a conversion to a narrower type.
+
+    Raises:
+        ModelFolderError: The tensor holds one; names it.
+    """
+    if not torch.isfinite(value).all():
+        raise ModelFolderError(
+            f"loading {part.path}",
+            f"NaN or infinity in {name}",
+            "finite weights",
+            "Copy the files again, or go back to a state before the training diverged",
+        )
 
 
-def _unreadable(part: Path, error: Exception) -> ModelFolderError:
+def unreadable(part: Path, error: Exception) -> ModelFolderError:
+    """Error for files of a component that could not be read."""
     files = ", ".join(sorted(file.name for file in part.glob("*.safetensors"))) or "its files"
     return ModelFolderError(
         f"loading {part}",

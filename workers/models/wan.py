@@ -11,7 +11,7 @@ vae/ and scheduler/.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry
 from workers.models.loading import load_network
 from workers.models.scheduler import build_scheduler
+from workers.models.sharded_loading import load_sharded
 from workers.models.wan_family import (
     LAYOUT,
     TEXT_ENCODER,
@@ -158,8 +159,19 @@ class VideoVae:
         return mean[None, :, None, None, None], std[None, :, None, None, None]
 
 
-def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> WanVelocity:
+def load_transformer(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[Denoiser], object] | None = None,
+) -> WanVelocity:
     """Load the denoiser of a Wan folder in evaluation mode.
+
+    Args:
+        folder: The Wan folder.
+        dtype: Of the weights, but for those that diffusers keeps in float32.
+        device: Device of the weights.
+        prepare: As `load_sharded` calls it.
 
     Raises:
         ModelFolderError: The folder or a file is missing, corrupt or not Wan's, or the weights are
@@ -167,7 +179,7 @@ def load_transformer(folder: str | Path, dtype: torch.dtype = torch.float32) -> 
     """
     require_supported_index(Path(folder))
     part = check_component(Path(folder), TRANSFORMER)
-    return WanVelocity(load_network(WanTransformer3DModel, part, dtype=dtype)).eval()
+    return load_sharded(WanTransformer3DModel, part, WanVelocity, dtype, device, prepare)
 
 
 def load_vae(folder: str | Path) -> VideoVae:

@@ -11,7 +11,7 @@ No network library is imported before a method needs one, so `sgmd plan` can ask
 downloaded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from workers.collector import paused_collector
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
-from workers.models.family import FamilyTraits, ModelShape
+from workers.models.family import Denoiser, FamilyTraits, ModelShape
 from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
 from workers.models.sampling import SamplingRules
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
@@ -158,12 +158,18 @@ class WanFamily:
 
         return inspect_wan_folder(folder)
 
-    def load_denoiser(self, folder: Path, dtype: torch.dtype = torch.float32) -> "WanVelocity":
+    def load_denoiser(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        prepare: Callable[[Denoiser], object] | None = None,
+    ) -> "WanVelocity":
         """Load the transformer."""
         with paused_collector():
             from workers.models.wan import load_transformer
 
-        return load_transformer(folder, dtype)
+        return load_transformer(folder, dtype, device, prepare)
 
     def load_text(self, folder: Path, dtype: torch.dtype | None = None) -> "CaptionEncoder":
         """Load tokenizer and UMT5 encoder."""

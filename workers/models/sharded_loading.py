@@ -1,0 +1,147 @@
+"""Load a denoiser so that a process reads and holds its own part of the weights alone.
+
+    configuration -> network on the meta device -> `prepare` (shards it) -> empty memory for what is
+    left to this process -> its slices of each tensor, straight from the files
+
+No process ever holds the whole network beside its part, nor the weights in two types: rows are read
+from the mapped file into their place and converted on the way. Buffers that no file holds, such as
+tables of rotary positions, are computed by the constructor and never leave main memory as `meta`.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from workers.models.architecture import CheckedComponent
+from workers.models.configs import CONFIG_FILE, read_model_json
+from workers.models.family import Denoiser
+from workers.models.loading import require_all_loaded, require_finite_weights, unreadable
+from workers.sharding import local_rows
+
+# A file is mapped anew after as much of it has been read: what is mapped counts as memory.
+_MAPPED_BYTES = 2**25
+
+D = TypeVar("D", bound=Denoiser)
+Slot = tuple[nn.Module, str]
+"""A module and the name of its tensor, which stay when the module is wrapped or sharded."""
+
+
+def load_sharded(
+    network: Any,  # noqa: ANN401  (a class of diffusers)
+    part: CheckedComponent,
+    wrap: Callable[[Any], D],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[D], object] | None = None,
+) -> D:
+    """Load a denoiser in evaluation mode, every tensor of it from the files.
+
+    Args:
+        network: Class of diffusers, made by `from_config`.
+        part: The component, as `check_network` returns it.
+        wrap: Makes the velocity model of the network.
+        dtype: Of the weights, but for those that the class keeps in float32.
+        device: Device of the weights.
+        prepare: Called with the velocity model while its weights are on the meta device. It may
+            change modules in place, put them into others, and shard them over the ranks.
+
+    Raises:
+        ModelFolderError: A file cannot be read, does not hold every tensor, or holds NaN.
+    """
+    try:
+        bare = _on_meta(network, part, dtype)
+        slots = dict(_slots(bare))
+        denoiser = wrap(bare).eval()
+        if prepare is not None:
+            prepare(denoiser)
+        _allocate(denoiser, torch.device(device))
+        missing = set(slots) - _fill(part, slots)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise unreadable(part.path, error) from error
+    require_all_loaded(part, {"missing_keys": missing})
+    return denoiser
+
+
+def _on_meta(network: Any, part: CheckedComponent, dtype: torch.dtype) -> nn.Module:  # noqa: ANN401
+    """Build the network with parameters on the meta device and buffers in main memory."""
+    before = torch.get_default_dtype()
+    # As `from_pretrained` does it: a buffer has the type that weights have by default.
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            made: nn.Module = network.from_config(read_model_json(part.path / CONFIG_FILE))
+    finally:
+        torch.set_default_dtype(before)
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, value in made.named_parameters():
+        own = torch.float32 if kept.intersection(name.split(".")) else dtype
+        value.data = value.data.to(own)
+    return made
+
+
+def _slots(network: nn.Module) -> Iterator[tuple[str, Slot]]:
+    """Places of the tensors that files hold, by their names there."""
+    stored = network.state_dict(keep_vars=True)
+    modules = dict(network.named_modules())
+    for name in stored:
+        owner, _, own = name.rpartition(".")
+        yield name, (modules[owner], own)
+
+
+def _allocate(network: nn.Module, device: torch.device) -> None:
+    """Give memory to this process's part of each parameter, and move buffers beside it."""
+    # `to_empty` would lose the buffers; FSDP2 replaces `_apply` as it does for `to_empty`.
+    network._apply(  # pyright: ignore[reportPrivateUsage]
+        lambda value: torch.empty_like(value, device=device) if value.is_meta else value.to(device)
+    )
+
+
+@torch.no_grad()
+def _fill(part: CheckedComponent, slots: dict[str, Slot]) -> set[str]:
+    """Read this process's rows of every tensor; returns the names that were found."""
+    found: set[str] = set()
+    for file in part.weights.used:
+        with safe_open(file, framework="pt") as weights:
+            names = [name for name in weights.keys() if name in slots]  # noqa: SIM118
+        reader = _Reader(file)
+        for name in names:
+            module, own = slots[name]
+            target = getattr(module, own).detach()
+            local, first = local_rows(target)
+            reader.read(name, local, first)
+            require_finite_weights(part, name, local)
+            found.add(name)
+    return found
+
+
+class _Reader:
+    """Reads rows of a safetensors file, and maps it anew before it takes much memory."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._num_read = 0
+        self._weights: Any = safe_open(file, framework="pt")
+
+    def read(self, name: str, target: Tensor, first: int) -> None:
+        """Copy rows from `first` on into `target`, as many as it has."""
+        if not target.ndim:
+            target.copy_(self._weights.get_tensor(name))
+            return
+        row_bytes = max(1, target[:1].numel() * torch.float32.itemsize)
+        step = max(1, _MAPPED_BYTES // row_bytes)
+        for start in range(0, len(target), step):
+            rows = target[start : start + step]
+            view = self._weights.get_slice(name)
+            rows.copy_(view[first + start : first + start + len(rows)])
+            self._count(len(rows) * row_bytes)
+
+    def _count(self, num_bytes: int) -> None:
+        self._num_read += num_bytes
+        if self._num_read >= _MAPPED_BYTES:
+            self._weights = safe_open(self._file, framework="pt")
+            self._num_read = 0
