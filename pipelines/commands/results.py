@@ -95,6 +95,12 @@ def generate(
     height: Annotated[int | None, typer.Option(help="Pixels")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels")] = None,
     fps: Annotated[int | None, typer.Option(help="Frames a second")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Of a run: last, best or an iteration")
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="LoRA to merge into the model: a .safetensors file")
+    ] = None,
     zoom: Annotated[int | None, typer.Option(help="Enlarge the files this many times")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     as_json: Json = False,
@@ -104,35 +110,38 @@ def generate(
         from diffusers.utils import logging
 
         from pipelines import generate as job
+        from pipelines.exporting.sampled import sampled_folder
 
         logging.disable_progress_bar()
-        clips = job.generate(
-            model,
-            _prompts(prompt or [], prompts),
-            output=output,
-            seed=_seeds(seed or [0], num_clips),
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            flow_shift=flow_shift,
-            text_length=text_length,
-            negative_prompt=negative_prompt,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            fps=fps,
-            zoom=zoom,
-            device=device,
-            on_progress=lambda done, total: on_progress("denoising steps", done, total),
-        )
-        rows = [
-            {
-                "prompt": clip.prompt,
-                "seed": clip.seed,
-                "paths": [str(path) for path in clip.paths],
-                "seconds": clip.seconds,
-            }
-            for clip in clips
-        ]
+        shown = _prompts(prompt or [], prompts)
+        with sampled_folder(model, checkpoint=checkpoint, lora=lora) as folder:
+            clips = job.generate(
+                folder,
+                shown,
+                output=output,
+                seed=_seeds(seed or [0], num_clips),
+                num_steps=num_steps,
+                guidance_scale=guidance_scale,
+                flow_shift=flow_shift,
+                text_length=text_length,
+                negative_prompt=negative_prompt,
+                num_frames=num_frames,
+                height=height,
+                width=width,
+                fps=fps,
+                zoom=zoom,
+                device=device,
+                on_progress=lambda done, total: on_progress("denoising steps", done, total),
+            )
+            rows = [
+                {
+                    "prompt": clip.prompt,
+                    "seed": clip.seed,
+                    "paths": [str(path) for path in clip.paths],
+                    "seconds": clip.seconds,
+                }
+                for clip in clips
+            ]
     show(rows, as_json, "\n".join(path for row in rows for path in row["paths"]))
 
 

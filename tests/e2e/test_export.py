@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from PIL import Image, ImageSequence
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
@@ -165,6 +166,58 @@ def test_a_model_folder_is_exported_too_and_a_lora_of_it_needs_its_base(run, wan
     copy = shutil.copytree(run.generator, tmp_path / "copy")
     with pytest.raises(ModelFolderError, match="no matrix that differs"):
         export(copy, base=run.generator, output=tmp_path / "x", options=ExportOptions("lora"))
+
+
+class TestSampling:
+    def clip(self, *arguments: str | Path, output: Path) -> np.ndarray:
+        given = ["generate", *map(str, arguments), "--prompt", PROMPT, "--output", str(output)]
+        result = command(*given, "--zoom", "1", "--json")
+        assert result.exit_code == 0, result.stderr
+        path = Path(json.loads(result.stdout)[0]["paths"][1])
+        return np.stack([np.asarray(frame.convert("RGB")) for frame in _frames(path)])
+
+    def test_a_checkpoint_is_sampled_without_being_exported_by_hand(self, run, tmp_path):
+        last = self.clip(run.root, "--checkpoint", "2", output=tmp_path / "a")
+        assert np.array_equal(last, self.clip(run.root, output=tmp_path / "b"))
+        first = self.clip(run.root, "--checkpoint", "1", output=tmp_path / "c")
+        assert not np.array_equal(first, last)
+
+    @pytest.mark.parametrize("form", ["lora", "lora-comfyui"])
+    def test_a_lora_is_merged_into_its_base_and_sampled_as_it_says(
+        self, run, wan_folder, tmp_path, form
+    ):
+        export(run.root, output=tmp_path / form, options=ExportOptions(form, "fp32"))
+        found = self.clip(wan_folder, "--lora", tmp_path / form, output=tmp_path / "a")
+        merged = _sampled_by_us(form, run, wan_folder, tmp_path)
+        assert np.array_equal(found, self.clip(merged, output=tmp_path / "b"))
+        settings = _sampling(run.generator)
+        steps = ("--num-steps", settings["num_steps"], "--guidance-scale", 1)
+        size = ("--num-frames", settings["num_frames"], "--height", 16, "--width", 16)
+        alone = self.clip(wan_folder, *steps, *size, output=tmp_path / "c")
+        assert not np.array_equal(found, alone)
+
+    def test_a_lora_that_is_none_is_refused(self, run, wan_folder, tmp_path):
+        for lora, words in (
+            (tmp_path / "nothing", "no such file"),
+            (wan_folder / "transformer/diffusion_pytorch_model.safetensors", "a LoRA of a wan"),
+        ):
+            result = command(
+                "generate",
+                str(wan_folder),
+                "--lora",
+                str(lora),
+                "--prompt",
+                PROMPT,
+                "--output",
+                str(tmp_path / "x"),
+            )
+            assert result.exit_code == 2, result.stderr
+            assert words in " ".join(result.stderr.split())
+
+
+def _frames(path: Path) -> list:
+    with Image.open(path) as gif:
+        return [frame.copy() for frame in ImageSequence.Iterator(gif)]
 
 
 class TestRefusals:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from workers.models.wan_family import TRANSFORMER
 
 _OWN = f"{TRANSFORMER}."
 _COMFYUI_WEIGHTS = "model.diffusion_model."
+_LORA_NAME = re.compile(r"lora_|\.(alpha|diff|diff_b)$")
 _COMFYUI_LORA = "diffusion_model."
 
 # diffusers -> original, on whole parts of names. `norm2` and `norm3` change places.
@@ -96,6 +98,11 @@ class WanExchange:
 
     def read_low_rank(self, path: Path, base_folder: Path) -> dict[str, Tensor]:
         """Read a LoRA through diffusers and return the weights of the base with it merged in."""
+        with safe_open(path, framework="pt") as file:
+            others = [name for name in file.keys() if not _LORA_NAME.search(name)]  # noqa: SIM118
+        if others:
+            # diffusers would leave them out, or take nothing at all, without an error.
+            raise ValueError(f"{others[0]} belongs to no LoRA")
         network: Any = load_transformer(base_folder).transformer
         state: Any = WanPipeline.lora_state_dict(str(path.parent), weight_name=path.name)
         network.load_lora_adapter(state, prefix=TRANSFORMER)
