@@ -8,6 +8,7 @@ updates an iteration, each after a report of its own.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
@@ -31,16 +32,30 @@ _CLIP_MARGIN = 1e-5
 """More than what torch adds to the norm before it divides by it."""
 
 
+_LAYER = re.compile(r".*?\.\d+(?=\.)")
+"""The layer that a parameter belongs to, as its name has it: `transformer.blocks.7`."""
+
+_OUTSIDE = "outside_layers"
+
+
 def learning_rate(settings: OptimizerSettings, updates: int) -> float:
     """Rate of the update that follows `updates` earlier ones.
 
-        lr * min(1, (updates + 1) / warmup_iterations)
+        warm-up     lr * (updates + 1) / warmup_iterations
+        afterwards  lr * (final + (1 - final) * fall(t)),   final = final_lr_ratio
+                    t = (updates - warmup) / (decay_iterations - warmup), at most 1
+                    fall(t) = 1 (constant), 1 - t (linear), (1 + cos(pi t)) / 2 (cosine)
 
     A function of the count alone, so a resumed run needs no state of a scheduler.
     """
-    if updates >= settings.warmup_iterations:
+    warmup = settings.warmup_iterations
+    if updates < warmup:
+        return settings.lr * (updates + 1) / warmup
+    if settings.decay == "constant":
         return settings.lr
-    return settings.lr * (updates + 1) / settings.warmup_iterations
+    t = min(1.0, (updates - warmup) / (settings.decay_iterations - warmup))
+    fall = 1 - t if settings.decay == "linear" else (1 + math.cos(math.pi * t)) / 2
+    return settings.lr * (settings.final_lr_ratio + (1 - settings.final_lr_ratio) * fall)
 
 
 class RoleOptimizer:
@@ -117,7 +132,8 @@ class RoleOptimizer:
             )
         self._norm = nn.utils.get_total_norm(gradients)
         norm = full_tensor(self._norm).item()
-        return GradientReport(grad_norm=norm, finite=math.isfinite(norm))
+        blocks = self._block_norms() if self._settings.log_block_norms else {}
+        return GradientReport(grad_norm=norm, finite=math.isfinite(norm), blocks=blocks)
 
     def step(self, iteration: int) -> int:
         """Clips, updates, forgets the gradients.
@@ -158,6 +174,18 @@ class RoleOptimizer:
         self.discard()
         self._updates += 1
         return self._updates
+
+    def _block_norms(self) -> dict[str, float]:
+        """Norm of the gathered gradient of each layer, and of all that lies outside of layers."""
+        gradients: dict[str, list[Tensor]] = {}
+        for name, value in self._parameters.items():
+            if value.grad is not None:
+                layer = _LAYER.match(name)
+                gradients.setdefault(layer[0] if layer else _OUTSIDE, []).append(value.grad)
+        return {
+            layer: full_tensor(nn.utils.get_total_norm(found)).item()
+            for layer, found in gradients.items()
+        }
 
     def discard(self) -> None:
         """Forgets the gradients that were gathered."""

@@ -1,7 +1,7 @@
 """The small numbers that roles report; they may travel through the controller."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,10 +11,12 @@ class GradientReport:
     Attributes:
         grad_norm: Global L2 norm of the gradient, before clipping.
         finite: Whether that norm is a number; where it is not, nothing may be updated.
+        blocks: The same norm by layer, where it was asked for.
     """
 
     grad_norm: float
     finite: bool
+    blocks: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

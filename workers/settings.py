@@ -62,7 +62,7 @@ class VideoSettings:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSettings:
-    """AdamW with a clipped gradient and a linear warm-up.
+    """AdamW with a clipped gradient, a linear warm-up and, on request, a decay of the rate.
 
     Attributes:
         lr: Learning rate after the warm-up.
@@ -72,6 +72,10 @@ class OptimizerSettings:
         eps: Added to the root of the second moment.
         max_grad_norm: Global L2 norm that gradients are clipped to.
         warmup_iterations: Updates over which the rate rises linearly; 0 starts at `lr`.
+        decay: Course of the rate after the warm-up: `constant`, `linear` or `cosine`.
+        decay_iterations: Updates, those of the warm-up included, after which the rate has fallen.
+        final_lr_ratio: Rate from then on, over `lr`.
+        log_block_norms: Log the gradient norm of every layer besides that of the whole.
         moments: Where AdamW keeps its moments: on the `device`, or on the `cpu`, from where an
             update takes them and where it puts them back. The numbers are the same.
     """
@@ -82,6 +86,10 @@ class OptimizerSettings:
     eps: float = 1e-8
     max_grad_norm: float = 10.0
     warmup_iterations: int = 0
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    decay_iterations: int = 0
+    final_lr_ratio: float = 0.0
+    log_block_norms: bool = False
     moments: Literal["device", "cpu"] = "device"
 
     def __post_init__(self) -> None:
@@ -101,6 +109,24 @@ class OptimizerSettings:
             "optimizer.warmup_iterations",
             self.warmup_iterations,
             "0 or more",
+        )
+        kinds = ("constant", "linear", "cosine")
+        _require(self.decay in kinds, "optimizer.decay", self.decay, f"one of {kinds}")
+        _require(
+            self.decay == "constant" or self.decay_iterations > self.warmup_iterations,
+            "optimizer.decay_iterations",
+            self.decay_iterations,
+            f"more than the {self.warmup_iterations} updates of the warm-up, for decay: "
+            f"{self.decay}",
+        )
+        _require(
+            self.decay != "constant" or self.decay_iterations == 0,
+            "optimizer.decay_iterations",
+            self.decay_iterations,
+            "0 for decay: constant, which does not fall",
+        )
+        _require(
+            0 <= self.final_lr_ratio <= 1, "optimizer.final_lr_ratio", self.final_lr_ratio, "[0, 1]"
         )
         _require_place("optimizer.moments", self.moments)
 

@@ -68,6 +68,7 @@ class IterationReport:
     Attributes:
         losses: Loss terms, means over the iteration's samples.
         grad_norms: Global gradient norm by role, before clipping; a mean over several updates.
+            Where a recipe asks for it, also by `ROLE/LAYER`.
         exit_steps: Rollout step that was learned, for each micro-batch.
         generator_version: Updates the generator has seen, this one included.
         issued: Its calls, with the time at which each was made.
@@ -286,6 +287,8 @@ def _report(result: IterationResult, stale_calls: int) -> IterationReport:
     for call, report in result.of(GATHER):
         if call.rank == 0:
             norms[call.role].append(report.grad_norm)
+            for block, norm in report.blocks.items():
+                norms.setdefault(f"{call.role}/{block}", []).append(norm)
     exits = {call.micro_batch: report.exit_step for call, report in result.of(LEARN.name)}
     versions = [version for call, version in result.of(STEP) if call.role == GENERATOR]
     return IterationReport(

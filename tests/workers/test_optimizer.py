@@ -1,9 +1,12 @@
 """AdamW, clip, warm-up and average, against numbers worked out by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
+from tests.helpers.tiny_wan import tiny_velocity
 from workers.ema import AveragedWeights, effective_decay
 from workers.optimizer import RoleOptimizer, learning_rate
 from workers.settings import OptimizerSettings
@@ -59,6 +62,39 @@ def test_rate_rises_linearly_over_the_warm_up_and_then_stays():
         [0.2, 0.4, 0.6, 0.8, 0.8, 0.8]
     )
     assert learning_rate(OptimizerSettings(lr=0.8), 0) == 0.8
+
+
+@pytest.mark.parametrize(
+    ("decay", "middle"), [("linear", 0.1 + 0.9 * 0.75), ("cosine", 0.1 + 0.9 * 0.8535533906)]
+)
+def test_rate_falls_from_the_warm_up_to_its_end_and_stays_there(decay, middle):
+    settings = OptimizerSettings(
+        lr=2.0, warmup_iterations=2, decay=decay, decay_iterations=10, final_lr_ratio=0.1
+    )
+    rates = [learning_rate(settings, count) / 2 for count in range(14)]
+    assert rates[:3] == pytest.approx([0.5, 1.0, 1.0])
+    assert rates[4] == pytest.approx(middle)
+    assert rates[6] == pytest.approx(0.55)
+    assert rates[10:] == pytest.approx([0.1] * 4)
+    assert rates[2:11] == sorted(rates[2:11], reverse=True)
+
+
+def test_norms_of_layers_add_up_to_the_norm_of_the_whole():
+    network = tiny_velocity()
+    plain, logged = (OptimizerSettings(lr=0.1, log_block_norms=on) for on in (False, True))
+    optimizer = RoleOptimizer("generator", network, logged)
+    for index, value in enumerate(network.parameters()):
+        value.grad = torch.full_like(value, 0.1 * (index % 7))
+    report = optimizer.gradient_report(0)
+    assert set(report.blocks) == {
+        "transformer.blocks.0",
+        "transformer.blocks.1",
+        "outside_layers",
+    }
+    assert min(report.blocks.values()) > 0
+    assert math.hypot(*report.blocks.values()) == pytest.approx(report.grad_norm, rel=1e-5)
+    other = RoleOptimizer("generator", network, plain)
+    assert other.gradient_report(0).blocks == {}
 
 
 def test_warm_up_reaches_the_weights():

@@ -32,6 +32,10 @@ from workers.settings import (
         (lambda: OptimizerSettings(lr=1e-4, eps=0.0), "optimizer.eps"),
         (lambda: OptimizerSettings(lr=1e-4, max_grad_norm=0.0), "optimizer.max_grad_norm"),
         (lambda: OptimizerSettings(lr=1e-4, warmup_iterations=-1), "optimizer.warmup_iterations"),
+        (lambda: OptimizerSettings(lr=1e-4, decay="step"), "optimizer.decay"),  # type: ignore
+        (lambda: OptimizerSettings(lr=1e-4, decay="cosine"), "optimizer.decay_iterations"),
+        (lambda: OptimizerSettings(lr=1e-4, decay_iterations=9), "optimizer.decay_iterations"),
+        (lambda: OptimizerSettings(lr=1e-4, final_lr_ratio=1.5), "optimizer.final_lr_ratio"),
         (lambda: OptimizerSettings(lr=1e-4, moments="disk"), "optimizer.moments"),
         (lambda: GeneratorSettings(ema_device="disk"), "generator.ema_device"),
         (lambda: GeneratorSettings(num_steps=0), "generator.num_steps"),
