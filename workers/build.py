@@ -144,7 +144,7 @@ def _ready(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
 
     def prepare(denoiser: Denoiser) -> None:
         prepare_network(denoiser, compute)
-        shard(denoiser, denoiser.blocks, device=_device().type)
+        shard(denoiser, denoiser.blocks, device=_device().type, dtype=denoiser.autocast_dtype)
 
     folder = Path(model.folder)
     return family_of(folder).load_denoiser(folder, device=_device(), prepare=prepare)

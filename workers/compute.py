@@ -1,6 +1,7 @@
 """Memory and speed of a role's network; of the numbers, only the rounding changes.
 
-    precision bf16    matrix products in bfloat16; weights, moments and gradients stay float32
+    precision bf16    matrix products in bfloat16; weights, moments and gradients stay float32, and
+                      weights of several ranks are gathered in bfloat16
     checkpointing     activations of the layers are made again in the backward pass, not kept
     compile           the layers as compiled code, one region for all of them
 

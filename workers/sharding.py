@@ -1,7 +1,8 @@
 """One role on several ranks: FSDP2, applied from outside.
 
     every rank      the same network, of which it keeps 1/n of each parameter (a DTensor)
-    forward         a block's parameters are gathered, used, and let go again
+    forward         a block's parameters are gathered, used, and let go again; in bfloat16 where the
+                    network computes in it, from parts in float32
     backward        gradients are *summed* over the ranks, and each rank keeps its 1/n of the sum
 
 The sum, not FSDP's usual mean: each rank's loss carries its samples' share of the whole batch
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -36,6 +37,7 @@ def shard(
     blocks: Iterable[nn.Module],
     *,
     device: str | None = None,
+    dtype: torch.dtype | None = None,
     alone: bool = False,
 ) -> None:
     """Spreads a network's parameters over the ranks of this process's role.
@@ -47,13 +49,18 @@ def shard(
         network: Changed in place.
         blocks: Parts that are gathered one at a time, such as the transformer's layers.
         device: Type of the device that the weights will be on; None: the one that they are on.
+        dtype: Type that parameters are gathered in; gradients are summed in float32, and inputs
+            stay as they are: a noise level would lose digits. None: the parameters' own.
         alone: Shard also where this process is the only rank, to try the collectives of a device.
     """
     if num_ranks() == 1 and not alone:
         return
     mesh = init_device_mesh(device or next(network.parameters()).device.type, (num_ranks(),))
+    policy = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
+    )
     for part in (*blocks, network):
-        fully_shard(part, mesh=mesh)
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     for part in network.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)

@@ -230,7 +230,7 @@ def _costs(
     teams: Mapping[str, Team],
 ) -> Costs:
     weights = 4 * work.shape.num_parameters
-    gathers, sent = work.gathers, work.result_bytes
+    gathered, sent = work.gathered_bytes, work.result_bytes
 
     def ranks_of(call: Call) -> int:
         return one.ranks[teams[call.role].process(call.role, call.rank)[0]]
@@ -243,7 +243,7 @@ def _costs(
         name = (call.role, call.stage)
         working_s = times.seconds[name] * -(-call.num_samples // ranks)
         # Weights are gathered while the layer before computes.
-        return max(working_s, gathers[name] * hardware.gather_s(weights, ranks))
+        return max(working_s, hardware.gather_s(gathered[name], ranks))
 
     def result_bytes(call: Call) -> float:
         if call.stage == "trained_weights":
@@ -279,16 +279,14 @@ def _gathered_bytes(
     work: Workload, ranks: Mapping[str, int], micro_batches: Mapping[str, float]
 ) -> float:
     """Bytes of weights and gradients that a rank is sent in an iteration."""
-    weights = 4 * work.shape.num_parameters
     updates = max(1, work.fresh_updates)
     return sum(
-        count
+        moved
         * (updates if stage in ("sample", "track") else 1)
         * micro_batches.get(role, 0)
-        * weights
         * (ranks[role] - 1)
         / ranks[role]
-        for (role, stage), count in work.gathers.items()
+        for (role, stage), moved in work.gathered_bytes.items()
         if role in ranks and (role, stage) in work.passes
     )
 

@@ -72,7 +72,7 @@ def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
         widest = _graph(work, TEACHER) + _layer(work, TEACHER)
     return RankMemory(
         state=_FLOAT * work.shape.num_parameters / ranks,
-        gathered=_FLOAT * _gathered(work, ranks, layers=2),
+        gathered=work.weight_bytes(TEACHER) * _gathered(work, ranks, layers=2),
         graphs=0.0,
         working=passes * widest,
     )
@@ -88,18 +88,20 @@ def _learner_memory(
     passing = shape.transient_bytes(work.latent_shape, bf16=role in work.bf16)
     return RankMemory(
         state=(2 + kept.moments + kept.averages - kept.on_host) * share,
-        gathered=_FLOAT * _gathered(work, ranks, layers=3),
+        # Weights of two layers; a layer's gradient in their type, and in that of the sum.
+        gathered=work.weight_bytes(role) * _gathered(work, ranks, layers=3)
+        + (_FLOAT * _gathered(work, ranks, layers=1, ends=1) if role in work.bf16 else 0),
         graphs=waiting * _graph(work, role) - offloaded,
         working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
         host=kept.on_host * share + offloaded,
     )
 
 
-def _gathered(work: Workload, ranks: int, layers: int) -> int:
+def _gathered(work: Workload, ranks: int, layers: int, ends: int = 2) -> int:
     """Parameters that a rank of several holds whole: some layers, and what is not in layers."""
     shape = work.shape
-    ends = shape.num_parameters - shape.num_layers * shape.parameters_per_layer
-    return layers * shape.parameters_per_layer + 2 * ends if ranks > 1 else 0
+    beside = shape.num_parameters - shape.num_layers * shape.parameters_per_layer
+    return layers * shape.parameters_per_layer + ends * beside if ranks > 1 else 0
 
 
 def _graph(work: Workload, role: str) -> float:

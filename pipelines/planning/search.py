@@ -211,8 +211,7 @@ def _costs(
 ) -> Costs:
     teams, weights = split.teams, 4 * work.shape.num_parameters
     step_s = {role: update_s(work, hardware, role, teams[role].ranks) for role in ROLES}
-    gather_s = {role: hardware.gather_s(weights, teams[role].ranks) for role in ROLES}
-    gathers, sent = work.gathers, work.result_bytes
+    gathered, sent = work.gathered_bytes, work.result_bytes
     # A process takes what concerns its own samples: the largest share is what the others wait for.
     share = samples / min(samples, *(team.size for team in teams.values()))
 
@@ -223,7 +222,7 @@ def _costs(
         folded = 1 if call.role == TEACHER else teams[call.role].ranks
         working_s = times.seconds[name] * call.num_samples / folded
         # Weights are gathered while the layer before computes.
-        return max(working_s, gathers[name] * gather_s[call.role])
+        return max(working_s, hardware.gather_s(gathered[name], teams[call.role].ranks))
 
     return Costs(
         seconds,

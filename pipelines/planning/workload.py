@@ -253,6 +253,25 @@ class Workload:
             anchor_steps=self.diversity.num_anchor_steps,
         )
 
+    def weight_bytes(self, role: str) -> int:
+        """Bytes of a weight as a role gathers it: in the type of its products."""
+        return 2 if role in self.bf16 else 4
+
+    @property
+    def gathered_bytes(self) -> dict[StageName, float]:
+        """Bytes of weights and gradients that a sharded call of each stage moves, all ranks' parts.
+
+        Gradients are summed in float32, weights are gathered in the type of a role's products.
+        """
+        summed = {LEARN: 1.0 + self.diversity.enabled, TRACK: 1.0}
+        reductions = {(stage.role, stage.name): count for stage, count in summed.items()}
+        found: dict[StageName, float] = {}
+        for name, count in self.gathers.items():
+            gradients = reductions.get(name, 0.0)
+            weights = self.weight_bytes(name[0]) * (count - gradients)
+            found[name] = (weights + 4 * gradients) * self.shape.num_parameters
+        return found
+
     @property
     def gathers(self) -> dict[StageName, float]:
         """Counts how often a sharded call of each stage gathers weights or sends gradients."""

@@ -68,7 +68,8 @@ def tiny_roles(
     for network in networks.values():
         prepare_network(network, compute or ComputeSettings())
     for role in ("generator", "fake_score"):
-        shard(networks[role], networks[role].blocks)
+        network = networks[role]
+        shard(network, network.blocks, dtype=network.autocast_dtype)
     place = "cpu" if offloaded else "device"
     optimizer = OptimizerSettings(lr=lr, max_grad_norm=1.0, betas=betas, moments=place)
     objective = objective or SgmdObjective(form=form)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgmd_core.objectives.dmd import DmdObjective
 from sgmd_core.objectives.dmd2 import Dmd2Objective
@@ -30,6 +31,7 @@ from tests.helpers.roles import (
     text_batch,
     tiny_roles,
 )
+from tests.helpers.tiny_wan import tiny_velocity
 from workers.role_state import load_role
 from workers.settings import ComputeSettings, DiversitySettings
 from workers.sharding import full_tensor, is_sharded, parameters_of
@@ -57,6 +59,9 @@ EXTRAS = {"ida_decay": 1.0, "diversity": DiversitySettings(), "betas": (0.0, 0.9
 """What some of these runs have more than others, left out."""
 FIRST_UPDATE_TOLERANCE = 5e-5
 """Adam's first update moves an entry by its rate, be its gradient nothing but rounding."""
+BF16 = ComputeSettings(precision="bf16")
+BF16_TOLERANCE = 2e-2
+"""Of the largest entry: norms and modulation are gathered in bfloat16 as well."""
 CHECKPOINTING = (True, "selective", "offload")
 Weights = dict[str, Tensor]
 
@@ -116,7 +121,27 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
         gather(roles, 0, BATCHES)
         for role in ("generator", "fake_score"):
             brought[f"checkpointed {mode} {role}"] = whole_gradients(roles, role)
+    roles = tiny_roles("shared", compute=BF16)
+    with GatheredBytes() as gathered:
+        gather(roles, 0, BATCHES)
+    brought["gathered in bf16"] = gathered.by_dtype
+    for role in ("generator", "fake_score"):
+        brought[f"bf16 {role}"] = whole_gradients(roles, role)
     return brought
+
+
+class GatheredBytes(TorchDispatchMode):
+    """Counts what each rank sends to others when parameters are gathered, by type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_dtype: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.c10d._allgather_base_.default:
+            sent = args[1]
+            self.by_dtype[sent.dtype] = self.by_dtype.get(sent.dtype, 0) + sent.nbytes
+        return func(*args, **(kwargs or {}))
 
 
 def resumed_weights(folder: Path, run: dict[str, Any]) -> Weights:
@@ -238,6 +263,25 @@ def test_sharded_layers_can_be_computed_again_instead_of_kept(ranks, role, whose
     plain = ranks[0][f"{whose} gradient, signal once"]
     for mode in CHECKPOINTING:
         assert same_bits(ranks[0][f"checkpointed {mode} {role}"], plain)
+
+
+def test_parameters_computed_in_bf16_are_gathered_in_bf16(ranks):
+    found = ranks[0]["gathered in bf16"]
+    assert set(found) == {torch.bfloat16}
+    # Forward and backward pass of each micro-batch gather each learner's half at least once.
+    halves = sum(value.numel() for value in tiny_velocity(1).parameters()) / 2
+    assert found[torch.bfloat16] >= 2 * 2 * 2 * 2 * halves
+
+
+@pytest.mark.parametrize("role", ["generator", "fake_score"])
+def test_gradients_in_bf16_are_those_of_one_rank_within_its_rounding(ranks, role):
+    roles, halves = tiny_roles("shared", compute=BF16), tiny_roles("shared", compute=BF16)
+    gather(roles, 0, BATCHES)
+    gather(halves, 0, FIRST_HALVES)
+    expected, found = whole_gradients(roles, role), ranks[0][f"bf16 {role}"]
+    assert_moves(expected, whole_gradients(halves, role), BF16_TOLERANCE)
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert relative_error(found, expected) < BF16_TOLERANCE
 
 
 def without_graph(roles: Roles) -> Weights:

@@ -161,6 +161,17 @@ class TestMemory:
         assert 0.8 * again_s < selective_s < 0.9 * again_s
         assert again_s < offload_s < 1.1 * again_s
 
+    def test_weights_are_gathered_in_the_type_of_products_and_gradients_summed_in_float32(self):
+        exact = replace(LARGE, bf16=frozenset())
+        parameters = LARGE.shape.num_parameters
+        wide, narrow = (one.gathered_bytes for one in (exact, LARGE))
+        assert narrow[TEACHER, "denoise"] == wide[TEACHER, "denoise"] / 2 == 2 * parameters
+        assert wide[GENERATOR, "learn"] == 8 * parameters
+        assert narrow[GENERATOR, "learn"] == 6 * parameters
+        assert teacher_memory(LARGE, 8, 1).gathered == teacher_memory(exact, 8, 1).gathered / 2
+        learners = (generator_memory(one, 8, 1, 1).gathered for one in (LARGE, exact))
+        assert next(learners) < next(learners)
+
     def test_guidance_in_turn_halves_what_a_teacher_works_on(self):
         batched, in_turn = (teacher_memory(replace(SMALL, in_turn=t), 1, 1) for t in (False, True))
         assert batched.working == 2 * in_turn.working
