@@ -5,7 +5,9 @@ number of torch threads, because a process that shares a machine must not take a
 its networks on the GPU that the process was given, if any.
 """
 
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from workers.compute import prepare_network
 from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.models.exporting import DTYPES
 from workers.models.families import family_of
 from workers.models.family import Autoencoder, Denoiser, TextEmbedder
 from workers.score_teacher import ScoreTeacher
@@ -87,25 +90,40 @@ def build_denoiser(model: ModelSettings, compute: ComputeSettings, num_threads: 
 
 
 def build_text_encoder(
-    model: ModelSettings, num_threads: int, num_cached: int = 1024
+    model: ModelSettings, num_threads: int, num_cached: int = 1024, *, lazily: bool = False
 ) -> TextEncoder:
     """The text encoder, which remembers the embeddings of `num_cached` captions.
 
+    Args:
+        model: Its folder, type and text positions.
+        num_threads: Torch threads.
+        num_cached: Captions whose embeddings are remembered.
+        lazily: Load the network only for a caption that brings no embedding of its own, such as
+            the negative prompt, and free it after that.
+
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
+    if lazily:
+        # The negative prompt is asked for again and again, and must be remembered.
+        return TextEncoder(partial(_captions, model), model.text_length, max(1, num_cached))
     return TextEncoder(_captions(model), model.text_length, num_cached)
 
 
+def encoder_dtype() -> Literal["bf16", "fp32"]:
+    """Type of frozen encoders where no recipe says one: as `sgmd generate`, bf16 on a GPU."""
+    return "bf16" if torch.cuda.is_available() else "fp32"
+
+
 def build_video_encoder(folder: str, num_threads: int) -> VideoEncoder:
-    """The autoencoder of a model folder, for encoding.
+    """The autoencoder of a model folder, for encoding, in the type that `encoder_dtype` says.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return VideoEncoder(_autoencoder(folder))
+    return VideoEncoder(_autoencoder(ModelSettings(folder, encoder_dtype=encoder_dtype())))
 
 
 def build_evaluator(
@@ -126,7 +144,7 @@ def build_evaluator(
     return Evaluator(
         _denoiser(model),
         TextEncoder(_captions(model), model.text_length),
-        _autoencoder(model.folder),
+        _autoencoder(model),
         schedule,
         latent_shape,
         model.negative_prompt,
@@ -152,13 +170,14 @@ def _ready(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
 
 def _captions(model: ModelSettings) -> TextEmbedder:
     folder = Path(model.folder)
-    captions = family_of(folder).load_text(folder)
+    captions = family_of(folder).load_text(folder, DTYPES[model.encoder_dtype])
     nn.Module.to(captions.network, _device())
     return captions
 
 
-def _autoencoder(folder: str) -> Autoencoder:
-    autoencoder = family_of(folder).load_autoencoder(Path(folder))
+def _autoencoder(model: ModelSettings) -> Autoencoder:
+    folder = Path(model.folder)
+    autoencoder = family_of(folder).load_autoencoder(folder, DTYPES[model.encoder_dtype])
     nn.Module.to(autoencoder.network, _device())
     return autoencoder
 

@@ -25,15 +25,24 @@ class ModelSettings:
         folder: Diffusers folder of a text-to-video model of a known family.
         text_length: Text positions that the denoiser sees; longer captions are cut.
         negative_prompt: What guidance leads away from.
+        encoder_dtype: Type of the weights of text encoder and autoencoder, which are frozen: `bf16`
+            or `fp32`. A UMT5-XXL takes 11 GB in bf16.
     """
 
     folder: str
     text_length: int = 512
     negative_prompt: str = ""
+    encoder_dtype: Literal["bf16", "fp32"] = "bf16"
 
     def __post_init__(self) -> None:
         """Checks the values."""
         _require(self.text_length >= 1, "model.text_length", self.text_length, "at least 1")
+        _require(
+            self.encoder_dtype in ("bf16", "fp32"),
+            "model.encoder_dtype",
+            self.encoder_dtype,
+            "'bf16' or 'fp32'",
+        )
 
 
 @dataclass(frozen=True, slots=True)

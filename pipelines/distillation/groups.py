@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple
 
 from cluster.local import LocalWorkerGroup
@@ -269,7 +270,11 @@ def _open(
             FAKE_SCORE, build_fake_score, (model, config.objective, config.fake_score, threads)
         ),
         teacher=group(TEACHER, build_teacher, (model, config.teacher, threads)),
-        text=group("text", build_text_encoder, (model, threads, config.data.text_cache)),
+        text=group(
+            "text",
+            partial(build_text_encoder, lazily=checked.has_stored_text),
+            (model, threads, config.data.text_cache),
+        ),
     )
     stream = StreamSettings(
         checked.source,

@@ -68,7 +68,7 @@ class Preflight:
             "training_shards": self.data.num_shards,
             "training_shards_hold": self.data.kind.value,
             "training_columns": self.data.found or "as sgmd names them",
-            "stored_text": TEXT_EMBEDS in self.source.columns,
+            "stored_text": self.has_stored_text,
             "held_out_captions": len(self.held_out),
             "unknown_words": asdict(self.unknown_words),
             "rows_per_iteration": self.rows_per_iteration,
@@ -83,6 +83,11 @@ class Preflight:
             "topology": config.topology.mode,
             "processes": {role: team.size for role, team in config.topology.teams.items()},
         }
+
+    @property
+    def has_stored_text(self) -> bool:
+        """True if captions bring their embeddings, and the text encoder is not needed for them."""
+        return TEXT_EMBEDS in self.source.columns
 
     @property
     def checked(self) -> dict[str, str]:

@@ -23,6 +23,7 @@ from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ConfigError
+from workers.models.exporting import DTYPES
 from workers.models.folder import ModelFolder
 
 _GB = 1e9
@@ -180,9 +181,12 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
             _Need(role.replace("_", " "), memory.total, own[role].gpus, teams[role].size)
             for role, memory in rank_memory(work, split).items()
         ]
-    needs.append(_Need("text encoder", _FLOAT * model.num_text_parameters, topology.text.gpus))
+    width = DTYPES[config.model.encoder_dtype].itemsize
+    needs.append(_Need("text encoder", width * model.num_text_parameters, topology.text.gpus))
     if config.validation.every:
-        weights = _FLOAT * sum(model.num_parameters.values())
+        denoiser = model.num_denoiser_parameters
+        encoders = sum(model.num_parameters.values()) - denoiser
+        weights = _FLOAT * denoiser + width * encoders
         needs.append(_Need("validator", weights, topology.validator.gpus))
     return needs
 

@@ -13,7 +13,6 @@ from cluster.errors import ClusterError, StorageError
 from cluster.lease import hold
 from cluster.storage import write_json
 from pipelines.config.recipe import DistillConfig
-from pipelines.data.shards.schema import TEXT_EMBEDS
 from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import IterationReport, run_iterations
 from pipelines.distillation.iteration_plan import plan_iteration
@@ -135,6 +134,8 @@ def _distill(
         begin(config, checked, folder)
         data = DataLog(folder)
     observer.note(f"starting the roles ({config.topology.mode})")
+    if checked.has_stored_text:
+        observer.note("captions bring their embeddings: loading the text encoder for none of them")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
     progress = data.progress(start.cursor, start.rows)
     with (
@@ -340,7 +341,7 @@ class Distillation:
             self._data,
             self._config.batch.size,
             self._plan.batches_per_iteration,
-            stored=TEXT_EMBEDS in self._checked.source.columns,
+            stored=self._checked.has_stored_text,
             iterations=(first, self._config.iterations),
             timeout_s=self._config.topology.call_timeout_s,
         )

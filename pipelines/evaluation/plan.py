@@ -21,7 +21,7 @@ from pipelines.media.inference import InferenceSettings, model_folder, read_infe
 from pipelines.run.folder import RunFolder, require_output_folder
 from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule
-from workers.build import build_evaluator
+from workers.build import build_evaluator, encoder_dtype
 from workers.evaluator import Evaluator, Sampling
 from workers.models.content import model_digests
 from workers.models.weight_digests import require_same_weights
@@ -203,8 +203,8 @@ def plan_evaluation(
     for folder in dict.fromkeys((generator_folder, Path(teacher))):
         require_same_weights(folder)
     return EvaluationPlan(
-        generator=_subject(generator_folder, own, video),
-        teacher=_subject(Path(teacher), theirs, video),
+        generator=_subject(generator_folder, own, video, config),
+        teacher=_subject(Path(teacher), theirs, video, config),
         samplings=samplings,
         captions=chosen,
         captions_from=captions,
@@ -247,8 +247,11 @@ def _recipe_teacher_steps(config: DistillConfig | None) -> int:
     return config.validation.teacher_steps if config is not None else _DEFAULT_TEACHER_STEPS
 
 
-def _subject(folder: Path, settings: InferenceSettings, video: VideoSettings) -> Subject:
-    model = ModelSettings(str(folder), settings.text_length, settings.negative_prompt)
+def _subject(
+    folder: Path, settings: InferenceSettings, video: VideoSettings, config: DistillConfig | None
+) -> Subject:
+    dtype = encoder_dtype() if config is None else config.model.encoder_dtype
+    model = ModelSettings(str(folder), settings.text_length, settings.negative_prompt, dtype)
     return Subject(folder, model, video, settings.flow_shift)
 
 

@@ -40,7 +40,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory, world: Path, wan_folde
         f"""
 name: small
 iterations: 5
-model: {{folder: {wan_folder}, text_length: {tiny_wan.TEXT_LENGTH}}}
+model: {{folder: {wan_folder}, text_length: {tiny_wan.TEXT_LENGTH}, encoder_dtype: fp32}}
 video:
   num_frames: {tiny_wan.NUM_FRAMES}
   height: {tiny_wan.HEIGHT}

@@ -21,7 +21,7 @@ from tests.e2e.test_equivalence import MODES, history, moments, slow_but, state
 from tests.helpers import tiny_wan
 from tests.helpers.moves import assert_moves
 from workers.models.content import fingerprint
-from workers.models.wan_family import LAYOUT
+from workers.models.wan_family import LAYOUT, WanFamily
 from workers.models.wan_folder import inspect_wan_folder
 from workers.models.wan_text import load_text
 
@@ -76,16 +76,32 @@ def reversed_words(encoded: Path, folder: Path) -> Path:
     return changed(encoded, folder, lambda name, text: text[::-1])
 
 
+def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Folders whose text encoder is loaded from now on."""
+    loads: list[str] = []
+    load = WanFamily.load_text
+
+    def counted(self: WanFamily, folder: Path, *args: object, **options: object) -> object:
+        loads.append(str(folder))
+        return load(self, folder, *args, **options)
+
+    monkeypatch.setattr(WanFamily, "load_text", counted)
+    return loads
+
+
 @pytest.mark.parametrize("tracking", slow_but("shared", "fresh"))
 def test_stored_embeddings_make_the_same_run_bitwise(
-    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path, tracking: str
+    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path, tracking: str, monkeypatch
 ) -> None:
     tracked = f"fake_score.tracking={tracking}"
     computed = make_recipe("name=computed", tracked)
     stored = make_recipe("name=stored", tracked, f"data.train={encoded}")
     assert dry_run(stored)["stored_text"] is True
     distill(computed)
+    loads = count_loads(monkeypatch)
     distill(stored)
+    # For the negative prompt.
+    assert loads == [stored.model.folder]
     train = reversed_words(encoded, tmp_path / "reversed")
     other = make_recipe("name=other", tracked, f"data.train={train}")
     distill(other)

@@ -307,8 +307,8 @@ class ToyFamily:
     def load_text(self, folder: Path, dtype: torch.dtype | None = None) -> ToyEmbedder:
         return ToyEmbedder(_load(folder, WORDS, dtype or torch.float32).requires_grad_(False))
 
-    def load_autoencoder(self, folder: Path) -> ToyAutoencoder:
-        return ToyAutoencoder(_load(folder, CODEC, torch.float32).requires_grad_(False))
+    def load_autoencoder(self, folder: Path, dtype: torch.dtype = torch.float32) -> ToyAutoencoder:
+        return ToyAutoencoder(_load(folder, CODEC, dtype).requires_grad_(False))
 
     def load_tokenizer(self, folder: Path) -> ToyTokenizer:
         return ToyTokenizer()

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -178,3 +179,22 @@ def test_a_missing_folder_and_a_clip_that_does_not_fit_are_named(model, tmp_path
     odd = VideoSettings(num_frames=10, height=HEIGHT, width=WIDTH, fps=8)
     with pytest.raises(ShapeError, match="10 frames"):
         build_generator(model, odd, FlowMatchSchedule(), GENERATOR, 0, torch.get_num_threads())
+
+
+def test_frozen_encoders_are_in_bfloat16_unless_asked_for_float32_and_make_float32(model):
+    threads = torch.get_num_threads()
+    whole = replace(model, encoder_dtype="fp32")
+    for settings, dtype in ((model, torch.bfloat16), (whole, torch.float32)):
+        text, evaluator = (
+            build_text_encoder(settings, threads),
+            build_evaluator(settings, VIDEO, FlowMatchSchedule(), threads),
+        )
+        assert {value.dtype for value in text._embedder.network.parameters()} == {dtype}
+        assert {value.dtype for value in evaluator._decoder.network.parameters()} == {dtype}
+    narrow, exact = (
+        build_text_encoder(settings, threads).encode(CAPTIONS, (0, 1)).text
+        for settings in (model, whole)
+    )
+    assert narrow.dtype is exact.dtype is torch.float32
+    assert not torch.equal(narrow, exact)
+    torch.testing.assert_close(narrow, exact, atol=0.05, rtol=0.05)

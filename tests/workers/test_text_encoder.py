@@ -1,5 +1,6 @@
 """Captions are embedded once, alone, and the latest are remembered."""
 
+import gc
 from collections.abc import Sequence
 
 import torch
@@ -68,3 +69,22 @@ def test_the_negative_prompt_is_one_caption_and_may_be_empty():
     encoder = TextEncoder(CountingEmbedder(), LENGTH)
     assert encoder.encode_negative("bad").shape == (1, LENGTH, WIDTH)
     assert torch.equal(encoder.encode_negative(""), torch.zeros(1, LENGTH, WIDTH))
+
+
+def test_a_network_that_is_loaded_on_demand_is_kept_for_no_caption_and_its_embeddings_are():
+    loaded: list[CountingEmbedder] = []
+
+    def load() -> CountingEmbedder:
+        loaded.append(CountingEmbedder())
+        return loaded[-1]
+
+    encoder = TextEncoder(load, LENGTH, num_cached=2)
+    assert not loaded
+    stored = torch.ones(2, LENGTH, WIDTH)
+    assert torch.equal(encoder.place(stored, (1,)).text, stored[1:])
+    assert not loaded
+    negatives = [encoder.encode_negative("") for _ in range(2)]
+    assert torch.equal(*negatives)
+    assert [embedder.asked for embedder in loaded] == [[[""]]]
+    holders = gc.get_referrers(loaded[0])
+    assert [holder for holder in holders if holder is not loaded] == []

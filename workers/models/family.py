@@ -264,8 +264,8 @@ class ModelFamily(Protocol):
         """Load tokenizer and text encoder, frozen; None keeps the library's own type."""
         ...
 
-    def load_autoencoder(self, folder: Path) -> Autoencoder:
-        """Load the autoencoder in float32, frozen."""
+    def load_autoencoder(self, folder: Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
+        """Load the autoencoder, frozen."""
         ...
 
     def load_tokenizer(self, folder: Path) -> CaptionTokenizer:

@@ -182,27 +182,28 @@ def load_transformer(
     return load_sharded(WanTransformer3DModel, part, WanVelocity, dtype, device, prepare)
 
 
-def load_vae(folder: str | Path) -> VideoVae:
-    """Load the autoencoder of a Wan folder in float32, frozen.
+def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> VideoVae:
+    """Load the autoencoder of a Wan folder, frozen.
 
     Raises:
         ModelFolderError: the folder or a file is missing, corrupt or not Wan's.
     """
     require_supported_index(Path(folder))
-    return open_autoencoder(Path(folder) / VAE)
+    return open_autoencoder(Path(folder) / VAE, dtype)
 
 
-def open_autoencoder(folder: str | Path) -> VideoVae:
-    """Load an autoencoder that is not part of a Wan folder, in float32, frozen.
+def open_autoencoder(folder: str | Path, dtype: torch.dtype = torch.float32) -> VideoVae:
+    """Load an autoencoder that is not part of a Wan folder, frozen.
 
     Args:
         folder: Folder called `vae` that diffusers has saved.
+        dtype: Of its weights.
 
     Raises:
         ModelFolderError: As `load_transformer`.
     """
     part = check_component(Path(folder).parent, Path(folder).name)
-    vae = load_network(AutoencoderKLWan, part, dtype=torch.float32)
+    vae = load_network(AutoencoderKLWan, part, dtype=dtype)
     return VideoVae(vae.requires_grad_(False))
 
 

@@ -178,12 +178,12 @@ class WanFamily:
 
         return load_text(folder, dtype)
 
-    def load_autoencoder(self, folder: Path) -> "VideoVae":
+    def load_autoencoder(self, folder: Path, dtype: torch.dtype = torch.float32) -> "VideoVae":
         """Load the autoencoder."""
         with paused_collector():
             from workers.models.wan import load_vae
 
-        return load_vae(folder)
+        return load_vae(folder, dtype)
 
     def load_tokenizer(self, folder: Path) -> CaptionTokenizer:
         """Load the tokenizer, with WanPipeline's way of cleaning captions."""

@@ -319,10 +319,10 @@ class EncodeCaptions:
     """
 
     def __init__(self, model: str, text_length: int, dtype: DTypeName, num_threads: int) -> None:
-        from workers.build import build_text_encoder
+        from workers.build import build_text_encoder, encoder_dtype
         from workers.settings import ModelSettings
 
-        settings = ModelSettings(folder=model, text_length=text_length)
+        settings = ModelSettings(model, text_length, encoder_dtype=encoder_dtype())
         self._encoder = build_text_encoder(settings, num_threads)
         self._dtype: DTypeName = dtype
 
