@@ -14,6 +14,8 @@ from torch import nn
 
 from sgmd_core.objectives import Objective
 from sgmd_core.schedule import FlowMatchSchedule
+from workers.adapters import add_adapters
+from workers.base_networks import shared_base, view_of
 from workers.compute import prepare_network
 from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
@@ -26,6 +28,7 @@ from workers.settings import (
     ComputeSettings,
     FakeScoreSettings,
     GeneratorSettings,
+    LoraSettings,
     ModelSettings,
     TeacherSettings,
     VideoSettings,
@@ -51,32 +54,57 @@ def build_generator(
     """
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
-    network = _ready(model, settings.compute)
+    network = _learning(model, settings.compute, settings.lora, seed, "generator")
     return GeneratorLearner(network, schedule, settings, latent_shape, seed)
 
 
 def build_fake_score(
-    model: ModelSettings, objective: Objective, settings: FakeScoreSettings, num_threads: int
+    model: ModelSettings,
+    objective: Objective,
+    settings: FakeScoreSettings,
+    num_threads: int,
+    seed: int = 0,
 ) -> FakeScoreTracker:
     """The fake score, starting from the teacher's weights.
 
+    Args:
+        model: The networks' folder.
+        objective: Both losses.
+        settings: How it is tracked, updated and computed.
+        num_threads: Threads of torch.
+        seed: The run's seed, by which adapters are drawn.
+
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return FakeScoreTracker(_ready(model, settings.compute), objective, settings)
+    network = _learning(model, settings.compute, settings.lora, seed, "fake_score")
+    return FakeScoreTracker(network, objective, settings)
 
 
 def build_teacher(
-    model: ModelSettings, settings: TeacherSettings, num_threads: int
+    model: ModelSettings,
+    settings: TeacherSettings,
+    num_threads: int,
+    shares_base: bool = False,
 ) -> ScoreTeacher:
     """The teacher.
+
+    Args:
+        model: The networks' folder.
+        settings: How it is guided and computed.
+        num_threads: Threads of torch.
+        shares_base: Roles with adapters live in the same process, and the teacher is their base:
+            its weights are kept once, whole on every rank.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
-    return ScoreTeacher(_ready(model, settings.compute), settings)
+    if not shares_base:
+        return ScoreTeacher(_ready(model, settings.compute), settings)
+    view = view_of(_base(model, settings.compute))
+    return ScoreTeacher(prepare_network(view, settings.compute), settings)
 
 
 def build_denoiser(model: ModelSettings, compute: ComputeSettings, num_threads: int) -> Denoiser:
@@ -132,8 +160,18 @@ def build_evaluator(
     schedule: FlowMatchSchedule,
     num_threads: int,
     chunk_clips: int = CHUNK_CLIPS,
+    generator: GeneratorSettings | None = None,
 ) -> Evaluator:
     """The evaluator, with the weights of the model folder as its base.
+
+    Args:
+        model: The networks' folder.
+        video: Size of the clips.
+        schedule: Noise levels.
+        num_threads: Threads of torch.
+        chunk_clips: Clips that are sampled side by side.
+        generator: Whose trained weights are sampled; where these are adapters, all weights are
+            kept in the type of its base, once in a process.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -141,20 +179,29 @@ def build_evaluator(
     """
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
+    adapted = None
+    if generator is None or generator.lora is None:
+        network = _denoiser(model)
+    else:
+        base = _base(model, generator.compute)
+        network, adapted = view_of(base), view_of(base)
+        # Their draws do not matter: the trained ones take their place.
+        add_adapters(adapted, generator.lora, 0, "evaluator")
     return Evaluator(
-        _denoiser(model),
+        network,
         TextEncoder(_captions(model), model.text_length),
         _autoencoder(model),
         schedule,
         latent_shape,
         model.negative_prompt,
         chunk_clips,
+        adapted,
     )
 
 
-def _denoiser(model: ModelSettings) -> Denoiser:
+def _denoiser(model: ModelSettings, dtype: torch.dtype = torch.float32) -> Denoiser:
     folder = Path(model.folder)
-    return family_of(folder).load_denoiser(folder, device=_device())
+    return family_of(folder).load_denoiser(folder, dtype, device=_device())
 
 
 def _ready(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
@@ -165,7 +212,30 @@ def _ready(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
         shard(denoiser, denoiser.blocks, device=_device().type, dtype=denoiser.autocast_dtype)
 
     folder = Path(model.folder)
-    return family_of(folder).load_denoiser(folder, device=_device(), prepare=prepare)
+    return family_of(folder).load_denoiser(
+        folder, DTYPES[compute.weights], device=_device(), prepare=prepare
+    )
+
+
+def _learning(
+    model: ModelSettings,
+    compute: ComputeSettings,
+    lora: LoraSettings | None,
+    seed: int,
+    role: str,
+) -> Denoiser:
+    """The network of a role that learns: all weights of its own, or adapters over a base."""
+    if lora is None:
+        return _ready(model, compute)
+    network = view_of(_base(model, compute))
+    add_adapters(network, lora, seed, role)
+    prepare_network(network, compute)
+    shard(network, network.blocks, dtype=network.autocast_dtype)
+    return network
+
+
+def _base(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
+    return shared_base(Path(model.folder), DTYPES[compute.weights], _device())
 
 
 def _captions(model: ModelSettings) -> TextEmbedder:

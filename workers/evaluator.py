@@ -25,6 +25,7 @@ from sgmd_core.types import Latents
 from sgmd_core.velocity import VelocityModel
 from workers.placement import device_of
 from workers.role_state import require_same_tensors
+from workers.sharding import parameters_of
 from workers.text_encoder import TextEncoder
 
 Video = Tensor
@@ -70,6 +71,8 @@ class Evaluator:
         latent_shape: Shape (C, T, H, W) of one clip's latents.
         negative_prompt: What guidance leads away from.
         chunk_clips: Clips that are sampled side by side.
+        adapted: Network of the same base that other weights are put into where these are adapters;
+            None puts whole weights into the base model.
     """
 
     def __init__(
@@ -81,8 +84,13 @@ class Evaluator:
         latent_shape: tuple[int, int, int, int],
         negative_prompt: str = "",
         chunk_clips: int = CHUNK_CLIPS,
+        adapted: nn.Module | None = None,
     ) -> None:
         self._network = velocity_model.eval().requires_grad_(False)
+        self._other = self._network if adapted is None else adapted.eval()
+        self._replaced = (
+            dict(self._network.named_parameters()) if adapted is None else parameters_of(adapted)
+        )
         self._text_encoder = text_encoder
         self._decoder = decoder
         self._schedule = schedule
@@ -109,7 +117,7 @@ class Evaluator:
             seed: Seed of the initial noise.
             num_steps: Euler steps.
             guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is no guidance.
-            weights: Parameters by name to use instead of the base model's.
+            weights: Parameters by name, or adapters, to use instead of the base model's.
             on_progress: Called after every step of every chunk with (steps done, steps in all).
 
         Returns:
@@ -136,13 +144,12 @@ class Evaluator:
     def _model(self, weights: Mapping[str, Tensor] | None) -> VelocityModel:
         if weights is None:
             return self._network
-        expected = dict(self._network.named_parameters())
-        require_same_tensors(weights, expected, "sampling with other weights")
+        require_same_tensors(weights, self._replaced, "sampling with other weights")
         device = device_of(self._network)
         placed = {name: value.to(device) for name, value in weights.items()}
 
         def velocity(x_t: Latents, sigma: Tensor, text: Tensor, /) -> Latents:
-            return functional_call(self._network, placed, (x_t, sigma, text))
+            return functional_call(self._other, placed, (x_t, sigma, text))
 
         return velocity
 

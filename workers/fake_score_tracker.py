@@ -37,6 +37,7 @@ from sgmd_core.types import (
     TeacherPrediction,
     detached,
 )
+from workers.adapters import make_trainable
 from workers.finite import micro_batch_in_words, require_finite
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
@@ -61,9 +62,8 @@ class FakeScoreTracker:
     def __init__(
         self, velocity_model: nn.Module, objective: Objective, settings: FakeScoreSettings
     ) -> None:
-        # Evaluation mode, as in the reference: both losses must see the same function.
-        # Transformers without dropout or batch statistics have the same gradients in both modes.
-        self._network = velocity_model.eval().requires_grad_(True)
+        # In evaluation mode, as in the reference: both losses must see the same function.
+        self._network = make_trainable(velocity_model)
         self._objective = objective
         self._shared = settings.tracking == "shared"
         # A sharded network cannot be frozen for a while: FSDP fixes once which copies learn.

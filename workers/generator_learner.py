@@ -31,8 +31,10 @@ from sgmd_core.types import (
     NoisedBatch,
     TextBatch,
 )
+from workers.adapters import lora_of, make_trainable
 from workers.ema import AveragedWeights
 from workers.finite import micro_batch_in_words, require_finite
+from workers.models.adapter_files import merged_weights
 from workers.models.exporting import DTYPES, narrowed
 from workers.models.families import family_of
 from workers.models.weight_digests import write_model_settings
@@ -66,9 +68,8 @@ class GeneratorLearner:
         latent_shape: tuple[int, int, int, int],
         seed: int,
     ) -> None:
-        # Evaluation mode: a replayed rollout must repeat itself. Transformers without dropout or
-        # batch statistics have the same gradients in both modes.
-        self._network = velocity_model.eval().requires_grad_(True)
+        # In evaluation mode, because a replayed rollout must repeat itself.
+        self._network = make_trainable(velocity_model)
         self._schedule = schedule
         self._num_steps = settings.num_steps
         self._diversity = settings.diversity
@@ -241,7 +242,7 @@ class GeneratorLearner:
         return gather_to_rank0(self._optimizer.weights.items())
 
     def final_weights(self) -> dict[str, Tensor]:
-        """A copy of the weights to validate and export: the average, where one is kept.
+        """A copy of the trained weights to validate and export: the average, where one is kept.
 
         Every rank must be asked; the weights are the first one's, those of the others are empty.
         """
@@ -283,7 +284,9 @@ class GeneratorLearner:
         if checkpoint is not None:
             kept = ROLE if self._average is None else AVERAGE
             weights = dict(load_role(checkpoint, kept).weights)
-        base = Path(base_folder)
+        base, lora = Path(base_folder), lora_of(self._network)
+        if lora is not None:
+            weights = merged_weights(base, weights, lora)
         family, form = family_of(base), form or ExportSettings()
         weights = narrowed(weights, DTYPES[form.dtype], family.traits.keep_fp32)
         with whole_folder(dst) as draft:
@@ -310,7 +313,8 @@ class GeneratorLearner:
         digests = save_role(folder, ROLE, self._optimizer.state())
         if self._average is not None:
             average = gather_to_rank0(self._average.shards())
-            digests |= save_role(folder, AVERAGE, RoleState(self._optimizer.updates, average, {}))
+            state = RoleState(self._optimizer.updates, average, {}, lora_of(self._network))
+            digests |= save_role(folder, AVERAGE, state)
         return digests
 
     def load(self, folder: str) -> int:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
 from workers.adamw import make_adamw, restore_moments
+from workers.adapters import lora_of
 from workers.reports import GradientReport
-from workers.role_state import RoleState, require_same_tensors
+from workers.role_state import RoleState, require_same_adapters, require_same_tensors
 from workers.settings import OptimizerSettings
 from workers.sharding import (
     as_shard,
@@ -203,7 +204,8 @@ class RoleOptimizer:
         Every rank must ask; the tensors are the first one's, those of the others are empty.
         """
         weights = gather_to_rank0(self.weights.items())
-        return RoleState(self._updates, weights, gather_to_rank0(self._moments()))
+        moments = gather_to_rank0(self._moments())
+        return RoleState(self._updates, weights, moments, lora_of(self._network))
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's state by `KIND/NAME`; parts in main memory go to the device in turn."""
@@ -218,6 +220,7 @@ class RoleOptimizer:
             CheckpointError: The state belongs to another network.
         """
         attempted = f"loading the {self._role}"
+        require_same_adapters(state.lora, lora_of(self._network), attempted)
         require_same_tensors(state.weights, self.weights, attempted)
         reshard(self._network)
         for name, parameter in self._parameters.items():

@@ -14,8 +14,9 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
@@ -24,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.files import open_store, sha256_of, storage_errors, whole_file, write_whole
-from sgmd_core.errors import CheckpointError
+from sgmd_core.errors import CheckpointError, ConfigError
+from workers.settings import LoraSettings
 from workers.sharding import is_first_rank
 
 _WEIGHTS = "weights.safetensors"
@@ -41,11 +43,13 @@ class RoleState:
         updates: How often the weights have been updated.
         weights: Parameters by name.
         moments: State of the optimizer by `KIND/NAME`; empty for averaged weights.
+        lora: Settings of the adapters that the weights are; None: they are those of a network.
     """
 
     updates: int
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
+    lora: LoraSettings | None = None
 
 
 def save_role(folder: str, role: str, state: RoleState) -> dict[str, str]:
@@ -84,6 +88,8 @@ def _write(
         "has_optimizer": bool(state.moments),
         "sha256": digests,
     }
+    if state.lora is not None:
+        counters["lora"] = asdict(state.lora)
     text = (json.dumps(counters) + "\n").encode()
     write_whole(f"{path}/{_COUNTERS}", text, filesystem)
     return {**digests, _COUNTERS: hashlib.sha256(text).hexdigest()}
@@ -108,15 +114,29 @@ def load_role(folder: str, role: str) -> RoleState:
         weights = _read_tensors(filesystem, path, _WEIGHTS, digests)
         has_optimizer = counters["has_optimizer"]
         moments = _read_tensors(filesystem, path, _OPTIMIZER, digests) if has_optimizer else {}
-        return RoleState(int(counters["updates"]), weights, moments)
+        lora = _lora_of(counters.get("lora"))
+        return RoleState(int(counters["updates"]), weights, moments, lora)
     except OSError as error:
         if isinstance(filesystem, LocalFileSystem) or isinstance(error, FileNotFoundError):
             raise _broken(role, target, error) from error
         # A server that fails does not make a checkpoint a broken one.
         with storage_errors(f"loading the {role} from {target}"):
             raise
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ConfigError,
+    ) as error:
         raise _broken(role, target, error) from error
+
+
+def _lora_of(record: Mapping[str, Any] | None) -> LoraSettings | None:
+    if record is None:
+        return None
+    return LoraSettings(**{**record, "targets": tuple(record["targets"])})
 
 
 def _broken(role: str, target: str, error: Exception) -> CheckpointError:
@@ -148,6 +168,30 @@ def require_same_tensors(
                 "weights of the same network",
                 "Point model.folder at the model that the run was started with",
             )
+
+
+def require_same_adapters(
+    found: LoraSettings | None, expected: LoraSettings | None, attempted: str
+) -> None:
+    """Checks that saved weights are adapters of the same settings, or a whole network's as well.
+
+    Raises:
+        CheckpointError: They are not; names what differs.
+    """
+    if found != expected:
+        raise CheckpointError(
+            attempted,
+            f"{_adapters_in_words(found)}, and the run has {_adapters_in_words(expected)}",
+            "the same settings of lora as when it was saved",
+            "Set lora of the role as it was, or start a new run",
+        )
+
+
+def _adapters_in_words(lora: LoraSettings | None) -> str:
+    if lora is None:
+        return "weights of a whole network"
+    targets = ", ".join(lora.targets) or "all projections"
+    return f"adapters of rank {lora.rank} and alpha {lora.alpha:g} on {targets}"
 
 
 def _write_tensors(filesystem: AbstractFileSystem, path: str, tensors: Mapping[str, Tensor]) -> str:

@@ -4,6 +4,7 @@
     VideoSettings      which clips
     OptimizerSettings  how a role's weights are updated
     ComputeSettings    how a role's network is computed
+    LoraSettings       low-rank adapters in place of all weights
     GeneratorSettings, DiversitySettings, FakeScoreSettings, TeacherSettings
     ExportSettings     how the generator is written
 
@@ -150,11 +151,14 @@ class ComputeSettings:
             `selective` keeps the outputs of self-attention, which need not be made again; `offload`
             keeps the layers' inputs in main memory.
         compile: Compile the layers with `torch.compile`; the first iteration takes minutes.
+        weights: Type in which weights that are not trained are kept: the teacher's, and those
+            under adapters. Weights that are trained are float32.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool | Literal["selective", "offload"] = False
     compile: bool = False
+    weights: Literal["fp32", "bf16"] = "fp32"
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -176,6 +180,41 @@ class ComputeSettings:
             self.checkpointing,
             "true or 'offload' beside compute.compile=true, which hides attention from it",
         )
+        _require(
+            self.weights in ("fp32", "bf16"), "compute.weights", self.weights, "'fp32' or 'bf16'"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Low-rank adapters: a role trains A and B of `W + alpha / rank * B A`, and W stays as it is.
+
+    Attributes:
+        rank: Rows of A and columns of B.
+        alpha: Scale of the change, over `rank`.
+        targets: Projections of the layers that get adapters, by the end of their names, such as
+            `to_q` or `attn1.to_q`; none: all of attention and feed-forward.
+    """
+
+    rank: int = 64
+    alpha: float = 64.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "above 0")
+        _require(
+            all(self.targets) and len(set(self.targets)) == len(self.targets),
+            "lora.targets",
+            self.targets,
+            "names of projections, each once",
+        )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product `B A`."""
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +270,7 @@ class GeneratorSettings:
         diversity: An extra loss on the first step.
         optimizer: How it is updated; the rate of the released 14B training unless set.
         compute: How it is computed.
+        lora: Adapters to train in place of all weights; null trains all.
     """
 
     num_steps: int = 4
@@ -240,6 +280,7 @@ class GeneratorSettings:
     diversity: DiversitySettings = field(default_factory=DiversitySettings)
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=2e-6))
     compute: ComputeSettings = field(default_factory=ComputeSettings)
+    lora: LoraSettings | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -253,6 +294,7 @@ class GeneratorSettings:
             self.num_steps,
             "at least 2, because generator.diversity keeps the first one for itself",
         )
+        _require_trained_in_fp32("generator", self.compute, self.lora)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,12 +310,14 @@ class FakeScoreSettings:
         ida_decay: Share of its own weights that the fake score keeps when, after each update of the
             generator, it is mixed with the generator's; 1 does not mix. DMD recipes have 0.97.
         compute: How it is computed.
+        lora: Adapters to train in place of all weights; null trains all.
     """
 
     tracking: Literal["shared", "fresh"] = "shared"
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=4e-7))
     ida_decay: float = 1.0
     compute: ComputeSettings = field(default_factory=ComputeSettings)
+    lora: LoraSettings | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -284,6 +328,7 @@ class FakeScoreSettings:
             "'shared' or 'fresh'",
         )
         _require(0 < self.ida_decay <= 1, "fake_score.ida_decay", self.ida_decay, "in (0, 1]")
+        _require_trained_in_fp32("fake_score", self.compute, self.lora)
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,6 +384,17 @@ class TeacherSettings:
 
 def _require_place(name: str, found: str) -> None:
     _require(found in ("device", "cpu"), name, found, "'device' or 'cpu'")
+
+
+def _require_trained_in_fp32(
+    role: str, compute: ComputeSettings, lora: LoraSettings | None
+) -> None:
+    _require(
+        lora is not None or compute.weights == "fp32",
+        f"{role}.compute.weights",
+        compute.weights,
+        f"'fp32', because {role}.lora is null and all weights are trained",
+    )
 
 
 def _require_steps(name: str, found: int) -> None:

@@ -43,7 +43,7 @@ def shard(
     """Spreads a network's parameters over the ranks of this process's role.
 
     Call it on every rank, with the same weights or with all of them on the meta device, before an
-    optimizer is made.
+    optimizer is made. Parameters that require no gradient are not spread.
 
     Args:
         network: Changed in place.
@@ -59,8 +59,10 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
     )
+    # Weights under adapters stay whole on every rank: other roles of its process use them too.
+    frozen = {value for value in network.parameters() if not value.requires_grad}
     for part in (*blocks, network):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=frozen)
     for part in network.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)
@@ -89,9 +91,9 @@ def reshard(network: nn.Module) -> None:
 
 
 def parameters_of(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name, to be read or changed; on several ranks, this rank's parts."""
+    """The trained parameters by name, to be changed or read; on several ranks, their own parts."""
     reshard(network)
-    return dict(network.named_parameters())
+    return {name: value for name, value in network.named_parameters() if value.requires_grad}
 
 
 @torch.no_grad()

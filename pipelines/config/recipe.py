@@ -19,6 +19,7 @@ import yaml
 from pydantic import Field, JsonValue, model_validator
 
 from pipelines.config import recipe_files
+from pipelines.config.adapters import lora_contradictions
 from pipelines.config.alarms import AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, Figure, ValidationSettings
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
@@ -387,6 +388,7 @@ def _contradictions(config: DistillConfig) -> list[str]:
         )
     problems += topology_contradictions(topology, batch.size, batch.micro_batches)
     problems += method_contradictions(config.objective, config.fake_score)
+    problems += lora_contradictions(config)
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")
     return problems

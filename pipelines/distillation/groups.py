@@ -24,6 +24,7 @@ from cluster.ray.direct import Direct
 from cluster.ray.pools import Pool, Strategy, bundles_of
 from cluster.schedule.program import Team
 from cluster.worker_group import WorkerGroup
+from pipelines.config.adapters import teacher_is_base
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import PoolSettings, TopologySettings
@@ -267,9 +268,15 @@ def _open(
             (model, config.video, schedule, config.generator, seed, threads),
         ),
         fake_score=group(
-            FAKE_SCORE, build_fake_score, (model, config.objective, config.fake_score, threads)
+            FAKE_SCORE,
+            build_fake_score,
+            (model, config.objective, config.fake_score, threads, seed),
         ),
-        teacher=group(TEACHER, build_teacher, (model, config.teacher, threads)),
+        teacher=group(
+            TEACHER,
+            build_teacher,
+            (model, config.teacher, threads, teacher_is_base(config)),
+        ),
         text=group(
             "text",
             partial(build_text_encoder, lazily=checked.has_stored_text),
@@ -288,7 +295,9 @@ def _open(
     if checked.held_out:
         plan = _validation_plan(config, checked.held_out, folder)
         validator = group(
-            "validator", build_validator, (model, config.video, schedule, plan, threads)
+            "validator",
+            build_validator,
+            (model, config.video, schedule, plan, config.generator, threads),
         )
     return Groups(roles, feed, validator)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pipelines.config.adapters import adapted_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import ROLES
 from pipelines.data.shards.schema import TEXT_EMBEDS, Encoding
@@ -14,6 +15,7 @@ from pipelines.run.folder import require_lasting_folder
 from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
+from workers.adapters import targeted
 from workers.measures import MIN_FRAMES
 from workers.models.content import fingerprint, model_digests
 from workers.models.families import family_of
@@ -120,6 +122,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
     require_lasting_folder(config.output, "output")
     family = family_of(config.model_folder)
     require_computable(config, family)
+    require_adaptable(config, family)
     model = family.inspect(config.model_folder)
     tokenizer = family.load_tokenizer(model.path)
     video = config.video
@@ -159,20 +162,32 @@ def require_computable(config: DistillConfig, family: ModelFamily) -> None:
     for role in ROLES:
         compute: ComputeSettings = getattr(config, role).compute
         wanted = {
-            "bf16": compute.precision == "bf16",
+            "bf16": "bf16" in (compute.precision, compute.weights),
             "checkpointing": bool(compute.checkpointing),
             "selective": compute.checkpointing == "selective",
             "offload": compute.checkpointing == "offload",
             "compile": compute.compile,
+            "lora": role in adapted_roles(config),
         }
         lacking = [name for name in wanted if wanted[name] and name not in family.traits.computes]
         if lacking:
             raise ConfigError(
                 f"preparing the {role.replace('_', ' ')} of the family {family.name}",
-                f"{role}.compute asks for {' and '.join(lacking)}",
+                f"{role} asks for {' and '.join(lacking)}",
                 f"settings that the family supports: {', '.join(sorted(family.traits.computes))}",
-                f"Correct {role}.compute",
+                f"Correct {role}.lora" if lacking == ["lora"] else f"Correct {role}.compute",
             )
+
+
+def require_adaptable(config: DistillConfig, family: ModelFamily) -> None:
+    """Check that the layers of a model have the projections that adapters are wanted for.
+
+    Raises:
+        ConfigError: A target of `lora` is none of them.
+    """
+    for role in adapted_roles(config):
+        projections = family.read_shape(config.model_folder).denoiser.projections
+        targeted(list(projections), getattr(config, role).lora.targets)
 
 
 def _fits(encoding: Encoding, config: DistillConfig, model: ModelFolder) -> bool:

@@ -20,7 +20,7 @@ from sgmd_core.worlds.shapes import labels_from_captions
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest
 from workers.evaluator import CHUNK_CLIPS, Evaluator, Sampling
-from workers.settings import ModelSettings, VideoSettings
+from workers.settings import GeneratorSettings, ModelSettings, VideoSettings
 from workers.validation_evaluator import ValidationEvaluator, ValidationReport
 
 NUM_SHEET_ROWS = 8
@@ -116,10 +116,12 @@ def build_validator(
     video: VideoSettings,
     schedule: FlowMatchSchedule,
     plan: ValidationPlan,
+    generator: GeneratorSettings,
     num_threads: int,
 ) -> Validator:
     """Factory for a worker group."""
-    return Validator(build_evaluator(model, video, schedule, num_threads), plan)
+    evaluator = build_evaluator(model, video, schedule, num_threads, generator=generator)
+    return Validator(evaluator, plan)
 
 
 def reads_shapes(captions: Sequence[str]) -> bool:

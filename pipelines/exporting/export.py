@@ -25,7 +25,7 @@ from pipelines.run.folder import require_output_folder
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.exchange import LORA_FORMATS, WEIGHT_FORMATS, ExchangeFiles
 from workers.models.exporting import DTYPES, Components, narrowed
-from workers.models.low_rank import approximate_all, share_kept
+from workers.models.low_rank import LowRank, approximate_all, share_kept
 from workers.models.weight_digests import write_model_settings
 
 DIFFUSERS = "diffusers"
@@ -156,10 +156,7 @@ def _write_single(source: TrainedGenerator, options: ExportOptions, draft: Path)
 
 def _write_lora(source: TrainedGenerator, options: ExportOptions, draft: Path) -> Written:
     files = _files(source, options)
-    before = dict(source.family.load_denoiser(source.base).named_parameters())
-    with torch.no_grad():
-        factors = approximate_all(before, source.weights, options.rank)
-        kept = share_kept(before, source.weights, factors)
+    factors, kept = _change(source, options)
     if not factors:
         raise ModelFolderError(
             f"exporting {source.name} as a LoRA",
@@ -170,6 +167,18 @@ def _write_lora(source: TrainedGenerator, options: ExportOptions, draft: Path) -
     path = draft / "pytorch_lora_weights.safetensors"
     files.write_low_rank(options.form, path, factors, DTYPES[options.dtype])
     return kept, lambda: files.read_low_rank(path, source.base)
+
+
+def _change(
+    source: TrainedGenerator, options: ExportOptions
+) -> tuple[Mapping[str, LowRank], float]:
+    """The change from the base, and the share of it that is kept: all of trained adapters."""
+    if source.adapters is not None:
+        return source.adapters, 1.0
+    before = dict(source.family.load_denoiser(source.base).named_parameters())
+    with torch.no_grad():
+        factors = approximate_all(before, source.weights, options.rank)
+        return factors, share_kept(before, source.weights, factors)
 
 
 _WRITERS: Mapping[str, Callable[[TrainedGenerator, ExportOptions, Path], Written]] = {

@@ -18,8 +18,10 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.ranking import ranked, scores_of
 from sgmd_core.errors import CheckpointError, ConfigError, ModelFolderError
 from workers.generator_learner import AVERAGE, ROLE
+from workers.models.adapter_files import adapter_factors, merged_weights
 from workers.models.families import family_of
 from workers.models.family import ModelFamily
+from workers.models.low_rank import LowRank
 from workers.models.weight_digests import require_same_weights
 from workers.role_state import load_role
 
@@ -39,6 +41,7 @@ class TrainedGenerator:
         run: The run; None: the weights come from a model folder.
         config: Settings of the run.
         iteration: Updates that the weights have seen; None where this is not known.
+        adapters: What was trained, where it is adapters; `weights` have them merged.
     """
 
     name: str
@@ -49,6 +52,7 @@ class TrainedGenerator:
     run: RunFolder | None = None
     config: DistillConfig | None = None
     iteration: int | None = None
+    adapters: Mapping[str, LowRank] | None = None
 
 
 def open_source(
@@ -91,12 +95,16 @@ def open_source(
 def _of_run(run: RunFolder, checkpoint: str | None, base: str | Path | None) -> TrainedGenerator:
     config = load_recipe(str(run.config))
     folder = _checked(config.model_folder if base is None else base)
-    step = _step(run, config, checkpoint)
+    step, adapters = _step(run, config, checkpoint), None
     if step is None:
         weights = _of_folder(model_folder(run.root))
     else:
         part = AVERAGE if config.generator.ema_decay > 0 else ROLE
-        weights = load_role(Checkpoints(str(run.checkpoints)).folder(step), part).weights
+        state = load_role(Checkpoints(str(run.checkpoints)).folder(step), part)
+        weights = state.weights
+        if state.lora is not None:
+            adapters = adapter_factors(weights, state.lora)
+            weights = merged_weights(folder, weights, state.lora)
     return TrainedGenerator(
         name=config.name,
         weights=weights,
@@ -106,6 +114,7 @@ def _of_run(run: RunFolder, checkpoint: str | None, base: str | Path | None) -> 
         run=run,
         config=config,
         iteration=config.iterations if step is None else step,
+        adapters=adapters,
     )
 
 

@@ -24,6 +24,7 @@ from workers.models.exporting import Components
 from workers.models.folder import ClipGeometry, FolderLayout, LatentShape, ModelFolder
 from workers.models.sampling import ClipSampler, SamplingRules
 from workers.models.vocabulary import CaptionTokenizer
+from workers.settings import LoraSettings
 
 
 class Denoiser(nn.Module, ABC):
@@ -35,12 +36,14 @@ class Denoiser(nn.Module, ABC):
         autocast_dtype: Type of matrix products; None: the network's own.
         layer_function: Computes a layer under checkpointing, `workers.recomputation`; None: the
             library's own. A family that takes it has `selective` and `offload` in its `computes`.
+        lora: Settings of its adapters, `workers.adapters`; None: it has none.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.autocast_dtype: torch.dtype | None = None
         self.layer_function: Callable[..., Any] | None = None
+        self.lora: LoraSettings | None = None
 
     @abstractmethod
     def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
@@ -147,6 +150,11 @@ class DenoiserShape(Protocol):
         """Parameters of one layer."""
         ...
 
+    @property
+    def projections(self) -> Mapping[str, tuple[int, int]]:
+        """Linear projections of one layer, which adapters can change: sizes in and out by name."""
+        ...
+
     def num_tokens(self, latent_shape: LatentShape) -> int:
         """Tokens of one sample."""
         ...
@@ -190,8 +198,8 @@ class FamilyTraits:
         about: One line for readers.
         layout: Components of its folders.
         sampling: How a folder is sampled that does not say so.
-        computes: Values of `compute` that its denoiser supports, of `bf16`, `checkpointing`,
-            `selective`, `offload` and `compile`.
+        computes: What its denoiser supports, of `bf16`, `checkpointing`, `selective`, `offload`,
+            `compile` and `lora`.
         relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
         released: Shapes of released models by name, to plan for before a folder is there.
         keep_fp32: Parts of names, between dots, of weights that exports keep in float32.
@@ -201,7 +209,7 @@ class FamilyTraits:
     about: str
     layout: FolderLayout
     sampling: SamplingRules
-    computes: frozenset[str] = frozenset({"bf16", "checkpointing", "compile"})
+    computes: frozenset[str] = frozenset({"bf16", "checkpointing", "compile", "lora"})
     relatives: Mapping[str, str] = field(default_factory=dict)
     released: Mapping[str, ModelShape] = field(default_factory=dict)
     keep_fp32: frozenset[str] = frozenset()

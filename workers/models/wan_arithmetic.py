@@ -89,6 +89,17 @@ class WanShape:
         d, f = self.width, self.ffn_width
         return 8 * _linear(d, d) + _linear(d, f) + _linear(f, d) + 12 * d
 
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Linear projections of one layer: sizes in and out by name."""
+        d, f = self.width, self.ffn_width
+        square = {
+            f"{part}.{name}": (d, d)
+            for part in ("attn1", "attn2")
+            for name in ("to_q", "to_k", "to_v", "to_out.0")
+        }
+        return {**square, "ffn.net.0.proj": (d, f), "ffn.net.2": (f, d)}
+
     def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
         """Tokens of one sample.
 

@@ -1,0 +1,53 @@
+"""Frozen base networks of a process: one for all roles that use the same folder and type.
+
+    shared_base(folder, type)  ->  base          read once, kept while a role has a view of it
+    view_of(base)              ->  view          modules of its own, the base's tensors
+
+A view keeps its base alive, and the registry does not: with the last role of a process its base is
+freed.
+"""
+
+import copy
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+
+from workers.models.families import family_of
+from workers.models.family import Denoiser
+
+_KEPT_BY = "_base"
+
+_bases: "WeakValueDictionary[tuple[object, ...], Denoiser]" = WeakValueDictionary()
+
+
+def shared_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Denoiser:
+    """The frozen denoiser of a folder, read if no role of this process has it yet.
+
+    Args:
+        folder: Model folder.
+        dtype: Type of its weights.
+        device: Where they are.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+    """
+    family = family_of(folder)
+    files = sorted((folder / family.traits.layout.denoiser).iterdir())
+    stats = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    key = (str(folder.resolve()), stats, dtype, str(device))
+    base = _bases.get(key)
+    if base is None:
+        base = family.load_denoiser(folder, dtype, device=device).eval().requires_grad_(False)
+        _bases[key] = base
+    return base
+
+
+def view_of(base: Denoiser) -> Denoiser:
+    """A network of the same tensors in modules of its own, to be prepared as a role wants it."""
+    tensors = (*base.parameters(), *base.buffers())
+    # To a copy that has seen them, these tensors are their own copies.
+    view = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
+    # Past `nn.Module`, which would make it a part of the view.
+    view.__dict__[_KEPT_BY] = base
+    return view
