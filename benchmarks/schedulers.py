@@ -28,7 +28,8 @@ _NUM_PROMPTS, _NUM_SEEDS = 6, 4
 
 def main() -> None:
     """Sample and compare."""
-    parser = argparse.ArgumentParser(description="Compare schedulers of diffusers.")    parser.add_argument("model", help="a run, or the folder of its generator")
+    parser = argparse.ArgumentParser(description="Compare schedulers of diffusers.")
+    parser.add_argument("model", help="a run, or the folder of its generator")
     folder = model_folder(parser.parse_args().model)
     settings = read_inference_settings(folder)
     pipeline = WanPipeline.from_pretrained(folder, local_files_only=True)
