@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,12 @@ class Kind:
 
 KINDS = {
     "wan21": Kind(tiny_wan.write_tiny_wan, (9, 16, 16), ("wan21-1.3b", "wan21-14b")),
+    "wan22-a14b": Kind(
+        # Of the four steps at shift 3 two are on either side.
+        partial(tiny_wan.write_tiny_experts, boundary=0.8),
+        (9, 16, 16),
+        ("wan22-a14b",),
+    ),
     "wan22-5b": Kind(tiny_wan.write_tiny_wan22_5b, (9, 32, 64), ("wan22-5b",)),
 }
 ALL = pytest.mark.parametrize("kind", KINDS)

@@ -60,7 +60,12 @@ def with_seeded_weights(network: nn.Module, seed: int) -> nn.Module:
 
 def write_tiny_wan(folder: Path, words: Sequence[str], seed: int = 0) -> Path:
     """Writes a complete `WanPipeline` folder whose tokenizer knows `words`; returns it."""
-    vae = AutoencoderKLWan(
+    return _write(folder, words, seed, tiny_vae())
+
+
+def tiny_vae() -> AutoencoderKLWan:
+    """An autoencoder of 4 channels and stride 4."""
+    return AutoencoderKLWan(
         base_dim=4,
         decoder_base_dim=4,
         z_dim=LATENT_CHANNELS,
@@ -72,7 +77,6 @@ def write_tiny_wan(folder: Path, words: Sequence[str], seed: int = 0) -> Path:
         scale_factor_spatial=4,
         scale_factor_temporal=4,
     )
-    return _write(folder, words, seed, vae)
 
 
 def write_tiny_wan22_5b(folder: Path, words: Sequence[str], seed: int = 0) -> Path:
@@ -95,6 +99,14 @@ def write_tiny_wan22_5b(folder: Path, words: Sequence[str], seed: int = 0) -> Pa
         scale_factor_temporal=4,
     )
     return _write(folder, words, seed, vae, channels, expand_timesteps=True)
+
+
+def write_tiny_experts(
+    folder: Path, words: Sequence[str], seed: int = 0, boundary: float = 0.5
+) -> Path:
+    """Writes a narrow Wan 2.2 A14B: two experts, and the noise level at which they change."""
+    second = tiny_velocity(seed + 1).transformer
+    return _write(folder, words, seed, tiny_vae(), transformer_2=second, boundary_ratio=boundary)
 
 
 def _write(

@@ -51,6 +51,7 @@ CASES = {
         clip=(9, 32, 64),
         family="wan",
     ),
+    "wan-experts": Case(lambda folder: tiny_wan.write_tiny_experts(folder, CAPTIONS[0].split())),
     "toy": Case(write_toy),
 }
 ALL = pytest.mark.parametrize("case", CASES.items(), ids=CASES, indirect=True)
@@ -106,7 +107,11 @@ def gradients(denoiser: Denoiser, inputs: tuple[Tensor, Tensor, Tensor]) -> dict
     denoiser.zero_grad()
     velocity = denoiser(x_t, sigma, text)
     (velocity * weights_of(x_t.shape[1:])[: len(x_t)]).sum().backward()
-    found = {name: value.grad.clone() for name, value in denoiser.named_parameters()}
+    # Of two experts, the one without a sample gets no gradient.
+    found = {
+        name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+        for name, value in denoiser.named_parameters()
+    }
     return found | {"x_t": x_t.grad}
 
 
@@ -141,12 +146,14 @@ def test_what_is_inspected_is_what_is_loaded(case):
     checked, layout = case.family.inspect(case.folder), case.family.traits.layout
     denoiser = case.family.load_denoiser(case.folder)
     text, codec = case.family.load_text(case.folder), case.family.load_autoencoder(case.folder)
-    found = {layout.denoiser: denoiser, layout.autoencoder: codec.network}
-    found[layout.text[0]] = text.network
-    assert set(layout.weights) == set(checked.num_parameters) == set(found)
-    for name, network in found.items():
+    found = {layout.denoisers: denoiser, (layout.autoencoder,): codec.network}
+    found[layout.text[:1]] = text.network
+    names = {name for part in found for name in part}
+    assert set(layout.weights) == set(checked.num_parameters) == names
+    for part, network in found.items():
         parameters = {id(value): value.numel() for value in network.parameters()}
-        assert checked.num_parameters[name] == sum(parameters.values()), name
+        total = sum(checked.num_parameters[name] for name in part)
+        assert total == sum(parameters.values()), part
         assert not network.training
     assert checked.family == case.name
     embeddings = text.encode(CAPTIONS, TEXT_LENGTH)
@@ -365,7 +372,8 @@ def test_an_export_is_reloaded_to_the_last_bit(case, tmp_path):
         assert (base(x_t, sigma, text) - velocity).abs().max() > 1e-3
     digests, before = model_digests(out), model_digests(case.folder)
     layout = case.family.traits.layout
-    assert digests[layout.denoiser] != before[layout.denoiser]
+    for name in layout.denoisers:
+        assert digests[name] != before[name], name
     for name in (*layout.text, layout.autoencoder):
         assert digests[name] == before[name], name
 
@@ -461,7 +469,7 @@ class TestUnknownFolders:
             family_of(tmp_path / "nowhere")
 
     def test_an_unknown_name_lists_the_names(self, toy_is_installed):
-        with pytest.raises(ConfigError, match="one of wan, toy"):
+        with pytest.raises(ConfigError, match="one of wan-experts, wan, toy"):
             family_named("ltx")
 
 

@@ -9,18 +9,22 @@ entry point group `sgmd.families`, whose values are classes that are made withou
 The package must be installed wherever a role runs.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, REMEDY, read_model_json
 from workers.models.family import FamilyTraits, ModelFamily
+from workers.models.wan_experts import WanExpertsFamily
 from workers.models.wan_family import WanFamily
 
 ENTRY_POINTS = "sgmd.families"
 
-_OWN: tuple[ModelFamily, ...] = (WanFamily(),)
+# A family with experts before the one that has the same pipeline and none.
+_OWN: tuple[ModelFamily, ...] = (WanExpertsFamily(), WanFamily())
 _MEMBERS = tuple(name for name in vars(ModelFamily) if not name.startswith("_"))
 
 
@@ -62,16 +66,16 @@ def family_of(folder: str | Path) -> ModelFamily:
     if not path.is_dir():
         found = "a file" if path.is_file() else "no such folder"
         raise ModelFolderError(f"loading the model {path}", found, "a diffusers folder", REMEDY)
-    has_index = (path / INDEX_FILE).exists()
-    pipeline = str(read_model_json(path / INDEX_FILE).get("_class_name")) if has_index else None
+    index = read_model_json(path / INDEX_FILE) if (path / INDEX_FILE).exists() else None
     # Ours first, so that a broken package of another family does not stop them.
     for known in (lambda: _OWN, families):
         for family in known():
-            if _holds(path, pipeline, family.traits):
+            if _holds(path, index, family.traits):
                 return family
-    if pipeline is None:
+    if index is None:
         refusals = (family.explain_files(path) for family in families())
         raise next(filter(None, refusals), None) or _unknown(path, f"no {INDEX_FILE}")
+    pipeline = str(index.get("_class_name"))
     kinds = (family.traits.relatives.get(pipeline) for family in families())
     kind = next(filter(None, kinds), None)
     raise _unknown(path, f"_class_name is {pipeline!r}" + (f": {kind}" if kind else ""))
@@ -107,10 +111,14 @@ def load_family(point: EntryPoint, others: list[ModelFamily] | None = None) -> M
     return family
 
 
-def _holds(folder: Path, pipeline: str | None, traits: FamilyTraits) -> bool:
+def _holds(folder: Path, index: Mapping[str, Any] | None, traits: FamilyTraits) -> bool:
     layout = traits.layout
-    if pipeline is not None:
-        return pipeline == layout.pipeline_class
+    for expert in layout.experts:
+        named = (index or {}).get(expert)
+        if not (folder / expert).exists() and not (isinstance(named, list) and any(named)):
+            return False
+    if index is not None:
+        return index.get("_class_name") == layout.pipeline_class
     config = folder / layout.denoiser / CONFIG_FILE
     return config.is_file() and read_model_json(config).get("_class_name") == layout.denoiser_class
 

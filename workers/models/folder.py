@@ -23,6 +23,7 @@ class FolderLayout:
         text: Components that an embedding depends on, in the order of their fingerprint.
         weights: Stem of the weight files by component, for every component that has weights.
         files: Components without weights, such as tokenizer and scheduler.
+        experts: Further denoisers, each for a range of noise levels of its own.
     """
 
     pipeline_class: str
@@ -32,6 +33,12 @@ class FolderLayout:
     text: tuple[str, ...]
     weights: Mapping[str, str]
     files: tuple[str, ...]
+    experts: tuple[str, ...] = ()
+
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """Components of the denoiser."""
+        return (self.denoiser, *self.experts)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -114,7 +121,7 @@ class ModelFolder:
     @property
     def num_denoiser_parameters(self) -> int:
         """Parameters of the denoiser."""
-        return self.num_parameters[self.layout.denoiser]
+        return sum(self.num_parameters[name] for name in self.layout.denoisers)
 
     @property
     def num_text_parameters(self) -> int:

@@ -8,7 +8,7 @@ from the mapped file into their place and converted on the way. Buffers that no 
 tables of rotary positions, are computed by the constructor and never leave main memory as `meta`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,17 +53,45 @@ def load_sharded(
     Raises:
         ModelFolderError: A file cannot be read, does not hold every tensor, or holds NaN.
     """
+    return load_sharded_parts(network, [part], wrap, dtype, device, prepare)
+
+
+def load_sharded_parts(
+    network: Any,  # noqa: ANN401  (a class of diffusers)
+    parts: Sequence[CheckedComponent],
+    wrap: Callable[..., D],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[D], object] | None = None,
+) -> D:
+    """Load a denoiser of several networks of one class; see `load_sharded`.
+
+    Args:
+        network: Class of diffusers, made by `from_config`.
+        parts: The components.
+        wrap: Makes the velocity model of the networks, in the order of `parts`.
+        dtype: Of the weights, but for those that the class keeps in float32.
+        device: Device of the weights.
+        prepare: Called once, with the whole velocity model.
+
+    Raises:
+        ModelFolderError: As `load_sharded`.
+    """
+    part = parts[0]
     try:
-        bare = _on_meta(network, part, dtype)
-        slots = dict(_slots(bare))
-        denoiser = wrap(bare).eval()
+        bare: list[nn.Module] = []
+        for part in parts:
+            bare.append(_on_meta(network, part, dtype))
+        slots = [dict(_slots(each)) for each in bare]
+        denoiser = wrap(*bare).eval()
         if prepare is not None:
             prepare(denoiser)
         _allocate(denoiser, torch.device(device))
-        missing = set(slots) - _fill(part, slots)
+        for part, own in zip(parts, slots, strict=True):
+            missing = set(own) - _fill(part, own)
+            require_all_loaded(part, {"missing_keys": missing})
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise unreadable(part.path, error) from error
-    require_all_loaded(part, {"missing_keys": missing})
     return denoiser
 
 

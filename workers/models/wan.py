@@ -13,6 +13,7 @@ vae/ and scheduler/.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
@@ -21,19 +22,24 @@ from torch import Tensor, nn
 from cluster.files import whole_folder
 from sgmd_core.errors import ShapeError
 from workers.models.configs import INDEX_FILE, read_model_json
+from workers.models.experts import ExpertDenoiser
 from workers.models.exporting import Components, copy_components
 from workers.models.family import Denoiser
-from workers.models.folder import ClipGeometry
+from workers.models.folder import ClipGeometry, FolderLayout
 from workers.models.loading import load_network
 from workers.models.scheduler import build_scheduler
-from workers.models.sharded_loading import load_sharded
+from workers.models.sharded_loading import load_sharded, load_sharded_parts
 from workers.models.wan_family import (
+    EXPERTS_LAYOUT,
     LAYOUT,
     TEXT_ENCODER,
     TOKENIZER,
     TRANSFORMER,
     VAE,
+    read_boundary,
+    read_configs,
     require_supported_index,
+    require_wan_index,
 )
 from workers.models.wan_folder import build_component, check_component
 
@@ -182,13 +188,35 @@ def load_transformer(
     return load_sharded(WanTransformer3DModel, part, WanVelocity, dtype, device, prepare)
 
 
+def load_experts(
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prepare: Callable[[Denoiser], object] | None = None,
+) -> ExpertDenoiser:
+    """Load the two experts of a Wan folder as one denoiser; see `load_transformer`.
+
+    Raises:
+        ModelFolderError: As `load_transformer`; or the folder does not have two experts.
+    """
+    path = Path(folder)
+    read_configs(path, EXPERTS_LAYOUT)
+    boundary = read_boundary(path)
+
+    def paired(high: WanTransformer3DModel, low: WanTransformer3DModel) -> ExpertDenoiser:
+        return ExpertDenoiser(WanVelocity(high), WanVelocity(low), boundary)
+
+    parts = [check_component(path, name) for name in EXPERTS_LAYOUT.denoisers]
+    return load_sharded_parts(WanTransformer3DModel, parts, paired, dtype, device, prepare)
+
+
 def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> VideoVae:
     """Load the autoencoder of a Wan folder, frozen.
 
     Raises:
         ModelFolderError: the folder or a file is missing, corrupt or not Wan's.
     """
-    require_supported_index(Path(folder))
+    require_wan_index(Path(folder))
     return open_autoencoder(Path(folder) / VAE, dtype)
 
 
@@ -214,6 +242,8 @@ def save_generator_pipeline(
     *,
     flow_shift: float,
     components: Components = "copy",
+    layout: FolderLayout = LAYOUT,
+    prefixes: Mapping[str, str] = MappingProxyType({TRANSFORMER: ""}),
 ) -> None:
     """Write a diffusers folder: a new denoiser beside the other components of a base folder.
 
@@ -221,18 +251,23 @@ def save_generator_pipeline(
         dst: Folder to write; an existing one is replaced whole.
         base_folder: Where autoencoder, text encoder and tokenizer come from, and the denoiser's
             configuration.
-        weights: Parameters of the denoiser to write, a `WanVelocity`'s, in the types of the file.
+        weights: Parameters of the denoiser to write, in the types of the file.
         flow_shift: Shift of the noise levels that the pipeline will sample with.
         components: Whether the other components are linked or copied.
+        layout: Components of the folder.
+        prefixes: Prefix of the names of a denoiser's parameters in `weights`, by its component.
 
     Raises:
         ModelFolderError: the base folder is not a Wan folder.
     """
     dst, base = Path(dst), Path(base_folder)
-    require_supported_index(base)
-    # The base's own weights are not read: they would all be replaced.
-    denoiser = WanVelocity(build_component(base, TRANSFORMER))
-    denoiser.load_state_dict(dict(weights), assign=True)
+    require_supported_index(base, layout)
+    denoisers: dict[str, WanVelocity] = {}
+    for name, prefix in prefixes.items():
+        # The base's own weights are not read: they would all be replaced.
+        denoisers[name] = WanVelocity(build_component(base, name))
+        own = {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
+        denoisers[name].load_state_dict(own, assign=True)
     # The base's own scheduler may take other steps than the generator was trained on.
     scheduler = build_scheduler(flow_shift)
     index = read_model_json(base / INDEX_FILE)
@@ -241,4 +276,5 @@ def save_generator_pipeline(
         copy_components(base, draft, LAYOUT, (TOKENIZER, VAE, TEXT_ENCODER), components)
         scheduler.save_pretrained(draft / "scheduler")
         (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-        denoiser.transformer.save_pretrained(draft / "transformer")
+        for name, denoiser in denoisers.items():
+            denoiser.transformer.save_pretrained(draft / name)

@@ -192,6 +192,79 @@ class WanShape:
         return 2 * size * n * self.ffn_width + 24 * n * self.width
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsShape:
+    """Two denoisers of one shape, of which a sample passes through that of its noise level.
+
+    Parameters are those of both; operations and bytes of a pass are those of one.
+
+    Attributes:
+        expert: Shape of each.
+    """
+
+    expert: WanShape
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of both."""
+        return 2 * self.expert.num_layers
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream between layers."""
+        return self.expert.width
+
+    @property
+    def text_width(self) -> int:
+        """Width of a caption embedding."""
+        return self.expert.text_width
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of both."""
+        return 2 * self.expert.num_parameters
+
+    @property
+    def parameters_per_layer(self) -> int:
+        """Parameters of one layer of one expert."""
+        return self.expert.parameters_per_layer
+
+    def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
+        """Tokens of one sample."""
+        return self.expert.num_tokens(latent_shape)
+
+    def forward_flops(self, latent_shape: tuple[int, int, int, int], text_length: int) -> int:
+        """Operations of one forward pass of one sample."""
+        return self.expert.forward_flops(latent_shape, text_length)
+
+    def pass_flops(self, latent_shape: tuple[int, int, int, int], text_length: int) -> PassFlops:
+        """Operations of one forward pass of one sample, and of the backward passes after it."""
+        return self.expert.pass_flops(latent_shape, text_length)
+
+    def graph_bytes(
+        self,
+        latent_shape: tuple[int, int, int, int],
+        text_length: int,
+        *,
+        bf16: bool,
+        checkpointing: bool,
+    ) -> int:
+        """Bytes that the graph of one forward pass of one sample keeps; see `WanShape`."""
+        return self.expert.graph_bytes(
+            latent_shape, text_length, bf16=bf16, checkpointing=checkpointing
+        )
+
+    def layer_graph_bytes(
+        self, latent_shape: tuple[int, int, int, int], text_length: int, *, bf16: bool
+    ) -> int:
+        """Bytes of one layer's part of a graph."""
+        return self.expert.layer_graph_bytes(latent_shape, text_length, bf16=bf16)
+
+    def transient_bytes(self, latent_shape: tuple[int, int, int, int], *, bf16: bool) -> int:
+        """Bytes that a pass without a graph holds at its widest place, for one sample."""
+        return self.expert.transient_bytes(latent_shape, bf16=bf16)
+
+
 RELEASED_SHAPES = {
     "1.3b": WanShape(num_layers=30, width=1536, ffn_width=8960),
     "5b": WanShape(num_layers=30, width=3072, ffn_width=14336, in_channels=48, out_channels=48),

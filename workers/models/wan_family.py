@@ -4,14 +4,14 @@
     COMPONENT/config.json       the class of the component, no image input, no quantization
 
     wan             networks        wan_text      captions
-    wan_folder      checks of weight files
+    wan_folder      checks of weight files           wan_experts   two denoisers (A14B)
     wan_pipeline    sampling        wan_arithmetic
 
 No network library is imported before a method needs one, so `sgmd plan` can ask before anything is
 downloaded.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from workers.collector import paused_collector
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
-from workers.models.family import Denoiser, FamilyTraits, ModelShape
+from workers.models.family import Denoiser, DenoiserShape, FamilyTraits, ModelShape
 from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
 from workers.models.sampling import SamplingRules
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
@@ -32,14 +32,16 @@ from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
 from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM
 
 if TYPE_CHECKING:
-    from workers.models.wan import VideoVae, WanVelocity
+    from workers.models.wan import VideoVae
     from workers.models.wan_pipeline import WanSampler
     from workers.models.wan_text import CaptionEncoder
 
 WAN = "wan"
 TRANSFORMER, VAE, TEXT_ENCODER = "transformer", "vae", "text_encoder"
 TOKENIZER = "tokenizer"
-REMEDY = "Give a complete diffusers folder of a Wan text-to-video model with one denoiser"
+LOW_NOISE = "transformer_2"
+"""Expert of the low noise levels, where `transformer` is that of the high ones."""
+REMEDY = "Give a complete diffusers folder of a Wan text-to-video model"
 
 _PIPELINE_CLASS = "WanPipeline"
 _CLASSES = {
@@ -72,6 +74,10 @@ LAYOUT = FolderLayout(
     weights={TRANSFORMER: DIFFUSERS_STEM, TEXT_ENCODER: TRANSFORMERS_STEM, VAE: DIFFUSERS_STEM},
     files=(TOKENIZER, "scheduler"),
 )
+EXPERTS_LAYOUT = replace(
+    LAYOUT, experts=(LOW_NOISE,), weights={**LAYOUT.weights, LOW_NOISE: DIFFUSERS_STEM}
+)
+"""Wan 2.2 A14B: two denoisers, each for a range of noise levels."""
 
 
 def _exchange() -> ExchangeFiles:
@@ -81,10 +87,10 @@ def _exchange() -> ExchangeFiles:
     return WanExchange()
 
 
-_RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
+RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
 # The autoencoder of Wan 2.2's 5B packs 2 x 2 pixels into channels before it halves three times.
-_WIDE_STRIDE_GEOMETRY = replace(_RELEASED_GEOMETRY, latent_channels=48, spatial_factor=16)
-_TRAITS = FamilyTraits(
+_WIDE_STRIDE_GEOMETRY = replace(RELEASED_GEOMETRY, latent_channels=48, spatial_factor=16)
+WAN_TRAITS = FamilyTraits(
     about="text to video with one denoiser",
     layout=LAYOUT,
     sampling=SamplingRules(
@@ -104,7 +110,7 @@ _TRAITS = FamilyTraits(
     released={
         name: ModelShape(shape, geometry)
         for name, shape in RELEASED_SHAPES.items()
-        for geometry in (_RELEASED_GEOMETRY, _WIDE_STRIDE_GEOMETRY)
+        for geometry in (RELEASED_GEOMETRY, _WIDE_STRIDE_GEOMETRY)
         if geometry.latent_channels == shape.in_channels
     },
     computes=frozenset({"bf16", "checkpointing", "selective", "offload", "compile", "lora"}),
@@ -118,7 +124,7 @@ class WanFamily:
     """Wan 2.1 and 2.2 text-to-video models with one denoiser; see `ModelFamily`."""
 
     name = WAN
-    traits = _TRAITS
+    traits = WAN_TRAITS
 
     def explain_files(self, folder: Path) -> ModelFolderError | None:
         """Refusal of the original release, and of one component alone."""
@@ -128,6 +134,10 @@ class WanFamily:
         """Read the shape from the configurations of denoiser and autoencoder."""
         if (folder / INDEX_FILE).exists():
             require_supported_index(folder)
+        return self.read_single(folder)
+
+    def read_single(self, folder: Path) -> ModelShape:
+        """Read the shape of `transformer` and the autoencoder, whatever else is in the folder."""
         config = read_component(folder, TRANSFORMER)
         vae = read_model_json(folder / VAE / CONFIG_FILE)
         try:
@@ -141,13 +151,13 @@ class WanFamily:
             ) from error
         geometry = ClipGeometry(
             shape.out_channels,
-            vae.get("scale_factor_temporal", _RELEASED_GEOMETRY.temporal_factor),
-            vae.get("scale_factor_spatial", _RELEASED_GEOMETRY.spatial_factor),
+            vae.get("scale_factor_temporal", RELEASED_GEOMETRY.temporal_factor),
+            vae.get("scale_factor_spatial", RELEASED_GEOMETRY.spatial_factor),
             shape.patch_size,
         )
         return ModelShape(shape, geometry)
 
-    def shape_from_record(self, record: Mapping[str, Any]) -> WanShape:
+    def shape_from_record(self, record: Mapping[str, Any]) -> DenoiserShape:
         """Rebuild a shape from the fields of `WanShape`."""
         return WanShape(**{**record, "patch_size": tuple(record["patch_size"])})
 
@@ -164,7 +174,7 @@ class WanFamily:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         prepare: Callable[[Denoiser], object] | None = None,
-    ) -> "WanVelocity":
+    ) -> Denoiser:
         """Load the transformer."""
         with paused_collector():
             from workers.models.wan import load_transformer
@@ -191,7 +201,7 @@ class WanFamily:
             from workers.models.loading import load_tokenizer
             from workers.models.wan_text import clean_caption
 
-        require_supported_index(folder)
+        require_wan_index(folder)
         return LibraryTokenizer(load_tokenizer(folder / TOKENIZER), clean_caption)
 
     def open_sampler(self, folder: Path, device: str) -> "WanSampler":
@@ -234,21 +244,35 @@ class WanConfigs:
     components: Mapping[str, Mapping[str, Any]]
 
 
-def read_configs(folder: str | Path) -> WanConfigs:
+def read_configs(folder: str | Path, layout: FolderLayout = LAYOUT) -> WanConfigs:
     """Read the configurations of a folder and refuse every model that is not supported.
 
     Raises:
         ModelFolderError: A file is missing or no JSON, or the folder is not a text-to-video Wan
-            with one denoiser; says which kind of model it is where that is known.
+            with these denoisers; says which kind of model it is where that is known.
     """
     path = Path(folder)
-    require_supported_index(path)
-    components = {name: read_component(path, name) for name in _CLASSES}
+    require_supported_index(path, layout)
+    components = {name: read_component(path, name) for name in layout.weights}
+    require_alike(path, [components[name] for name in layout.denoisers])
     return WanConfigs(path, read_model_json(path / INDEX_FILE), components)
 
 
-def require_supported_index(folder: Path) -> None:
-    """Check model_index.json: a WanPipeline of one text-to-video denoiser.
+def require_supported_index(folder: Path, layout: FolderLayout = LAYOUT) -> None:
+    """Check model_index.json: a WanPipeline of the denoisers that a layout has.
+
+    Raises:
+        ModelFolderError: It is missing, no JSON, or of another kind of model.
+    """
+    index = require_wan_index(folder)
+    if layout.experts:
+        read_boundary(folder)
+    else:
+        _require_one_denoiser(folder, index)
+
+
+def require_wan_index(folder: Path) -> Mapping[str, Any]:
+    """Check model_index.json: a WanPipeline, of one denoiser or two; return its content.
 
     Raises:
         ModelFolderError: It is missing, no JSON, or of another kind of model.
@@ -259,7 +283,6 @@ def require_supported_index(folder: Path) -> None:
         kind = _OTHER_PIPELINES.get(str(pipeline))
         found = f"_class_name is {pipeline!r}" + (f": {kind}" if kind else "")
         raise _unsupported(folder, found, f"_class_name {_PIPELINE_CLASS!r}, text to video")
-    _require_one_denoiser(folder, index)
     for component, expected in _CLASSES.items():
         if index.get(component) != expected:
             raise _unsupported(
@@ -270,6 +293,48 @@ def require_supported_index(folder: Path) -> None:
         raise _unsupported(
             folder, f"tokenizer is {tokenizer}", f"a tokenizer of {_TOKENIZER_LIBRARY}"
         )
+    return index
+
+
+def read_boundary(folder: Path) -> float:
+    """Read the noise level at which a folder of two experts changes from one to the other.
+
+    Raises:
+        ModelFolderError: The folder does not have two experts, or no noise level between them.
+    """
+    index = require_wan_index(folder)
+    second, boundary = index.get(LOW_NOISE), index.get("boundary_ratio")
+    if second != _CLASSES[TRANSFORMER]:
+        expected = f"{LOW_NOISE} to be {_CLASSES[TRANSFORMER]}"
+        raise _unsupported(
+            folder, f"{LOW_NOISE} is {second} beside a folder {LOW_NOISE}/", expected
+        )
+    if not isinstance(boundary, int | float) or not 0 < boundary < 1:
+        raise _unsupported(
+            folder,
+            f"{LOW_NOISE} and a boundary_ratio of {boundary}",
+            "boundary_ratio above 0 and below 1, where the experts change",
+        )
+    return float(boundary)
+
+
+def require_alike(folder: Path, denoisers: Sequence[Mapping[str, Any]]) -> None:
+    """Check that experts are networks of one shape.
+
+    Raises:
+        ModelFolderError: A number of their configurations differs; names it.
+    """
+    first = denoisers[0]
+    for other in denoisers[1:]:
+        for key in sorted({*first, *other}):
+            values = first.get(key), other.get(key)
+            if values[0] != values[1] and not key.startswith("_"):
+                raise ModelFolderError(
+                    f"reading {folder}",
+                    f"{key} is {values[0]} in {TRANSFORMER} and {values[1]} in {LOW_NOISE}",
+                    "two experts of one shape",
+                    REMEDY,
+                )
 
 
 def read_component(folder: Path, component: str) -> Mapping[str, Any]:
@@ -281,7 +346,8 @@ def read_component(folder: Path, component: str) -> Mapping[str, Any]:
     """
     part = folder / component
     config = read_model_json(part / CONFIG_FILE)
-    _require_class(part, config, _CLASSES[component][1])
+    denoiser = component in EXPERTS_LAYOUT.denoisers
+    _require_class(part, config, _CLASSES[TRANSFORMER if denoiser else component][1])
     if (part / "adapter_config.json").exists():
         raise ModelFolderError(
             f"reading {part}",
@@ -297,7 +363,7 @@ def read_component(folder: Path, component: str) -> Mapping[str, Any]:
                 "weights in float32, bfloat16 or float16 under their usual name",
                 "Use the folder as it was released, before quantization",
             )
-    if component == TRANSFORMER:
+    if denoiser:
         _require_text_input(part, config)
     return config
 
@@ -328,19 +394,19 @@ def _loading(folder: Path) -> str:
 
 
 def _require_one_denoiser(folder: Path, index: Mapping[str, Any]) -> None:
-    second = index.get("transformer_2")
+    second = index.get(LOW_NOISE)
     reasons = [
-        f"transformer_2 is {second}" * bool(isinstance(second, list) and any(second)),
+        f"{LOW_NOISE} is {second}" * bool(isinstance(second, list) and any(second)),
         f"boundary_ratio is {index.get('boundary_ratio')}"
         * (index.get("boundary_ratio") is not None),
-        "a folder transformer_2/" * (folder / "transformer_2").exists(),
+        f"a folder {LOW_NOISE}/" * (folder / LOW_NOISE).exists(),
     ]
     if any(reasons):
         found = ", ".join(reason for reason in reasons if reason)
         raise _unsupported(
             folder,
             f"{found}: a mixture of two denoisers, one for each range of noise (Wan2.2-A14B)",
-            "one denoiser for all noise levels; two experts are not supported yet",
+            f"one denoiser for all noise levels, or {LOW_NOISE}, its folder and boundary_ratio",
         )
 
 

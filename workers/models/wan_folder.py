@@ -14,8 +14,9 @@ from workers.models.architecture import (
     build_without_weights,
     check_network,
 )
-from workers.models.folder import ClipGeometry, ModelFolder
+from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
 from workers.models.wan_family import (
+    EXPERTS_LAYOUT,
     LAYOUT,
     REMEDY,
     TEXT_ENCODER,
@@ -55,7 +56,7 @@ def _kind(component: str) -> NetworkKind:
     with paused_collector():
         from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-    if component == TRANSFORMER:
+    if component in EXPERTS_LAYOUT.denoisers:
         return NetworkKind(
             WanTransformer3DModel.from_config,
             LAYOUT.weights[TRANSFORMER],
@@ -71,14 +72,21 @@ def _kind(component: str) -> NetworkKind:
     )
 
 
-def inspect_wan_folder(folder: str | Path) -> ModelFolder:
+def inspect_wan_folder(
+    folder: str | Path, family: str = WAN, layout: FolderLayout = LAYOUT
+) -> ModelFolder:
     """Read configurations and weight headers of a Wan folder.
+
+    Args:
+        folder: The folder.
+        family: Name of its family.
+        layout: Components that it must have.
 
     Raises:
         ModelFolderError: The folder, a component or a weight file is missing, torn or of another
             kind of model, or weights and configurations do not belong together; names the file.
     """
-    configs = read_configs(folder)
+    configs = read_configs(folder, layout)
     parts = {name: check_component(configs.path, name) for name in configs.components}
     transformer, vae = parts[TRANSFORMER].config, parts[VAE].config
     _require_alike(
@@ -95,8 +103,8 @@ def inspect_wan_folder(folder: str | Path) -> ModelFolder:
     frames, rows, columns = transformer["patch_size"]
     return ModelFolder(
         path=configs.path,
-        family=WAN,
-        layout=LAYOUT,
+        family=family,
+        layout=layout,
         geometry=ClipGeometry(
             latent_channels=vae["z_dim"],
             temporal_factor=vae["scale_factor_temporal"],

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 
 from sgmd_core.errors import ModelFolderError
 from workers.models.sampling import SampleRequest
-from workers.models.wan import load_transformer, load_vae
+from workers.models.wan import WanVelocity, load_experts, load_transformer, load_vae
+from workers.models.wan_family import LOW_NOISE, TRANSFORMER
 from workers.models.wan_text import load_text
 
 
@@ -73,12 +74,21 @@ class WanSampler:
             self._pipeline.scheduler = remade
 
 
+def _denoisers(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The networks that predict velocities, by component."""
+    if not (folder / LOW_NOISE).exists():
+        return {TRANSFORMER: load_transformer(folder, dtype).transformer}
+    experts = load_experts(folder, dtype)
+    both = {TRANSFORMER: experts.high, LOW_NOISE: experts.low}
+    return {name: cast(WanVelocity, expert).transformer for name, expert in both.items()}
+
+
 def _load(folder: Path, device: str) -> WanPipeline:
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     try:
         pipeline = WanPipeline.from_pretrained(
             folder,
-            transformer=load_transformer(folder, dtype).transformer,
+            **_denoisers(folder, dtype),
             text_encoder=load_text(folder, dtype).text_encoder,
             vae=load_vae(folder).vae,
             dtype=dtype,

@@ -21,7 +21,7 @@ from workers.models.loading import (
     require_telling_apart,
     require_tied_embeddings,
 )
-from workers.models.wan_family import TEXT_ENCODER, TOKENIZER, require_supported_index
+from workers.models.wan_family import TEXT_ENCODER, TOKENIZER, require_wan_index
 from workers.models.wan_folder import check_component
 
 
@@ -96,7 +96,7 @@ def load_text(folder: str | Path, dtype: torch.dtype | None = None) -> CaptionEn
     Raises:
         ModelFolderError: As `load_transformer`; or all captions get the same embedding.
     """
-    require_supported_index(Path(folder))
+    require_wan_index(Path(folder))
     require_tied_embeddings(Path(folder) / TEXT_ENCODER)
     options = {} if dtype is None else {"dtype": dtype}
     part = check_component(Path(folder), TEXT_ENCODER)

@@ -16,6 +16,7 @@ from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, loa
 from pipelines.config.recipe_files import known_keys, load, shipped_recipes
 from pipelines.config.yaml_text import read_yaml
 from sgmd_core.errors import ConfigError
+from tests.helpers.logs import record_warnings
 
 NAMES = [recipe.name for recipe in shipped_recipes()]
 DISTILL_NAMES = [name for name in NAMES if "pretrain" not in name]
@@ -180,9 +181,10 @@ class TestRecipes:
         (tmp_path / "assets" / "tiny-wan").mkdir(parents=True)
         assert config.model_folder == Path("assets/tiny-wan")
 
-    def test_a_recipe_is_found_by_its_old_name_with_a_warning(self, caplog):
+    def test_a_recipe_is_found_by_its_old_name_with_a_warning(self, monkeypatch):
+        warnings = record_warnings("pipelines.config.recipe_files", monkeypatch)
         assert load_recipe("wan-1.3b") == load_recipe("wan21-1.3b")
-        assert "wan-1.3b is now called wan21-1.3b: write that" in caplog.text
+        assert warnings == ["the recipe wan-1.3b is now called wan21-1.3b: write that"]
 
     def test_an_unknown_recipe_names_those_that_ship(self):
         text = refusal(recipe="tinny")
@@ -604,6 +606,15 @@ def test_the_released_recipe_has_every_value_of_the_released_training():
 # What each size has of its own, beside the names and the sizes of pools.
 OWN = {
     "wan21-14b": {"iterations": 5000, "batch.size": 64, "batch.micro_batches": 4},
+    "wan22-a14b": {
+        "iterations": 4000,
+        "batch.size": 64,
+        "batch.micro_batches": 2,
+        "schedule.shift": 7.0,
+        "generator.optimizer.max_grad_norm": 1.0,
+        "fake_score.optimizer.max_grad_norm": 1.0,
+        "teacher.guidance_scale": 4.0,
+    },
     "wan22-5b": {
         "iterations": 5000,
         "video.num_frames": 121,

@@ -86,6 +86,7 @@ class TestWork:
         [
             ("wan21-1.3b", "1.3b", 1.42, (16, 21, 60, 104), 32760),
             ("wan21-14b", "14b", 14.29, (16, 21, 60, 104), 32760),
+            ("wan22-a14b", "a14b", 28.58, (16, 21, 60, 104), 32760),
             ("wan22-5b", "5b", 5.0, (48, 31, 44, 80), 27280),
         ],
     )
@@ -584,4 +585,4 @@ class TestCommand:
     def test_a_missing_folder_names_the_option_that_does_without(self):
         result = sgmd("plan", "wan21-1.3b")
         assert result.exit_code == 2
-        assert "--model 1.3b or 5b or 14b" in result.stderr
+        assert "--model a14b or 1.3b or 5b or 14b" in result.stderr

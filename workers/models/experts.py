@@ -1,0 +1,80 @@
+"""A denoiser of two experts, one for each range of noise levels.
+
+    sigma >= boundary   high-noise expert
+    sigma <  boundary   low-noise expert
+
+Each sample goes through the expert of its own noise level, so the whole is a velocity model of all
+noise levels: teacher, fake score and generator are each one such pair. A rollout crosses the
+boundary, and a loss reaches the expert that made the prediction; the other one gets no gradient
+and is left as it is by that update.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from workers.models.family import Denoiser
+from workers.sharding import is_sharded, num_ranks
+
+
+class ExpertDenoiser(Denoiser):
+    """Two denoisers as one velocity model.
+
+    Args:
+        high: Expert of the noise levels from `boundary` to 1.
+        low: Expert of those below.
+        boundary: Noise level in (0, 1).
+    """
+
+    def __init__(self, high: Denoiser, low: Denoiser, boundary: float) -> None:
+        super().__init__()
+        self.high = high
+        self.low = low
+        self.boundary = boundary
+
+    def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+        """Predict the velocity `noise - x0`; see `Denoiser.forward`.
+
+        On several ranks every rank calls an expert that one of them has a sample for, because the
+        ranks gather its weights together. A rank without such a sample gives it the first of its
+        own, with weight 0.
+        """
+        is_high = sigma >= self.boundary
+        parts = ((self.high, is_high), (self.low, ~is_high))
+        asked = self._asked(torch.stack([mine.any() for _, mine in parts]))
+        order: list[Tensor] = []
+        found: list[Tensor] = []
+        unused: list[Tensor] = []
+        for (expert, mine), is_asked in zip(parts, asked, strict=True):
+            if not is_asked:
+                continue
+            expert.autocast_dtype = self.autocast_dtype
+            positions = mine.nonzero().flatten()
+            if len(positions) == len(sigma):
+                found.append(expert(x_t, sigma, text))
+            elif len(positions):
+                found.append(expert(x_t[positions], sigma[positions], text[positions]))
+            else:
+                unused.append(expert(x_t[:1], sigma[:1], text[:1]))
+            order.append(positions)
+        velocity = found[0] if len(found) == 1 else torch.cat(found)[torch.cat(order).argsort()]
+        return velocity + sum(0 * part.sum() for part in unused) if unused else velocity
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of both experts, the high-noise expert's first."""
+        return [*self.high.blocks, *self.low.blocks]
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Recompute the activations of the layers of both experts in the backward pass."""
+        for expert in (self.high, self.low):
+            expert.layer_function = self.layer_function
+            expert.set_checkpointing(enabled)
+
+    def _asked(self, mine: Tensor) -> list[bool]:
+        """Experts that this rank or another one has a sample for."""
+        if is_sharded(self) and num_ranks() > 1:
+            counts = mine.to(torch.int32)
+            dist.all_reduce(counts)
+            mine = counts > 0
+        return mine.tolist()

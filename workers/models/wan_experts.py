@@ -1,0 +1,120 @@
+"""Wan 2.2 T2V-A14B as a model family: two experts in one folder.
+
+    transformer/      expert of noise levels from boundary_ratio to 1
+    transformer_2/    expert of those below
+    model_index.json  boundary_ratio
+
+Everything else is as in `wan_family`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from workers.collector import paused_collector
+from workers.models.exporting import Components
+from workers.models.family import Denoiser, ModelShape
+from workers.models.folder import ModelFolder
+from workers.models.wan_arithmetic import RELEASED_SHAPES, ExpertsShape, WanShape
+from workers.models.wan_family import (
+    EXPERTS_LAYOUT,
+    LOW_NOISE,
+    RELEASED_GEOMETRY,
+    TRANSFORMER,
+    WAN_TRAITS,
+    WanFamily,
+    read_component,
+    require_alike,
+    require_supported_index,
+)
+
+if TYPE_CHECKING:
+    from workers.models.experts import ExpertDenoiser
+
+WAN_EXPERTS = "wan-experts"
+PREFIXES = {TRANSFORMER: "high.", LOW_NOISE: "low."}
+"""Prefix of a parameter's name in the denoiser, by the component that holds it."""
+
+_TRAITS = replace(
+    WAN_TRAITS,
+    about="text to video with two experts by noise level",
+    layout=EXPERTS_LAYOUT,
+    # The model's own guidance is 4 above the boundary and 3 below; a folder is sampled with one.
+    sampling=replace(WAN_TRAITS.sampling, num_steps=40, guidance_scale=4.0, height=720, width=1280),
+    # Relatives are named by the family with one denoiser already.
+    relatives={},
+    released={"a14b": ModelShape(ExpertsShape(RELEASED_SHAPES["14b"]), RELEASED_GEOMETRY)},
+    exchange=None,
+)
+
+
+class WanExpertsFamily(WanFamily):
+    """Wan 2.2 text-to-video models of two experts; see `ModelFamily`."""
+
+    name = WAN_EXPERTS
+    traits = _TRAITS
+
+    def explain_files(self, folder: Path) -> None:
+        """None: the family with one denoiser speaks for both."""
+
+    def read_shape(self, folder: Path) -> ModelShape:
+        """Read the shape from the configurations of both experts and the autoencoder."""
+        require_supported_index(folder, EXPERTS_LAYOUT)
+        experts = [read_component(folder, name) for name in PREFIXES]
+        require_alike(folder, experts)
+        shape = self.read_single(folder)
+        assert isinstance(shape.denoiser, WanShape)
+        return replace(shape, denoiser=ExpertsShape(shape.denoiser))
+
+    def shape_from_record(self, record: Mapping[str, Any]) -> ExpertsShape:
+        """Rebuild a shape from the fields of `ExpertsShape`."""
+        expert = super().shape_from_record(record["expert"])
+        assert isinstance(expert, WanShape)
+        return ExpertsShape(expert)
+
+    def inspect(self, folder: Path) -> ModelFolder:
+        """Check configurations and weight headers."""
+        with paused_collector():
+            from workers.models.wan_folder import inspect_wan_folder
+
+        return inspect_wan_folder(folder, WAN_EXPERTS, EXPERTS_LAYOUT)
+
+    def load_denoiser(
+        self,
+        folder: Path,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        prepare: Callable[[Denoiser], object] | None = None,
+    ) -> "ExpertDenoiser":
+        """Load both transformers."""
+        with paused_collector():
+            from workers.models.wan import load_experts
+
+        return load_experts(folder, dtype, device, prepare)
+
+    def export(
+        self,
+        dst: Path,
+        base_folder: Path,
+        weights: Mapping[str, Tensor],
+        *,
+        flow_shift: float,
+        components: Components = "copy",
+    ) -> None:
+        """Write a folder that WanPipeline loads, with both experts and their boundary."""
+        with paused_collector():
+            from workers.models.wan import save_generator_pipeline
+
+        save_generator_pipeline(
+            dst,
+            base_folder,
+            weights,
+            flow_shift=flow_shift,
+            components=components,
+            layout=EXPERTS_LAYOUT,
+            prefixes=PREFIXES,
+        )
