@@ -6,7 +6,6 @@ its networks on the GPU that the process was given, if any.
 """
 
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,6 +19,7 @@ from workers.compute import prepare_network
 from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.models.addresses import local_model
 from workers.models.exporting import DTYPES
 from workers.models.families import family_of
 from workers.models.family import Autoencoder, Denoiser, TextEmbedder
@@ -200,7 +200,7 @@ def build_evaluator(
 
 
 def _denoiser(model: ModelSettings, dtype: torch.dtype = torch.float32) -> Denoiser:
-    folder = Path(model.folder)
+    folder = local_model(model.folder)
     return family_of(folder).load_denoiser(folder, dtype, device=_device())
 
 
@@ -211,7 +211,7 @@ def _ready(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
         prepare_network(denoiser, compute)
         shard(denoiser, denoiser.blocks, device=_device().type, dtype=denoiser.autocast_dtype)
 
-    folder = Path(model.folder)
+    folder = local_model(model.folder)
     return family_of(folder).load_denoiser(
         folder, DTYPES[compute.weights], device=_device(), prepare=prepare
     )
@@ -235,25 +235,25 @@ def _learning(
 
 
 def _base(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
-    return shared_base(Path(model.folder), DTYPES[compute.weights], _device())
+    return shared_base(local_model(model.folder), DTYPES[compute.weights], _device())
 
 
 def _captions(model: ModelSettings) -> TextEmbedder:
-    folder = Path(model.folder)
+    folder = local_model(model.folder)
     captions = family_of(folder).load_text(folder, DTYPES[model.encoder_dtype])
     nn.Module.to(captions.network, _device())
     return captions
 
 
 def _autoencoder(model: ModelSettings) -> Autoencoder:
-    folder = Path(model.folder)
+    folder = local_model(model.folder)
     autoencoder = family_of(folder).load_autoencoder(folder, DTYPES[model.encoder_dtype])
     nn.Module.to(autoencoder.network, _device())
     return autoencoder
 
 
 def _latent_shape(model: ModelSettings, video: VideoSettings) -> tuple[int, int, int, int]:
-    folder = Path(model.folder)
+    folder = local_model(model.folder)
     checked = family_of(folder).inspect(folder)
     return checked.latent_shape(video.num_frames, video.height, video.width)
 

@@ -10,7 +10,6 @@ Its objective depends on the generator through x0 alone, so `grad_x0` is all tha
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from workers.adapters import lora_of, make_trainable
 from workers.ema import AveragedWeights
 from workers.finite import micro_batch_in_words, require_finite
 from workers.models.adapter_files import merged_weights
+from workers.models.addresses import local_model
 from workers.models.exporting import DTYPES, narrowed
 from workers.models.families import family_of
 from workers.models.weight_digests import write_model_settings
@@ -284,7 +284,7 @@ class GeneratorLearner:
         if checkpoint is not None:
             kept = ROLE if self._average is None else AVERAGE
             weights = dict(load_role(checkpoint, kept).weights)
-        base, lora = Path(base_folder), lora_of(self._network)
+        base, lora = local_model(base_folder), lora_of(self._network)
         if lora is not None:
             weights = merged_weights(base, weights, lora)
         family, form = family_of(base), form or ExportSettings()

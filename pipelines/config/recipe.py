@@ -33,6 +33,7 @@ from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
+from workers.models.addresses import is_address, local_model
 from workers.settings import (
     ExportSettings,
     FakeScoreSettings,
@@ -240,13 +241,19 @@ class DistillConfig(Section):
 
     @property
     def model_folder(self) -> Path:
-        """The networks' folder: as given, seen from here or else from the source tree.
+        """The networks' folder on this machine: as given, or else seen from the source tree.
 
         A recipe that ships names `assets/...`, and must work from any folder.
+
+        Raises:
+            ModelFolderError: As `local_model`.
         """
-        given = Path(self.model.folder).expanduser()
-        shipped = PROJECT_ROOT / given
-        return shipped if not given.exists() and shipped.exists() else given
+        return _on_this_machine(self.model.folder)
+
+    @property
+    def model_address(self) -> str:
+        """Address of the networks for processes in other folders, or on other machines."""
+        return _address_of(self.model.folder)
 
     @property
     def deciding_settings(self) -> dict[str, Any]:
@@ -303,7 +310,7 @@ class DistillConfig(Section):
     def with_absolute_paths(self) -> "DistillConfig":
         """The same run for a process that works in another folder of this machine."""
         paths = {
-            "model.folder": str(self.model_folder),
+            "model.folder": self.model_address,
             "data.train": self.data.train,
             "data.validation": self.data.validation,
             "output": self.output,
@@ -351,6 +358,17 @@ def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> N
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors that complete and check YAML."""
     return DistillConfig.model_json_schema()
+
+
+def _on_this_machine(model: str) -> Path:
+    given = local_model(model)
+    shipped = PROJECT_ROOT / given
+    return shipped if not given.exists() and shipped.exists() else given
+
+
+def _address_of(model: str) -> str:
+    """A model as processes in other folders of this machine, or on other machines, find it."""
+    return model if is_address(model) else str(_on_this_machine(model).absolute())
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

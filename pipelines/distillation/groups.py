@@ -258,7 +258,7 @@ def _open(
         team = config.topology.teams.get(name, Team())
         return stack.enter_context(opener.open(name, factory, args, team))
 
-    model = replace(config.model, folder=str(checked.model.path.absolute()))
+    model = replace(config.model, folder=config.model_address)
     threads = config.topology.threads_per_rank
     schedule, seed = config.schedule, config.seed
     roles = Roles(

@@ -106,7 +106,7 @@ class States:
         exported = generator.call(
             GeneratorLearner.export,
             str(target),
-            str(self._checked.model.path.absolute()),
+            self._config.model_address,
             self._config.inference_settings(),
             checkpoint,
             self._config.export,

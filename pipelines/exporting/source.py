@@ -16,9 +16,10 @@ from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.ranking import ranked, scores_of
-from sgmd_core.errors import CheckpointError, ConfigError, ModelFolderError
+from sgmd_core.errors import CheckpointError, ConfigError
 from workers.generator_learner import AVERAGE, ROLE
 from workers.models.adapter_files import adapter_factors, merged_weights
+from workers.models.addresses import local_model, missing_folder
 from workers.models.families import family_of
 from workers.models.family import ModelFamily
 from workers.models.low_rank import LowRank
@@ -155,12 +156,11 @@ def _of_folder(folder: Path) -> dict[str, Tensor]:
 
 
 def _checked(base: str | Path) -> Path:
-    folder = Path(base)
+    folder = local_model(base)
     if not folder.is_dir():
-        raise ModelFolderError(
+        raise missing_folder(
+            folder,
             f"looking for the base model {folder}",
-            "no such folder",
-            "the model folder that the generator was trained from",
             "Give its present place with --base FOLDER",
         )
     return folder.absolute()

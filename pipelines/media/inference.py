@@ -6,17 +6,16 @@ defaults of the model's family hold: those of diffusers' WanPipeline for Wan.
 """
 
 import os
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from cluster.files import kind_of_path
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ModelFolderError
 from sgmd_core.schedule import MAX_STEPS
+from workers.models.addresses import local_model, missing_folder
 from workers.models.configs import read_model_json
 from workers.models.families import family_of
 from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
@@ -89,17 +88,11 @@ def model_folder(run_or_model: str | Path) -> Path:
 
     Raises:
         ModelFolderError: No folder is there, or a run that has not written its generator yet.
+        StorageError: The object store of an address cannot be read.
     """
-    path = Path(run_or_model)
+    path = local_model(run_or_model)
     if not path.is_dir():
-        is_address = re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(run_or_model))
-        kind = "an address of an object store" if is_address else kind_of_path(path)
-        raise ModelFolderError(
-            f"looking for the run or model {path}",
-            kind or "no such folder",
-            "the folder of a run, or a diffusers folder, on a disk",
-            "Check the path",
-        )
+        raise missing_folder(path, f"looking for the run or model {path}", "Check the path")
     run = RunFolder(path)
     if not run.config.exists():
         return path

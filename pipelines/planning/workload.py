@@ -343,7 +343,7 @@ def _read(folder: Path) -> ModelShape:
             f"reading the shape of the networks in {folder}",
             f"{error.attempted}: {error.found}",
             "model_index.json and the configurations of a diffusers folder",
-            f"Set model.folder, or plan for a known shape: --model {names}",
+            f"{error.remedy}; or plan for a known shape: --model {names}",
         ) from error
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sgmd_core.errors import ConfigError, ModelFolderError
-from workers.models.configs import CONFIG_FILE, INDEX_FILE, REMEDY, read_model_json
+from workers.models.addresses import missing_folder
+from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
 from workers.models.family import FamilyTraits, ModelFamily
 from workers.models.wan_experts import WanExpertsFamily
 from workers.models.wan_family import WanFamily
@@ -64,8 +65,7 @@ def family_of(folder: str | Path) -> ModelFamily:
     """
     path = Path(folder)
     if not path.is_dir():
-        found = "a file" if path.is_file() else "no such folder"
-        raise ModelFolderError(f"loading the model {path}", found, "a diffusers folder", REMEDY)
+        raise missing_folder(path, f"loading the model {path}")
     index = read_model_json(path / INDEX_FILE) if (path / INDEX_FILE).exists() else None
     # Ours first, so that a broken package of another family does not stop them.
     for known in (lambda: _OWN, families):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sgmd_core.errors import ModelFolderError
 from workers.collector import paused_collector
+from workers.models.addresses import missing_folder
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
@@ -370,8 +371,7 @@ def read_component(folder: Path, component: str) -> Mapping[str, Any]:
 
 def _read_index(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
-        found = "a file" if folder.is_file() else "no such folder"
-        raise ModelFolderError(_loading(folder), found, "a diffusers folder", REMEDY)
+        raise missing_folder(folder, _loading(folder), REMEDY)
     original = None if (folder / INDEX_FILE).exists() else _original_release(folder)
     if original is not None:
         raise original
