@@ -103,7 +103,7 @@ def _objects(address: str) -> Mapping[str, Mapping[str, Any]]:
     with storage_errors(f"listing {address}"):
         files, root = open_store(address)
         files.invalidate_cache()
-        found: dict[str, dict[str, Any]] = files.find(root, detail=True)
+        found: Any = files.find(root, detail=True)
     objects = {
         str(PurePosixPath(name).relative_to(root)): facts for name, facts in sorted(found.items())
     }
@@ -137,6 +137,7 @@ def _download(address: str, objects: Mapping[str, Mapping[str, Any]], target: Pa
     total = sum(int(facts["size"]) for facts in objects.values())
     bar = tqdm(total=total, desc=f"copying {address}", unit="B", unit_scale=True, disable=None)
     with whole_folder(target) as draft, bar, storage_errors(attempted):
+        files: Any
         files, root = open_store(address)
         for name, facts in objects.items():
             local = draft / name
