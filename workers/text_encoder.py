@@ -6,7 +6,7 @@ cache is empty, would see other numbers than the run it continues.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -64,16 +64,27 @@ class TextEncoder:
         text = torch.stack([self._embed(caption) for caption in captions])
         return TextBatch(text=text, sample_indices=tuple(sample_indices))
 
-    def place(self, text: Text, rows: Sequence[int], first_sample: int = 0) -> TextBatch:
+    def place(
+        self,
+        text: Text,
+        rows: Sequence[int],
+        first_sample: int = 0,
+        dropped: Collection[int] = (),
+    ) -> TextBatch:
         """Picks a micro-batch out of embeddings that were stored with the data.
 
         Args:
             text: Embeddings of the whole batch, (B, text_length, d).
             rows: Which of them are wanted.
             first_sample: Position of row 0 among the samples of the iteration.
+            dropped: Rows that get the embedding of the empty caption.
         """
         indices = tuple(first_sample + row for row in rows)
-        return TextBatch(text=text[list(rows)], sample_indices=indices)
+        picked = text[list(rows)]
+        empty = [at for at, row in enumerate(rows) if row in dropped]
+        if empty:
+            picked[empty] = self._embed("").to(picked)
+        return TextBatch(text=picked, sample_indices=indices)
 
     def encode_negative(self, prompt: str) -> Text:
         """Embeds the negative prompt, (1, text_length, d); "" is the unconditional caption."""

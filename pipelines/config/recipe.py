@@ -140,6 +140,9 @@ class DataSettings(Section):
     """Captions whose embeddings are remembered; a full one of 512 x 4096 takes 8 MB."""
     max_caption_chars: int = Field(default=4096, ge=1)
     """Longer captions are quarantined."""
+    prompt_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training captions that are replaced by the empty one, drawn for each sample of
+    each iteration."""
     max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
     """Share of the rows that may be unusable; past it the run stops and names the worst shards."""
     shuffle: ShuffleSettings = ShuffleSettings()

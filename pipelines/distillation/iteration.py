@@ -55,10 +55,12 @@ class PromptBatch:
     Attributes:
         captions: One a sample.
         stored: Their embeddings, where the data brought them along.
+        dropped: Rows whose caption is replaced by the empty one; `captions` has them empty already.
     """
 
     captions: tuple[str, ...]
     stored: Future[Text] | None = None
+    dropped: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,9 @@ class _CallDispatcher:
         rows = tuple(range(before, before + sizes[index]))
         with labelled(iteration, phase, index):
             if prompts.stored is not None:
-                return text.call_rank(0, TextEncoder.place, prompts.stored, rows, first_sample)
+                return text.call_rank(
+                    0, TextEncoder.place, prompts.stored, rows, first_sample, prompts.dropped
+                )
             captions = prompts.captions[rows[0] : rows[-1] + 1]
             indices = tuple(first_sample + row for row in rows)
             return text.call_rank(0, TextEncoder.encode, captions, indices)

@@ -7,11 +7,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from cluster.spans import labelled
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.data.stream.feed import Batch, Feed
 from pipelines.distillation.iteration import PromptBatch
 from pipelines.run.data_log import DataLog
+from sgmd_core.seeds import random_generator
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class Prompts:
         stored: Whether the data bring embeddings along that are used.
         iterations: First iteration, and one past the last.
         timeout_s: How long to wait for captions.
+        seed: The run's seed.
+        dropout: Share of the captions that are replaced by the empty one.
     """
 
     def __init__(
@@ -52,6 +57,8 @@ class Prompts:
         stored: bool,
         iterations: tuple[int, int],
         timeout_s: float,
+        seed: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         self._feed = feed
         self._data = data
@@ -60,6 +67,8 @@ class Prompts:
         self._stored = stored
         self._end = iterations[1]
         self._timeout_s = timeout_s
+        self._seed = seed
+        self._dropout = dropout
         self._taken: dict[int, Taken] = {}
         self._coming = self._take(iterations[0])
 
@@ -75,7 +84,7 @@ class Prompts:
         waited_s = time.perf_counter() - began
         rejected = self._data.enter(iteration, batches)
         self._taken[iteration] = Taken(tuple(batches), waited_s, rejected)
-        prompts = [self._prompts(iteration, batch) for batch in batches]
+        prompts = [self._prompts(iteration, *numbered) for numbered in enumerate(batches)]
         # Asked for one iteration ahead, so that training does not wait for reading.
         self._coming = self._take(iteration + 1)
         return prompts
@@ -93,9 +102,34 @@ class Prompts:
                 for _ in range(self._batches_per_iteration)
             ]
 
-    def _prompts(self, iteration: int, batch: Batch) -> PromptBatch:
+    def _prompts(self, iteration: int, number: int, batch: Batch) -> PromptBatch:
+        rows = len(batch.captions)
+        dropped = dropped_rows(self._seed, iteration, number, rows, self._dropout)
+        # The log of the data has the captions as they were read.
+        captions = tuple(
+            "" if row in dropped else caption for row, caption in enumerate(batch.captions)
+        )
         if not self._stored:
-            return PromptBatch(batch.captions)
+            return PromptBatch(captions, dropped=dropped)
         with labelled(iteration):
             stored = self._feed.call_rank(0, Feed.embeddings, batch.number)
-        return PromptBatch(batch.captions, stored)
+        return PromptBatch(captions, stored, dropped)
+
+
+def dropped_rows(
+    seed: int, iteration: int, batch: int, num_rows: int, dropout: float
+) -> frozenset[int]:
+    """Rows of a batch whose caption is dropped: one draw a sample, counted by its place.
+
+    Args:
+        seed: The run's seed.
+        iteration: Updates of the generator made before.
+        batch: Number of the batch in the iteration.
+        num_rows: Captions of the batch.
+        dropout: Probability of each.
+    """
+    if not dropout:
+        return frozenset()
+    stream = random_generator(seed, "prompt-dropout", iteration, batch)
+    draws = torch.rand(num_rows, generator=stream, dtype=torch.float64)
+    return frozenset((draws < dropout).nonzero().flatten().tolist())

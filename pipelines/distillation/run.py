@@ -344,6 +344,8 @@ class Distillation:
             stored=self._checked.has_stored_text,
             iterations=(first, self._config.iterations),
             timeout_s=self._config.topology.call_timeout_s,
+            seed=self._config.seed,
+            dropout=self._config.data.prompt_dropout,
         )
 
     def _num_together(self, first: int) -> int:

@@ -71,6 +71,20 @@ def test_the_negative_prompt_is_one_caption_and_may_be_empty():
     assert torch.equal(encoder.encode_negative(""), torch.zeros(1, LENGTH, WIDTH))
 
 
+def test_stored_embeddings_of_dropped_rows_are_those_of_the_empty_caption():
+    embedder = CountingEmbedder()
+    encoder = TextEncoder(embedder, LENGTH)
+    stored = torch.ones(4, LENGTH, WIDTH)
+    assert encoder.place(stored, (0, 2)).text.min() == 1
+    assert embedder.asked == []
+    placed = encoder.place(stored, (1, 2, 3), 4, {2, 3})
+    assert placed.sample_indices == (5, 6, 7)
+    empty = torch.zeros(LENGTH, WIDTH)
+    assert [torch.equal(text, empty) for text in placed.text] == [False, True, True]
+    assert embedder.asked == [[""]]
+    assert stored.min() == 1
+
+
 def test_a_network_that_is_loaded_on_demand_is_kept_for_no_caption_and_its_embeddings_are():
     loaded: list[CountingEmbedder] = []
 
