@@ -23,7 +23,7 @@ from pipelines.config.adapters import lora_contradictions
 from pipelines.config.alarms import AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, Figure, ValidationSettings
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
-from pipelines.config.overrides import Override, apply_overrides
+from pipelines.config.overrides import Override, apply_overrides, require_single
 from pipelines.config.section import Section
 from pipelines.config.study import StudySettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
@@ -388,6 +388,7 @@ def _changed(
     config: DistillConfig, settings: Mapping[str, JsonValue], attempted: str
 ) -> DistillConfig:
     changes = [Override(tuple(key.split(".")), value) for key, value in settings.items()]
+    require_single(changes, attempted)
     changed = apply_overrides(config.model_dump(mode="json"), changes)
     return recipe_files.validate(DistillConfig, changed, attempted)
 

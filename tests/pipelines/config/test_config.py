@@ -15,6 +15,7 @@ from pipelines.config.overrides import apply_overrides, nearest_key, parse_overr
 from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, load_recipe
 from pipelines.config.recipe_files import known_keys, load, shipped_recipes
 from pipelines.config.yaml_text import read_yaml
+from pipelines.study.plan import plan_study
 from sgmd_core.errors import ConfigError
 from tests.helpers.logs import record_warnings
 
@@ -103,6 +104,13 @@ class TestOverrides:
             assert found.exit_code == 2
             assert words in " ".join(found.stderr.split())
             assert "Expected each setting once" in " ".join(found.stderr.split())
+
+    @pytest.mark.parametrize("where", ["sweep.settings", "study.settings", "study.variants"])
+    def test_a_setting_that_trials_or_variants_are_given_twice_is_refused(self, where):
+        twice = "topology.mode: local, topology: {mode: fused}"
+        table = f"{{one: {{{twice}}}}}" if where == "study.variants" else f"{{{twice}}}"
+        with pytest.raises(ConfigError, match="each setting once"):
+            plan_study(load_recipe("tiny", [f"{where}={table}"]))
 
     def test_a_section_and_a_setting_that_it_leaves_open_are_both_taken(self):
         batch = load_recipe("tiny", ["batch={size: 16}", "batch.micro_batches=4"]).batch
