@@ -29,7 +29,9 @@ def plan(
     gpu_memory: Annotated[float, typer.Option(help="GB of memory of one")] = 80.0,
     model: Annotated[
         str | None,
-        typer.Option(help="1.3b, 5b, 14b or a14b: Wan's sizes, where model.folder is not here yet"),
+        typer.Option(
+            help="1.3b, 5b, 14b, a14b (Wan) or ltx-2b, where model.folder is not here yet"
+        ),
     ] = None,
     measured: Annotated[
         Path | None,

@@ -17,7 +17,7 @@ from pipelines.generate import generate
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.shapes import ClipSplit, captions
 from tests.e2e.conftest import MakeRecipe
-from tests.helpers import tiny_wan
+from tests.helpers import tiny_ltx, tiny_wan
 from workers.models.families import family_of
 
 PROMPT = "a red circle moves left"
@@ -40,6 +40,7 @@ KINDS = {
         (9, 16, 16),
         ("wan22-a14b",),
     ),
+    "ltx": Kind(tiny_ltx.write_tiny_ltx, (9, 32, 64), ()),
     "wan22-5b": Kind(tiny_wan.write_tiny_wan22_5b, (9, 32, 64), ("wan22-5b",)),
 }
 ALL = pytest.mark.parametrize("kind", KINDS)

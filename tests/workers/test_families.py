@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
-from tests.helpers import tiny_wan
+from tests.helpers import tiny_ltx, tiny_wan
 from tests.helpers.families import installed_family
 from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.ranks import on_ranks
@@ -24,7 +24,7 @@ from workers.compute import prepare_network
 from workers.models.content import fingerprint, model_digests
 from workers.models.families import families, family_named, family_of, load_family
 from workers.models.family import Denoiser, ModelFamily
-from workers.models.sampling import SampleRequest
+from workers.models.sampling import EulerSampler, SampleRequest
 from workers.settings import ComputeSettings
 from workers.sharding import full_tensor, is_sharded, shard
 
@@ -52,6 +52,9 @@ CASES = {
         family="wan",
     ),
     "wan-experts": Case(lambda folder: tiny_wan.write_tiny_experts(folder, CAPTIONS[0].split())),
+    "ltx": Case(
+        lambda folder: tiny_ltx.write_tiny_ltx(folder, CAPTIONS[0].split()), clip=(9, 32, 64)
+    ),
     "toy": Case(write_toy),
 }
 ALL = pytest.mark.parametrize("case", CASES.items(), ids=CASES, indirect=True)
@@ -151,7 +154,9 @@ def test_what_is_inspected_is_what_is_loaded(case):
     names = {name for part in found for name in part}
     assert set(layout.weights) == set(checked.num_parameters) == names
     for part, network in found.items():
-        parameters = {id(value): value.numel() for value in network.parameters()}
+        # Tied tensors count once, and statistics that a file holds count too.
+        tensors = network.state_dict(keep_vars=True).values()
+        parameters = {id(value): value.numel() for value in tensors}
         total = sum(checked.num_parameters[name] for name in part)
         assert total == sum(parameters.values()), part
         assert not network.training
@@ -440,11 +445,45 @@ def test_a_seed_is_a_clip(case):
         assert (other != clip).any()
 
 
+@ALL
+def test_an_export_is_sampled_as_the_generator_was_trained(case, tmp_path):
+    frames, height, width = case.clip
+    weights = dict(case.family.load_denoiser(case.folder).named_parameters())
+    out = tmp_path / "out"
+    case.family.export(out, case.folder, weights, flow_shift=3.0)
+    networks = (case.family.load_denoiser(out), case.family.load_text(out))
+    codec, checked = case.family.load_autoencoder(out), case.family.inspect(out)
+    request = SampleRequest(
+        prompt=CAPTIONS[0],
+        seed=0,
+        num_steps=4,
+        guidance_scale=2.0,
+        flow_shift=3.0,
+        text_length=TEXT_LENGTH,
+        negative_prompt=CAPTIONS[1],
+        num_frames=frames,
+        height=height,
+        width=width,
+    )
+    theirs = case.family.open_sampler(out, "cpu").sample(request).astype(int)
+    ours = EulerSampler(*networks, codec, checked.latent_shape)
+    found, other_seed, other_shift = (
+        ours.sample(one).astype(int)
+        for one in (request, replace(request, seed=1), replace(request, flow_shift=1.0))
+    )
+    apart = abs(found - theirs).mean()
+    # Wan's scheduler rounds noise levels, by up to 0.001.
+    assert apart < 0.1 * abs(other_seed - theirs).mean()
+    assert apart < 0.2 * abs(other_shift - theirs).mean()
+
+
 class TestUnknownFolders:
     @pytest.mark.parametrize(
         ("index", "words"),
         [
-            ({"_class_name": "LTXPipeline"}, "LTXPipeline"),
+            ({"_class_name": "HunyuanVideoPipeline"}, "HunyuanVideoPipeline"),
+            ({"_class_name": "LTXImageToVideoPipeline"}, "an image-to-video model"),
+            ({"_class_name": "HunyuanVideoImageToVideoPipeline"}, "an image-to-video model"),
             ({"_class_name": "WanImageToVideoPipeline"}, "an image-to-video model"),
             ({}, "_class_name is 'None'"),
         ],
@@ -469,8 +508,8 @@ class TestUnknownFolders:
             family_of(tmp_path / "nowhere")
 
     def test_an_unknown_name_lists_the_names(self, toy_is_installed):
-        with pytest.raises(ConfigError, match="one of wan-experts, wan, toy"):
-            family_named("ltx")
+        with pytest.raises(ConfigError, match="one of wan-experts, wan, ltx, toy"):
+            family_named("hunyuan")
 
 
 class TestFamiliesFromOutside:

@@ -1,6 +1,7 @@
 """JSON files of a model folder."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,26 @@ def read_model_json(path: Path) -> dict[str, Any]:
 
 def _unreadable(path: Path, found: str) -> ModelFolderError:
     return ModelFolderError(f"reading {path}", found, "a JSON object", REMEDY)
+
+
+def require_plain_weights(part: Path, config: Mapping[str, Any]) -> None:
+    """Check that a component holds the weights of its network, and those alone.
+
+    Raises:
+        ModelFolderError: An adapter lies beside them, or they are quantized.
+    """
+    if (part / "adapter_config.json").exists():
+        raise ModelFolderError(
+            f"reading {part}",
+            "adapter_config.json: a LoRA adapter beside the weights",
+            "the weights of the network alone",
+            "Merge it first: load_lora_weights(...), fuse_lora(), save_pretrained(...)",
+        )
+    for key in ("quantization_config", "transformers_weights"):
+        if config.get(key) is not None:
+            raise ModelFolderError(
+                f"reading {part / CONFIG_FILE}",
+                f"{key} = {config[key]!r}",
+                "weights in float32, bfloat16 or float16 under their usual name",
+                "Use the folder as it was released, before quantization",
+            )

@@ -9,6 +9,7 @@ entry point group `sgmd.families`, whose values are classes that are made withou
 The package must be installed wherever a role runs.
 """
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -19,13 +20,16 @@ from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.addresses import missing_folder
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
 from workers.models.family import FamilyTraits, ModelFamily
+from workers.models.ltx_family import LtxFamily
 from workers.models.wan_experts import WanExpertsFamily
 from workers.models.wan_family import WanFamily
 
 ENTRY_POINTS = "sgmd.families"
+# Whatever the family: HunyuanVideoImageToVideoPipeline, LTXImageToVideoPipeline, ...
+_IMAGE_TO_VIDEO = re.compile(r"ImageToVideo|I2V")
 
 # A family with experts before the one that has the same pipeline and none.
-_OWN: tuple[ModelFamily, ...] = (WanExpertsFamily(), WanFamily())
+_OWN: tuple[ModelFamily, ...] = (WanExpertsFamily(), WanFamily(), LtxFamily())
 _MEMBERS = tuple(name for name in vars(ModelFamily) if not name.startswith("_"))
 
 
@@ -78,6 +82,8 @@ def family_of(folder: str | Path) -> ModelFamily:
     pipeline = str(index.get("_class_name"))
     kinds = (family.traits.relatives.get(pipeline) for family in families())
     kind = next(filter(None, kinds), None)
+    if kind is None and _IMAGE_TO_VIDEO.search(pipeline):
+        kind = "an image-to-video model, which makes clips of an image"
     raise _unknown(path, f"_class_name is {pipeline!r}" + (f": {kind}" if kind else ""))
 
 

@@ -22,7 +22,12 @@ from torch import Tensor
 from sgmd_core.errors import ModelFolderError
 from workers.collector import paused_collector
 from workers.models.addresses import missing_folder
-from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
+from workers.models.configs import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    read_model_json,
+    require_plain_weights,
+)
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, DenoiserShape, FamilyTraits, ModelShape
@@ -349,21 +354,7 @@ def read_component(folder: Path, component: str) -> Mapping[str, Any]:
     config = read_model_json(part / CONFIG_FILE)
     denoiser = component in EXPERTS_LAYOUT.denoisers
     _require_class(part, config, _CLASSES[TRANSFORMER if denoiser else component][1])
-    if (part / "adapter_config.json").exists():
-        raise ModelFolderError(
-            f"reading {part}",
-            "adapter_config.json: a LoRA adapter beside the weights",
-            "the weights of the network alone",
-            "Merge it first: WanPipeline.load_lora_weights(...), fuse_lora(), save_pretrained(...)",
-        )
-    for key in ("quantization_config", "transformers_weights"):
-        if config.get(key) is not None:
-            raise ModelFolderError(
-                f"reading {part / CONFIG_FILE}",
-                f"{key} = {config[key]!r}",
-                "weights in float32, bfloat16 or float16 under their usual name",
-                "Use the folder as it was released, before quantization",
-            )
+    require_plain_weights(part, config)
     if denoiser:
         _require_text_input(part, config)
     return config

@@ -1,23 +1,20 @@
-"""Sample a Wan folder with diffusers' own WanPipeline: what we show is what its users get."""
+"""Open the WanPipeline of a Wan folder."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from diffusers import WanPipeline
-from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from sgmd_core.errors import ModelFolderError
-from workers.models.sampling import SampleRequest
+from workers.models.pipeline_sampler import PipelineSampler
 from workers.models.wan import WanVelocity, load_experts, load_transformer, load_vae
 from workers.models.wan_family import LOW_NOISE, TRANSFORMER
 from workers.models.wan_text import load_text
 
 
-class WanSampler:
+class WanSampler(PipelineSampler):
     """A WanPipeline, in float32 on a CPU; on a GPU in bfloat16, but for the autoencoder.
 
     Args:
@@ -29,49 +26,7 @@ class WanSampler:
     """
 
     def __init__(self, folder: Path, device: str) -> None:
-        self._pipeline = _load(folder, device)
-
-    def sample(
-        self, request: SampleRequest, on_step: Callable[[int], None] = lambda step: None
-    ) -> NDArray[np.uint8]:
-        """Sample one clip, (frames, height, width, 3)."""
-
-        def after_step(
-            _: WanPipeline,
-            step: int,
-            __: Any,  # noqa: ANN401  (diffusers passes a number or a tensor)
-            tensors: dict[str, Any],
-        ) -> dict[str, Any]:
-            on_step(step + 1)
-            return tensors
-
-        self._set_flow_shift(request.flow_shift)
-        (video,) = self._pipeline(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            height=request.height,
-            width=request.width,
-            num_frames=request.num_frames,
-            num_inference_steps=request.num_steps,
-            guidance_scale=request.guidance_scale,
-            max_sequence_length=request.text_length,
-            # On the CPU, so that a seed means the same clip on every machine.
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            # Declared with two arguments, called with four.
-            callback_on_step_end=cast(Any, after_step),
-            output_type="np",
-            return_dict=False,
-        )
-        return (np.asarray(video[0]) * 255).round().clip(0, 255).astype(np.uint8)
-
-    def _set_flow_shift(self, flow_shift: float) -> None:
-        scheduler = self._pipeline.scheduler
-        # diffusers' flow-match Euler scheduler calls it `shift`, its multistep solvers
-        # `flow_shift`.
-        name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
-        if scheduler.config.get(name, 1.0) != flow_shift:
-            remade = type(scheduler).from_config(scheduler.config, **{name: flow_shift})
-            self._pipeline.scheduler = remade
+        super().__init__(_load(folder, device))
 
 
 def _denoisers(folder: Path, dtype: torch.dtype) -> dict[str, Any]:

@@ -105,6 +105,14 @@ class TestWork:
         assert layout.fits
         assert layout.num_gpus == gpus
 
+    def test_another_family_is_planned_by_its_own_sizes(self):
+        settings = ["video={num_frames: 161, height: 512, width: 704, fps: 25}"]
+        work = Workload.of(load_recipe("wan21-1.3b", settings), "ltx-2b")
+        # 28 layers of width 2048: 14 d^2 products a token and layer, 28 d^2 weights.
+        assert work.shape.num_parameters / 1e9 == pytest.approx(1.92, rel=0.01)
+        assert work.latent_shape == (128, 21, 16, 22)
+        assert work.shape.num_tokens(work.latent_shape) == 21 * 16 * 22
+
     def test_a_clip_that_does_not_fit_and_an_unknown_model_are_refused(self):
         config = load_recipe("wan21-1.3b", ["video.height=484"])
         for model, words in (("1.3b", "484x832"), ("7b", "a model called 7b")):
@@ -585,4 +593,4 @@ class TestCommand:
     def test_a_missing_folder_names_the_option_that_does_without(self):
         result = sgmd("plan", "wan21-1.3b")
         assert result.exit_code == 2
-        assert "--model a14b or 1.3b or 5b or 14b" in result.stderr
+        assert "--model a14b or 1.3b or 5b or 14b or ltx-2b" in result.stderr
