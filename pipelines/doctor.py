@@ -25,7 +25,7 @@ from cluster.files import open_store
 from cluster.inventory import memory_bytes, take_inventory
 from cluster.runtime import start_ray
 from cluster.s3.settings import S3Settings
-from pipelines.config.recipe import PROJECT_ROOT
+from pipelines.config.model_folders import PROJECT_ROOT
 from pipelines.media.video import decode_video, encode_mp4
 from sgmd_core.errors import SgmdError
 from workers.models.families import family_of

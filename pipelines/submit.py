@@ -13,8 +13,9 @@ from pydantic import BaseModel
 
 from cluster.files import kind_of_path
 from cluster.jobs import follow_job, forwarded_environment, submit_job
+from pipelines.config.model_folders import PROJECT_ROOT
 from pipelines.config.overrides import read_yaml
-from pipelines.config.recipe import PROJECT_ROOT, DistillConfig
+from pipelines.config.recipe import DistillConfig
 from pipelines.config.recipe_files import find_recipe, load, shipped_recipes
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.run.folder import REVISION_VARIABLE, git_revision, require_lasting_folder

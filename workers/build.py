@@ -5,6 +5,7 @@ number of torch threads, because a process that shares a machine must not take a
 its networks on the GPU that the process was given, if any.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
@@ -161,8 +162,9 @@ def build_evaluator(
     num_threads: int,
     chunk_clips: int = CHUNK_CLIPS,
     generator: GeneratorSettings | None = None,
+    teacher: str | None = None,
 ) -> Evaluator:
-    """The evaluator, with the weights of the model folder as its base.
+    """The evaluator, with the weights of the model folder, or of the teacher's, as its base.
 
     Args:
         model: The networks' folder.
@@ -172,6 +174,7 @@ def build_evaluator(
         chunk_clips: Clips that are sampled side by side.
         generator: Whose trained weights are sampled; where these are adapters, all weights are
             kept in the type of its base, once in a process.
+        teacher: Model folder of a teacher of another size, which is then the base.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -187,6 +190,9 @@ def build_evaluator(
         network, adapted = view_of(base), view_of(base)
         # Their draws do not matter: the trained ones take their place.
         add_adapters(adapted, generator.lora, 0, "evaluator")
+    if teacher is not None:
+        adapted = adapted or network
+        network = _denoiser(replace(model, folder=teacher))
     return Evaluator(
         network,
         TextEncoder(_captions(model), model.text_length),

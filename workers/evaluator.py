@@ -71,8 +71,8 @@ class Evaluator:
         latent_shape: Shape (C, T, H, W) of one clip's latents.
         negative_prompt: What guidance leads away from.
         chunk_clips: Clips that are sampled side by side.
-        adapted: Network of the same base that other weights are put into where these are adapters;
-            None puts whole weights into the base model.
+        adapted: Network that other weights are put into, where these are adapters of the base
+            model or weights of another size; None puts them into the base model.
     """
 
     def __init__(

@@ -306,6 +306,7 @@ class FakeScoreSettings:
             generator (one graph, the paper's Algorithm 1); `fresh` from new samples of the
             generator after its update (the authors' released trainer). Objectives with several
             fake-score updates an iteration need `fresh`.
+        start: Model that it starts from, where they differ: the `teacher`'s, or the `generator`'s.
         optimizer: How it is updated; the rate of the released 14B training unless set.
         ida_decay: Share of its own weights that the fake score keeps when, after each update of the
             generator, it is mixed with the generator's; 1 does not mix. DMD recipes have 0.97.
@@ -314,6 +315,7 @@ class FakeScoreSettings:
     """
 
     tracking: Literal["shared", "fresh"] = "shared"
+    start: Literal["teacher", "generator"] = "teacher"
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=4e-7))
     ida_decay: float = 1.0
     compute: ComputeSettings = field(default_factory=ComputeSettings)
@@ -326,6 +328,12 @@ class FakeScoreSettings:
             "fake_score.tracking",
             self.tracking,
             "'shared' or 'fresh'",
+        )
+        _require(
+            self.start in ("teacher", "generator"),
+            "fake_score.start",
+            self.start,
+            "'teacher' or 'generator'",
         )
         _require(0 < self.ida_decay <= 1, "fake_score.ida_decay", self.ida_decay, "in (0, 1]")
         _require_trained_in_fp32("fake_score", self.compute, self.lora)
@@ -362,12 +370,15 @@ class TeacherSettings:
     """The frozen network that is distilled.
 
     Attributes:
+        model: Model folder of another size than the generator's, with the same latents and text;
+            null: `model.folder`.
         guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is the conditional prediction alone.
         batched_guidance: Compute both predictions as one batch; false: one after the other, which
             needs half the memory for activations.
         compute: How it is computed.
     """
 
+    model: str | None = None
     guidance_scale: float = 3.0
     batched_guidance: bool = True
     compute: ComputeSettings = field(default_factory=ComputeSettings)

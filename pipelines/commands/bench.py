@@ -25,7 +25,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Run a benchmark, or list them; each prints JSON, or writes it with -- --output FILE."""
-    from pipelines.config.recipe import PROJECT_ROOT
+    from pipelines.config.model_folders import PROJECT_ROOT
 
     found = _benchmarks(PROJECT_ROOT / "benchmarks")
     if name is None:

@@ -264,7 +264,7 @@ def submit(
     """Run a command as a job on a Ray cluster: the same recipe, the same settings."""
     with working() as console:
         from pipelines import submit as job
-        from pipelines.config.recipe import PROJECT_ROOT
+        from pipelines.config.model_folders import PROJECT_ROOT
 
         job_id = job.submit(
             recipe,

@@ -4,13 +4,19 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Protocol
 
+from pipelines.config.model_folders import models_of_roles
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import TopologySettings
-from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
+from workers.settings import FakeScoreSettings, GeneratorSettings, ModelSettings, TeacherSettings
 
 
 class RoleSections(Protocol):
     """Sections of a recipe that decide which role has which weights."""
+
+    @property
+    def model(self) -> ModelSettings:
+        """Section `model`."""
+        ...
 
     @property
     def generator(self) -> GeneratorSettings:
@@ -47,7 +53,11 @@ def share_process(topology: TopologySettings, first: str, second: str) -> bool:
 
 def teacher_is_base(config: RoleSections) -> bool:
     """Returns True if the teacher is the base of adapters in a process of its own."""
-    return any(share_process(config.topology, TEACHER, role) for role in adapted_roles(config))
+    models = models_of_roles(config)
+    return any(
+        share_process(config.topology, TEACHER, role) and models[role] == models[TEACHER]
+        for role in adapted_roles(config)
+    )
 
 
 def lora_contradictions(config: RoleSections) -> list[str]:

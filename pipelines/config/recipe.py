@@ -23,7 +23,9 @@ from pipelines.config.adapters import lora_contradictions
 from pipelines.config.alarms import AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, Figure, ValidationSettings
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
+from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
+from pipelines.config.roles import TEACHER
 from pipelines.config.section import Section
 from pipelines.config.study import StudySettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
@@ -33,7 +35,6 @@ from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
-from workers.models.addresses import is_address, local_model
 from workers.settings import (
     ExportSettings,
     FakeScoreSettings,
@@ -42,9 +43,6 @@ from workers.settings import (
     TeacherSettings,
     VideoSettings,
 )
-
-PROJECT_ROOT = Path(__file__).resolve().parents[2]
-"""Where the source tree and its `assets/` are."""
 
 # What may change between a run and its resumption: it decides no number but by rounding, or the
 # numbers come after those that were made.
@@ -71,7 +69,8 @@ _NOT_IN_DIGEST: dict[str, Any] = {
         "compute": {"checkpointing", "compile"},
     },
     "fake_score": {"optimizer": {"moments"}, "compute": {"checkpointing", "compile"}},
-    "teacher": {"batched_guidance": True, "compute": {"checkpointing", "compile"}},
+    # Its content, too.
+    "teacher": {"model": True, "batched_guidance": True, "compute": {"checkpointing", "compile"}},
     # Compared by content: `pipelines.data.stream.content`.
     "data": {
         "train",
@@ -244,19 +243,13 @@ class DistillConfig(Section):
 
     @property
     def model_folder(self) -> Path:
-        """The networks' folder on this machine: as given, or else seen from the source tree.
-
-        A recipe that ships names `assets/...`, and must work from any folder.
-
-        Raises:
-            ModelFolderError: As `local_model`.
-        """
-        return _on_this_machine(self.model.folder)
+        """The networks' folder on this machine; see `model_on_this_machine`."""
+        return model_on_this_machine(self.model.folder)
 
     @property
-    def model_address(self) -> str:
-        """Address of the networks for processes in other folders, or on other machines."""
-        return _address_of(self.model.folder)
+    def teacher_folder(self) -> Path:
+        """The teacher's folder on this machine."""
+        return model_on_this_machine(models_of_roles(self)[TEACHER])
 
     @property
     def deciding_settings(self) -> dict[str, Any]:
@@ -313,7 +306,8 @@ class DistillConfig(Section):
     def with_absolute_paths(self) -> "DistillConfig":
         """The same run for a process that works in another folder of this machine."""
         paths = {
-            "model.folder": self.model_address,
+            "model.folder": model_address(self.model.folder),
+            "teacher.model": self.teacher.model and model_address(self.teacher.model),
             "data.train": self.data.train,
             "data.validation": self.data.validation,
             "output": self.output,
@@ -361,17 +355,6 @@ def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> N
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors that complete and check YAML."""
     return DistillConfig.model_json_schema()
-
-
-def _on_this_machine(model: str) -> Path:
-    given = local_model(model)
-    shipped = PROJECT_ROOT / given
-    return shipped if not given.exists() and shipped.exists() else given
-
-
-def _address_of(model: str) -> str:
-    """A model as processes in other folders of this machine, or on other machines, find it."""
-    return model if is_address(model) else str(_on_this_machine(model).absolute())
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -25,6 +25,7 @@ from cluster.ray.pools import Pool, Strategy, bundles_of
 from cluster.schedule.program import Team
 from cluster.worker_group import WorkerGroup
 from pipelines.config.adapters import teacher_is_base
+from pipelines.config.model_folders import model_address, models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import PoolSettings, TopologySettings
@@ -258,7 +259,11 @@ def _open(
         team = config.topology.teams.get(name, Team())
         return stack.enter_context(opener.open(name, factory, args, team))
 
-    model = replace(config.model, folder=config.model_address)
+    models = {
+        role: replace(config.model, folder=model_address(folder))
+        for role, folder in models_of_roles(config).items()
+    }
+    model = models[GENERATOR]
     threads = config.topology.threads_per_rank
     schedule, seed = config.schedule, config.seed
     roles = Roles(
@@ -270,12 +275,12 @@ def _open(
         fake_score=group(
             FAKE_SCORE,
             build_fake_score,
-            (model, config.objective, config.fake_score, threads, seed),
+            (models[FAKE_SCORE], config.objective, config.fake_score, threads, seed),
         ),
         teacher=group(
             TEACHER,
             build_teacher,
-            (model, config.teacher, threads, teacher_is_base(config)),
+            (models[TEACHER], config.teacher, threads, teacher_is_base(config)),
         ),
         text=group(
             "text",
@@ -294,10 +299,11 @@ def _open(
     validator = None
     if checked.held_out:
         plan = _validation_plan(config, checked.held_out, folder)
+        teacher = models[TEACHER].folder if config.teacher.model else None
         validator = group(
             "validator",
             build_validator,
-            (model, config.video, schedule, plan, config.generator, threads),
+            (model, config.video, schedule, plan, config.generator, threads, teacher),
         )
     return Groups(roles, feed, validator)
 

@@ -148,6 +148,7 @@ def identity(config: DistillConfig, checked: Preflight) -> dict[str, Any]:
     return {
         "settings": config.deciding_settings,
         "model": checked.content,
+        "teacher": checked.teacher_content,
         "train": list(checked.data.first),
         "columns": {
             f"data.columns.{name}": stored for name, stored in checked.data.columns.stored.items()
@@ -209,6 +210,7 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
     return [
         *value_differences(began["settings"], now["settings"]),
         *model_differences(began, now["model"]),
+        *model_differences(began, now["teacher"], "teacher", "teacher.model"),
         *(value_differences(began["columns"], now["columns"]) if "columns" in began else ()),
         *data_differences(checked.source, read_jsonl(folder.shards), began.get("train", ())),
         # As many captions as then: another number is another choice from the same folder.
@@ -221,16 +223,24 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
     ]
 
 
-def model_differences(began: Mapping[str, Any], now: Mapping[str, str]) -> list[str]:
-    """Every component of the model folder that is not the one of a run, with both digests.
+def model_differences(
+    began: Mapping[str, Any],
+    now: Mapping[str, str],
+    role: str = "model",
+    setting: str = "model.folder",
+) -> list[str]:
+    """Every component of a model folder that is not the one of a run, with both digests.
 
     Args:
         began: Identity of the run.
         now: Digests of the components now.
+        role: Part of the identity: `model`, or `teacher` for one of another model.
+        setting: Setting that names the folder.
     """
-    before = began["model"]
+    # Older runs had no teacher of another model.
+    before = began.get(role, {})
     return [
-        f"the {name} in model.folder has content {format_value(now, name)}, and had "
+        f"the {name} in {setting} has content {format_value(now, name)}, and had "
         f"{format_value(before, name)}"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)

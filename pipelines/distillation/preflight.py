@@ -11,6 +11,7 @@ from pipelines.data.shards.schema import TEXT_EMBEDS, Encoding
 from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
 from pipelines.data.stream.source import Source
 from pipelines.distillation.iteration_plan import stage_seconds
+from pipelines.distillation.teacher_check import check_teacher
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
@@ -36,6 +37,7 @@ class Preflight:
     Attributes:
         model: The networks' folder.
         content: Digest of each of its components, wherever the folder is.
+        teacher_content: Digests of the denoiser of a teacher of another model; else empty.
         latent_shape: (channels, frames, rows, columns) of one sample.
         source: The training data, and what is read of them.
         data: What a first look at them tells.
@@ -46,6 +48,7 @@ class Preflight:
 
     model: ModelFolder
     content: dict[str, str]
+    teacher_content: dict[str, str]
     latent_shape: tuple[int, int, int, int]
     source: Source
     data: FolderFacts
@@ -59,6 +62,7 @@ class Preflight:
             "name": config.name,
             "run_folder": str(config.run_folder),
             "model": str(self.model.path),
+            "teacher": str(config.teacher_folder),
             "num_parameters": self.model.num_parameters,
             "unused_weight_files": [
                 str(file.relative_to(self.model.path))
@@ -141,9 +145,11 @@ def run_preflight(config: DistillConfig) -> Preflight:
     if settings.stored_text and data.encoding is not None and _fits(data.encoding, config, model):
         source = replace(source, columns=(TEXT_EMBEDS,), encoding=data.encoding)
     held_out = _held_out(config)
+    content = model_digests(model.path)
     return Preflight(
         model=model,
-        content=model_digests(model.path),
+        content=content,
+        teacher_content=check_teacher(config, model, content),
         latent_shape=latent_shape,
         source=source,
         data=data,

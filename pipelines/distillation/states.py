@@ -10,6 +10,7 @@ from typing import Any
 
 from cluster.checkpoints import Checkpoints
 from cluster.worker_group import Future
+from pipelines.config.model_folders import model_address
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.monitor import RunMonitor
@@ -106,7 +107,7 @@ class States:
         exported = generator.call(
             GeneratorLearner.export,
             str(target),
-            self._config.model_address,
+            model_address(self._config.model.folder),
             self._config.inference_settings(),
             checkpoint,
             self._config.export,

@@ -118,9 +118,12 @@ def build_validator(
     plan: ValidationPlan,
     generator: GeneratorSettings,
     num_threads: int,
+    teacher: str | None = None,
 ) -> Validator:
-    """Factory for a worker group."""
-    evaluator = build_evaluator(model, video, schedule, num_threads, generator=generator)
+    """Factory for a worker group; `teacher` as in `build_evaluator`."""
+    evaluator = build_evaluator(
+        model, video, schedule, num_threads, generator=generator, teacher=teacher
+    )
     return Validator(evaluator, plan)
 
 

@@ -179,8 +179,8 @@ def plan_evaluation(
     config = load_recipe(str(RunFolder(path).config)) if is_run else None
     if config is not None:
         if not teacher:
-            teacher = config.model_folder
-            _require_teacher_of(RunFolder(path), config.model_folder)
+            teacher = config.teacher_folder
+            _require_teacher_of(RunFolder(path), teacher, config)
         captions = captions or config.data.validation
     if not teacher or not captions:
         raise ConfigError(
@@ -214,12 +214,17 @@ def plan_evaluation(
     )
 
 
-def _require_teacher_of(run: RunFolder, teacher: str | Path) -> None:
+def _require_teacher_of(run: RunFolder, teacher: str | Path, config: DistillConfig) -> None:
     """Refuses networks that are not those that the run was distilled from."""
     if not run.identity.exists():
         return
     began = read_identity(run, f"evaluating {run.root}")
-    found = model_differences(began, model_digests(teacher))
+    digests = model_digests(teacher)
+    if config.teacher.model is None:
+        found = model_differences(began, digests)
+    else:
+        own = {name: digests.get(name, "") for name in began.get("teacher", {})}
+        found = model_differences(began, own, "teacher", "teacher.model")
     if found:
         raise ModelFolderError(
             f"evaluating {run.root} against its teacher in {teacher}",

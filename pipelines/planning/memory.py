@@ -16,6 +16,7 @@ from typing import Any
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.workload import Workload
+from workers.models.family import DenoiserShape
 
 _FLOAT = 4
 
@@ -67,12 +68,13 @@ def fake_score_memory(work: Workload, ranks: int, samples: float, kept: float) -
 def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
     """A rank of a teacher replica that is asked about some samples at a time."""
     passes = samples * (2 if work.guided and not work.in_turn else 1)
-    widest = work.shape.transient_bytes(work.latent_shape, bf16=TEACHER in work.bf16)
+    shape = work.shape_of(TEACHER)
+    widest = shape.transient_bytes(work.latent_shape, bf16=TEACHER in work.bf16)
     if work.through_teacher:
         widest = _graph(work, TEACHER) + _layer(work, TEACHER)
     return RankMemory(
-        state=_FLOAT * work.shape.num_parameters / ranks,
-        gathered=work.weight_bytes(TEACHER) * _gathered(work, ranks, layers=2),
+        state=_FLOAT * shape.num_parameters / ranks,
+        gathered=work.weight_bytes(TEACHER) * _gathered(shape, ranks, layers=2),
         graphs=0.0,
         working=passes * widest,
     )
@@ -81,7 +83,7 @@ def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
 def _learner_memory(
     work: Workload, role: str, ranks: int, samples: float, waiting: float
 ) -> RankMemory:
-    shape = work.shape
+    shape = work.shape_of(role)
     share = _FLOAT * shape.num_parameters / ranks
     kept = work.kept(role)
     offloaded = waiting * work.stream_bytes(role) * (role in work.offloading)
@@ -89,23 +91,22 @@ def _learner_memory(
     return RankMemory(
         state=(2 + kept.moments + kept.averages - kept.on_host) * share,
         # Weights of two layers; a layer's gradient in their type, and in that of the sum.
-        gathered=work.weight_bytes(role) * _gathered(work, ranks, layers=3)
-        + (_FLOAT * _gathered(work, ranks, layers=1, ends=1) if role in work.bf16 else 0),
+        gathered=work.weight_bytes(role) * _gathered(shape, ranks, layers=3)
+        + (_FLOAT * _gathered(shape, ranks, layers=1, ends=1) if role in work.bf16 else 0),
         graphs=waiting * _graph(work, role) - offloaded,
         working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
         host=kept.on_host * share + offloaded,
     )
 
 
-def _gathered(work: Workload, ranks: int, layers: int, ends: int = 2) -> int:
+def _gathered(shape: DenoiserShape, ranks: int, layers: int, ends: int = 2) -> int:
     """Parameters that a rank of several holds whole: some layers, and what is not in layers."""
-    shape = work.shape
     beside = shape.num_parameters - shape.num_layers * shape.parameters_per_layer
     return layers * shape.parameters_per_layer + ends * beside if ranks > 1 else 0
 
 
 def _graph(work: Workload, role: str) -> float:
-    graph = work.shape.graph_bytes(
+    graph = work.shape_of(role).graph_bytes(
         work.latent_shape,
         work.text_length,
         bf16=role in work.bf16,
@@ -116,7 +117,7 @@ def _graph(work: Workload, role: str) -> float:
 
 def _layer(work: Workload, role: str) -> float:
     """A layer whose activations are made again, and the gradients on their way through it."""
-    shape = work.shape
+    shape = work.shape_of(role)
     stream = shape.num_tokens(work.latent_shape) * shape.width
     again = shape.layer_graph_bytes(work.latent_shape, work.text_length, bf16=role in work.bf16)
     return again + 3 * _FLOAT * stream

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from cluster.schedule.program import Program
+from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.distillation.algorithm import (
@@ -71,7 +72,7 @@ class Workload:
     """One iteration of a run, as far as it decides times and memory.
 
     Attributes:
-        shape: The networks, all three alike.
+        shape: The generator's network, and that of the other roles unless `others` has it.
         latent_shape: Channels, frames, rows, columns of one sample.
         text_length: Text positions.
         batch_size: Samples of one update.
@@ -90,6 +91,7 @@ class Workload:
         checkpointing: Roles whose activations are made again in the backward pass.
         selective: Of these, roles that keep the outputs of self-attention.
         offloading: Of these, roles that keep the inputs of layers in main memory.
+        others: Networks of roles of another size.
     """
 
     shape: DenoiserShape
@@ -111,6 +113,7 @@ class Workload:
     checkpointing: frozenset[str] = frozenset(ROLES)
     selective: frozenset[str] = frozenset()
     offloading: frozenset[str] = frozenset()
+    others: Mapping[str, DenoiserShape] = field(default_factory=dict)
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -154,7 +157,12 @@ class Workload:
             checkpointing=frozenset(role for role, own in computes.items() if own.checkpointing),
             selective=_roles_with(computes, "selective"),
             offloading=_roles_with(computes, "offload"),
+            others=_other_shapes(config, shape.denoiser),
         )
+
+    def shape_of(self, role: str) -> DenoiserShape:
+        """The network of a role."""
+        return self.others.get(role, self.shape)
 
     def kept(self, role: str) -> KeptCopies:
         """Copies that a learner keeps of its parameters."""
@@ -167,17 +175,18 @@ class Workload:
         """Part of a forward pass that is made again for each backward pass of a role."""
         if role not in self.selective:
             return float(role in self.checkpointing)
-        flops = self.shape.pass_flops(self.latent_shape, self.text_length)
-        tokens = self.shape.num_tokens(self.latent_shape)
+        shape = self.shape_of(role)
+        flops = shape.pass_flops(self.latent_shape, self.text_length)
+        tokens = shape.num_tokens(self.latent_shape)
         # Of attention that of the tokens to each other; the rest looks at the caption.
         kept = flops.attention * tokens / (tokens + self.text_length)
         return 1 - kept / flops.forward
 
     def stream_bytes(self, role: str) -> int:
         """Bytes of the inputs of all layers, of one sample: those of self-attention's outputs."""
-        tokens = self.shape.num_tokens(self.latent_shape)
+        shape = self.shape_of(role)
         size = 2 if role in self.bf16 else 4
-        return size * self.shape.num_layers * tokens * self.shape.width
+        return size * shape.num_layers * shape.num_tokens(self.latent_shape) * shape.width
 
     @property
     def through_teacher(self) -> bool:
@@ -234,13 +243,22 @@ class Workload:
 
     @property
     def stage_units(self) -> dict[StageName, float]:
-        """Work of one call of each stage on one sample, in forward passes."""
-        table = self._passes_by_stage()
-        costs = self.costs
+        """Work of one call of each stage on one sample, in forward passes of the generator."""
         return {
-            (stage.role, stage.name): passes.units(costs, checkpointed=self.made_again(stage.role))
-            for stage, passes in table.items()
+            (stage.role, stage.name): self._relative_cost(stage.role)
+            * passes.units(self._costs_of(stage.role), checkpointed=self.made_again(stage.role))
+            for stage, passes in self._passes_by_stage().items()
         }
+
+    def _costs_of(self, role: str) -> PassCosts:
+        return PassCosts.of(self.shape_of(role).pass_flops(self.latent_shape, self.text_length))
+
+    def _relative_cost(self, role: str) -> float:
+        """Operations of a forward pass of a role over those of the generator's."""
+        if role not in self.others:
+            return 1.0
+        own = self.others[role].forward_flops(self.latent_shape, self.text_length)
+        return own / self.forward_flops
 
     def _passes_by_stage(self) -> Mapping[StageSpec, Passes]:
         rollout = mean_rollout(self.num_steps, first_exit=self.diversity.first_exit)
@@ -269,7 +287,8 @@ class Workload:
         for name, count in self.gathers.items():
             gradients = reductions.get(name, 0.0)
             weights = self.weight_bytes(name[0]) * (count - gradients)
-            found[name] = (weights + 4 * gradients) * self.shape.num_parameters
+            size = self.shape_of(name[0]).num_parameters
+            found[name] = (weights + 4 * gradients) * size
         return found
 
     @property
@@ -329,6 +348,17 @@ def _released(model: str) -> ModelShape:
     if model.lower() not in known:
         raise ConfigError("planning a run", f"a model called {model}", f"one of {', '.join(known)}")
     return known[model.lower()]
+
+
+def _other_shapes(config: DistillConfig, own: DenoiserShape) -> dict[str, DenoiserShape]:
+    """Networks of the roles that start from another model than the generator."""
+    models = models_of_roles(config)
+    shapes = {
+        role: _read(model_on_this_machine(model)).denoiser
+        for role, model in models.items()
+        if model != models[GENERATOR]
+    }
+    return {role: shape for role, shape in shapes.items() if shape != own}
 
 
 def _read(folder: Path) -> ModelShape:

@@ -96,6 +96,7 @@ class StudyEvaluator:
             config.schedule,
             config.topology.threads_per_rank,
             CHUNK_CLIPS,
+            teacher=str(config.teacher_folder.absolute()) if config.teacher.model else None,
         )
 
     @cached_property
@@ -110,7 +111,7 @@ class StudyEvaluator:
         model = (config.model.text_length, config.model.negative_prompt)
         return TeacherSets(
             cache=self._cache,
-            digest=fingerprint(config.model_folder),
+            digest=fingerprint(config.teacher_folder),
             facts=(*model, config.video, config.schedule.shift),
             samplings=samplings,
             request=ClipRequest(

@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cluster.checkpoints import Checkpoints
-from pipelines.config.recipe import PROJECT_ROOT, DistillConfig, load_recipe
+from pipelines.config.model_folders import PROJECT_ROOT
+from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.distillation.audit import audit
 from pipelines.distillation.position import Position, begin, resume_position

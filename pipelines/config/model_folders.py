@@ -1,0 +1,57 @@
+"""Models that a recipe names: which role starts from which, and where they are on this machine."""
+
+from pathlib import Path
+from typing import Protocol
+
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from workers.models.addresses import is_address, local_model
+from workers.settings import FakeScoreSettings, ModelSettings, TeacherSettings
+
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
+"""Where the source tree and its `assets/` are."""
+
+
+class ModelSections(Protocol):
+    """Sections of a recipe that name models."""
+
+    @property
+    def model(self) -> ModelSettings:
+        """Section `model`."""
+        ...
+
+    @property
+    def fake_score(self) -> FakeScoreSettings:
+        """Section `fake_score`."""
+        ...
+
+    @property
+    def teacher(self) -> TeacherSettings:
+        """Section `teacher`."""
+        ...
+
+
+def models_of_roles(config: ModelSections) -> dict[str, str]:
+    """The model that each role starts from, as the recipe names it."""
+    own = config.model.folder
+    teacher = config.teacher.model or own
+    start = teacher if config.fake_score.start == "teacher" else own
+    return {GENERATOR: own, TEACHER: teacher, FAKE_SCORE: start}
+
+
+def model_on_this_machine(model: str) -> Path:
+    """A model's folder: as given, or else seen from the source tree.
+
+    A recipe that ships names `assets/...`, and must work from any folder.
+
+    Raises:
+        ModelFolderError: As `local_model`.
+        StorageError: As `local_model`.
+    """
+    given = local_model(model)
+    shipped = PROJECT_ROOT / given
+    return shipped if not given.exists() and shipped.exists() else given
+
+
+def model_address(model: str) -> str:
+    """A model as processes in other folders of this machine, or on other machines, find it."""
+    return model if is_address(model) else str(model_on_this_machine(model).absolute())

@@ -1,0 +1,113 @@
+"""Check that a teacher of another size teaches the generator: the same latents, text and schedule.
+
+Each role computes on what the others send, so a teacher may differ in its denoiser alone.
+"""
+
+from collections.abc import Iterator
+
+from pipelines.config.model_folders import models_of_roles
+from pipelines.config.recipe import DistillConfig
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.media.inference import read_inference_settings
+from sgmd_core.errors import ConfigError
+from workers.models.content import model_digests
+from workers.models.families import family_of
+from workers.models.folder import ModelFolder
+
+
+def check_teacher(
+    config: DistillConfig, model: ModelFolder, content: dict[str, str]
+) -> dict[str, str]:
+    """Check the model of `teacher.model`.
+
+    Args:
+        config: The run.
+        model: The generator's model.
+        content: Digest of each of its components.
+
+    Returns:
+        Digests of the teacher's denoiser by component; none where it is the generator's model.
+
+    Raises:
+        ConfigError: The two disagree; names each disagreement.
+        ModelFolderError: The teacher's folder is missing, torn or of another kind.
+    """
+    if config.teacher.model is None:
+        return {}
+    folder = config.teacher_folder
+    family = family_of(folder)
+    teacher = family.inspect(folder)
+    digests = model_digests(folder)
+    found = [
+        *_facts_that_differ(model, teacher),
+        *_components_that_differ(model, content, digests),
+        *_schedule_that_differs(config),
+        *_mixing_of_unequal(config),
+    ]
+    if found:
+        raise ConfigError(
+            f"pairing the generator of {model.path} with the teacher of {folder}",
+            "; ".join(found),
+            "models that differ in their denoisers alone",
+            "Set teacher.model to a model of the same family and version, or to null",
+        )
+    video = config.video
+    teacher.latent_shape(video.num_frames, video.height, video.width)
+    shared = {teacher.layout.autoencoder, *teacher.layout.text}
+    return {
+        name: digest
+        for name, digest in digests.items()
+        if name in teacher.layout.weights and name not in shared
+    }
+
+
+def _facts_that_differ(model: ModelFolder, teacher: ModelFolder) -> Iterator[str]:
+    pairs = {
+        "family": (model.family, teacher.family),
+        "latent channels": (model.geometry.latent_channels, teacher.geometry.latent_channels),
+        "frames of a latent frame": (
+            model.geometry.temporal_factor,
+            teacher.geometry.temporal_factor,
+        ),
+        "pixels of a latent cell": (
+            model.geometry.spatial_factor,
+            teacher.geometry.spatial_factor,
+        ),
+        "text width": (model.text_width, teacher.text_width),
+    }
+    for name, (own, theirs) in pairs.items():
+        if own != theirs:
+            yield f"{name} is {own} of the generator and {theirs} of the teacher"
+
+
+def _components_that_differ(
+    model: ModelFolder, content: dict[str, str], theirs: dict[str, str]
+) -> Iterator[str]:
+    for name in (model.layout.autoencoder, *model.layout.text):
+        if content.get(name) != theirs.get(name):
+            yield f"{name} has other content in the teacher's folder"
+
+
+def _schedule_that_differs(config: DistillConfig) -> Iterator[str]:
+    own, theirs = (
+        read_inference_settings(folder).flow_shift
+        for folder in (config.model_folder, config.teacher_folder)
+    )
+    if own != theirs:
+        yield f"the flow shift is {own:g} in the generator's folder and {theirs:g} in the teacher's"
+
+
+def _mixing_of_unequal(config: DistillConfig) -> Iterator[str]:
+    """Weights of another size cannot be mixed in."""
+    models = models_of_roles(config)
+    if config.fake_score.ida_decay == 1 or models[FAKE_SCORE] == models[GENERATOR]:
+        return
+    own, theirs = (
+        family_of(folder).read_shape(folder).denoiser
+        for folder in (config.model_folder, config.teacher_folder)
+    )
+    if own != theirs:
+        yield (
+            f"fake_score.ida_decay {config.fake_score.ida_decay} mixes the generator's weights "
+            f"into a fake score of the {TEACHER}'s size; set fake_score.start=generator, or 1"
+        )
