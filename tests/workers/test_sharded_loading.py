@@ -33,9 +33,10 @@ def model(tmp_path_factory) -> Path:
 
 
 def reference(folder: Path, dtype: torch.dtype = torch.float32) -> WanVelocity:
-    network, info = WanTransformer3DModel.from_pretrained(
+    loaded: Any = WanTransformer3DModel.from_pretrained(
         folder / "transformer", dtype=dtype, output_loading_info=True
     )
+    network, info = loaded
     assert not info["missing_keys"]
     return WanVelocity(network).eval()
 
