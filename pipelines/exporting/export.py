@@ -23,7 +23,13 @@ from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
 from pipelines.run.folder import require_output_folder
 from sgmd_core.errors import ConfigError, ModelFolderError
-from workers.models.exchange import LORA_FORMATS, WEIGHT_FORMATS, ExchangeFiles
+from workers.models.exchange import (
+    LORA_FORMATS,
+    LORA_STEM,
+    WEIGHT_FORMATS,
+    ExchangeFiles,
+    part_path,
+)
 from workers.models.exporting import DTYPES, Components, narrowed
 from workers.models.low_rank import LowRank, approximate_all, share_kept
 from workers.models.weight_digests import write_model_settings
@@ -148,10 +154,10 @@ def _write_diffusers(source: TrainedGenerator, options: ExportOptions, draft: Pa
 
 def _write_single(source: TrainedGenerator, options: ExportOptions, draft: Path) -> Written:
     files = _files(source, options)
-    path = draft / f"{source.name}-{options.dtype}.safetensors"
+    paths = _paths(files, draft, f"{source.name}-{options.dtype}")
     weights = narrowed(source.weights, DTYPES[options.dtype], source.family.traits.keep_fp32)
-    files.write_weights(options.form, path, weights)
-    return None, lambda: files.read_weights(path, source.base)
+    files.write_weights(options.form, paths, weights)
+    return None, lambda: files.read_weights(paths, source.base)
 
 
 def _write_lora(source: TrainedGenerator, options: ExportOptions, draft: Path) -> Written:
@@ -164,9 +170,13 @@ def _write_lora(source: TrainedGenerator, options: ExportOptions, draft: Path) -
             "weights that were trained from this base",
             "Give the base that they were trained from with --base FOLDER",
         )
-    path = draft / "pytorch_lora_weights.safetensors"
-    files.write_low_rank(options.form, path, factors, DTYPES[options.dtype])
-    return kept, lambda: files.read_low_rank(path, source.base)
+    paths = _paths(files, draft, LORA_STEM)
+    files.write_low_rank(options.form, paths, factors, DTYPES[options.dtype])
+    return kept, lambda: files.read_low_rank(paths, source.base)
+
+
+def _paths(files: ExchangeFiles, draft: Path, stem: str) -> dict[str, Path]:
+    return {part: part_path(draft, stem, part) for part in files.parts}
 
 
 def _change(

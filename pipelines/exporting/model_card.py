@@ -69,9 +69,10 @@ def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) ->
         source=source,
         config=source.config,
         base=_base_id(source.base),
-        has_pipeline=source.family.traits.exchange is not None,
+        parts=_parts(source),
         has_components=all((draft / name).is_dir() for name in source.family.traits.layout.weights),
-        file=files[0] if files else "",
+        files=files,
+        components=source.family.traits.layout.denoisers,
         sampling=source.sampling,
         sigmas=[round(float(sigma), 4) for sigma in grid],
         figures=figures,
@@ -94,6 +95,12 @@ def _metadata(source: TrainedGenerator) -> ModelCardData:
         base_model=_base_id(source.base),
         tags=["text-to-video", "distillation", "few-step", "sgmd", source.family.name],
     )
+
+
+def _parts(source: TrainedGenerator) -> tuple[str, ...]:
+    """Denoisers of the pipeline of diffusers; none where another one samples the family."""
+    make = source.family.traits.exchange
+    return () if make is None else make().parts
 
 
 def _base_id(base: Path) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -60,12 +60,14 @@ def _merge(base: Path, lora: Path, folder: Path) -> None:
         raise ConfigError(
             f"sampling {base} with a LoRA", f"a {family.name} model", "a family that takes LoRAs"
         )
-    lora = _file(lora)
+    exchange = family.traits.exchange()
+    paths = _files(lora, exchange.parts)
+    beside = lora if lora.is_dir() else lora.parent
     require_same_weights(base)
-    if (lora.parent / SETTINGS_FILE).is_file():
-        require_same_weights(lora.parent)
+    if (beside / SETTINGS_FILE).is_file():
+        require_same_weights(beside)
     try:
-        weights = family.traits.exchange().read_low_rank(lora, base)
+        weights = exchange.read_low_rank(paths, base)
     # Whatever a library raises of a file of another kind.
     except Exception as error:
         raise ModelFolderError(
@@ -75,22 +77,27 @@ def _merge(base: Path, lora: Path, folder: Path) -> None:
             "Check that it was made for this base",
         ) from error
     settings = read_inference_settings(base)
-    if (lora.parent / SETTINGS_FILE).is_file():
-        stored = json.loads((lora.parent / SETTINGS_FILE).read_text())
+    if (beside / SETTINGS_FILE).is_file():
+        stored = json.loads((beside / SETTINGS_FILE).read_text())
         settings = settings.model_validate({**settings.model_dump(), **stored})
     family.export(folder, base, weights, flow_shift=settings.flow_shift, components="link")
     write_inference_settings(folder, settings)
 
 
-def _file(lora: Path) -> Path:
-    """File of a LoRA; of a folder, the only one in it."""
+def _files(lora: Path, parts: Sequence[str]) -> dict[str, Path]:
+    """Files of a LoRA by part; in a folder, that of an expert has its name in its own."""
     found = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora]
-    if len(found) != 1 or not found[0].is_file() or found[0].suffix != ".safetensors":
+    by_part = {part: [path for path in found if part in path.name] for part in parts}
+    wrong = [part for part, paths in by_part.items() if len(paths) > 1]
+    known = {path for paths in by_part.values() for path in paths if path.is_file()}
+    if wrong or not found or known != set(found) or found[0].suffix != ".safetensors":
         names = ", ".join(path.name for path in found if path.exists())
+        experts = " or ".join(part for part in parts if part)
         raise ModelFolderError(
             f"reading the LoRA {lora}",
             names or "no such file",
-            "one .safetensors file",
+            "one .safetensors file"
+            + (f" an expert, with {experts} in its name" if experts else ""),
             "Name the file",
         )
-    return found[0]
+    return {part: paths[0] for part, paths in by_part.items() if paths}

@@ -17,13 +17,24 @@ from typer.testing import CliRunner, Result
 from pipelines.cli import app
 from pipelines.distillation.run import distill
 from pipelines.exporting.export import FORMATS, ExportOptions, export
+from pipelines.exporting.sampled import sampled_folder
 from pipelines.generate import generate
+from pipelines.media.inference import InferenceSettings, write_inference_settings
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import CheckpointError, ConfigError, ModelFolderError
 from tests.e2e.conftest import MakeRecipe
 from tests.helpers.families import installed_family
+from tests.helpers.tiny_wan import (
+    HEIGHT,
+    NUM_FRAMES,
+    TEXT_LENGTH,
+    WIDTH,
+    tiny_velocity,
+    write_tiny_experts,
+)
 from tests.helpers.toy_family import write_toy
 from workers.models.low_rank import approximate_all
+from workers.models.scheduler import build_scheduler
 from workers.models.wan import load_transformer
 from workers.models.weight_digests import require_same_weights
 from workers.role_state import load_role
@@ -98,7 +109,7 @@ def _run_card(card: str, folder: Path, base: Path) -> np.ndarray:
     """Frames that the code of a model card makes, on a CPU and in float32."""
     (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     calls = [line for line in code.splitlines() if line and not line.startswith(("import", "from"))]
-    assert len(calls) <= 6
+    assert len(calls) <= 7
     code = code.replace('"FOLDER', f'"{folder}').replace('"BASE"', f'"{base}"')
     code = code.replace("bfloat16", "float32").replace('"cuda"', '"cpu"')
     code = code.replace("A cat surfs a wave", PROMPT)
@@ -110,6 +121,54 @@ def _run_card(card: str, folder: Path, base: Path) -> np.ndarray:
     exec(code, names)
     assert (folder / "clip.mp4").stat().st_size > 0
     return (np.asarray(names["frames"]) * 255).round()
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory) -> tuple[Path, Path]:
+    """A base of two experts, and what both became by training."""
+    folder = tmp_path_factory.mktemp("experts")
+    base = write_tiny_experts(folder / "base", PROMPT.split(), boundary=0.8)
+    tuned = shutil.copytree(base, folder / "tuned")
+    for seed, component in ((5, "transformer"), (6, "transformer_2")):
+        tiny_velocity(seed).transformer.save_pretrained(tuned / component)
+    settings = InferenceSettings(
+        num_steps=4,
+        guidance_scale=1.0,
+        flow_shift=3.0,
+        text_length=TEXT_LENGTH,
+        num_frames=NUM_FRAMES,
+        height=HEIGHT,
+        width=WIDTH,
+        fps=8,
+    )
+    build_scheduler(3.0).save_pretrained(tuned / "scheduler")
+    index = json.loads((tuned / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "UniPCMultistepScheduler"]
+    (tuned / "model_index.json").write_text(json.dumps(index))
+    write_inference_settings(tuned, settings)
+    return base, tuned
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_two_experts_get_a_file_each_and_are_sampled_across_their_boundary(experts, tmp_path, form):
+    base, tuned = experts
+    out = tmp_path / form
+    found = export(tuned, base=base, output=out, options=ExportOptions(form, "fp32"))
+    is_lora = form.startswith("lora")
+    if not is_lora:
+        assert found.figures.largest_difference == 0
+    if form != "diffusers":
+        names = [path.name for path in sorted(out.glob("*.safetensors"))]
+        assert ["high_noise" in name for name in names] == [True, False]
+        assert ["low_noise" in name for name in names] == [False, True]
+    folder, lora = (base, out) if is_lora else (tuned, None)
+    with sampled_folder(folder, lora=lora) as sampled:
+        (clip,) = generate(sampled, [PROMPT], output=tmp_path / "clips", formats=["gif"])
+    if form != "lora-comfyui":
+        frames = _run_card((out / "README.md").read_text(), out, base)
+        assert np.abs(frames.astype(float) - clip.frames).max() <= 1
+    (teacher,) = generate(base, [PROMPT], output=tmp_path / "clips", **_sampling(tuned))
+    assert np.abs(teacher.frames.astype(float) - clip.frames).max() > 10
 
 
 def test_the_command_says_what_was_kept_and_lost(run, tmp_path):

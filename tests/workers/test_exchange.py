@@ -45,11 +45,11 @@ def test_original_names_are_those_of_the_release() -> None:
 def test_a_file_of_weights_is_read_back_to_the_bit(base, tmp_path, form) -> None:
     weights = tiny_velocity(seed=5).state_dict()
     path = tmp_path / "wan.safetensors"
-    WanExchange().write_weights(form, path, weights)
+    WanExchange().write_weights(form, {"": path}, weights)
     assert all(name.startswith("model.diffusion_model.") for name in load_file(path)) == (
         form == "comfyui"
     )
-    read = WanExchange().read_weights(path, base)
+    read = WanExchange().read_weights({"": path}, base)
     assert read.keys() == weights.keys()
     assert all(torch.equal(read[name], weights[name]) for name in weights)
 
@@ -91,7 +91,7 @@ def test_a_lora_of_full_rank_gives_the_matrices_back(base, tmp_path, form) -> No
     before = load_transformer(base).state_dict()
     after = tiny_velocity(seed=1).state_dict()
     factors = approximate_all(before, after, rank=64)
-    read = WanExchange().read_low_rank(_written(tmp_path, "whole", form, factors), base)
+    read = WanExchange().read_low_rank({"": _written(tmp_path, "whole", form, factors)}, base)
     matrices = [f"{name}.weight" for name in factors]
     assert len(matrices) > 20
     for name in matrices:
@@ -119,5 +119,5 @@ def test_a_pipeline_of_diffusers_takes_the_lora_as_its_users_load_it(base, tmp_p
 
 def _written(folder: Path, stem: str, form: str, factors) -> Path:
     path = folder / f"{stem}.safetensors"
-    WanExchange().write_low_rank(form, path, factors, torch.float32)
+    WanExchange().write_low_rank(form, {"": path}, factors, torch.float32)
     return path

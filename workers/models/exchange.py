@@ -17,27 +17,49 @@ WEIGHT_FORMATS = (SINGLE_FILE, COMFYUI)
 LORA_FORMATS = (LORA, LORA_COMFYUI)
 """Files of a change of low rank."""
 
+LORA_STEM = "pytorch_lora_weights"
+"""Name of a LoRA's file without suffix, where diffusers looks for it."""
+
 
 class ExchangeFiles(Protocol):
     """Writes a family's denoiser in these formats, and reads it as its users would.
 
-    Names of weights are those of the `Denoiser`.
+    Names of weights are those of the `Denoiser`. Paths are given by part.
     """
 
-    def write_weights(self, form: str, path: Path, weights: Mapping[str, Tensor]) -> None:
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Networks that get a file each: `("",)` for one, or the names of the experts."""
+        ...
+
+    def write_weights(
+        self, form: str, paths: Mapping[str, Path], weights: Mapping[str, Tensor]
+    ) -> None:
         """Write all weights, in the types that they have; `form` is one of `WEIGHT_FORMATS`."""
         ...
 
-    def read_weights(self, path: Path, base_folder: Path) -> dict[str, Tensor]:
-        """Read such a file in float32; the base folder has the configuration."""
+    def read_weights(self, paths: Mapping[str, Path], base_folder: Path) -> dict[str, Tensor]:
+        """Read such files in float32; the base folder has the configuration."""
         ...
 
     def write_low_rank(
-        self, form: str, path: Path, factors: Mapping[str, LowRank], dtype: torch.dtype
+        self,
+        form: str,
+        paths: Mapping[str, Path],
+        factors: Mapping[str, LowRank],
+        dtype: torch.dtype,
     ) -> None:
         """Write matrices of low rank by name of their layer; `form` is one of `LORA_FORMATS`."""
         ...
 
-    def read_low_rank(self, path: Path, base_folder: Path) -> dict[str, Tensor]:
-        """Read a LoRA and return the base's weights with it merged in, in float32."""
+    def read_low_rank(self, paths: Mapping[str, Path], base_folder: Path) -> dict[str, Tensor]:
+        """Read LoRAs and return the base's weights with them merged in, in float32.
+
+        A part without a path keeps the base's weights.
+        """
         ...
+
+
+def part_path(folder: Path, stem: str, part: str) -> Path:
+    """File of a part in the folder of an export."""
+    return folder / f"{stem}{part and f'-{part}'}.safetensors"

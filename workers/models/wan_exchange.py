@@ -1,4 +1,4 @@
-"""Files of a Wan denoiser for other programs: one file of weights, or a LoRA.
+"""Files of a Wan denoiser for other programs: one file of weights, or a LoRA, for each expert.
 
     single-file     names of the original release: Wan's own code, ComfyUI, from_single_file
     comfyui         the same below `model.diffusion_model.`, as ComfyUI saves it
@@ -10,8 +10,10 @@ Each is read back by diffusers, as a user would load it.
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
@@ -22,10 +24,11 @@ from torch import Tensor
 from cluster.files import whole_file
 from workers.models.exchange import COMFYUI, LORA
 from workers.models.low_rank import LowRank
-from workers.models.wan import load_transformer
-from workers.models.wan_family import TRANSFORMER
+from workers.models.sharded_loading import load_sharded
+from workers.models.wan import WanVelocity
+from workers.models.wan_family import LOW_NOISE, TRANSFORMER
+from workers.models.wan_folder import check_component
 
-_OWN = f"{TRANSFORMER}."
 _COMFYUI_WEIGHTS = "model.diffusion_model."
 _LORA_NAME = re.compile(r"lora_|\.(alpha|diff|diff_b)$")
 _COMFYUI_LORA = "diffusion_model."
@@ -57,58 +60,122 @@ def original_name(name: str) -> str:
     return name
 
 
+@dataclass(frozen=True, slots=True)
+class WanPart:
+    """One denoiser of a Wan folder.
+
+    Attributes:
+        component: Its folder.
+        prefix: Of its parameters' names in the `Denoiser`.
+    """
+
+    component: str
+    prefix: str
+
+
+ONE = {"": WanPart(TRANSFORMER, "transformer.")}
+EXPERTS = {
+    "high_noise": WanPart(TRANSFORMER, "high.transformer."),
+    "low_noise": WanPart(LOW_NOISE, "low.transformer."),
+}
+"""Denoisers by part: of a folder with one, and of a folder with two experts."""
+
+
 class WanExchange:
-    """Writes and reads such files; see `ExchangeFiles`."""
+    """Writes and reads such files; see `ExchangeFiles`.
 
-    def write_weights(self, form: str, path: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the denoiser as one file."""
+    Args:
+        members: Denoisers by part.
+    """
+
+    def __init__(self, members: Mapping[str, WanPart] = MappingProxyType(ONE)) -> None:
+        self._members = members
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Networks that get a file each."""
+        return tuple(self._members)
+
+    def write_weights(
+        self, form: str, paths: Mapping[str, Path], weights: Mapping[str, Tensor]
+    ) -> None:
+        """Write each denoiser as one file."""
         prefix = _COMFYUI_WEIGHTS if form == COMFYUI else ""
-        named = {
-            prefix + original_name(name.removeprefix(_OWN)): value
-            for name, value in weights.items()
-        }
-        _save(path, named)
+        for part, path in paths.items():
+            own = _own(weights, self._members[part])
+            _save(path, {prefix + original_name(name): value for name, value in own.items()})
 
-    def read_weights(self, path: Path, base_folder: Path) -> dict[str, Tensor]:
-        """Read such a file through `WanTransformer3DModel.from_single_file`."""
-        # Typed as if it returned nothing.
-        network: Any = WanTransformer3DModel.from_single_file(
-            str(path),
-            config=str(base_folder),
-            subfolder=TRANSFORMER,
-            torch_dtype=torch.float32,
-            local_files_only=True,
-        )
-        return {_OWN + name: value for name, value in network.state_dict().items()}
+    def read_weights(self, paths: Mapping[str, Path], base_folder: Path) -> dict[str, Tensor]:
+        """Read such files through `WanTransformer3DModel.from_single_file`."""
+        found: dict[str, Tensor] = {}
+        for part, path in paths.items():
+            member = self._members[part]
+            # Typed as if it returned nothing.
+            network: Any = WanTransformer3DModel.from_single_file(
+                str(path),
+                config=str(base_folder),
+                subfolder=member.component,
+                torch_dtype=torch.float32,
+                local_files_only=True,
+            )
+            found |= {member.prefix + name: value for name, value in network.state_dict().items()}
+        return found
 
     def write_low_rank(
-        self, form: str, path: Path, factors: Mapping[str, LowRank], dtype: torch.dtype
+        self,
+        form: str,
+        paths: Mapping[str, Path],
+        factors: Mapping[str, LowRank],
+        dtype: torch.dtype,
     ) -> None:
-        """Write a LoRA; the strength is 1, and the scale lies in the matrices."""
-        named: dict[str, Tensor] = {}
-        for name, each in factors.items():
-            layer = name.removeprefix(_OWN)
-            if form == LORA:
-                keys = f"{_OWN}{layer}.lora_A.weight", f"{_OWN}{layer}.lora_B.weight"
-            else:
-                layer = _COMFYUI_LORA + original_name(layer)
-                keys = f"{layer}.lora_down.weight", f"{layer}.lora_up.weight"
-            named |= dict(zip(keys, (each.down.to(dtype), each.up.to(dtype)), strict=True))
-        _save(path, named)
+        """Write LoRAs; the strength is 1, and the scale lies in the matrices."""
+        for part, path in paths.items():
+            named: dict[str, Tensor] = {}
+            for layer, each in _own(factors, self._members[part]).items():
+                if form == LORA:
+                    stem, first, second = f"{TRANSFORMER}.{layer}", "lora_A", "lora_B"
+                else:
+                    stem = _COMFYUI_LORA + original_name(layer)
+                    first, second = "lora_down", "lora_up"
+                named[f"{stem}.{first}.weight"] = each.down.to(dtype)
+                named[f"{stem}.{second}.weight"] = each.up.to(dtype)
+            _save(path, named)
 
-    def read_low_rank(self, path: Path, base_folder: Path) -> dict[str, Tensor]:
-        """Read a LoRA through diffusers and return the weights of the base with it merged in."""
-        with safe_open(path, framework="pt") as file:
-            others = [name for name in file.keys() if not _LORA_NAME.search(name)]  # noqa: SIM118
-        if others:
-            # diffusers would leave them out, or take nothing at all, without an error.
-            raise ValueError(f"{others[0]} belongs to no LoRA")
-        network: Any = load_transformer(base_folder).transformer
-        state: Any = WanPipeline.lora_state_dict(str(path.parent), weight_name=path.name)
-        network.load_lora_adapter(state, prefix=TRANSFORMER)
-        network.fuse_lora()
-        network.unload_lora()
-        return {_OWN + name: value for name, value in network.state_dict().items()}
+    def read_low_rank(self, paths: Mapping[str, Path], base_folder: Path) -> dict[str, Tensor]:
+        """Read LoRAs through diffusers and return the base's weights with them merged in."""
+        found: dict[str, Tensor] = {}
+        for part, member in self._members.items():
+            checked = check_component(base_folder, member.component)
+            network: Any = load_sharded(WanTransformer3DModel, checked, WanVelocity).transformer
+            if part in paths:
+                _merge(network, paths[part])
+            found |= {member.prefix + name: value for name, value in network.state_dict().items()}
+        return found
+
+
+T = TypeVar("T")
+
+
+def _own(values: Mapping[str, T], member: WanPart) -> dict[str, T]:
+    """What belongs to a denoiser, by its own names."""
+    prefix = member.prefix
+    return {
+        name.removeprefix(prefix): value
+        for name, value in values.items()
+        if name.startswith(prefix)
+    }
+
+
+def _merge(network: Any, path: Path) -> None:  # noqa: ANN401  (a network of diffusers)
+    with safe_open(path, framework="pt") as file:
+        others = [name for name in file.keys() if not _LORA_NAME.search(name)]  # noqa: SIM118
+    if others:
+        # diffusers would leave them out, or take nothing at all, without an error.
+        raise ValueError(f"{others[0]} belongs to no LoRA")
+    state: Any = WanPipeline.lora_state_dict(str(path.parent), weight_name=path.name)
+    network.load_lora_adapter(state, prefix=TRANSFORMER)
+    network.fuse_lora()
+    network.unload_lora()
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.collector import paused_collector
+from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, ModelShape
 from workers.models.folder import ModelFolder
@@ -39,6 +40,14 @@ WAN_EXPERTS = "wan-experts"
 PREFIXES = {TRANSFORMER: "high.", LOW_NOISE: "low."}
 """Prefix of a parameter's name in the denoiser, by the component that holds it."""
 
+
+def _exchange() -> ExchangeFiles:
+    with paused_collector():
+        from workers.models.wan_exchange import EXPERTS, WanExchange
+
+    return WanExchange(EXPERTS)
+
+
 _TRAITS = replace(
     WAN_TRAITS,
     about="text to video with two experts by noise level",
@@ -48,7 +57,7 @@ _TRAITS = replace(
     # Relatives are named by the family with one denoiser already.
     relatives={},
     released={"a14b": ModelShape(ExpertsShape(RELEASED_SHAPES["14b"]), RELEASED_GEOMETRY)},
-    exchange=None,
+    exchange=_exchange,
 )
 
 
