@@ -4,15 +4,19 @@ Each role computes on what the others send, so a teacher may differ in its denoi
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from pipelines.config.model_folders import models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.media.inference import read_inference_settings
 from sgmd_core.errors import ConfigError
+from workers.models.configs import read_model_json
 from workers.models.content import model_digests
 from workers.models.families import family_of
 from workers.models.folder import ModelFolder
+
+_SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
+_FLOW = "flow_prediction"
 
 
 def check_teacher(
@@ -89,12 +93,19 @@ def _components_that_differ(
 
 
 def _schedule_that_differs(config: DistillConfig) -> Iterator[str]:
+    """Another path between noise and data; a shift along it is the recipe's to choose."""
     own, theirs = (
-        read_inference_settings(folder).flow_shift
+        _predicted(folder / _SCHEDULER_FILE)
         for folder in (config.model_folder, config.teacher_folder)
     )
     if own != theirs:
-        yield f"the flow shift is {own:g} in the generator's folder and {theirs:g} in the teacher's"
+        yield f"the generator's model predicts {own}, and the teacher's {theirs}"
+
+
+def _predicted(scheduler: Path) -> str:
+    """Prediction that a scheduler is made for: the flow, where it does not say."""
+    found = read_model_json(scheduler) if scheduler.is_file() else {}
+    return str(found.get("prediction_type") or _FLOW)
 
 
 def _mixing_of_unequal(config: DistillConfig) -> Iterator[str]:

@@ -111,8 +111,10 @@ def edit(path: Path, **changes: object) -> None:
     ("change", "words"),
     [
         (
-            lambda folder: edit(folder / "scheduler/scheduler_config.json", shift=7.0),
-            "the flow shift is .* in the generator's folder and 7 in the teacher's",
+            lambda folder: edit(
+                folder / "scheduler/scheduler_config.json", prediction_type="epsilon"
+            ),
+            "the generator's model predicts flow_prediction, and the teacher's epsilon",
         ),
         (
             lambda folder: edit(folder / "tokenizer/tokenizer_config.json", model_max_length=3),
