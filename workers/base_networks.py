@@ -33,8 +33,9 @@ def shared_base(folder: Path, dtype: torch.dtype, device: torch.device) -> Denoi
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     family = family_of(folder)
-    files = sorted((folder / family.traits.layout.denoiser).iterdir())
-    stats = tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
+    parts = family.traits.layout.denoisers
+    files = sorted(file for part in parts for file in (folder / part).iterdir())
+    stats = tuple((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     key = (str(folder.resolve()), stats, dtype, str(device))
     base = _bases.get(key)
     if base is None:

@@ -1,5 +1,7 @@
 """Every kind of model that ships with us is distilled, exported and sampled by its own pipeline."""
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +12,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.run import distill, dry_run
 from pipelines.generate import generate
@@ -141,6 +145,66 @@ def test_a_dry_run_of_its_recipe_takes_a_folder_of_the_kind(kind, recipe, folder
     assert (frames - 1) * geometry.temporal_factor + 1 == config.video.num_frames
     assert height * geometry.spatial_factor == config.video.height
     assert width * geometry.spatial_factor == config.video.width
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wan21"])
+def test_adapters_of_the_kind_are_trained_and_merged_into_its_export(kind, configs, folders):
+    lora = {"rank": 2, "alpha": 2}
+    config = configs[kind].with_settings(
+        {
+            "name": f"{kind}-lora",
+            "iterations": 1,
+            "generator.lora": lora,
+            "fake_score.lora": lora,
+            # A first step of both experts, where there are two.
+            "batch.micro_batches": 4,
+        }
+    )
+    distill(config)
+    family = family_of(folders[kind])
+    trained = family.load_denoiser(RunFolder(config.run_folder).generator)
+    base = dict(family.load_denoiser(folders[kind]).named_parameters())
+    moved = {
+        name
+        for name, value in trained.named_parameters()
+        if not torch.allclose(value, base[name], rtol=0, atol=1e-6)
+    }
+    layers = family.read_shape(folders[kind]).denoiser.projections
+    assert moved
+    assert all(any(f".{layer}.weight" in name for layer in layers) for name in moved)
+
+
+@pytest.mark.parametrize(
+    "pipeline",
+    [
+        "WanImageToVideoPipeline",
+        "LTXImageToVideoPipeline",
+        "LTXConditionPipeline",
+        "HunyuanVideoImageToVideoPipeline",
+    ],
+)
+def test_every_command_refuses_a_model_that_takes_an_image_in_one_sentence(pipeline, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    # As Wan 2.2 I2V-A14B has it.
+    index = {"_class_name": pipeline, "boundary_ratio": 0.9, "transformer_2": ["diffusers", "X"]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    out = f"output={tmp_path / 'runs'}"
+    for arguments in (
+        ["distill", "tiny", f"model.folder={model}", out],
+        ["distill", "tiny", f"model.folder={model}", out, "--dry-run"],
+        ["plan", "wan21-14b", f"model.folder={model}"],
+        ["generate", str(model), "--prompt", PROMPT],
+        ["encode", str(tmp_path), str(tmp_path / "to"), "--model", str(model)],
+        ["check", str(tmp_path), "--model", str(model)],
+        ["export", str(model), "--output", str(tmp_path / "export")],
+        ["evaluate", str(model)],
+    ):
+        found = CliRunner().invoke(app, arguments)
+        assert found.exit_code == 2, arguments
+        words = " ".join(found.stderr.split())
+        assert pipeline in words, (arguments, words)
+        assert re.search("image-to-video model|takes images", words), arguments
 
 
 @pytest.mark.ray

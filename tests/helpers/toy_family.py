@@ -193,6 +193,11 @@ class ToyShape:
         return 2 * self.width * inner + inner + self.width
 
     @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        inner = _MULTIPLE * self.width
+        return {"up": (self.width, inner), "down": (inner, self.width)}
+
+    @property
     def num_parameters(self) -> int:
         ends = self.channels + _TIME_FEATURES + self.text_width + 3
         outward = (self.width + 1) * self.channels

@@ -323,6 +323,10 @@ def test_arithmetic_is_that_of_the_network(case):
     assert costs.num_layers == len(denoiser.blocks)
     layer = sum(value.numel() for value in denoiser.blocks[0].parameters())
     assert costs.parameters_per_layer == layer
+    for name, sizes in costs.projections.items():
+        projection = denoiser.blocks[0].get_submodule(name)
+        assert isinstance(projection, torch.nn.Linear)
+        assert (projection.in_features, projection.out_features) == sizes, name
     x_t, sigma, text = (value[:1] for value in case.inputs())
     assert costs.text_width == text.shape[2]
     expected = costs.pass_flops(case.latent_shape, TEXT_LENGTH)

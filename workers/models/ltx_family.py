@@ -88,6 +88,12 @@ class LtxShape(WanShape):
         """Parameters of one layer."""
         return WanShape.parameters_per_layer.fget(self) - 2 * self.width  # pyright: ignore
 
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Linear projections of one layer: sizes in and out by name."""
+        named: dict[str, tuple[int, int]] = WanShape.projections.fget(self)  # pyright: ignore
+        return {name.replace("ffn.", "ff."): sizes for name, sizes in named.items()}
+
 
 def ltx_shape(num_layers: int, width: int, text_width: int, channels: int) -> LtxShape:
     """Shape of a denoiser of these sizes."""
@@ -112,7 +118,7 @@ _TRAITS = FamilyTraits(
         width=704,
         fps=FRAME_RATE,
     ),
-    computes=frozenset({"bf16", "checkpointing", "selective", "offload", "compile"}),
+    computes=frozenset({"bf16", "checkpointing", "selective", "offload", "compile", "lora"}),
     relatives={
         "LTXConditionPipeline": "a model that takes images or videos besides the text",
         "LTXLatentUpsamplePipeline": "an upscaler of latents",

@@ -229,6 +229,11 @@ class ExpertsShape:
         """Parameters of one layer of one expert."""
         return self.expert.parameters_per_layer
 
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Linear projections of one layer: sizes in and out by name."""
+        return self.expert.projections
+
     def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
         """Tokens of one sample."""
         return self.expert.num_tokens(latent_shape)
