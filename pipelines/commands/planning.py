@@ -40,6 +40,12 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s that a GPU reaches, where nothing is measured")
     ] = None,
+    host_memory: Annotated[
+        float, typer.Option(help="GB of main memory beside each GPU, for what is offloaded")
+    ] = 200.0,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Change the recipe's memory settings until it fits")
+    ] = False,
     any_batch: Annotated[
         bool, typer.Option("--any-batch", help="Take the batch size nearby that suits best")
     ] = False,
@@ -56,10 +62,12 @@ def plan(
         from pipelines.planning import stage_times
         from pipelines.planning.hardware import Hardware
         from pipelines.planning.plan import make_plan
+        from pipelines.planning.savings import fitting_savings
         from pipelines.planning.search import find_batch
         from pipelines.planning.workload import Workload
 
-        for option, value in (("--gpu-memory", gpu_memory), ("--tflops", tflops)):
+        amounts = {"--gpu-memory": gpu_memory, "--host-memory": host_memory, "--tflops": tflops}
+        for option, value in amounts.items():
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError("planning a run", f"{option} {value:g}", "a number above 0")
         if gpus > _MOST_GPUS:
@@ -69,22 +77,27 @@ def plan(
                 "planning a run", "both --measured and --tflops", "times from one of them"
             )
         config = load_recipe(recipe, overrides or [])
-        hardware = Hardware(memory_gb=gpu_memory)
+        hardware = Hardware(memory_gb=gpu_memory, host_memory_gb=host_memory)
         if tflops is not None:
             hardware = replace(hardware, flops=1e12 * tflops)
         work = Workload.of(config, model)
+        beside = config.gpus_beside
+        for_roles = gpus - math.ceil(sum(beside.values()))
+        if for_roles < 1:
+            raise _nothing_left(gpus, beside)
+        saved: tuple[str, ...] = ()
+        if fit and (found := fitting_savings(work, hardware, for_roles)):
+            work, saved = found
+            config = load_recipe(recipe, [*(overrides or []), *saved])
         times = (
             stage_times.modelled(work, hardware)
             if measured is None
             else stage_times.measured(measured, work)
         )
-        beside = config.gpus_beside
-        for_roles = gpus - math.ceil(sum(beside.values()))
-        if for_roles < 1:
-            raise _nothing_left(gpus, beside)
         suited = replace(work, batch_size=find_batch(work, times, hardware, for_roles))
         result, other = (
-            make_plan(one, times, hardware, for_roles, beside) for one in (work, suited)
+            replace(make_plan(one, times, hardware, for_roles, beside), memory_settings=saved)
+            for one in (work, suited)
         )
         if any_batch and _samples_per_s(other) > _samples_per_s(result):
             result, other = other, result
@@ -134,7 +147,7 @@ def _words(result: "Plan") -> list[str]:
         f"{told['gpu_hours_per_1000_iterations']:.4g} GPU-hours for 1000; "
         f"stage times {told['stage_times']}",
         *(_beside(layout) for layout in result.layouts[1:]),
-        f"settings: {_set(told['settings'])}",
+        f"settings: {' '.join([_set(told['settings']), *result.memory_settings])}",
     ]
 
 

@@ -37,8 +37,8 @@ class RankMemory:
         return self.state + self.gathered + self.graphs + self.working
 
     def fits(self, hardware: Hardware) -> bool:
-        """Returns True if a GPU holds it and leaves the room that an allocator needs."""
-        return self.total <= hardware.usable_bytes
+        """Returns True if a GPU holds it and leaves room for an allocator, and main memory too."""
+        return self.total <= hardware.usable_bytes and self.host <= GB * hardware.host_memory_gb
 
     def to_json(self) -> dict[str, Any]:
         """In GB."""

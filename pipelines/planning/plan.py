@@ -11,11 +11,11 @@ from pipelines.planning.layouts import Layout, fused_layout, map_layout, pools_l
 from pipelines.planning.pool_maps import (
     LEARN,
     SCORE,
-    any_layout_fits,
     fused_memory,
     map_memory,
     pool_maps,
 )
+from pipelines.planning.savings import fitting_savings, run_fits
 from pipelines.planning.search import candidates, find_best, rank_memory
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
@@ -37,6 +37,7 @@ class Plan:
         times: Of the stages.
         layouts: The best of each kind: those that fit, the fastest first; then the others.
         beside: GPUs of other processes, by section: text encoder, feed, validator.
+        memory_settings: Settings of the recipe that were changed to make it fit.
     """
 
     work: Workload
@@ -45,6 +46,7 @@ class Plan:
     times: StageTimes
     layouts: tuple[Layout, ...]
     beside: Mapping[str, float] = field(default_factory=dict)
+    memory_settings: tuple[str, ...] = ()
 
     @property
     def best(self) -> Layout:
@@ -66,6 +68,7 @@ class Plan:
             "gpus_beside": dict(self.beside),
             "layout": best.name,
             "settings": dict(best.settings),
+            "memory_settings": list(self.memory_settings),
             "iteration_s": best.iteration_s,
             "samples_per_s": self.work.batch_size / best.iteration_s,
             "gpu_hours_per_1000_iterations": best.iteration_s * used / 3.6,
@@ -130,8 +133,7 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
         " what an allocator cannot use",
         "It would fit with " + "; or with ".join(remedies)
         if remedies
-        else "No single change makes it fit: change several of video, precision, checkpointing and"
-        " GPUs",
+        else "No settings make it fit: use smaller clips, or more and larger GPUs",
     )
 
 
@@ -152,38 +154,22 @@ def _least(work: Workload, num_gpus: int) -> str:
 
 
 def _remedies(work: Workload, hardware: Hardware, num_gpus: int) -> Iterator[str]:
-    """Single changes that would do, the cheapest first."""
-    learners = frozenset((GENERATOR, FAKE_SCORE))
-    again = replace(work, checkpointing=work.checkpointing | learners)
-    if again != work and _fits(again, hardware, num_gpus):
-        yield "generator.compute.checkpointing=true fake_score.compute.checkpointing=true"
-    rounded = replace(work, bf16=frozenset(ROLES))
-    if rounded != work and _fits(rounded, hardware, num_gpus):
-        yield "compute.precision=bf16 of every role"
-    if work.guided and not work.in_turn and _fits(replace(work, in_turn=True), hardware, num_gpus):
-        yield "teacher.batched_guidance=false"
-    if work.averages and _fits(replace(work, average_on_cpu=True), hardware, num_gpus):
-        yield "generator.ema_device=cpu"
-    if _fits(replace(work, moments_on_cpu=learners), hardware, num_gpus):
-        yield "generator.optimizer.moments=cpu fake_score.optimizer.moments=cpu"
+    """Changes that would do, the cheapest first."""
+    if found := fitting_savings(work, hardware, num_gpus):
+        yield " ".join(found[1])
+    if work.averages and run_fits(replace(work, averages=False), hardware, num_gpus):
+        yield "generator.ema_decay=0"
     for factor in (2, 4, 8, 16, 32, 64):
-        if _fits(replace(work, batch_size=factor * work.batch_size), hardware, num_gpus):
+        if run_fits(replace(work, batch_size=factor * work.batch_size), hardware, num_gpus):
             yield f"batch.size={factor * work.batch_size}, which more ranks can share"
             break
-    more = next((n for n in _doubled(num_gpus, _MOST_GPUS) if _fits(work, hardware, n)), None)
+    more = next((n for n in _doubled(num_gpus, _MOST_GPUS) if run_fits(work, hardware, n)), None)
     if more is not None:
-        yield f"{_bisected(more, lambda n: _fits(work, hardware, n))} GPUs"
+        yield f"{_bisected(more, lambda n: run_fits(work, hardware, n))} GPUs"
     larger = [replace(hardware, memory_gb=float(gb)) for gb in range(0, _MOST_MEMORY_GB + 1, 8)]
-    enough = next((one for one in larger if _fits(work, one, num_gpus)), None)
+    enough = next((one for one in larger if run_fits(work, one, num_gpus)), None)
     if enough is not None:
         yield f"GPUs of {enough.memory_gb:g} GB"
-
-
-def _fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
-    return any_layout_fits(work, hardware, num_gpus) or any(
-        all(part.fits(hardware) for part in rank_memory(work, split).values())
-        for split in candidates(work, num_gpus)
-    )
 
 
 def _doubled(number: int, most: int) -> Iterator[int]:

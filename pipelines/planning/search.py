@@ -179,6 +179,11 @@ def rank_memory(work: Workload, split: PoolSplit) -> dict[str, RankMemory]:
     }
 
 
+def any_split_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
+    """Returns True if classic pools of some sizes fit."""
+    return any(_fits(work, hardware, split) for split in candidates(work, num_gpus))
+
+
 def predict(work: Workload, times: StageTimes, hardware: Hardware, split: PoolSplit) -> Prediction:
     """Simulates some iterations of a split."""
     timeline = simulate(*_schedule(work, times, hardware, split))

@@ -19,6 +19,7 @@ from pipelines.planning.hardware import Hardware
 from pipelines.planning.memory import fake_score_memory, generator_memory, teacher_memory
 from pipelines.planning.plan import make_plan
 from pipelines.planning.pool_maps import PoolMap, map_memory
+from pipelines.planning.savings import fitting_savings, run_fits, savings
 from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
 from pipelines.planning.stage_times import StageTimes, measured, modelled, update_s
 from pipelines.planning.workload import Workload
@@ -354,6 +355,34 @@ class TestRefusals:
         gigabytes = float(words.rpartition("GPUs of ")[2].partition(" GB")[0])
         assert make_plan(large, times, Hardware(memory_gb=gigabytes), 8).best.fits
 
+    def test_settings_that_save_memory_are_proposed_as_few_as_will_do(self):
+        large, tight = replace(LARGE, batch_size=8), Hardware()
+        with pytest.raises(ConfigError, match=r"It would fit with generator\.") as refused:
+            make_plan(large, modelled(large, tight), tight, 8)
+        saved, settings = fitting_savings(large, tight, 8)
+        assert " ".join(settings) in str(refused.value)
+        plan = make_plan(saved, modelled(saved, tight), tight, 8)
+        assert plan.best.fits
+        assert any(pool.memory.host > 0 for pool in plan.best.pools.values())
+        # Each of them is needed.
+        for saving in savings(large):
+            if set(saving.settings) <= set(settings):
+                without = [one for one in savings(large) if one is not saving]
+                fewer = large
+                for other in without:
+                    if set(other.settings) <= set(settings):
+                        fewer = other.apply(fewer)
+                assert not run_fits(fewer, tight, 8)
+
+    def test_no_setting_is_proposed_where_all_fits_or_main_memory_is_short(self):
+        assert fitting_savings(SMALL, Hardware(), 8) == (SMALL, ())
+        large = replace(LARGE, batch_size=8)
+        assert fitting_savings(large, Hardware(host_memory_gb=10), 8) is None
+
+    def test_fourteen_billion_parameters_fit_32_gpus_of_80_gb_without_offloading(self):
+        work = Workload.of(load_recipe("wan21-14b", ["batch.size=32"]), "14b")
+        assert fitting_savings(work, Hardware(), 32) == (work, ())
+
     def test_one_gpu_holds_all_roles_together_and_two_may_be_two_pools(self):
         times = modelled(SMALL, Hardware())
         assert [one.name for one in make_plan(SMALL, times, Hardware(), 1).layouts] == ["fused"]
@@ -584,6 +613,23 @@ class TestCommand:
         assert result.exit_code == 0
         for words in ("fake score", "GB a GPU", "batch.micro_batches=", "gathered"):
             assert words in result.output
+
+    def test_memory_settings_are_taken_on_request_and_written(self, tmp_path):
+        options = ["wan21-14b", "--model", "14b", "--gpus", "8", "topology.validator.gpus=0"]
+        options += ["batch.size=8"]
+        short = RUNNER.invoke(app, ["plan", *options])
+        assert short.exit_code == 2
+        written = tmp_path / "mine.yaml"
+        found = RUNNER.invoke(app, ["plan", *options, "--fit", "--json", "--write", str(written)])
+        settings = json.loads(found.stdout)["memory_settings"]
+        assert settings
+        values = load_recipe(str(written)).model_dump(mode="json")
+        for one in settings:
+            key, _, value = one.partition("=")
+            place = values
+            for part in key.split("."):
+                place = place[part]
+            assert str(place).lower() == value
 
     def test_a_plan_that_cannot_be_is_a_wrong_request(self):
         result = sgmd("plan", "wan21-1.3b", "--model", "14b", "--gpus", 8)

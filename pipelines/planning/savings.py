@@ -1,0 +1,119 @@
+"""Settings that save memory of a GPU, and the cheapest of them with which a run fits.
+
+    cheapest first     guidance in turn, teacher in bfloat16, products in bfloat16, checkpointing,
+                       average and moments in main memory, inputs of layers in main memory
+    proposed           added one after the other until the run fits; then each that it fits
+                       without is left out again, the dearest first
+
+None of them changes what is trained. What they cost in time is in the plan that is made with them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES
+from pipelines.planning.hardware import Hardware
+from pipelines.planning.pool_maps import any_layout_fits
+from pipelines.planning.search import any_split_fits
+from pipelines.planning.workload import Workload
+
+_LEARNERS = frozenset((GENERATOR, FAKE_SCORE))
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """A change of settings that takes less memory of a GPU.
+
+    Attributes:
+        settings: Of the recipe.
+        apply: Returns the workload with them.
+    """
+
+    settings: tuple[str, ...]
+    apply: Callable[[Workload], Workload]
+
+
+def savings(work: Workload) -> Iterator[Saving]:
+    """Changes that a workload has not made yet, the cheapest first."""
+    for saving in _SAVINGS:
+        if saving.apply(work) != work:
+            yield saving
+
+
+def fitting_savings(
+    work: Workload, hardware: Hardware, num_gpus: int
+) -> tuple[Workload, tuple[str, ...]] | None:
+    """The cheapest settings with which a run fits; none of them if it fits as it is.
+
+    Args:
+        work: The iteration.
+        hardware: What it runs on.
+        num_gpus: For the three roles.
+
+    Returns:
+        The workload with the settings, and the settings; None if all of them do not suffice.
+    """
+    taken: list[Saving] = []
+    fits = run_fits(work, hardware, num_gpus)
+    for saving in savings(work):
+        if fits:
+            break
+        taken.append(saving)
+        fits = run_fits(_with(work, taken), hardware, num_gpus)
+    if not fits:
+        return None
+    for saving in reversed(taken[:]):
+        fewer = [one for one in taken if one is not saving]
+        if run_fits(_with(work, fewer), hardware, num_gpus):
+            taken = fewer
+    return _with(work, taken), tuple(name for saving in taken for name in saving.settings)
+
+
+def run_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
+    """Returns True if a GPU of every pool holds its ranks, in some layout."""
+    return any_layout_fits(work, hardware, num_gpus) or any_split_fits(work, hardware, num_gpus)
+
+
+def _with(work: Workload, taken: list[Saving]) -> Workload:
+    for saving in taken:
+        work = saving.apply(work)
+    return work
+
+
+def _of_learners(key: str) -> tuple[str, ...]:
+    return tuple(f"{role}.{key}" for role in (GENERATOR, FAKE_SCORE))
+
+
+_SAVINGS = (
+    Saving(
+        ("teacher.batched_guidance=false",),
+        lambda work: replace(work, in_turn=True) if work.guided else work,
+    ),
+    Saving(
+        tuple(f"{role}.compute.precision=bf16" for role in ROLES),
+        lambda work: replace(work, bf16=frozenset(ROLES)),
+    ),
+    Saving(
+        _of_learners("compute.checkpointing=true"),
+        lambda work: replace(
+            work, checkpointing=work.checkpointing | _LEARNERS, selective=frozenset()
+        ),
+    ),
+    Saving(
+        ("generator.ema_device=cpu",),
+        lambda work: replace(work, average_on_cpu=True) if work.averages else work,
+    ),
+    Saving(
+        _of_learners("optimizer.moments=cpu"),
+        lambda work: replace(work, moments_on_cpu=_LEARNERS),
+    ),
+    Saving(
+        _of_learners("compute.checkpointing=offload"),
+        lambda work: replace(
+            work,
+            checkpointing=work.checkpointing | _LEARNERS,
+            selective=frozenset(),
+            offloading=_LEARNERS,
+        ),
+    ),
+)
