@@ -103,7 +103,8 @@ def build_teacher(
     """
     torch.set_num_threads(num_threads)
     if not shares_base:
-        return ScoreTeacher(_ready(model, settings.compute), settings)
+        network = _ready(model, settings.compute, sharded=settings.sharded)
+        return ScoreTeacher(network, settings)
     view = view_of(_base(model, settings.compute))
     return ScoreTeacher(prepare_network(view, settings.compute), settings)
 
@@ -210,17 +211,21 @@ def _denoiser(model: ModelSettings, dtype: torch.dtype = torch.float32) -> Denoi
     return family_of(folder).load_denoiser(folder, dtype, device=_device())
 
 
-def _ready(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
+def _ready(model: ModelSettings, compute: ComputeSettings, *, sharded: bool = True) -> Denoiser:
     """A role's network, computed as the settings say, spread over the role's ranks."""
+    in_fp8 = compute.weights == "fp8"
 
     def prepare(denoiser: Denoiser) -> None:
         prepare_network(denoiser, compute)
-        shard(denoiser, denoiser.blocks, device=_device().type, dtype=denoiser.autocast_dtype)
+        if sharded:
+            shard(denoiser, denoiser.blocks, device=_device().type, dtype=denoiser.autocast_dtype)
 
     folder = local_model(model.folder)
-    return family_of(folder).load_denoiser(
-        folder, DTYPES[compute.weights], device=_device(), prepare=prepare
-    )
+    dtype = torch.bfloat16 if in_fp8 else DTYPES[compute.weights]
+    denoiser = family_of(folder).load_denoiser(folder, dtype, device=_device(), prepare=prepare)
+    if in_fp8:
+        denoiser.store_in_fp8()
+    return denoiser
 
 
 def _learning(

@@ -152,13 +152,14 @@ class ComputeSettings:
             keeps the layers' inputs in main memory.
         compile: Compile the layers with `torch.compile`; the first iteration takes minutes.
         weights: Type in which weights that are not trained are kept: the teacher's, and those
-            under adapters. Weights that are trained are float32.
+            under adapters. Weights that are trained are float32. `fp8`, for the teacher alone,
+            keeps those of the layers' products in 8 bits and computes with them in bfloat16.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool | Literal["selective", "offload"] = False
     compile: bool = False
-    weights: Literal["fp32", "bf16"] = "fp32"
+    weights: Literal["fp32", "bf16", "fp8"] = "fp32"
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -180,8 +181,15 @@ class ComputeSettings:
             self.checkpointing,
             "true or 'offload' beside compute.compile=true, which hides attention from it",
         )
+        kinds = ("fp32", "bf16", "fp8")
+        _require(self.weights in kinds, "compute.weights", self.weights, f"one of {kinds}")
         _require(
-            self.weights in ("fp32", "bf16"), "compute.weights", self.weights, "'fp32' or 'bf16'"
+            self.weights != "fp8"
+            or (self.precision == "bf16" and not self.compile and not self.checkpointing),
+            "compute.weights",
+            self.weights,
+            "'bf16' or 'fp32'; fp8 goes with precision: bf16 and neither compile nor checkpointing,"
+            " which lose track of weights that change their type in a pass",
         )
 
 
@@ -375,12 +383,15 @@ class TeacherSettings:
         guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is the conditional prediction alone.
         batched_guidance: Compute both predictions as one batch; false: one after the other, which
             needs half the memory for activations.
+        sharded: Spread the weights over the ranks of a copy; false: every rank holds all of them
+            and gathers nothing.
         compute: How it is computed.
     """
 
     model: str | None = None
     guidance_scale: float = 3.0
     batched_guidance: bool = True
+    sharded: bool = True
     compute: ComputeSettings = field(default_factory=ComputeSettings)
 
     def __post_init__(self) -> None:
@@ -405,6 +416,12 @@ def _require_trained_in_fp32(
         f"{role}.compute.weights",
         compute.weights,
         f"'fp32', because {role}.lora is null and all weights are trained",
+    )
+    _require(
+        compute.weights != "fp8",
+        f"{role}.compute.weights",
+        compute.weights,
+        "'bf16' or 'fp32' under adapters",
     )
 
 

@@ -22,6 +22,7 @@ from pipelines.config import recipe_files
 from pipelines.config.adapters import lora_contradictions
 from pipelines.config.alarms import AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, Figure, ValidationSettings
+from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
@@ -70,7 +71,12 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     },
     "fake_score": {"optimizer": {"moments"}, "compute": {"checkpointing", "compile"}},
     # Its content, too.
-    "teacher": {"model": True, "batched_guidance": True, "compute": {"checkpointing", "compile"}},
+    "teacher": {
+        "model": True,
+        "batched_guidance": True,
+        "sharded": True,
+        "compute": {"checkpointing", "compile"},
+    },
     # Compared by content: `pipelines.data.stream.content`.
     "data": {
         "train",
@@ -394,6 +400,7 @@ def _contradictions(config: DistillConfig) -> list[str]:
     problems += topology_contradictions(topology, batch.size, batch.micro_batches)
     problems += method_contradictions(config.objective, config.fake_score)
     problems += lora_contradictions(config)
+    problems += frozen_contradictions(config)
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")
     return problems

@@ -173,6 +173,7 @@ def require_computable(config: DistillConfig, family: ModelFamily) -> None:
             "selective": compute.checkpointing == "selective",
             "offload": compute.checkpointing == "offload",
             "compile": compute.compile,
+            "fp8": compute.weights == "fp8",
             "lora": role in adapted_roles(config),
         }
         lacking = [name for name in wanted if wanted[name] and name not in family.traits.computes]

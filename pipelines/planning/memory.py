@@ -72,8 +72,11 @@ def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
     widest = shape.transient_bytes(work.latent_shape, bf16=TEACHER in work.bf16)
     if work.through_teacher:
         widest = _graph(work, TEACHER) + _layer(work, TEACHER)
+    ranks = 1 if work.teacher_whole else ranks
+    # Its graph keeps the weights that a pass through the input has made of them.
+    widened = work.through_teacher and work.teacher_weights == "fp8"
     return RankMemory(
-        state=_FLOAT * shape.num_parameters / ranks,
+        state=work.teacher_bytes / ranks + 2 * shape.num_parameters * widened,
         gathered=work.weight_bytes(TEACHER) * _gathered(shape, ranks, layers=2),
         graphs=0.0,
         working=passes * widest,

@@ -1,7 +1,8 @@
 """Settings that save memory of a GPU, and the cheapest of them with which a run fits.
 
     cheapest first     guidance in turn, teacher in bfloat16, products in bfloat16, checkpointing,
-                       average and moments in main memory, inputs of layers in main memory
+                       average and moments in main memory, inputs of layers in main memory,
+                       teacher in 8 bits, whole on every rank
     proposed           added one after the other until the run fits; then each that it fits
                        without is left out again, the dearest first
 
@@ -11,7 +12,7 @@ None of them changes what is trained. What they cost in time is in the plan that
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.pool_maps import any_layout_fits
 from pipelines.planning.search import any_split_fits
@@ -90,6 +91,12 @@ _SAVINGS = (
         lambda work: replace(work, in_turn=True) if work.guided else work,
     ),
     Saving(
+        ("teacher.compute.weights=bf16",),
+        lambda work: (
+            replace(work, teacher_weights="bf16") if work.teacher_weights == "fp32" else work
+        ),
+    ),
+    Saving(
         tuple(f"{role}.compute.precision=bf16" for role in ROLES),
         lambda work: replace(work, bf16=frozenset(ROLES)),
     ),
@@ -114,6 +121,14 @@ _SAVINGS = (
             checkpointing=work.checkpointing | _LEARNERS,
             selective=frozenset(),
             offloading=_LEARNERS,
+        ),
+    ),
+    Saving(
+        ("teacher.compute.weights=fp8", "teacher.sharded=false"),
+        lambda work: (
+            work
+            if work.through_teacher or TEACHER not in work.bf16 or TEACHER in work.checkpointing
+            else replace(work, teacher_weights="fp8", teacher_whole=True)
         ),
     ),
 )

@@ -83,6 +83,8 @@ class Workload:
         diversity: The extra loss on the generator's first step.
         mixes_weights: Whether the fake score takes the generator's weights in, each iteration.
         averages: Whether the generator keeps averaged weights.
+        teacher_weights: Type that the teacher's weights are kept in.
+        teacher_whole: Whether every rank of a teacher holds all of them.
         average_on_cpu: Whether it keeps them in main memory.
         momentum: Roles whose optimizer keeps a first moment.
         moments_on_cpu: Roles whose optimizer keeps its moments in main memory.
@@ -105,6 +107,8 @@ class Workload:
     diversity: DiversitySettings = field(default_factory=DiversitySettings)
     mixes_weights: bool = False
     averages: bool = True
+    teacher_weights: str = "fp32"
+    teacher_whole: bool = False
     average_on_cpu: bool = False
     momentum: frozenset[str] = frozenset()
     moments_on_cpu: frozenset[str] = frozenset()
@@ -149,6 +153,8 @@ class Workload:
             diversity=config.generator.diversity,
             mixes_weights=config.fake_score.ida_decay < 1,
             averages=config.generator.ema_decay > 0,
+            teacher_weights=config.teacher.compute.weights,
+            teacher_whole=not config.teacher.sharded,
             average_on_cpu=config.generator.ema_device == "cpu",
             momentum=frozenset(role for role, own in updated.items() if own.betas[0] > 0),
             moments_on_cpu=frozenset(role for role, own in updated.items() if own.moments == "cpu"),
@@ -181,6 +187,15 @@ class Workload:
         # Of attention that of the tokens to each other; the rest looks at the caption.
         kept = flops.attention * tokens / (tokens + self.text_length)
         return 1 - kept / flops.forward
+
+    @property
+    def teacher_bytes(self) -> int:
+        """Bytes of all weights of the teacher, as they are kept."""
+        shape = self.shape_of(TEACHER)
+        if self.teacher_weights == "fp8":
+            # What is not a layer's stays in bfloat16.
+            return shape.num_parameters + _beside_layers(shape)
+        return (2 if self.teacher_weights == "bf16" else 4) * shape.num_parameters
 
     def stream_bytes(self, role: str) -> int:
         """Bytes of the inputs of all layers, of one sample: those of self-attention's outputs."""
@@ -289,6 +304,8 @@ class Workload:
             weights = self.weight_bytes(name[0]) * (count - gradients)
             size = self.shape_of(name[0]).num_parameters
             found[name] = (weights + 4 * gradients) * size
+        if self.teacher_whole:
+            found |= {name: 0.0 for name in found if name[0] == TEACHER}
         return found
 
     @property
@@ -322,6 +339,10 @@ class Workload:
         # Beside its gradient, such a signal carries the teacher's cotangent.
         sent[SIGNAL.role, SIGNAL.name] *= 1 + int(self.through_teacher)
         return sent
+
+
+def _beside_layers(shape: DenoiserShape) -> int:
+    return shape.num_parameters - shape.num_layers * shape.parameters_per_layer
 
 
 def _counted_together(units: Mapping[StageName, float]) -> dict[StageName, float]:

@@ -9,10 +9,13 @@ import pytest
 import torch
 from diffusers import WanPipeline, WanTransformer3DModel
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sgmd_core.errors import ModelFolderError, ShapeError
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.types import GeneratorSignal
+from tests.helpers.moves import relative_error
 from tests.helpers.roles import key_of
 from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
 from workers.build import (
@@ -37,6 +40,7 @@ from workers.settings import (
 
 CAPTIONS = ("a red circle moves left", "a blue bar moves up slowly")
 SETTINGS = {"flow_shift": 5.0}
+KEPT_IN = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
 VIDEO = VideoSettings(NUM_FRAMES, HEIGHT, WIDTH, fps=8)
 GENERATOR = GeneratorSettings(optimizer=OptimizerSettings(lr=1e-2))
 
@@ -52,6 +56,33 @@ def test_a_network_that_is_timed_computes_as_its_role_does(model):
     denoiser = build_denoiser(model, ComputeSettings(precision="bf16"), torch.get_num_threads())
     assert denoiser.autocast_dtype is torch.bfloat16
     assert next(denoiser.parameters()).is_cuda == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(("weights", "most"), [("bf16", 0.03), ("fp8", 0.15)])
+def test_a_frozen_teacher_in_few_bits_differs_by_their_rounding_and_has_an_input_gradient(
+    model, weights, most
+):
+    threads = torch.get_num_threads()
+    text = build_text_encoder(model, threads)
+    query = _generator(model).rollout(key_of(0), text.encode(CAPTIONS, (0, 1)))
+    negative = text.encode_negative("")
+    found: dict[str, dict[str, Tensor]] = {}
+    bytes_of: dict[str, int] = {}
+    for kind in ("fp32", weights):
+        compute = ComputeSettings(precision="bf16", weights=kind)
+        teacher = build_teacher(model, TeacherSettings(compute=compute), threads)
+        prediction = teacher.denoise(query, negative)
+        ones = torch.ones_like(query.x0)
+        signal = GeneratorSignal(query.key, 0 * ones, 0, {}, teacher_cotangent=ones)
+        pulled = teacher.pullback(query, negative, signal)
+        found[kind] = {"velocity": prediction.velocity, "gradient": pulled.grad_x0}
+        blocks = teacher._network.blocks
+        bytes_of[kind] = sum(value.nbytes for part in blocks for value in part.parameters())
+        # Passes leave the weights in the type that they are kept in.
+        assert {value.dtype for value in blocks[0].ffn.parameters()} == {KEPT_IN[kind]}
+    assert 1e-4 < relative_error(found[weights], found["fp32"]) < most
+    # Norms and modulation keep their digits, and are much of a network as small as this.
+    assert bytes_of[weights] < 0.7 * bytes_of["fp32"]
 
 
 def _generator(model: ModelSettings):

@@ -53,6 +53,13 @@ from workers.settings import (
             lambda: ComputeSettings(checkpointing="selective", compile=True),
             "compute.checkpointing",
         ),
+        (lambda: ComputeSettings(weights="int4"), "compute.weights"),
+        (lambda: ComputeSettings(weights="fp8"), "compute.weights"),
+        (lambda: ComputeSettings("bf16", checkpointing=True, weights="fp8"), "compute.weights"),
+        (
+            lambda: GeneratorSettings(compute=ComputeSettings("bf16", weights="fp8")),
+            "generator.compute.weights",
+        ),
         (lambda: FakeScoreSettings(tracking="sometimes"), "fake_score.tracking"),
         (lambda: FakeScoreSettings(ida_decay=0.0), "fake_score.ida_decay"),
         (lambda: TeacherSettings(guidance_scale=0.5), "teacher.guidance_scale"),

@@ -32,9 +32,12 @@ from tests.helpers.roles import (
     tiny_roles,
 )
 from tests.helpers.tiny_wan import tiny_velocity
+from workers.compute import prepare_network
+from workers.models.wan_family import WanFamily
 from workers.role_state import load_role
-from workers.settings import ComputeSettings, DiversitySettings
-from workers.sharding import full_tensor, is_sharded, parameters_of
+from workers.score_teacher import ScoreTeacher
+from workers.settings import ComputeSettings, DiversitySettings, TeacherSettings
+from workers.sharding import full_tensor, is_sharded, parameters_of, shard
 
 NUM_ITERATIONS = 2
 BATCHES = ((0, 1), (2, 3))
@@ -127,7 +130,21 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
     brought["gathered in bf16"] = gathered.by_dtype
     for role in ("generator", "fake_score"):
         brought[f"bf16 {role}"] = whole_gradients(roles, role)
+    brought["frozen"] = [frozen_answer(sharded=sharded) for sharded in (True, False)]
     return brought
+
+
+def frozen_answer(*, sharded: bool) -> Tensor:
+    """Velocity of a teacher in bfloat16, but for what diffusers keeps in float32."""
+    network = prepare_network(tiny_velocity(3), BF16)
+    for name, value in network.named_parameters():
+        if not WanFamily.traits.keep_fp32 & set(name.split(".")):
+            value.data = value.data.bfloat16()
+    if sharded:
+        shard(network, network.blocks, dtype=network.autocast_dtype)
+    roles = tiny_roles("shared")
+    query = roles.generator.rollout(key_of(0), text_batch(part_of((0, 1))))
+    return ScoreTeacher(network, TeacherSettings()).denoise(query, negative_text()).velocity
 
 
 class GatheredBytes(TorchDispatchMode):
@@ -282,6 +299,15 @@ def test_gradients_in_bf16_are_those_of_one_rank_within_its_rounding(ranks, role
     assert_moves(expected, whole_gradients(halves, role), BF16_TOLERANCE)
     assert {value.dtype for value in found.values()} == {torch.float32}
     assert relative_error(found, expected) < BF16_TOLERANCE
+
+
+def test_a_frozen_teacher_answers_the_same_sharded_or_whole(ranks):
+    alone = frozen_answer(sharded=False)
+    sharded, whole = (torch.cat([rank["frozen"][place] for rank in ranks]) for place in (0, 1))
+    # The other sample is another answer.
+    assert_moves({"velocity": alone}, {"velocity": alone.flip(0)}, BF16_TOLERANCE)
+    assert relative_error({"velocity": whole}, {"velocity": alone}) < TOLERANCE
+    assert relative_error({"velocity": sharded}, {"velocity": alone}) < BF16_TOLERANCE
 
 
 def without_graph(roles: Roles) -> Weights:

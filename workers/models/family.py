@@ -61,6 +61,13 @@ class Denoiser(nn.Module, ABC):
             ShapeError: The latents do not fit the network.
         """
 
+    def store_in_fp8(self) -> None:
+        """Keep the weights of products in float8_e4m3fn, and compute with them in bfloat16.
+
+        A family that can has `fp8` in its `computes`.
+        """
+        raise NotImplementedError
+
     @property
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
@@ -199,7 +206,7 @@ class FamilyTraits:
         layout: Components of its folders.
         sampling: How a folder is sampled that does not say so.
         computes: What its denoiser supports, of `bf16`, `checkpointing`, `selective`, `offload`,
-            `compile` and `lora`.
+            `compile`, `fp8` and `lora`.
         relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
         released: Shapes of released models by name, to plan for before a folder is there.
         keep_fp32: Parts of names, between dots, of weights that exports keep in float32.

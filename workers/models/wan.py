@@ -95,6 +95,12 @@ class WanVelocity(Denoiser):
         """The layers, in order: what is gathered one at a time when the network is sharded."""
         return list(self.transformer.blocks)
 
+    def store_in_fp8(self) -> None:
+        """Keep the layers' projections in 8 bits; norms and embeddings stay as they are."""
+        self.transformer.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
+        )
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the layers in the backward pass, or keep them."""
         if enabled:

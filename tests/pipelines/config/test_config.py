@@ -329,6 +329,14 @@ class TestRefusals:
                 "in topology.mode fused they take turns",
             ),
             (["topology.mode=local", "topology.address=auto"], "topology.mode local uses no Ray"),
+            (
+                [
+                    "topology.mode=fused",
+                    "topology.fused.ranks=2",
+                    "teacher.compute={precision: bf16, weights: fp8}",
+                ],
+                "set teacher.sharded=false",
+            ),
             (["data.validation=''"], "data.validation names no captions"),
         ],
     )

@@ -71,7 +71,13 @@ class TestWork:
         config = load_recipe("wan21-1.3b", ["fake_score.tracking=fresh"])
         work = Workload.of(config, "1.3b")
         learners = frozenset({GENERATOR, FAKE_SCORE})
-        assert work == replace(SMALL, batch_size=16, fresh_updates=1, checkpointing=learners)
+        assert work == replace(
+            SMALL,
+            batch_size=16,
+            fresh_updates=1,
+            checkpointing=learners,
+            teacher_weights="bf16",
+        )
         settings = ["teacher.batched_guidance=false", "generator.compute.precision=fp32"]
         other = Workload.of(load_recipe("wan21-1.3b", settings), "1.3b")
         assert other.in_turn
@@ -181,6 +187,21 @@ class TestMemory:
         assert teacher_memory(LARGE, 8, 1).gathered == teacher_memory(exact, 8, 1).gathered / 2
         learners = (generator_memory(one, 8, 1, 1).gathered for one in (LARGE, exact))
         assert next(learners) < next(learners)
+
+    def test_a_teacher_is_charged_for_its_type_and_for_being_whole(self):
+        parameters = LARGE.shape.num_parameters
+        found = {}
+        for options in ("weights=fp32", "weights=bf16", "weights=fp8 teacher.sharded=false"):
+            settings = f"teacher.compute.{options}".split()
+            work = Workload.of(load_recipe("wan21-1.3b", settings), "14b")
+            found[work.teacher_weights] = work, teacher_memory(work, 4, 1)
+        assert found["fp32"][1].state == parameters
+        assert found["bf16"][1].state == parameters / 2
+        work, whole = found["fp8"]
+        assert parameters < whole.state < 1.1 * parameters
+        assert whole.gathered == work.gathered_bytes[TEACHER, "denoise"] == 0
+        through = replace(work, path=GradientPath.BOTH_SCORES)
+        assert teacher_memory(through, 4, 1).state == whole.state + 2 * parameters
 
     def test_guidance_in_turn_halves_what_a_teacher_works_on(self):
         batched, in_turn = (teacher_memory(replace(SMALL, in_turn=t), 1, 1) for t in (False, True))
@@ -380,7 +401,7 @@ class TestRefusals:
         assert fitting_savings(large, Hardware(host_memory_gb=10), 8) is None
 
     def test_fourteen_billion_parameters_fit_32_gpus_of_80_gb_without_offloading(self):
-        work = Workload.of(load_recipe("wan21-14b", ["batch.size=32"]), "14b")
+        work = Workload.of(load_recipe("wan21-14b"), "14b")
         assert fitting_savings(work, Hardware(), 32) == (work, ())
 
     def test_one_gpu_holds_all_roles_together_and_two_may_be_two_pools(self):
@@ -615,12 +636,11 @@ class TestCommand:
             assert words in result.output
 
     def test_memory_settings_are_taken_on_request_and_written(self, tmp_path):
-        options = ["wan21-14b", "--model", "14b", "--gpus", "8", "topology.validator.gpus=0"]
-        options += ["batch.size=8"]
-        short = RUNNER.invoke(app, ["plan", *options])
+        options = ["wan21-1.3b", "--model", "14b", "--gpus", "8", "topology.validator.gpus=0"]
+        short = sgmd("plan", *options)
         assert short.exit_code == 2
         written = tmp_path / "mine.yaml"
-        found = RUNNER.invoke(app, ["plan", *options, "--fit", "--json", "--write", str(written)])
+        found = sgmd("plan", *options, "--fit", "--json", "--write", written)
         settings = json.loads(found.stdout)["memory_settings"]
         assert settings
         values = load_recipe(str(written)).model_dump(mode="json")
