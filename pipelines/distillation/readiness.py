@@ -9,7 +9,7 @@ import netrc
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlparse
 
 import torch
@@ -19,6 +19,7 @@ from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.pool_maps import PoolMap, map_memory
+from pipelines.planning.savings import savings
 from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder
@@ -46,12 +47,20 @@ class Readiness:
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """Bytes of one process, and the part of a GPU that it claims."""
+    """Bytes of one process where it computes, and the part of a GPU that it claims."""
 
     name: str
     num_bytes: float
     gpus: float
     count: int = 1
+    host_bytes: float = 0.0
+
+    @property
+    def of_main_memory(self) -> "_Need":
+        """Its bytes of main memory: what is offloaded, and without a GPU all of it."""
+        if self.gpus:
+            return replace(self, name=f"{self.name}, offloaded", num_bytes=self.host_bytes)
+        return replace(self, num_bytes=self.num_bytes + self.host_bytes)
 
     def in_words(self) -> str:
         times = f"{self.count} x " if self.count > 1 else ""
@@ -84,10 +93,11 @@ def check_machine(
         not_checked["memory"] = f"the cluster's machines; a process needs: {words}"
         not_checked["cluster"] = f"whether {_address(config)} has the pools' CPUs and GPUs"
     else:
-        checked["memory"] = _main_memory([need for need in needs if not need.gpus])
+        kept = [need.of_main_memory for need in needs if not need.gpus or need.host_bytes]
+        checked["memory"] = _main_memory(kept)
         on_gpu = [need for need in needs if need.gpus]
         if on_gpu and gpus:
-            checked["gpu_memory"] = _gpu_memory(on_gpu)
+            checked["gpu_memory"] = _gpu_memory(on_gpu, Workload.of(config))
     return Readiness(checked, not_checked)
 
 
@@ -164,7 +174,7 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
         for name, memory in map_memory(work, one).items():
             words = "all roles" if one.roles_on(name) == ROLES else f"pool {name}"
             pool = topology.role_pools[name]
-            needs.append(_Need(words, memory.total, pool.gpus, pool.ranks))
+            needs.append(_Need(words, memory.total, pool.gpus, pool.ranks, memory.host))
     else:
         teams = topology.teams
         split = PoolSplit(
@@ -178,7 +188,13 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
         own = {GENERATOR: topology.generator, TEACHER: topology.teacher}
         own[FAKE_SCORE] = topology.fake_score
         needs += [
-            _Need(role.replace("_", " "), memory.total, own[role].gpus, teams[role].size)
+            _Need(
+                role.replace("_", " "),
+                memory.total,
+                own[role].gpus,
+                teams[role].size,
+                memory.host,
+            )
             for role, memory in rank_memory(work, split).items()
         ]
     width = DTYPES[config.model.encoder_dtype].itemsize
@@ -208,7 +224,7 @@ def _main_memory(needs: list[_Need]) -> str:
     return f"{_gb(needed)} needed ({words}), {_gb(free)} free of {_gb(total)}{short}"
 
 
-def _gpu_memory(needs: list[_Need]) -> str:
+def _gpu_memory(needs: list[_Need], work: Workload) -> str:
     sizes = [
         torch.cuda.get_device_properties(index).total_memory
         for index in range(torch.cuda.device_count())
@@ -229,7 +245,7 @@ def _gpu_memory(needs: list[_Need]) -> str:
             attempted,
             f"{', '.join(need.in_words() for need in too_large)}, and a GPU has {_gb(largest)}",
             "a rank of each role to fit its GPU",
-            "More ranks, smaller micro-batches or checkpointing; `sgmd plan` says what would fit",
+            _ways_to_save(work),
         )
     claimed = sum(need.count * need.gpus for need in needs)
     needed = sum(need.count * need.num_bytes for need in needs)
@@ -243,6 +259,14 @@ def _gpu_memory(needs: list[_Need]) -> str:
             "topology.address",
         )
     return f"{words}; {len(sizes)} GPUs of {_gb(largest)}"
+
+
+def _ways_to_save(work: Workload) -> str:
+    settings = [" ".join(saving.settings) for saving in savings(work)]
+    cheaper = f"Set one or more of these, the cheapest first: {'; '.join(settings)}. " * bool(
+        settings
+    )
+    return f"{cheaper}Or take more ranks or smaller clips; `sgmd plan --fit` says what would fit"
 
 
 def _is_elsewhere(config: DistillConfig) -> bool:

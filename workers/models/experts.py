@@ -65,6 +65,11 @@ class ExpertDenoiser(Denoiser):
         """The layers of both experts, the high-noise expert's first."""
         return [*self.high.blocks, *self.low.blocks]
 
+    def store_in_fp8(self) -> None:
+        """Keep the weights of both experts in 8 bits."""
+        for expert in (self.high, self.low):
+            expert.store_in_fp8()
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the layers of both experts in the backward pass."""
         for expert in (self.high, self.low):
