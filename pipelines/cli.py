@@ -77,6 +77,7 @@ for command in (
     results.ledger,
 ):
     app.command(cls=PlainCommand)(command)
+app.command("import", cls=PlainCommand)(exporting.import_file)
 app.add_typer(recipes.app, name="recipes")
 
 

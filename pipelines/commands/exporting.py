@@ -1,4 +1,4 @@
-"""Command that hands a generator over: `sgmd export`."""
+"""Commands that exchange models with other programs: `sgmd export`, `sgmd import`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -65,3 +65,26 @@ def export(
         **asdict(found),
     }
     show(data, as_json, "\n".join(words))
+
+
+def import_file(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Weights, *.safetensors.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The new model folder.")],
+    base: Annotated[
+        Path, typer.Option(help="Model folder of the same size; its other parts are taken")
+    ],
+    components: Annotated[
+        str, typer.Option(help="Text encoder and autoencoder: link or copy")
+    ] = "link",
+    as_json: Json = False,
+) -> None:
+    """Make a model folder of an original Wan or ComfyUI file of a denoiser."""
+    with progress_bar() as on_progress:
+        from pipelines.importing import import_file as make_folder
+        from workers.models.exporting import Components
+
+        on_progress("converting the file", 0, 1)
+        result = make_folder(file, base, target, cast(Components, components))
+        on_progress("converting the file", 1, 1)
+    words = f"{result.folder}: {result.num_tensors} tensors in {result.dtype} of {file}"
+    show(result.to_json(), as_json, words)

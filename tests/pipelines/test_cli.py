@@ -22,6 +22,7 @@ COMMANDS = (
     "study",
     "evaluate",
     "export",
+    "import",
     "generate",
     "report",
     "ledger",
@@ -46,7 +47,10 @@ class TestHelp:
     def test_help_names_every_command_of_this_release_and_no_other(self):
         text = sgmd("--help").output
         assert [name for name in COMMANDS if f" {name} " not in text] == []
-        known = {getattr(command.callback, "__name__", "") for command in app.registered_commands}
+        known = {
+            command.name or getattr(command.callback, "__name__", "")
+            for command in app.registered_commands
+        }
         assert known == {*COMMANDS} - {"recipes"}
 
     @pytest.mark.parametrize("command", COMMANDS)

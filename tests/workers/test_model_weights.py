@@ -109,7 +109,7 @@ def one_in(dtype: torch.dtype) -> Callable[[Weights], Weights]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (prefixed("model.diffusion_model."), "from_single_file"),
+        (prefixed("model.diffusion_model."), "sgmd import FILE DST"),
         (prefixed("module."), "wrapper"),
         (lambda w: {"blocks.0.self_attn.q.weight": w["proj_out.weight"]}, "convert_wan_to_diff"),
         (lambda w: w | {"scaled_fp8": torch.zeros(2)}, "scaled weights in 8 bits"),

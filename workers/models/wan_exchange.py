@@ -106,10 +106,17 @@ class WanExchange:
             _save(path, {prefix + original_name(name): value for name, value in own.items()})
 
     def read_weights(self, paths: Mapping[str, Path], base_folder: Path) -> dict[str, Tensor]:
-        """Read such files through `WanTransformer3DModel.from_single_file`."""
+        """Read such files through `WanTransformer3DModel.from_single_file`.
+
+        Raises:
+            ValueError: A file has other tensors than its network, which diffusers would leave out,
+                or leave as they were drawn.
+        """
         found: dict[str, Tensor] = {}
         for part, path in paths.items():
             member = self._members[part]
+            own = check_component(base_folder, member.component).architecture.shapes
+            _require_names(path, frozenset(own))
             # Typed as if it returned nothing.
             network: Any = WanTransformer3DModel.from_single_file(
                 str(path),
@@ -176,6 +183,17 @@ def _merge(network: Any, path: Path) -> None:  # noqa: ANN401  (a network of dif
     network.load_lora_adapter(state, prefix=TRANSFORMER)
     network.fuse_lora()
     network.unload_lora()
+
+
+def _require_names(path: Path, own: frozenset[str]) -> None:
+    with safe_open(path, framework="pt") as file:
+        found = {name.removeprefix(_COMFYUI_WEIGHTS) for name in file.keys()}  # noqa: SIM118
+    expected = {original_name(name) for name in own}
+    if found & (own - expected):
+        expected = own
+    for kind, names in (("missing", expected - found), ("not in the network", found - expected)):
+        if names:
+            raise ValueError(f"{len(names)} tensors are {kind}, such as {min(names)}")
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -60,7 +60,7 @@ def _kind(component: str) -> NetworkKind:
         return NetworkKind(
             WanTransformer3DModel.from_config,
             LAYOUT.weights[TRANSFORMER],
-            convert="WanTransformer3DModel.from_single_file(FILE).save_pretrained(FOLDER)",
+            convert="sgmd import FILE DST --base FOLDER, with a diffusers folder of the same size",
             foreign=(_ORIGINAL_NAMES,),
         )
     return NetworkKind(

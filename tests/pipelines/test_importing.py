@@ -1,0 +1,105 @@
+"""A single file in original or ComfyUI names becomes a model folder with the same bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.importing import import_file
+from sgmd_core.errors import ModelFolderError
+from tests.helpers.tiny_wan import write_tiny_wan
+from workers.models.content import component_digest, model_digests
+from workers.models.families import family_of
+from workers.models.wan_exchange import original_name
+from workers.models.weights import DIFFUSERS_STEM
+
+Weights = dict[str, Tensor]
+FILE = Path("transformer") / f"{DIFFUSERS_STEM}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_tiny_wan(tmp_path_factory.mktemp("base"), ["a", "circle"], seed=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    return write_tiny_wan(tmp_path_factory.mktemp("trained"), ["a", "circle"], seed=2)
+
+
+def single_file(trained: Path, path: Path, prefix: str = "", dtype=torch.float32) -> Path:
+    """The trained denoiser in the names of the original release."""
+    weights = load_file(trained / FILE)
+    named = {prefix + original_name(name): value.to(dtype) for name, value in weights.items()}
+    assert not set(weights) <= set(named)
+    save_file(named, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_file_of_other_names_has_the_bits_of_the_folder_it_came_from(
+    base: Path, trained: Path, tmp_path: Path, prefix: str
+) -> None:
+    file = single_file(trained, tmp_path / "wan.safetensors", prefix)
+    said = CliRunner().invoke(
+        app, ["import", str(file), str(tmp_path / "out"), "--base", str(base)]
+    )
+    assert said.exit_code == 0, said.output
+    made = model_digests(tmp_path / "out")
+    others = model_digests(base)
+    assert made["transformer"] == component_digest(trained / "transformer", DIFFUSERS_STEM)
+    assert made["transformer"] != others["transformer"]
+    assert all(made[name] == others[name] for name in ("vae", "text_encoder", "tokenizer"))
+    assert family_of(tmp_path / "out").load_denoiser(tmp_path / "out")
+
+
+def test_the_type_of_the_file_is_kept(base: Path, trained: Path, tmp_path: Path) -> None:
+    file = single_file(trained, tmp_path / "wan.safetensors", dtype=torch.bfloat16)
+    assert import_file(file, base, tmp_path / "out").dtype == "BF16"
+    made, exact = load_file(tmp_path / "out" / FILE), load_file(trained / FILE)
+    assert {value.dtype for value in made.values()} >= {torch.bfloat16}
+    for name, value in exact.items():
+        assert torch.equal(made[name].to(torch.bfloat16), value.to(torch.bfloat16)), name
+
+
+def without_one(weights: Weights) -> Weights:
+    return {name: value for name, value in weights.items() if name != "head.modulation"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_one, "1 tensors are missing, such as head.modulation"),
+        (lambda w: w | {"blocks.0.cross_attn.k_img.bias": torch.zeros(32)}, "k_img"),
+        (lambda w: w | {"head.head.bias": w["head.head.bias"] * torch.nan}, "NaN or infinity"),
+        (
+            lambda w: w | {"head.head.bias": w["head.head.bias"].to(torch.int8)},
+            "head.head.bias in I8",
+        ),
+    ],
+)
+def test_a_file_of_another_network_is_refused_and_leaves_no_folder(
+    base: Path, trained: Path, tmp_path: Path, change: Callable[[Weights], Weights], words: str
+) -> None:
+    file = single_file(trained, tmp_path / "wan.safetensors")
+    save_file(change(load_file(file)), file)
+    with pytest.raises(ModelFolderError, match=words):
+        import_file(file, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pickled_file_is_never_opened_and_a_component_of_other_names_is_told_the_command(
+    base: Path, trained: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "wan.pth").write_bytes(b"pickle")
+    with pytest.raises(ModelFolderError, match=r"\.pth, which is never opened"):
+        import_file(tmp_path / "wan.pth", base, tmp_path / "out")
+    folder = write_tiny_wan(tmp_path / "model", ["a", "circle"])
+    single_file(trained, folder / FILE)
+    with pytest.raises(ModelFolderError, match="sgmd import FILE DST --base FOLDER"):
+        family_of(folder).inspect(folder)
