@@ -164,7 +164,7 @@ T = TypeVar("T")
 
 
 def _own(values: Mapping[str, T], member: WanPart) -> dict[str, T]:
-    """What belongs to a denoiser, by its own names."""
+    """Weights of one denoiser, by its own names."""
     prefix = member.prefix
     return {
         name.removeprefix(prefix): value
