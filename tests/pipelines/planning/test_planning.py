@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -660,3 +661,19 @@ class TestCommand:
         result = sgmd("plan", "wan21-1.3b")
         assert result.exit_code == 2
         assert "--model a14b or 1.3b or 5b or 14b or ltx-2b" in result.stderr
+
+
+def test_the_page_on_memory_says_what_the_planner_finds():
+    page = (Path(__file__).parents[3] / "docs" / "memory.md").read_text(encoding="utf-8")
+    of_14b = page.partition("### 14b")[2].partition("###")[0]
+    lines = [line for line in of_14b.splitlines() if line.startswith("|")][2:]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert len(rows) == 5 * 3
+    for gpus, memory, layout, *_, settings in rows:
+        batch = 4 * int(gpus)
+        options = [f"batch.size={batch}", f"batch.micro_batches={batch}"]
+        work = Workload.of(load_recipe("wan21-1.3b", options), "14b")
+        found = fitting_savings(work, Hardware(memory_gb=float(memory)), int(gpus))
+        assert (found is None) == (layout == "does not fit"), (gpus, memory)
+        if found:
+            assert [f"`{one}`" for one in found[1]] == settings.split() or not found[1]
