@@ -9,6 +9,9 @@ import typer
 from pipelines.commands.options import Json
 from pipelines.commands.output import progress_bar, show
 
+_MUCH = 0.05
+"""Share of the change that rounding may lose without a word."""
+
 
 def export(
     model: Annotated[
@@ -58,6 +61,11 @@ def export(
         f"read back: differs from the trained weights by up to {found.largest_difference:.3g}; "
         f"training changed them by up to {found.largest_change:.3g}"
     )
+    if found.share_kept is None and found.lost > _MUCH:
+        words.append(
+            f"Rounding to {found.dtype} loses {found.lost:.0%} of what training has changed (in "
+            "squares). Export with --dtype fp32, or the change alone with --format lora"
+        )
     data = {
         "folder": str(result.folder),
         "iteration": result.iteration,

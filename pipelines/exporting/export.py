@@ -126,8 +126,16 @@ def export(
         on_progress("reading it back", 2, steps)
         difference = _compare(source, options, read_back(), kept)
         on_progress("describing it", 3, steps)
-        change = _largest_change(source)
-        figures = Figures(options.form, options.dtype, options.rank, difference, change, kept)
+        change = _difference(source.weights, _base_weights(source))
+        figures = Figures(
+            options.form,
+            options.dtype,
+            options.rank,
+            difference.largest,
+            change.largest,
+            lost=difference.energy / change.energy if change.energy else 0.0,
+            share_kept=kept,
+        )
         result = ExportResult(target, source.iteration, _bytes_written(draft), figures)
         write_model_settings(draft, source.sampling.model_dump(mode="json"))
         write_model_card(draft, source, figures)
@@ -185,7 +193,7 @@ def _change(
     """The change from the base, and the share of it that is kept: all of trained adapters."""
     if source.adapters is not None:
         return source.adapters, 1.0
-    before = dict(source.family.load_denoiser(source.base).named_parameters())
+    before = _base_weights(source)
     with torch.no_grad():
         factors = approximate_all(before, source.weights, options.rank)
         return factors, share_kept(before, source.weights, factors)
@@ -198,25 +206,44 @@ _WRITERS: Mapping[str, Callable[[TrainedGenerator, ExportOptions, Path], Written
 }
 
 
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    """How far two sets of weights are apart: the largest difference, and the sum of squares."""
+
+    largest: float
+    energy: float
+
+
+@torch.no_grad()
+def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> _Difference:
+    largest = energy = 0.0
+    for name, value in one.items():
+        apart = value.float() - other[name].float()
+        largest = max(largest, float(apart.abs().max()))
+        energy += float(apart.double().square().sum())
+    return _Difference(largest, energy)
+
+
 def _compare(
     source: TrainedGenerator,
     options: ExportOptions,
     found: Mapping[str, Tensor],
     kept: float | None,
-) -> float:
-    """Largest difference of a weight that was read back; refuses what rounding cannot explain."""
+) -> _Difference:
+    """Distance of the weights that were read back; refuses what rounding cannot explain."""
     if missing := sorted(source.weights.keys() - found.keys()):
         raise _lost(source, options, f"{len(missing)} weights are missing, {missing[0]} first")
-    largest = 0.0
-    for name, value in source.weights.items():
-        trained = value.detach().float()
-        difference = float((found[name].detach().float() - trained).abs().max())
-        allowed = float(trained.abs().max()) * _ROUNDING[options.dtype]
-        if kept is None and difference > allowed:
-            words = f"{name} differs by {difference:.3g}, where rounding allows {allowed:.3g}"
+    for name, value in source.weights.items() if kept is None else ():
+        apart = _difference({name: value}, found).largest
+        allowed = float(value.detach().abs().max()) * _ROUNDING[options.dtype]
+        if apart > allowed:
+            words = f"{name} differs by {apart:.3g}, where rounding allows {allowed:.3g}"
             raise _lost(source, options, words)
-        largest = max(largest, difference)
-    return largest
+    return _difference(source.weights, found)
+
+
+def _base_weights(source: TrainedGenerator) -> dict[str, Tensor]:
+    return dict(source.family.load_denoiser(source.base).named_parameters())
 
 
 def _lost(source: TrainedGenerator, options: ExportOptions, found: str) -> ModelFolderError:
@@ -226,15 +253,6 @@ def _lost(source: TrainedGenerator, options: ExportOptions, found: str) -> Model
         "the weights that were written",
         "Nothing was kept; please report this with the versions of diffusers and torch",
     )
-
-
-def _largest_change(source: TrainedGenerator) -> float:
-    before = dict(source.family.load_denoiser(source.base).named_parameters())
-    changes = (
-        float((value.float() - before[name].detach().float()).abs().max())
-        for name, value in source.weights.items()
-    )
-    return max(changes, default=0.0)
 
 
 def _files(source: TrainedGenerator, options: ExportOptions) -> ExchangeFiles:

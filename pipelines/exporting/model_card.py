@@ -36,6 +36,7 @@ class Figures:
         rank: Of the LoRA.
         largest_difference: Of a weight that was read back from the trained one.
         largest_change: Of a trained weight from that of the base.
+        lost: Squared distance from the trained weights over that from the base.
         share_kept: Share of the squared change that a LoRA holds; None for other formats.
     """
 
@@ -44,6 +45,7 @@ class Figures:
     rank: int
     largest_difference: float
     largest_change: float
+    lost: float
     share_kept: float | None
 
 

@@ -203,12 +203,39 @@ def test_any_checkpoint_that_was_kept_is_exported(run, tmp_path, given, step):
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
-def test_bf16_is_the_default_and_half_as_large(run, tmp_path):
+def test_bf16_is_the_default_and_half_as_large(run, wan_folder, tmp_path):
     half = export(run.root, output=tmp_path / "half")
     whole = export(run.root, output=tmp_path / "whole", options=ExportOptions(dtype="fp32"))
     assert half.bytes < 0.75 * whole.bytes
     assert 0 < half.figures.largest_difference < 2**-8
+    assert whole.figures.lost == 0
+    weights, base = trained(run, 2), load_transformer(wan_folder).state_dict()
+    rounded = load_transformer(tmp_path / "half").state_dict()
+
+    def squares(one, other):
+        return sum(float((one[name] - other[name]).double().square().sum()) for name in weights)
+
+    lost = squares(rounded, weights) / squares(weights, base)
+    assert half.figures.lost == pytest.approx(lost, rel=1e-6)
+    assert 0 < lost < 0.05
     WanPipeline.from_pretrained(tmp_path / "half")
+
+
+def test_a_change_that_rounding_would_swallow_is_told_with_what_keeps_it(make_recipe, tmp_path):
+    config = make_recipe("iterations=1", "generator.optimizer.lr=1e-5", "generator.ema_decay=0")
+    distill(config)
+    result = command("export", str(config.run_folder), "--output", str(tmp_path / "x"))
+    assert re.search(r"bf16 loses \d+% of what training has changed", result.stdout)
+    lora = command(
+        "export",
+        str(config.run_folder),
+        "--format",
+        "lora",
+        "--output",
+        str(tmp_path / "y"),
+        "--json",
+    )
+    assert json.loads(lora.stdout)["lost"] < 0.5
 
 
 def test_a_model_folder_is_exported_too_and_a_lora_of_it_needs_its_base(run, wan_folder, tmp_path):
