@@ -12,6 +12,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import torch
+from torch import nn
 
 from workers.models.families import family_of
 from workers.models.family import Denoiser
@@ -52,3 +53,9 @@ def view_of(base: Denoiser) -> Denoiser:
     # Past `nn.Module`, which would make it a part of the view.
     view.__dict__[_KEPT_BY] = base
     return view
+
+
+def base_parameters(view: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of the base that a view was made of, by their names in the base."""
+    base: Denoiser = view.__dict__[_KEPT_BY]
+    return dict(base.named_parameters())

@@ -31,9 +31,10 @@ from sgmd_core.types import (
     TextBatch,
 )
 from workers.adapters import lora_of, make_trainable
+from workers.base_networks import base_parameters
 from workers.ema import AveragedWeights
 from workers.finite import micro_batch_in_words, require_finite
-from workers.models.adapter_files import merged_weights
+from workers.models.adapter_files import MergedWeights
 from workers.models.addresses import local_model
 from workers.models.exporting import DTYPES, narrowed
 from workers.models.families import family_of
@@ -286,7 +287,8 @@ class GeneratorLearner:
             weights = dict(load_role(checkpoint, kept).weights)
         base, lora = local_model(base_folder), lora_of(self._network)
         if lora is not None:
-            weights = merged_weights(base, weights, lora)
+            # Into the base as it was trained over, in whatever type that is.
+            weights = MergedWeights(base_parameters(self._network), weights, lora)
         family, form = family_of(base), form or ExportSettings()
         weights = narrowed(weights, DTYPES[form.dtype], family.traits.keep_fp32)
         with whole_folder(dst) as draft:

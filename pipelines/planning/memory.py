@@ -1,13 +1,15 @@
 """Bytes that one rank of each role needs.
 
     state      its share of weights, gradients, Adam's moments, average           sharded over ranks
+    base       frozen weights: the teacher's, and those under adapters            once a process
     gathered   two layers' weights and one layer's gradient, whole                if sharded
     graphs     what the passes that wait for a signal keep                        by depth
     working    the widest place of a pass; with checkpointing a layer made again
     host       its share of what settings keep in main memory                     beside the GPU's
 
-Everything but products of matrices is float32: weights are cast where they are used. The teacher
-keeps weights and nothing else.
+Everything but products of matrices and frozen weights is float32: weights are cast where they are
+used. The teacher keeps weights and nothing else. Roles with adapters in a process share one base
+with each other and with the teacher; a teacher in processes of its own is sharded over its ranks.
 """
 
 from dataclasses import dataclass
@@ -30,11 +32,12 @@ class RankMemory:
     graphs: float
     working: float
     host: float = 0.0
+    base: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it on the GPU, without what CUDA and NCCL take for themselves."""
-        return self.state + self.gathered + self.graphs + self.working
+        return self.state + self.base + self.gathered + self.graphs + self.working
 
     def fits(self, hardware: Hardware) -> bool:
         """Returns True if a GPU holds it and leaves room for an allocator, and main memory too."""
@@ -45,6 +48,7 @@ class RankMemory:
         parts = {"state": self.state, "gathered": self.gathered}
         parts |= {"graphs": self.graphs, "working": self.working, "total": self.total}
         parts |= {"host": self.host} if self.host else {}
+        parts |= {"base": self.base} if self.base else {}
         return {name: round(value / GB, 2) for name, value in parts.items()}
 
 
@@ -65,8 +69,17 @@ def fake_score_memory(work: Workload, ranks: int, samples: float, kept: float) -
     return _learner_memory(work, FAKE_SCORE, ranks, samples, kept)
 
 
-def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
-    """A rank of a teacher replica that is asked about some samples at a time."""
+def teacher_memory(
+    work: Workload, ranks: int, samples: float, *, shares_base: bool = False
+) -> RankMemory:
+    """A rank of a teacher replica that is asked about some samples at a time.
+
+    Args:
+        work: The iteration.
+        ranks: Ranks of the replica.
+        samples: Of a micro-batch, on this rank.
+        shares_base: Roles with adapters are in the same process.
+    """
     passes = samples * (2 if work.guided and not work.in_turn else 1)
     shape = work.shape_of(TEACHER)
     widest = shape.transient_bytes(work.latent_shape, bf16=TEACHER in work.bf16)
@@ -76,10 +89,14 @@ def teacher_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
     # Its graph keeps the weights that a pass through the input has made of them.
     widened = work.through_teacher and work.teacher_weights == "fp8"
     return RankMemory(
-        state=work.teacher_bytes / ranks + 2 * shape.num_parameters * widened,
-        gathered=work.weight_bytes(TEACHER) * _gathered(shape, ranks, layers=2),
+        state=(0.0 if shares_base else work.teacher_bytes / ranks)
+        + 2 * shape.num_parameters * widened,
+        gathered=0.0
+        if shares_base
+        else work.weight_bytes(TEACHER) * _gathered(shape, ranks, layers=2),
         graphs=0.0,
         working=passes * widest,
+        base=work.teacher_bytes if shares_base else 0.0,
     )
 
 
@@ -87,18 +104,23 @@ def _learner_memory(
     work: Workload, role: str, ranks: int, samples: float, waiting: float
 ) -> RankMemory:
     shape = work.shape_of(role)
-    share = _FLOAT * shape.num_parameters / ranks
+    trained = work.num_trained(role)
+    share, of_all = _FLOAT * trained / ranks, trained / shape.num_parameters
     kept = work.kept(role)
     offloaded = waiting * work.stream_bytes(role) * (role in work.offloading)
     passing = shape.transient_bytes(work.latent_shape, bf16=role in work.bf16)
     return RankMemory(
         state=(2 + kept.moments + kept.averages - kept.on_host) * share,
         # Weights of two layers; a layer's gradient in their type, and in that of the sum.
-        gathered=work.weight_bytes(role) * _gathered(shape, ranks, layers=3)
-        + (_FLOAT * _gathered(shape, ranks, layers=1, ends=1) if role in work.bf16 else 0),
+        gathered=of_all
+        * (
+            work.weight_bytes(role) * _gathered(shape, ranks, layers=3)
+            + (_FLOAT * _gathered(shape, ranks, layers=1, ends=1) if role in work.bf16 else 0)
+        ),
         graphs=waiting * _graph(work, role) - offloaded,
         working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
         host=kept.on_host * share + offloaded,
+        base=work.frozen_bytes(role),
     )
 
 

@@ -85,6 +85,8 @@ class Plan:
                 "offloading": sorted(self.work.offloading),
                 "momentum": sorted(self.work.momentum),
                 "moments_on_cpu": sorted(self.work.moments_on_cpu),
+                "adapters": dict(self.work.adapters),
+                "frozen_in_bf16": sorted(self.work.frozen_in_bf16),
                 "parameters": self.work.shape.num_parameters,
                 "tokens": self.work.shape.num_tokens(self.work.latent_shape),
                 "forward_flops": self.work.forward_flops,
@@ -147,7 +149,7 @@ def _least(work: Workload, num_gpus: int) -> str:
     words |= {LEARN: "generator and teacher", SCORE: "fake score and teacher"}
     return ", ".join(
         f"a rank of {words.get(name, name)} needs {part.total / GB:.1f} GB "
-        f"(state {part.state / GB:.0f}, graphs {part.graphs / GB:.0f}, "
+        f"(state {(part.state + part.base) / GB:.0f}, graphs {part.graphs / GB:.0f}, "
         f"working {(part.working + part.gathered) / GB:.0f})"
         for name, part in best.items()
     )

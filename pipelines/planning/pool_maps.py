@@ -82,7 +82,15 @@ def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
         own = -(-samples // ranks)
         of_role = {
             GENERATOR: generator_memory(work, ranks, own, open_at_once * own),
-            TEACHER: teacher_memory(work, ranks, own),
+            TEACHER: teacher_memory(
+                work,
+                ranks,
+                own,
+                shares_base=any(
+                    role in dict(work.adapters) and work.shape_of(role) == work.shape_of(TEACHER)
+                    for role in one.roles_on(pool)
+                ),
+            ),
             FAKE_SCORE: fake_score_memory(work, ranks, own, min(MOST_KEPT, open_at_once) * own),
         }
         found[pool] = together([of_role[role] for role in one.roles_on(pool)])
@@ -97,6 +105,8 @@ def together(parts: Sequence[RankMemory]) -> RankMemory:
         graphs=sum(part.graphs for part in parts),
         working=max(part.working for part in parts),
         host=sum(part.host for part in parts),
+        # Roles of one network share one; networks of another size are other bases.
+        base=sum({part.base for part in parts}),
     )
 
 

@@ -107,7 +107,7 @@ def measured(path: Path, work: Workload) -> StageTimes:
 
 def update_s(work: Workload, hardware: Hardware, role: str, ranks: int) -> float:
     """Seconds of an update: bound by memory, or by the way to main memory, shared by the ranks."""
-    entries = _BYTES_OF_AN_UPDATED * work.shape_of(role).num_parameters / ranks
+    entries = _BYTES_OF_AN_UPDATED * work.num_trained(role) / ranks
     kept = work.kept(role)
     on_device = (2 + kept.moments + kept.averages) * entries / hardware.memory_bandwidth
     return on_device + kept.on_host * entries / hardware.host_bandwidth

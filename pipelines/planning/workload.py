@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from cluster.schedule.program import Program
+from pipelines.config.adapters import adapted_roles
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
@@ -40,6 +41,7 @@ from pipelines.distillation.algorithm import (
 from pipelines.distillation.costs import PassCosts, Passes, mean_rollout, stage_passes
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.objectives import GradientPath
+from workers.adapters import targeted
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
 from workers.models.family import DenoiserShape, ModelShape
@@ -94,6 +96,9 @@ class Workload:
         selective: Of these, roles that keep the outputs of self-attention.
         offloading: Of these, roles that keep the inputs of layers in main memory.
         others: Networks of roles of another size.
+        adapters: Roles that train adapters, with the parameters of these.
+        frozen_in_bf16: Roles whose frozen weights are in bfloat16: the teacher's, and those under
+            adapters.
     """
 
     shape: DenoiserShape
@@ -118,6 +123,8 @@ class Workload:
     selective: frozenset[str] = frozenset()
     offloading: frozenset[str] = frozenset()
     others: Mapping[str, DenoiserShape] = field(default_factory=dict)
+    adapters: tuple[tuple[str, int], ...] = ()
+    frozen_in_bf16: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -141,6 +148,7 @@ class Workload:
             TEACHER: config.teacher.compute,
             FAKE_SCORE: config.fake_score.compute,
         }
+        others = _other_shapes(config, shape.denoiser)
         return cls(
             shape=shape.denoiser,
             latent_shape=_latent_shape(config, shape),
@@ -163,8 +171,22 @@ class Workload:
             checkpointing=frozenset(role for role, own in computes.items() if own.checkpointing),
             selective=_roles_with(computes, "selective"),
             offloading=_roles_with(computes, "offload"),
-            others=_other_shapes(config, shape.denoiser),
+            others=others,
+            adapters=_adapters(config, shape.denoiser, others),
+            frozen_in_bf16=frozenset(
+                role for role, own in computes.items() if own.weights == "bf16"
+            ),
         )
+
+    def num_trained(self, role: str) -> int:
+        """Parameters that a learner updates: its adapters, or all."""
+        return dict(self.adapters).get(role, self.shape_of(role).num_parameters)
+
+    def frozen_bytes(self, role: str) -> int:
+        """Bytes of the weights that a role keeps and does not train."""
+        is_frozen = role == TEACHER or role in dict(self.adapters)
+        size = 2 if role in self.frozen_in_bf16 else 4
+        return size * self.shape_of(role).num_parameters * is_frozen
 
     def shape_of(self, role: str) -> DenoiserShape:
         """The network of a role."""
@@ -302,8 +324,7 @@ class Workload:
         for name, count in self.gathers.items():
             gradients = reductions.get(name, 0.0)
             weights = self.weight_bytes(name[0]) * (count - gradients)
-            size = self.shape_of(name[0]).num_parameters
-            found[name] = (weights + 4 * gradients) * size
+            found[name] = (weights + 4 * gradients) * self.num_trained(name[0])
         if self.teacher_whole:
             found |= {name: 0.0 for name in found if name[0] == TEACHER}
         return found
@@ -357,6 +378,19 @@ def _counted_together(units: Mapping[StageName, float]) -> dict[StageName, float
 
 def _roles_with(computes: Mapping[str, ComputeSettings], mode: str) -> frozenset[str]:
     return frozenset(role for role, own in computes.items() if own.checkpointing == mode)
+
+
+def _adapters(
+    config: DistillConfig, shape: DenoiserShape, others: Mapping[str, DenoiserShape]
+) -> tuple[tuple[str, int], ...]:
+    """Parameters of each role's adapters: A and B of the projections that it targets."""
+    found: list[tuple[str, int]] = []
+    for role in adapted_roles(config):
+        lora, own = getattr(config, role).lora, others.get(role, shape)
+        names = targeted(list(own.projections), lora.targets)
+        widths = sum(sum(own.projections[name]) for name in names)
+        found.append((role, own.num_layers * lora.rank * widths))
+    return tuple(found)
 
 
 def released_models() -> dict[str, ModelShape]:

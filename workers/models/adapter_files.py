@@ -4,7 +4,7 @@ merged_weights    base + alpha / rank * B A, in float32      a denoiser's parame
 save_lora         FOLDER/pytorch_lora_weights.safetensors    pipeline.load_lora_weights(FOLDER)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -18,34 +18,64 @@ from workers.settings import LoraSettings
 _FIRST, _SECOND = ".lora_A.default.weight", ".lora_B.default.weight"
 
 
-@torch.no_grad()
-def merged_weights(
-    base_folder: str | Path, adapters: Mapping[str, Tensor], lora: LoraSettings
-) -> dict[str, Tensor]:
-    """Parameters of a denoiser with its adapters merged, in float32.
+class MergedWeights(Mapping[str, Tensor]):
+    """Parameters of a denoiser with its adapters merged; those with adapters in float32.
+
+    A merged weight is made when it is asked for: writing a network never holds two.
 
     Args:
-        base_folder: Model folder that the adapters were trained over.
+        base: Parameters of the base by name.
         adapters: A and B by name, as a generator's checkpoint has them.
         lora: Their settings.
+
+    Raises:
+        CheckpointError: The adapters are not those of this base.
+    """
+
+    def __init__(
+        self, base: Mapping[str, Tensor], adapters: Mapping[str, Tensor], lora: LoraSettings
+    ) -> None:
+        self._base = base
+        self._scale = lora.scale
+        self._pairs = {f"{name}.weight": pair for name, pair in _pairs(adapters).items()}
+        for name, (first, second) in self._pairs.items():
+            if name not in base or base[name].shape != (second.shape[0], first.shape[1]):
+                raise CheckpointError(
+                    "merging adapters into a base",
+                    f"an adapter of {name}, {tuple(second.shape)} x {tuple(first.shape)}",
+                    "adapters of this base",
+                    "Give the model folder that the run was started with",
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The weight of a name, on the device of the base."""
+        weight = self._base[name].detach()
+        if name not in self._pairs:
+            return weight
+        first, second = (half.detach().float().to(weight.device) for half in self._pairs[name])
+        return weight.float() + self._scale * (second @ first)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the base's parameters."""
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        """Number of the base's parameters."""
+        return len(self._base)
+
+
+def merged_weights(
+    base_folder: str | Path, adapters: Mapping[str, Tensor], lora: LoraSettings
+) -> MergedWeights:
+    """Merge adapters into the denoiser of a model folder, read in float32.
 
     Raises:
         ModelFolderError: The base folder is missing, torn or of another family.
         CheckpointError: The adapters are not those of this denoiser.
     """
     folder = Path(base_folder)
-    merged = family_of(folder).load_denoiser(folder).state_dict()
-    for name, (first, second) in _pairs(adapters).items():
-        weight = merged.get(f"{name}.weight")
-        if weight is None or weight.shape != (second.shape[0], first.shape[1]):
-            raise CheckpointError(
-                f"merging adapters into {folder}",
-                f"an adapter of {name}, {tuple(second.shape)} x {tuple(first.shape)}",
-                "adapters of the denoiser of this folder",
-                "Give the model folder that the run was started with",
-            )
-        weight += lora.scale * (second.float().cpu() @ first.float().cpu())
-    return merged
+    base = dict(family_of(folder).load_denoiser(folder).named_parameters())
+    return MergedWeights(base, adapters, lora)
 
 
 @torch.no_grad()
