@@ -12,6 +12,8 @@ from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Draws, MicroBatchKey, NoisedBatch, Purpose, Text, TextBatch
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
+from workers.adapters import add_adapters
+from workers.base_networks import view_of
 from workers.compute import prepare_network
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
@@ -21,6 +23,7 @@ from workers.settings import (
     DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
+    LoraSettings,
     OptimizerSettings,
     TeacherSettings,
 )
@@ -53,6 +56,7 @@ def tiny_roles(
     diversity: DiversitySettings | None = None,
     ida_decay: float = 1.0,
     compute: ComputeSettings | None = None,
+    lora: LoraSettings | None = None,
     betas: tuple[float, float] = (0.0, 0.999),
     offloaded: bool = False,
 ) -> Roles:
@@ -65,6 +69,9 @@ def tiny_roles(
         "fake_score": tiny_velocity(2),
         "teacher": tiny_velocity(3),
     }
+    for role in ("generator", "fake_score") if lora is not None else ():
+        networks[role] = view_of(networks[role])
+        add_adapters(networks[role], lora, SEED, role)
     for network in networks.values():
         prepare_network(network, compute or ComputeSettings())
     for role in ("generator", "fake_score"):

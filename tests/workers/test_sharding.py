@@ -36,7 +36,7 @@ from workers.compute import prepare_network
 from workers.models.wan_family import WanFamily
 from workers.role_state import load_role
 from workers.score_teacher import ScoreTeacher
-from workers.settings import ComputeSettings, DiversitySettings, TeacherSettings
+from workers.settings import ComputeSettings, DiversitySettings, LoraSettings, TeacherSettings
 from workers.sharding import full_tensor, is_sharded, parameters_of, shard
 
 NUM_ITERATIONS = 2
@@ -57,6 +57,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "diversity": DiversitySettings(weight=1.0, teacher_steps=4, anchor_step=2),
     },
     "offloaded, momentum": {"betas": (0.5, 0.999), "offloaded": True},
+    "adapters": {"tracking": "shared", "lora": LoraSettings(rank=4, alpha=8.0)},
 }
 EXTRAS = {"ida_decay": 1.0, "diversity": DiversitySettings(), "betas": (0.0, 0.999)}
 """What some of these runs have more than others, left out."""

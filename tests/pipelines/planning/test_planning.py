@@ -19,7 +19,7 @@ from pipelines.distillation.groups import pools_of
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.memory import fake_score_memory, generator_memory, teacher_memory
 from pipelines.planning.plan import make_plan
-from pipelines.planning.pool_maps import PoolMap, map_memory
+from pipelines.planning.pool_maps import PoolMap, fused_map, map_fits, map_memory
 from pipelines.planning.savings import fitting_savings, run_fits, savings
 from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
 from pipelines.planning.stage_times import StageTimes, measured, modelled, update_s
@@ -35,6 +35,10 @@ SMALL = Workload(RELEASED_SHAPES["1.3b"], LATENTS, text_length=512, batch_size=2
 LARGE = replace(SMALL, shape=RELEASED_SHAPES["14b"])
 FREE = Hardware(wire_bandwidth=1e15, wire_latency_s=0.0, call_s=0.0, answer_s=0.0)
 """Where nothing but the stages takes time."""
+ADAPTED = [
+    *(f"{role}.lora.rank=64" for role in (GENERATOR, FAKE_SCORE)),
+    *(f"{role}.compute.weights=bf16" for role in (GENERATOR, TEACHER, FAKE_SCORE)),
+]
 
 
 def sgmd(*arguments: object):
@@ -240,6 +244,40 @@ class TestMemory:
         assert deep[GENERATOR].graphs == 3 * shallow[GENERATOR].graphs
         assert deep[FAKE_SCORE] == shallow[FAKE_SCORE]
         assert deep[TEACHER] == shallow[TEACHER]
+
+    def test_adapters_of_all_roles_share_one_base_and_keep_state_of_their_own_alone(self):
+        work = Workload.of(load_recipe("wan21-1.3b", ADAPTED), "1.3b")
+        # A and B of eight square projections and the two of feed-forward, in 30 layers.
+        trained = 30 * 64 * (16 * 1536 + 2 * (1536 + 8960))
+        parameters = work.shape.num_parameters
+        for ranks in (1, 2):
+            (memory,) = map_memory(work, fused_map(replace(work, batch_size=ranks), ranks)).values()
+            assert memory.base == 2 * parameters
+            assert memory.state == (12 + 16) * trained / ranks
+        alone = teacher_memory(work, 2, 1)
+        assert (alone.base, alone.state) == (0, 2 * parameters / 2)
+        assert update_s(work, Hardware(), GENERATOR, 1) < 0.1 * update_s(
+            SMALL, Hardware(), GENERATOR, 1
+        )
+
+    @pytest.mark.parametrize(
+        ("recipe", "model", "memory_gb", "checkpointing"),
+        [("wan21-1.3b", "1.3b", 24, "true"), ("wan21-14b", "14b", 80, "offload")],
+    )
+    def test_all_roles_with_adapters_fit_one_gpu_at_the_released_clip_size(
+        self, recipe, model, memory_gb, checkpointing
+    ):
+        learners = [
+            f"{role}.compute.checkpointing={checkpointing}" for role in (GENERATOR, FAKE_SCORE)
+        ]
+        in_turn = "teacher.batched_guidance=false"
+        config = load_recipe(recipe, [*ADAPTED, *learners, in_turn])
+        hardware = Hardware(memory_gb=memory_gb)
+        work = Workload.of(config, model)
+        assert work.latent_shape == LATENTS
+        assert map_fits(work, hardware, fused_map(work, 1))
+        whole = Workload.of(load_recipe(recipe, [*learners, in_turn]), model)
+        assert not map_fits(whole, hardware, fused_map(whole, 1))
 
 
 class TestSearch:
