@@ -101,22 +101,28 @@ def main() -> None:
     """Measures, and writes the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=sorted(_SHAPES))
+    parser.add_argument("--model", type=Path, help="keep the model in this folder, or take it")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_document("real_size", measure(Path(folder), options.kind), options.output)
+        model = options.model or Path(folder) / "model"
+        measured = measure(Path(folder), model, options.kind)
+    write_document("real_size", measured, options.output)
 
 
-def measure(folder: Path, kind: str) -> dict[str, Any]:
+def measure(folder: Path, model: Path, kind: str) -> dict[str, Any]:
     """Prediction, and what a run has taken.
 
     Args:
-        folder: Empty; for the model and the run.
+        folder: Empty; for the run.
+        model: Model folder, written where it is missing.
         kind: `lora` or `full`.
     """
-    text_bytes = _write_in_a_process(folder / "model", kind)
+    if not (model / "model_index.json").exists():
+        _write_in_a_process(model, kind)
+    text_bytes = (model / "text_encoder" / "model.safetensors").stat().st_size
     (folder / "captions.txt").write_text("a red circle moves left\na blue square moves right\n")
-    config = load_recipe("tiny", _overrides(folder, kind))
+    config = load_recipe("tiny", _overrides(folder, model, kind))
     work = Workload.of(config)
     memory = fused_memory(work, 1)
     predicted = memory.total + text_bytes
@@ -143,11 +149,11 @@ def measure(folder: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _overrides(folder: Path, kind: str) -> list[str]:
+def _overrides(folder: Path, model: Path, kind: str) -> list[str]:
     return [
         *_SETTINGS[kind],
         f"output={folder / 'runs'}",
-        f"model.folder={folder / 'model'}",
+        f"model.folder={model}",
         "model.text_length=64",
         "model.encoder_dtype=bf16",
         f"data.train={folder / 'captions.txt'}",
@@ -159,6 +165,7 @@ def _overrides(folder: Path, kind: str) -> list[str]:
         "topology.address=null",
         f"topology.threads_per_rank={torch.get_num_threads()}",
         "validation.every=0",
+        "checkpoint.keep=1",
         "checkpoint.keep_best=0",
         f"checkpoint.every={NUM_ITERATIONS}",
     ]
@@ -172,15 +179,15 @@ def _told(config: DistillConfig) -> dict[str, Any]:
     }
 
 
-def _write_in_a_process(folder: Path, kind: str) -> int:
-    """Writes the model in another process, which frees its memory; bytes of the text encoder."""
+def _write_in_a_process(folder: Path, kind: str) -> None:
+    """Writes the model in another process, whose memory is freed with it."""
     context = torch.multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(write_model, (folder, kind))
+        pool.apply(write_model, (folder, kind))
 
 
-def write_model(folder: Path, kind: str) -> int:
-    """Writes a model folder of random weights; returns bytes of the text encoder's."""
+def write_model(folder: Path, kind: str) -> None:
+    """Writes a model folder of random weights."""
     torch.manual_seed(0)
     text = UMT5Config(
         vocab_size=3 + len(WORDS),
@@ -205,7 +212,6 @@ def write_model(folder: Path, kind: str) -> int:
         transformer=transformer,
     )
     pipeline.save_pretrained(folder)
-    return sum(value.numel() * value.element_size() for value in text_encoder.parameters())
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -123,13 +123,12 @@ def _outputs(config: DistillConfig, model: ModelFolder, *, resume: bool) -> str:
 
 def _disk_bytes(config: DistillConfig, model: ModelFolder) -> float:
     """Of the states that are kept, of one that is written before an old one goes, and exports."""
-    network = _FLOAT * model.num_denoiser_parameters
-    averaged = int(config.generator.ema_decay > 0)
-    # Of both learners weights and moments; a decay of 0 has no first moment.
-    moments = sum(
-        1 + int(role.optimizer.betas[0] > 0) for role in (config.generator, config.fake_score)
+    work = Workload.of(config)
+    # Of both learners trained weights and moments; a decay of 0 has no first moment.
+    state = sum(
+        _FLOAT * work.num_trained(role) * (1 + work.kept(role).moments + work.kept(role).averages)
+        for role in (GENERATOR, FAKE_SCORE)
     )
-    state = network * (2 + averaged + moments)
     states = config.checkpoint.keep + config.checkpoint.keep_best + 1
     exports = 1 + int(config.checkpoint.keep_best > 0)
     return states * state + exports * _FLOAT * sum(model.num_parameters.values())
@@ -175,6 +174,11 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
             words = "all roles" if one.roles_on(name) == ROLES else f"pool {name}"
             pool = topology.role_pools[name]
             needs.append(_Need(words, memory.total, pool.gpus, pool.ranks, memory.host))
+    elif topology.mode == "local" and work.adapters:
+        one = PoolMap({"local": 1}, dict.fromkeys(ROLES, ("local",)), config.batch.micro_batches)
+        gpus = max(pool.gpus for pool in (topology.generator, topology.teacher))
+        memory = map_memory(work, one)["local"]
+        needs.append(_Need("all roles", memory.total, gpus, 1, memory.host))
     else:
         teams = topology.teams
         split = PoolSplit(
@@ -202,7 +206,11 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
     if config.validation.every:
         denoiser = model.num_denoiser_parameters
         encoders = sum(model.num_parameters.values()) - denoiser
-        weights = _FLOAT * denoiser + width * encoders
+        base = _FLOAT * denoiser
+        if config.generator.lora is not None:
+            # In one process with the roles, their base is the validator's too.
+            base = 0 if topology.mode == "local" else work.frozen_bytes(GENERATOR)
+        weights = base + width * encoders
         needs.append(_Need("validator", weights, topology.validator.gpus))
     return needs
 
