@@ -71,13 +71,16 @@ def lora_contradictions(config: RoleSections) -> list[str]:
             f"fake_score.ida_decay {config.fake_score.ida_decay} mixes weights, and mixed A and B "
             f"of adapters are not those of mixed weights; set it to 1, or {_keys(adapted)} to null"
         )
+    models = models_of_roles(config)
     weights = {role: getattr(config, role).compute.weights for role in ROLES}
     frozen = [role for role in ROLES if role in adapted or role == TEACHER]
     problems += [
         f"{first}.compute.weights is {weights[first]} and {second}.compute.weights "
         f"{weights[second]}, but the two share one base in a process; set both to the same"
         for first, second in combinations(frozen, 2)
-        if weights[first] != weights[second] and share_process(config.topology, first, second)
+        if weights[first] != weights[second]
+        and models[first] == models[second]
+        and share_process(config.topology, first, second)
     ]
     return problems
 

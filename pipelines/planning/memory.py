@@ -96,7 +96,7 @@ def teacher_memory(
         else work.weight_bytes(TEACHER) * _gathered(shape, ranks, layers=2),
         graphs=0.0,
         working=passes * widest,
-        base=work.teacher_bytes if shares_base else 0.0,
+        base=work.frozen_bytes(TEACHER) if shares_base else 0.0,
     )
 
 
