@@ -97,8 +97,7 @@ class Workload:
         offloading: Of these, roles that keep the inputs of layers in main memory.
         others: Networks of roles of another size.
         adapters: Roles that train adapters, with the parameters of these.
-        frozen_in_bf16: Roles whose frozen weights are in bfloat16: the teacher's, and those under
-            adapters.
+        frozen_in_bf16: Of these, roles whose base is in bfloat16.
     """
 
     shape: DenoiserShape
@@ -174,7 +173,7 @@ class Workload:
             others=others,
             adapters=_adapters(config, shape.denoiser, others),
             frozen_in_bf16=frozenset(
-                role for role, own in computes.items() if own.weights == "bf16"
+                role for role in adapted_roles(config) if computes[role].weights == "bf16"
             ),
         )
 
@@ -184,9 +183,10 @@ class Workload:
 
     def frozen_bytes(self, role: str) -> int:
         """Bytes of the weights that a role keeps and does not train."""
-        is_frozen = role == TEACHER or role in dict(self.adapters)
+        if role == TEACHER:
+            return self.teacher_bytes
         size = 2 if role in self.frozen_in_bf16 else 4
-        return size * self.shape_of(role).num_parameters * is_frozen
+        return size * self.shape_of(role).num_parameters * (role in dict(self.adapters))
 
     def shape_of(self, role: str) -> DenoiserShape:
         """The network of a role."""
