@@ -255,7 +255,7 @@ def test_a_model_folder_is_exported_too_and_a_lora_of_it_needs_its_base(run, wan
 
 
 class TestSampling:
-    def clip(self, *arguments: str | Path, output: Path) -> np.ndarray:
+    def clip(self, *arguments: str | int | Path, output: Path) -> np.ndarray:
         given = ["generate", *map(str, arguments), "--prompt", PROMPT, "--output", str(output)]
         result = command(*given, "--zoom", "1", "--json")
         assert result.exit_code == 0, result.stderr
