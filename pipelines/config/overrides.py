@@ -76,7 +76,7 @@ def require_single(overrides: Sequence[Override], attempted: str) -> None:
     found: list[str] = []
     given: list[tuple[Override, tuple[str, ...]]] = []
     for override in overrides:
-        key = current_key(override.key)
+        key = current_key(override.key, warns=False)
         found += [
             f"{before.in_words} and {override.in_words}"
             for before, earlier in given

@@ -66,10 +66,13 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "batch": {"micro_batches", "exit_draws"},
     "generator": {
         "ema_device": True,
-        "optimizer": {"moments"},
+        "optimizer": {"moments", "log_block_norms"},
         "compute": {"checkpointing", "compile"},
     },
-    "fake_score": {"optimizer": {"moments"}, "compute": {"checkpointing", "compile"}},
+    "fake_score": {
+        "optimizer": {"moments", "log_block_norms"},
+        "compute": {"checkpointing", "compile"},
+    },
     # Its content, too.
     "teacher": {
         "model": True,
@@ -89,6 +92,10 @@ _NOT_IN_DIGEST: dict[str, Any] = {
         "s3",
     },
 }
+
+
+_OLD_BEHAVIOUR: dict[str, Any] = {"model.encoder_dtype": "fp32"}
+"""What runs did before a setting existed whose default is something else."""
 
 
 def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -361,6 +368,24 @@ def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> N
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors that complete and check YAML."""
     return DistillConfig.model_json_schema()
+
+
+def settings_before_they_existed(config: DistillConfig) -> dict[str, Any]:
+    """What runs did before a deciding setting existed: its default, or the value named above.
+
+    Args:
+        config: A run, for what has no default.
+    """
+    needed = {
+        "name": config.name,
+        "iterations": config.iterations,
+        "model": {"folder": config.model.folder},
+        "video": asdict(config.video),
+        "data": {"train": config.data.train},
+        "batch": {"size": config.batch.size},
+        "objective": {"method": config.objective.method},
+    }
+    return {**DistillConfig.model_validate(needed).deciding_settings, **_OLD_BEHAVIOUR}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

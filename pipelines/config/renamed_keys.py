@@ -12,12 +12,13 @@ RENAMED_KEYS = {"topology.window": "topology.depth"}
 """New names of dotted keys by their old ones; a key stays in its section."""
 
 
-def current_key(key: tuple[str, ...]) -> tuple[str, ...]:
+def current_key(key: tuple[str, ...], *, warns: bool = True) -> tuple[str, ...]:
     """Returns the key under its present name, and warns where that is another one."""
     new = RENAMED_KEYS.get(".".join(key))
     if new is None:
         return key
-    _log.warning("%s is now called %s: write that", ".".join(key), new)
+    if warns:
+        _log.warning("%s is now called %s: write that", ".".join(key), new)
     return tuple(new.split("."))
 
 

@@ -7,7 +7,12 @@ from typing import Any
 from cluster.checkpoints import MANIFEST, Checkpoints
 from cluster.errors import StorageError
 from cluster.storage import read_json, write_json
-from pipelines.config.recipe import MAY_CHANGE, DistillConfig, load_recipe
+from pipelines.config.recipe import (
+    MAY_CHANGE,
+    DistillConfig,
+    load_recipe,
+    settings_before_they_existed,
+)
 from pipelines.data.stream.content import captions_digest, data_differences
 from pipelines.data.stream.plan import Cursor
 from pipelines.distillation.preflight import Preflight
@@ -207,8 +212,11 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
         return []
     began, now = read_identity(folder, f"resuming {folder.root}"), identity(config, checked)
     captions = began.get("validation", {}), now["validation"]
+    # A run of an older version lacks the settings that came later.
+    before = {**settings_before_they_existed(config), **began["settings"]}
+    before = {key: before[key] for key in before if key in {*began["settings"], *now["settings"]}}
     return [
-        *value_differences(began["settings"], now["settings"]),
+        *value_differences(before, now["settings"]),
         *model_differences(began, now["model"]),
         *model_differences(began, now["teacher"], "teacher", "teacher.model"),
         *(value_differences(began["columns"], now["columns"]) if "columns" in began else ()),

@@ -151,3 +151,20 @@ def test_every_setting_that_differs_is_named_with_both_values(run, model, data) 
     message = refusal(run, model, data, *changes)
     assert "teacher.guidance_scale is 2.5, and was " in message
     assert "objective.lambda_nr is 0.2, and was 0.1" in message
+
+
+def test_a_run_of_an_older_version_goes_on_under_the_settings_that_came_later(
+    run, model, data
+) -> None:
+    content = json.loads(run.identity.read_text())
+    later = ("generator.optimizer.decay", "data.prompt_dropout", "model.encoder_dtype")
+    assert content["settings"]["model.encoder_dtype"] == "fp32"
+    for key in later:
+        del content["settings"][key]
+    run.identity.write_text(json.dumps(content))
+    assert resumed(run, model, data) == Position()
+    # What the run could not do then is another run.
+    message = refusal(run, model, data, "data.prompt_dropout=0.5", "model.encoder_dtype=bf16")
+    assert "data.prompt_dropout is 0.5, and was 0.0" in message
+    # Encoders had float32 then, which is no longer the default.
+    assert 'model.encoder_dtype is "bf16", and was "fp32"' in message
