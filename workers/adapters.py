@@ -13,6 +13,7 @@ role's name. Both are float32 on a base of any type.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +76,9 @@ def add_adapters(network: Denoiser, lora: LoraSettings, seed: int, role: str) ->
     inject_adapter_in_model(config, network, ADAPTER)
     layers = [part for part in network.modules() if isinstance(part, LoraLayer)]
     for index, layer in enumerate(layers):
-        first, second = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        # Each is a linear layer; peft's dictionaries do not say so.
+        first: Any = layer.lora_A[ADAPTER]
+        second: Any = layer.lora_B[ADAPTER]
         # peft gives them the type of the base and draws from torch's global stream.
         first.float()
         second.float()

@@ -51,7 +51,7 @@ def view_of(base: Denoiser) -> Denoiser:
     # To a copy that has seen them, these tensors are their own copies.
     view = copy.deepcopy(base, {id(tensor): tensor for tensor in tensors})
     # Past `nn.Module`, which would make it a part of the view.
-    view.__dict__[_KEPT_BY] = base
+    object.__setattr__(view, _KEPT_BY, base)
     return view
 
 
