@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cluster.files import kind_of_path
+from cluster.files import kind_of_path, whole_folder
+from pipelines.exporting.target import require_replaceable
 from pipelines.media.inference import model_folder, read_inference_settings
-from pipelines.run.folder import require_output_folder
-from sgmd_core.errors import ModelFolderError
+from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.exporting import Components, narrowed
 from workers.models.families import family_of
 from workers.models.weights import DTYPES
@@ -55,11 +55,13 @@ def import_file(
 
     Raises:
         ModelFolderError: The file is not one of the base's denoiser, or is damaged.
-        ConfigError: Another kind of folder is in the way.
+        ConfigError: A folder of something else is in the way, or `components` is neither.
     """
     path, target = Path(file), Path(output)
     base_folder = model_folder(base)
-    require_output_folder(target, "DST")
+    require_replaceable(target, "DST", (path, base_folder), f"importing {path}")
+    if components not in ("link", "copy"):
+        raise ConfigError(f"importing {path}", f"--components {components}", "link or copy")
     family = family_of(base_folder)
     family.inspect(base_folder)
     stored = _stored_dtype(path)
@@ -75,14 +77,15 @@ def import_file(
         raise _refusal(path, first, f"the denoiser of {base_folder}, and nothing else") from error
     _require_finite(path, weights)
     weights = narrowed(weights, _DTYPES[stored], family.traits.keep_fp32)
-    family.export(
-        target,
-        base_folder,
-        weights,
-        flow_shift=read_inference_settings(base_folder).flow_shift,
-        components=components,
-    )
-    family.inspect(target)
+    with whole_folder(target) as draft:
+        family.export(
+            draft,
+            base_folder,
+            weights,
+            flow_shift=read_inference_settings(base_folder).flow_shift,
+            components=components,
+        )
+        family.inspect(draft)
     return ImportResult(target, len(weights), stored)
 
 

@@ -101,9 +101,16 @@ class LeanAdamW(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state over; moments go where this optimizer keeps them."""
-        super().load_state_dict(state_dict)
-        for parameter in self.state:
-            self._prepare_state(parameter)
+        if not self._offload:
+            super().load_state_dict(state_dict)
+            return
+        # torch would put all moments on the devices of their parameters first.
+        parameters = [value for group in self.param_groups for value in group["params"]]
+        for index, saved in state_dict["state"].items():
+            state = self.state[parameters[index]]
+            state["step"] = self._step_count(parameters[index]).copy_(saved["step"])
+            for kind in self._kinds:
+                state[kind] = to_main_memory(saved[kind]).to(parameters[index].dtype)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         gradients = [local_part(value.grad) for value in parameters if value.grad is not None]
@@ -143,13 +150,17 @@ class LeanAdamW(torch.optim.Optimizer):
         """Makes the state of a parameter at its first update, and puts loaded moments in place."""
         state = self.state[parameter]
         if "step" not in state:
-            device = parameter.device if self.param_groups[0]["fused"] else "cpu"
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            state["step"] = self._step_count(parameter)
             for kind in self._kinds:
                 state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         for kind in self._kinds:
             if self._offload:
                 state[kind] = to_main_memory(state[kind])
+
+    def _step_count(self, parameter: Tensor) -> Tensor:
+        """A count of 0 where the kernel reads it."""
+        device = parameter.device if self.param_groups[0]["fused"] else "cpu"
+        return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Any]) -> None:

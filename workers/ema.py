@@ -38,6 +38,7 @@ class AveragedWeights:
         self, network: nn.Module, decay: float, start: int = 0, *, offload: bool = False
     ) -> None:
         self._decay = decay
+        self._offloads = offload
         self._place = to_main_memory if offload else _unmoved
         self._start = start
         self._network = network
@@ -62,8 +63,13 @@ class AveragedWeights:
         """Takes the network's present weights in; `updates` were taken in before."""
         weight = 1 - effective_decay(self._decay, updates, self._start)
         reshard(self._network)
+        if self._offloads:
+            # One tensor after another: main memory never holds all weights beside their average.
+            for name, value in self._parameters.items():
+                self._average[name].lerp_(self._place(_wide(value.detach())), weight)
+            return
         averages = list(self._average.values())
-        weights = [self._place(_wide(value.detach())) for value in self._parameters.values()]
+        weights = [_wide(value.detach()) for value in self._parameters.values()]
         # One call for all tensors, as in torch.optim.swa_utils.
         torch._foreach_lerp_(averages, weights, weight)
 

@@ -27,6 +27,7 @@ from workers.sharding import (
     local_shard,
     parameters_of,
     reshard,
+    to_main_memory,
 )
 
 _CLIP_MARGIN = 1e-5
@@ -225,13 +226,16 @@ class RoleOptimizer:
         reshard(self._network)
         for name, parameter in self._parameters.items():
             copy_into(parameter, state.weights[name])
-        restore_moments(self._adamw, _moments_by_index(self._parameters, state.moments))
+        offload = self._settings.moments == "cpu"
+        restore_moments(self._adamw, _moments_by_index(self._parameters, state.moments, offload))
         self._updates = state.updates
         self.discard()
 
 
 def _moments_by_index(
-    parameters: Mapping[str, Tensor], moments: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    offload: bool,
 ) -> dict[int, dict[str, Tensor]]:
     """AdamW's own form of its state: by position of the parameter, then by kind."""
     by_index: dict[int, dict[str, Tensor]] = {}
@@ -241,5 +245,7 @@ def _moments_by_index(
         # The step count is a number of its own; the moments are shaped like their parameter.
         is_shaped = value.shape == parameters[name].shape and value.ndim > 0
         part = local_shard(value, parameters[name]) if is_shaped else value
+        # One after another: where moments are kept in main memory, a device may not hold them all.
+        part = to_main_memory(part) if offload and is_shaped else part
         by_index.setdefault(positions[name], {})[kind] = part
     return by_index

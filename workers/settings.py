@@ -146,7 +146,8 @@ class ComputeSettings:
     """Memory and speed of a network; see `workers.compute`.
 
     Attributes:
-        precision: `fp32`, or `bf16` for matrix products in bfloat16 with float32 weights.
+        precision: `fp32`, or `bf16` for matrix products in bfloat16 with float32 weights. Several
+            ranks then gather weights in bfloat16, modulation and norms included.
         checkpointing: Keep no activations of the layers: a third more work, far less memory.
             `selective` keeps the outputs of self-attention, which need not be made again; `offload`
             keeps the layers' inputs in main memory.

@@ -32,7 +32,9 @@ def export(
         str,
         typer.Option(help="Text encoder and autoencoder: link, copy or none (diffusers only)"),
     ] = "link",
-    rank: Annotated[int, typer.Option(help="Rank of a LoRA")] = 64,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of a LoRA of all weights; default 64")
+    ] = None,
     base: Annotated[
         Path | None, typer.Option(help="Model that it was trained from; a run knows it")
     ] = None,

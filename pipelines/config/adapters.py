@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Protocol
 
-from pipelines.config.model_folders import models_of_roles
+from pipelines.config.model_folders import models_of_roles, same_model
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import TopologySettings
 from workers.settings import FakeScoreSettings, GeneratorSettings, ModelSettings, TeacherSettings
@@ -55,7 +55,7 @@ def teacher_is_base(config: RoleSections) -> bool:
     """Returns True if the teacher is the base of adapters in a process of its own."""
     models = models_of_roles(config)
     return any(
-        share_process(config.topology, TEACHER, role) and models[role] == models[TEACHER]
+        share_process(config.topology, TEACHER, role) and same_model(models[role], models[TEACHER])
         for role in adapted_roles(config)
     )
 
@@ -79,8 +79,8 @@ def lora_contradictions(config: RoleSections) -> list[str]:
         f"{weights[second]}, but the two share one base in a process; set both to the same"
         for first, second in combinations(frozen, 2)
         if weights[first] != weights[second]
-        and models[first] == models[second]
         and share_process(config.topology, first, second)
+        and same_model(models[first], models[second])
     ]
     return problems
 

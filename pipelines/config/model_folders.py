@@ -38,6 +38,11 @@ def models_of_roles(config: ModelSections) -> dict[str, str]:
     return {GENERATOR: own, TEACHER: teacher, FAKE_SCORE: start}
 
 
+def same_model(one: str, other: str) -> bool:
+    """Returns True if two names of models mean one folder or address."""
+    return one == other or model_address(one) == model_address(other)
+
+
 def model_on_this_machine(model: str) -> Path:
     """A model's folder: as given, or else seen from the source tree.
 

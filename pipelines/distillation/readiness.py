@@ -131,7 +131,11 @@ def _disk_bytes(config: DistillConfig, model: ModelFolder) -> float:
     )
     states = config.checkpoint.keep + config.checkpoint.keep_best + 1
     exports = 1 + int(config.checkpoint.keep_best > 0)
-    return states * state + exports * _FLOAT * sum(model.num_parameters.values())
+    denoiser = model.num_denoiser_parameters
+    written = DTYPES[config.export.dtype].itemsize * denoiser
+    if config.export.components == "copy":
+        written += _FLOAT * (sum(model.num_parameters.values()) - denoiser)
+    return states * state + exports * written
 
 
 def _tracker(mode: str) -> str:
@@ -210,7 +214,8 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
         if config.generator.lora is not None:
             # In one process with the roles, their base is the validator's too.
             base = 0 if topology.mode == "local" else work.frozen_bytes(GENERATOR)
-        weights = base + width * encoders
+        teacher = work.shape_of(TEACHER).num_parameters if config.teacher.model else 0
+        weights = base + _FLOAT * teacher + width * encoders
         needs.append(_Need("validator", weights, topology.validator.gpus))
     return needs
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from cluster.files import whole_folder
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
-from pipelines.run.folder import require_output_folder
+from pipelines.exporting.target import EXPORTS, require_replaceable
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.exchange import (
     LORA_FORMATS,
@@ -40,7 +40,9 @@ OnProgress = Callable[[str, int, int], None]
 
 # bfloat16 has 8 significant bits: half a unit of the last place.
 _ROUNDING = {"fp32": 0.0, "fp16": 2.0**-11, "bf16": 2.0**-8}
-_EXPORTS = "exports"
+_RANK = 64
+# Rounding of both factors, in squares, far above that of bfloat16.
+_LORA_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +53,13 @@ class ExportOptions:
         form: One of `FORMATS`.
         dtype: Type of the weights: `bf16`, `fp16` or `fp32`.
         components: For `diffusers`: the other components are linked, copied or left out.
-        rank: Of a LoRA.
+        rank: Of a LoRA of all weights; None: 64. Adapters keep their own.
     """
 
     form: str = DIFFUSERS
     dtype: str = "bf16"
     components: Components = "link"
-    rank: int = 64
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -69,7 +71,7 @@ class ExportOptions:
             if value not in known:
                 expected = f"one of {', '.join(known)}"
                 raise ConfigError("exporting", f"{option} {value}", expected)
-        if not 1 <= self.rank <= 2**14:
+        if self.rank is not None and not 1 <= self.rank <= 2**14:
             raise ConfigError("exporting", f"--rank {self.rank}", "from 1 to 16384")
 
 
@@ -116,21 +118,25 @@ def export(
     """
     options = options or ExportOptions()
     target = _target(run_or_model, output, options)
+    attempted = f"exporting {run_or_model}"
+    require_replaceable(target, "--output", (run_or_model,), attempted)
     steps = 4
     on_progress("reading the weights", 0, steps)
     source = open_source(run_or_model, checkpoint, base)
+    require_replaceable(target, "--output", (run_or_model, source.base), attempted)
     _require_base(source, options, run_or_model)
+    _require_rank(source, options)
     with whole_folder(target) as draft:
         on_progress(f"writing {options.form}", 1, steps)
         kept, read_back = _WRITERS[options.form](source, options, draft)
         on_progress("reading it back", 2, steps)
-        difference = _compare(source, options, read_back(), kept)
-        on_progress("describing it", 3, steps)
         change = _difference(source.weights, _base_weights(source))
+        difference = _compare(source, options, read_back(), kept, change)
+        on_progress("describing it", 3, steps)
         figures = Figures(
             options.form,
             options.dtype,
-            options.rank,
+            _rank(source, options),
             difference.largest,
             change.largest,
             lost=difference.energy / change.energy if change.energy else 0.0,
@@ -195,7 +201,7 @@ def _change(
         return source.adapters, 1.0
     before = _base_weights(source)
     with torch.no_grad():
-        factors = approximate_all(before, source.weights, options.rank)
+        factors = approximate_all(before, source.weights, options.rank or _RANK)
         return factors, share_kept(before, source.weights, factors)
 
 
@@ -229,6 +235,7 @@ def _compare(
     options: ExportOptions,
     found: Mapping[str, Tensor],
     kept: float | None,
+    change: _Difference,
 ) -> _Difference:
     """Distance of the weights that were read back; refuses what rounding cannot explain."""
     if missing := sorted(source.weights.keys() - found.keys()):
@@ -239,7 +246,12 @@ def _compare(
         if apart > allowed:
             words = f"{name} differs by {apart:.3g}, where rounding allows {allowed:.3g}"
             raise _lost(source, options, words)
-    return _difference(source.weights, found)
+    difference = _difference(source.weights, found)
+    if kept is not None and difference.energy > (1 - kept + _LORA_ROUNDING) * change.energy:
+        lost = difference.energy / change.energy if change.energy else 1.0
+        words = f"{lost:.1%} of the change is lost, where the rank loses {1 - kept:.1%}"
+        raise _lost(source, options, words)
+    return difference
 
 
 def _base_weights(source: TrainedGenerator) -> dict[str, Tensor]:
@@ -266,6 +278,23 @@ def _files(source: TrainedGenerator, options: ExportOptions) -> ExchangeFiles:
     return make()
 
 
+def _rank(source: TrainedGenerator, options: ExportOptions) -> int:
+    """Rank of a LoRA: that of the adapters, or of the approximation."""
+    if source.adapters:
+        return max(each.up.shape[1] for each in source.adapters.values())
+    return options.rank or _RANK
+
+
+def _require_rank(source: TrainedGenerator, options: ExportOptions) -> None:
+    if source.adapters and options.form in LORA_FORMATS and options.rank is not None:
+        raise ConfigError(
+            f"exporting {source.name} as {options.form}",
+            f"--rank {options.rank}, and the run trained adapters of {_rank(source, options)}",
+            "no rank: adapters are exported as they are",
+            "Leave --rank out",
+        )
+
+
 def _require_base(source: TrainedGenerator, options: ExportOptions, given: str | Path) -> None:
     """A LoRA of a model folder needs to know what it is a change of."""
     is_itself = source.run is None and source.base.resolve() == Path(given).resolve()
@@ -279,16 +308,7 @@ def _require_base(source: TrainedGenerator, options: ExportOptions, given: str |
 
 
 def _target(run_or_model: str | Path, output: str | Path | None, options: ExportOptions) -> Path:
-    target = Path(output) if output is not None else Path(run_or_model) / _EXPORTS / options.form
-    source = Path(run_or_model)
-    if target.resolve() == source.resolve() or target.resolve() in source.resolve().parents:
-        raise ConfigError(
-            f"exporting {run_or_model}",
-            f"--output {target}, which holds what is exported",
-            "another folder, as it is replaced whole",
-        )
-    require_output_folder(target, "--output")
-    return target
+    return Path(output) if output is not None else Path(run_or_model) / EXPORTS / options.form
 
 
 def _bytes_written(draft: Path) -> int:

@@ -3,6 +3,7 @@
 recipe, data, figures, clips, and the lines of code that sample it rightly
 """
 
+import re
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from workers.models.configs import INDEX_FILE, read_model_json
 
 CARD = "README.md"
 _CLIPS = "samples"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEMPLATES = Path(__file__).parent / "assets"
 
 
@@ -60,7 +62,7 @@ def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) ->
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        # Markdown, with nothing in it that was not written by a recipe or this program.
+        # Markdown: names from elsewhere are checked or cleaned before they come here.
         autoescape=False,
     )
     grid = FlowMatchSchedule(shift=source.sampling.flow_shift).few_step_grid(
@@ -68,6 +70,7 @@ def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) ->
     )
     text = environment.get_template("model_card.md.j2").render(
         metadata=_metadata(source).to_yaml().strip(),
+        name=re.sub(r"[^\w. -]", "-", source.name),
         source=source,
         config=source.config,
         base=_base_id(source.base),
@@ -111,7 +114,9 @@ def _base_id(base: Path) -> str:
         if part.name.startswith("models--"):
             return part.name.removeprefix("models--").replace("--", "/", 1)
     known = read_model_json(base / INDEX_FILE) if (base / INDEX_FILE).is_file() else {}
-    return str(known.get("_name_or_path") or base.name)
+    named = str(known.get("_name_or_path"))
+    # A downloaded file must not write text of its own into the card.
+    return named if _HUB_ID.fullmatch(named) else re.sub(r"[^\w.-]", "-", base.name)
 
 
 def _evaluation(source: TrainedGenerator) -> Evaluation | None:

@@ -1,10 +1,11 @@
 """Folders to sample from that are made for the call: a checkpoint of a run, a LoRA on its base."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from pipelines.exporting.export import ExportOptions, export
 from pipelines.media.inference import (
@@ -13,6 +14,7 @@ from pipelines.media.inference import (
     write_inference_settings,
 )
 from sgmd_core.errors import ConfigError, ModelFolderError
+from workers.models.configs import read_model_json
 from workers.models.families import family_of
 from workers.models.weight_digests import SETTINGS_FILE, require_same_weights
 
@@ -78,8 +80,16 @@ def _merge(base: Path, lora: Path, folder: Path) -> None:
         ) from error
     settings = read_inference_settings(base)
     if (beside / SETTINGS_FILE).is_file():
-        stored = json.loads((beside / SETTINGS_FILE).read_text())
-        settings = settings.model_validate({**settings.model_dump(), **stored})
+        stored = read_model_json(beside / SETTINGS_FILE)
+        try:
+            settings = settings.model_validate({**settings.model_dump(), **stored})
+        except ValidationError as error:
+            raise ModelFolderError(
+                f"reading {beside / SETTINGS_FILE}",
+                error.errors()[0]["msg"],
+                "sampling settings as `sgmd export` writes them",
+                "Delete the file to sample as the base is sampled",
+            ) from error
     family.export(folder, base, weights, flow_shift=settings.flow_shift, components="link")
     write_inference_settings(folder, settings)
 

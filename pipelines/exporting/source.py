@@ -20,6 +20,7 @@ from sgmd_core.errors import CheckpointError, ConfigError
 from workers.generator_learner import AVERAGE, ROLE
 from workers.models.adapter_files import adapter_factors, merged_weights
 from workers.models.addresses import local_model, missing_folder
+from workers.models.exporting import DTYPES
 from workers.models.families import family_of
 from workers.models.family import ModelFamily
 from workers.models.low_rank import LowRank
@@ -105,7 +106,8 @@ def _of_run(run: RunFolder, checkpoint: str | None, base: str | Path | None) -> 
         weights = state.weights
         if state.lora is not None:
             adapters = adapter_factors(weights, state.lora)
-            weights = merged_weights(folder, weights, state.lora)
+            dtype = DTYPES[config.generator.compute.weights]
+            weights = merged_weights(folder, weights, state.lora, dtype)
     return TrainedGenerator(
         name=config.name,
         weights=weights,

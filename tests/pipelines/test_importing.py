@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.importing import import_file
-from sgmd_core.errors import ModelFolderError
+from sgmd_core.errors import ConfigError, ModelFolderError
 from tests.helpers.tiny_wan import write_tiny_wan
 from workers.models.content import component_digest, model_digests
 from workers.models.families import family_of
@@ -103,3 +103,19 @@ def test_a_pickled_file_is_never_opened_and_a_component_of_other_names_is_told_t
     single_file(trained, folder / FILE)
     with pytest.raises(ModelFolderError, match="sgmd import FILE DST --base FOLDER"):
         family_of(folder).inspect(folder)
+
+
+def test_no_folder_of_something_else_is_replaced_and_components_are_checked(
+    base: Path, trained: Path, tmp_path: Path
+) -> None:
+    file = single_file(trained, tmp_path / "wan.safetensors")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/notes.txt").touch()
+    for target in (base, base / "vae", tmp_path, tmp_path / "work"):
+        with pytest.raises(ConfigError, match="replaced whole"):
+            import_file(file, base, target)
+    with pytest.raises(ConfigError, match="--components none"):
+        import_file(file, base, tmp_path / "new", "none")
+    assert (tmp_path / "work/notes.txt").exists()
+    for _ in range(2):
+        import_file(file, base, tmp_path / "new")

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from pipelines.cli import app
 from sgmd_core.errors import ModelFolderError
 from tests.helpers.s3_server import serve_s3, use_server
 from tests.helpers.tiny_wan import write_tiny_wan
-from workers.models.addresses import local_model
+from workers.models.addresses import is_address, local_model
 from workers.models.content import fingerprint
 from workers.models.families import family_of
 
@@ -108,3 +109,15 @@ def test_an_address_is_copied_once_a_content_and_whole(model, bucket, tmp_path, 
     assert fingerprint(second) != fingerprint(first)
     with pytest.raises(ModelFolderError, match="nothing there"):
         local_model(f"{address}-nowhere")
+
+
+def test_a_file_address_is_a_path_and_a_store_without_tags_is_refused(model, monkeypatch):
+    assert local_model(f"file://{model}") == model
+    assert local_model(f"file:{model}") == model
+    assert not is_address(f"file://{model}")
+    store = fsspec.filesystem("memory")
+    store.pipe("/untagged/model_index.json", b"{}")
+    facts = {"/untagged/model_index.json": {"size": 2, "name": "/untagged/model_index.json"}}
+    monkeypatch.setattr(type(store), "find", lambda self, *args, **options: facts)
+    with pytest.raises(ModelFolderError, match="neither tag nor time"):
+        local_model("memory://untagged")

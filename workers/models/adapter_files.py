@@ -65,16 +65,19 @@ class MergedWeights(Mapping[str, Tensor]):
 
 
 def merged_weights(
-    base_folder: str | Path, adapters: Mapping[str, Tensor], lora: LoraSettings
+    base_folder: str | Path,
+    adapters: Mapping[str, Tensor],
+    lora: LoraSettings,
+    dtype: torch.dtype = torch.float32,
 ) -> MergedWeights:
-    """Merge adapters into the denoiser of a model folder, read in float32.
+    """Merge adapters into the denoiser of a model folder, read in the type that it had in training.
 
     Raises:
         ModelFolderError: The base folder is missing, torn or of another family.
         CheckpointError: The adapters are not those of this denoiser.
     """
     folder = Path(base_folder)
-    base = dict(family_of(folder).load_denoiser(folder).named_parameters())
+    base = dict(family_of(folder).load_denoiser(folder, dtype).named_parameters())
     return MergedWeights(base, adapters, lora)
 
 

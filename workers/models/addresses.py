@@ -27,11 +27,15 @@ from workers.models.configs import INDEX_FILE, REMEDY
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAIN = Path("refs") / "main"
+_DISK = "file"
+# What tells one content of an object from the next, by the names that stores give it.
+_TAGS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime")
 
 
 def is_address(model: str | Path) -> bool:
-    """Returns True for an address of an object store."""
-    return _ADDRESS.fullmatch(str(model)) is not None
+    """Returns True for an address of an object store; `file:` is a path of a disk."""
+    address = _ADDRESS.fullmatch(str(model))
+    return address is not None and address[1] != _DISK
 
 
 def local_model(model: str | Path) -> Path:
@@ -43,9 +47,9 @@ def local_model(model: str | Path) -> Path:
         StorageError: The object store cannot be read.
     """
     address = _ADDRESS.fullmatch(str(model))
-    if address is not None:
+    if address is not None and address[1] != _DISK:
         return _copy(f"{address[1]}://{address[2].rstrip('/')}")
-    path = Path(model).expanduser()
+    path = Path(model if address is None else f"/{address[2]}").expanduser()
     if (path / "snapshots").is_dir() and not (path / INDEX_FILE).exists():
         return _snapshot(path)
     return path
@@ -125,7 +129,15 @@ def _objects(address: str) -> Mapping[str, Mapping[str, Any]]:
 def _stamp(objects: Mapping[str, Mapping[str, Any]]) -> str:
     digest = hashlib.sha256()
     for name, facts in objects.items():
-        digest.update(f"{name} {facts['size']} {facts.get('ETag', '')}\n".encode())
+        tag = next((str(facts[key]) for key in _TAGS if facts.get(key)), None)
+        if tag is None:
+            raise ModelFolderError(
+                f"copying the model {name}",
+                f"a store that names neither tag nor time of its objects ({', '.join(facts)})",
+                "one of " + ", ".join(_TAGS),
+                "Copy the folder to a disk and name that",
+            )
+        digest.update(f"{name} {facts['size']} {tag}\n".encode())
     return digest.hexdigest()[:16]
 
 
