@@ -384,6 +384,8 @@ def settings_before_they_existed(config: DistillConfig) -> dict[str, Any]:
         "data": {"train": config.data.train},
         "batch": {"size": config.batch.size},
         "objective": {"method": config.objective.method},
+        # Methods with several updates an iteration need one of the two.
+        "fake_score": {"tracking": config.fake_score.tracking},
     }
     return {**DistillConfig.model_validate(needed).deciding_settings, **_OLD_BEHAVIOUR}
 

@@ -229,8 +229,9 @@ class _CallDispatcher:
         rows = tuple(range(before, before + sizes[index]))
         with labelled(iteration, phase, index):
             if prompts.stored is not None:
+                dropped = tuple(sorted(prompts.dropped))
                 return text.call_rank(
-                    0, TextEncoder.place, prompts.stored, rows, first_sample, prompts.dropped
+                    0, TextEncoder.place, prompts.stored, rows, first_sample, dropped
                 )
             captions = prompts.captions[rows[0] : rows[-1] + 1]
             indices = tuple(first_sample + row for row in rows)
