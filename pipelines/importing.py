@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster.files import kind_of_path, whole_folder
-from pipelines.exporting.target import require_replaceable
+from pipelines.exporting.target import require_safe_target
 from pipelines.media.inference import model_folder, read_inference_settings
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.exporting import Components, narrowed
@@ -59,7 +59,7 @@ def import_file(
     """
     path, target = Path(file), Path(output)
     base_folder = model_folder(base)
-    require_replaceable(target, "DST", (path, base_folder), f"importing {path}")
+    require_safe_target(target, "DST", (path, base_folder), f"importing {path}")
     if components not in ("link", "copy"):
         raise ConfigError(f"importing {path}", f"--components {components}", "link or copy")
     family = family_of(base_folder)

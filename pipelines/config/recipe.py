@@ -95,7 +95,7 @@ _NOT_IN_DIGEST: dict[str, Any] = {
 
 
 _OLD_BEHAVIOUR: dict[str, Any] = {"model.encoder_dtype": "fp32"}
-"""What runs did before a setting existed whose default is something else."""
+"""Behaviour before a setting existed, where that is not the default."""
 
 
 def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -371,7 +371,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def settings_before_they_existed(config: DistillConfig) -> dict[str, Any]:
-    """What runs did before a deciding setting existed: its default, or the value named above.
+    """Value of each deciding setting in runs that began before it existed: mostly its default.
 
     Args:
         config: A run, for what has no default.

@@ -21,7 +21,7 @@ from torch import Tensor
 from cluster.files import whole_folder
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
-from pipelines.exporting.target import EXPORTS, require_replaceable
+from pipelines.exporting.target import EXPORTS, require_safe_target
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.exchange import (
     LORA_FORMATS,
@@ -119,11 +119,11 @@ def export(
     options = options or ExportOptions()
     target = _target(run_or_model, output, options)
     attempted = f"exporting {run_or_model}"
-    require_replaceable(target, "--output", (run_or_model,), attempted)
+    require_safe_target(target, "--output", (run_or_model,), attempted)
     steps = 4
     on_progress("reading the weights", 0, steps)
     source = open_source(run_or_model, checkpoint, base)
-    require_replaceable(target, "--output", (run_or_model, source.base), attempted)
+    require_safe_target(target, "--output", (run_or_model, source.base), attempted)
     _require_base(source, options, run_or_model)
     _require_rank(source, options)
     with whole_folder(target) as draft:
@@ -214,7 +214,7 @@ _WRITERS: Mapping[str, Callable[[TrainedGenerator, ExportOptions, Path], Written
 
 @dataclass(frozen=True, slots=True)
 class _Difference:
-    """How far two sets of weights are apart: the largest difference, and the sum of squares."""
+    """Distance of two sets of weights: the largest difference, and the sum of squares."""
 
     largest: float
     energy: float

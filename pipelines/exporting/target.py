@@ -12,7 +12,7 @@ EXPORTS = "exports"
 """Folder of the exports in a run."""
 
 
-def require_replaceable(
+def require_safe_target(
     target: Path, setting: str, sources: Iterable[str | Path], attempted: str
 ) -> None:
     """Checks that a folder can be written whole and that nothing else is lost by it.

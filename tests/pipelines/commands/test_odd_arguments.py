@@ -124,7 +124,6 @@ def answer(*arguments: str) -> tuple[int, str]:
         (("encode", "train", "new", "--model", str(TINY), "--height", "100000000"), "'--height'"),
         (("ledger", "nowhere"), "checking the ledger of"),
         (("evaluate", "nowhere"), "looking for the run or model nowhere: no such folder"),
-        (("evaluate", "s3://bucket/run"), "listing s3://bucket/run"),
         (("evaluate", "pipe"), "model pipe: a named pipe"),
         (("evaluate", "half"), "no model_index.json"),
         (("evaluate", "run", "--output", "file"), "file is a file"),
