@@ -324,11 +324,11 @@ class FakeScoreSettings:
     """
 
     tracking: Literal["shared", "fresh"] = "shared"
-    start: Literal["teacher", "generator"] = "teacher"
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=4e-7))
     ida_decay: float = 1.0
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     lora: LoraSettings | None = None
+    start: Literal["teacher", "generator"] = "teacher"
 
     def __post_init__(self) -> None:
         """Checks the values."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -107,6 +108,8 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
         brought[f"final {name}"] = all_weights(roles)
         roles.generator.save(str(folder / name))
         roles.fake_score.save(str(folder / name))
+        # The first rank writes; in a run the controller waits for it.
+        dist.barrier()
         brought[f"resumed {name}"] = resumed_weights(folder / name, run)
         iterate(roles, NUM_ITERATIONS, BATCHES)
         brought[f"uninterrupted {name}"] = all_weights(roles)
