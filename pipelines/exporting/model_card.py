@@ -20,11 +20,11 @@ from pipelines.reporting.names import in_order
 from pipelines.run.folder import RunFolder, file_inside, git_revision, read_jsonl
 from sgmd_core.errors import CheckpointError
 from sgmd_core.schedule import FlowMatchSchedule
+from workers.models.addresses import is_hub_id
 from workers.models.configs import INDEX_FILE, read_model_json
 
 CARD = "README.md"
 _CLIPS = "samples"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEMPLATES = Path(__file__).parent / "assets"
 
 
@@ -116,7 +116,7 @@ def _base_id(base: Path) -> str:
     known = read_model_json(base / INDEX_FILE) if (base / INDEX_FILE).is_file() else {}
     named = str(known.get("_name_or_path"))
     # A downloaded file must not write text of its own into the card.
-    return named if _HUB_ID.fullmatch(named) else re.sub(r"[^\w.-]", "-", base.name)
+    return named if is_hub_id(named) else re.sub(r"[^\w.-]", "-", base.name)
 
 
 def _evaluation(source: TrainedGenerator) -> Evaluation | None:

@@ -1,9 +1,10 @@
 """Folders that an export or an import may replace whole."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.run.folder import RunFolder, require_output_folder
+from pipelines.run.replaceable import require_replaceable
 from sgmd_core.errors import ConfigError
 from workers.models.configs import INDEX_FILE
 from workers.models.weight_digests import SETTINGS_FILE
@@ -13,7 +14,7 @@ EXPORTS = "exports"
 
 
 def require_safe_target(
-    target: Path, setting: str, sources: Iterable[str | Path], attempted: str
+    target: Path, setting: str, sources: Sequence[str | Path], attempted: str
 ) -> None:
     """Checks that a folder can be written whole and that nothing else is lost by it.
 
@@ -29,24 +30,14 @@ def require_safe_target(
     """
     place = target.resolve()
     for source in (Path(source).resolve() for source in sources):
-        inside = source in place.parents
         is_export = RunFolder(source).config.exists() and (source / EXPORTS) in place.parents
-        if place == source or place in source.parents or (inside and not is_export):
+        if source in place.parents and not is_export:
             raise ConfigError(
                 attempted,
-                f"{setting} {target}, which holds or lies in {source}, which is read",
+                f"{setting} {target}, which lies in {source}, which is read",
                 "another folder, as it is replaced whole",
                 "Choose a new folder",
             )
     require_output_folder(target, setting)
-    if target.is_dir() and any(target.iterdir()) and not _is_ours(target):
-        raise ConfigError(
-            attempted,
-            f"{setting} {target}, a folder of something else",
-            "a new folder, an empty one, or an earlier export, as it is replaced whole",
-            "Choose a new folder",
-        )
-
-
-def _is_ours(folder: Path) -> bool:
-    return (folder / INDEX_FILE).is_file() or (folder / SETTINGS_FILE).is_file()
+    kept = {f"what is read ({number + 1})": str(each) for number, each in enumerate(sources)}
+    require_replaceable(str(target), setting, kept, (INDEX_FILE, SETTINGS_FILE))

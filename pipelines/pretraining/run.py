@@ -48,7 +48,7 @@ from pipelines.pretraining.data import (
     open_clips,
 )
 from pipelines.pretraining.events import EVENTS_FILE, EventWriter, PretrainEvent, follow_events
-from pipelines.pretraining.folder import require_replaceable, write_pipeline_folder
+from pipelines.pretraining.folder import write_pipeline_folder
 from pipelines.pretraining.loops import (
     NETWORKS_FILE,
     VAE_FOLDER,
@@ -70,6 +70,7 @@ from pipelines.pretraining.stages import (
     stage_identities,
 )
 from pipelines.run.folder import require_output_folder
+from pipelines.run.replaceable import require_replaceable
 from sgmd_core.errors import ConfigError, SgmdError
 from workers.models.families import family_of
 from workers.models.wan import open_autoencoder

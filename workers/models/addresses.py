@@ -55,11 +55,16 @@ def local_model(model: str | Path) -> Path:
     return path
 
 
+def is_hub_id(name: str) -> bool:
+    """Returns True for what may be an id of the hub: OWNER/NAME."""
+    return _HUB_ID.fullmatch(name) is not None
+
+
 def missing_folder(path: Path, attempted: str, remedy: str = REMEDY) -> ModelFolderError:
     """Refusal of a path that is no folder; of a hub id, with the line that downloads it."""
     found = kind_of_path(path) or "no such folder"
     expected = "a model folder on a disk, or an address such as s3://bucket/folder"
-    if found == "no such folder" and _HUB_ID.fullmatch(str(path)):
+    if found == "no such folder" and is_hub_id(str(path)):
         folder = f"models/{path.name}"
         found = "no such folder; as an id of the hub it is not downloaded by itself"
         remedy = f"hf download {path} --local-dir {folder}   and give {folder}"
