@@ -10,7 +10,7 @@ The result is a folder with the file, sgmd.json (how to sample) and README.md (t
 takes its place once everything in it was read back.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -126,12 +126,17 @@ def export(
     require_safe_target(target, "--output", (run_or_model, source.base), attempted)
     _require_base(source, options, run_or_model)
     _require_rank(source, options)
+    before = _base_weights(source)
+    change = _difference(source.weights.items(), before)
+    factors = _factors(source, options, before) if options.form in LORA_FORMATS else None
+    kept = None if factors is None else _kept(source, factors, change)
     with whole_folder(target) as draft:
         on_progress(f"writing {options.form}", 1, steps)
-        kept, read_back = _WRITERS[options.form](source, options, draft)
+        read_back = _write(source, options, draft, factors)
         on_progress("reading it back", 2, steps)
-        change = _difference(source.weights, _base_weights(source))
-        difference = _compare(source, options, read_back(), kept, change)
+        found = read_back()
+        _require_written(source, options, found, before, factors)
+        difference = _difference(source.weights.items(), found)
         on_progress("describing it", 3, steps)
         figures = Figures(
             options.form,
@@ -149,11 +154,25 @@ def export(
     return result
 
 
-Written = tuple[float | None, Callable[[], Mapping[str, Tensor]]]
-"""Share of the change that was kept, and what reads the weights back."""
+Factors = Mapping[str, LowRank]
+"""A change of low rank, by the name of its layer."""
+
+ReadBack = Callable[[], Mapping[str, Tensor]]
+"""Reads the weights as a user of the files would."""
 
 
-def _write_diffusers(source: TrainedGenerator, options: ExportOptions, draft: Path) -> Written:
+def _write(
+    source: TrainedGenerator, options: ExportOptions, draft: Path, factors: Factors | None
+) -> ReadBack:
+    """Writes the files of a format; returns what reads them."""
+    if factors is not None:
+        return _write_lora(source, options, draft, factors)
+    if options.form == DIFFUSERS:
+        return _write_diffusers(source, options, draft)
+    return _write_single(source, options, draft)
+
+
+def _write_diffusers(source: TrainedGenerator, options: ExportOptions, draft: Path) -> ReadBack:
     family = source.family
     weights = narrowed(source.weights, DTYPES[options.dtype], family.traits.keep_fp32)
     family.export(
@@ -163,53 +182,49 @@ def _write_diffusers(source: TrainedGenerator, options: ExportOptions, draft: Pa
         flow_shift=source.sampling.flow_shift,
         components=options.components,
     )
-    return None, lambda: dict(family.load_denoiser(draft).named_parameters())
+    return lambda: dict(family.load_denoiser(draft).named_parameters())
 
 
-def _write_single(source: TrainedGenerator, options: ExportOptions, draft: Path) -> Written:
+def _write_single(source: TrainedGenerator, options: ExportOptions, draft: Path) -> ReadBack:
     files = _files(source, options)
     paths = _paths(files, draft, f"{source.name}-{options.dtype}")
     weights = narrowed(source.weights, DTYPES[options.dtype], source.family.traits.keep_fp32)
     files.write_weights(options.form, paths, weights)
-    return None, lambda: files.read_weights(paths, source.base)
+    return lambda: files.read_weights(paths, source.base)
 
 
-def _write_lora(source: TrainedGenerator, options: ExportOptions, draft: Path) -> Written:
+def _write_lora(
+    source: TrainedGenerator, options: ExportOptions, draft: Path, factors: Factors
+) -> ReadBack:
     files = _files(source, options)
-    factors, kept = _change(source, options)
-    if not factors:
-        raise ModelFolderError(
-            f"exporting {source.name} as a LoRA",
-            f"no matrix that differs from those of {source.base}",
-            "weights that were trained from this base",
-            "Give the base that they were trained from with --base FOLDER",
-        )
     paths = _paths(files, draft, LORA_STEM)
     files.write_low_rank(options.form, paths, factors, DTYPES[options.dtype])
-    return kept, lambda: files.read_low_rank(paths, source.base)
+    return lambda: files.read_low_rank(paths, source.base)
 
 
 def _paths(files: ExchangeFiles, draft: Path, stem: str) -> dict[str, Path]:
     return {part: part_path(draft, stem, part) for part in files.parts}
 
 
-def _change(
-    source: TrainedGenerator, options: ExportOptions
-) -> tuple[Mapping[str, LowRank], float]:
-    """The change from the base, and the share of it that is kept: all of trained adapters."""
-    if source.adapters is not None:
-        return source.adapters, 1.0
-    before = _base_weights(source)
-    with torch.no_grad():
-        factors = approximate_all(before, source.weights, options.rank or _RANK)
-        return factors, share_kept(before, source.weights, factors)
+@torch.no_grad()
+def _factors(
+    source: TrainedGenerator, options: ExportOptions, before: Mapping[str, Tensor]
+) -> Factors:
+    """The change from the base as what it is, for adapters, or its approximation."""
+    found = source.adapters or approximate_all(before, source.weights, options.rank or _RANK)
+    if not found:
+        raise ModelFolderError(
+            f"exporting {source.name} as a LoRA",
+            f"no matrix that differs from those of {source.base}",
+            "weights that were trained from this base",
+            "Give the base that they were trained from with --base FOLDER",
+        )
+    return found
 
 
-_WRITERS: Mapping[str, Callable[[TrainedGenerator, ExportOptions, Path], Written]] = {
-    DIFFUSERS: _write_diffusers,
-    **dict.fromkeys(WEIGHT_FORMATS, _write_single),
-    **dict.fromkeys(LORA_FORMATS, _write_lora),
-}
+def _kept(source: TrainedGenerator, factors: Factors, change: "_Difference") -> float:
+    """Share of the change that is kept: all of trained adapters."""
+    return 1.0 if source.adapters else share_kept(factors, change.energy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,37 +236,44 @@ class _Difference:
 
 
 @torch.no_grad()
-def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> _Difference:
+def _difference(one: Iterable[tuple[str, Tensor]], other: Mapping[str, Tensor]) -> _Difference:
     largest = energy = 0.0
-    for name, value in one.items():
+    for name, value in one:
         apart = value.float() - other[name].float()
         largest = max(largest, float(apart.abs().max()))
         energy += float(apart.double().square().sum())
     return _Difference(largest, energy)
 
 
-def _compare(
+def _require_written(
     source: TrainedGenerator,
     options: ExportOptions,
     found: Mapping[str, Tensor],
-    kept: float | None,
-    change: _Difference,
-) -> _Difference:
-    """Distance of the weights that were read back; refuses what rounding cannot explain."""
+    before: Mapping[str, Tensor],
+    factors: Factors | None,
+) -> None:
+    """Refuses weights that differ from what was written by more than rounding."""
     if missing := sorted(source.weights.keys() - found.keys()):
         raise _lost(source, options, f"{len(missing)} weights are missing, {missing[0]} first")
-    for name, value in source.weights.items() if kept is None else ():
-        apart = _difference({name: value}, found).largest
+    if factors is not None:
+        apart = _difference(_merged(before, factors), found).energy
+        whole = sum(each.energy * each.kept for each in factors.values())
+        if apart > _LORA_ROUNDING * whole:
+            raise _lost(source, options, f"{apart / whole:.1%} of the change is lost")
+        return
+    for name, value in source.weights.items():
+        apart = _difference([(name, value)], found).largest
         allowed = float(value.detach().abs().max()) * _ROUNDING[options.dtype]
         if apart > allowed:
             words = f"{name} differs by {apart:.3g}, where rounding allows {allowed:.3g}"
             raise _lost(source, options, words)
-    difference = _difference(source.weights, found)
-    if kept is not None and difference.energy > (1 - kept + _LORA_ROUNDING) * change.energy:
-        lost = difference.energy / change.energy if change.energy else 1.0
-        words = f"{lost:.1%} of the change is lost, where the rank loses {1 - kept:.1%}"
-        raise _lost(source, options, words)
-    return difference
+
+
+def _merged(before: Mapping[str, Tensor], factors: Factors) -> Iterator[tuple[str, Tensor]]:
+    """Weights of the base with a change of low rank, one after another."""
+    for name, value in before.items():
+        each = factors.get(name.removesuffix(".weight"))
+        yield name, value if each is None else value.float() + each.up @ each.down
 
 
 def _base_weights(source: TrainedGenerator) -> dict[str, Tensor]:

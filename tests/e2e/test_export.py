@@ -337,7 +337,9 @@ class TestRefusals:
         other = tmp_path / "work"
         other.mkdir()
         (other / "thesis.tex").touch()
-        with pytest.raises(ConfigError, match="a folder of something else"):
+        with pytest.raises(
+            ConfigError, match=r"a folder with thesis\.tex, and no model_index\.json"
+        ):
             export(run.root, output=other)
         assert (other / "thesis.tex").exists()
         (other / "thesis.tex").unlink()

@@ -1,7 +1,7 @@
-"""Adapters as files: merged into a base's weights, or alone as diffusers loads them.
+"""Adapters in the forms that are exported: merged into a base's weights, or as factors.
 
-merged_weights    base + alpha / rank * B A, in float32      a denoiser's parameters
-save_lora         FOLDER/pytorch_lora_weights.safetensors    pipeline.load_lora_weights(FOLDER)
+merged_weights     base + alpha / rank * B A, in float32    a denoiser's parameters
+adapter_factors    A and B with the scale in B              what `ExchangeFiles` writes as a LoRA
 """
 
 from collections.abc import Iterator, Mapping

@@ -79,16 +79,14 @@ def approximate_all(
     return found
 
 
-def share_kept(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], factors: Mapping[str, LowRank]
-) -> float:
-    """Share of the squared change of all weights that the approximations hold.
+def share_kept(factors: Mapping[str, LowRank], energy: float) -> float:
+    """Share of the change of all weights that the approximations hold.
 
     Biases, norms and convolutions have no approximation, and none of their change is held.
+
+    Args:
+        factors: Approximations by name.
+        energy: Squared norm of the change of all weights.
     """
-    whole = sum(
-        float((value.double() - before[name].double()).square().sum())
-        for name, value in after.items()
-    )
     held = sum(each.energy * each.kept for each in factors.values())
-    return held / whole if whole else 1.0
+    return held / energy if energy else 1.0
