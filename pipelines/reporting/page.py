@@ -21,6 +21,7 @@ from pipelines.reporting.alarms import alarm_kinds
 from pipelines.reporting.checkpoints import ranked_checkpoints
 from pipelines.reporting.clips import Media, clip_table
 from pipelines.reporting.curves import LabelledRun, training_cards, validation_cards
+from pipelines.reporting.events import event_rows
 from pipelines.reporting.headline import comparison_note, criteria, figure_table, tiles
 from pipelines.reporting.names import duration
 from pipelines.reporting.records import RunRecords, finite, read_run
@@ -125,6 +126,7 @@ def _run(run: LabelledRun) -> dict[str, Any]:
         "facts_line": _facts_line(records),
         "notes": records.notes,
         "alarms": alarm_kinds(records.alarms),
+        "events": event_rows(records.events),
         "ranking": ranked_checkpoints(records),
         "alarms_recorded": records.alarms_recorded,
         "utilisation": used,

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -17,6 +17,8 @@ from pipelines.config.yaml_text import read_yaml
 from pipelines.evaluation.run import EVALUATION_FILE
 from pipelines.run.folder import RunFolder, file_inside
 from sgmd_core.errors import CheckpointError
+
+T = TypeVar("T")
 
 _MAX_LINES_NAMED = 5
 
@@ -51,6 +53,7 @@ class RunRecords:
         metrics: Lines of metrics.jsonl, one an iteration, in order.
         validations: Lines of validation.jsonl, in order.
         alarms: Lines of alarms.jsonl, in order.
+        events: Lines of events.jsonl, in order: failures, and what was done about them.
         alarms_recorded: Whether there is such a file: none raised is not the same as none kept.
         ranking: ranking.json, where checkpoints are ranked; empty where not.
         summary: summary.json, written at the end of a run; empty before.
@@ -66,6 +69,7 @@ class RunRecords:
     metrics: Sequence[Line]
     validations: Sequence[Line]
     alarms: Sequence[Line]
+    events: Sequence[Mapping[str, Any]]
     alarms_recorded: bool
     ranking: Mapping[str, Any]
     summary: Mapping[str, Any]
@@ -129,6 +133,7 @@ def read_run(run_folder: str | Path) -> RunRecords:
         metrics=metrics,
         validations=validations,
         alarms=alarms,
+        events=_entries(folder.events, faults, _event),
         alarms_recorded=(folder.alarms).exists(),
         ranking=ranking,
         summary=summary,
@@ -247,12 +252,19 @@ def _lines(path: Path, faults: _Faults) -> list[Line]:
 
     Where a resumed run has written an iteration again, the later line counts.
     """
-    several = path.name == RunFolder("").alarms.name
-    found: list[Line] = []
+    found = _entries(path, faults, _line)
+    if path.name != RunFolder("").alarms.name:
+        found = list({line.iteration: line for line in found}.values())
+    return sorted(found, key=lambda line: line.iteration)
+
+
+def _entries(path: Path, faults: _Faults, read: Callable[[str], T | None]) -> list[T]:
+    """All lines that can be read; the others are counted in a note."""
+    found: list[T] = []
     wrong: list[int] = []
     for number, text in enumerate(_text(path, faults).split("\n"), start=1):
         if text.strip():
-            line = _line(text)
+            line = read(text)
             if line is None:
                 wrong.append(number)
             else:
@@ -266,9 +278,16 @@ def _lines(path: Path, faults: _Faults) -> list[Line]:
             faults.sentences.append(told)
         else:
             faults.lose(path, told)
-    if not several:
-        found = list({line.iteration: line for line in found}.values())
-    return sorted(found, key=lambda line: line.iteration)
+    return found
+
+
+def _event(text: str) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(text)
+    except ValueError:
+        return None
+    is_whole = isinstance(entry, dict) and {"time", "kind", "cause"} <= entry.keys()
+    return entry if is_whole else None
 
 
 def _line(text: str) -> Line | None:

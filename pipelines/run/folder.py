@@ -1,7 +1,7 @@
 """Files of a run.
 
-runs/NAME/  config.yaml  identity.json  metrics.jsonl  validation.jsonl  alarms.jsonl  ranking.json
-summary.json  trace.json  ledger/  shards.jsonl  quarantine.parquet  wandb-id
+runs/NAME/  config.yaml  identity.json  metrics.jsonl  validation.jsonl  alarms.jsonl  events.jsonl
+ranking.json  summary.json  trace.json  ledger/  shards.jsonl  quarantine.parquet  wandb-id
 samples/  checkpoints/step-000200/  generator/  best/  evaluation.json  report.html
 """
 
@@ -30,6 +30,7 @@ _FIELDS: Mapping[str, Mapping[str, Kind]] = {
     },
     "validation.jsonl": {"iteration": int, "figures": dict},
     "alarms.jsonl": {"iteration": int},
+    "events.jsonl": {"time": str, "kind": str, "cause": str},
 }
 """What every line of a log has; a line without it is broken."""
 
@@ -107,6 +108,8 @@ class RunFolder:
         self.metrics = self.root / "metrics.jsonl"
         self.validation = self.root / "validation.jsonl"
         self.alarms = self.root / "alarms.jsonl"
+        self.events = self.root / "events.jsonl"
+        self.stacks = self.root / "stacks"
         self.ranking = self.root / "ranking.json"
         self.summary = self.root / "summary.json"
         self.trace = self.root / "trace.json"
@@ -167,6 +170,8 @@ class RunFolder:
     def rewind(self, iteration: int, on_broken: Callable[[str], None] | None = None) -> None:
         """Drops what was logged for iterations that a resumed run will make again.
 
+        Events are history and stay.
+
         Args:
             iteration: The first of them.
             on_broken: Hears one sentence of each log in which lines were broken.
@@ -184,7 +189,7 @@ class RunFolder:
 
     def flush(self) -> None:
         """Flushes the logs to the disk, before a checkpoint that they lead to is committed."""
-        for path in (self.metrics, self.validation, self.alarms, self.shards):
+        for path in (self.metrics, self.validation, self.alarms, self.events, self.shards):
             flush_log(path)
         for path in self.ledger.glob("*.jsonl"):
             flush_log(path)

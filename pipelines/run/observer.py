@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.run.alarms import Alarm
-from pipelines.run.records import IterationRecord, ValidationRecord
+from pipelines.run.records import IterationRecord, RunEvent, ValidationRecord
 
 
 class RunObserver:
@@ -21,6 +21,9 @@ class RunObserver:
 
     def alarm(self, alarm: Alarm) -> None:
         """Receives a figure that has crossed its limit."""
+
+    def event(self, event: RunEvent) -> None:
+        """Receives a failure, or what was done about one; perhaps from another thread."""
 
     def warning(self, text: str) -> None:
         """Receives one line about a failure that the run can do without."""
@@ -51,6 +54,11 @@ class Observers(RunObserver):
         """Passes it on."""
         for observer in self._observers:
             observer.alarm(alarm)
+
+    def event(self, event: RunEvent) -> None:
+        """Passes it on."""
+        for observer in self._observers:
+            observer.event(event)
 
     def warning(self, text: str) -> None:
         """Passes it on."""

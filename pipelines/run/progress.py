@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pipelines.run.alarms import Alarm
 from pipelines.run.observer import RunObserver
-from pipelines.run.records import IterationRecord, ValidationRecord
+from pipelines.run.records import GOOD_NEWS, IterationRecord, RunEvent, ValidationRecord
 from pipelines.run.stop_rule import StopRule
 
 _BAR_COLUMNS = 20  # leaves room for the counts on a terminal of 80 columns
@@ -58,6 +58,10 @@ class LineObserver(RunObserver):
     def alarm(self, alarm: Alarm) -> None:
         """Prints it in red, where there are colours."""
         self.warning(alarm.in_words())
+
+    def event(self, event: RunEvent) -> None:
+        """Prints it, in red where something has failed."""
+        (self.note if event.kind in GOOD_NEWS else self.warning)(event.in_words())
 
     def warning(self, text: str) -> None:
         """Prints it in red, where there are colours."""
@@ -114,6 +118,10 @@ class LiveObserver(RunObserver):
     def alarm(self, alarm: Alarm) -> None:
         """Prints it above the bar."""
         self.warning(alarm.in_words())
+
+    def event(self, event: RunEvent) -> None:
+        """Prints it above the bar, in red where something has failed."""
+        (self.note if event.kind in GOOD_NEWS else self.warning)(event.in_words())
 
     def warning(self, text: str) -> None:
         """Prints it above the bar, in red."""

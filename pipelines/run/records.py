@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, Literal, get_args
 
+from cluster.redaction import without_secrets
 from pipelines.config.methods import leading_losses
 from workers.measures import MEASURES
 
@@ -29,6 +31,23 @@ HEADLINE_FIGURES = tuple(
     if measure.leads
 )
 """Figures of a progress line."""
+
+EventKind = Literal[
+    "worker_died",
+    "worker_frozen",
+    "node_died",
+    "recovered",
+    "restarted",
+    "stopped",
+    "skipped_update",
+    "checkpoint_fallback",
+    "gave_up",
+]
+EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
+"""Names of the events, as events.jsonl, W&B and the report use them."""
+
+GOOD_NEWS: frozenset[EventKind] = frozenset({"recovered", "restarted"})
+"""Events that end a failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +128,62 @@ class ValidationRecord:
     def to_json(self) -> dict[str, Any]:
         """As validation.jsonl holds it."""
         return asdict(self)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEvent:
+    """One line of events.jsonl.
+
+    Attributes:
+        kind: One of `EVENT_KINDS`.
+        cause: One sentence about what happened.
+        action: One sentence about what was done; empty where nothing was.
+        role: Role or helper of the process: "generator", "feed"; empty where it is about none.
+        rank: Its rank.
+        node: Its machine.
+        iteration: Updates of the generator made before; None where the run has not begun.
+        last_lines: The last log lines of the failing process, secrets blotted out.
+        lost_s: Seconds lost; None where they are not known (yet).
+        time: ISO 8601, UTC.
+    """
+
+    kind: EventKind
+    cause: str
+    action: str = ""
+    role: str = ""
+    rank: int | None = None
+    node: str = ""
+    iteration: int | None = None
+    last_lines: tuple[str, ...] = ()
+    lost_s: float | None = None
+    time: str = field(default_factory=_now)
+
+    def __post_init__(self) -> None:
+        """Blots secrets out of every text that may hold one."""
+        for name in ("cause", "action"):
+            object.__setattr__(self, name, without_secrets(getattr(self, name)))
+        lines = tuple(without_secrets(line) for line in self.last_lines)
+        object.__setattr__(self, "last_lines", lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """As events.jsonl holds it."""
+        return asdict(self)
+
+    @property
+    def place(self) -> str:
+        """Role, rank and machine in words; empty where the event is about no process."""
+        role = self.role if self.rank is None else f"{self.role} rank {self.rank}"
+        return f"{role} on {self.node}" if role and self.node else role or self.node
+
+    def in_words(self) -> str:
+        """One line for a terminal."""
+        where = [self.place] if self.place else []
+        where += [f"iteration {self.iteration}"] if self.iteration is not None else []
+        head = self.kind.replace("_", " ") + (f" ({', '.join(where)})" if where else "")
+        said = " ".join(part.rstrip(".") + "." for part in (self.cause, self.action) if part)
+        lost = f" {self.lost_s:.1f} s lost." if self.lost_s is not None else ""
+        return f"{head}: {said}{lost}"

@@ -1,6 +1,7 @@
 """Weights & Biases, when the recipe asks for it. The run folder never depends on it."""
 
 import secrets
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from cluster.storage import write_text
 from pipelines.run.alarms import Alarm
 from pipelines.run.observer import RunObserver
-from pipelines.run.records import IterationRecord, ValidationRecord
+from pipelines.run.records import GOOD_NEWS, IterationRecord, RunEvent, ValidationRecord
 
 
 class WandbObserver(RunObserver):
@@ -25,6 +26,9 @@ class WandbObserver(RunObserver):
         for name in ("losses/*", "grad_norms/*", "seconds/*", "samples_seen", "epoch"):
             run.define_metric(name, step_metric="iteration")
         run.define_metric("validation/*", step_metric="validation/iteration")
+        run.define_metric("events/*", step_metric="events/iteration")
+        self._events: Counter[str] = Counter()
+        self._lost_s = 0.0
 
     def iteration(self, record: IterationRecord) -> None:
         """Logs losses, gradient norms and seconds under the names of metrics.jsonl."""
@@ -52,6 +56,20 @@ class WandbObserver(RunObserver):
     def alarm(self, alarm: Alarm) -> None:
         """Raises it in W&B, too, which can send it on by mail."""
         self._run.alert(title=alarm.name, text=alarm.in_words(), level="WARN")
+
+    def event(self, event: RunEvent) -> None:
+        """Counts it by kind, adds its lost seconds up, and raises it as an alert."""
+        self._events[event.kind] += 1
+        self._lost_s += event.lost_s or 0.0
+        figures: dict[str, float] = {
+            f"events/{event.kind}": self._events[event.kind],
+            "events/lost_s": self._lost_s,
+        }
+        if event.iteration is not None:
+            figures["events/iteration"] = event.iteration
+        self._run.log(figures)
+        level = "INFO" if event.kind in GOOD_NEWS else "WARN"
+        self._run.alert(title=event.kind, text=event.in_words(), level=level)
 
 
 @contextmanager

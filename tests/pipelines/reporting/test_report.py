@@ -17,6 +17,7 @@ from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.page import write_report
 from pipelines.reporting.records import read_run
 from pipelines.run.folder import append_jsonl
+from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError
 from tests.helpers.runs import finish_run, start_run, write_alarms
 
@@ -271,6 +272,33 @@ class TestBadRecords:
         # Our own script is the only one.
         assert page(finished).tags.count("script") == 1
         assert "alert(2)" in page(finished).text
+
+    def test_events_are_a_table_only_where_there_are_any(self, finished):
+        assert "Events" not in page(finished).headings
+        event = RunEvent(
+            kind="worker_died",
+            cause="<i>ended by signal 9",
+            action="It was replaced",
+            role="teacher",
+            rank=1,
+            iteration=4,
+            last_lines=("<script>alert(3)",),
+            lost_s=90.0,
+        )
+        append_jsonl(finished / "events.jsonl", event.to_json())
+        append_jsonl(finished / "events.jsonl", {"kind": "torn"})
+        shown = page(finished)
+        assert "Events" in shown.headings
+        for text in (
+            "worker died",
+            "teacher rank 1",
+            "ended by signal 9",
+            "1 min 30 s",
+            "alert(3)",
+        ):
+            assert text in shown.text
+        assert shown.tags.count("script") == 1
+        assert "events.jsonl: 1 line left out" in shown.warnings
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl, versions
+from pipelines.run.observer import RunObserver
+from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError, ConfigError
 
 
@@ -38,6 +41,43 @@ def test_rewinding_drops_what_will_be_made_again(tmp_path: Path) -> None:
     assert [line["iteration"] for line in read_jsonl(folder.metrics)] == [0, 1, 2]
     append_jsonl(folder.metrics, {"iteration": 3, **rest})
     assert len(read_jsonl(folder.metrics)) == 4
+
+
+class Heard(RunObserver):
+    def __init__(self) -> None:
+        self.events: list[RunEvent] = []
+
+    def event(self, event: RunEvent) -> None:
+        self.events.append(event)
+
+
+def test_events_outlive_a_rewind_and_hold_no_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_SERVICE_TOKEN", "planted-7f3a")
+    folder, heard = RunFolder(tmp_path / "run"), Heard()
+    folder.create("name: run\n")
+    event = RunEvent(
+        kind="worker_died",
+        cause="ended by signal 9 with planted-7f3a",
+        action="planted-7f3a was replaced",
+        role="teacher",
+        rank=1,
+        iteration=4,
+        last_lines=("key planted-7f3a", "at https://user:word@host/x"),
+        lost_s=2.5,
+    )
+    EventLog(folder, heard).add(event)
+    folder.rewind(0)
+    assert "planted-7f3a" not in folder.events.read_text()
+    assert "user:word" not in folder.events.read_text()
+    (line,) = read_jsonl(folder.events)
+    assert line == event.to_json() | {"last_lines": list(event.last_lines)}
+    assert heard.events == [event]
+    assert event.in_words() == (
+        "worker died (teacher rank 1, iteration 4): ended by signal 9 with ***. "
+        "*** was replaced. 2.5 s lost."
+    )
 
 
 def test_versions_name_what_decides_the_numbers() -> None:

@@ -11,7 +11,7 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from pipelines.run.alarms import Alarm
-from pipelines.run.records import IterationRecord, ValidationRecord
+from pipelines.run.records import IterationRecord, RunEvent, ValidationRecord
 from pipelines.run.tracker import open_tracker
 from tests.helpers.runs import write_sheet
 
@@ -68,7 +68,7 @@ def values(file: Path, name: str) -> list[object]:
 
 
 @pytest.mark.slow
-def test_an_offline_run_holds_losses_figures_clips_and_alarms(tmp_path: Path) -> None:
+def test_an_offline_run_holds_losses_figures_clips_alarms_and_events(tmp_path: Path) -> None:
     write_sheet(tmp_path / "samples", "validation-000001")
     iteration = IterationRecord(
         iteration=0,
@@ -92,6 +92,8 @@ def test_an_offline_run_holds_losses_figures_clips_and_alarms(tmp_path: Path) ->
         tracker.validation(later, tmp_path / "samples")
         tracker.iteration(replace(iteration, iteration=1))
         tracker.alarm(alarm)
+        for lost_s in (2.0, 3.0):
+            tracker.event(RunEvent(kind="worker_died", cause="x", iteration=1, lost_s=lost_s))
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     wait_until_written(file)
     history, alerts = logged(file)
@@ -101,7 +103,8 @@ def test_an_offline_run_holds_losses_figures_clips_and_alarms(tmp_path: Path) ->
     assert history["losses/fisher"] == 0.5
     assert history["grad_norms/generator"] == 2.0
     assert history["validation/flow_top_ratio"] == 0.9
-    assert alerts == ["motion_collapse"]
+    assert alerts == ["motion_collapse", "worker_died", "worker_died"]
+    assert (history["events/worker_died"], history["events/lost_s"]) == (2, 5.0)
     kinds = {path.suffix for path in (file.parent / "files" / "media").rglob("*.*")}
     assert kinds == {".png", ".gif"}
 
