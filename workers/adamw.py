@@ -23,6 +23,7 @@ from workers.sharding import local_part, to_main_memory
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Types of devices with the kernel; torch refuses another one only at the first update."""
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
+MOMENTS = (FIRST, SECOND)
 
 
 def make_adamw(

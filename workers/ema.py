@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.role_state import require_same_tensors
-from workers.sharding import as_shard, local_shard, parameters_of, reshard, to_main_memory
+from workers.sharding import as_shard, local_part, local_shard, parameters_of, reshard, to_main_memory
 
 
 def effective_decay(decay: float, updates: int, start: int = 0) -> float:
@@ -72,6 +72,17 @@ class AveragedWeights:
         weights = [_wide(value.detach()) for value in self._parameters.values()]
         # One call for all tensors, as in torch.optim.swa_utils.
         torch._foreach_lerp_(averages, weights, weight)
+
+    def restore(self, parts: Mapping[str, Tensor]) -> None:
+        """Goes on from this rank's parts of an average.
+
+        Raises:
+            CheckpointError: They were taken of another network.
+        """
+        own = {name: local_part(value) for name, value in self._average.items()}
+        require_same_tensors(parts, own, "restoring the averaged weights")
+        for name, value in own.items():
+            value.copy_(parts[name])
 
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Goes on from a saved average.

@@ -45,6 +45,7 @@ from workers.reports import GradientReport, TrackReport
 from workers.role_state import load_role, require_same_tensors, save_role
 from workers.settings import FakeScoreSettings
 from workers.sharding import is_sharded, local_shard, parameters_of
+from workers.snapshots import RoleSnapshot
 
 ROLE = "fake_score"
 _VELOCITY_FAKE, _VELOCITY_TEACHER = "the fake score's velocity", "the teacher's velocity"
@@ -243,6 +244,23 @@ class FakeScoreTracker:
         self.discard()
         self._optimizer.load_state(state)
         return state.updates
+
+    def snapshot(self) -> RoleSnapshot:
+        """A copy of this rank's part of the state, in main memory; changes nothing."""
+        return self._optimizer.snapshot()
+
+    def restore(self, snapshot: RoleSnapshot) -> int:
+        """Goes on where `snapshot` was taken, bit for bit; gives the iteration under way up.
+
+        Returns:
+            Updates made so far.
+
+        Raises:
+            CheckpointError: It belongs to another network.
+        """
+        self.discard()
+        self._optimizer.restore(snapshot)
+        return snapshot.updates
 
     def _predict(self, leaf: NoisedBatch) -> Latents:
         """Velocity at a query whose `x0` is a leaf, with the graph that the objective needs."""

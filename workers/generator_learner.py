@@ -9,7 +9,7 @@ Its objective depends on the generator through x0 alone, so `grad_x0` is all tha
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +45,7 @@ from workers.reports import DiversityReport, GradientReport, LearnReport
 from workers.role_state import RoleState, load_role, save_role
 from workers.settings import ExportSettings, GeneratorSettings
 from workers.sharding import gather_to_rank0, is_first_rank
+from workers.snapshots import RoleSnapshot, copies
 
 ROLE = "generator"
 AVERAGE = "ema"
@@ -334,6 +335,28 @@ class GeneratorLearner:
         if self._average is not None:
             self._average.load(load_role(folder, AVERAGE).weights)
         return state.updates
+
+    def snapshot(self) -> RoleSnapshot:
+        """A copy of this rank's part of the state, in main memory; changes nothing."""
+        snapshot = self._optimizer.snapshot()
+        if self._average is None:
+            return snapshot
+        return replace(snapshot, average=copies(self._average.average.items()))
+
+    def restore(self, snapshot: RoleSnapshot) -> int:
+        """Goes on where `snapshot` was taken, bit for bit; gives the iteration under way up.
+
+        Returns:
+            Updates made so far.
+
+        Raises:
+            CheckpointError: It belongs to another network.
+        """
+        self.discard()
+        self._optimizer.restore(snapshot)
+        if self._average is not None:
+            self._average.restore(snapshot.average)
+        return snapshot.updates
 
     def _place_or_draw(self, key: MicroBatchKey, text: TextBatch, draws: Draws | None) -> Draws:
         if draws is None:

@@ -11,10 +11,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
-from workers.adamw import make_adamw, restore_moments
+from workers.adamw import MOMENTS, make_adamw, restore_moments
 from workers.adapters import lora_of
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_adapters, require_same_tensors
@@ -24,11 +25,13 @@ from workers.sharding import (
     copy_into,
     full_tensor,
     gather_to_rank0,
+    local_part,
     local_shard,
     parameters_of,
     reshard,
     to_main_memory,
 )
+from workers.snapshots import RoleSnapshot, copies
 
 _CLIP_MARGIN = 1e-5
 """More than what torch adds to the norm before it divides by it."""
@@ -213,6 +216,53 @@ class RoleOptimizer:
         for name, parameter in self._parameters.items():
             for kind, value in self._adamw.state[parameter].items():
                 yield f"{kind}/{name}", as_shard(value, parameter) if value.ndim else value
+
+    def snapshot(self) -> RoleSnapshot:
+        """Copies of this rank's parts of weights and moments, and the counter."""
+        return RoleSnapshot(
+            self._updates, copies(self.weights.items()), copies(self._state_by_label())
+        )
+
+    @torch.no_grad()
+    def restore(self, snapshot: RoleSnapshot) -> None:
+        """Goes on where `snapshot` was taken, bit for bit.
+
+        Raises:
+            CheckpointError: The snapshot belongs to another network.
+        """
+        parts = {name: local_part(value) for name, value in self.weights.items()}
+        require_same_tensors(snapshot.weights, parts, f"restoring the {self._role}")
+        reshard(self._network)
+        for name, part in parts.items():
+            part.copy_(snapshot.weights[name])
+        # Moments that came after the snapshot must not stay.
+        self._adamw.state.clear()
+        restore_moments(self._adamw, self._parts_by_index(snapshot.moments))
+        self._updates = snapshot.updates
+        self.discard()
+
+    def _parts_by_index(self, moments: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+        """Copies of this rank's parts of the moments, in AdamW's own form."""
+        offload = self._settings.moments == "cpu"
+        parameters = list(self._parameters.items())
+        found: dict[int, dict[str, Tensor]] = {}
+        for index, (name, parameter) in enumerate(parameters):
+            shape = local_part(parameter).shape
+            for kind in (*MOMENTS, "step"):
+                value = moments.get(f"{kind}/{name}")
+                if value is None:
+                    continue
+                part = value.clone()
+                if value.ndim and value.shape == shape and not offload:
+                    part = as_shard(part.to(parameter.device), parameter)
+                found.setdefault(index, {})[kind] = part
+        return found
+
+    def _state_by_label(self) -> Iterator[tuple[str, Tensor]]:
+        """The optimizer's state as it lies here, by `KIND/NAME`."""
+        for name, parameter in self._parameters.items():
+            for kind, value in self._adamw.state[parameter].items():
+                yield f"{kind}/{name}", value
 
     def load_state(self, state: RoleState) -> None:
         """Goes on where `state` was taken.

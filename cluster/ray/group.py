@@ -128,18 +128,40 @@ class RayWorkerGroup(WorkerGroup[W]):
         self._seats = [_Seat(hosts, index) for hosts in pools for index in range(hosts.size)]
         self._narrow = frozenset(narrow)
         self._direct = direct
+        self._factory = factory
+        self._args: tuple[Any, ...] = args
         super().__init__(name, len(self._seats))
-        self._ready = [
-            self._pending(
-                rank,
-                "build",
-                seat.actor.build.remote(
-                    name, factory, args, seat.hosts.rendezvous[seat.index], rank
-                ),
-                [],
-            )
-            for rank, seat in enumerate(self._seats)
-        ]
+        self._ready = [self._build(rank) for rank in range(self.size)]
+
+    @property
+    def pools(self) -> list[Hosts]:
+        """The pools of processes that its ranks live in."""
+        return list(dict.fromkeys(seat.hosts for seat in self._seats))
+
+    def ranks_in(self, processes: AbstractSet[tuple[str, int]]) -> list[int]:
+        """Its ranks in these processes.
+
+        Args:
+            processes: (pool, index) of each.
+        """
+        return [rank for rank, seat in enumerate(self._seats) if seat.process in processes]
+
+    def rebuild(self, ranks: Sequence[int], args: tuple[Any, ...] | None = None) -> None:
+        """Builds the workers of these ranks in their new processes; `wait_ready` waits for them.
+
+        Args:
+            ranks: Ranks whose processes have been started anew.
+            args: New arguments of the factory; None: as before.
+        """
+        self._args = self._args if args is None else args
+        for rank in ranks:
+            self._ready[rank] = self._build(rank)
+
+    def _build(self, rank: int) -> RayFuture[Any]:
+        seat = self._seats[rank]
+        rendezvous = seat.hosts.rendezvous[seat.index]
+        built = seat.actor.build.remote(self.name, self._factory, self._args, rendezvous, rank)
+        return self._pending(rank, "build", built, [])
 
     def wait_ready(self, timeout_s: float) -> None:
         """Waits until every rank has built its worker; raises what the factory raised.

@@ -22,7 +22,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -124,32 +124,54 @@ class Hosts:
     ) -> None:
         self.pool = pool
         self.shared = shared
+        self._placement = placement
+        self._world_size = world_size
+        self._transport = transport
         size = placement.pool(pool).num_ranks
-        has_collectives = world_size > 1
-        remote = cast(Any, ray.remote)
-        host_class = remote(enable_tensor_transport=True)(Host) if transport else remote(Host)
-        options = _SEES_ALL_GPUS if has_collectives else {}
-        self.actors: list[Any] = [
-            host_class.options(
-                max_restarts=0,
-                max_task_retries=0,
-                **options,
-                **placement.actor_options(pool, rank),
-            ).remote(pool, rank, world_size, transport)
-            for rank in range(size)
-        ]
-        self.places = [actor.place.remote() for actor in self.actors]
+        self.actors: list[Any] = [None] * size
+        self.places: list[Any] = [None] * size
         """Where each process is, once it is there."""
         self.dropped: list[deque[int]] = [deque() for _ in range(size)]
         self._number = 0
         self.rendezvous: list[ray.ObjectRef | None] = [None] * size
-        for first in range(0, size, world_size) if has_collectives else ():
-            ranks = range(first, first + world_size)
+        self._start(range(size))
+
+    def _start(self, ranks: Sequence[int]) -> None:
+        """Starts the processes of these ranks: all those of each world that they belong to."""
+        remote = cast(Any, ray.remote)
+        transport, size = self._transport, self._world_size
+        host_class = remote(enable_tensor_transport=True)(Host) if transport else remote(Host)
+        options = _SEES_ALL_GPUS if size > 1 else {}
+        for rank in ranks:
+            placed = self._placement.actor_options(self.pool, rank)
+            actor = host_class.options(max_restarts=0, max_task_retries=0, **options, **placed)
+            self.actors[rank] = actor.remote(self.pool, rank, size, transport)
+            self.places[rank] = self.actors[rank].place.remote()
+        for first in sorted({rank - rank % size for rank in ranks}) if size > 1 else ():
+            world = range(first, first + size)
             rendezvous = self.actors[first].open_rendezvous.remote(
-                *(self.places[rank] for rank in ranks)
+                *(self.places[rank] for rank in world)
             )
-            for rank in ranks:
+            for rank in world:
                 self.rendezvous[rank] = rendezvous
+
+    def world_of(self, rank: int) -> range:
+        """Ranks that run collectives with this one, itself included."""
+        first = rank - rank % self._world_size
+        return range(first, first + self._world_size)
+
+    def end(self, rank: int) -> None:
+        """Ends the process of a rank, if it is still there; its state is lost."""
+        ray.kill(self.actors[rank])
+
+    def restart(self, ranks: Collection[int]) -> None:
+        """Starts new processes in the bundles of these ranks, whose own have ended.
+
+        Args:
+            ranks: All those of each world that they belong to.
+        """
+        assert all(other in ranks for rank in ranks for other in self.world_of(rank))
+        self._start(sorted(ranks))
 
     @property
     def size(self) -> int:

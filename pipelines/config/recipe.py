@@ -26,6 +26,7 @@ from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
+from pipelines.config.recovery import RecoverySettings
 from pipelines.config.roles import TEACHER
 from pipelines.config.section import Section
 from pipelines.config.study import StudySettings
@@ -55,6 +56,7 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "iterations": True,
     "topology": True,
     "checkpoint": True,
+    "recovery": True,
     "validation": True,
     "alarms": True,
     "export": True,
@@ -227,6 +229,7 @@ class DistillConfig(Section):
     tracker: TrackerSettings = TrackerSettings()
     sweep: SweepSettings = SweepSettings()
     study: StudySettings = StudySettings()
+    recovery: RecoverySettings = RecoverySettings()
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

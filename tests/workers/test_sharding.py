@@ -111,8 +111,17 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
         # The first rank writes; in a run the controller waits for it.
         dist.barrier()
         brought[f"resumed {name}"] = resumed_weights(folder / name, run)
+        snapshots = roles.generator.snapshot(), roles.fake_score.snapshot()
+        brought[f"snapshot bytes {name}"] = sum(part.num_bytes for part in snapshots)
         iterate(roles, NUM_ITERATIONS, BATCHES)
         brought[f"uninterrupted {name}"] = all_weights(roles)
+        # A survivor stands in the middle of an iteration; a process that replaces another is new.
+        gather(roles, NUM_ITERATIONS + 1, BATCHES[:1])
+        for what, restored in (("survivor", roles), ("replaced", tiny_roles(**run))):
+            restored.generator.restore(snapshots[0])
+            restored.fake_score.restore(snapshots[1])
+            iterate(restored, NUM_ITERATIONS, BATCHES)
+            brought[f"{what} {name}"] = all_weights(restored)
     brought["fused"] = roles.generator._optimizer._adamw.param_groups[0]["fused"]
     brought["from one rank"] = resumed_weights(folder / "one", RUNS["shared"])
     for name, factor in (("once", 1.0), ("thousandfold", 1000.0)):
@@ -230,6 +239,23 @@ def test_two_resumed_ranks_go_on_bitwise(ranks, name):
     resumed, uninterrupted = (ranks[0][f"{what} {name}"] for what in ("resumed", "uninterrupted"))
     assert_moves(uninterrupted, ranks[0][f"final {name}"])
     assert same_bits(resumed, uninterrupted)
+
+
+@pytest.mark.parametrize("whose", ["survivor", "replaced"])
+@pytest.mark.parametrize("name", RUNS)
+def test_restored_ranks_go_on_bitwise(ranks, name, whose):
+    uninterrupted = ranks[0][f"uninterrupted {name}"]
+    assert_moves(uninterrupted, ranks[0][f"final {name}"])
+    assert same_bits(ranks[0][f"{whose} {name}"], uninterrupted)
+
+
+def test_a_snapshot_holds_the_parts_of_one_rank(ranks):
+    sizes = [rank["snapshot bytes shared"] for rank in ranks]
+    roles = tiny_roles("shared")
+    iterate(roles, 0, BATCHES)
+    whole = sum(part.num_bytes for part in (roles.generator.snapshot(), roles.fake_score.snapshot()))
+    assert max(sizes) < 0.7 * whole
+    assert sum(sizes) >= whole
 
 
 def test_a_checkpoint_of_one_rank_goes_on_with_two(ranks):
