@@ -8,6 +8,7 @@
         ├── StartTimeoutError            not all ranks of a group came up in time
         ├── CallTimeoutError             a rank did not answer in time
         ├── RemoteCallError              a rank failed with an error that cannot travel
+        ├── ResultLostError              a result is gone with the machine that held it
         ├── ScheduleError                a schedule that cannot be worked through
         ├── TransferError                a value that groups cannot hand to one another
         ├── ControllerTensorError        a tensor was on its way to the controller
@@ -114,6 +115,10 @@ class CallTimeoutError(ClusterError, TimeoutError):
 
 class RemoteCallError(ClusterError):
     """A rank failed with an error that cannot travel between processes, told here in words."""
+
+
+class ResultLostError(ClusterError):
+    """A result that a call needs is gone with the machine that held it."""
 
 
 class ScheduleError(ClusterError, ValueError):

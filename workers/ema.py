@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from workers.role_state import require_same_tensors
-from workers.sharding import as_shard, local_part, local_shard, parameters_of, reshard, to_main_memory
+from workers.sharding import (
+    as_shard,
+    local_part,
+    local_shard,
+    parameters_of,
+    reshard,
+    to_main_memory,
+)
 
 
 def effective_decay(decay: float, updates: int, start: int = 0) -> float:

@@ -249,6 +249,10 @@ class FakeScoreTracker:
         """A copy of this rank's part of the state, in main memory; changes nothing."""
         return self._optimizer.snapshot()
 
+    def snapshot_bytes(self) -> int:
+        """Size of the snapshot that would be taken now."""
+        return self._optimizer.snapshot_bytes()
+
     def restore(self, snapshot: RoleSnapshot) -> int:
         """Goes on where `snapshot` was taken, bit for bit; gives the iteration under way up.
 

@@ -44,7 +44,7 @@ from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
 from workers.role_state import RoleState, load_role, save_role
 from workers.settings import ExportSettings, GeneratorSettings
-from workers.sharding import gather_to_rank0, is_first_rank
+from workers.sharding import gather_to_rank0, is_first_rank, local_part
 from workers.snapshots import RoleSnapshot, copies
 
 ROLE = "generator"
@@ -342,6 +342,12 @@ class GeneratorLearner:
         if self._average is None:
             return snapshot
         return replace(snapshot, average=copies(self._average.average.items()))
+
+    def snapshot_bytes(self) -> int:
+        """Size of the snapshot that would be taken now."""
+        average = {} if self._average is None else self._average.average
+        kept = sum(local_part(value).nbytes for value in average.values())
+        return self._optimizer.snapshot_bytes() + kept
 
     def restore(self, snapshot: RoleSnapshot) -> int:
         """Goes on where `snapshot` was taken, bit for bit; gives the iteration under way up.

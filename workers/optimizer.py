@@ -223,6 +223,11 @@ class RoleOptimizer:
             self._updates, copies(self.weights.items()), copies(self._state_by_label())
         )
 
+    def snapshot_bytes(self) -> int:
+        """Size of the tensors that `snapshot` would copy now."""
+        tensors = [*self.weights.values(), *(value for _, value in self._state_by_label())]
+        return sum(local_part(value).nbytes for value in tensors)
+
     @torch.no_grad()
     def restore(self, snapshot: RoleSnapshot) -> None:
         """Goes on where `snapshot` was taken, bit for bit.

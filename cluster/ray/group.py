@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TypeVarTuple
 import ray
 from ray.exceptions import (
     GetTimeoutError,
+    ObjectLostError,
     RayActorError,
     RayError,
     RayTaskError,
@@ -27,6 +28,7 @@ from cluster.errors import (
     CallTimeoutError,
     ClusterError,
     RemoteCallError,
+    ResultLostError,
     StartTimeoutError,
     WorkerDiedError,
 )
@@ -380,6 +382,13 @@ def _raise_cause(error: RayError, futures: Sequence[RayFuture[Any]], phase: str)
         ranks = {actor: rank for future in futures for actor, rank in future.ranks.items()}
         group, rank = ranks.get(cause.actor_id, (futures[0].group, futures[0].rank))
         raise WorkerDiedError(group, rank, phase, str(cause)) from None
+    if isinstance(cause, ObjectLostError):
+        raise ResultLostError(
+            phase,
+            f"a result that it needs is lost ({type(cause).__name__})",
+            "the object store of every machine to stay",
+            "Resume the run from its last checkpoint",
+        ) from None
     if isinstance(cause, RayError):
         raise RemoteCallError(phase, f"{type(cause).__name__}: {cause}") from None
     raise cause from None

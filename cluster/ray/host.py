@@ -33,6 +33,7 @@ import torch
 from cluster.errors import ClusterError, RemoteCallError
 from cluster.joined import Span, concatenate
 from cluster.ray.direct import ready_to_hand_over, require_transport
+from cluster.ray.orphans import end_with_parent
 from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Label, Work, read_clock
@@ -207,6 +208,7 @@ class Host:
     """
 
     def __init__(self, pool: str, rank: int, world_size: int, transport: str | None) -> None:
+        end_with_parent()
         self._place = f"{pool} rank {rank}"
         self._transport = transport
         self._rank = rank

@@ -109,6 +109,10 @@ def _event_line(event: "PretrainEvent") -> str:
     return f"{event.stage} {step}  {figures}  {event.seconds_per_step:.2f} s a step"
 
 
+_AUTO = Path("auto")
+"""Stands for the recipe's own run, so that a job that is started again needs no other command."""
+
+
 def distill(
     recipe: Annotated[
         str | None,
@@ -121,7 +125,9 @@ def distill(
     resume: Annotated[
         Path | None,
         typer.Option(
-            metavar="RUN", help="Go on with this run's newest checkpoint; RECIPE may be left out."
+            metavar="RUN",
+            help="Go on with this run's newest checkpoint; RECIPE may be left out. `auto`: with the "
+            "recipe's own run where it exists, else start it.",
         ),
     ] = None,
     as_json: Json = False,
@@ -137,11 +143,12 @@ def distill(
             from pipelines.run.progress import console_observer
             from pipelines.run.stop_rule import StopRule
 
+        folder = RunFolder(config.run_folder)
+        resumes = folder.config.exists() if resume == _AUTO else resume is not None
         if dry_run:
-            result = job.dry_run(config, resume=resume is not None)
+            result = job.dry_run(config, resume=resumes)
         else:
-            folder = RunFolder(config.run_folder)
-            is_ours = resume is not None or not folder.config.exists()
+            is_ours = resumes or not folder.config.exists()
 
             def hint() -> str:
                 known = is_ours and folder.config.exists()
@@ -149,7 +156,7 @@ def distill(
 
             rule = StopRule(config.iterations)
             with hinting(hint), console_observer(rule, console) as observer:
-                result = job.distill(config, resume=resume is not None, observer=observer)
+                result = job.distill(config, resume=resumes, observer=observer)
     if dry_run:
         from pipelines.commands.run_summary import dry_run_words
 
@@ -167,7 +174,7 @@ def _distill_config(
         from pipelines.config.recipe import load_recipe
         from pipelines.run.folder import RunFolder
 
-    if resume is None:
+    if resume is None or resume == _AUTO:
         if recipe is None:
             raise ConfigError(
                 "starting a distillation",

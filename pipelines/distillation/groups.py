@@ -69,6 +69,19 @@ class Groups:
     feed: WorkerGroup[Feed]
     validator: WorkerGroup[Validator] | None
 
+    @property
+    def all(self) -> list[WorkerGroup[Any]]:
+        """Every group."""
+        roles = self.roles
+        found: list[WorkerGroup[Any]] = [
+            roles.generator,
+            roles.fake_score,
+            roles.teacher,
+            roles.text,
+            self.feed,
+        ]
+        return [*found, self.validator] if self.validator else found
+
 
 @contextmanager
 def open_groups(
@@ -114,7 +127,7 @@ def open_groups(
             )
             opener = _ray_opener(config, stack.enter_context(placement))
         groups = _open(opener, stack, config, checked, folder, progress, num_rows)
-        _wait_ready(_all(groups), config.topology.start_timeout_s)
+        _wait_ready(groups.all, config.topology.start_timeout_s)
         yield groups
 
 
@@ -288,14 +301,7 @@ def _open(
             (model, threads, config.data.text_cache),
         ),
     )
-    stream = StreamSettings(
-        checked.source,
-        seed,
-        config.data.shuffle,
-        config.data.max_bad_fraction,
-        ahead=None if config.topology.mode == "local" else config.data.read_ahead,
-    )
-    feed = group("feed", build_feed, (stream, progress, num_rows))
+    feed = group("feed", build_feed, feed_arguments(config, checked, progress, num_rows))
     validator = None
     if checked.held_out:
         plan = _validation_plan(config, checked.held_out, folder)
@@ -306,6 +312,27 @@ def _open(
             (model, config.video, schedule, plan, config.generator, threads, teacher),
         )
     return Groups(roles, feed, validator)
+
+
+def feed_arguments(
+    config: DistillConfig, checked: Preflight, progress: FeedProgress, num_rows: int
+) -> tuple[StreamSettings, FeedProgress, int]:
+    """Arguments of `build_feed`.
+
+    Args:
+        config: The run's settings.
+        checked: Result of the checks before the run.
+        progress: Where the run stands in its data.
+        num_rows: Captions that it will still take.
+    """
+    stream = StreamSettings(
+        checked.source,
+        config.seed,
+        config.data.shuffle,
+        config.data.max_bad_fraction,
+        ahead=None if config.topology.mode == "local" else config.data.read_ahead,
+    )
+    return stream, progress, num_rows
 
 
 def _validation_plan(
@@ -322,15 +349,3 @@ def _validation_plan(
         samples=str(folder.samples),
         scores=(config.checkpoint.score, config.sweep.score),
     )
-
-
-def _all(groups: Groups) -> list[WorkerGroup[Any]]:
-    roles = groups.roles
-    found: list[WorkerGroup[Any]] = [
-        roles.generator,
-        roles.fake_score,
-        roles.teacher,
-        roles.text,
-        groups.feed,
-    ]
-    return [*found, groups.validator] if groups.validator else found

@@ -200,7 +200,7 @@ class _CallDispatcher:
         key = self._plan.key(call.iteration, call.micro_batch, self._batch_of_phase[call.phase])
         text = self._texts_of(call.iteration, call.phase)[call.micro_batch]
         whole = (0, self._plan.micro_batch_sizes[call.micro_batch])
-        draws = self._draws.get(replace(key, exit_draw=None))
+        draws = self._draws.get(replace(key, exit_draw=None, incarnation=0))
         return (
             key,
             join([(text, whole)], call.samples),

@@ -30,6 +30,7 @@ class IterationPlan:
         negative: Embedding of the negative prompt, on its way to the teacher.
         exit_draws: Draws of the exit step in one batch; None draws one a micro-batch.
         stage_seconds: Of one sample by role and stage, in any unit: see `order_calls`.
+        incarnation: Repairs of the run so far; calls of an earlier one are refused.
     """
 
     program: Program
@@ -42,6 +43,7 @@ class IterationPlan:
     negative: Future[Text]
     exit_draws: int | None = None
     stage_seconds: Mapping[tuple[str, str], float] = field(default_factory=dict)
+    incarnation: int = 0
 
     @property
     def tracking_passes(self) -> int:
@@ -90,6 +92,7 @@ class IterationPlan:
             iteration,
             index,
             Purpose.TRACK if update else Purpose.GENERATE,
+            self.incarnation,
             exit_draw=None if draws == self.micro_batches else exit_draw,
         )
 

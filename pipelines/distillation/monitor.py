@@ -8,17 +8,17 @@ Nothing here waits for a validation before the end of the run. The validator wor
 is asked one after another; while two validations wait, a further one is left out rather than kept,
 because each holds a copy of the weights.
 
-Training does not depend on it: a validator that fails, or times out at the end, is reported and not
-asked again.
+Training does not depend on it: a validator whose process is lost is replaced as often as the recipe
+allows, and asked again; one that fails, or times out at the end, is reported and not asked again.
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import CallTimeoutError
+from cluster.errors import CallTimeoutError, ClusterError, WorkerDiedError
 from cluster.storage import write_json
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.recipe import DistillConfig
@@ -38,6 +38,7 @@ class _Validation:
     """One that has been asked for."""
 
     iteration: int
+    weights: Future[Any]
     future: Future[ValidationRecord]
 
 
@@ -51,6 +52,8 @@ class RunMonitor:
         checkpoints: Its committed states.
         validator: Validates on resources of its own; None where the recipe wants none.
         observer: Receives validations and alarms.
+        replace_validator: Starts a new process for the validator, or raises the error it is given;
+            None: nothing can be replaced.
     """
 
     config: DistillConfig
@@ -58,6 +61,7 @@ class RunMonitor:
     checkpoints: Checkpoints
     validator: WorkerGroup[Validator] | None
     observer: RunObserver
+    replace_validator: Callable[[WorkerDiedError], None] | None = None
     _watch: AlarmWatch = field(init=False)
     _scores: dict[int, float] = field(init=False)
     _waiting: deque[_Validation] = field(init=False, default_factory=deque)
@@ -161,8 +165,26 @@ class RunMonitor:
                 "Give topology.validator more, or raise validation.every"
             )
             return
-        future = self.validator.call_rank(0, Validator.validate, iteration, weights)
-        self._waiting.append(_Validation(iteration, future))
+        self._waiting.append(self._asked(iteration, weights))
+
+    def is_known(self, iteration: int) -> bool:
+        """Returns True if a state has been validated, or its validation is under way."""
+        asked = {job.iteration for job in self._waiting}
+        return iteration <= self._judged_until or iteration in asked
+
+    def take_over(self, former: "RunMonitor", iteration: int, *, again: bool) -> None:
+        """Goes on with the validations that a monitor has asked for, before this iteration.
+
+        Args:
+            former: The monitor of the run before it went back.
+            iteration: Where the run stands now; later validations will be asked for again.
+            again: The validator is a new process, and is asked anew.
+        """
+        self._problem, self._lost = former._problem, former._lost
+        for job in former._waiting:
+            # The weights of the state itself may be lost: it is validated again.
+            if job.iteration < iteration:
+                self._waiting.append(self._asked(job.iteration, job.weights) if again else job)
 
     def collect(self) -> None:
         """Writes down the validations that are back; waits for none."""
@@ -198,17 +220,15 @@ class RunMonitor:
         }
         write_json(str(self.folder.ranking), content)
 
+    def _asked(self, iteration: int, weights: Future[Any]) -> _Validation:
+        assert self.validator is not None, "nothing validates"
+        future = self.validator.call_rank(0, Validator.validate, iteration, weights)
+        return _Validation(iteration, weights, future)
+
     def _take(self) -> None:
         """Fetches the oldest validation and draws conclusions."""
-        job = self._waiting.popleft()
-        assert self.validator is not None, "only a validator's work waits"
-        phase = f"validating iteration {job.iteration}"
-        timeout_s = self.config.validation.timeout_s
-        try:
-            (record,) = self.validator.fetch([job.future], timeout_s=timeout_s, phase=phase)
-        except Exception as error:
-            # Whatever it is, hours of training are worth more than the figures.
-            self._give_up(job, error)
+        record = self._next_record()
+        if record is None:
             return
         self._judged_until = max(self._judged_until, record.iteration)
         append_jsonl(self.folder.validation, record.to_json())
@@ -217,6 +237,44 @@ class RunMonitor:
         if self.ranks:
             self._scores |= scores_of([record.to_json()], self.config.checkpoint.score)
             self.write_ranking()
+
+    def _next_record(self) -> ValidationRecord | None:
+        """Fetches the oldest validation, from a new validator where the process is lost.
+
+        Returns:
+            The record; None if the validator is not asked any more.
+
+        Raises:
+            WorkerDiedError: Another group has lost the weights.
+        """
+        assert self.validator is not None, "only a validator's work waits"
+        while True:
+            job = self._waiting[0]
+            phase = f"validating iteration {job.iteration}"
+            timeout_s = self.config.validation.timeout_s
+            try:
+                (record,) = self.validator.fetch([job.future], timeout_s=timeout_s, phase=phase)
+            except Exception as error:
+                if isinstance(error, WorkerDiedError) and error.group != self.validator.name:
+                    raise
+                if not self._ask_again(error):
+                    # Whatever it is, hours of training are worth more than the figures.
+                    self._give_up(job, error)
+                    return None
+            else:
+                self._waiting.popleft()
+                return record
+
+    def _ask_again(self, error: Exception) -> bool:
+        """Asks a new validator for all that a lost one was asked for; False if there is none."""
+        if self.replace_validator is None or not isinstance(error, WorkerDiedError):
+            return False
+        try:
+            self.replace_validator(error)
+        except ClusterError:
+            return False
+        self._waiting = deque(self._asked(job.iteration, job.weights) for job in self._waiting)
+        return True
 
     def _give_up(self, job: _Validation, error: Exception) -> None:
         """Does without the validator from here on."""

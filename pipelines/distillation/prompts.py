@@ -1,11 +1,12 @@
 """The captions of each iteration: asked for one iteration ahead, entered in the log of the data.
 
 take(n + 1)  ->  of(n): wait, enter, hand on  ->  used(n): what the iteration was made of
+rewind(n)    ->  of(n) hands on again what it has handed on, as long as it is remembered
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,6 +16,9 @@ from pipelines.data.stream.feed import Batch, Feed
 from pipelines.distillation.iteration import PromptBatch
 from pipelines.run.data_log import DataLog
 from sgmd_core.seeds import random_generator
+
+_REMEMBERED = 8
+"""Iterations whose captions can be handed on again; stored embeddings take memory meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +74,21 @@ class Prompts:
         self._seed = seed
         self._dropout = dropout
         self._taken: dict[int, Taken] = {}
+        self._remembered: dict[int, tuple[list[Batch], list[PromptBatch]]] = {}
+        self._next = iterations[0]
         self._coming = self._take(iterations[0])
 
     def of(self, iteration: int) -> list[PromptBatch]:
-        """The captions of an iteration; iterations are asked for in order, each once.
+        """The captions of an iteration; iterations are asked for in order, after `rewind` again.
 
         Raises:
             DataError: Too much of the data cannot be used, or their server failed.
         """
+        if iteration in self._remembered:
+            batches, prompts = self._remembered[iteration]
+            rejected = self._data.enter(iteration, batches)
+            self._taken[iteration] = Taken(tuple(batches), 0.0, rejected)
+            return prompts
         began = time.perf_counter()
         phase = f"reading captions ({iteration})"
         batches = self._feed.fetch(self._coming, self._timeout_s, phase)
@@ -85,9 +96,30 @@ class Prompts:
         rejected = self._data.enter(iteration, batches)
         self._taken[iteration] = Taken(tuple(batches), waited_s, rejected)
         prompts = [self._prompts(iteration, *numbered) for numbered in enumerate(batches)]
+        # Notes about the folder are entered once, whatever is made again.
+        self._remembered[iteration] = [replace(one, notes=()) for one in batches], prompts
+        self._remembered.pop(iteration - _REMEMBERED, None)
         # Asked for one iteration ahead, so that training does not wait for reading.
+        self._next = iteration + 1
         self._coming = self._take(iteration + 1)
         return prompts
+
+    def remembers(self, iteration: int) -> bool:
+        """Returns True if this iteration and all later ones can be asked for again."""
+        return all(one in self._remembered for one in range(iteration, self._next))
+
+    def rewind(self) -> None:
+        """Forgets which iterations were under way; those remembered may be asked for again."""
+        self._taken.clear()
+
+    def forget(self, before: int) -> None:
+        """Lets go of the captions of iterations that will not be asked for again.
+
+        Args:
+            before: The first iteration that is still remembered.
+        """
+        for iteration in [one for one in self._remembered if one < before]:
+            del self._remembered[iteration]
 
     def used(self, iteration: int) -> Taken:
         """Returns the batches of an iteration that is over, once."""

@@ -6,12 +6,14 @@ The controller in this file moves handles and small records; every tensor stays 
 """
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import ClusterError, StorageError
+from cluster.errors import ClusterError, StorageError, WorkerDiedError
 from cluster.lease import hold
 from cluster.storage import write_json
+from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import IterationReport, run_iterations
@@ -21,6 +23,8 @@ from pipelines.distillation.position import Position, begin, resume_position, wi
 from pipelines.distillation.preflight import Preflight, run_preflight
 from pipelines.distillation.prompts import Prompts
 from pipelines.distillation.readiness import check_machine
+from pipelines.distillation.recovery import LOST, Recovery
+from pipelines.distillation.snapshots import Snapshots
 from pipelines.distillation.states import States
 from pipelines.distillation.summary import summarise
 from pipelines.run.alarms import Alarm
@@ -33,6 +37,7 @@ from pipelines.run.stopping import StopRequests, stop_requests
 from pipelines.run.trace import RunTrace
 from pipelines.run.tracker import open_tracker
 from sgmd_core.errors import AlarmError, DataError, NonFiniteError, StopRequestedError
+from sgmd_core.types import Text
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
 
@@ -162,8 +167,12 @@ def _distill(
             run.load(start)
         try:
             with stop_requests(observer.warning) as stops:
-                run.train(start, stop_rule, stops)
-            return run.finish()
+                while True:
+                    try:
+                        run.train(start, stop_rule, stops)
+                        return run.finish()
+                    except LOST as error:
+                        start = run.recover(error)
         except (ClusterError, DataError) as error:
             error.add_note(run.last_good())
             raise
@@ -201,15 +210,21 @@ class Distillation:
         self._data = data
         self._checkpoints = checkpoints
         self._observer = observer
-        self._monitor = RunMonitor(config, folder, checkpoints, groups.validator, observer)
-        self._states = States(config, checked, groups.roles, folder, checkpoints, self._monitor)
-        self._plan = plan_iteration(
-            config,
-            groups.roles.text.call_rank(
-                0, TextEncoder.encode_negative, config.model.negative_prompt
-            ),
+        roles, recovery = groups.roles, config.recovery
+        self._is_on_ray = config.topology.mode != "local"
+        self._snapshots = Snapshots(
+            roles,
+            recovery.snapshot_share if self._is_on_ray and recovery.failures_per_hour else 0.0,
+            config.topology.call_timeout_s,
+            observer.warning,
         )
-        roles = groups.roles
+        self._recovery = Recovery(
+            config, checked, groups, folder, data, checkpoints, self._snapshots, observer
+        )
+        self._position = Position()
+        self._prompts: Prompts | None = None
+        self._monitor, self._states = self._look_after()
+        self._plan = plan_iteration(config, self._negative())
         self._trace = RunTrace(
             [roles.generator, roles.teacher, roles.fake_score, roles.text],
             [groups.feed, *([groups.validator] if groups.validator else [])],
@@ -246,22 +261,27 @@ class Distillation:
             AlarmError: An alarm that the recipe stops at; the state is saved.
             DataError: Too much of the data cannot be used, or their server failed.
         """
-        prompts = self._open_prompts(start.iteration)
-        position, spent_s = start, self._seconds_spent()
-        while not stop_rule.is_reached(position.iteration, spent_s):
-            first, began, before_s = position.iteration, time.perf_counter(), spent_s
+        if self._prompts is None:
+            self._prompts = self._open_prompts(start.iteration)
+        prompts, self._position, spent_s = self._prompts, start, self._seconds_spent()
+        self._catch_up(stop_rule.is_reached(start.iteration, spent_s))
+        while not stop_rule.is_reached(self._position.iteration, spent_s):
+            self._keep_snapshot()
+            first, began, before_s = self._position.iteration, time.perf_counter(), spent_s
             together = self._num_together(first)
             try:
                 for report in run_iterations(
                     self._groups.roles, self._plan, first, together, prompts.of
                 ):
-                    position, took_s = self._record(position, report, prompts, began)
+                    took_s = self._record(report, prompts, began)
                     # Recorded seconds, not wall time: a resumed run stops at the same iteration.
                     spent_s += took_s
                     began = time.perf_counter()
             except NonFiniteError as error:
-                error.add_note(self._states.keep_last_good(position, may_save=self._is_in_step))
+                note = self._states.keep_last_good(self._position, may_save=self._is_in_step)
+                error.add_note(note)
                 raise
+            position = self._position
             is_last = stop_rule.is_reached(position.iteration, spent_s)
             is_time = stop_rule.saves_between(before_s, spent_s)
             if is_last or is_time or self._saves_at(position.iteration):
@@ -273,6 +293,43 @@ class Distillation:
                 raise self._stopped(self._monitor.fatal, position)
             if stops is not None and stops.received and not is_last:
                 raise self._interrupted(stops, position)
+
+    def recover(self, error: ClusterError) -> Position:
+        """Replaces processes that are lost, and goes back to a state that both learners have.
+
+        Args:
+            error: The failure, one of `recovery.LOST`.
+
+        Returns:
+            Where the run goes on.
+
+        Raises:
+            ClusterError: The failure, where the run cannot go on.
+        """
+        if not self._is_on_ray:
+            raise error
+        kept = self._snapshots.position
+        prompts = self._prompts
+        keeps_captions = (
+            kept is not None and prompts is not None and prompts.remembers(kept.iteration)
+        )
+        repaired = self._recovery.repair(
+            error, self._position.iteration, keeps_captions=keeps_captions
+        )
+        iteration, built = repaired.position.iteration, repaired.built
+        former = self._monitor
+        self._monitor, self._states = self._look_after()
+        self._trace.rewind(iteration, built)
+        if self._groups.validator is not None:
+            self._monitor.take_over(former, iteration, again=self._groups.validator.name in built)
+        self._plan = replace(
+            self._plan, negative=self._negative(), incarnation=self._plan.incarnation + 1
+        )
+        if prompts is None or self._groups.feed.name in built:
+            self._prompts = None
+        else:
+            prompts.rewind()
+        return repaired.position
 
     def write_trace(self) -> None:
         """Writes trace.json of what is known by now, also after a failure."""
@@ -303,6 +360,53 @@ class Distillation:
         }
         write_json(str(self._folder.summary), summary)
         return summary
+
+    def _look_after(self) -> tuple[RunMonitor, States]:
+        """Monitor and states of the run as its folder has it now."""
+        monitor = RunMonitor(
+            self._config,
+            self._folder,
+            self._checkpoints,
+            self._groups.validator,
+            self._observer,
+            self._replace_validator if self._is_on_ray else None,
+        )
+        states = States(
+            self._config,
+            self._checked,
+            self._groups.roles,
+            self._folder,
+            self._checkpoints,
+            monitor,
+        )
+        return monitor, states
+
+    def _replace_validator(self, error: WorkerDiedError) -> None:
+        self._recovery.replace_validator(error, self._position.iteration)
+
+    def _negative(self) -> Future[Text]:
+        return self._groups.roles.text.call_rank(
+            0, TextEncoder.encode_negative, self._config.model.negative_prompt
+        )
+
+    def _keep_snapshot(self) -> None:
+        """Copies the state of the learners into memory elsewhere, if it is time to."""
+        if self._snapshots.is_due(self._position):
+            self._snapshots.take(self._position)
+            if self._prompts is not None:
+                self._prompts.forget(self._position.iteration)
+
+    def _catch_up(self, is_last: bool) -> None:
+        """Saves and validates what a failure has come before."""
+        iteration = self._position.iteration
+        if not iteration:
+            return
+        is_saved = iteration in self._checkpoints.steps()
+        if (is_last or self._saves_at(iteration)) and not is_saved:
+            self._states.save(self._position)
+        validates = is_last or self._monitor.validates_at(iteration)
+        if validates and not self._monitor.is_known(iteration):
+            self._validate(iteration, is_last)
 
     @property
     def _is_in_step(self) -> bool:
@@ -358,11 +462,9 @@ class Distillation:
             last += 1
         return last - first
 
-    def _record(
-        self, position: Position, report: IterationReport, prompts: Prompts, began: float
-    ) -> tuple[Position, float]:
-        """Records a finished iteration; returns the new position and its seconds."""
-        iteration = position.iteration
+    def _record(self, report: IterationReport, prompts: Prompts, began: float) -> float:
+        """Records a finished iteration, and moves the run's position; returns its seconds."""
+        iteration = self._position.iteration
         taken = prompts.used(iteration)
         last = taken.batches[-1]
         self._data.record(iteration, taken.batches)
@@ -383,7 +485,9 @@ class Distillation:
         append_jsonl(self._folder.metrics, record.to_json())
         self._observer.iteration(record)
         self._monitor.iteration(record)
-        return Position(iteration + 1, last.position, last.cursor), record.seconds_total
+        self._snapshots.add_iteration(record.seconds_total)
+        self._position = Position(iteration + 1, last.position, last.cursor)
+        return record.seconds_total
 
     def _seconds_spent(self) -> float:
         """Training time of all iterations so far."""

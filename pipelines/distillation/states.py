@@ -90,10 +90,7 @@ class States:
 
     def load(self, iteration: int) -> None:
         """Puts both learning roles back to a committed state."""
-        self.load_generator(iteration)
-        roles, folder = self._roles, self._checkpoints.folder(iteration)
-        fake_score = roles.fake_score.call(FakeScoreTracker.load, folder)
-        self._fetch(roles.fake_score, fake_score, "loading the fake score")
+        load_roles(self._roles, self._checkpoints.folder(iteration), self._config)
 
     def load_generator(self, iteration: int) -> None:
         """Puts the generator back to a committed state."""
@@ -159,3 +156,18 @@ class States:
 
     def _fetch(self, group: Any, pending: Sequence[Future[Any]], phase: str) -> list[Any]:  # noqa: ANN401
         return group.fetch(pending, timeout_s=self._config.topology.call_timeout_s, phase=phase)
+
+
+def load_roles(roles: Roles, folder: str, config: DistillConfig) -> None:
+    """Puts both learning roles back to the state in a checkpoint.
+
+    Args:
+        roles: The groups.
+        folder: The checkpoint.
+        config: Settings of the run.
+    """
+    timeout_s = config.topology.call_timeout_s
+    generator = roles.generator.call(GeneratorLearner.load, folder)
+    fake_score = roles.fake_score.call(FakeScoreTracker.load, folder)
+    roles.generator.fetch(generator, timeout_s, "loading the generator")
+    roles.fake_score.fetch(fake_score, timeout_s, "loading the fake score")

@@ -14,7 +14,7 @@ import json
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,8 @@ class RunTrace:
         self._offsets: dict[Rank, float] = {}
         self._processes: dict[Rank, Process] = {}
         self._own_offset_s = time.time() - time.monotonic()
-        machines: dict[str, float] = {}
-        for group in (*groups, *beside):
-            for rank, clock in enumerate(group.clocks()):
-                offset_s = machines.setdefault(clock.machine, clock.offset_s)
-                self._offsets[group.name, rank] = offset_s
-                self._processes[group.name, rank] = (clock.machine, clock.process)
-        self._num_machines = len(machines)
+        self._machines: dict[str, float] = {}
+        self._read_clocks((*groups, *beside))
         self._answers: list[tuple[WorkerGroup[Any], list[Future[list[Work]]]]] = []
         self._open: dict[int, tuple[IssuedCall, ...]] = {}
         self._works: dict[int, list[Work]] = defaultdict(list)
@@ -109,6 +104,24 @@ class RunTrace:
         if not self._waits:
             self._ask(self._groups)
         return seconds
+
+    def rewind(self, iteration: int, replaced: Collection[str]) -> None:
+        """Forgets the iterations from this one on, which will be made again.
+
+        Args:
+            iteration: The first to forget.
+            replaced: Names of groups that have new processes.
+        """
+        self._answers, self._open = [], {}
+        self._works.clear()
+        self._num_complete = min(self._num_complete, iteration)
+        kept = [one for one in self._kept if one.issued[0].call.iteration < iteration]
+        self._kept = deque(kept, maxlen=self._keep_iterations)
+        for group in self._groups:
+            # Work of calls that were given up, under labels that will be used again.
+            group.fetch(group.ask_work(), self._timeout_s, f"reading the times of {group.name}")
+        groups = (*self._groups, *self._beside)
+        self._read_clocks([group for group in groups if group.name in replaced])
 
     def close(self, silent: Sequence[WorkerGroup[Any]] = ()) -> None:
         """Hears everybody once more; call it when nothing is under way.
@@ -155,11 +168,18 @@ class RunTrace:
             "otherData": {
                 "clock": "microseconds since 1970; exact within a machine, by the machines' own"
                 " clocks between them",
-                "machines": self._num_machines,
+                "machines": len(self._machines),
                 "iterations": [one.issued[0].call.iteration for one in self._kept],
             },
         }
         write_text(str(path), json.dumps(content) + "\n")
+
+    def _read_clocks(self, groups: Sequence[WorkerGroup[Any]]) -> None:
+        for group in groups:
+            for rank, clock in enumerate(group.clocks()):
+                offset_s = self._machines.setdefault(clock.machine, clock.offset_s)
+                self._offsets[group.name, rank] = offset_s
+                self._processes[group.name, rank] = (clock.machine, clock.process)
 
     def _ask(self, groups: Sequence[WorkerGroup[Any]]) -> None:
         self._answers += [(group, group.ask_work()) for group in groups]

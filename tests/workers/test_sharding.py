@@ -253,7 +253,9 @@ def test_a_snapshot_holds_the_parts_of_one_rank(ranks):
     sizes = [rank["snapshot bytes shared"] for rank in ranks]
     roles = tiny_roles("shared")
     iterate(roles, 0, BATCHES)
-    whole = sum(part.num_bytes for part in (roles.generator.snapshot(), roles.fake_score.snapshot()))
+    whole = sum(
+        part.num_bytes for part in (roles.generator.snapshot(), roles.fake_score.snapshot())
+    )
     assert max(sizes) < 0.7 * whole
     assert sum(sizes) >= whole
 

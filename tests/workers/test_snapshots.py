@@ -34,6 +34,8 @@ def test_a_restored_role_makes_the_iterations_again_bitwise(name, before):
     for iteration in range(before):
         iterate(roles, iteration, BATCHES)
     snapshots = roles.generator.snapshot(), roles.fake_score.snapshot()
+    for role, snapshot in zip((roles.generator, roles.fake_score), snapshots, strict=True):
+        assert role.snapshot_bytes() == snapshot.num_bytes
     at_snapshot = all_weights(roles)
     for iteration in range(before, before + 2):
         iterate(roles, iteration, BATCHES)

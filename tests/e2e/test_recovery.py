@@ -1,0 +1,142 @@
+"""A run whose processes are killed goes on by itself, to the bits of a calm run."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from safetensors.torch import load_file
+
+from cluster.errors import WorkerDiedError
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation import run as runs
+from pipelines.distillation.groups import Groups
+from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.observer import RunObserver
+from pipelines.run.records import IterationRecord
+from tests.e2e.conftest import MakeRecipe
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+COMMON = ("iterations=7", "validation.every=2", "checkpoint.every=3", "checkpoint.keep_best=2")
+MID_ITERATION_S = 0.02
+
+
+class Killer(RunObserver):
+    """Kills the process of a group after an iteration, or in the middle of the next one.
+
+    Args:
+        victims: Group by iteration; each is killed once.
+        groups: Filled when the run has opened them.
+    """
+
+    def __init__(self, victims: dict[int, str], groups: list[Groups]) -> None:
+        self._left = dict(victims)
+        self._groups = groups
+        self.iterations: list[int] = []
+
+    def iteration(self, record: IterationRecord) -> None:
+        self.iterations.append(record.iteration)
+        victim = self._left.pop(record.iteration, None)
+        if victim is None:
+            return
+        (group,) = [group for group in self._groups[-1].all if group.name == victim]
+        process = group.process_ids()[0]
+        delay_s = MID_ITERATION_S if record.iteration % 2 else 0.0
+        threading.Timer(delay_s, os.kill, (process, signal.SIGKILL)).start()
+
+
+def distilled(config: DistillConfig, victims: dict[int, str], monkeypatch) -> Killer:
+    opened: list[Groups] = []
+    original = runs.open_groups
+
+    @contextmanager
+    def open_groups(*arguments, **options) -> Iterator[Groups]:
+        with original(*arguments, **options) as groups:
+            opened.append(groups)
+            yield groups
+
+    monkeypatch.setattr(runs, "open_groups", open_groups)
+    killer = Killer(victims, opened)
+    runs.distill(config, observer=killer)
+    assert not killer._left
+    return killer
+
+
+def state_of(config: DistillConfig) -> dict[str, dict]:
+    """Everything that decides how the run would go on, and what it has used and found."""
+    folder = RunFolder(config.run_folder)
+    last = folder.checkpoints / f"step-{config.iterations:06d}"
+    found = {
+        str(path.relative_to(last)): load_file(path) for path in sorted(last.rglob("*.safetensors"))
+    }
+    metrics = read_jsonl(folder.metrics)
+    kept = ("iteration", "losses", "grad_norms", "samples_seen", "cursor", "exit_steps")
+    found["metrics"] = {line["iteration"]: [line[key] for key in kept] for line in metrics}
+    found["validation"] = {
+        line["iteration"]: line["figures"] for line in read_jsonl(folder.validation)
+    }
+    found["ledger"] = {
+        path.name: path.read_text() for path in sorted(folder.ledger.glob("*.jsonl"))
+    }
+    return found
+
+
+def assert_same(found: dict[str, dict], expected: dict[str, dict]) -> None:
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].keys() == values.keys(), name
+        for key, value in values.items():
+            same = found[name][key]
+            assert same.equal(value) if hasattr(value, "equal") else same == value, (name, key)
+
+
+@pytest.fixture(scope="module")
+def calm(module_recipe: MakeRecipe) -> dict[str, dict]:
+    config = module_recipe("name=calm", *COMMON)
+    runs.distill(config)
+    return state_of(config)
+
+
+@pytest.mark.parametrize(
+    "topology",
+    [
+        ("topology.mode=pools",),
+        ("topology.mode=map", "recovery.snapshot_share=0"),
+    ],
+    ids=["pools, copies in memory", "shared processes, checkpoints"],
+)
+def test_every_process_may_be_killed(calm, make_recipe, monkeypatch, topology) -> None:
+    config = make_recipe("name=stormy", *COMMON, *topology, "recovery.backoff_s=0")
+    victims = {
+        0: "teacher",
+        1: "generator",
+        2: "fake_score",
+        3: "text",
+        4: "feed",
+        5: "validator",
+    }
+    killer = distilled(config, victims, monkeypatch)
+    assert_same(state_of(config), calm)
+    again = {"no": 5, "yes": 20}["yes" if "recovery.snapshot_share=0" in topology else "no"]
+    assert len(killer.iterations) <= config.iterations + again
+    events = read_jsonl(RunFolder(config.run_folder).events)
+    died = [event for event in events if event["kind"] == "worker_died"]
+    assert {event["role"] for event in died} >= {"generator", "fake_score", "feed", "validator"}
+    recovered = [event for event in events if event["kind"] == "recovered"]
+    assert len(recovered) == len(died) == len(victims)
+    assert all(event["lost_s"] > 0 for event in recovered)
+
+
+def test_a_spent_budget_ends_the_run_with_the_whole_story(make_recipe, monkeypatch) -> None:
+    config = make_recipe("name=spent", *COMMON, "topology.mode=pools", "recovery.failures_per_hour=1")
+    with pytest.raises(WorkerDiedError, match="fake_score") as caught:
+        distilled(config, {0: "teacher", 1: "fake_score"}, monkeypatch)
+    notes = "\n".join(caught.value.__notes__)
+    assert "recovery.failures_per_hour is 1" in notes
+    assert "teacher" in notes
+    assert "--resume" in notes
+    events = read_jsonl(RunFolder(config.run_folder).events)
+    assert [event["kind"] for event in events][-1] == "gave_up"
