@@ -126,8 +126,8 @@ def distill(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with this run's newest checkpoint; RECIPE may be left out. `auto`: with the "
-            "recipe's own run where it exists, else start it.",
+            help="Go on with this run's newest checkpoint; RECIPE may be left out. `auto`: the "
+            "recipe's own run where it exists, else a new one.",
         ),
     ] = None,
     as_json: Json = False,
