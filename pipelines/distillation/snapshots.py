@@ -61,7 +61,7 @@ class Snapshots:
 
     @property
     def position(self) -> Position | None:
-        """Where the run stood at the newest snapshot; None without one."""
+        """Position of the run at the newest snapshot; None without one."""
         return None if self._taken is None else self._taken.position
 
     @property
