@@ -5,5 +5,9 @@ import os
 # Ray reads these when it is imported. A lost process is reported by our own errors and events; Ray
 # would print a paragraph about it on standard output, among a command's JSON, and a traceback for
 # every call that was given up.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "A worker died or was killed while executing")
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX",
+    "A worker died or was killed while executing|Raylet is terminated. Termination is unexpected|"
+    "has been marked dead because the detector",
+)
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")

@@ -5,6 +5,8 @@
         ├── RayStartError                Ray cannot be started or reached
         ├── InsufficientResourcesError   the cluster is too small, or busy, for the pools asked for
         ├── WorkerDiedError              the process behind a rank is gone
+        │   ├── WorkerFrozenError        it no longer answered, or was stuck, and was ended
+        │   └── NodeLostError            its whole machine is gone
         ├── StartTimeoutError            not all ranks of a group came up in time
         ├── CallTimeoutError             a rank did not answer in time
         ├── RemoteCallError              a rank failed with an error that cannot travel
@@ -43,22 +45,101 @@ class WorkerDiedError(ClusterError):
         group: Name of the worker group.
         rank: Rank within the group.
         phase: What the controller was waiting for.
-        last_error: What was last heard of the process.
+        cause: One sentence about how it ended.
+        node: Address of its machine; empty where it is not known.
+        pid: Its process id there; 0 where it is not known.
+        last_lines: The last lines that it wrote to its log, secrets blotted out.
     """
 
-    def __init__(self, group: str, rank: int, phase: str, last_error: str) -> None:
+    def __init__(
+        self,
+        group: str,
+        rank: int,
+        phase: str,
+        cause: str,
+        node: str = "",
+        pid: int = 0,
+        last_lines: tuple[str, ...] = (),
+    ) -> None:
+        where = ", ".join([*([f"pid {pid}"] if pid else []), *([f"on {node}"] if node else [])])
+        said = "".join(f"\n  | {line}" for line in last_lines)
         super().__init__(
             phase,
-            f"the process of {group} rank {rank} is gone. {last_error}",
+            f"the process of {group} rank {rank}{f' ({where})' if where else ''} is gone: {cause}"
+            + (f". Its last log lines:{said}\n" if said else ""),
             "every rank to live as long as its group",
-            "Its state is lost: resume the run from its last checkpoint. A process that the system"
-            " ended for want of memory leaves a line in the kernel log (dmesg)",
+            "Its state is lost: resume the run from its last checkpoint",
         )
-        self.args = (group, rank, phase, last_error)
+        self.args = (group, rank, phase, cause, node, pid, last_lines)
         self.group = group
         self.rank = rank
         self.phase = phase
-        self.last_error = last_error
+        self.cause = cause
+        self.node = node
+        self.pid = pid
+        self.last_lines = last_lines
+
+
+class WorkerFrozenError(WorkerDiedError):
+    """A process was ended because it no longer answered, or was stuck in a call.
+
+    Args:
+        group: Name of the worker group.
+        rank: Rank within the group.
+        phase: What the controller was waiting for.
+        cause: One sentence: its call, and for how long it was silent or stuck.
+        node: Address of its machine.
+        pid: Its process id there.
+        last_lines: The last lines that it wrote to its log.
+        dump: File with its stack and those of its partners; empty where there is none.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        rank: int,
+        phase: str,
+        cause: str,
+        node: str = "",
+        pid: int = 0,
+        last_lines: tuple[str, ...] = (),
+        dump: str = "",
+    ) -> None:
+        super().__init__(group, rank, phase, cause, node, pid, last_lines)
+        self.args = (group, rank, phase, cause, node, pid, last_lines, dump)
+        self.dump = dump
+        if dump:
+            self.remedy += f". Stacks of it and of its partners are in {dump}"
+
+
+class NodeLostError(WorkerDiedError):
+    """A machine, or the Ray process that stands for it, is gone, with every process on it.
+
+    Args:
+        group: Group of the first process that was there.
+        rank: Its rank.
+        phase: What the controller was waiting for.
+        cause: One sentence about how the machine was lost.
+        node: Its address.
+        lost: (group, rank) of every worker that was there.
+    """
+
+    def __init__(
+        self,
+        group: str,
+        rank: int,
+        phase: str,
+        cause: str,
+        node: str = "",
+        lost: tuple[tuple[str, int], ...] = (),
+    ) -> None:
+        super().__init__(group, rank, phase, cause, node)
+        self.args = (group, rank, phase, cause, node, lost)
+        self.lost = lost or ((group, rank),)
+        there = ", ".join(f"{name} rank {number}" for name, number in self.lost)
+        self.found = f"the machine {node or 'of some workers'} is gone: {cause}. It had {there}"
+        self.expected = "every machine to stay as long as the run"
+        self.remedy = "Their state is lost: resume the run from its last checkpoint"
 
 
 class StartTimeoutError(ClusterError, TimeoutError):

@@ -26,6 +26,7 @@ from pathlib import Path
 import ray
 
 from cluster.errors import RayStartError
+from cluster.procfs import process_state, raylet_of
 
 _log = logging.getLogger(__name__)
 
@@ -71,10 +72,31 @@ def start_ray(
     except Exception as error:  # Ray raises bare ones when a part of it does not come up in time.
         ray.shutdown()
         raise _start_error(target, error) from error
+    raylet = raylet_of(ray.get_runtime_context().get_node_id())
     try:
         yield
     finally:
-        ray.shutdown()
+        with _ending_if_stopped(raylet):
+            ray.shutdown()
+
+
+@contextmanager
+def _ending_if_stopped(raylet: int) -> Iterator[None]:
+    """Ends a frozen raylet, for whose answer Ray's shutdown would wait for ever."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_GRACE_S / 2):
+            if raylet and process_state(raylet) == "T":
+                _log.warning("the raylet of this machine is frozen (stopped); ending it")
+                with suppress(OSError):
+                    os.kill(raylet, signal.SIGKILL)
+
+    threading.Thread(target=watch, name="watch-shutdown", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 @contextmanager

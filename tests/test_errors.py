@@ -36,6 +36,7 @@ def example(error: type[SgmdError]) -> SgmdError:
         int: lambda n: n,
         float: lambda n: n + 0.5,
         tuple[str, ...]: lambda n: (f"first {n}", f"second {n}"),
+        tuple[tuple[str, int], ...]: lambda n: ((f"first {n}", n), (f"second {n}", n)),
     }
     parameters = list(inspect.signature(error.__init__).parameters.values())[1:]
     return error(*(values[p.annotation](n) for n, p in enumerate(parameters, start=3)))

@@ -10,10 +10,11 @@ have processes of their own, or share them with other groups: see `cluster.ray.h
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVarTuple
+from weakref import WeakSet
 
 import ray
 from ray.exceptions import (
@@ -30,9 +31,9 @@ from cluster.errors import (
     RemoteCallError,
     ResultLostError,
     StartTimeoutError,
-    WorkerDiedError,
 )
 from cluster.joined import JoinedFuture
+from cluster.ray.deaths import dead_partner, death_of, lost_machine
 from cluster.ray.direct import Direct
 from cluster.ray.host import ArgLayout, CallSpec, Hosts, LocalRef, OwnedResult, SplitArgument
 from cluster.ray.topology import Placement
@@ -52,6 +53,9 @@ Ts = TypeVarTuple("Ts")
 
 _ANSWER_TIMEOUT_S = 600.0
 _PATIENCE_S = 5.0
+
+_GROUPS: "WeakSet[RayWorkerGroup[Any]]" = WeakSet()
+"""Groups of this process: a machine that is lost may have had ranks of all of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,6 +137,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         self._factory = factory
         self._args: tuple[Any, ...] = args
         super().__init__(name, len(self._seats))
+        _GROUPS.add(self)
         self._ready = [self._build(rank) for rank in range(self.size)]
 
     @property
@@ -222,6 +227,16 @@ class RayWorkerGroup(WorkerGroup[W]):
             for rank, seat in enumerate(self._seats)
         ]
         return self.fetch(asked, _ANSWER_TIMEOUT_S, f"finding the processes of {self.name}")
+
+    def processes(self) -> Iterator[tuple[Any, str]]:
+        """Ray's handle of each rank's process, and a name for those it runs collectives with.
+
+        The name is empty where it runs none.
+        """
+        for seat in self._seats:
+            if seat.hosts.actors:
+                rendezvous = seat.hosts.rendezvous[seat.index]
+                yield seat.actor, rendezvous.hex() if rendezvous is not None else ""
 
     def close(self) -> None:
         """Ends the processes; what they hold is gone. Harmless when repeated."""
@@ -370,6 +385,30 @@ def _first_failure(futures: Sequence[RayFuture[Any]]) -> RayError | None:
     return None
 
 
+def open_processes() -> dict[str, tuple[str, int]]:
+    """(group, rank) by actor id, of all groups that this process has open.
+
+    Where groups share a process, one of them is named.
+    """
+    return {
+        actor._actor_id.hex(): (group.name, rank)
+        for group in _GROUPS
+        for rank, (actor, _) in enumerate(group.processes())
+    }
+
+
+def _partners(futures: Sequence[RayFuture[Any]]) -> dict[str, tuple[str, int]]:
+    """(group, rank) by actor id of all ranks that run collectives in the groups of futures."""
+    names = {group for future in futures for group, _ in future.ranks.values()}
+    return {
+        actor._actor_id.hex(): (group.name, rank)
+        for group in _GROUPS
+        if group.name in names
+        for rank, (actor, partners) in enumerate(group.processes())
+        if partners
+    }
+
+
 def _raise_cause(error: RayError, futures: Sequence[RayFuture[Any]], phase: str) -> NoReturn:
     """Raises what happened in a rank as itself, not in Ray's wrapping.
 
@@ -380,8 +419,10 @@ def _raise_cause(error: RayError, futures: Sequence[RayFuture[Any]], phase: str)
         cause = cause.cause
     if isinstance(cause, RayActorError):
         ranks = {actor: rank for future in futures for actor, rank in future.ranks.items()}
-        group, rank = ranks.get(cause.actor_id, (futures[0].group, futures[0].rank))
-        raise WorkerDiedError(group, rank, phase, str(cause)) from None
+        if died := death_of(cause, ranks, phase, open_processes()):
+            raise died from None
+    if isinstance(cause, RayError) and (lost := lost_machine(open_processes(), phase)):
+        raise lost from None
     if isinstance(cause, ObjectLostError):
         raise ResultLostError(
             phase,
@@ -391,4 +432,7 @@ def _raise_cause(error: RayError, futures: Sequence[RayFuture[Any]], phase: str)
         ) from None
     if isinstance(cause, RayError):
         raise RemoteCallError(phase, f"{type(cause).__name__}: {cause}") from None
+    if isinstance(cause, RuntimeError) and (died := dead_partner(_partners(futures), phase)):
+        # A collective fails in the ranks that live; the one that does not is to blame.
+        raise died from None
     raise cause from None

@@ -34,6 +34,7 @@ from cluster.errors import ClusterError, RemoteCallError
 from cluster.joined import Span, concatenate
 from cluster.ray.direct import ready_to_hand_over, require_transport
 from cluster.ray.orphans import end_with_parent
+from cluster.ray.progress import ProgressReporter
 from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Label, Work, read_clock
@@ -219,6 +220,8 @@ class Host:
         self._kept: dict[int, object] = {}
         self._store: Any = None
         self._works: deque[Work] = deque(maxlen=_MOST_WORK_KEPT)
+        self._progress = ProgressReporter(self._ranks)
+        self._progress.start()
 
     def __repr__(self) -> str:
         """Heads the lines that this process writes to the controller's terminal."""
@@ -256,6 +259,7 @@ class Host:
     ) -> None:
         """Makes a worker; not in the constructor, where an error would lose its type."""
         self._ranks[worker] = own_rank
+        self._progress.begin(worker, "build", Label())
         try:
             if self._transport is not None:
                 require_transport(self._transport, self._place)
@@ -267,10 +271,13 @@ class Host:
             self._workers[worker] = factory(*args)
         except Exception as error:
             raise self._portable(error, worker, factory.__name__) from None
+        finally:
+            self._progress.end()
 
     def run(self, spec: CallSpec, /, *sent: object, **keywords: object) -> object:
         """Runs one method on values from the wire; its result goes back onto the wire, or stays."""
         times = [time.monotonic()]
+        self._progress.begin(spec.worker, spec.method, spec.label)
         for number in spec.drop:
             self._kept.pop(number, None)
         method = spec.method
@@ -304,6 +311,7 @@ class Host:
         except Exception as error:
             raise self._portable(error, spec.worker, method) from None
         finally:
+            self._progress.end()
             # What was not reached took no time.
             times += [time.monotonic()] * (4 - len(times))
             rank = self._rank_of(spec.worker)

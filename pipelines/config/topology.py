@@ -153,6 +153,9 @@ class TopologySettings(Section):
     """How long Ray, the pools and the networks may take to come up."""
     call_timeout_s: float = Field(default=600.0, gt=0)
     """How long one phase of an iteration may take before the run is given up."""
+    watch_s: float = Field(default=20.0, ge=0)
+    """Seconds without a sign of life after which a process is frozen, and the least time after
+    which a call is stuck: it is ended, with its stack in `RUN/stacks/`. 0: nothing is watched."""
 
     @property
     def narrowed(self) -> frozenset[str]:

@@ -34,6 +34,8 @@ from pipelines.distillation.algorithm import STAGES
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.preflight import Preflight
 from pipelines.distillation.validation import ValidationPlan, Validator, build_validator
+from pipelines.distillation.watch import watch_groups
+from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from workers.build import (
     build_fake_score,
@@ -93,6 +95,7 @@ def open_groups(
     *,
     in_trial: bool = False,
     tell: Callable[[str], None] = lambda words: None,
+    events: EventLog | None = None,
 ) -> Iterator[Groups]:
     """Starts every role and waits until all have loaded their networks.
 
@@ -104,6 +107,7 @@ def open_groups(
         num_rows: Captions that it will still take.
         in_trial: Take over the placement group of the Tune trial that this process is.
         tell: Called with one sentence when the Ray cluster is lost.
+        events: Receives the processes that the watch has ended; None: nothing is watched.
 
     Raises:
         SgmdError: A role cannot load what it needs.
@@ -127,6 +131,9 @@ def open_groups(
             )
             opener = _ray_opener(config, stack.enter_context(placement))
         groups = _open(opener, stack, config, checked, folder, progress, num_rows)
+        if events is not None:
+            limit_s = config.validation.timeout_s
+            stack.enter_context(watch_groups(groups.all, config.topology, limit_s, folder, events))
         _wait_ready(groups.all, config.topology.start_timeout_s)
         yield groups
 

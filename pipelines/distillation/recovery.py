@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import ClusterError, ResultLostError, WorkerDiedError
+from cluster.errors import (
+    ClusterError,
+    NodeLostError,
+    ResultLostError,
+    WorkerDiedError,
+    WorkerFrozenError,
+)
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.groups import Groups, feed_arguments
 from pipelines.distillation.position import Position, resume_position
@@ -213,11 +219,10 @@ class Recovery:
         Raises:
             ClusterError: The failure, where the run must end.
         """
-        group, rank = getattr(error, "group", ""), getattr(error, "rank", None)
         said = _sentence(error)
         spent = self._budget.spend(said, iteration, time.monotonic())
-        died = RunEvent(kind="worker_died", cause=said, role=group, rank=rank, iteration=iteration)
-        self._events.add(died)
+        if event := _event_of(error, iteration):
+            self._events.add(event)
         if spent:
             story = f"The run was not repaired again: {spent}. Its failures:\n{self._budget.story}"
             self._events.add(RunEvent(kind="gave_up", cause=spent, iteration=iteration))
@@ -276,8 +281,30 @@ class Recovery:
         return groups
 
 
+def _event_of(error: ClusterError, iteration: int) -> RunEvent | None:
+    """The event of a failure; None for a frozen process, of which the watch has said so."""
+    if isinstance(error, WorkerFrozenError):
+        return None
+    if isinstance(error, NodeLostError):
+        said = _sentence(error)
+        return RunEvent(kind="node_died", cause=said, node=error.node, iteration=iteration)
+    if isinstance(error, WorkerDiedError):
+        return RunEvent(
+            kind="worker_died",
+            cause=error.cause,
+            role=error.group,
+            rank=error.rank,
+            node=error.node,
+            iteration=iteration,
+            last_lines=error.last_lines,
+        )
+    return RunEvent(kind="worker_died", cause=_sentence(error), iteration=iteration)
+
+
 def _sentence(error: ClusterError) -> str:
-    """The failure, without its remedy."""
+    """The failure, without its remedy and log lines."""
+    if isinstance(error, WorkerDiedError) and not isinstance(error, NodeLostError):
+        return f"{error.group} rank {error.rank}: {error.cause}"
     return " ".join(error.found.split())
 
 

@@ -29,6 +29,7 @@ from pipelines.distillation.states import States
 from pipelines.distillation.summary import summarise
 from pipelines.run.alarms import Alarm
 from pipelines.run.data_log import DataLog
+from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.run.observer import Observers, RunObserver
 from pipelines.run.records import IterationRecord
@@ -143,6 +144,7 @@ def _distill(
         observer.note("captions bring their embeddings: loading the text encoder for none of them")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
     progress = data.progress(start.cursor, start.rows)
+    events = EventLog(folder, observer)
     with (
         open_groups(
             config,
@@ -152,6 +154,7 @@ def _distill(
             rows_left,
             in_trial=in_trial,
             tell=observer.warning,
+            events=events,
         ) as groups,
         open_tracker(
             config.tracker.wandb,
@@ -162,6 +165,7 @@ def _distill(
         ) as tracker,
     ):
         observers = Observers([observer, tracker])
+        events.observe(observers)
         run = Distillation(config, checked, groups, folder, data, checkpoints, observers)
         if resume:
             run.load(start)

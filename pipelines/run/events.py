@@ -24,6 +24,10 @@ class EventLog:
         self._observer = observer
         self._lock = threading.Lock()
 
+    def observe(self, observer: RunObserver) -> None:
+        """Passes the events to another observer from here on."""
+        self._observer = observer
+
     def add(self, event: RunEvent) -> None:
         """Adds an event to events.jsonl, then passes it to the observer.
 

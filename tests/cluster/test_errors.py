@@ -9,7 +9,9 @@ from sgmd_core.errors import SgmdError
 
 WORDS = ("reading", "nothing", "something", "look again")
 EXAMPLES = [
-    errors.WorkerDiedError("painters", 1, "painting", "killed by signal 9"),
+    errors.WorkerDiedError("painters", 1, "painting", "killed by signal 9", "host", 7, ("end",)),
+    errors.WorkerFrozenError("painters", 1, "painting", "silent", "host", 7, ("end",), "a/dump"),
+    errors.NodeLostError("painters", 1, "painting", "no word", "host", (("painters", 1),)),
     errors.CallTimeoutError("painters", 1, "paint", "painting", 2.5),
     errors.StartTimeoutError("painters", ("ready", "its process has not started"), 2.5),
     *(
@@ -49,7 +51,10 @@ def test_every_error_of_the_tree_is_covered_and_drawn():
 
 def test_a_dead_worker_is_told_by_group_rank_and_phase():
     text = str(EXAMPLES[0])
-    assert text.startswith("While painting: the process of painters rank 1 is gone. killed by")
+    assert text.startswith(
+        "While painting: the process of painters rank 1 (pid 7, on host) is gone: "
+    )
+    assert "killed by signal 9. Its last log lines:\n  | end\n" in text
 
 
 def _is_cluster_error(value: object) -> bool:

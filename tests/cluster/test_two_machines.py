@@ -50,3 +50,15 @@ def test_nothing_stays_reserved_whatever_way_a_run_ends(found):
     assert found["killed rank"] == "WorkerDiedError"
     assert found["free after a killed rank"]
     assert found["free after a killed run"]
+
+
+def test_a_frozen_raylet_is_a_lost_machine_with_all_that_was_on_it(found):
+    frozen = found["frozen raylets"]
+    assert frozen["other"]["lost"] == [["judge", 0], ["painter", 0]]
+    assert frozen["own"]["lost"] == [["teacher", 0]]
+    assert frozen["events"] == [["judge rank 0", "painter rank 0"], ["teacher rank 0"]]
+    for each in ("other", "own"):
+        assert "its raylet was frozen (stopped) for" in frozen[each]["cause"]
+        # Ray alone takes a minute for the other one, and never comes back from the own one.
+        assert frozen[each]["seconds"] < 40
+    assert found["seconds to leave"] < 40

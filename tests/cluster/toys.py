@@ -1,7 +1,9 @@
 """Workers without any meaning, importable from every process of a test cluster."""
 
+import ctypes
 import hashlib
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -115,6 +117,19 @@ class Toy:
             time.sleep(0.02)
         return os.path.exists(path)  # noqa: PTH110
 
+    def say(self, text: str) -> int:
+        """Writes a line to the log of its process; returns the process's id."""
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
+        return os.getpid()
+
+    def crash(self) -> None:
+        """Ends with a segmentation fault."""
+        ctypes.string_at(0)
+
+    def leave(self, code: int) -> None:
+        sys.exit(code)
+
     def spell(self, text: str) -> "Letters":
         if not text:
             raise ValueError("nothing to spell")
@@ -142,6 +157,12 @@ class Singer:
         total = torch.tensor([value])
         dist.all_reduce(total)
         return float(total)
+
+    def late_chord(self, value: float, late_rank: int, seconds: float) -> float:
+        """A chord that one of the ranks comes late to."""
+        if dist.get_rank() == late_rank:
+            time.sleep(seconds)
+        return self.chord(value)
 
     def place(self) -> tuple[int, int]:
         return dist.get_rank(), dist.get_world_size()

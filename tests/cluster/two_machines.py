@@ -12,19 +12,24 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, NodeLostError
+from cluster.procfs import raylet_of
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
+from cluster.ray.watch import WatchLimits, watch_processes
 from cluster.runtime import start_ray
 from tests.cluster.toys import WAIT_S, Toy, make_toy
 
 CPUS = 3
 LIGHT = 0.5
+SILENCE_S = 5.0
 
 
 class Tourist(Toy):
@@ -112,6 +117,49 @@ def kill_a_run(address: str) -> None:
         run.wait()
 
 
+def lost(group: RayWorkerGroup[Toy], raylet: int) -> dict[str, Any]:
+    """Freezes a raylet while a call is under way; returns what the error says."""
+    call = group.call_rank(0, Toy.sleep, WAIT_S)
+    began_s = time.monotonic()
+    os.kill(raylet, signal.SIGSTOP)
+    try:
+        group.fetch([call], WAIT_S, "painting")
+    except NodeLostError as error:
+        return {
+            "lost": sorted(error.lost),
+            "cause": error.cause,
+            "seconds": time.monotonic() - began_s,
+        }
+    except ClusterError as error:
+        return {"other": f"{type(error).__name__}: {error}"}
+    return {}
+
+
+def after_frozen_raylets() -> dict[str, Any]:
+    """Freezes the other machine's raylet, then that of this process."""
+    own = ray.get_runtime_context().get_node_id()
+    other = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != own)
+    sides = {"painter": "right", "judge": "right", "teacher": "left"}
+    pools = [Pool(name, 1, LIGHT, labels={"side": side}) for name, side in sides.items()]
+    events: list[list[str]] = []
+    with reserve(pools, WAIT_S) as placement:
+        groups = {name: RayWorkerGroup(name, make_toy, (1,), placement) for name in sides}
+        opened = list(groups.values())
+        for group in opened:
+            group.wait_ready(WAIT_S)
+        limits = WatchLimits(SILENCE_S, first_call_s=WAIT_S, start_s=WAIT_S)
+
+        def machine(address: str, cause: str, workers: Sequence[str]) -> None:
+            events.append(sorted(workers))
+
+        with watch_processes(lambda: opened, limits, Path.cwd(), lambda frozen: None, machine):
+            found = {
+                "other": lost(groups["painter"], raylet_of(other)),
+                "own": lost(groups["teacher"], raylet_of(own)),
+            }
+    return found | {"events": events}
+
+
 def main() -> None:
     """Tries everything on one cluster."""
     node = {"num_cpus": CPUS, "object_store_memory": 100 * 2**20}
@@ -141,6 +189,9 @@ def main() -> None:
             found["free after a killed rank"] = free_again()
             kill_a_run(cluster.address)
             found["free after a killed run"] = free_again()
+            found["frozen raylets"] = after_frozen_raylets()
+            began_s = time.monotonic()
+        found["seconds to leave"] = time.monotonic() - began_s
     finally:
         cluster.shutdown()
     sys.stdout.write(json.dumps(found) + "\n")
