@@ -9,32 +9,25 @@ receiver's end and moves the values from rank to rank, past the controller. The 
 have processes of their own, or share them with other groups: see `cluster.ray.host`.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVarTuple
-from weakref import WeakSet
+from typing import Any, TypeVarTuple
 
 import ray
 from ray.exceptions import (
     GetTimeoutError,
-    ObjectLostError,
-    RayActorError,
     RayError,
-    RayTaskError,
 )
 
 from cluster.errors import (
     CallTimeoutError,
     ClusterError,
-    RemoteCallError,
-    ResultLostError,
     StartTimeoutError,
 )
 from cluster.joined import JoinedFuture
-from cluster.ray.deaths import dead_partner, death_of, lost_machine
 from cluster.ray.direct import Direct
+from cluster.ray.failures import OPEN_GROUPS, first_failure, late_call, raise_cause
 from cluster.ray.host import ArgLayout, CallSpec, Hosts, LocalRef, OwnedResult, SplitArgument
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Work, current_label
@@ -52,10 +45,6 @@ from cluster.worker_group import (
 Ts = TypeVarTuple("Ts")
 
 _ANSWER_TIMEOUT_S = 600.0
-_PATIENCE_S = 5.0
-
-_GROUPS: "WeakSet[RayWorkerGroup[Any]]" = WeakSet()
-"""Groups of this process: a machine that is lost may have had ranks of all of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,7 +126,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         self._factory = factory
         self._args: tuple[Any, ...] = args
         super().__init__(name, len(self._seats))
-        _GROUPS.add(self)
+        OPEN_GROUPS.add(self)
         self._ready = [self._build(rank) for rank in range(self.size)]
 
     @property
@@ -188,11 +177,10 @@ class RayWorkerGroup(WorkerGroup[W]):
         try:
             wires = ray.get([future.reference for future in futures], timeout=timeout_s)
         except GetTimeoutError:
-            late = _first_unfinished(futures)
-            raise CallTimeoutError(late.group, late.rank, late.method, phase, timeout_s) from None
+            raise CallTimeoutError(*late_call(futures), phase, timeout_s) from None
         except RayError as error:
             # Ray tells the failure that it met first; the first future's may be its cause.
-            _raise_cause(_first_failure(futures) or error, futures, phase)
+            raise_cause(first_failure(futures) or error, futures, phase)
         for future, wire in zip(futures, wires, strict=True):
             where = "result" if isinstance(wire, LocalRef) else array_in(wire)
             if where is not None:
@@ -362,77 +350,3 @@ def _as_future(future: Future[R], phase: str) -> RayFuture[R]:
             "Fetch it through its own group",
         )
     return future
-
-
-def _first_unfinished(futures: Sequence[RayFuture[Any]]) -> RayFuture[Any]:
-    """The future to blame for a timeout; the first one if it finished just now."""
-    for future in futures:
-        if not ray.wait([future.reference], timeout=0)[0]:
-            return future
-    return futures[0]
-
-
-def _first_failure(futures: Sequence[RayFuture[Any]]) -> RayError | None:
-    """Failure of the first future that has one; open futures are waited for only briefly."""
-    deadline_s = time.monotonic() + _PATIENCE_S
-    for future in futures:
-        try:
-            ray.get(future.reference, timeout=max(0.0, deadline_s - time.monotonic()))
-        except GetTimeoutError:
-            continue
-        except RayError as error:
-            return error
-    return None
-
-
-def open_processes() -> dict[str, tuple[str, int]]:
-    """(group, rank) by actor id, of all groups that this process has open.
-
-    Where groups share a process, one of them is named.
-    """
-    return {
-        actor._actor_id.hex(): (group.name, rank)
-        for group in _GROUPS
-        for rank, (actor, _) in enumerate(group.processes())
-    }
-
-
-def _partners(futures: Sequence[RayFuture[Any]]) -> dict[str, tuple[str, int]]:
-    """(group, rank) by actor id of all ranks that run collectives in the groups of futures."""
-    names = {group for future in futures for group, _ in future.ranks.values()}
-    return {
-        actor._actor_id.hex(): (group.name, rank)
-        for group in _GROUPS
-        if group.name in names
-        for rank, (actor, partners) in enumerate(group.processes())
-        if partners
-    }
-
-
-def _raise_cause(error: RayError, futures: Sequence[RayFuture[Any]], phase: str) -> NoReturn:
-    """Raises what happened in a rank as itself, not in Ray's wrapping.
-
-    An error passes through every call that depends on the failed one; each wraps it once more.
-    """
-    cause: BaseException = error
-    while isinstance(cause, RayTaskError):
-        cause = cause.cause
-    if isinstance(cause, RayActorError):
-        ranks = {actor: rank for future in futures for actor, rank in future.ranks.items()}
-        if died := death_of(cause, ranks, phase, open_processes()):
-            raise died from None
-    if isinstance(cause, RayError) and (lost := lost_machine(open_processes(), phase)):
-        raise lost from None
-    if isinstance(cause, ObjectLostError):
-        raise ResultLostError(
-            phase,
-            f"a result that it needs is lost ({type(cause).__name__})",
-            "the object store of every machine to stay",
-            "Resume the run from its last checkpoint",
-        ) from None
-    if isinstance(cause, RayError):
-        raise RemoteCallError(phase, f"{type(cause).__name__}: {cause}") from None
-    if isinstance(cause, RuntimeError) and (died := dead_partner(_partners(futures), phase)):
-        # A collective fails in the ranks that live; the one that does not is to blame.
-        raise died from None
-    raise cause from None

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("ray")
 
-from cluster.ray.group import open_processes
+from cluster.ray.failures import open_processes
 from cluster.ray.progress import read_report
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl

@@ -1,0 +1,112 @@
+"""Failed and late calls: which rank is to blame, and the error that says so.
+
+A failure passes through every call that depends on the failed one, and a rank may wait for another
+one. So the first rank of a chain that is dead, late or wrong is looked for.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakSet
+
+import ray
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+
+from cluster.errors import RemoteCallError, ResultLostError
+from cluster.ray.deaths import dead_partner, death_of, lost_machine
+from cluster.ray.progress import read_report
+
+if TYPE_CHECKING:
+    from cluster.ray.group import RayFuture, RayWorkerGroup
+
+_PATIENCE_S = 5.0
+
+OPEN_GROUPS: "WeakSet[RayWorkerGroup[Any]]" = WeakSet()
+"""Groups of this process: a machine that is lost may have had ranks of all of them."""
+
+
+def late_call(futures: "Sequence[RayFuture[Any]]") -> tuple[str, int, str]:
+    """Group, rank and method to blame for a timeout: the call that runs, not one that waits for it.
+
+    The first future is named where all have finished just now.
+    """
+    late = next((one for one in futures if not ray.wait([one.reference], timeout=0)[0]), futures[0])
+    for actor, (group, rank) in late.ranks.items():
+        with suppress(Exception):
+            report = read_report(actor)
+            if report is not None and report.method and report.group == group:
+                return group, rank, report.method
+    return late.group, late.rank, late.method
+
+
+def first_failure(futures: "Sequence[RayFuture[Any]]") -> RayError | None:
+    """Failure of the first future that has one; open futures are waited for only briefly."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    for future in futures:
+        try:
+            ray.get(future.reference, timeout=max(0.0, deadline_s - time.monotonic()))
+        except GetTimeoutError:
+            continue
+        except RayError as error:
+            return error
+    return None
+
+
+def open_processes() -> dict[str, tuple[str, int]]:
+    """(group, rank) by actor id, of all groups that this process has open.
+
+    Where groups share a process, one of them is named.
+    """
+    return {
+        actor._actor_id.hex(): (group.name, rank)
+        for group in OPEN_GROUPS
+        for rank, (actor, _) in enumerate(group.processes())
+    }
+
+
+def _partners(futures: "Sequence[RayFuture[Any]]") -> dict[str, tuple[str, int]]:
+    """(group, rank) by actor id of all ranks that run collectives in the groups of futures."""
+    names = {group for future in futures for group, _ in future.ranks.values()}
+    return {
+        actor._actor_id.hex(): (group.name, rank)
+        for group in OPEN_GROUPS
+        if group.name in names
+        for rank, (actor, partners) in enumerate(group.processes())
+        if partners
+    }
+
+
+def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", phase: str) -> NoReturn:
+    """Raises what happened in a rank as itself, not in Ray's wrapping.
+
+    An error passes through every call that depends on the failed one; each wraps it once more.
+    """
+    cause: BaseException = error
+    while isinstance(cause, RayTaskError):
+        cause = cause.cause
+    if isinstance(cause, RayActorError):
+        ranks = {actor: rank for future in futures for actor, rank in future.ranks.items()}
+        if died := death_of(cause, ranks, phase, open_processes()):
+            raise died from None
+    if isinstance(cause, RayError) and (lost := lost_machine(open_processes(), phase)):
+        raise lost from None
+    if isinstance(cause, ObjectLostError):
+        raise ResultLostError(
+            phase,
+            f"a result that it needs is lost ({type(cause).__name__})",
+            "the object store of every machine to stay",
+            "Resume the run from its last checkpoint",
+        ) from None
+    if isinstance(cause, RayError):
+        raise RemoteCallError(phase, f"{type(cause).__name__}: {cause}") from None
+    if isinstance(cause, RuntimeError) and (died := dead_partner(_partners(futures), phase)):
+        # A collective fails in the ranks that live; the one that does not is to blame.
+        raise died from None
+    raise cause from None
