@@ -21,6 +21,7 @@ EXAMPLES = [
             errors.RayStartError,
             errors.InsufficientResourcesError,
             errors.RemoteCallError,
+            errors.ResultLostError,
             errors.ScheduleError,
             errors.TransferError,
             errors.ControllerTensorError,
