@@ -27,7 +27,7 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 _HEAD_START_TIMEOUT_S = 180.0
 
 
-_RAY_S, _SLOW_S = 40.0, 10.0
+_RAY_S, _SLOW_S = 20.0, 2.0
 """What a test with Ray and one that is slow weigh; a timeout of its own weighs as much."""
 
 

@@ -100,6 +100,7 @@ absent("the text encoder", "diffusers")
 
 
 # One interpreter for all of them, in this order: each adds to what the ones before have loaded.
+@pytest.mark.slow
 def test_a_process_loads_the_libraries_of_its_part_alone():
     assert run_python(PARTS).splitlines() == [
         "a process that reads loads:",
@@ -110,6 +111,7 @@ def test_a_process_loads_the_libraries_of_its_part_alone():
     ]
 
 
+@pytest.mark.slow
 def test_ray_core_is_spoken_only_in_cluster():
     spoken = [
         f"{relative(path)}, line {node.lineno}: ray.{node.attr}"

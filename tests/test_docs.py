@@ -23,6 +23,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_generated_pages_are_those_of_the_code():
     done = run(sys.executable, "docs/make_reference.py", "--check")
     assert done.returncode == 0, done.stderr

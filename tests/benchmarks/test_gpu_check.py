@@ -141,6 +141,7 @@ def test_a_step_over_its_time_is_stopped_and_what_is_left_is_skipped(tmp_path):
     assert "spent" in found["iteration"]["why"]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_gpu_asks_for_one(tmp_path):
     if cases.torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -149,6 +150,7 @@ def test_a_run_on_a_gpu_asks_for_one(tmp_path):
     assert "--cpu" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_stages_make_the_operations_that_they_are_credited_with(monkeypatch, checkpointing):
     compute = ComputeSettings(checkpointing=checkpointing)
@@ -202,6 +204,7 @@ def test_passes_are_those_of_a_plan():
     }
 
 
+@pytest.mark.slow
 def test_a_truth_sees_a_difference_a_nan_and_a_failure():
     first, second = (truths.Roles("cpu").gather(exit_step=exit_step) for exit_step in (1, 2))
     errors = truths.relative_errors(first, second)

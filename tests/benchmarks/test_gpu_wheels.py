@@ -20,6 +20,7 @@ def there(**packages: str) -> dict[str, wheels.Package]:
     return {name.replace("_", "-"): wheels.Package(version) for name, version in packages.items()}
 
 
+@pytest.mark.slow
 def test_the_table_is_what_the_tested_environment_needs():
     table = wheels.table()
     written = json.loads(wheels.TABLE.read_text())

@@ -102,6 +102,7 @@ def test_the_draft_of_a_killed_writer_goes_away_with_the_next_folder(tmp_path):
     assert names_in(tmp_path) == ["target"]
 
 
+@pytest.mark.slow
 def test_a_reader_finds_one_whole_folder_at_any_moment(tmp_path):
     target, done = tmp_path / "folder", threading.Event()
     fill(target, "0")

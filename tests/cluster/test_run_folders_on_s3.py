@@ -96,6 +96,7 @@ def test_an_endpoint_without_a_scheme_serves_the_folders_of_runs_too(
     assert (path, files.exists(f"{path}/summary.json")) == ("runs/plain", True)
 
 
+@pytest.mark.slow
 def test_doctor_says_of_such_a_server_that_it_does_not_answer(
     through: Callable[..., ProxyBook], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,7 @@ def _run(program: str, *arguments: str, home: Path) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path):
     addresses = ("127.0.0.1:9", "ray://127.0.0.1:10001", "no address")
     result = _run(REPORTS_ERRORS, *addresses, home=tmp_path)
@@ -79,6 +80,7 @@ def test_a_private_cluster_asks_for_a_token_and_leaves_no_file_with_it(tmp_path,
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_ray_that_cannot_start_says_why(tmp_path):
     program = REPORTS_ERRORS.replace("start_ray(address)", "start_ray(temp_dir=address)")
     result = _run(program, "/tmp/" + "x" * 120, home=tmp_path)

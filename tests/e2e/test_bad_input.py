@@ -72,12 +72,14 @@ def test_too_few_held_out_captions_are_refused(make_recipe: MakeRecipe) -> None:
         dry_run(make_recipe("validation.every=1", "validation.num_captions=17"))
 
 
+@pytest.mark.slow
 def test_a_run_that_exists_is_not_overwritten(make_recipe: MakeRecipe) -> None:
     distill(make_recipe("iterations=1"))
     with pytest.raises(ConfigError, match=r"already there"):
         distill(make_recipe("iterations=1"))
 
 
+@pytest.mark.slow
 def test_resuming_under_other_settings_is_refused(make_recipe: MakeRecipe) -> None:
     distill(make_recipe("iterations=1"))
     with pytest.raises(CheckpointError, match=r"lambda_nr is 0.2, and was 0.1") as caught:
@@ -86,6 +88,7 @@ def test_resuming_under_other_settings_is_refused(make_recipe: MakeRecipe) -> No
     assert all(name in told for name in ("alarms", "teacher.batched_guidance", "data.read_ahead"))
 
 
+@pytest.mark.slow
 def test_resuming_with_other_columns_is_refused_with_both_values(
     make_recipe: MakeRecipe, world: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +106,7 @@ def test_resuming_with_other_columns_is_refused_with_both_values(
     distill(make_recipe("iterations=2", *settings, "data.columns.caption=short"), resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_that_blows_up_stops_with_its_last_good_state_on_disk(
     make_recipe: MakeRecipe,
 ) -> None:
@@ -127,6 +131,7 @@ class _Blocking(RunObserver):
         (self._folder.checkpoints / f"step-{record.iteration + 1:06d}").touch()
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_after_a_run_has_blown_up_is_told_beside_it(
     make_recipe: MakeRecipe,
 ) -> None:
@@ -137,6 +142,7 @@ def test_a_save_that_fails_after_a_run_has_blown_up_is_told_beside_it(
     assert "No state was saved" in told
 
 
+@pytest.mark.slow
 def test_a_time_limit_ends_iterations_that_overlap(make_recipe: MakeRecipe) -> None:
     config = make_recipe("iterations=12", "checkpoint.every=0")
     # Roles of one process take turns, so a recipe refuses this; what may overlap is the same.

@@ -16,6 +16,7 @@ def everywhere(setting: str) -> list[str]:
     return [f"{role}.compute.{setting}" for role in ROLES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracking", ["shared", "fresh"])
 def test_activations_made_again_change_no_bit(make_recipe: MakeRecipe, tracking: str):
     settings = ["iterations=2", f"fake_score.tracking={tracking}"]
@@ -31,6 +32,7 @@ def test_activations_made_again_change_no_bit(make_recipe: MakeRecipe, tracking:
     assert state(again, 2) == state(plain, 2)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_round_losses_a_little(make_recipe: MakeRecipe):
     plain = make_recipe("name=plain", "iterations=2")
     rounded = make_recipe("name=rounded", "iterations=2", *everywhere("precision=bf16"))

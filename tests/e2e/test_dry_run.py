@@ -47,6 +47,7 @@ def test_more_checkpoints_than_the_disk_holds_are_refused(make_recipe: MakeRecip
         dry_run(make_recipe("checkpoint.keep=1000000000"))
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_is_met_by_a_dry_run_and_a_resume_is_not_refused(
     make_recipe: MakeRecipe,
 ) -> None:

@@ -89,6 +89,7 @@ def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return loads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracking", slow_but("shared", "fresh"))
 def test_stored_embeddings_make_the_same_run_bitwise(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path, tracking: str, monkeypatch
@@ -115,6 +116,7 @@ def test_stored_embeddings_make_the_same_run_bitwise(
     assert "text.encode" not in busy
 
 
+@pytest.mark.slow
 def test_one_parquet_file_of_embeddings_is_a_set_as_its_folder_is(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
 ) -> None:
@@ -163,6 +165,7 @@ def fingerprint_in(metadata: bytes) -> bytes:
     return json.loads(metadata)["text_encoder"].encode()
 
 
+@pytest.mark.slow
 def test_the_size_of_the_cache_changes_no_bit(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
 ) -> None:

@@ -71,6 +71,7 @@ def test_roles_on_ray_make_the_bits_that_one_process_makes(
     assert state(pools, 5) == state(local, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", slow_but("sgmd-shared-released", "sgmd-fresh-released", "dmd2", "sid")
 )
@@ -96,6 +97,7 @@ def drop_checkpoint(config: DistillConfig, iteration: int) -> None:
     manifest.unlink()
 
 
+@pytest.mark.slow
 def test_the_number_of_micro_batches_in_flight_changes_no_bit(make_recipe: MakeRecipe) -> None:
     settings = ["batch.micro_batches=4", "iterations=2"]
     reference = make_recipe("name=reference", "topology.depth=3", *settings)
@@ -126,6 +128,7 @@ def moments(config: DistillConfig, iteration: int) -> dict[str, Tensor]:
 SPLIT_TOLERANCE = 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", slow_but("sgmd-shared-released", "dmd2", "sid"))
 def test_splitting_the_parts_of_a_batch_keeps_its_exit_steps_and_changes_rounding_alone(
     make_recipe: MakeRecipe, mode: str
@@ -149,6 +152,7 @@ def test_splitting_the_parts_of_a_batch_keeps_its_exit_steps_and_changes_roundin
     assert told["losses"] == pytest.approx(expected["losses"], rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracking", slow_but("shared", "fresh"))
 def test_a_run_resumed_with_its_batch_split_further_keeps_its_exit_steps(
     make_recipe: MakeRecipe, tracking: str
@@ -170,6 +174,7 @@ def test_a_run_resumed_with_its_batch_split_further_keeps_its_exit_steps(
     assert relative_error(moments(parts, 2), moments(whole, 2)) < SPLIT_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [["batch.micro_batches=1"], ["batch.exit_draws=1"]])
 def test_a_split_that_cannot_keep_the_exit_steps_is_refused_with_both_numbers(
     make_recipe: MakeRecipe, split: list[str]

@@ -60,6 +60,7 @@ def trained(run: RunFolder, step: int) -> dict[str, torch.Tensor]:
     return dict(load_role(str(run.checkpoints / f"step-{step:06d}"), "ema").weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_every_format_is_read_back_and_its_card_samples_as_we_do(run, wan_folder, tmp_path, form):
     found = export(run.root, output=tmp_path / form, options=ExportOptions(form, "fp32"))
@@ -150,6 +151,7 @@ def experts(tmp_path_factory) -> tuple[Path, Path]:
     return base, tuned
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_two_experts_get_a_file_each_and_are_sampled_across_their_boundary(experts, tmp_path, form):
     base, tuned = experts
@@ -172,6 +174,7 @@ def test_two_experts_get_a_file_each_and_are_sampled_across_their_boundary(exper
     assert np.abs(teacher.frames.astype(float) - clip.frames).max() > 10
 
 
+@pytest.mark.slow
 def test_the_command_says_what_was_kept_and_lost(run, tmp_path):
     result = command(
         "export", str(run.root), "--format", "lora", "--rank", "2", "--output", str(tmp_path / "x")
@@ -204,6 +207,7 @@ def test_any_checkpoint_that_was_kept_is_exported(run, tmp_path, given, step):
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
+@pytest.mark.slow
 def test_bf16_is_the_default_and_half_as_large(run, wan_folder, tmp_path):
     half = export(run.root, output=tmp_path / "half")
     whole = export(run.root, output=tmp_path / "whole", options=ExportOptions(dtype="fp32"))
@@ -222,6 +226,7 @@ def test_bf16_is_the_default_and_half_as_large(run, wan_folder, tmp_path):
     WanPipeline.from_pretrained(tmp_path / "half")
 
 
+@pytest.mark.slow
 def test_a_change_that_rounding_would_swallow_is_told_with_what_keeps_it(make_recipe, tmp_path):
     config = make_recipe("iterations=1", "generator.optimizer.lr=1e-5", "generator.ema_decay=0")
     distill(config)
@@ -263,12 +268,14 @@ class TestSampling:
         path = Path(json.loads(result.stdout)[0]["paths"][1])
         return np.stack([np.asarray(frame.convert("RGB")) for frame in _frames(path)])
 
+    @pytest.mark.slow
     def test_a_checkpoint_is_sampled_without_being_exported_by_hand(self, run, tmp_path):
         last = self.clip(run.root, "--checkpoint", "2", output=tmp_path / "a")
         assert np.array_equal(last, self.clip(run.root, output=tmp_path / "b"))
         first = self.clip(run.root, "--checkpoint", "1", output=tmp_path / "c")
         assert not np.array_equal(first, last)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("form", ["lora", "lora-comfyui"])
     def test_a_lora_is_merged_into_its_base_and_sampled_as_it_says(
         self, run, wan_folder, tmp_path, form
@@ -327,6 +334,7 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match="sha256"):
             export(copy, output=tmp_path / "x")
 
+    @pytest.mark.slow
     def test_neither_source_nor_base_nor_other_folders_are_replaced(
         self, run, wan_folder, tmp_path
     ):
@@ -346,6 +354,7 @@ class TestRefusals:
         for _ in range(2):
             export(run.root, output=other)
 
+    @pytest.mark.slow
     def test_a_card_takes_no_text_from_the_index_of_a_base(self, run, wan_folder, tmp_path):
         base = shutil.copytree(wan_folder, tmp_path / "my base")
         index = json.loads((base / "model_index.json").read_text())
@@ -372,6 +381,7 @@ class TestRefusals:
             export(run.root, output=tmp_path / "x", options=ExportOptions("lora", rank=64))
         assert not (tmp_path / "x").exists()
 
+    @pytest.mark.slow
     def test_damaged_settings_beside_a_lora_are_named(self, run, wan_folder, tmp_path):
         export(run.root, output=tmp_path / "lora", options=ExportOptions("lora"))
         for content in ("{", "[]", '{"num_steps": "many"}'):

@@ -59,6 +59,7 @@ def test_two_iterations_train_it_and_export_a_folder_of_its_family(run, toy_fold
     assert all(moved)
 
 
+@pytest.mark.slow
 def test_the_run_can_be_resumed_sampled_and_evaluated(run, config, world, tmp_path):
     clips = tmp_path / "clips"
     generated = list(generate(config.run_folder, ["a red circle"], output=clips, seed=[0, 1]))

@@ -108,6 +108,7 @@ def without(name: str) -> Damage:
     return damage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "why"),
     [
@@ -145,6 +146,7 @@ def test_without_a_whole_checkpoint_nothing_is_thrown_away(
     assert len(read_jsonl(RunFolder(tmp_path / "run").metrics)) == 3
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_older_version_is_loaded_with_a_note(
     stopped: DistillConfig, whole: DistillConfig, tmp_path: Path
 ) -> None:
@@ -162,6 +164,7 @@ def test_a_checkpoint_of_an_older_version_is_loaded_with_a_note(
     assert losses_of(run) == losses_of(RunFolder(whole.run_folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [b"\0" * 50, b'{"iteration": 1, "lo', b"{}", b"[]"])
 def test_a_broken_line_of_a_log_is_named_and_the_run_goes_on(
     stopped: DistillConfig, whole: DistillConfig, tmp_path: Path, broken: bytes

@@ -188,6 +188,7 @@ def test_a_score_that_is_no_figure_is_refused_before_anything_starts(
         make_recipe(*RANKED, "checkpoint.score=sharpnes_ratio")
 
 
+@pytest.mark.slow
 def test_the_folder_says_from_the_start_that_no_alarm_was_raised(
     make_recipe: MakeRecipe,
 ) -> None:

@@ -88,6 +88,7 @@ def run_of(configs: dict[str, DistillConfig]) -> Callable[[str], RunFolder]:
     return run
 
 
+@pytest.mark.slow
 @ALL
 def test_two_iterations_are_exported_for_the_pipeline_of_the_kind(kind, run_of, folders, tmp_path):
     run, clip = run_of(kind), KINDS[kind].clip
@@ -147,6 +148,7 @@ def test_a_dry_run_of_its_recipe_takes_a_folder_of_the_kind(kind, recipe, folder
     assert width * geometry.spatial_factor == config.video.width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "wan21"])
 def test_adapters_of_the_kind_are_trained_and_merged_into_its_export(kind, configs, folders):
     lora = {"rank": 2, "alpha": 2}

@@ -30,6 +30,7 @@ from tests.helpers.video_files import grey_frames, video_file
 from tests.pipelines.pretraining.test_pretrain import micro_config
 
 
+@pytest.mark.slow
 def test_a_second_prepare_is_refused_and_the_set_is_whole(tmp_path: Path) -> None:
     source, target = tmp_path / "source", tmp_path / "set"
     source.mkdir()
@@ -84,6 +85,7 @@ def test_a_second_resume_of_a_running_run_is_refused_and_the_first_goes_on(
     assert [line["iteration"] for line in history(config)] == list(range(end))
 
 
+@pytest.mark.slow
 def test_every_command_that_fills_a_folder_is_refused_while_another_process_does(
     make_recipe: MakeRecipe, tmp_path: Path, wan_folder: Path, world: Path
 ) -> None:

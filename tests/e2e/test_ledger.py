@@ -97,6 +97,7 @@ def test_a_run_from_a_busy_s3_killed_in_the_middle_uses_every_sample_once(
     assert told["epochs"] == [epoch.to_json() for epoch in verdict.epochs]
 
 
+@pytest.mark.slow
 def test_a_ledger_whose_end_is_lost_is_told_with_exit_code_1(make_recipe: MakeRecipe) -> None:
     config = make_recipe("iterations=4", "checkpoint.every=2")
     distill(config)
@@ -113,6 +114,7 @@ def test_a_ledger_whose_end_is_lost_is_told_with_exit_code_1(make_recipe: MakeRe
     assert "4 iterations were made of which the ledger has none" in told.output
 
 
+@pytest.mark.slow
 def test_a_ledger_with_a_hole_is_told_with_exit_code_1(make_recipe: MakeRecipe) -> None:
     config = make_recipe("iterations=4")
     distill(config)
@@ -135,6 +137,7 @@ def test_a_ledger_with_a_hole_is_told_with_exit_code_1(make_recipe: MakeRecipe) 
     assert told["epochs"][0]["missing"] == 4
 
 
+@pytest.mark.slow
 def test_epoch_and_position_are_known_at_every_iteration(make_recipe: MakeRecipe) -> None:
     config = make_recipe("iterations=14")
     distill(config)

@@ -32,6 +32,7 @@ LORA = [
 POOL = "cpus: 0.2"
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_bit_for_bit_and_exports_the_merged_average(
     make_recipe: MakeRecipe, wan_folder: Path
 ) -> None:
@@ -80,6 +81,7 @@ def predict(network: WanVelocity) -> Tensor:
     return network(x_t, torch.tensor([0.5]), text_batch([0]).text)
 
 
+@pytest.mark.slow
 def test_adapters_come_back_where_the_last_iteration_was_lost(make_recipe: MakeRecipe) -> None:
     settings = [*LORA, "checkpoint.every=2", "fake_score.tracking=fresh"]
     distill(make_recipe("name=parts", "iterations=3", *settings))
@@ -121,6 +123,7 @@ def test_a_projection_that_the_model_lacks_is_found_before_a_network_is_read(
     assert not config.run_folder.exists()
 
 
+@pytest.mark.slow
 def test_a_base_in_bfloat16_trains_all_three_roles_over_one_set_of_weights(
     make_recipe: MakeRecipe,
 ) -> None:
@@ -134,6 +137,7 @@ def test_a_base_in_bfloat16_trains_all_three_roles_over_one_set_of_weights(
     assert found.keys() == expected.keys()
 
 
+@pytest.mark.slow
 def test_adapters_are_exported_as_they_are_where_their_base_is_rounded_by_more(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import WanPipeline
 
@@ -24,6 +25,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return load_transformer(folder).state_dict()
 
 
+@pytest.mark.slow
 def test_a_generator_goes_on_from_a_checkpoint_of_another_run_under_the_old_teacher(
     make_recipe: MakeRecipe, wan_folder: Path
 ) -> None:

@@ -21,6 +21,7 @@ def test_the_share_is_that_of_the_setting_and_each_iteration_has_draws_of_its_ow
     assert dropped_rows(0, 3, 0, 100, 0.0) == frozenset()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_drops_the_same_captions(make_recipe: MakeRecipe):
     settings = ["data.prompt_dropout=0.5", "checkpoint.every=2"]
     whole = make_recipe("name=whole", "iterations=4", *settings)

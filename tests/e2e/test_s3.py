@@ -44,6 +44,7 @@ def test_a_bucket_is_read_like_a_folder(s3: str, world: Path) -> None:
     assert len(set(remote.sample_ids)) == 48
 
 
+@pytest.mark.slow
 def test_a_run_from_s3_makes_the_losses_of_a_run_from_disk(
     s3: str, make_recipe: MakeRecipe
 ) -> None:
@@ -59,6 +60,7 @@ def test_a_run_from_s3_makes_the_losses_of_a_run_from_disk(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_missing_prefix_is_told(s3: str, make_recipe: MakeRecipe) -> None:
     with pytest.raises(DataError, match=r"s3://clips/elsewhere"):
         dry_run(make_recipe("data.train=s3://clips/elsewhere"))

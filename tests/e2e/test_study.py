@@ -133,6 +133,7 @@ def test_a_run_that_fails_is_a_row_that_says_why_and_is_tried_again(
     assert [note for note in notes if "failed" in note]
 
 
+@pytest.mark.slow
 def test_a_study_by_the_clock_ends_its_runs_when_their_time_is_over(
     make_recipe: MakeRecipe,
 ) -> None:
@@ -206,6 +207,7 @@ def test_a_study_does_not_go_on_with_runs_of_other_settings(make_recipe: MakeRec
         made(make_recipe(*STUDY, "objective.lambda_nr=0.3"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_forwards_and_time_and_makes_nothing(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
@@ -220,6 +222,7 @@ def test_a_dry_run_tells_forwards_and_time_and_makes_nothing(
     assert dry_run_study(make_recipe(*STUDY, "topology.mode=pools"))["training_seconds"] is None
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_plan_as_a_table_and_as_json(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

@@ -66,6 +66,7 @@ def width_of(run: RunFolder, role: str) -> int:
         return weights.get_slice(name).get_shape()[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "width"), [("teacher", WIDTH), ("generator", 32)])
 def test_a_wider_teacher_teaches_and_the_fake_score_starts_from_either(
     make_recipe: MakeRecipe, wide: Path, start: str, width: int
@@ -84,6 +85,7 @@ def test_a_wider_teacher_teaches_and_the_fake_score_starts_from_either(
     assert plan.teacher.folder == wide
 
 
+@pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_teacher(
     make_recipe: MakeRecipe, wan_folder: Path, wide: Path, tmp_path: Path
 ) -> None:

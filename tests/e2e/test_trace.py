@@ -48,6 +48,7 @@ def require_whole_trace(
     assert 0 < path_s <= totals[0] * 1.01
 
 
+@pytest.mark.slow
 def test_a_run_in_one_process_leaves_the_trace_of_its_last_iterations(make_recipe: MakeRecipe):
     config = make_recipe("name=short", "iterations=4", "trace.iterations=2")
     summary = distill(config)
@@ -57,12 +58,14 @@ def test_a_run_in_one_process_leaves_the_trace_of_its_last_iterations(make_recip
     assert busy_s <= sum(summary["utilisation"]["teacher"].values())
 
 
+@pytest.mark.slow
 def test_no_trace_is_written_where_none_is_wanted(make_recipe: MakeRecipe):
     config = make_recipe("name=none", "iterations=1", "trace.iterations=0")
     assert distill(config)["utilisation"]
     assert not RunFolder(config.run_folder).trace.exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_its_trace_too(make_recipe: MakeRecipe):
     config = make_recipe("name=failed", "iterations=40", "generator.optimizer.lr=1e30")
     with pytest.raises(SgmdError):

@@ -69,6 +69,7 @@ def test_every_row_of_a_damaged_shard_is_handed_out_or_rejected(indexed, tmp_pat
     assert reported
 
 
+@pytest.mark.slow
 def test_check_counts_what_is_damaged(tmp_path: Path):
     folder = tmp_path / "set"
     data, found = write_set(folder), Counter()

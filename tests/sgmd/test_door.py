@@ -23,6 +23,7 @@ def run_python(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_public_name_is_there_and_none_is_listed_for_type_checkers_alone():
     tree = ast.parse(Path(str(sgmd.__file__)).read_text())
     typed = {
@@ -43,6 +44,7 @@ def test_an_unknown_name_is_an_attribute_error():
         sgmd.distil  # noqa: B018
 
 
+@pytest.mark.slow
 def test_the_mathematics_needs_neither_ray_nor_diffusers():
     code = (
         "import sys, sgmd\n"

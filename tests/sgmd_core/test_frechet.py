@@ -64,6 +64,7 @@ def test_distance_to_a_point_is_variance_and_squared_shift():
     assert distance == pytest.approx(1 + 4 + 0.75)
 
 
+@pytest.mark.slow
 def test_fit_agrees_with_the_textbook_estimates():
     features = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
     mean, cov = fit_gaussian(features)
@@ -113,6 +114,7 @@ def test_features_of_a_clip_do_not_depend_on_its_neighbours():
     torch.testing.assert_close(together[65:66], clip_features(clips[65:66]))
 
 
+@pytest.mark.slow
 def test_slowed_clips_are_farther_than_the_floor_and_the_farther_the_slower():
     reference = fit_gaussian(clip_features(random_squares(0, 128)))
     distances = [

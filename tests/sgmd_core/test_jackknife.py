@@ -59,6 +59,7 @@ def test_the_error_of_a_ratio_is_the_one_that_resampling_gives():
     assert ours.high - ours.low == pytest.approx(drawn.high - drawn.low, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "scale"), [(1.0, 1.0), (0.5, 1.5)])
 def test_intervals_of_a_distance_cover_what_is_expected_in_about_95_of_100_draws(shift, scale):
     num_clips, num_draws = 64, 200
@@ -84,6 +85,7 @@ def test_intervals_of_a_distance_cover_what_is_expected_in_about_95_of_100_draws
     assert 0.4 < below / num_draws < 0.65
 
 
+@pytest.mark.slow
 def test_the_difference_of_two_distances_is_known_better_clip_by_clip_than_from_their_errors():
     """Both generators start from the same noise, and the second one is further off."""
     right = separated = together = 0

@@ -59,6 +59,7 @@ def test_all_noises_of_an_iteration_are_independent_standard_normals():
     assert noises.std().item() == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.slow
 def test_exit_steps_are_uniform_over_the_grid():
     exits = [
         draw(7, MicroBatchKey(iteration, part), (0,), (1, 1, 1, 1), SCHEDULE, 4).exit_step

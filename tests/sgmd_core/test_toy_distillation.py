@@ -68,6 +68,7 @@ def test_fisher_alone_recovers_the_teachers_mean_and_spread():
     assert std == pytest.approx(STD, abs=0.02)
 
 
+@pytest.mark.slow
 def test_the_negative_residual_narrows_the_spread_by_as_much_as_theory_says():
     expected = settled_std(lambda_nr=0.1)
     assert expected == pytest.approx(0.457, abs=5e-4)

@@ -261,6 +261,7 @@ CASES: dict[str, dict] = {
 
 
 class TestCrossTalk:
+    @pytest.mark.slow
     @pytest.mark.parametrize("case", CASES)
     def test_roles_over_one_base_learn_as_roles_with_a_network_each(self, folder, copies, case):
         together = adapted_roles(folder, **CASES[case])
@@ -321,6 +322,7 @@ def addresses(roles: Roles, role: str) -> set[int]:
 
 
 class TestBase:
+    @pytest.mark.slow
     def test_it_is_read_once_and_freed_with_the_last_role(self, folder):
         base = shared_base(folder, torch.float64, CPU)
         views = [view_of(base), view_of(base)]
@@ -344,6 +346,7 @@ class TestBase:
 
 
 class TestState:
+    @pytest.mark.slow
     def test_a_resumed_role_goes_on_bit_for_bit(self, folder, tmp_path):
         roles = adapted_roles(folder)
         iterate(roles, 0)
@@ -359,6 +362,7 @@ class TestState:
             assert same_bits(kept, weights_of(resumed.networks[role]))
         assert same_bits(roles.generator.final_weights(), resumed.generator.final_weights())
 
+    @pytest.mark.slow
     def test_a_checkpoint_holds_adapters_alone_and_says_so(self, folder, tmp_path):
         roles = adapted_roles(folder)
         iterate(roles, 0)
@@ -368,6 +372,7 @@ class TestState:
             assert state.lora == LORA
             assert all("lora_" in name for name in state.weights)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "other", [replace(LORA, alpha=4.0), replace(LORA, rank=2), replace(LORA, targets=("to_q",))]
     )
@@ -382,6 +387,7 @@ class TestState:
         with pytest.raises(CheckpointError, match=f"rank {other.rank} and alpha {other.alpha:g}"):
             fake_score.load(str(tmp_path))
 
+    @pytest.mark.slow
     def test_adapters_are_not_loaded_into_a_whole_network(self, folder, tmp_path):
         roles = adapted_roles(folder)
         iterate(roles, 0)
@@ -413,6 +419,7 @@ class TestFiles:
             assert relative_error(factor.up @ factor.down, change) < 1e-5
             assert factor.energy == pytest.approx(float(change.square().sum()), rel=1e-4)
 
+    @pytest.mark.slow
     def test_an_export_holds_the_merged_average(self, folder, tmp_path):
         roles = adapted_roles(folder)
         iterate(roles, 0)
@@ -436,6 +443,7 @@ class TestFiles:
         with pytest.raises(CheckpointError):
             merged_weights(folder, adapters, LORA)
 
+    @pytest.mark.slow
     def test_the_evaluator_samples_adapters_as_merged_weights(self, folder):
         model = ModelSettings(str(folder), TEXT_LENGTH)
         adapters = weights_of(with_drawn_adapters(adapted(folder)))

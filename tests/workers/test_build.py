@@ -89,6 +89,7 @@ def _generator(model: ModelSettings):
     return build_generator(model, VIDEO, FlowMatchSchedule(), GENERATOR, 0, torch.get_num_threads())
 
 
+@pytest.mark.slow
 def test_built_roles_make_an_iteration_and_the_result_is_a_diffusers_pipeline(model, tmp_path):
     threads = torch.get_num_threads()
     generator = _generator(model)

@@ -224,6 +224,7 @@ def test_several_tracking_updates_make_one_iteration_and_each_sees_samples_of_it
         assert not any(torch.isclose(one, other).any() for other in seen[index + 1 :])
 
 
+@pytest.mark.slow
 def test_sgmd_without_its_potential_and_at_ratio_five_is_tsg_fisher_to_the_bit():
     runs = []
     for objective in (

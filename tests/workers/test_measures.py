@@ -152,6 +152,7 @@ def test_the_i3d_of_kinetics_has_as_many_parameters_as_its_paper_says():
     assert sum(value.numel() for value in network.parameters()) == 12_697_264
 
 
+@pytest.mark.slow
 def test_a_feature_network_sees_clips_from_minus_one_to_one(tmp_path):
     extract = FeatureNetwork(thin_i3d(tmp_path))
     video = torch.rand(2, 3, 9, 16, 16)

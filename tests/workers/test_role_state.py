@@ -24,6 +24,7 @@ def _load(roles, folder: str) -> tuple[int, int]:
     return roles.generator.load(folder), roles.fake_score.load(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tracking", "place"), [("shared", "folder"), ("shared", "url"), ("fresh", "folder")]
 )
@@ -75,6 +76,7 @@ def test_a_resume_that_lost_a_part_would_make_other_bits(lost, tmp_path):
     assert_moves(expected, found)
 
 
+@pytest.mark.slow
 def test_saving_disturbs_nothing(tmp_path):
     saving, silent = tiny_roles(), tiny_roles()
     for iteration in range(2):
@@ -114,6 +116,7 @@ def test_final_weights_are_copies_that_later_updates_leave_alone():
     assert same_bits(taken, before)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_can_be_loaded_over_a_run_that_went_on(tmp_path):
     roles, straight = tiny_roles(), tiny_roles()
     iterate(roles, 0)

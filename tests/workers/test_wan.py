@@ -225,6 +225,7 @@ def test_another_family_is_refused(broken: Path) -> None:
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny-wan"
 
 
+@pytest.mark.slow
 def test_the_embedded_teacher_loads_in_diffusers_and_shows_what_captions_say() -> None:
     pipeline = WanPipeline.from_pretrained(ASSETS)
     pipeline.set_progress_bar_config(disable=True)

@@ -14,6 +14,7 @@ def sgmd(*arguments: object):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_a_report_of_whole_files_says_where_it_is_and_nothing_else(tmp_path: Path) -> None:
     done = sgmd("report", finish_run(tmp_path / "run"))
     assert done.exit_code == 0
@@ -30,6 +31,7 @@ def test_lines_that_a_report_leaves_out_are_counted_and_said(tmp_path: Path) -> 
     assert json.loads(sgmd("report", run, "--json").stdout)["unreadable"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "ranking.json"])
 def test_a_report_without_a_file_of_which_nothing_can_be_read_ends_with_1(
     tmp_path: Path, name: str
@@ -46,6 +48,7 @@ def test_a_report_without_a_file_of_which_nothing_can_be_read_ends_with_1(
     assert len(found["broken"][str(run)]) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_empty", [True, False])
 def test_a_report_of_a_run_whose_log_is_lost_ends_with_1_and_says_what_came_of_iterations(
     tmp_path: Path, is_empty: bool
@@ -66,6 +69,7 @@ def test_a_report_of_a_run_that_has_only_been_started_lacks_nothing(tmp_path: Pa
     assert done.stdout == f"{tmp_path}/run/report.html\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "found"),
     [

@@ -83,6 +83,7 @@ def answer(*arguments: str) -> tuple[int, str]:
     return result.exit_code, words
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -70,6 +70,7 @@ def refusal(run: RunFolder, model: Path, data: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_same_model_and_data_at_other_paths_are_resumed(
     run, model, data, tmp_path, monkeypatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_the_same_model_and_data_at_other_paths_are_resumed(
     assert resumed(run, Path("moved"), Path("./other")) == Position()
 
 
+@pytest.mark.slow
 def test_the_same_data_on_an_s3_server_are_resumed(run, model, data, tmp_path, monkeypatch) -> None:
     shutil.copytree(data, tmp_path / "s3" / "bucket")
     with serve_s3(tmp_path / "s3") as server:
@@ -130,12 +132,14 @@ def test_a_folder_of_other_shards_is_refused(run, model, data) -> None:
     assert "data.train has none of its 3 shards, such as a.parquet" in refusal(run, model, data)
 
 
+@pytest.mark.slow
 def test_other_held_out_captions_are_refused_but_another_number_is_not(run, model, data) -> None:
     write_rows(data / "held_out" / "a.parquet", "a green square moves up")
     assert "the first 4 captions of data.validation have content" in refusal(run, model, data)
     assert resumed(run, model, data, "validation.num_captions=3") == Position()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
 def test_another_model_at_the_same_path_is_refused_by_component(run, model, data, part) -> None:
     before = model_digests(model)[part]
@@ -153,6 +157,7 @@ def test_every_setting_that_differs_is_named_with_both_values(run, model, data) 
     assert "objective.lambda_nr is 0.2, and was 0.1" in message
 
 
+@pytest.mark.slow
 def test_a_run_of_an_older_version_goes_on_under_the_settings_that_came_later(
     run, model, data
 ) -> None:

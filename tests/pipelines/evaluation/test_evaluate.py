@@ -146,6 +146,7 @@ class TestRows:
         assert floor.value > 0
         assert generator.value != few.value
 
+    @pytest.mark.slow
     def test_a_generator_that_is_its_teacher_has_its_teachers_distance(self, place, tmp_path):
         shutil.copytree(place / "teacher", place / "same")
         found = evaluate(
@@ -157,6 +158,7 @@ class TestRows:
         )
         assert found.row(GENERATOR).frechet == found.row(TEACHER_FEW).frechet
 
+    @pytest.mark.slow
     def test_captions_of_another_world_leave_the_exact_columns_out(self, place, tmp_path):
         other = write_captions(tmp_path / "captions", ["a cat on a sofa", *CAPTIONS[:3]] * 2)
         found = evaluate(
@@ -191,6 +193,7 @@ class TestMeasures:
             assert own.ratio.value == pytest.approx(own.value / theirs.value)
             assert own.ratio.low <= own.ratio.value <= own.ratio.high
 
+    @pytest.mark.slow
     def test_a_generator_that_is_its_teacher_has_its_measures(self, place, tmp_path):
         # As many steps, and guided like it.
         folder = tmp_path / "same"
@@ -257,6 +260,7 @@ class TestFiles:
             with Image.open(place / "result" / name) as sheet:
                 assert sheet.format == form
 
+    @pytest.mark.slow
     def test_the_teacher_is_sampled_once_and_the_generator_every_time(self, evaluation, place):
         again = run_evaluation(place, place / "result")
         assert [row.remembered for row in again.rows] == [True] * 4 + [False]
@@ -287,6 +291,7 @@ class TestFiles:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_a_run_knows_its_teacher_its_captions_and_its_guidance(self, place, tmp_path):
         run = tmp_path / "run"
         shutil.copytree(place / "generator", run / "generator")

@@ -59,6 +59,7 @@ def test_the_baseline_has_ratio_one_and_the_floor_ratio_zero():
     assert found["other"].ratio.value == pytest.approx(0.25, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_error_is_the_spread_that_new_clips_would_give():
     estimates = [measure(10 * trial, shift=1.0, num_bootstraps=40) for trial in range(30)]
     values = torch.tensor([found["other"].above_floor.value for found in estimates])

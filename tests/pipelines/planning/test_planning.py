@@ -93,6 +93,7 @@ class TestWork:
         assert work.shape.num_layers < 10
         assert work.shape.num_tokens(work.latent_shape) == 64
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("recipe", "model", "billions", "latents", "tokens"),
         [
@@ -312,6 +313,7 @@ class TestSearch:
         found = predict(work, times, quick, split)
         assert found.iteration_s == pytest.approx(whole.iteration_s, rel=1e-6)
 
+    @pytest.mark.slow
     def test_it_finds_what_trying_everything_finds(self):
         work, hardware = replace(SMALL, batch_size=12), Hardware()
         times = modelled(work, hardware)
@@ -326,6 +328,7 @@ class TestSearch:
         assert best.iteration_s <= 1.01 * min(tried)
         assert best.split.num_gpus <= 8
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("num_gpus", "batch"), [(8, 32), (64, 256), (256, 1024)])
     def test_two_pools_with_a_copied_teacher_cost_little_beside_all_roles_together(
         self, num_gpus, batch
@@ -348,6 +351,7 @@ class TestSearch:
         assert fused.num_gpus == 6
         assert fused.settings["batch.micro_batches"] == 3
 
+    @pytest.mark.slow
     def test_more_memory_never_makes_a_plan_slower(self):
         times = modelled(SMALL, Hardware())
         seconds = [
@@ -386,6 +390,7 @@ class TestSearch:
         assert other is not None
         assert suited.batch_size / other.iteration_s > 16 / own.iteration_s
 
+    @pytest.mark.slow
     def test_the_prediction_is_never_below_the_work_over_the_gpus(self):
         times = modelled(SMALL, Hardware())
         for num_gpus in (8, 24, 64):
@@ -399,6 +404,7 @@ class TestSearch:
 
 
 class TestRefusals:
+    @pytest.mark.slow
     def test_what_cannot_fit_is_refused_with_changes_that_would_do(self):
         small = Hardware(memory_gb=80)
         large = replace(LARGE, batch_size=16)
@@ -415,6 +421,7 @@ class TestRefusals:
         gigabytes = float(words.rpartition("GPUs of ")[2].partition(" GB")[0])
         assert make_plan(large, times, Hardware(memory_gb=gigabytes), 8).best.fits
 
+    @pytest.mark.slow
     def test_settings_that_save_memory_are_proposed_as_few_as_will_do(self):
         large, tight = replace(LARGE, batch_size=8), Hardware()
         with pytest.raises(ConfigError, match=r"It would fit with generator\.") as refused:
@@ -443,12 +450,14 @@ class TestRefusals:
         work = Workload.of(load_recipe("wan21-14b"), "14b")
         assert fitting_savings(work, Hardware(), 32) == (work, ())
 
+    @pytest.mark.slow
     def test_one_gpu_holds_all_roles_together_and_two_may_be_two_pools(self):
         times = modelled(SMALL, Hardware())
         assert [one.name for one in make_plan(SMALL, times, Hardware(), 1).layouts] == ["fused"]
         two = make_plan(SMALL, times, Hardware(), 2)
         assert {one.name for one in two.layouts} == {"fused", "map"}
 
+    @pytest.mark.slow
     def test_activations_that_do_not_fit_ask_for_checkpointing(self):
         kept = replace(SMALL, checkpointing=frozenset())
         with pytest.raises(ConfigError, match=r"generator\.compute\.checkpointing=true"):
@@ -570,6 +579,7 @@ class TestMeasured:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_json_holds_settings_times_and_memory(self):
         result = sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 8, "--json")
         told = json.loads(result.stdout)
@@ -581,6 +591,7 @@ class TestCommand:
         memory = best["pools"]["learn"]["memory_gb"]
         assert set(memory) >= {"state", "graphs", "total"}
 
+    @pytest.mark.slow
     def test_every_layout_has_settings_that_the_recipe_takes(self):
         told = json.loads(
             sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 9, "--json").stdout
@@ -594,6 +605,7 @@ class TestCommand:
         words = sgmd("plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 9).output
         assert "settings: topology.mode=" in words
 
+    @pytest.mark.slow
     def test_the_best_layout_can_be_written_as_a_recipe_that_says_the_same(self, tmp_path):
         mine = tmp_path / "plans" / "mine.yaml"
         options = ("--model", "1.3b", "--gpus", 8, "--write", mine, "--json")
@@ -611,6 +623,7 @@ class TestCommand:
         assert again.exit_code == 2
         assert "is there already" in again.stderr
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "overrides",
         [
@@ -640,6 +653,7 @@ class TestCommand:
         if "rack" in overrides[0] and config.topology.mode == "map":
             assert config.topology.pools["learn"].labels == {"rack": "r1"}
 
+    @pytest.mark.slow
     def test_another_batch_size_is_taken_only_where_it_makes_more_samples(self):
         options = ("--model", "1.3b", "--gpus", 8, "validation.every=0", "--json")
         own, any_size = (
@@ -648,6 +662,7 @@ class TestCommand:
         )
         assert any_size["samples_per_s"] >= own["samples_per_s"]
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("gpus", [1, 2])
     def test_few_gpus_are_planned_whatever_the_recipe_sets(self, gpus):
         options = ("--model", "1.3b", "validation.every=0", "--json")
@@ -674,6 +689,7 @@ class TestCommand:
         for words in ("fake score", "GB a GPU", "batch.micro_batches=", "gathered"):
             assert words in result.output
 
+    @pytest.mark.slow
     def test_memory_settings_are_taken_on_request_and_written(self, tmp_path):
         options = ["wan21-1.3b", "--model", "14b", "--gpus", "8", "topology.validator.gpus=0"]
         short = sgmd("plan", *options)
@@ -690,6 +706,7 @@ class TestCommand:
                 place = place[part]
             assert str(place).lower() == value
 
+    @pytest.mark.slow
     def test_a_plan_that_cannot_be_is_a_wrong_request(self):
         result = sgmd("plan", "wan21-1.3b", "--model", "14b", "--gpus", 8)
         assert result.exit_code == 2
@@ -701,6 +718,7 @@ class TestCommand:
         assert "--model a14b or 1.3b or 5b or 14b or ltx-2b" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_page_on_memory_says_what_the_planner_finds():
     page = (Path(__file__).parents[3] / "docs" / "memory.md").read_text(encoding="utf-8")
     of_14b = page.partition("### 14b")[2].partition("###")[0]

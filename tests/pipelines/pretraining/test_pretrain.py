@@ -182,6 +182,7 @@ def test_a_resumed_denoiser_repeats_the_uninterrupted_one_bitwise() -> None:
             assert torch.equal(dict(found.named_parameters())[name], value), name
 
 
+@pytest.mark.slow
 def test_a_resumed_autoencoder_repeats_the_uninterrupted_one_bitwise() -> None:
     settings = VaeSettings(base_dim=4, latent_channels=4, num_steps=4, batch_size=1)
     clips = torch.from_numpy(render_batch(0, range(4), ClipSplit.TRAIN)[0])
@@ -302,6 +303,7 @@ def read_all(clips: TrainingClips) -> list[dict[str, np.ndarray]]:
     return list(ReadClips(clips.source)(tasks))
 
 
+@pytest.mark.slow
 def test_at_most_so_many_clips_are_read_the_first_ones(tmp_path: Path) -> None:
     write_clips(tmp_path)
     world = micro_config(tmp_path).world

@@ -72,6 +72,7 @@ def test_the_command_refuses_before_it_looks_for_clips():
         assert key in found.stderr
 
 
+@pytest.mark.slow
 def test_the_shortcuts_that_settings_allow_are_those_that_the_networks_have():
     config = load(PretrainConfig, "pretrain-tiny")
     seen = set()

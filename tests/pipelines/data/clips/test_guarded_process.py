@@ -19,6 +19,7 @@ DECODE = OddDecoder(ClipFormat(5, 32, 32, fps=8))
 LIMIT_S = 2.0
 
 
+@pytest.mark.slow
 def test_a_hang_and_a_crash_cost_one_item_each_and_the_others_keep_their_bits() -> None:
     process = GuardedProcess(LIMIT_S, tries=1)
     good = encode_mp4(grey_clip(90), 8)
@@ -34,6 +35,7 @@ def test_a_hang_and_a_crash_cost_one_item_each_and_the_others_keep_their_bits() 
         process.close()
 
 
+@pytest.mark.slow
 def test_what_ends_a_process_is_tried_twice() -> None:
     process = GuardedProcess(LIMIT_S)
     try:

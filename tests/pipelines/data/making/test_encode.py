@@ -212,6 +212,7 @@ class TestStages:
         size = tiny_wan.NUM_FRAMES * tiny_wan.HEIGHT * tiny_wan.WIDTH * 3
         assert {len(line["pixels"]) for line in lines if not line["reason"]} == {size}
 
+    @pytest.mark.slow
     def test_a_decoder_that_hangs_costs_its_row(self, source, tmp_path):
         table = pq.read_table(min(source.glob("*.parquet"))).slice(0, 3)
         videos = table["video"].to_pylist()
@@ -254,6 +255,7 @@ class TestStages:
         assert lines["reason"].to_pylist() == ["unreadable_rows"] * 4
         assert "video" in lines["detail"][0].as_py()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_values_are_those_of_the_networks(self, source, model, dtype):
         lines = self.lines(source)

@@ -52,6 +52,7 @@ def test_results_come_in_the_order_of_the_items(num_processes):
     assert list(map_in_order(slow_square, range(9), num_processes)) == [n * n for n in range(9)]
 
 
+@pytest.mark.slow
 def test_items_are_taken_only_as_places_become_free():
     taken = []
 
@@ -66,10 +67,12 @@ def test_items_are_taken_only_as_places_become_free():
     results.close()
 
 
+@pytest.mark.slow
 def test_an_item_that_ends_its_process_is_named_and_the_others_come_through():
     assert list(map_in_order(die_at_three, range(8), 2)) == [0, 1, 2, Died(3), 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_between_two_items_costs_none():
     found = []
     # 0 and 1 end the process, so what is under way with them is tried one by one.
@@ -85,12 +88,14 @@ def test_a_limit_that_no_timer_takes_is_refused(limit_s):
         next(map_in_order(slow_square, range(3), 1, max_hang_s=limit_s))
 
 
+@pytest.mark.slow
 def test_an_item_that_hangs_in_a_decoder_is_named_and_the_others_come_through():
     found = list(map_in_order(hang_at_three, range(6), 2, max_hang_s=2.0))
     assert found == [0, 1, 2, Died(3, hung=True), 4, 5]
     assert list(map_in_order(hang_at_three, range(2), 0, max_hang_s=0.001)) == [0, 1]
 
 
+@pytest.mark.slow
 def test_an_error_of_the_function_is_raised():
     results = map_in_order(fail_at_two, range(4), 2)
     assert [next(results), next(results)] == [0, 1]

@@ -106,6 +106,7 @@ def bad_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestWhatIsTaken:
+    @pytest.mark.slow
     def test_files_are_kept_byte_by_byte_under_their_paths(self, source, tmp_path):
         report = prepare(str(source), str(tmp_path / "set"), HERE)
         found = {row["sample_id"]: row for row in rows(tmp_path / "set")}
@@ -137,6 +138,7 @@ class TestWhatIsTaken:
         assert files[0] == files[1]
         assert len(files[0]) == 4 + 1  # and the quarantine
 
+    @pytest.mark.slow
     def test_a_shard_is_closed_by_number_or_by_size(self, source, tmp_path):
         options = PrepareOptions(num_processes=0, shard_clips=4, shard_bytes=400_000)
         prepare(str(source), str(tmp_path), options)
@@ -517,6 +519,7 @@ def children_of(process: int) -> list[str]:
     return Path(f"/proc/{process}/task/{process}/children").read_text().split()
 
 
+@pytest.mark.slow
 def test_from_a_bucket_into_a_bucket(source, tmp_path, monkeypatch):
     bucket = tmp_path / "s3" / "clips"
     bucket.mkdir(parents=True)

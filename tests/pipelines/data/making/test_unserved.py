@@ -110,6 +110,7 @@ def test_a_busy_server_changes_nothing_in_what_prepare_and_check_make(
         assert sum(shard.num_rows for shard in index or ()) == calm[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "bad", "num_processes"),
     [
@@ -199,6 +200,7 @@ def test_a_clip_whose_decoder_hangs_is_rejected(server: S3Server, tmp_path: Path
     assert "--max-hang-seconds" in row["detail"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -43,6 +43,7 @@ def test_a_folder_on_s3_is_read(keys: dict[str, str]) -> None:
     assert filesystem.cat_file(f"{root}/one.txt") == b"one"
 
 
+@pytest.mark.slow
 def test_the_checksum_setting_takes_the_place_of_the_variables(
     keys: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

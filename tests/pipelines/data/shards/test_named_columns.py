@@ -39,6 +39,7 @@ def refused(*arguments: object) -> str:
     return " ".join(result.output.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["set", "set/0.parquet"])
 @pytest.mark.parametrize(
     ("option", "given", "nearest"),

@@ -125,6 +125,7 @@ def test_both_readers_agree_on_s3(server: S3Server, set_on_s3: str) -> None:
     assert sum(isinstance(found, pa.Table) for found in expected) == 9
 
 
+@pytest.mark.slow
 def test_a_store_that_arrow_cannot_enter_is_read_through_s3fs(
     server: S3Server,
     set_on_s3: str,

@@ -37,6 +37,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["row_group", "file", "bytes"])
 def test_reading_starts_no_thread_that_might_meet_the_end_of_the_process(
     tmp_path: Path, way: str
@@ -68,6 +69,7 @@ def test_a_footer_whose_column_names_are_no_text_is_a_fault_of_its_row_groups(tm
     assert whole.num_rows == 3
 
 
+@pytest.mark.slow
 def test_a_column_chunk_that_parquet_refuses_is_a_fault_and_ends_no_process(tmp_path: Path):
     write_folder(tmp_path, [3])
     shard = tmp_path / "part-000.parquet"

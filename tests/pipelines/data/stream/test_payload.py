@@ -58,6 +58,7 @@ def test_latents_and_embeddings_come_with_their_rows(tmp_path: Path, dtype) -> N
             assert torch.equal(found, true[rows])
 
 
+@pytest.mark.slow
 def test_clips_are_decoded_and_the_undecodable_left_out(tmp_path: Path) -> None:
     write_shards(str(tmp_path), num_clips=6, shard_size=6, seed=0)
     small = encode_mp4(np.zeros((13, 16, 16, 3), np.uint8), 8)

@@ -80,6 +80,7 @@ def test_an_error_of_the_server_travels_in_the_place_of_its_window(source: Sourc
         raise_fault(second)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_reading_ahead_rests_once_it_has_read_as_far_as_it_may(source: Source) -> None:
     settings = StreamSettings(

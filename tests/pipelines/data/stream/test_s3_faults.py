@@ -82,6 +82,7 @@ def ids(batches: list[Batch]) -> list[str]:
     return [name for batch in batches for name in batch.sample_ids]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", [True, False])
 def test_busy_breaking_and_slow_servers_cost_no_sample(
     through: Callable[..., ProxyBook], native: bool
@@ -113,6 +114,7 @@ def test_a_server_that_falls_silent_is_asked_again(
     assert not any(batch.rejects for batch in batches)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_stops_the_run_and_quarantines_nothing(
     through: Callable[..., ProxyBook],
 ) -> None:
@@ -194,6 +196,7 @@ def test_an_index_whose_answer_breaks_off_is_asked_for_again(
     assert "a server that answers" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_folder_markers_are_no_shards(
     through: Callable[..., ProxyBook], server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,6 +218,7 @@ def test_folder_markers_are_no_shards(
     assert [shard.path for shard in chapter] == ["deep/a.parquet"]
 
 
+@pytest.mark.slow
 def test_the_first_batch_comes_before_the_listing_ends(through: Callable[..., ProxyBook]) -> None:
     book = through(healthy)
     filesystem, root = open_folder("s3://clips/many")
@@ -229,6 +233,7 @@ def test_the_first_batch_comes_before_the_listing_ends(through: Callable[..., Pr
     assert book.lists() == before + 2
 
 
+@pytest.mark.slow
 def test_listing_goes_on_after_any_path(through: Callable[..., ProxyBook]) -> None:
     through(healthy)
     filesystem, root = open_folder("s3://clips/many")
@@ -243,6 +248,7 @@ def test_listing_goes_on_after_any_path(through: Callable[..., ProxyBook]) -> No
     assert rest == listed[1050:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("native", [True, False])
 def test_captions_of_a_large_shard_do_not_fetch_its_videos(
     through: Callable[..., ProxyBook], native: bool
@@ -253,6 +259,7 @@ def test_captions_of_a_large_shard_do_not_fetch_its_videos(
     assert 0 < book.sent < 600_000
 
 
+@pytest.mark.slow
 def test_a_large_shard_is_written_in_parts_and_a_part_that_fails_again(
     through: Callable[..., ProxyBook], server: S3Server
 ) -> None:
@@ -267,6 +274,7 @@ def test_a_large_shard_is_written_in_parts_and_a_part_that_fails_again(
     assert len(parts) > 3
 
 
+@pytest.mark.slow
 def test_moto_lists_and_reads_alike(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     from moto.server import ThreadedMotoServer
 

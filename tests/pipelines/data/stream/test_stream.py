@@ -71,6 +71,7 @@ def test_a_row_keeps_its_own_caption(folder: str) -> None:
     assert batch.captions == tuple(f"clip {name}" for name in batch.sample_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4, 7, 36, 50])
 def test_the_stream_goes_on_from_any_position_as_if_never_stopped(folder: str, size: int) -> None:
     whole = feed(folder, seed=3).take(150).sample_ids
