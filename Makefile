@@ -17,6 +17,8 @@ JOBS := --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder
 SHAPES := --jaxtyping-packages=sgmd_core,beartype.beartype
 DEMO := runs/demo
 
+# Options of the audit: make audit AUDIT_FLAGS="--service osv"
+AUDIT_FLAGS ?=
 # Options of the check of a GPU: make gpu-check GPU_FLAGS="--only truths stages"
 GPU_FLAGS ?=
 
@@ -26,7 +28,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup browser demo test test-quick gpu-check gpu-wheels lint docs fmt clean
+.PHONY: help setup browser demo test test-quick gpu-check gpu-wheels lint audit docs fmt clean
 
 help:  ## Show this list
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' \
@@ -91,6 +93,13 @@ lint: $(READY)  ## Check style, types, import directions and spelling
 	@git ls-files 'sgmd*/*.py' 'workers/*.py' 'cluster/*.py' 'pipelines/*.py' | xargs wc -l | \
 		awk '$$2 != "total" && $$1 > 400 {print "warning: " $$2 " has " $$1 " lines: one idea?"}'
 
+# In an environment of its own: neither tool is needed to run or to test sgmd.
+audit:  ## Look for known vulnerabilities of the tested versions, and search the code
+	@test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check \
+		'pip-audit>=2.9,<3' 'bandit>=1.8,<2'
+	@.venv-audit/bin/python .ci/audit.py $(AUDIT_FLAGS)
+
 docs: $(READY)  ## Make the generated pages and build the site; a broken link is an error
 	$(BIN)/python docs/make_reference.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -100,4 +109,4 @@ fmt: $(READY)  ## Format the code and mend what can be mended
 	$(BIN)/ruff format .
 
 clean:  ## Remove .venv and caches; runs and data stay
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) .venv-audit site .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

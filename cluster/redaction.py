@@ -6,9 +6,18 @@ import re
 _SECRET_NAME = re.compile(
     r"(^|_)(KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?)(_ID)?($|_)", re.IGNORECASE
 )
-_USER_IN_URL = re.compile(r"//[^/@\s]+@")
+# A key after a colon may hold a slash; a port before a path that holds an @ is none.
+_USER = r"//(?:[^/@\s]+|[^/@\s:]+:(?!\d+/)[^@\s]+)@"
+_USER_IN_URL = re.compile(_USER)
+_ADDRESS_WITH_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:" + _USER)
+_PASSWORD_IN_URL = re.compile(r"//[^/@\s:]+:(?!\d+/)([^@\s]+)@")
 _SHORTEST = 6
 """Shorter values, such as `true`, are no secrets and may occur in any text."""
+
+
+def has_user(address: str) -> bool:
+    """Returns True if an address has a user, and perhaps a password or key, before its host."""
+    return _ADDRESS_WITH_USER.search(address) is not None
 
 
 def without_secrets(text: str) -> str:
@@ -19,6 +28,12 @@ def without_secrets(text: str) -> str:
         if len(value) >= _SHORTEST
         and _SECRET_NAME.search(name)
         and not name.endswith(("_PATH", "_FILE", "_DIR"))
+    }
+    values |= {
+        found[1]
+        for value in os.environ.values()
+        for found in _PASSWORD_IN_URL.finditer(value)
+        if len(found[1]) >= _SHORTEST
     }
     # The longest first: one value may be a part of another.
     for value in sorted(values, key=len, reverse=True):

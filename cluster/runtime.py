@@ -7,9 +7,10 @@
 A new cluster admits only processes that know its token. Ray would write the token into the home
 directory, readable by everyone on the machine; here it lives in the environment of this process and
 of those it starts. A mode or token that the user chose (RAY_AUTH_MODE, RAY_AUTH_TOKEN,
-RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token) is left alone. Ray listens on all interfaces, also on one
-machine: the token is what keeps others out, so RAY_AUTH_MODE=disabled belongs on trusted networks.
-A start that a busy machine did not make in time is tried once more.
+RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token) is left alone. All sockets of a new cluster listen on the
+loopback interface. A cluster that exists is asked whether it wants a token: where it wants none,
+whoever reaches its ports can run code on it, and a warning says so. A start that a busy machine did
+not make in time is tried once more.
 """
 
 import logging
@@ -24,6 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
+from ray._private import ray_constants
 
 from cluster.errors import RayStartError
 from cluster.procfs import process_state, raylet_of
@@ -148,15 +150,16 @@ def _start_local(
     for is_last in (False, True):
         ours = _children()
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                object_store_memory=object_store_memory,
-                _temp_dir=temp_dir,
-                include_dashboard=False,
-                log_to_driver=log_to_driver,
-                logging_level=logging.ERROR,
-            )
+            with _on_loopback():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    object_store_memory=object_store_memory,
+                    _temp_dir=temp_dir,
+                    include_dashboard=False,
+                    log_to_driver=log_to_driver,
+                    logging_level=logging.ERROR,
+                )
         except Exception as error:  # Ray raises no type of its own for this.
             if is_last or "timed out" not in str(error):
                 raise
@@ -166,6 +169,46 @@ def _start_local(
             _end(_children() - ours)
         else:
             return
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Makes Ray take the loopback interface for its own, as it does on a laptop's system.
+
+    `ray.init` replaces 127.0.0.1, given as an address, by that of the machine; this is the switch
+    behind its behaviour on macOS and Windows, where clusters of one machine need no other.
+    """
+    if not hasattr(ray_constants, "ENABLE_RAY_CLUSTER"):
+        _log.warning("this Ray listens on all interfaces: only its token keeps others out")
+        yield
+        return
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def asks_for_token(gcs_address: str) -> bool | None:
+    """Returns True if a cluster refuses who has no token; None where that cannot be found out.
+
+    Args:
+        gcs_address: Address of its control service, `host:port`.
+    """
+    try:
+        import grpc
+    except ImportError:
+        return None
+    with grpc.insecure_channel(gcs_address) as channel:
+        call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            # An empty message, which is a valid request, and no token.
+            call(b"", timeout=_PROBE_TIMEOUT_S)
+        except grpc.RpcError as error:
+            refused = getattr(error, "code", lambda: None)() is grpc.StatusCode.UNAUTHENTICATED
+            return True if refused else None
+    return False
 
 
 def _children() -> set[int]:
@@ -202,6 +245,17 @@ def _connect(address: str, log_to_driver: bool) -> None:
         # Ray itself would try for a minute, and then end the whole process.
         socket.create_connection((host or "localhost", int(port)), _PROBE_TIMEOUT_S).close()
     ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+    _warn_without_token(ray.get_runtime_context().gcs_address)
+
+
+def _warn_without_token(gcs_address: str) -> None:
+    if os.environ.get("RAY_AUTH_MODE") != "disabled" and asks_for_token(gcs_address) is False:
+        _log.warning(
+            "the Ray cluster at %s asks for no token: whoever reaches its ports can run code on "
+            "it. Start it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on every node, or set "
+            "RAY_AUTH_MODE=disabled here where its network is trusted",
+            gcs_address,
+        )
 
 
 def _has_token() -> bool:

@@ -19,6 +19,7 @@ from workers.base_networks import shared_base, view_of
 from workers.compute import prepare_network
 from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
+from workers.finite import FiniteChecks
 from workers.generator_learner import GeneratorLearner
 from workers.models.addresses import local_model
 from workers.models.exporting import DTYPES
@@ -46,8 +47,18 @@ def build_generator(
     settings: GeneratorSettings,
     seed: int,
     num_threads: int,
+    raises: bool = True,
 ) -> GeneratorLearner:
     """The generator, starting from the teacher's weights.
+
+    Args:
+        model: The networks' folder.
+        video: Size of the clips.
+        schedule: Noise levels.
+        settings: How it is updated and computed.
+        seed: The run's seed.
+        num_threads: Threads of torch.
+        raises: As in `workers.finite.FiniteChecks`.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -56,7 +67,8 @@ def build_generator(
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
     network = _learning(model, settings.compute, settings.lora, seed, "generator")
-    return GeneratorLearner(network, schedule, settings, latent_shape, seed)
+    checks = FiniteChecks(raises=raises)
+    return GeneratorLearner(network, schedule, settings, latent_shape, seed, checks)
 
 
 def build_fake_score(
@@ -65,6 +77,7 @@ def build_fake_score(
     settings: FakeScoreSettings,
     num_threads: int,
     seed: int = 0,
+    raises: bool = True,
 ) -> FakeScoreTracker:
     """The fake score, starting from the teacher's weights.
 
@@ -74,13 +87,14 @@ def build_fake_score(
         settings: How it is tracked, updated and computed.
         num_threads: Threads of torch.
         seed: The run's seed, by which adapters are drawn.
+        raises: As in `workers.finite.FiniteChecks`.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
     network = _learning(model, settings.compute, settings.lora, seed, "fake_score")
-    return FakeScoreTracker(network, objective, settings)
+    return FakeScoreTracker(network, objective, settings, FiniteChecks(raises=raises))
 
 
 def build_teacher(
@@ -88,6 +102,7 @@ def build_teacher(
     settings: TeacherSettings,
     num_threads: int,
     shares_base: bool = False,
+    raises: bool = True,
 ) -> ScoreTeacher:
     """The teacher.
 
@@ -97,16 +112,18 @@ def build_teacher(
         num_threads: Threads of torch.
         shares_base: Roles with adapters live in the same process, and the teacher is their base:
             its weights are kept once, whole on every rank.
+        raises: As in `workers.finite.FiniteChecks`.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
     """
     torch.set_num_threads(num_threads)
+    checks = FiniteChecks(raises=raises)
     if not shares_base:
         network = _ready(model, settings.compute, sharded=settings.sharded)
-        return ScoreTeacher(network, settings)
+        return ScoreTeacher(network, settings, checks)
     view = view_of(_base(model, settings.compute))
-    return ScoreTeacher(prepare_network(view, settings.compute), settings)
+    return ScoreTeacher(prepare_network(view, settings.compute), settings, checks)
 
 
 def build_denoiser(model: ModelSettings, compute: ComputeSettings, num_threads: int) -> Denoiser:
@@ -120,7 +137,12 @@ def build_denoiser(model: ModelSettings, compute: ComputeSettings, num_threads: 
 
 
 def build_text_encoder(
-    model: ModelSettings, num_threads: int, num_cached: int = 1024, *, lazily: bool = False
+    model: ModelSettings,
+    num_threads: int,
+    num_cached: int = 1024,
+    *,
+    lazily: bool = False,
+    raises: bool = True,
 ) -> TextEncoder:
     """The text encoder, which remembers the embeddings of `num_cached` captions.
 
@@ -130,6 +152,7 @@ def build_text_encoder(
         num_cached: Captions whose embeddings are remembered.
         lazily: Load the network only for a caption that brings no embedding of its own, such as
             the negative prompt, and free it after that.
+        raises: As in `TextEncoder`.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -137,8 +160,9 @@ def build_text_encoder(
     torch.set_num_threads(num_threads)
     if lazily:
         # The negative prompt is asked for again and again, and must be remembered.
-        return TextEncoder(partial(_captions, model), model.text_length, max(1, num_cached))
-    return TextEncoder(_captions(model), model.text_length, num_cached)
+        remembered = max(1, num_cached)
+        return TextEncoder(partial(_captions, model), model.text_length, remembered, raises=raises)
+    return TextEncoder(_captions(model), model.text_length, num_cached, raises=raises)
 
 
 def encoder_dtype() -> Literal["bf16", "fp32"]:

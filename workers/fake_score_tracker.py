@@ -38,7 +38,7 @@ from sgmd_core.types import (
     detached,
 )
 from workers.adapters import make_trainable
-from workers.finite import micro_batch_in_words, require_finite
+from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
@@ -58,11 +58,17 @@ class FakeScoreTracker:
         velocity_model: The network to train.
         objective: Both losses.
         settings: Tracking mode, mixing and optimizer.
+        checks: Checks of the numbers that go in and come out; by default they raise.
     """
 
     def __init__(
-        self, velocity_model: nn.Module, objective: Objective, settings: FakeScoreSettings
+        self,
+        velocity_model: nn.Module,
+        objective: Objective,
+        settings: FakeScoreSettings,
+        checks: FiniteChecks | None = None,
     ) -> None:
+        self._checks = checks or FiniteChecks()
         # In evaluation mode, as in the reference: both losses must see the same function.
         self._network = make_trainable(velocity_model)
         self._objective = objective
@@ -120,12 +126,12 @@ class FakeScoreTracker:
             # Asked for these alone, autograd makes no gradient for any parameter.
             gradients = torch.autograd.grad(share * loss.value, wanted, retain_graph=self._shared)
         predictions = {_VELOCITY_FAKE: velocity_fake, _VELOCITY_TEACHER: velocity_teacher}
-        metrics = _finite_terms(loss, gradients, query, predictions)
+        grad_x0, metrics = self._checked(gradients[0], loss, gradients, query, predictions)
         if self._shared:
             self._kept[query.key] = _KeptForward(detached(query), velocity_fake)
         return GeneratorSignal(
             key=query.key,
-            grad_x0=gradients[0],
+            grad_x0=grad_x0,
             generator_version=query.generator_version,
             metrics=metrics,
             teacher_cotangent=gradients[1] if len(gradients) > 1 else None,
@@ -151,12 +157,12 @@ class FakeScoreTracker:
         forward = self._take_kept(query) if self._shared else self._forward(query)
         loss = self._objective.tracking_loss(forward.query, forward.velocity_fake)
         predictions = {_VELOCITY_FAKE: forward.velocity_fake}
-        metrics = _finite_terms(loss, (), forward.query, predictions)
+        value, metrics = self._checked(loss.value, loss, (), forward.query, predictions)
         # With shared tracking the graph leads on to x0, which must gather nothing: so the inputs
         # are named. Of a sharded network autograd sees gathered copies, which have no name here;
         # then x0, which is used no more, gathers what nobody reads.
         inputs = None if is_sharded(self._network) else self._optimizer.parameters
-        (share * loss.value).backward(inputs=inputs)
+        (share * value).backward(inputs=inputs)
         return TrackReport(metrics=metrics)
 
     def gradient_report(self, iteration: int) -> GradientReport:
@@ -175,8 +181,12 @@ class FakeScoreTracker:
             )
         return self._optimizer.gradient_report(iteration)
 
-    def step(self, iteration: int) -> int:
+    def step(self, iteration: int, skip: bool = False) -> int:
         """Updates the weights.
+
+        Args:
+            iteration: The iteration.
+            skip: Forget the gradients, keep the weights and count the update as skipped.
 
         Returns:
             Updates made, this one included.
@@ -185,7 +195,7 @@ class FakeScoreTracker:
             StaleCallError: There is no gradient report of this iteration.
             NonFiniteError: The gradient is not finite; nothing was updated.
         """
-        return self._optimizer.step(iteration)
+        return self._optimizer.step(iteration, skip)
 
     @torch.no_grad()
     def mix_weights(self, weights: Mapping[str, Tensor]) -> None:
@@ -219,6 +229,10 @@ class FakeScoreTracker:
         """Gives the iteration up: drops graphs and gradients, keeps the weights."""
         self._kept.clear()
         self._optimizer.discard()
+
+    def diagnose(self, iteration: int) -> Diagnosis:
+        """First fault of an iteration, and a weight that is not finite; of this rank."""
+        return self._checks.diagnose(iteration, self._network)
 
     def save(self, folder: str) -> dict[str, str]:
         """Writes `fake_score/` under a checkpoint folder; every rank must be asked.
@@ -275,6 +289,45 @@ class FakeScoreTracker:
         with torch.set_grad_enabled(self._shared):
             return self._network(constant.x_t, constant.sigma, constant.text)
 
+    def _checked(
+        self,
+        value: Tensor,
+        loss: Loss,
+        gradients: Sequence[Tensor],
+        query: NoisedBatch,
+        predictions: Mapping[str, Tensor],
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The value that others learn from, checked, and the loss terms as numbers.
+
+        Args:
+            value: Value to check, as in `FiniteChecks.checked`.
+            loss: Result of the objective.
+            gradients: That at the samples, and that at the teacher's velocity, where they exist.
+            query: Query that the predictions are of.
+            predictions: Velocities that the loss was computed from, by name.
+
+        Raises:
+            NonFiniteError: Something is not finite, and this role raises.
+        """
+        figures = dict(loss.terms)
+        names = ("grad_x0_norm", "teacher_cotangent_norm")
+        for name, gradient in zip(names, gradients, strict=False):
+            figures[name] = torch.linalg.vector_norm(gradient)
+        # One transfer from the device for all of them.
+        values = torch.stack([figure.double() for figure in figures.values()]).tolist()
+        numbers = dict(zip(figures, values, strict=True))
+        remedy = "the learning rates or the objective's weights"
+        checked = self._checks.checked(
+            value,
+            query.key,
+            f"computing losses on the fake score in {micro_batch_in_words(query.key)}",
+            {**query.numbers, **predictions},
+            non_finite_remedy(query.generator_version, remedy),
+            numbers,
+            stages_before=2,
+        )
+        return checked, {name: numbers[name] for name in loss.terms}
+
     def _take_kept(self, query: NoisedBatch) -> "_KeptForward":
         kept = self._kept.get(query.key)
         if kept is None or kept.query.generator_version != query.generator_version:
@@ -310,32 +363,3 @@ def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def _finite_terms(
-    loss: Loss, gradients: Sequence[Tensor], query: NoisedBatch, predictions: Mapping[str, Tensor]
-) -> dict[str, float]:
-    """The loss terms as numbers, once they and all that they come from are known to be finite.
-
-    Args:
-        loss: What was computed.
-        gradients: That at the samples, and that at the teacher's velocity, where they were made.
-        query: What the predictions are of.
-        predictions: What the loss was computed from, by name.
-
-    Raises:
-        NonFiniteError: Something is not finite; says what, where, and what it came from.
-    """
-    figures = dict(loss.terms)
-    for name, gradient in zip(("grad_x0_norm", "teacher_cotangent_norm"), gradients, strict=False):
-        figures[name] = torch.linalg.vector_norm(gradient)
-    # One transfer from the device for all of them.
-    values = torch.stack([value.double() for value in figures.values()]).tolist()
-    numbers = dict(zip(figures, values, strict=True))
-    require_finite(
-        f"computing losses on the fake score in {micro_batch_in_words(query.key)}",
-        {**query.numbers, **predictions},
-        non_finite_remedy(query.generator_version, "the learning rates or the objective's weights"),
-        numbers,
-    )
-    return {name: numbers[name] for name in loss.terms}

@@ -2,12 +2,19 @@
 
 A role checks what it was handed and what it has made of it before anybody learns from it. Later it
 may be too late: a loss can hide a broken prediction, and an update cannot be taken back.
+
+In a run a role does not raise, because other ranks would wait for it in a collective. It records
+the cause and returns NaN, which reaches the gradient of every rank that learns from it; the
+controller then skips the update of all roles (`pipelines.distillation.guards`).
 """
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sgmd_core.errors import NonFiniteError
 from sgmd_core.types import MicroBatchKey
@@ -19,6 +26,115 @@ UNCHANGED = "No weight was updated from this micro-batch"
 def micro_batch_in_words(key: MicroBatchKey) -> str:
     """The micro-batch, for messages."""
     return f"iteration {key.iteration}, micro-batch {key.micro_batch} ({key.purpose})"
+
+
+@dataclass(frozen=True, slots=True)
+class NumericalFault:
+    """First number of an iteration that a role found not to be finite.
+
+    Attributes:
+        micro_batch: Micro-batch of the call, counted over the whole iteration.
+        stages_before: Stages that the micro-batch passed before; a fault passes on to later ones.
+        attempted: Work of the role, for the error.
+        found: Names of the numbers that are not finite.
+        remedy: Remedy for it.
+    """
+
+    micro_batch: int
+    stages_before: int
+    attempted: str
+    found: str
+    remedy: str
+
+    def error(self) -> NonFiniteError:
+        """The error that the role would have raised."""
+        return NonFiniteError(self.attempted, self.found, "finite numbers", self.remedy)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Facts that a role knows about an iteration whose gradient is not finite.
+
+    Attributes:
+        fault: First fault that the role recorded; None where it recorded none.
+        broken_weight: Name of a weight that is not finite; None where all are finite.
+    """
+
+    fault: NumericalFault | None
+    broken_weight: str | None
+
+
+class FiniteChecks:
+    """Checks of one role: raises at a number that is not finite, or returns NaN in its place.
+
+    Args:
+        raises: Raise; False records the first fault of each iteration.
+    """
+
+    def __init__(self, *, raises: bool = True) -> None:
+        self._raises = raises
+        self._first: dict[int, NumericalFault] = {}
+
+    def checked(
+        self,
+        value: Tensor,
+        key: MicroBatchKey,
+        attempted: str,
+        sources: Mapping[str, Tensor],
+        remedy: str,
+        figures: Mapping[str, float] | None = None,
+        *,
+        stages_before: int = 0,
+    ) -> Tensor:
+        """Returns the value, or NaN in its place where something it came from is not finite.
+
+        Args:
+            value: Result that others learn from.
+            key: Micro-batch of the call.
+            attempted: As in `require_finite`, as all that follow.
+            sources: See there.
+            remedy: See there.
+            figures: See there.
+            stages_before: As in `NumericalFault`.
+
+        Raises:
+            NonFiniteError: Something is not finite, and this role raises.
+        """
+        try:
+            require_finite(attempted, sources, remedy, figures)
+        except NonFiniteError as error:
+            if self._raises:
+                raise
+            fault = NumericalFault(
+                key.micro_batch, stages_before, error.attempted, error.found, error.remedy
+            )
+            self._first.setdefault(key.iteration, fault)
+            # Times NaN and not filled with it: a loss keeps its graph, so every rank gathers.
+            return value * float("nan")
+        return value
+
+    def diagnose(self, iteration: int, network: nn.Module) -> Diagnosis:
+        """Reports an iteration, and forgets it and earlier ones.
+
+        Args:
+            iteration: The iteration.
+            network: Network of the role; of a sharded one the parts of this rank are looked at.
+        """
+        fault = self._first.get(iteration)
+        self._first = {key: value for key, value in self._first.items() if key > iteration}
+        return Diagnosis(fault, broken_weight(network))
+
+
+@torch.no_grad()
+def broken_weight(network: nn.Module) -> str | None:
+    """Name of the first parameter that is not finite, on this rank; None where all are finite."""
+    for name, value in network.named_parameters():
+        own = value.to_local() if isinstance(value, DTensor) else value
+        # Weights in 8 bits have no sums of their own.
+        own = own.float() if own.element_size() == 1 else own
+        if not _is_finite(own):
+            return name
+    return None
 
 
 def require_finite(

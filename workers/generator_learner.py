@@ -33,7 +33,7 @@ from sgmd_core.types import (
 from workers.adapters import lora_of, make_trainable
 from workers.base_networks import base_parameters
 from workers.ema import AveragedWeights
-from workers.finite import micro_batch_in_words, require_finite
+from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
 from workers.models.adapter_files import MergedWeights
 from workers.models.addresses import local_model
 from workers.models.exporting import DTYPES, narrowed
@@ -60,6 +60,7 @@ class GeneratorLearner:
         settings: Steps, averaging, diversity and optimizer.
         latent_shape: Shape (C, T, H, W) of one sample's latents.
         seed: The run's seed; with a key it fixes every draw.
+        checks: Checks of the numbers that go in and come out; by default they raise.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class GeneratorLearner:
         settings: GeneratorSettings,
         latent_shape: tuple[int, int, int, int],
         seed: int,
+        checks: FiniteChecks | None = None,
     ) -> None:
+        self._checks = checks or FiniteChecks()
         # In evaluation mode, because a replayed rollout must repeat itself.
         self._network = make_trainable(velocity_model)
         self._schedule = schedule
@@ -147,9 +150,10 @@ class GeneratorLearner:
                 "the one signal of a rollout that is kept, made by the present weights",
                 "Roll the micro-batch out again",
             )
-        _check("learning from a signal", signal.key, {"the signal's gradient": signal.grad_x0})
+        handed = {"the signal's gradient": signal.grad_x0}
+        grad_x0 = self._checked(signal.grad_x0, "learning from a signal", signal.key, handed)
         kept = self._kept.pop(signal.key)
-        grad_x0 = signal.grad_x0.to(kept.x0)
+        grad_x0 = grad_x0.to(kept.x0)
         kept.x0.backward(grad_x0 if weight == 1 else weight * grad_x0)
         return LearnReport(metrics=dict(signal.metrics), exit_step=kept.exit_step)
 
@@ -197,7 +201,7 @@ class GeneratorLearner:
         loss = diversity_loss(velocity, target.velocity.to(device))
         handed = {**start.numbers, "the teacher's path": target.velocity}
         made = {"the generator's velocity": velocity, "the diversity loss": loss}
-        _check("learning diversity", start.key, {**handed, **made})
+        loss = self._checked(loss, "learning diversity", start.key, {**handed, **made})
         (share * self._diversity.weight * loss).backward()
         return DiversityReport(metrics={"diversity": loss.item()})
 
@@ -216,8 +220,12 @@ class GeneratorLearner:
             )
         return self._optimizer.gradient_report(iteration)
 
-    def step(self, iteration: int) -> int:
+    def step(self, iteration: int, skip: bool = False) -> int:
         """Updates the weights, then their average.
+
+        Args:
+            iteration: The iteration.
+            skip: Forget the gradients, keep weights and average, and count the update as skipped.
 
         Returns:
             The new version: updates made, this one included.
@@ -226,15 +234,19 @@ class GeneratorLearner:
             StaleCallError: There is no gradient report of this iteration.
             NonFiniteError: The gradient is not finite; nothing was updated.
         """
-        version = self._optimizer.step(iteration)
-        if self._average is not None:
-            self._average.update(iteration)
+        version = self._optimizer.step(iteration, skip)
+        if self._average is not None and not skip:
+            self._average.update(version - 1)
         return version
 
     def discard(self) -> None:
         """Gives the iteration up: drops graphs and gradients, keeps the weights."""
         self._kept.clear()
         self._optimizer.discard()
+
+    def diagnose(self, iteration: int) -> Diagnosis:
+        """First fault of an iteration, and a weight that is not finite; of this rank."""
+        return self._checks.diagnose(iteration, self._network)
 
     def trained_weights(self) -> dict[str, Tensor]:
         """A copy of the weights as they are, for the fake score to be mixed with.
@@ -396,9 +408,25 @@ class GeneratorLearner:
             text=text.text,
             generator_version=self._optimizer.updates,
         )
-        drawn = {"the initial noise": draws.initial_noise}
-        _check("rolling out", key, {**drawn, **query.numbers})
-        return query
+        numbers = {"the initial noise": draws.initial_noise, **query.numbers}
+        return replace(query, x0=self._checked(x0, "rolling out", key, numbers, 0))
+
+    def _checked(
+        self,
+        value: Tensor,
+        attempted: str,
+        key: MicroBatchKey,
+        numbers: Mapping[str, Tensor],
+        stages_before: int = 4,
+    ) -> Tensor:
+        return self._checks.checked(
+            value,
+            key,
+            f"{attempted} on the generator in {micro_batch_in_words(key)}",
+            numbers,
+            non_finite_remedy(key.iteration, "generator.optimizer.lr"),
+            stages_before=stages_before,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,11 +435,3 @@ class _KeptRollout:
 
     x0: Latents
     exit_step: int
-
-
-def _check(attempted: str, key: MicroBatchKey, numbers: Mapping[str, Tensor]) -> None:
-    require_finite(
-        f"{attempted} on the generator in {micro_batch_in_words(key)}",
-        numbers,
-        non_finite_remedy(key.iteration, "generator.optimizer.lr"),
-    )

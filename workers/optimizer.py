@@ -94,6 +94,7 @@ class RoleOptimizer:
             offload=settings.moments == "cpu",
         )
         self._updates = 0
+        self._skipped = 0
         self._norm: Tensor | None = None
 
     @property
@@ -112,11 +113,12 @@ class RoleOptimizer:
         Raises:
             StaleCallError: It belongs to an earlier or a later one.
         """
-        current = self._updates // self._updates_per_iteration
+        current = (self._updates + self._skipped) // self._updates_per_iteration
         if iteration != current:
             raise StaleCallError(
                 f"{attempted} of iteration {iteration} on the {self._role}",
-                f"the {self._role} has made {self._updates} updates",
+                f"the {self._role} has made {self._updates} updates"
+                + (f" and skipped {self._skipped}" if self._skipped else ""),
                 f"a call of iteration {current}",
                 "Resume all roles from one checkpoint, so that they count alike",
             )
@@ -140,8 +142,15 @@ class RoleOptimizer:
         blocks = self._block_norms() if self._settings.log_block_norms else {}
         return GradientReport(grad_norm=norm, finite=math.isfinite(norm), blocks=blocks)
 
-    def step(self, iteration: int) -> int:
+    def step(self, iteration: int, skip: bool = False) -> int:
         """Clips, updates, forgets the gradients.
+
+        A skipped update leaves weights, moments and learning rate as they are: rates, bias
+        corrections and averages count the updates that are made.
+
+        Args:
+            iteration: The iteration.
+            skip: Forget the gradients and count the update as skipped.
 
         Returns:
             Updates made, this one included.
@@ -158,6 +167,10 @@ class RoleOptimizer:
                 "a gradient report of this iteration, taken after all micro-batches",
                 "Call gradient_report first",
             )
+        if skip:
+            self.discard()
+            self._skipped += 1
+            return self._updates
         norm = full_tensor(self._norm).item()
         if not math.isfinite(norm):
             raise NonFiniteError(
@@ -209,7 +222,8 @@ class RoleOptimizer:
         """
         weights = gather_to_rank0(self.weights.items())
         moments = gather_to_rank0(self._moments())
-        return RoleState(self._updates, weights, moments, lora_of(self._network))
+        lora = lora_of(self._network)
+        return RoleState(self._updates, weights, moments, lora, self._skipped)
 
     def _moments(self) -> Iterator[tuple[str, Tensor]]:
         """The optimizer's state by `KIND/NAME`; parts in main memory go to the device in turn."""
@@ -219,9 +233,8 @@ class RoleOptimizer:
 
     def snapshot(self) -> RoleSnapshot:
         """Copies of this rank's parts of weights and moments, and the counter."""
-        return RoleSnapshot(
-            self._updates, copies(self.weights.items()), copies(self._state_by_label())
-        )
+        weights, moments = copies(self.weights.items()), copies(self._state_by_label())
+        return RoleSnapshot(self._updates, weights, moments, skipped=self._skipped)
 
     def snapshot_bytes(self) -> int:
         """Size of the tensors that `snapshot` would copy now."""
@@ -244,6 +257,7 @@ class RoleOptimizer:
         self._adamw.state.clear()
         restore_moments(self._adamw, self._parts_by_index(snapshot.moments))
         self._updates = snapshot.updates
+        self._skipped = snapshot.skipped
         self.discard()
 
     def _parts_by_index(self, moments: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
@@ -284,6 +298,7 @@ class RoleOptimizer:
         offload = self._settings.moments == "cpu"
         restore_moments(self._adamw, _moments_by_index(self._parameters, state.moments, offload))
         self._updates = state.updates
+        self._skipped = state.skipped
         self.discard()
 
 

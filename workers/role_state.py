@@ -44,12 +44,14 @@ class RoleState:
         weights: Parameters by name.
         moments: State of the optimizer by `KIND/NAME`; empty for averaged weights.
         lora: Settings of the adapters that the weights are; None: they are those of a network.
+        skipped: Updates that were skipped; with `updates` they make the iterations.
     """
 
     updates: int
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     lora: LoraSettings | None = None
+    skipped: int = 0
 
 
 def save_role(folder: str, role: str, state: RoleState) -> dict[str, str]:
@@ -85,6 +87,7 @@ def _write(
     counters = {
         "role": role,
         "updates": state.updates,
+        "skipped": state.skipped,
         "has_optimizer": bool(state.moments),
         "sha256": digests,
     }
@@ -115,7 +118,8 @@ def load_role(folder: str, role: str) -> RoleState:
         has_optimizer = counters["has_optimizer"]
         moments = _read_tensors(filesystem, path, _OPTIMIZER, digests) if has_optimizer else {}
         lora = _lora_of(counters.get("lora"))
-        return RoleState(int(counters["updates"]), weights, moments, lora)
+        skipped = int(counters.get("skipped", 0))
+        return RoleState(int(counters["updates"]), weights, moments, lora, skipped)
     except OSError as error:
         if isinstance(filesystem, LocalFileSystem) or isinstance(error, FileNotFoundError):
             raise _broken(role, target, error) from error

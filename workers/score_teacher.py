@@ -27,7 +27,7 @@ from sgmd_core.types import (
     detached,
 )
 from sgmd_core.velocity import guided_velocity
-from workers.finite import micro_batch_in_words, require_finite
+from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
 from workers.placement import device_of, query_on
 from workers.settings import TeacherSettings
 
@@ -40,9 +40,16 @@ class ScoreTeacher:
     Args:
         velocity_model: The network; it is frozen here.
         settings: How strongly it is guided.
+        checks: Checks of the numbers that go in and come out; by default they raise.
     """
 
-    def __init__(self, velocity_model: nn.Module, settings: TeacherSettings) -> None:
+    def __init__(
+        self,
+        velocity_model: nn.Module,
+        settings: TeacherSettings,
+        checks: FiniteChecks | None = None,
+    ) -> None:
+        self._checks = checks or FiniteChecks()
         self._network = velocity_model.eval().requires_grad_(False)
         self._settings = settings
 
@@ -64,7 +71,8 @@ class ScoreTeacher:
         """
         velocity = self._guided(query_on(query, device_of(self._network)), negative)
         made = {_NEGATIVE: negative, "the teacher's velocity": velocity}
-        _check("denoising on the teacher", query.key, {**query.numbers, **made})
+        numbers = {**query.numbers, **made}
+        velocity = self._checked(velocity, "denoising on the teacher", query.key, numbers)
         return TeacherPrediction(key=query.key, velocity=velocity)
 
     def pullback(
@@ -107,10 +115,12 @@ class ScoreTeacher:
             "the fake score's gradient at x0": signal.grad_x0,
             "the fake score's gradient at the teacher's velocity": signal.teacher_cotangent,
         }
-        _check(
+        grad = self._checked(
+            grad,
             "carrying a signal through the teacher",
             query.key,
             {**query.numbers, **handed, "the gradient through the teacher": grad},
+            3,
         )
         return replace(signal, grad_x0=signal.grad_x0.to(device) + grad, teacher_cotangent=None)
 
@@ -141,10 +151,13 @@ class ScoreTeacher:
         )
         velocity = anchor_velocity(noise, anchor, float(start.grid[-1]))
         handed = {**start.numbers, _NEGATIVE: negative}
-        _check(
-            "following the teacher's path", start.key, {**handed, "the teacher's path": velocity}
-        )
+        numbers = {**handed, "the teacher's path": velocity}
+        velocity = self._checked(velocity, "following the teacher's path", start.key, numbers)
         return DiversityTarget(start.key, velocity)
+
+    def diagnose(self, iteration: int) -> Diagnosis:
+        """First fault of an iteration, and a weight that is not finite; of this rank."""
+        return self._checks.diagnose(iteration, self._network)
 
     def _guided(self, query: NoisedBatch, negative: Text) -> Latents:
         return guided_velocity(
@@ -157,10 +170,19 @@ class ScoreTeacher:
             batched=self._settings.batched_guidance,
         )
 
-
-def _check(attempted: str, key: MicroBatchKey, numbers: Mapping[str, Tensor]) -> None:
-    require_finite(
-        f"{attempted} in {micro_batch_in_words(key)}",
-        numbers,
-        "look for what is broken first: the data, the generator, or the teacher's own weights",
-    )
+    def _checked(
+        self,
+        value: Tensor,
+        attempted: str,
+        key: MicroBatchKey,
+        numbers: Mapping[str, Tensor],
+        stages_before: int = 1,
+    ) -> Tensor:
+        return self._checks.checked(
+            value,
+            key,
+            f"{attempted} in {micro_batch_in_words(key)}",
+            numbers,
+            "look for what is broken first: the data, the generator, or the teacher's own weights",
+            stages_before=stages_before,
+        )

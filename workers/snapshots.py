@@ -22,12 +22,14 @@ class RoleSnapshot:
         weights: Parts of the trained parameters, by name.
         moments: Parts of the optimizer's state, by `KIND/NAME`.
         average: Parts of the averaged weights, by name; empty where none are kept.
+        skipped: Updates that were skipped.
     """
 
     updates: int
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     average: Mapping[str, Tensor] = field(default_factory=dict)
+    skipped: int = 0
 
     @property
     def num_bytes(self) -> int:

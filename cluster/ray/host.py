@@ -270,7 +270,9 @@ class Host:
                 self._has_met = True
             self._workers[worker] = factory(*args)
         except Exception as error:
-            raise self._portable(error, worker, factory.__name__) from None
+            # A partial has no name of its own.
+            name = getattr(factory, "func", factory).__name__
+            raise self._portable(error, worker, name) from None
         finally:
             self._progress.end()
 

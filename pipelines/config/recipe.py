@@ -23,6 +23,7 @@ from pipelines.config.adapters import lora_contradictions
 from pipelines.config.alarms import AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, Figure, ValidationSettings
 from pipelines.config.frozen import frozen_contradictions
+from pipelines.config.guards import GuardSettings
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
@@ -59,6 +60,7 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "recovery": True,
     "validation": True,
     "alarms": True,
+    "guards": {"max_skipped", "window"},
     "export": True,
     "trace": True,
     "tracker": True,
@@ -225,6 +227,7 @@ class DistillConfig(Section):
     export: ExportSettings = ExportSettings()
     validation: ValidationSettings = ValidationSettings()
     alarms: AlarmSettings = AlarmSettings()
+    guards: GuardSettings = GuardSettings()
     trace: TraceSettings = TraceSettings()
     tracker: TrackerSettings = TrackerSettings()
     sweep: SweepSettings = SweepSettings()

@@ -21,6 +21,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from cluster.redaction import has_user, without_secrets
 from pipelines.config.overrides import apply_overrides, nearest_key, parse_override
 from pipelines.config.yaml_text import MAX_CHARACTERS, read_yaml, shortened, yaml_problem
 from sgmd_core.errors import ConfigError
@@ -143,7 +144,7 @@ def load(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
     settings = _sections(path, attempted)
     _require_command(kind, settings, name_or_path, attempted)
     if overrides:
-        attempted += f" with {shortened(', '.join(overrides))}"
+        attempted += f" with {shortened(without_secrets(', '.join(overrides)))}"
     changed = apply_overrides(settings, [parse_override(text) for text in overrides])
     return validate(kind, changed, attempted)
 
@@ -200,7 +201,7 @@ def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
     Raises:
         ConfigError: Says all that is wrong.
     """
-    problems = [*_unusable_numbers(settings)]
+    problems = [*_unusable_numbers(settings), *_users_in_addresses(settings)]
     checked = _made(kind, settings)
     if not problems and not isinstance(checked, ValidationError):
         return checked
@@ -215,6 +216,22 @@ def validate(kind: type[C], settings: Mapping[str, Any], attempted: str) -> C:
         found = f"{len(problems)} settings are wrong:\n  - " + "\n  - ".join(problems)
     remedy = "\n`sgmd recipes show NAME` prints a recipe in which every key is explained"
     raise ConfigError(attempted, found, remedy=remedy)
+
+
+def _users_in_addresses(settings: Any, key: str = "") -> Iterator[str]:  # noqa: ANN401  (unchecked)
+    """Settings with a user or a key in an address: settings are written to files and logs."""
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            yield from _users_in_addresses(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(settings, list):
+        for value in settings:
+            yield from _users_in_addresses(value, key)
+    elif isinstance(settings, str) and has_user(settings):
+        yield (
+            f"{key} is {shortened(without_secrets(settings))}, an address with a user or a key in "
+            "it: settings are no place for secrets, which come from the environment "
+            "(AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)"
+        )
 
 
 def _made(kind: type[C], settings: Mapping[str, Any]) -> C | ValidationError:

@@ -10,10 +10,10 @@ For each of m micro-batches, shared tracking (the SGMD paper's Algorithm 1):
 
 then one update of both learners together. SIGNAL waits for DENOISE, DENOISE for ROLLOUT, LEARN for
 SIGNAL; TRACK comes after SIGNAL on the same forward pass. When all LEARN and TRACK are done the
-controller asks both learners for their gradient norms and, if both are finite, lets both step; the
-next iteration waits for the steps. ROLLOUT also waits for its captions, which the text encoder
-embeds one iteration ahead. While a role waits for one micro-batch it works on
-another (`cluster.schedule.schedule`):
+controller asks both learners for their gradient norms and, if both are sound, lets both step;
+otherwise both skip the update (`guards.py`). The next iteration waits for the steps. ROLLOUT also
+waits for its captions, which the text encoder embeds one iteration ahead. While a role waits for
+one micro-batch it works on another (`cluster.schedule.schedule`):
 
     generator   r0 r1 | l0 r2 | l1 r3 | ...            | step
     teacher        d0 | d1    | d2    | ...            |
@@ -67,6 +67,11 @@ class CallInputs(Protocol):
     @property
     def weight(self) -> float:
         """0 where the rank has no sample of its own, else 1."""
+        ...
+
+    @property
+    def skips(self) -> bool:
+        """True in an update that is skipped."""
         ...
 
     @property
@@ -174,9 +179,12 @@ MIX_WEIGHTS = StageSpec(
     FAKE_SCORE, FakeScoreTracker.mix_weights, lambda call: (call.of(TRAINED_WEIGHTS),)
 )
 _UPDATES = tuple(
-    StageSpec(role, method, lambda call: (call.iteration,))
+    StageSpec(role, method, arguments)
     for role, learner in ((GENERATOR, GeneratorLearner), (FAKE_SCORE, FakeScoreTracker))
-    for method in (learner.gradient_report, learner.step)
+    for method, arguments in (
+        (learner.gradient_report, lambda call: (call.iteration,)),
+        (learner.step, lambda call: (call.iteration, call.skips)),
+    )
 )
 
 STAGES = {

@@ -286,25 +286,27 @@ def _open(
     model = models[GENERATOR]
     threads = config.topology.threads_per_rank
     schedule, seed = config.schedule, config.seed
+    # A rank that raised would leave the others in a collective: see `workers.finite`.
+    raises = False
     roles = Roles(
         generator=group(
             GENERATOR,
             build_generator,
-            (model, config.video, schedule, config.generator, seed, threads),
+            (model, config.video, schedule, config.generator, seed, threads, raises),
         ),
         fake_score=group(
             FAKE_SCORE,
             build_fake_score,
-            (models[FAKE_SCORE], config.objective, config.fake_score, threads, seed),
+            (models[FAKE_SCORE], config.objective, config.fake_score, threads, seed, raises),
         ),
         teacher=group(
             TEACHER,
             build_teacher,
-            (models[TEACHER], config.teacher, threads, teacher_is_base(config)),
+            (models[TEACHER], config.teacher, threads, teacher_is_base(config), raises),
         ),
         text=group(
             "text",
-            partial(build_text_encoder, lazily=checked.has_stored_text),
+            partial(build_text_encoder, lazily=checked.has_stored_text, raises=raises),
             (model, threads, config.data.text_cache),
         ),
     )

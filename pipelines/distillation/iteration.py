@@ -9,6 +9,7 @@ they were made, so the schedule's order is the order of execution. Updates come 
 micro-batches, so the depth (micro-batches in flight) changes how long roles wait and no number.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -23,8 +24,8 @@ from cluster.spans import labelled
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.algorithm import DIVERSIFY, LEARN, STAGES, TRACK, StageSpec
+from pipelines.distillation.guards import SkippedUpdate, UpdateGuard, non_finite_gradient
 from pipelines.distillation.iteration_plan import IterationPlan
-from sgmd_core.errors import NonFiniteError, non_finite_remedy
 from sgmd_core.types import Draws, MicroBatchKey, Text, TextBatch
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
@@ -56,11 +57,13 @@ class PromptBatch:
         captions: One a sample.
         stored: Their embeddings, where the data brought them along.
         dropped: Rows whose caption is replaced by the empty one; `captions` has them empty already.
+        sample_ids: One a sample, where they have names.
     """
 
     captions: tuple[str, ...]
     stored: Future[Text] | None = None
     dropped: frozenset[int] = frozenset()
+    sample_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +72,13 @@ class IterationReport:
 
     Attributes:
         losses: Loss terms, means over the iteration's samples.
-        grad_norms: Global gradient norm by role, before clipping; a mean over several updates.
-            Where a recipe asks for it, also by `ROLE/LAYER`.
+        grad_norms: Global gradient norm by role, before clipping; a mean over several updates, of
+            those that were made. Where a recipe asks for it, also by `ROLE/LAYER`.
         exit_steps: Rollout step that was learned, for each micro-batch.
         generator_version: Updates the generator has seen, this one included.
         issued: Its calls, with the time at which each was made.
         stale_calls: Calls that did not wait for all updates of the previous iteration.
+        skipped: Updates that were skipped, and why.
     """
 
     losses: Mapping[str, float]
@@ -83,6 +87,7 @@ class IterationReport:
     generator_version: int
     issued: tuple[IssuedCall, ...]
     stale_calls: int
+    skipped: tuple[SkippedUpdate, ...] = ()
 
 
 PromptsOf = Callable[[int], Sequence[PromptBatch]]
@@ -120,30 +125,37 @@ def run_iterations(
     num_iterations: int,
     prompts_of: PromptsOf,
     draws: Mapping[MicroBatchKey, Draws] | None = None,
+    guard: UpdateGuard | None = None,
 ) -> Iterator[IterationReport]:
     """Runs iterations; yields a report after each, and ends with no call under way.
 
     Args:
         roles: The groups.
         plan: How batches are split, how iterations may overlap, how long to wait.
-        first: Generator updates made before the first of them.
+        first: Number of the first of them.
         num_iterations: How many.
         prompts_of: Returns the captions of an iteration; called when they are needed, which with a
             staleness is before the previous iteration has finished.
         draws: See `iterate`.
+        guard: Decides which updates are skipped; None: none, and a bad one raises.
 
     Raises:
-        NonFiniteError: See `iterate`.
+        NonFiniteError: See `iterate`; with a guard, only where its budget is spent.
+        AlarmError: Gradient norms have spent the guard's budget.
     """
-    dispatcher = _CallDispatcher(roles, plan, prompts_of, draws or {})
+    dispatcher = _CallDispatcher(roles, plan, prompts_of, draws or {}, guard)
     calls = plan.calls(first, num_iterations)
     stale = staleness(calls, plan.program, plan.teams)
     results = execute_schedule(
-        calls, roles.scheduled, dispatcher.dispatch, check_finite, plan.timeout_s, plan.teams
+        calls, roles.scheduled, dispatcher.dispatch, dispatcher.heard, plan.timeout_s, plan.teams
     )
     for result in results:
         dispatcher.release(result.iteration)
-        yield _report(result, sum(stale[one.place] > 0 for one in result.issued))
+        skipped = guard.skipped_in(result.iteration) if guard is not None else ()
+        report = _report(result, sum(stale[one.place] > 0 for one in result.issued), skipped)
+        if guard is not None:
+            guard.finished(result.iteration, report.grad_norms, skipped)
+        yield report
 
 
 class _CallDispatcher:
@@ -154,6 +166,7 @@ class _CallDispatcher:
         plan: Sizes of batch and micro-batches.
         prompts_of: Returns the captions of an iteration.
         draws: Random numbers that are given instead of drawn.
+        guard: Decides which updates are skipped.
     """
 
     def __init__(
@@ -162,7 +175,9 @@ class _CallDispatcher:
         plan: IterationPlan,
         prompts_of: PromptsOf,
         draws: Mapping[MicroBatchKey, Draws],
+        guard: UpdateGuard | None,
     ) -> None:
+        self._guard = guard
         self._groups = roles.scheduled
         self._text = roles.text
         self._plan = plan
@@ -178,6 +193,29 @@ class _CallDispatcher:
         stage = STAGES[call.role, call.stage]
         arguments = stage.arguments(_Inputs(self, call, results))
         return self._groups[call.role].call_rank(call.rank, stage.method, *arguments)
+
+    def heard(self, call: Call, report: Any) -> None:  # noqa: ANN401  (whatever a stage returns)
+        """Looks at the gradient of an update before it is made.
+
+        Raises:
+            NonFiniteError: It is not finite, and may not be skipped.
+            AlarmError: Its norm is a spike, and may not be skipped.
+        """
+        if not isinstance(report, GradientReport):
+            return
+        if self._guard is not None:
+            self._guard.inspect(call, report, self._sample_ids(call))
+        elif not report.finite:
+            raise non_finite_gradient(call, report)
+
+    def skips(self, call: Call) -> bool:
+        """Returns True for an update that is skipped."""
+        return self._guard is not None and self._guard.skips(call)
+
+    def _sample_ids(self, call: Call) -> tuple[str, ...]:
+        """Samples that an update learns from: those of the last pass before it."""
+        batch = max(number for at, number in self._batch_of_phase.items() if at < call.phase)
+        return self._prompts[call.iteration][batch].sample_ids
 
     def release(self, iteration: int) -> None:
         """Drops the captions of a finished iteration."""
@@ -259,6 +297,10 @@ class _Inputs:
         return 0.0 if self.call.stands_in else 1.0
 
     @property
+    def skips(self) -> bool:
+        return self.dispatcher.skips(self.call)
+
+    @property
     def negative(self) -> Future[Text]:
         return self.dispatcher.negative
 
@@ -269,19 +311,9 @@ class _Inputs:
         return next(self.results[stage.name] for stage in stages if stage.name in self.results)
 
 
-def check_finite(call: Call, report: Any) -> None:  # noqa: ANN401  (whatever a stage returns)
-    """Stops before an update with gradients that are not finite."""
-    if isinstance(report, GradientReport) and not report.finite:
-        raise NonFiniteError(
-            f"updating the {call.role} in iteration {call.iteration}",
-            f"a gradient norm of {report.grad_norm}",
-            "finite gradients",
-            f"The {call.role.replace('_', ' ')} was not updated. "
-            + non_finite_remedy(call.iteration, f"{call.role}.optimizer.lr"),
-        )
-
-
-def _report(result: IterationResult, stale_calls: int) -> IterationReport:
+def _report(
+    result: IterationResult, stale_calls: int, skipped: tuple[SkippedUpdate, ...]
+) -> IterationReport:
     reported: list[tuple[Call, LearnReport | TrackReport | DiversityReport]] = [
         (call, report)
         for stage in (LEARN, TRACK, DIVERSIFY)
@@ -289,8 +321,9 @@ def _report(result: IterationResult, stale_calls: int) -> IterationReport:
         if not call.stands_in
     ]
     norms: dict[str, list[float]] = {GENERATOR: [], FAKE_SCORE: []}
+    not_made = {(one.phase, role) for one in skipped for role in one.roles}
     for call, report in result.of(GATHER):
-        if call.rank == 0:
+        if call.rank == 0 and (call.phase, call.role) not in not_made:
             norms[call.role].append(report.grad_norm)
             for block, norm in report.blocks.items():
                 norms.setdefault(f"{call.role}/{block}", []).append(norm)
@@ -298,11 +331,12 @@ def _report(result: IterationResult, stale_calls: int) -> IterationReport:
     versions = [version for call, version in result.of(STEP) if call.role == GENERATOR]
     return IterationReport(
         losses=_means([(call.num_samples, report.metrics) for call, report in reported]),
-        grad_norms={role: fmean(found) for role, found in norms.items()},
+        grad_norms={role: fmean(found) for role, found in norms.items() if found},
         exit_steps=tuple(exits.values()),
         generator_version=versions[0],
         issued=result.issued,
         stale_calls=stale_calls,
+        skipped=skipped,
     )
 
 
@@ -312,5 +346,8 @@ def _means(terms: Sequence[tuple[int, Mapping[str, float]]]) -> dict[str, float]
     for name in dict.fromkeys(name for _, part in terms for name in part):
         own = [(samples, part[name]) for samples, part in terms if name in part]
         sizes, values = zip(*own, strict=True)
-        found[name] = fmean(values, None if len({*sizes}) == 1 else sizes)
+        mean = fmean(values, None if len({*sizes}) == 1 else sizes)
+        # Of an update that was skipped; JSON has no NaN.
+        if math.isfinite(mean):
+            found[name] = mean
     return found

@@ -142,10 +142,10 @@ class Prompts:
             "" if row in dropped else caption for row, caption in enumerate(batch.captions)
         )
         if not self._stored:
-            return PromptBatch(captions, dropped=dropped)
+            return PromptBatch(captions, dropped=dropped, sample_ids=batch.sample_ids)
         with labelled(iteration):
             stored = self._feed.call_rank(0, Feed.embeddings, batch.number)
-        return PromptBatch(captions, stored, dropped)
+        return PromptBatch(captions, stored, dropped, batch.sample_ids)
 
 
 def dropped_rows(

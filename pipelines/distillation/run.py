@@ -16,6 +16,7 @@ from cluster.storage import write_json
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.groups import Groups, open_groups
+from pipelines.distillation.guards import UpdateGuard
 from pipelines.distillation.iteration import IterationReport, run_iterations
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.monitor import RunMonitor, is_due
@@ -225,6 +226,13 @@ class Distillation:
         self._recovery = Recovery(
             config, checked, groups, folder, data, checkpoints, self._snapshots, observer
         )
+        self._events = EventLog(folder, observer)
+        self._guard = UpdateGuard(
+            config.guards,
+            roles.scheduled,
+            config.topology.call_timeout_s,
+            read_jsonl(folder.metrics),
+        )
         self._position = Position()
         self._prompts: Prompts | None = None
         self._monitor, self._states = self._look_after()
@@ -261,8 +269,10 @@ class Distillation:
 
         Raises:
             StopRequestedError: A stop was asked for; the state is saved.
-            NonFiniteError: With a note that says where the last good state is.
-            AlarmError: An alarm that the recipe stops at; the state is saved.
+            NonFiniteError: More updates than may be skipped, with a note that says where the last
+                good state is.
+            AlarmError: An alarm that the recipe stops at, or more spikes than may be skipped; the
+                state is saved.
             DataError: Too much of the data cannot be used, or their server failed.
         """
         if self._prompts is None:
@@ -275,14 +285,15 @@ class Distillation:
             together = self._num_together(first)
             try:
                 for report in run_iterations(
-                    self._groups.roles, self._plan, first, together, prompts.of
+                    self._groups.roles, self._plan, first, together, prompts.of, guard=self._guard
                 ):
                     took_s = self._record(report, prompts, began)
                     # Recorded seconds, not wall time: a resumed run stops at the same iteration.
                     spent_s += took_s
                     began = time.perf_counter()
-            except NonFiniteError as error:
-                note = self._states.keep_last_good(self._position, may_save=self._is_in_step)
+            except (NonFiniteError, AlarmError) as error:
+                may_save = self._is_in_step and self._guard.weights_are_finite
+                note = self._states.keep_last_good(self._position, may_save=may_save)
                 error.add_note(note)
                 raise
             position = self._position
@@ -324,6 +335,7 @@ class Distillation:
         former = self._monitor
         self._monitor, self._states = self._look_after()
         self._trace.rewind(iteration, built)
+        self._guard.replay(read_jsonl(self._folder.metrics))
         if self._groups.validator is not None:
             self._monitor.take_over(former, iteration, again=self._groups.validator.name in built)
         self._plan = replace(
@@ -485,8 +497,11 @@ class Distillation:
             rejected=taken.rejected,
             exit_steps=report.exit_steps,
             stale_calls=report.stale_calls,
+            skipped=tuple(one.to_json() for one in report.skipped),
         )
         append_jsonl(self._folder.metrics, record.to_json())
+        for skipped in report.skipped:
+            self._events.add(skipped.event(iteration))
         self._observer.iteration(record)
         self._monitor.iteration(record)
         self._snapshots.add_iteration(record.seconds_total)

@@ -44,6 +44,7 @@ def summarise(
         "alarms": len(read_jsonl(folder.alarms)),
         "topology": config.topology.mode,
         "max_staleness_iterations": config.topology.max_staleness_iterations,
+        "iterations_skipped": sum(bool(record.get("skipped")) for record in records),
         "stale_calls": sum(record.get("stale_calls", 0) for record in records),
         "seed": config.seed,
         "config_digest": config.digest,

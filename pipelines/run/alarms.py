@@ -80,7 +80,9 @@ class AlarmWatch:
         self._sounding: set[AlarmName] = set()
 
     def iteration(self, record: IterationRecord) -> list[Alarm]:
-        """Returns the alarms of an iteration's losses."""
+        """Returns the alarms of an iteration's losses; those of a skipped update say nothing."""
+        if record.skipped:
+            return []
         return self._losses_of(record.iteration + 1, record.losses)
 
     def validation(self, record: ValidationRecord) -> list[Alarm]:
@@ -99,6 +101,8 @@ class AlarmWatch:
             validations: Lines of validation.jsonl.
         """
         for line in metrics:
+            if line.get("skipped"):
+                continue
             self._losses_of(line["iteration"] + 1, line["losses"])
         for line in validations:
             self._sound(line["iteration"], _quality_limits(line["figures"], self._settings))

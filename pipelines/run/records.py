@@ -55,9 +55,9 @@ class IterationRecord:
     """One line of metrics.jsonl.
 
     Attributes:
-        iteration: Generator updates made before this one.
-        losses: Loss terms, means over the samples.
-        grad_norms: Global gradient norm by role, before clipping.
+        iteration: Iterations before this one.
+        losses: Loss terms, means over the samples; those that are finite.
+        grad_norms: Global gradient norm by role, before clipping, of the updates that were made.
         seconds: Busy seconds by `role.stage`; stages of different roles overlap. Where iterations
             overlap, those that were heard of since the iteration before.
         seconds_total: Wall-clock seconds of the iteration.
@@ -70,6 +70,7 @@ class IterationRecord:
         exit_steps: The rollout step that learnt, one a micro-batch.
         stale_calls: Calls that did not wait for all updates of the iteration before to end; 0
             unless the recipe allows it.
+        skipped: Updates that were skipped: roles, `non_finite` or `spike`, the reason, samples.
     """
 
     iteration: int
@@ -84,6 +85,7 @@ class IterationRecord:
     rejected: int
     exit_steps: tuple[int, ...]
     stale_calls: int = 0
+    skipped: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def headline_losses(self) -> dict[str, float]:
@@ -94,6 +96,8 @@ class IterationRecord:
         """As metrics.jsonl holds it."""
         record = asdict(self)
         record["seconds"] = {"total": record.pop("seconds_total"), **record["seconds"]}
+        if not self.skipped:
+            del record["skipped"]
         return record
 
 

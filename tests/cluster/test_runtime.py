@@ -23,9 +23,30 @@ for address in sys.argv[1:]:
 """
 
 STARTS_TWICE = """
-import os, sys
+import os, re, sys
+from pathlib import Path
 import ray
-from cluster.runtime import start_ray
+from cluster.runtime import asks_for_token, start_ray
+
+def listening():
+    # Sockets of this process and of all that know its token.
+    sockets = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.environ["RAY_AUTH_TOKEN"] in (process / "environ").read_text() or (
+                int(process.name) == os.getpid()
+            ):
+                links = [os.readlink(link) for link in (process / "fd").iterdir()]
+                sockets |= {link[8:-1] for link in links if link.startswith("socket:[")}
+        except (OSError, UnicodeDecodeError):
+            continue
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in sockets:
+                yield fields[1].rpartition(":")[0]
+
+LOOPBACK = {"0100007F", "0" * 16 + "FFFF00000100007F", "0" * 24 + "01000000"}
 
 @ray.remote
 def mode_and_token():
@@ -34,6 +55,10 @@ def mode_and_token():
 with start_ray(num_cpus=2, object_store_memory=100 * 2**20, temp_dir=sys.argv[1]):
     with start_ray("auto"):
         assert ray.cluster_resources()["CPU"] == 2
+    assert asks_for_token(ray.get_runtime_context().gcs_address) is True
+    found = list(listening())
+    assert len(found) > 5, found
+    assert set(found) <= LOOPBACK, found
     assert len(ray.get(mode_and_token.remote())) == 64
 assert not ray.is_initialized()
 """
@@ -71,9 +96,34 @@ def test_a_process_that_is_connected_stays_so():
     assert ray.is_initialized()
 
 
+ASKS_FOR_NONE = """
+import os, sys
+import ray
+from cluster.runtime import _warn_without_token, start_ray
+
+with start_ray(num_cpus=1, object_store_memory=100 * 2**20, temp_dir=sys.argv[1]):
+    address = ray.get_runtime_context().gcs_address
+    _warn_without_token(address)
+    print("chosen")
+    del os.environ["RAY_AUTH_MODE"]
+    _warn_without_token(address)
+"""
+
+
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_private_cluster_asks_for_a_token_and_leaves_no_file_with_it(tmp_path, ray_folder):
+def test_a_cluster_without_a_token_is_warned_of_unless_that_was_chosen(tmp_path, ray_folder):
+    program = f"import os\nos.environ['RAY_AUTH_MODE'] = 'disabled'\n{ASKS_FOR_NONE}"
+    result = _run(program, str(ray_folder / "none"), home=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "chosen\n"), result.stderr
+    assert result.stderr.count("asks for no token") == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_private_cluster_is_on_loopback_asks_for_a_token_and_leaves_no_file_with_it(
+    tmp_path, ray_folder
+):
     result = _run(STARTS_TWICE, str(ray_folder / "token"), home=tmp_path)
     assert result.returncode == 0, result.stderr
     assert not (tmp_path / ".ray").exists()

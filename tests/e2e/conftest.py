@@ -3,11 +3,19 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.data.shards.schema import Encoding, encoded_schema
+from pipelines.data.shards.values import pack_text
 from pipelines.shapes import ClipSplit, captions, write_shards
 from tests.helpers import tiny_wan
+from workers.models.content import fingerprint
+from workers.models.wan_family import LAYOUT
+from workers.models.wan_folder import inspect_wan_folder
+from workers.models.wan_text import load_text
 
 MakeRecipe = Callable[..., DistillConfig]
 
@@ -65,6 +73,31 @@ topology:
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def encoded(world: Path, wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training shards of the world with stored embeddings, and latents that nobody reads."""
+    folder = tmp_path_factory.mktemp("encoded")
+    encoder = load_text(wan_folder)
+    width = inspect_wan_folder(wan_folder).text_width
+    encoding = Encoding(
+        latent_shape=(1, 1, 1, 1),
+        text_shape=(tiny_wan.TEXT_LENGTH, width),
+        dtype="float32",
+        vae="none",
+        text_encoder=fingerprint(wan_folder, LAYOUT.text),
+    )
+    for shard in sorted((world / "train").glob("*.parquet")):
+        plain = pq.read_table(shard, columns=["sample_id", "caption"])
+        texts = [
+            pack_text(encoder.encode([caption], tiny_wan.TEXT_LENGTH)[0], "float32")
+            for caption in plain["caption"].to_pylist()
+        ]
+        columns = {name: plain[name] for name in plain.column_names}
+        columns |= {"latents": [bytes(4)] * len(texts), "text_embeds": texts}
+        pq.write_table(pa.table(columns, schema=encoded_schema(encoding)), folder / shard.name)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -5,50 +5,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipelines.data.shards.listing import QUARANTINE_NAME
-from pipelines.data.shards.schema import Encoding, encoded_schema
-from pipelines.data.shards.values import pack_text
 from pipelines.data.stream.ledger import Ledger
 from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import NonFiniteError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import MODES, history, moments, slow_but, state
-from tests.helpers import tiny_wan
 from tests.helpers.moves import assert_moves
-from workers.models.content import fingerprint
-from workers.models.wan_family import LAYOUT, WanFamily
-from workers.models.wan_folder import inspect_wan_folder
-from workers.models.wan_text import load_text
-
-
-@pytest.fixture(scope="module")
-def encoded(world: Path, wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The training shards of the world with stored embeddings, and latents that nobody reads."""
-    folder = tmp_path_factory.mktemp("encoded")
-    encoder = load_text(wan_folder)
-    width = inspect_wan_folder(wan_folder).text_width
-    encoding = Encoding(
-        latent_shape=(1, 1, 1, 1),
-        text_shape=(tiny_wan.TEXT_LENGTH, width),
-        dtype="float32",
-        vae="none",
-        text_encoder=fingerprint(wan_folder, LAYOUT.text),
-    )
-    for shard in sorted((world / "train").glob("*.parquet")):
-        plain = pq.read_table(shard, columns=["sample_id", "caption"])
-        texts = [
-            pack_text(encoder.encode([caption], tiny_wan.TEXT_LENGTH)[0], "float32")
-            for caption in plain["caption"].to_pylist()
-        ]
-        columns = {name: plain[name] for name in plain.column_names}
-        columns |= {"latents": [bytes(4)] * len(texts), "text_embeds": texts}
-        pq.write_table(pa.table(columns, schema=encoded_schema(encoding)), folder / shard.name)
-    return folder
+from workers.models.wan_family import WanFamily
 
 
 def changed(encoded: Path, folder: Path, change: Callable[[str, np.ndarray], np.ndarray]) -> Path:
@@ -185,10 +153,10 @@ def test_the_size_of_the_cache_changes_no_bit(
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("mode", ["sgmd-shared-released", "dmd2"])
-def test_a_sample_that_is_not_a_number_on_one_rank_of_two_stops_the_run(
+def test_a_sample_that_is_not_a_number_on_one_rank_of_two_is_skipped_by_all_or_stops_the_run(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path, mode: str
 ) -> None:
-    """The other rank waits for the gradients of the one that has failed; nobody waits for ever."""
+    """No rank raises, or the other one would wait for it: NaN reaches the gradient of both."""
     healthy = make_recipe("name=healthy", f"data.train={encoded}", *MODES[mode])
     distill(healthy)
     third = list(Ledger(RunFolder(healthy.run_folder).ledger).entries())[2]
@@ -200,6 +168,20 @@ def test_a_sample_that_is_not_a_number_on_one_rank_of_two_stops_the_run(
     teams = [f"topology.{role}={{{pool}}}" for role in ("generator", "fake_score")]
     settings = ["topology.mode=pools", "topology.teacher.cpus=0.2", "checkpoint.every=1", *teams]
     settings += MODES[mode]
+    skipping = make_recipe("name=skipping", f"data.train={train}", *settings)
+    distill(skipping)
+    one = make_recipe("name=one", f"data.train={train}", "topology.mode=local", *MODES[mode])
+    distill(one)
+    lines, expected = (
+        read_jsonl(RunFolder(config.run_folder).metrics) for config in (skipping, one)
+    )
+    (ours,), (theirs,) = lines[2]["skipped"], expected[2]["skipped"]
+    assert ours == theirs
+    assert [bool(line.get("skipped")) for line in lines] == [False, False, True, False, False]
+    for ours, theirs in zip(lines, expected, strict=True):
+        assert ours["grad_norms"] == pytest.approx(theirs["grad_norms"], rel=1e-3)
+
+    settings += ["guards.max_skipped=0"]
     broken = make_recipe("name=broken", f"data.train={train}", *settings)
     with pytest.raises(NonFiniteError, match=r"iteration 2.*text embedding") as caught:
         distill(broken)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from diffusers import WanPipeline
+from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors
 
 from cluster.jobs import follow_job, submit_job
@@ -17,6 +18,7 @@ from pipelines.submit import submit
 from sgmd_core.errors import ConfigError
 from tests.e2e.processes import ROOT
 from tests.helpers import tiny_wan
+from tests.helpers.secrets import files_with, plant
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -55,10 +57,15 @@ def test_a_submitted_job_distils_and_leaves_its_run_behind(
     assert WanPipeline.from_pretrained(run / "generator").transformer.config.num_layers == 2
 
 
-def test_our_own_command_submits_and_follows(
-    ray_head: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_our_own_command_submits_and_follows_and_leaves_no_secret_anywhere(
+    ray_head: str,
+    ray_folder: Path,
+    recipe_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    secrets = plant(monkeypatch)
     inside = tmp_path / "tree"
     inside.mkdir()
     for name in ("sgmd", "pipelines", "workers", "cluster", "sgmd_core"):
@@ -75,6 +82,11 @@ def test_our_own_command_submits_and_follows(
     assert job
     assert "iteration 1/1" in "".join(printed)
     assert load_recipe(str(tmp_path / "runs" / "small" / "config.yaml")).iterations == 1
+    # The endpoint went along, without its user.
+    record = str(JobSubmissionClient(ray_head).get_job_info(job))
+    assert "127.0.0.1:9" in record
+    assert [secret for secret in secrets if secret in record + "".join(printed)] == []
+    assert files_with(secrets, tmp_path, ray_folder / "head") == []
 
 
 _LIST_SOURCES = """

@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
 from cluster.files import kind_of_path
-from cluster.redaction import without_secrets
+from cluster.redaction import has_user, without_secrets
 from cluster.s3.filesystem import open_s3
 from cluster.s3.settings import S3Settings
 from sgmd_core.errors import DataError
@@ -84,6 +84,8 @@ def open_folder(
 def _fault_of_address(url: str) -> str:
     """Says what is wrong with an address, without asking any server; empty where it is right."""
     protocol, separator, path = url.partition("://")
+    if separator and has_user(url):
+        return "a user or a key in it; keys come from the environment"
     if not separator:
         named = _ONE_SLASH.match(url)
         if named and not os.path.lexists(url):

@@ -1,0 +1,49 @@
+"""A secret of the environment is in nothing that a run writes."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.config.recipe import load_recipe
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, append_jsonl
+from pipelines.run.records import RunEvent
+from sgmd_core.errors import ConfigError
+from tests.e2e.conftest import MakeRecipe
+from tests.helpers.secrets import PLANTED, files_with, plant
+
+
+def test_a_planted_secret_is_in_no_file_of_a_run_and_its_report(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_recipe("iterations=2", "validation.every=2", "checkpoint.keep_best=1")
+    secrets = plant(monkeypatch)
+    distill(config)
+    event = RunEvent(kind="worker_died", cause="planted-session-token", last_lines=tuple(secrets))
+    append_jsonl(RunFolder(config.run_folder).events, event.to_json())
+    reported = CliRunner().invoke(app, ["report", str(config.run_folder)])
+    assert reported.exit_code == 0, reported.output
+    assert (config.run_folder / "report.html").exists()
+    assert files_with(secrets, tmp_path) == []
+    # The search finds what is there.
+    (tmp_path / "left").write_text(f"key={PLANTED['WANDB_API_KEY']}")
+    assert len(files_with(secrets, tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.train=s3://AKIAPLANTED:planted/secret@bucket/train",
+        "data.validation=s3://planted:secret@bucket",
+        "output=https://planted-secret@host/runs",
+        "model.folder=hf://user:planted-secret@org/name",
+        "sweep.grid={data.train: ['s3://a:planted-secret@bucket']}",
+    ],
+)
+def test_a_key_in_an_address_is_refused_and_not_repeated(setting: str) -> None:
+    with pytest.raises(ConfigError, match="settings are no place for secrets") as caught:
+        load_recipe("tiny", [setting])
+    assert "secret@" not in str(caught.value)
+    load_recipe("tiny", ["data.train=s3://bucket/a@b", "data.validation=http://host:9000/a@b"])
