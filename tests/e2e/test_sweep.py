@@ -10,7 +10,6 @@ from pipelines.config.recipe import load_recipe
 from pipelines.sweep import sweep
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
-from tests.helpers.secrets import files_with, plant
 from tests.helpers.shards import write_folder
 
 GRID = (
@@ -42,15 +41,10 @@ def test_a_score_that_nothing_measures_is_refused_before_any_trial(
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_tries_every_combination_and_writes_the_best_and_no_secret(
-    make_recipe: MakeRecipe,
-    ray_cluster: None,
-    ray_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_sweep_tries_every_combination_and_writes_the_best(
+    make_recipe: MakeRecipe, ray_cluster: None
 ) -> None:
     config = make_recipe(*GRID)
-    secrets = plant(monkeypatch)
     heard: list[tuple[str, int, int]] = []
     result = sweep(config, on_progress=lambda *counted: heard.append(counted))
     assert heard == [("trials", done, 4) for done in range(5)]
@@ -76,7 +70,6 @@ def test_a_sweep_tries_every_combination_and_writes_the_best_and_no_secret(
     assert stored["note"].startswith("trials (objective.lambda_nr=")
     assert "are not told apart by these clips: frechet" in stored["note"]
     assert result.best_recipe.read_text().startswith("# trials (objective.lambda_nr=")
-    assert files_with(secrets, tmp_path, ray_folder / "own") == []
 
 
 @pytest.mark.ray
