@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 WATCH_S = 6.0
 PATIENCE_S = 120.0
-WITHIN_S = 30.0
+WITHIN_S = 60.0
 
 
 class Freezer(RunObserver):
