@@ -89,6 +89,8 @@ FORWARDED = (
 """Patterns of variables without secrets that a job needs to find the same services."""
 
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+# Seconds from SIGTERM to SIGKILL when a job is stopped: Ray's own 3 are too few to save a state.
+_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _POLL_S = 0.5
 # A cluster that has just started answers before it can run a job.
 _NO_AGENT_YET = "No available agent"
@@ -142,7 +144,9 @@ def submit_job(
         address: The cluster's dashboard, such as http://head:8265.
         argv: The command, one word an entry.
         working_dir: What the command needs beside installed packages, at most 512 MiB.
-        env_vars: Environment of the command; not for secrets, see above.
+        env_vars: Environment of the command; not for secrets, see above. Where it does not say how
+            long a job that is stopped may take to end (RAY_JOB_STOP_WAIT_TIME_S), this is as here,
+            or 900 s.
         excludes: Patterns of what is not uploaded, in the syntax of .gitignore.
         num_cpus: Logical CPUs to hold for the command itself; None: it takes none.
 
@@ -156,7 +160,7 @@ def submit_job(
     runtime_env = {
         "working_dir": str(working_dir),
         "excludes": list(excludes),
-        "env_vars": dict(env_vars or {}),
+        "env_vars": {_STOP_WAIT: os.environ.get(_STOP_WAIT, "900"), **(env_vars or {})},
     }
     deadline = time.monotonic() + _AGENT_TIMEOUT_S
     while True:

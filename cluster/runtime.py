@@ -36,6 +36,7 @@ _TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _PROBE_TIMEOUT_S = 5.0
 _GRACE_S = 10.0
 _GCS_PROBE_EVERY_S = 3.0
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
 @contextmanager
@@ -64,6 +65,7 @@ def start_ray(
         yield
         return
     target = address or os.environ.get("RAY_ADDRESS") or "local"
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if target == "local":
             _start_local(num_cpus, object_store_memory, temp_dir, log_to_driver)
@@ -75,6 +77,9 @@ def start_ray(
         ray.shutdown()
         raise _start_error(target, error) from error
     raylet = raylet_of(ray.get_runtime_context().get_node_id())
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        # Ray has put one of its own in its place, which ends the process.
+        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -149,6 +154,9 @@ def _start_local(
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     for is_last in (False, True):
         ours = _children()
+        # A signal to the whole process group or job (Ctrl-C, `timeout`, `scancel`) is for this
+        # process to answer: Ray's must live until the state is saved. They inherit what is blocked.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             with _on_loopback():
                 ray.init(
@@ -169,6 +177,8 @@ def _start_local(
             _end(_children() - ours)
         else:
             return
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager

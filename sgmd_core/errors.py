@@ -9,11 +9,14 @@
     ├── StaleCallError         a role was asked about a batch that it no longer holds
     ├── NonFiniteError         a loss or a gradient stopped being finite
     ├── AlarmError             a run was ended by an alarm that the recipe stops at
-    └── StopRequestedError     a run was ended by Ctrl-C or SIGTERM, after its state was saved
+    └── StopRequestedError     a run was ended by a signal such as Ctrl-C, its state saved
 
 Each error keeps the facts it was raised with and words them in `__str__`, so that it arrives from
 another process with its type and its fields.
 """
+
+import re
+import signal
 
 
 class SgmdError(Exception):
@@ -75,12 +78,13 @@ class AlarmError(SgmdError):
 
 
 class StopRequestedError(SgmdError):
-    """A run ended because it was asked to, by Ctrl-C or SIGTERM; its state has been saved."""
+    """A run ended because a signal asked for it, such as Ctrl-C or SIGTERM; its state is saved."""
 
     @property
     def exit_code(self) -> int:
-        """Exit code of a process that the signal ended: 130 for SIGINT, 143 for SIGTERM."""
-        return 143 if "SIGTERM" in self.found else 130
+        """Exit code of a process that the signal ended: 130 for SIGINT, 143 for SIGTERM, ..."""
+        named = re.search(r"SIG[A-Z]+[0-9]*", self.found)
+        return 128 + signal.Signals[named[0]] if named else 130
 
 
 def non_finite_remedy(num_updates: int, settings: str) -> str:

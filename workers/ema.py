@@ -15,14 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.role_state import require_same_tensors
-from workers.sharding import (
-    as_shard,
-    local_part,
-    local_shard,
-    parameters_of,
-    reshard,
-    to_main_memory,
-)
+from workers.sharding import as_shard, local_part, parameters_of, reshard, to_main_memory
 
 
 def effective_decay(decay: float, updates: int, start: int = 0) -> float:
@@ -90,17 +83,6 @@ class AveragedWeights:
         require_same_tensors(parts, own, "restoring the averaged weights")
         for name, value in own.items():
             value.copy_(parts[name])
-
-    def load(self, average: Mapping[str, Tensor]) -> None:
-        """Goes on from a saved average.
-
-        Raises:
-            CheckpointError: It was taken of another network.
-        """
-        require_same_tensors(average, self._parameters, "loading the averaged weights")
-        for name, value in self._average.items():
-            whole = local_shard(average[name], self._parameters[name])
-            value.copy_(self._place(whole))
 
 
 def _unmoved(value: Tensor) -> Tensor:

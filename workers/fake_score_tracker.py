@@ -42,7 +42,8 @@ from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
-from workers.role_state import load_role, require_same_tensors, save_role
+from workers.role_state import RoleState, load_role, require_same_tensors
+from workers.saving import SavedRole
 from workers.settings import FakeScoreSettings
 from workers.sharding import is_sharded, local_shard, parameters_of
 from workers.snapshots import RoleSnapshot
@@ -51,7 +52,7 @@ ROLE = "fake_score"
 _VELOCITY_FAKE, _VELOCITY_TEACHER = "the fake score's velocity", "the teacher's velocity"
 
 
-class FakeScoreTracker:
+class FakeScoreTracker(SavedRole):
     """Tells the generator how to change its samples, and tracks them.
 
     Args:
@@ -68,6 +69,7 @@ class FakeScoreTracker:
         settings: FakeScoreSettings,
         checks: FiniteChecks | None = None,
     ) -> None:
+        super().__init__()
         self._checks = checks or FiniteChecks()
         # In evaluation mode, as in the reference: both losses must see the same function.
         self._network = make_trainable(velocity_model)
@@ -234,16 +236,9 @@ class FakeScoreTracker:
         """First fault of an iteration, and a weight that is not finite; of this rank."""
         return self._checks.diagnose(iteration, self._network)
 
-    def save(self, folder: str) -> dict[str, str]:
-        """Writes `fake_score/` under a checkpoint folder; every rank must be asked.
-
-        Returns:
-            SHA-256 of what was written, by path in the checkpoint.
-
-        Raises:
-            StorageError: The disk is full or cannot be written to.
-        """
-        return save_role(folder, ROLE, self._optimizer.state())
+    def states(self) -> dict[str, RoleState]:
+        """Copies of this rank's part of `fake_score`."""
+        return {ROLE: self._optimizer.state()}
 
     def load(self, folder: str) -> int:
         """Goes on where `save` left off, bit for bit.
@@ -254,7 +249,7 @@ class FakeScoreTracker:
         Raises:
             CheckpointError: A file is missing or torn, or belongs to another network.
         """
-        state = load_role(folder, ROLE)
+        state = load_role(folder, ROLE, self._optimizer.rows)
         self.discard()
         self._optimizer.load_state(state)
         return state.updates

@@ -42,7 +42,8 @@ from workers.models.weight_digests import write_model_settings
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
-from workers.role_state import RoleState, load_role, save_role
+from workers.role_state import RoleState, load_role
+from workers.saving import SavedRole
 from workers.settings import ExportSettings, GeneratorSettings
 from workers.sharding import gather_to_rank0, is_first_rank, local_part
 from workers.snapshots import RoleSnapshot, copies
@@ -51,7 +52,7 @@ ROLE = "generator"
 AVERAGE = "ema"
 
 
-class GeneratorLearner:
+class GeneratorLearner(SavedRole):
     """Rolls out, learns from signals, updates.
 
     Args:
@@ -72,6 +73,7 @@ class GeneratorLearner:
         seed: int,
         checks: FiniteChecks | None = None,
     ) -> None:
+        super().__init__()
         self._checks = checks or FiniteChecks()
         # In evaluation mode, because a replayed rollout must repeat itself.
         self._network = make_trainable(velocity_model)
@@ -314,23 +316,13 @@ class GeneratorLearner:
             )
             write_model_settings(draft, settings)
 
-    def save(self, folder: str) -> dict[str, str]:
-        """Writes `generator/` and, where an average is kept, `ema/` under a checkpoint folder.
-
-        Every rank must be asked; the first one writes.
-
-        Returns:
-            SHA-256 of what was written, by path in the checkpoint.
-
-        Raises:
-            StorageError: The disk is full or cannot be written to.
-        """
-        digests = save_role(folder, ROLE, self._optimizer.state())
-        if self._average is not None:
-            average = gather_to_rank0(self._average.shards())
-            state = RoleState(self._optimizer.updates, average, {}, lora_of(self._network))
-            digests |= save_role(folder, AVERAGE, state)
-        return digests
+    def states(self) -> dict[str, RoleState]:
+        """Copies of this rank's part of `generator` and, where an average is kept, of `ema`."""
+        own = self._optimizer.state()
+        if self._average is None:
+            return {ROLE: own}
+        average = copies(self._average.average.items())
+        return {ROLE: own, AVERAGE: replace(own, weights=average, moments={})}
 
     def load(self, folder: str) -> int:
         """Goes on where `save` left off, bit for bit.
@@ -341,11 +333,13 @@ class GeneratorLearner:
         Raises:
             CheckpointError: A file is missing or torn, or belongs to another network.
         """
-        state = load_role(folder, ROLE)
+        rows = self._optimizer.rows
+        state = load_role(folder, ROLE, rows)
+        average = None if self._average is None else load_role(folder, AVERAGE, rows)
         self.discard()
         self._optimizer.load_state(state)
-        if self._average is not None:
-            self._average.load(load_role(folder, AVERAGE).weights)
+        if self._average is not None and average is not None:
+            self._average.restore(average.weights)
         return state.updates
 
     def snapshot(self) -> RoleSnapshot:

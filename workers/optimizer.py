@@ -10,26 +10,26 @@ updates an iteration, each after a report of its own.
 import math
 import re
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
 from workers.adamw import MOMENTS, make_adamw, restore_moments
 from workers.adapters import lora_of
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_adapters, require_same_tensors
+from workers.rows import RowRange
 from workers.settings import OptimizerSettings
 from workers.sharding import (
     as_shard,
-    copy_into,
     full_tensor,
-    gather_to_rank0,
     local_part,
-    local_shard,
+    local_rows,
     parameters_of,
     reshard,
-    to_main_memory,
 )
 from workers.snapshots import RoleSnapshot, copies
 
@@ -215,21 +215,23 @@ class RoleOptimizer:
         """The parameters by name, without a graph: views, and on several ranks parts."""
         return {name: value.detach() for name, value in self._parameters.items()}
 
+    @cached_property
+    def rows(self) -> dict[str, RowRange]:
+        """Place of this rank's part of each parameter that several ranks share, by name."""
+        found: dict[str, RowRange] = {}
+        for name, value in self._parameters.items():
+            if isinstance(value, DTensor):
+                part, first = local_rows(value.detach())
+                found[name] = RowRange(first, len(part), tuple(value.shape))
+        return found
+
     def state(self) -> RoleState:
-        """Copies of weights and moments, and the counter.
-
-        Every rank must ask; the tensors are the first one's, those of the others are empty.
-        """
-        weights = gather_to_rank0(self.weights.items())
-        moments = gather_to_rank0(self._moments())
+        """Copies of this rank's part of weights and moments in main memory, and the counter."""
+        taken = self.snapshot()
         lora = lora_of(self._network)
-        return RoleState(self._updates, weights, moments, lora, self._skipped)
-
-    def _moments(self) -> Iterator[tuple[str, Tensor]]:
-        """The optimizer's state by `KIND/NAME`; parts in main memory go to the device in turn."""
-        for name, parameter in self._parameters.items():
-            for kind, value in self._adamw.state[parameter].items():
-                yield f"{kind}/{name}", as_shard(value, parameter) if value.ndim else value
+        return RoleState(
+            taken.updates, taken.weights, taken.moments, lora, taken.skipped, self.rows
+        )
 
     def snapshot(self) -> RoleSnapshot:
         """Copies of this rank's parts of weights and moments, and the counter."""
@@ -284,38 +286,14 @@ class RoleOptimizer:
                 yield f"{kind}/{name}", value
 
     def load_state(self, state: RoleState) -> None:
-        """Goes on where `state` was taken.
+        """Goes on where `state` was taken; it has this rank's parts.
 
         Raises:
             CheckpointError: The state belongs to another network.
         """
         attempted = f"loading the {self._role}"
         require_same_adapters(state.lora, lora_of(self._network), attempted)
-        require_same_tensors(state.weights, self.weights, attempted)
-        reshard(self._network)
-        for name, parameter in self._parameters.items():
-            copy_into(parameter, state.weights[name])
-        offload = self._settings.moments == "cpu"
-        restore_moments(self._adamw, _moments_by_index(self._parameters, state.moments, offload))
-        self._updates = state.updates
-        self._skipped = state.skipped
-        self.discard()
-
-
-def _moments_by_index(
-    parameters: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    offload: bool,
-) -> dict[int, dict[str, Tensor]]:
-    """AdamW's own form of its state: by position of the parameter, then by kind."""
-    by_index: dict[int, dict[str, Tensor]] = {}
-    positions = {name: index for index, name in enumerate(parameters)}
-    for label, value in moments.items():
-        kind, name = label.split("/", 1)
-        # The step count is a number of its own; the moments are shaped like their parameter.
-        is_shaped = value.shape == parameters[name].shape and value.ndim > 0
-        part = local_shard(value, parameters[name]) if is_shaped else value
-        # One after another: where moments are kept in main memory, a device may not hold them all.
-        part = to_main_memory(part) if offload and is_shaped else part
-        by_index.setdefault(positions[name], {})[kind] = part
-    return by_index
+        require_same_tensors(state.whole_shapes, self.weights, attempted)
+        self.restore(
+            RoleSnapshot(state.updates, state.weights, state.moments, skipped=state.skipped)
+        )

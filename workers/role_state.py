@@ -1,33 +1,40 @@
-"""State of a role on disk: its files, and how they are written.
+"""State of a role on disk: its files, and how they are written and read.
 
-    FOLDER/ROLE/weights.safetensors     parameters by name
-    FOLDER/ROLE/optimizer.safetensors   AdamW's moments, `exp_avg/NAME` and so on
-    FOLDER/ROLE/role.json               role, number of updates, SHA-256 of the files beside it
+    FOLDER/ROLE/role.json               role, number of updates, number of ranks that wrote
+    on one rank, beside it:
+      weights.safetensors               parameters by name
+      optimizer.safetensors             AdamW's moments, `exp_avg/NAME` and so on
+    on several ranks, from each:
+      rank-00001-of-00004.safetensors   its rows of the parameters
+      rank-00001-of-00004.optimizer.safetensors
+      rank-00001-of-00004.json          which rows of which whole; SHA-256 of the two files
 
 FOLDER is one checkpoint, a local folder or an fsspec URL such as s3://bucket/run/step-000200. Every
 tensor keeps its dtype and every bit, so a resumed run goes on with the same numbers. Nothing is
-pickled. A checkpoint exists once its manifest does, which the controller writes after all roles
-have returned; what a crash leaves behind before that is overwritten by the next attempt.
+pickled. No rank ever holds more than its part: it writes its own rows, and reads its own rows out
+of the files that have them, which another number of ranks may have written. A checkpoint exists
+once its manifest does, which the controller writes after all roles are done; what a crash leaves
+behind before that is overwritten by the next attempt.
 """
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, astuple, dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cluster.files import open_store, sha256_of, storage_errors, whole_file, write_whole
+from cluster.files import open_store, storage_errors, write_whole
 from sgmd_core.errors import CheckpointError, ConfigError
+from workers.rows import PartFile, RowRange, read_parts
 from workers.settings import LoraSettings
-from workers.sharding import is_first_rank
+from workers.sharding import is_first_rank, num_ranks, own_rank
+from workers.tensor_files import write_tensors
 
 _WEIGHTS = "weights.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
@@ -45,6 +52,7 @@ class RoleState:
         moments: State of the optimizer by `KIND/NAME`; empty for averaged weights.
         lora: Settings of the adapters that the weights are; None: they are those of a network.
         skipped: Updates that were skipped; with `updates` they make the iterations.
+        rows: By parameter, place of the part that the tensors above are; empty: they are whole.
     """
 
     updates: int
@@ -52,56 +60,100 @@ class RoleState:
     moments: Mapping[str, Tensor]
     lora: LoraSettings | None = None
     skipped: int = 0
+    rows: Mapping[str, RowRange] = field(default_factory=dict)
+
+    @property
+    def whole_shapes(self) -> dict[str, Any]:
+        """By parameter, something with the shape of the whole."""
+        return {
+            name: SimpleNamespace(shape=self.rows[name].shape) if name in self.rows else value
+            for name, value in self.weights.items()
+        }
 
 
 def save_role(folder: str, role: str, state: RoleState) -> dict[str, str]:
-    """Writes a role's state under `folder/role`; of several ranks only the first one does.
+    """Writes a role's state under `folder/role`; of whole tensors only the first rank does.
 
     Args:
         folder: The checkpoint: a local folder or an fsspec URL.
         role: Name of the subfolder.
-        state: What to write; tensors on any device.
+        state: What to write; tensors in main memory. Every rank writes the part that it has.
 
     Returns:
-        SHA-256 of what was written, by path in the checkpoint; nothing on other ranks.
+        SHA-256 of what this rank has written, by path in the checkpoint.
 
     Raises:
         StorageError: The disk is full or cannot be written to.
     """
-    if not is_first_rank():
-        return {}
     target = f"{folder.rstrip('/')}/{role}"
+    digests: dict[str, str] = {}
     with storage_errors(f"saving the {role} to {target}"):
-        digests = _write(*open_store(target), role, state)
+        filesystem, path = open_store(target)
+        if state.rows:
+            digests |= _write_part(filesystem, path, role, state)
+        elif is_first_rank():
+            digests |= _write_tensors(filesystem, path, state, _WEIGHTS, _OPTIMIZER)
+        if is_first_rank():
+            counters = {
+                "role": role,
+                "updates": state.updates,
+                "skipped": state.skipped,
+                "has_optimizer": bool(state.moments),
+                "sha256": {} if state.rows else dict(digests),
+            }
+            counters |= {"ranks": num_ranks()} if state.rows else {}
+            counters |= {} if state.lora is None else {"lora": asdict(state.lora)}
+            digests[_COUNTERS] = _write_json(filesystem, f"{path}/{_COUNTERS}", counters)
     return {f"{role}/{name}": digest for name, digest in digests.items()}
 
 
-def _write(
+def _write_part(
     filesystem: AbstractFileSystem, path: str, role: str, state: RoleState
 ) -> dict[str, str]:
-    """Writes the files of a role; returns their digests by name."""
-    digests = {_WEIGHTS: _write_tensors(filesystem, f"{path}/{_WEIGHTS}", state.weights)}
-    if state.moments:
-        optimizer = f"{path}/{_OPTIMIZER}"
-        digests[_OPTIMIZER] = _write_tensors(filesystem, optimizer, state.moments)
-    counters = {
+    """Writes this rank's rows, and what all ranks have alike, such as a count of updates."""
+    stem = _stem(own_rank(), num_ranks())
+    names = (f"{stem}.safetensors", f"{stem}.optimizer.safetensors")
+    digests = _write_tensors(filesystem, path, state, *names)
+    index = {
         "role": role,
         "updates": state.updates,
-        "skipped": state.skipped,
-        "has_optimizer": bool(state.moments),
-        "sha256": digests,
+        "rank": own_rank(),
+        "ranks": num_ranks(),
+        "rows": {name: astuple(rows) for name, rows in state.rows.items()},
+        "sha256": dict(digests),
     }
-    if state.lora is not None:
-        counters["lora"] = asdict(state.lora)
-    text = (json.dumps(counters) + "\n").encode()
-    write_whole(f"{path}/{_COUNTERS}", text, filesystem)
-    return {**digests, _COUNTERS: hashlib.sha256(text).hexdigest()}
+    digests[f"{stem}.json"] = _write_json(filesystem, f"{path}/{stem}.json", index)
+    return digests
 
 
-def load_role(folder: str, role: str) -> RoleState:
-    """Reads what `save_role` wrote, and checks every byte of it.
+def _stem(rank: int, ranks: int) -> str:
+    return f"rank-{rank:05d}-of-{ranks:05d}"
+
+
+def _write_tensors(
+    filesystem: AbstractFileSystem, path: str, state: RoleState, weights: str, optimizer: str
+) -> dict[str, str]:
+    digests = {weights: write_tensors(f"{path}/{weights}", state.weights, filesystem)}
+    if state.moments:
+        digests[optimizer] = write_tensors(f"{path}/{optimizer}", state.moments, filesystem)
+    return digests
+
+
+def _write_json(filesystem: AbstractFileSystem, path: str, content: Mapping[str, Any]) -> str:
+    text = (json.dumps(content) + "\n").encode()
+    write_whole(path, text, filesystem)
+    return hashlib.sha256(text).hexdigest()
+
+
+def load_role(folder: str, role: str, rows: Mapping[str, RowRange] | None = None) -> RoleState:
+    """Reads what `save_role` wrote, and checks every byte of the files that it reads.
 
     A role without digests was saved by an older version, and is read as it is.
+
+    Args:
+        folder: The checkpoint.
+        role: Name of the subfolder.
+        rows: By parameter, the part that is wanted; None: everything, whole.
 
     Raises:
         CheckpointError: A file is missing, torn, changed, or another role's; names it.
@@ -110,16 +162,7 @@ def load_role(folder: str, role: str) -> RoleState:
     target = f"{folder.rstrip('/')}/{role}"
     filesystem, path = open_store(target)
     try:
-        counters = json.loads(filesystem.cat_file(f"{path}/{_COUNTERS}"))
-        saved_as, digests = counters.get("role", role), counters.get("sha256", {})
-        if saved_as != role:
-            raise ValueError(f"{_COUNTERS} is that of the {saved_as}")
-        weights = _read_tensors(filesystem, path, _WEIGHTS, digests)
-        has_optimizer = counters["has_optimizer"]
-        moments = _read_tensors(filesystem, path, _OPTIMIZER, digests) if has_optimizer else {}
-        lora = _lora_of(counters.get("lora"))
-        skipped = int(counters.get("skipped", 0))
-        return RoleState(int(counters["updates"]), weights, moments, lora, skipped)
+        return _load(filesystem, path, role, rows or {})
     except OSError as error:
         if isinstance(filesystem, LocalFileSystem) or isinstance(error, FileNotFoundError):
             raise _broken(role, target, error) from error
@@ -135,6 +178,49 @@ def load_role(folder: str, role: str) -> RoleState:
         ConfigError,
     ) as error:
         raise _broken(role, target, error) from error
+
+
+def _load(
+    filesystem: AbstractFileSystem, path: str, role: str, wanted: Mapping[str, RowRange]
+) -> RoleState:
+    counters = json.loads(filesystem.cat_file(f"{path}/{_COUNTERS}"))
+    _require(
+        counters.get("role", role) == role, f"{_COUNTERS} is that of the {counters.get('role')}"
+    )
+    updates, ranks = int(counters["updates"]), int(counters.get("ranks", 0))
+    kinds: list[list[PartFile]] = [[], []]
+    if not ranks:
+        digests = counters.get("sha256", {})
+        for kind, name in zip(kinds, (_WEIGHTS, _OPTIMIZER), strict=True):
+            kind.append(PartFile(filesystem, path, name, digests.get(name), {}))
+    for rank in range(ranks):
+        stem = _stem(rank, ranks)
+        index = json.loads(filesystem.cat_file(f"{path}/{stem}.json"))
+        found = tuple(index[name] for name in ("role", "updates", "rank", "ranks"))
+        expected = (role, updates, rank, ranks)
+        _require(found == expected, f"{stem}.json is that of {found}, not of {expected}")
+        places = {
+            name: RowRange(int(first), int(num), tuple(shape))
+            for name, (first, num, shape) in index["rows"].items()
+        }
+        names = (f"{stem}.safetensors", f"{stem}.optimizer.safetensors")
+        for kind, name in zip(kinds, names, strict=True):
+            if name in index["sha256"]:
+                kind.append(PartFile(filesystem, path, name, index["sha256"][name], places))
+    weights = read_parts(kinds[0], wanted)
+    moments = read_parts(kinds[1], wanted) if counters["has_optimizer"] else {}
+    own = {
+        name: rows
+        for name, rows in wanted.items()
+        if name in weights and tuple(weights[name].shape) == (rows.num, *rows.shape[1:])
+    }
+    skipped = int(counters.get("skipped", 0))
+    return RoleState(updates, weights, moments, _lora_of(counters.get("lora")), skipped, own)
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
 
 
 def _lora_of(record: Mapping[str, Any] | None) -> LoraSettings | None:
@@ -196,40 +282,3 @@ def _adapters_in_words(lora: LoraSettings | None) -> str:
         return "weights of a whole network"
     targets = ", ".join(lora.targets) or "all projections"
     return f"adapters of rank {lora.rank} and alpha {lora.alpha:g} on {targets}"
-
-
-def _write_tensors(filesystem: AbstractFileSystem, path: str, tensors: Mapping[str, Tensor]) -> str:
-    """Writes a file of tensors; returns its digest."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if isinstance(filesystem, LocalFileSystem):
-        with whole_file(path) as draft:
-            save_file(whole, draft)
-            return sha256_of(draft)
-    with tempfile.TemporaryDirectory() as scratch:
-        save_file(whole, Path(scratch) / _WEIGHTS)
-        filesystem.put_file(str(Path(scratch) / _WEIGHTS), path)
-        return sha256_of(Path(scratch) / _WEIGHTS)
-
-
-def _read_tensors(
-    filesystem: AbstractFileSystem, folder: str, name: str, digests: Mapping[str, str]
-) -> dict[str, Tensor]:
-    """Reads a file of tensors whose digest agrees with what was written."""
-    path = f"{folder}/{name}"
-    if isinstance(filesystem, LocalFileSystem):
-        _require_digest(Path(path), name, digests)
-        return load_file(path)
-    with tempfile.TemporaryDirectory() as scratch:
-        local = Path(scratch) / _WEIGHTS
-        filesystem.get_file(path, str(local))
-        _require_digest(local, name, digests)
-        # Copied, because safetensors maps the file, which is about to be deleted.
-        return {name: tensor.clone() for name, tensor in load_file(local).items()}
-
-
-def _require_digest(path: Path, name: str, digests: Mapping[str, str]) -> None:
-    expected = digests.get(name)
-    if expected is not None and (found := sha256_of(path)) != expected:
-        raise ValueError(
-            f"{name} is not what was written (sha256 {found[:12]}..., expected {expected[:12]}...)"
-        )

@@ -27,9 +27,14 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def own_rank() -> int:
+    """Rank of this process in its role."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def is_first_rank() -> bool:
     """Returns True in the process that writes for its role."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return own_rank() == 0
 
 
 def shard(
@@ -121,12 +126,6 @@ def gather_to_rank0(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         if is_first_rank():
             copies[name] = value.cpu() if isinstance(tensor, DTensor) else value.clone()
     return copies
-
-
-@torch.no_grad()
-def copy_into(target: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor, known to every rank, into one of which each rank keeps a part."""
-    target.copy_(local_shard(value, target))
 
 
 def as_shard(part: Tensor, like: Tensor) -> Tensor:

@@ -71,6 +71,7 @@ def execute_schedule(
     on_report: OnReport,
     timeout_s: float,
     teams: Mapping[str, Team] | None = None,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> Iterator[IterationResult]:
     """Makes the calls of a schedule; yields each iteration when it has finished.
 
@@ -83,6 +84,8 @@ def execute_schedule(
         on_report: Receives each report that is waited for.
         timeout_s: Limit of each wait.
         teams: Processes by role, where roles share pools: each result then goes where it is taken.
+        goes_on: Asked before the first call of each iteration but the first; if not, those that
+            have begun are the last ones.
 
     Raises:
         Exception: An error of a call or of `on_report`; the calls after the wait were not made.
@@ -90,7 +93,14 @@ def execute_schedule(
     run = _Run(calls, groups, timeout_s)
     ends = {call.iteration: place for place, call in enumerate(calls)}
     takers = takers_of(calls, teams or {})
+    last = calls[0].iteration if calls else 0
+    is_over = False
     for place, call in enumerate(calls):
+        if call.iteration > last:
+            is_over = is_over or not goes_on()
+            if is_over:
+                continue
+            last = call.iteration
         if call.waits_for:
             for waited in run.wait(call.waits_for):
                 on_report(calls[waited], run.reports[waited])

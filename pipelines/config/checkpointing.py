@@ -36,6 +36,10 @@ class CheckpointSettings(Section):
     """The validation figure that ranks them."""
     mode: Mode = "min"
     """Whether a small or a large score is good."""
+    background: bool = True
+    """Whether training goes on while a copy of the state is written; the copy takes main memory."""
+    stop_after_s: float = Field(default=300.0, gt=0)
+    """Seconds that a stop (Ctrl-C, SIGTERM) waits for the iteration under way."""
 
 
 class ValidationSettings(Section):

@@ -26,6 +26,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.algorithm import DIVERSIFY, LEARN, STAGES, TRACK, StageSpec
 from pipelines.distillation.guards import SkippedUpdate, UpdateGuard, non_finite_gradient
 from pipelines.distillation.iteration_plan import IterationPlan
+from pipelines.run.stopping import StopRequests
 from sgmd_core.types import Draws, MicroBatchKey, Text, TextBatch
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
@@ -126,6 +127,7 @@ def run_iterations(
     prompts_of: PromptsOf,
     draws: Mapping[MicroBatchKey, Draws] | None = None,
     guard: UpdateGuard | None = None,
+    stops: StopRequests | None = None,
 ) -> Iterator[IterationReport]:
     """Runs iterations; yields a report after each, and ends with no call under way.
 
@@ -138,16 +140,25 @@ def run_iterations(
             staleness is before the previous iteration has finished.
         draws: See `iterate`.
         guard: Decides which updates are skipped; None: none, and a bad one raises.
+        stops: With a stop that was asked for, the iterations that have begun are the last ones.
 
     Raises:
+        StopNow: A stop was asked for, and its time is over.
         NonFiniteError: See `iterate`; with a guard, only where its budget is spent.
         AlarmError: Gradient norms have spent the guard's budget.
     """
-    dispatcher = _CallDispatcher(roles, plan, prompts_of, draws or {}, guard)
+    stops = stops or StopRequests()
+    dispatcher = _CallDispatcher(roles, plan, prompts_of, draws or {}, guard, stops)
     calls = plan.calls(first, num_iterations)
     stale = staleness(calls, plan.program, plan.teams)
     results = execute_schedule(
-        calls, roles.scheduled, dispatcher.dispatch, dispatcher.heard, plan.timeout_s, plan.teams
+        calls,
+        roles.scheduled,
+        dispatcher.dispatch,
+        dispatcher.heard,
+        plan.timeout_s,
+        plan.teams,
+        goes_on=lambda: not stops.received,
     )
     for result in results:
         dispatcher.release(result.iteration)
@@ -167,6 +178,7 @@ class _CallDispatcher:
         prompts_of: Returns the captions of an iteration.
         draws: Random numbers that are given instead of drawn.
         guard: Decides which updates are skipped.
+        stops: Requests from outside to end the run.
     """
 
     def __init__(
@@ -176,8 +188,10 @@ class _CallDispatcher:
         prompts_of: PromptsOf,
         draws: Mapping[MicroBatchKey, Draws],
         guard: UpdateGuard | None,
+        stops: StopRequests,
     ) -> None:
         self._guard = guard
+        self._stops = stops
         self._groups = roles.scheduled
         self._text = roles.text
         self._plan = plan
@@ -190,6 +204,7 @@ class _CallDispatcher:
 
     def dispatch(self, call: Call, results: Mapping[str, Future[Any]]) -> Future[Any]:
         """Makes a call with the results of the stages that it takes."""
+        self._stops.require_time()
         stage = STAGES[call.role, call.stage]
         arguments = stage.arguments(_Inputs(self, call, results))
         return self._groups[call.role].call_rank(call.rank, stage.method, *arguments)

@@ -15,6 +15,7 @@ from cluster.lease import hold
 from cluster.storage import write_json
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.endings import Endings, stopped_early
 from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.guards import UpdateGuard
 from pipelines.distillation.iteration import IterationReport, run_iterations
@@ -28,23 +29,21 @@ from pipelines.distillation.recovery import LOST, Recovery
 from pipelines.distillation.snapshots import Snapshots
 from pipelines.distillation.states import States
 from pipelines.distillation.summary import summarise
-from pipelines.run.alarms import Alarm
 from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.run.observer import Observers, RunObserver
 from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
-from pipelines.run.stopping import StopRequests, stop_requests
+from pipelines.run.stopping import StopNow, StopRequests, stop_requests
 from pipelines.run.trace import RunTrace
 from pipelines.run.tracker import open_tracker
-from sgmd_core.errors import AlarmError, DataError, NonFiniteError, StopRequestedError
+from sgmd_core.errors import DataError, NonFiniteError, StopRequestedError
 from sgmd_core.types import Text
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
 
 # Iterations that may overlap before everything is waited for; bounds what the controller lists.
-# A run can be stopped between such stretches only.
 _LONGEST = 10
 
 
@@ -106,16 +105,23 @@ def distill(
     if checked.unknown_words.num_affected:
         observer.warning(checked.unknown_words.in_words())
     check_machine(config, checked.model, resume=resume, gpus=False)
-    with hold(str(folder.root), f"sgmd distill {config.name}"):
-        return _distill(
-            config,
-            checked,
-            folder,
-            resume=resume,
-            observer=observer,
-            in_trial=in_trial,
-            stop_rule=stop_rule or StopRule(config.iterations),
-        )
+    with (
+        stop_requests(observer.warning, config.checkpoint.stop_after_s) as stops,
+        hold(str(folder.root), f"sgmd distill {config.name}"),
+    ):
+        try:
+            return _distill(
+                config,
+                checked,
+                folder,
+                resume=resume,
+                observer=observer,
+                in_trial=in_trial,
+                stop_rule=stop_rule or StopRule(config.iterations),
+                stops=stops,
+            )
+        except StopNow:
+            raise stopped_early(stops, config, str(folder.root)) from None
 
 
 def _distill(
@@ -127,6 +133,7 @@ def _distill(
     observer: RunObserver,
     in_trial: bool,
     stop_rule: StopRule,
+    stops: StopRequests,
 ) -> dict[str, Any]:
     """Runs a checked distillation in a folder that this process holds."""
     checkpoints = Checkpoints(str(folder.checkpoints))
@@ -171,13 +178,15 @@ def _distill(
         if resume:
             run.load(start)
         try:
-            with stop_requests(observer.warning) as stops:
-                while True:
-                    try:
+            while True:
+                try:
+                    with stops.finishing_iterations():
                         run.train(start, stop_rule, stops)
-                        return run.finish()
-                    except LOST as error:
-                        start = run.recover(error)
+                    return run.finish(stops)
+                except LOST as error:
+                    if stops.received:
+                        raise run.lost_while_stopping(stops, error) from error
+                    start = run.recover(error)
         except (ClusterError, DataError) as error:
             error.add_note(run.last_good())
             raise
@@ -258,7 +267,7 @@ class Distillation:
         self,
         start: Position,
         stop_rule: StopRule,
-        stops: StopRequests | None = None,
+        stops: StopRequests,
     ) -> None:
         """Iterates to the end; checkpoints and validates on the way.
 
@@ -284,13 +293,25 @@ class Distillation:
             first, began, before_s = self._position.iteration, time.perf_counter(), spent_s
             together = self._num_together(first)
             try:
-                for report in run_iterations(
-                    self._groups.roles, self._plan, first, together, prompts.of, guard=self._guard
-                ):
+                reports = run_iterations(
+                    self._groups.roles,
+                    self._plan,
+                    first,
+                    together,
+                    prompts.of,
+                    guard=self._guard,
+                    stops=stops,
+                )
+                # In this process an update that is broken off would leave half of it behind.
+                for report in stops.bounded(reports, interrupts=self._is_on_ray):
                     took_s = self._record(report, prompts, began)
                     # Recorded seconds, not wall time: a resumed run stops at the same iteration.
                     spent_s += took_s
                     began = time.perf_counter()
+            except StopNow:
+                raise self._endings.gave_up(
+                    stops, self._position, is_in_step=self._is_in_step
+                ) from None
             except (NonFiniteError, AlarmError) as error:
                 may_save = self._is_in_step and self._guard.weights_are_finite
                 note = self._states.keep_last_good(self._position, may_save=may_save)
@@ -304,10 +325,11 @@ class Distillation:
             if is_last or self._monitor.validates_at(position.iteration):
                 self._validate(position.iteration, is_last)
             self._monitor.collect()
+            self._states.collect()
             if self._monitor.fatal is not None and not is_last:
-                raise self._stopped(self._monitor.fatal, position)
-            if stops is not None and stops.received and not is_last:
-                raise self._interrupted(stops, position)
+                raise self._endings.alarm(self._monitor.fatal, position)
+            if stops.received:
+                raise self._endings.stopped(stops, position)
 
     def recover(self, error: ClusterError) -> Position:
         """Replaces processes that are lost, and goes back to a state that both learners have.
@@ -359,9 +381,24 @@ class Distillation:
         """Says which state a run that has failed can be resumed from."""
         return self._states.last_good()
 
-    def finish(self) -> dict[str, Any]:
-        """Exports the generator, waits for the last validations and writes the summary."""
+    def lost_while_stopping(self, stops: StopRequests, error: ClusterError) -> StopRequestedError:
+        """The error of a stop that has reached processes of the run as well."""
+        return self._endings.lost(stops, error)
+
+    def finish(self, stops: StopRequests) -> dict[str, Any]:
+        """Exports the generator, waits for the last validations and writes the summary.
+
+        Raises:
+            StopRequestedError: A stop was asked for; the last state is saved.
+        """
+        try:
+            return self._finish()
+        except StopNow:
+            raise self._endings.while_finishing(stops) from None
+
+    def _finish(self) -> dict[str, Any]:
         self._observer.note(f"writing the generator to {self._folder.generator}")
+        self._states.settle()
         self._states.export(self._folder.generator)
         self._monitor.finish()
         self._states.prune()
@@ -425,6 +462,10 @@ class Distillation:
             self._validate(iteration, is_last)
 
     @property
+    def _endings(self) -> Endings:
+        return Endings(self._config, self._folder, self._states, self._observer)
+
+    @property
     def _is_in_step(self) -> bool:
         """True if both roles still stand before an iteration that fails."""
         return not (self._plan.fresh_tracking or self._plan.max_staleness_iterations)
@@ -433,27 +474,6 @@ class Distillation:
         every = self._config.checkpoint.every
         due = iteration == self._config.iterations or is_due(iteration, every)
         return due or (self._monitor.ranks and self._monitor.validates_at(iteration))
-
-    def _stopped(self, alarm: Alarm, position: Position) -> AlarmError:
-        """Saves the state at which an alarm ends the run, and words it."""
-        self._states.save_if_newer(position)
-        error = AlarmError(
-            f"training {self._config.name}",
-            alarm.in_words(),
-            f"none of the alarms in alarms.stop ({', '.join(self._config.alarms.stop)})",
-            f"The state is {self._checkpoints.folder(position.iteration)}; change the settings, or "
-            f"go on all the same with --resume {self._folder.root}",
-        )
-        error.add_note(self._states.export_best())
-        return error
-
-    def _interrupted(self, stops: StopRequests, position: Position) -> StopRequestedError:
-        """Saves the state at which a request from outside ends the run, and words it."""
-        self._states.save_if_newer(position)
-        state = self._checkpoints.folder(position.iteration)
-        error = stops.error(self._config.name, state, str(self._folder.root))
-        error.add_note(self._states.export_best())
-        return error
 
     def _open_prompts(self, first: int) -> Prompts:
         return Prompts(

@@ -1,15 +1,16 @@
 """The states of a run on disk: saved, pruned, loaded and exported.
 
-roles -> checkpoints/step-000200/ -> manifest: whole from here on
+roles copy their state -> threads write checkpoints/step-000200/ -> manifest: whole from here on
 roles, or a checkpoint of theirs -> generator/, best/: folders that diffusers loads
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
-from cluster.worker_group import Future
+from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.model_folders import model_address
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.iteration import Roles
@@ -17,8 +18,32 @@ from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
 from pipelines.distillation.preflight import Preflight
 from pipelines.run.folder import RunFolder, versions
+from sgmd_core.errors import StaleCallError
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+
+_FAILED_RUN_WAIT_S = 60.0
+"""How long a run that has failed waits for the state that is being written."""
+
+_Asked = list[tuple[WorkerGroup[Any], list[Future[Any]]]]
+"""Groups, and what each of their ranks was asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Save:
+    """A state that is being saved.
+
+    Attributes:
+        step: Iterations made.
+        manifest: What to commit it with.
+        generator: Calls that copy the generator's state.
+        fake_score: Calls that copy that of the fake score.
+    """
+
+    step: int
+    manifest: dict[str, Any]
+    generator: list[Future[int]]
+    fake_score: list[Future[int]]
 
 
 class States:
@@ -48,40 +73,144 @@ class States:
         self._folder = folder
         self._checkpoints = checkpoints
         self._monitor = monitor
+        self._saving: _Save | None = None
+        self._asked: _Asked | None = None
 
-    def save(self, position: Position) -> None:
-        """Commits the present state, and deletes what is neither new nor among the best.
+    def save(self, position: Position, timeout_s: float | None = None) -> None:
+        """Saves the present state, and deletes what is then neither new nor among the best.
+
+        With `checkpoint.background` this returns once the roles have been asked to copy their
+        state; `collect` commits it later. A state that is still being written is waited for first.
+
+        Args:
+            position: Where the run stands.
+            timeout_s: Limit of a wait; None: that of a call.
 
         Raises:
             StorageError: The disk is full or cannot be written to; older states are kept.
         """
-        folder, roles = self._checkpoints.folder(position.iteration), self._roles
-        self._checkpoints.begin(position.iteration)
-        generator = roles.generator.call(GeneratorLearner.save, folder)
-        fake_score = roles.fake_score.call(FakeScoreTracker.save, folder)
-        digests = [
-            *self._fetch(roles.generator, generator, "saving the generator"),
-            *self._fetch(roles.fake_score, fake_score, "saving the fake score"),
-        ]
-        self._folder.flush()
-        self._checkpoints.commit(
-            position.iteration,
-            {
-                "iteration": position.iteration,
+        self.settle()
+        step, roles = position.iteration, self._roles
+        self._checkpoints.begin(step)
+        folder = self._checkpoints.folder(step)
+        self._saving = _Save(
+            step,
+            manifest={
+                "iteration": step,
                 "rows": position.rows,
                 "cursor": position.cursor.to_json(),
                 "config_digest": self._config.digest,
                 "seed": self._config.seed,
                 "versions": versions(),
             },
-            {name: digest for part in digests for name, digest in part.items()},
+            generator=roles.generator.call(GeneratorLearner.begin_save, folder),
+            fake_score=roles.fake_score.call(FakeScoreTracker.begin_save, folder),
         )
+        if not self._config.checkpoint.background:
+            self.settle(timeout_s)
+
+    def collect(self) -> None:
+        """Commits the state that is being saved once all its parts are written; waits for nothing.
+
+        Raises:
+            StorageError: As in `save`.
+        """
+        if self._saving is not None and self._asked is None:
+            self._asked = self._ask_saved(wait=False)
+        if self._asked is not None and all(
+            group.is_done(future) for group, futures in self._asked for future in futures
+        ):
+            self._take(self._asked, self._config.topology.call_timeout_s)
+
+    def settle(self, timeout_s: float | None = None) -> None:
+        """Waits for the state that is being saved, and commits it.
+
+        Args:
+            timeout_s: Limit of the wait; None: that of a call.
+
+        Raises:
+            StorageError: As in `save`.
+        """
+        if self._saving is not None:
+            limit_s = self._config.topology.call_timeout_s if timeout_s is None else timeout_s
+            self._take(self._ask_saved(wait=True), limit_s)
+
+    def _ask_saved(self, *, wait: bool) -> "_Asked":
+        roles = self._roles
+        return [
+            (roles.generator, roles.generator.call(GeneratorLearner.finish_save, wait=wait)),
+            (roles.fake_score, roles.fake_score.call(FakeScoreTracker.finish_save, wait=wait)),
+        ]
+
+    def _take(self, asked: "_Asked", timeout_s: float) -> None:
+        """Fetches what the ranks have written, and commits it where all are done."""
+        saving, self._saving, self._asked = self._saving, None, None
+        assert saving is not None, "a save has been begun"
+        phase = f"saving the state of iteration {saving.step}"
+        parts: list[dict[str, str] | None] = []
+        for (group, futures), began in zip(
+            asked, (saving.generator, saving.fake_score), strict=True
+        ):
+            # Copying comes first in every rank's order, and what it raised is to be heard.
+            updates = group.fetch(began, timeout_s=timeout_s, phase=phase)
+            each = self._config.objective.fake_updates if group is self._roles.fake_score else 1
+            if set(updates) != {each * saving.step}:
+                expected = f"{each * saving.step} updates on each rank"
+                raise StaleCallError(phase, f"a {group.name} of {updates} updates", expected)
+            parts += group.fetch(futures, timeout_s=timeout_s, phase=phase)
+        written = [part for part in parts if part is not None]
+        if len(written) < len(parts):
+            self._saving = saving
+            return
+        self._folder.flush()
+        digests = {name: digest for part in written for name, digest in part.items()}
+        self._checkpoints.commit(saving.step, saving.manifest, digests)
         self.prune()
 
+    def give_up(self) -> None:
+        """Waits a while for a state that is being saved by a run that has failed."""
+        try:
+            self.settle(_FAILED_RUN_WAIT_S)
+        except Exception as error:
+            # What ended the run is the error to raise; without its manifest the state is not there.
+            self._monitor.observer.warning(f"The state that was being saved is lost. {error}")
+
     def save_if_newer(self, position: Position) -> None:
-        """Commits the present state where no state of this iteration or a later one is saved."""
+        """Commits the present state where no state of this iteration or a later one is saved.
+
+        Waits until it is written.
+        """
+        self.settle()
         if position.iteration > (self._checkpoints.latest() or 0):
             self.save(position)
+            self.settle()
+
+    def save_given_up(self, position: Position, timeout_s: float) -> str:
+        """Saves the state before an iteration that was given up, where the roles still stand there.
+
+        Args:
+            position: Where the run stood before it.
+            timeout_s: How long to wait for the calls that are under way, and for the save.
+
+        Returns:
+            Empty, or why it could not be saved.
+        """
+        roles = self._roles
+        try:
+            self.settle(timeout_s)
+            if position.iteration > (self._checkpoints.latest() or 0):
+                roles.generator.call(GeneratorLearner.discard)
+                roles.fake_score.call(FakeScoreTracker.discard)
+                self.save(position, timeout_s)
+                self.settle(timeout_s)
+        except Exception as error:
+            self._saving = None
+            return f"Saving the state before it failed: {error} "
+        return ""
+
+    def folder(self, position: Position) -> str:
+        """Folder of the checkpoint of a position."""
+        return self._checkpoints.folder(position.iteration)
 
     def prune(self) -> None:
         """Deletes checkpoints that are neither new nor among the best."""
@@ -142,7 +271,8 @@ class States:
         return unsaved + self.last_good()
 
     def last_good(self) -> str:
-        """Says which state the run can be taken up at."""
+        """Says which state the run can be taken up at; waits a while for one being written."""
+        self.give_up()
         latest = self._checkpoints.latest()
         if latest is None:
             return (

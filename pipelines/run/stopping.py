@@ -1,73 +1,160 @@
-"""Stops of a run that are asked for from outside: Ctrl-C, SIGTERM, and a Ray cluster that is lost.
+"""Stops of a run that are asked for from outside: Ctrl-C, SIGTERM, SIGUSR1, SIGHUP.
 
-    first SIGINT or SIGTERM    the iteration is finished, its state saved, the run ends
-    second                     the process ends at once
+    while roles are started    the run ends at once: there is nothing to save
+    while it trains            the iteration is finished, its state saved, `best/` written
+                               after a limit, the iteration is given up
+    while it is finished       the run ends at once: its last state is saved
+    a second signal            ends the process at once, without clean-up
 
-Ray, Slurm and Kubernetes announce a preemption with SIGTERM.
+Ray (`ray job stop`), Slurm and Kubernetes announce the end of a job with SIGTERM, Slurm's --signal
+with the one that it names, such as SIGUSR1, and a terminal that is closed with SIGHUP. Some send a
+signal to a process and again to its group (`timeout`): the same one within an instant counts once.
 """
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, TypeVar
 
 from sgmd_core.errors import StopRequestedError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+_TWICE_S = 0.3
+"""Signals of one kind that come closer together are one."""
+
+T = TypeVar("T")
+
+
+class StopNow(BaseException):
+    """Raised in the main thread where a stop waits for nothing; no error, so nobody keeps it."""
 
 
 class StopRequests:
     """Remembers that a stop was asked for.
 
+    Args:
+        tell: Called with one sentence when a stop is asked for.
+        limit_s: How long after that an iteration is waited for.
+
     Attributes:
-        received: Name of the signal, SIGINT or SIGTERM; empty until one has come.
+        received: Name of the signal, such as SIGTERM; empty until one has come.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, tell: Callable[[str], None] = lambda words: None, limit_s: float = 300.0
+    ) -> None:
         self.received = ""
+        self._tell = tell
+        self._limit_s = limit_s
+        self._first_s = 0.0
+        self._finishes = False
+        self._waits = False
+        self._is_late = False
 
-    def error(self, name: str, state: str, run: str) -> StopRequestedError:
-        """The error that ends a run whose state has been saved.
+    @contextmanager
+    def finishing_iterations(self) -> Iterator[None]:
+        """A stop inside is remembered, and ends only an iteration that takes too long."""
+        self._finishes = True
+        try:
+            yield
+        finally:
+            self._finishes = False
+            self._set_timer(0.0)
+
+    def require_time(self) -> None:
+        """Checks, between two calls of an iteration, that it has time left after a stop.
+
+        Raises:
+            StopNow: A stop was asked for longer ago than the limit.
+        """
+        if self._is_late:
+            raise StopNow
+
+    def bounded(self, items: Iterator[T], *, interrupts: bool) -> Iterator[T]:
+        """Passes items on.
 
         Args:
-            name: Name of the run.
-            state: Folder of the saved state.
-            run: Folder of the run.
+            items: Each takes its time.
+            interrupts: Whether waiting for one may be broken off anywhere; else only where
+                `require_time` is called.
+
+        Raises:
+            StopNow: A stop was asked for, and the next item takes longer than the limit.
         """
-        return StopRequestedError(
-            f"training {name}",
-            f"stopped by {self.received}; the state is {state}",
-            remedy=f"Go on with --resume {run}",
-        )
+        while True:
+            self._waits = interrupts
+            try:
+                self.require_time()
+                item = next(items)
+            except StopIteration:
+                return
+            finally:
+                self._waits = False
+            yield item
 
+    def error(self, attempted: str, state: str, remedy: str) -> StopRequestedError:
+        """The error that ends a run which was asked to stop.
 
-@contextmanager
-def stop_requests(tell: Callable[[str], None]) -> Iterator[StopRequests]:
-    """Takes SIGINT and SIGTERM while a run trains; elsewhere than in the main thread, takes none.
+        Args:
+            attempted: Activity that was stopped: "training tiny".
+            state: What is saved.
+            remedy: How to go on.
+        """
+        return StopRequestedError(attempted, f"stopped by {self.received}; {state}", remedy=remedy)
 
-    Enter it after Ray has been started: Ray installs a handler of its own, which ends the process.
-
-    Args:
-        tell: Hears one sentence when a stop is asked for.
-    """
-    requests = StopRequests()
-    if threading.current_thread() is not threading.main_thread():
-        yield requests
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if requests.received:
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal."""
+        now_s = time.monotonic()
+        name = signal.Signals(number).name
+        if self.received:
+            if name == self.received and now_s - self._first_s < _TWICE_S:
+                return
             # Ends at once, as promised: without clean-up, which might wait.
             os._exit(128 + number)
-        requests.received = signal.Signals(number).name
-        tell(
-            f"{requests.received}: finishing this iteration and saving its state; "
+        self.received, self._first_s = name, now_s
+        if not self._finishes:
+            raise StopNow
+        self._set_timer(self._limit_s)
+        self._tell(
+            f"{self.received}: finishing this iteration and saving its state; "
             "once more ends the process at once"
         )
 
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    def give_up(self, number: int, frame: FrameType | None) -> None:
+        """Handles the end of the time that an iteration has after a stop."""
+        self._is_late = True
+        if self._waits:
+            raise StopNow
+
+    def _set_timer(self, seconds: float) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+@contextmanager
+def stop_requests(tell: Callable[[str], None], limit_s: float = 300.0) -> Iterator[StopRequests]:
+    """Takes the signals that ask for a stop; elsewhere than in the main thread, takes none.
+
+    A signal that the process was started to ignore, as `nohup` does with SIGHUP, stays ignored.
+
+    Args:
+        tell: Hears one sentence when a stop is asked for while the run trains.
+        limit_s: How long after that an iteration is waited for.
+    """
+    requests = StopRequests(tell, limit_s)
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    before: dict[int, Any] = {
+        number: signal.signal(number, requests.handle)
+        for number in _SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, requests.give_up)
     try:
         yield requests
     finally:

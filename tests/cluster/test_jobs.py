@@ -1,9 +1,11 @@
 """A command runs on a cluster that somebody else started, and its fate is told."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from ray.job_submission import JobSubmissionClient
 
 from cluster.errors import JobError
 from cluster.jobs import SECRET_FILES, follow_job, forwarded_environment, submit_job
@@ -70,6 +72,27 @@ def test_an_address_that_ray_would_override_is_refused(monkeypatch):
         submit_job("http://127.0.0.1:9", ["true"], Path())
 
 
+SAVES_ON_STOP = """
+import pathlib, signal, sys, time
+
+def save(*_):
+    time.sleep(6)
+    pathlib.Path(sys.argv[1]).touch()
+    sys.exit()
+
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(sys.argv[1] + ".began").touch()
+time.sleep(300)
+"""
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not path.exists():
+        assert time.monotonic() < deadline, path
+        time.sleep(0.1)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_job_runs_in_the_uploaded_folder_and_its_output_and_fate_come_back(
@@ -100,3 +123,10 @@ def test_a_job_runs_in_the_uploaded_folder_and_its_output_and_fate_come_back(
     job = submit_job(ray_head, [sys.executable, "-c", "import time; time.sleep(60)"], tmp_path)
     with pytest.raises(JobError, match="has not ended within 1 s"):
         follow_job(ray_head, job, output.append, 1)
+
+    stopping = [sys.executable, "-c", SAVES_ON_STOP, str(tmp_path / "saved")]
+    job = submit_job(ray_head, stopping, tmp_path, variables)
+    wait_for(tmp_path / "saved.began")
+    JobSubmissionClient(ray_head).stop_job(job)
+    # Ray itself leaves a job three seconds.
+    wait_for(tmp_path / "saved")

@@ -5,12 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from cluster.lease import hold
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.stopping import StopNow, StopRequests
 from sgmd_core.errors import StopRequestedError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT
@@ -20,13 +24,24 @@ from tests.helpers.moves import assert_moves
 ENDLESS = 100_000
 
 
-def start(config, tmp_path: Path) -> subprocess.Popen[str]:
+def run(config, tmp_path: Path) -> subprocess.Popen[str]:
+    """The command, as the leader of a process group."""
     recipe = tmp_path / "endless.yaml"
     recipe.write_text(config.to_yaml())
     command = [sys.executable, "-m", "pipelines.cli", "distill", str(recipe)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
+
+
+def start(config, tmp_path: Path) -> subprocess.Popen[str]:
+    """The command, once it has trained two iterations."""
+    process = run(config, tmp_path)
     metrics = RunFolder(config.run_folder).metrics
     deadline = time.monotonic() + 300
     while len(read_jsonl(metrics)) < 2:
@@ -38,21 +53,28 @@ def start(config, tmp_path: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code", "mode"),
+    ("number", "code", "mode", "limit_s"),
     [
-        (signal.SIGTERM, 143, "local"),
-        (signal.SIGINT, 130, "local"),
-        pytest.param(signal.SIGTERM, 143, "pools", marks=pytest.mark.ray),
+        (signal.SIGTERM, 143, "local", 300.0),
+        (signal.SIGINT, 130, "local", 0.001),
+        pytest.param(signal.SIGTERM, 143, "pools", 300.0, marks=pytest.mark.ray),
     ],
+    ids=["finished", "given up", "on Ray, to the whole group"],
 )
 def test_a_stopped_run_saves_its_state_and_goes_on_with_the_same_bits(
-    make_recipe: MakeRecipe, tmp_path: Path, number: signal.Signals, code: int, mode: str
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    number: signal.Signals,
+    code: int,
+    mode: str,
+    limit_s: float,
 ) -> None:
     settings = (f"iterations={ENDLESS}", "checkpoint.every=0", f"topology.mode={mode}")
-    config = make_recipe("name=stopped", *settings)
+    config = make_recipe("name=stopped", *settings, f"checkpoint.stop_after_s={limit_s}")
     process = start(config, tmp_path)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    # As Ctrl-C in a terminal, `timeout` and `scancel` do it: Ray's processes are sent it too.
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
     assert "Traceback" not in output
     assert f"--resume {config.run_folder}" in " ".join(output.split())
@@ -68,13 +90,44 @@ def test_a_stopped_run_saves_its_state_and_goes_on_with_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["local", pytest.param("pools", marks=pytest.mark.ray)])
+def test_a_run_that_is_stopped_while_its_roles_start_leaves_nothing_behind(
+    make_recipe: MakeRecipe, tmp_path: Path, mode: str
+) -> None:
+    config = make_recipe("name=early", f"iterations={ENDLESS}", f"topology.mode={mode}")
+    process = run(config, tmp_path)
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if "starting the roles" in line:
+            break
+    running = psutil.Process(process.pid)
+    deadline = time.monotonic() + 120
+    while mode == "pools" and not any("raylet" in one.name() for one in running.children()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    children = running.children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    said += process.communicate(timeout=120)[0]
+    assert process.returncode == 143, said
+    assert "Traceback" not in said
+    assert "no iteration was under way" in " ".join(said.split())
+    _, alive = psutil.wait_procs(children, timeout=60)
+    assert not alive
+    with hold(str(config.run_folder), "a test"):
+        assert not read_jsonl(RunFolder(config.run_folder).metrics)
+
+
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once() -> None:
     code = (
         "import signal, os, time\n"
         "from pipelines.run.stopping import stop_requests\n"
-        "with stop_requests(print) as stops:\n"
+        "with stop_requests(print) as stops, stops.finishing_iterations():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    assert stops.received == 'SIGTERM'\n"
+        "    time.sleep(1)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    time.sleep(60)\n"
     )
@@ -87,7 +140,9 @@ def test_a_second_signal_ends_at_once() -> None:
 def test_the_error_says_where_the_state_is_and_with_which_code_the_process_ends() -> None:
     error = StopRequestedError("training a", "stopped by SIGTERM; the state is s", "", "--resume r")
     assert error.exit_code == 128 + signal.SIGTERM
-    assert StopRequestedError("", "stopped by SIGINT").exit_code == 128 + signal.SIGINT
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
+        found = StopRequestedError("", f"stopped by {name}; the state is s")
+        assert found.exit_code == 128 + signal.Signals[name]
 
 
 LOST = """
@@ -107,6 +162,40 @@ with start_ray(num_cpus=1):
     print(heard, flush=True)
     os._exit(0)
 """
+
+
+def test_one_signal_that_comes_twice_is_one_and_one_before_training_ends_at_once() -> None:
+    stops = StopRequests()
+    with stops.finishing_iterations():
+        stops.handle(signal.SIGTERM, None)
+        stops.handle(signal.SIGTERM, None)
+    assert stops.received == "SIGTERM"
+    early = StopRequests()
+    with pytest.raises(StopNow):
+        early.handle(signal.SIGUSR1, None)
+    assert early.received == "SIGUSR1"
+
+
+def test_only_the_wait_for_an_iteration_is_broken_off_when_the_time_after_a_stop_is_over() -> None:
+    stops = StopRequests(limit_s=3600.0)
+
+    def iterations() -> Iterator[int]:
+        yield 1
+        stops.give_up(signal.SIGALRM, None)
+        yield 2
+
+    with stops.finishing_iterations():
+        stops.handle(signal.SIGINT, None)
+        found = stops.bounded(iterations(), interrupts=True)
+        assert next(found) == 1
+        with pytest.raises(StopNow):
+            next(found)
+        # An update in this process is finished; the next call is not made.
+        stops = StopRequests(limit_s=3600.0)
+        found = stops.bounded(iterations(), interrupts=False)
+        assert [next(found), next(found)] == [1, 2]
+        with pytest.raises(StopNow):
+            stops.require_time()
 
 
 @pytest.mark.ray

@@ -3,6 +3,8 @@
 import json
 import resource
 import shutil
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ from cluster.errors import StorageError
 from sgmd_core.errors import CheckpointError
 from tests.helpers.moves import assert_moves
 from tests.helpers.roles import iterate, same_bits, tiny_roles, weights
+from workers import role_state
+from workers.role_state import RoleState, load_role, save_role
+from workers.rows import RowRange
 
 
 def _save(roles, folder: str) -> None:
@@ -218,3 +223,145 @@ def test_weights_of_another_network_are_refused_by_name(tmp_path):
         roles.generator.load(str(tmp_path))
     assert first in str(caught.value)
     assert "(3,)" in str(caught.value)
+
+
+def parts_of(whole: RoleState, cuts: list[int]) -> list[RoleState]:
+    """A state cut into rows, as the ranks of a role hold it; the moments like their weights."""
+    found = []
+    for first, end in pairwise(cuts):
+        rows = {
+            name: RowRange(
+                min(first, len(value)), max(0, min(end, len(value)) - first), value.shape
+            )
+            for name, value in whole.weights.items()
+        }
+        cut = {
+            label: value[first:end] if value.ndim else value
+            for label, value in (whole.weights | whole.moments).items()
+        }
+        weights = {name: cut[name] for name in whole.weights}
+        moments = {label: cut[label] for label in whole.moments}
+        found.append(RoleState(whole.updates, weights, moments, None, 0, rows))
+    return found
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes this process a rank of several for what is written."""
+
+    def become(rank: int, ranks: int) -> None:
+        monkeypatch.setattr(role_state, "own_rank", lambda: rank)
+        monkeypatch.setattr(role_state, "num_ranks", lambda: ranks)
+        monkeypatch.setattr(role_state, "is_first_rank", lambda: rank == 0)
+
+    return become
+
+
+def whole_state() -> RoleState:
+    chance = torch.Generator().manual_seed(0)
+    made = {"a": torch.randn(10, 3, generator=chance), "b": torch.randn(7, generator=chance)}
+    made["c"] = torch.randn(2, 5, generator=chance)
+    moments = {f"exp_avg/{name}": value * 2 for name, value in made.items()}
+    moments |= {f"step/{name}": torch.tensor(3.0) for name in made}
+    return RoleState(3, made, moments)
+
+
+PLACES = ("disk", "memory")
+
+
+def address(place: str, tmp_path: Path) -> str:
+    return str(tmp_path) if place == "disk" else f"memory://{tmp_path.name}"
+
+
+def save_parts(as_rank: Callable[[int, int], None], folder: str, cuts: list[int]) -> None:
+    parts = parts_of(whole_state(), cuts)
+    for rank, part in enumerate(parts):
+        as_rank(rank, len(parts))
+        digests = save_role(folder, "generator", part)
+        stem = f"generator/rank-{rank:05d}-of-{len(parts):05d}"
+        own = {f"{stem}.safetensors", f"{stem}.optimizer.safetensors", f"{stem}.json"}
+        assert digests.keys() == own | ({"generator/role.json"} if rank == 0 else set())
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("cuts", [[0, 3, 6, 10], [0, 10], [0, 2, 4, 6, 8, 10]])
+def test_any_number_of_ranks_reads_its_rows_of_what_three_ranks_wrote(
+    as_rank: Callable[[int, int], None], tmp_path: Path, place: str, cuts: list[int]
+) -> None:
+    folder = address(place, tmp_path)
+    save_parts(as_rank, folder, [0, 3, 6, 10])
+    expected = parts_of(whole_state(), cuts)
+    assert not same_bits(expected[0].moments, parts_of(whole_state(), [1, 4])[0].moments)
+    for part in expected:
+        found = load_role(folder, "generator", part.rows)
+        assert found.updates == 3
+        assert same_bits(found.weights, part.weights)
+        assert same_bits(found.moments, part.moments)
+        assert found.rows == part.rows
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_several_ranks_wrote_is_read_whole_and_what_one_wrote_by_rows(
+    as_rank: Callable[[int, int], None], tmp_path: Path, place: str
+) -> None:
+    folder, whole = address(place, tmp_path), whole_state()
+    save_parts(as_rank, f"{folder}/several", [0, 3, 6, 10])
+    as_rank(0, 1)
+    save_role(f"{folder}/one", "generator", whole)
+    for saved in ("several", "one"):
+        found = load_role(f"{folder}/{saved}", "generator")
+        assert same_bits(found.weights, whole.weights)
+        assert same_bits(found.moments, whole.moments)
+        for part in parts_of(whole, [0, 4, 8, 10]):
+            found = load_role(f"{folder}/{saved}", "generator", part.rows)
+            assert same_bits(found.weights | found.moments, part.weights | part.moments)
+
+
+def test_a_rank_reads_no_file_that_holds_none_of_its_rows(
+    as_rank: Callable[[int, int], None], tmp_path: Path
+) -> None:
+    save_parts(as_rank, str(tmp_path), [0, 5, 10])
+    for path in (tmp_path / "generator").glob("rank-00001-*.safetensors"):
+        path.write_bytes(b"torn")
+    first, second = parts_of(whole_state(), [0, 5, 10])
+    assert same_bits(load_role(str(tmp_path), "generator", first.rows).weights, first.weights)
+    for rows in (second.rows, None):
+        with pytest.raises(
+            CheckpointError, match=r"rank-00001-of-00002\S* is not what was written"
+        ):
+            load_role(str(tmp_path), "generator", rows)
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda folder: (folder / "rank-00001-of-00002.json").unlink(), "FileNotFoundError"),
+        (
+            lambda folder: shutil.copy(
+                folder / "rank-00000-of-00002.json", folder / "rank-00001-of-00002.json"
+            ),
+            "is that of",
+        ),
+        (lambda folder: rewrite_index(folder, updates=4), "is that of"),
+        (lambda folder: rewrite_index(folder, rows={"a": [0, 5, [10, 3]]}), "rows of a"),
+    ],
+    ids=["missing", "of another rank", "of another update", "of the same rows"],
+)
+def test_parts_that_do_not_make_a_whole_are_refused(
+    as_rank: Callable[[int, int], None],
+    tmp_path: Path,
+    damage: Callable[[Path], object],
+    why: str,
+) -> None:
+    save_parts(as_rank, str(tmp_path), [0, 5, 10])
+    damage(tmp_path / "generator")
+    with pytest.raises(CheckpointError, match=why):
+        load_role(str(tmp_path), "generator")
+
+
+def rewrite_index(folder: Path, **changes: object) -> None:
+    path = folder / "rank-00001-of-00002.json"
+    content = json.loads(path.read_text())
+    for name, value in changes.items():
+        content[name] = content[name] | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(content))

@@ -9,22 +9,19 @@ tables of rotary positions, are computed by the constructor and never leave main
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from workers.models.architecture import CheckedComponent
 from workers.models.configs import CONFIG_FILE, read_model_json
 from workers.models.family import Denoiser
 from workers.models.loading import require_all_loaded, require_finite_weights, unreadable
 from workers.sharding import local_rows
-
-# A file is mapped anew after as much of it has been read: what is mapped counts as memory.
-_MAPPED_BYTES = 2**25
+from workers.tensor_files import RowReader
 
 D = TypeVar("D", bound=Denoiser)
 Slot = tuple[nn.Module, str]
@@ -136,7 +133,7 @@ def _fill(part: CheckedComponent, slots: dict[str, Slot]) -> set[str]:
     for file in part.weights.used:
         with safe_open(file, framework="pt") as weights:
             names = [name for name in weights.keys() if name in slots]  # noqa: SIM118
-        reader = _Reader(file)
+        reader = RowReader(file)
         for name in names:
             module, own = slots[name]
             target = getattr(module, own).detach()
@@ -145,31 +142,3 @@ def _fill(part: CheckedComponent, slots: dict[str, Slot]) -> set[str]:
             require_finite_weights(part, name, local)
             found.add(name)
     return found
-
-
-class _Reader:
-    """Reads rows of a safetensors file, and maps it anew before it takes much memory."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._num_read = 0
-        self._weights: Any = safe_open(file, framework="pt")
-
-    def read(self, name: str, target: Tensor, first: int) -> None:
-        """Copy rows from `first` on into `target`, as many as it has."""
-        if not target.ndim:
-            target.copy_(self._weights.get_tensor(name))
-            return
-        row_bytes = max(1, target[:1].numel() * torch.float32.itemsize)
-        step = max(1, _MAPPED_BYTES // row_bytes)
-        for start in range(0, len(target), step):
-            rows = target[start : start + step]
-            view = self._weights.get_slice(name)
-            rows.copy_(view[first + start : first + start + len(rows)])
-            self._count(len(rows) * row_bytes)
-
-    def _count(self, num_bytes: int) -> None:
-        self._num_read += num_bytes
-        if self._num_read >= _MAPPED_BYTES:
-            self._weights = safe_open(self._file, framework="pt")
-            self._num_read = 0

@@ -1,0 +1,113 @@
+"""Ends of a run before its last iteration: by an alarm or by a stop, with its state saved."""
+
+from contextlib import suppress
+
+from cluster.errors import ClusterError, StorageError
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.position import Position
+from pipelines.distillation.states import States
+from pipelines.run.alarms import Alarm
+from pipelines.run.events import EventLog
+from pipelines.run.folder import RunFolder
+from pipelines.run.observer import RunObserver
+from pipelines.run.records import RunEvent
+from pipelines.run.stopping import StopRequests
+from sgmd_core.errors import AlarmError, StopRequestedError
+
+
+class Endings:
+    """Saves what there is to save, and words the error that ends the run.
+
+    Args:
+        config: The run's settings.
+        folder: The run.
+        states: Its states.
+        observer: Receives the event.
+    """
+
+    def __init__(
+        self, config: DistillConfig, folder: RunFolder, states: States, observer: RunObserver
+    ) -> None:
+        self._events = EventLog(folder, observer)
+        self._config = config
+        self._folder = folder
+        self._states = states
+
+    def alarm(self, alarm: Alarm, position: Position) -> AlarmError:
+        """Saves the state at which an alarm ends the run."""
+        self._states.save_if_newer(position)
+        error = AlarmError(
+            f"training {self._config.name}",
+            alarm.in_words(),
+            f"none of the alarms in alarms.stop ({', '.join(self._config.alarms.stop)})",
+            f"The state is {self._states.folder(position)}; change the settings, or go on all the "
+            f"same with --resume {self._folder.root}",
+        )
+        error.add_note(self._states.export_best())
+        return error
+
+    def stopped(self, stops: StopRequests, position: Position) -> StopRequestedError:
+        """Saves the state at which a stop ends the run, between two iterations."""
+        self._states.save_if_newer(position)
+        self._record(stops, f"saved {self._states.folder(position)}", position)
+        error = stops.error(
+            f"training {self._config.name}",
+            f"the state is {self._states.folder(position)}",
+            f"Go on with --resume {self._folder.root}",
+        )
+        error.add_note(self._states.export_best())
+        return error
+
+    def gave_up(
+        self, stops: StopRequests, position: Position, *, is_in_step: bool
+    ) -> StopRequestedError:
+        """Saves the state before an iteration that took longer than a stop waits for it.
+
+        Args:
+            stops: With the signal.
+            position: Where the run stood before.
+            is_in_step: Whether the roles may still stand there.
+        """
+        limit_s = self._config.checkpoint.stop_after_s
+        saved = self._states.save_given_up(position, limit_s) if is_in_step else ""
+        self._record(stops, f"gave up iteration {position.iteration}", position)
+        return stops.error(
+            f"training {self._config.name}",
+            f"iteration {position.iteration} took longer than checkpoint.stop_after_s "
+            f"({limit_s:g} s) and was given up. {saved}{self._states.last_good()}",
+            f"Go on with --resume {self._folder.root}",
+        )
+
+    def lost(self, stops: StopRequests, error: ClusterError) -> StopRequestedError:
+        """Words a stop whose signal, or whoever sent it, has ended processes of the run too."""
+        return stops.error(
+            f"training {self._config.name}",
+            f"processes of the run ended before its state was saved ({error.found}). "
+            f"{self._states.last_good()}",
+            f"Go on with --resume {self._folder.root}",
+        )
+
+    def while_finishing(self, stops: StopRequests) -> StopRequestedError:
+        """Waits for the last state alone; the rest is made when the run is resumed."""
+        return stops.error(
+            f"finishing {self._config.name}",
+            f"its training is complete. {self._states.last_good()}",
+            f"--resume {self._folder.root} writes what is missing, and trains no more",
+        )
+
+    def _record(self, stops: StopRequests, action: str, position: Position) -> None:
+        cause = f"{stops.received} asked for a stop"
+        # What is saved counts, and must be told also where this cannot be written.
+        with suppress(StorageError):
+            self._events.add(
+                RunEvent(kind="stopped", cause=cause, action=action, iteration=position.iteration)
+            )
+
+
+def stopped_early(stops: StopRequests, config: DistillConfig, root: str) -> StopRequestedError:
+    """The error of a run that was stopped while its roles were started, or started again."""
+    return stops.error(
+        f"starting the roles of {config.name}",
+        "no iteration was under way, and what was saved before is kept",
+        f"Go on with --resume {root}",
+    )

@@ -1,0 +1,116 @@
+"""Saves a role's state beside its work: a copy is taken at once, a thread writes it.
+
+    begin_save(folder)    copies this rank's part to main memory; the role goes on
+    thread                writes, hashes and flushes the copy, or uploads it
+    finish_save()         digests of what was written, or the error that stopped it
+
+The files are those of a save that is waited for, bit for bit: both write the same copy. One copy
+is held at a time, until it is written.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from workers.role_state import RoleState, save_role
+
+_NAME = "save-state"
+
+
+class StateWriter:
+    """Writes states in a thread, one after another."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._outcome: dict[str, str] | Exception = {}
+
+    def begin(self, folder: str, parts: Mapping[str, RoleState]) -> None:
+        """Starts writing; waits for what is still being written before.
+
+        Args:
+            folder: The checkpoint: a local folder or an fsspec URL.
+            parts: States by subfolder; nobody else may change them.
+        """
+        self.wait()
+        # A daemon: a process that ends need not wait, because no manifest names these files yet.
+        self._thread = threading.Thread(
+            target=self._write, args=(folder, parts), name=_NAME, daemon=True
+        )
+        self._thread.start()
+
+    def outcome(self) -> dict[str, str] | None:
+        """SHA-256 by path of what was written last; None while it is being written.
+
+        Raises:
+            StorageError: The disk is full or cannot be written to.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return None
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
+
+    def wait(self) -> None:
+        """Waits until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _write(self, folder: str, parts: Mapping[str, RoleState]) -> None:
+        digests: dict[str, str] = {}
+        try:
+            for role, state in parts.items():
+                digests |= save_role(folder, role, state)
+        except Exception as error:
+            self._outcome = error
+        else:
+            self._outcome = digests
+
+
+class SavedRole(ABC):
+    """A role whose state is saved beside its work."""
+
+    def __init__(self) -> None:
+        self._writer = StateWriter()
+
+    @abstractmethod
+    def states(self) -> dict[str, RoleState]:
+        """Copies of this rank's part of everything to save, by subfolder; every rank has one."""
+
+    def begin_save(self, folder: str) -> int:
+        """Copies the state as it is, and starts writing it under a checkpoint folder.
+
+        Every rank must be asked. An earlier save is finished first.
+
+        Returns:
+            Updates that the state has seen, skipped ones included.
+        """
+        self._writer.wait()
+        parts = self.states()
+        self._writer.begin(folder, parts)
+        state = next(iter(parts.values()))
+        return state.updates + state.skipped
+
+    def finish_save(self, *, wait: bool = True) -> dict[str, str] | None:
+        """SHA-256 by path of what this rank has written since `begin_save`.
+
+        Args:
+            wait: Wait until all is written; otherwise returns None until then.
+
+        Raises:
+            StorageError: The disk is full or cannot be written to.
+        """
+        if wait:
+            self._writer.wait()
+        return self._writer.outcome()
+
+    def save(self, folder: str) -> dict[str, str]:
+        """Writes the state under a checkpoint folder and waits for it; every rank must be asked.
+
+        Returns:
+            SHA-256 by path of what this rank has written.
+
+        Raises:
+            StorageError: The disk is full or cannot be written to.
+        """
+        self.begin_save(folder)
+        return self.finish_save() or {}
