@@ -38,7 +38,7 @@ from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests, stop_requests
 from pipelines.run.trace import RunTrace
 from pipelines.run.tracker import open_tracker
-from sgmd_core.errors import DataError, NonFiniteError, StopRequestedError
+from sgmd_core.errors import AlarmError, DataError, NonFiniteError, StopRequestedError
 from sgmd_core.types import Text
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
