@@ -18,10 +18,11 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -29,6 +30,7 @@ from ray._private import ray_constants
 
 from cluster.errors import RayStartError
 from cluster.procfs import process_state, raylet_of
+from cluster.ray.fork_server import has_gpus, serve_forks
 
 _log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ def start_ray(
     object_store_memory: int | None = None,
     temp_dir: str | None = None,
     log_to_driver: bool = False,
+    preload: Sequence[str] = (),
 ) -> Iterator[None]:
     """Connects this process to Ray, and disconnects it at the end.
 
@@ -57,6 +60,8 @@ def start_ray(
         object_store_memory: Shared memory of a new cluster, in bytes; None: Ray's share (30 %).
         temp_dir: Where a new cluster keeps logs and sockets; a short path. None: /tmp/ray.
         log_to_driver: Whether what the ranks print appears on this process's terminal.
+        preload: Modules that the workers of a new cluster are forked with; see
+            `cluster.ray.fork_server`. Left out on a machine with GPUs.
 
     Raises:
         RayStartError: Ray did not start, or nobody answers at the address.
@@ -66,15 +71,21 @@ def start_ray(
         return
     target = address or os.environ.get("RAY_ADDRESS") or "local"
     handler = signal.getsignal(signal.SIGTERM)
+    forks = ExitStack()
     try:
         if target == "local":
-            _start_local(num_cpus, object_store_memory, temp_dir, log_to_driver)
+            _create_token()
+            python = sys.executable
+            if preload and not has_gpus():
+                python = str(forks.enter_context(serve_forks(preload)))
+            _start_local(python, num_cpus, object_store_memory, temp_dir, log_to_driver)
         else:
             if (num_cpus, object_store_memory, temp_dir) != (None, None, None):
                 _log.warning("%s exists: sizes and folder of a new cluster are ignored", target)
             _connect(target, log_to_driver)
     except Exception as error:  # Ray raises bare ones when a part of it does not come up in time.
         ray.shutdown()
+        forks.close()
         raise _start_error(target, error) from error
     raylet = raylet_of(ray.get_runtime_context().get_node_id())
     if callable(handler) and threading.current_thread() is threading.main_thread():
@@ -85,6 +96,7 @@ def start_ray(
     finally:
         with _ending_if_stopped(raylet):
             ray.shutdown()
+        forks.close()
 
 
 @contextmanager
@@ -146,19 +158,26 @@ def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[No
         over.set()
 
 
-def _start_local(
-    num_cpus: int | None, object_store_memory: int | None, temp_dir: str | None, log_to_driver: bool
-) -> None:
+def _create_token() -> None:
     if not _has_token() and os.environ.get("RAY_AUTH_MODE", "token") == "token":
         # It stays for the life of the process: Ray reads it once and keeps it.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _start_local(
+    python: str,
+    num_cpus: int | None,
+    object_store_memory: int | None,
+    temp_dir: str | None,
+    log_to_driver: bool,
+) -> None:
     for is_last in (False, True):
         ours = _children()
         # A signal to the whole process group or job (Ctrl-C, `timeout`, `scancel`) is for this
         # process to answer: Ray's must live until the state is saved. They inherit what is blocked.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
-            with _on_loopback():
+            with _on_loopback(), _ray_takes_for_python(python):
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -219,6 +238,20 @@ def asks_for_token(gcs_address: str) -> bool | None:
             refused = getattr(error, "code", lambda: None)() is grpc.StatusCode.UNAUTHENTICATED
             return True if refused else None
     return False
+
+
+@contextmanager
+def _ray_takes_for_python(executable: str) -> Iterator[None]:
+    """Makes Ray write an executable into the commands that its raylet starts processes by.
+
+    Ray has no setting for it: it takes `sys.executable`.
+    """
+    own = sys.executable
+    sys.executable = executable
+    try:
+        yield
+    finally:
+        sys.executable = own
 
 
 def _children() -> set[int]:

@@ -23,6 +23,7 @@ from cluster.lease import hold
 from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
 from cluster.storage import write_json, write_text
+from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig, check_sweep
 from pipelines.distillation.groups import own_cluster_size, pools_of
 from pipelines.distillation.preflight import require_readable, run_preflight
@@ -31,6 +32,7 @@ from pipelines.run.folder import RunFolder, read_jsonl, require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.run.ranking import Contender, not_told_apart
 from sgmd_core.errors import ConfigError
+from workers.models.families import modules_of
 
 _CONTROLLER_CPUS = 1.0
 _ERRORS = "errors_of_figures"
@@ -150,7 +152,8 @@ def _sweep(config: DistillConfig, folder: Path, announcer: "_Announcer") -> Swee
             "Choose another one with name=..., or delete the folder",
         )
     num_cpus = own_cluster_size(config, _bundles(_pools(config)))
-    with start_ray(config.topology.address, num_cpus=num_cpus):
+    preload = modules_of(model_on_this_machine(config.model.folder))
+    with start_ray(config.topology.address, num_cpus=num_cpus, preload=preload):
         announcer.begin(folder)
         results = _tuner(config, folder, announcer).fit()
     trials = _ranked(config, [_trial_of(result) for result in results])

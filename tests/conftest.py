@@ -88,13 +88,21 @@ def through(
 def ray_cluster(ray_folder: Path, s3_access: S3Access) -> Iterator[None]:
     """A private cluster of four logical CPUs, and this process connected to it."""
     from cluster.runtime import start_ray
+    from workers.models.wan_family import WAN_TRAITS
 
     folder = str(ray_folder / "own")
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         # Ray's processes keep the environment in which Ray was started.
         for name, value in s3_access.environment.items():
             patch.setenv(name, value)
-        stack.enter_context(start_ray(num_cpus=4, object_store_memory=200 * 2**20, temp_dir=folder))
+        stack.enter_context(
+            start_ray(
+                num_cpus=4,
+                object_store_memory=200 * 2**20,
+                temp_dir=folder,
+                preload=("workers.build", *WAN_TRAITS.modules),
+            )
+        )
         patch.undo()
         yield
 

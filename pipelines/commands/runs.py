@@ -92,7 +92,7 @@ def pretrain(
         num_cpus = (
             max(os.cpu_count() or 1, job.num_cpus_needed(checked.config)) if own_cluster else None
         )
-        with start_ray(address, num_cpus=num_cpus):
+        with start_ray(address, num_cpus=num_cpus, preload=job.NETWORK_MODULES):
             result = job.pretrain(
                 checked,
                 lambda event: console.print(_event_line(event), highlight=False, markup=False),

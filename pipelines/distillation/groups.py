@@ -25,7 +25,11 @@ from cluster.ray.pools import Pool, Strategy, bundles_of
 from cluster.schedule.program import Team
 from cluster.worker_group import WorkerGroup
 from pipelines.config.adapters import teacher_is_base
-from pipelines.config.model_folders import model_address, models_of_roles
+from pipelines.config.model_folders import (
+    model_address,
+    model_on_this_machine,
+    models_of_roles,
+)
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.topology import PoolSettings, TopologySettings
@@ -44,6 +48,7 @@ from workers.build import (
     build_text_encoder,
 )
 from workers.evaluator import Sampling
+from workers.models.families import modules_of
 
 # Ray is imported where it starts: mode `local` runs on machines that do not have it.
 if TYPE_CHECKING:
@@ -122,7 +127,13 @@ def open_groups(
 
             pools = pools_of(config)
             num_cpus = own_cluster_size(config, bundles_of(pools))
-            stack.enter_context(start_ray(config.topology.address, num_cpus=num_cpus))
+            stack.enter_context(
+                start_ray(
+                    config.topology.address,
+                    num_cpus=num_cpus,
+                    preload=modules_of(model_on_this_machine(config.model.folder)),
+                )
+            )
             stack.enter_context(watch_gcs(tell))
             placement = (
                 Placement.adopt_current(pools)

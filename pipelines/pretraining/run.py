@@ -74,10 +74,15 @@ from pipelines.run.replaceable import require_replaceable
 from sgmd_core.errors import ConfigError, SgmdError
 from workers.models.families import family_of
 from workers.models.wan import open_autoencoder
+from workers.models.wan_family import WAN_TRAITS
 
 # Ray Data's reading tasks and its actor that encodes clips hold parts of a CPU; one for either.
 _DATA_CPUS = 2
 _SUMMARY_FILE = "summary.json"
+
+
+NETWORK_MODULES = ("pipelines.pretraining.networks", *WAN_TRAITS.modules)
+"""What the processes of training import that has nothing to do with Ray."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,15 @@ def family_of(folder: str | Path) -> ModelFamily:
     raise _unknown(path, f"_class_name is {pipeline!r}" + (f": {kind}" if kind else ""))
 
 
+def modules_of(folder: str | Path) -> tuple[str, ...]:
+    """Modules that a role imports to load a model folder, for `start_ray(preload=...)`.
+
+    Raises:
+        ModelFolderError: There is no such folder, or no family is known for it; names the families.
+    """
+    return ("workers.build", *family_of(folder).traits.modules)
+
+
 def load_family(point: EntryPoint, others: list[ModelFamily] | None = None) -> ModelFamily:
     """Load a family of another package.
 

@@ -211,6 +211,8 @@ class FamilyTraits:
         released: Shapes of released models by name, to plan for before a folder is there.
         keep_fp32: Parts of names, between dots, of weights that exports keep in float32.
         exchange: Makes what writes the denoiser for other programs; None: nothing does.
+        modules: What loading its networks imports, by name. Processes of a private cluster are
+            forked with it where there is no GPU; a family without it starts slower.
     """
 
     about: str
@@ -221,6 +223,7 @@ class FamilyTraits:
     released: Mapping[str, ModelShape] = field(default_factory=dict)
     keep_fp32: frozenset[str] = frozenset()
     exchange: Callable[[], ExchangeFiles] | None = None
+    modules: tuple[str, ...] = ()
 
 
 @runtime_checkable

@@ -129,6 +129,7 @@ _TRAITS = FamilyTraits(
             ClipGeometry(128, temporal_factor=8, spatial_factor=32),
         )
     },
+    modules=("workers.models.ltx", "workers.models.ltx_text"),
 )
 
 

@@ -123,6 +123,7 @@ WAN_TRAITS = FamilyTraits(
     # WanTransformer3DModel's own choice.
     exchange=_exchange,
     keep_fp32=frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),
+    modules=("workers.models.wan", "workers.models.wan_text"),
 )
 
 

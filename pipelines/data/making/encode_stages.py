@@ -49,6 +49,7 @@ from pipelines.data.shards.schema import (
 )
 from pipelines.media.video import Pixels
 from sgmd_core.errors import DataError
+from workers.models.families import modules_of
 
 TASK = "task"
 PART = "part"
@@ -108,7 +109,7 @@ def run_encoding(
     needed = options.decoders + num_actors
     num_cpus = max(os.cpu_count() or 1, needed) if own_cluster else None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
-    with start_ray(options.address, num_cpus=num_cpus):
+    with start_ray(options.address, num_cpus=num_cpus, preload=modules_of(model)):
         # Ray Data itself would wait for ever for what the cluster does not have.
         require_cpus(1 + num_actors, f"encoding {src}")
         require_gpus(sum(pool.size * pool.gpus for pool in options.pools), f"encoding {src}")

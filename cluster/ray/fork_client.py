@@ -1,0 +1,76 @@
+"""Asks the fork server for a process, and ends when that process has ended.
+
+Stands for the Python interpreter in the commands by which Ray starts processes, so it runs before
+anything is imported:
+
+    fork_client.py SOCKET SCRIPT ARGUMENTS...
+
+What is no plain worker, or comes when the server is gone, is started by the interpreter itself.
+"""
+
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+_SETUP, _WORKER = "setup_worker.py", "default_worker.py"
+_CONTEXT = "--serialized-runtime-env-context="
+_ITS_OWN = ("command_prefix", "override_worker_entrypoint", "java_jars")
+
+
+def main() -> None:
+    """Runs until the process has ended."""
+    address, *command = sys.argv[1:]
+    variables = _variables(command)
+    if variables is None or not _forked(address, command, variables):
+        os.execv(sys.executable, [sys.executable, *command])
+
+
+def _variables(command: list[str]) -> dict[str, str] | None:
+    """Returns the variables of the worker's runtime environment; None where it is no plain worker.
+
+    With a runtime environment Ray puts a script before the worker's own. The environment may name
+    an interpreter or a container.
+    """
+    scripts = [Path(word).name for word in command[:2]]
+    if scripts[:1] == [_WORKER]:
+        return {}
+    if scripts != [_SETUP, _WORKER]:
+        return None
+    found = [word.removeprefix(_CONTEXT) for word in command if word.startswith(_CONTEXT)]
+    context = json.loads(found[0]) if found else {}
+    if any(context.get(name) for name in _ITS_OWN):
+        return None
+    if context.get("py_executable", sys.executable) != sys.executable:
+        return None
+    return context.get("env_vars") or {}
+
+
+def _forked(address: str, command: list[str], variables: dict[str, str]) -> bool:
+    """Waits for the end of a forked process; False if the server has made none."""
+    first = int(Path(command[0]).name == _SETUP)
+    words = [word for word in command[first:] if not word.startswith((_CONTEXT, "--language="))]
+    request = {
+        "arguments": words,
+        "environment": dict(os.environ),
+        "variables": variables,
+        "folder": str(Path.cwd()),
+    }
+    body = json.dumps(request).encode()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+            server.connect(address)
+            socket.send_fds(server, [len(body).to_bytes(8, "big")], [0, 1, 2])
+            server.sendall(body)
+            if not server.recv(1):
+                return False
+            # The forked process holds the other end until it ends.
+            server.recv(1)
+            return True
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Worker processes of a private cluster, forked off one that has imported their libraries.
+
+Importing torch, diffusers and Ray costs a process ten seconds of a core, and a run in pools has a
+process a rank. Here they are imported once:
+
+    controller      offers an executable in place of Python while Ray starts
+    raylet          starts a worker as always, by that executable (`fork_client.py`)
+      client        sends command, environment and standard streams to the server
+        server      imports modules, then forks a process for each request
+          worker    runs Ray's own script of a worker; its memory is shared until it is written
+
+The server makes no tensor and starts no thread, so what it forks is as a new interpreter that has
+imported the same modules. Where it cannot help, the interpreter is started instead. A CUDA driver
+does not survive a fork: this is for machines without GPUs.
+"""
+
+import gc
+import json
+import os
+import runpy
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from pathlib import Path
+from select import select
+from typing import Any
+
+_CLIENT = Path(__file__).with_name("fork_client.py")
+_GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
+_END_TIMEOUT_S = 10.0
+
+
+def has_gpus() -> bool:
+    """Returns True if this machine has a device file of a GPU; no driver is loaded for it."""
+    return any(True for pattern in _GPU_DEVICES for _ in Path("/dev").glob(pattern))
+
+
+@contextmanager
+def serve_forks(modules: Sequence[str]) -> Iterator[Path]:
+    """Runs a fork server; yields an executable that Ray takes for Python.
+
+    Where files of the temporary folder cannot be executed, that is Python itself.
+
+    Args:
+        modules: What the server imports. One that cannot be imported is left out: the worker that
+            needs it reports the error.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="forks-"))  # Mode 0700: nobody else can ask.
+    address, executable = folder / "socket", folder / "python"
+    client = [sys.executable, "-I", "-S", str(_CLIENT), str(address)]
+    executable.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
+    executable.chmod(0o700)
+    if not os.access(executable, os.X_OK):
+        shutil.rmtree(folder, ignore_errors=True)
+        yield Path(sys.executable)
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(address))
+        # Who asks before the modules are imported waits.
+        listener.listen(128)
+        server = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(listener.fileno()), *modules],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            pass_fds=[listener.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        yield executable
+    finally:
+        server.kill()
+        server.communicate(timeout=_END_TIMEOUT_S)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(listener: socket.socket, modules: Sequence[str]) -> None:
+    """Imports modules and forks a process for each request, until the controller is gone."""
+    for module in modules:
+        with suppress(Exception):
+            import_module(module)
+    if "ray" in sys.modules:
+        return  # Ray keeps the environment in which it was imported; each worker has its own.
+    gc.collect()
+    gc.freeze()  # The collector would write to every object, and so copy its memory.
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    request = _serve(listener)
+    if request is not None:
+        _become_worker(request)
+
+
+def _serve(listener: socket.socket) -> dict[str, Any] | None:
+    """Returns a request in the process that was forked for it; None at the controller's end."""
+    controller = sys.stdin.fileno()
+    while True:
+        ready, _, _ = select([controller, listener], [], [])
+        if controller in ready:
+            return None
+        connection, _ = listener.accept()
+        streams: list[int] = []
+        try:
+            request = _receive(connection, streams)
+            if os.fork() == 0:
+                listener.close()
+                for number, stream in enumerate(streams):
+                    os.dup2(stream, number)
+                    os.close(stream)
+                connection.detach()  # The client waits for its end, which is this process's.
+                return request
+            connection.sendall(b"1")
+        except (OSError, ValueError):
+            pass  # The client has gone, or finds out that it is not served.
+        for stream in streams:
+            os.close(stream)
+        connection.close()
+
+
+def _receive(connection: socket.socket, streams: list[int]) -> dict[str, Any]:
+    """Returns a request; appends the standard streams that came with it."""
+    head, received, _, _ = socket.recv_fds(connection, 8, 3)
+    streams += received
+    left = int.from_bytes(head, "big")
+    parts: list[bytes] = []
+    while left:
+        parts.append(connection.recv(left))
+        if not parts[-1]:
+            raise ConnectionError("the client has gone")
+        left -= len(parts[-1])
+    return json.loads(b"".join(parts))
+
+
+def _become_worker(request: Mapping[str, Any]) -> None:
+    """Runs Ray's script of a worker as a new interpreter would; the caller ends the process."""
+    os.setsid()  # At the end of a worker its whole process group is ended.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["folder"])
+    time.tzset()
+    if "numpy.random" in sys.modules:
+        # The global generator was seeded when it was imported.
+        sys.modules["numpy.random"].seed()
+    script, *_ = sys.argv = request["arguments"]
+    sys.path[0] = str(Path(script).parent)
+    if request["variables"]:
+        from ray._private.utils import update_envs
+
+        update_envs(request["variables"])
+    runpy.run_path(script, run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])

@@ -1,0 +1,86 @@
+"""Workers of a private cluster start with their libraries, and else as a new interpreter does."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+
+from cluster.ray.fork_server import serve_forks
+
+SHOWN = "import sys; print(sys.argv[1:], 'torch' in sys.modules)"
+
+
+@ray.remote(num_cpus=0.1)
+class Newborn:
+    """Answers what a process is like before it has done anything."""
+
+    def look(self) -> dict[str, object]:
+        return {
+            "process": os.getpid(),
+            "session": os.getsid(0),
+            "loaded": "workers.models.wan" in sys.modules,
+            "folder": str(Path.cwd()),
+            "interpreter": sys.executable,
+            "draws": (random.random(), float(np.random.rand())),
+            "variable": os.environ.get("GIVEN"),
+            "exit code of a child": subprocess.run(["false"], check=False).returncode,
+        }
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_workers_have_the_libraries_of_the_networks_and_nothing_else_in_common():
+    actors = [Newborn.remote(), Newborn.options(runtime_env={"env_vars": {"GIVEN": "x"}}).remote()]
+    first, second = ray.get([actor.look.remote() for actor in actors])
+    assert first["loaded"]
+    assert second["loaded"]
+    assert (first["variable"], second["variable"]) == (None, "x")
+    assert first["draws"][0] != second["draws"][0]
+    assert first["draws"][1] != second["draws"][1]
+    for process in (first, second):
+        assert process["session"] == process["process"]
+        assert process["folder"] == str(Path.cwd())
+        assert process["interpreter"] == sys.executable
+        assert process["exit code of a child"] == 1
+
+
+def test_what_is_no_worker_is_run_by_the_interpreter_itself(tmp_path):
+    with serve_forks(["json"]) as python:
+        command = [str(python), "-c", SHOWN, "a b", "$HOME"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert told == "['a b', '$HOME'] False\n"
+
+
+def test_a_worker_is_forked_with_its_arguments_streams_and_folder(tmp_path):
+    script = tmp_path / "default_worker.py"
+    script.write_text(
+        "import os, sys\n"
+        "print(sys.argv[1:], 'colorsys' in sys.modules, os.environ['GIVEN'], os.getcwd())\n"
+        "print('wrong', file=sys.stderr)\n"
+    )
+    with serve_forks(["colorsys"]) as python:
+        run = subprocess.run(
+            [str(python), str(script), "a b"],
+            env={"GIVEN": "ü"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert run.stdout == f"['a b'] True ü {tmp_path}\n"
+    assert run.stderr == "wrong\n"
+
+
+def test_without_its_server_a_worker_starts_as_always(tmp_path):
+    script = tmp_path / "default_worker.py"
+    script.write_text("import sys\nprint('colorsys' in sys.modules)\n")
+    # Ray reads the environment when it is imported, so nothing is forked with it.
+    with serve_forks(["colorsys", "ray"]) as python:
+        command = [str(python), str(script)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told == "False\n"
