@@ -19,7 +19,7 @@ _CONTEXT = "--serialized-runtime-env-context="
 _ITS_OWN = ("command_prefix", "override_worker_entrypoint", "java_jars")
 
 
-def main() -> None:
+def ask_for_process() -> None:
     """Runs until the process has ended."""
     address, *command = sys.argv[1:]
     variables = _variables(command)
@@ -73,4 +73,4 @@ def _forked(address: str, command: list[str], variables: dict[str, str]) -> bool
 
 
 if __name__ == "__main__":
-    main()
+    ask_for_process()

@@ -19,7 +19,6 @@ import json
 import os
 import runpy
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -53,16 +52,18 @@ def serve_forks(modules: Sequence[str]) -> Iterator[Path]:
         modules: What the server imports. One that cannot be imported is left out: the worker that
             needs it reports the error.
     """
-    folder = Path(tempfile.mkdtemp(prefix="forks-"))  # Mode 0700: nobody else can ask.
-    address, executable = folder / "socket", folder / "python"
-    client = [sys.executable, "-I", "-S", str(_CLIENT), str(address)]
-    executable.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
-    executable.chmod(0o700)
-    if not os.access(executable, os.X_OK):
-        shutil.rmtree(folder, ignore_errors=True)
-        yield Path(sys.executable)
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+    with (
+        tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True) as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+    ):
+        # Its mode is 0700: nobody else can ask.
+        address, executable = Path(folder, "socket"), Path(folder, "python")
+        client = [sys.executable, "-I", "-S", str(_CLIENT), str(address)]
+        executable.write_text(f'#!/bin/sh\nexec {shlex.join(client)} "$@"\n')
+        executable.chmod(0o700)
+        if not os.access(executable, os.X_OK):
+            yield Path(sys.executable)
+            return
         listener.bind(str(address))
         # Who asks before the modules are imported waits.
         listener.listen(128)
@@ -75,15 +76,15 @@ def serve_forks(modules: Sequence[str]) -> Iterator[Path]:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    try:
-        yield executable
-    finally:
-        server.kill()
-        server.communicate(timeout=_END_TIMEOUT_S)
-        shutil.rmtree(folder, ignore_errors=True)
+        listener.close()  # The server's own end is the last: without it nobody waits for an answer.
+        try:
+            yield executable
+        finally:
+            server.kill()
+            server.communicate(timeout=_END_TIMEOUT_S)
 
 
-def main(listener: socket.socket, modules: Sequence[str]) -> None:
+def run_fork_server(listener: socket.socket, modules: Sequence[str]) -> None:
     """Imports modules and forks a process for each request, until the controller is gone."""
     for module in modules:
         with suppress(Exception):
@@ -159,4 +160,4 @@ def _become_worker(request: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
+    run_fork_server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:])
