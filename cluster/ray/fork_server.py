@@ -35,6 +35,7 @@ from typing import Any
 _CLIENT = Path(__file__).with_name("fork_client.py")
 _GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 _END_TIMEOUT_S = 10.0
+_STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
 def has_gpus() -> bool:
@@ -86,6 +87,8 @@ def serve_forks(modules: Sequence[str]) -> Iterator[Path]:
 
 def run_fork_server(listener: socket.socket, modules: Sequence[str]) -> None:
     """Imports modules and forks a process for each request, until the controller is gone."""
+    # As Ray's own processes of a private cluster: see `cluster.runtime`.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     for module in modules:
         with suppress(Exception):
             import_module(module)

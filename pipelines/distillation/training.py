@@ -1,0 +1,389 @@
+"""A distillation under way: the loop and its bookkeeping.
+
+    captions -> iterate -> record -> save, validate -> ... -> export, summary
+    a process is lost -> recover -> the loop goes on from the last common state
+
+The controller in this file moves handles and small records; every tensor stays with the roles.
+"""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from cluster.checkpoints import Checkpoints
+from cluster.errors import ClusterError, StorageError, WorkerDiedError
+from cluster.storage import write_json
+from cluster.worker_group import Future
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.endings import Endings
+from pipelines.distillation.groups import Groups
+from pipelines.distillation.guards import UpdateGuard
+from pipelines.distillation.iteration import IterationReport, run_iterations
+from pipelines.distillation.iteration_plan import plan_iteration
+from pipelines.distillation.monitor import RunMonitor, is_due
+from pipelines.distillation.position import Position
+from pipelines.distillation.preflight import Preflight
+from pipelines.distillation.prompts import Prompts
+from pipelines.distillation.recovery import Recovery
+from pipelines.distillation.snapshots import Snapshots
+from pipelines.distillation.states import States
+from pipelines.distillation.summary import summarise
+from pipelines.run.data_log import DataLog
+from pipelines.run.events import EventLog
+from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
+from pipelines.run.observer import RunObserver
+from pipelines.run.records import IterationRecord
+from pipelines.run.stop_rule import StopRule
+from pipelines.run.stopping import StopNow, StopRequests
+from pipelines.run.trace import RunTrace
+from sgmd_core.errors import AlarmError, NonFiniteError, StopRequestedError
+from sgmd_core.types import Text
+from workers.generator_learner import GeneratorLearner
+from workers.text_encoder import TextEncoder
+
+# Iterations that may overlap before everything is waited for; bounds what the controller lists.
+_LONGEST = 10
+
+
+class Distillation:
+    """A run under way: the loop and its bookkeeping.
+
+    Args:
+        config: The run's settings.
+        checked: Result of the checks before the run.
+        groups: The roles, the caption feed and the validator.
+        folder: Where the run is written down.
+        data: Log of the data that the run has used.
+        checkpoints: Its committed states.
+        observer: Receives the events of the run.
+    """
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        checked: Preflight,
+        groups: Groups,
+        folder: RunFolder,
+        data: DataLog,
+        checkpoints: Checkpoints,
+        observer: RunObserver,
+    ) -> None:
+        self._config = config
+        self._checked = checked
+        self._groups = groups
+        self._folder = folder
+        self._data = data
+        self._checkpoints = checkpoints
+        self._observer = observer
+        roles, recovery = groups.roles, config.recovery
+        self._is_on_ray = config.topology.mode != "local"
+        self._snapshots = Snapshots(
+            roles,
+            recovery.snapshot_share if self._is_on_ray and recovery.failures_per_hour else 0.0,
+            config.topology.call_timeout_s,
+            observer.warning,
+        )
+        self._recovery = Recovery(
+            config, checked, groups, folder, data, checkpoints, self._snapshots, observer
+        )
+        self._events = EventLog(folder, observer)
+        self._guard = UpdateGuard(
+            config.guards,
+            roles.scheduled,
+            config.topology.call_timeout_s,
+            read_jsonl(folder.metrics),
+        )
+        self._position = Position()
+        self._prompts: Prompts | None = None
+        self._monitor, self._states = self._look_after()
+        self._plan = plan_iteration(config, self._negative())
+        self._trace = RunTrace(
+            [roles.generator, roles.teacher, roles.fake_score, roles.text],
+            [groups.feed, *([groups.validator] if groups.validator else [])],
+            config.trace.iterations,
+            config.topology.call_timeout_s,
+            waits=not self._plan.max_staleness_iterations,
+        )
+
+    def load(self, start: Position) -> None:
+        """Puts the learning roles back to a committed state."""
+        if not start.iteration:
+            return
+        for iteration in self._monitor.lost(start.iteration):
+            self._states.load_generator(iteration)
+            self._validate(iteration, is_last=True)
+        self._states.load(start.iteration)
+
+    def train(
+        self,
+        start: Position,
+        stop_rule: StopRule,
+        stops: StopRequests,
+    ) -> None:
+        """Iterates to the end; checkpoints and validates on the way.
+
+        Args:
+            start: Where the run stands.
+            stop_rule: Ends the training.
+            stops: Requests from outside to end the run.
+
+        Raises:
+            StopRequestedError: A stop was asked for; the state is saved.
+            NonFiniteError: More updates than may be skipped, with a note that says where the last
+                good state is.
+            AlarmError: An alarm that the recipe stops at, or more spikes than may be skipped; the
+                state is saved.
+            DataError: Too much of the data cannot be used, or their server failed.
+        """
+        if self._prompts is None:
+            self._prompts = self._open_prompts(start.iteration)
+        prompts, self._position, spent_s = self._prompts, start, self._seconds_spent()
+        self._catch_up(stop_rule.is_reached(start.iteration, spent_s))
+        while not stop_rule.is_reached(self._position.iteration, spent_s):
+            self._keep_snapshot()
+            first, began, before_s = self._position.iteration, time.perf_counter(), spent_s
+            together = self._num_together(first)
+            try:
+                reports = run_iterations(
+                    self._groups.roles,
+                    self._plan,
+                    first,
+                    together,
+                    prompts.of,
+                    guard=self._guard,
+                    stops=stops,
+                )
+                # In this process an update that is broken off would leave half of it behind.
+                for report in stops.bounded(reports, interrupts=self._is_on_ray):
+                    took_s = self._record(report, prompts, began)
+                    # Recorded seconds, not wall time: a resumed run stops at the same iteration.
+                    spent_s += took_s
+                    began = time.perf_counter()
+            except StopNow:
+                raise self._endings.gave_up(
+                    stops, self._position, is_in_step=self._is_in_step
+                ) from None
+            except (NonFiniteError, AlarmError) as error:
+                may_save = self._is_in_step and self._guard.weights_are_finite
+                note = self._states.keep_last_good(self._position, may_save=may_save)
+                error.add_note(note)
+                raise
+            position = self._position
+            is_last = stop_rule.is_reached(position.iteration, spent_s)
+            is_time = stop_rule.saves_between(before_s, spent_s)
+            if is_last or is_time or self._saves_at(position.iteration):
+                self._states.save(position)
+            if is_last or self._monitor.validates_at(position.iteration):
+                self._validate(position.iteration, is_last)
+            self._monitor.collect()
+            self._states.collect()
+            if self._monitor.fatal is not None and not is_last:
+                raise self._endings.alarm(self._monitor.fatal, position)
+            if stops.received:
+                raise self._endings.stopped(stops, position)
+
+    def recover(self, error: ClusterError) -> Position:
+        """Replaces processes that are lost, and goes back to a state that both learners have.
+
+        Args:
+            error: The failure, one of `recovery.LOST`.
+
+        Returns:
+            Where the run goes on.
+
+        Raises:
+            ClusterError: The failure, where the run cannot go on.
+        """
+        if not self._is_on_ray:
+            raise error
+        kept = self._snapshots.position
+        prompts = self._prompts
+        keeps_captions = (
+            kept is not None and prompts is not None and prompts.remembers(kept.iteration)
+        )
+        repaired = self._recovery.repair(
+            error, self._position.iteration, keeps_captions=keeps_captions
+        )
+        iteration, built = repaired.position.iteration, repaired.built
+        former = self._monitor
+        self._monitor, self._states = self._look_after()
+        self._trace.rewind(iteration, built)
+        self._guard.replay(read_jsonl(self._folder.metrics))
+        if self._groups.validator is not None:
+            self._monitor.take_over(former, iteration, again=self._groups.validator.name in built)
+        self._plan = replace(
+            self._plan, negative=self._negative(), incarnation=self._plan.incarnation + 1
+        )
+        if prompts is None or self._groups.feed.name in built:
+            self._prompts = None
+        else:
+            prompts.rewind()
+        return repaired.position
+
+    def write_trace(self) -> None:
+        """Writes trace.json of what is known by now, also after a failure."""
+        try:
+            self._trace.write(self._folder.trace)
+        except StorageError as error:
+            # It must not hide the failure before it.
+            self._observer.warning(f"{self._folder.trace.name} was not written. {error}")
+
+    def last_good(self) -> str:
+        """Says which state a run that has failed can be resumed from."""
+        return self._states.last_good()
+
+    def lost_while_stopping(self, stops: StopRequests, error: ClusterError) -> StopRequestedError:
+        """The error of a stop that has reached processes of the run as well."""
+        return self._endings.lost(stops, error)
+
+    def finish(self, stops: StopRequests) -> dict[str, Any]:
+        """Exports the generator, waits for the last validations and writes the summary.
+
+        Raises:
+            StopRequestedError: A stop was asked for; the last state is saved.
+        """
+        try:
+            return self._finish()
+        except StopNow:
+            raise self._endings.while_finishing(stops) from None
+
+    def _finish(self) -> dict[str, Any]:
+        self._observer.note(f"writing the generator to {self._folder.generator}")
+        self._states.settle()
+        self._states.export(self._folder.generator)
+        self._monitor.finish()
+        self._states.prune()
+        self._states.export_best()
+        self._trace.close(self._monitor.silent)
+        summary = summarise(self._config, self._folder, self._data.counts(), self._monitor.ranking)
+        summary |= {
+            "utilisation": self._trace.utilisation(),
+            "critical_path_s": self._trace.critical_path(),
+            "ranking_note": self._monitor.ranking_note,
+            "validation_problem": self._monitor.problem,
+        }
+        write_json(str(self._folder.summary), summary)
+        return summary
+
+    def _look_after(self) -> tuple[RunMonitor, States]:
+        """Monitor and states of the run as its folder has it now."""
+        monitor = RunMonitor(
+            self._config,
+            self._folder,
+            self._checkpoints,
+            self._groups.validator,
+            self._observer,
+            self._replace_validator if self._is_on_ray else None,
+        )
+        states = States(
+            self._config,
+            self._checked,
+            self._groups.roles,
+            self._folder,
+            self._checkpoints,
+            monitor,
+        )
+        return monitor, states
+
+    def _replace_validator(self, error: WorkerDiedError) -> None:
+        self._recovery.replace_validator(error, self._position.iteration)
+
+    def _negative(self) -> Future[Text]:
+        return self._groups.roles.text.call_rank(
+            0, TextEncoder.encode_negative, self._config.model.negative_prompt
+        )
+
+    def _keep_snapshot(self) -> None:
+        """Copies the state of the learners into memory elsewhere, if it is time to."""
+        if self._snapshots.is_due(self._position):
+            self._snapshots.take(self._position)
+            if self._prompts is not None:
+                self._prompts.forget(self._position.iteration)
+
+    def _catch_up(self, is_last: bool) -> None:
+        """Saves and validates what a failure has come before."""
+        iteration = self._position.iteration
+        if not iteration:
+            return
+        is_saved = iteration in self._checkpoints.steps()
+        if (is_last or self._saves_at(iteration)) and not is_saved:
+            self._states.save(self._position)
+        validates = is_last or self._monitor.validates_at(iteration)
+        if validates and not self._monitor.is_known(iteration):
+            self._validate(iteration, is_last)
+
+    @property
+    def _endings(self) -> Endings:
+        return Endings(self._config, self._folder, self._states, self._observer)
+
+    @property
+    def _is_in_step(self) -> bool:
+        """True if both roles still stand before an iteration that fails."""
+        return not (self._plan.fresh_tracking or self._plan.max_staleness_iterations)
+
+    def _saves_at(self, iteration: int) -> bool:
+        every = self._config.checkpoint.every
+        due = iteration == self._config.iterations or is_due(iteration, every)
+        return due or (self._monitor.ranks and self._monitor.validates_at(iteration))
+
+    def _open_prompts(self, first: int) -> Prompts:
+        return Prompts(
+            self._groups.feed,
+            self._data,
+            self._config.batch.size,
+            self._plan.batches_per_iteration,
+            stored=self._checked.has_stored_text,
+            iterations=(first, self._config.iterations),
+            timeout_s=self._config.topology.call_timeout_s,
+            seed=self._config.seed,
+            dropout=self._config.data.prompt_dropout,
+        )
+
+    def _num_together(self, first: int) -> int:
+        """Iterations from here that may overlap: as far as the next state that is looked at."""
+        if not self._plan.max_staleness_iterations:
+            return 1
+        last = first + 1
+        ends = (self._saves_at, self._monitor.validates_at)
+        while last - first < _LONGEST and not any(is_one(last) for is_one in ends):
+            last += 1
+        return last - first
+
+    def _record(self, report: IterationReport, prompts: Prompts, began: float) -> float:
+        """Records a finished iteration, and moves the run's position; returns its seconds."""
+        iteration = self._position.iteration
+        taken = prompts.used(iteration)
+        last = taken.batches[-1]
+        self._data.record(iteration, taken.batches)
+        record = IterationRecord(
+            iteration=iteration,
+            losses=report.losses,
+            grad_norms=report.grad_norms,
+            seconds=self._trace.add(iteration, report.issued),
+            seconds_total=time.perf_counter() - began,
+            data_wait_s=taken.waited_s,
+            samples_seen=last.position,
+            epoch=last.passes,
+            cursor=last.cursor.to_json(),
+            rejected=taken.rejected,
+            exit_steps=report.exit_steps,
+            stale_calls=report.stale_calls,
+            skipped=tuple(one.to_json() for one in report.skipped),
+        )
+        append_jsonl(self._folder.metrics, record.to_json())
+        for skipped in report.skipped:
+            self._events.add(skipped.event(iteration))
+        self._observer.iteration(record)
+        self._monitor.iteration(record)
+        self._snapshots.add_iteration(record.seconds_total)
+        self._position = Position(iteration + 1, last.position, last.cursor)
+        return record.seconds_total
+
+    def _seconds_spent(self) -> float:
+        """Training time of all iterations so far."""
+        return sum(record["seconds"]["total"] for record in read_jsonl(self._folder.metrics))
+
+    def _validate(self, iteration: int, is_last: bool) -> None:
+        if self._groups.validator is not None:
+            weights = self._groups.roles.generator.call(GeneratorLearner.final_weights)[0]
+            self._monitor.validate(iteration, weights, is_last=is_last)
