@@ -73,24 +73,29 @@ def start_ray(
     handler = signal.getsignal(signal.SIGTERM)
     forks = ExitStack()
     try:
-        if target == "local":
-            _create_token()
-            python = sys.executable
-            if preload and not has_gpus():
-                python = str(forks.enter_context(serve_forks(preload)))
-            _start_local(python, num_cpus, object_store_memory, temp_dir, log_to_driver)
-        else:
-            if (num_cpus, object_store_memory, temp_dir) != (None, None, None):
-                _log.warning("%s exists: sizes and folder of a new cluster are ignored", target)
-            _connect(target, log_to_driver)
+        with _stops_kept_back():
+            if target == "local":
+                _create_token()
+                python = sys.executable
+                if preload and not has_gpus():
+                    python = str(forks.enter_context(serve_forks(preload)))
+                _start_local(python, num_cpus, object_store_memory, temp_dir, log_to_driver)
+            else:
+                if (num_cpus, object_store_memory, temp_dir) != (None, None, None):
+                    _log.warning("%s exists: sizes and folder of a new cluster are ignored", target)
+                _connect(target, log_to_driver)
     except Exception as error:  # Ray raises bare ones when a part of it does not come up in time.
         ray.shutdown()
         forks.close()
         raise _start_error(target, error) from error
+    except BaseException as stop:
+        ray.shutdown()
+        forks.close()
+        if isinstance(stop, SystemExit) and stop.code == signal.SIGTERM and callable(handler):
+            # Another thread took the signal, and Ray's handler, in place by then, answered it.
+            handler(signal.SIGTERM, None)
+        raise
     raylet = raylet_of(ray.get_runtime_context().get_node_id())
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        # Ray has put one of its own in its place, which ends the process.
-        signal.signal(signal.SIGTERM, handler)
     try:
         yield
     finally:
@@ -173,9 +178,6 @@ def _start_local(
 ) -> None:
     for is_last in (False, True):
         ours = _children()
-        # A signal to the whole process group or job (Ctrl-C, `timeout`, `scancel`) is for this
-        # process to answer: Ray's must live until the state is saved. They inherit what is blocked.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
         try:
             with _on_loopback(), _ray_takes_for_python(python):
                 ray.init(
@@ -196,8 +198,24 @@ def _start_local(
             _end(_children() - ours)
         else:
             return
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _stops_kept_back() -> Iterator[None]:
+    """Delivers signals that ask for a stop after Ray has started, to the handlers of before.
+
+    Ray puts a handler of its own in the place of SIGTERM's, which ends the process. And a signal to
+    the whole process group or job (Ctrl-C, `timeout`, `scancel`) is for this process to answer:
+    Ray's must live until the state is saved. They inherit what is blocked.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager
