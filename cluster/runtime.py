@@ -95,7 +95,7 @@ def start_ray(
             # Another thread took the signal, and Ray's handler, in place by then, answered it.
             handler(signal.SIGTERM, None)
         raise
-    raylet = raylet_of(ray.get_runtime_context().get_node_id())
+    raylet = raylet_of(ray.get_runtime_context().get_node_id()) if ray.is_initialized() else 0
     try:
         yield
     finally:
@@ -107,6 +107,10 @@ def start_ray(
 @contextmanager
 def _ending_if_stopped(raylet: int) -> Iterator[None]:
     """Ends a frozen raylet, for whose answer Ray's shutdown would wait for ever."""
+    if sys.is_finalizing():
+        # A generator that nobody has closed ends with the interpreter, which starts no thread.
+        yield
+        return
     over = threading.Event()
 
     def watch() -> None:

@@ -183,7 +183,7 @@ def numbers(entry: object) -> dict[str, float]:
     return {str(name): float(value) for name, value in entry.items() if is_number(value)}
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     """Returns True if a JSON value is a number; true and false are none."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
@@ -147,7 +148,10 @@ def after_frozen_raylets() -> dict[str, Any]:
         def machine(address: str, cause: str, workers: Sequence[str]) -> None:
             events.append(sorted(workers))
 
-        with watch_processes(lambda: opened, limits, Path.cwd(), lambda frozen: None, machine):
+        with (
+            TemporaryDirectory() as stacks,
+            watch_processes(lambda: opened, limits, Path(stacks), lambda frozen: None, machine),
+        ):
             found = {
                 "other": lost(groups["painter"], raylet_of(other)),
                 "own": lost(groups["teacher"], raylet_of(own)),

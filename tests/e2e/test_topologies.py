@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import ray
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.errors import InsufficientResourcesError
@@ -25,6 +24,7 @@ from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import MODES, history, moments, state
 from tests.e2e.test_trace import require_whole_trace
 from tests.helpers.moves import assert_moves, relative_error
+from workers.role_state import load_role
 
 TOLERANCE = 1e-5
 LEARNERS = ("generator", "fake_score", "ema")
@@ -73,7 +73,7 @@ def require_same_run(
 
 def weights_of(config: DistillConfig, iteration: int, role: str) -> dict[str, Tensor]:
     folder = RunFolder(config.run_folder).checkpoints / f"step-{iteration:06d}"
-    return load_file(folder / role / "weights.safetensors")
+    return dict(load_role(str(folder), role).weights)
 
 
 def assert_run_moves(
