@@ -117,12 +117,12 @@ def measure_stall(size: str, rounds: int, folder: Path) -> dict[str, Any]:
         waited.append(time.perf_counter() - began_s)
         plain += [training.iterate() for _ in range(3)]
         usual_s = statistics.median(plain[-6:])
-        began_s = time.perf_counter()
+        began_s, target = time.perf_counter(), str(folder / f"beside-{number}")
         for role in roles:
-            role.begin_save(str(folder / f"beside-{number}"))
+            role.begin_save(target)
         copied.append(time.perf_counter() - began_s)
         slowed: list[float] = []
-        while any(role.finish_save(wait=False) is None for role in roles):
+        while any(role.finish_save(target, wait=False) is None for role in roles):
             slowed.append(training.iterate())
         writing.append(time.perf_counter() - began_s)
         during += slowed

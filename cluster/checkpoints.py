@@ -65,16 +65,16 @@ class Checkpoints:
             digests: SHA-256 by part, from those who wrote them; others are computed here.
 
         Raises:
-            StorageError: There are no parts.
+            StorageError: There are no parts, or one that was written is gone.
         """
         folder = self.folder(step)
         sizes = file_sizes(folder)
         sizes.pop(MANIFEST, None)
-        if not sizes:
-            raise StorageError(
-                f"committing checkpoint {step}", f"no files in {folder}", "its parts, written"
-            )
         known = digests or {}
+        gone = ", ".join(sorted(known.keys() - sizes.keys()))
+        if gone or not sizes:
+            found = f"no {gone} in {folder}" if gone else f"no files in {folder}"
+            raise StorageError(f"committing checkpoint {step}", found, "its parts, written")
         missing = [name for name in sizes if name not in known]
         content = {
             **manifest,

@@ -9,7 +9,7 @@ controller then skips the update of all roles (`pipelines.distillation.guards`).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -128,7 +128,17 @@ class FiniteChecks:
 @torch.no_grad()
 def broken_weight(network: nn.Module) -> str | None:
     """Name of the first parameter that is not finite, on this rank; None where all are finite."""
-    for name, value in network.named_parameters():
+    return broken_tensor(network.named_parameters())
+
+
+@torch.no_grad()
+def broken_tensor(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor that is not finite, on this rank; None where all are finite.
+
+    Args:
+        tensors: Names and tensors; of a sharded one the part of this rank is looked at.
+    """
+    for name, value in tensors:
         own = value.to_local() if isinstance(value, DTensor) else value
         # Weights in 8 bits have no sums of their own.
         own = own.float() if own.element_size() == 1 else own

@@ -2,16 +2,19 @@
 
     begin_save(folder)    copies this rank's part to main memory; the role goes on
     thread                writes, hashes and flushes the copy, or uploads it
-    finish_save()         digests of what was written, or the error that stopped it
+    finish_save(folder)   digests of what was written, or the error that stopped it
 
 The files are those of a save that is waited for, bit for bit: both write the same copy. One copy
-is held at a time, until it is written.
+is held at a time, until it is written. Weights that are not finite are not written: a run could not
+go on from them.
 """
 
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+from sgmd_core.errors import NonFiniteError, StaleCallError
+from workers.finite import broken_tensor
 from workers.role_state import RoleState, save_role
 
 _NAME = "save-state"
@@ -22,6 +25,7 @@ class StateWriter:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._folder = ""
         self._outcome: dict[str, str] | Exception = {}
 
     def begin(self, folder: str, parts: Mapping[str, RoleState]) -> None:
@@ -32,18 +36,32 @@ class StateWriter:
             parts: States by subfolder; nobody else may change them.
         """
         self.wait()
+        self._folder = folder
         # A daemon: a process that ends need not wait, because no manifest names these files yet.
         self._thread = threading.Thread(
             target=self._write, args=(folder, parts), name=_NAME, daemon=True
         )
         self._thread.start()
 
-    def outcome(self) -> dict[str, str] | None:
+    def outcome(self, folder: str) -> dict[str, str] | None:
         """SHA-256 by path of what was written last; None while it is being written.
 
+        Args:
+            folder: The checkpoint that `begin` was given.
+
         Raises:
+            StaleCallError: `begin` was given another one, or has not been called.
             StorageError: The disk is full or cannot be written to.
+            NonFiniteError: A weight of the state is not finite.
         """
+        if folder != self._folder:
+            raise StaleCallError(
+                f"finishing the save of {folder}",
+                f"this process has begun that of {self._folder}"
+                if self._folder
+                else "this process has begun no save",
+                "the process that has copied the state",
+            )
         if self._thread is not None and self._thread.is_alive():
             return None
         if isinstance(self._outcome, Exception):
@@ -59,11 +77,23 @@ class StateWriter:
         digests: dict[str, str] = {}
         try:
             for role, state in parts.items():
+                _require_finite(folder, role, state)
                 digests |= save_role(folder, role, state)
         except Exception as error:
             self._outcome = error
         else:
             self._outcome = digests
+
+
+def _require_finite(folder: str, role: str, state: RoleState) -> None:
+    name = broken_tensor(state.weights.items())
+    if name is not None:
+        raise NonFiniteError(
+            f"saving {folder}",
+            f"the weight {name} of {role} is not finite",
+            "finite weights",
+            "This state is not kept",
+        )
 
 
 class SavedRole(ABC):
@@ -90,18 +120,21 @@ class SavedRole(ABC):
         state = next(iter(parts.values()))
         return state.updates + state.skipped
 
-    def finish_save(self, *, wait: bool = True) -> dict[str, str] | None:
+    def finish_save(self, folder: str, *, wait: bool = True) -> dict[str, str] | None:
         """SHA-256 by path of what this rank has written since `begin_save`.
 
         Args:
+            folder: The folder that `begin_save` was given.
             wait: Wait until all is written; otherwise returns None until then.
 
         Raises:
+            StaleCallError: `begin_save` was given another one, or the process is a new one.
             StorageError: The disk is full or cannot be written to.
+            NonFiniteError: A weight of the state is not finite.
         """
         if wait:
             self._writer.wait()
-        return self._writer.outcome()
+        return self._writer.outcome(folder)
 
     def save(self, folder: str) -> dict[str, str]:
         """Writes the state under a checkpoint folder and waits for it; every rank must be asked.
@@ -111,6 +144,7 @@ class SavedRole(ABC):
 
         Raises:
             StorageError: The disk is full or cannot be written to.
+            NonFiniteError: A weight of the state is not finite.
         """
         self.begin_save(folder)
-        return self.finish_save() or {}
+        return self.finish_save(folder) or {}

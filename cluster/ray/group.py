@@ -208,6 +208,10 @@ class RayWorkerGroup(WorkerGroup[W]):
         ]
         return self.fetch(asked, _ANSWER_TIMEOUT_S, f"reading the clocks of {self.name}")
 
+    def machines(self) -> list[str]:
+        """Ray's name of the machine of each rank."""
+        return ray.get([seat.hosts.places[seat.index] for seat in self._seats])
+
     def process_ids(self) -> list[int]:
         """Process id of each rank, on its machine; for `py-spy` and for tests."""
         asked = [

@@ -97,15 +97,18 @@ def copy_to_this_machine(futures: Sequence[Future[Any]]) -> None:
     ray.wait(references, num_returns=len(references), timeout=0, fetch_local=True)
 
 
-def store_sizes() -> tuple[int, int]:
-    """Bytes of the object stores: that of this machine, and all together."""
-    own = ray.get_runtime_context().get_node_id()
-    sizes = {
+def this_machine() -> str:
+    """Ray's name of the machine of this process."""
+    return ray.get_runtime_context().get_node_id()
+
+
+def store_sizes() -> dict[str, int]:
+    """Bytes of the object store of each machine, by Ray's name."""
+    return {
         node["NodeID"]: int(node["Resources"].get("object_store_memory", 0))
         for node in ray.nodes()
         if node["Alive"]
     }
-    return sizes.get(own, 0), sum(sizes.values())
 
 
 def _lost(pools: Mapping[str, Hosts], patience_s: float) -> set[Process]:

@@ -9,7 +9,6 @@ from pipelines.distillation.states import States
 from pipelines.run.alarms import Alarm
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
-from pipelines.run.observer import RunObserver
 from pipelines.run.records import RunEvent
 from pipelines.run.stopping import StopRequests
 from sgmd_core.errors import AlarmError, StopRequestedError
@@ -22,26 +21,31 @@ class Endings:
         config: The run's settings.
         folder: The run.
         states: Its states.
-        observer: Receives the event.
+        events: Receives the event.
     """
 
     def __init__(
-        self, config: DistillConfig, folder: RunFolder, states: States, observer: RunObserver
+        self, config: DistillConfig, folder: RunFolder, states: States, events: EventLog
     ) -> None:
-        self._events = EventLog(folder, observer)
+        self._events = events
         self._config = config
         self._folder = folder
         self._states = states
 
     def alarm(self, alarm: Alarm, position: Position) -> AlarmError:
         """Saves the state at which an alarm ends the run."""
-        self._states.save_if_newer(position)
+        try:
+            self._states.save_if_newer(position)
+            state = f"The state is {self._states.folder(position)}"
+        except Exception as error:
+            # The alarm is the cause, and what it is about may have broken the weights.
+            state = f"Saving the state failed: {error} {self._states.last_good()}"
         error = AlarmError(
             f"training {self._config.name}",
             alarm.in_words(),
             f"none of the alarms in alarms.stop ({', '.join(self._config.alarms.stop)})",
-            f"The state is {self._states.folder(position)}; change the settings, or go on all the "
-            f"same with --resume {self._folder.root}",
+            f"{state}; change the settings, or go on all the same with --resume "
+            f"{self._folder.root}",
         )
         error.add_note(self._states.export_best())
         return error
@@ -84,6 +88,14 @@ class Endings:
             f"training {self._config.name}",
             f"processes of the run ended before its state was saved ({error.found}). "
             f"{self._states.last_good()}",
+            f"Go on with --resume {self._folder.root}",
+        )
+
+    def while_repairing(self, stops: StopRequests) -> StopRequestedError:
+        """Words a stop that came while lost processes were replaced; keeps what is being saved."""
+        return stops.error(
+            f"repairing {self._config.name}",
+            f"no iteration was under way. {self._states.last_good()}",
             f"Go on with --resume {self._folder.root}",
         )
 

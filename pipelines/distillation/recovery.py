@@ -1,17 +1,19 @@
 """Recovery of a run in place: processes that are lost are replaced, and the run goes on.
 
     a process is lost -> budget -> replaced, with those that run collectives with it
-                      -> generator and fake score go back to the last state that both have:
-                         the copies in memory, else the newest checkpoint, else the beginning
+                      -> a state that is being saved by others is committed
+                      -> generator and fake score go back to the last state that both have: the
+                         copies in memory or the newest checkpoint, which is newer, else the
+                         beginning
                       -> the iterations since are made again
 
 Every draw is counted, and captions come in a fixed order, so on a CPU the iterations that are made
 again have the bits of those that were lost, and so has the rest of the run. A validator is replaced
-alone: it holds nothing that the training needs.
+alone, on a budget of its own: it holds nothing that the training needs.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +30,12 @@ from pipelines.distillation.groups import Groups, feed_arguments
 from pipelines.distillation.position import Position, resume_position
 from pipelines.distillation.preflight import Preflight
 from pipelines.distillation.snapshots import Snapshots
-from pipelines.distillation.states import load_roles
+from pipelines.distillation.states import States, load_roles
 from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
-from pipelines.run.observer import RunObserver
 from pipelines.run.records import RunEvent
+from sgmd_core.errors import SgmdError
 
 if TYPE_CHECKING:
     from cluster.ray.group import RayWorkerGroup
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 LOST = (WorkerDiedError, ResultLostError)
 """Failures after which a run can go on: what failed is where it runs, not what it computes."""
 
+_SNAPSHOT, _CHECKPOINT, _BEGINNING = "copies in memory", "the newest checkpoint", "the beginning"
+"""Sources of the state that a run goes back to."""
 _HOUR_S = 3600.0
 _LONGEST_PAUSE_S = 60.0
 
@@ -92,12 +96,12 @@ class FailureBudget:
         recent = [then_s for then_s, _ in self._failures if now_s - then_s < _HOUR_S]
         if len(recent) > self._per_hour:
             return (
-                f"{len(recent)} failures within an hour, and recovery.failures_per_hour is "
+                f"{_failures(len(recent))} within an hour, and recovery.failures_per_hour is "
                 f"{self._per_hour}"
             )
         if self._row > self._in_a_row:
             return (
-                f"{self._row} failures in a row without a finished iteration, and "
+                f"{_failures(self._row)} in a row without a finished iteration, and "
                 f"recovery.failures_per_iteration is {self._in_a_row}"
             )
         return ""
@@ -126,7 +130,10 @@ class Recovery:
         data: Log of the data that the run has used.
         checkpoints: Its committed states.
         snapshots: Copies of the learners' state in memory.
-        observer: Receives what is done.
+        events: Receives what is done.
+
+    Attributes:
+        has_given_up: True once a failure of the training has not been repaired.
     """
 
     def __init__(
@@ -138,7 +145,7 @@ class Recovery:
         data: DataLog,
         checkpoints: Checkpoints,
         snapshots: Snapshots,
-        observer: RunObserver,
+        events: EventLog,
     ) -> None:
         self._config = config
         self._checked = checked
@@ -147,34 +154,48 @@ class Recovery:
         self._data = data
         self._checkpoints = checkpoints
         self._snapshots = snapshots
-        self._observer = observer
-        self._events = EventLog(folder, observer)
-        settings = config.recovery
-        self._budget = FailureBudget(
-            settings.failures_per_hour, settings.failures_per_iteration, settings.backoff_s
+        self._events = events
+        self.has_given_up = False
+        self._budget, self._validator_budget = (
+            FailureBudget(
+                config.recovery.failures_per_hour,
+                config.recovery.failures_per_iteration,
+                config.recovery.backoff_s,
+            )
+            for _ in range(2)
         )
 
-    def repair(self, error: ClusterError, iteration: int, *, keeps_captions: bool) -> Repaired:
+    def repair(
+        self,
+        error: ClusterError,
+        iteration: int,
+        states: States,
+        keeps_captions: Callable[[int], bool],
+    ) -> Repaired:
         """Replaces what is lost and puts both learners back to one state.
 
         Args:
             error: The failure, one of `LOST`.
             iteration: Iteration that was under way.
-            keeps_captions: Whether the captions since the newest snapshot are still there.
+            states: May be saving one.
+            keeps_captions: Returns True if the captions since an iteration are still there.
 
         Raises:
-            ClusterError: The failure itself, where the budget is spent or nothing could replace
-                what is lost; a note tells the whole story.
+            SgmdError: The failure itself, where the budget is spent, or the error because of which
+                nothing could replace what is lost; a note tells the whole story.
         """
         began_s = time.monotonic()
         built: dict[str, list[int]] = {}
         while True:
-            self._admit(error, iteration)
+            self._admit(error, iteration, self._budget)
             try:
-                position, source = self._replace(keeps_captions, built)
+                position, source = self._replace(states, keeps_captions, built)
                 break
             except LOST as again:
                 error = again
+            except SgmdError as failure:
+                self._give_up(failure, f"the repair failed: {failure.found}", iteration)
+                raise
         lost_s = time.monotonic() - began_s
         names = ", ".join(_in_words(name, ranks) for name, ranks in built.items()) or "no process"
         self._events.add(
@@ -197,7 +218,7 @@ class Recovery:
         from cluster.ray.replacement import rebuild, replace_lost
 
         began_s = time.monotonic()
-        self._admit(error, iteration)
+        self._admit(error, iteration, self._validator_budget)
         validator = self._ray_groups(self._groups.validator)
         lost = replace_lost(validator, self._config.topology.call_timeout_s)
         rebuild(validator, lost, self._config.recovery.wait_s)
@@ -213,42 +234,48 @@ class Recovery:
             )
         )
 
-    def _admit(self, error: ClusterError, iteration: int) -> None:
+    def _admit(self, error: ClusterError, iteration: int, budget: FailureBudget) -> None:
         """Counts a failure, and waits a moment where it is not the first in a row.
 
         Raises:
             ClusterError: The failure, where the run must end.
         """
-        said = _sentence(error)
-        spent = self._budget.spend(said, iteration, time.monotonic())
+        spent = budget.spend(_sentence(error), iteration, time.monotonic())
         if event := _event_of(error, iteration):
             self._events.add(event)
         if spent:
-            story = f"The run was not repaired again: {spent}. Its failures:\n{self._budget.story}"
-            self._events.add(RunEvent(kind="gave_up", cause=spent, iteration=iteration))
-            error.add_note(story)
+            self._give_up(error, spent, iteration, budget)
             raise error
-        time.sleep(self._budget.pause_s)
+        time.sleep(budget.pause_s)
 
-    def _replace(self, keeps_captions: bool, built: dict[str, list[int]]) -> tuple[Position, str]:
+    def _give_up(
+        self, error: SgmdError, reason: str, iteration: int, budget: FailureBudget | None = None
+    ) -> None:
+        """Records that nothing is repaired any more, and tells the whole story in the error."""
+        self.has_given_up |= budget is not self._validator_budget
+        story = (budget or self._budget).story
+        self._events.add(RunEvent(kind="gave_up", cause=reason, iteration=iteration))
+        error.add_note(f"The run was not repaired again: {reason}. Its failures:\n{story}")
+
+    def _replace(
+        self, states: States, keeps_captions: Callable[[int], bool], built: dict[str, list[int]]
+    ) -> tuple[Position, str]:
         """Replaces lost processes, and restores the learners; returns where, and from what."""
         from cluster.ray.replacement import rebuild, replace_lost, restart_all
 
         groups, roles = self._ray_groups(*self._groups.all), self._groups.roles
+        learners = self._ray_groups(roles.generator, roles.fake_score)
         new = replace_lost(groups, self._config.topology.call_timeout_s)
-        position = self._snapshots.position
-        source = "copies in memory"
-        if position is None:
-            position = self._newest_checkpoint()
-            source = "the newest checkpoint" if position.iteration else "the beginning"
-            keeps_captions = False
-            if not position.iteration:
-                # Both start as they were loaded.
-                new |= restart_all(self._ray_groups(roles.generator, roles.fake_score))
-        self._folder.rewind(position.iteration, self._observer.warning)
-        self._data.rewind(position.iteration, self._observer.warning)
+        states.keep_under_repair(writers_live=not any(group.ranks_in(new) for group in learners))
+        position, source = self._newest_state()
+        if source == _BEGINNING:
+            # Both start as they were loaded.
+            new |= restart_all(learners)
+        warn = self._events.observer.warning
+        self._folder.rewind(position.iteration, warn)
+        self._data.rewind(position.iteration, warn)
         feed = self._ray_groups(self._groups.feed)
-        if not keeps_captions and not feed[0].ranks_in(new):
+        if not keeps_captions(position.iteration) and not feed[0].ranks_in(new):
             new |= restart_all(feed)
         progress = self._data.progress(position.cursor, position.rows)
         left = self._config.iterations - position.iteration
@@ -259,20 +286,27 @@ class Recovery:
             groups, new, self._config.recovery.wait_s, {self._groups.feed.name: arguments}
         ).items():
             built[name] = sorted({*built.get(name, ()), *ranks})
-        if source == "copies in memory":
-            try:
-                self._snapshots.restore()
-            except ResultLostError:
-                self._snapshots.forget()
-                raise
-        elif position.iteration:
+        if source == _SNAPSHOT:
+            self._snapshots.restore()
+        elif source == _CHECKPOINT:
             load_roles(roles, self._checkpoints.folder(position.iteration), self._config)
         return position, source
 
-    def _newest_checkpoint(self) -> Position:
-        return resume_position(
-            self._config, self._checked, self._folder, self._checkpoints, self._observer.warning
+    def _newest_state(self) -> tuple[Position, str]:
+        """Position of the newest state that both learners have, and a word for what holds it."""
+        kept = self._snapshots.position
+        if kept is not None and kept.iteration >= (self._checkpoints.latest() or 0):
+            return kept, _SNAPSHOT
+        saved = resume_position(
+            self._config,
+            self._checked,
+            self._folder,
+            self._checkpoints,
+            self._events.observer.warning,
         )
+        if kept is not None and kept.iteration >= saved.iteration:
+            return kept, _SNAPSHOT
+        return saved, _CHECKPOINT if saved.iteration else _BEGINNING
 
     def _ray_groups(self, *groups: Any) -> "Sequence[RayWorkerGroup[Any]]":  # noqa: ANN401
         from cluster.ray.group import RayWorkerGroup
@@ -311,3 +345,7 @@ def _sentence(error: ClusterError) -> str:
 def _in_words(name: str, ranks: Sequence[int]) -> str:
     numbers = ", ".join(map(str, ranks))
     return f"{name} rank {numbers}" if len(ranks) == 1 else f"{name} ranks {numbers}"
+
+
+def _failures(count: int) -> str:
+    return "1 failure" if count == 1 else f"{count} failures"

@@ -25,7 +25,7 @@ from pipelines.run.observer import Observers, RunObserver
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests, stop_requests
 from pipelines.run.tracker import open_tracker
-from sgmd_core.errors import DataError
+from sgmd_core.errors import AlarmError, SgmdError, StopRequestedError
 
 
 def dry_run(config: DistillConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -155,21 +155,39 @@ def _distill(
     ):
         observers = Observers([observer, tracker])
         events.observe(observers)
-        run = Distillation(config, checked, groups, folder, data, checkpoints, observers)
+        run = Distillation(config, checked, groups, folder, data, checkpoints, events, observers)
         if resume:
             run.load(start)
         try:
-            while True:
-                try:
-                    with stops.finishing_iterations():
-                        run.train(start, stop_rule, stops)
-                    return run.finish(stops)
-                except LOST as error:
-                    if stops.received:
-                        raise run.lost_while_stopping(stops, error) from error
-                    start = run.recover(error)
-        except (ClusterError, DataError) as error:
-            error.add_note(run.last_good())
+            return _train(run, start, stop_rule, stops)
+        except (StopRequestedError, AlarmError):
+            # These say where the state is.
+            raise
+        except SgmdError as error:
+            run.tell_last_good(error)
             raise
         finally:
+            stops.end()
             run.write_trace()
+
+
+def _train(
+    run: Distillation, start: Position, stop_rule: StopRule, stops: StopRequests
+) -> dict[str, Any]:
+    """Trains to the end, across failures; returns the run's summary."""
+    failure: ClusterError | None = None
+    while True:
+        try:
+            if failure is not None:
+                start, failure = run.recover(failure), None
+            with stops.finishing_iterations():
+                run.train(start, stop_rule, stops)
+            return run.finish(stops)
+        except LOST as error:
+            if stops.received:
+                raise run.lost_while_stopping(stops, error) from error
+            if run.has_given_up:
+                raise
+            failure = error
+        except StopNow:
+            raise run.stopped_while_repairing(stops) from None

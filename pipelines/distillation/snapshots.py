@@ -11,11 +11,12 @@ their share of the training time.
 
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.errors import RemoteCallError, ResultLostError
 from cluster.worker_group import Future, WorkerGroup, taken_by
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.position import Position
@@ -56,6 +57,8 @@ class Snapshots:
         self._timeout_s = timeout_s
         self._tell = tell
         self._taken: _Taken | None = None
+        self._has_room: bool | None = None
+        self._copies_here = False
         self._costs_s: deque[float] = deque(maxlen=_RECENT)
         self._iterations_s: deque[float] = deque(maxlen=_RECENT)
 
@@ -90,6 +93,11 @@ class Snapshots:
         Args:
             position: Where the run stands.
         """
+        if self._has_room is None:
+            self._look_for_room()
+        if not self._has_room:
+            self._share, self._taken = 0.0, None
+            return
         roles, began_s = self._roles, time.perf_counter()
         with taken_by(_OUTSIDE):
             taken = _Taken(
@@ -98,17 +106,10 @@ class Snapshots:
                 roles.fake_score.call(FakeScoreTracker.snapshot),
             )
             # Each rank works in order: with this answer its copy is complete.
-            sizes = {
-                roles.generator: roles.generator.call(GeneratorLearner.snapshot_bytes),
-                roles.fake_score: roles.fake_score.call(FakeScoreTracker.snapshot_bytes),
-            }
-        phase = f"copying the state after iteration {position.iteration}"
-        num_bytes = sum(
-            sum(group.fetch(answers, self._timeout_s, phase)) for group, answers in sizes.items()
-        )
-        if not self._fits(num_bytes, taken):
-            self._share, self._taken = 0.0, None
-            return
+            sizes = self._ask_sizes()
+        self._fetch_all(sizes, f"copying the state after iteration {position.iteration}")
+        if self._copies_here:
+            self._copy_here(taken)
         self._costs_s.append(time.perf_counter() - began_s)
         self._taken = taken
 
@@ -116,9 +117,12 @@ class Snapshots:
         """Puts every rank back to the newest snapshot; returns where that was.
 
         Raises:
-            ClusterError: A copy is lost, or a process is.
+            ResultLostError: A copy is lost, or was never kept; the snapshot is forgotten.
+            ClusterError: A process is lost.
         """
         taken, roles = self._taken, self._roles
+        # The machines may be others now.
+        self._has_room = None
         assert taken is not None, "there is no snapshot"
         pending: Mapping[WorkerGroup[Any], list[Future[int]]] = {
             roles.generator: [
@@ -131,27 +135,63 @@ class Snapshots:
             ],
         }
         phase = f"going back to iteration {taken.position.iteration}"
-        for group, restored in pending.items():
-            group.fetch(restored, self._timeout_s, phase)
+        try:
+            self._fetch_all(pending, phase)
+        except ResultLostError:
+            self._taken = None
+            raise
+        except RemoteCallError as error:
+            # A store that is full says so to whoever takes what it could not keep.
+            self._taken = None
+            expected = "room for it in the object stores"
+            raise ResultLostError(phase, f"a copy was not kept: {error.found}", expected) from error
         return taken.position
 
-    def forget(self) -> None:
-        """Drops the snapshot: its copies are lost, or the state was set to another one."""
-        self._taken = None
+    def _look_for_room(self) -> None:
+        """Compares two snapshots, the old one and the new one, with the store of each machine."""
+        from cluster.ray.group import RayWorkerGroup
+        from cluster.ray.replacement import store_sizes, this_machine
 
-    def _fits(self, num_bytes: int, taken: _Taken) -> bool:
-        """True if two snapshots, the old one and the new one, leave the stores room to work."""
-        from cluster.ray.replacement import copy_to_this_machine, store_sizes
-
-        own, everywhere = store_sizes()
-        if 2 * num_bytes > _STORE_SHARE * everywhere:
+        needed: dict[str, int] = defaultdict(int)
+        for group, asked in self._ask_sizes().items():
+            assert isinstance(group, RayWorkerGroup), "copies are kept by Ray"
+            sizes = group.fetch(asked, self._timeout_s, "sizing copies of the state")
+            for machine, size in zip(group.machines(), sizes, strict=True):
+                needed[machine] += 2 * size
+        stores, own = store_sizes(), this_machine()
+        together = sum(needed.values())
+        self._copies_here = needed.keys() != {own} and (
+            together <= _STORE_SHARE * stores.get(own, 0)
+        )
+        full = {
+            machine: size
+            for machine, size in needed.items()
+            if size > _STORE_SHARE * stores.get(machine, 0)
+        }
+        self._has_room = not full
+        if full:
+            machine, size = max(full.items(), key=lambda one: one[1])
             self._tell(
-                f"No copies of the state in memory: two would take {2 * num_bytes / 1e9:.2g} GB of "
-                f"object stores of {everywhere / 1e9:.2g} GB. After a failure the run goes back to "
-                "its newest checkpoint. Start Ray with larger stores, or set "
-                "recovery.snapshot_share to 0"
+                f"No copies of the state in memory: two would take {size / 1e9:.2g} GB of the "
+                f"object store of a machine, which has {stores.get(machine, 0) / 1e9:.2g} GB and "
+                f"may lend {_STORE_SHARE:.0%}. After a failure the run goes back to its newest "
+                "checkpoint. Start Ray with larger stores, or set recovery.snapshot_share to 0"
             )
-            return False
-        if 2 * num_bytes <= _STORE_SHARE * own:
-            copy_to_this_machine([*taken.generator, *taken.fake_score])
-        return True
+
+    def _ask_sizes(self) -> Mapping[WorkerGroup[Any], list[Future[int]]]:
+        generator, fake_score = self._roles.generator, self._roles.fake_score
+        return {
+            generator: generator.call(GeneratorLearner.snapshot_bytes),
+            fake_score: fake_score.call(FakeScoreTracker.snapshot_bytes),
+        }
+
+    def _fetch_all(
+        self, asked: Mapping[WorkerGroup[Any], Sequence[Future[int]]], phase: str
+    ) -> None:
+        for group, answers in asked.items():
+            group.fetch(answers, self._timeout_s, phase)
+
+    def _copy_here(self, taken: _Taken) -> None:
+        from cluster.ray.replacement import copy_to_this_machine
+
+        copy_to_this_machine([*taken.generator, *taken.fake_score])

@@ -7,25 +7,25 @@ roles, or a checkpoint of theirs -> generator/, best/: folders that diffusers lo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cluster.checkpoints import Checkpoints
+from cluster.errors import ResultLostError, WorkerDiedError
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.model_folders import model_address
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
-from pipelines.distillation.preflight import Preflight
 from pipelines.run.folder import RunFolder, versions
-from sgmd_core.errors import StaleCallError
+from sgmd_core.errors import SgmdError, StaleCallError
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 
 _FAILED_RUN_WAIT_S = 60.0
 """How long a run that has failed waits for the state that is being written."""
 
-_Asked = list[tuple[WorkerGroup[Any], list[Future[Any]]]]
+_Asked: TypeAlias = list[tuple[WorkerGroup[Any], list[Future[Any]]]]
 """Groups, and what each of their ranks was asked."""
 
 
@@ -36,11 +36,13 @@ class _Save:
     Attributes:
         step: Iterations made.
         manifest: What to commit it with.
+        folder: Folder that it is written to.
         generator: Calls that copy the generator's state.
         fake_score: Calls that copy that of the fake score.
     """
 
     step: int
+    folder: str
     manifest: dict[str, Any]
     generator: list[Future[int]]
     fake_score: list[Future[int]]
@@ -51,7 +53,6 @@ class States:
 
     Args:
         config: The run's settings.
-        checked: Result of the checks before the run.
         roles: Whose states they are.
         folder: The run.
         checkpoints: Its committed states.
@@ -61,20 +62,19 @@ class States:
     def __init__(
         self,
         config: DistillConfig,
-        checked: Preflight,
         roles: Roles,
         folder: RunFolder,
         checkpoints: Checkpoints,
         monitor: RunMonitor,
     ) -> None:
         self._config = config
-        self._checked = checked
         self._roles = roles
         self._folder = folder
         self._checkpoints = checkpoints
         self._monitor = monitor
         self._saving: _Save | None = None
         self._asked: _Asked | None = None
+        self._owed: int | None = None
 
     def save(self, position: Position, timeout_s: float | None = None) -> None:
         """Saves the present state, and deletes what is then neither new nor among the best.
@@ -88,13 +88,19 @@ class States:
 
         Raises:
             StorageError: The disk is full or cannot be written to; older states are kept.
+            NonFiniteError: A weight of the former state is not finite.
         """
         self.settle()
+        self._owed = None
         step, roles = position.iteration, self._roles
+        if step in self._checkpoints.steps():
+            # A repair has kept the save of this state, and went back behind it.
+            return
         self._checkpoints.begin(step)
         folder = self._checkpoints.folder(step)
         self._saving = _Save(
             step,
+            folder,
             manifest={
                 "iteration": step,
                 "rows": position.rows,
@@ -113,10 +119,10 @@ class States:
         """Commits the state that is being saved once all its parts are written; waits for nothing.
 
         Raises:
-            StorageError: As in `save`.
+            StorageError, NonFiniteError: As in `save`, of this state.
         """
         if self._saving is not None and self._asked is None:
-            self._asked = self._ask_saved(wait=False)
+            self._asked = self._ask_saved(self._saving, wait=False)
         if self._asked is not None and all(
             group.is_done(future) for group, futures in self._asked for future in futures
         ):
@@ -129,23 +135,38 @@ class States:
             timeout_s: Limit of the wait; None: that of a call.
 
         Raises:
-            StorageError: As in `save`.
+            StorageError, NonFiniteError: As in `save`, of this state.
         """
         if self._saving is not None:
             limit_s = self._config.topology.call_timeout_s if timeout_s is None else timeout_s
-            self._take(self._ask_saved(wait=True), limit_s)
+            self._take(self._ask_saved(self._saving, wait=True), limit_s)
 
-    def _ask_saved(self, *, wait: bool) -> "_Asked":
-        roles = self._roles
+    def _ask_saved(self, saving: _Save, *, wait: bool) -> _Asked:
+        generator, fake_score, folder = self._roles.generator, self._roles.fake_score, saving.folder
         return [
-            (roles.generator, roles.generator.call(GeneratorLearner.finish_save, wait=wait)),
-            (roles.fake_score, roles.fake_score.call(FakeScoreTracker.finish_save, wait=wait)),
+            (generator, generator.call(GeneratorLearner.finish_save, folder, wait=wait)),
+            (fake_score, fake_score.call(FakeScoreTracker.finish_save, folder, wait=wait)),
         ]
 
-    def _take(self, asked: "_Asked", timeout_s: float) -> None:
+    def _take(self, asked: _Asked, timeout_s: float) -> None:
         """Fetches what the ranks have written, and commits it where all are done."""
-        saving, self._saving, self._asked = self._saving, None, None
+        saving, self._asked = self._saving, None
         assert saving is not None, "a save has been begun"
+        try:
+            digests = self._written(saving, asked, timeout_s)
+            if digests is None:
+                return
+            self._folder.flush()
+            self._checkpoints.commit(saving.step, saving.manifest, digests)
+        except Exception:
+            # A stop is none: after it, the state may still be waited for.
+            self._saving = None
+            raise
+        self._saving = None
+        self.prune()
+
+    def _written(self, saving: _Save, asked: _Asked, timeout_s: float) -> dict[str, str] | None:
+        """SHA-256 by path of what all ranks have written; None while one is writing."""
         phase = f"saving the state of iteration {saving.step}"
         parts: list[dict[str, str] | None] = []
         for (group, futures), began in zip(
@@ -160,12 +181,45 @@ class States:
             parts += group.fetch(futures, timeout_s=timeout_s, phase=phase)
         written = [part for part in parts if part is not None]
         if len(written) < len(parts):
-            self._saving = saving
+            return None
+        return {name: digest for part in written for name, digest in part.items()}
+
+    def follow(self, monitor: RunMonitor) -> None:
+        """Ranks states by another monitor from here on."""
+        self._monitor = monitor
+
+    def keep_under_repair(self, *, writers_live: bool) -> None:
+        """Commits the state that was being saved when a process was lost, or notes that it is lost.
+
+        Args:
+            writers_live: Whether every rank that has copied it is still the same process.
+
+        Raises:
+            WorkerDiedError, ResultLostError: Another process is lost meanwhile.
+        """
+        saving = self._saving
+        if saving is None:
             return
-        self._folder.flush()
-        digests = {name: digest for part in written for name, digest in part.items()}
-        self._checkpoints.commit(saving.step, saving.manifest, digests)
-        self.prune()
+        reason = "a process that was writing it is lost"
+        if writers_live:
+            try:
+                self.settle()
+                return
+            except (WorkerDiedError, ResultLostError):
+                self._saving = saving
+                raise
+            except SgmdError as error:
+                reason = str(error)
+        self._saving = self._asked = None
+        self._owed = saving.step
+        self._monitor.observer.warning(
+            f"the state of iteration {saving.step} is not saved ({reason}); the next one is saved "
+            "once the run is repaired"
+        )
+
+    def is_owed(self, iteration: int) -> bool:
+        """Returns True if a state was to be saved up to here, and a repair has lost it."""
+        return self._owed is not None and self._owed <= iteration
 
     def give_up(self) -> None:
         """Waits a while for a state that is being saved by a run that has failed."""
@@ -204,7 +258,6 @@ class States:
                 self.save(position, timeout_s)
                 self.settle(timeout_s)
         except Exception as error:
-            self._saving = None
             return f"Saving the state before it failed: {error} "
         return ""
 

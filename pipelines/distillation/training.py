@@ -36,7 +36,7 @@ from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests
 from pipelines.run.trace import RunTrace
-from sgmd_core.errors import AlarmError, NonFiniteError, StopRequestedError
+from sgmd_core.errors import AlarmError, NonFiniteError, SgmdError, StopRequestedError
 from sgmd_core.types import Text
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
@@ -55,7 +55,8 @@ class Distillation:
         folder: Where the run is written down.
         data: Log of the data that the run has used.
         checkpoints: Its committed states.
-        observer: Receives the events of the run.
+        events: Log of the run's failures.
+        observer: Receives everything else that happens.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Distillation:
         folder: RunFolder,
         data: DataLog,
         checkpoints: Checkpoints,
+        events: EventLog,
         observer: RunObserver,
     ) -> None:
         self._config = config
@@ -84,9 +86,9 @@ class Distillation:
             observer.warning,
         )
         self._recovery = Recovery(
-            config, checked, groups, folder, data, checkpoints, self._snapshots, observer
+            config, checked, groups, folder, data, checkpoints, self._snapshots, events
         )
-        self._events = EventLog(folder, observer)
+        self._events = events
         self._guard = UpdateGuard(
             config.guards,
             roles.scheduled,
@@ -95,7 +97,9 @@ class Distillation:
         )
         self._position = Position()
         self._prompts: Prompts | None = None
-        self._monitor, self._states = self._look_after()
+        self._told: SgmdError | None = None
+        self._monitor = self._new_monitor()
+        self._states = States(config, roles, folder, checkpoints, self._monitor)
         self._plan = plan_iteration(config, self._negative())
         self._trace = RunTrace(
             [roles.generator, roles.teacher, roles.fake_score, roles.text],
@@ -165,8 +169,7 @@ class Distillation:
                 ) from None
             except (NonFiniteError, AlarmError) as error:
                 may_save = self._is_in_step and self._guard.weights_are_finite
-                note = self._states.keep_last_good(self._position, may_save=may_save)
-                error.add_note(note)
+                self.tell_last_good(error, may_save=may_save)
                 raise
             position = self._position
             is_last = stop_rule.is_reached(position.iteration, spent_s)
@@ -192,21 +195,20 @@ class Distillation:
             Where the run goes on.
 
         Raises:
-            ClusterError: The failure, where the run cannot go on.
+            SgmdError: The failure, where the run cannot go on.
         """
         if not self._is_on_ray:
             raise error
-        kept = self._snapshots.position
         prompts = self._prompts
-        keeps_captions = (
-            kept is not None and prompts is not None and prompts.remembers(kept.iteration)
-        )
         repaired = self._recovery.repair(
-            error, self._position.iteration, keeps_captions=keeps_captions
+            error,
+            self._position.iteration,
+            self._states,
+            lambda first: prompts is not None and prompts.remembers(first),
         )
         iteration, built = repaired.position.iteration, repaired.built
-        former = self._monitor
-        self._monitor, self._states = self._look_after()
+        former, self._monitor = self._monitor, self._new_monitor()
+        self._states.follow(self._monitor)
         self._trace.rewind(iteration, built)
         self._guard.replay(read_jsonl(self._folder.metrics))
         if self._groups.validator is not None:
@@ -228,13 +230,29 @@ class Distillation:
             # It must not hide the failure before it.
             self._observer.warning(f"{self._folder.trace.name} was not written. {error}")
 
-    def last_good(self) -> str:
-        """Says which state a run that has failed can be resumed from."""
-        return self._states.last_good()
+    @property
+    def has_given_up(self) -> bool:
+        """True if no failure is repaired: the budget is spent, a repair failed, or without Ray."""
+        return not self._is_on_ray or self._recovery.has_given_up
+
+    def tell_last_good(self, error: SgmdError, *, may_save: bool = False) -> None:
+        """Adds to an error, once, which state the run can be resumed from.
+
+        Args:
+            error: The error that ends the run.
+            may_save: Whether the roles stand where the run does, in a state worth saving.
+        """
+        if error is not self._told:
+            self._told = error
+            error.add_note(self._states.keep_last_good(self._position, may_save=may_save))
 
     def lost_while_stopping(self, stops: StopRequests, error: ClusterError) -> StopRequestedError:
         """The error of a stop that has reached processes of the run as well."""
         return self._endings.lost(stops, error)
+
+    def stopped_while_repairing(self, stops: StopRequests) -> StopRequestedError:
+        """The error of a stop that came while lost processes were replaced."""
+        return self._endings.while_repairing(stops)
 
     def finish(self, stops: StopRequests) -> dict[str, Any]:
         """Exports the generator, waits for the last validations and writes the summary.
@@ -265,9 +283,9 @@ class Distillation:
         write_json(str(self._folder.summary), summary)
         return summary
 
-    def _look_after(self) -> tuple[RunMonitor, States]:
-        """Monitor and states of the run as its folder has it now."""
-        monitor = RunMonitor(
+    def _new_monitor(self) -> RunMonitor:
+        """Monitor of the run as its folder has it now."""
+        return RunMonitor(
             self._config,
             self._folder,
             self._checkpoints,
@@ -275,15 +293,6 @@ class Distillation:
             self._observer,
             self._replace_validator if self._is_on_ray else None,
         )
-        states = States(
-            self._config,
-            self._checked,
-            self._groups.roles,
-            self._folder,
-            self._checkpoints,
-            monitor,
-        )
-        return monitor, states
 
     def _replace_validator(self, error: WorkerDiedError) -> None:
         self._recovery.replace_validator(error, self._position.iteration)
@@ -305,8 +314,8 @@ class Distillation:
         iteration = self._position.iteration
         if not iteration:
             return
-        is_saved = iteration in self._checkpoints.steps()
-        if (is_last or self._saves_at(iteration)) and not is_saved:
+        is_due = is_last or self._saves_at(iteration) or self._states.is_owed(iteration)
+        if is_due and iteration not in self._checkpoints.steps():
             self._states.save(self._position)
         validates = is_last or self._monitor.validates_at(iteration)
         if validates and not self._monitor.is_known(iteration):
@@ -314,7 +323,7 @@ class Distillation:
 
     @property
     def _endings(self) -> Endings:
-        return Endings(self._config, self._folder, self._states, self._observer)
+        return Endings(self._config, self._folder, self._states, self._events)
 
     @property
     def _is_in_step(self) -> bool:

@@ -24,6 +24,11 @@ class EventLog:
         self._observer = observer
         self._lock = threading.Lock()
 
+    @property
+    def observer(self) -> RunObserver:
+        """Receiver of the events."""
+        return self._observer
+
     def observe(self, observer: RunObserver) -> None:
         """Passes the events to another observer from here on."""
         self._observer = observer

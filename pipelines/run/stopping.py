@@ -4,6 +4,7 @@
     while it trains            the iteration is finished, its state saved, `best/` written
                                after a limit, the iteration is given up
     while it is finished       the run ends at once: its last state is saved
+    while it closes            nothing changes: its result or its error stands
     a second signal            ends the process at once, without clean-up
 
 Ray (`ray job stop`), Slurm and Kubernetes announce the end of a job with SIGTERM, Slurm's --signal
@@ -52,6 +53,7 @@ class StopRequests:
         self._limit_s = limit_s
         self._first_s = 0.0
         self._finishes = False
+        self._is_over = False
         self._waits = False
         self._is_late = False
 
@@ -64,6 +66,10 @@ class StopRequests:
         finally:
             self._finishes = False
             self._set_timer(0.0)
+
+    def end(self) -> None:
+        """A stop from here on is only told: the run has its result or its error, and closes."""
+        self._is_over = True
 
     def require_time(self) -> None:
         """Checks, between two calls of an iteration, that it has time left after a stop.
@@ -116,6 +122,9 @@ class StopRequests:
             # Ends at once, as promised: without clean-up, which might wait.
             os._exit(128 + number)
         self.received, self._first_s = name, now_s
+        if self._is_over:
+            self._tell(f"{name}: closing; once more ends the process at once")
+            return
         if not self._finishes:
             raise StopNow
         self._set_timer(self._limit_s)

@@ -54,6 +54,14 @@ def test_nothing_can_be_committed_before_its_parts(root):
         Checkpoints(root).commit(10, {})
 
 
+def test_nothing_is_committed_with_a_written_part_missing(root):
+    checkpoints = Checkpoints(root)
+    write_text(f"{checkpoints.folder(10)}/role/weights", "w")
+    with pytest.raises(StorageError, match="no role/moments in"):
+        checkpoints.commit(10, {}, {"role/weights": "1", "role/moments": "2"})
+    assert checkpoints.latest() is None
+
+
 def test_pruning_keeps_the_newest_and_what_is_being_written(root):
     checkpoints = Checkpoints(root)
     for step in (10, 20, 30, 40):
@@ -137,7 +145,7 @@ def test_digests_of_those_who_wrote_the_parts_are_kept_and_others_are_computed(r
     checkpoints = Checkpoints(root)
     for name in ("one", "other"):
         write_text(f"{checkpoints.folder(5)}/{name}", name)
-    checkpoints.commit(5, {}, {"one": "0" * 64, "gone": "1" * 64})
+    checkpoints.commit(5, {}, {"one": "0" * 64})
     other = hashlib.sha256(b"other").hexdigest()
     assert checkpoints.manifest(5)["sha256"] == {"one": "0" * 64, "other": other}
     assert checkpoints.fault(5, contents=True).startswith("one is not what was written")

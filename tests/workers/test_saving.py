@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save
 
 from cluster.errors import StorageError
 from cluster.files import sha256_of
+from sgmd_core.errors import NonFiniteError, StaleCallError
 from tests.helpers.moves import assert_moves
 from tests.helpers.roles import iterate, same_bits, tiny_roles, weights
 from workers.role_state import RoleState, load_role
@@ -51,14 +52,17 @@ def test_a_state_written_while_the_role_trains_on_is_the_one_of_a_save_that_is_w
     for each in (roles, waiting):
         iterate(each, 0)
     began = (roles.generator, roles.fake_score)
-    assert [role.begin_save(str(tmp_path / "beside")) for role in began] == [1, 1]
+    beside = str(tmp_path / "beside")
+    assert [role.begin_save(beside) for role in began] == [1, 1]
     before = weights(roles.networks["generator"])
     for iteration in (1, 2):
         iterate(roles, iteration)
     assert_moves(weights(roles.networks["generator"]), before)
-    assert [role.finish_save(wait=False) for role in began] == [None, None]
+    assert [role.finish_save(beside, wait=False) for role in began] == [None, None]
     slow.set()
-    written = {name: one for role in began for name, one in (role.finish_save() or {}).items()}
+    written = {
+        name: one for role in began for name, one in (role.finish_save(beside) or {}).items()
+    }
     expected = {
         name: one
         for role in (waiting.generator, waiting.fake_score)
@@ -101,7 +105,7 @@ def test_a_disk_that_is_full_while_the_role_trains_on_is_heard_of_at_the_end(
     try:
         roles.generator.begin_save(str(tmp_path))
         with pytest.raises(StorageError, match=r"saving the generator to .*Free space there"):
-            roles.generator.finish_save()
+            roles.generator.finish_save(str(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list((tmp_path / "generator").iterdir())
@@ -148,3 +152,24 @@ def test_rows_of_a_file_are_read_into_their_place(tmp_path: Path) -> None:
     reader.read("w", target, 5)
     assert torch.equal(target, whole[5:9])
     assert reader.dtype("count") == torch.float32
+
+
+def test_a_process_that_has_not_copied_a_state_does_not_finish_its_save(tmp_path: Path) -> None:
+    roles = tiny_roles()
+    with pytest.raises(StaleCallError, match="has begun no save"):
+        roles.generator.finish_save(str(tmp_path / "step-1"))
+    roles.generator.save(str(tmp_path / "step-1"))
+    with pytest.raises(StaleCallError, match="step-1"):
+        roles.generator.finish_save(str(tmp_path / "step-2"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path, value: float) -> None:
+    roles = tiny_roles()
+    name, weight = list(roles.networks["fake_score"].named_parameters())[-1]
+    with torch.no_grad():
+        weight.view(-1)[-1] = value
+    roles.fake_score.begin_save(str(tmp_path))
+    with pytest.raises(NonFiniteError, match=f"the weight {name} of fake_score is not finite"):
+        roles.fake_score.finish_save(str(tmp_path))
+    assert not list(tmp_path.rglob("*.safetensors"))

@@ -1,0 +1,163 @@
+"""States of a run that are being saved while something goes wrong: kept whole, or lost and said."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.checkpoints import Checkpoints
+from cluster.local import LocalWorkerGroup
+from pipelines.config.recipe import load_recipe
+from pipelines.distillation.iteration import Roles
+from pipelines.distillation.monitor import RunMonitor
+from pipelines.distillation.position import Position
+from pipelines.distillation.states import States
+from pipelines.run.folder import RunFolder
+from pipelines.run.observer import RunObserver
+from pipelines.run.stopping import StopNow
+from sgmd_core.errors import NonFiniteError, StaleCallError
+from tests.helpers.roles import Roles as TinyRoles
+from tests.helpers.roles import iterate, tiny_roles
+from workers.role_state import load_role
+
+
+class Warnings(RunObserver):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.heard.append(text)
+
+
+class World:
+    """A run's roles in this process, and its states on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        config = load_recipe("tiny", [f"output={folder}", "name=run", "validation.every=0"])
+        self.tiny = tiny_roles()
+        self.warnings = Warnings()
+        run = RunFolder(config.run_folder)
+        run.create(config.to_yaml())
+        self.checkpoints = Checkpoints(str(run.checkpoints))
+        monitor = RunMonitor(config, run, self.checkpoints, None, self.warnings)
+        self.roles = Roles(*self.groups(self.tiny))
+        self.states = States(config, self.roles, run, self.checkpoints, monitor)
+
+    @staticmethod
+    def groups(tiny: TinyRoles) -> tuple[LocalWorkerGroup, ...]:
+        text: LocalWorkerGroup = LocalWorkerGroup("text", [])
+        return (
+            LocalWorkerGroup("generator", [tiny.generator]),
+            LocalWorkerGroup("fake_score", [tiny.fake_score]),
+            LocalWorkerGroup("teacher", [tiny.teacher]),
+            text,
+        )
+
+    def iterate(self, iteration: int) -> Position:
+        iterate(self.tiny, iteration)
+        return Position(iteration + 1)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Disks that take nothing from the threads that save until the event is set."""
+    opened = threading.Event()
+    sync = os.fsync
+
+    def wait(handle: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            opened.wait(60)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", wait)
+    yield opened
+    opened.set()
+
+
+def test_a_state_is_committed_after_a_stop_that_broke_off_the_wait_for_it(
+    world: World, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.states.save(world.iterate(0))
+    world.states.collect()
+    assert world.checkpoints.latest() is None
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise StopNow
+
+    slow.set()
+    with monkeypatch.context() as broken_off:
+        broken_off.setattr(world.roles.generator, "fetch", stop)
+        with pytest.raises(StopNow):
+            world.states.settle()
+    assert world.checkpoints.latest() is None
+    assert "step-000001" in world.states.last_good()
+    assert load_role(world.checkpoints.folder(1), "generator").updates == 1
+
+
+def test_a_repair_keeps_the_save_of_processes_that_live(
+    world: World, slow: threading.Event
+) -> None:
+    position = world.iterate(0)
+    world.states.save(position)
+    slow.set()
+    world.states.keep_under_repair(writers_live=True)
+    assert world.checkpoints.steps() == [1]
+    assert not world.states.is_owed(1)
+    manifest = Path(world.checkpoints.folder(1), "manifest.json")
+    written = manifest.stat().st_mtime_ns
+    # The run went back behind it and comes by again: what is committed is left alone.
+    world.states.save(position)
+    assert world.checkpoints.steps() == [1]
+    assert manifest.stat().st_mtime_ns == written
+
+
+def test_a_repair_says_that_the_save_of_a_lost_process_is_lost(
+    world: World, slow: threading.Event
+) -> None:
+    world.states.save(world.iterate(0))
+    world.states.keep_under_repair(writers_live=False)
+    slow.set()
+    (said,) = world.warnings.heard
+    assert "iteration 1 is not saved (a process that was writing it is lost)" in said
+    assert not world.states.is_owed(0)
+    assert world.states.is_owed(1)
+    world.states.settle()
+    assert world.checkpoints.latest() is None
+    world.states.save(world.iterate(1))
+    assert not world.states.is_owed(2)
+    world.states.settle()
+    assert world.checkpoints.steps() == [2]
+
+
+def test_nothing_is_committed_from_a_process_that_did_not_copy_the_state(
+    world: World, slow: threading.Event
+) -> None:
+    world.states.save(world.iterate(0))
+    new = tiny_roles()
+    world.roles.fake_score._workers[:] = [new.fake_score]  # type: ignore[attr-defined]
+    slow.set()
+    with pytest.raises(StaleCallError, match="has begun no save"):
+        world.states.settle()
+    assert world.checkpoints.latest() is None
+
+
+def test_a_broken_state_is_not_committed_and_the_one_before_is_named(world: World) -> None:
+    world.states.save(world.iterate(0))
+    world.states.settle()
+    position = world.iterate(1)
+    with torch.no_grad():
+        next(world.tiny.networks["generator"].parameters()).fill_(float("nan"))
+    world.states.save(position)
+    with pytest.raises(NonFiniteError, match="is not finite"):
+        world.states.settle()
+    world.states.save(position)
+    assert "step-000001" in world.states.last_good()
+    assert "is not finite" in world.warnings.heard[-1]
