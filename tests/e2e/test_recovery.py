@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -15,7 +16,7 @@ from pipelines.distillation import run as runs
 from pipelines.distillation.groups import Groups
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
-from pipelines.run.records import IterationRecord
+from pipelines.run.records import IterationRecord, RunEvent
 from tests.e2e.conftest import MakeRecipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -40,13 +41,30 @@ class Killer(RunObserver):
         victim = self.left.pop(record.iteration, None)
         if victim is None:
             return
-        (group,) = [group for group in self._groups[-1].all if group.name == victim]
-        process = group.process_ids()[0]
         delay_s = MID_ITERATION_S if record.iteration % 2 else 0.0
-        threading.Timer(delay_s, os.kill, (process, signal.SIGKILL)).start()
+        threading.Timer(delay_s, os.kill, (self.process(victim), signal.SIGKILL)).start()
+
+    def process(self, name: str) -> int:
+        (group,) = [group for group in self._groups[-1].all if group.name == name]
+        return group.process_ids()[0]
 
 
-def distilled(config: DistillConfig, victims: dict[int, str], monkeypatch) -> None:
+class KillerAfterRepair(Killer):
+    """Kills the teacher, too, once the first repair has ended, before the run goes on."""
+
+    def event(self, event: RunEvent) -> None:
+        if event.kind == "recovered" and not self.repaired:
+            self.repaired = True
+            process = psutil.Process(self.process("teacher"))
+            process.kill()
+            psutil.wait_procs([process], timeout=60)
+
+    repaired = False
+
+
+def distilled(
+    config: DistillConfig, victims: dict[int, str], monkeypatch, kind: type[Killer] = Killer
+) -> None:
     opened: list[Groups] = []
     original = runs.open_groups
 
@@ -57,7 +75,7 @@ def distilled(config: DistillConfig, victims: dict[int, str], monkeypatch) -> No
             yield groups
 
     monkeypatch.setattr(runs, "open_groups", open_groups)
-    killer = Killer(victims, opened)
+    killer = kind(victims, opened)
     runs.distill(config, observer=killer)
     assert not killer.left
 
@@ -130,6 +148,24 @@ def test_every_process_may_be_killed(calm, make_recipe, monkeypatch, topology, c
     assert all(event["lost_s"] > 0 for event in recovered)
     # A command's JSON is on standard output.
     assert "(raylet)" not in capfd.readouterr().out
+
+
+def test_a_failure_right_after_a_repair_is_repaired_too_and_the_newest_state_is_taken(
+    calm, make_recipe, monkeypatch
+) -> None:
+    # The first copy in memory is the only one: all checkpoints are newer.
+    settings = ("topology.mode=pools", "recovery.snapshot_share=1.0e-9", "recovery.backoff_s=0")
+    config = make_recipe("name=twice", *COMMON, *settings)
+    distilled(config, {4: "fake_score"}, monkeypatch, KillerAfterRepair)
+    found, expected = state_of(config), dict(calm)
+    judged, in_calm = found.pop("validation"), expected.pop("validation")
+    assert judged.items() <= in_calm.items()
+    assert_same(found, expected)
+    events = read_jsonl(RunFolder(config.run_folder).events)
+    kinds = [event["kind"] for event in events]
+    assert kinds == ["worker_died", "recovered", "worker_died", "recovered"]
+    assert [event["role"] for event in events[::2]] == ["fake_score", "teacher"]
+    assert all("(the newest checkpoint)" in event["action"] for event in events[1::2])
 
 
 def test_a_spent_budget_ends_the_run_with_the_whole_story(make_recipe, monkeypatch) -> None:

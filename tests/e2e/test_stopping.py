@@ -176,6 +176,15 @@ def test_one_signal_that_comes_twice_is_one_and_one_before_training_ends_at_once
     assert early.received == "SIGUSR1"
 
 
+def test_a_stop_while_a_run_closes_changes_neither_its_result_nor_its_error() -> None:
+    heard: list[str] = []
+    stops = StopRequests(heard.append)
+    stops.end()
+    stops.handle(signal.SIGTERM, None)
+    assert stops.received == "SIGTERM"
+    assert heard == ["SIGTERM: closing; once more ends the process at once"]
+
+
 def test_only_the_wait_for_an_iteration_is_broken_off_when_the_time_after_a_stop_is_over() -> None:
     stops = StopRequests(limit_s=3600.0)
 
