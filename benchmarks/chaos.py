@@ -1,12 +1,12 @@
 """A storm of faults over one run without a person, and what each kind of fault costs.
 
-    sgmd shapes data/shapes
     python benchmarks/chaos.py --faults 20 --seed 0 --output chaos.json
+    python benchmarks/chaos_page.py chaos.json        table and plot of docs/reliability.md
 
-A calm run and a stormy one are made of the recipe `tiny`, in pools, with its captions on an S3
-server on loopback. A command like that of a job scheduler starts the stormy run again
-(`--resume auto`) whenever its process has ended. A fault is drawn by its number from the seed and
-comes at an iteration of its own, where the run first reaches it:
+A calm run and two stormy ones are made of the recipe `tiny`, in pools, with its captions on an S3
+server on loopback. A command like that of a job scheduler starts a stormy run again
+(`--resume auto`) whenever its process has ended of a fault that was ordered. A fault is drawn by
+its number from the seed and comes at an iteration of its own, where the run first reaches it:
 
     kill             SIGKILL of a role, the text encoder, the feed or the validator
     freeze           SIGSTOP of one of these
@@ -14,308 +14,262 @@ comes at an iteration of its own, where the run first reaches it:
     driver, torn     the same, and the newest checkpoint loses half of a file
     server frozen    the S3 server stands still for some seconds
     server restarted it is killed and started again
+    server busy      it answers 503 SlowDown for some seconds
+    disk full        nothing more fits on the disk of the run's folder, until some seconds after the
+                     run has ended of it
 
-Seconds lost by a fault: from the fault to the first iteration beyond all earlier ones, less the
-calm run's median iteration. Compared at the end: every tensor of the last checkpoint, the losses of
-every iteration and the ledger of the samples.
+The second stormy run stands on a Ray cluster of two machines, with fake score and validator on the
+second one:
+
+    machine          SIGKILL of the second machine's raylet; another comes some seconds later
+
+Seconds lost by a fault: those of the stormy run from the fault to the next one, or as many
+iterations after the last, less those that the calm run takes for the same iterations. Compared at
+the end: every tensor of the last checkpoint, the losses of every iteration and the ledger of the
+samples.
 """
 
 import argparse
 import json
+import math
 import os
-import random
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from chaos_faults import EVERY, FIRST, LAST, MACHINE, SAVES_EVERY, StormyRun, make_run, order_faults
+from chaos_world import ROOT, Disk, Machines, Server, write_clips
 from documents import write_document
 from safetensors.torch import load_file
 
-from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.distillation import run as runs
-from pipelines.distillation.groups import Groups
-from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.run.observer import RunObserver
-from pipelines.run.records import IterationRecord
+from pipelines.data.stream.ledger import Ledger
+from pipelines.run.folder import read_jsonl
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.helpers.s3_server import S3Access, serve_s3  # noqa: E402
-
-GROUPS = ("generator", "fake_score", "teacher", "text", "feed", "validator")
-_FIRST, _EVERY, _LAST = 4, 5, 6
-"""Iterations before the first fault, between two, and after the last."""
-_FROZEN_SERVER_S = 8.0
-_LONGEST_S = 3000.0
+_LONGEST_S = 1800.0
+_FULL_DISK = ("StorageError", "Free space there")
+"""What the error of a full disk says."""
 
 
-def storm(num_faults: int, seed: int) -> dict[int, str]:
-    """Faults by iteration; each kind comes as often as any other, in a drawn order."""
-    kinds = [f"kill {name}" for name in GROUPS]
-    kinds += [f"freeze {name}" for name in ("generator", "teacher", "validator")]
-    kinds += ["driver", "driver, torn", "server frozen", "server restarted"]
-    drawn = random.Random(seed)
-    order: list[str] = []
-    while len(order) < num_faults:
-        order += drawn.sample(kinds, len(kinds))
-    return {_FIRST + _EVERY * number: kind for number, kind in enumerate(order[:num_faults])}
-
-
-def recipe(folder: Path, name: str, num_iterations: int, data: str) -> DistillConfig:
-    """The run; a validation and a checkpoint every ten iterations."""
-    settings = (
-        f"name={name}",
-        f"output={folder}",
-        f"iterations={num_iterations}",
-        "topology.mode=pools",
-        "batch={size: 4, micro_batches: 2}",
-        f"data.train={data}/train",
-        f"data.validation={data}/held_out",
-        "data.s3={checksums: when_required, read_timeout_s: 5}",
-        "validation={every: 10, num_captions: 4, teacher_steps: 2}",
-        "checkpoint={every: 10, keep: 3, keep_best: 0}",
-        "alarms.stop=[]",
-        "recovery.failures_per_hour=1000",
-    )
-    return load_recipe("tiny", settings)
-
-
-class Storm(RunObserver):
-    """Strikes when the run reaches an iteration, once each; writes down when each was reached.
+class Ride:
+    """A run that is started again until it has ended well.
 
     Args:
-        faults: Kind by iteration.
-        folder: Where the storm keeps its books, which outlive the process.
-        groups: Filled when the run has opened them.
-        checkpoints: Folder of the run's checkpoints.
+        run: The run.
+        server: Where its captions are.
+        disk: Where its folder is.
+        machines: The cluster that it joins; None: one of its own.
     """
 
     def __init__(
-        self, faults: dict[int, str], folder: Path, groups: list[Groups], checkpoints: Path
+        self, run: StormyRun, server: Server, disk: Disk, machines: Machines | None = None
     ) -> None:
-        self._faults = faults
-        self._book = folder / "storm.jsonl"
-        self._groups = groups
-        self._checkpoints = checkpoints
-        self._struck = {line["iteration"] for line in read_book(folder) if "kind" in line}
+        self._run = run
+        self._server = server
+        self.disk = disk
+        self._machines = machines
+        self._num_read = 0
+        self._ordered: Counter[str] = Counter()
+        self.ends: list[str] = []
+        self.seconds = 0.0
 
-    def iteration(self, record: IterationRecord) -> None:
-        """Notes an iteration, and strikes if a fault is due."""
-        self._write({"reached": record.iteration, "time": time.time()})
-        kind = self._faults.get(record.iteration)
-        if kind is None or record.iteration in self._struck:
-            return
-        self._struck.add(record.iteration)
-        self._write({"iteration": record.iteration, "kind": kind, "time": time.time()})
-        what, _, whom = kind.partition(" ")
-        if kind.startswith("driver"):
-            if kind.endswith("torn"):
-                self._tear()
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif what in ("kill", "freeze"):
-            (group,) = [group for group in self._groups[-1].all if group.name == whom]
-            number = signal.SIGKILL if what == "kill" else signal.SIGSTOP
-            # In the middle of the next iteration, where there is work to lose.
-            process = group.process_ids()[0]
-            threading.Timer(0.05, os.kill, (process, number)).start()
+    def make(self) -> None:
+        """Makes the run.
 
-    def _tear(self) -> None:
-        whole = sorted(self._checkpoints.glob("step-*/manifest.json"))
-        if whole:
-            part = next(whole[-1].parent.glob("generator/*.safetensors"))
-            with part.open("r+b") as file:
-                file.truncate(part.stat().st_size // 2)
+        Raises:
+            SystemExit: It has ended of something that the storm has not ordered, or takes too long.
+        """
+        began_s = time.monotonic()
+        while (code := self._start(began_s)) != 0:
+            self.ends.append(self._cause(code))
+            self._ordered[self.ends[-1]] -= 1
+        self.seconds = time.monotonic() - began_s
 
-    def _write(self, line: dict[str, Any]) -> None:
-        with self._book.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    @property
+    def log(self) -> Path:
+        """What the latest process of the run has printed."""
+        return Path(self._run.folder) / f"{self._run.name}-{len(self.ends) + 1}.log"
 
-
-def read_book(folder: Path) -> list[dict[str, Any]]:
-    """The lines that a storm has written."""
-    book = folder / "storm.jsonl"
-    return [json.loads(line) for line in book.read_text().splitlines()] if book.exists() else []
-
-
-def make_run(config: DistillConfig, faults: dict[int, str], folder: Path) -> None:
-    """Makes the run or goes on with it, under a storm; in a process of its own."""
-    opened: list[Groups] = []
-    original = runs.open_groups
-
-    @contextmanager
-    def open_groups(*arguments: Any, **options: Any) -> Iterator[Groups]:  # noqa: ANN401
-        with original(*arguments, **options) as groups:
-            opened.append(groups)
-            yield groups
-
-    runs.open_groups = open_groups
-    run = RunFolder(config.run_folder)
-    observer = Storm(faults, folder, opened, run.checkpoints)
-    runs.distill(config, resume=run.config.exists(), observer=observer)
-
-
-class Server:
-    """The S3 server, and the faults that befall it."""
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._access = S3Access()
-        self._context: Any = None
-        self.environment: dict[str, str] = {}
-
-    def start(self) -> None:
-        """Starts it on its port."""
-        self._context = serve_s3(self._root, self._access)
-        self.environment = self._context.__enter__().environment
-
-    def stop(self) -> None:
-        """Ends it."""
-        self._context.__exit__(None, None, None)
-
-    def freeze(self) -> None:
-        """Stops it for some seconds."""
-        for process in _children_named("rclone"):
-            os.kill(process, signal.SIGSTOP)
-            threading.Timer(_FROZEN_SERVER_S, os.kill, (process, signal.SIGCONT)).start()
-
-
-def _children_named(name: str) -> list[int]:
-    found = subprocess.run(
-        ["pgrep", "-P", str(os.getpid()), "-f", name], capture_output=True, text=True, check=False
-    )
-    return [int(line) for line in found.stdout.split()]
-
-
-def ride_out(
-    folder: Path, name: str, faults: dict[int, str], num_iterations: int, server: Server
-) -> tuple[float, int]:
-    """Starts a run again until it has ended well; returns its seconds and its starts."""
-    began_s, starts, met = time.monotonic(), 0, 0
-    arguments = [str(folder), name, str(num_iterations), json.dumps(faults)]
-    while True:
-        starts += 1
-        with (folder / f"{name}-{starts}.log").open("w") as log:
-            command = [sys.executable, __file__, "--child", *arguments]
-            environment = {**os.environ, **server.environment}
-            child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    def _start(self, began_s: float) -> int:
+        command = [sys.executable, str(Path(__file__).with_name("chaos.py")), "--child"]
+        environment = {**os.environ, **self._server.environment}
+        if self._machines is not None:
+            environment |= self._machines.environment
+        with self.log.open("w") as log:
+            child = subprocess.Popen(
+                [*command, self._run.to_json()], cwd=ROOT, env=environment, stdout=log, stderr=log
+            )
             while child.poll() is None:
                 time.sleep(0.2)
-                met = _strike_server(folder, met, server)
+                self.disk.look()
+                self._strike(child.pid)
                 if time.monotonic() - began_s > _LONGEST_S:
                     child.kill()
-                    raise SystemExit(f"{name} has not ended in {_LONGEST_S:.0f} s: see {folder}")
-        if child.returncode == 0:
-            return time.monotonic() - began_s, starts
-        if child.returncode != -signal.SIGKILL:
-            raise SystemExit(f"{name} ended with {child.returncode}: see {log.name}")
+                    raise SystemExit(f"no end after {_LONGEST_S:.0f} s: see {self.log}")
+        # What it wrote last, before it was killed.
+        self._strike(child.pid)
+        return child.returncode
+
+    def _strike(self, process: int) -> None:
+        """Does what the storm has ordered."""
+        lines = self._run.book()
+        for line in lines[self._num_read :]:
+            kind = line.get("kind", "")
+            self._ordered[kind.partition(",")[0]] += 1
+            if kind.startswith("server"):
+                self._server.strike(kind)
+            elif kind == "disk full":
+                self.disk.fill(process)
+            elif kind == MACHINE:
+                assert self._machines is not None, "a machine is lost on a cluster of two only"
+                self._machines.lose()
+        self._num_read = len(lines)
+
+    def _cause(self, code: int) -> str:
+        """The ordered fault that a process has ended of."""
+        if code == -signal.SIGKILL and self._ordered["driver"]:
+            return "driver"
+        said = self.log.read_text()
+        if all(words in said for words in _FULL_DISK) and (
+            self._ordered["disk full"] or self.disk.is_full
+        ):
+            self.disk.meet()
+            while self.disk.is_full:
+                time.sleep(0.2)
+                self.disk.look()
+            return "disk full"
+        raise SystemExit(f"{self._run.name} ended with {code}: see {self.log}")
 
 
-def _strike_server(folder: Path, met: int, server: Server) -> int:
-    """Does to the server what the storm has ordered; returns how many lines were read."""
-    lines = read_book(folder)
-    for line in lines[met:]:
-        if line.get("kind") == "server frozen":
-            server.freeze()
-        elif line.get("kind") == "server restarted":
-            server.stop()
-            server.start()
-    return len(lines)
-
-
-def seconds_lost(folder: Path, usual_s: float) -> dict[str, list[float]]:
-    """Seconds by kind of fault: until the run was further than before, less an iteration."""
-    lines = read_book(folder)
+def seconds_lost(stormy: StormyRun, calm: StormyRun) -> dict[str, list[float]]:
+    """Seconds of each fault, by kind; see the top of this file."""
+    usual, reached = _first_times(calm), _first_times(stormy)
+    iterations = sorted(stormy.faults)
     found: dict[str, list[float]] = {}
-    for place, line in enumerate(lines):
-        if "kind" in line:
-            beyond = next(
-                other["time"]
-                for other in lines[place:]
-                if other.get("reached", -1) > line["iteration"]
-            )
-            found.setdefault(line["kind"], []).append(beyond - line["time"] - usual_s)
+    for number, iteration in enumerate(iterations):
+        last = next(iter(iterations[number + 1 :]), iteration + EVERY)
+        took_s, usually_s = (times[last] - times[iteration] for times in (reached, usual))
+        found.setdefault(stormy.faults[iteration], []).append(took_s - usually_s)
     return found
 
 
-def differences(calm: RunFolder, stormy: RunFolder, last: int) -> list[str]:
-    """Whatever is not the same in both runs, by name."""
+def _first_times(run: StormyRun) -> dict[int, float]:
+    """When each iteration was reached first."""
+    found: dict[int, float] = {}
+    for line in run.book():
+        if "reached" in line:
+            found.setdefault(line["reached"], line["time"])
+    return found
+
+
+def differences(stormy: StormyRun, calm: StormyRun) -> list[str]:
+    """Whatever the stormy run has not as the calm one has it, by name."""
     found: list[str] = []
-    folders = [run.checkpoints / f"step-{last:06d}" for run in (calm, stormy)]
-    parts = {path.relative_to(folders[0]) for path in folders[0].rglob("*.safetensors")}
+    last = f"step-{stormy.num_iterations:06d}"
+    folders = [run.run_folder.checkpoints / last for run in (calm, stormy)]
+    parts = {path.relative_to(folder) for folder in folders for path in _weights(folder)}
     for part in sorted(parts):
-        one, other = (load_file(folder / part) for folder in folders)
-        found += [f"{part}: {key}" for key in one if not one[key].equal(other[key])]
-    losses = [
-        [(line["iteration"], line["losses"]) for line in _metrics(run)] for run in (calm, stormy)
-    ]
-    if losses[0] != losses[1]:
-        found.append("losses")
-    ledgers = [
-        {path.name: path.read_text() for path in sorted(run.ledger.glob("*.jsonl"))}
-        for run in (calm, stormy)
-    ]
-    if ledgers[0] != ledgers[1]:
-        found.append("ledger")
-    return found
+        one, other = (
+            load_file(folder / part) if (folder / part).exists() else {} for folder in folders
+        )
+        same = {key for key in one.keys() & other.keys() if one[key].equal(other[key])}
+        found += [f"{part}: {key}" for key in sorted((one.keys() | other.keys()) - same)]
+    if not parts:
+        found.append(f"no checkpoint {last}")
+    expected = _losses(calm)[: stormy.num_iterations]
+    return found + ["losses"] * (_losses(stormy) != expected)
 
 
-def _metrics(run: RunFolder) -> list[dict[str, Any]]:
-    return read_jsonl(run.metrics)
+def _weights(folder: Path) -> list[Path]:
+    return list(folder.rglob("*.safetensors"))
 
 
-def measure(data: Path, num_faults: int, seed: int, folder: Path) -> dict[str, Any]:
-    """Makes both runs and compares them."""
-    faults = storm(num_faults, seed)
-    num_iterations = _FIRST + _EVERY * num_faults + _LAST
-    bucket = folder / "s3" / "clips"
-    bucket.parent.mkdir(parents=True)
-    shutil.copytree(data, bucket)
-    server = Server(bucket.parent)
+def _losses(run: StormyRun) -> list[tuple[int, Any]]:
+    lines = read_jsonl(run.run_folder.metrics)
+    return [(line["iteration"], line["losses"]) for line in lines]
+
+
+def samples(stormy: StormyRun, calm: StormyRun) -> dict[str, Any]:
+    """Samples that the stormy run has used, and by iteration lost or used twice."""
+    used, expected = (_used(run, stormy.num_iterations) for run in (stormy, calm))
+    lost, repeated = expected - used, used - expected
+    return {"used": used.total(), "lost": lost.total(), "repeated": repeated.total()}
+
+
+def _used(run: StormyRun, num_iterations: int) -> Counter[tuple[int, int, str]]:
+    """How often each sample was used, with iteration and place in the batch."""
+    return Counter(
+        (entry.iteration, place, name)
+        for entry in Ledger(run.run_folder.ledger).entries()
+        if entry.iteration < num_iterations
+        for place, name in enumerate(entry.sample_ids)
+    )
+
+
+def compare(ride: Ride, stormy: StormyRun, calm: StormyRun) -> dict[str, Any]:
+    """What a storm has done."""
+    events = Counter(event["kind"] for event in read_jsonl(stormy.run_folder.events))
+    lost = seconds_lost(stormy, calm)
+    return {
+        "iterations": stormy.num_iterations,
+        "faults": len(stormy.faults),
+        "differences": differences(stormy, calm),
+        "samples": samples(stormy, calm),
+        "ends": ride.ends,
+        "disk": ride.disk.how,
+        "seconds": ride.seconds,
+        "seconds_lost": {kind: [round(s, 2) for s in lost[kind]] for kind in sorted(lost)},
+        "events": dict(sorted(events.items())),
+    }
+
+
+def run_of(folder: Path, name: str, faults: Mapping[int, str]) -> StormyRun:
+    """A run as long as its faults take, and to the next save."""
+    num_saves = math.ceil((max(faults) + LAST) / SAVES_EVERY)
+    return StormyRun(str(folder / name), name, num_saves * SAVES_EVERY, faults)
+
+
+def ride(run: StormyRun, server: Server) -> Ride:
+    """Makes a run; on two machines if one is to be lost."""
+    Path(run.folder).mkdir()
+    disk = Disk(run.disk, may_fill="disk full" in run.faults.values())
+    with ExitStack() as stack:
+        stack.callback(disk.close)
+        machines = None
+        if run.is_on_two_machines:
+            machines = Machines(server.environment)
+            stack.callback(machines.close)
+        ridden = Ride(run, server, disk, machines)
+        ridden.make()
+    return ridden
+
+
+def measure(faults: Mapping[int, str], num_machines: int, folder: Path) -> dict[str, Any]:
+    """Makes all runs below a folder, and compares them."""
+    lost = {FIRST + 2 * EVERY * number: MACHINE for number in range(num_machines)}
+    named = {"pools": faults, "machines": lost}
+    runs = [run_of(folder, name, given) for name, given in named.items() if given]
+    calm = StormyRun(str(folder / "calm"), "calm", max(run.num_iterations for run in runs), {})
+    server = Server(folder / "s3")
+    write_clips(folder / "s3")
     server.start()
     try:
-        (folder / "books-calm").mkdir()
-        calm_s, _ = ride_out(folder / "books-calm", "calm", {}, num_iterations, server)
-        (folder / "books-stormy").mkdir()
-        stormy_s, starts = ride_out(
-            folder / "books-stormy", "stormy", faults, num_iterations, server
-        )
+        seconds_calm = ride(calm, server).seconds
+        storms = {run.name: compare(ride(run, server), run, calm) for run in runs}
     finally:
         server.stop()
-    runs_of = [
-        RunFolder(recipe(folder / f"books-{name}", name, num_iterations, "s3://clips").run_folder)
-        for name in ("calm", "stormy")
-    ]
-    usual_s = statistics.median(line["seconds"]["total"] for line in _metrics(runs_of[0]))
-    lost = seconds_lost(folder / "books-stormy", usual_s)
-    events = read_jsonl(runs_of[1].events)
     return {
-        "settings": {"faults": num_faults, "seed": seed, "iterations": num_iterations},
+        "settings": {"faults": len(faults) + num_machines},
         "results": {
-            "differences": differences(*runs_of, num_iterations),
-            "starts": starts,
-            "seconds_calm": calm_s,
-            "seconds_stormy": stormy_s,
-            "iteration_s": usual_s,
-            "seconds_lost": {
-                kind: {"median": statistics.median(times), "longest": max(times), "n": len(times)}
-                for kind, times in sorted(lost.items())
-            },
-            "events": {
-                kind: sum(event["kind"] == kind for event in events)
-                for kind in sorted({event["kind"] for event in events})
-            },
+            "seconds_calm": seconds_calm,
+            "requests_refused": server.num_refused,
+            "storms": storms,
         },
     }
 
@@ -323,24 +277,29 @@ def measure(data: Path, num_faults: int, seed: int, folder: Path) -> dict[str, A
 def main() -> None:
     """Runs the benchmark, or a run of it."""
     if sys.argv[1:2] == ["--child"]:
-        folder, name, num_iterations, faults = sys.argv[2:]
-        config = recipe(Path(folder), name, int(num_iterations), "s3://clips")
-        numbered = {int(iteration): kind for iteration, kind in json.loads(faults).items()}
-        make_run(config, numbered, Path(folder))
+        make_run(StormyRun.from_json(sys.argv[2]))
         return
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=Path("data/shapes"))
-    parser.add_argument("--faults", type=int, default=20)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--faults", type=int, default=20, help="in pools on one machine")
+    parser.add_argument("--machines", type=int, default=2, help="losses of a second machine")
+    parser.add_argument("--kinds", type=json.loads, help="kind by iteration instead, as JSON")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="keep both runs here")
+    parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
+    faults = order_faults(given.faults, given.seed)
+    if given.kinds is not None:
+        faults = {int(iteration): kind for iteration, kind in given.kinds.items()}
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary)
-        found = measure(arguments.data, arguments.faults, arguments.seed, folder.absolute())
-    write_document("chaos", found, arguments.output)
-    if found["results"]["differences"]:
-        raise SystemExit(f"the runs differ: {', '.join(found['results']['differences'])}")
+        folder = (given.folder or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        found = measure(faults, given.machines, folder)
+    found["settings"]["seed"] = given.seed
+    write_document("chaos", found, given.output)
+    storms = found["results"]["storms"].values()
+    differing = [name for storm in storms for name in storm["differences"]]
+    if differing:
+        raise SystemExit(f"the runs differ: {', '.join(differing)}")
 
 
 if __name__ == "__main__":
