@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from sgmd_core.errors import ShapeError
+from sgmd_core.errors import NonFiniteError, ShapeError
 
 NUM_CLIP_FEATURES = 49
 _CANVAS_PX = 32
@@ -71,12 +71,21 @@ def fit_gaussian(features: Features) -> Gaussian:
 
     Raises:
         ShapeError: fewer than two rows.
+        NonFiniteError: a row is not finite.
     """
     if len(features) < 2:
         raise ShapeError(
             "fitting a Gaussian to features", f"{len(features)} clips", "at least 2 clips"
         )
     features = features.double().cpu()
+    broken = int((~features.isfinite().all(dim=1)).sum())
+    if broken:
+        raise NonFiniteError(
+            "fitting a Gaussian to features",
+            f"{broken} of {len(features)} clips have features that are not finite",
+            "finite clips",
+            "Their generator has diverged: look at its losses, and lower its learning rate",
+        )
     mean = features.mean(dim=0)
     centred = features - mean
     return Gaussian(mean, centred.T @ centred / (len(features) - 1))

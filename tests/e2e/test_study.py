@@ -116,7 +116,8 @@ def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_figures(
 def test_a_run_that_fails_is_a_row_that_says_why_and_is_tried_again(
     make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    variants = "study.variants={ours: {}, broken: {generator.optimizer.lr: 1.0e+30}}"
+    broken_by = "{generator.optimizer.lr: 1.0e+30, guards.max_skipped: 0}"
+    variants = f"study.variants={{ours: {{}}, broken: {broken_by}}}"
     short = (*STUDY, variants, "study.seeds=[1]", "name=failing")
     result = made(make_recipe(*short))
     ours, broken = result.runs

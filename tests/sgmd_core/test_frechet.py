@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sgmd_core.errors import ShapeError
+from sgmd_core.errors import NonFiniteError, ShapeError
 from sgmd_core.metrics.frechet import (
     NUM_CLIP_FEATURES,
     clip_features,
@@ -76,6 +76,14 @@ def test_fit_agrees_with_the_textbook_estimates():
 def test_one_clip_has_no_covariance():
     with pytest.raises(ShapeError, match="1 clips"):
         fit_gaussian(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_clips_that_are_not_finite_are_counted_instead_of_measured(value: float):
+    features = torch.randn(5, 4)
+    features[1, 2] = features[3, 0] = value
+    with pytest.raises(NonFiniteError, match="2 of 5 clips"):
+        fit_gaussian(features)
 
 
 def test_a_still_plain_clip_has_its_colour_and_nothing_else():

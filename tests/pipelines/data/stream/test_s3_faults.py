@@ -370,7 +370,7 @@ def test_a_process_ends_although_it_has_not_closed_its_feed(tmp_path: Path, read
     )
     command = [sys.executable, "-c", script, str(tmp_path / "set"), str(readers)]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[4], capture_output=True, text=True, timeout=150
+        command, cwd=Path(__file__).parents[4], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     # Under load a raylet may have something to say there, too.
