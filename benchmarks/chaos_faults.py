@@ -16,7 +16,7 @@ from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation import run as runs
 from pipelines.distillation.groups import Groups
 from pipelines.run.folder import RunFolder
-from pipelines.run.observer import RunObserver
+from pipelines.run.observer import Observers, RunObserver
 from pipelines.run.records import IterationRecord
 
 GROUPS = ("generator", "fake_score", "teacher", "text", "feed", "validator")
@@ -56,12 +56,14 @@ class StormyRun:
         name: Of the run.
         num_iterations: Its length.
         faults: Kind by iteration, each met when the run first reaches it.
+        settings: What it has otherwise than the storm's runs.
     """
 
     folder: str
     name: str
     num_iterations: int
     faults: Mapping[int, str]
+    settings: Sequence[str] = ()
 
     @classmethod
     def from_json(cls, text: str) -> "StormyRun":
@@ -114,7 +116,7 @@ class StormyRun:
             for name in GROUPS:
                 side = "right" if name in SECOND_MACHINE else "left"
                 settings.append(f"topology.{name}.labels={{side: {side}}}")
-        return load_recipe("tiny", settings)
+        return load_recipe("tiny", [*settings, *self.settings])
 
     def book(self) -> list[dict[str, Any]]:
         """The lines that the storm has written: iterations reached, and faults."""
@@ -139,6 +141,9 @@ def order_faults(num_faults: int, seed: int) -> dict[int, str]:
 
 def _comes_too_soon(order: Sequence[str], place: int) -> bool:
     kind, before = order[place], order[max(0, place - _APART) : place]
+    if kind.endswith("torn") and FIRST + EVERY * place < 2 * SAVES_EVERY + EVERY:
+        # There must be an older checkpoint to go back to.
+        return True
     return kind in before or kind.replace("kill", "freeze") in before
 
 
@@ -192,8 +197,13 @@ class Storm(RunObserver):
             os.fsync(file.fileno())
 
 
-def make_run(run: StormyRun) -> None:
-    """Makes the run or goes on with it, under its storm; in a process of its own."""
+def make_run(run: StormyRun, *others: RunObserver) -> None:
+    """Makes the run or goes on with it, under its storm; in a process of its own.
+
+    Args:
+        run: The run.
+        others: Receive its events too.
+    """
     opened: list[Groups] = []
     original = runs.open_groups
 
@@ -204,4 +214,5 @@ def make_run(run: StormyRun) -> None:
             yield groups
 
     runs.open_groups = open_groups
-    runs.distill(run.config(), resume=run.run_folder.config.exists(), observer=Storm(run, opened))
+    observer = Observers([Storm(run, opened), *others])
+    runs.distill(run.config(), resume=run.run_folder.config.exists(), observer=observer)
