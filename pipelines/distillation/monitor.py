@@ -8,8 +8,13 @@ Nothing here waits for a validation before the end of the run. The validator wor
 is asked one after another; while two validations wait, a further one is left out rather than kept,
 because each holds a copy of the weights.
 
-Training does not depend on it: a validator whose process is lost is replaced as often as the recipe
-allows, and asked again; one that fails, or times out at the end, is reported and not asked again.
+Training does not depend on it:
+
+    the validator's process is lost    replaced as often as the recipe allows, and asked again
+    so is its machine, with roles      goes up to the run, which replaces all that was there at once
+    weights that it waits for          that validation is left out; the training's own next call
+                                       fails if the role that had them is lost
+    it fails, or times out at the end  reported, and not asked again
 """
 
 from collections import deque
@@ -18,7 +23,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import CallTimeoutError, ClusterError, WorkerDiedError
+from cluster.errors import (
+    CallTimeoutError,
+    ClusterError,
+    NodeLostError,
+    ResultLostError,
+    WorkerDiedError,
+)
 from cluster.storage import write_json
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.recipe import DistillConfig
@@ -173,7 +184,7 @@ class RunMonitor:
         return iteration <= self._judged_until or iteration in asked
 
     def take_over(self, former: "RunMonitor", iteration: int, *, again: bool) -> None:
-        """Goes on with the validations that a monitor has asked for, before this iteration.
+        """Goes on with the validations and the fatal alarm of a monitor, before this iteration.
 
         Args:
             former: The monitor of the run before it went back.
@@ -181,6 +192,9 @@ class RunMonitor:
             again: The validator is a new process, and is asked anew.
         """
         self._problem, self._lost = former._problem, former._lost
+        if former._fatal is not None and former._fatal.iteration <= iteration:
+            # It is part of what was replayed, so it would not sound again.
+            self._fatal = former._fatal
         for job in former._waiting:
             # The weights of the state itself may be lost: it is validated again.
             if job.iteration < iteration:
@@ -226,10 +240,18 @@ class RunMonitor:
         return _Validation(iteration, weights, future)
 
     def _take(self) -> None:
-        """Fetches the oldest validation and draws conclusions."""
-        record = self._next_record()
-        if record is None:
+        """Fetches the oldest validation and draws conclusions; nothing is taken where it failed."""
+        assert self.validator is not None, "only a validator's work waits"
+        job = self._waiting[0]
+        phase = f"validating iteration {job.iteration}"
+        timeout_s = self.config.validation.timeout_s
+        try:
+            (record,) = self.validator.fetch([job.future], timeout_s=timeout_s, phase=phase)
+        except Exception as error:
+            self._do_without(job, error)
             return
+        self._waiting.popleft()
+        self._lost.discard(record.iteration)
         self._judged_until = max(self._judged_until, record.iteration)
         append_jsonl(self.folder.validation, record.to_json())
         self.observer.validation(record, self.folder.samples)
@@ -238,32 +260,26 @@ class RunMonitor:
             self._scores |= scores_of([record.to_json()], self.config.checkpoint.score)
             self.write_ranking()
 
-    def _next_record(self) -> ValidationRecord | None:
-        """Fetches the oldest validation, from a new validator where the process is lost.
-
-        Returns:
-            The record; None if the validator is not asked any more.
+    def _do_without(self, job: _Validation, error: Exception) -> None:
+        """Asks again, leaves one validation out, or gives the validator up; see the file's top.
 
         Raises:
-            WorkerDiedError: Another group has lost the weights.
+            NodeLostError: The validator's machine is gone, with processes of the training.
         """
-        assert self.validator is not None, "only a validator's work waits"
-        while True:
-            job = self._waiting[0]
-            phase = f"validating iteration {job.iteration}"
-            timeout_s = self.config.validation.timeout_s
-            try:
-                (record,) = self.validator.fetch([job.future], timeout_s=timeout_s, phase=phase)
-            except Exception as error:
-                if isinstance(error, WorkerDiedError) and error.group != self.validator.name:
-                    raise
-                if not self._ask_again(error):
-                    # Whatever it is, hours of training are worth more than the figures.
-                    self._give_up(job, error)
-                    return None
-            else:
-                self._waiting.popleft()
-                return record
+        lost = _groups_lost(error)
+        own = self.validator.name if self.validator else ""
+        if own in lost and lost != {own}:
+            raise error
+        if own not in lost and isinstance(error, (WorkerDiedError, ResultLostError)):
+            self._waiting.remove(job)
+            self._lost.add(job.iteration)
+            self.observer.warning(
+                f"The validation of iteration {job.iteration} is left out: its weights are lost. "
+                f"{type(error).__name__}: {error.found}"
+            )
+        elif not self._ask_again(error):
+            # Whatever it is, hours of training are worth more than the figures.
+            self._give_up(job, error)
 
     def _ask_again(self, error: Exception) -> bool:
         """Asks a new validator for all that a lost one was asked for; False if there is none."""
@@ -294,6 +310,13 @@ class RunMonitor:
             self.observer.alarm(alarm)
             if alarm.name in self.config.alarms.stop and self._fatal is None:
                 self._fatal = alarm
+
+
+def _groups_lost(error: Exception) -> set[str]:
+    """Groups that have lost a process; empty where the error tells of none."""
+    if isinstance(error, NodeLostError):
+        return {group for group, _ in error.lost}
+    return {error.group} if isinstance(error, WorkerDiedError) else set()
 
 
 def is_due(iteration: int, every: int) -> bool:
