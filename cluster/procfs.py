@@ -16,6 +16,17 @@ def process_state(pid: int) -> str:
     return found[0] if found else ""
 
 
+def is_running(pid: int, since: int) -> bool:
+    """Returns True if a process has not ended; one that ended may still be in /proc.
+
+    Args:
+        pid: Its id.
+        since: Its start time, as `born` says it.
+    """
+    found = _stat(pid)
+    return bool(found) and found[0] not in ("Z", "X") and int(found[19]) == since
+
+
 def cpu_ticks(pid: int) -> int:
     """Processor time of a process in clock ticks."""
     found = _stat(pid)
@@ -48,6 +59,6 @@ def raylet_of(node: str) -> int:
 def _stat(pid: int) -> list[str]:
     """Fields of /proc/PID/stat after the name, which may hold anything."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
     except OSError:
         return []

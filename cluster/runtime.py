@@ -76,9 +76,8 @@ def start_ray(
         with _stops_kept_back():
             if target == "local":
                 _create_token()
-                python = sys.executable
-                if preload and not has_gpus():
-                    python = str(forks.enter_context(serve_forks(preload)))
+                modules = () if has_gpus() else preload
+                python = str(forks.enter_context(serve_forks(modules)))
                 _start_local(python, num_cpus, object_store_memory, temp_dir, log_to_driver)
             else:
                 if (num_cpus, object_store_memory, temp_dir) != (None, None, None):

@@ -18,7 +18,6 @@ from cluster.ray.processes import ProcessLook, look_at, on_machine
 from cluster.ray.progress import ProgressReport, read_report
 
 _LOOK_TIMEOUT_S = 10.0
-_DEAD = ("", "Z", "X")
 _WITHOUT_A_WORD = "End of file"
 _NODE_GONE = re.compile(
     r"node has died|node was terminated|Owner's node has crashed|has been marked dead",
@@ -93,21 +92,28 @@ def death_of(
     return _died(place, report, words, phase)
 
 
-def dead_partner(partners: Mapping[str, tuple[str, int]], phase: str) -> WorkerDiedError | None:
-    """The error for a rank whose death made a collective of another rank fail; None: all live.
+def frozen_or_gone(actor: str, place: tuple[str, int], phase: str) -> WorkerDiedError | None:
+    """The error for a process of this machine that is gone, or one that the watch has ended.
 
-    Args:
-        partners: (group, rank) by actor id, of ranks that run collectives.
-        phase: What the controller was waiting for.
+    Returns:
+        None where it lives, or is on another machine.
     """
-    for actor, place in partners.items():
-        if actor in FROZEN:
-            return _frozen(FROZEN[actor], phase)
-        if report := _report(actor):
-            found = _look(report)
-            if found is not None and found.state in _DEAD:
-                return _died(place, report, _WITHOUT_A_WORD, phase)
-    return None
+    if actor in FROZEN:
+        return _frozen(FROZEN[actor], phase)
+    report = _report(actor)
+    if report is None or report.node != ray.get_runtime_context().get_node_id():
+        return None
+    found = _look(report)
+    if found is None or not found.is_gone:
+        return None
+    return _died(place, report, _WITHOUT_A_WORD, phase)
+
+
+def lost_machines() -> set[str]:
+    """Ray's ids of the machines that it has lost; empty where it does not answer."""
+    with suppress(Exception):
+        return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+    return set()
 
 
 def lost_machine(others: Iterable[str], phase: str) -> NodeLostError | None:
@@ -119,7 +125,7 @@ def _lost_machine(
     words: str, report: ProgressReport | None, others: Iterable[str], phase: str
 ) -> NodeLostError | None:
     """The error for a machine that is gone, with everything that was on it."""
-    gone = _dead_machines() | set(FROZEN_MACHINES)
+    gone = lost_machines() | set(FROZEN_MACHINES)
     is_gone = bool(_NODE_GONE.search(words)) or (report is not None and report.node in gone)
     if not is_gone:
         return None
@@ -205,9 +211,3 @@ def _first_worker(report: ProgressReport) -> tuple[str, int] | None:
     if report.group in report.workers:
         return report.group, report.workers[report.group]
     return next(iter(report.workers.items()), None)
-
-
-def _dead_machines() -> set[str]:
-    with suppress(Exception):
-        return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-    return set()

@@ -1,7 +1,8 @@
 """Failed and late calls: which rank is to blame, and the error that says so.
 
 A failure passes through every call that depends on the failed one, and a rank may wait for another
-one. So the first rank of a chain that is dead, late or wrong is looked for.
+one. So the first rank of a chain that is dead, late or wrong is looked for. Ranks that run
+collectives fail with their partners: see `cluster.ray.partners`.
 """
 
 import time
@@ -20,7 +21,8 @@ from ray.exceptions import (
 )
 
 from cluster.errors import RemoteCallError, ResultLostError
-from cluster.ray.deaths import dead_partner, death_of, lost_machine
+from cluster.ray.deaths import death_of, lost_machine
+from cluster.ray.partners import Partner, dead_partner
 from cluster.ray.progress import read_report
 
 if TYPE_CHECKING:
@@ -71,11 +73,11 @@ def open_processes() -> dict[str, tuple[str, int]]:
     }
 
 
-def _partners(futures: "Sequence[RayFuture[Any]]") -> dict[str, tuple[str, int]]:
-    """(group, rank) by actor id of all ranks that run collectives in the groups of futures."""
+def _partners(futures: "Sequence[RayFuture[Any]]") -> dict[str, Partner]:
+    """All ranks that run collectives in the groups of futures, by actor id."""
     names = {group for future in futures for group, _ in future.ranks.values()}
     return {
-        actor._actor_id.hex(): (group.name, rank)
+        actor._actor_id.hex(): Partner(actor, (group.name, rank))
         for group in OPEN_GROUPS
         if group.name in names
         for rank, (actor, partners) in enumerate(group.processes())
@@ -106,7 +108,9 @@ def raise_cause(error: RayError, futures: "Sequence[RayFuture[Any]]", phase: str
         ) from None
     if isinstance(cause, RayError):
         raise RemoteCallError(phase, f"{type(cause).__name__}: {cause}") from None
-    if isinstance(cause, RuntimeError) and (died := dead_partner(_partners(futures), phase)):
+    if isinstance(cause, RuntimeError) and (partners := _partners(futures)):
         # A collective fails in the ranks that live; the one that does not is to blame.
-        raise died from None
+        words = str(cause).partition("\n")[0]
+        if died := dead_partner(partners, phase, f"{type(cause).__name__}: {words}"):
+            raise died from None
     raise cause from None

@@ -6,25 +6,41 @@ anything is imported:
     fork_client.py SOCKET SCRIPT ARGUMENTS...
 
 What is no plain worker, or comes when the server is gone, is started by the interpreter itself.
+Either way a process ends with its parent: Ray's agents notice the end of their raylet, but try for
+a minute to report it to a control service that is gone as well.
 """
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _SETUP, _WORKER = "setup_worker.py", "default_worker.py"
 _CONTEXT = "--serialized-runtime-env-context="
+_PR_SET_PDEATHSIG = 1
 _ITS_OWN = ("command_prefix", "override_worker_entrypoint", "java_jars")
 
 
 def ask_for_process() -> None:
     """Runs until the process has ended."""
     address, *command = sys.argv[1:]
+    end_with_parent_at_once()
     variables = _variables(command)
     if variables is None or not _forked(address, command, variables):
         os.execv(sys.executable, [sys.executable, *command])
+
+
+def end_with_parent_at_once() -> None:
+    """Asks the kernel to end this process, and what it becomes by `exec`, with its parent."""
+    parent = os.getppid()
+    with suppress(OSError, AttributeError):  # A system without it.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _variables(command: list[str]) -> dict[str, str] | None:

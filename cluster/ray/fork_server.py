@@ -11,7 +11,10 @@ process a rank. Here they are imported once:
 
 The server makes no tensor and starts no thread, so what it forks is as a new interpreter that has
 imported the same modules. Where it cannot help, the interpreter is started instead. A CUDA driver
-does not survive a fork: this is for machines without GPUs.
+does not survive a fork: on machines with GPUs there is no server, and the interpreter is always
+started.
+
+Either way a process ends with its parent, the raylet or the server, at once.
 """
 
 import gc
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -32,9 +36,12 @@ from pathlib import Path
 from select import select
 from typing import Any
 
+from cluster.ray.fork_client import end_with_parent_at_once
+
 _CLIENT = Path(__file__).with_name("fork_client.py")
 _GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 _END_TIMEOUT_S = 10.0
+_REQUEST_TIMEOUT_S = 5.0
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
@@ -51,7 +58,7 @@ def serve_forks(modules: Sequence[str]) -> Iterator[Path]:
 
     Args:
         modules: What the server imports. One that cannot be imported is left out: the worker that
-            needs it reports the error.
+            needs it reports the error. Without modules there is no server.
     """
     with (
         tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True) as folder,
@@ -64,6 +71,9 @@ def serve_forks(modules: Sequence[str]) -> Iterator[Path]:
         executable.chmod(0o700)
         if not os.access(executable, os.X_OK):
             yield Path(sys.executable)
+            return
+        if not modules:
+            yield executable
             return
         listener.bind(str(address))
         # Who asks before the modules are imported waits.
@@ -110,15 +120,18 @@ def _serve(listener: socket.socket) -> dict[str, Any] | None:
         if controller in ready:
             return None
         connection, _ = listener.accept()
+        # Others wait meanwhile: a client that has been stopped must not hold them up for ever.
+        connection.settimeout(_REQUEST_TIMEOUT_S)
         streams: list[int] = []
         try:
             request = _receive(connection, streams)
             if os.fork() == 0:
-                listener.close()
-                for number, stream in enumerate(streams):
-                    os.dup2(stream, number)
-                    os.close(stream)
-                connection.detach()  # The client waits for its end, which is this process's.
+                with _ending_on_error():
+                    listener.close()
+                    for number, stream in enumerate(streams):
+                        os.dup2(stream, number)
+                        os.close(stream)
+                    connection.detach()  # The client waits for its end, which is this process's.
                 return request
             connection.sendall(b"1")
         except (OSError, ValueError):
@@ -126,6 +139,16 @@ def _serve(listener: socket.socket) -> dict[str, Any] | None:
         for stream in streams:
             os.close(stream)
         connection.close()
+
+
+@contextmanager
+def _ending_on_error() -> Iterator[None]:
+    """Ends a forked process whose preparation fails: it must not go on as a second server."""
+    try:
+        yield
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _receive(connection: socket.socket, streams: list[int]) -> dict[str, Any]:
@@ -144,21 +167,23 @@ def _receive(connection: socket.socket, streams: list[int]) -> dict[str, Any]:
 
 def _become_worker(request: Mapping[str, Any]) -> None:
     """Runs Ray's script of a worker as a new interpreter would; the caller ends the process."""
-    os.setsid()  # At the end of a worker its whole process group is ended.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    os.chdir(request["folder"])
-    time.tzset()
-    if "numpy.random" in sys.modules:
-        # The global generator was seeded when it was imported.
-        sys.modules["numpy.random"].seed()
-    script, *_ = sys.argv = request["arguments"]
-    sys.path[0] = str(Path(script).parent)
-    if request["variables"]:
-        from ray._private.utils import update_envs
+    with _ending_on_error():
+        end_with_parent_at_once()
+        os.setsid()  # At the end of a worker its whole process group is ended.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        os.chdir(request["folder"])
+        time.tzset()
+        if "numpy.random" in sys.modules:
+            # The global generator was seeded when it was imported.
+            sys.modules["numpy.random"].seed()
+        script, *_ = sys.argv = request["arguments"]
+        sys.path[0] = str(Path(script).parent)
+        if request["variables"]:
+            from ray._private.utils import update_envs
 
-        update_envs(request["variables"])
+            update_envs(request["variables"])
     runpy.run_path(script, run_name="__main__")
 
 

@@ -311,12 +311,12 @@ class RayWorkerGroup(WorkerGroup[W]):
             return to_wire(value, where)
         owned = value.owned
         seat = self._seats[rank]
-        if owned is None or (owned.hosts is seat.hosts and owned.rank == seat.index):
+        if owned is None or owned.actor is seat.actor:
             return value.reference
         if value.sent is not None:
             return value.sent
         # It may have stayed in another process, which sends it now.
-        return owned.hosts.actors[owned.rank].deliver.remote(value.reference, owned.narrow)
+        return owned.actor.deliver.remote(value.reference, owned.narrow)
 
     def _start_state(self, rank: int) -> str:
         """Returns the state of a rank that is being started."""

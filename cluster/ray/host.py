@@ -23,6 +23,7 @@ import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ from cluster.errors import ClusterError, RemoteCallError
 from cluster.joined import Span, concatenate
 from cluster.ray.direct import ready_to_hand_over, require_transport
 from cluster.ray.orphans import end_with_parent
-from cluster.ray.progress import ProgressReporter
+from cluster.ray.progress import ProgressReporter, forget_report
 from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Label, Work, read_clock
@@ -94,11 +95,13 @@ class CallSpec:
 
 
 class OwnedResult:
-    """Handle of a result that stays in a process; the result is dropped with the handle."""
+    """Handle of a result that stays in a process; the result is dropped with the handle.
+
+    It is lost with the process: another one in the same place does not have it.
+    """
 
     def __init__(self, hosts: "Hosts", rank: int, number: int, narrow: frozenset[str]) -> None:
-        self.hosts = hosts
-        self.rank = rank
+        self.actor = hosts.actors[rank]
         self.number = number
         self.narrow = narrow
         weakref.finalize(self, hosts.dropped[rank].append, number)
@@ -135,6 +138,7 @@ class Hosts:
         """Where each process is, once it is there."""
         self.dropped: list[deque[int]] = [deque() for _ in range(size)]
         self._number = 0
+        self._actor_ids: list[str] = []
         self.rendezvous: list[ray.ObjectRef | None] = [None] * size
         self._start(range(size))
 
@@ -148,6 +152,7 @@ class Hosts:
             placed = self._placement.actor_options(self.pool, rank)
             actor = host_class.options(max_restarts=0, max_task_retries=0, **options, **placed)
             self.actors[rank] = actor.remote(self.pool, rank, size, transport)
+            self._actor_ids.append(self.actors[rank]._actor_id.hex())
             self.places[rank] = self.actors[rank].place.remote()
         for first in sorted({rank - rank % size for rank in ranks}) if size > 1 else ():
             world = range(first, first + size)
@@ -191,11 +196,15 @@ class Hosts:
         return tuple(waiting.popleft() for _ in range(len(waiting)))
 
     def close(self) -> None:
-        """Ends the processes; what they hold is gone. Harmless when repeated."""
+        """Ends the processes; what they hold is gone, and their reports. Harmless when repeated."""
         if ray.is_initialized():
             for actor in self.actors:
                 ray.kill(actor)
+            for actor_id in self._actor_ids:
+                with suppress(Exception):  # Without an answer they go with the run.
+                    forget_report(actor_id)
         self.actors.clear()
+        self._actor_ids.clear()
 
 
 class Host:

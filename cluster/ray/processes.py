@@ -1,10 +1,13 @@
 """Processes of other machines, looked at and ended: state, stacks, last log lines.
 
 A function of this file runs here where the process is on this machine, and otherwise in a small Ray
-task on its machine. A process is named by its id and start time, so a later one with the same id is
+task on its machine, which may not answer: it may be gone, or too busy to start a process. Nothing
+follows from that for the process. What this file imports is light, because the task waits for it. A
+process is named by its id and start time, so a later one with the same id is
 left alone.
 """
 
+import logging
 import os
 import shutil
 import signal
@@ -18,11 +21,14 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import ray
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.procfs import born, cpu_ticks, oom_kills, process_state
 from cluster.ray.progress import STACK_SIGNAL
 from cluster.redaction import without_secrets
+
+_log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,7 +45,7 @@ _OF_RAY = (":job_id:", ":actor_name:", ":task_name:")
 
 @dataclass(frozen=True, slots=True)
 class ProcessLook:
-    """Result of a look at a process.
+    """Result of a look at a process that its machine has answered for.
 
     Attributes:
         state: One letter, as /proc has it; empty where the process is gone.
@@ -52,6 +58,11 @@ class ProcessLook:
     is_busy: bool
     last_lines: tuple[str, ...]
     oom_kills: int
+
+    @property
+    def is_gone(self) -> bool:
+        """True if the process has ended, although its parent may not have been told."""
+        return self.state in ("", "Z", "X")
 
 
 def on_machine(
@@ -74,9 +85,17 @@ def on_machine(
             max_retries=0,
             scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
         )
-        return ray.get(task.remote(*args, **keywords), timeout=timeout_s)
-    except Exception:  # The machine may be gone; whoever asks can do without the answer.
+        answer = task.remote(*args, **keywords)
+    except Exception:
         return None
+    try:
+        return ray.get(answer, timeout=timeout_s)
+    except GetTimeoutError:
+        with suppress(Exception):
+            ray.cancel(answer)  # Or it would run once the machine has time again.
+    except Exception as error:  # The machine may be gone.
+        _log.debug("machine %s does not answer: %s", node, error)
+    return None
 
 
 def look_at(pid: int, since: int, log: str, *, is_busy: bool = False) -> ProcessLook:

@@ -5,9 +5,10 @@
 
 The report goes to the control service (GCS) directly, not through an actor call or the raylet, so
 it arrives while the main thread computes, while a raylet is frozen, and from any machine of the
-cluster; nothing listens on a further port. It outlives the process and says where it was. One
-report takes 0.4 ms of a thread that holds no lock meanwhile. A concurrency group of Ray would do
-the same, but moves the calls of the actor off the main thread.
+cluster; nothing listens on a further port. It outlives the process and says where it was; it goes
+when the group is closed, and at the latest with the job, whatever way that ends. One report takes
+0.4 ms of a thread that holds no lock meanwhile. A concurrency group of Ray would do the same, but
+moves the calls of the actor off the main thread.
 
 Signal SIGUSR2 makes the process write the stacks of its threads to a file beside its log; Python's
 lock is not needed for that, so it works for a call that holds it.
@@ -17,6 +18,7 @@ import faulthandler
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections import defaultdict, deque
@@ -27,13 +29,15 @@ from statistics import median
 from typing import IO, Any
 
 import ray
-import torch.distributed as dist
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from cluster.procfs import born, oom_kills, process_state, raylet_of
 from cluster.spans import Label
 
 REPORT_EVERY_S = 1.0
+# Keys under a job's functions are deleted by the control service itself once the job has ended; for
+# any others there is nobody left when a driver is killed.
+_NAMESPACE, _OF_JOB = b"fun", "RemoteFunction:{job}:sgmd/"
 STACK_SIGNAL = signal.SIGUSR2
 _TIMES_KEPT = 50
 
@@ -60,7 +64,7 @@ class ProgressReport:
         iteration: Iteration that the call is part of; None: of none.
         label: Phase and micro-batch, in words.
         seconds: How long the call has been under way, its arguments being there.
-        collectives: Collectives that the process has entered.
+        collectives: Collectives that the process has entered since its start, also between calls.
         usual_s: Median seconds of earlier calls like it, the first one left out.
         longest_s: The longest of these.
         num_earlier: How many these are.
@@ -162,12 +166,13 @@ class ProgressReporter:
                 oom_kills=oom_kills(),
                 rss_bytes=_rss_bytes(),
                 workers=dict(self._workers),
+                collectives=_collectives_entered(),
                 **fixed,
                 **self._call(),
             )
             with suppress(Exception):
                 # The control service may be restarting; the next report comes in a second.
-                _internal_kv_put(key, json.dumps(asdict(report)).encode(), overwrite=True)
+                _put(key, json.dumps(asdict(report)))
                 _obey(report)
             time.sleep(REPORT_EVERY_S)
 
@@ -186,7 +191,6 @@ class ProgressReporter:
                 f"{name} {part}" for name, part in parts.items() if part is not None
             ),
             "seconds": time.monotonic() - began_s,
-            "collectives": _collectives_entered(),
             "usual_s": median(times) if times else 0.0,
             "longest_s": max(times, default=0.0),
             "num_earlier": len(times),
@@ -199,7 +203,7 @@ def read_report(actor_id: str) -> ProgressReport | None:
     Raises:
         Exception: The control service does not answer.
     """
-    data = _internal_kv_get(report_key(actor_id))
+    data = _internal_kv_get(report_key(actor_id), namespace=_NAMESPACE)
     if not data:
         return None
     names = {field.name for field in fields(ProgressReport)}
@@ -208,39 +212,48 @@ def read_report(actor_id: str) -> ProgressReport | None:
 
 def forget_report(actor_id: str) -> None:
     """Deletes the report of an actor that is gone."""
-    _internal_kv_del(report_key(actor_id))
+    _internal_kv_del(report_key(actor_id), namespace=_NAMESPACE)
 
 
 def order_end_of_raylet(node: str, raylet: int) -> None:
     """Asks the reporters on a machine to end its raylet, which is frozen and starts no process."""
-    _internal_kv_put(_order_key(node), str(raylet).encode(), overwrite=True)
+    _put(_order_key(node), str(raylet))
 
 
 def report_key(actor_id: str) -> bytes:
-    """Key of an actor's report."""
-    return f"sgmd/progress/{actor_id}".encode()
+    """Key of the report of an actor of this job."""
+    return _key(f"progress/{actor_id}")
 
 
 def _obey(report: ProgressReport) -> None:
     """Ends a stopped raylet that the controller has asked to end."""
     if report.raylet_state != "T":
         return
-    order = _internal_kv_get(_order_key(report.node))
+    order = _internal_kv_get(_order_key(report.node), namespace=_NAMESPACE)
     if order and int(order) == report.raylet:
         os.kill(report.raylet, signal.SIGKILL)
 
 
 def _order_key(node: str) -> bytes:
-    return f"sgmd/order/{node}".encode()
+    return _key(f"order/{node}")
+
+
+def _key(name: str) -> bytes:
+    return (_OF_JOB.format(job=ray.get_runtime_context().get_job_id()) + name).encode()
+
+
+def _put(key: bytes, text: str) -> None:
+    _internal_kv_put(key, text.encode(), overwrite=True, namespace=_NAMESPACE)
 
 
 def _collectives_entered() -> int:
     """Collectives of all groups that this process has entered."""
-    if not dist.is_initialized():
+    # Not imported here: whoever looks at a process of another machine would wait for it.
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
         return 0
     total = 0
-    c10d: Any = dist.distributed_c10d
-    for group in list(c10d._world.pg_map):
+    for group in list(dist.distributed_c10d._world.pg_map):
         with suppress(Exception):
             total += group._get_sequence_number_for_group()
     return total

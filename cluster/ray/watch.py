@@ -9,9 +9,10 @@ Limits of a call: until a method has run twice in a process, `first_call_s` (`st
 building); then `slack` times its median, at least `silence_s` and twice the longest so far. A call
 that is part of no iteration, or of a group that waits for storage, has `first_call_s` always.
 
-A process that waits is not accused. A call whose arguments have not arrived is not running at all;
-of ranks that run collectives among themselves, the one that has entered fewest of them is late; and
-nobody counts as stuck while another process is silent. The stacks of the accused and of its
+A process that waits is not accused: a call whose arguments have not arrived is not running at all,
+nobody counts as stuck while another process is silent, and for the rest see
+`cluster.ray.watch_rules`. Of ranks that run collectives among themselves one is accused; the others
+cannot go on without it, and are replaced with it. The stacks of the accused and of its
 partners are written before it is ended (`ray.kill`, and SIGKILL: a stopped process follows no
 request). The calls that wait for it then fail, with `WorkerFrozenError`.
 
@@ -24,17 +25,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import ray
 
 from cluster.procfs import process_state, raylet_of
-from cluster.ray.deaths import FROZEN, FROZEN_MACHINES, FrozenProcess
+from cluster.ray.deaths import FROZEN, FROZEN_MACHINES, FrozenProcess, lost_machines
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.processes import end_process, look_at, on_machine, stacks_of
 from cluster.ray.progress import (
@@ -44,101 +44,24 @@ from cluster.ray.progress import (
     order_end_of_raylet,
     read_report,
 )
+from cluster.ray.watch_rules import (
+    FRESH_S,
+    StoppedRaylets,
+    WatchedProcess,
+    WatchLimits,
+    cause_of_delay,
+    cause_of_silence,
+    silent,
+    stuck,
+)
 
 _log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _TIMEOUT_S = 10.0
-_QUIET_S = 5.0
 _MAX_PARTNERS = 7
-
-
-@dataclass(frozen=True, slots=True)
-class WatchLimits:
-    """Limits of the watch, in seconds.
-
-    Attributes:
-        silence_s: Silence of a process, and the least limit of a call.
-        first_call_s: Limit of a call without earlier ones like it.
-        start_s: Limit of building a worker.
-        unmeasured: Groups whose calls wait for others by nature, such as storage.
-        first_call_of: Other limits than `first_call_s`, by group.
-        slack: Multiple of the median of earlier calls.
-    """
-
-    silence_s: float
-    first_call_s: float
-    start_s: float
-    unmeasured: frozenset[str] = frozenset()
-    first_call_of: Mapping[str, float] = field(default_factory=dict)
-    slack: float = 5.0
-
-    def of(self, report: ProgressReport) -> float:
-        """Limit of the call that a process is in."""
-        if report.method == "build":
-            return self.start_s
-        is_measured = report.iteration is not None and report.group not in self.unmeasured
-        if not is_measured or not report.num_earlier:
-            return self.first_call_of.get(report.group, self.first_call_s)
-        return max(self.silence_s, self.slack * report.usual_s, 2 * report.longest_s)
-
-
-@dataclass(frozen=True, slots=True)
-class WatchedProcess:
-    """A process under watch.
-
-    Attributes:
-        actor: Ray's handle.
-        partners: What names the processes that it runs collectives with; its own where there are
-            none.
-        report: Its newest report.
-        silent_s: How long ago that came.
-    """
-
-    actor: Any
-    partners: str
-    report: ProgressReport
-    silent_s: float
-
-    @property
-    def name(self) -> str:
-        """Group and rank of its call, or of its first worker."""
-        group, rank = self.place
-        return f"{group} rank {rank}"
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """(group, rank) of its call, or of its first worker."""
-        workers = self.report.workers
-        group = self.report.group or next(iter(workers), "a process without worker")
-        return group, workers.get(group, 0)
-
-
-def silent(processes: Sequence[WatchedProcess], limits: WatchLimits) -> list[WatchedProcess]:
-    """Processes that have reported nothing for too long."""
-    return [one for one in processes if one.silent_s > limits.silence_s]
-
-
-def stuck(processes: Sequence[WatchedProcess], limits: WatchLimits) -> list[WatchedProcess]:
-    """Processes that are alive, but whose call takes too long, and that wait for no other one."""
-    if any(one.silent_s > _QUIET_S for one in processes):
-        return []
-    return [
-        one
-        for one in processes
-        if one.report.method
-        and one.report.seconds > limits.of(one.report)
-        and not _waits_for_partner(one, processes)
-    ]
-
-
-def _waits_for_partner(own: WatchedProcess, processes: Sequence[WatchedProcess]) -> bool:
-    """True if a process that runs collectives with this one has entered fewer of them."""
-    for other in processes:
-        if other is own or other.partners != own.partners:
-            continue
-        if other.report.collectives < own.report.collectives:
-            return True
-    return False
 
 
 @contextmanager
@@ -186,10 +109,13 @@ class _Watch:
         self._on_machine_frozen = on_machine_frozen
         self._heard: dict[str, tuple[ProgressReport, float]] = {}
         self._ended: set[str] = set()
-        self._stopped_raylets: dict[int, float] = {}
+        self._broken: set[str] = set()
+        """What names partners of which one has been ended."""
+        self._deaf: set[str] = set()
+        """Machines that have not answered in this round; each look waits long for them."""
+        self._raylets = StoppedRaylets()
         self._own_node = ray.get_runtime_context().get_node_id()
         self._own_raylet = raylet_of(self._own_node)
-        self._pause_s = 0.0
 
     def run(self) -> None:
         """Looks once a second until it is over."""
@@ -197,7 +123,7 @@ class _Watch:
         while not self.over.wait(REPORT_EVERY_S):
             now_s = time.monotonic()
             late_s, last_s = now_s - last_s - REPORT_EVERY_S, now_s
-            if late_s > _QUIET_S:
+            if late_s > FRESH_S:
                 # This process was stopped itself, perhaps with its machine: nobody is accused.
                 self._forgive(late_s)
             try:
@@ -214,21 +140,21 @@ class _Watch:
         self._heard = {
             actor: (report, heard_s + seconds) for actor, (report, heard_s) in self._heard.items()
         }
+        self._raylets.forgive(seconds)
 
     def _look(self) -> None:
         self._look_at_own_raylet()
         processes = self._processes()
         for one in processes:
-            self._look_at_raylet(one.report.node, one.report.raylet, one.report.raylet_state)
+            if one.silent_s <= FRESH_S:
+                self._look_at_raylet(one.report.node, one.report.raylet, one.report.raylet_state)
+        self._deaf.clear()
         for one in silent(processes, self._limits):
             self._judge_silent(one, processes)
-        for one in stuck(processes, self._limits):
-            self._end(
-                one,
-                processes,
-                f"it was stuck {one.report.call} for {one.report.seconds:.0f} s, longer than the "
-                f"limit of {self._limits.of(one.report):.0f} s",
-            )
+        accused = stuck(processes, self._limits)
+        for one in accused:
+            if one.partners not in self._broken:
+                self._end(one, processes, cause_of_delay(one, accused, self._limits))
 
     def _processes(self) -> list[WatchedProcess]:
         """Every process that has reported, with its newest report."""
@@ -255,29 +181,33 @@ class _Watch:
 
     def _judge_silent(self, one: WatchedProcess, processes: Sequence[WatchedProcess]) -> None:
         report = one.report
-        seen = on_machine(
-            report.node, _TIMEOUT_S, look_at, report.pid, report.born, report.log, is_busy=True
-        )
-        if seen is not None and not seen.state:
-            # It is dead; Ray says so to those who wait for it.
+        seen = self._ask(report.node, look_at, report.pid, report.born, report.log, is_busy=True)
+        is_gone = seen.is_gone if seen else report.node in lost_machines()
+        if is_gone:
+            # Ray says so to those who wait for it.
             self._ended.add(one.actor._actor_id.hex())
-            return
-        if seen is not None and seen.is_busy and one.silent_s < self._limits.first_call_s:
-            return
-        state = " (stopped)" if seen and seen.state == "T" else ""
-        self._end(
-            one,
-            processes,
-            f"it was frozen{state}: no sign of life for {one.silent_s:.0f} s, {report.call}",
-        )
+        elif cause := cause_of_silence(one, seen, self._limits):
+            self._end(one, processes, cause)
+
+    def _ask(
+        self, node: str, function: Callable[P, R], /, *args: P.args, **keywords: P.kwargs
+    ) -> R | None:
+        """Calls a function on a machine, unless that has left a call of this round unanswered."""
+        if node in self._deaf:
+            return None
+        answer = on_machine(node, _TIMEOUT_S, function, *args, **keywords)
+        if answer is None:
+            self._deaf.add(node)
+        return answer
 
     def _end(self, one: WatchedProcess, processes: Sequence[WatchedProcess], cause: str) -> None:
         """Writes stacks, reports, and ends a process."""
         report, key = one.report, one.actor._actor_id.hex()
         self._ended.add(key)
+        self._broken.add(one.partners)
         group, rank = one.place
         dump = self._write_stacks(one, processes, cause)
-        seen = on_machine(report.node, _TIMEOUT_S, look_at, report.pid, report.born, report.log)
+        seen = self._ask(report.node, look_at, report.pid, report.born, report.log)
         lines = seen.last_lines if seen else ()
         frozen = FrozenProcess(group, rank, cause, report, lines, dump)
         FROZEN[key] = frozen
@@ -285,7 +215,7 @@ class _Watch:
             self._on_frozen(frozen)
         finally:
             # A stopped process holds its GPU until it is killed; Ray does so seconds later.
-            on_machine(report.node, _TIMEOUT_S, end_process, report.pid, report.born)
+            self._ask(report.node, end_process, report.pid, report.born)
             ray.kill(one.actor)
 
     def _write_stacks(
@@ -301,9 +231,7 @@ class _Watch:
         parts = [f"{one.name}: {cause}\n"]
         for each in [one, *partners[:_MAX_PARTNERS]]:
             report = each.report
-            stacks = on_machine(
-                report.node, _TIMEOUT_S, stacks_of, report.pid, report.born, report.stacks
-            )
+            stacks = self._ask(report.node, stacks_of, report.pid, report.born, report.stacks)
             head = f"{each.name} (pid {report.pid} on {report.address}), {report.call}"
             parts.append(f"\n== {head}\n{stacks or 'Its machine does not answer.'}\n")
         group, rank = one.place
@@ -323,11 +251,7 @@ class _Watch:
 
     def _look_at_raylet(self, node: str, raylet: int, state: str) -> None:
         """Ends a raylet that has been stopped for too long: its machine then counts as lost."""
-        if state != "T":
-            self._stopped_raylets.pop(raylet, None)
-            return
-        since_s = self._stopped_raylets.setdefault(raylet, time.monotonic())
-        for_s = time.monotonic() - since_s
+        for_s = self._raylets.stopped_s(node, state, time.monotonic())
         # Ray then takes 14 s more to see that it has ended.
         if for_s < self._limits.silence_s / 2 or node in FROZEN_MACHINES:
             return

@@ -39,7 +39,8 @@ def watch_groups(
         yield
         return
     from cluster.ray.group import RayWorkerGroup
-    from cluster.ray.watch import WatchLimits, watch_processes
+    from cluster.ray.watch import watch_processes
+    from cluster.ray.watch_rules import WatchLimits
 
     limits = WatchLimits(
         settings.watch_s,

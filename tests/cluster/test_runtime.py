@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import ray
 
+from cluster.procfs import born, is_running
 from cluster.runtime import start_ray
 
 REPORTS_ERRORS = """
@@ -171,3 +173,47 @@ except RayStartError as error:
 def test_a_start_that_comes_too_late_is_tried_once_more(tmp_path, late, told):
     result = _run(STARTS_LATE, str(late), home=tmp_path)
     assert result.stdout.strip() == told, result.stderr
+
+
+HAS_A_CLUSTER = """
+import sys, time
+import ray
+from cluster.runtime import start_ray
+
+with start_ray(num_cpus=1, object_store_memory=100 * 2**20, temp_dir=sys.argv[1]):
+    task = ray.remote(time.sleep)
+    ray.get(task.remote(0))
+    print("started", flush=True)
+    time.sleep(600)
+"""
+PATIENCE_S = 30.0
+"""Ray's own agents would stay for a minute."""
+
+
+def _descendants(process: int) -> dict[int, int]:
+    """Start time of each process that a process has started, and of those that these have."""
+    parents = {
+        int(path.parent.name): int(path.read_bytes().rpartition(b")")[2].split()[1])
+        for path in Path("/proc").glob("[0-9]*/stat")
+    }
+    found = {process}
+    while more := {one for one, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {one: born(one) for one in found}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_nothing_of_a_private_cluster_outlives_its_killed_driver(ray_folder):
+    command = [sys.executable, "-c", HAS_A_CLUSTER, str(ray_folder / "killed")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "started\n"
+        left = _descendants(driver.pid)
+        assert len(left) > 5
+        driver.kill()
+        end_s = time.monotonic() + PATIENCE_S
+        while left and time.monotonic() < end_s:
+            left = {one: since for one, since in left.items() if is_running(one, since)}
+            time.sleep(0.05)
+    assert not left

@@ -164,6 +164,9 @@ class Singer:
             time.sleep(seconds)
         return self.chord(value)
 
+    def break_off(self) -> None:
+        raise RuntimeError("out of tune")
+
     def place(self) -> tuple[int, int]:
         return dist.get_rank(), dist.get_world_size()
 

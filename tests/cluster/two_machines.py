@@ -24,7 +24,8 @@ from cluster.procfs import raylet_of
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
-from cluster.ray.watch import WatchLimits, watch_processes
+from cluster.ray.watch import watch_processes
+from cluster.ray.watch_rules import WatchLimits
 from cluster.runtime import start_ray
 from tests.cluster.toys import WAIT_S, Toy, make_toy
 

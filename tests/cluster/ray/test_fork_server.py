@@ -1,16 +1,21 @@
 """Workers of a private cluster start with their libraries, and else as a new interpreter does."""
 
+import json
 import os
 import random
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 
+from cluster.procfs import born, is_running
 from cluster.ray.fork_server import serve_forks
+from tests.cluster.toys import WAIT_S
 
 SHOWN = "import sys; print(sys.argv[1:], 'torch' in sys.modules)"
 
@@ -84,3 +89,51 @@ def test_without_its_server_a_worker_starts_as_always(tmp_path):
         command = [str(python), str(script)]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert told == "False\n"
+
+
+def test_a_client_that_asks_for_nothing_holds_nobody_up(tmp_path, monkeypatch):
+    script = tmp_path / "default_worker.py"
+    script.write_text("import sys\nprint('colorsys' in sys.modules)\n")
+    with serve_forks(["colorsys"]) as python, socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(str(python.with_name("socket")))
+        command = [str(python), str(script)]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=WAIT_S)
+    assert told.stdout == "True\n"
+
+
+def test_a_worker_that_cannot_be_prepared_ends_and_serves_nobody(tmp_path):
+    script = tmp_path / "default_worker.py"
+    script.write_text("print('ran')\n")
+    request = {"arguments": [str(script)], "environment": {}, "variables": {}, "folder": "/nowhere"}
+    body, told = json.dumps(request).encode(), tmp_path / "told"
+    with serve_forks(["colorsys"]) as python:
+        with socket.socket(socket.AF_UNIX) as server, told.open("w") as stream:
+            server.connect(str(python.with_name("socket")))
+            streams = [stream.fileno()] * 3
+            socket.send_fds(server, [len(body).to_bytes(8, "big")], streams)
+            server.sendall(body)
+            server.settimeout(WAIT_S)
+            # Its server's answer, and the end of the process.
+            assert (server.recv(1), server.recv(1)) == (b"1", b"")
+        after = subprocess.run([str(python), str(script)], capture_output=True, text=True)
+    assert "FileNotFoundError" in told.read_text()
+    assert "ran" not in told.read_text()
+    assert after.stdout == "ran\n"
+
+
+def test_what_is_started_ends_with_its_parent():
+    with serve_forks([]) as python:
+        # A shell that starts a process, says which, and is killed.
+        command = f"{python} -c 'import time; time.sleep(600)' & echo $!; wait"
+        parent = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True)
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        since = born(child)
+        time.sleep(1.0)
+        assert is_running(child, since)
+        parent.kill()
+        parent.wait()
+        end_s = time.monotonic() + WAIT_S
+        while is_running(child, since) and time.monotonic() < end_s:
+            time.sleep(0.05)
+        assert not is_running(child, since)

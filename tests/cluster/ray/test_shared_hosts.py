@@ -6,7 +6,12 @@ from collections.abc import Iterator
 import pytest
 import ray
 
-from cluster.errors import ControllerTensorError, StartTimeoutError, TransferError
+from cluster.errors import (
+    ControllerTensorError,
+    StartTimeoutError,
+    TransferError,
+    WorkerDiedError,
+)
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.host import Hosts, device_index
 from cluster.ray.pools import Pool
@@ -101,6 +106,22 @@ class TestShared:
         assert (work.label.iteration, work.label.phase, work.label.micro_batch) == (7, 1, 2)
         assert work.ended_s - work.began_s >= 0.05
         assert two.clocks() == one.clocks() or len({c.machine for c in two.clocks()}) == 1
+
+    def test_a_value_that_stayed_in_a_process_is_lost_with_it(self, groups):
+        """Leaves both groups with new workers in that process."""
+        one, two, beside = groups
+        made = one.call_rank(0, Toy.tensor, 5)
+        (hosts,) = one.pools
+        hosts.end(0)
+        hosts.restart([0])
+        for group in (one, two):
+            group.rebuild([0])
+            group.wait_ready(WAIT_S)
+        # The new process has never heard of it, and must not be asked for it.
+        for group in (beside, two):
+            with pytest.raises(WorkerDiedError) as caught:
+                group.fetch([group.call_rank(0, Toy.size_of, made)], WAIT_S, "counting")
+            assert (caught.value.group, caught.value.rank) == ("one", 0)
 
 
 @pytest.mark.ray

@@ -19,7 +19,8 @@ from cluster.ray.deaths import FrozenProcess
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import Placement, reserve
-from cluster.ray.watch import WatchLimits, watch_processes
+from cluster.ray.watch import watch_processes
+from cluster.ray.watch_rules import WatchLimits
 from cluster.spans import labelled
 from tests.cluster.toys import WAIT_S, Singer, Toy, make_singer, make_toy
 

@@ -8,8 +8,17 @@ import pytest
 pytest.importorskip("ray")
 
 from cluster.ray.deaths import cause_of
+from cluster.ray.processes import ProcessLook
 from cluster.ray.progress import ProgressReport
-from cluster.ray.watch import WatchedProcess, WatchLimits, silent, stuck
+from cluster.ray.watch_rules import (
+    StoppedRaylets,
+    WatchedProcess,
+    WatchLimits,
+    cause_of_delay,
+    cause_of_silence,
+    silent,
+    stuck,
+)
 
 LIMITS = WatchLimits(
     20.0, 600.0, 300.0, unmeasured=frozenset({"feed"}), first_call_of={"validator": 7200.0}
@@ -69,11 +78,72 @@ def test_a_rank_that_waits_in_a_collective_is_not_accused():
     # Its partner's arguments have not arrived: neither of them is late.
     waiting = process(replace(IDLE, collectives=4), partners="world")
     assert stuck([first, waiting], LIMITS) == []
+    # It has left the collectives that its partner has not come to, so it is not waited for.
+    done = process(replace(IDLE, collectives=6), partners="world")
+    assert stuck([first, done], LIMITS) == [first]
     # Of another world.
     assert stuck([first, replace(late, partners="other")], LIMITS) == [
         first,
         replace(late, partners="other"),
     ]
+
+
+def test_of_ranks_that_hang_in_the_same_collective_the_cause_says_so():
+    first, second = (
+        process(replace(BUSY, seconds=99.0, collectives=5, workers={"generator": rank}), 0.5, "one")
+        for rank in (0, 1)
+    )
+    other = process(replace(BUSY, seconds=99.0, collectives=5, workers={"teacher": 0}), 0.5, "two")
+    accused = stuck([first, second, other], LIMITS)
+    assert accused == [first, second, other]
+    cause = cause_of_delay(first, accused, LIMITS)
+    assert cause.endswith("longer than the limit of 20 s; so was generator rank 1, as far as it")
+    assert cause_of_delay(other, accused, LIMITS).endswith("longer than the limit of 20 s")
+
+
+@pytest.mark.parametrize(
+    ("seen", "cause"),
+    [
+        (ProcessLook("S", False, (), 0), "it was frozen: no sign of life for 21 s"),
+        (ProcessLook("T", False, (), 0), "it was frozen (stopped): no sign of life for 21 s"),
+        (ProcessLook("R", True, (), 0), ""),
+        (ProcessLook("D", False, (), 0), ""),
+        (ProcessLook("t", False, (), 0), ""),
+        (None, ""),
+    ],
+)
+def test_a_silent_process_is_accused_only_of_what_is_known(seen: ProcessLook | None, cause: str):
+    assert cause_of_silence(process(BUSY, 21.0), seen, LIMITS).startswith(cause)
+    assert bool(cause_of_silence(process(BUSY, 21.0), seen, LIMITS)) == bool(cause)
+
+
+@pytest.mark.parametrize(
+    ("seen", "excuse"),
+    [
+        (None, "its machine does not answer"),
+        (ProcessLook("D", False, (), 0), "it waits in the kernel (state D)"),
+        (ProcessLook("R", True, (), 0), "it uses a processor all the while"),
+    ],
+)
+def test_what_is_not_known_excuses_as_long_as_a_first_call_may_take(
+    seen: ProcessLook | None, excuse: str
+):
+    assert not cause_of_silence(process(BUSY, 599.0), seen, LIMITS)
+    cause = cause_of_silence(process(BUSY, 601.0), seen, LIMITS)
+    assert cause.startswith("it was frozen: no sign of life for 601 s, in learn()")
+    assert cause.endswith(f"; {excuse}")
+
+
+def test_a_stopped_raylet_is_known_by_its_machine():
+    raylets = StoppedRaylets()
+    assert raylets.stopped_s("left", "T", 100.0) == 0.0
+    # Another machine may have a raylet of the same process id.
+    assert raylets.stopped_s("right", "S", 105.0) == 0.0
+    assert raylets.stopped_s("left", "T", 110.0) == 10.0
+    raylets.forgive(8.0)
+    assert raylets.stopped_s("left", "T", 120.0) == 12.0
+    assert raylets.stopped_s("left", "R", 121.0) == 0.0
+    assert raylets.stopped_s("left", "T", 122.0) == 0.0
 
 
 RAYS = "The actor is dead because its worker process has died. Worker exit type: {}"
