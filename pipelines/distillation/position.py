@@ -18,6 +18,7 @@ from pipelines.data.stream.plan import Cursor
 from pipelines.distillation.preflight import Preflight
 from pipelines.run.differences import format_value, value_differences
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError
 
 
@@ -76,6 +77,7 @@ def resume_position(
     folder: RunFolder,
     checkpoints: Checkpoints,
     say: Callable[[str], None] = lambda text: None,
+    record: Callable[[RunEvent], None] | None = None,
 ) -> Position:
     """Returns the position of the newest whole checkpoint, or the beginning.
 
@@ -87,7 +89,9 @@ def resume_position(
         checked: Its networks and its data now.
         folder: The run.
         checkpoints: Its committed states.
-        say: Hears which checkpoint is broken and why, which one is taken, and what was not checked.
+        say: Hears what was not checked.
+        record: Receives an event for each checkpoint that is broken: why, and which one is taken;
+            None: `say` hears it.
 
     Raises:
         CheckpointError: There is no run, no checkpoint of it is whole, or it was made with other
@@ -107,8 +111,14 @@ def resume_position(
                 other = [f"the checkpoint has digest {digest}, not {config.digest}"]
                 _require_same(other, folder)
             for number, reason in broken.items():
-                say(f"checkpoint {number} is broken ({reason}): going on from {step} instead")
                 checkpoints.set_aside(number)
+                fallback = RunEvent(
+                    kind="checkpoint_fallback",
+                    cause=f"checkpoint {number} is broken ({reason})",
+                    action=f"set it aside, and went back to checkpoint {step}",
+                    iteration=step,
+                )
+                record(fallback) if record else say(fallback.in_words())
             if not checkpoints.has_digests(step):
                 say(f"checkpoint {step} has no digests: only the sizes of its parts were checked")
             return found

@@ -22,6 +22,7 @@ from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.observer import Observers, RunObserver
+from pipelines.run.records import RunEvent
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests, stop_requests
 from pipelines.run.tracker import open_tracker
@@ -118,22 +119,19 @@ def _distill(
 ) -> dict[str, Any]:
     """Runs a checked distillation in a folder that this process holds."""
     checkpoints = Checkpoints(str(folder.checkpoints))
+    events = EventLog(folder, observer)
+    early: list[RunEvent] = []
     if resume:
-        start = resume_position(config, checked, folder, checkpoints, observer.warning)
-        data = DataLog(folder)
-        folder.rewind(start.iteration, observer.warning)
-        data.rewind(start.iteration, observer.warning)
-        observer.note(f"resuming {folder.root} at iteration {start.iteration}")
+        start, early = _take_up(config, checked, folder, checkpoints, events)
     else:
         start = Position()
         begin(config, checked, folder)
-        data = DataLog(folder)
+    data = DataLog(folder)
     observer.note(f"starting the roles ({config.topology.mode})")
     if checked.has_stored_text:
         observer.note("captions bring their embeddings: loading the text encoder for none of them")
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
     progress = data.progress(start.cursor, start.rows)
-    events = EventLog(folder, observer)
     with (
         open_groups(
             config,
@@ -155,6 +153,8 @@ def _distill(
     ):
         observers = Observers([observer, tracker])
         events.observe(observers)
+        for event in early:
+            tracker.event(event)
         run = Distillation(config, checked, groups, folder, data, checkpoints, events, observers)
         if resume:
             run.load(start)
@@ -169,6 +169,39 @@ def _distill(
         finally:
             stops.end()
             run.write_trace()
+
+
+def _take_up(
+    config: DistillConfig,
+    checked: Preflight,
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    events: EventLog,
+) -> tuple[Position, list[RunEvent]]:
+    """Puts the logs of an earlier run back to where it goes on.
+
+    Returns:
+        Where it goes on, and what the events have said of it.
+    """
+    told: list[RunEvent] = []
+
+    def tell(event: RunEvent) -> None:
+        events.add(event)
+        told.append(event)
+
+    warn = events.observer.warning
+    start = resume_position(config, checked, folder, checkpoints, warn, tell)
+    folder.rewind(start.iteration, warn)
+    DataLog(folder).rewind(start.iteration, warn)
+    tell(
+        RunEvent(
+            kind="restarted",
+            cause="the run was taken up with --resume",
+            action=f"goes on at iteration {start.iteration}",
+            iteration=start.iteration,
+        )
+    )
+    return start, told
 
 
 def _train(

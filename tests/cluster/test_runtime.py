@@ -58,10 +58,11 @@ with start_ray(num_cpus=2, object_store_memory=100 * 2**20, temp_dir=sys.argv[1]
     with start_ray("auto"):
         assert ray.cluster_resources()["CPU"] == 2
     assert asks_for_token(ray.get_runtime_context().gcs_address) is True
-    found = list(listening())
-    assert len(found) > 5, found
-    assert set(found) <= LOOPBACK, found
     assert len(ray.get(mode_and_token.remote())) == 64
+    # The control service, two of the raylet, that worker.
+    found = list(listening())
+    assert len(found) > 3, found
+    assert set(found) <= LOOPBACK, found
 assert not ray.is_initialized()
 """
 

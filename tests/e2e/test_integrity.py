@@ -13,6 +13,7 @@ from pipelines.distillation.run import distill
 from pipelines.reporting.page import write_report
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
+from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError
 from tests.e2e.conftest import MakeRecipe
 from tests.helpers.moves import assert_moves
@@ -23,13 +24,17 @@ LAST = "step-000003"
 
 
 class Hearing(RunObserver):
-    """Keeps what the run warns of."""
+    """Keeps what the run warns of, and its events."""
 
     def __init__(self) -> None:
         self.warnings: list[str] = []
+        self.events: list[RunEvent] = []
 
     def warning(self, text: str) -> None:
         self.warnings.append(text)
+
+    def event(self, event: RunEvent) -> None:
+        self.events.append(event)
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +61,14 @@ def losses_of(run: RunFolder) -> list[dict[str, float]]:
     return losses
 
 
-def resumed(stopped: DistillConfig, folder: Path, damage: Damage) -> tuple[RunFolder, list[str]]:
-    """Damages a copy of the run and goes on with it; the copy, and what was said."""
+def resumed(stopped: DistillConfig, folder: Path, damage: Damage) -> tuple[RunFolder, Hearing]:
+    """Damages a copy of the run and goes on with it; the copy, and what was heard."""
     shutil.copytree(stopped.run_folder, folder)
     run, hearing = RunFolder(folder), Hearing()
     damage(run)
     config = load_recipe(str(run.config), [f"iterations={END}"]).in_folder(folder)
     distill(config, resume=True, observer=hearing)
-    return run, hearing.warnings
+    return run, hearing
 
 
 def flip(path: Path) -> None:
@@ -126,11 +131,15 @@ def without(name: str) -> Damage:
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_makes_the_same_run(
     stopped: DistillConfig, whole: DistillConfig, tmp_path: Path, damage: Damage, why: str
 ) -> None:
-    run, said = resumed(stopped, tmp_path / "run", damage)
-    (told,) = said
-    assert told.startswith("checkpoint 3 is broken (")
-    assert why in told
-    assert told.endswith("going on from 2 instead")
+    run, heard = resumed(stopped, tmp_path / "run", damage)
+    fallback, restarted = heard.events
+    assert (fallback.kind, fallback.iteration) == ("checkpoint_fallback", 2)
+    assert fallback.cause.startswith("checkpoint 3 is broken (")
+    assert why in fallback.cause
+    assert fallback.action.endswith("went back to checkpoint 2")
+    assert (restarted.kind, restarted.iteration) == ("restarted", 2)
+    assert [line["kind"] for line in read_jsonl(run.events)] == ["checkpoint_fallback", "restarted"]
+    assert heard.warnings == []
     assert losses_of(run) == losses_of(RunFolder(whole.run_folder))
 
 
@@ -159,8 +168,10 @@ def test_a_checkpoint_of_an_older_version_is_loaded_with_a_note(
             old = json.dumps(kept).ljust(path.stat().st_size)
             path.write_text(old)
 
-    run, said = resumed(stopped, tmp_path / "run", damage)
-    assert said == ["checkpoint 3 has no digests: only the sizes of its parts were checked"]
+    run, heard = resumed(stopped, tmp_path / "run", damage)
+    assert heard.warnings == [
+        "checkpoint 3 has no digests: only the sizes of its parts were checked"
+    ]
     assert losses_of(run) == losses_of(RunFolder(whole.run_folder))
 
 
@@ -177,8 +188,8 @@ def test_a_broken_line_of_a_log_is_named_and_the_run_goes_on(
         run.ranking.write_bytes(broken)
         run.summary.write_bytes(broken)
 
-    run, said = resumed(stopped, tmp_path / "run", damage)
-    told = sorted(text.partition(": ")[2].partition(":")[0] for text in said)
+    run, heard = resumed(stopped, tmp_path / "run", damage)
+    told = sorted(text.partition(": ")[2].partition(":")[0] for text in heard.warnings)
     assert told == [
         "1 broken line(s) left out (line 1",
         "1 broken line(s) left out (line 2",
