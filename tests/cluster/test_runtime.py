@@ -181,9 +181,12 @@ import sys, time
 import ray
 from cluster.runtime import start_ray
 
+@ray.remote
+def work():
+    pass
+
 with start_ray(num_cpus=1, object_store_memory=100 * 2**20, temp_dir=sys.argv[1]):
-    task = ray.remote(time.sleep)
-    ray.get(task.remote(0))
+    ray.get(work.remote())
     print("started", flush=True)
     time.sleep(600)
 """

@@ -52,6 +52,17 @@ def test_nothing_stays_reserved_whatever_way_a_run_ends(found):
     assert found["free after a killed run"]
 
 
+def test_no_report_outlives_a_killed_run(found):
+    assert found["reports of a run"] >= 2
+    assert found["reports after a killed run"] == []
+
+
+def test_a_partner_that_dies_on_another_machine_is_named(found):
+    killed = found["killed partner"]
+    assert (killed["is far"], killed["pid"]) == (True, True)
+    assert "it ended without a word" in killed["cause"]
+
+
 def test_a_frozen_raylet_is_a_lost_machine_with_all_that_was_on_it(found):
     frozen = found["frozen raylets"]
     assert frozen["other"]["lost"] == [["judge", 0], ["painter", 0]]

@@ -1,7 +1,8 @@
 """What pools do on a cluster of two machines; a program, because a process joins one cluster only.
 
 Prints one JSON object. Both machines are this one: two raylets with resources and labels of their
-own.
+own. Their workers are forked, as those of a private cluster are, and Ray looks more often than it
+does by default whether a machine is there: both save a minute, and are no part of what is tried.
 """
 
 import json
@@ -10,27 +11,34 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.experimental.internal_kv import _internal_kv_list
 
-from cluster.errors import ClusterError, NodeLostError
+from cluster.errors import ClusterError, NodeLostError, WorkerDiedError
 from cluster.procfs import raylet_of
+from cluster.ray.fork_server import serve_forks
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
 from cluster.ray.watch import watch_processes
 from cluster.ray.watch_rules import WatchLimits
 from cluster.runtime import start_ray
-from tests.cluster.toys import WAIT_S, Toy, make_toy
+from tests.cluster.toys import WAIT_S, Singer, Toy, make_singer, make_toy
 
+MODULES = ("cluster.ray.rendezvous", "cluster.transfer", "cluster.joined", "numpy.random")
 CPUS = 3
 LIGHT = 0.5
+# By default a machine whose raylet has ended counts as lost after 14 s; a frozen one still does not
+# before the watch has ended its raylet.
+HEALTH_CHECK = {"health_check_period_ms": 1000, "health_check_failure_threshold": 3}
 SILENCE_S = 5.0
 
 
@@ -97,26 +105,75 @@ def after_a_rank_was_killed() -> str:
     return "nothing happened"
 
 
-def kill_a_run(address: str) -> None:
-    """Starts another run that reserves pools, and kills its process without warning."""
-    code = (
-        "import time\n"
-        "from cluster.ray.pools import Pool\n"
-        "from cluster.runtime import start_ray\n"
-        "from cluster.ray.topology import reserve\n"
-        f"with start_ray({address!r}):\n"
-        f"    reserve([Pool('a', {CPUS - 1}), Pool('b', 2, strategy='STRICT_SPREAD')], {WAIT_S})\n"
-        "    print('reserved', flush=True)\n"
-        "    time.sleep(600)\n"
-    )
+def reports() -> list[str]:
+    """Keys of everything that processes of other jobs have reported to the control service."""
+    own = ray.get_runtime_context().get_job_id()
+    keys = [key for space in (None, b"fun") for key in _internal_kv_list(b"", namespace=space)]
+    names = [key.decode(errors="replace") for key in keys if b"sgmd/" in key]
+    return [name for name in names if own not in name]
+
+
+def kill_a_run(address: str) -> int:
+    """Starts another run that reserves pools, and kills its process without warning.
+
+    Returns:
+        How many of its processes have reported.
+    """
+    code = f"""
+import time
+from cluster.ray.group import RayWorkerGroup
+from cluster.ray.pools import Pool
+from cluster.runtime import start_ray
+from cluster.ray.topology import reserve
+from tests.cluster.toys import Toy, make_toy
+with start_ray({address!r}):
+    pools = [Pool("a", {CPUS - 1}), Pool("b", 2, strategy="STRICT_SPREAD")]
+    placement = reserve(pools, {WAIT_S})
+    group = RayWorkerGroup("b", make_toy, (1,), placement)
+    group.wait_ready({WAIT_S})
+    print("reserved", flush=True)
+    time.sleep(600)
+"""
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert run.stdout is not None
         assert run.stdout.readline().strip() == "reserved"
         assert ray.available_resources().get("CPU", 0.0) < 2 * CPUS
+        end_s = time.monotonic() + WAIT_S
+        while len(reports()) < 2 and time.monotonic() < end_s:
+            time.sleep(0.1)
+        return len(reports())
     finally:
         run.kill()
         run.wait()
+
+
+def no_reports() -> list[str]:
+    """What is left of reports after a while, which is nothing."""
+    end_s = time.monotonic() + WAIT_S / 4
+    while reports() and time.monotonic() < end_s:
+        time.sleep(0.2)
+    return reports()
+
+
+def after_a_far_partner_was_killed() -> dict[str, Any]:
+    """The error of a collective whose rank on the other machine dies."""
+    pools = [Pool("choir", 2, LIGHT, strategy="STRICT_SPREAD")]
+    with (
+        reserve(pools, WAIT_S) as placement,
+        RayWorkerGroup("choir", make_singer, (), placement, collective=True) as choir,
+    ):
+        choir.wait_ready(WAIT_S)
+        places = ray.get([choir.pools[0].places[rank] for rank in range(2)])
+        own = places.index(ray.get_runtime_context().get_node_id())
+        pid = choir.process_ids()[1 - own]
+        waiting = choir.call_rank(own, Singer.chord, 1.0)
+        os.kill(pid, signal.SIGKILL)
+        try:
+            choir.fetch([waiting], WAIT_S, "singing")
+        except WorkerDiedError as error:
+            return {"is far": error.rank == 1 - own, "pid": error.pid == pid, "cause": error.cause}
+    return {}
 
 
 def lost(group: RayWorkerGroup[Toy], raylet: int) -> dict[str, Any]:
@@ -162,37 +219,56 @@ def after_frozen_raylets() -> dict[str, Any]:
 
 def main() -> None:
     """Tries everything on one cluster."""
-    node = {"num_cpus": CPUS, "object_store_memory": 100 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args={**node, "labels": {"side": "left"}})
-    cluster.add_node(**node, resources={"fast": 1.0}, labels={"side": "right"})
-    found: dict[str, object] = {}
-    try:
-        with start_ray(cluster.address):
-            found["places"] = places_of(
-                [
-                    Pool("labelled", 1, LIGHT, labels={"side": "right"}),
-                    Pool("not labelled", 1, LIGHT, labels={"side": "!right"}),
-                    Pool("fast", 1, LIGHT, resources={"fast": 1.0}),
-                    Pool("together", 2, LIGHT, strategy="STRICT_PACK"),
-                    Pool("apart", 2, LIGHT, strategy="STRICT_SPREAD"),
-                ]
-            )
-            found["free after use"] = free_again()
-            fits = Pool("fits", 1, LIGHT)
-            found["refusals"] = {
-                "labels": refusal([fits, Pool("lost", 1, LIGHT, labels={"side": "middle"})]),
-                "resources": refusal([fits, Pool("greedy", 2, LIGHT, resources={"fast": 1.0})]),
-                "strategy": refusal([fits, Pool("apart", 3, LIGHT, strategy="STRICT_SPREAD")]),
-            }
-            found["free after refusals"] = free_again()
-            found["killed rank"] = after_a_rank_was_killed()
-            found["free after a killed rank"] = free_again()
-            kill_a_run(cluster.address)
-            found["free after a killed run"] = free_again()
-            found["frozen raylets"] = after_frozen_raylets()
-    finally:
-        cluster.shutdown()
+    with two_machines() as cluster, start_ray(cluster.address):
+        found = tried(cluster.address)
     sys.stdout.write(json.dumps(found) + "\n")
+
+
+@contextmanager
+def two_machines() -> Iterator[Cluster]:
+    """The cluster; `side` is the label of its machines, left that of the head."""
+    node = {"num_cpus": CPUS, "object_store_memory": 100 * 2**20}
+    head = {**node, "labels": {"side": "left"}, "_system_config": HEALTH_CHECK}
+    with serve_forks(MODULES) as python:
+        with pytest.MonkeyPatch.context() as patch:
+            # Ray writes it into the commands that its raylets start workers by.
+            patch.setattr(sys, "executable", str(python))
+            cluster = Cluster(initialize_head=True, head_node_args=head)
+            cluster.add_node(**node, resources={"fast": 1.0}, labels={"side": "right"})
+        try:
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def tried(address: str) -> dict[str, object]:
+    """What everything has come to."""
+    found: dict[str, object] = {}
+    found["places"] = places_of(
+        [
+            Pool("labelled", 1, LIGHT, labels={"side": "right"}),
+            Pool("not labelled", 1, LIGHT, labels={"side": "!right"}),
+            Pool("fast", 1, LIGHT, resources={"fast": 1.0}),
+            Pool("together", 2, LIGHT, strategy="STRICT_PACK"),
+            Pool("apart", 2, LIGHT, strategy="STRICT_SPREAD"),
+        ]
+    )
+    found["free after use"] = free_again()
+    fits = Pool("fits", 1, LIGHT)
+    found["refusals"] = {
+        "labels": refusal([fits, Pool("lost", 1, LIGHT, labels={"side": "middle"})]),
+        "resources": refusal([fits, Pool("greedy", 2, LIGHT, resources={"fast": 1.0})]),
+        "strategy": refusal([fits, Pool("apart", 3, LIGHT, strategy="STRICT_SPREAD")]),
+    }
+    found["free after refusals"] = free_again()
+    found["killed rank"] = after_a_rank_was_killed()
+    found["free after a killed rank"] = free_again()
+    found["reports of a run"] = kill_a_run(address)
+    found["free after a killed run"] = free_again()
+    found["reports after a killed run"] = no_reports()
+    found["killed partner"] = after_a_far_partner_was_killed()
+    found["frozen raylets"] = after_frozen_raylets()
+    return found
 
 
 if __name__ == "__main__":

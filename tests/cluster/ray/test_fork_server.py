@@ -91,6 +91,7 @@ def test_without_its_server_a_worker_starts_as_always(tmp_path):
     assert told == "False\n"
 
 
+@pytest.mark.slow
 def test_a_client_that_asks_for_nothing_holds_nobody_up(tmp_path, monkeypatch):
     script = tmp_path / "default_worker.py"
     script.write_text("import sys\nprint('colorsys' in sys.modules)\n")
