@@ -10,7 +10,6 @@ Either way a process ends with its parent: Ray's agents notice the end of their 
 a minute to report it to a control service that is gone as well.
 """
 
-import ctypes
 import json
 import os
 import signal
@@ -37,7 +36,9 @@ def ask_for_process() -> None:
 def end_with_parent_at_once() -> None:
     """Asks the kernel to end this process, and what it becomes by `exec`, with its parent."""
     parent = os.getppid()
-    with suppress(OSError, AttributeError):  # A system without it.
+    with suppress(ImportError, OSError, AttributeError):  # A system without it.
+        import ctypes
+
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
