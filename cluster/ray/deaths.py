@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError
 
 from cluster.errors import NodeLostError, WorkerDiedError, WorkerFrozenError
 from cluster.ray.processes import ProcessLook, look_at, on_machine
-from cluster.ray.progress import ProgressReport, read_report
+from cluster.ray.progress import ProgressReport, last_report
 
 _LOOK_TIMEOUT_S = 10.0
 _WITHOUT_A_WORD = "End of file"
@@ -72,7 +72,7 @@ def death_of(
         others: Ids of all actors of the run, for the list of what was on a lost machine.
     """
     actor, words = error.actor_id or "", str(error)
-    report = _report(actor)
+    report = last_report(actor)
     place = known.get(actor) or (_first_worker(report) if report else None)
     if lost := _lost_machine(words, report, others, phase):
         return lost
@@ -100,7 +100,7 @@ def frozen_or_gone(actor: str, place: tuple[str, int], phase: str) -> WorkerDied
     """
     if actor in FROZEN:
         return _frozen(FROZEN[actor], phase)
-    report = _report(actor)
+    report = last_report(actor)
     if report is None or report.node != ray.get_runtime_context().get_node_id():
         return None
     found = _look(report)
@@ -129,7 +129,7 @@ def _lost_machine(
     is_gone = bool(_NODE_GONE.search(words)) or (report is not None and report.node in gone)
     if not is_gone:
         return None
-    reports = [found for actor in others if (found := _report(actor))]
+    reports = [found for actor in others if (found := last_report(actor))]
     node = report.node if report else next((one.node for one in reports if one.node in gone), None)
     if node is None:
         return None
@@ -199,12 +199,6 @@ def cause_of(
     if _WITHOUT_A_WORD in words:
         return f"it ended without a word, as after SIGKILL{doing}{size}"
     return f"Ray does not say how{doing}"
-
-
-def _report(actor: str) -> ProgressReport | None:
-    with suppress(Exception):
-        return read_report(actor) if actor else None
-    return None
 
 
 def _first_worker(report: ProgressReport) -> tuple[str, int] | None:

@@ -197,6 +197,10 @@ class ProgressReporter:
         }
 
 
+_READ: dict[str, ProgressReport] = {}
+"""Reports that were read here, by actor id."""
+
+
 def read_report(actor_id: str) -> ProgressReport | None:
     """The newest report of an actor's process; None where there is none.
 
@@ -207,11 +211,25 @@ def read_report(actor_id: str) -> ProgressReport | None:
     if not data:
         return None
     names = {field.name for field in fields(ProgressReport)}
-    return ProgressReport(**{key: value for key, value in json.loads(data).items() if key in names})
+    content = {key: value for key, value in json.loads(data).items() if key in names}
+    _READ[actor_id] = ProgressReport(**content)
+    return _READ[actor_id]
+
+
+def last_report(actor_id: str) -> ProgressReport | None:
+    """The newest report of an actor's process, or the one that was read last here.
+
+    Ray takes a job for ended, and deletes its reports, when the machine of its driver is lost.
+    """
+    with suppress(Exception):
+        if report := read_report(actor_id):
+            return report
+    return _READ.get(actor_id)
 
 
 def forget_report(actor_id: str) -> None:
     """Deletes the report of an actor that is gone."""
+    _READ.pop(actor_id, None)
     _internal_kv_del(report_key(actor_id), namespace=_NAMESPACE)
 
 
