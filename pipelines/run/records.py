@@ -188,6 +188,7 @@ class RunEvent:
         where = [self.place] if self.place else []
         where += [f"iteration {self.iteration}"] if self.iteration is not None else []
         head = self.kind.replace("_", " ") + (f" ({', '.join(where)})" if where else "")
-        said = " ".join(part.rstrip(".") + "." for part in (self.cause, self.action) if part)
+        action = self.action[:1].upper() + self.action[1:]
+        said = " ".join(part.rstrip(".") + "." for part in (self.cause, action) if part)
         lost = f" {self.lost_s:.1f} s lost." if self.lost_s is not None else ""
         return f"{head}: {said}{lost}"
