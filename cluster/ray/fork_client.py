@@ -68,14 +68,14 @@ def _forked(address: str, command: list[str], variables: dict[str, str]) -> bool
     """Waits for the end of a forked process; False if the server has made none."""
     first = int(Path(command[0]).name == _SETUP)
     words = [word for word in command[first:] if not word.startswith((_CONTEXT, "--language="))]
-    request = {
-        "arguments": words,
-        "environment": dict(os.environ),
-        "variables": variables,
-        "folder": str(Path.cwd()),
-    }
-    body = json.dumps(request).encode()
     try:
+        request = {
+            "arguments": words,
+            "environment": dict(os.environ),
+            "variables": variables,
+            "folder": str(Path.cwd()),
+        }
+        body = json.dumps(request).encode()
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
             server.connect(address)
             socket.send_fds(server, [len(body).to_bytes(8, "big")], [0, 1, 2])

@@ -122,6 +122,17 @@ def test_a_worker_that_cannot_be_prepared_ends_and_serves_nobody(tmp_path):
     assert after.stdout == "ran\n"
 
 
+def test_a_client_whose_folder_is_gone_starts_the_interpreter(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = tmp_path / "default_worker.py"
+    script.write_text("import sys\nprint('colorsys' in sys.modules)\n")
+    with serve_forks(["colorsys"]) as python:
+        command = f"cd {gone} && rmdir {gone} && exec {python} {script}"
+        run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
 def test_what_is_started_ends_with_its_parent():
     with serve_forks([]) as python:
         # A shell that starts a process, says which, and is killed.
