@@ -13,7 +13,7 @@ its number from the seed and comes at an iteration of its own, where the run fir
     driver           SIGKILL of the run's own process
     driver, torn     the same, and the newest checkpoint loses half of a file
     server frozen    the S3 server stands still for some seconds
-    server restarted it is killed and started again
+    server restarted it is ended, and started again some seconds later
     server busy      it answers 503 SlowDown for some seconds
     disk full        nothing more fits on the disk of the run's folder, until some seconds after the
                      run has ended of it

@@ -36,8 +36,9 @@ MACHINE = "machine"
 SECOND_MACHINE = ("fake_score", "validator")
 """The groups on the machine that is lost."""
 
-FIRST, EVERY, LAST = 4, 5, 6
-"""Iterations before the first fault, between two, and after the last."""
+FIRST, EVERY, LAST = 4, 5, 12
+"""Iterations before the first fault, between two, and after the last, which the run must still have
+captions to read for."""
 
 SAVES_EVERY = 10
 _APART = 5

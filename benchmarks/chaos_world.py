@@ -26,6 +26,9 @@ from tests.helpers.s3_server import S3Access, serve_s3  # noqa: E402
 _SERVER_S = 8.0
 """How long a server stands still or is busy."""
 
+_DOWN_S = 3.0
+"""How long a server is gone that is restarted."""
+
 _DISK_MB = 512
 _FULL_S, _LONGEST_FULL_S = 3.0, 30.0
 """Seconds a disk stays full after the run has ended of it, and at the longest."""
@@ -90,6 +93,7 @@ class Server:
                     _later(_SERVER_S, process.resume)
         elif fault == "server restarted":
             self._server.close()
+            time.sleep(_DOWN_S)
             self._server.enter_context(serve_s3(self._root, self._access))
         else:
             assert self._book is not None, "not started"

@@ -14,7 +14,7 @@ _ORDER = (
     *("driver", "generator", "fake_score", "teacher", "text", "feed", "validator"),
     *("raylet", "control service"),
 )
-_LEFT, _TOP, _GAP, _BOTTOM = 110, 24, 46, 26
+_LEFT, _TOP, _GAP, _BOTTOM = 126, 24, 46, 26
 _WIDE, _HIGH = 170, 46
 _LINE, _FAULT, _WORDS = "#4269d0", "#ff725c", "#333"
 

@@ -12,7 +12,7 @@ from tests.benchmarks.storm import chaos, order_faults
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-FAULTS = {2: "kill generator", 8: "server busy", 14: "driver"}
+FAULTS = {2: "kill generator", 4: "server busy", 8: "driver"}
 
 
 def test_a_run_goes_through_a_storm_to_the_bits_of_a_calm_one(tmp_path):
