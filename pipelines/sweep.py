@@ -156,7 +156,7 @@ def _sweep(config: DistillConfig, folder: Path, announcer: "_Announcer") -> Swee
     with start_ray(config.topology.address, num_cpus=num_cpus, preload=preload):
         announcer.begin(folder)
         results = _tuner(config, folder, announcer).fit()
-    trials = _ranked(config, [_trial_of(result) for result in results])
+    trials = _ranked(config, [_trial_of(result, announcer.settings) for result in results])
     if trials[0].error:
         raise ConfigError(
             f"sweeping {', '.join(config.sweep.grid)}",
@@ -271,6 +271,8 @@ class _Announcer(tune.Callback):
         self._observer = observer
         self._on_progress = on_progress
         self._done, self._total = 0, total
+        self.settings: dict[str, dict[str, Any]] = {}
+        """Settings of the trials that have ended, by path."""
 
     def __getstate__(self) -> dict[str, Any]:
         # Tune writes its callbacks down for a later restore, and a console cannot be written down.
@@ -279,6 +281,7 @@ class _Announcer(tune.Callback):
             "_on_progress": _hear_nothing,
             "_done": self._done,
             "_total": self._total,
+            "settings": self.settings,
         }
 
     def begin(self, folder: Path) -> None:
@@ -294,13 +297,15 @@ class _Announcer(tune.Callback):
 
     def _end(self, trial: Any, how: str) -> None:  # noqa: ANN401 - Tune's own
         self._done += 1
+        self.settings[str(trial.path)] = dict(trial.config)
         settings = ", ".join(f"{key}={value}" for key, value in trial.config.items())
         self._observer.note(f"{trial}: {how} with {settings}")
         self._on_progress("trials", self._done, self._total)
 
 
-def _trial_of(result: tune.Result) -> Trial:
-    settings = dict(result.config or {})
+def _trial_of(result: tune.Result, tried: Mapping[str, dict[str, Any]]) -> Trial:
+    # The result of a trial whose process died before it answered does not say what was tried.
+    settings = result.config or tried[str(result.path)]
     if result.error is not None:
         return Trial(settings, {}, 0.0, str(result.path), trial_error(result.error))
     metrics = dict(result.metrics or {})

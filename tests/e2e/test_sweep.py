@@ -2,8 +2,11 @@
 
 import csv
 import json
+import threading
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipelines.config.recipe import load_recipe
@@ -81,3 +84,39 @@ def test_a_trial_may_have_pools_of_its_own(make_recipe: MakeRecipe, ray_cluster:
     (trial,) = sweep(config).trials
     assert not trial.error
     assert trial.figures["frechet"] >= 0
+
+
+def kill_process_of_first_trial(is_over: threading.Event) -> None:
+    """Kills the first process of a trial as soon as it has one."""
+    while not is_over.wait(0.01):
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if "".join(process.cmdline()).startswith("ray::ImplicitFunc"):
+                    process.kill()
+                    return
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_whose_process_dies_is_a_row_of_the_table_and_the_others_count(
+    make_recipe: MakeRecipe, ray_cluster: None
+) -> None:
+    config = make_recipe(
+        "sweep.grid={objective.lambda_nr: [0.1, 0.2]}", "sweep.iterations=1", "batch.size=2"
+    )
+    is_over = threading.Event()
+    killer = threading.Thread(target=kill_process_of_first_trial, args=(is_over,))
+    killer.start()
+    try:
+        done, failed = sweep(config).trials
+    finally:
+        is_over.set()
+        killer.join()
+    assert not done.error
+    assert failed.error
+    tried = {trial.settings["objective.lambda_nr"] for trial in (done, failed)}
+    assert tried == {0.1, 0.2}
+    table = list(csv.DictReader((config.run_folder.parent / "small-sweep/results.csv").open()))
+    assert [row["objective.lambda_nr"] for row in table] == [
+        str(trial.settings["objective.lambda_nr"]) for trial in (done, failed)
+    ]
