@@ -10,14 +10,73 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from cluster.files import storage_errors, sync_file
+from sgmd_core.errors import CheckpointError
 
-Kind = type | tuple[type, ...]
+Kind: TypeAlias = (
+    "type | Callable[[Any], bool] | tuple[Kind, ...] | list[Kind] | Mapping[str, Kind]"
+)
+"""Kind of a JSON value, see `is_kind`."""
+
+ANY = "*"
+"""Stands in an object's kind for all names that it does not list."""
 
 _MAX_LINES_NAMED = 5
 _log = logging.getLogger(__name__)
+
+
+def number(value: Any) -> bool:  # noqa: ANN401 - JSON can be anything
+    """Returns True for a number that a float can hold; true and false are none."""
+    if isinstance(value, float):
+        return True
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= 2**1023
+
+
+def is_kind(value: Any, kind: Any) -> bool:  # noqa: ANN401 - JSON can be anything
+    """Returns True if a JSON value is of a kind.
+
+    Args:
+        value: The value.
+        kind: A type; a function that decides; a tuple of kinds of which one must fit; a list of
+            one kind, that of all entries, or of the kinds of its entries in order; an object of
+            kinds by name, where `name?` may be missing and `ANY` stands for all further names.
+    """
+    if isinstance(kind, tuple):
+        return any(is_kind(value, each) for each in kind)
+    if isinstance(kind, list):
+        if not isinstance(value, list):
+            return False
+        kinds = kind * len(value) if len(kind) == 1 else kind
+        return len(value) == len(kinds) and all(map(is_kind, value, kinds))
+    if isinstance(kind, Mapping):
+        return isinstance(value, dict) and not misfit(value, kind)
+    if isinstance(kind, type):
+        return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return bool(kind(value))
+
+
+def misfit(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """Says which name of an object is missing or of another kind; empty where none is.
+
+    Args:
+        entry: The object.
+        fields: Kinds by name, as `is_kind` takes them.
+    """
+    rest = set(entry)
+    for name, kind in fields.items():
+        own = name.removesuffix("?")
+        rest.discard(own)
+        if own in entry:
+            if not is_kind(entry[own], kind):
+                return f"{own} = {entry[own]!r}"[:60]
+        elif name == own != ANY:
+            return f"no {name}"
+    for name in sorted(rest) if ANY in fields else ():
+        if not is_kind(entry[name], fields[ANY]):
+            return f"{name} = {entry[name]!r}"[:60]
+    return ""
 
 
 def append_line(path: Path, record: Mapping[str, Any]) -> None:
@@ -68,41 +127,70 @@ def read_lines(
     return [line for _, line in whole_lines(path, fields, on_broken)]
 
 
+def every_line(path: Path, fields: Mapping[str, Kind]) -> list[dict[str, Any]]:
+    """As `read_lines`, for a log of which no line may be left out.
+
+    What a power loss has broken at the end is left out: it leads to no checkpoint.
+
+    Raises:
+        CheckpointError: A line is broken, and whole ones follow it.
+    """
+    lines: list[dict[str, Any]] = []
+    fault = ""
+    for number, reason, _, line in _scanned(path, fields):
+        if reason:
+            fault = fault or f"line {number} is broken: {reason}"
+        elif fault:
+            raise CheckpointError(
+                f"reading {path}",
+                fault,
+                "every line that the run wrote: those after it are counted by their places",
+                "Restore the file from a copy, or start a new run",
+            )
+        else:
+            lines.append(line)
+    return lines
+
+
 def whole_lines(
     path: Path, fields: Mapping[str, Kind], on_broken: Callable[[str], None] = _log.warning
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """As `read_lines`, each line as it stands in the file and as it reads, one at a time."""
-    if not path.exists():
-        return
     broken: list[str] = []
-    with path.open("rb") as file:
-        for number, data in enumerate(file, 1):
-            if not data.endswith(b"\n"):
-                break
-            reason, line = _parsed(data, fields)
-            if reason:
-                broken.append(f"line {number}: {reason}")
-            else:
-                yield data.decode().rstrip("\n"), line
+    for number, reason, data, line in _scanned(path, fields):
+        if reason:
+            broken.append(f"line {number}: {reason}")
+        else:
+            yield data.decode().rstrip("\n"), line
     if broken:
         more = f" and {len(broken) - _MAX_LINES_NAMED} more" * (len(broken) > _MAX_LINES_NAMED)
         shown = "; ".join(broken[:_MAX_LINES_NAMED])
         on_broken(f"{path}: {len(broken)} broken line(s) left out ({shown}{more})")
 
 
-def _parsed(data: bytes, fields: Mapping[str, Kind]) -> tuple[str, dict[str, Any]]:
-    """Returns the fault of a line, or an empty string and the line's content."""
+def _scanned(
+    path: Path, fields: Mapping[str, Kind]
+) -> Iterator[tuple[int, str, bytes, dict[str, Any]]]:
+    """Number, fault, text and content of each line that has its end."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for number, data in enumerate(file, 1):
+            if not data.endswith(b"\n"):
+                return
+            yield number, *_parsed(data, fields)
+
+
+def _parsed(data: bytes, fields: Mapping[str, Kind]) -> tuple[str, bytes, dict[str, Any]]:
+    """Returns the fault of a line, or an empty string, and the line's text and content."""
     if not data.strip(b"\0\n"):
-        return "only NULs" if b"\0" in data else "empty", {}
+        return "only NULs" if b"\0" in data else "empty", data, {}
     try:
         line = json.loads(data.decode())
     except ValueError as error:
-        return f"no JSON ({str(error).partition(':')[0]})", {}
+        return f"no JSON ({str(error).partition(':')[0]})", data, {}
+    except RecursionError:
+        return "no JSON that ends (nested too deeply)", data, {}
     if not isinstance(line, dict):
-        return "no object", {}
-    for name, kind in fields.items():
-        if name not in line:
-            return f"no {name}", {}
-        if not isinstance(line[name], kind):
-            return f"{name} = {line[name]!r}"[:60], {}
-    return "", line
+        return "no object", data, {}
+    return misfit(line, fields), data, line

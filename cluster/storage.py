@@ -44,7 +44,7 @@ def read_json(url: str) -> Any:  # noqa: ANN401 - JSON can be anything
     text = read_text(url)
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StorageError(f"reading {url}", f"no JSON: {error}", "a JSON document") from error
 
 

@@ -200,7 +200,7 @@ class FakeScoreTracker(SavedRole):
         return self._optimizer.step(iteration, skip)
 
     @torch.no_grad()
-    def mix_weights(self, weights: Mapping[str, Tensor]) -> None:
+    def mix_weights(self, weights: Mapping[str, Tensor], skip: bool = False) -> None:
         """Mixes the generator's weights in, right after its update.
 
             weights <- ida_decay * weights + (1 - ida_decay) * generator's
@@ -208,12 +208,18 @@ class FakeScoreTracker(SavedRole):
         What the generator has just learned is part of what the fake score has to follow, and this
         gives it a start. The optimizer's moments stay as they are.
 
+        Args:
+            weights: The generator's.
+            skip: The generator's update was skipped: it has learned nothing, and nothing is mixed.
+
         Raises:
             StaleCallError: A forward pass of the old weights still waits for tracking.
             CheckpointError: The weights are those of another network.
 
         Source: implicit distribution alignment, as released for DMD on Wan.
         """
+        if skip:
+            return
         own = parameters_of(self._network)
         require_same_tensors(weights, own, "mixing the generator's weights into the fake score")
         if self._kept:

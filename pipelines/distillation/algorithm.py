@@ -176,7 +176,7 @@ DIVERSIFY = StageSpec(
 )
 TRAINED_WEIGHTS = StageSpec(GENERATOR, GeneratorLearner.trained_weights, lambda call: ())
 MIX_WEIGHTS = StageSpec(
-    FAKE_SCORE, FakeScoreTracker.mix_weights, lambda call: (call.of(TRAINED_WEIGHTS),)
+    FAKE_SCORE, FakeScoreTracker.mix_weights, lambda call: (call.of(TRAINED_WEIGHTS), call.skips)
 )
 _UPDATES = tuple(
     StageSpec(role, method, arguments)

@@ -141,10 +141,16 @@ class UpdateGuard:
         self._bad[place] = found
 
     def skips(self, call: Call) -> bool:
-        """Returns True if an update is to be skipped, and remembers its role."""
+        """Returns True if an update, or what follows from one, is to be skipped.
+
+        Remembers the role of the update. Weights are mixed after the generator's update, and only
+        if it was made.
+        """
+        if call.stage != STEP:
+            return any(at[0] == call.iteration and at[1] < call.phase for at in self._bad)
         place = (call.iteration, call.phase)
         found = self._bad.get(place)
-        if call.stage != STEP or found is None:
+        if found is None:
             return False
         if call.role not in found.roles:
             self._bad[place] = SkippedUpdate(

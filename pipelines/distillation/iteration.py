@@ -224,7 +224,7 @@ class _CallDispatcher:
             raise non_finite_gradient(call, report)
 
     def skips(self, call: Call) -> bool:
-        """Returns True for an update that is skipped."""
+        """Returns True for an update that is skipped, and for a mixing that would follow it."""
         return self._guard is not None and self._guard.skips(call)
 
     def _sample_ids(self, call: Call) -> tuple[str, ...]:

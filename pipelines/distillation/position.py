@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.checkpoints import MANIFEST, Checkpoints
 from cluster.errors import StorageError
+from cluster.logs import ANY, is_kind
 from cluster.storage import read_json, write_json
 from pipelines.config.recipe import (
     MAY_CHANGE,
@@ -172,6 +173,16 @@ def identity(config: DistillConfig, checked: Preflight) -> dict[str, Any]:
     }
 
 
+_IDENTITY = {
+    "settings": dict,
+    "model": {ANY: str},
+    "teacher?": {ANY: str},
+    "columns?": dict,
+    "validation?": dict,
+    "train?": [{"shard": str, "num_bytes": int, "index": int, "num_rows": int, "content": str}],
+}
+
+
 def read_identity(folder: RunFolder, attempted: str) -> dict[str, Any]:
     """Identity of a run when it began.
 
@@ -188,16 +199,7 @@ def read_identity(folder: RunFolder, attempted: str) -> dict[str, Any]:
         began, found = None, error.found
     else:
         found = "it does not hold the settings and the model of the run's beginning"
-    if not isinstance(began, dict) or not all(
-        isinstance(began.get(name, default), kind)
-        for name, kind, default in (
-            ("settings", dict, None),
-            ("model", dict, None),
-            ("columns", dict, {}),
-            ("validation", dict, {}),
-            ("train", list, []),
-        )
-    ):
+    if began is None or not is_kind(began, _IDENTITY):
         raise CheckpointError(
             attempted,
             f"{folder.identity.name} is damaged: {found}",

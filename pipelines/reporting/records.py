@@ -238,7 +238,7 @@ def _document(path: Path, read: Callable[[str], Any], faults: _Faults) -> dict[s
         return {}
     try:
         content = read(text)
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         faults.lose(path, f"{path.name} cannot be read: {str(error).splitlines()[0]}.")
         return {}
     if not isinstance(content, Mapping):
@@ -284,7 +284,7 @@ def _entries(path: Path, faults: _Faults, read: Callable[[str], T | None]) -> li
 def _event(text: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     is_whole = isinstance(entry, dict) and {"time", "kind", "cause"} <= entry.keys()
     return entry if is_whole else None
@@ -293,7 +293,7 @@ def _event(text: str) -> dict[str, Any] | None:
 def _line(text: str) -> Line | None:
     try:
         entry = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(entry, Mapping) or not isinstance(entry.get("iteration"), int):
         return None

@@ -12,27 +12,43 @@ import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from cluster.files import require_writable
-from cluster.logs import Kind, append_line, flush_log, read_lines
+from cluster.logs import ANY, Kind, append_line, every_line, flush_log, number, read_lines
 from cluster.storage import write_text
 from sgmd_core.errors import CheckpointError, ConfigError
 
-_NUMBER = (int, float)
+_NUMBERS: Mapping[str, Kind] = {ANY: number}
 _FIELDS: Mapping[str, Mapping[str, Kind]] = {
     "metrics.jsonl": {
         "iteration": int,
-        "seconds": dict,
-        "losses": dict,
-        "data_wait_s": _NUMBER,
+        "seconds": {"total": number, ANY: number},
+        "losses": _NUMBERS,
+        "data_wait_s": number,
         "samples_seen": int,
+        "grad_norms?": _NUMBERS,
+        "stale_calls?": int,
     },
-    "validation.jsonl": {"iteration": int, "figures": dict},
+    "validation.jsonl": {
+        "iteration": int,
+        "figures": _NUMBERS,
+        "intervals?": {ANY: [number, number]},
+        "influences?": {ANY: [number]},
+    },
     "alarms.jsonl": {"iteration": int},
     "events.jsonl": {"time": str, "kind": str, "cause": str},
+    "shards.jsonl": {
+        "shards?": [[str, int, (NoneType, [int])]],
+        "last?": bool,
+        "rows?": {ANY: [int]},
+        "faults?": {ANY: str},
+    },
 }
 """What every line of a log has; a line without it is broken."""
+
+_COUNTED = "shards.jsonl"
 
 TRACKED_PACKAGES = ("sgmd", "torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 
@@ -206,8 +222,13 @@ def read_jsonl(path: Path, on_broken: Callable[[str], None] | None = None) -> li
     Args:
         path: The log.
         on_broken: Hears one sentence where lines were left out; None: a warning is logged.
+
+    Raises:
+        CheckpointError: A line of shards.jsonl is broken, whose lines are counted by their places.
     """
     fields = _FIELDS.get(path.name, {})
+    if path.name == _COUNTED:
+        return every_line(path, fields)
     return read_lines(path, fields, on_broken) if on_broken else read_lines(path, fields)
 
 

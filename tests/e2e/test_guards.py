@@ -128,6 +128,25 @@ def test_a_sample_that_is_not_a_number_skips_one_update_of_both_roles(
         assert state(again, 5) == state(whole, 5)
 
 
+def test_nothing_is_mixed_into_the_fake_score_after_a_skipped_update_of_the_generator(
+    make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
+) -> None:
+    settings = ["objective={method: dmd2, fake_updates: 1}", "fake_score.ida_decay=0.5"]
+    # The rate is too small to move a weight, so whatever moves was mixed.
+    settings += ["fake_score.tracking=fresh", "fake_score.optimizer.lr=1e-30", "iterations=3"]
+    calm = make_recipe("name=calm", *settings, *_EVERY, f"data.train={encoded}")
+    distill(calm)
+    bad = {samples_of(calm, 1)[0]: float("nan")}
+    train = planted(encoded, tmp_path / "bad", bad)
+    whole = make_recipe("name=whole", *settings, *_EVERY, f"data.train={train}")
+    distill(whole)
+    assert [bool(line.get("skipped")) for line in lines_of(whole)] == [False, True, False]
+    before, after, mixed = (weights_at(whole, step, "fake_score") for step in (1, 2, 3))
+    assert same(before, after)
+    assert not same(after, mixed)
+    assert not same(weights_at(calm, 1, "fake_score"), weights_at(calm, 2, "fake_score"))
+
+
 def test_a_spike_is_skipped_and_a_resumed_run_knows_the_norms_before_it(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 `SGMD_FUZZ_CASES` sets the number of mutations of each format.
 """
 
+import json
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 NUM_CASES = int(os.environ.get("SGMD_FUZZ_CASES", "20"))
 CASE_LIMIT_S = 20.0
@@ -57,6 +59,55 @@ def mutate_text(text: str, seed: int) -> str:
             damaged = chance.choice(_TEXT_EDITS)(damaged, chance)
         if damaged != text:
             return damaged
+
+
+def mutate_json(data: bytes, seed: int) -> bytes:
+    """Damages one JSON document or one of several lines: its bytes, or one of its values."""
+    chance = random.Random(seed)
+    lines = data.splitlines(keepends=True)
+    try:
+        documents = [json.loads(line) for line in lines]
+        which = chance.randrange(len(lines)) if lines else 0
+    except ValueError:
+        documents, lines, which = [json.loads(data)], [data], 0
+    if seed % 3 == 0 or not documents:
+        return mutate_bytes(data, seed)
+    document = [documents[which]]
+    _set_value(document, chance)
+    text = json.dumps(document[0]).replace(f'"{_DEEP}"', "[" * 20_000 + "]" * 20_000)
+    lines[which] = text.encode() + b"\n" * lines[which].endswith(b"\n")
+    return b"".join(lines)
+
+
+_DEEP = "a list in a list in a list"
+_VALUES: tuple[Any, ...] = (
+    *(None, True, False, -1, 0, 7, 0.5, 2**31, 2**63, 10**400, float("nan"), float("inf")),
+    *("", "x", "../../etc/passwd", "\0", "\ud800", "9" * 5000, _DEEP),
+    *([], {}, [None], [[]], [{}], {"": None}, {"x": {"y": []}}, ["x", 1], [0] * 5, {"x": 1}),
+)
+
+
+def _set_value(document: list[Any], chance: random.Random) -> None:
+    """Replaces, deletes or renames one value anywhere in a document."""
+    places = list(_places(document))
+    # Values near the root decide more, and there are fewer of them.
+    deepest = chance.randrange(max(depth for depth, _, _ in places) + 1)
+    _, holder, key = chance.choice([place for place in places if place[0] <= deepest])
+    edit = chance.randrange(6)
+    if edit == 0 and holder is not document:
+        del holder[key]
+    elif edit == 1 and isinstance(holder, dict):
+        holder[chance.choice(("", "x", "\0", "iteration", "../x"))] = holder.pop(key)
+    else:
+        holder[key] = chance.choice(_VALUES)
+
+
+def _places(holder: Any, depth: int = 0) -> Iterator[tuple[int, Any, Any]]:
+    keys = range(len(holder)) if isinstance(holder, list) else list(holder)
+    for key in keys:
+        yield depth, holder, key
+        if isinstance(holder[key], list | dict):
+            yield from _places(holder[key], depth + 1)
 
 
 def _place(data: bytearray | str, chance: random.Random) -> int:

@@ -22,7 +22,7 @@ def read_model_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _unreadable(path, f"the file {path} is missing or unreadable ({error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _unreadable(path, f"the file {path} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise _unreadable(path, f"the file {path} holds a {type(content).__name__}")

@@ -207,9 +207,10 @@ class Catalogue:
             known = {path: tuple(rows) for path, _, rows in line["shards"] if rows is not None}
             self._rows.update(known)
             self._faults.update({path: NO_ROWS for path, rows in known.items() if not sum(rows)})
-            self._complete = line["last"]
+            self._complete = line.get("last", False)
             return
-        self._rows.update({path: tuple(rows) for path, rows in line["rows"].items()})
-        self._faults.update(line["faults"])
+        faults = line.get("faults", {})
+        self._rows.update({path: tuple(rows) for path, rows in line.get("rows", {}).items()})
+        self._faults.update(faults)
         # A shard that could not be opened stays out for the whole run.
-        self._rows.update(dict.fromkeys(line["faults"], ()))
+        self._rows.update(dict.fromkeys(faults, ()))

@@ -34,7 +34,7 @@ def test_a_line_torn_by_a_crash_is_left_out(tmp_path: Path) -> None:
 def test_rewinding_drops_what_will_be_made_again(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create("name: run\n")
-    rest = {"seconds": {}, "losses": {}, "data_wait_s": 0.0, "samples_seen": 4}
+    rest = {"seconds": {"total": 1.0}, "losses": {}, "data_wait_s": 0.0, "samples_seen": 4}
     for iteration in range(5):
         append_jsonl(folder.metrics, {"iteration": iteration, **rest})
     folder.rewind(3)
