@@ -5,7 +5,8 @@
                     shards is not usable (check), a set lacks a whole tar or shard of its source
                     (prepare, encode), samples were lost or repeated (ledger)
               2     the request was wrong: an option, a setting, a folder, a shard
-              130 or 143   stopped by Ctrl-C or SIGTERM; a run has saved its state then
+              128 + n   stopped by the signal n: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1;
+                    a run has saved its state then
 
 Errors of this project are shown in words. Any other one becomes one sentence, and a file in the
 system's folder for temporary files holds the traceback. Neither shows a key of the environment.

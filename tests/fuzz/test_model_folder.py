@@ -56,7 +56,7 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny_wan.write_tiny_wan(tmp_path_factory.mktemp("wan") / "base", WORDS)
     transformer = tiny_wan.tiny_velocity().transformer
     shutil.rmtree(folder / "transformer")
-    transformer.save_pretrained(folder / "transformer", max_shard_size="50KB")
+    transformer.save_pretrained(folder / "transformer", max_shard_size="80KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) == 2
     (folder / "sgmd.json").write_text(json.dumps({"num_steps": 4, "flow_shift": 3.0}))
     return folder
