@@ -13,6 +13,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import yaml
 
+from cluster.logs import number
 from pipelines.config.yaml_text import read_yaml
 from pipelines.evaluation.run import EVALUATION_FILE
 from pipelines.run.folder import RunFolder, file_inside
@@ -184,8 +185,8 @@ def numbers(entry: object) -> dict[str, float]:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Returns True if a JSON value is a number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Returns True if a JSON value is a number that a float can hold; true and false are none."""
+    return number(value)
 
 
 def finite(values: Sequence[float]) -> list[float]:

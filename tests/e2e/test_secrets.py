@@ -1,5 +1,9 @@
 """A secret of the environment is in nothing that a run writes."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from pipelines.run.folder import RunFolder, append_jsonl
 from pipelines.run.records import RunEvent
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
+from tests.e2e.processes import ROOT
 from tests.helpers.secrets import PLANTED, files_with, plant
 
 
@@ -30,6 +35,40 @@ def test_a_planted_secret_is_in_no_file_of_a_run_and_its_report(
     # The search finds what is there.
     (tmp_path / "left").write_text(f"key={PLANTED['WANDB_API_KEY']}")
     assert len(files_with(secrets, tmp_path)) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_planted_secret_is_in_no_file_of_a_sweep_nor_in_what_it_prints(
+    recipe_file: Path, tmp_path: Path, ray_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep with a cluster of its own; `test_jobs.py` has the same of a submitted job."""
+    secrets = plant(monkeypatch)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(ray_folder / "sweep"))
+    (ray_folder / "sweep").mkdir()
+    # The second trial fails, and writes why.
+    grid = f"sweep.grid={{data.train: [{tmp_path / 'train'}, s3://planted-bucket/train]}}"
+    (tmp_path / "train").symlink_to(load_recipe(str(recipe_file)).data.train)
+    command = [sys.executable, "-m", "pipelines.cli", "sweep", str(recipe_file), grid]
+    settings = ["sweep.iterations=1", "batch.size=2", f"output={tmp_path / 'runs'}"]
+    done = subprocess.run(
+        [*command, *settings],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    results = json.loads((tmp_path / "runs" / "small-sweep" / "results.json").read_text())
+    assert [bool(trial["error"]) for trial in results["trials"]] == [False, True]
+    assert "s3://planted-bucket/train" in results["trials"][1]["error"]
+    assert [secret for secret in secrets if secret in printed] == []
+    assert list((ray_folder / "sweep").rglob("*.out"))
+    assert files_with(secrets, tmp_path, ray_folder / "sweep") == []
 
 
 @pytest.mark.parametrize(

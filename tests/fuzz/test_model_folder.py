@@ -12,7 +12,7 @@ import pytest
 from pipelines.media.inference import read_inference_settings
 from sgmd_core.errors import SgmdError
 from tests.fuzz.mutations import NUM_CASES, mutate_bytes, mutate_json, time_limit
-from tests.helpers import tiny_ltx, tiny_wan
+from tests.helpers import tiny_wan
 from workers.models.content import model_digests
 from workers.models.families import family_of
 

@@ -65,7 +65,12 @@ def load_tokenizer(tokens: Path) -> PreTrainedTokenizerBase:
         )
     try:
         # Code that a folder brings along is never run, and nothing is looked up elsewhere.
-        return AutoTokenizer.from_pretrained(tokens, trust_remote_code=False, local_files_only=True)
+        found = AutoTokenizer.from_pretrained(
+            tokens, trust_remote_code=False, local_files_only=True
+        )
+        # A tokenizer without a token to fill up with is read, and fails at its first captions.
+        found(["one", "two words"], padding=True)
+        return found
     except Exception as error:
         raise unreadable(tokens, error) from error
 

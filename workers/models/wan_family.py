@@ -406,7 +406,8 @@ def _require_class(part: Path, config: Mapping[str, Any], expected: str) -> None
     # diffusers writes `_class_name`; transformers `architectures` and `model_type`.
     found = config.get("_class_name")
     if part.name == TEXT_ENCODER:
-        architectures = config.get("architectures") or []
+        named = config.get("architectures") or []
+        architectures = named if isinstance(named, list) else [named]
         found = expected if config.get("model_type") == "umt5" else config.get("model_type")
         if architectures and not all(str(name).startswith("UMT5") for name in architectures):
             found = ", ".join(map(str, architectures))

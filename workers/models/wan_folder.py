@@ -152,6 +152,7 @@ def _require_statistics(part: Path, config: dict[str, Any]) -> None:
     for name in ("latents_mean", "latents_std"):
         values = config.get(name)
         fits = isinstance(values, list | tuple) and len(values) == config["z_dim"]
+        fits = fits and all(isinstance(value, int | float) for value in values or ())
         if fits and name == "latents_std":
             fits = all(value > 0 for value in values or ())
         if not fits:
