@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from cluster.files import storage_errors, sync_file
 from sgmd_core.errors import CheckpointError
@@ -27,7 +27,7 @@ _MAX_LINES_NAMED = 5
 _log = logging.getLogger(__name__)
 
 
-def number(value: Any) -> bool:  # noqa: ANN401 - JSON can be anything
+def is_number(value: object) -> TypeGuard[int | float]:
     """Returns True for a number that a float can hold; true and false are none."""
     if isinstance(value, float):
         return True

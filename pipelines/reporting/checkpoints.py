@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.logs import is_number
 from pipelines.media.charts import number
 from pipelines.reporting.names import title
-from pipelines.reporting.records import RunRecords, is_number
+from pipelines.reporting.records import RunRecords
 from pipelines.run.records import HEADLINE_FIGURES
 
 _MAX_SHOWN = 10

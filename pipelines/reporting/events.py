@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.logs import is_number
 from pipelines.reporting.names import duration, title
-from pipelines.reporting.records import is_number
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.logs import is_number
 from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE
 from pipelines.media.charts import number
-from pipelines.reporting.records import is_number
 
 _SECONDS = "seconds_per_clip"
 _FACTS = ("num_steps", "guidance_scale", "seed")

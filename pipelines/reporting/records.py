@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 
-from cluster.logs import number
+from cluster.logs import is_number
 from pipelines.config.yaml_text import read_yaml
 from pipelines.evaluation.run import EVALUATION_FILE
 from pipelines.run.folder import RunFolder, file_inside
@@ -182,11 +182,6 @@ def numbers(entry: object) -> dict[str, float]:
     if not isinstance(entry, Mapping):
         return {}
     return {str(name): float(value) for name, value in entry.items() if is_number(value)}
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """Returns True if a JSON value is a number that a float can hold; true and false are none."""
-    return number(value)
 
 
 def finite(values: Sequence[float]) -> list[float]:

@@ -16,17 +16,17 @@ from types import NoneType
 from typing import Any
 
 from cluster.files import require_writable
-from cluster.logs import ANY, Kind, append_line, every_line, flush_log, number, read_lines
+from cluster.logs import ANY, Kind, append_line, every_line, flush_log, is_number, read_lines
 from cluster.storage import write_text
 from sgmd_core.errors import CheckpointError, ConfigError
 
-_NUMBERS: Mapping[str, Kind] = {ANY: number}
+_NUMBERS: Mapping[str, Kind] = {ANY: is_number}
 _FIELDS: Mapping[str, Mapping[str, Kind]] = {
     "metrics.jsonl": {
         "iteration": int,
-        "seconds": {"total": number, ANY: number},
+        "seconds": {"total": is_number, ANY: is_number},
         "losses": _NUMBERS,
-        "data_wait_s": number,
+        "data_wait_s": is_number,
         "samples_seen": int,
         "grad_norms?": _NUMBERS,
         "stale_calls?": int,
@@ -34,8 +34,8 @@ _FIELDS: Mapping[str, Mapping[str, Kind]] = {
     "validation.jsonl": {
         "iteration": int,
         "figures": _NUMBERS,
-        "intervals?": {ANY: [number, number]},
-        "influences?": {ANY: [number]},
+        "intervals?": {ANY: [is_number, is_number]},
+        "influences?": {ANY: [is_number]},
     },
     "alarms.jsonl": {"iteration": int},
     "events.jsonl": {"time": str, "kind": str, "cause": str},
