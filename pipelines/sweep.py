@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.execution import class_cache
 
 from cluster.lease import hold
 from cluster.ray.pools import Pool, bundles_of, selectors_of
@@ -36,6 +37,7 @@ from workers.models.families import modules_of
 
 _CONTROLLER_CPUS = 1.0
 _ERRORS = "errors_of_figures"
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,8 @@ def sweep(
     observer, on_progress = observer or RunObserver(), on_progress or _hear_nothing
     # Tune's newer reporter prints to standard output even when told to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Tune copies keys into the description of each trial's process, which Ray logs.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
     require_output_folder(config.output, "output")
     _require_grid(config)
     score, held_out = config.sweep.score, run_preflight(_trial_config(config, {}, "check")).held_out

@@ -51,9 +51,10 @@ class RankingTable:
 
 def ranked_checkpoints(run: RunRecords) -> RankingTable | None:
     """The ranking of a run; None where there is none."""
+    found = run.ranking.get("states")
     states = [
         state
-        for state in run.ranking.get("states", [])
+        for state in (found if isinstance(found, list) else [])
         if isinstance(state, Mapping)
         and isinstance(state.get("iteration"), int)
         and is_number(state.get("score"))
