@@ -151,7 +151,7 @@ def _distill(
             config.model_dump(mode="json"),
         ) as tracker,
     ):
-        observers = Observers([observer, tracker])
+        observers = Observers([observer, tracker, _exporter(config, start)])
         events.observe(observers)
         for event in early:
             tracker.event(event)
@@ -202,6 +202,15 @@ def _take_up(
         )
     )
     return start, told
+
+
+def _exporter(config: DistillConfig, start: Position) -> RunObserver:
+    """Exports the run's figures through Ray, where it runs on it."""
+    if config.topology.mode == "local":
+        return RunObserver()
+    from pipelines.run.ray_metrics import RayMetrics
+
+    return RayMetrics(config.name, start.rows)
 
 
 def _train(
