@@ -21,7 +21,7 @@ import typer
 import yaml
 
 if TYPE_CHECKING:
-    from cluster.ray.metrics import Figure
+    from cluster.ray.metrics import Exported
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -214,7 +214,7 @@ def dashboard() -> str:
         "name": "run",
         "type": "query",
         "datasource": _PROMETHEUS,
-        "query": f"label_values({FIGURES[0].exported}, run)",
+        "query": f"label_values({FIGURES[0].endpoint_name}, run)",
         "refresh": 2,
         "includeAll": False,
     }
@@ -230,8 +230,8 @@ def dashboard() -> str:
     return json.dumps(page, indent=1) + "\n"
 
 
-def _panel(number: int, figure: "Figure") -> dict[str, Any]:
-    value = f'{figure.exported}{{run="$run"}}'
+def _panel(number: int, figure: "Exported") -> dict[str, Any]:
+    value = f'{figure.endpoint_name}{{run="$run"}}'
     if figure.counts:
         value = f"increase({value}[5m])"
     return {
@@ -257,7 +257,7 @@ def cluster_page() -> str:
 
     rows = ["| on the endpoint | label | meaning |", "|---|---|---|"]
     rows += [
-        f"| `{figure.exported}` | {f'`{figure.label}`' if figure.label else ''} "
+        f"| `{figure.endpoint_name}` | {f'`{figure.label}`' if figure.label else ''} "
         f"| {figure.description} |"
         for figure in FIGURES
     ]

@@ -6,6 +6,7 @@ its machine, its log, what lived in it.
 """
 
 import re
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from cluster.ray.processes import ProcessLook, look_at, on_machine
 from cluster.ray.progress import ProgressReport, last_report
 
 _LOOK_TIMEOUT_S = 10.0
+_LOST_AFTER_S = 20.0
+"""Ray counts a machine as lost about 14 s after its raylet has ended."""
 _WITHOUT_A_WORD = "End of file"
 _NODE_GONE = re.compile(
     r"node has died|node was terminated|Owner's node has crashed|has been marked dead",
@@ -89,7 +92,12 @@ def death_of(
             ip.group(1) if ip else "",
             int(pid.group(1)) if pid else 0,
         )
-    return _died(place, report, words, phase)
+    found = _look(report)
+    # A machine goes with its processes, and Ray sees these end first.
+    is_lost = found is None and _is_lost_soon(report.node)
+    if is_lost and (lost := _lost_machine(words, report, others, phase)):
+        return lost
+    return _died(place, report, words, phase, found)
 
 
 def frozen_or_gone(actor: str, place: tuple[str, int], phase: str) -> WorkerDiedError | None:
@@ -106,7 +114,17 @@ def frozen_or_gone(actor: str, place: tuple[str, int], phase: str) -> WorkerDied
     found = _look(report)
     if found is None or not found.is_gone:
         return None
-    return _died(place, report, _WITHOUT_A_WORD, phase)
+    return _died(place, report, _WITHOUT_A_WORD, phase, found)
+
+
+def _is_lost_soon(node: str) -> bool:
+    """True if Ray says of a machine that does not answer that it is lost, within its own limits."""
+    deadline_s = time.monotonic() + _LOST_AFTER_S
+    while time.monotonic() < deadline_s:
+        if node in lost_machines():
+            return True
+        time.sleep(0.5)
+    return False
 
 
 def lost_machines() -> set[str]:
@@ -160,10 +178,13 @@ def _frozen(frozen: FrozenProcess, phase: str) -> WorkerFrozenError:
 
 
 def _died(
-    place: tuple[str, int], report: ProgressReport, words: str, phase: str
+    place: tuple[str, int],
+    report: ProgressReport,
+    words: str,
+    phase: str,
+    found: ProcessLook | None,
 ) -> WorkerDiedError:
     """The error for a process that has reported once."""
-    found = _look(report)
     lines = found.last_lines if found else ()
     more_kills = found.oom_kills - report.oom_kills if found else 0
     cause = cause_of(words, lines, report, more_kills)

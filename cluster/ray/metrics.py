@@ -1,6 +1,6 @@
 """Figures on Ray's Prometheus endpoint: every machine of a cluster serves those of its processes.
 
-    process -- Figure, value, labels --> Ray's agent of its machine --> http://NODE:PORT/metrics
+    process -- value, labels --> Ray's agent of its machine --> http://NODE:PORT/metrics
 
 Ray puts `ray_` before each name and `_total` after those that count, adds its session and machine
 as labels, and passes values on every 10 s.
@@ -12,7 +12,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
+class Exported:
     """A figure that is exported.
 
     Attributes:
@@ -28,7 +28,7 @@ class Figure:
     counts: bool = False
 
     @property
-    def exported(self) -> str:
+    def endpoint_name(self) -> str:
         """Name on the endpoint."""
         return f"ray_{self.name}_total" if self.counts else f"ray_{self.name}"
 
@@ -41,18 +41,18 @@ class Metrics:
         labels: Labels of every value.
     """
 
-    def __init__(self, figures: Sequence[Figure], labels: Mapping[str, str]) -> None:
+    def __init__(self, figures: Sequence[Exported], labels: Mapping[str, str]) -> None:
         from ray.util.metrics import Counter, Gauge
 
-        self._exported: dict[Figure, Any] = {}
+        self._metrics: dict[Exported, Any] = {}
         for figure in figures:
             names = (*labels, *([figure.label] if figure.label else []))
             kind = Counter if figure.counts else Gauge
             metric = kind(figure.name, description=figure.description, tag_keys=names)
             metric.set_default_tags(dict(labels))
-            self._exported[figure] = metric
+            self._metrics[figure] = metric
 
-    def set(self, figure: Figure, value: float, label: str = "") -> None:
+    def set(self, figure: Exported, value: float, label: str = "") -> None:
         """Sets a figure to a value.
 
         Args:
@@ -60,9 +60,9 @@ class Metrics:
             value: The value.
             label: Value of its label.
         """
-        self._exported[figure].set(value, {figure.label: label} if figure.label else {})
+        self._metrics[figure].set(value, {figure.label: label} if figure.label else {})
 
-    def add(self, figure: Figure, amount: float, label: str = "") -> None:
+    def add(self, figure: Exported, amount: float, label: str = "") -> None:
         """Adds to a figure that counts.
 
         Args:
@@ -71,4 +71,4 @@ class Metrics:
             label: Value of its label.
         """
         if amount > 0:
-            self._exported[figure].inc(amount, {figure.label: label} if figure.label else {})
+            self._metrics[figure].inc(amount, {figure.label: label} if figure.label else {})

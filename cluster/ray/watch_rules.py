@@ -160,7 +160,7 @@ class StoppedRaylets:
         self._since_s: dict[str, float] = {}
 
     def stopped_s(self, node: str, state: str, now_s: float) -> float:
-        """How long the raylet of a machine has been stopped by now.
+        """Seconds for which the raylet of a machine has been stopped by now.
 
         Args:
             node: Ray's id of the machine.

@@ -210,18 +210,19 @@ class Recovery:
         return Repaired(position, built)
 
     def replace_validator(self, error: WorkerDiedError, iteration: int) -> None:
-        """Starts a new validator; whoever has asked the lost one asks again.
+        """Starts a new validator and returns at once; whoever has asked the lost one asks again.
 
         Raises:
-            ClusterError: The budget is spent, or nothing could replace it in time.
+            ClusterError: The budget is spent.
         """
-        from cluster.ray.replacement import rebuild, replace_lost
+        from cluster.ray.replacement import replace_lost
 
         began_s = time.monotonic()
         self._admit(error, iteration, self._validator_budget)
-        validator = self._ray_groups(self._groups.validator)
-        lost = replace_lost(validator, self._config.topology.call_timeout_s)
-        rebuild(validator, lost, self._config.recovery.wait_s)
+        (validator,) = self._ray_groups(self._groups.validator)
+        lost = replace_lost([validator], self._config.topology.call_timeout_s)
+        # Calls wait behind the building, and training for neither.
+        validator.rebuild(validator.ranks_in(lost))
         self._events.add(
             RunEvent(
                 kind="recovered",
@@ -303,6 +304,7 @@ class Recovery:
             self._folder,
             self._checkpoints,
             self._events.observer.warning,
+            self._events.add,
         )
         if kept is not None and kept.iteration >= saved.iteration:
             return kept, _SNAPSHOT

@@ -142,7 +142,11 @@ class Distillation:
         if self._prompts is None:
             self._prompts = self._open_prompts(start.iteration)
         prompts, self._position, spent_s = self._prompts, start, self._seconds_spent()
-        self._catch_up(stop_rule.is_reached(start.iteration, spent_s))
+        is_last = stop_rule.is_reached(start.iteration, spent_s)
+        self._catch_up(is_last)
+        if self._monitor.fatal is not None and not is_last:
+            # It sounded just before a process was lost.
+            raise self._endings.alarm(self._monitor.fatal, start)
         while not stop_rule.is_reached(self._position.iteration, spent_s):
             self._keep_snapshot()
             first, began, before_s = self._position.iteration, time.perf_counter(), spent_s
@@ -211,8 +215,9 @@ class Distillation:
         self._states.follow(self._monitor)
         self._trace.rewind(iteration, built)
         self._guard.replay(read_jsonl(self._folder.metrics))
-        if self._groups.validator is not None:
-            self._monitor.take_over(former, iteration, again=self._groups.validator.name in built)
+        validator = self._groups.validator
+        asks_again = validator is not None and validator.name in built
+        self._monitor.take_over(former, iteration, again=asks_again)
         self._plan = replace(
             self._plan, negative=self._negative(), incarnation=self._plan.incarnation + 1
         )

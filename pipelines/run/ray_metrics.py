@@ -6,25 +6,27 @@ dashboard of them.
 
 from pathlib import Path
 
-from cluster.ray.metrics import Figure, Metrics
+from cluster.ray.metrics import Exported, Metrics
 from pipelines.run.alarms import Alarm
 from pipelines.run.observer import RunObserver
 from pipelines.run.records import IterationRecord, RunEvent, ValidationRecord
 
-ITERATION = Figure("sgmd_iteration", "Generator updates made")
-SECONDS = Figure("sgmd_iteration_seconds", "Wall-clock seconds of the last iteration")
-STAGE = Figure("sgmd_stage_seconds", "Busy seconds of the last iteration, by role.stage", "stage")
-BUSY = Figure("sgmd_busy_share", "Busy seconds of all ranks over wall-clock seconds", "role")
-WAIT = Figure("sgmd_data_wait_seconds", "Seconds of the last iteration spent waiting for captions")
-SAMPLES = Figure("sgmd_samples", "Captions taken from the stream in this process", counts=True)
-REJECTED = Figure("sgmd_rejected", "Rows, row groups and shards left out", counts=True)
-LOSS = Figure("sgmd_loss", "Loss terms, means over the samples", "loss")
-NORM = Figure("sgmd_gradient_norm", "Gradient norm before clipping, by role", "role")
-SKIPPED = Figure("sgmd_skipped_updates", "Updates skipped by the guards", counts=True)
-VALIDATION = Figure("sgmd_validation", "Figures of the last validation", "figure")
-EVENTS = Figure("sgmd_events", "Failures and what was done, by kind", "kind", counts=True)
-LOST = Figure("sgmd_lost_seconds", "Seconds lost to failures", counts=True)
-ALARMS = Figure("sgmd_alarms", "Limits that were crossed, by alarm", "alarm", counts=True)
+ITERATION = Exported("sgmd_iteration", "Generator updates made")
+SECONDS = Exported("sgmd_iteration_seconds", "Wall-clock seconds of the last iteration")
+STAGE = Exported("sgmd_stage_seconds", "Busy seconds of the last iteration, by role.stage", "stage")
+BUSY = Exported("sgmd_busy_share", "Busy seconds of all ranks over wall-clock seconds", "role")
+WAIT = Exported(
+    "sgmd_data_wait_seconds", "Seconds of the last iteration spent waiting for captions"
+)
+SAMPLES = Exported("sgmd_samples", "Captions taken from the stream in this process", counts=True)
+REJECTED = Exported("sgmd_rejected", "Rows, row groups and shards left out", counts=True)
+LOSS = Exported("sgmd_loss", "Loss terms, means over the samples", "loss")
+NORM = Exported("sgmd_gradient_norm", "Gradient norm before clipping, by role", "role")
+SKIPPED = Exported("sgmd_skipped_updates", "Updates skipped by the guards", counts=True)
+VALIDATION = Exported("sgmd_validation", "Figures of the last validation", "figure")
+EVENTS = Exported("sgmd_events", "Failures and what was done, by kind", "kind", counts=True)
+LOST = Exported("sgmd_lost_seconds", "Seconds lost to failures", counts=True)
+ALARMS = Exported("sgmd_alarms", "Limits that were crossed, by alarm", "alarm", counts=True)
 
 FIGURES = (
     ITERATION,

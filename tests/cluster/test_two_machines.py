@@ -63,6 +63,12 @@ def test_a_partner_that_dies_on_another_machine_is_named(found):
     assert "it ended without a word" in killed["cause"]
 
 
+def test_a_killed_raylet_is_a_lost_machine_and_no_death_of_its_ranks(found):
+    killed = found["killed raylet"]
+    assert killed["lost"] == [["judge", 0], ["painter", 0]]
+    assert "its raylet has ended" in killed["cause"]
+
+
 def test_a_frozen_raylet_is_a_lost_machine_with_all_that_was_on_it(found):
     frozen = found["frozen raylets"]
     assert frozen["other"]["lost"] == [["judge", 0], ["painter", 0]]

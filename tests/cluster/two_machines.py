@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -176,10 +176,23 @@ def after_a_far_partner_was_killed() -> dict[str, Any]:
     return {}
 
 
-def lost(group: RayWorkerGroup[Toy], raylet: int) -> dict[str, Any]:
-    """Freezes a raylet while a call is under way; returns what the error says."""
+def after_a_killed_raylet(add: Callable[..., Any]) -> dict[str, Any]:
+    """Kills the raylet of a third machine; nothing watches."""
+    add(labels={"side": "far"})
+    known = {node["NodeID"] for node in ray.nodes() if node["Labels"].get("side") != "far"}
+    (far,) = {node["NodeID"] for node in ray.nodes()} - known
+    pools = [Pool(name, 1, LIGHT, labels={"side": "far"}) for name in ("painter", "judge")]
+    with reserve(pools, WAIT_S) as placement:
+        painter, judge = (RayWorkerGroup(one.name, make_toy, (1,), placement) for one in pools)
+        for group in (painter, judge):
+            group.wait_ready(WAIT_S)
+        return lost(painter, raylet_of(far), signal.SIGKILL)
+
+
+def lost(group: RayWorkerGroup[Toy], raylet: int, number: int = signal.SIGSTOP) -> dict[str, Any]:
+    """Freezes or kills a raylet while a call is under way; returns what the error says."""
     call = group.call_rank(0, Toy.sleep, WAIT_S)
-    os.kill(raylet, signal.SIGSTOP)
+    os.kill(raylet, number)
     try:
         group.fetch([call], WAIT_S, "painting")
     except NodeLostError as error:
@@ -192,7 +205,8 @@ def lost(group: RayWorkerGroup[Toy], raylet: int) -> dict[str, Any]:
 def after_frozen_raylets() -> dict[str, Any]:
     """Freezes the other machine's raylet, then that of this process."""
     own = ray.get_runtime_context().get_node_id()
-    other = next(node["NodeID"] for node in ray.nodes() if node["NodeID"] != own)
+    others = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] != own]
+    other = others[0]["NodeID"]
     sides = {"painter": "right", "judge": "right", "teacher": "left"}
     pools = [Pool(name, 1, LIGHT, labels={"side": side}) for name, side in sides.items()]
     events: list[list[str]] = []
@@ -219,29 +233,34 @@ def after_frozen_raylets() -> dict[str, Any]:
 
 def main() -> None:
     """Tries everything on one cluster."""
-    with two_machines() as cluster, start_ray(cluster.address):
-        found = tried(cluster.address)
+    with two_machines() as (cluster, add), start_ray(cluster.address):
+        found = tried(cluster.address, add)
     sys.stdout.write(json.dumps(found) + "\n")
 
 
 @contextmanager
-def two_machines() -> Iterator[Cluster]:
-    """The cluster; `side` is the label of its machines, left that of the head."""
+def two_machines() -> Iterator[tuple[Cluster, Callable[..., Any]]]:
+    """The cluster and a way to add a machine; `side` is a label of each, left that of the head."""
     node = {"num_cpus": CPUS, "object_store_memory": 100 * 2**20}
     head = {**node, "labels": {"side": "left"}, "_system_config": HEALTH_CHECK}
     with serve_forks(MODULES) as python:
-        with pytest.MonkeyPatch.context() as patch:
-            # Ray writes it into the commands that its raylets start workers by.
-            patch.setattr(sys, "executable", str(python))
-            cluster = Cluster(initialize_head=True, head_node_args=head)
-            cluster.add_node(**node, resources={"fast": 1.0}, labels={"side": "right"})
+        cluster = Cluster()
+
+        def add(**settings: Any) -> Any:
+            with pytest.MonkeyPatch.context() as patch:
+                # Ray writes it into the commands that its raylets start workers by.
+                patch.setattr(sys, "executable", str(python))
+                return cluster.add_node(**{**node, **settings})
+
+        add(**head)
+        add(resources={"fast": 1.0}, labels={"side": "right"})
         try:
-            yield cluster
+            yield cluster, add
         finally:
             cluster.shutdown()
 
 
-def tried(address: str) -> dict[str, object]:
+def tried(address: str, add: Callable[..., Any]) -> dict[str, object]:
     """What everything has come to."""
     found: dict[str, object] = {}
     found["places"] = places_of(
@@ -267,6 +286,7 @@ def tried(address: str) -> dict[str, object]:
     found["free after a killed run"] = free_again()
     found["reports after a killed run"] = no_reports()
     found["killed partner"] = after_a_far_partner_was_killed()
+    found["killed raylet"] = after_a_killed_raylet(add)
     found["frozen raylets"] = after_frozen_raylets()
     return found
 

@@ -23,7 +23,7 @@ def scraped(run: str, last: str) -> dict[tuple[str, str], float]:
     """Values of a run by (name, own label), once the figure `last` is among them."""
     (node,) = [node for node in ray.nodes() if node["Alive"]]
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    own = {figure.exported: figure.label for figure in FIGURES}
+    own = {figure.endpoint_name: figure.label for figure in FIGURES}
     deadline_s = time.monotonic() + WAIT_S
     while True:
         found: dict[tuple[str, str], float] = {}
@@ -74,6 +74,6 @@ def test_failures_are_counted_by_kind_and_their_seconds_added_up(ray_cluster: No
 def test_the_dashboard_shows_every_figure_once() -> None:
     page = json.loads((ROOT / "docs" / "grafana.json").read_text())
     shown = " ".join(panel["targets"][0]["expr"] for panel in page["panels"])
-    assert [shown.count(figure.exported + "{") for figure in FIGURES] == [1] * len(FIGURES)
+    assert [shown.count(figure.endpoint_name + "{") for figure in FIGURES] == [1] * len(FIGURES)
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in page["panels"]]
     assert len(set(places)) == len(places)
