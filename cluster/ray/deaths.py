@@ -64,7 +64,10 @@ FROZEN_MACHINES: dict[str, str] = {}
 
 
 def death_of(
-    error: RayActorError, known: Mapping[str, tuple[str, int]], phase: str, others: Iterable[str]
+    error: RayActorError,
+    known: Mapping[str, tuple[str, int]],
+    phase: str,
+    others: Mapping[str, tuple[str, int]],
 ) -> WorkerDiedError | None:
     """The error for a process that is gone; None where it cannot be said whose it was.
 
@@ -72,7 +75,8 @@ def death_of(
         error: Ray's error.
         known: (group, rank) by actor id, of the processes that the failed call depends on.
         phase: What the controller was waiting for.
-        others: Ids of all actors of the run, for the list of what was on a lost machine.
+        others: (group, rank) by actor id, of all processes of the run, for the list of what was on
+            a lost machine.
     """
     actor, words = error.actor_id or "", str(error)
     report = last_report(actor)
@@ -134,33 +138,45 @@ def lost_machines() -> set[str]:
     return set()
 
 
-def lost_machine(others: Iterable[str], phase: str) -> NodeLostError | None:
+def lost_machine(others: Mapping[str, tuple[str, int]], phase: str) -> NodeLostError | None:
     """The error for a machine that Ray has lost and that had processes of these actors."""
     return _lost_machine("node has died", None, others, phase)
 
 
 def _lost_machine(
-    words: str, report: ProgressReport | None, others: Iterable[str], phase: str
+    words: str,
+    report: ProgressReport | None,
+    others: Mapping[str, tuple[str, int]],
+    phase: str,
 ) -> NodeLostError | None:
     """The error for a machine that is gone, with everything that was on it."""
     gone = lost_machines() | set(FROZEN_MACHINES)
     is_gone = bool(_NODE_GONE.search(words)) or (report is not None and report.node in gone)
     if not is_gone:
         return None
-    reports = [found for actor in others if (found := last_report(actor))]
-    node = report.node if report else next((one.node for one in reports if one.node in gone), None)
+    reports = {actor: found for actor in others if (found := last_report(actor))}
+    node = (
+        report.node
+        if report
+        else next((one.node for one in reports.values() if one.node in gone), None)
+    )
     if node is None:
         return None
-    there = [one for one in reports if one.node == node] or ([report] if report else [])
+    there = {actor: one for actor, one in reports.items() if one.node == node}
+    # A process that has just been built may not have reported its workers yet.
     lost = tuple(
-        dict.fromkeys((group, rank) for one in there for group, rank in one.workers.items())
+        dict.fromkeys(
+            place
+            for actor, one in there.items()
+            for place in (one.workers.items() if one.workers else (others[actor],))
+        )
     )
     if not lost:
         return None
     cause = FROZEN_MACHINES.get(
         node, "its raylet has ended, or Ray's head cannot reach it any more"
     )
-    return NodeLostError(*lost[0], phase, cause, there[0].address, lost)
+    return NodeLostError(*lost[0], phase, cause, next(iter(there.values())).address, lost)
 
 
 def _frozen(frozen: FrozenProcess, phase: str) -> WorkerFrozenError:

@@ -9,7 +9,7 @@ nothing is known.
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +57,7 @@ def dead_partner(
         where all of them live.
     """
     open_ones = dict(partners)
+    places = {actor: one.place for actor, one in partners.items()}
     asked = {one.actor.process_id.remote(): actor for actor, one in partners.items()}
     first = {actor: _count(actor) for actor in partners}
     end_s = time.monotonic() + patience_s
@@ -66,10 +67,10 @@ def dead_partner(
                 return died
         for answer in _answered(list(asked)):
             actor = asked.pop(answer)
-            if died := _death(answer, {actor: partners[actor].place}, partners, phase):
+            if died := _death(answer, {actor: places[actor]}, places, phase):
                 return died
             open_ones.pop(actor, None)
-        if lost := lost_machine(partners, phase):
+        if lost := lost_machine(places, phase):
             return lost
         open_ones = {
             actor: one
@@ -90,7 +91,10 @@ def _answered(asked: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
 
 
 def _death(
-    answer: ray.ObjectRef, known: Mapping[str, tuple[str, int]], others: Iterable[str], phase: str
+    answer: ray.ObjectRef,
+    known: Mapping[str, tuple[str, int]],
+    others: Mapping[str, tuple[str, int]],
+    phase: str,
 ) -> WorkerDiedError | None:
     try:
         ray.get(answer)
