@@ -86,14 +86,21 @@ def test_a_trial_may_have_pools_of_its_own(make_recipe: MakeRecipe, ray_cluster:
     assert trial.figures["frechet"] >= 0
 
 
-def kill_process_of_first_trial(is_over: threading.Event) -> None:
-    """Kills the first process of a trial as soon as it has one."""
+def processes_of_trials() -> set[psutil.Process]:
+    found = set()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "".join(process.cmdline()).startswith("ray::ImplicitFunc"):
+                found.add(process)
+    return found
+
+
+def kill_first_trial(earlier: set[psutil.Process], is_over: threading.Event) -> None:
+    """Kills the first process of a trial as soon as there is one."""
     while not is_over.wait(0.01):
-        for process in psutil.Process().children(recursive=True):
-            with suppress(psutil.Error):
-                if "".join(process.cmdline()).startswith("ray::ImplicitFunc"):
-                    process.kill()
-                    return
+        for process in processes_of_trials() - earlier:
+            process.kill()
+            return
 
 
 @pytest.mark.ray
@@ -105,7 +112,8 @@ def test_a_trial_whose_process_dies_is_a_row_of_the_table_and_the_others_count(
         "sweep.grid={objective.lambda_nr: [0.1, 0.2]}", "sweep.iterations=1", "batch.size=2"
     )
     is_over = threading.Event()
-    killer = threading.Thread(target=kill_process_of_first_trial, args=(is_over,))
+    # Those of an earlier sweep of this session may still be there.
+    killer = threading.Thread(target=kill_first_trial, args=(processes_of_trials(), is_over))
     killer.start()
     try:
         done, failed = sweep(config).trials
