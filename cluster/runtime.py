@@ -38,6 +38,9 @@ _TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _PROBE_TIMEOUT_S = 5.0
 _GRACE_S = 10.0
 _GCS_PROBE_EVERY_S = 3.0
+_SYSTEM_SETTINGS = {"task_events_max_num_task_in_gcs": 10_000}
+"""Settings of Ray in a new cluster. Its control service remembers the last 100,000 calls by
+default, 250 MB of them, for its dashboard, which a new cluster does not have."""
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
@@ -191,6 +194,7 @@ def _start_local(
                     include_dashboard=False,
                     log_to_driver=log_to_driver,
                     logging_level=logging.ERROR,
+                    _system_config=_system_settings(),
                 )
         except Exception as error:  # Ray raises no type of its own for this.
             if is_last or "timed out" not in str(error):
@@ -201,6 +205,13 @@ def _start_local(
             _end(_children() - ours)
         else:
             return
+
+
+def _system_settings() -> dict[str, int]:
+    """Our settings of Ray, but for those that the environment sets."""
+    return {
+        name: value for name, value in _SYSTEM_SETTINGS.items() if f"RAY_{name}" not in os.environ
+    }
 
 
 @contextmanager
