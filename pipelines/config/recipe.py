@@ -409,6 +409,9 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _changed(
     config: DistillConfig, settings: Mapping[str, JsonValue], attempted: str
 ) -> DistillConfig:
+    if settings.get("topology.mode") == "local":
+        # Settings that leave Ray leave the cluster that the recipe names, too.
+        settings = {"topology.address": None, **settings}
     changes = [Override(tuple(key.split(".")), value) for key, value in settings.items()]
     require_single(changes, attempted)
     changed = apply_overrides(config.model_dump(mode="json"), changes)

@@ -674,3 +674,13 @@ def test_our_recipe_differs_from_the_released_one_where_it_says_so():
         "fake_score.tracking",
         "checkpoint.keep",
     }
+
+
+def test_trials_in_one_process_leave_the_cluster_that_the_recipe_names() -> None:
+    config = load_recipe("tiny", ["topology.address=127.0.0.1:6379"])
+    assert config.sweep.settings["topology.mode"] == "local"
+    trial = config.with_settings(config.sweep.settings)
+    assert trial.topology.address is None
+    assert config.topology.address == "127.0.0.1:6379"
+    with pytest.raises(ConfigError, match="names a Ray cluster"):
+        load_recipe("tiny", ["topology.address=127.0.0.1:6379", "topology.mode=local"])
