@@ -251,11 +251,12 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def asks_for_token(gcs_address: str) -> bool | None:
-    """Returns True if a cluster refuses who has no token; None where that cannot be found out.
+def refuses_token(gcs_address: str, token: str = "") -> bool | None:
+    """Returns True if a cluster refuses a token, or none; None where that cannot be found out.
 
     Args:
         gcs_address: Address of its control service, `host:port`.
+        token: The token; empty: none.
     """
     try:
         import grpc
@@ -264,8 +265,12 @@ def asks_for_token(gcs_address: str) -> bool | None:
     with grpc.insecure_channel(gcs_address) as channel:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
-            # An empty message, which is a valid request, and no token.
-            call(b"", timeout=_PROBE_TIMEOUT_S)
+            # An empty message, which is a valid request.
+            call(
+                b"",
+                timeout=_PROBE_TIMEOUT_S,
+                metadata=(("authorization", f"Bearer {token}"),) if token else None,
+            )
         except grpc.RpcError as error:
             refused = getattr(error, "code", lambda: None)() is grpc.StatusCode.UNAUTHENTICATED
             return True if refused else None
@@ -319,18 +324,36 @@ def _connect(address: str, log_to_driver: bool) -> None:
     if port.isdigit():
         # Ray itself would try for a minute, and then end the whole process.
         socket.create_connection((host or "localhost", int(port)), _PROBE_TIMEOUT_S).close()
+        # Ray itself would try for 40 s.
+        token = _token()
+        if refuses_token(address, token):
+            raise PermissionError(
+                f"it refuses {'this token' if token else 'to answer without one'}"
+            )
     ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
     _warn_without_token(ray.get_runtime_context().gcs_address)
 
 
 def _warn_without_token(gcs_address: str) -> None:
-    if os.environ.get("RAY_AUTH_MODE") != "disabled" and asks_for_token(gcs_address) is False:
+    if os.environ.get("RAY_AUTH_MODE") != "disabled" and refuses_token(gcs_address) is False:
         _log.warning(
             "the Ray cluster at %s asks for no token: whoever reaches its ports can run code on "
             "it. Start it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on every node, or set "
             "RAY_AUTH_MODE=disabled here where its network is trusted",
             gcs_address,
         )
+
+
+def _token() -> str:
+    """Token of this process, where Ray looks for it; empty without one."""
+    if os.environ.get("RAY_AUTH_MODE", "token") != "token":
+        return ""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token"
+    with suppress(OSError):
+        return Path(path).read_text().strip()
+    return ""
 
 
 def _has_token() -> bool:

@@ -28,7 +28,7 @@ STARTS_TWICE = """
 import os, re, sys
 from pathlib import Path
 import ray
-from cluster.runtime import asks_for_token, start_ray
+from cluster.runtime import refuses_token, start_ray
 
 def listening():
     # Sockets of this process and of all that know its token.
@@ -57,7 +57,10 @@ def mode_and_token():
 with start_ray(num_cpus=2, object_store_memory=100 * 2**20, temp_dir=sys.argv[1]):
     with start_ray("auto"):
         assert ray.cluster_resources()["CPU"] == 2
-    assert asks_for_token(ray.get_runtime_context().gcs_address) is True
+    address = ray.get_runtime_context().gcs_address
+    assert refuses_token(address) is True
+    assert refuses_token(address, "wrong") is True
+    assert refuses_token(address, os.environ["RAY_AUTH_TOKEN"]) is False
     assert len(ray.get(mode_and_token.remote())) == 64
     # The control service, two of the raylet, that worker.
     found = list(listening())
@@ -67,11 +70,13 @@ assert not ray.is_initialized()
 """
 
 
-def _run(program: str, *arguments: str, home: Path) -> subprocess.CompletedProcess[str]:
+def _run(
+    program: str, *arguments: str, home: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
-        env={**environment, "HOME": str(home)},
+        env={**environment, "HOME": str(home), **variables},
         capture_output=True,
         text=True,
         timeout=300,
@@ -89,6 +94,26 @@ def test_a_cluster_that_is_not_there_is_told_at_once(tmp_path):
     assert "Ray Client" in client
     assert "no address" in nonsense
     assert "RAY_AUTH_TOKEN" in refused
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_token_that_a_cluster_refuses_is_told_before_ray_tries_it(tmp_path):
+    address = ray.get_runtime_context().gcs_address
+    wrong = _run(REPORTS_ERRORS, address, home=tmp_path, RAY_AUTH_TOKEN="wrong")
+    none = _run(REPORTS_ERRORS, address, home=tmp_path)
+    for result, cause in (
+        (wrong, "it refuses this token"),
+        (none, "refuses to answer without one"),
+    ):
+        assert result.returncode == 0, result.stderr
+        (told,) = result.stdout.splitlines()
+        assert f"connecting to the Ray cluster at {address}: PermissionError: " in told
+        assert cause in told
+        assert "RAY_AUTH_TOKEN" in told
+        # Ray says more where it has tried.
+        assert result.stderr == ""
 
 
 @pytest.mark.ray
