@@ -41,6 +41,24 @@ class Partner:
     place: tuple[str, int]
 
 
+class SignsOfLife:
+    """Numbers of reports, by actor id, each compared with the first that was read."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, int] = {}
+
+    def goes_on(self, actor: str, count: int | None) -> bool:
+        """Notes the number of the newest report; returns True if the process goes on reporting.
+
+        Args:
+            actor: Actor id of the process.
+            count: Number of its newest report; None where it could not be read.
+        """
+        if count is None:
+            return False
+        return count >= self._first.setdefault(actor, count) + _REPORTS_OF_A_LIVING_ONE
+
+
 def dead_partner(
     partners: Mapping[str, Partner], phase: str, found: str, patience_s: float = _PATIENCE_S
 ) -> WorkerDiedError | ResultLostError | None:
@@ -59,7 +77,9 @@ def dead_partner(
     open_ones = dict(partners)
     places = {actor: one.place for actor, one in partners.items()}
     asked = {one.actor.process_id.remote(): actor for actor, one in partners.items()}
-    first = {actor: _count(actor) for actor in partners}
+    signs = SignsOfLife()
+    for actor in partners:
+        signs.goes_on(actor, _count(actor))
     end_s = time.monotonic() + patience_s
     while open_ones:
         for actor, one in open_ones.items():
@@ -75,7 +95,7 @@ def dead_partner(
         open_ones = {
             actor: one
             for actor, one in open_ones.items()
-            if _count(actor) < first[actor] + _REPORTS_OF_A_LIVING_ONE
+            if not signs.goes_on(actor, _count(actor))
         }
         if time.monotonic() > end_s:
             break
@@ -118,9 +138,9 @@ def _undecided(
     )
 
 
-def _count(actor: str) -> int:
-    """Number of the newest report; 0 where there is none, or the control service is silent."""
+def _count(actor: str) -> int | None:
+    """Number of the newest report; None where there is none, or the control service is silent."""
     with suppress(Exception):
         report = read_report(actor)
-        return report.count if report else 0
-    return 0
+        return report.count if report else None
+    return None

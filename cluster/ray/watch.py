@@ -17,7 +17,9 @@ partners are written before it is ended (`ray.kill`, and SIGKILL: a stopped proc
 request). The calls that wait for it then fail, with `WorkerFrozenError`.
 
 The watch runs in a thread of the controller's process. It waits when that process was itself
-stopped, or when the control service does not answer: silence then says nothing.
+stopped, or when the control service does not answer, or answers late: silence then says nothing. A
+look may take as long as its machine was paused, so the report is read again before a process is
+ended: whoever has gone on meanwhile is let off.
 """
 
 import logging
@@ -51,6 +53,7 @@ from cluster.ray.watch_rules import (
     WatchLimits,
     cause_of_delay,
     cause_of_silence,
+    has_gone_on,
     silent,
     stuck,
 )
@@ -137,8 +140,10 @@ class _Watch:
 
     def _forgive(self, seconds: float) -> None:
         """Moves everything that was heard forward by a time in which nothing could be heard."""
+        now_s = time.monotonic()
         self._heard = {
-            actor: (report, heard_s + seconds) for actor, (report, heard_s) in self._heard.items()
+            actor: (report, min(heard_s + seconds, now_s))
+            for actor, (report, heard_s) in self._heard.items()
         }
         self._raylets.forgive(seconds)
 
@@ -150,7 +155,8 @@ class _Watch:
                 self._look_at_raylet(one.report.node, one.report.raylet, one.report.raylet_state)
         self._deaf.clear()
         for one in silent(processes, self._limits):
-            self._judge_silent(one, processes)
+            if one.partners not in self._broken:
+                self._judge_silent(one, processes)
         accused = stuck(processes, self._limits)
         for one in accused:
             if one.partners not in self._broken:
@@ -158,7 +164,8 @@ class _Watch:
 
     def _processes(self) -> list[WatchedProcess]:
         """Every process that has reported, with its newest report."""
-        found: list[WatchedProcess] = []
+        began_s = time.monotonic()
+        found: list[tuple[Any, str, str]] = []
         seen: dict[str, tuple[ProgressReport, float]] = {}
         for actor, partners in _actors(self._groups()):
             key = actor._actor_id.hex()
@@ -172,12 +179,20 @@ class _Watch:
             is_new = before is None or before[0].count != report.count
             heard_s = now_s if is_new or before is None else before[1]
             seen[key] = (report, heard_s)
-            found.append(WatchedProcess(actor, partners or key, report, now_s - heard_s))
+            found.append((actor, partners, key))
         for key in self._heard.keys() - seen.keys():
             with suppress(Exception):
                 forget_report(key) if key not in self._ended else None
         self._heard = seen
-        return found
+        now_s = time.monotonic()
+        if now_s - began_s > FRESH_S:
+            # The control service stood still, and has what was reported to it only now.
+            self._forgive(now_s - began_s)
+        return [
+            WatchedProcess(actor, partners or key, report, now_s - heard_s)
+            for actor, partners, key in found
+            for report, heard_s in [self._heard[key]]
+        ]
 
     def _judge_silent(self, one: WatchedProcess, processes: Sequence[WatchedProcess]) -> None:
         report = one.report
@@ -201,14 +216,21 @@ class _Watch:
         return answer
 
     def _end(self, one: WatchedProcess, processes: Sequence[WatchedProcess], cause: str) -> None:
-        """Writes stacks, reports, and ends a process."""
+        """Writes stacks, reports, and ends a process, unless it has gone on meanwhile."""
         report, key = one.report, one.actor._actor_id.hex()
-        self._ended.add(key)
-        self._broken.add(one.partners)
-        group, rank = one.place
+        if has_gone_on(one, read_report(key), self._limits):
+            return
         dump = self._write_stacks(one, processes, cause)
         seen = self._ask(report.node, look_at, report.pid, report.born, report.log)
         lines = seen.last_lines if seen else ()
+        # The stacks may have taken long, too.
+        if has_gone_on(one, read_report(key), self._limits):
+            with suppress(OSError):
+                Path(dump).unlink() if dump else None
+            return
+        self._ended.add(key)
+        self._broken.add(one.partners)
+        group, rank = one.place
         frozen = FrozenProcess(group, rank, cause, report, lines, dump)
         FROZEN[key] = frozen
         try:

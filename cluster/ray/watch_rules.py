@@ -108,6 +108,22 @@ def cause_of_silence(one: WatchedProcess, seen: ProcessLook | None, limits: Watc
     return f"{words}; {excuse}" if excuse else words
 
 
+def has_gone_on(one: WatchedProcess, newest: ProgressReport | None, limits: WatchLimits) -> bool:
+    """True if an accused process has reported, or has left the call in which it was stuck.
+
+    Args:
+        one: The process, as it was accused.
+        newest: Its report now; None where it has none any more.
+        limits: Limits of the watch.
+    """
+    if newest is None:
+        return True
+    if one.silent_s > limits.silence_s:
+        return newest.count != one.report.count
+    # Of another call, or of none, the seconds would have begun anew.
+    return newest.seconds < one.report.seconds
+
+
 def stuck(processes: Sequence[WatchedProcess], limits: WatchLimits) -> list[WatchedProcess]:
     """Processes that are alive, but whose call takes too long, and that wait for no other one."""
     if any(one.silent_s > FRESH_S for one in processes):

@@ -15,9 +15,12 @@ pytest.importorskip("ray")
 
 from cluster.errors import WorkerDiedError, WorkerFrozenError
 from cluster.procfs import process_state
+from cluster.ray import watch
 from cluster.ray.deaths import FrozenProcess
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
+from cluster.ray.processes import ProcessLook, look_at
+from cluster.ray.progress import ProgressReport, read_report
 from cluster.ray.topology import Placement, reserve
 from cluster.ray.watch import watch_processes
 from cluster.ray.watch_rules import WatchLimits
@@ -33,7 +36,7 @@ LONG_S = 3 * SILENCE_S
 
 @pytest.fixture(scope="module")
 def placement(ray_cluster: None) -> Iterator[Placement]:
-    names = ("painter", "judge", "dead", "crashed", "left", "replaced")
+    names = ("painter", "judge", "woken", "heard", "dead", "crashed", "left", "replaced")
     pools = [Pool(name, cpus_per_rank=0.1) for name in names]
     with reserve([*pools, Pool("choir", 2, cpus_per_rank=0.1)], WAIT_S) as placement:
         yield placement
@@ -81,6 +84,73 @@ def test_a_stopped_process_is_named_and_not_the_one_that_waits_for_it(
     while process_state(pid) not in ("", "Z"):
         assert time.monotonic() < end_s, "it was not ended"
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_process_that_wakes_up_while_it_is_looked_at_goes_on(
+    placement: Placement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[str] = []
+
+    def look(pid: int, since: int, log: str, *, is_busy: bool = False) -> ProcessLook:
+        """As a look at a paused machine: what it has seen arrives when the process has gone on."""
+        seen = look_at(pid, since, log, is_busy=is_busy)
+        looks.append(seen.state)
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(3.0)
+        return seen
+
+    monkeypatch.setattr(watch, "look_at", look)
+    with RayWorkerGroup("woken", make_toy, (1,), placement) as woken:
+        pid = woken.fetch([woken.call_rank(0, Toy.say, "asleep")], WAIT_S, "saying")[0]
+        with watched(tmp_path, woken) as found:
+            time.sleep(2.0)
+            os.kill(pid, signal.SIGSTOP)
+            end_s = time.monotonic() + WAIT_S
+            while not looks:
+                assert time.monotonic() < end_s, "it was never looked at"
+                time.sleep(0.1)
+            time.sleep(2 * SILENCE_S)
+            again = woken.fetch([woken.call_rank(0, Toy.say, "awake")], WAIT_S, "saying")
+    assert looks == ["T"]
+    assert found == []
+    assert again == [pid]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_time_for_which_the_control_service_stood_still_is_no_silence(
+    placement: Placement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[ProgressReport] = []
+    ends: list[float] = []
+    looks: list[int] = []
+
+    def late(key: str) -> ProgressReport | None:
+        """Answers after a while, once, with what it had before."""
+        report = read_report(key)
+        if first and not ends:
+            time.sleep(SILENCE_S + 2.0)
+            ends.append(time.monotonic())
+            return first[0]
+        first.extend([report] if report else [])
+        return report
+
+    def look(pid: int, since: int, log: str, *, is_busy: bool = False) -> ProcessLook:
+        looks.append(pid)
+        return look_at(pid, since, log, is_busy=is_busy)
+
+    monkeypatch.setattr(watch, "read_report", late)
+    monkeypatch.setattr(watch, "look_at", look)
+    with RayWorkerGroup("heard", make_toy, (1,), placement) as heard:
+        heard.fetch([heard.call_rank(0, Toy.say, "here")], WAIT_S, "saying")
+        with watched(tmp_path, heard) as found:
+            end_s = time.monotonic() + WAIT_S
+            while not ends:
+                assert time.monotonic() < end_s, "nothing was read"
+                time.sleep(0.1)
+            time.sleep(4.0)
+    assert (looks, found) == ([], [])
 
 
 @pytest.mark.slow

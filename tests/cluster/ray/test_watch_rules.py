@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("ray")
 
 from cluster.ray.deaths import cause_of
+from cluster.ray.partners import SignsOfLife
 from cluster.ray.processes import ProcessLook
 from cluster.ray.progress import ProgressReport
 from cluster.ray.watch_rules import (
@@ -16,6 +17,7 @@ from cluster.ray.watch_rules import (
     WatchLimits,
     cause_of_delay,
     cause_of_silence,
+    has_gone_on,
     silent,
     stuck,
 )
@@ -132,6 +134,32 @@ def test_what_is_not_known_excuses_as_long_as_a_first_call_may_take(
     cause = cause_of_silence(process(BUSY, 601.0), seen, LIMITS)
     assert cause.startswith("it was frozen: no sign of life for 601 s, in learn()")
     assert cause.endswith(f"; {excuse}")
+
+
+def test_who_reports_or_leaves_its_call_after_the_accusation_is_let_off():
+    late = process(replace(BUSY, count=30, seconds=9.0), 21.0)
+    assert not has_gone_on(late, late.report, LIMITS)
+    assert has_gone_on(late, replace(late.report, count=31, seconds=31.0), LIMITS)
+    # A process that is stuck reports all the while.
+    hung = process(replace(BUSY, count=30, seconds=99.0))
+    assert not has_gone_on(hung, replace(hung.report, count=42, seconds=111.0), LIMITS)
+    assert has_gone_on(hung, replace(hung.report, count=42, seconds=8.0), LIMITS)
+    assert has_gone_on(hung, replace(IDLE, count=42), LIMITS)
+    # Its group has been closed.
+    assert has_gone_on(late, None, LIMITS)
+    assert has_gone_on(hung, None, LIMITS)
+
+
+def test_a_report_that_could_not_be_read_at_first_is_no_sign_of_life():
+    signs = SignsOfLife()
+    assert not signs.goes_on("dead", None)
+    assert not signs.goes_on("dead", 500)
+    assert not signs.goes_on("dead", None)
+    # The last one was under way when its process ended.
+    assert not signs.goes_on("dead", 501)
+    assert not signs.goes_on("alive", 7)
+    assert not signs.goes_on("alive", 8)
+    assert signs.goes_on("alive", 9)
 
 
 def test_a_stopped_raylet_is_known_by_its_machine():
