@@ -13,9 +13,33 @@ from pipelines.run.records import RunEvent
 # Ray is imported where it starts: mode `local` runs on machines that do not have it.
 if TYPE_CHECKING:
     from cluster.ray.deaths import FrozenProcess
+    from cluster.ray.watch_rules import WatchLimits
 
 _WAIT_FOR_STORAGE = frozenset({"feed"})
 _VALIDATOR = "validator"
+_SHARE_OF_CALL_TIMEOUT = 0.8
+"""Share of `call_timeout_s` after which the watch ends a process.
+
+The controller itself gives up after all of it, with an error that is not repaired.
+"""
+
+
+def watch_limits(settings: TopologySettings, validation_s: float) -> "WatchLimits":
+    """Returns the limits of the watch over a run.
+
+    Args:
+        settings: Limits of the recipe.
+        validation_s: Limit of a validation.
+    """
+    from cluster.ray.watch_rules import WatchLimits
+
+    return WatchLimits(
+        settings.watch_s,
+        _SHARE_OF_CALL_TIMEOUT * settings.call_timeout_s,
+        settings.start_timeout_s,
+        _WAIT_FOR_STORAGE,
+        {_VALIDATOR: validation_s},
+    )
 
 
 @contextmanager
@@ -40,15 +64,8 @@ def watch_groups(
         return
     from cluster.ray.group import RayWorkerGroup
     from cluster.ray.watch import watch_processes
-    from cluster.ray.watch_rules import WatchLimits
 
-    limits = WatchLimits(
-        settings.watch_s,
-        settings.call_timeout_s,
-        settings.start_timeout_s,
-        _WAIT_FOR_STORAGE,
-        {_VALIDATOR: validation_s},
-    )
+    limits = watch_limits(settings, validation_s)
     found = [group for group in groups if isinstance(group, RayWorkerGroup)]
 
     def process(frozen: "FrozenProcess") -> None:

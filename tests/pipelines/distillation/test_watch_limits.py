@@ -1,0 +1,21 @@
+"""The watch ends what is stuck before the controller gives up."""
+
+import pytest
+
+pytest.importorskip("ray")
+
+from cluster.ray.progress import ProgressReport
+from pipelines.config.topology import TopologySettings
+from pipelines.distillation.watch import watch_limits
+
+FIRST = ProgressReport(
+    1, 7, 9, "node", "host", "", "", 3, "S", 0, 2**30, {}, "generator", "learn", iteration=0
+)
+
+
+def test_a_first_call_that_is_stuck_is_ended_before_the_controller_gives_up():
+    settings = TopologySettings(watch_s=20.0, call_timeout_s=600.0, start_timeout_s=300.0)
+    limits = watch_limits(settings, 7200.0)
+    assert limits.silence_s == settings.watch_s
+    assert limits.of(FIRST) < settings.call_timeout_s
+    assert limits.of(FIRST) == pytest.approx(480.0)
