@@ -14,7 +14,7 @@ from pipelines.run.records import IterationRecord, RunEvent, ValidationRecord
 ITERATION = Exported("sgmd_iteration", "Generator updates made")
 SECONDS = Exported("sgmd_iteration_seconds", "Wall-clock seconds of the last iteration")
 STAGE = Exported("sgmd_stage_seconds", "Busy seconds of the last iteration, by role.stage", "stage")
-BUSY = Exported("sgmd_busy_share", "Busy seconds of all ranks over wall-clock seconds", "role")
+BUSY = Exported("sgmd_busy_ranks", "Ranks busy on average, by role", "role")
 WAIT = Exported(
     "sgmd_data_wait_seconds", "Seconds of the last iteration spent waiting for captions"
 )
