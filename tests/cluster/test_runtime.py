@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -221,10 +222,11 @@ PATIENCE_S = 30.0
 
 def _descendants(process: int) -> dict[int, int]:
     """Start time of each process that a process has started, and of those that these have."""
-    parents = {
-        int(path.parent.name): int(path.read_bytes().rpartition(b")")[2].split()[1])
-        for path in Path("/proc").glob("[0-9]*/stat")
-    }
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        # It may end meanwhile.
+        with suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_bytes().rpartition(b")")[2].split()[1])
     found = {process}
     while more := {one for one, parent in parents.items() if parent in found} - found:
         found |= more

@@ -87,6 +87,9 @@ def test_a_second_save_waits_for_the_first_so_that_one_copy_is_held(
         target=writer.begin, args=(str(tmp_path / "2"), {"generator": copies[1]})
     )
     second.start()
+    # It only starts a thread, so that it would have ended by then if it did not wait.
+    second.join(0.5)
+    assert second.is_alive()
     assert not (tmp_path / "2").exists()
     slow.set()
     second.join()
