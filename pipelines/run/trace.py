@@ -6,7 +6,7 @@
     trace.json                  every call of the last iterations, for ui.perfetto.dev
 
 All times are put on one clock. Processes of one machine share its monotonic clock; each machine is
-given one offset to the time of the day when the run starts, so between machines times compare as
+given one offset to the time of the day when it is first seen, so between machines times compare as
 well as their clocks agree.
 """
 
@@ -120,8 +120,7 @@ class RunTrace:
         for group in self._groups:
             # Work of calls that were given up, under labels that will be used again.
             group.fetch(group.ask_work(), self._timeout_s, f"reading the times of {group.name}")
-        groups = (*self._groups, *self._beside)
-        self._read_clocks([group for group in groups if group.name in replaced])
+        self._read_clocks([group for group in self._groups if group.name in replaced])
 
     def close(self, silent: Sequence[WorkerGroup[Any]] = ()) -> None:
         """Hears everybody once more; call it when nothing is under way.
@@ -130,6 +129,8 @@ class RunTrace:
             silent: Groups that would not answer.
         """
         beside = [group for group in self._beside if group not in silent]
+        # Their processes may have been replaced, on other machines, while the run went on.
+        self._read_clocks(beside)
         self._ask((*self._groups, *beside))
         self._hear()
 
