@@ -149,7 +149,7 @@ def _comes_too_soon(order: Sequence[str], place: int) -> bool:
 
 
 class Storm(RunObserver):
-    """Strikes when the run reaches an iteration, once each; writes down when each was reached.
+    """Strikes when the run reaches an iteration, once each; writes down what has happened when.
 
     Args:
         run: The run and its faults. Those of server, disk and machines are only written down, for
@@ -171,25 +171,40 @@ class Storm(RunObserver):
         if kind is None or record.iteration in self._struck:
             return
         self._struck.add(record.iteration)
-        self._write({"iteration": record.iteration, "kind": kind, "time": time.time()})
         what, _, whom = kind.partition(" ")
-        if kind.startswith("driver"):
-            if kind.endswith("torn"):
-                self._tear()
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif what in ("kill", "freeze"):
+        if what in ("kill", "freeze"):
             (group,) = [group for group in self._groups[-1].all if group.name == whom]
             number = signal.SIGKILL if what == "kill" else signal.SIGSTOP
             # In the middle of the next iteration, where there is work to lose.
             process = group.process_ids()[0]
-            threading.Timer(_MID_ITERATION_S, os.kill, (process, number)).start()
+            signalled = (record.iteration, kind, process, number)
+            threading.Timer(_MID_ITERATION_S, self._signal, signalled).start()
+            return
+        if kind.endswith("torn"):
+            self._tear()
+        self._note(record.iteration, kind)
+        if kind.startswith("driver"):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def _signal(self, iteration: int, kind: str, process: int, number: int) -> None:
+        """Strikes a process; the book says so only if there was one."""
+        try:
+            os.kill(process, number)
+        except OSError as error:
+            self._write({"iteration": iteration, "missed": f"{kind}: {error}"})
+        else:
+            self._note(iteration, kind)
+
+    def _note(self, iteration: int, kind: str) -> None:
+        self._write({"iteration": iteration, "kind": kind, "time": time.time()})
 
     def _tear(self) -> None:
         whole = sorted(self._checkpoints.glob("step-*/manifest.json"))
-        if whole:
-            part = next(whole[-1].parent.glob("generator/*.safetensors"))
-            with part.open("r+b") as file:
-                file.truncate(part.stat().st_size // 2)
+        if not whole:
+            raise RuntimeError(f"there is no checkpoint in {self._checkpoints} yet to be torn")
+        part = next(whole[-1].parent.glob("generator/*.safetensors"))
+        with part.open("r+b") as file:
+            file.truncate(part.stat().st_size // 2)
 
     def _write(self, line: dict[str, Any]) -> None:
         with self._book.open("a") as file:

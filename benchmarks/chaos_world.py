@@ -87,10 +87,12 @@ class Server:
     def strike(self, fault: str) -> None:
         """Makes it frozen, restarted or busy."""
         if fault == "server frozen":
-            for process in psutil.Process().children():
-                if process.name() == "rclone":
-                    process.suspend()
-                    _later(_SERVER_S, process.resume)
+            servers = [one for one in psutil.Process().children() if one.name() == "rclone"]
+            if not servers:
+                raise RuntimeError("no process rclone of this one to freeze was found")
+            for process in servers:
+                process.suspend()
+                _later(_SERVER_S, process.resume)
         elif fault == "server restarted":
             self._server.close()
             time.sleep(_DOWN_S)

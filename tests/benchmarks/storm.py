@@ -8,6 +8,6 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import chaos
 import chaos_page
 import soak
-from chaos_faults import StormyRun, order_faults
+from chaos_faults import Storm, StormyRun, order_faults
 
-__all__ = ["StormyRun", "chaos", "chaos_page", "order_faults", "soak"]
+__all__ = ["Storm", "StormyRun", "chaos", "chaos_page", "order_faults", "soak"]

@@ -18,6 +18,8 @@ FAULTS = {2: "kill generator", 4: "server busy", 8: "driver"}
 def test_a_run_goes_through_a_storm_to_the_bits_of_a_calm_one(tmp_path):
     found = chaos.measure(FAULTS, 0, tmp_path)["results"]
     storm = found["storms"]["pools"]
+    assert found["problems"] == storm["missed"] == []
+    assert storm["faults"] == len(FAULTS)
     assert storm["differences"] == []
     assert storm["samples"] == {"used": 4 * storm["iterations"], "lost": 0, "repeated": 0}
     assert storm["ends"] == ["driver"]
