@@ -136,6 +136,10 @@ class SavedRole(ABC):
             self._writer.wait()
         return self._writer.outcome(folder)
 
+    def wait_for_writer(self) -> None:
+        """Waits until nothing is being written, whatever came of it."""
+        self._writer.wait()
+
     def save(self, folder: str) -> dict[str, str]:
         """Writes the state under a checkpoint folder and waits for it; every rank must be asked.
 

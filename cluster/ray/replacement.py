@@ -9,7 +9,8 @@ replaced whole. Processes that are alive keep their workers, their networks incl
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import ray
@@ -25,7 +26,12 @@ Process = tuple[str, int]
 _POLL_S = 0.2
 
 
-def replace_lost(groups: Sequence[RayWorkerGroup[Any]], patience_s: float) -> set[Process]:
+def replace_lost(
+    groups: Sequence[RayWorkerGroup[Any]],
+    patience_s: float,
+    unbuilt: AbstractSet[Process] = frozenset(),
+    beside: Collection[RayWorkerGroup[Any]] = (),
+) -> set[Process]:
     """Ends what is left of worlds that have lost a process, and starts them anew.
 
     Waits until every other process has worked through the calls that it was given: they may fail,
@@ -34,12 +40,16 @@ def replace_lost(groups: Sequence[RayWorkerGroup[Any]], patience_s: float) -> se
     Args:
         groups: All groups of a run.
         patience_s: A process that has not answered after so long counts as lost.
+        unbuilt: Processes that an earlier attempt has started and not built; they count as lost.
+        beside: Of the groups, those that may be busy with other things for long. A process that
+            only they use counts as lost where Ray says so, and is not waited for.
 
     Returns:
         The processes that are new and have no workers yet.
     """
     pools = {pool.pool: pool for group in groups for pool in group.pools}
-    lost = _lost(pools, patience_s)
+    hurried = {pool.pool for group in groups if group not in beside for pool in group.pools}
+    lost = _lost(pools, patience_s, unbuilt, pools.keys() - hurried)
     for name, index in lost:
         pools[name].end(index)
     for name, pool in pools.items():
@@ -63,7 +73,8 @@ def rebuild(
     processes: set[Process],
     timeout_s: float,
     arguments: Mapping[str, tuple[Any, ...]] | None = None,
-) -> dict[str, list[int]]:
+    beside: Collection[RayWorkerGroup[Any]] = (),
+) -> None:
     """Builds the workers of new processes, and waits until all are ready.
 
     Args:
@@ -71,24 +82,19 @@ def rebuild(
         processes: The new processes.
         timeout_s: How long to wait for machines and for networks to load.
         arguments: New arguments of the factory, by group.
-
-    Returns:
-        Ranks that were built, by group.
+        beside: Of the groups, those that are not waited for.
 
     Raises:
         StartTimeoutError: Not all were there in time.
         ClusterError: A process has ended meanwhile.
     """
-    built: dict[str, list[int]] = {}
-    for group in groups:
-        if ranks := group.ranks_in(processes):
-            group.rebuild(ranks, (arguments or {}).get(group.name))
-            built[group.name] = ranks
+    built = [group for group in groups if group.ranks_in(processes)]
+    for group in built:
+        group.rebuild(group.ranks_in(processes), (arguments or {}).get(group.name))
     deadline_s = time.monotonic() + timeout_s
-    for group in groups:
-        if group.name in built:
+    for group in built:
+        if group not in beside:
             group.wait_ready(max(1.0, deadline_s - time.monotonic()))
-    return built
 
 
 def copy_to_this_machine(futures: Sequence[Future[Any]]) -> None:
@@ -111,14 +117,20 @@ def store_sizes() -> dict[str, int]:
     }
 
 
-def _lost(pools: Mapping[str, Hosts], patience_s: float) -> set[Process]:
+def _lost(
+    pools: Mapping[str, Hosts],
+    patience_s: float,
+    unbuilt: AbstractSet[Process],
+    beside: AbstractSet[str],
+) -> set[Process]:
     """Processes that are gone or do not answer, with those that run collectives with them."""
     asked = {
         pool.actors[index].process_id.remote(): (name, index)
         for name, pool in pools.items()
         for index in range(pool.size)
+        if (name, index) not in unbuilt
     }
-    lost: set[Process] = set()
+    lost = set(unbuilt)
     deadline_s = time.monotonic() + patience_s
     while True:
         # A rank beside a lost one may wait for it for ever: it is not asked any longer.
@@ -127,12 +139,18 @@ def _lost(pools: Mapping[str, Hosts], patience_s: float) -> set[Process]:
             return lost
         late = time.monotonic() > deadline_s
         done, _ = ray.wait(open_ones, num_returns=len(open_ones), timeout=0 if late else _POLL_S)
+        waits = False
         for answer in open_ones:
+            name, index = asked[answer]
             if answer in done and _answers(answer):
                 del asked[answer]
-            elif answer in done or late:
-                name, index = asked.pop(answer)
+            elif answer in done or (late and name not in beside):
+                del asked[answer]
                 lost |= {(name, other) for other in pools[name].world_of(index)}
+            else:
+                waits |= name not in beside
+        if not waits:
+            return lost
 
 
 def _answers(answer: ray.ObjectRef) -> bool:

@@ -14,10 +14,10 @@ class RecoverySettings(Section):
     failures_per_hour: int = Field(default=12, ge=0)
     """Failures that a run recovers from within an hour; one more ends it. 0: the first ends it."""
     failures_per_iteration: int = Field(default=3, ge=1)
-    """Failures in a row without a finished iteration; one more ends the run."""
+    """Failures at one iteration; one more there ends the run."""
     backoff_s: float = Field(default=1.0, ge=0)
-    """Pause before a second failure in a row is repaired; doubled with each further one, up to a
-    minute."""
+    """Pause before a second failure at one iteration is repaired; doubled with each further one,
+    up to a minute."""
     wait_s: float = Field(default=900.0, gt=0)
     """Seconds to wait for a machine in place of one that is lost."""
     snapshot_share: float = Field(default=0.03, ge=0, le=0.5)

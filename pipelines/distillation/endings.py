@@ -47,7 +47,7 @@ class Endings:
             f"{state}; change the settings, or go on all the same with --resume "
             f"{self._folder.root}",
         )
-        error.add_note(self._states.export_best())
+        error.add_note(self._best())
         return error
 
     def stopped(self, stops: StopRequests, position: Position) -> StopRequestedError:
@@ -59,7 +59,7 @@ class Endings:
             f"the state is {self._states.folder(position)}",
             f"Go on with --resume {self._folder.root}",
         )
-        error.add_note(self._states.export_best())
+        error.add_note(self._best())
         return error
 
     def gave_up(
@@ -106,6 +106,14 @@ class Endings:
             f"its training is complete. {self._states.last_good()}",
             f"--resume {self._folder.root} writes what is missing, and trains no more",
         )
+
+    def _best(self) -> str:
+        """Writes the best generator, and says which it is, or why it was not written."""
+        try:
+            return self._states.export_best()
+        except Exception as error:
+            # The state is saved, and what ends the run is the error to raise.
+            return f"The best generator was not written: {error}"
 
     def _record(self, stops: StopRequests, action: str, position: Position) -> None:
         cause = f"{stops.received} asked for a stop"

@@ -13,6 +13,7 @@ alone, on a budget of its own: it holds nothing that the training needs.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -35,10 +36,11 @@ from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.records import RunEvent
-from sgmd_core.errors import SgmdError
+from sgmd_core.errors import CheckpointError, SgmdError
 
 if TYPE_CHECKING:
     from cluster.ray.group import RayWorkerGroup
+    from cluster.ray.replacement import Process
 
 LOST = (WorkerDiedError, ResultLostError)
 """Failures after which a run can go on: what failed is where it runs, not what it computes."""
@@ -67,17 +69,17 @@ class FailureBudget:
 
     Args:
         per_hour: Failures within an hour.
-        in_a_row: Failures without a finished iteration between them.
-        backoff_s: Pause before the second repair in a row; it doubles with each further one.
+        per_iteration: Failures at one iteration.
+        backoff_s: Pause before the second repair there; it doubles with each further one.
     """
 
-    def __init__(self, per_hour: int, in_a_row: int, backoff_s: float) -> None:
+    def __init__(self, per_hour: int, per_iteration: int, backoff_s: float) -> None:
         self._per_hour = per_hour
-        self._in_a_row = in_a_row
+        self._per_iteration = per_iteration
         self._backoff_s = backoff_s
         self._failures: list[tuple[float, str]] = []
-        self._furthest = -1
-        self._row = 0
+        self._at: Counter[int] = Counter()
+        self._latest = -1
 
     def spend(self, what: str, iteration: int, now_s: float) -> str:
         """Counts a failure.
@@ -90,8 +92,8 @@ class FailureBudget:
         Returns:
             The reason why the run cannot go on; empty where it can.
         """
-        self._row = 1 if iteration > self._furthest else self._row + 1
-        self._furthest = max(self._furthest, iteration)
+        self._at[iteration] += 1
+        self._latest = iteration
         self._failures.append((now_s, f"iteration {iteration}: {what}"))
         recent = [then_s for then_s, _ in self._failures if now_s - then_s < _HOUR_S]
         if len(recent) > self._per_hour:
@@ -99,19 +101,18 @@ class FailureBudget:
                 f"{_failures(len(recent))} within an hour, and recovery.failures_per_hour is "
                 f"{self._per_hour}"
             )
-        if self._row > self._in_a_row:
+        if self._at[iteration] > self._per_iteration:
             return (
-                f"{_failures(self._row)} in a row without a finished iteration, and "
-                f"recovery.failures_per_iteration is {self._in_a_row}"
+                f"{_failures(self._at[iteration])} at iteration {iteration}, and "
+                f"recovery.failures_per_iteration is {self._per_iteration}"
             )
         return ""
 
     @property
     def pause_s(self) -> float:
         """Seconds to wait before the repair of the latest failure."""
-        return (
-            0.0 if self._row < 2 else min(_LONGEST_PAUSE_S, self._backoff_s * 2 ** (self._row - 2))
-        )
+        again = self._at[self._latest] - 2
+        return 0.0 if again < 0 else min(_LONGEST_PAUSE_S, self._backoff_s * 2**again)
 
     @property
     def story(self) -> str:
@@ -156,6 +157,7 @@ class Recovery:
         self._snapshots = snapshots
         self._events = events
         self.has_given_up = False
+        self._unbuilt: set[Process] = set()
         self._budget, self._validator_budget = (
             FailureBudget(
                 config.recovery.failures_per_hour,
@@ -220,7 +222,7 @@ class Recovery:
         began_s = time.monotonic()
         self._admit(error, iteration, self._validator_budget)
         (validator,) = self._ray_groups(self._groups.validator)
-        lost = replace_lost([validator], self._config.topology.call_timeout_s)
+        lost = replace_lost([validator], 0.0, beside=[validator])
         # Calls wait behind the building, and training for neither.
         validator.rebuild(validator.ranks_in(lost))
         self._events.add(
@@ -266,7 +268,11 @@ class Recovery:
 
         groups, roles = self._ray_groups(*self._groups.all), self._groups.roles
         learners = self._ray_groups(roles.generator, roles.fake_score)
-        new = replace_lost(groups, self._config.topology.call_timeout_s)
+        beside = [group for group in groups if group is self._groups.validator]
+        new = replace_lost(
+            groups, self._config.topology.call_timeout_s, self._unbuilt, beside=beside
+        )
+        self._unbuilt = new
         states.keep_under_repair(writers_live=not any(group.ranks_in(new) for group in learners))
         position, source = self._newest_state()
         if source == _BEGINNING:
@@ -283,10 +289,12 @@ class Recovery:
         arguments = feed_arguments(
             self._config, self._checked, progress, left * self._checked.rows_per_iteration
         )
-        for name, ranks in rebuild(
-            groups, new, self._config.recovery.wait_s, {self._groups.feed.name: arguments}
-        ).items():
-            built[name] = sorted({*built.get(name, ()), *ranks})
+        for group in groups:
+            if ranks := group.ranks_in(new):
+                built[group.name] = sorted({*built.get(group.name, ()), *ranks})
+        given = {self._groups.feed.name: arguments}
+        rebuild(groups, new, self._config.recovery.wait_s, given, beside)
+        self._unbuilt = set()
         if source == _SNAPSHOT:
             self._snapshots.restore()
         elif source == _CHECKPOINT:
@@ -298,16 +306,24 @@ class Recovery:
         kept = self._snapshots.position
         if kept is not None and kept.iteration >= (self._checkpoints.latest() or 0):
             return kept, _SNAPSHOT
-        saved = resume_position(
-            self._config,
-            self._checked,
-            self._folder,
-            self._checkpoints,
-            self._events.observer.warning,
-            self._events.add,
-        )
+        passed_over: list[RunEvent] = []
+        try:
+            saved = resume_position(
+                self._config,
+                self._checked,
+                self._folder,
+                self._checkpoints,
+                self._events.observer.warning,
+                passed_over.append,
+            )
+        except CheckpointError:
+            if kept is None:
+                raise
+            return kept, _SNAPSHOT
         if kept is not None and kept.iteration >= saved.iteration:
             return kept, _SNAPSHOT
+        for event in passed_over:
+            self._events.add(event)
         return saved, _CHECKPOINT if saved.iteration else _BEGINNING
 
     def _ray_groups(self, *groups: Any) -> "Sequence[RayWorkerGroup[Any]]":  # noqa: ANN401

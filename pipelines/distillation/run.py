@@ -26,7 +26,7 @@ from pipelines.run.records import RunEvent
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests, stop_requests
 from pipelines.run.tracker import open_tracker
-from sgmd_core.errors import AlarmError, SgmdError, StopRequestedError
+from sgmd_core.errors import AlarmError, StopRequestedError
 
 
 def dry_run(config: DistillConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -163,7 +163,8 @@ def _distill(
         except (StopRequestedError, AlarmError):
             # These say where the state is.
             raise
-        except SgmdError as error:
+        except Exception as error:
+            # Ranks raise errors of torch and CUDA, too.
             run.tell_last_good(error)
             raise
         finally:

@@ -91,6 +91,9 @@ class States:
             NonFiniteError: A weight of the former state is not finite.
         """
         self.settle()
+        if self._owed is not None:
+            # Those that live may still be writing the lost one, perhaps to the same folder.
+            self._wait_for_writers()
         self._owed = None
         step, roles = position.iteration, self._roles
         if step in self._checkpoints.steps():
@@ -158,6 +161,9 @@ class States:
                 return
             self._folder.flush()
             self._checkpoints.commit(saving.step, saving.manifest, digests)
+        except (WorkerDiedError, ResultLostError):
+            # A repair looks whether the processes that write it are still there.
+            raise
         except Exception:
             # A stop is none: after it, the state may still be waited for.
             self._saving = None
@@ -206,7 +212,6 @@ class States:
                 self.settle()
                 return
             except (WorkerDiedError, ResultLostError):
-                self._saving = saving
                 raise
             except SgmdError as error:
                 reason = str(error)
@@ -216,6 +221,15 @@ class States:
             f"the state of iteration {saving.step} is not saved ({reason}); the next one is saved "
             "once the run is repaired"
         )
+
+    def _wait_for_writers(self) -> None:
+        generator, fake_score = self._roles.generator, self._roles.fake_score
+        waiting = [
+            (generator, generator.call(GeneratorLearner.wait_for_writer)),
+            (fake_score, fake_score.call(FakeScoreTracker.wait_for_writer)),
+        ]
+        for group, answers in waiting:
+            self._fetch(group, answers, "waiting for a lost save to end")
 
     def is_owed(self, iteration: int) -> bool:
         """Returns True if a state was to be saved up to here, and a repair has lost it."""

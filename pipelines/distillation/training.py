@@ -36,7 +36,7 @@ from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests
 from pipelines.run.trace import RunTrace
-from sgmd_core.errors import AlarmError, NonFiniteError, SgmdError, StopRequestedError
+from sgmd_core.errors import AlarmError, NonFiniteError, StopRequestedError
 from sgmd_core.types import Text
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
@@ -97,7 +97,8 @@ class Distillation:
         )
         self._position = Position()
         self._prompts: Prompts | None = None
-        self._told: SgmdError | None = None
+        self._rebuilt: set[str] = set()
+        self._told: Exception | None = None
         self._monitor = self._new_monitor()
         self._states = States(config, roles, folder, checkpoints, self._monitor)
         self._plan = plan_iteration(config, self._negative())
@@ -210,13 +211,16 @@ class Distillation:
             self._states,
             lambda first: prompts is not None and prompts.remembers(first),
         )
-        iteration, built = repaired.position.iteration, repaired.built
-        former, self._monitor = self._monitor, self._new_monitor()
-        self._states.follow(self._monitor)
-        self._trace.rewind(iteration, built)
+        iteration = repaired.position.iteration
+        self._rebuilt |= repaired.built.keys()
+        # This may lose another process. Then all of what follows waits for the next repair.
+        self._trace.rewind(iteration, self._rebuilt)
+        built, self._rebuilt = self._rebuilt, set()
         self._guard.replay(read_jsonl(self._folder.metrics))
         validator = self._groups.validator
         asks_again = validator is not None and validator.name in built
+        former, self._monitor = self._monitor, self._new_monitor()
+        self._states.follow(self._monitor)
         self._monitor.take_over(former, iteration, again=asks_again)
         self._plan = replace(
             self._plan, negative=self._negative(), incarnation=self._plan.incarnation + 1
@@ -240,7 +244,7 @@ class Distillation:
         """True if no failure is repaired: the budget is spent, a repair failed, or without Ray."""
         return not self._is_on_ray or self._recovery.has_given_up
 
-    def tell_last_good(self, error: SgmdError, *, may_save: bool = False) -> None:
+    def tell_last_good(self, error: Exception, *, may_save: bool = False) -> None:
         """Adds to an error, once, which state the run can be resumed from.
 
         Args:

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from cluster.errors import WorkerDiedError
+from cluster.ray import replacement
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation import run as runs
 from pipelines.distillation.groups import Groups
@@ -18,6 +19,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
 from pipelines.run.records import IterationRecord, RunEvent
 from tests.e2e.conftest import MakeRecipe
+from workers.generator_learner import GeneratorLearner
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -166,6 +168,32 @@ def test_a_failure_right_after_a_repair_is_repaired_too_and_the_newest_state_is_
     assert kinds == ["worker_died", "recovered", "worker_died", "recovered"]
     assert [event["role"] for event in events[::2]] == ["fake_score", "teacher"]
     assert all("(the newest checkpoint)" in event["action"] for event in events[1::2])
+
+
+def test_a_failure_while_new_processes_are_built_is_repaired_too(
+    calm, make_recipe, monkeypatch
+) -> None:
+    built, rebuild = [], replacement.rebuild
+
+    def rebuild_and_lose(groups, processes, *arguments, **options) -> None:
+        built.append({name for name, _ in processes})
+        if len(built) == 1:
+            # The processes of teacher and feed are there, and have no workers yet.
+            (generator,) = [group for group in groups if group.name == "generator"]
+            os.kill(generator.process_ids()[0], signal.SIGKILL)
+            with pytest.raises(WorkerDiedError) as caught:
+                generator.fetch(generator.call(GeneratorLearner.snapshot_bytes), 60.0, "waiting")
+            raise caught.value
+        rebuild(groups, processes, *arguments, **options)
+
+    monkeypatch.setattr(replacement, "rebuild", rebuild_and_lose)
+    config = make_recipe("name=within", *COMMON, "topology.mode=pools", "recovery.backoff_s=0")
+    distilled(config, {2: "teacher"}, monkeypatch)
+    assert built == [{"teacher"}, {"teacher", "generator"}]
+    found, expected = state_of(config), dict(calm)
+    judged, in_calm = found.pop("validation"), expected.pop("validation")
+    assert judged.items() <= in_calm.items()
+    assert_same(found, expected)
 
 
 def test_a_spent_budget_ends_the_run_with_the_whole_story(make_recipe, monkeypatch) -> None:

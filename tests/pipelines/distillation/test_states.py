@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cluster.checkpoints import Checkpoints
+from cluster.errors import WorkerDiedError
 from cluster.local import LocalWorkerGroup
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.iteration import Roles
@@ -161,3 +162,39 @@ def test_a_broken_state_is_not_committed_and_the_one_before_is_named(world: Worl
     world.states.save(position)
     assert "step-000001" in world.states.last_good()
     assert "is not finite" in world.warnings.heard[-1]
+
+
+def test_the_folder_of_a_lost_save_is_not_cleared_under_those_that_still_write_it(
+    world: World, slow: threading.Event
+) -> None:
+    position = world.iterate(0)
+    world.states.save(position)
+    world.states.keep_under_repair(writers_live=False)
+    writer = world.tiny.fake_score._writer._thread
+    assert writer is not None
+    assert writer.is_alive()
+    threading.Timer(0.3, slow.set).start()
+    # The run went back to the very state that was being saved.
+    world.states.save(position)
+    assert not writer.is_alive()
+    world.states.settle()
+    assert world.checkpoints.steps() == [1]
+    assert world.checkpoints.fault(1, contents=True) == ""
+
+
+def test_a_death_that_a_save_hears_of_leaves_the_save_to_the_repair(
+    world: World, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.states.save(world.iterate(0))
+    slow.set()
+
+    def die(*arguments: object, **options: object) -> None:
+        raise WorkerDiedError("generator", 0, "saving", "it was ended by SIGKILL")
+
+    with monkeypatch.context() as dying:
+        dying.setattr(world.roles.generator, "fetch", die)
+        with pytest.raises(WorkerDiedError):
+            world.states.settle()
+    world.states.keep_under_repair(writers_live=False)
+    assert world.states.is_owed(1)
+    assert "a process that was writing it is lost" in world.warnings.heard[-1]
