@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ _CLIENT = Path(__file__).with_name("fork_client.py")
 _GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 _END_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 5.0
+_TOUCH_EVERY_S = 3600.0
 _STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1}
 
 
@@ -51,7 +53,7 @@ def has_gpus() -> bool:
 
 
 @contextmanager
-def serve_forks(modules: Sequence[str]) -> Iterator[Path]:
+def serve_forks(modules: Sequence[str], touch_every_s: float = _TOUCH_EVERY_S) -> Iterator[Path]:
     """Runs a fork server; yields an executable that Ray takes for Python.
 
     Where files of the temporary folder cannot be executed, that is Python itself.
@@ -59,10 +61,13 @@ def serve_forks(modules: Sequence[str]) -> Iterator[Path]:
     Args:
         modules: What the server imports. One that cannot be imported is left out: the worker that
             needs it reports the error. Without modules there is no server.
+        touch_every_s: How often the files get a new time: systems delete temporary files that are
+            some days old, and no process could be started after that.
     """
     with (
         tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True) as folder,
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+        _touching(Path(folder), touch_every_s),
     ):
         # Its mode is 0700: nobody else can ask.
         address, executable = Path(folder, "socket"), Path(folder, "python")
@@ -93,6 +98,26 @@ def serve_forks(modules: Sequence[str]) -> Iterator[Path]:
         finally:
             server.kill()
             server.communicate(timeout=_END_TIMEOUT_S)
+
+
+@contextmanager
+def _touching(folder: Path, every_s: float) -> Iterator[None]:
+    """Gives a folder and its files a new time now and then, from a thread."""
+    over = threading.Event()
+
+    def touch() -> None:
+        while not over.wait(every_s):
+            with suppress(OSError):
+                for path in (*folder.iterdir(), folder):
+                    os.utime(path)
+
+    thread = threading.Thread(target=touch, name="touch-forks", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(_END_TIMEOUT_S)
 
 
 def run_fork_server(listener: socket.socket, modules: Sequence[str]) -> None:

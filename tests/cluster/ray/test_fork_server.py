@@ -91,6 +91,18 @@ def test_without_its_server_a_worker_starts_as_always(tmp_path):
     assert told == "False\n"
 
 
+@pytest.mark.parametrize("modules", [["colorsys"], []])
+def test_the_files_of_a_long_run_do_not_grow_old(modules):
+    with serve_forks(modules, touch_every_s=0.1) as python:
+        paths = [python, python.parent, *([python.with_name("socket")] if modules else [])]
+        for path in paths:
+            os.utime(path, (0.0, 0.0))
+        end_s = time.monotonic() + WAIT_S
+        while any(not path.stat().st_mtime for path in paths):
+            assert time.monotonic() < end_s, "they are as old as before"
+            time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_a_client_that_asks_for_nothing_holds_nobody_up(tmp_path, monkeypatch):
     script = tmp_path / "default_worker.py"
