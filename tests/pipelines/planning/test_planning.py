@@ -490,6 +490,7 @@ class TestMeasured:
         overrides = ("generator.diversity.weight=0.1", "generator.diversity.anchor_step=3")
         run = start_run(tmp_path / "run", overrides=overrides)
         seconds = {
+            "total": 20.0,
             "generator.start": 0.16,
             "generator.rollout": 1.6,
             "teacher.denoise": 3.2,
