@@ -8,6 +8,6 @@ import os
 os.environ.setdefault(
     "RAY_DEDUP_LOGS_SKIP_REGEX",
     "A worker died or was killed while executing|Raylet is terminated. Termination is unexpected|"
-    "has been marked dead because the detector",
+    "has been marked dead because the detector|PYTHON worker processes have been started",
 )
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
