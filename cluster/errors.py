@@ -202,6 +202,10 @@ class ResultLostError(ClusterError):
     """A result that a call needs is gone with the machine that held it."""
 
 
+LOST = (WorkerDiedError, ResultLostError)
+"""Failures after which a run can go on: what failed is where it runs, not what it computes."""
+
+
 class ScheduleError(ClusterError, ValueError):
     """A schedule that cannot be worked through, or a plan without room for it."""
 

@@ -24,10 +24,10 @@ from typing import Any
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import (
+    LOST,
     CallTimeoutError,
     ClusterError,
     NodeLostError,
-    ResultLostError,
     WorkerDiedError,
 )
 from cluster.storage import write_json
@@ -270,7 +270,7 @@ class RunMonitor:
         own = self.validator.name if self.validator else ""
         if own in lost and lost != {own}:
             raise error
-        if own not in lost and isinstance(error, (WorkerDiedError, ResultLostError)):
+        if own not in lost and isinstance(error, LOST):
             self._waiting.remove(job)
             self._lost.add(job.iteration)
             self.observer.warning(

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import (
+    LOST,
     ClusterError,
     NodeLostError,
-    ResultLostError,
     WorkerDiedError,
     WorkerFrozenError,
 )
@@ -41,9 +41,6 @@ from sgmd_core.errors import CheckpointError, SgmdError
 if TYPE_CHECKING:
     from cluster.ray.group import RayWorkerGroup
     from cluster.ray.replacement import Process
-
-LOST = (WorkerDiedError, ResultLostError)
-"""Failures after which a run can go on: what failed is where it runs, not what it computes."""
 
 _SNAPSHOT, _CHECKPOINT, _BEGINNING = "copies in memory", "the newest checkpoint", "the beginning"
 """Sources of the state that a run goes back to."""

@@ -8,7 +8,7 @@ The controller in this file moves handles and small records; every tensor stays 
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import ClusterError
+from cluster.errors import LOST, ClusterError
 from cluster.lease import hold
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.endings import stopped_early
@@ -16,7 +16,6 @@ from pipelines.distillation.groups import open_groups
 from pipelines.distillation.position import Position, begin, resume_position, with_draws_of
 from pipelines.distillation.preflight import Preflight, run_preflight
 from pipelines.distillation.readiness import check_machine
-from pipelines.distillation.recovery import LOST
 from pipelines.distillation.training import Distillation
 from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import ResultLostError, WorkerDiedError
+from cluster.errors import LOST
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.model_folders import model_address
 from pipelines.config.recipe import DistillConfig
@@ -161,7 +161,7 @@ class States:
                 return
             self._folder.flush()
             self._checkpoints.commit(saving.step, saving.manifest, digests)
-        except (WorkerDiedError, ResultLostError):
+        except LOST:
             # A repair looks whether the processes that write it are still there.
             raise
         except Exception:
@@ -211,7 +211,7 @@ class States:
             try:
                 self.settle()
                 return
-            except (WorkerDiedError, ResultLostError):
+            except LOST:
                 raise
             except SgmdError as error:
                 reason = str(error)

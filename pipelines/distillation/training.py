@@ -194,7 +194,7 @@ class Distillation:
         """Replaces processes that are lost, and goes back to a state that both learners have.
 
         Args:
-            error: The failure, one of `recovery.LOST`.
+            error: The failure, one of `cluster.errors.LOST`.
 
         Returns:
             Where the run goes on.

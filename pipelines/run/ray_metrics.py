@@ -25,7 +25,7 @@ NORM = Exported("sgmd_gradient_norm", "Gradient norm before clipping, by role", 
 SKIPPED = Exported("sgmd_skipped_updates", "Updates skipped by the guards", counts=True)
 VALIDATION = Exported("sgmd_validation", "Figures of the last validation", "figure")
 EVENTS = Exported("sgmd_events", "Failures and what was done, by kind", "kind", counts=True)
-LOST = Exported("sgmd_lost_seconds", "Seconds lost to failures", counts=True)
+LOST_SECONDS = Exported("sgmd_lost_seconds", "Seconds lost to failures", counts=True)
 ALARMS = Exported("sgmd_alarms", "Limits that were crossed, by alarm", "alarm", counts=True)
 
 FIGURES = (
@@ -41,7 +41,7 @@ FIGURES = (
     SKIPPED,
     VALIDATION,
     EVENTS,
-    LOST,
+    LOST_SECONDS,
     ALARMS,
 )
 """All figures, in the order of the docs and the dashboard."""
@@ -94,4 +94,4 @@ class RayMetrics(RunObserver):
     def event(self, event: RunEvent) -> None:
         """Counts it, and adds up its lost seconds."""
         self._metrics.add(EVENTS, 1, event.kind)
-        self._metrics.add(LOST, event.lost_s or 0.0)
+        self._metrics.add(LOST_SECONDS, event.lost_s or 0.0)
