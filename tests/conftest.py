@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +51,22 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A disk that takes nothing from the threads that save until the event is set."""
+    opened = threading.Event()
+    sync = os.fsync
+
+    def wait(handle: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            opened.wait(60)
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", wait)
+    yield opened
+    opened.set()
 
 
 @pytest.fixture(scope="session")

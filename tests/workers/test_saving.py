@@ -1,10 +1,8 @@
 """States saved beside the work: the same bytes, the same errors, and one copy at a time."""
 
 import hashlib
-import os
 import resource
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,22 +19,6 @@ from workers.saving import StateWriter
 from workers.tensor_files import RowReader, write_tensors
 
 
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Disks that take nothing until the event is set."""
-    opened = threading.Event()
-    sync = os.fsync
-
-    def wait(handle: int) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            opened.wait(60)
-        sync(handle)
-
-    monkeypatch.setattr(os, "fsync", wait)
-    yield opened
-    opened.set()
-
-
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -46,7 +28,7 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_state_written_while_the_role_trains_on_is_the_one_of_a_save_that_is_waited_for(
-    tmp_path: Path, slow: threading.Event
+    tmp_path: Path, slow_disk: threading.Event
 ) -> None:
     roles, waiting = tiny_roles(), tiny_roles()
     for each in (roles, waiting):
@@ -59,7 +41,7 @@ def test_a_state_written_while_the_role_trains_on_is_the_one_of_a_save_that_is_w
         iterate(roles, iteration)
     assert_moves(weights(roles.networks["generator"]), before)
     assert [role.finish_save(beside, wait=False) for role in began] == [None, None]
-    slow.set()
+    slow_disk.set()
     written = {
         name: one for role in began for name, one in (role.finish_save(beside) or {}).items()
     }
@@ -78,7 +60,7 @@ def test_a_state_written_while_the_role_trains_on_is_the_one_of_a_save_that_is_w
 
 
 def test_a_second_save_waits_for_the_first_so_that_one_copy_is_held(
-    tmp_path: Path, slow: threading.Event
+    tmp_path: Path, slow_disk: threading.Event
 ) -> None:
     writer = StateWriter()
     copies = [RoleState(step, {"w": torch.full((1000,), float(step))}, {}) for step in (1, 2)]
@@ -91,7 +73,7 @@ def test_a_second_save_waits_for_the_first_so_that_one_copy_is_held(
     second.join(0.5)
     assert second.is_alive()
     assert not (tmp_path / "2").exists()
-    slow.set()
+    slow_disk.set()
     second.join()
     writer.wait()
     for step in (1, 2):

@@ -1,8 +1,6 @@
 """States of a run that are being saved while something goes wrong: kept whole, or lost and said."""
 
-import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,24 +65,8 @@ def world(tmp_path: Path) -> World:
     return World(tmp_path)
 
 
-@pytest.fixture
-def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Disks that take nothing from the threads that save until the event is set."""
-    opened = threading.Event()
-    sync = os.fsync
-
-    def wait(handle: int) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            opened.wait(60)
-        sync(handle)
-
-    monkeypatch.setattr(os, "fsync", wait)
-    yield opened
-    opened.set()
-
-
 def test_a_state_is_committed_after_a_stop_that_broke_off_the_wait_for_it(
-    world: World, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+    world: World, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.states.save(world.iterate(0))
     world.states.collect()
@@ -93,7 +75,7 @@ def test_a_state_is_committed_after_a_stop_that_broke_off_the_wait_for_it(
     def stop(*arguments: object, **options: object) -> None:
         raise StopNow
 
-    slow.set()
+    slow_disk.set()
     with monkeypatch.context() as broken_off:
         broken_off.setattr(world.roles.generator, "fetch", stop)
         with pytest.raises(StopNow):
@@ -104,11 +86,11 @@ def test_a_state_is_committed_after_a_stop_that_broke_off_the_wait_for_it(
 
 
 def test_a_repair_keeps_the_save_of_processes_that_live(
-    world: World, slow: threading.Event
+    world: World, slow_disk: threading.Event
 ) -> None:
     position = world.iterate(0)
     world.states.save(position)
-    slow.set()
+    slow_disk.set()
     world.states.keep_under_repair(writers_live=True)
     assert world.checkpoints.steps() == [1]
     assert not world.states.is_owed(1)
@@ -121,11 +103,11 @@ def test_a_repair_keeps_the_save_of_processes_that_live(
 
 
 def test_a_repair_says_that_the_save_of_a_lost_process_is_lost(
-    world: World, slow: threading.Event
+    world: World, slow_disk: threading.Event
 ) -> None:
     world.states.save(world.iterate(0))
     world.states.keep_under_repair(writers_live=False)
-    slow.set()
+    slow_disk.set()
     (said,) = world.warnings.heard
     assert "iteration 1 is not saved (a process that was writing it is lost)" in said
     assert not world.states.is_owed(0)
@@ -139,12 +121,12 @@ def test_a_repair_says_that_the_save_of_a_lost_process_is_lost(
 
 
 def test_nothing_is_committed_from_a_process_that_did_not_copy_the_state(
-    world: World, slow: threading.Event
+    world: World, slow_disk: threading.Event
 ) -> None:
     world.states.save(world.iterate(0))
     new = tiny_roles()
     world.roles.fake_score._workers[:] = [new.fake_score]  # type: ignore[attr-defined]
-    slow.set()
+    slow_disk.set()
     with pytest.raises(StaleCallError, match="has begun no save"):
         world.states.settle()
     assert world.checkpoints.latest() is None
@@ -165,7 +147,7 @@ def test_a_broken_state_is_not_committed_and_the_one_before_is_named(world: Worl
 
 
 def test_the_folder_of_a_lost_save_is_not_cleared_under_those_that_still_write_it(
-    world: World, slow: threading.Event
+    world: World, slow_disk: threading.Event
 ) -> None:
     position = world.iterate(0)
     world.states.save(position)
@@ -173,7 +155,7 @@ def test_the_folder_of_a_lost_save_is_not_cleared_under_those_that_still_write_i
     writer = world.tiny.fake_score._writer._thread
     assert writer is not None
     assert writer.is_alive()
-    threading.Timer(0.3, slow.set).start()
+    threading.Timer(0.3, slow_disk.set).start()
     # The run went back to the very state that was being saved.
     world.states.save(position)
     assert not writer.is_alive()
@@ -183,10 +165,10 @@ def test_the_folder_of_a_lost_save_is_not_cleared_under_those_that_still_write_i
 
 
 def test_a_death_that_a_save_hears_of_leaves_the_save_to_the_repair(
-    world: World, slow: threading.Event, monkeypatch: pytest.MonkeyPatch
+    world: World, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world.states.save(world.iterate(0))
-    slow.set()
+    slow_disk.set()
 
     def die(*arguments: object, **options: object) -> None:
         raise WorkerDiedError("generator", 0, "saving", "it was ended by SIGKILL")
