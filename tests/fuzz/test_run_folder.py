@@ -91,7 +91,7 @@ def damage(path: Path, whole: bytes, seed: int) -> None:
 
 
 def works_or_is_refused(read: Callable[[], object]) -> bool:
-    """Whether something could be read; anything but an error in words fails the test."""
+    """True if something could be read; anything but an error in words fails the test."""
     with time_limit():
         try:
             read()
@@ -143,14 +143,14 @@ def test_commands_show_a_damaged_run_or_refuse_it_in_words(
 def test_a_damaged_run_is_gone_on_with_or_refused_in_words(
     name: str, settings: DistillConfig, checked: Preflight, written: Path, tmp_path: Path
 ):
-    found = set()
+    whole = RunFolder(shutil.copytree(written, tmp_path / "whole"))
+    # What is refused below is refused for its damage.
+    assert works_or_is_refused(lambda: resume(settings, checked, whole))
     for seed in range(CASES):
         run = RunFolder(shutil.copytree(written, tmp_path / "run"))
         damage(run.root / name, (run.root / name).read_bytes(), seed)
-
-        found.add(works_or_is_refused(lambda run=run: resume(settings, checked, run)))
+        works_or_is_refused(lambda run=run: resume(settings, checked, run))
         shutil.rmtree(run.root)
-    assert found
 
 
 @pytest.mark.slow
@@ -161,7 +161,14 @@ def test_results_of_a_damaged_run_are_taken_or_refused_in_words(
     run = Path(shutil.copytree(written, tmp_path / "run"))
     whole = (run / name).read_bytes()
     options = EvaluationOptions(num_captions=2)
+    reads = (
+        lambda: plan_evaluation(run, None, None, None, None, options),
+        partial(open_source, run, "best"),
+        partial(open_source, run, "last"),
+    )
+    # What is refused below is refused for its damage.
+    assert all(map(works_or_is_refused, reads))
     for seed in range(CASES):
         damage(run / name, whole, seed)
-        works_or_is_refused(lambda: plan_evaluation(run, None, None, None, None, options))
-        works_or_is_refused(partial(open_source, run, ("best", "last")[seed % 2]))
+        for read in (reads[0], reads[1 + seed % 2]):
+            works_or_is_refused(read)
