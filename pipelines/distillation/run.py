@@ -150,10 +150,11 @@ def _distill(
             config.model_dump(mode="json"),
         ) as tracker,
     ):
-        observers = Observers([observer, tracker, _exporter(config, start)])
-        events.observe(observers)
+        beside = Observers([tracker, _exporter(config, start)])
         for event in early:
-            tracker.event(event)
+            beside.event(event)
+        observers = Observers([observer, beside])
+        events.observe(observers)
         run = Distillation(config, checked, groups, folder, data, checkpoints, events, observers)
         if resume:
             run.load(start)
