@@ -80,7 +80,8 @@ class States:
         """Saves the present state, and deletes what is then neither new nor among the best.
 
         With `checkpoint.background` this returns once the roles have been asked to copy their
-        state; `collect` commits it later. A state that is still being written is waited for first.
+        state; `collect` commits it later. A state that is still being written is waited for first,
+        and one that is committed already is left alone.
 
         Args:
             position: Where the run stands.
@@ -96,7 +97,7 @@ class States:
             self._wait_for_writers()
         self._owed = None
         step, roles = position.iteration, self._roles
-        if step in self._checkpoints.steps():
+        if not self._checkpoints.fault(step):
             # A repair has kept the save of this state, and went back behind it.
             return
         self._checkpoints.begin(step)

@@ -323,8 +323,7 @@ class Distillation:
         iteration = self._position.iteration
         if not iteration:
             return
-        is_due = is_last or self._saves_at(iteration) or self._states.is_owed(iteration)
-        if is_due and iteration not in self._checkpoints.steps():
+        if is_last or self._saves_at(iteration) or self._states.is_owed(iteration):
             self._states.save(self._position)
         validates = is_last or self._monitor.validates_at(iteration)
         if validates and not self._monitor.is_known(iteration):

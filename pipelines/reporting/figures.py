@@ -11,7 +11,7 @@ where `ratio` is again a figure. What has no `value` is a group, whose figures a
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from cluster.logs import is_number
 from pipelines.evaluation.result import FLOOR, GENERATOR, REFERENCE
@@ -186,13 +186,11 @@ def _figure(value: object) -> ShownFigure | None:
             if _is_finite(value.get(name))
         }
         return ShownFigure(float(value["value"]), **ends)
-    return (
-        ShownFigure(float(value)) if isinstance(value, int | float) and _is_finite(value) else None
-    )
+    return ShownFigure(float(value)) if _is_finite(value) else None
 
 
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and is_number(value) and math.isfinite(value)
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    return is_number(value) and math.isfinite(value)
 
 
 def _ratios(
