@@ -28,6 +28,7 @@ from pathlib import Path
 import ray
 from ray._private import ray_constants
 
+from cluster.background import in_background
 from cluster.errors import RayStartError
 from cluster.procfs import process_state, raylet_of
 from cluster.ray.fork_server import has_gpus, serve_forks
@@ -113,20 +114,16 @@ def _ending_if_stopped(raylet: int) -> Iterator[None]:
         # A generator that nobody has closed ends with the interpreter, which starts no thread.
         yield
         return
-    over = threading.Event()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         while not over.wait(_GRACE_S / 2):
             if raylet and process_state(raylet) == "T":
                 _log.warning("the raylet of this machine is frozen (stopped); ending it")
                 with suppress(OSError):
                     os.kill(raylet, signal.SIGKILL)
 
-    threading.Thread(target=watch, name="watch-shutdown", daemon=True).start()
-    try:
+    with in_background("watch-shutdown", watch):
         yield
-    finally:
-        over.set()
 
 
 @contextmanager
@@ -144,9 +141,8 @@ def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[No
         yield
         return
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    over = threading.Event()
 
-    def watch() -> None:
+    def watch(over: threading.Event) -> None:
         answered_s = time.monotonic()
         while not over.wait(_GCS_PROBE_EVERY_S):
             try:
@@ -161,12 +157,8 @@ def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[No
                     )
                     return
 
-    thread = threading.Thread(target=watch, name="watch-gcs", daemon=True)
-    thread.start()
-    try:
+    with in_background("watch-gcs", watch):
         yield
-    finally:
-        over.set()
 
 
 def _create_token() -> None:

@@ -37,6 +37,7 @@ from pathlib import Path
 from select import select
 from typing import Any
 
+from cluster.background import in_background
 from cluster.ray.fork_client import end_with_parent_at_once
 
 _CLIENT = Path(__file__).with_name("fork_client.py")
@@ -103,21 +104,15 @@ def serve_forks(modules: Sequence[str], touch_every_s: float = _TOUCH_EVERY_S) -
 @contextmanager
 def _touching(folder: Path, every_s: float) -> Iterator[None]:
     """Gives a folder and its files a new time now and then, from a thread."""
-    over = threading.Event()
 
-    def touch() -> None:
+    def touch(over: threading.Event) -> None:
         while not over.wait(every_s):
             with suppress(OSError):
                 for path in (*folder.iterdir(), folder):
                     os.utime(path)
 
-    thread = threading.Thread(target=touch, name="touch-forks", daemon=True)
-    thread.start()
-    try:
+    with in_background("touch-forks", touch):
         yield
-    finally:
-        over.set()
-        thread.join(_END_TIMEOUT_S)
 
 
 def run_fork_server(listener: socket.socket, modules: Sequence[str]) -> None:
