@@ -14,9 +14,8 @@ from pydantic import BaseModel
 from cluster.files import kind_of_path
 from cluster.jobs import follow_job, forwarded_environment, submit_job
 from pipelines.config.model_folders import PROJECT_ROOT
-from pipelines.config.overrides import read_yaml
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.recipe_files import find_recipe, load, shipped_recipes
+from pipelines.config.recipe_files import find_recipe, load, recipe_sections, shipped_recipes
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.run.folder import REVISION_VARIABLE, git_revision, require_lasting_folder
 from sgmd_core.errors import ConfigError
@@ -139,8 +138,7 @@ def _require_absolute_output(recipe: str, overrides: Sequence[str]) -> None:
 
 def _output_of(recipe: str) -> str:
     """The recipe's output; recipes of other commands have one of their own kind."""
-    content = read_yaml(find_recipe(recipe).read_text(encoding="utf-8"))
-    return str(content.get("output", "runs")) if isinstance(content, dict) else "runs"
+    return str(recipe_sections(find_recipe(recipe), DistillConfig).get("output", "runs"))
 
 
 def _portable(recipe: str, working_dir: Path) -> str:

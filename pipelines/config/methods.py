@@ -24,6 +24,7 @@ from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.objectives.dmd import DmdObjective
 from sgmd_core.objectives.dmd2 import Dmd2Objective
+from sgmd_core.objectives.pdmd import PdmdObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
@@ -38,6 +39,7 @@ _OWN: tuple[type[Objective], ...] = (
     TsgSimObjective,
     DmdObjective,
     Dmd2Objective,
+    PdmdObjective,
     SidObjective,
 )
 _REQUIRED = ("path", "about", "gradient", "leading_losses", "fake_updates", "method")

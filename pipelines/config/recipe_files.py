@@ -2,6 +2,8 @@
 
     name or path  ->  YAML text  ->  nested dict + overrides  ->  a frozen pydantic model
 
+A recipe may name another one as its `base` and hold only what it has otherwise.
+
 All that is wrong with a recipe is said in one error, and a key that does not exist names the
 nearest one that does.
 """
@@ -22,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from cluster.redaction import has_user, without_secrets
-from pipelines.config.overrides import apply_overrides, nearest_key, parse_override
+from pipelines.config.overrides import Override, apply_overrides, nearest_key, parse_override
 from pipelines.config.yaml_text import MAX_CHARACTERS, read_yaml, shortened, yaml_problem
 from sgmd_core.errors import ConfigError
 
@@ -39,6 +41,8 @@ SECTIONS_OF = {
 }
 """Sections by which a recipe of each command is recognised."""
 _SHARED_KEYS = frozenset({"name", "output", "seed"})
+_BASE = "base"
+_MAX_BASES = 4
 
 _MOST_SECONDS = 1e8
 _MOST_COUNT = 2**53
@@ -141,12 +145,58 @@ def load(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
     """
     path = find_recipe(name_or_path)
     attempted = f"reading the recipe {path}"
-    settings = _sections(path, attempted)
+    settings = recipe_sections(path, kind)
     _require_command(kind, settings, name_or_path, attempted)
     if overrides:
         attempted += f" with {shortened(without_secrets(', '.join(overrides)))}"
     changed = apply_overrides(settings, [parse_override(text) for text in overrides])
     return validate(kind, changed, attempted)
+
+
+def recipe_sections(path: Path, kind: type, depth: int = 0) -> Mapping[str, Any]:
+    """Returns the content of a recipe, laid over that of its `base`, unchecked.
+
+    A section of the recipe changes the settings that it names and leaves those of the base, but for
+    another `method`, which starts its section anew. Tables with names of their own, such as
+    `study.variants`, take the base's place.
+
+    Args:
+        path: The file.
+        kind: Settings of the command, which tell sections from tables.
+        depth: Recipes that have named this one as their base.
+
+    Raises:
+        ConfigError: A file cannot be read, is no YAML or no section, or a base is none.
+    """
+    attempted = f"reading the recipe {path}"
+    settings = dict(_sections(path, attempted))
+    if _BASE not in settings:
+        return settings
+    base = settings.pop(_BASE)
+    if not isinstance(base, str) or depth == _MAX_BASES:
+        found = (
+            f"base is {shortened(repr(base))}, of a recipe that {depth} others name in turn"
+            if depth
+            else f"base is {shortened(repr(base))}"
+        )
+        remedy = "Name a recipe that ships, or a file beside this one; `sgmd recipes list`"
+        raise ConfigError(attempted, found, f"a recipe, at most {_MAX_BASES} in turn", remedy)
+    beside = path.parent / base
+    below = recipe_sections(beside if beside.is_file() else find_recipe(base), kind, depth + 1)
+    sections = {key.rpartition(".")[0] for key in known_keys(kind)}
+    return apply_overrides(below, _changes(settings, sections, ()))
+
+
+def _changes(
+    settings: Mapping[str, Any], sections: Collection[str], above: tuple[str, ...]
+) -> Iterator[Override]:
+    """The settings one by one, with whole tables that are no sections."""
+    for name, value in settings.items():
+        key = (*above, str(name))
+        if isinstance(value, Mapping) and ".".join(key) in sections:
+            yield from _changes(value, sections, key)
+        else:
+            yield Override(key, value)
 
 
 def _sections(path: Path, attempted: str) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ decides whose parameters receive the gradient.
 
                 gradient at x0, J = d x0_fake / d x0, J_T = d x0_teacher / d x0       path
     dmd, dmd2   q = gap / n, as it is                                                 SAMPLE
+    pdmd        the same, gap without its part along residual                         SAMPLE
     tsg_fisher  J' (w gap)                                                            FAKE_SCORE
     sgmd        J' (w gap + lambda_nr u residual)                                     FAKE_SCORE
     tsg_sim     w [gap + J' (residual - gap)]                                         FAKE_SCORE

@@ -26,12 +26,25 @@ import torch
 
 from sgmd_core.objectives import GradientPath
 from sgmd_core.objectives.potentials import residual_contraction_loss
-from sgmd_core.objectives.settings import require_updates
-from sgmd_core.types import Latents, Loss, NoisedBatch, float32, per_sample, sample_mean
+from sgmd_core.objectives.settings import require_number, require_updates
+from sgmd_core.types import (
+    Latents,
+    Loss,
+    NoisedBatch,
+    PerSample,
+    float32,
+    per_sample,
+    sample_mean,
+)
 
 
 def matching_direction(
-    query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
+    query: NoisedBatch,
+    velocity_fake: Latents,
+    velocity_teacher: Latents,
+    *,
+    normalizer_min: float = 0.0,
+    removed: Latents | None = None,
 ) -> Latents:
     """Returns the gap between the scores, per unit of teacher residual.
 
@@ -46,34 +59,60 @@ def matching_direction(
         query: Where both looked.
         velocity_fake: Fake score's prediction.
         velocity_teacher: Guided teacher's prediction.
+        normalizer_min: Least value of the denominator `mean |x0 - x0_teacher|`, in latent units.
+        removed: Direction whose part of the gap is taken out before it is divided; see
+            `without_component`.
 
     Returns:
         The direction, dimensionless, without a graph.
     """
     teacher = float32(velocity_teacher).detach()
     difference = teacher - float32(velocity_fake).detach()
-    residual = per_sample(sample_mean((teacher - query.velocity.detach()).abs()), difference)
+    residual = sample_mean((teacher - query.velocity.detach()).abs())
+    if normalizer_min > 0:
+        # The floor is one of x0; the residual here is one of velocities.
+        residual = residual.maximum(normalizer_min / query.sigma.detach().to(residual))
+    if removed is not None:
+        difference = without_component(difference, removed.detach().to(difference))
+    residual = per_sample(residual, difference)
     nowhere = (difference == 0) & (residual == 0)
     return torch.where(nowhere, torch.zeros_like(difference), difference / residual)
 
 
-def distribution_matching_loss(
-    query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
-) -> Loss:
-    """Loss of the generator: a step of `matching_direction`, written as a regression.
+def without_component(values: Latents, removed: Latents) -> Latents:
+    """Returns values without their part along a direction, sample by sample.
+
+        values - <values, removed> / <removed, removed> * removed
+
+    The products run over all elements of a sample. Along a direction of length 0 nothing is taken.
 
     Args:
-        query: The generator's sample and the noise it is looked at through; `x0` may require a
-            gradient.
-        velocity_fake: Fake score's prediction at `query.x_t`; a constant.
-        velocity_teacher: Guided teacher's prediction there; a constant.
+        values: In float32 or wider.
+        removed: Direction of each sample, of any length.
+    """
+    length = _dot(removed, removed)
+    share = _dot(values, removed) / torch.where(length == 0, torch.ones_like(length), length)
+    return values - per_sample(share, values) * removed
+
+
+def _dot(one: Latents, other: Latents) -> PerSample:
+    return (one * other).flatten(1).sum(dim=1)
+
+
+def distribution_matching_loss(query: NoisedBatch, direction: Latents) -> Loss:
+    """Loss of the generator: a step of a direction, written as a regression.
+
+        0.5 * mean (x0 - sg[x0 - direction])^2
+
+    Args:
+        query: The generator's sample; `x0` may require a gradient.
+        direction: `matching_direction`, or another one; a constant.
 
     Returns:
         The loss in float32 or wider, and its detached terms: `generator`,
         `distribution_matching` (the same), and `gap_norm`, the root mean square of the direction
         of a sample, averaged over samples.
     """
-    direction = matching_direction(query, velocity_fake, velocity_teacher)
     x0 = float32(query.x0)
     # x0 - (x0 - q) with the digits of q kept: the bracket is zero and carries the gradient.
     value = 0.5 * (direction + (x0 - x0.detach())).square().mean()
@@ -114,6 +153,9 @@ class DmdObjective:
     Attributes:
         method: Names this section among the methods.
         fake_updates: Updates of the fake score an iteration.
+        normalizer_min: Least value of the denominator of the direction, `mean |x0 - x0_teacher|`,
+            in latent units. The released trainers have 0 for video, 1e-4 where they train in
+            phases and 0.1 for continuous-time matching.
     """
 
     path: ClassVar[GradientPath] = GradientPath.SAMPLE
@@ -123,15 +165,20 @@ class DmdObjective:
 
     method: Literal["dmd"] = "dmd"
     fake_updates: int = 1
+    normalizer_min: float = 0.0
 
     def __post_init__(self) -> None:
         require_updates(self.fake_updates)
+        require_number("normalizer_min", self.normalizer_min, zero_allowed=True)
 
     def generator_loss(
         self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
     ) -> Loss:
-        """Loss of the generator: `distribution_matching_loss`."""
-        return distribution_matching_loss(query, velocity_fake, velocity_teacher)
+        """Loss of the generator: `distribution_matching_loss` along `matching_direction`."""
+        direction = matching_direction(
+            query, velocity_fake, velocity_teacher, normalizer_min=self.normalizer_min
+        )
+        return distribution_matching_loss(query, direction)
 
     def tracking_loss(self, query: NoisedBatch, velocity_fake: Latents) -> Loss:
         """Loss of the fake score: `denoising_loss`."""

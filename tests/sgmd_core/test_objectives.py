@@ -10,6 +10,7 @@ from sgmd_core.objectives import GradientPath
 from sgmd_core.objectives.diversity import anchor_velocity, diversity_loss
 from sgmd_core.objectives.dmd import DmdObjective, matching_direction
 from sgmd_core.objectives.dmd2 import Dmd2Objective
+from sgmd_core.objectives.pdmd import PdmdObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
@@ -32,6 +33,7 @@ EPS = 1e-8
 OBJECTIVES = {
     "dmd": DmdObjective(),
     "dmd2": Dmd2Objective(),
+    "pdmd": PdmdObjective(),
     "tsg_fisher-released": TsgFisherObjective(),
     "tsg_fisher-paper": TsgFisherObjective(form="paper"),
     "tsg_sim-released": TsgSimObjective(),
@@ -56,6 +58,10 @@ def element_mean(values: torch.Tensor) -> torch.Tensor:
     return values.mean(dim=(1, 2, 3, 4), keepdim=True)
 
 
+def projected(gap: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return gap - element_mean(gap * residual) / element_mean(residual.square()) * residual
+
+
 def weight_at(base, x0_teacher, form):
     sigma = per_sample(base.sigma, base.x0)
     if form == "paper":
@@ -68,9 +74,12 @@ def loss_by_definition(name, fake, teacher, query, base):
     method, _, option = name.partition("-")
     teacher_base = x0_prediction(teacher, base)
     x0_fake = x0_prediction(fake, query)
-    if method in ("dmd", "dmd2"):
+    if method in ("dmd", "dmd2", "pdmd"):
         distance = element_mean((base.x0 - teacher_base).abs())
-        target = base.x0 - (x0_prediction(fake, base) - teacher_base) / distance
+        gap = x0_prediction(fake, base) - teacher_base
+        if method == "pdmd":
+            gap = projected(gap, x0_prediction(fake, base) - base.x0)
+        target = base.x0 - gap / distance
         return 0.5 * (query.x0 - target).square().mean()
     if method == "tsg_fisher":
         weight = weight_at(base, teacher_base, option)
@@ -133,6 +142,7 @@ def test_generator_gradient_has_its_closed_form_where_the_jacobians_are_known(na
         upstream = {
             "dmd": weight * gap,
             "dmd2": weight * gap,
+            "pdmd": weight * projected(gap, residual),
             "tsg_fisher": jacobian * weight * gap,
             "tsg_sim": weight * (gap + jacobian * (residual - gap)),
             "sid": weight
@@ -317,6 +327,7 @@ def test_ratios_are_those_of_the_methods():
     assert ratios == {
         "DmdObjective": 1,
         "Dmd2Objective": 5,
+        "PdmdObjective": 1,
         "TsgFisherObjective": 5,
         "TsgSimObjective": 1,
         "SidObjective": 5,
@@ -328,6 +339,8 @@ def test_ratios_are_those_of_the_methods():
     [
         (DmdObjective, {"fake_updates": 0}),
         (Dmd2Objective, {"fake_updates": -1}),
+        (DmdObjective, {"normalizer_min": -0.1}),
+        (PdmdObjective, {"removed": "nothing"}),
         (SgmdObjective, {"fake_updates": 0}),
         (TsgFisherObjective, {"normalizer_eps": 0.0}),
         (TsgSimObjective, {"sigma_floor": -1.0}),

@@ -13,7 +13,7 @@ from pipelines.cli import app
 from pipelines.config.methods import METHODS, method_name
 from pipelines.config.overrides import apply_overrides, nearest_key, parse_override
 from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, load_recipe
-from pipelines.config.recipe_files import known_keys, load, shipped_recipes
+from pipelines.config.recipe_files import known_keys, load, recipe_sections, shipped_recipes
 from pipelines.config.yaml_text import read_yaml
 from pipelines.study.plan import plan_study
 from sgmd_core.errors import ConfigError
@@ -141,6 +141,9 @@ class TestRecipes:
     def test_shipped_recipes_are_valid_and_complete(self, name):
         config = load_recipe(name)
         written = read_yaml((Path(shipped_path(name))).read_text())
+        if "base" in written:
+            assert set(written["objective"]) == set(dataclasses.asdict(config.objective))
+            written = recipe_sections(shipped_path(name), DistillConfig)
         missing = [key for key in set_keys(config.model_dump()) if not is_written(key, written)]
         assert [key for key in missing if not key.startswith(("sweep", "study"))] == []
         assert config.name == name
@@ -152,7 +155,7 @@ class TestRecipes:
 
     @pytest.mark.parametrize("name", DISTILL_NAMES)
     def test_a_resolved_recipe_reads_back_as_itself(self, name, tmp_path):
-        config = load_recipe(name, ["objective.lambda_nr=2e-5"])
+        config = load_recipe(name, ["generator.optimizer.lr=2e-5"])
         path = tmp_path / "config.yaml"
         path.write_text(config.to_yaml())
         assert load_recipe(str(path)) == config
@@ -193,6 +196,28 @@ class TestRecipes:
         warnings = record_warnings("pipelines.config.recipe_files", monkeypatch)
         assert load_recipe("wan-1.3b") == load_recipe("wan21-1.3b")
         assert warnings == ["the recipe wan-1.3b is now called wan21-1.3b: write that"]
+
+    def test_a_recipe_with_a_base_holds_what_it_has_otherwise(self, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text(
+            "base: tiny\nname: mine\nobjective: {method: dmd}\nstudy: {variants: {one: {}}}\n"
+        )
+        config, base = load_recipe(str(path)), load_recipe("tiny")
+        assert config == base.with_settings(
+            {"name": "mine", "objective.method": "dmd", "study.variants": {"one": {}}}
+        )
+        above = tmp_path / "above.yaml"
+        above.write_text("base: mine.yaml\ngenerator: {optimizer: {lr: 2.0e-5}}\n")
+        assert load_recipe(str(above), ["batch.size=8"]) == config.with_settings(
+            {"generator.optimizer.lr": 2e-5, "batch.size": 8}
+        )
+
+    @pytest.mark.parametrize("base", ["7", "mine.yaml"])
+    def test_a_base_that_is_none_is_refused(self, tmp_path, base):
+        path = tmp_path / "mine.yaml"
+        path.write_text(f"base: {base}\n")
+        with pytest.raises(ConfigError, match="base is"):
+            load_recipe(str(path))
 
     def test_an_unknown_recipe_names_those_that_ship(self):
         text = refusal(recipe="tinny")

@@ -34,6 +34,7 @@ METHODS = {
     "sgmd fresh, three updates": (FRESH, "objective.fake_updates=3"),
     "dmd shared": ("objective.method=dmd",),
     "dmd2": ("objective.method=dmd2", FRESH),
+    "pdmd": ("objective.method=pdmd", FRESH),
     "tsg_fisher": ("objective.method=tsg_fisher", FRESH),
     "tsg_sim": ("objective.method=tsg_sim",),
     "sid": ("objective.method=sid", FRESH),
