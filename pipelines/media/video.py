@@ -22,8 +22,11 @@ _SHEET_MARGIN_PX = 2
 _SHEET_LABEL_PX = 12
 
 
-_X264 = {"preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
-"""The macroblock tree of x264 gives small clips other bytes now and then, also on one thread."""
+REPEATABLE_X264 = {"threads": "1", "x264-params": "mbtree=0"}
+"""Options of x264 that make the same bytes of the same frames.
+
+Its macroblock tree gives small clips other bytes now and then, also on one thread.
+"""
 
 
 def encode_mp4(
@@ -47,7 +50,8 @@ def encode_mp4(
     _require_pixels(frames, "encoding a video")
     buffer = io.BytesIO()
     with av.open(buffer, mode="w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options=_X264 | {"crf": str(crf)})
+        options = REPEATABLE_X264 | {"preset": "veryfast", "crf": str(crf)}
+        stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = pix_fmt
         for frame in frames:

@@ -11,6 +11,7 @@ from pipelines.data.clips.clip_colour import tag_as_bt709, to_bt709
 from pipelines.data.clips.clip_decoding import read_facts, sample_frames
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits
 from pipelines.data.clips.clip_stream import FALLBACK_FPS
+from pipelines.media.video import REPEATABLE_X264
 
 
 def transcode(
@@ -40,7 +41,7 @@ def transcode(
     frames = sample_frames(data, wanted, limits)
     with av.open(buffer, mode="w", format="mp4") as container:
         stream = container.add_stream(
-            "libx264", rate=rate, options={"crf": str(crf), "threads": "1"}
+            "libx264", rate=rate, options=REPEATABLE_X264 | {"crf": str(crf)}
         )
         for number, pixels in enumerate(frames):
             if number == 0:
