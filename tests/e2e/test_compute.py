@@ -1,5 +1,7 @@
 """How a recipe's roles compute is a setting of theirs, and changes the rounding alone."""
 
+from functools import partialmethod
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -66,7 +68,11 @@ def test_guidance_in_two_passes_changes_rounding_alone(make_recipe: MakeRecipe):
 # torch.compile warns while it looks at tensors, and here warnings are errors.
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
 @pytest.mark.slow
-def test_compiled_layers_run_in_a_recipe(make_recipe: MakeRecipe):
+def test_compiled_layers_run_in_a_recipe(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch):
+    # Inductor's C++ takes a minute, and `tests/workers/test_compute.py` has it: here the graphs of
+    # AOT autograd run on PyTorch's own kernels.
+    compiling = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
     plain = make_recipe("name=plain", "iterations=1")
     compiled = make_recipe("name=compiled", "iterations=1", *everywhere("compile=true"))
     distill(plain)
