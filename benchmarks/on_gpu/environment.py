@@ -35,7 +35,7 @@ def run(context: Context) -> None:
     context.record(card=_card(context.device), driver=_driver(context.device))
     small = context.small
     context.record(copy_gb_s=_copy(context.device, 2**22 if small else 2**31))
-    context.record(product_tflops=_product(context.device, 256 if small else 8192))
+    context.record(product_tflops=_product(context.device, 64 if small else 8192))
     context.record(**_transfers(context.device, 2**22 if small else 2**28))
 
 

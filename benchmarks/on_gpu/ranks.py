@@ -33,7 +33,10 @@ def run(context: Context) -> None:
     wanted = {name: value for name, value in expected.items() if name.startswith("gradient")}
     with tempfile.TemporaryDirectory() as scratch:
         arguments = (size, on_card, scratch, 2**20 if context.small else 2**28)
-        multiprocessing.spawn(_enter, arguments, nprocs=size)
+        # On a CPU one process imports for all; of one with a driver loaded none should be forked.
+        multiprocessing.set_forkserver_preload(["workers.build", "workers.models.wan"])
+        method = "spawn" if on_card else "forkserver"
+        multiprocessing.start_processes(_enter, arguments, nprocs=size, start_method=method)
         found = torch.load(Path(scratch) / "gradients.pt", weights_only=True)
         rates = torch.load(Path(scratch) / "rates.pt", weights_only=True)
     errors = relative_errors(found, wanted)

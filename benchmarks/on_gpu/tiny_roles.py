@@ -38,7 +38,8 @@ from workers.sharding import full_tensor, shard
 
 TINY_WAN = Path(__file__).resolve().parents[2] / "assets" / "tiny-wan"
 TEXT_LENGTH = 16
-LATENT_SHAPE = inspect_wan_folder(str(TINY_WAN)).latent_shape(13, 32, 32)
+_FOLDER = inspect_wan_folder(str(TINY_WAN))
+LATENT_SHAPE = _FOLDER.latent_shape(13, 32, 32)
 BATCH = ((0, 1),)
 Named = dict[str, Tensor]
 Errors = dict[str, float]
@@ -182,7 +183,7 @@ def _loaded() -> WanVelocity:
 
 def _text(samples: Sequence[int]) -> Tensor:
     """Embeddings of made-up captions, zero after the fourth token."""
-    width = inspect_wan_folder(str(TINY_WAN)).text_width
+    width = _FOLDER.text_width
     text = torch.zeros(len(samples), TEXT_LENGTH, width)
     for row, sample in enumerate(samples):
         generator = torch.Generator().manual_seed(sample)
