@@ -31,6 +31,20 @@ def grey_clip(value: int) -> Pixels:
     return np.full((5, 32, 32, 3), value, np.uint8)
 
 
+class HangingBound(int):
+    """A bound on the pixels of a picture: whoever compares 48x48 pixels with it never returns."""
+
+    def __lt__(self, pixels: int) -> bool:
+        if pixels == 48 * 48:
+            ctypes.PyDLL(None).sleep(600)
+        return int(self) < pixels
+
+
+def unsendable(_: object) -> object:
+    """Returns what pickle does not take."""
+    return lambda: None
+
+
 def own_id(_: object) -> int:
     """Number of the process that calls it."""
     return os.getpid()

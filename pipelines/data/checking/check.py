@@ -9,6 +9,7 @@ than the accepted share of rows is bad.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -21,15 +22,16 @@ from pipelines.data.checking.check_group import (
     GroupFacts,
     GroupTask,
     check_group,
+    check_group_apart,
     choose_rows,
     nothing_read,
 )
 from pipelines.data.checking.check_report import CheckReport, CheckTally
-from pipelines.data.clips.clip_errors import ClipFault
 from pipelines.data.clips.clip_format import ClipLimits
+from pipelines.data.clips.guarded_process import Died, GuardedProcess
 from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_file import locate_set, no_shards, open_set
-from pipelines.data.making.ordered_pool import Died, map_in_order
+from pipelines.data.making.ordered_pool import map_in_order
 from pipelines.data.shards.columns import (
     SETTLING_SHARDS,
     ColumnMap,
@@ -174,7 +176,9 @@ def check_shards(
     tally = CheckTally(None if options.count_tokens is None else options.text_length)
     found = map_in_order(check_group, tasks, processes, options.max_hang_s)
     for done, facts in enumerate(found, start=1):
-        tally.add(_worker_died(facts) if isinstance(facts, Died) else facts)
+        if isinstance(facts, Died):
+            facts = _checked_apart(facts.item, options.max_hang_s)
+        tally.add(facts)
         on_progress("row groups", done, len(tasks))
 
     # A shard that cannot be opened counts as many rows as the others have.
@@ -364,6 +368,13 @@ def _tasks(
             first, first_row = first + num_rows, first_row + num_rows
 
 
-def _worker_died(died: Died[GroupTask]) -> GroupFacts:
-    reason = ClipFault.TOO_SLOW if died.hung else Reason.WORKER_DIED
-    return nothing_read(died.item, reason, died.in_words)
+def _checked_apart(task: GroupTask, max_hang_s: float) -> GroupFacts:
+    """Checks a row group that has ended a process twice, at the cost of the rows that did it.
+
+    All of it is lost only where it was not the decoder.
+    """
+    with closing(GuardedProcess(max_hang_s=0, tries=1)) as process:
+        found = process.apply(check_group_apart, task, max_hang_s)
+    if isinstance(found, Died):
+        return nothing_read(task, found.reason, found.in_words)
+    return found

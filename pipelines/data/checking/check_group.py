@@ -6,6 +6,7 @@ long captions are nor, but for some twenty bytes a row, on how many rows a group
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from pipelines.data.clips.clip_decoding import ClipFacts, read_facts
 from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipLimits
+from pipelines.data.clips.guarded_process import Died, GuardedProcess
 from pipelines.data.shards.batches import Rows, read_batches
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import open_folder
@@ -131,9 +133,30 @@ def check_group(task: GroupTask) -> GroupFacts:
     Raises:
         DataError: the storage failed, which is not the data's fault.
     """
+    return _checked(task, None)
+
+
+def check_group_apart(task: GroupTask, max_hang_s: float) -> GroupFacts:
+    """Checks a row group as `check_group` does, and loses only rows to the decoder.
+
+    Each video is decoded in a process that may be lost. That is slower, so it is for row groups
+    whose decoding has ended a process.
+
+    Args:
+        task: The row group.
+        max_hang_s: Time that one call of the decoder may take; 0 for ever.
+
+    Raises:
+        DataError: the storage failed, or the other process does not start.
+    """
+    with closing(GuardedProcess(max_hang_s, tries=1)) as process:
+        return _checked(task, process)
+
+
+def _checked(task: GroupTask, process: GuardedProcess | None) -> GroupFacts:
     columns = [*REQUIRED_COLUMNS, *(_values(task.kind) if len(task.tried) else ())]
     filesystem, root = open_folder(task.url, probe=False)
-    look = _Look(task)
+    look = _Look(task, process)
     group = (task.shard, task.num_bytes, task.index)
     for rows in read_batches(filesystem, root, group, columns, task.names):
         if isinstance(rows, Fault):
@@ -170,9 +193,10 @@ def choose_rows(num_rows: int, sample: int | None, seed: int) -> NDArray[np.int6
 
 @dataclass(slots=True)
 class _Look:
-    """Adds up what batches of a row group hold."""
+    """Adds up what batches of a row group hold; videos are decoded in the process, if any."""
 
     task: GroupTask
+    process: GuardedProcess | None
     ids: list[NDArray[np.uint64]] = field(default_factory=list)
     has_id: list[NDArray[np.bool_]] = field(default_factory=list)
     captions: list[NDArray[np.uint64]] = field(default_factory=list)
@@ -232,13 +256,22 @@ class _Look:
             values = {name: table[name][row].as_py() for name in _values(task.kind)}
             try:
                 if task.kind is ShardKind.VIDEO:
-                    self.clips.append(read_facts(values[VIDEO] or b"", task.limits))
+                    found = self._read(values[VIDEO] or b"")
+                    if isinstance(found, Died):
+                        yield row, (found.reason, found.in_words)
+                    else:
+                        self.clips.append(found)
                 elif task.encoding is not None:
                     _try_values(values, task.encoding)
             except ClipError as error:
                 yield row, (error.fault, error.found)
             except DataError as error:
                 yield row, (Reason.BAD_ENCODING, f"{error.found}; expected {error.expected}")
+
+    def _read(self, video: bytes) -> ClipFacts | Died[bytes]:
+        if self.process is None:
+            return read_facts(video, self.task.limits)
+        return self.process.apply(read_facts, video, self.task.limits)
 
     def _reject(
         self, rows: Rows, faults: Mapping[int, tuple[str, str]], ids: pa.ChunkedArray

@@ -188,7 +188,7 @@ def serve(handle: str, max_hang_s: str) -> None:
         connection.send("ready")
         while True:
             function, arguments = connection.recv()
-            connection.send(_answer(function, arguments))
+            _send(connection, *_answer(function, arguments))
     except (EOFError, OSError):
         return
 
@@ -199,6 +199,17 @@ def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[b
             return True, function(*arguments)
     except Exception as error:  # A broken file raises whatever its codec thinks of it.
         return False, _portable(error)
+
+
+def _send(connection: Connection, is_good: bool, answer: Any) -> None:  # noqa: ANN401
+    """Sends an answer; says so of a result that cannot be sent, which is no death."""
+    try:
+        connection.send((is_good, answer))
+    except OSError:
+        raise
+    except Exception as error:  # Nothing has been sent: a value is pickled whole before.
+        words = f"a result ({type(answer).__name__}) that cannot be sent to another process"
+        connection.send((False, RuntimeError(f"{words}: {type(error).__name__}: {error}")))
 
 
 def _portable(error: Exception) -> Exception:

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,10 +17,13 @@ from pipelines.cli import app
 from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.checking.check_group import choose_rows
 from pipelines.data.checking.check_report import quantiles
+from pipelines.data.clips.clip_format import ClipLimits
 from pipelines.data.shards.schema import Encoding, encoded_schema
 from pipelines.data.shards.values import pack
+from pipelines.media.video import encode_mp4
 from pipelines.shapes import NUM_FRAMES, write_shards
 from sgmd_core.errors import DataError
+from tests.helpers.hanging import HangingBound
 from tests.helpers.s3_server import serve_s3, use_server
 from tests.helpers.shards import byte_strings, write_folder, write_shard, write_unknown_page
 
@@ -104,6 +108,18 @@ class TestGoodSets:
         damage(shards_of(clips)[1], "video", 3, b"broken")
         reports = [check_shards(str(clips), CheckOptions(num_processes=n)) for n in (0, 2)]
         assert reports[0] == reports[1]
+
+    @pytest.mark.slow
+    def test_a_video_whose_decoding_hangs_costs_its_row(self, clips):
+        shard = shards_of(clips)[1]
+        damage(shard, "video", 3, encode_mp4(np.zeros((5, 48, 48, 3), np.uint8), 8))
+        damage(shard, "video", 2, b"broken")
+        limits = ClipLimits(max_pixels=HangingBound(40_000_000))
+        options = CheckOptions(num_processes=1, limits=limits, max_hang_s=1.0)
+        report = check_shards(str(clips), options)
+        assert report.bad == {"undecodable": 1, "too_slow": 1}
+        assert any(f"{shard.name}, row 3" in each for each in report.examples), report.examples
+        assert (report.decoded, report.videos["sizes"]) == (24, {"32x32": 22})
 
     def test_a_sample_decodes_as_many_rows_as_wanted(self, clips):
         report = check_shards(str(clips), CheckOptions(sample=5, num_processes=0))

@@ -12,7 +12,7 @@ from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat
 from pipelines.data.clips.guarded_process import Died, GuardedProcess
 from pipelines.media.video import encode_mp4
-from tests.helpers.hanging import CRASH, HANG, OddDecoder, grey_clip
+from tests.helpers.hanging import CRASH, HANG, OddDecoder, grey_clip, own_id, unsendable
 
 DECODE = OddDecoder(ClipFormat(5, 32, 32, fps=8))
 # Longer than any call of a healthy decoder on a busy machine.
@@ -31,6 +31,17 @@ def test_a_hang_and_a_crash_cost_one_item_each_and_the_others_keep_their_bits() 
             process.apply(DECODE, b"no video")
         assert caught.value.fault == "undecodable"
         assert np.array_equal(process.apply(DECODE, good, 8.0), DECODE(good))
+    finally:
+        process.close()
+
+
+def test_a_result_that_cannot_be_sent_is_an_error_and_no_death() -> None:
+    process = GuardedProcess(LIMIT_S)
+    try:
+        number = process.apply(own_id, 0)
+        with pytest.raises(RuntimeError, match=r"a result \(function\) that cannot be sent"):
+            process.apply(unsendable, 0)
+        assert process.apply(own_id, 0) == number
     finally:
         process.close()
 
