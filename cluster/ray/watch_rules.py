@@ -27,7 +27,7 @@ class WatchLimits:
 
     Attributes:
         silence_s: Silence of a process, and the least limit of a call.
-        first_call_s: Limit of a call without earlier ones like it.
+        first_call_s: Limit of a call without earlier ones like it, and the most of any call.
         start_s: Limit of building a worker.
         unmeasured: Groups whose calls wait for others by nature, such as storage.
         first_call_of: Other limits than `first_call_s`, by group.
@@ -46,9 +46,10 @@ class WatchLimits:
         if report.method == "build":
             return self.start_s
         is_measured = report.iteration is not None and report.group not in self.unmeasured
+        most_s = self.first_call_of.get(report.group, self.first_call_s)
         if not is_measured or not report.num_earlier:
-            return self.first_call_of.get(report.group, self.first_call_s)
-        return max(self.silence_s, self.slack * report.usual_s, 2 * report.longest_s)
+            return most_s
+        return min(most_s, max(self.silence_s, self.slack * report.usual_s, 2 * report.longest_s))
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _WAIT_FOR_STORAGE = frozenset({"feed"})
 _VALIDATOR = "validator"
-_SHARE_OF_CALL_TIMEOUT = 0.8
-"""Share of `call_timeout_s` after which the watch ends a process.
+_SHARE_OF_TIMEOUT = 0.8
+"""Share of `call_timeout_s` and `start_timeout_s` after which the watch ends a process.
 
 The controller itself gives up after all of it, with an error that is not repaired.
 """
@@ -35,8 +35,8 @@ def watch_limits(settings: TopologySettings, validation_s: float) -> "WatchLimit
 
     return WatchLimits(
         settings.watch_s,
-        _SHARE_OF_CALL_TIMEOUT * settings.call_timeout_s,
-        settings.start_timeout_s,
+        _SHARE_OF_TIMEOUT * settings.call_timeout_s,
+        _SHARE_OF_TIMEOUT * settings.start_timeout_s,
         _WAIT_FOR_STORAGE,
         {_VALIDATOR: validation_s},
     )

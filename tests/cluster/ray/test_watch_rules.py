@@ -43,6 +43,7 @@ def process(report: ProgressReport, silent_s: float = 0.5, partners: str = "own"
         ({"usual_s": 1.0}, 20.0),
         ({"usual_s": 30.0}, 150.0),
         ({"usual_s": 1.0, "longest_s": 40.0}, 80.0),
+        ({"usual_s": 200.0, "longest_s": 400.0}, 600.0),
         ({"num_earlier": 0}, 600.0),
         ({"iteration": None}, 600.0),
         ({"group": "feed"}, 600.0),

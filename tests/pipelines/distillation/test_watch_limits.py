@@ -1,5 +1,7 @@
 """The watch ends what is stuck before the controller gives up."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("ray")
@@ -13,9 +15,13 @@ FIRST = ProgressReport(
 )
 
 
-def test_a_first_call_that_is_stuck_is_ended_before_the_controller_gives_up():
+def test_whatever_is_stuck_is_ended_before_the_controller_gives_up():
     settings = TopologySettings(watch_s=20.0, call_timeout_s=600.0, start_timeout_s=300.0)
     limits = watch_limits(settings, 7200.0)
     assert limits.silence_s == settings.watch_s
     assert limits.of(FIRST) < settings.call_timeout_s
     assert limits.of(FIRST) == pytest.approx(480.0)
+    # Five times the median would be far more.
+    assert limits.of(replace(FIRST, num_earlier=9, usual_s=300.0)) == limits.of(FIRST)
+    building = replace(FIRST, method="build", iteration=None)
+    assert limits.of(building) == pytest.approx(240.0)
