@@ -17,11 +17,13 @@ started.
 Either way a process ends with its parent, the raylet or the server, at once.
 """
 
+import fcntl
 import gc
 import json
 import os
 import runpy
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -40,6 +42,7 @@ from typing import Any
 from cluster.background import in_background
 from cluster.ray.fork_client import end_with_parent_at_once
 
+_PREFIX, _OWNER = "forks-", "owner"
 _CLIENT = Path(__file__).with_name("fork_client.py")
 _GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 _END_TIMEOUT_S = 10.0
@@ -65,8 +68,10 @@ def serve_forks(modules: Sequence[str], touch_every_s: float = _TOUCH_EVERY_S) -
         touch_every_s: How often the files get a new time: systems delete temporary files that are
             some days old, and no process could be started after that.
     """
+    _sweep()
     with (
-        tempfile.TemporaryDirectory(prefix="forks-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as folder,
+        _owning(Path(folder)),
         socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
         _touching(Path(folder), touch_every_s),
     ):
@@ -99,6 +104,24 @@ def serve_forks(modules: Sequence[str], touch_every_s: float = _TOUCH_EVERY_S) -
         finally:
             server.kill()
             server.communicate(timeout=_END_TIMEOUT_S)
+
+
+@contextmanager
+def _owning(folder: Path) -> Iterator[None]:
+    """Holds a lock on a folder for as long as this process lives."""
+    with (folder / ".owner").open("w") as draft:
+        fcntl.flock(draft, fcntl.LOCK_EX)
+        # Under its name it is never seen without the lock.
+        Path(draft.name).rename(folder / _OWNER)
+        yield
+
+
+def _sweep() -> None:
+    """Deletes the folders of controllers that were killed."""
+    for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNER}"):
+        with suppress(OSError), owner.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 @contextmanager

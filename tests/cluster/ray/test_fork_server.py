@@ -161,3 +161,31 @@ def test_what_is_started_ends_with_its_parent():
         while is_running(child, since) and time.monotonic() < end_s:
             time.sleep(0.05)
         assert not is_running(child, since)
+
+
+def test_the_folder_of_a_killed_controller_goes_with_the_next_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    code = """
+import time
+from cluster.ray.fork_server import serve_forks
+with serve_forks([]) as python:
+    print(python.parent, flush=True)
+    time.sleep(600)
+"""
+    killed, living = (
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    )
+    try:
+        folders = [Path(each.stdout.readline().strip()) for each in (killed, living)]
+        killed.kill()
+        killed.wait()
+        assert all((folder / "python").exists() for folder in folders)
+        with serve_forks([]) as python:
+            assert [folder.exists() for folder in folders] == [False, True]
+            assert python.exists()
+    finally:
+        for each in (killed, living):
+            each.kill()
+            each.communicate()
