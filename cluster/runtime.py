@@ -35,7 +35,6 @@ from cluster.ray.fork_server import has_gpus, serve_forks
 
 _log = logging.getLogger(__name__)
 
-_TOKEN_SOURCES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 _PROBE_TIMEOUT_S = 5.0
 _GRACE_S = 10.0
 _GCS_PROBE_EVERY_S = 3.0
@@ -162,7 +161,7 @@ def watch_gcs(tell: Callable[[str], None], limit_s: float = 15.0) -> Iterator[No
 
 
 def _create_token() -> None:
-    if not _has_token() and os.environ.get("RAY_AUTH_MODE", "token") == "token":
+    if not _token() and os.environ.get("RAY_AUTH_MODE", "token") == "token":
         # It stays for the life of the process: Ray reads it once and keeps it.
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
@@ -346,12 +345,6 @@ def _token() -> str:
     with suppress(OSError):
         return Path(path).read_text().strip()
     return ""
-
-
-def _has_token() -> bool:
-    if any(os.environ.get(name) for name in _TOKEN_SOURCES):
-        return True
-    return (Path.home() / ".ray" / "auth_token").exists()
 
 
 def _start_error(target: str, error: Exception) -> RayStartError:
