@@ -225,6 +225,7 @@ class Host:
         self._meeting_size = world_size
         self._has_met = False
         self._workers: dict[str, Any] = {}
+        self._unbuilt: dict[str, str] = {}
         self._ranks: dict[str, int] = {}
         self._kept: dict[int, object] = {}
         self._store: Any = None
@@ -281,6 +282,7 @@ class Host:
         except Exception as error:
             # A partial has no name of its own.
             name = getattr(factory, "func", factory).__name__
+            self._unbuilt[worker] = f"{type(error).__name__}: {error}"
             raise self._portable(error, worker, name) from None
         finally:
             self._progress.end()
@@ -297,8 +299,8 @@ class Host:
             if worker is None:
                 raise ClusterError(
                     f"calling {method}() of {spec.worker} rank {self._rank_of(spec.worker)}",
-                    "no worker: building it has failed",
-                    "wait_ready() to succeed before the first call",
+                    f"no worker: building it has failed: {self._unbuilt.get(spec.worker, '')}",
+                    "a worker that its factory can build",
                 )
             named = {name: self._arrived(value) for name, value in keywords.items()}
             args = _put_in_place([self._arrived(value) for value in sent], spec.layout)
