@@ -20,6 +20,7 @@ from pipelines.commands import (
     recipes,
     results,
     runs,
+    sweeping,
 )
 from pipelines.commands.failures import report_failure
 from pipelines.commands.options import PlainCommand, PlainGroup
@@ -65,7 +66,7 @@ for command in (
     data.encode,
     runs.pretrain,
     runs.distill,
-    runs.sweep,
+    sweeping.sweep,
     comparing.study,
     runs.submit,
     planning.plan,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pipelines.evaluation.run import evaluate as evaluate
     from pipelines.generate import generate as generate
     from pipelines.pretraining.run import pretrain as pretrain
-    from pipelines.sweep import sweep as sweep
+    from pipelines.sweeping.run import sweep as sweep
     from sgmd_core.errors import AlarmError as AlarmError
     from sgmd_core.errors import CheckpointError as CheckpointError
     from sgmd_core.errors import ConfigError as ConfigError
@@ -72,7 +72,7 @@ _HOME = {
     "pipelines.evaluation.run": ("evaluate",),
     "pipelines.generate": ("generate",),
     "pipelines.pretraining.run": ("pretrain",),
-    "pipelines.sweep": ("sweep",),
+    "pipelines.sweeping.run": ("sweep",),
     "sgmd_core.errors": (
         "AlarmError",
         "CheckpointError",

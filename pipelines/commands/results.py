@@ -181,12 +181,19 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: figures, clips, curves, times, alarms, settings.
 
+    The folder of a sweep gives a page of its trials.
+
     Exit code 1: of some file of a run nothing could be read; the page shows the rest.
     """
     with working():
         from pipelines.reporting.page import write_page
         from pipelines.reporting.records import read_run
+        from pipelines.sweeping.page import is_sweep, write_sweep_page
 
+        if len(runs) == 1 and is_sweep(runs[0]):
+            page = write_sweep_page(runs[0], output)
+            show({"path": str(page), "bytes": page.stat().st_size}, as_json, str(page))
+            return
         records = [read_run(run) for run in runs]
         path = write_page(records, output)
     broken = {str(run.folder.root): list(run.broken) for run in records if run.broken}

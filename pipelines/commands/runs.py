@@ -1,4 +1,4 @@
-"""Commands that make something: `sgmd shapes`, `pretrain`, `distill`, `sweep`, `submit`."""
+"""Commands that make something: `sgmd shapes`, `pretrain`, `distill`, `submit`."""
 
 import os
 from dataclasses import asdict
@@ -6,18 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, RenderableType
 
 from pipelines.commands.failures import hinting
 from pipelines.commands.options import LARGEST_SEED, Json, Overrides, RecipeName
-from pipelines.commands.output import FittingTable, progress_bar, show, working
+from pipelines.commands.output import progress_bar, show, working
 from sgmd_core.errors import ConfigError
 from workers.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
     from pipelines.pretraining.events import PretrainEvent
-    from pipelines.sweep import SweepResult
 
 
 def shapes(
@@ -188,67 +186,6 @@ def _distill_config(
         RunFolder(resume).require()
         recipe = str(resume / "config.yaml")
     return load_recipe(recipe, overrides).in_folder(resume)
-
-
-def sweep(recipe: RecipeName, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Try every combination of the recipe's `sweep.grid` with Ray Tune; write best.yaml."""
-    with progress_bar() as on_progress:
-        from pipelines.config.recipe import load_recipe
-
-        config = load_recipe(recipe, overrides or [])
-
-        with paused_collector():
-            from pipelines import sweep as job
-            from pipelines.run.progress import LineObserver
-            from pipelines.run.stop_rule import StopRule
-
-        # The live display takes what is printed to standard error, and shows it above the bar.
-        observer = LineObserver(Console(stderr=True), StopRule(config.sweep.iterations))
-        result = job.sweep(config, observer, on_progress)
-    show(result.to_json(), as_json, *_sweep_words(result))
-
-
-def _sweep_words(result: "SweepResult") -> list[RenderableType]:
-    """Trials, the best one first, then errors, what is not told apart, and the next step."""
-    from pipelines.run.records import HEADLINE_FIGURES
-
-    best = result.trials[0]
-    others = [name for name in HEADLINE_FIGURES if name in best.figures and name != result.score]
-    rows = [
-        [
-            *(str(value) for value in trial.settings.values()),
-            *(
-                f"{trial.figures[name]:.4g}" if name in trial.figures else ""
-                for name in (result.score, *others)
-            ),
-            f"{trial.seconds:.1f}" if not trial.error else "failed",
-        ]
-        for trial in result.trials
-    ]
-    # Seconds stand before the other figures, which narrow terminals leave out.
-    num_kept = len(best.settings) + 2
-    rows = [[*row[: num_kept - 1], row[-1], *row[num_kept - 1 : -1]] for row in rows]
-    table = FittingTable(
-        [*best.settings, result.score, "seconds", *others],
-        rows,
-        num_kept=num_kept,
-        num_words=0,
-        title=f"trials by {result.score}",
-        elsewhere=f"{result.folder}/results.csv",
-    )
-    failed = [
-        f"failed, {', '.join(f'{key}={value}' for key, value in trial.settings.items())}: "
-        f"{trial.error}"
-        for trial in result.trials
-        if trial.error
-    ]
-    return [
-        table,
-        *failed,
-        *([result.note] if result.note else []),
-        f"best settings: {result.best_recipe}",
-        f"next: sgmd distill {result.best_recipe}",
-    ]
 
 
 def submit(

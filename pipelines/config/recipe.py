@@ -21,7 +21,7 @@ from pydantic import Field, JsonValue, model_validator
 from pipelines.config import recipe_files
 from pipelines.config.adapters import lora_contradictions
 from pipelines.config.alarms import AlarmSettings
-from pipelines.config.checkpointing import CheckpointSettings, Figure, ValidationSettings
+from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
@@ -31,6 +31,7 @@ from pipelines.config.recovery import RecoverySettings
 from pipelines.config.roles import TEACHER
 from pipelines.config.section import Section
 from pipelines.config.study import StudySettings
+from pipelines.config.sweep import SweepSettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
 from pipelines.data.shards.columns import RecipeColumnNames
 from pipelines.data.shards.filesystem import S3Settings
@@ -185,23 +186,6 @@ class TrackerSettings(Section):
     """W&B project."""
 
 
-class SweepSettings(Section):
-    """Grid of `sgmd sweep`: every combination, as short runs of this recipe."""
-
-    grid: dict[str, list[JsonValue]] = Field(default_factory=dict)
-    """Values to try by dotted key, for example `objective.lambda_nr: [0.05, 0.1]`."""
-    settings: dict[str, JsonValue] = Field(default_factory=dict)
-    """What every trial has otherwise than the recipe, by dotted key."""
-    iterations: int = Field(default=50, ge=1)
-    """Length of one trial."""
-    score: Figure = "frechet"
-    """Validation figure that ranks the trials."""
-    mode: Literal["min", "max"] = "min"
-    """Whether a small or a large score is good."""
-    concurrent_trials: int = Field(default=1, ge=1)
-    """Trials that run side by side."""
-
-
 class DistillConfig(Section):
     """A whole distillation: the sections of one recipe."""
 
@@ -350,25 +334,34 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
     # A grid over another method's settings is for `sgmd sweep` to refuse: nobody else reads it.
     own = {f"objective.{name}" for name in asdict(config.objective)}
     foreign = set(recipe_files.known_keys(DistillConfig)) - own
-    grid = config.sweep.grid.items()
+    searched = config.sweep.dimensions
     check_sweep(
         config,
-        [key for key, _ in grid if not (key.startswith("objective.") and key in foreign)],
+        [key for key in searched if not (key.startswith("objective.") and key in foreign)],
         f"checking the sweep of {name_or_path}",
     )
     return config
 
 
 def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> None:
-    """Checks every value that a sweep would try for some of its keys.
+    """Checks the values of some keys of a sweep one by one: all of a choice, both ends of a range.
+
+    A key with a condition is checked where it holds. `pipelines.sweeping.checks` has combinations.
 
     Raises:
         ConfigError: A key is no setting of this recipe, or a value does not fit it.
     """
     trial = _changed(config, config.sweep.settings, attempted)
+    dimensions = config.sweep.dimensions
     for key in keys:
-        for value in config.sweep.grid[key]:
-            _changed(trial, {key: value}, attempted)
+        placed: dict[str, JsonValue] = {}
+        conditions = [dimensions[key].places]
+        while conditions:
+            found = conditions.pop()
+            placed |= found
+            conditions += [dimensions[other].places for other in found]
+        for value in dimensions[key].corners:
+            _changed(trial, {**placed, key: value}, attempted)
 
 
 def json_schema() -> dict[str, Any]:

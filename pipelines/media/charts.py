@@ -14,6 +14,8 @@ from statistics import median
 
 NUM_COLOURS = 6
 _WIDTH, _HEIGHT = 360, 200
+VIEW_BOX = f"0 0 {_WIDTH} {_HEIGHT}"
+"""Coordinates of a picture."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 24
 _MAX_POINTS = 400
 _SMOOTH_ABOVE = 40
@@ -102,10 +104,10 @@ def line_chart(series: Sequence[Series], *, log: bool = False, marks: Sequence[M
     curves = escape(json.dumps([_recorded(curve) for curve in series]), quote=True)
     plane = " ".join(f"{at:g}" for at in (_LEFT, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM))
     parts = [
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{names}" '
+        f'<svg viewBox="{VIEW_BOX}" role="img" aria-label="{names}" '
         f'data-plane="{plane}" data-range="{x_axis.low:g} {x_axis.high:g}" data-curves="{curves}">'
     ]
-    parts += _grid(x_axis, y_axis)
+    parts += grid_lines(x_axis, y_axis)
     parts += _marks(marks, x_axis)
     for index, curve in enumerate(series):
         css = f"c{index % NUM_COLOURS}"
@@ -188,15 +190,16 @@ def _recorded(curve: Series) -> dict[str, object]:
     return {"label": curve.label, "x": [curve.x[i] for i in kept], "y": values}
 
 
-def _grid(x_axis: Axis, y_axis: Axis) -> list[str]:
+def grid_lines(x_axis: Axis, y_axis: Axis) -> list[str]:
+    """Lines and labels of both axes."""
     parts: list[str] = []
     bottom = _HEIGHT - _BOTTOM
     for tick in y_axis.ticks:
-        y = _y(tick, y_axis)
+        y = y_of(tick, y_axis)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" class="y">{y_axis.label(tick)}</text>')
     for tick in x_axis.ticks:
-        place = f'x="{_x(tick, x_axis)}" y="{bottom + 16}"'
+        place = f'x="{x_of(tick, x_axis)}" y="{bottom + 16}"'
         parts.append(f'<text {place} class="x">{x_axis.label(tick)}</text>')
     return parts
 
@@ -206,7 +209,7 @@ def _marks(marks: Sequence[Mark], x_axis: Axis) -> list[str]:
     labels: dict[int, list[str]] = {}
     for mark in marks:
         if x_axis.low <= mark.x <= x_axis.high:
-            labels.setdefault(round(_x(mark.x, x_axis)), []).append(mark.label)
+            labels.setdefault(round(x_of(mark.x, x_axis)), []).append(mark.label)
     bottom = _HEIGHT - _BOTTOM
     return [
         f'<g class="mark"><title>{escape("; ".join(dict.fromkeys(texts)))}</title>'
@@ -227,7 +230,7 @@ def _curve(curve: Series, css: str, x_axis: Axis, y_axis: Axis, *, raw: bool) ->
     return [
         _path(x, y, f"line {css}", x_axis, y_axis),
         *(
-            f'<circle class="dot {css}" cx="{_x(at, x_axis)}" cy="{_y(value, y_axis)}" r="2.5">'
+            f'<circle class="dot {css}" cx="{x_of(at, x_axis)}" cy="{y_of(value, y_axis)}" r="2.5">'
             f"<title>{escape(curve.label)} at {number(at)}: {number(value)}</title></circle>"
             for at, value in zip(x, y, strict=True)
             if _finite(value)
@@ -242,16 +245,18 @@ def _path(x: Sequence[float], y: Sequence[float], css: str, x_axis: Axis, y_axis
         if not _finite(value):
             pen = "M"
             continue
-        steps.append(f"{pen}{_x(at, x_axis)} {_y(value, y_axis)}")
+        steps.append(f"{pen}{x_of(at, x_axis)} {y_of(value, y_axis)}")
         pen = "L"
     return f'<path class="{css}" d="{"".join(steps)}"/>'
 
 
-def _x(value: float, axis: Axis) -> float:
+def x_of(value: float, axis: Axis) -> float:
+    """Horizontal place in the picture."""
     return round(_LEFT + axis.place(value) * (_WIDTH - _LEFT - _RIGHT), 1)
 
 
-def _y(value: float, axis: Axis) -> float:
+def y_of(value: float, axis: Axis) -> float:
+    """Vertical place in the picture."""
     return round(_HEIGHT - _BOTTOM - axis.place(value) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
 

@@ -21,7 +21,7 @@ from pipelines.pretraining.run import pretrain
 from pipelines.run.observer import RunObserver
 from pipelines.shapes import write_shards
 from pipelines.study.run import folder_of, study
-from pipelines.sweep import sweep
+from pipelines.sweeping.run import sweep
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT
 from tests.e2e.test_equivalence import history

@@ -1,6 +1,6 @@
 """A secret of the environment is in nothing that a run writes."""
 
-import json
+import csv
 import os
 import subprocess
 import sys
@@ -63,9 +63,9 @@ def test_a_planted_secret_is_in_no_file_of_a_sweep_nor_in_what_it_prints(
     )
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
-    results = json.loads((tmp_path / "runs" / "small-sweep" / "results.json").read_text())
-    assert [bool(trial["error"]) for trial in results["trials"]] == [False, True]
-    assert "s3://planted-bucket/train" in results["trials"][1]["error"]
+    rows = list(csv.DictReader((tmp_path / "runs" / "small-sweep" / "sweep.csv").open()))
+    assert [bool(row["error"]) for row in rows] == [False, True]
+    assert "s3://planted-bucket/train" in rows[1]["error"]
     assert [secret for secret in secrets if secret in printed] == []
     assert list((ray_folder / "sweep").rglob("*.out"))
     assert files_with(secrets, tmp_path, ray_folder / "sweep") == []

@@ -2,7 +2,12 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,7 +15,9 @@ import psutil
 import pytest
 
 from pipelines.config.recipe import load_recipe
-from pipelines.sweep import sweep
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.sweeping.run import sweep
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
 from tests.helpers.shards import write_folder
@@ -50,7 +57,7 @@ def test_a_sweep_tries_every_combination_and_writes_the_best(
     config = make_recipe(*GRID)
     heard: list[tuple[str, int, int]] = []
     result = sweep(config, on_progress=lambda *counted: heard.append(counted))
-    assert heard == [("trials", done, 4) for done in range(5)]
+    assert list(dict.fromkeys(heard)) == [("trials", done, 4) for done in range(5)]
     tried = {
         (t.settings["objective.lambda_nr"], t.settings["objective.lambda_rc"])
         for t in result.trials
@@ -63,15 +70,13 @@ def test_a_sweep_tries_every_combination_and_writes_the_best(
     assert best.objective.lambda_nr == result.trials[0].settings["objective.lambda_nr"]
     assert best.objective.lambda_rc == result.trials[0].settings["objective.lambda_rc"]
     assert best.iterations == config.iterations
-    table = list(csv.DictReader((result.folder / "results.csv").open()))
+    table = list(csv.DictReader((result.folder / "sweep.csv").open()))
     assert len(table) == 4
-    stored = json.loads((result.folder / "results.json").read_text())
-    assert stored["trials"][0]["figures"]["frechet"] == scores[0]
-    low, high = stored["trials"][0]["intervals"]["frechet"]
+    low, high = result.trials[0].intervals["frechet"]
     assert low <= scores[0] <= high
     # Two updates leave the trials all but equal, on 8 clips.
-    assert stored["note"].startswith("trials (objective.lambda_nr=")
-    assert "are not told apart by these clips: frechet" in stored["note"]
+    assert result.note.startswith("trials (objective.lambda_nr=")
+    assert "are not told apart by these clips: frechet" in result.note
     assert result.best_recipe.read_text().startswith("# trials (objective.lambda_nr=")
 
 
@@ -95,36 +100,127 @@ def processes_of_trials() -> set[psutil.Process]:
     return found
 
 
-def kill_first_trial(earlier: set[psutil.Process], is_over: threading.Event) -> None:
-    """Kills the first process of a trial as soon as there is one."""
-    while not is_over.wait(0.01):
-        for process in processes_of_trials() - earlier:
-            process.kill()
-            return
+def kill_a_trial_that_has_saved(folder: Path, earlier: set[psutil.Process]) -> None:
+    """Kills the process of a trial once there is a checkpoint of it, and it still runs."""
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s:
+        if list(folder.glob("trials/*/checkpoints/*/manifest.json")):
+            for process in processes_of_trials() - earlier:
+                process.kill()
+                return
+        time.sleep(0.01)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_trial_whose_process_dies_is_a_row_of_the_table_and_the_others_count(
+def test_a_trial_whose_process_dies_goes_on_from_its_own_state_to_the_same_numbers(
     make_recipe: MakeRecipe, ray_cluster: None
 ) -> None:
+    """Beside it, a trial that fails is a row with its own error, and none of its retries train."""
     config = make_recipe(
-        "sweep.grid={objective.lambda_nr: [0.1, 0.2]}", "sweep.iterations=1", "batch.size=2"
+        # The second one: the norms of its gradients are no longer finite.
+        "sweep.grid={generator.optimizer.lr: [1.0e-3, 1.0e+30]}",
+        "sweep.iterations=8",
+        "sweep.validate_every=2",
+        "guards.max_skipped=0",
     )
-    is_over = threading.Event()
-    # Those of an earlier sweep of this session may still be there.
-    killer = threading.Thread(target=kill_first_trial, args=(processes_of_trials(), is_over))
+    folder = config.run_folder.parent / "small-sweep"
+    earlier = processes_of_trials()
+    killer = threading.Thread(target=kill_a_trial_that_has_saved, args=(folder, earlier))
     killer.start()
     try:
         done, failed = sweep(config).trials
     finally:
-        is_over.set()
         killer.join()
-    assert not done.error
-    assert failed.error
-    tried = {trial.settings["objective.lambda_nr"] for trial in (done, failed)}
-    assert tried == {0.1, 0.2}
-    table = list(csv.DictReader((config.run_folder.parent / "small-sweep/results.csv").open()))
-    assert [row["objective.lambda_nr"] for row in table] == [
-        str(trial.settings["objective.lambda_nr"]) for trial in (done, failed)
+    assert (done.state, failed.state) == ("done", "failed")
+    assert "NonFiniteError" in failed.error
+    assert [iteration for iteration, _ in done.curve] == [2, 4, 6, 8]
+    events = read_jsonl(RunFolder(done.run_folder).events)
+    assert [event["kind"] for event in events].count("restarted") == 1
+    rows = list(csv.DictReader((folder / "sweep.csv").open()))
+    assert [row["state"] for row in rows] == ["done", "failed"]
+    assert rows[1]["error"] == failed.error
+    calm = make_recipe("name=calm", "iterations=8", "validation.every=2")
+    summary = distill(calm)
+    assert done.figures["frechet"] == summary["validation"]["frechet"]
+    # The same data in the same order: what was used, line by line.
+    assert cursors(Path(done.run_folder)) == cursors(calm.run_folder)
+
+
+def cursors(run: Path) -> list[dict[str, int]]:
+    return [line["cursor"] for line in read_jsonl(RunFolder(run).metrics)]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_whose_processes_are_all_killed_goes_on_and_runs_no_finished_trial_again(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    """TPE and ASHA, killed with -9 as a whole, trial processes included, and taken up again."""
+    settings = [
+        "sweep.space={objective.lambda_nr: {log_uniform: [0.01, 1.0]}}",
+        "sweep.search=tpe",
+        "sweep.trials=4",
+        "sweep.iterations=6",
+        "sweep.validate_every=2",
+        "sweep.scheduler={method: asha, grace_iterations: 2, reduction_factor: 2}",
+        f"output={tmp_path / 'runs'}",
     ]
+    command = [sys.executable, "-m", "pipelines.cli", "sweep", str(recipe_file), *settings]
+    folder = tmp_path / "runs" / "small-sweep"
+    environment = {**os.environ, "COLUMNS": "80"}
+    first = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        wait_until(
+            lambda: states(folder)[:1] in (["done"], ["stopped"]) and len(states(folder)) > 1
+        )
+        second = json.loads((folder / "trials.json").read_text())["trials"][1]["run_folder"]
+        wait_until(lambda: list(Path(second).glob("checkpoints/*/manifest.json")))
+    finally:
+        kill_tree(first.pid)
+    ended = json.loads((folder / "trials.json").read_text())["trials"][0]
+    before = Path(ended["run_folder"], "metrics.jsonl").stat().st_mtime_ns
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert "go on with --resume" in again.stderr
+    other = [*command, "sweep.trials=5", "--resume"]
+    again = subprocess.run(other, env=environment, capture_output=True, text=True, check=False)
+    assert "sweep.trials" in again.stderr
+    command.append("--resume")
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "trials: 4/4" in again.stderr
+    rows = list(csv.DictReader((folder / "sweep.csv").open()))
+    assert len(rows) == 4
+    assert {row["state"] for row in rows} <= {"done", "stopped"}
+    assert len(list((folder / "trials").iterdir())) == 4
+    assert Path(ended["run_folder"], "metrics.jsonl").stat().st_mtime_ns == before
+    assert (folder / "report.html").exists()
+    taken_up = read_jsonl(RunFolder(second).events)
+    assert [event["kind"] for event in taken_up] == ["restarted"]
+    assert load_recipe(str(folder / "best.yaml")).objective.lambda_nr == pytest.approx(
+        float(rows[0]["objective.lambda_nr"])
+    )
+
+
+def states(folder: Path) -> list[str]:
+    path = folder / "trials.json"
+    return (
+        [each["state"] for each in json.loads(path.read_text())["trials"]] if path.exists() else []
+    )
+
+
+def wait_until(is_so: Callable[[], object], timeout_s: float = 180.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def kill_tree(pid: int) -> None:
+    """Kills a process and all below it, as a machine does that loses its power."""
+    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for process in tree:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(tree)

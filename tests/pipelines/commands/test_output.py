@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.commands.output import _CountLines, _ProgressLines, pairs, show
 from pipelines.run.progress import BarAndFigures
-from pipelines.sweep import trial_error
+from pipelines.sweeping.events import trial_error
 from sgmd_core.errors import DataError
 
 

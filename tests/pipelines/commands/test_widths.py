@@ -1,5 +1,6 @@
 """Every table at the widths of real terminals: no line is longer, no cell is cut to nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ from pipelines.commands.evaluation_table import table
 from pipelines.commands.output import pairs
 from pipelines.commands.results import _ledger_table
 from pipelines.commands.run_summary import summary_words
-from pipelines.commands.runs import _sweep_words
+from pipelines.commands.sweeping import sweep_words
 from pipelines.data.stream.plan import Cursor
 from pipelines.data.stream.reconciliation import EpochReconciliation
 from pipelines.distillation.audit import Audit
 from pipelines.run.records import HEADLINE_FIGURES
 from pipelines.study.results import Point, RunResult, StudyResult
-from pipelines.sweep import SweepResult, Trial
+from pipelines.sweeping.results import SweepResult
+from pipelines.sweeping.trials import Trial
 from tests.helpers.runs import evaluation
 from tests.pipelines.commands.rendering import rendered
 
@@ -36,7 +38,9 @@ def sweep_result(folder: Path) -> SweepResult:
     ]
     error = "DataError: While reading shard-0.parquet: a torn file. Download it again"
     failed = Trial({"objective.lambda_nr": 9.0, "generator.optimizer.lr": 1e-5}, {}, 0, "r", error)
-    return SweepResult("frechet", (*trials, failed), folder, folder / "best.yaml")
+    failed = replace(failed, state="failed")
+    best = folder / "best.yaml"
+    return SweepResult("frechet", (*trials, failed), folder, best, {"frechet": "min"})
 
 
 def study_result() -> StudyResult:
@@ -71,7 +75,7 @@ def ledger() -> Audit:
 
 def results(folder: Path) -> dict[str, list]:
     return {
-        "sweep": _sweep_words(sweep_result(folder)),
+        "sweep": sweep_words(sweep_result(folder)),
         "study": _result_words(study_result(), "runs/study", ("results.md", "results.csv")),
         "evaluate": [table(evaluation())],
         "ledger": [_ledger_table(ledger())],
@@ -115,12 +119,15 @@ def test_values_are_shown_without_brackets_quotes_and_names_of_python() -> None:
 def test_a_sweep_names_figures_without_room_the_error_itself_and_the_next_step_last(
     tmp_path: Path,
 ) -> None:
-    words = _sweep_words(sweep_result(tmp_path))
+    words = sweep_words(sweep_result(tmp_path))
     narrow, wide = (rendered(words, columns) for columns in (80, 400))
     # A long path is broken where a line ends.
-    assert f"alsoin{tmp_path}/results.csv:" in "".join(narrow.split())
+    assert f"alsoin{tmp_path}/sweep.csv:" in "".join(narrow.split())
     assert "also in" not in wide
-    assert "failed, objective.lambda_nr=9.0, generator.optimizer.lr=1e-05: DataError: While" in wide
+    assert (
+        "failed, objective.lambda_nr=9, generator.optimizer.lr=1e-05, seed 0: DataError: While"
+        in wide
+    )
     assert "trials (objective.lambda_nr=0.05, generator.optimizer.lr=1e-05)" in wide
     assert wide.splitlines()[-1] == f"next: sgmd distill {tmp_path}/best.yaml"
 

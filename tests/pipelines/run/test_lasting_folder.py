@@ -13,7 +13,7 @@ from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.run import pretrain
 from pipelines.reporting.page import write_report
 from pipelines.run.folder import REVISION_VARIABLE, git_revision, require_lasting_folder
-from pipelines.sweep import sweep
+from pipelines.sweeping.run import sweep
 from sgmd_core.errors import ConfigError
 
 ADDRESS = "s3://bucket/runs"

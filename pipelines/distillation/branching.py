@@ -1,0 +1,114 @@
+"""Begins a run from a state of another run, with other settings.
+
+A run that is resumed keeps the settings it began with. A branch is a new run: it has its own folder
+and identity, and what its earlier iterations were made with stands in the folder it came from.
+"""
+
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from cluster.checkpoints import Checkpoints
+from cluster.files import whole_folder
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.position import begin, differences
+from pipelines.distillation.preflight import run_preflight
+from pipelines.run.data_log import DataLog
+from pipelines.run.folder import RunFolder
+from sgmd_core.errors import CheckpointError
+
+_LOGS = ("metrics", "validation", "shards", "quarantine", "ledger")
+
+
+def newest_state(source: RunFolder) -> int:
+    """Iteration of the newest whole checkpoint of a run.
+
+    Raises:
+        CheckpointError: There is no run, or no whole checkpoint of it.
+    """
+    source.require("going on from")
+    checkpoints = Checkpoints(str(source.checkpoints))
+    for step in reversed(checkpoints.all_steps()):
+        if not checkpoints.fault(step, contents=True):
+            return step
+    raise CheckpointError(
+        f"going on from {source.root}",
+        "no whole checkpoint there",
+        "a run that has saved its state",
+        "Runs save at their end and every checkpoint.every iterations",
+    )
+
+
+def branch(
+    source: RunFolder, config: DistillConfig, may_differ: Collection[str], *, iteration: int
+) -> None:
+    """Makes the folder of a run that goes on from a state of another; resume it afterwards.
+
+    Args:
+        source: The run that has the state.
+        config: The new run.
+        may_differ: Settings by dotted key that need not be those of the source.
+        iteration: The state's.
+
+    Raises:
+        CheckpointError: The state is broken, or the runs differ in something else; names it.
+        ConfigError: The folder of the new run exists.
+    """
+    checkpoints = Checkpoints(str(source.checkpoints))
+    attempted = f"going on from iteration {iteration} of {source.root}"
+    fault = checkpoints.fault(iteration, contents=True)
+    if fault:
+        raise CheckpointError(attempted, fault, "a whole checkpoint", "Take another run or state")
+    require_branch(source, config, may_differ)
+    target = RunFolder(config.run_folder)
+    begin(config, run_preflight(config), target)
+    for name in _LOGS:
+        _copy(getattr(source, name), getattr(target, name))
+    target.rewind(iteration)
+    DataLog(target).rewind(iteration)
+    state = Path(checkpoints.folder(iteration))
+    with whole_folder(target.checkpoints / state.name) as draft:
+        shutil.copytree(state, draft, dirs_exist_ok=True, copy_function=_linked)
+
+
+def require_branch(source: RunFolder, config: DistillConfig, may_differ: Collection[str]) -> None:
+    """Checks that a run may go on from the state of another.
+
+    Raises:
+        CheckpointError: They differ in a setting that is not in `may_differ`, in the model or the
+            data.
+    """
+    before = load_recipe(str(source.config)).deciding_settings
+    # A section with a method of its own may have lost or gained keys.
+    sections = {key.rpartition(".")[0] for key in may_differ if key.endswith(".method")}
+    taken = {
+        key: value
+        for key, value in before.items()
+        if key in may_differ or key.rpartition(".")[0] in sections
+    }
+    same = config.with_settings(taken)
+    found = differences(same, run_preflight(same), source)
+    if found:
+        raise CheckpointError(
+            f"going on from {source.root}",
+            "; ".join(found),
+            "a run with the same model, data and settings but for those that are searched",
+            "Take those settings into the recipe, or start from another run",
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    elif source.exists():
+        shutil.copy2(source, target)
+
+
+def _linked(source: str, target: str) -> str:
+    """Links a file, which nobody changes once it is committed; copies it to another disk."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target

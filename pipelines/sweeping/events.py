@@ -1,0 +1,144 @@
+"""Tune's events: written into the book of trials, and told to whoever looks."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from cluster.storage import read_json
+from pipelines.run.observer import RunObserver
+from pipelines.sweeping.trial import ERROR_FILE, CommonToTrials
+from pipelines.sweeping.trials import Trial, TrialBook, settings_in_words
+
+OnProgress = Callable[[str, int, int], None]
+"""Hears what is counted, how many are done, and of how many."""
+OnTrials = Callable[[Sequence[Trial], int], None]
+"""Hears all trials so far, and how many there will be."""
+
+_RAISED = re.compile(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit)(\(.*\))?(: |$)")
+_PRESENT: list["TrialEvents"] = []
+
+
+class TrialEvents(tune.Callback):
+    """Hears Tune.
+
+    Args:
+        sweep: What all trials have in common.
+        book: Trials and what came of them.
+        total: Trials that there will be.
+        observer: Receives a note when a trial ends.
+        on_progress: Hears how many have.
+        on_trials: Hears every change.
+    """
+
+    def __init__(
+        self,
+        sweep: CommonToTrials,
+        book: TrialBook,
+        total: int,
+        observer: RunObserver,
+        on_progress: OnProgress,
+        on_trials: OnTrials,
+    ) -> None:
+        self._sweep = sweep
+        self._book = book
+        self._total = total
+        self._observer = observer
+        self._on_progress = on_progress
+        self._on_trials = on_trials
+        _PRESENT[:] = [self]
+
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        # Tune writes its callbacks down for a later restore, and a console cannot be written down:
+        # what is restored is the one that listens by then.
+        return _present_events, ()
+
+    def note(self, text: str) -> None:
+        """Says one line."""
+        self._observer.note(text)
+
+    def tell(self) -> None:
+        """Tells how far the sweep is."""
+        self._on_progress("trials", self._book.num_ended, self._total)
+        self._on_trials(self._book.trials, self._total)
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
+        """Opens a row."""
+        settings, seed = self._sweep.run_of(trial.config)
+        folder = Path(self._sweep.config.output) / str(trial)
+        self._book.begin(
+            Trial(settings, {}, 0.0, str(folder), "", name=str(trial), seed=seed, state="running")
+        )
+        self.tell()
+
+    def on_trial_result(  # noqa: D102 - Tune's interface
+        self,
+        iteration: int,
+        trials: list[Any],
+        trial: Any,  # noqa: ANN401
+        result: dict[str, Any],
+        **info: Any,  # noqa: ANN401
+    ) -> None:
+        # Tune adds a last result of its own, without figures, when a function ends.
+        if "figures" in result and "iteration" in result:
+            self._book.report(str(trial), result)
+            self.tell()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
+        """Closes a row: its trial came to its end, or the scheduler has ended it."""
+        row = next(each for each in self._book.trials if each.name == str(trial))
+        is_whole = row.iteration >= self._sweep.config.sweep.iterations
+        score = self._sweep.config.sweep.score
+        if is_whole and score not in row.figures:
+            self._book.end(str(trial), "failed", f"its validation has no {score}")
+        else:
+            self._book.end(str(trial), "done" if is_whole else "stopped")
+        self._end(trial, "done" if is_whole else f"stopped at iteration {row.iteration}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
+        """Closes a row with the error of its trial."""
+        row = next((each for each in self._book.trials if each.name == str(trial)), None)
+        if row is None:
+            self.on_trial_start(iteration, trials, trial)
+            row = next(each for each in self._book.trials if each.name == str(trial))
+        self._book.end(str(trial), "failed", self._error_of(trial, row))
+        self._end(trial, "failed")
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
+        """Says that a trial starts again, unless it will say again what it failed with."""
+        folder = Path(self._sweep.config.output) / str(trial)
+        if not list(folder.parent.glob(f"{folder.name}*/{ERROR_FILE}")):
+            self._observer.warning(f"{trial}: its process was lost; it goes on from its own state")
+
+    def _error_of(self, trial: Any, row: Trial) -> str:  # noqa: ANN401 - Tune's own
+        folders = sorted(Path(self._sweep.config.output).glob(f"{row.name}*/{ERROR_FILE}"))
+        if folders:
+            return str(read_json(str(folders[-1]))["error"])
+        error = trial.get_pickled_error() or trial.get_error()
+        return "unknown error" if error is None else trial_error(error)
+
+    def _end(self, trial: Any, how: str) -> None:  # noqa: ANN401 - Tune's own
+        settings, _ = self._sweep.run_of(trial.config)
+        self._observer.note(f"{trial}: {how} with {settings_in_words(settings)}")
+        self.tell()
+
+
+def _present_events() -> TrialEvents:
+    return _PRESENT[0]
+
+
+def trial_error(error: Exception) -> str:
+    """The error of a trial in a line, without the traceback that Ray puts around it.
+
+    Ray's text is a traceback whose last unindented line of the form `Type: words` is the error;
+    notes, which an error takes along, follow it and do not say what it was.
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, Exception):
+        return f"{type(cause).__name__}: {cause}".partition("\n")[0]
+    lines = str(error).strip().splitlines()
+    raised = [line for line in lines if _RAISED.match(line)]
+    kind, colon, words = (raised or lines or ["unknown error"])[-1].strip().partition(": ")
+    return (kind.rpartition(".")[2] if raised else kind) + colon + words

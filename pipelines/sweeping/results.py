@@ -1,0 +1,201 @@
+"""Result of a sweep: points ranked, their mean over seeds, the Pareto front, the best recipe.
+
+trials -> points (the same settings, several seeds) -> best first -> sweep.csv, best.yaml
+"""
+
+import csv
+import io
+import json
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from cluster.storage import write_text
+from pipelines.config.recipe import DistillConfig
+from pipelines.config.sweep import SweepSettings
+from pipelines.run.ranking import Contender, Mode, not_told_apart
+from pipelines.study.results import SeedSpread
+from pipelines.sweeping.trials import Trial, settings_in_words
+
+_ORDER = {"done": 0, "stopped": 1, "running": 2, "failed": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class TriedPoint:
+    """One point of the space and its trials.
+
+    Attributes:
+        settings: Values by dotted key.
+        trials: One a seed.
+    """
+
+    settings: Mapping[str, Any]
+    trials: tuple[Trial, ...]
+
+    @property
+    def is_done(self) -> bool:
+        """True if a trial of every seed came to its end."""
+        return all(trial.state == "done" for trial in self.trials)
+
+    def spread(self, figure: str) -> SeedSpread | None:
+        """A figure over the seeds that came to their end; None where none has it."""
+        values = [
+            trial.figures[figure]
+            for trial in self.trials
+            if trial.state == "done" and math.isfinite(trial.figures.get(figure, math.nan))
+        ]
+        if not values:
+            return None
+        return SeedSpread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    def value(self, figure: str) -> float:
+        """Mean over seeds; NaN where it is not known."""
+        found = self.spread(figure)
+        return math.nan if found is None else found.mean
+
+    def contender(self, score: str) -> Contender:
+        """Entry of the ranking: over seeds, or of a single one over its clips."""
+        if len(self.trials) == 1:
+            return self.trials[0].contender(score)
+        found = self.spread(score)
+        ends = found.interval if found else None
+        return Contender(f"({settings_in_words(self.settings)})", self.value(score), ends)
+
+
+def points_of(trials: Sequence[Trial]) -> list[TriedPoint]:
+    """Groups trials of the same settings, in their order."""
+    groups: dict[str, list[Trial]] = {}
+    for trial in trials:
+        groups.setdefault(json.dumps(trial.settings, sort_keys=True), []).append(trial)
+    return [TriedPoint(each[0].settings, tuple(each)) for each in groups.values()]
+
+
+def pareto_front(points: Sequence[TriedPoint], objectives: Mapping[str, Mode]) -> list[TriedPoint]:
+    """The points that no other one beats in every figure; of a single figure, the best."""
+    valued = {
+        index: [
+            (1 if mode == "min" else -1) * point.value(figure)
+            for figure, mode in objectives.items()
+        ]
+        for index, point in enumerate(points)
+        if point.is_done
+    }
+    valued = {index: own for index, own in valued.items() if all(map(math.isfinite, own))}
+
+    def is_beaten(own: Sequence[float]) -> bool:
+        return any(
+            other != own and all(its <= mine for its, mine in zip(other, own, strict=True))
+            for other in valued.values()
+        )
+
+    return [points[index] for index, own in valued.items() if not is_beaten(own)]
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """All trials, those of the best point first.
+
+    Attributes:
+        score: The figure that ranks them.
+        trials: Failed ones last.
+        folder: Where table and best recipe are.
+        best_recipe: A recipe with the best settings and the full number of iterations.
+        objectives: Every figure that was searched, with what is good.
+    """
+
+    score: str
+    trials: tuple[Trial, ...]
+    folder: Path
+    best_recipe: Path
+    objectives: Mapping[str, Mode]
+
+    @property
+    def points(self) -> list[TriedPoint]:
+        """Trials by their settings, the best first."""
+        return points_of(self.trials)
+
+    @property
+    def front(self) -> list[TriedPoint]:
+        """Points that no other one beats in every figure."""
+        return pareto_front(self.points, self.objectives)
+
+    @property
+    def note(self) -> str:
+        """Names the points that may be as good as the best one; empty where it is the best."""
+        done = [point for point in self.points if point.is_done]
+        over_seeds = any(len(point.trials) > 1 for point in done)
+        return not_told_apart(
+            [point.contender(self.score) for point in done],
+            "points" if over_seeds else "trials",
+            self.score,
+            *(("sweep.seeds", "seeds") if over_seeds else ()),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` prints it."""
+        return {
+            "score": self.score,
+            "folder": str(self.folder),
+            "best_recipe": str(self.best_recipe),
+            "note": self.note,
+            "front": [dict(point.settings) for point in self.front],
+            "trials": [
+                {name: value for name, value in trial.to_json().items() if name != "influences"}
+                for trial in self.trials
+            ],
+        }
+
+
+def ranked_trials(settings: SweepSettings, trials: Sequence[Trial]) -> tuple[Trial, ...]:
+    """Trials, those of the best point first; then those ended early, then failed ones."""
+    sign = 1 if settings.mode == "min" else -1
+
+    def place(point: TriedPoint) -> tuple[float, ...]:
+        state = max(_ORDER[trial.state] for trial in point.trials)
+        value = point.value(settings.score)
+        if math.isnan(value):
+            value = mean(trial.figures.get(settings.score, math.inf) for trial in point.trials)
+        reached = -min(trial.iteration for trial in point.trials)
+        return (state, reached if state else 0, sign * value)
+
+    return tuple(trial for point in sorted(points_of(trials), key=place) for trial in point.trials)
+
+
+def write_results(config: DistillConfig, folder: Path, trials: Sequence[Trial]) -> SweepResult:
+    """Writes sweep.csv and best.yaml.
+
+    Args:
+        config: The recipe.
+        folder: The sweep's.
+        trials: In any order; at least one came to its end.
+    """
+    order = ranked_trials(config.sweep, trials)
+    best = config.with_settings(dict(order[0].settings))
+    objectives = config.sweep.objectives
+    result = SweepResult(config.sweep.score, order, folder, folder / "best.yaml", objectives)
+    note = "".join(f"# {line}\n" for line in textwrap.wrap(result.note, 97))
+    write_text(str(result.best_recipe), note + best.to_yaml())
+    write_text(str(folder / "sweep.csv"), _csv(config.sweep, result))
+    return result
+
+
+def _csv(settings: SweepSettings, result: SweepResult) -> str:
+    keys = list(settings.dimensions)
+    names = [each for trial in result.trials for each in trial.figures]
+    figures = list(dict.fromkeys([*settings.objectives, *names]))
+    on_front = [dict(point.settings) for point in result.front]
+    before, after = ["seed", "state", "iteration"], ["seconds", "name", "run_folder", "error"]
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow([*keys, *before, *figures, "front", *after])
+    for trial in result.trials:
+        values = [trial.settings.get(key, "") for key in keys]
+        values += [getattr(trial, name) for name in before]
+        values += [trial.figures.get(name, "") for name in figures]
+        ends = [getattr(trial, name) for name in after]
+        writer.writerow([*values, dict(trial.settings) in on_front, *ends])
+    return table.getvalue()

@@ -1,0 +1,234 @@
+"""Searches settings with Ray Tune: many short runs of one recipe.
+
+    recipe -> points -> one trial each -> validation figures -> sweep.csv, best.yaml, report.html
+
+A trial is a whole distillation. With pools it takes the bundles of its own placement group, the
+first one for its controller; with the local topology it is one process. Trials see the same data in
+the same order and are measured on the same captions and seeds.
+"""
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import optuna
+from ray import tune
+from ray.tune.execution import class_cache
+
+from cluster.lease import hold
+from cluster.ray.pools import Pool, bundles_of, selectors_of
+from cluster.runtime import start_ray
+from cluster.storage import write_text
+from pipelines.config.model_folders import model_on_this_machine
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.groups import own_cluster_size, pools_of
+from pipelines.run.differences import value_differences
+from pipelines.run.folder import require_output_folder
+from pipelines.run.observer import RunObserver
+from pipelines.sweeping.checks import checked_sweep
+from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
+from pipelines.sweeping.page import write_sweep_page
+from pipelines.sweeping.results import SweepResult, write_results
+from pipelines.sweeping.search import (
+    keep_present,
+    listed_runs,
+    num_runs,
+    param_space,
+    scheduler,
+    searcher,
+    seed_global_draws,
+)
+from pipelines.sweeping.trial import CommonToTrials, run_trial, trial_config
+from pipelines.sweeping.trials import Trial, TrialBook
+from sgmd_core.errors import ConfigError, StopRequestedError
+from workers.models.families import modules_of
+
+_CONTROLLER_CPUS = 1.0
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN")
+# Starts of a trial whose process is lost; it goes on from its own checkpoint.
+_MAX_LOSSES = 3
+_MAY_CHANGE = ("concurrent_trials",)
+
+
+def sweep(
+    config: DistillConfig,
+    observer: RunObserver | None = None,
+    on_progress: OnProgress = lambda what, done, total: None,
+    on_trials: OnTrials = lambda trials, total: None,
+    *,
+    resume: bool = False,
+) -> SweepResult:
+    """Runs the trials of a recipe's `sweep` section.
+
+    Args:
+        config: The recipe; its sweep section says what to try and how to rank.
+        observer: Receives a note when a trial ends.
+        on_progress: Called when a trial ends with (what is counted, trials ended, trials in all).
+        on_trials: Called with all trials so far whenever one of them has news.
+        resume: Go on with a sweep that was interrupted: trials that have ended are not run again,
+            and those under way go on from their own last checkpoint.
+
+    Raises:
+        SgmdError: A point does not fit, or no trial came to its end.
+        StopRequestedError: The sweep was interrupted; `resume` goes on with it.
+        ClusterError: Ray does not start.
+        LeaseError: Another process sweeps in the folder.
+    """
+    # Tune's newer reporter prints to standard output even when told to be silent.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # How much Tune may forget of a sweep whose process is killed.
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")
+    # Tune copies keys into the description of each trial's process, which Ray logs.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    require_output_folder(config.output, "output")
+    folder = Path(config.output).absolute() / f"{config.name}-sweep"
+    first_iteration = checked_sweep(config)
+    with hold(str(folder), f"sgmd sweep {config.name}"):
+        _take_folder(config, folder, resume=resume)
+        # A trial works in a folder of Tune's.
+        inside = config.with_absolute_paths().model_copy(update={"output": str(folder / "trials")})
+        common = CommonToTrials(inside, first_iteration, listed_runs(config))
+        book = TrialBook(folder / "trials.json")
+        events = TrialEvents(
+            common, book, num_runs(config), observer or RunObserver(), on_progress, on_trials
+        )
+        return _sweep(config, folder, common, book, events)
+
+
+def _take_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:
+    """Writes the recipe into a new folder, or compares it with that of the folder.
+
+    Raises:
+        ConfigError: The folder is not free, not there, or another sweep's.
+    """
+    began = folder / "recipe.yaml"
+    if not resume:
+        if began.exists():
+            raise ConfigError(
+                f"starting a sweep in {folder}",
+                "another one is there",
+                "a name that is free",
+                "Choose another one with name=..., go on with --resume, or delete the folder",
+            )
+        write_text(str(began), config.to_yaml())
+        return
+    attempted = f"going on with the sweep in {folder}"
+    if not began.exists():
+        raise ConfigError(
+            attempted,
+            "no recipe.yaml there",
+            "the folder of an earlier sweep",
+            "Check name and output; without --resume a new sweep is started",
+        )
+    before = load_recipe(str(began))
+    now, then = (
+        each.deciding_settings
+        | {
+            f"sweep.{name}": value
+            for name, value in each.sweep.model_dump(mode="json").items()
+            if name not in _MAY_CHANGE
+        }
+        for each in (config, before)
+    )
+    found = value_differences(then, now)
+    if found:
+        raise ConfigError(
+            attempted,
+            "; ".join(found),
+            "the recipe that it began with, but for sweep.concurrent_trials",
+            f"Its recipe is {began}",
+        )
+
+
+def _sweep(
+    config: DistillConfig,
+    folder: Path,
+    common: CommonToTrials,
+    book: TrialBook,
+    events: TrialEvents,
+) -> SweepResult:
+    """Runs a checked sweep in a folder that this process holds."""
+    total = num_runs(config)
+    if book.num_ended < total:
+        pools = _pools(config)
+        num_cpus = own_cluster_size(config, _bundles(pools))
+        preload = modules_of(model_on_this_machine(config.model.folder))
+        with start_ray(config.topology.address, num_cpus=num_cpus, preload=preload):
+            events.note(f"sweeping {total} trials in {folder}")
+            events.tell()
+            seed_global_draws(config.seed)
+            _tuner(config, folder, common, pools, book.trials, events).fit()
+    trials = book.trials
+    if book.num_ended < total:
+        raise StopRequestedError(
+            f"sweeping {config.name}",
+            f"interrupted with {book.num_ended} of {total} trials ended",
+            "all of them",
+            "Go on with: sgmd sweep RECIPE --resume",
+        )
+    if not any(trial.state == "done" for trial in trials):
+        raise ConfigError(
+            f"sweeping {', '.join(config.sweep.dimensions)}",
+            f"all {len(trials)} trials failed; the first one with: {trials[0].error}",
+            "at least one trial that comes to its end",
+            "Try one of them alone with `sgmd distill`",
+        )
+    result = write_results(config, folder, trials)
+    write_sweep_page(folder)
+    return result
+
+
+def _pools(config: DistillConfig) -> list[Pool]:
+    """Returns the resources of one trial besides its controller."""
+    trial = trial_config(config, {}, config.seed, "bundles")
+    return [] if trial.topology.mode == "local" else pools_of(trial)
+
+
+def _bundles(pools: Sequence[Pool]) -> list[dict[str, float]]:
+    """Returns the bundles of one trial: its controller first, then its pools."""
+    return [{"CPU": _CONTROLLER_CPUS}, *bundles_of(pools)]
+
+
+def _resources(pools: Sequence[Pool]) -> tune.PlacementGroupFactory:
+    selectors = [{}, *selectors_of(pools)]
+    if not any(selectors):
+        return tune.PlacementGroupFactory(_bundles(pools))
+    return tune.PlacementGroupFactory(_bundles(pools), "PACK", bundle_label_selector=selectors)
+
+
+def _tuner(
+    config: DistillConfig,
+    folder: Path,
+    common: CommonToTrials,
+    pools: Sequence[Pool],
+    earlier: Sequence[Trial],
+    events: TrialEvents,
+) -> tune.Tuner:
+    kept = folder / "tune"
+    run = partial(run_trial, sweep=common)
+    trainable = tune.with_resources(run, _resources(pools))
+    ends_early = scheduler(config, earlier)
+    keep_present(ends_early)
+    if tune.Tuner.can_restore(str(kept)):
+        return tune.Tuner.restore(str(kept), trainable, resume_unfinished=True)
+    return tune.Tuner(
+        trainable,
+        param_space=param_space(config),
+        tune_config=tune.TuneConfig(
+            num_samples=1 if listed_runs(config) else num_runs(config),
+            max_concurrent_trials=config.sweep.concurrent_trials,
+            search_alg=searcher(config),
+            scheduler=ends_early,
+            trial_name_creator=lambda trial: f"trial-{trial.trial_id}",
+            trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
+        ),
+        run_config=tune.RunConfig(
+            name=kept.name,
+            storage_path=str(folder),
+            verbose=0,
+            callbacks=[events],
+            failure_config=tune.FailureConfig(max_failures=_MAX_LOSSES),
+        ),
+    )

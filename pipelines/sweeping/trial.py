@@ -1,0 +1,244 @@
+"""One trial, in its own process: a whole distillation that tells Tune of its validations.
+
+    settings -> config -> [resume | go on from another run's state] -> distill -> figures to Tune
+
+A trial that is started again goes on from its own newest checkpoint; one that has ended says again
+what it has measured. What a trial has failed with is written down and raised again, so that a retry
+after the loss of a process is none of what would fail in the same way.
+"""
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from cluster.errors import ClusterError
+from cluster.storage import read_json, write_json
+from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.branching import branch
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.observer import RunObserver
+from pipelines.run.records import ValidationRecord
+from pipelines.sweeping.space import at_share
+from sgmd_core.errors import SgmdError
+
+LISTED, POINT, SEED, SHARES = "listed", "point", "seed", "shares"
+"""Keys of what Tune has of a trial: its place in the list of runs; or its settings by dotted key
+and its seed; or, in a population, shares of the ranges, as `at_share` reads them."""
+ERROR_FILE = "error.json"
+_STATE_FILE = "state.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CommonToTrials:
+    """What all trials have in common.
+
+    Attributes:
+        config: The recipe; paths are absolute and `output` is the folder of the trials.
+        first_iteration: Iteration of the state that all go on from; 0 without one.
+        listed: Settings and seed of every run, where they are known beforehand.
+    """
+
+    config: DistillConfig
+    first_iteration: int = 0
+    listed: tuple[tuple[Mapping[str, Any], int], ...] = ()
+
+    def trial_config(self, settings: Mapping[str, Any], seed: int, name: str) -> DistillConfig:
+        """The run of a point."""
+        return trial_config(self.config, settings, seed, name, self.first_iteration)
+
+    def run_of(self, tuned: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        """Settings by dotted key and seed, from what Tune has of a trial."""
+        if LISTED in tuned:
+            settings, seed = self.listed[tuned[LISTED]]
+            return dict(settings), seed
+        if SHARES in tuned:
+            ranges = self.config.sweep.dimensions
+            found = {key: at_share(ranges[key], share) for key, share in tuned[SHARES].items()}
+            return found, self.config.seed
+        return dict(tuned[POINT]), tuned[SEED]
+
+
+def trial_config(
+    config: DistillConfig,
+    settings: Mapping[str, Any],
+    seed: int,
+    name: str,
+    first_iteration: int = 0,
+) -> DistillConfig:
+    """The run of a point: the recipe, what all trials change in it, and the point's settings.
+
+    Args:
+        config: The recipe.
+        settings: Of the point, by dotted key.
+        seed: Of the run.
+        name: Of the run.
+        first_iteration: Iteration of the state that it goes on from.
+    """
+    sweep = config.sweep
+    every = sweep.validate_every or sweep.iterations
+    saves = min(each for each in (config.checkpoint.every, every) if each)
+    is_population = sweep.search == "pb2"
+    defaults: dict[str, Any] = {
+        "iterations": first_iteration + sweep.iterations,
+        "validation.every": every,
+        "checkpoint.every": saves,
+        "checkpoint.keep": 2 if is_population else 1,
+        "checkpoint.keep_best": 0,
+        # Others go on from a state as soon as its figures are known.
+        **({"checkpoint.background": False} if is_population else {}),
+    }
+    changed = {**defaults, **sweep.settings, **settings, "seed": seed, "name": name}
+    return config.with_settings(changed)
+
+
+def run_trial(tuned: Mapping[str, Any], sweep: CommonToTrials) -> None:
+    """Runs one trial in the process that Tune gives it.
+
+    Args:
+        tuned: Tune's settings of the trial.
+        sweep: What all trials have in common.
+    """
+    # W&B reads it: the trials of a sweep stand together there.
+    os.environ["WANDB_RUN_GROUP"] = f"{sweep.config.name}-sweep"
+    settings, seed = sweep.run_of(tuned)
+    name = tune.get_context().get_trial_name()
+    state = _given_state()
+    if state is not None and (state["settings"] != settings or state["trial"] != name):
+        # Named by where it comes from: started again, it finds its own folder.
+        name_of_run = f"{name}-from-{state['trial']}-{state['iteration']}"
+    else:
+        name_of_run = name if state is None else Path(state["run_folder"]).name
+    config = sweep.trial_config(settings, seed, name_of_run)
+    folder = RunFolder(config.run_folder)
+    failed = folder.root / ERROR_FILE
+    if failed.exists():
+        raise TrialError(read_json(str(failed))["error"])
+    try:
+        _begin(sweep, config, folder, state)
+        _distill(sweep, config, folder, settings, name)
+    except ClusterError:
+        # The loss of a process or machine: worth another try.
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".partition("\n")[0]
+        write_json(str(failed), {"error": text})
+        raise
+
+
+class TrialError(Exception):
+    """What a trial has failed with before."""
+
+
+def _given_state() -> Mapping[str, Any] | None:
+    """Returns where the state lies that Tune wants this trial to go on from."""
+    checkpoint = tune.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as inside:
+        return read_json(str(Path(inside) / _STATE_FILE))
+
+
+def _begin(
+    sweep: CommonToTrials, config: DistillConfig, folder: RunFolder, state: Mapping[str, Any] | None
+) -> None:
+    """Makes the folder of a run that goes on from the state of another."""
+    if folder.config.exists():
+        return
+    searched = {*sweep.config.sweep.dimensions, *sweep.config.sweep.settings, "seed"}
+    if state is not None:
+        branch(RunFolder(state["run_folder"]), config, searched, iteration=state["iteration"])
+    elif sweep.config.sweep.start_from:
+        branch(
+            RunFolder(sweep.config.sweep.start_from),
+            config,
+            searched,
+            iteration=sweep.first_iteration,
+        )
+
+
+def _distill(
+    sweep: CommonToTrials,
+    config: DistillConfig,
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    name: str,
+) -> None:
+    reporter = _Reporter(sweep, config, folder, settings, name)
+    if not folder.summary.exists():
+        on_ray = config.topology.mode != "local"
+        resumes = folder.config.exists()
+        distill(config, resume=resumes, observer=reporter, in_trial=on_ray)
+    lines = read_jsonl(folder.validation)
+    if not lines or lines[-1]["iteration"] < config.iterations:
+        raise SgmdError(
+            f"measuring the trial {name}",
+            "its last validation is missing",
+            "a validation after the last iteration",
+            f"Its warnings stand in the log of the trial; see {folder.root}",
+        )
+    reporter.report(lines[-1])
+
+
+class _Reporter(RunObserver):
+    """Tells Tune of every validation but the last, which is told once the run has ended."""
+
+    def __init__(
+        self,
+        sweep: CommonToTrials,
+        config: DistillConfig,
+        folder: RunFolder,
+        settings: Mapping[str, Any],
+        name: str,
+    ) -> None:
+        self._sweep = sweep
+        self._config = config
+        self._folder = folder
+        self._settings = dict(settings)
+        self._name = name
+
+    def validation(self, record: ValidationRecord, samples: Path) -> None:
+        """Reports its figures; the scheduler may end the trial here."""
+        if record.iteration < self._config.iterations:
+            self.report(record.to_json())
+
+    def report(self, line: Mapping[str, Any]) -> None:
+        """Reports a line of validation.jsonl."""
+        first, searched = self._sweep.first_iteration, self._sweep.config.sweep.objectives
+        if line["iteration"] <= first:
+            return
+        seconds = (
+            each["seconds"]["total"]
+            for each in read_jsonl(self._folder.metrics)
+            if first <= each["iteration"] < line["iteration"]
+        )
+        values = {name: line["figures"].get(name, math.nan) for name in searched}
+        result = {
+            **values,
+            "searched": values,
+            "figures": dict(line["figures"]),
+            "intervals": dict(line["intervals"]),
+            "influences": dict(line["influences"]),
+            "iteration": line["iteration"] - first,
+            "seconds": sum(seconds),
+            "settings": self._settings,
+            "run_folder": str(self._folder.root),
+        }
+        if self._sweep.config.sweep.search != "pb2":
+            tune.report(result)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            state = {
+                "trial": self._name,
+                "settings": self._settings,
+                "iteration": line["iteration"],
+                "run_folder": str(self._folder.root),
+            }
+            write_json(str(Path(folder) / _STATE_FILE), state)
+            tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))

@@ -1,0 +1,162 @@
+"""Spaces of settings: what a recipe may say, and the points that come of it."""
+
+import optuna
+import pytest
+
+from pipelines.config.recipe import load_recipe
+from pipelines.config.sweep import SweepSettings
+from pipelines.sweeping.checks import checked_sweep
+from pipelines.sweeping.search import listed_runs, num_runs
+from pipelines.sweeping.space import MAX_CORNERS, at_share, corners, draw_point, share_of
+from sgmd_core.errors import ConfigError
+
+NR, RC, FORM = "objective.lambda_nr", "objective.lambda_rc", "objective.form"
+FORMS = f"{FORM}: {{choice: [released, paper]}}"
+
+
+def space(text: str, *more: str) -> SweepSettings:
+    return load_recipe("tiny", ["sweep.grid={}", f"sweep.space={{{text}}}", *more]).sweep
+
+
+def refusal(*settings: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("tiny", ["sweep.grid={}", *settings])
+    return str(caught.value)
+
+
+class TestPoints:
+    def test_a_key_with_a_condition_is_drawn_where_it_holds_and_nowhere_else(self):
+        sweep = space(
+            f"{RC}: {{log_uniform: [0.1, 10.0], when: {{{FORM}: released}}}}, {FORMS}",
+            "sweep.search=random",
+        )
+        assert list(sweep.dimensions) == [FORM, RC]
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        points = [draw_point(sweep.dimensions, study.ask()) for _ in range(50)]
+        forms = [point[FORM] for point in points]
+        assert {"released", "paper"} == set(forms)
+        assert all((RC in point) == (point[FORM] == "released") for point in points)
+        assert all(0.1 <= point[RC] <= 10 for point in points if RC in point)
+        # Spread by the logarithm: half of them below the geometric mean.
+        values = [point[RC] for point in points if RC in point]
+        assert 0.25 < sum(value < 1 for value in values) / len(values) < 0.75
+
+    def test_a_grid_has_the_conditional_key_in_its_branch_alone(self):
+        config = load_recipe(
+            "tiny",
+            [
+                f"sweep.grid={{{FORM}: [released, paper]}}",
+                f"sweep.space={{{RC}: {{choice: [0.5, 1.0], when: {{{FORM}: released}}}}}}",
+                "sweep.seeds=[3, 4]",
+            ],
+        )
+        runs = listed_runs(config)
+        assert [point for point, seed in runs if seed == 3] == [
+            {FORM: "released", RC: 0.5},
+            {FORM: "released", RC: 1.0},
+            {FORM: "paper"},
+        ]
+        assert num_runs(config) == len(runs) == 6
+
+    def test_random_points_depend_on_the_seed_of_the_recipe_alone(self):
+        settings = [
+            "sweep.grid={}",
+            f"sweep.space={{{NR}: {{uniform: [0.0, 1.0]}}}}",
+            "sweep.search=random",
+            "sweep.trials=3",
+        ]
+        first, again = (listed_runs(load_recipe("tiny", settings)) for _ in range(2))
+        other = listed_runs(load_recipe("tiny", [*settings, "seed=1"]))
+        assert first == again
+        assert len({point[NR] for point, _ in (*first, *other)}) == 6
+
+    def test_whole_numbers_stay_whole(self):
+        sweep = space("generator.num_steps: {integers: [2, 6]}", "sweep.search=random")
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        drawn = {
+            draw_point(sweep.dimensions, study.ask())["generator.num_steps"] for _ in range(60)
+        }
+        assert drawn == {2, 3, 4, 5, 6}
+        assert all(isinstance(value, int) for value in drawn)
+
+    def test_shares_of_a_range_are_undone(self):
+        for text in ("uniform: [1.0, 3.0]", "log_uniform: [0.01, 100.0]"):
+            (dimension,) = space(f"{NR}: {{{text}}}", "sweep.search=random").dimensions.values()
+            for share in (0.0, 0.25, 1.0):
+                assert share_of(dimension, at_share(dimension, share)) == pytest.approx(share)
+
+
+class TestCorners:
+    def test_all_combinations_of_ends_and_choices(self):
+        sweep = space(
+            f"{FORMS}, {NR}: {{uniform: [0.1, 0.2]}}, "
+            f"{RC}: {{uniform: [1.0, 2.0], when: {{{FORM}: released}}}}",
+            "sweep.search=random",
+        )
+        found = corners(sweep.dimensions)
+        assert len(found) == 2 * 2 + 2
+        assert {FORM: "paper", NR: 0.2} in found
+        assert {FORM: "released", NR: 0.1, RC: 2.0} in found
+
+    def test_a_large_space_has_every_value_of_every_key(self):
+        keys = ["objective.lambda_nr", "objective.lambda_rc", "generator.ema_decay"]
+        lists = ", ".join(
+            f"{key}: {{choice: {[each / 20 for each in range(1, 20)]}}}" for key in keys
+        )
+        sweep = space(lists, "sweep.search=random")
+        found = corners(sweep.dimensions)
+        assert len(found) < MAX_CORNERS < 19**3
+        for key in keys:
+            assert {point[key] for point in found} == {each / 20 for each in range(1, 20)}
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            (f"{NR}: {{uniform: [1.0, 0.0]}}", "expected the smaller end first"),
+            (f"{NR}: {{log_uniform: [0.0, 1.0]}}", "expected more than 0"),
+            (f"{NR}: {{uniform: [0.1, 1.0], choice: [1]}}", "one of choice, uniform"),
+            (f"{NR}: {{choice: [0.1], when: {{{FORM}: paper}}}}", "which is not searched beside"),
+            (f"{FORMS}, {NR}: {{choice: [0.1], when: {{{FORM}: both}}}}", "none of its choices"),
+            (f"{NR}: {{uniform: [0.0, 1.0]}}", "a range has no grid"),
+            ("seed: {choice: [1, 2]}", "seeds runs a point with several"),
+            (f"{NR}: {{uniform: [-1.0, 1.0]}}", "lambda_nr"),
+        ],
+    )
+    def test_a_space_that_makes_no_sense(self, settings: str, words: str):
+        search = "grid" if "no grid" in words else "random"
+        assert words in refusal(f"sweep.space={{{settings}}}", f"sweep.search={search}")
+
+    def test_a_scheduler_without_validations_on_the_way(self):
+        text = refusal("sweep.scheduler.method=asha", f"sweep.space={{{NR}: {{choice: [1.0]}}}}")
+        assert "set validate_every below iterations (40)" in text
+
+    def test_a_scheduler_with_several_seeds(self):
+        text = refusal("sweep.scheduler.method=asha", "sweep.validate_every=5", "sweep.seeds=[1,2]")
+        assert "the mean over seeds needs all of them" in text
+
+    def test_a_population_that_is_none(self):
+        text = refusal("sweep.search=pb2", "sweep.trials=2", f"sweep.space={{{FORMS}}}")
+        for words in ("uniform and log_uniform keys only", "expected 4 or more", "validate_every"):
+            assert words in text
+
+    def test_a_corner_that_does_not_fit_is_named(self, shapes_recipe: tuple[str, ...]):
+        # Each value fits alone: 16 samples in one part, or 4 samples in 4 parts.
+        config = load_recipe(
+            "tiny",
+            [
+                *shapes_recipe,
+                "sweep.grid={batch.size: [2, 16], batch.micro_batches: [2, 4]}",
+                "sweep.settings={topology.mode: local}",
+            ],
+        )
+        with pytest.raises(ConfigError, match="some would be empty") as caught:
+            checked_sweep(config)
+        assert "of the trial with batch.size=2, batch.micro_batches=4" in caught.value.__notes__
+
+    def test_a_corner_that_the_networks_cannot_make_is_named(self, shapes_recipe: tuple[str, ...]):
+        config = load_recipe("tiny", [*shapes_recipe, "sweep.grid={video.num_frames: [13, 14]}"])
+        with pytest.raises(Exception, match="14") as caught:
+            checked_sweep(config)
+        assert "of the trial with video.num_frames=14" in caught.value.__notes__
