@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 
 from cluster.background import in_background
 from cluster.errors import RayStartError
@@ -311,6 +311,8 @@ def _end(processes: set[int]) -> None:
 def _connect(address: str, log_to_driver: bool) -> None:
     if address.startswith("ray://"):
         raise ValueError("Ray Client (ray://) keeps references in another process than ours")
+    if address == "auto":
+        address = _address_of_this_machine() or address
     host, _, port = address.rpartition(":")
     if port.isdigit():
         # Ray itself would try for a minute, and then end the whole process.
@@ -323,6 +325,13 @@ def _connect(address: str, log_to_driver: bool) -> None:
             )
     ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
     _warn_without_token(ray.get_runtime_context().gcs_address)
+
+
+def _address_of_this_machine() -> str:
+    """Address of the cluster that runs here, as Ray would find it; empty where it finds none."""
+    with suppress(Exception):
+        return services.canonicalize_bootstrap_address("auto") or ""
+    return ""
 
 
 def _warn_without_token(gcs_address: str) -> None:

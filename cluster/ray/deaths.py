@@ -29,6 +29,8 @@ _NODE_GONE = re.compile(
 _EXIT_CODE = re.compile(r"exits? with an? exit code (-?\d+)", re.IGNORECASE)
 _SIGNAL = re.compile(r"receives? a (SIG[A-Z0-9]+)|\*\*\* (SIG[A-Z0-9]+) received")
 _FATAL = re.compile(r"^Fatal Python error: (.+)$")
+_NO_IMPORT = "failed to import on the worker"
+_ERROR_LINE = re.compile(r"^(\w*Error: .+)$", re.MULTILINE)
 _PID, _IP = (
     re.compile(r"^\s*pid: (\d+)$", re.MULTILINE),
     re.compile(r"^\s*ip: (\S+)$", re.MULTILINE),
@@ -221,6 +223,9 @@ def cause_of(
         return f"Ray ended it because its machine ran low on memory{doing}{size}"
     if "killed by `ray.kill`" in words:
         return f"it was ended by its own run{doing}"
+    if _NO_IMPORT in words:
+        errors = _ERROR_LINE.findall(words) or [words.strip().splitlines()[-1]]
+        return f"its machine lacks something that the process imports: {errors[-1][:200]}"
     if "creation task" in words:
         return f"its process could not be started: {words.strip().splitlines()[-1][:200]}"
     fatal = next((found.group(1) for line in lines if (found := _FATAL.match(line))), None)

@@ -1,7 +1,7 @@
 """Explains a reservation that fails: each rank's request against the machines of the cluster."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -19,12 +19,20 @@ class Machine:
         total: Its resources.
         free: Those that nothing has reserved.
         labels: What an operator, or the cloud, has written on it.
+        node: Ray's id of it.
+        address: Its address; `name` may be another word for it.
     """
 
     name: str
     total: Mapping[str, float]
     free: Mapping[str, float]
     labels: Mapping[str, str]
+    node: str = ""
+    address: str = ""
+
+    def renamed(self, name: str) -> "Machine":
+        """The same machine under another name."""
+        return replace(self, name=name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,8 @@ def machines() -> list[Machine]:
             total=node["Resources"],
             free=free.get(node["NodeID"], {}),
             labels=node.get("Labels", {}),
+            node=node["NodeID"],
+            address=node["NodeManagerAddress"],
         )
         for node in ray.nodes()
         if node["Alive"]

@@ -6,31 +6,48 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from pipelines.commands.options import Json
+from pipelines.commands.options import Json, Overrides
 from pipelines.commands.output import show, working
 
 
 def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe, for its output and its models."),
+    ] = None,
+    overrides: Overrides = None,
     address: Annotated[
-        str | None, typer.Option(help="Ray cluster to reach: auto, HOST:PORT")
+        str | None, typer.Option(help="Ray cluster to look at, every machine: auto, HOST:PORT")
     ] = None,
     storage: Annotated[str | None, typer.Option(help="Folder or s3://bucket/prefix to try")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model folder or address that all machines must have")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what this machine has, what is missing, and how to get it."""
+    """Say what this machine or a cluster has, what is missing, and how to get it."""
     with working():
-        from pipelines.doctor import Status, examine
+        from pipelines.config.recipe import load_recipe
+        from pipelines.doctoring.examine import examine
+        from pipelines.doctoring.findings import Status, summarize_machines
 
-        findings = examine(address=address, storage=storage)
+        config = None if recipe is None else load_recipe(recipe, overrides or [])
+        findings = examine(address, storage, model, config)
     table = Table(title="sgmd doctor", title_justify="left")
     for heading in ("check", "", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     colours = {Status.GOOD: "green", Status.LIMITED: "yellow", Status.MISSING: "red"}
-    for finding in findings:
+    for finding in summarize_machines(findings):
         status = Text(finding.status, style=colours[finding.status])
-        table.add_row(finding.name, status, finding.found, finding.remedy)
+        table.add_row(finding.name, status, Text(finding.found), Text(finding.remedy))
     rows = [
-        {"check": item.name, "status": item.status, "found": item.found, "remedy": item.remedy}
+        {
+            "check": item.name,
+            "machine": item.machine,
+            "status": item.status,
+            "found": item.found,
+            "remedy": item.remedy,
+        }
         for item in findings
     ]
     show(rows, as_json, table)

@@ -11,7 +11,8 @@ from cluster.files import open_store
 from cluster.lease import hold
 from cluster.s3.settings import S3Settings
 from cluster.storage import file_sizes, read_json, write_json
-from pipelines.doctor import Status, examine
+from pipelines.doctoring.examine import examine
+from pipelines.doctoring.findings import Status
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every
 from tests.helpers.s3_server import S3Server, serve_s3
 from workers.role_state import RoleState, load_role, save_role
@@ -101,7 +102,7 @@ def test_doctor_says_of_such_a_server_that_it_does_not_answer(
     through: Callable[..., ProxyBook], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     through(lambda number: Trouble.SILENCE, stall_s=300.0)
-    monkeypatch.setattr("pipelines.doctor._STORAGE_S", 2.0)
+    monkeypatch.setattr("pipelines.doctoring.storage._STORAGE_S", 2.0)
     (found,) = (each for each in examine(storage="s3://runs") if each.name.startswith("storage"))
     assert found.status is Status.MISSING
     assert "no whole answer in 2 s" in found.found

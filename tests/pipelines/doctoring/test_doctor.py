@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from cluster.inventory import memory_bytes
-from pipelines import doctor
-from pipelines.doctor import Status, examine
+from pipelines.config.recipe import load_recipe
+from pipelines.doctoring.examine import examine
+from pipelines.doctoring.findings import Finding, Status
 
 
-def finding(name: str, **places: str) -> doctor.Finding:
+def finding(name: str, **places: str) -> Finding:
     return next(item for item in examine(**places) if item.name.startswith(name))
 
 
@@ -45,6 +46,19 @@ def test_a_storage_folder_is_written_to_and_left_clean(tmp_path: Path):
     (tmp_path / "there").mkdir()
     assert finding("storage", storage=str(tmp_path / "there" / "new")).status is Status.GOOD
     assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_recipe_says_which_storage_to_try(tmp_path: Path):
+    config = load_recipe("tiny", [f"output={tmp_path / 'runs'}"])
+    found = [each for each in examine(config=config) if each.name.startswith("storage")]
+    assert [each.name for each in found] == [f"storage {tmp_path / 'runs'}"]
+    assert "lists" in found[0].found
+
+
+def test_the_address_of_a_dashboard_is_answered_with_what_to_do():
+    (found,) = examine(address="http://head:8265")
+    assert found.status is Status.MISSING
+    assert "ray job submit --address http://head:8265" in found.remedy
 
 
 def test_a_storage_that_cannot_be_written_is_missing_and_says_why(tmp_path: Path):

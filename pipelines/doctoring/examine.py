@@ -1,0 +1,38 @@
+"""`sgmd doctor`: what is there, what is missing, and how to get it."""
+
+from pipelines.config.recipe import DistillConfig
+from pipelines.doctoring.findings import Finding
+from pipelines.doctoring.machine import examine_machine
+from pipelines.doctoring.storage import try_storage
+
+
+def examine(
+    address: str | None = None,
+    storage: str | None = None,
+    model: str | None = None,
+    config: DistillConfig | None = None,
+) -> list[Finding]:
+    """Looks at everything that a run needs, here or on every machine of a cluster.
+
+    Args:
+        address: Ray cluster to look at: `auto` or `HOST:PORT`; None: this machine alone.
+        storage: Folder or `s3://bucket/prefix` to try besides the recipe's output.
+        model: Folder or address of a model to compare besides the recipe's.
+        config: A recipe, for its output and models.
+
+    Returns:
+        The findings, machine by machine where there are several.
+    """
+    places = [storage] if storage else []
+    models = [model] if model else []
+    if config is not None:
+        config = config.with_absolute_paths()
+        places.append(config.output)
+        models += [config.model.folder, *([config.teacher.model] if config.teacher.model else [])]
+    if address is None:
+        return [*examine_machine(), *(try_storage(place) for place in places)]
+    # Here, because one machine is looked at where Ray need not be installed.
+    from pipelines.doctoring.cluster import Wanted, examine_cluster
+
+    wanted = Wanted(tuple(dict.fromkeys(places)), tuple(dict.fromkeys(models)))
+    return examine_cluster(address, wanted)
