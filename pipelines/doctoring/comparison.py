@@ -66,7 +66,7 @@ def _public(version: str) -> str:
 
 
 def compare_models(model: str, contents: Mapping[str, Mapping[str, str]]) -> Finding:
-    """Whether a model is the same everywhere.
+    """Compares the copies of a model on all machines.
 
     Args:
         model: Its folder or address.
@@ -89,7 +89,7 @@ def compare_models(model: str, contents: Mapping[str, Mapping[str, str]]) -> Fin
 
 
 def judge_clock(machine: str, clock: ClockReading) -> Finding:
-    """Whether a machine's clock agrees with this one's."""
+    """Judges how far a machine's clock is from this one's."""
     found = f"{clock.offset_s:+.3f} s from here, to {clock.error_s:.3f} s"
     off_s = abs(clock.offset_s) - clock.error_s
     remedy = "Run a time service there (chrony, systemd-timesyncd)"
@@ -103,7 +103,7 @@ def judge_clock(machine: str, clock: ClockReading) -> Finding:
 
 
 def judge_store(machine: str, store_bytes: float, shared_bytes: int) -> Finding:
-    """Whether Ray's object store of a machine lies in shared memory."""
+    """Judges if a machine's object store lies in shared memory."""
     found = f"{gib(store_bytes)}, /dev/shm has {gib(shared_bytes)}"
     if store_bytes > shared_bytes:
         remedy = (
@@ -115,7 +115,7 @@ def judge_store(machine: str, store_bytes: float, shared_bytes: int) -> Finding:
 
 
 def judge_gpus(machine: str, of_ray: float, of_torch: int) -> Finding:
-    """Whether Ray hands out the GPUs that torch sees on a machine."""
+    """Compares the GPUs that Ray hands out with those that torch sees on a machine."""
     found = f"Ray counts {of_ray:g}, torch sees {of_torch}"
     if of_ray > of_torch:
         remedy = "Install torch with CUDA and the driver there, or start Ray with --num-gpus=0"
@@ -127,7 +127,7 @@ def judge_gpus(machine: str, of_ray: float, of_torch: int) -> Finding:
 
 
 def judge_sharing(folder: str, sees: Mapping[str, bool]) -> Finding:
-    """Whether a local folder is one folder for all machines.
+    """Judges if a local folder is one folder for all machines.
 
     Args:
         folder: The folder.
