@@ -28,14 +28,55 @@ def study(
 ) -> None:
     """Compare the recipe's `study.variants`: the same budget for each, with several seeds.
 
-    The same command again goes on where it was stopped.
+    The same command again goes on where it was stopped. The recipe `gaussians` compares the
+    methods on Gaussian mixtures, where every answer is known.
     """
     with working() as console:
+        from pipelines.config.gaussian_study import is_gaussian_study
         from pipelines.config.recipe import load_recipe
 
+        if is_gaussian_study(recipe):
+            data, shown = _in_closed_form(recipe, overrides or [], console, dry_run=dry_run)
+            show(data, as_json, *shown)
+            return
         config = load_recipe(recipe, overrides or [])
         data, shown = _planned(config) if dry_run else _made(config, console)
     show(data, as_json, *shown)
+
+
+def _in_closed_form(
+    recipe: str, overrides: Sequence[str], console: Console, *, dry_run: bool
+) -> Shown:
+    """The study on Gaussian mixtures: a table a world."""
+    from pipelines.config.gaussian_study import GaussianStudyConfig
+    from pipelines.config.recipe_files import load
+    from pipelines.study.gaussians import run as job
+    from pipelines.study.gaussians.tables import gaussian_rows, world_words
+
+    config = load(GaussianStudyConfig, recipe, overrides)
+    if dry_run:
+        planned = job.dry_run_gaussian_study(config)
+        names = ("world", "variant", "iterations", "forwards_per_iteration")
+        rows = [[f"{cell[name]}" for name in names] for cell in planned["cells"]]
+        table = FittingTable(names, rows, num_kept=2, elsewhere="--json")
+        return planned, [table, f"{len(rows)} cells of {config.num_seeds} seeds in {config.folder}"]
+    results = job.gaussian_study(
+        config, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+    )
+    shown: list[RenderableType] = []
+    for name, world in config.worlds.items():
+        head, *rows = gaussian_rows(results, name)
+        # The names, then the distance; learning rates and counts last.
+        order = [0, 3, 4, 5, 6, 7, 1, 2]
+        elsewhere = f"{config.folder}/results.md"
+        table = FittingTable(
+            [head[place] for place in order],
+            [[row[place] for place in order] for row in rows],
+            num_kept=2,
+            elsewhere=elsewhere,
+        )
+        shown += [f"{name}: {world_words(world)}", table]
+    return results.to_json(), [*shown, f"written to {config.folder}"]
 
 
 def _planned(config: "DistillConfig") -> Shown:

@@ -38,9 +38,10 @@ _log = logging.getLogger(__name__)
 SECTIONS_OF = {
     "pretrain": ("world", "vae", "text", "denoiser"),
     "distill": ("model", "objective", "generator", "fake_score", "teacher"),
+    "study": ("worlds", "networks", "search"),
 }
 """Sections by which a recipe of each command is recognised."""
-_SHARED_KEYS = frozenset({"name", "output", "seed"})
+_SHARED_KEYS = frozenset({"name", "output", "seed", "schedule"})
 _BASE = "base"
 _MAX_BASES = 4
 

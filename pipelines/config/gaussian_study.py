@@ -1,0 +1,148 @@
+"""A recipe of `sgmd study` in closed-form worlds: Gaussian mixtures, exact teacher, small networks.
+
+It has the sections `worlds`, `networks` and `search` instead of a model and data.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from pipelines.config.methods import ObjectiveSettings, method_contradictions
+from pipelines.config.recipe_files import find_recipe
+from pipelines.config.section import Section
+from pipelines.config.study import VariantName
+from pipelines.config.yaml_text import read_yaml
+from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
+from workers.settings import FakeScoreSettings
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+_MOST_POINTS = 2**16
+
+
+class MixtureSettings(Section):
+    """One world: a mixture of equal Gaussians."""
+
+    dim: int = Field(default=2, ge=1, le=4096)
+    """Dimensions of a sample."""
+    modes: int = Field(default=8, ge=1, le=1024)
+    """Gaussians of the mixture: 1 at the origin, 2 opposite, more on a circle (2 dimensions) or at
+    right angles (more)."""
+    radius: PositiveFloat = 2.0
+    """Distance of the modes from the origin."""
+    spread: PositiveFloat = 0.2
+    """Standard deviation of a mode in every direction."""
+    num_steps: int = Field(default=1, ge=1, le=MAX_STEPS)
+    """Steps of the generator. With one step it starts as the identity, which turns noise into
+    noise; with more as the teacher, whose first step alone would lead to the mean of all modes."""
+    forwards: float = Field(default=8000.0, gt=0)
+    """Budget of every run: passes of a network over a batch, a backward pass to the input counted
+    as one and to the weights as two."""
+
+
+class NetworkSettings(Section):
+    """Generator and fake score: what they start from, plus a correction by a small network."""
+
+    width: int = Field(default=64, ge=1, le=4096)
+    """Units of each hidden layer."""
+    hidden_layers: int = Field(default=2, ge=1, le=8)
+    """Hidden layers."""
+    ema_decay: float = Field(default=0.99, ge=0, lt=1)
+    """Of the generator's weights that are measured; 0 measures the weights themselves."""
+
+
+class RateSearch(Section):
+    """Search of learning rates: the same pairs for every variant, on seeds of its own."""
+
+    generator_rates: list[Rate] = Field(
+        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], min_length=1
+    )
+    """Learning rates of the generator."""
+    fake_rates: list[Rate] = Field(default_factory=lambda: [1e-3, 3e-3, 1e-2], min_length=1)
+    """Learning rates of the fake score; every pair is tried."""
+    num_seeds: PositiveInt = 2
+    """Seeds of a pair; other ones than those of the comparison."""
+
+
+class GaussianVariant(Section):
+    """One method as it is compared."""
+
+    objective: ObjectiveSettings = Field(default_factory=SgmdObjective)
+    """As in a recipe of `sgmd distill`."""
+    tracking: Literal["shared", "fresh"] = "shared"
+    """`shared`: the fake score is tracked on the generator's own batch, in the same forward pass.
+    `fresh`: on new samples of the updated generator, `objective.fake_updates` times."""
+
+    @model_validator(mode="after")
+    def _methods_fit(self) -> Self:
+        problems = method_contradictions(self.objective, FakeScoreSettings(tracking=self.tracking))
+        if problems:
+            raise ValueError("; ".join(problems).replace("fake_score.tracking", "tracking"))
+        return self
+
+
+class GaussianStudyConfig(Section):
+    """A recipe of the study in closed-form worlds."""
+
+    name: VariantName = "gaussians"
+    """Name of the study."""
+    output: str = "runs"
+    """Folder in which its folder is made."""
+    num_seeds: int = Field(default=20, ge=2, le=1000)
+    """Seeds of every variant, the same for all: differences are measured seed by seed."""
+    batch_size: int = Field(default=128, ge=2, le=_MOST_POINTS)
+    """Samples of an iteration."""
+    measurements: int = Field(default=4, ge=1, le=100)
+    """Points of a run that are measured, equally spaced, the last one its end."""
+    num_samples: int = Field(default=1024, ge=16, le=_MOST_POINTS)
+    """Samples of the generator and of the truth that are measured with."""
+    schedule: FlowMatchSchedule = FlowMatchSchedule(shift=1.0)
+    """As in a recipe of `sgmd distill`; a shift is for large videos."""
+    networks: NetworkSettings = NetworkSettings()
+    search: RateSearch = RateSearch()
+    baseline: VariantName = "sgmd"
+    """Variant that the others are compared with, seed by seed."""
+    worlds: dict[VariantName, MixtureSettings] = Field(min_length=1)
+    """By name."""
+    variants: dict[VariantName, GaussianVariant] = Field(min_length=1)
+    """By name."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        problems = list(_contradictions(self))
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the study."""
+        return Path(self.output) / f"{self.name}-study"
+
+
+def _contradictions(config: GaussianStudyConfig) -> Iterator[str]:
+    if config.baseline not in config.variants:
+        known = ", ".join(config.variants)
+        yield f"baseline is {config.baseline}, which is none of the variants {known}"
+    for name, world in config.worlds.items():
+        if world.modes > 2 and world.dim != 2 and world.modes > world.dim:
+            yield f"worlds.{name} has {world.modes} modes at right angles in {world.dim} dimensions"
+
+
+def is_gaussian_study(recipe: str) -> bool:
+    """True for a recipe with the section `worlds`; one that cannot be read is left to its loader.
+
+    Args:
+        recipe: Name of a recipe that ships, or path of a YAML file.
+
+    Raises:
+        ConfigError: There is no such recipe.
+    """
+    try:
+        content = read_yaml(find_recipe(recipe).read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(content, dict) and "worlds" in content

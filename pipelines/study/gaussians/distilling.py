@@ -1,0 +1,222 @@
+"""Distillation of small generators from an exact teacher: the iteration of the roles, in one place.
+
+    x0 = rollout(generator)                            graph at the exit step only
+    signal   d L_G / d x0, by the ways the objective names
+    track    L_F back to the fake score's weights, on the same batch or on fresh ones
+    learn    x0.backward(signal)
+
+All members make their iteration together (`networks.py`). Draws are counted by (seed, purpose,
+iteration): equal seeds of all variants see equal numbers, so variants are compared seed by seed.
+Exit steps are drawn once an iteration for all seeds.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant, MixtureSettings
+from pipelines.study.gaussians.networks import MemberAdam, MemberNetworks
+from sgmd_core.objectives import GradientPath
+from sgmd_core.rollout import euler_sample, rollout
+from sgmd_core.schedule import NUM_SCORE_LEVELS
+from sgmd_core.seeds import exit_step, random_generator
+from sgmd_core.types import Latents, MicroBatchKey, NoisedBatch, Purpose, detached
+from sgmd_core.worlds.mixture import GaussianMixture, mixture_centres
+
+_WORLD_SEED = 0
+_EXIT_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One run: a seed and its learning rates."""
+
+    seed: int
+    generator_rate: float
+    fake_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Random numbers of one batch of all members; an exit step for all."""
+
+    initial_noise: Latents
+    sigma: Tensor
+    noise: Latents
+    exit_step: int
+
+
+def mixture_of(world: MixtureSettings) -> GaussianMixture:
+    """The world's mixture, which is also its exact teacher."""
+    stream = random_generator(_WORLD_SEED, "gaussians/centres", world.dim, world.modes)
+    centres = mixture_centres(world.dim, world.modes, world.radius, stream)
+    return GaussianMixture(centres, world.spread)
+
+
+def points(values: Latents) -> Tensor:
+    """Latents (n, dim, 1, 1, 1) as points (n, dim)."""
+    return values.flatten(1)
+
+
+class GaussianDistillation:
+    """Distillation of all members by one variant in one world.
+
+    Args:
+        config: The study.
+        world: The world.
+        variant: The method.
+        members: The runs.
+    """
+
+    def __init__(
+        self,
+        config: GaussianStudyConfig,
+        world: MixtureSettings,
+        variant: GaussianVariant,
+        members: Sequence[Member],
+    ) -> None:
+        self._config, self._variant, self._members = config, variant, members
+        self._objective, self._dim = variant.objective, world.dim
+        self._grid = config.schedule.few_step_grid(world.num_steps)
+        self.teacher = mixture_of(world)
+        seeds = [member.seed for member in members]
+        size = (world.dim, config.networks.width, config.networks.hidden_layers, seeds)
+        self._generator = MemberNetworks(
+            self.teacher if world.num_steps > 1 else None, *size, "generator"
+        )
+        self._fake_score = MemberNetworks(self.teacher, *size, "fake_score")
+        self._average = [each.detach().clone() for each in self._generator.parameters()]
+        self._optimizers = (
+            MemberAdam(self._generator, [member.generator_rate for member in members]),
+            MemberAdam(self._fake_score, [member.fake_rate for member in members]),
+        )
+
+    def iterate(self, iteration: int) -> None:
+        """Makes one update of the generators, and those of the fake scores that belong to it."""
+        generator_step, fake_step = (each.step for each in self._optimizers)
+        is_shared = self._variant.tracking == "shared"
+        self._learn(iteration, is_shared)
+        generator_step()
+        self._average_weights()
+        if is_shared:
+            fake_step()
+            return
+        for update in range(self._objective.fake_updates):
+            batch = self._draw(iteration, Purpose.TRACK, update)
+            query = self._query(batch, keep_graph=False)
+            self._track(query, self._fake_score(query.x_t, query.sigma, query.text))
+            fake_step()
+
+    @torch.no_grad()
+    def samples(self, num_samples: int) -> Tensor:
+        """Samples of the averaged generators: (members, num_samples, dim)."""
+        own = [parameter.detach().clone() for parameter in self._generator.parameters()]
+        self._load(self._average)
+        noise = self._noise("gaussians/measure", 0, num_samples)
+        made = euler_sample(self._generator, self._grid, noise, _no_text(len(noise)))
+        self._load(own)
+        return points(made).reshape(len(self._members), num_samples, self._dim)
+
+    def _learn(self, iteration: int, is_shared: bool) -> None:
+        """Gathers the generators' gradient, and with shared tracking the fake scores' as well."""
+        batch = self._draw(iteration, Purpose.GENERATE, 0)
+        made = self._query(batch, keep_graph=True)
+        query = detached(made, x0=made.x0.detach().requires_grad_())
+        through_teacher = self._objective.path is GradientPath.BOTH_SCORES
+        # In the shared graph the fake score's weights get the tracking loss alone.
+        through_fake = is_shared or self._objective.path is not GradientPath.SAMPLE
+        with torch.set_grad_enabled(through_fake):
+            velocity_fake = self._fake_score(query.x_t, query.sigma, query.text)
+        with torch.set_grad_enabled(through_teacher):
+            velocity_teacher = self.teacher(query.x_t, query.sigma, query.text)
+        loss = self._objective.generator_loss(query, velocity_fake, velocity_teacher)
+        (grad_x0,) = torch.autograd.grad(
+            len(self._members) * loss.value, query.x0, retain_graph=is_shared
+        )
+        if is_shared:
+            self._track(detached(query), velocity_fake)
+        made.x0.backward(grad_x0)
+
+    def _track(self, query: NoisedBatch, velocity_fake: Latents) -> None:
+        loss = self._objective.tracking_loss(query, velocity_fake).value
+        (len(self._members) * loss).backward(inputs=list(self._fake_score.parameters()))
+
+    def _query(self, batch: _Batch, *, keep_graph: bool) -> NoisedBatch:
+        text = _no_text(len(batch.sigma))
+        x0 = rollout(
+            self._generator,
+            self._grid,
+            batch.initial_noise,
+            text,
+            batch.exit_step,
+            keep_graph=keep_graph,
+        )
+        return NoisedBatch(x0=x0, sigma=batch.sigma, noise=batch.noise, text=text)
+
+    def _draw(self, iteration: int, purpose: Purpose, update: int) -> _Batch:
+        size, num_steps = self._config.batch_size, len(self._grid) - 1
+        stream = f"gaussians/{purpose}"
+        place = (iteration, update)
+        initial_noise = self._noise(f"{stream}/start", *place, size)
+        noise = self._noise(f"{stream}/noise", *place, size)
+        levels = self._each(
+            lambda seed: torch.randint(
+                NUM_SCORE_LEVELS,
+                (size,),
+                generator=random_generator(seed, f"{stream}/level", *place),
+            )
+        )
+        key = MicroBatchKey(iteration, update, purpose)
+        return _Batch(
+            initial_noise,
+            self._config.schedule.score_sigma(levels),
+            noise,
+            exit_step(_EXIT_SEED, key, num_steps),
+        )
+
+    def _noise(self, stream: str, *counters_and_size: int) -> Latents:
+        *counters, size = counters_and_size
+        drawn = self._each(
+            lambda seed: torch.randn(
+                size, self._dim, generator=random_generator(seed, stream, *counters)
+            )
+        )
+        return drawn[:, :, None, None, None]
+
+    def _each(self, drawn: Callable[[int], Tensor]) -> Tensor:
+        """Draws of every member, one under the other; members of one seed share them."""
+        by_seed = {seed: drawn(seed) for seed in {member.seed for member in self._members}}
+        return torch.cat([by_seed[member.seed] for member in self._members])
+
+    def _average_weights(self) -> None:
+        decay = self._config.networks.ema_decay
+        with torch.no_grad():
+            pairs = zip(self._average, self._generator.parameters(), strict=True)
+            for average, parameter in pairs:
+                average.lerp_(parameter, 1 - decay)
+
+    def _load(self, values: Sequence[Tensor]) -> None:
+        pairs = zip(self._generator.parameters(), values, strict=True)
+        for parameter, value in pairs:
+            parameter.copy_(value)
+
+
+def measured_on_the_way(
+    distillation: GaussianDistillation, num_iterations: int, measurements: int, num_samples: int
+) -> Iterator[tuple[int, Tensor]]:
+    """Distils, and gives samples of all members at equally spaced iterations, the last one the end.
+
+    Yields:
+        (iterations made, samples (members, num_samples, dim))
+    """
+    places = sorted({round(num_iterations * (i + 1) / measurements) for i in range(measurements)})
+    for iteration in range(num_iterations):
+        distillation.iterate(iteration)
+        if iteration + 1 in places:
+            yield iteration + 1, distillation.samples(num_samples)
+
+
+def _no_text(count: int) -> Tensor:
+    return torch.zeros(count, 1, 1)

@@ -1,0 +1,99 @@
+"""Small networks of many runs in one: seeds and learning rates side by side as one batched product.
+
+    member    one run: a seed and a pair of learning rates
+    stack     the weights of all members, (members, in, out); samples (members * b, dim, 1, 1, 1)
+
+No number of a member depends on another's: products are batched over members, losses are means over
+the samples and weigh every member alike, and Adam is elementwise.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sgmd_core.seeds import random_generator
+from sgmd_core.types import Latents, PerSample, Text
+from sgmd_core.velocity import VelocityModel
+
+
+class MemberNetworks(nn.Module):
+    """A base velocity and a learned correction of it, one a member; the correction starts at 0.
+
+        velocity(x_t, sigma) = base(x_t, sigma) + correction(x_t, sigma)
+
+    Args:
+        base: What the networks start as; None starts at velocity 0.
+        dim: Dimensions of a sample.
+        width: Units of each hidden layer.
+        hidden_layers: Hidden layers.
+        seeds: Seed of each member; equal seeds start with equal weights.
+        role: Names the random stream of the initial weights.
+    """
+
+    def __init__(
+        self,
+        base: VelocityModel | None,
+        dim: int,
+        width: int,
+        hidden_layers: int,
+        seeds: Sequence[int],
+        role: str,
+    ) -> None:
+        super().__init__()
+        self._base = base
+        sizes = [dim + 1, *[width] * hidden_layers, dim]
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        for layer, (before, after) in enumerate(itertools.pairwise(sizes)):
+            drawn = [_initial(seed, role, layer, before, after) for seed in seeds]
+            is_last = layer == hidden_layers
+            stack = torch.zeros(len(seeds), before, after) if is_last else torch.stack(drawn)
+            self.weights.append(nn.Parameter(stack))
+            self.biases.append(nn.Parameter(torch.zeros(len(seeds), 1, after)))
+
+    def forward(self, x_t: Latents, sigma: PerSample, text: Text) -> Latents:
+        """Predicts the velocity at `x_t`; samples of one member lie next to each other."""
+        members = len(self.weights[0])
+        hidden = torch.cat([x_t.flatten(1), sigma[:, None]], dim=1)
+        hidden = hidden.reshape(members, -1, hidden.shape[1])
+        last = len(self.weights) - 1
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            hidden = torch.baddbmm(bias, hidden, weight)
+            hidden = nn.functional.silu(hidden) if layer < last else hidden
+        correction = hidden.reshape(x_t.shape)
+        return correction if self._base is None else self._base(x_t, sigma, text) + correction
+
+
+class MemberAdam:
+    """Adam of all members, each with a learning rate of its own, without a first moment.
+
+    Adam's step is proportional to its rate, so it is made with rate 1 and then scaled.
+
+    Args:
+        networks: The stacked networks.
+        rates: Learning rate of each member.
+    """
+
+    def __init__(self, networks: MemberNetworks, rates: Sequence[float]) -> None:
+        self._parameters = list(networks.parameters())
+        self._adam = torch.optim.Adam(self._parameters, lr=1.0, betas=(0.0, 0.999))
+        self._rates = torch.tensor(rates)[:, None, None]
+
+    def step(self) -> None:
+        """Takes one step along the gathered gradients, and drops them."""
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        self._adam.step()
+        self._adam.zero_grad()
+        with torch.no_grad():
+            for old, parameter in zip(before, self._parameters, strict=True):
+                parameter.copy_(old + self._rates * (parameter - old))
+
+
+def _initial(
+    seed: int, role: str, layer: int, before: int, after: int
+) -> Float[Tensor, "before after"]:
+    stream = random_generator(seed, f"gaussians/weights/{role}", layer)
+    return torch.randn(before, after, generator=stream) / before**0.5

@@ -1,0 +1,121 @@
+"""Results of a cell, as its file holds them, and what tells two cells apart.
+
+Differences are taken seed by seed: both variants saw the same draws and the same truth. Their
+interval is a bootstrap over seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean, stdev
+from typing import Any, Self
+
+import torch
+
+from pipelines.study.gaussians.measuring import ENERGY
+from sgmd_core.metrics.bootstrap import Interval, mean_interval, resampled_rows
+
+_BOOTSTRAP_SEED = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPoint:
+    """All seeds of a cell at one place.
+
+    Attributes:
+        iteration: Updates of the generators.
+        forwards: Passes until then.
+        figures: By name, one value a seed; NaN for a seed that is not finite any more.
+    """
+
+    iteration: int
+    forwards: float
+    figures: Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True, slots=True)
+class CellResult:
+    """One variant in one world.
+
+    Attributes:
+        world: Name of the world.
+        variant: Name of the variant.
+        rates: Learning rates of generator and fake score that the search found.
+        search: Mean energy distance by `generator rate/fake rate`; infinite where a seed broke.
+        points: Measured points, the end last.
+        seconds: Of the comparison's training and measuring.
+        samples: Some samples of the first seed at the end, where they have two dimensions.
+    """
+
+    world: str
+    variant: str
+    rates: tuple[float, float]
+    search: Mapping[str, float]
+    points: tuple[MeasuredPoint, ...]
+    seconds: float
+    samples: Sequence[Sequence[float]] = field(default_factory=list)
+
+    @property
+    def end(self) -> MeasuredPoint:
+        """The last point."""
+        return self.points[-1]
+
+    @property
+    def num_broken(self) -> int:
+        """Seeds whose samples are not finite at the end."""
+        return sum(not math.isfinite(value) for value in self.end.figures[ENERGY])
+
+    def to_json(self) -> dict[str, Any]:
+        """As its file holds it; what is not finite is null."""
+        return _without_infinities(asdict(self))
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Self:
+        """Reads what `to_json` made."""
+        points = tuple(
+            MeasuredPoint(
+                point["iteration"],
+                point["forwards"],
+                {name: _numbers(values) for name, values in point["figures"].items()},
+            )
+            for point in stored["points"]
+        )
+        search = {
+            name: math.inf if value is None else value for name, value in stored["search"].items()
+        }
+        rates = tuple(stored["rates"])
+        return cls(**{**stored, "points": points, "search": search, "rates": rates})
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation of the finite values; NaN without any."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return math.nan, math.nan
+    return fmean(finite), stdev(finite) if len(finite) > 1 else math.nan
+
+
+def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Interval | None:
+    """Mean difference to the baseline over the seeds that are finite in both, with its interval.
+
+    Returns:
+        None where fewer than two seeds are finite in both.
+    """
+    pairs = zip(values, baseline, strict=True)
+    differences = [own - other for own, other in pairs if math.isfinite(own - other)]
+    if len(differences) < 2:
+        return None
+    rows = resampled_rows(len(differences), _BOOTSTRAP_SEED)
+    return mean_interval(torch.tensor(differences, dtype=torch.float64), rows)
+
+
+def _numbers(values: Sequence[float | None]) -> list[float]:
+    return [math.nan if value is None else value for value in values]
+
+
+def _without_infinities(value: Any) -> Any:  # noqa: ANN401 - any JSON
+    if isinstance(value, Mapping):
+        return {name: _without_infinities(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

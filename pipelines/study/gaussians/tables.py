@@ -1,0 +1,140 @@
+"""Tables of the study in closed-form worlds: one a world for readers, one a seed for programs."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipelines.config.gaussian_study import GaussianStudyConfig, MixtureSettings
+from pipelines.study.gaussians.measuring import ENERGY, FIGURES, LOST_MODES, ON_MODE, SPREAD
+from pipelines.study.gaussians.results import (
+    CellResult,
+    mean_and_deviation,
+    paired_difference,
+)
+
+_HEADINGS = (
+    "variant",
+    "rates",
+    "iterations",
+    "energy",
+    "− baseline (95 %)",
+    "lost modes",
+    "on mode",
+    "spread",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GaussianResults:
+    """All cells of a study.
+
+    Attributes:
+        config: The recipe.
+        cells: World by world, in the recipe's order.
+        floors: By world, the figures of the truth's other samples, one value a seed.
+    """
+
+    config: GaussianStudyConfig
+    cells: tuple[CellResult, ...]
+    floors: Mapping[str, Mapping[str, Sequence[float]]]
+
+    def of(self, world: str) -> list[CellResult]:
+        """The cells of a world."""
+        return [cell for cell in self.cells if cell.world == world]
+
+    def cell(self, world: str, variant: str) -> CellResult:
+        """One cell."""
+        return next(cell for cell in self.of(world) if cell.variant == variant)
+
+    def to_json(self) -> dict[str, Any]:
+        """As results.json holds it."""
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "cells": [cell.to_json() for cell in self.cells],
+            "floors": {name: dict(figures) for name, figures in self.floors.items()},
+        }
+
+
+def gaussian_rows(results: GaussianResults, world: str) -> list[list[str]]:
+    """Headings, the floor, and a row a variant."""
+    floor = results.floors[world]
+    rows = [list(_HEADINGS), ["truth, other samples", "", "", *_cells(floor, "")]]
+    baseline = results.cell(world, results.config.baseline)
+    for cell in results.of(world):
+        rates = f"{cell.rates[0]:g} / {cell.rates[1]:g}"
+        name = cell.variant + (f" ({cell.num_broken} broken)" if cell.num_broken else "")
+        against = "" if cell is baseline else _difference(cell, baseline)
+        rows.append([name, rates, f"{cell.end.iteration:,}", *_cells(cell.end.figures, against)])
+    return rows
+
+
+def gaussian_markdown(results: GaussianResults) -> str:
+    """One table a world."""
+    config = results.config
+    parts = [
+        f"{config.num_seeds} seeds, the same for all variants; batch {config.batch_size}; learning "
+        f"rates (generator / fake score) by one search of {len(config.search.generator_rates)} x "
+        f"{len(config.search.fake_rates)} pairs on {config.search.num_seeds} other seeds. Means ± "
+        "standard deviation over seeds; the difference of the energy distance to "
+        f"`{config.baseline}` is taken seed by seed, with its 95 % bootstrap interval.\n"
+    ]
+    for name, world in config.worlds.items():
+        head, *rows = gaussian_rows(results, name)
+        rule = ["---"] + ["---:"] * (len(head) - 1)
+        lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)]
+        parts.append(f"## {name}\n\n{world_words(world)}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def world_words(world: MixtureSettings) -> str:
+    """A world in a sentence."""
+    modes = "one Gaussian" if world.modes == 1 else f"{world.modes} Gaussians"
+    where = "at the origin" if world.modes == 1 else f"at {world.radius:g} from the origin"
+    steps = "one step" if world.num_steps == 1 else f"{world.num_steps} steps"
+    return (
+        f"{modes} of spread {world.spread:g} {where}, {world.dim} dimensions; generator of "
+        f"{steps}; {world.forwards:,.0f} forwards a run."
+    )
+
+
+def gaussian_csv(results: GaussianResults) -> str:
+    """One row a world, variant, measured place and seed."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["world", "variant", "seed", "iteration", "forwards", *FIGURES])
+    for cell in results.cells:
+        for point in cell.points:
+            for seed in range(results.config.num_seeds):
+                values = [point.figures[name][seed] for name in FIGURES]
+                place = [cell.world, cell.variant, seed, point.iteration, f"{point.forwards:g}"]
+                writer.writerow([*place, *(f"{value:.6g}" for value in values)])
+    return table.getvalue()
+
+
+def _cells(figures: Mapping[str, Sequence[float]], against: str) -> list[str]:
+    return [
+        _mean(figures[ENERGY], 4),
+        against,
+        _mean(figures[LOST_MODES], 2),
+        _mean(figures[ON_MODE], 3),
+        _mean(figures[SPREAD], 3),
+    ]
+
+
+def _mean(values: Sequence[float], decimals: int) -> str:
+    mean, deviation = mean_and_deviation(values)
+    if not math.isfinite(mean):
+        return "not finite"
+    return f"{mean:.{decimals}f}" + (
+        f" ± {deviation:.{decimals}f}" if math.isfinite(deviation) else ""
+    )
+
+
+def _difference(cell: CellResult, baseline: CellResult) -> str:
+    found = paired_difference(cell.end.figures[ENERGY], baseline.end.figures[ENERGY])
+    if found is None:
+        return ""
+    return f"{found.value:+.4f} ({found.low:+.4f}, {found.high:+.4f})"

@@ -1,0 +1,191 @@
+"""The study in closed-form worlds: stacked runs are single runs, figures, resume, refusals."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cluster.storage import read_json
+from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant
+from pipelines.config.methods import METHODS, method_name
+from pipelines.config.recipe import load_recipe
+from pipelines.config.recipe_files import load
+from pipelines.study.gaussians.distilling import (
+    GaussianDistillation,
+    Member,
+    measured_on_the_way,
+    mixture_of,
+)
+from pipelines.study.gaussians.measuring import Truth
+from pipelines.study.gaussians.plan import StudyCell, num_iterations, units_per_iteration
+from pipelines.study.gaussians.results import CellResult, paired_difference
+from pipelines.study.gaussians.run import dry_run_gaussian_study, gaussian_study
+from sgmd_core.errors import ConfigError
+
+SMALL = [
+    "batch_size=16",
+    "num_samples=64",
+    "num_seeds=3",
+    "measurements=2",
+    "search.generator_rates=[1e-3, 1e-2]",
+    "search.fake_rates=[3e-3]",
+    "search.num_seeds=2",
+    "networks.width=8",
+]
+
+
+def recipe(*overrides: str) -> GaussianStudyConfig:
+    return load(GaussianStudyConfig, "gaussians", [*SMALL, *overrides])
+
+
+def samples_of(
+    config: GaussianStudyConfig, variant: GaussianVariant, members: list[Member], iterations: int
+) -> torch.Tensor:
+    distillation = GaussianDistillation(config, config.worlds["ring-4-steps"], variant, members)
+    ((_, samples),) = measured_on_the_way(distillation, iterations, 1, 32)
+    return samples
+
+
+@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+@pytest.mark.parametrize("method", [method_name(method) for method in METHODS])
+def test_a_member_of_a_stack_is_the_same_as_alone(method: str, tracking: str):
+    updates = {"fake_updates": 1 if tracking == "shared" else 2}
+    variant = GaussianVariant.model_validate(
+        {"objective": {"method": method, **updates}, "tracking": tracking}
+    )
+    config = recipe()
+    members = [Member(3, 1e-2, 3e-3), Member(4, 1e-3, 3e-3), Member(4, 1e-2, 1e-2)]
+    together = samples_of(config, variant, members, 6)
+    untrained = samples_of(config, variant, members, 1)
+    assert (together - untrained).abs().amax(dim=(1, 2)).min() > 1e-3
+    for place, member in enumerate(members):
+        (alone,) = samples_of(config, variant, [member], 6)
+        assert (together[place] - alone).abs().max() < 2e-5
+
+
+@pytest.mark.slow
+def test_sgmd_comes_close_to_the_truth_and_its_potential_narrows_the_spread():
+    config = recipe("batch_size=64", "networks.width=32", "num_samples=1024")
+    world = config.worlds["single"].model_copy(update={"dim": 4})
+    truth, members = Truth(mixture_of(world), 1024), [Member(0, 1e-3, 1e-2), Member(1, 1e-3, 1e-2)]
+    spread: dict[float, float] = {}
+    for weight in (0.0, 0.2):
+        variant = GaussianVariant.model_validate({"objective": {"lambda_nr": weight}})
+        run = GaussianDistillation(config, world, variant, members)
+        ((_, samples),) = measured_on_the_way(run, 400, 1, 1024)
+        figures = [truth.figures(own, seed) for seed, own in enumerate(samples)]
+        assert max(each["energy"] for each in figures) < 0.02
+        spread[weight] = sum(each["spread"] for each in figures) / 2
+    assert spread[0.0] == pytest.approx(1.0, abs=0.08)
+    assert spread[0.2] < spread[0.0] - 0.07
+
+
+class TestFigures:
+    config = recipe()
+    truth = Truth(mixture_of(config.worlds["ring"]), 2000)
+
+    def test_of_the_truth_are_perfect(self):
+        (floor,) = self.truth.floor([0])
+        assert floor["energy"] == pytest.approx(0, abs=0.01)
+        assert floor["on_mode"] == pytest.approx(0.99, abs=0.01)
+        assert floor["spread"] == pytest.approx(1, abs=0.03)
+        assert floor["lost_modes"] == 0
+
+    def test_of_three_lost_modes_and_half_the_spread(self):
+        mixture = self.truth.mixture
+        narrow = type(mixture)(mixture.centres[3:], 0.1)
+        samples = narrow.sample(2000, torch.Generator().manual_seed(0))
+        found = self.truth.figures(samples, 0)
+        assert found["lost_modes"] == 3
+        assert found["spread"] == pytest.approx(0.5, abs=0.02)
+        assert found["on_mode"] > 0.999
+        assert found["energy"] > 0.1
+
+    def test_of_samples_that_are_not_finite_are_no_numbers(self):
+        samples = torch.full((2000, 2), float("nan"))
+        assert all(value != value for value in self.truth.figures(samples, 0).values())
+
+
+def test_a_study_writes_tables_and_goes_on_where_it_was(tmp_path: Path):
+    given = (
+        f"output={tmp_path}",
+        "worlds={ring: {dim: 2, forwards: 400}}",
+        "variants={sgmd: {}, dmd2: {objective: {method: dmd2, fake_updates: 2}, tracking: fresh}}",
+    )
+    config, told = recipe(*given), list[str]()
+    results = gaussian_study(config, told.append, num_processes=2)
+    folder = config.folder
+    assert {path.name for path in folder.glob("*.svg")} == {"ring-energy.svg", "ring-samples.svg"}
+    rows = (folder / "results.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 3
+    assert results.cell("ring", "dmd2").end.iteration == 30
+    written = {path: path.read_bytes() for path in folder.glob("cells/*.json")}
+
+    # One cell lost: only that one is made, with the same numbers.
+    (folder / "cells" / "ring.dmd2.json").unlink()
+    again = list[str]()
+    repeated = gaussian_study(config, again.append, num_processes=1)
+    assert "1 of them made before" in again[0]
+    assert len(again) == 2
+    assert repeated.cell("ring", "sgmd") == results.cell("ring", "sgmd")
+    assert repeated.cell("ring", "dmd2").points == results.cell("ring", "dmd2").points
+    # Other settings: nothing of it is taken.
+    more = list[str]()
+    gaussian_study(recipe(*given, "batch_size=18"), more.append, num_processes=1)
+    assert "0 of them made before" in more[0]
+    assert all(path.read_bytes() != content for path, content in written.items())
+
+
+def test_a_broken_seed_is_counted_and_kept_out_of_means(tmp_path: Path):
+    stored = {
+        "world": "ring",
+        "variant": "sgmd",
+        "rates": [1e-3, 1e-3],
+        "search": {"0.001/0.001": None},
+        "points": [{"iteration": 1, "forwards": 8.0, "figures": {"energy": [0.1, None, 0.3]}}],
+        "seconds": 1.0,
+        "samples": [],
+    }
+    cell = CellResult.from_json(stored)
+    assert cell.num_broken == 1
+    assert json.loads(json.dumps(cell.to_json())) == stored
+    found = paired_difference(cell.end.figures["energy"], [0.0, 0.0, 0.0])
+    assert found is not None
+    assert found.value == pytest.approx(0.2)
+    assert paired_difference([float("nan"), 1.0], [0.0, 0.0]) is None
+
+
+def test_every_variant_has_the_same_budget():
+    config = recipe("networks.width=64")
+    for name, world in config.worlds.items():
+        for variant in config.variants:
+            units = units_per_iteration(world, config.variants[variant])
+            spent = units * num_iterations(config, StudyCell(name, variant))
+            assert world.forwards - units < spent <= world.forwards
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("baseline=dmd3", "baseline is dmd3, which is none of the variants"),
+        ("worlds={w: {dim: 4, modes: 5}}", "5 modes at right angles in 4 dimensions"),
+        ("variants={sgmd: {objective: {fake_updates: 3}}}", "set tracking=fresh"),
+        ("worlds={w: {forwards: 9}}", "pays for 1 iterations of 8"),
+    ],
+)
+def test_refusals(override: str, words: str):
+    with pytest.raises(ConfigError, match=words):
+        dry_run_gaussian_study(recipe(override))
+
+
+def test_the_recipe_of_another_command_says_which():
+    with pytest.raises(ConfigError, match="sgmd study gaussians"):
+        load_recipe("gaussians")
+
+
+def test_the_tables_file_can_be_read_back(tmp_path: Path):
+    config = recipe(f"output={tmp_path}", "worlds={w: {forwards: 100}}", "variants={sgmd: {}}")
+    results = gaussian_study(config, lambda text: None, num_processes=1)
+    stored = read_json(str(config.folder / "results.json"))
+    assert [CellResult.from_json(cell) for cell in stored["cells"]] == list(results.cells)
