@@ -131,10 +131,12 @@ def test_ray_core_is_spoken_only_in_cluster():
 
 def test_files_are_written_whole_in_one_place_only():
     renaming = {"fsync", "rename", "renames", "rmtree", "write_bytes", "mkstemp"}
+    # The fork server's folder holds sockets and a lock, which is named once it is held.
+    elsewhere = {"cluster/files.py", "cluster/ray/fork_server.py"}
     found = [
         f"{relative(path)}, line {node.lineno}: {node.attr}"
         for path, tree in trees().items()
-        if relative(path) != "cluster/files.py"
+        if relative(path) not in elsewhere
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and node.attr in renaming
     ]
