@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from sgmd_core.errors import StaleCallError as StaleCallError
     from sgmd_core.objectives import GradientPath as GradientPath
     from sgmd_core.objectives import Objective as Objective
+    from sgmd_core.objectives.cdm import CdmObjective as CdmObjective
     from sgmd_core.objectives.dmd import DmdObjective as DmdObjective
     from sgmd_core.objectives.dmd2 import Dmd2Objective as Dmd2Objective
     from sgmd_core.objectives.pdmd import PdmdObjective as PdmdObjective
@@ -85,6 +86,7 @@ _HOME = {
         "StaleCallError",
     ),
     "sgmd_core.objectives": ("GradientPath", "Objective"),
+    "sgmd_core.objectives.cdm": ("CdmObjective",),
     "sgmd_core.objectives.dmd": ("DmdObjective",),
     "sgmd_core.objectives.dmd2": ("Dmd2Objective",),
     "sgmd_core.objectives.pdmd": ("PdmdObjective",),

@@ -9,16 +9,35 @@ its grid when the exit step is drawn uniformly.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sgmd_core.errors import ConfigError
-from sgmd_core.types import Latents, Text
+from sgmd_core.types import Latents, PerSample, Text, per_sample
 from sgmd_core.velocity import NegativeText, VelocityModel, guided_velocity
 
-Grid = Float[Tensor, " steps"]
+Grid = Float[Tensor, "*samples steps"]
+"""Falling noise levels: one list, or one of the same length for each sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutExit:
+    """The step at which a rollout leaves for x0.
+
+    Attributes:
+        x0: Clean latents, with the graph of this step where one was kept.
+        x_t: State that the step starts from; a constant.
+        velocity: The generator's velocity there.
+        sigma: Noise level there, of each sample.
+    """
+
+    x0: Latents
+    x_t: Latents
+    velocity: Latents
+    sigma: PerSample
 
 
 def rollout(
@@ -53,7 +72,32 @@ def rollout(
     Raises:
         ConfigError: the grid has no step `exit_step`.
     """
-    num_steps = len(grid) - 1
+    return rollout_exit(model, grid, initial_noise, text, exit_step, keep_graph=keep_graph).x0
+
+
+def rollout_exit(
+    model: VelocityModel,
+    grid: Grid,
+    initial_noise: Latents,
+    text: Text,
+    exit_step: int,
+    *,
+    keep_graph: bool,
+) -> RolloutExit:
+    """Generates as `rollout` does; returns the whole of the last step.
+
+    Args:
+        model: The generator.
+        grid: See `rollout`.
+        initial_noise: See `rollout`.
+        text: Caption of each sample.
+        exit_step: See `rollout`.
+        keep_graph: See `rollout`.
+
+    Raises:
+        ConfigError: the grid has no step `exit_step`.
+    """
+    num_steps = grid.shape[-1] - 1
     if not 0 <= exit_step < num_steps:
         raise ConfigError(
             "rolling out the generator",
@@ -65,10 +109,32 @@ def rollout(
     with torch.no_grad():
         for step in range(exit_step):
             velocity = model(x_t, _level(grid, step, x_t), text)
-            x_t = x_t + (grid[step + 1] - grid[step]).to(x_t) * velocity
+            x_t = x_t + _factor(grid[..., step + 1] - grid[..., step], x_t) * velocity
+    sigma = _level(grid, exit_step, x_t)
     with torch.set_grad_enabled(keep_graph):
-        velocity = model(x_t, _level(grid, exit_step, x_t), text)
-        return x_t - grid[exit_step].to(x_t) * velocity
+        velocity = model(x_t, sigma, text)
+        x0 = x_t - _factor(grid[..., exit_step], x_t) * velocity
+    return RolloutExit(x0, x_t, velocity, sigma)
+
+
+def extrapolated(x_t: Latents, velocity: Latents, sigma: PerSample, target: PerSample) -> Latents:
+    """State at another noise level on the straight line of a stored velocity.
+
+        x' = x_t + (target - sigma) * velocity
+
+    At the next level of a rollout's grid this is its next state, at 0 the clean latents that it
+    would leave for; in between and above it is no state of that rollout.
+
+    Args:
+        x_t: State of a rollout.
+        velocity: The generator's velocity there.
+        sigma: Noise level there.
+        target: Noise level to go to, below or above it.
+
+    Returns:
+        The state, without a graph.
+    """
+    return x_t.detach() + per_sample((target - sigma).to(x_t), x_t) * velocity.detach()
 
 
 @torch.no_grad()
@@ -112,7 +178,7 @@ def euler_sample(
             "Encode it, or set the guidance scale to 1",
         )
     x_t = initial_noise
-    for step in range(len(grid) - 1):
+    for step in range(grid.shape[-1] - 1):
         sigma = _level(grid, step, x_t)
         if negative is None:
             velocity = model(x_t, sigma, text)
@@ -120,12 +186,18 @@ def euler_sample(
             velocity = guided_velocity(
                 model, x_t, sigma, text, negative, guidance_scale, batched=batched_guidance
             )
-        x_t = x_t + (grid[step + 1] - grid[step]).to(x_t) * velocity
+        x_t = x_t + _factor(grid[..., step + 1] - grid[..., step], x_t) * velocity
         if on_step is not None:
             on_step(step + 1)
     return x_t
 
 
 def _level(grid: Grid, step: int, x_t: Latents) -> Float[Tensor, " b"]:
-    """The grid's noise level at a step, one copy a sample."""
-    return grid[step].to(x_t).expand(len(x_t))
+    """The grid's noise level at a step, one a sample."""
+    return grid[..., step].to(x_t).expand(len(x_t))
+
+
+def _factor(values: Tensor, x_t: Latents) -> Tensor:
+    """One number, or one a sample, ready to multiply latents."""
+    values = values.to(x_t)
+    return per_sample(values, x_t) if values.dim() else values

@@ -20,8 +20,9 @@ R = TypeVar("R", bound="SampleRecord")
 class SampleRecord:
     """Base of such dataclasses.
 
-    Tensors and tuples have one entry a sample. `metrics` are means over samples, so those of a
-    whole are the weighted means of its parts'. Everything else is the same for every part.
+    Tensors, tuples and records of this kind have one entry a sample; the first of them is no
+    record. `metrics` are means over samples, so those of a whole are the weighted means of its
+    parts'. Everything else is the same for every part.
 
     Attributes:
         SHARED: Fields that are tensors or tuples and yet the same for every part.
@@ -40,7 +41,7 @@ class SampleRecord:
         """The same record about samples `start` to `stop` of its own."""
         values = self._values()
         cut = {
-            name: value[start:stop]
+            name: value.cut(start, stop) if isinstance(value, SampleRecord) else value[start:stop]
             for name, value in values.items()
             if self._is_by_sample(name, value)
         }
@@ -54,6 +55,8 @@ class SampleRecord:
             entries = [part._values()[name] for part in parts]
             if name == _METRICS:
                 values[name] = _weighted_means(entries, [part.num_samples for part in parts])
+            elif isinstance(first, SampleRecord):
+                values[name] = type(first).joined(entries)
             elif cls._is_by_sample(name, first):
                 is_tensor = isinstance(first, Tensor)
                 values[name] = torch.cat(entries) if is_tensor else sum(entries, start=())
@@ -61,7 +64,8 @@ class SampleRecord:
 
     @classmethod
     def _is_by_sample(cls, name: str, value: object) -> bool:
-        return isinstance(value, Tensor | tuple) and name not in cls.SHARED
+        by_sample = isinstance(value, Tensor | tuple | SampleRecord)
+        return by_sample and name not in cls.SHARED
 
     def _values(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(cast(Any, self))}

@@ -46,6 +46,70 @@ def shift_sigma(u: Float[Tensor, "*shape"], shift: float) -> Float[Tensor, "*sha
 
 
 @dataclass(frozen=True, slots=True)
+class RandomSteps:
+    """Rollouts of random length, over noise levels that are drawn: a sampler of any steps learns.
+
+    The number of steps is drawn for a whole micro-batch, the levels between for each sample.
+
+    Attributes:
+        min_steps: Least number of steps.
+        max_steps: Largest number of steps; all between are equally likely.
+        sigma_min: Least level that is drawn, before the shift.
+        sigma_max: Largest one.
+        stratified: Draw one level in each of as many equal parts; false: all independently.
+        shifted: Move the drawn levels by the shift of the few-step grid.
+    """
+
+    min_steps: int = 1
+    max_steps: int = 8
+    sigma_min: float = 0.02
+    sigma_max: float = 0.98
+    stratified: bool = False
+    shifted: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_steps <= self.max_steps <= MAX_STEPS:
+            raise ConfigError(
+                "reading the lengths of rollouts",
+                f"min_steps is {self.min_steps} and max_steps is {self.max_steps}",
+                f"1 <= min_steps <= max_steps <= {MAX_STEPS}",
+            )
+        if not 0 < self.sigma_min < self.sigma_max < 1:
+            raise ConfigError(
+                "reading the lengths of rollouts",
+                f"sigma_min is {self.sigma_min} and sigma_max is {self.sigma_max}",
+                "0 < sigma_min < sigma_max < 1",
+            )
+
+    @property
+    def mean_steps(self) -> float:
+        """Mean number of steps."""
+        return (self.min_steps + self.max_steps) / 2
+
+    def grid(self, u: Float[Tensor, "b inner"], shift: float) -> Float[Tensor, "b levels"]:
+        """Noise levels of rollouts whose inner levels are drawn.
+
+        Args:
+            u: Uniform in [0, 1): one number for each step but the first.
+            shift: Shift of the few-step grid.
+
+        Returns:
+            Falling levels in float32, computed in float64: 1, the inner ones, 0.
+
+        Source: CDM (arXiv:2605.06376) and its release in the authors' trainer, which stratifies and
+        shifts.
+        """
+        u = u.double()
+        if self.stratified:
+            u = (torch.arange(u.shape[1], dtype=u.dtype) + u) / max(1, u.shape[1])
+        sigma = self.sigma_min + (self.sigma_max - self.sigma_min) * u
+        sigma = shift_sigma(sigma, shift) if self.shifted else sigma
+        ends = torch.ones(len(u), 1, dtype=u.dtype)
+        inner = sigma.sort(dim=1, descending=True).values
+        return torch.cat([ends, inner, 0 * ends], dim=1).float()
+
+
+@dataclass(frozen=True, slots=True)
 class FlowMatchSchedule:
     """The path between data and noise, and the noise levels at which we stand on it.
 

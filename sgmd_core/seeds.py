@@ -15,13 +15,14 @@ and under other captions, where an equal noise does no harm. Nothing here may be
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sgmd_core.schedule import NUM_SCORE_LEVELS, FlowMatchSchedule
-from sgmd_core.types import Draws, MicroBatchKey
+from sgmd_core.schedule import NUM_SCORE_LEVELS, FlowMatchSchedule, RandomSteps
+from sgmd_core.types import Draws, Look, Looks, MicroBatchKey, PerSample
 
 _SEPARATOR = "\x1f"
 
@@ -50,6 +51,9 @@ def draw(
     schedule: FlowMatchSchedule,
     num_steps: int,
     first_exit: int = 0,
+    *,
+    random_steps: RandomSteps | None = None,
+    looks: Looks | None = None,
 ) -> Draws:
     """Draws every random number that a micro-batch consumes.
 
@@ -69,10 +73,15 @@ def draw(
         schedule: Gives the score law.
         num_steps: Steps of the generator.
         first_exit: The exit step is uniform on first_exit .. num_steps - 1.
+        random_steps: Draws number and levels of the rollout's steps; None: `num_steps` on the
+            schedule's own grid.
+        looks: Score queries beside the one at the samples.
 
     Returns:
         The draws, in float32 on the CPU.
     """
+    if random_steps is not None:
+        num_steps = rollout_steps(seed, key, random_steps)
     initial_noise: list[Tensor] = []
     levels: list[Tensor] = []
     noise: list[Tensor] = []
@@ -81,12 +90,84 @@ def draw(
         initial_noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
         levels.append(torch.randint(NUM_SCORE_LEVELS, (1,), generator=stream))
         noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
+    exits_at = exit_step(seed, key, num_steps, first_exit)
+    grid = schedule.few_step_grid(num_steps).expand(len(sample_indices), -1)
+    if random_steps is not None:
+        inner = [
+            torch.rand(
+                num_steps - 1,
+                generator=random_generator(seed, f"grid/{key.purpose}", key.iteration, index),
+            )
+            for index in sample_indices
+        ]
+        grid = random_steps.grid(torch.stack(inner), schedule.shift)
+    streams = _LookStreams(seed, key, tuple(sample_indices), latent_shape)
+    looks = looks or Looks()
     return Draws(
         initial_noise=torch.stack(initial_noise),
-        exit_step=exit_step(seed, key, num_steps, first_exit),
+        exit_step=exits_at,
         sigma=schedule.score_sigma(torch.cat(levels)),
         noise=torch.stack(noise),
+        grid=None if random_steps is None else grid,
+        guide=streams.guide(grid[:, exits_at]) if looks.splits_guidance else None,
+        off=streams.off(schedule) if looks.off_trajectory else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _LookStreams:
+    """Draws of the looks of a micro-batch; every sample has a stream for each."""
+
+    seed: int
+    key: MicroBatchKey
+    sample_indices: tuple[int, ...]
+    latent_shape: tuple[int, int, int, int]
+
+    def guide(self, exit_sigma: PerSample) -> Look:
+        """Guidance is looked at uniformly between no noise and that of the exit step."""
+        shares: list[Tensor] = []
+        noise: list[Tensor] = []
+        for stream in self._streams("guide"):
+            shares.append(torch.rand(1, generator=stream))
+            noise.append(self._noise(stream))
+        return Look(torch.cat(shares) * exit_sigma, torch.stack(noise))
+
+    def off(self, schedule: FlowMatchSchedule) -> Look:
+        """Both levels off the trajectory are drawn by the score law, independently."""
+        levels: list[Tensor] = []
+        noise: list[Tensor] = []
+        for stream in self._streams("off"):
+            levels.append(torch.randint(NUM_SCORE_LEVELS, (2,), generator=stream))
+            noise.append(self._noise(stream))
+        start, sigma = torch.stack(levels, dim=1)
+        return Look(
+            schedule.score_sigma(sigma), torch.stack(noise), start=schedule.score_sigma(start)
+        )
+
+    def _streams(self, name: str) -> Iterator[torch.Generator]:
+        for index in self.sample_indices:
+            stream = f"{name}/{self.key.purpose}"
+            yield random_generator(self.seed, stream, self.key.iteration, index)
+
+    def _noise(self, stream: torch.Generator) -> Tensor:
+        return torch.randn(self.latent_shape, generator=stream, dtype=torch.float32)
+
+
+def rollout_steps(seed: int, key: MicroBatchKey, random_steps: RandomSteps) -> int:
+    """Number of steps of a micro-batch's rollout, as `draw` draws it.
+
+    It is counted as the exit step is, by iteration and `key.exit_draw`, so all ranks and parts that
+    share an exit step share it; nothing that a rank has of its own enters.
+
+    Args:
+        seed: The run's seed.
+        key: The micro-batch.
+        random_steps: Range of the number.
+    """
+    draw = key.micro_batch if key.exit_draw is None else key.exit_draw
+    stream = random_generator(seed, f"steps/{key.purpose}", key.iteration, draw)
+    first, last = random_steps.min_steps, random_steps.max_steps
+    return int(torch.randint(first, last + 1, (), generator=stream))
 
 
 def exit_step(seed: int, key: MicroBatchKey, num_steps: int, first_exit: int = 0) -> int:

@@ -81,6 +81,39 @@ class TextBatch(SampleRecord):
 
 
 @dataclass(frozen=True, slots=True)
+class Looks:
+    """Score queries that an objective wants of a micro-batch beside the one at its samples.
+
+    Attributes:
+        splits_guidance: The teacher's guidance is asked for at a noise level of its own, between 0
+            and that of the exit step; the query itself gets the caption's prediction alone.
+        off_trajectory: Samples that the generator makes from a state beside its trajectory.
+    """
+
+    splits_guidance: bool = False
+    off_trajectory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Look(SampleRecord):
+    """Another score query of a micro-batch.
+
+    Attributes:
+        sigma: Its noise level.
+        noise: Its noise, standard normal.
+        x0: Its samples; None: those of the micro-batch.
+        start: Noise level that the generator makes its samples from, where they are its own.
+    """
+
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"x0": VALUE, "noise": VALUE}
+
+    sigma: PerSample
+    noise: Latents
+    x0: Latents | None = None
+    start: PerSample | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Draws(SampleRecord):
     """Every random number that one micro-batch consumes.
 
@@ -89,12 +122,19 @@ class Draws(SampleRecord):
         exit_step: The one rollout step, counted from 0, whose graph is kept.
         sigma: Noise level of the score query.
         noise: Noise of the score query, standard normal.
+        grid: Falling noise levels of each sample's rollout, where they are drawn; None: those of
+            the schedule. All samples have the same number of steps.
+        guide: Where the teacher's guidance is asked for, if at a place of its own.
+        off: Where samples off the trajectory are made and looked at, if there are any.
     """
 
     initial_noise: Latents
     exit_step: int
     sigma: PerSample
     noise: Latents
+    grid: Float[Tensor, "b levels"] | None = None
+    guide: Look | None = None
+    off: Look | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +153,8 @@ class NoisedBatch(SampleRecord):
     text: Text
     key: MicroBatchKey = MicroBatchKey(0, 0)
     generator_version: int = 0
+    guide: Look | None = None
+    off: Look | None = None
 
     @property
     def x_t(self) -> Latents:
@@ -123,12 +165,25 @@ class NoisedBatch(SampleRecord):
     @property
     def numbers(self) -> Mapping[str, Tensor]:
         """Its tensors by what they are called in messages, in the order of their making."""
+        beside = {} if self.off is None else {"the generator's x0 off its path": self.off.x0}
         return {
             "the text embedding": self.text,
             "the noise": self.noise,
             "the noise level": self.sigma,
             "the generator's x0": self.x0,
+            **{name: value for name, value in beside.items() if value is not None},
         }
+
+    def at(self, look: Look) -> "NoisedBatch":
+        """The query of another look: at its samples, which may be these, through its noise."""
+        return NoisedBatch(
+            x0=self.x0 if look.x0 is None else look.x0,
+            sigma=look.sigma,
+            noise=look.noise,
+            text=self.text,
+            key=self.key,
+            generator_version=self.generator_version,
+        )
 
     @property
     def velocity(self) -> Latents:
@@ -137,13 +192,32 @@ class NoisedBatch(SampleRecord):
 
 
 @dataclass(frozen=True, slots=True)
-class TeacherPrediction(SampleRecord):
-    """The teacher's guided velocity at a query, a constant for every loss."""
+class GuideAnswer(SampleRecord):
+    """The teacher's two velocities where it is asked for its guidance alone."""
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"velocity": VALUE}
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"conditional": VALUE, "guided": VALUE}
+
+    conditional: Latents
+    guided: Latents
+
+
+@dataclass(frozen=True, slots=True)
+class TeacherPrediction(SampleRecord):
+    """The teacher's velocities at a query, constants for every loss.
+
+    Attributes:
+        key: The micro-batch.
+        velocity: At the query: guided, or with the caption alone where guidance has its own look.
+        guide: At the look for guidance.
+        off: At the samples off the trajectory, with the caption alone.
+    """
+
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"velocity": VALUE, "off": VALUE}
 
     key: MicroBatchKey
     velocity: Latents
+    guide: GuideAnswer | None = None
+    off: Latents | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,15 +233,21 @@ class GeneratorSignal(SampleRecord):
         teacher_cotangent: Derivative of the same loss with respect to the teacher's velocity, where
             the loss depends on `x0` through the teacher's input as well. While it is there, the
             part of `grad_x0` that goes through the teacher is missing.
+        grad_off: Derivative at the samples off the trajectory, where there are any.
     """
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"grad_x0": GRADIENT, "teacher_cotangent": GRADIENT}
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {
+        "grad_x0": GRADIENT,
+        "teacher_cotangent": GRADIENT,
+        "grad_off": GRADIENT,
+    }
 
     key: MicroBatchKey
     grad_x0: Latents
     generator_version: int
     metrics: Mapping[str, float]
     teacher_cotangent: Latents | None = None
+    grad_off: Latents | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,13 +57,42 @@ def guided_velocity(
     """
     if scale == 1.0:
         return model(x_t, sigma, text)
-    if not batched:
+    _, guided = guided_velocities(model, x_t, sigma, text, negative, scale, batched=batched)
+    return guided
+
+
+def guided_velocities(
+    model: VelocityModel,
+    x_t: Latents,
+    sigma: PerSample,
+    text: Text,
+    negative: NegativeText,
+    scale: float,
+    *,
+    batched: bool = True,
+) -> tuple[Latents, Latents]:
+    """Velocity with the caption alone, and that under guidance; see `guided_velocity`.
+
+    Args:
+        model: Predicts velocities.
+        x_t: Noisy latents.
+        sigma: Noise level of each sample.
+        text: Caption of each sample.
+        negative: One caption to be steered away from, shared by the batch.
+        scale: Guidance scale, dimensionless.
+        batched: Whether both captions go through the model as one batch.
+
+    Returns:
+        Conditional and guided velocity, shaped like `x_t`.
+    """
+    if batched:
+        both = model(
+            torch.cat([x_t, x_t]),
+            torch.cat([sigma, sigma]),
+            torch.cat([text, negative.expand_as(text)]),
+        )
+        conditional, unconditional = both.chunk(2)
+    else:
         unconditional = model(x_t, sigma, negative.expand_as(text))
-        return unconditional + scale * (model(x_t, sigma, text) - unconditional)
-    both = model(
-        torch.cat([x_t, x_t]),
-        torch.cat([sigma, sigma]),
-        torch.cat([text, negative.expand_as(text)]),
-    )
-    conditional, unconditional = both.chunk(2)
-    return unconditional + scale * (conditional - unconditional)
+        conditional = model(x_t, sigma, text)
+    return conditional, unconditional + scale * (conditional - unconditional)

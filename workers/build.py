@@ -14,6 +14,7 @@ from torch import nn
 
 from sgmd_core.objectives import Objective
 from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.types import Looks
 from workers.adapters import add_adapters
 from workers.base_networks import shared_base, view_of
 from workers.compute import prepare_network
@@ -48,6 +49,7 @@ def build_generator(
     seed: int,
     num_threads: int,
     raises: bool = True,
+    looks: Looks | None = None,
 ) -> GeneratorLearner:
     """The generator, starting from the teacher's weights.
 
@@ -59,6 +61,7 @@ def build_generator(
         seed: The run's seed.
         num_threads: Threads of torch.
         raises: As in `workers.finite.FiniteChecks`.
+        looks: Score queries that the objective wants beside the one at the samples.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -68,7 +71,7 @@ def build_generator(
     latent_shape = _latent_shape(model, video)
     network = _learning(model, settings.compute, settings.lora, seed, "generator")
     checks = FiniteChecks(raises=raises)
-    return GeneratorLearner(network, schedule, settings, latent_shape, seed, checks)
+    return GeneratorLearner(network, schedule, settings, latent_shape, seed, checks, looks)
 
 
 def build_fake_score(

@@ -21,15 +21,16 @@ parameter: autograd is asked for the gradient at x0 and for nothing else.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from sgmd_core.errors import StaleCallError, non_finite_remedy
-from sgmd_core.objectives import GradientPath, Objective
+from sgmd_core.objectives import GradientPath, LookingObjective, Objective
 from sgmd_core.types import (
     GeneratorSignal,
+    GuideAnswer,
     Latents,
     Loss,
     MicroBatchKey,
@@ -125,8 +126,12 @@ class FakeScoreTracker(SavedRole):
         with nullcontext() if self._keeps_parameters else _frozen(self._optimizer.parameters):
             velocity_fake = self._predict(leaf)
             loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
+            loss, off = self._with_looks(loss, leaf, query, teacher)
             # Asked for these alone, autograd makes no gradient for any parameter.
+            wanted += [] if off is None else [off]
             gradients = torch.autograd.grad(share * loss.value, wanted, retain_graph=self._shared)
+        grad_off = None if off is None else gradients[-1]
+        gradients = gradients[: len(wanted) - (off is not None)]
         predictions = {_VELOCITY_FAKE: velocity_fake, _VELOCITY_TEACHER: velocity_teacher}
         grad_x0, metrics = self._checked(gradients[0], loss, gradients, query, predictions)
         if self._shared:
@@ -137,6 +142,7 @@ class FakeScoreTracker(SavedRole):
             generator_version=query.generator_version,
             metrics=metrics,
             teacher_cotangent=gradients[1] if len(gradients) > 1 else None,
+            grad_off=grad_off,
         )
 
     def track(self, query: NoisedBatch, share: float) -> TrackReport:
@@ -280,6 +286,38 @@ class FakeScoreTracker(SavedRole):
         self.discard()
         self._optimizer.restore(snapshot)
         return snapshot.updates
+
+    def _with_looks(
+        self, loss: Loss, leaf: NoisedBatch, query: NoisedBatch, teacher: TeacherPrediction
+    ) -> tuple[Loss, Latents | None]:
+        """Adds the terms of an objective's other looks.
+
+        Args:
+            loss: That of the query itself.
+            leaf: The query, its samples a leaf.
+            query: The query with its looks.
+            teacher: The teacher's answer to all of them.
+
+        Returns:
+            The whole loss, and the leaf of the samples off the trajectory where there are any.
+        """
+        objective, device = self._objective, leaf.x0.device
+        found, off = [loss], None
+        if not isinstance(objective, LookingObjective):
+            return loss, None
+        if query.guide is not None and teacher.guide is not None:
+            answer = GuideAnswer(
+                teacher.guide.conditional.to(device), teacher.guide.guided.to(device)
+            )
+            found.append(objective.guide_loss(leaf.at(query.guide), answer))
+        if query.off is not None and query.off.x0 is not None and teacher.off is not None:
+            off = query.off.x0.detach().requires_grad_()
+            beside = leaf.at(replace(query.off, x0=off))
+            velocities = self._predict(beside), teacher.off.to(device)
+            found.append(objective.off_trajectory_loss(beside, *velocities))
+        value = torch.stack([each.value for each in found]).sum()
+        terms = {name: term for each in found for name, term in each.terms.items()}
+        return Loss(value, {**terms, "generator": value.detach()}), off
 
     def _predict(self, leaf: NoisedBatch) -> Latents:
         """Velocity at a query whose `x0` is a leaf, with the graph that the objective needs."""

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from cluster.files import whole_folder
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.diversity import diversity_loss
-from sgmd_core.rollout import rollout
+from sgmd_core.rollout import RolloutExit, extrapolated, rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
 from sgmd_core.types import (
@@ -26,8 +27,11 @@ from sgmd_core.types import (
     Draws,
     GeneratorSignal,
     Latents,
+    Look,
+    Looks,
     MicroBatchKey,
     NoisedBatch,
+    Purpose,
     TextBatch,
 )
 from workers.adapters import lora_of, make_trainable
@@ -62,6 +66,7 @@ class GeneratorLearner(SavedRole):
         latent_shape: Shape (C, T, H, W) of one sample's latents.
         seed: The run's seed; with a key it fixes every draw.
         checks: Checks of the numbers that go in and come out; by default they raise.
+        looks: Score queries that the objective wants beside the one at the samples.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class GeneratorLearner(SavedRole):
         latent_shape: tuple[int, int, int, int],
         seed: int,
         checks: FiniteChecks | None = None,
+        looks: Looks | None = None,
     ) -> None:
         super().__init__()
         self._checks = checks or FiniteChecks()
@@ -79,6 +85,8 @@ class GeneratorLearner(SavedRole):
         self._network = make_trainable(velocity_model)
         self._schedule = schedule
         self._num_steps = settings.num_steps
+        self._random_steps = settings.random_steps
+        self._looks = looks or Looks()
         self._diversity = settings.diversity
         self._latent_shape = latent_shape
         self._seed = seed
@@ -119,17 +127,20 @@ class GeneratorLearner(SavedRole):
         """
         self._optimizer.require_current(key.iteration, "rolling out a micro-batch")
         draws = self._place_or_draw(key, text, draws)
-        x0 = self._run(text, draws, keep_graph=True)
-        query = self._query(key, x0.detach(), text, draws)
-        self._kept[key] = _KeptRollout(x0=x0, exit_step=draws.exit_step)
-        return query
+        left = self._run(text, draws, keep_graph=True)
+        off = None if draws.off is None else self._off_trajectory(left, text, draws.off)
+        query = self._query(key, left.x0.detach(), text, draws)
+        if draws.off is not None and off is not None:
+            query = replace(query, off=replace(draws.off, x0=off.detach(), start=None))
+        self._kept[key] = _KeptRollout(x0=left.x0, exit_step=draws.exit_step, off=off)
+        return replace(query, guide=draws.guide)
 
     def sample(
         self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
     ) -> NoisedBatch:
         """The same as `rollout`, for a batch that only the fake score learns from: no graph."""
         draws = self._place_or_draw(key, text, draws)
-        return self._query(key, self._run(text, draws, keep_graph=False), text, draws)
+        return self._query(key, self._run(text, draws, keep_graph=False).x0, text, draws)
 
     def learn(self, signal: GeneratorSignal, weight: float = 1.0) -> LearnReport:
         """Carries a signal from `x0` to the parameters, whose gradients add up over micro-batches.
@@ -153,10 +164,17 @@ class GeneratorLearner(SavedRole):
                 "Roll the micro-batch out again",
             )
         handed = {"the signal's gradient": signal.grad_x0}
+        if signal.grad_off is not None:
+            handed["the signal's gradient off the path"] = signal.grad_off
         grad_x0 = self._checked(signal.grad_x0, "learning from a signal", signal.key, handed)
         kept = self._kept.pop(signal.key)
-        grad_x0 = grad_x0.to(kept.x0)
-        kept.x0.backward(grad_x0 if weight == 1 else weight * grad_x0)
+        made, gradients = [kept.x0], [grad_x0.to(kept.x0)]
+        if kept.off is not None and signal.grad_off is not None:
+            made.append(kept.off)
+            gradients.append(signal.grad_off.to(kept.off))
+        if weight != 1:
+            gradients = [weight * gradient for gradient in gradients]
+        torch.autograd.backward(made, gradients)
         return LearnReport(metrics=dict(signal.metrics), exit_step=kept.exit_step)
 
     def start(
@@ -380,13 +398,22 @@ class GeneratorLearner(SavedRole):
                 self._schedule,
                 self._num_steps,
                 first_exit=self._diversity.first_exit,
+                random_steps=self._random_steps,
+                looks=self._looks if key.purpose is Purpose.GENERATE else None,
             )
         return draws_on(draws, device_of(self._network))
 
-    def _run(self, text: TextBatch, draws: Draws, *, keep_graph: bool) -> Latents:
-        return rollout(
+    def _off_trajectory(self, left: RolloutExit, text: TextBatch, look: Look) -> Latents:
+        """Samples from a state beside the rollout, with their graph."""
+        assert look.start is not None, "nobody has said where to leave the trajectory to"
+        x_t = extrapolated(left.x_t, left.velocity, left.sigma, look.start)
+        velocity = self._network(x_t, look.start, text_on(text, x_t.device).text)
+        return self._schedule.x0_from_velocity(x_t, velocity, look.start)
+
+    def _run(self, text: TextBatch, draws: Draws, *, keep_graph: bool) -> RolloutExit:
+        return rollout_exit(
             self._network,
-            self._schedule.few_step_grid(self._num_steps),
+            self._schedule.few_step_grid(self._num_steps) if draws.grid is None else draws.grid,
             draws.initial_noise,
             text_on(text, draws.initial_noise.device).text,
             draws.exit_step,
@@ -429,3 +456,4 @@ class _KeptRollout:
 
     x0: Latents
     exit_step: int
+    off: Latents | None = None

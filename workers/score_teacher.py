@@ -19,6 +19,7 @@ from sgmd_core.types import (
     DiversityStart,
     DiversityTarget,
     GeneratorSignal,
+    GuideAnswer,
     Latents,
     MicroBatchKey,
     NoisedBatch,
@@ -26,7 +27,7 @@ from sgmd_core.types import (
     Text,
     detached,
 )
-from sgmd_core.velocity import guided_velocity
+from sgmd_core.velocity import guided_velocities, guided_velocity
 from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
 from workers.placement import device_of, query_on
 from workers.settings import TeacherSettings
@@ -59,6 +60,9 @@ class ScoreTeacher:
     def denoise(self, query: NoisedBatch, negative: Text) -> TeacherPrediction:
         """Guided velocity at a query, `uncond + s * (cond - uncond)`.
 
+        Where the query has a look of its own for guidance, guidance is answered there, and the
+        query itself with the caption alone; so are samples off the generator's trajectory.
+
         Args:
             query: What the generator made, noised.
             negative: Embedding of the negative prompt (1, l, d).
@@ -69,11 +73,18 @@ class ScoreTeacher:
         Raises:
             NonFiniteError: A number that goes in or comes out is not finite.
         """
-        velocity = self._guided(query_on(query, device_of(self._network)), negative)
+        query = query_on(query, device_of(self._network))
+        guide = None if query.guide is None else self._both(query.at(query.guide), negative)
+        off = None if query.off is None else self._conditional(query.at(query.off))
+        velocity = self._guided(query, negative) if guide is None else self._conditional(query)
         made = {_NEGATIVE: negative, "the teacher's velocity": velocity}
+        if guide is not None:
+            made["the teacher's guided velocity"] = guide.guided
+        if off is not None:
+            made["the teacher's velocity off the path"] = off
         numbers = {**query.numbers, **made}
         velocity = self._checked(velocity, "denoising on the teacher", query.key, numbers)
-        return TeacherPrediction(key=query.key, velocity=velocity)
+        return TeacherPrediction(key=query.key, velocity=velocity, guide=guide, off=off)
 
     def pullback(
         self, query: NoisedBatch, negative: Text, signal: GeneratorSignal
@@ -158,6 +169,23 @@ class ScoreTeacher:
     def diagnose(self, iteration: int) -> Diagnosis:
         """First fault of an iteration, and a weight that is not finite; of this rank."""
         return self._checks.diagnose(iteration, self._network)
+
+    def _conditional(self, query: NoisedBatch) -> Latents:
+        return self._network(query.x_t, query.sigma, query.text)
+
+    def _both(self, query: NoisedBatch, negative: Text) -> GuideAnswer:
+        """The velocity with the caption alone, and the guided one."""
+        settings = self._settings
+        conditional, guided = guided_velocities(
+            self._network,
+            query.x_t,
+            query.sigma,
+            query.text,
+            negative.to(query.x0.device),
+            settings.guidance_scale,
+            batched=settings.batched_guidance,
+        )
+        return GuideAnswer(conditional=conditional, guided=guided)
 
     def _guided(self, query: NoisedBatch, negative: Text) -> Latents:
         return guided_velocity(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sgmd_core.errors import ConfigError
-from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS
+from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, RandomSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +280,8 @@ class GeneratorSettings:
         optimizer: How it is updated; the rate of the released 14B training unless set.
         compute: How it is computed.
         lora: Adapters to train in place of all weights; null trains all.
+        random_steps: Rollouts of training take a random number of steps over random noise levels;
+            null: `num_steps` on the grid that the generator is sampled on.
     """
 
     num_steps: int = 4
@@ -290,6 +292,7 @@ class GeneratorSettings:
     optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=2e-6))
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     lora: LoraSettings | None = None
+    random_steps: RandomSteps | None = None
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -303,7 +306,20 @@ class GeneratorSettings:
             self.num_steps,
             "at least 2, because generator.diversity keeps the first one for itself",
         )
+        _require(
+            self.random_steps is None
+            or self.random_steps.min_steps >= 2
+            or not self.diversity.enabled,
+            "generator.random_steps.min_steps",
+            self.random_steps and self.random_steps.min_steps,
+            "at least 2, because generator.diversity keeps the first step for itself",
+        )
         _require_trained_in_fp32("generator", self.compute, self.lora)
+
+    @property
+    def mean_steps(self) -> float:
+        """Mean number of steps of the grids that training rolls out on."""
+        return self.num_steps if self.random_steps is None else self.random_steps.mean_steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,8 +37,10 @@ from pipelines.data.shards.columns import RecipeColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
+from sgmd_core.objectives import looks_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.types import Looks
 from workers.settings import (
     ExportSettings,
     FakeScoreSettings,
@@ -234,6 +236,11 @@ class DistillConfig(Section):
     def fresh_updates(self) -> int:
         """Updates of the fake score an iteration that see new samples; 0 with shared tracking."""
         return self.objective.fake_updates if self.fake_score.tracking == "fresh" else 0
+
+    @property
+    def looks(self) -> Looks:
+        """Score queries of a micro-batch beside the one at the generator's samples."""
+        return looks_of(self.objective, self.teacher.guidance_scale)
 
     @property
     def gpus_beside(self) -> dict[str, float]:

@@ -24,6 +24,7 @@ from pipelines.distillation.algorithm import (
     StageSpec,
 )
 from sgmd_core.objectives import GradientPath
+from sgmd_core.types import Looks
 from workers.models.family import PassFlops
 
 
@@ -92,11 +93,11 @@ class Passes:
         return Passes(count * self.forwards, count * self.to_input, count * self.to_weights)
 
 
-def mean_rollout(num_steps: int, *, first_exit: int = 0) -> float:
+def mean_rollout(num_steps: float, *, first_exit: int = 0) -> float:
     """Mean forward passes of a rollout whose exit step is drawn uniformly.
 
     Args:
-        num_steps: Steps of the generator.
+        num_steps: Steps of the generator, or their mean.
         first_exit: First step that may be drawn, counted from 0.
     """
     return (first_exit + 1 + num_steps) / 2
@@ -110,6 +111,7 @@ def stage_passes(
     guided: bool,
     fresh_tracking: bool,
     anchor_steps: int = 0,
+    looks: Looks | None = None,
 ) -> Mapping[StageSpec, Passes]:
     """Passes of one sample by stage, for one call of each.
 
@@ -120,15 +122,17 @@ def stage_passes(
         guided: The teacher predicts with and without the caption.
         fresh_tracking: The fake score is tracked on samples of its own.
         anchor_steps: Steps of the teacher for a diversity loss; 0 without one.
+        looks: Score queries of the objective beside the one at the samples.
     """
-    predictions = 2 if guided else 1
+    looks = looks or Looks()
+    predictions, off = 2 if guided else 1, int(looks.off_trajectory)
     found = {
-        ROLLOUT: Passes(forwards=rollout),
-        DENOISE: Passes(forwards=predictions),
-        SIGNAL: Passes(forwards=1, to_input=0 if path is GradientPath.SAMPLE else 1),
+        ROLLOUT: Passes(forwards=rollout + off),
+        DENOISE: Passes(forwards=predictions + off + int(looks.splits_guidance)),
+        SIGNAL: Passes(forwards=1 + off, to_input=0 if path is GradientPath.SAMPLE else 1 + off),
         # With shared tracking the forward pass is the signal's.
         TRACK: Passes(forwards=int(fresh_tracking), to_weights=1),
-        LEARN: Passes(to_weights=1),
+        LEARN: Passes(to_weights=1 + off),
     }
     if path is GradientPath.BOTH_SCORES:
         found[PULLBACK] = Passes(forwards=predictions, to_input=predictions)

@@ -303,7 +303,7 @@ def _open(
         generator=group(
             GENERATOR,
             build_generator,
-            (model, config.video, schedule, config.generator, seed, threads, raises),
+            (model, config.video, schedule, config.generator, seed, threads, raises, config.looks),
         ),
         fake_score=group(
             FAKE_SCORE,

@@ -61,7 +61,8 @@ def generator_memory(work: Workload, ranks: int, samples: float, kept: float) ->
         samples: Of a micro-batch, on this rank.
         kept: Samples on this rank whose rollouts wait for a signal.
     """
-    return _learner_memory(work, GENERATOR, ranks, samples, kept)
+    # A rollout that also makes samples off its trajectory keeps two graphs.
+    return _learner_memory(work, GENERATOR, ranks, samples, kept * (1 + work.looks.off_trajectory))
 
 
 def fake_score_memory(work: Workload, ranks: int, samples: float, kept: float) -> RankMemory:

@@ -41,6 +41,7 @@ from pipelines.distillation.algorithm import (
 from pipelines.distillation.costs import PassCosts, Passes, mean_rollout, stage_passes
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.objectives import GradientPath
+from sgmd_core.types import Looks
 from workers.adapters import targeted
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
@@ -78,7 +79,7 @@ class Workload:
         latent_shape: Channels, frames, rows, columns of one sample.
         text_length: Text positions.
         batch_size: Samples of one update.
-        num_steps: Steps of the generator.
+        num_steps: Steps of the generator's rollouts; a mean where their number is drawn.
         guided: Whether the teacher is asked with and without the caption.
         fresh_updates: Updates of the fake score on samples of their own; 0 with shared tracking.
         path: Ways by which the generator's loss depends on its samples.
@@ -98,13 +99,14 @@ class Workload:
         others: Networks of roles of another size.
         adapters: Roles that train adapters, with the parameters of these.
         frozen_in_bf16: Of these, roles whose base is in bfloat16.
+        looks: Score queries beside the one at the generator's samples.
     """
 
     shape: DenoiserShape
     latent_shape: tuple[int, int, int, int]
     text_length: int
     batch_size: int
-    num_steps: int = 4
+    num_steps: float = 4
     guided: bool = True
     fresh_updates: int = 0
     path: GradientPath = GradientPath.FAKE_SCORE
@@ -124,6 +126,7 @@ class Workload:
     others: Mapping[str, DenoiserShape] = field(default_factory=dict)
     adapters: tuple[tuple[str, int], ...] = ()
     frozen_in_bf16: frozenset[str] = frozenset()
+    looks: Looks = field(default_factory=Looks)
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -153,7 +156,7 @@ class Workload:
             latent_shape=_latent_shape(config, shape),
             text_length=config.model.text_length,
             batch_size=config.batch.size,
-            num_steps=config.generator.num_steps,
+            num_steps=config.generator.mean_steps,
             guided=config.teacher.guidance_scale != 1,
             fresh_updates=config.fresh_updates,
             path=config.objective.path,
@@ -175,6 +178,7 @@ class Workload:
             frozen_in_bf16=frozenset(
                 role for role in adapted_roles(config) if computes[role].weights == "bf16"
             ),
+            looks=config.looks,
         )
 
     def num_trained(self, role: str) -> int:
@@ -306,6 +310,7 @@ class Workload:
             guided=self.guided,
             fresh_tracking=self.fresh_updates > 0,
             anchor_steps=self.diversity.num_anchor_steps,
+            looks=self.looks,
         )
 
     def weight_bytes(self, role: str) -> int:
@@ -318,7 +323,7 @@ class Workload:
 
         Gradients are summed in float32, weights are gathered in the type of a role's products.
         """
-        summed = {LEARN: 1.0 + self.diversity.enabled, TRACK: 1.0}
+        summed = {LEARN: 1.0 + self.diversity.enabled + self.looks.off_trajectory, TRACK: 1.0}
         reductions = {(stage.role, stage.name): count for stage, count in summed.items()}
         found: dict[StageName, float] = {}
         for name, count in self.gathers.items():
@@ -334,13 +339,14 @@ class Workload:
         """Counts how often a sharded call of each stage gathers weights or sends gradients."""
         shared = self.fresh_updates == 0
         rollout = mean_rollout(self.num_steps, first_exit=self.diversity.first_exit)
+        off, guides = self.looks.off_trajectory, self.looks.splits_guidance
         counts = {
-            ROLLOUT: rollout,
+            ROLLOUT: rollout + off,
             SAMPLE: rollout,
-            LEARN: 2.0 + 3.0 * self.diversity.enabled,
-            DENOISE: 1.0 + self.diversity.num_anchor_steps,
+            LEARN: 2.0 + 3.0 * self.diversity.enabled + 2.0 * off,
+            DENOISE: 1.0 + self.diversity.num_anchor_steps + off + guides,
             PULLBACK: 2.0,
-            SIGNAL: 2.0,
+            SIGNAL: 2.0 + 2.0 * off,
             TRACK: 2.0 if shared else 3.0,
         }
         return {(stage.role, stage.name): count for stage, count in counts.items()}
@@ -359,6 +365,11 @@ class Workload:
         }
         # Beside its gradient, such a signal carries the teacher's cotangent.
         sent[SIGNAL.role, SIGNAL.name] *= 1 + int(self.through_teacher)
+        # Looks have noise of their own, and samples where they are off the trajectory.
+        off, guides = int(self.looks.off_trajectory), int(self.looks.splits_guidance)
+        beside = {ROLLOUT: guides + 2 * off, DENOISE: 2 * guides + off, SIGNAL: off}
+        for stage, count in beside.items():
+            sent[stage.role, stage.name] += count * size[Sent.LATENTS]
         return sent
 
 

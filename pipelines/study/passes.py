@@ -15,7 +15,7 @@ from pipelines.config.roles import TEACHER
 from pipelines.distillation.algorithm import SAMPLE, TRACK
 from pipelines.distillation.costs import PassCosts, Passes, mean_rollout, stage_passes
 from pipelines.planning.workload import Workload
-from sgmd_core.seeds import exit_step
+from sgmd_core.seeds import exit_step, rollout_steps
 from sgmd_core.types import MicroBatchKey, Purpose
 
 PassTable = Mapping[str, Passes]
@@ -34,7 +34,7 @@ def pass_costs(config: DistillConfig) -> PassCosts:
 def expected_passes(config: DistillConfig) -> dict[str, Passes]:
     """Passes of one iteration, rollouts at their mean length."""
     generator = config.generator
-    mean = mean_rollout(generator.num_steps, first_exit=generator.diversity.first_exit)
+    mean = mean_rollout(generator.mean_steps, first_exit=generator.diversity.first_exit)
     return _passes(config, mean, mean)
 
 
@@ -92,6 +92,7 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
         guided=config.teacher.guidance_scale != 1,
         fresh_tracking=updates > 0,
         anchor_steps=config.generator.diversity.num_anchor_steps,
+        looks=config.looks,
     )
     return {
         f"{stage.role}.{stage.name}": passes.times(
@@ -104,13 +105,11 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
 def _rollout_length(config: DistillConfig, iteration: int, purpose: Purpose, count: int) -> float:
     """Mean passes of an iteration's rollouts, by the samples of each draw of an exit step."""
     samples = split_evenly(config.batch.size, config.batch.num_exit_draws)
-    exits = [
-        exit_step(
-            config.seed,
-            MicroBatchKey(iteration, draw, purpose),
-            config.generator.num_steps,
-            config.generator.diversity.first_exit,
-        )
-        for draw in range(count)
-    ]
+    generator = config.generator
+    exits: list[int] = []
+    for draw in range(count):
+        key, steps = MicroBatchKey(iteration, draw, purpose), generator.num_steps
+        if generator.random_steps is not None:
+            steps = rollout_steps(config.seed, key, generator.random_steps)
+        exits.append(exit_step(config.seed, key, steps, generator.diversity.first_exit))
     return 1 + fmean(exits, samples * (count // len(samples)))

@@ -5,6 +5,7 @@ decides whose parameters receive the gradient.
 
                 gradient at x0, J = d x0_fake / d x0, J_T = d x0_teacher / d x0       path
     dmd, dmd2   q = gap / n, as it is                                                 SAMPLE
+    cdm         the same at several looks: at x0, guidance at other noise, off the path   SAMPLE
     pdmd        the same, gap without its part along residual                         SAMPLE
     tsg_fisher  J' (w gap)                                                            FAKE_SCORE
     sgmd        J' (w gap + lambda_nr u residual)                                     FAKE_SCORE
@@ -15,10 +16,11 @@ decides whose parameters receive the gradient.
     gap = x0_fake - x0_teacher, residual = x0 - x0_fake, n = mean |x0 - x0_teacher|; w, u weights
 """
 
+from dataclasses import replace
 from enum import StrEnum
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
-from sgmd_core.types import Latents, Loss, NoisedBatch
+from sgmd_core.types import GuideAnswer, Latents, Looks, Loss, NoisedBatch
 
 
 class GradientPath(StrEnum):
@@ -87,3 +89,36 @@ class Objective(Protocol):
             The loss, a mean over samples, and its terms.
         """
         ...
+
+
+@runtime_checkable
+class LookingObjective(Protocol):
+    """Part of an objective whose generator loss has terms at score queries of their own."""
+
+    @property
+    def looks(self) -> Looks:
+        """Score queries beside the one at the generator's samples."""
+        ...
+
+    def guide_loss(self, query: NoisedBatch, answer: GuideAnswer) -> Loss:
+        """Term of the generator's loss by the teacher's guidance; see `Looks.splits_guidance`."""
+        ...
+
+    def off_trajectory_loss(
+        self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
+    ) -> Loss:
+        """Term of the generator's loss at samples off its trajectory, its weight included."""
+        ...
+
+
+def looks_of(objective: Objective, guidance_scale: float) -> Looks:
+    """Score queries that an objective wants beside the one at the generator's samples.
+
+    Args:
+        objective: Any objective.
+        guidance_scale: The teacher's; at 1 there is no guidance to look at.
+    """
+    if not isinstance(objective, LookingObjective):
+        return Looks()
+    looks = objective.looks
+    return replace(looks, splits_guidance=looks.splits_guidance and guidance_scale != 1)

@@ -22,6 +22,11 @@ MODES = {
         "objective={method: dmd2, fake_updates: 2}",
         "fake_score.ida_decay=0.97",
     ],
+    "cdm": [
+        "fake_score.tracking=fresh",
+        "objective.method=cdm",
+        "generator.random_steps={min_steps: 1, max_steps: 5}",
+    ],
     "sid": [
         "fake_score.tracking=fresh",
         "objective={method: sid, fake_updates: 2}",
@@ -54,7 +59,7 @@ def state(config: DistillConfig, iteration: int) -> dict[str, bytes]:
 @pytest.mark.ray
 @pytest.mark.slow
 # Each way of tracking and each form once: what travels between roles depends on one at a time.
-@pytest.mark.parametrize("mode", ["sgmd-shared-released", "sgmd-fresh-paper", "dmd2", "sid"])
+@pytest.mark.parametrize("mode", ["sgmd-shared-released", "sgmd-fresh-paper", "dmd2", "cdm", "sid"])
 def test_roles_on_ray_make_the_bits_that_one_process_makes(
     make_recipe: MakeRecipe, ray_cluster: None, mode: str
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives.cdm import CdmObjective
 from sgmd_core.objectives.diversity import anchor_velocity, diversity_loss
 from sgmd_core.objectives.dmd import DmdObjective, matching_direction
 from sgmd_core.objectives.dmd2 import Dmd2Objective
@@ -34,6 +35,7 @@ OBJECTIVES = {
     "dmd": DmdObjective(),
     "dmd2": Dmd2Objective(),
     "pdmd": PdmdObjective(),
+    "cdm": CdmObjective(normalizer_min=0.0),
     "tsg_fisher-released": TsgFisherObjective(),
     "tsg_fisher-paper": TsgFisherObjective(form="paper"),
     "tsg_sim-released": TsgSimObjective(),
@@ -74,7 +76,7 @@ def loss_by_definition(name, fake, teacher, query, base):
     method, _, option = name.partition("-")
     teacher_base = x0_prediction(teacher, base)
     x0_fake = x0_prediction(fake, query)
-    if method in ("dmd", "dmd2", "pdmd"):
+    if method in ("dmd", "dmd2", "pdmd", "cdm"):
         distance = element_mean((base.x0 - teacher_base).abs())
         gap = x0_prediction(fake, base) - teacher_base
         if method == "pdmd":
@@ -142,6 +144,7 @@ def test_generator_gradient_has_its_closed_form_where_the_jacobians_are_known(na
         upstream = {
             "dmd": weight * gap,
             "dmd2": weight * gap,
+            "cdm": weight * gap,
             "pdmd": weight * projected(gap, residual),
             "tsg_fisher": jacobian * weight * gap,
             "tsg_sim": weight * (gap + jacobian * (residual - gap)),
@@ -328,6 +331,7 @@ def test_ratios_are_those_of_the_methods():
         "DmdObjective": 1,
         "Dmd2Objective": 5,
         "PdmdObjective": 1,
+        "CdmObjective": 2,
         "TsgFisherObjective": 5,
         "TsgSimObjective": 1,
         "SidObjective": 5,

@@ -35,6 +35,14 @@ METHODS = {
     "dmd shared": ("objective.method=dmd",),
     "dmd2": ("objective.method=dmd2", FRESH),
     "pdmd": ("objective.method=pdmd", FRESH),
+    "cdm": ("objective.method=cdm", FRESH),
+    "cdm random steps": (
+        "objective.method=cdm",
+        FRESH,
+        "generator.random_steps={min_steps: 1, max_steps: 6}",
+    ),
+    "cdm joint": ("objective.method=cdm", FRESH, "objective.guidance=joint"),
+    "cdm on the trajectory": ("objective.method=cdm", FRESH, "objective.off_trajectory=0.0"),
     "tsg_fisher": ("objective.method=tsg_fisher", FRESH),
     "tsg_sim": ("objective.method=tsg_sim",),
     "sid": ("objective.method=sid", FRESH),
@@ -147,7 +155,12 @@ def test_networks_that_count_find_what_was_foretold(method):
     config = config_of("seed=3", *METHODS[method])
     networks = {role: CountingNetwork() for role in ("generator", "fake_score", "teacher")}
     generator = GeneratorLearner(
-        networks["generator"], config.schedule, config.generator, LATENT_SHAPE, config.seed
+        networks["generator"],
+        config.schedule,
+        config.generator,
+        LATENT_SHAPE,
+        config.seed,
+        looks=config.looks,
     )
     fake_score = FakeScoreTracker(networks["fake_score"], config.objective, config.fake_score)
     text = LocalWorkerGroup("text", [Captions()])
