@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sgmd_core.errors import ConfigError
 from sgmd_core.types import Latents, PerSample, Text, per_sample
-from sgmd_core.velocity import NegativeText, VelocityModel, guided_velocity
+from sgmd_core.velocity import GuidanceNorm, NegativeText, VelocityModel, guided_velocity
 
 Grid = Float[Tensor, "*samples steps"]
 """Falling noise levels: one list, or one of the same length for each sample."""
@@ -148,6 +148,7 @@ def euler_sample(
     on_step: Callable[[int], None] | None = None,
     *,
     batched_guidance: bool = True,
+    guidance_norm: GuidanceNorm = "none",
 ) -> Latents:
     """Samples latents over the whole grid, without a graph.
 
@@ -163,6 +164,7 @@ def euler_sample(
         guidance_scale: Standard form; 1 is the caption alone.
         on_step: Told the number of steps done, after each of them.
         batched_guidance: See `guided_velocity`.
+        guidance_norm: See `renormalized`.
 
     Returns:
         Latents in the dtype of `initial_noise`.
@@ -184,7 +186,14 @@ def euler_sample(
             velocity = model(x_t, sigma, text)
         else:
             velocity = guided_velocity(
-                model, x_t, sigma, text, negative, guidance_scale, batched=batched_guidance
+                model,
+                x_t,
+                sigma,
+                text,
+                negative,
+                guidance_scale,
+                batched=batched_guidance,
+                norm=guidance_norm,
             )
         x_t = x_t + _factor(grid[..., step + 1] - grid[..., step], x_t) * velocity
         if on_step is not None:

@@ -11,6 +11,8 @@ spread equal steps `u` with the same map, `shift_sigma`.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -120,14 +122,28 @@ class FlowMatchSchedule:
         score_shift: Shift of the score law; None takes `shift`.
         score_sigma_min: Score noise levels below this are raised to it.
         score_sigma_max: Score noise levels above this are lowered to it.
+        score_level_min: Least integer that a score noise level is drawn from, of 1000.
+        score_level_max: Integers are drawn below this.
+        score_window: Bounds the integers by the exit step of the rollout, instead of by the two
+            above: `below` from the level that the step leads to, `above` up to the level that it
+            starts from, or `both`.
+        steps: Raw levels of the generator's steps in thousandths, falling from 1000; null spaces
+            them equally. The generator has to have as many steps.
+        warp_steps: Whether the shift moves these levels, as it moves equally spaced ones.
     """
 
     shift: float = 5.0
     score_shift: float | None = None
     score_sigma_min: float = 0.02
     score_sigma_max: float = 0.98
+    score_level_min: int = 0
+    score_level_max: int = NUM_SCORE_LEVELS
+    score_window: Literal["none", "below", "above", "both"] = "none"
+    steps: tuple[int, ...] | None = None
+    warp_steps: bool = True
 
     def __post_init__(self) -> None:
+        self._require_levels()
         for name, shift in (("shift", self.shift), ("score_shift", self.score_shift)):
             if shift is not None and not (math.isfinite(shift) and shift > 0):
                 raise ConfigError(
@@ -143,6 +159,32 @@ class FlowMatchSchedule:
                 f"{self.score_sigma_max}",
                 "0 < score_sigma_min <= score_sigma_max < 1",
                 "At 0 a score has no noise to remove, at 1 it sees nothing of the sample",
+            )
+
+    def _require_levels(self) -> None:
+        attempted = "reading the noise schedule"
+        if not 0 <= self.score_level_min < self.score_level_max <= NUM_SCORE_LEVELS:
+            raise ConfigError(
+                attempted,
+                f"score_level_min is {self.score_level_min} and score_level_max is "
+                f"{self.score_level_max}",
+                f"0 <= score_level_min < score_level_max <= {NUM_SCORE_LEVELS}",
+            )
+        windows = ("none", "below", "above", "both")
+        if self.score_window not in windows:
+            raise ConfigError(
+                attempted, f"score_window is {self.score_window!r}", f"one of {windows}"
+            )
+        steps = self.steps
+        if steps is None:
+            return
+        falls = all(0 < after < before for before, after in pairwise(steps))
+        if not steps or steps[0] != NUM_SCORE_LEVELS or not falls:
+            raise ConfigError(
+                attempted,
+                f"steps is {list(steps)}",
+                "whole numbers that fall from 1000 and stay above 0",
+                "For example [1000, 750, 500, 250]; the end at 0 is added",
             )
 
     def interpolate(self, x0: Latents, noise: Latents, sigma: PerSample) -> Latents:
@@ -187,6 +229,58 @@ class FlowMatchSchedule:
             )
         u = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         return shift_sigma(u, self.shift).float()
+
+    def generator_grid(self, num_steps: int) -> Float[Tensor, " {num_steps}+1"]:
+        """Noise levels of the generator's own steps: those of `steps`, or equally spaced ones.
+
+            sigma_i = shift_sigma(steps_i / 1000), or steps_i / 1000 where they are not warped
+
+        Args:
+            num_steps: Network passes of the generator.
+
+        Returns:
+            As `few_step_grid`, whose levels [1000, 750, 500, 250] give back.
+
+        Raises:
+            ConfigError: `steps` are of another number.
+
+        Source: `denoising_step_list` and `warp_denoising_step` of the released trainer.
+        """
+        if self.steps is None:
+            return self.few_step_grid(num_steps)
+        if len(self.steps) != num_steps:
+            raise ConfigError(
+                "laying out the generator's noise levels",
+                f"schedule.steps with {len(self.steps)} levels for {num_steps} steps",
+                "a level for each step",
+                "Set generator.num_steps to their number, or schedule.steps to null",
+            )
+        u = torch.tensor([*self.steps, 0], dtype=torch.float64) / NUM_SCORE_LEVELS
+        return (shift_sigma(u, self.shift) if self.warp_steps else u).float()
+
+    def raw_level(self, sigma: float) -> int:
+        """The integer of 1000 whose shifted level is nearest to a noise level."""
+        levels = torch.arange(NUM_SCORE_LEVELS + 1, dtype=torch.float64) / NUM_SCORE_LEVELS
+        return int((shift_sigma(levels, self.shift) - sigma).abs().argmin())
+
+    def score_levels(
+        self, grid: Float[Tensor, " levels"] | None = None, exit_step: int = 0
+    ) -> tuple[int, int]:
+        """Range of the integers that score levels are drawn from: first, and one past the last.
+
+        Args:
+            grid: Noise levels of the rollout; None where its exit step does not matter.
+            exit_step: Step at which the rollout leaves.
+
+        Source: `ts_schedule` (below), `ts_schedule_max` (above) and `min_score_timestep` of the
+        released trainer, whose window of an exit step is between its two raw levels.
+        """
+        low, high = self.score_level_min, self.score_level_max
+        if grid is not None and self.score_window in ("below", "both"):
+            low = self.raw_level(float(grid[exit_step + 1]))
+        if grid is not None and self.score_window in ("above", "both"):
+            high = self.raw_level(float(grid[exit_step]))
+        return low, high if high > low else min(NUM_SCORE_LEVELS, low + 1)
 
     def score_sigma(self, u: Int[Tensor, " b"]) -> PerSample:
         """Noise level of a score query, from an integer drawn uniformly in 0 .. 999.

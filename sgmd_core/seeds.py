@@ -82,17 +82,22 @@ def draw(
     """
     if random_steps is not None:
         num_steps = rollout_steps(seed, key, random_steps)
+    exits_at = exit_step(seed, key, num_steps, first_exit)
+    # Only a window of the exit step asks for the grid, which a random one has for each sample.
+    levels_of = schedule.score_levels(
+        schedule.generator_grid(num_steps) if random_steps is None else None, exits_at
+    )
     initial_noise: list[Tensor] = []
     levels: list[Tensor] = []
     noise: list[Tensor] = []
     for index in sample_indices:
         stream = random_generator(seed, f"samples/{key.purpose}", key.iteration, index)
         initial_noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
-        levels.append(torch.randint(NUM_SCORE_LEVELS, (1,), generator=stream))
+        levels.append(torch.randint(*levels_of, (1,), generator=stream))
         noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
-    exits_at = exit_step(seed, key, num_steps, first_exit)
-    grid = schedule.few_step_grid(num_steps).expand(len(sample_indices), -1)
-    if random_steps is not None:
+    if random_steps is None:
+        grid = schedule.generator_grid(num_steps).expand(len(sample_indices), -1)
+    else:
         inner = [
             torch.rand(
                 num_steps - 1,

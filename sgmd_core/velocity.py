@@ -1,6 +1,6 @@
 """The velocity protocol of networks, and classifier-free guidance."""
 
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -9,6 +9,8 @@ from torch import Tensor
 from sgmd_core.types import Latents, PerSample, Text
 
 NegativeText = Float[Tensor, "1 l d"]
+GuidanceNorm = Literal["none", "layer_norm", "scalar"]
+"""Bound of a guided velocity's length; see `renormalized`."""
 
 
 # Checkable because the shape hook of the tests checks every argument against its annotation.
@@ -34,6 +36,7 @@ def guided_velocity(
     scale: float,
     *,
     batched: bool = True,
+    norm: GuidanceNorm = "none",
 ) -> Latents:
     """Velocity under classifier-free guidance, in the standard form.
 
@@ -51,13 +54,16 @@ def guided_velocity(
         negative: One caption to be steered away from, shared by the batch.
         scale: Guidance scale, dimensionless.
         batched: Whether both captions go through the model as one batch.
+        norm: See `renormalized`.
 
     Returns:
         Velocity, shaped like `x_t`.
     """
     if scale == 1.0:
         return model(x_t, sigma, text)
-    _, guided = guided_velocities(model, x_t, sigma, text, negative, scale, batched=batched)
+    _, guided = guided_velocities(
+        model, x_t, sigma, text, negative, scale, batched=batched, norm=norm
+    )
     return guided
 
 
@@ -70,6 +76,7 @@ def guided_velocities(
     scale: float,
     *,
     batched: bool = True,
+    norm: GuidanceNorm = "none",
 ) -> tuple[Latents, Latents]:
     """Velocity with the caption alone, and that under guidance; see `guided_velocity`.
 
@@ -81,6 +88,7 @@ def guided_velocities(
         negative: One caption to be steered away from, shared by the batch.
         scale: Guidance scale, dimensionless.
         batched: Whether both captions go through the model as one batch.
+        norm: See `renormalized`.
 
     Returns:
         Conditional and guided velocity, shaped like `x_t`.
@@ -95,4 +103,31 @@ def guided_velocities(
     else:
         unconditional = model(x_t, sigma, negative.expand_as(text))
         conditional = model(x_t, sigma, text)
-    return conditional, unconditional + scale * (conditional - unconditional)
+    guided = unconditional + scale * (conditional - unconditional)
+    return conditional, renormalized(guided, conditional, norm)
+
+
+def renormalized(guided: Latents, conditional: Latents, norm: GuidanceNorm) -> Latents:
+    """A guided velocity whose length is tied to that of the conditional one.
+
+        layer_norm  guided * |conditional| / max(|guided|, 1e-12), lengths along the last axis
+        scalar      guided * min(1, |conditional| / |guided|), lengths of the whole tensor
+        none        guided
+
+    For latents the last axis is a row of pixels. `scalar` has one factor for all samples that are
+    given together, so it depends on how a batch is split.
+
+    Args:
+        guided: Velocity under guidance.
+        conditional: Velocity with the caption alone.
+        norm: Which of these.
+
+    Source: `cfg_norm` of the trainer that SGMD was released in, whose video recipes have none.
+    """
+    if norm == "none":
+        return guided
+    if norm == "layer_norm":
+        own, wanted = (each.norm(dim=-1, keepdim=True) for each in (guided, conditional))
+        return guided * (wanted / own.clamp_min(1e-12))
+    own, wanted = guided.norm(), conditional.norm()
+    return guided * (wanted / own.clamp_min(1e-12)).clamp_max(1.0)

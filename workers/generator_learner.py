@@ -216,7 +216,7 @@ class GeneratorLearner(SavedRole):
             )
         device = device_of(self._network)
         noise = start.noise.to(device)
-        sigma = self._schedule.few_step_grid(self._num_steps)[0].to(noise).expand(len(noise))
+        sigma = self._schedule.generator_grid(self._num_steps)[0].to(noise).expand(len(noise))
         velocity = self._network(noise, sigma, start.text.to(device))
         loss = diversity_loss(velocity, target.velocity.to(device))
         handed = {**start.numbers, "the teacher's path": target.velocity}
@@ -413,7 +413,7 @@ class GeneratorLearner(SavedRole):
     def _run(self, text: TextBatch, draws: Draws, *, keep_graph: bool) -> RolloutExit:
         return rollout_exit(
             self._network,
-            self._schedule.few_step_grid(self._num_steps) if draws.grid is None else draws.grid,
+            self._schedule.generator_grid(self._num_steps) if draws.grid is None else draws.grid,
             draws.initial_noise,
             text_on(text, draws.initial_noise.device).text,
             draws.exit_step,

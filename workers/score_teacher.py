@@ -159,6 +159,7 @@ class ScoreTeacher:
             negative.to(device),
             self._settings.guidance_scale,
             batched_guidance=self._settings.batched_guidance,
+            guidance_norm=self._settings.cfg_norm,
         )
         velocity = anchor_velocity(noise, anchor, float(start.grid[-1]))
         handed = {**start.numbers, _NEGATIVE: negative}
@@ -184,6 +185,7 @@ class ScoreTeacher:
             negative.to(query.x0.device),
             settings.guidance_scale,
             batched=settings.batched_guidance,
+            norm=settings.cfg_norm,
         )
         return GuideAnswer(conditional=conditional, guided=guided)
 
@@ -196,6 +198,7 @@ class ScoreTeacher:
             negative.to(query.x0.device),
             self._settings.guidance_scale,
             batched=self._settings.batched_guidance,
+            norm=self._settings.cfg_norm,
         )
 
     def _checked(

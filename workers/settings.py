@@ -16,6 +16,7 @@ from typing import Literal
 
 from sgmd_core.errors import ConfigError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, RandomSteps
+from sgmd_core.velocity import GuidanceNorm
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,6 +404,8 @@ class TeacherSettings:
         sharded: Spread the weights over the ranks of a copy; false: every rank holds all of them
             and gathers nothing.
         compute: How it is computed.
+        cfg_norm: Ties the length of the guided velocity to the conditional one's: `layer_norm`
+            along the last axis, `scalar` as a whole and from above; `none` leaves it.
     """
 
     model: str | None = None
@@ -410,9 +413,12 @@ class TeacherSettings:
     batched_guidance: bool = True
     sharded: bool = True
     compute: ComputeSettings = field(default_factory=ComputeSettings)
+    cfg_norm: GuidanceNorm = "none"
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        norms = ("none", "layer_norm", "scalar")
+        _require(self.cfg_norm in norms, "teacher.cfg_norm", self.cfg_norm, f"one of {norms}")
         _require(
             self.guidance_scale >= 1,
             "teacher.guidance_scale",

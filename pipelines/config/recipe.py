@@ -435,6 +435,17 @@ def _contradictions(config: DistillConfig) -> list[str]:
         )
     problems += topology_contradictions(topology, batch.size, batch.micro_batches)
     problems += method_contradictions(config.objective, config.fake_score)
+    if config.generator.random_steps is not None and config.schedule.score_window != "none":
+        problems.append(
+            f"schedule.score_window {config.schedule.score_window} has no one window where "
+            "generator.random_steps draws the levels of each sample; set schedule.score_window=none"
+        )
+    steps = config.schedule.steps
+    if steps is not None and len(steps) != config.generator.num_steps:
+        problems.append(
+            f"schedule.steps has {len(steps)} levels, one for each step, but generator.num_steps "
+            f"is {config.generator.num_steps}; set it to {len(steps)}"
+        )
     problems += lora_contradictions(config)
     problems += frozen_contradictions(config)
     if config.validation.every and not config.data.validation:

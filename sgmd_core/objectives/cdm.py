@@ -80,12 +80,6 @@ class CdmObjective(DmdObjective):
 
     about: ClassVar[str] = "distribution matching on random steps, on and off the trajectory"
     gradient: ClassVar[str] = "gap / n, and guidance / n at other noise"
-    leading_losses: ClassVar[tuple[str, ...]] = (
-        "distribution_matching",
-        "off_trajectory",
-        "residual_contraction",
-    )
-
     method: Literal["cdm"] = "cdm"  # pyright: ignore[reportIncompatibleVariableOverride]
     fake_updates: int = 2
     normalizer_min: float = 0.1
