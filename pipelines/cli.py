@@ -74,6 +74,7 @@ for command in (
     results.evaluate,
     results.generate,
     exporting.export,
+    exporting.experts,
     results.report,
     results.ledger,
 ):

@@ -230,6 +230,26 @@ class FlowMatchSchedule:
         u = 1 - torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
         return shift_sigma(u, self.shift).float()
 
+    def renoise_sigma(self, u: Int[Tensor, " b"]) -> PerSample:
+        """Noise level off the trajectory, from an integer drawn uniformly in 0 .. 999.
+
+            sigma = max(shift_sigma((u + 1) / 1000, score_shift), score_sigma_min)
+
+        Unlike `score_sigma` it reaches pure noise.
+
+        Args:
+            u: Integers in [0, NUM_SCORE_LEVELS).
+
+        Returns:
+            Noise levels (b,) in float32, computed in float64.
+
+        Source: the law by which the released trainer noises samples again, where a uniform number
+        is rounded up to a thousandth.
+        """
+        shift = self.shift if self.score_shift is None else self.score_shift
+        sigma = shift_sigma((u.double() + 1) / NUM_SCORE_LEVELS, shift)
+        return sigma.clamp_min(self.score_sigma_min).float()
+
     def generator_grid(self, num_steps: int) -> Float[Tensor, " {num_steps}+1"]:
         """Noise levels of the generator's own steps: those of `steps`, or equally spaced ones.
 
@@ -257,6 +277,31 @@ class FlowMatchSchedule:
             )
         u = torch.tensor([*self.steps, 0], dtype=torch.float64) / NUM_SCORE_LEVELS
         return (shift_sigma(u, self.shift) if self.warp_steps else u).float()
+
+    def sampling_grid(
+        self, num_steps: int, guidance_scale: float
+    ) -> Float[Tensor, " {num_steps}+1"]:
+        """Noise levels of a sampler: those of `steps` for as many unguided steps, or equal ones.
+
+        Args:
+            num_steps: Network passes of the sampler.
+            guidance_scale: Of the sampler; a few-step generator has 1.
+        """
+        listed = self.steps is not None and len(self.steps) == num_steps and guidance_scale == 1
+        return self.generator_grid(num_steps) if listed else self.few_step_grid(num_steps)
+
+    def raw_steps(self, num_steps: int) -> list[int]:
+        """Raw levels of the generator's steps in thousandths, with the end at 0."""
+        steps = self.steps or [round(1000 * (1 - step / num_steps)) for step in range(num_steps)]
+        return [*steps, 0]
+
+    def table_sigma(self, u: Int[Tensor, " b"]) -> PerSample:
+        """Noise level of a raw level: moved by the shift of the steps, and not clamped.
+
+        Args:
+            u: Raw levels in thousandths.
+        """
+        return shift_sigma(u.double() / NUM_SCORE_LEVELS, self.shift).float()
 
     def raw_level(self, sigma: float) -> int:
         """The integer of 1000 whose shifted level is nearest to a noise level."""

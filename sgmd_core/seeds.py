@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sgmd_core.phases import Phase
 from sgmd_core.schedule import NUM_SCORE_LEVELS, FlowMatchSchedule, RandomSteps
 from sgmd_core.types import Draws, Look, Looks, MicroBatchKey, PerSample
 
@@ -54,6 +55,7 @@ def draw(
     *,
     random_steps: RandomSteps | None = None,
     looks: Looks | None = None,
+    phase: Phase | None = None,
 ) -> Draws:
     """Draws every random number that a micro-batch consumes.
 
@@ -76,17 +78,21 @@ def draw(
         random_steps: Draws number and levels of the rollout's steps; None: `num_steps` on the
             schedule's own grid.
         looks: Score queries beside the one at the samples.
+        phase: Bounds exit steps and score levels to those of a phase.
 
     Returns:
         The draws, in float32 on the CPU.
     """
     if random_steps is not None:
         num_steps = rollout_steps(seed, key, random_steps)
-    exits_at = exit_step(seed, key, num_steps, first_exit)
+    exits_at = exit_of(seed, key, num_steps, first_exit, phase)
     # Only a window of the exit step asks for the grid, which a random one has for each sample.
     levels_of = schedule.score_levels(
         schedule.generator_grid(num_steps) if random_steps is None else None, exits_at
     )
+    sigma_of = schedule.score_sigma
+    if phase is not None:
+        levels_of, sigma_of = phase.levels, schedule.table_sigma
     initial_noise: list[Tensor] = []
     levels: list[Tensor] = []
     noise: list[Tensor] = []
@@ -111,7 +117,7 @@ def draw(
     return Draws(
         initial_noise=torch.stack(initial_noise),
         exit_step=exits_at,
-        sigma=schedule.score_sigma(torch.cat(levels)),
+        sigma=sigma_of(torch.cat(levels)),
         noise=torch.stack(noise),
         grid=None if random_steps is None else grid,
         guide=streams.guide(grid[:, exits_at]) if looks.splits_guidance else None,
@@ -138,7 +144,7 @@ class _LookStreams:
         return Look(torch.cat(shares) * exit_sigma, torch.stack(noise))
 
     def off(self, schedule: FlowMatchSchedule) -> Look:
-        """Both levels off the trajectory are drawn by the score law, independently."""
+        """Both levels off the trajectory are drawn by one law, independently."""
         levels: list[Tensor] = []
         noise: list[Tensor] = []
         for stream in self._streams("off"):
@@ -146,7 +152,7 @@ class _LookStreams:
             noise.append(self._noise(stream))
         start, sigma = torch.stack(levels, dim=1)
         return Look(
-            schedule.score_sigma(sigma), torch.stack(noise), start=schedule.score_sigma(start)
+            schedule.renoise_sigma(sigma), torch.stack(noise), start=schedule.renoise_sigma(start)
         )
 
     def _streams(self, name: str) -> Iterator[torch.Generator]:
@@ -173,6 +179,16 @@ def rollout_steps(seed: int, key: MicroBatchKey, random_steps: RandomSteps) -> i
     stream = random_generator(seed, f"steps/{key.purpose}", key.iteration, draw)
     first, last = random_steps.min_steps, random_steps.max_steps
     return int(torch.randint(first, last + 1, (), generator=stream))
+
+
+def exit_of(
+    seed: int, key: MicroBatchKey, num_steps: int, first_exit: int, phase: Phase | None
+) -> int:
+    """The exit step of a micro-batch that may belong to a phase; see `exit_step`."""
+    if phase is None:
+        return exit_step(seed, key, num_steps, first_exit)
+    first = max(first_exit, phase.first_exit_for(key.purpose))
+    return exit_step(seed, key, phase.end, first)
 
 
 def exit_step(seed: int, key: MicroBatchKey, num_steps: int, first_exit: int = 0) -> int:

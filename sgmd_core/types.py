@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sgmd_core.interval import interval_state, interval_velocity
 from sgmd_core.sample_record import SampleRecord
 
 Latents = Float[Tensor, "b c t h w"]
@@ -143,9 +144,28 @@ class NoisedBatch(SampleRecord):
 
     `x_t` is derived rather than stored: it is cheaper to form than to send, and a role that needs
     the gradient of a loss with respect to `x0` gets it through `x_t` for free.
+
+    Attributes:
+        x0: The generator's samples.
+        sigma: Noise level at which they are looked at.
+        noise: Noise through which, standard normal.
+        text: Captions.
+        key: The micro-batch.
+        generator_version: Updates that the generator had seen.
+        guide: Another look, for the teacher's guidance alone.
+        off: Another look, at samples off the generator's trajectory.
+        anchor: State at a noise level below, which is looked at in place of `x0`; a constant. The
+            gradient still belongs to `x0`.
+        anchor_sigma: Noise level of the anchor.
+        exit_sigma: Noise level that the generator left for `x0` and the anchor from.
     """
 
-    MAY_NARROW: ClassVar[Mapping[str, str]] = {"x0": VALUE, "noise": VALUE, "text": VALUE}
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {
+        "x0": VALUE,
+        "noise": VALUE,
+        "text": VALUE,
+        "anchor": VALUE,
+    }
 
     x0: Latents
     sigma: PerSample
@@ -155,10 +175,18 @@ class NoisedBatch(SampleRecord):
     generator_version: int = 0
     guide: Look | None = None
     off: Look | None = None
+    anchor: Latents | None = None
+    anchor_sigma: PerSample | None = None
+    exit_sigma: PerSample | None = None
 
     @property
     def x_t(self) -> Latents:
-        """The noised latents, (1 - sigma) * x0 + sigma * noise, in float32 or wider."""
+        """The noised latents, (1 - sigma) * x0 + sigma * noise, in float32 or wider.
+
+        Of an anchor, `interval.interval_state`.
+        """
+        if self.anchor is not None and self.anchor_sigma is not None:
+            return interval_state(self.anchor, self.noise, self.sigma, self.anchor_sigma)
         sigma = per_sample(self.sigma, self.x0)
         return (1 - sigma) * self.x0 + sigma * self.noise
 
@@ -187,8 +215,23 @@ class NoisedBatch(SampleRecord):
 
     @property
     def velocity(self) -> Latents:
-        """The velocity of this very sample, noise - x0: what the fake score should predict."""
+        """The velocity of this very sample, noise - x0: what the fake score should predict.
+
+        Of an anchor, `interval.interval_velocity`.
+        """
+        if self.anchor is not None and self.anchor_sigma is not None:
+            return interval_velocity(self.anchor, self.noise, self.sigma, self.anchor_sigma)
         return self.noise - self.x0
+
+    @property
+    def chord(self) -> Latents:
+        """Velocity of the straight line from `x0` to `x_t`: (x_t - x0) / sigma.
+
+        Without an anchor it is `velocity`, and formed without a division.
+        """
+        if self.anchor is None:
+            return self.velocity
+        return (self.x_t - self.x0) / per_sample(self.sigma, self.x0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +356,9 @@ def detached(query: NoisedBatch, x0: Latents | None = None) -> NoisedBatch:
         noise=query.noise.detach(),
         text=query.text.detach(),
         generator_version=query.generator_version,
+        anchor=None if query.anchor is None else query.anchor.detach(),
+        anchor_sigma=query.anchor_sigma,
+        exit_sigma=query.exit_sigma,
     )
 
 

@@ -127,7 +127,8 @@ def renormalized(guided: Latents, conditional: Latents, norm: GuidanceNorm) -> L
     if norm == "none":
         return guided
     if norm == "layer_norm":
-        own, wanted = (each.norm(dim=-1, keepdim=True) for each in (guided, conditional))
+        wanted = conditional.square().sum(dim=-1, keepdim=True).sqrt()
+        own = guided.square().sum(dim=-1, keepdim=True).sqrt()
         return guided * (wanted / own.clamp_min(1e-12))
-    own, wanted = guided.norm(), conditional.norm()
+    wanted, own = conditional.square().sum().sqrt(), guided.square().sum().sqrt()
     return guided * (wanted / own.clamp_min(1e-12)).clamp_max(1.0)

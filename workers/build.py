@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sgmd_core.objectives import Objective
+from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
 from workers.adapters import add_adapters
@@ -50,6 +51,7 @@ def build_generator(
     num_threads: int,
     raises: bool = True,
     looks: Looks | None = None,
+    phases: Phases | None = None,
 ) -> GeneratorLearner:
     """The generator, starting from the teacher's weights.
 
@@ -62,6 +64,7 @@ def build_generator(
         num_threads: Threads of torch.
         raises: As in `workers.finite.FiniteChecks`.
         looks: Score queries that the objective wants beside the one at the samples.
+        phases: Steps that each iteration trains; None: all of them in every one.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -71,7 +74,7 @@ def build_generator(
     latent_shape = _latent_shape(model, video)
     network = _learning(model, settings.compute, settings.lora, seed, "generator")
     checks = FiniteChecks(raises=raises)
-    return GeneratorLearner(network, schedule, settings, latent_shape, seed, checks, looks)
+    return GeneratorLearner(network, schedule, settings, latent_shape, seed, checks, looks, phases)
 
 
 def build_fake_score(

@@ -166,7 +166,7 @@ class Evaluator:
         negative = self._text_encoder.encode_negative(self._negative_prompt)
         return euler_sample(
             model,
-            self._schedule.few_step_grid(num_steps),
+            self._schedule.sampling_grid(num_steps, guidance_scale),
             noise,
             text.to(noise.device),
             negative.to(noise.device),

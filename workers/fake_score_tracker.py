@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sgmd_core.errors import StaleCallError, non_finite_remedy
-from sgmd_core.objectives import GradientPath, LookingObjective, Objective
+from sgmd_core.objectives import GradientPath, LookingObjective, Objective, restarts_of
 from sgmd_core.types import (
     GeneratorSignal,
     GuideAnswer,
@@ -83,6 +83,10 @@ class FakeScoreTracker(SavedRole):
             "fake score", velocity_model, settings.optimizer, objective.fake_updates
         )
         self._kept: dict[MicroBatchKey, _KeptForward] = {}
+        self._restarts = restarts_of(objective)
+        # Taken before anything is loaded: the weights that the role was built with.
+        self._start = self._optimizer.snapshot() if self._restarts else None
+        self._restarted: int | None = None
 
     @property
     def forwards_kept(self) -> int:
@@ -108,6 +112,7 @@ class FakeScoreTracker(SavedRole):
             NonFiniteError: A number that goes in or comes out is not finite.
         """
         self._optimizer.require_current(query.key.iteration, "scoring a micro-batch")
+        self._restart(query.key.iteration)
         if teacher.key != query.key:
             raise StaleCallError(
                 f"scoring {query.key}",
@@ -162,6 +167,7 @@ class FakeScoreTracker(SavedRole):
                 gathered from it.
         """
         self._optimizer.require_current(query.key.iteration, "tracking a micro-batch")
+        self._restart(query.key.iteration)
         forward = self._take_kept(query) if self._shared else self._forward(query)
         loss = self._objective.tracking_loss(forward.query, forward.velocity_fake)
         predictions = {_VELOCITY_FAKE: forward.velocity_fake}
@@ -263,6 +269,7 @@ class FakeScoreTracker(SavedRole):
         """
         state = load_role(folder, ROLE, self._optimizer.rows)
         self.discard()
+        self._restarted = None
         self._optimizer.load_state(state)
         return state.updates
 
@@ -284,8 +291,17 @@ class FakeScoreTracker(SavedRole):
             CheckpointError: It belongs to another network.
         """
         self.discard()
+        self._restarted = None
         self._optimizer.restore(snapshot)
         return snapshot.updates
+
+    def _restart(self, iteration: int) -> None:
+        """Goes back to the first weights, without moments, before a phase that begins anew."""
+        if self._start is None or iteration not in self._restarts:
+            return
+        if self._restarted != iteration:
+            self._optimizer.restart(self._start)
+            self._restarted = iteration
 
     def _with_looks(
         self, loss: Loss, leaf: NoisedBatch, query: NoisedBatch, teacher: TeacherPrediction

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cluster.files import whole_folder
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.diversity import diversity_loss
+from sgmd_core.phases import Phase, Phases
 from sgmd_core.rollout import RolloutExit, extrapolated, rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
@@ -67,6 +68,7 @@ class GeneratorLearner(SavedRole):
         seed: The run's seed; with a key it fixes every draw.
         checks: Checks of the numbers that go in and come out; by default they raise.
         looks: Score queries that the objective wants beside the one at the samples.
+        phases: Steps that each iteration trains; None: all of them in every one.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class GeneratorLearner(SavedRole):
         seed: int,
         checks: FiniteChecks | None = None,
         looks: Looks | None = None,
+        phases: Phases | None = None,
     ) -> None:
         super().__init__()
         self._checks = checks or FiniteChecks()
@@ -87,6 +90,7 @@ class GeneratorLearner(SavedRole):
         self._num_steps = settings.num_steps
         self._random_steps = settings.random_steps
         self._looks = looks or Looks()
+        self._phases = phases
         self._diversity = settings.diversity
         self._latent_shape = latent_shape
         self._seed = seed
@@ -107,6 +111,10 @@ class GeneratorLearner(SavedRole):
     def rollouts_kept(self) -> int:
         """Rollouts whose graph waits for a signal."""
         return len(self._kept)
+
+    def phase(self, iteration: int) -> Phase | None:
+        """The phase of an iteration, where there are phases."""
+        return None if self._phases is None else self._phases.at(iteration)
 
     def rollout(
         self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
@@ -129,7 +137,7 @@ class GeneratorLearner(SavedRole):
         draws = self._place_or_draw(key, text, draws)
         left = self._run(text, draws, keep_graph=True)
         off = None if draws.off is None else self._off_trajectory(left, text, draws.off)
-        query = self._query(key, left.x0.detach(), text, draws)
+        query = self._anchored(self._query(key, left.x0.detach(), text, draws), left)
         if draws.off is not None and off is not None:
             query = replace(query, off=replace(draws.off, x0=off.detach(), start=None))
         self._kept[key] = _KeptRollout(x0=left.x0, exit_step=draws.exit_step, off=off)
@@ -140,7 +148,8 @@ class GeneratorLearner(SavedRole):
     ) -> NoisedBatch:
         """The same as `rollout`, for a batch that only the fake score learns from: no graph."""
         draws = self._place_or_draw(key, text, draws)
-        return self._query(key, self._run(text, draws, keep_graph=False).x0, text, draws)
+        left = self._run(text, draws, keep_graph=False)
+        return self._anchored(self._query(key, left.x0, text, draws), left)
 
     def learn(self, signal: GeneratorSignal, weight: float = 1.0) -> LearnReport:
         """Carries a signal from `x0` to the parameters, whose gradients add up over micro-batches.
@@ -399,6 +408,7 @@ class GeneratorLearner(SavedRole):
                 self._num_steps,
                 first_exit=self._diversity.first_exit,
                 random_steps=self._random_steps,
+                phase=self.phase(key.iteration),
                 looks=self._looks if key.purpose is Purpose.GENERATE else None,
             )
         return draws_on(draws, device_of(self._network))
@@ -431,6 +441,16 @@ class GeneratorLearner(SavedRole):
         )
         numbers = {"the initial noise": draws.initial_noise, **query.numbers}
         return replace(query, x0=self._checked(x0, "rolling out", key, numbers, 0))
+
+    def _anchored(self, query: NoisedBatch, left: RolloutExit) -> NoisedBatch:
+        """The query from the last state of a phase, where that is no clean one."""
+        phase = self.phase(query.key.iteration)
+        if phase is None or not phase.anchored:
+            return query
+        end = self._schedule.generator_grid(self._num_steps)[phase.end]
+        sigma = end.to(left.sigma).expand_as(left.sigma)
+        anchor = extrapolated(left.x_t, left.velocity, left.sigma, sigma)
+        return replace(query, anchor=anchor, anchor_sigma=sigma, exit_sigma=left.sigma)
 
     def _checked(
         self,

@@ -10,6 +10,7 @@ updates an iteration, each after a report of its own.
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -261,6 +262,15 @@ class RoleOptimizer:
         self._updates = snapshot.updates
         self._skipped = snapshot.skipped
         self.discard()
+
+    def restart(self, start: RoleSnapshot) -> None:
+        """Takes the weights of a snapshot back, and none of its moments; updates count on.
+
+        Raises:
+            CheckpointError: The snapshot belongs to another network.
+        """
+        fresh = replace(start, moments={}, updates=self._updates, skipped=self._skipped)
+        self.restore(fresh)
 
     def _parts_by_index(self, moments: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
         """Copies of this rank's parts of the moments, in AdamW's own form."""

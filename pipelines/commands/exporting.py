@@ -1,4 +1,4 @@
-"""Commands that exchange models with other programs: `sgmd export`, `sgmd import`."""
+"""Commands that exchange models with other programs: `sgmd export`, `import`, `experts`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -98,3 +98,24 @@ def import_file(
         on_progress("converting the file", 1, 1)
     words = f"{result.folder}: {result.num_tensors} tensors in {result.dtype} of {file}"
     show(result.to_json(), as_json, words)
+
+
+def experts(
+    base: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a run.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The new model folder.")],
+    boundary: Annotated[
+        float, typer.Option(help="Noise level from which on the first expert is asked")
+    ],
+    components: Annotated[str, typer.Option(help="Weight files: link or copy")] = "link",
+    as_json: Json = False,
+) -> None:
+    """Make a model folder of two experts by noise level, to train them in phases."""
+    with progress_bar() as on_progress:
+        from pipelines.experts import make_experts
+        from workers.models.exporting import Components
+
+        on_progress("writing the folder", 0, 1)
+        folder = make_experts(base, target, boundary, cast(Components, components))
+        on_progress("writing the folder", 1, 1)
+    data = {"folder": str(folder), "boundary": boundary}
+    show(data, as_json, f"{folder}: two experts of {base}, which change at noise level {boundary}")

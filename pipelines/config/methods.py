@@ -26,6 +26,7 @@ from sgmd_core.objectives.cdm import CdmObjective
 from sgmd_core.objectives.dmd import DmdObjective
 from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.pdmd import PdmdObjective
+from sgmd_core.objectives.phased import PhasedObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
@@ -42,6 +43,7 @@ _OWN: tuple[type[Objective], ...] = (
     Dmd2Objective,
     PdmdObjective,
     CdmObjective,
+    PhasedObjective,
     SidObjective,
 )
 _REQUIRED = ("path", "about", "gradient", "leading_losses", "fake_updates", "method")

@@ -37,8 +37,10 @@ from pipelines.data.shards.columns import RecipeColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
-from sgmd_core.objectives import looks_of
+from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import looks_of, phases_of
 from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
 from workers.settings import (
@@ -243,6 +245,11 @@ class DistillConfig(Section):
         return looks_of(self.objective, self.teacher.guidance_scale)
 
     @property
+    def phases(self) -> Phases | None:
+        """Phases of the iterations; None where every iteration trains all steps."""
+        return phases_of(self.objective, self.schedule, self.generator.num_steps)
+
+    @property
     def gpus_beside(self) -> dict[str, float]:
         """GPUs of the processes beside the three roles, by section; those that take some."""
         topology = self.topology
@@ -287,6 +294,8 @@ class DistillConfig(Section):
             "fps": self.video.fps,
             "text_length": self.model.text_length,
             "negative_prompt": self.model.negative_prompt,
+            "steps": self.schedule.steps,
+            "warp_steps": self.schedule.warp_steps,
         }
 
     def to_yaml(self) -> str:
@@ -440,6 +449,7 @@ def _contradictions(config: DistillConfig) -> list[str]:
             f"schedule.score_window {config.schedule.score_window} has no one window where "
             "generator.random_steps draws the levels of each sample; set schedule.score_window=none"
         )
+    problems += _phase_contradictions(config)
     steps = config.schedule.steps
     if steps is not None and len(steps) != config.generator.num_steps:
         problems.append(
@@ -450,4 +460,31 @@ def _contradictions(config: DistillConfig) -> list[str]:
     problems += frozen_contradictions(config)
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")
+    return problems
+
+
+def _phase_contradictions(config: DistillConfig) -> list[str]:
+    """Returns what does not go with training in phases, as sentences."""
+    try:
+        phases = config.phases
+    except ConfigError as error:
+        return [f"{error.found}; {error.remedy}"]
+    if phases is None:
+        return []
+    problems: list[str] = []
+    method = config.objective.method
+    if config.generator.random_steps is not None:
+        problems.append(
+            f"generator.random_steps has no step at the boundary of {method}; set it to null"
+        )
+    if config.generator.diversity.enabled:
+        problems.append(
+            f"generator.diversity would go on training the first step in the low phase of {method};"
+            " set generator.diversity.weight=0"
+        )
+    if config.schedule.score_window != "none":
+        problems.append(
+            f"schedule.score_window {config.schedule.score_window} and the phases of {method} both "
+            "bound the score levels; set schedule.score_window=none"
+        )
     return problems

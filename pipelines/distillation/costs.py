@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.algorithm import (
     ANCHOR,
     DENOISE,
@@ -24,7 +25,7 @@ from pipelines.distillation.algorithm import (
     StageSpec,
 )
 from sgmd_core.objectives import GradientPath
-from sgmd_core.types import Looks
+from sgmd_core.types import Looks, Purpose
 from workers.models.family import PassFlops
 
 
@@ -101,6 +102,19 @@ def mean_rollout(num_steps: float, *, first_exit: int = 0) -> float:
         first_exit: First step that may be drawn, counted from 0.
     """
     return (first_exit + 1 + num_steps) / 2
+
+
+def mean_rollouts(config: DistillConfig) -> tuple[float, float]:
+    """Mean forward passes of a rollout of a run: of the generator's batches, and of tracking's."""
+    generator, phases = config.generator, config.phases
+    if phases is not None:
+        generate, track = (
+            phases.mean_length(purpose, config.iterations)
+            for purpose in (Purpose.GENERATE, Purpose.TRACK)
+        )
+        return generate, track
+    mean = mean_rollout(generator.mean_steps, first_exit=generator.diversity.first_exit)
+    return mean, mean
 
 
 def stage_passes(

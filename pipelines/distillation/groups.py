@@ -303,7 +303,17 @@ def _open(
         generator=group(
             GENERATOR,
             build_generator,
-            (model, config.video, schedule, config.generator, seed, threads, raises, config.looks),
+            (
+                model,
+                config.video,
+                schedule,
+                config.generator,
+                seed,
+                threads,
+                raises,
+                config.looks,
+                config.phases,
+            ),
         ),
         fake_score=group(
             FAKE_SCORE,

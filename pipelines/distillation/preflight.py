@@ -11,6 +11,7 @@ from pipelines.data.shards.schema import TEXT_EMBEDS, Encoding
 from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
 from pipelines.data.stream.source import Source
 from pipelines.distillation.iteration_plan import stage_seconds
+from pipelines.distillation.phase_check import check_phases
 from pipelines.distillation.teacher_check import check_teacher
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.records import SHAPE_FIGURES
@@ -128,6 +129,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
     require_computable(config, family)
     require_adaptable(config, family)
     model = family.inspect(config.model_folder)
+    check_phases(config, model)
     tokenizer = family.load_tokenizer(model.path)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)

@@ -95,25 +95,27 @@ class Subject:
         folder: The diffusers folder.
         model: The same, with the text settings.
         video: Size of the clips.
-        flow_shift: Shift of the noise levels.
+        schedule: Noise levels.
     """
 
     folder: Path
     model: ModelSettings
     video: VideoSettings
-    flow_shift: float
+    schedule: FlowMatchSchedule
 
     @property
     def facts(self) -> tuple[object, ...]:
         """Returns what decides its clips besides the folder's files and the way of sampling."""
-        return (self.model.text_length, self.model.negative_prompt, self.video, self.flow_shift)
+        levels = (self.schedule.shift, self.schedule.steps, self.schedule.warp_steps)
+        listed = levels if self.schedule.steps else self.schedule.shift
+        return (self.model.text_length, self.model.negative_prompt, self.video, listed)
 
     def evaluator(self, options: EvaluationOptions) -> Evaluator:
         """Loads the networks."""
         return build_evaluator(
             self.model,
             self.video,
-            FlowMatchSchedule(shift=self.flow_shift),
+            self.schedule,
             options.num_threads or os.cpu_count() or 1,
             options.batch_size,
         )
@@ -257,7 +259,7 @@ def _subject(
 ) -> Subject:
     dtype = encoder_dtype() if config is None else config.model.encoder_dtype
     model = ModelSettings(str(folder), settings.text_length, settings.negative_prompt, dtype)
-    return Subject(folder, model, video, settings.flow_shift)
+    return Subject(folder, model, video, settings.schedule)
 
 
 def _captions(

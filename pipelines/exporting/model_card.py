@@ -19,7 +19,6 @@ from pipelines.exporting.source import TrainedGenerator
 from pipelines.reporting.names import in_order
 from pipelines.run.folder import RunFolder, file_inside, git_revision, read_jsonl
 from sgmd_core.errors import CheckpointError
-from sgmd_core.schedule import FlowMatchSchedule
 from workers.models.addresses import is_hub_id
 from workers.models.configs import INDEX_FILE, read_model_json
 
@@ -65,8 +64,8 @@ def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) ->
         # Markdown: names from elsewhere are checked or cleaned before they come here.
         autoescape=False,
     )
-    grid = FlowMatchSchedule(shift=source.sampling.flow_shift).few_step_grid(
-        source.sampling.num_steps
+    grid = source.sampling.schedule.sampling_grid(
+        source.sampling.num_steps, source.sampling.guidance_scale
     )
     text = environment.get_template("model_card.md.j2").render(
         metadata=_metadata(source).to_yaml().strip(),

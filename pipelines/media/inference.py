@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, V
 
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ModelFolderError
-from sgmd_core.schedule import MAX_STEPS
+from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
 from workers.models.addresses import local_model, missing_folder
 from workers.models.configs import read_model_json
 from workers.models.families import family_of
@@ -36,6 +36,9 @@ class InferenceSettings(BaseModel):
         height: Pixels.
         width: Pixels.
         fps: Frames a second.
+        steps: Raw levels of the steps in thousandths, where they are not equally spaced; they hold
+            for as many steps without guidance.
+        warp_steps: Whether the shift moves these levels.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -49,6 +52,15 @@ class InferenceSettings(BaseModel):
     height: PositiveInt
     width: PositiveInt
     fps: PositiveInt
+    steps: tuple[int, ...] | None = None
+    warp_steps: bool = True
+
+    @property
+    def schedule(self) -> FlowMatchSchedule:
+        """Noise levels of the folder's sampler."""
+        return FlowMatchSchedule(
+            shift=self.flow_shift, steps=self.steps, warp_steps=self.warp_steps
+        )
 
 
 def read_inference_settings(folder: Path) -> InferenceSettings:

@@ -38,7 +38,7 @@ from pipelines.distillation.algorithm import (
     StageSpec,
     iteration_program,
 )
-from pipelines.distillation.costs import PassCosts, Passes, mean_rollout, stage_passes
+from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.objectives import GradientPath
 from sgmd_core.types import Looks
@@ -79,7 +79,8 @@ class Workload:
         latent_shape: Channels, frames, rows, columns of one sample.
         text_length: Text positions.
         batch_size: Samples of one update.
-        num_steps: Steps of the generator's rollouts; a mean where their number is drawn.
+        rollout: Forward passes of a rollout of the generator's batch, in the mean.
+        sample: The same of a tracking batch.
         guided: Whether the teacher is asked with and without the caption.
         fresh_updates: Updates of the fake score on samples of their own; 0 with shared tracking.
         path: Ways by which the generator's loss depends on its samples.
@@ -106,7 +107,8 @@ class Workload:
     latent_shape: tuple[int, int, int, int]
     text_length: int
     batch_size: int
-    num_steps: float = 4
+    rollout: float = 2.5
+    sample: float = 2.5
     guided: bool = True
     fresh_updates: int = 0
     path: GradientPath = GradientPath.FAKE_SCORE
@@ -151,12 +153,14 @@ class Workload:
             FAKE_SCORE: config.fake_score.compute,
         }
         others = _other_shapes(config, shape.denoiser)
+        rollout, sample = mean_rollouts(config)
         return cls(
             shape=shape.denoiser,
             latent_shape=_latent_shape(config, shape),
             text_length=config.model.text_length,
             batch_size=config.batch.size,
-            num_steps=config.generator.mean_steps,
+            rollout=rollout,
+            sample=sample,
             guided=config.teacher.guidance_scale != 1,
             fresh_updates=config.fresh_updates,
             path=config.objective.path,
@@ -302,11 +306,10 @@ class Workload:
         return own / self.forward_flops
 
     def _passes_by_stage(self) -> Mapping[StageSpec, Passes]:
-        rollout = mean_rollout(self.num_steps, first_exit=self.diversity.first_exit)
         return stage_passes(
             path=self.path,
-            rollout=rollout,
-            sample=rollout,
+            rollout=self.rollout,
+            sample=self.sample,
             guided=self.guided,
             fresh_tracking=self.fresh_updates > 0,
             anchor_steps=self.diversity.num_anchor_steps,
@@ -338,11 +341,10 @@ class Workload:
     def gathers(self) -> dict[StageName, float]:
         """Counts how often a sharded call of each stage gathers weights or sends gradients."""
         shared = self.fresh_updates == 0
-        rollout = mean_rollout(self.num_steps, first_exit=self.diversity.first_exit)
         off, guides = self.looks.off_trajectory, self.looks.splits_guidance
         counts = {
-            ROLLOUT: rollout + off,
-            SAMPLE: rollout,
+            ROLLOUT: self.rollout + off,
+            SAMPLE: self.sample,
             LEARN: 2.0 + 3.0 * self.diversity.enabled + 2.0 * off,
             DENOISE: 1.0 + self.diversity.num_anchor_steps + off + guides,
             PULLBACK: 2.0,

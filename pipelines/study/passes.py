@@ -13,9 +13,9 @@ from cluster.schedule.program import split_evenly
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import TEACHER
 from pipelines.distillation.algorithm import SAMPLE, TRACK
-from pipelines.distillation.costs import PassCosts, Passes, mean_rollout, stage_passes
+from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
 from pipelines.planning.workload import Workload
-from sgmd_core.seeds import exit_step, rollout_steps
+from sgmd_core.seeds import exit_of, rollout_steps
 from sgmd_core.types import MicroBatchKey, Purpose
 
 PassTable = Mapping[str, Passes]
@@ -33,9 +33,7 @@ def pass_costs(config: DistillConfig) -> PassCosts:
 
 def expected_passes(config: DistillConfig) -> dict[str, Passes]:
     """Passes of one iteration, rollouts at their mean length."""
-    generator = config.generator
-    mean = mean_rollout(generator.mean_steps, first_exit=generator.diversity.first_exit)
-    return _passes(config, mean, mean)
+    return _passes(config, *mean_rollouts(config))
 
 
 def iteration_passes(config: DistillConfig, iteration: int) -> dict[str, Passes]:
@@ -111,5 +109,6 @@ def _rollout_length(config: DistillConfig, iteration: int, purpose: Purpose, cou
         key, steps = MicroBatchKey(iteration, draw, purpose), generator.num_steps
         if generator.random_steps is not None:
             steps = rollout_steps(config.seed, key, generator.random_steps)
-        exits.append(exit_step(config.seed, key, steps, generator.diversity.first_exit))
+        phase = None if config.phases is None else config.phases.at(iteration)
+        exits.append(exit_of(config.seed, key, steps, generator.diversity.first_exit, phase))
     return 1 + fmean(exits, samples * (count // len(samples)))

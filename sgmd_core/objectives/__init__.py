@@ -6,6 +6,7 @@ decides whose parameters receive the gradient.
                 gradient at x0, J = d x0_fake / d x0, J_T = d x0_teacher / d x0       path
     dmd, dmd2   q = gap / n, as it is                                                 SAMPLE
     cdm         the same at several looks: at x0, guidance at other noise, off the path   SAMPLE
+    phased_dmd  the same in the interval above the phase's last state                     SAMPLE
     pdmd        the same, gap without its part along residual                         SAMPLE
     tsg_fisher  J' (w gap)                                                            FAKE_SCORE
     sgmd        J' (w gap + lambda_nr u residual)                                     FAKE_SCORE
@@ -20,6 +21,8 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import ClassVar, Protocol, runtime_checkable
 
+from sgmd_core.phases import Phases
+from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import GuideAnswer, Latents, Looks, Loss, NoisedBatch
 
 
@@ -122,3 +125,33 @@ def looks_of(objective: Objective, guidance_scale: float) -> Looks:
         return Looks()
     looks = objective.looks
     return replace(looks, splits_guidance=looks.splits_guidance and guidance_scale != 1)
+
+
+@runtime_checkable
+class PhasingObjective(Protocol):
+    """Part of an objective that trains some steps of the generator first and others later."""
+
+    @property
+    def restarts(self) -> tuple[int, ...]:
+        """Iterations before which the fake score goes back to the weights that it started from."""
+        ...
+
+    def phases(self, schedule: FlowMatchSchedule, num_steps: int) -> Phases:
+        """Phases of a run's iterations."""
+        ...
+
+
+def restarts_of(objective: Objective) -> tuple[int, ...]:
+    """Iterations before which the fake score of an objective starts again."""
+    return objective.restarts if isinstance(objective, PhasingObjective) else ()
+
+
+def phases_of(objective: Objective, schedule: FlowMatchSchedule, num_steps: int) -> Phases | None:
+    """Phases of an objective's iterations; None where every iteration trains all steps.
+
+    Raises:
+        ConfigError: They do not fit the generator's steps.
+    """
+    if not isinstance(objective, PhasingObjective):
+        return None
+    return objective.phases(schedule, num_steps)

@@ -52,8 +52,9 @@ def matching_direction(
           = (velocity_teacher - velocity_fake) / mean |velocity_teacher - (noise - x0)|
 
     The noise level cancels, so the difference is formed between velocities and keeps its digits.
-    A sample that both scores reproduce exactly has no direction: 0 / 0 is 0. All else that is
-    not finite stays so, for the caller to refuse.
+    Where the query has an anchor, (x_t - x0) / sigma stands for noise - x0. A sample that both
+    scores reproduce exactly has no direction: 0 / 0 is 0. All else that is not finite stays so, for
+    the caller to refuse.
 
     Args:
         query: Where both looked.
@@ -68,7 +69,7 @@ def matching_direction(
     """
     teacher = float32(velocity_teacher).detach()
     difference = teacher - float32(velocity_fake).detach()
-    residual = sample_mean((teacher - query.velocity.detach()).abs())
+    residual = sample_mean((teacher - query.chord.detach()).abs())
     if normalizer_min > 0:
         # The floor is one of x0; the residual here is one of velocities.
         residual = residual.maximum(normalizer_min / query.sigma.detach().to(residual))

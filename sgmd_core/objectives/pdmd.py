@@ -43,7 +43,7 @@ def query_residual(query: NoisedBatch, velocity_fake: Latents) -> Latents:
     Returns:
         The residual in float32 or wider, without a graph.
     """
-    return query.velocity.detach() - float32(velocity_fake).detach()
+    return query.chord.detach() - float32(velocity_fake).detach()
 
 
 def random_direction(query: NoisedBatch) -> Latents:

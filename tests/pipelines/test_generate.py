@@ -16,7 +16,12 @@ from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
 from pipelines.generate import generate
-from pipelines.media.inference import SETTINGS_FILE, InferenceSettings, write_inference_settings
+from pipelines.media.inference import (
+    SETTINGS_FILE,
+    InferenceSettings,
+    read_inference_settings,
+    write_inference_settings,
+)
 from pipelines.media.video import decode_video
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.rollout import euler_sample
@@ -30,7 +35,7 @@ from tests.helpers.tiny_wan import (
     WIDTH,
     write_tiny_wan,
 )
-from workers.models.scheduler import build_scheduler
+from workers.models.scheduler import at_levels, build_scheduler
 
 PROMPT = "a red circle moves left"
 FPS = 8
@@ -196,6 +201,38 @@ class TestSampling:
             shown = scheduler.step(velocity(shown, sigma, noise), time, shown, return_dict=False)[0]
         # Its raw grid runs down to 1/1000 where ours runs to 0.
         assert (shown - measured).abs().max() < 0.01
+
+    @pytest.mark.parametrize("steps", [(1000, 500), (1000, 757, 522), (1000, 300)])
+    def test_listed_steps_are_the_ones_that_the_scheduler_takes(self, steps):
+        def velocity(x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return torch.sin(3 * x_t) + sigma[:, None, None, None, None]
+
+        noise = torch.randn((2, *LATENT_SHAPE), generator=random_generator(0, "test"))
+        grid = FlowMatchSchedule(shift=3.0, steps=steps).sampling_grid(len(steps), 1.0)
+        measured = euler_sample(velocity, grid, noise, torch.zeros(2, 1, 1))
+        scheduler = at_levels(build_scheduler(3.0), grid)
+        scheduler.set_timesteps(len(steps))
+        shown = noise
+        for index, time in enumerate(scheduler.timesteps):
+            sigma = scheduler.sigmas[index].expand(2)
+            shown = scheduler.step(velocity(shown, sigma, noise), time, shown, return_dict=False)[0]
+        assert (shown - measured).abs().max() < 1e-3
+
+    def test_a_folder_with_listed_steps_takes_them_for_as_many_unguided_steps(
+        self, model, tmp_path
+    ):
+        folder = shutil.copytree(model, tmp_path / "model")
+        settings = read_inference_settings(folder)
+        plain = frames_of(folder, tmp_path / "plain", num_steps=2, guidance_scale=1.0)
+        listed = settings.model_copy(update={"steps": (1000, 300)})
+        write_inference_settings(folder, listed)
+        assert read_inference_settings(folder) == listed
+        shown = frames_of(folder, tmp_path / "listed", num_steps=2, guidance_scale=1.0)
+        assert not np.array_equal(shown, plain)
+        three = frames_of(folder, tmp_path / "three", num_steps=3, guidance_scale=1.0)
+        assert np.array_equal(
+            three, frames_of(model, tmp_path / "base", num_steps=3, guidance_scale=1.0)
+        )
 
     @pytest.mark.parametrize(("num_steps", "most"), [(4, 0.001), (30, 0.004)])
     def test_the_grid_of_our_folders_is_as_far_from_the_trained_one_as_its_description_says(

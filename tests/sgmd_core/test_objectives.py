@@ -12,6 +12,7 @@ from sgmd_core.objectives.diversity import anchor_velocity, diversity_loss
 from sgmd_core.objectives.dmd import DmdObjective, matching_direction
 from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.pdmd import PdmdObjective
+from sgmd_core.objectives.phased import PhasedObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
@@ -36,6 +37,7 @@ OBJECTIVES = {
     "dmd2": Dmd2Objective(),
     "pdmd": PdmdObjective(),
     "cdm": CdmObjective(normalizer_min=0.0),
+    "phased_dmd": PhasedObjective(normalizer_min=0.0),
     "tsg_fisher-released": TsgFisherObjective(),
     "tsg_fisher-paper": TsgFisherObjective(form="paper"),
     "tsg_sim-released": TsgSimObjective(),
@@ -76,7 +78,7 @@ def loss_by_definition(name, fake, teacher, query, base):
     method, _, option = name.partition("-")
     teacher_base = x0_prediction(teacher, base)
     x0_fake = x0_prediction(fake, query)
-    if method in ("dmd", "dmd2", "pdmd", "cdm"):
+    if method in ("dmd", "dmd2", "pdmd", "cdm", "phased_dmd"):
         distance = element_mean((base.x0 - teacher_base).abs())
         gap = x0_prediction(fake, base) - teacher_base
         if method == "pdmd":
@@ -145,6 +147,7 @@ def test_generator_gradient_has_its_closed_form_where_the_jacobians_are_known(na
             "dmd": weight * gap,
             "dmd2": weight * gap,
             "cdm": weight * gap,
+            "phased_dmd": weight * gap,
             "pdmd": weight * projected(gap, residual),
             "tsg_fisher": jacobian * weight * gap,
             "tsg_sim": weight * (gap + jacobian * (residual - gap)),
@@ -332,6 +335,7 @@ def test_ratios_are_those_of_the_methods():
         "Dmd2Objective": 5,
         "PdmdObjective": 1,
         "CdmObjective": 2,
+        "PhasedObjective": 5,
         "TsgFisherObjective": 5,
         "TsgSimObjective": 1,
         "SidObjective": 5,

@@ -80,6 +80,15 @@ def test_raw_levels_are_found_back_from_shifted_ones():
     assert [schedule.raw_level(float(each)) for each in sigma] == raw.int().tolist()
 
 
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+def test_renoising_levels_are_uniform_thousandths_up_to_pure_noise(shift):
+    sigma = FlowMatchSchedule(score_shift=shift).renoise_sigma(torch.arange(1000)).double()
+    r = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    expected = (shift / (shift + 1 / r - 1)).clamp(0.02, 1.0)
+    torch.testing.assert_close(sigma, expected, atol=1e-7, rtol=0)
+    assert sigma.max() == 1
+
+
 def test_default_ranges_draw_what_was_drawn_before_there_were_any():
     stream = torch.Generator().manual_seed(0)
     other = torch.Generator().manual_seed(0)

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -35,6 +36,7 @@ def copy_components(
     layout: FolderLayout,
     names: Sequence[str],
     components: Components = "copy",
+    new_names: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Copy components of a base folder, without weight files that nothing loads.
 
@@ -46,6 +48,7 @@ def copy_components(
         components: `link` makes hard links of the weight files, or symbolic links where the base
             lies on another disk, and copies the small files; `none` leaves components with weights
             out.
+        new_names: Names of components in the new folder, where they change.
 
     Raises:
         ModelFolderError: A component has no weight files.
@@ -60,7 +63,7 @@ def copy_components(
         copy = _link if stem is not None and components == "link" else shutil.copy2
         shutil.copytree(
             base / name,
-            dst / name,
+            dst / new_names.get(name, name),
             ignore=lambda _, __, names=left_out: names,
             copy_function=copy,
         )

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from workers.models.sampling import SampleRequest
+from workers.models.scheduler import at_levels
 
 
 class PipelineSampler:
@@ -35,6 +36,9 @@ class PipelineSampler:
             return tensors
 
         self._set_flow_shift(request.flow_shift)
+        if request.listed:
+            grid = request.schedule.generator_grid(request.num_steps)
+            self._pipeline.scheduler = at_levels(self._pipeline.scheduler, grid)
         (video,) = self._pipeline(
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,

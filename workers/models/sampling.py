@@ -65,6 +65,8 @@ class SampleRequest:
         num_frames: Video frames.
         height: Pixels.
         width: Pixels.
+        steps: Raw levels of as many unguided steps, as in `FlowMatchSchedule`; None: equal ones.
+        warp_steps: Whether the shift moves them.
     """
 
     prompt: str
@@ -77,6 +79,24 @@ class SampleRequest:
     num_frames: int
     height: int
     width: int
+    steps: tuple[int, ...] | None = None
+    warp_steps: bool = True
+
+    @property
+    def schedule(self) -> FlowMatchSchedule:
+        """Noise levels of the sampler."""
+        return FlowMatchSchedule(
+            shift=self.flow_shift, steps=self.steps, warp_steps=self.warp_steps
+        )
+
+    @property
+    def listed(self) -> bool:
+        """True if the levels are those of `steps`."""
+        return (
+            self.steps is not None
+            and len(self.steps) == self.num_steps
+            and self.guidance_scale == 1
+        )
 
 
 class ClipSampler(Protocol):
@@ -131,7 +151,7 @@ class EulerSampler:
         text, negative = self._embedder.encode(captions, request.text_length).to(device).split(1)
         latents = euler_sample(
             self._denoiser,
-            FlowMatchSchedule(shift=request.flow_shift).few_step_grid(request.num_steps),
+            request.schedule.sampling_grid(request.num_steps, request.guidance_scale),
             noise.to(device),
             text,
             negative,

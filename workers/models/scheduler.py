@@ -1,8 +1,12 @@
 """The sampler that diffusers is told to use for a few-step generator."""
 
+from typing import Any
+
 from diffusers import UniPCMultistepScheduler
+from torch import Tensor
 
 _NUM_TRAIN_TIMESTEPS = 1000
+_LARGEST_LEVEL = 1 - 1e-6
 
 
 def build_scheduler(flow_shift: float) -> UniPCMultistepScheduler:
@@ -28,3 +32,24 @@ def build_scheduler(flow_shift: float) -> UniPCMultistepScheduler:
         disable_corrector=list(range(_NUM_TRAIN_TIMESTEPS)),
         final_sigmas_type="zero",
     )
+
+
+def at_levels(scheduler: Any, grid: Tensor) -> Any:  # noqa: ANN401  (a class for each model)
+    """A copy of a scheduler that steps over the levels of a grid, whatever its own would be.
+
+    Args:
+        scheduler: Of diffusers, for flow models.
+        grid: Falling noise levels that end at 0.
+    """
+    own = type(scheduler).from_config(scheduler.config)
+    set_timesteps = own.set_timesteps
+
+    def set_listed(*args: Any, **options: Any) -> None:  # noqa: ANN401
+        set_timesteps(*args, **options)
+        # Its solvers take logarithms of 1 - sigma.
+        own.sigmas = grid.to(own.sigmas).clamp_max(_LARGEST_LEVEL)
+        times = _NUM_TRAIN_TIMESTEPS * own.sigmas[:-1]
+        own.timesteps = times.to(own.timesteps)
+
+    own.set_timesteps = set_listed
+    return own

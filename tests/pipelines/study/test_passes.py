@@ -43,6 +43,8 @@ METHODS = {
     ),
     "cdm joint": ("objective.method=cdm", FRESH, "objective.guidance=joint"),
     "cdm on the trajectory": ("objective.method=cdm", FRESH, "objective.off_trajectory=0.0"),
+    "phased_dmd": ("objective={method: phased_dmd, high_iterations: 2}", "iterations=3", FRESH),
+    "phased_dmd alternate": ("objective={method: phased_dmd, order: alternate}", FRESH),
     "tsg_fisher": ("objective.method=tsg_fisher", FRESH),
     "tsg_sim": ("objective.method=tsg_sim",),
     "sid": ("objective.method=sid", FRESH),
@@ -161,6 +163,7 @@ def test_networks_that_count_find_what_was_foretold(method):
         LATENT_SHAPE,
         config.seed,
         looks=config.looks,
+        phases=config.phases,
     )
     fake_score = FakeScoreTracker(networks["fake_score"], config.objective, config.fake_score)
     text = LocalWorkerGroup("text", [Captions()])
