@@ -1,7 +1,9 @@
 """`sgmd plan`: pool sizes, memory and time before a GPU is taken."""
 
 import math
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +54,16 @@ def plan(
     write: Annotated[
         Path | None, typer.Option(help="New file for the recipe with the best layout")
     ] = None,
+    emit: Annotated[
+        str | None,
+        typer.Option(help="Print a manifest: kuberay, raycluster, slurm, launcher, dockerfile"),
+    ] = None,
+    details: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with", metavar="KEY=VALUE", help="Detail of the manifest, such as image=IMAGE"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Size the pools for some GPUs: layout, time, use and memory, before any is taken."""
@@ -66,12 +78,7 @@ def plan(
         from pipelines.planning.search import find_batch
         from pipelines.planning.workload import Workload
 
-        amounts = {"--gpu-memory": gpu_memory, "--host-memory": host_memory, "--tflops": tflops}
-        for option, value in amounts.items():
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError("planning a run", f"{option} {value:g}", "a number above 0")
-        if gpus > _MOST_GPUS:
-            raise ConfigError("planning a run", f"--gpus {gpus}", f"at most {_MOST_GPUS}")
+        _require_amounts(gpus, {"--gpu-memory": gpu_memory, "--host-memory": host_memory}, tflops)
         if measured is not None and tflops is not None:
             raise ConfigError(
                 "planning a run", "both --measured and --tflops", "times from one of them"
@@ -103,8 +110,29 @@ def plan(
             result, other = other, result
         advice = _advice(result, other)
         written = [] if write is None else [_write(config, result, write)]
+        manifest = None if emit is None else _manifest(emit, config, result, details or [])
     data = result.to_json() | {"recipe": recipe, "advice": advice}
+    if manifest is not None:
+        show(data | {"manifest": manifest}, as_json, manifest.rstrip("\n"))
+        return
     show(data, as_json, _table(result), *_words(result), *advice, *written)
+
+
+def _manifest(kind: str, config: "DistillConfig", plan: "Plan", details: Sequence[str]) -> str:
+    """The manifest of a planned run, headed by the command that made it."""
+    from pipelines.planning.emitting import emit_manifest
+    from pipelines.planning.planned_recipe import planned_recipe
+
+    command = shlex.join(["sgmd", *sys.argv[1:]])
+    return emit_manifest(kind, planned_recipe(config, plan), plan, details, command)
+
+
+def _require_amounts(gpus: int, memory: Mapping[str, float], tflops: float | None) -> None:
+    for option, value in {**memory, "--tflops": tflops}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError("planning a run", f"{option} {value:g}", "a number above 0")
+    if gpus > _MOST_GPUS:
+        raise ConfigError("planning a run", f"--gpus {gpus}", f"at most {_MOST_GPUS}")
 
 
 def _table(result: "Plan") -> Table:
@@ -155,44 +183,10 @@ def _write(config: "DistillConfig", result: "Plan", path: Path) -> str:
     """Writes the recipe with the best layout; returns what to do with it."""
     if path.exists():
         raise ConfigError("writing the planned recipe", f"{path} is there already", "a new file")
-    write_text(str(path), _planned_recipe(config, result).to_yaml())
+    from pipelines.planning.planned_recipe import planned_recipe
+
+    write_text(str(path), planned_recipe(config, result).to_yaml())
     return f"{path} has these settings: sgmd distill {path}"
-
-
-def _planned_recipe(config: "DistillConfig", result: "Plan") -> "DistillConfig":
-    """The recipe with the best layout, and without what only its own layout had a use for."""
-    from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
-
-    best, topology = result.best, config.topology
-    settings: dict[str, Any] = {
-        "topology.generator.ranks": 1,
-        "topology.teacher.ranks": 1,
-        "topology.teacher.replicas": 1,
-        "topology.fake_score.ranks": 1,
-        "batch.size": result.work.batch_size,
-        # Draws of the exit step are those of the new micro-batches.
-        "batch.exit_draws": None,
-        "topology.transport": topology.transport if best.name == "pools" else "object_store",
-        "topology.max_staleness_iterations": (
-            0 if best.name == "fused" else topology.max_staleness_iterations
-        ),
-    }
-    settings |= {key: value for key, value in best.settings.items() if ".pools." not in key}
-    if best.name == "map":
-        # Pools of the recipe keep their CPUs, labels and resources.
-        given = {name: pool.model_dump() for name, pool in topology.pools.items()}
-        homes = {GENERATOR: topology.roles.generator, FAKE_SCORE: topology.roles.fake_score}
-        settings["topology.pools"] = {
-            name: given.get(homes[next(role for role in pool.roles if role != TEACHER)], {})
-            | {"ranks": pool.gpus, "gpus": 1}
-            for name, pool in best.pools.items()
-        }
-        if result.times.is_measured:
-            settings["topology.stage_seconds"] = {
-                ".".join(name): seconds
-                for name, seconds in result.work.split_by_stage(result.times.seconds).items()
-            }
-    return config.with_settings(settings)
 
 
 def _beside(layout: "Layout") -> str:

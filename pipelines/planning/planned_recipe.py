@@ -1,0 +1,41 @@
+"""The recipe that a plan leads to."""
+
+from typing import Any
+
+from pipelines.config.recipe import DistillConfig
+from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.planning.plan import Plan
+
+
+def planned_recipe(config: DistillConfig, plan: Plan) -> DistillConfig:
+    """The recipe with a plan's best layout, and without what only its own layout had a use for."""
+    best, topology = plan.best, config.topology
+    settings: dict[str, Any] = {
+        "topology.generator.ranks": 1,
+        "topology.teacher.ranks": 1,
+        "topology.teacher.replicas": 1,
+        "topology.fake_score.ranks": 1,
+        "batch.size": plan.work.batch_size,
+        # Draws of the exit step are those of the new micro-batches.
+        "batch.exit_draws": None,
+        "topology.transport": topology.transport if best.name == "pools" else "object_store",
+        "topology.max_staleness_iterations": (
+            0 if best.name == "fused" else topology.max_staleness_iterations
+        ),
+    }
+    settings |= {key: value for key, value in best.settings.items() if ".pools." not in key}
+    if best.name == "map":
+        # Pools of the recipe keep their CPUs, labels and resources.
+        given = {name: pool.model_dump() for name, pool in topology.pools.items()}
+        homes = {GENERATOR: topology.roles.generator, FAKE_SCORE: topology.roles.fake_score}
+        settings["topology.pools"] = {
+            name: given.get(homes[next(role for role in pool.roles if role != TEACHER)], {})
+            | {"ranks": pool.gpus, "gpus": 1}
+            for name, pool in best.pools.items()
+        }
+        if plan.times.is_measured:
+            settings["topology.stage_seconds"] = {
+                ".".join(name): seconds
+                for name, seconds in plan.work.split_by_stage(plan.times.seconds).items()
+            }
+    return config.with_settings(settings)

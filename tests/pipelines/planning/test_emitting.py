@@ -1,0 +1,124 @@
+"""Manifests of planned recipes: machines for the pools, recipes that find them, refusals."""
+
+import re
+from functools import cache
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pipelines.cli import app
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.planning import stage_times
+from pipelines.planning.emitting import emit_manifest
+from pipelines.planning.hardware import Hardware
+from pipelines.planning.plan import Plan, make_plan
+from pipelines.planning.planned_recipe import planned_recipe
+from pipelines.planning.workload import Workload
+from sgmd_core.errors import ConfigError
+
+PLACES = ("output=s3://b/runs", "model.folder=s3://b/wan", "data.train=s3://b/t")
+
+
+@cache
+def planned(gpus: int) -> tuple[DistillConfig, Plan]:
+    """The recipe and its plan on so many GPUs, one of which is the validator's."""
+    config = load_recipe("wan21-1.3b", PLACES)
+    work, hardware = Workload.of(config, "1.3b"), Hardware(memory_gb=80.0, host_memory_gb=200.0)
+    times = stage_times.modelled(work, hardware)
+    plan = make_plan(work, times, hardware, gpus - 1, config.gpus_beside)
+    return planned_recipe(config, plan), plan
+
+
+def emitted(kind: str, gpus: int, *details: str, **settings) -> str:
+    config, plan = planned(gpus)
+    config = config.with_settings(settings)
+    return emit_manifest(kind, config, plan, details, "sgmd plan ...")
+
+
+def parts(text: str) -> tuple[DistillConfig, dict]:
+    """The recipe inside a RayJob, and its machines by name."""
+    config_map, job = yaml.safe_load_all(text)
+    recipe = DistillConfig.model_validate(yaml.safe_load(config_map["data"]["recipe.yaml"]))
+    spec = job["spec"]["rayClusterSpec"]
+    groups = {each["groupName"]: each for each in spec["workerGroupSpecs"]}
+    return recipe, groups | {"head": spec["headGroupSpec"]}
+
+
+def gpus_of(group: dict) -> int:
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return int(limits.get("nvidia.com/gpu", 0)) * group.get("replicas", 1)
+
+
+@pytest.mark.parametrize("number", [2, 5, 9, 17])
+def test_each_pool_has_its_gpus_on_machines_that_it_finds_by_label(number: int):
+    recipe, groups = parts(emitted("kuberay", number))
+    for name, pool in recipe.topology.role_pools.items():
+        group = groups[name.replace("_", "-")]
+        copies = getattr(pool, "replicas", 1)
+        assert gpus_of(group) == pool.ranks * copies
+        assert pool.labels.items() <= group["labels"].items()
+    # The validator has one, beside the program.
+    assert gpus_of(groups["head"]) == 1
+    assert recipe.topology.validator.labels == groups["head"]["labels"]
+    assert recipe.topology.address == "auto"
+
+
+def test_a_machine_has_no_more_gpus_than_there_are_in_one():
+    _, groups = parts(emitted("kuberay", 13, "gpus-per-machine=4"))
+    assert all(gpus_of(group) // group.get("replicas", 1) <= 4 for group in groups.values())
+
+
+def test_equal_machines_hold_all_gpus():
+    text = emitted("slurm", 17, "time=04:00:00")
+    assert "#SBATCH --nodes=3\n#SBATCH --ntasks-per-node=1\n" in text
+    assert "#SBATCH --gpus-per-node=8\n" in text
+    assert "#SBATCH --time=04:00:00\n" in text
+    assert 'sgmd distill "$recipe" --resume auto &' in text
+
+
+@pytest.mark.parametrize("kind", ["kuberay", "raycluster", "slurm", "launcher"])
+def test_no_secret_of_this_machine_is_in_a_manifest(kind: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted0key0of0s3")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:planted0password@host")
+    text = emitted(kind, 5, *(["provider=aws"] if kind == "launcher" else []))
+    assert "planted" not in text
+    assert "http://host" in text
+
+
+@pytest.mark.parametrize(
+    ("kind", "details", "words"),
+    [
+        ("kubernetes", [], "one of kuberay"),
+        ("slurm", ["tim=1"], "Write time"),
+        ("kuberay", ["volume=a"], "CLAIM:/PATH"),
+        ("kuberay", ["gpus-per-machine=0"], "above 0"),
+        ("launcher", [], "--with provider=aws"),
+        ("launcher", ["provider=gcp"], "--with project=ID"),
+        ("launcher", ["provider=local", "hosts=a"], "the addresses of 2 machines of 8 GPUs"),
+        ("launcher", ["provider=aws", "gpus-per-machine=3"], "--with instance=TYPE"),
+    ],
+)
+def test_a_detail_that_is_wrong_or_missing_says_what_to_write(kind, details, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        emitted(kind, 17 if "hosts=a" not in details else 9, *details)
+
+
+def test_paths_of_this_machine_alone_are_refused_all_at_once():
+    with pytest.raises(ConfigError, match="output=runs, data\\.train=clips"):
+        emitted("slurm", 5, output="runs", **{"data.train": "clips"})
+
+
+def test_pools_that_want_machines_of_their_own_are_refused_where_all_are_equal():
+    with pytest.raises(ConfigError, match="or emit kuberay"):
+        emitted("slurm", 5, **{"topology.text.labels": {"rack": "a"}})
+    _, groups = parts(emitted("kuberay", 5, **{"topology.fused.labels": {"rack": "a"}}))
+    assert groups["fused"]["labels"] == {"rack": "a", "sgmd-pool": "fused"}
+
+
+def test_the_command_prints_the_manifest_and_nothing_else():
+    command = ["plan", "wan21-1.3b", "--model", "1.3b", *PLACES, "--gpus", "5"]
+    done = CliRunner().invoke(app, [*command, "--emit", "kuberay"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("# Made by: sgmd ")
+    assert parts(done.stdout)[0].output == "s3://b/runs"
