@@ -182,12 +182,14 @@ class TraceSettings(Section):
 
 
 class TrackerSettings(Section):
-    """Logging besides the run folder. The key comes from WANDB_API_KEY."""
+    """Logging besides the run folder's own files. W&B's key comes from WANDB_API_KEY."""
 
     wandb: Literal["off", "offline", "online"] = "off"
     """`offline` writes W&B's files into the run folder and needs no account."""
     project: str = "sgmd"
     """W&B project."""
+    tensorboard: bool = False
+    """Files for TensorBoard in RUN/tensorboard."""
 
 
 class DistillConfig(Section):

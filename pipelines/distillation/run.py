@@ -24,6 +24,7 @@ from pipelines.run.observer import Observers, RunObserver
 from pipelines.run.records import RunEvent
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests, stop_requests
+from pipelines.run.tensorboard import open_tensorboard
 from pipelines.run.tracker import open_tracker
 from sgmd_core.errors import AlarmError, StopRequestedError
 
@@ -149,8 +150,9 @@ def _distill(
             folder.root,
             config.model_dump(mode="json"),
         ) as tracker,
+        open_tensorboard(config.tracker.tensorboard, folder.root) as board,
     ):
-        beside = Observers([tracker, _exporter(config, start)])
+        beside = Observers([tracker, board, _exporter(config, start)])
         for event in early:
             beside.event(event)
         observers = Observers([observer, beside])
