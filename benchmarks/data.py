@@ -13,6 +13,7 @@
     check    peak memory of `sgmd check` for row groups of 10,000 to 400,000 captions
     memory   resident memory of every process while 20,000 clips are streamed and decoded
     wait     how long the roles of `sgmd distill tiny` wait for data from S3
+    apart, far, objects      see data_far.py
 
 Both sides of a comparison read the same files from the same server, one after the other, so that a
 machine whose speed drifts slows both.
@@ -40,6 +41,7 @@ import pyarrow.dataset as ds
 import torch
 from av.video.reformatter import VideoReformatter
 from data_check import measure_check
+from data_far import measure_apart, measure_far, measure_objects
 from data_memory import draw, measure_memory
 from data_sets import (
     BUCKET,
@@ -289,6 +291,9 @@ _PIECES: dict[str, Callable[[Path, int], dict[str, Any]]] = {
     "check": measure_check,
     "memory": measure_memory,
     "wait": measure_wait,
+    "apart": measure_apart,
+    "far": measure_far,
+    "objects": measure_objects,
 }
 
 

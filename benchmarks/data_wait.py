@@ -4,6 +4,8 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,21 @@ from pipelines.shapes import write_shards
 _ITERATIONS = 60
 
 
-def measure_wait(scratch: Path, rounds: int) -> dict[str, Any]:
-    """Whole runs of the command, Ray and networks started anew for each."""
+def measure_wait(
+    scratch: Path,
+    rounds: int,
+    before: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> dict[str, Any]:
+    """Whole runs of the command, Ray and networks started anew for each.
+
+    Args:
+        scratch: Folder of the shards and runs.
+        rounds: Runs.
+        before: Stands before the server while they run.
+    """
     write_shards(str(scratch / BUCKET / "train"), num_clips=4096, shard_size=256, seed=0)
     runs = []
-    with serve(scratch):
+    with serve(scratch), before():
         for number in range(rounds):
             command = [
                 *(sys.executable, "-m", "pipelines.cli", "distill", "tiny", "--json"),

@@ -58,6 +58,8 @@ class ProxyBook:
         troubles: How often each trouble was made.
         sent: Bytes of all answers that came through whole.
         current: Path of the request that the plan is asked about.
+        delay_s: Silence before each answer, as of a server that is far away.
+        bytes_per_s: Rate of all answers together; 0: as fast as they come.
     """
 
     endpoint: str
@@ -67,6 +69,9 @@ class ProxyBook:
     troubles: dict[Trouble, int] = field(default_factory=dict)
     sent: int = 0
     current: str = ""
+    delay_s: float = 0.0
+    bytes_per_s: float = 0.0
+    _free_at: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, method: str, path: str) -> Trouble:
@@ -80,6 +85,15 @@ class ProxyBook:
     def count(self, num_bytes: int) -> None:
         with self._lock:
             self.sent += num_bytes
+
+    def hold_back(self, num_bytes: int) -> None:
+        """Waits as long as a slow line takes for an answer, behind those before it."""
+        if not self.bytes_per_s:
+            return
+        with self._lock:
+            self._free_at = max(self._free_at, time.monotonic()) + num_bytes / self.bytes_per_s
+            wait_s = self._free_at - time.monotonic()
+        time.sleep(max(0.0, wait_s))
 
     def lists(self) -> int:
         """Pages of listings that were asked for."""
@@ -147,6 +161,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(self.events.stall_s)
             self._reset()
             return
+        time.sleep(self.events.delay_s)
         server = HTTPConnection(self.backend, timeout=60)
         headers = dict(self.headers.items())
         server.request(self.command, self.path, body=body or None, headers=headers)
@@ -159,6 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         length = answer.getheader("Content-Length")
         server.close()
+        self.events.hold_back(len(content))
         self._answer(answer.status, found, content, trouble, length)
 
     def _answer(
