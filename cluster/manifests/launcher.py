@@ -14,6 +14,7 @@ Provider = Literal["aws", "gcp", "local"]
 _TOKEN = "~/.ray/auth_token"
 _RECIPE = "~/recipe.yaml"
 _DISK_GB = 500
+_GCP_IMAGES = "deeplearning-platform-release"
 _STARTS = "ulimit -n 65536; RAY_AUTH_MODE=token ray start --disable-usage-stats"
 
 _WORDS = """\
@@ -128,7 +129,7 @@ def _node_config(machines: Machines) -> dict[str, Any]:
             "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
             **profile,
         }
-    image = "projects/deeplearning-platform-release/global/images/family/common-cu128-ubuntu-2204"
+    image = f"projects/{_GCP_IMAGES}/global/images/family/common-cu129-ubuntu-2404-nvidia-580"
     return {
         "machineType": machines.instance,
         "disks": [
