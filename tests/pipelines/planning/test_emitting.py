@@ -65,7 +65,7 @@ def test_each_pool_has_its_gpus_on_machines_that_it_finds_by_label(number: int):
 
 
 def test_a_machine_has_no_more_gpus_than_there_are_in_one():
-    _, groups = parts(emitted("kuberay", 13, "gpus-per-machine=4"))
+    _, groups = parts(emitted("kuberay", 17, "gpus-per-machine=4"))
     assert all(gpus_of(group) // group.get("replicas", 1) <= 4 for group in groups.values())
 
 
@@ -81,7 +81,7 @@ def test_equal_machines_hold_all_gpus():
 def test_no_secret_of_this_machine_is_in_a_manifest(kind: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted0key0of0s3")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:planted0password@host")
-    text = emitted(kind, 5, *(["provider=aws"] if kind == "launcher" else []))
+    text = emitted(kind, 9, *(["provider=aws"] if kind == "launcher" else []))
     assert "planted" not in text
     assert "http://host" in text
 
