@@ -30,7 +30,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +51,7 @@ from data_sets import (
     write_many,
     write_videos,
 )
+from data_stages import read_in_stages
 from data_wait import measure_wait
 from pyarrow.fs import S3FileSystem
 from s3fs import S3FileSystem as FsspecS3
@@ -121,7 +121,7 @@ def measure_stream(scratch: Path, rounds: int) -> dict[str, Any]:
                 "here_over_s3fs": statistics.median(np.divide(runs["here"], runs["s3fs"])),
                 "s3fs_over_pyarrow": statistics.median(np.divide(runs["s3fs"], runs["pyarrow"])),
                 "feed_over_s3fs": statistics.median(np.divide(runs["feed"], runs["s3fs"])),
-                "stages": _stages(source, num_rows, batch),
+                "stages": read_in_stages(source, num_rows, batch),
             }
             print(kind, json.dumps(found[kind]), file=sys.stderr)
     return found
@@ -139,39 +139,6 @@ def _plain(client: S3FileSystem | FsspecS3, kind: str, columns: list[str], num_r
     for _ in range(_PASSES):
         assert sum(batch.num_rows for batch in dataset.to_batches(columns=columns)) == num_rows
     return _PASSES * num_rows / (time.perf_counter() - began)
-
-
-def _stages(source: Source, num_rows: int, batch: int) -> dict[str, dict[str, float]]:
-    """One pass in this process, as far as some stage: rows a second, CPU seconds."""
-    catalogue = Catalogue(*open_folder(source.url), 1000)
-    plan = plan_windows(catalogue, 0, ShuffleSettings())
-    windows = [each.window for each in takewhile(lambda each: not each.window.cursor.epoch, plan)]
-    reader = source.open_reader()
-    columns = ["sample_id", "caption", *source.columns]
-
-    def fetched() -> None:
-        for window in windows:
-            groups = window.groups
-            reader.read([(each.shard, each.num_bytes, each.index) for each in groups], columns)
-
-    def checked() -> None:
-        for window in windows:
-            read_window(reader, source, window)
-
-    def handed_out() -> None:
-        feed = Feed(StreamSettings(source, seed=0), FeedProgress(), num_rows)
-        for _ in range(num_rows // batch):
-            _take(feed, source, batch)
-
-    found = {}
-    for stage in (fetched, checked, handed_out):
-        began, cpu = time.perf_counter(), time.process_time()
-        stage()
-        found[stage.__name__] = {
-            "rows_per_s": num_rows / (time.perf_counter() - began),
-            "cpu_s": time.process_time() - cpu,
-        }
-    return found
 
 
 def _stream(source: Source, num_rows: int, batch: int, readers: int) -> tuple[float, float]:

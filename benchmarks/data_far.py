@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow.dataset as ds
 from data_sets import BUCKET, ENCODING, serve, write_captions, write_encoded, write_many
+from data_stages import read_in_stages
 from data_wait import measure_wait
 from pyarrow.fs import S3FileSystem
 from s3fs import S3FileSystem as FsspecS3
@@ -103,6 +104,7 @@ def _compare(source: Source, kind: str, num_rows: int, batch: int, rounds: int) 
         "feed_over_pyarrow": float(np.median(ratios[:, 0])),
         "feed_over_pyarrow_by_cpu": float(np.median(ratios[:, 1])),
         "feed_over_pyarrow_by_cpu_each": ratios[:, 1].tolist(),
+        "stages": read_in_stages(source, num_rows, batch),
     }
 
 
