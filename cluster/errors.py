@@ -231,4 +231,24 @@ class LeaseLostError(ClusterError):
 
 
 class JobError(ClusterError):
-    """A job could not be submitted, was lost, or did not succeed."""
+    """A job could not be submitted, was lost, or did not succeed.
+
+    Args:
+        attempted: As of every error.
+        found: As of every error.
+        expected: As of every error.
+        remedy: As of every error.
+        exit_code: Exit code of the job's command; None where it has none.
+    """
+
+    def __init__(
+        self,
+        attempted: str,
+        found: str,
+        expected: str = "",
+        remedy: str = "",
+        exit_code: int | None = None,
+    ) -> None:
+        super().__init__(attempted, found, expected, remedy)
+        self.args = (attempted, found, expected, remedy, exit_code)
+        self.exit_code = exit_code

@@ -1,6 +1,7 @@
 """A command, run as a Ray job on a cluster: upload the sources, start, follow, judge.
 
     submit_job(address, argv, working_dir)  ->  job id  ->  follow_job(address, id, on_log)
+                                                        ->  wait_for_job(address, id)
 
 The cluster unpacks the working directory and runs the command there; inside, `start_ray` finds the
 cluster through RAY_ADDRESS. A job runs once: to try again is to submit again, with the arguments
@@ -12,16 +13,18 @@ On a cluster that needs S3, better give the nodes a role or the keys in their ow
 """
 
 import asyncio
+import logging
 import os
 import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import aiohttp
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.errors import JobError
 from sgmd_core.errors import ConfigError
@@ -66,6 +69,7 @@ EXCLUDED = (
     ".venv/",
     "/runs/",
     "/data/",
+    "/models/",
     "/wandb/",
     "/site/",
     "__pycache__/",
@@ -92,9 +96,15 @@ _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # Seconds from SIGTERM to SIGKILL when a job is stopped: Ray's own 3 are too few to save a state.
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _POLL_S = 0.5
+_WAIT_POLL_S = 2.0
+_POLLS_AFTER_LOG = 20
+# A day-long log passes through proxies and restarts of the dashboard.
+_RECONNECTS = 10
+_RECONNECT_S = 3.0
 # A cluster that has just started answers before it can run a job.
 _NO_AGENT_YET = "No available agent"
 _AGENT_TIMEOUT_S = 60.0
+_LONGEST_WORDS = 300
 
 
 def forwarded_environment(
@@ -137,6 +147,7 @@ def submit_job(
     env_vars: Mapping[str, str] | None = None,
     excludes: Sequence[str] = EXCLUDED,
     num_cpus: float | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> str:
     """Uploads a folder and starts a command in it.
 
@@ -149,6 +160,7 @@ def submit_job(
             or 900 s.
         excludes: Patterns of what is not uploaded, in the syntax of .gitignore.
         num_cpus: Logical CPUs to hold for the command itself; None: it takes none.
+        metadata: Words that Ray keeps beside the job; `job_metadata` reads them.
 
     Returns:
         The job's id.
@@ -169,6 +181,7 @@ def submit_job(
                 entrypoint=shlex.join(argv),
                 runtime_env=runtime_env,
                 entrypoint_num_cpus=num_cpus,
+                metadata=dict(metadata or {}),
             )
         except (RuntimeError, ValueError, OSError) as error:
             if _NO_AGENT_YET in str(error) and time.monotonic() < deadline:
@@ -177,10 +190,27 @@ def submit_job(
             raise _refused(working_dir, address, error) from error
 
 
+def stays_at_home(path: PurePosixPath, excludes: Sequence[str] = EXCLUDED) -> bool:
+    """Returns True if a file or folder of the working directory is not uploaded.
+
+    Args:
+        path: Its path there.
+        excludes: Patterns of what is left out.
+    """
+    for pattern in excludes:
+        name = pattern.strip("/")
+        parts = path.parts[:1] if pattern.startswith("/") else path.parts
+        if any(fnmatchcase(part, name) for part in parts):
+            return True
+    return False
+
+
 def follow_job(
     address: str, job_id: str, on_log: Callable[[str], None], timeout_s: float | None = None
 ) -> None:
-    """Passes on what a job prints, and waits until it has ended.
+    """Passes on what a job prints from its beginning, and waits until it has ended.
+
+    A connection that breaks is made again, and nothing is passed on twice.
 
     Args:
         address: The cluster's dashboard.
@@ -193,7 +223,7 @@ def follow_job(
     """
     client = _connect(address)
     try:
-        status = asyncio.run(_followed(client, job_id, on_log, timeout_s))
+        asyncio.run(_followed(client, address, job_id, on_log, timeout_s))
     except TimeoutError as error:
         raise JobError(
             f"following job {job_id}",
@@ -201,28 +231,103 @@ def follow_job(
             "an end in time",
             f"It goes on; `ray job logs {job_id}` shows what it does, `ray job stop` ends it",
         ) from error
-    if status is not JobStatus.SUCCEEDED:
+    _require_success(_details(client, job_id), job_id)
+
+
+def wait_for_job(address: str, job_id: str) -> None:
+    """Waits until a job has ended.
+
+    Raises:
+        JobError: The job failed or was stopped.
+    """
+    client = _connect(address)
+    while not (found := _details(client, job_id)).status.is_terminal():
+        time.sleep(_WAIT_POLL_S)
+    _require_success(found, job_id)
+
+
+def job_metadata(address: str, job_id: str) -> dict[str, str]:
+    """The words that were given to Ray beside a job.
+
+    Raises:
+        JobError: The cluster cannot be reached, or knows no such job.
+    """
+    return dict(_details(_connect(address), job_id).metadata or {})
+
+
+def _details(client: JobSubmissionClient, job_id: str) -> JobDetails:
+    try:
+        return client.get_job_info(job_id)
+    except RuntimeError as error:
         raise JobError(
-            f"running job {job_id}",
-            f"{status}: {client.get_job_info(job_id).message}",
-            "the command to succeed",
-            "Its output, above, says why",
-        )
+            f"asking for job {job_id}",
+            first_words(str(error)),
+            "a job that this cluster knows",
+            "`ray job list` shows them; a cluster that was started again knows none of before",
+        ) from error
+
+
+def _require_success(found: JobDetails, job_id: str) -> None:
+    if found.status is JobStatus.SUCCEEDED:
+        return
+    # Ray adds up to 20,000 characters of the log, which has been passed on already.
+    message = first_words(found.message or "").removesuffix(
+        ", last available logs (truncated to 20,000 chars):"
+    )
+    if found.status is JobStatus.STOPPED:
+        expected, remedy = "a job that nobody stops", "Submit it again with -- --resume auto"
+    else:
+        expected, remedy = "the command to succeed", "Its output says why"
+    code = found.driver_exit_code
+    raise JobError(
+        f"running job {job_id}",
+        f"{found.status}: {message}",
+        expected,
+        f"{remedy}: ray job logs {job_id}" if code is None else remedy,
+        exit_code=code if code is None or code >= 0 else 128 - code,
+    )
+
+
+def first_words(text: str) -> str:
+    """The first line of a text, cut where it is long."""
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= _LONGEST_WORDS else line[:_LONGEST_WORDS] + " ..."
 
 
 async def _followed(
     client: JobSubmissionClient,
+    address: str,
     job_id: str,
     on_log: Callable[[str], None],
     timeout_s: float | None,
-) -> JobStatus:
+) -> None:
+    passed_on = 0
+    breaks = 0
     async with asyncio.timeout(timeout_s):
-        async for piece in client.tail_job_logs(job_id):
-            on_log(piece)
-        # The log may end a moment before the cluster has taken note of the end.
-        while not (status := client.get_job_status(job_id)).is_terminal():
-            await asyncio.sleep(_POLL_S)
-        return status
+        while True:
+            to_skip = passed_on
+            try:
+                async for piece in client.tail_job_logs(job_id):
+                    news, to_skip = piece[to_skip:], max(0, to_skip - len(piece))
+                    if news:
+                        on_log(news)
+                        passed_on, breaks = passed_on + len(news), 0
+                # The log may end a moment before the cluster has taken note of the end.
+                for _ in range(_POLLS_AFTER_LOG):
+                    if client.get_job_status(job_id).is_terminal():
+                        return
+                    await asyncio.sleep(_POLL_S)
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+                breaks += 1
+                if breaks > _RECONNECTS:
+                    raise JobError(
+                        f"following job {job_id} at {address}",
+                        f"{type(error).__name__}: {first_words(str(error))}, {breaks} times",
+                        "a dashboard that answers",
+                        "The job may go on: come back to it with sgmd submit --follow "
+                        f"{job_id} --address {address}",
+                    ) from error
+                await asyncio.sleep(_RECONNECT_S)
 
 
 def _refused(working_dir: Path, address: str, error: Exception) -> JobError:
@@ -244,6 +349,8 @@ def _connect(address: str) -> JobSubmissionClient:
                 "one address",
                 f"Unset {name}, or give the same address",
             )
+    # It reports how the connection of a log was closed, in the middle of what the job printed.
+    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:

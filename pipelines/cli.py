@@ -20,6 +20,7 @@ from pipelines.commands import (
     recipes,
     results,
     runs,
+    submitting,
     sweeping,
 )
 from pipelines.commands.failures import report_failure
@@ -68,7 +69,7 @@ for command in (
     runs.distill,
     sweeping.sweep,
     comparing.study,
-    runs.submit,
+    submitting.submit,
     planning.plan,
     bench.bench,
     results.evaluate,

@@ -35,6 +35,7 @@ def example(error: type[SgmdError]) -> SgmdError:
         str: lambda n: f"text {n}",
         int: lambda n: n,
         float: lambda n: n + 0.5,
+        int | None: lambda n: n,
         tuple[str, ...]: lambda n: (f"first {n}", f"second {n}"),
         tuple[tuple[str, int], ...]: lambda n: ((f"first {n}", n), (f"second {n}", n)),
     }

@@ -7,6 +7,7 @@
               2     the request was wrong: an option, a setting, a folder, a shard
               128 + n   stopped by the signal n: 130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 138 SIGUSR1;
                     a run has saved its state then
+    a job that is followed (submit) ends with the exit code of its command
 
 Errors of this project are shown in words. Any other one becomes one sentence, and a file in the
 system's folder for temporary files holds the traceback. Neither shows a key of the environment.
@@ -25,7 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, JobError
 from cluster.redaction import without_secrets
 from sgmd_core.errors import (
     AlarmError,
@@ -58,7 +59,7 @@ def report_failure(error: BaseException, command: str, arguments: Sequence[str])
         _show([f"Interrupted: sgmd {command} was stopped with Ctrl-C.", *_notes(error)])
         return INTERRUPTED
     if isinstance(error, SgmdError):
-        if isinstance(error, StopRequestedError):
+        if isinstance(error, StopRequestedError | JobError) and error.exit_code:
             code = error.exit_code
         else:
             code = FAILED if isinstance(error, _RUN_FAILURES) else WRONG_REQUEST

@@ -1,4 +1,4 @@
-"""Commands that make something: `sgmd shapes`, `pretrain`, `distill`, `submit`."""
+"""Commands that make something: `sgmd shapes`, `pretrain`, `distill`."""
 
 import os
 from dataclasses import asdict
@@ -186,38 +186,3 @@ def _distill_config(
         RunFolder(resume).require()
         recipe = str(resume / "config.yaml")
     return load_recipe(recipe, overrides).in_folder(resume)
-
-
-def submit(
-    recipe: RecipeName,
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings; after --, options of the command too"),
-    ] = None,
-    address: Annotated[str, typer.Option(help="The cluster's dashboard")] = "http://127.0.0.1:8265",
-    working_dir: Annotated[
-        Path | None, typer.Option(help="The source tree that travels; default: this one")
-    ] = None,
-    command: Annotated[str, typer.Option(help="Which command runs there")] = "distill",
-    env: Annotated[
-        list[str] | None, typer.Option(help="Variable to send along; no value, only its name")
-    ] = None,
-    follow: Annotated[bool, typer.Option(help="Print what the job prints, until it ends")] = True,
-    as_json: Json = False,
-) -> None:
-    """Run a command as a job on a Ray cluster: the same recipe, the same settings."""
-    with working() as console:
-        from pipelines import submit as job
-        from pipelines.config.model_folders import PROJECT_ROOT
-
-        job_id = job.submit(
-            recipe,
-            arguments or [],
-            address=address,
-            working_dir=working_dir or PROJECT_ROOT,
-            command=command,
-            forward=env or [],
-            follow=follow,
-            on_log=lambda text: console.print(text, end="", highlight=False, markup=False),
-        )
-    show({"job_id": job_id}, as_json, job_id)

@@ -154,6 +154,15 @@ def load(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
     return validate(kind, changed, attempted)
 
 
+def names_base(path: Path) -> bool:
+    """Returns True if a recipe holds only what it has otherwise than its `base`.
+
+    Raises:
+        ConfigError: The file cannot be read.
+    """
+    return _BASE in _sections(path, f"reading the recipe {path}")
+
+
 def recipe_sections(path: Path, kind: type, depth: int = 0) -> Mapping[str, Any]:
     """Returns the content of a recipe, laid over that of its `base`, unchecked.
 

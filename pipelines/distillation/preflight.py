@@ -125,25 +125,10 @@ def run_preflight(config: DistillConfig) -> Preflight:
         SgmdError: The first thing that does not fit, with what to do about it.
     """
     require_lasting_folder(config.output, "output")
-    family = family_of(config.model_folder)
-    require_computable(config, family)
-    require_adaptable(config, family)
-    model = family.inspect(config.model_folder)
-    check_phases(config, model)
-    tokenizer = family.load_tokenizer(model.path)
-    video = config.video
-    latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
-    if config.topology.shares_pools:
-        stage_seconds(config)
+    model, latent_shape = inspect_networks(config)
+    tokenizer = family_of(model.path).load_tokenizer(model.path)
+    source, data = inspect_captions(config)
     settings = config.data
-    source = Source(
-        settings.train,
-        settings.s3,
-        max_caption_chars=settings.max_caption_chars,
-        names=settings.columns,
-    )
-    data = inspect_folder(source, config.seed, settings.shuffle)
-    source = replace(source, settled=data.names)
     if settings.stored_text and data.encoding is not None and _fits(data.encoding, config, model):
         source = replace(source, columns=(TEXT_EMBEDS,), encoding=data.encoding)
     held_out = _held_out(config)
@@ -159,6 +144,44 @@ def run_preflight(config: DistillConfig) -> Preflight:
         rows_per_iteration=config.batch.size * (1 + config.fresh_updates),
         unknown_words=tokenizer.unknown_words([*data.captions[:_NUM_READ], *held_out]),
     )
+
+
+def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, tuple[int, int, int, int]]:
+    """Looks a run's model folder over, and what the run asks of it.
+
+    Returns:
+        The folder, and (channels, frames, rows, columns) of the latents of one sample.
+
+    Raises:
+        SgmdError: The folder is not whole, or does not fit the clips, adapters or precision.
+    """
+    family = family_of(config.model_folder)
+    require_computable(config, family)
+    require_adaptable(config, family)
+    model = family.inspect(config.model_folder)
+    check_phases(config, model)
+    video = config.video
+    latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
+    if config.topology.shares_pools:
+        stage_seconds(config)
+    return model, latent_shape
+
+
+def inspect_captions(config: DistillConfig) -> tuple[Source, FolderFacts]:
+    """Takes a first look at a run's training data.
+
+    Raises:
+        DataError: They cannot be read.
+    """
+    settings = config.data
+    source = Source(
+        settings.train,
+        settings.s3,
+        max_caption_chars=settings.max_caption_chars,
+        names=settings.columns,
+    )
+    data = inspect_folder(source, config.seed, settings.shuffle)
+    return replace(source, settled=data.names), data
 
 
 def require_computable(config: DistillConfig, family: ModelFamily) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.config.recipe import DistillConfig
 from pipelines.run.folder import RunFolder, git_revision, read_jsonl, versions
+from pipelines.run.origin import command_line
 from pipelines.run.ranking import Ranked
 
 
@@ -49,5 +50,6 @@ def summarise(
         "seed": config.seed,
         "config_digest": config.digest,
         "git_revision": git_revision(),
+        "command": command_line(),
         "versions": versions(),
     }

@@ -1,8 +1,8 @@
 """Files of a run.
 
 runs/NAME/  config.yaml  identity.json  metrics.jsonl  validation.jsonl  alarms.jsonl  events.jsonl
-ranking.json  summary.json  trace.json  ledger/  shards.jsonl  quarantine.parquet  wandb-id
-samples/  checkpoints/step-000200/  generator/  best/  evaluation.json  report.html
+log.jsonl  ranking.json  summary.json  trace.json  ledger/  shards.jsonl  quarantine.parquet
+wandb-id  samples/  checkpoints/step-000200/  generator/  best/  evaluation.json  report.html
 """
 
 import json
@@ -39,6 +39,7 @@ _FIELDS: Mapping[str, Mapping[str, Kind]] = {
     },
     "alarms.jsonl": {"iteration": int},
     "events.jsonl": {"time": str, "kind": str, "cause": str},
+    "log.jsonl": {"time": str, "level": str, "message": str},
     "shards.jsonl": {
         "shards?": [[str, int, (NoneType, [int])]],
         "last?": bool,
@@ -125,6 +126,7 @@ class RunFolder:
         self.validation = self.root / "validation.jsonl"
         self.alarms = self.root / "alarms.jsonl"
         self.events = self.root / "events.jsonl"
+        self.log = self.root / "log.jsonl"
         self.stacks = self.root / "stacks"
         self.ranking = self.root / "ranking.json"
         self.summary = self.root / "summary.json"
@@ -243,14 +245,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def git_revision() -> str:
-    """Revision of the source tree, marked `+changes` when it has any; empty outside of git.
+def git_revision(source: Path = Path(__file__).parent) -> str:
+    """Revision of a source tree, marked `+changes` when it has any; empty outside of git.
 
     A submitted job has no `.git`; `sgmd submit` sends the revision along.
+
+    Args:
+        source: A folder of the tree; by default of this one.
     """
     if REVISION_VARIABLE in os.environ:
         return os.environ[REVISION_VARIABLE]
-    source = Path(__file__).parent
     try:
         revision = _git(source, "rev-parse", "HEAD")
         changes = _git(source, "status", "--porcelain", "--untracked-files=no")

@@ -3,8 +3,11 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,9 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors
 
 from cluster.jobs import follow_job, submit_job
-from pipelines.config.recipe import load_recipe
-from pipelines.submit import submit
-from sgmd_core.errors import ConfigError
+from cluster.lease import LEASE_FILE
+from pipelines.run.folder import read_jsonl
+from pipelines.submitting.request import TRAVELLING
 from tests.e2e.processes import ROOT
 from tests.helpers import tiny_wan
 from tests.helpers.secrets import files_with, plant
@@ -57,36 +60,92 @@ def test_a_submitted_job_distils_and_leaves_its_run_behind(
     assert WanPipeline.from_pretrained(run / "generator").transformer.config.num_layers == 2
 
 
-def test_our_own_command_submits_and_follows_and_leaves_no_secret_anywhere(
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The packages alone: what a job has where `sgmd` is not installed."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for name in ("sgmd", "pipelines", "workers", "cluster", "sgmd_core"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def sgmd_submit(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.Popen[str]:
+    """The command line, in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipelines.cli", "submit", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(
+    is_there: Callable[[], object], process: subprocess.Popen[str] | None = None
+) -> None:
+    end = time.monotonic() + 200
+    while not is_there():
+        assert time.monotonic() < end
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.1)
+
+
+def test_a_job_outlives_its_terminal_and_its_process_and_leaves_no_secret_anywhere(
     ray_head: str,
     ray_folder: Path,
     recipe_file: Path,
+    tree: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Submitted from elsewhere, left with Ctrl-C, killed, resumed by itself, come back to."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     secrets = plant(monkeypatch)
-    inside = tmp_path / "tree"
-    inside.mkdir()
-    for name in ("sgmd", "pipelines", "workers", "cluster", "sgmd_core"):
-        (inside / name).symlink_to(ROOT / name)
-    (inside / "mine.yaml").write_text(recipe_file.read_text())
-    printed: list[str] = []
-    job = submit(
-        str(inside / "mine.yaml"),
-        ["iterations=1", "topology.mode=local", f"output={tmp_path / 'runs'}"],
-        address=ray_head,
-        working_dir=inside,
-        on_log=printed.append,
-    )
-    assert job
-    assert "iteration 1/1" in "".join(printed)
-    assert load_recipe(str(tmp_path / "runs" / "small" / "config.yaml")).iterations == 1
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "own.yaml").write_text(recipe_file.read_text())
+    (mine / "prompts.txt").write_text("a red circle moves left quickly\n" * 64)
+    settings = ["name=lasting", "iterations=60", "data.train=prompts.txt", "checkpoint.every=5"]
+    place = ["--address", ray_head, "--working-dir", tree, "--output-root", tmp_path]
+    terminal = sgmd_submit("own.yaml", *settings, *place, "--retries", "1", cwd=mine)
+    run = tmp_path / "runs" / "lasting"
+    wait_until(lambda: [*run.glob("checkpoints/step-*/manifest.json")], terminal)
+    terminal.send_signal(signal.SIGINT)
+    os.kill(json.loads((run / LEASE_FILE).read_text())["pid"], signal.SIGKILL)
+    _, said = terminal.communicate(timeout=60)
+    assert terminal.returncode == 130
+    assert f"goes along        prompts.txt as {TRAVELLING}/data.train/prompts.txt" in said
+    assert "goes on without this terminal" in said
+    (job,) = set(re.findall(r"sgmd submit --follow (\S+) --address", said))
+
+    back = sgmd_submit("--follow", job, "--address", ray_head)
+    printed, log = back.communicate(timeout=300)
+    assert back.returncode == 0, log
+    assert "killed by SIGKILL; attempt 2 of 2 in 5 s" in log
+    assert "restarted" in [event["kind"] for event in read_jsonl(run / "events.jsonl")]
+    assert "WebSocket" not in log
+    starts = [line for line in read_jsonl(run / "log.jsonl") if line["message"] == "started"]
+    assert log.count("iteration 60/60") == 1
+    assert printed.splitlines()[-1] == f"report: {run}/report.html"
+    assert (run / "report.html").is_file()
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == 60
+    assert [line["command"] for line in starts] == [summary["command"]] * 2
+    assert "cli.py submit own.yaml name=lasting" in summary["command"]
+    assert summary["git_revision"]
     # The endpoint went along, without its user.
     record = str(JobSubmissionClient(ray_head).get_job_info(job))
     assert "127.0.0.1:9" in record
-    assert [secret for secret in secrets if secret in record + "".join(printed)] == []
+    assert [secret for secret in secrets if secret in record + said + printed + log] == []
     assert files_with(secrets, tmp_path, ray_folder / "head") == []
+
+    again = sgmd_submit("own.yaml", *settings, *place, "--wait", cwd=mine)
+    _, said = again.communicate(timeout=300)
+    assert again.returncode == 2, said
+    assert "Its output says why" in said
+    assert len(said) < 3000
 
 
 _LIST_SOURCES = """
@@ -137,20 +196,3 @@ def test_actors_that_encode_share_a_gpu(
     ]
     shares_by_stage = [("EncodeCaptions", 0.5), ("EncodeVideos", 0.25), ("EncodeVideos", 0.25)]
     assert sorted(granted) == shares_by_stage
-
-
-def test_a_recipe_that_would_stay_at_home_is_refused(recipe_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"inside the folder that travels"):
-        submit(str(recipe_file), address="http://127.0.0.1:9", working_dir=tmp_path)
-
-
-def test_a_job_whose_output_would_go_with_its_package_is_refused_before_the_upload(
-    tmp_path: Path,
-) -> None:
-    for output, words in (
-        ("runs", "would lie in the job's package"),
-        ("s3://bucket/runs", "an address of an object store"),
-    ):
-        with pytest.raises(ConfigError, match=words) as caught:
-            submit("tiny", [f"output={output}"], address="http://127.0.0.1:9")
-        assert "output=/mnt/runs" in str(caught.value)

@@ -1,0 +1,182 @@
+"""`sgmd submit`: a command as a job on a Ray cluster, and coming back to one."""
+
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipelines.commands import comparing, data, results, runs, sweeping
+from pipelines.commands.failures import INTERRUPTED
+from pipelines.commands.options import Json, PlainCommand
+from pipelines.commands.output import show, working
+from sgmd_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.submitting.request import JobRequest
+
+_CALLBACKS: dict[str, Callable[..., None]] = {
+    "distill": runs.distill,
+    "sweep": sweeping.sweep,
+    "study": comparing.study,
+    "pretrain": runs.pretrain,
+    "encode": data.encode,
+    "evaluate": results.evaluate,
+}
+_DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+
+def submit(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RECIPE KEY=VALUE",
+            help="Arguments of the command: a recipe and settings; RUN of evaluate, SRC DST of "
+            "encode. After --, options of the command too.",
+        ),
+    ] = None,
+    command: Annotated[
+        str, typer.Option(help="distill, sweep, study, pretrain, encode or evaluate")
+    ] = "distill",
+    address: Annotated[
+        str | None,
+        typer.Option(help=f"The cluster's dashboard; default: RAY_ADDRESS, or {_DEFAULT_ADDRESS}"),
+    ] = None,
+    output_root: Annotated[
+        str | None,
+        typer.Option(
+            envvar="SGMD_OUTPUT_ROOT",
+            help="Folder or s3://bucket/prefix of the cluster at which relative outputs begin",
+        ),
+    ] = None,
+    working_dir: Annotated[
+        Path | None, typer.Option(help="The source tree that travels; default: this one")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(help="Variable to send along; no value, only its name")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(min=0, max=1000, help="Times that the job goes on where it failed")
+    ] = 0,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="Return once the cluster has accepted the job.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for the end without printing what the job prints.")
+    ] = False,
+    follow: Annotated[
+        str | None, typer.Option(metavar="JOB", help="Come back to a job; nothing is submitted.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a command as a job on a Ray cluster: the same recipe, the same settings.
+
+    Its log is followed to the end, and its exit code is the job's. Ctrl-C leaves it running.
+    """
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or _dashboard_of_ray()
+    with working() as console:
+        if follow is not None:
+            job_id = follow
+        else:
+            job_id = _submitted(
+                console,
+                _requested(command, arguments or []),
+                address=address,
+                **({} if working_dir is None else {"working_dir": working_dir}),
+                output_root=output_root,
+                forward=env or [],
+                retries=retries,
+            )
+        if not detach:
+            _followed(console, address, job_id, quiet=wait)
+        words = _results(address, job_id)
+    show({"job_id": job_id, "address": address, "results": words}, as_json, job_id, words)
+
+
+def _dashboard_of_ray() -> str:
+    """RAY_ADDRESS where it names a dashboard, else Ray's usual one of this machine."""
+    given = os.environ.get("RAY_ADDRESS", "")
+    return given if given.startswith("http") else _DEFAULT_ADDRESS
+
+
+def _submitted(console: Console, request: "JobRequest", *, address: str, **options: Any) -> str:  # noqa: ANN401 - options of submit
+    from pipelines.submitting import job
+
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    sent = job.submit(request, address=address, tell=say, **options)
+    say(f"submitted {sent.job_id} to {address}; come back to it with:")
+    say(f"  sgmd submit --follow {sent.job_id} --address {address}")
+    return sent.job_id
+
+
+def _followed(console: Console, address: str, job_id: str, *, quiet: bool) -> None:
+    """Follows a job to its end; Ctrl-C ends the following alone."""
+    from cluster.jobs import follow_job, wait_for_job
+
+    try:
+        if quiet:
+            wait_for_job(address, job_id)
+        else:
+            follow_job(address, job_id, _print_as_it_is)
+    except KeyboardInterrupt:
+        for line in (
+            f"\n{job_id} goes on without this terminal.",
+            f"  come back   sgmd submit --follow {job_id} --address {address}",
+            f"  its log     ray job logs {job_id} --address {address}",
+            f"  end it      ray job stop {job_id} --address {address}",
+        ):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _print_as_it_is(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _results(address: str, job_id: str) -> str:
+    from cluster.jobs import job_metadata
+    from pipelines.submitting.job import results_words
+
+    return results_words(job_metadata(address, job_id))
+
+
+def _requested(command: str, arguments: list[str]) -> "JobRequest":
+    """The command with its arguments, read as the command itself reads them.
+
+    Raises:
+        ConfigError: There is no such command.
+    """
+    from pipelines.submitting.request import COMMANDS, JobRequest
+
+    if command not in _CALLBACKS:
+        expected = f"one of {', '.join(COMMANDS)}"
+        raise ConfigError("submitting a job", f"--command {command}", expected, "Correct it")
+    app = typer.Typer()
+    app.command(command, cls=PlainCommand)(_CALLBACKS[command])
+    reader = typer.main.get_command(app)
+    context = reader.make_context(f"sgmd {command}", list(arguments))
+    words: list[str] = []
+    options: list[str] = []
+    for parameter in reader.params:
+        given = context.params.get(parameter.name or "")
+        source = context.get_parameter_source(parameter.name or "")
+        if given is None or source is None or source.name == "DEFAULT":
+            continue
+        values = list(given) if isinstance(given, list | tuple) else [given]
+        if parameter.param_type_name == "argument":
+            words += map(_word, values)
+        elif isinstance(given, bool):
+            names = parameter.opts if given else parameter.secondary_opts
+            options.append(names[0])
+        else:
+            options += [f"{parameter.opts[0]}={_word(value)}" for value in values]
+    return JobRequest(command, tuple(words), tuple(options))
+
+
+def _word(value: object) -> str:
+    return str(getattr(value, "value", value))

@@ -1,0 +1,1 @@
+"""Commands of ours as Ray jobs: `sgmd submit`."""

@@ -1,0 +1,306 @@
+"""Checks of a command before it is sent: all that this machine can see of it.
+
+Each check is listed as made here or as left to the job. A folder that only the cluster has is no
+error; a relative one that does not travel is.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+
+import yaml
+from botocore.exceptions import BotoCoreError
+
+from cluster.files import kind_of_path
+from cluster.jobs import stays_at_home
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.config.recipe_files import (
+    find_recipe,
+    load,
+    names_base,
+    recipe_sections,
+    shipped_recipes,
+)
+from pipelines.data.shards.filesystem import S3Settings
+from pipelines.data.stream.inspect import first_captions, inspect_folder
+from pipelines.data.stream.plan import ShuffleSettings
+from pipelines.data.stream.source import Source
+from pipelines.distillation.preflight import inspect_captions, inspect_networks, run_preflight
+from pipelines.pretraining.config import PretrainConfig
+from pipelines.run.folder import require_lasting_folder
+from pipelines.study.run import folder_of, plan_study
+from pipelines.submitting.request import JobRequest, TravellingFile, is_lasting, rooted
+from pipelines.sweeping.checks import checked_sweep
+from sgmd_core.errors import ConfigError, DataError
+from workers.models.addresses import is_address
+
+_MOST_BYTES = 2**25
+"""Largest file of captions that goes along by itself."""
+_ELSEWHERE = (BotoCoreError, PermissionError, ConnectionError, TimeoutError)
+"""Failures that say more about this machine's keys and network than about the data."""
+
+
+class Preparation:
+    """A request on its way to one that can be sent.
+
+    Args:
+        request: The command as it was given.
+        working_dir: The source tree that travels.
+        root: Folder or address on the cluster at which relative outputs begin; None: there is none.
+
+    Attributes:
+        request: The command as it is to be sent.
+        checked: Checks that were made here, each with what was compared, by subject.
+        left: What only the job can check, by subject.
+    """
+
+    def __init__(self, request: JobRequest, working_dir: Path, root: str | None) -> None:
+        self.request = request
+        self.checked: dict[str, str] = {}
+        self.left: dict[str, str] = {}
+        self._working_dir = working_dir
+        self._root = root
+        self._attempted = " ".join(["submitting", request.command, *request.arguments[:1]])
+
+    def prepare(self) -> JobRequest:
+        """Checks the request; returns it with all that it needs.
+
+        Raises:
+            SgmdError: What would fail on the cluster, too.
+        """
+        match self.request.command:
+            case "encode":
+                self._encode()
+            case "evaluate":
+                self._evaluate()
+            case "pretrain":
+                self._pretrain()
+                self._take_recipe(PretrainConfig)
+            case _ if self._resumes_without_recipe():
+                self._resume()
+            case _:
+                self._distill()
+                self._take_recipe(DistillConfig)
+        return self.request
+
+    def _distill(self) -> None:
+        """A distillation, or a sweep or study of some."""
+        recipe, *settings = self.request.arguments
+        config = load_recipe(recipe, settings)
+        run = self.request.option("--resume")
+        if run not in ("", "auto"):
+            config = config.in_folder(Path(self._lasting("--resume", run)))
+        self.checked["settings"] = "every value, and what they ask of one another"
+        if run in ("", "auto"):
+            config = config.with_settings({"output": self._output("output", config.output)})
+            require_lasting_folder(config.output, "output")
+        results = {"sweep": f"{config.run_folder}-sweep", "distill": str(config.run_folder)}
+        if self.request.command == "study":
+            plan_study(config)
+            results["study"] = str(folder_of(config))
+        self._name_results(results[self.request.command])
+        models = [config.model.folder, *filter(None, [config.teacher.model])]
+        for setting, model in zip(("model.folder", "teacher.model"), models, strict=False):
+            self._input(setting, model)
+        data = {"data.train": config.data.train, "data.validation": config.data.validation}
+        for setting, path in data.items():
+            self._captions(setting, path, self._take_setting)
+        has_models = all(not is_address(model) and self._is_here(model) for model in models)
+        if not has_models:
+            self.left["model"] = f"{', '.join(models)}: not a folder of this machine"
+        not_here = [path for path in data.values() if path and not self._is_here(path)]
+        for subject, path in zip(("data", "held-out"), data.values(), strict=True):
+            if path in not_here:
+                self.left[subject] = f"{path} is not on this machine"
+        self._look_at(config, has_models, not_here)
+        self.left["cluster"] = "memory and GPUs of its nodes, and whether they can write the output"
+
+    def _look_at(self, config: DistillConfig, has_models: bool, not_here: list[str]) -> None:
+        """Looks at networks and captions, as far as they are here."""
+        train, is_served = config.data.train, True
+        if has_models and not not_here:
+            found = self._try("data", train, lambda: run_preflight(config).checked)
+            if found is not None:
+                self.checked |= found
+                if self.request.command == "sweep":
+                    checked_sweep(config)
+                    self.checked["sweep"] = "every point of the grid, or the corners of the space"
+                return
+            is_served = False
+        if has_models:
+            model, _ = inspect_networks(config)
+            self.checked["model"] = f"configurations, weight headers of {model.path}; clip size"
+        if is_served and train not in not_here:
+            self._try("data", train, lambda: inspect_captions(config))
+
+    def _try(
+        self, subject: str, address: str, look: Callable[[], object]
+    ) -> "dict[str, str] | None":
+        """Looks at data; where they cannot be reached from here, the job is left to."""
+        try:
+            found = look()
+        except DataError as error:
+            if not _is_elsewhere(error):
+                raise
+            self.left[subject] = f"{address} is not served to this machine ({error.found})"
+            return None
+        self.checked[subject] = f"listing of {address}, rows up to the first usable ones"
+        return found if isinstance(found, dict) else {}
+
+    def _pretrain(self) -> None:
+        recipe, *settings = self.request.arguments
+        config = load(PretrainConfig, recipe, settings)
+        self.checked["settings"] = "every value, and what they ask of one another"
+        for setting in ("run_dir", "output", "partial_output"):
+            if (path := getattr(config, setting)) is not None:
+                path = self._output(setting, path)
+                require_lasting_folder(path, setting)
+                if setting == "output":
+                    self._name_results(path)
+        if config.vae.folder is not None:
+            self._input("vae.folder", config.vae.folder)
+        for name in ("train", "held_out"):
+            path = getattr(config.world, name)
+            self._input(f"world.{name}", path)
+            if self._all_here([path]):
+                source = Source(path, S3Settings(native_reads=False))
+                self._try(name, path, lambda of=source: inspect_folder(of, 0, ShuffleSettings()))
+            else:
+                self.left[name] = f"{path} is not on this machine"
+
+    def _resumes_without_recipe(self) -> bool:
+        given = self.request.arguments[:1]
+        return self.request.command == "distill" and (not given or "=" in given[0])
+
+    def _resume(self) -> None:
+        run = self.request.option("--resume")
+        if run in ("", "auto"):
+            # Says what is missing, in the words of the command.
+            raise ConfigError(
+                self._attempted,
+                "neither a recipe nor a run to resume",
+                "sgmd submit RECIPE, or sgmd submit --command distill -- --resume RUN",
+                "`sgmd recipes list` shows the recipes that ship",
+            )
+        self._name_results(self._lasting("--resume", run))
+        self.left["settings"] = f"those of {run}"
+
+    def _encode(self) -> None:
+        source, target = self.request.arguments
+        self._captions("SRC", source, self._take_argument)
+        self._input("--model", self.request.option("--model"))
+        target = self._lasting("DST", target)
+        self.request = replace(self.request, arguments=(self.request.arguments[0], target))
+        self._name_results(target)
+        if self._all_here([source]):
+            look = Source(source, S3Settings())
+            self._try("data", source, lambda: inspect_folder(look, 0, ShuffleSettings()))
+        else:
+            self.left["data"] = f"{source} is not on this machine"
+
+    def _evaluate(self) -> None:
+        run = self._lasting("RUN", self.request.arguments[0])
+        self.request = replace(self.request, arguments=(run,))
+        for option in ("--output", "--cache"):
+            if path := self.request.option(option):
+                self.request = self.request.with_option(option, self._lasting(option, path))
+        for option in ("--teacher", "--features"):
+            self._input(option, self.request.option(option))
+        captions = self.request.option("--captions")
+        self._captions("--captions", captions, self._take_option)
+        if captions and self._all_here([captions]):
+            self._try("captions", captions, lambda: first_captions(captions, S3Settings(), 0, 1))
+        self.left["run"] = run
+        self._name_results(self.request.option("--output") or run)
+
+    def _take_recipe(self, kind: type) -> None:
+        """Sends a recipe along that does not ship, wherever it lies, with its base in it."""
+        recipe = self.request.arguments[0]
+        if recipe in {shipped.name for shipped in shipped_recipes()}:
+            return
+        path = find_recipe(recipe)
+        content = path.read_bytes()
+        if names_base(path):
+            merged = recipe_sections(path, kind)
+            content = yaml.safe_dump(dict(merged), sort_keys=False, allow_unicode=True).encode()
+        self.request, inside = self.request.with_file(TravellingFile(recipe, content), "recipe")
+        self.request = replace(self.request, arguments=(inside, *self.request.settings))
+
+    def _captions(self, name: str, path: str, take: Callable[[str, str], None]) -> None:
+        """Sends a file of captions along; a folder has to be on the cluster."""
+        file = Path(path).expanduser()
+        if "://" not in path and file.is_file() and file.stat().st_size <= _MOST_BYTES:
+            taken = TravellingFile(path, file.read_bytes())
+            self.request, inside = self.request.with_file(taken, name.strip("-").lower())
+            take(name, inside)
+        elif path:
+            self._input(name, path)
+
+    def _take_setting(self, key: str, value: str) -> None:
+        self.request = self.request.with_setting(key, value)
+
+    def _take_option(self, name: str, value: str) -> None:
+        self.request = self.request.with_option(name, value)
+
+    def _take_argument(self, name: str, value: str) -> None:
+        self.request = replace(self.request, arguments=(value, *self.request.arguments[1:]))
+
+    def _name_results(self, path: str) -> None:
+        self.request = replace(self.request, results=path)
+
+    def _output(self, setting: str, path: str) -> str:
+        """Place of results: a setting that is relative begins at the root."""
+        lasting = self._lasting(setting, path)
+        if lasting != path:
+            self.request = self.request.with_setting(setting, lasting)
+        return lasting
+
+    def _lasting(self, what: str, path: str) -> str:
+        """A path of results, which must not be that of the job's own package."""
+        path = rooted(path, self._root)
+        if is_lasting(path):
+            return path
+        option = f"{what} RUN" if what == "--resume" else f"{what.strip('-')}=/mnt/runs"
+        raise ConfigError(
+            self._attempted,
+            f"{what} is {path!r}, which would lie in the job's package and go with the job",
+            "an absolute path on a disk that every node of the cluster reaches",
+            f"Give one ({option}), or say where relative ones begin on the cluster: "
+            "--output-root /mnt, or SGMD_OUTPUT_ROOT in the environment",
+        )
+
+    def _input(self, what: str, path: str) -> None:
+        """Checks that a relative folder travels; of others the cluster has to know."""
+        inside = PurePosixPath(path)
+        if not path or is_lasting(path):
+            return
+        if (self._working_dir / inside).exists() and not stays_at_home(inside):
+            return
+        raise ConfigError(
+            self._attempted,
+            f"{what} is {path!r}, a relative path that the job's package does not have: runs, data "
+            "and models stay at home",
+            "an absolute path that the nodes of the cluster have, or s3://bucket/prefix",
+            f"Give {what} where the cluster has it",
+        )
+
+    def _all_here(self, paths: list[str]) -> bool:
+        """Returns True if all of them can be looked at from here."""
+        return all(self._is_here(path) for path in paths if path)
+
+    def _is_here(self, path: str) -> bool:
+        if "://" in path:
+            return path.startswith("s3")
+        here = Path(path).expanduser()
+        return any(kind_of_path(each) for each in (here, self._working_dir / here))
+
+
+def _is_elsewhere(error: BaseException) -> bool:
+    """Returns True if the keys or the network of this machine may be what has failed."""
+    return any(isinstance(cause, _ELSEWHERE) for cause in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

@@ -1,0 +1,136 @@
+"""Requests of jobs, checked where they are made: what goes along, what is refused, what is left."""
+
+import pytest
+
+from pipelines.config.model_folders import PROJECT_ROOT
+from pipelines.shapes import ClipSplit, write_shards
+from pipelines.submitting.checks import Preparation
+from pipelines.submitting.in_job import resumed
+from pipelines.submitting.job import package
+from pipelines.submitting.request import JobRequest
+from sgmd_core.errors import ConfigError, DataError
+
+DATA = ("data.train=/there/train", "data.validation=/there/held_out")
+
+
+def asked(command: str, *arguments: str, options: tuple[str, ...] = ()) -> JobRequest:
+    return JobRequest(command, arguments, options)
+
+
+def prepare(request: JobRequest, root: str | None = None) -> tuple[JobRequest, Preparation]:
+    preparation = Preparation(request, PROJECT_ROOT, root)
+    return preparation.prepare(), preparation
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (asked("distill", "tiny", *DATA), "output is 'runs', which would lie in the job's package"),
+        (asked("distill", "tiny", "output=/mnt"), "data.train is 'data/shapes/train', a relative"),
+        (asked("distill", "tiny", *DATA, "output=/m", "model.folder=models/w"), "model.folder is"),
+        (asked("distill", "tiny", *DATA, "output=/m", "batch.sizes=2"), "batch.size"),
+        (asked("distill"), "neither a recipe nor a run to resume"),
+        (asked("distill", options=("--resume=runs/x",)), "--resume is 'runs/x'"),
+        (asked("study", "tiny", *DATA, "output=/mnt", "study.seeds=[1, 1]"), "different seeds"),
+        (asked("pretrain", "pretrain-tiny"), "run_dir is 'runs/tiny-wan'"),
+        (asked("encode", "s3://b/raw", "set", options=("--model=/m",)), "DST is 'set'"),
+        (asked("encode", "raw", "s3://b/set", options=("--model=/m",)), "SRC is 'raw'"),
+        (asked("evaluate", "runs/x"), "RUN is 'runs/x'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_could_not_work_there_is_refused_here(request_, words):
+    with pytest.raises(ConfigError) as caught:
+        prepare(request_)
+    assert words in str(caught.value)
+
+
+def test_relative_outputs_begin_at_the_root_and_absolute_ones_stay():
+    request, _ = prepare(asked("distill", "tiny", *DATA), "/mnt/team/")
+    assert "output=/mnt/team/runs" in request.settings
+    assert request.results == "/mnt/team/runs/tiny"
+    request, _ = prepare(asked("sweep", "tiny", *DATA, "output=/own"), "/mnt/team")
+    assert request.settings.count("output=/own") == 1
+    assert request.results == "/own/tiny-sweep"
+    worlds = ("world.train=s3://nobody/a", "world.held_out=/there/b")
+    request, _ = prepare(
+        asked("pretrain", "pretrain-tiny", "world.train=/there/a", worlds[1]), "/m"
+    )
+    assert {"run_dir=/m/runs/tiny-wan", "output=/m/runs/tiny-wan/pipeline"} <= {*request.settings}
+    request, _ = prepare(asked("evaluate", "runs/x", options=("--output=figures",)), "/mnt")
+    assert (request.arguments, request.options) == (("/mnt/runs/x",), ("--output=/mnt/figures",))
+
+
+def test_a_recipe_and_files_of_captions_go_along_wherever_they_lie(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = (PROJECT_ROOT / "pipelines/config/recipes/tiny.yaml").read_text()
+    (tmp_path / "mine.yaml").write_text(recipe)
+    (tmp_path / "prompts.txt").write_text("a red circle moves left\n" * 80)
+    captions = (f"data.train={tmp_path}/prompts.txt", "data.validation=prompts.txt")
+    request, preparation = prepare(asked("distill", "mine.yaml", *captions, "output=/mnt/runs"))
+    inside = [
+        "submitted/data.train/prompts.txt",
+        "submitted/data.validation/prompts.txt",
+        "submitted/recipe/mine.yaml",
+    ]
+    assert sorted(request.files) == inside
+    assert request.arguments[0] == inside[2]
+    assert f"data.train={inside[0]}" in request.settings
+    assert {"settings", "model", "data"} <= set(preparation.checked)
+    assert list(preparation.left) == ["cluster"]
+
+    with package(PROJECT_ROOT, request.files) as folder:
+        assert (folder / inside[2]).read_text() == recipe
+        assert (folder / "pipelines" / "cli.py").is_file()
+        assert not (folder / ".git").exists()
+
+    (tmp_path / "prompts.txt").write_text("\n")
+    with pytest.raises(DataError):
+        prepare(asked("distill", "mine.yaml", *captions, "output=/mnt/runs"))
+
+
+def test_what_only_the_cluster_has_is_left_to_the_job(tmp_path):
+    request, preparation = prepare(
+        asked("distill", "tiny", *DATA, "output=/mnt/runs", "model.folder=s3://nobody/wan")
+    )
+    assert request.files == {}
+    assert set(preparation.left) == {"model", "data", "held-out", "cluster"}
+    write_shards(str(tmp_path), num_clips=4, shard_size=4, seed=0, split=ClipSplit.TRAIN)
+    settings = (f"data.train={tmp_path}", DATA[1], "output=/mnt/runs")
+    _, preparation = prepare(asked("distill", "tiny", *settings))
+    assert {"settings", "model", "data"} == set(preparation.checked)
+    assert preparation.left["held-out"].startswith("/there/held_out")
+
+
+def test_data_behind_keys_that_this_machine_lacks_are_left_to_the_job(monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    settings = ("data.train=s3://bucket/train", "data.validation=s3://bucket/held_out")
+    short = "data.s3.read_budget_s=2"
+    _, preparation = prepare(asked("distill", "tiny", *settings, "output=/mnt/runs", short))
+    assert "not served to this machine" in preparation.left["data"]
+    assert "model" in preparation.checked
+
+
+def test_a_command_line_of_a_job_says_what_is_done_around_it():
+    plain = asked("encode", "s3://b/raw", "s3://b/set", options=("--model=/m",))
+    assert plain.argv() == [
+        "python",
+        "-m",
+        "pipelines.cli",
+        "encode",
+        *plain.arguments,
+        "--model=/m",
+    ]
+    run = JobRequest("distill", ("tiny",), results="s3://b/runs/tiny")
+    assert run.argv(2)[3:] == [
+        *("--retries=2", "--pause=75", "--report=s3://b/runs/tiny", "--"),
+        *("distill", "tiny"),
+    ]
+
+
+def test_a_command_that_failed_goes_on_where_it_was():
+    assert resumed(["distill", "tiny"]) == ["distill", "tiny", "--resume", "auto"]
+    assert resumed(["distill", "tiny", "--resume=/x"]) == ["distill", "tiny", "--resume=/x"]
+    assert resumed(["study", "tiny"]) == ["study", "tiny"]
