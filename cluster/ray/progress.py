@@ -23,7 +23,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -32,6 +32,7 @@ import ray
 from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_get, _internal_kv_put
 
 from cluster.procfs import born, oom_kills, process_state, raylet_of
+from cluster.said import SaidHandler
 from cluster.spans import Label
 
 REPORT_EVERY_S = 1.0
@@ -68,6 +69,7 @@ class ProgressReport:
         usual_s: Median seconds of earlier calls like it, the first one left out.
         longest_s: The longest of these.
         num_earlier: How many these are.
+        said: The last lines that it has logged, as `cluster.said` holds them.
     """
 
     count: int
@@ -91,6 +93,7 @@ class ProgressReport:
     usual_s: float = 0.0
     longest_s: float = 0.0
     num_earlier: int = 0
+    said: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def call(self) -> str:
@@ -117,9 +120,11 @@ class ProgressReporter:
         )
         self._has_run: set[tuple[str, str]] = set()
         self._stacks: IO[str] | None = None
+        self._said = SaidHandler(self._place)
 
     def start(self) -> None:
         """Starts the reports; they end with the process."""
+        self._said.listen()
         context = ray.get_runtime_context()
         log = _file_of(2)
         if folder := Path(log).parent if log else None:
@@ -167,6 +172,7 @@ class ProgressReporter:
                 rss_bytes=_rss_bytes(),
                 workers=dict(self._workers),
                 collectives=_collectives_entered(),
+                said=self._said.recent(),
                 **fixed,
                 **self._call(),
             )
@@ -175,6 +181,12 @@ class ProgressReporter:
                 _put(key, json.dumps(asdict(report)))
                 _obey(report)
             time.sleep(REPORT_EVERY_S)
+
+    def _place(self) -> tuple[str, int, int | None]:
+        """Group, rank and iteration of the call under way; between two, of any of its workers."""
+        current = self._current
+        group = current[0] if current else next(iter(self._workers), "process")
+        return group, self._workers.get(group, 0), current[2].iteration if current else None
 
     def _call(self) -> dict[str, Any]:
         current = self._current
@@ -210,7 +222,7 @@ def read_report(actor_id: str) -> ProgressReport | None:
     data = _internal_kv_get(report_key(actor_id), namespace=_NAMESPACE)
     if not data:
         return None
-    names = {field.name for field in fields(ProgressReport)}
+    names = {each.name for each in fields(ProgressReport)}
     content = {key: value for key, value in json.loads(data).items() if key in names}
     _READ[actor_id] = ProgressReport(**content)
     return _READ[actor_id]

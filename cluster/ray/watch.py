@@ -57,6 +57,7 @@ from cluster.ray.watch_rules import (
     silent,
     stuck,
 )
+from cluster.said import Hearing, Said
 
 _log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def watch_processes(
     folder: Path,
     on_frozen: Callable[[FrozenProcess], None],
     on_machine_frozen: Callable[[str, str, tuple[str, ...]], None],
+    on_said: Callable[[Said], None] = lambda said: None,
 ) -> Iterator[None]:
     """Watches the processes of a run.
 
@@ -84,8 +86,9 @@ def watch_processes(
         on_frozen: Called from the watch's thread before a frozen process is ended.
         on_machine_frozen: Called from there with the address, the cause and the workers of a
             machine before its frozen raylet is ended.
+        on_said: Called from there with each line that a process has logged.
     """
-    watch = _Watch(groups, limits, folder, on_frozen, on_machine_frozen)
+    watch = _Watch(groups, limits, folder, on_frozen, on_machine_frozen, on_said)
     thread = threading.Thread(target=watch.run, name="watch-processes", daemon=True)
     thread.start()
     try:
@@ -103,8 +106,10 @@ class _Watch:
         folder: Path,
         on_frozen: Callable[[FrozenProcess], None],
         on_machine_frozen: Callable[[str, str, tuple[str, ...]], None],
+        on_said: Callable[[Said], None],
     ) -> None:
         self.over = threading.Event()
+        self._hearing = Hearing(on_said)
         self._groups = groups
         self._limits = limits
         self._folder = folder
@@ -137,6 +142,8 @@ class _Watch:
                 _log.debug("the watch could not look: %s", error)
                 self._forgive(time.monotonic() - now_s + REPORT_EVERY_S)
             last_s = time.monotonic()
+        with suppress(Exception):  # Ray may be gone; what was said last is then lost.
+            self._processes()
 
     def _forgive(self, seconds: float) -> None:
         """Moves everything that was heard forward by a time in which nothing could be heard."""
@@ -174,6 +181,7 @@ class _Watch:
             report = read_report(key)
             if report is None:
                 continue
+            self._hearing.hear(key, report.said)
             now_s = time.monotonic()
             before = self._heard.get(key)
             is_new = before is None or before[0].count != report.count

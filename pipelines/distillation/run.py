@@ -20,6 +20,7 @@ from pipelines.distillation.training import Distillation
 from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
+from pipelines.run.log import RunLog, hearing_loggers
 from pipelines.run.observer import Observers, RunObserver
 from pipelines.run.records import RunEvent
 from pipelines.run.stop_rule import StopRule
@@ -77,9 +78,10 @@ def distill(
         ClusterError: Ray, a pool or a worker is not there (any more).
         LeaseError: Another process runs in the folder.
     """
-    observer = observer or RunObserver()
+    folder, terminal = RunFolder(config.run_folder), observer or RunObserver()
+    log = RunLog(folder.log, config.name, terminal.warning)
+    observer = Observers([terminal, log])
     observer.note("checking model folder, shards and settings")
-    folder = RunFolder(config.run_folder)
     config = with_draws_of(config, folder) if resume else config
     checked = run_preflight(config)
     if checked.data.found:
@@ -90,12 +92,14 @@ def distill(
     with (
         stop_requests(observer.warning, config.checkpoint.stop_after_s) as stops,
         hold(str(folder.root), f"sgmd distill {config.name}"),
+        hearing_loggers(log, terminal.warning),
     ):
         try:
             return _distill(
                 config,
                 checked,
                 folder,
+                log,
                 resume=resume,
                 observer=observer,
                 in_trial=in_trial,
@@ -104,12 +108,16 @@ def distill(
             )
         except StopNow:
             raise stopped_early(stops, config, str(folder.root)) from None
+        except Exception as error:
+            log.write("ERROR", f"{type(error).__name__}: {error}")
+            raise
 
 
 def _distill(
     config: DistillConfig,
     checked: Preflight,
     folder: RunFolder,
+    log: RunLog,
     *,
     resume: bool,
     observer: RunObserver,
@@ -126,6 +134,7 @@ def _distill(
     else:
         start = Position()
         begin(config, checked, folder)
+    log.open()
     data = DataLog(folder)
     observer.note(f"starting the roles ({config.topology.mode})")
     if checked.has_stored_text:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from cluster.said import Said
 from cluster.worker_group import WorkerGroup
 from pipelines.config.topology import TopologySettings
 from pipelines.run.events import EventLog
@@ -57,7 +58,8 @@ def watch_groups(
         settings: Limits.
         validation_s: Limit of a validation.
         folder: Stacks are written to its `stacks/`.
-        events: Receives an event for each process and machine that is ended.
+        events: Receives an event for each process and machine that is ended; its observer, what
+            processes log.
     """
     if settings.mode == "local" or not settings.watch_s:
         yield
@@ -90,5 +92,8 @@ def watch_groups(
             RunEvent(kind="worker_frozen", cause=there, action=action, role="raylet", node=address)
         )
 
-    with watch_processes(lambda: found, limits, folder.stacks, process, machine):
+    def said(line: Said) -> None:
+        events.observer.said(line)
+
+    with watch_processes(lambda: found, limits, folder.stacks, process, machine, said):
         yield

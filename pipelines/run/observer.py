@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.said import Said
 from pipelines.run.alarms import Alarm
 from pipelines.run.records import IterationRecord, RunEvent, ValidationRecord
 
@@ -27,6 +28,9 @@ class RunObserver:
 
     def warning(self, text: str) -> None:
         """Receives one line about a failure that the run can do without."""
+
+    def said(self, said: Said) -> None:
+        """Receives a line that a rank has logged; perhaps from another thread."""
 
 
 class Observers(RunObserver):
@@ -64,3 +68,8 @@ class Observers(RunObserver):
         """Passes it on."""
         for observer in self._observers:
             observer.warning(text)
+
+    def said(self, said: Said) -> None:
+        """Passes it on."""
+        for observer in self._observers:
+            observer.said(said)

@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from cluster.said import Said
 from pipelines.run.alarms import Alarm
 from pipelines.run.observer import RunObserver
 from pipelines.run.records import GOOD_NEWS, IterationRecord, RunEvent, ValidationRecord
@@ -66,6 +67,10 @@ class LineObserver(RunObserver):
     def warning(self, text: str) -> None:
         """Prints it in red, where there are colours."""
         self._console.print(Text(text, style="bold red"), soft_wrap=True)
+
+    def said(self, said: Said) -> None:
+        """Prints it with its place, such as `[fake_score 1 @120]`."""
+        self.warning(said.line)
 
 
 class BarAndFigures(Progress):
@@ -126,6 +131,10 @@ class LiveObserver(RunObserver):
     def warning(self, text: str) -> None:
         """Prints it above the bar, in red."""
         self._progress.console.print(Text(text, style="bold red"))
+
+    def said(self, said: Said) -> None:
+        """Prints it above the bar with its place, such as `[fake_score 1 @120]`."""
+        self.warning(said.line)
 
 
 class TimeLeft:

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import logging
 import os
 import sys
 import time
@@ -116,6 +117,9 @@ class Toy:
         while not os.path.exists(path) and time.monotonic() < end:  # noqa: PTH110
             time.sleep(0.02)
         return os.path.exists(path)  # noqa: PTH110
+
+    def warn(self, words: str) -> None:
+        logging.getLogger("workers.toys").warning(words)
 
     def say(self, text: str) -> int:
         """Writes a line to the log of its process; returns the process's id."""

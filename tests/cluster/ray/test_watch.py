@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from cluster.ray.progress import ProgressReport, read_report
 from cluster.ray.topology import Placement, reserve
 from cluster.ray.watch import watch_processes
 from cluster.ray.watch_rules import WatchLimits
+from cluster.said import Said
 from cluster.spans import labelled
 from tests.cluster.toys import WAIT_S, Singer, Toy, make_singer, make_toy
 
@@ -44,10 +45,13 @@ def placement(ray_cluster: None) -> Iterator[Placement]:
 
 @contextmanager
 def watched(
-    folder: Path, *groups: RayWorkerGroup[Any], limits: WatchLimits = LIMITS
+    folder: Path,
+    *groups: RayWorkerGroup[Any],
+    limits: WatchLimits = LIMITS,
+    heard: Callable[[Said], None] = lambda said: None,
 ) -> Iterator[list[FrozenProcess]]:
     found: list[FrozenProcess] = []
-    with watch_processes(lambda: groups, limits, folder, found.append, lambda *_: None):
+    with watch_processes(lambda: groups, limits, folder, found.append, lambda *_: None, heard):
         yield found
 
 
@@ -55,10 +59,11 @@ def watched(
 def test_a_stopped_process_is_named_and_not_the_one_that_waits_for_it(
     placement: Placement, tmp_path: Path
 ) -> None:
+    lines: list[Said] = []
     with (
         RayWorkerGroup("painter", make_toy, (1,), placement) as painter,
         RayWorkerGroup("judge", make_toy, (1,), placement) as judge,
-        watched(tmp_path, painter, judge) as found,
+        watched(tmp_path, painter, judge, heard=lines.append) as found,
     ):
         # Long, but alive: two limits of silence pass, and nobody is accused.
         busy = judge.call_rank(0, Toy.sleep, 2 * SILENCE_S)
@@ -66,6 +71,7 @@ def test_a_stopped_process_is_named_and_not_the_one_that_waits_for_it(
         assert judge.fetch([busy], WAIT_S, "sleeping") == [2 * SILENCE_S]
         assert found == []
         with labelled(7, 0, 1):
+            painter.fetch([painter.call_rank(0, Toy.warn, "the brush is dry")], WAIT_S, "a")
             drawn = painter.call_rank(0, Toy.wait_for, str(tmp_path / "never"))
             waiting = judge.call_rank(0, Toy.note, drawn)
             os.kill(pid, signal.SIGSTOP)
@@ -75,6 +81,7 @@ def test_a_stopped_process_is_named_and_not_the_one_that_waits_for_it(
     assert (error.group, error.rank, error.pid) == ("painter", 0, pid)
     assert "frozen (stopped): no sign of life for" in error.cause
     assert "brush in hand" in error.last_lines
+    assert [line.line for line in lines] == ["[painter 0 @7] the brush is dry"]
     (one,) = found
     assert (one.group, one.cause, one.dump) == ("painter", error.cause, error.dump)
     dump = Path(error.dump).read_text()
