@@ -4,7 +4,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ def measure_wait(
     scratch: Path,
     rounds: int,
     before: Callable[[], AbstractContextManager[object]] = nullcontext,
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Whole runs of the command, Ray and networks started anew for each.
 
@@ -27,6 +28,7 @@ def measure_wait(
         scratch: Folder of the shards and runs.
         rounds: Runs.
         before: Stands before the server while they run.
+        settings: Of the recipe.
     """
     write_shards(str(scratch / BUCKET / "train"), num_clips=4096, shard_size=256, seed=0)
     runs = []
@@ -35,7 +37,7 @@ def measure_wait(
             command = [
                 *(sys.executable, "-m", "pipelines.cli", "distill", "tiny", "--json"),
                 *(f"data.train=s3://{BUCKET}/train", f"output={scratch}", f"name=wait{number}"),
-                *(f"iterations={_ITERATIONS}", "validation.every=0"),
+                *(f"iterations={_ITERATIONS}", "validation.every=0", *settings),
             ]
             told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
             summary = json.loads(told)
