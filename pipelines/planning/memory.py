@@ -109,6 +109,7 @@ def _learner_memory(
     share, of_all = _FLOAT * trained / ranks, trained / shape.num_parameters
     kept = work.kept(role)
     offloaded = waiting * work.stream_bytes(role) * (role in work.offloading)
+    start = share * (role == FAKE_SCORE and work.restarts)
     passing = shape.transient_bytes(work.latent_shape, bf16=role in work.bf16)
     return RankMemory(
         state=(2 + kept.moments + kept.averages - kept.on_host) * share,
@@ -120,7 +121,7 @@ def _learner_memory(
         ),
         graphs=waiting * _graph(work, role) - offloaded,
         working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
-        host=kept.on_host * share + offloaded,
+        host=kept.on_host * share + offloaded + start,
         base=work.frozen_bytes(role),
     )
 

@@ -40,7 +40,7 @@ from pipelines.distillation.algorithm import (
 )
 from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
-from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives import GradientPath, restarts_of
 from sgmd_core.types import Looks
 from workers.adapters import targeted
 from workers.models.configs import INDEX_FILE
@@ -101,6 +101,7 @@ class Workload:
         adapters: Roles that train adapters, with the parameters of these.
         frozen_in_bf16: Of these, roles whose base is in bfloat16.
         looks: Score queries beside the one at the generator's samples.
+        restarts: Whether the fake score keeps the weights that it starts from, in main memory.
     """
 
     shape: DenoiserShape
@@ -129,6 +130,7 @@ class Workload:
     adapters: tuple[tuple[str, int], ...] = ()
     frozen_in_bf16: frozenset[str] = frozenset()
     looks: Looks = field(default_factory=Looks)
+    restarts: bool = False
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -183,6 +185,7 @@ class Workload:
                 role for role in adapted_roles(config) if computes[role].weights == "bf16"
             ),
             looks=config.looks,
+            restarts=bool(restarts_of(config.objective)),
         )
 
     def num_trained(self, role: str) -> int:

@@ -26,6 +26,7 @@ from pipelines.planning.stage_times import StageTimes, measured, modelled, updat
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
+from sgmd_core.types import Looks
 from tests.helpers.runs import start_run
 from workers.models.wan_arithmetic import RELEASED_SHAPES
 
@@ -208,6 +209,20 @@ class TestMemory:
         assert whole.gathered == work.gathered_bytes[TEACHER, "denoise"] == 0
         through = replace(work, path=GradientPath.BOTH_SCORES)
         assert teacher_memory(through, 4, 1).state == whole.state + 2 * parameters
+
+    def test_samples_off_the_trajectory_take_a_second_graph(self):
+        off = replace(SMALL, looks=Looks(off_trajectory=True))
+        assert generator_memory(off, 1, 1, 2).graphs == 2 * generator_memory(SMALL, 1, 1, 2).graphs
+        assert off.result_bytes[GENERATOR, "rollout"] > SMALL.result_bytes[GENERATOR, "rollout"]
+
+    def test_a_fake_score_that_starts_anew_keeps_its_first_weights_in_main_memory(self):
+        options = ["objective.method=phased_dmd", "fake_score.tracking=fresh"]
+        phased, plain = (
+            Workload.of(load_recipe("wan21-1.3b", each), "14b") for each in (options, [])
+        )
+        kept = fake_score_memory(phased, 4, 1, 1).host - fake_score_memory(plain, 4, 1, 1).host
+        assert kept == 4 * plain.shape.num_parameters / 4
+        assert generator_memory(phased, 4, 1, 1).host == generator_memory(plain, 4, 1, 1).host
 
     def test_guidance_in_turn_halves_what_a_teacher_works_on(self):
         batched, in_turn = (teacher_memory(replace(SMALL, in_turn=t), 1, 1) for t in (False, True))
