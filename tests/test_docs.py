@@ -55,7 +55,7 @@ def test_recipe_keys_that_pages_name_exist():
     parts = {".".join(key.split(".")[:end]) for key in keys for end in range(1, key.count(".") + 2)}
     sections = {key.partition(".")[0] for key in keys if "." in key}
     named = re.compile(r"`([a-z_0-9]+(?:\.[a-z_0-9]+)+)(?:[=:] ?[^`]*)?`")
-    files = (".json", ".jsonl", ".yaml", ".py")
+    files = (".json", ".jsonl", ".yaml", ".py", ".csv")
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     found = [
         (page.name, key)

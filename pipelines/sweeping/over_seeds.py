@@ -12,6 +12,8 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
+from cluster.files import write_whole
+
 
 class OverSeeds(Searcher):
     """A searcher around another one.
@@ -82,16 +84,15 @@ class OverSeeds(Searcher):
         inner = f"{checkpoint_path}.proposer"
         self._proposer.save(inner)
         state = {name: getattr(self, name) for name in ("_proposed", "_groups", "_lead_of")}
-        Path(checkpoint_path).write_bytes(
-            pickle.dumps({"own": state, "proposer": Path(inner).read_bytes()})
-        )
+        content = {"own": state, "proposer": Path(inner).read_bytes()}
+        write_whole(checkpoint_path, pickle.dumps(content))
         Path(inner).unlink()
 
     def restore(self, checkpoint_path: str) -> None:
         """Takes up what `save` wrote; the file is the sweep's own."""
         stored = pickle.loads(Path(checkpoint_path).read_bytes())
         inner = Path(f"{checkpoint_path}.proposer")
-        inner.write_bytes(stored["proposer"])
+        write_whole(inner, stored["proposer"])
         self._proposer.restore(str(inner))
         inner.unlink()
         for name, value in stored["own"].items():

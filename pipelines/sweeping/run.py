@@ -221,6 +221,9 @@ def _tuner(
             max_concurrent_trials=config.sweep.concurrent_trials,
             search_alg=searcher(config),
             scheduler=ends_early,
+            # In one process without Ray a trial leaves nothing behind, and starting one takes
+            # longer than a short trial. A population moves states between processes.
+            reuse_actors=not pools and config.sweep.search != "pb2",
             trial_name_creator=lambda trial: f"trial-{trial.trial_id}",
             trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),

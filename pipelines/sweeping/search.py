@@ -1,4 +1,4 @@
-"""How a space is searched: what Tune draws trials from, and what ends them early.
+"""Search of a space: the source of Tune's trials, and what ends them early.
 
     grid, random   every run is listed beforehand
     tpe            Optuna proposes, and hears of each trial that ends

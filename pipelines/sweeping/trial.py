@@ -37,7 +37,7 @@ _STATE_FILE = "state.json"
 
 @dataclass(frozen=True, slots=True)
 class CommonToTrials:
-    """What all trials have in common.
+    """Settings that all trials have in common.
 
     Attributes:
         config: The recipe; paths are absolute and `output` is the folder of the trials.
@@ -133,7 +133,7 @@ def run_trial(tuned: Mapping[str, Any], sweep: CommonToTrials) -> None:
 
 
 class TrialError(Exception):
-    """What a trial has failed with before."""
+    """Failure of a trial before, raised again."""
 
 
 def _given_state() -> Mapping[str, Any] | None:

@@ -1,0 +1,51 @@
+"""Runs that go on from a state of another run, with other settings."""
+
+import pytest
+
+from pipelines.distillation.branching import branch, newest_state
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, read_jsonl
+from sgmd_core.errors import CheckpointError
+from tests.e2e.conftest import MakeRecipe
+
+NR = "objective.lambda_nr"
+
+
+def losses(run: RunFolder) -> list[dict[str, float]]:
+    return [line["losses"] for line in read_jsonl(run.metrics)]
+
+
+@pytest.mark.slow
+def test_a_branch_goes_on_from_the_state_and_only_what_may_differ_does(
+    module_recipe: MakeRecipe,
+) -> None:
+    source = module_recipe("name=source", "iterations=2")
+    distill(source)
+    start = RunFolder(source.run_folder)
+    assert newest_state(start) == 2
+    whole = module_recipe("name=whole", "iterations=4")
+    distill(whole)
+
+    same = module_recipe("name=same", "iterations=4")
+    branch(start, same, {NR}, iteration=2)
+    distill(same, resume=True)
+    assert losses(RunFolder(same.run_folder)) == losses(RunFolder(whole.run_folder))
+
+    other = module_recipe("name=other", "iterations=4", f"{NR}=0.9", "generator.optimizer.lr=1e-2")
+    with pytest.raises(CheckpointError, match=r"generator\.optimizer\.lr is 0\.01"):
+        branch(start, other, {NR}, iteration=2)
+    assert not other.run_folder.exists()
+    branch(start, other, {NR, "generator.optimizer.lr"}, iteration=2)
+    distill(other, resume=True)
+    branched, calm = losses(RunFolder(other.run_folder)), losses(RunFolder(whole.run_folder))
+    assert branched[:2] == calm[:2]
+    # The loss before the first update of its own is that of the state; the next one is not.
+    assert branched[2]["fisher"] == calm[2]["fisher"]
+    assert abs(branched[3]["fisher"] / calm[3]["fisher"] - 1) > 1e-3
+    # The state of the source is as it was.
+    assert newest_state(start) == 2
+
+
+def test_a_folder_without_a_run_is_no_state_to_go_on_from(module_recipe: MakeRecipe) -> None:
+    with pytest.raises(CheckpointError, match=r"no config\.yaml"):
+        newest_state(RunFolder(module_recipe("name=nothing").run_folder))

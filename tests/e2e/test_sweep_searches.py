@@ -1,0 +1,98 @@
+"""Searches that propose points: several figures and seeds, and a population."""
+
+import csv
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from pipelines.sweeping.run import sweep
+from pipelines.sweeping.search import require_pb2
+from sgmd_core.errors import ConfigError
+from tests.e2e.conftest import MakeRecipe
+
+ROOT = Path(__file__).parents[2]
+# Not in the environment, where transformers would load scipy in every process.
+PB2_LIBRARIES = Path(sys.prefix) / "pb2"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_points_of_several_figures_and_seeds_are_means_with_intervals_and_a_front(
+    make_recipe: MakeRecipe, ray_cluster: None
+) -> None:
+    result = sweep(
+        make_recipe(
+            "sweep.space={objective.lambda_nr: {log_uniform: [0.01, 1.0]}}",
+            "sweep.search=tpe",
+            "sweep.trials=2",
+            "sweep.seeds=[0, 1]",
+            "sweep.tradeoffs={flow_top_ratio: max}",
+            "sweep.iterations=1",
+        )
+    )
+    assert len(result.points) == 2
+    best, other = result.points
+    assert [trial.seed for trial in best.trials] == [0, 1]
+    assert best.settings != other.settings
+    spread = best.spread("frechet")
+    values = [trial.figures["frechet"] for trial in best.trials]
+    assert spread is not None
+    assert spread.interval is not None
+    assert spread.mean == pytest.approx(sum(values) / 2)
+    assert spread.interval[0] < min(values) < max(values) < spread.interval[1]
+    assert values[0] != values[1]
+    assert spread.mean <= other.value("frechet")
+    # The other one is on the front if it moves more.
+    is_better = other.value("flow_top_ratio") > best.value("flow_top_ratio")
+    assert len(result.front) == 1 + is_better
+    page = (result.folder / "report.html").read_text()
+    assert "Pareto front" in page
+    assert "2 seeds a point" in page
+
+
+def test_a_population_without_its_libraries_is_refused() -> None:
+    if find_spec("scipy") and find_spec("sklearn"):
+        pytest.skip("they are in this environment")
+    with pytest.raises(ConfigError, match=r"pip install 'sgmd\[pb2\]'"):
+        require_pb2()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.skipif(not PB2_LIBRARIES.exists(), reason="no libraries of PB2: `make setup`")
+def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
+    recipe_file: Path, tmp_path: Path
+) -> None:
+    settings = [
+        # Far apart, so that it is clear who is worst.
+        "sweep.space={generator.optimizer.lr: {log_uniform: [1.0e-6, 1.0e-1]}}",
+        "sweep.search=pb2",
+        "sweep.trials=4",
+        "sweep.iterations=4",
+        "sweep.validate_every=2",
+        "sweep.concurrent_trials=2",
+        f"output={tmp_path}",
+    ]
+    path = os.pathsep.join([str(PB2_LIBRARIES), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "sweep", str(recipe_file), *settings],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "small-sweep"
+    rows = list(csv.DictReader((folder / "sweep.csv").open()))
+    assert [row["state"] for row in rows] == ["done"] * 4
+    assert {row["iteration"] for row in rows} == {"4"}
+    branched = [Path(row["run_folder"]) for row in rows if "-from-trial-" in row["run_folder"]]
+    assert branched
+    for run in branched:
+        # Two iterations of the state's own run, and two with new settings.
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
