@@ -76,6 +76,9 @@ class _Seat:
     def actor(self) -> Any:  # noqa: ANN401 - Ray's handle
         return self.hosts.actors[self.index]
 
+    def worker(self, group: str) -> str:
+        return self.hosts.worker_of(group)
+
     @property
     def process(self) -> tuple[str, int]:
         return self.hosts.pool, self.index
@@ -156,7 +159,9 @@ class RayWorkerGroup(WorkerGroup[W]):
     def _build(self, rank: int) -> RayFuture[Any]:
         seat = self._seats[rank]
         rendezvous = seat.hosts.rendezvous[seat.index]
-        built = seat.actor.build.remote(self.name, self._factory, self._args, rendezvous, rank)
+        built = seat.actor.build.remote(
+            seat.worker(self.name), self._factory, self._args, rendezvous, rank
+        )
         return self._pending(rank, "build", built, [])
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -196,7 +201,9 @@ class RayWorkerGroup(WorkerGroup[W]):
     def ask_work(self) -> list[Future[list[Work]]]:
         """Asks every rank what it has done since this was last asked."""
         return [
-            self._pending(rank, "take_work", seat.actor.take_work.remote(self.name), [])
+            self._pending(
+                rank, "take_work", seat.actor.take_work.remote(seat.worker(self.name)), []
+            )
             for rank, seat in enumerate(self._seats)
         ]
 
@@ -252,7 +259,7 @@ class RayWorkerGroup(WorkerGroup[W]):
         )
         via = self._direct if self._direct and method in self._direct.methods else None
         spec = CallSpec(
-            self.name,
+            seat.worker(self.name),
             method,
             layout,
             current_label(),

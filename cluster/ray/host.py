@@ -34,6 +34,7 @@ import torch
 from cluster.errors import ClusterError, RemoteCallError
 from cluster.joined import Span, concatenate
 from cluster.ray.direct import ready_to_hand_over, require_transport
+from cluster.ray.gpus import take_own_gpu
 from cluster.ray.orphans import end_with_parent
 from cluster.ray.progress import ProgressReporter, forget_report
 from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
@@ -162,6 +163,10 @@ class Hosts:
             for rank in world:
                 self.rendezvous[rank] = rendezvous
 
+    def worker_of(self, group: str) -> str:
+        """Name of a group's worker in these processes."""
+        return group
+
     def world_of(self, rank: int) -> range:
         """Ranks that run collectives with this one, itself included."""
         first = rank - rank % self._world_size
@@ -274,7 +279,7 @@ class Host:
             if self._transport is not None:
                 require_transport(self._transport, self._place)
             if rendezvous is not None and not self._has_met:
-                _take_own_gpu()
+                take_own_gpu()
                 rank = self._rank % self._meeting_size
                 join_rendezvous(rendezvous, rank, _COLLECTIVE_TIMEOUT_S, self._store)
                 self._has_met = True
@@ -368,24 +373,6 @@ class Host:
         except Exception:
             return RemoteCallError(f"running {where}", f"{type(error).__name__}: {error}\n{told}")
         return error
-
-
-def _take_own_gpu() -> None:
-    """Makes the GPU that Ray gave to this process the current one, where all are in sight."""
-    own = ray.get_gpu_ids()
-    if own:
-        torch.cuda.set_device(device_index(str(own[0]), os.environ.get("CUDA_VISIBLE_DEVICES")))
-
-
-def device_index(gpu: str, visible: str | None) -> int:
-    """CUDA's index of a GPU: its place among those in sight, where not all of them are.
-
-    Args:
-        gpu: As Ray names it: its number on the machine, or its UUID.
-        visible: CUDA_VISIBLE_DEVICES of this process.
-    """
-    names = [name.strip() for name in visible.split(",")] if visible else []
-    return names.index(gpu) if gpu in names else int(gpu)
 
 
 def _put_in_place(values: Sequence[Any], layout: ArgLayout) -> list[object]:

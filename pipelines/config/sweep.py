@@ -133,6 +133,9 @@ class SweepSettings(Section):
     """Other figures that are searched beside the score; the result is a Pareto front."""
     start_from: str | None = None
     """Folder of a run; every trial goes on from its newest checkpoint."""
+    share_teacher: bool = False
+    """Whether all trials use one teacher pool and one text encoder, with its cache, instead of
+    copies of their own; needs `topology.mode: pools` and a teacher of one rank."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

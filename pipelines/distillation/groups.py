@@ -61,6 +61,8 @@ _STRATEGIES: Mapping[str, Strategy] = {
     "strict_pack": "STRICT_PACK",
     "strict_spread": "STRICT_SPREAD",
 }
+BORROWED = frozenset({TEACHER, "text"})
+"""Roles that keep nothing between calls, so that several runs may use one copy."""
 # Left outside of the reservation, or Ray Data would never read a row.
 _DATA_CPUS = 1.0
 
@@ -101,6 +103,7 @@ def open_groups(
     in_trial: bool = False,
     tell: Callable[[str], None] = lambda words: None,
     events: EventLog | None = None,
+    service: str = "",
 ) -> Iterator[Groups]:
     """Starts every role and waits until all have loaded their networks.
 
@@ -113,6 +116,7 @@ def open_groups(
         in_trial: Take over the placement group of the Tune trial that this process is.
         tell: Called with one sentence when the Ray cluster is lost.
         events: Receives the processes that the watch has ended; None: nothing is watched.
+        service: Name of a `cluster.ray.service` that has the frozen roles; empty: own ones.
 
     Raises:
         SgmdError: A role cannot load what it needs.
@@ -125,7 +129,7 @@ def open_groups(
             from cluster.ray.topology import Placement, reserve
             from cluster.runtime import start_ray, watch_gcs
 
-            pools = pools_of(config)
+            pools = own_pools_of(config) if service else pools_of(config)
             num_cpus = own_cluster_size(config, bundles_of(pools))
             stack.enter_context(
                 start_ray(
@@ -140,11 +144,13 @@ def open_groups(
                 if in_trial
                 else reserve(pools, config.topology.start_timeout_s)
             )
-            opener = _ray_opener(config, stack.enter_context(placement))
+            opener = _ray_opener(config, stack.enter_context(placement), service)
         groups = _open(opener, stack, config, checked, folder, progress, num_rows)
         if events is not None:
             limit_s = config.validation.timeout_s
-            stack.enter_context(watch_groups(groups.all, config.topology, limit_s, folder, events))
+            # What is borrowed serves others, too, and its owner looks after it.
+            watched = [each for each in groups.all if not (service and each.name in BORROWED)]
+            stack.enter_context(watch_groups(watched, config.topology, limit_s, folder, events))
         _wait_ready(groups.all, config.topology.start_timeout_s)
         yield groups
 
@@ -179,6 +185,16 @@ def pools_of(config: DistillConfig) -> list[Pool]:
     if config.validation.every:
         pools.append(_pool("validator", topology.validator))
     return pools
+
+
+def own_pools_of(config: DistillConfig) -> list[Pool]:
+    """The pools of a run that borrows its frozen roles."""
+    return [pool for pool in pools_of(config) if pool.name not in BORROWED]
+
+
+def lent_pools_of(config: DistillConfig) -> list[Pool]:
+    """The pools of the service that it borrows them from."""
+    return [pool for pool in pools_of(config) if pool.name in BORROWED]
 
 
 def _role_pools(topology: TopologySettings) -> list[Pool]:
@@ -224,6 +240,8 @@ class _RayOpener:
         narrow: Kinds of tensors that are rounded on the way.
         direct: What the roles send one another past the object store; None: nothing.
         shared: Pools of processes that roles share, by name; empty: each role has its own.
+        service: Service that has the frozen roles; empty: none.
+        borrower: Name of the run.
     """
 
     def __init__(
@@ -232,17 +250,26 @@ class _RayOpener:
         narrow: frozenset[str],
         direct: Direct | None,
         shared: "Mapping[str, Hosts]",
+        service: str = "",
+        borrower: str = "",
     ) -> None:
         self._placement = placement
         self._narrow = narrow
         self._direct = direct
         self._shared = shared
+        self._service = service
+        self._borrower = borrower
 
     def open(
         self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
     ) -> WorkerGroup[W]:
         from cluster.ray.group import RayWorkerGroup
 
+        if self._service and name in BORROWED:
+            from cluster.ray.service import BorrowedHosts
+
+            lent = BorrowedHosts(self._service, name, team.size, self._borrower)
+            return RayWorkerGroup(name, factory, args, lent, narrow=self._narrow)
         if team.homes:
             hosts = [self._shared[home.pool] for home in team.homes]
             return RayWorkerGroup(name, factory, args, hosts, narrow=self._narrow)
@@ -265,7 +292,7 @@ def direct_of(transport: str) -> Direct | None:
     return Direct(transport, frozenset(stage.name for stage in STAGES.values() if stage.sends))
 
 
-def _ray_opener(config: DistillConfig, placement: "Placement") -> _RayOpener:
+def _ray_opener(config: DistillConfig, placement: "Placement", service: str) -> _RayOpener:
     from cluster.ray.host import Hosts
 
     topology = config.topology
@@ -274,7 +301,7 @@ def _ray_opener(config: DistillConfig, placement: "Placement") -> _RayOpener:
     if topology.shares_pools:
         for name, pool in topology.role_pools.items():
             shared[name] = Hosts(name, placement, pool.ranks, shared=True)
-    return _RayOpener(placement, topology.narrowed, direct, shared)
+    return _RayOpener(placement, topology.narrowed, direct, shared, service, config.name)
 
 
 def _open(

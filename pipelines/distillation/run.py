@@ -58,6 +58,7 @@ def distill(
     observer: RunObserver | None = None,
     in_trial: bool = False,
     stop_rule: StopRule | None = None,
+    service: str = "",
 ) -> dict[str, Any]:
     """Runs the distillation that a configuration describes.
 
@@ -68,6 +69,7 @@ def distill(
         observer: Receives the events of the run.
         in_trial: Use the placement group of the Tune trial that this process is.
         stop_rule: Ends the run, at `config.iterations` at the latest, which is its default.
+        service: Name of a `cluster.ray.service` whose frozen roles the run uses; empty: own ones.
 
     Returns:
         The run's summary, as summary.json holds it.
@@ -105,6 +107,7 @@ def distill(
                 in_trial=in_trial,
                 stop_rule=stop_rule or StopRule(config.iterations),
                 stops=stops,
+                service=service,
             )
         except StopNow:
             raise stopped_early(stops, config, str(folder.root)) from None
@@ -124,6 +127,7 @@ def _distill(
     in_trial: bool,
     stop_rule: StopRule,
     stops: StopRequests,
+    service: str,
 ) -> dict[str, Any]:
     """Runs a checked distillation in a folder that this process holds."""
     checkpoints = Checkpoints(str(folder.checkpoints))
@@ -151,6 +155,7 @@ def _distill(
             in_trial=in_trial,
             tell=observer.warning,
             events=events,
+            service=service,
         ) as groups,
         open_tracker(
             config.tracker.wandb,

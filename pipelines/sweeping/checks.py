@@ -16,6 +16,7 @@ from sgmd_core.errors import ConfigError, SgmdError
 
 _CHECKED_ALONE = ("objective.", "guards.", "alarms.", "generator.optimizer.", "generator.ema_")
 """Settings that no file has to fit: pydantic has checked all about them."""
+_OF_TEACHER = ("teacher.", "model.", "topology.", "video.")
 _MOST_POINTS = 10_000
 
 
@@ -59,7 +60,32 @@ def checked_sweep(config: DistillConfig) -> int:
     for figure in sweep.objectives:
         name = "sweep.score" if figure == sweep.score else "sweep.tradeoffs"
         require_readable(figure, held_out, f"ranking trials by {figure}", name)
+    if sweep.share_teacher:
+        _require_lendable(config, points[0])
     return _first_iteration(config, points[0])
+
+
+def _require_lendable(config: DistillConfig, point: Mapping[str, Any]) -> None:
+    """Checks that one teacher can serve all trials.
+
+    Raises:
+        ConfigError: It has several ranks, which run collectives, or trials want different ones.
+    """
+    topology = trial_config(config, point, seeds_of(config)[0], "check").topology
+    found = [key for key in config.sweep.dimensions if key.startswith(_OF_TEACHER)]
+    if topology.mode != "pools":
+        found.append(f"topology.mode {topology.mode}, where the teacher shares its processes")
+    if topology.teacher.ranks > 1:
+        found.append(f"topology.teacher.ranks {topology.teacher.ranks}, which run collectives")
+    if topology.transport != "object_store":
+        found.append(f"topology.transport {topology.transport}, which is between two processes")
+    if found:
+        raise ConfigError(
+            "sharing one teacher among all trials (sweep.share_teacher)",
+            "; ".join(found),
+            "trials that want the same teacher, with topology.mode pools and one rank a copy",
+            "Set sweep.share_teacher=false, or change these in sweep.settings and sweep.space",
+        )
 
 
 def _check_point(

@@ -8,7 +8,9 @@ the same order and are measured on the same captions and seeds.
 """
 
 import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +24,12 @@ from cluster.runtime import start_ray
 from cluster.storage import write_text
 from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.distillation.groups import own_cluster_size, pools_of
+from pipelines.distillation.groups import (
+    lent_pools_of,
+    own_cluster_size,
+    own_pools_of,
+    pools_of,
+)
 from pipelines.run.differences import value_differences
 from pipelines.run.folder import require_output_folder
 from pipelines.run.observer import RunObserver
@@ -89,7 +96,8 @@ def sweep(
         _take_folder(config, folder, resume=resume)
         # A trial works in a folder of Tune's.
         inside = config.with_absolute_paths().model_copy(update={"output": str(folder / "trials")})
-        common = CommonToTrials(inside, first_iteration, listed_runs(config))
+        service = f"{config.name}-{secrets.token_hex(4)}" if config.sweep.share_teacher else ""
+        common = CommonToTrials(inside, first_iteration, listed_runs(config), service)
         book = TrialBook(folder / "trials.json")
         events = TrialEvents(
             common, book, num_runs(config), observer or RunObserver(), on_progress, on_trials
@@ -152,10 +160,13 @@ def _sweep(
     """Runs a checked sweep in a folder that this process holds."""
     total = num_runs(config)
     if book.num_ended < total:
-        pools = _pools(config)
-        num_cpus = own_cluster_size(config, _bundles(pools))
+        pools, lent = _pools(config)
+        num_cpus = own_cluster_size(config, [*_bundles(pools), *bundles_of(lent)])
         preload = modules_of(model_on_this_machine(config.model.folder))
-        with start_ray(config.topology.address, num_cpus=num_cpus, preload=preload):
+        with (
+            start_ray(config.topology.address, num_cpus=num_cpus, preload=preload),
+            _lending(config, common.service, lent, events),
+        ):
             events.note(f"sweeping {total} trials in {folder}")
             events.tell()
             seed_global_draws(config.seed)
@@ -180,10 +191,28 @@ def _sweep(
     return result
 
 
-def _pools(config: DistillConfig) -> list[Pool]:
-    """Returns the resources of one trial besides its controller."""
+@contextmanager
+def _lending(
+    config: DistillConfig, service: str, pools: Sequence[Pool], events: TrialEvents
+) -> Iterator[None]:
+    """Keeps the frozen roles of all trials, where they share them."""
+    if not service:
+        yield
+        return
+    from cluster.ray.service import RoleService
+
+    with RoleService(service, pools, config.topology.start_timeout_s, events.note):
+        yield
+
+
+def _pools(config: DistillConfig) -> tuple[list[Pool], list[Pool]]:
+    """Returns the resources of one trial besides its controller, and those that all share."""
     trial = trial_config(config, {}, config.seed, "bundles")
-    return [] if trial.topology.mode == "local" else pools_of(trial)
+    if trial.topology.mode == "local":
+        return [], []
+    if config.sweep.share_teacher:
+        return own_pools_of(trial), lent_pools_of(trial)
+    return pools_of(trial), []
 
 
 def _bundles(pools: Sequence[Pool]) -> list[dict[str, float]]:

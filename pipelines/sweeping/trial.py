@@ -43,11 +43,13 @@ class CommonToTrials:
         config: The recipe; paths are absolute and `output` is the folder of the trials.
         first_iteration: Iteration of the state that all go on from; 0 without one.
         listed: Settings and seed of every run, where they are known beforehand.
+        service: Name of the service that has the frozen roles of all trials; empty: none.
     """
 
     config: DistillConfig
     first_iteration: int = 0
     listed: tuple[tuple[Mapping[str, Any], int], ...] = ()
+    service: str = ""
 
     def trial_config(self, settings: Mapping[str, Any], seed: int, name: str) -> DistillConfig:
         """The run of a point."""
@@ -174,7 +176,13 @@ def _distill(
     if not folder.summary.exists():
         on_ray = config.topology.mode != "local"
         resumes = folder.config.exists()
-        distill(config, resume=resumes, observer=reporter, in_trial=on_ray)
+        distill(
+            config,
+            resume=resumes,
+            observer=reporter,
+            in_trial=on_ray,
+            service=sweep.service,
+        )
     lines = read_jsonl(folder.validation)
     if not lines or lines[-1]["iteration"] < config.iterations:
         raise SgmdError(

@@ -1,14 +1,21 @@
-"""Searches that propose points: several figures and seeds, and a population."""
+"""Searches that propose points, several seeds, a population, and a teacher that trials share."""
 
 import csv
 import os
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
+from pipelines.distillation.run import distill
+from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.sweeping.run import sweep
 from pipelines.sweeping.search import require_pb2
 from sgmd_core.errors import ConfigError
@@ -96,3 +103,80 @@ def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
     for run in branched:
         # Two iterations of the state's own run, and two with new settings.
         assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def service_processes() -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "".join(process.cmdline()).startswith("ray::ServiceHost"):
+                found.append(process)
+    return found
+
+
+def kill_shared_roles(folder: Path) -> None:
+    """Kills every process that trials share, once a trial has made an iteration."""
+    deadline_s = time.monotonic() + 120
+    while time.monotonic() < deadline_s:
+        if list(folder.glob("trials/*/metrics.jsonl")):
+            for process in service_processes():
+                process.kill()
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_trials_that_share_a_teacher_make_the_bits_of_their_own_also_when_it_is_lost(
+    make_recipe: MakeRecipe, ray_cluster: None
+) -> None:
+    config = make_recipe(
+        "sweep.grid={objective.lambda_nr: [0.05, 0.5]}",
+        "sweep.settings={topology.mode: pools}",
+        "sweep.share_teacher=true",
+        "sweep.concurrent_trials=2",
+        "sweep.iterations=6",
+    )
+    folder = config.run_folder.parent / "small-sweep"
+    killer = threading.Thread(target=kill_shared_roles, args=(folder,))
+    killer.start()
+    try:
+        trials = sweep(config).trials
+    finally:
+        killer.join()
+    kinds = []
+    for trial in trials:
+        nr = trial.settings["objective.lambda_nr"]
+        calm = make_recipe(f"name=calm-{nr}", "iterations=6", f"objective.lambda_nr={nr}")
+        distill(calm)
+        run = RunFolder(trial.run_folder)
+        own, separate = (
+            [line["losses"] for line in read_jsonl(each.metrics)]
+            for each in (run, RunFolder(calm.run_folder))
+        )
+        assert own == separate
+        kinds += [event["kind"] for event in read_jsonl(run.events)]
+    assert "recovered" in kinds
+    assert service_processes() == []
+    deadline_s = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline_s, "a placement group was not given back"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (("sweep.settings={topology.mode: fused}",), "topology.mode fused"),
+        (
+            ("sweep.settings={topology.mode: pools, topology.teacher.ranks: 2}",),
+            "which run collectives",
+        ),
+    ],
+)
+def test_a_teacher_that_cannot_serve_several_runs_is_not_shared(
+    make_recipe: MakeRecipe, settings: tuple[str, ...], words: str
+) -> None:
+    grid = "sweep.grid={objective.lambda_nr: [0.05]}"
+    with pytest.raises(ConfigError, match=words):
+        sweep(make_recipe(grid, "sweep.share_teacher=true", *settings))

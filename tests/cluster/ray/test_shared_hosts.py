@@ -12,8 +12,9 @@ from cluster.errors import (
     TransferError,
     WorkerDiedError,
 )
+from cluster.ray.gpus import device_index
 from cluster.ray.group import RayWorkerGroup
-from cluster.ray.host import Hosts, device_index
+from cluster.ray.host import Hosts
 from cluster.ray.pools import Pool
 from cluster.ray.topology import Placement, reserve
 from cluster.spans import labelled
