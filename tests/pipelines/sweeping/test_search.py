@@ -1,0 +1,121 @@
+"""Searches and schedulers, without the trials."""
+
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.sweeping.search import keep_present, scheduler, searcher
+from pipelines.sweeping.trials import Trial
+
+NR = "objective.lambda_nr"
+
+
+def recipe(*settings: str) -> DistillConfig:
+    space = f"sweep.space={{{NR}: {{log_uniform: [0.01, 1.0]}}}}"
+    return load_recipe("tiny", ["sweep.grid={}", space, "sweep.search=tpe", *settings])
+
+
+def run_points(
+    search: Any, values: dict[str, list[float]], figures: tuple[str, ...]
+) -> list[float]:
+    """Runs trials with known figures; returns the proposed weights."""
+    proposed = []
+    for name, measured in values.items():
+        proposed.append(search.suggest(name)["point"][NR])
+        result = dict(zip(figures, measured, strict=True))
+        search.on_trial_result(name, {**result, "training_iteration": 1})
+        search.on_trial_complete(name, result)
+    return proposed
+
+
+class TestOverSeeds:
+    def test_each_point_is_run_once_a_seed_and_the_proposer_hears_the_mean(self):
+        search = searcher(recipe("sweep.seeds=[5, 7]"))
+        assert search is not None
+        first, second, third = (search.suggest(name) for name in "abc")
+        assert first is not None
+        assert second is not None
+        assert third is not None
+        assert [each["seed"] for each in (first, second, third)] == [5, 7, 5]
+        assert first["point"] == second["point"] != third["point"]
+        search.on_trial_complete("a", {"frechet": 1.0})
+        (study,) = (search._proposer._ot_study,)  # pyright: ignore
+        assert [trial.value for trial in study.trials] == [None, None]
+        search.on_trial_complete("b", {"frechet": 2.0})
+        assert [trial.value for trial in study.trials] == [1.5, None]
+        # One that failed is left out of the mean; a point of failures is one.
+        search.suggest("d")
+        search.on_trial_complete("c", None, error=True)
+        search.on_trial_complete("d", None, error=True)
+        assert study.trials[1].state.name == "FAIL"
+
+    def test_a_search_that_is_taken_up_goes_on_as_if_nothing_had_happened(self, tmp_path: Path):
+        known = {f"t{index}": [1.0 / (1 + index)] for index in range(14)}
+        calm, broken, fresh = (searcher(recipe()) for _ in range(3))
+        first = run_points(calm, known, ("frechet",))
+        assert run_points(broken, known, ("frechet",)) == first
+        broken.save(str(tmp_path / "state"))  # pyright: ignore
+        fresh.restore(str(tmp_path / "state"))  # pyright: ignore
+        later = {f"u{index}": [1.0] for index in range(3)}
+        expected = run_points(calm, later, ("frechet",))
+        assert run_points(fresh, later, ("frechet",)) == expected
+        # What was heard before decides: a search that heard nothing proposes others.
+        assert run_points(searcher(recipe()), later, ("frechet",)) != expected
+
+    def test_several_figures_are_searched_at_once(self):
+        search = searcher(recipe("sweep.tradeoffs={flow_top_ratio: max}"))
+        run_points(search, {f"t{index}": [1.0, index] for index in range(3)}, FIGURES)
+        study = search._proposer._ot_study  # pyright: ignore
+        assert [each.name for each in study.directions] == ["MINIMIZE", "MAXIMIZE"]
+        assert [trial.values for trial in study.trials] == [[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]]
+
+
+FIGURES = ("frechet", "flow_top_ratio")
+
+
+def ended(name: str, *values: float) -> Trial:
+    curve = tuple((2 * place + 2, {"frechet": value}) for place, value in enumerate(values))
+    return Trial({}, {}, 0, "", "", name=f"trial-{name}", curve=curve)
+
+
+@pytest.mark.parametrize("method", ["asha", "median"])
+def test_a_scheduler_knows_after_an_interruption_what_was_reported_before(method: str) -> None:
+    config = recipe(
+        f"sweep.scheduler={{method: {method}, grace_iterations: 2}}", "sweep.validate_every=2"
+    )
+    earlier = [ended("a", 1.0, 0.9), ended("b", 1.1, 1.0), ended("c", 1.2, 1.1)]
+    stops = {}
+    for known in (earlier, []):
+        found = scheduler(config, known)
+        assert found is not None
+        trial: Any = SimpleTrial("d")
+        controller: Any = None
+        found.on_trial_add(controller, trial)
+        result = {"iteration": 2, "frechet": 9.0}
+        stops[len(known)] = found.on_trial_result(controller, trial, result)
+    assert stops == {3: TrialScheduler.STOP, 0: TrialScheduler.CONTINUE}
+    good = scheduler(config, earlier)
+    assert good is not None
+    good.on_trial_add(controller, trial)
+    result = {"iteration": 2, "frechet": 0.1}
+    assert good.on_trial_result(controller, trial, result) == TrialScheduler.CONTINUE
+
+
+def test_tunes_copy_of_a_scheduler_is_the_one_of_this_process() -> None:
+    config = recipe("sweep.scheduler.method=asha", "sweep.validate_every=2")
+    kept = pickle.dumps(scheduler(config))
+    now = scheduler(config)
+    keep_present(now)
+    assert pickle.loads(kept) is now
+
+
+class SimpleTrial(SimpleNamespace):
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def __init__(self, trial_id: str) -> None:
+        super().__init__(trial_id=trial_id)

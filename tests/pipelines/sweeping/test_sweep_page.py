@@ -1,0 +1,146 @@
+"""The page of a sweep, of trials with known figures, in a real browser."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Route, sync_playwright
+
+from pipelines.config.recipe import load_recipe
+from pipelines.sweeping.importance import importances
+from pipelines.sweeping.page import write_sweep_page
+from pipelines.sweeping.results import pareto_front, points_of, ranked_trials, write_results
+from pipelines.sweeping.trials import Trial, TrialBook
+from tests.pipelines.commands.rendering import rendered
+
+NR, LR = "objective.lambda_nr", "generator.optimizer.lr"
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+SETTINGS = (
+    "sweep.grid={}",
+    f"sweep.space={{{NR}: {{log_uniform: [0.01, 1.0]}}, {LR}: {{uniform: [1.0e-6, 1.0e-4]}}}}",
+    "sweep.search=tpe",
+    "sweep.iterations=30",
+    "sweep.validate_every=10",
+    "sweep.scheduler.method=asha",
+    "sweep.tradeoffs={flow_top_ratio: max}",
+)
+
+
+def trial(index: int) -> Trial:
+    """The weight alone decides the distance; the best one is 0.1. It trades off with motion."""
+    nr = 10 ** (-2 + 2 * (index * 0.618 % 1))
+    lr = 1e-6 + 9.9e-5 * (index * 0.414 % 1)
+    last = 30 if index % 2 else 10
+    distance = 0.1 + (math.log10(nr) + 1) ** 2
+    figures = {"frechet": distance, "flow_top_ratio": nr}
+    curve = tuple((at, {**figures, "frechet": distance + 1 / at}) for at in range(10, last + 1, 10))
+    final = dict(curve[-1][1])
+    return Trial(
+        {NR: nr, LR: lr},
+        final,
+        float(last),
+        f"runs/{index}",
+        "",
+        {"frechet": (final["frechet"] - 0.01, final["frechet"] + 0.01)},
+        name=f"trial-{index}",
+        state="done" if last == 30 else "stopped",
+        iteration=last,
+        curve=curve,
+    )
+
+
+def failed() -> Trial:
+    error = "NonFiniteError: <b>While</b> updating"
+    return Trial({NR: 0.5, LR: 1e-5}, {}, 1.0, "runs/x", error, name="trial-x", state="failed")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    config = load_recipe("tiny", list(SETTINGS))
+    (tmp_path / "recipe.yaml").write_text(config.to_yaml())
+    book = TrialBook(tmp_path / "trials.json")
+    for each in [*(trial(index) for index in range(40)), failed()]:
+        book.begin(each)
+        if each.error:
+            book.end(each.name, "failed", each.error)
+        else:
+            book.end(each.name, each.state)
+    write_results(config, tmp_path, book.trials)
+    return tmp_path
+
+
+def test_a_book_is_what_was_written_into_it(folder: Path) -> None:
+    again = TrialBook(folder / "trials.json").trials
+    assert list(again) == [*(trial(index) for index in range(40)), failed()]
+
+
+def test_the_best_comes_first_then_those_ended_early_then_failed_ones() -> None:
+    config = load_recipe("tiny", list(SETTINGS))
+    order = ranked_trials(config.sweep, [failed(), *(trial(index) for index in range(9))])
+    assert [each.state for each in order] == ["done"] * 4 + ["stopped"] * 5 + ["failed"]
+    done = [each.figures["frechet"] for each in order[:4]]
+    assert done == sorted(done)
+
+
+def test_the_front_has_what_no_other_point_beats() -> None:
+    objectives = {"frechet": "min", "flow_top_ratio": "max"}
+    points = points_of([trial(index) for index in range(1, 40, 2)])
+    found = pareto_front(points, objectives)  # pyright: ignore
+    # Below 0.1 a larger weight is better in both figures; above, one pays for the other.
+    best = min(points, key=lambda point: point.value("frechet"))
+    larger = [point for point in points if point.settings[NR] >= best.settings[NR]]
+    assert {point.settings[NR] for point in found} == {point.settings[NR] for point in larger}
+    assert pareto_front(points, {"frechet": "min"}) == [best]
+
+
+def test_the_setting_that_decides_is_the_important_one() -> None:
+    config = load_recipe("tiny", list(SETTINGS))
+    shares = importances(config.sweep, [trial(index) for index in range(40)])
+    assert list(shares) == [NR, LR]
+    assert shares[NR] > 0.8
+    assert importances(config.sweep, [trial(index) for index in range(4)]) == {}
+
+
+def test_the_live_table_fits_80_columns(folder: Path) -> None:
+    from pipelines.commands.sweeping import trials_so_far
+
+    config = load_recipe("tiny", list(SETTINGS))
+    trials = TrialBook(folder / "trials.json").trials
+    for columns in (60, 80):
+        text = rendered([trials_so_far(config.sweep, trials, 48)], columns)
+        lines = text.splitlines()
+        assert max(map(len, lines)) <= columns
+        assert len(lines) <= 24
+        assert "41/48 trials ended, best frechet" in lines[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: `make browser` brings it")
+def test_the_page_fits_a_phone_and_asks_for_nothing(folder: Path) -> None:
+    page_file = write_sweep_page(folder)
+    asked: list[str] = []
+    said: list[str] = []
+
+    def refuse(route: Route) -> None:
+        if not route.request.url.startswith(("file:", "data:")):
+            asked.append(route.request.url)
+        route.continue_()
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        for width in (390, 1280):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            page.on("console", lambda message: said.append(message.text))
+            page.route("**/*", refuse)
+            page.goto(page_file.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            # The distance and the motion over each of two settings, the front, the curves.
+            assert page.locator("section:has(h2:text-is('Response')) svg").count() == 4
+            assert page.locator("path.band").count() == 4
+            assert page.locator("h2:text-is('Pareto front')").count() == 1
+            assert page.locator("h2:text-is('Importance')").count() == 1
+            assert "saved" in page.inner_text("section:has(h2:text-is('Cost'))")
+            assert "NonFiniteError: <b>While</b>" in page.inner_text("body")
+        browser.close()
+    assert asked == said == []
