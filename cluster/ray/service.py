@@ -14,6 +14,7 @@ starts another one under the same name, and borrowers build their workers there 
 """
 
 import hashlib
+import logging
 import pickle
 import threading
 import time
@@ -34,6 +35,8 @@ from cluster.ray.pools import Pool
 from cluster.ray.rendezvous import Rendezvous
 from cluster.ray.topology import Placement, reserve
 from cluster.spans import Work
+
+_log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _APPEARS_S = 300.0
@@ -141,23 +144,34 @@ class RoleService:
         self._stack.close()
 
     def _replace_lost(self, over: threading.Event) -> None:
-        asked: dict[Any, tuple[Hosts, int]] = {}
-        for hosts in self.hosts.values():
-            for rank in range(hosts.size):
-                asked[hosts.actors[rank].process_id.remote()] = (hosts, rank)
+        """Starts anew what does not answer any more."""
+        places = [(hosts, rank) for hosts in self.hosts.values() for rank in range(hosts.size)]
+        asked = {self._ask(hosts, rank): (hosts, rank) for hosts, rank in places}
+        lost: dict[tuple[Hosts, int], str] = {}
         while not over.wait(_POLL_S):
-            done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
+            done = ray.wait(list(asked), num_returns=len(asked), timeout=0)[0] if asked else []
             for answer in done:
                 hosts, rank = asked.pop(answer)
                 try:
                     ray.get(answer)
                 except RayError as error:
-                    if over.is_set():
-                        return
+                    lost[hosts, rank] = type(error).__name__
+                else:
+                    asked[self._ask(hosts, rank)] = (hosts, rank)
+            for (hosts, rank), why in list(lost.items()):
+                try:
                     hosts.restart([rank])
-                    words = type(error).__name__
-                    self._tell(f"the shared {hosts.pool} {rank} was lost ({words}), started anew")
-                asked[hosts.actors[rank].process_id.remote()] = (hosts, rank)
+                except (RayError, ValueError) as error:
+                    # The name is taken until Ray has buried the old one.
+                    _log.debug("starting %s %d anew: %s", hosts.pool, rank, error)
+                    continue
+                del lost[hosts, rank]
+                asked[self._ask(hosts, rank)] = (hosts, rank)
+                self._tell(f"the shared {hosts.pool} {rank} was lost ({why}), and started anew")
+
+    @staticmethod
+    def _ask(hosts: Hosts, rank: int) -> Any:  # noqa: ANN401 - Ray's reference
+        return hosts.actors[rank].process_id.remote()
 
 
 class BorrowedHosts(Hosts):
