@@ -20,6 +20,7 @@ from pipelines.config.sweep import SweepSettings
 from pipelines.run.ranking import Contender, Mode, not_told_apart
 from pipelines.study.results import SeedSpread
 from pipelines.sweeping.trials import Trial, settings_in_words
+from sgmd_core.metrics.jackknife import NORMAL_95
 
 _ORDER = {"done": 0, "stopped": 1, "running": 2, "failed": 3}
 
@@ -58,12 +59,23 @@ class TriedPoint:
         return math.nan if found is None else found.mean
 
     def contender(self, score: str) -> Contender:
-        """Entry of the ranking: over seeds, or of a single one over its clips."""
+        """Entry of the ranking: over seeds, or of a single one over its clips.
+
+        Points of the same seeds are compared seed by seed, by Student's t: what a seed does to all
+        of them, mostly by its captions and noise, is no difference between them.
+        """
         if len(self.trials) == 1:
             return self.trials[0].contender(score)
         found = self.spread(score)
-        ends = found.interval if found else None
-        return Contender(f"({settings_in_words(self.settings)})", self.value(score), ends)
+        name = f"({settings_in_words(self.settings)})"
+        if found is None or found.interval is None or found.count < len(self.trials):
+            return Contender(name, self.value(score), None if found is None else found.interval)
+        # `Contender` takes the quantile of the normal distribution.
+        error = (found.deviation or 0.0) / math.sqrt(found.count)
+        wider = (found.interval[1] - found.mean) / (NORMAL_95 * error) if error else 1.0
+        by_seed = sorted((trial.seed, trial.figures[score]) for trial in self.trials)
+        influence = tuple(wider * (value - found.mean) for _, value in by_seed)
+        return Contender(name, found.mean, found.interval, influence)
 
 
 def points_of(trials: Sequence[Trial]) -> list[TriedPoint]:

@@ -188,7 +188,8 @@ def _sweep(
             events.note(f"sweeping {total} trials in {folder}")
             events.tell()
             seed_global_draws(config.seed)
-            _tuner(config, folder, common, pools, book.trials, events).fit()
+            results = _tuner(config, folder, common, pools, book.trials, events).fit()
+        book.keep({Path(result.path).name for result in results})
     trials = book.trials
     if book.num_ended < total:
         raise StopRequestedError(

@@ -26,7 +26,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
 from pipelines.run.records import ValidationRecord
 from pipelines.sweeping.space import at_share
-from sgmd_core.errors import SgmdError
+from sgmd_core.errors import SgmdError, StopRequestedError
 
 LISTED, POINT, SEED, SHARES = "listed", "point", "seed", "shares"
 """Keys of what Tune has of a trial: its place in the list of runs; or its settings by dotted key
@@ -127,8 +127,8 @@ def run_trial(tuned: Mapping[str, Any], sweep: CommonToTrials) -> None:
     try:
         _begin(sweep, config, folder, state)
         _distill(sweep, config, folder, settings, name)
-    except ClusterError:
-        # The loss of a process or machine: worth another try.
+    except (ClusterError, StopRequestedError):
+        # The loss of a process or machine, or a stop from outside: worth another try.
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}".partition("\n")[0]

@@ -5,7 +5,7 @@
 One process writes the book: the sweep's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -135,6 +135,11 @@ class TrialBook:
     def end(self, name: str, state: TrialState, error: str = "") -> None:
         """Closes a trial."""
         self._put(replace(self._trials[name], state=state, error=error))
+
+    def keep(self, names: Collection[str]) -> None:
+        """Forgets all other trials, which Tune had begun and does not know after a restore."""
+        self._trials = {name: trial for name, trial in self._trials.items() if name in names}
+        self.write()
 
     def _put(self, trial: Trial) -> None:
         self._trials[trial.name] = trial

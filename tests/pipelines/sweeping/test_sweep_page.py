@@ -10,7 +10,13 @@ from playwright.sync_api import Route, sync_playwright
 from pipelines.config.recipe import load_recipe
 from pipelines.sweeping.importance import importances
 from pipelines.sweeping.page import write_sweep_page
-from pipelines.sweeping.results import pareto_front, points_of, ranked_trials, write_results
+from pipelines.sweeping.results import (
+    TriedPoint,
+    pareto_front,
+    points_of,
+    ranked_trials,
+    write_results,
+)
 from pipelines.sweeping.trials import Trial, TrialBook
 from tests.pipelines.commands.rendering import rendered
 
@@ -92,6 +98,34 @@ def test_the_front_has_what_no_other_point_beats() -> None:
     larger = [point for point in points if point.settings[NR] >= best.settings[NR]]
     assert {point.settings[NR] for point in found} == {point.settings[NR] for point in larger}
     assert pareto_front(points, {"frechet": "min"}) == [best]
+
+
+def test_points_are_compared_seed_by_seed() -> None:
+    """Seeds differ by far more than the points, and by the same."""
+
+    def point(shift: float, spread: float) -> TriedPoint:
+        return TriedPoint(
+            {NR: shift},
+            tuple(
+                Trial(
+                    {NR: shift},
+                    {"frechet": level + shift + spread * (-1) ** seed},
+                    1.0,
+                    "run",
+                    "",
+                    seed=seed,
+                )
+                for seed, level in enumerate((1.0, 5.0, 9.0))
+            ),
+        )
+
+    best, other, noisy = (
+        each.contender("frechet") for each in (point(0.0, 0.0), point(0.1, 0.0), point(0.1, 0.2))
+    )
+    assert best.interval is not None
+    assert best.interval[0] < other.value < best.interval[1]
+    assert best.is_told_from(other)
+    assert not best.is_told_from(noisy)
 
 
 def test_the_setting_that_decides_is_the_important_one() -> None:
