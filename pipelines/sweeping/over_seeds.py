@@ -29,7 +29,8 @@ class OverSeeds(Searcher):
         self._proposer = proposer
         self._figures = tuple(figures)
         self._seeds = tuple(seeds)
-        self._proposed: dict[str, Any] | None = None
+        # By the trial of the first seed: its point.
+        self._points: dict[str, dict[str, Any]] = {}
         # By the trial of the first seed: the trials of its point, with what came of them.
         self._groups: dict[str, dict[str, Mapping[str, float] | None]] = {}
         self._lead_of: dict[str, str] = {}
@@ -38,21 +39,21 @@ class OverSeeds(Searcher):
         """Proposes the next seed of the latest point, or a new point."""
         if trial_id in self._lead_of:
             # Tune asks again where it could not start a trial.
-            group = self._groups[self._lead_of[trial_id]]
-            place = list(group).index(trial_id)
-            return {**(self._proposed or {}), "seed": self._seeds[place]}
+            lead = self._lead_of[trial_id]
+            place = list(self._groups[lead]).index(trial_id)
+            return {**self._points[lead], "seed": self._seeds[place]}
         lead = next(reversed(self._groups), None)
         if lead is None or len(self._groups[lead]) == len(self._seeds):
             proposed = self._proposer.suggest(trial_id)
             if proposed is None or proposed == Searcher.FINISHED:
                 return proposed
-            lead, self._proposed = trial_id, proposed
-            self._groups[lead] = {}
+            lead = trial_id
+            self._points[lead], self._groups[lead] = proposed, {}
         group = self._groups[lead]
         seed = self._seeds[len(group)]
         group[trial_id] = None
         self._lead_of[trial_id] = lead
-        return {**(self._proposed or {}), "seed": seed}
+        return {**self._points[lead], "seed": seed}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Passes on what a single seed reports; of several, the means count alone."""
@@ -83,7 +84,7 @@ class OverSeeds(Searcher):
         """Writes this searcher and the other one down."""
         inner = f"{checkpoint_path}.proposer"
         self._proposer.save(inner)
-        state = {name: getattr(self, name) for name in ("_proposed", "_groups", "_lead_of")}
+        state = {name: getattr(self, name) for name in ("_points", "_groups", "_lead_of")}
         content = {"own": state, "proposer": Path(inner).read_bytes()}
         write_whole(checkpoint_path, pickle.dumps(content))
         Path(inner).unlink()
