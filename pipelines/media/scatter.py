@@ -168,7 +168,7 @@ def parallel_coordinates(
     top, bottom = 24, _TALL - 22
     xs = [_MARGIN + _GAP * index for index in range(len(scales))]
     parts = [
-        f'<svg viewBox="0 0 {width} {_TALL}" role="img" style="min-width: {width}px" '
+        f'<svg viewBox="0 0 {width} {_TALL}" role="img" style="width: {1.4 * width:.0f}px" '
         f'aria-label="{escape(", ".join(scale.name for scale in scales), quote=True)}">'
     ]
     for row in sorted(range(len(labels)), key=lambda row: -shades[row]):

@@ -57,7 +57,8 @@ def _response(points: Sequence[TriedPoint], key: str, dimension: Dimension, figu
         x, words = _place(dimension, point.settings[key]), settings_in_words(point.settings)
         if point.is_done and math.isfinite(point.value(figure)):
             y = point.value(figure)
-            interval = point.contender(figure).interval
+            # Trials of one seed share their clips: intervals over clips would hide what differs.
+            interval = point.contender(figure).interval if len(point.trials) > 1 else None
             dots.append(Dot(x, y, f"{words}: {number(y)}", "c0", interval))
         else:
             dots += [
