@@ -79,7 +79,7 @@ def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
         "sweep.space={generator.optimizer.lr: {log_uniform: [1.0e-6, 1.0e-1]}}",
         "sweep.search=pb2",
         "sweep.trials=4",
-        "sweep.iterations=4",
+        "sweep.iterations=8",
         "sweep.validate_every=2",
         "sweep.concurrent_trials=2",
         f"output={tmp_path}",
@@ -97,12 +97,12 @@ def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
     folder = tmp_path / "small-sweep"
     rows = list(csv.DictReader((folder / "sweep.csv").open()))
     assert [row["state"] for row in rows] == ["done"] * 4
-    assert {row["iteration"] for row in rows} == {"4"}
+    assert {row["iteration"] for row in rows} == {"8"}
     branched = [Path(row["run_folder"]) for row in rows if "-from-trial-" in row["run_folder"]]
     assert branched
     for run in branched:
-        # Two iterations of the state's own run, and two with new settings.
-        assert len((run / "metrics.jsonl").read_text().splitlines()) == 4
+        # Iterations of the state's own run, and those with new settings.
+        assert len((run / "metrics.jsonl").read_text().splitlines()) == 8
 
 
 def service_processes() -> list[psutil.Process]:
