@@ -7,8 +7,8 @@ VENV ?= .venv
 TORCH_INDEX ?=
 PYTEST_FLAGS ?=
 # Test processes side by side; each takes whole files of tests, in the order of tests/conftest.py.
-# Much of a test is waiting for Ray.
-TEST_JOBS ?= 2
+# Much of a test is waiting for Ray, so there is one process more than there are cores.
+TEST_JOBS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

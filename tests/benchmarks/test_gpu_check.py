@@ -40,13 +40,13 @@ def check(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What all steps have found; those that load the roles in this process, which has them."""
+    """What all steps have found; those that need the roles in this process, which has them."""
     found = tmp_path_factory.mktemp("gpu-check")
     with warnings.catch_warnings():
         # As in the processes that steps have to themselves, warnings are no errors.
         warnings.simplefilter("ignore")
         for name in KEYS:
-            if name not in ("environment", "attention"):
+            if name != "environment":
                 gpu_check.main(["--cpu", "--folder", str(found), "--step", name])
     check(found, "--only", *KEYS)
     return found
