@@ -198,8 +198,15 @@ def report(
         path = write_page(records, output)
     broken = {str(run.folder.root): list(run.broken) for run in records if run.broken}
     lost = [f"{run.folder.root / name}" for run in records for name in run.unreadable]
+    empty = [str(run.folder.root) for run in records if run.is_empty]
     data = {"path": str(path), "bytes": path.stat().st_size, "broken": broken, "unreadable": lost}
+    data["empty"] = empty
     words = [f"{run}: {sentence}" for run, sentences in broken.items() for sentence in sentences]
+    words += [
+        f"{run}: nothing yet: no iteration has been finished. Go on with `sgmd distill --resume "
+        f"{run}`; if it failed, {run}/events.jsonl may say why"
+        for run in empty
+    ]
     if lost:
         words.append(f"The page lacks what nothing could be read of: {', '.join(lost)}")
     show(data, as_json, str(path), *words)
@@ -223,11 +230,18 @@ def ledger(
     if result.iterations_missing:
         verdict = f"{result.iterations_missing} iterations were made of which the ledger has none"
     told = f"{result.iterations} iterations, {result.samples} samples: {verdict}"
+    if not result.iterations and result.is_clean:
+        told = "nothing yet: no iteration has been finished, so there is no sample to look for"
     examples = [
         f"epoch {epoch.epoch}, for example: {', '.join(epoch.examples)}"
         for epoch in result.epochs
         if epoch.examples
     ]
+    if result.iterations and not result.has_metrics:
+        examples.append(
+            "metrics.jsonl is not there: iterations that the ledger lacks are missed up to the "
+            "last checkpoint alone"
+        )
     show(result.to_json(), as_json, _ledger_table(result), *examples, told)
     if not result.is_clean:
         raise typer.Exit(1)

@@ -35,6 +35,7 @@ class Audit:
         iterations_follow: Whether the ledger holds every iteration once, in order.
         iterations_missing: Iterations at the end that metrics or checkpoints know, and the ledger
             does not.
+        has_metrics: Whether there are metrics, which know iterations after the last checkpoint.
     """
 
     iterations: int
@@ -44,6 +45,7 @@ class Audit:
     quarantined: dict[str, Any]
     iterations_follow: bool
     iterations_missing: int
+    has_metrics: bool
 
     @property
     def is_clean(self) -> bool:
@@ -58,6 +60,7 @@ class Audit:
             "iterations": self.iterations,
             "iterations_follow": self.iterations_follow,
             "iterations_missing": self.iterations_missing,
+            "has_metrics": self.has_metrics,
             "samples": self.samples,
             "cursor": self.cursor.to_json(),
             "epochs": [epoch.to_json() for epoch in self.epochs],
@@ -107,6 +110,7 @@ def audit(run: Path, train: str | None = None) -> Audit:
         quarantined=quarantine.counts(),
         iterations_follow=iterations == list(range(len(entries))),
         iterations_missing=max(0, _iterations_made(folder) - max(iterations, default=-1) - 1),
+        has_metrics=folder.metrics.exists(),
     )
 
 

@@ -113,7 +113,7 @@ def model_folder(run_or_model: str | Path) -> Path:
             f"looking for the generator of the run {path}",
             "no folder generator/ in it",
             "a run that has come to its end",
-            f"Finish it with --resume {path}, or name a diffusers folder",
+            f"Finish it with `sgmd distill --resume {path}`, or name a diffusers folder",
         )
     return run.generator
 

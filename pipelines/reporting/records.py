@@ -90,6 +90,11 @@ class RunRecords:
         return len(self.metrics)
 
     @property
+    def is_empty(self) -> bool:
+        """True where there is nothing to show yet, and nothing is lost."""
+        return not (self.metrics or self.evaluation or self.unreadable)
+
+    @property
     def seconds(self) -> float:
         """Wall-clock seconds of all recorded iterations."""
         return sum(finite([line.number("total", "seconds") for line in self.metrics]))
@@ -196,7 +201,7 @@ def _missing(
     if not folder.config.exists():
         found.append("config.yaml is not there: the settings are not known.")
     if not num_iterations:
-        found.append("metrics.jsonl has no iteration: there are no curves to show.")
+        found.append("No iteration has been finished: there are no curves to show.")
     elif isinstance(num_planned, int) and num_iterations < num_planned:
         found.append(
             f"The run is at iteration {num_iterations} of {num_planned}; go on with it by --resume."

@@ -204,14 +204,18 @@ def require_named(url: str, schemas: Iterable[pa.Schema], names: ColumnNames) ->
     Raises:
         DataError: None of the shards has one of them; names the nearest.
     """
+    schemas = list(schemas)
     found = list(dict.fromkeys(name for schema in schemas for name in schema.names))
+    # Of a larger set the later ones may have it, and would be of another kind than these.
+    where = f" in its first {len(schemas)} shards" if len(schemas) >= SETTLING_SHARDS else ""
     for column in (CAPTION, SAMPLE_ID, VIDEO, FPS):
         given = getattr(names, column)
         if found and given is not None and given not in found:
             nearest = nearest_column(given, found)
             raise DataError(
                 f"reading {url}",
-                f"no column {given} ({names.setting_of(column)}); the columns are {_shown(found)}",
+                f"no column {given} ({names.setting_of(column)}){where}; the columns are "
+                f"{_shown(found)}",
                 "a column of the set",
                 f"The nearest is {nearest}" if nearest else "Name one of these, or none",
             )

@@ -63,10 +63,16 @@ def test_a_report_of_a_run_whose_log_is_lost_ends_with_1_and_says_what_came_of_i
     assert f"metrics.jsonl {state}, but summary.json and validation.jsonl come from" in done.stdout
 
 
-def test_a_report_of_a_run_that_has_only_been_started_lacks_nothing(tmp_path: Path) -> None:
-    done = sgmd("report", start_run(tmp_path / "run", 0))
+def test_a_report_of_a_run_that_has_only_been_started_lacks_nothing_and_says_so(
+    tmp_path: Path,
+) -> None:
+    run = start_run(tmp_path / "run", 0)
+    done = sgmd("report", run)
     assert done.exit_code == 0
-    assert done.stdout == f"{tmp_path}/run/report.html\n"
+    path, told = done.stdout.split("\n", 1)
+    assert path == f"{run}/report.html"
+    assert told.startswith(f"{run}: nothing yet: no iteration has been finished.")
+    assert f"--resume {run}" in told
 
 
 @pytest.mark.slow

@@ -125,6 +125,14 @@ def test_a_name_that_is_not_there_is_refused_with_the_columns_that_are(tmp_path,
         look(tmp_path, RecipeColumnNames(**names))
 
 
+def test_of_a_larger_set_the_first_shards_are_named_as_what_was_looked_at(tmp_path):
+    for number in range(10):
+        words = {"text": ["a"]} if number < 8 else {"text": ["a"], "long": ["b"]}
+        write(tmp_path / f"{number:02}.parquet", sample_id=[str(number)], **words)
+    with pytest.raises(DataError, match=r"no column long \(.*\) in its first 8 shards; the col"):
+        look(tmp_path, RecipeColumnNames(caption="long"))
+
+
 TEXTS = ["a", "b", None]
 
 
