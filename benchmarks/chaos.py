@@ -44,7 +44,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from chaos_faults import EVERY, FIRST, LAST, MACHINE, SAVES_EVERY, StormyRun, make_run, order_faults
+from chaos_faults import (
+    EVERY,
+    FIRST,
+    LAST,
+    MACHINE,
+    SAVES_EVERY,
+    StormyRun,
+    make_run,
+    not_struck,
+    order_faults,
+)
 from chaos_world import ROOT, Disk, Machines, Server, write_clips
 from documents import write_document
 from safetensors.torch import load_file
@@ -219,28 +229,20 @@ def missed(stormy: StormyRun, ends: Sequence[str]) -> list[str]:
         stormy: The run.
         ends: Faults that its processes have ended of.
     """
-    lines = stormy.book()
-    struck = {line["iteration"] for line in lines if "kind" in line}
-    causes = {line["iteration"]: line["missed"] for line in lines if "missed" in line}
-    found = [
-        f"{causes.get(iteration, kind)} (iteration {iteration})"
-        for iteration, kind in sorted(stormy.faults.items())
-        if iteration not in struck
-    ]
     # The driver writes its own down before: what proves it is the end of the process.
-    drivers = sum(line.get("kind", "").startswith("driver") for line in lines)
-    return found + ["driver"] * (drivers - ends.count("driver"))
+    drivers = sum(line.get("kind", "").startswith("driver") for line in stormy.book())
+    return not_struck(stormy, stormy.num_iterations) + ["driver"] * (drivers - ends.count("driver"))
 
 
 def compare(ride: Ride, stormy: StormyRun, calm: StormyRun) -> dict[str, Any]:
     """What a storm has done."""
     events = Counter(event["kind"] for event in read_jsonl(stormy.run_folder.events))
     lost = seconds_lost(stormy, calm)
-    not_struck = missed(stormy, ride.ends)
+    without_effect = missed(stormy, ride.ends)
     return {
         "iterations": stormy.num_iterations,
-        "faults": len(stormy.faults) - len(not_struck),
-        "missed": not_struck,
+        "faults": len(stormy.faults) - len(without_effect),
+        "missed": without_effect,
         "differences": differences(stormy, calm),
         "samples": samples(stormy, calm),
         "ends": ride.ends,

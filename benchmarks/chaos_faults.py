@@ -148,6 +148,18 @@ def _comes_too_soon(order: Sequence[str], place: int) -> bool:
     return kind in before or kind.replace("kill", "freeze") in before
 
 
+def not_struck(run: StormyRun, num_iterations: int) -> list[str]:
+    """Faults of the first iterations that have not struck, each with its iteration and why."""
+    lines = run.book()
+    struck = {line["iteration"] for line in lines if "kind" in line}
+    causes = {line["iteration"]: line["missed"] for line in lines if "missed" in line}
+    return [
+        f"{causes.get(iteration, kind)} (iteration {iteration})"
+        for iteration, kind in sorted(run.faults.items())
+        if iteration < num_iterations and iteration not in struck
+    ]
+
+
 class Storm(RunObserver):
     """Strikes when the run reaches an iteration, once each; writes down what has happened when.
 

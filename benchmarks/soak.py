@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from chaos_faults import GROUPS, StormyRun, make_run
+from chaos_faults import GROUPS, StormyRun, make_run, not_struck
 from chaos_world import ROOT, write_clips
 from documents import write_document
 from soak_plot import draw
@@ -231,6 +231,7 @@ def evaluate(run: StormyRun, warm_up: int, shortest: int) -> dict[str, Any]:
     return {
         "iterations": len(metrics),
         "faults": [line for line in run.book() if "kind" in line],
+        "missed": not_struck(run, len(metrics)),
         "events": {kind: events.count(kind) for kind in sorted(set(events))},
         "samples": len(samples),
         "problems": [line["problem"] for line in samples if "problem" in line],
@@ -312,8 +313,9 @@ def main() -> None:
     write_document("soak", {"settings": settings, "results": found}, given.output)
     if code:
         raise SystemExit(f"the run ended with {code}:\n{log}")
-    if found["grows"]:
-        raise SystemExit(f"these grow: {', '.join(found['grows'])}")
+    told = [("these faults have not struck", "missed"), ("these grow", "grows")]
+    if problems := [f"{words}: {', '.join(found[key])}" for words, key in told if found[key]]:
+        raise SystemExit("; ".join(problems))
 
 
 if __name__ == "__main__":

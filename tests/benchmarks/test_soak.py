@@ -54,6 +54,19 @@ def test_a_soak_that_broke_is_judged_by_what_it_has_left(tmp_path):
     assert not found["flat"]
 
 
+def test_a_soak_tells_the_faults_that_were_due_and_have_not_struck(tmp_path):
+    run = StormyRun(
+        str(tmp_path), "soak", 1000, {1: "kill feed", 2: "kill teacher", 9: "kill feed"}
+    )
+    (tmp_path / "storm.jsonl").write_text('{"iteration": 1, "kind": "kill feed", "time": 1.0}\n')
+    run.run_folder.root.mkdir(parents=True)
+    line = {"seconds": {"total": 1.0}, "losses": {}, "data_wait_s": 0.0, "samples_seen": 4}
+    metrics = [soak.json.dumps({"iteration": at} | line) + "\n" for at in range(5)]
+    run.run_folder.metrics.write_text("".join(metrics))
+    found = soak.evaluate(run, warm_up=100, shortest=300)
+    assert found["missed"] == ["kill teacher (iteration 2)"]
+
+
 def test_the_table_of_a_storm_has_a_row_a_kind_the_dearest_first():
     storms = {
         "pools": {"seconds_lost": {"driver": [20.0, 30.0], "kill feed": [2.0]}},
