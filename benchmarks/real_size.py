@@ -6,6 +6,8 @@
 The networks have true configurations and random weights: the denoiser in bfloat16 (`lora`) or
 float32 (`full`), the released autoencoder, and a text encoder of the released width with one layer
 and few words. One process (`topology.mode=local`) makes clips of 5 frames of 128 x 128 pixels.
+Products of `lora` are in float32 over its bfloat16 weights unless the CPU is faster in bfloat16,
+which is tried; --precision chooses.
 
 Measured: the largest anonymous memory (RssAnon, every 5 ms) from before the run's first network to
 its last update, less that of interpreter and libraries. Mapped files are not in it; writing the
@@ -29,6 +31,7 @@ from diffusers import (
 )
 from documents import write_document
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.nn.functional import linear
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from pipelines.config.recipe import DistillConfig, load_recipe
@@ -44,17 +47,31 @@ _SHAPES: dict[str, dict[str, int]] = {
     "lora": {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30},
     "full": {"num_attention_heads": 8, "ffn_dim": 4096, "num_layers": 16},
 }
+_TRIED = ((64, 1536), (1536, 1536))
 _LEARNERS = ("generator", "fake_score")
 _CHECKPOINTED = [f"{role}.compute.checkpointing=true" for role in _LEARNERS]
 _SETTINGS: dict[str, list[str]] = {
     "lora": [
         *(f"{role}.lora.rank=64" for role in _LEARNERS),
         *(f"{role}.compute.weights=bf16" for role in (*_LEARNERS, "teacher")),
-        *(f"{role}.compute.precision=bf16" for role in (*_LEARNERS, "teacher")),
         *_CHECKPOINTED,
     ],
     "full": _CHECKPOINTED,
 }
+
+
+def faster_precision() -> str:
+    """Returns bf16 or fp32: what this CPU computes a layer and its gradients faster in."""
+    seconds: dict[str, float] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        inputs = [torch.ones(*shape, dtype=dtype, requires_grad=True) for shape in _TRIED]
+        turns: list[float] = []
+        for _ in range(5):
+            began_s = time.perf_counter()
+            torch.autograd.grad(linear(*inputs).sum(), inputs)
+            turns.append(time.perf_counter() - began_s)
+        seconds[name] = min(turns)
+    return min(seconds, key=seconds.__getitem__)
 
 
 class PeakMemory:
@@ -103,26 +120,29 @@ def main() -> None:
     parser.add_argument("kind", choices=sorted(_SHAPES))
     parser.add_argument("--model", type=Path, help="keep the model in this folder, or take it")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="products of `lora`")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or Path(folder) / "model"
-        measured = measure(Path(folder), model, options.kind)
+        precision = options.precision or faster_precision()
+        measured = measure(Path(folder), model, options.kind, precision)
     write_document("real_size", measured, options.output)
 
 
-def measure(folder: Path, model: Path, kind: str) -> dict[str, Any]:
+def measure(folder: Path, model: Path, kind: str, precision: str) -> dict[str, Any]:
     """Prediction, and what a run has taken.
 
     Args:
         folder: Empty; for the run.
         model: Model folder, written where it is missing.
         kind: `lora` or `full`.
+        precision: Of the products of `lora`.
     """
     if not (model / "model_index.json").exists():
         _write_in_a_process(model, kind)
     text_bytes = (model / "text_encoder" / "model.safetensors").stat().st_size
     (folder / "captions.txt").write_text("a red circle moves left\na blue square moves right\n")
-    config = load_recipe("tiny", _overrides(folder, model, kind))
+    config = load_recipe("tiny", _overrides(folder, model, kind, precision))
     work = Workload.of(config)
     memory = fused_memory(work, 1)
     predicted = memory.total + text_bytes
@@ -149,9 +169,11 @@ def measure(folder: Path, model: Path, kind: str) -> dict[str, Any]:
     }
 
 
-def _overrides(folder: Path, model: Path, kind: str) -> list[str]:
+def _overrides(folder: Path, model: Path, kind: str, precision: str) -> list[str]:
+    of_products = [f"{role}.compute.precision={precision}" for role in (*_LEARNERS, "teacher")]
     return [
         *_SETTINGS[kind],
+        *(of_products if kind == "lora" else ()),
         f"output={folder / 'runs'}",
         f"model.folder={model}",
         "model.text_length=64",
