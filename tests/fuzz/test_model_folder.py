@@ -12,7 +12,7 @@ import pytest
 from pipelines.media.inference import read_inference_settings
 from sgmd_core.errors import SgmdError
 from tests.fuzz.mutations import NUM_CASES, mutate_bytes, mutate_json, time_limit
-from tests.helpers import tiny_wan
+from tests.helpers import tiny_ltx, tiny_wan
 from workers.models.content import model_digests
 from workers.models.families import family_of
 
@@ -25,6 +25,11 @@ FILES = (
     "transformer/diffusion_pytorch_model.safetensors.index.json",
     "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
     *("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"),
+)
+LTX_FILES = (
+    *("model_index.json", "transformer/config.json", "vae/config.json", "text_encoder/config.json"),
+    "transformer/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
 )
 CASES = max(1, NUM_CASES // 4)
 
@@ -51,15 +56,16 @@ def mutate_weights(data: bytes, seed: int) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole Wan folder, its denoiser in two shards."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Whole folders by family; of Wan the denoiser is in two shards."""
+    ltx = tiny_ltx.write_tiny_ltx(tmp_path_factory.mktemp("ltx") / "base", WORDS)
     folder = tiny_wan.write_tiny_wan(tmp_path_factory.mktemp("wan") / "base", WORDS)
     transformer = tiny_wan.tiny_velocity().transformer
     shutil.rmtree(folder / "transformer")
     transformer.save_pretrained(folder / "transformer", max_shard_size="80KB")
     assert len(list((folder / "transformer").glob("*.safetensors"))) == 2
     (folder / "sgmd.json").write_text(json.dumps({"num_steps": 4, "flow_shift": 3.0}))
-    return folder
+    return {"wan": folder, "ltx": ltx}
 
 
 def use(folder: Path) -> None:
@@ -67,7 +73,8 @@ def use(folder: Path) -> None:
     family = family_of(folder)
     family.inspect(folder)
     family.read_shape(folder)
-    read_inference_settings(folder)
+    if (folder / "sgmd.json").exists():
+        read_inference_settings(folder)
     model_digests(folder)
     family.load_tokenizer(folder).unknown_words(["a red circle"])
     family.load_text(folder).encode(["a red circle", ""], tiny_wan.TEXT_LENGTH)
@@ -76,11 +83,14 @@ def use(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("wan", name) for name in FILES), *(("ltx", name) for name in LTX_FILES)],
+)
 def test_a_damaged_model_folder_is_loaded_or_refused_in_words(
-    name: str, wan: Path, tmp_path: Path
+    family: str, name: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(wan, tmp_path / "model"))
+    folder = Path(shutil.copytree(models[family], tmp_path / "model"))
     whole = (folder / name).read_bytes()
     use(folder)
     change = mutate_weights if name.endswith(".safetensors") else mutate_json
