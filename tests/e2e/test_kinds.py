@@ -37,14 +37,16 @@ class Kind:
 
 
 KINDS = {
-    "wan21": Kind(tiny_wan.write_tiny_wan, (9, 16, 16), ("wan21-1.3b", "wan21-14b")),
+    "wan21": Kind(
+        tiny_wan.write_tiny_wan, (9, 16, 16), ("wan21-1.3b", "wan21-1.3b-lora", "wan21-14b")
+    ),
     "wan22-a14b": Kind(
         # Of the four steps at shift 3 two are on either side.
         partial(tiny_wan.write_tiny_experts, boundary=0.8),
         (9, 16, 16),
         ("wan22-a14b",),
     ),
-    "ltx": Kind(tiny_ltx.write_tiny_ltx, (9, 32, 64), ()),
+    "ltx": Kind(tiny_ltx.write_tiny_ltx, (9, 32, 64), ("ltx-2b",)),
     "wan22-5b": Kind(tiny_wan.write_tiny_wan22_5b, (9, 32, 64), ("wan22-5b",)),
 }
 ALL = pytest.mark.parametrize("kind", KINDS)

@@ -13,7 +13,8 @@ from pipelines.cli import app
 from pipelines.config.methods import METHODS, method_name
 from pipelines.config.overrides import apply_overrides, nearest_key, parse_override
 from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, load_recipe
-from pipelines.config.recipe_files import known_keys, load, recipe_sections, shipped_recipes
+from pipelines.config.recipe_files import load, recipe_sections, shipped_recipes
+from pipelines.config.settings_check import known_keys
 from pipelines.config.yaml_text import read_yaml
 from pipelines.study.plan import plan_study
 from sgmd_core.errors import ConfigError
@@ -644,6 +645,7 @@ def test_the_released_recipe_has_every_value_of_the_released_training():
     assert {key: value_of(settings, key) for key in RELEASED} == RELEASED
 
 
+BOTH_POOLS = {"topology.pools.learn.ranks", "topology.pools.score.ranks"}
 # What each size has of its own, beside the names and the sizes of pools.
 OWN = {
     "wan21-14b": {"iterations": 5000, "batch.size": 64, "batch.micro_batches": 4},
@@ -668,14 +670,43 @@ OWN = {
 }
 
 
+def differing_from_the_small_one(name: str) -> dict[str, object]:
+    found, base = (flat(load_recipe(each).model_dump(mode="json")) for each in (name, "wan21-1.3b"))
+    return {key: found[key] for key in found if found[key] != base.get(key)}
+
+
 @pytest.mark.parametrize("name", OWN)
 def test_a_recipe_of_another_size_differs_where_the_size_asks_for_it(name):
-    found, base = (flat(load_recipe(each).model_dump(mode="json")) for each in (name, "wan21-1.3b"))
-    differing = {key: found[key] for key in found if found[key] != base.get(key)}
-    pools = {key for key in differing if key.endswith(".ranks")}
-    assert pools == {"topology.pools.learn.ranks", "topology.pools.score.ranks"}
-    named = {"name", "model.folder", *pools}
+    differing = differing_from_the_small_one(name)
+    assert {key for key in differing if key.endswith(".ranks")} == BOTH_POOLS
+    named = {"name", "model.folder", *BOTH_POOLS}
     assert {key: differing[key] for key in differing if key not in named} == OWN[name]
+
+
+def test_the_recipe_with_adapters_differs_where_they_ask_for_it():
+    lora = {"rank": 64, "alpha": 64.0, "targets": []}
+    assert differing_from_the_small_one("wan21-1.3b-lora") == {
+        "name": "wan21-1.3b-lora",
+        "generator.optimizer.lr": 2e-5,
+        "fake_score.optimizer.lr": 4e-6,
+        **{f"{role}.compute.weights": "bf16" for role in ("generator", "fake_score")},
+        **{f"{role}.lora.{key}": lora[key] for role in ("generator", "fake_score") for key in lora},
+        "topology.mode": "fused",
+    }
+
+
+def test_the_recipe_of_another_family_differs_where_the_model_asks_for_it():
+    assert differing_from_the_small_one("ltx-2b") == {
+        "name": "ltx-2b",
+        "model.folder": "models/LTX-Video",
+        "model.text_length": 128,
+        "model.negative_prompt": "worst quality, inconsistent motion, blurry, jittery, distorted",
+        "video.num_frames": 97,
+        "video.height": 512,
+        "video.width": 704,
+        "video.fps": 25,
+        "schedule.shift": 9.0,
+    }
 
 
 def flat(settings: dict, prefix: str = "") -> dict[str, object]:

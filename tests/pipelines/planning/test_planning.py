@@ -102,6 +102,7 @@ class TestWork:
             ("wan21-14b", "14b", 14.29, (16, 21, 60, 104), 32760),
             ("wan22-a14b", "a14b", 28.58, (16, 21, 60, 104), 32760),
             ("wan22-5b", "5b", 5.0, (48, 31, 44, 80), 27280),
+            ("ltx-2b", "ltx-2b", 1.92, (128, 13, 16, 22), 4576),
         ],
     )
     def test_a_shipped_recipe_is_planned_at_the_released_size_and_its_own_pools_fit(
@@ -118,6 +119,12 @@ class TestWork:
         (layout,) = (each for each in plan.layouts if each.name == "map")
         assert layout.fits
         assert layout.num_gpus == gpus
+
+    def test_three_roles_over_one_base_fit_a_small_gpu(self):
+        config = load_recipe("wan21-1.3b-lora")
+        work, card = Workload.of(config, "1.3b"), Hardware(memory_gb=24.0)
+        (layout,) = make_plan(work, modelled(work, card), card, 1).layouts
+        assert layout.fits
 
     def test_another_family_is_planned_by_its_own_sizes(self):
         settings = ["video={num_frames: 161, height: 512, width: 704, fps: 25}"]
