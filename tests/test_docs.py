@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.recipe_files import known_keys
+from pipelines.config.settings_check import known_keys
 from pipelines.pretraining.config import PretrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, JsonValue, model_validator
 
-from pipelines.config import recipe_files
+from pipelines.config import recipe_files, settings_check
 from pipelines.config.adapters import lora_contradictions
 from pipelines.config.alarms import AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
@@ -351,7 +351,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
     config = recipe_files.load(DistillConfig, name_or_path, overrides)
     # A grid over another method's settings is for `sgmd sweep` to refuse: nobody else reads it.
     own = {f"objective.{name}" for name in asdict(config.objective)}
-    foreign = set(recipe_files.known_keys(DistillConfig)) - own
+    foreign = set(settings_check.known_keys(DistillConfig)) - own
     searched = config.sweep.dimensions
     check_sweep(
         config,
@@ -426,7 +426,7 @@ def _changed(
     changes = [Override(tuple(key.split(".")), value) for key, value in settings.items()]
     require_single(changes, attempted)
     changed = apply_overrides(config.model_dump(mode="json"), changes)
-    return recipe_files.validate(DistillConfig, changed, attempted)
+    return settings_check.validate(DistillConfig, changed, attempted)
 
 
 def _contradictions(config: DistillConfig) -> list[str]:

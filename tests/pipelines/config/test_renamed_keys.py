@@ -3,8 +3,9 @@
 import pytest
 
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.config.recipe_files import find_recipe, known_keys
+from pipelines.config.recipe_files import find_recipe
 from pipelines.config.renamed_keys import RENAMED_KEYS, with_current_keys
+from pipelines.config.settings_check import known_keys
 from sgmd_core.errors import ConfigError
 from tests.helpers.logs import record_warnings
 
