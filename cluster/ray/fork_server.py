@@ -23,7 +23,6 @@ import json
 import os
 import runpy
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -42,7 +41,7 @@ from typing import Any
 from cluster.background import in_background
 from cluster.ray.fork_client import end_with_parent_at_once
 
-_PREFIX, _OWNER = "forks-", "owner"
+_PREFIX, _OWNED = "forks-", "owned"
 _CLIENT = Path(__file__).with_name("fork_client.py")
 _GPU_DEVICES = ("nvidia[0-9]*", "kfd", "dxg")
 _END_TIMEOUT_S = 10.0
@@ -109,19 +108,28 @@ def serve_forks(modules: Sequence[str], touch_every_s: float = _TOUCH_EVERY_S) -
 @contextmanager
 def _owning(folder: Path) -> Iterator[None]:
     """Holds a lock on a folder for as long as this process lives."""
-    with (folder / ".owner").open("w") as draft:
-        fcntl.flock(draft, fcntl.LOCK_EX)
-        # Under its name it is never seen without the lock.
-        Path(draft.name).rename(folder / _OWNER)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # From here on a folder without the lock is one whose controller is gone.
+        (folder / _OWNED).touch()
         yield
+    finally:
+        os.close(lock)
 
 
 def _sweep() -> None:
     """Deletes the folders of controllers that were killed."""
-    for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNER}"):
-        with suppress(OSError), owner.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(owner.parent, ignore_errors=True)
+    for mark in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNED}"):
+        with suppress(OSError):
+            lock = os.open(mark.parent, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for path in mark.parent.iterdir():
+                    path.unlink()
+                mark.parent.rmdir()
+            finally:
+                os.close(lock)
 
 
 @contextmanager
