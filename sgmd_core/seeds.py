@@ -86,12 +86,12 @@ def draw(
     if random_steps is not None:
         num_steps = rollout_steps(seed, key, random_steps)
     exits_at = exit_of(seed, key, num_steps, first_exit, phase)
-    # Only a window of the exit step asks for the grid, which a random one has for each sample.
-    levels_of = schedule.score_levels(
-        schedule.generator_grid(num_steps) if random_steps is None else None, exits_at
-    )
-    sigma_of = schedule.score_sigma
-    if phase is not None:
+    grid = _grid(seed, key, sample_indices, schedule, num_steps, random_steps)
+    if phase is None:
+        # Levels of a random grid are each sample's own, and bound no window.
+        levels_of = schedule.score_levels(grid[0] if random_steps is None else None, exits_at)
+        sigma_of = schedule.score_sigma
+    else:
         levels_of, sigma_of = phase.levels, schedule.table_sigma
     initial_noise: list[Tensor] = []
     levels: list[Tensor] = []
@@ -101,17 +101,6 @@ def draw(
         initial_noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
         levels.append(torch.randint(*levels_of, (1,), generator=stream))
         noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
-    if random_steps is None:
-        grid = schedule.generator_grid(num_steps).expand(len(sample_indices), -1)
-    else:
-        inner = [
-            torch.rand(
-                num_steps - 1,
-                generator=random_generator(seed, f"grid/{key.purpose}", key.iteration, index),
-            )
-            for index in sample_indices
-        ]
-        grid = random_steps.grid(torch.stack(inner), schedule.shift)
     streams = _LookStreams(seed, key, tuple(sample_indices), latent_shape)
     looks = looks or Looks()
     return Draws(
@@ -123,6 +112,27 @@ def draw(
         guide=streams.guide(grid[:, exits_at]) if looks.splits_guidance else None,
         off=streams.off(schedule) if looks.off_trajectory else None,
     )
+
+
+def _grid(
+    seed: int,
+    key: MicroBatchKey,
+    sample_indices: Sequence[int],
+    schedule: FlowMatchSchedule,
+    num_steps: int,
+    random_steps: RandomSteps | None,
+) -> Tensor:
+    """Noise levels of each sample's rollout: the schedule's, or drawn from a stream of its own."""
+    if random_steps is None:
+        return schedule.generator_grid(num_steps).expand(len(sample_indices), -1)
+    inner = [
+        torch.rand(
+            num_steps - 1,
+            generator=random_generator(seed, f"grid/{key.purpose}", key.iteration, index),
+        )
+        for index in sample_indices
+    ]
+    return random_steps.grid(torch.stack(inner), schedule.shift)
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from pipelines.config.overrides import Override, apply_overrides, require_single
 from pipelines.config.recovery import RecoverySettings
 from pipelines.config.roles import TEACHER
 from pipelines.config.section import Section
+from pipelines.config.steps import step_contradictions
 from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
@@ -37,7 +38,6 @@ from pipelines.data.shards.columns import RecipeColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
-from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import looks_of, phases_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
@@ -446,47 +446,9 @@ def _contradictions(config: DistillConfig) -> list[str]:
         )
     problems += topology_contradictions(topology, batch.size, batch.micro_batches)
     problems += method_contradictions(config.objective, config.fake_score)
-    if config.generator.random_steps is not None and config.schedule.score_window != "none":
-        problems.append(
-            f"schedule.score_window {config.schedule.score_window} has no one window where "
-            "generator.random_steps draws the levels of each sample; set schedule.score_window=none"
-        )
-    problems += _phase_contradictions(config)
-    steps = config.schedule.steps
-    if steps is not None and len(steps) != config.generator.num_steps:
-        problems.append(
-            f"schedule.steps has {len(steps)} levels, one for each step, but generator.num_steps "
-            f"is {config.generator.num_steps}; set it to {len(steps)}"
-        )
+    problems += step_contradictions(config.schedule, config.generator, config.objective)
     problems += lora_contradictions(config)
     problems += frozen_contradictions(config)
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")
-    return problems
-
-
-def _phase_contradictions(config: DistillConfig) -> list[str]:
-    """Returns what does not go with training in phases, as sentences."""
-    try:
-        phases = config.phases
-    except ConfigError as error:
-        return [f"{error.found}; {error.remedy}"]
-    if phases is None:
-        return []
-    problems: list[str] = []
-    method = config.objective.method
-    if config.generator.random_steps is not None:
-        problems.append(
-            f"generator.random_steps has no step at the boundary of {method}; set it to null"
-        )
-    if config.generator.diversity.enabled:
-        problems.append(
-            f"generator.diversity would go on training the first step in the low phase of {method};"
-            " set generator.diversity.weight=0"
-        )
-    if config.schedule.score_window != "none":
-        problems.append(
-            f"schedule.score_window {config.schedule.score_window} and the phases of {method} both "
-            "bound the score levels; set schedule.score_window=none"
-        )
     return problems

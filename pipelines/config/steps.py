@@ -1,0 +1,59 @@
+"""The generator's steps in a recipe: what does not go with the levels or phases that they have."""
+
+from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import Objective, phases_of
+from sgmd_core.schedule import FlowMatchSchedule
+from workers.settings import GeneratorSettings
+
+
+def step_contradictions(
+    schedule: FlowMatchSchedule, generator: GeneratorSettings, objective: Objective
+) -> list[str]:
+    """Returns what does not go with the steps of a generator, as sentences.
+
+    Args:
+        schedule: Their noise levels.
+        generator: Their number, and what trains them.
+        objective: The method, which may train them in phases.
+    """
+    problems: list[str] = []
+    window = schedule.score_window
+    if generator.random_steps is not None and window != "none":
+        problems.append(
+            f"schedule.score_window {window} has no one window where generator.random_steps draws "
+            "the levels of each sample; set schedule.score_window=none"
+        )
+    if schedule.steps is not None and len(schedule.steps) != generator.num_steps:
+        problems.append(
+            f"schedule.steps has {len(schedule.steps)} levels, one for each step, but "
+            f"generator.num_steps is {generator.num_steps}; set it to {len(schedule.steps)}"
+        )
+        return problems
+    return problems + _phase_contradictions(schedule, generator, objective)
+
+
+def _phase_contradictions(
+    schedule: FlowMatchSchedule, generator: GeneratorSettings, objective: Objective
+) -> list[str]:
+    try:
+        phases = phases_of(objective, schedule, generator.num_steps)
+    except ConfigError as error:
+        return [f"{error.found}; {error.remedy}"]
+    if phases is None:
+        return []
+    method, problems = objective.method, list[str]()
+    if generator.random_steps is not None:
+        problems.append(
+            f"generator.random_steps has no step at the boundary of {method}; set it to null"
+        )
+    if generator.diversity.enabled:
+        problems.append(
+            f"generator.diversity would go on training the first step in the low phase of {method};"
+            " set generator.diversity.weight=0"
+        )
+    if schedule.score_window != "none":
+        problems.append(
+            f"schedule.score_window {schedule.score_window} and the phases of {method} both bound "
+            "the score levels; set schedule.score_window=none"
+        )
+    return problems
