@@ -10,6 +10,7 @@ come from the environment.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ from pipelines.config.section import Section
 from pipelines.config.steps import step_contradictions
 from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
-from pipelines.config.topology import TopologySettings, topology_contradictions
+from pipelines.config.topology import TopologySettings, topology_contradictions, unread_in_mode
 from pipelines.data.shards.columns import RecipeColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.plan import ShuffleSettings
@@ -51,6 +52,8 @@ from workers.settings import (
     TeacherSettings,
     VideoSettings,
 )
+
+_log = logging.getLogger(__name__)
 
 # What may change between a run and its resumption: it decides no number but by rounding, or the
 # numbers come after those that were made.
@@ -358,6 +361,10 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         [key for key in searched if not (key.startswith("objective.") and key in foreign)],
         f"checking the sweep of {name_or_path}",
     )
+    # Recipes that ship have the sections of all modes; what is given beside one is meant.
+    given = [text.partition("=")[0].strip() for text in overrides]
+    if unread := unread_in_mode(config.topology.mode, given):
+        _log.warning("topology.mode %s does not read %s", config.topology.mode, ", ".join(unread))
     return config
 
 

@@ -1,5 +1,6 @@
 """Settings of pools, ranks and replicas, and what a batch allows of them."""
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -221,6 +222,16 @@ class TopologySettings(Section):
 
 def _home(name: str, pool: RolePoolSettings) -> Home:
     return Home(name, pool.ranks, pool.speed if isinstance(pool, NamedPoolSettings) else 1.0)
+
+
+_READ = {"map": {"pools", "roles"}, "pools": {*ROLES}, "fused": {"fused"}, "local": {*ROLES}}
+"""Sections of pools that each mode reads, of those that not all of them do."""
+
+
+def unread_in_mode(mode: str, keys: Iterable[str]) -> list[str]:
+    """Settings of pools, among some dotted keys, that a mode does not read."""
+    unread = {f"topology.{name}" for names in _READ.values() for name in names - _READ[mode]}
+    return [key for key in keys if ".".join(key.split(".")[:2]) in unread]
 
 
 def topology_contradictions(

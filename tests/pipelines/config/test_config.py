@@ -198,6 +198,13 @@ class TestRecipes:
         assert load_recipe("wan-1.3b") == load_recipe("wan21-1.3b")
         assert warnings == ["the recipe wan-1.3b is now called wan21-1.3b: write that"]
 
+    def test_a_setting_of_pools_that_the_mode_does_not_read_is_told_once(self, monkeypatch):
+        warnings = record_warnings("pipelines.config.recipe", monkeypatch)
+        load_recipe("tiny", ["topology.mode=fused", "topology.fused.cpus=1", "batch.size=8"])
+        assert warnings == []
+        load_recipe("tiny", ["topology.mode=fused", "topology.pools.learn.cpus=1"])
+        assert warnings == ["topology.mode fused does not read topology.pools.learn.cpus"]
+
     def test_a_recipe_with_a_base_holds_what_it_has_otherwise(self, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text(
