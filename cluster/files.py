@@ -58,6 +58,9 @@ _REMEDIES = {
         "The file system is mounted read-only: choose another folder, or mount it for writing",
     ),
 }
+# Path() makes one slash of two.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)", re.DOTALL)
+_ON_DISK = "file"
 _CODE = re.compile(r"(?:os error|[Ee]rrno) (\d+)")
 _ELSEWHERE = "Choose another path"
 _DISK = ("storage that works", "Check the path and the rights to it")
@@ -112,6 +115,18 @@ def open_store(
         return open_s3(patience), path.rstrip("/")
     files, path = fsspec.core.url_to_fs(str(address))
     return files, path.rstrip("/") or path
+
+
+def store_address(place: str | Path) -> str:
+    """The address of an object store, `s3://bucket/prefix`; empty for a path of a disk.
+
+    Args:
+        place: A path or an address, also one that a `Path` has made `s3:/bucket/prefix` of.
+    """
+    found = _ADDRESS.fullmatch(str(place))
+    if found is None or found[1] == _ON_DISK:
+        return ""
+    return f"{found[1]}://{found[2].rstrip('/')}"
 
 
 def kind_of_path(path: str | Path) -> str:
@@ -285,6 +300,11 @@ def sync_folder(folder: str | Path) -> None:
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise
+
+
+def delete_folder(folder: str | Path) -> None:
+    """Deletes a local folder with all that is in it, as far as the system lets us."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _target(path: str | Path) -> Path:

@@ -1,7 +1,8 @@
 """Lease on a folder that is written to: one process at a time.
 
     disk           flock on FOLDER/.lease    the kernel frees it with the process, also after a kill
-    object store   FOLDER/_lease.json        renewed every 10 s; free when it is 60 s old
+    object store   FOLDER/_lease.json        renewed every 10 s; free when it is 60 s old, or its
+                                             holder was a process of this machine that has ended
 
 On a disk a holder that is paused keeps its lease. On an object store it may lose it; whoever holds
 one asks `check` before each commit, which reads the object again.
@@ -109,6 +110,7 @@ def _holder(purpose: str) -> dict[str, Any]:
         "owner": f"{_user()}@{socket.gethostname()}",
         "pid": os.getpid(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+        "system": _system(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "token": secrets.token_hex(8),
     }
@@ -172,7 +174,8 @@ class _ObjectLease(Lease):
     def take(self) -> None:
         """Creates the object, or takes over one that nobody renews any more."""
         found = self._read(_ANSWER_S)
-        if found and time.time() - float(found.get("renewed", 0)) < _EXPIRY_S:
+        is_fresh = time.time() - float(found.get("renewed", 0)) < _EXPIRY_S
+        if found and is_fresh and not _has_ended(found):
             raise _held(self._folder, json.dumps(found))
         self._write(is_new=not found, timeout_s=_ANSWER_S)
         time.sleep(_SETTLE_S)
@@ -273,6 +276,23 @@ def _words(found: Mapping[str, Any]) -> str:
         f"{found.get('owner')}, process {found.get('pid')} (`{found.get('command')}`), since "
         f"{found.get('since')}: {found.get('purpose')}"
     )
+
+
+def _system() -> str:
+    """Names this boot of this kernel, and the numbering of its processes that we are part of."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return ""
+
+
+def _has_ended(found: Mapping[str, Any]) -> bool:
+    """Returns True if a holder was a process of this machine that is no longer there."""
+    if not _system() or found.get("system") != _system():
+        return False
+    pid = found.get("pid")
+    return isinstance(pid, int) and not Path(f"/proc/{pid}").exists()
 
 
 def _user() -> str:

@@ -53,6 +53,30 @@ def write_json(url: str, content: Mapping[str, Any]) -> None:
     write_text(url, json.dumps(content, indent=2) + "\n")
 
 
+def is_folder(url: str) -> bool:
+    """Returns True if a folder, or any object below an address, is there.
+
+    Raises:
+        StorageError: The store does not say.
+    """
+    with storage_errors(f"looking for {url}"):
+        files, path = open_store(url)
+        files.invalidate_cache()
+        return bool(files.isdir(path))
+
+
+def file_size(url: str) -> int:
+    """Size of a file in bytes.
+
+    Raises:
+        StorageError: It is not there, or the store does not say.
+    """
+    with storage_errors(f"looking at {url}"):
+        files, path = open_store(url)
+        files.invalidate_cache()
+        return int(files.info(path)["size"])
+
+
 def file_sizes(folder: str) -> dict[str, int]:
     """Size in bytes of every file under a folder, by relative path."""
     with storage_errors(f"listing {folder}"):

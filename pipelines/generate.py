@@ -18,10 +18,12 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from cluster.files import storage_errors, write_whole
+from cluster.folders import files_at
 from cluster.inventory import memory_bytes
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
 from pipelines.run.folder import require_output_folder
+from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS
 from workers.models.families import family_of
@@ -58,7 +60,8 @@ class GeneratedClip:
     Attributes:
         prompt: What was asked for.
         seed: Seed of its initial noise.
-        paths: Files, in the order of the formats.
+        paths: Files, in the order of the formats; at an address, what
+            `cluster.files.store_address` reads.
         frames: Its pixels before any enlargement (frames, height, width, 3).
         seconds: Time from prompt to pixels; writing the files is not in it.
     """
@@ -107,8 +110,8 @@ def generate(
     Args:
         run_or_model: A model folder, or a finished run, whose generator is used.
         prompts: Shown by one clip for each seed.
-        output: Folder of the files, whose names hold the number and words of the prompt, and the
-            seed; made when missing, files of the same name are replaced.
+        output: Folder of the files, a path or an address. Their names hold the number and words of
+            the prompt, and the seed; it is made when missing, files of the same name are replaced.
         seed: Seed of the initial noise, the same for every prompt; or several.
         formats: Some of `FORMATS`.
         zoom: Each pixel is repeated so often along both sides of the files; None enlarges clips
@@ -138,8 +141,8 @@ def generate(
     require_same_weights(folder)
     sampler = family.open_sampler(folder, device)
     root = Path(output)
-    with storage_errors(f"writing clips to {root}"):
-        root.mkdir(parents=True, exist_ok=True)
+    with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root):
+        pass  # A folder that cannot be made is told before anything is sampled.
     requests = list(itertools.product(enumerate(prompts), seeds))
     return _clips(sampler, requests, settings, root, formats, zoom, on_progress)
 
@@ -166,10 +169,10 @@ def _clips(
         frames = sampler.sample(_sample_request(prompt, chosen, settings), on_step)
         seconds = time.perf_counter() - began
         stem = f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}"
-        with storage_errors(f"writing clips to {root}"):
-            paths = tuple(
-                _write(root / f"{stem}.{form}", frames, settings.fps, zoom) for form in formats
-            )
+        with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root) as folder:
+            for form in formats:
+                _write(folder / f"{stem}.{form}", frames, settings.fps, zoom)
+        paths = tuple(root / f"{stem}.{form}" for form in formats)
         yield GeneratedClip(prompt, chosen, paths, frames, seconds)
 
 
@@ -235,7 +238,7 @@ def _require_request(
         raise ConfigError(attempted, f"zoom = {zoom}", f"a whole number from 1 to {_LARGEST_ZOOM}")
 
 
-def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> Path:
+def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> None:
     # Rounded up: 32 px becomes 256, 240 px becomes 480.
     repeats = zoom or -(-_SMALLEST_SIDE_PX // min(frames.shape[1:3]))
     if path.suffix == ".gif":
@@ -243,7 +246,6 @@ def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> Path:
     else:
         smallest_px = repeats * min(frames.shape[1:3])
         write_whole(path, encode_for_players(frames, fps, smallest_side_px=smallest_px))
-    return path
 
 
 def _slug(prompt: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.files import whole_folder
+from cluster.folders import whole_folder_at
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.diversity import diversity_loss
 from sgmd_core.phases import Phase, Phases
@@ -41,9 +41,10 @@ from workers.ema import AveragedWeights
 from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
 from workers.models.adapter_files import MergedWeights
 from workers.models.addresses import local_model
+from workers.models.configs import INDEX_FILE
 from workers.models.exporting import DTYPES, narrowed
 from workers.models.families import family_of
-from workers.models.weight_digests import write_model_settings
+from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
@@ -308,7 +309,7 @@ class GeneratorLearner(SavedRole):
         Every rank must be asked; the first one writes.
 
         Args:
-            dst: New folder.
+            dst: New folder: a path or an address.
             base_folder: Model folder that the generator started from.
             settings: How the folder is sampled, for its `sgmd.json`; `flow_shift` is among them.
             checkpoint: Folder that `save` has written, to export what `final_weights` were then;
@@ -333,7 +334,7 @@ class GeneratorLearner(SavedRole):
             weights = MergedWeights(base_parameters(self._network), weights, lora)
         family, form = family_of(base), form or ExportSettings()
         weights = narrowed(weights, DTYPES[form.dtype], family.traits.keep_fp32)
-        with whole_folder(dst) as draft:
+        with whole_folder_at(dst, (SETTINGS_FILE, INDEX_FILE)) as draft:
             family.export(
                 draft,
                 base,

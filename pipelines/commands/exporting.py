@@ -46,6 +46,7 @@ def export(
     """
     with progress_bar() as on_progress:
         from pipelines.exporting.export import Components, ExportOptions, export
+        from pipelines.run.places import shared_place
 
         result = export(
             model,
@@ -56,7 +57,8 @@ def export(
             on_progress=on_progress,
         )
     found = result.figures
-    words = [f"{result.folder}: {found.form}, {result.bytes / 1e9:.3g} GB of weights written"]
+    place = shared_place(result.folder)
+    words = [f"{place}: {found.form}, {result.bytes / 1e9:.3g} GB of weights written"]
     if found.share_kept is not None:
         words.append(f"rank {found.rank} keeps {found.share_kept:.1%} of the change of the weights")
     words.append(
@@ -69,7 +71,7 @@ def export(
             "squares). Export with --dtype fp32, or the change alone with --format lora"
         )
     data = {
-        "folder": str(result.folder),
+        "folder": place,
         "iteration": result.iteration,
         "bytes": result.bytes,
         **asdict(found),

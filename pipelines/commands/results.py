@@ -1,5 +1,6 @@
 """Commands that read results: `sgmd evaluate`, `generate`, `report`, `ledger`."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,15 +39,19 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure a generator against its teacher: figures, verdicts, contact sheet."""
-    with progress_bar() as on_progress:
+    with progress_bar() as on_progress, ExitStack() as stack:
         from pipelines.commands.evaluation_table import table, verdict_lines
         from pipelines.evaluation import run as job
         from pipelines.run.folder import RunFolder
+        from pipelines.run.places import shared_place
+        from pipelines.run.working_copy import run_copy
 
+        root = stack.enter_context(run_copy(run))
         if output is None:
-            output = run if RunFolder(run).config.exists() else Path("evaluation")
+            is_run = root.is_dir() and RunFolder(root).config.exists()
+            output = Path(shared_place(root)) if is_run else Path("evaluation")
         result = job.evaluate(
-            run,
+            root,
             teacher=teacher,
             captions=captions,
             output=output,
@@ -62,7 +67,7 @@ def evaluate(
             on_progress=on_progress,
         )
     paths = [output / job.EVALUATION_FILE, output / result.sheet_png, output / result.sheet_gif]
-    lines = "\n".join(["", *verdict_lines(result), "", *map(str, paths)])
+    lines = "\n".join(["", *verdict_lines(result), "", *map(shared_place, paths)])
     show(result.model_dump(mode="json"), as_json, table(result), lines)
 
 
@@ -111,6 +116,7 @@ def generate(
 
         from pipelines import generate as job
         from pipelines.exporting.sampled import sampled_folder
+        from pipelines.run.places import shared_place
 
         logging.disable_progress_bar()
         shown = _prompts(prompt or [], prompts)
@@ -137,7 +143,7 @@ def generate(
                 {
                     "prompt": clip.prompt,
                     "seed": clip.seed,
-                    "paths": [str(path) for path in clip.paths],
+                    "paths": [shared_place(path) for path in clip.paths],
                     "seconds": clip.seconds,
                 }
                 for clip in clips
@@ -185,22 +191,30 @@ def report(
 
     Exit code 1: of some file of a run nothing could be read; the page shows the rest.
     """
-    with working():
+    with working(), ExitStack() as stack:
+        from cluster.storage import file_size
         from pipelines.reporting.page import write_page
         from pipelines.reporting.records import read_run
+        from pipelines.run.folder import require_lasting_folder
+        from pipelines.run.places import shared_place
+        from pipelines.run.working_copy import working_copy
         from pipelines.sweeping.page import is_sweep, write_sweep_page
 
-        if len(runs) == 1 and is_sweep(runs[0]):
-            page = write_sweep_page(runs[0], output)
-            show({"path": str(page), "bytes": page.stat().st_size}, as_json, str(page))
+        if output:
+            require_lasting_folder(output, "--output")
+        folders = [stack.enter_context(working_copy(run)) for run in runs]
+        if len(folders) == 1 and is_sweep(folders[0]):
+            page = write_sweep_page(folders[0], output)
+            place = shared_place(page)
+            show({"path": place, "bytes": page.stat().st_size}, as_json, place)
             return
-        records = [read_run(run) for run in runs]
-        path = write_page(records, output)
-    broken = {str(run.folder.root): list(run.broken) for run in records if run.broken}
-    lost = [f"{run.folder.root / name}" for run in records for name in run.unreadable]
-    empty = [str(run.folder.root) for run in records if run.is_empty]
-    data = {"path": str(path), "bytes": path.stat().st_size, "broken": broken, "unreadable": lost}
-    data["empty"] = empty
+        records = [read_run(folder) for folder in folders]
+        path = shared_place(write_page(records, output))
+        size = file_size(path)
+        broken = {str(run.folder): list(run.broken) for run in records if run.broken}
+        lost = [shared_place(run.folder.root / name) for run in records for name in run.unreadable]
+        empty = [str(run.folder) for run in records if run.is_empty]
+    data = {"path": path, "bytes": size, "broken": broken, "unreadable": lost, "empty": empty}
     words = [f"{run}: {sentence}" for run, sentences in broken.items() for sentence in sentences]
     words += [
         f"{run}: nothing yet: no iteration has been finished. Go on with `sgmd distill --resume "
@@ -209,7 +223,7 @@ def report(
     ]
     if lost:
         words.append(f"The page lacks what nothing could be read of: {', '.join(lost)}")
-    show(data, as_json, str(path), *words)
+    show(data, as_json, path, *words)
     if lost:
         raise typer.Exit(1)
 

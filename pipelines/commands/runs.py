@@ -1,6 +1,7 @@
 """Commands that make something: `sgmd shapes`, `pretrain`, `distill`."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -131,7 +132,7 @@ def distill(
     as_json: Json = False,
 ) -> None:
     """Distil a teacher into a few-step generator: the main job."""
-    with working() as console:
+    with working() as console, ExitStack() as stack:
         # Before the libraries of networks: a wrong setting is reported without waiting for them.
         config = _distill_config(recipe, overrides or [], resume)
 
@@ -140,7 +141,9 @@ def distill(
             from pipelines.run.folder import RunFolder
             from pipelines.run.progress import console_observer
             from pipelines.run.stop_rule import StopRule
+            from pipelines.run.working_copy import working_copy
 
+        stack.enter_context(working_copy(config.run_folder, job.NOT_NEEDED))
         folder = RunFolder(config.run_folder)
         resumes = folder.config.exists() if resume == _AUTO else resume is not None
         if dry_run:
@@ -150,7 +153,7 @@ def distill(
 
             def hint() -> str:
                 known = is_ours and folder.config.exists()
-                return f"The run goes on with: sgmd distill --resume {folder.root}" if known else ""
+                return f"The run goes on with: sgmd distill --resume {folder}" if known else ""
 
             rule = StopRule(config.iterations)
             with hinting(hint), console_observer(rule, console) as observer:
@@ -171,6 +174,7 @@ def _distill_config(
     with paused_collector():
         from pipelines.config.recipe import load_recipe
         from pipelines.run.folder import RunFolder
+        from pipelines.run.working_copy import working_copy
 
     if resume is None or resume == _AUTO:
         if recipe is None:
@@ -183,6 +187,8 @@ def _distill_config(
         return load_recipe(recipe, overrides)
     if recipe is None or "=" in recipe:
         overrides = [recipe, *overrides] if recipe else overrides
-        RunFolder(resume).require()
-        recipe = str(resume / "config.yaml")
+        with working_copy(resume, ("samples",)):
+            folder = RunFolder(resume)
+            folder.require()
+            return load_recipe(str(folder.config), overrides).in_folder(resume)
     return load_recipe(recipe, overrides).in_folder(resume)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
+from cluster.files import store_address
 from pipelines.config import recipe_files, settings_check
 from pipelines.config.adapters import lora_contradictions
 from pipelines.config.alarms import AlarmSettings
@@ -201,7 +202,7 @@ class DistillConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)
     """Name of the run and of its folder."""
     output: str = "runs"
-    """Folder that holds the run's folder."""
+    """Folder that holds the run's folder: a path, or an address such as s3://bucket/runs."""
     seed: int = Field(default=0, ge=0)
     """Every random draw is counted from it."""
     iterations: int = Field(ge=1)
@@ -227,6 +228,12 @@ class DistillConfig(Section):
     study: StudySettings = StudySettings()
     recovery: RecoverySettings = RecoverySettings()
 
+    @field_validator("output")
+    @classmethod
+    def _with_both_slashes(cls, output: str) -> str:
+        # A `Path` makes s3:/bucket of an address.
+        return store_address(output) or output
+
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         problems = list(_contradictions(self))
@@ -236,7 +243,7 @@ class DistillConfig(Section):
 
     @property
     def run_folder(self) -> Path:
-        """Folder of the run."""
+        """Folder of the run; of an address, what `cluster.files.store_address` reads."""
         return Path(self.output) / self.name
 
     @property
@@ -324,7 +331,7 @@ class DistillConfig(Section):
         Raises:
             ConfigError: The folder has no name that a run can have.
         """
-        folder = run if run.name else run.resolve()
+        folder = run if run.name or store_address(run) else run.resolve()
         return self.with_settings({"output": str(folder.parent), "name": folder.name})
 
     def with_absolute_paths(self) -> "DistillConfig":

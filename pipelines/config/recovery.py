@@ -24,3 +24,6 @@ class RecoverySettings(Section):
     """Share of the training time that copies of the learners' state in other processes' memory may
     take: after every iteration, or every few where they are slow. 0: none; a run then goes back to
     its newest checkpoint."""
+    storage_outage_s: float = Field(default=1800.0, ge=0)
+    """Seconds for which the object store of a run at an address may fail while training goes on.
+    States are then saved once it answers again. 0: its first failure ends the run."""

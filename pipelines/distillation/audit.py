@@ -19,6 +19,8 @@ from pipelines.data.stream.plan import Cursor
 from pipelines.data.stream.quarantine import QuarantineFile
 from pipelines.data.stream.reconciliation import EpochReconciliation, due_rows, reconcile
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.places import shared_place
+from pipelines.run.working_copy import working_copy
 from sgmd_core.errors import DataError
 
 
@@ -68,18 +70,22 @@ class Audit:
         }
 
 
-def audit(run: Path, train: str | None = None) -> Audit:
+def audit(run: str | Path, train: str | None = None) -> Audit:
     """Judges a run, finished or not.
 
     Args:
-        run: Its folder.
+        run: Its folder: a path or an address.
         train: Where its training data are now; None: where they were when it began.
 
     Raises:
         CheckpointError: There is no run.
         DataError: Its data cannot be read.
     """
-    folder = RunFolder(run)
+    with working_copy(run, ("samples",)) as root:
+        return _audit(RunFolder(root), train)
+
+
+def _audit(folder: RunFolder, train: str | None) -> Audit:
     folder.require("checking the ledger of", "Check the path")
     config = load_recipe(str(folder.config))
     entries = list(Ledger(folder.ledger).entries())
@@ -91,7 +97,7 @@ def audit(run: Path, train: str | None = None) -> Audit:
     shards = {path for line in listed for path, *_ in line.get("shards", ())}
     if shards and not sizes_of(place.filesystem, place.root, shards):
         raise DataError(
-            f"checking the ledger of {folder.root} against {train or data.train}",
+            f"checking the ledger of {folder} against {train or data.train}",
             f"none of the {len(shards)} shards of the run, such as {min(shards)}",
             "the data that the run was trained on",
             "Say where they are now with --data",
@@ -118,5 +124,5 @@ def _iterations_made(folder: RunFolder) -> int:
     """Iterations that surely ended, whatever the ledger says."""
     recorded = max((line["iteration"] for line in read_jsonl(folder.metrics)), default=0)
     # A kill may come after an iteration's metrics and before its line of the ledger.
-    steps = Checkpoints(str(folder.checkpoints)).all_steps()
+    steps = Checkpoints(shared_place(folder.checkpoints)).all_steps()
     return max([recorded, *steps])

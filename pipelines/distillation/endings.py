@@ -44,8 +44,7 @@ class Endings:
             f"training {self._config.name}",
             alarm.in_words(),
             f"none of the alarms in alarms.stop ({', '.join(self._config.alarms.stop)})",
-            f"{state}; change the settings, or go on all the same with --resume "
-            f"{self._folder.root}",
+            f"{state}; change the settings, or go on all the same with --resume {self._folder}",
         )
         error.add_note(self._best())
         return error
@@ -57,7 +56,7 @@ class Endings:
         error = stops.error(
             f"training {self._config.name}",
             f"the state is {self._states.folder(position)}",
-            f"Go on with --resume {self._folder.root}",
+            f"Go on with --resume {self._folder}",
         )
         error.add_note(self._best())
         return error
@@ -79,7 +78,7 @@ class Endings:
             f"training {self._config.name}",
             f"iteration {position.iteration} took longer than checkpoint.stop_after_s "
             f"({limit_s:g} s) and was given up. {saved}{self._states.last_good()}",
-            f"Go on with --resume {self._folder.root}",
+            f"Go on with --resume {self._folder}",
         )
 
     def lost(self, stops: StopRequests, error: ClusterError) -> StopRequestedError:
@@ -88,7 +87,7 @@ class Endings:
             f"training {self._config.name}",
             f"processes of the run ended before its state was saved ({error.found}). "
             f"{self._states.last_good()}",
-            f"Go on with --resume {self._folder.root}",
+            f"Go on with --resume {self._folder}",
         )
 
     def while_repairing(self, stops: StopRequests) -> StopRequestedError:
@@ -96,7 +95,7 @@ class Endings:
         return stops.error(
             f"repairing {self._config.name}",
             f"no iteration was under way. {self._states.last_good()}",
-            f"Go on with --resume {self._folder.root}",
+            f"Go on with --resume {self._folder}",
         )
 
     def while_finishing(self, stops: StopRequests) -> StopRequestedError:
@@ -104,7 +103,7 @@ class Endings:
         return stops.error(
             f"finishing {self._config.name}",
             f"its training is complete. {self._states.last_good()}",
-            f"--resume {self._folder.root} writes what is missing, and trains no more",
+            f"--resume {self._folder} writes what is missing, and trains no more",
         )
 
     def _best(self) -> str:

@@ -41,6 +41,7 @@ from pipelines.distillation.validation import ValidationPlan, Validator, build_v
 from pipelines.distillation.watch import watch_groups
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
+from pipelines.run.places import shared_place
 from workers.build import (
     build_fake_score,
     build_generator,
@@ -403,6 +404,7 @@ def _validation_plan(
             config.validation.teacher_steps, config.teacher.guidance_scale, config.seed
         ),
         fps=config.video.fps,
-        samples=str(folder.samples),
+        samples=shared_place(folder.samples),
+        outage_s=config.recovery.storage_outage_s,
         scores=(config.checkpoint.score, config.sweep.score),
     )

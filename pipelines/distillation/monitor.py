@@ -28,6 +28,7 @@ from cluster.errors import (
     CallTimeoutError,
     ClusterError,
     NodeLostError,
+    StorageError,
     WorkerDiedError,
 )
 from cluster.storage import write_json
@@ -39,6 +40,7 @@ from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.run.observer import RunObserver
 from pipelines.run.ranking import Contender, Ranked, not_told_apart, ranked, scores_of
 from pipelines.run.records import IterationRecord, ValidationRecord
+from pipelines.run.working_copy import copy_at
 
 _MAX_WAITING = 2
 """Validations under way at a time, but for those that must not be left out."""
@@ -80,6 +82,7 @@ class RunMonitor:
     _judged_until: int = field(init=False, default=0)
     _lost: set[int] = field(init=False, default_factory=set)
     _problem: str | None = field(init=False, default=None)
+    _steps: list[int] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
         """Takes note of what an earlier part of the run has found."""
@@ -114,7 +117,7 @@ class RunMonitor:
         """Checkpoints that are there, the best first."""
         if not self.ranks:
             return []
-        return ranked(self._scores, self.config.checkpoint.mode, self.checkpoints.steps())
+        return ranked(self._scores, self.config.checkpoint.mode, self._kept_steps())
 
     @property
     def ranking_note(self) -> str:
@@ -215,7 +218,7 @@ class RunMonitor:
         if not self._scores:
             return
         settings = self.config.checkpoint
-        there = set(self.checkpoints.steps())
+        there = set(self._kept_steps())
         entries = [
             {
                 "iteration": entry.iteration,
@@ -233,6 +236,25 @@ class RunMonitor:
             "note": self.ranking_note,
         }
         write_json(str(self.folder.ranking), content)
+
+    def _kept_steps(self) -> list[int]:
+        """Steps of the checkpoints; while the run bears a failing store, those of before."""
+        try:
+            self._steps = self.checkpoints.steps()
+        except StorageError as error:
+            self.folder.publisher.bear(error)
+        return self._steps
+
+    def _bring_sheet(self, record: ValidationRecord) -> None:
+        """Brings the contact sheet to a working copy: the validator has put it at the address."""
+        copy = copy_at(self.folder.root)
+        if copy is None:
+            return
+        sheet = self.folder.samples / record.sheet
+        try:
+            copy.fetch_files(sheet, sheet.with_suffix(".gif"))
+        except StorageError as error:
+            self.observer.warning(f"The sheet {record.sheet} is not shown here. {error}")
 
     def _asked(self, iteration: int, weights: Future[Any]) -> _Validation:
         assert self.validator is not None, "nothing validates"
@@ -254,6 +276,7 @@ class RunMonitor:
         self._lost.discard(record.iteration)
         self._judged_until = max(self._judged_until, record.iteration)
         append_jsonl(self.folder.validation, record.to_json())
+        self._bring_sheet(record)
         self.observer.validation(record, self.folder.samples)
         self._raise(self._watch.validation(record))
         if self.ranks:

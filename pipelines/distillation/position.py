@@ -63,7 +63,7 @@ def with_draws_of(config: DistillConfig, folder: RunFolder) -> DistillConfig:
     if kept == (batch.exit_draws or kept) and batch.micro_batches % kept == 0:
         return config.with_settings({"batch.exit_draws": kept})
     raise CheckpointError(
-        f"resuming {folder.root}",
+        f"resuming {folder}",
         f"batch.micro_batches is {batch.micro_batches}"
         + (f" and batch.exit_draws {batch.exit_draws}" if batch.exit_draws else "")
         + f", while the run draws {kept} exit steps a batch",
@@ -127,7 +127,7 @@ def resume_position(
             broken[step] = fault or f"{MANIFEST} does not say where the run stood"
     if broken:
         raise CheckpointError(
-            f"resuming {folder.root}",
+            f"resuming {folder}",
             "; ".join(f"checkpoint {step} is broken: {why}" for step, why in broken.items()),
             "one checkpoint that is whole",
             "Restore one from a copy, or start a new run under another name",
@@ -139,7 +139,7 @@ def _require_same(found: Sequence[str], folder: RunFolder) -> None:
     """Refuses to go on with other settings, another model or other data."""
     if found:
         raise CheckpointError(
-            f"resuming {folder.root}",
+            f"resuming {folder}",
             "; ".join(found),
             "the model, the data and the settings that it began with, but for "
             f"{', '.join(MAY_CHANGE)}",
@@ -222,7 +222,7 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
     """
     if not folder.identity.exists():
         return []
-    began, now = read_identity(folder, f"resuming {folder.root}"), identity(config, checked)
+    began, now = read_identity(folder, f"resuming {folder}"), identity(config, checked)
     captions = began.get("validation", {}), now["validation"]
     # A run of an older version lacks the settings that came later.
     before = {**settings_before_they_existed(config), **began["settings"]}

@@ -14,6 +14,7 @@ from pipelines.distillation.iteration_plan import stage_seconds
 from pipelines.distillation.phase_check import check_phases
 from pipelines.distillation.teacher_check import check_teacher
 from pipelines.run.folder import require_lasting_folder
+from pipelines.run.places import shared_place
 from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
@@ -61,7 +62,7 @@ class Preflight:
         """Returns what `--dry-run` prints."""
         return {
             "name": config.name,
-            "run_folder": str(config.run_folder),
+            "run_folder": shared_place(config.run_folder),
             "model": str(self.model.path),
             "teacher": str(config.teacher_folder),
             "num_parameters": self.model.num_parameters,

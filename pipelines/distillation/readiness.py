@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 import torch
 
-from cluster.files import require_writable
+from cluster.files import store_address
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
@@ -22,7 +22,7 @@ from pipelines.planning.pool_maps import PoolMap, map_memory
 from pipelines.planning.savings import savings
 from pipelines.planning.search import PoolSplit, rank_memory
 from pipelines.planning.workload import Workload
-from pipelines.run.folder import RunFolder
+from pipelines.run.folder import RunFolder, require_output_folder
 from sgmd_core.errors import ConfigError
 from workers.models.exporting import DTYPES
 from workers.models.folder import ModelFolder
@@ -103,11 +103,13 @@ def check_machine(
 
 def _outputs(config: DistillConfig, model: ModelFolder, *, resume: bool) -> str:
     """Checks that the run's folder can be made and has room for what the run keeps."""
-    folder = config.run_folder.absolute()
-    attempted = f"checking the run's folder {folder}"
     if not resume:
         RunFolder(config.run_folder).require_free()
-    require_writable(folder, "output")
+    require_output_folder(config.run_folder, "output")
+    if address := store_address(config.run_folder):
+        return f"{address} takes objects"
+    folder = config.run_folder.absolute()
+    attempted = f"checking the run's folder {folder}"
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     needed = _disk_bytes(config, model)

@@ -5,11 +5,12 @@
 The controller in this file moves handles and small records; every tensor stays with the roles.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import LOST, ClusterError
-from cluster.lease import hold
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.endings import stopped_early
 from pipelines.distillation.groups import open_groups
@@ -22,12 +23,18 @@ from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.log import RunLog, hearing_loggers
 from pipelines.run.observer import Observers, RunObserver
+from pipelines.run.places import shared_place
+from pipelines.run.publisher import publishing
 from pipelines.run.records import RunEvent
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests, stop_requests
 from pipelines.run.tensorboard import open_tensorboard
 from pipelines.run.tracker import open_tracker
+from pipelines.run.working_copy import hold_place, working_copy
 from sgmd_core.errors import AlarmError, StopRequestedError
+
+NOT_NEEDED = ("samples", "stacks", "wandb", "tensorboard")
+"""Folders of an earlier part of the run that a resume does not read."""
 
 
 def dry_run(config: DistillConfig, *, resume: bool = False) -> dict[str, Any]:
@@ -44,7 +51,8 @@ def dry_run(config: DistillConfig, *, resume: bool = False) -> dict[str, Any]:
         SgmdError: What does not fit.
     """
     found = run_preflight(config)
-    machine = check_machine(config, found.model, resume=resume)
+    with working_copy(config.run_folder, NOT_NEEDED):
+        machine = check_machine(config, found.model, resume=resume)
     return found.to_json(config) | {
         "checked": found.checked | dict(machine.checked),
         "not_checked": found.not_checked | dict(machine.not_checked),
@@ -80,10 +88,32 @@ def distill(
         ClusterError: Ray, a pool or a worker is not there (any more).
         LeaseError: Another process runs in the folder.
     """
-    folder, terminal = RunFolder(config.run_folder), observer or RunObserver()
+    terminal = observer or RunObserver()
+    terminal.note("checking model folder, shards and settings")
+    with working_copy(config.run_folder, NOT_NEEDED):
+        return _checked_distill(
+            config,
+            resume=resume,
+            terminal=terminal,
+            in_trial=in_trial,
+            stop_rule=stop_rule or StopRule(config.iterations),
+            service=service,
+        )
+
+
+def _checked_distill(
+    config: DistillConfig,
+    *,
+    resume: bool,
+    terminal: RunObserver,
+    in_trial: bool,
+    stop_rule: StopRule,
+    service: str,
+) -> dict[str, Any]:
+    """Checks a distillation, and runs it in its folder, which is here."""
+    folder = RunFolder(config.run_folder)
     log = RunLog(folder.log, config.name, terminal.warning)
     observer = Observers([terminal, log])
-    observer.note("checking model folder, shards and settings")
     config = with_draws_of(config, folder) if resume else config
     checked = run_preflight(config)
     if checked.data.found:
@@ -93,27 +123,39 @@ def distill(
     check_machine(config, checked.model, resume=resume, gpus=False)
     with (
         stop_requests(observer.warning, config.checkpoint.stop_after_s) as stops,
-        hold(str(folder.root), f"sgmd distill {config.name}"),
+        hold_place(folder.root, f"sgmd distill {config.name}", NOT_NEEDED) as lease,
         hearing_loggers(log, terminal.warning),
     ):
+        events = EventLog(folder, observer)
         try:
-            return _distill(
-                config,
-                checked,
-                folder,
-                log,
-                resume=resume,
-                observer=observer,
-                in_trial=in_trial,
-                stop_rule=stop_rule or StopRule(config.iterations),
-                stops=stops,
-                service=service,
-            )
+            with (
+                publishing(folder.root, lease, config.recovery.storage_outage_s, events.add),
+                _errors_in(log),
+            ):
+                return _distill(
+                    config,
+                    checked,
+                    folder,
+                    log,
+                    events,
+                    resume=resume,
+                    in_trial=in_trial,
+                    stop_rule=stop_rule,
+                    stops=stops,
+                    service=service,
+                )
         except StopNow:
-            raise stopped_early(stops, config, str(folder.root)) from None
-        except Exception as error:
-            log.write("ERROR", f"{type(error).__name__}: {error}")
-            raise
+            raise stopped_early(stops, config, str(folder)) from None
+
+
+@contextmanager
+def _errors_in(log: RunLog) -> Iterator[None]:
+    """Writes the error that ends a run into its log, before that is published."""
+    try:
+        yield
+    except Exception as error:
+        log.write("ERROR", f"{type(error).__name__}: {error}")
+        raise
 
 
 def _distill(
@@ -121,17 +163,17 @@ def _distill(
     checked: Preflight,
     folder: RunFolder,
     log: RunLog,
+    events: EventLog,
     *,
     resume: bool,
-    observer: RunObserver,
     in_trial: bool,
     stop_rule: StopRule,
     stops: StopRequests,
     service: str,
 ) -> dict[str, Any]:
     """Runs a checked distillation in a folder that this process holds."""
-    checkpoints = Checkpoints(str(folder.checkpoints))
-    events = EventLog(folder, observer)
+    observer = events.observer
+    checkpoints = Checkpoints(shared_place(folder.checkpoints))
     early: list[RunEvent] = []
     if resume:
         start, early = _take_up(config, checked, folder, checkpoints, events)
@@ -139,6 +181,8 @@ def _distill(
         start = Position()
         begin(config, checked, folder)
     log.open()
+    # Before anything is started, what the run begins with is where it belongs.
+    folder.flush()
     data = DataLog(folder)
     observer.note(f"starting the roles ({config.topology.mode})")
     if checked.has_stored_text:

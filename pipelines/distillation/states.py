@@ -4,13 +4,14 @@ roles copy their state -> threads write checkpoints/step-000200/ -> manifest: wh
 roles, or a checkpoint of theirs -> generator/, best/: folders that diffusers loads
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import LOST
+from cluster.errors import LOST, StorageError
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.model_folders import model_address
 from pipelines.config.recipe import DistillConfig
@@ -18,6 +19,7 @@ from pipelines.distillation.iteration import Roles
 from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
 from pipelines.run.folder import RunFolder, versions
+from pipelines.run.places import shared_place
 from sgmd_core.errors import SgmdError, StaleCallError
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
@@ -75,13 +77,15 @@ class States:
         self._saving: _Save | None = None
         self._asked: _Asked | None = None
         self._owed: int | None = None
+        self._put_off: StorageError | None = None
 
     def save(self, position: Position, timeout_s: float | None = None) -> None:
         """Saves the present state, and deletes what is then neither new nor among the best.
 
         With `checkpoint.background` this returns once the roles have been asked to copy their
         state; `collect` commits it later. A state that is still being written is waited for first,
-        and one that is committed already is left alone.
+        and one that is committed already is left alone. A store that fails puts it off, as long as
+        the run bears that: see `is_owed`.
 
         Args:
             position: Where the run stands.
@@ -91,11 +95,18 @@ class States:
             StorageError: The disk is full or cannot be written to; older states are kept.
             NonFiniteError: A weight of the former state is not finite.
         """
+        with self._bearing(position.iteration):
+            self._save(position, timeout_s)
+
+    def _save(self, position: Position, timeout_s: float | None) -> None:
         self.settle()
+        if self._put_off is not None and self._folder.publisher.is_out:
+            self._owed = position.iteration
+            return
         if self._owed is not None:
             # Those that live may still be writing the lost one, perhaps to the same folder.
             self._wait_for_writers()
-        self._owed = None
+        self._owed = self._put_off = None
         step, roles = position.iteration, self._roles
         if not self._checkpoints.fault(step):
             # A repair has kept the save of this state, and went back behind it.
@@ -130,7 +141,9 @@ class States:
         if self._asked is not None and all(
             group.is_done(future) for group, futures in self._asked for future in futures
         ):
-            self._take(self._asked, self._config.topology.call_timeout_s)
+            assert self._saving is not None, "a save has been begun"
+            with self._bearing(self._saving.step):
+                self._take(self._asked, self._config.topology.call_timeout_s)
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Waits for the state that is being saved, and commits it.
@@ -143,7 +156,34 @@ class States:
         """
         if self._saving is not None:
             limit_s = self._config.topology.call_timeout_s if timeout_s is None else timeout_s
-            self._take(self._ask_saved(self._saving, wait=True), limit_s)
+            with self._bearing(self._saving.step):
+                self._take(self._ask_saved(self._saving, wait=True), limit_s)
+
+    def settle_last(self, position: Position) -> None:
+        """Waits for the state of the run's end, and for the store where that has put it off.
+
+        Raises:
+            StorageError, NonFiniteError: As in `save`, of this state.
+        """
+        self.settle()
+        while self._put_off is not None:
+            self._folder.publisher.wait()
+            self.save(position)
+            self.settle()
+
+    @contextmanager
+    def _bearing(self, step: int) -> Iterator[None]:
+        """Puts the state of a step off where the store fails and the run bears it."""
+        try:
+            yield
+        except StorageError as error:
+            self._saving = self._asked = None
+            self._folder.publisher.bear(error)
+            self._owed, self._put_off = step, error
+            self._monitor.observer.warning(
+                f"the state of iteration {step} is not saved ({error.found}); the next one is "
+                "saved once the store answers"
+            )
 
     def _ask_saved(self, saving: _Save, *, wait: bool) -> _Asked:
         generator, fake_score, folder = self._roles.generator, self._roles.fake_score, saving.folder
@@ -233,8 +273,12 @@ class States:
             self._fetch(group, answers, "waiting for a lost save to end")
 
     def is_owed(self, iteration: int) -> bool:
-        """Returns True if a state was to be saved up to here, and a repair has lost it."""
-        return self._owed is not None and self._owed <= iteration
+        """Returns True if a state was to be saved up to here, and a repair has lost it.
+
+        Or the store has put it off, and answers again.
+        """
+        is_owed = self._owed is not None and self._owed <= iteration
+        return is_owed and not self._folder.publisher.is_out
 
     def give_up(self) -> None:
         """Waits a while for a state that is being saved by a run that has failed."""
@@ -253,6 +297,8 @@ class States:
         if position.iteration > (self._checkpoints.latest() or 0):
             self.save(position)
             self.settle()
+        if self._put_off is not None:
+            raise self._put_off
 
     def save_given_up(self, position: Position, timeout_s: float) -> str:
         """Saves the state before an iteration that was given up, where the roles still stand there.
@@ -272,6 +318,8 @@ class States:
                 roles.fake_score.call(FakeScoreTracker.discard)
                 self.save(position, timeout_s)
                 self.settle(timeout_s)
+            if self._put_off is not None:
+                raise self._put_off
         except Exception as error:
             return f"Saving the state before it failed: {error} "
         return ""
@@ -295,12 +343,12 @@ class States:
         loaded = generator.call(GeneratorLearner.load, self._checkpoints.folder(iteration))
         self._fetch(generator, loaded, "loading the generator")
 
-    def export(self, target: Path, checkpoint: str | None = None) -> None:
+    def export(self, folder: Path, checkpoint: str | None = None) -> None:
         """Writes the generator as a diffusers folder, as it is now or as a checkpoint has it."""
         generator = self._roles.generator
         exported = generator.call(
             GeneratorLearner.export,
-            str(target),
+            shared_place(folder),
             model_address(self._config.model.folder),
             self._config.inference_settings(),
             checkpoint,
@@ -316,7 +364,8 @@ class States:
         best = ranking[0]
         self.export(self._folder.best, self._checkpoints.folder(best.iteration))
         score = self._config.checkpoint.score
-        told = f"iteration {best.iteration} ({score} {best.score:.4g}) is in {self._folder.best}"
+        place = shared_place(self._folder.best)
+        told = f"iteration {best.iteration} ({score} {best.score:.4g}) is in {place}"
         self._monitor.observer.note(f"the best generator: {told}")
         return f"The best generator, of {told}."
 
@@ -344,12 +393,12 @@ class States:
         latest = self._checkpoints.latest()
         if latest is None:
             return (
-                f"No state was saved; --resume {self._folder.root} starts at the beginning, with"
+                f"No state was saved; --resume {self._folder} starts at the beginning, with"
                 " the same settings."
             )
         return (
             f"The last good state is {self._checkpoints.folder(latest)}; go on from it with"
-            f" --resume {self._folder.root}."
+            f" --resume {self._folder}."
         )
 
     def _fetch(self, group: Any, pending: Sequence[Future[Any]], phase: str) -> list[Any]:  # noqa: ANN401

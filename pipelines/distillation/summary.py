@@ -8,6 +8,7 @@ from typing import Any
 from pipelines.config.recipe import DistillConfig
 from pipelines.run.folder import RunFolder, git_revision, read_jsonl, versions
 from pipelines.run.origin import command_line
+from pipelines.run.places import shared_place
 from pipelines.run.ranking import Ranked
 
 
@@ -31,8 +32,8 @@ def summarise(
     waited = [record["data_wait_s"] for record in records]
     return {
         "name": config.name,
-        "run_folder": str(folder.root),
-        "generator": str(folder.generator),
+        "run_folder": str(folder),
+        "generator": shared_place(folder.generator),
         "iterations": records[-1]["iteration"] + 1 if records else 0,
         "samples_seen": records[-1]["samples_seen"] if records else 0,
         "seconds": sum(seconds),

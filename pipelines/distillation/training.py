@@ -32,6 +32,7 @@ from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
 from pipelines.run.observer import RunObserver
+from pipelines.run.places import shared_place
 from pipelines.run.records import IterationRecord
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests
@@ -179,12 +180,14 @@ class Distillation:
             position = self._position
             is_last = stop_rule.is_reached(position.iteration, spent_s)
             is_time = stop_rule.saves_between(before_s, spent_s)
-            if is_last or is_time or self._saves_at(position.iteration):
+            due = is_time or self._saves_at(position.iteration)
+            if is_last or due or self._states.is_owed(position.iteration):
                 self._states.save(position)
             if is_last or self._monitor.validates_at(position.iteration):
                 self._validate(position.iteration, is_last)
             self._monitor.collect()
             self._states.collect()
+            self._folder.publisher.check()
             if self._monitor.fatal is not None and not is_last:
                 raise self._endings.alarm(self._monitor.fatal, position)
             if stops.received:
@@ -275,12 +278,13 @@ class Distillation:
             raise self._endings.while_finishing(stops) from None
 
     def _finish(self) -> dict[str, Any]:
-        self._observer.note(f"writing the generator to {self._folder.generator}")
-        self._states.settle()
-        self._states.export(self._folder.generator)
+        self._observer.note(f"writing the generator to {shared_place(self._folder.generator)}")
+        self._states.settle_last(self._position)
+        insist = self._folder.publisher.insist
+        insist(lambda: self._states.export(self._folder.generator))
         self._monitor.finish()
-        self._states.prune()
-        self._states.export_best()
+        insist(self._states.prune)
+        insist(self._states.export_best)
         self._trace.close(self._monitor.silent)
         summary = summarise(self._config, self._folder, self._data.counts(), self._monitor.ranking)
         summary |= {

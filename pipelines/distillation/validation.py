@@ -8,10 +8,10 @@ clips, and the alarms, the ranking of checkpoints and the report read them. What
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
+from cluster.folders import files_at
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
 from pipelines.run.records import ValidationRecord
 from sgmd_core.errors import ShapeError
@@ -35,8 +35,9 @@ class ValidationPlan:
         generator: How the generator is sampled.
         teacher: How the teacher is sampled for the reference, from another seed; made once.
         fps: Frames a second of the sheets.
-        samples: Folder for the contact sheets.
+        samples: Folder for the contact sheets: a path or an address.
         scores: Figures that rank generators.
+        outage_s: How long a sheet waits for the object store of an address.
     """
 
     captions: tuple[str, ...]
@@ -45,6 +46,7 @@ class ValidationPlan:
     fps: int
     samples: str
     scores: tuple[str, ...] = ()
+    outage_s: float = 0.0
 
 
 class Validator:
@@ -94,8 +96,7 @@ class Validator:
 
     def _draw(self, name: str, report: ValidationReport) -> None:
         """The sheet: row by row the same caption and the same initial noise."""
-        plan, folder = self._plan, Path(self._plan.samples)
-        folder.mkdir(parents=True, exist_ok=True)
+        plan = self._plan
         groups = [
             SheetGroup(
                 f"teacher, {plan.teacher.num_steps} steps",
@@ -107,8 +108,9 @@ class Validator:
             ),
         ]
         captions = plan.captions[:NUM_SHEET_ROWS]
-        png, gif = folder / f"{name}.png", folder / f"{name}.gif"
-        write_contact_sheet(png, gif, groups, captions, plan.fps)
+        with files_at(plan.samples, plan.outage_s) as folder:
+            png, gif = folder / f"{name}.png", folder / f"{name}.gif"
+            write_contact_sheet(png, gif, groups, captions, plan.fps)
 
 
 def build_validator(

@@ -19,10 +19,12 @@ from pipelines.evaluation.result import FLOOR, GENERATOR, TEACHER_FEW
 from pipelines.evaluation.teacher_sets import teacher_samplings
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.run.folder import RunFolder, require_output_folder
+from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule
 from workers.build import build_evaluator, encoder_dtype
 from workers.evaluator import Evaluator, Sampling
+from workers.models.addresses import local_model
 from workers.models.content import model_digests
 from workers.models.weight_digests import require_same_weights
 from workers.settings import ModelSettings, VideoSettings
@@ -134,6 +136,7 @@ class EvaluationPlan:
         output: Where the results go.
         cache: Where what was measured of the teacher is kept.
         options: How much is sampled.
+        generator_place: Path or address of what is judged.
     """
 
     generator: Subject
@@ -144,6 +147,7 @@ class EvaluationPlan:
     output: Path
     cache: Path
     options: EvaluationOptions
+    generator_place: str
 
     def label(self, name: str) -> str:
         """A set's name for a reader."""
@@ -170,8 +174,9 @@ def plan_evaluation(
             settings cannot be used.
         DataError: The captions cannot be read.
     """
-    path = Path(run_or_model)
+    path = local_model(run_or_model)
     generator_folder = model_folder(path)
+    teacher = local_model(teacher) if teacher else None
     own = read_inference_settings(generator_folder)
     is_run = RunFolder(path).config.exists()
     results = Path(output) if output else (path if is_run else Path("evaluation"))
@@ -186,7 +191,7 @@ def plan_evaluation(
         captions = captions or config.data.validation
     if not teacher or not captions:
         raise ConfigError(
-            f"evaluating {path}",
+            f"evaluating {shared_place(path)}",
             f"teacher {str(teacher or '')!r} and captions {captions or ''!r}",
             "a teacher to compare with, and shards or a file of held-out captions",
             "Name a run, which knows both, or give both",
@@ -213,6 +218,7 @@ def plan_evaluation(
         output=results,
         cache=Path(cache) if cache else results / _CACHE_FOLDER,
         options=options,
+        generator_place=shared_place(RunFolder(path).generator if is_run else run_or_model),
     )
 
 
@@ -220,7 +226,7 @@ def _require_teacher_of(run: RunFolder, teacher: str | Path, config: DistillConf
     """Refuses networks that are not those that the run was distilled from."""
     if not run.identity.exists():
         return
-    began = read_identity(run, f"evaluating {run.root}")
+    began = read_identity(run, f"evaluating {run}")
     digests = model_digests(teacher)
     if config.teacher.model is None:
         found = model_differences(began, digests)
@@ -229,7 +235,7 @@ def _require_teacher_of(run: RunFolder, teacher: str | Path, config: DistillConf
         found = model_differences(began, own, "teacher", "teacher.model")
     if found:
         raise ModelFolderError(
-            f"evaluating {run.root} against its teacher in {teacher}",
+            f"evaluating {run} against its teacher in {teacher}",
             "; ".join(found),
             "the networks that the run was distilled from",
             "Give the folder that holds them, or another teacher on purpose, with --teacher",

@@ -16,6 +16,7 @@ few steps a clip each:
 import os
 import platform
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
@@ -23,7 +24,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cluster.lease import hold
 from pipelines.distillation.validation import reads_shapes
 from pipelines.evaluation.clip_sets import file_digest
 from pipelines.evaluation.plan import EvaluationOptions, EvaluationPlan, plan_evaluation
@@ -43,7 +43,8 @@ from pipelines.evaluation.result import (
 from pipelines.evaluation.set_distances import Estimate, SetDistance, set_distances
 from pipelines.evaluation.teacher_sets import TEACHER_SETS, NamedExtractor, TeacherSets
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
-from pipelines.run.folder import versions
+from pipelines.run.folder import require_lasting_folder, versions
+from pipelines.run.working_copy import hold_place, run_copy, working_copy
 from sgmd_core.metrics.bootstrap import (
     median_interval,
     median_ratio_interval,
@@ -75,7 +76,7 @@ def evaluate(
     """Samples, measures and judges; writes evaluation.json and the contact sheet.
 
     Args:
-        run_or_model: A finished run, or a diffusers folder.
+        run_or_model: A finished run, or a diffusers folder: a path or an address.
         teacher: Diffusers folder of the teacher; a run knows its own.
         captions: Folder of shards, or file, with held-out captions; a run knows its own.
         output: Where the results go; a run's are put into its folder, others into `evaluation/`.
@@ -97,10 +98,16 @@ def evaluate(
         LeaseError: Another process evaluates into the same folder.
     """
     options = options or EvaluationOptions()
-    plan = plan_evaluation(run_or_model, teacher, captions, output, cache, options)
-    # Not the folder itself: a run may train on while its last generator is evaluated.
-    with hold(str(plan.output / _SHEET_FOLDER), "sgmd evaluate"):
-        return _evaluate(plan, options, on_progress)
+    if output:
+        require_lasting_folder(output, "--output")
+    with (
+        run_copy(run_or_model) as run,
+        working_copy(output) if output else nullcontext() as results,
+    ):
+        plan = plan_evaluation(run, teacher, captions, results, cache, options)
+        # Not the folder itself: a run may train on while its last generator is evaluated.
+        with hold_place(plan.output / _SHEET_FOLDER, "sgmd evaluate"):
+            return _evaluate(plan, options, on_progress)
 
 
 def _evaluate(
@@ -121,7 +128,7 @@ def _evaluate(
     rows = _rows(plan, sets, twins)
     png, gif = _draw(plan, sets, [plan.captions[index] for index in shown])
     evaluation = Evaluation(
-        generator=str(plan.generator.folder),
+        generator=plan.generator_place,
         teacher=str(plan.teacher.folder),
         captions=plan.captions_from,
         num_captions=len(plan.captions),

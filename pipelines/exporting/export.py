@@ -18,11 +18,14 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from cluster.files import whole_folder
+from cluster.folders import whole_folder_at
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
 from pipelines.exporting.target import EXPORTS, require_safe_target
+from pipelines.run.places import shared_place
+from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ConfigError, ModelFolderError
+from workers.models.configs import INDEX_FILE
 from workers.models.exchange import (
     LORA_FORMATS,
     LORA_STEM,
@@ -32,7 +35,7 @@ from workers.models.exchange import (
 )
 from workers.models.exporting import DTYPES, Components, narrowed
 from workers.models.low_rank import LowRank, approximate_all, share_kept
-from workers.models.weight_digests import write_model_settings
+from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
 
 DIFFUSERS = "diffusers"
 FORMATS = (DIFFUSERS, *WEIGHT_FORMATS, *LORA_FORMATS)
@@ -104,7 +107,7 @@ def export(
     """Exports a generator.
 
     Args:
-        run_or_model: Folder of a run, or a model folder.
+        run_or_model: Folder of a run, or a model folder: a path or an address.
         checkpoint: `last`, `best` or an iteration; None: the newest one.
         base: Model folder that the weights were trained from; None: as the run says.
         output: Folder of the export, replaced whole; None: `exports/FORMAT` in the run.
@@ -116,9 +119,21 @@ def export(
         CheckpointError: The checkpoint does not exist or is not whole.
         ModelFolderError: A folder cannot be used, or what was read back is not what was written.
     """
-    options = options or ExportOptions()
+    with run_copy(run_or_model) as run:
+        return _export(run, checkpoint, base, output, options or ExportOptions(), on_progress)
+
+
+def _export(
+    run_or_model: Path,
+    checkpoint: str | None,
+    base: str | Path | None,
+    output: str | Path | None,
+    options: ExportOptions,
+    on_progress: OnProgress,
+) -> ExportResult:
+    """Exports what is here."""
     target = _target(run_or_model, output, options)
-    attempted = f"exporting {run_or_model}"
+    attempted = f"exporting {shared_place(run_or_model)}"
     require_safe_target(target, "--output", (run_or_model,), attempted)
     steps = 4
     on_progress("reading the weights", 0, steps)
@@ -130,7 +145,7 @@ def export(
     change = _difference(source.weights.items(), before)
     factors = _factors(source, options, before) if options.form in LORA_FORMATS else None
     kept = None if factors is None else _kept(source, factors, change)
-    with whole_folder(target) as draft:
+    with whole_folder_at(target, (SETTINGS_FILE, INDEX_FILE)) as draft:
         on_progress(f"writing {options.form}", 1, steps)
         read_back = _write(source, options, draft, factors)
         on_progress("reading it back", 2, steps)
@@ -330,7 +345,8 @@ def _require_base(source: TrainedGenerator, options: ExportOptions, given: str |
 
 
 def _target(run_or_model: str | Path, output: str | Path | None, options: ExportOptions) -> Path:
-    return Path(output) if output is not None else Path(run_or_model) / EXPORTS / options.form
+    place = Path(shared_place(run_or_model))
+    return Path(output) if output is not None else place / EXPORTS / options.form
 
 
 def _bytes_written(draft: Path) -> int:

@@ -15,6 +15,7 @@ from cluster.checkpoints import Checkpoints
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.places import shared_place
 from pipelines.run.ranking import ranked, scores_of
 from sgmd_core.errors import CheckpointError, ConfigError
 from workers.generator_learner import AVERAGE, ROLE
@@ -74,7 +75,8 @@ def open_source(
         CheckpointError: The checkpoint does not exist or is not whole.
         ModelFolderError: A folder is missing, incomplete or of no known family.
     """
-    run = RunFolder(run_or_model)
+    path = local_model(run_or_model)
+    run = RunFolder(path)
     if run.config.exists():
         return _of_run(run, checkpoint, base)
     if checkpoint is not None:
@@ -102,7 +104,7 @@ def _of_run(run: RunFolder, checkpoint: str | None, base: str | Path | None) -> 
         weights = _of_folder(model_folder(run.root))
     else:
         part = AVERAGE if config.generator.ema_decay > 0 else ROLE
-        state = load_role(Checkpoints(str(run.checkpoints)).folder(step), part)
+        state = load_role(Checkpoints(shared_place(run.checkpoints)).folder(step), part)
         weights = state.weights
         if state.lora is not None:
             adapters = adapter_factors(weights, state.lora)
@@ -123,8 +125,8 @@ def _of_run(run: RunFolder, checkpoint: str | None, base: str | Path | None) -> 
 
 def _step(run: RunFolder, config: DistillConfig, checkpoint: str | None) -> int | None:
     """Iteration of the checkpoint that is meant; None: the run's finished generator."""
-    checkpoints = Checkpoints(str(run.checkpoints))
-    attempted = f"exporting checkpoint {checkpoint} of {run.root}"
+    checkpoints = Checkpoints(shared_place(run.checkpoints))
+    attempted = f"exporting checkpoint {checkpoint} of {run}"
     steps = checkpoints.steps()
     if checkpoint in (None, LAST):
         if not steps and checkpoint is not None:

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from cluster.files import store_address
 from pipelines.run.folder import RunFolder, require_output_folder
+from pipelines.run.places import shared_place
 from pipelines.run.replaceable import require_replaceable
 from sgmd_core.errors import ConfigError
 from workers.models.configs import INDEX_FILE
@@ -28,16 +30,25 @@ def require_safe_target(
         ConfigError: It holds, or lies in, what is read; it is a folder of something else; or it
             cannot be written.
     """
-    place = target.resolve()
-    for source in (Path(source).resolve() for source in sources):
-        is_export = RunFolder(source).config.exists() and (source / EXPORTS) in place.parents
+    place = _whole_path(target)
+    for given in sources:
+        source = _whole_path(Path(shared_place(given)))
+        is_run = not store_address(given) and RunFolder(given).config.exists()
+        is_export = is_run and (source / EXPORTS) in place.parents
         if source in place.parents and not is_export:
             raise ConfigError(
                 attempted,
-                f"{setting} {target}, which lies in {source}, which is read",
+                f"{setting} {shared_place(target)}, which lies in {shared_place(source)}, "
+                "which is read",
                 "another folder, as it is replaced whole",
                 "Choose a new folder",
             )
     require_output_folder(target, setting)
-    kept = {f"what is read ({number + 1})": str(each) for number, each in enumerate(sources)}
-    require_replaceable(str(target), setting, kept, (INDEX_FILE, SETTINGS_FILE))
+    kept = {
+        f"what is read ({number + 1})": shared_place(each) for number, each in enumerate(sources)
+    }
+    require_replaceable(shared_place(target), setting, kept, (INDEX_FILE, SETTINGS_FILE))
+
+
+def _whole_path(path: Path) -> Path:
+    return path if store_address(path) else path.resolve()

@@ -69,7 +69,7 @@ from pipelines.pretraining.stages import (
     require_same_stages,
     stage_identities,
 )
-from pipelines.run.folder import require_output_folder
+from pipelines.run.folder import require_on_disk, require_output_folder
 from pipelines.run.replaceable import require_replaceable
 from sgmd_core.errors import ConfigError, SgmdError
 from workers.models.families import family_of
@@ -157,6 +157,7 @@ def checked(config: PretrainConfig) -> CheckedPretrain:
     """
     named = {"run_dir": config.run_dir, **_outputs(config)}
     for setting, folder in named.items():
+        require_on_disk(folder, setting)
         require_output_folder(folder, setting)
     config = config.with_absolute_paths()
     for setting, folder in _outputs(config).items():

@@ -8,13 +8,13 @@ policy forbids every request, so it can be mailed, attached to a ticket or opene
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cluster.files import require_writable
 from cluster.storage import write_text
 from pipelines.media.charts import NUM_COLOURS, number
 from pipelines.reporting.alarms import alarm_kinds
@@ -27,7 +27,9 @@ from pipelines.reporting.names import duration
 from pipelines.reporting.records import RunRecords, finite, read_run
 from pipelines.reporting.settings import differing_facts, differing_settings, facts
 from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
-from pipelines.run.folder import require_lasting_folder
+from pipelines.run.folder import require_lasting_folder, require_output_folder
+from pipelines.run.places import shared_place
+from pipelines.run.working_copy import working_copy
 
 T = TypeVar("T")
 
@@ -41,30 +43,30 @@ def write_report(run_folders: Sequence[str | Path], output: str | Path | None = 
     """Writes the page of a run, finished or not, or a comparison of several.
 
     Args:
-        run_folders: The runs, at least one.
+        run_folders: The runs, at least one: paths or addresses.
         output: File to write; None writes report.html into the folder of a single run, and
             comparison.html beside the folder of the first one of several.
 
     Returns:
-        The file.
+        The file; of one at an address, what `cluster.files.store_address` reads.
 
     Raises:
         CheckpointError: One of the folders holds nothing of a run.
     """
     if output:
         require_lasting_folder(output, "--output")  # before anything is read
-    return write_page([read_run(folder) for folder in run_folders], output)
+    with ExitStack() as stack:
+        folders = [stack.enter_context(working_copy(folder)) for folder in run_folders]
+        return write_page([read_run(folder) for folder in folders], output)
 
 
 def write_page(runs: Sequence[RunRecords], output: str | Path | None = None) -> Path:
     """Writes the page of runs that have been read; see `write_report`."""
-    if output:
-        require_lasting_folder(output, "--output")
-    first = runs[0].folder.root
+    first = Path(shared_place(runs[0].folder.root))
     beside = first / REPORT_FILE if len(runs) == 1 else first.parent / COMPARISON_FILE
     path = Path(output) if output else beside
-    require_writable(path, "--output", is_file=True)
-    write_text(str(path), report_html(runs))
+    require_output_folder(path, "--output", is_file=True)
+    write_text(shared_place(path), report_html(runs))
     return path
 
 
@@ -175,7 +177,7 @@ def _labels(runs: Sequence[RunRecords]) -> list[str]:
     candidates = (
         [run.name for run in runs],
         [run.folder.root.name for run in runs],
-        [str(run.folder.root) for run in runs],
+        [str(run.folder) for run in runs],
     )
     return next(
         (names for names in candidates if max(Counter(names).values()) == 1), candidates[-1]

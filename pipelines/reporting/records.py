@@ -117,7 +117,7 @@ def read_run(run_folder: str | Path) -> RunRecords:
     evaluation = folder.root / EVALUATION_FILE
     if not any(path.exists() for path in (folder.config, folder.metrics, evaluation)):
         raise CheckpointError(
-            f"reading the run {run_folder}",
+            f"reading the run {folder}",
             "neither config.yaml nor metrics.jsonl nor evaluation.json there",
             "the folder of a run",
         )
@@ -254,7 +254,7 @@ def _lines(path: Path, faults: _Faults) -> list[Line]:
     Where a resumed run has written an iteration again, the later line counts.
     """
     found = _entries(path, faults, _line)
-    if path.name != RunFolder("").alarms.name:
+    if path.name != RunFolder(path.parent).alarms.name:
         found = list({line.iteration: line for line in found}.values())
     return sorted(found, key=lambda line: line.iteration)
 

@@ -1,4 +1,4 @@
-"""Files of a run.
+"""Files of a run, in a folder or, where it lies at an address, in its working copy.
 
 runs/NAME/  config.yaml  identity.json  metrics.jsonl  validation.jsonl  alarms.jsonl  events.jsonl
 log.jsonl  ranking.json  summary.json  trace.json  ledger/  shards.jsonl  quarantine.parquet
@@ -7,7 +7,7 @@ wandb-id  samples/  checkpoints/step-000200/  generator/  best/  evaluation.json
 
 import json
 import os
-import re
+import secrets
 import subprocess
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -15,9 +15,13 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from cluster.files import require_writable
+from cluster.files import open_store, require_writable, storage_errors, store_address, write_whole
 from cluster.logs import ANY, Kind, append_line, every_line, flush_log, is_number, read_lines
+from cluster.redaction import has_user, without_secrets
 from cluster.storage import write_text
+from pipelines.run.places import local_of, shared_place
+from pipelines.run.publisher import Publisher, publisher_of
+from pipelines.run.working_copy import CONFIG_FILE, PATIENCE
 from sgmd_core.errors import CheckpointError, ConfigError
 
 _NUMBERS: Mapping[str, Kind] = {ANY: is_number}
@@ -74,53 +78,100 @@ _JOB_FOLDER = "runtime_resources/working_dir_files/"
 
 
 def require_lasting_folder(folder: str | Path, setting: str) -> None:
-    """Checks that a folder to write to is on a disk and outlasts this process.
+    """Checks that what is written to a folder outlasts this process.
 
     Args:
-        folder: As it was given.
+        folder: As it was given: a path or an address.
         setting: Setting or option that gave it.
 
     Raises:
-        ConfigError: It is an object store, or lies in the package folder of a Ray job.
+        ConfigError: It lies in the package folder of a Ray job, or is an address with a user, or
+            one of a kind that is not known.
     """
-    attempted = f"writing to {folder} ({setting})"
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(folder)):
-        raise ConfigError(
-            attempted,
-            "an address of an object store",
-            "a folder on a disk that every process of the run reaches",
-            "Data are read from object stores, results are not written there yet. Write to a "
-            "mounted disk, for example output=/mnt/runs, and copy the folder afterwards",
-        )
-    if _JOB_FOLDER in f"{Path(folder).absolute()}/":
+    attempted = f"writing to {without_secrets(str(folder))} ({setting})"
+    if address := store_address(folder):
+        _require_address(address, attempted)
+    elif _JOB_FOLDER in f"{Path(folder).absolute()}/":
         raise ConfigError(
             attempted,
             "a folder inside the package of this Ray job, which Ray deletes with the job",
-            "an absolute path on a disk that outlasts the job",
-            f"Submit again with {setting} on a shared disk, for example output=/mnt/runs",
+            "an absolute path on a disk that outlasts the job, or an address",
+            f"Submit again with {setting} there: s3://bucket/runs, or /mnt/runs on a shared disk",
         )
 
 
-def require_output_folder(folder: str | Path, setting: str) -> None:
-    """Checks before a long job that its results can be written to a folder and outlast it.
+def _require_address(address: str, attempted: str) -> None:
+    if has_user(address):
+        raise ConfigError(
+            attempted,
+            "a user or a key in the address",
+            "an address without",
+            "Put keys into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
+        )
+    try:
+        open_store(address)
+    except (ValueError, ImportError) as error:
+        expected = "an address such as s3://bucket/runs, or a path"
+        raise ConfigError(attempted, str(error), expected) from error
+
+
+def require_on_disk(folder: str | Path, setting: str) -> None:
+    """Checks that a folder is on a disk, as commands need it that write to no address yet.
+
+    Raises:
+        ConfigError: It is an address.
+    """
+    if store_address(folder):
+        raise ConfigError(
+            f"writing to {without_secrets(str(folder))} ({setting})",
+            "an address of an object store",
+            "a folder on a disk that every process of the command reaches",
+            f"Set {setting}=/mnt/..., and copy the folder afterwards",
+        )
+
+
+def require_output_folder(folder: str | Path, setting: str, *, is_file: bool = False) -> None:
+    """Checks before a long job that its results can be written to a place and outlast it.
+
+    Args:
+        folder: A path or an address.
+        setting: Setting or option that gave it.
+        is_file: It is a file to write instead.
 
     Raises:
         ConfigError: As `require_lasting_folder` and `cluster.files.require_writable`.
+        StorageError: An object store takes no object there.
     """
     require_lasting_folder(folder, setting)
-    require_writable(folder, setting)
+    if not (address := store_address(folder)):
+        require_writable(folder, setting, is_file=is_file)
+        return
+    if is_file:
+        address = address.rpartition("/")[0]
+    with storage_errors(f"writing to {address} ({setting})"):
+        files: Any
+        files, path = open_store(address, PATIENCE)
+        probe = f"{path}/.probe-{secrets.token_hex(4)}"
+        write_whole(probe, b"sgmd", files)
+        files.rm_file(probe)
 
 
 class RunFolder:
-    """The files of one run on a disk that every role can reach.
+    """The files of one run: paths in its folder, or in the working copy of an address.
+
+    `places.shared_place` says where one of them lies for other processes: checkpoints, generators
+    and samples are written there. `str()` of it is the place of the run, as users name it.
 
     Args:
-        root: Folder of the run.
+        root: Path of the run, or an address that this process has a working copy of.
+
+    Raises:
+        ConfigError: There is no working copy.
     """
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).absolute()
-        self.config = self.root / "config.yaml"
+        self.root = local_of(root)
+        self.config = self.root / CONFIG_FILE
         self.identity = self.root / "identity.json"
         self.metrics = self.root / "metrics.jsonl"
         self.validation = self.root / "validation.jsonl"
@@ -138,6 +189,14 @@ class RunFolder:
         self.checkpoints = self.root / "checkpoints"
         self.generator = self.root / "generator"
         self.best = self.root / "best"
+
+    def __str__(self) -> str:
+        return shared_place(self.root)
+
+    @property
+    def publisher(self) -> Publisher:
+        """The publisher of the run; that of a run on a disk does nothing."""
+        return publisher_of(self.root)
 
     def create(self, config_yaml: str) -> None:
         """Makes a new run's folder and writes its resolved configuration.
@@ -160,11 +219,11 @@ class RunFolder:
         """
         if self.config.exists():
             raise ConfigError(
-                f"starting a new run in {self.root}",
+                f"starting a new run in {self}",
                 "a run of that name is already there",
                 "a name that is free",
                 "Choose another one with name=..., go on with --resume "
-                f"{self.root}, or delete the folder",
+                f"{self}, or delete the folder",
             )
 
     def require(
@@ -179,7 +238,7 @@ class RunFolder:
         """
         if not self.config.exists():
             raise CheckpointError(
-                f"{attempted} {self.root}",
+                f"{attempted} {self}",
                 "no config.yaml there",
                 "the folder of an earlier run",
                 remedy,
@@ -206,11 +265,19 @@ class RunFolder:
                 write_text(str(path), "".join(json.dumps(line) + "\n" for line in kept))
 
     def flush(self) -> None:
-        """Flushes the logs to the disk, before a checkpoint that they lead to is committed."""
+        """Flushes the logs to the disk, before a checkpoint that they lead to is committed.
+
+        Those of a run at an address are then there, with all other files.
+
+        Raises:
+            StorageError: The disk or the store does not take them.
+            LeaseLostError: Another process has taken the run at the address over.
+        """
         for path in (self.metrics, self.validation, self.alarms, self.events, self.shards):
             flush_log(path)
         for path in self.ledger.glob("*.jsonl"):
             flush_log(path)
+        self.publisher.flush()
 
 
 def append_jsonl(path: Path, record: Mapping[str, Any]) -> None:

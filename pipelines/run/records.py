@@ -42,11 +42,13 @@ EventKind = Literal[
     "skipped_update",
     "checkpoint_fallback",
     "gave_up",
+    "storage_lost",
+    "storage_back",
 ]
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 """Names of the events, as events.jsonl, W&B and the report use them."""
 
-GOOD_NEWS: frozenset[EventKind] = frozenset({"recovered", "restarted"})
+GOOD_NEWS: frozenset[EventKind] = frozenset({"recovered", "restarted", "storage_back"})
 """Events that end a failure."""
 
 

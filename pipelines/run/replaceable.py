@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from cluster.files import open_store, storage_errors, store_address
 from sgmd_core.errors import ConfigError
 from workers.models.configs import INDEX_FILE
 
@@ -26,14 +27,21 @@ def require_replaceable(
     """
     attempted = f"writing a model to {dst} ({setting}), which is replaced whole"
     remedy = f"Set {setting}=... to a folder of its own"
-    path = Path(os.path.realpath(dst))
+    path = _whole_path(dst)
     for name, address in kept.items():
-        if "://" not in address and Path(os.path.realpath(address)).is_relative_to(path):
+        if _whole_path(address).is_relative_to(path):
             found = f"{name} ({address}) is in it"
             raise ConfigError(attempted, found, "a folder for the model alone", remedy)
-    if path.is_dir() and not any((path / mark).exists() for mark in marks):
-        names = sorted(each.name for each in path.iterdir())
-        if names:
-            found = f"a folder with {', '.join(names[:_MAX_NAMED])}, and no {' or '.join(marks)}"
-            expected = "a free name, an empty folder, or an earlier model"
-            raise ConfigError(attempted, found, expected, remedy)
+    with storage_errors(f"looking at {dst} ({setting})"):
+        files, root = open_store(dst)
+        files.invalidate_cache()
+        there = files.ls(root, detail=False) if files.isdir(root) else []
+    names = sorted(PurePosixPath(each).name for each in there)
+    if names and not set(names) & set(marks):
+        found = f"a folder with {', '.join(names[:_MAX_NAMED])}, and no {' or '.join(marks)}"
+        expected = "a free name, an empty folder, or an earlier model"
+        raise ConfigError(attempted, found, expected, remedy)
+
+
+def _whole_path(place: str) -> Path:
+    return Path(place if store_address(place) else os.path.realpath(place))

@@ -49,8 +49,11 @@ class WandbObserver(RunObserver):
         }
         figures["validation/iteration"] = record.iteration
         sheet = samples / record.sheet
-        figures["validation/sheet"] = wandb.Image(str(sheet))
-        figures["validation/clips"] = wandb.Video(str(sheet.with_suffix(".gif")), format="gif")
+        # Of a run at an address, the store may have failed to bring it here.
+        if sheet.exists():
+            figures["validation/sheet"] = wandb.Image(str(sheet))
+            clips = sheet.with_suffix(".gif")
+            figures["validation/clips"] = wandb.Video(str(clips), format="gif")
         self._run.log(figures)
 
     def alarm(self, alarm: Alarm) -> None:

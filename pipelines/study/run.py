@@ -26,7 +26,13 @@ from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import differences
 from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.run import distill
-from pipelines.run.folder import RunFolder, git_revision, require_output_folder, versions
+from pipelines.run.folder import (
+    RunFolder,
+    git_revision,
+    require_on_disk,
+    require_output_folder,
+    versions,
+)
 from pipelines.run.observer import RunObserver
 from pipelines.run.stop_rule import StopRule
 from pipelines.study.figures import write_plots
@@ -75,6 +81,7 @@ def dry_run_study(config: DistillConfig) -> dict[str, Any]:
         SgmdError: What does not fit.
     """
     plan = plan_study(config)
+    require_on_disk(plan.folder, "output")
     require_output_folder(plan.folder, "output")
     for run in plan.runs[: len(plan.variants)]:
         run_preflight(run.config)
@@ -115,6 +122,7 @@ def study(
         LeaseError: Another process runs the study.
     """
     plan = plan_study(config)
+    require_on_disk(plan.folder, "output")
     require_output_folder(plan.folder, "output")
     for run in plan.runs[: len(plan.variants)]:
         run_preflight(run.config)

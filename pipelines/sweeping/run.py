@@ -31,7 +31,7 @@ from pipelines.distillation.groups import (
     pools_of,
 )
 from pipelines.run.differences import value_differences
-from pipelines.run.folder import require_output_folder
+from pipelines.run.folder import require_on_disk, require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
@@ -89,6 +89,7 @@ def sweep(
     # Tune copies keys into the description of each trial's process, which Ray logs.
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    require_on_disk(config.output, "output")
     require_output_folder(config.output, "output")
     folder = Path(config.output).absolute() / f"{config.name}-sweep"
     first_iteration = checked_sweep(config)

@@ -19,23 +19,20 @@ from typing import Any
 
 from fsspec.callbacks import Callback
 
-from cluster.files import kind_of_path, open_store, storage_errors, whole_folder
+from cluster.files import kind_of_path, open_store, storage_errors, store_address, whole_folder
 from sgmd_core.errors import ModelFolderError
 from workers.models.configs import INDEX_FILE, REMEDY
 
-# Path() makes one slash of two.
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.+)")
+_ON_DISK = re.compile(r"file:/+(.+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _MAIN = Path("refs") / "main"
-_DISK = "file"
 # What tells one content of an object from the next, by the names that stores give it.
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime")
 
 
 def is_address(model: str | Path) -> bool:
     """Returns True for an address of an object store; `file:` is a path of a disk."""
-    address = _ADDRESS.fullmatch(str(model))
-    return address is not None and address[1] != _DISK
+    return bool(store_address(model))
 
 
 def local_model(model: str | Path) -> Path:
@@ -46,10 +43,10 @@ def local_model(model: str | Path) -> Path:
             address.
         StorageError: The object store cannot be read.
     """
-    address = _ADDRESS.fullmatch(str(model))
-    if address is not None and address[1] != _DISK:
-        return _copy(f"{address[1]}://{address[2].rstrip('/')}")
-    path = Path(model if address is None else f"/{address[2]}").expanduser()
+    if address := store_address(model):
+        return _copy(address)
+    on_disk = _ON_DISK.fullmatch(str(model))
+    path = Path(model if on_disk is None else f"/{on_disk[1]}").expanduser()
     if (path / "snapshots").is_dir() and not (path / INDEX_FILE).exists():
         return _snapshot(path)
     return path

@@ -1,0 +1,68 @@
+"""Places of folders: a path of a disk, or an address of an object store.
+
+A run at an address is worked on in a folder of this machine's disk, its *working copy*. This module
+knows the working copies that this process has open:
+
+    s3://bucket/runs/x  <->  ~/.cache/sgmd/runs/x.HOST-7-1f/     local_of, shared_place
+"""
+
+from pathlib import Path
+
+from cluster.files import store_address
+from sgmd_core.errors import ConfigError
+
+_COPIES: dict[Path, str] = {}
+
+
+def add_copy(root: Path, address: str) -> None:
+    """Lets a local folder stand for an address, until `remove_copy`."""
+    _COPIES[root] = address
+
+
+def remove_copy(root: Path) -> None:
+    """Ends what `add_copy` began."""
+    _COPIES.pop(root, None)
+
+
+def open_copy_of(place: str | Path) -> Path | None:
+    """The local folder that stands for an address, or is a part of one that does; or None."""
+    address = store_address(place)
+    # The longest first: a folder of runs may be open, and one of the runs.
+    for root, other in sorted(_COPIES.items(), key=lambda entry: -len(entry[1])):
+        if address == other:
+            return root
+        if address.startswith(f"{other}/"):
+            return root / address.removeprefix(f"{other}/")
+    return None
+
+
+def local_of(place: str | Path) -> Path:
+    """The folder of this machine's disk where a place is read and written.
+
+    Raises:
+        ConfigError: The place is an address, and this process has no working copy of it.
+    """
+    if not store_address(place):
+        return Path(place).absolute()
+    root = open_copy_of(place)
+    if root is None:
+        raise ConfigError(
+            f"reading {store_address(place)}",
+            "an address of which this process has no working copy",
+            "a path, or an address inside `with working_copy(address):`",
+            "Open one with pipelines.run.working_copy.working_copy",
+        )
+    return root
+
+
+def shared_place(path: str | Path) -> str:
+    """The place that a path stands for: its address in a working copy, else the path itself."""
+    if address := store_address(path):
+        return address
+    found = Path(path).absolute()
+    for root, address in _COPIES.items():
+        if found == root:
+            return address
+        if found.is_relative_to(root):
+            return f"{address}/{found.relative_to(root).as_posix()}"
+    return str(path)

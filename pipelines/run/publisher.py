@@ -1,0 +1,263 @@
+"""Publisher of a run: brings what the run writes down to its address, while it trains.
+
+    every 5 s           lines added to logs, as parts; files that have changed, whole
+    flush()             the same at once, before a checkpoint is committed that follows from it
+    the store fails     told and written down as an event; training goes on for a bounded time
+    the store is back   everything is caught up
+    the end             logs are joined; the error names what is in the working copy alone
+
+A run on a disk writes to its folder itself: its `Publisher` does nothing.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from cluster.background import in_background
+from cluster.errors import ClusterError, LeaseLostError, StorageError
+from cluster.lease import Lease
+from pipelines.run.records import RunEvent
+from pipelines.run.working_copy import WorkingCopy, copy_at, kept
+
+T = TypeVar("T")
+
+_EVERY_S = 5.0
+_AGAIN_S = 1.0
+_LATE = ("wandb", "tensorboard")
+"""Folders whose files grow all the time: published at the end."""
+
+
+class Publisher:
+    """Publisher of a run on a disk, whose files need no way: it does nothing and bears nothing."""
+
+    @property
+    def is_out(self) -> bool:
+        """True while the store of the run fails."""
+        return False
+
+    def flush(self) -> None:
+        """Brings everything to the address now; tries once.
+
+        Raises:
+            StorageError: The store does not take it.
+            LeaseLostError: Another process has taken the run over.
+        """
+
+    def check(self) -> None:
+        """Looks whether the run may go on.
+
+        Raises:
+            StorageError: The store has failed for longer than the run bears.
+            LeaseLostError: Another process has taken the run over.
+        """
+
+    def bear(self, error: StorageError) -> None:
+        """Takes note of a failure of the store that the run can go on without, for a while.
+
+        Raises:
+            StorageError: The error, where it is not borne or not any longer.
+        """
+        raise error
+
+    def wait(self) -> None:
+        """Waits until the store answers again.
+
+        Raises:
+            StorageError: It has failed for longer than the run bears.
+        """
+
+    def insist(self, work: Callable[[], T]) -> T:
+        """Does work that may be repeated until the store lets it.
+
+        Raises:
+            StorageError: The store does not, and the run does not bear that (any longer).
+        """
+        while True:
+            try:
+                return work()
+            except StorageError as error:
+                self.bear(error)
+                self.wait()
+
+
+class AddressPublisher(Publisher):
+    """Publisher of a run at an address.
+
+    Args:
+        copy: Its files.
+        lease: Held by this process.
+        outage_s: How long the store may fail.
+        tell: Receives the events of an outage.
+    """
+
+    def __init__(
+        self, copy: WorkingCopy, lease: Lease, outage_s: float, tell: Callable[[RunEvent], None]
+    ) -> None:
+        self._copy = copy
+        self._lease = lease
+        self._outage_s = outage_s
+        self._tell = tell
+        self._lock = threading.Lock()
+        self._fatal: ClusterError | None = None
+        self._out_since_s: float | None = None
+
+    @property
+    def is_out(self) -> bool:
+        """See `Publisher`."""
+        return self._out_since_s is not None
+
+    def work(self, over: threading.Event) -> None:
+        """Publishes until the event is set."""
+        while not over.wait(_AGAIN_S if self.is_out else _EVERY_S) and self._fatal is None:
+            try:
+                self._publish()
+            except StorageError as error:
+                self._note(error)
+            except ClusterError as error:
+                # Another process has taken the run over.
+                self._fatal = error
+
+    def flush(self) -> None:
+        """See `Publisher`."""
+        self.check()
+        try:
+            self._publish()
+        except StorageError as error:
+            self._note(error)
+            raise
+
+    def check(self) -> None:
+        """See `Publisher`."""
+        if self._fatal is not None:
+            raise self._fatal
+
+    def bear(self, error: StorageError) -> None:
+        """See `Publisher`."""
+        self._note(error)
+        self.check()
+
+    def wait(self) -> None:
+        """See `Publisher`."""
+        while self.is_out:
+            self.check()
+            time.sleep(_AGAIN_S / 10)
+
+    def close(self) -> None:
+        """Publishes the rest and joins the logs, however long the run bears an outage.
+
+        Raises:
+            StorageError: Names what is in the working copy alone, and where that is.
+            LeaseLostError: Another process has taken the run over.
+        """
+        while True:
+            try:
+                self._publish_all()
+                return
+            except StorageError as error:
+                self._note(error)
+                if self._fatal is not None:
+                    raise kept(self._copy, error) from error
+                time.sleep(_AGAIN_S)
+
+    def give_up(self, error: BaseException) -> None:
+        """Publishes the rest of a run that ends of an error, and does not wait for its store.
+
+        Args:
+            error: Gets a note that names what is in the working copy alone.
+        """
+        if isinstance(error, LeaseLostError):
+            return
+        try:
+            self._publish_all()
+        except StorageError as late:
+            error.add_note(str(kept(self._copy, late)))
+        except ClusterError as late:
+            error.add_note(str(late))
+
+    def _publish_all(self) -> None:
+        self._publish()
+        with self._lock:
+            self._copy.publish()
+            self._copy.join_logs()
+
+    def _publish(self) -> None:
+        with self._lock:
+            self._lease.check()
+            self._copy.publish(self._copy.changes(_LATE), in_parts=True)
+        began, self._out_since_s = self._out_since_s, None
+        if began is not None:
+            self._tell(
+                RunEvent(
+                    kind="storage_back",
+                    cause=f"{self._copy.address} answers again",
+                    action=f"caught up what {time.monotonic() - began:.0f} s had left behind",
+                )
+            )
+
+    def _note(self, error: StorageError) -> None:
+        """Begins an outage, or looks whether it lasts too long."""
+        now = time.monotonic()
+        if self._out_since_s is None:
+            self._out_since_s = now
+            self._tell(
+                RunEvent(
+                    kind="storage_lost",
+                    cause=f"{error.attempted}: {error.found}",
+                    action=f"went on; recovery.storage_outage_s bears {self._outage_s:g} s of it",
+                )
+            )
+        if now - self._out_since_s >= self._outage_s and self._fatal is None:
+            self._fatal = StorageError(
+                f"keeping the run at {self._copy.address}",
+                f"its store has failed for {now - self._out_since_s:.0f} s; last with "
+                f"{error.found}",
+                f"an answer within recovery.storage_outage_s ({self._outage_s:g} s)",
+                f"{error.remedy}. Then go on with --resume {self._copy.address}",
+            )
+
+
+_PUBLISHERS: dict[Path, Publisher] = {}
+_ON_A_DISK = Publisher()
+
+
+def publisher_of(root: Path) -> Publisher:
+    """The publisher of a run's folder."""
+    return _PUBLISHERS.get(root, _ON_A_DISK)
+
+
+@contextmanager
+def publishing(
+    root: Path, lease: Lease, outage_s: float, tell: Callable[[RunEvent], None]
+) -> Iterator[None]:
+    """Publishes a run's folder until the block ends; does nothing for a folder of a disk.
+
+    Args:
+        root: The run's local folder.
+        lease: Held by this process.
+        outage_s: How long the store may fail.
+        tell: Receives the events of an outage.
+
+    Raises:
+        StorageError: At a normal end, something could not be published; names it. After an error
+            in the block, a note of that error does.
+        LeaseLostError: Another process has taken the run over.
+    """
+    copy = copy_at(root)
+    if copy is None:
+        yield
+        return
+    publisher = AddressPublisher(copy, lease, outage_s, tell)
+    _PUBLISHERS[root] = publisher
+    try:
+        with in_background("publish-run", publisher.work):
+            yield
+    except BaseException as error:
+        publisher.give_up(error)
+        raise
+    else:
+        publisher.close()
+    finally:
+        del _PUBLISHERS[root]

@@ -1,0 +1,376 @@
+"""Working copy of a folder at an address: a folder of this machine's disk with its small files.
+
+    with working_copy("s3://bucket/runs/x") as folder:   logs, settings, samples, results
+        ...                                              read and written like any folder
+                                                         changed files are at the address now
+
+Of a path, the folder itself is yielded. Checkpoints and model folders are never in a copy: whoever
+makes one writes it to its place at the address (`pipelines.run.places.shared_place`), and whoever
+wants one reads it there. While a run goes on, `pipelines.run.publisher` publishes the copy.
+"""
+
+import os
+import secrets
+import socket
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from cluster.errors import StorageError
+from cluster.files import delete_folder, open_store, storage_errors, store_address, write_whole
+from cluster.folders import upload_file
+from cluster.lease import LEASE_OBJECT, Lease, hold
+from cluster.s3.settings import S3Settings
+from pipelines.run.log_parts import PARTS, LogParts, parts_in_order
+from pipelines.run.places import add_copy, open_copy_of, remove_copy, shared_place
+
+T = TypeVar("T")
+
+CONFIG_FILE = "config.yaml"
+"""File of a folder that makes it a run's."""
+
+BIG_FOLDERS = frozenset({"checkpoints", "generator", "best", "exports"})
+"""Folders of a run that are only at its address."""
+
+PATIENCE = S3Settings(read_budget_s=20.0, read_timeout_s=10.0, max_attempts=3)
+"""With requests about small files: a run would rather try again later than wait."""
+
+_LOG = ".jsonl"
+_AT_ONCE = 8
+_TRIES = 3
+_TAGS = ("ETag", "etag", "LastModified", "mtime", "created")
+
+Stamp = tuple[Any, ...]
+
+
+class WorkingCopy:
+    """A local folder and the address that it stands for.
+
+    Args:
+        root: The local folder.
+        address: The address.
+        known: Stamps of the files whose content is at the address, by path; None: none yet.
+    """
+
+    def __init__(self, root: Path, address: str, known: dict[Path, Stamp] | None = None) -> None:
+        self.root = root
+        self.address = address
+        self.keeps = False
+        """Whether the local folder stays when the copy is closed."""
+        self._known: dict[Path, Stamp] = {} if known is None else known
+        self._fetched: dict[Path, Stamp] = {}
+        self._logs: dict[Path, LogParts] = {}
+
+    def part(self, root: Path) -> "WorkingCopy":
+        """The copy of a folder inside of this one."""
+        return self if root == self.root else WorkingCopy(root, shared_place(root), self._known)
+
+    def fetch(self, without: Collection[str] = ()) -> None:
+        """Brings the small files at the address here; those that are here already stay.
+
+        Args:
+            without: Folders that are not needed, besides `BIG_FOLDERS`.
+
+        Raises:
+            StorageError: The store cannot be read.
+        """
+        left_out = BIG_FOLDERS.union(without)
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                with storage_errors(f"reading {self.address}"):
+                    self._fetch(left_out)
+                return
+            except StorageError as error:
+                # A run that goes on there joins and renews its logs.
+                if not tries_left or not isinstance(error.__cause__, FileNotFoundError):
+                    raise
+
+    def _fetch(self, left_out: frozenset[str]) -> None:
+        files: Any
+        files, root = open_store(self.address)
+        listed = _listed(files, root, left_out)
+        logs, there = _logs_among(listed)
+
+        def fetch_one(name: str) -> None:
+            stamp = (listed[name]["size"], *(listed[name].get(tag) for tag in _TAGS))
+            if not self._has(name, stamp):
+                self._take(name, files.cat_file(f"{root}/{name}"), stamp)
+
+        def fetch_log(name: str) -> None:
+            parts = logs[name]
+            stamp = (parts[-1], listed[f"{name}{PARTS}/{parts[-1]}"]["size"])
+            if not self._has(name, stamp):
+                pieces = [files.cat_file(f"{root}/{name}{PARTS}/{part}") for part in parts]
+                self._take(name, b"".join(pieces), stamp)
+
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(fetch_one, [name for name in there if name not in logs]))
+            list(pool.map(fetch_log, logs))
+        for path in [path for path in self._fetched if self._name(path) not in {*there, *logs}]:
+            path.unlink(missing_ok=True)
+            del self._fetched[path]
+            self._known.pop(path, None)
+
+    def fetch_files(self, *paths: Path) -> None:
+        """Brings single files here that another process has put at the address.
+
+        Raises:
+            StorageError: One is not there, or the store cannot be read.
+        """
+        for path in paths:
+            with storage_errors(f"reading {shared_place(path)}"):
+                files: Any
+                files, name = open_store(shared_place(path), PATIENCE)
+                write_whole(path, files.cat_file(name))
+            self._known[path] = _stamp(path)
+
+    def changes(self, without: Collection[str] = ()) -> list[Path]:
+        """Files whose content is not at the address, and files there that are gone here.
+
+        Args:
+            without: Folders that are not looked at.
+        """
+        left_out = BIG_FOLDERS.union(without)
+        found: list[Path] = []
+        for folder, folders, names in os.walk(self.root):
+            folders[:] = [name for name in folders if name not in left_out and name[0] != "."]
+            found += [Path(folder) / name for name in names if name[0] != "."]
+        changed = []
+        for path in sorted(found):
+            with suppress(FileNotFoundError):
+                if self._known.get(path) != _stamp(path):
+                    changed.append(path)
+        return changed + [path for path in self._own() if not path.exists()]
+
+    def publish(self, paths: Collection[Path] | None = None, *, in_parts: bool = False) -> None:
+        """Brings files to the address, or deletes them there where they are gone here.
+
+        Args:
+            paths: Which ones; None: `changes`.
+            in_parts: Send what was added to logs alone; they are joined when they are sent whole.
+
+        Raises:
+            StorageError: The store does not take one; those before it are there.
+        """
+        for path in self.changes() if paths is None else paths:
+            with storage_errors(f"writing {shared_place(path)}"):
+                self._publish(path, in_parts=in_parts)
+
+    def _publish(self, path: Path, *, in_parts: bool) -> None:
+        files: Any
+        files, name = open_store(shared_place(path), PATIENCE)
+        log = None
+        if path.suffix == _LOG:
+            log = self._logs.setdefault(path, LogParts(files, name))
+        if not path.exists():
+            log.delete() if log else files.rm_file(name)
+            self._known.pop(path, None)
+            return
+        stamp, is_all = _stamp(path), True
+        if log is None:
+            upload_file(path, name, files)
+        elif in_parts:
+            is_all = log.send(path)
+        else:
+            log.join(path)
+        if is_all:
+            self._known[path] = stamp
+
+    def join_logs(self) -> None:
+        """Makes one object of each log that has been sent in parts.
+
+        Raises:
+            StorageError: As `publish`.
+        """
+        self.publish(sorted(path for path in self._logs if path.exists()))
+
+    def _own(self) -> list[Path]:
+        return [path for path in self._known if path.is_relative_to(self.root)]
+
+    def _has(self, name: str, stamp: Stamp) -> bool:
+        path = self.root / name
+        return self._fetched.get(path) == stamp and path.exists()
+
+    def _take(self, name: str, content: bytes, stamp: Stamp) -> None:
+        path = self.root / name
+        write_whole(path, content)
+        self._fetched[path], self._known[path] = stamp, _stamp(path)
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+@contextmanager
+def working_copy(place: str | Path, without: Collection[str] = ()) -> Iterator[Path]:
+    """Yields a local folder that stands for a folder anywhere; see the top of this file.
+
+    On a normal exit what was changed is at the address, and the local folder is gone. Inside of an
+    open copy of the same address, or of a folder above it, that copy is used.
+
+    Args:
+        place: A path, which is yielded as it is, or an address.
+        without: Folders that are not needed, besides `BIG_FOLDERS`.
+
+    Raises:
+        StorageError: The store cannot be read or written; the message names the local folder where
+            the files are that are not at the address.
+    """
+    address = store_address(place)
+    if not address:
+        yield Path(place)
+        return
+    if (root := open_copy_of(address)) is not None:
+        yield root
+        return
+    copy = WorkingCopy(_new_folder(address), address)
+    _OPEN[copy.root] = copy
+    add_copy(copy.root, address)
+    try:
+        copy.fetch(without)
+        yield copy.root
+        keeping(copy, copy.publish)
+    finally:
+        del _OPEN[copy.root]
+        remove_copy(copy.root)
+        if not copy.keeps:
+            delete_folder(copy.root)
+
+
+@contextmanager
+def run_copy(place: str | Path, without: Collection[str] = ()) -> Iterator[Path]:
+    """As `working_copy` where a run lies there; whatever else a place is, is yielded as it is.
+
+    Args:
+        place: A path or an address: of a run, or of a model folder.
+        without: As in `working_copy`.
+
+    Raises:
+        StorageError: As `working_copy`.
+    """
+    address = store_address(place)
+    if address and open_copy_of(address) is None:
+        with storage_errors(f"reading {address}"):
+            files, path = open_store(address)
+            files.invalidate_cache()
+            if not files.exists(f"{path}/{CONFIG_FILE}"):
+                yield Path(place)
+                return
+    with working_copy(place, without) as root:
+        yield root
+
+
+@contextmanager
+def hold_place(root: Path, purpose: str, without: Collection[str] = ()) -> Iterator[Lease]:
+    """Holds a folder, or the address that it stands for, for writing; see `cluster.lease.hold`.
+
+    What another process has written there until then is brought here.
+
+    Args:
+        root: The folder on this disk.
+        purpose: What is done there, for the message that others get.
+        without: As in `working_copy`.
+
+    Raises:
+        LeaseError: Another process holds it; says which one and since when.
+        StorageError: Nothing can be written there.
+    """
+    copy, place = copy_at(root), shared_place(root)
+    files = open_store(place, PATIENCE)[0] if copy else None
+    with hold(place, purpose, files) as lease:
+        if copy:
+            copy.fetch(without)
+        yield lease
+
+
+def copy_at(root: Path) -> WorkingCopy | None:
+    """The open working copy that a local folder is, or is a part of; None for any other folder."""
+    for known, copy in _OPEN.items():
+        if root.is_relative_to(known):
+            return copy.part(root)
+    return None
+
+
+def keeping(copy: WorkingCopy, work: Callable[[], T]) -> T:
+    """Does the last work on a copy; where it fails, the local folder stays and the error says so.
+
+    Raises:
+        StorageError: The store does not take the files.
+    """
+    try:
+        return work()
+    except StorageError as error:
+        raise kept(copy, error) from error
+
+
+def kept(copy: WorkingCopy, error: StorageError) -> StorageError:
+    """Keeps the local folder of a copy; returns the error that says what is only there."""
+    names = [path.relative_to(copy.root).as_posix() for path in copy.changes()]
+    for root, whole in _OPEN.items():
+        if copy.root.is_relative_to(root):
+            whole.keeps = True
+            (root / _KEEP).touch()
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return StorageError(
+        f"writing the last files of {copy.address}",
+        f"{error.found}; only in {copy.root}: {', '.join(names[:8])}{more}",
+        "an object store that takes them",
+        f"Copy them from {copy.root} to {copy.address} once the store answers, or resume the run",
+    )
+
+
+_OPEN: dict[Path, WorkingCopy] = {}
+_MARK, _KEEP = ".copy", ".keep"
+
+
+def _new_folder(address: str) -> Path:
+    """A new folder that names its process; deletes those whose process was killed."""
+    name, host = PurePosixPath(address).name, socket.gethostname()
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgmd" / "runs"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        base = Path(tempfile.gettempdir()) / f"sgmd-runs-{os.getuid()}"
+        base.mkdir(mode=0o700, exist_ok=True)
+    for folder in base.glob(f"*.{host}-*{_MARK}"):
+        process = folder.name.removesuffix(_MARK).rpartition(f".{host}-")[2].partition("-")[0]
+        ended = process.isdigit() and not Path(f"/proc/{process}").exists()
+        if ended and not (folder / _KEEP).exists():
+            delete_folder(folder)
+    root = base / f"{name}.{host}-{os.getpid()}-{secrets.token_hex(4)}{_MARK}"
+    root.mkdir(mode=0o700)
+    return root
+
+
+def _listed(files: Any, root: str, left_out: frozenset[str]) -> dict[str, Mapping[str, Any]]:  # noqa: ANN401
+    """Facts of the objects below a folder, by relative path; without big folders and the lease."""
+    files.invalidate_cache()
+    found: dict[str, Mapping[str, Any]] = {}
+    for path, facts in files.find(root, detail=True).items():
+        name = str(path).removeprefix(f"{root}/")
+        parts = PurePosixPath(name).parts
+        hidden = any(part.startswith(".") for part in parts)
+        if parts and not hidden and left_out.isdisjoint(parts[:-1]) and parts[-1] != LEASE_OBJECT:
+            found[name] = facts
+    return found
+
+
+def _logs_among(listed: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, list[str]], list[str]]:
+    """Parts of each log that is in parts, in order; and the names of all whole objects."""
+    sizes: dict[str, dict[str, int]] = {}
+    whole: list[str] = []
+    for name, facts in listed.items():
+        folder, _, part = name.rpartition("/")
+        if folder.endswith(PARTS):
+            sizes.setdefault(folder.removesuffix(PARTS), {})[part] = facts["size"]
+        else:
+            whole.append(name)
+    chains = {log: parts_in_order(parts) for log, parts in sizes.items()}
+    return {log: parts for log, parts in chains.items() if parts}, whole
+
+
+def _stamp(path: Path) -> Stamp:
+    facts = path.stat()
+    return facts.st_ino, facts.st_size, facts.st_mtime_ns
