@@ -52,21 +52,22 @@ class WorkingCopy:
     Args:
         root: The local folder.
         address: The address.
-        known: Stamps of the files whose content is at the address, by path; None: none yet.
+        whole: The copy that this one is a part of; None: it is one of its own.
     """
 
-    def __init__(self, root: Path, address: str, known: dict[Path, Stamp] | None = None) -> None:
+    def __init__(self, root: Path, address: str, whole: "WorkingCopy | None" = None) -> None:
         self.root = root
         self.address = address
         self.keeps = False
         """Whether the local folder stays when the copy is closed."""
-        self._known: dict[Path, Stamp] = {} if known is None else known
-        self._fetched: dict[Path, Stamp] = {}
-        self._logs: dict[Path, LogParts] = {}
+        # By path: files whose content is at the address, where it came from, logs sent in parts.
+        self._known: dict[Path, Stamp] = whole._known if whole else {}
+        self._fetched: dict[Path, Stamp] = whole._fetched if whole else {}
+        self._logs: dict[Path, LogParts] = whole._logs if whole else {}
 
     def part(self, root: Path) -> "WorkingCopy":
         """The copy of a folder inside of this one."""
-        return self if root == self.root else WorkingCopy(root, shared_place(root), self._known)
+        return self if root == self.root else WorkingCopy(root, shared_place(root), self)
 
     def fetch(self, without: Collection[str] = ()) -> None:
         """Brings the small files at the address here; those that are here already stay.
@@ -105,11 +106,13 @@ class WorkingCopy:
             if not self._has(name, stamp):
                 pieces = [files.cat_file(f"{root}/{name}{PARTS}/{part}") for part in parts]
                 self._take(name, b"".join(pieces), stamp)
+                self._log(self.root / name)
 
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(fetch_one, [name for name in there if name not in logs]))
             list(pool.map(fetch_log, logs))
-        for path in [path for path in self._fetched if self._name(path) not in {*there, *logs}]:
+        here = [path for path in self._fetched if path.is_relative_to(self.root)]
+        for path in [path for path in here if self._name(path) not in {*there, *logs}]:
             path.unlink(missing_ok=True)
             del self._fetched[path]
             self._known.pop(path, None)
@@ -162,9 +165,7 @@ class WorkingCopy:
     def _publish(self, path: Path, *, in_parts: bool) -> None:
         files: Any
         files, name = open_store(shared_place(path), PATIENCE)
-        log = None
-        if path.suffix == _LOG:
-            log = self._logs.setdefault(path, LogParts(files, name))
+        log = self._log(path) if path.suffix == _LOG else None
         if not path.exists():
             log.delete() if log else files.rm_file(name)
             self._known.pop(path, None)
@@ -180,12 +181,18 @@ class WorkingCopy:
             self._known[path] = stamp
 
     def join_logs(self) -> None:
-        """Makes one object of each log that has been sent in parts.
+        """Makes one object of each log that is at the address in parts.
 
         Raises:
             StorageError: As `publish`.
         """
-        self.publish(sorted(path for path in self._logs if path.exists()))
+        here = (path for path in self._logs if path.is_relative_to(self.root))
+        self.publish(sorted(path for path in here if path.exists()))
+
+    def _log(self, path: Path) -> LogParts:
+        if path not in self._logs:
+            self._logs[path] = LogParts(*open_store(shared_place(path), PATIENCE))
+        return self._logs[path]
 
     def _own(self) -> list[Path]:
         return [path for path in self._known if path.is_relative_to(self.root)]

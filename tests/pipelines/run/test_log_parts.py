@@ -15,7 +15,6 @@ LOG = "/bucket/metrics.jsonl"
 class Dying(MemoryFileSystem):
     """Takes so many changes, and fails from then on."""
 
-    cachable = False
     store: ClassVar[dict[str, Any]] = {}
     pseudo_dirs: ClassVar[list[str]] = [""]
     left = 10**9
@@ -37,7 +36,7 @@ class Dying(MemoryFileSystem):
 @pytest.fixture
 def files() -> Dying:
     Dying.store.clear()
-    return Dying()
+    return Dying(skip_instance_cache=True)
 
 
 def read(files: Dying) -> bytes | None:
