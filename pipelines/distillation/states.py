@@ -390,7 +390,14 @@ class States:
     def last_good(self) -> str:
         """Says which state the run can be taken up at; waits a while for one being written."""
         self.give_up()
-        latest = self._checkpoints.latest()
+        try:
+            latest = self._checkpoints.latest()
+        except StorageError as error:
+            # What ends the run is the error to raise.
+            return (
+                f"The states cannot be listed ({error.found}); go on from the newest one with"
+                f" --resume {self._folder}."
+            )
         if latest is None:
             return (
                 f"No state was saved; --resume {self._folder} starts at the beginning, with"

@@ -322,7 +322,7 @@ def kept(copy: WorkingCopy, error: StorageError) -> StorageError:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return StorageError(
         f"writing the last files of {copy.address}",
-        f"{error.found}; only in {copy.root}: {', '.join(names[:8])}{more}",
+        f"{error.found.rstrip('.')}; only in {copy.root}: {', '.join(names[:8])}{more}",
         "an object store that takes them",
         f"Copy them from {copy.root} to {copy.address} once the store answers, or resume the run",
     )
