@@ -21,6 +21,7 @@ from pipelines.config.recipe_files import (
     recipe_sections,
     shipped_recipes,
 )
+from pipelines.data.shards.columns import OptionColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.inspect import first_captions, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
@@ -89,7 +90,7 @@ class Preparation:
         config = load_recipe(recipe, settings)
         run = self.request.option("--resume")
         if run not in ("", "auto"):
-            config = config.in_folder(Path(self._lasting("--resume", run)))
+            config = config.in_folder(Path(self._resumed(run)))
         self.checked["settings"] = "every value, and what they ask of one another"
         if run in ("", "auto"):
             config = config.with_settings({"output": self._output("output", config.output)})
@@ -182,8 +183,14 @@ class Preparation:
                 "sgmd submit RECIPE, or sgmd submit --command distill -- --resume RUN",
                 "`sgmd recipes list` shows the recipes that ship",
             )
-        self._name_results(self._lasting("--resume", run))
+        self._name_results(self._resumed(run))
         self.left["settings"] = f"those of {run}"
+
+    def _resumed(self, run: str) -> str:
+        """The run that is resumed, as the job finds it."""
+        lasting = self._lasting("--resume", run)
+        self.request = self.request.with_option("--resume", lasting)
+        return lasting
 
     def _encode(self) -> None:
         source, target = self.request.arguments
@@ -193,7 +200,9 @@ class Preparation:
         self.request = replace(self.request, arguments=(self.request.arguments[0], target))
         self._name_results(target)
         if self._all_here([source]):
-            look = Source(source, S3Settings())
+            options = ("--caption-column", "--id-column", "--video-column")
+            names = OptionColumnNames(*(self.request.option(one) or None for one in options))
+            look = Source(source, S3Settings(), names=names)
             self._try("data", source, lambda: inspect_folder(look, 0, ShuffleSettings()))
         else:
             self.left["data"] = f"{source} is not on this machine"

@@ -57,6 +57,8 @@ def test_relative_outputs_begin_at_the_root_and_absolute_ones_stay():
         asked("pretrain", "pretrain-tiny", "world.train=/there/a", worlds[1]), "/m"
     )
     assert {"run_dir=/m/runs/tiny-wan", "output=/m/runs/tiny-wan/pipeline"} <= {*request.settings}
+    request, _ = prepare(asked("distill", options=("--resume=runs/x",)), "/mnt")
+    assert (request.options, request.results) == (("--resume=/mnt/runs/x",), "/mnt/runs/x")
     request, _ = prepare(asked("evaluate", "runs/x", options=("--output=figures",)), "/mnt")
     assert (request.arguments, request.options) == (("/mnt/runs/x",), ("--output=/mnt/figures",))
 
