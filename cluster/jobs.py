@@ -95,6 +95,11 @@ FORWARDED = (
 _ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 # Seconds from SIGTERM to SIGKILL when a job is stopped: Ray's own 3 are too few to save a state.
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+_TALKATIVE = (
+    JobSubmissionClient.__module__,
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
 _POLL_S = 0.5
 _WAIT_POLL_S = 2.0
 _POLLS_AFTER_LOG = 20
@@ -349,8 +354,9 @@ def _connect(address: str) -> JobSubmissionClient:
                 "one address",
                 f"Unset {name}, or give the same address",
             )
-    # It reports how the connection of a log was closed, in the middle of what the job printed.
-    logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)
+    # They report every ignore file of a package, and how the connection of a log was closed.
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(address)
     except AuthenticationError as error:

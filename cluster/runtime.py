@@ -323,9 +323,6 @@ def _connect(address: str, log_to_driver: bool) -> None:
             raise PermissionError(
                 f"it refuses {'this token' if token else 'to answer without one'}"
             )
-    # Of a lost object Ray's library would write a paragraph between our own lines on the terminal;
-    # the error that says so comes as an exception.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
     _warn_without_token(ray.get_runtime_context().gcs_address)
 

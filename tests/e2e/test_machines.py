@@ -92,7 +92,6 @@ def test_a_run_goes_on_while_machines_leave_and_join(
     back = laptop("submit", "--follow", job, "--address", machines.dashboard)
     assert back.returncode == 0, back.stderr
     assert f"iteration {NUM_ITERATIONS}/{NUM_ITERATIONS}" in back.stderr
-    assert "core_worker.cc" not in back.stderr
     assert back.stdout.splitlines()[-1] == f"report: {run.root}/report.html"
     kinds = [event["kind"] for event in read_jsonl(run.events)]
     assert "node_died" in kinds, kinds
