@@ -47,7 +47,7 @@ class Said:
 
     @property
     def prefix(self) -> str:
-        """Where it was said, for the head of a line."""
+        """Place of the line, for its head."""
         at = "" if self.iteration is None else f" @{self.iteration}"
         return f"[{self.group} {self.rank}{at}]"
 

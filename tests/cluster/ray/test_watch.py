@@ -65,13 +65,14 @@ def test_a_stopped_process_is_named_and_not_the_one_that_waits_for_it(
         RayWorkerGroup("judge", make_toy, (1,), placement) as judge,
         watched(tmp_path, painter, judge, heard=lines.append) as found,
     ):
+        with labelled(6, 0, 1):
+            painter.fetch([painter.call_rank(0, Toy.warn, "the brush is dry")], WAIT_S, "a")
         # Long, but alive: two limits of silence pass, and nobody is accused.
         busy = judge.call_rank(0, Toy.sleep, 2 * SILENCE_S)
         pid = painter.fetch([painter.call_rank(0, Toy.say, "brush in hand")], WAIT_S, "a")[0]
         assert judge.fetch([busy], WAIT_S, "sleeping") == [2 * SILENCE_S]
         assert found == []
         with labelled(7, 0, 1):
-            painter.fetch([painter.call_rank(0, Toy.warn, "the brush is dry")], WAIT_S, "a")
             drawn = painter.call_rank(0, Toy.wait_for, str(tmp_path / "never"))
             waiting = judge.call_rank(0, Toy.note, drawn)
             os.kill(pid, signal.SIGSTOP)
@@ -81,7 +82,7 @@ def test_a_stopped_process_is_named_and_not_the_one_that_waits_for_it(
     assert (error.group, error.rank, error.pid) == ("painter", 0, pid)
     assert "frozen (stopped): no sign of life for" in error.cause
     assert "brush in hand" in error.last_lines
-    assert [line.line for line in lines] == ["[painter 0 @7] the brush is dry"]
+    assert [line.line for line in lines] == ["[painter 0 @6] the brush is dry"]
     (one,) = found
     assert (one.group, one.cause, one.dump) == ("painter", error.cause, error.dump)
     dump = Path(error.dump).read_text()
