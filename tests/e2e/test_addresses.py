@@ -9,11 +9,20 @@ import pytest
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import StorageError
+from cluster.files import open_store
 from cluster.s3.settings import S3Settings
+from cluster.storage import file_sizes
 from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.audit import audit
 from pipelines.distillation.run import distill
+from pipelines.evaluation.plan import EvaluationOptions
+from pipelines.evaluation.run import evaluate
+from pipelines.exporting.export import ExportOptions, export
+from pipelines.generate import generate
+from pipelines.reporting.page import write_report
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
+from pipelines.run.places import shared_place
 from pipelines.run.records import IterationRecord
 from pipelines.run.working_copy import working_copy
 from tests.e2e.conftest import MakeRecipe
@@ -171,3 +180,50 @@ def test_a_store_that_stays_away_ends_the_run_and_the_error_names_what_is_here_a
     assert f"only in {kept}: " in notes
     assert "metrics.jsonl" in notes
     assert len(read_jsonl(kept / "metrics.jsonl")) >= 2
+
+
+@pytest.fixture
+def moto(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket of another server, with conditional requests, in this process."""
+    from moto.server import ThreadedMotoServer
+
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "test-key", "AWS_SECRET_ACCESS_KEY": "test-secret"}
+    use_server(
+        {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1", **keys},
+        monkeypatch,
+    )
+    open_store("s3://made")[0].mkdir("made")
+    yield "s3://made"
+    running.stop()
+
+
+@pytest.mark.slow
+def test_the_commands_read_a_run_at_an_address_and_put_their_results_there(
+    moto: str, make_recipe: MakeRecipe, tmp_path: Path, own_cache: Path
+) -> None:
+    config = make_recipe("name=one", "iterations=2", f"output={moto}/runs")
+    place = f"{moto}/runs/one"
+    distill(config)
+    options = EvaluationOptions(num_captions=8, teacher_steps=2, batch_size=8)
+    found = evaluate(place, options=options)
+    assert found.generator == f"{place}/generator"
+    assert audit(place).is_clean
+    assert shared_place(write_report([place])) == f"{place}/report.html"
+    (clip,) = generate(place, ["a red circle"], output=f"{place}/clips", formats=["gif"])
+    exported = export(place, options=ExportOptions(dtype="fp32", components="none"))
+    assert shared_place(exported.folder) == f"{place}/exports/diffusers"
+    sizes = file_sizes(place)
+    assert {
+        "evaluation.json",
+        "samples/evaluation.png",
+        "samples/evaluation.gif",
+        "report.html",
+        f"clips/{clip.paths[0].name}",
+        "exports/diffusers/model_index.json",
+        "exports/diffusers/README.md",
+    } <= sizes.keys()
+    assert not [name for name in sizes if "_lease" in name or ".parts" in name]
+    assert list(own_cache.iterdir()) == []
