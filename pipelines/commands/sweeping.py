@@ -181,6 +181,7 @@ def sweep_words(result: "SweepResult") -> list[RenderableType]:
         table,
         *failed,
         *([result.note] if result.note else []),
+        f"report: {result.folder}/report.html",
         f"best settings: {result.best_recipe}",
         f"next: sgmd distill {result.best_recipe}",
     ]
