@@ -10,7 +10,7 @@ and Ray keeps the order of the calls of each caller. So a process may serve seve
 its pool has one rank a copy; others are refused before.
 
 A borrower neither ends nor restarts what it has borrowed. Where such a process dies, the service
-starts another one under the same name, and borrowers build their workers there again.
+starts another one, and borrowers build their workers there again.
 """
 
 import hashlib
@@ -20,12 +20,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self, cast
 
 import ray
+import ray.util
 from ray.exceptions import RayError
 
 from cluster.background import in_background
@@ -85,15 +86,18 @@ class _ServiceHosts(Hosts):
 
     def __init__(self, service: str, pool: str, placement: Placement) -> None:
         self._service = service
+        self._num_started = 0
         super().__init__(pool, placement)
 
     def _start(self, ranks: Sequence[int]) -> None:
         host_class = cast(Any, ray.remote)(ServiceHost)
         for rank in ranks:
+            # A name of its own: Ray does not give that of a dead process away again at once.
+            self._num_started += 1
             self.actors[rank] = host_class.options(
                 max_restarts=0,
                 max_task_retries=0,
-                name=_actor_name(self.pool, rank),
+                name=f"{_prefix(self.pool, rank)}{self._num_started}",
                 namespace=self._service,
                 **self._placement.actor_options(self.pool, rank),
             ).remote(self.pool, rank, 1, None)
@@ -162,8 +166,7 @@ class RoleService:
                 try:
                     hosts.restart([rank])
                 except (RayError, ValueError) as error:
-                    # The name is taken until Ray has buried the old one.
-                    _log.debug("starting %s %d anew: %s", hosts.pool, rank, error)
+                    _log.warning("starting %s %d anew: %s", hosts.pool, rank, error)
                     continue
                 del lost[hosts, rank]
                 asked[self._ask(hosts, rank)] = (hosts, rank)
@@ -226,21 +229,35 @@ class BorrowedHosts(Hosts):
                 actor.release.remote(self.worker_of(self.pool))
         self.actors.clear()
 
+    def _newest(self, rank: int) -> Any:  # noqa: ANN401 - Ray's handle
+        """Returns the process that was started last; None where there is none."""
+        start = _prefix(self.pool, rank)
+        alive: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+        names: list[str] = [
+            each["name"]
+            for each in alive
+            if each["namespace"] == self._service and each["name"].startswith(start)
+        ]
+        if not names:
+            return None
+        newest = max(names, key=lambda name: int(name.removeprefix(start)))
+        with suppress(ValueError):  # It may have ended meanwhile.
+            return ray.get_actor(newest, namespace=self._service)
+        return None
+
     def _find(self, rank: int, other_than: object = None) -> Any:  # noqa: ANN401 - Ray's handle
         deadline_s = time.monotonic() + _APPEARS_S
         while True:
-            try:
-                found = ray.get_actor(_actor_name(self.pool, rank), namespace=self._service)
-                if found._actor_id != other_than:
-                    return found
-            except ValueError as error:
-                if other_than is None:
-                    raise ClusterError(
-                        f"borrowing {self.pool} {rank} of the service {self._service}",
-                        "no process of that name",
-                        "a service that runs for as long as its borrowers",
-                        "The sweep that started it has ended: go on with sgmd sweep --resume",
-                    ) from error
+            found = self._newest(rank)
+            if found is not None and found._actor_id != other_than:
+                return found
+            if found is None and other_than is None:
+                raise ClusterError(
+                    f"borrowing {self.pool} {rank} of the service {self._service}",
+                    "no process of that name",
+                    "a service that runs for as long as its borrowers",
+                    "The sweep that started it has ended: go on with sgmd sweep --resume",
+                )
             if time.monotonic() > deadline_s:
                 raise ClusterError(
                     f"borrowing {self.pool} {rank} of the service {self._service}",
@@ -251,8 +268,8 @@ class BorrowedHosts(Hosts):
             time.sleep(_POLL_S)
 
 
-def _actor_name(pool: str, rank: int) -> str:
-    return f"{pool}-{rank}"
+def _prefix(pool: str, rank: int) -> str:
+    return f"{pool}-{rank}-"
 
 
 def _role_of(worker: str) -> str:
