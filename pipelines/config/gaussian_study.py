@@ -15,8 +15,10 @@ from pipelines.config.recipe_files import find_recipe
 from pipelines.config.section import Section
 from pipelines.config.study import VariantName
 from pipelines.config.yaml_text import read_yaml
+from sgmd_core.objectives import PhasingObjective, looks_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
+from sgmd_core.types import Looks
 from workers.settings import FakeScoreSettings
 
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -79,6 +81,17 @@ class GaussianVariant(Section):
     @model_validator(mode="after")
     def _methods_fit(self) -> Self:
         problems = method_contradictions(self.objective, FakeScoreSettings(tracking=self.tracking))
+        method = self.objective.method
+        if looks_of(self.objective, guidance_scale=1.0) != Looks():
+            problems.append(
+                f"objective.method {method} looks at samples off a rollout, and this study makes "
+                "none; set objective.off_trajectory=0"
+            )
+        if isinstance(self.objective, PhasingObjective):
+            problems.append(
+                f"objective.method {method} trains two experts in phases, and generators here have "
+                "one network; compare it by `sgmd study`"
+            )
         if problems:
             raise ValueError("; ".join(problems).replace("fake_score.tracking", "tracking"))
         return self
@@ -113,6 +126,14 @@ class GaussianStudyConfig(Section):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         problems = list(_contradictions(self))
+        given, plain = self.schedule, FlowMatchSchedule()
+        names = ("score_level_min", "score_level_max", "score_window", "steps")
+        problems += [
+            f"schedule.{name} is {getattr(given, name)}, which this study does not draw by; leave "
+            "it out"
+            for name in names
+            if getattr(given, name) != getattr(plain, name)
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
