@@ -311,18 +311,15 @@ def _end(processes: set[int]) -> None:
 def _connect(address: str, log_to_driver: bool) -> None:
     if address.startswith("ray://"):
         raise ValueError("Ray Client (ray://) keeps references in another process than ours")
-    if address == "auto":
-        address = _address_of_this_machine() or address
     host, _, port = address.rpartition(":")
     if port.isdigit():
         # Ray itself would try for a minute, and then end the whole process.
         socket.create_connection((host or "localhost", int(port)), _PROBE_TIMEOUT_S).close()
-        # Ray itself would try for 40 s.
-        token = _token()
-        if refuses_token(address, token):
-            raise PermissionError(
-                f"it refuses {'this token' if token else 'to answer without one'}"
-            )
+    gcs_address = _address_of_this_machine() if address == "auto" else address
+    # Ray itself would try for 40 s.
+    token = _token()
+    if gcs_address.rpartition(":")[2].isdigit() and refuses_token(gcs_address, token):
+        raise PermissionError(f"it refuses {'this token' if token else 'to answer without one'}")
     ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
     _warn_without_token(ray.get_runtime_context().gcs_address)
 

@@ -27,11 +27,14 @@ def doctor(
 ) -> None:
     """Say what this machine or a cluster has, what is missing, and how to get it."""
     with working():
-        from pipelines.config.recipe import load_recipe
         from pipelines.doctoring.examine import examine
         from pipelines.doctoring.findings import Status, summarize_machines
 
-        config = None if recipe is None else load_recipe(recipe, overrides or [])
+        config = None
+        if recipe is not None:
+            from pipelines.config.recipe import load_recipe
+
+            config = load_recipe(recipe, overrides or [])
         findings = examine(address, storage, model, config)
     table = Table(title="sgmd doctor", title_justify="left")
     for heading in ("check", "", "found", "what to do"):

@@ -1,19 +1,17 @@
 """Checks of a whole cluster: a probe on each machine, then trials between them.
 
-    connect -> a probe a machine -> look, clock, storage, models     each machine by itself
-                                 -> object transfer, all-reduce      between them
+    a probe a machine -> look, clock, storage, models     each machine by itself
+                      -> object transfer, all-reduce      between them
 
 A machine that does not answer costs its own findings. Every wait has an end.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from cluster.inventory import take_inventory
 from cluster.ray.every_machine import OnMachines, machines_by_id
 from cluster.ray.group import RayWorkerGroup
-from cluster.runtime import start_ray
 from pipelines.doctoring.between import clock_findings, reduction_findings, transfer_findings
 from pipelines.doctoring.comparison import (
     compare_models,
@@ -22,10 +20,10 @@ from pipelines.doctoring.comparison import (
     judge_sharing,
     judge_store,
 )
+from pipelines.doctoring.connection import Wanted
 from pipelines.doctoring.findings import Finding, Status
 from pipelines.doctoring.probe import MachineFacts, MachineProbe, make_probe, versions_here
 from pipelines.doctoring.probes import Probes
-from sgmd_core.errors import SgmdError
 from workers.models.addresses import is_address
 
 _START_S = 240.0
@@ -35,51 +33,12 @@ _MODEL_S = 1800.0
 _NAME = "probe"
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Things that a run will need on every machine.
-
-    Attributes:
-        storage: Folders and addresses that it writes to.
-        models: Folders and addresses of models that it reads.
-    """
-
-    storage: tuple[str, ...] = ()
-    models: tuple[str, ...] = ()
-
-
-def examine_cluster(address: str, wanted: Wanted) -> list[Finding]:
-    """Looks at every machine of a cluster and tries what goes between them.
+def examine_machines(wanted: Wanted) -> list[Finding]:
+    """Looks at every machine of the connected cluster and tries what goes between them.
 
     Args:
-        address: `auto`, or `HOST:PORT` of its control service.
-        wanted: What to look for on each.
-
-    Returns:
-        The findings; one alone where the cluster cannot be reached.
+        wanted: Storage and models to look for on each.
     """
-    name = f"Ray at {address}"
-    if address.startswith(("http://", "https://")):
-        remedy = (
-            "Give HOST:PORT of the control service (6379) on a machine of the cluster. From "
-            f"outside: ray job submit --address {address} --working-dir . -- python -m "
-            "pipelines.cli doctor --address auto"
-        )
-        return [Finding(name, Status.MISSING, "the address of a dashboard", remedy)]
-    try:
-        with start_ray(address):
-            found = take_inventory()
-            words = (
-                f"{found.num_nodes} machines, {found.free_cpus:g} of {found.cpus:g} CPUs and "
-                f"{found.free_gpus:g} of {found.gpus:g} GPUs free"
-            )
-            return [Finding(name, Status.GOOD, words), *_examine(wanted)]
-    except SgmdError as error:
-        remedy = f"Expected {error.expected}. {error.remedy}"
-        return [Finding(name, Status.MISSING, error.found, remedy)]
-
-
-def _examine(wanted: Wanted) -> list[Finding]:
     machines = machines_by_id()
     placement = OnMachines(_NAME, list(machines))
     with RayWorkerGroup(_NAME, make_probe, (), placement) as group:

@@ -1,16 +1,18 @@
 """`sgmd doctor`: what is there, what is missing, and how to get it."""
 
-from pipelines.config.recipe import DistillConfig
+from typing import TYPE_CHECKING
+
 from pipelines.doctoring.findings import Finding
-from pipelines.doctoring.machine import examine_machine
-from pipelines.doctoring.storage import try_storage
+
+if TYPE_CHECKING:
+    from pipelines.config.recipe import DistillConfig
 
 
 def examine(
     address: str | None = None,
     storage: str | None = None,
     model: str | None = None,
-    config: DistillConfig | None = None,
+    config: "DistillConfig | None" = None,
 ) -> list[Finding]:
     """Looks at everything that a run needs, here or on every machine of a cluster.
 
@@ -30,9 +32,12 @@ def examine(
         places.append(config.output)
         models += [config.model.folder, *([config.teacher.model] if config.teacher.model else [])]
     if address is None:
+        from pipelines.doctoring.machine import examine_machine
+        from pipelines.doctoring.storage import try_storage
+
         return [*examine_machine(), *(try_storage(place) for place in places)]
-    # Here, because one machine is looked at where Ray need not be installed.
-    from pipelines.doctoring.cluster import Wanted, examine_cluster
+    # One machine needs no Ray; and a cluster that refuses us is told before torch is loaded.
+    from pipelines.doctoring.connection import Wanted, examine_cluster
 
     wanted = Wanted(tuple(dict.fromkeys(places)), tuple(dict.fromkeys(models)))
     return examine_cluster(address, wanted)

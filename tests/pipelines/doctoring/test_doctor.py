@@ -1,6 +1,7 @@
 """`sgmd doctor`: what it looks at, and what it makes of what it finds."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,29 @@ def test_a_cluster_that_does_not_answer_is_missing():
     row = next(row for row in rows if "127.0.0.1:1" in row["check"])
     assert row["status"] == Status.MISSING.value
     assert result.returncode == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("by", ["address", "auto"])
+def test_a_wrong_token_is_told_before_ray_tries_it(by: str):
+    import ray
+
+    gcs = ray.get_runtime_context().gcs_address
+    address = gcs if by == "address" else "auto"
+    result = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "doctor", "--address", address, "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+        env={**os.environ, "RAY_AUTH_TOKEN": "wrong", "RAY_ADDRESS": gcs},
+    )
+    (row,) = json.loads(result.stdout)
+    assert (row["status"], result.returncode) == (Status.MISSING.value, 1)
+    assert "it refuses this token" in row["found"]
+    assert "RAY_AUTH_TOKEN" in row["remedy"]
 
 
 @pytest.mark.ray
