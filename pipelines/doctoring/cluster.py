@@ -76,13 +76,21 @@ def _alone(probes: Probes, facts: dict[int, MachineFacts]) -> list[Finding]:
 
 def _storage_findings(probes: Probes, folder: str) -> list[Finding]:
     """Tries storage from each machine, and whether a local folder is the same everywhere."""
-    group = probes.group
-    answers, failures = probes.ask(
-        lambda rank: group.call_rank(rank, MachineProbe.try_storage, folder),
-        _STORAGE_S,
-        f"storage {folder}",
-        "Check that it can be reached from there",
-    )
+    group, ranks = probes.group, list(probes.machines)
+    # A shared folder that is not there is made and deleted by each: they would meet.
+    turns = [ranks] if "://" in folder else [[rank] for rank in ranks]
+    answers: dict[int, Finding] = {}
+    failures: list[Finding] = []
+    for turn in turns:
+        found_now, failed = probes.ask(
+            lambda rank: group.call_rank(rank, MachineProbe.try_storage, folder),
+            _STORAGE_S,
+            f"storage {folder}",
+            "Check that it can be reached from there",
+            turn,
+        )
+        answers |= found_now
+        failures += failed
     found = [replace(one, machine=name) for name, one in probes.by_name(answers).items()]
     if "://" in folder or failures or len(answers) < 2 or not _all_good(found):
         return [*found, *failures]
