@@ -49,7 +49,7 @@ def copy_recipe(
     """Copy a recipe, to be edited."""
     from cluster.storage import write_text
     from pipelines.config.recipe_files import find_recipe
-    from pipelines.run.folder import require_lasting_folder
+    from pipelines.run.folder import require_lasting_folder, require_on_disk
 
     source = find_recipe(recipe)
     target = target or Path(source.name)
@@ -57,6 +57,7 @@ def copy_recipe(
         raise ConfigError(
             f"copying the recipe {recipe}", f"{target} is there already", "a new file"
         )
+    require_on_disk(target, "the file to write")
     require_lasting_folder(target, "the file to write")
     write_text(str(target), source.read_text(encoding="utf-8"))
     show({"path": str(target)}, as_json, f"{target}    run it: sgmd distill {target}")

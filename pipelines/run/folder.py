@@ -126,7 +126,7 @@ def require_on_disk(folder: str | Path, setting: str) -> None:
             f"writing to {without_secrets(str(folder))} ({setting})",
             "an address of an object store",
             "a folder on a disk that every process of the command reaches",
-            f"Set {setting}=/mnt/..., and copy the folder afterwards",
+            "Write to a disk, and copy it to the address afterwards",
         )
 
 
