@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cluster.errors import CallTimeoutError, RemoteCallError, WorkerDiedError
+from cluster.errors import CallTimeoutError, ClusterError, RemoteCallError, WorkerDiedError
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
 from cluster.ray.topology import reserve
@@ -78,12 +78,13 @@ def test_an_error_that_cannot_travel_is_told_in_words(second):
         second.fetch([second.call_rank(0, Toy.explode_unpicklably)], WAIT_S, "training")
 
 
-def test_an_error_of_the_factory_keeps_its_type(placement):
-    with (
-        RayWorkerGroup("broken", make_nothing, (), placement, pool="doomed") as group,
-        pytest.raises(NonFiniteError, match="a toy"),
-    ):
-        group.wait_ready(WAIT_S)
+def test_an_error_of_the_factory_keeps_its_type_and_is_told_to_whoever_does_not_wait(placement):
+    with RayWorkerGroup("broken", make_nothing, (), placement, pool="doomed") as group:
+        with pytest.raises(NonFiniteError, match="a toy"):
+            group.wait_ready(WAIT_S)
+        asked = group.call_rank(0, Toy.history)
+        with pytest.raises(ClusterError, match=r"building it has failed: NonFiniteError: .*a toy"):
+            group.fetch([asked], WAIT_S, "reading")
 
 
 def test_receivers_of_one_tensor_cannot_see_each_other_write(first, second):
