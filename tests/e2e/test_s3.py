@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from s3fs import S3FileSystem
 
+from cluster.storage import file_sizes
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.ledger import Ledger
 from pipelines.data.stream.source import Source
 from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.working_copy import working_copy
 from sgmd_core.errors import DataError
 from tests.e2e.conftest import MakeRecipe
 from tests.helpers.s3_server import S3Access, S3Server, serve_s3, use_server
@@ -81,16 +83,22 @@ def test_wrong_keys_are_told_and_never_shown(
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_roles_on_ray_stream_from_s3_through_ray_data(s3: str, make_recipe: MakeRecipe) -> None:
+def test_roles_on_ray_stream_from_s3_through_ray_data_and_write_the_run_to_it(
+    s3: str, make_recipe: MakeRecipe
+) -> None:
     local = make_recipe("name=local", "iterations=2", f"data.train={s3}/train")
     ray_data = ["topology.mode=pools", "data.read_ahead.readers=2"]
-    pools = make_recipe("iterations=2", f"data.train={s3}/train", *ray_data)
+    output = "output=s3://clips/runs"
+    pools = make_recipe("iterations=2", f"data.train={s3}/train", *ray_data, output)
     distill(local)
     summary = distill(pools)
     assert summary["iterations"] == 2
     assert summary["samples_seen"] == 8
-    used = [
-        [entry.sample_ids for entry in Ledger(RunFolder(config.run_folder).ledger).entries()]
-        for config in (local, pools)
-    ]
+    with working_copy(pools.run_folder):
+        used = [
+            [entry.sample_ids for entry in Ledger(RunFolder(config.run_folder).ledger).entries()]
+            for config in (local, pools)
+        ]
     assert used[0] == used[1]
+    there = file_sizes("s3://clips/runs/small")
+    assert {"checkpoints/step-000002/manifest.json", "generator/model_index.json"} <= there.keys()
