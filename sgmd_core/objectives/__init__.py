@@ -37,6 +37,7 @@ class GradientPath(StrEnum):
     """Also through the input of the teacher."""
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A pair of losses over the same score query.
 

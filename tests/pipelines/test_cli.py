@@ -22,6 +22,7 @@ COMMANDS = (
     "study",
     "evaluate",
     "export",
+    "experts",
     "import",
     "generate",
     "report",

@@ -70,7 +70,7 @@ def study_result() -> StudyResult:
 
 def ledger() -> Audit:
     epoch = EpochReconciliation(3, 1234567, 1234560, 4, 1, 2, 0, ["part-0.parquet:17"] * 5)
-    return Audit(1000, 1234560, Cursor(), (epoch,), {}, True, 0)
+    return Audit(1000, 1234560, Cursor(), (epoch,), {}, True, 0, has_metrics=True)
 
 
 def results(folder: Path) -> dict[str, list]:
