@@ -29,6 +29,7 @@ from pipelines.data.stream.source import Source
 from pipelines.distillation.preflight import inspect_captions, inspect_networks, run_preflight
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.run.folder import require_lasting_folder
+from pipelines.run.places import shared_place
 from pipelines.study.run import folder_of, plan_study
 from pipelines.submitting.request import JobRequest, TravellingFile, is_lasting, rooted
 from pipelines.sweeping.checks import checked_sweep
@@ -95,7 +96,8 @@ class Preparation:
         if run in ("", "auto"):
             config = config.with_settings({"output": self._output("output", config.output)})
             require_lasting_folder(config.output, "output")
-        results = {"sweep": f"{config.run_folder}-sweep", "distill": str(config.run_folder)}
+        run_folder = shared_place(config.run_folder)
+        results = {"sweep": f"{run_folder}-sweep", "distill": run_folder}
         if self.request.command == "study":
             plan_study(config)
             results["study"] = str(folder_of(config))

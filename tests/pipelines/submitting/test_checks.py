@@ -132,6 +132,12 @@ def test_a_command_line_of_a_job_says_what_is_done_around_it():
     ]
 
 
+def test_a_run_at_an_address_is_reported_there_and_waits_for_its_lease():
+    request, _ = prepare(asked("distill", "tiny", *DATA, "output=s3://bucket/runs"))
+    assert request.results == "s3://bucket/runs/tiny"
+    assert {"--pause=75", "--report=s3://bucket/runs/tiny"} <= {*request.argv(2)}
+
+
 def test_a_command_that_failed_goes_on_where_it_was():
     assert resumed(["distill", "tiny"]) == ["distill", "tiny", "--resume", "auto"]
     assert resumed(["distill", "tiny", "--resume=/x"]) == ["distill", "tiny", "--resume=/x"]
