@@ -23,6 +23,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 import aiohttp
+from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -208,6 +209,23 @@ def stays_at_home(path: PurePosixPath, excludes: Sequence[str] = EXCLUDED) -> bo
         if any(fnmatchcase(part, name) for part in parts):
             return True
     return False
+
+
+def is_ignored(working_dir: Path, path: PurePosixPath) -> bool:
+    """Returns True if an ignore file of the working directory keeps a path at home.
+
+    Args:
+        working_dir: What is uploaded.
+        path: A path in it.
+    """
+    folders = [working_dir.joinpath(*path.parts[:count]) for count in range(len(path.parts) + 1)]
+    # A pattern that leaves out a folder leaves out all that is in it.
+    return any(
+        excludes(below)
+        for number, folder in enumerate(folders[:-1])
+        for excludes in get_excludes_from_ignore_files(folder, include_gitignore=True)
+        for below in folders[number + 1 :]
+    )
 
 
 def follow_job(

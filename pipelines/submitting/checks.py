@@ -12,7 +12,7 @@ import yaml
 from botocore.exceptions import BotoCoreError
 
 from cluster.files import kind_of_path
-from cluster.jobs import stays_at_home
+from cluster.jobs import is_ignored, stays_at_home
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.recipe_files import (
     find_recipe,
@@ -28,7 +28,7 @@ from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source
 from pipelines.distillation.preflight import inspect_captions, inspect_networks, run_preflight
 from pipelines.pretraining.config import PretrainConfig
-from pipelines.run.folder import require_lasting_folder
+from pipelines.run.folder import require_lasting_folder, require_on_disk
 from pipelines.run.places import shared_place
 from pipelines.study.run import folder_of, plan_study
 from pipelines.submitting.request import JobRequest, TravellingFile, is_lasting, rooted
@@ -96,6 +96,8 @@ class Preparation:
         if run in ("", "auto"):
             config = config.with_settings({"output": self._output("output", config.output)})
             require_lasting_folder(config.output, "output")
+        if self.request.command != "distill":
+            require_on_disk(config.output, "output")
         run_folder = shared_place(config.run_folder)
         results = {"sweep": f"{run_folder}-sweep", "distill": run_folder}
         if self.request.command == "study":
@@ -158,6 +160,7 @@ class Preparation:
             if (path := getattr(config, setting)) is not None:
                 path = self._output(setting, path)
                 require_lasting_folder(path, setting)
+                require_on_disk(path, setting)
                 if setting == "output":
                     self._name_results(path)
         if config.vae.folder is not None:
@@ -269,9 +272,16 @@ class Preparation:
     def _lasting(self, what: str, path: str) -> str:
         """A path of results, which must not be that of the job's own package."""
         path = rooted(path, self._root)
+        option = f"{what} RUN" if what == "--resume" else f"{what.strip('-')}=/mnt/runs"
+        if path.startswith("~"):
+            raise ConfigError(
+                self._attempted,
+                f"{what} is {path!r}: the job does not know whose home that is",
+                "a path that is written out, on a disk that every node of the cluster reaches",
+                f"Give one, such as {option}",
+            )
         if is_lasting(path):
             return path
-        option = f"{what} RUN" if what == "--resume" else f"{what.strip('-')}=/mnt/runs"
         raise ConfigError(
             self._attempted,
             f"{what} is {path!r}, which would lie in the job's package and go with the job",
@@ -285,12 +295,13 @@ class Preparation:
         inside = PurePosixPath(path)
         if not path or is_lasting(path):
             return
-        if (self._working_dir / inside).exists() and not stays_at_home(inside):
+        stays = stays_at_home(inside) or is_ignored(self._working_dir, inside)
+        if (self._working_dir / inside).exists() and not stays:
             return
         raise ConfigError(
             self._attempted,
-            f"{what} is {path!r}, a relative path that the job's package does not have: runs, data "
-            "and models stay at home",
+            f"{what} is {path!r}, a relative path that the job's package does not have: runs, "
+            "data, models and what an ignore file names stay at home",
             "an absolute path that the nodes of the cluster have, or s3://bucket/prefix",
             f"Give {what} where the cluster has it",
         )

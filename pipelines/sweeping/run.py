@@ -115,6 +115,7 @@ def dry_run_sweep(config: DistillConfig) -> dict[str, int]:
     Raises:
         SgmdError: A point does not fit.
     """
+    require_on_disk(config.output, "output")
     require_output_folder(config.output, "output")
     checked_sweep(config)
     return {

@@ -1,7 +1,10 @@
 """Requests of jobs, checked where they are made: what goes along, what is refused, what is left."""
 
+from pathlib import PurePosixPath
+
 import pytest
 
+from cluster.jobs import is_ignored
 from pipelines.config.model_folders import PROJECT_ROOT
 from pipelines.shapes import ClipSplit, write_shards
 from pipelines.submitting.checks import Preparation
@@ -36,6 +39,10 @@ def prepare(request: JobRequest, root: str | None = None) -> tuple[JobRequest, P
         (asked("encode", "s3://b/raw", "set", options=("--model=/m",)), "DST is 'set'"),
         (asked("encode", "raw", "s3://b/set", options=("--model=/m",)), "SRC is 'raw'"),
         (asked("evaluate", "runs/x"), "RUN is 'runs/x'"),
+        (asked("distill", "tiny", *DATA, "output=~/runs"), "output is '~/runs'"),
+        (asked("sweep", "tiny", *DATA, "output=s3://b/runs"), "Write to a disk"),
+        (asked("study", "tiny", *DATA, "output=s3://b/runs"), "Write to a disk"),
+        (asked("pretrain", "pretrain-tiny", "run_dir=s3://b/runs/x"), "Write to a disk"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -113,6 +120,20 @@ def test_data_behind_keys_that_this_machine_lacks_are_left_to_the_job(monkeypatc
     _, preparation = prepare(asked("distill", "tiny", *settings, "output=/mnt/runs", short))
     assert "not served to this machine" in preparation.left["data"]
     assert "model" in preparation.checked
+
+
+def test_what_an_ignore_file_keeps_at_home_does_not_travel(tmp_path):
+    (tmp_path / "clips" / "train").mkdir(parents=True)
+    (tmp_path / "assets" / "train").mkdir(parents=True)
+    settings = ("data.validation=/there", "output=/mnt/runs")
+    inside = [PurePosixPath(each) for each in ("clips/train", "assets/train")]
+    assert not any(is_ignored(tmp_path, each) for each in inside)
+    (tmp_path / ".gitignore").write_text("/clips/\n")
+    (tmp_path / "assets" / ".rayignore").write_text("train\n")
+    for train in inside:
+        request = asked("distill", "tiny", f"data.train={train}", *settings)
+        with pytest.raises(ConfigError, match="an ignore file names stay at home"):
+            Preparation(request, tmp_path, None).prepare()
 
 
 def test_a_command_line_of_a_job_says_what_is_done_around_it():

@@ -6,6 +6,7 @@ import pytest
 from pipelines.config.recipe import load_recipe
 from pipelines.config.sweep import SweepSettings
 from pipelines.sweeping.checks import checked_sweep
+from pipelines.sweeping.run import dry_run_sweep
 from pipelines.sweeping.search import listed_runs, num_runs
 from pipelines.sweeping.space import MAX_CORNERS, at_share, corners, draw_point, share_of
 from sgmd_core.errors import ConfigError
@@ -160,3 +161,8 @@ class TestRefusals:
         with pytest.raises(Exception, match="14") as caught:
             checked_sweep(config)
         assert "of the trial with video.num_frames=14" in caught.value.__notes__
+
+    def test_a_dry_run_refuses_the_folder_that_the_sweep_would(self):
+        config = load_recipe("tiny", ["output=s3://bucket/runs"])
+        with pytest.raises(ConfigError, match="Write to a disk"):
+            dry_run_sweep(config)
