@@ -15,6 +15,7 @@
         ├── TransferError                a value that groups cannot hand to one another
         ├── ControllerTensorError        a tensor was on its way to the controller
         ├── StorageError                 a file, folder or bucket cannot be read or written
+        │   └── StoreRefusedError        it answers, and refuses: waiting does not help
         ├── LeaseError                   another process is writing to a folder
         ├── LeaseLostError               another process has taken a folder over
         └── JobError                     a job could not be submitted or did not succeed
@@ -220,6 +221,10 @@ class ControllerTensorError(ClusterError, TypeError):
 
 class StorageError(ClusterError):
     """A file, folder or bucket cannot be read or written."""
+
+
+class StoreRefusedError(StorageError):
+    """A file cannot be written for a reason that does not pass: no rights, no room, no folder."""
 
 
 class LeaseError(ClusterError):

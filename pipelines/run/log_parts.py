@@ -105,13 +105,6 @@ class LogParts:
         self._delete(self._there())
         self._inode, self._sent, self._parts = 0, 0, []
 
-    def delete(self) -> None:
-        """Deletes the log."""
-        self._delete(self._there())
-        if self._files.exists(self._path):
-            self._files.rm_file(self._path)
-        self._inode, self._sent, self._parts = 0, 0, []
-
     def _there(self) -> list[str]:
         self._files.invalidate_cache()
         try:

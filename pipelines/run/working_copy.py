@@ -10,20 +10,18 @@ wants one reads it there. While a run goes on, `pipelines.run.publisher` publish
 """
 
 import os
-import secrets
-import socket
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from cluster.errors import StorageError
+from cluster.errors import StorageError, StoreRefusedError
 from cluster.files import delete_folder, open_store, storage_errors, store_address, write_whole
 from cluster.folders import upload_file
 from cluster.lease import LEASE_OBJECT, Lease, hold
 from cluster.s3.settings import S3Settings
+from pipelines.run.held_folder import KEEP, held_folder
 from pipelines.run.log_parts import PARTS, LogParts, parts_in_order
 from pipelines.run.places import add_copy, open_copy_of, remove_copy, shared_place
 
@@ -60,6 +58,7 @@ class WorkingCopy:
         self.address = address
         self.keeps = False
         """Whether the local folder stays when the copy is closed."""
+        self._whole_root: Path = whole._whole_root if whole else root
         # By path: files whose content is at the address, where it came from, logs sent in parts.
         self._known: dict[Path, Stamp] = whole._known if whole else {}
         self._fetched: dict[Path, Stamp] = whole._fetched if whole else {}
@@ -131,11 +130,17 @@ class WorkingCopy:
             self._known[path] = _stamp(path)
 
     def changes(self, without: Collection[str] = ()) -> list[Path]:
-        """Files whose content is not at the address, and files there that are gone here.
+        """Files whose content is not at the address.
+
+        One that is gone here stays there: nothing of a run is deleted through its copy.
 
         Args:
             without: Folders that are not looked at.
+
+        Raises:
+            StoreRefusedError: The copy has been deleted, or its config.yaml.
         """
+        self._require_here()
         left_out = BIG_FOLDERS.union(without)
         found: list[Path] = []
         for folder, folders, names in os.walk(self.root):
@@ -146,10 +151,22 @@ class WorkingCopy:
             with suppress(FileNotFoundError):
                 if self._known.get(path) != _stamp(path):
                     changed.append(path)
-        return changed + [path for path in self._own() if not path.exists()]
+        return changed
+
+    def _require_here(self) -> None:
+        gone, config = self._whole_root, self.root / CONFIG_FILE
+        if gone.exists():
+            gone = config if config in self._known and not config.exists() else None
+        if gone is not None:
+            raise StoreRefusedError(
+                f"writing the files of {self.address}",
+                f"{gone} is gone: another process has deleted it",
+                "the working copy, as long as this process runs",
+                f"What was published is whole at {self.address}; go on from there",
+            )
 
     def publish(self, paths: Collection[Path] | None = None, *, in_parts: bool = False) -> None:
-        """Brings files to the address, or deletes them there where they are gone here.
+        """Brings files to the address.
 
         Args:
             paths: Which ones; None: `changes`.
@@ -166,10 +183,6 @@ class WorkingCopy:
         files: Any
         files, name = open_store(shared_place(path), PATIENCE)
         log = self._log(path) if path.suffix == _LOG else None
-        if not path.exists():
-            log.delete() if log else files.rm_file(name)
-            self._known.pop(path, None)
-            return
         stamp, is_all = _stamp(path), True
         if log is None:
             upload_file(path, name, files)
@@ -193,9 +206,6 @@ class WorkingCopy:
         if path not in self._logs:
             self._logs[path] = LogParts(*open_store(shared_place(path), PATIENCE))
         return self._logs[path]
-
-    def _own(self) -> list[Path]:
-        return [path for path in self._known if path.is_relative_to(self.root)]
 
     def _has(self, name: str, stamp: Stamp) -> bool:
         path = self.root / name
@@ -232,18 +242,19 @@ def working_copy(place: str | Path, without: Collection[str] = ()) -> Iterator[P
     if (root := open_copy_of(address)) is not None:
         yield root
         return
-    copy = WorkingCopy(_new_folder(address), address)
-    _OPEN[copy.root] = copy
-    add_copy(copy.root, address)
-    try:
-        copy.fetch(without)
-        yield copy.root
-        keeping(copy, copy.publish)
-    finally:
-        del _OPEN[copy.root]
-        remove_copy(copy.root)
-        if not copy.keeps:
-            delete_folder(copy.root)
+    with held_folder(PurePosixPath(address).name) as root:
+        copy = WorkingCopy(root, address)
+        _OPEN[root] = copy
+        add_copy(root, address)
+        try:
+            copy.fetch(without)
+            yield root
+            keeping(copy, copy.publish)
+        finally:
+            del _OPEN[root]
+            remove_copy(root)
+            if not copy.keeps:
+                delete_folder(root)
 
 
 @contextmanager
@@ -314,11 +325,11 @@ def keeping(copy: WorkingCopy, work: Callable[[], T]) -> T:
 
 def kept(copy: WorkingCopy, error: StorageError) -> StorageError:
     """Keeps the local folder of a copy; returns the error that says what is only there."""
-    names = [path.relative_to(copy.root).as_posix() for path in copy.changes()]
     for root, whole in _OPEN.items():
-        if copy.root.is_relative_to(root):
+        if copy.root.is_relative_to(root) and root.exists():
             whole.keeps = True
-            (root / _KEEP).touch()
+            (root / KEEP).touch()
+    names = [path.relative_to(copy.root).as_posix() for path in copy.changes()]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return StorageError(
         f"writing the last files of {copy.address}",
@@ -329,26 +340,6 @@ def kept(copy: WorkingCopy, error: StorageError) -> StorageError:
 
 
 _OPEN: dict[Path, WorkingCopy] = {}
-_MARK, _KEEP = ".copy", ".keep"
-
-
-def _new_folder(address: str) -> Path:
-    """A new folder that names its process; deletes those whose process was killed."""
-    name, host = PurePosixPath(address).name, socket.gethostname()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgmd" / "runs"
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        base = Path(tempfile.gettempdir()) / f"sgmd-runs-{os.getuid()}"
-        base.mkdir(mode=0o700, exist_ok=True)
-    for folder in base.glob(f"*.{host}-*{_MARK}"):
-        process = folder.name.removesuffix(_MARK).rpartition(f".{host}-")[2].partition("-")[0]
-        ended = process.isdigit() and not Path(f"/proc/{process}").exists()
-        if ended and not (folder / _KEEP).exists():
-            delete_folder(folder)
-    root = base / f"{name}.{host}-{os.getpid()}-{secrets.token_hex(4)}{_MARK}"
-    root.mkdir(mode=0o700)
-    return root
 
 
 def _listed(files: Any, root: str, left_out: frozenset[str]) -> dict[str, Mapping[str, Any]]:  # noqa: ANN401
