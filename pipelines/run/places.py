@@ -6,7 +6,7 @@ knows the working copies that this process has open:
     s3://bucket/runs/x  <->  ~/.cache/sgmd/runs/x.HOST-7-1f/     local_of, shared_place
 """
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from cluster.files import store_address
 from sgmd_core.errors import ConfigError
@@ -66,3 +66,10 @@ def shared_place(path: str | Path) -> str:
         if found.is_relative_to(root):
             return f"{address}/{found.relative_to(root).as_posix()}"
     return str(path)
+
+
+def is_path_inside(name: str) -> bool:
+    """Returns True if the rest of an object's key is a plain relative path: no `..`, no `//`."""
+    path = PurePosixPath(name)
+    is_plain = path.as_posix() == name and "\0" not in name
+    return is_plain and not path.is_absolute() and not {".", ".."}.intersection(path.parts or ".")

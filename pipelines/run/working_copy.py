@@ -9,6 +9,7 @@ makes one writes it to its place at the address (`pipelines.run.places.shared_pl
 wants one reads it there. While a run goes on, `pipelines.run.publisher` publishes the copy.
 """
 
+import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from cluster.lease import LEASE_OBJECT, Lease, hold
 from cluster.s3.settings import S3Settings
 from pipelines.run.held_folder import KEEP, held_folder
 from pipelines.run.log_parts import PARTS, LogParts, parts_in_order
-from pipelines.run.places import add_copy, open_copy_of, remove_copy, shared_place
+from pipelines.run.places import add_copy, is_path_inside, open_copy_of, remove_copy, shared_place
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ BIG_FOLDERS = frozenset({"checkpoints", "generator", "best", "exports"})
 PATIENCE = S3Settings(read_budget_s=20.0, read_timeout_s=10.0, max_attempts=3)
 """With requests about small files: a run would rather try again later than wait."""
 
+_log = logging.getLogger(__name__)
 _LOG = ".jsonl"
 _AT_ONCE = 8
 _TRIES = 3
@@ -343,15 +345,30 @@ _OPEN: dict[Path, WorkingCopy] = {}
 
 
 def _listed(files: Any, root: str, left_out: frozenset[str]) -> dict[str, Mapping[str, Any]]:  # noqa: ANN401
-    """Facts of the objects below a folder, by relative path; without big folders and the lease."""
+    """Facts of the objects below a folder, by relative path; without big folders and the lease.
+
+    Keys are any text. One such as `x//etc/passwd`, which is no path inside of the folder, is left.
+    """
     files.invalidate_cache()
     found: dict[str, Mapping[str, Any]] = {}
+    strange: list[str] = []
     for path, facts in files.find(root, detail=True).items():
         name = str(path).removeprefix(f"{root}/")
         parts = PurePosixPath(name).parts
+        if not is_path_inside(name):
+            # Consoles mark a folder by an empty object with a slash at its end.
+            strange += [name] if not name.endswith("/") or facts["size"] else []
+            continue
         hidden = any(part.startswith(".") for part in parts)
-        if parts and not hidden and left_out.isdisjoint(parts[:-1]) and parts[-1] != LEASE_OBJECT:
+        if not hidden and left_out.isdisjoint(parts[:-1]) and parts[-1] != LEASE_OBJECT:
             found[name] = facts
+    if strange:
+        _log.warning(
+            "Left %d objects at %s that are no files inside of it, such as %r",
+            len(strange),
+            root,
+            strange[0],
+        )
     return found
 
 

@@ -8,10 +8,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from moto.server import ThreadedMotoServer
+from s3fs import S3FileSystem
 
 from cluster.errors import StoreRefusedError
 from pipelines.run.held_folder import held_folder
+from pipelines.run.places import is_path_inside
 from pipelines.run.working_copy import WorkingCopy, copy_at, working_copy
+from tests.helpers.s3_server import S3Access, use_server
 
 ROOT = Path(__file__).parents[3]
 RUN = "memory://runs/x"
@@ -79,3 +83,31 @@ def test_a_file_that_is_gone_from_a_copy_stays_at_the_address(there):
         assert isinstance(copy, WorkingCopy)
         assert copy.changes() == []
     assert there.exists("/runs/x/samples/a.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "/a", "//a", "../a", "a/../b", "a//b", "a/", "./a", "\0"]
+)
+def test_a_key_that_is_no_path_inside_is_known(name):
+    assert not is_path_inside(name)
+    assert is_path_inside("a/b..c/d e")
+
+
+def test_keys_that_lead_out_of_the_folder_are_left_and_told(tmp_path, monkeypatch, caplog):
+    outside = tmp_path / "outside" / "owned"
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        use_server(S3Access(server.get_host_and_port()[1]).environment, monkeypatch)
+        files = S3FileSystem()
+        files.mkdir("keys")
+        keys = [f"x/{outside}", f"x/log.jsonl.parts/{outside}", "x/a//b", "x/a/../../../up"]
+        for key in [*keys, f"x/{outside}.jsonl.parts/000000-000000000000", "x/config.yaml"]:
+            files.call_s3("put_object", Bucket="keys", Key=key, Body=b"1\n")
+        with working_copy("s3://keys/x") as root:
+            here = [path.relative_to(root).as_posix() for path in root.rglob("*")]
+    finally:
+        server.stop()
+    assert sorted(here) == [".held", "config.yaml"]
+    assert not outside.parent.exists()
+    assert "Left 5 objects at keys/x that are no files inside of it" in caplog.text
