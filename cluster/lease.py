@@ -208,14 +208,17 @@ class _ObjectLease(Lease):
         while not self._over.wait(_RENEW_EVERY_S):
             try:
                 self._require_own(_RENEWAL_S)
-                # Whoever was paused for longer than the expiry must not bring its lease back.
-                if time.monotonic() - self._renewed_s >= _EXPIRY_S:
-                    _log.warning(
-                        "The lease %s could not be renewed in time, and others may take it",
-                        self._path,
-                    )
-                    return
+                late_s = time.monotonic() - self._renewed_s
                 self._write(is_new=False, timeout_s=_RENEWAL_S)
+                if late_s >= _EXPIRY_S:
+                    # Another process may just be taking it: the later one of both has it.
+                    self._over.wait(_SETTLE_S)
+                    self._require_own(_RENEWAL_S)
+                    _log.warning(
+                        "The lease %s was not renewed for %.0f s; nobody took it",
+                        self._path,
+                        late_s,
+                    )
             except LeaseLostError:
                 return
             except Exception as error:

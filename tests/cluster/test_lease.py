@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from s3fs import S3FileSystem
 
 from cluster import lease as leases
@@ -132,6 +134,33 @@ class TestObjectStore:
                 taker.check()
                 with pytest.raises(LeaseLostError):
                     paused.check()
+
+    def test_a_lease_is_renewed_again_after_an_outage_longer_than_its_expiry(
+        self, folder, monkeypatch
+    ):
+        monkeypatch.setattr(leases, "_RENEW_EVERY_S", 0.05)
+        monkeypatch.setattr(leases, "_EXPIRY_S", 0.3)
+        store = Failing()
+        with hold(folder, "long", store) as lease:
+            store.fails = True
+            time.sleep(0.6)
+            store.fails = False
+            time.sleep(0.5)
+            # Nobody has taken it, so it is as good as before: a second writer is refused.
+            with pytest.raises(LeaseError, match="long"), hold(folder, "next"):
+                pass
+            lease.check()
+
+
+class Failing(MemoryFileSystem):
+    """A store that answers nothing for a while."""
+
+    fails = False
+
+    def cat_file(self, path: str, **options: Any) -> bytes:
+        if self.fails:
+            raise OSError("no answer")
+        return super().cat_file(path, **options)
 
 
 def test_a_store_that_accepts_and_never_answers_is_not_waited_for(monkeypatch):
