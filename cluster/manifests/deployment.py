@@ -104,11 +104,15 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
+def commented(text: str) -> str:
+    """A text as a comment of a shell script, Dockerfile or YAML: no line of it is left outside."""
+    return "\n".join(f"# {line}".rstrip() for line in text.splitlines())
+
+
 def yaml_documents(comment: str, *documents: Mapping[str, object]) -> str:
     """Documents of one YAML file, below a comment."""
-    lines = "".join(f"# {line}".rstrip() + "\n" for line in comment.splitlines())
     parts = [
         yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
         for document in documents
     ]
-    return lines + "---\n".join(parts)
+    return f"{commented(comment)}\n" + "---\n".join(parts)

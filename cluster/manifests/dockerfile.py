@@ -5,6 +5,8 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from cluster.manifests.deployment import commented
+
 
 def dockerfile(image: str, folders: Sequence[str], python: str, made_by: str) -> str:
     """The Dockerfile, to be built in the source tree.
@@ -22,5 +24,5 @@ def dockerfile(image: str, folders: Sequence[str], python: str, made_by: str) ->
         autoescape=False,
     )
     return templates.get_template("Dockerfile.j2").render(
-        image=image, folders=folders, python=python, made_by=made_by
+        image=image, folders=folders, python=python, made_by=commented(made_by)
     )

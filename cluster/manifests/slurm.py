@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from cluster.manifests.deployment import FILE_PATH, Deployment, dns_name
+from cluster.manifests.deployment import FILE_PATH, Deployment, commented, dns_name
 
 _PORT = 6379
 _WARN_S = 120
@@ -31,7 +31,7 @@ def slurm_script(deployment: Deployment, time: str) -> str:
     node = deployment.head
     words = ['"$recipe"' if word == FILE_PATH else shlex.quote(word) for word in deployment.program]
     return templates.get_template("slurm.sh.j2").render(
-        made_by=deployment.made_by,
+        made_by=commented(deployment.made_by),
         name=dns_name(deployment.name),
         nodes=1 + sum(group.count for group in deployment.workers),
         cpus=node.cpus + _CPUS_OF_RAY,

@@ -105,6 +105,8 @@ def deployment_of_equals(request: DeploymentRequest) -> Deployment:
     memory = max(_LEAST_MEMORY_GB, math.ceil(request.memory_gb * gpus))
     head = MachineGroup(_HEAD, 1, cpus, gpus, memory)
     others = math.ceil(total / gpus) - 1
+    for name, pool in topology.role_pools.items():
+        _require_room(request, name, pool, _most_ranks(request, pool))
     workers = [MachineGroup("worker", others, cpus, gpus, memory)] if others else []
     return _deployment(request, request.config, head, workers)
 
@@ -142,18 +144,11 @@ def _group_of(request: DeploymentRequest, name: str, pool: RolePoolSettings) -> 
     """The machines of one pool: as large as allowed, and all equal."""
     copies = pool.replicas if isinstance(pool, TeacherPoolSettings) else 1
     processes = pool.ranks * copies
-    most = max(1, math.floor(request.gpus_per_machine / pool.gpus)) if pool.gpus else processes
+    most = _most_ranks(request, pool)
     if pool.strategy == "strict_spread":
         most = 1
     each = max(size for size in range(1, most + 1) if processes % size == 0)
-    if pool.strategy == "strict_pack" and each < pool.ranks:
-        raise ConfigError(
-            f"planning the machines of pool {name}",
-            f"strict_pack of {pool.ranks} ranks, and machines of {request.gpus_per_machine} GPUs",
-            "room for all of them on one machine",
-            f"Set topology.{_section(request.config, name)}.strategy=pack, or --with "
-            "gpus-per-machine to what a machine has",
-        )
+    _require_room(request, name, pool, each)
     gpus = math.ceil(pool.gpus * each)
     memory = max(_LEAST_MEMORY_GB, math.ceil(request.memory_gb * max(1, gpus)))
     resources = {key: amount * each for key, amount in pool.resources.items()}
@@ -166,6 +161,26 @@ def _group_of(request: DeploymentRequest, name: str, pool: RolePoolSettings) -> 
         {**_given_labels(name, pool.labels), POOL_LABEL: name.replace("_", "-")},
         resources,
     )
+
+
+def _most_ranks(request: DeploymentRequest, pool: RolePoolSettings) -> int:
+    """Ranks of a pool that one machine has GPUs for."""
+    copies = pool.replicas if isinstance(pool, TeacherPoolSettings) else 1
+    if not pool.gpus:
+        return pool.ranks * copies
+    return max(1, math.floor(request.gpus_per_machine / pool.gpus))
+
+
+def _require_room(request: DeploymentRequest, name: str, pool: RolePoolSettings, each: int) -> None:
+    """Refuses ranks that must be on one machine, where a machine has room for `each` of them."""
+    if pool.strategy == "strict_pack" and each < pool.ranks:
+        raise ConfigError(
+            f"planning the machines of pool {name}",
+            f"strict_pack of {pool.ranks} ranks, and machines of {request.gpus_per_machine} GPUs",
+            "room for all of them on one machine",
+            f"Set topology.{_section(request.config, name)}.strategy=pack, or --with "
+            "gpus-per-machine to what a machine has",
+        )
 
 
 def _given_labels(name: str, wanted: Mapping[str, str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Manifests of a planned run: `sgmd plan RECIPE --gpus N --emit KIND --with KEY=VALUE`."""
 
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
@@ -31,6 +32,12 @@ _DETAILS: dict[str, tuple[str, ...]] = {
 _FOLDERS = ("sgmd", "sgmd_core", "workers", "cluster", "pipelines", "assets")
 _GPUS_PER_MACHINE = 8
 _TIME = "24:00:00"
+_FORMS = {
+    "time": (r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", "a time of Slurm, such as 08:00:00 or 1-12"),
+    "python": (r"3\.\d+(\.\d+)?", "a version of Python, such as 3.11"),
+    "image": (r"[A-Za-z0-9][\w.:/@-]*", "the name of an image, such as registry/sgmd:1"),
+}
+"""Patterns of details that become a part of a line, with words for them."""
 _INSTANCES = {
     "aws": {1: "g6e.4xlarge", 4: "g6e.12xlarge", 8: "p5.48xlarge"},
     "gcp": {1: "a3-highgpu-1g", 2: "a3-highgpu-2g", 4: "a3-highgpu-4g", 8: "a3-highgpu-8g"},
@@ -90,8 +97,17 @@ def _details_of(kind: str, details: Sequence[str]) -> dict[str, str]:
                 f"KEY=VALUE with a key of {', '.join(known)}",
                 f"Write {near}" if near and near != key else "Correct it",
             )
+        _require_form(kind, key, value)
         given[key] = value
     return given
+
+
+def _require_form(kind: str, key: str, value: str) -> None:
+    pattern, words = _FORMS.get(key, ("(?s:.*)", ""))
+    if not re.fullmatch(pattern, value, re.ASCII):
+        raise ConfigError(
+            f"emitting a manifest for {kind}", f"--with {key}={value!r}", words, "Correct it"
+        )
 
 
 def _whole(given: Mapping[str, str], key: str, default: int) -> int:

@@ -93,6 +93,10 @@ def test_no_secret_of_this_machine_is_in_a_manifest(kind: str, monkeypatch: pyte
         ("slurm", ["tim=1"], "Write time"),
         ("kuberay", ["volume=a"], "CLAIM:/PATH"),
         ("kuberay", ["gpus-per-machine=0"], "above 0"),
+        ("slurm", ["time=1:00\ntouch here"], "a time of Slurm"),
+        ("slurm", ["time=soon"], "a time of Slurm"),
+        ("dockerfile", ["python=3.11\nRUN id"], "a version of Python"),
+        ("dockerfile", ["image=a\nRUN id"], "the name of an image"),
         ("launcher", [], "--with provider=aws"),
         ("launcher", ["provider=gcp"], "--with project=ID"),
         ("launcher", ["provider=local", "hosts=a"], "the addresses of 2 machines of 8 GPUs"),
@@ -114,6 +118,28 @@ def test_pools_that_want_machines_of_their_own_are_refused_where_all_are_equal()
         emitted("slurm", 5, **{"topology.text.labels": {"rack": "a"}})
     _, groups = parts(emitted("kuberay", 5, **{"topology.fused.labels": {"rack": "a"}}))
     assert groups["fused"]["labels"] == {"rack": "a", "sgmd-pool": "fused"}
+
+
+@pytest.mark.parametrize("kind", ["kuberay", "slurm"])
+def test_ranks_that_must_be_on_one_machine_are_refused_where_it_is_too_small(kind: str):
+    pool = next(iter(planned(9)[0].topology.role_pools))
+    strict = {f"topology.{pool}.strategy": "strict_pack"}
+    assert emitted(kind, 9, "gpus-per-machine=8", **strict)
+    with pytest.raises(ConfigError, match="room for all of them on one machine"):
+        emitted(kind, 9, "gpus-per-machine=2", **strict)
+
+
+@pytest.mark.parametrize("time", ["90", "90:00", "08:00:00", "1-12", "1-12:30", "1-12:30:00"])
+def test_times_are_those_of_slurm(time: str):
+    assert f"#SBATCH --time={time}\n" in emitted("slurm", 5, f"time={time}")
+
+
+@pytest.mark.parametrize("kind", ["slurm", "dockerfile", "kuberay"])
+def test_no_line_of_a_command_leaves_its_comment(kind: str):
+    command = "sgmd plan tiny 'note=a\ntouch here'"
+    text = emit_manifest(kind, *planned(5), [], command)
+    assert "# touch here'\n" in text
+    assert "\ntouch here" not in text
 
 
 def test_the_command_prints_the_manifest_and_nothing_else():
