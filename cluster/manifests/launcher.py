@@ -1,9 +1,11 @@
 """YAML for Ray's cluster launcher (`ray up`): virtual machines of AWS or GCP, or machines at hand.
 
 Every machine is of one kind; the first is the head. The token is that of the machine from which
-`ray up` is called: the launcher copies it to all.
+`ray up` is called: the launcher copies it to all, and with it a file of keys where some are needed.
 """
 
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +14,7 @@ from cluster.manifests.deployment import Deployment, MachineGroup, dns_name, yam
 Provider = Literal["aws", "gcp", "local"]
 
 _TOKEN = "~/.ray/auth_token"
+_KEYS = "~/.sgmd-keys"
 _RECIPE = "~/recipe.yaml"
 _DISK_GB = 500
 _GCP_IMAGES = "deeplearning-platform-release"
@@ -20,11 +23,15 @@ _STARTS = "ulimit -n 65536; RAY_AUTH_MODE=token ray start --disable-usage-stats"
 _WORDS = """\
 {made_by}
 Once: RAY_AUTH_MODE=token ray get-auth-token --generate   (the token, in ~/.ray/auth_token)
-  ray up -y THIS
+{keys}  ray up -y THIS
   ray exec THIS 'tail -n +1 -F ~/run.log'                  follow the run
   ray down -y THIS                                         give the machines back
 Start the run, and go on with it after it ended:
   ray exec THIS {run!r}"""
+_WORDS_ON_KEYS = """\
+Once, with the keys in the environment, for the file that is copied to every machine:
+  (umask 077; declare -p {names} > {file})
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,34 +67,46 @@ def launcher_config(deployment: Deployment, machines: Machines) -> str:
     """
     workers = sum(group.count for group in deployment.workers)
     command = " ".join(deployment.command(_RECIPE))
-    run = f"RAY_AUTH_MODE=token RAY_ADDRESS=auto nohup {command} >> ~/run.log 2>&1 & disown"
+    keys = _keys(deployment, machines)
+    # Where it is read, Ray's processes and the program have the keys in their environment.
+    read = f". {_KEYS}; " if keys else ""
+    run = f"{read}RAY_AUTH_MODE=token RAY_ADDRESS=auto nohup {command} >> ~/run.log 2>&1 & disown"
     config: dict[str, Any] = {
         "cluster_name": dns_name(deployment.name),
         "max_workers": workers,
         "provider": _provider(machines),
         "auth": {"ssh_user": machines.user},
         "docker": _docker(deployment),
-        "file_mounts": {_TOKEN: _TOKEN},
+        "file_mounts": {path: path for path in (_TOKEN, *([_KEYS] if keys else []))},
         "head_setup_commands": [_write_file(deployment.file)],
         "head_start_ray_commands": [
             "ray stop",
-            _start(deployment.head, "--head --port=6379 --dashboard-host=127.0.0.1")
+            read
+            + _start(deployment.head, "--head --port=6379 --dashboard-host=127.0.0.1")
             + ("" if machines.provider == "local" else _AUTOSCALING),
         ],
         "worker_start_ray_commands": [
             "ray stop",
-            _start(deployment.head, "--address=$RAY_HEAD_IP:6379"),
+            read + _start(deployment.head, "--address=$RAY_HEAD_IP:6379"),
         ],
     }
     if machines.provider != "local":
         config["head_node_type"] = "head"
         config["available_node_types"] = _node_types(machines, deployment.head, workers)
         config["idle_timeout_minutes"] = 30
-    words = _WORDS.format(made_by=deployment.made_by, run=run)
+    on_keys = _WORDS_ON_KEYS.format(names=" ".join(keys), file=_KEYS) if keys else ""
+    words = _WORDS.format(made_by=deployment.made_by, run=run, keys=on_keys)
     return yaml_documents(words, config)
 
 
 _AUTOSCALING = " --autoscaling-config=~/ray_bootstrap_config.yaml"
+
+
+def _keys(deployment: Deployment, machines: Machines) -> Sequence[str]:
+    """Names of the keys that machines have to be given; a profile stands for those of AWS."""
+    return [
+        name for name in deployment.secrets if not (machines.profile and name.startswith("AWS_"))
+    ]
 
 
 def _provider(machines: Machines) -> dict[str, Any]:
@@ -150,7 +169,10 @@ def _docker(deployment: Deployment) -> dict[str, Any]:
     shared = max(1, round(0.35 * deployment.head.memory_gb))
     options = [f"--shm-size={shared}g", "--ulimit nofile=65536:65536"]
     options += ["--gpus all"] if deployment.head.gpus else []
-    options += [f"-e {key}={value}" for key, value in deployment.environment.items()]
+    # The machine's shell reads them.
+    options += [
+        f"-e {shlex.quote(f'{key}={value}')}" for key, value in deployment.environment.items()
+    ]
     return {
         "image": deployment.image,
         "container_name": dns_name(deployment.name),

@@ -15,7 +15,7 @@ from cluster.manifests.deployment import dns_name
 from cluster.manifests.dockerfile import dockerfile
 from cluster.manifests.launcher import Machines, launcher_config
 from cluster.manifests.slurm import slurm_script
-from tests.cluster.manifests.deployments import FILE, equals
+from tests.cluster.manifests.deployments import FILE, deployment, equals
 
 BIN = Path(sys.executable).parent
 SCHEMA = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
@@ -68,6 +68,36 @@ def test_the_launchers_yaml_is_what_its_schema_says(machines: Machines):
     # In a private cluster of machines at hand nobody starts further ones.
     scales = "autoscaling-config" in config["head_start_ray_commands"][-1]
     assert scales == (machines.provider != "local")
+
+
+def test_a_variable_of_the_launcher_is_one_word_of_the_shell():
+    value = "$(id) `id` 'a' \"b\"; c"
+    text = launcher_config(deployment(environment={"ODD": value}), AWS)
+    options = " ".join(yaml.safe_load(text)["docker"]["run_options"])
+    words = checked(["bash", "-c", f"printf '%s\\n' {options}"], "").splitlines()
+    assert words[words.index("-e") + 1] == f"ODD={value}"
+
+
+@pytest.mark.parametrize("machines", [GCP, Machines("local", hosts=("10.0.0.1",))])
+def test_machines_get_keys_from_a_file_that_the_header_says_how_to_make(
+    machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = launcher_config(equals(1), machines)
+    (make,) = [line.removeprefix("# ") for line in text.splitlines() if "declare -p" in line]
+    checked(["bash", "-c", f"export AWS_SECRET_ACCESS_KEY='a $b/c'\n{make}"], "")
+    assert (tmp_path / ".sgmd-keys").stat().st_mode & 0o777 == 0o600
+    config = yaml.safe_load(text)
+    assert config["file_mounts"]["~/.sgmd-keys"] == "~/.sgmd-keys"
+    for line in (config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]):
+        says = "ray() { printenv AWS_SECRET_ACCESS_KEY; }\n"
+        assert checked(["bash", "-c", says + line], "") == "a $b/c\n"
+
+
+def test_a_profile_stands_for_the_keys_of_aws_alone():
+    assert ".sgmd-keys" not in launcher_config(equals(1), AWS)
+    both = deployment(secrets=["AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY"])
+    assert "declare -p WANDB_API_KEY >" in launcher_config(both, AWS)
 
 
 def test_the_schema_of_the_launcher_refuses_what_it_does_not_know():
