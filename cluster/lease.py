@@ -32,6 +32,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import LeaseError, LeaseLostError
 from cluster.files import open_store, storage_errors
+from cluster.redaction import without_secrets
 
 LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
 _RENEW_EVERY_S, _EXPIRY_S = 10.0, 60.0
@@ -109,7 +110,7 @@ def _holder(purpose: str) -> dict[str, Any]:
         "purpose": purpose,
         "owner": f"{_user()}@{socket.gethostname()}",
         "pid": os.getpid(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+        "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:200],
         "system": _system(),
         "since": datetime.now(UTC).isoformat(timespec="seconds"),
         "token": secrets.token_hex(8),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from cluster.redaction import without_secrets
 from cluster.storage import write_text
 from pipelines.commands.options import Json, Overrides, RecipeName
 from pipelines.commands.output import show, working
@@ -123,7 +124,7 @@ def _manifest(kind: str, config: "DistillConfig", plan: "Plan", details: Sequenc
     from pipelines.planning.emitting import emit_manifest
     from pipelines.planning.planned_recipe import planned_recipe
 
-    command = shlex.join(["sgmd", *sys.argv[1:]])
+    command = without_secrets(shlex.join(["sgmd", *sys.argv[1:]]))
     return emit_manifest(kind, planned_recipe(config, plan), plan, details, command)
 
 

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from pipelines.doctoring.findings import Finding
+from cluster.redaction import has_user, without_secrets
+from pipelines.doctoring.findings import Finding, Status
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
@@ -31,6 +32,14 @@ def examine(
         config = config.with_absolute_paths()
         places.append(config.output)
         models += [config.model.folder, *([config.teacher.model] if config.teacher.model else [])]
+    refused = [_with_user("storage", place) for place in places if has_user(place)]
+    refused += [_with_user("model", each) for each in models if has_user(each)]
+    places = [place for place in places if not has_user(place)]
+    models = [each for each in models if not has_user(each)]
+    return [*_examine(address, places, models), *refused]
+
+
+def _examine(address: str | None, places: list[str], models: list[str]) -> list[Finding]:
     if address is None:
         from pipelines.doctoring.machine import examine_machine
         from pipelines.doctoring.storage import try_storage
@@ -41,3 +50,13 @@ def examine(
 
     wanted = Wanted(tuple(dict.fromkeys(places)), tuple(dict.fromkeys(models)))
     return examine_cluster(address, wanted)
+
+
+def _with_user(what: str, place: str) -> Finding:
+    """A place that is not tried: its address would take a key into lists of processes and logs."""
+    return Finding(
+        f"{what} {without_secrets(place)}",
+        Status.MISSING,
+        "a user or a key in the address",
+        "Put keys into the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.files import open_store
+from cluster.redaction import without_secrets
 from cluster.s3.settings import S3Settings
 from pipelines.doctoring.findings import Finding, Status, gib
 
@@ -51,7 +52,8 @@ def try_storage(folder: str) -> Finding:
             if "://" in folder
             else "Check the folder and the rights to it"
         )
-        return Finding(name, Status.MISSING, f"{type(error).__name__}: {error}", remedy)
+        found = without_secrets(f"{type(error).__name__}: {error}")
+        return Finding(name, Status.MISSING, found, remedy)
     if read != payload:
         return Finding(name, Status.MISSING, "reads back something else", "Try another folder")
     if not any(str(each).endswith(path.rpartition("/")[2]) for each in listed):

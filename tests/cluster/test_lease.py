@@ -190,3 +190,11 @@ def test_a_folder_that_was_made_for_a_lease_and_stayed_empty_goes_with_it(tmp_pa
     with hold(str(tmp_path / "used"), "a test"):
         (tmp_path / "used" / "result").write_text("kept")
     assert (tmp_path / "used" / "result").read_text() == "kept"
+
+
+def test_a_lease_tells_the_command_of_its_holder_without_keys(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sgmd", "distill", "output=s3://ME:planted0key@bucket/x"])
+    with hold(str(tmp_path), "a test"):
+        said = (tmp_path / LEASE_FILE).read_text()
+    assert "output=s3://***@bucket/x" in said
+    assert "planted" not in said

@@ -75,6 +75,16 @@ def test_a_storage_of_an_unknown_kind_is_missing():
     assert finding("storage", storage="nonsense://x").status is Status.MISSING
 
 
+@pytest.mark.parametrize("address", [None, "http://head:8265"])
+def test_an_address_with_a_key_is_not_tried_and_the_key_not_told(address: str | None):
+    place = "s3://ME:planted0key@bucket/runs"
+    found = examine(address=address, storage=place, model=place)
+    (storage,) = [each for each in found if each.name == "storage s3://***@bucket/runs"]
+    (model,) = [each for each in found if each.name == "model s3://***@bucket/runs"]
+    assert storage.status is model.status is Status.MISSING
+    assert "planted" not in repr(found)
+
+
 def test_a_long_temporary_folder_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     long = tmp_path / ("x" * 60)
     long.mkdir()

@@ -1,6 +1,7 @@
 """Manifests of planned recipes: machines for the pools, recipes that find them, refusals."""
 
 import re
+import sys
 from functools import cache
 
 import pytest
@@ -140,6 +141,13 @@ def test_no_line_of_a_command_leaves_its_comment(kind: str):
     text = emit_manifest(kind, *planned(5), [], command)
     assert "# touch here'\n" in text
     assert "\ntouch here" not in text
+
+
+def test_no_key_of_the_command_is_in_the_manifest(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["sgmd", "plan", "tiny", "note=s3://ME:planted0key@bucket"])
+    command = ["plan", "wan21-1.3b", "--model", "1.3b", *PLACES, "--gpus", "5"]
+    done = CliRunner().invoke(app, [*command, "--emit", "dockerfile"])
+    assert done.stdout.startswith("# Made by: sgmd plan tiny note=s3://***@bucket\n"), done.output
 
 
 def test_the_command_prints_the_manifest_and_nothing_else():
