@@ -117,11 +117,11 @@ def _executor(num_processes: int, max_hang_s: float) -> ProcessPoolExecutor:
 
 def _begin(max_hang_s: float) -> None:
     end_on_hang(max_hang_s)
-    _die_with_parent()
+    die_with_parent()
 
 
-def _die_with_parent() -> None:
-    """A process whose parent was killed would wait for work for ever."""
+def die_with_parent() -> None:
+    """Ends this process of a pool with its parent, instead of waiting for work for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "this runs in the processes of a pool"
 

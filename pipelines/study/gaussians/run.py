@@ -24,6 +24,7 @@ from cluster.errors import StorageError
 from cluster.lease import hold
 from cluster.storage import read_json, write_json, write_text
 from pipelines.config.gaussian_study import GaussianStudyConfig
+from pipelines.data.making.ordered_pool import die_with_parent
 from pipelines.run.folder import require_output_folder
 from pipelines.study.gaussians.distilling import (
     GaussianDistillation,
@@ -112,7 +113,8 @@ def _made_side_by_side(
     if processes < 2:
         yield from ((cell, _made(config, cell)) for cell in missing)
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn, initializer=die_with_parent) as pool:
         asked = {pool.submit(_made, config, cell): cell for cell in missing}
         try:
             for future in as_completed(asked):
