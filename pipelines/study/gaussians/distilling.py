@@ -24,6 +24,7 @@ from sgmd_core.schedule import NUM_SCORE_LEVELS
 from sgmd_core.seeds import exit_step, random_generator
 from sgmd_core.types import Latents, MicroBatchKey, NoisedBatch, Purpose, detached
 from sgmd_core.worlds.mixture import GaussianMixture, mixture_centres
+from workers.ema import effective_decay
 
 _WORLD_SEED = 0
 _EXIT_SEED = 0
@@ -99,7 +100,7 @@ class GaussianDistillation:
         is_shared = self._variant.tracking == "shared"
         self._learn(iteration, is_shared)
         generator_step()
-        self._average_weights()
+        self._average_weights(iteration)
         if is_shared:
             fake_step()
             return
@@ -190,8 +191,8 @@ class GaussianDistillation:
         by_seed = {seed: drawn(seed) for seed in {member.seed for member in self._members}}
         return torch.cat([by_seed[member.seed] for member in self._members])
 
-    def _average_weights(self) -> None:
-        decay = self._config.networks.ema_decay
+    def _average_weights(self, updates: int) -> None:
+        decay = effective_decay(self._config.networks.ema_decay, updates)
         with torch.no_grad():
             pairs = zip(self._average, self._generator.parameters(), strict=True)
             for average, parameter in pairs:

@@ -22,7 +22,9 @@ from sgmd_core.velocity import VelocityModel
 class MemberNetworks(nn.Module):
     """A base velocity and a learned correction of it, one a member; the correction starts at 0.
 
-        velocity(x_t, sigma) = base(x_t, sigma) + correction(x_t, sigma)
+        velocity(x_t, sigma) = base(x_t, sigma) + matrix x_t + network(x_t, sigma)
+
+    Without the matrix, hidden layers narrower than a sample could not move most directions at all.
 
     Args:
         base: What the networks start as; None starts at velocity 0.
@@ -47,6 +49,7 @@ class MemberNetworks(nn.Module):
         sizes = [dim + 1, *[width] * hidden_layers, dim]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
+        self.skip = nn.Parameter(torch.zeros(len(seeds), dim, dim))
         for layer, (before, after) in enumerate(itertools.pairwise(sizes)):
             drawn = [_initial(seed, role, layer, before, after) for seed in seeds]
             is_last = layer == hidden_layers
@@ -56,14 +59,14 @@ class MemberNetworks(nn.Module):
 
     def forward(self, x_t: Latents, sigma: PerSample, text: Text) -> Latents:
         """Predicts the velocity at `x_t`; samples of one member lie next to each other."""
-        members = len(self.weights[0])
-        hidden = torch.cat([x_t.flatten(1), sigma[:, None]], dim=1)
-        hidden = hidden.reshape(members, -1, hidden.shape[1])
+        members, dim = self.skip.shape[:2]
+        points = x_t.reshape(members, -1, dim)
+        hidden = torch.cat([points, sigma.reshape(members, -1, 1)], dim=2)
         last = len(self.weights) - 1
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = torch.baddbmm(bias, hidden, weight)
             hidden = nn.functional.silu(hidden) if layer < last else hidden
-        correction = hidden.reshape(x_t.shape)
+        correction = torch.baddbmm(hidden, points, self.skip).reshape(x_t.shape)
         return correction if self._base is None else self._base(x_t, sigma, text) + correction
 
 

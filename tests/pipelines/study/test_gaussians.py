@@ -178,6 +178,33 @@ def test_a_broken_seed_is_counted_and_kept_out_of_means(tmp_path: Path):
     assert paired_difference([float("nan"), 1.0], [0.0, 0.0]) is None
 
 
+def test_a_sample_wider_than_the_hidden_layers_can_be_learned():
+    """Without a path around eight units, 8 of 64 directions could move."""
+    config = recipe("batch_size=64", "num_samples=256")
+    world = config.worlds["single"].model_copy(update={"dim": 64, "spread": 0.2})
+    members = [Member(0, 3e-3, 1e-2)]
+    dmd = GaussianVariant.model_validate({"objective": {"method": "dmd"}, "tracking": "fresh"})
+    run = GaussianDistillation(config, world, dmd, members)
+    ((_, samples),) = measured_on_the_way(run, 300, 1, 256)
+    before = 1 / 0.2
+    found = Truth(mixture_of(world), 256).figures(samples[0], 0)["spread"]
+    assert found < before / 2
+
+
+def test_a_variant_that_breaks_at_every_rate_is_a_row(tmp_path: Path):
+    """So far apart that the squares of the teacher's distances are no numbers."""
+    config = recipe(
+        f"output={tmp_path}",
+        "worlds={ring: {dim: 2, radius: 1.0e+30, forwards: 100}}",
+        "variants={sgmd: {}}",
+    )
+    results = gaussian_study(config, lambda text: None, num_processes=1)
+    cell = results.cell("ring", "sgmd")
+    assert cell.num_broken == 3
+    assert cell.rates == (1e-3, 3e-3)
+    assert "sgmd (3 broken)" in (config.folder / "results.md").read_text()
+
+
 def test_every_variant_has_the_same_budget():
     config = recipe("networks.width=64")
     for name, world in config.worlds.items():
