@@ -33,7 +33,7 @@ import fsspec
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.errors import ClusterError, StorageError
+from cluster.errors import ClusterError, StorageError, StoreRefusedError
 from sgmd_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -75,7 +75,8 @@ _OBJECT_STORE = (
 def storage_errors(attempted: str) -> Iterator[None]:
     """Turns whatever a file system raises into a `StorageError` that says what to do.
 
-    A full disk, a quota and a disk that is read-only have remedies of their own.
+    A full disk, a quota and a disk that is read-only have remedies of their own. Those, and missing
+    rights, make a `StoreRefusedError`: waiting does not help.
 
     Args:
         attempted: What is being done, with the path.
@@ -88,7 +89,8 @@ def storage_errors(attempted: str) -> Iterator[None]:
         usual = _OBJECT_STORE if _is_remote(attempted, error) else _DISK
         expected, remedy = _REMEDIES.get(_code_of(error), usual)
         found = f"{type(error).__name__}: {error}"
-        raise StorageError(attempted, found, expected, remedy) from error
+        kind = StoreRefusedError if _is_refusal(error) else StorageError
+        raise kind(attempted, found, expected, remedy) from error
 
 
 def open_store(
@@ -193,6 +195,11 @@ def _is_remote(attempted: str, error: BaseException) -> bool:
     chain = [error, error.__cause__, error.__context__]
     sdk = ("botocore", "aiobotocore", "aiohttp")
     return any(type(each).__module__.split(".")[0] in sdk for each in chain)
+
+
+def _is_refusal(error: Exception) -> bool:
+    chain = (error, error.__cause__, error.__context__)
+    return _code_of(error) in _REMEDIES or any(isinstance(each, PermissionError) for each in chain)
 
 
 def _code_of(error: Exception) -> int:

@@ -43,6 +43,7 @@ from pipelines.run.records import IterationRecord, ValidationRecord
 from pipelines.run.working_copy import copy_at
 
 _MAX_WAITING = 2
+_LISTING = "listing"
 """Validations under way at a time, but for those that must not be left out."""
 
 
@@ -241,8 +242,9 @@ class RunMonitor:
         """Steps of the checkpoints; while the run bears a failing store, those of before."""
         try:
             self._steps = self.checkpoints.steps()
+            self.folder.publisher.succeeded(_LISTING)
         except StorageError as error:
-            self.folder.publisher.bear(error)
+            self.folder.publisher.bear(error, _LISTING)
         return self._steps
 
     def _bring_sheet(self, record: ValidationRecord) -> None:

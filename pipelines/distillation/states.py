@@ -26,6 +26,7 @@ from workers.generator_learner import GeneratorLearner
 
 _FAILED_RUN_WAIT_S = 60.0
 """How long a run that has failed waits for the state that is being written."""
+_SAVING = "saving"
 
 _Asked: TypeAlias = list[tuple[WorkerGroup[Any], list[Future[Any]]]]
 """Groups, and what each of their ranks was asked."""
@@ -178,7 +179,7 @@ class States:
             yield
         except StorageError as error:
             self._saving = self._asked = None
-            self._folder.publisher.bear(error)
+            self._folder.publisher.bear(error, _SAVING)
             self._owed, self._put_off = step, error
             self._monitor.observer.warning(
                 f"the state of iteration {step} is not saved ({error.found}); the next one is "
@@ -202,6 +203,7 @@ class States:
                 return
             self._folder.flush()
             self._checkpoints.commit(saving.step, saving.manifest, digests)
+            self._folder.publisher.succeeded(_SAVING)
         except LOST:
             # A repair looks whether the processes that write it are still there.
             raise

@@ -281,10 +281,10 @@ class Distillation:
         self._observer.note(f"writing the generator to {shared_place(self._folder.generator)}")
         self._states.settle_last(self._position)
         insist = self._folder.publisher.insist
-        insist(lambda: self._states.export(self._folder.generator))
+        insist("the generator", lambda: self._states.export(self._folder.generator))
         self._monitor.finish()
-        insist(self._states.prune)
-        insist(self._states.export_best)
+        insist("pruning", self._states.prune)
+        insist("the best generator", self._states.export_best)
         self._trace.close(self._monitor.silent)
         summary = summarise(self._config, self._folder, self._data.counts(), self._monitor.ranking)
         summary |= {

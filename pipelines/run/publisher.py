@@ -3,6 +3,7 @@
     every 5 s           lines added to logs, as parts; files that have changed, whole
     flush()             the same at once, before a checkpoint is committed that follows from it
     the store fails     told and written down as an event; training goes on for a bounded time
+    it refuses a state  no rights, no room: the run ends, and so it does of one that never succeeds
     the store is back   everything is caught up
     the end             logs are joined; the error names what is in the working copy alone
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from cluster.background import in_background
-from cluster.errors import ClusterError, LeaseLostError, StorageError
+from cluster.errors import ClusterError, LeaseLostError, StorageError, StoreRefusedError
 from cluster.lease import Lease
 from pipelines.run.records import RunEvent
 from pipelines.run.working_copy import WorkingCopy, copy_at, kept
@@ -54,13 +55,20 @@ class Publisher:
             LeaseLostError: Another process has taken the run over.
         """
 
-    def bear(self, error: StorageError) -> None:
+    def bear(self, error: StorageError, work: str) -> None:
         """Takes note of a failure of the store that the run can go on without, for a while.
+
+        Args:
+            error: The failure.
+            work: Names what failed; `succeeded` ends the time for which it is borne.
 
         Raises:
             StorageError: The error, where it is not borne or not any longer.
         """
         raise error
+
+    def succeeded(self, work: str) -> None:
+        """Takes note that work has been done: an earlier failure of it counts no longer."""
 
     def wait(self) -> None:
         """Waits until the store answers again.
@@ -69,18 +77,25 @@ class Publisher:
             StorageError: It has failed for longer than the run bears.
         """
 
-    def insist(self, work: Callable[[], T]) -> T:
+    def insist(self, name: str, work: Callable[[], T]) -> T:
         """Does work that may be repeated until the store lets it.
+
+        Args:
+            name: Names it.
+            work: Does it.
 
         Raises:
             StorageError: The store does not, and the run does not bear that (any longer).
         """
         while True:
             try:
-                return work()
+                found = work()
             except StorageError as error:
-                self.bear(error)
+                self.bear(error, name)
                 self.wait()
+            else:
+                self.succeeded(name)
+                return found
 
 
 class AddressPublisher(Publisher):
@@ -103,6 +118,8 @@ class AddressPublisher(Publisher):
         self._lock = threading.Lock()
         self._fatal: ClusterError | None = None
         self._out_since_s: float | None = None
+        # By work: small files may come through while it does not.
+        self._failed_since_s: dict[str, float] = {}
 
     @property
     def is_out(self) -> bool:
@@ -134,10 +151,18 @@ class AddressPublisher(Publisher):
         if self._fatal is not None:
             raise self._fatal
 
-    def bear(self, error: StorageError) -> None:
-        """See `Publisher`."""
+    def bear(self, error: StorageError, work: str) -> None:
+        """See `Publisher`; where the store answers and refuses, nothing is borne."""
+        if isinstance(error, StoreRefusedError):
+            raise error
+        since_s = self._failed_since_s.setdefault(work, time.monotonic())
         self._note(error)
+        self._end_if_long(error, since_s)
         self.check()
+
+    def succeeded(self, work: str) -> None:
+        """See `Publisher`."""
+        self._failed_since_s.pop(work, None)
 
     def wait(self) -> None:
         """See `Publisher`."""
@@ -158,7 +183,7 @@ class AddressPublisher(Publisher):
                 return
             except StorageError as error:
                 self._note(error)
-                if self._fatal is not None:
+                if self._fatal is not None or isinstance(error, StoreRefusedError):
                     raise kept(self._copy, error) from error
                 time.sleep(_AGAIN_S)
 
@@ -199,9 +224,9 @@ class AddressPublisher(Publisher):
 
     def _note(self, error: StorageError) -> None:
         """Begins an outage, or looks whether it lasts too long."""
-        now = time.monotonic()
-        if self._out_since_s is None:
-            self._out_since_s = now
+        since_s = self._out_since_s
+        if since_s is None:
+            since_s = self._out_since_s = time.monotonic()
             self._tell(
                 RunEvent(
                     kind="storage_lost",
@@ -209,10 +234,14 @@ class AddressPublisher(Publisher):
                     action=f"went on; recovery.storage_outage_s bears {self._outage_s:g} s of it",
                 )
             )
-        if now - self._out_since_s >= self._outage_s and self._fatal is None:
+        self._end_if_long(error, since_s)
+
+    def _end_if_long(self, error: StorageError, since_s: float) -> None:
+        long_s = time.monotonic() - since_s
+        if long_s >= self._outage_s and self._fatal is None:
             self._fatal = StorageError(
                 f"keeping the run at {self._copy.address}",
-                f"its store has failed for {now - self._out_since_s:.0f} s; last with "
+                f"its store has failed for {long_s:.0f} s, {error.attempted}; last with "
                 f"{error.found}",
                 f"an answer within recovery.storage_outage_s ({self._outage_s:g} s)",
                 f"{error.remedy}. Then go on with --resume {self._copy.address}",
