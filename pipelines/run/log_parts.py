@@ -11,6 +11,7 @@ was before or after: a log that is written anew (a resume drops lines) is one ob
 count no longer are deleted from the first one on.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,32 +57,27 @@ class LogParts:
     def __init__(self, files: Any, path: str) -> None:  # noqa: ANN401
         self._files = files
         self._path = path
-        self._inode = 0
         self._sent = 0
+        self._digest = b""
         self._parts: list[str] = []
         self._generation: int | None = None
 
     def send(self, file: Path) -> bool:
         """Sends what has been added to the local file since; returns True if that was all.
 
-        A line without its end is left for the next time. A file that was replaced, or is shorter
-        than before, is sent whole.
+        A line without its end is left for the next time. A file that does not begin with what was
+        sent is sent whole: its inode would not tell, as one that is free is used again.
         """
-        with file.open("rb") as opened:
-            facts = file.stat()
-            is_new = (
-                facts.st_ino != self._inode
-                or facts.st_size < self._sent
-                or len(self._parts) >= _MAX_PARTS
-            )
-            start = 0 if is_new else self._sent
-            opened.seek(start)
-            found = opened.read()
-        data = found[: found.rfind(b"\n") + 1]
+        found = file.read_bytes()
+        seen = hashlib.sha256(found[: self._sent])
+        is_new = not self._parts or len(self._parts) >= _MAX_PARTS or seen.digest() != self._digest
+        start, seen = (0, hashlib.sha256()) if is_new else (self._sent, seen)
+        data = found[start : found.rfind(b"\n") + 1]
         if data or is_new:
             self._put(data, start, is_new=is_new)
-            self._inode = facts.st_ino
-        return len(data) == len(found)
+            seen.update(data)
+            self._digest = seen.digest()
+        return start + len(data) == len(found)
 
     def _put(self, data: bytes, start: int, *, is_new: bool) -> None:
         earlier = self._there() if self._generation is None else self._parts
@@ -94,7 +90,8 @@ class LogParts:
         write_whole(f"{self._path}{PARTS}/{name}", data, self._files)
         self._generation, self._sent = generation, start + len(data)
         if not is_new:
-            self._parts.append(name)
+            if name not in self._parts:
+                self._parts.append(name)
             return
         self._parts = [name]
         self._delete(earlier)
@@ -103,7 +100,7 @@ class LogParts:
         """Makes one object of the log, and deletes its parts."""
         write_whole(self._path, file.read_bytes(), self._files)
         self._delete(self._there())
-        self._inode, self._sent, self._parts = 0, 0, []
+        self._sent, self._parts = 0, []
 
     def _there(self) -> list[str]:
         self._files.invalidate_cache()

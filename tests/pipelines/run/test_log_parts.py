@@ -105,6 +105,31 @@ def test_a_line_without_its_end_is_left_for_later(tmp_path, files):
     assert log.send(file)
 
 
+def test_a_log_that_was_written_anew_is_sent_whole_though_its_inode_is_the_same(tmp_path, files):
+    log, file = LogParts(files, LOG), tmp_path / "log"
+    file.write_bytes(b"1\n2\n3\n")
+    assert log.send(file)
+    inode = file.stat().st_ino
+    # As after two rewinds between two sends: the file of before is free, and its inode is taken.
+    file.write_bytes(b"1\n9\n8\n7\n")
+    assert file.stat().st_ino == inode
+    assert log.send(file)
+    assert read(files) == b"1\n9\n8\n7\n"
+    with file.open("ab") as opened:
+        opened.write(b"6\n")
+    assert log.send(file)
+    assert read(files) == b"1\n9\n8\n7\n6\n"
+    assert len(files.ls(f"{LOG}{PARTS}")) == 2
+
+
+def test_a_log_that_was_empty_at_first_is_replaced_and_begun_anew(tmp_path, files):
+    log, file = LogParts(files, LOG), tmp_path / "log"
+    for content in (b"", b"1\n", b"2\n"):
+        file.write_bytes(content)
+        assert log.send(file)
+        assert read(files) == content
+
+
 def test_parts_that_do_not_follow_one_another_are_not_read():
     sizes = {"000000-000000000000": 5, "000000-000000000009": 3, "000001-000000000004": 2, "x": 1}
     assert parts_in_order(sizes) == ["000000-000000000000"]
