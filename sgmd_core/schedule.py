@@ -121,7 +121,8 @@ class FlowMatchSchedule:
         shift: Shift of the few-step grid.
         score_shift: Shift of the score law; None takes `shift`.
         score_sigma_min: Score noise levels below this are raised to it.
-        score_sigma_max: Score noise levels above this are lowered to it.
+        score_sigma_max: Score noise levels above this are lowered to it. 1 is allowed with the law
+            `renoise`.
         score_level_min: Least integer that a score noise level is drawn from, of 1000.
         score_level_max: Integers are drawn below this.
         score_window: Bounds the integers by the exit step of the rollout, instead of by the two
@@ -130,6 +131,8 @@ class FlowMatchSchedule:
         steps: Raw levels of the generator's steps in thousandths, falling from 1000; null spaces
             them equally. The generator has to have as many steps.
         warp_steps: Whether the shift moves these levels, as it moves equally spaced ones.
+        score_law: `clamped` takes an integer of 1000 as its thousandth; `renoise` the thousandth
+            above it, up to pure noise, as samples are noised off the trajectory.
     """
 
     shift: float = 5.0
@@ -141,6 +144,7 @@ class FlowMatchSchedule:
     score_window: Literal["none", "below", "above", "both"] = "none"
     steps: tuple[int, ...] | None = None
     warp_steps: bool = True
+    score_law: Literal["clamped", "renoise"] = "clamped"
 
     def __post_init__(self) -> None:
         self._require_levels()
@@ -152,13 +156,25 @@ class FlowMatchSchedule:
                     "a positive number",
                     "1 leaves the noise levels equally spaced, 5 is usual for Wan at 480p",
                 )
-        if not 0 < self.score_sigma_min <= self.score_sigma_max < 1:
+        self._require_score_law()
+
+    def _require_score_law(self) -> None:
+        attempted = "reading the noise schedule"
+        if self.score_law not in ("clamped", "renoise"):
+            found = f"score_law is {self.score_law!r}"
+            raise ConfigError(attempted, found, "'clamped' or 'renoise'")
+        low, high, renoised = (
+            self.score_sigma_min,
+            self.score_sigma_max,
+            self.score_law == "renoise",
+        )
+        if not (0 < low <= high <= 1 and (high < 1 or renoised)):
             raise ConfigError(
-                "reading the noise schedule",
-                f"score_sigma_min is {self.score_sigma_min} and score_sigma_max is "
-                f"{self.score_sigma_max}",
-                "0 < score_sigma_min <= score_sigma_max < 1",
-                "At 0 a score has no noise to remove, at 1 it sees nothing of the sample",
+                attempted,
+                f"score_sigma_min is {low} and score_sigma_max is {high}",
+                f"0 < score_sigma_min <= score_sigma_max {'<=' if renoised else '<'} 1",
+                "At 0 a score has no noise to remove, at 1 it sees nothing of the sample; only "
+                "score_law renoise goes up to 1",
             )
 
     def _require_levels(self) -> None:
@@ -333,7 +349,8 @@ class FlowMatchSchedule:
             sigma = clamp(shift_sigma(u / 1000, score_shift), score_sigma_min, score_sigma_max)
 
         The clamp gathers draws at its ends: with shift 5 and the default limits 9.2 % of all
-        queries sit at exactly 0.98 and 0.5 % at 0.02, and the mean is 0.746.
+        queries sit at exactly 0.98 and 0.5 % at 0.02, and the mean is 0.746. With `score_law`
+        renoise, (u + 1) / 1000 stands for u / 1000.
 
         Args:
             u: Integers in [0, NUM_SCORE_LEVELS).
@@ -341,8 +358,11 @@ class FlowMatchSchedule:
         Returns:
             Noise levels (b,) in float32, computed in float64.
 
-        Source: the authors' released trainer; the paper's law is not known to us.
+        Source: the authors' released trainer, whose video training has the law `clamped` and whose
+        image training has `renoise` up to 1; the paper's law is not known to us.
         """
+        if self.score_law == "renoise":
+            return self.renoise_sigma(u).clamp_max(self.score_sigma_max)
         shift = self.shift if self.score_shift is None else self.score_shift
         sigma = shift_sigma(u.double() / NUM_SCORE_LEVELS, shift)
         return sigma.clamp(self.score_sigma_min, self.score_sigma_max).float()

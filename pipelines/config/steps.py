@@ -56,4 +56,9 @@ def _phase_contradictions(
             f"schedule.score_window {schedule.score_window} and the phases of {method} both bound "
             "the score levels; set schedule.score_window=none"
         )
+    if schedule.score_law != "clamped":
+        problems.append(
+            f"schedule.score_law {schedule.score_law} has no part in the phases of {method}, whose "
+            "score levels are raw levels of the generator's grid; set schedule.score_law=clamped"
+        )
     return problems

@@ -8,8 +8,9 @@
     L_off   at x0' = x' - sigma' v(x')     q = (x0_fake - x0_cond) / n
             x' = x_t + (sigma' - sigma) v  off the rollout, along its stored velocity
 
-    n = max(mean |x0 - x0_cond|, normalizer_min) of each query, x0_cond the teacher with the caption
-    alone, x0_guided = x0_uncond + s (x0_cond - x0_uncond)
+    n = max(mean |x0 - x0_cond|, floor) of each query, x0_cond the teacher with the caption alone,
+    x0_guided = x0_uncond + s (x0_cond - x0_uncond); the floor is normalizer_min in L_DM and L_CA,
+    off_trajectory_normalizer_min in L_off
 
     fake score  as DMD's
 
@@ -76,6 +77,8 @@ class CdmObjective(DmdObjective):
             that of the matching, as DMD does. Its scale is `teacher.guidance_scale` in both.
         off_trajectory: Weight of the loss off the trajectory; 0 leaves it out.
         off_trajectory_warmup: Iterations over which that weight rises from 0; 0 starts at once.
+        off_trajectory_normalizer_min: As `normalizer_min`, of the loss off the trajectory. The
+            paper's code bounds all losses by 0.1, the trainer that SGMD was released in this one.
     """
 
     about: ClassVar[str] = "distribution matching on random steps, on and off the trajectory"
@@ -86,11 +89,13 @@ class CdmObjective(DmdObjective):
     guidance: Literal["split", "joint"] = "split"
     off_trajectory: float = 1.0
     off_trajectory_warmup: int = 0
+    off_trajectory_normalizer_min: float = 0.1
 
     def __post_init__(self) -> None:
         # Not `super()`: a dataclass with slots is a second class of the same name.
         DmdObjective.__post_init__(self)
-        require_number("off_trajectory", self.off_trajectory, zero_allowed=True)
+        for name in ("off_trajectory", "off_trajectory_normalizer_min"):
+            require_number(name, getattr(self, name), zero_allowed=True)
         if self.guidance not in ("split", "joint"):
             raise ConfigError(
                 "reading the objective", f"guidance is {self.guidance!r}", "'split' or 'joint'"
@@ -139,7 +144,10 @@ class CdmObjective(DmdObjective):
             velocity_teacher: The teacher's there, with the caption alone; a constant.
         """
         direction = matching_direction(
-            query, velocity_fake, velocity_teacher, normalizer_min=self.normalizer_min
+            query,
+            velocity_fake,
+            velocity_teacher,
+            normalizer_min=self.off_trajectory_normalizer_min,
         )
         value = distribution_matching_loss(query, direction).value
         weight = self.off_trajectory_weight(query.key.iteration)

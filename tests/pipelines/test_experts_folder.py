@@ -86,6 +86,7 @@ def test_experts_have_to_change_where_the_phases_do(base: Path, pair: Path, tmp_
         (["generator.random_steps={min_steps: 2, max_steps: 4}"], "random_steps"),
         (["generator.diversity.weight=0.1"], "diversity"),
         (["schedule.score_window=both"], "score_window"),
+        (["schedule.score_law=renoise"], "score_law"),
     ],
 )
 def test_what_does_not_go_with_phases_is_refused_with_the_recipe(overrides, words) -> None:

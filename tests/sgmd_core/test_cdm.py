@@ -215,6 +215,29 @@ def test_guidance_is_looked_at_below_the_noise_that_the_generator_stood_at():
     assert draws.guide.sigma.mean().item() == pytest.approx(0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("floors", [(0.0, 5.0), (5.0, 0.0), (0.0, 0.0)])
+def test_each_query_has_the_floor_of_its_own_loss(floors):
+    """The trainer that SGMD was released in bounds the normaliser off the trajectory alone."""
+    main, off = floors
+    objective = CdmObjective(normalizer_min=main, off_trajectory_normalizer_min=off)
+    query = with_leaf(random_query())
+    fake, teacher, guided = answers(query)
+    sigma = query.sigma.reshape(-1, 1, 1, 1, 1)
+    x0_fake, x0_teacher, x0_guided = (query.x_t - sigma * one for one in (fake, teacher, guided))
+    scale = (query.x0 - x0_teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
+    assert scale.max() < 5
+    matching, guidance = x0_fake - x0_teacher, x0_teacher - x0_guided
+    cases = (
+        (objective.generator_loss(query, fake, teacher), matching, main),
+        (objective.guide_loss(query, GuideAnswer(teacher, guided)), guidance, main),
+        (objective.off_trajectory_loss(query, fake, teacher), matching, off),
+    )
+    for loss, step, floor in cases:
+        (gradient,) = torch.autograd.grad(loss.value, query.x0)
+        expected = step / scale.clamp_min(floor)
+        torch.testing.assert_close(gradient * gradient.numel(), expected.detach())
+
+
 def test_the_weight_off_the_trajectory_rises_linearly():
     objective = CdmObjective(off_trajectory=2.0, off_trajectory_warmup=200)
     weights = [objective.off_trajectory_weight(at) for at in (0, 50, 200, 900)]
@@ -223,7 +246,13 @@ def test_the_weight_off_the_trajectory_rises_linearly():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"guidance": "none"}, {"off_trajectory": -1.0}, {"off_trajectory_warmup": -1}]
+    "settings",
+    [
+        {"guidance": "none"},
+        {"off_trajectory": -1.0},
+        {"off_trajectory_warmup": -1},
+        {"off_trajectory_normalizer_min": -0.1},
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(settings):
     (name,) = settings

@@ -1,5 +1,7 @@
 """Settings of the trainer that SGMD was released in: step lists, score ranges, guidance norms."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -89,6 +91,37 @@ def test_renoising_levels_are_uniform_thousandths_up_to_pure_noise(shift):
     assert sigma.max() == 1
 
 
+def test_the_image_trainers_score_law_is_that_of_renoising():
+    """clamp(shift(ceil(1000 r) / 1000), 0.02, 1), of r drawn uniformly."""
+    schedule = FlowMatchSchedule(shift=5.0, score_law="renoise", score_sigma_max=1.0)
+    r = torch.rand(5000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    rounded = ((1000 * r).ceil() / 1000).clamp(1e-7, 1 - 1e-7)
+    expected = (5 / (5 + 1 / rounded - 1)).clamp(0.02, 1.0).float()
+    sigma = schedule.score_sigma((1000 * r).floor().long())
+    torch.testing.assert_close(sigma, expected, atol=1e-7, rtol=0)
+    video = FlowMatchSchedule(shift=5.0).score_sigma((1000 * r).floor().long())
+    assert (sigma - video).abs().max() > 0.019
+    every = schedule.score_sigma(torch.arange(1000))
+    assert every.max() == 1
+    assert (every == 1).sum() == 1
+    assert every.min() == torch.tensor(0.02)
+    held = dataclasses.replace(schedule, score_sigma_max=0.98).score_sigma(torch.arange(1000))
+    torch.testing.assert_close(held, every.clamp_max(0.98))
+
+
+def test_draws_follow_the_score_law():
+    key, shape = MicroBatchKey(2, 0), (1, 1, 1, 1)
+    laws = [
+        FlowMatchSchedule(score_law=law, score_sigma_max=high)
+        for law, high in (("clamped", 0.98), ("renoise", 1.0))
+    ]
+    video, image = (draw(0, key, range(400), shape, each, 4) for each in laws)
+    assert torch.equal(video.noise, image.noise)
+    assert video.sigma.max() == torch.tensor(0.98)
+    assert image.sigma.max() > 0.99
+    assert (image.sigma >= video.sigma).all()
+
+
 def test_default_ranges_draw_what_was_drawn_before_there_were_any():
     stream = torch.Generator().manual_seed(0)
     other = torch.Generator().manual_seed(0)
@@ -98,7 +131,14 @@ def test_default_ranges_draw_what_was_drawn_before_there_were_any():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"score_level_max": 0}, {"score_level_min": -1}, {"score_window": "left"}]
+    "settings",
+    [
+        {"score_level_max": 0},
+        {"score_level_min": -1},
+        {"score_window": "left"},
+        {"score_law": "uniform"},
+        {"score_sigma_max": 1.01, "score_law": "renoise"},
+    ],
 )
 def test_ranges_that_mean_nothing_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
