@@ -31,7 +31,7 @@ class TriedPoint:
 
     Attributes:
         settings: Values by dotted key.
-        trials: One a seed.
+        trials: One a seed, the one that got furthest.
     """
 
     settings: Mapping[str, Any]
@@ -79,11 +79,24 @@ class TriedPoint:
 
 
 def points_of(trials: Sequence[Trial]) -> list[TriedPoint]:
-    """Groups trials of the same settings, in their order."""
-    groups: dict[str, list[Trial]] = {}
+    """Groups trials of the same settings, in their order.
+
+    A search may propose a point again. The same seed would give the same numbers, so a repetition
+    says nothing about how far seeds lie apart.
+    """
+    groups: dict[str, dict[int, Trial]] = {}
     for trial in trials:
-        groups.setdefault(json.dumps(trial.settings, sort_keys=True), []).append(trial)
-    return [TriedPoint(each[0].settings, tuple(each)) for each in groups.values()]
+        group = groups.setdefault(json.dumps(trial.settings, sort_keys=True), {})
+        known = group.setdefault(trial.seed, trial)
+        group[trial.seed] = min(known, trial, key=_how_far)
+    return [
+        TriedPoint(next(iter(each.values())).settings, tuple(each.values()))
+        for each in groups.values()
+    ]
+
+
+def _how_far(trial: Trial) -> tuple[int, int]:
+    return (_ORDER[trial.state], -trial.iteration)
 
 
 def pareto_front(points: Sequence[TriedPoint], objectives: Mapping[str, Mode]) -> list[TriedPoint]:
@@ -163,7 +176,10 @@ class SweepResult:
 
 
 def ranked_trials(settings: SweepSettings, trials: Sequence[Trial]) -> tuple[Trial, ...]:
-    """Trials, those of the best point first; then those ended early, then failed ones."""
+    """Trials, those of the best point first; then those ended early, then failed ones.
+
+    Repetitions of a point with the same seed come last.
+    """
     sign = 1 if settings.mode == "min" else -1
 
     def place(point: TriedPoint) -> tuple[float, ...]:
@@ -174,7 +190,10 @@ def ranked_trials(settings: SweepSettings, trials: Sequence[Trial]) -> tuple[Tri
         reached = -min(trial.iteration for trial in point.trials)
         return (state, reached if state else 0, sign * value)
 
-    return tuple(trial for point in sorted(points_of(trials), key=place) for trial in point.trials)
+    points = sorted(points_of(trials), key=place)
+    order = [trial for point in points for trial in point.trials]
+    kept = {id(trial) for trial in order}
+    return (*order, *sorted((each for each in trials if id(each) not in kept), key=_how_far))
 
 
 def write_results(config: DistillConfig, folder: Path, trials: Sequence[Trial]) -> SweepResult:

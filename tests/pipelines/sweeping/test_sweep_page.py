@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,21 @@ def test_the_best_comes_first_then_those_ended_early_then_failed_ones() -> None:
     assert [each.state for each in order] == ["done"] * 4 + ["stopped"] * 5 + ["failed"]
     done = [each.figures["frechet"] for each in order[:4]]
     assert done == sorted(done)
+
+
+def test_a_point_that_was_tried_twice_is_one_trial_of_its_seed() -> None:
+    """A search over choices repeats points; one of the copies may have been ended early."""
+    config = load_recipe("tiny", list(SETTINGS))
+    best, other = sorted((trial(1), trial(3)), key=lambda each: each.figures["frechet"])
+    ended = replace(best, name="copy", state="stopped", iteration=10)
+    order = ranked_trials(config.sweep, [ended, other, best])
+    assert order == (best, other, ended)
+    again = replace(best, name="again")
+    (point,) = points_of([ended, best, again])
+    assert point.trials == (best,)
+    # The interval is that over the clips, not that of two equal numbers.
+    assert point.contender("frechet").interval == best.intervals["frechet"]
+    assert len(points_of([best, replace(best, seed=1)])[0].trials) == 2
 
 
 def test_the_front_has_what_no_other_point_beats() -> None:
