@@ -1,5 +1,6 @@
 """Tune's events: written into the book of trials, and told to whoever looks."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -91,8 +92,10 @@ class TrialEvents(tune.Callback):
         row = next(each for each in self._book.trials if each.name == str(trial))
         is_whole = row.iteration >= self._sweep.config.sweep.iterations
         score = self._sweep.config.sweep.score
-        if is_whole and score not in row.figures:
-            self._book.end(str(trial), "failed", f"its validation has no {score}")
+        value = row.figures.get(score)
+        if is_whole and (value is None or not math.isfinite(value)):
+            found = f"no {score}" if value is None else f"{score} {value}"
+            self._book.end(str(trial), "failed", f"its validation has {found}")
         else:
             self._book.end(str(trial), "done" if is_whole else "stopped")
         self._end(trial, "done" if is_whole else f"stopped at iteration {row.iteration}")

@@ -54,9 +54,10 @@ class TriedPoint:
         return SeedSpread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
 
     def value(self, figure: str) -> float:
-        """Mean over seeds; NaN where it is not known."""
+        """Mean over seeds; NaN where it is not known, or a seed that came to its end has none."""
         found = self.spread(figure)
-        return math.nan if found is None else found.mean
+        num_done = sum(trial.state == "done" for trial in self.trials)
+        return math.nan if found is None or found.count < num_done else found.mean
 
     def contender(self, score: str) -> Contender:
         """Entry of the ranking: over seeds, or of a single one over its clips.
@@ -151,7 +152,11 @@ class SweepResult:
     @property
     def note(self) -> str:
         """Names the points that may be as good as the best one; empty where it is the best."""
-        done = [point for point in self.points if point.is_done]
+        done = [
+            point
+            for point in self.points
+            if point.is_done and math.isfinite(point.value(self.score))
+        ]
         over_seeds = any(len(point.trials) > 1 for point in done)
         return not_told_apart(
             [point.contender(self.score) for point in done],
@@ -178,7 +183,8 @@ class SweepResult:
 def ranked_trials(settings: SweepSettings, trials: Sequence[Trial]) -> tuple[Trial, ...]:
     """Trials, those of the best point first; then those ended early, then failed ones.
 
-    Repetitions of a point with the same seed come last.
+    A point with a score that is not finite stands among those that failed. Repetitions of a point
+    with the same seed come last.
     """
     sign = 1 if settings.mode == "min" else -1
 
@@ -186,9 +192,16 @@ def ranked_trials(settings: SweepSettings, trials: Sequence[Trial]) -> tuple[Tri
         state = max(_ORDER[trial.state] for trial in point.trials)
         value = point.value(settings.score)
         if math.isnan(value):
-            value = mean(trial.figures.get(settings.score, math.inf) for trial in point.trials)
+            value = mean(trial.figures.get(settings.score, math.nan) for trial in point.trials)
+        is_broken = any(
+            not math.isfinite(trial.figures.get(settings.score, 0.0)) for trial in point.trials
+        )
         reached = -min(trial.iteration for trial in point.trials)
-        return (state, reached if state else 0, sign * value)
+        return (
+            _ORDER["failed"] if is_broken else state,
+            reached if state else 0,
+            sign * value if math.isfinite(value) else math.inf,
+        )
 
     points = sorted(points_of(trials), key=place)
     order = [trial for point in points for trial in point.trials]

@@ -201,10 +201,12 @@ def _sweep(
             "Go on with: sgmd sweep RECIPE --resume",
         )
     if not any(trial.state == "done" for trial in trials):
+        failures = [trial.error for trial in trials if trial.error]
         raise ConfigError(
             f"sweeping {', '.join(config.sweep.dimensions)}",
-            f"all {len(trials)} trials failed; the first one with: {trials[0].error}",
-            "at least one trial that comes to its end",
+            f"{len(failures)} of {len(trials)} trials failed, and the scheduler ended the others; "
+            f"the first failure: {next(iter(failures), 'none')}",
+            f"at least one trial that comes to its end with a {config.sweep.score}",
             "Try one of them alone with `sgmd distill`",
         )
     result = write_results(config, folder, trials)

@@ -9,6 +9,7 @@ they hear once more what the trials have reported.
 """
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -190,14 +191,44 @@ def _present(kind: type[TrialScheduler]) -> TrialScheduler:
 
 
 class _Asha(ASHAScheduler):
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ANN401
+        # Cutoffs lie between neighbours, which may both be infinite.
+        with np.errstate(invalid="ignore"):
+            return super().on_trial_result(
+                tune_controller, trial, _worst_for_nan(result, self._metric, self._mode)
+            )
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:  # noqa: ANN401
+        with np.errstate(invalid="ignore"):
+            super().on_trial_complete(
+                tune_controller, trial, _worst_for_nan(result, self._metric, self._mode)
+            )
+
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _present, (type(self),)
 
 
 class _Median(MedianStoppingRule):
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ANN401
+        return super().on_trial_result(
+            tune_controller, trial, _worst_for_nan(result, self._metric, self._mode)
+        )
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:  # noqa: ANN401
+        super().on_trial_complete(
+            tune_controller, trial, _worst_for_nan(result, self._metric, self._mode)
+        )
+
     def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:  # noqa: ANN401
         # Tune's own would pause the trial for others that wait, and start its process again.
         return TrialScheduler.CONTINUE
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _present, (type(self),)
+
+
+def _worst_for_nan(result: dict[str, Any], metric: str | None, mode: str | None) -> dict[str, Any]:
+    """Returns a result whose score is infinitely bad where it was none, which compares with all."""
+    if metric in result and math.isnan(result[metric]):
+        return {**result, metric: math.inf if mode == "min" else -math.inf}
+    return result

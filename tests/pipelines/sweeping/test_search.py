@@ -1,5 +1,6 @@
 """Searches and schedulers, without the trials."""
 
+import math
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,6 +105,27 @@ def test_a_scheduler_knows_after_an_interruption_what_was_reported_before(method
     good.on_trial_add(controller, trial)
     result = {"iteration": 2, "frechet": 0.1}
     assert good.on_trial_result(controller, trial, result) == TrialScheduler.CONTINUE
+
+
+@pytest.mark.parametrize("method", ["asha", "median"])
+def test_a_scheduler_ends_a_trial_whose_score_is_no_number(method: str) -> None:
+    config = recipe(
+        f"sweep.scheduler={{method: {method}, grace_iterations: 2}}", "sweep.validate_every=2"
+    )
+    earlier = [ended(name, 1.0, 0.9) for name in "abcd"]
+    found = scheduler(config, earlier)
+    assert found is not None
+    controller: Any = None
+    for name in "ef":
+        trial: Any = SimpleTrial(name)
+        found.on_trial_add(controller, trial)
+        result = {"iteration": 2, "frechet": math.nan}
+        assert found.on_trial_result(controller, trial, result) == TrialScheduler.STOP
+        found.on_trial_complete(controller, trial, result)
+    good: Any = SimpleTrial("g")
+    found.on_trial_add(controller, good)
+    result = {"iteration": 2, "frechet": 0.5}
+    assert found.on_trial_result(controller, good, result) == TrialScheduler.CONTINUE
 
 
 def test_tunes_copy_of_a_scheduler_is_the_one_of_this_process() -> None:

@@ -105,6 +105,22 @@ def test_a_point_that_was_tried_twice_is_one_trial_of_its_seed() -> None:
     assert len(points_of([best, replace(best, seed=1)])[0].trials) == 2
 
 
+@pytest.mark.parametrize("mode", ["min", "max"])
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_never_comes_first(mode: str, broken: float) -> None:
+    config = load_recipe("tiny", [*SETTINGS, "sweep.score=frechet", f"sweep.mode={mode}"])
+    good, other = sorted((trial(1), trial(3)), key=lambda each: each.figures["frechet"])
+    best, second = (good, other) if mode == "min" else (other, good)
+    diverged = replace(trial(5), figures={"frechet": broken, "flow_top_ratio": 1.0})
+    ended = trial(2)
+    for trials in ([diverged, other, ended, good], [good, ended, diverged, other]):
+        order = ranked_trials(config.sweep, [*trials, failed()])
+        assert order == (best, second, ended, diverged, failed())
+    # A seed that diverged is not made good by another one.
+    (point,) = points_of([good, replace(diverged, settings=good.settings, seed=1)])
+    assert math.isnan(point.value("frechet"))
+
+
 def test_the_front_has_what_no_other_point_beats() -> None:
     objectives = {"frechet": "min", "flow_top_ratio": "max"}
     points = points_of([trial(index) for index in range(1, 40, 2)])
