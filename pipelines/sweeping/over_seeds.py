@@ -63,7 +63,11 @@ class OverSeeds(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tells the proposer the means over seeds once all trials of the point have ended."""
+        """Tells the proposer the means over seeds once all trials of the point have ended.
+
+        A point of which a seed has failed is a failure to it: the others alone may be the lucky
+        ones.
+        """
         lead = self._lead_of[trial_id]
         group = self._groups[lead]
         known = result if result and not error else {}
@@ -71,14 +75,11 @@ class OverSeeds(Searcher):
         ends = [end for end in group.values() if end is not None]
         if len(ends) < len(self._seeds):
             return
-        means = {}
-        for name in self._figures:
-            finite = [end[name] for end in ends if math.isfinite(end[name])]
-            if not finite:
-                self._proposer.on_trial_complete(lead, None, error=True)
-                return
-            means[name] = mean(finite)
-        self._proposer.on_trial_complete(lead, means)
+        means = {name: mean(end[name] for end in ends) for name in self._figures}
+        if all(map(math.isfinite, means.values())):
+            self._proposer.on_trial_complete(lead, means)
+        else:
+            self._proposer.on_trial_complete(lead, None, error=True)
 
     def save(self, checkpoint_path: str) -> None:
         """Writes this searcher and the other one down."""

@@ -49,11 +49,17 @@ class TestOverSeeds:
         assert [trial.value for trial in study.trials] == [None, None]
         search.on_trial_complete("b", {"frechet": 2.0})
         assert [trial.value for trial in study.trials] == [1.5, None]
-        # One that failed is left out of the mean; a point of failures is one.
-        search.suggest("d")
-        search.on_trial_complete("c", None, error=True)
-        search.on_trial_complete("d", None, error=True)
-        assert study.trials[1].state.name == "FAIL"
+
+    @pytest.mark.parametrize("is_error", [True, False])
+    def test_a_point_of_which_a_seed_fails_is_no_mean_of_the_others(self, is_error: bool):
+        search = searcher(recipe("sweep.seeds=[5, 7]"))
+        assert search is not None
+        search.suggest("a")
+        search.suggest("b")
+        search.on_trial_complete("a", None if is_error else {"frechet": math.nan}, error=is_error)
+        search.on_trial_complete("b", {"frechet": 0.1})
+        (found,) = search._proposer._ot_study.trials  # pyright: ignore
+        assert (found.state.name, found.value) == ("FAIL", None)
 
     def test_a_search_that_is_taken_up_goes_on_as_if_nothing_had_happened(self, tmp_path: Path):
         known = {f"t{index}": [1.0 / (1 + index)] for index in range(14)}
