@@ -20,67 +20,15 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import aiohttp
-from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from cluster.errors import JobError
+from cluster.job_files import EXCLUDED
 from sgmd_core.errors import ConfigError
-
-SECRET_FILES = (
-    ".env",
-    ".env.*",
-    "*.env",
-    "*.pem",
-    "*.key",
-    "*.p12",
-    "*.pfx",
-    "*.jks",
-    "*.kdbx",
-    "*.ovpn",
-    "id_rsa*",
-    "id_ecdsa*",
-    "id_ed25519*",
-    ".netrc",
-    "_netrc",
-    ".npmrc",
-    ".pypirc",
-    ".git-credentials",
-    ".htpasswd",
-    ".aws/",
-    ".azure/",
-    ".ssh/",
-    ".gnupg/",
-    ".kube/",
-    ".docker/",
-    ".config/gcloud/",
-    "*credentials*.json",
-    "*service-account*.json",
-    "*service_account*.json",
-    "secrets/",
-    "secrets.*",
-)
-"""Names of files that hold keys or passwords; a job never takes them along."""
-
-EXCLUDED = (
-    ".git/",
-    ".venv/",
-    "/runs/",
-    "/data/",
-    "/models/",
-    "/wandb/",
-    "/site/",
-    "__pycache__/",
-    "*.egg-info/",
-    *SECRET_FILES,
-)
-"""What stays at home, besides what .gitignore and .rayignore name.
-
-A leading slash means the folder on top alone: a package may have a `data` of its own.
-"""
 
 FORWARDED = (
     "AWS_ENDPOINT_URL*",
@@ -107,6 +55,8 @@ _POLLS_AFTER_LOG = 20
 # A day-long log passes through proxies and restarts of the dashboard.
 _RECONNECTS = 10
 _RECONNECT_S = 3.0
+# Words of Ray's client about a job that the cluster has no record of.
+_NOT_KNOWN = "status code 404"
 # A cluster that has just started answers before it can run a job.
 _NO_AGENT_YET = "No available agent"
 _AGENT_TIMEOUT_S = 60.0
@@ -196,38 +146,6 @@ def submit_job(
             raise _refused(working_dir, address, error) from error
 
 
-def stays_at_home(path: PurePosixPath, excludes: Sequence[str] = EXCLUDED) -> bool:
-    """Returns True if a file or folder of the working directory is not uploaded.
-
-    Args:
-        path: Its path there.
-        excludes: Patterns of what is left out.
-    """
-    for pattern in excludes:
-        name = pattern.strip("/")
-        parts = path.parts[:1] if pattern.startswith("/") else path.parts
-        if any(fnmatchcase(part, name) for part in parts):
-            return True
-    return False
-
-
-def is_ignored(working_dir: Path, path: PurePosixPath) -> bool:
-    """Returns True if an ignore file of the working directory keeps a path at home.
-
-    Args:
-        working_dir: What is uploaded.
-        path: A path in it.
-    """
-    folders = [working_dir.joinpath(*path.parts[:count]) for count in range(len(path.parts) + 1)]
-    # A pattern that leaves out a folder leaves out all that is in it.
-    return any(
-        excludes(below)
-        for number, folder in enumerate(folders[:-1])
-        for excludes in get_excludes_from_ignore_files(folder, include_gitignore=True)
-        for below in folders[number + 1 :]
-    )
-
-
 def follow_job(
     address: str, job_id: str, on_log: Callable[[str], None], timeout_s: float | None = None
 ) -> None:
@@ -254,7 +172,7 @@ def follow_job(
             "an end in time",
             f"It goes on; `ray job logs {job_id}` shows what it does, `ray job stop` ends it",
         ) from error
-    _require_success(_details(client, job_id), job_id)
+    _require_success(_details(client, address, job_id), job_id)
 
 
 def wait_for_job(address: str, job_id: str) -> None:
@@ -264,7 +182,7 @@ def wait_for_job(address: str, job_id: str) -> None:
         JobError: The job failed or was stopped.
     """
     client = _connect(address)
-    while not (found := _details(client, job_id)).status.is_terminal():
+    while not (found := _details(client, address, job_id)).status.is_terminal():
         time.sleep(_WAIT_POLL_S)
     _require_success(found, job_id)
 
@@ -275,19 +193,38 @@ def job_metadata(address: str, job_id: str) -> dict[str, str]:
     Raises:
         JobError: The cluster cannot be reached, or knows no such job.
     """
-    return dict(_details(_connect(address), job_id).metadata or {})
+    return dict(_details(_connect(address), address, job_id).metadata or {})
 
 
-def _details(client: JobSubmissionClient, job_id: str) -> JobDetails:
-    try:
-        return client.get_job_info(job_id)
-    except RuntimeError as error:
-        raise JobError(
-            f"asking for job {job_id}",
-            first_words(str(error)),
-            "a job that this cluster knows",
-            "`ray job list` shows them; a cluster that was started again knows none of before",
-        ) from error
+def _details(client: JobSubmissionClient, address: str, job_id: str) -> JobDetails:
+    """Asks for a job, as often as a log that breaks off is asked for again."""
+    breaks = 0
+    while True:
+        try:
+            return client.get_job_info(job_id)
+        except (RuntimeError, OSError) as error:
+            if _NOT_KNOWN in str(error):
+                raise JobError(
+                    f"asking for job {job_id}",
+                    first_words(str(error)),
+                    "a job that this cluster knows",
+                    "`ray job list` shows them; a cluster that was started again knows none of "
+                    "before",
+                ) from error
+            breaks += 1
+            if breaks > _RECONNECTS:
+                raise _unanswered(address, job_id, error, breaks) from error
+            time.sleep(_RECONNECT_S)
+
+
+def _unanswered(address: str, job_id: str, error: Exception, times: int) -> JobError:
+    return JobError(
+        f"following job {job_id} at {address}",
+        f"{type(error).__name__}: {first_words(str(error))}, {times} times",
+        "a dashboard that answers",
+        f"The job may go on: come back to it with sgmd submit --follow {job_id} "
+        f"--address {address}",
+    )
 
 
 def _require_success(found: JobDetails, job_id: str) -> None:
@@ -343,13 +280,7 @@ async def _followed(
             except (RuntimeError, OSError, aiohttp.ClientError) as error:
                 breaks += 1
                 if breaks > _RECONNECTS:
-                    raise JobError(
-                        f"following job {job_id} at {address}",
-                        f"{type(error).__name__}: {first_words(str(error))}, {breaks} times",
-                        "a dashboard that answers",
-                        "The job may go on: come back to it with sgmd submit --follow "
-                        f"{job_id} --address {address}",
-                    ) from error
+                    raise _unanswered(address, job_id, error, breaks) from error
                 await asyncio.sleep(_RECONNECT_S)
 
 

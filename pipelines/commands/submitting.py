@@ -93,7 +93,8 @@ def submit(
             )
         if not detach:
             _followed(console, address, job_id, quiet=wait)
-        words = _results(address, job_id)
+        asks_only = detach and follow is not None
+        words = _results(console, address, job_id, must_answer=asks_only)
     show({"job_id": job_id, "address": address, "results": words}, as_json, job_id, words)
 
 
@@ -138,11 +139,20 @@ def _print_as_it_is(text: str) -> None:
     sys.stderr.flush()
 
 
-def _results(address: str, job_id: str) -> str:
+def _results(console: Console, address: str, job_id: str, *, must_answer: bool) -> str:
+    """Place of a job's results; a job that is sent or done is no failure where it is not told."""
+    from cluster.errors import JobError
     from cluster.jobs import job_metadata
     from pipelines.submitting.job import results_words
 
-    return results_words(job_metadata(address, job_id))
+    try:
+        return results_words(job_metadata(address, job_id))
+    except JobError as error:
+        if must_answer:
+            raise
+        words = f"where its results are is not known: {error.found}"
+        console.print(words, highlight=False, markup=False, soft_wrap=True)
+        return ""
 
 
 def _requested(command: str, arguments: list[str]) -> "JobRequest":

@@ -12,7 +12,7 @@ import yaml
 from botocore.exceptions import BotoCoreError
 
 from cluster.files import kind_of_path
-from cluster.jobs import is_ignored, stays_at_home
+from cluster.job_files import is_ignored, stays_at_home
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.recipe_files import (
     find_recipe,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from cluster.files import write_whole
-from cluster.jobs import forwarded_environment, stays_at_home, submit_job
+from cluster.job_files import stays_at_home
+from cluster.jobs import forwarded_environment, submit_job
 from pipelines.config.model_folders import PROJECT_ROOT
 from pipelines.run.folder import REVISION_VARIABLE, git_revision
 from pipelines.run.origin import COMMAND_VARIABLE, command_line

@@ -1,14 +1,24 @@
 """A command runs on a cluster that somebody else started, and its fate is told."""
 
+import json
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ray
 from ray.job_submission import JobSubmissionClient
+from typer.testing import CliRunner
 
+from cluster import jobs
 from cluster.errors import JobError
-from cluster.jobs import SECRET_FILES, follow_job, forwarded_environment, submit_job
+from cluster.job_files import SECRET_FILES
+from cluster.jobs import follow_job, forwarded_environment, submit_job, wait_for_job
+from pipelines.cli import app
 from sgmd_core.errors import ConfigError
 from tests.cluster.toys import WAIT_S
 
@@ -70,6 +80,74 @@ def test_an_address_that_ray_would_override_is_refused(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "http://other:8265")
     with pytest.raises(JobError, match="Unset RAY_ADDRESS"):
         submit_job("http://127.0.0.1:9", ["true"], Path())
+
+
+@contextmanager
+def dashboard(answers: list[int]) -> Iterator[str]:
+    """A dashboard that answers so about a job, one after the other: 0 hangs up, 200 is its end."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path == "/api/version":
+                code, said = 200, {"version": "4", "ray_version": ray.__version__, "ray_commit": ""}
+            else:
+                code = answers.pop(0) if len(answers) > 1 else answers[0]
+                said = {"type": "SUBMISSION", "submission_id": "job"}
+                said |= {"status": "SUCCEEDED", "entrypoint": "true"}
+            if not code:
+                self.connection.close()
+                return
+            body = json.dumps(said).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: object) -> None:
+            """Says nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(jobs, "_RECONNECT_S", 0.01)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_job_is_waited_for_over_dropped_connections_and_bad_gateways():
+    with dashboard([0, 502, 0, 200]) as address:
+        wait_for_job(address, "job")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_dashboard_that_stays_away_leaves_open_what_became_of_the_job():
+    with dashboard([502]) as address, pytest.raises(JobError, match="11 times") as caught:
+        wait_for_job(address, "job")
+    assert "The job may go on" in str(caught.value)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_job_is_unknown_where_the_cluster_says_so():
+    with dashboard([404]) as address, pytest.raises(JobError, match="a job that this cluster"):
+        wait_for_job(address, "job")
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_job_that_succeeded_is_no_failure_where_its_results_are_not_told():
+    command = ["submit", "--follow", "job", "--wait", "--address"]
+    with dashboard([200, 502]) as address:
+        done = CliRunner().invoke(app, [*command, address])
+    assert done.exit_code == 0, done.output
+    assert "where its results are is not known" in done.output
 
 
 SAVES_ON_STOP = """

@@ -4,7 +4,7 @@ from pathlib import PurePosixPath
 
 import pytest
 
-from cluster.jobs import is_ignored
+from cluster.job_files import is_ignored
 from pipelines.config.model_folders import PROJECT_ROOT
 from pipelines.shapes import ClipSplit, write_shards
 from pipelines.submitting.checks import Preparation
