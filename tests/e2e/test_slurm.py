@@ -75,7 +75,10 @@ def iterations(tmp_path: Path) -> list[int]:
 def stop_after(
     number: int, job: subprocess.Popen[bytes], tmp_path: Path, with_signal: signal.Signals
 ) -> int:
-    """Sends the batch shell alone a signal, as Slurm does, once there are so many iterations."""
+    """Sends the batch shell alone a signal once there are so many iterations.
+
+    So does Slurm before the limit (`B:`), and `scancel --batch`; a plain `scancel` does not.
+    """
     end_s = time.monotonic() + WAIT_S
     while len(iterations(tmp_path)) < number:
         assert job.poll() is None, (tmp_path / "log").read_text()
@@ -85,13 +88,13 @@ def stop_after(
     return job.wait(WAIT_S)
 
 
-def test_a_run_is_saved_before_the_limit_requeued_resumed_and_cancelled(submit, tmp_path: Path):
+def test_a_run_is_saved_before_the_limit_requeued_resumed_and_ended(submit, tmp_path: Path):
     # Before its limit: saved, and back to the queue.
     code = stop_after(2, submit(), tmp_path, signal.SIGUSR1)
     assert code == 128 + signal.SIGUSR1, (tmp_path / "log").read_text()
     assert (tmp_path / "requeued").read_text() == "7\n"
     done = iterations(tmp_path)
-    # Cancelled: saved, and not back to the queue.
+    # As `scancel --batch --signal=TERM` does it: saved, and not back to the queue.
     code = stop_after(len(done) + 2, submit(), tmp_path, signal.SIGTERM)
     assert code == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
     assert (tmp_path / "requeued").read_text() == "7\n"

@@ -39,6 +39,8 @@ def test_the_slurm_script_is_shell_without_a_finding(nodes: int):
     # Time to save, before the limit.
     assert "#SBATCH --signal=B:USR1@420\n" in script
     assert "#SBATCH --requeue\n" in script
+    # Told to the script alone; else Ray would be gone before the state is saved.
+    assert "`scancel --batch --signal=TERM JOB`" in script
 
 
 def test_the_file_of_a_slurm_script_comes_out_as_it_went_in(tmp_path: Path):
