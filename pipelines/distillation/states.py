@@ -107,6 +107,7 @@ class States:
         if self._owed is not None:
             # Those that live may still be writing the lost one, perhaps to the same folder.
             self._wait_for_writers()
+        self._folder.publisher.require_lease()
         self._owed = self._put_off = None
         step, roles = position.iteration, self._roles
         if not self._checkpoints.fault(step):
@@ -332,6 +333,7 @@ class States:
 
     def prune(self) -> None:
         """Deletes checkpoints that are neither new nor among the best."""
+        self._folder.publisher.require_lease()
         self._checkpoints.prune(self._config.checkpoint.keep, self._monitor.spared)
         self._monitor.write_ranking()
 
@@ -347,6 +349,7 @@ class States:
 
     def export(self, folder: Path, checkpoint: str | None = None) -> None:
         """Writes the generator as a diffusers folder, as it is now or as a checkpoint has it."""
+        self._folder.publisher.require_lease()
         generator = self._roles.generator
         exported = generator.call(
             GeneratorLearner.export,

@@ -55,6 +55,14 @@ class Publisher:
             LeaseLostError: Another process has taken the run over.
         """
 
+    def require_lease(self) -> None:
+        """Makes sure that the run is this process's; before something is deleted or replaced.
+
+        Raises:
+            StorageError: The store does not say.
+            LeaseLostError: Another process has taken the run over.
+        """
+
     def bear(self, error: StorageError, work: str) -> None:
         """Takes note of a failure of the store that the run can go on without, for a while.
 
@@ -150,6 +158,11 @@ class AddressPublisher(Publisher):
         """See `Publisher`."""
         if self._fatal is not None:
             raise self._fatal
+
+    def require_lease(self) -> None:
+        """See `Publisher`."""
+        self.check()
+        self._lease.check()
 
     def bear(self, error: StorageError, work: str) -> None:
         """See `Publisher`; where the store answers and refuses, nothing is borne."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import WorkerDiedError
+from cluster.errors import LeaseLostError, WorkerDiedError
 from cluster.local import LocalWorkerGroup
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.iteration import Roles
@@ -16,6 +16,7 @@ from pipelines.distillation.position import Position
 from pipelines.distillation.states import States
 from pipelines.run.folder import RunFolder
 from pipelines.run.observer import RunObserver
+from pipelines.run.publisher import Publisher
 from pipelines.run.stopping import StopNow
 from sgmd_core.errors import NonFiniteError, StaleCallError
 from tests.helpers.roles import Roles as TinyRoles
@@ -43,6 +44,7 @@ class World:
         self.checkpoints = Checkpoints(str(run.checkpoints))
         monitor = RunMonitor(config, run, self.checkpoints, None, self.warnings)
         self.roles = Roles(*self.groups(self.tiny))
+        self.folder = run
         self.states = States(config, self.roles, run, self.checkpoints, monitor)
 
     @staticmethod
@@ -180,3 +182,36 @@ def test_a_death_that_a_save_hears_of_leaves_the_save_to_the_repair(
     world.states.keep_under_repair(writers_live=False)
     assert world.states.is_owed(1)
     assert "a process that was writing it is lost" in world.warnings.heard[-1]
+
+
+def publishers() -> dict[Path, Publisher]:
+    from pipelines.run import publisher
+
+    return publisher._PUBLISHERS
+
+
+class Lost(Publisher):
+    """That of a run that another process has taken over."""
+
+    def require_lease(self) -> None:
+        raise LeaseLostError("writing", "the lease is held by another process")
+
+
+def test_nothing_is_deleted_or_written_over_in_a_run_that_another_process_has(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    position = world.iterate(0)
+    others = [Path(world.checkpoints.folder(step), "part") for step in (1, 2)]
+    others.append(world.folder.generator / "part")
+    for part in others:
+        part.parent.mkdir(parents=True)
+        part.touch()
+    monkeypatch.setitem(publishers(), world.folder.root, Lost())
+    for work in (
+        lambda: world.states.save(position),
+        world.states.prune,
+        lambda: world.states.export(world.folder.generator),
+    ):
+        with pytest.raises(LeaseLostError):
+            work()
+    assert all(part.exists() for part in others)
