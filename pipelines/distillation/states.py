@@ -26,7 +26,7 @@ from workers.generator_learner import GeneratorLearner
 
 _FAILED_RUN_WAIT_S = 60.0
 """How long a run that has failed waits for the state that is being written."""
-_SAVING = "saving"
+_SAVING, _PRUNING = "saving", "pruning"
 
 _Asked: TypeAlias = list[tuple[WorkerGroup[Any], list[Future[Any]]]]
 """Groups, and what each of their ranks was asked."""
@@ -144,8 +144,7 @@ class States:
             group.is_done(future) for group, futures in self._asked for future in futures
         ):
             assert self._saving is not None, "a save has been begun"
-            with self._bearing(self._saving.step):
-                self._take(self._asked, self._config.topology.call_timeout_s)
+            self._take_and_prune(self._asked, self._config.topology.call_timeout_s)
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Waits for the state that is being saved, and commits it.
@@ -158,8 +157,7 @@ class States:
         """
         if self._saving is not None:
             limit_s = self._config.topology.call_timeout_s if timeout_s is None else timeout_s
-            with self._bearing(self._saving.step):
-                self._take(self._ask_saved(self._saving, wait=True), limit_s)
+            self._take_and_prune(self._ask_saved(self._saving, wait=True), limit_s)
 
     def settle_last(self, position: Position) -> None:
         """Waits for the state of the run's end, and for the store where that has put it off.
@@ -194,14 +192,31 @@ class States:
             (fake_score, fake_score.call(FakeScoreTracker.finish_save, folder, wait=wait)),
         ]
 
-    def _take(self, asked: _Asked, timeout_s: float) -> None:
-        """Fetches what the ranks have written, and commits it where all are done."""
+    def _take_and_prune(self, asked: _Asked, timeout_s: float) -> None:
+        """Commits a state; then old ones go, which is borne by itself: the new one is saved."""
+        assert self._saving is not None, "a save has been begun"
+        is_committed = False
+        with self._bearing(self._saving.step):
+            is_committed = self._take(asked, timeout_s)
+        if not is_committed:
+            return
+        try:
+            self.prune()
+            self._folder.publisher.succeeded(_PRUNING)
+        except StorageError as error:
+            self._folder.publisher.bear(error, _PRUNING)
+            self._monitor.observer.warning(
+                f"old states are not deleted ({error.found}); the next save tries it again"
+            )
+
+    def _take(self, asked: _Asked, timeout_s: float) -> bool:
+        """Fetches what the ranks have written; returns True if all are done and it is committed."""
         saving, self._asked = self._saving, None
         assert saving is not None, "a save has been begun"
         try:
             digests = self._written(saving, asked, timeout_s)
             if digests is None:
-                return
+                return False
             self._folder.flush()
             self._checkpoints.commit(saving.step, saving.manifest, digests)
             self._folder.publisher.succeeded(_SAVING)
@@ -213,7 +228,7 @@ class States:
             self._saving = None
             raise
         self._saving = None
-        self.prune()
+        return True
 
     def _written(self, saving: _Save, asked: _Asked, timeout_s: float) -> dict[str, str] | None:
         """SHA-256 by path of what all ranks have written; None while one is writing."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import LeaseLostError, WorkerDiedError
+from cluster.errors import LeaseLostError, StorageError, WorkerDiedError
 from cluster.local import LocalWorkerGroup
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.iteration import Roles
@@ -215,3 +215,32 @@ def test_nothing_is_deleted_or_written_over_in_a_run_that_another_process_has(
         with pytest.raises(LeaseLostError):
             work()
     assert all(part.exists() for part in others)
+
+
+class Patient(Publisher):
+    """That of a run whose store may fail."""
+
+    def __init__(self) -> None:
+        self.borne: list[str] = []
+
+    def bear(self, error: StorageError, work: str) -> None:
+        self.borne.append(work)
+
+
+def test_a_state_is_saved_though_old_ones_cannot_be_deleted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = Patient()
+    monkeypatch.setitem(publishers(), world.folder.root, patient)
+
+    def fail(*arguments: object) -> None:
+        raise StorageError("deleting step-000000", "OSError: 503", "an answer")
+
+    monkeypatch.setattr(world.checkpoints, "prune", fail)
+    world.states.save(world.iterate(0))
+    world.states.settle()
+    assert world.checkpoints.latest() == 1
+    assert patient.borne == ["pruning"]
+    (said,) = world.warnings.heard
+    assert said.startswith("old states are not deleted (OSError: 503)")
+    assert not world.states.is_owed(1)
