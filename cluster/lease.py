@@ -2,7 +2,8 @@
 
     disk           flock on FOLDER/.lease    the kernel frees it with the process, also after a kill
     object store   FOLDER/_lease.json        renewed every 10 s; free when it is 60 s old, or its
-                                             holder was a process of this machine that has ended
+                                             holder was a process of this machine that has
+                                             ended; one elsewhere is watched for 20 s before
 
 On a disk a holder that is paused keeps its lease. On an object store it may lose it; whoever holds
 one asks `check` before each commit, which reads the object again.
@@ -38,6 +39,8 @@ LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
 _RENEW_EVERY_S, _EXPIRY_S = 10.0, 60.0
 # Two writers that create the object at once both see the later one after so long.
 _SETTLE_S = 1.0
+# A holder elsewhere, whose clock may be wrong, renews its lease once at least in so long.
+_WATCH_S = 20.0
 # A renewal that is not answered soon is tried again before the lease expires.
 _ANSWER_S, _RENEWAL_S = 120.0, 20.0
 _log = logging.getLogger(__name__)
@@ -175,13 +178,24 @@ class _ObjectLease(Lease):
     def take(self) -> None:
         """Creates the object, or takes over one that nobody renews any more."""
         found = self._read(_ANSWER_S)
-        is_fresh = time.time() - float(found.get("renewed", 0)) < _EXPIRY_S
-        if found and is_fresh and not _has_ended(found):
+        if found and not _has_ended(found) and self._is_renewed(found):
             raise _held(self._folder, json.dumps(found))
         self._write(is_new=not found, timeout_s=_ANSWER_S)
         time.sleep(_SETTLE_S)
         self.check()
         threading.Thread(target=self._renew, name="renew-lease", daemon=True).start()
+
+    def _is_renewed(self, found: Mapping[str, Any]) -> bool:
+        """Returns True if a holder renews its lease; one elsewhere has a clock of its own."""
+        if time.time() - float(found.get("renewed", 0)) < _EXPIRY_S:
+            return True
+        if _system() and found.get("system") == _system():
+            return False
+        _log.warning(
+            "Watching the lease on %s for %.0f s before it is taken over", self._folder, _WATCH_S
+        )
+        time.sleep(_WATCH_S)
+        return self._read(_ANSWER_S) not in ({}, found)
 
     def check(self) -> None:
         """See `Lease`; reads the object."""

@@ -135,6 +135,26 @@ class TestObjectStore:
                 with pytest.raises(LeaseLostError):
                     paused.check()
 
+    def test_a_holder_whose_clock_is_behind_keeps_its_lease(self, folder, monkeypatch):
+        monkeypatch.setattr(leases, "_RENEW_EVERY_S", 0.05)
+        monkeypatch.setattr(leases, "_WATCH_S", 0.5)
+        with monkeypatch.context() as there:
+            there.setattr(leases, "_system", lambda: "another machine")
+            first = hold(folder, "behind", Behind())
+            lease = first.__enter__()
+        with pytest.raises(LeaseError, match="behind"), hold(folder, "next"):
+            pass
+        lease.check()
+        first.__exit__(None, None, None)
+
+    def test_a_holder_elsewhere_that_renews_no_more_is_followed(self, folder, monkeypatch):
+        monkeypatch.setattr(leases, "_WATCH_S", 0.2)
+        left = {"token": "x", "renewed": time.time() - 3600, "system": "another machine"}
+        store = fsspec.filesystem("memory")
+        store.pipe_file(f"/set/{LEASE_OBJECT}", json.dumps(left).encode())
+        with hold(folder, "next") as lease:
+            lease.check()
+
     def test_a_lease_is_renewed_again_after_an_outage_longer_than_its_expiry(
         self, folder, monkeypatch
     ):
@@ -150,6 +170,15 @@ class TestObjectStore:
             with pytest.raises(LeaseError, match="long"), hold(folder, "next"):
                 pass
             lease.check()
+
+
+class Behind(MemoryFileSystem):
+    """Writes as a machine does whose clock is an hour behind."""
+
+    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:
+        content = json.loads(value)
+        content["renewed"] -= 3600
+        super().pipe_file(path, json.dumps(content).encode(), **options)
 
 
 class Failing(MemoryFileSystem):
