@@ -1,8 +1,12 @@
 """Training in phases: which steps of the generator an iteration trains, and where it is judged.
 
                  exit steps      queries from      score levels (raw, of 1000)
-    high phase   0 .. p - 1      x_s at sigma_p    boundary + margin .. 980
-    low phase    p .. n - 1      x0                margin .. 980, or below the boundary
+    high phase   0 .. p - 1      x_s at sigma_p    boundary + margin .. last_level
+    low phase    p .. n - 1      x0                first_level .. last_level
+
+    in turns     even iterations high, odd ones low; the generator's queries of the low phase take
+                 turns too: its 1st, 3rd, ... iteration has the levels of the high phase, the others
+                 those below the boundary; the fake score learns at all of them
 
 p is the step that starts at the boundary. The generator learns from a random exit step, the fake
 score from the end of the phase: the state that the last step of the phase leads to.
@@ -17,9 +21,6 @@ from sgmd_core.types import Purpose
 
 PhaseOrder = Literal["sequential", "alternate"]
 
-_FIRST_LEVEL, _LAST_LEVEL = 20, 980
-"""Least and largest raw score level, whatever the phase."""
-
 
 @dataclass(frozen=True, slots=True)
 class Phase:
@@ -28,18 +29,24 @@ class Phase:
     Attributes:
         first_exit: First step that a rollout may leave at.
         end: One past the last such step; the step that the phase's last state is the start of.
-        levels: Raw score levels: the first, and one past the last.
+        levels: Raw levels of the generator's queries: the first, and one past the last.
+        tracked_levels: Those of the fake score's batches.
         anchored: The state at step `end` is what is judged, not clean latents.
     """
 
     first_exit: int
     end: int
     levels: tuple[int, int]
+    tracked_levels: tuple[int, int]
     anchored: bool
 
     def first_exit_for(self, purpose: Purpose) -> int:
         """First exit step of a batch: those of the fake score go to the phase's end."""
         return self.first_exit if purpose is Purpose.GENERATE else self.end - 1
+
+    def levels_for(self, purpose: Purpose) -> tuple[int, int]:
+        """Raw score levels of a batch: the first, and one past the last."""
+        return self.levels if purpose is Purpose.GENERATE else self.tracked_levels
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +55,15 @@ class Phases:
 
     Attributes:
         high: The high-noise phase.
-        low: The low-noise phase.
+        low: The low-noise phase; in turns, its iterations below the boundary.
+        low_above: Its iterations above the boundary, in turns.
         order: Whether one follows the other, or they take turns.
         high_iterations: Iterations before the low phase begins, where one follows the other.
     """
 
     high: Phase
     low: Phase
+    low_above: Phase
     order: PhaseOrder
     high_iterations: int
 
@@ -66,6 +75,7 @@ class Phases:
         *,
         boundary: int,
         margin: int,
+        levels: tuple[int, int],
         order: PhaseOrder,
         high_iterations: int,
     ) -> "Phases":
@@ -76,6 +86,7 @@ class Phases:
             num_steps: How many there are.
             boundary: Raw level at which the high phase ends.
             margin: Raw levels above it that are not looked at.
+            levels: Least and largest raw score level, whatever the phase.
             order: See the class.
             high_iterations: See the class.
 
@@ -91,21 +102,22 @@ class Phases:
                 f"one of {raw[1:-1]}",
                 "Set objective.boundary, or generator.num_steps and schedule.steps, so that it is",
             )
-        step, stop = raw.index(boundary), _LAST_LEVEL + 1
-        low_stop = stop if order == "sequential" else boundary
+        step, first, stop = raw.index(boundary), levels[0], levels[1] + 1
+        above, every = (boundary + margin, stop), (first, stop)
+        below = every if order == "sequential" else (first, boundary)
         return cls(
-            high=Phase(0, step, (max(boundary + margin, _FIRST_LEVEL), stop), anchored=True),
-            low=Phase(step, num_steps, (_FIRST_LEVEL, low_stop), anchored=False),
+            high=Phase(0, step, above, above, anchored=True),
+            low=Phase(step, num_steps, below, every, anchored=False),
+            low_above=Phase(step, num_steps, above, every, anchored=False),
             order=order,
             high_iterations=high_iterations,
         )
 
     def at(self, iteration: int) -> Phase:
         """The phase of an iteration."""
-        is_high = (
-            iteration % 2 == 0 if self.order == "alternate" else (iteration < self.high_iterations)
-        )
-        return self.high if is_high else self.low
+        if self.order == "sequential":
+            return self.high if iteration < self.high_iterations else self.low
+        return (self.high, self.low_above, self.high, self.low)[iteration % 4]
 
     def mean_length(self, purpose: Purpose, iterations: int) -> float:
         """Mean passes of a rollout over a run.

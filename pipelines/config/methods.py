@@ -135,6 +135,12 @@ def method_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSet
             f"objective.fake_updates is {objective.fake_updates} ({objective.method}), but shared "
             "tracking has one graph for one update; set fake_score.tracking=fresh"
         )
+    in_turns = isinstance(objective, PhasedObjective) and objective.order == "alternate"
+    if in_turns and fake_score.tracking == "shared":
+        problems.append(
+            "objective.order alternate tracks the low phase at other score levels than it matches, "
+            "and shared tracking has one query for both; set fake_score.tracking=fresh"
+        )
     if fake_score.ida_decay < 1 and fake_score.tracking == "shared":
         problems.append(
             f"fake_score.ida_decay {fake_score.ida_decay} changes weights that shared tracking has "

@@ -5,6 +5,17 @@ from sgmd_core.objectives import Objective, phases_of
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.settings import GeneratorSettings
 
+_SCORE_SETTINGS = (
+    "score_shift",
+    "score_sigma_min",
+    "score_sigma_max",
+    "score_level_min",
+    "score_level_max",
+    "score_window",
+    "score_law",
+)
+"""Settings of the score law, which has no part in training in phases."""
+
 
 def step_contradictions(
     schedule: FlowMatchSchedule, generator: GeneratorSettings, objective: Objective
@@ -51,14 +62,12 @@ def _phase_contradictions(
             f"generator.diversity would go on training the first step in the low phase of {method};"
             " set generator.diversity.weight=0"
         )
-    if schedule.score_window != "none":
-        problems.append(
-            f"schedule.score_window {schedule.score_window} and the phases of {method} both bound "
-            "the score levels; set schedule.score_window=none"
-        )
-    if schedule.score_law != "clamped":
-        problems.append(
-            f"schedule.score_law {schedule.score_law} has no part in the phases of {method}, whose "
-            "score levels are raw levels of the generator's grid; set schedule.score_law=clamped"
-        )
+    plain = FlowMatchSchedule()
+    problems += [
+        f"schedule.{name} {getattr(schedule, name)} has no part in the phases of {method}, which "
+        "draw raw score levels between objective.first_level and last_level; set "
+        f"schedule.{name}={'null' if getattr(plain, name) is None else getattr(plain, name)}"
+        for name in _SCORE_SETTINGS
+        if getattr(schedule, name) != getattr(plain, name)
+    ]
     return problems

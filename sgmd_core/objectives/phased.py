@@ -18,11 +18,12 @@ by the positive factor sigma / (sigma - sigma_s) of each sample.
 
     sequential  all high iterations, then all low ones with the high expert as it is; the fake score
                 goes back to the teacher's weights between, and noise ranges end at 1 in both
-    alternate   even iterations high, odd ones low; one fake score for both, so the low range ends
-                below the boundary, where it does not meet the high one
+    alternate   even iterations high, odd ones low; the low phase is matched above the boundary in
+                its 1st, 3rd, ... iteration and below it in the others
 
 Source: Phased DMD (arXiv:2510.27684), sequential and `paper`; alternation, ranges, normaliser and
-plain mean square of the released trainer.
+plain mean square of the released trainer. That trainer has a fake score for each phase; here one
+learns from both, so above the boundary it follows the mean of their laws.
 """
 
 from dataclasses import dataclass
@@ -84,6 +85,8 @@ class PhasedObjective(DmdObjective):
         order: `sequential` or `alternate`.
         high_iterations: Iterations of the high phase, where phases are sequential.
         form: `released` or `paper`: the two losses.
+        first_level: Least raw level at which samples are judged, whatever the phase.
+        last_level: Largest one.
     """
 
     about: ClassVar[str] = "distribution matching in two phases, each with an expert of its own"
@@ -97,17 +100,27 @@ class PhasedObjective(DmdObjective):
     order: PhaseOrder = "sequential"
     high_iterations: int = 1000
     form: Literal["released", "paper"] = "released"
+    first_level: int = 20
+    last_level: int = 980
 
     def __post_init__(self) -> None:
         # Not `super()`: a dataclass with slots is a second class of the same name.
         DmdObjective.__post_init__(self)
-        above = 1000 - self.boundary
+        above, least = 1000 - self.boundary, self.boundary + self.margin
         rules = {
             "boundary": (0 < above < 1000, "a raw level between 0 and 1000"),
             "margin": (0 <= self.margin < above, f"a count of at least 0 and below {above}"),
             "order": (self.order in ("sequential", "alternate"), "sequential or alternate"),
             "high_iterations": (self.high_iterations >= 1, "a count of at least 1"),
             "form": (self.form in ("released", "paper"), "released or paper"),
+            "first_level": (
+                1 <= self.first_level < self.boundary,
+                f"a raw level of at least 1 and below the boundary, {self.boundary}",
+            ),
+            "last_level": (
+                least <= self.last_level < 1000,
+                f"a raw level of at least boundary + margin, {least}, and below 1000",
+            ),
         }
         for name, (holds, expected) in rules.items():
             if not holds:
@@ -129,6 +142,7 @@ class PhasedObjective(DmdObjective):
             num_steps,
             boundary=self.boundary,
             margin=self.margin,
+            levels=(self.first_level, self.last_level),
             order=self.order,
             high_iterations=self.high_iterations,
         )

@@ -87,6 +87,15 @@ def test_experts_have_to_change_where_the_phases_do(base: Path, pair: Path, tmp_
         (["generator.diversity.weight=0.1"], "diversity"),
         (["schedule.score_window=both"], "score_window"),
         (["schedule.score_law=renoise"], "score_law"),
+        (["schedule.score_level_max=900"], r"objective\.first_level and last_level"),
+        (["schedule.score_shift=1.0"], "score_shift"),
+        (
+            [
+                "objective={method: phased_dmd, order: alternate, fake_updates: 1}",
+                "fake_score.tracking=shared",
+            ],
+            "other score levels than it matches",
+        ),
     ],
 )
 def test_what_does_not_go_with_phases_is_refused_with_the_recipe(overrides, words) -> None:

@@ -193,7 +193,7 @@ class TestPhases:
         assert (phases.low.first_exit, phases.low.end) == (2, 4)
         assert float(SCHEDULE.generator_grid(4)[phases.high.end]) == pytest.approx(0.875)
 
-    @pytest.mark.parametrize("settings", [{"boundary": 600}, {"boundary": 999, "margin": 0}])
+    @pytest.mark.parametrize("settings", [{"boundary": 600}, {"boundary": 900}])
     def test_a_boundary_beside_the_grid_is_refused(self, settings):
         with pytest.raises(ConfigError, match="which no step starts at"):
             PhasedObjective(**settings).phases(SCHEDULE, 4)
@@ -209,9 +209,40 @@ class TestPhases:
             False,
             False,
         ]
-        alternate = PhasedObjective(order="alternate").phases(SCHEDULE, 4)
-        assert (alternate.high.levels, alternate.low.levels) == ((520, 981), (20, 500))
-        assert [alternate.at(each) is alternate.high for each in range(4)] == [True, False] * 2
+
+    def test_in_turns_the_low_phase_looks_above_the_boundary_in_every_other_iteration(self):
+        phases = PhasedObjective(order="alternate").phases(SCHEDULE, 4)
+        above, below, every = (520, 981), (20, 500), (20, 981)
+        generated = [phases.at(each).levels_for(Purpose.GENERATE) for each in range(8)]
+        assert generated == [above, above, above, below] * 2
+        tracked = [phases.at(each).levels_for(Purpose.TRACK) for each in range(8)]
+        assert tracked == [above, every] * 4
+        assert [phases.at(each).anchored for each in range(8)] == [True, False] * 4
+        exits = [(phases.at(each).first_exit, phases.at(each).end) for each in range(4)]
+        assert exits == [(0, 2), (2, 4)] * 2
+
+    def test_batches_of_the_low_phase_draw_by_turn_and_tracking_draws_from_both_sides(self):
+        phases = PhasedObjective(order="alternate").phases(SCHEDULE, 4)
+
+        def sigmas(iteration, purpose):
+            phase, key = phases.at(iteration), MicroBatchKey(iteration, 0, purpose)
+            return draw(0, key, range(300), (1, 1, 1, 1), SCHEDULE, 4, phase=phase).sigma
+
+        boundary = 0.875
+        assert sigmas(1, Purpose.GENERATE).min() > boundary
+        assert sigmas(3, Purpose.GENERATE).max() < boundary
+        for iteration in (1, 3):
+            sigma = sigmas(iteration, Purpose.TRACK)
+            assert 0.4 < (sigma > boundary).float().mean() < 0.6
+            assert ((sigma > boundary) & (sigma < 0.88)).any(), "no margin above clean latents"
+
+    @pytest.mark.parametrize("order", ["sequential", "alternate"])
+    def test_the_bounds_of_levels_are_settings(self, order):
+        objective = PhasedObjective(order=order, first_level=5, last_level=990, margin=30)
+        phases = objective.phases(SCHEDULE, 4)
+        assert phases.high.levels == phases.high.tracked_levels == (530, 991)
+        assert phases.low.tracked_levels == (5, 991)
+        assert phases.low.levels == ((5, 991) if order == "sequential" else (5, 500))
 
     def test_draws_stay_within_the_phase_and_the_fake_score_goes_to_its_end(self):
         phases = PhasedObjective().phases(SCHEDULE, 4)
@@ -240,7 +271,17 @@ class TestPhases:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"boundary": 0}, {"margin": 500}, {"order": "both"}, {"high_iterations": 0}, {"form": "x"}],
+    [
+        {"boundary": 0},
+        {"margin": 500},
+        {"order": "both"},
+        {"high_iterations": 0},
+        {"form": "x"},
+        {"first_level": 0},
+        {"first_level": 500},
+        {"last_level": 519},
+        {"last_level": 1000},
+    ],
 )
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
