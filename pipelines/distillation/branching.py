@@ -72,6 +72,32 @@ def branch(
         shutil.copytree(state, draft, dirs_exist_ok=True, copy_function=_linked)
 
 
+def ensure_branch(
+    source: RunFolder, config: DistillConfig, may_differ: Collection[str], *, iteration: int
+) -> None:
+    """Makes a branch that is not there yet, or of which only a part is.
+
+    The state is copied last. Without it a branch that was interrupted on the way would begin anew
+    as a run of its own when it is resumed.
+
+    Args:
+        source: As in `branch`, as all that follow.
+        config: See there.
+        may_differ: See there.
+        iteration: See there.
+
+    Raises:
+        CheckpointError: See there.
+    """
+    target = RunFolder(config.run_folder)
+    is_whole = Checkpoints(str(target.checkpoints)).latest() is not None
+    if is_whole or target.summary.exists():
+        return
+    if target.root.exists():
+        shutil.rmtree(target.root)
+    branch(source, config, may_differ, iteration=iteration)
+
+
 def require_branch(source: RunFolder, config: DistillConfig, may_differ: Collection[str]) -> None:
     """Checks that a run may go on from the state of another.
 

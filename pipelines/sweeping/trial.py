@@ -20,7 +20,7 @@ from ray import tune
 from cluster.errors import ClusterError
 from cluster.storage import read_json, write_json
 from pipelines.config.recipe import DistillConfig
-from pipelines.distillation.branching import branch
+from pipelines.distillation.branching import ensure_branch
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
@@ -125,7 +125,7 @@ def run_trial(tuned: Mapping[str, Any], sweep: CommonToTrials) -> None:
     if failed.exists():
         raise TrialError(read_json(str(failed))["error"])
     try:
-        _begin(sweep, config, folder, state)
+        _begin(sweep, config, state)
         _distill(sweep, config, folder, settings, name)
     except (ClusterError, StopRequestedError):
         # The loss of a process or machine, or a stop from outside: worth another try.
@@ -149,22 +149,19 @@ def _given_state() -> Mapping[str, Any] | None:
         return read_json(str(Path(inside) / _STATE_FILE))
 
 
-def _begin(
-    sweep: CommonToTrials, config: DistillConfig, folder: RunFolder, state: Mapping[str, Any] | None
-) -> None:
+def _begin(sweep: CommonToTrials, config: DistillConfig, state: Mapping[str, Any] | None) -> None:
     """Makes the folder of a run that goes on from the state of another."""
-    if folder.config.exists():
-        return
-    searched = {*sweep.config.sweep.dimensions, *sweep.config.sweep.settings, "seed"}
+    of_sweep = sweep.config.sweep
+    searched = {*of_sweep.dimensions, *of_sweep.settings, "seed"}
     if state is not None:
-        branch(RunFolder(state["run_folder"]), config, searched, iteration=state["iteration"])
-    elif sweep.config.sweep.start_from:
-        branch(
-            RunFolder(sweep.config.sweep.start_from),
-            config,
-            searched,
-            iteration=sweep.first_iteration,
-        )
+        # Its own folder, where the trial itself is started again.
+        source, iteration = state["run_folder"], state["iteration"]
+    elif of_sweep.start_from:
+        source, iteration = of_sweep.start_from, sweep.first_iteration
+    else:
+        return
+    if Path(source) != Path(config.run_folder):
+        ensure_branch(RunFolder(source), config, searched, iteration=iteration)
 
 
 def _distill(

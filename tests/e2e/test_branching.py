@@ -1,8 +1,10 @@
 """Runs that go on from a state of another run, with other settings."""
 
+import shutil
+
 import pytest
 
-from pipelines.distillation.branching import branch, newest_state
+from pipelines.distillation.branching import branch, ensure_branch, newest_state
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import CheckpointError
@@ -35,7 +37,15 @@ def test_a_branch_goes_on_from_the_state_and_only_what_may_differ_does(
     with pytest.raises(CheckpointError, match=r"generator\.optimizer\.lr is 0\.01"):
         branch(start, other, {NR}, iteration=2)
     assert not other.run_folder.exists()
-    branch(start, other, {NR, "generator.optimizer.lr"}, iteration=2)
+    searched = {NR, "generator.optimizer.lr"}
+    branch(start, other, searched, iteration=2)
+    # Killed before the state was there; the run that is resumed there would begin anew.
+    shutil.rmtree(RunFolder(other.run_folder).checkpoints)
+    ensure_branch(start, other, searched, iteration=2)
+    (state,) = RunFolder(other.run_folder).checkpoints.iterdir()
+    made_ns = state.stat().st_ctime_ns
+    ensure_branch(start, other, searched, iteration=2)
+    assert state.stat().st_ctime_ns == made_ns
     distill(other, resume=True)
     branched, calm = losses(RunFolder(other.run_folder)), losses(RunFolder(whole.run_folder))
     assert branched[:2] == calm[:2]
