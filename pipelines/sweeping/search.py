@@ -209,7 +209,15 @@ class _Asha(ASHAScheduler):
 
 
 class _Median(MedianStoppingRule):
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:  # noqa: ANN401
+        super().on_trial_add(tune_controller, trial)
+        # Tune's own knows a trial by its object, and a resumed sweep makes new ones.
+        for known in [each for each in self._results if each.trial_id == trial.trial_id]:
+            self._results[trial] = self._results.pop(known)
+
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:  # noqa: ANN401
+        # One that reports goes on, though those that are heard again might have ended it earlier.
+        self._stopped_trials.discard(trial)
         return super().on_trial_result(
             tune_controller, trial, _worst_for_nan(result, self._metric, self._mode)
         )

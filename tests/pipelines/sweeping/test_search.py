@@ -90,6 +90,9 @@ def ended(name: str, *values: float) -> Trial:
     return Trial({}, {}, 0, "", "", name=f"trial-{name}", curve=curve)
 
 
+OWN, BAD = ended("d", 0.5, 9.0), ended("d", 9.0, 9.0, 9.0)
+
+
 @pytest.mark.parametrize("method", ["asha", "median"])
 def test_a_scheduler_knows_after_an_interruption_what_was_reported_before(method: str) -> None:
     config = recipe(
@@ -111,6 +114,35 @@ def test_a_scheduler_knows_after_an_interruption_what_was_reported_before(method
     good.on_trial_add(controller, trial)
     result = {"iteration": 2, "frechet": 0.1}
     assert good.on_trial_result(controller, trial, result) == TrialScheduler.CONTINUE
+
+
+def test_the_median_rule_knows_the_past_of_a_trial_that_is_taken_up() -> None:
+    """Its best result counts, and it is no other trial to itself."""
+    config = recipe(
+        "sweep.scheduler={method: median, grace_iterations: 2}", "sweep.validate_every=2"
+    )
+    controller: Any = None
+    result = {"iteration": 6, "frechet": 5.0}
+    calm = scheduler(config, [ended(name, 1.0, 1.0, 1.0) for name in "abc"])
+    taken_up = scheduler(config, [*(ended(name, 1.0, 1.0, 1.0) for name in "abc"), OWN])
+    for found, expected in ((calm, TrialScheduler.STOP), (taken_up, TrialScheduler.CONTINUE)):
+        assert found is not None
+        trial: Any = SimpleTrial("d")
+        found.on_trial_add(controller, trial)
+        assert found.on_trial_result(controller, trial, result) == expected
+    # Alone with two others it is one too few.
+    few = scheduler(config, [ended("a", 1.0, 1.0, 1.0), ended("b", 1.0, 1.0, 1.0), BAD])
+    assert few is not None
+    few.on_trial_add(controller, trial)
+    assert few.on_trial_result(controller, trial, result) == TrialScheduler.CONTINUE
+
+
+def test_the_median_rule_hears_trials_again_that_it_would_now_have_ended() -> None:
+    """In their own time there were too few others."""
+    config = recipe(
+        "sweep.scheduler={method: median, grace_iterations: 2}", "sweep.validate_every=2"
+    )
+    assert scheduler(config, [*(ended(name, 1.0, 1.0) for name in "abc"), BAD]) is not None
 
 
 @pytest.mark.parametrize("method", ["asha", "median"])
