@@ -87,13 +87,17 @@ def trial_config(
     """
     sweep = config.sweep
     every = sweep.validate_every or sweep.iterations
-    saves = min(each for each in (config.checkpoint.every, every) if each)
     is_population = sweep.search == "pb2"
+    # A member of a population may wait long before it takes over a state of another one, so all
+    # that are offered stay: those of the validations.
+    saves = every if is_population else min(e for e in (config.checkpoint.every, every) if e)
+    validations = math.ceil(sweep.iterations / every)
     defaults: dict[str, Any] = {
         "iterations": first_iteration + sweep.iterations,
         "validation.every": every,
         "checkpoint.every": saves,
-        "checkpoint.keep": 2 if is_population else 1,
+        # And the one that it began with.
+        "checkpoint.keep": validations + 1 if is_population else 1,
         "checkpoint.keep_best": 0,
         # Others go on from a state as soon as its figures are known.
         **({"checkpoint.background": False} if is_population else {}),

@@ -11,6 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.sweeping.search import keep_present, scheduler, searcher
+from pipelines.sweeping.trial import trial_config
 from pipelines.sweeping.trials import Trial
 
 NR = "objective.lambda_nr"
@@ -172,6 +173,22 @@ def test_tunes_copy_of_a_scheduler_is_the_one_of_this_process() -> None:
     now = scheduler(config)
     keep_present(now)
     assert pickle.loads(kept) is now
+
+
+def test_a_population_keeps_every_state_that_another_member_may_go_on_from() -> None:
+    config = recipe(
+        f"sweep.space={{{NR}: {{uniform: [0.01, 1.0]}}}}",
+        "sweep.search=pb2",
+        "sweep.trials=4",
+        "sweep.iterations=10",
+        "sweep.validate_every=4",
+        "checkpoint.every=1",
+    )
+    kept = trial_config(config, {}, 0, "member", first_iteration=8).checkpoint
+    # At 8, where it began; at 12 and 16, which are validated; and at its end.
+    assert (kept.every, kept.keep) == (4, 4)
+    alone = trial_config(recipe("checkpoint.every=1"), {}, 0, "trial").checkpoint
+    assert (alone.every, alone.keep) == (1, 1)
 
 
 class SimpleTrial(SimpleNamespace):
