@@ -72,6 +72,22 @@ def branch(
         shutil.copytree(state, draft, dirs_exist_ok=True, copy_function=_linked)
 
 
+def keep_state(source: RunFolder, target: Path, *, iteration: int) -> None:
+    """Keeps one state of a run, and what a branch takes along, however that run goes on.
+
+    Args:
+        source: The run that has the state.
+        target: Folder to make; it can be branched from as the run can.
+        iteration: The state's.
+    """
+    with whole_folder(target) as draft:
+        kept = RunFolder(draft)
+        for name in ("config", "identity", *_LOGS):
+            _copy(getattr(source, name), getattr(kept, name))
+        state = Path(Checkpoints(str(source.checkpoints)).folder(iteration))
+        shutil.copytree(state, kept.checkpoints / state.name, copy_function=_linked)
+
+
 def ensure_branch(
     source: RunFolder, config: DistillConfig, may_differ: Collection[str], *, iteration: int
 ) -> None:

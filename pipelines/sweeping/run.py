@@ -24,6 +24,7 @@ from cluster.runtime import start_ray
 from cluster.storage import write_text
 from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.branching import keep_state
 from pipelines.distillation.groups import (
     lent_pools_of,
     own_cluster_size,
@@ -31,7 +32,7 @@ from pipelines.distillation.groups import (
     pools_of,
 )
 from pipelines.run.differences import value_differences
-from pipelines.run.folder import require_on_disk, require_output_folder
+from pipelines.run.folder import RunFolder, require_on_disk, require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
@@ -56,6 +57,7 @@ _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AW
 # Starts of a trial whose process is lost; it goes on from its own checkpoint.
 _MAX_LOSSES = 3
 _MAY_CHANGE = ("concurrent_trials",)
+_START = "start"
 
 
 def sweep(
@@ -92,11 +94,16 @@ def sweep(
     require_on_disk(config.output, "output")
     require_output_folder(config.output, "output")
     folder = Path(config.output).absolute() / f"{config.name}-sweep"
-    first_iteration = checked_sweep(config)
+    first_iteration = checked_sweep(from_kept_start(config, folder) if resume else config)
     with hold(str(folder), f"sgmd sweep {config.name}"):
         _take_folder(config, folder, resume=resume)
+        if config.sweep.start_from and not (folder / _START).exists():
+            start = RunFolder(config.sweep.start_from)
+            keep_state(start, folder / _START, iteration=first_iteration)
         # A trial works in a folder of Tune's.
-        inside = config.with_absolute_paths().model_copy(update={"output": str(folder / "trials")})
+        inside = from_kept_start(config.with_absolute_paths(), folder).model_copy(
+            update={"output": str(folder / "trials")}
+        )
         service = f"{config.name}-{secrets.token_hex(4)}" if config.sweep.share_teacher else ""
         common = CommonToTrials(inside, first_iteration, listed_runs(config), service)
         book = TrialBook(folder / "trials.json")
@@ -104,6 +111,21 @@ def sweep(
             common, book, num_runs(config), observer or RunObserver(), on_progress, on_trials
         )
         return _sweep(config, folder, common, book, events)
+
+
+def from_kept_start(config: DistillConfig, folder: Path) -> DistillConfig:
+    """The recipe of a sweep whose trials go on from the state that the sweep has kept, if it has.
+
+    The run that `sweep.start_from` names may go on and delete its older states: trials that begin
+    after a `--resume` would begin elsewhere than those before.
+
+    Args:
+        config: The recipe.
+        folder: The sweep's.
+    """
+    if not config.sweep.start_from or not (folder / _START).exists():
+        return config
+    return config.with_settings({"sweep.start_from": str(folder / _START)})
 
 
 def dry_run_sweep(config: DistillConfig) -> dict[str, int]:

@@ -4,9 +4,10 @@ import shutil
 
 import pytest
 
-from pipelines.distillation.branching import branch, ensure_branch, newest_state
+from pipelines.distillation.branching import branch, ensure_branch, keep_state, newest_state
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.sweeping.run import from_kept_start
 from sgmd_core.errors import CheckpointError
 from tests.e2e.conftest import MakeRecipe
 
@@ -37,6 +38,15 @@ def test_a_branch_goes_on_from_the_state_and_only_what_may_differ_does(
     with pytest.raises(CheckpointError, match=r"generator\.optimizer\.lr is 0\.01"):
         branch(start, other, {NR}, iteration=2)
     assert not other.run_folder.exists()
+    # A sweep keeps the state; the run goes on, and deletes it.
+    sweep = start.root.parent / "a-sweep"
+    keep_state(start, sweep / "start", iteration=2)
+    resumed = from_kept_start(other.with_settings({"sweep.start_from": str(start.root)}), sweep)
+    distill(source.with_settings({"iterations": 3, "checkpoint.keep": 1}), resume=True)
+    assert newest_state(start) == 3
+    assert resumed.sweep.start_from is not None
+    start = RunFolder(resumed.sweep.start_from)
+    assert newest_state(start) == 2
     searched = {NR, "generator.optimizer.lr"}
     branch(start, other, searched, iteration=2)
     # Killed before the state was there; the run that is resumed there would begin anew.
