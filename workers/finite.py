@@ -75,6 +75,10 @@ class FiniteChecks:
         self._raises = raises
         self._first: dict[int, NumericalFault] = {}
 
+    def for_another_run(self) -> "FiniteChecks":
+        """The same checks with no fault recorded."""
+        return FiniteChecks(raises=self._raises)
+
     def checked(
         self,
         value: Tensor,

@@ -7,7 +7,9 @@ anchor(start)             guided steps from the generator's initial noise, for t
 """
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,12 @@ class ScoreTeacher:
         self._checks = checks or FiniteChecks()
         self._network = velocity_model.eval().requires_grad_(False)
         self._settings = settings
+
+    def for_another_run(self) -> Self:
+        """The same network for another run at once: faults are those of its own calls."""
+        twin = copy(self)
+        twin._checks = self._checks.for_another_run()
+        return twin
 
     # Not inference_mode: a tensor made there cannot be saved for the backward pass of the fake
     # score, which shares the process in the local topology.

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Protocol, Self, cast, runtime_checkable
 
 import ray
 import ray.util
@@ -43,6 +43,20 @@ _POLL_S = 0.5
 _APPEARS_S = 300.0
 
 
+@runtime_checkable
+class Lendable(Protocol):
+    """A worker that records something of a run, and so is not the same one to several."""
+
+    def for_another_run(self) -> Self:
+        """The same worker with nothing recorded; what is large is shared."""
+        ...
+
+
+def lent(worker: object) -> object:
+    """A worker as one more run has it: itself, unless it records something of a run."""
+    return worker.for_another_run() if isinstance(worker, Lendable) else worker
+
+
 class ServiceHost(Host):
     """The inside of a process that serves several runs: one worker for all that want the same."""
 
@@ -58,11 +72,11 @@ class ServiceHost(Host):
         rendezvous: Rendezvous | None,
         own_rank: int,
     ) -> None:
-        """Makes a worker, or takes the one that was made in the same way for another run."""
+        """Makes a worker, or shares the one that was made in the same way for another run."""
         way = hashlib.sha256(pickle.dumps((factory, args))).digest()
         if way in self._built:
             self._ranks[worker] = own_rank
-            self._workers[worker] = self._built[way]
+            self._workers[worker] = lent(self._built[way])
             return
         super().build(worker, factory, args, rendezvous, own_rank)
         self._built[way] = self._workers[worker]

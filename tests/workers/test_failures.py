@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.ray.service import lent
 from sgmd_core.errors import NonFiniteError, StaleCallError
 from sgmd_core.objectives import GradientPath
 from sgmd_core.objectives.dmd import DmdObjective, matching_direction
@@ -33,8 +34,9 @@ from tests.helpers.roles import (
     weights,
 )
 from tests.helpers.tiny_wan import LATENT_SHAPE
-from workers.finite import require_finite
-from workers.settings import DiversitySettings
+from workers.finite import FiniteChecks, require_finite
+from workers.score_teacher import ScoreTeacher
+from workers.settings import DiversitySettings, TeacherSettings
 
 TRACKING = pytest.mark.parametrize("tracking", ["shared", "fresh"])
 
@@ -68,6 +70,25 @@ def test_a_nan_prediction_of_the_teacher_is_told_apart_from_a_nan_sample():
     with pytest.raises(NonFiniteError, match="the teacher's velocity not finite") as caught:
         roles.fake_score.signal(query, replace(prediction, velocity=nothing), share=1.0)
     assert "x0" not in caught.value.found.split(";")[1]
+
+
+def test_runs_that_share_a_teacher_have_faults_of_their_own():
+    """Both are at the same iteration, and either may be asked first."""
+    roles = tiny_roles()
+    query, _ = _scored(roles)
+    first = ScoreTeacher(roles.networks["teacher"], TeacherSettings(), FiniteChecks(raises=False))
+    second = lent(first)
+    assert isinstance(second, ScoreTeacher)
+    second.denoise(poisoned(query), negative_text())
+    assert first.diagnose(0).fault is None
+    assert second.diagnose(0).fault is not None
+    assert lent(second).diagnose(0).fault is None
+    assert same_bits(
+        {"velocity": first.denoise(query, negative_text()).velocity},
+        {"velocity": second.denoise(query, negative_text()).velocity},
+    )
+    # What records nothing is shared as it is.
+    assert lent(query) is query
 
 
 def test_a_nan_sample_stops_tracking_before_it_reaches_a_parameter():
