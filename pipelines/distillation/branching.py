@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cluster.checkpoints import Checkpoints
-from cluster.files import whole_folder
+from cluster.files import delete_folder, whole_folder
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import begin, differences
 from pipelines.distillation.preflight import run_preflight
@@ -110,7 +110,7 @@ def ensure_branch(
     if is_whole or target.summary.exists():
         return
     if target.root.exists():
-        shutil.rmtree(target.root)
+        delete_folder(target.root)
     branch(source, config, may_differ, iteration=iteration)
 
 

@@ -248,7 +248,6 @@ def test_the_weight_off_the_trajectory_rises_linearly():
 @pytest.mark.parametrize(
     "settings",
     [
-        {"guidance": "none"},
         {"off_trajectory": -1.0},
         {"off_trajectory_warmup": -1},
         {"off_trajectory_normalizer_min": -0.1},

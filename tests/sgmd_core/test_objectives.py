@@ -348,7 +348,6 @@ def test_ratios_are_those_of_the_methods():
         (DmdObjective, {"fake_updates": 0}),
         (Dmd2Objective, {"fake_updates": -1}),
         (DmdObjective, {"normalizer_min": -0.1}),
-        (PdmdObjective, {"removed": "nothing"}),
         (SgmdObjective, {"fake_updates": 0}),
         (TsgFisherObjective, {"normalizer_eps": 0.0}),
         (TsgSimObjective, {"sigma_floor": -1.0}),

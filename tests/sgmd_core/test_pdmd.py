@@ -125,8 +125,13 @@ def test_the_control_takes_out_another_direction_of_each_sample_and_the_same_one
     assert (dot(own, drawn).abs() / dot(own, own).sqrt()).max() < 1e-14
     assert torch.equal(own, generator_gradient(control, query, fake, teacher))
     for index in range(len(query.x0)):
+        own = slice(index, index + 1)
         one = dataclasses.replace(
-            query, x0=query.x0[index : index + 1], noise=query.noise[index : index + 1]
+            query,
+            x0=query.x0[own],
+            sigma=query.sigma[own],
+            noise=query.noise[own],
+            text=query.text[own],
         )
         assert torch.equal(random_direction(one)[0], drawn[index])
     assert not torch.equal(drawn[0], drawn[1])

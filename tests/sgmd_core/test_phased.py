@@ -274,9 +274,7 @@ class TestPhases:
     [
         {"boundary": 0},
         {"margin": 500},
-        {"order": "both"},
         {"high_iterations": 0},
-        {"form": "x"},
         {"first_level": 0},
         {"first_level": 500},
         {"last_level": 519},

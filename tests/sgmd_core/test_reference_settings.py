@@ -135,8 +135,6 @@ def test_default_ranges_draw_what_was_drawn_before_there_were_any():
     [
         {"score_level_max": 0},
         {"score_level_min": -1},
-        {"score_window": "left"},
-        {"score_law": "uniform"},
         {"score_sigma_max": 1.01, "score_law": "renoise"},
     ],
 )

@@ -150,9 +150,10 @@ def test_no_key_of_the_command_is_in_the_manifest(monkeypatch: pytest.MonkeyPatc
     assert done.stdout.startswith("# Made by: sgmd plan tiny note=s3://***@bucket\n"), done.output
 
 
-def test_the_command_prints_the_manifest_and_nothing_else():
+def test_the_command_prints_the_manifest_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["sgmd", "plan", "wan21-1.3b"])
     command = ["plan", "wan21-1.3b", "--model", "1.3b", *PLACES, "--gpus", "5"]
     done = CliRunner().invoke(app, [*command, "--emit", "kuberay"])
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("# Made by: sgmd ")
+    assert done.stdout.startswith("# Made by: sgmd plan wan21-1.3b\n")
     assert parts(done.stdout)[0].output == "s3://b/runs"
