@@ -105,4 +105,5 @@ def test_doctor_says_of_such_a_server_that_it_does_not_answer(
     monkeypatch.setattr("pipelines.doctoring.storage._STORAGE_S", 2.0)
     (found,) = (each for each in examine(storage="s3://runs") if each.name.startswith("storage"))
     assert found.status is Status.MISSING
-    assert "no whole answer in 2 s" in found.found
+    # Two seconds, and a second more for each MiB that is written.
+    assert "no whole answer in 6 s" in found.found
