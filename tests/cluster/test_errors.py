@@ -26,6 +26,7 @@ EXAMPLES = [
             errors.TransferError,
             errors.ControllerTensorError,
             errors.StorageError,
+            errors.StoreRefusedError,
             errors.LeaseError,
             errors.LeaseLostError,
             errors.JobError,
