@@ -13,10 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from cluster.storage import write_text
 from pipelines.media.charts import NUM_COLOURS, number
+from pipelines.media.pages import page_templates
 from pipelines.reporting.alarms import alarm_kinds
 from pipelines.reporting.checkpoints import ranked_checkpoints
 from pipelines.reporting.clips import Media, clip_table
@@ -73,13 +72,7 @@ def write_page(runs: Sequence[RunRecords], output: str | Path | None = None) -> 
 def report_html(runs: Sequence[RunRecords]) -> str:
     """The page as text."""
     # Whatever a run has recorded is escaped; what is trusted is marked so in the template.
-    templates = Environment(
-        loader=FileSystemLoader(_ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = page_templates(_ASSETS)
     templates.filters |= {"duration": duration, "number": number}
     labelled = [LabelledRun(label, run) for label, run in zip(_labels(runs), runs, strict=True)]
     return templates.get_template("page.html.j2").render(_content(labelled))

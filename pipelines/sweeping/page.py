@@ -10,12 +10,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 import pipelines.reporting
 from cluster.storage import write_text
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.media.charts import number
+from pipelines.media.pages import page_templates
 from pipelines.media.scatter import interval_words
 from pipelines.reporting.names import duration, title
 from pipelines.sweeping.importance import comparable, importances
@@ -64,13 +63,7 @@ def write_sweep_page(folder: Path, output: Path | None = None) -> Path:
 
 
 def _html(config: DistillConfig, result: SweepResult) -> str:
-    templates = Environment(
-        loader=FileSystemLoader(_ASSETS),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    templates = page_templates(_ASSETS)
     return templates.get_template("sweep.html.j2").render(_content(config, result))
 
 
