@@ -5,16 +5,14 @@ It has the sections `worlds`, `networks` and `search` instead of a model and dat
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
-from pipelines.config.recipe_files import find_recipe
+from pipelines.config.recipe_files import find_recipe, recipe_sections
 from pipelines.config.section import Section
 from pipelines.config.study import VariantName
-from pipelines.config.yaml_text import read_yaml
 from sgmd_core.objectives import PhasingObjective, looks_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
@@ -78,8 +76,8 @@ class GaussianVariant(Section):
     """`shared`: the fake score is tracked on the generator's own batch, in the same forward pass.
     `fresh`: on new samples of the updated generator, `objective.fake_updates` times."""
 
-    @model_validator(mode="after")
-    def _methods_fit(self) -> Self:
+    def contradictions(self) -> Iterator[str]:
+        """Sentences on what the study cannot do with the method."""
         problems = method_contradictions(self.objective, FakeScoreSettings(tracking=self.tracking))
         method = self.objective.method
         if looks_of(self.objective, guidance_scale=1.0) != Looks():
@@ -92,9 +90,8 @@ class GaussianVariant(Section):
                 f"objective.method {method} trains two experts in phases, and generators here have "
                 "one network; compare it by `sgmd study`"
             )
-        if problems:
-            raise ValueError("; ".join(problems).replace("fake_score.tracking", "tracking"))
-        return self
+        for problem in problems:
+            yield problem.replace("fake_score.tracking", "tracking")
 
 
 class GaussianStudyConfig(Section):
@@ -123,20 +120,9 @@ class GaussianStudyConfig(Section):
     variants: dict[VariantName, GaussianVariant] = Field(min_length=1)
     """By name."""
 
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        problems = list(_contradictions(self))
-        given, plain = self.schedule, FlowMatchSchedule()
-        names = ("score_level_min", "score_level_max", "score_window", "steps")
-        problems += [
-            f"schedule.{name} is {getattr(given, name)}, which this study does not draw by; leave "
-            "it out"
-            for name in names
-            if getattr(given, name) != getattr(plain, name)
-        ]
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    def contradictions(self) -> Iterator[str]:
+        """Sentences on settings that do not fit together."""
+        return _contradictions(self)
 
     @property
     def folder(self) -> Path:
@@ -151,19 +137,20 @@ def _contradictions(config: GaussianStudyConfig) -> Iterator[str]:
     for name, world in config.worlds.items():
         if world.modes > 2 and world.dim != 2 and world.modes > world.dim:
             yield f"worlds.{name} has {world.modes} modes at right angles in {world.dim} dimensions"
+    given, plain = config.schedule, FlowMatchSchedule()
+    for name in ("score_level_min", "score_level_max", "score_window", "steps"):
+        if getattr(given, name) != getattr(plain, name):
+            found = getattr(given, name)
+            yield f"schedule.{name} is {found}, which this study does not draw by; leave it out"
 
 
 def is_gaussian_study(recipe: str) -> bool:
-    """True for a recipe with the section `worlds`; one that cannot be read is left to its loader.
+    """True for a recipe with the section `worlds`, of its own or of its base.
 
     Args:
         recipe: Name of a recipe that ships, or path of a YAML file.
 
     Raises:
-        ConfigError: There is no such recipe.
+        ConfigError: There is no such recipe, or it cannot be read.
     """
-    try:
-        content = read_yaml(find_recipe(recipe).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False
-    return isinstance(content, dict) and "worlds" in content
+    return "worlds" in recipe_sections(find_recipe(recipe), GaussianStudyConfig)

@@ -14,10 +14,10 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator
 
 from cluster.files import store_address
 from pipelines.config import recipe_files, settings_check
@@ -234,12 +234,9 @@ class DistillConfig(Section):
         # A `Path` makes s3:/bucket of an address.
         return store_address(output) or output
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        problems = list(_contradictions(self))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+    def contradictions(self) -> Iterable[str]:
+        """Sentences on settings that do not fit together."""
+        return _contradictions(self)
 
     @property
     def run_folder(self) -> Path:

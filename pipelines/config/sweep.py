@@ -137,12 +137,9 @@ class SweepSettings(Section):
     """Whether all trials use one teacher pool and one text encoder, with its cache, instead of
     copies of their own; needs `topology.mode: pools` and a teacher of one rank."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        problems = list(_contradictions(self))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+    def contradictions(self) -> Iterator[str]:
+        """Sentences on settings that do not fit together."""
+        return _contradictions(self)
 
     @property
     def dimensions(self) -> dict[str, Dimension]:

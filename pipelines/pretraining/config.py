@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from pipelines.config.recipe_files import absolute_path
 from pipelines.config.section import Section
@@ -162,12 +162,9 @@ class PretrainConfig(Section):
     sampling: SamplingSettings = SamplingSettings()
     ray: RayTrainSettings = RayTrainSettings()
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        problems = list(_contradictions(self))
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+    def contradictions(self) -> Iterator[str]:
+        """Sentences on settings that do not fit together."""
+        return _contradictions(self)
 
     def with_absolute_paths(self) -> Self:
         """The same run for Ray Train's workers, each of which works in a folder of its own."""

@@ -8,7 +8,11 @@ import torch
 from pydantic import ValidationError
 
 from cluster.storage import read_json
-from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant
+from pipelines.config.gaussian_study import (
+    GaussianStudyConfig,
+    GaussianVariant,
+    is_gaussian_study,
+)
 from pipelines.config.methods import METHODS, method_name
 from pipelines.config.recipe import load_recipe
 from pipelines.config.recipe_files import load
@@ -238,3 +242,11 @@ def test_the_tables_file_can_be_read_back(tmp_path: Path):
     results = gaussian_study(config, lambda text: None, num_processes=1)
     stored = read_json(str(config.folder / "results.json"))
     assert [CellResult.from_json(cell) for cell in stored["cells"]] == list(results.cells)
+
+
+def test_a_recipe_on_top_of_this_one_is_one_too(tmp_path: Path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: gaussians\nnum_seeds: 3\n")
+    assert is_gaussian_study(str(mine))
+    assert not is_gaussian_study("tiny")
+    assert load(GaussianStudyConfig, str(mine)).num_seeds == 3
