@@ -78,17 +78,7 @@ def guided_velocities(
     batched: bool = True,
     norm: GuidanceNorm = "none",
 ) -> tuple[Latents, Latents]:
-    """Velocity with the caption alone, and that under guidance; see `guided_velocity`.
-
-    Args:
-        model: Predicts velocities.
-        x_t: Noisy latents.
-        sigma: Noise level of each sample.
-        text: Caption of each sample.
-        negative: One caption to be steered away from, shared by the batch.
-        scale: Guidance scale, dimensionless.
-        batched: Whether both captions go through the model as one batch.
-        norm: See `renormalized`.
+    """Velocity with the caption alone, and that under guidance; arguments as `guided_velocity`.
 
     Returns:
         Conditional and guided velocity, shaped like `x_t`.

@@ -22,7 +22,7 @@ def colour_class(place: int) -> str:
     return f"c{place % GREY}"
 
 
-def legend(entries: Sequence[tuple[str, str]]) -> list[str]:
+def colour_legend(entries: Sequence[tuple[str, str]]) -> list[str]:
     """Labels with the dots of their colour classes, right of the plane."""
     x = WIDTH - RIGHT + 16
     parts: list[str] = []

@@ -21,8 +21,8 @@ from pipelines.media.plot_files import (
     axes,
     axis_titles,
     colour_class,
+    colour_legend,
     dot,
-    legend,
     place_x,
     place_y,
     rule,
@@ -159,7 +159,7 @@ def _legend(
     result: StudyResult, variants: Sequence[str], extra: tuple[str, str] | None = None
 ) -> list[str]:
     entries = [(variant, _colour(result, variant)) for variant in variants]
-    return legend([*entries, extra] if extra else entries)
+    return colour_legend([*entries, extra] if extra else entries)
 
 
 def _colour(result: StudyResult, variant: str) -> str:

@@ -17,8 +17,8 @@ from pipelines.media.plot_files import (
     axes,
     axis_titles,
     colour_class,
+    colour_legend,
     dot,
-    legend,
     place_x,
     place_y,
     svg_file,
@@ -67,7 +67,7 @@ def energy_plot(results: GaussianResults, world: str) -> str:
     title = f"{world}: energy distance to the truth, means over {results.config.num_seeds} seeds"
     entries = [(variant, colour_class(place)) for place, variant in enumerate(curves)]
     titles = axis_titles("forward passes over a batch", "squared energy distance")
-    return svg_file(title, [*parts, *titles, *legend(entries)])
+    return svg_file(title, [*parts, *titles, *colour_legend(entries)])
 
 
 def samples_plot(results: GaussianResults, world: str) -> str:
