@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip uninstall --quiet --yes --disable-pip-version-check scipy
 # For the test of PB2, which puts this folder on its path.
 	@$(PIP) -c constraints.txt --no-deps --upgrade --target $(VENV)/pb2 \
-		scikit-learn scipy joblib threadpoolctl narwhals
+		scikit-learn scipy joblib threadpoolctl narwhals cloudpickle
 	@touch $@
 
 # Never fails: without Chromium the tests of the report's page are skipped, and say so.

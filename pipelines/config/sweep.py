@@ -235,3 +235,8 @@ def _pb2_contradictions(sweep: SweepSettings) -> Iterator[str]:
         yield "pb2 takes one seed and one score"
     if sweep.trials < 4:
         yield f"pb2 needs a population: trials is {sweep.trials}, expected 4 or more"
+    if sweep.concurrent_trials < sweep.trials:
+        yield (
+            "pb2 compares the members that run at once: concurrent_trials is "
+            f"{sweep.concurrent_trials}, expected all {sweep.trials} trials"
+        )

@@ -203,7 +203,9 @@ def _sweep(
     total = num_runs(config)
     if book.num_ended < total:
         pools, lent = _pools(config)
-        num_cpus = own_cluster_size(config, [*_bundles(pools), *bundles_of(lent)])
+        side_by_side = min(config.sweep.concurrent_trials, total)
+        bundles = [*_bundles(pools) * side_by_side, *bundles_of(lent)]
+        num_cpus = own_cluster_size(config, bundles)
         preload = modules_of(model_on_this_machine(config.model.folder))
         with (
             start_ray(config.topology.address, num_cpus=num_cpus, preload=preload),

@@ -8,7 +8,7 @@ A sweep that is taken up again has the search as Tune has kept it. Schedulers ke
 they hear once more what the trials have reported.
 """
 
-import importlib.util
+import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -157,19 +157,21 @@ def _pb2(sweep: SweepSettings) -> TrialScheduler:
 
 
 def require_pb2() -> None:
-    """Checks that the libraries of PB2 are there.
+    """Checks that the libraries of PB2 can be imported.
 
     Raises:
-        ConfigError: They are not.
+        ConfigError: One cannot, or one that it needs itself.
     """
-    lacking = [name for name in ("sklearn", "scipy") if importlib.util.find_spec(name) is None]
-    if lacking:
+    try:
+        for name in ("scipy", "sklearn"):
+            importlib.import_module(name)
+    except ImportError as error:
         raise ConfigError(
             "searching with sweep.search=pb2",
-            f"no {' and no '.join(lacking)} in this environment",
+            f"{error}",
             "the extra that PB2 of Ray Tune needs",
             "pip install 'sgmd[pb2]', or search with tpe or random",
-        )
+        ) from error
 
 
 def seed_global_draws(seed: int) -> None:

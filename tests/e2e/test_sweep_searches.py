@@ -76,12 +76,13 @@ def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
 ) -> None:
     settings = [
         # Far apart, so that it is clear who is worst.
-        "sweep.space={generator.optimizer.lr: {log_uniform: [1.0e-6, 1.0e-1]}}",
+        "sweep.space={generator.optimizer.lr: {log_uniform: [1.0e-6, 1.0]}}",
+        "seed=2",
         "sweep.search=pb2",
         "sweep.trials=4",
         "sweep.iterations=8",
         "sweep.validate_every=2",
-        "sweep.concurrent_trials=2",
+        "sweep.concurrent_trials=4",
         f"output={tmp_path}",
     ]
     path = os.pathsep.join([str(PB2_LIBRARIES), str(ROOT)])

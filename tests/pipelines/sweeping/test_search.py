@@ -180,6 +180,7 @@ def test_a_population_keeps_every_state_that_another_member_may_go_on_from() -> 
         f"sweep.space={{{NR}: {{uniform: [0.01, 1.0]}}}}",
         "sweep.search=pb2",
         "sweep.trials=4",
+        "sweep.concurrent_trials=4",
         "sweep.iterations=10",
         "sweep.validate_every=4",
         "checkpoint.every=1",

@@ -139,7 +139,12 @@ class TestRefusals:
 
     def test_a_population_that_is_none(self):
         text = refusal("sweep.search=pb2", "sweep.trials=2", f"sweep.space={{{FORMS}}}")
-        for words in ("uniform and log_uniform keys only", "expected 4 or more", "validate_every"):
+        for words in (
+            "uniform and log_uniform keys only",
+            "expected 4 or more",
+            "validate_every",
+            "concurrent_trials is 1, expected all 2 trials",
+        ):
             assert words in text
 
     def test_a_corner_that_does_not_fit_is_named(self, shapes_recipe: tuple[str, ...]):
