@@ -9,14 +9,14 @@
     NAME_ratio     over that of the teacher's clips of the same captions and noise
     diversity      distance between two clips of a caption, from two seeds
 
-The teacher's clips are sampled once and remembered as numbers. Means and ratios have intervals by
-a bootstrap over clips, distances and rank correlations by leaving clips out: one distance a clip,
-0.2 s for 64 clips.
+The teacher's clips are sampled once and kept as numbers, in a folder that runs may share. Means
+and ratios have intervals by a bootstrap over clips, distances and rank correlations by leaving
+clips out: one distance a clip, 0.2 s for 64 clips.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import median
 
 import numpy as np
@@ -29,6 +29,7 @@ from sgmd_core.metrics.jackknife import Influence, Kept, influences, jackknife_i
 from sgmd_core.worlds.shapes import labels_from_captions, spearman
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import Evaluator, Sampling
+from workers.kept_clips import KeptClips
 
 _RESAMPLING_SEED = 0
 _MIN_CLIPS = 3
@@ -67,6 +68,7 @@ class ValidationEvaluator:
             is another one, or the distance would profit from common noise; the teacher's clips
             that ratios are taken to have the generator's seed.
         scores: Figures that rank generators; their influences are reported.
+        kept: The teacher's sets of other runs; None keeps them in this process alone.
     """
 
     def __init__(
@@ -75,11 +77,13 @@ class ValidationEvaluator:
         request: ClipRequest,
         reference: Sampling,
         scores: Sequence[str] = (),
+        kept: KeptClips | None = None,
     ) -> None:
         self._evaluator = evaluator
         self._request = request
         self._reference_sampling = reference
         self._scores = frozenset(scores)
+        self._kept = kept
 
     def validate(self, weights: Mapping[str, Tensor]) -> ValidationReport:
         """Samples with a generator's weights and measures the clips.
@@ -90,7 +94,8 @@ class ValidationEvaluator:
         """
         request = self._request
         clips = sample_clip_set(self._evaluator, request, weights=weights)
-        twin = self._features(request.twin(self._reference_sampling.seed), weights)
+        wanted = request.twin(self._reference_sampling.seed)
+        twin = sample_clip_set(self._evaluator, wanted, weights=weights).clips.features
         own = clips.clips.figures(request.captions, twin)
         partner = self._partner.clips.figures(request.captions, self._reference)
 
@@ -125,13 +130,14 @@ class ValidationEvaluator:
         """The teacher's clips from the generator's noise."""
         seed = self._request.sampling.seed
         sampling = replace(self._reference_sampling, seed=seed)
-        return sample_clip_set(self._evaluator, self._request.sampled(sampling))
+        return self._of_teacher(self._request.sampled(sampling))
 
     @cached_property
     def _reference(self) -> Features:
         """Features of the teacher's clips from other noise."""
         sampling = self._reference_sampling
-        return self._features(self._request.sampled(sampling).twin(sampling.seed), None)
+        wanted = self._request.sampled(sampling).twin(sampling.seed)
+        return self._of_teacher(wanted).clips.features
 
     @cached_property
     def _floor(self) -> tuple[float, Influence | None]:
@@ -174,8 +180,9 @@ class ValidationEvaluator:
         num_clips = len(self._request.captions)
         return influences(figure, num_clips) if num_clips >= _MIN_CLIPS else None
 
-    def _features(self, request: ClipRequest, weights: Mapping[str, Tensor] | None) -> Features:
-        return sample_clip_set(self._evaluator, request, weights=weights).clips.features
+    def _of_teacher(self, request: ClipRequest) -> ClipSet:
+        sample = partial(sample_clip_set, self._evaluator)
+        return sample(request) if self._kept is None else self._kept.get(request, sample)
 
 
 def _influence_of_mean(

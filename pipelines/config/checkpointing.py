@@ -53,3 +53,6 @@ class ValidationSettings(Section):
     """Steps of the teacher's clips, which the generator's are compared with."""
     timeout_s: float = Field(default=7200.0, gt=0)
     """How long the run waits at its end for each validation that is still under way."""
+    teacher_clips: str | None = None
+    """Folder of what was measured of the teacher's clips, a path or an address, which runs may
+    share; null: `teacher-clips` in the run folder. The trials of a sweep share one."""

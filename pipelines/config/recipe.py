@@ -339,6 +339,7 @@ class DistillConfig(Section):
             "data.train": self.data.train,
             "data.validation": self.data.validation,
             "output": self.output,
+            "validation.teacher_clips": self.validation.teacher_clips,
         }
         return self.with_settings(
             {key: recipe_files.absolute_path(path) for key, path in paths.items() if path}

@@ -10,6 +10,7 @@
 All make the same roles from the same factories and settings, so they make the same numbers.
 """
 
+import json
 import math
 import os
 import time
@@ -49,6 +50,7 @@ from workers.build import (
     build_text_encoder,
 )
 from workers.evaluator import Sampling
+from workers.kept_clips import KeptClips, clip_facts
 from workers.models.families import modules_of
 
 # Ray is imported where it starts: mode `local` runs on machines that do not have it.
@@ -362,7 +364,7 @@ def _open(
     feed = group("feed", build_feed, feed_arguments(config, checked, progress, num_rows))
     validator = None
     if checked.held_out:
-        plan = _validation_plan(config, checked.held_out, folder)
+        plan = _validation_plan(config, checked, folder)
         teacher = models[TEACHER].folder if config.teacher.model else None
         validator = group(
             "validator",
@@ -394,10 +396,10 @@ def feed_arguments(
 
 
 def _validation_plan(
-    config: DistillConfig, captions: tuple[str, ...], folder: RunFolder
+    config: DistillConfig, checked: Preflight, folder: RunFolder
 ) -> ValidationPlan:
     return ValidationPlan(
-        captions=captions,
+        captions=checked.held_out,
         # Another seed than the teacher's: the distance must not profit from shared noise.
         generator=Sampling(config.generator.num_steps, 1.0, config.seed + 1),
         teacher=Sampling(
@@ -407,4 +409,15 @@ def _validation_plan(
         samples=shared_place(folder.samples),
         outage_s=config.recovery.storage_outage_s,
         scores=(config.checkpoint.score, config.sweep.score),
+        kept=_kept_clips(config, checked, folder),
+    )
+
+
+def _kept_clips(config: DistillConfig, checked: Preflight, folder: RunFolder) -> KeptClips:
+    content = {"base": checked.content, "teacher": checked.teacher_content}
+    return KeptClips(
+        folder=config.validation.teacher_clips or shared_place(folder.teacher_clips),
+        digest=json.dumps(content, sort_keys=True),
+        facts=clip_facts(config.model, config.video, config.schedule),
+        patience_s=config.recovery.storage_outage_s,
     )

@@ -126,6 +126,8 @@ def run_preflight(config: DistillConfig) -> Preflight:
         SgmdError: The first thing that does not fit, with what to do about it.
     """
     require_lasting_folder(config.output, "output")
+    if config.validation.teacher_clips:
+        require_lasting_folder(config.validation.teacher_clips, "validation.teacher_clips")
     model, latent_shape = inspect_networks(config)
     tokenizer = family_of(model.path).load_tokenizer(model.path)
     source, data = inspect_captions(config)

@@ -20,6 +20,7 @@ from sgmd_core.worlds.shapes import labels_from_captions
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest
 from workers.evaluator import CHUNK_CLIPS, Evaluator, Sampling
+from workers.kept_clips import KeptClips
 from workers.settings import GeneratorSettings, ModelSettings, VideoSettings
 from workers.validation_evaluator import ValidationEvaluator, ValidationReport
 
@@ -38,6 +39,7 @@ class ValidationPlan:
         samples: Folder for the contact sheets: a path or an address.
         scores: Figures that rank generators.
         outage_s: How long a sheet waits for the object store of an address.
+        kept: The teacher's measured clips, which runs may share; None keeps them in memory.
     """
 
     captions: tuple[str, ...]
@@ -47,6 +49,7 @@ class ValidationPlan:
     samples: str
     scores: tuple[str, ...] = ()
     outage_s: float = 0.0
+    kept: KeptClips | None = None
 
 
 class Validator:
@@ -71,6 +74,7 @@ class Validator:
             ),
             plan.teacher,
             plan.scores,
+            plan.kept,
         )
 
     def validate(self, iteration: int, weights: dict[str, Tensor]) -> ValidationRecord:

@@ -24,6 +24,7 @@ from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule
 from workers.build import build_evaluator, encoder_dtype
 from workers.evaluator import Evaluator, Sampling
+from workers.kept_clips import clip_facts
 from workers.models.addresses import local_model
 from workers.models.content import model_digests
 from workers.models.weight_digests import require_same_weights
@@ -108,9 +109,7 @@ class Subject:
     @property
     def facts(self) -> tuple[object, ...]:
         """Returns what decides its clips besides the folder's files and the way of sampling."""
-        levels = (self.schedule.shift, self.schedule.steps, self.schedule.warp_steps)
-        listed = levels if self.schedule.steps else self.schedule.shift
-        return (self.model.text_length, self.model.negative_prompt, self.video, listed)
+        return clip_facts(self.model, self.video, self.schedule)
 
     def evaluator(self, options: EvaluationOptions) -> Evaluator:
         """Loads the networks."""

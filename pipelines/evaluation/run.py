@@ -13,6 +13,7 @@ few steps a clip each:
         evaluate(run, cache=folder, options=EvaluationOptions(num_captions=64))
 """
 
+import hashlib
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -25,7 +26,6 @@ import torch
 from torch import Tensor
 
 from pipelines.distillation.validation import reads_shapes
-from pipelines.evaluation.clip_sets import file_digest
 from pipelines.evaluation.plan import EvaluationOptions, EvaluationPlan, plan_evaluation
 from pipelines.evaluation.result import (
     BUILT_IN_FEATURES,
@@ -156,7 +156,9 @@ def _features(options: EvaluationOptions) -> NamedExtractor:
     if options.features is None:
         return NamedExtractor()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return NamedExtractor(FeatureNetwork(options.features, device), file_digest(options.features))
+    with options.features.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return NamedExtractor(FeatureNetwork(options.features, device), digest)
 
 
 def _teacher_sets(

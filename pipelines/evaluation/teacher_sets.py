@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from pipelines.evaluation.clip_sets import load_clip_set, save_clip_set, set_name
 from pipelines.evaluation.result import (
     BUILT_IN_FEATURES,
     FLOOR,
@@ -25,6 +24,7 @@ from sgmd_core.metrics.frechet import clip_features
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import Evaluator, Sampling
 from workers.feature_network import FeatureExtractor
+from workers.kept_clips import KeptClips, set_name
 
 TEACHER_SETS = (REFERENCE, FLOOR, TEACHER_FEW, TEACHER_FEW_GUIDED)
 
@@ -123,14 +123,13 @@ class TeacherSets:
 
     def _load_or_sample(self, name: str, *, is_twin: bool) -> ClipSet:
         request = self.request_of(name, is_twin=is_twin)
-        path = self.cache / f"{self.key(request)}.npz"
-        if (remembered := load_clip_set(path)) is not None:
-            return remembered
-        clips = sample_clip_set(
-            self.open_evaluator(),
+        kept = KeptClips(str(self.cache), self.digest, (*self.facts, self.features.digest))
+        return kept.get(
             request,
-            lambda done, total: self.on_progress(name, is_twin, done, total),
-            self.features.extract,
+            lambda wanted: sample_clip_set(
+                self.open_evaluator(),
+                wanted,
+                lambda done, total: self.on_progress(name, is_twin, done, total),
+                self.features.extract,
+            ),
         )
-        save_clip_set(path, clips)
-        return clips

@@ -2,7 +2,8 @@
 
 runs/NAME/  config.yaml  identity.json  metrics.jsonl  validation.jsonl  alarms.jsonl  events.jsonl
 log.jsonl  ranking.json  summary.json  trace.json  ledger/  shards.jsonl  quarantine.parquet
-wandb-id  samples/  checkpoints/step-000200/  generator/  best/  evaluation.json  report.html
+wandb-id  samples/  teacher-clips/  checkpoints/step-000200/  generator/  best/  evaluation.json
+report.html
 """
 
 import json
@@ -54,6 +55,8 @@ _FIELDS: Mapping[str, Mapping[str, Kind]] = {
 """What every line of a log has; a line without it is broken."""
 
 _COUNTED = "shards.jsonl"
+TEACHER_CLIPS = "teacher-clips"
+"""Folder of the teacher's measured clips, in a run or in a sweep."""
 
 TRACKED_PACKAGES = ("sgmd", "torch", "ray", "diffusers", "transformers", "pyarrow", "numpy")
 
@@ -186,6 +189,7 @@ class RunFolder:
         self.quarantine = self.root / "quarantine.parquet"
         self.shards = self.root / "shards.jsonl"
         self.samples = self.root / "samples"
+        self.teacher_clips = self.root / TEACHER_CLIPS
         self.checkpoints = self.root / "checkpoints"
         self.generator = self.root / "generator"
         self.best = self.root / "best"

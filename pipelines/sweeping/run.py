@@ -32,7 +32,7 @@ from pipelines.distillation.groups import (
     pools_of,
 )
 from pipelines.run.differences import value_differences
-from pipelines.run.folder import RunFolder, require_on_disk, require_output_folder
+from pipelines.run.folder import TEACHER_CLIPS, RunFolder, require_on_disk, require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
@@ -100,10 +100,7 @@ def sweep(
         if config.sweep.start_from and not (folder / _START).exists():
             start = RunFolder(config.sweep.start_from)
             keep_state(start, folder / _START, iteration=first_iteration)
-        # A trial works in a folder of Tune's.
-        inside = from_kept_start(config.with_absolute_paths(), folder).model_copy(
-            update={"output": str(folder / "trials")}
-        )
+        inside = _inside(config, folder)
         service = f"{config.name}-{secrets.token_hex(4)}" if config.sweep.share_teacher else ""
         common = CommonToTrials(inside, first_iteration, listed_runs(config), service)
         book = TrialBook(folder / "trials.json")
@@ -111,6 +108,15 @@ def sweep(
             common, book, num_runs(config), observer or RunObserver(), on_progress, on_trials
         )
         return _sweep(config, folder, common, book, events)
+
+
+def _inside(config: DistillConfig, folder: Path) -> DistillConfig:
+    """The recipe as trials have it, who work in folders of Tune's."""
+    of_sweep = {
+        "output": str(folder / "trials"),
+        "validation.teacher_clips": config.validation.teacher_clips or str(folder / TEACHER_CLIPS),
+    }
+    return from_kept_start(config.with_absolute_paths(), folder).with_settings(of_sweep)
 
 
 def from_kept_start(config: DistillConfig, folder: Path) -> DistillConfig:

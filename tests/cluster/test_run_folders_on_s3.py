@@ -13,8 +13,10 @@ from cluster.s3.settings import S3Settings
 from cluster.storage import file_sizes, read_json, write_json
 from pipelines.doctoring.examine import examine
 from pipelines.doctoring.findings import Status
+from tests.helpers.clip_samplers import REQUEST, CountingSampler
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every
 from tests.helpers.s3_server import S3Server, serve_s3
+from workers.kept_clips import KeptClips
 from workers.role_state import RoleState, load_role, save_role
 
 BUSY = (Trouble.SLOW_DOWN, Trouble.INTERNAL, Trouble.RESET)
@@ -51,6 +53,15 @@ def test_a_busy_server_costs_no_save_and_no_bit(
     assert read_json("s3://runs/busy/summary.json") == {"step": 1}
     assert len(file_sizes("s3://runs/busy")) == 4
     assert all(book.troubles.get(trouble, 0) >= 2 for trouble in BUSY), book.troubles
+
+
+def test_the_teachers_clips_of_another_run_are_read_back(through: Callable[..., ProxyBook]) -> None:
+    through(every(3, *BUSY))
+    sample = CountingSampler()
+    kept = KeptClips("s3://runs/teacher-clips", "digest", (), patience_s=30.0)
+    first, again = kept.get(REQUEST, sample), kept.get(REQUEST, sample)
+    assert (sample.made, again.remembered) == (1, True)
+    assert torch.equal(first.clips.features, again.clips.features)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from pipelines.run.observer import RunObserver
 from pipelines.run.records import FIGURES, IterationRecord
 from sgmd_core.errors import AlarmError, ConfigError
 from tests.e2e.conftest import MakeRecipe
+from workers.evaluator import Evaluator, Video
 from workers.models.wan import load_transformer
 
 # With a window of one iteration the tracking loss grows a little in every run.
@@ -58,6 +60,35 @@ def test_a_run_raises_its_alarms_and_goes_on(whole: DistillConfig) -> None:
     assert {"tracking_growth"} <= {alarm["name"] for alarm in found}
     assert all(alarm["value"] != alarm["limit"] and alarm["message"] for alarm in found)
     assert len(read_jsonl(RunFolder(whole.run_folder).metrics)) == 6
+
+
+def test_a_run_takes_the_teachers_clips_of_another_one(
+    whole: DistillConfig, module_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_teacher = []
+    sample = Evaluator.sample
+
+    def counted(self: Evaluator, *args: Any) -> Video:
+        of_teacher.append(args[-1] is None)
+        return sample(self, *args)
+
+    monkeypatch.setattr(Evaluator, "sample", counted)
+    settings = ("iterations=2", "validation.every=2", "generator.optimizer.lr=0.01")
+    alone = module_recipe("name=alone", *settings)
+    clips = f"validation.teacher_clips={RunFolder(whole.run_folder).teacher_clips}"
+    beside = module_recipe("name=beside", *settings, clips)
+    distill(alone)
+    assert sum(of_teacher) == 2
+    distill(beside)
+    assert sum(of_teacher) == 2
+    assert len(of_teacher) == 6
+    assert validations(beside) == validations(alone)
+    assert validations(alone)[0]["figures"] != validations(whole)[0]["figures"]
+    assert not RunFolder(beside.run_folder).teacher_clips.exists()
+    # Another teacher's clips are not taken for its own.
+    guided = module_recipe("name=guided", *settings, clips, "teacher.guidance_scale=3.0")
+    distill(guided)
+    assert sum(of_teacher) == 4
 
 
 def test_a_validation_measures_motion_looks_and_diversity_beside_the_teachers(

@@ -1,0 +1,75 @@
+"""A remembered set of clips that a disk has broken is sampled again instead of believed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sgmd_core.schedule import FlowMatchSchedule
+from tests.helpers.clip_samplers import REQUEST, CountingSampler
+from tests.helpers.logs import record_warnings
+from workers.clip_sets import ClipSet
+from workers.evaluator import Sampling
+from workers.kept_clips import KeptClips, clip_facts, load_clip_set, save_clip_set
+from workers.measured_clips import MeasuredClips
+from workers.settings import ModelSettings, VideoSettings
+
+VIDEO, SCHEDULE = VideoSettings(5, 16, 16, 8), FlowMatchSchedule()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text"])
+def test_a_broken_set_counts_as_none(tmp_path, damage, monkeypatch):
+    warnings = record_warnings("workers.kept_clips", monkeypatch)
+    path = tmp_path / "set.npz"
+    assert load_clip_set(path) is None
+    features = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    clips = MeasuredClips(features=features, measures={}, reading=None)
+    save_clip_set(path, ClipSet(clips, (), torch.ones(2)))
+    read = load_clip_set(path)
+    assert read is not None
+    assert torch.equal(read.clips.features, features)
+    assert warnings == []
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes({"flip": data, "cut": data[:-50], "empty": b"", "text": b"{}"}[damage])
+    assert load_clip_set(path) is None
+    assert "its clips are sampled again" in warnings[0]
+
+
+def test_a_kept_set_is_not_sampled_again_unless_something_that_decides_it_has_changed(tmp_path):
+    sample = CountingSampler()
+    facts = clip_facts(ModelSettings("model"), VIDEO, SCHEDULE)
+    kept = KeptClips(str(tmp_path / "clips"), "digest", facts)
+    first, again = kept.get(REQUEST, sample), kept.get(REQUEST, sample)
+    assert (sample.made, first.remembered, again.remembered) == (1, False, True)
+    assert torch.equal(first.clips.features, again.clips.features)
+    assert torch.equal(first.clips.measures["flow"], again.clips.measures["flow"])
+    assert (first.shown[0] == again.shown[0]).all()
+    others = [
+        (kept, REQUEST.twin(1)),
+        (kept, REQUEST.sampled(Sampling(30, 4.0, 0))),
+        (replace(kept, digest="another model"), REQUEST),
+    ]
+    for settings in (
+        clip_facts(ModelSettings("x", encoder_dtype="fp32"), VIDEO, SCHEDULE),
+        clip_facts(ModelSettings("x"), VideoSettings(9, 16, 16, 8), SCHEDULE),
+        clip_facts(ModelSettings("x"), VIDEO, FlowMatchSchedule(shift=3.0)),
+    ):
+        others.append((replace(kept, facts=settings), REQUEST))
+    for folder, request in others:
+        folder.get(request, sample)
+    assert sample.made == 1 + len(others)
+    # The same folder of weights at another path is the same model.
+    moved = clip_facts(ModelSettings("moved"), VIDEO, SCHEDULE)
+    assert replace(kept, facts=moved).get(REQUEST, sample).remembered
+
+
+def test_a_folder_that_takes_no_set_costs_a_warning(tmp_path, monkeypatch):
+    warnings = record_warnings("workers.kept_clips", monkeypatch)
+    (tmp_path / "file").write_text("")
+    sample = CountingSampler()
+    kept = KeptClips(str(tmp_path / "file"), "digest", ())
+    assert kept.get(REQUEST, sample).clips.features.shape == (1, 32)
+    assert kept.get(REQUEST, sample).clips.features.shape == (1, 32)
+    assert sample.made == 2
+    assert any("will be sampled again" in words for words in warnings)

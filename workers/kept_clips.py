@@ -1,0 +1,174 @@
+"""Keeps measured sets of clips in files.
+
+Sampling a teacher in many steps is the expensive part of validations and evaluations and gives the
+same clips every time. So what was measured is kept, under a name that is made of everything it
+depends on: all values of the model, the captions, the way of sampling, and the code that measures.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cluster.files import open_store, storage_errors, store_address, whole_file
+from cluster.folders import files_at
+from sgmd_core.errors import SgmdError
+from sgmd_core.metrics import appearance, frechet, motion
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.worlds import shapes
+from sgmd_core.worlds.shapes import ClipReading
+from workers import measures, optical_flow
+from workers.clip_sets import ClipRequest, ClipSet
+from workers.measured_clips import READING_FIELDS, MeasuredClips
+from workers.settings import ModelSettings, VideoSettings
+
+_MEASURING = (frechet, shapes, motion, appearance, measures, optical_flow)
+_log = logging.getLogger(__name__)
+
+
+def set_name(model_digest: str, request: ClipRequest, facts: Sequence[object]) -> str:
+    """Names a set by all that decides its figures.
+
+    Args:
+        model_digest: Of the content of the model folder.
+        request: What is sampled.
+        facts: Everything else that decides the clips and their features, such as their size, the
+            flow shift, and the network that describes them.
+    """
+    measure = [Path(str(module.__file__)).read_bytes() for module in _MEASURING]
+    everything = {
+        "model": model_digest,
+        "request": asdict(request),
+        "facts": [str(fact) for fact in facts],
+        "measure": [hashlib.sha256(source).hexdigest() for source in measure],
+    }
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def clip_facts(
+    model: ModelSettings, video: VideoSettings, schedule: FlowMatchSchedule
+) -> tuple[object, ...]:
+    """Settings that decide a model's clips besides its files and the way of sampling."""
+    levels = (schedule.shift, schedule.steps, schedule.warp_steps)
+    return (replace(model, folder=""), video, levels if schedule.steps else schedule.shift)
+
+
+def save_clip_set(path: Path, clips: ClipSet) -> None:
+    """Writes a set as one file, whole or not at all."""
+    measured = clips.clips
+    arrays = {
+        "features": measured.features.numpy(),
+        "seconds": clips.seconds.numpy(),
+        **{f"measure.{name}": values.numpy() for name, values in measured.measures.items()},
+        **{f"shown.{index:03d}": pixels for index, pixels in enumerate(clips.shown)},
+    }
+    if measured.reading is not None:
+        for name in READING_FIELDS:
+            arrays[f"reading.{name}"] = getattr(measured.reading, name).numpy()
+    # Evaluations that share a cache may write the same set at the same time.
+    with whole_file(path) as draft, draft.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
+
+
+def load_clip_set(path: Path | str) -> ClipSet | None:
+    """Reads a set back; None where there is none, or where the file is broken, with a warning.
+
+    Args:
+        path: A path or an address.
+    """
+    try:
+        return _read(_content(path))
+    except FileNotFoundError:
+        return None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error) as error:
+        _log.warning("%s is broken (%s): its clips are sampled again", path, error)
+        return None
+
+
+def _content(path: Path | str) -> io.BytesIO:
+    if not (address := store_address(path)):
+        return io.BytesIO(Path(path).read_bytes())
+    files: Any
+    files, inside = open_store(address)
+    return io.BytesIO(files.cat_file(inside))
+
+
+def _read(content: io.BytesIO) -> ClipSet:
+    with np.load(content, allow_pickle=False) as arrays:
+        reading = _group(arrays, "reading.")
+        return ClipSet(
+            clips=MeasuredClips(
+                features=torch.from_numpy(arrays["features"]),
+                measures=_group(arrays, "measure."),
+                reading=ClipReading(**reading) if reading else None,
+            ),
+            shown=tuple(arrays[name] for name in sorted(arrays) if name.startswith("shown.")),
+            seconds=torch.from_numpy(arrays["seconds"]),
+            remembered=True,
+        )
+
+
+def _group(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(prefix): torch.from_numpy(arrays[name])
+        for name in arrays
+        if name.startswith(prefix)
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class KeptClips:
+    """Measured sets of a model's clips in a folder, which runs may share.
+
+    Attributes:
+        folder: A path or an address; it is made with the first set.
+        digest: Digest of the model's content.
+        facts: As in `set_name`.
+        patience_s: Seconds for which an object store that fails is tried again.
+    """
+
+    folder: str
+    digest: str
+    facts: tuple[object, ...]
+    patience_s: float = 0.0
+
+    def get(self, request: ClipRequest, sample: Callable[[ClipRequest], ClipSet]) -> ClipSet:
+        """Returns a set, sampled unless it is kept.
+
+        A folder that cannot be read or written costs a warning and the time to sample again.
+
+        Args:
+            request: The set.
+            sample: Makes it.
+        """
+        name = f"{set_name(self.digest, request, self.facts)}.npz"
+        place = f"{self.folder}/{name}"
+        try:
+            with storage_errors(f"reading {place}"):
+                kept = load_clip_set(place)
+        except SgmdError as error:
+            _log.warning("the clips are sampled again: %s", error)
+            kept = None
+        if kept is not None:
+            return kept
+        clips = sample(request)
+        try:
+            with (
+                storage_errors(f"writing {place}"),
+                files_at(self.folder, self.patience_s) as folder,
+            ):
+                save_clip_set(folder / name, clips)
+        except SgmdError as error:
+            _log.warning("the clips will be sampled again: %s", error)
+        return clips
