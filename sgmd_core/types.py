@@ -158,6 +158,8 @@ class NoisedBatch(SampleRecord):
             gradient still belongs to `x0`.
         anchor_sigma: Noise level of the anchor.
         exit_sigma: Noise level that the generator left for `x0` and the anchor from.
+        sample_indices: Position of each sample in the iteration's whole batch, for draws that are
+            counted by it; empty where nobody draws for the query.
     """
 
     MAY_NARROW: ClassVar[Mapping[str, str]] = {
@@ -178,6 +180,7 @@ class NoisedBatch(SampleRecord):
     anchor: Latents | None = None
     anchor_sigma: PerSample | None = None
     exit_sigma: PerSample | None = None
+    sample_indices: tuple[int, ...] = ()
 
     @property
     def x_t(self) -> Latents:
@@ -264,6 +267,25 @@ class TeacherPrediction(SampleRecord):
 
 
 @dataclass(frozen=True, slots=True)
+class FakePrediction(SampleRecord):
+    """The fake score's velocity at a query, for a loss that another role computes."""
+
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"velocity": VALUE}
+
+    key: MicroBatchKey
+    velocity: Latents
+
+
+@dataclass(frozen=True, slots=True)
+class DataBatch(SampleRecord):
+    """Clean latents of the data, in the type in which they are stored."""
+
+    MAY_NARROW: ClassVar[Mapping[str, str]] = {"x0": VALUE}
+
+    x0: Latents
+
+
+@dataclass(frozen=True, slots=True)
 class GeneratorSignal(SampleRecord):
     """All that a generator may learn from a batch: the gradient of its loss at `x0`.
 
@@ -277,12 +299,15 @@ class GeneratorSignal(SampleRecord):
             the loss depends on `x0` through the teacher's input as well. While it is there, the
             part of `grad_x0` that goes through the teacher is missing.
         grad_off: Derivative at the samples off the trajectory, where there are any.
+        fake_cotangent: As `teacher_cotangent`, of the fake score's velocity, where another role has
+            computed the loss.
     """
 
     MAY_NARROW: ClassVar[Mapping[str, str]] = {
         "grad_x0": GRADIENT,
         "teacher_cotangent": GRADIENT,
         "grad_off": GRADIENT,
+        "fake_cotangent": GRADIENT,
     }
 
     key: MicroBatchKey
@@ -291,6 +316,7 @@ class GeneratorSignal(SampleRecord):
     metrics: Mapping[str, float]
     teacher_cotangent: Latents | None = None
     grad_off: Latents | None = None
+    fake_cotangent: Latents | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,8 @@ from sgmd_core.types import Looks
 from workers.adapters import add_adapters
 from workers.base_networks import shared_base, view_of
 from workers.compute import prepare_network
+from workers.discriminator import Discriminator
+from workers.discriminator_heads import build_heads
 from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.finite import FiniteChecks
@@ -30,6 +32,7 @@ from workers.models.family import Autoencoder, Denoiser, TextEmbedder
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
     ComputeSettings,
+    DiscriminatorSettings,
     FakeScoreSettings,
     GeneratorSettings,
     LoraSettings,
@@ -130,6 +133,39 @@ def build_teacher(
         return ScoreTeacher(network, settings, checks)
     view = view_of(_base(model, settings.compute))
     return ScoreTeacher(prepare_network(view, settings.compute), settings, checks)
+
+
+def build_discriminator(
+    model: ModelSettings,
+    objective: Objective,
+    settings: DiscriminatorSettings,
+    num_threads: int,
+    seed: int,
+    raises: bool = True,
+) -> Discriminator:
+    """The discriminator: new heads on a copy of the teacher of its own.
+
+    Args:
+        model: The teacher's folder.
+        objective: Has an adversarial term.
+        settings: Its heads, how they are updated and how the copy is computed.
+        num_threads: Threads of torch.
+        seed: The run's seed, by which heads and perturbations are drawn.
+        raises: As in `workers.finite.FiniteChecks`.
+
+    Raises:
+        ModelFolderError: The model folder is missing, torn or of another family.
+    """
+    torch.set_num_threads(num_threads)
+    network = _ready(model, settings.compute)
+    folder = local_model(model.folder)
+    shape = family_of(folder).read_shape(folder).denoiser
+    layers = settings.layers_of(shape.num_layers)
+    heads = build_heads([shape.width] * len(layers), settings.width, settings.num_strides, seed)
+    heads.to(_device())
+    shard(heads, heads.heads)
+    checks = FiniteChecks(raises=raises)
+    return Discriminator(network, heads, layers, objective, settings.optimizer, seed, checks)
 
 
 def build_denoiser(model: ModelSettings, compute: ComputeSettings, num_threads: int) -> Denoiser:

@@ -10,12 +10,16 @@ number of strides is a setting here, so that small maps have a head too. The las
 zero: a new head says nothing, and its first gradients do not move a generator.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from sgmd_core.seeds import random_generator
+
 _GROUPS = 32
+_STREAM = "discriminator-heads"
 
 
 class DiscriminatorHead(nn.Module):
@@ -44,7 +48,8 @@ class DiscriminatorHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits (b,) of features (b, c, t, h, w)."""
-        return self.last(self.layers(features).mean(dim=(2, 3, 4))).squeeze(1)
+        # A copy: FSDP hooks the output, and must not hook a view.
+        return self.last(self.layers(features).mean(dim=(2, 3, 4))).squeeze(1).clone()
 
 
 class DiscriminatorHeads(nn.Module):
@@ -64,3 +69,48 @@ class DiscriminatorHeads(nn.Module):
         """Logits (b, heads) of features (b, c, t, h, w)."""
         found = [head(each) for head, each in zip(self.heads, features, strict=True)]
         return torch.stack(found, dim=1)
+
+
+def num_head_parameters(channels: int, width: int, num_strides: int) -> int:
+    """Parameters of one head; see `DiscriminatorHead`.
+
+    Args:
+        channels: Of the features.
+        width: Of the convolutions.
+        num_strides: Convolutions that halve rows and columns.
+    """
+    # Each convolution has a bias, and its norm a gain and a bias.
+    first, others = 27 * channels * width + 3 * width, 27 * width * width + 3 * width
+    return first + num_strides * others + width + 1
+
+
+def build_heads(
+    channels: Sequence[int], width: int, num_strides: int, seed: int
+) -> DiscriminatorHeads:
+    """Heads with weights drawn by a run's seed, by the law of torch's convolutions.
+
+    Args:
+        channels: Of each feature.
+        width: Of the convolutions.
+        num_strides: See `DiscriminatorHead`.
+        seed: The run's seed.
+    """
+    # Torch's own constructors draw from its global generator.
+    with torch.device("meta"):
+        heads = DiscriminatorHeads(channels, width, num_strides)
+    heads.to_empty(device="cpu")
+    layers = [part for part in heads.modules() if not [*part.children()]]
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.Conv3d):
+            stream = random_generator(seed, _STREAM, index)
+            bound = 1 / math.sqrt(layer.weight[0].numel())
+            nn.init.uniform_(layer.weight, -bound, bound, generator=stream)
+            assert layer.bias is not None, "these convolutions have biases"
+            nn.init.uniform_(layer.bias, -bound, bound, generator=stream)
+        elif isinstance(layer, nn.GroupNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return heads

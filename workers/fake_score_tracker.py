@@ -17,6 +17,11 @@ With shared tracking both gradients come from one forward pass, whose graph wait
 key between the two calls. With fresh tracking `signal` runs on frozen parameters, and `track` makes
 a forward pass of its own on another batch. Either way no gradient of the generator's loss reaches a
 parameter: autograd is asked for the gradient at x0 and for nothing else.
+
+Where another role computes the loss, `signal` comes in two halves:
+
+    predict(query)           velocity; its graph back to x0 waits under the batch's key
+    complete(signal)         adds (d velocity / d x0)' fake_cotangent, the part through the input
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +34,7 @@ from torch import Tensor, nn
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives import GradientPath, LookingObjective, Objective, restarts_of
 from sgmd_core.types import (
+    FakePrediction,
     GeneratorSignal,
     GuideAnswer,
     Latents,
@@ -44,7 +50,7 @@ from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
 from workers.role_state import RoleState, load_role, require_same_tensors
-from workers.saving import SavedRole
+from workers.saving import LearningRole
 from workers.settings import FakeScoreSettings
 from workers.sharding import is_sharded, local_shard, parameters_of
 from workers.snapshots import RoleSnapshot
@@ -53,7 +59,7 @@ ROLE = "fake_score"
 _VELOCITY_FAKE, _VELOCITY_TEACHER = "the fake score's velocity", "the teacher's velocity"
 
 
-class FakeScoreTracker(SavedRole):
+class FakeScoreTracker(LearningRole):
     """Tells the generator how to change its samples, and tracks them.
 
     Args:
@@ -149,6 +155,83 @@ class FakeScoreTracker(SavedRole):
             teacher_cotangent=gradients[1] if len(gradients) > 1 else None,
             grad_off=grad_off,
         )
+
+    def predict(self, query: NoisedBatch) -> FakePrediction:
+        """Velocity at a query, for a role that computes the generator's loss from it.
+
+        Args:
+            query: What the generator made, noised.
+
+        Returns:
+            The velocity, without a graph; `complete` goes through the graph that is kept.
+
+        Raises:
+            StaleCallError: The query is of another iteration.
+            NonFiniteError: A number that goes in or comes out is not finite.
+        """
+        self._optimizer.require_current(query.key.iteration, "predicting for a micro-batch")
+        self._restart(query.key.iteration)
+        query = query_on(query, device_of(self._network))
+        x0 = query.x0.detach().requires_grad_()
+        leaf = detached(query, x0)
+        with nullcontext() if self._keeps_parameters else _frozen(self._optimizer.parameters):
+            velocity = self._network(leaf.x_t, leaf.sigma, leaf.text)
+        self._kept[query.key] = _KeptForward(detached(query), velocity, x0)
+        checked = self._checks.checked(
+            velocity.detach(),
+            query.key,
+            f"predicting on the fake score in {micro_batch_in_words(query.key)}",
+            {**query.numbers, _VELOCITY_FAKE: velocity},
+            non_finite_remedy(query.generator_version, "fake_score.optimizer.lr"),
+            stages_before=1,
+        )
+        return FakePrediction(query.key, checked)
+
+    def complete(self, signal: GeneratorSignal) -> GeneratorSignal:
+        """Completes a signal by what reaches `x0` through this network's input.
+
+            grad_x0 + (d velocity / d x0)' fake_cotangent
+
+        Args:
+            signal: What another role has made of this role's prediction; the share of the batch is
+                in its gradients.
+
+        Returns:
+            The signal that the generator learns from.
+
+        Raises:
+            StaleCallError: The signal is of no kept prediction, or has no part for the fake score.
+            NonFiniteError: A number that goes in or comes out is not finite.
+        """
+        kept = self._kept.get(signal.key)
+        if kept is None or kept.x0 is None or signal.fake_cotangent is None:
+            raise StaleCallError(
+                f"carrying a signal of {signal.key} through the fake score",
+                f"it keeps {list(self._kept) or 'no forward passes'}"
+                + (", and the signal has no cotangent" if signal.fake_cotangent is None else ""),
+                "the one signal of a prediction that is kept, with this part still to be done",
+                "Call predict first, and complete once",
+            )
+        if not self._shared:
+            del self._kept[signal.key]
+        cotangent = signal.fake_cotangent.to(kept.velocity_fake)
+        (grad,) = torch.autograd.grad(
+            kept.velocity_fake, kept.x0, cotangent, retain_graph=self._shared
+        )
+        handed = {
+            "the discriminator's gradient at x0": signal.grad_x0,
+            "its gradient at the fake score's velocity": signal.fake_cotangent,
+        }
+        grad = self._checks.checked(
+            grad,
+            signal.key,
+            f"carrying a signal through the fake score in {micro_batch_in_words(signal.key)}",
+            {**handed, "the gradient through the fake score": grad},
+            non_finite_remedy(signal.generator_version, "fake_score.optimizer.lr"),
+            stages_before=3,
+        )
+        grad_x0 = signal.grad_x0.to(grad) + grad
+        return replace(signal, grad_x0=grad_x0, fake_cotangent=None)
 
     def track(self, query: NoisedBatch, share: float) -> TrackReport:
         """Gathers the gradient of the tracking loss in the parameters.
@@ -402,10 +485,17 @@ class FakeScoreTracker(SavedRole):
 
 @dataclass(frozen=True, slots=True)
 class _KeptForward:
-    """A prediction with the graph that leads back to the parameters, and the query it is at."""
+    """A prediction with the graph that leads back to the parameters, and the query it is at.
+
+    Attributes:
+        query: A constant.
+        velocity_fake: The prediction.
+        x0: Leaf that its graph leads back to as well, where `complete` still has a use for it.
+    """
 
     query: NoisedBatch
     velocity_fake: Latents
+    x0: Latents | None = None
 
 
 @contextmanager

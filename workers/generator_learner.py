@@ -49,7 +49,7 @@ from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
 from workers.role_state import RoleState, load_role
-from workers.saving import SavedRole
+from workers.saving import LearningRole
 from workers.settings import ExportSettings, GeneratorSettings
 from workers.sharding import gather_to_rank0, is_first_rank, local_part
 from workers.snapshots import RoleSnapshot, copies
@@ -58,7 +58,7 @@ ROLE = "generator"
 AVERAGE = "ema"
 
 
-class GeneratorLearner(SavedRole):
+class GeneratorLearner(LearningRole):
     """Rolls out, learns from signals, updates.
 
     Args:
@@ -165,6 +165,7 @@ class GeneratorLearner(SavedRole):
             NonFiniteError: The signal is not finite; no gradient was gathered from it.
         """
         assert signal.teacher_cotangent is None, "the teacher has not added its part yet"
+        assert signal.fake_cotangent is None, "the fake score has not added its part yet"
         if signal.key not in self._kept or signal.generator_version != self._optimizer.updates:
             raise StaleCallError(
                 f"learning from the signal of {signal.key}",
@@ -439,6 +440,7 @@ class GeneratorLearner(SavedRole):
             noise=draws.noise,
             text=text.text,
             generator_version=self._optimizer.updates,
+            sample_indices=text.sample_indices,
         )
         numbers = {"the initial noise": draws.initial_noise, **query.numbers}
         return replace(query, x0=self._checked(x0, "rolling out", key, numbers, 0))

@@ -14,8 +14,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 from sgmd_core.errors import NonFiniteError, StaleCallError
-from workers.finite import broken_tensor
+from workers.finite import Diagnosis, broken_tensor
 from workers.role_state import RoleState, save_role
+from workers.snapshots import RoleSnapshot
 
 _NAME = "save-state"
 
@@ -152,3 +153,45 @@ class SavedRole(ABC):
         """
         self.begin_save(folder)
         return self.finish_save(folder) or {}
+
+
+class LearningRole(SavedRole):
+    """A role that learns: what a run asks of each of them alike."""
+
+    @abstractmethod
+    def discard(self) -> None:
+        """Gives the iteration up: drops graphs and gradients, keeps the weights."""
+
+    @abstractmethod
+    def diagnose(self, iteration: int) -> Diagnosis:
+        """First fault of an iteration, and a weight that is not finite; of this rank."""
+
+    @abstractmethod
+    def load(self, folder: str) -> int:
+        """Goes on where `save` left off, bit for bit.
+
+        Returns:
+            Updates made so far.
+
+        Raises:
+            CheckpointError: A file is missing or torn, or belongs to another network.
+        """
+
+    @abstractmethod
+    def snapshot(self) -> RoleSnapshot:
+        """A copy of this rank's part of the state, in main memory; changes nothing."""
+
+    @abstractmethod
+    def snapshot_bytes(self) -> int:
+        """Size of the snapshot that would be taken now."""
+
+    @abstractmethod
+    def restore(self, snapshot: RoleSnapshot) -> int:
+        """Goes on where `snapshot` was taken, bit for bit; gives the iteration under way up.
+
+        Returns:
+            Updates made so far.
+
+        Raises:
+            CheckpointError: It belongs to another network.
+        """

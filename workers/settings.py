@@ -6,6 +6,7 @@
     ComputeSettings    how a role's network is computed
     LoraSettings       low-rank adapters in place of all weights
     GeneratorSettings, DiversitySettings, FakeScoreSettings, TeacherSettings
+    DiscriminatorSettings
     ExportSettings     how the generator is written
 
 Every record checks itself when it is made, so that a wrong number is met before a network is read.
@@ -17,6 +18,9 @@ from typing import Literal
 from sgmd_core.errors import ConfigError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, RandomSteps
 from sgmd_core.velocity import GuidanceNorm
+
+_HEAD_GROUPS = 32
+"""Groups of the group norms in a discriminator's heads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,6 +429,62 @@ class TeacherSettings:
             self.guidance_scale,
             "at least 1 (1 is no guidance)",
         )
+
+
+@dataclass(frozen=True, slots=True)
+class DiscriminatorSettings:
+    """Heads on features of a frozen copy of the teacher, for methods that have a discriminator.
+
+    Attributes:
+        layers: Layers of the teacher whose outputs have a head each, counted from 1; none: every
+            third one, or the last where there are fewer.
+        width: Channels of the heads' convolutions: a multiple of 32, or below 32.
+        num_strides: Convolutions of a head that halve rows and columns. The published heads have 3,
+            for maps of at least 8x8.
+        optimizer: How the heads are updated.
+        compute: How the copy of the teacher is computed; the heads are in float32.
+    """
+
+    layers: tuple[int, ...] = ()
+    width: int = 256
+    num_strides: int = 3
+    optimizer: OptimizerSettings = field(default_factory=lambda: OptimizerSettings(lr=1e-5))
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        _require(
+            all(layer >= 1 for layer in self.layers)
+            and list(self.layers) == sorted({*self.layers}),
+            "discriminator.layers",
+            self.layers,
+            "numbers of layers from 1 on, rising",
+        )
+        _require(
+            1 <= self.width < _HEAD_GROUPS or (self.width > 0 and self.width % _HEAD_GROUPS == 0),
+            "discriminator.width",
+            self.width,
+            f"a multiple of {_HEAD_GROUPS}, or from 1 to {_HEAD_GROUPS - 1}",
+        )
+        _require(
+            0 <= self.num_strides <= 8, "discriminator.num_strides", self.num_strides, "0 to 8"
+        )
+        _require(
+            not self.compute.compile,
+            "discriminator.compute.compile",
+            self.compute.compile,
+            "false: features are taken between layers",
+        )
+        _require(
+            self.compute.weights != "fp8",
+            "discriminator.compute.weights",
+            self.compute.weights,
+            "'bf16' or 'fp32'",
+        )
+
+    def layers_of(self, num_layers: int) -> tuple[int, ...]:
+        """The layers that have heads, of a teacher of so many."""
+        return self.layers or tuple(range(3, num_layers + 1, 3)) or (num_layers,)
 
 
 def _require_place(name: str, found: str) -> None:

@@ -13,7 +13,7 @@ from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.recipe_files import find_recipe, recipe_sections
 from pipelines.config.section import Section
 from pipelines.config.study import VariantName
-from sgmd_core.objectives import PhasingObjective, looks_of
+from sgmd_core.objectives import PhasingObjective, adversary_of, looks_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
 from sgmd_core.types import Looks
@@ -89,6 +89,11 @@ class GaussianVariant(Section):
             problems.append(
                 f"objective.method {method} trains two experts in phases, and generators here have "
                 "one network; compare it by `sgmd study`"
+            )
+        if adversary_of(self.objective) is not None:
+            problems.append(
+                f"objective.method {method} has a discriminator on the features of a teacher, and "
+                "the exact teachers here have none; compare it by `sgmd study`"
             )
         for problem in problems:
             yield problem.replace("fake_score.tracking", "tracking")

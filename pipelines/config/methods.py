@@ -22,6 +22,7 @@ from pydantic import Discriminator, Tag
 
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath, Objective
+from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.cdm import CdmObjective
 from sgmd_core.objectives.dmd import DmdObjective
 from sgmd_core.objectives.dmd2 import Dmd2Objective
@@ -45,6 +46,7 @@ _OWN: tuple[type[Objective], ...] = (
     CdmObjective,
     PhasedObjective,
     SidObjective,
+    AdmObjective,
 )
 _REQUIRED = ("path", "about", "gradient", "leading_losses", "fake_updates", "method")
 _THROUGH = {

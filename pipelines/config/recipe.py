@@ -22,6 +22,7 @@ from pydantic import Field, JsonValue, field_validator
 from cluster.files import store_address
 from pipelines.config import recipe_files, settings_check
 from pipelines.config.adapters import lora_contradictions
+from pipelines.config.adversary import adversary_contradictions
 from pipelines.config.alarms import AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
 from pipelines.config.frozen import frozen_contradictions
@@ -30,7 +31,7 @@ from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
 from pipelines.config.recovery import RecoverySettings
-from pipelines.config.roles import TEACHER
+from pipelines.config.roles import DISCRIMINATOR, ROLES, TEACHER
 from pipelines.config.section import Section
 from pipelines.config.steps import step_contradictions
 from pipelines.config.study import StudySettings
@@ -40,12 +41,14 @@ from pipelines.data.shards.columns import RecipeColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
-from sgmd_core.objectives import looks_of, phases_of
+from sgmd_core.objectives import adversary_of, looks_of, phases_of
+from sgmd_core.objectives.adversarial import AdversarialTerm
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
 from workers.settings import (
+    DiscriminatorSettings,
     ExportSettings,
     FakeScoreSettings,
     GeneratorSettings,
@@ -83,6 +86,10 @@ _NOT_IN_DIGEST: dict[str, Any] = {
         "compute": {"checkpointing", "compile"},
     },
     "fake_score": {
+        "optimizer": {"moments", "log_block_norms"},
+        "compute": {"checkpointing", "compile"},
+    },
+    "discriminator": {
         "optimizer": {"moments", "log_block_norms"},
         "compute": {"checkpointing", "compile"},
     },
@@ -227,6 +234,7 @@ class DistillConfig(Section):
     sweep: SweepSettings = SweepSettings()
     study: StudySettings = StudySettings()
     recovery: RecoverySettings = RecoverySettings()
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
 
     @field_validator("output")
     @classmethod
@@ -252,6 +260,16 @@ class DistillConfig(Section):
     def looks(self) -> Looks:
         """Score queries of a micro-batch beside the one at the generator's samples."""
         return looks_of(self.objective, self.teacher.guidance_scale)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles that the method has."""
+        return ROLES if self.adversary is None else (*ROLES, DISCRIMINATOR)
+
+    @property
+    def adversary(self) -> AdversarialTerm | None:
+        """Term of the generator's loss by a discriminator; None without one."""
+        return adversary_of(self.objective)
 
     @property
     def phases(self) -> Phases | None:
@@ -456,9 +474,10 @@ def _contradictions(config: DistillConfig) -> list[str]:
             f"{batch.micro_batches}, and the samples of a micro-batch leave at one step; set "
             f"batch.micro_batches to a multiple of {batch.exit_draws}"
         )
-    problems += topology_contradictions(topology, batch.size, batch.micro_batches)
+    problems += topology_contradictions(topology, batch.size, batch.micro_batches, config.roles)
     problems += method_contradictions(config.objective, config.fake_score)
     problems += step_contradictions(config.schedule, config.generator, config.objective)
+    problems += adversary_contradictions(config.objective, config.schedule)
     problems += lora_contradictions(config)
     problems += frozen_contradictions(config)
     if config.validation.every and not config.data.validation:

@@ -4,3 +4,7 @@ GENERATOR, TEACHER, FAKE_SCORE = "generator", "teacher", "fake_score"
 
 
 ROLES = (GENERATOR, TEACHER, FAKE_SCORE)
+"""Roles of every method."""
+
+DISCRIMINATOR = "discriminator"
+"""Role of methods with an adversarial term, beside these."""

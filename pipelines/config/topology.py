@@ -1,12 +1,12 @@
 """Settings of pools, ranks and replicas, and what a batch allows of them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from cluster.schedule.program import Home, Team
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.section import Section
 from sgmd_core.types import GRADIENT, VALUE
 
@@ -77,6 +77,8 @@ class RolePlaces(Section):
     """Pool of the fake score."""
     teacher: tuple[PoolName, ...] = ("learn", "score")
     """Pools of the teacher: each gets a frozen copy, and the calls go to the one that has time."""
+    discriminator: PoolName | None = None
+    """Pool of the discriminator, for methods that have one; null: that of the fake score."""
 
     @field_validator("teacher", mode="before")
     @classmethod
@@ -98,6 +100,7 @@ class RolePlaces(Section):
             GENERATOR: (self.generator,),
             TEACHER: self.teacher,
             FAKE_SCORE: (self.fake_score,),
+            DISCRIMINATOR: (self.discriminator or self.fake_score,),
         }
 
 
@@ -157,6 +160,9 @@ class TopologySettings(Section):
     watch_s: float = Field(default=20.0, ge=0)
     """Seconds without a sign of life after which a process is frozen, and the least time after
     which a call is stuck: it is ended, with its stack in `RUN/stacks/`. 0: nothing is watched."""
+    discriminator: RolePoolSettings = RolePoolSettings()
+    """In mode `pools`, for methods that have one: ranks of the discriminator, and resources of
+    each."""
 
     @property
     def narrowed(self) -> frozenset[str]:
@@ -172,51 +178,62 @@ class TopologySettings(Section):
             return values
         return {**values, "mode": "pools"} if {*ROLES} & {*values} else values
 
-    @property
-    def role_pools(self) -> dict[str, RolePoolSettings]:
-        """Pools of the three roles by name; none in mode `local`."""
+    def role_pools_of(self, roles: Sequence[str]) -> dict[str, RolePoolSettings]:
+        """Pools of some roles by name; none in mode `local`."""
         match self.mode:
             case "map":
                 return dict(self.pools)
             case "fused":
                 return {FUSED: self.fused}
             case "pools":
-                own = (self.generator, self.teacher, self.fake_score)
-                return dict(zip(ROLES, own, strict=True))
+                return {role: getattr(self, role) for role in roles}
             case "local":
                 return {}
 
-    @property
-    def places(self) -> dict[str, tuple[str, ...]]:
-        """Names of the pools that each role lives on; none in mode `local`."""
+    def places_of(self, roles: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Names of the pools that each of some roles lives on; none in mode `local`."""
         match self.mode:
             case "map":
-                return self.roles.pools
+                return {role: self.roles.pools[role] for role in roles}
             case "fused":
-                return dict.fromkeys(ROLES, (FUSED,))
+                return dict.fromkeys(roles, (FUSED,))
             case "pools":
-                return {role: (role,) for role in ROLES}
+                return {role: (role,) for role in roles}
             case "local":
-                return dict.fromkeys(ROLES, ())
+                return dict.fromkeys(roles, ())
+
+    @property
+    def role_pools(self) -> dict[str, RolePoolSettings]:
+        """Pools of the roles that every method has, by name; none in mode `local`."""
+        return self.role_pools_of(ROLES)
+
+    @property
+    def places(self) -> dict[str, tuple[str, ...]]:
+        """Names of the pools that each of these roles lives on; none in mode `local`."""
+        return self.places_of(ROLES)
+
+    @property
+    def teams(self) -> dict[str, Team]:
+        """The processes of each of these roles."""
+        return self.teams_of(ROLES)
 
     @property
     def shares_pools(self) -> bool:
         """True if processes may have ranks of several roles."""
         return self.mode in ("map", "fused")
 
-    @property
-    def teams(self) -> dict[str, Team]:
-        """The processes of each role."""
+    def teams_of(self, roles: Sequence[str]) -> dict[str, Team]:
+        """The processes of each of some roles."""
         if self.shares_pools:
-            pools = self.role_pools
+            pools = self.role_pools_of(roles)
             return {
                 role: Team.on(*(_home(name, pools[name]) for name in names))
-                for role, names in self.places.items()
+                for role, names in self.places_of(roles).items()
             }
+        own: dict[str, RolePoolSettings] = {role: getattr(self, role) for role in roles}
         return {
-            GENERATOR: Team(ranks=self.generator.ranks),
-            TEACHER: Team(self.teacher.replicas, self.teacher.ranks),
-            FAKE_SCORE: Team(ranks=self.fake_score.ranks),
+            role: Team(pool.replicas if isinstance(pool, TeacherPoolSettings) else 1, pool.ranks)
+            for role, pool in own.items()
         }
 
 
@@ -224,7 +241,12 @@ def _home(name: str, pool: RolePoolSettings) -> Home:
     return Home(name, pool.ranks, pool.speed if isinstance(pool, NamedPoolSettings) else 1.0)
 
 
-_READ = {"map": {"pools", "roles"}, "pools": {*ROLES}, "fused": {"fused"}, "local": {*ROLES}}
+_READ = {
+    "map": {"pools", "roles"},
+    "pools": {*ROLES, DISCRIMINATOR},
+    "fused": {"fused"},
+    "local": {*ROLES, DISCRIMINATOR},
+}
 """Sections of pools that each mode reads, of those that not all of them do."""
 
 
@@ -235,19 +257,29 @@ def unread_in_mode(mode: str, keys: Iterable[str]) -> list[str]:
 
 
 def topology_contradictions(
-    topology: TopologySettings, batch_size: int, micro_batches: int
+    topology: TopologySettings,
+    batch_size: int,
+    micro_batches: int,
+    roles: Sequence[str] = ROLES,
 ) -> list[str]:
-    """Returns what a topology cannot do with a batch of this size, as sentences."""
+    """Returns what a topology cannot do with a batch of this size, as sentences.
+
+    Args:
+        topology: The settings.
+        batch_size: Samples of one update.
+        micro_batches: Parts of it.
+        roles: Those that the recipe's method has.
+    """
     problems: list[str] = []
     if topology.mode == "local" and topology.address is not None:
         problems.append(
             f"topology.address {topology.address!r} names a Ray cluster, but topology.mode local "
             "uses no Ray"
         )
-    if found := _map_contradictions(topology):
+    if found := _map_contradictions(topology, roles):
         return [*problems, *found]
     samples = -(-batch_size // micro_batches)
-    for section, number in _ranks(topology).items():
+    for section, number in _ranks(topology, roles).items():
         if number > samples:
             problems.append(
                 f"a micro-batch has {samples} samples at most (batch.size / batch.micro_batches), "
@@ -258,14 +290,15 @@ def topology_contradictions(
                 f"{section}.ranks is {number}, but topology.mode local is one process; "
                 "set it to 1, or the mode to pools"
             )
-    problems += _transport_contradictions(topology)
+    problems += _transport_contradictions(topology, roles)
     replicas = topology.teacher.replicas if topology.mode == "pools" else 1
     if replicas > batch_size // topology.teacher.ranks:
         problems.append(
             f"topology.teacher.replicas {replicas} is more than the batch has samples for "
             f"({batch_size} over {topology.teacher.ranks} ranks), so some would never work"
         )
-    together = topology.places[GENERATOR] == topology.places[FAKE_SCORE]
+    places = topology.places_of(roles)
+    together = places[GENERATOR] == places[FAKE_SCORE]
     if topology.max_staleness_iterations and together:
         problems.append(
             "topology.max_staleness_iterations 1 lets roles run apart, but in topology.mode "
@@ -274,7 +307,7 @@ def topology_contradictions(
     return problems
 
 
-def _ranks(topology: TopologySettings) -> dict[str, int]:
+def _ranks(topology: TopologySettings, roles: Sequence[str]) -> dict[str, int]:
     """Ranks that share a micro-batch, by section."""
     match topology.mode:
         case "map":
@@ -282,18 +315,21 @@ def _ranks(topology: TopologySettings) -> dict[str, int]:
         case "fused":
             return {"topology.fused": topology.fused.ranks}
         case _:
-            return {f"topology.{role}": topology.teams[role].ranks for role in ROLES}
+            return {
+                f"topology.{role}": team.ranks for role, team in topology.teams_of(roles).items()
+            }
 
 
-def _map_contradictions(topology: TopologySettings) -> list[str]:
+def _map_contradictions(topology: TopologySettings, roles: Sequence[str]) -> list[str]:
     if topology.mode != "map":
         return []
     problems: list[str] = []
-    names = {name for places in topology.places.values() for name in places}
+    of_role = topology.places_of(roles)
+    names = {name for places in of_role.values() for name in places}
     problems += [
         f"topology.roles.{role} names the pool {name!r}, and topology.pools has "
         f"{', '.join(topology.pools)}"
-        for role, places in topology.places.items()
+        for role, places in of_role.items()
         for name in places
         if name not in topology.pools
     ]
@@ -309,7 +345,7 @@ def _map_contradictions(topology: TopologySettings) -> list[str]:
         for name in ("text", "feed", "validator")
         if name in topology.pools
     ]
-    sized = {role: getattr(topology, role) for role in ROLES}
+    sized = {role: getattr(topology, role) for role in roles}
     problems += [
         f"topology.{role}.{key} is {getattr(own, key)}, which only topology.mode pools reads; set "
         "the mode to pools, or the ranks of topology.pools"
@@ -317,7 +353,7 @@ def _map_contradictions(topology: TopologySettings) -> list[str]:
         for key in ("ranks", "replicas")
         if getattr(own, key, 1) > 1
     ]
-    unknown = [key for key in topology.stage_seconds if key.split(".")[0] not in ROLES]
+    unknown = [key for key in topology.stage_seconds if key.split(".")[0] not in roles]
     if unknown:
         problems.append(
             f"topology.stage_seconds has {', '.join(unknown)}; its keys are like generator.rollout"
@@ -325,7 +361,7 @@ def _map_contradictions(topology: TopologySettings) -> list[str]:
     return problems
 
 
-def _transport_contradictions(topology: TopologySettings) -> list[str]:
+def _transport_contradictions(topology: TopologySettings, roles: Sequence[str]) -> list[str]:
     if topology.transport == "object_store":
         return []
     problems: list[str] = []
@@ -334,11 +370,8 @@ def _transport_contradictions(topology: TopologySettings) -> list[str]:
             f"topology.transport {topology.transport} is for roles in processes of their own, but "
             f"topology.mode is {topology.mode}; set it to pools, or the transport to object_store"
         )
-    gpus = {
-        GENERATOR: topology.generator.gpus,
-        TEACHER: topology.teacher.gpus,
-        FAKE_SCORE: topology.fake_score.gpus,
-    }
+    own: dict[str, RolePoolSettings] = {role: getattr(topology, role) for role in roles}
+    gpus = {role: pool.gpus for role, pool in own.items()}
     problems += [
         f"topology.transport {topology.transport} goes from GPU to GPU, but topology.{role}.gpus "
         f"is {number:g}; give every rank a GPU, or set the transport to object_store"

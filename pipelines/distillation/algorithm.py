@@ -25,6 +25,10 @@ Variants are other programs over the same stages:
     through the teacher PULLBACK between SIGNAL and LEARN (SiD)
     diversity loss      START before ROLLOUT, ANCHOR by the teacher, DIVERSIFY after LEARN
     mixing of weights   the fake score takes in the generator's weights between the two updates
+    comparing steps     PREDICT, COMPARE_STEPS and COMPLETE in the place of SIGNAL (ADM)
+    comparing data      COMPARE_DATA by the discriminator between SIGNAL and LEARN (DMD2's GAN term)
+
+A discriminator gathers while it compares, and is updated with the generator.
 
 A stage states its role, the method that does the work, what the method is handed and what it sends
 back. The dispatcher, the planner and the study read these constants.
@@ -38,7 +42,9 @@ from typing import Any, Protocol
 from cluster.schedule.program import Pass, Program, Stage, Update, WeightTransfer
 from cluster.schedule.schedule import GATHER, STEP
 from cluster.worker_group import Future
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
+from sgmd_core.objectives import Compared
+from workers.discriminator import Discriminator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.score_teacher import ScoreTeacher
@@ -79,6 +85,11 @@ class CallInputs(Protocol):
         """Embedding of the negative prompt."""
         ...
 
+    @property
+    def data(self) -> Future[Any]:
+        """Latents of the data, as many as the call has samples; see `StageSpec.needs_data`."""
+        ...
+
     def prompts(self) -> tuple[Any, ...]:
         """Key, captions and, where they are given, random numbers of the call's samples."""
         ...
@@ -98,6 +109,7 @@ class StageSpec:
         arguments: Arguments of the method, from the inputs of a call.
         sends: Tensors of its result that travel to another role.
         gathers: Whether it adds to the gradient that the role's next update uses.
+        needs_data: Whether it takes latents of the data, which the feed then reads beside captions.
     """
 
     role: str
@@ -105,6 +117,7 @@ class StageSpec:
     arguments: Callable[[CallInputs], tuple[Any, ...]]
     sends: tuple[Sent, ...] = ()
     gathers: bool = False
+    needs_data: bool = False
 
     @property
     def name(self) -> str:
@@ -150,10 +163,37 @@ PULLBACK = StageSpec(
     lambda call: (call.of(ROLLOUT), call.negative, call.of(SIGNAL)),
     sends=(Sent.LATENTS,),
 )
+PREDICT = StageSpec(
+    FAKE_SCORE,
+    FakeScoreTracker.predict,
+    lambda call: (call.of(ROLLOUT),),
+    sends=(Sent.LATENTS,),
+)
+COMPARE_STEPS = StageSpec(
+    DISCRIMINATOR,
+    Discriminator.compare_steps,
+    lambda call: (call.of(ROLLOUT), call.of(DENOISE), call.of(PREDICT), call.share),
+    sends=(Sent.LATENTS, Sent.LATENTS),
+    gathers=True,
+)
+COMPLETE = StageSpec(
+    FAKE_SCORE,
+    FakeScoreTracker.complete,
+    lambda call: (call.of(COMPARE_STEPS),),
+    sends=(Sent.LATENTS,),
+)
+COMPARE_DATA = StageSpec(
+    DISCRIMINATOR,
+    Discriminator.compare_data,
+    lambda call: (call.of(ROLLOUT), call.data, call.of(PULLBACK, SIGNAL), call.share),
+    sends=(Sent.LATENTS,),
+    gathers=True,
+    needs_data=True,
+)
 LEARN = StageSpec(
     GENERATOR,
     GeneratorLearner.learn,
-    lambda call: (call.of(PULLBACK, SIGNAL), call.weight),
+    lambda call: (call.of(COMPLETE, COMPARE_DATA, PULLBACK, SIGNAL), call.weight),
     gathers=True,
 )
 START = StageSpec(
@@ -180,7 +220,11 @@ MIX_WEIGHTS = StageSpec(
 )
 _UPDATES = tuple(
     StageSpec(role, method, arguments)
-    for role, learner in ((GENERATOR, GeneratorLearner), (FAKE_SCORE, FakeScoreTracker))
+    for role, learner in (
+        (GENERATOR, GeneratorLearner),
+        (FAKE_SCORE, FakeScoreTracker),
+        (DISCRIMINATOR, Discriminator),
+    )
     for method, arguments in (
         (learner.gradient_report, lambda call: (call.iteration,)),
         (learner.step, lambda call: (call.iteration, call.skips)),
@@ -196,6 +240,10 @@ STAGES = {
         SIGNAL,
         TRACK,
         PULLBACK,
+        PREDICT,
+        COMPARE_STEPS,
+        COMPLETE,
+        COMPARE_DATA,
         LEARN,
         START,
         ANCHOR,
@@ -216,6 +264,7 @@ def iteration_program(
     through_teacher: bool = False,
     diversity: bool = False,
     mixes_weights: bool = False,
+    compared: Compared | None = None,
 ) -> Program:
     """Program of one iteration: passes over the micro-batches, and updates.
 
@@ -226,29 +275,60 @@ def iteration_program(
             signal passes through the teacher on its way back.
         diversity: The generator also learns where the teacher goes from its initial noise.
         mixes_weights: With fresh updates, the fake score first takes in the generator's weights.
+        compared: States that a discriminator compares; None without one.
     """
     shared = fresh_updates == 0
-    signal = PULLBACK if through_teacher else SIGNAL
     distil = Pass(
         (
             *([START.step()] if diversity else []),
             ROLLOUT.step(keeps_until=LEARN),
             DENOISE.step(ROLLOUT, keeps_until=PULLBACK if through_teacher else None),
             *([ANCHOR.step(START)] if diversity else []),
-            SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK if shared else None),
-            *([TRACK.step(ROLLOUT)] if shared else []),
-            *([PULLBACK.step(ROLLOUT, SIGNAL)] if through_teacher else []),
-            LEARN.step(signal),
+            *_signalling(compared, shared=shared, through_teacher=through_teacher),
             *([DIVERSIFY.step(START, ANCHOR)] if diversity else []),
         )
     )
+    judges = () if compared is None else (DISCRIMINATOR,)
     if shared:
-        return (distil, Update((GENERATOR, FAKE_SCORE)))
+        return (distil, Update((GENERATOR, FAKE_SCORE, *judges)))
     mix = WeightTransfer((GENERATOR, TRAINED_WEIGHTS.name), (FAKE_SCORE, MIX_WEIGHTS.name))
     track = Pass((SAMPLE.step(), TRACK.step(SAMPLE)))
     return (
         distil,
-        Update((GENERATOR,)),
+        Update((GENERATOR, *judges)),
         *((mix,) if mixes_weights else ()),
         *(track, Update((FAKE_SCORE,))) * fresh_updates,
+    )
+
+
+def _signalling(
+    compared: Compared | None, *, shared: bool, through_teacher: bool
+) -> tuple[Stage, ...]:
+    """Stages from the teacher's answer to the generator's learning."""
+    if compared is Compared.STEPS:
+        return (
+            PREDICT.step(ROLLOUT, keeps_until=TRACK if shared else COMPLETE),
+            COMPARE_STEPS.step(ROLLOUT, DENOISE, PREDICT),
+            COMPLETE.step(COMPARE_STEPS),
+            # After COMPLETE, because tracking frees the graph that both go through.
+            *([TRACK.step(ROLLOUT, COMPLETE)] if shared else []),
+            LEARN.step(COMPLETE),
+        )
+    signal = PULLBACK if through_teacher else SIGNAL
+    return (
+        SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK if shared else None),
+        *([TRACK.step(ROLLOUT)] if shared else []),
+        *([PULLBACK.step(ROLLOUT, SIGNAL)] if through_teacher else []),
+        *([COMPARE_DATA.step(ROLLOUT, signal)] if compared is Compared.DATA else []),
+        LEARN.step(signal if compared is None else COMPARE_DATA),
+    )
+
+
+def needs_data(program: Program) -> bool:
+    """Returns True if a stage of the program takes latents of the data."""
+    return any(
+        STAGES[stage.role, stage.name].needs_data
+        for part in program
+        if isinstance(part, Pass)
+        for stage in part.stages
     )

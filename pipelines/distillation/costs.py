@@ -14,9 +14,13 @@ from typing import Self
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.algorithm import (
     ANCHOR,
+    COMPARE_DATA,
+    COMPARE_STEPS,
+    COMPLETE,
     DENOISE,
     DIVERSIFY,
     LEARN,
+    PREDICT,
     PULLBACK,
     ROLLOUT,
     SAMPLE,
@@ -24,7 +28,7 @@ from pipelines.distillation.algorithm import (
     TRACK,
     StageSpec,
 )
-from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives import Compared, GradientPath
 from sgmd_core.types import Looks, Purpose
 from workers.models.family import PassFlops
 
@@ -126,6 +130,8 @@ def stage_passes(
     fresh_tracking: bool,
     anchor_steps: int = 0,
     looks: Looks | None = None,
+    compared: Compared | None = None,
+    compared_states: int = 2,
 ) -> Mapping[StageSpec, Passes]:
     """Passes of one sample by stage, for one call of each.
 
@@ -137,6 +143,10 @@ def stage_passes(
         fresh_tracking: The fake score is tracked on samples of its own.
         anchor_steps: Steps of the teacher for a diversity loss; 0 without one.
         looks: Score queries of the objective beside the one at the samples.
+        compared: States that a discriminator compares; None without one. Its heads are not counted:
+            of a large network they are less than a hundredth of a pass.
+        compared_states: States of a sample that the discriminator looks at: 2, and one more for a
+            penalty.
     """
     looks = looks or Looks()
     predictions, off = 2 if guided else 1, int(looks.off_trajectory)
@@ -148,6 +158,16 @@ def stage_passes(
         TRACK: Passes(forwards=int(fresh_tracking), to_weights=1),
         LEARN: Passes(to_weights=1 + off),
     }
+    comparing = Passes(forwards=compared_states, to_input=1)
+    if compared is Compared.STEPS:
+        del found[SIGNAL]
+        found |= {
+            PREDICT: Passes(forwards=1),
+            COMPARE_STEPS: comparing,
+            COMPLETE: Passes(to_input=1),
+        }
+    elif compared is Compared.DATA:
+        found[COMPARE_DATA] = comparing
     if path is GradientPath.BOTH_SCORES:
         found[PULLBACK] = Passes(forwards=predictions, to_input=predictions)
     if fresh_tracking:

@@ -4,7 +4,9 @@
     map     Ray actors: learn x ranks (generator, teacher) | score x ranks (fake score, teacher),
             or as topology.roles says
     pools   Ray actors: generator x ranks | fake_score x ranks | teacher x replicas x ranks
-    fused   Ray actors x ranks, each with a rank of all three roles
+    fused   Ray actors x ranks, each with a rank of all roles
+            a discriminator, where the method has one: a pool of its own, or where topology.roles
+            puts it
             on Ray besides: text | feed | validator
 
 All make the same roles from the same factories and settings, so they make the same numbers.
@@ -32,8 +34,8 @@ from pipelines.config.model_folders import (
     models_of_roles,
 )
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
-from pipelines.config.topology import PoolSettings, TopologySettings
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.config.topology import PoolSettings
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings, build_feed
 from pipelines.distillation.algorithm import STAGES
 from pipelines.distillation.iteration import Roles
@@ -44,6 +46,7 @@ from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.places import shared_place
 from workers.build import (
+    build_discriminator,
     build_fake_score,
     build_generator,
     build_teacher,
@@ -86,8 +89,7 @@ class Groups:
         """Every group."""
         roles = self.roles
         found: list[WorkerGroup[Any]] = [
-            roles.generator,
-            roles.fake_score,
+            *roles.learners.values(),
             roles.teacher,
             roles.text,
             self.feed,
@@ -181,7 +183,7 @@ def pools_of(config: DistillConfig) -> list[Pool]:
     """The pools that a run reserves, one bundle a rank."""
     topology = config.topology
     pools = [
-        *_role_pools(topology),
+        *_role_pools(config),
         _pool("text", topology.text),
         _pool("feed", topology.feed),
     ]
@@ -200,11 +202,12 @@ def lent_pools_of(config: DistillConfig) -> list[Pool]:
     return [pool for pool in pools_of(config) if pool.name in BORROWED]
 
 
-def _role_pools(topology: TopologySettings) -> list[Pool]:
+def _role_pools(config: DistillConfig) -> list[Pool]:
+    topology = config.topology
     replicas = topology.teacher.replicas if topology.mode == "pools" else 1
     return [
         _pool(name, own, own.ranks * (replicas if name == TEACHER else 1))
-        for name, own in topology.role_pools.items()
+        for name, own in topology.role_pools_of(config.roles).items()
     ]
 
 
@@ -245,6 +248,7 @@ class _RayOpener:
         shared: Pools of processes that roles share, by name; empty: each role has its own.
         service: Service that has the frozen roles; empty: none.
         borrower: Name of the run.
+        scheduled: Roles that send one another results.
     """
 
     def __init__(
@@ -255,6 +259,7 @@ class _RayOpener:
         shared: "Mapping[str, Hosts]",
         service: str = "",
         borrower: str = "",
+        scheduled: tuple[str, ...] = (),
     ) -> None:
         self._placement = placement
         self._narrow = narrow
@@ -262,6 +267,7 @@ class _RayOpener:
         self._shared = shared
         self._service = service
         self._borrower = borrower
+        self._scheduled = scheduled
 
     def open(
         self, name: str, factory: Callable[[*Ts], W], args: tuple[*Ts], team: Team
@@ -284,7 +290,7 @@ class _RayOpener:
             collective=team.ranks > 1,
             replicas=team.replicas,
             narrow=self._narrow,
-            direct=self._direct if name in ROLES else None,
+            direct=self._direct if name in self._scheduled else None,
         )
 
 
@@ -302,9 +308,11 @@ def _ray_opener(config: DistillConfig, placement: "Placement", service: str) -> 
     direct = direct_of(topology.transport)
     shared: dict[str, Hosts] = {}
     if topology.shares_pools:
-        for name, pool in topology.role_pools.items():
+        for name, pool in topology.role_pools_of(config.roles).items():
             shared[name] = Hosts(name, placement, pool.ranks, shared=True)
-    return _RayOpener(placement, topology.narrowed, direct, shared, service, config.name)
+    return _RayOpener(
+        placement, topology.narrowed, direct, shared, service, config.name, config.roles
+    )
 
 
 def _open(
@@ -317,7 +325,7 @@ def _open(
     num_rows: int,
 ) -> Groups:
     def group(name: str, factory: Callable[[*Ts], W], args: tuple[*Ts]) -> WorkerGroup[W]:
-        team = config.topology.teams.get(name, Team())
+        team = config.topology.teams_of(config.roles).get(name, Team())
         return stack.enter_context(opener.open(name, factory, args, team))
 
     models = {
@@ -360,6 +368,13 @@ def _open(
             partial(build_text_encoder, lazily=checked.has_stored_text, raises=raises),
             (model, threads, config.data.text_cache),
         ),
+        discriminator=group(
+            DISCRIMINATOR,
+            build_discriminator,
+            (models[TEACHER], config.objective, config.discriminator, threads, seed, raises),
+        )
+        if DISCRIMINATOR in config.roles
+        else None,
     )
     feed = group("feed", build_feed, feed_arguments(config, checked, progress, num_rows))
     validator = None

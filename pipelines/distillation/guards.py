@@ -5,8 +5,9 @@
                                           -> bad, budget spent   -> error, no role stepped
 
 The unit is an update of the program: with shared tracking generator and fake score update together,
-so both skip. With fresh tracking the updates of an iteration are skipped one by one, and with a
-staleness a role that has stepped before the other one's gradient is known keeps its update.
+so both skip; a discriminator updates, and skips, with the generator. With fresh tracking the
+updates of an iteration are skipped one by one, and with a staleness a role that has stepped before
+the other one's gradient is known keeps its update.
 
 An iteration that skips counts as an iteration: its captions and random numbers are used up. It does
 not count as an update: learning rates, bias corrections and averages do not move. Decisions depend
@@ -22,9 +23,10 @@ from typing import Any, Literal
 from cluster.schedule.schedule import STEP, Call
 from cluster.worker_group import WorkerGroup
 from pipelines.config.guards import GuardSettings
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.run.records import RunEvent
 from sgmd_core.errors import AlarmError, NonFiniteError, non_finite_remedy
+from workers.discriminator import Discriminator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.finite import Diagnosis, NumericalFault
 from workers.generator_learner import GeneratorLearner
@@ -35,6 +37,7 @@ _DIAGNOSE = {
     GENERATOR: GeneratorLearner.diagnose,
     TEACHER: ScoreTeacher.diagnose,
     FAKE_SCORE: FakeScoreTracker.diagnose,
+    DISCRIMINATOR: Discriminator.diagnose,
 }
 _MOST_IDS = 16
 
@@ -104,7 +107,7 @@ class UpdateGuard:
 
     def replay(self, lines: Iterable[Mapping[str, Any]]) -> None:
         """Stands where a run with these lines of metrics.jsonl stands."""
-        self._norms: dict[str, list[float]] = {GENERATOR: [], FAKE_SCORE: []}
+        self._norms: dict[str, list[float]] = {role: [] for role in self._groups if role != TEACHER}
         self._iterations: list[int] = []
         self._bad: dict[tuple[int, int], SkippedUpdate] = {}
         for line in lines:
@@ -217,6 +220,7 @@ class UpdateGuard:
         asked = [
             (role, rank, future)
             for role, method in _DIAGNOSE.items()
+            if role in self._groups
             for rank, future in enumerate(self._groups[role].call(method, call.iteration))
         ]
         phase = f"asking for the cause of a gradient in iteration {call.iteration}"

@@ -22,15 +22,17 @@ from cluster.schedule.schedule import GATHER, STEP, Call
 from cluster.schedule.staleness import staleness
 from cluster.spans import labelled
 from cluster.worker_group import Future, WorkerGroup
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.algorithm import DIVERSIFY, LEARN, STAGES, TRACK, StageSpec
 from pipelines.distillation.guards import SkippedUpdate, UpdateGuard, non_finite_gradient
 from pipelines.distillation.iteration_plan import IterationPlan
 from pipelines.run.stopping import StopRequests
-from sgmd_core.types import Draws, MicroBatchKey, Text, TextBatch
+from sgmd_core.types import DataBatch, Draws, MicroBatchKey, Text, TextBatch
+from workers.discriminator import Discriminator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.reports import DiversityReport, GradientReport, LearnReport, TrackReport
+from workers.saving import LearningRole
 from workers.score_teacher import ScoreTeacher
 from workers.text_encoder import TextEncoder
 
@@ -43,11 +45,23 @@ class Roles:
     fake_score: WorkerGroup[FakeScoreTracker]
     teacher: WorkerGroup[ScoreTeacher]
     text: WorkerGroup[TextEncoder]
+    discriminator: WorkerGroup[Discriminator] | None = None
+
+    @property
+    def learners(self) -> dict[str, WorkerGroup[LearningRole]]:
+        """Those that are updated, by role: they have a state."""
+        found: dict[str, WorkerGroup[Any]] = {
+            GENERATOR: self.generator,
+            FAKE_SCORE: self.fake_score,
+        }
+        if self.discriminator is not None:
+            found[DISCRIMINATOR] = self.discriminator
+        return found
 
     @property
     def scheduled(self) -> dict[str, WorkerGroup[Any]]:
         """Those whose calls a schedule orders, by role."""
-        return {GENERATOR: self.generator, TEACHER: self.teacher, FAKE_SCORE: self.fake_score}
+        return {GENERATOR: self.generator, TEACHER: self.teacher, **self.learners}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +73,14 @@ class PromptBatch:
         stored: Their embeddings, where the data brought them along.
         dropped: Rows whose caption is replaced by the empty one; `captions` has them empty already.
         sample_ids: One a sample, where they have names.
+        data: Latents of the same rows, where the program asks for them.
     """
 
     captions: tuple[str, ...]
     stored: Future[Text] | None = None
     dropped: frozenset[int] = frozenset()
     sample_ids: tuple[str, ...] = ()
+    data: Future[DataBatch] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +263,16 @@ class _CallDispatcher:
         """Embedding of the negative prompt."""
         return self._plan.negative
 
+    def data(self, call: Call) -> Future[DataBatch]:
+        """Latents of the data of a call's samples."""
+        assert call.micro_batch is not None, "data are asked for without a micro-batch"
+        batch = self._prompts[call.iteration][self._batch_of_phase[call.phase]]
+        assert batch.data is not None, "the feed reads no latents"
+        sizes = self._plan.micro_batch_sizes
+        before = sum(sizes[: call.micro_batch])
+        start, stop = call.samples
+        return join([(batch.data, (0, self._plan.batch_size))], (before + start, before + stop))
+
     def prompts(self, call: Call) -> tuple[MicroBatchKey, Future[TextBatch], Draws | None]:
         """Key, captions and, where they are given, random numbers of a call."""
         assert call.micro_batch is not None, "samples are asked for without a micro-batch"
@@ -319,6 +345,10 @@ class _Inputs:
     def negative(self) -> Future[Text]:
         return self.dispatcher.negative
 
+    @property
+    def data(self) -> Future[DataBatch]:
+        return self.dispatcher.data(self.call)
+
     def prompts(self) -> tuple[MicroBatchKey, Future[TextBatch], Draws | None]:
         return self.dispatcher.prompts(self.call)
 
@@ -335,11 +365,11 @@ def _report(
         for call, report in result.of(stage.name)
         if not call.stands_in
     ]
-    norms: dict[str, list[float]] = {GENERATOR: [], FAKE_SCORE: []}
+    norms: dict[str, list[float]] = {}
     not_made = {(one.phase, role) for one in skipped for role in one.roles}
     for call, report in result.of(GATHER):
         if call.rank == 0 and (call.phase, call.role) not in not_made:
-            norms[call.role].append(report.grad_norm)
+            norms.setdefault(call.role, []).append(report.grad_norm)
             for block, norm in report.blocks.items():
                 norms.setdefault(f"{call.role}/{block}", []).append(norm)
     exits = {call.micro_batch: report.exit_step for call, report in result.of(LEARN.name)}

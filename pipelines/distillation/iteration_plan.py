@@ -10,7 +10,7 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.algorithm import iteration_program
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
-from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives import GradientPath, compared_by
 from sgmd_core.types import MicroBatchKey, Purpose, Text
 
 
@@ -118,6 +118,7 @@ def program_of(config: DistillConfig) -> Program:
         through_teacher=config.objective.path is GradientPath.BOTH_SCORES,
         diversity=config.generator.diversity.enabled,
         mixes_weights=config.fake_score.ida_decay < 1,
+        compared=compared_by(config.objective),
     )
 
 
@@ -125,7 +126,7 @@ def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPl
     """Derives the constants of all iterations from a run's settings."""
     return IterationPlan(
         program=program_of(config),
-        teams=config.topology.teams,
+        teams=config.topology.teams_of(config.roles),
         batch_size=config.batch.size,
         micro_batches=config.batch.micro_batches,
         depth=config.topology.depth,

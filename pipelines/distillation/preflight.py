@@ -6,11 +6,13 @@ from typing import Any
 
 from pipelines.config.adapters import adapted_roles
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.roles import ROLES
-from pipelines.data.shards.schema import TEXT_EMBEDS, Encoding
+from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, Encoding
 from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
 from pipelines.data.stream.source import Source
-from pipelines.distillation.iteration_plan import stage_seconds
+from pipelines.distillation.adversary_check import check_adversary
+from pipelines.distillation.algorithm import needs_data
+from pipelines.distillation.iteration_plan import program_of, stage_seconds
+from pipelines.distillation.latents_check import require_latents
 from pipelines.distillation.phase_check import check_phases
 from pipelines.distillation.teacher_check import check_teacher
 from pipelines.run.folder import require_lasting_folder
@@ -77,6 +79,7 @@ class Preflight:
             "training_shards_hold": self.data.kind.value,
             "training_columns": self.data.found or "as sgmd names them",
             "stored_text": self.has_stored_text,
+            "data_latents": self.has_data_latents,
             "held_out_captions": len(self.held_out),
             "unknown_words": asdict(self.unknown_words),
             "rows_per_iteration": self.rows_per_iteration,
@@ -89,13 +92,20 @@ class Preflight:
             "objective": asdict(config.objective),
             "tracking": config.fake_score.tracking,
             "topology": config.topology.mode,
-            "processes": {role: team.size for role, team in config.topology.teams.items()},
+            "processes": {
+                role: team.size for role, team in config.topology.teams_of(config.roles).items()
+            },
         }
 
     @property
     def has_stored_text(self) -> bool:
         """True if captions bring their embeddings, and the text encoder is not needed for them."""
         return TEXT_EMBEDS in self.source.columns
+
+    @property
+    def has_data_latents(self) -> bool:
+        """True if iterations take latents of the data, and the feed reads them."""
+        return LATENTS in self.source.columns
 
     @property
     def checked(self) -> dict[str, str]:
@@ -132,8 +142,14 @@ def run_preflight(config: DistillConfig) -> Preflight:
     tokenizer = family_of(model.path).load_tokenizer(model.path)
     source, data = inspect_captions(config)
     settings = config.data
+    columns: list[str] = []
     if settings.stored_text and data.encoding is not None and _fits(data.encoding, config, model):
-        source = replace(source, columns=(TEXT_EMBEDS,), encoding=data.encoding)
+        columns.append(TEXT_EMBEDS)
+    if needs_data(program_of(config)):
+        require_latents(config, data, model, latent_shape)
+        columns.append(LATENTS)
+    if columns:
+        source = replace(source, columns=tuple(columns), encoding=data.encoding)
     held_out = _held_out(config)
     content = model_digests(model.path)
     return Preflight(
@@ -165,6 +181,7 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, tuple[int, int
     check_phases(config, model)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
+    check_adversary(config, model)
     if config.topology.shares_pools:
         stage_seconds(config)
     return model, latent_shape
@@ -193,7 +210,7 @@ def require_computable(config: DistillConfig, family: ModelFamily) -> None:
     Raises:
         ConfigError: A setting of `compute` is one that the family does not support.
     """
-    for role in ROLES:
+    for role in config.roles:
         compute: ComputeSettings = getattr(config, role).compute
         wanted = {
             "bf16": "bf16" in (compute.precision, compute.weights),

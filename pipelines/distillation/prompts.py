@@ -12,6 +12,7 @@ import torch
 
 from cluster.spans import labelled
 from cluster.worker_group import Future, WorkerGroup
+from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS
 from pipelines.data.stream.feed import Batch, Feed
 from pipelines.distillation.iteration import PromptBatch
 from pipelines.run.data_log import DataLog
@@ -45,6 +46,7 @@ class Prompts:
         batch_size: Captions of one batch.
         batches_per_iteration: Batches of one iteration.
         stored: Whether the data bring embeddings along that are used.
+        has_data: Whether the iterations take latents of the data.
         iterations: First iteration, and one past the last.
         timeout_s: How long to wait for captions.
         seed: The run's seed.
@@ -59,6 +61,7 @@ class Prompts:
         batches_per_iteration: int,
         *,
         stored: bool,
+        has_data: bool = False,
         iterations: tuple[int, int],
         timeout_s: float,
         seed: int = 0,
@@ -69,6 +72,7 @@ class Prompts:
         self._batch_size = batch_size
         self._batches_per_iteration = batches_per_iteration
         self._stored = stored
+        self._has_data = has_data
         self._end = iterations[1]
         self._timeout_s = timeout_s
         self._seed = seed
@@ -130,9 +134,14 @@ class Prompts:
             return []
         with labelled(iteration):
             return [
-                self._feed.call_rank(0, Feed.take, self._batch_size)
-                for _ in range(self._batches_per_iteration)
+                self._feed.call_rank(0, Feed.take, self._batch_size, self._columns(number))
+                for number in range(self._batches_per_iteration)
             ]
+
+    def _columns(self, number: int) -> tuple[str, ...]:
+        """Columns that are asked for of a batch; the generator learns from the first one."""
+        stored = (TEXT_EMBEDS,) if self._stored else ()
+        return (*stored, LATENTS) if self._has_data and not number else stored
 
     def _prompts(self, iteration: int, number: int, batch: Batch) -> PromptBatch:
         rows = len(batch.captions)
@@ -141,11 +150,13 @@ class Prompts:
         captions = tuple(
             "" if row in dropped else caption for row, caption in enumerate(batch.captions)
         )
-        if not self._stored:
-            return PromptBatch(captions, dropped=dropped, sample_ids=batch.sample_ids)
         with labelled(iteration):
-            stored = self._feed.call_rank(0, Feed.embeddings, batch.number)
-        return PromptBatch(captions, stored, dropped, batch.sample_ids)
+            columns, stored, data = self._columns(number), None, None
+            if TEXT_EMBEDS in columns:
+                stored = self._feed.call_rank(0, Feed.embeddings, batch.number)
+            if LATENTS in columns:
+                data = self._feed.call_rank(0, Feed.data, batch.number)
+        return PromptBatch(captions, stored, dropped, batch.sample_ids, data)
 
 
 def dropped_rows(

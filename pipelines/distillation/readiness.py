@@ -17,7 +17,8 @@ import torch
 from cluster.files import store_address
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.planning.memory import discriminator_memory
 from pipelines.planning.pool_maps import PoolMap, map_memory
 from pipelines.planning.savings import savings
 from pipelines.planning.search import PoolSplit, rank_memory
@@ -129,7 +130,8 @@ def _disk_bytes(config: DistillConfig, model: ModelFolder) -> float:
     # Of both learners trained weights and moments; a decay of 0 has no first moment.
     state = sum(
         _FLOAT * work.num_trained(role) * (1 + work.kept(role).moments + work.kept(role).averages)
-        for role in (GENERATOR, FAKE_SCORE)
+        for role in config.roles
+        if role != TEACHER
     )
     states = config.checkpoint.keep + config.checkpoint.keep_best + 1
     exports = 1 + int(config.checkpoint.keep_best > 0)
@@ -171,22 +173,23 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
     needs: list[_Need] = []
     if topology.shares_pools:
         one = PoolMap(
-            {name: pool.ranks for name, pool in topology.role_pools.items()},
-            topology.places,
+            {name: pool.ranks for name, pool in topology.role_pools_of(config.roles).items()},
+            topology.places_of(config.roles),
             config.batch.micro_batches,
             topology.depth,
         )
         for name, memory in map_memory(work, one).items():
-            words = "all roles" if one.roles_on(name) == ROLES else f"pool {name}"
-            pool = topology.role_pools[name]
+            words = "all roles" if one.roles_on(name) == config.roles else f"pool {name}"
+            pool = topology.role_pools_of(config.roles)[name]
             needs.append(_Need(words, memory.total, pool.gpus, pool.ranks, memory.host))
     elif topology.mode == "local" and work.adapters:
-        one = PoolMap({"local": 1}, dict.fromkeys(ROLES, ("local",)), config.batch.micro_batches)
+        places = dict.fromkeys(config.roles, ("local",))
+        one = PoolMap({"local": 1}, places, config.batch.micro_batches)
         gpus = max(pool.gpus for pool in (topology.generator, topology.teacher))
         memory = map_memory(work, one)["local"]
         needs.append(_Need("all roles", memory.total, gpus, 1, memory.host))
     else:
-        teams = topology.teams
+        teams = topology.teams_of(config.roles)
         split = PoolSplit(
             teams[GENERATOR].ranks,
             teams[TEACHER].replicas,
@@ -197,6 +200,12 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
         )
         own = {GENERATOR: topology.generator, TEACHER: topology.teacher}
         own[FAKE_SCORE] = topology.fake_score
+        memories = rank_memory(work, split)
+        if DISCRIMINATOR in config.roles:
+            own[DISCRIMINATOR] = topology.discriminator
+            ranks = topology.discriminator.ranks
+            samples = -(-config.batch.size // config.batch.micro_batches // ranks)
+            memories[DISCRIMINATOR] = discriminator_memory(work, ranks, samples)
         needs += [
             _Need(
                 role.replace("_", " "),
@@ -205,7 +214,7 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
                 teams[role].size,
                 memory.host,
             )
-            for role, memory in rank_memory(work, split).items()
+            for role, memory in memories.items()
         ]
     width = DTYPES[config.model.encoder_dtype].itemsize
     needs.append(_Need("text encoder", width * model.num_text_parameters, topology.text.gpus))

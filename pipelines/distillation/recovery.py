@@ -2,7 +2,7 @@
 
     a process is lost -> budget -> replaced, with those that run collectives with it
                       -> a state that is being saved by others is committed
-                      -> generator and fake score go back to the last state that both have: the
+                      -> the learners go back to the last state that all of them have: the
                          copies in memory or the newest checkpoint, which is newer, else the
                          beginning
                       -> the iterations since are made again
@@ -264,7 +264,7 @@ class Recovery:
         from cluster.ray.replacement import rebuild, replace_lost, restart_all
 
         groups, roles = self._ray_groups(*self._groups.all), self._groups.roles
-        learners = self._ray_groups(roles.generator, roles.fake_score)
+        learners = self._ray_groups(*roles.learners.values())
         beside = [group for group in groups if group is self._groups.validator]
         new = replace_lost(
             groups, self._config.topology.call_timeout_s, self._unbuilt, beside=beside
@@ -273,7 +273,7 @@ class Recovery:
         states.keep_under_repair(writers_live=not any(group.ranks_in(new) for group in learners))
         position, source = self._newest_state()
         if source == _BEGINNING:
-            # Both start as they were loaded.
+            # All start as they were loaded.
             new |= restart_all(learners)
         warn = self._events.observer.warning
         self._folder.rewind(position.iteration, warn)

@@ -1,7 +1,7 @@
 """Copies of the learners' state in memory outside of their processes.
 
-    generator rank r   -- snapshot --> object store, kept by the controller as a handle
-    fake score rank r  -- snapshot -->    and copied to the controller's machine
+    learner rank r     -- snapshot --> object store, kept by the controller as a handle
+                                          and copied to the controller's machine
     after a failure    -- restore  --> every rank goes back to the iteration of the snapshot
 
 The copies outlive the process they are of, and the machine where the controller is on another one.
@@ -20,8 +20,7 @@ from cluster.errors import RemoteCallError, ResultLostError
 from cluster.worker_group import Future, WorkerGroup, taken_by
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.position import Position
-from workers.fake_score_tracker import FakeScoreTracker
-from workers.generator_learner import GeneratorLearner
+from workers.saving import LearningRole
 from workers.snapshots import RoleSnapshot
 
 _RECENT = 5
@@ -35,8 +34,7 @@ class _Taken:
     """A snapshot of all ranks."""
 
     position: Position
-    generator: list[Future[RoleSnapshot]]
-    fake_score: list[Future[RoleSnapshot]]
+    parts: dict[str, list[Future[RoleSnapshot]]]
 
 
 class Snapshots:
@@ -102,8 +100,7 @@ class Snapshots:
         with taken_by(_OUTSIDE):
             taken = _Taken(
                 position,
-                roles.generator.call(GeneratorLearner.snapshot),
-                roles.fake_score.call(FakeScoreTracker.snapshot),
+                {role: group.call(LearningRole.snapshot) for role, group in roles.learners.items()},
             )
             # Each rank works in order: with this answer its copy is complete.
             sizes = self._ask_sizes()
@@ -125,14 +122,11 @@ class Snapshots:
         self._has_room = None
         assert taken is not None, "there is no snapshot"
         pending: Mapping[WorkerGroup[Any], list[Future[int]]] = {
-            roles.generator: [
-                roles.generator.call_rank(rank, GeneratorLearner.restore, part)
-                for rank, part in enumerate(taken.generator)
-            ],
-            roles.fake_score: [
-                roles.fake_score.call_rank(rank, FakeScoreTracker.restore, part)
-                for rank, part in enumerate(taken.fake_score)
-            ],
+            group: [
+                group.call_rank(rank, LearningRole.restore, part)
+                for rank, part in enumerate(taken.parts[role])
+            ]
+            for role, group in roles.learners.items()
         }
         phase = f"going back to iteration {taken.position.iteration}"
         try:
@@ -179,10 +173,9 @@ class Snapshots:
             )
 
     def _ask_sizes(self) -> Mapping[WorkerGroup[Any], list[Future[int]]]:
-        generator, fake_score = self._roles.generator, self._roles.fake_score
         return {
-            generator: generator.call(GeneratorLearner.snapshot_bytes),
-            fake_score: fake_score.call(FakeScoreTracker.snapshot_bytes),
+            group: group.call(LearningRole.snapshot_bytes)
+            for group in self._roles.learners.values()
         }
 
     def _fetch_all(
@@ -194,4 +187,4 @@ class Snapshots:
     def _copy_here(self, taken: _Taken) -> None:
         from cluster.ray.replacement import copy_to_this_machine
 
-        copy_to_this_machine([*taken.generator, *taken.fake_score])
+        copy_to_this_machine([part for parts in taken.parts.values() for part in parts])

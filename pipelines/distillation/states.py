@@ -15,14 +15,15 @@ from cluster.errors import LOST, StorageError
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.model_folders import model_address
 from pipelines.config.recipe import DistillConfig
+from pipelines.config.roles import FAKE_SCORE
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run.places import shared_place
 from sgmd_core.errors import SgmdError, StaleCallError
-from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.saving import LearningRole
 
 _FAILED_RUN_WAIT_S = 60.0
 """How long a run that has failed waits for the state that is being written."""
@@ -40,15 +41,13 @@ class _Save:
         step: Iterations made.
         manifest: What to commit it with.
         folder: Folder that it is written to.
-        generator: Calls that copy the generator's state.
-        fake_score: Calls that copy that of the fake score.
+        begun: Calls that copy the state of each learner.
     """
 
     step: int
     folder: str
     manifest: dict[str, Any]
-    generator: list[Future[int]]
-    fake_score: list[Future[int]]
+    begun: dict[str, list[Future[int]]]
 
 
 class States:
@@ -126,8 +125,10 @@ class States:
                 "seed": self._config.seed,
                 "versions": versions(),
             },
-            generator=roles.generator.call(GeneratorLearner.begin_save, folder),
-            fake_score=roles.fake_score.call(FakeScoreTracker.begin_save, folder),
+            begun={
+                role: group.call(LearningRole.begin_save, folder)
+                for role, group in roles.learners.items()
+            },
         )
         if not self._config.checkpoint.background:
             self.settle(timeout_s)
@@ -186,10 +187,9 @@ class States:
             )
 
     def _ask_saved(self, saving: _Save, *, wait: bool) -> _Asked:
-        generator, fake_score, folder = self._roles.generator, self._roles.fake_score, saving.folder
         return [
-            (generator, generator.call(GeneratorLearner.finish_save, folder, wait=wait)),
-            (fake_score, fake_score.call(FakeScoreTracker.finish_save, folder, wait=wait)),
+            (group, group.call(LearningRole.finish_save, saving.folder, wait=wait))
+            for group in self._roles.learners.values()
         ]
 
     def _take_and_prune(self, asked: _Asked, timeout_s: float) -> None:
@@ -234,12 +234,10 @@ class States:
         """SHA-256 by path of what all ranks have written; None while one is writing."""
         phase = f"saving the state of iteration {saving.step}"
         parts: list[dict[str, str] | None] = []
-        for (group, futures), began in zip(
-            asked, (saving.generator, saving.fake_score), strict=True
-        ):
+        for (group, futures), (role, began) in zip(asked, saving.begun.items(), strict=True):
             # Copying comes first in every rank's order, and what it raised is to be heard.
             updates = group.fetch(began, timeout_s=timeout_s, phase=phase)
-            each = self._config.objective.fake_updates if group is self._roles.fake_score else 1
+            each = self._config.objective.fake_updates if role == FAKE_SCORE else 1
             if set(updates) != {each * saving.step}:
                 expected = f"{each * saving.step} updates on each rank"
                 raise StaleCallError(phase, f"a {group.name} of {updates} updates", expected)
@@ -282,10 +280,9 @@ class States:
         )
 
     def _wait_for_writers(self) -> None:
-        generator, fake_score = self._roles.generator, self._roles.fake_score
         waiting = [
-            (generator, generator.call(GeneratorLearner.wait_for_writer)),
-            (fake_score, fake_score.call(FakeScoreTracker.wait_for_writer)),
+            (group, group.call(LearningRole.wait_for_writer))
+            for group in self._roles.learners.values()
         ]
         for group, answers in waiting:
             self._fetch(group, answers, "waiting for a lost save to end")
@@ -332,8 +329,8 @@ class States:
         try:
             self.settle(timeout_s)
             if position.iteration > (self._checkpoints.latest() or 0):
-                roles.generator.call(GeneratorLearner.discard)
-                roles.fake_score.call(FakeScoreTracker.discard)
+                for group in roles.learners.values():
+                    group.call(LearningRole.discard)
                 self.save(position, timeout_s)
                 self.settle(timeout_s)
             if self._put_off is not None:
@@ -353,7 +350,7 @@ class States:
         self._monitor.write_ranking()
 
     def load(self, iteration: int) -> None:
-        """Puts both learning roles back to a committed state."""
+        """Puts the learning roles back to a committed state."""
         load_roles(self._roles, self._checkpoints.folder(iteration), self._config)
 
     def load_generator(self, iteration: int) -> None:
@@ -397,7 +394,7 @@ class States:
             may_save: Whether the roles still stand there. Several ranks may wait for a failed one,
                 so those are not asked.
         """
-        one_rank = self._roles.generator.size == self._roles.fake_score.size == 1
+        one_rank = all(group.size == 1 for group in self._roles.learners.values())
         unsaved = ""
         try:
             if may_save and one_rank:
@@ -433,7 +430,7 @@ class States:
 
 
 def load_roles(roles: Roles, folder: str, config: DistillConfig) -> None:
-    """Puts both learning roles back to the state in a checkpoint.
+    """Puts the learning roles back to the state in a checkpoint.
 
     Args:
         roles: The groups.
@@ -441,7 +438,7 @@ def load_roles(roles: Roles, folder: str, config: DistillConfig) -> None:
         config: Settings of the run.
     """
     timeout_s = config.topology.call_timeout_s
-    generator = roles.generator.call(GeneratorLearner.load, folder)
-    fake_score = roles.fake_score.call(FakeScoreTracker.load, folder)
-    roles.generator.fetch(generator, timeout_s, "loading the generator")
-    roles.fake_score.fetch(fake_score, timeout_s, "loading the fake score")
+    # Side by side: each reads files of its own.
+    loading = [(group, group.call(LearningRole.load, folder)) for group in roles.learners.values()]
+    for group, loaded in loading:
+        group.fetch(loaded, timeout_s, f"loading the {group.name.replace('_', ' ')}")

@@ -104,7 +104,7 @@ class Distillation:
         self._states = States(config, roles, folder, checkpoints, self._monitor)
         self._plan = plan_iteration(config, self._negative())
         self._trace = RunTrace(
-            [roles.generator, roles.teacher, roles.fake_score, roles.text],
+            [*roles.scheduled.values(), roles.text],
             [groups.feed, *([groups.validator] if groups.validator else [])],
             config.trace.iterations,
             config.topology.call_timeout_s,
@@ -354,6 +354,7 @@ class Distillation:
             self._config.batch.size,
             self._plan.batches_per_iteration,
             stored=self._checked.has_stored_text,
+            has_data=self._checked.has_data_latents,
             iterations=(first, self._config.iterations),
             timeout_s=self._config.topology.call_timeout_s,
             seed=self._config.seed,

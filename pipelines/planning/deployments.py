@@ -56,7 +56,7 @@ def deployment_of_pools(request: DeploymentRequest) -> Deployment:
     Raises:
         ConfigError: A path is of this machine alone, or a label cannot be given to a machine.
     """
-    pools = request.config.topology.role_pools
+    pools = request.config.topology.role_pools_of(request.config.roles)
     labels: dict[str, Any] = {
         f"topology.{_section(request.config, name)}.labels": {
             **settings.labels,
@@ -87,7 +87,8 @@ def deployment_of_equals(request: DeploymentRequest) -> Deployment:
         ConfigError: A path is of this machine alone, or a pool wants machines of its own.
     """
     topology = request.config.topology
-    pools: dict[str, PoolSettings] = dict(topology.role_pools)
+    role_pools = topology.role_pools_of(request.config.roles)
+    pools: dict[str, PoolSettings] = dict(role_pools)
     pools |= {name: getattr(topology, name) for name in _BESIDE}
     choosy = [name for name, pool in pools.items() if pool.labels or pool.resources]
     if choosy:
@@ -100,12 +101,12 @@ def deployment_of_equals(request: DeploymentRequest) -> Deployment:
         )
     total = request.plan.best.num_gpus + request.plan.gpus_beside
     gpus = min(total, request.gpus_per_machine)
-    per_gpu = max(pool.cpus / max(pool.gpus, 1.0) for pool in topology.role_pools.values())
+    per_gpu = max(pool.cpus / max(pool.gpus, 1.0) for pool in role_pools.values())
     cpus = math.ceil(per_gpu * gpus) + _cpus_beside(request.config)
     memory = max(_LEAST_MEMORY_GB, math.ceil(request.memory_gb * gpus))
     head = MachineGroup(_HEAD, 1, cpus, gpus, memory)
     others = math.ceil(total / gpus) - 1
-    for name, pool in topology.role_pools.items():
+    for name, pool in role_pools.items():
         _require_room(request, name, pool, _most_ranks(request, pool))
     workers = [MachineGroup("worker", others, cpus, gpus, memory)] if others else []
     return _deployment(request, request.config, head, workers)

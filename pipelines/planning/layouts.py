@@ -2,7 +2,10 @@
 
     map     learn: generator and a copy of the teacher | score: fake score and another copy
     pools   generator | teacher, replicas | fake score
-    fused   all three roles on every GPU, one after the other
+    fused   all roles on every GPU, one after the other
+
+A discriminator, where the method has one, is on one of the two pools; with classic pools of its own
+it is not planned.
 
 Each is the exact schedule of calls, worked through by the simulator, with the memory of a rank of
 every pool. A pool's ranks work in step, so the simulator sees it as one process.
@@ -15,7 +18,7 @@ from typing import Any
 from cluster.schedule.program import Home, Team, split_evenly
 from cluster.schedule.schedule import Call, order_calls
 from cluster.schedule.simulate import Costs, simulate
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import FUSED
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.memory import RankMemory
@@ -142,7 +145,7 @@ def pools_layout(work: Workload, found: Prediction) -> Layout:
         "topology.teacher.replicas": split.teacher,
         "topology.teacher.ranks": split.teacher_ranks,
         "topology.fake_score.ranks": split.fake_score,
-        **{f"topology.{role}.gpus": 1 for role in ROLES},
+        **{f"topology.{role}.gpus": 1 for role in split.teams},
     }
     pools = {
         role: PoolUse(
@@ -173,6 +176,7 @@ def _map_settings(one: PoolMap) -> dict[str, Any]:
         "topology.roles.generator": one.places[GENERATOR][0],
         "topology.roles.fake_score": one.places[FAKE_SCORE][0],
         "topology.roles.teacher": list(one.places[TEACHER]),
+        **{f"topology.roles.{DISCRIMINATOR}": pool for pool in one.places.get(DISCRIMINATOR, ())},
     }
 
 
@@ -187,7 +191,8 @@ def _simulated(
     """Works the schedule of a map through; every pool is one process."""
     sizes = split_evenly(work.batch_size, one.micro_batches)
     teams = {
-        role: Team.on(*(_home(one, pool, sizes) for pool in one.places[role])) for role in ROLES
+        role: Team.on(*(_home(one, pool, sizes) for pool in pools))
+        for role, pools in one.places.items()
     }
     calls = order_calls(
         work.program,
@@ -295,7 +300,7 @@ def _bound_s(work: Workload, times: StageTimes, one: PoolMap) -> float:
     """About what an iteration takes: the pools' work with the teacher's shared out, and a start."""
     sizes = split_evenly(work.batch_size, one.micro_batches)
     rounds = {pool: sum(-(-size // ranks) for size in sizes) for pool, ranks in one.ranks.items()}
-    own: dict[str, float] = dict.fromkeys(ROLES, 0.0)
+    own: dict[str, float] = dict.fromkeys(one.places, 0.0)
     for (role, stage), seconds in times.seconds.items():
         updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
         own[role] += seconds * updates

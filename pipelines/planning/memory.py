@@ -2,6 +2,7 @@
 
     state      its share of weights, gradients, Adam's moments, average           sharded over ranks
     base       frozen weights: the teacher's, and those under adapters            once a process
+               a discriminator has a copy of the teacher of its own, in `state`
     gathered   two layers' weights and one layer's gradient, whole                if sharded
     graphs     what the passes that wait for a signal keep                        by depth
     working    the widest place of a pass; with checkpointing a layer made again
@@ -15,7 +16,7 @@ with each other and with the teacher; a teacher in processes of its own is shard
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.workload import Workload
 from workers.models.family import DenoiserShape
@@ -98,6 +99,29 @@ def teacher_memory(
         graphs=0.0,
         working=passes * widest,
         base=work.frozen_bytes(TEACHER) if shares_base else 0.0,
+    )
+
+
+def discriminator_memory(work: Workload, ranks: int, samples: float) -> RankMemory:
+    """A rank of a discriminator: the teacher's copy, the heads' state, one graph and features.
+
+    Args:
+        work: The iteration.
+        ranks: Ranks that share the networks.
+        samples: Of a micro-batch, on this rank.
+    """
+    heads, kept = work.heads, work.kept(DISCRIMINATOR)
+    assert heads is not None, "this iteration has no discriminator"
+    share, shape = _FLOAT * heads.num_parameters / ranks, work.shape_of(DISCRIMINATOR)
+    # The heads' graph holds the features of all states, in float32.
+    tokens = shape.num_tokens(work.latent_shape)
+    features = _FLOAT * heads.num_heads * heads.num_states * tokens * shape.width
+    return RankMemory(
+        state=(2 + kept.moments - kept.on_host) * share + work.frozen_bytes(DISCRIMINATOR) / ranks,
+        gathered=work.weight_bytes(DISCRIMINATOR) * _gathered(shape, ranks, layers=2),
+        graphs=0.0,
+        working=samples * (_graph(work, DISCRIMINATOR) + _layer(work, DISCRIMINATOR) + features),
+        host=kept.on_host * share,
     )
 
 

@@ -147,6 +147,8 @@ def _least(work: Workload, num_gpus: int) -> str:
     best = min(layouts, key=lambda parts: max(part.total for part in parts.values()))
     words = {GENERATOR: "the generator", TEACHER: "the teacher", FAKE_SCORE: "the fake score"}
     words |= {LEARN: "generator and teacher", SCORE: "fake score and teacher"}
+    if work.heads is not None:
+        words = {LEARN: "the generator's pool", SCORE: "the fake score's pool"}
     return ", ".join(
         f"a rank of {words.get(name, name)} needs {part.total / GB:.1f} GB "
         f"(state {(part.state + part.base) / GB:.0f}, graphs {part.graphs / GB:.0f}, "

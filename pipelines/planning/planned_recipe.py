@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.config.roles import FAKE_SCORE, GENERATOR
 from pipelines.planning.plan import Plan
 
 
@@ -29,7 +29,7 @@ def planned_recipe(config: DistillConfig, plan: Plan) -> DistillConfig:
         given = {name: pool.model_dump() for name, pool in topology.pools.items()}
         homes = {GENERATOR: topology.roles.generator, FAKE_SCORE: topology.roles.fake_score}
         settings["topology.pools"] = {
-            name: given.get(homes[next(role for role in pool.roles if role != TEACHER)], {})
+            name: given.get(homes[next(role for role in pool.roles if role in homes)], {})
             | {"ranks": pool.gpus, "gpus": 1}
             for name, pool in best.pools.items()
         }

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from itertools import product
 
 from cluster.schedule.dealing import MOST_KEPT
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import FUSED
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.memory import (
     RankMemory,
+    discriminator_memory,
     fake_score_memory,
     generator_memory,
     teacher_memory,
@@ -40,7 +41,7 @@ class PoolMap:
 
     def roles_on(self, pool: str) -> tuple[str, ...]:
         """Roles that live on a pool."""
-        return tuple(role for role in ROLES if pool in self.places[role])
+        return tuple(role for role, pools in self.places.items() if pool in pools)
 
 
 def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
@@ -57,7 +58,14 @@ def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
                 continue
             for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
                 places = {GENERATOR: (LEARN,), TEACHER: teacher, FAKE_SCORE: (SCORE,)}
-                yield PoolMap({LEARN: learn, SCORE: score}, places, micro_batches)
+                for beside in ({},) if work.heads is None else _judges():
+                    ranks = {LEARN: learn, SCORE: score}
+                    yield PoolMap(ranks, {**places, **beside}, micro_batches)
+
+
+def _judges() -> tuple[dict[str, tuple[str, ...]], ...]:
+    """Places of a discriminator: on either pool."""
+    return {DISCRIMINATOR: (SCORE,)}, {DISCRIMINATOR: (LEARN,)}
 
 
 def fused_memory(work: Workload, num_gpus: int) -> RankMemory:
@@ -70,7 +78,7 @@ def fused_map(work: Workload, num_gpus: int) -> PoolMap:
     most = -(-work.batch_size // num_gpus)
     # Ranks that would only make more of the last round idle are left out.
     ranks = -(-work.batch_size // most)
-    return PoolMap({FUSED: ranks}, dict.fromkeys(ROLES, (FUSED,)), most)
+    return PoolMap({FUSED: ranks}, dict.fromkeys(work.roles, (FUSED,)), most)
 
 
 def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
@@ -93,6 +101,8 @@ def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
             ),
             FAKE_SCORE: fake_score_memory(work, ranks, own, min(MOST_KEPT, open_at_once) * own),
         }
+        if work.heads is not None:
+            of_role[DISCRIMINATOR] = discriminator_memory(work, ranks, own)
         found[pool] = together([of_role[role] for role in one.roles_on(pool)])
     return found
 

@@ -135,7 +135,12 @@ def find_batch(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: 
 
 
 def candidates(work: Workload, num_gpus: int) -> Iterator[PoolSplit]:
-    """Every split that a schedule allows, with as many teachers as there is room and use for."""
+    """Every split that a schedule allows, with as many teachers as there is room and use for.
+
+    None for a method with a discriminator: that is planned in shared pools alone.
+    """
+    if work.heads is not None:
+        return
     for micro_batches in _divisors(work.batch_size):
         samples = work.batch_size // micro_batches
         for generator, fake_score in product(_divisors(samples), repeat=2):

@@ -21,12 +21,16 @@ from cluster.schedule.program import Program
 from pipelines.config.adapters import adapted_roles
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.distillation.algorithm import (
     ANCHOR,
+    COMPARE_DATA,
+    COMPARE_STEPS,
+    COMPLETE,
     DENOISE,
     DIVERSIFY,
     LEARN,
+    PREDICT,
     PULLBACK,
     ROLLOUT,
     SAMPLE,
@@ -40,9 +44,10 @@ from pipelines.distillation.algorithm import (
 )
 from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
-from sgmd_core.objectives import GradientPath, restarts_of
+from sgmd_core.objectives import Compared, GradientPath, compared_by, restarts_of
 from sgmd_core.types import Looks
 from workers.adapters import targeted
+from workers.discriminator_heads import num_head_parameters
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
 from workers.models.family import DenoiserShape, ModelShape
@@ -68,6 +73,25 @@ class KeptCopies:
     moments: int
     averages: int
     on_host: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsWork:
+    """A discriminator: heads on a frozen copy of the teacher.
+
+    Attributes:
+        compared: States that it compares.
+        num_states: States of a sample that it looks at.
+        num_heads: Layers whose outputs have a head.
+        num_parameters: Of all heads, which are trained in float32.
+        weights: Type that the copy's weights are kept in.
+    """
+
+    compared: Compared
+    num_states: int
+    num_heads: int
+    num_parameters: int
+    weights: str = "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +126,7 @@ class Workload:
         frozen_in_bf16: Of these, roles whose base is in bfloat16.
         looks: Score queries beside the one at the generator's samples.
         restarts: Whether the fake score keeps the weights that it starts from, in main memory.
+        heads: The discriminator; None without one.
     """
 
     shape: DenoiserShape
@@ -131,6 +156,7 @@ class Workload:
     frozen_in_bf16: frozenset[str] = frozenset()
     looks: Looks = field(default_factory=Looks)
     restarts: bool = False
+    heads: HeadsWork | None = None
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -154,6 +180,9 @@ class Workload:
             TEACHER: config.teacher.compute,
             FAKE_SCORE: config.fake_score.compute,
         }
+        if DISCRIMINATOR in config.roles:
+            updated[DISCRIMINATOR] = config.discriminator.optimizer
+            computes[DISCRIMINATOR] = config.discriminator.compute
         others = _other_shapes(config, shape.denoiser)
         rollout, sample = mean_rollouts(config)
         return cls(
@@ -186,22 +215,32 @@ class Workload:
             ),
             looks=config.looks,
             restarts=bool(restarts_of(config.objective)),
+            heads=_heads(config, others.get(TEACHER, shape.denoiser)),
         )
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Roles of the iteration."""
+        return ROLES if self.heads is None else (*ROLES, DISCRIMINATOR)
+
     def num_trained(self, role: str) -> int:
-        """Parameters that a learner updates: its adapters, or all."""
+        """Parameters that a learner updates: its adapters, its heads, or all."""
+        if role == DISCRIMINATOR and self.heads is not None:
+            return self.heads.num_parameters
         return dict(self.adapters).get(role, self.shape_of(role).num_parameters)
 
     def frozen_bytes(self, role: str) -> int:
         """Bytes of the weights that a role keeps and does not train."""
         if role == TEACHER:
             return self.teacher_bytes
+        if role == DISCRIMINATOR and self.heads is not None:
+            return (2 if self.heads.weights == "bf16" else 4) * self.shape_of(role).num_parameters
         size = 2 if role in self.frozen_in_bf16 else 4
         return size * self.shape_of(role).num_parameters * (role in dict(self.adapters))
 
     def shape_of(self, role: str) -> DenoiserShape:
-        """The network of a role."""
-        return self.others.get(role, self.shape)
+        """The network of a role; a discriminator has a copy of the teacher's."""
+        return self.others.get(TEACHER if role == DISCRIMINATOR else role, self.shape)
 
     def kept(self, role: str) -> KeptCopies:
         """Copies that a learner keeps of its parameters."""
@@ -252,6 +291,7 @@ class Workload:
             self.fresh_updates,
             through_teacher=self.through_teacher,
             mixes_weights=self.mixes_weights,
+            compared=None if self.heads is None else self.heads.compared,
         )
 
     @property
@@ -303,10 +343,10 @@ class Workload:
 
     def _relative_cost(self, role: str) -> float:
         """Operations of a forward pass of a role over those of the generator's."""
-        if role not in self.others:
+        own = self.shape_of(role)
+        if own is self.shape:
             return 1.0
-        own = self.others[role].forward_flops(self.latent_shape, self.text_length)
-        return own / self.forward_flops
+        return own.forward_flops(self.latent_shape, self.text_length) / self.forward_flops
 
     def _passes_by_stage(self) -> Mapping[StageSpec, Passes]:
         return stage_passes(
@@ -317,6 +357,8 @@ class Workload:
             fresh_tracking=self.fresh_updates > 0,
             anchor_steps=self.diversity.num_anchor_steps,
             looks=self.looks,
+            compared=None if self.heads is None else self.heads.compared,
+            compared_states=0 if self.heads is None else self.heads.num_states,
         )
 
     def weight_bytes(self, role: str) -> int:
@@ -330,12 +372,16 @@ class Workload:
         Gradients are summed in float32, weights are gathered in the type of a role's products.
         """
         summed = {LEARN: 1.0 + self.diversity.enabled + self.looks.off_trajectory, TRACK: 1.0}
+        summed |= {COMPARE_STEPS: 1.0, COMPARE_DATA: 1.0}
         reductions = {(stage.role, stage.name): count for stage, count in summed.items()}
         found: dict[StageName, float] = {}
         for name, count in self.gathers.items():
             gradients = reductions.get(name, 0.0)
-            weights = self.weight_bytes(name[0]) * (count - gradients)
-            found[name] = (weights + 4 * gradients) * self.num_trained(name[0])
+            trained = self.num_trained(name[0])
+            # A discriminator gathers the teacher's copy, and sums gradients of its heads.
+            whole = self.shape_of(name[0]).num_parameters if name[0] == DISCRIMINATOR else trained
+            weights = self.weight_bytes(name[0]) * (count - gradients) * whole
+            found[name] = weights + 4 * gradients * trained
         if self.teacher_whole:
             found |= {name: 0.0 for name in found if name[0] == TEACHER}
         return found
@@ -354,6 +400,10 @@ class Workload:
             SIGNAL: 2.0 + 2.0 * off,
             TRACK: 2.0 if shared else 3.0,
         }
+        if self.heads is not None:
+            # Each state forward, one of them backward, and the sum of the heads' gradients.
+            counts |= {PREDICT: 1.0, COMPLETE: 1.0}
+            counts |= dict.fromkeys((COMPARE_STEPS, COMPARE_DATA), 2.0 + self.heads.num_states)
         return {(stage.role, stage.name): count for stage, count in counts.items()}
 
     @property
@@ -376,6 +426,15 @@ class Workload:
         for stage, count in beside.items():
             sent[stage.role, stage.name] += count * size[Sent.LATENTS]
         return sent
+
+
+def _heads(config: DistillConfig, teacher: DenoiserShape) -> HeadsWork | None:
+    compared, own, term = compared_by(config.objective), config.discriminator, config.adversary
+    if compared is None or term is None:
+        return None
+    num_heads = len(own.layers_of(teacher.num_layers))
+    of_each = num_head_parameters(teacher.width, own.width, own.num_strides)
+    return HeadsWork(compared, term.num_states, num_heads, num_heads * of_each, own.compute.weights)
 
 
 def _beside_layers(shape: DenoiserShape) -> int:

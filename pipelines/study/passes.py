@@ -15,6 +15,7 @@ from pipelines.config.roles import TEACHER
 from pipelines.distillation.algorithm import SAMPLE, TRACK
 from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
 from pipelines.planning.workload import Workload
+from sgmd_core.objectives import compared_by
 from sgmd_core.seeds import exit_of, rollout_steps
 from sgmd_core.types import MicroBatchKey, Purpose
 
@@ -91,6 +92,8 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
         fresh_tracking=updates > 0,
         anchor_steps=config.generator.diversity.num_anchor_steps,
         looks=config.looks,
+        compared=compared_by(config.objective),
+        compared_states=0 if config.adversary is None else config.adversary.num_states,
     )
     return {
         f"{stage.role}.{stage.name}": passes.times(

@@ -11,6 +11,7 @@ decides whose parameters receive the gradient.
     tsg_fisher  J' (w gap)                                                            FAKE_SCORE
     sgmd        J' (w gap + lambda_nr u residual)                                     FAKE_SCORE
     tsg_sim     w [gap + J' (residual - gap)]                                         FAKE_SCORE
+    adm         (1 - sigma) (I - delta d velocity_fake / d x_t)' d L_D / d x_fake     FAKE_SCORE
     sid         (1 / n) [gap + J' (x0 - x0_teacher - 2 a gap)
                              - J_T' (x0 - x0_teacher + gap - 2 a gap)]                BOTH_SCORES
 
@@ -21,6 +22,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import ClassVar, Protocol, runtime_checkable
 
+from sgmd_core.objectives.adversarial import AdversarialTerm
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import GuideAnswer, Latents, Looks, Loss, NoisedBatch
@@ -156,3 +158,57 @@ def phases_of(objective: Objective, schedule: FlowMatchSchedule, num_steps: int)
     if not isinstance(objective, PhasingObjective):
         return None
     return objective.phases(schedule, num_steps)
+
+
+class Compared(StrEnum):
+    """Pairs of states that a discriminator learns to tell apart."""
+
+    STEPS = "steps"
+    """One step of the probability-flow equation from the same state, by the teacher and by the fake
+    score. The generator's loss then depends on `x0` through the fake score's input as well."""
+    DATA = "data"
+    """Latents of the data and the generator's samples, noised alike."""
+
+
+@runtime_checkable
+class AdversarialObjective(Protocol):
+    """Part of an objective whose generator loss has a term by a discriminator.
+
+    Attributes:
+        compared: States that the discriminator compares.
+    """
+
+    compared: ClassVar[Compared]
+
+    @property
+    def adversary(self) -> AdversarialTerm | None:
+        """Losses of the term; None leaves it out."""
+        ...
+
+
+@runtime_checkable
+class SteppingObjective(Protocol):
+    """Part of an adversarial objective that compares steps."""
+
+    @property
+    def delta(self) -> float:
+        """Difference of noise levels of a step."""
+        ...
+
+    def states(
+        self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
+    ) -> tuple[Latents, Latents]:
+        """The real state, a constant, and the fake one with its graph; at sigma - delta."""
+        ...
+
+
+def adversary_of(objective: Objective) -> AdversarialTerm | None:
+    """The term by a discriminator in an objective's generator loss; None without one."""
+    return objective.adversary if isinstance(objective, AdversarialObjective) else None
+
+
+def compared_by(objective: Objective) -> Compared | None:
+    """States that an objective's discriminator compares; None without a discriminator."""
+    if not isinstance(objective, AdversarialObjective) or objective.adversary is None:
+        return None
+    return objective.compared

@@ -18,15 +18,22 @@ Real and fake differ by delta (velocity_teacher - velocity_fake), so a fake scor
 teacher leaves the discriminator nothing to see.
 
 Source: ADM (arXiv:2507.18569) and DMD2 (arXiv:2405.14867); approximate R1 as in video trainers.
-These are the terms alone: no role here trains a discriminator yet.
+`workers.discriminator` trains the discriminator.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from sgmd_core.types import Latents, NoisedBatch, Scalar, float32
+from sgmd_core.errors import ConfigError
+from sgmd_core.objectives.settings import require_number
+from sgmd_core.seeds import random_generator
+from sgmd_core.types import Latents, Loss, NoisedBatch, Scalar, float32
 
 Logits = Float[Tensor, "*logits"]
 
@@ -105,6 +112,36 @@ def discriminated_states(
     return real, probability_flow_step(x_t, float32(velocity_fake), delta)
 
 
+def noised_alike(query: NoisedBatch, data: Latents) -> tuple[Latents, Latents]:
+    """States that the GAN term's discriminator compares, at one noise level and with one noise.
+
+    Args:
+        query: The generator's samples and the noise they are looked at through; `x0` may require a
+            gradient.
+        data: Clean latents of the data, as many.
+
+    Returns:
+        The noised data, without a graph, and the noised samples.
+    """
+    real = replace(query, x0=float32(data).detach().to(query.x0), anchor=None)
+    return real.x_t.detach(), query.x_t
+
+
+def perturbation(
+    seed: int, iteration: int, sample_indices: Sequence[int], shape: tuple[int, ...]
+) -> Tensor:
+    """Noise of `approximate_r1`, standard normal: one stream a sample, counted by iteration.
+
+    Args:
+        seed: The run's seed.
+        iteration: Updates of the generator made before.
+        sample_indices: Position of each sample in the iteration's whole batch.
+        shape: Of one sample.
+    """
+    streams = [random_generator(seed, "perturb", iteration, index) for index in sample_indices]
+    return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
+
+
 def logit_gap(real: Logits, fake: Logits) -> Scalar:
     """Mean logit of real minus that of fake: 0 for good is a discriminator that sees nothing."""
     return (float32(real).mean() - float32(fake).mean()).detach()
@@ -114,3 +151,74 @@ def discriminator_accuracy(real: Logits, fake: Logits) -> Scalar:
     """Share of logits with the right sign, of equally many real and fake ones."""
     right = torch.cat([(real > 0).flatten(), (fake < 0).flatten()])
     return right.float().mean()
+
+
+@dataclass(frozen=True, slots=True)
+class AdversarialTerm:
+    """Part of an objective that a discriminator takes in. Also a recipe section `adversary:`.
+
+    Attributes:
+        weight: Weight of the term in the generator's loss.
+        loss: `hinge`, or `softplus`, which is not saturating.
+        r1_weight: Weight of the approximate R1 penalty in the discriminator's loss; 0 leaves it
+            out. Video trainers have 20 to 600.
+        r1_sigma: Standard deviation of its noise, in latent units.
+    """
+
+    weight: float = 1.0
+    loss: Literal["hinge", "softplus"] = "hinge"
+    r1_weight: float = 0.0
+    r1_sigma: float = 0.05
+
+    def __post_init__(self) -> None:
+        require_number("adversary.weight", self.weight, zero_allowed=False)
+        require_number("adversary.r1_weight", self.r1_weight, zero_allowed=True)
+        require_number("adversary.r1_sigma", self.r1_sigma, zero_allowed=False)
+        if self.loss not in ("hinge", "softplus"):
+            raise ConfigError(
+                "reading the objective",
+                f"adversary.loss is {self.loss!r}",
+                "'hinge' or 'softplus'",
+            )
+
+    @property
+    def has_penalty(self) -> bool:
+        """True if the discriminator is also asked about perturbed states."""
+        return self.r1_weight > 0
+
+    @property
+    def num_states(self) -> int:
+        """States of a sample that the discriminator looks at."""
+        return 2 + self.has_penalty
+
+    def generator_loss(self, fake: Logits) -> Loss:
+        """Term of the generator's loss, its weight included.
+
+        Args:
+            fake: Logits of what the generator has made, with their graph.
+        """
+        loss = hinge_generator_loss if self.loss == "hinge" else softplus_generator_loss
+        value = loss(fake)
+        return Loss(self.weight * value, {"adversarial": value.detach()})
+
+    def discriminator_loss(self, real: Logits, fake: Logits, perturbed: Logits | None) -> Loss:
+        """Loss of the discriminator.
+
+        Args:
+            real: Its logits of what it should accept.
+            fake: Its logits of what it should refuse.
+            perturbed: Its logits of what it should accept with a little noise; None without a
+                penalty.
+        """
+        hinge = self.loss == "hinge"
+        loss = hinge_discriminator_loss if hinge else softplus_discriminator_loss
+        value = loss(real, fake)
+        terms = {
+            "discriminator": value.detach(),
+            "logit_gap": logit_gap(real, fake),
+            "discriminator_accuracy": discriminator_accuracy(real, fake),
+        }
+        if perturbed is None:
+            return Loss(value, terms)
+        penalty = approximate_r1(real, perturbed)
+        return Loss(value + self.r1_weight * penalty, {**terms, "r1": penalty.detach()})

@@ -6,18 +6,25 @@ from itertools import pairwise
 import pytest
 import torch
 
+from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import Compared, adversary_of, compared_by
+from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.adversarial import (
+    AdversarialTerm,
     approximate_r1,
     discriminated_states,
     discriminator_accuracy,
     hinge_discriminator_loss,
     hinge_generator_loss,
     logit_gap,
+    noised_alike,
+    perturbation,
     probability_flow_step,
     softplus_discriminator_loss,
     softplus_generator_loss,
 )
 from sgmd_core.objectives.dmd import DmdObjective
+from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.types import detached
 from sgmd_core.worlds.gaussian import gaussian_velocity, velocity_gain
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
@@ -146,6 +153,72 @@ def test_the_best_discriminator_of_two_gaussians_is_right_as_often_as_their_dist
     found = discriminator_accuracy(*logits).item()
     assert distance > 1e-3
     assert found == pytest.approx(0.5 * (1 + distance), abs=3e-3)
+
+
+class TestTerm:
+    REAL, FAKE, MOVED = torch.tensor([[2.0, 0.5]]), torch.tensor([[-3.0, 0.2]]), torch.zeros(1, 2)
+
+    @pytest.mark.parametrize(
+        ("loss", "generator", "discriminator"),
+        [
+            ("hinge", hinge_generator_loss, hinge_discriminator_loss),
+            ("softplus", softplus_generator_loss, softplus_discriminator_loss),
+        ],
+    )
+    def test_weights_count_and_terms_do_not_have_them(self, loss, generator, discriminator):
+        term = AdversarialTerm(weight=0.25, loss=loss, r1_weight=3.0)
+        taught = term.generator_loss(self.FAKE)
+        assert taught.value == 0.25 * generator(self.FAKE)
+        assert taught.terms == {"adversarial": generator(self.FAKE)}
+        own = term.discriminator_loss(self.REAL, self.FAKE, self.MOVED)
+        plain, penalty = discriminator(self.REAL, self.FAKE), approximate_r1(self.REAL, self.MOVED)
+        assert own.value == plain + 3 * penalty
+        assert (own.terms["discriminator"], own.terms["r1"]) == (plain, penalty)
+        assert own.terms["discriminator_accuracy"] == 0.75
+        assert term.discriminator_loss(self.REAL, self.FAKE, None).value == plain
+
+    @pytest.mark.parametrize(
+        "settings", [{"weight": 0.0}, {"r1_weight": -1.0}, {"r1_sigma": 0.0}, {"weight": math.nan}]
+    )
+    def test_numbers_that_mean_nothing_are_refused(self, settings):
+        with pytest.raises(ConfigError, match=next(iter(settings))):
+            AdversarialTerm(**settings)
+
+    def test_only_methods_that_have_one_compare(self):
+        assert compared_by(AdmObjective()) is Compared.STEPS
+        assert compared_by(Dmd2Objective()) is None
+        assert adversary_of(Dmd2Objective()) is None
+        assert compared_by(Dmd2Objective(adversary=AdversarialTerm())) is Compared.DATA
+        assert adversary_of(DmdObjective()) is None
+
+    def test_the_whole_of_adms_loss_is_the_discriminators(self):
+        query, fake, teacher = with_leaf(random_query()), SmallNetwork(1), SmallNetwork(2)
+        velocities = [predict(each, query) for each in (fake, teacher)]
+        loss = AdmObjective().generator_loss(query, *velocities).value
+        assert loss == 0
+        assert torch.autograd.grad(loss, query.x0)[0].abs().max() == 0
+        expected = discriminated_states(query, *velocities, 1 / 16)
+        found = AdmObjective(delta=1 / 16).states(query, *velocities)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_data_and_samples_are_noised_alike():
+    query = with_leaf(random_query())
+    data = torch.ones_like(query.x0) + 0.5
+    real, fake = noised_alike(query, data)
+    level = query.sigma.reshape(-1, 1, 1, 1, 1)
+    assert torch.equal(real, (1 - level) * data + level * query.noise)
+    assert not real.requires_grad
+    (gradient,) = torch.autograd.grad(fake.sum(), query.x0)
+    assert torch.equal(gradient, (1 - level).expand_as(gradient))
+    assert torch.equal(noised_alike(query, query.x0)[0], fake.detach())
+
+
+def test_perturbations_are_counted_by_iteration_and_sample():
+    whole = perturbation(3, 5, (0, 1, 2), (2, 4))
+    assert torch.equal(whole[1:], perturbation(3, 5, (1, 2), (2, 4)))
+    for other in (perturbation(4, 5, (0,), (2, 4)), perturbation(3, 6, (0,), (2, 4))):
+        assert not torch.equal(other[0], whole[0])
 
 
 class TestHeads:

@@ -69,6 +69,11 @@ class Denoiser(nn.Module, ABC):
         raise NotImplementedError
 
     @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a token; tokens are ordered along them."""
+        return 1, 1, 1
+
+    @property
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """Layers, in order: sharded, checkpointed and compiled one at a time."""

@@ -91,6 +91,12 @@ class WanVelocity(Denoiser):
         return prediction.to(torch.float32, copy=True)
 
     @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns of a token."""
+        frames, rows, columns = self.transformer.config["patch_size"]
+        return frames, rows, columns
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The layers, in order: what is gathered one at a time when the network is sharded."""
         return list(self.transformer.blocks)
@@ -110,7 +116,7 @@ class WanVelocity(Denoiser):
 
     def _require_latents(self, x_t: Tensor) -> None:
         channels = self.transformer.config["in_channels"]
-        patch_size = tuple(self.transformer.config["patch_size"])
+        patch_size = self.patch_size
         expected = f"(batch, {channels}, T, H, W) with T, H, W divisible by {patch_size}"
         if x_t.ndim != 5 or x_t.shape[1] != channels:
             raise ShapeError("denoising", f"latents of shape {tuple(x_t.shape)}", expected)

@@ -37,7 +37,7 @@ from pipelines.data.stream.source import Source
 from pipelines.data.stream.stream import Planned, plan_windows, read_in_process
 from pipelines.data.stream.window import GROUP, PLACE, REASON, ROW, WHOLE_GROUP
 from sgmd_core.errors import DataError
-from sgmd_core.types import Latents, Text
+from sgmd_core.types import DataBatch, Latents, Text
 
 # Arrow makes these functions while it is imported, where a type checker does not see them.
 pc: Any = pyarrow.compute
@@ -155,8 +155,12 @@ class Feed:
         self._stop: DataError | None = None
         self._usable_in_epoch = progress.cursor > Cursor(progress.cursor.epoch)
 
-    def take(self, num_rows: int) -> Batch:
+    def take(self, num_rows: int, columns: tuple[str, ...] | None = None) -> Batch:
         """The next `num_rows` usable rows.
+
+        Args:
+            num_rows: How many.
+            columns: Columns of theirs that will be asked for; None: all that are read.
 
         Raises:
             DataError: The server failed, or a whole epoch has no usable row.
@@ -175,8 +179,9 @@ class Feed:
         if self._stop is not None:
             return self._batch((), (), {}, stop=tuple(map(str, self._stop.args)))
         rows = pa.concat_tables(parts)
-        if self._columns:
-            self._payloads[self._taken] = rows.select(self._columns)
+        wanted = self._columns if columns is None else [*columns]
+        if wanted:
+            self._payloads[self._taken] = rows.select(wanted)
         self._position += num_rows
         ids, captions = (tuple(rows.column(name).to_pylist()) for name in REQUIRED_COLUMNS)
         return self._batch(ids, captions, epochs)
@@ -194,24 +199,34 @@ class Feed:
         self.close()
 
     def embeddings(self, number: int) -> Text:
-        """Stored embeddings of a batch, (rows, positions, width), float32; lets go of the batch."""
-        stored = self._payloads.pop(number).column(TEXT_EMBEDS)
+        """Stored embeddings of a batch, (rows, positions, width), float32; lets go of them."""
+        stored = self._take_column(number, TEXT_EMBEDS)
         return torch.stack([unpack_text(each.as_py(), self._encoding()).float() for each in stored])
 
     def latents(self, number: int) -> Latents:
-        """Stored latents of a batch (b, c, t, h, w); lets go of the batch.
+        """Stored latents of a batch (b, c, t, h, w); lets go of them.
 
         In the type in which they are stored: it is half as much to send on, and the device that
         needs them casts faster.
         """
-        stored = self._payloads.pop(number).column(LATENTS)
-        return unpack_all_latents(stored, self._encoding())
+        return unpack_all_latents(self._take_column(number, LATENTS), self._encoding())
+
+    def data(self, number: int) -> DataBatch:
+        """The same as a record, which roles share out among their ranks."""
+        return DataBatch(self.latents(number))
 
     def pixels(self, number: int) -> NDArray[np.uint8]:
-        """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of the batch."""
-        content = join_names(self._payloads.pop(number).column(VIDEO))
+        """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of them."""
+        content = join_names(self._take_column(number, VIDEO))
         # A copy: the bytes may be a read-only view into shared memory.
         return content.copy().reshape(-1, *self._source.pixel_shape)
+
+    def _take_column(self, number: int, name: str) -> pa.ChunkedArray:
+        """A column of a batch, which is then forgotten; with its last one the batch is."""
+        rows = self._payloads.pop(number)
+        if rows.num_columns > 1:
+            self._payloads[number] = rows.drop_columns([name])
+        return rows.column(name)
 
     def _encoding(self) -> Encoding:
         assert self._source.encoding is not None, "this feed reads nothing encoded"

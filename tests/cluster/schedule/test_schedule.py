@@ -10,8 +10,9 @@ from cluster.errors import ScheduleError
 from cluster.schedule.program import Pass, Stage, Team, Update, partition_samples, pass_order
 from cluster.schedule.schedule import GATHER, STEP, Call, graphs_kept, order_calls
 from cluster.schedule.staleness import staleness
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.algorithm import iteration_program
+from sgmd_core.objectives import Compared
 
 PROGRAMS = {
     "shared": iteration_program(),
@@ -21,9 +22,18 @@ PROGRAMS = {
     "shared and through the teacher": iteration_program(through_teacher=True),
     "with diversity": iteration_program(diversity=True),
     "with all": iteration_program(2, through_teacher=True, diversity=True, mixes_weights=True),
+    "comparing steps": iteration_program(compared=Compared.STEPS),
+    "comparing steps, fresh": iteration_program(1, compared=Compared.STEPS),
+    "comparing data": iteration_program(2, diversity=True, compared=Compared.DATA),
+    "comparing data, shared": iteration_program(through_teacher=True, compared=Compared.DATA),
 }
 TEAMS = [
-    {GENERATOR: Team(1, g), TEACHER: Team(copies, ranks), FAKE_SCORE: Team(1, f)}
+    {
+        GENERATOR: Team(1, g),
+        TEACHER: Team(copies, ranks),
+        FAKE_SCORE: Team(1, f),
+        DISCRIMINATOR: Team(1, 3 - min(g, 2)),
+    }
     for g, copies, ranks, f in [
         (1, 1, 1, 1),
         (1, 3, 1, 1),
@@ -120,7 +130,9 @@ def test_gradients_are_gathered_in_one_order_whatever_depth_and_teams(name, micr
                 if call.stage in gathering(name) | {GATHER, STEP}
             ]
             orders[role].add(tuple(marks))
-    assert {role: len(found) for role, found in orders.items()} == {GENERATOR: 1, FAKE_SCORE: 1}
+    judges = {DISCRIMINATOR: 1} if name.startswith("comparing") else {}
+    expected = {GENERATOR: 1, FAKE_SCORE: 1, **judges}
+    assert {role: len(found) for role, found in orders.items()} == expected
 
 
 @each_program
@@ -141,7 +153,13 @@ def test_only_what_runs_ahead_of_a_late_update_is_stale(name):
             expected = {(GENERATOR, "rollout"), (TEACHER, "denoise")}
             if "start" in {stage for _, stage in ahead}:
                 expected |= {(GENERATOR, "start"), (TEACHER, "anchor")}
-            assert ahead == expected
+            if name.startswith("comparing"):
+                # A late discriminator lets the fake score go on, up to what it would be asked.
+                assert expected <= ahead
+                assert (GENERATOR, "learn") not in ahead
+                assert DISCRIMINATOR not in {role for role, _ in ahead}
+            else:
+                assert ahead == expected
 
 
 def test_the_order_of_a_shared_iteration_is_the_one_drawn():

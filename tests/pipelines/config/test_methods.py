@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pipelines.config.methods import METHODS, method_name
-from sgmd_core.objectives import GradientPath, Objective
+from sgmd_core.objectives import GradientPath, Objective, adversary_of
+from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.types import NoisedBatch, detached
 from tests.e2e.test_equivalence import MODES
 from tests.helpers.huber import PseudoHuberObjective
@@ -15,7 +16,11 @@ from tests.pipelines.study.test_passes import METHODS as COUNTED
 from tests.sgmd_core.test_objectives import OBJECTIVES
 
 # Beside ours the objective of docs/extending.md, which comes from outside.
-ALL = pytest.mark.parametrize("method", [*METHODS, PseudoHuberObjective], ids=method_name)
+EVERY = (*METHODS, PseudoHuberObjective)
+ALL = pytest.mark.parametrize("method", EVERY, ids=method_name)
+# The generator's whole loss of ADM is its discriminator's: tests/workers/test_discriminator.py.
+WITH_A_LOSS = [method for method in EVERY if method is not AdmObjective]
+LOSSES = pytest.mark.parametrize("method", WITH_A_LOSS, ids=method_name)
 NAMES = {method_name(method) for method in METHODS}
 
 
@@ -35,13 +40,17 @@ def test_a_method_describes_itself_and_its_leading_losses_are_terms_of_its_losse
     objective, query = method(), with_leaf(random_query())
     terms = dict(loss_of(objective, query).terms)
     terms |= objective.tracking_loss(detached(query), predict(SmallNetwork(1), query)).terms
+    if (term := adversary_of(objective)) is not None:
+        logits = torch.zeros(2, 1)
+        terms |= term.generator_loss(logits).terms
+        terms |= term.discriminator_loss(logits, logits, None).terms
     assert objective.about
     assert objective.gradient
     assert set(objective.leading_losses) <= set(terms)
     assert {"generator", "tracking"} <= set(terms)
 
 
-@ALL
+@LOSSES
 def test_the_gradient_takes_the_declared_ways_and_no_other(method):
     objective, query = method(), with_leaf(random_query())
     velocities = [predict(SmallNetwork(seed), query) for seed in (1, 2)]
@@ -58,7 +67,7 @@ def test_the_gradient_takes_the_declared_ways_and_no_other(method):
     assert gradient.abs().max() > 0
 
 
-@ALL
+@LOSSES
 def test_the_losses_of_a_batch_are_the_means_of_its_samples(method):
     objective, query = method(), with_leaf(random_query())
     whole = loss_of(objective, query)
@@ -84,7 +93,7 @@ def test_tracking_reaches_the_fake_score_alone(method):
 
 
 def test_every_method_stands_in_the_tables_of_the_tests_that_need_more_than_its_name():
-    definitions = {name.partition("-")[0] for name in OBJECTIVES} | {"sgmd"}
+    definitions = {name.partition("-")[0] for name in OBJECTIVES} | {"sgmd", "adm"}
     assert definitions == NAMES, "finite differences: tests/sgmd_core/test_objectives.py"
     counted = {name.partition(" ")[0] for name in COUNTED}
     assert counted >= NAMES, "exact pass counts: tests/pipelines/study/test_passes.py"

@@ -8,6 +8,7 @@ from pipelines.distillation.algorithm import iteration_program
 from pipelines.distillation.groups import direct_of, pools_of
 from pipelines.distillation.iteration_plan import stage_seconds
 from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import Compared
 
 
 def test_every_role_asks_for_what_its_section_says():
@@ -29,6 +30,19 @@ def test_every_role_asks_for_what_its_section_says():
     assert pools["generator"].bundle == {"CPU": 0.5}
 
 
+def test_a_discriminator_has_a_pool_where_the_method_has_one():
+    settings = ["topology.mode=pools", "topology.discriminator={ranks: 2, cpus: 1}"]
+    settings += ["sweep.settings={}"]
+    with_one = load_recipe("tiny", [*settings, "objective.method=adm"])
+    pools = {pool.name: pool for pool in pools_of(with_one)}
+    assert (pools["discriminator"].num_ranks, pools["discriminator"].bundle) == (2, {"CPU": 1.0})
+    without = load_recipe("tiny", settings)
+    assert "discriminator" not in {pool.name for pool in pools_of(without)}
+    named = load_recipe("tiny-adm", ["topology.roles.discriminator=learn"])
+    for config, place in ((load_recipe("tiny-adm"), "score"), (named, "learn")):
+        assert config.topology.places_of(config.roles)["discriminator"] == (place,)
+
+
 def test_without_validation_nobody_validates():
     config = load_recipe("tiny", ["validation.every=0"])
     assert "validator" not in {pool.name for pool in pools_of(config)}
@@ -38,6 +52,8 @@ def test_a_direct_transport_carries_every_result_that_another_role_takes():
     programs = [
         iteration_program(through_teacher=True, diversity=True),
         iteration_program(fresh_updates=1, mixes_weights=True),
+        iteration_program(compared=Compared.STEPS),
+        iteration_program(compared=Compared.DATA),
     ]
     passes = [each for program in programs for each in program if isinstance(each, Pass)]
     stages = {stage.name: stage for each in passes for stage in each.stages}

@@ -27,10 +27,11 @@ from pipelines.study.gaussians.plan import StudyCell, num_iterations, units_per_
 from pipelines.study.gaussians.results import CellResult, paired_difference
 from pipelines.study.gaussians.run import dry_run_gaussian_study, gaussian_study
 from sgmd_core.errors import ConfigError
+from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.phased import PhasedObjective
 
-# Two experts in phases are not the one network of this study.
-APART = {PhasedObjective}
+# Two experts in phases are not the one network of this study, and exact teachers have no features.
+APART = {PhasedObjective, AdmObjective}
 SMALL = [
     "batch_size=16",
     "num_samples=64",
@@ -57,7 +58,12 @@ def samples_of(
 
 @pytest.mark.parametrize(
     ("objective", "words"),
-    [({"method": "cdm"}, "off_trajectory=0"), ({"method": "phased_dmd"}, "compare it by")],
+    [
+        ({"method": "cdm"}, "off_trajectory=0"),
+        ({"method": "phased_dmd"}, "compare it by"),
+        ({"method": "adm"}, "has a discriminator"),
+        ({"method": "dmd2", "adversary": {}}, "has a discriminator"),
+    ],
 )
 def test_what_the_study_would_leave_out_of_a_method_is_refused(objective: dict, words: str):
     with pytest.raises(ValidationError, match=words):

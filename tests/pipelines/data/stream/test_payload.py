@@ -58,6 +58,29 @@ def test_latents_and_embeddings_come_with_their_rows(tmp_path: Path, dtype) -> N
             assert torch.equal(found, true[rows])
 
 
+def test_a_batch_lets_go_of_what_it_has_handed_out_and_keeps_no_more_than_was_asked_for(
+    tmp_path: Path,
+) -> None:
+    encoding = Encoding((2, 3, 2, 2), (4, 5), "float32", "v", "t")
+    columns = {
+        "sample_id": [str(row) for row in range(8)],
+        "caption": ["c"] * 8,
+        "latents": [pack(torch.full((2, 3, 2, 2), float(row)), "float32") for row in range(8)],
+        "text_embeds": [pack_text(torch.ones(4, 5), "float32")] * 8,
+    }
+    pq.write_table(pa.table(columns, schema=encoded_schema(encoding)), tmp_path / "one.parquet")
+    stream = feed(Source(str(tmp_path), columns=(LATENTS, TEXT_EMBEDS), encoding=encoding))
+    both, text, none = stream.take(2), stream.take(2, (TEXT_EMBEDS,)), stream.take(2, ())
+    assert {*stream._payloads} == {both.number, text.number}
+    data = stream.data(both.number)
+    assert data.x0[:, 0, 0, 0, 0].tolist() == [float(name) for name in both.sample_ids]
+    assert data.cut(1, 2).num_samples == 1
+    assert stream.embeddings(both.number).shape == (2, 4, 5)
+    stream.embeddings(text.number)
+    assert not stream._payloads
+    assert none.number == 2
+
+
 @pytest.mark.slow
 def test_clips_are_decoded_and_the_undecodable_left_out(tmp_path: Path) -> None:
     write_shards(str(tmp_path), num_clips=6, shard_size=6, seed=0)
