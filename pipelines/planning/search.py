@@ -123,8 +123,11 @@ def find_batch(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: 
     16 samples there can be no generator of 3 ranks.
 
     Returns:
-        A size within a quarter of the workload's, up or down; its own if no other is better.
+        A size within a quarter of the workload's, up or down; its own if no other is better, and
+        with a discriminator, which classic pools are not planned for.
     """
+    if work.heads is not None:
+        return work.batch_size
     best: tuple[float, int] = (float("inf"), work.batch_size)
     for split, size in _free_splits(work.batch_size, num_gpus):
         sized = replace(work, batch_size=size)

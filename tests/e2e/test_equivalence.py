@@ -32,6 +32,10 @@ MODES = {
         "objective={method: sid, fake_updates: 2}",
         "generator.diversity={weight: 0.05, teacher_steps: 3, anchor_step: 1}",
     ],
+    "adm": [
+        "objective={method: adm, adversary: {r1_weight: 20.0}}",
+        "discriminator={layers: [1, 2], width: 8, num_strides: 1, optimizer: {lr: 1.0e-2}}",
+    ],
 }
 
 
@@ -52,14 +56,17 @@ def state(config: DistillConfig, iteration: int) -> dict[str, bytes]:
     """Every file of a checkpoint but its manifest, byte by byte."""
     folder = RunFolder(config.run_folder).checkpoints / f"step-{iteration:06d}"
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
-    assert {path.parent.name for path in files} == {"generator", "fake_score", "ema"}
+    roles = {*config.roles} - {"teacher"}
+    assert {path.parent.name for path in files} == {*roles, "ema"}
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.ray
 @pytest.mark.slow
 # Each way of tracking and each form once: what travels between roles depends on one at a time.
-@pytest.mark.parametrize("mode", ["sgmd-shared-released", "sgmd-fresh-paper", "dmd2", "cdm", "sid"])
+@pytest.mark.parametrize(
+    "mode", ["sgmd-shared-released", "sgmd-fresh-paper", "dmd2", "cdm", "sid", "adm"]
+)
 def test_roles_on_ray_make_the_bits_that_one_process_makes(
     make_recipe: MakeRecipe, ray_cluster: None, mode: str
 ) -> None:
@@ -78,7 +85,7 @@ def test_roles_on_ray_make_the_bits_that_one_process_makes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mode", slow_but("sgmd-shared-released", "sgmd-fresh-released", "dmd2", "sid")
+    "mode", slow_but("sgmd-shared-released", "sgmd-fresh-released", "dmd2", "sid", "adm")
 )
 def test_a_resumed_run_makes_the_bits_of_one_that_was_never_stopped(
     make_recipe: MakeRecipe, mode: str
@@ -123,7 +130,8 @@ def moments(config: DistillConfig, iteration: int) -> dict[str, Tensor]:
     folder = RunFolder(config.run_folder).checkpoints / f"step-{iteration:06d}"
     return {
         f"{role}/{name}": value.sqrt()
-        for role in ("generator", "fake_score")
+        for role in ("generator", "fake_score", "discriminator")
+        if (folder / role).is_dir()
         for name, value in load_file(folder / role / "optimizer.safetensors").items()
         if name.startswith("exp_avg_sq/")
     }

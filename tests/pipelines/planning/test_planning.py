@@ -17,7 +17,12 @@ from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.groups import pools_of
 from pipelines.planning.hardware import Hardware
-from pipelines.planning.memory import fake_score_memory, generator_memory, teacher_memory
+from pipelines.planning.memory import (
+    discriminator_memory,
+    fake_score_memory,
+    generator_memory,
+    teacher_memory,
+)
 from pipelines.planning.plan import make_plan
 from pipelines.planning.pool_maps import PoolMap, fused_map, map_fits, map_memory
 from pipelines.planning.savings import fitting_savings, run_fits, savings
@@ -221,6 +226,23 @@ class TestMemory:
         off = replace(SMALL, looks=Looks(off_trajectory=True))
         assert generator_memory(off, 1, 1, 2).graphs == 2 * generator_memory(SMALL, 1, 1, 2).graphs
         assert off.result_bytes[GENERATOR, "rollout"] > SMALL.result_bytes[GENERATOR, "rollout"]
+
+    def test_a_discriminator_is_charged_for_its_copy_its_heads_and_their_features(self):
+        work = Workload.of(load_recipe("tiny-adm"))
+        assert work.heads is not None
+        memory = discriminator_memory(work, 1, 2)
+        copy, heads = work.shape.num_parameters, work.heads.num_parameters
+        assert memory.state == 4 * copy + 3 * 4 * heads
+        features = 4 * 2 * 2 * work.shape.num_tokens(work.latent_shape) * work.shape.width
+        less = replace(work, heads=replace(work.heads, num_states=1))
+        assert memory.working - discriminator_memory(less, 1, 2).working == 2 * features / 2
+        half = discriminator_memory(work, 2, 2)
+        assert half.state == memory.state / 2
+        fused = fused_map(work, 1)
+        without = replace(work, heads=None)
+        assert map_memory(work, fused)["fused"].state == (
+            map_memory(without, fused_map(without, 1))["fused"].state + memory.state
+        )
 
     def test_a_fake_score_that_starts_anew_keeps_its_first_weights_in_main_memory(self):
         options = ["objective.method=phased_dmd", "fake_score.tracking=fresh"]
@@ -613,6 +635,23 @@ class TestCommand:
         assert told["iteration_s"] == min(one["iteration_s"] for one in told["layouts"].values())
         memory = best["pools"]["learn"]["memory_gb"]
         assert set(memory) >= {"state", "graphs", "total"}
+
+    def test_a_discriminator_is_planned_on_either_of_two_pools_and_with_all_roles(self, tmp_path):
+        mine = tmp_path / "mine.yaml"
+        options = ("--model", "1.3b", "--gpus", 4, "validation.every=0", "--write", mine)
+        result = sgmd("plan", "wan21-1.3b", *options, "--json", "objective.method=adm")
+        assert result.exit_code == 0, result.stderr
+        told = json.loads(result.stdout)
+        assert set(told["layouts"]) <= {"map", "fused"}
+        assert told["stage_seconds_per_sample"].keys() >= {"discriminator.compare_steps"}
+        config = load_recipe(str(mine))
+        for name, layout in told["layouts"].items():
+            assert "discriminator" in {
+                role for pool in layout["pools"].values() for role in pool["roles"]
+            }
+            planned = load_recipe("wan21-1.3b", ["objective.method=adm"])
+            assert planned.with_settings(layout["settings"]).topology.mode == name
+        assert config.topology.mode == told["layout"]
 
     @pytest.mark.slow
     def test_every_layout_has_settings_that_the_recipe_takes(self):
