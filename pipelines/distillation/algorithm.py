@@ -43,7 +43,7 @@ from cluster.schedule.program import Pass, Program, Stage, Update, WeightTransfe
 from cluster.schedule.schedule import GATHER, STEP
 from cluster.worker_group import Future
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
-from sgmd_core.objectives import Compared
+from sgmd_core.objectives import ComparedStates
 from workers.discriminator import Discriminator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
@@ -264,7 +264,7 @@ def iteration_program(
     through_teacher: bool = False,
     diversity: bool = False,
     mixes_weights: bool = False,
-    compared: Compared | None = None,
+    compared: ComparedStates | None = None,
 ) -> Program:
     """Program of one iteration: passes over the micro-batches, and updates.
 
@@ -302,10 +302,10 @@ def iteration_program(
 
 
 def _signalling(
-    compared: Compared | None, *, shared: bool, through_teacher: bool
+    compared: ComparedStates | None, *, shared: bool, through_teacher: bool
 ) -> tuple[Stage, ...]:
     """Stages from the teacher's answer to the generator's learning."""
-    if compared is Compared.STEPS:
+    if compared is ComparedStates.STEPS:
         return (
             PREDICT.step(ROLLOUT, keeps_until=TRACK if shared else COMPLETE),
             COMPARE_STEPS.step(ROLLOUT, DENOISE, PREDICT),
@@ -319,7 +319,7 @@ def _signalling(
         SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK if shared else None),
         *([TRACK.step(ROLLOUT)] if shared else []),
         *([PULLBACK.step(ROLLOUT, SIGNAL)] if through_teacher else []),
-        *([COMPARE_DATA.step(ROLLOUT, signal)] if compared is Compared.DATA else []),
+        *([COMPARE_DATA.step(ROLLOUT, signal)] if compared is ComparedStates.DATA else []),
         LEARN.step(signal if compared is None else COMPARE_DATA),
     )
 

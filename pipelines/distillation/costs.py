@@ -28,7 +28,7 @@ from pipelines.distillation.algorithm import (
     TRACK,
     StageSpec,
 )
-from sgmd_core.objectives import Compared, GradientPath
+from sgmd_core.objectives import ComparedStates, GradientPath
 from sgmd_core.types import Looks, Purpose
 from workers.models.family import PassFlops
 
@@ -130,7 +130,7 @@ def stage_passes(
     fresh_tracking: bool,
     anchor_steps: int = 0,
     looks: Looks | None = None,
-    compared: Compared | None = None,
+    compared: ComparedStates | None = None,
     compared_states: int = 2,
 ) -> Mapping[StageSpec, Passes]:
     """Passes of one sample by stage, for one call of each.
@@ -159,14 +159,14 @@ def stage_passes(
         LEARN: Passes(to_weights=1 + off),
     }
     comparing = Passes(forwards=compared_states, to_input=1)
-    if compared is Compared.STEPS:
+    if compared is ComparedStates.STEPS:
         del found[SIGNAL]
         found |= {
             PREDICT: Passes(forwards=1),
             COMPARE_STEPS: comparing,
             COMPLETE: Passes(to_input=1),
         }
-    elif compared is Compared.DATA:
+    elif compared is ComparedStates.DATA:
         found[COMPARE_DATA] = comparing
     if path is GradientPath.BOTH_SCORES:
         found[PULLBACK] = Passes(forwards=predictions, to_input=predictions)

@@ -368,14 +368,10 @@ def _open(
             partial(build_text_encoder, lazily=checked.has_stored_text, raises=raises),
             (model, threads, config.data.text_cache),
         ),
-        discriminator=group(
-            DISCRIMINATOR,
-            build_discriminator,
-            (models[TEACHER], config.objective, config.discriminator, threads, seed, raises),
-        )
-        if DISCRIMINATOR in config.roles
-        else None,
     )
+    if DISCRIMINATOR in config.roles:
+        judge = (models[TEACHER], config.objective, config.discriminator, threads, seed, raises)
+        roles = replace(roles, discriminator=group(DISCRIMINATOR, build_discriminator, judge))
     feed = group("feed", build_feed, feed_arguments(config, checked, progress, num_rows))
     validator = None
     if checked.held_out:

@@ -44,7 +44,7 @@ from pipelines.distillation.algorithm import (
 )
 from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
-from sgmd_core.objectives import Compared, GradientPath, compared_by, restarts_of
+from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, restarts_of
 from sgmd_core.types import Looks
 from workers.adapters import targeted
 from workers.discriminator_heads import num_head_parameters
@@ -87,7 +87,7 @@ class HeadsWork:
         weights: Type that the copy's weights are kept in.
     """
 
-    compared: Compared
+    compared: ComparedStates
     num_states: int
     num_heads: int
     num_parameters: int

@@ -160,7 +160,7 @@ def phases_of(objective: Objective, schedule: FlowMatchSchedule, num_steps: int)
     return objective.phases(schedule, num_steps)
 
 
-class Compared(StrEnum):
+class ComparedStates(StrEnum):
     """Pairs of states that a discriminator learns to tell apart."""
 
     STEPS = "steps"
@@ -178,7 +178,7 @@ class AdversarialObjective(Protocol):
         compared: States that the discriminator compares.
     """
 
-    compared: ClassVar[Compared]
+    compared: ClassVar[ComparedStates]
 
     @property
     def adversary(self) -> AdversarialTerm | None:
@@ -207,7 +207,7 @@ def adversary_of(objective: Objective) -> AdversarialTerm | None:
     return objective.adversary if isinstance(objective, AdversarialObjective) else None
 
 
-def compared_by(objective: Objective) -> Compared | None:
+def compared_by(objective: Objective) -> ComparedStates | None:
     """States that an objective's discriminator compares; None without a discriminator."""
     if not isinstance(objective, AdversarialObjective) or objective.adversary is None:
         return None

@@ -20,7 +20,7 @@ not known. The stage of pairs before it, for one step, is left out.
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from sgmd_core.objectives import Compared, GradientPath
+from sgmd_core.objectives import ComparedStates, GradientPath
 from sgmd_core.objectives.adversarial import AdversarialTerm, discriminated_states
 from sgmd_core.objectives.dmd import denoising_loss
 from sgmd_core.objectives.settings import require_number, require_updates
@@ -39,7 +39,7 @@ class AdmObjective:
     """
 
     path: ClassVar[GradientPath] = GradientPath.FAKE_SCORE
-    compared: ClassVar[Compared] = Compared.STEPS
+    compared: ClassVar[ComparedStates] = ComparedStates.STEPS
     about: ClassVar[str] = "a discriminator on the teacher's features tells two ODE steps apart"
     gradient: ClassVar[str] = "(1 - sigma) (I - delta d v / d x_t)' d L / d x_fake, by the heads"
     leading_losses: ClassVar[tuple[str, ...]] = (

@@ -17,7 +17,7 @@ Source: DMD2 (arXiv:2405.14867), two time scales; ratio 5 of the released SGMD t
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from sgmd_core.objectives import Compared
+from sgmd_core.objectives import ComparedStates
 from sgmd_core.objectives.adversarial import AdversarialTerm
 from sgmd_core.objectives.dmd import DmdObjective
 
@@ -30,7 +30,7 @@ class Dmd2Objective(DmdObjective):
         adversary: The GAN term, which needs latents of data; null leaves it out.
     """
 
-    compared: ClassVar[Compared] = Compared.DATA
+    compared: ClassVar[ComparedStates] = ComparedStates.DATA
     about: ClassVar[str] = "distribution matching with two time scales; its GAN term is an option"
 
     method: Literal["dmd2"] = "dmd2"  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sgmd_core.errors import ConfigError
-from sgmd_core.objectives import Compared, adversary_of, compared_by
+from sgmd_core.objectives import ComparedStates, adversary_of, compared_by
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.adversarial import (
     AdversarialTerm,
@@ -185,10 +185,10 @@ class TestTerm:
             AdversarialTerm(**settings)
 
     def test_only_methods_that_have_one_compare(self):
-        assert compared_by(AdmObjective()) is Compared.STEPS
+        assert compared_by(AdmObjective()) is ComparedStates.STEPS
         assert compared_by(Dmd2Objective()) is None
         assert adversary_of(Dmd2Objective()) is None
-        assert compared_by(Dmd2Objective(adversary=AdversarialTerm())) is Compared.DATA
+        assert compared_by(Dmd2Objective(adversary=AdversarialTerm())) is ComparedStates.DATA
         assert adversary_of(DmdObjective()) is None
 
     def test_the_whole_of_adms_loss_is_the_discriminators(self):

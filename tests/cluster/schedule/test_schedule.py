@@ -12,7 +12,7 @@ from cluster.schedule.schedule import GATHER, STEP, Call, graphs_kept, order_cal
 from cluster.schedule.staleness import staleness
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.algorithm import iteration_program
-from sgmd_core.objectives import Compared
+from sgmd_core.objectives import ComparedStates
 
 PROGRAMS = {
     "shared": iteration_program(),
@@ -22,10 +22,10 @@ PROGRAMS = {
     "shared and through the teacher": iteration_program(through_teacher=True),
     "with diversity": iteration_program(diversity=True),
     "with all": iteration_program(2, through_teacher=True, diversity=True, mixes_weights=True),
-    "comparing steps": iteration_program(compared=Compared.STEPS),
-    "comparing steps, fresh": iteration_program(1, compared=Compared.STEPS),
-    "comparing data": iteration_program(2, diversity=True, compared=Compared.DATA),
-    "comparing data, shared": iteration_program(through_teacher=True, compared=Compared.DATA),
+    "comparing steps": iteration_program(compared=ComparedStates.STEPS),
+    "comparing steps, fresh": iteration_program(1, compared=ComparedStates.STEPS),
+    "comparing data": iteration_program(2, diversity=True, compared=ComparedStates.DATA),
+    "comparing data, shared": iteration_program(through_teacher=True, compared=ComparedStates.DATA),
 }
 TEAMS = [
     {

@@ -8,7 +8,7 @@ from pipelines.distillation.algorithm import iteration_program
 from pipelines.distillation.groups import direct_of, pools_of
 from pipelines.distillation.iteration_plan import stage_seconds
 from sgmd_core.errors import ConfigError
-from sgmd_core.objectives import Compared
+from sgmd_core.objectives import ComparedStates
 
 
 def test_every_role_asks_for_what_its_section_says():
@@ -52,8 +52,8 @@ def test_a_direct_transport_carries_every_result_that_another_role_takes():
     programs = [
         iteration_program(through_teacher=True, diversity=True),
         iteration_program(fresh_updates=1, mixes_weights=True),
-        iteration_program(compared=Compared.STEPS),
-        iteration_program(compared=Compared.DATA),
+        iteration_program(compared=ComparedStates.STEPS),
+        iteration_program(compared=ComparedStates.DATA),
     ]
     passes = [each for program in programs for each in program if isinstance(each, Pass)]
     stages = {stage.name: stage for each in passes for stage in each.stages}
