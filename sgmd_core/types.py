@@ -36,10 +36,11 @@ VALUE, GRADIENT = "value", "gradient"
 
 
 class Purpose(StrEnum):
-    """The half of an iteration that a batch serves; the two never share a random draw."""
+    """Use that is made of a batch; two of them never share a random draw."""
 
     GENERATE = "generate"
     TRACK = "track"
+    LAG = "lag"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class MicroBatchKey:
         micro_batch: Index within the iteration. The fresh batches of several tracking updates are
             counted on, so that no two of them share a key.
         purpose: `GENERATE` for the batch that teaches the generator (and, in shared tracking, the
-            fake score too), `TRACK` for the fresh batch of the separate tracking step.
+            fake score too), `TRACK` for the fresh batch of the separate tracking step, `LAG` for
+            the batches that a lag of the fake score is measured on.
         incarnation: Counts restarts of the role groups, so that a call left over from before a
             restart is recognised.
         exit_draw: Which draw of the exit step it takes, counted as `micro_batch` is; None takes one

@@ -45,12 +45,12 @@ from sgmd_core.types import (
     detached,
 )
 from workers.adapters import make_trainable
+from workers.extra_updates import ExtraUpdates
 from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
 from workers.role_state import RoleState, load_role, require_same_tensors
-from workers.saving import LearningRole
 from workers.settings import FakeScoreSettings
 from workers.sharding import is_sharded, local_shard, parameters_of
 from workers.snapshots import RoleSnapshot
@@ -59,7 +59,7 @@ ROLE = "fake_score"
 _VELOCITY_FAKE, _VELOCITY_TEACHER = "the fake score's velocity", "the teacher's velocity"
 
 
-class FakeScoreTracker(LearningRole):
+class FakeScoreTracker(ExtraUpdates):
     """Tells the generator how to change its samples, and tracks them.
 
     Args:
@@ -329,8 +329,9 @@ class FakeScoreTracker(LearningRole):
             value.lerp_(mixed_in.to(value.device), 1 - self._ida_decay)
 
     def discard(self) -> None:
-        """Gives the iteration up: drops graphs and gradients, keeps the weights."""
+        """Gives the iteration up: drops graphs and gradients, and takes extra updates back."""
         self._kept.clear()
+        self.end_extra()
         self._optimizer.discard()
 
     def diagnose(self, iteration: int) -> Diagnosis:

@@ -251,12 +251,13 @@ class GeneratorLearner(LearningRole):
             )
         return self._optimizer.gradient_report(iteration)
 
-    def step(self, iteration: int, skip: bool = False) -> int:
+    def step(self, iteration: int, skip: bool = False, rate: float = 1.0) -> int:
         """Updates the weights, then their average.
 
         Args:
             iteration: The iteration.
             skip: Forget the gradients, keep weights and average, and count the update as skipped.
+            rate: Multiple of the learning rate.
 
         Returns:
             The new version: updates made, this one included.
@@ -265,7 +266,7 @@ class GeneratorLearner(LearningRole):
             StaleCallError: There is no gradient report of this iteration.
             NonFiniteError: The gradient is not finite; nothing was updated.
         """
-        version = self._optimizer.step(iteration, skip)
+        version = self._optimizer.step(iteration, skip, rate)
         if self._average is not None and not skip:
             self._average.update(version - 1)
         return version

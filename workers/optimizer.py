@@ -143,7 +143,7 @@ class RoleOptimizer:
         blocks = self._block_norms() if self._settings.log_block_norms else {}
         return GradientReport(grad_norm=norm, finite=math.isfinite(norm), blocks=blocks)
 
-    def step(self, iteration: int, skip: bool = False) -> int:
+    def step(self, iteration: int, skip: bool = False, rate: float = 1.0) -> int:
         """Clips, updates, forgets the gradients.
 
         A skipped update leaves weights, moments and learning rate as they are: rates, bias
@@ -152,6 +152,7 @@ class RoleOptimizer:
         Args:
             iteration: The iteration.
             skip: Forget the gradients and count the update as skipped.
+            rate: Multiple of the learning rate; 1 is exact.
 
         Returns:
             Updates made, this one included.
@@ -181,18 +182,34 @@ class RoleOptimizer:
                 f"The {self._role} was not updated. "
                 + non_finite_remedy(self._updates, "its optimizer.lr"),
             )
+        self._update(norm, self._norm, rate)
+        self._updates += 1
+        return self._updates
+
+    def extra_step(self, rate: float) -> None:
+        """Makes an update that is not counted, with whatever gradient was gathered.
+
+        It is for updates that `restore` takes back: nothing is checked, and a gradient that is not
+        finite breaks the weights until then.
+
+        Args:
+            rate: Multiple of the present learning rate.
+        """
+        total = nn.utils.get_total_norm(
+            [value.grad for value in self.parameters if value.grad is not None]
+        )
+        self._update(full_tensor(total).item(), total, rate)
+
+    def _update(self, norm: float, total: Tensor, rate: float) -> None:
+        """Clips, updates and forgets the gradients, whose norm is given twice."""
         for group in self._adamw.param_groups:
-            group["lr"] = learning_rate(self._settings, self._updates)
+            group["lr"] = rate * learning_rate(self._settings, self._updates)
         # Gradients below the limit would be multiplied by 1.
         if norm + _CLIP_MARGIN > self._settings.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(
-                self.parameters, self._settings.max_grad_norm, self._norm
-            )
+            nn.utils.clip_grads_with_norm_(self.parameters, self._settings.max_grad_norm, total)
         reshard(self._network)
         self._adamw.step()
         self.discard()
-        self._updates += 1
-        return self._updates
 
     def _block_norms(self) -> dict[str, float]:
         """Norm of the gathered gradient of each layer, and of all that lies outside of layers."""

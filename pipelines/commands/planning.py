@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
     from pipelines.planning.layouts import Layout
     from pipelines.planning.plan import Plan
+    from pipelines.planning.workload import Workload
 
 _TO_GAIN = 1.05
 _MOST_GPUS = 4096  # the search over layouts grows with them
@@ -109,7 +110,7 @@ def plan(
         )
         if any_batch and _samples_per_s(other) > _samples_per_s(result):
             result, other = other, result
-        advice = _advice(result, other)
+        advice = [*_advice(result, other), *_lag(config, work)]
         written = [] if write is None else [_write(config, result, write)]
         manifest = None if emit is None else _manifest(emit, config, result, details or [])
     data = result.to_json() | {"recipe": recipe, "advice": advice}
@@ -218,6 +219,20 @@ def _set(settings: Mapping[str, Any]) -> str:
         return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
 
     return " ".join(f"{key}={in_words(value)}" for key, value in settings.items())
+
+
+def _lag(config: "DistillConfig", work: "Workload") -> list[str]:
+    """Returns what a measured lag costs."""
+    from pipelines.study.passes import expected_lag, lag_share, total_units
+
+    if not config.lag.every:
+        return []
+    costs = work.costs
+    return [
+        f"measuring the lag every {config.lag.every} iterations (lag.every) takes "
+        f"{total_units(expected_lag(config), costs):.3g} passes over a batch each time, "
+        f"{100 * lag_share(config, costs):.2g} % beside the iterations; it is not in their seconds"
+    ]
 
 
 def _samples_per_s(plan: "Plan") -> float:

@@ -12,6 +12,7 @@ AlarmName = Literal[
     "diversity_collapse",
     "tracking_growth",
     "residual_dominance",
+    "tracking_lag",
 ]
 
 
@@ -32,3 +33,5 @@ class AlarmSettings(Section):
     """Iterations that the means of the losses run over."""
     stop: tuple[AlarmName, ...] = ()
     """Alarms that end the run, after its state has been saved."""
+    lag_above: float = Field(default=0.05, gt=0, lt=1)
+    """Limit of the lag of the fake score, where it is measured: `lag.every`."""

@@ -27,6 +27,7 @@ from pipelines.config.alarms import AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
+from pipelines.config.lag import LagSettings
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
@@ -113,6 +114,9 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     },
 }
 
+
+_MEASURING = {"every", "updates", "batches", "rates", "slowest"}
+"""Settings of the lag that decide numbers only where a governor acts on it."""
 
 _OLD_BEHAVIOUR: dict[str, Any] = {"model.encoder_dtype": "fp32"}
 """Behaviour before a setting existed, where that is not the default."""
@@ -235,6 +239,7 @@ class DistillConfig(Section):
     study: StudySettings = StudySettings()
     recovery: RecoverySettings = RecoverySettings()
     discriminator: DiscriminatorSettings = DiscriminatorSettings()
+    lag: LagSettings = LagSettings()
 
     @field_validator("output")
     @classmethod
@@ -301,7 +306,9 @@ class DistillConfig(Section):
 
         Not among them is where networks and data are: their content decides, wherever it lies.
         """
-        return _flat(self.model_dump(mode="json", exclude=_NOT_IN_DIGEST))
+        # Without a governor a measurement decides nothing.
+        measuring = {} if self.lag.slow_above is not None else {"lag": _MEASURING}
+        return _flat(self.model_dump(mode="json", exclude={**_NOT_IN_DIGEST, **measuring}))
 
     @property
     def digest(self) -> str:

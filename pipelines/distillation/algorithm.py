@@ -81,6 +81,11 @@ class CallInputs(Protocol):
         ...
 
     @property
+    def rate(self) -> float:
+        """Multiple of the generator's learning rate."""
+        ...
+
+    @property
     def negative(self) -> Future[Any]:
         """Embedding of the negative prompt."""
         ...
@@ -218,17 +223,30 @@ TRAINED_WEIGHTS = StageSpec(GENERATOR, GeneratorLearner.trained_weights, lambda 
 MIX_WEIGHTS = StageSpec(
     FAKE_SCORE, FakeScoreTracker.mix_weights, lambda call: (call.of(TRAINED_WEIGHTS), call.skips)
 )
-_UPDATES = tuple(
-    StageSpec(role, method, arguments)
-    for role, learner in (
-        (GENERATOR, GeneratorLearner),
-        (FAKE_SCORE, FakeScoreTracker),
-        (DISCRIMINATOR, Discriminator),
-    )
-    for method, arguments in (
-        (learner.gradient_report, lambda call: (call.iteration,)),
-        (learner.step, lambda call: (call.iteration, call.skips)),
-    )
+HELD_LOSS = StageSpec(FAKE_SCORE, FakeScoreTracker.held_loss, lambda call: (call.of(SAMPLE),))
+"""Of a measurement of the lag, as the next one; no iteration has them: see `lag`."""
+EXTRA_TRACK = StageSpec(
+    FAKE_SCORE,
+    FakeScoreTracker.extra_track,
+    lambda call: (call.of(SAMPLE), call.share),
+    gathers=True,
+)
+_UPDATES = (
+    *(
+        StageSpec(role, learner.gradient_report, lambda call: (call.iteration,))
+        for role, learner in (
+            (GENERATOR, GeneratorLearner),
+            (FAKE_SCORE, FakeScoreTracker),
+            (DISCRIMINATOR, Discriminator),
+        )
+    ),
+    StageSpec(
+        GENERATOR, GeneratorLearner.step, lambda call: (call.iteration, call.skips, call.rate)
+    ),
+    *(
+        StageSpec(role, learner.step, lambda call: (call.iteration, call.skips))
+        for role, learner in ((FAKE_SCORE, FakeScoreTracker), (DISCRIMINATOR, Discriminator))
+    ),
 )
 
 STAGES = {

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
+from pipelines.config.lag import LagSettings
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.algorithm import (
     ANCHOR,
@@ -19,6 +20,8 @@ from pipelines.distillation.algorithm import (
     COMPLETE,
     DENOISE,
     DIVERSIFY,
+    EXTRA_TRACK,
+    HELD_LOSS,
     LEARN,
     PREDICT,
     PULLBACK,
@@ -176,3 +179,22 @@ def stage_passes(
         found[ANCHOR] = Passes(forwards=predictions * anchor_steps)
         found[DIVERSIFY] = Passes(forwards=1, to_weights=1)
     return found
+
+
+def lag_passes(settings: LagSettings, held: float, extra: float) -> Mapping[StageSpec, Passes]:
+    """Passes of one measurement of the lag, for each sample of a batch.
+
+    Held batches are made anew for the loss before and for that of each copy.
+
+    Args:
+        settings: Its batches and updates.
+        held: Forward passes of a rollout of a held batch.
+        extra: Of a rollout of an extra update.
+    """
+    copies = len(settings.rates)
+    looks, updates = settings.batches * (1 + copies), settings.updates * copies
+    return {
+        SAMPLE: Passes(forwards=looks * held + updates * extra),
+        HELD_LOSS: Passes(forwards=looks),
+        EXTRA_TRACK: Passes(forwards=1, to_weights=1).times(updates),
+    }

@@ -259,6 +259,11 @@ class _CallDispatcher:
         return call.num_samples / self._plan.batch_size
 
     @property
+    def generator_rate(self) -> float:
+        """Multiple of the generator's learning rate."""
+        return self._plan.generator_rate
+
+    @property
     def negative(self) -> Future[Text]:
         """Embedding of the negative prompt."""
         return self._plan.negative
@@ -303,18 +308,30 @@ class _CallDispatcher:
     def _encode(
         self, iteration: int, phase: int, index: int, prompts: PromptBatch, first_sample: int
     ) -> Future[TextBatch]:
-        text, sizes = self._text, self._plan.micro_batch_sizes
+        sizes = self._plan.micro_batch_sizes
         before = sum(sizes[:index])
         rows = tuple(range(before, before + sizes[index]))
         with labelled(iteration, phase, index):
-            if prompts.stored is not None:
-                dropped = tuple(sorted(prompts.dropped))
-                return text.call_rank(
-                    0, TextEncoder.place, prompts.stored, rows, first_sample, dropped
-                )
-            captions = prompts.captions[rows[0] : rows[-1] + 1]
-            indices = tuple(first_sample + row for row in rows)
-            return text.call_rank(0, TextEncoder.encode, captions, indices)
+            return encode_part(self._text, prompts, rows, first_sample)
+
+
+def encode_part(
+    text: WorkerGroup[TextEncoder], prompts: PromptBatch, rows: tuple[int, ...], first_sample: int
+) -> Future[TextBatch]:
+    """Has some captions of a batch encoded, or their embeddings taken.
+
+    Args:
+        text: The encoder.
+        prompts: The captions.
+        rows: Which of them; they follow one another.
+        first_sample: Place of the batch's first sample, by which random draws are counted.
+    """
+    if prompts.stored is not None:
+        dropped = tuple(sorted(prompts.dropped))
+        return text.call_rank(0, TextEncoder.place, prompts.stored, rows, first_sample, dropped)
+    captions = prompts.captions[rows[0] : rows[-1] + 1]
+    indices = tuple(first_sample + row for row in rows)
+    return text.call_rank(0, TextEncoder.encode, captions, indices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +357,10 @@ class _Inputs:
     @property
     def skips(self) -> bool:
         return self.dispatcher.skips(self.call)
+
+    @property
+    def rate(self) -> float:
+        return self.dispatcher.generator_rate
 
     @property
     def negative(self) -> Future[Text]:

@@ -31,6 +31,7 @@ class IterationPlan:
         exit_draws: Draws of the exit step in one batch; None draws one a micro-batch.
         stage_seconds: Of one sample by role and stage, in any unit: see `order_calls`.
         incarnation: Repairs of the run so far; calls of an earlier one are refused.
+        generator_rate: Multiple of the generator's learning rate, by the lag's governor.
     """
 
     program: Program
@@ -44,6 +45,7 @@ class IterationPlan:
     exit_draws: int | None = None
     stage_seconds: Mapping[tuple[str, str], float] = field(default_factory=dict)
     incarnation: int = 0
+    generator_rate: float = 1.0
 
     @property
     def tracking_passes(self) -> int:

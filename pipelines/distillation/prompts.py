@@ -85,9 +85,13 @@ class Prompts:
     def of(self, iteration: int) -> list[PromptBatch]:
         """The captions of an iteration; iterations are asked for in order, after `rewind` again.
 
+        One that is under way may be asked for as often as it is needed.
+
         Raises:
             DataError: Too much of the data cannot be used, or their server failed.
         """
+        if iteration in self._taken:
+            return self._remembered[iteration][1]
         if iteration in self._remembered:
             batches, prompts = self._remembered[iteration]
             rejected = self._data.enter(iteration, batches)

@@ -20,6 +20,7 @@ from pipelines.distillation.groups import Groups
 from pipelines.distillation.guards import UpdateGuard
 from pipelines.distillation.iteration import IterationReport, run_iterations
 from pipelines.distillation.iteration_plan import plan_iteration
+from pipelines.distillation.lag import LagWatch
 from pipelines.distillation.monitor import RunMonitor, is_due
 from pipelines.distillation.position import Position
 from pipelines.distillation.preflight import Preflight
@@ -90,12 +91,11 @@ class Distillation:
             config, checked, groups, folder, data, checkpoints, self._snapshots, events
         )
         self._events = events
+        lines = read_jsonl(folder.metrics)
         self._guard = UpdateGuard(
-            config.guards,
-            roles.scheduled,
-            config.topology.call_timeout_s,
-            read_jsonl(folder.metrics),
+            config.guards, roles.scheduled, config.topology.call_timeout_s, lines
         )
+        self._lag = LagWatch(config.lag, roles, lines)
         self._position = Position()
         self._prompts: Prompts | None = None
         self._rebuilt: set[str] = set()
@@ -154,9 +154,11 @@ class Distillation:
             first, began, before_s = self._position.iteration, time.perf_counter(), spent_s
             together = self._num_together(first)
             try:
+                if problem := self._lag.measure(self._plan, first, prompts.of, stops):
+                    self._observer.warning(problem)
                 reports = run_iterations(
                     self._groups.roles,
-                    self._plan,
+                    replace(self._plan, generator_rate=self._lag.rate),
                     first,
                     together,
                     prompts.of,
@@ -219,7 +221,9 @@ class Distillation:
         # This may lose another process. Then all of what follows waits for the next repair.
         self._trace.rewind(iteration, self._rebuilt)
         built, self._rebuilt = self._rebuilt, set()
-        self._guard.replay(read_jsonl(self._folder.metrics))
+        lines = read_jsonl(self._folder.metrics)
+        self._guard.replay(lines)
+        self._lag.replay(lines)
         validator = self._groups.validator
         asks_again = validator is not None and validator.name in built
         former, self._monitor = self._monitor, self._new_monitor()
@@ -366,7 +370,7 @@ class Distillation:
         if not self._plan.max_staleness_iterations:
             return 1
         last = first + 1
-        ends = (self._saves_at, self._monitor.validates_at)
+        ends = (self._saves_at, self._monitor.validates_at, self._lag.is_due)
         while last - first < _LONGEST and not any(is_one(last) for is_one in ends):
             last += 1
         return last - first
@@ -391,6 +395,7 @@ class Distillation:
             exit_steps=report.exit_steps,
             stale_calls=report.stale_calls,
             skipped=tuple(one.to_json() for one in report.skipped),
+            lag=self._lag.take(iteration),
         )
         append_jsonl(self._folder.metrics, record.to_json())
         for skipped in report.skipped:

@@ -11,6 +11,7 @@ from pipelines.reporting.records import Line, RunRecords
 from pipelines.run.records import HEADLINE_FIGURES
 
 _LOSSES, _NORMS, _SECONDS, _FIGURES = "losses", "grad_norms", "seconds", "figures"
+_LAG, _TRACKING_LAG = "lag", "tracking_lag"
 
 LinesOf = Callable[[RunRecords], Sequence[Line]]
 
@@ -44,8 +45,9 @@ def training_cards(runs: Sequence[LabelledRun]) -> tuple[list[ChartCard], list[C
     """Returns the curves that a reader looks at first, and everything else that the lines hold.
 
     Returns:
-        The headline losses (all losses, where an objective has none of those), gradient norms and
-        seconds; and the other losses and groups of numbers.
+        The headline losses (all losses, where an objective has none of those), gradient norms, the
+        lag of the fake score where it was measured, and seconds; and the other losses and groups
+        of numbers.
     """
     lines = [line for run in runs for line in run.records.metrics]
     at = _alarm_marks(runs)
@@ -53,8 +55,11 @@ def training_cards(runs: Sequence[LabelledRun]) -> tuple[list[ChartCard], list[C
     leading = [name for name in losses if name in leading_losses()] or losses
     first = [_loss_card(runs, name, at) for name in leading]
     first += _norm_cards(runs, _names(lines, _NORMS), at)
+    lags = _names(lines, _LAG)
+    first += [_lag_card(runs, name, at) for name in lags if name == _TRACKING_LAG]
     first += [_seconds_card(runs, at)] if lines else []
     others = [_loss_card(runs, name, at) for name in losses if name not in leading]
+    others += [_lag_card(runs, name, at) for name in lags if name != _TRACKING_LAG]
     for group in _other_groups(lines):
         others += [
             _card(f"{title(group)}: {title(name)}", "", _curves(runs, _metrics, group, name), at)
@@ -90,6 +95,11 @@ def _card(
 
 def _loss_card(runs: Sequence[LabelledRun], name: str, at: Sequence[Mark]) -> ChartCard:
     return _card(title(name), about(name), _curves(runs, _metrics, _LOSSES, name), at)
+
+
+def _lag_card(runs: Sequence[LabelledRun], name: str, at: Sequence[Mark]) -> ChartCard:
+    """Of the iterations that it was measured before: points between them would be gaps."""
+    return _card(title(name), about(name), _curves(runs, _measured, _LAG, name), at)
 
 
 def _norm_cards(
@@ -129,7 +139,7 @@ def _names(lines: Iterable[Line], group: str) -> list[str]:
 
 
 def _other_groups(lines: Iterable[Line]) -> list[str]:
-    known = ("", _LOSSES, _NORMS, _SECONDS)
+    known = ("", _LOSSES, _NORMS, _SECONDS, _LAG)
     found = dict.fromkeys(group for line in lines for group in line.groups)
     return [group for group in found if group not in known]
 
@@ -141,6 +151,11 @@ def _role(name: str) -> str:
 def _metrics(run: RunRecords) -> Sequence[Line]:
     """Lines of metrics, counted by the updates made after them, as validations are."""
     return [Line(line.iteration + 1, line.groups, line.texts) for line in run.metrics]
+
+
+def _measured(run: RunRecords) -> Sequence[Line]:
+    """Lines before whose iteration the lag was measured: by the updates made before."""
+    return [line for line in run.metrics if _LAG in line.groups]
 
 
 def _validations(run: RunRecords) -> Sequence[Line]:

@@ -11,6 +11,10 @@ _TITLES = {
     "generator": "generator loss",
     "fisher_norm": "Fisher gradient",
     "nr_norm": "negative residual gradient",
+    "tracking_lag": "lag of the fake score",
+    "held_tracking": "held tracking loss",
+    "copy_rate": "rate of the best copy",
+    "generator_rate": "rate of the generator",
     **{each.name: each.title for each in MEASURES},
 }
 _ABOUT = {
@@ -21,6 +25,10 @@ _ABOUT = {
     "tracking": "What the fake score minimises",
     "fisher_norm": "Norm of the Fisher term's gradient at the clips",
     "nr_norm": "Norm of the negative residual's gradient at the clips",
+    "tracking_lag": "Share of the tracking loss that goes away while the generator waits",
+    "held_tracking": "Tracking loss on held batches of the present generator",
+    "copy_rate": "Learning rate of the copy whose loss drops most, over the fake score's own",
+    "generator_rate": "Share of its learning rate that the governor leaves the generator",
     "above_floor": "Distance to the teacher's clips, less what other seeds alone make of it",
     "ratio": "Distance above the floor, over that of the teacher in as few unguided steps",
     **{each.name: each.about for each in MEASURES},

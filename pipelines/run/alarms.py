@@ -5,12 +5,14 @@
     diversity_collapse  clips of one caption that are more alike than the teacher's
     tracking_growth     a fake score that falls behind the generator
     residual_dominance  a negative residual that outweighs the Fisher term
+    tracking_lag        a fake score whose copies improve while the generator waits
 
 Losses of this family do not measure quality: they fall, or stay, while colours burn out and motion
 stops. The first three alarms are therefore read from validations, as ratios to the teacher on the
-same captions and noise; the others from the losses, as means over a window of iterations, because
-a single noise level says little. An alarm sounds when a limit is crossed, and again only after the
-figure has come back. Those that a recipe names in `alarms.stop` end the run.
+same captions and noise; the last one from measurements (`pipelines.distillation.lag`); the others
+from the losses, as means over a window of iterations, because a single noise level says little. An
+alarm sounds when a limit is crossed, and again only after the figure has come back. Those that a
+recipe names in `alarms.stop` end the run.
 """
 
 from collections import deque
@@ -81,9 +83,7 @@ class AlarmWatch:
 
     def iteration(self, record: IterationRecord) -> list[Alarm]:
         """Returns the alarms of an iteration's losses; those of a skipped update say nothing."""
-        if record.skipped:
-            return []
-        return self._losses_of(record.iteration + 1, record.losses)
+        return self._of(record.iteration + 1, record.losses, record.lag, bool(record.skipped))
 
     def validation(self, record: ValidationRecord) -> list[Alarm]:
         """Returns the alarms of a validation."""
@@ -101,11 +101,16 @@ class AlarmWatch:
             validations: Lines of validation.jsonl.
         """
         for line in metrics:
-            if line.get("skipped"):
-                continue
-            self._losses_of(line["iteration"] + 1, line["losses"])
+            lag, skipped = line.get("lag", {}), bool(line.get("skipped"))
+            self._of(line["iteration"] + 1, line["losses"], lag, skipped)
         for line in validations:
             self._sound(line["iteration"], _quality_limits(line["figures"], self._settings))
+
+    def _of(
+        self, updates: int, losses: Mapping[str, float], lag: Mapping[str, float], skipped: bool
+    ) -> list[Alarm]:
+        found = self._sound(updates, _lag_limits(lag, self._settings))
+        return found if skipped else found + self._losses_of(updates, losses)
 
     def _losses_of(self, updates: int, losses: Mapping[str, float]) -> list[Alarm]:
         self._losses.append(losses)
@@ -156,3 +161,12 @@ def _loss_limits(
         message = "the negative residual outweighs the Fisher term: lower lambda_nr"
         ratio = means["nr_norm"] / means["fisher_norm"]
         yield _Limit("residual_dominance", ratio, settings.residual_over_fisher, message)
+
+
+def _lag_limits(lag: Mapping[str, float], settings: AlarmSettings) -> Iterator[_Limit]:
+    if "tracking_lag" in lag:
+        message = (
+            "so much of the tracking loss drops while the generator waits: raise the fake score's "
+            "rate or its updates, or lower the generator's rate"
+        )
+        yield _Limit("tracking_lag", lag["tracking_lag"], settings.lag_above, message)

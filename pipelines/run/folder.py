@@ -34,6 +34,7 @@ _FIELDS: Mapping[str, Mapping[str, Kind]] = {
         "data_wait_s": is_number,
         "samples_seen": int,
         "grad_norms?": _NUMBERS,
+        "lag?": _NUMBERS,
         "stale_calls?": int,
     },
     "validation.jsonl": {

@@ -22,6 +22,7 @@ SAMPLES = Exported("sgmd_samples", "Captions taken from the stream in this proce
 REJECTED = Exported("sgmd_rejected", "Rows, row groups and shards left out", counts=True)
 LOSS = Exported("sgmd_loss", "Loss terms, means over the samples", "loss")
 NORM = Exported("sgmd_gradient_norm", "Gradient norm before clipping, by role", "role")
+LAG = Exported("sgmd_lag", "Lag of the fake score, as last measured", "figure")
 SKIPPED = Exported("sgmd_skipped_updates", "Updates skipped by the guards", counts=True)
 VALIDATION = Exported("sgmd_validation", "Figures of the last validation", "figure")
 EVENTS = Exported("sgmd_events", "Failures and what was done, by kind", "kind", counts=True)
@@ -38,6 +39,7 @@ FIGURES = (
     REJECTED,
     LOSS,
     NORM,
+    LAG,
     SKIPPED,
     VALIDATION,
     EVENTS,
@@ -60,7 +62,7 @@ class RayMetrics(RunObserver):
         self._samples = samples_before
 
     def iteration(self, record: IterationRecord) -> None:
-        """Exports losses, norms and seconds."""
+        """Exports losses, norms, lag and seconds."""
         metrics, whole_s = self._metrics, record.seconds_total
         metrics.set(ITERATION, record.iteration + 1)
         metrics.set(SECONDS, whole_s)
@@ -76,6 +78,8 @@ class RayMetrics(RunObserver):
             metrics.set(LOSS, value, name)
         for role, value in record.grad_norms.items():
             metrics.set(NORM, value, role)
+        for name, value in record.lag.items():
+            metrics.set(LAG, value, name)
         # After a repair, iterations are made again: their captions count once.
         metrics.add(SAMPLES, record.samples_seen - self._samples)
         self._samples = max(self._samples, record.samples_seen)

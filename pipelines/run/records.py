@@ -73,6 +73,8 @@ class IterationRecord:
         stale_calls: Calls that did not wait for all updates of the iteration before to end; 0
             unless the recipe allows it.
         skipped: Updates that were skipped: roles, `non_finite` or `spike`, the reason, samples.
+        lag: Lag of the fake score, where it was measured before this iteration:
+            `pipelines.distillation.lag`.
     """
 
     iteration: int
@@ -88,6 +90,7 @@ class IterationRecord:
     exit_steps: tuple[int, ...]
     stale_calls: int = 0
     skipped: tuple[Mapping[str, Any], ...] = ()
+    lag: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def headline_losses(self) -> dict[str, float]:
@@ -98,8 +101,9 @@ class IterationRecord:
         """As metrics.jsonl holds it."""
         record = asdict(self)
         record["seconds"] = {"total": record.pop("seconds_total"), **record["seconds"]}
-        if not self.skipped:
-            del record["skipped"]
+        for name in ("skipped", "lag"):
+            if not record[name]:
+                del record[name]
         return record
 
 

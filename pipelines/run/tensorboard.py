@@ -43,7 +43,7 @@ class TensorBoardObserver(RunObserver):
         self._last_step: int | None = None
 
     def iteration(self, record: IterationRecord) -> None:
-        """Writes losses, gradient norms and seconds under the names of metrics.jsonl."""
+        """Writes losses, gradient norms, seconds and lag under the names of metrics.jsonl."""
         step = record.iteration + 1
         if self._last_step is None or step <= self._last_step:
             self._begin_at(step)
@@ -53,6 +53,7 @@ class TensorBoardObserver(RunObserver):
         figures |= {f"losses/{name}": value for name, value in record.losses.items()}
         figures |= {f"grad_norms/{name}": value for name, value in record.grad_norms.items()}
         figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
+        figures |= {f"lag/{name}": value for name, value in record.lag.items()}
         for name, value in figures.items():
             self._figures.add_scalar(name, value, step)
 

@@ -3,7 +3,9 @@
 `pipelines.distillation.costs` has the passes of one call of each stage; here they are counted for a
 whole iteration. Only the rollouts vary: one that exits at step e takes e + 1 passes. Exit steps are
 drawn by counter, so the passes of a run are known before it starts; on average a rollout of k steps
-takes (k + 1) / 2. Costs of backward passes are those of the recipe's networks at its clip's size.
+takes (k + 1) / 2. A measured lag (`lag.every`) is counted with the iteration that it is measured
+before, and on average with a share of it. Costs of backward passes are those of the recipe's
+networks at its clip's size.
 """
 
 from collections.abc import Mapping
@@ -12,8 +14,14 @@ from statistics import fmean
 from cluster.schedule.program import split_evenly
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import TEACHER
-from pipelines.distillation.algorithm import SAMPLE, TRACK
-from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
+from pipelines.distillation.algorithm import SAMPLE, TRACK, StageSpec
+from pipelines.distillation.costs import (
+    PassCosts,
+    Passes,
+    lag_passes,
+    mean_rollouts,
+    stage_passes,
+)
 from pipelines.planning.workload import Workload
 from sgmd_core.objectives import compared_by
 from sgmd_core.seeds import exit_of, rollout_steps
@@ -34,7 +42,31 @@ def pass_costs(config: DistillConfig) -> PassCosts:
 
 def expected_passes(config: DistillConfig) -> dict[str, Passes]:
     """Passes of one iteration, rollouts at their mean length."""
-    return _passes(config, *mean_rollouts(config))
+    found, every = _passes(config, *mean_rollouts(config)), config.lag.every
+    if every:
+        measured = {name: part.times(1 / every) for name, part in expected_lag(config).items()}
+        found = _added(found, measured)
+    return found
+
+
+def expected_lag(config: DistillConfig) -> dict[str, Passes]:
+    """Passes of one measurement of the lag, rollouts at their mean length."""
+    _, sample = mean_rollouts(config)
+    return _named(lag_passes(config.lag, sample, sample))
+
+
+def lag_share(config: DistillConfig, costs: PassCosts) -> float:
+    """Cost of measuring the lag, over that of the iterations that it is measured among."""
+    every = config.lag.every
+    if not every:
+        return 0.0
+    checkpointed = bool(config.fake_score.compute.checkpointing)
+    iteration = _passes(config, *mean_rollouts(config))
+    measured, plain = (
+        total_units(table, costs, checkpointed=checkpointed)
+        for table in (expected_lag(config), iteration)
+    )
+    return measured / (every * plain)
 
 
 def iteration_passes(config: DistillConfig, iteration: int) -> dict[str, Passes]:
@@ -42,15 +74,25 @@ def iteration_passes(config: DistillConfig, iteration: int) -> dict[str, Passes]
     parts, updates = config.batch.num_exit_draws, config.fresh_updates
     rollout = _rollout_length(config, iteration, Purpose.GENERATE, parts)
     sample = _rollout_length(config, iteration, Purpose.TRACK, updates * parts) if updates else 0.0
-    return _passes(config, rollout, sample)
+    found = _passes(config, rollout, sample)
+    return _added(found, _lag(config, iteration)) if config.lag.is_due(iteration) else found
+
+
+def _lag(config: DistillConfig, iteration: int) -> dict[str, Passes]:
+    """Passes of the measurement before an iteration: its exit steps are those of the run."""
+    parts, lag = config.batch.num_exit_draws, config.lag
+    held = _rollout_length(config, iteration, Purpose.LAG, lag.batches * parts)
+    extra = _rollout_length(
+        config, iteration, Purpose.LAG, lag.updates * parts, first=lag.batches * parts
+    )
+    return _named(lag_passes(lag, held, extra))
 
 
 def run_passes(config: DistillConfig, num_iterations: int) -> dict[str, Passes]:
     """Passes of the first iterations of a run, all together."""
     total: dict[str, Passes] = {}
     for iteration in range(num_iterations):
-        for stage, passes in iteration_passes(config, iteration).items():
-            total[stage] = total.get(stage, Passes()) + passes
+        total = _added(total, iteration_passes(config, iteration))
     return total
 
 
@@ -95,20 +137,31 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
         compared=compared_by(config.objective),
         compared_states=0 if config.adversary is None else config.adversary.num_states,
     )
-    return {
-        f"{stage.role}.{stage.name}": passes.times(
-            updates if updates and stage in (SAMPLE, TRACK) else 1
-        )
-        for stage, passes in table.items()
-    }
+    return _named(
+        {
+            stage: passes.times(updates if updates and stage in (SAMPLE, TRACK) else 1)
+            for stage, passes in table.items()
+        }
+    )
 
 
-def _rollout_length(config: DistillConfig, iteration: int, purpose: Purpose, count: int) -> float:
+def _named(table: Mapping[StageSpec, Passes]) -> dict[str, Passes]:
+    return {f"{stage.role}.{stage.name}": passes for stage, passes in table.items()}
+
+
+def _added(one: PassTable, other: PassTable) -> dict[str, Passes]:
+    stages = dict.fromkeys([*one, *other])
+    return {name: one.get(name, Passes()) + other.get(name, Passes()) for name in stages}
+
+
+def _rollout_length(
+    config: DistillConfig, iteration: int, purpose: Purpose, count: int, first: int = 0
+) -> float:
     """Mean passes of an iteration's rollouts, by the samples of each draw of an exit step."""
     samples = split_evenly(config.batch.size, config.batch.num_exit_draws)
     generator = config.generator
     exits: list[int] = []
-    for draw in range(count):
+    for draw in range(first, first + count):
         key, steps = MicroBatchKey(iteration, draw, purpose), generator.num_steps
         if generator.random_steps is not None:
             steps = rollout_steps(config.seed, key, generator.random_steps)

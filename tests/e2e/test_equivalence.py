@@ -13,8 +13,13 @@ from sgmd_core.errors import CheckpointError, ConfigError
 from tests.e2e.conftest import MakeRecipe
 from tests.helpers.moves import assert_moves, relative_error
 
+LAG = [
+    "lag={every: 1, updates: 1, batches: 1, rates: [1.0], slow_above: 1.0e-9, slowest: 0.5}",
+]
+"""Measures the lag before every iteration, and slows the generator from the second one on."""
+
 MODES = {
-    "sgmd-shared-released": ["fake_score.tracking=shared"],
+    "sgmd-shared-released": ["fake_score.tracking=shared", *LAG],
     "sgmd-fresh-released": ["fake_score.tracking=fresh"],
     "sgmd-fresh-paper": ["fake_score.tracking=fresh", "objective.form=paper"],
     "dmd2": [

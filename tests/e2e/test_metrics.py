@@ -53,7 +53,8 @@ def scraped(run: str, name: str, value: float, label: str = "") -> dict[tuple[st
 def test_a_run_exports_the_figures_of_its_records(
     make_recipe: MakeRecipe, ray_cluster: None
 ) -> None:
-    config = make_recipe("name=scraped", "iterations=2", "topology.mode=pools")
+    lag = "lag={every: 1, updates: 1, batches: 1, rates: [1.0]}"
+    config = make_recipe("name=scraped", "iterations=2", "topology.mode=pools", lag)
     distill(config)
     line = read_jsonl(RunFolder(config.run_folder).metrics)[-1]
     found = scraped("scraped", "ray_sgmd_samples_total", 8)
@@ -64,6 +65,7 @@ def test_a_run_exports_the_figures_of_its_records(
         assert found["ray_sgmd_loss", name] == pytest.approx(value)
     for role, value in line["grad_norms"].items():
         assert found["ray_sgmd_gradient_norm", role] == pytest.approx(value)
+    assert found["ray_sgmd_lag", "tracking_lag"] == pytest.approx(line["lag"]["tracking_lag"])
     rollout_s = line["seconds"]["generator.rollout"]
     assert found["ray_sgmd_stage_seconds", "generator.rollout"] == pytest.approx(rollout_s)
     assert found["ray_sgmd_busy_ranks", "generator"] > 0

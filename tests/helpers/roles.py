@@ -190,6 +190,28 @@ def iterate(roles: Roles, iteration: int, batches: Sequence[Sequence[int]] = ((0
     roles.fake_score.step(iteration)
 
 
+def make_extra(roles: Roles, iteration: int, updates: int = 3) -> float:
+    """Extra updates of the fake score, as a measurement of its lag makes them, not taken back.
+
+    Returns:
+        The held loss after them, of this rank's sample.
+    """
+    roles.fake_score.begin_extra(iteration)
+    for update in range(updates):
+        own = part_of((2 * update, 2 * update + 1))
+        query = roles.generator.sample(key_of(iteration, update, Purpose.LAG), text_batch(own))
+        roles.fake_score.extra_track(query, len(own) / 2)
+        roles.fake_score.extra_step(2.0)
+    return held_loss(roles, iteration)
+
+
+def held_loss(roles: Roles, iteration: int) -> float:
+    """Tracking loss on held samples, of this rank's sample."""
+    key = key_of(iteration, 99, Purpose.LAG)
+    query = roles.generator.sample(key, text_batch(part_of((100, 101))))
+    return roles.fake_score.held_loss(query).metrics["held"]
+
+
 def mix_weights(roles: Roles) -> None:
     """Mixes the generator's weights into the fake score, which every rank gets from the first."""
     handed = [roles.generator.trained_weights()]

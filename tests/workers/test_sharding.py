@@ -23,8 +23,10 @@ from tests.helpers.ranks import on_ranks
 from tests.helpers.roles import (
     Roles,
     gather,
+    held_loss,
     iterate,
     key_of,
+    make_extra,
     mix_weights,
     negative_text,
     part_of,
@@ -62,6 +64,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 EXTRAS = {"ida_decay": 1.0, "diversity": DiversitySettings(), "betas": (0.0, 0.999)}
 """What some of these runs have more than others, left out."""
+MEASURED = ("offloaded, momentum", "adapters")
 FIRST_UPDATE_TOLERANCE = 5e-5
 """Adam's first update moves an entry by its rate, be its gradient nothing but rounding."""
 BF16 = ComputeSettings(precision="bf16")
@@ -95,6 +98,16 @@ def weights_after(run: dict[str, Any], batches: tuple[tuple[int, ...], ...] = BA
     return all_weights(roles)
 
 
+def measured(run: dict[str, Any]) -> dict[str, Any]:
+    """A run with extra updates of the fake score, which are taken back, before each iteration."""
+    roles, losses = tiny_roles(**run), list[float]()
+    for iteration in range(NUM_ITERATIONS):
+        losses += [held_loss(roles, iteration), make_extra(roles, iteration)]
+        roles.fake_score.end_extra()
+        iterate(roles, iteration, BATCHES)
+    return {"weights": all_weights(roles), "losses": losses}
+
+
 def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
     """Everything that takes two ranks."""
     brought: dict[str, Any] = {}
@@ -122,6 +135,8 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
             restored.fake_score.restore(snapshots[1])
             iterate(restored, NUM_ITERATIONS, BATCHES)
             brought[f"{what} {name}"] = all_weights(restored)
+    for name in MEASURED:
+        brought[f"measured {name}"] = measured(RUNS[name])
     brought["fused"] = roles.generator._optimizer._adamw.param_groups[0]["fused"]
     brought["from one rank"] = resumed_weights(folder / "one", RUNS["shared"])
     for name, factor in (("once", 1.0), ("thousandfold", 1000.0)):
@@ -247,6 +262,18 @@ def test_restored_ranks_go_on_bitwise(ranks, name, whose):
     uninterrupted = ranks[0][f"uninterrupted {name}"]
     assert_moves(uninterrupted, ranks[0][f"final {name}"])
     assert same_bits(ranks[0][f"{whose} {name}"], uninterrupted)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_extra_updates_leave_no_bit_behind_and_make_the_losses_of_one_rank(ranks, name):
+    alone = measured(RUNS[name])["losses"]
+    found = [rank[f"measured {name}"] for rank in ranks]
+    for rank, own in zip(ranks, found, strict=True):
+        assert same_bits(own["weights"], rank[f"final {name}"])
+    for before, after in zip(alone[::2], alone[1::2], strict=True):
+        assert abs(after - before) > 1e-3 * before
+    means = [sum(losses) / 2 for losses in zip(*(own["losses"] for own in found), strict=True)]
+    assert means == pytest.approx(alone, rel=1e-4)
 
 
 def test_a_snapshot_holds_the_parts_of_one_rank(ranks):

@@ -751,6 +751,13 @@ class TestCommand:
         for words in ("fake score", "GB a GPU", "batch.micro_batches=", "gathered"):
             assert words in result.output
 
+    def test_the_cost_of_a_measured_lag_is_said(self):
+        options = ("--model", "1.3b", "--gpus", 64, "--json")
+        told = json.loads(sgmd("plan", "wan21-1.3b", *options, "lag.every=100").stdout)
+        # 2 copies x 16 updates x (2.5 + 1 + 2), and 4 batches x 3 times x (2.5 + 1).
+        assert "takes 218 passes over a batch each time" in told["advice"][-1]
+        assert "lag.every" not in str(json.loads(sgmd("plan", "wan21-1.3b", *options).stdout))
+
     @pytest.mark.slow
     def test_memory_settings_are_taken_on_request_and_written(self, tmp_path):
         options = ["wan21-1.3b", "--model", "14b", "--gpus", "8", "topology.validator.gpus=0"]

@@ -216,6 +216,19 @@ class TestUnfinishedRun:
             "Configuration and versions",
         ]
 
+    def test_a_lag_is_a_curve_over_the_iterations_that_it_was_measured_before(self, tmp_path):
+        folder = start_run(tmp_path / "measured", num_iterations=7)
+        assert "lag of the fake score" not in page(folder).text
+        path = folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for at, lag in ((2, 0.125), (4, 0.25)):
+            lines[at]["lag"] = {"tracking_lag": lag, "copy_rate": 10.0, "generator_rate": 0.5}
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert "lag of the fake score" in page(folder).text
+        assert "rate of the generator" in page(folder).text
+        curve = 'data-curves="[[[2, 0.125], [4, 0.25]]]"'
+        assert curve in write_report([folder]).read_text().replace("&#x27;", "'")
+
     def test_a_run_without_an_iteration_has_a_page(self, tmp_path):
         shown = page(start_run(tmp_path / "new", num_iterations=0))
         assert "there are no curves" in shown.warnings

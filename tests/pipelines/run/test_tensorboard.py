@@ -54,7 +54,8 @@ def test_a_run_is_read_back_with_figures_sheet_alarms_and_events(tmp_path: Path,
     event = RunEvent(kind="worker_died", cause="it was killed", iteration=1, lost_s=2.0)
     with open_tensorboard(True, tmp_path) as board:
         board.iteration(ITERATION)
-        board.iteration(replace(ITERATION, iteration=1, losses={"fisher": 0.25}))
+        second = replace(ITERATION, iteration=1, losses={"fisher": 0.25})
+        board.iteration(replace(second, lag={"tracking_lag": 0.5}))
         # It comes back late, and another's sheet is lost.
         board.validation(validation, samples)
         board.validation(replace(validation, iteration=2, sheet="lost.png"), samples)
@@ -65,6 +66,7 @@ def test_a_run_is_read_back_with_figures_sheet_alarms_and_events(tmp_path: Path,
     assert scalars(root, "grad_norms/generator") == [(1, 2.0), (2, 2.0)]
     assert scalars(root, "seconds/teacher.denoise")[0] == (1, 0.1)
     assert scalars(root, "seconds/data_wait")[0] == (1, 0.25)
+    assert scalars(root, "lag/tracking_lag") == [(2, 0.5)]
     assert scalars(root, "validation/frechet") == [(1, 0.75), (2, 0.75)]
     (sheet,) = read(root).Images("validation/sheet")
     assert (sheet.step, sheet.width, sheet.height) == (1, 30, 20)

@@ -90,7 +90,7 @@ def test_an_offline_run_holds_losses_figures_clips_alarms_and_events(tmp_path: P
         tracker.iteration(iteration)
         tracker.validation(validation, tmp_path / "samples")
         tracker.validation(later, tmp_path / "samples")
-        tracker.iteration(replace(iteration, iteration=1))
+        tracker.iteration(replace(iteration, iteration=1, lag={"tracking_lag": 0.5}))
         tracker.alarm(alarm)
         for lost_s in (2.0, 3.0):
             tracker.event(RunEvent(kind="worker_died", cause="x", iteration=1, lost_s=lost_s))
@@ -102,6 +102,7 @@ def test_an_offline_run_holds_losses_figures_clips_alarms_and_events(tmp_path: P
     assert values(file, "validation/iteration") == [1, 2]
     assert history["losses/fisher"] == 0.5
     assert history["grad_norms/generator"] == 2.0
+    assert values(file, "lag/tracking_lag") == [0.5]
     assert history["validation/flow_top_ratio"] == 0.9
     assert alerts == ["motion_collapse", "worker_died", "worker_died"]
     assert (history["events/worker_died"], history["events/lost_s"]) == (2, 5.0)

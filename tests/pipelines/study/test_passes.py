@@ -11,10 +11,14 @@ from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.costs import PassCosts, Passes
 from pipelines.distillation.iteration import PromptBatch, Roles, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
+from pipelines.distillation.lag import measure_lag
 from pipelines.planning.workload import Workload
 from pipelines.study.passes import (
+    PassTable,
+    expected_lag,
     expected_passes,
     iteration_passes,
+    lag_share,
     pass_costs,
     run_passes,
     total_units,
@@ -196,9 +200,8 @@ class Captions:
         return DataBatch(torch.ones(8, *LATENT_SHAPE))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_networks_that_count_find_what_was_foretold(method):
-    config = config_of("seed=3", *METHODS[method])
+def counting_roles(config: DistillConfig) -> tuple[Roles, dict[str, CountingNetwork]]:
+    """The roles over networks that count."""
     networks = {role: CountingNetwork() for role in ("generator", "fake_score", "teacher")}
     generator = GeneratorLearner(
         networks["generator"],
@@ -210,7 +213,6 @@ def test_networks_that_count_find_what_was_foretold(method):
         phases=config.phases,
     )
     fake_score = FakeScoreTracker(networks["fake_score"], config.objective, config.fake_score)
-    text = LocalWorkerGroup("text", [Captions()])
     judge = None
     if config.adversary is not None:
         denoiser = CountingDenoiser()
@@ -220,20 +222,50 @@ def test_networks_that_count_find_what_was_foretold(method):
         generator=LocalWorkerGroup("generator", [generator]),
         fake_score=LocalWorkerGroup("fake_score", [fake_score]),
         teacher=LocalWorkerGroup("teacher", [ScoreTeacher(networks["teacher"], config.teacher)]),
-        text=text,
+        text=LocalWorkerGroup("text", [Captions()]),
         discriminator=judge,
     )
-    plan = plan_iteration(config, text.call_rank(0, Captions.negative))
-    data = text.call_rank(0, Captions.data)
-    captions = PromptBatch(tuple("abcdefgh"), data=data)
-    num_iterations = 3
-    for iteration in range(num_iterations):
-        iterate(roles, plan, iteration, [captions] * plan.batches_per_iteration)
+    return roles, networks
 
+
+def require_foretold(
+    networks: dict[str, CountingNetwork], table: PassTable, batch_size: int
+) -> None:
+    """Every network has counted the passes of its role."""
     foretold: dict[str, Passes] = {}
-    for stage, passes in run_passes(config, num_iterations).items():
+    for stage, passes in table.items():
         role = stage.partition(".")[0]
         foretold[role] = foretold.get(role, Passes()) + passes
     for role, network in networks.items():
-        counted = {kind: rows / config.batch.size for kind, rows in network.counts.items()}
-        assert Passes(**counted) == foretold[role], role
+        counted = {kind: rows / batch_size for kind, rows in network.counts.items()}
+        assert Passes(**counted) == foretold.get(role, Passes()), role
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_networks_that_count_find_what_was_foretold(method):
+    config = config_of("seed=3", *METHODS[method])
+    roles, networks = counting_roles(config)
+    plan = plan_iteration(config, roles.text.call_rank(0, Captions.negative))
+    captions = PromptBatch(tuple("abcdefgh"), data=roles.text.call_rank(0, Captions.data))
+    num_iterations = 3
+    for iteration in range(num_iterations):
+        iterate(roles, plan, iteration, [captions] * plan.batches_per_iteration)
+    require_foretold(networks, run_passes(config, num_iterations), config.batch.size)
+
+
+@pytest.mark.parametrize("method", ["sgmd shared", "sgmd fresh", "phased_dmd alternate"])
+def test_they_find_the_passes_of_a_measured_lag(method):
+    lag = "lag={every: 1, updates: 3, batches: 2, rates: [1.0, 4.0]}"
+    config = config_of("seed=3", "batch.micro_batches=2", lag, *METHODS[method])
+    roles, networks = counting_roles(config)
+    plan = plan_iteration(config, roles.text.call_rank(0, Captions.negative))
+    captions = [PromptBatch(tuple("abcdefgh"))] * plan.batches_per_iteration
+    iterate(roles, plan, 0, captions)
+    assert measure_lag(roles, plan, config.lag, 1, captions)["tracking_lag"] != 0
+    iterate(roles, plan, 1, captions)
+    require_foretold(networks, run_passes(config, 2), config.batch.size)
+    costs = pass_costs(config)
+    mean = total_units(expected_lag(config), costs)
+    without = total_units(expected_passes(config_of(*METHODS[method])), costs)
+    assert lag_share(config, costs) == pytest.approx(mean / without)
+    assert total_units(expected_passes(config), costs) == pytest.approx(without + mean)
