@@ -71,7 +71,7 @@ def row(model: str, num_gpus: int, memory_gb: int) -> str:
         best.name,
         f"{best.iteration_s:.0f}",
         f"{max(pool.memory.total for pool in pools) / GB:.0f}",
-        f"{max(pool.memory.host for pool in pools) / GB:.0f}",
+        f"{max(pool.memory.main_memory for pool in pools) / GB:.0f}",
         " ".join(f"`{one}`" for one in settings) or "those of the recipe",
     ]
     return f"| {' | '.join(cells)} |"

@@ -58,9 +58,9 @@ class _Need:
 
     @property
     def of_main_memory(self) -> "_Need":
-        """Its bytes of main memory: what is offloaded, and without a GPU all of it."""
+        """Its bytes of main memory: offloads and copies for saves, and without a GPU all of it."""
         if self.gpus:
-            return replace(self, name=f"{self.name}, offloaded", num_bytes=self.host_bytes)
+            return replace(self, name=f"{self.name}, beside the GPU", num_bytes=self.host_bytes)
         return replace(self, num_bytes=self.num_bytes + self.host_bytes)
 
     def in_words(self) -> str:
@@ -181,13 +181,13 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
         for name, memory in map_memory(work, one).items():
             words = "all roles" if one.roles_on(name) == config.roles else f"pool {name}"
             pool = topology.role_pools_of(config.roles)[name]
-            needs.append(_Need(words, memory.total, pool.gpus, pool.ranks, memory.host))
+            needs.append(_Need(words, memory.total, pool.gpus, pool.ranks, memory.main_memory))
     elif topology.mode == "local" and work.adapters:
         places = dict.fromkeys(config.roles, ("local",))
         one = PoolMap({"local": 1}, places, config.batch.micro_batches)
         gpus = max(pool.gpus for pool in (topology.generator, topology.teacher))
         memory = map_memory(work, one)["local"]
-        needs.append(_Need("all roles", memory.total, gpus, 1, memory.host))
+        needs.append(_Need("all roles", memory.total, gpus, 1, memory.main_memory))
     else:
         teams = topology.teams_of(config.roles)
         split = PoolSplit(
@@ -212,7 +212,7 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
                 memory.total,
                 own[role].gpus,
                 teams[role].size,
-                memory.host,
+                memory.main_memory,
             )
             for role, memory in memories.items()
         ]

@@ -7,6 +7,7 @@
     graphs     what the passes that wait for a signal keep                        by depth
     working    the widest place of a pass; with checkpointing a layer made again
     host       its share of what settings keep in main memory                     beside the GPU's
+    saves      its share of the state again, in main memory, while it is written  learners
 
 Everything but products of matrices and frozen weights is float32: weights are cast where they are
 used. The teacher keeps weights and nothing else. Roles with adapters in a process share one base
@@ -34,15 +35,22 @@ class RankMemory:
     working: float
     host: float = 0.0
     base: float = 0.0
+    saves: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it on the GPU, without what CUDA and NCCL take for themselves."""
         return self.state + self.base + self.gathered + self.graphs + self.working
 
+    @property
+    def main_memory(self) -> float:
+        """All of it outside of the GPU, without what Python and its libraries take."""
+        return self.host + self.saves
+
     def fits(self, hardware: Hardware) -> bool:
         """Returns True if a GPU holds it and leaves room for an allocator, and main memory too."""
-        return self.total <= hardware.usable_bytes and self.host <= GB * hardware.host_memory_gb
+        room = GB * hardware.host_memory_gb
+        return self.total <= hardware.usable_bytes and self.main_memory <= room
 
     def to_json(self) -> dict[str, Any]:
         """In GB."""
@@ -50,6 +58,7 @@ class RankMemory:
         parts |= {"graphs": self.graphs, "working": self.working, "total": self.total}
         parts |= {"host": self.host} if self.host else {}
         parts |= {"base": self.base} if self.base else {}
+        parts |= {"saves": self.saves} if self.saves else {}
         return {name: round(value / GB, 2) for name, value in parts.items()}
 
 
@@ -122,6 +131,7 @@ def discriminator_memory(work: Workload, ranks: int, samples: float) -> RankMemo
         graphs=0.0,
         working=samples * (_graph(work, DISCRIMINATOR) + _layer(work, DISCRIMINATOR) + features),
         host=kept.on_host * share,
+        saves=(1 + kept.moments) * share,
     )
 
 
@@ -147,6 +157,7 @@ def _learner_memory(
         working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
         host=kept.on_host * share + offloaded + start,
         base=work.frozen_bytes(role),
+        saves=(1 + kept.moments + kept.averages) * share,
     )
 
 

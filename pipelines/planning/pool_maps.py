@@ -117,6 +117,8 @@ def together(parts: Sequence[RankMemory]) -> RankMemory:
         host=sum(part.host for part in parts),
         # Roles of one network share one; networks of another size are other bases.
         base=sum({part.base for part in parts}),
+        # Their saves begin together.
+        saves=sum(part.saves for part in parts),
     )
 
 

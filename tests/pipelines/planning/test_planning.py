@@ -16,7 +16,7 @@ from pipelines.cli import app
 from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.groups import pools_of
-from pipelines.planning.hardware import Hardware
+from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.memory import (
     discriminator_memory,
     fake_score_memory,
@@ -170,6 +170,20 @@ class TestMemory:
         assert fake_score_memory(offloaded, 4, 1, 1) == fake_score_memory(plain, 4, 1, 1)
         slower, faster = (update_s(one, Hardware(), GENERATOR, 4) for one in (offloaded, plain))
         assert slower > faster
+
+    def test_a_save_holds_weights_moments_and_average_once_more_in_main_memory(self):
+        parameters = LARGE.shape.num_parameters
+        assert generator_memory(LARGE, 8, 1, 1).saves == 12 * parameters / 8
+        assert fake_score_memory(LARGE, 8, 1, 1).saves == 8 * parameters / 8
+        assert teacher_memory(LARGE, 1, 1).saves == 0
+        adapted = Workload.of(load_recipe("wan21-1.3b-lora"), "1.3b")
+        trained = dict(adapted.adapters)[FAKE_SCORE]
+        assert fake_score_memory(adapted, 1, 1, 1).saves == 8 * trained
+        memory = generator_memory(LARGE, 1, 1, 1)
+        room = memory.saves / GB
+        on = Hardware(memory_gb=1e6, host_memory_gb=room)
+        assert memory.fits(on)
+        assert not memory.fits(replace(on, host_memory_gb=0.99 * room))
 
     def test_with_checkpointing_a_graph_is_the_input_of_every_layer(self):
         graph = generator_memory(SMALL, 1, 1, 1).graphs
