@@ -2,6 +2,7 @@
 
     whole_folder_at(place, last=...)    all files of a folder, or the ones that were there before
     files_at(place)                     some files of a folder that holds others as well
+    copy_folder_at(source, place)       all files of a folder, from or to an object store
 
 For an object store they are made in a temporary folder of this machine's disk (TMPDIR), and each is
 compared after its upload with what was sent. A store cannot exchange folders: the files in `last`
@@ -78,6 +79,35 @@ def files_at(place: str | Path, patience_s: float = 0.0) -> Iterator[Path]:
             time.sleep(_AGAIN_S)
 
 
+def copy_folder_at(source: str | Path, place: str | Path, last: Sequence[str] = ()) -> None:
+    """Copies the files of a folder, of which one or the other lies at an object store.
+
+    A store copies its own objects by itself: they do not pass through this process.
+
+    Args:
+        source: The folder: a path or an address.
+        place: Where to: a path or an address, with nothing there.
+        last: As in `whole_folder_at`.
+
+    Raises:
+        StorageError: A store cannot be read, or does not take the files.
+    """
+    start, end = store_address(source), store_address(place)
+    if start and not end:
+        with whole_folder(place) as draft:
+            _take(start, draft)
+    elif start.partition("://")[0] == end.partition("://")[0]:
+        with storage_errors(f"copying {start} to {end}"):
+            _copy_objects(start, end, last)
+    elif start:
+        with tempfile.TemporaryDirectory(prefix="sgmd-") as scratch:
+            _take(start, Path(scratch))
+            copy_folder_at(scratch, end, last)
+    else:
+        with storage_errors(f"writing {end}"):
+            _send_in_order(Path(source), end, last)
+
+
 def upload_file(file: Path, path: str, files: Any = None) -> str:  # noqa: ANN401
     """Copies a local file to an object store, and checks what is there; returns its SHA-256.
 
@@ -103,8 +133,7 @@ def _replace(folder: Path, address: str, last: Sequence[str]) -> None:
     """Puts the files of a local folder in the place of those at an address."""
     files: Any
     files, root = open_store(address)
-    files.invalidate_cache()
-    there = {name.removeprefix(f"{root}/") for name in files.find(root)}
+    there = set(_names_at(files, root))
     for name in last:
         if name in there:
             files.rm_file(f"{root}/{name}")
@@ -113,6 +142,48 @@ def _replace(folder: Path, address: str, last: Sequence[str]) -> None:
     for name in sorted(there - {*names, *last}):
         files.rm_file(f"{root}/{name}")
     _send(files, root, folder, [name for name in last if name in names])
+
+
+def _take(address: str, folder: Path) -> None:
+    """Brings the files at an address to a local folder."""
+    with storage_errors(f"reading {address}"):
+        files: Any
+        files, root = open_store(address)
+        for name in _names_at(files, root):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            files.get_file(f"{root}/{name}", str(folder / name))
+
+
+def _copy_objects(source: str, target: str, last: Sequence[str]) -> None:
+    files: Any
+    (files, start), (_, end) = open_store(source), open_store(target)
+    names = _names_at(files, start)
+    for name in _in_order(names, last):
+        files.cp_file(f"{start}/{name}", f"{end}/{name}")
+        found, sent = (files.info(f"{root}/{name}")["size"] for root in (end, start))
+        if found != sent:
+            raise StorageError(
+                f"copying {source}/{name} to {target}",
+                f"{found} bytes there, of {sent}",
+                "the same object",
+                "Look at the store, then run it again",
+            )
+
+
+def _send_in_order(folder: Path, address: str, last: Sequence[str]) -> None:
+    files: Any
+    files, root = open_store(address)
+    for name in _in_order(_names_in(folder), last):
+        upload_file(folder / name, f"{root}/{name}", files)
+
+
+def _in_order(names: Sequence[str], last: Sequence[str]) -> list[str]:
+    return sorted(names, key=lambda name: (name in last, name))
+
+
+def _names_at(files: Any, root: str) -> list[str]:  # noqa: ANN401
+    files.invalidate_cache()
+    return sorted(name.removeprefix(f"{root}/") for name in files.find(root))
 
 
 def _send(files: Any, root: str, folder: Path, names: Sequence[str]) -> None:  # noqa: ANN401

@@ -19,7 +19,7 @@ from urllib.request import urlopen
 import pytest
 
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, serve_faulty
-from tests.helpers.s3_server import S3Access, S3Server, free_port, use_server
+from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
 
 # Ray reads the mode when it is imported. The token is this session's, never the user's own.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -94,11 +94,20 @@ def s3_access() -> S3Access:
     return S3Access()
 
 
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server with the bucket `runs`; whose tests need other buckets has a fixture instead."""
+    root = tmp_path_factory.mktemp("s3")
+    (root / "runs").mkdir()
+    with serve_s3(root) as running:
+        yield running
+
+
 @pytest.fixture
 def through(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., ProxyBook]]:
-    """Puts a proxy with some troubles between this process and the module's fixture `server`."""
+    """Puts a proxy with some troubles between this process and the fixture `server`."""
     use_server(server.environment, monkeypatch)
 
     def put(plan: Callable[[int], Trouble], stall_s: float = 2.0) -> ProxyBook:

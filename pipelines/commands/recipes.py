@@ -31,10 +31,10 @@ def list_recipes(as_json: Json = False) -> None:
 @app.command("show", cls=PlainCommand)
 def show_recipe(recipe: RecipeName, as_json: Json = False) -> None:
     """Print a recipe, with every key explained."""
-    from pipelines.config.recipe_files import find_recipe
+    from pipelines.config.recipe_files import find_recipe, recipe_text
     from pipelines.config.yaml_text import read_yaml
 
-    text = find_recipe(recipe).read_text(encoding="utf-8")
+    text = recipe_text(find_recipe(recipe))
     show(read_yaml(text), as_json, text.rstrip("\n"))
 
 
@@ -48,7 +48,7 @@ def copy_recipe(
 ) -> None:
     """Copy a recipe, to be edited."""
     from cluster.storage import write_text
-    from pipelines.config.recipe_files import find_recipe
+    from pipelines.config.recipe_files import find_recipe, recipe_text
     from pipelines.run.folder import require_lasting_folder, require_on_disk
 
     source = find_recipe(recipe)
@@ -59,7 +59,7 @@ def copy_recipe(
         )
     require_on_disk(target, "the file to write")
     require_lasting_folder(target, "the file to write")
-    write_text(str(target), source.read_text(encoding="utf-8"))
+    write_text(str(target), recipe_text(source))
     show({"path": str(target)}, as_json, f"{target}    run it: sgmd distill {target}")
 
 

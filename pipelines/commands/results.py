@@ -199,14 +199,14 @@ def report(
         from pipelines.run.places import shared_place
         from pipelines.run.working_copy import working_copy
         from pipelines.sweeping.page import is_sweep, write_sweep_page
+        from pipelines.sweeping.places import ELSEWHERE
 
         if output:
             require_lasting_folder(output, "--output")
-        folders = [stack.enter_context(working_copy(run)) for run in runs]
+        folders = [stack.enter_context(working_copy(run, ELSEWHERE)) for run in runs]
         if len(folders) == 1 and is_sweep(folders[0]):
-            page = write_sweep_page(folders[0], output)
-            place = shared_place(page)
-            show({"path": place, "bytes": page.stat().st_size}, as_json, place)
+            place = shared_place(write_sweep_page(folders[0], output))
+            show({"path": place, "bytes": file_size(place)}, as_json, place)
             return
         records = [read_run(folder) for folder in folders]
         path = shared_place(write_page(records, output))

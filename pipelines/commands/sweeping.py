@@ -31,6 +31,10 @@ def sweep(
             "--resume", help="Go on with an interrupted sweep; trials that have ended stay."
         ),
     ] = False,
+    resume_auto: Annotated[
+        bool,
+        typer.Option("--resume-auto", help="As --resume where the sweep has begun; else start it."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check every point or corner; start nothing.")
     ] = False,
@@ -54,7 +58,9 @@ def sweep(
             return
         observer = LineObserver(console, StopRule(config.sweep.iterations))
         with live_trials(console, config.sweep) as on_trials:
-            result = job.sweep(config, observer, on_trials=on_trials, resume=resume)
+            result = job.sweep(
+                config, observer, on_trials=on_trials, resume="auto" if resume_auto else resume
+            )
     show(result.to_json(), as_json, *sweep_words(result))
 
 
@@ -133,10 +139,11 @@ def _figure(trial: "Trial", name: str) -> str:
 
 def sweep_words(result: "SweepResult") -> list[RenderableType]:
     """Points, the best one first, then errors, what is not told apart, and the next step."""
+    from pipelines.run.places import shared_place
     from pipelines.run.records import HEADLINE_FIGURES
     from pipelines.sweeping.trials import value_in_words
 
-    points = result.points
+    points, folder, recipe = result.points, *map(shared_place, (result.folder, result.best_recipe))
     best = points[0].trials[0]
     searched = [name for name in result.objectives if name != result.score]
     others = [
@@ -170,7 +177,7 @@ def sweep_words(result: "SweepResult") -> list[RenderableType]:
         num_kept=len(keys) + 2,
         num_words=0,
         title=f"points by {result.score}" + _seeds_words(result),
-        elsewhere=f"{result.folder}/sweep.csv",
+        elsewhere=f"{folder}/sweep.csv",
     )
     failed = [
         f"failed, {trial.in_words}, seed {trial.seed}: {trial.error}"
@@ -181,9 +188,9 @@ def sweep_words(result: "SweepResult") -> list[RenderableType]:
         table,
         *failed,
         *([result.note] if result.note else []),
-        f"report: {result.folder}/report.html",
-        f"best settings: {result.best_recipe}",
-        f"next: sgmd distill {result.best_recipe}",
+        f"report: {folder}/report.html",
+        f"best settings: {recipe}",
+        f"next: sgmd distill {recipe}",
     ]
 
 

@@ -1,6 +1,6 @@
 """Recipe files: which ship, where one is, and what it says.
 
-    name or path  ->  YAML text  ->  nested dict + overrides  ->  a frozen pydantic model
+    name, path or address  ->  YAML text  ->  nested dict + overrides  ->  a frozen pydantic model
 
 A recipe may name another one as its `base` and hold only what it has otherwise. What is wrong with
 its settings, `pipelines.config.settings_check` says.
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel
 
+from cluster.files import open_store, storage_errors, store_address
 from cluster.redaction import without_secrets
 from pipelines.config.overrides import Override, apply_overrides, parse_override
 from pipelines.config.settings_check import known_keys, validate
@@ -71,15 +72,18 @@ def shipped_recipes() -> list[Recipe]:
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """Path of a recipe.
+    """Path of a recipe; of one at an address, what `cluster.files.store_address` reads.
 
     Args:
-        name_or_path: Name of a recipe that ships, or path of a YAML file (with a `/` or `.yaml`).
+        name_or_path: Name of a recipe that ships, path of a YAML file (with a `/` or `.yaml`), or
+            address of one.
 
     Raises:
         ConfigError: There is no such file, or no recipe of that name.
     """
     path = Path(name_or_path).expanduser()
+    if store_address(path):
+        return path
     if "/" in name_or_path or path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
@@ -104,19 +108,46 @@ def find_recipe(name_or_path: str) -> Path:
     return names[name_or_path]
 
 
+def recipe_text(path: Path) -> str:
+    """Text of a recipe, but for what is more than is read of any.
+
+    Args:
+        path: As `find_recipe` returns it.
+
+    Raises:
+        OSError: It cannot be read.
+        UnicodeDecodeError: It is no UTF-8 text.
+        StorageError: The store of its address fails.
+    """
+    address = store_address(path)
+    if not address:
+        with path.open(encoding="utf-8-sig") as file:
+            return file.read(MAX_CHARACTERS + 1)
+    with storage_errors(f"reading the recipe {address}"):
+        files: Any
+        files, name = open_store(address)
+        files.invalidate_cache()
+        is_there = files.isfile(name)
+        content = files.cat_file(name, start=0, end=4 * MAX_CHARACTERS + 1) if is_there else b""
+    if not is_there:
+        raise FileNotFoundError(f"no such object: {address}")
+    return str(content, encoding="utf-8-sig")
+
+
 def load(kind: type[C], name_or_path: str, overrides: Sequence[str] = ()) -> C:
     """Reads a recipe into the settings of a command.
 
     Args:
         kind: Pydantic model of the settings.
-        name_or_path: Name of a recipe that ships, or path of a YAML file.
+        name_or_path: As in `find_recipe`.
         overrides: `a.b=c`, later ones last.
 
     Raises:
         ConfigError: The file, a key, a value or a combination is wrong; one error names all.
+        StorageError: The store of its address fails.
     """
     path = find_recipe(name_or_path)
-    attempted = f"reading the recipe {path}"
+    attempted = f"reading the recipe {store_address(path) or path}"
     settings = recipe_sections(path, kind)
     _require_command(kind, settings, name_or_path, attempted)
     if overrides:
@@ -131,7 +162,7 @@ def names_base(path: Path) -> bool:
     Raises:
         ConfigError: The file cannot be read.
     """
-    return _BASE in _sections(path, f"reading the recipe {path}")
+    return _BASE in _sections(path, f"reading the recipe {store_address(path) or path}")
 
 
 def recipe_sections(path: Path, kind: type, depth: int = 0) -> Mapping[str, Any]:
@@ -149,7 +180,7 @@ def recipe_sections(path: Path, kind: type, depth: int = 0) -> Mapping[str, Any]
     Raises:
         ConfigError: A file cannot be read, is no YAML or no section, or a base is none.
     """
-    attempted = f"reading the recipe {path}"
+    attempted = f"reading the recipe {store_address(path) or path}"
     settings = dict(_sections(path, attempted))
     if _BASE not in settings:
         return settings
@@ -187,9 +218,7 @@ def _sections(path: Path, attempted: str) -> Mapping[str, Any]:
         ConfigError: It cannot be read, is no YAML, or no section.
     """
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            text = file.read(MAX_CHARACTERS + 1)
-        settings = read_yaml(text)
+        settings = read_yaml(recipe_text(path))
     except UnicodeDecodeError as error:
         found = f"bytes that are not UTF-8 text, at {error.start}"
         raise ConfigError(attempted, found, "a YAML file") from error

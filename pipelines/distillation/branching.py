@@ -9,13 +9,16 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from cluster.checkpoints import Checkpoints
-from cluster.files import delete_folder, whole_folder
+from cluster.checkpoints import MANIFEST, Checkpoints
+from cluster.files import delete_folder, store_address, whole_folder
+from cluster.folders import copy_folder_at
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import begin, differences
 from pipelines.distillation.preflight import run_preflight
 from pipelines.run.data_log import DataLog
 from pipelines.run.folder import RunFolder
+from pipelines.run.places import shared_place
+from pipelines.run.working_copy import copy_at
 from sgmd_core.errors import CheckpointError
 
 _LOGS = ("metrics", "validation", "shards", "quarantine", "ledger")
@@ -28,12 +31,12 @@ def newest_state(source: RunFolder) -> int:
         CheckpointError: There is no run, or no whole checkpoint of it.
     """
     source.require("going on from")
-    checkpoints = Checkpoints(str(source.checkpoints))
+    checkpoints = states_of(source)
     for step in reversed(checkpoints.all_steps()):
         if not checkpoints.fault(step, contents=True):
             return step
     raise CheckpointError(
-        f"going on from {source.root}",
+        f"going on from {source}",
         "no whole checkpoint there",
         "a run that has saved its state",
         "Runs save at their end and every checkpoint.every iterations",
@@ -55,8 +58,8 @@ def branch(
         CheckpointError: The state is broken, or the runs differ in something else; names it.
         ConfigError: The folder of the new run exists.
     """
-    checkpoints = Checkpoints(str(source.checkpoints))
-    attempted = f"going on from iteration {iteration} of {source.root}"
+    checkpoints = states_of(source)
+    attempted = f"going on from iteration {iteration} of {source}"
     fault = checkpoints.fault(iteration, contents=True)
     if fault:
         raise CheckpointError(attempted, fault, "a whole checkpoint", "Take another run or state")
@@ -67,25 +70,27 @@ def branch(
         _copy(getattr(source, name), getattr(target, name))
     target.rewind(iteration)
     DataLog(target).rewind(iteration)
-    state = Path(checkpoints.folder(iteration))
-    with whole_folder(target.checkpoints / state.name) as draft:
-        shutil.copytree(state, draft, dirs_exist_ok=True, copy_function=_linked)
+    _publish(target)
+    _copy_state(checkpoints.folder(iteration), states_of(target).folder(iteration))
 
 
-def keep_state(source: RunFolder, target: Path, *, iteration: int) -> None:
+def keep_state(source: RunFolder, target: RunFolder, *, iteration: int) -> None:
     """Keeps one state of a run, and what a branch takes along, however that run goes on.
 
     Args:
         source: The run that has the state.
-        target: Folder to make; it can be branched from as the run can.
+        target: Folder to make; it can be branched from as the run can, once it has the state.
         iteration: The state's.
     """
-    with whole_folder(target) as draft:
-        kept = RunFolder(draft)
-        for name in ("config", "identity", *_LOGS):
-            _copy(getattr(source, name), getattr(kept, name))
-        state = Path(Checkpoints(str(source.checkpoints)).folder(iteration))
-        shutil.copytree(state, kept.checkpoints / state.name, copy_function=_linked)
+    for name in ("config", "identity", *_LOGS):
+        _copy(getattr(source, name), getattr(target, name))
+    _publish(target)
+    _copy_state(states_of(source).folder(iteration), states_of(target).folder(iteration))
+
+
+def states_of(run: RunFolder) -> Checkpoints:
+    """The committed states of a run, at its place."""
+    return Checkpoints(shared_place(run.checkpoints))
 
 
 def ensure_branch(
@@ -106,10 +111,11 @@ def ensure_branch(
         CheckpointError: See there.
     """
     target = RunFolder(config.run_folder)
-    is_whole = Checkpoints(str(target.checkpoints)).latest() is not None
-    if is_whole or target.summary.exists():
+    if states_of(target).latest() is not None or target.summary.exists():
         return
-    if target.root.exists():
+    if copy := copy_at(target.root):
+        copy.clear()
+    elif target.root.exists():
         delete_folder(target.root)
     branch(source, config, may_differ, iteration=iteration)
 
@@ -133,7 +139,7 @@ def require_branch(source: RunFolder, config: DistillConfig, may_differ: Collect
     found = differences(same, run_preflight(same), source)
     if found:
         raise CheckpointError(
-            f"going on from {source.root}",
+            f"going on from {source}",
             "; ".join(found),
             "a run with the same model, data and settings but for those that are searched",
             "Take those settings into the recipe, or start from another run",
@@ -144,7 +150,22 @@ def _copy(source: Path, target: Path) -> None:
     if source.is_dir():
         shutil.copytree(source, target, dirs_exist_ok=True)
     elif source.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, target)
+
+
+def _publish(run: RunFolder) -> None:
+    """Brings what belongs to a state to its address, before the state."""
+    if copy := copy_at(run.root):
+        copy.publish()
+
+
+def _copy_state(source: str, target: str) -> None:
+    if store_address(source) or store_address(target):
+        copy_folder_at(source, target, last=(MANIFEST,))
+        return
+    with whole_folder(target) as draft:
+        shutil.copytree(source, draft, dirs_exist_ok=True, copy_function=_linked)
 
 
 def _linked(source: str, target: str) -> str:

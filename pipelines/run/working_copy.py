@@ -131,6 +131,20 @@ class WorkingCopy:
                 write_whole(path, files.cat_file(name))
             self._known[path] = _stamp(path)
 
+    def clear(self) -> None:
+        """Deletes all that is at the address, and here what came from there.
+
+        Raises:
+            StorageError: The store does not let us.
+        """
+        with storage_errors(f"deleting {self.address}"):
+            files: Any
+            files, root = open_store(self.address)
+            files.invalidate_cache()
+            if files.isdir(root):
+                files.rm(root, recursive=True)
+        self.fetch()
+
     def changes(self, without: Collection[str] = ()) -> list[Path]:
         """Files whose content is not at the address.
 

@@ -19,6 +19,7 @@ from pipelines.config.recipe_files import (
     load,
     names_base,
     recipe_sections,
+    recipe_text,
     shipped_recipes,
 )
 from pipelines.data.shards.columns import OptionColumnNames
@@ -33,6 +34,7 @@ from pipelines.run.places import shared_place
 from pipelines.study.run import folder_of, plan_study
 from pipelines.submitting.request import JobRequest, TravellingFile, is_lasting, rooted
 from pipelines.sweeping.checks import checked_sweep
+from pipelines.sweeping.places import sweep_place
 from sgmd_core.errors import ConfigError, DataError
 from workers.models.addresses import is_address
 
@@ -96,10 +98,9 @@ class Preparation:
         if run in ("", "auto"):
             config = config.with_settings({"output": self._output("output", config.output)})
             require_lasting_folder(config.output, "output")
-        if self.request.command != "distill":
+        if self.request.command == "study":
             require_on_disk(config.output, "output")
-        run_folder = shared_place(config.run_folder)
-        results = {"sweep": f"{run_folder}-sweep", "distill": run_folder}
+        results = {"sweep": sweep_place(config), "distill": shared_place(config.run_folder)}
         if self.request.command == "study":
             plan_study(config)
             results["study"] = str(folder_of(config))
@@ -107,6 +108,8 @@ class Preparation:
         models = [config.model.folder, *filter(None, [config.teacher.model])]
         for setting, model in zip(("model.folder", "teacher.model"), models, strict=False):
             self._input(setting, model)
+        if self.request.command == "sweep":
+            self._input("sweep.start_from", config.sweep.start_from or "")
         data = {"data.train": config.data.train, "data.validation": config.data.validation}
         for setting, path in data.items():
             self._captions(setting, path, self._take_setting)
@@ -128,8 +131,7 @@ class Preparation:
             if found is not None:
                 self.checked |= found
                 if self.request.command == "sweep":
-                    checked_sweep(config)
-                    self.checked["sweep"] = "every point of the grid, or the corners of the space"
+                    self._sweep(config)
                 return
             is_served = False
         if has_models:
@@ -137,6 +139,14 @@ class Preparation:
             self.checked["model"] = f"configurations, weight headers of {model.path}; clip size"
         if is_served and train not in not_here:
             self._try("data", train, lambda: inspect_captions(config))
+
+    def _sweep(self, config: DistillConfig) -> None:
+        start = config.sweep.start_from
+        if start and not self._is_here(start):
+            self.left["sweep.start_from"] = f"{start} is not on this machine"
+            config = config.with_settings({"sweep.start_from": None})
+        checked_sweep(config)
+        self.checked["sweep"] = "every point of the grid, or the corners of the space"
 
     def _try(
         self, subject: str, address: str, look: Callable[[], object]
@@ -233,7 +243,7 @@ class Preparation:
         if recipe in {shipped.name for shipped in shipped_recipes()}:
             return
         path = find_recipe(recipe)
-        content = path.read_bytes()
+        content = recipe_text(path).encode()
         if names_base(path):
             merged = recipe_sections(path, kind)
             content = yaml.safe_dump(dict(merged), sort_keys=False, allow_unicode=True).encode()

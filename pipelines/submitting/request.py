@@ -14,7 +14,10 @@ COMMANDS = ("distill", "sweep", "study", "pretrain", "encode", "evaluate")
 TRAVELLING = PurePosixPath("submitted")
 """Folder of the package for files that lie elsewhere on this machine."""
 
-RESUMED_BY: dict[str, tuple[str, ...]] = {"distill": ("--resume", "auto"), "sweep": ("--resume",)}
+RESUMED_BY: dict[str, tuple[str, ...]] = {
+    "distill": ("--resume", "auto"),
+    "sweep": ("--resume-auto",),
+}
 """Options by which a command goes on where it was; the others do by themselves."""
 
 _LEASE_PAUSE_S = 75

@@ -7,7 +7,9 @@ from typing import Any
 from pipelines.config.recipe import DistillConfig, check_sweep
 from pipelines.distillation.branching import newest_state, require_branch
 from pipelines.distillation.preflight import Preflight, require_readable, run_preflight
+from pipelines.distillation.run import NOT_NEEDED
 from pipelines.run.folder import RunFolder
+from pipelines.run.working_copy import working_copy
 from pipelines.sweeping.search import require_pb2, seeds_of
 from pipelines.sweeping.space import PointSettings, combinations, corners, num_combinations
 from pipelines.sweeping.trial import trial_config
@@ -117,9 +119,10 @@ def _first_iteration(config: DistillConfig, point: Mapping[str, Any]) -> int:
     start = config.sweep.start_from
     if start is None:
         return 0
-    source = RunFolder(start)
-    iteration = newest_state(source)
-    searched = {*config.sweep.dimensions, *config.sweep.settings, "seed"}
-    trial = trial_config(config, point, seeds_of(config)[0], "check", iteration)
-    require_branch(source, trial, searched)
+    with working_copy(start, NOT_NEEDED):
+        source = RunFolder(start)
+        iteration = newest_state(source)
+        searched = {*config.sweep.dimensions, *config.sweep.settings, "seed"}
+        trial = trial_config(config, point, seeds_of(config)[0], "check", iteration)
+        require_branch(source, trial, searched)
     return iteration

@@ -1,14 +1,15 @@
 """Tune's events: written into the book of trials, and told to whoever looks."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from cluster.storage import read_json
+from cluster.errors import StorageError
+from cluster.files import open_store, storage_errors
 from pipelines.run.observer import RunObserver
 from pipelines.sweeping.trial import ERROR_FILE, CommonToTrials
 from pipelines.sweeping.trials import Trial, TrialBook, settings_in_words
@@ -68,9 +69,9 @@ class TrialEvents(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
         """Opens a row."""
         settings, seed = self._sweep.run_of(trial.config)
-        folder = Path(self._sweep.config.output) / str(trial)
+        folder = self._folder(trial)
         self._book.begin(
-            Trial(settings, {}, 0.0, str(folder), "", name=str(trial), seed=seed, state="running")
+            Trial(settings, {}, 0.0, folder, "", name=str(trial), seed=seed, state="running")
         )
         self.tell()
 
@@ -111,16 +112,31 @@ class TrialEvents(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ANN401 - Tune's interface
         """Says that a trial starts again, unless it will say again what it failed with."""
-        folder = Path(self._sweep.config.output) / str(trial)
-        if not list(folder.parent.glob(f"{folder.name}*/{ERROR_FILE}")):
+        if not self._written_error(str(trial)):
             self._observer.warning(f"{trial}: its process was lost; it goes on from its own state")
 
     def _error_of(self, trial: Any, row: Trial) -> str:  # noqa: ANN401 - Tune's own
-        folders = sorted(Path(self._sweep.config.output).glob(f"{row.name}*/{ERROR_FILE}"))
-        if folders:
-            return str(read_json(str(folders[-1]))["error"])
+        if written := self._written_error(row.name):
+            return written
         error = trial.get_pickled_error() or trial.get_error()
         return "unknown error" if error is None else trial_error(error)
+
+    def _folder(self, trial: Any) -> str:  # noqa: ANN401 - Tune's own
+        return f"{self._sweep.config.output}/{trial}"
+
+    def _written_error(self, name: str) -> str:
+        """Error in the newest folder of a trial, its own or one it has branched to; or nothing."""
+        output = self._sweep.config.output
+        try:
+            with storage_errors(f"looking for errors in {output}"):
+                files: Any
+                files, root = open_store(output)
+                files.invalidate_cache()
+                found = sorted(files.glob(f"{root}/{name}*/{ERROR_FILE}"))
+                return str(json.loads(files.cat_file(found[-1]))["error"]) if found else ""
+        except StorageError as error:
+            self._observer.warning(str(error))
+            return ""
 
     def _end(self, trial: Any, how: str) -> None:  # noqa: ANN401 - Tune's own
         settings, _ = self._sweep.run_of(trial.config)

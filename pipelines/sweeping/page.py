@@ -17,6 +17,8 @@ from pipelines.media.charts import number
 from pipelines.media.pages import page_templates
 from pipelines.media.scatter import interval_words
 from pipelines.reporting.names import duration, title
+from pipelines.run.folder import require_output_folder
+from pipelines.run.places import shared_place
 from pipelines.sweeping.importance import comparable, importances
 from pipelines.sweeping.page_charts import (
     learning_cards,
@@ -24,7 +26,7 @@ from pipelines.sweeping.page_charts import (
     pareto_cards,
     response_cards,
 )
-from pipelines.sweeping.results import SweepResult, TriedPoint, ranked_trials
+from pipelines.sweeping.results import BEST_FILE, SweepResult, TriedPoint, ranked_trials
 from pipelines.sweeping.trials import TrialBook, value_in_words
 from sgmd_core.errors import CheckpointError
 
@@ -46,19 +48,25 @@ def write_sweep_page(folder: Path, output: Path | None = None) -> Path:
         folder: The sweep's.
         output: File to write; None: report.html in the folder.
 
+    Returns:
+        Path of the file, or its address.
+
     Raises:
         CheckpointError: There is no sweep, or none of its trials has begun.
+        StorageError: An object store does not take the page.
     """
+    place = shared_place(folder)
     if not is_sweep(folder):
-        raise CheckpointError(f"reading the sweep {folder}", "no trials.json", "a sweep's folder")
+        raise CheckpointError(f"reading the sweep {place}", "no trials.json", "a sweep's folder")
     config = load_recipe(str(folder / "recipe.yaml"))
     trials = ranked_trials(config.sweep, TrialBook(folder / "trials.json").trials)
     if not trials:
-        raise CheckpointError(f"reading the sweep {folder}", "no trial", "at least one that began")
-    best = folder / "best.yaml"
-    result = SweepResult(config.sweep.score, trials, folder, best, config.sweep.objectives)
-    path = output or folder / PAGE_FILE
-    write_text(str(path), _html(config, result))
+        raise CheckpointError(f"reading the sweep {place}", "no trial", "at least one that began")
+    best = Path(place) / BEST_FILE
+    result = SweepResult(config.sweep.score, trials, Path(place), best, config.sweep.objectives)
+    path = output or Path(place) / PAGE_FILE
+    require_output_folder(path, "--output", is_file=True)
+    write_text(shared_place(path), _html(config, result))
     return path
 
 

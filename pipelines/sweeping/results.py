@@ -17,11 +17,13 @@ from typing import Any
 from cluster.storage import write_text
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.sweep import SweepSettings
+from pipelines.run.places import shared_place
 from pipelines.run.ranking import Contender, Mode, not_told_apart
 from pipelines.study.results import SeedSpread
 from pipelines.sweeping.trials import Trial, settings_in_words
 from sgmd_core.metrics.jackknife import NORMAL_95
 
+BEST_FILE = "best.yaml"
 _ORDER = {"done": 0, "stopped": 1, "running": 2, "failed": 3}
 
 
@@ -128,7 +130,7 @@ class SweepResult:
     Attributes:
         score: The figure that ranks them.
         trials: Failed ones last.
-        folder: Where table and best recipe are.
+        folder: Where table and best recipe are; `places.shared_place` names an address.
         best_recipe: A recipe with the best settings and the full number of iterations.
         objectives: Every figure that was searched, with what is good.
     """
@@ -169,8 +171,8 @@ class SweepResult:
         """As `--json` prints it."""
         return {
             "score": self.score,
-            "folder": str(self.folder),
-            "best_recipe": str(self.best_recipe),
+            "folder": shared_place(self.folder),
+            "best_recipe": shared_place(self.best_recipe),
             "note": self.note,
             "front": [dict(point.settings) for point in self.front],
             "trials": [
@@ -219,10 +221,10 @@ def write_results(config: DistillConfig, folder: Path, trials: Sequence[Trial]) 
     """
     order = ranked_trials(config.sweep, trials)
     best = config.with_settings(dict(order[0].settings))
-    objectives = config.sweep.objectives
-    result = SweepResult(config.sweep.score, order, folder, folder / "best.yaml", objectives)
+    objectives, place = config.sweep.objectives, Path(shared_place(folder))
+    result = SweepResult(config.sweep.score, order, place, place / BEST_FILE, objectives)
     note = "".join(f"# {line}\n" for line in textwrap.wrap(result.note, 97))
-    write_text(str(result.best_recipe), note + best.to_yaml())
+    write_text(str(folder / BEST_FILE), note + best.to_yaml())
     write_text(str(folder / "sweep.csv"), _csv(config.sweep, result))
     return result
 

@@ -12,31 +12,37 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import optuna
 from ray import tune
 from ray.tune.execution import class_cache
 
-from cluster.lease import hold
+from cluster.files import store_address
 from cluster.ray.pools import Pool, bundles_of, selectors_of
 from cluster.runtime import start_ray
 from cluster.storage import write_text
 from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.distillation.branching import keep_state
+from pipelines.distillation.branching import keep_state, states_of
 from pipelines.distillation.groups import (
     lent_pools_of,
     own_cluster_size,
     own_pools_of,
     pools_of,
 )
+from pipelines.distillation.run import NOT_NEEDED
 from pipelines.run.differences import value_differences
-from pipelines.run.folder import TEACHER_CLIPS, RunFolder, require_on_disk, require_output_folder
+from pipelines.run.folder import TEACHER_CLIPS, RunFolder, require_output_folder
 from pipelines.run.observer import RunObserver
+from pipelines.run.places import local_of, shared_place
+from pipelines.run.publisher import publisher_of, publishing
+from pipelines.run.working_copy import hold_place, working_copy
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
 from pipelines.sweeping.page import write_sweep_page
+from pipelines.sweeping.places import ELSEWHERE, START, TRIALS, TUNE, sweep_place
 from pipelines.sweeping.results import SweepResult, write_results
 from pipelines.sweeping.search import (
     keep_present,
@@ -49,6 +55,7 @@ from pipelines.sweeping.search import (
 )
 from pipelines.sweeping.trial import CommonToTrials, run_trial, trial_config
 from pipelines.sweeping.trials import Trial, TrialBook
+from pipelines.sweeping.tune_store import tune_store
 from sgmd_core.errors import ConfigError, StopRequestedError
 from workers.models.families import modules_of
 
@@ -57,7 +64,7 @@ _KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AW
 # Starts of a trial whose process is lost; it goes on from its own checkpoint.
 _MAX_LOSSES = 3
 _MAY_CHANGE = ("concurrent_trials",)
-_START = "start"
+_RECIPE = "recipe.yaml"
 
 
 def sweep(
@@ -66,7 +73,7 @@ def sweep(
     on_progress: OnProgress = lambda what, done, total: None,
     on_trials: OnTrials = lambda trials, total: None,
     *,
-    resume: bool = False,
+    resume: bool | Literal["auto"] = False,
 ) -> SweepResult:
     """Runs the trials of a recipe's `sweep` section.
 
@@ -76,13 +83,14 @@ def sweep(
         on_progress: Called when a trial ends with (what is counted, trials ended, trials in all).
         on_trials: Called with all trials so far whenever one of them has news.
         resume: Go on with a sweep that was interrupted: trials that have ended are not run again,
-            and those under way go on from their own last checkpoint.
+            and those under way go on from their own last checkpoint. `auto`: where it has begun.
 
     Raises:
         SgmdError: A point does not fit, or no trial came to its end.
         StopRequestedError: The sweep was interrupted; `resume` goes on with it.
         ClusterError: Ray does not start.
         LeaseError: Another process sweeps in the folder.
+        StorageError: The store of a sweep at an address has failed for too long.
     """
     # Tune's newer reporter prints to standard output even when told to be silent.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
@@ -91,30 +99,54 @@ def sweep(
     # Tune copies keys into the description of each trial's process, which Ray logs.
     class_cache.ENV_VARS_TO_PROPAGATE.difference_update(_KEYS)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    require_on_disk(config.output, "output")
     require_output_folder(config.output, "output")
-    folder = Path(config.output).absolute() / f"{config.name}-sweep"
-    first_iteration = checked_sweep(from_kept_start(config, folder) if resume else config)
-    with hold(str(folder), f"sgmd sweep {config.name}"):
-        _take_folder(config, folder, resume=resume)
-        if config.sweep.start_from and not (folder / _START).exists():
-            start = RunFolder(config.sweep.start_from)
-            keep_state(start, folder / _START, iteration=first_iteration)
-        inside = _inside(config, folder)
-        service = f"{config.name}-{secrets.token_hex(4)}" if config.sweep.share_teacher else ""
-        common = CommonToTrials(inside, first_iteration, listed_runs(config), service)
-        book = TrialBook(folder / "trials.json")
-        events = TrialEvents(
-            common, book, num_runs(config), observer or RunObserver(), on_progress, on_trials
-        )
-        return _sweep(config, folder, common, book, events)
+    observer = observer or RunObserver()
+    with working_copy(sweep_place(config), ELSEWHERE):
+        folder = local_of(sweep_place(config))
+        if resume == "auto":
+            resume = (folder / _RECIPE).exists()
+        first_iteration = checked_sweep(from_kept_start(config, folder) if resume else config)
+        with (
+            hold_place(folder, f"sgmd sweep {config.name}", ELSEWHERE) as lease,
+            publishing(folder, lease, config.recovery.storage_outage_s, observer.event),
+        ):
+            common = _begin(config, folder, first_iteration, resume=resume)
+            book = TrialBook(folder / "trials.json", partial(_publish, folder))
+            events = TrialEvents(common, book, num_runs(config), observer, on_progress, on_trials)
+            return _sweep(config, folder, common, book, events)
+
+
+def _begin(
+    config: DistillConfig, folder: Path, first_iteration: int, *, resume: bool
+) -> CommonToTrials:
+    """Writes what a sweep begins with; returns what its trials have in common."""
+    _take_folder(config, folder, resume=resume)
+    _publish(folder)
+    start = config.sweep.start_from
+    if start and not _has_start(folder):
+        with working_copy(start, NOT_NEEDED):
+            keep_state(RunFolder(start), RunFolder(folder / START), iteration=first_iteration)
+    service = f"{config.name}-{secrets.token_hex(4)}" if config.sweep.share_teacher else ""
+    inside = _inside(config, folder)
+    return CommonToTrials(inside, first_iteration, listed_runs(config), service)
+
+
+def _publish(folder: Path) -> None:
+    """Brings the sweep's own files to its address now, however long it bears an outage."""
+    publisher = publisher_of(folder)
+    publisher.insist("publishing the sweep", publisher.flush)
+
+
+def _has_start(folder: Path) -> bool:
+    return states_of(RunFolder(folder / START)).latest() is not None
 
 
 def _inside(config: DistillConfig, folder: Path) -> DistillConfig:
     """The recipe as trials have it, who work in folders of Tune's."""
+    place = shared_place(folder)
     of_sweep = {
-        "output": str(folder / "trials"),
-        "validation.teacher_clips": config.validation.teacher_clips or str(folder / TEACHER_CLIPS),
+        "output": f"{place}/{TRIALS}",
+        "validation.teacher_clips": config.validation.teacher_clips or f"{place}/{TEACHER_CLIPS}",
     }
     return from_kept_start(config.with_absolute_paths(), folder).with_settings(of_sweep)
 
@@ -129,9 +161,9 @@ def from_kept_start(config: DistillConfig, folder: Path) -> DistillConfig:
         config: The recipe.
         folder: The sweep's.
     """
-    if not config.sweep.start_from or not (folder / _START).exists():
+    if not config.sweep.start_from or not _has_start(folder):
         return config
-    return config.with_settings({"sweep.start_from": str(folder / _START)})
+    return config.with_settings({"sweep.start_from": shared_place(folder / START)})
 
 
 def dry_run_sweep(config: DistillConfig) -> dict[str, int]:
@@ -143,7 +175,6 @@ def dry_run_sweep(config: DistillConfig) -> dict[str, int]:
     Raises:
         SgmdError: A point does not fit.
     """
-    require_on_disk(config.output, "output")
     require_output_folder(config.output, "output")
     checked_sweep(config)
     return {
@@ -159,22 +190,22 @@ def _take_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:
     Raises:
         ConfigError: The folder is not free, not there, or another sweep's.
     """
-    began = folder / "recipe.yaml"
+    began, place = folder / _RECIPE, shared_place(folder)
     if not resume:
         if began.exists():
             raise ConfigError(
-                f"starting a sweep in {folder}",
+                f"starting a sweep in {place}",
                 "another one is there",
                 "a name that is free",
                 "Choose another one with name=..., go on with --resume, or delete the folder",
             )
         write_text(str(began), config.to_yaml())
         return
-    attempted = f"going on with the sweep in {folder}"
+    attempted = f"going on with the sweep in {place}"
     if not began.exists():
         raise ConfigError(
             attempted,
-            "no recipe.yaml there",
+            f"no {_RECIPE} there",
             "the folder of an earlier sweep",
             "Check name and output; without --resume a new sweep is started",
         )
@@ -194,7 +225,7 @@ def _take_folder(config: DistillConfig, folder: Path, *, resume: bool) -> None:
             attempted,
             "; ".join(found),
             "the recipe that it began with, but for sweep.concurrent_trials",
-            f"Its recipe is {began}",
+            f"Its recipe is {place}/{_RECIPE}",
         )
 
 
@@ -217,7 +248,7 @@ def _sweep(
             start_ray(config.topology.address, num_cpus=num_cpus, preload=preload),
             _lending(config, common.service, lent, events),
         ):
-            events.note(f"sweeping {total} trials in {folder}")
+            events.note(f"sweeping {total} trials in {shared_place(folder)}")
             events.tell()
             seed_global_draws(config.seed)
             results = _tuner(config, folder, common, pools, book.trials, events).fit()
@@ -288,13 +319,15 @@ def _tuner(
     earlier: Sequence[Trial],
     events: TrialEvents,
 ) -> tune.Tuner:
-    kept = folder / "tune"
+    files, kept = None, f"{shared_place(folder)}/{TUNE}"
+    if store_address(kept):
+        files, kept = tune_store(kept)
     run = partial(run_trial, sweep=common)
     trainable = tune.with_resources(run, _resources(pools))
     ends_early = scheduler(config, earlier)
     keep_present(ends_early)
-    if tune.Tuner.can_restore(str(kept)):
-        return tune.Tuner.restore(str(kept), trainable, resume_unfinished=True)
+    if tune.Tuner.can_restore(kept, storage_filesystem=files):
+        return tune.Tuner.restore(kept, trainable, resume_unfinished=True, storage_filesystem=files)
     return tune.Tuner(
         trainable,
         param_space=param_space(config),
@@ -310,8 +343,9 @@ def _tuner(
             trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
-            name=kept.name,
-            storage_path=str(folder),
+            name=TUNE,
+            storage_path=str(PurePosixPath(kept).parent),
+            storage_filesystem=files,
             verbose=0,
             callbacks=[events],
             failure_config=tune.FailureConfig(max_failures=_MAX_LOSSES),

@@ -10,21 +10,25 @@ after the loss of a process is none of what would fail in the same way.
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from cluster.errors import ClusterError
+from cluster.errors import ClusterError, LeaseError
+from cluster.files import store_address
 from cluster.storage import read_json, write_json
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.branching import ensure_branch
-from pipelines.distillation.run import distill
+from pipelines.distillation.run import NOT_NEEDED, distill
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
+from pipelines.run.places import shared_place
 from pipelines.run.records import ValidationRecord
+from pipelines.run.working_copy import working_copy
 from pipelines.sweeping.space import at_share
 from sgmd_core.errors import SgmdError, StopRequestedError
 
@@ -35,6 +39,10 @@ CLOCK = "clock"
 """Iterations as PB2 counts them: the last report comes too early to change anything."""
 ERROR_FILE = "error.json"
 _STATE_FILE = "state.json"
+# The lease of a trial at an address whose machine is lost runs out meanwhile.
+_LEASE_S, _AGAIN_S = 120.0, 5.0
+# And a trial that the scheduler ends brings its last files there, before its process is used again.
+_LAST_FILES_S = "30"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +123,7 @@ def run_trial(tuned: Mapping[str, Any], sweep: CommonToTrials) -> None:
     """
     # W&B reads it: the trials of a sweep stand together there.
     os.environ["WANDB_RUN_GROUP"] = f"{sweep.config.name}-sweep"
+    os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", _LAST_FILES_S)
     settings, seed = sweep.run_of(tuned)
     name = tune.get_context().get_trial_name()
     state = _given_state()
@@ -124,20 +133,48 @@ def run_trial(tuned: Mapping[str, Any], sweep: CommonToTrials) -> None:
     else:
         name_of_run = name if state is None else Path(state["run_folder"]).name
     config = sweep.trial_config(settings, seed, name_of_run)
+    with working_copy(config.run_folder, NOT_NEEDED):
+        _run_in_folder(sweep, config, state, settings, name)
+
+
+def _run_in_folder(
+    sweep: CommonToTrials,
+    config: DistillConfig,
+    state: Mapping[str, Any] | None,
+    settings: Mapping[str, Any],
+    name: str,
+) -> None:
+    """Runs one trial whose folder is here."""
     folder = RunFolder(config.run_folder)
     failed = folder.root / ERROR_FILE
     if failed.exists():
         raise TrialError(read_json(str(failed))["error"])
     try:
         _begin(sweep, config, state)
-        _distill(sweep, config, folder, settings, name)
+        is_away = bool(store_address(config.run_folder))
+        _once_free(
+            lambda: _distill(sweep, config, folder, settings, name), _LEASE_S if is_away else 0.0
+        )
     except (ClusterError, StopRequestedError):
         # The loss of a process or machine, or a stop from outside: worth another try.
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
-        write_json(str(failed), {"error": text})
+        write_json(shared_place(failed), {"error": text})
         raise
+
+
+def _once_free(work: Callable[[], None], patience_s: float) -> None:
+    """Does the work once nobody else holds the folder: a process that is lost may for a while."""
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        try:
+            work()
+            return
+        except LeaseError:
+            if time.monotonic() >= deadline_s:
+                raise
+        time.sleep(_AGAIN_S)
 
 
 class TrialError(Exception):
@@ -165,7 +202,8 @@ def _begin(sweep: CommonToTrials, config: DistillConfig, state: Mapping[str, Any
     else:
         return
     if Path(source) != Path(config.run_folder):
-        ensure_branch(RunFolder(source), config, searched, iteration=iteration)
+        with working_copy(source, NOT_NEEDED):
+            ensure_branch(RunFolder(source), config, searched, iteration=iteration)
 
 
 def _distill(
@@ -192,7 +230,7 @@ def _distill(
             f"measuring the trial {name}",
             "its last validation is missing",
             "a validation after the last iteration",
-            f"Its warnings stand in the log of the trial; see {folder.root}",
+            f"Its warnings stand in the log of the trial; see {folder}",
         )
     reporter.report(lines[-1])
 
@@ -240,7 +278,7 @@ class _Reporter(RunObserver):
             CLOCK: line["iteration"] - first - (line["iteration"] >= self._config.iterations),
             "seconds": sum(seconds),
             "settings": self._settings,
-            "run_folder": str(self._folder.root),
+            "run_folder": str(self._folder),
         }
         if self._sweep.config.sweep.search != "pb2":
             tune.report(result)
@@ -250,7 +288,7 @@ class _Reporter(RunObserver):
                 "trial": self._name,
                 "settings": self._settings,
                 "iteration": line["iteration"],
-                "run_folder": str(self._folder.root),
+                "run_folder": str(self._folder),
             }
             write_json(str(Path(folder) / _STATE_FILE), state)
             tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))

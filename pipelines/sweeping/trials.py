@@ -5,7 +5,7 @@
 One process writes the book: the sweep's own.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -86,10 +86,13 @@ class TrialBook:
 
     Args:
         path: The file that holds them; read where it exists.
+        on_written: Called when the file has been written: what Tune knows of a trial must not be
+            kept before.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, on_written: Callable[[], None] = lambda: None) -> None:
         self._path = path
+        self._on_written = on_written
         stored = read_json(str(path))["trials"] if path.exists() else []
         self._trials = {each["name"]: Trial.from_json(each) for each in stored}
 
@@ -148,3 +151,4 @@ class TrialBook:
     def write(self) -> None:
         """Writes the file."""
         write_json(str(self._path), {"trials": [each.to_json() for each in self.trials]})
+        self._on_written()

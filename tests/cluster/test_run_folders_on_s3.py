@@ -1,7 +1,7 @@
 """The folder of a run on an S3 server that is busy, and on one that accepts and never answers."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,20 +15,12 @@ from pipelines.doctoring.examine import examine
 from pipelines.doctoring.findings import Status
 from tests.helpers.clip_samplers import REQUEST, CountingSampler
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, every
-from tests.helpers.s3_server import S3Server, serve_s3
+from tests.helpers.s3_server import S3Server
 from workers.kept_clips import KeptClips
 from workers.role_state import RoleState, load_role, save_role
 
 BUSY = (Trouble.SLOW_DOWN, Trouble.INTERNAL, Trouble.RESET)
 STATE = RoleState(3, {"w": torch.arange(50_000.0)}, {"exp_avg/w": torch.ones(50_000)})
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    root = tmp_path_factory.mktemp("s3")
-    (root / "runs").mkdir()
-    with serve_s3(root) as running:
-        yield running
 
 
 @pytest.fixture

@@ -28,17 +28,9 @@ from pipelines.run.working_copy import working_copy
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_stopping import run
 from tests.helpers.faulty_proxy import ProxyBook, Trouble
-from tests.helpers.s3_server import S3Server, serve_s3, use_server
+from tests.helpers.s3_server import S3Server, use_server
 
 FILES = ("metrics.jsonl", "validation.jsonl", "ledger/000000000.jsonl", "shards.jsonl")
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    root = tmp_path_factory.mktemp("s3")
-    (root / "runs").mkdir()
-    with serve_s3(root) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)

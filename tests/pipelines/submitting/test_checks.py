@@ -40,7 +40,10 @@ def prepare(request: JobRequest, root: str | None = None) -> tuple[JobRequest, P
         (asked("encode", "raw", "s3://b/set", options=("--model=/m",)), "SRC is 'raw'"),
         (asked("evaluate", "runs/x"), "RUN is 'runs/x'"),
         (asked("distill", "tiny", *DATA, "output=~/runs"), "output is '~/runs'"),
-        (asked("sweep", "tiny", *DATA, "output=s3://b/runs"), "Write to a disk"),
+        (
+            asked("sweep", "tiny", *DATA, "output=/m", "sweep.start_from=runs/x"),
+            "sweep.start_from is 'runs/x'",
+        ),
         (asked("study", "tiny", *DATA, "output=s3://b/runs"), "Write to a disk"),
         (asked("pretrain", "pretrain-tiny", "run_dir=s3://b/runs/x"), "Write to a disk"),
     ],
@@ -157,9 +160,13 @@ def test_a_run_at_an_address_is_reported_there_and_waits_for_its_lease():
     request, _ = prepare(asked("distill", "tiny", *DATA, "output=s3://bucket/runs"))
     assert request.results == "s3://bucket/runs/tiny"
     assert {"--pause=75", "--report=s3://bucket/runs/tiny"} <= {*request.argv(2)}
+    request, _ = prepare(asked("sweep", "tiny", *DATA, "output=s3://bucket/runs"))
+    assert request.results == "s3://bucket/runs/tiny-sweep"
+    assert request.argv(2)[3:6] == ["--retries=2", "--pause=75", "--"]
 
 
 def test_a_command_that_failed_goes_on_where_it_was():
     assert resumed(["distill", "tiny"]) == ["distill", "tiny", "--resume", "auto"]
     assert resumed(["distill", "tiny", "--resume=/x"]) == ["distill", "tiny", "--resume=/x"]
     assert resumed(["study", "tiny"]) == ["study", "tiny"]
+    assert resumed(["sweep", "tiny"]) == ["sweep", "tiny", "--resume-auto"]
