@@ -50,16 +50,18 @@ def _in_closed_form(
     """The study on Gaussian mixtures: a table a world."""
     from pipelines.config.gaussian_study import GaussianStudyConfig
     from pipelines.config.recipe_files import load
+    from pipelines.run.places import shared_place
     from pipelines.study.gaussians import run as job
     from pipelines.study.gaussians.tables import gaussian_rows, world_words
 
     config = load(GaussianStudyConfig, recipe, overrides)
+    folder = shared_place(config.folder)
     if dry_run:
         planned = job.dry_run_gaussian_study(config)
         names = ("world", "variant", "iterations", "forwards_per_iteration")
         rows = [[f"{cell[name]}" for name in names] for cell in planned["cells"]]
         table = FittingTable(names, rows, num_kept=2, elsewhere="--json")
-        return planned, [table, f"{len(rows)} cells of {config.num_seeds} seeds in {config.folder}"]
+        return planned, [table, f"{len(rows)} cells of {config.num_seeds} seeds in {folder}"]
     results = job.gaussian_study(
         config, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
     )
@@ -68,7 +70,7 @@ def _in_closed_form(
         head, *rows = gaussian_rows(results, name)
         # The names, then the distance; learning rates and counts last.
         order = [0, 3, 4, 5, 6, 7, 1, 2]
-        elsewhere = f"{config.folder}/results.md"
+        elsewhere = f"{folder}/results.md"
         table = FittingTable(
             [head[place] for place in order],
             [[row[place] for place in order] for row in rows],
@@ -76,7 +78,7 @@ def _in_closed_form(
             elsewhere=elsewhere,
         )
         shown += [f"{name}: {world_words(world)}", table]
-    return results.to_json(), [*shown, f"written to {config.folder}"]
+    return results.to_json(), [*shown, f"written to {folder}"]
 
 
 def _planned(config: "DistillConfig") -> Shown:
@@ -95,7 +97,7 @@ def _made(config: "DistillConfig", console: Console) -> Shown:
         lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True),
         lambda rule, spent_s: console_observer(rule, console, spent_s),
     )
-    return result.to_json(), _result_words(result, str(job.folder_of(config)), job.WRITTEN)
+    return result.to_json(), _result_words(result, job.folder_of(config), job.WRITTEN)
 
 
 def _result_words(

@@ -131,7 +131,7 @@ class GaussianStudyConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """Folder of the study."""
+        """Folder of the study; of an address, what `cluster.files.store_address` reads."""
         return Path(self.output) / f"{self.name}-study"
 
 

@@ -57,6 +57,8 @@ class LogParts:
     def __init__(self, files: Any, path: str) -> None:  # noqa: ANN401
         self._files = files
         self._path = path
+        self.is_joined = False
+        """Whether this writer has made one object of the log, and has added nothing since."""
         self._sent = 0
         self._digest = b""
         self._parts: list[str] = []
@@ -86,6 +88,7 @@ class LogParts:
             used = [int(name.partition("-")[0]) for name in earlier]
             generation = max(used, default=generation - 1) + 1
         name = f"{generation:06d}-{start:012d}"
+        self.is_joined = False
         # Sent again after an answer that was lost, it replaces itself.
         write_whole(f"{self._path}{PARTS}/{name}", data, self._files)
         self._generation, self._sent = generation, start + len(data)
@@ -100,7 +103,7 @@ class LogParts:
         """Makes one object of the log, and deletes its parts."""
         write_whole(self._path, file.read_bytes(), self._files)
         self._delete(self._there())
-        self._sent, self._parts = 0, []
+        self._sent, self._parts, self.is_joined = 0, [], True
 
     def _there(self) -> list[str]:
         self._files.invalidate_cache()

@@ -12,7 +12,7 @@ A run on a disk writes to its folder itself: its `Publisher` does nothing.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -20,8 +20,9 @@ from typing import TypeVar
 from cluster.background import in_background
 from cluster.errors import ClusterError, LeaseLostError, StorageError, StoreRefusedError
 from cluster.lease import Lease
+from pipelines.run.places import local_of
 from pipelines.run.records import RunEvent
-from pipelines.run.working_copy import WorkingCopy, copy_at, kept
+from pipelines.run.working_copy import WorkingCopy, copy_at, hold_place, kept, working_copy
 
 T = TypeVar("T")
 
@@ -114,12 +115,19 @@ class AddressPublisher(Publisher):
         lease: Held by this process.
         outage_s: How long the store may fail.
         tell: Receives the events of an outage.
+        without: Folders whose files have another publisher.
     """
 
     def __init__(
-        self, copy: WorkingCopy, lease: Lease, outage_s: float, tell: Callable[[RunEvent], None]
+        self,
+        copy: WorkingCopy,
+        lease: Lease,
+        outage_s: float,
+        tell: Callable[[RunEvent], None],
+        without: Collection[str] = (),
     ) -> None:
         self._copy = copy
+        self._late = (*_LATE, *without)
         self._lease = lease
         self._outage_s = outage_s
         self._tell = tell
@@ -224,7 +232,7 @@ class AddressPublisher(Publisher):
     def _publish(self) -> None:
         with self._lock:
             self._lease.check()
-            self._copy.publish(self._copy.changes(_LATE), in_parts=True)
+            self._copy.publish(self._copy.changes(self._late), in_parts=True)
         began, self._out_since_s = self._out_since_s, None
         if began is not None:
             self._tell(
@@ -270,9 +278,64 @@ def publisher_of(root: Path) -> Publisher:
     return _PUBLISHERS.get(root, _ON_A_DISK)
 
 
+def publish_now(root: Path, paths: Collection[Path] = ()) -> None:
+    """Brings files to the address of a folder that is published, as soon as its store lets us.
+
+    Args:
+        root: The folder; nothing is done for one of a disk.
+        paths: Files whose folders have another publisher, too.
+
+    Raises:
+        StorageError: Its store has failed for longer than is borne.
+        LeaseLostError: Another process has taken it over.
+    """
+    publisher = publisher_of(root)
+
+    def publish() -> None:
+        publisher.flush()
+        if copy := copy_at(root):
+            copy.publish(paths)
+
+    publisher.insist("publishing", publish)
+
+
+@contextmanager
+def published_place(
+    place: str | Path,
+    purpose: str,
+    outage_s: float,
+    tell: Callable[[RunEvent], None],
+    without: Collection[str] = (),
+) -> Iterator[Path]:
+    """Yields the local folder of a place that this process holds, and publishes it.
+
+    Args:
+        place: A path or an address.
+        purpose: What is done there, for the message that others get.
+        outage_s: As in `publishing`.
+        tell: As in `publishing`.
+        without: Folders that are not published, as they are others' to publish.
+
+    Raises:
+        LeaseError: Another process holds it; says which one and since when.
+        StorageError: The store cannot be read, or as `publishing`.
+    """
+    with working_copy(place, _LATE):
+        root = local_of(place)
+        with (
+            hold_place(root, purpose, _LATE) as lease,
+            publishing(root, lease, outage_s, tell, without),
+        ):
+            yield root
+
+
 @contextmanager
 def publishing(
-    root: Path, lease: Lease, outage_s: float, tell: Callable[[RunEvent], None]
+    root: Path,
+    lease: Lease,
+    outage_s: float,
+    tell: Callable[[RunEvent], None],
+    without: Collection[str] = (),
 ) -> Iterator[None]:
     """Publishes a run's folder until the block ends; does nothing for a folder of a disk.
 
@@ -281,6 +344,7 @@ def publishing(
         lease: Held by this process.
         outage_s: How long the store may fail.
         tell: Receives the events of an outage.
+        without: Folders that are others' to publish, until the end.
 
     Raises:
         StorageError: At a normal end, something could not be published; names it. After an error
@@ -291,7 +355,7 @@ def publishing(
     if copy is None:
         yield
         return
-    publisher = AddressPublisher(copy, lease, outage_s, tell)
+    publisher = AddressPublisher(copy, lease, outage_s, tell, without)
     _PUBLISHERS[root] = publisher
     try:
         with in_background("publish-run", publisher.work):

@@ -145,6 +145,19 @@ class WorkingCopy:
                 files.rm(root, recursive=True)
         self.fetch()
 
+    def discard(self, path: Path) -> None:
+        """Deletes a file here and at the address, where it is there.
+
+        Raises:
+            StorageError: The store does not let us.
+        """
+        path.unlink(missing_ok=True)
+        if self._known.pop(path, None) is not None:
+            with storage_errors(f"deleting {shared_place(path)}"):
+                files: Any
+                files, name = open_store(shared_place(path), PATIENCE)
+                files.rm_file(name)
+
     def changes(self, without: Collection[str] = ()) -> list[Path]:
         """Files whose content is not at the address.
 
@@ -215,7 +228,8 @@ class WorkingCopy:
         Raises:
             StorageError: As `publish`.
         """
-        here = (path for path in self._logs if path.is_relative_to(self.root))
+        parted = (path for path, log in self._logs.items() if not log.is_joined)
+        here = (path for path in parted if path.is_relative_to(self.root))
         self.publish(sorted(path for path in here if path.exists()))
 
     def _log(self, path: Path) -> LogParts:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from pipelines.config.recipe import DistillConfig
+from pipelines.run.places import shared_place
 from pipelines.study.passes import (
     expected_passes,
     pass_costs,
@@ -23,6 +24,9 @@ from pipelines.study.passes import (
     units_by_role,
 )
 from sgmd_core.errors import ConfigError
+
+RUNS = "runs"
+"""Folder of a study with the folders of its runs."""
 
 # More than any run makes before its seconds are over.
 _NO_END = 1_000_000
@@ -64,7 +68,7 @@ class StudyPlan:
 
     Attributes:
         config: The recipe.
-        folder: Where everything is written.
+        folder: Where everything is written; `places.shared_place` names an address.
         runs: The runs.
     """
 
@@ -103,13 +107,18 @@ def plan_study(config: DistillConfig) -> StudyPlan:
         raise ConfigError(
             attempted, "data.validation is empty", "held-out captions to measure the runs with"
         )
-    folder = Path(config.output) / f"{config.name}-study"
+    folder = study_place(config.output, config.name)
     runs = [
         _planned_run(config, folder, variant, seed)
         for seed in study.seeds
         for variant in study.variants
     ]
     return StudyPlan(config, folder, tuple(runs))
+
+
+def study_place(output: str, name: str) -> Path:
+    """Folder of a study; of an address, what `cluster.files.store_address` reads."""
+    return Path(output) / f"{name}-study"
 
 
 def plan_rows(plan: StudyPlan, seconds_per_unit: float | None) -> list[dict[str, Any]]:
@@ -162,7 +171,7 @@ def _planned_run(config: DistillConfig, folder: Path, variant: str, seed: int) -
         **study.variants[variant],
         "seed": seed,
         "name": f"{variant}-seed{seed}",
-        "output": str(folder / "runs"),
+        "output": f"{shared_place(folder)}/{RUNS}",
         # A run is told nothing of the others.
         "study": {},
         # The study measures by itself, all runs against one set of the teacher's clips.

@@ -11,6 +11,7 @@ from cluster.storage import read_json, write_json
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.costs import PassCosts
 from pipelines.run.folder import RunFolder
+from pipelines.run.places import local_of, shared_place
 from pipelines.study.passes import expected_passes, pass_costs, total_units
 from pipelines.study.plan import PlannedRun, StudyPlan
 from sgmd_core.errors import ConfigError
@@ -28,7 +29,7 @@ def require_same_costs(plan: StudyPlan) -> None:
     """
     if plan.config.study.budget.unit != "forwards":
         return
-    path = plan.folder / _COSTS_FILE
+    path = local_of(plan.folder) / _COSTS_FILE
     now = {run.variant: asdict(pass_costs(run.config)) for run in plan.runs}
     made = [run for run in plan.runs if RunFolder(run.folder).config.exists()]
     if not path.exists() and made:
@@ -43,7 +44,7 @@ def require_same_costs(plan: StudyPlan) -> None:
     if different:
         variant = different[0]
         raise ConfigError(
-            f"going on with the study in {plan.folder}",
+            f"going on with the study in {shared_place(plan.folder)}",
             f"its budget of forwards was planned with backward passes of {variant} that cost "
             f"{_in_words(found[variant])} forward passes, and they are counted as "
             f"{_in_words(now[variant])} now",

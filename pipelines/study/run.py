@@ -18,27 +18,24 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.checkpoints import Checkpoints
-from cluster.errors import StorageError
-from cluster.lease import hold
+from cluster.errors import LeaseLostError, StorageError
 from cluster.storage import read_json, write_json, write_text
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.branching import states_of
 from pipelines.distillation.position import differences
 from pipelines.distillation.preflight import run_preflight
-from pipelines.distillation.run import distill
-from pipelines.run.folder import (
-    RunFolder,
-    git_revision,
-    require_on_disk,
-    require_output_folder,
-    versions,
-)
+from pipelines.distillation.run import NOT_NEEDED, distill
+from pipelines.run.folder import RunFolder, git_revision, require_output_folder, versions
 from pipelines.run.observer import RunObserver
+from pipelines.run.places import shared_place
+from pipelines.run.publisher import publish_now, published_place
 from pipelines.run.stop_rule import StopRule
+from pipelines.run.working_copy import copy_at, working_copy
 from pipelines.study.figures import write_plots
 from pipelines.study.judging import Figures, StudyEvaluator
 from pipelines.study.passes import expected_passes, pass_costs, units_by_role
 from pipelines.study.plan import (
+    RUNS,
     PlannedRun,
     StudyPlan,
     measured_iterations,
@@ -69,9 +66,9 @@ OpenObserver = Callable[[StopRule, float], AbstractContextManager[RunObserver]]
 """Opens the observer of one run, given its stop rule and the training time spent before."""
 
 
-def folder_of(config: DistillConfig) -> Path:
-    """Returns the folder of a study."""
-    return plan_study(config).folder
+def folder_of(config: DistillConfig) -> str:
+    """Returns the path or address of a study."""
+    return shared_place(plan_study(config).folder)
 
 
 def dry_run_study(config: DistillConfig) -> dict[str, Any]:
@@ -81,16 +78,16 @@ def dry_run_study(config: DistillConfig) -> dict[str, Any]:
         SgmdError: What does not fit.
     """
     plan = plan_study(config)
-    require_on_disk(plan.folder, "output")
     require_output_folder(plan.folder, "output")
     for run in plan.runs[: len(plan.variants)]:
         run_preflight(run.config)
-    speed, source = seconds_per_unit(plan)
+    with working_copy(plan.folder, NOT_NEEDED):
+        speed, source = seconds_per_unit(plan)
     rows = plan_rows(plan, speed)
     seconds = [row["seconds"] for row in rows]
     total = sum(seconds) * len(config.study.seeds) if all(seconds) else None
     return {
-        "folder": str(plan.folder),
+        "folder": shared_place(plan.folder),
         "runs": len(plan.runs),
         "seeds": list(config.study.seeds),
         "budget": config.study.budget.model_dump(),
@@ -122,17 +119,23 @@ def study(
         LeaseError: Another process runs the study.
     """
     plan = plan_study(config)
-    require_on_disk(plan.folder, "output")
     require_output_folder(plan.folder, "output")
     for run in plan.runs[: len(plan.variants)]:
         run_preflight(run.config)
-    with hold(str(plan.folder), f"sgmd study {config.name}"):
-        return _study(config, plan, tell, open_observer)
+    with published_place(
+        plan.folder,
+        f"sgmd study {config.name}",
+        config.recovery.storage_outage_s,
+        lambda event: tell(event.in_words()),
+        without=(RUNS,),
+    ) as folder:
+        return _study(config, plan, folder, tell, open_observer)
 
 
 def _study(
     config: DistillConfig,
     plan: StudyPlan,
+    folder: Path,
     tell: Callable[[str], None],
     open_observer: OpenObserver,
 ) -> StudyResult:
@@ -140,14 +143,15 @@ def _study(
     for run in plan.runs:
         _require_same(run)
     require_same_costs(plan)
-    judge = StudyEvaluator(config.with_settings(dict(config.study.settings)), plan.folder, tell)
+    judge = StudyEvaluator(config.with_settings(dict(config.study.settings)), folder, tell)
     teacher = judge.teacher
     results: list[RunResult] = []
     for number, run in enumerate(plan.runs, 1):
         tell(f"run {number}/{len(plan.runs)}: {run.config.name}")
-        results.append(_made(run, judge, tell, open_observer))
+        results.append(_made(run, folder, judge, tell, open_observer))
         # After every run, so that a study under way can be looked at.
-        _write(plan.folder, _result(plan, judge, teacher, results))
+        _write(folder, _result(plan, judge, teacher, results))
+        publish_now(folder)
     return _result(plan, judge, teacher, results)
 
 
@@ -161,7 +165,7 @@ def _require_same(run: PlannedRun) -> None:
         found = ["other settings"]
     if found:
         raise ConfigError(
-            f"going on with the study in {run.folder.parent.parent}",
+            f"going on with the study in {shared_place(run.folder.parent.parent)}",
             f"{run.config.name} was made with other settings, data or networks: {'; '.join(found)}",
             "the settings, data and model that the study was started with; its budget may grow",
             "Choose another name=..., or delete that run's folder",
@@ -169,45 +173,58 @@ def _require_same(run: PlannedRun) -> None:
 
 
 def _made(
-    run: PlannedRun, judge: StudyEvaluator, tell: Callable[[str], None], open_observer: OpenObserver
+    run: PlannedRun,
+    study_folder: Path,
+    judge: StudyEvaluator,
+    tell: Callable[[str], None],
+    open_observer: OpenObserver,
 ) -> RunResult:
     """A run at its end, measured; or why there is none."""
-    error = ""
+    error, folder = "", RunFolder(run.folder)
     try:
         if not _is_finished(run):
             rule = StopRule(run.config.iterations, run.max_seconds, judge.num_measurements)
             with open_observer(rule, _seconds_spent(run)) as observer:
                 distill(
                     run.config,
-                    resume=RunFolder(run.folder).config.exists(),
+                    resume=folder.config.exists(),
                     observer=observer,
                     stop_rule=rule,
                 )
-        points = _measure(run, judge)
-        (run.folder / FAILURE_FILE).unlink(missing_ok=True)
-    except StopRequestedError:
+        points = _measure(run, study_folder, judge)
+        _forget_failure(folder)
+    except (StopRequestedError, LeaseLostError):
         raise
     # Whatever breaks one run, the others are still worth making.
     except Exception as failure:
-        error = f"{type(failure).__name__}: {failure} (all of it: {_write_failure(run, failure)})"
+        _write_failure(folder, study_folder, failure)
+        story = shared_place(run.folder / FAILURE_FILE)
+        error = f"{type(failure).__name__}: {failure} (all of it: {story})"
         tell(f"{run.config.name} failed. {error}")
         points = _remembered(run, judge)
     stage_seconds, iteration_s = times_of(run)
     ordered = tuple(points[iteration] for iteration in sorted(points))
-    folder = str(run.folder)
-    return RunResult(run.variant, run.seed, folder, ordered, stage_seconds, iteration_s, error)
+    place = shared_place(run.folder)
+    return RunResult(run.variant, run.seed, place, ordered, stage_seconds, iteration_s, error)
 
 
-def _write_failure(run: PlannedRun, failure: Exception) -> Path:
+def _write_failure(folder: RunFolder, study_folder: Path, failure: Exception) -> None:
     """Keeps traceback and notes of what broke a run, beside it."""
-    path = run.folder / FAILURE_FILE
+    path = folder.root / FAILURE_FILE
     write_text(str(path), "".join(traceback.format_exception(failure)))
-    return path
+    publish_now(study_folder, [path])
+
+
+def _forget_failure(folder: RunFolder) -> None:
+    path = folder.root / FAILURE_FILE
+    if copy := copy_at(folder.root):
+        copy.discard(path)
+    path.unlink(missing_ok=True)
 
 
 def _seconds_spent(run: PlannedRun) -> float:
     """Training time up to a run's last state."""
-    start = Checkpoints(str(RunFolder(run.folder).checkpoints)).latest()
+    start = states_of(RunFolder(run.folder)).latest()
     return place_of(run, start)[1] if start else 0.0
 
 
@@ -225,10 +242,11 @@ def _is_finished(run: PlannedRun) -> bool:
     return place_of(run, done)[1] >= run.max_seconds
 
 
-def _measure(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
+def _measure(run: PlannedRun, study_folder: Path, judge: StudyEvaluator) -> dict[int, Point]:
     """Points of a finished run by iteration; each is written down as soon as it is measured."""
     points = _remembered(run, judge)
-    checkpoints = Checkpoints(str(RunFolder(run.folder).checkpoints))
+    path = RunFolder(run.folder).root / _POINTS_FILE
+    checkpoints = states_of(RunFolder(run.folder))
     role = "ema" if run.config.generator.ema_decay > 0 else "generator"
     for iteration in measured_iterations(checkpoints.steps(), judge.num_measurements):
         if iteration not in points:
@@ -236,7 +254,8 @@ def _measure(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
             figures = judge.generator(checkpoints.folder(iteration), role, label)
             points[iteration] = Point(iteration, *place_of(run, iteration), figures)
             entries = [asdict(point) for point in points.values()]
-            write_json(str(run.folder / _POINTS_FILE), {"judge": judge.key, "points": entries})
+            write_json(str(path), {"judge": judge.key, "points": entries})
+            publish_now(study_folder, [path])
     # The last one stays: a budget may grow.
     checkpoints.prune(1)
     return points
@@ -244,7 +263,7 @@ def _measure(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
 
 def _remembered(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
     """Returns what was measured before in the same way."""
-    path = run.folder / _POINTS_FILE
+    path = RunFolder(run.folder).root / _POINTS_FILE
     if not path.exists():
         return {}
     try:

@@ -13,6 +13,7 @@ from botocore.exceptions import BotoCoreError
 
 from cluster.files import kind_of_path
 from cluster.job_files import is_ignored, stays_at_home
+from pipelines.config.gaussian_study import GaussianStudyConfig, is_gaussian_study
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.recipe_files import (
     find_recipe,
@@ -82,6 +83,9 @@ class Preparation:
                 self._take_recipe(PretrainConfig)
             case _ if self._resumes_without_recipe():
                 self._resume()
+            case "study" if is_gaussian_study(self.request.arguments[0]):
+                self._gaussian_study()
+                self._take_recipe(GaussianStudyConfig)
             case _:
                 self._distill()
                 self._take_recipe(DistillConfig)
@@ -98,12 +102,10 @@ class Preparation:
         if run in ("", "auto"):
             config = config.with_settings({"output": self._output("output", config.output)})
             require_lasting_folder(config.output, "output")
-        if self.request.command == "study":
-            require_on_disk(config.output, "output")
         results = {"sweep": sweep_place(config), "distill": shared_place(config.run_folder)}
         if self.request.command == "study":
             plan_study(config)
-            results["study"] = str(folder_of(config))
+            results["study"] = folder_of(config)
         self._name_results(results[self.request.command])
         models = [config.model.folder, *filter(None, [config.teacher.model])]
         for setting, model in zip(("model.folder", "teacher.model"), models, strict=False):
@@ -122,6 +124,16 @@ class Preparation:
                 self.left[subject] = f"{path} is not on this machine"
         self._look_at(config, has_models, not_here)
         self.left["cluster"] = "memory and GPUs of its nodes, and whether they can write the output"
+
+    def _gaussian_study(self) -> None:
+        """A study in closed-form worlds, which needs neither networks nor data."""
+        recipe, *settings = self.request.arguments
+        config = load(GaussianStudyConfig, recipe, settings)
+        self.checked["settings"] = "every value, and what they ask of one another"
+        config = config.model_copy(update={"output": self._output("output", config.output)})
+        require_lasting_folder(config.output, "output")
+        self._name_results(shared_place(config.folder))
+        self.left["cluster"] = "whether it can write the output"
 
     def _look_at(self, config: DistillConfig, has_models: bool, not_here: list[str]) -> None:
         """Looks at networks and captions, as far as they are here."""

@@ -37,7 +37,7 @@ from pipelines.run.differences import value_differences
 from pipelines.run.folder import TEACHER_CLIPS, RunFolder, require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.run.places import local_of, shared_place
-from pipelines.run.publisher import publisher_of, publishing
+from pipelines.run.publisher import publish_now, publishing
 from pipelines.run.working_copy import hold_place, working_copy
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
@@ -111,7 +111,7 @@ def sweep(
             publishing(folder, lease, config.recovery.storage_outage_s, observer.event),
         ):
             common = _begin(config, folder, first_iteration, resume=resume)
-            book = TrialBook(folder / "trials.json", partial(_publish, folder))
+            book = TrialBook(folder / "trials.json", partial(publish_now, folder))
             events = TrialEvents(common, book, num_runs(config), observer, on_progress, on_trials)
             return _sweep(config, folder, common, book, events)
 
@@ -121,7 +121,7 @@ def _begin(
 ) -> CommonToTrials:
     """Writes what a sweep begins with; returns what its trials have in common."""
     _take_folder(config, folder, resume=resume)
-    _publish(folder)
+    publish_now(folder)
     start = config.sweep.start_from
     if start and not _has_start(folder):
         with working_copy(start, NOT_NEEDED):
@@ -129,12 +129,6 @@ def _begin(
     service = f"{config.name}-{secrets.token_hex(4)}" if config.sweep.share_teacher else ""
     inside = _inside(config, folder)
     return CommonToTrials(inside, first_iteration, listed_runs(config), service)
-
-
-def _publish(folder: Path) -> None:
-    """Brings the sweep's own files to its address now, however long it bears an outage."""
-    publisher = publisher_of(folder)
-    publisher.insist("publishing the sweep", publisher.flush)
 
 
 def _has_start(folder: Path) -> bool:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.branching import branch, ensure_branch, keep_state, newest_state
 from pipelines.distillation.run import distill
-from pipelines.config.recipe import DistillConfig
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.working_copy import working_copy
 from pipelines.sweeping.run import from_kept_start

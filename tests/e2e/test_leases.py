@@ -104,7 +104,9 @@ def test_every_command_that_fills_a_folder_is_refused_while_another_process_does
     commands: dict[Path, Callable[[], object]] = {
         config.run_folder: lambda: distill(config),
         config.run_folder.with_name("busy-sweep"): lambda: sweep(config),
-        folder_of(config): lambda: study(config, print, lambda *_: nullcontext(RunObserver())),
+        Path(folder_of(config)): lambda: study(
+            config, print, lambda *_: nullcontext(RunObserver())
+        ),
         Path(teacher.run_dir): lambda: pretrain(teacher),
         output / "samples": lambda: evaluate(
             wan_folder,

@@ -28,6 +28,7 @@ from pipelines.study.run import dry_run_study, study
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, TIMEOUT_S
+from tests.helpers.s3_server import S3Server, use_server
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest
 from workers.evaluator import CHUNK_CLIPS, Sampling
@@ -81,17 +82,20 @@ def figures(folder: Path) -> dict[tuple[str, str, str], str]:
 
 
 @pytest.mark.slow
-def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_figures(
-    make_recipe: MakeRecipe, tmp_path: Path
+def test_a_study_killed_at_an_address_goes_on_there_and_ends_with_the_figures_of_a_disk(
+    make_recipe: MakeRecipe, tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_recipe(*STUDY)
+    use_server(server.environment, monkeypatch)
+    config = make_recipe(*STUDY, "output=s3://runs/studies")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "lost"))
     recipe = tmp_path / "study.yaml"
     recipe.write_text(config.to_yaml())
     command = [sys.executable, "-c", KILLED, str(recipe)]
     dead = subprocess.run(command, cwd=ROOT, timeout=TIMEOUT_S, check=False, capture_output=True)
     assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()
 
-    folder = tmp_path / "runs" / "small-study"
+    folder = server.root / "runs" / "studies" / "small-study"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
     first = folder / "runs" / RUNS[0]
     finished_at = (first / "summary.json").stat().st_mtime_ns
     notes: list[str] = []
@@ -101,7 +105,8 @@ def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_figures(
     # The teacher's clips and those of the first run are remembered; six points, two seeds each.
     assert len(sampled) == 12
     assert not any("teacher's" in note or RUNS[0] in note for note in sampled)
-    assert [Path(run.run_folder).name for run in result.runs] == list(RUNS)
+    runs = [f"s3://runs/studies/small-study/runs/{name}" for name in RUNS]
+    assert [run.run_folder for run in result.runs] == runs
     assert [len(run.points) for run in result.runs] == [2, 2, 2, 2]
     assert not any(run.error for run in result.runs)
     for name in ("results.md", "results.json", "cost.csv", "quality-seconds.svg", "cost.svg"):
@@ -109,7 +114,15 @@ def test_a_killed_study_goes_on_where_it_was_and_ends_with_the_same_figures(
 
     whole = made(make_recipe(*STUDY, "name=whole"))
     assert whole.teacher == result.teacher
-    assert figures(tmp_path / "runs" / "whole-study") == figures(folder)
+    local = tmp_path / "runs" / "whole-study"
+    assert figures(local) == figures(folder)
+    files = [
+        {path.relative_to(each).as_posix() for path in each.rglob("*") if path.is_file()}
+        for each in (folder, local)
+    ]
+    # A run that is resumed has said so.
+    assert {name for name in files[0] ^ files[1] if not name.endswith("events.jsonl")} == set()
+    assert list((tmp_path / "new" / "sgmd" / "runs").iterdir()) == []
 
 
 @pytest.mark.slow

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 
 from cluster.errors import StorageError
-from cluster.lease import hold
 from cluster.storage import read_json, write_json, write_text
 from pipelines.config.gaussian_study import GaussianStudyConfig
+from pipelines.config.recovery import RecoverySettings
 from pipelines.data.making.ordered_pool import die_with_parent
 from pipelines.run.folder import require_output_folder
+from pipelines.run.places import local_of, shared_place
+from pipelines.run.publisher import publish_now, published_place
 from pipelines.study.gaussians.distilling import (
     GaussianDistillation,
     Member,
@@ -66,13 +68,19 @@ def gaussian_study(
     """
     require_output_folder(config.folder, "output")
     planned = {cell: num_iterations(config, cell) for cell in cells(config)}
-    with hold(str(config.folder), f"sgmd study {config.name}"):
+    with published_place(
+        config.folder,
+        f"sgmd study {config.name}",
+        RecoverySettings().storage_outage_s,
+        lambda event: tell(event.in_words()),
+    ) as folder:
         done = {cell: found for cell in planned if (found := _stored(config, cell)) is not None}
         missing = [cell for cell in planned if cell not in done]
-        tell(f"{len(planned)} cells, {len(done)} of them made before, in {config.folder}")
+        tell(f"{len(planned)} cells, {len(done)} of them made before, in {shared_place(folder)}")
         for cell, result in _made_side_by_side(config, missing, num_processes):
             done[cell] = result
             write_json(str(_path(config, cell)), {**result.to_json(), "key": _key(config, cell)})
+            publish_now(folder)
             tell(_told(len(done), len(planned), result))
         results = GaussianResults(config, tuple(done[cell] for cell in planned), _floors(config))
         _write(results)
@@ -87,7 +95,7 @@ def dry_run_gaussian_study(config: GaussianStudyConfig) -> dict[str, Any]:
     """
     require_output_folder(config.folder, "output")
     return {
-        "folder": str(config.folder),
+        "folder": shared_place(config.folder),
         "seeds": config.num_seeds,
         "searched_pairs": len(search_members(config)) // config.search.num_seeds,
         "cells": [
@@ -207,7 +215,7 @@ def _told(done: int, total: int, result: CellResult) -> str:
 
 
 def _path(config: GaussianStudyConfig, cell: StudyCell) -> Path:
-    return config.folder / "cells" / f"{cell.name}.json"
+    return local_of(config.folder) / "cells" / f"{cell.name}.json"
 
 
 def _key(config: GaussianStudyConfig, cell: StudyCell) -> str:
@@ -234,7 +242,7 @@ def _stored(config: GaussianStudyConfig, cell: StudyCell) -> CellResult | None:
 
 
 def _write(results: GaussianResults) -> None:
-    folder = results.config.folder
+    folder = local_of(results.config.folder)
     write_text(str(folder / "results.md"), gaussian_markdown(results))
     write_text(str(folder / "results.csv"), gaussian_csv(results))
     write_json(str(folder / "results.json"), results.to_json())

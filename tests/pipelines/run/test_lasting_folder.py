@@ -13,7 +13,6 @@ from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.run import pretrain
 from pipelines.reporting.page import write_report
 from pipelines.run.folder import REVISION_VARIABLE, git_revision, require_lasting_folder
-from pipelines.sweeping.run import sweep
 from sgmd_core.errors import ConfigError
 
 ADDRESS = "s3://bucket/runs"
@@ -44,11 +43,10 @@ def test_an_address_with_a_key_in_it_is_refused_and_not_shown(write, tmp_path, m
 @pytest.mark.parametrize(
     "write",
     [
-        lambda: sweep(load_recipe("tiny", [f"output={ADDRESS}"])),
         lambda: pretrain(load(PretrainConfig, "pretrain-tiny", [f"output={ADDRESS}"])),
         lambda: pretrain(load(PretrainConfig, "pretrain-tiny", [f"run_dir={ADDRESS}"])),
     ],
-    ids=["sweep", "pretrain", "pretrain run_dir"],
+    ids=["output", "run_dir"],
 )
 def test_an_address_is_refused_where_only_disks_are_written_to(write, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

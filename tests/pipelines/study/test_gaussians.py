@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from pydantic import ValidationError
@@ -167,6 +168,34 @@ def test_a_study_writes_tables_and_goes_on_where_it_was(tmp_path: Path):
     gaussian_study(recipe(*given, "batch_size=18"), more.append, num_processes=1)
     assert "0 of them made before" in more[0]
     assert all(path.read_bytes() != content for path, content in written.items())
+
+
+def test_a_study_at_an_address_is_that_of_a_disk_and_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    given = (
+        "worlds={ring: {dim: 2, forwards: 400}}",
+        "variants={sgmd: {}, dmd: {objective: {method: dmd}, tracking: fresh}}",
+    )
+    disk, there = recipe(*given, f"output={tmp_path}"), recipe(*given, "output=memory://studies")
+    results = gaussian_study(disk, lambda text: None, num_processes=1)
+    gaussian_study(there, lambda text: None, num_processes=1)
+    root = "/studies/gaussians-study"
+    found = {path.removeprefix(f"{root}/") for path in files.find(root)}
+    names = [path.relative_to(disk.folder) for path in disk.folder.rglob("*") if path.is_file()]
+    assert found == {name.as_posix() for name in names}
+
+    files.rm_file(f"{root}/cells/ring.sgmd.json")
+    told = list[str]()
+    again = gaussian_study(there, told.append, num_processes=1)
+    assert told[0] == "2 cells, 1 of them made before, in memory://studies/gaussians-study"
+    assert len(told) == 2
+    for name in ("sgmd", "dmd"):
+        assert again.cell("ring", name).points == results.cell("ring", name).points
+    assert not Path("memory:").exists()
 
 
 def test_a_broken_seed_is_counted_and_kept_out_of_means(tmp_path: Path):

@@ -44,7 +44,8 @@ def prepare(request: JobRequest, root: str | None = None) -> tuple[JobRequest, P
             asked("sweep", "tiny", *DATA, "output=/m", "sweep.start_from=runs/x"),
             "sweep.start_from is 'runs/x'",
         ),
-        (asked("study", "tiny", *DATA, "output=s3://b/runs"), "Write to a disk"),
+        (asked("study", "gaussians"), "output is 'runs'"),
+        (asked("study", "gaussians", "output=/mnt", "baseline=none"), "baseline is none"),
         (asked("pretrain", "pretrain-tiny", "run_dir=s3://b/runs/x"), "Write to a disk"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -163,6 +164,21 @@ def test_a_run_at_an_address_is_reported_there_and_waits_for_its_lease():
     request, _ = prepare(asked("sweep", "tiny", *DATA, "output=s3://bucket/runs"))
     assert request.results == "s3://bucket/runs/tiny-sweep"
     assert request.argv(2)[3:6] == ["--retries=2", "--pause=75", "--"]
+
+
+def test_studies_of_both_kinds_are_sent_with_what_they_need(tmp_path):
+    request, preparation = prepare(asked("study", "gaussians", "num_seeds=2"), "s3://b/team")
+    assert request.arguments == ("gaussians", "num_seeds=2", "output=s3://b/team/runs")
+    assert request.results == "s3://b/team/runs/gaussians-study"
+    assert list(preparation.checked) == ["settings"]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: gaussians\nnum_seeds: 3\n")
+    request, _ = prepare(asked("study", str(mine), "output=/mnt"))
+    (content,) = request.files.values()
+    assert b"num_seeds: 3" in content.content
+    assert b"worlds:" in content.content
+    request, _ = prepare(asked("study", "tiny", *DATA, "output=s3://b/runs"))
+    assert request.results == "s3://b/runs/tiny-study"
 
 
 def test_a_command_that_failed_goes_on_where_it_was():
