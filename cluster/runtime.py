@@ -22,8 +22,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import Literal
 
 import ray
 from ray._private import ray_constants, services
@@ -242,8 +243,12 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
-def refuses_token(gcs_address: str, token: str = "") -> bool | None:
-    """Returns True if a cluster refuses a token, or none; None where that cannot be found out.
+Answer = Literal["open", "refused", "silent", "none", "unknown"]
+"""Answer of a control service to a token; `silent`: none in time, `none`: it is no such service."""
+
+
+def asked_with(gcs_address: str, token: str = "") -> Answer:
+    """Answer of a cluster to a token, or to none.
 
     Args:
         gcs_address: Address of its control service, `host:port`.
@@ -252,8 +257,10 @@ def refuses_token(gcs_address: str, token: str = "") -> bool | None:
     try:
         import grpc
     except ImportError:
-        return None
-    with grpc.insecure_channel(gcs_address) as channel:
+        return "unknown"
+    # As Ray does, whatever proxy the environment names.
+    options = (("grpc.enable_http_proxy", 0),)
+    with grpc.insecure_channel(gcs_address, options) as channel:
         call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
         try:
             # An empty message, which is a valid request.
@@ -263,9 +270,14 @@ def refuses_token(gcs_address: str, token: str = "") -> bool | None:
                 metadata=(("authorization", f"Bearer {token}"),) if token else None,
             )
         except grpc.RpcError as error:
-            refused = getattr(error, "code", lambda: None)() is grpc.StatusCode.UNAUTHENTICATED
-            return True if refused else None
-    return False
+            code = getattr(error, "code", lambda: None)()
+            meanings: dict[object, Answer] = {
+                grpc.StatusCode.UNAUTHENTICATED: "refused",
+                grpc.StatusCode.DEADLINE_EXCEEDED: "silent",
+                grpc.StatusCode.UNAVAILABLE: "none",
+            }
+            return meanings.get(code, "unknown")
+    return "open"
 
 
 @contextmanager
@@ -311,28 +323,53 @@ def _end(processes: set[int]) -> None:
 def _connect(address: str, log_to_driver: bool) -> None:
     if address.startswith("ray://"):
         raise ValueError("Ray Client (ray://) keeps references in another process than ours")
-    host, _, port = address.rpartition(":")
-    if port.isdigit():
-        # Ray itself would try for a minute, and then end the whole process.
-        socket.create_connection((host or "localhost", int(port)), _PROBE_TIMEOUT_S).close()
     gcs_address = _address_of_this_machine() if address == "auto" else address
-    # Ray itself would try for 40 s.
+    host, _, port = gcs_address.rpartition(":")
+    if not port.isdigit():
+        # Ray says why it takes none.
+        ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+        return
+    host = host or "localhost"
+    # Ray itself would try for a minute, and then end the whole process.
+    socket.create_connection((host, int(port)), _PROBE_TIMEOUT_S).close()
+    # Ray itself would try for 40 s, or for ever where a cluster listens on loopback alone.
     token = _token()
-    if gcs_address.rpartition(":")[2].isdigit() and refuses_token(gcs_address, token):
+    answer = asked_with(gcs_address, token)
+    if answer == "refused":
         raise PermissionError(f"it refuses {'this token' if token else 'to answer without one'}")
-    ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
+    if answer == "silent":
+        raise TimeoutError(f"{gcs_address} takes connections and does not answer")
+    if answer == "none":
+        raise ConnectionError(f"what listens at {gcs_address} is no control service of Ray")
+    with _on_loopback() if _is_loopback_alone(host, int(port)) else nullcontext():
+        ray.init(address=gcs_address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
     _warn_without_token(ray.get_runtime_context().gcs_address)
 
 
 def _address_of_this_machine() -> str:
-    """Address of the cluster that runs here, as Ray would find it; empty where it finds none."""
+    """Address of a cluster that runs here, as its own processes name it; empty where none does.
+
+    Ray would replace the loopback address of a private cluster by that of the machine, at which
+    nobody listens.
+    """
     with suppress(Exception):
-        return services.canonicalize_bootstrap_address("auto") or ""
+        return services.get_ray_address_from_environment("auto", None) or ""
     return ""
 
 
+def _is_loopback_alone(host: str, port: int) -> bool:
+    """Returns True if a cluster is named by this machine's loopback address and has no other."""
+    if not services.is_localhost(host):
+        return False
+    try:
+        socket.create_connection((services.get_node_ip_address(), port), _PROBE_TIMEOUT_S).close()
+    except OSError:
+        return True
+    return False
+
+
 def _warn_without_token(gcs_address: str) -> None:
-    if os.environ.get("RAY_AUTH_MODE") != "disabled" and refuses_token(gcs_address) is False:
+    if os.environ.get("RAY_AUTH_MODE") != "disabled" and asked_with(gcs_address) == "open":
         _log.warning(
             "the Ray cluster at %s asks for no token: whoever reaches its ports can run code on "
             "it. Start it with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN on every node, or set "

@@ -39,7 +39,7 @@ def plan(
     ] = None,
     measured: Annotated[
         Path | None,
-        typer.Option(help="A run's folder, or gpu.json of `make gpu-check`, to take times from"),
+        typer.Option(help="A run, or gpu.json of `make gpu-check`, to take times from"),
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s that a GPU reaches, where nothing is measured")
@@ -183,6 +183,9 @@ def _words(result: "Plan") -> list[str]:
 
 def _write(config: "DistillConfig", result: "Plan", path: Path) -> str:
     """Writes the recipe with the best layout; returns what to do with it."""
+    from pipelines.run.folder import require_on_disk
+
+    require_on_disk(path, "--write")
     if path.exists():
         raise ConfigError("writing the planned recipe", f"{path} is there already", "a new file")
     from pipelines.planning.planned_recipe import planned_recipe

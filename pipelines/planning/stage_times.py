@@ -16,11 +16,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cluster.files import store_address
+from cluster.storage import read_text
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.workload import COUNTED_WITH, StageName, Workload
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.places import shared_place
+from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ConfigError
 from workers.models.families import family_named
 from workers.models.family import PassFlops
@@ -29,6 +33,7 @@ _FAMILY_OF_BENCHMARKS = "wan"
 """Family of a gpu.json that does not name one."""
 _NOT_A_BENCHMARK = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 _MEASURED = "measured"
+_NOT_NEEDED = ("samples", "stacks", "ledger", "wandb", "tensorboard")
 _TO_INPUT = "fake_score.signal"
 """Stage with a backward pass to the input, as a benchmark names it."""
 _COUNTED_AS_FORWARD = (2.0, 3.0)
@@ -77,13 +82,16 @@ def measured(path: Path, work: Workload) -> StageTimes:
     """From a run's folder or a benchmark's JSON.
 
     Args:
-        path: Either.
+        path: Either, also of what `cluster.files.store_address` reads.
         work: What the times are for.
 
     Raises:
         ConfigError: It is neither, or lacks a stage of this workload.
+        StorageError: The store of its address fails.
     """
-    found, flops, where = _from_run(path) if path.is_dir() else _from_benchmark(path)
+    with run_copy(path, _NOT_NEEDED) as folder:
+        found, flops, where = _from_run(folder) if folder.is_dir() else _from_benchmark(path)
+    place = shared_place(path)
     rollout, sample = (GENERATOR, "rollout"), (GENERATOR, "sample")
     if sample in work.passes and sample not in found and rollout in found:
         found[sample], flops[sample] = found[rollout], flops[rollout]
@@ -91,7 +99,7 @@ def measured(path: Path, work: Workload) -> StageTimes:
     missing = [".".join(name) for name in work.passes if name not in found]
     if missing:
         raise ConfigError(
-            f"taking stage times from {path}",
+            f"taking stage times from {place}",
             f"no time of {', '.join(missing)}",
             "a time of every stage of this recipe",
             "Give the folder of a run with the same fake_score.tracking and objective.method (the"
@@ -118,7 +126,7 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
     run = RunFolder(folder)
     if not run.metrics.exists() or not run.config.exists():
         raise ConfigError(
-            f"taking stage times from {folder}",
+            f"taking stage times from {run}",
             "no config.yaml or no metrics.jsonl in it",
             "the folder of a run of `sgmd distill`, or the gpu.json of benchmarks/gpu_check.py",
         )
@@ -127,7 +135,7 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
     records = read_jsonl(run.metrics)
     if not records:
         raise ConfigError(
-            f"taking stage times from {folder}",
+            f"taking stage times from {run}",
             f"no whole line in {run.metrics.name}",
             "a run that has made at least one iteration",
             "Give another run, or plan without --measured",
@@ -143,7 +151,7 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
         if times:
             found[name] = median(times) / _samples(config, work, name)
     flops = {name: passes * work.forward_flops for name, passes in work.passes.items()}
-    return found, flops, f"{_MEASURED} in {len(records)} iterations of {folder}"
+    return found, flops, f"{_MEASURED} in {len(records)} iterations of {run}"
 
 
 def _samples(config: DistillConfig, work: Workload, name: StageName) -> int:
@@ -160,8 +168,11 @@ def _seconds(value: object, default: float) -> float:
 
 
 def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName, float], str]:
+    place = shared_place(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(
+            read_text(place) if store_address(path) else path.read_text(encoding="utf-8")
+        )
         run = best_run(document)
         family = family_named(run.get("family", _FAMILY_OF_BENCHMARKS))
         shape = family.shape_from_record(run["shape"])
@@ -176,11 +187,11 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
                 flops[role, name] = _passes(key, stage["passes"], costs) * costs.forward
     except _NOT_A_BENCHMARK as error:
         raise ConfigError(
-            f"taking stage times from {path}",
+            f"taking stage times from {place}",
             _in_words(error),
             "a run's folder, or a gpu.json that benchmarks/gpu_check.py wrote",
         ) from error
-    return found, flops, f"{_MEASURED} by {path} on {device}"
+    return found, flops, f"{_MEASURED} by {place} on {device}"
 
 
 def _passes(key: str, counted: float, costs: PassFlops) -> float:

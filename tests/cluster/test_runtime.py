@@ -29,7 +29,7 @@ STARTS_TWICE = """
 import os, re, sys
 from pathlib import Path
 import ray
-from cluster.runtime import refuses_token, start_ray
+from cluster.runtime import asked_with, start_ray
 
 def listening():
     # Sockets of this process and of all that know its token.
@@ -59,9 +59,9 @@ with start_ray(num_cpus=2, object_store_memory=100 * 2**20, temp_dir=sys.argv[1]
     with start_ray("auto"):
         assert ray.cluster_resources()["CPU"] == 2
     address = ray.get_runtime_context().gcs_address
-    assert refuses_token(address) is True
-    assert refuses_token(address, "wrong") is True
-    assert refuses_token(address, os.environ["RAY_AUTH_TOKEN"]) is False
+    assert asked_with(address) == "refused"
+    assert asked_with(address, "wrong") == "refused"
+    assert asked_with(address, os.environ["RAY_AUTH_TOKEN"]) == "open"
     assert len(ray.get(mode_and_token.remote())) == 64
     # The control service, two of the raylet, that worker.
     found = list(listening())
@@ -104,17 +104,68 @@ def test_a_token_that_a_cluster_refuses_is_told_before_ray_tries_it(tmp_path):
     address = ray.get_runtime_context().gcs_address
     wrong = _run(REPORTS_ERRORS, address, home=tmp_path, RAY_AUTH_TOKEN="wrong")
     none = _run(REPORTS_ERRORS, address, home=tmp_path)
-    for result, cause in (
-        (wrong, "it refuses this token"),
-        (none, "refuses to answer without one"),
+    # The clusters that run here are private ones: Ray itself would look for one at another address.
+    found = _run(REPORTS_ERRORS, "auto", home=tmp_path, RAY_AUTH_TOKEN="wrong")
+    for result, name, cause in (
+        (wrong, address, "it refuses this token"),
+        (none, address, "refuses to answer without one"),
+        (found, "auto", "it refuses this token"),
     ):
         assert result.returncode == 0, result.stderr
         (told,) = result.stdout.splitlines()
-        assert f"connecting to the Ray cluster at {address}: PermissionError: " in told
+        assert f"connecting to the Ray cluster at {name}: PermissionError: " in told
         assert cause in told
         assert "RAY_AUTH_TOKEN" in told
         # Ray says more where it has tried.
         assert result.stderr == ""
+
+
+OTHER_SERVERS = """
+import http.server, socket, sys, threading
+from cluster.errors import RayStartError
+from cluster.runtime import start_ray
+
+def tell(address):
+    try:
+        with start_ray("{}:{}".format(*address)):
+            print("connected")
+    except RayStartError as error:
+        print(error)
+
+with socket.create_server(("127.0.0.1", 0)) as server:
+    tell(server.getsockname())
+with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    tell(server.server_address)
+    server.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_or_is_another_one_is_given_up(tmp_path):
+    result = _run(OTHER_SERVERS, home=tmp_path)
+    assert result.returncode == 0, result.stderr
+    silent, other = result.stdout.splitlines()
+    assert "takes connections and does not answer" in silent
+    assert "is no control service of Ray" in other
+
+
+JOINS = """
+import sys, ray
+from cluster.runtime import start_ray
+
+with start_ray(sys.argv[1]):
+    print(ray.cluster_resources()["CPU"], ray.get_runtime_context().gcs_address)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_process_with_the_token_joins_a_private_cluster(tmp_path):
+    address = ray.get_runtime_context().gcs_address
+    joined = _run(JOINS, address, home=tmp_path, RAY_AUTH_TOKEN=os.environ["RAY_AUTH_TOKEN"])
+    assert joined.stdout.split() == ["4.0", address], joined.stderr
 
 
 @pytest.mark.ray

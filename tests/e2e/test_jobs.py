@@ -198,3 +198,33 @@ def test_actors_that_encode_share_a_gpu(
     ]
     shares_by_stage = [("EncodeCaptions", 0.5), ("EncodeVideos", 0.25), ("EncodeVideos", 0.25)]
     assert sorted(granted) == shares_by_stage
+
+
+def test_a_sweep_and_an_evaluation_are_jobs_too(
+    ray_head: str, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    settings = ("sweep.grid={objective.lambda_nr: [0.1]}", "sweep.iterations=1")
+    # As a retry has it whose first attempt died before it wrote anything.
+    sent = sgmd_submit(
+        *("--command", "sweep", "--address", ray_head, recipe_file),
+        *(*settings, f"output={tmp_path}", "--", "--resume-auto"),
+    )
+    printed, log = sent.communicate(timeout=300)
+    assert sent.returncode == 0, log
+    folder = tmp_path / "small-sweep"
+    assert printed.splitlines()[-1] == f"report: {folder}/report.html"
+    assert "trials: 1/1" in log
+    (trial,) = json.loads((folder / "trials.json").read_text())["trials"]
+    assert trial["state"] == "done"
+    assert (folder / "report.html").is_file()
+
+    sent = sgmd_submit(
+        *("--command", "evaluate", "--address", ray_head, trial["run_folder"], "--"),
+        *("--num-captions=8", "--teacher-steps=2", "--batch-size=8"),
+    )
+    printed, log = sent.communicate(timeout=300)
+    assert sent.returncode == 0, log
+    assert printed.splitlines()[-1] == f"results: {trial['run_folder']}"
+    found = json.loads(Path(trial["run_folder"], "evaluation.json").read_text())
+    assert found["captions"] == 8

@@ -6,9 +6,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import fsspec
 import pytest
 from typer.testing import CliRunner
 
+from cluster.errors import StorageError
 from cluster.schedule.program import Home, Team
 from cluster.schedule.schedule import graphs_kept, order_calls
 from cluster.schedule.simulate import Costs, simulate
@@ -624,6 +626,22 @@ class TestMeasured:
             stages["fake_score.signal"]["seconds_per_sample"], rel=1e-3
         )
         assert "scaled" not in times.source
+
+    def test_a_run_and_a_benchmark_at_an_address_are_read_there(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        run = start_run(tmp_path / "run")
+        stages = ("generator.rollout", "teacher.denoise", "fake_score.signal")
+        seconds = dict.fromkeys((*stages, "fake_score.track", "generator.learn", "total"), 0.32)
+        (run / "metrics.jsonl").write_text(json.dumps(_RECORD | {"seconds": seconds}) + "\n")
+        files = fsspec.filesystem("memory")
+        files.store.clear()
+        files.put(str(run), "/runs/x", recursive=True)
+        work = Workload.of(load_recipe("tiny"))
+        there = Path("memory://runs/x")
+        assert measured(there, work).seconds == measured(run, work).seconds
+        assert "of memory://runs/x" in measured(there, work).source
+        with pytest.raises(StorageError, match="memory://runs/y"):
+            measured(Path("memory://runs/y"), work)
 
     def test_what_is_no_measurement_is_refused(self, tmp_path):
         for path in (tmp_path, tmp_path / "missing.json"):
