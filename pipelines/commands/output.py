@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from threading import Event, Lock, Thread
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.measure import Measurement
@@ -32,6 +32,7 @@ from rich.text import Text
 _PIPE_COLUMNS = 120
 _LINE_EVERY_S = 10.0
 _STILL_EVERY_S = 30.0
+_RESULTS_TO: list[TextIO] = []
 _BAR_COLUMNS = 20  # leaves room for words on a terminal of 80 columns
 
 Counter = Callable[[str], None]
@@ -40,11 +41,18 @@ Counter = Callable[[str], None]
 
 @contextmanager
 def working() -> Iterator[Console]:
-    """A console for progress; what libraries print meanwhile stays out of the result."""
+    """A console for progress; what libraries print meanwhile stays out of the result.
+
+    `show` prints results where they belong, in the block and after it.
+    """
     # Read when transformers is imported; its bars for each file would drown our own.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with redirect_stdout(sys.stderr):
-        yield Console(stderr=True)
+    _RESULTS_TO.append(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield Console(stderr=True)
+    finally:
+        _RESULTS_TO.pop()
 
 
 @contextmanager
@@ -240,10 +248,11 @@ def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: Rendera
         as_json: Print `data`; otherwise print `shown`, one after another.
         shown: The result for a reader.
     """
+    stream = _RESULTS_TO[0] if _RESULTS_TO else sys.stdout
     if as_json:
-        sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+        stream.write(json.dumps(data, indent=2, default=str) + "\n")
         return
-    console = Console(highlight=False, markup=False)
+    console = Console(file=stream, highlight=False, markup=False)
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         # A log or a pipe has no width of its own; rich would take 80 columns.
         console.width = _PIPE_COLUMNS

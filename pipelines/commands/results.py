@@ -205,11 +205,11 @@ def report(
             require_lasting_folder(output, "--output")
         folders = [stack.enter_context(working_copy(run, ELSEWHERE)) for run in runs]
         if len(folders) == 1 and is_sweep(folders[0]):
-            place = shared_place(write_sweep_page(folders[0], output))
-            show({"path": place, "bytes": file_size(place)}, as_json, place)
-            return
-        records = [read_run(folder) for folder in folders]
-        path = shared_place(write_page(records, output))
+            records, page = [], write_sweep_page(folders[0], output)
+        else:
+            records = [read_run(folder) for folder in folders]
+            page = write_page(records, output)
+        path = shared_place(page)
         size = file_size(path)
         broken = {str(run.folder): list(run.broken) for run in records if run.broken}
         lost = [shared_place(run.folder.root / name) for run in records for name in run.unreadable]

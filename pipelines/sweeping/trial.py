@@ -27,6 +27,7 @@ from pipelines.distillation.run import NOT_NEEDED, distill
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
 from pipelines.run.places import shared_place
+from pipelines.run.publisher import publish_now
 from pipelines.run.records import ValidationRecord
 from pipelines.run.working_copy import working_copy
 from pipelines.sweeping.space import at_share
@@ -258,7 +259,8 @@ class _Reporter(RunObserver):
             self.report(record.to_json())
 
     def report(self, line: Mapping[str, Any]) -> None:
-        """Reports a line of validation.jsonl."""
+        """Reports a line of validation.jsonl, which is at the run's address by then."""
+        publish_now(self._folder.root)
         first, searched = self._sweep.first_iteration, self._sweep.config.sweep.objectives
         if line["iteration"] <= first:
             return

@@ -2,6 +2,7 @@
 
 import io
 import re
+import sys
 import time
 import traceback
 
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.commands.output import _CountLines, _ProgressLines, pairs, show
+from pipelines.commands.output import _CountLines, _ProgressLines, pairs, show, working
 from pipelines.run.progress import BarAndFigures
 from pipelines.sweeping.events import trial_error
 from sgmd_core.errors import DataError
@@ -26,6 +27,17 @@ def test_a_log_gets_done_and_total_rate_and_time_left():
     assert lines[0] == "teacher, 50 steps: 0/4"
     assert re.fullmatch(r"teacher, 50 steps: 2/4, [\d.e+]+/s, 0:00:\d\d left", lines[2])
     assert re.fullmatch(r"teacher, 50 steps: 4/4, [\d.e+]+/s", lines[-1])
+
+
+def test_a_result_goes_to_standard_output_also_while_work_goes_on(capsys):
+    with working() as console:
+        sys.stdout.write("of a library\n")
+        console.print("a note")
+        show({"path": "x"}, True)
+        show({}, False, "for a reader")
+    printed = capsys.readouterr()
+    assert printed.out == '{\n  "path": "x"\n}\nfor a reader\n'
+    assert printed.err == "of a library\na note\n"
 
 
 def test_lines_that_follow_closely_are_left_out_of_a_log_but_not_the_last_one():
