@@ -8,7 +8,8 @@ everything else             -> as it is, linked or copied
 import json
 from pathlib import Path
 
-from cluster.files import whole_folder, write_whole
+from cluster.files import write_whole
+from cluster.folders import whole_folder_at
 from pipelines.exporting.target import require_safe_target
 from pipelines.media.inference import (
     model_folder,
@@ -21,6 +22,7 @@ from workers.models.exporting import Components, copy_components
 from workers.models.families import family_of
 from workers.models.wan_experts import WAN_EXPERTS
 from workers.models.wan_family import EXPERTS_LAYOUT, LOW_NOISE, TRANSFORMER
+from workers.models.weight_digests import SETTINGS_FILE
 
 _FAMILIES = ("wan", WAN_EXPERTS)
 
@@ -63,7 +65,7 @@ def make_experts(
     layout = family.inspect(folder).layout
     second = LOW_NOISE if layout.experts else TRANSFORMER
     names = [name for name in layout.components if name != LOW_NOISE]
-    with whole_folder(target) as draft:
+    with whole_folder_at(target, (SETTINGS_FILE, INDEX_FILE)) as draft:
         copy_components(folder, draft, layout, names, components)
         copy_components(folder, draft, layout, (second,), components, {second: LOW_NOISE})
         index = dict(read_model_json(folder / INDEX_FILE))

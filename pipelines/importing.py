@@ -12,12 +12,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cluster.files import kind_of_path, whole_folder
+from cluster.files import kind_of_path
+from cluster.folders import whole_folder_at
 from pipelines.exporting.target import require_safe_target
 from pipelines.media.inference import model_folder, read_inference_settings
+from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
+from workers.models.configs import INDEX_FILE
 from workers.models.exporting import Components, narrowed
 from workers.models.families import family_of
+from workers.models.weight_digests import SETTINGS_FILE
 from workers.models.weights import DTYPES
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float32}
@@ -39,7 +43,7 @@ class ImportResult:
 
     def to_json(self) -> dict[str, object]:
         """Returns what `sgmd import --json` prints."""
-        return {**asdict(self), "folder": str(self.folder)}
+        return {**asdict(self), "folder": shared_place(self.folder)}
 
 
 def import_file(
@@ -77,7 +81,7 @@ def import_file(
         raise _refusal(path, first, f"the denoiser of {base_folder}, and nothing else") from error
     _require_finite(path, weights)
     weights = narrowed(weights, _DTYPES[stored], family.traits.keep_fp32)
-    with whole_folder(target) as draft:
+    with whole_folder_at(target, (SETTINGS_FILE, INDEX_FILE)) as draft:
         family.export(
             draft,
             base_folder,

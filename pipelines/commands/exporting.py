@@ -98,8 +98,9 @@ def import_file(
         on_progress("converting the file", 0, 1)
         result = make_folder(file, base, target, cast(Components, components))
         on_progress("converting the file", 1, 1)
-    words = f"{result.folder}: {result.num_tensors} tensors in {result.dtype} of {file}"
-    show(result.to_json(), as_json, words)
+    data = result.to_json()
+    words = f"{data['folder']}: {result.num_tensors} tensors in {result.dtype} of {file}"
+    show(data, as_json, words)
 
 
 def experts(
@@ -114,10 +115,12 @@ def experts(
     """Make a model folder of two experts by noise level, to train them in phases."""
     with progress_bar() as on_progress:
         from pipelines.experts import make_experts
+        from pipelines.run.places import shared_place
         from workers.models.exporting import Components
 
         on_progress("writing the folder", 0, 1)
-        folder = make_experts(base, target, boundary, cast(Components, components))
+        made = make_experts(base, target, boundary, cast(Components, components))
+        folder = shared_place(made)
         on_progress("writing the folder", 1, 1)
-    data = {"folder": str(folder), "boundary": boundary}
+    data = {"folder": folder, "boundary": boundary}
     show(data, as_json, f"{folder}: two experts of {base}, which change at noise level {boundary}")

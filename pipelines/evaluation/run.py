@@ -98,13 +98,15 @@ def evaluate(
         LeaseError: Another process evaluates into the same folder.
     """
     options = options or EvaluationOptions()
-    if output:
-        require_lasting_folder(output, "--output")
+    for folder, option in ((output, "--output"), (cache, "--cache")):
+        if folder:
+            require_lasting_folder(folder, option)
     with (
         run_copy(run_or_model) as run,
         working_copy(output) if output else nullcontext() as results,
+        working_copy(cache) if cache else nullcontext() as kept,
     ):
-        plan = plan_evaluation(run, teacher, captions, results, cache, options)
+        plan = plan_evaluation(run, teacher, captions, results, kept, options)
         # Not the folder itself: a run may train on while its last generator is evaluated.
         with hold_place(plan.output / _SHEET_FOLDER, "sgmd evaluate"):
             return _evaluate(plan, options, on_progress)

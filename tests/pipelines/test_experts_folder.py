@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -48,6 +49,21 @@ def test_a_pair_gets_another_boundary_and_keeps_its_experts(pair: Path, tmp_path
     one, two = (family_of(folder).load_denoiser(folder) for folder in (pair, other))
     states = one.state_dict(), two.state_dict()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_a_pair_at_an_address_is_that_of_a_disk(
+    base: Path, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = fsspec.filesystem("memory")
+    files.store.clear()
+    make_experts(base, "memory://models/pair", 0.825)
+    found = {path.removeprefix("/models/pair/") for path in files.find("/models/pair")}
+    there = [path for path in pair.rglob("*") if path.is_file()]
+    assert found == {path.relative_to(pair).as_posix() for path in there}
+    for path in there:
+        assert files.cat_file(f"/models/pair/{path.relative_to(pair)}") == path.read_bytes()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("boundary", [0.0, 1.0, 875.0])
