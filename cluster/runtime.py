@@ -28,6 +28,7 @@ from typing import Literal
 
 import ray
 from ray._private import ray_constants, services
+from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue] - compiled
 
 from cluster.background import in_background
 from cluster.errors import RayStartError
@@ -341,9 +342,22 @@ def _connect(address: str, log_to_driver: bool) -> None:
         raise TimeoutError(f"{gcs_address} takes connections and does not answer")
     if answer == "none":
         raise ConnectionError(f"what listens at {gcs_address} is no control service of Ray")
+    if token and asked_with(gcs_address) == "refused":
+        _send_token()
     with _on_loopback() if _is_loopback_alone(host, int(port)) else nullcontext():
         ray.init(address=gcs_address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
     _warn_without_token(ray.get_runtime_context().gcs_address)
+
+
+def _send_token() -> None:
+    """Makes Ray send the token of this process, which it does in its mode `token` alone.
+
+    Where no mode is set, Ray takes that one for a new cluster, and none for one that it joins.
+    """
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        # Ray has read its settings already.
+        Config.initialize("")
 
 
 def _address_of_this_machine() -> str:

@@ -116,8 +116,9 @@ def test_a_token_that_a_cluster_refuses_is_told_before_ray_tries_it(tmp_path):
         assert f"connecting to the Ray cluster at {name}: PermissionError: " in told
         assert cause in told
         assert "RAY_AUTH_TOKEN" in told
-        # Ray says more where it has tried.
-        assert result.stderr == ""
+        # Ray says more where it has tried; of several clusters here it says which one it takes.
+        if name != "auto":
+            assert result.stderr == ""
 
 
 OTHER_SERVERS = """

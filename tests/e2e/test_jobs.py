@@ -227,4 +227,4 @@ def test_a_sweep_and_an_evaluation_are_jobs_too(
     assert sent.returncode == 0, log
     assert printed.splitlines()[-1] == f"results: {trial['run_folder']}"
     found = json.loads(Path(trial["run_folder"], "evaluation.json").read_text())
-    assert found["captions"] == 8
+    assert found["num_captions"] == 8
