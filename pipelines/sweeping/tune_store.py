@@ -13,7 +13,7 @@ from typing import Any
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from pyarrow.lib import PythonFile
 
-from cluster.files import open_store, write_whole
+from cluster.files import open_store, storage_errors, write_whole
 
 
 def tune_store(address: str) -> tuple[PyFileSystem, str]:
@@ -62,7 +62,9 @@ class ChangedFiles(FSSpecHandler):
         with self._lock:
             if self._sent.get(path) == digest:
                 return
-        write_whole(path, content, self.fs)
+        place = self.fs.unstrip_protocol(path)
+        with storage_errors(f"writing {place}"):
+            write_whole(path, content, self.fs)
         with self._lock:
             self._sent[path] = digest
 
