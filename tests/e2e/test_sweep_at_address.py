@@ -20,7 +20,7 @@ from tests.e2e.test_sweep import kill_tree, states, wait_until
 from tests.helpers.s3_server import S3Server, use_server
 
 SETTINGS = (
-    "sweep.grid={objective.lambda_nr: [0.05, 0.2, 0.8]}",
+    "sweep.grid={objective.lambda_nr: [0.05, 0.8]}",
     "sweep.iterations=4",
     "sweep.validate_every=2",
 )
