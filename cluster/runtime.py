@@ -331,8 +331,12 @@ def _connect(address: str, log_to_driver: bool) -> None:
         ray.init(address=address, log_to_driver=log_to_driver, logging_level=logging.ERROR)
         return
     host = host or "localhost"
-    # Ray itself would try for a minute, and then end the whole process.
-    socket.create_connection((host, int(port)), _PROBE_TIMEOUT_S).close()
+    try:
+        # Ray itself would try for a minute, and then end the whole process.
+        socket.create_connection((host, int(port)), _PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        # Of `auto`, that of the latest cluster here, which may have ended.
+        raise type(error)(f"{error} (at {gcs_address})") from error
     # Ray itself would try for 40 s, or for ever where a cluster listens on loopback alone.
     token = _token()
     answer = asked_with(gcs_address, token)
