@@ -52,6 +52,9 @@ class NetworkSettings(Section):
     """Hidden layers."""
     ema_decay: float = Field(default=0.99, ge=0, lt=1)
     """Of the generator's weights that are measured; 0 measures the weights themselves."""
+    generator_layers: int | None = Field(default=None, ge=0, le=8)
+    """Hidden layers of the generator, where it has others than the fake score; null: as many. With
+    0, a generator of one step is affine, and makes a Gaussian whose score is known."""
 
 
 class RateSearch(Section):

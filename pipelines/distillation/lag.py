@@ -6,7 +6,7 @@
                held_loss                              on the same held batches
              end_extra                                back, bit for bit
 
-    lag = 1 - (least held loss of a copy) / (held loss before)
+    lag      sgmd_core.metrics.lag
 
 A tracking loss alone says nothing of lag: most of it is noise that no network can predict, and that
 part changes with the samples. Its drop is error that the fake score had: a lower limit of what it
@@ -15,17 +15,13 @@ lags by, whatever the truth is. Three choices make it comparable:
 * It is divided by the loss before, so neither the form of the objective, its weights nor the scale
   of the latents enter. Not by the gap to the teacher, which vanishes as the generator succeeds.
 * The held batches are the same before and after, so what cannot be predicted cancels.
-* The copies learn at several multiples of the fake score's rate, and the best one counts. At its
-  own rate alone a slow fake score improves no more than a fast one that has little to catch up,
-  because Adam's steps are as long as the rate. The rate falls to 0, or noise of large steps would
-  hide the drop.
+* The copies learn at several multiples of the fake score's rate, and the best one counts.
 
 All samples are made from the captions of the iteration that comes next, with draws of their own
 (`Purpose.LAG`): the measurement depends on the state and on nothing else, so a resumed run repeats
 it. One batch is in flight at a time. It costs `costs.lag_passes`.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -41,6 +37,7 @@ from pipelines.distillation.algorithm import EXTRA_TRACK, HELD_LOSS, SAMPLE, Sta
 from pipelines.distillation.iteration import PromptBatch, PromptsOf, Roles, encode_part
 from pipelines.distillation.iteration_plan import IterationPlan
 from pipelines.run.stopping import StopRequests
+from sgmd_core.metrics.lag import falling_rate, tracking_lag
 from sgmd_core.types import Purpose
 from workers.extra_updates import HELD
 from workers.fake_score_tracker import FakeScoreTracker
@@ -78,11 +75,11 @@ def measure_lag(
     """
     batches = _Batches(roles, plan, iteration, prompts, stops or StopRequests())
     before = batches.held(settings.batches)
-    after = {rate: _after(batches, settings, rate) for rate in settings.rates}
-    best = min(after, key=lambda rate: after[rate] if math.isfinite(after[rate]) else math.inf)
-    if not (math.isfinite(before) and before > 0 and math.isfinite(after[best])):
+    found = tracking_lag(before, {rate: _after(batches, settings, rate) for rate in settings.rates})
+    if found is None:
         return {}
-    return {TRACKING_LAG: 1 - after[best] / before, HELD_TRACKING: before, COPY_RATE: best}
+    lag, rate = found
+    return {TRACKING_LAG: lag, HELD_TRACKING: before, COPY_RATE: rate}
 
 
 class LagGovernor:
@@ -186,7 +183,7 @@ def _after(batches: "_Batches", settings: LagSettings, rate: float) -> float:
     done: list[Future[None]] = fake_score.call(FakeScoreTracker.begin_extra, batches.iteration)
     for update in range(settings.updates):
         batches.run(EXTRA_TRACK, settings.batches + update)
-        now = rate * (1 - update / settings.updates)
+        now = falling_rate(rate, update, settings.updates)
         done += fake_score.call(FakeScoreTracker.extra_step, now)
     held = batches.held(settings.batches)
     done += fake_score.call(FakeScoreTracker.end_extra)

@@ -11,8 +11,11 @@ All elements of a latent are independent, so at noise level sigma, with alpha = 
 A caption says (mean, std) in the first two numbers of its first token.
 """
 
+from typing import Any, cast
+
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from sgmd_core.types import Latents, PerSample, Scalar, Text, per_sample
 
@@ -50,6 +53,30 @@ class GaussianVelocity:
     def __call__(self, x_t: Latents, sigma: PerSample, text: Text, /) -> Latents:
         """Predicts the velocity at `x_t`."""
         return gaussian_velocity(x_t, sigma, text[:, 0, 0], text[:, 0, 1])
+
+
+def full_gaussian_velocity(
+    points: Float[Tensor, "n dim"],
+    sigma: Float[Tensor, " n"],
+    mean: Float[Tensor, " dim"],
+    covariance: Float[Tensor, "dim dim"],
+) -> Float[Tensor, "n dim"]:
+    """Exact velocity of a Gaussian whose elements are not independent.
+
+        velocity = (sigma I - alpha C) (alpha^2 C + sigma^2 I)^-1 (x_t - alpha mean) - mean
+
+    Args:
+        points: States x_t.
+        sigma: Their noise levels.
+        mean: Of the clean data.
+        covariance: C, of the clean data.
+    """
+    # Torch has no type for it.
+    decompose = cast(Any, torch.linalg.eigh)  # pyright: ignore[reportUnknownMemberType]
+    values, directions = cast(tuple[Tensor, Tensor], decompose(covariance))
+    alpha = 1 - sigma[:, None]
+    gain = (sigma[:, None] - alpha * values) / (alpha.square() * values + sigma[:, None].square())
+    return (gain * ((points - alpha * mean) @ directions)) @ directions.T - mean
 
 
 class LearnedGaussian(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.metrics.energy import energy_distance
 from sgmd_core.seeds import random_generator
-from sgmd_core.worlds.gaussian import gaussian_velocity
+from sgmd_core.worlds.gaussian import full_gaussian_velocity, gaussian_velocity
 from sgmd_core.worlds.mixture import GaussianMixture, mixture_centres
 
 
@@ -22,6 +22,36 @@ def stream(name: str = "test") -> torch.Generator:
 
 def as_latents(points: torch.Tensor) -> torch.Tensor:
     return points[:, :, None, None, None]
+
+
+def test_a_full_gaussian_is_the_plain_one_along_its_axes_and_the_derivative_of_its_density():
+    sigma = torch.linspace(0.02, 0.98, 6, dtype=torch.float64)
+    points = torch.randn(6, 3, generator=stream(), dtype=torch.float64)
+    mean = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
+    diagonal = torch.tensor([0.3, 1.2, 0.7], dtype=torch.float64)
+    plain = torch.stack(
+        [
+            gaussian_velocity(
+                as_latents(points[:, [axis]]), sigma, mean[axis].expand(6), std.expand(6)
+            ).flatten()
+            for axis, std in enumerate(diagonal)
+        ],
+        dim=1,
+    )
+    own = full_gaussian_velocity(points, sigma, mean, diagonal.square().diag())
+    assert torch.allclose(own, plain, atol=1e-12)
+    # E[noise | x_t] = -sigma d log p / d x_t, and velocity = (E[noise | x_t] - x_t) / (1 - sigma).
+    matrix = torch.randn(3, 3, generator=stream("matrix"), dtype=torch.float64)
+    covariance, alpha = matrix @ matrix.T, 1 - sigma[:, None]
+    leaf = points.clone().requires_grad_()
+    for row in range(6):
+        noised = alpha[row] ** 2 * covariance + sigma[row] ** 2 * torch.eye(3, dtype=torch.float64)
+        law = torch.distributions.MultivariateNormal(alpha[row] * mean, noised)
+        law.log_prob(leaf[row]).backward()
+    assert leaf.grad is not None
+    noise = -sigma[:, None] * leaf.grad
+    found = full_gaussian_velocity(points, sigma, mean, covariance)
+    assert torch.allclose(found, (noise - points) / alpha, atol=1e-9)
 
 
 def test_one_mode_at_the_origin_is_the_gaussian_world():

@@ -11,6 +11,7 @@ Exit steps are drawn once an iteration for all seeds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant, MixtureSettings
 from pipelines.study.gaussians.networks import MemberAdam, MemberNetworks
+from sgmd_core.metrics.lag import falling_rate
 from sgmd_core.objectives import GradientPath
 from sgmd_core.rollout import euler_sample, rollout
 from sgmd_core.schedule import NUM_SCORE_LEVELS
@@ -25,6 +27,9 @@ from sgmd_core.seeds import exit_step, random_generator
 from sgmd_core.types import Latents, MicroBatchKey, NoisedBatch, Purpose, detached
 from sgmd_core.worlds.mixture import GaussianMixture, mixture_centres
 from workers.ema import effective_decay
+
+Velocity = Callable[[NoisedBatch], Latents]
+"""A velocity, or a difference of two, at a query."""
 
 _WORLD_SEED = 0
 _EXIT_SEED = 0
@@ -83,11 +88,14 @@ class GaussianDistillation:
         self._grid = config.schedule.few_step_grid(world.num_steps)
         self.teacher = mixture_of(world)
         seeds = [member.seed for member in members]
-        size = (world.dim, config.networks.width, config.networks.hidden_layers, seeds)
-        self._generator = MemberNetworks(
-            self.teacher if world.num_steps > 1 else None, *size, "generator"
+        networks = config.networks
+        layers = networks.hidden_layers
+        own = layers if networks.generator_layers is None else networks.generator_layers
+        base = self.teacher if world.num_steps > 1 else None
+        self._generator = MemberNetworks(base, world.dim, networks.width, own, seeds, "generator")
+        self._fake_score = MemberNetworks(
+            self.teacher, world.dim, networks.width, layers, seeds, "fake_score"
         )
-        self._fake_score = MemberNetworks(self.teacher, *size, "fake_score")
         self._average = [each.detach().clone() for each in self._generator.parameters()]
         self._optimizers = (
             MemberAdam(self._generator, [member.generator_rate for member in members]),
@@ -119,6 +127,70 @@ class GaussianDistillation:
         made = euler_sample(self._generator, self._grid, noise, _no_text(len(noise)))
         self._load(own)
         return points(made).reshape(len(self._members), num_samples, self._dim)
+
+    def held_queries(self, iteration: int, count: int) -> list[NoisedBatch]:
+        """Score queries of the present generators, for measurements only."""
+        return [self._lag_query(iteration, number) for number in range(count)]
+
+    def held_loss(self, queries: Sequence[NoisedBatch]) -> Tensor:
+        """Tracking loss of each member, in velocities: a mean over queries, (members,)."""
+        return self._mean_square(queries, lambda query: self._fake_velocity(query) - query.velocity)
+
+    def held_error(self, queries: Sequence[NoisedBatch], exact: Velocity) -> Tensor:
+        """Squared error of each fake score against exact velocities, (members,).
+
+        Args:
+            queries: Where both are looked at.
+            exact: Velocities that the fake scores should have.
+        """
+        return self._mean_square(queries, lambda query: self._fake_velocity(query) - exact(query))
+
+    @contextmanager
+    def extra_updates(
+        self, iteration: int, rate: float, updates: int, first: int
+    ) -> Iterator[None]:
+        """Makes extra updates of the fake scores, which are taken back when the block ends.
+
+        Args:
+            iteration: Iteration after the present state, by which draws are counted.
+            rate: Multiple of the rates of the first of them; it falls to 0.
+            updates: How many.
+            first: Batches of the iteration's that are held.
+        """
+        optimizer = self._optimizers[1]
+        with optimizer.taken_back():
+            for update in range(updates):
+                query = self._lag_query(iteration, first + update)
+                self._track(query, self._fake_score(query.x_t, query.sigma, query.text))
+                optimizer.step(falling_rate(rate, update, updates))
+            yield
+
+    @torch.no_grad()
+    def affine_laws(self) -> list[tuple[Tensor, Tensor]]:
+        """Mean and covariance of what each generator makes, of affine ones of one step."""
+        corners = torch.cat([torch.zeros(1, self._dim), torch.eye(self._dim)])
+        noise = corners.repeat(len(self._members), 1)[:, :, None, None, None]
+        made = rollout(
+            self._generator, self._grid, noise, _no_text(len(noise)), 0, keep_graph=False
+        )
+        means = points(made).reshape(len(self._members), -1, self._dim).double()
+        laws: list[tuple[Tensor, Tensor]] = []
+        for mean, *rows in means:
+            matrix = torch.stack(rows) - mean
+            laws.append((mean, matrix.T @ matrix))
+        return laws
+
+    def _lag_query(self, iteration: int, number: int) -> NoisedBatch:
+        return self._query(self._draw(iteration, Purpose.LAG, number), keep_graph=False)
+
+    @torch.no_grad()
+    def _fake_velocity(self, query: NoisedBatch) -> Latents:
+        return self._fake_score(query.x_t, query.sigma, query.text)
+
+    def _mean_square(self, queries: Sequence[NoisedBatch], error_of: Velocity) -> Tensor:
+        squares = [error_of(query).double().square() for query in queries]
+        members = len(self._members)
+        return torch.stack([each.reshape(members, -1).mean(dim=1) for each in squares]).mean(dim=0)
 
     def _learn(self, iteration: int, is_shared: bool) -> None:
         """Gathers the generators' gradient, and with shared tracking the fake scores' as well."""

@@ -8,7 +8,9 @@ the samples and weigh every member alike, and Adam is elementwise.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from jaxtyping import Float
@@ -30,7 +32,7 @@ class MemberNetworks(nn.Module):
         base: What the networks start as; None starts at velocity 0.
         dim: Dimensions of a sample.
         width: Units of each hidden layer.
-        hidden_layers: Hidden layers.
+        hidden_layers: Hidden layers; without any the correction is affine.
         seeds: Seed of each member; equal seeds start with equal weights.
         role: Names the random stream of the initial weights.
     """
@@ -85,14 +87,31 @@ class MemberAdam:
         self._adam = torch.optim.Adam(self._parameters, lr=1.0, betas=(0.0, 0.999))
         self._rates = torch.tensor(rates)[:, None, None]
 
-    def step(self) -> None:
-        """Takes one step along the gathered gradients, and drops them."""
+    def step(self, multiple: float = 1.0) -> None:
+        """Takes one step along the gathered gradients, and drops them.
+
+        Args:
+            multiple: Of every member's rate.
+        """
         before = [parameter.detach().clone() for parameter in self._parameters]
         self._adam.step()
         self._adam.zero_grad()
         with torch.no_grad():
             for old, parameter in zip(before, self._parameters, strict=True):
-                parameter.copy_(old + self._rates * (parameter - old))
+                parameter.copy_(old + multiple * self._rates * (parameter - old))
+
+    @contextmanager
+    def taken_back(self) -> Iterator[None]:
+        """Goes back to the weights and moments of now, bit for bit, when the block ends."""
+        weights = [parameter.detach().clone() for parameter in self._parameters]
+        moments = deepcopy(self._adam.state_dict())
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(self._parameters, weights, strict=True):
+                    parameter.copy_(value)
+            self._adam.load_state_dict(moments)
 
 
 def _initial(
