@@ -2,10 +2,15 @@
 
     x_t  ->  x_t + (sigma_next - sigma) * velocity       one step
     x_t  ->  x_t - sigma * velocity                      leaving for x0 from here
+    x_t  ->  (1 - sigma_next) * x0 + sigma_next * noise  one step that renoises
 
 A training rollout takes `exit_step` steps and then leaves for x0 in one stride. Only that last
 pass is recorded, so a rollout costs the memory of one pass and the generator learns every step of
 its grid when the exit step is drawn uniformly.
+
+A consistency function maps any state to x0, and its x0 goes with the state that it came from. So an
+Euler step, which keeps the noise of that state, would lead to states that no data are noised to:
+its steps renoise, with noise that is drawn from the initial one and the number of the step.
 """
 
 from collections.abc import Callable
@@ -16,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgmd_core.errors import ConfigError
-from sgmd_core.types import Latents, PerSample, Text, per_sample
+from sgmd_core.seeds import derived_noise
+from sgmd_core.types import Latents, PerSample, Samples, Text, per_sample
 from sgmd_core.velocity import GuidanceNorm, NegativeText, VelocityModel, guided_velocity
 
 Grid = Float[Tensor, "*samples steps"]
@@ -48,6 +54,7 @@ def rollout(
     exit_step: int,
     *,
     keep_graph: bool,
+    renoise: bool = False,
 ) -> Latents:
     """Generates clean latents as the generator would have them at one of its steps.
 
@@ -55,8 +62,7 @@ def rollout(
         x0      = x_e - sigma_e * v_e                          e = exit_step, recorded
 
     The gradient reaches the generator through one pass only, with d x0 / d v_e = -sigma_e; the
-    state x_e that this pass starts from is a constant. Nothing is re-noised on the way and there is
-    no guidance.
+    state x_e that this pass starts from is a constant. There is no guidance.
 
     Args:
         model: The generator.
@@ -65,6 +71,7 @@ def rollout(
         text: Caption of each sample.
         exit_step: Step to leave at, counted from 0; the same for all samples.
         keep_graph: Whether the last pass is recorded, whatever the caller's gradient mode is.
+        renoise: Whether the steps before renoise.
 
     Returns:
         Clean latents in the dtype of `initial_noise`.
@@ -72,7 +79,9 @@ def rollout(
     Raises:
         ConfigError: the grid has no step `exit_step`.
     """
-    return rollout_exit(model, grid, initial_noise, text, exit_step, keep_graph=keep_graph).x0
+    return rollout_exit(
+        model, grid, initial_noise, text, exit_step, keep_graph=keep_graph, renoise=renoise
+    ).x0
 
 
 def rollout_exit(
@@ -83,6 +92,7 @@ def rollout_exit(
     exit_step: int,
     *,
     keep_graph: bool,
+    renoise: bool = False,
 ) -> RolloutExit:
     """Generates as `rollout` does; returns the whole of the last step.
 
@@ -93,6 +103,7 @@ def rollout_exit(
         text: Caption of each sample.
         exit_step: See `rollout`.
         keep_graph: See `rollout`.
+        renoise: See `rollout`.
 
     Raises:
         ConfigError: the grid has no step `exit_step`.
@@ -109,7 +120,7 @@ def rollout_exit(
     with torch.no_grad():
         for step in range(exit_step):
             velocity = model(x_t, _level(grid, step, x_t), text)
-            x_t = x_t + _factor(grid[..., step + 1] - grid[..., step], x_t) * velocity
+            x_t = _stepped(grid, step, x_t, velocity, initial_noise if renoise else None)
     sigma = _level(grid, exit_step, x_t)
     with torch.set_grad_enabled(keep_graph):
         velocity = model(x_t, sigma, text)
@@ -149,6 +160,7 @@ def euler_sample(
     *,
     batched_guidance: bool = True,
     guidance_norm: GuidanceNorm = "none",
+    renoise: bool = False,
 ) -> Latents:
     """Samples latents over the whole grid, without a graph.
 
@@ -165,6 +177,7 @@ def euler_sample(
         on_step: Told the number of steps done, after each of them.
         batched_guidance: See `guided_velocity`.
         guidance_norm: See `renormalized`.
+        renoise: Whether the steps renoise.
 
     Returns:
         Latents in the dtype of `initial_noise`.
@@ -195,10 +208,37 @@ def euler_sample(
                 batched=batched_guidance,
                 norm=guidance_norm,
             )
-        x_t = x_t + _factor(grid[..., step + 1] - grid[..., step], x_t) * velocity
+        x_t = _stepped(grid, step, x_t, velocity, initial_noise if renoise else None)
         if on_step is not None:
             on_step(step + 1)
     return x_t
+
+
+def renoised(
+    x_t: Samples, velocity: Samples, sigma: float | Tensor, target: float | Tensor, noise: Samples
+) -> Samples:
+    """State at another noise level: the clean latents that a velocity leads to, noised anew.
+
+        (1 - target) * (x_t - sigma * velocity) + target * noise
+
+    Args:
+        x_t: State.
+        velocity: Velocity there.
+        sigma: Noise level there, one number or ready to multiply latents.
+        target: Noise level to go to.
+        noise: Standard normal.
+    """
+    return (1 - target) * (x_t - sigma * velocity) + target * noise
+
+
+def _stepped(
+    grid: Grid, step: int, x_t: Latents, velocity: Latents, initial_noise: Latents | None
+) -> Latents:
+    """State after a step of a grid: of Euler's, or renoised by what an initial noise gives."""
+    if initial_noise is None:
+        return x_t + _factor(grid[..., step + 1] - grid[..., step], x_t) * velocity
+    sigma, target = (_factor(grid[..., at], x_t) for at in (step, step + 1))
+    return renoised(x_t, velocity, sigma, target, derived_noise(initial_noise, step))
 
 
 def _level(grid: Grid, step: int, x_t: Latents) -> Float[Tensor, " b"]:

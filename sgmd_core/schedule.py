@@ -60,6 +60,8 @@ class RandomSteps:
         sigma_max: Largest one.
         stratified: Draw one level in each of as many equal parts; false: all independently.
         shifted: Move the drawn levels by the shift of the few-step grid.
+        order: `sorted` takes the drawn levels from the largest down; `running_minimum` takes each
+            as it comes, or the one before where that is lower.
     """
 
     min_steps: int = 1
@@ -68,6 +70,7 @@ class RandomSteps:
     sigma_max: float = 0.98
     stratified: bool = False
     shifted: bool = True
+    order: Literal["sorted", "running_minimum"] = "sorted"
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_steps <= self.max_steps <= MAX_STEPS:
@@ -81,6 +84,12 @@ class RandomSteps:
                 "reading the lengths of rollouts",
                 f"sigma_min is {self.sigma_min} and sigma_max is {self.sigma_max}",
                 "0 < sigma_min < sigma_max < 1",
+            )
+        if self.order not in ("sorted", "running_minimum"):
+            raise ConfigError(
+                "reading the lengths of rollouts",
+                f"order is {self.order!r}",
+                "'sorted' or 'running_minimum'",
             )
 
     @property
@@ -99,7 +108,7 @@ class RandomSteps:
             Falling levels in float32, computed in float64: 1, the inner ones, 0.
 
         Source: CDM (arXiv:2605.06376) and its release in the authors' trainer, which stratifies and
-        shifts.
+        shifts; the running minimum is rCM's (arXiv:2510.08431).
         """
         u = u.double()
         if self.stratified:
@@ -107,7 +116,10 @@ class RandomSteps:
         sigma = self.sigma_min + (self.sigma_max - self.sigma_min) * u
         sigma = shift_sigma(sigma, shift) if self.shifted else sigma
         ends = torch.ones(len(u), 1, dtype=u.dtype)
-        inner = sigma.sort(dim=1, descending=True).values
+        if self.order == "sorted" or not sigma.shape[1]:
+            inner = sigma.sort(dim=1, descending=True).values
+        else:
+            inner = sigma.cummin(dim=1).values
         return torch.cat([ends, inner, 0 * ends], dim=1).float()
 
 
@@ -133,6 +145,8 @@ class FlowMatchSchedule:
         warp_steps: Whether the shift moves these levels, as it moves equally spaced ones.
         score_law: `clamped` takes an integer of 1000 as its thousandth; `renoise` the thousandth
             above it, up to pure noise, as samples are noised off the trajectory.
+        renoise: Whether each step of the generator goes to x0 and noises it anew, as consistency
+            models are sampled; else along its velocity. It holds wherever there is no guidance.
     """
 
     shift: float = 5.0
@@ -145,6 +159,7 @@ class FlowMatchSchedule:
     steps: tuple[int, ...] | None = None
     warp_steps: bool = True
     score_law: Literal["clamped", "renoise"] = "clamped"
+    renoise: bool = False
 
     def __post_init__(self) -> None:
         self._require_levels()
@@ -305,6 +320,10 @@ class FlowMatchSchedule:
         """
         listed = self.steps is not None and len(self.steps) == num_steps and guidance_scale == 1
         return self.generator_grid(num_steps) if listed else self.few_step_grid(num_steps)
+
+    def renoises(self, guidance_scale: float) -> bool:
+        """Returns True if a sampler of this guidance scale renoises."""
+        return self.renoise and guidance_scale == 1
 
     def raw_steps(self, num_steps: int) -> list[int]:
         """Raw levels of the generator's steps in thousandths, with the end at 0."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sgmd_core.phases import Phase
 from sgmd_core.schedule import NUM_SCORE_LEVELS, FlowMatchSchedule, RandomSteps
-from sgmd_core.types import Draws, Look, Looks, MicroBatchKey, PerSample
+from sgmd_core.types import Draws, Look, Looks, MicroBatchKey, PerSample, Samples
 
 _SEPARATOR = "\x1f"
 
@@ -172,6 +172,26 @@ class _LookStreams:
 
     def _noise(self, stream: torch.Generator) -> Tensor:
         return torch.randn(self.latent_shape, generator=stream, dtype=torch.float32)
+
+
+def derived_noise(latents: Samples, *counters: int) -> Samples:
+    """Standard normal numbers, those of each sample drawn from a hash of its latents.
+
+    They do not depend on how a batch is split, where it is computed or what was drawn before.
+
+    Args:
+        latents: Noise, or other latents that no two samples share.
+        *counters: Which draw of several.
+    """
+    drawn: list[Tensor] = []
+    for sample in latents.detach().float().cpu():
+        digest = hashlib.blake2b(sample.contiguous().numpy().tobytes(), digest_size=8)
+        for counter in counters:
+            digest.update(f"{_SEPARATOR}{counter}".encode())
+        seed = int.from_bytes(digest.digest(), "big") >> 1
+        stream = torch.Generator().manual_seed(seed)
+        drawn.append(torch.randn(sample.shape, generator=stream))
+    return torch.stack(drawn).to(latents)
 
 
 def rollout_steps(seed: int, key: MicroBatchKey, random_steps: RandomSteps) -> int:

@@ -172,6 +172,7 @@ class Evaluator:
             negative.to(noise.device),
             guidance_scale,
             on_step,
+            renoise=self._schedule.renoises(guidance_scale),
         )
 
     def _noise(self, seed: int, first_index: int, count: int) -> Latents:

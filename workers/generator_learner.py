@@ -431,6 +431,7 @@ class GeneratorLearner(LearningRole):
             text_on(text, draws.initial_noise.device).text,
             draws.exit_step,
             keep_graph=keep_graph,
+            renoise=self._schedule.renoise,
         )
 
     def _query(self, key: MicroBatchKey, x0: Latents, text: TextBatch, draws: Draws) -> NoisedBatch:

@@ -61,7 +61,13 @@ def clip_facts(
 ) -> tuple[object, ...]:
     """Settings that decide a model's clips besides its files and the way of sampling."""
     levels = (schedule.shift, schedule.steps, schedule.warp_steps)
-    return (replace(model, folder=""), video, levels if schedule.steps else schedule.shift)
+    renoise = ("renoise",) if schedule.renoise else ()
+    return (
+        replace(model, folder=""),
+        video,
+        levels if schedule.steps else schedule.shift,
+        *renoise,
+    )
 
 
 def save_clip_set(path: Path, clips: ClipSet) -> None:

@@ -146,7 +146,7 @@ def _contradictions(config: GaussianStudyConfig) -> Iterator[str]:
         if world.modes > 2 and world.dim != 2 and world.modes > world.dim:
             yield f"worlds.{name} has {world.modes} modes at right angles in {world.dim} dimensions"
     given, plain = config.schedule, FlowMatchSchedule()
-    for name in ("score_level_min", "score_level_max", "score_window", "steps"):
+    for name in ("score_level_min", "score_level_max", "score_window", "steps", "renoise"):
         if getattr(given, name) != getattr(plain, name):
             found = getattr(given, name)
             yield f"schedule.{name} is {found}, which this study does not draw by; leave it out"

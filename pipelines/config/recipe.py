@@ -330,6 +330,7 @@ class DistillConfig(Section):
             "negative_prompt": self.model.negative_prompt,
             "steps": self.schedule.steps,
             "warp_steps": self.schedule.warp_steps,
+            "renoise": self.schedule.renoise,
         }
 
     def to_yaml(self) -> str:
@@ -485,6 +486,11 @@ def _contradictions(config: DistillConfig) -> list[str]:
     problems += method_contradictions(config.objective, config.fake_score)
     problems += step_contradictions(config.schedule, config.generator, config.objective)
     problems += adversary_contradictions(config.objective, config.schedule)
+    if config.schedule.renoise and config.teacher.guidance_scale == 1:
+        problems.append(
+            "schedule.renoise holds for samplers without guidance, and with teacher.guidance_scale 1 "
+            "the teacher's clips would be sampled so, too; choose another scale"
+        )
     problems += lora_contradictions(config)
     problems += frozen_contradictions(config)
     if config.validation.every and not config.data.validation:

@@ -34,6 +34,11 @@ def step_contradictions(
             f"schedule.score_window {window} has no one window where generator.random_steps draws "
             "the levels of each sample; set schedule.score_window=none"
         )
+    if schedule.renoise and generator.diversity.enabled:
+        problems.append(
+            "generator.diversity ties the first step to the teacher's velocity, and the steps of "
+            "schedule.renoise go to clean latents; set one of them off"
+        )
     if schedule.steps is not None and len(schedule.steps) != generator.num_steps:
         problems.append(
             f"schedule.steps has {len(schedule.steps)} levels, one for each step, but "
@@ -61,6 +66,11 @@ def _phase_contradictions(
         problems.append(
             f"generator.diversity would go on training the first step in the low phase of {method};"
             " set generator.diversity.weight=0"
+        )
+    if schedule.renoise:
+        problems.append(
+            f"schedule.renoise leads to clean latents, and the high phase of {method} ends before "
+            "them; set schedule.renoise=false"
         )
     plain = FlowMatchSchedule()
     problems += [

@@ -42,6 +42,7 @@ class InferenceSettings(BaseModel):
         steps: Raw levels of the steps in thousandths, where they are not equally spaced; they hold
             for as many steps without guidance.
         warp_steps: Whether the shift moves these levels.
+        renoise: Whether each step without guidance goes to x0 and noises it anew.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -57,12 +58,16 @@ class InferenceSettings(BaseModel):
     fps: PositiveInt
     steps: tuple[int, ...] | None = None
     warp_steps: bool = True
+    renoise: bool = False
 
     @property
     def schedule(self) -> FlowMatchSchedule:
         """Noise levels of the folder's sampler."""
         return FlowMatchSchedule(
-            shift=self.flow_shift, steps=self.steps, warp_steps=self.warp_steps
+            shift=self.flow_shift,
+            steps=self.steps,
+            warp_steps=self.warp_steps,
+            renoise=self.renoise,
         )
 
 

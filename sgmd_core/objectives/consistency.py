@@ -190,7 +190,7 @@ class ConsistentObjective(Protocol):
 
     @property
     def matches(self) -> bool:
-        """Whether the generator also learns from its own samples."""
+        """True if the generator also learns from its own samples."""
         ...
 
 

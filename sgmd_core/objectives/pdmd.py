@@ -20,14 +20,12 @@ has nothing to do with r, tells the two apart.
 Source: PDMD (arXiv:2609.35768), update ratio 1:1.
 """
 
-import hashlib
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
-
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.dmd import DmdObjective, distribution_matching_loss, matching_direction
+from sgmd_core.seeds import derived_noise
 from sgmd_core.types import Latents, Loss, NoisedBatch, float32
 
 Removed = Literal["residual", "random"]
@@ -55,12 +53,7 @@ def random_direction(query: NoisedBatch) -> Latents:
     Args:
         query: A query; its noise names the draw of each sample.
     """
-    drawn: list[Latents] = []
-    for noise in query.noise.detach().float().cpu():
-        digest = hashlib.blake2b(noise.contiguous().numpy().tobytes(), digest_size=8).digest()
-        stream = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-        drawn.append(torch.randn(noise.shape, generator=stream))
-    return torch.stack(drawn).to(query.x0)
+    return derived_noise(query.noise).to(query.x0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class RcmObjective(DmdObjective):
 
     @property
     def matches(self) -> bool:
-        """Whether the generator also learns from its own samples."""
+        """True if the generator also learns from its own samples."""
         return self.matching_weight > 0
 
     def matching_weight_at(self, iteration: int) -> float:

@@ -103,6 +103,7 @@ def test_experts_have_to_change_where_the_phases_do(base: Path, pair: Path, tmp_
         (["generator.diversity.weight=0.1"], "diversity"),
         (["schedule.score_window=both"], "score_window"),
         (["schedule.score_law=renoise"], "score_law"),
+        (["schedule.renoise=true"], "renoise"),
         (["schedule.score_level_max=900"], r"objective\.first_level and last_level"),
         (["schedule.score_shift=1.0"], "score_shift"),
         (

@@ -4,7 +4,8 @@ from torch import nn
 
 from sgmd_core.errors import ConfigError
 from sgmd_core.rollout import euler_sample, rollout
-from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.schedule import FlowMatchSchedule, RandomSteps
+from sgmd_core.seeds import derived_noise
 from sgmd_core.worlds.gaussian import GaussianVelocity, gaussian_text
 
 GRID = FlowMatchSchedule(shift=5.0).few_step_grid(4)
@@ -122,3 +123,59 @@ def test_an_exit_step_outside_the_grid_is_refused(noise, exit_step):
 def test_guidance_without_a_negative_caption_is_refused(noise):
     with pytest.raises(ConfigError, match="no negative caption"):
         euler_sample(RecordingModel(), GRID, noise, TEXT, guidance_scale=3.0)
+
+
+def consistent(x_t, sigma, text):
+    """Velocity to the end of the exact probability-flow path of N(0, 0.5^2)."""
+    std, level = 0.5, sigma.reshape(-1, 1, 1, 1, 1)
+    d = ((1 - level).square() * std**2 + level.square()).sqrt()
+    return (x_t - std / d * x_t) / level
+
+
+class TestRenoising:
+    def test_a_consistency_function_keeps_the_spread_of_the_data_and_euler_steps_widen_it(self):
+        start = torch.randn(64, 1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+        text = torch.zeros(64, 1, 1)
+        plain = euler_sample(consistent, GRID, start, text)
+        anew = euler_sample(consistent, GRID, start, text, renoise=True)
+        assert plain.std().item() > 0.6
+        assert anew.std().item() == pytest.approx(0.5, rel=0.01)
+
+    def test_a_rollout_is_what_the_sampler_does_on_the_same_steps(self, noise):
+        whole = euler_sample(consistent, GRID, noise, TEXT, renoise=True)
+        last = rollout(consistent, GRID, noise, TEXT, 3, keep_graph=False, renoise=True)
+        torch.testing.assert_close(last, whole)
+        other = rollout(consistent, GRID, noise, TEXT, 3, keep_graph=False)
+        assert (other - whole).abs().max() > 0.1
+
+    def test_samples_do_not_depend_on_how_a_batch_is_split(self, noise):
+        whole = euler_sample(consistent, GRID, noise, TEXT, renoise=True)
+        parts = [
+            euler_sample(consistent, GRID, one, TEXT[:1], renoise=True) for one in noise[:, None]
+        ]
+        torch.testing.assert_close(torch.cat(parts), whole, rtol=0, atol=0)
+
+    def test_the_noise_of_every_step_is_its_own(self, noise):
+        draws = [derived_noise(noise, step) for step in range(2)]
+        assert (draws[0] - draws[1]).abs().min() > 0
+        assert abs(derived_noise(torch.zeros(1, 1, 8, 64, 64), 0).std().item() - 1) < 0.02
+
+    def test_only_samplers_without_guidance_renoise(self):
+        assert FlowMatchSchedule(renoise=True).renoises(1.0)
+        assert not FlowMatchSchedule(renoise=True).renoises(3.0)
+        assert not FlowMatchSchedule().renoises(1.0)
+
+
+def test_a_running_minimum_takes_the_levels_as_they_come():
+    u = torch.tensor([[0.5, 0.9, 0.1], [0.2, 0.1, 0.8]])
+    steps = {
+        "min_steps": 4,
+        "max_steps": 4,
+        "shifted": False,
+        "sigma_min": 1e-9,
+        "sigma_max": 1 - 1e-9,
+    }
+    running = RandomSteps(**steps, order="running_minimum").grid(u, 1.0)
+    expected = torch.tensor([[1, 0.5, 0.5, 0.1, 0], [1, 0.2, 0.1, 0.1, 0]])
+    torch.testing.assert_close(running, expected)
+    assert RandomSteps(order="running_minimum").grid(u[:, :0], 1.0).tolist() == [[1, 0], [1, 0]]

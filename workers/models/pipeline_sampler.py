@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from workers.models.sampling import SampleRequest
-from workers.models.scheduler import at_levels
+from workers.models.scheduler import at_levels, renoising
 
 
 class PipelineSampler:
@@ -36,25 +36,31 @@ class PipelineSampler:
             return tensors
 
         self._set_flow_shift(request.flow_shift)
-        if request.listed:
-            grid = request.schedule.generator_grid(request.num_steps)
-            self._pipeline.scheduler = at_levels(self._pipeline.scheduler, grid)
-        (video,) = self._pipeline(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt,
-            height=request.height,
-            width=request.width,
-            num_frames=request.num_frames,
-            num_inference_steps=request.num_steps,
-            guidance_scale=request.guidance_scale,
-            max_sequence_length=request.text_length,
-            # On the CPU, so that a seed means the same clip on every machine.
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-            # Declared with two arguments, called with four.
-            callback_on_step_end=cast(Any, after_step),
-            output_type="np",
-            return_dict=False,
-        )
+        plain, schedule, scale = self._pipeline.scheduler, request.schedule, request.guidance_scale
+        renoises = schedule.renoises(scale)
+        if request.listed or renoises:
+            grid = schedule.sampling_grid(request.num_steps, scale)
+            adapt = renoising if renoises else at_levels
+            self._pipeline.scheduler = adapt(self._pipeline.scheduler, grid)
+        try:
+            (video,) = self._pipeline(
+                prompt=request.prompt,
+                negative_prompt=request.negative_prompt,
+                height=request.height,
+                width=request.width,
+                num_frames=request.num_frames,
+                num_inference_steps=request.num_steps,
+                guidance_scale=request.guidance_scale,
+                max_sequence_length=request.text_length,
+                # On the CPU, so that a seed means the same clip on every machine.
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                # Declared with two arguments, called with four.
+                callback_on_step_end=cast(Any, after_step),
+                output_type="np",
+                return_dict=False,
+            )
+        finally:
+            self._pipeline.scheduler = plain
         return (np.asarray(video[0]) * 255).round().clip(0, 255).astype(np.uint8)
 
     def _set_flow_shift(self, flow_shift: float) -> None:

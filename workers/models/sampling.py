@@ -67,6 +67,7 @@ class SampleRequest:
         width: Pixels.
         steps: Raw levels of as many unguided steps, as in `FlowMatchSchedule`; None: equal ones.
         warp_steps: Whether the shift moves them.
+        renoise: As in `FlowMatchSchedule`.
     """
 
     prompt: str
@@ -81,12 +82,16 @@ class SampleRequest:
     width: int
     steps: tuple[int, ...] | None = None
     warp_steps: bool = True
+    renoise: bool = False
 
     @property
     def schedule(self) -> FlowMatchSchedule:
         """Noise levels of the sampler."""
         return FlowMatchSchedule(
-            shift=self.flow_shift, steps=self.steps, warp_steps=self.warp_steps
+            shift=self.flow_shift,
+            steps=self.steps,
+            warp_steps=self.warp_steps,
+            renoise=self.renoise,
         )
 
     @property
@@ -157,6 +162,7 @@ class EulerSampler:
             negative,
             request.guidance_scale,
             on_step,
+            renoise=request.schedule.renoises(request.guidance_scale),
         )
         (pixels,) = to_pixels(self._decoder.decode(latents).float().cpu())
         return pixels

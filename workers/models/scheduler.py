@@ -1,9 +1,14 @@
 """The sampler that diffusers is told to use for a few-step generator."""
 
+from functools import wraps
+from itertools import count
 from typing import Any
 
 from diffusers import UniPCMultistepScheduler
 from torch import Tensor
+
+from sgmd_core.rollout import renoised
+from sgmd_core.seeds import derived_noise
 
 _NUM_TRAIN_TIMESTEPS = 1000
 _LARGEST_LEVEL = 1 - 1e-6
@@ -34,6 +39,33 @@ def build_scheduler(flow_shift: float) -> UniPCMultistepScheduler:
     )
 
 
+def renoising(scheduler: Any, grid: Tensor) -> Any:  # noqa: ANN401  (a class for each model)
+    """A copy of a scheduler that steps over the levels of a grid and renoises at each of them.
+
+    The latents of the first step are the initial noise, from which that of the others is drawn, in
+    the order in which the pipeline holds them: only one that holds them as we do makes our clips.
+
+    Args:
+        scheduler: Of diffusers, for flow models.
+        grid: Falling noise levels that end at 0.
+    """
+    own = at_levels(scheduler, grid)
+    levels = grid.tolist()
+    initial: list[Tensor] = []
+    steps = count()
+
+    def step_anew(
+        velocity: Tensor, timestep: object, sample: Tensor, **options: object
+    ) -> tuple[Tensor]:
+        step = next(steps)
+        initial[:] = initial or [sample]
+        noise = derived_noise(initial[0], step)
+        return (renoised(sample, velocity, levels[step], levels[step + 1], noise),)
+
+    own.step = step_anew
+    return own
+
+
 def at_levels(scheduler: Any, grid: Tensor) -> Any:  # noqa: ANN401  (a class for each model)
     """A copy of a scheduler that steps over the levels of a grid, whatever its own would be.
 
@@ -44,6 +76,8 @@ def at_levels(scheduler: Any, grid: Tensor) -> Any:  # noqa: ANN401  (a class fo
     own = type(scheduler).from_config(scheduler.config)
     set_timesteps = own.set_timesteps
 
+    # Pipelines look at the signature.
+    @wraps(set_timesteps)
     def set_listed(*args: Any, **options: Any) -> None:  # noqa: ANN401
         set_timesteps(*args, **options)
         # Its solvers take logarithms of 1 - sigma.

@@ -547,6 +547,15 @@ def is_written(dotted: str, settings: dict) -> bool:
 
 
 @pytest.mark.parametrize(
+    "setting", ["generator.diversity.weight=0.05", "teacher.guidance_scale=1.0"]
+)
+def test_steps_that_renoise_are_refused_where_they_lead_elsewhere(setting):
+    load_recipe("tiny", ["schedule.renoise=true"])
+    with pytest.raises(ConfigError, match=r"schedule\.renoise"):
+        load_recipe("tiny", ["schedule.renoise=true", setting])
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         (["topology.mode=local"], "topology.mode is local"),
