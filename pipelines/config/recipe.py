@@ -488,8 +488,8 @@ def _contradictions(config: DistillConfig) -> list[str]:
     problems += adversary_contradictions(config.objective, config.schedule)
     if config.schedule.renoise and config.teacher.guidance_scale == 1:
         problems.append(
-            "schedule.renoise holds for samplers without guidance, and with teacher.guidance_scale 1 "
-            "the teacher's clips would be sampled so, too; choose another scale"
+            "schedule.renoise holds for samplers without guidance, which with "
+            "teacher.guidance_scale 1 the teacher's are, too; choose another scale"
         )
     problems += lora_contradictions(config)
     problems += frozen_contradictions(config)
