@@ -6,8 +6,10 @@
       mean over all positions -> linear -> one logit
 
 The published image head has three strides of 4x4 convolutions and needs maps of at least 8x8; the
-number of strides is a setting here, so that small maps have a head too. The last layer starts at
-zero: a new head says nothing, and its first gradients do not move a generator.
+number of strides is a setting here, so that small maps have a head too. A norm's groups have eight
+channels, as the published ones: with one channel a group, a norm before the mean would take away
+all but the shape of a map. The last layer starts at zero: a new head says nothing, and its first
+gradients do not move a generator.
 """
 
 import math
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 from sgmd_core.seeds import random_generator
 
-_GROUPS = 32
+_MOST_GROUPS, _CHANNELS_A_GROUP = 32, 8
 _STREAM = "discriminator-heads"
 
 
@@ -27,7 +29,7 @@ class DiscriminatorHead(nn.Module):
 
     Args:
         channels: Of the features.
-        width: Of the convolutions; a multiple of 32, or below 32.
+        width: Of the convolutions; a multiple of 8, and of 32 above 256.
         num_strides: Convolutions that halve rows and columns.
     """
 
@@ -38,7 +40,7 @@ class DiscriminatorHead(nn.Module):
             stride = (1, 2, 2) if number < num_strides else 1
             layers += [
                 nn.Conv3d(width if number else channels, width, 3, stride=stride, padding=1),
-                nn.GroupNorm(min(_GROUPS, width), width),
+                nn.GroupNorm(min(_MOST_GROUPS, width // _CHANNELS_A_GROUP), width),
                 nn.SiLU(),
             ]
         self.layers = nn.Sequential(*layers)

@@ -19,9 +19,6 @@ from sgmd_core.errors import ConfigError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, RandomSteps
 from sgmd_core.velocity import GuidanceNorm
 
-_HEAD_GROUPS = 32
-"""Groups of the group norms in a discriminator's heads."""
-
 
 @dataclass(frozen=True, slots=True)
 class ModelSettings:
@@ -438,7 +435,7 @@ class DiscriminatorSettings:
     Attributes:
         layers: Layers of the teacher whose outputs have a head each, counted from 1; none: every
             third one, or the last where there are fewer.
-        width: Channels of the heads' convolutions: a multiple of 32, or below 32.
+        width: Channels of the heads' convolutions: a multiple of 8, and of 32 above 256.
         num_strides: Convolutions of a head that halve rows and columns. The published heads have 3,
             for maps of at least 8x8.
         optimizer: How the heads are updated.
@@ -461,10 +458,10 @@ class DiscriminatorSettings:
             "numbers of layers from 1 on, rising",
         )
         _require(
-            1 <= self.width < _HEAD_GROUPS or (self.width > 0 and self.width % _HEAD_GROUPS == 0),
+            self.width >= 8 and self.width % (8 if self.width <= 256 else 32) == 0,
             "discriminator.width",
             self.width,
-            f"a multiple of {_HEAD_GROUPS}, or from 1 to {_HEAD_GROUPS - 1}",
+            "a multiple of 8, and of 32 above 256: group norms share them",
         )
         _require(
             0 <= self.num_strides <= 8, "discriminator.num_strides", self.num_strides, "0 to 8"

@@ -63,14 +63,16 @@ def spoken(heads: DiscriminatorHeads) -> DiscriminatorHeads:
 class World:
     """The roles of an adversarial method over tiny networks; sharded in a process group."""
 
-    def __init__(self, objective, tracking: str = "shared", *, raises: bool = True) -> None:
+    def __init__(
+        self, objective, tracking: str = "shared", *, raises: bool = True, lr: float = 1e-3
+    ) -> None:
         self.objective = objective
         self.roles = tiny_roles(tracking, objective=objective)
         self.backbone = tiny_velocity(3)
         shard(self.backbone, self.backbone.blocks)
         self.heads = spoken(build_heads([WIDTH] * 2, 8, 1, SEED))
         shard(self.heads, self.heads.heads)
-        optimizer = OptimizerSettings(lr=1e-3)
+        optimizer = OptimizerSettings(lr=lr)
         checks = FiniteChecks(raises=raises)
         self.discriminator = Discriminator(
             self.backbone, self.heads, (1, 2), objective, optimizer, SEED, checks
@@ -236,6 +238,36 @@ def test_shared_tracking_gathers_the_bits_of_a_forward_pass_of_its_own():
     assert same_bits(found, expected)
     for role in ("generator", "discriminator"):
         assert same_bits(gradients(shared.networks[role]), gradients(fresh.networks[role]))
+
+
+PLAIN_GAN = Dmd2Objective(adversary=AdversarialTerm(loss=SOFTPLUS))
+
+
+@pytest.mark.parametrize("objective", [AdmObjective(delta=0.3), PLAIN_GAN], ids=["adm", "gan"])
+def test_heads_that_see_the_same_samples_again_learn_to_tell_them_apart(objective):
+    world = World(objective, "fresh", lr=1e-2)
+    losses: list[float] = []
+    query = world.roll_out((0, 1))
+    query = replace(query, sigma=torch.full_like(query.sigma, 0.6))
+    teacher = world.roles.teacher.denoise(query, negative_text())
+    fake = world.roles.fake_score.predict(query)
+    if isinstance(objective, Dmd2Objective):
+        signal = world.roles.fake_score.signal(query, teacher, 1.0)
+    for update in range(60):
+        key = key_of(update)
+        again = replace(query, key=key)
+        if isinstance(objective, AdmObjective):
+            own = replace(teacher, key=key), replace(fake, key=key)
+            found = world.discriminator.compare_steps(again, *own, 1.0)
+        else:
+            given = data_of((0, 1)), replace(signal, key=key)
+            found = world.discriminator.compare_data(again, *given, 1.0)
+        losses.append(found.metrics["discriminator"])
+        world.discriminator.gradient_report(update)
+        world.discriminator.step(update)
+    assert losses[-1] < 0.5 * losses[0]
+    assert found.metrics["discriminator_accuracy"] > 0.9
+    assert found.metrics["logit_gap"] > 1
 
 
 @pytest.mark.parametrize("mode", [True, "selective", "offload"])

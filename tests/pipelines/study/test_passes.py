@@ -182,7 +182,7 @@ class CountingDenoiser(Denoiser):
 
 
 def counting_discriminator(config: DistillConfig, network: CountingDenoiser) -> Discriminator:
-    heads = build_heads([LATENT_SHAPE[0]], 4, 0, config.seed)
+    heads = build_heads([LATENT_SHAPE[0]], 8, 0, config.seed)
     optimizer = config.discriminator.optimizer
     return Discriminator(network, heads, (1,), config.objective, optimizer, config.seed)
 
