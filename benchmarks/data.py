@@ -156,7 +156,7 @@ def _stream(source: Source, num_rows: int, batch: int, readers: int) -> tuple[fl
 
 def _take(feed: Feed, source: Source, size: int) -> None:
     batch = feed.take(size)
-    assert len(batch.sample_ids) == size
+    assert batch.rows.num_rows == size
     if source.columns:
         assert len(feed.latents(batch.number)) == size
 

@@ -18,14 +18,14 @@ from pipelines.data.stream.window import read_window
 def read_in_stages(source: Source, num_rows: int, batch: int) -> dict[str, dict[str, float]]:
     """One pass as far as some stage: rows a second, CPU seconds.
 
-    `in_words` is the part of `handed_out` that makes Python strings of ids and captions.
+    `in_words` is what a text encoder adds: Python strings of ids and captions.
     """
     catalogue = Catalogue(*open_folder(source.url), 1000)
     plan = plan_windows(catalogue, 0, ShuffleSettings())
     windows = [each.window for each in takewhile(lambda each: not each.window.cursor.epoch, plan)]
     reader = source.open_reader()
     columns = [*REQUIRED_COLUMNS, *source.columns]
-    tables: list[pa.Table] = []
+    checked_last = pa.table({})
 
     def fetched() -> None:
         for window in windows:
@@ -33,15 +33,16 @@ def read_in_stages(source: Source, num_rows: int, batch: int) -> dict[str, dict[
             reader.read([(each.shard, each.num_bytes, each.index) for each in groups], columns)
 
     def checked() -> None:
+        nonlocal checked_last
         for window in windows:
-            tables.append(read_window(reader, source, window).select(REQUIRED_COLUMNS))
+            checked_last = read_window(reader, source, window)
 
     def in_words() -> None:
-        for table in tables:
-            for first in range(0, table.num_rows, batch):
-                part = table.slice(first, batch)
-                for name in REQUIRED_COLUMNS:
-                    tuple(part.column(name).to_pylist())
+        table = checked_last.select(REQUIRED_COLUMNS)
+        for first in range(0, num_rows, batch):
+            part = table.slice(first % table.num_rows, batch)
+            for name in REQUIRED_COLUMNS:
+                tuple(part.column(name).to_pylist())
 
     def handed_out() -> None:
         with Feed(StreamSettings(source, seed=0), FeedProgress(), num_rows) as feed:

@@ -217,8 +217,7 @@ class _Look:
         columns, reasons = check_rows(columns, task.max_caption_chars, known)
         named, told = (pc.fill_null(columns[name], "") for name in REQUIRED_COLUMNS)
         has_id = np.asarray(pc.not_equal(named, ""))
-        bad = np.flatnonzero(reasons != None)  # noqa: E711 - compares each
-        faults = {int(row): split_reason(reasons[row]) for row in bad}
+        faults = {row: split_reason(reason) for row, reason in reasons.items()}
         for row, fault in self._try_rows(rows):
             faults.setdefault(row, fault)
         self.ids.append(digest_ids(named))

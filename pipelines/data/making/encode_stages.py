@@ -233,7 +233,7 @@ def _decoded(
     texts, reasons = check_rows(texts, max_caption_chars, known)
     for place, row in enumerate(rows):
         name, caption = (texts[column][place].as_py() for column in REQUIRED_COLUMNS)
-        if reasons[place] is not None:
+        if place in reasons:
             reason, detail = split_reason(reasons[place])
             name = None if reason == Reason.NO_ID else name
             yield _line(part, row, name, caption or "", reason=reason, detail=detail)

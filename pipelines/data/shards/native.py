@@ -16,7 +16,7 @@ from typing import Any, cast
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow import fs
@@ -28,10 +28,13 @@ from pipelines.data.shards.reading import Fault
 
 # As many as Arrow has threads for reading; one window has no more row groups by default.
 _NUM_THREADS = 8
-_NUM_CACHED_FRAGMENTS = 256
+_NUM_CACHED_FILES = 256
 
 Group = tuple[str, int, int]
 """Relative path of a shard, its size in bytes when it was listed, number of a row group."""
+
+_Files = OrderedDict[tuple[str, int], tuple[pa.NativeFile | None, pq.FileMetaData]]
+"""(path, size) -> the open file, and its footer"""
 
 
 class NativeReader:
@@ -49,9 +52,8 @@ class NativeReader:
         self._filesystem = filesystem
         self._root = root
         self._names = names
-        options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
-        self._format = ds.ParquetFileFormat(default_fragment_scan_options=options)
-        self._fragments: OrderedDict[tuple[str, int], ds.ParquetFileFragment] = OrderedDict()
+        self._is_local = isinstance(filesystem, fs.LocalFileSystem)
+        self._files: _Files = OrderedDict()
         self._pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="row-groups")
 
     def read(self, groups: Sequence[Group], columns: Sequence[str]) -> list[pa.Table | Exception]:
@@ -61,32 +63,37 @@ class NativeReader:
     def _read(self, group: Group, columns: Sequence[str]) -> pa.Table | Exception:
         path, size, index = group
         try:
-            fragment = cast("Any", self._fragment(path, size))
-            found = map_columns(fragment.physical_schema, self._names, columns)
+            content, metadata = self._open(path, size)
+            file = pq.ParquetFile(
+                content,
+                metadata=metadata,
+                page_checksum_verification=True,
+                # One request for all columns; from a disk, each is read as quickly when it is due.
+                pre_buffer=not self._is_local,
+            )
+            found = map_columns(file.schema_arrow, self._names, columns)
             if isinstance(found, Fault):
                 return ValueError(found.reason)
-            part = fragment.subset(row_group_ids=[index])
-            table = part.to_table(columns=found.sources, use_threads=False)
-            return found.apply(table, path, fragment.metadata, index)
+            table = file.read_row_group(index, columns=found.sources, use_threads=False)
+            return found.apply(table, path, metadata, index)
         except Exception as error:  # Whatever it is: who reads again says what is wrong.
             return error
 
-    def _fragment(self, path: str, size: int) -> ds.ParquetFileFragment:
-        """A shard; its footer is read once and kept with it."""
-        full = f"{self._root}/{path}"
-        if isinstance(self._filesystem, fs.LocalFileSystem):
-            # Other clients look for the footer where the size says; this one asks the disk.
-            found = self._filesystem.get_file_info(full).size
-            if found != size:
-                raise OSError(f"{full} has {found} bytes; it had {size}")
-        fragment = self._fragments.get((path, size))
-        if fragment is None:
-            fragment = self._format.make_fragment(full, self._filesystem, file_size=size)
-            # Two threads may come here at once: each has a fragment, and the later one is kept.
-            self._fragments[path, size] = fragment
-            if len(self._fragments) > _NUM_CACHED_FRAGMENTS:
-                self._fragments.popitem(last=False)
-        return fragment
+    def _open(self, path: str, size: int) -> tuple[pa.NativeFile, pq.FileMetaData]:
+        """A shard and its footer, which is read once."""
+        content, metadata = self._files.get((path, size), (None, None))
+        if content is None:
+            content = self._filesystem.open_input_file(f"{self._root}/{path}")
+            if content.size() != size:
+                raise OSError(f"{path} has {content.size()} bytes; it had {size}")
+        if metadata is None:
+            metadata = pq.read_metadata(content)
+        # A file of a disk is opened each time: it may be another one by then. Two threads may come
+        # here at once: each has a file, and the later one is kept.
+        self._files[path, size] = None if self._is_local else content, metadata
+        if len(self._files) > _NUM_CACHED_FILES:
+            self._files.popitem(last=False)
+        return content, metadata
 
 
 def native_filesystem(filesystem: AbstractFileSystem, s3: S3Settings) -> fs.FileSystem | None:

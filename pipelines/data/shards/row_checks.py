@@ -3,6 +3,8 @@
 No id, a bad caption, values of a wrong size:
 
 columns of a row group -> the same, with text that is text -> a reason for each bad row
+
+Columns are checked as Arrow arrays; Python looks at the rows that fail, to say why.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +14,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-from numpy.typing import NDArray
 
 from pipelines.data.shards.caption_rule import caption_faults, is_ascii
 from pipelines.data.shards.rejection import Reason, join_reason
@@ -37,7 +38,7 @@ def check_rows(
     max_caption_chars: int,
     faults: Mapping[int, str] = _NONE,
     encoding: Encoding | None = None,
-) -> tuple[dict[str, pa.ChunkedArray], NDArray[np.object_]]:
+) -> tuple[dict[str, pa.ChunkedArray], dict[int, str]]:
     """Checks every row of a row group.
 
     Args:
@@ -47,29 +48,27 @@ def check_rows(
         encoding: What latents and embeddings must be; None where they are not among the columns.
 
     Returns:
-        The columns, in which ids and captions are valid UTF-8; and why each row cannot be used,
-        None for a row that can. The first reason counts.
+        The columns, in which ids and captions are valid UTF-8; and for each row that cannot be
+        used, why. The first reason counts.
     """
     columns = dict(columns)
-    reasons = np.full(len(columns[SAMPLE_ID]), None, dtype=object)
-    for row, fault in faults.items():
-        if row < len(reasons):
-            reasons[row] = fault
+    num_rows = len(columns[SAMPLE_ID])
+    reasons = {row: fault for row, fault in faults.items() if row < num_rows}
 
     def reject(which: Any, reason: Callable[[int], str]) -> None:  # noqa: ANN401 - Arrow's array
         bad = pc.fill_null(which, True)
         if pc.any(bad).as_py():
-            for row in np.flatnonzero(np.asarray(bad)):
-                reasons[row] = reasons[row] or reason(int(row))
+            for row in np.flatnonzero(np.asarray(bad)).tolist():
+                reasons.setdefault(row, reason(row))
 
     if not is_ascii(columns[SAMPLE_ID]):
         columns[SAMPLE_ID], broken = decode_utf8(columns[SAMPLE_ID])
         reject(broken, lambda row: join_reason(Reason.NO_ID, "no UTF-8"))
-    has_no_id = pc.equal(pc.fill_null(columns[SAMPLE_ID], ""), "")
+    has_no_id = pc.equal(pc.binary_length(columns[SAMPLE_ID]), 0)
     reject(has_no_id, lambda row: str(Reason.NO_ID))
     columns[CAPTION], bad_captions = caption_faults(columns[CAPTION], max_caption_chars)
     for row, fault in bad_captions.items():
-        reasons[row] = reasons[row] or join_reason(*fault)
+        reasons.setdefault(row, join_reason(*fault))
     if encoding is not None and TEXT_EMBEDS in columns:
         positions, width = encoding.text_shape
         row_bytes = width * encoding.item_bytes

@@ -56,8 +56,7 @@ class SeenIds:
 
     def _enter(self, new: NDArray[np.uint64]) -> None:
         while self._known and len(self._known[-1]) < 2 * len(new):
-            # Two sorted runs: a stable sort only merges them.
-            new = np.sort(np.concatenate([self._known.pop(), new]), kind="stable")
+            new = np.sort(np.concatenate([self._known.pop(), new]))
         if len(new):
             self._known.append(new)
 

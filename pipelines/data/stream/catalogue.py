@@ -25,7 +25,7 @@ from pipelines.data.shards.index import Shard, read_index
 from pipelines.data.shards.listing import list_chapters
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.rejection import Rejection, split_reason
-from pipelines.data.shards.scan import NO_ROWS, open_shards
+from pipelines.data.shards.scan import NO_ROWS, ScannedShard, open_shards
 from pipelines.data.stream.plan import RowGroup
 
 Chapter = tuple[Shard, ...]
@@ -63,6 +63,7 @@ class Catalogue:
         self._complete = False
         self._notes: list[dict[str, Any]] = []
         self._listing: Iterator[Chapter] | None = None
+        self._opened: dict[str, ScannedShard] = {}
         for line in recorded:
             self._recall(line)
 
@@ -88,6 +89,7 @@ class Catalogue:
         """
         filled = [shard for shard in self.chapter(0) or () if shard.num_bytes][:SETTLING_SHARDS]
         opened = open_shards(self._filesystem, self._root, filled, self._retry)
+        self._opened = {each.shard.path: each for each in opened}
         schemas = [each.footer.schema for each in opened if each.footer is not None]
         url = self._filesystem.unstrip_protocol(self._root)
         require_named(url, schemas, names)
@@ -188,11 +190,15 @@ class Catalogue:
             return
         rows: dict[str, list[int]] = {}
         faults: dict[str, str] = {}
-        for scanned in open_shards(self._filesystem, self._root, shards, self._retry):
+        closed = [shard for shard in shards if shard.path not in self._opened]
+        rest = iter(open_shards(self._filesystem, self._root, closed, self._retry))
+        for shard in shards:
+            # The first ones have been opened to settle the names.
+            scanned = self._opened.pop(shard.path, None) or next(rest)
             if scanned.fault:
-                faults[scanned.shard.path] = scanned.fault
+                faults[shard.path] = scanned.fault
             else:
-                rows[scanned.shard.path] = list(scanned.shard.rows or ())
+                rows[shard.path] = list(scanned.shard.rows or ())
         self._learn({"rows": rows, "faults": faults})
 
     def _learn(self, line: dict[str, Any]) -> None:

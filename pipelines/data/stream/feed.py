@@ -3,11 +3,13 @@
     windows, in order -> rejects set apart, second uses of an id too -> Feed.take(n) -> Batch
 
 A batch is cut from one stream, so neither the number of ranks nor that of micro-batches decides
-which rows come. What it says of itself is small; embeddings stay here until a role asks for them.
+which rows come. Ids and captions are Arrow columns until a batch is asked for its strings. What it
+says of itself is small; embeddings stay here until a role asks for them.
 """
 
-from collections.abc import Iterator, Mapping, Set
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -17,17 +19,19 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.data.making.caption_file import require_unchanged
-from pipelines.data.shards.rejection import Place, Reason, Rejection, split_reason
+from pipelines.data.shards.rejection import Reason, Rejection, split_reason
 from pipelines.data.shards.schema import (
+    CAPTION,
     LATENTS,
     REQUIRED_COLUMNS,
     SAMPLE_ID,
     TEXT_EMBEDS,
     VIDEO,
     Encoding,
+    caption_schema,
     join_names,
 )
-from pipelines.data.shards.seen import SeenIds
+from pipelines.data.shards.seen import SeenIds, digest_ids
 from pipelines.data.shards.values import unpack_all_latents, unpack_text
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.plan import Cursor, ShuffleSettings
@@ -87,8 +91,7 @@ class Batch:
 
     Attributes:
         number: Which batch of this feed it is, from 0.
-        sample_ids: In stream order.
-        captions: One for each.
+        rows: Id and caption of each, in stream order.
         epochs: (epoch, rows) in stream order; a batch may reach over the end of an epoch.
         cursor: The row that comes next.
         position: Rows handed out since the start of the run, these included.
@@ -99,8 +102,7 @@ class Batch:
     """
 
     number: int
-    sample_ids: tuple[str, ...]
-    captions: tuple[str, ...]
+    rows: pa.Table
     epochs: tuple[tuple[int, int], ...]
     cursor: Cursor
     position: int
@@ -108,6 +110,22 @@ class Batch:
     rejects: tuple[Rejection, ...]
     notes: tuple[dict[str, Any], ...]
     stop: tuple[str, ...] | None = None
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        """Its ids in stream order."""
+        return tuple(self.rows.column(SAMPLE_ID).to_pylist())
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """One for each."""
+        return tuple(self.rows.column(CAPTION).to_pylist())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels with its own rows; Arrow would send the whole window that they are a slice of."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["rows"] = self.rows.take(pa.array(np.arange(self.rows.num_rows)))
+        return partial(Batch, **values), ()
 
 
 class Feed:
@@ -177,14 +195,14 @@ class Feed:
             missing -= part.num_rows
             epochs[self._epoch] = epochs.get(self._epoch, 0) + part.num_rows
         if self._stop is not None:
-            return self._batch((), (), {}, stop=tuple(map(str, self._stop.args)))
+            rows = caption_schema().empty_table()
+            return self._batch(rows, {}, stop=tuple(map(str, self._stop.args)))
         rows = pa.concat_tables(parts)
         wanted = self._columns if columns is None else [*columns]
         if wanted:
             self._payloads[self._taken] = rows.select(wanted)
         self._position += num_rows
-        ids, captions = (tuple(rows.column(name).to_pylist()) for name in REQUIRED_COLUMNS)
-        return self._batch(ids, captions, epochs)
+        return self._batch(rows.select(REQUIRED_COLUMNS), epochs)
 
     def close(self) -> None:
         """Ends all reading; harmless when repeated."""
@@ -233,19 +251,14 @@ class Feed:
         return self._source.encoding
 
     def _batch(
-        self,
-        ids: tuple[str, ...],
-        captions: tuple[str, ...],
-        epochs: Mapping[int, int],
-        stop: tuple[str, ...] | None = None,
+        self, rows: pa.Table, epochs: Mapping[int, int], stop: tuple[str, ...] | None = None
     ) -> Batch:
         rejects, self._rejects = self._rejects, []
         notes, self._notes = self._notes, []
         self._taken += 1
         return Batch(
             number=self._taken - 1,
-            sample_ids=ids,
-            captions=captions,
+            rows=rows,
             epochs=tuple(epochs.items()),
             cursor=self._open.cursor,
             position=self._position,
@@ -292,15 +305,24 @@ class Feed:
         A row that was a repetition in an earlier epoch is one for good, although another order may
         bring it first: of rows with one id, always the same one is used.
         """
-        repeated = np.zeros(good.num_rows, dtype=bool)
-        repeated[list(_rows_at(planned, good, self._tally.repeats))] = True
+        repeated = self._known_repeats(planned, good)
         fresh = np.flatnonzero(~repeated)
-        ids = good.column(SAMPLE_ID).combine_chunks().take(pa.array(fresh))
-        repeated[fresh[self._seen.add(ids)]] = True
+        digests = digest_ids(good.column(SAMPLE_ID))
+        repeated[fresh[self._seen.add_digests(digests[fresh])]] = True
         if not repeated.any():
             return good, []
         rejects = list(_repeats(planned, good.filter(pa.array(repeated))))
         return good.filter(pa.array(~repeated)), rejects
+
+    def _known_repeats(self, planned: Planned, good: pa.Table) -> NDArray[np.bool_]:
+        """Marks the rows that were repetitions before."""
+        repeated = np.zeros(good.num_rows, dtype=bool)
+        for number, group in enumerate(planned.window.groups):
+            known = self._tally.repeats(group.shard, group.index)
+            if known:
+                numbers, rows = (good.column(name).to_numpy() for name in (GROUP, ROW))
+                repeated |= (numbers == number) & np.isin(rows, list(known))
+        return repeated
 
 
 @dataclass(slots=True)
@@ -365,14 +387,3 @@ def _repeats(planned: Planned, lines: pa.Table) -> Iterator[Rejection]:
         group = planned.window.groups[line[GROUP]]
         place = (line[SAMPLE_ID], group.shard, line[ROW])
         yield Rejection(*place, Reason.DUPLICATE_ID, REPEATS, group.index)
-
-
-def _rows_at(planned: Planned, good: pa.Table, places: Set[Place]) -> Iterator[int]:
-    """Returns the rows of a table at some places."""
-    if not places:
-        return
-    groups = [(group.shard, group.index) for group in planned.window.groups]
-    numbers, rows = good.column(GROUP).to_pylist(), good.column(ROW).to_pylist()
-    for at, (number, row) in enumerate(zip(numbers, rows, strict=True)):
-        if (*groups[number], row) in places:
-            yield at

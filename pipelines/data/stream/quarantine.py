@@ -32,13 +32,12 @@ class Tally:
     def __init__(self, max_bad_fraction: float, earlier: Iterable[Rejection] = ()) -> None:
         self._limit = max_bad_fraction
         self._rejects: dict[Place, Rejection] = {}
-        self._repeats: set[Place] = set()
+        self._repeats: dict[tuple[str, int | None], set[int]] = {}
         self.add(earlier)
 
-    @property
-    def repeats(self) -> Set[Place]:
-        """Rows whose id another row has, which is the one that is used."""
-        return self._repeats
+    def repeats(self, shard: str, row_group: int) -> Set[int]:
+        """Rows of a row group whose id another row has, which is the one that is used."""
+        return self._repeats.get((shard, row_group), frozenset())
 
     def add(self, rejects: Iterable[Rejection]) -> list[Rejection]:
         """Counts rejects; returns those that were not known."""
@@ -46,8 +45,9 @@ class Tally:
         for reject in rejects:
             if reject.place not in self._rejects:
                 self._rejects[reject.place] = reject
-                if reject.reason in _DUPLICATES:
-                    self._repeats.add(reject.place)
+                if reject.reason in _DUPLICATES and reject.row is not None:
+                    rows = self._repeats.setdefault((reject.source, reject.row_group), set())
+                    rows.add(reject.row)
                 new.append(reject)
         return new
 

@@ -6,14 +6,15 @@ The plan holds the position; reading only executes it, so where and how far ahea
 changes the waiting and not the rows.
 """
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from pipelines.data.shards.index import Shard
+from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.rejection import Rejection
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.plan import (
@@ -26,9 +27,11 @@ from pipelines.data.stream.plan import (
 )
 from pipelines.data.stream.quarantine import summarize_rejects
 from pipelines.data.stream.source import Source
-from pipelines.data.stream.window import read_window
+from pipelines.data.stream.window import fetch_groups, put_in_order
 from pipelines.data.stream.window_decoding import decode_rows
 from sgmd_core.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,10 @@ def plan_windows(
 def read_in_process(
     plan: Iterator[Planned], source: Source, num_rows: int
 ) -> Generator[tuple[Planned, pa.Table]]:
-    """Reads window after window in this process, one ahead of the one that is handed out.
+    """Reads window after window in this process, ahead of the one that is handed out.
+
+    While a window is handed out, the next one is checked and put in order, and the one after it is
+    fetched: a server then answers while we compute.
 
     Args:
         plan: Endless.
@@ -116,22 +122,26 @@ def read_in_process(
     """
     reader = source.open_reader()
 
-    def read_another() -> tuple[Planned, pa.Table]:
-        planned = next(plan)
-        rows = read_window(reader, source, planned.window)
-        if source.decode is not None:
-            rows = pa.concat_tables(decode_rows(source, rows))
-        return planned, rows
+    def lines(planned: Planned, groups: Sequence[pa.Table | Fault]) -> pa.Table:
+        rows = put_in_order(source, planned.window, groups)
+        return rows if source.decode is None else pa.concat_tables(decode_rows(source, rows))
 
+    fetched = ((each, fetch_groups(reader, source, each.window)) for each in plan)
+    ready = ((each, lines(each, groups)) for each, groups in _one_ahead(fetched, num_rows))
+    return _one_ahead(ready, num_rows)
+
+
+def _one_ahead(windows: Iterator[tuple[Planned, T]], num_rows: int) -> Generator[tuple[Planned, T]]:
+    """Hands out windows while a thread makes the next one, as far as `num_rows` reach."""
     # Not a daemon: Python waits at its end for a thread that may be inside of Arrow.
     pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
     try:
         coming = None
         while True:
-            planned, rows = (coming or pool.submit(read_another)).result()
+            planned, content = (coming or pool.submit(next, windows)).result()
             num_rows -= planned.window.num_rows
-            coming = pool.submit(read_another) if num_rows > 0 else None
-            yield planned, rows
+            coming = pool.submit(next, windows) if num_rows > 0 else None
+            yield planned, content
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -6,7 +6,7 @@ Every row of the window comes out: usable, or with the reason why not. A row gro
 read comes out as one row. So whoever counts rows can prove that none was lost on the way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -42,12 +42,32 @@ WHOLE_GROUP = -1
 
 
 def read_window(reader: RowGroupReader, source: Source, window: Window) -> pa.Table:
-    """Reads a window.
+    """Reads a window: `put_in_order` of `fetch_groups`."""
+    return put_in_order(source, window, fetch_groups(reader, source, window))
+
+
+def fetch_groups(reader: RowGroupReader, source: Source, window: Window) -> list[pa.Table | Fault]:
+    """Reads the row groups of a window, as they are.
 
     Args:
         reader: Of the source's folder.
         source: What is wanted.
-        window: What to read; rows before `cursor.row` of its order are left out.
+        window: What to read.
+
+    Raises:
+        DataError: The server failed; see `pipelines.data.shards.parquet.fetch`.
+    """
+    places = [(each.shard, each.num_bytes, each.index) for each in window.groups]
+    return reader.read(places, [*REQUIRED_COLUMNS, *source.columns])
+
+
+def put_in_order(source: Source, window: Window, tables: Sequence[pa.Table | Fault]) -> pa.Table:
+    """Checks the rows of a window and puts them in their places.
+
+    Args:
+        source: What is wanted.
+        window: What was read; rows before `cursor.row` of its order are left out.
+        tables: What `fetch_groups` has read.
 
     Returns:
         One line for each row, in the window's order: `place` in that order, number of the row
@@ -55,35 +75,40 @@ def read_window(reader: RowGroupReader, source: Source, window: Window) -> pa.Ta
         `reason`, which is null for a row that can be used. Before them, one line with `row`
         `WHOLE_GROUP` for each row group that cannot be read. Videos are as they were stored: see
         `pipelines.data.stream.window_decoding`.
-
-    Raises:
-        DataError: The server failed; see `pipelines.data.shards.parquet.fetch`.
     """
     groups = window.groups
     columns = [*REQUIRED_COLUMNS, *source.columns]
-    tables = reader.read([(each.shard, each.num_bytes, each.index) for each in groups], columns)
     usable: list[pa.Table] = []
     faults: list[tuple[int, str]] = []
-    where = np.full(window.num_rows, -1, dtype=np.int64)
-    before = num_usable = 0
+    reasons: dict[int, str] = {}
+    sizes = np.array([group.num_rows for group in groups])
+    first_rows = np.cumsum(sizes) - sizes
     for number, (group, table) in enumerate(zip(groups, tables, strict=True)):
-        checked = _checked(source, number, group, table, columns)
+        checked = _checked(source, group, table, columns)
         if isinstance(checked, Fault):
             faults.append((number, checked.reason))
         else:
-            usable.append(checked)
-            where[before : before + group.num_rows] = np.arange(group.num_rows) + num_usable
-            num_usable += group.num_rows
-        before += group.num_rows
-    rows = where[window.order()]
-    places = np.flatnonzero(rows >= 0)
-    places = places[places >= window.cursor.row]
+            usable.append(checked[0])
+            first = int(first_rows[number])
+            reasons |= {first + row: reason for row, reason in checked[1].items()}
     schema = lines_schema(source)
-    taken = _in_order(pa.concat_tables(usable), rows[places]) if usable else None
     parts = [_fault_lines(faults, schema)]
-    if taken is not None:
-        taken = taken.append_column(PLACE, pa.array(places.astype(np.int32)))
-        parts.append(taken.select(schema.names))
+    if usable:
+        numbers = np.repeat(np.arange(len(groups)), sizes)
+        is_usable = ~np.isin(numbers, [number for number, _ in faults])
+        order = window.order()
+        places = np.flatnonzero(is_usable[order])
+        places = places[places >= window.cursor.row]
+        chosen = order[places]
+        taken = _in_order(pa.concat_tables(usable), (np.cumsum(is_usable) - 1)[chosen])
+        lines = {
+            PLACE: pa.array(places, pa.int32()),
+            GROUP: pa.array(numbers[chosen], pa.int32()),
+            ROW: pa.array(chosen - first_rows[numbers[chosen]], pa.int32()),
+            **{name: taken.column(name) for name in columns},
+            REASON: _reasons_at(chosen, reasons, window.num_rows),
+        }
+        parts.append(pa.table(lines, schema=schema))
     return pa.concat_tables(parts)
 
 
@@ -103,10 +128,19 @@ def _fault_lines(faults: Sequence[tuple[int, str]], schema: pa.Schema) -> pa.Tab
     return pa.Table.from_pylist(lines, schema=schema)
 
 
+def _reasons_at(rows: NDArray[np.int64], reasons: Mapping[int, str], num_rows: int) -> pa.Array:
+    """The reasons of some of a window's rows, null for those that can be used."""
+    if not reasons:
+        return pa.nulls(len(rows), pa.string())
+    of_all = np.full(num_rows, None, dtype=object)
+    of_all[[*reasons]] = [*reasons.values()]
+    return pa.array(of_all[rows], pa.string())
+
+
 def _checked(
-    source: Source, number: int, group: RowGroup, table: pa.Table | Fault, columns: Sequence[str]
-) -> pa.Table | Fault:
-    """A row group with the reasons of its bad rows; or what is wrong with all of it."""
+    source: Source, group: RowGroup, table: pa.Table | Fault, columns: Sequence[str]
+) -> tuple[pa.Table, dict[int, str]] | Fault:
+    """A row group and the reasons of its bad rows; or what is wrong with all of it."""
     if isinstance(table, Fault):
         return table
     if table.num_rows != group.num_rows:
@@ -125,15 +159,7 @@ def _checked(
     columns_by_name, reasons = check_rows(
         columns_by_name, source.max_caption_chars, faults, source.encoding
     )
-    size = table.num_rows
-    return pa.table(
-        {
-            GROUP: pa.array(np.full(size, number, dtype=np.int32)),
-            ROW: pa.array(np.arange(size, dtype=np.int32)),
-            **columns_by_name,
-            REASON: pa.array(reasons, pa.string()),
-        }
-    )
+    return pa.table(columns_by_name), reasons
 
 
 def _in_order(table: pa.Table, rows: NDArray[np.int64]) -> pa.Table:

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.shards.rejection import Rejection
+from pipelines.data.shards.schema import caption_schema
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.ledger import Ledger, LedgerEntry
@@ -19,9 +21,8 @@ SMALL = ShuffleSettings(shards=2, row_groups=2)
 
 
 def batch(ids: tuple[str, ...], epochs=None, cursor=Cursor()) -> Batch:
-    return Batch(
-        0, ids, ids, epochs or ((0, len(ids)),), cursor, len(ids), 0.0, rejects=(), notes=()
-    )
+    rows = pa.table({"sample_id": ids, "caption": ids}, caption_schema())
+    return Batch(0, rows, epochs or ((0, len(ids)),), cursor, len(ids), 0.0, rejects=(), notes=())
 
 
 def entry(iteration: int, ids: tuple[str, ...], epochs=None) -> LedgerEntry:

@@ -1,5 +1,6 @@
 """The order of the rows: complete, seeded, lazy, and the same from any place on."""
 
+import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -69,6 +70,15 @@ def test_epochs_and_seeds_have_orders_of_their_own(folder: str) -> None:
 def test_a_row_keeps_its_own_caption(folder: str) -> None:
     batch = feed(folder).take(sum(SIZES))
     assert batch.captions == tuple(f"clip {name}" for name in batch.sample_ids)
+
+
+def test_a_batch_travels_without_the_window_that_it_was_cut_from(tmp_path: Path) -> None:
+    write_folder(tmp_path, (3000,), group=3000)
+    stream = feed(str(tmp_path))
+    batch = stream.take(4)
+    sent = pickle.dumps(batch)
+    assert pickle.loads(sent) == batch
+    assert len(sent) < batch.rows.nbytes + 4000 < len(pickle.dumps(batch.rows))
 
 
 @pytest.mark.slow
