@@ -121,7 +121,7 @@ def measure_stream(scratch: Path, rounds: int) -> dict[str, Any]:
                 "here_over_s3fs": statistics.median(np.divide(runs["here"], runs["s3fs"])),
                 "s3fs_over_pyarrow": statistics.median(np.divide(runs["s3fs"], runs["pyarrow"])),
                 "feed_over_s3fs": statistics.median(np.divide(runs["feed"], runs["s3fs"])),
-                "stages": read_in_stages(source, num_rows, batch),
+                "stages": read_in_stages(source, num_rows, batch, rounds),
             }
             print(kind, json.dumps(found[kind]), file=sys.stderr)
     return found

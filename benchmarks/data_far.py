@@ -105,7 +105,7 @@ def _compare(source: Source, kind: str, num_rows: int, batch: int, rounds: int) 
         "feed_over_pyarrow": float(np.median(ratios[:, 0])),
         "feed_over_pyarrow_by_cpu": float(np.median(ratios[:, 1])),
         "feed_over_pyarrow_by_cpu_each": ratios[:, 1].tolist(),
-        "stages": read_in_stages(source, num_rows, batch),
+        "stages": read_in_stages(source, num_rows, batch, rounds),
     }
 
 
