@@ -25,7 +25,7 @@ CAPTIONS = [
     "",
     " \t\n",
     "\u00a0",
-    b"caf\xe9",
+    b"gr\xf6\xdfer",
     "é" * 13,
     "a" * 13,
     f" {'ü' * LIMIT}\u3000",
