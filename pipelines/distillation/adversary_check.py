@@ -7,31 +7,32 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR
 from sgmd_core.errors import ConfigError
 from workers.models.families import family_of
-from workers.models.folder import ModelFolder
 
 
-def check_adversary(config: DistillConfig, model: ModelFolder) -> None:
+def check_adversary(config: DistillConfig) -> None:
     """Checks that a teacher has the layers whose outputs a discriminator looks at.
 
     Args:
         config: The run.
-        model: The generator's model.
 
     Raises:
         ConfigError: It lacks a layer, or has two experts.
+        ModelFolderError: The teacher's folder is missing, torn or of another kind.
     """
     if DISCRIMINATOR not in config.roles:
         return
     folder = config.teacher_folder
     attempted = f"placing the discriminator's heads on the teacher of {folder}"
-    if len(model.layout.denoisers) > 1:
+    family = family_of(folder)
+    denoisers = family.inspect(folder).layout.denoisers
+    if len(denoisers) > 1:
         raise ConfigError(
             attempted,
-            f"{len(model.layout.denoisers)} denoisers, one for each range of noise levels",
+            f"{len(denoisers)} denoisers, one for each range of noise levels",
             "one denoiser, whose layers see every noise level",
             f"Choose another method than {config.objective.method}, or leave its adversary out",
         )
-    num_layers = family_of(folder).read_shape(folder).denoiser.num_layers
+    num_layers = family.read_shape(folder).denoiser.num_layers
     wanted = config.discriminator.layers_of(num_layers)
     if max(wanted) > num_layers:
         raise ConfigError(

@@ -181,7 +181,7 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, tuple[int, int
     check_phases(config, model)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
-    check_adversary(config, model)
+    check_adversary(config)
     if config.topology.shares_pools:
         stage_seconds(config)
     return model, latent_shape

@@ -132,6 +132,14 @@ class TestChecks:
         with pytest.raises(ConfigError, match=r"layer 3.*from 1 to 2"):
             dry_run(make_recipe(*ADM, "discriminator.layers=[1, 3]"))
 
+    def test_a_teacher_of_two_experts_has_no_place_for_heads(
+        self, make_recipe: MakeRecipe, tmp_path: Path
+    ):
+        words = ["a", "red", "circle", "moves", "left"]
+        folder = tiny_wan.write_tiny_experts(tmp_path / "model", words, boundary=0.8)
+        with pytest.raises(ConfigError, match="2 denoisers"):
+            dry_run(make_recipe("objective.method=adm", f"model.folder={folder}"))
+
     def test_a_step_past_the_data_is_refused(self, make_recipe: MakeRecipe):
         with pytest.raises(ConfigError, match=r"objective\.delta 0\.0625.*past the data"):
             make_recipe("objective={method: adm, delta: 0.0625}", "schedule.shift=1.0")
