@@ -25,7 +25,7 @@ Where another role computes the loss, `signal` comes in two halves:
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -134,7 +134,7 @@ class FakeScoreTracker(ExtraUpdates):
         if self._objective.path is GradientPath.BOTH_SCORES:
             # The graph behind it is the teacher's, who is sent the gradient at this leaf.
             wanted.append(velocity_teacher.requires_grad_())
-        with nullcontext() if self._keeps_parameters else _frozen(self._optimizer.parameters):
+        with self._parameters_aside():
             velocity_fake = self._predict(leaf)
             loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
             loss, off = self._with_looks(loss, leaf, query, teacher)
@@ -174,7 +174,7 @@ class FakeScoreTracker(ExtraUpdates):
         query = query_on(query, device_of(self._network))
         x0 = query.x0.detach().requires_grad_()
         leaf = detached(query, x0)
-        with nullcontext() if self._keeps_parameters else _frozen(self._optimizer.parameters):
+        with self._parameters_aside():
             velocity = self._network(leaf.x_t, leaf.sigma, leaf.text)
         self._kept[query.key] = _KeptForward(detached(query), velocity, x0)
         checked = self._checks.checked(
@@ -215,9 +215,11 @@ class FakeScoreTracker(ExtraUpdates):
         if not self._shared:
             del self._kept[signal.key]
         cotangent = signal.fake_cotangent.to(kept.velocity_fake)
-        (grad,) = torch.autograd.grad(
-            kept.velocity_fake, kept.x0, cotangent, retain_graph=self._shared
-        )
+        # Frozen as in `predict`: with checkpointing the forward pass is made again here.
+        with self._parameters_aside():
+            (grad,) = torch.autograd.grad(
+                kept.velocity_fake, kept.x0, cotangent, retain_graph=self._shared
+            )
         handed = {
             "the discriminator's gradient at x0": signal.grad_x0,
             "its gradient at the fake score's velocity": signal.fake_cotangent,
@@ -418,6 +420,10 @@ class FakeScoreTracker(ExtraUpdates):
         value = torch.stack([each.value for each in found]).sum()
         terms = {name: term for each in found for name, term in each.terms.items()}
         return Loss(value, {**terms, "generator": value.detach()}), off
+
+    def _parameters_aside(self) -> AbstractContextManager[None]:
+        """Parameters that no graph inside leads to, where nothing else needs one that does."""
+        return nullcontext() if self._keeps_parameters else _frozen(self._optimizer.parameters)
 
     def _predict(self, leaf: NoisedBatch) -> Latents:
         """Velocity at a query whose `x0` is a leaf, with the graph that the objective needs."""

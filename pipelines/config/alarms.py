@@ -16,6 +16,12 @@ AlarmName = Literal[
 ]
 
 
+OF_VALIDATIONS: frozenset[AlarmName] = frozenset(
+    ("over_saturation", "motion_collapse", "diversity_collapse")
+)
+"""Alarms that are read from validations."""
+
+
 class AlarmSettings(Section):
     """Limits at which a run warns, and the alarms that stop it."""
 

@@ -23,7 +23,7 @@ from cluster.files import store_address
 from pipelines.config import recipe_files, settings_check
 from pipelines.config.adapters import lora_contradictions
 from pipelines.config.adversary import adversary_contradictions
-from pipelines.config.alarms import AlarmSettings
+from pipelines.config.alarms import OF_VALIDATIONS, AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
@@ -495,4 +495,18 @@ def _contradictions(config: DistillConfig) -> list[str]:
     problems += frozen_contradictions(config)
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")
+    problems += _silent_alarms(config)
     return problems
+
+
+def _silent_alarms(config: DistillConfig) -> Iterator[str]:
+    """Sentences on alarms that are to end a run which never measures what they are read from."""
+    stops = set(config.alarms.stop)
+    measured = {"validation.every": config.validation.every, "lag.every": config.lag.every}
+    read = {"validation.every": stops & OF_VALIDATIONS, "lag.every": stops & {"tracking_lag"}}
+    for setting, alarms in read.items():
+        if alarms and not measured[setting]:
+            yield (
+                f"alarms.stop has {', '.join(sorted(alarms))}, which {setting} 0 never measures; "
+                f"set {setting}, or leave the alarm out"
+            )

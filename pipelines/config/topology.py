@@ -176,7 +176,7 @@ class TopologySettings(Section):
         """Recipes without a mode that size the roles' own pools mean these."""
         if not isinstance(values, dict) or {"mode", "pools", "roles"} & {*values}:
             return values
-        return {**values, "mode": "pools"} if {*ROLES} & {*values} else values
+        return {**values, "mode": "pools"} if {*ROLES, DISCRIMINATOR} & {*values} else values
 
     def role_pools_of(self, roles: Sequence[str]) -> dict[str, RolePoolSettings]:
         """Pools of some roles by name; none in mode `local`."""

@@ -144,6 +144,8 @@ def _learner_memory(
     kept = work.kept(role)
     offloaded = waiting * work.stream_bytes(role) * (role in work.offloading)
     start = share * (role == FAKE_SCORE and work.restarts)
+    # Weights and moments, while copies of the fake score are trained on.
+    measured = (1 + kept.moments) * share * (role == FAKE_SCORE and work.measures_lag)
     passing = shape.transient_bytes(work.latent_shape, bf16=role in work.bf16)
     return RankMemory(
         state=(2 + kept.moments + kept.averages - kept.on_host) * share,
@@ -155,7 +157,7 @@ def _learner_memory(
         ),
         graphs=waiting * _graph(work, role) - offloaded,
         working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
-        host=kept.on_host * share + offloaded + start,
+        host=kept.on_host * share + offloaded + start + measured,
         base=work.frozen_bytes(role),
         saves=(1 + kept.moments + kept.averages) * share,
     )

@@ -12,7 +12,7 @@ None of them changes what is trained. What they cost in time is in the plan that
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.pool_maps import any_layout_fits
 from pipelines.planning.search import any_split_fits
@@ -98,12 +98,38 @@ _SAVINGS = (
     ),
     Saving(
         tuple(f"{role}.compute.precision=bf16" for role in ROLES),
-        lambda work: replace(work, bf16=frozenset(ROLES)),
+        lambda work: replace(work, bf16=work.bf16 | frozenset(ROLES)),
     ),
     Saving(
         _of_learners("compute.checkpointing=true"),
         lambda work: replace(
-            work, checkpointing=work.checkpointing | _LEARNERS, selective=frozenset()
+            work,
+            checkpointing=work.checkpointing | _LEARNERS,
+            selective=work.selective - _LEARNERS,
+        ),
+    ),
+    Saving(
+        ("discriminator.compute.precision=bf16", "discriminator.compute.weights=bf16"),
+        lambda work: (
+            work
+            if work.heads is None
+            else replace(
+                work,
+                bf16=work.bf16 | {DISCRIMINATOR},
+                heads=replace(work.heads, weights="bf16"),
+            )
+        ),
+    ),
+    Saving(
+        ("discriminator.compute.checkpointing=true",),
+        lambda work: (
+            work
+            if work.heads is None
+            else replace(
+                work,
+                checkpointing=work.checkpointing | {DISCRIMINATOR},
+                selective=work.selective - {DISCRIMINATOR},
+            )
         ),
     ),
     Saving(
@@ -112,15 +138,15 @@ _SAVINGS = (
     ),
     Saving(
         _of_learners("optimizer.moments=cpu"),
-        lambda work: replace(work, moments_on_cpu=_LEARNERS),
+        lambda work: replace(work, moments_on_cpu=work.moments_on_cpu | _LEARNERS),
     ),
     Saving(
         _of_learners("compute.checkpointing=offload"),
         lambda work: replace(
             work,
             checkpointing=work.checkpointing | _LEARNERS,
-            selective=frozenset(),
-            offloading=_LEARNERS,
+            selective=work.selective - _LEARNERS,
+            offloading=work.offloading | _LEARNERS,
         ),
     ),
     Saving(

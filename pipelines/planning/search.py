@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from math import lcm
 
+from cluster.schedule.dealing import MOST_KEPT
 from cluster.schedule.program import Team
 from cluster.schedule.schedule import Call, order_calls
 from cluster.schedule.simulate import Costs, simulate
@@ -26,6 +27,7 @@ from pipelines.planning.memory import (
 )
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.workload import Workload
+from sgmd_core.objectives import ComparedStates
 
 MAX_DEPTH = 4
 """Beyond it nothing is gained: three micro-batches in flight keep every role busy."""
@@ -178,12 +180,17 @@ def rank_memory(work: Workload, split: PoolSplit) -> dict[str, RankMemory]:
     open_at_once = min(split.depth, split.micro_batches)
     own = {GENERATOR: -(-samples // split.generator), FAKE_SCORE: -(-samples // split.fake_score)}
     of_teacher = -(-samples // (split.teacher_ranks * split.teacher))
+    # A prediction that a discriminator compares is kept until its signal comes back.
+    waits = work.heads is not None and work.heads.compared is ComparedStates.STEPS
+    graphs = min(MOST_KEPT, open_at_once) if waits else 1
     return {
         GENERATOR: generator_memory(
             work, split.generator, own[GENERATOR], open_at_once * own[GENERATOR]
         ),
         TEACHER: teacher_memory(work, split.teacher_ranks, of_teacher),
-        FAKE_SCORE: fake_score_memory(work, split.fake_score, own[FAKE_SCORE], own[FAKE_SCORE]),
+        FAKE_SCORE: fake_score_memory(
+            work, split.fake_score, own[FAKE_SCORE], graphs * own[FAKE_SCORE]
+        ),
     }
 
 

@@ -127,6 +127,7 @@ class Workload:
         looks: Score queries beside the one at the generator's samples.
         restarts: Whether the fake score keeps the weights that it starts from, in main memory.
         heads: The discriminator; None without one.
+        measures_lag: Whether the fake score's state is put aside while its lag is measured.
     """
 
     shape: DenoiserShape
@@ -157,6 +158,7 @@ class Workload:
     looks: Looks = field(default_factory=Looks)
     restarts: bool = False
     heads: HeadsWork | None = None
+    measures_lag: bool = False
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -216,6 +218,7 @@ class Workload:
             looks=config.looks,
             restarts=bool(restarts_of(config.objective)),
             heads=_heads(config, others.get(TEACHER, shape.denoiser)),
+            measures_lag=config.lag.every > 0,
         )
 
     @property

@@ -280,6 +280,16 @@ def test_features_made_again_teach_the_same_bits(mode):
         assert same_bits(gradients(network), gradients(again.networks[role]))
 
 
+@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+@pytest.mark.parametrize("mode", [True, "selective", "offload"])
+def test_a_fake_score_that_is_made_again_completes_the_same_bits(mode, tracking):
+    plain, again = World(ADM, tracking), World(ADM, tracking)
+    prepare_network(again.roles.networks["fake_score"], ComputeSettings(checkpointing=mode))
+    for world in (plain, again):
+        world.gather([(0, 1)])
+    assert same_bits(*(gradients(world.networks["generator"]) for world in (plain, again)))
+
+
 class TestState:
     def test_loaded_and_restored_heads_go_on_bit_for_bit(self, tmp_path: Path):
         world, loaded, restored, fresh = (World(ADM) for _ in range(4))

@@ -16,7 +16,7 @@ from cluster.schedule.schedule import graphs_kept, order_calls
 from cluster.schedule.simulate import Costs, simulate
 from pipelines.cli import app
 from pipelines.config.recipe import load_recipe
-from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.groups import pools_of
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.memory import (
@@ -148,6 +148,24 @@ class TestWork:
                 Workload.of(config, model)
 
 
+def test_savings_of_an_adversarial_run_take_nothing_back_and_reach_the_discriminator():
+    options = [
+        "objective.method=adm",
+        "discriminator.compute.precision=fp32",
+        "discriminator.compute.checkpointing=false",
+        "generator.compute.precision=fp32",
+    ]
+    work = Workload.of(load_recipe("wan21-1.3b", options), "1.3b")
+    named = [name for saving in savings(work) for name in saving.settings]
+    assert "discriminator.compute.precision=bf16" in named
+    assert "discriminator.compute.checkpointing=true" in named
+    saved = replace(work, bf16=frozenset({DISCRIMINATOR}))
+    for saving in savings(saved):
+        assert DISCRIMINATOR in saving.apply(saved).bf16
+    without = replace(work, heads=None)
+    assert not any("discriminator" in key for each in savings(without) for key in each.settings)
+
+
 class TestMemory:
     def test_state_is_twelve_bytes_a_parameter_and_four_for_a_momentum_and_an_average(self):
         parameters = LARGE.shape.num_parameters
@@ -186,6 +204,25 @@ class TestMemory:
         on = Hardware(memory_gb=1e6, host_memory_gb=room)
         assert memory.fits(on)
         assert not memory.fits(replace(on, host_memory_gb=0.99 * room))
+
+    def test_a_measured_lag_holds_the_fake_scores_state_once_more_in_main_memory(self):
+        measured = replace(LARGE, measures_lag=True)
+        more = fake_score_memory(measured, 8, 1, 1).host - fake_score_memory(LARGE, 8, 1, 1).host
+        assert more == 8 * LARGE.shape.num_parameters / 8
+        assert generator_memory(measured, 8, 1, 1) == generator_memory(LARGE, 8, 1, 1)
+        assert Workload.of(load_recipe("wan21-1.3b", ["lag.every=100"]), "1.3b").measures_lag
+
+    def test_a_prediction_that_a_discriminator_compares_waits_with_its_graph(self):
+        adm, plain = (
+            Workload.of(load_recipe("wan21-1.3b", [f"objective.method={method}"]), "1.3b")
+            for method in ("adm", "sgmd")
+        )
+        for work, waiting in ((adm, 2), (plain, 1)):
+            graphs = {
+                depth: rank_memory(work, PoolSplit(1, 1, 1, 4, depth))[FAKE_SCORE].graphs
+                for depth in (1, 3)
+            }
+            assert graphs[3] == waiting * graphs[1]
 
     def test_with_checkpointing_a_graph_is_the_input_of_every_layer(self):
         graph = generator_memory(SMALL, 1, 1, 1).graphs
