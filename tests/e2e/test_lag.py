@@ -24,11 +24,17 @@ def without_lag(lines: list[dict[str, object]]) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if key != "lag"} for line in lines]
 
 
-@pytest.mark.parametrize("tracking", slow_but("shared", "fresh"))
+@pytest.mark.parametrize(
+    "mode",
+    slow_but(
+        "fake_score.tracking=shared",
+        "fake_score.tracking=fresh",
+        "objective.method=adm",
+    ),
+)
 def test_a_run_that_is_measured_has_the_bits_of_one_that_is_not(
-    make_recipe: MakeRecipe, tracking: str
+    make_recipe: MakeRecipe, mode: str
 ) -> None:
-    mode = f"fake_score.tracking={tracking}"
     calm = make_recipe("name=calm", mode)
     distill(calm)
     measured = make_recipe("name=measured", mode, *MEASURED)
