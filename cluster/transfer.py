@@ -34,6 +34,16 @@ _PLAIN = (type(None), int, float, complex, str, bytes, Enum, PurePath, np.generi
 
 
 @runtime_checkable
+class SelfPacked(Protocol):
+    """A record that travels as it is, because it says itself how it is pickled.
+
+    It holds no tensor and no array, so the controller may fetch it.
+    """
+
+    PACKS_ITSELF: ClassVar[bool]
+
+
+@runtime_checkable
 class Narrowable(Protocol):
     """A record with tensors that need not keep all their bits on the way.
 
@@ -86,7 +96,7 @@ def to_wire(value: object, where: str = "value", narrow: AbstractSet[str] = froz
     Raises:
         TransferError: Something in the tree has no form on the wire; the error names the place.
     """
-    if isinstance(value, _PLAIN):
+    if isinstance(value, (*_PLAIN, SelfPacked)):
         return value
     if isinstance(value, Tensor):
         return _tensor_to_wire(value, where)

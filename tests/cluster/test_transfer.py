@@ -147,3 +147,21 @@ def test_arrays_are_found_wherever_they_hide():
     parcel = Toy().parcel("bfloat16", 2)
     assert array_in(to_wire(parcel)) == array_in(parcel) == "result.payload"
     assert array_in({"loss": [1.0, torch.zeros(1)]}) == "result['loss'][1]"
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """A record that pickles itself, with something inside that has no form on the wire."""
+
+    PACKS_ITSELF: ClassVar[bool] = True
+
+    inside: object
+
+
+def test_a_record_that_packs_itself_travels_as_it_is():
+    sealed = Sealed(object())
+    assert to_wire({"it": [sealed]}) == {"it": [sealed]}
+    assert from_wire(to_wire(sealed)) is sealed
+    assert array_in(to_wire(sealed)) is None
+    with pytest.raises(TransferError, match="is a builtins"):
+        to_wire(sealed.inside)

@@ -10,7 +10,7 @@ says of itself is small; embeddings stay here until a role asks for them.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -100,6 +100,8 @@ class Batch:
         notes: What was newly learnt about the folder, for the run to write down.
         stop: Arguments of the DataError that ends the run, where too much is bad; no rows then.
     """
+
+    PACKS_ITSELF: ClassVar[bool] = True
 
     number: int
     rows: pa.Table
