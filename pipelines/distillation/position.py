@@ -179,7 +179,16 @@ _IDENTITY = {
     "teacher?": {ANY: str},
     "columns?": dict,
     "validation?": dict,
-    "train?": [{"shard": str, "num_bytes": int, "index": int, "num_rows": int, "content": str}],
+    "train?": [
+        {
+            "shard": str,
+            "num_bytes": int,
+            "index": int,
+            "num_rows": int,
+            "content": str,
+            "latents?": str,
+        }
+    ],
 }
 
 

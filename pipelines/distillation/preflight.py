@@ -7,6 +7,7 @@ from typing import Any
 from pipelines.config.adapters import adapted_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, Encoding
+from pipelines.data.stream.content import with_latents
 from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
 from pipelines.data.stream.source import Source
 from pipelines.distillation.adversary_check import check_adversary
@@ -150,6 +151,8 @@ def run_preflight(config: DistillConfig) -> Preflight:
         columns.append(LATENTS)
     if columns:
         source = replace(source, columns=tuple(columns), encoding=data.encoding)
+    if LATENTS in columns:
+        data = replace(data, first=tuple(with_latents(source, data.first)))
     held_out = _held_out(config)
     content = model_digests(model.path)
     return Preflight(

@@ -11,7 +11,7 @@ from pipelines.data.shards.schema import Encoding, encoded_schema
 from pipelines.data.shards.values import pack, pack_text
 from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
-from sgmd_core.errors import ConfigError
+from sgmd_core.errors import ConfigError, SgmdError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import drop_checkpoint, history, moments, state
 from tests.helpers import tiny_wan
@@ -77,6 +77,10 @@ def test_latents_of_the_data_reach_the_discriminator_and_a_resumed_run_keeps_its
     distill(parts, resume=True)
     assert history(parts) == history(whole)
     assert state(parts, 4) == state(whole, 4)
+    # The same ids, captions and sizes; only the latents are others.
+    encoded_anew = make_recipe("name=parts", *settings, f"data.train={data[1]}", "iterations=5")
+    with pytest.raises(SgmdError, match="has latents of content"):
+        distill(encoded_anew, resume=True)
     (first, *_) = read_jsonl(RunFolder(whole.run_folder).metrics)
     assert {"adversarial", "discriminator", "logit_gap"} <= set(first["losses"])
     assert set(first["grad_norms"]) == {"generator", "fake_score", "discriminator"}

@@ -1,6 +1,7 @@
 """Recognise the data of a run by content, wherever they lie.
 
     ids and captions of the first row groups -> digests, recorded when the run begins
+    latents of the first one, where they are read
     recorded names, sizes, digests | the folder now -> what differs
 
 Sizes of all shards that the run has listed are compared, and the rows of the first window. Another
@@ -18,7 +19,7 @@ import pyarrow.compute
 
 from pipelines.data.shards.listing import sizes_of
 from pipelines.data.shards.parquet import RowGroupReader
-from pipelines.data.shards.schema import CAPTION, SAMPLE_ID
+from pipelines.data.shards.schema import CAPTION, LATENTS, SAMPLE_ID
 from pipelines.data.stream.plan import Cursor, RowGroup, Window
 from pipelines.data.stream.source import Source
 from pipelines.data.stream.window import GROUP, ROW, WHOLE_GROUP, read_window
@@ -49,6 +50,35 @@ def digests(window: Window, table: pa.Table) -> list[dict[str, Any]]:
             content = hashlib.sha256(json.dumps(columns).encode()).hexdigest()[:16]
             found.append({**asdict(group), "content": content})
     return found
+
+
+def with_latents(source: Source, first: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Adds the digest of the first row group's latents to what `digests` returned.
+
+    Another encoding of the same clips has the same ids, captions and sizes.
+
+    Args:
+        source: The folder.
+        first: What `digests` returned.
+
+    Raises:
+        DataError: The server failed.
+    """
+    found = [dict(group) for group in first]
+    if found:
+        reader = source.reader_of(source.open())
+        found[0]["latents"] = _latents_digest(source, reader, found[0])
+    return found
+
+
+def _latents_digest(source: Source, reader: RowGroupReader, group: Mapping[str, Any]) -> str:
+    encoded = replace(source, columns=(LATENTS,), decode=None)
+    table = read_window(reader, encoded, _window([group]))
+    digest = hashlib.sha256()
+    for chunk in table.sort_by(ROW).column(LATENTS).chunks:
+        for latents in chunk:
+            digest.update(latents.as_buffer() or b"")
+    return digest.hexdigest()[:16]
 
 
 def data_differences(
@@ -90,12 +120,9 @@ def captions_digest(captions: Sequence[str]) -> str:
 def _rewritten(
     source: Source, reader: RowGroupReader, first: Sequence[Mapping[str, Any]]
 ) -> Iterator[str]:
-    groups = tuple(
-        RowGroup(one["shard"], one["num_bytes"], one["index"], one["num_rows"]) for one in first
-    )
-    if not groups:
+    if not first:
         return
-    window = Window(Cursor(), groups, (0,))
+    window = _window(first)
     plain = replace(source, columns=(), encoding=None, decode=None)
     now = digests(window, read_window(reader, plain, window))
     found = {(one["shard"], one["index"]): one["content"] for one in now}
@@ -106,6 +133,18 @@ def _rewritten(
                 f"row group {one['index']} of {one['shard']} in data.train has ids and captions of "
                 f'content "{content}", and had "{one["content"]}"'
             )
+
+    for one in first:
+        if "latents" in one and (now_is := _latents_digest(source, reader, one)) != one["latents"]:
+            yield (
+                f"row group {one['index']} of {one['shard']} in data.train has latents of content "
+                f'"{now_is}", and had "{one["latents"]}"'
+            )
+
+
+def _window(groups: Sequence[Mapping[str, Any]]) -> Window:
+    found = (RowGroup(g["shard"], g["num_bytes"], g["index"], g["num_rows"]) for g in groups)
+    return Window(Cursor(), tuple(found), (0,))
 
 
 def _shortened(found: Sequence[str]) -> list[str]:
