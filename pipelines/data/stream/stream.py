@@ -109,8 +109,8 @@ def read_in_process(
 ) -> Generator[tuple[Planned, pa.Table]]:
     """Reads window after window in this process, ahead of the one that is handed out.
 
-    While a window is handed out, the next one is checked and put in order, and the one after it is
-    fetched: a server then answers while we compute.
+    While a window is handed out, the next one is read. Of captions, which take as long to check as
+    to fetch, the one after it is fetched meanwhile: the server answers while we compute.
 
     Args:
         plan: Endless.
@@ -127,8 +127,9 @@ def read_in_process(
         return rows if source.decode is None else pa.concat_tables(decode_rows(source, rows))
 
     fetched = ((each, fetch_groups(reader, source, each.window)) for each in plan)
-    ready = ((each, lines(each, groups)) for each, groups in _one_ahead(fetched, num_rows))
-    return _one_ahead(ready, num_rows)
+    if not source.columns:
+        fetched = _one_ahead(fetched, num_rows)
+    return _one_ahead(((each, lines(each, groups)) for each, groups in fetched), num_rows)
 
 
 def _one_ahead(windows: Iterator[tuple[Planned, T]], num_rows: int) -> Generator[tuple[Planned, T]]:
