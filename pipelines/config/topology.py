@@ -113,7 +113,7 @@ class TopologySettings(Section):
 
     mode: Literal["map", "pools", "fused", "local"] = "map"
     """`map`: Ray actors in the pools of `topology.pools`, each role where `topology.roles` puts it.
-    Short names of three maps: `pools`, each role in a pool of its own; `fused`, all three roles in
+    Short names of three maps: `pools`, each role in a pool of its own; `fused`, all roles in
     one pool; `local`, all in one process, without Ray."""
     address: str | None = None
     """Ray cluster to join, `auto` or `HOST:PORT`; null takes RAY_ADDRESS, else starts Ray here."""
@@ -133,7 +133,7 @@ class TopologySettings(Section):
     fake_score: RolePoolSettings = RolePoolSettings()
     """In mode `pools`: ranks of the fake score, and resources of each."""
     fused: RolePoolSettings = RolePoolSettings()
-    """In mode `fused`: ranks of all three roles, and resources of each."""
+    """In mode `fused`: ranks of all roles, and resources of each."""
     text: LightPoolSettings = LightPoolSettings()
     """Resources of the text encoder; a GPU is worth it where captions are not encoded already."""
     feed: LightPoolSettings = LightPoolSettings()
