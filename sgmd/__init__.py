@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from sgmd_core.errors import StaleCallError as StaleCallError
     from sgmd_core.objectives import GradientPath as GradientPath
     from sgmd_core.objectives import Objective as Objective
+    from sgmd_core.objectives.adm import AdmObjective as AdmObjective
+    from sgmd_core.objectives.adversarial import AdversarialTerm as AdversarialTerm
     from sgmd_core.objectives.cdm import CdmObjective as CdmObjective
     from sgmd_core.objectives.dmd import DmdObjective as DmdObjective
     from sgmd_core.objectives.dmd2 import Dmd2Objective as Dmd2Objective
@@ -87,6 +89,8 @@ _HOME = {
         "StaleCallError",
     ),
     "sgmd_core.objectives": ("GradientPath", "Objective"),
+    "sgmd_core.objectives.adm": ("AdmObjective",),
+    "sgmd_core.objectives.adversarial": ("AdversarialTerm",),
     "sgmd_core.objectives.cdm": ("CdmObjective",),
     "sgmd_core.objectives.dmd": ("DmdObjective",),
     "sgmd_core.objectives.dmd2": ("Dmd2Objective",),
