@@ -20,9 +20,13 @@ lags by, whatever the truth is. Three choices make it comparable:
 All samples are made from the captions of the iteration that comes next, with draws of their own
 (`Purpose.LAG`): the measurement depends on the state and on nothing else, so a resumed run repeats
 it. One batch is in flight at a time. It costs `costs.lag_passes`.
+
+A stop that is asked for ends a measurement after its batch, without a figure. Before an iteration
+at which the fake score starts anew nothing is measured: the weights there are at their end.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -67,19 +71,28 @@ def measure_lag(
 
     Returns:
         `tracking_lag`, `held_tracking` (the loss before) and `copy_rate` (the multiple of the
-        copy that counts); empty where the loss before is no finite number above 0.
+        copy that counts). Only `held_tracking` where that loss, or those of all copies, are no
+        finite number above 0. Nothing where a stop was asked for.
 
     Raises:
         StopNow: A stop was asked for, and its time is over; extra updates may not be taken back
             yet: `discard` does that.
     """
     batches = _Batches(roles, plan, iteration, prompts, stops or StopRequests())
-    before = batches.held(settings.batches)
-    found = tracking_lag(before, {rate: _after(batches, settings, rate) for rate in settings.rates})
-    if found is None:
+    try:
+        before = batches.held(settings.batches)
+        after = {rate: _after(batches, settings, rate) for rate in settings.rates}
+    except _StopAskedFor:
         return {}
+    found = tracking_lag(before, after)
+    if found is None:
+        return {HELD_TRACKING: before}
     lag, rate = found
     return {TRACKING_LAG: lag, HELD_TRACKING: before, COPY_RATE: rate}
+
+
+class _StopAskedFor(Exception):
+    """Ends a measurement between two batches."""
 
 
 class LagGovernor:
@@ -127,12 +140,18 @@ class LagWatch:
         settings: How often, on what, and the governor.
         roles: The groups.
         lines: Lines of metrics.jsonl of the run so far.
+        restarts: Iterations before which the fake score goes back to its first weights.
     """
 
     def __init__(
-        self, settings: LagSettings, roles: Roles, lines: Iterable[Mapping[str, Any]]
+        self,
+        settings: LagSettings,
+        roles: Roles,
+        lines: Iterable[Mapping[str, Any]],
+        restarts: Collection[int] = (),
     ) -> None:
         self._settings = settings
+        self._restarts = restarts
         self._roles = roles
         self._governor = LagGovernor(settings, lines)
         self._found: dict[int, dict[str, float]] = {}
@@ -149,7 +168,7 @@ class LagWatch:
 
     def is_due(self, iteration: int) -> bool:
         """Returns True if the lag is measured before an iteration."""
-        return self._settings.is_due(iteration)
+        return self._settings.is_due(iteration) and iteration not in self._restarts
 
     def measure(
         self, plan: IterationPlan, iteration: int, prompts: PromptsOf, stops: StopRequests
@@ -165,7 +184,9 @@ class LagWatch:
             self._roles, plan, self._settings, iteration, prompts(iteration), stops
         )
         if not figures:
-            return f"no lag before iteration {iteration}: the held tracking loss is not finite"
+            return ""
+        if TRACKING_LAG not in figures:
+            return no_lag(iteration, figures[HELD_TRACKING], self._settings)
         self._governor.take(figures)
         if self._settings.slow_above is not None:
             figures[GENERATOR_RATE] = self.rate
@@ -177,19 +198,42 @@ class LagWatch:
         return self._found.pop(iteration, {})
 
 
+def no_lag(iteration: int, before: float, settings: LagSettings) -> str:
+    """Why a measurement has no figure."""
+    if not (math.isfinite(before) and before > 0):
+        return (
+            f"no lag before iteration {iteration}: the held tracking loss is {before:g}, expected "
+            "a number above 0. Lower fake_score.optimizer.lr"
+        )
+    rates = ", ".join(f"{rate:g}" for rate in settings.rates)
+    return (
+        f"no lag before iteration {iteration}: copies of the fake score at {rates} times its rate "
+        "have a loss that is not finite. Lower lag.rates"
+    )
+
+
 def _after(batches: "_Batches", settings: LagSettings, rate: float) -> float:
     """Held loss of a copy after its extra updates."""
     fake_score = batches.roles.fake_score
     done: list[Future[None]] = fake_score.call(FakeScoreTracker.begin_extra, batches.iteration)
-    for update in range(settings.updates):
-        batches.run(EXTRA_TRACK, settings.batches + update)
-        now = falling_rate(rate, update, settings.updates)
-        done += fake_score.call(FakeScoreTracker.extra_step, now)
-    held = batches.held(settings.batches)
-    done += fake_score.call(FakeScoreTracker.end_extra)
-    phase = f"measuring the lag before iteration {batches.iteration}"
-    fake_score.fetch(done, batches.plan.timeout_s, phase)
+    try:
+        for update in range(settings.updates):
+            batches.run(EXTRA_TRACK, settings.batches + update)
+            now = falling_rate(rate, update, settings.updates)
+            done += fake_score.call(FakeScoreTracker.extra_step, now)
+        held = batches.held(settings.batches)
+    except _StopAskedFor:
+        _end(batches, done)
+        raise
+    _end(batches, done)
     return held
+
+
+def _end(batches: "_Batches", done: list[Future[None]]) -> None:
+    """Takes extra updates back, and waits until that is done."""
+    done += batches.roles.fake_score.call(FakeScoreTracker.end_extra)
+    phase = f"measuring the lag before iteration {batches.iteration}"
+    batches.roles.fake_score.fetch(done, batches.plan.timeout_s, phase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +257,8 @@ class _Batches:
             stage: What the fake score does with it.
             number: Number of the batch, by which its draws are counted.
         """
+        if self.stops.received:
+            raise _StopAskedFor
         plan = self.plan
         calls = order_calls(
             (Pass((SAMPLE.step(), stage.step(SAMPLE))),),

@@ -39,6 +39,7 @@ from pipelines.run.stop_rule import StopRule
 from pipelines.run.stopping import StopNow, StopRequests
 from pipelines.run.trace import RunTrace
 from sgmd_core.errors import AlarmError, NonFiniteError, StopRequestedError
+from sgmd_core.objectives import restarts_of
 from sgmd_core.types import Text
 from workers.generator_learner import GeneratorLearner
 from workers.text_encoder import TextEncoder
@@ -95,7 +96,7 @@ class Distillation:
         self._guard = UpdateGuard(
             config.guards, roles.scheduled, config.topology.call_timeout_s, lines
         )
-        self._lag = LagWatch(config.lag, roles, lines)
+        self._lag = LagWatch(config.lag, roles, lines, restarts_of(config.objective))
         self._position = Position()
         self._prompts: Prompts | None = None
         self._rebuilt: set[str] = set()
@@ -156,6 +157,8 @@ class Distillation:
             try:
                 if problem := self._lag.measure(self._plan, first, prompts.of, stops):
                     self._observer.warning(problem)
+                if stops.received:
+                    raise self._endings.stopped(stops, self._position)
                 reports = run_iterations(
                     self._groups.roles,
                     replace(self._plan, generator_rate=self._lag.rate),

@@ -1,16 +1,22 @@
 """The measured lag: it changes no bit of a run, and its governor is the same after a resume."""
 
+import math
+import os
+import signal
+from typing import Any, cast
+
 import pytest
 
 from pipelines.config.lag import LagSettings
-from pipelines.distillation.lag import LagGovernor
+from pipelines.distillation.lag import LagGovernor, LagWatch, no_lag
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
-from sgmd_core.errors import CheckpointError
+from sgmd_core.errors import CheckpointError, StopRequestedError
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.test_equivalence import history, moments, slow_but, state
 from tests.e2e.test_guards import Killed, _Killer
 from tests.helpers.moves import assert_moves
+from workers.optimizer import RoleOptimizer
 
 MEASURED = ("lag.every=2", "lag.updates=3", "lag.batches=2")
 GOVERNED = (*MEASURED, "lag.slow_above=1e-9", "lag.slowest=0.25", "alarms.lag_above=1e-9")
@@ -77,6 +83,44 @@ def test_a_governed_run_that_was_killed_goes_on_with_the_same_bits(
         (alarm,) = read_jsonl(RunFolder(again.run_folder).alarms)
         assert (alarm["name"], alarm["iteration"]) == ("tracking_lag", 3)
         assert alarm["value"] == lags(history(whole))[2]["tracking_lag"]
+
+
+def test_a_stop_ends_a_measurement_and_saves_the_state_before_it(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = (*MEASURED, "fake_score.tracking=fresh", "checkpoint.every=0")
+    whole = make_recipe("name=whole", *settings)
+    distill(whole)
+    made: list[float] = []
+    extra_step = RoleOptimizer.extra_step
+
+    def stopping(self: RoleOptimizer, rate: float) -> None:
+        extra_step(self, rate)
+        made.append(rate)
+        if len(made) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RoleOptimizer, "extra_step", stopping)
+    stopped = make_recipe("name=stopped", *settings)
+    with pytest.raises(StopRequestedError, match="step-000002"):
+        distill(stopped)
+    assert len(made) == 1
+    assert len(history(stopped)) == 2
+    distill(stopped, resume=True)
+    assert history(stopped) == history(whole)
+    assert state(stopped, 5) == state(whole, 5)
+
+
+def test_weights_that_are_thrown_away_have_no_lag() -> None:
+    watch = LagWatch(LagSettings(every=2), cast("Any", None), (), restarts=(4,))
+    assert [at for at in range(9) if watch.is_due(at)] == [2, 6, 8]
+
+
+def test_why_there_is_no_lag_is_told_by_its_cause() -> None:
+    settings = LagSettings(every=2, rates=(1.0, 100.0))
+    assert "is nan, expected a number above 0. Lower fake_score" in no_lag(4, math.nan, settings)
+    diverged = no_lag(4, 0.5, settings)
+    assert "1, 100 times its rate have a loss that is not finite. Lower lag.rates" in diverged
 
 
 def test_a_measurement_may_be_added_on_resume_and_a_governor_may_not(
