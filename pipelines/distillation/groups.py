@@ -420,15 +420,31 @@ def _validation_plan(
         samples=shared_place(folder.samples),
         outage_s=config.recovery.storage_outage_s,
         scores=(config.checkpoint.score, config.sweep.score),
-        kept=_kept_clips(config, checked, folder),
+        kept=kept_clips_of(config, checked.content, checked.teacher_content, folder),
     )
 
 
-def _kept_clips(config: DistillConfig, checked: Preflight, folder: RunFolder) -> KeptClips:
-    content = {"base": checked.content, "teacher": checked.teacher_content}
+def kept_clips_of(
+    config: DistillConfig,
+    model: Mapping[str, str],
+    teacher: Mapping[str, str],
+    folder: RunFolder,
+) -> KeptClips:
+    """The teacher's clips that a run's validations share with other runs.
+
+    Args:
+        config: The run's settings.
+        model: Digests of the components of its model.
+        teacher: Those of a teacher of another model; else empty.
+        folder: Of the run.
+    """
+    content = {"base": dict(model), "teacher": dict(teacher)}
+    shares_base = config.generator.lora is not None and not config.teacher.model
+    # As `build_evaluator` loads the teacher.
+    weights = config.generator.compute.weights if shares_base else "fp32"
     return KeptClips(
         folder=config.validation.teacher_clips or shared_place(folder.teacher_clips),
         digest=json.dumps(content, sort_keys=True),
-        facts=clip_facts(config.model, config.video, config.schedule),
+        facts=(*clip_facts(config.model, config.video, config.schedule), weights),
         patience_s=config.recovery.storage_outage_s,
     )

@@ -5,8 +5,9 @@ import pytest
 from cluster.schedule.program import Pass
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.algorithm import iteration_program
-from pipelines.distillation.groups import direct_of, pools_of
+from pipelines.distillation.groups import direct_of, kept_clips_of, pools_of
 from pipelines.distillation.iteration_plan import stage_seconds
+from pipelines.run.folder import RunFolder
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import ComparedStates
 
@@ -41,6 +42,23 @@ def test_a_discriminator_has_a_pool_where_the_method_has_one():
     named = load_recipe("tiny-adm", ["topology.roles.discriminator=learn"])
     for config, place in ((load_recipe("tiny-adm"), "score"), (named, "learn")):
         assert config.topology.places_of(config.roles)["discriminator"] == (place,)
+
+
+def test_a_teacher_of_other_weights_has_other_clips(tmp_path):
+    def facts(*settings):
+        config = load_recipe("tiny", list(settings))
+        return kept_clips_of(config, {"vae": "1"}, {}, RunFolder(tmp_path)).facts
+
+    bf16 = [f"{role}.compute.weights=bf16" for role in ("generator", "teacher")]
+    lora = ["generator.lora.rank=4", *bf16]
+    assert facts(*lora) != facts() == facts("generator.lora.rank=4")
+    assert facts(*lora, f"teacher.model={tmp_path}") == facts()
+    assert facts("model.negative_prompt=blurred") != facts()
+    first, second = (
+        kept_clips_of(load_recipe("tiny"), {"vae": "1"}, teacher, RunFolder(tmp_path)).digest
+        for teacher in ({}, {"transformer": "2"})
+    )
+    assert first != second
 
 
 def test_without_validation_nobody_validates():
