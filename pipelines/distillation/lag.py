@@ -199,7 +199,7 @@ class LagWatch:
 
 
 def no_lag(iteration: int, before: float, settings: LagSettings) -> str:
-    """Why a measurement has no figure."""
+    """Reason that a measurement has no figure."""
     if not (math.isfinite(before) and before > 0):
         return (
             f"no lag before iteration {iteration}: the held tracking loss is {before:g}, expected "
