@@ -42,10 +42,12 @@ if TYPE_CHECKING:
     from sgmd_core.objectives.adm import AdmObjective as AdmObjective
     from sgmd_core.objectives.adversarial import AdversarialTerm as AdversarialTerm
     from sgmd_core.objectives.cdm import CdmObjective as CdmObjective
+    from sgmd_core.objectives.consistency import ConsistencyTerm as ConsistencyTerm
     from sgmd_core.objectives.dmd import DmdObjective as DmdObjective
     from sgmd_core.objectives.dmd2 import Dmd2Objective as Dmd2Objective
     from sgmd_core.objectives.pdmd import PdmdObjective as PdmdObjective
     from sgmd_core.objectives.phased import PhasedObjective as PhasedObjective
+    from sgmd_core.objectives.rcm import RcmObjective as RcmObjective
     from sgmd_core.objectives.sgmd import SgmdObjective as SgmdObjective
     from sgmd_core.objectives.sid import SidObjective as SidObjective
     from sgmd_core.objectives.tsg_fisher import TsgFisherObjective as TsgFisherObjective
@@ -92,10 +94,12 @@ _HOME = {
     "sgmd_core.objectives.adm": ("AdmObjective",),
     "sgmd_core.objectives.adversarial": ("AdversarialTerm",),
     "sgmd_core.objectives.cdm": ("CdmObjective",),
+    "sgmd_core.objectives.consistency": ("ConsistencyTerm",),
     "sgmd_core.objectives.dmd": ("DmdObjective",),
     "sgmd_core.objectives.dmd2": ("Dmd2Objective",),
     "sgmd_core.objectives.pdmd": ("PdmdObjective",),
     "sgmd_core.objectives.phased": ("PhasedObjective",),
+    "sgmd_core.objectives.rcm": ("RcmObjective",),
     "sgmd_core.objectives.sgmd": ("SgmdObjective",),
     "sgmd_core.objectives.sid": ("SidObjective",),
     "sgmd_core.objectives.tsg_fisher": ("TsgFisherObjective",),

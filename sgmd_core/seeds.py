@@ -174,6 +174,29 @@ class _LookStreams:
         return torch.randn(self.latent_shape, generator=stream, dtype=torch.float32)
 
 
+def data_draws(
+    seed: int,
+    key: MicroBatchKey,
+    sample_indices: Sequence[int],
+    latent_shape: tuple[int, int, int, int],
+) -> tuple[PerSample, Tensor]:
+    """Draws that data are noised by: a standard normal number of each sample, and its noise.
+
+    Args:
+        seed: The run's seed.
+        key: The micro-batch.
+        sample_indices: Position of each sample in the iteration's whole batch.
+        latent_shape: (c, t, h, w) of one sample.
+    """
+    normal: list[Tensor] = []
+    noise: list[Tensor] = []
+    for index in sample_indices:
+        stream = random_generator(seed, f"data/{key.purpose}", key.iteration, index)
+        normal.append(torch.randn(1, generator=stream))
+        noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
+    return torch.cat(normal), torch.stack(noise)
+
+
 def derived_noise(latents: Samples, *counters: int) -> Samples:
     """Standard normal numbers, those of each sample drawn from a hash of its latents.
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sgmd_core.objectives import Objective
+from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
@@ -55,6 +56,7 @@ def build_generator(
     raises: bool = True,
     looks: Looks | None = None,
     phases: Phases | None = None,
+    consistency: ConsistencyTerm | None = None,
 ) -> GeneratorLearner:
     """The generator, starting from the teacher's weights.
 
@@ -68,6 +70,7 @@ def build_generator(
         raises: As in `workers.finite.FiniteChecks`.
         looks: Score queries that the objective wants beside the one at the samples.
         phases: Steps that each iteration trains; None: all of them in every one.
+        consistency: Term on latents of the data; None without one.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -77,7 +80,9 @@ def build_generator(
     latent_shape = _latent_shape(model, video)
     network = _learning(model, settings.compute, settings.lora, seed, "generator")
     checks = FiniteChecks(raises=raises)
-    return GeneratorLearner(network, schedule, settings, latent_shape, seed, checks, looks, phases)
+    return GeneratorLearner(
+        network, schedule, settings, latent_shape, seed, checks, looks, phases, consistency
+    )
 
 
 def build_fake_score(

@@ -3,9 +3,11 @@
     rollout(key, text)       x0 and its score query; the graph behind x0 stays here, under the key
     learn(signal)            x0.backward(grad_x0): parameters gather gradient, the graph is freed
     start, diversify         an extra loss on the first step, where the settings ask for it
+    noise_data, learn_consistency    a term on latents of the data, see `workers.consistency`
     gradient_report, step    one update of weights and averaged weights an iteration
 
-Its objective depends on the generator through x0 alone, so `grad_x0` is all that it has to be told.
+What it learns from its samples depends on it through x0 alone, so `grad_x0` is all that it has to
+be told.
 """
 
 from collections.abc import Mapping
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from cluster.folders import whole_folder_at
 from sgmd_core.errors import StaleCallError, non_finite_remedy
+from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.diversity import diversity_loss
 from sgmd_core.phases import Phase, Phases
 from sgmd_core.rollout import RolloutExit, extrapolated, rollout_exit
@@ -37,6 +40,7 @@ from sgmd_core.types import (
 )
 from workers.adapters import lora_of, make_trainable
 from workers.base_networks import base_parameters
+from workers.consistency import ConsistencyLearner
 from workers.ema import AveragedWeights
 from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
 from workers.models.adapter_files import MergedWeights
@@ -49,7 +53,6 @@ from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
 from workers.reports import DiversityReport, GradientReport, LearnReport
 from workers.role_state import RoleState, load_role
-from workers.saving import LearningRole
 from workers.settings import ExportSettings, GeneratorSettings
 from workers.sharding import gather_to_rank0, is_first_rank, local_part
 from workers.snapshots import RoleSnapshot, copies
@@ -58,7 +61,7 @@ ROLE = "generator"
 AVERAGE = "ema"
 
 
-class GeneratorLearner(LearningRole):
+class GeneratorLearner(ConsistencyLearner):
     """Rolls out, learns from signals, updates.
 
     Args:
@@ -70,6 +73,7 @@ class GeneratorLearner(LearningRole):
         checks: Checks of the numbers that go in and come out; by default they raise.
         looks: Score queries that the objective wants beside the one at the samples.
         phases: Steps that each iteration trains; None: all of them in every one.
+        consistency: Term on latents of the data; None without one.
     """
 
     def __init__(
@@ -82,8 +86,9 @@ class GeneratorLearner(LearningRole):
         checks: FiniteChecks | None = None,
         looks: Looks | None = None,
         phases: Phases | None = None,
+        consistency: ConsistencyTerm | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(consistency)
         self._checks = checks or FiniteChecks()
         # In evaluation mode, because a replayed rollout must repeat itself.
         self._network = make_trainable(velocity_model)

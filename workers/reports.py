@@ -44,6 +44,17 @@ class DiversityReport:
 
 
 @dataclass(frozen=True, slots=True)
+class ConsistencyReport:
+    """Losses of the generator on noised data.
+
+    Attributes:
+        metrics: Loss terms of the batch, means over its samples.
+    """
+
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class TrackReport:
     """Losses of the fake score on one batch.
 

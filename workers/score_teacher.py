@@ -1,6 +1,7 @@
 """The frozen network whose score the generator should match.
 
 denoise(query)            guided velocity, a constant
+denoise_data(query)       the same at noised data
 pullback(query, signal)   the part of the generator's gradient that goes through this network's
                           input, for objectives that have one
 anchor(start)             guided steps from the generator's initial noise, for the diversity loss
@@ -93,6 +94,10 @@ class ScoreTeacher:
         numbers = {**query.numbers, **made}
         velocity = self._checked(velocity, "denoising on the teacher", query.key, numbers)
         return TeacherPrediction(key=query.key, velocity=velocity, guide=guide, off=off)
+
+    def denoise_data(self, query: NoisedBatch, negative: Text) -> TeacherPrediction:
+        """Guided velocity at noised data; see `denoise`."""
+        return self.denoise(query, negative)
 
     def pullback(
         self, query: NoisedBatch, negative: Text, signal: GeneratorSignal

@@ -6,18 +6,20 @@ The pass keeps no graph and costs about three forward passes. It is made in floa
 role computes in: in bfloat16 a derivative is off by a hundredth, and a difference of two passes has
 no digit of it, because the time embedding turns 1000 radians over the noise levels. Of attention
 only torch's plain kernel has forward mode, which holds all pairs of tokens.
+
+Sharded networks gather their weights as in any pass, and only those that gather them in bfloat16
+cannot have the derivative in float32: `pipelines.config.consistency` refuses them.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgmd_core.types import Latents, PerSample, Text
 from workers.models.family import Denoiser
-from workers.sharding import is_sharded
 
 
 @torch.no_grad()
@@ -31,19 +33,22 @@ def velocity_and_derivative(
     """Velocity at a state, and its derivative along a direction; both constants.
 
     Args:
-        network: Whole in this process, with weights in float32 or wider.
+        network: With weights in float32 or wider, whole or sharded.
         x_t: Noisy latents.
         sigma: Noise level of each sample.
         text: Caption of each sample.
         direction: Direction of the first two.
     """
-    assert not is_sharded(network), "FSDP's hooks have no forward mode"
-
-    def velocity(x_t: Tensor, sigma: Tensor) -> Tensor:
-        return network(x_t, sigma, text)
-
-    with in_full_precision(network), sdpa_kernel(SDPBackend.MATH):
-        made, derivative, *_ = torch.func.jvp(velocity, (x_t, sigma), direction)
+    inputs = (x_t, sigma)
+    with (
+        in_full_precision(network),
+        sdpa_kernel(SDPBackend.MATH),
+        # Not torch.func.jvp, whose transform would take the collectives of FSDP in, too.
+        forward_ad.dual_level(),
+    ):
+        duals = [forward_ad.make_dual(*pair) for pair in zip(inputs, direction, strict=True)]
+        made, derivative = forward_ad.unpack_dual(network(*duals, text))
+    assert derivative is not None, "the network has cut its output off its inputs"
     return made, derivative
 
 

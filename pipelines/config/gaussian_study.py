@@ -14,6 +14,7 @@ from pipelines.config.recipe_files import find_recipe, recipe_sections
 from pipelines.config.section import Section
 from pipelines.config.study import VariantName
 from sgmd_core.objectives import PhasingObjective, adversary_of, looks_of
+from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
 from sgmd_core.types import Looks
@@ -97,6 +98,11 @@ class GaussianVariant(Section):
             problems.append(
                 f"objective.method {method} has a discriminator on the features of a teacher, and "
                 "the exact teachers here have none; compare it by `sgmd study`"
+            )
+        if consistency_of(self.objective) is not None:
+            problems.append(
+                f"objective.method {method} learns from data, and this study draws none; compare "
+                "it by `sgmd study`"
             )
         for problem in problems:
             yield problem.replace("fake_score.tracking", "tracking")

@@ -24,10 +24,12 @@ from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.cdm import CdmObjective
+from sgmd_core.objectives.consistency import learns_from_samples
 from sgmd_core.objectives.dmd import DmdObjective
 from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.pdmd import PdmdObjective
 from sgmd_core.objectives.phased import PhasedObjective
+from sgmd_core.objectives.rcm import RcmObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
@@ -47,6 +49,7 @@ _OWN: tuple[type[Objective], ...] = (
     PhasedObjective,
     SidObjective,
     AdmObjective,
+    RcmObjective,
 )
 _REQUIRED = ("path", "about", "gradient", "leading_losses", "fake_updates", "method")
 _THROUGH = {
@@ -136,6 +139,11 @@ def method_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSet
         problems.append(
             f"objective.fake_updates is {objective.fake_updates} ({objective.method}), but shared "
             "tracking has one graph for one update; set fake_score.tracking=fresh"
+        )
+    if not learns_from_samples(objective) and fake_score.tracking == "shared":
+        problems.append(
+            f"objective.matching_weight 0 ({objective.method}) makes no samples for shared "
+            "tracking to learn from; set fake_score.tracking=fresh"
         )
     in_turns = isinstance(objective, PhasedObjective) and objective.order == "alternate"
     if in_turns and fake_score.tracking == "shared":

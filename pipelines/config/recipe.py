@@ -25,6 +25,7 @@ from pipelines.config.adapters import lora_contradictions
 from pipelines.config.adversary import adversary_contradictions
 from pipelines.config.alarms import OF_VALIDATIONS, AlarmSettings
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
+from pipelines.config.consistency import consistency_contradictions
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
 from pipelines.config.lag import LagSettings
@@ -44,6 +45,7 @@ from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
 from sgmd_core.objectives import adversary_of, looks_of, phases_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
+from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
@@ -441,6 +443,8 @@ def settings_before_they_existed(config: DistillConfig) -> dict[str, Any]:
         "objective": {"method": config.objective.method},
         # Methods with several updates an iteration need one of the two.
         "fake_score": {"tracking": config.fake_score.tracking},
+        # So do those with a consistency term, which are no older than the setting.
+        "schedule": {"renoise": consistency_of(config.objective) is not None},
     }
     return {**DistillConfig.model_validate(needed).deciding_settings, **_OLD_BEHAVIOUR}
 
@@ -485,6 +489,7 @@ def _contradictions(config: DistillConfig) -> list[str]:
     problems += topology_contradictions(topology, batch.size, batch.micro_batches, config.roles)
     problems += method_contradictions(config.objective, config.fake_score)
     problems += step_contradictions(config.schedule, config.generator, config.objective)
+    problems += consistency_contradictions(config)
     problems += adversary_contradictions(config.objective, config.schedule)
     if config.schedule.renoise and config.teacher.guidance_scale == 1:
         problems.append(

@@ -27,6 +27,8 @@ Variants are other programs over the same stages:
     mixing of weights   the fake score takes in the generator's weights between the two updates
     comparing steps     PREDICT, COMPARE_STEPS and COMPLETE in the place of SIGNAL (ADM)
     comparing data      COMPARE_DATA by the discriminator between SIGNAL and LEARN (DMD2's GAN term)
+    consistency         NOISE_DATA before ROLLOUT, DENOISE_DATA by the teacher, LEARN_CONSISTENCY
+                        after LEARN (rCM); alone, without the stages from ROLLOUT to LEARN (sCM)
 
 A discriminator gathers while it compares, and is updated with the generator.
 
@@ -201,6 +203,25 @@ LEARN = StageSpec(
     lambda call: (call.of(COMPLETE, COMPARE_DATA, PULLBACK, SIGNAL), call.weight),
     gathers=True,
 )
+NOISE_DATA = StageSpec(
+    GENERATOR,
+    GeneratorLearner.noise_data,
+    lambda call: (*call.prompts()[:2], call.data),
+    sends=_X0_AND_NOISE,
+    needs_data=True,
+)
+DENOISE_DATA = StageSpec(
+    TEACHER,
+    ScoreTeacher.denoise_data,
+    lambda call: (call.of(NOISE_DATA), call.negative),
+    sends=(Sent.LATENTS,),
+)
+LEARN_CONSISTENCY = StageSpec(
+    GENERATOR,
+    GeneratorLearner.learn_consistency,
+    lambda call: (call.of(NOISE_DATA), call.of(DENOISE_DATA), call.share),
+    gathers=True,
+)
 START = StageSpec(
     GENERATOR,
     GeneratorLearner.start,
@@ -266,6 +287,9 @@ STAGES = {
         START,
         ANCHOR,
         DIVERSIFY,
+        NOISE_DATA,
+        DENOISE_DATA,
+        LEARN_CONSISTENCY,
         TRAINED_WEIGHTS,
         MIX_WEIGHTS,
         *_UPDATES,
@@ -283,6 +307,8 @@ def iteration_program(
     diversity: bool = False,
     mixes_weights: bool = False,
     compared: ComparedStates | None = None,
+    consistency: bool = False,
+    matching: bool = True,
 ) -> Program:
     """Program of one iteration: passes over the micro-batches, and updates.
 
@@ -294,15 +320,21 @@ def iteration_program(
         diversity: The generator also learns where the teacher goes from its initial noise.
         mixes_weights: With fresh updates, the fake score first takes in the generator's weights.
         compared: States that a discriminator compares; None without one.
+        consistency: The generator also learns from noised data.
+        matching: The generator learns from its own samples.
     """
     shared = fresh_updates == 0
+    denoise = DENOISE.step(ROLLOUT, keeps_until=PULLBACK if through_teacher else None)
+    signalling = _signalling(compared, shared=shared, through_teacher=through_teacher)
     distil = Pass(
         (
             *([START.step()] if diversity else []),
-            ROLLOUT.step(keeps_until=LEARN),
-            DENOISE.step(ROLLOUT, keeps_until=PULLBACK if through_teacher else None),
+            *([NOISE_DATA.step()] if consistency else []),
+            *([ROLLOUT.step(keeps_until=LEARN), denoise] if matching else []),
+            *([DENOISE_DATA.step(NOISE_DATA)] if consistency else []),
             *([ANCHOR.step(START)] if diversity else []),
-            *_signalling(compared, shared=shared, through_teacher=through_teacher),
+            *(signalling if matching else ()),
+            *([LEARN_CONSISTENCY.step(NOISE_DATA, DENOISE_DATA)] if consistency else []),
             *([DIVERSIFY.step(START, ANCHOR)] if diversity else []),
         )
     )

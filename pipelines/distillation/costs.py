@@ -1,9 +1,10 @@
 """Network passes of each stage of an iteration: the one table behind planner and study.
 
-    units(stage) = forwards + i to_input + w to_weights     [+ backwards, where checkpointed]
+    units(stage) = forwards + i (to_input + tangents) + w to_weights   [+ backwards, checkpointed]
 
 A pass takes one sample once through a network of the teacher's size; i and w are the costs of the
-two kinds of backward pass in forward passes, `PassCosts`. With activation checkpointing each
+two kinds of backward pass in forward passes, `PassCosts`. A derivative in forward mode makes the
+products of a pass to the input. With activation checkpointing each
 forward pass with a graph is made again before its backward pass.
 """
 
@@ -19,10 +20,13 @@ from pipelines.distillation.algorithm import (
     COMPARE_STEPS,
     COMPLETE,
     DENOISE,
+    DENOISE_DATA,
     DIVERSIFY,
     EXTRA_TRACK,
     HELD_LOSS,
     LEARN,
+    LEARN_CONSISTENCY,
+    NOISE_DATA,
     PREDICT,
     PULLBACK,
     ROLLOUT,
@@ -67,11 +71,13 @@ class Passes:
         forwards: Forward passes, with or without a graph.
         to_input: Backward passes that end at the samples.
         to_weights: Backward passes that end at the parameters.
+        tangents: Derivatives that forward passes carry along.
     """
 
     forwards: float = 0.0
     to_input: float = 0.0
     to_weights: float = 0.0
+    tangents: float = 0.0
 
     @property
     def backwards(self) -> float:
@@ -86,19 +92,21 @@ class Passes:
             checkpointed: Part of a forward pass that is made again for each backward pass.
         """
         again = checkpointed * self.backwards
-        backward = costs.to_input * self.to_input + costs.to_weights * self.to_weights
-        return self.forwards + backward + again
+        along = costs.to_input * (self.to_input + self.tangents)
+        return self.forwards + along + costs.to_weights * self.to_weights + again
 
     def __add__(self, other: "Passes") -> "Passes":
         return Passes(
             self.forwards + other.forwards,
             self.to_input + other.to_input,
             self.to_weights + other.to_weights,
+            self.tangents + other.tangents,
         )
 
     def times(self, count: float) -> "Passes":
         """These passes, `count` times."""
-        return Passes(count * self.forwards, count * self.to_input, count * self.to_weights)
+        counts = (self.forwards, self.to_input, self.to_weights, self.tangents)
+        return Passes(*(count * each for each in counts))
 
 
 def mean_rollout(num_steps: float, *, first_exit: int = 0) -> float:
@@ -135,6 +143,8 @@ def stage_passes(
     looks: Looks | None = None,
     compared: ComparedStates | None = None,
     compared_states: int = 2,
+    consistency: bool = False,
+    matching: bool = True,
 ) -> Mapping[StageSpec, Passes]:
     """Passes of one sample by stage, for one call of each.
 
@@ -150,6 +160,8 @@ def stage_passes(
             of a large network they are less than a hundredth of a pass.
         compared_states: States of a sample that the discriminator looks at: 2, and one more for a
             penalty.
+        consistency: The generator also learns from noised data.
+        matching: The generator learns from its own samples.
     """
     looks = looks or Looks()
     predictions, off = 2 if guided else 1, int(looks.off_trajectory)
@@ -173,6 +185,13 @@ def stage_passes(
         found[COMPARE_DATA] = comparing
     if path is GradientPath.BOTH_SCORES:
         found[PULLBACK] = Passes(forwards=predictions, to_input=predictions)
+    if not matching:
+        for stage in (ROLLOUT, DENOISE, SIGNAL, LEARN):
+            del found[stage]
+    if consistency:
+        found[NOISE_DATA] = Passes()
+        found[DENOISE_DATA] = Passes(forwards=predictions)
+        found[LEARN_CONSISTENCY] = Passes(forwards=2, to_weights=1, tangents=1)
     if fresh_tracking:
         found[SAMPLE] = Passes(forwards=sample)
     if anchor_steps:

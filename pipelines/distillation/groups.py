@@ -45,6 +45,7 @@ from pipelines.distillation.watch import watch_groups
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.places import shared_place
+from sgmd_core.objectives.consistency import consistency_of
 from workers.build import (
     build_discriminator,
     build_fake_score,
@@ -351,6 +352,7 @@ def _open(
                 raises,
                 config.looks,
                 config.phases,
+                consistency_of(config.objective),
             ),
         ),
         fake_score=group(

@@ -23,7 +23,14 @@ from cluster.schedule.staleness import staleness
 from cluster.spans import labelled
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.distillation.algorithm import DIVERSIFY, LEARN, STAGES, TRACK, StageSpec
+from pipelines.distillation.algorithm import (
+    DIVERSIFY,
+    LEARN,
+    LEARN_CONSISTENCY,
+    STAGES,
+    TRACK,
+    StageSpec,
+)
 from pipelines.distillation.guards import SkippedUpdate, UpdateGuard, non_finite_gradient
 from pipelines.distillation.iteration_plan import IterationPlan
 from pipelines.run.stopping import StopRequests
@@ -31,7 +38,13 @@ from sgmd_core.types import DataBatch, Draws, MicroBatchKey, Text, TextBatch
 from workers.discriminator import Discriminator
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
-from workers.reports import DiversityReport, GradientReport, LearnReport, TrackReport
+from workers.reports import (
+    ConsistencyReport,
+    DiversityReport,
+    GradientReport,
+    LearnReport,
+    TrackReport,
+)
 from workers.saving import LearningRole
 from workers.score_teacher import ScoreTeacher
 from workers.text_encoder import TextEncoder
@@ -380,9 +393,9 @@ class _Inputs:
 def _report(
     result: IterationResult, stale_calls: int, skipped: tuple[SkippedUpdate, ...]
 ) -> IterationReport:
-    reported: list[tuple[Call, LearnReport | TrackReport | DiversityReport]] = [
+    reported: list[tuple[Call, LearnReport | TrackReport | DiversityReport | ConsistencyReport]] = [
         (call, report)
-        for stage in (LEARN, TRACK, DIVERSIFY)
+        for stage in (LEARN, TRACK, DIVERSIFY, LEARN_CONSISTENCY)
         for call, report in result.of(stage.name)
         if not call.stands_in
     ]

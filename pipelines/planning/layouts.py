@@ -321,7 +321,9 @@ def _bound_s(work: Workload, times: StageTimes, one: PoolMap) -> float:
         whole_s = max(
             load[first] + part * teacher[first], load[second] + (1 - part) * teacher[second]
         )
-    first_s = times.seconds[GENERATOR, "rollout"] * -(-sizes[0] // one.ranks[LEARN])
+    # Where the generator makes no samples, the teacher starts at once, at data.
+    rollout_s = times.seconds.get((GENERATOR, "rollout"), 0.0)
+    first_s = rollout_s * -(-sizes[0] // one.ranks[LEARN])
     return whole_s + first_s
 
 

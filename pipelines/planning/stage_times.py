@@ -106,7 +106,8 @@ def measured(path: Path, work: Workload) -> StageTimes:
             " benchmark measures SGMD alone), or plan without --measured",
         )
     factors = {
-        name: passes * work.forward_flops / flops[name] for name, passes in work.passes.items()
+        name: passes * work.forward_flops / flops[name] if passes else 1.0
+        for name, passes in work.passes.items()
     }
     scaled = any(abs(factor - 1) > 0.01 for factor in factors.values())
     seconds = {name: found[name] * factors[name] for name in work.passes}

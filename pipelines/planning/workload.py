@@ -28,8 +28,11 @@ from pipelines.distillation.algorithm import (
     COMPARE_STEPS,
     COMPLETE,
     DENOISE,
+    DENOISE_DATA,
     DIVERSIFY,
     LEARN,
+    LEARN_CONSISTENCY,
+    NOISE_DATA,
     PREDICT,
     PULLBACK,
     ROLLOUT,
@@ -45,6 +48,7 @@ from pipelines.distillation.algorithm import (
 from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, restarts_of
+from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.types import Looks
 from workers.adapters import targeted
 from workers.discriminator_heads import num_head_parameters
@@ -128,6 +132,8 @@ class Workload:
         restarts: Whether the fake score keeps the weights that it starts from, in main memory.
         heads: The discriminator; None without one.
         measures_lag: Whether the fake score's state is put aside while its lag is measured.
+        consistency: Whether the generator also learns from noised data.
+        matching: Whether it learns from its own samples.
     """
 
     shape: DenoiserShape
@@ -159,6 +165,8 @@ class Workload:
     restarts: bool = False
     heads: HeadsWork | None = None
     measures_lag: bool = False
+    consistency: bool = False
+    matching: bool = True
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -219,6 +227,8 @@ class Workload:
             restarts=bool(restarts_of(config.objective)),
             heads=_heads(config, others.get(TEACHER, shape.denoiser)),
             measures_lag=config.lag.every > 0,
+            consistency=consistency_of(config.objective) is not None,
+            matching=learns_from_samples(config.objective),
         )
 
     @property
@@ -295,6 +305,8 @@ class Workload:
             through_teacher=self.through_teacher,
             mixes_weights=self.mixes_weights,
             compared=None if self.heads is None else self.heads.compared,
+            consistency=self.consistency,
+            matching=self.matching,
         )
 
     @property
@@ -329,7 +341,9 @@ class Workload:
         for (role, stage), units in self.stage_units.items():
             counted = COUNTED_WITH.get(STAGES[role, stage])
             name = (role, stage) if counted is None else (counted.role, counted.name)
-            found[role, stage] = seconds[name] * units / self.passes[name]
+            # A stage that asks no network has no other with it.
+            part = units / self.passes[name] if units else 1.0
+            found[role, stage] = seconds[name] * part
         return found
 
     @property
@@ -362,6 +376,8 @@ class Workload:
             looks=self.looks,
             compared=None if self.heads is None else self.heads.compared,
             compared_states=0 if self.heads is None else self.heads.num_states,
+            consistency=self.consistency,
+            matching=self.matching,
         )
 
     def weight_bytes(self, role: str) -> int:
@@ -375,7 +391,7 @@ class Workload:
         Gradients are summed in float32, weights are gathered in the type of a role's products.
         """
         summed = {LEARN: 1.0 + self.diversity.enabled + self.looks.off_trajectory, TRACK: 1.0}
-        summed |= {COMPARE_STEPS: 1.0, COMPARE_DATA: 1.0}
+        summed |= {COMPARE_STEPS: 1.0, COMPARE_DATA: 1.0, LEARN_CONSISTENCY: 1.0}
         reductions = {(stage.role, stage.name): count for stage, count in summed.items()}
         found: dict[StageName, float] = {}
         for name, count in self.gathers.items():
@@ -402,6 +418,10 @@ class Workload:
             PULLBACK: 2.0,
             SIGNAL: 2.0 + 2.0 * off,
             TRACK: 2.0 if shared else 3.0,
+            NOISE_DATA: 0.0,
+            DENOISE_DATA: 1.0,
+            # Two forward passes, one backward, and the sum.
+            LEARN_CONSISTENCY: 4.0,
         }
         if self.heads is not None:
             # Each state forward, one of them backward, and the sum of the heads' gradients.

@@ -24,6 +24,7 @@ from pipelines.distillation.costs import (
 )
 from pipelines.planning.workload import Workload
 from sgmd_core.objectives import compared_by
+from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.seeds import exit_of, rollout_steps
 from sgmd_core.types import MicroBatchKey, Purpose
 
@@ -136,6 +137,8 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
         looks=config.looks,
         compared=compared_by(config.objective),
         compared_states=0 if config.adversary is None else config.adversary.num_states,
+        consistency=consistency_of(config.objective) is not None,
+        matching=learns_from_samples(config.objective),
     )
     return _named(
         {

@@ -194,6 +194,11 @@ class ConsistentObjective(Protocol):
         ...
 
 
+def learns_from_samples(objective: object) -> bool:
+    """True if the generator learns from its own samples with an objective."""
+    return not isinstance(objective, ConsistentObjective) or objective.matches
+
+
 def consistency_of(objective: object) -> ConsistencyTerm | None:
     """The consistency term of an objective; None without one."""
     return objective.consistency if isinstance(objective, ConsistentObjective) else None

@@ -64,8 +64,8 @@ class RcmObjective(DmdObjective):
         direction = matching_direction(
             query, velocity_fake, velocity_teacher, normalizer_min=self.normalizer_min
         )
-        x0 = float32(query.x0).double()
-        step = (direction.double() + (x0 - x0.detach())).square().flatten(1).sum(dim=1).mean()
+        x0 = float32(query.x0)
+        step = (direction + (x0 - x0.detach())).square().flatten(1).sum(dim=1).mean()
         value = self.matching_weight_at(query.key.iteration) * step
         return Loss(
             value,

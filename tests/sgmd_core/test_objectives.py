@@ -13,6 +13,7 @@ from sgmd_core.objectives.dmd import DmdObjective, matching_direction
 from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.pdmd import PdmdObjective
 from sgmd_core.objectives.phased import PhasedObjective
+from sgmd_core.objectives.rcm import RcmObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
@@ -42,6 +43,7 @@ OBJECTIVES = {
     "tsg_fisher-paper": TsgFisherObjective(form="paper"),
     "tsg_sim-released": TsgSimObjective(),
     "tsg_sim-paper": TsgSimObjective(form="paper"),
+    "rcm": RcmObjective(normalizer_min=0.0, matching_weight=0.5),
     "sid-1": SidObjective(),
     "sid-0.6": SidObjective(square_weight=0.6),
 }
@@ -78,12 +80,14 @@ def loss_by_definition(name, fake, teacher, query, base):
     method, _, option = name.partition("-")
     teacher_base = x0_prediction(teacher, base)
     x0_fake = x0_prediction(fake, query)
-    if method in ("dmd", "dmd2", "pdmd", "cdm", "phased_dmd"):
+    if method in ("dmd", "dmd2", "pdmd", "cdm", "phased_dmd", "rcm"):
         distance = element_mean((base.x0 - teacher_base).abs())
         gap = x0_prediction(fake, base) - teacher_base
         if method == "pdmd":
             gap = projected(gap, x0_prediction(fake, base) - base.x0)
         target = base.x0 - gap / distance
+        if method == "rcm":
+            return 0.5 * (query.x0 - target).square().flatten(1).sum(dim=1).mean()
         return 0.5 * (query.x0 - target).square().mean()
     if method == "tsg_fisher":
         weight = weight_at(base, teacher_base, option)
@@ -148,6 +152,7 @@ def test_generator_gradient_has_its_closed_form_where_the_jacobians_are_known(na
             "dmd2": weight * gap,
             "cdm": weight * gap,
             "phased_dmd": weight * gap,
+            "rcm": weight * gap * gap[0].numel(),
             "pdmd": weight * projected(gap, residual),
             "tsg_fisher": jacobian * weight * gap,
             "tsg_sim": weight * (gap + jacobian * (residual - gap)),

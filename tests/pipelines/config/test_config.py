@@ -395,6 +395,8 @@ class TestMethods:
     @pytest.mark.parametrize("method", [method_name(method) for method in METHODS])
     def test_a_method_is_chosen_by_its_name_and_brings_its_own_settings(self, method, tmp_path):
         overrides = [f"objective.method={method}", "fake_score.tracking=fresh"]
+        if method == "rcm":
+            overrides.append("schedule.renoise=true")
         config = load_recipe("tiny", overrides)
         assert config.objective.method == method
         path = tmp_path / "config.yaml"

@@ -8,6 +8,7 @@ import torch
 from pipelines.config.methods import METHODS, method_name
 from sgmd_core.objectives import GradientPath, Objective, adversary_of
 from sgmd_core.objectives.adm import AdmObjective
+from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.types import NoisedBatch, detached
 from tests.e2e.test_equivalence import MODES
 from tests.helpers.huber import PseudoHuberObjective
@@ -44,6 +45,9 @@ def test_a_method_describes_itself_and_its_leading_losses_are_terms_of_its_losse
         logits = torch.zeros(2, 1)
         terms |= term.generator_loss(logits).terms
         terms |= term.discriminator_loss(logits, logits, None).terms
+    if (consistency := consistency_of(objective)) is not None:
+        velocity = query.velocity.detach()
+        terms |= consistency.loss(query, velocity, velocity, velocity, velocity).terms
     assert objective.about
     assert objective.gradient
     assert set(objective.leading_losses) <= set(terms)

@@ -705,6 +705,16 @@ class TestCommand:
         memory = best["pools"]["learn"]["memory_gb"]
         assert set(memory) >= {"state", "graphs", "total"}
 
+    @pytest.mark.parametrize("weight", [1.0, 0.0], ids=["rcm", "scm"])
+    def test_a_consistency_term_is_planned_with_its_own_stages(self, weight):
+        options = ("--gpus", 4, "--json", f"objective.matching_weight={weight}")
+        result = sgmd("plan", "tiny-rcm", *options)
+        assert result.exit_code == 0, result.stderr
+        seconds = json.loads(result.stdout)["stage_seconds_per_sample"]
+        assert seconds["generator.noise_data"] == 0
+        assert seconds["generator.learn_consistency"] > seconds["teacher.denoise_data"] > 0
+        assert ("generator.learn" in seconds) == (weight > 0)
+
     def test_a_discriminator_is_planned_on_either_of_two_pools_and_with_all_roles(self, tmp_path):
         mine = tmp_path / "mine.yaml"
         options = ("--model", "1.3b", "--gpus", 4, "validation.every=0", "--write", mine)

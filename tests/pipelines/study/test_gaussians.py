@@ -30,9 +30,11 @@ from pipelines.study.gaussians.run import dry_run_gaussian_study, gaussian_study
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.phased import PhasedObjective
+from sgmd_core.objectives.rcm import RcmObjective
 
-# Two experts in phases are not the one network of this study, and exact teachers have no features.
-APART = {PhasedObjective, AdmObjective}
+# Two experts in phases are not the one network of this study, exact teachers have no features, and
+# no data are drawn.
+APART = {PhasedObjective, AdmObjective, RcmObjective}
 SMALL = [
     "batch_size=16",
     "num_samples=64",
@@ -63,6 +65,7 @@ def samples_of(
         ({"method": "cdm"}, "off_trajectory=0"),
         ({"method": "phased_dmd"}, "compare it by"),
         ({"method": "adm"}, "has a discriminator"),
+        ({"method": "rcm"}, "learns from data"),
         ({"method": "dmd2", "adversary": {}}, "has a discriminator"),
     ],
 )

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from cluster.local import LocalWorkerGroup
 from pipelines.config.recipe import DistillConfig, load_recipe
@@ -24,6 +25,7 @@ from pipelines.study.passes import (
     total_units,
     units_by_role,
 )
+from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.types import DataBatch, TextBatch, per_sample
 from workers.discriminator import Discriminator
 from workers.discriminator_heads import build_heads
@@ -61,6 +63,17 @@ METHODS = {
     "adm": ("objective.method=adm",),
     "adm fresh": ("objective.method=adm", FRESH),
     "adm penalty": ("objective={method: adm, adversary: {r1_weight: 20.0}}", FRESH),
+    "rcm": ("objective.method=rcm", FRESH, "schedule.renoise=true"),
+    "rcm shared": (
+        "objective={method: rcm, fake_updates: 1}",
+        "fake_score.tracking=shared",
+        "schedule.renoise=true",
+    ),
+    "rcm, consistency alone": (
+        "objective={method: rcm, matching_weight: 0.0, fake_updates: 1}",
+        FRESH,
+        "schedule.renoise=true",
+    ),
     "dmd2 gan": ("objective={method: dmd2, adversary: {loss: softplus}}", FRESH),
 }
 
@@ -127,6 +140,7 @@ def test_passes_add_up():
     assert Passes(1, 2, 3).units(USUAL) == 9
     assert Passes(1, 2, 3).units(USUAL, checkpointed=True) == 14
     assert Passes(1, 2, 3).units(PassCosts(1.5, 2.0)) == 10
+    assert Passes(1, 0, 0, 1).times(2).units(PassCosts(1.5, 2.0), checkpointed=True) == 5
 
 
 def test_a_run_is_the_sum_of_its_iterations_and_near_its_expectation():
@@ -152,6 +166,8 @@ class CountingNetwork(nn.Module):
     def forward(self, x_t, sigma, text):
         weight = self.weight.expand(len(x_t))
         self.counts["forwards"] += len(x_t)
+        if forward_ad.unpack_dual(x_t).tangent is not None:
+            self.counts["tangents"] += len(x_t)
         for value, kind in ((x_t, "to_input"), (weight, "to_weights")):
             if value.requires_grad:
                 value.register_hook(lambda grad, kind=kind: self._add(kind, len(grad)))
@@ -202,15 +218,18 @@ class Captions:
 
 def counting_roles(config: DistillConfig) -> tuple[Roles, dict[str, CountingNetwork]]:
     """The roles over networks that count."""
-    networks = {role: CountingNetwork() for role in ("generator", "fake_score", "teacher")}
+    learning = CountingDenoiser()
+    networks = {role: CountingNetwork() for role in ("fake_score", "teacher")}
+    networks["generator"] = learning.network
     generator = GeneratorLearner(
-        networks["generator"],
+        learning,
         config.schedule,
         config.generator,
         LATENT_SHAPE,
         config.seed,
         looks=config.looks,
         phases=config.phases,
+        consistency=consistency_of(config.objective),
     )
     fake_score = FakeScoreTracker(networks["fake_score"], config.objective, config.fake_score)
     judge = None

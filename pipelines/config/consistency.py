@@ -1,0 +1,65 @@
+"""A method with a consistency term in a recipe: what its derivatives and its sampler ask for."""
+
+from typing import Protocol
+
+from pipelines.config.methods import ObjectiveSettings
+from pipelines.config.roles import GENERATOR, ROLES
+from pipelines.config.topology import TopologySettings
+from sgmd_core.objectives.consistency import consistency_of
+from sgmd_core.schedule import FlowMatchSchedule
+from workers.settings import GeneratorSettings
+
+
+class ConsistencySections(Protocol):
+    """Sections of a recipe that decide how a generator learns consistency."""
+
+    @property
+    def objective(self) -> ObjectiveSettings:
+        """Section `objective`."""
+        ...
+
+    @property
+    def schedule(self) -> FlowMatchSchedule:
+        """Section `schedule`."""
+        ...
+
+    @property
+    def generator(self) -> GeneratorSettings:
+        """Section `generator`."""
+        ...
+
+    @property
+    def topology(self) -> TopologySettings:
+        """Section `topology`."""
+        ...
+
+
+def consistency_contradictions(config: ConsistencySections) -> list[str]:
+    """Returns what does not go with a consistency term, as sentences."""
+    if consistency_of(config.objective) is None:
+        return []
+    method, compute = config.objective.method, config.generator.compute
+    problems: list[str] = []
+    if not config.schedule.renoise and config.generator.num_steps > 1:
+        problems.append(
+            f"objective.method {method} learns to go to clean latents, and its second step would "
+            "start where no data are noised to; set schedule.renoise=true, or generator.num_steps=1"
+        )
+    if compute.compile:
+        problems.append(
+            f"generator.compute.compile has no derivative in forward mode, which {method} takes; "
+            "set it to false"
+        )
+    if compute.weights != "fp32":
+        problems.append(
+            f"generator.compute.weights {compute.weights} has too few digits for the derivative "
+            f"that {method} takes; set it to fp32"
+        )
+    team = config.topology.teams_of(ROLES)[GENERATOR]
+    if compute.precision == "bf16" and team.ranks > 1:
+        problems.append(
+            "generator.compute.precision bf16 has several ranks gather the weights in bfloat16, in "
+            f"which the derivative that {method} takes has too few digits; set it to fp32, or give "
+            "the generator one rank"
+        )
+    return problems

@@ -1,0 +1,111 @@
+"""Runs with a consistency term: data are asked for, placements and resumption keep the bits."""
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.config.recipe import load_recipe
+from pipelines.distillation.run import distill, dry_run
+from pipelines.run.folder import RunFolder, read_jsonl
+from sgmd_core.errors import ConfigError
+from tests.e2e.conftest import MakeRecipe
+from tests.e2e.test_adversarial import write_encoded
+from tests.e2e.test_equivalence import drop_checkpoint, history, moments, state
+from tests.helpers.moves import assert_moves
+
+RCM = [
+    "fake_score.tracking=fresh",
+    "objective={method: rcm, fake_updates: 1, consistency: {warmup: 2}}",
+    "schedule.renoise=true",
+    "generator.random_steps={min_steps: 3, max_steps: 3, order: running_minimum}",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, wan_folder: Path) -> list[Path]:
+    folder = tmp_path_factory.mktemp("latents")
+    return [write_encoded(folder / str(seed), wan_folder, seed) for seed in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", ["1.0", "0.0"], ids=["rcm", "scm"])
+def test_a_run_learns_from_data_and_a_resumed_one_keeps_its_bits(
+    make_recipe: MakeRecipe, data: list[Path], weight: str
+) -> None:
+    settings = [
+        *RCM,
+        f"objective.matching_weight={weight}",
+        f"data.train={data[0]}",
+        "checkpoint.every=2",
+        "iterations=4",
+    ]
+    whole = make_recipe("name=whole", *settings)
+    assert dry_run(whole)["data_latents"] is True
+    distill(whole)
+    other = make_recipe("name=other", *settings, f"data.train={data[1]}")
+    distill(other)
+    assert_moves(moments(whole, 4), moments(other, 4))
+    distill(make_recipe("name=parts", *settings, "iterations=3"))
+    parts = make_recipe("name=parts", *settings)
+    drop_checkpoint(parts, 3)
+    distill(parts, resume=True)
+    assert history(parts) == history(whole)
+    assert state(parts, 4) == state(whole, 4)
+    lines = read_jsonl(RunFolder(whole.run_folder).metrics)
+    assert all({"consistency", "tangent_norm", "tracking"} <= set(each["losses"]) for each in lines)
+    matching = [each["losses"].get("generator") for each in lines]
+    assert matching[:2] == ([0.0, 0.0] if weight == "1.0" else [None, None])
+    assert bool(matching[2]) is (weight == "1.0")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_roles_on_ray_make_the_bits_of_one_process_with_noised_data(
+    make_recipe: MakeRecipe, ray_cluster: None, data: list[Path]
+) -> None:
+    settings = [*RCM, f"data.train={data[0]}", "iterations=3"]
+    local = make_recipe("name=local", *settings)
+    pools = make_recipe("name=pools", *settings, "topology.mode=pools")
+    for config in (local, pools):
+        distill(config)
+    assert_moves(moments(local, 3), {key: 0 * value for key, value in moments(local, 3).items()})
+    assert history(pools) == history(local)
+    assert state(pools, 3) == state(local, 3)
+
+
+class TestChecks:
+    def test_captions_alone_are_refused(self, make_recipe: MakeRecipe):
+        with pytest.raises(ConfigError, match="without latents"):
+            dry_run(make_recipe(*RCM))
+
+    @pytest.mark.parametrize(
+        ("settings", "words"),
+        [
+            (["schedule.renoise=false"], r"schedule\.renoise=true"),
+            (["generator.compute.compile=true"], "forward mode"),
+            (["generator.compute.weights=bf16", "generator.lora={rank: 4}"], "too few digits"),
+            (["generator.compute.precision=bf16", "topology.pools.learn.ranks=2"], "one rank"),
+            (
+                [
+                    "objective.matching_weight=0.0",
+                    "objective.fake_updates=1",
+                    "fake_score.tracking=shared",
+                ],
+                "fake_score.tracking=fresh",
+            ),
+        ],
+    )
+    def test_settings_that_have_no_derivative_or_lead_elsewhere_are_refused(self, settings, words):
+        load_recipe("tiny-rcm")
+        with pytest.raises(ConfigError, match=words):
+            load_recipe("tiny-rcm", settings)
+
+    def test_one_step_needs_no_noise_and_one_rank_may_compute_in_bfloat16(self):
+        load_recipe(
+            "tiny-rcm",
+            [
+                "schedule.renoise=false",
+                "generator.num_steps=1",
+                "generator.compute.precision=bf16",
+            ],
+        )
