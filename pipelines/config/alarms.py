@@ -39,5 +39,5 @@ class AlarmSettings(Section):
     """Iterations that the means of the losses run over."""
     stop: tuple[AlarmName, ...] = ()
     """Alarms that end the run, after its state has been saved."""
-    lag_above: float = Field(default=0.2, gt=0, lt=1)
+    lag_above: float = Field(default=0.1, gt=0, lt=1)
     """Limit of the lag of the fake score, where it is measured: `lag.every`."""

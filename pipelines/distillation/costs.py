@@ -35,6 +35,7 @@ from pipelines.distillation.algorithm import (
     TRACK,
     StageSpec,
 )
+from sgmd_core.metrics.lag import settling_updates
 from sgmd_core.objectives import ComparedStates, GradientPath
 from sgmd_core.types import Looks, Purpose
 from workers.models.family import PassFlops
@@ -200,20 +201,24 @@ def stage_passes(
     return found
 
 
-def lag_passes(settings: LagSettings, held: float, extra: float) -> Mapping[StageSpec, Passes]:
+def lag_passes(
+    settings: LagSettings, held: float, extra: float, settling: float
+) -> Mapping[StageSpec, Passes]:
     """Passes of one measurement of the lag, for each sample of a batch.
 
-    Held batches are made anew for the loss before and for that of each copy.
+    Held batches are made anew for the loss before and for that of each copy, the settled one
+    included.
 
     Args:
         settings: Its batches and updates.
         held: Forward passes of a rollout of a held batch.
         extra: Of a rollout of an extra update.
+        settling: Of a rollout of an update of the copy that settles.
     """
-    copies = len(settings.rates)
-    looks, updates = settings.batches * (1 + copies), settings.updates * copies
+    copies, few = len(settings.rates), settling_updates(settings.updates)
+    looks, updates = settings.batches * (2 + copies), settings.updates * copies
     return {
-        SAMPLE: Passes(forwards=looks * held + updates * extra),
+        SAMPLE: Passes(forwards=looks * held + updates * extra + few * settling),
         HELD_LOSS: Passes(forwards=looks),
-        EXTRA_TRACK: Passes(forwards=1, to_weights=1).times(updates),
+        EXTRA_TRACK: Passes(forwards=1, to_weights=1).times(updates + few),
     }

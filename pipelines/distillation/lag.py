@@ -1,7 +1,7 @@
 """Measured lag of the fake score: how much of its loss goes away while the generator waits.
 
     loss     held_loss                                on held batches of the present generator
-    copies   begin_extra                              one for each of `lag.rates`
+    copies   begin_extra                              one settles, then one for each of `lag.rates`
                updates x (extra_track, extra_step)    on new samples; the rate falls to 0
                held_loss                              on the same held batches
              end_extra                                back, bit for bit
@@ -41,7 +41,7 @@ from pipelines.distillation.algorithm import EXTRA_TRACK, HELD_LOSS, SAMPLE, Sta
 from pipelines.distillation.iteration import PromptBatch, PromptsOf, Roles, encode_part
 from pipelines.distillation.iteration_plan import IterationPlan
 from pipelines.run.stopping import StopRequests
-from sgmd_core.metrics.lag import falling_rate, tracking_lag
+from sgmd_core.metrics.lag import falling_rate, settling_updates, tracking_lag
 from sgmd_core.types import Purpose
 from workers.extra_updates import HELD
 from workers.fake_score_tracker import FakeScoreTracker
@@ -81,10 +81,11 @@ def measure_lag(
     batches = _Batches(roles, plan, iteration, prompts, stops or StopRequests())
     try:
         before = batches.held(settings.batches)
-        after = {rate: _after(batches, settings, rate) for rate in settings.rates}
+        settled = _after(batches, settings, 1.0, settling_updates(settings.updates))
+        after = {rate: _after(batches, settings, rate, settings.updates) for rate in settings.rates}
     except _StopAskedFor:
         return {}
-    found = tracking_lag(before, after)
+    found = tracking_lag(before, settled, after)
     if found is None:
         return {HELD_TRACKING: before}
     lag, rate = found
@@ -212,14 +213,14 @@ def no_lag(iteration: int, before: float, settings: LagSettings) -> str:
     )
 
 
-def _after(batches: "_Batches", settings: LagSettings, rate: float) -> float:
+def _after(batches: "_Batches", settings: LagSettings, rate: float, updates: int) -> float:
     """Held loss of a copy after its extra updates."""
     fake_score = batches.roles.fake_score
     done: list[Future[None]] = fake_score.call(FakeScoreTracker.begin_extra, batches.iteration)
     try:
-        for update in range(settings.updates):
+        for update in range(updates):
             batches.run(EXTRA_TRACK, settings.batches + update)
-            now = falling_rate(rate, update, settings.updates)
+            now = falling_rate(rate, update, updates)
             done += fake_score.call(FakeScoreTracker.extra_step, now)
         held = batches.held(settings.batches)
     except _StopAskedFor:

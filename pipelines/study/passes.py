@@ -23,6 +23,7 @@ from pipelines.distillation.costs import (
     stage_passes,
 )
 from pipelines.planning.workload import Workload
+from sgmd_core.metrics.lag import settling_updates
 from sgmd_core.objectives import compared_by
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.seeds import exit_of, rollout_steps
@@ -53,7 +54,7 @@ def expected_passes(config: DistillConfig) -> dict[str, Passes]:
 def expected_lag(config: DistillConfig) -> dict[str, Passes]:
     """Passes of one measurement of the lag, rollouts at their mean length."""
     _, sample = mean_rollouts(config)
-    return _named(lag_passes(config.lag, sample, sample))
+    return _named(lag_passes(config.lag, sample, sample, sample))
 
 
 def lag_share(config: DistillConfig, costs: PassCosts) -> float:
@@ -82,11 +83,13 @@ def iteration_passes(config: DistillConfig, iteration: int) -> dict[str, Passes]
 def _lag(config: DistillConfig, iteration: int) -> dict[str, Passes]:
     """Passes of the measurement before an iteration: its exit steps are those of the run."""
     parts, lag = config.batch.num_exit_draws, config.lag
-    held = _rollout_length(config, iteration, Purpose.LAG, lag.batches * parts)
-    extra = _rollout_length(
-        config, iteration, Purpose.LAG, lag.updates * parts, first=lag.batches * parts
+    after = lag.batches * parts
+    held = _rollout_length(config, iteration, Purpose.LAG, after)
+    extra, settling = (
+        _rollout_length(config, iteration, Purpose.LAG, updates * parts, first=after)
+        for updates in (lag.updates, settling_updates(lag.updates))
     )
-    return _named(lag_passes(lag, held, extra))
+    return _named(lag_passes(lag, held, extra, settling))
 
 
 def run_passes(config: DistillConfig, num_iterations: int) -> dict[str, Passes]:

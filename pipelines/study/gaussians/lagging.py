@@ -2,7 +2,7 @@
 
 An affine generator of one step makes a Gaussian, whose velocity is known. So beside the figure that
 needs no truth (`sgmd_core.metrics.lag`) stands what it is a lower limit of: the share of the
-tracking loss that is error against the exact velocity.
+tracking loss that is error of a settled copy against the exact velocity.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch
 
 from pipelines.config.lag import LagSettings
 from pipelines.study.gaussians.distilling import GaussianDistillation, Velocity, points
-from sgmd_core.metrics.lag import tracking_lag
+from sgmd_core.metrics.lag import settling_updates, tracking_lag
 from sgmd_core.types import Latents, NoisedBatch
 from sgmd_core.worlds.gaussian import full_gaussian_velocity
 
@@ -23,13 +23,15 @@ class KnownLag:
     Attributes:
         measured: The figure of a run; None where nothing was finite.
         own_rate: The same by a copy at the fake score's own rate alone.
-        exact: Error against the exact velocity, over the tracking loss.
+        exact: Error of the settled copy against the exact velocity, over the tracking loss.
+        error: The same of the fake score itself: with the noise of its steps.
         loss: The tracking loss, in velocities.
     """
 
     measured: float | None
     own_rate: float | None
     exact: float
+    error: float
     loss: float
 
 
@@ -47,16 +49,25 @@ def known_lags(
     before = distillation.held_loss(held)
     exact = exact_velocity(distillation)
     error = distillation.held_error(held, exact)
+    settling = settling_updates(settings.updates)
+    with distillation.extra_updates(iteration, 1.0, settling, settings.batches):
+        settled, left = distillation.held_loss(held), distillation.held_error(held, exact)
     after: dict[float, torch.Tensor] = {}
     for rate in dict.fromkeys((1.0, *settings.rates)):
         with distillation.extra_updates(iteration, rate, settings.updates, settings.batches):
             after[rate] = distillation.held_loss(held)
     found: list[KnownLag] = []
-    for member, (loss, wrong) in enumerate(zip(before.tolist(), error.tolist(), strict=True)):
+    members = zip(before.tolist(), settled.tolist(), error.tolist(), left.tolist(), strict=True)
+    for member, (loss, base, wrong, lagging) in enumerate(members):
         own = {rate: losses[member].item() for rate, losses in after.items()}
         counted = {rate: own[rate] for rate in settings.rates}
-        measured, alone = tracking_lag(loss, counted), tracking_lag(loss, {1.0: own[1.0]})
-        found.append(KnownLag(measured and measured[0], alone and alone[0], wrong / loss, loss))
+        measured = tracking_lag(loss, base, counted)
+        alone = tracking_lag(loss, base, {1.0: own[1.0]})
+        found.append(
+            KnownLag(
+                measured and measured[0], alone and alone[0], lagging / loss, wrong / loss, loss
+            )
+        )
     return found
 
 

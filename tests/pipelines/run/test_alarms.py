@@ -89,19 +89,19 @@ def test_a_residual_above_the_fisher_term_is_heard_once_and_again_after_it_has_c
 
 def test_a_lag_is_heard_when_it_is_measured_also_before_a_skipped_update():
     watch, resumed = AlarmWatch(SETTINGS), AlarmWatch(SETTINGS)
-    lags = [{}, {"tracking_lag": 0.19}, {}, {"tracking_lag": 0.21}, {"tracking_lag": 0.25}]
+    lags = [{}, {"tracking_lag": 0.09}, {}, {"tracking_lag": 0.11}, {"tracking_lag": 0.25}]
     earlier = [replace(an_iteration(number), lag=lag) for number, lag in enumerate(lags)]
     earlier[3] = replace(earlier[3], skipped=({"kind": "spike"},))
     found = [alarm for record in earlier for alarm in watch.iteration(record)]
     assert [(alarm.iteration, alarm.name, alarm.value) for alarm in found] == [
-        (4, "tracking_lag", 0.21)
+        (4, "tracking_lag", 0.11)
     ]
     resumed.replay(record.to_json() for record in earlier)
     for one in (watch, resumed):
         assert one.iteration(replace(an_iteration(5), lag={"tracking_lag": 0.3})) == []
         assert one.iteration(replace(an_iteration(6), lag={"tracking_lag": 0.01})) == []
         (again,) = one.iteration(replace(an_iteration(7), lag={"tracking_lag": 0.3}))
-        assert (again.iteration, again.limit) == (8, 0.2)
+        assert (again.iteration, again.limit) == (8, 0.1)
 
 
 def test_a_resumed_watch_goes_on_as_if_it_had_never_stopped():

@@ -44,8 +44,8 @@ def test_it_orders_runs_by_the_error_against_the_exact_score(trained: GaussianDi
         slow, middle, fast = shares
         assert min(slow) > 2 * max(middle)
         assert sum(middle) > 1.3 * sum(fast)
-    # It says less than there is, never more.
-    assert all(0 < lag.measured < lag.exact for lag in lags)
+    # It says less than there is, never more, and of next to nothing next to nothing.
+    assert all(-2e-3 < lag.measured < lag.exact < lag.error for lag in lags)
     assert all(lag.measured > 0.3 * lag.exact for lag in lags[:SEEDS])
 
 
@@ -53,8 +53,8 @@ def test_a_copy_at_the_own_rate_alone_says_least_of_those_that_lag_most(
     trained: GaussianDistillation,
 ):
     lags = known_lags(trained, ITERATIONS, SETTINGS)
-    seen = [sum(lag.own_rate / lag.exact for lag in lags[at : at + SEEDS]) for at in (0, 2 * SEEDS)]
-    assert seen[0] < 0.6 * seen[1]
+    assert all(lag.own_rate < 0.5 * lag.measured for lag in lags[:SEEDS])
+    assert all(lag.own_rate == lag.measured for lag in lags[2 * SEEDS :])
 
 
 def test_the_loss_is_the_error_and_what_nobody_can_predict(trained: GaussianDistillation):
@@ -98,7 +98,8 @@ def test_a_measurement_leaves_no_bit_behind(tracking: str):
 
 
 def test_a_copy_that_diverges_is_left_out():
-    assert tracking_lag(2.0, {1.0: 1.5, 10.0: float("nan")}) == (0.25, 1.0)
-    assert tracking_lag(2.0, {1.0: 2.5, 10.0: 9.0}) == (-0.25, 1.0)
-    assert tracking_lag(2.0, {1.0: float("inf")}) is None
-    assert tracking_lag(float("nan"), {1.0: 1.0}) is None
+    assert tracking_lag(2.0, 1.75, {1.0: 1.5, 10.0: float("nan")}) == (0.125, 1.0)
+    assert tracking_lag(2.0, 2.0, {1.0: 2.5, 10.0: 9.0}) == (-0.25, 1.0)
+    assert tracking_lag(2.0, 2.0, {1.0: float("inf")}) is None
+    assert tracking_lag(2.0, float("nan"), {1.0: 1.0}) is None
+    assert tracking_lag(float("nan"), 2.0, {1.0: 1.0}) is None
