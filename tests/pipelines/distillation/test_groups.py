@@ -72,6 +72,7 @@ def test_a_direct_transport_carries_every_result_that_another_role_takes():
         iteration_program(fresh_updates=1, mixes_weights=True),
         iteration_program(compared=ComparedStates.STEPS),
         iteration_program(compared=ComparedStates.DATA),
+        iteration_program(consistency=True),
     ]
     passes = [each for program in programs for each in program if isinstance(each, Pass)]
     stages = {stage.name: stage for each in passes for stage in each.stages}
