@@ -272,13 +272,14 @@ def test_networks_that_count_find_what_was_foretold(method):
     require_foretold(networks, run_passes(config, num_iterations), config.batch.size)
 
 
-@pytest.mark.parametrize("method", ["sgmd shared", "sgmd fresh", "phased_dmd alternate"])
+@pytest.mark.parametrize("method", ["sgmd shared", "sgmd fresh", "phased_dmd alternate", "rcm"])
 def test_they_find_the_passes_of_a_measured_lag(method):
     lag = "lag={every: 1, updates: 3, batches: 2, rates: [1.0, 4.0]}"
     config = config_of("seed=3", "batch.micro_batches=2", lag, *METHODS[method])
     roles, networks = counting_roles(config)
     plan = plan_iteration(config, roles.text.call_rank(0, Captions.negative))
-    captions = [PromptBatch(tuple("abcdefgh"))] * plan.batches_per_iteration
+    data = roles.text.call_rank(0, Captions.data)
+    captions = [PromptBatch(tuple("abcdefgh"), data=data)] * plan.batches_per_iteration
     iterate(roles, plan, 0, captions)
     assert measure_lag(roles, plan, config.lag, 1, captions)["tracking_lag"] != 0
     iterate(roles, plan, 1, captions)
