@@ -91,6 +91,12 @@ class RandomSteps:
                 f"order is {self.order!r}",
                 "'sorted' or 'running_minimum'",
             )
+        if self.stratified and self.order == "running_minimum":
+            raise ConfigError(
+                "reading the lengths of rollouts",
+                "stratified levels, which rise, and their running minimum: one level repeated",
+                "order 'sorted', or stratified false",
+            )
 
     @property
     def mean_steps(self) -> float:

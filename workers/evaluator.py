@@ -8,9 +8,10 @@ noise of a clip is counted by (seed, index of its caption), so two ways of sampl
 noise when they use the same seed, however the captions are split.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -97,6 +98,12 @@ class Evaluator:
         self._latent_shape = latent_shape
         self._negative_prompt = negative_prompt
         self._chunk_clips = chunk_clips
+
+    def scheduled(self, schedule: FlowMatchSchedule) -> Self:
+        """An evaluator over the same networks that samples by another schedule."""
+        other = copy.copy(self)
+        other._schedule = schedule
+        return other
 
     @torch.no_grad()
     def sample(

@@ -152,11 +152,12 @@ class WorkingCopy:
             StorageError: The store does not let us.
         """
         path.unlink(missing_ok=True)
-        if self._known.pop(path, None) is not None:
+        if path in self._known:
             with storage_errors(f"deleting {shared_place(path)}"):
                 files: Any
                 files, name = open_store(shared_place(path), PATIENCE)
                 files.rm_file(name)
+            self._known.pop(path, None)
 
     def changes(self, without: Collection[str] = ()) -> list[Path]:
         """Files whose content is not at the address.

@@ -5,6 +5,7 @@ also sampled from the other seed, for `diversity`. They are sampled once and rem
 study's folder.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -19,9 +20,11 @@ from pipelines.distillation.validation import reads_shapes
 from pipelines.evaluation.result import REFERENCE, TEACHER_FEW
 from pipelines.evaluation.teacher_sets import TEACHER_SETS, TeacherSets, teacher_samplings
 from sgmd_core.metrics.frechet import Features, Gaussian, fit_gaussian, frechet_distance
+from sgmd_core.schedule import FlowMatchSchedule
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import CHUNK_CLIPS, Evaluator
+from workers.kept_clips import clip_facts
 from workers.models.content import fingerprint
 from workers.role_state import load_role
 
@@ -55,12 +58,18 @@ class StudyEvaluator:
         """Points of a run that are measured."""
         return self._config.study.measurements
 
-    @cached_property
-    def key(self) -> str:
-        """Names all that decides the figures of a generator but its weights."""
+    def key(self, schedule: FlowMatchSchedule) -> str:
+        """Names all that decides the figures of a generator but its weights.
+
+        Args:
+            schedule: Of its run.
+        """
         sets = self._sets
         few, twin = (sets.request_of(TEACHER_FEW, is_twin=is_twin) for is_twin in (False, True))
-        return "-".join(sets.key(each) for each in (sets.request_of(REFERENCE), few, twin))
+        names = [sets.key(each) for each in (sets.request_of(REFERENCE), few, twin)]
+        own = clip_facts(self._config.model, self._config.video, schedule)
+        others = [] if own == sets.facts else [hashlib.sha256(str(own).encode()).hexdigest()[:8]]
+        return "-".join([*names, *others])
 
     @cached_property
     def teacher(self) -> dict[str, Figures]:
@@ -71,10 +80,13 @@ class StudyEvaluator:
             for name in TEACHER_SETS
         }
 
-    def generator(self, checkpoint: str, role: str, label: str) -> Figures:
+    def generator(
+        self, schedule: FlowMatchSchedule, checkpoint: str, role: str, label: str
+    ) -> Figures:
         """Figures of a generator.
 
         Args:
+            schedule: Of its run; it is sampled as it was trained.
             checkpoint: Folder of a committed checkpoint.
             role: Which part of it holds the weights: `ema` or `generator`.
             label: What is sampled, for whoever waits.
@@ -82,7 +94,9 @@ class StudyEvaluator:
         weights = load_role(checkpoint, role).weights
         # The generator is sampled as the teacher's few steps are: the same noise, unguided.
         own, twin = (
-            self._sample(self._sets.request_of(TEACHER_FEW, is_twin=is_twin), words, weights)
+            self._sample(
+                self._sets.request_of(TEACHER_FEW, is_twin=is_twin), words, weights, schedule
+            )
             for is_twin, words in ((False, label), (True, f"{label}, the other seed"))
         )
         return self._figures(own, twin.clips.features)
@@ -108,11 +122,10 @@ class StudyEvaluator:
             config.generator.num_steps,
             config.seed,
         )
-        model = (config.model.text_length, config.model.negative_prompt)
         return TeacherSets(
             cache=self._cache,
             digest=fingerprint(config.teacher_folder),
-            facts=(*model, config.video, config.schedule.shift),
+            facts=clip_facts(config.model, config.video, config.schedule),
             samplings=samplings,
             request=ClipRequest(
                 captions=self.captions,
@@ -133,10 +146,16 @@ class StudyEvaluator:
         other = ", the other seed" if is_twin else ""
         self._tell(f"sampling the teacher's set {name}{other}: {done} of {total} clips")
 
-    def _sample(self, request: ClipRequest, label: str, weights: Mapping[str, Tensor]) -> ClipSet:
+    def _sample(
+        self,
+        request: ClipRequest,
+        label: str,
+        weights: Mapping[str, Tensor],
+        schedule: FlowMatchSchedule,
+    ) -> ClipSet:
         self._tell(f"sampling {len(self.captions)} clips: {label}")
         return sample_clip_set(
-            self._evaluator,
+            self._evaluator.scheduled(schedule),
             request,
             lambda done, total: self._tell(f"{label}: {done} of {total} clips"),
             weights=weights,

@@ -248,13 +248,16 @@ def _measure(run: PlannedRun, study_folder: Path, judge: StudyEvaluator) -> dict
     path = RunFolder(run.folder).root / _POINTS_FILE
     checkpoints = states_of(RunFolder(run.folder))
     role = "ema" if run.config.generator.ema_decay > 0 else "generator"
+    schedule = run.config.schedule
     for iteration in measured_iterations(checkpoints.steps(), judge.num_measurements):
         if iteration not in points:
             label = f"{run.config.name} at iteration {iteration}"
-            figures = judge.generator(checkpoints.folder(iteration), role, label)
+            figures = judge.generator(
+                run.config.schedule, checkpoints.folder(iteration), role, label
+            )
             points[iteration] = Point(iteration, *place_of(run, iteration), figures)
             entries = [asdict(point) for point in points.values()]
-            write_json(str(path), {"judge": judge.key, "points": entries})
+            write_json(str(path), {"judge": judge.key(schedule), "points": entries})
             publish_now(study_folder, [path])
     # The last one stays: a budget may grow.
     checkpoints.prune(1)
@@ -268,7 +271,7 @@ def _remembered(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
         return {}
     try:
         stored = read_json(str(path))
-        if stored["judge"] != judge.key:
+        if stored["judge"] != judge.key(run.config.schedule):
             return {}
         # Units are counted anew: an earlier version may have counted otherwise.
         return {

@@ -53,6 +53,19 @@ class ChangedFiles(FSSpecHandler):
         self.fs.invalidate_cache()
         return super().get_file_info_selector(selector)
 
+    def delete_file(self, path: str) -> None:
+        """Deletes a file; the same content may be written to it again."""
+        with self._lock:
+            self._sent.pop(path, None)
+        super().delete_file(path)
+
+    def delete_dir(self, path: str) -> None:
+        """Deletes a folder; as `delete_file`."""
+        with self._lock:
+            for sent in [each for each in self._sent if each.startswith(f"{path.rstrip('/')}/")]:
+                del self._sent[sent]
+        super().delete_dir(path)
+
     def open_output_stream(self, path: str, metadata: Any) -> PythonFile:  # noqa: ANN401
         """A file that is sent when it is closed."""
         return PythonFile(_Draft(lambda content: self._send(path, content)), mode="w")

@@ -82,6 +82,7 @@ class TestChecks:
         ("settings", "words"),
         [
             (["schedule.renoise=false"], r"schedule\.renoise=true"),
+            (["generator.random_steps.stratified=true"], "one level repeated"),
             (["generator.compute.compile=true"], "forward mode"),
             (["generator.compute.weights=bf16", "generator.lora={rank: 4}"], "too few digits"),
             (["generator.compute.precision=bf16", "topology.pools.learn.ranks=2"], "one rank"),

@@ -259,7 +259,7 @@ def test_diversity_means_two_seeds_of_a_caption_in_study_and_validation_alike(
     # Captions that do not repeat, and yet there is a diversity.
     judge.captions = tuple(dict.fromkeys(judge.captions))
     assert len(judge.captions) > 2
-    found = judge.generator(checkpoint, "ema", "the generator")
+    found = judge.generator(config.schedule, checkpoint, "ema", "the generator")
     request = ClipRequest(
         captions=judge.captions,
         sampling=Sampling(config.generator.num_steps, 1.0, config.seed + 1),

@@ -26,7 +26,9 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def files_with(secrets: Iterable[str], *folders: Path) -> list[str]:
     """Files under some folders that hold one of the secrets, and which."""
-    wanted = [secret.encode() for secret in secrets]
+    plain = [secret.encode() for secret in secrets]
+    # Tune writes pickles as hexadecimal digits.
+    wanted = [*plain, *(secret.hex().encode() for secret in plain)]
     return [
         f"{path}: {secret.decode()}"
         for folder in folders

@@ -266,3 +266,13 @@ def test_sampling_keeps_the_network_frozen():
     evaluator.sample(CAPTIONS[:1], 0, 7, 2, 1.0)
     assert same_bits(weights(evaluator._network), before)
     assert not any(value.requires_grad for value in evaluator._network.parameters())
+
+
+def test_an_evaluator_samples_by_the_schedule_that_it_is_given():
+    """A study measures each generator by the schedule of its own run."""
+    own, other = _evaluator(), _evaluator()
+    renoised = FlowMatchSchedule(renoise=True)
+    found = own.scheduled(renoised).sample(CAPTIONS, 0, 7, 4, 1.0)
+    plain = own.sample(CAPTIONS, 0, 7, 4, 1.0)
+    assert torch.equal(plain, other.sample(CAPTIONS, 0, 7, 4, 1.0))
+    assert (found - plain).abs().max() > 0.01

@@ -35,6 +35,10 @@ def test_files_arrive_as_they_are_and_only_those_that_have_changed_are_sent_agai
     pyarrow.fs.copy_files(path, str(taken), source_filesystem=files)
     assert (taken / "trial" / "result.json").read_text() == "{}"
     assert files.get_file_info(f"{path}/nothing").type == pyarrow.fs.FileType.NotFound
+    # What was deleted is sent again, though it has the content from before.
+    files.delete_file(f"{path}/state.json")
+    files.delete_dir(f"{path}/trial")
+    assert send().keys() >= before.keys()
 
 
 def test_what_is_written_down_of_a_store_has_no_keys_and_opens_it_again(
