@@ -344,6 +344,7 @@ def test_ratios_are_those_of_the_methods():
         "TsgFisherObjective": 5,
         "TsgSimObjective": 1,
         "SidObjective": 5,
+        "RcmObjective": 4,
     }
 
 
