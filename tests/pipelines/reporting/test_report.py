@@ -1,6 +1,7 @@
 """`report`: one page that needs nothing else, of any runs, however far they came."""
 
 import base64
+import html
 import json
 import re
 import shutil
@@ -226,8 +227,8 @@ class TestUnfinishedRun:
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert "lag of the fake score" in page(folder).text
         assert "rate of the generator" in page(folder).text
-        curve = 'data-curves="[[[2, 0.125], [4, 0.25]]]"'
-        assert curve in write_report([folder]).read_text().replace("&#x27;", "'")
+        curve = '{"label": "lag of the fake score", "x": [2, 4], "y": [0.125, 0.25]}'
+        assert curve in html.unescape(write_report([folder]).read_text())
 
     def test_a_run_without_an_iteration_has_a_page(self, tmp_path):
         shown = page(start_run(tmp_path / "new", num_iterations=0))
