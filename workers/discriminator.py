@@ -166,22 +166,6 @@ class Discriminator(LearningRole):
         """
         return self._optimizer.gradient_report(iteration)
 
-    def step(self, iteration: int, skip: bool = False) -> int:
-        """Updates the heads.
-
-        Args:
-            iteration: The iteration.
-            skip: Forget the gradients, keep the weights and count the update as skipped.
-
-        Returns:
-            Updates made, this one included.
-
-        Raises:
-            StaleCallError: There is no gradient report of this iteration.
-            NonFiniteError: The gradient is not finite; nothing was updated.
-        """
-        return self._optimizer.step(iteration, skip)
-
     def discard(self) -> None:
         """Gives the iteration up: drops gradients, keeps the weights."""
         self._optimizer.discard()
@@ -201,14 +185,6 @@ class Discriminator(LearningRole):
         self.discard()
         self._optimizer.load_state(state)
         return state.updates
-
-    def snapshot(self) -> RoleSnapshot:
-        """A copy of this rank's part of the state, in main memory; changes nothing."""
-        return self._optimizer.snapshot()
-
-    def snapshot_bytes(self) -> int:
-        """Size of the snapshot that would be taken now."""
-        return self._optimizer.snapshot_bytes()
 
     def restore(self, snapshot: RoleSnapshot) -> int:
         """Goes on where `snapshot` was taken, bit for bit; see `LearningRole.restore`."""

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from sgmd_core.errors import NonFiniteError, StaleCallError
 from workers.finite import Diagnosis, broken_tensor
+from workers.optimizer import RoleOptimizer
 from workers.role_state import RoleState, save_role
 from workers.snapshots import RoleSnapshot
 
@@ -158,6 +159,24 @@ class SavedRole(ABC):
 class LearningRole(SavedRole):
     """A role that learns: what a run asks of each of them alike."""
 
+    _optimizer: RoleOptimizer
+
+    def step(self, iteration: int, skip: bool = False) -> int:
+        """Updates the weights.
+
+        Args:
+            iteration: The iteration.
+            skip: Forget the gradients, keep the weights and count the update as skipped.
+
+        Returns:
+            Updates made, this one included.
+
+        Raises:
+            StaleCallError: There is no gradient report of this iteration.
+            NonFiniteError: The gradient is not finite; nothing was updated.
+        """
+        return self._optimizer.step(iteration, skip)
+
     @abstractmethod
     def discard(self) -> None:
         """Gives the iteration up: drops graphs and gradients, keeps the weights."""
@@ -177,13 +196,13 @@ class LearningRole(SavedRole):
             CheckpointError: A file is missing or torn, or belongs to another network.
         """
 
-    @abstractmethod
     def snapshot(self) -> RoleSnapshot:
         """A copy of this rank's part of the state, in main memory; changes nothing."""
+        return self._optimizer.snapshot()
 
-    @abstractmethod
     def snapshot_bytes(self) -> int:
         """Size of the snapshot that would be taken now."""
+        return self._optimizer.snapshot_bytes()
 
     @abstractmethod
     def restore(self, snapshot: RoleSnapshot) -> int:

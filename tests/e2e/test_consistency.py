@@ -102,7 +102,7 @@ class TestChecks:
             load_recipe("tiny-rcm", settings)
 
     def test_one_step_needs_no_noise_and_one_rank_may_compute_in_bfloat16(self):
-        load_recipe(
+        config = load_recipe(
             "tiny-rcm",
             [
                 "schedule.renoise=false",
@@ -110,3 +110,4 @@ class TestChecks:
                 "generator.compute.precision=bf16",
             ],
         )
+        assert (config.schedule.renoise, config.generator.compute.precision) == (False, "bf16")
