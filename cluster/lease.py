@@ -182,7 +182,9 @@ class _ObjectLease(Lease):
             raise _held(self._folder, json.dumps(found))
         self._write(is_new=not found, timeout_s=_ANSWER_S)
         time.sleep(_SETTLE_S)
-        self.check()
+        found = self._read(_ANSWER_S)
+        if found.get("token") != self._holder["token"]:
+            raise _held(self._folder, json.dumps(found))
         threading.Thread(target=self._renew, name="renew-lease", daemon=True).start()
 
     def _is_renewed(self, found: Mapping[str, Any]) -> bool:

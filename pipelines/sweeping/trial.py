@@ -19,7 +19,6 @@ from typing import Any
 from ray import tune
 
 from cluster.errors import ClusterError, LeaseError
-from cluster.files import store_address
 from cluster.storage import read_json, write_json
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.branching import ensure_branch
@@ -29,7 +28,7 @@ from pipelines.run.observer import RunObserver
 from pipelines.run.places import shared_place
 from pipelines.run.publisher import publish_now
 from pipelines.run.records import ValidationRecord
-from pipelines.run.working_copy import working_copy
+from pipelines.run.working_copy import copy_at, working_copy
 from pipelines.sweeping.space import at_share
 from sgmd_core.errors import SgmdError, StopRequestedError
 
@@ -148,16 +147,23 @@ def _run_in_folder(
     """Runs one trial whose folder is here."""
     folder = RunFolder(config.run_folder)
     failed = folder.root / ERROR_FILE
-    if failed.exists():
-        raise TrialError(read_json(str(failed))["error"])
-    try:
+    copy = copy_at(folder.root)
+
+    def work() -> None:
+        if failed.exists():
+            raise TrialError(read_json(str(failed))["error"])
         _begin(sweep, config, state)
-        is_away = bool(store_address(config.run_folder))
-        _once_free(
-            lambda: _distill(sweep, config, folder, settings, name), _LEASE_S if is_away else 0.0
-        )
-    except (ClusterError, StopRequestedError):
-        # The loss of a process or machine, or a stop from outside: worth another try.
+        _distill(sweep, config, folder, settings, name)
+
+    def look_again() -> None:
+        if copy:
+            copy.fetch(NOT_NEEDED)
+
+    try:
+        _once_free(work, look_again, _LEASE_S if copy else 0.0)
+    except (ClusterError, StopRequestedError, TrialError):
+        # The loss of a process or machine, or a stop from outside: worth another try. Or what
+        # stands there already.
         raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -165,8 +171,14 @@ def _run_in_folder(
         raise
 
 
-def _once_free(work: Callable[[], None], patience_s: float) -> None:
-    """Does the work once nobody else holds the folder: a process that is lost may for a while."""
+def _once_free(work: Callable[[], None], look_again: Callable[[], None], patience_s: float) -> None:
+    """Does the work once nobody else holds the folder: a process that is lost may for a while.
+
+    Args:
+        work: Decides by what is in the folder, and takes its lease.
+        look_again: Brings here what the holder has written meanwhile.
+        patience_s: How long another holder is waited for.
+    """
     deadline_s = time.monotonic() + patience_s
     while True:
         try:
@@ -176,6 +188,7 @@ def _once_free(work: Callable[[], None], patience_s: float) -> None:
             if time.monotonic() >= deadline_s:
                 raise
         time.sleep(_AGAIN_S)
+        look_again()
 
 
 class TrialError(Exception):

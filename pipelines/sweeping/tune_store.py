@@ -6,6 +6,7 @@ not changed is sent once.
 
 import hashlib
 import io
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -87,19 +88,25 @@ def _opened(address: str) -> ChangedFiles:
 
 
 class _Draft(io.BytesIO):
-    """A file in memory.
+    """A file in memory, sent when it is closed; what was interrupted on the way is dropped.
 
     Args:
-        send: Takes its content when it is closed.
+        send: Takes its content.
     """
 
     def __init__(self, send: Callable[[bytes], None]) -> None:
         super().__init__()
         self._send = send
+        # A `with` closes the file after an error inside, too; one from before is none of ours.
+        self._error_before = sys.exception()
 
     def close(self) -> None:
         """Sends the content, once."""
         if not self.closed:
             content = self.getvalue()
             super().close()
-            self._send(content)
+            if sys.exception() is self._error_before:
+                self._send(content)
+
+    def __del__(self) -> None:
+        """Drops it: a copy that fails lets go of its file without closing it."""

@@ -18,8 +18,9 @@ from s3fs import S3FileSystem
 
 from cluster import lease as leases
 from cluster.errors import LeaseError, LeaseLostError, StorageError
-from cluster.files import whole_folder
+from cluster.files import open_store, whole_folder
 from cluster.lease import LEASE_FILE, LEASE_OBJECT, hold, hold_replaced
+from tests.helpers.s3_server import use_server
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -190,6 +191,89 @@ class Failing(MemoryFileSystem):
         if self.fails:
             raise OSError("no answer")
         return super().cat_file(path, **options)
+
+
+WANTS = """
+import sys
+from cluster.errors import LeaseError
+from cluster.files import open_store
+from cluster.lease import hold
+open_store(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+try:
+    with hold(sys.argv[1], "a test"):
+        print("held", flush=True)
+        sys.stdin.readline()
+except LeaseError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["rclone", "moto"])
+def test_of_two_processes_one_gets_an_address_and_a_killed_holder_is_followed(
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "rclone":
+        use_server(request.getfixturevalue("server").environment, monkeypatch)
+    else:
+        request.getfixturevalue("s3_bucket")
+    place = "s3://runs/two-writers"
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WANTS, place],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        assert [read_line(each) for each in both] == ["ready", "ready"]
+        for each in both:
+            go_on(each)
+        told = {read_line(each): each for each in both}
+        holder = told.pop("held")
+        ((sentence, loser),) = told.items()
+        assert loser.wait(30) == 0
+        assert f"writing to {place}: it is being written to by " in sentence
+        assert f"process {holder.pid} " in sentence
+        with pytest.raises(LeaseError, match="a test"), hold(place, "a third one"):
+            pass
+        holder.kill()
+        holder.wait()
+        # Its lease is there, and young.
+        with hold(place, "the next one") as lease:
+            lease.check()
+            expire_as_of_another_machine(place, monkeypatch)
+            with hold(place, "one on another machine"), pytest.raises(LeaseLostError):
+                lease.check()
+    finally:
+        for each in both:
+            each.kill()
+            each.communicate()
+
+
+def expire_as_of_another_machine(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the lease on a place one that a lost machine has not renewed for two minutes."""
+    files, path = open_store(place)
+    lease = json.loads(files.cat_file(f"{path}/{LEASE_OBJECT}"))
+    lost = {**lease, "system": "another machine", "renewed": time.time() - 120.0}
+    files.pipe_file(f"{path}/{LEASE_OBJECT}", json.dumps(lost).encode())
+    monkeypatch.setattr(leases, "_WATCH_S", 0.5)
+
+
+def read_line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 def test_a_store_that_accepts_and_never_answers_is_not_waited_for(monkeypatch):

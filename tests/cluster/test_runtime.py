@@ -1,8 +1,10 @@
 """Ray starts privately, or says why it does not. Each test has a process and a home of its own."""
 
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import ray
 
 from cluster.procfs import born, is_running
-from cluster.runtime import start_ray
+from cluster.runtime import asked_with, start_ray
 
 REPORTS_ERRORS = """
 import sys
@@ -149,6 +151,30 @@ def test_a_server_that_never_answers_or_is_another_one_is_given_up(tmp_path):
     silent, other = result.stdout.splitlines()
     assert "takes connections and does not answer" in silent
     assert "is no control service of Ray" in other
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"), [("1", "unknown"), ("True", "unknown"), ("0", "none"), ("", "none")]
+)
+def test_a_cluster_with_tls_is_asked_nothing_in_clear(monkeypatch, value, answer):
+    monkeypatch.setenv("RAY_USE_TLS", value)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.2 if answer == "unknown" else 10.0)
+        seen: list[bytes] = []
+
+        def hang_up() -> None:
+            with suppress(TimeoutError):
+                connection, _ = server.accept()
+                # No service of Ray: it takes what comes and ends.
+                seen.append(connection.recv(2**16))
+                connection.sendall(b"HTTP/1.0 400\r\n\r\n")
+                connection.close()
+
+        listener = threading.Thread(target=hang_up)
+        listener.start()
+        assert asked_with("{}:{}".format(*server.getsockname()), "a-secret-token") == answer
+        listener.join()
+    assert bool(seen) == (answer != "unknown")
 
 
 JOINS = """

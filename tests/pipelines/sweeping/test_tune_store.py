@@ -1,15 +1,31 @@
 """Tune's files at an address: sent once for each content, and without the keys of the store."""
 
+import io
 import os
 import pickle
+import time
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pyarrow.fs
 import pytest
+from pyarrow.lib import PythonFile
 
 from cluster.errors import LeaseError, StorageError
-from pipelines.sweeping.trial import _once_free
+from cluster.files import store_address
+from cluster.lease import hold
+from cluster.storage import read_json, write_json
+from pipelines.config.recipe import load_recipe
+from pipelines.run.working_copy import working_copy
+from pipelines.sweeping.trial import (
+    ERROR_FILE,
+    CommonToTrials,
+    TrialError,
+    _once_free,
+    _run_in_folder,
+)
 from pipelines.sweeping.tune_store import tune_store
 from tests.helpers.s3_server import S3Server, use_server
 
@@ -60,17 +76,86 @@ def test_what_is_written_down_of_a_store_has_no_keys_and_opens_it_again(
         file.write(b"1")
 
 
+class Torn(pyarrow.fs.FSSpecHandler):
+    """A disk on which a file of a hundred bytes cannot be read to its end."""
+
+    def open_input_stream(self, path: str) -> PythonFile:
+        return PythonFile(TornFile(), mode="r")
+
+
+class TornFile(io.BytesIO):
+    """A file that ends in an error."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if self.tell():
+            raise OSError("torn")
+        self.seek(50)
+        return b"x" * 50
+
+
+def test_a_file_that_was_interrupted_on_the_way_is_not_sent(tmp_path: Path):
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    files, path = tune_store("memory://sweeps/torn")
+    (tmp_path / "a").write_bytes(b"x" * 100)
+    torn = pyarrow.fs.PyFileSystem(Torn(fsspec.filesystem("file")))
+
+    def copy(source: pyarrow.fs.FileSystem) -> None:
+        ways = {"source_filesystem": source, "destination_filesystem": files}
+        pyarrow.fs.copy_files(str(tmp_path / "a"), f"{path}/a", chunk_size=50, **ways)
+
+    with pytest.raises(OSError, match="torn"):
+        copy(torn)
+    with suppress(KeyError), files.open_output_stream(f"{path}/a") as file:
+        file.write(b"half")
+        raise KeyError
+    assert memory.find(path) == []
+    try:
+        raise KeyError
+    except KeyError:
+        # An error from before is no reason.
+        copy(pyarrow.fs.LocalFileSystem())
+    assert memory.cat_file(f"{path}/a") == b"x" * 100
+
+
 def test_a_folder_that_a_lost_process_holds_is_waited_for(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pipelines.sweeping.trial._AGAIN_S", 0.01)
-    tries: list[int] = []
+    done: list[str] = []
 
     def work() -> None:
-        tries.append(len(tries))
-        if len(tries) < 3:
+        done.append("work")
+        if len(done) < 4:
             raise LeaseError("writing", "it is held", "nobody", "Wait")
 
-    _once_free(work, patience_s=60.0)
-    assert len(tries) == 3
-    tries.clear()
+    def look_again() -> None:
+        done.append("look again")
+
+    _once_free(work, look_again, patience_s=60.0)
+    assert done == ["work", "look again", "work", "look again", "work"]
+    done.clear()
     with pytest.raises(LeaseError):
-        _once_free(work, patience_s=0.0)
+        _once_free(work, look_again, patience_s=0.0)
+    assert done == ["work"]
+
+
+def test_a_trial_that_has_waited_decides_by_what_the_holder_has_left(
+    shapes_recipe: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    fsspec.filesystem("memory").store.clear()
+    settings = (*shapes_recipe, "topology.mode=local", "output=memory://sweeps/x/trials")
+    config = load_recipe("tiny", [*settings, "name=held"])
+    store = ExitStack()
+    place = store_address(config.run_folder)
+    store.enter_context(hold(place, "the trial before"))
+
+    def ends(seconds: float) -> None:
+        # While the next one sleeps, the holder fails, says so, and lets go.
+        write_json(f"{place}/{ERROR_FILE}", {"error": "the first one's"})
+        store.close()
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=ends)
+    monkeypatch.setattr("pipelines.sweeping.trial.time", clock)
+    common = CommonToTrials(config)
+    with working_copy(place), pytest.raises(TrialError, match="the first one's"):
+        _run_in_folder(common, config, None, {}, "held")
+    assert read_json(f"{place}/{ERROR_FILE}") == {"error": "the first one's"}
