@@ -101,6 +101,11 @@ def resume_position(
     """
     folder.require()
     _require_same(differences(config, checked, folder), folder)
+    if not folder.identity.exists():
+        say(
+            f"{folder.identity} is not there: model and data were not compared with those that the"
+            " run began with"
+        )
     broken: dict[int, str] = {}
     for step in reversed(checkpoints.all_steps()):
         fault = checkpoints.fault(step, contents=True)

@@ -268,6 +268,22 @@ class RunFolder:
             kept = [line for line in lines if line["iteration"] < first_dropped]
             if path.exists():
                 write_text(str(path), "".join(json.dumps(line) + "\n" for line in kept))
+        self._end_shards_whole(on_broken)
+
+    def _end_shards_whole(self, on_broken: Callable[[str], None] | None) -> None:
+        """Drops what a power loss has broken at the end of shards.jsonl.
+
+        Among lines that follow it, it would leave none of them their places.
+        """
+        if not self.shards.exists():
+            return
+        lines = (json.dumps(line, ensure_ascii=False) for line in read_jsonl(self.shards))
+        whole = "".join(f"{line}\n" for line in lines)
+        num_broken = self.shards.stat().st_size - len(whole.encode())
+        if num_broken:
+            write_text(str(self.shards), whole)
+            if on_broken is not None:
+                on_broken(f"{self.shards}: {num_broken} broken bytes at its end left out")
 
     def flush(self) -> None:
         """Flushes the logs to the disk, before a checkpoint that they lead to is committed.

@@ -173,3 +173,10 @@ def test_a_run_of_an_older_version_goes_on_under_the_settings_that_came_later(
     assert "data.prompt_dropout is 0.5, and was 0.0" in message
     # Encoders had float32 then, which is no longer the default.
     assert 'model.encoder_dtype is "bf16", and was "fp32"' in message
+    run.identity.unlink()
+    said = list[str]()
+    config = recipe(model, data)
+    resume_position(
+        config, run_preflight(config), run, Checkpoints(str(run.checkpoints)), said.append
+    )
+    assert len(said) == 1 and "model and data were not compared" in said[0]

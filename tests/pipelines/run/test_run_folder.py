@@ -43,6 +43,24 @@ def test_rewinding_drops_what_will_be_made_again(tmp_path: Path) -> None:
     assert len(read_jsonl(folder.metrics)) == 4
 
 
+@pytest.mark.parametrize("end", [b"\0" * 300 + b"\n", b"\0" * 300, b'{"shards": [["b.par', b"x\n"])
+def test_a_broken_end_of_the_shards_is_gone_before_a_resumed_run_adds_to_them(
+    end: bytes, tmp_path: Path
+) -> None:
+    folder, said = RunFolder(tmp_path / "run"), list[str]()
+    folder.create("name: run\n")
+    first, last = {"shards": [["ä.parquet", 10, [4, 6]]]}, {"shards": [], "last": True}
+    append_jsonl(folder.shards, first)
+    folder.rewind(0, said.append)
+    assert said == [] and read_jsonl(folder.shards) == [first]
+    with folder.shards.open("ab") as file:
+        file.write(end)
+    folder.rewind(0, said.append)
+    append_jsonl(folder.shards, last)
+    assert read_jsonl(folder.shards) == [first, last]
+    assert len(said) == 1 and f"{len(end)} broken bytes" in said[0]
+
+
 class Heard(RunObserver):
     def __init__(self) -> None:
         self.events: list[RunEvent] = []
