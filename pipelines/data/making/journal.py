@@ -263,6 +263,14 @@ def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal
     journal = Journal(filesystem, root, own, wanted)
     if found == wanted:
         journal.is_bound = True
+        gone = [path for path in sorted(journal.shards) if "/" not in path and path not in names]
+        if gone:
+            raise DataError(
+                attempted,
+                f"{len(gone)} of {len(journal.shards)} shards are gone: {', '.join(gone[:3])}",
+                "every shard that earlier runs have written",
+                "Restore them, or delete the folder and make the set anew",
+            )
     elif journal.shards:
         raise _other_settings(attempted, found, wanted)
     else:

@@ -38,6 +38,7 @@ from sgmd_core.errors import DataError
 
 _BAD_CAPTION = Reason.UNREADABLE_CAPTION
 _SHOWN_CHARS = 400
+_NO_IDS = (type(None), bool, float, list, dict, bytes)
 _SETTLING_ROWS = 64  # of a file without a header, whose keys are its columns
 
 
@@ -141,6 +142,7 @@ class _CaptionIds:
 
 def _require_columns(found: Sequence[str], address: str, columns: Columns) -> None:
     captions = _caption_columns(found, columns)
+    _refuse_twice(found, (*captions, columns.path, columns.sample_id or SAMPLE_ID), address)
     _require_one_caption(captions, address, columns)
     wanted = (columns.path, columns.sample_id)
     missing = [name for name in wanted if name is not None and name not in found]
@@ -148,6 +150,17 @@ def _require_columns(found: Sequence[str], address: str, columns: Columns) -> No
         missing.append(" or ".join(columns.captions))
     if missing:
         raise _missing_columns(found, missing, address, columns)
+
+
+def _refuse_twice(found: Sequence[str], used: Sequence[str | None], address: str) -> None:
+    """Refuses columns of one name, of which all but one would be lost."""
+    if twice := [name for name in dict.fromkeys(used) if name and found.count(name) > 1]:
+        raise DataError(
+            f"reading {address}",
+            printable(f"several columns of the name {' and of the name '.join(twice)}"),
+            "one of each name",
+            "Rename or remove the others",
+        )
 
 
 def _missing_columns(
@@ -217,8 +230,8 @@ def _manifest_clip(
         # A list is hashed as a whole, so its id does not depend on which caption is taken.
         text = json.dumps(caption, default=str) if isinstance(caption, tuple) else caption
         sample_id = ids.next(text or "")
-    if sample_id is None or not str(sample_id):
-        detail = f"{columns.sample_id} = {sample_id!r}"
+    if isinstance(sample_id, _NO_IDS) or not str(sample_id):
+        detail = f"{columns.sample_id or SAMPLE_ID} = {str(sample_id)[:80]!r}, which is no id"
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, detail)
     if fault is not None:
         return Rejection(printable(str(sample_id)), address, number, _BAD_CAPTION, fault)

@@ -173,7 +173,7 @@ def prepare(
     with filling(dst, "prepare", settings) as journal:
         filler, num_before = _fill(journal, src, listed, schema, options, on_progress)
         if not journal.shards:
-            raise _no_clip(src, captions_only, skipped)
+            raise _no_clip(src, captions_only, skipped, journal.rejections)
         journal.finish()
     return PrepareReport(
         **set_facts(dst, journal, num_before, started),
@@ -218,8 +218,17 @@ def _fill(
     return filler, num_before
 
 
-def _no_clip(src: str, captions_only: bool, skipped: SkippedFiles) -> DataError:
-    """The error for a source that names nothing; says what lies there instead."""
+def _no_clip(
+    src: str, captions_only: bool, skipped: SkippedFiles, rejected: Sequence[Rejection] = ()
+) -> DataError:
+    """The error for a source of which nothing is taken; says what lies there instead."""
+    if rejected:
+        return DataError(
+            f"preparing {src}",
+            f"{len(rejected)} clips, none of which is good; the first: {rejected[0].in_words()}",
+            "a good clip",
+            "Repair them, and run again with --retry-bad",
+        )
     found = "not a single caption" if captions_only else "not a single video"
     is_file = PurePosixPath(src).suffix.lower() in (PROMPTS_SUFFIX, *MANIFEST_SUFFIXES, ".tar")
     if is_file:

@@ -29,6 +29,7 @@ from sgmd_core.errors import DataError
 
 _MAX_CAPTION_FILE_BYTES = 2**20
 _GONE = (404, 410)
+_SHOWN_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,16 +170,36 @@ def _captions_in(place: CaptionFile, s3: S3Settings) -> str | tuple[object, ...]
         if place.json_field is None:
             return text
         content = json.loads(text)
-        captions = content if isinstance(content, list) else content[place.json_field]
+        captions = content if isinstance(content, list) else _field(content, place.json_field)
         is_list = isinstance(captions, list)
         fault = list_fault(captions) if is_list else fault_of_text(captions)
         if fault is not None:
             raise TypeError(fault)
         return tuple(captions) if is_list else captions
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _BadClip(
-            Reason.UNREADABLE_CAPTION, f"{place.file.url}: {type(error).__name__}: {error}"
-        ) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise _BadClip(Reason.UNREADABLE_CAPTION, f"{place.file.url}: {_words(error)}") from error
+
+
+def _words(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"no UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+    if isinstance(error, RecursionError):
+        return "no JSON: nested too deeply"
+    return str(error) if isinstance(error, TypeError) else f"no JSON: {error}"
+
+
+def _field(content: object, name: str) -> object:
+    """One value of a JSON object.
+
+    Raises:
+        TypeError: There is no such value; names those that there are.
+    """
+    if not isinstance(content, dict):
+        raise TypeError(f"a JSON {type(content).__name__}, not an object or a list")
+    if name not in content:
+        found = ", ".join(map(str, content))[:_SHOWN_CHARS] or "none"
+        raise TypeError(f"no field {name}, of the fields {found}; see --caption-column")
+    return content[name]
 
 
 def _read(place: FileRange, max_bytes: int, missing: Reason, s3: S3Settings) -> bytes:

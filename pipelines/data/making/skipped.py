@@ -14,6 +14,7 @@ LINKED_FOLDERS = (
 LONELY_CAPTIONS = "caption files without a video of the same name up to the last dot"
 MANIFESTS = "manifests beside other files, which are not read (name the manifest itself as SRC)"
 HIDDEN = "hidden files and folders, whose names begin with a dot"
+FOREIGN_CAPTIONS = "caption files of joined tars in which another video has the same name"
 TAR_LINKS = "members of tars that are no files and name no clip"
 TWO_CAPTIONS = "clips with several caption files, of which the first named is used"
 SHARED_CAPTIONS = "caption files that several videos of the same name share"

@@ -29,6 +29,7 @@ from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES, fault_of_text
 from pipelines.data.making.manifests import manifest_clips, prompt_clips
 from pipelines.data.making.skipped import (
     ARCHIVES,
+    FOREIGN_CAPTIONS,
     HIDDEN,
     LINKED_FOLDERS,
     LONELY_CAPTIONS,
@@ -76,6 +77,7 @@ class _Part:
     suffix: str
     place: FileRange
     name: str
+    archive: int = 0
 
 
 def list_clips(
@@ -301,7 +303,7 @@ def _tar_clips(
             faults.append(member)
         elif _is_clip_part(member.suffix):
             place = FileRange(address, member.offset, member.num_bytes)
-            part = _Part(member.suffix, place, f"{name}/{member.name}")
+            part = _Part(member.suffix, place, f"{name}/{member.name}", member.archive)
             parts.setdefault(member.key, []).append(part)
         else:
             skipped.add(_kind(member.suffix), f"{name}/{member.name}")
@@ -332,7 +334,11 @@ def _tar_clip(
     columns: Columns,
     skipped: SkippedFiles,
 ) -> Iterator[SourceClip | Rejection]:
-    """A clip out of the members that share a name up to its last dot."""
+    """A clip out of the members that share a name up to its last dot.
+
+    Of joined tars each has its own names, so a caption goes with the video of its own tar; with
+    that of another one only where no other video has the name.
+    """
     videos = sorted(
         (part for part in parts if part.suffix in VIDEO_SUFFIXES), key=lambda part: part.suffix
     )
@@ -341,7 +347,13 @@ def _tar_clip(
         for part in captions:
             skipped.add(LONELY_CAPTIONS, part.name)
         return
-    caption = _chosen(captions, videos[0].name, columns, skipped)
+    own = [part for part in captions if part.archive == videos[0].archive]
+    foreign = [part for part in captions if part.archive != videos[0].archive]
+    if not own and len(videos) == 1:
+        own, foreign = foreign, []
+    for part in foreign:
+        skipped.add(FOREIGN_CAPTIONS, part.name)
+    caption = _chosen(own, videos[0].name, columns, skipped)
     yield SourceClip(sample_id, address, next(count), videos[0].place, caption)
     for part in videos[1:]:
         detail = f"{_name(part.name)} beside {_name(videos[0].name)}, which is taken"

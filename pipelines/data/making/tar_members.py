@@ -1,5 +1,6 @@
 """Members of a tar, read from its headers only, and everything in it that cannot be used."""
 
+import itertools
 import tarfile
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ class TarMember:
         name: Its path in the tar.
         offset: First byte of its content within the tar.
         num_bytes: Size of its content.
+        archive: Number of its tar among those that are joined.
     """
 
     name: str
     offset: int
     num_bytes: int
+    archive: int = 0
 
     @property
     def suffix(self) -> str:
@@ -63,14 +66,14 @@ def read_members(file: BinaryIO) -> Iterator[TarMember | TarFault]:
     """
     num_bytes = file.seek(0, 2)
     start = 0
-    while True:
+    for archive in itertools.count():
         file.seek(start)
         try:
             tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 - `file` is the caller's
         except _HEADER_ERRORS as error:
             yield TarFault(None, f"{error}, at byte {start}: nothing from there on is read")
             return
-        fault = yield from _members_of_one(tar, num_bytes)
+        fault = yield from _members_of_one(tar, num_bytes, archive)
         if fault is None:
             fault, start = _after(file, tar.offset, num_bytes)
         if fault is not None:
@@ -81,7 +84,7 @@ def read_members(file: BinaryIO) -> Iterator[TarMember | TarFault]:
 
 
 def _members_of_one(
-    tar: tarfile.TarFile, num_bytes: int
+    tar: tarfile.TarFile, num_bytes: int, archive: int
 ) -> Generator[TarMember | TarFault, None, str | None]:
     """Yields what one tar holds; returns what ended it before its end, if anything did."""
     known: dict[str, TarMember] = {}
@@ -98,31 +101,34 @@ def _members_of_one(
             return f"{entry.name} has an impossible size: what follows in this tar is not read"
         if entry.isreg() and entry.offset_data + entry.size > num_bytes:
             return f"cut short within {entry.name}: what follows in this tar is not read"
-        found = _member(entry, known)
+        found = _member(entry, known, archive)
         if isinstance(found, TarMember):
-            known[found.name] = found
+            known[str(PurePosixPath(found.name))] = found
         if found is not None:
             yield found
 
 
-def _member(entry: tarfile.TarInfo, known: dict[str, TarMember]) -> TarMember | TarFault | None:
+def _member(
+    entry: tarfile.TarInfo, known: dict[str, TarMember], archive: int
+) -> TarMember | TarFault | None:
     path = PurePosixPath(entry.name)
     if entry.isdir() or path.name.startswith("._") or "__MACOSX" in path.parts:
         return None
-    if entry.name in known:
+    # ./a.mp4 and a.mp4 are one path.
+    if str(path) in known:
         return TarFault(entry.name, "an earlier member of this tar has the same name")
     if entry.islnk():
-        target = known.get(entry.linkname)
+        target = known.get(str(PurePosixPath(entry.linkname)))
         if target is None:
             return TarFault(entry.name, f"a hard link to {entry.linkname}, which is not before it")
-        return TarMember(entry.name, target.offset, target.num_bytes)
+        return TarMember(entry.name, target.offset, target.num_bytes, archive)
     if entry.issym():
         return TarFault(entry.name, f"a symbolic link to {entry.linkname}; links are not followed")
     if entry.issparse():
         return TarFault(entry.name, "a sparse file; pack it without --sparse")
     if not entry.isreg():
         return TarFault(entry.name, "a device or a pipe, not a file")
-    return TarMember(entry.name, entry.offset_data, entry.size)
+    return TarMember(entry.name, entry.offset_data, entry.size, archive)
 
 
 def _after(file: BinaryIO, offset: int, num_bytes: int) -> tuple[str | None, int]:

@@ -321,6 +321,21 @@ class TestWhatIsNotTaken:
         with pytest.raises(DataError, match="content of the file"):
             prepare(str(tmp_path / "source" / "list.csv"), str(tmp_path / "set"), HERE)
 
+    def test_a_source_of_bad_clips_alone_names_the_first_of_them(self, tmp_path):
+        (tmp_path / "a.mp4").write_bytes(b"no video")
+        (tmp_path / "a.json").write_text('{"text": "words"}')
+        options = replace(HERE, max_bad_fraction=1.0)
+        with pytest.raises(DataError, match=r"1 clips, none .*no field caption, of .* text"):
+            prepare(str(tmp_path), str(tmp_path / "set"), options)
+
+    def test_a_set_that_has_lost_a_shard_is_not_filled_further(self, tmp_path):
+        source, target = tmp_path / "prompts.txt", tmp_path / "set"
+        source.write_text("one\ntwo\n")
+        prepare(str(source), str(target), replace(HERE, shard_clips=1))
+        (target / "part-00000.parquet").unlink()
+        with pytest.raises(DataError, match=r"1 of 2 shards are gone: part-00000\.parquet"):
+            prepare(str(source), str(target), HERE)
+
     def test_a_folder_of_other_data_is_left_alone(self, source, tmp_path):
         (tmp_path / "part-00000.parquet").write_bytes(b"mine")
         with pytest.raises(DataError, match="did not write"):

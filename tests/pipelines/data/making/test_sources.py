@@ -217,6 +217,31 @@ class TestTar:
         assert [content(clip.video) for clip in found] == [b"video a", b"video b"]
         assert content(found[1].caption.file) == b"b"
 
+    def test_a_caption_goes_with_the_video_of_its_own_tar_among_joined_ones(self, tmp_path):
+        one = {"a.mp4": b"video a1", "b.mp4": b"video b1", "c.mp4": b"video c", "b.txt": b"b1"}
+        two = {"a.mp4": b"video a2", "a.txt": b"a2", "b.mp4": b"video b2", "c.txt": b"c"}
+        tars = [write_tar(tmp_path / f"{len(each)}", each).read_bytes() for each in (one, two)]
+        (tmp_path / "t.tar").write_bytes(b"".join(tars))
+        skipped = SkippedFiles()
+        found = list(list_clips(str(tmp_path / "t.tar"), skipped=skipped))
+        a, b, c = (clip for clip in found if isinstance(clip, SourceClip))
+        assert (content(a.video), a.caption) == (b"video a1", None)
+        assert (content(b.video), content(b.caption.file)) == (b"video b1", b"b1")
+        assert (content(c.video), content(c.caption.file)) == (b"video c", b"c")
+        assert [bad.reason for bad in rejected(found)] == [Reason.DUPLICATE_ID] * 2
+        assert [kind.example for kind in skipped.kinds] == ["t.tar/a.txt"]
+
+    def test_paths_in_a_tar_are_one_with_and_without_the_dot(self, tmp_path):
+        with tarfile.open(tmp_path / "t.tar", "w") as tar:
+            add(tar, "./a.mp4", b"video")
+            add(tar, "b.mp4", type=tarfile.LNKTYPE, linkname="a.mp4")
+            add(tar, "a.mp4", b"again")
+        found = list(list_clips(str(tmp_path / "t.tar")))
+        assert [content(clip.video) for clip in found[:2]] == [b"video", b"video"]
+        assert [(bad.sample_id, bad.reason) for bad in rejected(found)] == [
+            ("t.tar/a.mp4", Reason.UNREADABLE_MEMBER)
+        ]
+
     @pytest.mark.parametrize(
         ("damage", "words"),
         [
@@ -356,6 +381,27 @@ class TestManifest:
         assert bad.reason == Reason.BAD_MANIFEST_ROW
         assert re.search(words, bad.detail)
         assert [clip.caption for clip in good] == ["two", "three"]
+
+    @pytest.mark.parametrize("column", ["path", "caption", "id"])
+    def test_two_columns_of_one_name_are_refused_and_unused_ones_are_not(self, tmp_path, column):
+        path = tmp_path / "list.csv"
+        path.write_text(f"path,caption,id,,,{column}\n1.mp4,one,a,,,x\n")
+        with pytest.raises(DataError, match=f"several columns of the name {column}"):
+            clips(path, Columns(sample_id="id"))
+        path.write_text("path,caption,id,,,\n1.mp4,one,a,,,\n")
+        assert [clip.sample_id for clip in clips(path, Columns(sample_id="id"))] == ["a"]
+
+    @pytest.mark.parametrize("sample_id", ["null", "true", "1.5", "NaN", '["a"]', '{"a": 1}', '""'])
+    def test_an_id_that_is_no_text_or_number_is_rejected_and_never_stored_as_python(
+        self, tmp_path, sample_id
+    ):
+        path = tmp_path / "list.jsonl"
+        row = '{{"path": "1.mp4", "caption": "x", "id": {}}}\n'
+        path.write_text("".join(row.format(each) for each in (sample_id, "7", '"b"')))
+        bad, *good = list_clips(str(path), Columns(sample_id="id"))
+        assert isinstance(bad, Rejection)
+        assert bad.reason == Reason.BAD_MANIFEST_ROW
+        assert [clip.sample_id for clip in good] == ["7", "b"]
 
     def test_a_long_quoted_caption_over_several_lines_is_one_caption(self, tmp_path):
         text = "line\n" * 40_000
