@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import aiohttp
 
@@ -188,7 +188,7 @@ def _words(error: Exception) -> str:
     return str(error) if isinstance(error, TypeError) else f"no JSON: {error}"
 
 
-def _field(content: object, name: str) -> object:
+def _field(content: Any, name: str) -> Any:  # noqa: ANN401 - JSON can be anything
     """One value of a JSON object.
 
     Raises:
