@@ -42,6 +42,7 @@ from pipelines.data.shards.columns import (
     settle_names,
 )
 from pipelines.data.shards.index import Shard, read_index, write_index
+from pipelines.data.shards.listing import other_files
 from pipelines.data.shards.parquet import Footer
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.rejection import Reason, Rejection
@@ -194,6 +195,7 @@ def check_shards(
         kind=shards[0].kind.value if shards else "",
         num_shards=len(opened.listed),
         num_empty=sum(each.is_empty for each in opened.listed),
+        others="" if only else _others_in_words(filesystem, root),
         columns=_columns_in_words(shards),
         num_rows=num_rows + per_shard * len(opened.unreadable),
         num_bytes=sum(each.shard.num_bytes for each in opened.listed),
@@ -205,6 +207,16 @@ def check_shards(
         videos=tally.videos(),
         encoding=None if encoding is None else asdict(encoding),
         max_bad_fraction=options.max_bad_fraction,
+    )
+
+
+def _others_in_words(filesystem: AbstractFileSystem, root: str) -> str:
+    """Files of the folder that nobody reads."""
+    paths = other_files(filesystem, root)
+    if (first := next(paths, None)) is None:
+        return ""
+    return (
+        f"{1 + sum(1 for _ in paths)} files that are no .parquet and are not read, such as {first}"
     )
 
 

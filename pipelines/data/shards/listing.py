@@ -141,8 +141,21 @@ def _s3_entries(
         request["ContinuationToken"] = page["NextContinuationToken"]
 
 
+def other_files(filesystem: AbstractFileSystem, root: str) -> Iterator[str]:
+    """Paths of a folder's files that are no shards and no notes of ours or of a tool.
+
+    Raises:
+        DataError: The folder cannot be listed.
+    """
+    for path, _ in list_files(filesystem, root):
+        if path and not path.endswith("/") and not _is_shard(path) and not _is_note(path):
+            yield path
+
+
 def _is_shard(path: str) -> bool:
+    return path.lower().endswith(_SUFFIX) and not _is_note(path)
+
+
+def _is_note(path: str) -> bool:
     parts = PurePosixPath(path).parts
-    if parts[-1] == QUARANTINE_NAME:
-        return False
-    return path.endswith(_SUFFIX) and not any(part.startswith(("_", ".")) for part in parts)
+    return parts[-1] == QUARANTINE_NAME or any(part.startswith(("_", ".")) for part in parts)

@@ -135,6 +135,20 @@ class TestGoodSets:
         assert (report.is_usable, report.kind, report.num_rows) == (True, "captions", 9)
         assert (report.decoded, report.videos) == (0, {})
 
+    def test_files_that_are_not_read_are_counted_and_suffixes_in_upper_case_are(self, tmp_path):
+        table = pa.table({"caption": ["one", "two"]})
+        for name in ("a.parquet", "b.PARQUET", "c.parq", "d.parquet.gz"):
+            pq.write_table(table, tmp_path / name)
+        for name in ("_SUCCESS", ".a.parquet.crc", "quarantine.parquet"):
+            (tmp_path / name).write_bytes(b"")
+        report = check_shards(str(tmp_path), HERE)
+        assert report.num_rows == 4
+        assert report.others.startswith("2 files that are no .parquet and are not read")
+        assert report.others.endswith("such as c.parq")
+        (tmp_path / "c.parq").unlink()
+        (tmp_path / "d.parquet.gz").unlink()
+        assert check_shards(str(tmp_path), HERE).others == ""
+
     def test_tokens_are_counted_with_the_end_of_the_caption(self, tmp_path):
         write_shard(tmp_path / "a.parquet", ["a", "b", "c"], ["one", "one two", "one two three"])
         counted = CheckOptions(
