@@ -18,6 +18,7 @@ from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
 from workers.adapters import add_adapters
+from workers.attention import require_kernel
 from workers.base_networks import shared_base, view_of
 from workers.compute import prepare_network
 from workers.discriminator import Discriminator
@@ -136,6 +137,7 @@ def build_teacher(
     if not shares_base:
         network = _ready(model, settings.compute, sharded=settings.sharded)
         return ScoreTeacher(network, settings, checks)
+    require_kernel(settings.compute.attention, _device().type)
     view = view_of(_base(model, settings.compute))
     return ScoreTeacher(prepare_network(view, settings.compute), settings, checks)
 
@@ -284,6 +286,7 @@ def _denoiser(model: ModelSettings, dtype: torch.dtype = torch.float32) -> Denoi
 
 def _ready(model: ModelSettings, compute: ComputeSettings, *, sharded: bool = True) -> Denoiser:
     """A role's network, computed as the settings say, spread over the role's ranks."""
+    require_kernel(compute.attention, _device().type)
     in_fp8 = compute.weights == "fp8"
 
     def prepare(denoiser: Denoiser) -> None:
@@ -309,6 +312,7 @@ def _learning(
     """The network of a role that learns: all weights of its own, or adapters over a base."""
     if lora is None:
         return _ready(model, compute)
+    require_kernel(compute.attention, _device().type)
     network = view_of(_base(model, compute))
     add_adapters(network, lora, seed, role)
     prepare_network(network, compute)

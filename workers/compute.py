@@ -3,6 +3,7 @@
     precision bf16    matrix products in bfloat16; weights, moments and gradients stay float32, and
                       weights of several ranks are gathered in bfloat16
     checkpointing     activations of the layers are made again in the backward pass, not kept
+    attention         one kernel of attention in place of torch's choice
     compile           the layers as compiled code, one region for all of them
 
 All of them leave the weights as they are, and work with gradients asked for at the network's input.
@@ -31,6 +32,7 @@ def prepare_network(network: Denoiser, settings: ComputeSettings) -> Denoiser:
     Returns:
         The same network.
     """
+    network.set_attention(settings.attention)
     if settings.precision == "bf16":
         network.autocast_dtype = torch.bfloat16
         # Norms take a bfloat16 input and float32 weights: right, only not fused.

@@ -18,6 +18,7 @@ from typing import Literal
 from sgmd_core.errors import ConfigError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, RandomSteps
 from sgmd_core.velocity import GuidanceNorm
+from workers.attention import KERNELS, AttentionName
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +158,17 @@ class ComputeSettings:
         weights: Type in which weights that are not trained are kept: the teacher's, and those
             under adapters. Weights that are trained are float32. `fp8`, for the teacher alone,
             keeps those of the layers' products in 8 bits and computes with them in bfloat16.
+        attention: Kernel of attention, by diffusers' name: `native` (torch chooses), `flash`,
+            `xformers`, `_native_flash`, `_native_efficient`, `_native_cudnn`, `_native_math`; for
+            a teacher that nothing is learned through also `sage` and `_flash_3`, which have no
+            gradients. See `workers.attention`.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
     checkpointing: bool | Literal["selective", "offload"] = False
     compile: bool = False
     weights: Literal["fp32", "bf16", "fp8"] = "fp32"
+    attention: AttentionName = "native"
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -193,6 +199,25 @@ class ComputeSettings:
             self.weights,
             "'bf16' or 'fp32'; fp8 goes with precision: bf16 and neither compile nor checkpointing,"
             " which lose track of weights that change their type in a pass",
+        )
+        self._require_attention()
+
+    def _require_attention(self) -> None:
+        names, name = tuple(KERNELS), self.attention
+        _require(name in names, "compute.attention", name, f"one of {', '.join(names)}")
+        kernel = KERNELS[name]
+        _require(
+            not kernel.in_bf16 or self.precision == "bf16",
+            "compute.attention",
+            name,
+            "a kernel that takes float32, or compute.precision=bf16",
+        )
+        _require(
+            kernel.recorded or self.checkpointing != "selective",
+            "compute.attention",
+            name,
+            "one of torch's fused kernels beside compute.checkpointing: selective, which keeps "
+            "their outputs",
         )
 
 
@@ -478,6 +503,7 @@ class DiscriminatorSettings:
             self.compute.weights,
             "'bf16' or 'fp32'",
         )
+        _require_differentiable("discriminator", self.compute)
 
     def layers_of(self, num_layers: int) -> tuple[int, ...]:
         """The layers that have heads, of a teacher of so many."""
@@ -502,6 +528,16 @@ def _require_trained_in_fp32(
         f"{role}.compute.weights",
         compute.weights,
         "'bf16' or 'fp32' under adapters",
+    )
+    _require_differentiable(role, compute)
+
+
+def _require_differentiable(role: str, compute: ComputeSettings) -> None:
+    _require(
+        KERNELS[compute.attention].differentiable,
+        f"{role}.compute.attention",
+        compute.attention,
+        "a kernel that has gradients, which are taken through this role",
     )
 
 

@@ -110,7 +110,7 @@ def plan(
         )
         if any_batch and _samples_per_s(other) > _samples_per_s(result):
             result, other = other, result
-        advice = [*_advice(result, other), *_lag(config, work)]
+        advice = [*_advice(result, other), *_lag(config, work), *_attention(config)]
         written = [] if write is None else [_write(config, result, write)]
         manifest = None if emit is None else _manifest(emit, config, result, details or [])
     data = result.to_json() | {"recipe": recipe, "advice": advice}
@@ -236,6 +236,20 @@ def _lag(config: "DistillConfig", work: "Workload") -> list[str]:
         f"{total_units(expected_lag(config), costs):.3g} passes over a batch each time, "
         f"{100 * lag_share(config, costs):.2g} % beside the iterations; it is not in their seconds"
     ]
+
+
+def _attention(config: "DistillConfig") -> list[str]:
+    """Returns what the plan does not know of chosen kernels of attention."""
+    from workers.attention import KERNELS, NATIVE
+
+    lines: list[str] = []
+    for role, compute in config.computes.items():
+        if compute.attention != NATIVE:
+            line = f"{role}.compute.attention {compute.attention}: times are those of native"
+            if KERNELS[compute.attention].all_pairs:
+                line += ", and memory, too: a matrix of all pairs of tokens comes on top"
+            lines.append(line)
+    return lines
 
 
 def _samples_per_s(plan: "Plan") -> float:

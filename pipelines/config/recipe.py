@@ -24,6 +24,7 @@ from pipelines.config import recipe_files, settings_check
 from pipelines.config.adapters import lora_contradictions
 from pipelines.config.adversary import adversary_contradictions
 from pipelines.config.alarms import OF_VALIDATIONS, AlarmSettings
+from pipelines.config.attention import attention_contradictions
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
 from pipelines.config.consistency import consistency_contradictions
 from pipelines.config.frozen import frozen_contradictions
@@ -51,6 +52,7 @@ from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
 from workers.settings import (
+    ComputeSettings,
     DiscriminatorSettings,
     ExportSettings,
     FakeScoreSettings,
@@ -272,6 +274,11 @@ class DistillConfig(Section):
     def roles(self) -> tuple[str, ...]:
         """Roles that the method has."""
         return ROLES if self.adversary is None else (*ROLES, DISCRIMINATOR)
+
+    @property
+    def computes(self) -> dict[str, ComputeSettings]:
+        """Sections `compute` of the method's roles."""
+        return {role: getattr(self, role).compute for role in self.roles}
 
     @property
     def adversary(self) -> AdversarialTerm | None:
@@ -498,6 +505,7 @@ def _contradictions(config: DistillConfig) -> list[str]:
         )
     problems += lora_contradictions(config)
     problems += frozen_contradictions(config)
+    problems += attention_contradictions(config)
     if config.validation.every and not config.data.validation:
         problems.append("validation.every is above 0, but data.validation names no captions")
     problems += _silent_alarms(config)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+
 from pipelines.config.adapters import adapted_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, Encoding
@@ -22,6 +24,7 @@ from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
 from workers.adapters import targeted
+from workers.attention import NATIVE, require_kernel
 from workers.measures import MIN_FRAMES
 from workers.models.content import fingerprint, model_digests
 from workers.models.families import family_of
@@ -222,6 +225,7 @@ def require_computable(config: DistillConfig, family: ModelFamily) -> None:
             "offload": compute.checkpointing == "offload",
             "compile": compute.compile,
             "fp8": compute.weights == "fp8",
+            "attention": compute.attention != NATIVE,
             "lora": role in adapted_roles(config),
         }
         lacking = [name for name in wanted if wanted[name] and name not in family.traits.computes]
@@ -232,6 +236,9 @@ def require_computable(config: DistillConfig, family: ModelFamily) -> None:
                 f"settings that the family supports: {', '.join(sorted(family.traits.computes))}",
                 f"Correct {role}.lora" if lacking == ["lora"] else f"Correct {role}.compute",
             )
+        if config.topology.mode == "local":
+            # Other machines may have other libraries: there each process looks before it reads.
+            require_kernel(compute.attention, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def require_adaptable(config: DistillConfig, family: ModelFamily) -> None:

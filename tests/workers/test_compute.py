@@ -19,6 +19,7 @@ from tests.helpers.roles import (
     weights,
 )
 from tests.helpers.tiny_wan import tiny_velocity
+from workers.attention import require_kernel
 from workers.compute import prepare_network
 from workers.settings import ComputeSettings
 
@@ -136,6 +137,52 @@ def test_bf16_rounds_products_and_leaves_weights_and_gradients_in_float32(plain)
         assert {value.dtype for value in found[role].values()} == {torch.float32}
         # bfloat16 has 8 bits; errors of some layers add up, and there must be some.
         assert 1e-4 < relative_error(found[role], plain[role]) < 0.1
+
+
+class TestAttention:
+    def test_a_chosen_kernel_is_the_one_that_computes_in_its_role_alone(self):
+        chosen, other = tiny_velocity(2), tiny_velocity(2)
+        prepare_network(chosen, ComputeSettings(attention="_native_math"))
+        prepare_network(other, ComputeSettings())
+        calls = []
+        for network in (chosen, other):
+            with CountedAttention() as counted:
+                network(torch.ones(2, 4, 3, 4, 4), torch.full((2,), 0.5), torch.ones(2, 6, 8))
+            calls.append(counted.calls)
+        assert calls == [0, 2 * len(other.blocks)]
+
+    @pytest.mark.parametrize("checkpointing", [False, True, "offload"])
+    def test_another_kernel_changes_the_rounding_of_both_losses_alone(self, plain, checkpointing):
+        settings = ComputeSettings(checkpointing=checkpointing, attention="_native_math")
+        found = gradients_of(tiny_roles(), settings)
+        for role in plain:
+            assert 0 < relative_error(found[role], plain[role]) < 1e-5
+
+    def test_kernels_of_16_bits_get_queries_and_keys_in_16_bits(self):
+        network = tiny_velocity(2)
+        # It also runs in float32 on a CPU, and is told apart by the hooks alone.
+        prepare_network(network, ComputeSettings(precision="bf16", attention="_native_flash"))
+        assert not network.transformer.blocks[0].attn1.norm_q._forward_hooks
+        with pytest.raises(RuntimeError, match="flash-attn"):
+            prepare_network(network, ComputeSettings(precision="bf16", attention="flash"))
+        prepare_network(network, ComputeSettings(precision="bf16", attention="_native_cudnn"))
+        norm = network.transformer.blocks[0].attn1.norm_q
+        queries = torch.ones(1, 2, norm.normalized_shape[0], dtype=torch.bfloat16)
+        assert norm.float()(queries).dtype == torch.bfloat16
+
+    @pytest.mark.parametrize(
+        ("name", "device", "words"),
+        [
+            ("flash", "cpu", "the role is computed on a CPU"),
+            ("flash", "cuda", "the module flash_attn is not installed"),
+            ("sage", "cuda", "the module sageattention is not installed"),
+            ("_native_cudnn", "cpu", "a kernel that runs here: native, _native_flash"),
+        ],
+    )
+    def test_a_kernel_that_does_not_run_here_is_refused_by_name(self, name, device, words):
+        with pytest.raises(ConfigError, match=words):
+            require_kernel(name, device)
+        require_kernel("_native_math", device)
 
 
 # torch.compile warns while it looks at tensors, and here warnings are errors.

@@ -54,6 +54,19 @@ from workers.settings import (
             "compute.checkpointing",
         ),
         (lambda: ComputeSettings(weights="int4"), "compute.weights"),
+        (lambda: ComputeSettings(attention="flash"), "compute.attention"),
+        (
+            lambda: ComputeSettings(checkpointing="selective", attention="xformers"),
+            "compute.attention",
+        ),
+        (
+            lambda: GeneratorSettings(compute=ComputeSettings("bf16", attention="sage")),
+            "generator.compute.attention",
+        ),
+        (
+            lambda: FakeScoreSettings(compute=ComputeSettings("bf16", attention="_flash_3")),
+            "fake_score.compute.attention",
+        ),
         (lambda: ComputeSettings(weights="fp8"), "compute.weights"),
         (lambda: ComputeSettings("bf16", checkpointing=True, weights="fp8"), "compute.weights"),
         (

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from workers.attention import AttentionName
 from workers.models.family import Denoiser
 from workers.sharding import is_sharded, num_ranks
 
@@ -69,6 +70,11 @@ class ExpertDenoiser(Denoiser):
         """Keep the weights of both experts in 8 bits."""
         for expert in (self.high, self.low):
             expert.store_in_fp8()
+
+    def set_attention(self, name: AttentionName) -> None:
+        """Compute attention of both experts by a kernel."""
+        for expert in (self.high, self.low):
+            expert.set_attention(name)
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the layers of both experts in the backward pass."""

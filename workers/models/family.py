@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sgmd_core.errors import ModelFolderError
 from sgmd_core.types import Text
+from workers.attention import NATIVE, AttentionName
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.folder import ClipGeometry, FolderLayout, LatentShape, ModelFolder
@@ -67,6 +68,14 @@ class Denoiser(nn.Module, ABC):
         A family that can has `fp8` in its `computes`.
         """
         raise NotImplementedError
+
+    def set_attention(self, name: AttentionName) -> None:
+        """Compute attention by one of the kernels of `workers.attention`.
+
+        A family that can has `attention` in its `computes`.
+        """
+        if name != NATIVE:
+            raise NotImplementedError
 
     @property
     def patch_size(self) -> tuple[int, int, int]:
@@ -211,7 +220,7 @@ class FamilyTraits:
         layout: Components of its folders.
         sampling: How a folder is sampled that does not say so.
         computes: What its denoiser supports, of `bf16`, `checkpointing`, `selective`, `offload`,
-            `compile`, `fp8` and `lora`.
+            `compile`, `fp8`, `lora` and `attention`.
         relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
         released: Shapes of released models by name, to plan for before a folder is there.
         keep_fp32: Parts of names, between dots, of weights that exports keep in float32.

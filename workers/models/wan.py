@@ -11,16 +11,19 @@ vae/ and scheduler/.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from cluster.files import whole_folder
 from sgmd_core.errors import ShapeError
+from workers.attention import KERNELS, AttentionName
 from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.experts import ExpertDenoiser
 from workers.models.exporting import Components, copy_components
@@ -107,6 +110,26 @@ class WanVelocity(Denoiser):
             storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16
         )
 
+    def set_attention(self, name: AttentionName) -> None:
+        """Compute attention by a kernel of diffusers, in this network alone."""
+        active, _ = _AttentionBackendRegistry.get_active_backend()
+        chatter = logging.getLogger("diffusers.models.modeling_utils")
+        chatter.disabled, before = True, chatter.disabled
+        try:
+            self.transformer.set_attention_backend(name)
+        finally:
+            # diffusers also makes it the default of the process, where other roles may live.
+            _AttentionBackendRegistry.set_active_backend(active)
+            chatter.disabled = before
+        if KERNELS[name].in_bf16:
+            for norm in self._query_and_key_norms():
+                norm.register_forward_hook(_in_the_type_of_its_input)
+
+    def _query_and_key_norms(self) -> Iterator[nn.Module]:
+        for name, module in self.transformer.named_modules():
+            if name.endswith((".norm_q", ".norm_k")):
+                yield module
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the layers in the backward pass, or keep them."""
         if enabled:
@@ -123,6 +146,13 @@ class WanVelocity(Denoiser):
         sizes = zip(x_t.shape[2:], patch_size, strict=True)
         if any(size % patch for size, patch in sizes):
             raise ShapeError("denoising", f"latents of shape {tuple(x_t.shape)}", expected)
+
+
+def _in_the_type_of_its_input(
+    _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    # Where autocast makes norms in float32, torch's attention would cast their output; others fail.
+    return output.type_as(inputs[0])
 
 
 class VideoVae:

@@ -119,7 +119,9 @@ WAN_TRAITS = FamilyTraits(
         for geometry in (RELEASED_GEOMETRY, _WIDE_STRIDE_GEOMETRY)
         if geometry.latent_channels == shape.in_channels
     },
-    computes=frozenset({"bf16", "checkpointing", "selective", "offload", "compile", "fp8", "lora"}),
+    computes=frozenset(
+        {"bf16", "checkpointing", "selective", "offload", "compile", "fp8", "lora", "attention"}
+    ),
     # WanTransformer3DModel's own choice.
     exchange=_exchange,
     keep_fp32=frozenset({"rope", "time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"}),

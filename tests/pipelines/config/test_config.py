@@ -371,6 +371,27 @@ class TestRefusals:
                 "set teacher.sharded=false",
             ),
             (["data.validation=''"], "data.validation names no captions"),
+            (["generator.compute.attention=flashy"], "'native', 'flash'"),
+            (
+                ["generator.compute={precision: bf16, attention: flash}"],
+                "generator.compute.attention flash runs on GPUs, and topology.pools.learn.gpus is",
+            ),
+            (
+                [
+                    "topology.mode=local",
+                    "objective={method: sid}",
+                    "teacher.compute={precision: bf16, attention: sage}",
+                ],
+                "sage has no gradients, and sid takes one through the teacher's input",
+            ),
+            (
+                [
+                    "topology.mode=local",
+                    "objective={method: rcm}",
+                    "generator.compute.attention=_native_flash",
+                ],
+                "_native_flash has no derivative in forward mode, which rcm takes",
+            ),
         ],
     )
     def test_contradictions_are_met_before_anything_starts(self, overrides, words):
