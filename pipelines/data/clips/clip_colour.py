@@ -15,6 +15,9 @@ _UNSPECIFIED = (2, 3)
 _HD_WIDTH = 1280
 _SD_HEIGHT = 576
 _TRANSFERS = {16: "hdr_pq", 18: "hdr_hlg"}
+# AVColorPrimaries: BT.2020, SMPTE 428, DCI-P3, Display P3. AVColorSpace: BT.2020.
+_WIDE_PRIMARIES = (9, 10, 11, 12)
+_WIDE_MATRICES = (9, 10)
 _SQUARE = (None, 0, 1)
 
 
@@ -33,14 +36,18 @@ def look_of(stream: VideoStream, frame: av.VideoFrame) -> tuple[str, ...]:
     """Properties of a clip that change its look, by its first frame.
 
     hdr_pq, hdr_hlg      high dynamic range; it is not tone-mapped, so it looks flat and dull
+    wide_gamut           primaries beyond BT.709's; they are not mapped, so it looks pale
     interlaced           two half-pictures in one; it is not deinterlaced, so edges show combs
     alpha                transparency; it is dropped
     rotated              turned by its header; frames are turned when they are decoded
     non_square_pixels    stretched by players; only the policy `crop` reckons with it
     no_colour_tags       the matrix is guessed by the picture's size
     """
+    is_wide = frame.color_primaries in _WIDE_PRIMARIES or frame.colorspace in _WIDE_MATRICES
     found = {
         _TRANSFERS.get(frame.color_trc, ""): True,
+        # What is of high dynamic range has wide primaries as a rule.
+        "wide_gamut": is_wide and frame.color_trc not in _TRANSFERS,
         "interlaced": bool(frame.interlaced_frame),
         "alpha": _has_alpha(frame),
         "rotated": round(frame.rotation / 90) % 4 != 0,

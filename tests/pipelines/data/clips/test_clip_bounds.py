@@ -31,6 +31,7 @@ def tagged(
     matrix: int,
     full_range: bool = False,
     transfer: int = 2,
+    primaries: int = 2,
     tag: bool = True,
 ) -> bytes:
     """H.264 whose pixels are converted with this matrix and range, with or without the tags."""
@@ -42,7 +43,7 @@ def tagged(
         context = stream.codec_context
         if tag:
             context.colorspace, context.color_range = matrix, 2 if full_range else 1
-            context.color_trc = transfer
+            context.color_trc, context.color_primaries = transfer, primaries
         for pixels in frames:
             frame = av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
                 format="yuv420p", dst_colorspace=matrix, dst_color_range=2 if full_range else 1
@@ -111,6 +112,9 @@ class TestLook:
             (tagged(coloured(32, 48), matrix=1), ()),
             (tagged(coloured(32, 48), matrix=9, transfer=16), ("hdr_pq",)),
             (tagged(coloured(32, 48), matrix=9, transfer=18), ("hdr_hlg",)),
+            (tagged(coloured(32, 48), matrix=1, primaries=12), ("wide_gamut",)),
+            (tagged(coloured(32, 48), matrix=9, transfer=14, primaries=9), ("wide_gamut",)),
+            (tagged(coloured(32, 48), matrix=9, transfer=16, primaries=9), ("hdr_pq",)),
             (video_file(grey_frames([90]), rotation=90), ("rotated", "no_colour_tags")),
             (
                 video_file(grey_frames([90]), pixel_aspect=Fraction(2)),
@@ -119,7 +123,18 @@ class TestLook:
             (encoded(coloured(32, 48), "mov", "qtrle", "argb"), ("alpha",)),
             (encoded(coloured(32, 48), "nut", "ffv1", "yuva420p"), ("alpha", "no_colour_tags")),
         ],
-        ids=["plain", "pq", "hlg", "rotated", "aspect", "argb", "yuva"],
+        ids=[
+            "plain",
+            "pq",
+            "hlg",
+            "p3",
+            "bt2020",
+            "pq of bt2020",
+            "rotated",
+            "aspect",
+            "argb",
+            "yuva",
+        ],
     )
     def test_properties_that_change_the_look_are_named(self, data, look):
         assert read_look(data) == read_facts(data).look == read_first_frame(data).look == look
