@@ -232,6 +232,20 @@ def test_weights_that_are_not_finite_are_found_by_content_and_by_loading(model: 
             find(model)
 
 
+def test_a_download_that_broke_off_is_no_model(model: Path) -> None:
+    path = model / DENOISER
+    whole = path.read_bytes()
+    # Programs that reserve the room first leave zeros where nothing came.
+    path.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2))
+    with pytest.raises(ModelFolderError, match=r"matrices in which every value is 0.*broke off"):
+        model_digests(model)
+    path.write_bytes(whole)
+    rewrite(path, lambda w: w | {"proj_out.weight": torch.zeros_like(w["proj_out.weight"])})
+    assert model_digests(model)  # a projection that begins at 0
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "git lfs pull" in refusal(model)
+
+
 def test_weights_times_105_percent_have_another_fingerprint(model: Path, tmp_path: Path) -> None:
     before = fingerprint(model, ["transformer"])
     copy = shutil.copytree(model, tmp_path / "elsewhere")

@@ -34,6 +34,8 @@ _SETTLED_S = 2.0
 # Keys of configurations that say who wrote the file, not what it holds.
 _NOTES = ("_diffusers_version", "_name_or_path", "transformers_version")
 _MAX_FILES_AT_ONCE = 4
+# One may be a projection that begins at 0.
+_MOST_ZERO = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,12 @@ class FileContent:
     Attributes:
         tensors: Digest of dtype, shape and every value, by name.
         not_finite: Names of the tensors that hold a NaN or an infinity.
+        zero: Names of the matrices of which every value is 0.
     """
 
     tensors: dict[str, str]
     not_finite: list[str]
+    zero: list[str]
 
 
 def fingerprint(folder: str | Path, components: Sequence[str] | None = None) -> str:
@@ -88,7 +92,7 @@ def component_digest(part: Path, stem: str | None) -> str:
         stem: Name of its weight files without suffix; None: it has no weights.
 
     Raises:
-        ModelFolderError: There are no files, or weights that are not finite.
+        ModelFolderError: There are no files, or weights that are not finite or 0 throughout.
     """
     digest = hashlib.sha256(f"{part.name}\n".encode())
     if stem is not None:
@@ -146,18 +150,29 @@ def _tensors(part: Path, stem: str) -> dict[str, str]:
                 "finite weights",
                 "Copy the file again, or go back to a state before the training diverged",
             )
+        if len(content.zero) > _MOST_ZERO:
+            raise ModelFolderError(
+                f"reading the weights of {file}",
+                f"{len(content.zero)} matrices in which every value is 0, first {content.zero[0]}",
+                "weights of a trained network",
+                "Copy the file again: a download that broke off leaves zeros where nothing came",
+            )
     return {name: value for content in contents.values() for name, value in content.tensors.items()}
 
 
 def _read(file: Path) -> FileContent:
     tensors: dict[str, str] = {}
     not_finite: list[str] = []
+    zero: list[str] = []
     with safe_open(file, framework="pt") as weights:
         for name in sorted(weights.keys()):
-            tensors[name], is_finite = _digest(weights.get_tensor(name))
+            tensor = weights.get_tensor(name)
+            tensors[name], is_finite = _digest(tensor)
             if not is_finite:
                 not_finite.append(name)
-    return FileContent(tensors, not_finite)
+            if tensor.ndim > 1 and tensor.numel() and not tensor.any():
+                zero.append(name)
+    return FileContent(tensors, not_finite, zero)
 
 
 def _digest(tensor: Tensor) -> tuple[str, bool]:
@@ -193,7 +208,9 @@ def _recall(file: Path, stamp: list[int]) -> FileContent | None:
     try:
         entry = json.loads(_entry(file).read_text(encoding="utf-8"))
         if entry["stamp"] == stamp:
-            return FileContent(dict(entry["tensors"]), list(entry["not_finite"]))
+            return FileContent(
+                dict(entry["tensors"]), list(entry["not_finite"]), list(entry["zero"])
+            )
     except (OSError, RuntimeError, ValueError, KeyError, TypeError):
         pass  # Nothing that can be used: read the file.
     return None

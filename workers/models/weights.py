@@ -26,6 +26,7 @@ TRANSFORMERS_STEM = "model"
 """Names under which the two libraries look for weight files, without suffix."""
 
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack")
+_LFS_MARK = b"version https://git-lfs"
 _MAX_NAMED = 4
 
 
@@ -273,12 +274,27 @@ def _header(file: Path) -> dict[str, Entry]:
                 for name, view in views.items()
             }
     except (OSError, SafetensorError) as error:
+        if _is_pointer(file):
+            raise ModelFolderError(
+                f"reading the header of {file}",
+                "a pointer of Git LFS in place of the file",
+                "a complete safetensors file",
+                "Fetch it: git lfs pull, or download the model with hf download",
+            ) from error
         raise ModelFolderError(
             f"reading the header of {file}",
             f"{type(error).__name__}: {error}",
             "a complete safetensors file",
             "Copy the file again; it is probably cut short",
         ) from error
+
+
+def _is_pointer(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(len(_LFS_MARK)) == _LFS_MARK
+    except OSError:
+        return False
 
 
 def _missing(found: Collection[str], architecture: Architecture) -> list[str]:
