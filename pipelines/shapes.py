@@ -68,6 +68,19 @@ class ClipSplit(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class EmbeddedWorld:
+    """A world whose clips are rendered here.
+
+    Attributes:
+        name: Name on the command line; shards and clips are named after it.
+        draw: Renders the clips of a seed, of indices and of a split, as `render_batch` does.
+    """
+
+    name: str
+    draw: Callable[[int, Sequence[int], ClipSplit], tuple[NDArray[np.uint8], list[str]]]
+
+
+@dataclass(frozen=True, slots=True)
 class ClipSpec:
     """Everything that fixes one clip; the first four fields are what its caption says.
 
@@ -156,6 +169,7 @@ def write_shards(
     split: ClipSplit = ClipSplit.TRAIN,
     first_index: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    world: EmbeddedWorld | None = None,
 ) -> list[str]:
     """Render clips and write them as Parquet shards of mp4 files.
 
@@ -167,6 +181,7 @@ def write_shards(
         split: Which captions are used.
         first_index: Index of the first clip; other ranges hold other clips.
         on_progress: Called after every shard with (clips done, clips in all).
+        world: The world that the clips are of; None takes this one.
 
     Returns:
         Addresses of the shards.
@@ -176,6 +191,7 @@ def write_shards(
         LeaseError: Another process writes shards there.
     """
     require_counts(num_clips=num_clips, shard_size=shard_size)
+    world = world or SHAPES_WORLD
     filesystem, root = open_folder(dst)
     # On an object store this might create a bucket, which is not ours to decide.
     if isinstance(filesystem, LocalFileSystem):
@@ -187,9 +203,10 @@ def write_shards(
         for start in range(0, num_clips, shard_size):
             stop = min(start + shard_size, num_clips)
             indices = range(first_index + start, first_index + stop)
-            name = f"shapes-{seed:04d}-{split}-{indices.start:07d}.parquet"
+            name = f"{world.name}-{seed:04d}-{split}-{indices.start:07d}.parquet"
             buffer = io.BytesIO()
-            pq.write_table(_shard_table(seed, indices, split), buffer, row_group_size=_GROUP_CLIPS)
+            table = _shard_table(world, seed, indices, split)
+            pq.write_table(table, buffer, row_group_size=_GROUP_CLIPS)
             lease.check()
             write_file(filesystem, f"{root}/{name}", buffer.getvalue())
             addresses.append(filesystem.unstrip_protocol(f"{root}/{name}"))
@@ -225,14 +242,17 @@ def render_batch(
     return np.stack([render(spec) for spec in specs]), [caption(spec) for spec in specs]
 
 
-def _shard_table(seed: int, indices: range, split: ClipSplit) -> pa.Table:
-    specs = [sample_spec(seed, index, split) for index in indices]
+SHAPES_WORLD = EmbeddedWorld("shapes", render_batch)
+
+
+def _shard_table(world: EmbeddedWorld, seed: int, indices: range, split: ClipSplit) -> pa.Table:
+    pixels, texts = world.draw(seed, indices, split)
     return pa.table(
         {
-            "sample_id": [f"shapes-{seed}-{split}-{index:07d}" for index in indices],
-            "caption": [caption(spec) for spec in specs],
-            "video": [encode_mp4(render(spec), FPS) for spec in specs],
-            "fps": [FPS] * len(specs),
+            "sample_id": [f"{world.name}-{seed}-{split}-{index:07d}" for index in indices],
+            "caption": texts,
+            "video": [encode_mp4(clip, FPS) for clip in pixels],
+            "fps": [FPS] * len(texts),
         },
         schema=SHARD_SCHEMA,
     )

@@ -3,6 +3,7 @@
 import os
 from contextlib import ExitStack
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,17 +20,28 @@ if TYPE_CHECKING:
     from pipelines.pretraining.events import PretrainEvent
 
 
+class WorldName(StrEnum):
+    """Embedded worlds that `sgmd shapes` writes."""
+
+    SHAPES = "shapes"
+    OPEN = "open"
+
+
 def shapes(
     target: Annotated[str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix.")],
     train_clips: Annotated[int, typer.Option(help="Clips in DST/train")] = 2048,
     held_out_clips: Annotated[int, typer.Option(help="Clips in DST/held_out")] = 512,
     shard_size: Annotated[int, typer.Option(help="Clips in one Parquet file")] = 512,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Fixes every clip")] = 0,
+    world: Annotated[
+        WorldName, typer.Option(help="`open`: several textured objects, motion in part unsaid")
+    ] = WorldName.SHAPES,
     as_json: Json = False,
 ) -> None:
-    """Write the embedded data set: captioned clips of moving shapes, as mp4 in Parquet shards."""
+    """Write an embedded data set: captioned clips of moving shapes, as mp4 in Parquet shards."""
     with progress_bar() as on_progress:
-        from pipelines.shapes import ClipSplit, require_counts, write_shards
+        from pipelines.open_shapes import OPEN_SHAPES
+        from pipelines.shapes import SHAPES_WORLD, ClipSplit, require_counts, write_shards
 
         require_counts(
             train_clips=train_clips, held_out_clips=held_out_clips, shard_size=shard_size
@@ -42,6 +54,7 @@ def shapes(
                 seed=seed,
                 split=split,
                 on_progress=lambda done, total, what=split.value: on_progress(what, done, total),
+                world=OPEN_SHAPES if world is WorldName.OPEN else SHAPES_WORLD,
             )
             for split, num_clips in (
                 (ClipSplit.TRAIN, train_clips),

@@ -137,6 +137,13 @@ class TestShapes:
         assert len(data["shards"]["train"]) == 2
         assert len(list((empty_folder / "data" / "shapes" / "train").glob("*.parquet"))) == 2
 
+    def test_the_open_world_is_written_on_request(self, empty_folder):
+        sizes = ("--train-clips", "3", "--held-out-clips", "2")
+        result = sgmd("shapes", "data/open", "--world", "open", *sizes)
+        assert result.exit_code == 0
+        shards = sorted(path.name for path in (empty_folder / "data" / "open").glob("*/*.parquet"))
+        assert shards == ["open-0000-held_out-0000000.parquet", "open-0000-train-0000000.parquet"]
+
     def test_a_count_below_one_is_refused(self, empty_folder):
         result = sgmd("shapes", "data/shapes", "--train-clips", "0")
         assert result.exit_code == 2
