@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.shapes import FRAME_PX, NUM_FRAMES, ClipSplit, EmbeddedWorld
+from sgmd_core.worlds import WorldName
 from sgmd_core.worlds.open_shapes import (
     HEADING_FRAMES,
     HUES,
@@ -26,6 +27,9 @@ from sgmd_core.worlds.open_shapes import (
     QUICK_PX_PER_FRAME,
     SLOW_PX_PER_FRAME,
     VERBS,
+    open_labels,
+    read_open_clips,
+    score_open_clips,
 )
 from sgmd_core.worlds.shapes import BAR_HEIGHT_PER_WIDTH, DIRECTIONS, SHAPES
 
@@ -240,7 +244,12 @@ def render_open_batch(
     return render_open_clips(clips), open_captions(clips)
 
 
-OPEN_SHAPES = EmbeddedWorld("open", render_open_batch)
+OPEN_SHAPES = EmbeddedWorld(
+    name=WorldName.OPEN,
+    draw=render_open_batch,
+    captions=lambda seed, indices, split: open_captions(draw_open_clips(seed, indices, split)),
+    score=lambda video, texts: score_open_clips(read_open_clips(video), open_labels(texts)),
+)
 
 
 def _choice(uniform: Floats, count: int) -> Ints:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from fsspec.implementations.local import LocalFileSystem
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cluster.files import require_writable
 from cluster.lease import hold
@@ -29,11 +30,17 @@ from pipelines.data.shards.indexing import index_folder
 from pipelines.data.shards.shard_writing import write_file
 from pipelines.media.video import Pixels, encode_mp4
 from sgmd_core.errors import ConfigError
+from sgmd_core.worlds import WorldName
+from sgmd_core.worlds.open_shapes import OpenScores
 from sgmd_core.worlds.shapes import (
     COLOURS,
     DIRECTIONS,
     SHAPES,
     SPEEDS_PX_PER_FRAME,
+    ClipScores,
+    labels_from_captions,
+    measure_clips,
+    score_clips,
     shape_coverage,
 )
 
@@ -60,6 +67,9 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
+WorldScores = ClipScores | OpenScores
+
+
 class ClipSplit(StrEnum):
     """Set of captions that a clip is drawn from; the two sets share no caption."""
 
@@ -74,10 +84,14 @@ class EmbeddedWorld:
     Attributes:
         name: Name on the command line; shards and clips are named after it.
         draw: Renders the clips of a seed, of indices and of a split, as `render_batch` does.
+        captions: Draws their captions alone.
+        score: Compares videos (b, 3, t, h, w) in [0, 1] with captions.
     """
 
-    name: str
+    name: WorldName
     draw: Callable[[int, Sequence[int], ClipSplit], tuple[NDArray[np.uint8], list[str]]]
+    captions: Callable[[int, Sequence[int], ClipSplit], list[str]]
+    score: Callable[[Tensor, Sequence[str]], WorldScores]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +256,14 @@ def render_batch(
     return np.stack([render(spec) for spec in specs]), [caption(spec) for spec in specs]
 
 
-SHAPES_WORLD = EmbeddedWorld("shapes", render_batch)
+SHAPES_WORLD = EmbeddedWorld(
+    name=WorldName.SHAPES,
+    draw=render_batch,
+    captions=lambda seed, indices, split: [
+        caption(sample_spec(seed, index, split)) for index in indices
+    ],
+    score=lambda video, texts: score_clips(measure_clips(video), labels_from_captions(texts)),
+)
 
 
 def _shard_table(world: EmbeddedWorld, seed: int, indices: range, split: ClipSplit) -> pa.Table:

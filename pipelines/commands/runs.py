@@ -3,7 +3,6 @@
 import os
 from contextlib import ExitStack
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,18 +12,12 @@ from pipelines.commands.failures import hinting
 from pipelines.commands.options import LARGEST_SEED, Json, Overrides, RecipeName
 from pipelines.commands.output import progress_bar, show, working
 from sgmd_core.errors import ConfigError
+from sgmd_core.worlds import WorldName
 from workers.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
     from pipelines.pretraining.events import PretrainEvent
-
-
-class WorldName(StrEnum):
-    """Embedded worlds that `sgmd shapes` writes."""
-
-    SHAPES = "shapes"
-    OPEN = "open"
 
 
 def shapes(
@@ -40,8 +33,8 @@ def shapes(
 ) -> None:
     """Write an embedded data set: captioned clips of moving shapes, as mp4 in Parquet shards."""
     with progress_bar() as on_progress:
-        from pipelines.open_shapes import OPEN_SHAPES
-        from pipelines.shapes import SHAPES_WORLD, ClipSplit, require_counts, write_shards
+        from pipelines.embedded_worlds import embedded_world
+        from pipelines.shapes import ClipSplit, require_counts, write_shards
 
         require_counts(
             train_clips=train_clips, held_out_clips=held_out_clips, shard_size=shard_size
@@ -54,7 +47,7 @@ def shapes(
                 seed=seed,
                 split=split,
                 on_progress=lambda done, total, what=split.value: on_progress(what, done, total),
-                world=OPEN_SHAPES if world is WorldName.OPEN else SHAPES_WORLD,
+                world=embedded_world(world),
             )
             for split, num_clips in (
                 (ClipSplit.TRAIN, train_clips),

@@ -9,6 +9,7 @@ from pipelines.config.recipe_files import absolute_path
 from pipelines.config.section import Section
 from pipelines.shapes import FRAME_PX
 from sgmd_core.schedule import MAX_STEPS
+from sgmd_core.worlds import WorldName
 
 TEMPORAL_FACTOR = 4
 """Frames that a trained autoencoder packs into one; the first frame stands alone."""
@@ -32,7 +33,8 @@ class WorldSettings(Section):
     """Clips: their folder and their size.
 
     `train` and `held_out` are folders of Parquet shards, local or `s3://`: of captioned videos, or
-    `train` of what `sgmd encode` has made of them.
+    `train` of what `sgmd encode` has made of them. `name` is the embedded world whose held-out
+    captions the teacher is sampled with, and by whose reading of pixels it is scored.
     """
 
     train: Text
@@ -41,6 +43,7 @@ class WorldSettings(Section):
     frame_px: PositiveInt = 32
     fps: int = Field(default=8, ge=1, le=2**16 - 1)
     max_clips: PositiveInt | None = None
+    name: WorldName = WorldName.SHAPES
 
 
 class VaeSettings(Section):

@@ -18,6 +18,7 @@ from typing import Any
 import ray.train
 import torch
 
+from pipelines.embedded_worlds import embedded_world
 from pipelines.media.inference import InferenceSettings
 from pipelines.pretraining import networks, vae_stage
 from pipelines.pretraining.config import PretrainConfig
@@ -26,7 +27,7 @@ from pipelines.pretraining.denoiser_stage import DenoiserTraining, TeacherNetwor
 from pipelines.pretraining.distributed import average_gradients, from_first_worker
 from pipelines.pretraining.events import EventWriter
 from pipelines.pretraining.folder import write_pipeline_folder
-from pipelines.pretraining.quality import held_out_captions, sample_videos, score_videos
+from pipelines.pretraining.quality import held_out_captions, sample_videos
 from workers.models.wan import VideoVae, WanVelocity, open_autoencoder
 
 STATE_FILE = "state.pt"
@@ -138,7 +139,8 @@ def _watch(
     config: PretrainConfig, training: DenoiserTraining, vae: VideoVae, clips: MemoryClips
 ) -> dict[str, float]:
     """Sample a few held-out captions with the averaged networks and score them."""
-    captions = held_out_captions(config.denoiser.watch_clips, _WATCH_SEED)
+    world = embedded_world(config.world.name)
+    captions = held_out_captions(world, config.denoiser.watch_clips, _WATCH_SEED)
     sampling = config.sampling.model_copy(
         update={"num_steps": config.denoiser.watch_sampling_steps}
     )
@@ -162,7 +164,7 @@ def _watch(
                 tokenizer=averaged.tokenizer,
                 settings=inference_settings(config),
             )
-    return asdict(score_videos(videos, captions))
+    return asdict(world.score(videos, captions))
 
 
 def _gather(name: str, column: str) -> MemoryClips:

@@ -7,18 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipelines.embedded_worlds import embedded_world
 from pipelines.pretraining.config import PretrainConfig, SamplingSettings
 from pipelines.pretraining.vae_stage import psnr_db, to_unit_video
-from pipelines.shapes import ClipSplit, caption, render_batch, sample_spec
+from pipelines.shapes import ClipSplit, EmbeddedWorld, WorldScores
 from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.velocity import VelocityModel
-from sgmd_core.worlds.shapes import (
-    ClipScores,
-    labels_from_captions,
-    measure_clips,
-    score_clips,
-)
+from sgmd_core.worlds.shapes import ClipScores
 from workers.models.families import family_of
 from workers.models.family import Autoencoder
 
@@ -41,36 +37,41 @@ class QualityReport:
         reconstructed: Scores of the clips after encoding and decoding.
     """
 
-    guided: ClipScores
-    guided_long_text: ClipScores
-    unguided_4_steps: ClipScores
+    guided: WorldScores
+    guided_long_text: WorldScores
+    unguided_4_steps: WorldScores
     vae_psnr_db: float
-    measurer: ClipScores
-    reconstructed: ClipScores
+    measurer: WorldScores
+    reconstructed: WorldScores
 
     def in_words(self) -> str:
         """One line for people."""
         good = self.guided
+        last = (
+            f"speed rank correlation {good.speed_spearman:.3f}"
+            if isinstance(good, ClipScores)
+            else f"pace {good.pace:.3f}, rest or motion {good.verb:.3f}, count {good.count:.3f}"
+        )
         return (
             f"{good.num_clips} held-out captions: colour {good.colour:.3f}, "
-            f"shape {good.shape:.3f}, direction {good.direction:.3f}, "
-            f"speed rank correlation {good.speed_spearman:.3f}; "
+            f"shape {good.shape:.3f}, direction {good.direction:.3f}, {last}; "
             f"autoencoder {self.vae_psnr_db:.1f} dB"
         )
 
 
 def measure_folder(folder: Path, config: PretrainConfig) -> QualityReport:
-    """Measure a diffusers folder of the world `shapes`; see `QualityReport`."""
+    """Measure a diffusers folder of an embedded world; see `QualityReport`."""
     settings, world = config.sampling, config.world
+    rules = embedded_world(world.name)
     family = family_of(folder)
     denoiser, text = family.load_denoiser(folder), family.load_text(folder)
     vae = family.load_autoencoder(folder)
     frames = (world.num_frames, world.frame_px, world.frame_px)
     latent_shape = family.inspect(folder).latent_shape(*frames)
     seed = config.seed + _QUALITY_SEED
-    captions = held_out_captions(settings.num_clips, seed)
+    captions = held_out_captions(rules, settings.num_clips, seed)
 
-    def scores(sampling: SamplingSettings, text_length: int) -> ClipScores:
+    def scores(sampling: SamplingSettings, text_length: int) -> WorldScores:
         videos = sample_videos(
             denoiser,
             lambda texts: text.encode(texts, text_length),
@@ -80,10 +81,10 @@ def measure_folder(folder: Path, config: PretrainConfig) -> QualityReport:
             sampling,
             seed,
         )
-        return score_videos(videos, captions)
+        return rules.score(videos, captions)
 
     few = settings.model_copy(update={"num_steps": 4, "guidance_scale": 1.0})
-    rendered, _ = render_batch(seed, range(settings.num_clips), ClipSplit.HELD_OUT)
+    rendered, _ = rules.draw(seed, range(settings.num_clips), ClipSplit.HELD_OUT)
     truth = to_unit_video(torch.from_numpy(rendered))
     decoded = torch.cat([vae.decode(vae.encode(part)) for part in truth.split(_DECODE_BATCH)])
     return QualityReport(
@@ -91,14 +92,14 @@ def measure_folder(folder: Path, config: PretrainConfig) -> QualityReport:
         guided_long_text=scores(settings, config.text.long_length),
         unguided_4_steps=scores(few, config.text.max_length),
         vae_psnr_db=float(psnr_db(decoded, truth)),
-        measurer=score_videos(truth, captions),
-        reconstructed=score_videos(decoded, captions),
+        measurer=rules.score(truth, captions),
+        reconstructed=rules.score(decoded, captions),
     )
 
 
-def held_out_captions(num_clips: int, seed: int) -> list[str]:
+def held_out_captions(world: EmbeddedWorld, num_clips: int, seed: int) -> list[str]:
     """Captions that training never sees, drawn as clips are."""
-    return [caption(sample_spec(seed, index, ClipSplit.HELD_OUT)) for index in range(num_clips)]
+    return world.captions(seed, range(num_clips), ClipSplit.HELD_OUT)
 
 
 @torch.no_grad()
@@ -129,8 +130,3 @@ def sample_videos(
         )
         videos.append(vae.decode(latents))
     return torch.cat(videos)
-
-
-def score_videos(videos: Tensor, captions: Sequence[str]) -> ClipScores:
-    """Measure videos (B, 3, T, H, W) in [0, 1] against their captions."""
-    return score_clips(measure_clips(videos), labels_from_captions(captions))

@@ -18,6 +18,7 @@ from pipelines.pretraining.loops import VAE_FOLDER
 from pipelines.run.differences import value_differences
 from pipelines.shapes import FRAME_PX, NUM_FRAMES
 from sgmd_core.errors import CheckpointError, ConfigError, DataError, ShapeError
+from sgmd_core.worlds import WorldName
 from workers.models.content import fingerprint
 from workers.models.families import family_of
 
@@ -55,6 +56,9 @@ def stage_identities(config: PretrainConfig, clips: TrainingClips) -> dict[str, 
         vae = made = {"the content of vae.folder": autoencoder_of(config.vae.folder)}
     sampling = section("sampling", "guidance_scale", "flow_shift", "batch_size")
     denoiser = {**common, **made, **section("text"), **section("denoiser"), **sampling}
+    # Runs of the first world were recorded before there was another one.
+    if config.world.name is not WorldName.SHAPES:
+        denoiser |= section("world", "name")
     return {VAE_STAGE: vae, DENOISER_STAGE: denoiser}
 
 

@@ -21,7 +21,9 @@ from sgmd_core.errors import ConfigError
 from tests.helpers.logs import record_warnings
 
 NAMES = [recipe.name for recipe in shipped_recipes()]
-DISTILL_NAMES = [name for name in NAMES if name not in ("pretrain-tiny", "gaussians")]
+DISTILL_NAMES = [
+    name for name in NAMES if name not in ("pretrain-tiny", "pretrain-open", "gaussians")
+]
 
 
 def refusal(*overrides: str, recipe: str = "tiny") -> str:

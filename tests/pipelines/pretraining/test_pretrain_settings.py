@@ -9,10 +9,18 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.config.recipe_files import load
+from pipelines.embedded_worlds import embedded_world
 from pipelines.pretraining.config import ROPE_LENGTH, PretrainConfig, latent_problems
+from pipelines.pretraining.data import open_clips
 from pipelines.pretraining.networks import build_transformer, build_vae
+from pipelines.pretraining.quality import held_out_captions
 from pipelines.pretraining.run import checked
+from pipelines.pretraining.stages import stage_identities
+from pipelines.pretraining.vae_stage import to_unit_video
+from pipelines.shapes import ClipSplit
 from sgmd_core.errors import ConfigError, DataError
+from sgmd_core.worlds import WorldName
+from sgmd_core.worlds.open_shapes import OpenScores
 from tests.pipelines.pretraining.test_pretrain import micro_config, write_clips
 
 
@@ -125,3 +133,28 @@ def test_more_workers_than_clips_are_refused_and_a_dry_run_starts_nothing(tmp_pa
     with pytest.raises(DataError, match="no such folder"):
         checked(micro_config(tmp_path / "elsewhere"))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_recipe_of_the_open_world_samples_and_scores_in_it():
+    config = load(PretrainConfig, "pretrain-open")
+    world = embedded_world(config.world.name)
+    captions = held_out_captions(world, 64, 7)
+    pixels, drawn = world.draw(7, range(64), ClipSplit.HELD_OUT)
+    assert captions == drawn
+    scores = world.score(to_unit_video(torch.from_numpy(pixels)), captions)
+    assert isinstance(scores, OpenScores)
+    assert min(scores.colour, scores.shape, scores.count) == 1
+    longest = max(len(text.split()) for text in world.captions(0, range(2048), ClipSplit.TRAIN))
+    assert longest < config.text.max_length
+
+
+def test_a_teacher_of_another_world_is_another_stage(tmp_path: Path):
+    config = micro_config(tmp_path)
+    write_clips(tmp_path)
+    other = config.model_copy(
+        update={"world": config.world.model_copy(update={"name": WorldName.OPEN})}
+    )
+    clips = open_clips(config.world.train, config.world)
+    first, second = (stage_identities(each, clips) for each in (config, other))
+    assert first["vae"] == second["vae"]
+    assert second["denoiser"] == {**first["denoiser"], "world.name": "open"}
