@@ -64,6 +64,7 @@ _ON_DISK = "file"
 _CODE = re.compile(r"(?:os error|[Ee]rrno) (\d+)")
 _ELSEWHERE = "Choose another path"
 _DISK = ("storage that works", "Check the path and the rights to it")
+_OTHER_STORE = ("a store that works", "Check the address, the network and the rights to it")
 _OBJECT_STORE = (
     "an object store that works",
     "Check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, that the bucket exists and"
@@ -83,10 +84,10 @@ def storage_errors(attempted: str) -> Iterator[None]:
     """
     try:
         yield
-    except (ClusterError, DataError):
+    except (ClusterError, ConfigError, DataError):
         raise
     except Exception as error:
-        usual = _OBJECT_STORE if _is_remote(attempted, error) else _DISK
+        usual = _usual_remedy(attempted, error)
         expected, remedy = _REMEDIES.get(_code_of(error), usual)
         found = f"{type(error).__name__}: {error}"
         kind = StoreRefusedError if _is_refusal(error) else StorageError
@@ -107,7 +108,7 @@ def open_store(
         patience: How to speak to an S3 server; None takes the usual budget.
 
     Raises:
-        ValueError: fsspec knows no such protocol.
+        ConfigError: No such protocol is known, or its client is not installed.
     """
     protocol, separator, path = str(address).partition("://")
     if separator and protocol in ("s3", "s3a"):
@@ -115,7 +116,15 @@ def open_store(
         from cluster.s3.filesystem import open_s3
 
         return open_s3(patience), path.rstrip("/")
-    files, path = fsspec.core.url_to_fs(str(address))
+    try:
+        files, path = fsspec.core.url_to_fs(str(address))
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            f"opening {address}",
+            f"the protocol {protocol}: {error}",
+            "a path of a disk, or s3://bucket/prefix",
+            "Correct the address, or install the client of that protocol",
+        ) from error
     return files, path.rstrip("/") or path
 
 
@@ -188,13 +197,16 @@ def require_writable(folder: str | Path, setting: str, *, is_file: bool = False)
         raise ConfigError(attempted, found, "shorter names", _ELSEWHERE)
 
 
-def _is_remote(attempted: str, error: BaseException) -> bool:
-    """Returns True if an error comes from an object store; s3fs chains the SDK's errors."""
-    if "://" in attempted:
-        return True
+def _usual_remedy(attempted: str, error: BaseException) -> tuple[str, str]:
+    """Expectation and remedy for a disk, for S3 or for another store."""
     chain = [error, error.__cause__, error.__context__]
-    sdk = ("botocore", "aiobotocore", "aiohttp")
-    return any(type(each).__module__.split(".")[0] in sdk for each in chain)
+    sdk = ("botocore", "aiobotocore")
+    named = re.search(r"([A-Za-z0-9+.-]+)://", attempted)
+    if any(type(each).__module__.split(".")[0] in sdk for each in chain):
+        return _OBJECT_STORE
+    if named is None or named[1] == _ON_DISK:
+        return _DISK
+    return _OBJECT_STORE if named[1] in ("s3", "s3a") else _OTHER_STORE
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -88,8 +88,12 @@ def prepare(
     ] = 256,
     path_column: Annotated[str, typer.Option(help="Manifest: the video's path")] = "path",
     caption_column: Annotated[
-        str, typer.Option(help="Manifest and JSON files: the caption")
-    ] = "caption",
+        str | None,
+        typer.Option(
+            help="Manifest and JSON files: the caption; default: caption, or the only one of"
+            " prompt and text"
+        ),
+    ] = None,
     id_column: Annotated[
         str | None, typer.Option(help="Manifest: the sample id; default: the path")
     ] = None,

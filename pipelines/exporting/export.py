@@ -18,6 +18,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from cluster.files import store_address
 from cluster.folders import whole_folder_at
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
@@ -25,6 +26,7 @@ from pipelines.exporting.target import EXPORTS, require_safe_target
 from pipelines.run.places import shared_place
 from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ConfigError, ModelFolderError
+from workers.models.addresses import local_model, missing_folder
 from workers.models.configs import INDEX_FILE
 from workers.models.exchange import (
     LORA_FORMATS,
@@ -132,6 +134,7 @@ def _export(
     on_progress: OnProgress,
 ) -> ExportResult:
     """Exports what is here."""
+    _require_there(run_or_model)
     target = _target(run_or_model, output, options)
     attempted = f"exporting {shared_place(run_or_model)}"
     require_safe_target(target, "--output", (run_or_model,), attempted)
@@ -167,6 +170,13 @@ def _export(
         write_model_card(draft, source, figures)
     on_progress("describing it", steps, steps)
     return result
+
+
+def _require_there(run_or_model: Path) -> None:
+    """Refuses a path that leads nowhere, before others that are made of it are looked at."""
+    if not store_address(run_or_model) and not local_model(run_or_model).is_dir():
+        attempted = f"looking for the run or model {run_or_model}"
+        raise missing_folder(run_or_model, attempted, "Check the path")
 
 
 Factors = Mapping[str, LowRank]

@@ -114,9 +114,8 @@ def _require_address(address: str, attempted: str) -> None:
         )
     try:
         open_store(address)
-    except (ValueError, ImportError) as error:
-        expected = "an address such as s3://bucket/runs, or a path"
-        raise ConfigError(attempted, str(error), expected) from error
+    except ConfigError as error:
+        raise ConfigError(attempted, error.found, error.expected, error.remedy) from error
 
 
 def require_on_disk(folder: str | Path, setting: str) -> None:

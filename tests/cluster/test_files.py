@@ -13,7 +13,9 @@ import fsspec
 import pytest
 
 from cluster import files
-from cluster.files import whole_file, whole_folder, write_whole
+from cluster.errors import StorageError
+from cluster.files import open_store, storage_errors, whole_file, whole_folder, write_whole
+from sgmd_core.errors import ConfigError
 
 _DIE_HALF_WAY = """
 import os, signal, sys
@@ -45,6 +47,30 @@ def fill(folder: Path, text: str) -> None:
 
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("address", ["s4://b/x", "S3://b/x", "nowhere://x"])
+def test_an_unknown_protocol_is_a_wrong_request_and_no_matter_of_keys(address):
+    with (
+        pytest.raises(ConfigError, match=r"the protocol .*Correct the address") as caught,
+        storage_errors(f"reading {address}"),
+    ):
+        open_store(address)
+    assert "AWS" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("attempted", "words"),
+    [
+        ("reading /mnt/x", "Check the path and the rights"),
+        ("reading file:///mnt/x", "Check the path and the rights"),
+        ("reading s3://b/x", "AWS_ENDPOINT_URL"),
+        ("reading memory://x", "Check the address, the network"),
+    ],
+)
+def test_a_remedy_is_that_of_the_store_which_was_asked(attempted, words):
+    with pytest.raises(StorageError, match=words), storage_errors(attempted):
+        raise OSError("it failed")
 
 
 def test_a_file_is_written_with_its_folders_and_leaves_nothing_beside_it(tmp_path):

@@ -250,7 +250,7 @@ def _convert(url: str, s3: S3Settings, columns: Columns, name: str, folder: Path
         shard = f"{_PREFIX}{name}-{len(shards):05d}.parquet"
         shards.append(write_shard(LocalFileSystem(), str(folder), shard, builder))
     if not shards:
-        raise DataError(f"reading {url}", "no row", "captions", "Check the address")
+        raise DataError(f"reading {url}", "no row", "captions", "Check the content of the file")
     write_index(LocalFileSystem(), str(folder), shards)
 
 

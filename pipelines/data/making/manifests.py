@@ -91,7 +91,10 @@ def _with_named_keys(
     first = list(itertools.islice(waiting, _SETTLING_ROWS))
     found = list(dict.fromkeys(key for row in first if isinstance(row, dict) for key in row))
     named = (columns.path, columns.sample_id, columns.caption)
-    if found and (missing := [name for name in named if name is not None and name not in found]):
+    missing = [name for name in named if name is not None and name not in found]
+    if columns.caption is None and not competing_captions(found):
+        missing.append(" or ".join(columns.captions))
+    if found and missing:
         raise _missing_columns(found, missing, address, columns)
     yield from itertools.chain(first, waiting)
 

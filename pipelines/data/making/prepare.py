@@ -360,7 +360,8 @@ def _settings(src: str, options: PrepareOptions) -> dict[str, object]:
     return {
         "source": src,
         "path_column": options.columns.path,
-        "caption_column": options.columns.caption,
+        # Sets of earlier versions name the usual one.
+        "caption_column": options.columns.caption or CAPTION,
         "id_column": options.columns.sample_id,
         **asdict(rules.wanted),
         "crf": None if rules.wanted.keeps_everything else rules.crf,

@@ -23,6 +23,7 @@ from pipelines.data.making.several_captions import (
 from pipelines.data.making.source_clip import CaptionFile, FileRange, SourceClip
 from pipelines.data.making.unserved import unserved
 from pipelines.data.shards.caption_rule import caption_fault
+from pipelines.data.shards.columns import competing_captions
 from pipelines.data.shards.filesystem import data_errors, open_folder
 from pipelines.data.shards.rejection import Reason, Rejection
 from sgmd_core.errors import DataError
@@ -128,7 +129,7 @@ def clips_of_captions(
 ) -> Iterator[SourceClip | Rejection]:
     """Makes a clip of each caption of a clip, see `one_clip_a_caption`; reads its JSON file."""
     captions = clip.caption
-    if isinstance(captions, CaptionFile) and captions.json_field is not None:
+    if isinstance(captions, CaptionFile) and captions.json_fields:
         try:
             captions = _captions_in(captions, s3)
         except _BadClip as bad:
@@ -167,10 +168,10 @@ def _captions_in(place: CaptionFile, s3: S3Settings) -> str | tuple[object, ...]
     data = _read(place.file, _MAX_CAPTION_FILE_BYTES, Reason.MISSING_CAPTION, s3)
     try:
         text = data.decode("utf-8-sig")
-        if place.json_field is None:
+        if not place.json_fields:
             return text
         content = json.loads(text)
-        captions = content if isinstance(content, list) else _field(content, place.json_field)
+        captions = content if isinstance(content, list) else _caption_in(content, place)
         is_list = isinstance(captions, list)
         fault = list_fault(captions) if is_list else fault_of_text(captions)
         if fault is not None:
@@ -188,18 +189,21 @@ def _words(error: Exception) -> str:
     return str(error) if isinstance(error, TypeError) else f"no JSON: {error}"
 
 
-def _field(content: Any, name: str) -> Any:  # noqa: ANN401 - JSON can be anything
-    """One value of a JSON object.
+def _caption_in(content: Any, place: CaptionFile) -> Any:  # noqa: ANN401 - JSON can be anything
+    """The caption in a JSON object.
 
     Raises:
-        TypeError: There is no such value; names those that there are.
+        TypeError: There is none, or more than one may be it; names the fields that there are.
     """
     if not isinstance(content, dict):
         raise TypeError(f"a JSON {type(content).__name__}, not an object or a list")
-    if name not in content:
-        found = ", ".join(map(str, content))[:_SHOWN_CHARS] or "none"
-        raise TypeError(f"no field {name}, of the fields {found}; see --caption-column")
-    return content[name]
+    names, usual = [*content], place.json_fields
+    fields = competing_captions(names) if len(usual) > 1 else [n for n in usual if n in content]
+    if len(fields) != 1:
+        found = ", ".join(names)[:_SHOWN_CHARS] or "none"
+        wrong = f"no field {' or '.join(usual)}" if not fields else "several fields may be it"
+        raise TypeError(f"{wrong}, of the fields {found}; see --caption-column")
+    return content[fields[0]]
 
 
 def _read(place: FileRange, max_bytes: int, missing: Reason, s3: S3Settings) -> bytes:

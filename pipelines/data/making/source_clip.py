@@ -36,11 +36,12 @@ class CaptionFile:
 
     Attributes:
         file: Where it is.
-        json_field: The field that holds it, in a JSON file; None in a text file.
+        json_fields: Names that the field which holds it may have, in a JSON file; none in a text
+            file.
     """
 
     file: FileRange
-    json_field: str | None = None
+    json_fields: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class Columns:
     """
 
     path: str | None = "path"
-    caption: str | None = "caption"
+    caption: str | None = None
     sample_id: str | None = None
     caption_setting: str = "--caption-column"
     several: bool = False

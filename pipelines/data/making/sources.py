@@ -154,7 +154,7 @@ def _refuse_columns(url: str, columns: Columns, *, is_text: bool) -> None:
     named = {
         "--path-column": columns.path not in (None, usual.path),
         "--id-column": columns.sample_id is not None,
-        "--caption-column": is_text and columns.caption not in (None, usual.caption),
+        "--caption-column": is_text and columns.caption is not None,
     }
     if given := [option for option, is_given in named.items() if is_given]:
         raise DataError(
@@ -265,7 +265,7 @@ def _chosen(
         names = ", ".join(_name(part.name) for part in ordered)
         skipped.add(TWO_CAPTIONS, f"{video} with {names}")
     first = ordered[0]
-    return CaptionFile(first.place, columns.captions[0] if first.suffix == ".json" else None)
+    return CaptionFile(first.place, columns.captions if first.suffix == ".json" else ())
 
 
 def _kind(suffix: str) -> str:

@@ -177,7 +177,9 @@ def _is_checksum(error: BaseException, text: str) -> bool:
 
 
 def _is_missing_bucket(error: BaseException, text: str) -> bool:
-    return isinstance(error, FileNotFoundError) and "bucket" in text.lower()
+    # s3fs raises it without a number; a local path may have the word in its name.
+    is_remote = isinstance(error, FileNotFoundError) and error.errno is None
+    return is_remote and "bucket" in text.lower()
 
 
 def _is_keys(error: BaseException, text: str) -> bool:
@@ -186,12 +188,16 @@ def _is_keys(error: BaseException, text: str) -> bool:
 
 
 def _is_endpoint(error: BaseException, text: str) -> bool:
-    if isinstance(error, boto.ConnectionError | boto.HTTPClientError | ClientError):
+    if isinstance(error, boto.ConnectionError | boto.HTTPClientError):
         return True
     # A network mount that hangs raises TimeoutError too; the system's has a number.
     return isinstance(error, ConnectionError) or (
         isinstance(error, TimeoutError) and error.errno is None
     )
+
+
+def _is_http(error: BaseException, text: str) -> bool:
+    return isinstance(error, ClientError)
 
 
 def _is_busy(error: BaseException, text: str) -> bool:
@@ -230,6 +236,11 @@ _DIAGNOSES: tuple[tuple[Callable[[BaseException, str], bool], str, str], ...] = 
         _is_keys,
         "keys that the server knows and that may list and read here",
         "Check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN) and their rights",
+    ),
+    (
+        _is_http,
+        "a server that answers",
+        "Check the address and the network",
     ),
     (
         _is_endpoint,

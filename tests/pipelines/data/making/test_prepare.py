@@ -323,9 +323,10 @@ class TestWhatIsNotTaken:
 
     def test_a_source_of_bad_clips_alone_names_the_first_of_them(self, tmp_path):
         (tmp_path / "a.mp4").write_bytes(b"no video")
-        (tmp_path / "a.json").write_text('{"text": "words"}')
+        (tmp_path / "a.json").write_text('{"title": "words"}')
         options = replace(HERE, max_bad_fraction=1.0)
-        with pytest.raises(DataError, match=r"1 clips, none .*no field caption, of .* text"):
+        words = r"1 clips, none .*no field caption or prompt or text, of .* title"
+        with pytest.raises(DataError, match=words):
             prepare(str(tmp_path), str(tmp_path / "set"), options)
 
     def test_a_set_that_has_lost_a_shard_is_not_filled_further(self, tmp_path):
@@ -608,6 +609,28 @@ def test_captions_of_a_manifest_without_videos_are_taken_only_when_asked(tmp_pat
     assert result.exit_code == 0, result.output
     expected = ["one", "two"] if name.endswith("csv") else ["one", "one"]
     assert [row["caption"] for row in rows(out)] == expected
+
+
+@pytest.mark.parametrize("column", ["prompt", "TEXT"])
+@pytest.mark.parametrize("kind", ["manifest", "beside the video", "captions only"])
+def test_captions_are_found_by_their_usual_names(tmp_path, kind, column):
+    video = video_file(grey_frames([50, 100]))
+    write_clip(tmp_path / "source", "a.mp4", video, None)
+    source = tmp_path / "source"
+    row = {column: "words", "other": "x"}
+    if kind == "beside the video":
+        (source / "a.json").write_text(json.dumps(row))
+    else:
+        source = source / "list.jsonl"
+        source.write_text(json.dumps(row | {"path": "a.mp4"}))
+    path = None if kind == "captions only" else "path"
+    options = replace(HERE, columns=Columns(path), max_bad_fraction=1.0)
+    prepare(str(source), str(tmp_path / "set"), options)
+    assert [found["caption"] for found in rows(tmp_path / "set")] == ["words"]
+    both = row | {"path": "a.mp4", "prompt": "other words", "Text": "more"}
+    (source if source.is_file() else source / "a.json").write_text(json.dumps(both))
+    with pytest.raises(DataError, match=r"each of which may be|several fields may be it"):
+        prepare(str(source), str(tmp_path / "new"), options)
 
 
 def test_captions_only_of_a_folder_is_refused(source, tmp_path):

@@ -18,6 +18,7 @@ from pipelines.data.making.sources import (
     SourceClip,
     list_clips,
 )
+from pipelines.data.shards.columns import CAPTION_NAMES
 from pipelines.data.shards.rejection import Reason, Rejection
 from sgmd_core.errors import DataError
 from tests.helpers.shards import write_unknown_page
@@ -77,7 +78,7 @@ class TestFolder:
             "b/deep/er/3.mkv",
         ]
         assert [content(clip.video).decode() for clip in found] == [c.sample_id for c in found]
-        assert found[0].caption == CaptionFile(FileRange(f"{tmp_path}/a.json"), "caption")
+        assert found[0].caption == CaptionFile(FileRange(f"{tmp_path}/a.json"), CAPTION_NAMES)
         assert found[1].caption is None
         assert found[2].caption == CaptionFile(FileRange(f"{tmp_path}/b/2.txt"))
 
@@ -95,7 +96,7 @@ class TestFolder:
         write_tar(tmp_path / "T.TAR", {"K.MP4": b"video", "K.TXT": b"words"})
         first, packed, second = clips(tmp_path)
         assert first.caption == CaptionFile(FileRange(f"{tmp_path}/A.TXT"))
-        assert second.caption == CaptionFile(FileRange(f"{tmp_path}/b.JSON"), "caption")
+        assert second.caption == CaptionFile(FileRange(f"{tmp_path}/b.JSON"), CAPTION_NAMES)
         assert (content(packed.video), content(packed.caption.file)) == (b"video", b"words")
 
     def test_what_is_no_clip_is_counted_by_kind_with_an_example(self, tmp_path):
@@ -162,7 +163,7 @@ class TestTar:
         assert isinstance(found[0].caption, CaptionFile)
         assert content(found[0].caption.file) == b"first"
         assert isinstance(found[1].caption, CaptionFile)
-        assert found[1].caption.json_field == "text"
+        assert found[1].caption.json_fields == ("text",)
         assert found[-1].caption is None
 
     def test_tars_in_a_folder_are_opened(self, tmp_path):

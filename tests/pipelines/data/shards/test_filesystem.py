@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientConnectionError
 
 from cluster.redaction import without_secrets
 from cluster.s3.patience import is_transient
@@ -143,5 +144,14 @@ def test_a_missing_local_path_says_nothing_of_s3(tmp_path: Path) -> None:
         pytest.raises(DataError, match=r"Check the address") as caught,
         data_errors("reading x"),
     ):
-        (tmp_path / "x").read_bytes()
+        (tmp_path / "my-bucket").read_bytes()
+    assert "AWS" not in str(caught.value)
+
+
+def test_a_server_of_another_kind_has_a_remedy_of_its_own() -> None:
+    with (
+        pytest.raises(DataError, match=r"Check the address and the network") as caught,
+        data_errors("reading x"),
+    ):
+        raise ClientConnectionError("no answer")
     assert "AWS" not in str(caught.value)
