@@ -27,9 +27,6 @@ from sgmd_core.worlds.open_shapes import (
     QUICK_PX_PER_FRAME,
     SLOW_PX_PER_FRAME,
     VERBS,
-    open_labels,
-    read_open_clips,
-    score_open_clips,
 )
 from sgmd_core.worlds.shapes import BAR_HEIGHT_PER_WIDTH, DIRECTIONS, SHAPES
 
@@ -248,7 +245,6 @@ OPEN_SHAPES = EmbeddedWorld(
     name=WorldName.OPEN,
     draw=render_open_batch,
     captions=lambda seed, indices, split: open_captions(draw_open_clips(seed, indices, split)),
-    score=lambda video, texts: score_open_clips(read_open_clips(video), open_labels(texts)),
 )
 
 

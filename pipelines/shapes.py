@@ -31,16 +31,12 @@ from pipelines.data.shards.shard_writing import write_file
 from pipelines.media.video import Pixels, encode_mp4
 from sgmd_core.errors import ConfigError
 from sgmd_core.worlds import WorldName
-from sgmd_core.worlds.open_shapes import OpenScores
+from sgmd_core.worlds.readings import WorldScores, read_clips, score_reading
 from sgmd_core.worlds.shapes import (
     COLOURS,
     DIRECTIONS,
     SHAPES,
     SPEEDS_PX_PER_FRAME,
-    ClipScores,
-    labels_from_captions,
-    measure_clips,
-    score_clips,
     shape_coverage,
 )
 
@@ -67,9 +63,6 @@ SHARD_SCHEMA = pa.schema(
 )
 
 
-WorldScores = ClipScores | OpenScores
-
-
 class ClipSplit(StrEnum):
     """Set of captions that a clip is drawn from; the two sets share no caption."""
 
@@ -85,13 +78,15 @@ class EmbeddedWorld:
         name: Name on the command line; shards and clips are named after it.
         draw: Renders the clips of a seed, of indices and of a split, as `render_batch` does.
         captions: Draws their captions alone.
-        score: Compares videos (b, 3, t, h, w) in [0, 1] with captions.
     """
 
     name: WorldName
     draw: Callable[[int, Sequence[int], ClipSplit], tuple[NDArray[np.uint8], list[str]]]
     captions: Callable[[int, Sequence[int], ClipSplit], list[str]]
-    score: Callable[[Tensor, Sequence[str]], WorldScores]
+
+    def score(self, video: Tensor, texts: Sequence[str]) -> WorldScores:
+        """Compares videos (b, 3, t, h, w) in [0, 1] with captions of this world."""
+        return score_reading(read_clips(self.name, video), texts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +257,6 @@ SHAPES_WORLD = EmbeddedWorld(
     captions=lambda seed, indices, split: [
         caption(sample_spec(seed, index, split)) for index in indices
     ],
-    score=lambda video, texts: score_clips(measure_clips(video), labels_from_captions(texts)),
 )
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sgmd_core.metrics.frechet import clip_features
+from sgmd_core.worlds import WorldName
 from workers.evaluator import Evaluator, Sampling, to_pixels
 from workers.feature_network import FeatureExtractor
 from workers.measured_clips import MeasuredClips, Measurer, concatenate_clips
@@ -29,7 +30,7 @@ class ClipRequest:
         sampling: Steps, guidance and seed.
         batch_size: Clips that are sampled side by side.
         fps: Frames a second.
-        reads_shapes: True to read colour, shape, direction and speed from the pixels.
+        world: The embedded world that the captions are of, whose pixels are read, if any.
         shown: Indices of the clips whose pixels are kept.
         features_only: True to leave out all other measures.
     """
@@ -38,7 +39,7 @@ class ClipRequest:
     sampling: Sampling
     batch_size: int
     fps: int
-    reads_shapes: bool
+    world: WorldName | None
     shown: tuple[int, ...] = ()
     features_only: bool = False
 
@@ -92,7 +93,7 @@ def sample_clip_set(
         CheckpointError: The weights are those of another network.
         ShapeError: The clips are too short or too small to be measured.
     """
-    measurer = Measurer(request.fps, request.reads_shapes, request.features_only, extract)
+    measurer = Measurer(request.fps, request.world, request.features_only, extract)
     parts: list[MeasuredClips] = []
     seconds: list[float] = []
     shown: dict[int, NDArray[np.uint8]] = {}

@@ -11,7 +11,7 @@ import json
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -24,16 +24,25 @@ from torch import Tensor
 from cluster.files import open_store, storage_errors, store_address, whole_file
 from cluster.folders import files_at
 from sgmd_core.errors import SgmdError
-from sgmd_core.metrics import appearance, frechet, motion
+from sgmd_core.metrics import appearance, distributions, frechet, motion
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.worlds import shapes
-from sgmd_core.worlds.shapes import ClipReading
+from sgmd_core.worlds import open_shapes, shapes
+from sgmd_core.worlds.readings import READINGS, WorldReading
 from workers import measures, optical_flow
 from workers.clip_sets import ClipRequest, ClipSet
-from workers.measured_clips import READING_FIELDS, MeasuredClips
+from workers.measured_clips import MeasuredClips
 from workers.settings import ModelSettings, VideoSettings
 
-_MEASURING = (frechet, shapes, motion, appearance, measures, optical_flow)
+_MEASURING = (
+    frechet,
+    shapes,
+    open_shapes,
+    motion,
+    distributions,
+    appearance,
+    measures,
+    optical_flow,
+)
 _log = logging.getLogger(__name__)
 
 
@@ -80,8 +89,9 @@ def save_clip_set(path: Path, clips: ClipSet) -> None:
         **{f"shown.{index:03d}": pixels for index, pixels in enumerate(clips.shown)},
     }
     if measured.reading is not None:
-        for name in READING_FIELDS:
-            arrays[f"reading.{name}"] = getattr(measured.reading, name).numpy()
+        prefix = _prefix(type(measured.reading))
+        for each in fields(measured.reading):
+            arrays[f"{prefix}{each.name}"] = getattr(measured.reading, each.name).numpy()
     # Evaluations that share a cache may write the same set at the same time.
     with whole_file(path) as draft, draft.open("wb") as file:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
@@ -112,17 +122,21 @@ def _content(path: Path | str) -> io.BytesIO:
 
 def _read(content: io.BytesIO) -> ClipSet:
     with np.load(content, allow_pickle=False) as arrays:
-        reading = _group(arrays, "reading.")
+        readings = {kind: _group(arrays, _prefix(kind)) for kind in READINGS.values()}
         return ClipSet(
             clips=MeasuredClips(
                 features=torch.from_numpy(arrays["features"]),
                 measures=_group(arrays, "measure."),
-                reading=ClipReading(**reading) if reading else None,
+                reading=next((kind(**kept) for kind, kept in readings.items() if kept), None),
             ),
             shown=tuple(arrays[name] for name in sorted(arrays) if name.startswith("shown.")),
             seconds=torch.from_numpy(arrays["seconds"]),
             remembered=True,
         )
+
+
+def _prefix(kind: type[WorldReading]) -> str:
+    return f"{kind.__name__}."
 
 
 def _group(arrays: Mapping[str, NDArray[Any]], prefix: str) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """Measured clips: a few numbers each, and no pixels.
 
-    video -> features (for distances between sets), measures, and readings of the world `shapes`
+    video -> features (for distances between sets), measures, and readings of an embedded world
 
 A set is measured part by part, as it is sampled, so that a whole set of large videos never has to
 be in memory.
@@ -14,16 +14,10 @@ from torch import Tensor
 
 from sgmd_core.metrics.diversity import seed_diversity
 from sgmd_core.metrics.frechet import Features, clip_features
-from sgmd_core.worlds.shapes import (
-    ClipReading,
-    clip_answers,
-    labels_from_captions,
-    measure_clips,
-)
+from sgmd_core.worlds import WorldName
+from sgmd_core.worlds.readings import WorldReading, join_readings, read_clips, reading_answers
 from workers.feature_network import FeatureExtractor
 from workers.measures import measure_clip_figures
-
-READING_FIELDS = tuple(ClipReading.__dataclass_fields__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +27,12 @@ class MeasuredClips:
     Attributes:
         features: One row a clip, for distances between sets and between clips.
         measures: `measures.CLIP_MEASURES` by name, one value a clip; empty where not asked for.
-        reading: What the clips show, where they are of the world `shapes`.
+        reading: What the clips show, where they are of an embedded world.
     """
 
     features: Features
     measures: Mapping[str, Tensor]
-    reading: ClipReading | None
+    reading: WorldReading | None
 
     def figures(
         self, captions: Sequence[str], other_seed: Features | None = None
@@ -52,7 +46,7 @@ class MeasuredClips:
         """
         found = dict(self.measures)
         if self.reading is not None:
-            found |= clip_answers(self.reading, labels_from_captions(captions))
+            found |= reading_answers(self.reading, captions)
         if other_seed is not None:
             found["diversity"] = seed_diversity(self.features, other_seed)
         return found
@@ -64,13 +58,13 @@ class Measurer:
 
     Attributes:
         fps: Frames a second.
-        reads_shapes: Whether to read colour, shape, direction and speed from the pixels.
+        world: The world by whose rules the pixels are read, if any.
         features_only: Leaves all out but the features.
         extract: Gives the features.
     """
 
     fps: int
-    reads_shapes: bool
+    world: WorldName | None
     features_only: bool = False
     extract: FeatureExtractor = clip_features
 
@@ -83,7 +77,7 @@ class Measurer:
         features = self.extract(video)
         if self.features_only:
             return MeasuredClips(features, {}, None)
-        reading = measure_clips(video) if self.reads_shapes else None
+        reading = read_clips(self.world, video) if self.world is not None else None
         return MeasuredClips(features, measure_clip_figures(video, self.fps), reading)
 
 
@@ -95,11 +89,5 @@ def concatenate_clips(parts: Sequence[MeasuredClips]) -> MeasuredClips:
         measures={
             name: torch.cat([part.measures[name] for part in parts]) for name in parts[0].measures
         },
-        reading=_joined_readings(readings) if readings else None,
-    )
-
-
-def _joined_readings(readings: Sequence[ClipReading]) -> ClipReading:
-    return ClipReading(
-        **{name: torch.cat([getattr(part, name) for part in readings]) for name in READING_FIELDS}
+        reading=join_readings(readings) if readings else None,
     )

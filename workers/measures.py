@@ -14,6 +14,15 @@ import torch
 from torch import Tensor
 
 from sgmd_core.metrics.appearance import contrast, saturation, sharpness
+from sgmd_core.metrics.distributions import (
+    ClipMotion,
+    count_distance,
+    direction_distance,
+    direction_entropy,
+    speed_distance,
+    still_share,
+    texture_distance,
+)
 from sgmd_core.metrics.motion import (
     dynamic_clips,
     dynamic_interval,
@@ -71,6 +80,7 @@ class Measure:
         unit: Unit, empty for shares, ratios and dimensionless figures.
         known: Known answer that the tests hold it to.
         function: Value of each clip, (1,); None for figures of sets, pairs or captions.
+        of_motion: Value of a set of clips of an embedded world beside the reference set.
         has_ratio: `NAME_ratio` is the ratio to the teacher's, on the same captions and noise.
         needs_shapes: Read from captions of the world `shapes` only.
         leads: Shown on progress lines; `ratio` shows the ratio in its place.
@@ -83,6 +93,7 @@ class Measure:
     unit: str = ""
     known: str = ""
     function: Callable[[ClipView], Tensor] | None = field(default=None, repr=False)
+    of_motion: Callable[[ClipMotion, ClipMotion], float] | None = field(default=None, repr=False)
     has_ratio: bool = True
     needs_shapes: bool = False
     leads: bool | str = False
@@ -213,6 +224,56 @@ MEASURES: tuple[Measure, ...] = (
         leads="ratio",
     ),
     Measure(
+        "speed_distance",
+        "speed distance",
+        "Wasserstein distance of the objects' speeds to those of the teacher's clips",
+        unit="px/frame",
+        known="that of shifted speeds is the shift",
+        of_motion=speed_distance,
+        ranks=False,
+    ),
+    Measure(
+        "direction_distance",
+        "direction distance",
+        "Total variation of the sectors, of eight, in which objects start, to the teacher's",
+        known="equal sets 0; other sectors 1",
+        of_motion=direction_distance,
+        ranks=False,
+    ),
+    Measure(
+        "direction_entropy",
+        "direction entropy",
+        "Entropy of the sectors in which objects start",
+        unit="bits",
+        known="one sector 0, all eight alike 3",
+        of_motion=direction_entropy,
+        ranks=False,
+    ),
+    Measure(
+        "still_share",
+        "still clips",
+        "Share of the clips in which nothing moves",
+        known="that of drawn speeds",
+        of_motion=still_share,
+        ranks=False,
+    ),
+    Measure(
+        "count_distance",
+        "count distance",
+        "Total variation of the numbers of objects to the teacher's",
+        known="equal sets 0; other numbers 1",
+        of_motion=count_distance,
+        ranks=False,
+    ),
+    Measure(
+        "texture_distance",
+        "texture distance",
+        "Wasserstein distance of the contrasts of backgrounds to the teacher's; world `open`",
+        known="that of shifted contrasts is the shift",
+        of_motion=texture_distance,
+        ranks=False,
+    ),
+    Measure(
         "seconds_per_clip",
         "seconds a video",
         "From caption to pixels, decoding included",
@@ -225,6 +286,9 @@ MEASURES: tuple[Measure, ...] = (
 
 CLIP_MEASURES = {measure.name: measure.function for measure in MEASURES if measure.function}
 """Functions of the measures of single clips, by name."""
+
+MOTION_MEASURES = {measure.name: measure.of_motion for measure in MEASURES if measure.of_motion}
+"""Functions of the measures of sets of clips of an embedded world, by name."""
 
 
 def measure_clip_figures(video: Tensor, fps: int) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from torch import Tensor
 from sgmd_core.metrics.comparison import compare_sets
 from sgmd_core.metrics.frechet import Features, fit_gaussian, frechet_distance
 from sgmd_core.metrics.jackknife import Influence, Kept, influences, jackknife_interval
-from sgmd_core.worlds.shapes import labels_from_captions, spearman
+from sgmd_core.worlds.shapes import ClipReading, labels_from_captions, spearman
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import Evaluator, Sampling
 from workers.kept_clips import KeptClips
@@ -157,7 +157,7 @@ class ValidationEvaluator:
             "frechet_floor": self._floor,
         }
         reading = clips.clips.reading
-        if reading is not None:
+        if isinstance(reading, ClipReading):
             labels = labels_from_captions(self._request.captions)
             measured, asked = reading.speed_px_per_frame, labels.speed_px_per_frame
             found["speed_spearman"] = (

@@ -62,6 +62,7 @@ def legend(evaluation: Evaluation) -> str:
         f"{evaluation.row(TEACHER_FEW).label}; ±: standard error over captions",
         f"s/video: a clip at batch {evaluation.batch_size}, {evaluation.device}{earlier}",
         "ratio to teacher: to the second row's clips, of the same captions and noise; [95 %]",
+        "speed, direction, count, texture distance: between sets, to the first row's clips",
     ]
     if evaluation.features != BUILT_IN_FEATURES:
         lines.append(f"distances and diversity by the features of {evaluation.features}")

@@ -6,7 +6,6 @@ clips, and the alarms, the ranking of checkpoints and the report read them. What
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,9 +13,8 @@ from torch import Tensor
 from cluster.folders import files_at
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
 from pipelines.run.records import ValidationRecord
-from sgmd_core.errors import ShapeError
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.worlds.shapes import labels_from_captions
+from sgmd_core.worlds.readings import world_of
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest
 from workers.evaluator import CHUNK_CLIPS, Evaluator, Sampling
@@ -69,7 +67,7 @@ class Validator:
                 sampling=plan.generator,
                 batch_size=CHUNK_CLIPS,
                 fps=plan.fps,
-                reads_shapes=reads_shapes(plan.captions),
+                world=world_of(plan.captions),
                 shown=tuple(range(min(NUM_SHEET_ROWS, len(plan.captions)))),
             ),
             plan.teacher,
@@ -131,12 +129,3 @@ def build_validator(
         model, video, schedule, num_threads, generator=generator, teacher=teacher
     )
     return Validator(evaluator, plan)
-
-
-def reads_shapes(captions: Sequence[str]) -> bool:
-    """Returns True if all captions are of the world `shapes`, whose pixels can be read exactly."""
-    try:
-        labels_from_captions(captions)
-    except ShapeError:
-        return False
-    return True

@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipelines.distillation.validation import reads_shapes
 from pipelines.evaluation.plan import EvaluationOptions, EvaluationPlan, plan_evaluation
 from pipelines.evaluation.result import (
     BUILT_IN_FEATURES,
@@ -52,11 +51,13 @@ from sgmd_core.metrics.bootstrap import (
 )
 from sgmd_core.metrics.comparison import Compared, compare_sets
 from sgmd_core.metrics.frechet import Features
-from sgmd_core.worlds.shapes import ClipScores, labels_from_captions, score_clips
+from sgmd_core.worlds.readings import WorldScores, motion_of, score_reading, world_of
+from sgmd_core.worlds.shapes import ClipScores
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import Evaluator
 from workers.feature_network import FeatureNetwork
 from workers.models.content import fingerprint
+from workers.set_measures import compare_motions
 
 OnProgress = Callable[[str, int, int], None]
 EVALUATION_FILE = "evaluation.json"
@@ -123,7 +124,7 @@ def _evaluate(
         sampling=plan.samplings[REFERENCE],
         batch_size=options.batch_size,
         fps=plan.generator.video.fps,
-        reads_shapes=reads_shapes(plan.captions),
+        world=world_of(plan.captions),
         shown=shown,
     )
     sets, twins = _sample_sets(plan, request, features, on_progress)
@@ -256,16 +257,30 @@ def _measures(
         figure: MeasuredFigure(
             **asdict(found.value), ratio=ErrorBar(**asdict(found.ratio)) if found.ratio else None
         )
-        for figure, found in {**compared, "seconds_per_clip": seconds}.items()
+        for figure, found in {
+            **compared,
+            **_distributions(sets, name),
+            "seconds_per_clip": seconds,
+        }.items()
     }
+
+
+def _distributions(sets: dict[str, ClipSet], name: str) -> dict[str, Compared]:
+    """Distances of what the clips do as a whole, beside those of the floor."""
+    readings = {each: sets[each].clips.reading for each in (name, REFERENCE, FLOOR)}
+    if name == REFERENCE or None in readings.values():
+        return {}
+    motions = {each: motion_of(reading) for each, reading in readings.items() if reading}
+    floor = None if name == FLOOR else motions[FLOOR]
+    return compare_motions(motions[name], motions[REFERENCE], floor)
 
 
 def _row(
     name: str,
     plan: EvaluationPlan,
     clips: ClipSet,
-    scores: ClipScores | None,
-    reference: ClipScores | None,
+    scores: WorldScores | None,
+    reference: WorldScores | None,
     distance: SetDistance | None,
 ) -> EvaluationRow:
     how = plan.samplings[name]
@@ -284,7 +299,7 @@ def _row(
             "colour": scores.colour,
             "shape": scores.shape,
             "direction": scores.direction,
-            "speed_spearman": scores.speed_spearman,
+            "speed_spearman": scores.speed_spearman if isinstance(scores, ClipScores) else None,
             "mean_speed_px_per_frame": scores.mean_speed_px_per_frame,
             "speed_ratio": _over(scores.mean_speed_px_per_frame, reference.mean_speed_px_per_frame),
         }
@@ -297,10 +312,9 @@ def _row(
     return row.model_copy(update=figures)
 
 
-def _scores(clips: ClipSet, captions: Sequence[str]) -> ClipScores | None:
-    if clips.clips.reading is None:
-        return None
-    return score_clips(clips.clips.reading, labels_from_captions(captions))
+def _scores(clips: ClipSet, captions: Sequence[str]) -> WorldScores | None:
+    reading = clips.clips.reading
+    return None if reading is None else score_reading(reading, captions)
 
 
 def _over(value: float, reference: float) -> float | None:

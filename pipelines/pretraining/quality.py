@@ -10,10 +10,11 @@ from torch import Tensor
 from pipelines.embedded_worlds import embedded_world
 from pipelines.pretraining.config import PretrainConfig, SamplingSettings
 from pipelines.pretraining.vae_stage import psnr_db, to_unit_video
-from pipelines.shapes import ClipSplit, EmbeddedWorld, WorldScores
+from pipelines.shapes import ClipSplit, EmbeddedWorld
 from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.velocity import VelocityModel
+from sgmd_core.worlds.readings import WorldScores
 from sgmd_core.worlds.shapes import ClipScores
 from workers.models.families import family_of
 from workers.models.family import Autoencoder

@@ -16,11 +16,11 @@ from torch import Tensor
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.stream.inspect import first_captions
 from pipelines.distillation.preflight import run_preflight
-from pipelines.distillation.validation import reads_shapes
 from pipelines.evaluation.result import REFERENCE, TEACHER_FEW
 from pipelines.evaluation.teacher_sets import TEACHER_SETS, TeacherSets, teacher_samplings
 from sgmd_core.metrics.frechet import Features, Gaussian, fit_gaussian, frechet_distance
 from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.worlds.readings import world_of
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import CHUNK_CLIPS, Evaluator
@@ -132,7 +132,7 @@ class StudyEvaluator:
                 sampling=samplings[REFERENCE],
                 batch_size=CHUNK_CLIPS,
                 fps=config.video.fps,
-                reads_shapes=reads_shapes(self.captions),
+                world=world_of(self.captions),
             ),
             open_evaluator=lambda: self._evaluator,
             on_progress=self._report,

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sgmd_core.errors import ShapeError
+from sgmd_core.metrics.distributions import STILL_PX_PER_FRAME
 from sgmd_core.worlds.shapes import DIRECTIONS, SHAPES, shape_coverage
 
 HUES: dict[str, tuple[float, float, float]] = {
@@ -39,11 +40,8 @@ VERBS: tuple[str, ...] = ("", "rests", "moves", "curves")
 PACES: tuple[str, ...] = ("", "slowly", "quickly")
 SLOW_PX_PER_FRAME = 0.6
 QUICK_PX_PER_FRAME = 1.2
-STILL_PX_PER_FRAME = 0.2
-"""Slower objects count as still; the slowest that move are faster."""
 HEADING_FRAMES = 5
 """Frames at the start in which no object bounces; `direction` is read over them."""
-DIRECTION_BINS = 8
 
 # Stripes dim an object to two thirds, so the reference lies between.
 _REFERENCE_SHADE = 0.8
@@ -159,13 +157,7 @@ def read_open_clips(video: Tensor) -> OpenReading:
             f"a video tensor of shape {tuple(video.shape)}",
             f"(batch, 3, frames >= {HEADING_FRAMES}, height, width)",
         )
-    return join_open_readings([_read(part.float()) for part in torch.split(video, _CHUNK_CLIPS)])
-
-
-def join_open_readings(parts: Sequence[OpenReading]) -> OpenReading:
-    """One reading of the clips of several."""
-    names = [field.name for field in fields(OpenReading)]
-    return OpenReading(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
+    return _joined([_read(part.float()) for part in torch.split(video, _CHUNK_CLIPS)])
 
 
 def open_answers(reading: OpenReading, labels: OpenLabels) -> dict[str, Float[Tensor, " b"]]:
@@ -256,6 +248,11 @@ def _label_row(caption: str) -> tuple[int, ...]:
 
 def _names_object(words: Sequence[str]) -> bool:
     return len(words) == 3 and words[0] == "a" and words[1] in HUES and words[2] in SHAPES
+
+
+def _joined(parts: Sequence[OpenReading]) -> OpenReading:
+    names = [field.name for field in fields(OpenReading)]
+    return OpenReading(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
 def _read(video: Tensor) -> OpenReading:

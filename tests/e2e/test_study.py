@@ -26,6 +26,7 @@ from pipelines.run.stop_rule import StopRule
 from pipelines.study.judging import StudyEvaluator
 from pipelines.study.run import dry_run_study, study
 from sgmd_core.errors import ConfigError
+from sgmd_core.worlds import WorldName
 from tests.e2e.conftest import MakeRecipe
 from tests.e2e.processes import ROOT, TIMEOUT_S
 from tests.helpers.s3_server import S3Server, use_server
@@ -265,7 +266,7 @@ def test_diversity_means_two_seeds_of_a_caption_in_study_and_validation_alike(
         sampling=Sampling(config.generator.num_steps, 1.0, config.seed + 1),
         batch_size=CHUNK_CLIPS,
         fps=config.video.fps,
-        reads_shapes=True,
+        world=WorldName.SHAPES,
     )
     reference = Sampling(
         config.validation.teacher_steps, config.teacher.guidance_scale, config.seed

@@ -6,9 +6,7 @@ from workers.clip_sets import ClipRequest, ClipSet
 from workers.evaluator import Sampling
 from workers.measured_clips import MeasuredClips
 
-REQUEST = ClipRequest(
-    ("a red circle",), Sampling(30, 5.0, 0), 16, 8, reads_shapes=False, shown=(0,)
-)
+REQUEST = ClipRequest(("a red circle",), Sampling(30, 5.0, 0), 16, 8, world=None, shown=(0,))
 
 
 class CountingSampler:

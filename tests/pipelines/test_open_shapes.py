@@ -21,10 +21,10 @@ from pipelines.open_shapes import (
 )
 from pipelines.shapes import ClipSplit, write_shards
 from sgmd_core.errors import ShapeError
+from sgmd_core.metrics.distributions import STILL_PX_PER_FRAME
 from sgmd_core.worlds.open_shapes import (
     HUES,
     PACES,
-    STILL_PX_PER_FRAME,
     VERBS,
     OpenReading,
     open_labels,

@@ -12,6 +12,7 @@ from sgmd_core.errors import CheckpointError
 from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_distance
 from sgmd_core.metrics.jackknife import influences, standard_error
 from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.worlds import WorldName
 from tests.helpers.roles import same_bits, weights
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
 from workers.clip_sets import ClipRequest, sample_clip_set
@@ -127,7 +128,7 @@ def _request(**changes) -> ClipRequest:
         "sampling": Sampling(2, 1.0, seed=1),
         "batch_size": 2,
         "fps": 8,
-        "reads_shapes": True,
+        "world": WorldName.SHAPES,
         "shown": (0, 1),
     }
     return ClipRequest(**(settings | changes))
@@ -229,7 +230,7 @@ def test_the_teacher_is_sampled_once():
 
 
 def test_captions_of_another_world_are_measured_without_exact_readings():
-    request = _request(captions=("anything", "at all"), reads_shapes=False)
+    request = _request(captions=("anything", "at all"), world=None)
     report = ValidationEvaluator(_evaluator(), request, REFERENCE).validate(
         weights(tiny_velocity(4))
     )

@@ -1,11 +1,13 @@
 """A remembered set of clips that a disk has broken is sampled again instead of believed."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
 from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.worlds import WorldName
+from sgmd_core.worlds.readings import read_clips
 from tests.helpers.clip_samplers import REQUEST, CountingSampler
 from tests.helpers.logs import record_warnings
 from workers.clip_sets import ClipSet
@@ -34,6 +36,19 @@ def test_a_broken_set_counts_as_none(tmp_path, damage, monkeypatch):
     path.write_bytes({"flip": data, "cut": data[:-50], "empty": b"", "text": b"{}"}[damage])
     assert load_clip_set(path) is None
     assert "its clips are sampled again" in warnings[0]
+
+
+@pytest.mark.parametrize("world", WorldName)
+def test_what_was_read_of_an_embedded_world_comes_back(tmp_path, world):
+    video = torch.rand(3, 3, 13, 32, 32, generator=torch.Generator().manual_seed(0))
+    reading = read_clips(world, video)
+    clips = MeasuredClips(features=torch.ones(3, 2), measures={}, reading=reading)
+    save_clip_set(tmp_path / "set.npz", ClipSet(clips, (), torch.ones(2)))
+    read = load_clip_set(tmp_path / "set.npz")
+    assert read is not None
+    assert type(read.clips.reading) is type(reading)
+    for field in fields(reading):
+        assert torch.equal(getattr(read.clips.reading, field.name), getattr(reading, field.name))
 
 
 def test_a_kept_set_is_not_sampled_again_unless_something_that_decides_it_has_changed(tmp_path):
