@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.errors import LeaseError, LeaseLostError
-from cluster.files import open_store, storage_errors
+from cluster.files import open_store, storage_errors, store_address
 from cluster.redaction import without_secrets
 
 LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
@@ -79,29 +79,52 @@ def hold(
         with _hold_local(Path(path), folder, holder):
             yield Lease()
         return
-    lease = _ObjectLease(store, f"{path}/{LEASE_OBJECT}", folder, holder)
-    with storage_errors(f"writing to {folder}"):
-        lease.take()
-    try:
+    with _hold_object(store, f"{path}/{LEASE_OBJECT}", folder, holder) as lease:
         yield lease
-    finally:
-        lease.release()
+
+
+@contextmanager
+def hold_if_free(folder: str, purpose: str) -> Iterator[bool]:
+    """Yields True while this process holds a folder, False where another process does.
+
+    Args:
+        folder: As in `hold`.
+        purpose: As in `hold`.
+
+    Raises:
+        StorageError: Nothing can be written there.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(folder, purpose))
+            is_held = True
+        except LeaseError:
+            is_held = False
+        yield is_held
 
 
 @contextmanager
 def hold_replaced(folder: str, purpose: str) -> Iterator[None]:
-    """Holds a local folder that its writer exchanges whole; the lease lies beside it.
+    """Holds a folder that its writer exchanges whole; the lease lies beside it.
 
     A lease inside would be exchanged with the folder. The folder itself is not made.
 
     Args:
-        folder: Local path; links are followed, so that two spellings are one folder.
+        folder: Local path, whose links are followed, so that two spellings are one folder; or an
+            address.
         purpose: As in `hold`.
 
     Raises:
         LeaseError: Another process holds it; says which one and since when.
         StorageError: Nothing can be written there.
     """
+    if address := store_address(folder):
+        store, path = open_store(address)
+        above, _, name = path.rpartition("/")
+        beside = f"{above}/.{name}{LEASE_OBJECT}"
+        with _hold_object(store, beside, address, _holder(purpose)):
+            yield
+        return
     target = Path(os.path.realpath(folder))
     beside = target.with_name(f".{target.name}{LEASE_FILE}")
     with _hold_local(beside, folder, _holder(purpose)):
@@ -156,6 +179,19 @@ def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[
                     # Whoever was refused before writing anything leaves no empty folder.
                     path.rmdir()
         os.close(descriptor)
+
+
+@contextmanager
+def _hold_object(
+    store: AbstractFileSystem, path: str, folder: str, holder: Mapping[str, Any]
+) -> Iterator[Lease]:
+    lease = _ObjectLease(store, path, folder, holder)
+    with storage_errors(f"writing to {folder}"):
+        lease.take()
+    try:
+        yield lease
+    finally:
+        lease.release()
 
 
 class _ObjectLease(Lease):

@@ -175,9 +175,9 @@ class Discriminator(LearningRole):
         found = self._checks.diagnose(iteration, self._heads)
         return replace(found, broken_weight=found.broken_weight or broken_weight(self._network))
 
-    def states(self) -> dict[str, RoleState]:
+    def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
         """Copies of this rank's part of `discriminator`: the heads."""
-        return {ROLE: self._optimizer.state()}
+        return {ROLE: self._optimizer.state(over.get(ROLE))}
 
     def load(self, folder: str) -> int:
         """Goes on where `save` left off, bit for bit; see `LearningRole.load`."""

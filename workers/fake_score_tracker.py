@@ -324,9 +324,9 @@ class FakeScoreTracker(ExtraUpdates):
         """First fault of an iteration, and a weight that is not finite; of this rank."""
         return self._checks.diagnose(iteration, self._network)
 
-    def states(self) -> dict[str, RoleState]:
+    def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
         """Copies of this rank's part of `fake_score`."""
-        return {ROLE: self._optimizer.state()}
+        return {ROLE: self._optimizer.state(over.get(ROLE))}
 
     def load(self, folder: str) -> int:
         """Goes on where `save` left off, bit for bit.

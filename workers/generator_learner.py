@@ -351,12 +351,13 @@ class GeneratorLearner(ConsistencyLearner):
             )
             write_model_settings(draft, settings)
 
-    def states(self) -> dict[str, RoleState]:
+    def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
         """Copies of this rank's part of `generator` and, where an average is kept, of `ema`."""
-        own = self._optimizer.state()
+        own = self._optimizer.state(over.get(ROLE))
         if self._average is None:
             return {ROLE: own}
-        average = copies(self._average.average.items())
+        former = over[AVERAGE].weights if AVERAGE in over else {}
+        average = copies(self._average.average.items(), former)
         return {ROLE: own, AVERAGE: replace(own, weights=average, moments={})}
 
     def load(self, folder: str) -> int:

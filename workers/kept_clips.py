@@ -9,8 +9,10 @@ import hashlib
 import io
 import json
 import logging
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from cluster.files import open_store, storage_errors, store_address, whole_file
 from cluster.folders import files_at
+from cluster.lease import hold_if_free
 from sgmd_core.errors import SgmdError
 from sgmd_core.metrics import appearance, distributions, frechet, motion
 from sgmd_core.schedule import FlowMatchSchedule
@@ -33,6 +36,7 @@ from workers.clip_sets import ClipRequest, ClipSet
 from workers.measured_clips import MeasuredClips
 from workers.settings import ModelSettings, VideoSettings
 
+_WAIT_S, _AGAIN_S = 1800.0, 1.0
 _MEASURING = (
     frechet,
     shapes,
@@ -166,26 +170,52 @@ class KeptClips:
     def get(self, request: ClipRequest, sample: Callable[[ClipRequest], ClipSet]) -> ClipSet:
         """Returns a set, sampled unless it is kept.
 
-        A folder that cannot be read or written costs a warning and the time to sample again.
+        One that another process is sampling is waited for, half an hour at most: whoever samples
+        holds a lease, which ends with its process. A folder that cannot be read or written costs a
+        warning and the time to sample again.
 
         Args:
             request: The set.
             sample: Makes it.
         """
         name = f"{set_name(self.digest, request, self.facts)}.npz"
+        deadline_s = time.monotonic() + _WAIT_S
+        is_told = False
+        while (kept := self._load(name)) is None:
+            with ExitStack() as stack:
+                if self._is_mine(name, stack) or time.monotonic() >= deadline_s:
+                    # Another process may have brought them just before it let go.
+                    kept = self._load(name)
+                    return kept if kept is not None else self._make(name, sample(request))
+            if not is_told:
+                _log.info("waiting for the teacher's clips, which another process is sampling")
+                is_told = True
+            time.sleep(_AGAIN_S)
+        return kept
+
+    def _is_mine(self, name: str, stack: ExitStack) -> bool:
+        """Returns True if nobody else samples a set, or nobody can say."""
+        lease = hold_if_free(f"{self.folder}/{name}.lease", "sampling a teacher's clips")
+        try:
+            return stack.enter_context(lease)
+        except SgmdError as error:
+            _log.warning("other processes may sample the same clips: %s", error)
+            return True
+
+    def _load(self, name: str) -> ClipSet | None:
         place = f"{self.folder}/{name}"
         try:
             with storage_errors(f"reading {place}"):
-                kept = load_clip_set(place)
+                return load_clip_set(place)
         except SgmdError as error:
             _log.warning("the clips are sampled again: %s", error)
-            kept = None
-        if kept is not None:
-            return kept
-        clips = sample(request)
+            return None
+
+    def _make(self, name: str, clips: ClipSet) -> ClipSet:
+        """Keeps a set that has been sampled; returns it."""
         try:
             with (
-                storage_errors(f"writing {place}"),
+                storage_errors(f"writing {self.folder}/{name}"),
                 files_at(self.folder, self.patience_s) as folder,
             ):
                 save_clip_set(folder / name, clips)

@@ -243,9 +243,13 @@ class RoleOptimizer:
                 found[name] = RowRange(first, len(part), tuple(value.shape))
         return found
 
-    def state(self) -> RoleState:
-        """Copies of this rank's part of weights and moments in main memory, and the counter."""
-        taken = self.snapshot()
+    def state(self, over: RoleState | None = None) -> RoleState:
+        """Copies of this rank's part of weights and moments in main memory, and the counter.
+
+        Args:
+            over: An earlier state that nobody needs any more; its memory is used again.
+        """
+        taken = self._copied(over.weights, over.moments) if over else self.snapshot()
         lora = lora_of(self._network)
         return RoleState(
             taken.updates, taken.weights, taken.moments, lora, taken.skipped, self.rows
@@ -253,7 +257,13 @@ class RoleOptimizer:
 
     def snapshot(self) -> RoleSnapshot:
         """Copies of this rank's parts of weights and moments, and the counter."""
-        weights, moments = copies(self.weights.items()), copies(self._state_by_label())
+        return self._copied({}, {})
+
+    def _copied(
+        self, old_weights: Mapping[str, Tensor], old_moments: Mapping[str, Tensor]
+    ) -> RoleSnapshot:
+        weights = copies(self.weights.items(), old_weights)
+        moments = copies(self._state_by_label(), old_moments)
         return RoleSnapshot(self._updates, weights, moments, skipped=self._skipped)
 
     def snapshot_bytes(self) -> int:

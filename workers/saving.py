@@ -5,7 +5,8 @@
     finish_save(folder)   digests of what was written, or the error that stopped it
 
 The files are those of a save that is waited for, bit for bit: both write the same copy. One copy
-is held at a time, until it is written. Weights that are not finite are not written: a run could not
+is held at a time, and the next one is written over it: fresh memory would make the copy, for which
+the role waits, several times slower. Weights that are not finite are not written: a run could not
 go on from them.
 """
 
@@ -103,10 +104,15 @@ class SavedRole(ABC):
 
     def __init__(self) -> None:
         self._writer = StateWriter()
+        self._copied: dict[str, RoleState] = {}
 
     @abstractmethod
-    def states(self) -> dict[str, RoleState]:
-        """Copies of this rank's part of everything to save, by subfolder; every rank has one."""
+    def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
+        """Copies of this rank's part of everything to save, by subfolder; every rank has one.
+
+        Args:
+            over: Earlier ones that nobody needs any more; their memory is used again.
+        """
 
     def begin_save(self, folder: str) -> int:
         """Copies the state as it is, and starts writing it under a checkpoint folder.
@@ -117,7 +123,9 @@ class SavedRole(ABC):
             Updates that the state has seen, skipped ones included.
         """
         self._writer.wait()
-        parts = self.states()
+        # Where it fails on the way, what is left of the former copy is half written over.
+        former, self._copied = self._copied, {}
+        parts = self._copied = self.states(former)
         self._writer.begin(folder, parts)
         state = next(iter(parts.values()))
         return state.updates + state.skipped

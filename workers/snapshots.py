@@ -6,6 +6,7 @@ and no rank waits for another one. It belongs to the same number of ranks and to
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -39,10 +40,20 @@ class RoleSnapshot:
 
 
 @torch.no_grad()
-def copies(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def copies(
+    tensors: Iterable[tuple[str, Tensor]], over: Mapping[str, Tensor] = MappingProxyType({})
+) -> dict[str, Tensor]:
     """Copies of this rank's parts in main memory, by name.
 
     Args:
         tensors: Names and tensors.
+        over: Copies that nobody needs any more, by name; they are written over. Memory that is
+            mapped takes a copy several times faster than what the system has to clear first.
     """
-    return {name: local_part(value).to("cpu", copy=True) for name, value in tensors}
+    return {name: _copy(local_part(value), over.get(name)) for name, value in tensors}
+
+
+def _copy(part: Tensor, over: Tensor | None) -> Tensor:
+    if over is None or over.shape != part.shape or over.dtype != part.dtype:
+        return part.to("cpu", copy=True)
+    return over.copy_(part)

@@ -1,6 +1,11 @@
 """A remembered set of clips that a disk has broken is sampled again instead of believed."""
 
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from pathlib import Path
+from threading import Event, Timer
 
 import pytest
 import torch
@@ -10,12 +15,13 @@ from sgmd_core.worlds import WorldName
 from sgmd_core.worlds.readings import read_clips
 from tests.helpers.clip_samplers import REQUEST, CountingSampler
 from tests.helpers.logs import record_warnings
-from workers.clip_sets import ClipSet
+from workers.clip_sets import ClipRequest, ClipSet
 from workers.evaluator import Sampling
-from workers.kept_clips import KeptClips, clip_facts, load_clip_set, save_clip_set
+from workers.kept_clips import KeptClips, clip_facts, load_clip_set, save_clip_set, set_name
 from workers.measured_clips import MeasuredClips
 from workers.settings import ModelSettings, VideoSettings
 
+ROOT = Path(__file__).parents[2]
 VIDEO, SCHEDULE = VideoSettings(5, 16, 16, 8), FlowMatchSchedule()
 
 
@@ -77,6 +83,64 @@ def test_a_kept_set_is_not_sampled_again_unless_something_that_decides_it_has_ch
     # The same folder of weights at another path is the same model.
     moved = clip_facts(ModelSettings("moved"), VIDEO, SCHEDULE)
     assert replace(kept, facts=moved).get(REQUEST, sample).remembered
+
+
+def test_of_those_that_want_a_set_at_once_one_samples_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("workers.kept_clips._AGAIN_S", 0.01)
+    counting, began, may_go_on = CountingSampler(), Event(), Event()
+
+    def sample(request: ClipRequest) -> ClipSet:
+        began.set()
+        assert may_go_on.wait(60)
+        return counting(request)
+
+    kept = KeptClips(str(tmp_path / "clips"), "digest", ())
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(kept.get, REQUEST, sample)
+        assert began.wait(60)
+        others = [pool.submit(kept.get, REQUEST, sample) for _ in range(2)]
+        # Another set is nobody's.
+        assert not kept.get(REQUEST.twin(1), CountingSampler()).remembered
+        assert not any(other.done() for other in others)
+        may_go_on.set()
+    assert counting.made == 1
+    assert [each.result().remembered for each in (first, *others)] == [False, True, True]
+    assert {path.suffix for path in (tmp_path / "clips").iterdir()} == {".npz"}
+
+
+HOLDS = """
+import sys, time
+from cluster.lease import hold
+with hold(sys.argv[1], "a test"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_sampler_that_dies_or_takes_too_long_is_not_waited_for(tmp_path, monkeypatch):
+    sample = CountingSampler()
+    kept = KeptClips(str(tmp_path), "digest", ())
+    lease = f"{tmp_path}/{set_name('digest', REQUEST, ())}.npz.lease"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, lease], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        monkeypatch.setattr("workers.kept_clips._AGAIN_S", 0.01)
+        with monkeypatch.context() as impatient:
+            impatient.setattr("workers.kept_clips._WAIT_S", 0.1)
+            assert not kept.get(REQUEST, sample).remembered
+        for path in tmp_path.glob("*.npz"):
+            if path.is_file():
+                path.unlink()
+        waiting = Timer(0.2, other.kill)
+        waiting.start()
+        assert not kept.get(REQUEST, sample).remembered
+        assert sample.made == 2
+    finally:
+        other.kill()
+        other.communicate()
 
 
 def test_a_folder_that_takes_no_set_costs_a_warning(tmp_path, monkeypatch):

@@ -80,6 +80,35 @@ def test_a_second_save_waits_for_the_first_so_that_one_copy_is_held(
         assert load_role(str(tmp_path / str(step)), "generator").updates == step
 
 
+def test_a_later_save_uses_the_memory_of_the_one_before_and_has_the_same_bytes(
+    tmp_path: Path,
+) -> None:
+    roles, fresh = tiny_roles(), tiny_roles()
+    for iteration in range(2):
+        iterate(roles, iteration)
+        iterate(fresh, iteration)
+        for role in (roles.generator, roles.fake_score):
+            role.save(str(tmp_path / f"{iteration}"))
+    for role in (fresh.generator, fresh.fake_score):
+        role.save(str(tmp_path / "fresh"))
+    first, second, expected = (bytes_of(tmp_path / name) for name in ("0", "1", "fresh"))
+    assert second == expected
+    assert all(first[name] != second[name] for name in first if name.endswith(".safetensors"))
+    for role in (roles.generator, roles.fake_score):
+        taken = role.states({})
+        again = role.states(taken)
+        assert taken.keys() == again.keys()
+        for name, state in taken.items():
+            for one, other in zip(
+                state.weights.values(), again[name].weights.values(), strict=True
+            ):
+                assert one.data_ptr() == other.data_ptr()
+            for one, other in zip(
+                state.moments.values(), again[name].moments.values(), strict=True
+            ):
+                assert one.data_ptr() == other.data_ptr()
+
+
 def test_a_disk_that_is_full_while_the_role_trains_on_is_heard_of_at_the_end(
     tmp_path: Path,
 ) -> None:
