@@ -178,6 +178,8 @@ def test_an_index_may_not_lead_out_of_its_folder(model: Path) -> None:
     part = sharded(model)
     edit_json(next(part.glob("*.index.json")), weight_map={"proj_out.bias": "../secret"})
     assert "../secret" in refusal(model)
+    edit_json(next(part.glob("*.index.json")), weight_map={"proj_out.bias": "9" * 5000})
+    assert "1 of 1 shards are missing: 999" in refusal(model)
 
 
 def test_a_snapshot_of_the_hub_cache_is_read_through_its_links(model: Path, tmp_path: Path) -> None:
@@ -290,6 +292,19 @@ def test_a_text_encoder_that_cannot_tell_captions_apart_is_refused(model: Path) 
     )
     with pytest.raises(ModelFolderError, match="the same embedding for two different captions"):
         load_text(model)
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_the_network_meets_its_tokens(
+    model: Path,
+) -> None:
+    path = model / "tokenizer" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["circle"] = 10_000
+    path.write_text(json.dumps(content))
+    captions = load_text(model)
+    assert captions.encode(["a red"], 6).shape[1] == 6
+    with pytest.raises(ModelFolderError, match=r"token 10000 of the tokenizer.*tokens below 6"):
+        captions.encode(["a red circle"], 6)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,21 @@ _FIXED = {
     "attention_out_bias": True,
     "norm_elementwise_affine": False,
 }
+_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    TRANSFORMER: {
+        "in_channels": 128,
+        "num_attention_heads": 32,
+        "attention_head_dim": 64,
+        "num_layers": 28,
+        "caption_channels": 4096,
+    },
+    VAE: {
+        "latent_channels": 128,
+        "patch_size": 4,
+        "patch_size_t": 1,
+        "spatio_temporal_scaling": (True, True, True, False),
+    },
+}
 LAYOUT = FolderLayout(
     pipeline_class=_PIPELINE_CLASS,
     denoiser_class=_CLASSES[TRANSFORMER][1],
@@ -288,9 +303,35 @@ def read_ltx_component(folder: Path, component: str) -> Mapping[str, Any]:
             f"reading {part / CONFIG_FILE}", f"a {found}", f"a {expected}", REMEDY
         )
     require_plain_weights(part, config)
+    # A key that the file leaves out has the default of the class.
+    config = {**_DEFAULTS.get(component, {}), **config}
+    _require_kinds(part, component, config, expected)
     if component == TRANSFORMER:
         _require_released_kind(part, config)
     return config
+
+
+def _require_kinds(part: Path, component: str, config: Mapping[str, Any], network: str) -> None:
+    """Checks the values that sizes are computed from."""
+    for name, default in _DEFAULTS.get(component, {}).items():
+        value = config[name]
+        if isinstance(default, tuple):
+            fits = isinstance(value, list | tuple) and all(isinstance(v, bool) for v in value)
+        else:
+            fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not fits:
+            raise ModelFolderError(
+                f"reading {part / CONFIG_FILE}",
+                f"{name} is {str(value)[:80]}",
+                f"the configuration of a {network}",
+                REMEDY,
+            )
+    for name in ("temporal_compression_ratio", "spatial_compression_ratio"):
+        value = config.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ModelFolderError(
+                f"reading {part / CONFIG_FILE}", f"{name} is {str(value)[:80]}", "a factor", REMEDY
+            )
 
 
 def clip_geometry(vae: Mapping[str, Any]) -> ClipGeometry:
@@ -304,7 +345,6 @@ def clip_geometry(vae: Mapping[str, Any]) -> ClipGeometry:
 def _require_released_kind(part: Path, config: Mapping[str, Any]) -> None:
     width = config["num_attention_heads"] * config["attention_head_dim"]
     wanted = {**_FIXED, "cross_attention_dim": width, "out_channels": config["in_channels"]}
-    # A key that the file leaves out has the default of the class, which is the released one.
     other = [
         f"{key} is {config[key]!r} and not {value!r}"
         for key, value in wanted.items()

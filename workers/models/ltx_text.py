@@ -23,6 +23,7 @@ from workers.models.ltx_family import (
     read_ltx_component,
     require_ltx_index,
 )
+from workers.models.vocabulary import require_known_tokens
 
 
 class LtxCaptions:
@@ -51,7 +52,9 @@ class LtxCaptions:
             max_length=max_length,
             truncation=True,
             return_tensors="pt",
-        ).to(self.text_encoder.device)
+        )
+        require_known_tokens(tokens.input_ids, self.text_encoder)
+        tokens = tokens.to(self.text_encoder.device)
         encoder: Any = self.text_encoder
         hidden = encoder(tokens.input_ids).last_hidden_state
         return hidden * tokens.attention_mask[..., None].to(hidden.dtype)

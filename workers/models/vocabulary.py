@@ -3,7 +3,11 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from torch import Tensor, nn
+
+from sgmd_core.errors import ModelFolderError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +35,28 @@ class UnknownWords:
         return (
             f"{self.num_affected} of the {self.num_captions} captions looked at hold words that the"
             f" tokenizer does not know{examples}; each becomes the same token"
+        )
+
+
+def require_known_tokens(ids: Tensor, text_encoder: nn.Module) -> None:
+    """Checks that a text encoder has an embedding for each token of its tokenizer.
+
+    On a GPU a number beyond its table ends the process.
+
+    Args:
+        ids: Numbers of the tokens, on the CPU.
+        text_encoder: A network of transformers.
+
+    Raises:
+        ModelFolderError: The tokenizer is that of another model.
+    """
+    size = cast("Any", text_encoder).get_input_embeddings().num_embeddings
+    if ids.numel() and int(ids.max()) >= size:
+        raise ModelFolderError(
+            "embedding captions",
+            f"token {int(ids.max())} of the tokenizer",
+            f"tokens below {size}, the embeddings of the text encoder",
+            "Copy tokenizer and text encoder again from one model",
         )
 
 

@@ -21,6 +21,7 @@ from workers.models.loading import (
     require_telling_apart,
     require_tied_embeddings,
 )
+from workers.models.vocabulary import require_known_tokens
 from workers.models.wan_family import TEXT_ENCODER, TOKENIZER, require_wan_index
 from workers.models.wan_folder import check_component
 
@@ -78,7 +79,9 @@ def embed_captions(
         truncation=True,
         return_attention_mask=True,
         return_tensors="pt",
-    ).to(text_encoder.device)
+    )
+    require_known_tokens(tokens.input_ids, text_encoder)
+    tokens = tokens.to(text_encoder.device)
     mask = tokens.attention_mask
     hidden = text_encoder(tokens.input_ids, mask).last_hidden_state
     # Wan gives its cross-attention no mask: what follows a caption must be zero, and counts.

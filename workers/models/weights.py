@@ -28,6 +28,7 @@ TRANSFORMERS_STEM = "model"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack")
 _LFS_MARK = b"version https://git-lfs"
 _MAX_NAMED = 4
+_MAX_CHARS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +203,7 @@ def _shards(part: Path, index: Path) -> Iterator[Path]:
             "files in the same folder",
             "Download the folder again",
         )
-    missing = [name for name in names if not (part / name).is_file()]
+    missing = [name for name in names if not _is_file(part / name)]
     if missing:
         raise _refusal(
             part,
@@ -220,6 +221,14 @@ def _shards(part: Path, index: Path) -> Iterator[Path]:
             "Download the folder again",
         )
     yield from (part / name for name in names)
+
+
+def _is_file(path: Path) -> bool:
+    """As `Path.is_file`, also of a name that no disk takes."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _no_weights(
@@ -332,7 +341,7 @@ def _require_names(
 
 
 def _named(names: Iterable[str]) -> str:
-    shown = list(names)
+    shown = [name if len(name) <= _MAX_CHARS else name[:_MAX_CHARS] + "..." for name in names]
     more = len(shown) - _MAX_NAMED
     return ", ".join(shown[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
 
