@@ -1,6 +1,5 @@
 """`sgmd plan`: pool sizes, memory and time before a GPU is taken."""
 
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,17 +19,35 @@ if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
     from pipelines.planning.layouts import Layout
     from pipelines.planning.plan import Plan
-    from pipelines.planning.workload import Workload
-
-_TO_GAIN = 1.05
-_MOST_GPUS = 4096  # the search over layouts grows with them
 
 
 def plan(
     recipe: RecipeName,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(help="GPUs of the whole run, the validator included")] = 8,
-    gpu_memory: Annotated[float, typer.Option(help="GB of memory of one")] = 80.0,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs of the whole run, the validator included [default: 8]")
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="GB of memory of one [default: 80]")
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind",
+            metavar="NAME=GPUSxGB@TFLOPS",
+            help="Instead of --gpus, one of several kinds of GPU, such as H100=8x80@229; NAME is "
+            "the label that Ray gives its machines. Say it once for each, the fastest first",
+        ),
+    ] = None,
+    gpus_per_node: Annotated[
+        int, typer.Option(help="GPUs of a machine, whose ranks gather weights at --node-bandwidth")
+    ] = 8,
+    node_bandwidth: Annotated[
+        float, typer.Option(help="GB/s at which a GPU is sent weights within a machine")
+    ] = 200.0,
+    network_bandwidth: Annotated[
+        float, typer.Option(help="GB/s at which it is sent weights between machines")
+    ] = 40.0,
     model: Annotated[
         str | None,
         typer.Option(
@@ -70,54 +87,34 @@ def plan(
 ) -> None:
     """Size the pools for some GPUs: layout, time, use and memory, before any is taken."""
     with working():
-        from dataclasses import replace
+        from pipelines.planning.request import Request, answer
 
-        from pipelines.config.recipe import load_recipe
-        from pipelines.planning import stage_times
-        from pipelines.planning.hardware import Hardware
-        from pipelines.planning.plan import make_plan
-        from pipelines.planning.savings import fitting_savings
-        from pipelines.planning.search import find_batch
-        from pipelines.planning.workload import Workload
-
-        _require_amounts(gpus, {"--gpu-memory": gpu_memory, "--host-memory": host_memory}, tflops)
-        if measured is not None and tflops is not None:
-            raise ConfigError(
-                "planning a run", "both --measured and --tflops", "times from one of them"
-            )
-        config = load_recipe(recipe, overrides or [])
-        hardware = Hardware(memory_gb=gpu_memory, host_memory_gb=host_memory)
-        if tflops is not None:
-            hardware = replace(hardware, flops=1e12 * tflops)
-        work = Workload.of(config, model)
-        beside = config.gpus_beside
-        for_roles = gpus - math.ceil(sum(beside.values()))
-        if for_roles < 1:
-            raise _nothing_left(gpus, beside)
-        saved: tuple[str, ...] = ()
-        if fit and (found := fitting_savings(work, hardware, for_roles)):
-            work, saved = found
-            config = load_recipe(recipe, [*(overrides or []), *saved])
-        times = (
-            stage_times.modelled(work, hardware)
-            if measured is None
-            else stage_times.measured(measured, work)
+        request = Request(
+            recipe,
+            overrides or [],
+            gpus,
+            gpu_memory,
+            tflops,
+            kinds or [],
+            gpus_per_node,
+            node_bandwidth,
+            network_bandwidth,
+            host_memory,
+            model,
+            measured,
+            fit,
+            any_batch,
         )
-        suited = replace(work, batch_size=find_batch(work, times, hardware, for_roles))
-        result, other = (
-            replace(make_plan(one, times, hardware, for_roles, beside), memory_settings=saved)
-            for one in (work, suited)
+        found = answer(request)
+        written = [] if write is None else [_write(found.config, found.plan, write)]
+        manifest = (
+            None if emit is None else _manifest(emit, found.config, found.plan, details or [])
         )
-        if any_batch and _samples_per_s(other) > _samples_per_s(result):
-            result, other = other, result
-        advice = [*_advice(result, other), *_lag(config, work), *_attention(config)]
-        written = [] if write is None else [_write(config, result, write)]
-        manifest = None if emit is None else _manifest(emit, config, result, details or [])
-    data = result.to_json() | {"recipe": recipe, "advice": advice}
+    data = found.plan.to_json() | {"recipe": recipe, "advice": found.advice}
     if manifest is not None:
         show(data | {"manifest": manifest}, as_json, manifest.rstrip("\n"))
         return
-    show(data, as_json, _table(result), *_words(result), *advice, *written)
+    show(data, as_json, _table(found.plan), *_words(found.plan), *found.advice, *written)
 
 
 def _manifest(kind: str, config: "DistillConfig", plan: "Plan", details: Sequence[str]) -> str:
@@ -127,14 +124,6 @@ def _manifest(kind: str, config: "DistillConfig", plan: "Plan", details: Sequenc
 
     command = without_secrets(shlex.join(["sgmd", *sys.argv[1:]]))
     return emit_manifest(kind, planned_recipe(config, plan), plan, details, command)
-
-
-def _require_amounts(gpus: int, memory: Mapping[str, float], tflops: float | None) -> None:
-    for option, value in {**memory, "--tflops": tflops}.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError("planning a run", f"{option} {value:g}", "a number above 0")
-    if gpus > _MOST_GPUS:
-        raise ConfigError("planning a run", f"--gpus {gpus}", f"at most {_MOST_GPUS}")
 
 
 def _table(result: "Plan") -> Table:
@@ -154,7 +143,7 @@ def _table(result: "Plan") -> Table:
         table.add_row(
             name.replace("_", " "),
             ", ".join(role.replace("_", " ") for role in pool.roles),
-            str(pool.gpus),
+            f"{pool.gpus} {pool.kind}".rstrip(),
             f"{pool.samples_per_call:.3g}",
             f"{100 * pool.busy:.0f} %",
             f"{pool.memory.total / 1e9:.1f}",
@@ -200,68 +189,21 @@ def _beside(layout: "Layout") -> str:
     fits = "fits" if layout.fits else "does not fit"
     busy = ", ".join(f"{name} {100 * pool.busy:.0f} %" for name, pool in layout.pools.items())
     return (
-        f"{layout.name}: {layout.iteration_s:.4g} s on {layout.num_gpus} GPUs, busy {busy}; "
+        f"{layout.title}: {layout.iteration_s:.4g} s on {layout.num_gpus} GPUs, busy {busy}; "
         f"{fullest:.0f} GB a GPU, which {fits}; {layout.gathered_bytes / 1e9:.3g} GB of weights "
         "gathered"
     )
 
 
-def _nothing_left(num_gpus: int, beside: Mapping[str, float]) -> ConfigError:
-    taken = ", ".join(f"{section} {share:g}" for section, share in beside.items())
-    return ConfigError(
-        f"planning for {num_gpus} GPUs",
-        f"no GPU left for the roles beside {taken or 'nothing'}",
-        "at least one",
-        "Set "
-        + (" ".join(f"topology.{section}.gpus=0" for section in beside) or "--gpus 1 or more"),
+def _set(settings: Mapping[str, Any]) -> str:
+    return " ".join(
+        shlex.quote(f"{key}={_flow(value)}") if isinstance(value, dict) else f"{key}={_flow(value)}"
+        for key, value in settings.items()
     )
 
 
-def _set(settings: Mapping[str, Any]) -> str:
-    def in_words(value: object) -> str:
-        return f"[{','.join(value)}]" if isinstance(value, list) else str(value)
-
-    return " ".join(f"{key}={in_words(value)}" for key, value in settings.items())
-
-
-def _lag(config: "DistillConfig", work: "Workload") -> list[str]:
-    """Returns what a measured lag costs."""
-    from pipelines.study.passes import expected_lag, lag_share, total_units
-
-    if not config.lag.every:
-        return []
-    costs = work.costs
-    return [
-        f"measuring the lag every {config.lag.every} iterations (lag.every) takes "
-        f"{total_units(expected_lag(config), costs):.3g} passes over a batch each time, "
-        f"{100 * lag_share(config, costs):.2g} % beside the iterations; it is not in their seconds"
-    ]
-
-
-def _attention(config: "DistillConfig") -> list[str]:
-    """Returns what the plan does not know of chosen kernels of attention."""
-    from workers.attention import KERNELS, NATIVE
-
-    lines: list[str] = []
-    for role, compute in config.computes.items():
-        if compute.attention != NATIVE:
-            line = f"{role}.compute.attention {compute.attention}: times are those of native"
-            if KERNELS[compute.attention].all_pairs:
-                line += ", and memory, too: a matrix of all pairs of tokens comes on top"
-            lines.append(line)
-    return lines
-
-
-def _samples_per_s(plan: "Plan") -> float:
-    return plan.work.batch_size / plan.best.iteration_s
-
-
-def _advice(result: "Plan", suited: "Plan") -> list[str]:
-    """Returns what another batch size would gain, if it is worth a line."""
-    gain = _samples_per_s(suited) / _samples_per_s(result)
-    if gain < _TO_GAIN:
-        return []
-    return [
-        f"with batch.size={suited.work.batch_size} the same GPUs would make "
-        f"{100 * (gain - 1):.0f} % more samples a second (--any-batch)"
-    ]
+def _flow(value: object) -> str:
+    """A value as YAML on one line."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_flow(one)}' for key, one in value.items())}}}"
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)

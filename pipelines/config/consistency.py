@@ -9,6 +9,12 @@ from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.settings import GeneratorSettings
 
+LEAST_NORM = 1e3
+"""Least `max_grad_norm` for losses that are sums: usual limits are for means, and clip each step.
+
+Published runs clip nothing, which 1e6 comes to.
+"""
+
 
 class ConsistencySections(Protocol):
     """Sections of a recipe that decide how a generator learns consistency."""
@@ -54,6 +60,12 @@ def consistency_contradictions(config: ConsistencySections) -> list[str]:
         problems.append(
             f"generator.compute.weights {compute.weights} has too few digits for the derivative "
             f"that {method} takes; set it to fp32"
+        )
+    if config.generator.optimizer.max_grad_norm < LEAST_NORM:
+        problems.append(
+            f"generator.optimizer.max_grad_norm {config.generator.optimizer.max_grad_norm:g} would "
+            f"clip every update, because the losses of {method} are sums over a clip's values; set "
+            "it to 1e6, which clips nothing, as published"
         )
     team = config.topology.teams_of(ROLES)[GENERATOR]
     if compute.precision == "bf16" and team.ranks > 1:

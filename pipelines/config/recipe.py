@@ -26,7 +26,7 @@ from pipelines.config.adversary import adversary_contradictions
 from pipelines.config.alarms import OF_VALIDATIONS, AlarmSettings
 from pipelines.config.attention import attention_contradictions
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
-from pipelines.config.consistency import consistency_contradictions
+from pipelines.config.consistency import LEAST_NORM, consistency_contradictions
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
 from pipelines.config.lag import LagSettings
@@ -440,7 +440,7 @@ def settings_before_they_existed(config: DistillConfig) -> dict[str, Any]:
     Args:
         config: A run, for what has no default.
     """
-    needed = {
+    needed: dict[str, Any] = {
         "name": config.name,
         "iterations": config.iterations,
         "model": {"folder": config.model.folder},
@@ -450,9 +450,11 @@ def settings_before_they_existed(config: DistillConfig) -> dict[str, Any]:
         "objective": {"method": config.objective.method},
         # Methods with several updates an iteration need one of the two.
         "fake_score": {"tracking": config.fake_score.tracking},
-        # So do those with a consistency term, which are no older than the setting.
-        "schedule": {"renoise": consistency_of(config.objective) is not None},
     }
+    if consistency_of(config.objective) is not None:
+        # Runs with a consistency term are no older than what it needs.
+        needed["schedule"] = {"renoise": True}
+        needed["generator"] = {"optimizer": {"max_grad_norm": LEAST_NORM}}
     return {**DistillConfig.model_validate(needed).deciding_settings, **_OLD_BEHAVIOUR}
 
 

@@ -1,14 +1,25 @@
 """Assumed speeds of GPUs and connections; a measured value can replace each one.
 
+A plan for one kind of GPU has one `Hardware`. For several kinds, each is a `GpuKind`; speeds are
+taken over that of the first one.
+
 Defaults are those of an H100 with 80 GB. The rate of computation is a published one of the same
 model family with the same kind of sharding: Wan 2.1 14B, 37,440 tokens a sample, FSDP2, 64 H100,
 228.9 TFLOP/s a GPU (NVIDIA NeMo DFM, docs/performance-summary.md); with 8 H100 the same page gives
 175.9, with Megatron on 128 H100 325.8.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+from sgmd_core.errors import ConfigError
 
 GB = 1e9
+_KIND = re.compile(
+    r"(?P<name>[A-Za-z][\w.-]*)=(?P<gpus>\d+)x(?P<gb>\d+(?:\.\d+)?)@(?P<tflops>\d+(?:\.\d+)?)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +70,54 @@ class Hardware:
         near = ranks <= self.ranks_per_machine
         bandwidth = self.gather_bandwidth if near else self.gather_bandwidth_between
         return num_bytes * (ranks - 1) / ranks / bandwidth
+
+
+@dataclass(frozen=True, slots=True)
+class GpuKind:
+    """The GPUs of one kind in a cluster of several.
+
+    Attributes:
+        name: As Ray labels their machines: the value of `ray.io/accelerator-type`, such as `H100`.
+        num_gpus: How many there are.
+        hardware: What one of them can do.
+    """
+
+    name: str
+    num_gpus: int
+    hardware: Hardware
+
+    @classmethod
+    def parse(cls, text: str, hardware: Hardware) -> Self:
+        """Returns the kind that `NAME=GPUSxGB@TFLOPS` describes, such as `H100=8x80@229`.
+
+        Args:
+            text: The description.
+            hardware: What it does not say.
+
+        Raises:
+            ConfigError: The text has another form, or a number in it is 0.
+        """
+        found = _KIND.fullmatch(text.strip())
+        numbers = [] if found is None else [float(found[one]) for one in ("gpus", "gb", "tflops")]
+        if found is None or not all(numbers):
+            raise ConfigError(
+                "reading --kind",
+                repr(text),
+                "NAME=GPUSxGB@TFLOPS with numbers above 0, such as H100=8x80@229",
+            )
+        num_gpus, memory_gb, tflops = numbers
+        sized = replace(hardware, memory_gb=memory_gb, flops=1e12 * tflops)
+        return cls(found["name"], int(num_gpus), sized)
+
+
+def parse_kinds(texts: Sequence[str], hardware: Hardware) -> tuple[GpuKind, ...]:
+    """The kinds that several texts describe; see `GpuKind.parse`.
+
+    Raises:
+        ConfigError: One cannot be read, or two have the same name.
+    """
+    kinds = tuple(GpuKind.parse(text, hardware) for text in texts)
+    names = [kind.name for kind in kinds]
+    if len(set(names)) < len(names):
+        raise ConfigError("reading --kind", ", ".join(names), "each name once")
+    return kinds

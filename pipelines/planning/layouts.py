@@ -11,9 +11,10 @@ Each is the exact schedule of calls, worked through by the simulator, with the m
 every pool. A pool's ranks work in step, so the simulator sees it as one process.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import islice
+from typing import Any, Self
 
 from cluster.schedule.program import Home, Team, split_evenly
 from cluster.schedule.schedule import Call, order_calls
@@ -22,11 +23,13 @@ from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import FUSED
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.memory import RankMemory
-from pipelines.planning.pool_maps import LEARN, PoolMap, fused_map, map_fits, map_memory, pool_maps
+from pipelines.planning.pool_maps import PoolMap, fused_map, map_fits, map_memory, pool_maps
 from pipelines.planning.search import Prediction
 from pipelines.planning.stage_times import StageTimes, update_s
 from pipelines.planning.workload import Workload
 
+ACCELERATOR = "ray.io/accelerator-type"
+"""Label that Ray gives a machine by its GPUs."""
 _MAX_DEPTH = 4
 _SIMULATED = 16
 _AS_FAST = 1.005
@@ -43,6 +46,8 @@ class PoolUse:
         samples_per_call: Most samples of one of its ranks in a call.
         busy: Part of its time that it works.
         memory: Of one rank.
+        kind: Name of its kind of GPU, where there are several.
+        speed: Of one of its GPUs, over that of the first kind.
     """
 
     gpus: int
@@ -50,6 +55,8 @@ class PoolUse:
     samples_per_call: float
     busy: float
     memory: RankMemory
+    kind: str = ""
+    speed: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
         """As `sgmd plan --json` prints it."""
@@ -59,6 +66,7 @@ class PoolUse:
             "samples_per_call": self.samples_per_call,
             "busy": self.busy,
             "memory_gb": self.memory.to_json(),
+            **({"kind": self.kind, "speed": self.speed} if self.kind else {}),
         }
 
 
@@ -73,6 +81,7 @@ class Layout:
         settings: Settings of the recipe for it.
         gathered_bytes: Weights that a GPU is sent in an iteration, the most of any pool.
         fits: Whether a GPU of every pool holds its ranks.
+        alone: The only kind of GPU in use, where there are several.
     """
 
     name: str
@@ -81,11 +90,28 @@ class Layout:
     settings: Mapping[str, Any]
     gathered_bytes: float
     fits: bool
+    alone: str = ""
 
     @property
     def num_gpus(self) -> int:
         """GPUs of the three roles."""
         return sum(pool.gpus for pool in self.pools.values())
+
+    @property
+    def title(self) -> str:
+        """Its name, and the kind of GPU that it leaves the others for."""
+        return f"{self.name} on {self.alone} alone" if self.alone else self.name
+
+    def on(self, kind: str) -> Self:
+        """The same on machines of one kind of GPU, which its pools are pinned to by label."""
+        section = "topology.fused" if self.name == FUSED else "topology.pools.{}"
+        labels = {f"{section.format(pool)}.labels": {ACCELERATOR: kind} for pool in self.pools}
+        return replace(
+            self,
+            pools={name: replace(pool, kind=kind) for name, pool in self.pools.items()},
+            settings={**self.settings, **labels},
+            alone=kind,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As `sgmd plan --json` prints it."""
@@ -116,13 +142,18 @@ def map_layout(
     work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int
 ) -> Layout | None:
     """The fastest two pools that fit, the teacher on both or on one; None if nothing fits."""
-    fitting = [
-        one for one in pool_maps(work, num_gpus) if map_fits(work, hardware, replace(one, depth=1))
-    ]
-    fitting.sort(key=lambda one: _bound_s(work, times, one))
+    return fastest_map(work, times, hardware, pool_maps(work, num_gpus))
+
+
+def fastest_map(
+    work: Workload, times: StageTimes, hardware: Hardware, candidates: Iterable[PoolMap]
+) -> Layout | None:
+    """The fastest of some maps, of equally fast ones the smallest; None if nothing fits."""
+    ordered = sorted(candidates, key=lambda one: _bound_s(work, times, hardware, one))
+    fitting = islice((one for one in ordered if map_fits(work, hardware, one)), _SIMULATED)
     found = [
-        _simulated("map", work, times, hardware, deeper, _map_settings(deeper))
-        for one in fitting[:_SIMULATED]
+        _simulated("map", work, times, hardware, deeper, _map_settings(deeper, hardware))
+        for one in fitting
         for deeper in _depths(one)
         if map_fits(work, hardware, deeper)
     ]
@@ -166,17 +197,31 @@ def pools_layout(work: Workload, found: Prediction) -> Layout:
     return Layout("pools", found.iteration_s, pools, settings, max(gathered.values()), fits=True)
 
 
-def _map_settings(one: PoolMap) -> dict[str, Any]:
+def _map_settings(one: PoolMap, hardware: Hardware) -> dict[str, Any]:
+    pools: dict[str, dict[str, Any]] = {
+        pool: {"ranks": ranks, "gpus": 1} for pool, ranks in one.ranks.items()
+    }
+    for pool, kind in one.kinds.items():
+        pools[pool] |= {"speed": round(one.speed_of(pool, hardware), 4)}
+        pools[pool] |= {"labels": {ACCELERATOR: kind.name}}
     return {
         "topology.mode": "map",
         "batch.micro_batches": one.micro_batches,
         "topology.depth": one.depth,
-        **{f"topology.pools.{pool}.ranks": ranks for pool, ranks in one.ranks.items()},
-        **{f"topology.pools.{pool}.gpus": 1 for pool in one.ranks},
+        **({"topology.pools": pools} if one.kinds else _dotted(pools)),
         "topology.roles.generator": one.places[GENERATOR][0],
         "topology.roles.fake_score": one.places[FAKE_SCORE][0],
         "topology.roles.teacher": list(one.places[TEACHER]),
         **{f"topology.roles.{DISCRIMINATOR}": pool for pool in one.places.get(DISCRIMINATOR, ())},
+    }
+
+
+def _dotted(pools: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings of the pools that every map of a recipe has, one by one: others of theirs stay."""
+    return {
+        f"topology.pools.{pool}.{key}": value
+        for pool, settings in pools.items()
+        for key, value in settings.items()
     }
 
 
@@ -191,7 +236,7 @@ def _simulated(
     """Works the schedule of a map through; every pool is one process."""
     sizes = split_evenly(work.batch_size, one.micro_batches)
     teams = {
-        role: Team.on(*(_home(one, pool, sizes) for pool in pools))
+        role: Team.on(*(_home(one, pool, sizes, hardware) for pool in pools))
         for role, pools in one.places.items()
     }
     calls = order_calls(
@@ -207,7 +252,13 @@ def _simulated(
     memory = map_memory(work, one)
     pools = {
         pool: PoolUse(
-            ranks, one.roles_on(pool), -(-max(sizes) // ranks), busy.get(pool, 0.0), memory[pool]
+            ranks,
+            one.roles_on(pool),
+            -(-max(sizes) // ranks),
+            busy.get(pool, 0.0),
+            memory[pool],
+            one.kinds[pool].name if one.kinds else "",
+            one.speed_of(pool, hardware),
         )
         for pool, ranks in one.ranks.items()
     }
@@ -217,14 +268,15 @@ def _simulated(
         )
         for pool, ranks in one.ranks.items()
     }
-    fits = all(part.fits(hardware) for part in memory.values())
+    fits = all(part.fits(one.hardware_of(pool, hardware)) for pool, part in memory.items())
     return Layout(name, timeline.iteration_s, pools, settings, max(gathered.values()), fits)
 
 
-def _home(one: PoolMap, pool: str, sizes: Sequence[int]) -> Home:
+def _home(one: PoolMap, pool: str, sizes: Sequence[int], hardware: Hardware) -> Home:
     """A pool as one process, faster by its ranks: as fast as the one with the most samples."""
     size = max(sizes)
-    return Home(pool, 1, speed=size / -(-size // one.ranks[pool]))
+    speed = one.speed_of(pool, hardware) * size / -(-size // one.ranks[pool])
+    return Home(pool, 1, speed=speed)
 
 
 def _costs(
@@ -237,24 +289,27 @@ def _costs(
     weights = 4 * work.shape.num_parameters
     gathered, sent = work.gathered_bytes, work.result_bytes
 
-    def ranks_of(call: Call) -> int:
-        return one.ranks[teams[call.role].process(call.role, call.rank)[0]]
+    def pool_of(call: Call) -> str:
+        return teams[call.role].process(call.role, call.rank)[0]
 
     def seconds(call: Call) -> float:
-        ranks = ranks_of(call)
+        pool = pool_of(call)
+        ranks, own = one.ranks[pool], one.hardware_of(pool, hardware)
         if call.micro_batch is None:
-            step_s = update_s(work, hardware, call.role, ranks)
+            step_s = update_s(work, own, call.role, ranks)
             return step_s if call.stage == "step" else step_s / 10
         name = (call.role, call.stage)
-        working_s = times.seconds[name] * -(-call.num_samples // ranks)
+        sample_s = times.seconds[name] / one.speed_of(pool, hardware)
+        working_s = sample_s * -(-call.num_samples // ranks)
         # Weights are gathered while the layer before computes.
-        return max(working_s, hardware.gather_s(gathered[name], ranks))
+        return max(working_s, own.gather_s(gathered[name], ranks))
 
     def result_bytes(call: Call) -> float:
         if call.stage == "trained_weights":
             return weights
         # A process takes what concerns its own samples.
-        share = -(-call.num_samples // ranks_of(call)) if call.micro_batch is not None else 0
+        ranks = one.ranks[pool_of(call)]
+        share = -(-call.num_samples // ranks) if call.micro_batch is not None else 0
         return sent.get((call.role, call.stage), 0) * share
 
     return Costs(
@@ -296,35 +351,46 @@ def _gathered_bytes(
     )
 
 
-def _bound_s(work: Workload, times: StageTimes, one: PoolMap) -> float:
+def _bound_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap) -> float:
     """About what an iteration takes: the pools' work with the teacher's shared out, and a start."""
     sizes = split_evenly(work.batch_size, one.micro_batches)
-    rounds = {pool: sum(-(-size // ranks) for size in sizes) for pool, ranks in one.ranks.items()}
     own: dict[str, float] = dict.fromkeys(one.places, 0.0)
     for (role, stage), seconds in times.seconds.items():
         updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
         own[role] += seconds * updates
+    rounds = {
+        pool: sum(-(-size // ranks) for size in sizes) / one.speed_of(pool, hardware)
+        for pool, ranks in one.ranks.items()
+    }
     load = {
         pool: rounds[pool] * sum(own[role] for role in one.roles_on(pool) if role != TEACHER)
         for pool in one.ranks
     }
-    teacher = {pool: rounds[pool] * own[TEACHER] for pool in one.places[TEACHER]}
-    if len(teacher) == 1:
-        (pool,) = teacher
-        load[pool] += teacher[pool]
-        whole_s = max(load.values())
-    else:
-        # The part of the calls on the first pool that makes both end together.
-        first, second = teacher
-        part = (load[second] + teacher[second] - load[first]) / (teacher[first] + teacher[second])
-        part = min(1.0, max(0.0, part))
-        whole_s = max(
-            load[first] + part * teacher[first], load[second] + (1 - part) * teacher[second]
-        )
+    shared_s = shared_out((load[pool], rounds[pool] * own[TEACHER]) for pool in one.places[TEACHER])
     # Where the generator makes no samples, the teacher starts at once, at data.
     rollout_s = times.seconds.get((GENERATOR, "rollout"), 0.0)
-    first_s = rollout_s * -(-sizes[0] // one.ranks[LEARN])
-    return whole_s + first_s
+    (learn,) = one.places[GENERATOR]
+    first_s = rollout_s * -(-sizes[0] // one.ranks[learn]) / one.speed_of(learn, hardware)
+    return max(shared_s, *load.values()) + first_s
+
+
+def shared_out(pools: Iterable[tuple[float, float]]) -> float:
+    """Seconds until pools that share the teacher's calls end, if calls could be cut anywhere.
+
+    Pools with less of other work take more of the calls; one that is busy for longer takes none.
+
+    Args:
+        pools: Of each, seconds of its other work, and of all calls if it took them alone.
+    """
+    rate = level = ends_s = 0.0
+    for load_s, calls_s in sorted(pools):
+        if not calls_s or (rate and ends_s <= load_s):
+            break
+        rate += 1 / calls_s
+        level += load_s / calls_s
+        # Their parts of the calls make one whole.
+        ends_s = (1 + level) / rate
+    return ends_s
 
 
 def _depths(one: PoolMap) -> Iterator[PoolMap]:

@@ -1,13 +1,14 @@
 """Plans the layout of a run on some GPUs and its costs, or says why it cannot be done."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
-from pipelines.planning.hardware import GB, Hardware
+from pipelines.planning.hardware import GB, GpuKind, Hardware
 from pipelines.planning.layouts import Layout, fused_layout, map_layout, pools_layout
+from pipelines.planning.mixed import mixed_layouts
 from pipelines.planning.pool_maps import (
     LEARN,
     SCORE,
@@ -38,6 +39,7 @@ class Plan:
         layouts: The best of each kind: those that fit, the fastest first; then the others.
         beside: GPUs of other processes, by section: text encoder, feed, validator.
         memory_settings: Settings of the recipe that were changed to make it fit.
+        kinds: Kinds of GPU, where there are several; `hardware` is that of the first one.
     """
 
     work: Workload
@@ -47,6 +49,7 @@ class Plan:
     layouts: tuple[Layout, ...]
     beside: Mapping[str, float] = field(default_factory=dict)
     memory_settings: tuple[str, ...] = ()
+    kinds: tuple[GpuKind, ...] = ()
 
     @property
     def best(self) -> Layout:
@@ -72,7 +75,7 @@ class Plan:
             "iteration_s": best.iteration_s,
             "samples_per_s": self.work.batch_size / best.iteration_s,
             "gpu_hours_per_1000_iterations": best.iteration_s * used / 3.6,
-            "layouts": {layout.name: layout.to_json() for layout in self.layouts},
+            "layouts": {layout.title: layout.to_json() for layout in self.layouts},
             "stage_seconds_per_sample": {
                 ".".join(name): seconds for name, seconds in self.times.seconds.items()
             },
@@ -92,6 +95,7 @@ class Plan:
                 "forward_flops": self.work.forward_flops,
             },
             "hardware": asdict(self.hardware),
+            **({"kinds": [asdict(kind) for kind in self.kinds]} if self.kinds else {}),
         }
 
 
@@ -123,6 +127,48 @@ def make_plan(
     if not found[0].fits:
         raise _does_not_fit(work, hardware, num_gpus)
     return Plan(work, hardware, num_gpus, times, tuple(found), beside or {})
+
+
+def make_mixed_plan(
+    work: Workload,
+    times: StageTimes,
+    kinds: Sequence[GpuKind],
+    beside: Mapping[str, float] | None = None,
+) -> Plan:
+    """The fastest layouts over several kinds of GPU, and on each alone; see `mixed_layouts`.
+
+    GPUs of other processes are taken off the last kind, or those before it where it has too few.
+
+    Args:
+        work: The iteration.
+        times: Of its stages, on a GPU of the first kind.
+        kinds: At least two.
+        beside: GPUs of other processes, by section.
+
+    Raises:
+        ConfigError: Nothing fits, or nothing is left for the roles.
+    """
+    left = _without(kinds, math.ceil(sum((beside or {}).values())))
+    layouts = mixed_layouts(work, times, left)
+    num_gpus = sum(kind.num_gpus for kind in left)
+    hardware = kinds[0].hardware
+    return Plan(work, hardware, num_gpus, times, tuple(layouts), beside or {}, kinds=tuple(kinds))
+
+
+def _without(kinds: Sequence[GpuKind], taken: int) -> list[GpuKind]:
+    left: list[GpuKind] = []
+    for kind in reversed(kinds):
+        own = min(taken, kind.num_gpus)
+        taken -= own
+        left.insert(0, replace(kind, num_gpus=kind.num_gpus - own))
+    if taken or left[0].num_gpus < 1:
+        raise ConfigError(
+            "planning for several kinds of GPU",
+            "the processes beside the roles take all of the first kind",
+            "at least one for the roles",
+            "Lower `gpus` of topology.text, topology.feed and topology.validator",
+        )
+    return [kind for kind in left if kind.num_gpus]
 
 
 def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigError:

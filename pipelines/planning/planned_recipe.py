@@ -1,5 +1,6 @@
 """The recipe that a plan leads to."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from pipelines.config.recipe import DistillConfig
@@ -23,14 +24,14 @@ def planned_recipe(config: DistillConfig, plan: Plan) -> DistillConfig:
             0 if best.name == "fused" else topology.max_staleness_iterations
         ),
     }
-    settings |= {key: value for key, value in best.settings.items() if ".pools." not in key}
+    settings |= {key: value for key, value in best.settings.items() if ".pools" not in key}
     if best.name == "map":
         # Pools of the recipe keep their CPUs, labels and resources.
         given = {name: pool.model_dump() for name, pool in topology.pools.items()}
         homes = {GENERATOR: topology.roles.generator, FAKE_SCORE: topology.roles.fake_score}
         settings["topology.pools"] = {
-            name: given.get(homes[next(role for role in pool.roles if role in homes)], {})
-            | {"ranks": pool.gpus, "gpus": 1}
+            name: given.get(next((homes[role] for role in pool.roles if role in homes), name), {})
+            | _of_pool(best.settings, name)
             for name, pool in best.pools.items()
         }
         if plan.times.is_measured:
@@ -39,3 +40,13 @@ def planned_recipe(config: DistillConfig, plan: Plan) -> DistillConfig:
                 for name, seconds in plan.work.split_by_stage(plan.times.seconds).items()
             }
     return config.with_settings(settings)
+
+
+def _of_pool(settings: Mapping[str, Any], name: str) -> dict[str, Any]:
+    whole = settings.get("topology.pools")
+    if whole is not None:
+        return whole[name]
+    prefix = f"topology.pools.{name}."
+    return {
+        key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)
+    }

@@ -1,13 +1,13 @@
 """Maps of roles to pools, as candidates of a plan, and the memory of a rank of each pool."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 from cluster.schedule.dealing import MOST_KEPT
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import FUSED
-from pipelines.planning.hardware import Hardware
+from pipelines.planning.hardware import GpuKind, Hardware
 from pipelines.planning.memory import (
     RankMemory,
     discriminator_memory,
@@ -32,28 +32,42 @@ class PoolMap:
         places: Pools of each role.
         micro_batches: Parts of the batch.
         depth: Parts in flight.
+        kinds: GPUs of each pool, where a cluster has several kinds.
     """
 
     ranks: Mapping[str, int]
     places: Mapping[str, tuple[str, ...]]
     micro_batches: int
     depth: int = 1
+    kinds: Mapping[str, GpuKind] = field(default_factory=dict)
 
     def roles_on(self, pool: str) -> tuple[str, ...]:
         """Roles that live on a pool."""
         return tuple(role for role, pools in self.places.items() if pool in pools)
 
+    def hardware_of(self, pool: str, hardware: Hardware) -> Hardware:
+        """What a pool runs on; `hardware` where there is one kind of GPU."""
+        return self.kinds[pool].hardware if self.kinds else hardware
+
+    def speed_of(self, pool: str, hardware: Hardware) -> float:
+        """Speed of a pool's GPUs over that of `hardware`, for which stages were timed."""
+        return self.hardware_of(pool, hardware).flops / hardware.flops
+
+
+def ranks_wanted(batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Numbers of micro-batches, and the ranks that the samples of one want.
+
+    Others would wait for the rank with the most samples.
+    """
+    for micro_batches in range(1, min(_MOST_MICRO_BATCHES, batch_size) + 1):
+        size = -(-batch_size // micro_batches)
+        yield micro_batches, sorted({-(-size // share) for share in range(1, _MOST_SAMPLES + 1)})
+
 
 def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
-    """Two pools that use at least half of the GPUs, with every use of the teacher.
-
-    A pool has as many ranks as its samples of a micro-batch want: more would wait for the rank with
-    the most samples.
-    """
-    for micro_batches in range(1, min(_MOST_MICRO_BATCHES, work.batch_size) + 1):
-        size = -(-work.batch_size // micro_batches)
-        wanted = {-(-size // share) for share in range(1, _MOST_SAMPLES + 1)}
-        for learn, score in product(sorted(wanted), repeat=2):
+    """Two pools that use at least half of the GPUs, with every use of the teacher."""
+    for micro_batches, wanted in ranks_wanted(work.batch_size):
+        for learn, score in product(wanted, repeat=2):
             if not num_gpus < 2 * (learn + score) <= 2 * num_gpus:
                 continue
             for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
@@ -131,4 +145,6 @@ def any_layout_fits(work: Workload, hardware: Hardware, num_gpus: int) -> bool:
 
 def map_fits(work: Workload, hardware: Hardware, one: PoolMap) -> bool:
     """Returns True if a GPU of every pool holds its ranks."""
-    return all(part.fits(hardware) for part in map_memory(work, one).values())
+    return all(
+        part.fits(one.hardware_of(pool, hardware)) for pool, part in map_memory(work, one).items()
+    )

@@ -17,6 +17,7 @@ RCM = [
     "fake_score.tracking=fresh",
     "objective={method: rcm, fake_updates: 1, consistency: {warmup: 2}}",
     "schedule.renoise=true",
+    "generator.optimizer.max_grad_norm=1.0e+6",
     "generator.random_steps={min_steps: 3, max_steps: 3, order: running_minimum}",
 ]
 
@@ -86,6 +87,7 @@ class TestChecks:
             (["generator.compute.compile=true"], "forward mode"),
             (["generator.compute.weights=bf16", "generator.lora={rank: 4}"], "too few digits"),
             (["generator.compute.precision=bf16", "topology.pools.learn.ranks=2"], "one rank"),
+            (["generator.optimizer.max_grad_norm=10.0"], "would clip every update"),
             (
                 [
                     "objective.matching_weight=0.0",

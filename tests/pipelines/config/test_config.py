@@ -419,7 +419,7 @@ class TestMethods:
     def test_a_method_is_chosen_by_its_name_and_brings_its_own_settings(self, method, tmp_path):
         overrides = [f"objective.method={method}", "fake_score.tracking=fresh"]
         if method == "rcm":
-            overrides.append("schedule.renoise=true")
+            overrides += ["schedule.renoise=true", "generator.optimizer.max_grad_norm=1.0e+6"]
         config = load_recipe("tiny", overrides)
         assert config.objective.method == method
         path = tmp_path / "config.yaml"

@@ -34,6 +34,8 @@ from workers.generator_learner import GeneratorLearner
 from workers.models.family import Denoiser
 from workers.score_teacher import ScoreTeacher
 
+SUMS = ("schedule.renoise=true", "generator.optimizer.max_grad_norm=1.0e+6")
+"""What a consistency term asks for beside its method."""
 FRESH = "fake_score.tracking=fresh"
 LATENT_SHAPE = (2, 1, 2, 2)
 
@@ -63,16 +65,16 @@ METHODS = {
     "adm": ("objective.method=adm",),
     "adm fresh": ("objective.method=adm", FRESH),
     "adm penalty": ("objective={method: adm, adversary: {r1_weight: 20.0}}", FRESH),
-    "rcm": ("objective.method=rcm", FRESH, "schedule.renoise=true"),
+    "rcm": ("objective.method=rcm", FRESH, *SUMS),
     "rcm shared": (
         "objective={method: rcm, fake_updates: 1}",
         "fake_score.tracking=shared",
-        "schedule.renoise=true",
+        *SUMS,
     ),
     "rcm, consistency alone": (
         "objective={method: rcm, matching_weight: 0.0, fake_updates: 1}",
         FRESH,
-        "schedule.renoise=true",
+        *SUMS,
     ),
     "dmd2 gan": ("objective={method: dmd2, adversary: {loss: softplus}}", FRESH),
 }

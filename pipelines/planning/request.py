@@ -1,0 +1,201 @@
+"""What `sgmd plan` is asked, and the plan, the recipe and the advice that answer it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.planning import stage_times
+from pipelines.planning.hardware import Hardware, parse_kinds
+from pipelines.planning.plan import Plan, make_mixed_plan, make_plan
+from pipelines.planning.savings import fitting_savings
+from pipelines.planning.search import find_batch
+from pipelines.planning.stage_times import StageTimes
+from pipelines.planning.workload import Workload
+from pipelines.study.passes import expected_lag, lag_share, total_units
+from sgmd_core.errors import ConfigError
+
+_ATTEMPTED = "planning a run"
+_TO_GAIN = 1.05
+_MOST_GPUS = 4096  # the search over layouts grows with them
+_GPUS, _MEMORY_GB = 8, 80.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Question of a plan. None leaves a number to its default.
+
+    Attributes:
+        recipe: Name of a recipe or its file.
+        overrides: Settings, `KEY=VALUE`.
+        gpus: GPUs of the whole run.
+        gpu_memory: GB of memory of one.
+        tflops: TFLOP/s that one reaches.
+        kinds: Instead of these three, kinds of GPU as `GpuKind.parse` reads them.
+        gpus_per_node: GPUs of a machine.
+        node_bandwidth: GB/s at which a GPU is sent weights within a machine.
+        network_bandwidth: The same between machines.
+        host_memory: GB of main memory beside each GPU.
+        model: Name of a released model, where the recipe's folder is not here.
+        measured: A run or a benchmark to take times from.
+        fit: Whether memory settings may be changed.
+        any_batch: Whether the batch size may be changed.
+    """
+
+    recipe: str
+    overrides: list[str] = field(default_factory=list)
+    gpus: int | None = None
+    gpu_memory: float | None = None
+    tflops: float | None = None
+    kinds: list[str] = field(default_factory=list)
+    gpus_per_node: int = 8
+    node_bandwidth: float = 200.0
+    network_bandwidth: float = 40.0
+    host_memory: float = 200.0
+    model: str | None = None
+    measured: Path | None = None
+    fit: bool = False
+    any_batch: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Answer to a `Request`.
+
+    Attributes:
+        config: The recipe, with the memory settings that make it fit.
+        plan: Layouts of it.
+        advice: What else is worth knowing, a sentence each.
+    """
+
+    config: DistillConfig
+    plan: Plan
+    advice: list[str]
+
+
+def answer(request: Request) -> Answer:
+    """Plans what is asked.
+
+    Raises:
+        ConfigError: Options contradict each other, or nothing fits.
+    """
+    _require_amounts(request)
+    hardware = Hardware(
+        memory_gb=request.gpu_memory or _MEMORY_GB,
+        host_memory_gb=request.host_memory,
+        ranks_per_machine=request.gpus_per_node,
+        gather_bandwidth=1e9 * request.node_bandwidth,
+        gather_bandwidth_between=1e9 * request.network_bandwidth,
+    )
+    if request.tflops is not None:
+        hardware = replace(hardware, flops=1e12 * request.tflops)
+    config = load_recipe(request.recipe, request.overrides)
+    found = (_mixed if request.kinds else _of_one_kind)(request, config, hardware)
+    return replace(found, advice=[*found.advice, *_lag(found.config, found.plan.work)])
+
+
+def _mixed(request: Request, config: DistillConfig, hardware: Hardware) -> Answer:
+    work = Workload.of(config, request.model)
+    kinds = parse_kinds(request.kinds, hardware)
+    times = _times(request, work, kinds[0].hardware)
+    return Answer(config, make_mixed_plan(work, times, kinds, config.gpus_beside), [])
+
+
+def _of_one_kind(request: Request, config: DistillConfig, hardware: Hardware) -> Answer:
+    work, beside = Workload.of(config, request.model), config.gpus_beside
+    gpus = _GPUS if request.gpus is None else request.gpus
+    for_roles = gpus - math.ceil(sum(beside.values()))
+    if for_roles < 1:
+        raise _nothing_left(gpus, beside)
+    saved: tuple[str, ...] = ()
+    if request.fit and (found := fitting_savings(work, hardware, for_roles)):
+        work, saved = found
+        config = load_recipe(request.recipe, [*request.overrides, *saved])
+    times = _times(request, work, hardware)
+    suited = replace(work, batch_size=find_batch(work, times, hardware, for_roles))
+    result, other = (
+        replace(make_plan(one, times, hardware, for_roles, beside), memory_settings=saved)
+        for one in (work, suited)
+    )
+    if request.any_batch and _samples_per_s(other) > _samples_per_s(result):
+        result, other = other, result
+    return Answer(config, result, _batch(result, other))
+
+
+def _times(request: Request, work: Workload, hardware: Hardware) -> StageTimes:
+    if request.measured is None:
+        return stage_times.modelled(work, hardware)
+    return stage_times.measured(request.measured, work)
+
+
+def _require_amounts(request: Request) -> None:
+    of_one_kind = {
+        "--gpus": request.gpus is not None,
+        "--gpu-memory": request.gpu_memory is not None,
+        "--tflops": request.tflops is not None,
+        "--fit": request.fit,
+        "--any-batch": request.any_batch,
+    }
+    given = [option for option, is_given in of_one_kind.items() if is_given]
+    if request.kinds and given:
+        raise ConfigError(
+            _ATTEMPTED,
+            f"--kind and {', '.join(given)}",
+            "several kinds of GPU by --kind, or one by the others",
+        )
+    if len(request.kinds) == 1:
+        raise ConfigError(_ATTEMPTED, "one --kind", "at least two, or --gpus and --gpu-memory")
+    if request.measured is not None and request.tflops is not None:
+        raise ConfigError(_ATTEMPTED, "both --measured and --tflops", "times from one of them")
+    amounts = {
+        "--gpu-memory": request.gpu_memory,
+        "--tflops": request.tflops,
+        "--host-memory": request.host_memory,
+        "--gpus-per-node": request.gpus_per_node,
+        "--node-bandwidth": request.node_bandwidth,
+        "--network-bandwidth": request.network_bandwidth,
+    }
+    for option, value in amounts.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(_ATTEMPTED, f"{option} {value:g}", "a number above 0")
+    if request.gpus is not None and request.gpus > _MOST_GPUS:
+        raise ConfigError(_ATTEMPTED, f"--gpus {request.gpus}", f"at most {_MOST_GPUS}")
+
+
+def _nothing_left(num_gpus: int, beside: Mapping[str, float]) -> ConfigError:
+    taken = ", ".join(f"{section} {share:g}" for section, share in beside.items())
+    return ConfigError(
+        f"planning for {num_gpus} GPUs",
+        f"no GPU left for the roles beside {taken or 'nothing'}",
+        "at least one",
+        "Set "
+        + (" ".join(f"topology.{section}.gpus=0" for section in beside) or "--gpus 1 or more"),
+    )
+
+
+def _lag(config: DistillConfig, work: Workload) -> list[str]:
+    """Returns what a measured lag costs."""
+    if not config.lag.every:
+        return []
+    costs = work.costs
+    return [
+        f"measuring the lag every {config.lag.every} iterations (lag.every) takes "
+        f"{total_units(expected_lag(config), costs):.3g} passes over a batch each time, "
+        f"{100 * lag_share(config, costs):.2g} % beside the iterations; it is not in their seconds"
+    ]
+
+
+def _samples_per_s(plan: Plan) -> float:
+    return plan.work.batch_size / plan.best.iteration_s
+
+
+def _batch(result: Plan, suited: Plan) -> list[str]:
+    """Returns what another batch size would gain, if it is worth a line."""
+    gain = _samples_per_s(suited) / _samples_per_s(result)
+    if gain < _TO_GAIN:
+        return []
+    return [
+        f"with batch.size={suited.work.batch_size} the same GPUs would make "
+        f"{100 * (gain - 1):.0f} % more samples a second (--any-batch)"
+    ]

@@ -1,0 +1,170 @@
+"""Plans for several kinds of GPU: bounds by arithmetic, and what a recipe gets of them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pipelines.config.recipe import load_recipe
+from pipelines.planning.hardware import GpuKind, Hardware, parse_kinds
+from pipelines.planning.layouts import shared_out
+from pipelines.planning.mixed import mixed_maps
+from pipelines.planning.plan import make_mixed_plan, make_plan
+from pipelines.planning.stage_times import modelled
+from pipelines.planning.workload import Workload
+from sgmd_core.errors import ConfigError
+from tests.pipelines.planning.test_planning import sgmd
+from workers.models.wan_arithmetic import RELEASED_SHAPES
+
+WORK = Workload(RELEASED_SHAPES["1.3b"], (16, 21, 60, 104), text_length=512, batch_size=16)
+KINDS = ("--kind", "H100=8x80@229", "--kind", "L40S=8x48@80")
+
+
+def kinds(*texts: str) -> tuple[GpuKind, ...]:
+    return parse_kinds(texts, Hardware())
+
+
+def planned(*texts: str):
+    several = kinds(*texts)
+    return make_mixed_plan(WORK, modelled(WORK, several[0].hardware), several)
+
+
+def work_s(*texts: str) -> float:
+    """Seconds of an iteration in which no GPU ever waits."""
+    forwards = sum(WORK.passes.values()) * WORK.batch_size
+    return (
+        forwards
+        * WORK.forward_flops
+        / sum(one.num_gpus * one.hardware.flops for one in kinds(*texts))
+    )
+
+
+@pytest.mark.parametrize(
+    "pools",
+    [
+        [(3.0, 8.0)],
+        [(3.0, 8.0), (5.0, 8.0)],
+        [(0.0, 10.0), (30.0, 1.0)],
+        [(2.0, 9.0), (1.0, 4.0), (4.5, 20.0)],
+    ],
+)
+def test_shared_calls_end_when_the_parts_of_all_pools_make_one_whole(pools):
+    ends_s = shared_out(pools)
+    parts = [max(0.0, ends_s - load_s) / calls_s for load_s, calls_s in pools]
+    assert sum(parts) == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_two_kinds_that_are_the_same_are_planned_as_one():
+    mixed = planned("a=4x80@229", "b=4x80@229")
+    hardware = Hardware(flops=229e12)
+    one = make_plan(WORK, modelled(WORK, hardware), hardware, 8)
+    (mapped,) = (layout for layout in one.layouts if layout.name == "map")
+    (found,) = (layout for layout in mixed.layouts if not layout.alone)
+    assert found.iteration_s <= 1.001 * mapped.iteration_s
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("slower", ["L40S=8x48@80", "A100=4x80@160", "H200=2x141@229"])
+def test_more_gpus_of_another_kind_help_within_what_they_can_do(slower):
+    plan = planned("H100=8x80@229", slower)
+    alone = next(layout for layout in plan.layouts if layout.alone == "H100")
+    assert work_s("H100=8x80@229", slower) < plan.best.iteration_s < 0.98 * alone.iteration_s
+    assert not plan.best.alone
+    for pool in plan.best.pools.values():
+        (kind,) = (one for one in plan.kinds if one.name == pool.kind)
+        assert pool.memory.fits(kind.hardware)
+        assert pool.speed == pytest.approx(kind.hardware.flops / 229e12)
+
+
+@pytest.mark.slow
+def test_gpus_that_hold_nothing_are_left_out():
+    plan = planned("H100=8x80@229", "T4=8x8@10")
+    assert plan.best.alone == "H100"
+    assert {pool.kind for pool in plan.best.pools.values()} == {"H100"}
+
+
+def test_no_pool_has_more_ranks_than_its_kind_has_gpus():
+    several = kinds("a=3x80@229", "b=5x48@80")
+    counts = {kind.name: kind.num_gpus for kind in several}
+    maps = list(mixed_maps(WORK, several))
+    assert len(maps) > 1000
+    for one in maps:
+        used = dict.fromkeys(counts, 0)
+        for pool, ranks in one.ranks.items():
+            used[one.kinds[pool].name] += ranks
+        assert all(0 < used[name] <= counts[name] for name in counts)
+
+
+def test_processes_beside_the_roles_take_the_last_kind_first():
+    plan = make_mixed_plan(
+        WORK,
+        modelled(WORK, Hardware()),
+        kinds("a=4x80@229", "b=1x80@229"),
+        beside={"validator": 1.0},
+    )
+    assert plan.num_gpus == 4
+    assert plan.best.alone == "a"
+    with pytest.raises(ConfigError, match="take all of the first kind"):
+        make_mixed_plan(WORK, plan.times, kinds("a=1x80@9", "b=1x80@9"), beside={"text": 2.0})
+
+
+def test_where_nothing_fits_every_kind_is_named():
+    with pytest.raises(ConfigError, match="no layout fits") as caught:
+        planned("T4=8x8@10", "P4=8x4@5")
+    assert "T4" in str(caught.value)
+    assert "P4" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["H100", "H100=8", "H100=8x80", "H100=0x80@229", "=8x80@229"])
+def test_a_kind_that_cannot_be_read_is_refused(text):
+    with pytest.raises(ConfigError, match="NAME=GPUSxGB@TFLOPS"):
+        kinds(text, "b=1x80@229")
+
+
+def test_a_name_twice_is_refused():
+    with pytest.raises(ConfigError, match="each name once"):
+        kinds("a=1x80@229", "a=1x80@229")
+
+
+@pytest.mark.slow
+def test_a_written_recipe_pins_its_pools_to_their_kinds(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    options = (*KINDS, "--model", "1.3b", "--write", mine, "--json")
+    told = json.loads(sgmd("plan", "wan21-1.3b", *options).stdout)
+    assert told["layout"] == "map"
+    config = load_recipe(str(mine))
+    pools = told["layouts"]["map"]["pools"]
+    for name, pool in config.topology.pools.items():
+        assert pool.labels == {"ray.io/accelerator-type": pools[name]["kind"]}
+        assert pool.speed == pytest.approx(pools[name]["speed"], abs=1e-4)
+        assert pool.ranks == pools[name]["gpus"]
+    for layout in told["layouts"].values():
+        load_recipe("wan21-1.3b").with_settings(layout["settings"])
+    words = sgmd("plan", "wan21-1.3b", *KINDS, "--model", "1.3b").output
+    assert "on H100 alone" in words
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--kind", "a=1x80@229"), "at least two"),
+        ((*KINDS, "--gpus", "8"), "several kinds of GPU by --kind"),
+        ((*KINDS, "--fit"), "--kind and --fit"),
+        (("--gpus-per-node", "0"), "a number above 0"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, words):
+    result = sgmd("plan", "wan21-1.3b", "--model", "1.3b", *options)
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
+def test_weights_gathered_between_machines_are_slower_than_within_one():
+    def iteration_s(**numbers: float) -> float:
+        hardware = replace(Hardware(flops=1e16), **numbers)
+        return make_plan(WORK, modelled(WORK, hardware), hardware, 16).best.iteration_s
+
+    slow = {"gather_bandwidth_between": 1e9}
+    assert iteration_s(**slow, ranks_per_machine=16) == iteration_s(ranks_per_machine=16)
+    assert iteration_s(**slow) > 1.3 * iteration_s(ranks_per_machine=16)
