@@ -42,7 +42,7 @@ from pipelines.evaluation.result import (
 from pipelines.evaluation.set_distances import Estimate, SetDistance, set_distances
 from pipelines.evaluation.teacher_sets import TEACHER_SETS, NamedExtractor, TeacherSets
 from pipelines.media.contact_sheet import SheetGroup, write_contact_sheet
-from pipelines.run.folder import require_lasting_folder, versions
+from pipelines.run.folder import require_inside, require_lasting_folder, versions
 from pipelines.run.working_copy import hold_place, run_copy, working_copy
 from sgmd_core.metrics.bootstrap import (
     median_interval,
@@ -109,6 +109,8 @@ def evaluate(
     ):
         plan = plan_evaluation(run, teacher, captions, results, kept, options)
         # Not the folder itself: a run may train on while its last generator is evaluated.
+        sheets = [f"{_SHEET_FOLDER}/{path.name}" for path in _sheets_in(plan.output)]
+        require_inside(plan.output, EVALUATION_FILE, _SHEET_FOLDER, *sheets)
         with hold_place(plan.output / _SHEET_FOLDER, "sgmd evaluate"):
             return _evaluate(plan, options, on_progress)
 
@@ -340,6 +342,11 @@ def _draw(
     png, gif = folder / f"{_SHEET_NAME}.png", folder / f"{_SHEET_NAME}.gif"
     write_contact_sheet(png, gif, groups, prompts, plan.generator.video.fps)
     return png, gif
+
+
+def _sheets_in(folder: Path) -> list[Path]:
+    """Files of an earlier evaluation that are written anew."""
+    return sorted((folder / _SHEET_FOLDER).glob(f"{_SHEET_NAME}*"))
 
 
 def _device_name(options: EvaluationOptions) -> str:

@@ -23,6 +23,7 @@ from cluster.folders import whole_folder_at
 from pipelines.exporting.model_card import Figures, write_model_card
 from pipelines.exporting.source import TrainedGenerator, open_source
 from pipelines.exporting.target import EXPORTS, require_safe_target
+from pipelines.run.folder import require_inside
 from pipelines.run.places import shared_place
 from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ConfigError, ModelFolderError
@@ -136,6 +137,8 @@ def _export(
     """Exports what is here."""
     _require_there(run_or_model)
     target = _target(run_or_model, output, options)
+    if output is None:
+        require_inside(Path(shared_place(run_or_model)), f"{EXPORTS}/{options.form}")
     attempted = f"exporting {shared_place(run_or_model)}"
     require_safe_target(target, "--output", (run_or_model,), attempted)
     steps = 4

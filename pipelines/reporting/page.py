@@ -26,7 +26,11 @@ from pipelines.reporting.names import duration
 from pipelines.reporting.records import RunRecords, finite, read_run
 from pipelines.reporting.settings import differing_facts, differing_settings, facts
 from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
-from pipelines.run.folder import require_lasting_folder, require_output_folder
+from pipelines.run.folder import (
+    require_inside,
+    require_lasting_folder,
+    require_output_folder,
+)
 from pipelines.run.places import shared_place
 from pipelines.run.working_copy import working_copy
 
@@ -64,6 +68,8 @@ def write_page(runs: Sequence[RunRecords], output: str | Path | None = None) -> 
     first = Path(shared_place(runs[0].folder.root))
     beside = first / REPORT_FILE if len(runs) == 1 else first.parent / COMPARISON_FILE
     path = Path(output) if output else beside
+    if not output and len(runs) == 1:
+        require_inside(first, REPORT_FILE)
     require_output_folder(path, "--output", is_file=True)
     write_text(shared_place(path), report_html(runs))
     return path

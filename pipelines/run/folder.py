@@ -81,6 +81,32 @@ _JOB_FOLDER = "runtime_resources/working_dir_files/"
 """Part of the path in which Ray unpacks the working directory of a job."""
 
 
+def require_inside(folder: Path, *names: str) -> None:
+    """Checks that what a command writes into a folder stays in it.
+
+    A run folder may come from elsewhere: a link in it must not lead the results to other files.
+
+    Args:
+        folder: The folder, where it is a path; of an address nothing is checked.
+        names: What is written there.
+
+    Raises:
+        ConfigError: A link leads out of the folder.
+    """
+    if store_address(folder):
+        return
+    root = folder.resolve()
+    for name in names:
+        found = (folder / name).resolve()
+        if not found.is_relative_to(root):
+            raise ConfigError(
+                f"writing to {folder / name}",
+                f"a link that leads to {found}",
+                f"a place inside {root}",
+                "Remove the link, or name another place with --output",
+            )
+
+
 def require_lasting_folder(folder: str | Path, setting: str) -> None:
     """Checks that what is written to a folder outlasts this process.
 

@@ -17,7 +17,7 @@ from pipelines.media.charts import number
 from pipelines.media.pages import page_templates
 from pipelines.media.scatter import interval_words
 from pipelines.reporting.names import duration, title
-from pipelines.run.folder import require_output_folder
+from pipelines.run.folder import require_inside, require_output_folder
 from pipelines.run.places import shared_place
 from pipelines.sweeping.importance import comparable, importances
 from pipelines.sweeping.page_charts import (
@@ -65,6 +65,8 @@ def write_sweep_page(folder: Path, output: Path | None = None) -> Path:
     best = Path(place) / BEST_FILE
     result = SweepResult(config.sweep.score, trials, Path(place), best, config.sweep.objectives)
     path = output or Path(place) / PAGE_FILE
+    if not output:
+        require_inside(Path(place), PAGE_FILE)
     require_output_folder(path, "--output", is_file=True)
     write_text(shared_place(path), _html(config, result))
     return path

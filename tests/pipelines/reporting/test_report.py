@@ -19,7 +19,7 @@ from pipelines.reporting.page import write_report
 from pipelines.reporting.records import read_run
 from pipelines.run.folder import append_jsonl
 from pipelines.run.records import RunEvent
-from sgmd_core.errors import CheckpointError
+from sgmd_core.errors import CheckpointError, ConfigError
 from tests.helpers.runs import finish_run, start_run, write_alarms
 
 VOID_TAGS = ("meta", "img", "link", "input", "br")
@@ -368,6 +368,17 @@ class TestComparison:
 
 class TestRunFromElsewhere:
     """What a folder names is shown only where it lies in the folder and is a picture or a clip."""
+
+    def test_a_link_in_the_folder_does_not_lead_the_page_over_another_file(
+        self, finished, tmp_path
+    ):
+        precious = tmp_path / "precious"
+        precious.write_text("mine")
+        (finished / "report.html").symlink_to(precious)
+        with pytest.raises(ConfigError, match=r"a link that leads to .*precious.*--output"):
+            write_report([finished])
+        assert precious.read_text() == "mine"
+        assert write_report([finished], tmp_path / "page.html").exists()
 
     @pytest.mark.parametrize("name", ["../secret.png", "{outside}", "linked.png", "notes.png"])
     def test_no_file_from_elsewhere_gets_into_the_page(self, finished, tmp_path, name):

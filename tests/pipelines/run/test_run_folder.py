@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.run.events import EventLog
-from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl, versions
+from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl, require_inside, versions
 from pipelines.run.observer import RunObserver
 from pipelines.run.records import RunEvent
 from sgmd_core.errors import CheckpointError, ConfigError
@@ -60,6 +60,19 @@ def test_a_broken_end_of_the_shards_is_gone_before_a_resumed_run_adds_to_them(
     append_jsonl(folder.shards, last)
     assert read_jsonl(folder.shards) == [first, last]
     assert [f"{len(end)} broken bytes" in line for line in said] == [True]
+
+
+def test_links_lead_no_results_out_of_a_folder(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (folder / "own").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "samples").symlink_to(elsewhere)
+    (folder / "loop").symlink_to("own")
+    (tmp_path / "linked").symlink_to(folder)
+    require_inside(tmp_path / "linked", "a", "own/b", "loop/c")
+    for name in ("samples", "samples/x.png", "own/../../elsewhere/x"):
+        with pytest.raises(ConfigError, match=r"a link that leads to .*elsewhere"):
+            require_inside(folder, "a", name)
 
 
 class Heard(RunObserver):
