@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pipelines.cli import app
+from pipelines.config.recipe import load_recipe
+from pipelines.config.recipe_files import shipped_recipes
 from sgmd_core.errors import ModelFolderError
 from tests.helpers.s3_server import serve_s3, use_server
 from tests.helpers.tiny_wan import write_tiny_wan
@@ -72,6 +74,23 @@ def test_a_hub_id_is_answered_with_the_line_that_downloads_it(command, tmp_path,
     said = CliRunner().invoke(app, command)
     assert said.exit_code
     assert DOWNLOAD in " ".join(said.stderr.split()), said.stderr
+
+
+def test_a_folder_of_a_recipe_is_answered_with_the_id_of_its_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = [each.name for each in shipped_recipes() if each.name.startswith(("wan", "ltx"))]
+    folders = {load_recipe(name).model.folder for name in own}
+    assert len(folders) == 5
+    for folder in (*folders, "/models/Wan2.1-T2V-14B-Diffusers"):
+        with pytest.raises(ModelFolderError, match="no such folder") as refused:
+            family_of(Path(folder))
+        owner = "Lightricks" if "LTX" in folder else "Wan-AI"
+        line = f"hf download {owner}/{Path(folder).name} --local-dir {folder}   and give {folder}"
+        assert line in str(refused.value)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ModelFolderError, match="no such folder") as refused:
+        family_of(Path("mine/model"))
+    assert "hf download" not in str(refused.value)
 
 
 def test_a_path_that_is_no_hub_id_is_not_offered_for_download(tmp_path):

@@ -25,6 +25,13 @@ from workers.models.configs import INDEX_FILE, REMEDY
 
 _ON_DISK = re.compile(r"file:/+(.+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_RELEASED = (
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers",
+    "Lightricks/LTX-Video",
+)
 _MAIN = Path("refs") / "main"
 # What tells one content of an object from the next, by the names that stores give it.
 _TAGS = ("ETag", "etag", "md5Hash", "content_md5", "LastModified", "last_modified", "mtime")
@@ -61,7 +68,14 @@ def missing_folder(path: Path, attempted: str, remedy: str = REMEDY) -> ModelFol
     """Refusal of a path that is no folder; of a hub id, with the line that downloads it."""
     found = kind_of_path(path) or "no such folder"
     expected = "a model folder on a disk, or an address such as s3://bucket/folder"
-    if found == "no such folder" and is_hub_id(str(path)):
+    released = next((name for name in _RELEASED if name.endswith(f"/{path.name}")), None)
+    if found == "no such folder" and released is not None:
+        # The recipes name their folders after the models.
+        folder = f"models/{path.name}" if str(path) == released else path
+        remedy = f"hf download {released} --local-dir {folder}   and give {folder}"
+        if str(path) == released:
+            found = "no such folder; as an id of the hub it is not downloaded by itself"
+    elif found == "no such folder" and is_hub_id(str(path)) and not path.parent.is_dir():
         folder = f"models/{path.name}"
         found = "no such folder; as an id of the hub it is not downloaded by itself"
         remedy = f"hf download {path} --local-dir {folder}   and give {folder}"
