@@ -20,16 +20,17 @@ from pipelines.evaluation.result import REFERENCE, TEACHER_FEW
 from pipelines.evaluation.teacher_sets import TEACHER_SETS, TeacherSets, teacher_samplings
 from sgmd_core.metrics.frechet import Features, Gaussian, fit_gaussian, frechet_distance
 from sgmd_core.schedule import FlowMatchSchedule
-from sgmd_core.worlds.readings import world_of
+from sgmd_core.worlds.readings import motion_of, world_of
 from workers.build import build_evaluator
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import CHUNK_CLIPS, Evaluator
 from workers.kept_clips import clip_facts
 from workers.models.content import fingerprint
 from workers.role_state import load_role
+from workers.set_measures import motion_figures
 
 Figures = Mapping[str, float]
-"""By name: `frechet`, and means of `MeasuredClips.figures` over the clips."""
+"""By name: `frechet`, means of `MeasuredClips.figures`, and `workers.set_measures`."""
 
 _CACHE_FOLDER = "teacher"
 
@@ -166,4 +167,12 @@ class StudyEvaluator:
         return {
             "frechet": frechet_distance(*fit_gaussian(clips.clips.features), *self._target),
             **{name: float(values.double().mean()) for name, values in found.items()},
+            **self._distributions(clips),
         }
+
+    def _distributions(self, clips: ClipSet) -> Figures:
+        """Distances of what the clips of an embedded world do as a whole to the reference's."""
+        own, reference = (each.clips.reading for each in (clips, self._sets.set(REFERENCE)))
+        if own is None or reference is None:
+            return {}
+        return motion_figures(motion_of(own), motion_of(reference))

@@ -52,8 +52,12 @@ COLUMNS = (
     Column("colour", "colour", decimals=3),
     Column("shape", "shape", decimals=3),
     Column("direction", "direction", decimals=3),
+    Column("speed distance", "speed_distance", decimals=3),
+    Column("direction distance", "direction_distance", decimals=3),
+    Column("texture distance", "texture_distance", decimals=4),
 )
-"""Ratios are to the teacher's reference; colour, shape and direction are shares of right ones."""
+"""Ratios are to the teacher's reference; colour, shape and direction are shares of right ones;
+distances are between sets of clips, to the reference."""
 
 
 def results_markdown(result: StudyResult) -> str:
