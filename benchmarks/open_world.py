@@ -9,7 +9,6 @@ itself, with the same captions, stand beside them: how far the teacher is from w
 """
 
 import argparse
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +108,7 @@ def rows(sets: Mapping[str, MeasuredClips], captions: list[str]) -> dict[str, di
 
 def main() -> None:
     """Measures a model folder, prints a table and writes all figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--clips", type=int, default=256)
     parser.add_argument("--floors", type=int, default=3)
@@ -123,7 +122,7 @@ def main() -> None:
     print("| set | " + " | ".join(names) + " |")
     for name, values in table.items():
         print(f"| {name} | " + " | ".join(f"{values.get(each, 0):.3f}" for each in names) + " |")
-    print(json.dumps({name: values for name, values in table.items()}))
+
     if given.output:
         write_json(str(given.output), table)
 
