@@ -39,7 +39,8 @@ from pipelines.config.section import Section
 from pipelines.config.steps import step_contradictions
 from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
-from pipelines.config.topology import TopologySettings, topology_contradictions, unread_in_mode
+from pipelines.config.topology import TopologySettings, topology_contradictions
+from pipelines.config.unread import unread_settings
 from pipelines.data.shards.columns import RecipeColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.stream.plan import ShuffleSettings
@@ -401,10 +402,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         [key for key in searched if not (key.startswith("objective.") and key in foreign)],
         f"checking the sweep of {name_or_path}",
     )
-    # Recipes that ship have the sections of all modes; what is given beside one is meant.
-    given = [text.partition("=")[0].strip() for text in overrides]
-    if unread := unread_in_mode(config.topology.mode, given):
-        _log.warning("topology.mode %s does not read %s", config.topology.mode, ", ".join(unread))
+    for sentence in unread_settings(config, [text.partition("=")[0].strip() for text in overrides]):
+        _log.warning("%s", sentence)
     return config
 
 

@@ -207,6 +207,32 @@ class TestRecipes:
         load_recipe("tiny", ["topology.mode=fused", "topology.pools.learn.cpus=1"])
         assert warnings == ["topology.mode fused does not read topology.pools.learn.cpus"]
 
+    @pytest.mark.parametrize(
+        ("given", "on", "told"),
+        [
+            ("lag.updates=8", "lag.every=5", "lag.every 0 leaves lag.updates out"),
+            ("checkpoint.score=colour", "", "validation.every 0 leaves checkpoint.score out"),
+            ("tracker.project=x", "tracker.wandb=offline", "tracker.wandb off leaves"),
+            ("generator.diversity.anchor_step=3", "generator.diversity.weight=0.1", "weight 0.0"),
+            ("generator.optimizer.final_lr_ratio=0.1", "", "generator.optimizer.decay constant"),
+            ("guards.spike_window=9", "guards.spike_factor=9", "guards.spike_factor null leaves"),
+            ("topology.feed.cpus=2", "topology.mode=map", "topology.mode local leaves"),
+            ("discriminator.width=64", "", "objective.method sgmd does not read discriminator"),
+            ("checkpoint.keep_best=0", "", ""),
+            ("batch.size=8", "", ""),
+        ],
+    )
+    def test_a_setting_that_another_one_leaves_out_is_told(self, given, on, told, monkeypatch):
+        warnings = record_warnings("pipelines.config.recipe", monkeypatch)
+        off = ["topology.mode=local"]
+        off += ["validation.every=0"] if given.startswith("checkpoint") else []
+        load_recipe("tiny", [*off, given])
+        assert [told in text for text in warnings] == [True] * bool(told), warnings
+        if on:
+            warnings.clear()
+            load_recipe("tiny", [on, given])
+            assert warnings == []
+
     def test_a_recipe_with_a_base_holds_what_it_has_otherwise(self, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text(
