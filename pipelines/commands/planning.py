@@ -150,7 +150,10 @@ def _table(result: "Plan") -> Table:
             f"{pool.memory.graphs / 1e9:.1f}",
         )
     for section, share in result.beside.items():
-        table.add_row(section, "", f"{share:g}")
+        needed = result.memory_beside.get(section)
+        table.add_row(
+            section, "", f"{share:g}", "", "", "" if needed is None else f"{needed / 1e9:.1f}"
+        )
     return table
 
 

@@ -18,6 +18,7 @@ from cluster.files import store_address
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.planning.beside import TEXT, bytes_beside
 from pipelines.planning.memory import discriminator_memory
 from pipelines.planning.pool_maps import PoolMap, map_memory
 from pipelines.planning.savings import savings
@@ -216,18 +217,10 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
             )
             for role, memory in memories.items()
         ]
-    width = DTYPES[config.model.encoder_dtype].itemsize
-    needs.append(_Need("text encoder", width * model.num_text_parameters, topology.text.gpus))
-    if config.validation.every:
-        denoiser = model.num_denoiser_parameters
-        encoders = sum(model.num_parameters.values()) - denoiser
-        base = _FLOAT * denoiser
-        if config.generator.lora is not None:
-            # In one process with the roles, their base is the validator's too.
-            base = 0 if topology.mode == "local" else work.frozen_bytes(GENERATOR)
-        teacher = work.shape_of(TEACHER).num_parameters if config.teacher.model else 0
-        weights = base + _FLOAT * teacher + width * encoders
-        needs.append(_Need("validator", weights, topology.validator.gpus))
+    sizes, denoiser = model.encoder_sizes, model.num_denoiser_parameters
+    for section, needed in bytes_beside(config, work, sizes, denoiser).items():
+        words = "text encoder" if section == TEXT else section
+        needs.append(_Need(words, needed, getattr(topology, section).gpus))
     return needs
 
 

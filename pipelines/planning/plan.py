@@ -39,6 +39,7 @@ class Plan:
         layouts: The best of each kind: those that fit, the fastest first; then the others.
         beside: GPUs of other processes, by section: text encoder, feed, validator.
         memory_settings: Settings of the recipe that were changed to make it fit.
+        memory_beside: Bytes of one of the processes beside, by section, where they are known.
         kinds: Kinds of GPU, where there are several; `hardware` is that of the first one.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     beside: Mapping[str, float] = field(default_factory=dict)
     memory_settings: tuple[str, ...] = ()
     kinds: tuple[GpuKind, ...] = ()
+    memory_beside: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Layout:
@@ -69,6 +71,9 @@ class Plan:
             "gpus": self.num_gpus + self.gpus_beside,
             "gpus_used": used,
             "gpus_beside": dict(self.beside),
+            "memory_beside_gb": {
+                section: round(needed / GB, 2) for section, needed in self.memory_beside.items()
+            },
             "layout": best.name,
             "settings": dict(best.settings),
             "memory_settings": list(self.memory_settings),

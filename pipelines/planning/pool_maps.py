@@ -46,7 +46,7 @@ class PoolMap:
         return tuple(role for role, pools in self.places.items() if pool in pools)
 
     def hardware_of(self, pool: str, hardware: Hardware) -> Hardware:
-        """What a pool runs on; `hardware` where there is one kind of GPU."""
+        """GPUs and connections of a pool; `hardware` where there is one kind of GPU."""
         return self.kinds[pool].hardware if self.kinds else hardware
 
     def speed_of(self, pool: str, hardware: Hardware) -> float:

@@ -1,4 +1,4 @@
-"""What `sgmd plan` is asked, and the plan, the recipe and the advice that answer it."""
+"""Question of `sgmd plan`, and the plan, recipe and advice that answer it."""
 
 import math
 from collections.abc import Mapping
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.planning import stage_times
+from pipelines.planning.beside import handed_over, too_large_beside, with_memory_beside
 from pipelines.planning.hardware import Hardware, parse_kinds
 from pipelines.planning.plan import Plan, make_mixed_plan, make_plan
 from pipelines.planning.savings import fitting_savings
@@ -92,7 +93,16 @@ def answer(request: Request) -> Answer:
         hardware = replace(hardware, flops=1e12 * request.tflops)
     config = load_recipe(request.recipe, request.overrides)
     found = (_mixed if request.kinds else _of_one_kind)(request, config, hardware)
-    return replace(found, advice=[*found.advice, *_lag(found.config, found.plan.work)])
+    plan = with_memory_beside(found.plan, found.config, request.model)
+    # Of several kinds, processes beside the roles get the last one.
+    theirs = plan.kinds[-1].hardware if plan.kinds else hardware
+    advice = [
+        *too_large_beside(plan, theirs),
+        *found.advice,
+        *_lag(found.config, plan.work),
+        *handed_over(plan, found.config),
+    ]
+    return replace(found, plan=plan, advice=advice)
 
 
 def _mixed(request: Request, config: DistillConfig, hardware: Hardware) -> Answer:

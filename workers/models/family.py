@@ -22,7 +22,7 @@ from sgmd_core.types import Text
 from workers.attention import NATIVE, AttentionName
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
-from workers.models.folder import ClipGeometry, FolderLayout, LatentShape, ModelFolder
+from workers.models.folder import ClipGeometry, EncoderSizes, FolderLayout, LatentShape, ModelFolder
 from workers.models.sampling import ClipSampler, SamplingRules
 from workers.models.vocabulary import CaptionTokenizer
 from workers.settings import LoraSettings
@@ -205,10 +205,11 @@ class DenoiserShape(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Arithmetic of a model: its denoiser and the sizes of its latents."""
+    """Arithmetic of a model: its denoiser, sizes of its latents, and encoders where known."""
 
     denoiser: DenoiserShape
     geometry: ClipGeometry
+    encoders: EncoderSizes | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,19 @@ class ClipGeometry:
 
 
 @dataclass(frozen=True, slots=True)
+class EncoderSizes:
+    """Parameters of the networks beside the denoiser.
+
+    Attributes:
+        text: Of the text encoder.
+        autoencoder: Of the autoencoder, and of what else is not text and not the denoiser.
+    """
+
+    text: int
+    autoencoder: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFolder:
     """A model folder whose configurations and weight headers have been checked.
 
@@ -127,6 +140,12 @@ class ModelFolder:
     def num_text_parameters(self) -> int:
         """Parameters of the text encoder."""
         return sum(self.num_parameters.get(name, 0) for name in self.layout.text)
+
+    @property
+    def encoder_sizes(self) -> EncoderSizes:
+        """Parameters of all networks but the denoiser."""
+        rest = sum(self.num_parameters.values()) - self.num_denoiser_parameters
+        return EncoderSizes(self.num_text_parameters, rest - self.num_text_parameters)
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> LatentShape:
         """Shape of one clip's latents.

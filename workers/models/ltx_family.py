@@ -27,7 +27,7 @@ from workers.models.configs import (
 )
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, FamilyTraits, ModelShape
-from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
+from workers.models.folder import ClipGeometry, EncoderSizes, FolderLayout, ModelFolder
 from workers.models.sampling import SamplingRules
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import WanShape
@@ -142,6 +142,8 @@ _TRAITS = FamilyTraits(
         "ltx-2b": ModelShape(
             ltx_shape(num_layers=28, width=2048, text_width=4096, channels=128),
             ClipGeometry(128, temporal_factor=8, spatial_factor=32),
+            # T5-XXL's encoder, and AutoencoderKLLTXVideo as it is released.
+            EncoderSizes(text=4_762_310_656, autoencoder=419_193_649),
         )
     },
     modules=("workers.models.ltx", "workers.models.ltx_text"),

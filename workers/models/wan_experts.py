@@ -24,6 +24,7 @@ from workers.models.wan_arithmetic import RELEASED_SHAPES, ExpertsShape, WanShap
 from workers.models.wan_family import (
     EXPERTS_LAYOUT,
     LOW_NOISE,
+    RELEASED_ENCODERS,
     RELEASED_GEOMETRY,
     TRANSFORMER,
     WAN_TRAITS,
@@ -56,7 +57,11 @@ _TRAITS = replace(
     sampling=replace(WAN_TRAITS.sampling, num_steps=40, guidance_scale=4.0, height=720, width=1280),
     # Relatives are named by the family with one denoiser already.
     relatives={},
-    released={"a14b": ModelShape(ExpertsShape(RELEASED_SHAPES["14b"]), RELEASED_GEOMETRY)},
+    released={
+        "a14b": ModelShape(
+            ExpertsShape(RELEASED_SHAPES["14b"]), RELEASED_GEOMETRY, RELEASED_ENCODERS
+        )
+    },
     exchange=_exchange,
 )
 

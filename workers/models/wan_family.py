@@ -31,7 +31,7 @@ from workers.models.configs import (
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, DenoiserShape, FamilyTraits, ModelShape
-from workers.models.folder import ClipGeometry, FolderLayout, ModelFolder
+from workers.models.folder import ClipGeometry, EncoderSizes, FolderLayout, ModelFolder
 from workers.models.sampling import SamplingRules
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
@@ -96,6 +96,9 @@ def _exchange() -> ExchangeFiles:
 RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
 # The autoencoder of Wan 2.2's 5B packs 2 x 2 pixels into channels before it halves three times.
 _WIDE_STRIDE_GEOMETRY = replace(RELEASED_GEOMETRY, latent_channels=48, spatial_factor=16)
+RELEASED_ENCODERS = EncoderSizes(text=5_680_910_336, autoencoder=126_892_531)
+"""UMT5-XXL's encoder, and the autoencoder of Wan 2.1."""
+_WIDE_STRIDE_ENCODERS = replace(RELEASED_ENCODERS, autoencoder=704_688_668)
 WAN_TRAITS = FamilyTraits(
     about="text to video with one denoiser",
     layout=LAYOUT,
@@ -114,9 +117,12 @@ WAN_TRAITS = FamilyTraits(
     ),
     relatives=_OTHER_PIPELINES,
     released={
-        name: ModelShape(shape, geometry)
+        name: ModelShape(shape, geometry, encoders)
         for name, shape in RELEASED_SHAPES.items()
-        for geometry in (RELEASED_GEOMETRY, _WIDE_STRIDE_GEOMETRY)
+        for geometry, encoders in (
+            (RELEASED_GEOMETRY, RELEASED_ENCODERS),
+            (_WIDE_STRIDE_GEOMETRY, _WIDE_STRIDE_ENCODERS),
+        )
         if geometry.latent_channels == shape.in_channels
     },
     computes=frozenset(

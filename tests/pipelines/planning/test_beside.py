@@ -1,0 +1,87 @@
+"""Memory of the processes beside the roles, against the networks themselves."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLLTXVideo, AutoencoderKLWan
+from torch import nn
+from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
+
+from pipelines.config.recipe import load_recipe
+from pipelines.planning.workload import released_models
+from tests.pipelines.planning.test_planning import sgmd
+
+XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+GATED = {**XXL, "feed_forward_proj": "gated-gelu"}
+WIDE = {
+    "base_dim": 160,
+    "z_dim": 48,
+    "decoder_base_dim": 256,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "temperal_downsample": [False, True, True],
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+"""Of the autoencoder of Wan 2.2's 5B, what is not AutoencoderKLWan's default."""
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_released_encoders_have_the_parameters_of_their_configurations():
+    with torch.device("meta"):
+        umt5 = count(UMT5EncoderModel(UMT5Config(vocab_size=256384, **GATED)))
+        t5 = count(T5EncoderModel(T5Config(vocab_size=32128, **GATED)))
+        wan, wide = count(AutoencoderKLWan()), count(AutoencoderKLWan(**WIDE))
+        ltx = count(AutoencoderKLLTXVideo())
+    released = {
+        name: (shape.encoders.text, shape.encoders.autoencoder)
+        for name, shape in released_models().items()
+        if shape.encoders is not None
+    }
+    assert released == {
+        "1.3b": (umt5, wan),
+        "14b": (umt5, wan),
+        "5b": (umt5, wide),
+        "a14b": (umt5, wan),
+        "ltx-2b": (t5, ltx),
+    }
+
+
+def test_a_plan_counts_the_weights_of_text_encoder_and_validator():
+    options = ("--model", "1.3b", "--gpus", 10, "--json", "topology.text.gpus=0.25")
+    told = json.loads(sgmd("plan", "wan21-1.3b", *options).stdout)
+    text, autoencoder = 5_680_910_336, 126_892_531
+    generator = released_models()["1.3b"].denoiser.num_parameters
+    needed = told["memory_beside_gb"]
+    assert needed["text"] == pytest.approx(2 * text / 1e9, abs=0.01)
+    whole = 4 * generator + 2 * (text + autoencoder)
+    assert needed["validator"] == pytest.approx(whole / 1e9, abs=0.01)
+    assert any(f"handed {4 * generator / 1e9:.3g} GB" in line for line in told["advice"])
+
+
+def test_a_validator_that_its_gpu_does_not_hold_is_named():
+    options = ("--model", "14b", "--gpus", 65, "--gpu-memory", 64, "--json")
+    told = json.loads(sgmd("plan", "wan21-14b", *options).stdout)
+    assert any(line.startswith("validator does not fit") for line in told["advice"])
+
+
+def test_a_folder_is_counted_by_its_weights_and_without_them_not_at_all(tmp_path):
+    whole = Path(load_recipe("tiny").model.folder)
+    bare = tmp_path / "bare"
+    shutil.copytree(whole, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    options = ("--gpus", 2, "--json", "topology.validator.gpus=1")
+    counted, not_counted = (
+        json.loads(sgmd("plan", "tiny", *options, f"model.folder={folder}").stdout)
+        for folder in (whole, bare)
+    )
+    assert counted["memory_beside_gb"].keys() == {"validator"}
+    assert not_counted["memory_beside_gb"] == {}
+    assert counted["gpus_beside"] == not_counted["gpus_beside"]
