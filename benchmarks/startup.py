@@ -11,88 +11,23 @@ things makes every other time longer.
 
 import argparse
 import os
-import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import psutil
 from documents import write_document
+from process_tree import MARK, ProcessTree
 
 _ROOT = Path(__file__).resolve().parents[1]
-_MARK = "SGMD_BENCHMARK_RUN"
 _EVERY_S = 0.1
 _TIMEOUT_S = 900.0
-_RAY_PART = re.compile(r"/(gcs_server|raylet|log_monitor|monitor|agent|main)(?:\.py)?(?:\s|$)")
-
-
-class ProcessTree:
-    """CPU seconds of all processes that carry a mark in their environment.
-
-    Args:
-        mark: Its value.
-    """
-
-    def __init__(self, mark: str) -> None:
-        self._mark = mark
-        self._others: set[tuple[int, float]] = set()
-        self._found: dict[tuple[int, float], psutil.Process] = {}
-        self._seconds: dict[tuple[int, float], float] = {}
-        self._names: dict[tuple[int, float], str] = {}
-
-    def look(self) -> None:
-        """Finds new processes and reads the times of all; what has ended keeps its last time."""
-        for process in psutil.process_iter():
-            key = (process.pid, process.create_time())
-            if key in self._others:
-                continue
-            try:
-                if key not in self._found:
-                    # An environment may be empty just after a fork: the parent's is looked at then.
-                    if process.environ().get(_MARK) != self._mark:
-                        self._others.add(key)
-                        continue
-                    self._found[key] = process
-                times = process.cpu_times()
-                self._seconds[key] = times.user + times.system
-                self._names[key] = _name(process.cmdline())
-            except psutil.Error:
-                self._others.add(key) if key not in self._found else None
-
-    def seconds_by_name(self) -> dict[str, float]:
-        """CPU seconds by name of the processes, most first."""
-        sums: dict[str, float] = defaultdict(float)
-        for key, seconds in self._seconds.items():
-            sums[self._names[key]] += seconds
-        return dict(sorted(sums.items(), key=lambda item: -item[1]))
-
-    def end(self) -> None:
-        """Ends every process found."""
-        for process in self._found.values():
-            try:
-                process.kill()
-            except psutil.Error:
-                continue
-        psutil.wait_procs(list(self._found.values()), timeout=30)
-
-
-def _name(command: list[str]) -> str:
-    line = " ".join(command)
-    part = _RAY_PART.search(line)
-    if line.startswith("ray::"):
-        # An actor's title names its class and its last method.
-        return line.split()[0]
-    if part:
-        return f"Ray's {part[1]}"
-    return "sgmd" if "pipelines.cli" in line else (line[:40] or "ended")
 
 
 def measure_run(tree: Path, data: Path, overrides: list[str]) -> dict[str, Any]:
@@ -157,7 +92,7 @@ def _environment(tree: Path, mark: str) -> Mapping[str, str]:
     # Compiled files are written, as they are where a package is installed.
     dropped = ("PYTHONDONTWRITEBYTECODE", "RAY_ADDRESS")
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
-    return kept | {"PYTHONPATH": str(tree), _MARK: mark}
+    return kept | {"PYTHONPATH": str(tree), MARK: mark}
 
 
 def main() -> None:

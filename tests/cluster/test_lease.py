@@ -19,6 +19,7 @@ from s3fs import S3FileSystem
 from cluster import lease as leases
 from cluster.errors import LeaseError, LeaseLostError, StorageError
 from cluster.files import open_store, whole_folder
+from cluster.folders import whole_folder_at
 from cluster.lease import LEASE_FILE, LEASE_OBJECT, hold, hold_replaced
 from tests.helpers.s3_server import use_server
 
@@ -58,6 +59,19 @@ class TestReplacedFolders:
                     pass
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
         assert [path.name for path in model.iterdir()] == ["weights"]
+
+    def test_so_does_one_at_an_address(self, monkeypatch):
+        monkeypatch.setattr(leases, "_SETTLE_S", 0.05)
+        memory = fsspec.filesystem("memory")
+        memory.store.clear()
+        with hold_replaced("memory://models/model", "a test"):
+            for _ in range(2):
+                with whole_folder_at("memory://models/model") as draft:
+                    (draft / "weights").touch()
+                again = hold_replaced("memory://models/model", "another test")
+                with pytest.raises(LeaseError, match=r"memory://models/model: .*a test"), again:
+                    pass
+        assert memory.find("/models") == ["/models/model/weights"]
 
     def test_two_spellings_are_one_folder(self, tmp_path):
         (tmp_path / "link").symlink_to(tmp_path / "model")

