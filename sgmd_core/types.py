@@ -375,6 +375,14 @@ def sample_mean(values: Tensor) -> PerSample:
     return values.reshape(values.shape[0], -1).mean(dim=1)
 
 
+def overflow_as_nan(divisor: PerSample) -> PerSample:
+    """A divisor in which infinity is NaN; all else keeps its bits.
+
+    A quotient by an infinite residual would be 0, which says that there is nothing to learn.
+    """
+    return divisor.masked_fill(divisor.isinf(), float("nan"))
+
+
 def detached(query: NoisedBatch, x0: Latents | None = None) -> NoisedBatch:
     """The same query on constants, or on another `x0` such as a leaf that wants a gradient."""
     return NoisedBatch(

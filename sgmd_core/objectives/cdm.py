@@ -39,6 +39,7 @@ from sgmd_core.types import (
     Loss,
     NoisedBatch,
     float32,
+    overflow_as_nan,
     per_sample,
     sample_mean,
 )
@@ -65,7 +66,7 @@ def augmentation_direction(
     residual = sample_mean((conditional - query.velocity.detach()).abs())
     if normalizer_min > 0:
         residual = residual.maximum(normalizer_min / query.sigma.detach().to(residual))
-    return (guided - conditional) / per_sample(residual, guided)
+    return (guided - conditional) / per_sample(overflow_as_nan(residual), guided)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from sgmd_core.types import (
     NoisedBatch,
     PerSample,
     float32,
+    overflow_as_nan,
     per_sample,
     sample_mean,
 )
@@ -75,7 +76,7 @@ def matching_direction(
         residual = residual.maximum(normalizer_min / query.sigma.detach().to(residual))
     if removed is not None:
         difference = without_component(difference, removed.detach().to(difference))
-    residual = per_sample(residual, difference)
+    residual = per_sample(overflow_as_nan(residual), difference)
     nowhere = (difference == 0) & (residual == 0)
     return torch.where(nowhere, torch.zeros_like(difference), difference / residual)
 

@@ -17,6 +17,7 @@ from sgmd_core.types import (
     PerSample,
     Samples,
     Scalar,
+    overflow_as_nan,
     per_sample,
     sample_mean,
 )
@@ -73,7 +74,7 @@ def released_fisher_weight(residual: PerSample, eps: float) -> PerSample:
 
     Source: the authors' released trainer.
     """
-    return 1 / (residual + eps)
+    return 1 / (overflow_as_nan(residual) + eps)
 
 
 def paper_fisher_weight(sigma: PerSample, sigma_floor: float) -> PerSample:

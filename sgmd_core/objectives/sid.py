@@ -26,7 +26,7 @@ from typing import ClassVar, Literal
 
 from sgmd_core.objectives import GradientPath
 from sgmd_core.objectives.dmd import denoising_loss
-from sgmd_core.objectives.fisher import teacher_residual
+from sgmd_core.objectives.fisher import released_fisher_weight, teacher_residual
 from sgmd_core.objectives.forms import mean_rms
 from sgmd_core.objectives.settings import require_number, require_updates
 from sgmd_core.types import Latents, Loss, NoisedBatch, float32, per_sample
@@ -83,7 +83,8 @@ class SidObjective:
         sigma = per_sample(query.sigma, velocity_fake)
         gap = sigma * (velocity_teacher - velocity_fake)
         error = sigma * (velocity_teacher - query.velocity)
-        weight = 1 / (teacher_residual(query, velocity_teacher) + self.normalizer_eps)
+        residual = teacher_residual(query, velocity_teacher)
+        weight = released_fisher_weight(residual, self.normalizer_eps)
         value = (per_sample(weight, gap) * gap * (error - self.square_weight * gap)).mean()
         return Loss(
             value,

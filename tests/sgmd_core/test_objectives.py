@@ -221,6 +221,18 @@ def test_half_precision_predictions_are_widened_and_finite(name):
     assert torch.autograd.grad(loss.value, query.x0)[0].isfinite().all()
 
 
+@ALL
+@pytest.mark.parametrize("which", [0, 1])
+def test_predictions_whose_sums_overflow_are_never_no_direction(name, which):
+    query = with_leaf(random_query(torch.float32))
+    predictions = [predict(SmallNetwork(seed, torch.float32), query) for seed in (1, 2)]
+    # Finite, as a role demands; a sum of it over the elements is not.
+    predictions[which] = predictions[which] * 0 + 3e38
+    loss = OBJECTIVES[name].generator_loss(query, *predictions)
+    gradient = torch.autograd.grad(loss.value, query.x0)[0]
+    assert not (loss.value.isfinite() and gradient.isfinite().all())
+
+
 @pytest.mark.parametrize("form", ["released", "paper"])
 def test_sgmd_without_its_potential_is_tsg_fisher_to_the_bit(form):
     fake, teacher = SmallNetwork(1, torch.float32), SmallNetwork(2, torch.float32)
