@@ -14,6 +14,7 @@ few steps a clip each:
 """
 
 import hashlib
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -300,7 +301,7 @@ def _row(
         figures |= {
             "colour": scores.colour,
             "shape": scores.shape,
-            "direction": scores.direction,
+            "direction": _known(scores.direction),
             "speed_spearman": scores.speed_spearman if isinstance(scores, ClipScores) else None,
             "mean_speed_px_per_frame": scores.mean_speed_px_per_frame,
             "speed_ratio": _over(scores.mean_speed_px_per_frame, reference.mean_speed_px_per_frame),
@@ -317,6 +318,11 @@ def _row(
 def _scores(clips: ClipSet, captions: Sequence[str]) -> WorldScores | None:
     reading = clips.clips.reading
     return None if reading is None else score_reading(reading, captions)
+
+
+def _known(share: float) -> float | None:
+    """A share, where it is of any clips: captions may all leave it open."""
+    return None if math.isnan(share) else share
 
 
 def _over(value: float, reference: float) -> float | None:

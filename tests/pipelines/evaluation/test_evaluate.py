@@ -172,6 +172,28 @@ class TestRows:
         assert len(found.verdicts) == 1
         assert "colour" not in printed(found)
 
+    @pytest.mark.slow
+    def test_clips_of_the_open_world_are_read_by_its_rules(self, place, tmp_path):
+        texts = ["a red circle", "a red circle and a blue bar"]
+        open_captions = write_captions(tmp_path / "captions", texts * 4)
+        found = evaluate(
+            place / "generator",
+            teacher=place / "teacher",
+            captions=open_captions,
+            output=tmp_path / "result",
+            options=OPTIONS,
+        )
+        assert Evaluation.load(tmp_path / "result" / "evaluation.json") == found
+        for each in found.rows:
+            # No caption says a direction, and none has a speed to correlate with.
+            assert (each.direction, each.speed_spearman) == (None, None)
+            assert 0 <= each.colour <= 1
+        generator, floor = found.row(GENERATOR).measures, found.row(FLOOR).measures
+        texture = generator["texture_distance"]
+        assert texture.low <= texture.value <= texture.high
+        assert texture.ratio.value == pytest.approx(texture.value / floor["texture_distance"].value)
+        assert "texture distance" in printed(found)
+
 
 class TestMeasures:
     def test_every_row_has_every_measure_with_its_interval(self, evaluation):

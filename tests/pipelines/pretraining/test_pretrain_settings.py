@@ -13,7 +13,7 @@ from pipelines.embedded_worlds import embedded_world
 from pipelines.pretraining.config import ROPE_LENGTH, PretrainConfig, latent_problems
 from pipelines.pretraining.data import open_clips
 from pipelines.pretraining.networks import build_transformer, build_vae
-from pipelines.pretraining.quality import held_out_captions
+from pipelines.pretraining.quality import QualityReport, held_out_captions
 from pipelines.pretraining.run import checked
 from pipelines.pretraining.stages import stage_identities
 from pipelines.pretraining.vae_stage import to_unit_video
@@ -158,3 +158,14 @@ def test_a_teacher_of_another_world_is_another_stage(tmp_path: Path):
     first, second = (stage_identities(each, clips) for each in (config, other))
     assert first["vae"] == second["vae"]
     assert second["denoiser"] == {**first["denoiser"], "world.name": "open"}
+
+
+@pytest.mark.parametrize("name", WorldName)
+def test_a_report_names_the_scores_of_its_world(name: WorldName):
+    world = embedded_world(name)
+    pixels, captions = world.draw(7, range(16), ClipSplit.HELD_OUT)
+    scores = world.score(to_unit_video(torch.from_numpy(pixels)), captions)
+    words = QualityReport(scores, scores, scores, 30.0, scores, scores).in_words()
+    assert words.startswith("16 held-out captions: colour 1.000, shape 1.000, direction ")
+    assert ("count 1.000" in words) == (name is WorldName.OPEN)
+    assert ("rank correlation" in words) == (name is WorldName.SHAPES)
