@@ -43,6 +43,7 @@ class AttentionKernel:
         forward_mode: Has derivatives in forward mode.
         recorded: `compute.checkpointing: selective` sees its outputs.
         all_pairs: Holds a matrix of all pairs of tokens.
+        splits_heads: Goes with `compute.ulysses`, forward and backward.
     """
 
     module: str = ""
@@ -52,18 +53,19 @@ class AttentionKernel:
     forward_mode: bool = False
     recorded: bool = False
     all_pairs: bool = False
+    splits_heads: bool = False
 
 
 KERNELS = MappingProxyType[AttentionName, AttentionKernel](
     {
-        NATIVE: AttentionKernel(on_cpu=True, forward_mode=True, recorded=True),
-        "flash": AttentionKernel("flash_attn", in_bf16=True),
+        NATIVE: AttentionKernel(on_cpu=True, forward_mode=True, recorded=True, splits_heads=True),
+        "flash": AttentionKernel("flash_attn", in_bf16=True, splits_heads=True),
         "_flash_3": AttentionKernel("flash_attn_interface", in_bf16=True, differentiable=False),
         "sage": AttentionKernel("sageattention", in_bf16=True, differentiable=False),
         "xformers": AttentionKernel("xformers"),
         "_native_flash": AttentionKernel(on_cpu=True, recorded=True),
         "_native_efficient": AttentionKernel(recorded=True),
-        "_native_cudnn": AttentionKernel(in_bf16=True, recorded=True),
+        "_native_cudnn": AttentionKernel(in_bf16=True, recorded=True, splits_heads=True),
         "_native_math": AttentionKernel(on_cpu=True, forward_mode=True, all_pairs=True),
     }
 )

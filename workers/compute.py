@@ -4,6 +4,7 @@
                       weights of several ranks are gathered in bfloat16
     checkpointing     activations of the layers are made again in the backward pass, not kept
     attention         one kernel of attention in place of torch's choice
+    ulysses           tokens of a sample over several ranks, heads of it inside attention
     compile           the layers as compiled code, one region for all of them
 
 All of them leave the weights as they are, and work with gradients asked for at the network's input.
@@ -33,6 +34,8 @@ def prepare_network(network: Denoiser, settings: ComputeSettings) -> Denoiser:
         The same network.
     """
     network.set_attention(settings.attention)
+    if settings.ulysses > 1:
+        network.split_tokens(settings.ulysses)
     if settings.precision == "bf16":
         network.autocast_dtype = torch.bfloat16
         # Norms take a bfloat16 input and float32 weights: right, only not fused.

@@ -162,6 +162,8 @@ class ComputeSettings:
             `xformers`, `_native_flash`, `_native_efficient`, `_native_cudnn`, `_native_math`; for
             a teacher that nothing is learned through also `sage` and `_flash_3`, which have no
             gradients. See `workers.attention`.
+        ulysses: Ranks in a row that work on each sample together: each has a part of its tokens,
+            and inside self-attention a part of its heads. It divides the ranks, heads and tokens.
     """
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -169,6 +171,7 @@ class ComputeSettings:
     compile: bool = False
     weights: Literal["fp32", "bf16", "fp8"] = "fp32"
     attention: AttentionName = "native"
+    ulysses: int = 1
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -201,6 +204,30 @@ class ComputeSettings:
             " which lose track of weights that change their type in a pass",
         )
         self._require_attention()
+        self._require_ulysses()
+
+    def _require_ulysses(self) -> None:
+        number = self.ulysses
+        _require(number >= 1, "compute.ulysses", number, "at least 1")
+        alone = "1, which leaves every sample to one rank, beside compute."
+        _require(not self.compile or number == 1, "compute.ulysses", number, f"{alone}compile=true")
+        _require(
+            self.checkpointing != "selective" or number == 1,
+            "compute.ulysses",
+            number,
+            f"{alone}checkpointing: selective, whose kept outputs its backward pass makes again",
+        )
+        _require(
+            self.weights != "fp8" or number == 1, "compute.ulysses", number, f"{alone}weights: fp8"
+        )
+        _require(
+            KERNELS[self.attention].splits_heads or number == 1,
+            "compute.ulysses",
+            number,
+            f"{alone}attention: {self.attention}; "
+            + ", ".join(name for name, one in KERNELS.items() if one.splits_heads)
+            + " can split it",
+        )
 
     def _require_attention(self) -> None:
         names, name = tuple(KERNELS), self.attention
@@ -504,6 +531,12 @@ class DiscriminatorSettings:
             "'bf16' or 'fp32'",
         )
         _require_differentiable("discriminator", self.compute)
+        _require(
+            self.compute.ulysses == 1,
+            "discriminator.compute.ulysses",
+            self.compute.ulysses,
+            "1: its heads look at all tokens of a sample",
+        )
 
     def layers_of(self, num_layers: int) -> tuple[int, ...]:
         """The layers that have heads, of a teacher of so many."""

@@ -324,7 +324,7 @@ def dealt_seconds(
     def seconds(stage: Stage, replica: int) -> float:
         team = teams[stage.role]
         speed = team.homes[replica].speed if team.homes else 1.0
-        most = -(-num_samples // team.ranks_by_replica[replica])
+        most = team.samples_of_a_rank(num_samples, replica)
         return stage_seconds.get((stage.role, stage.name), 1.0) * most / speed
 
     return seconds

@@ -132,16 +132,16 @@ class _Run:
         self._timeout_s = timeout_s
         # In ascending order, so that the last use is the one that stays.
         self._last_use = {taken: place for place, call in enumerate(calls) for taken in call.inputs}
-        # A stage's results go to others or are reports, also where a rank only stands in.
+        # A stage's results go to others or are reports, also where a rank stands in or assists.
         taken = {(calls[place].phase, calls[place].stage) for place in self._last_use}
         self._unread = {
             place
             for place, call in enumerate(calls)
-            if call.stands_in and (call.phase, call.stage) in taken
+            if not call.counts and (call.phase, call.stage) in taken
         }
         self._kept_back = {*self._last_use, *self._unread}
         self._futures: dict[int, Future[Any]] = {}
-        # Of ranks that stand in: nobody reads them, but they say why the ranks beside them wait.
+        # Of ranks that stand in or assist: nobody reads them, but they say why others wait.
         self._standing: dict[int, Future[Any]] = {}
         self._issued: list[IssuedCall] = []
         self.reports: dict[int, Any] = {}

@@ -96,11 +96,14 @@ class Team:
         ranks: Processes of one replica, of the largest where they differ; they share its samples
             and work in step.
         homes: Pool of each replica, where roles share pools; empty: processes of the role's own.
+        ranks_per_sample: Ranks in a row that get the same samples, each of which they work on
+            together; it divides the ranks of every replica.
     """
 
     replicas: int = 1
     ranks: int = 1
     homes: tuple[Home, ...] = ()
+    ranks_per_sample: int = 1
 
     @classmethod
     def on(cls, *homes: Home) -> Self:
@@ -111,6 +114,21 @@ class Team:
     def ranks_by_replica(self) -> tuple[int, ...]:
         """Processes of each replica."""
         return tuple(home.ranks for home in self.homes) or (self.ranks,) * self.replicas
+
+    @property
+    def parties(self) -> int:
+        """Groups of ranks, of the largest replica, that work on samples of their own."""
+        return self.ranks // self.ranks_per_sample
+
+    def samples_of_a_rank(self, num_samples: int, replica: int) -> float:
+        """Most samples that a rank of a replica works through; a part of one where it has company.
+
+        Args:
+            num_samples: Samples that the replica takes whole.
+            replica: The replica.
+        """
+        parties = self.ranks_by_replica[replica] // self.ranks_per_sample
+        return -(-num_samples // parties) / self.ranks_per_sample
 
     @property
     def size(self) -> int:
@@ -179,11 +197,13 @@ class Share:
         samples: First sample, and one past the last.
         stands_in: The rank has no sample of its own; it computes the first one again, with weight
             0, to keep the collectives of its replica company.
+        assists: The rank works on the samples of one before it, whose result is that of both.
     """
 
     rank: int
     samples: tuple[int, int]
     stands_in: bool = False
+    assists: bool = False
 
 
 def partition_samples(
@@ -201,18 +221,19 @@ def partition_samples(
     Returns:
         Shares in the order of the samples. Over many rounds every replica gets the same number of
         samples, give or take one share. Where the samples do not divide among the ranks of a
-        replica, one replica takes them all.
+        replica, one replica takes them all. Ranks that work on samples together count as one.
     """
-    if num_samples % team.ranks:
+    if num_samples % team.parties:
         turn = round if odd_round is None else odd_round
         return share_in_replica(num_samples, team, turn % team.replicas)
-    shares, found, start = num_samples // team.ranks, list[Share](), 0
+    shares, found, start = num_samples // team.parties, list[Share](), 0
     fewest, left_over = divmod(shares, team.replicas)
     for place in range(min(team.replicas, shares)):
         replica = (round * left_over + place) % team.replicas
         size = fewest + (place < left_over)
-        for member in range(team.ranks):
-            found.append(Share(replica * team.ranks + member, (start, start + size)))
+        for party in range(team.parties):
+            first = replica * team.ranks + party * team.ranks_per_sample
+            found += _shares_of_party(first, team.ranks_per_sample, (start, start + size))
             start += size
     return found
 
@@ -226,15 +247,20 @@ def split_evenly(number: int, parts: int) -> tuple[int, ...]:
 def share_in_replica(num_samples: int, team: Team, replica: int) -> list[Share]:
     """Shares a micro-batch out over the ranks of one replica, the first ones with one more."""
     ranks, first = team.ranks_by_replica[replica], team.first_rank(replica)
-    sizes = split_evenly(num_samples, ranks)
-    ends = list(accumulate(sizes))
+    width = team.ranks_per_sample
+    sizes = [size for size in split_evenly(num_samples, ranks // width) if size]
     shares = [
-        Share(first + rank, (end - size, end))
-        for rank, (size, end) in enumerate(zip(sizes, ends, strict=True))
-        if size
+        share
+        for party, (size, end) in enumerate(zip(sizes, accumulate(sizes), strict=True))
+        for share in _shares_of_party(first + party * width, width, (end - size, end))
     ]
     idle = range(first + len(shares), first + ranks)
     return shares + [Share(rank, (0, 1), stands_in=True) for rank in idle]
+
+
+def _shares_of_party(first: int, width: int, samples: tuple[int, int]) -> list[Share]:
+    """Shares of ranks that work on the same samples together."""
+    return [Share(first + member, samples, assists=member > 0) for member in range(width)]
 
 
 def check_program(program: Program, teams: Mapping[str, Team]) -> None:

@@ -69,6 +69,7 @@ class Call:
         inputs: Places in the list of the calls whose results it is handed.
         waits_for: Places of calls that must have succeeded, to the controller's knowledge, before
             it makes this call, and with it all that follow.
+        assists: Its rank works on the samples of a rank before it; nobody takes the result.
     """
 
     iteration: int
@@ -81,6 +82,12 @@ class Call:
     inputs: tuple[int, ...] = ()
     waits_for: tuple[int, ...] = ()
     stands_in: bool = False
+    assists: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """True if its result is taken or reported."""
+        return not (self.stands_in or self.assists)
 
     @property
     def num_samples(self) -> int:
@@ -197,7 +204,7 @@ class _Builder:
             ]
             for role in teams
         }
-        shares = {role: max(1, min(sizes) // team.ranks) for role, team in teams.items()}
+        shares = {role: max(1, min(sizes) // team.parties) for role, team in teams.items()}
         self._cycles = {role: -(-team.replicas // shares[role]) for role, team in teams.items()}
         seconds = dealt_seconds(teams, stage_seconds, max(sizes))
         shared = any(team.homes for team in teams.values())
@@ -302,21 +309,21 @@ class _Builder:
                 for place in self._places[iteration, phase, name, micro_batch]
                 if _overlap(self.calls[place].samples, share.samples)
             )
-            if not share.stands_in:
-                places.append(len(self.calls))
-            self._ask(
-                Call(
-                    iteration,
-                    phase,
-                    stage.role,
-                    share.rank,
-                    stage.name,
-                    micro_batch,
-                    share.samples,
-                    inputs,
-                    stands_in=share.stands_in,
-                )
+            call = Call(
+                iteration,
+                phase,
+                stage.role,
+                share.rank,
+                stage.name,
+                micro_batch,
+                share.samples,
+                inputs,
+                stands_in=share.stands_in,
+                assists=share.assists,
             )
+            if call.counts:
+                places.append(len(self.calls))
+            self._ask(call)
         self._places[iteration, phase, stage.name, micro_batch] = places
 
     def _ask_role(

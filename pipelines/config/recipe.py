@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import yaml
 from pydantic import Field, JsonValue, field_validator
 
 from cluster.files import store_address
+from cluster.schedule.program import Team
 from pipelines.config import recipe_files, settings_check
 from pipelines.config.adapters import lora_contradictions
 from pipelines.config.adversary import adversary_contradictions
@@ -36,6 +37,7 @@ from pipelines.config.overrides import Override, apply_overrides, require_single
 from pipelines.config.recovery import RecoverySettings
 from pipelines.config.roles import DISCRIMINATOR, ROLES, TEACHER
 from pipelines.config.section import Section
+from pipelines.config.sequence import sequence_contradictions
 from pipelines.config.steps import step_contradictions
 from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
@@ -282,6 +284,14 @@ class DistillConfig(Section):
         return {role: getattr(self, role).compute for role in self.roles}
 
     @property
+    def teams(self) -> dict[str, Team]:
+        """Processes of each of the method's roles."""
+        return {
+            role: replace(team, ranks_per_sample=self.computes[role].ulysses)
+            for role, team in self.topology.teams_of(self.roles).items()
+        }
+
+    @property
     def adversary(self) -> AdversarialTerm | None:
         """Term of the generator's loss by a discriminator; None without one."""
         return adversary_of(self.objective)
@@ -494,7 +504,10 @@ def _contradictions(config: DistillConfig) -> list[str]:
             f"{batch.micro_batches}, and the samples of a micro-batch leave at one step; set "
             f"batch.micro_batches to a multiple of {batch.exit_draws}"
         )
-    problems += topology_contradictions(topology, batch.size, batch.micro_batches, config.roles)
+    company = {role: compute.ulysses for role, compute in config.computes.items()}
+    found = topology_contradictions(topology, batch.size, batch.micro_batches, company)
+    # Pools that contradict themselves have no ranks to be counted.
+    problems += found or sequence_contradictions(config)
     problems += method_contradictions(config.objective, config.fake_score)
     problems += step_contradictions(config.schedule, config.generator, config.objective)
     problems += consistency_contradictions(config)

@@ -1,6 +1,6 @@
 """Settings of pools, ranks and replicas, and what a batch allows of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -260,7 +260,7 @@ def topology_contradictions(
     topology: TopologySettings,
     batch_size: int,
     micro_batches: int,
-    roles: Sequence[str] = ROLES,
+    company: Mapping[str, int],
 ) -> list[str]:
     """Returns what a topology cannot do with a batch of this size, as sentences.
 
@@ -268,9 +268,10 @@ def topology_contradictions(
         topology: The settings.
         batch_size: Samples of one update.
         micro_batches: Parts of it.
-        roles: Those that the recipe's method has.
+        company: By role that the recipe's method has, ranks that work on samples together.
     """
     problems: list[str] = []
+    roles = tuple(company)
     if topology.mode == "local" and topology.address is not None:
         problems.append(
             f"topology.address {topology.address!r} names a Ray cluster, but topology.mode local "
@@ -280,7 +281,9 @@ def topology_contradictions(
         return [*problems, *found]
     samples = -(-batch_size // micro_batches)
     for section, number in _ranks(topology, roles).items():
-        if number > samples:
+        # Ranks that work on samples together have them together.
+        parties = number / _least_company(topology, section, company)
+        if parties > samples:
             problems.append(
                 f"a micro-batch has {samples} samples at most (batch.size / batch.micro_batches), "
                 f"and {section}.ranks is {number}: some ranks would never have one of their own"
@@ -318,6 +321,15 @@ def _ranks(topology: TopologySettings, roles: Sequence[str]) -> dict[str, int]:
             return {
                 f"topology.{role}": team.ranks for role, team in topology.teams_of(roles).items()
             }
+
+
+def _least_company(topology: TopologySettings, section: str, company: Mapping[str, int]) -> int:
+    """Ranks that work on a sample together, of the role of a section where they are the fewest."""
+    name = section.rpartition(".")[2]
+    places = {role: (role,) for role in company}
+    if topology.shares_pools:
+        places = topology.places_of(tuple(company))
+    return min((own for role, own in company.items() if name in places[role]), default=1)
 
 
 def _map_contradictions(topology: TopologySettings, roles: Sequence[str]) -> list[str]:

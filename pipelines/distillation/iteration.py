@@ -397,7 +397,7 @@ def _report(
         (call, report)
         for stage in (LEARN, TRACK, DIVERSIFY, LEARN_CONSISTENCY)
         for call, report in result.of(stage.name)
-        if not call.stands_in
+        if call.counts
     ]
     norms: dict[str, list[float]] = {}
     not_made = {(one.phase, role) for one in skipped for role in one.roles}

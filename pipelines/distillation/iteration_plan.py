@@ -131,7 +131,7 @@ def plan_iteration(config: DistillConfig, negative: Future[Text]) -> IterationPl
     """Derives the constants of all iterations from a run's settings."""
     return IterationPlan(
         program=program_of(config),
-        teams=config.topology.teams_of(config.roles),
+        teams=config.teams,
         batch_size=config.batch.size,
         micro_batches=config.batch.micro_batches,
         depth=config.topology.depth,

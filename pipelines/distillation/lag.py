@@ -288,9 +288,11 @@ class _Batches:
             plan.timeout_s,
             plan.teams,
         )
-        reports = [(call.num_samples, report) for call, report in result.of(stage.name)]
-        losses = [report.metrics[HELD] for samples, report in reports if samples]
-        return fmean(losses, [samples for samples, _ in reports if samples])
+        reports = [
+            (call.num_samples, report) for call, report in result.of(stage.name) if call.counts
+        ]
+        losses = [report.metrics[HELD] for _, report in reports]
+        return fmean(losses, [samples for samples, _ in reports])
 
     def _text(self, part: int, number: int) -> Future[Any]:
         sizes = self.plan.micro_batch_sizes

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from pipelines.config.adapters import adapted_roles
+from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
+from pipelines.config.sequence import require_divisible
 from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, Encoding
 from pipelines.data.stream.content import with_latents
 from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
@@ -187,6 +189,10 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, tuple[int, int
     check_phases(config, model)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
+    for role, place in models_of_roles(config).items():
+        folder = model_on_this_machine(place)
+        shape = family_of(folder).read_shape(folder).denoiser
+        require_divisible(role, config.computes[role].ulysses, shape, latent_shape)
     check_adversary(config)
     if config.topology.shares_pools:
         stage_seconds(config)
@@ -226,6 +232,7 @@ def require_computable(config: DistillConfig, family: ModelFamily) -> None:
             "compile": compute.compile,
             "fp8": compute.weights == "fp8",
             "attention": compute.attention != NATIVE,
+            "ulysses": compute.ulysses > 1,
             "lora": role in adapted_roles(config),
         }
         lacking = [name for name in wanted if wanted[name] and name not in family.traits.computes]

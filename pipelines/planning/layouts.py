@@ -236,7 +236,7 @@ def _simulated(
     """Works the schedule of a map through; every pool is one process."""
     sizes = split_evenly(work.batch_size, one.micro_batches)
     teams = {
-        role: Team.on(*(_home(one, pool, sizes, hardware) for pool in pools))
+        role: Team.on(*(_home(work, one, role, pool, hardware) for pool in pools))
         for role, pools in one.places.items()
     }
     calls = order_calls(
@@ -254,7 +254,7 @@ def _simulated(
         pool: PoolUse(
             ranks,
             one.roles_on(pool),
-            -(-max(sizes) // ranks),
+            max(work.samples_of_a_rank(role, max(sizes), ranks) for role in one.roles_on(pool)),
             busy.get(pool, 0.0),
             memory[pool],
             one.kinds[pool].name if one.kinds else "",
@@ -272,11 +272,11 @@ def _simulated(
     return Layout(name, timeline.iteration_s, pools, settings, max(gathered.values()), fits)
 
 
-def _home(one: PoolMap, pool: str, sizes: Sequence[int], hardware: Hardware) -> Home:
+def _home(work: Workload, one: PoolMap, role: str, pool: str, hardware: Hardware) -> Home:
     """A pool as one process, faster by its ranks: as fast as the one with the most samples."""
-    size = max(sizes)
-    speed = one.speed_of(pool, hardware) * size / -(-size // one.ranks[pool])
-    return Home(pool, 1, speed=speed)
+    size = -(-work.batch_size // one.micro_batches)
+    most = work.samples_of_a_rank(role, size, one.ranks[pool])
+    return Home(pool, 1, speed=one.speed_of(pool, hardware) * size / most)
 
 
 def _costs(
@@ -300,7 +300,7 @@ def _costs(
             return step_s if call.stage == "step" else step_s / 10
         name = (call.role, call.stage)
         sample_s = times.seconds[name] / one.speed_of(pool, hardware)
-        working_s = sample_s * -(-call.num_samples // ranks)
+        working_s = sample_s * work.samples_of_a_rank(call.role, call.num_samples, ranks)
         # Weights are gathered while the layer before computes.
         return max(working_s, own.gather_s(gathered[name], ranks))
 
@@ -308,8 +308,8 @@ def _costs(
         if call.stage == "trained_weights":
             return weights
         # A process takes what concerns its own samples.
-        ranks = one.ranks[pool_of(call)]
-        share = -(-call.num_samples // ranks) if call.micro_batch is not None else 0
+        parties = one.ranks[pool_of(call)] // work.company(call.role)
+        share = -(-call.num_samples // parties) if call.micro_batch is not None else 0
         return sent.get((call.role, call.stage), 0) * share
 
     return Costs(
@@ -358,19 +358,21 @@ def _bound_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap
     for (role, stage), seconds in times.seconds.items():
         updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
         own[role] += seconds * updates
-    rounds = {
-        pool: sum(-(-size // ranks) for size in sizes) / one.speed_of(pool, hardware)
-        for pool, ranks in one.ranks.items()
-    }
+
+    def busy_s(pool: str, role: str) -> float:
+        rounds = sum(work.samples_of_a_rank(role, size, one.ranks[pool]) for size in sizes)
+        return own[role] * rounds / one.speed_of(pool, hardware)
+
     load = {
-        pool: rounds[pool] * sum(own[role] for role in one.roles_on(pool) if role != TEACHER)
+        pool: sum(busy_s(pool, role) for role in one.roles_on(pool) if role != TEACHER)
         for pool in one.ranks
     }
-    shared_s = shared_out((load[pool], rounds[pool] * own[TEACHER]) for pool in one.places[TEACHER])
+    shared_s = shared_out((load[pool], busy_s(pool, TEACHER)) for pool in one.places[TEACHER])
     # Where the generator makes no samples, the teacher starts at once, at data.
     rollout_s = times.seconds.get((GENERATOR, "rollout"), 0.0)
     (learn,) = one.places[GENERATOR]
-    first_s = rollout_s * -(-sizes[0] // one.ranks[learn]) / one.speed_of(learn, hardware)
+    first = work.samples_of_a_rank(GENERATOR, sizes[0], one.ranks[learn])
+    first_s = rollout_s * first / one.speed_of(learn, hardware)
     return max(shared_s, *load.values()) + first_s
 
 

@@ -94,6 +94,7 @@ class Plan:
                 "momentum": sorted(self.work.momentum),
                 "moments_on_cpu": sorted(self.work.moments_on_cpu),
                 "adapters": dict(self.work.adapters),
+                "ulysses": dict(self.work.ulysses),
                 "frozen_in_bf16": sorted(self.work.frozen_in_bf16),
                 "parameters": self.work.shape.num_parameters,
                 "tokens": self.work.shape.num_tokens(self.work.latent_shape),
@@ -123,6 +124,14 @@ def make_plan(
     Raises:
         ConfigError: Nothing fits; says what is short, and which changes would do.
     """
+    company = work.company(*work.roles)
+    if company > num_gpus:
+        raise ConfigError(
+            f"planning for {num_gpus} GPUs",
+            f"{company} ranks work on each sample together",
+            "at least as many GPUs",
+            "Lower compute.ulysses of the roles",
+        )
     found = [fused_layout(work, times, hardware, num_gpus)]
     if num_gpus >= _LEAST_OF_A_MAP and (mapped := map_layout(work, times, hardware, num_gpus)):
         found.append(mapped)
@@ -153,6 +162,13 @@ def make_mixed_plan(
     Raises:
         ConfigError: Nothing fits, or nothing is left for the roles.
     """
+    if work.ulysses:
+        raise ConfigError(
+            "planning over several kinds of GPU",
+            f"ranks of {', '.join(role for role, _ in work.ulysses)} that work on samples together",
+            "one kind of GPU, or compute.ulysses=1",
+            "Use --gpus and --gpu-memory",
+        )
     left = _without(kinds, math.ceil(sum((beside or {}).values())))
     layouts = mixed_layouts(work, times, left)
     num_gpus = sum(kind.num_gpus for kind in left)

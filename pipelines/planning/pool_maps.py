@@ -67,14 +67,21 @@ def ranks_wanted(batch_size: int) -> Iterator[tuple[int, list[int]]]:
 def pool_maps(work: Workload, num_gpus: int) -> Iterator[PoolMap]:
     """Two pools that use at least half of the GPUs, with every use of the teacher."""
     for micro_batches, wanted in ranks_wanted(work.batch_size):
-        for learn, score in product(wanted, repeat=2):
+        for parties in product(wanted, repeat=2):
+            learn = parties[0] * work.company(GENERATOR)
+            score = parties[1] * work.company(FAKE_SCORE)
             if not num_gpus < 2 * (learn + score) <= 2 * num_gpus:
                 continue
             for teacher in ((LEARN, SCORE), (LEARN,), (SCORE,)):
                 places = {GENERATOR: (LEARN,), TEACHER: teacher, FAKE_SCORE: (SCORE,)}
                 for beside in ({},) if work.heads is None else _judges():
                     ranks = {LEARN: learn, SCORE: score}
-                    yield PoolMap(ranks, {**places, **beside}, micro_batches)
+                    one = PoolMap(ranks, {**places, **beside}, micro_batches)
+                    if all(
+                        number % work.company(*one.roles_on(pool)) == 0
+                        for pool, number in ranks.items()
+                    ):
+                        yield one
 
 
 def _judges() -> tuple[dict[str, tuple[str, ...]], ...]:
@@ -89,36 +96,36 @@ def fused_memory(work: Workload, num_gpus: int) -> RankMemory:
 
 def fused_map(work: Workload, num_gpus: int) -> PoolMap:
     """All three roles on every GPU that shortens the iteration, one sample a rank at a time."""
-    most = -(-work.batch_size // num_gpus)
+    company = work.company(*work.roles)
+    most = -(-work.batch_size // max(1, num_gpus // company))
     # Ranks that would only make more of the last round idle are left out.
-    ranks = -(-work.batch_size // most)
+    ranks = company * -(-work.batch_size // most)
     return PoolMap({FUSED: ranks}, dict.fromkeys(work.roles, (FUSED,)), most)
 
 
 def map_memory(work: Workload, one: PoolMap) -> dict[str, RankMemory]:
     """Returns the memory of a rank of each pool: its roles' together, which work in turn."""
-    samples = -(-work.batch_size // one.micro_batches)
-    open_at_once = min(one.depth, one.micro_batches)
-    found: dict[str, RankMemory] = {}
-    for pool, ranks in one.ranks.items():
-        own = -(-samples // ranks)
-        of_role = {
-            GENERATOR: generator_memory(work, ranks, own, open_at_once * own),
-            TEACHER: teacher_memory(
-                work,
-                ranks,
-                own,
-                shares_base=any(
-                    role in dict(work.adapters) and work.shape_of(role) == work.shape_of(TEACHER)
-                    for role in one.roles_on(pool)
-                ),
-            ),
-            FAKE_SCORE: fake_score_memory(work, ranks, own, min(MOST_KEPT, open_at_once) * own),
-        }
-        if work.heads is not None:
-            of_role[DISCRIMINATOR] = discriminator_memory(work, ranks, own)
-        found[pool] = together([of_role[role] for role in one.roles_on(pool)])
-    return found
+    return {
+        pool: together([_role_memory(work, one, pool, role) for role in one.roles_on(pool)])
+        for pool in one.ranks
+    }
+
+
+def _role_memory(work: Workload, one: PoolMap, pool: str, role: str) -> RankMemory:
+    """Memory of a rank of one role of a pool."""
+    ranks, open_at_once = one.ranks[pool], min(one.depth, one.micro_batches)
+    own = work.samples_of_a_rank(role, -(-work.batch_size // one.micro_batches), ranks)
+    if role == TEACHER:
+        shares_base = any(
+            other in dict(work.adapters) and work.shape_of(other) == work.shape_of(TEACHER)
+            for other in one.roles_on(pool)
+        )
+        return teacher_memory(work, ranks, own, shares_base=shares_base)
+    if role == GENERATOR:
+        return generator_memory(work, ranks, own, open_at_once * own)
+    if role == FAKE_SCORE:
+        return fake_score_memory(work, ranks, own, min(MOST_KEPT, open_at_once) * own)
+    return discriminator_memory(work, ranks, own)
 
 
 def together(parts: Sequence[RankMemory]) -> RankMemory:

@@ -16,6 +16,7 @@ from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
 from pipelines.study.passes import expected_lag, lag_share, total_units
 from sgmd_core.errors import ConfigError
+from workers.attention import KERNELS, NATIVE
 
 _ATTEMPTED = "planning a run"
 _TO_GAIN = 1.05
@@ -101,6 +102,8 @@ def answer(request: Request) -> Answer:
         *found.advice,
         *_lag(found.config, plan.work),
         *handed_over(plan, found.config),
+        *_attention(found.config),
+        *_ulysses(plan.work),
     ]
     return replace(found, plan=plan, advice=advice)
 
@@ -193,6 +196,28 @@ def _lag(config: DistillConfig, work: Workload) -> list[str]:
         f"measuring the lag every {config.lag.every} iterations (lag.every) takes "
         f"{total_units(expected_lag(config), costs):.3g} passes over a batch each time, "
         f"{100 * lag_share(config, costs):.2g} % beside the iterations; it is not in their seconds"
+    ]
+
+
+def _attention(config: DistillConfig) -> list[str]:
+    """Returns what the plan does not know of chosen kernels of attention."""
+    lines: list[str] = []
+    for role, compute in config.computes.items():
+        if compute.attention != NATIVE:
+            line = f"{role}.compute.attention {compute.attention}: times are those of native"
+            if KERNELS[compute.attention].all_pairs:
+                line += ", and memory, too: a matrix of all pairs of tokens comes on top"
+            lines.append(line)
+    return lines
+
+
+def _ulysses(work: Workload) -> list[str]:
+    """Returns what a sample that several ranks share comes to."""
+    return [
+        f"{role}.compute.ulysses {number}: each sample lies on {number} ranks, so a rank has "
+        f"1/{number} of its activations and work; the exchange of tokens and heads around "
+        "attention is not in the seconds"
+        for role, number in work.ulysses
     ]
 
 

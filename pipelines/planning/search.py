@@ -126,9 +126,10 @@ def find_batch(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: 
 
     Returns:
         A size within a quarter of the workload's, up or down; its own if no other is better, and
-        with a discriminator, which classic pools are not planned for.
+        with a discriminator, or where ranks work on samples together, which classic pools are not
+        planned for.
     """
-    if work.heads is not None:
+    if work.heads is not None or work.ulysses:
         return work.batch_size
     best: tuple[float, int] = (float("inf"), work.batch_size)
     for split, size in _free_splits(work.batch_size, num_gpus):
@@ -142,9 +143,10 @@ def find_batch(work: Workload, times: StageTimes, hardware: Hardware, num_gpus: 
 def candidates(work: Workload, num_gpus: int) -> Iterator[PoolSplit]:
     """Every split that a schedule allows, with as many teachers as there is room and use for.
 
-    None for a method with a discriminator: that is planned in shared pools alone.
+    None for a method with a discriminator, or where ranks work on samples together: these are
+    planned in shared pools alone.
     """
-    if work.heads is not None:
+    if work.heads is not None or work.ulysses:
         return
     for micro_batches in _divisors(work.batch_size):
         samples = work.batch_size // micro_batches
@@ -178,8 +180,11 @@ def rank_memory(work: Workload, split: PoolSplit) -> dict[str, RankMemory]:
     """Returns the memory of a rank of each role."""
     samples = -(-work.batch_size // split.micro_batches)
     open_at_once = min(split.depth, split.micro_batches)
-    own = {GENERATOR: -(-samples // split.generator), FAKE_SCORE: -(-samples // split.fake_score)}
-    of_teacher = -(-samples // (split.teacher_ranks * split.teacher))
+    own = {
+        role: work.samples_of_a_rank(role, samples, ranks)
+        for role, ranks in ((GENERATOR, split.generator), (FAKE_SCORE, split.fake_score))
+    }
+    of_teacher = work.samples_of_a_rank(TEACHER, samples, split.teacher_ranks * split.teacher)
     # A prediction that a discriminator compares is kept until its signal comes back.
     waits = work.heads is not None and work.heads.compared is ComparedStates.STEPS
     graphs = min(MOST_KEPT, open_at_once) if waits else 1

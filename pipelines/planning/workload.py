@@ -11,6 +11,7 @@ With shared tracking the two backward passes of the fake score go one after the 
 forward pass, so with checkpointing its activations are made three times in all.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -22,6 +23,7 @@ from pipelines.config.adapters import adapted_roles
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.sequence import require_divisible
 from pipelines.distillation.algorithm import (
     ANCHOR,
     COMPARE_DATA,
@@ -134,6 +136,7 @@ class Workload:
         measures_lag: Whether the fake score's state is put aside while its lag is measured.
         consistency: Whether the generator also learns from noised data.
         matching: Whether it learns from its own samples.
+        ulysses: Roles whose ranks work on samples together, with how many of them do.
     """
 
     shape: DenoiserShape
@@ -167,6 +170,7 @@ class Workload:
     measures_lag: bool = False
     consistency: bool = False
     matching: bool = True
+    ulysses: tuple[tuple[str, int], ...] = ()
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -194,10 +198,14 @@ class Workload:
             updated[DISCRIMINATOR] = config.discriminator.optimizer
             computes[DISCRIMINATOR] = config.discriminator.compute
         others = _other_shapes(config, shape.denoiser)
+        latent_shape = _latent_shape(config, shape)
+        for role, compute in computes.items():
+            own = others.get(TEACHER if role == DISCRIMINATOR else role, shape.denoiser)
+            require_divisible(role, compute.ulysses, own, latent_shape)
         rollout, sample = mean_rollouts(config)
         return cls(
             shape=shape.denoiser,
-            latent_shape=_latent_shape(config, shape),
+            latent_shape=latent_shape,
             text_length=config.model.text_length,
             batch_size=config.batch.size,
             rollout=rollout,
@@ -229,7 +237,25 @@ class Workload:
             measures_lag=config.lag.every > 0,
             consistency=consistency_of(config.objective) is not None,
             matching=learns_from_samples(config.objective),
+            ulysses=tuple((role, own.ulysses) for role, own in computes.items() if own.ulysses > 1),
         )
+
+    def company(self, *roles: str) -> int:
+        """Least number of ranks in which each of some roles has whole samples."""
+        together = dict(self.ulysses)
+        return math.lcm(*(together.get(role, 1) for role in roles))
+
+    def samples_of_a_rank(self, role: str, num_samples: int, ranks: int) -> float:
+        """Most samples that a rank works through; a part of one where ranks work together.
+
+        Args:
+            role: The role.
+            num_samples: Of a micro-batch.
+            ranks: That share them; a multiple of the role's company.
+        """
+        company = self.company(role)
+        most = -(-num_samples // (ranks // company))
+        return most if company == 1 else most / company
 
     @property
     def roles(self) -> tuple[str, ...]:

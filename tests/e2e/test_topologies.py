@@ -125,6 +125,23 @@ def test_fused_ranks_share_the_samples(make_recipe: MakeRecipe) -> None:
     }
 
 
+def test_two_ranks_work_on_each_sample_together(make_recipe: MakeRecipe) -> None:
+    """One sample in a micro-batch: a rank has half of its tokens, and half of the heads."""
+    settings = [*BATCH, "batch={size: 2, micro_batches: 2}", "iterations=2"]
+    one = make_recipe("name=one", *settings)
+    two = make_recipe(
+        "name=two",
+        *settings,
+        "topology.mode=fused",
+        f"topology.fused={{ranks: 2, {POOL}}}",
+        *(f"{role}.compute.ulysses=2" for role in ("generator", "fake_score", "teacher")),
+    )
+    distill(one)
+    distill(two)
+    assert_run_moves(make_recipe, one, 2, settings, OTHER_SAMPLES)
+    require_same_run(two, one, 2)
+
+
 def test_a_staleness_of_one_is_told_and_changes_no_bit(make_recipe: MakeRecipe) -> None:
     settings = ["iterations=5", "checkpoint.every=3"]
     local = make_recipe("name=local", *settings)

@@ -44,6 +44,8 @@ class Roles:
     objective: Objective
     diversity: DiversitySettings
     mixes_weights: bool
+    together: int = 1
+    """Ranks that work on samples together."""
 
 
 def tiny_roles(
@@ -102,6 +104,7 @@ def tiny_roles(
         objective=objective,
         diversity=diversity,
         mixes_weights=ida_decay < 1,
+        together=1 if compute is None else compute.ulysses,
     )
 
 
@@ -124,11 +127,11 @@ def key_of(iteration: int, micro_batch: int = 0, purpose: Purpose = Purpose.GENE
     return MicroBatchKey(iteration, micro_batch, purpose)
 
 
-def part_of(batch: Sequence[int]) -> Sequence[int]:
+def part_of(batch: Sequence[int], together: int = 1) -> Sequence[int]:
     """The samples of a batch that are this rank's; all of them without a process group."""
-    width = len(batch) // num_ranks()
-    rank = dist.get_rank() if num_ranks() > 1 else 0
-    return batch[rank * width : (rank + 1) * width]
+    width = len(batch) * together // max(together, num_ranks())
+    party = dist.get_rank() // together if num_ranks() > 1 else 0
+    return batch[party * width : (party + 1) * width]
 
 
 def gather(
@@ -145,7 +148,7 @@ def gather(
     num_samples = sum(len(batch) for batch in batches)
     queries: list[NoisedBatch] = []
     for index, batch in enumerate(batches):
-        own = part_of(batch)
+        own = part_of(batch, roles.together)
         share = len(own) / num_samples
         text = text_batch(own, iteration)
         handed = None if draws is None else draws[index]
@@ -182,7 +185,7 @@ def iterate(roles: Roles, iteration: int, batches: Sequence[Sequence[int]] = ((0
                 roles.fake_score.step(iteration)
             for index, batch in enumerate(batches):
                 key = key_of(iteration, update * len(batches) + index, Purpose.TRACK)
-                own = part_of(batch)
+                own = part_of(batch, roles.together)
                 counted = [update * num_samples + sample for sample in own]
                 query = roles.generator.sample(key, text_batch(counted, iteration + 500))
                 roles.fake_score.track(query, len(own) / num_samples)

@@ -186,6 +186,7 @@ class ToyShape:
     width: int
     num_layers: int
     text_width: int
+    num_heads = 1
 
     @property
     def parameters_per_layer(self) -> int:

@@ -7,6 +7,7 @@ import pytest
 from sgmd_core.errors import ConfigError
 from workers.settings import (
     ComputeSettings,
+    DiscriminatorSettings,
     DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
@@ -55,6 +56,15 @@ from workers.settings import (
         ),
         (lambda: ComputeSettings(weights="int4"), "compute.weights"),
         (lambda: ComputeSettings(attention="flash"), "compute.attention"),
+        (lambda: ComputeSettings(ulysses=0), "compute.ulysses"),
+        (lambda: ComputeSettings(ulysses=2, compile=True), "compute.ulysses"),
+        (lambda: ComputeSettings(ulysses=2, checkpointing="selective"), "compute.ulysses"),
+        (lambda: ComputeSettings("bf16", weights="fp8", ulysses=2), "compute.ulysses"),
+        (lambda: ComputeSettings(ulysses=2, attention="xformers"), "compute.ulysses"),
+        (
+            lambda: DiscriminatorSettings(compute=ComputeSettings(ulysses=2)),
+            "discriminator.compute.ulysses",
+        ),
         (
             lambda: ComputeSettings(checkpointing="selective", attention="xformers"),
             "compute.attention",

@@ -76,6 +76,11 @@ class ExpertDenoiser(Denoiser):
         for expert in (self.high, self.low):
             expert.set_attention(name)
 
+    def split_tokens(self, ranks: int) -> None:
+        """Split the tokens of every sample over ranks, in both experts."""
+        for expert in (self.high, self.low):
+            expert.split_tokens(ranks)
+
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the layers of both experts in the backward pass."""
         for expert in (self.high, self.low):

@@ -77,6 +77,15 @@ class Denoiser(nn.Module, ABC):
         if name != NATIVE:
             raise NotImplementedError
 
+    def split_tokens(self, ranks: int) -> None:
+        """Split the tokens of every sample over so many ranks in a row of the role.
+
+        All of them are called with the same samples and return the whole velocity; the gradient at
+        `x_t` is whole, those at the parameters are parts whose sum is whole. A family that can has
+        `ulysses` in its `computes`.
+        """
+        raise NotImplementedError
+
     @property
     def patch_size(self) -> tuple[int, int, int]:
         """Latent frames, rows and columns of a token; tokens are ordered along them."""
@@ -162,6 +171,11 @@ class DenoiserShape(Protocol):
         ...
 
     @property
+    def num_heads(self) -> int:
+        """Heads of self-attention."""
+        ...
+
+    @property
     def num_parameters(self) -> int:
         """Parameters, biases and norms included."""
         ...
@@ -221,7 +235,7 @@ class FamilyTraits:
         layout: Components of its folders.
         sampling: How a folder is sampled that does not say so.
         computes: What its denoiser supports, of `bf16`, `checkpointing`, `selective`, `offload`,
-            `compile`, `fp8`, `lora` and `attention`.
+            `compile`, `fp8`, `lora`, `attention` and `ulysses`.
         relatives: Kind of model by `_class_name` of pipelines that cannot be distilled.
         released: Shapes of released models by name, to plan for before a folder is there.
         keep_fp32: Parts of names, between dots, of weights that exports keep in float32.

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from workers.models.family import Denoiser
 from workers.models.folder import ClipGeometry, FolderLayout
 from workers.models.loading import load_network
 from workers.models.scheduler import build_scheduler
+from workers.models.sequence import split_over_ranks, with_summed_gradient
 from workers.models.sharded_loading import load_sharded, load_sharded_parts
 from workers.models.wan_family import (
     EXPERTS_LAYOUT,
@@ -63,6 +65,7 @@ class WanVelocity(Denoiser):
     def __init__(self, transformer: WanTransformer3DModel) -> None:
         super().__init__()
         self.transformer = transformer
+        self._company: dist.ProcessGroup | None = None
 
     def forward(self, x_t: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         """Predict the velocity `noise - x0`.
@@ -79,6 +82,8 @@ class WanVelocity(Denoiser):
             ShapeError: the latents do not fit the network.
         """
         self._require_latents(x_t)
+        if self._company is not None:
+            x_t = with_summed_gradient(x_t, self._company)
         # `ModelMixin.dtype` walks all modules at each call; this is the parameter that it finds.
         dtype = self.transformer.patch_embedding.weight.dtype
         with torch.autocast(
@@ -124,6 +129,11 @@ class WanVelocity(Denoiser):
         if KERNELS[name].in_bf16:
             for norm in self._query_and_key_norms():
                 norm.register_forward_hook(_in_the_type_of_its_input)
+
+    def split_tokens(self, ranks: int) -> None:
+        """Split the tokens of every sample over so many ranks in a row."""
+        # Its plan also splits time steps, where every token has its own.
+        self._company = split_over_ranks(self.transformer, ranks, skipped=("",))
 
     def _query_and_key_norms(self) -> Iterator[nn.Module]:
         for name, module in self.transformer.named_modules():

@@ -40,6 +40,7 @@ class WanShape:
         in_channels: Latent channels that come in.
         out_channels: Latent channels that go out.
         patch_size: Latent cells a token, along time, height and width.
+        num_heads: Heads of attention; they decide no cost.
     """
 
     num_layers: int
@@ -50,6 +51,7 @@ class WanShape:
     in_channels: int = 16
     out_channels: int = 16
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    num_heads: int = 1
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -64,6 +66,7 @@ class WanShape:
             in_channels=config["in_channels"],
             out_channels=config["out_channels"],
             patch_size=(frames, rows, columns),
+            num_heads=config["num_attention_heads"],
         )
 
     @property
@@ -220,6 +223,11 @@ class ExpertsShape:
         return self.expert.text_width
 
     @property
+    def num_heads(self) -> int:
+        """Heads of attention of each."""
+        return self.expert.num_heads
+
+    @property
     def num_parameters(self) -> int:
         """Parameters of both."""
         return 2 * self.expert.num_parameters
@@ -271,9 +279,16 @@ class ExpertsShape:
 
 
 RELEASED_SHAPES = {
-    "1.3b": WanShape(num_layers=30, width=1536, ffn_width=8960),
-    "5b": WanShape(num_layers=30, width=3072, ffn_width=14336, in_channels=48, out_channels=48),
-    "14b": WanShape(num_layers=40, width=5120, ffn_width=13824),
+    "1.3b": WanShape(num_layers=30, width=1536, ffn_width=8960, num_heads=12),
+    "5b": WanShape(
+        num_layers=30,
+        width=3072,
+        ffn_width=14336,
+        in_channels=48,
+        out_channels=48,
+        num_heads=24,
+    ),
+    "14b": WanShape(num_layers=40, width=5120, ffn_width=13824, num_heads=40),
 }
 """Text-to-video models as released: Wan 2.1, and the 5B of Wan 2.2."""
 

@@ -126,7 +126,17 @@ WAN_TRAITS = FamilyTraits(
         if geometry.latent_channels == shape.in_channels
     },
     computes=frozenset(
-        {"bf16", "checkpointing", "selective", "offload", "compile", "fp8", "lora", "attention"}
+        {
+            "bf16",
+            "checkpointing",
+            "selective",
+            "offload",
+            "compile",
+            "fp8",
+            "lora",
+            "attention",
+            "ulysses",
+        }
     ),
     # WanTransformer3DModel's own choice.
     exchange=_exchange,

@@ -234,6 +234,41 @@ def test_ranks_share_what_does_not_divide(num_samples: int, team: Team, turn: in
     assert all(one.samples == (0, 1) for one in shares if one.stands_in)
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "team", "expected"),
+    [
+        (1, Team(1, 2, ranks_per_sample=2), [(0, 0, 1), (1, 0, 1)]),
+        (3, Team(1, 4, ranks_per_sample=2), [(0, 0, 2), (1, 0, 2), (2, 2, 3), (3, 2, 3)]),
+        (2, Team(2, 2, ranks_per_sample=2), [(0, 0, 1), (1, 0, 1), (2, 1, 2), (3, 1, 2)]),
+    ],
+)
+def test_ranks_that_work_together_have_the_same_samples(num_samples, team, expected):
+    shares = partition_samples(num_samples, team, 0)
+    assert [(one.rank, *one.samples) for one in shares] == expected
+    assert [one.assists for one in shares] == [one.rank % 2 == 1 for one in shares]
+    assert not any(one.stands_in for one in shares)
+
+
+def test_of_ranks_that_work_together_one_has_the_result_and_all_have_the_work():
+    teams = {
+        GENERATOR: Team(1, 4, ranks_per_sample=2),
+        TEACHER: Team(1, 2),
+        FAKE_SCORE: Team(1, 4, ranks_per_sample=4),
+    }
+    calls = order_calls(PROGRAMS["with all"], teams, 3, 2, samples_per_micro_batch=[3, 2, 1])
+    assert not any(calls[taken].assists for call in calls for taken in call.inputs)
+    asked = defaultdict[tuple[int, str, str, int], list[Call]](list)
+    for call in calls:
+        if call.micro_batch is not None:
+            asked[call.phase, call.role, call.stage, call.micro_batch].append(call)
+    for (_, role, _, micro_batch), found in asked.items():
+        assert {call.rank for call in found} == set(range(teams[role].ranks))
+        counted = sum(call.num_samples for call in found if call.counts)
+        assert counted == [3, 2, 1][micro_batch]
+        # What the ranks gather adds up to that of all samples, each with all of its ranks.
+        assert sum(call.num_samples for call in found) == counted * teams[role].ranks_per_sample
+
+
 def test_odd_micro_batches_go_to_replicas_in_turn():
     teams = {GENERATOR: Team(), TEACHER: Team(2, 2), FAKE_SCORE: Team()}
     calls = order_calls(

@@ -399,6 +399,37 @@ class TestRefusals:
                 "set teacher.sharded=false",
             ),
             (["data.validation=''"], "data.validation names no captions"),
+            (
+                ["topology.mode=local", "fake_score.compute.ulysses=2"],
+                "fake_score.compute.ulysses 2 wants that many ranks, but topology.mode local is",
+            ),
+            (
+                [
+                    "topology.mode=fused",
+                    "topology.fused.ranks=3",
+                    "generator.compute.ulysses=2",
+                ],
+                "generator.compute.ulysses 2 does not divide the 3 ranks",
+            ),
+            (
+                [
+                    "topology.mode=fused",
+                    "topology.fused.ranks=4",
+                    "batch={size: 2, micro_batches: 2}",
+                    "generator.compute.ulysses=4",
+                    "fake_score.compute.ulysses=2",
+                ],
+                "some ranks would never have one of their own",
+            ),
+            (
+                [
+                    "topology.mode=fused",
+                    "topology.fused.ranks=2",
+                    "objective={method: rcm}",
+                    "generator.compute.ulysses=2",
+                ],
+                "generator.compute.ulysses 2 has no derivative in forward mode, which rcm takes",
+            ),
             (["generator.compute.attention=flashy"], "'native', 'flash'"),
             (
                 ["generator.compute={precision: bf16, attention: flash}"],

@@ -56,6 +56,57 @@ def sgmd(*arguments: object):
 _RECORD = {"iteration": 0, "losses": {}, "grad_norms": {}, "data_wait_s": 0.0, "samples_seen": 0}
 
 
+class TestSamplesOverSeveralRanks:
+    TOGETHER = ("generator", "fake_score", "teacher")
+
+    def work(self, number: int, size: int = 8) -> Workload:
+        roles = tuple((role, number) for role in self.TOGETHER)
+        return replace(SMALL, batch_size=size, ulysses=roles if number > 1 else ())
+
+    def test_a_rank_has_its_part_of_the_activations_and_the_same_state(self):
+        one = PoolMap({"all": 8}, dict.fromkeys(self.TOGETHER, ("all",)), 1)
+        whole = map_memory(self.work(1), one)["all"]
+        # Eight samples: one a rank, or two of each two ranks: as many bytes.
+        assert map_memory(self.work(2), one)["all"] == whole
+        # Fewer samples than ranks leave ranks idle, unless they work together.
+        fewer = replace(one, micro_batches=4)
+        idle = map_memory(self.work(1), fewer)["all"]
+        shared = map_memory(self.work(4), fewer)["all"]
+        assert (idle.graphs, idle.working) == (whole.graphs, whole.working)
+        assert shared.graphs == pytest.approx(whole.graphs / 4)
+        assert shared.working == pytest.approx(whole.working / 4)
+        assert (shared.state, shared.gathered) == (whole.state, whole.gathered)
+
+    def test_a_plan_fits_smaller_gpus_with_it_and_says_so(self):
+        hardware = Hardware(memory_gb=80)
+        works = self.work(1, 16), self.work(4, 16)
+        plans = [make_plan(work, modelled(work, hardware), hardware, 8) for work in works]
+        least = [
+            max(pool.memory.graphs for pool in plan.layouts[0].pools.values()) for plan in plans
+        ]
+        assert least[1] <= least[0] / 3
+        assert plans[1].best.iteration_s == pytest.approx(plans[0].best.iteration_s, rel=0.1)
+        assert plans[1].to_json()["workload"]["ulysses"] == dict(works[1].ulysses)
+        recipe = ["plan", "wan21-1.3b", "--gpus", 8, "--model", "1.3b"]
+        settings = ["topology.pools.learn.ranks=4", "batch.micro_batches=4"]
+        done = sgmd(*recipe, "generator.compute.ulysses=4", *settings)
+        assert done.exit_code == 0, done.output
+        assert "generator.compute.ulysses 4: each sample lies on 4 ranks" in done.output
+
+    @pytest.mark.parametrize(("number", "words"), [(5, "12 heads"), (24, "12 heads")])
+    def test_heads_that_do_not_divide_are_refused(self, number, words):
+        settings = [f"generator.compute.ulysses={number}", f"topology.fused.ranks={number}"]
+        batch = "batch={size: 48, micro_batches: 2}"
+        config = load_recipe("wan21-1.3b", [*settings, "topology.mode=fused", batch])
+        with pytest.raises(ConfigError, match=words):
+            Workload.of(config, "1.3b")
+
+    def test_fewer_gpus_than_ranks_of_a_sample_are_refused(self):
+        hardware, work = Hardware(memory_gb=80), self.work(4)
+        with pytest.raises(ConfigError, match="4 ranks work on each sample together"):
+            make_plan(work, modelled(work, hardware), hardware, 2)
+
+
 class TestWork:
     def test_an_iteration_takes_fourteen_passes_and_fewer_without_checkpointing(self):
         # A backward pass to the input costs 1.70 forward passes, attention's share and one.

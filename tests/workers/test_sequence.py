@@ -1,0 +1,134 @@
+"""Tokens of a sample over two ranks = one rank: velocities, the input VJP, gradients, updates.
+
+One group of two processes goes through everything once; the tests look at what it brought back.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers.moves import assert_moves, relative_error
+from tests.helpers.ranks import on_ranks
+from tests.helpers.roles import iterate, tiny_roles
+from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
+from tests.workers.test_sharding import all_weights
+from workers.compute import prepare_network
+from workers.models.experts import ExpertDenoiser
+from workers.models.family import Denoiser
+from workers.settings import ComputeSettings, LoraSettings
+from workers.sharding import full_tensor, shard
+
+TOLERANCE = 1e-5
+SPLIT = ComputeSettings(ulysses=2)
+BATCHES = ((0, 1), (2, 3))
+
+pytestmark = pytest.mark.slow
+
+RUNS: dict[str, dict[str, Any]] = {
+    "shared": {"tracking": "shared"},
+    "fresh": {"tracking": "fresh"},
+    "adapters": {"tracking": "shared", "lora": LoraSettings(rank=4, alpha=8.0)},
+}
+
+
+UPDATE_TOLERANCE = 5e-5
+"""Adam's first update moves an entry by its rate, be its gradient nothing but rounding."""
+
+
+def after(run: dict[str, Any], iterations: int = 2) -> dict[str, Tensor]:
+    """Weights of both learners and of the average after some iterations of two micro-batches."""
+    roles = tiny_roles(**run)
+    for iteration in range(iterations):
+        iterate(roles, iteration, BATCHES)
+    return all_weights(roles)
+
+
+def experts_vjp(compute: ComputeSettings) -> dict[str, Tensor]:
+    """Velocity and gradients of two experts, a sample for each."""
+    network = prepare_network(ExpertDenoiser(tiny_velocity(1), tiny_velocity(2), 0.5), compute)
+    shard(network, network.blocks)
+    return walked(network)
+
+
+def vjp(compute: ComputeSettings, *, alone: bool = False) -> dict[str, Tensor]:
+    """What `walked` brings of a network, or of one whose ranks leave out the exchange."""
+    network = prepare_network(tiny_velocity(2), compute)
+    if alone:
+        # As if every rank attended to its own tokens only.
+        for processor in network.transformer.attn_processors.values():
+            processor._parallel_config = None
+    shard(network, network.blocks)
+    return walked(network)
+
+
+def walked(network: Denoiser) -> dict[str, Tensor]:
+    """Velocity, gradient at the input and at the parameters, of one graph walked twice."""
+    stream = torch.Generator().manual_seed(5)
+    x_t = torch.randn(2, *LATENT_SHAPE, generator=stream).requires_grad_()
+    text = torch.randn(2, TEXT_LENGTH, TEXT_DIM, generator=stream)
+    velocity = network(x_t, torch.tensor([0.3, 0.8]), text)
+    cotangent = torch.randn(velocity.shape, generator=stream)
+    (at_input,) = torch.autograd.grad(velocity, x_t, cotangent, retain_graph=True)
+    velocity.backward(cotangent)
+    found = {"velocity": velocity.detach(), "input": at_input}
+    for name, value in network.named_parameters():
+        assert value.grad is not None
+        found[name] = full_tensor(value.grad).clone()
+    return found
+
+
+def on_ranks_together(rank: int, size: int) -> dict[str, Any]:
+    """Everything that takes several ranks; of four, two and two work together."""
+    if size == 4:
+        return {"shared": after(RUNS["shared"] | {"compute": SPLIT})}
+    brought: dict[str, Any] = {
+        "vjp": vjp(SPLIT),
+        "checkpointed": vjp(ComputeSettings(ulysses=2, checkpointing=True)),
+        "offloaded": vjp(ComputeSettings(ulysses=2, checkpointing="offload")),
+        "alone": vjp(SPLIT, alone=True),
+        "experts": experts_vjp(SPLIT),
+    }
+    return brought | {name: after(run | {"compute": SPLIT}) for name, run in RUNS.items()}
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory) -> list[dict[str, Any]]:
+    return on_ranks(2, on_ranks_together, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[str, Tensor]:
+    return vjp(ComputeSettings())
+
+
+def test_a_rank_that_attends_to_its_own_tokens_alone_would_be_noticed(brought, plain):
+    assert_moves(plain, brought[0]["alone"], TOLERANCE)
+
+
+@pytest.mark.parametrize("way", ["vjp", "checkpointed", "offloaded"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_velocities_and_both_gradients_are_those_of_one_rank(brought, plain, way, rank):
+    for name, value in plain.items():
+        found = {name: brought[rank][way][name]}
+        assert relative_error(found, {name: value}) < TOLERANCE, name
+
+
+def test_samples_of_both_experts_are_split_alike(brought):
+    plain = experts_vjp(ComputeSettings())
+    assert min(float(value.abs().max()) for value in plain.values()) > 0
+    for rank in (0, 1):
+        assert relative_error(brought[rank]["experts"], plain) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_iterations_of_ranks_together_end_where_those_of_one_rank_do(brought, name):
+    plain = after(RUNS[name])
+    assert_moves(plain, after(RUNS[name], iterations=1), UPDATE_TOLERANCE)
+    assert relative_error(brought[0][name], plain) < UPDATE_TOLERANCE
+
+
+def test_two_parties_of_two_ranks_share_a_batch_out(tmp_path):
+    found = on_ranks(4, on_ranks_together, tmp_path)
+    assert relative_error(found[0]["shared"], after(RUNS["shared"])) < UPDATE_TOLERANCE
