@@ -3,11 +3,12 @@
     beta1 above 0      exp_avg, exp_avg_sq, step     torch's own class
     beta1 = 0          exp_avg_sq, step              the gradient is its own first moment
     moments on a CPU   the same, of which the device holds one parameter's at a time
+    second in 8 bits   codes and exponents in place of exp_avg_sq, `workers.moment_codes`
 
 On a CPU the update of a role of 69 tensors then takes a fifth of the time. The kernel rounds
 differently from the update by single operations, so which of the two runs is decided by the device
 alone and never by a checkpoint. Where the moments lie, and whether a first one is kept for a decay
-of 0, changes no bit.
+of 0, changes no bit; moments in 8 bits do.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,12 +19,15 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from sgmd_core.errors import CheckpointError
-from workers.sharding import local_part, to_main_memory
+from workers.moment_codes import MomentCodes, decode_moments, encode_moments, has_codes
+from workers.sharding import local_part, own_rank, to_main_memory
 
 FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Types of devices with the kernel; torch refuses another one only at the first update."""
 FIRST, SECOND = "exp_avg", "exp_avg_sq"
-MOMENTS = (FIRST, SECOND)
+CODES, BASES = "exp_avg_sq_codes", "exp_avg_sq_bases"
+WHOLE_MOMENTS = (FIRST, SECOND)
+MOMENTS = (*WHOLE_MOMENTS, CODES, BASES)
 
 
 def make_adamw(
@@ -34,6 +38,7 @@ def make_adamw(
     eps: float = 1e-8,
     weight_decay: float,
     offload: bool = False,
+    in_8_bits: bool = False,
 ) -> torch.optim.Optimizer:
     """Makes the optimizer of these parameters: all of them, in one group.
 
@@ -44,11 +49,22 @@ def make_adamw(
         eps: Added to the root of the second moment.
         weight_decay: Decoupled decay, in units of the learning rate.
         offload: Keep the moments in main memory.
+        in_8_bits: Keep second moments in 8 bits; for a first decay of 0 and no offload.
     """
+    assert not in_8_bits or (betas[0] == 0 and not offload), "settings refuse it"
     updated = list(parameters)
     fused = all(value.device.type in FUSED_DEVICES for value in updated)
     if offload or betas[0] == 0:
-        return LeanAdamW(updated, lr, betas, eps, weight_decay, fused=fused, offload=offload)
+        return LeanAdamW(
+            updated,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            fused=fused,
+            offload=offload,
+            in_8_bits=in_8_bits,
+        )
     return torch.optim.AdamW(
         updated, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused
     )
@@ -66,6 +82,7 @@ class LeanAdamW(torch.optim.Optimizer):
         fused: Update by one kernel.
         offload: Keep the moments in main memory, pinned where the parameters are on a GPU; an
             update takes them to the device and back, one parameter after another.
+        in_8_bits: Keep second moments as codes; an update decodes one parameter's at a time.
     """
 
     def __init__(
@@ -78,12 +95,16 @@ class LeanAdamW(torch.optim.Optimizer):
         *,
         fused: bool,
         offload: bool,
+        in_8_bits: bool = False,
     ) -> None:
         self._offload = offload
+        self._in_8_bits = in_8_bits
         self._kinds = (SECOND,) if betas[0] == 0 else (FIRST, SECOND)
         # `fused` is a key that torch looks at when it places a loaded step count.
         options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(parameters, options | {"fused": fused})
+        listed = (value for group in self.param_groups for value in group["params"])
+        self._places = {value: place for place, value in enumerate(listed)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -93,25 +114,47 @@ class LeanAdamW(torch.optim.Optimizer):
             moved = [value for value in group["params"] if value.grad is not None]
             for value in moved:
                 self._prepare_state(value)
-            parts = [[value] for value in moved] if self._offload else [moved]
+            coded = [value for value in moved if CODES in self.state[value]]
+            whole = [value for value in moved if CODES not in self.state[value]]
+            parts = [[value] for value in whole] if self._offload else [whole]
             for part in parts:
                 self._update(part, group)
+            for value in coded:
+                self._update_coded(value, group)
         if self._offload and torch.cuda.is_available():
             # The copies to main memory are on their way.
             torch.cuda.synchronize()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes a state over; moments go where this optimizer keeps them."""
-        if not self._offload:
+        if not (self._offload or self._in_8_bits):
             super().load_state_dict(state_dict)
             return
-        # torch would put all moments on the devices of their parameters first.
+        # torch would put all moments on the devices of their parameters first, in their type.
         parameters = [value for group in self.param_groups for value in group["params"]]
         for index, saved in state_dict["state"].items():
-            state = self.state[parameters[index]]
-            state["step"] = self._step_count(parameters[index]).copy_(saved["step"])
-            for kind in self._kinds:
-                state[kind] = to_main_memory(saved[kind]).to(parameters[index].dtype)
+            parameter = parameters[index]
+            state = self.state[parameter]
+            state["step"] = self._step_count(parameter).copy_(saved["step"])
+            for kind in self.kinds_of(parameter):
+                if self._offload:
+                    state[kind] = to_main_memory(saved[kind]).to(parameter.dtype)
+                else:
+                    state[kind] = saved[kind].to(parameter.device)
+
+    def kinds_of(self, parameter: Tensor) -> tuple[str, ...]:
+        """Moments that are kept of a parameter, by name."""
+        if self._in_8_bits and has_codes(parameter):
+            return CODES, BASES
+        return self._kinds
+
+    def _update_coded(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        """Updates a parameter whose second moments are codes."""
+        state = self.state[parameter]
+        state[SECOND] = decode_moments(MomentCodes(state[CODES], state[BASES]))
+        self._update([parameter], group)
+        counters = int(state["step"]), self._places[parameter], own_rank()
+        state[CODES], state[BASES] = encode_moments(state.pop(SECOND), *counters)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         gradients = [local_part(value.grad) for value in parameters if value.grad is not None]
@@ -152,9 +195,13 @@ class LeanAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = self._step_count(parameter)
+            if CODES in self.kinds_of(parameter):
+                none = torch.zeros_like(local_part(parameter))
+                state[CODES], state[BASES] = encode_moments(none)
+                return
             for kind in self._kinds:
                 state[kind] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        for kind in self._kinds:
+        for kind in self.kinds_of(parameter):
             if self._offload:
                 state[kind] = to_main_memory(state[kind])
 
@@ -185,12 +232,16 @@ def restore_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Any]
 
 def _require_moments(optimizer: torch.optim.Optimizer, state: Mapping[int, Any]) -> None:
     beta1 = optimizer.param_groups[0]["betas"][0]
-    expected = {SECOND, "step"} | ({FIRST} if beta1 else set())
-    for saved in state.values():
-        if missing := sorted(expected - saved.keys()):
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    for index, saved in state.items():
+        if isinstance(optimizer, LeanAdamW):
+            kinds = optimizer.kinds_of(parameters[index])
+        else:
+            kinds = (FIRST, SECOND)
+        if missing := sorted({*kinds, "step"} - saved.keys()):
             raise CheckpointError(
                 "loading the state of an optimizer",
                 f"no {' and no '.join(missing)} in it, and a decay of the first moment of {beta1}",
-                "the moments that its betas need",
-                "Set the optimizer's betas to those that the checkpoint was written with",
+                "the moments that its betas and moment_bits need",
+                "Set betas and moment_bits of the optimizer as they were when it was written",
             )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
-from workers.adamw import MOMENTS, make_adamw, restore_moments
+from workers.adamw import MOMENTS, WHOLE_MOMENTS, make_adamw, restore_moments
 from workers.adapters import lora_of
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_adapters, require_same_tensors
@@ -93,6 +93,7 @@ class RoleOptimizer:
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             offload=settings.moments == "cpu",
+            in_8_bits=settings.moment_bits == 8,
         )
         self._updates = 0
         self._skipped = 0
@@ -311,7 +312,7 @@ class RoleOptimizer:
                 if value is None:
                     continue
                 part = value.clone()
-                if value.ndim and value.shape == shape and not offload:
+                if kind in WHOLE_MOMENTS and value.shape == shape and not offload:
                     part = as_shard(part.to(parameter.device), parameter)
                 found.setdefault(index, {})[kind] = part
         return found

@@ -8,7 +8,7 @@ A file is read only if it holds a wanted row, and then in small pieces straight 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -90,10 +90,14 @@ class PartFile:
     def place(self, label: str, shape: tuple[int, ...]) -> RowRange:
         """RowRange of a tensor of this file.
 
+        What an optimizer keeps of a parameter has its rows, and may have shorter ones.
+
         Raises:
             ValueError: The tensor has another shape than those rows.
         """
         here = self.places.get(_parameter(label, self.places), RowRange(0, shape[0], shape))
+        if label not in self.places and shape[0] == here.num:
+            return replace(here, shape=(here.shape[0], *shape[1:]))
         if shape != (here.num, *here.shape[1:]):
             raise ValueError(f"{label} is {shape} in {self.name}, which should hold {here}")
         return here
@@ -131,6 +135,8 @@ def read_parts(files: Sequence[PartFile], wanted: Mapping[str, RowRange]) -> dic
                     continue
                 here = file.place(label, shape)
                 rows = wanted.get(_parameter(label, wanted))
+                if rows is not None and label not in wanted and rows.shape[0] == here.shape[0]:
+                    rows = replace(rows, shape=here.shape)
                 if rows is None or rows.shape != here.shape:
                     rows = RowRange(0, here.shape[0], here.shape)
                 if label not in found:

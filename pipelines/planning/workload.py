@@ -71,14 +71,14 @@ class KeptCopies:
     """Copies of a learner's parameters beside weights and gradients.
 
     Attributes:
-        moments: Of the optimizer.
+        moments: Of the optimizer; moments in 8 bits are a part of a copy.
         averages: 1 where averaged weights are kept.
         on_host: Of both, those in main memory.
     """
 
-    moments: int
+    moments: float
     averages: int
-    on_host: int
+    on_host: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +136,7 @@ class Workload:
         measures_lag: Whether the fake score's state is put aside while its lag is measured.
         consistency: Whether the generator also learns from noised data.
         matching: Whether it learns from its own samples.
+        moments_in_8_bits: Roles whose optimizer keeps second moments in 8 bits.
         ulysses: Roles whose ranks work on samples together, with how many of them do.
     """
 
@@ -170,6 +171,7 @@ class Workload:
     measures_lag: bool = False
     consistency: bool = False
     matching: bool = True
+    moments_in_8_bits: frozenset[str] = frozenset()
     ulysses: tuple[tuple[str, int], ...] = ()
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,7 @@ def tiny_roles(
     lora: LoraSettings | None = None,
     betas: tuple[float, float] = (0.0, 0.999),
     offloaded: bool = False,
+    moment_bits: Literal[8, 32] = 32,
 ) -> Roles:
     """Three different tiny Wans, so that no term of the objective vanishes.
 
@@ -80,7 +82,9 @@ def tiny_roles(
         network = networks[role]
         shard(network, network.blocks, dtype=network.autocast_dtype)
     place = "cpu" if offloaded else "device"
-    optimizer = OptimizerSettings(lr=lr, max_grad_norm=1.0, betas=betas, moments=place)
+    optimizer = OptimizerSettings(
+        lr=lr, max_grad_norm=1.0, betas=betas, moments=place, moment_bits=moment_bits
+    )
     objective = objective or SgmdObjective(form=form)
     diversity = diversity or DiversitySettings()
     return Roles(

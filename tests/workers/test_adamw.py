@@ -27,10 +27,10 @@ TOLERANCE = 1e-6
 class Layers(nn.Module):
     """Tensors of several sizes, one of them a scalar's."""
 
-    def __init__(self) -> None:
+    def __init__(self, row: int = 7) -> None:
         super().__init__()
         made = torch.Generator().manual_seed(0)
-        for name, shape in (("matrix", (33, 7)), ("vector", (5,)), ("single", (1,))):
+        for name, shape in (("matrix", (33, row)), ("vector", (5,)), ("single", (1,))):
             self.register_parameter(name, nn.Parameter(torch.randn(shape, generator=made)))
 
     def learn(self, update: int) -> None:
@@ -235,3 +235,29 @@ def test_the_average_of_all_tensors_at_once_has_the_bits_of_one_after_another():
         average.update(update)
     assert_moves(expected, weights_of(Layers()))
     assert all(torch.equal(average.average[name], value) for name, value in expected.items())
+
+
+def test_moments_in_8_bits_move_weights_as_those_in_32_and_go_on_bitwise():
+    start, rough, exact, resumed = (Layers(row=96) for _ in range(4))
+    settings = replace(SETTINGS, betas=(0.0, 0.999))
+    in_8_bits = replace(settings, moment_bits=8)
+    optimizer = RoleOptimizer("generator", rough, in_8_bits)
+    steps(rough, optimizer, range(NUM_UPDATES))
+    state = optimizer.state()
+    # Vectors keep theirs in float32.
+    kinds = {name.split("/")[0] for name in state.moments}
+    assert kinds == {"exp_avg_sq_codes", "exp_avg_sq_bases", "exp_avg_sq", "step"}
+    steps(exact, RoleOptimizer("generator", exact, settings), range(NUM_UPDATES))
+    off = relative_error(weights_of(rough), weights_of(exact))
+    moved = relative_error(weights_of(start), weights_of(exact))
+    # A step of the grid is 7 % of a moment, which is 4 % of an update.
+    assert 0 < off < 0.1 * moved
+    again = RoleOptimizer("generator", resumed, in_8_bits)
+    again.load_state(state)
+    for network, each in ((rough, optimizer), (resumed, again)):
+        steps(network, each, range(NUM_UPDATES, 2 * NUM_UPDATES))
+    assert same_bits(weights_of(resumed), weights_of(rough))
+    loader = RoleOptimizer("generator", Layers(row=96), settings)
+    with pytest.raises(CheckpointError, match="no exp_avg_sq in it") as refused:
+        loader.load_state(state)
+    assert "moment_bits" in str(refused.value)

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.ranks import on_ranks
-from tests.helpers.roles import iterate, tiny_roles
+from tests.helpers.roles import iterate, same_bits, tiny_roles
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
 from tests.workers.test_sharding import all_weights
 from workers.compute import prepare_network
 from workers.models.experts import ExpertDenoiser
 from workers.models.family import Denoiser
+from workers.moment_codes import MomentCodes, decode_moments
 from workers.settings import ComputeSettings, LoraSettings
 from workers.sharding import full_tensor, shard
 
@@ -79,7 +81,23 @@ def walked(network: Denoiser) -> dict[str, Tensor]:
     return found
 
 
-def on_ranks_together(rank: int, size: int) -> dict[str, Any]:
+def in_8_bits(folder: str) -> dict[str, Any]:
+    """Moments in 8 bits of two ranks, saved, taken up again, and gone on with."""
+    run = {"moment_bits": 8, "compute": SPLIT}
+    roles = tiny_roles(**run)
+    iterate(roles, 0, BATCHES)
+    roles.generator.save(folder)
+    roles.fake_score.save(folder)
+    dist.barrier()
+    resumed = tiny_roles(**run)
+    resumed.generator.load(folder)
+    resumed.fake_score.load(folder)
+    for each in (roles, resumed):
+        iterate(each, 1, BATCHES)
+    return {"whole": all_weights(roles), "resumed": all_weights(resumed)}
+
+
+def on_ranks_together(rank: int, size: int, folder: str) -> dict[str, Any]:
     """Everything that takes several ranks; of four, two and two work together."""
     if size == 4:
         return {"shared": after(RUNS["shared"] | {"compute": SPLIT})}
@@ -90,12 +108,15 @@ def on_ranks_together(rank: int, size: int) -> dict[str, Any]:
         "alone": vjp(SPLIT, alone=True),
         "experts": experts_vjp(SPLIT),
     }
+    brought["8 bits"] = in_8_bits(folder)
     return brought | {name: after(run | {"compute": SPLIT}) for name, run in RUNS.items()}
 
 
 @pytest.fixture(scope="module")
 def brought(tmp_path_factory) -> list[dict[str, Any]]:
-    return on_ranks(2, on_ranks_together, tmp_path_factory.mktemp("ranks"))
+    folder = str(tmp_path_factory.mktemp("saved"))
+    found = on_ranks(2, on_ranks_together, tmp_path_factory.mktemp("ranks"), folder)
+    return [one | {"folder": folder} for one in found]
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +150,26 @@ def test_iterations_of_ranks_together_end_where_those_of_one_rank_do(brought, na
     assert relative_error(brought[0][name], plain) < UPDATE_TOLERANCE
 
 
+def test_moments_in_8_bits_go_on_bitwise_on_two_ranks_and_are_read_by_one(brought):
+    found = brought[0]["8 bits"]
+    assert same_bits(found["resumed"], found["whole"])
+    one = tiny_roles(moment_bits=8)
+    one.generator.load(brought[0]["folder"])
+    plain = tiny_roles(moment_bits=8)
+    iterate(plain, 0, BATCHES)
+    moments = [roles.generator.states()["generator"].moments for roles in (one, plain)]
+    coded = [name for name in moments[0] if name.startswith("exp_avg_sq_codes/")]
+    assert len(coded) > 20
+    for name in coded:
+        decoded = [
+            decode_moments(MomentCodes(kept[name], kept[name.replace("codes", "bases")]))
+            for kept in moments
+        ]
+        # Both are rounded at random, by a step of the grid at most.
+        assert (decoded[0] <= 1.2 * decoded[1] + 1e-12).all(), name
+        assert (decoded[1] <= 1.2 * decoded[0] + 1e-12).all(), name
+
+
 def test_two_parties_of_two_ranks_share_a_batch_out(tmp_path):
-    found = on_ranks(4, on_ranks_together, tmp_path)
+    found = on_ranks(4, on_ranks_together, tmp_path, str(tmp_path))
     assert relative_error(found[0]["shared"], after(RUNS["shared"])) < UPDATE_TOLERANCE

@@ -38,6 +38,15 @@ from workers.settings import (
         (lambda: OptimizerSettings(lr=1e-4, decay_iterations=9), "optimizer.decay_iterations"),
         (lambda: OptimizerSettings(lr=1e-4, final_lr_ratio=1.5), "optimizer.final_lr_ratio"),
         (lambda: OptimizerSettings(lr=1e-4, moments="disk"), "optimizer.moments"),
+        (lambda: OptimizerSettings(lr=1e-4, moment_bits=4), "optimizer.moment_bits"),  # type: ignore
+        (
+            lambda: OptimizerSettings(lr=1e-4, betas=(0.9, 0.999), moment_bits=8),
+            "optimizer.moment_bits",
+        ),
+        (
+            lambda: OptimizerSettings(lr=1e-4, moments="cpu", moment_bits=8),
+            "optimizer.moment_bits",
+        ),
         (lambda: GeneratorSettings(ema_device="disk"), "generator.ema_device"),
         (lambda: GeneratorSettings(num_steps=0), "generator.num_steps"),
         (lambda: GeneratorSettings(ema_decay=1.0), "generator.ema_decay"),
