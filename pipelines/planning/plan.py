@@ -93,6 +93,7 @@ class Plan:
                 "offloading": sorted(self.work.offloading),
                 "momentum": sorted(self.work.momentum),
                 "moments_on_cpu": sorted(self.work.moments_on_cpu),
+                "moments_in_8_bits": sorted(self.work.moments_in_8_bits),
                 "adapters": dict(self.work.adapters),
                 "ulysses": dict(self.work.ulysses),
                 "frozen_in_bf16": sorted(self.work.frozen_in_bf16),

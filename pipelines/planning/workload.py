@@ -57,6 +57,7 @@ from workers.discriminator_heads import num_head_parameters
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
 from workers.models.family import DenoiserShape, ModelShape
+from workers.moment_codes import BYTES_PER_ENTRY
 from workers.settings import ComputeSettings, DiversitySettings
 
 COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
@@ -239,6 +240,9 @@ class Workload:
             measures_lag=config.lag.every > 0,
             consistency=consistency_of(config.objective) is not None,
             matching=learns_from_samples(config.objective),
+            moments_in_8_bits=frozenset(
+                role for role, own in updated.items() if own.moment_bits == 8
+            ),
             ulysses=tuple((role, own.ulysses) for role, own in computes.items() if own.ulysses > 1),
         )
 
@@ -285,7 +289,8 @@ class Workload:
 
     def kept(self, role: str) -> KeptCopies:
         """Copies that a learner keeps of its parameters."""
-        moments = 1 + int(role in self.momentum)
+        second = BYTES_PER_ENTRY / 4 if role in self.moments_in_8_bits else 1
+        moments = second + int(role in self.momentum)
         averages = int(role == GENERATOR and self.averages)
         on_host = moments * (role in self.moments_on_cpu) + averages * self.average_on_cpu
         return KeptCopies(moments, averages, on_host)

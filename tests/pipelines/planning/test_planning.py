@@ -56,6 +56,20 @@ def sgmd(*arguments: object):
 _RECORD = {"iteration": 0, "losses": {}, "grad_norms": {}, "data_wait_s": 0.0, "samples_seen": 0}
 
 
+def test_moments_in_8_bits_are_counted_in_state_and_saves():
+    roles = frozenset((GENERATOR, FAKE_SCORE))
+    for make in (generator_memory, fake_score_memory):
+        whole, coded = (
+            make(replace(SMALL, moments_in_8_bits=which), 1, 1, 1) for which in (frozenset(), roles)
+        )
+        parameters = SMALL.shape.num_parameters
+        for saved in (whole.state - coded.state, whole.saves - coded.saves):
+            assert saved == pytest.approx((3 - 2 / 256) * parameters)
+    assert coded.graphs == whole.graphs
+    config = load_recipe("wan21-1.3b", ["generator.optimizer.moment_bits=8"])
+    assert Workload.of(config, "1.3b").moments_in_8_bits == {GENERATOR}
+
+
 class TestSamplesOverSeveralRanks:
     TOGETHER = ("generator", "fake_score", "teacher")
 
