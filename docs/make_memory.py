@@ -4,11 +4,12 @@
     python docs/make_memory.py --check    says whether they are those of the planner
 
 Nothing is run: every row asks the planner, as `sgmd plan --fit` does, with 81 frames of 480x832,
-the recipe of 1.3B and a sample a GPU in each micro-batch.
+the recipe of 1.3B, with all weights trained or with adapters, and a sample a GPU in each micro-batch.
 """
 
 import argparse
 import sys
+from itertools import product
 from pathlib import Path
 
 from pipelines.config.recipe import load_recipe
@@ -20,6 +21,7 @@ from pipelines.planning.workload import Workload
 
 PAGE = Path(__file__).parent / "memory.md"
 BEGIN, END = "<!-- tables of docs/make_memory.py -->", "<!-- end of tables -->"
+RECIPES = {"all weights": "wan21-1.3b", "adapters": "wan21-1.3b-lora"}
 MODELS = ("1.3b", "5b", "14b", "a14b")
 NUM_GPUS, MEMORY_GB = (1, 2, 4, 8, 32), (24, 48, 80)
 SAMPLES_PER_GPU = 4
@@ -44,20 +46,20 @@ def main() -> int:
 
 
 def tables() -> str:
-    """Return one table a model."""
+    """Return one table a model, and for what is trained of it."""
     parts: list[str] = []
-    for model in MODELS:
+    for model, (trained, recipe) in product(MODELS, RECIPES.items()):
         rows = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
-        rows += [row(model, gpus, gb) for gpus in NUM_GPUS for gb in MEMORY_GB]
-        parts.append(f"### {model}\n\n" + "\n".join(rows) + "\n")
+        rows += [row(recipe, model, gpus, gb) for gpus in NUM_GPUS for gb in MEMORY_GB]
+        parts.append(f"### {model}, {trained}\n\n" + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
-def row(model: str, num_gpus: int, memory_gb: int) -> str:
+def row(recipe: str, model: str, num_gpus: int, memory_gb: int) -> str:
     """Return one row: the fastest layout with the cheapest settings that fit."""
     batch = SAMPLES_PER_GPU * num_gpus
     options = [f"batch.size={batch}", f"batch.micro_batches={batch}"]
-    work = Workload.of(load_recipe("wan21-1.3b", options), model)
+    work = Workload.of(load_recipe(recipe, options), model)
     hardware = Hardware(memory_gb=memory_gb)
     found = fitting_savings(work, hardware, num_gpus)
     if found is None:

@@ -153,7 +153,11 @@ _SAVINGS = (
         ("teacher.compute.weights=fp8", "teacher.sharded=false"),
         lambda work: (
             work
-            if work.through_teacher or TEACHER not in work.bf16 or TEACHER in work.checkpointing
+            # Adapters have the teacher as their base, which stays as it is.
+            if work.through_teacher
+            or work.adapters
+            or TEACHER not in work.bf16
+            or TEACHER in work.checkpointing
             else replace(work, teacher_weights="fp8", teacher_whole=True)
         ),
     ),
