@@ -4,7 +4,8 @@
     python docs/make_memory.py --check    says whether they are those of the planner
 
 Nothing is run: every row asks the planner, as `sgmd plan --fit` does, with 81 frames of 480x832,
-the recipe of 1.3B, with all weights trained or with adapters, and a sample a GPU in each micro-batch.
+the recipes of 1.3B, that of all weights and that of adapters, and a sample a GPU in each
+micro-batch.
 """
 
 import argparse

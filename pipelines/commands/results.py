@@ -12,6 +12,7 @@ from pipelines.commands.output import progress_bar, show, working
 from sgmd_core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipelines.data.stream.reconciliation import EpochReconciliation
     from pipelines.distillation.audit import Audit
 
 
@@ -243,13 +244,13 @@ def ledger(
     verdict = "every sample once" if result.is_clean else "samples were lost or repeated"
     if result.iterations_missing:
         verdict = f"{result.iterations_missing} iterations were made of which the ledger has none"
-    told = f"{result.iterations} iterations, {result.samples} samples: {verdict}"
+    told = f"{result.iterations} iterations, {result.samples_of_all} samples: {verdict}"
     if not result.iterations and result.is_clean:
         told = "nothing yet: no iteration has been finished, so there is no sample to look for"
     examples = [
-        f"epoch {epoch.epoch}, for example: {', '.join(epoch.examples)}"
-        for epoch in result.epochs
-        if epoch.examples
+        f"epoch {epoch}, for example: {', '.join(found.examples)}"
+        for epoch, found in _epochs(result)
+        if found.examples
     ]
     if result.iterations and not result.has_metrics:
         examples.append(
@@ -267,6 +268,14 @@ def _ledger_table(result: "Audit") -> Table:
     table = Table()
     for heading in ("epoch", *(kind.replace("_", " ") for kind in kinds)):
         table.add_column(heading, justify="right", overflow="fold")
-    for epoch in result.epochs:
-        table.add_row(str(epoch.epoch), *(str(getattr(epoch, kind)) for kind in kinds))
+    for epoch, found in _epochs(result):
+        table.add_row(epoch, *(str(getattr(found, kind)) for kind in kinds))
     return table
+
+
+def _epochs(result: "Audit") -> "list[tuple[str, EpochReconciliation]]":
+    """Epochs of all sets of captions; those of further ones named by their place."""
+    found = [(str(one.epoch), one) for one in result.epochs]
+    for place, further in enumerate(result.further):
+        found += [(f"{one.epoch} of data.also[{place}]", one) for one in further.epochs]
+    return found

@@ -26,6 +26,7 @@ from pipelines.config.adapters import lora_contradictions
 from pipelines.config.adversary import adversary_contradictions
 from pipelines.config.alarms import OF_VALIDATIONS, AlarmSettings
 from pipelines.config.attention import attention_contradictions
+from pipelines.config.caption_sets import FurtherCaptions
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
 from pipelines.config.consistency import LEAST_NORM, consistency_contradictions
 from pipelines.config.frozen import frozen_contradictions
@@ -91,33 +92,34 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "generator": {
         "ema_device": True,
         "optimizer": {"moments", "log_block_norms"},
-        "compute": {"checkpointing", "compile"},
+        "compute": {"checkpointing", "compile", "ulysses"},
     },
     "fake_score": {
         "optimizer": {"moments", "log_block_norms"},
-        "compute": {"checkpointing", "compile"},
+        "compute": {"checkpointing", "compile", "ulysses"},
     },
     "discriminator": {
         "optimizer": {"moments", "log_block_norms"},
-        "compute": {"checkpointing", "compile"},
+        "compute": {"checkpointing", "compile", "ulysses"},
     },
     # Its content, too.
     "teacher": {
         "model": True,
         "batched_guidance": True,
         "sharded": True,
-        "compute": {"checkpointing", "compile"},
+        "compute": {"checkpointing", "compile", "ulysses"},
     },
     # Compared by content: `pipelines.data.stream.content`.
     "data": {
-        "train",
-        "validation",
-        "columns",
-        "validation_columns",
-        "text_cache",
-        "max_bad_fraction",
-        "read_ahead",
-        "s3",
+        "train": True,
+        "validation": True,
+        "columns": True,
+        "validation_columns": True,
+        "text_cache": True,
+        "max_bad_fraction": True,
+        "read_ahead": True,
+        "s3": True,
+        "also": {"__all__": {"source", "columns"}},
     },
 }
 
@@ -140,7 +142,9 @@ def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from (f"{prefix}{name}.{one}" for one in sorted(part))
 
 
-MAY_CHANGE = tuple(key for key in _keys(_NOT_IN_DIGEST) if key != "batch.exit_draws")
+MAY_CHANGE = tuple(
+    key.replace(".__all__", "[]") for key in _keys(_NOT_IN_DIGEST) if key != "batch.exit_draws"
+)
 """Settings that may change between a run and its resumption."""
 
 
@@ -194,6 +198,11 @@ class DataSettings(Section):
     """How far ahead of the training data are read."""
     s3: S3Settings = S3Settings()
     """How an S3 server is spoken to. Endpoint and keys come from the usual AWS variables."""
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    """Weight of `train` among several sets; its share of samples is this over the sum of all."""
+    also: tuple[FurtherCaptions, ...] = Field(default=(), max_length=64)
+    """Further sets of captions, such as `[{source: more.txt, weight: 0.5}]`. Each sample is of a
+    set that is drawn by weight; each set has epochs of its own."""
 
 
 class TraceSettings(Section):
@@ -387,8 +396,13 @@ class DistillConfig(Section):
             "output": self.output,
             "validation.teacher_clips": self.validation.teacher_clips,
         }
+        also: list[JsonValue] = [
+            {**each.model_dump(mode="json"), "source": recipe_files.absolute_path(each.source)}
+            for each in self.data.also
+        ]
         return self.with_settings(
             {key: recipe_files.absolute_path(path) for key, path in paths.items() if path}
+            | ({"data.also": also} if also else {})
         )
 
 

@@ -4,13 +4,14 @@ RUN/config.yaml, shards.jsonl -> the plan, replayed (ids alone)
 RUN/ledger/, quarantine.parquet -> what was used and what was left out   -> a verdict an epoch
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
-from pipelines.config.recipe import load_recipe
+from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.making.caption_file import open_set
+from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.listing import sizes_of
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.stream.catalogue import Catalogue
@@ -38,6 +39,7 @@ class Audit:
         iterations_missing: Iterations at the end that metrics or checkpoints know, and the ledger
             does not.
         has_metrics: Whether there are metrics, which know iterations after the last checkpoint.
+        further: The same of each set of `data.also`, whose epochs are its own.
     """
 
     iterations: int
@@ -48,12 +50,19 @@ class Audit:
     iterations_follow: bool
     iterations_missing: int
     has_metrics: bool
+    further: tuple["Audit", ...] = ()
 
     @property
     def is_clean(self) -> bool:
         """True if nothing was lost or repeated."""
         is_whole = self.iterations_follow and not self.iterations_missing
-        return is_whole and all(epoch.is_clean for epoch in self.epochs)
+        is_clean = is_whole and all(epoch.is_clean for epoch in self.epochs)
+        return is_clean and all(one.is_clean for one in self.further)
+
+    @property
+    def samples_of_all(self) -> int:
+        """Samples that the iterations used, of all sets."""
+        return self.samples + sum(one.samples for one in self.further)
 
     def to_json(self) -> dict[str, Any]:
         """As `sgmd ledger --json` prints it."""
@@ -67,6 +76,7 @@ class Audit:
             "cursor": self.cursor.to_json(),
             "epochs": [epoch.to_json() for epoch in self.epochs],
             "quarantined": self.quarantined,
+            **({"also": [one.to_json() for one in self.further]} if self.further else {}),
         }
 
 
@@ -88,16 +98,31 @@ def audit(run: str | Path, train: str | None = None) -> Audit:
 def _audit(folder: RunFolder, train: str | None) -> Audit:
     folder.require("checking the ledger of", "Check the path")
     config = load_recipe(str(folder.config))
+    made, has_metrics = _iterations_made(folder), folder.metrics.exists()
+    data = config.data
+    places = [(train or data.train, data.columns)]
+    places += [(one.source, one.columns) for one in data.also]
+    first, *further = [
+        replace(_audit_set(folder.of_set(number), config, *place, made), has_metrics=has_metrics)
+        for number, place in enumerate(places)
+    ]
+    return replace(first, further=tuple(further))
+
+
+def _audit_set(
+    folder: RunFolder, config: DistillConfig, url: str, columns: ColumnNames, made: int
+) -> Audit:
+    """Judges the use of one set of captions, whose books are in `folder`."""
     entries = list(Ledger(folder.ledger).entries())
     quarantine = QuarantineFile(folder.quarantine)
     end = entries[-1].cursor if entries else Cursor()
     data = config.data
-    place = open_set(train or data.train, data.s3, data.columns)
+    place = open_set(url, data.s3, columns)
     listed = read_jsonl(folder.shards)
     shards = {path for line in listed for path, *_ in line.get("shards", ())}
     if shards and not sizes_of(place.filesystem, place.root, shards):
         raise DataError(
-            f"checking the ledger of {folder} against {train or data.train}",
+            f"checking the ledger of {folder} against {url}",
             f"none of the {len(shards)} shards of the run, such as {min(shards)}",
             "the data that the run was trained on",
             "Say where they are now with --data",
@@ -115,8 +140,8 @@ def _audit(folder: RunFolder, train: str | None) -> Audit:
         epochs=tuple(reconcile(due, entries)),
         quarantined=quarantine.counts(),
         iterations_follow=iterations == list(range(len(entries))),
-        iterations_missing=max(0, _iterations_made(folder) - max(iterations, default=-1) - 1),
-        has_metrics=folder.metrics.exists(),
+        iterations_missing=max(0, made - max(iterations, default=-1) - 1),
+        has_metrics=True,
     )
 
 

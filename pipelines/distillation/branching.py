@@ -21,7 +21,7 @@ from pipelines.run.places import shared_place
 from pipelines.run.working_copy import copy_at
 from sgmd_core.errors import CheckpointError
 
-_LOGS = ("metrics", "validation", "shards", "quarantine", "ledger")
+_LOGS = ("metrics", "validation", "shards", "quarantine", "ledger", "sets")
 
 
 def newest_state(source: RunFolder) -> int:
@@ -69,7 +69,7 @@ def branch(
     for name in _LOGS:
         _copy(getattr(source, name), getattr(target, name))
     target.rewind(iteration)
-    DataLog(target).rewind(iteration)
+    DataLog(target, 1 + len(config.data.also)).rewind(iteration)
     _publish(target)
     _copy_state(checkpoints.folder(iteration), states_of(target).folder(iteration))
 

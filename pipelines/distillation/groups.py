@@ -36,7 +36,8 @@ from pipelines.config.model_folders import (
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import PoolSettings
-from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings, build_feed
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.mixing import build_feed
 from pipelines.distillation.algorithm import STAGES
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.preflight import Preflight
@@ -404,6 +405,11 @@ def feed_arguments(
         config.data.shuffle,
         config.data.max_bad_fraction,
         ahead=None if config.topology.mode == "local" else config.data.read_ahead,
+        weight=config.data.weight,
+        further=tuple(
+            (looked.source, chosen.weight)
+            for looked, chosen in zip(checked.further, config.data.also, strict=True)
+        ),
     )
     return stream, progress, num_rows
 

@@ -171,6 +171,7 @@ def identity(config: DistillConfig, checked: Preflight) -> dict[str, Any]:
         "model": checked.content,
         "teacher": checked.teacher_content,
         "train": list(checked.data.first),
+        **({"also": [list(one.data.first) for one in checked.further]} if checked.further else {}),
         "columns": {
             f"data.columns.{name}": stored for name, stored in checked.data.columns.stored.items()
         },
@@ -178,22 +179,22 @@ def identity(config: DistillConfig, checked: Preflight) -> dict[str, Any]:
     }
 
 
+_ROW_GROUP = {
+    "shard": str,
+    "num_bytes": int,
+    "index": int,
+    "num_rows": int,
+    "content": str,
+    "latents?": str,
+}
 _IDENTITY = {
     "settings": dict,
     "model": {ANY: str},
     "teacher?": {ANY: str},
     "columns?": dict,
     "validation?": dict,
-    "train?": [
-        {
-            "shard": str,
-            "num_bytes": int,
-            "index": int,
-            "num_rows": int,
-            "content": str,
-            "latents?": str,
-        }
-    ],
+    "train?": [_ROW_GROUP],
+    "also?": [[_ROW_GROUP]],
 }
 
 
@@ -247,6 +248,15 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
         *model_differences(began, now["teacher"], "teacher", "teacher.model"),
         *(value_differences(began["columns"], now["columns"]) if "columns" in began else ()),
         *data_differences(checked.source, read_jsonl(folder.shards), began.get("train", ())),
+        *(
+            difference.replace("data.train", f"data.also[{number - 1}]")
+            for number, (one, first) in enumerate(
+                zip(checked.further, began.get("also", ()), strict=False), start=1
+            )
+            for difference in data_differences(
+                one.source, read_jsonl(folder.of_set(number).shards), first
+            )
+        ),
         # As many captions as then: another number is another choice from the same folder.
         *(
             f"the first {count} captions of data.validation have content "

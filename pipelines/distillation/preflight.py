@@ -41,6 +41,19 @@ _NUM_READ = 256
 
 
 @dataclass(frozen=True, slots=True)
+class FurtherSet:
+    """A set of captions besides `data.train`.
+
+    Attributes:
+        source: Where it is, and what is read of it.
+        data: What a first look tells.
+    """
+
+    source: Source
+    data: FolderFacts
+
+
+@dataclass(frozen=True, slots=True)
 class Preflight:
     """Result of checking a configuration on this machine.
 
@@ -54,6 +67,7 @@ class Preflight:
         held_out: Captions to validate with; empty when validation is off.
         rows_per_iteration: Captions that one iteration takes.
         unknown_words: Words of the first captions that the tokenizer does not know.
+        further: The other sets of captions.
     """
 
     model: ModelFolder
@@ -65,6 +79,7 @@ class Preflight:
     held_out: tuple[str, ...]
     rows_per_iteration: int
     unknown_words: UnknownWords
+    further: tuple["FurtherSet", ...] = ()
 
     def to_json(self, config: DistillConfig) -> dict[str, Any]:
         """Returns what `--dry-run` prints."""
@@ -89,9 +104,22 @@ class Preflight:
             "held_out_captions": len(self.held_out),
             "unknown_words": asdict(self.unknown_words),
             "rows_per_iteration": self.rows_per_iteration,
+            "further_sets": [
+                {
+                    "source": one.source.url,
+                    "rows": one.data.num_rows,
+                    "shards": one.data.num_shards,
+                    "weight": chosen.weight,
+                }
+                for one, chosen in zip(self.further, config.data.also, strict=True)
+            ],
             "iterations": config.iterations,
             "epochs": (
-                config.iterations * self.rows_per_iteration / self.data.num_rows
+                config.iterations
+                * self.rows_per_iteration
+                * config.data.weight
+                / (config.data.weight + sum(one.weight for one in config.data.also))
+                / self.data.num_rows
                 if self.data.num_rows
                 else None
             ),
@@ -146,18 +174,16 @@ def run_preflight(config: DistillConfig) -> Preflight:
         require_lasting_folder(config.validation.teacher_clips, "validation.teacher_clips")
     model, latent_shape = inspect_networks(config)
     tokenizer = family_of(model.path).load_tokenizer(model.path)
-    source, data = inspect_captions(config)
-    settings = config.data
+    looked = [FurtherSet(*inspect_captions(config, number)) for number in _sets(config)]
     columns: list[str] = []
-    if settings.stored_text and data.encoding is not None and _fits(data.encoding, config, model):
+    # What not all sets bring is taken from none.
+    if config.data.stored_text and all(_has_text(one.data, config, model) for one in looked):
         columns.append(TEXT_EMBEDS)
     if needs_data(program_of(config)):
-        require_latents(config, data, model, latent_shape)
+        for one in looked:
+            require_latents(config, one.data, model, latent_shape)
         columns.append(LATENTS)
-    if columns:
-        source = replace(source, columns=tuple(columns), encoding=data.encoding)
-    if LATENTS in columns:
-        data = replace(data, first=tuple(with_latents(source, data.first)))
+    (source, data), *further = [_read_with(one, tuple(columns)) for one in looked]
     held_out = _held_out(config)
     content = model_digests(model.path)
     return Preflight(
@@ -169,8 +195,29 @@ def run_preflight(config: DistillConfig) -> Preflight:
         data=data,
         held_out=held_out,
         rows_per_iteration=config.batch.size * (1 + config.fresh_updates),
-        unknown_words=tokenizer.unknown_words([*data.captions[:_NUM_READ], *held_out]),
+        unknown_words=tokenizer.unknown_words(
+            [*(each for one in looked for each in one.data.captions[:_NUM_READ]), *held_out]
+        ),
+        further=tuple(FurtherSet(*one) for one in further),
     )
+
+
+def _sets(config: DistillConfig) -> range:
+    return range(1 + len(config.data.also))
+
+
+def _has_text(data: FolderFacts, config: DistillConfig, model: ModelFolder) -> bool:
+    return data.encoding is not None and _fits(data.encoding, config, model)
+
+
+def _read_with(one: FurtherSet, columns: tuple[str, ...]) -> tuple[Source, FolderFacts]:
+    """A set of which some columns are read."""
+    source, data = one.source, one.data
+    if columns:
+        source = replace(source, columns=columns, encoding=data.encoding)
+    if LATENTS in columns:
+        data = replace(data, first=tuple(with_latents(source, data.first)))
+    return source, data
 
 
 def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, tuple[int, int, int, int]]:
@@ -199,19 +246,21 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, tuple[int, int
     return model, latent_shape
 
 
-def inspect_captions(config: DistillConfig) -> tuple[Source, FolderFacts]:
-    """Takes a first look at a run's training data.
+def inspect_captions(config: DistillConfig, number: int = 0) -> tuple[Source, FolderFacts]:
+    """Takes a first look at a set of a run's training data.
+
+    Args:
+        config: The run.
+        number: Of the set: 0 is `data.train`, the others are those of `data.also`.
 
     Raises:
         DataError: They cannot be read.
     """
     settings = config.data
-    source = Source(
-        settings.train,
-        settings.s3,
-        max_caption_chars=settings.max_caption_chars,
-        names=settings.columns,
-    )
+    places = [(settings.train, settings.columns)]
+    places += [(one.source, one.columns) for one in settings.also]
+    url, names = places[number]
+    source = Source(url, settings.s3, max_caption_chars=settings.max_caption_chars, names=names)
     data = inspect_folder(source, config.seed, settings.shuffle)
     return replace(source, settled=data.names), data
 

@@ -183,7 +183,7 @@ def _distill(
     log.open()
     # Before anything is started, what the run begins with is where it belongs.
     folder.flush()
-    data = DataLog(folder)
+    data = DataLog(folder, 1 + len(config.data.also))
     observer.note(f"starting the roles ({config.topology.mode})")
     if checked.has_stored_text:
         observer.note("captions bring their embeddings: loading the text encoder for none of them")
@@ -253,7 +253,7 @@ def _take_up(
     warn = events.observer.warning
     start = resume_position(config, checked, folder, checkpoints, warn, tell)
     folder.rewind(start.iteration, warn)
-    DataLog(folder).rewind(start.iteration, warn)
+    DataLog(folder, 1 + len(config.data.also)).rewind(start.iteration, warn)
     tell(
         RunEvent(
             kind="restarted",

@@ -121,7 +121,11 @@ def _deployment(
     _require_reachable(config)
     # The program finds the cluster that it was started on.
     config = config.with_settings({"topology.address": "auto"})
-    addresses = (config.output, config.data.train, config.data.validation, config.model.folder)
+    also = (one.source for one in config.data.also)
+    addresses = (
+        *(config.output, config.data.train, config.data.validation, config.model.folder),
+        *also,
+    )
     in_s3 = any("://" in (address or "") for address in (*addresses, config.teacher.model))
     secrets = [*(_S3_KEYS if in_s3 else ())]
     if config.tracker.wandb == "online":
@@ -215,6 +219,7 @@ def _require_reachable(config: DistillConfig) -> None:
         "output": config.output,
         "data.train": config.data.train,
         "data.validation": config.data.validation,
+        **{f"data.also[{at}].source": one.source for at, one in enumerate(config.data.also)},
         "model.folder": config.model.folder,
         "teacher.model": config.teacher.model or "",
     }

@@ -214,6 +214,7 @@ class RunFolder:
         self.ledger = self.root / "ledger"
         self.quarantine = self.root / "quarantine.parquet"
         self.shards = self.root / "shards.jsonl"
+        self.sets = self.root / "sets"
         self.samples = self.root / "samples"
         self.teacher_clips = self.root / TEACHER_CLIPS
         self.checkpoints = self.root / "checkpoints"
@@ -222,6 +223,19 @@ class RunFolder:
 
     def __str__(self) -> str:
         return shared_place(self.root)
+
+    def of_set(self, number: int) -> "RunFolder":
+        """Place of the books of a set of captions: the run's own for the first, 0."""
+        return RunFolder(self.sets / str(number)) if number else self
+
+    def make(self) -> None:
+        """Makes the folder of a set, where it is not there yet."""
+        with storage_errors(f"making {self}"):
+            self.root.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def _sets_of_captions(self) -> list["RunFolder"]:
+        return [self, *(RunFolder(path) for path in sorted(self.sets.glob("*")))]
 
     @property
     def publisher(self) -> Publisher:
@@ -293,7 +307,8 @@ class RunFolder:
             kept = [line for line in lines if line["iteration"] < first_dropped]
             if path.exists():
                 write_text(str(path), "".join(json.dumps(line) + "\n" for line in kept))
-        self._end_shards_whole(on_broken)
+        for one in self._sets_of_captions:
+            one._end_shards_whole(on_broken)
 
     def _end_shards_whole(self, on_broken: Callable[[str], None] | None) -> None:
         """Drops what a power loss has broken at the end of shards.jsonl.
@@ -319,10 +334,11 @@ class RunFolder:
             StorageError: The disk or the store does not take them.
             LeaseLostError: Another process has taken the run at the address over.
         """
-        for path in (self.metrics, self.validation, self.alarms, self.events, self.shards):
+        for path in (self.metrics, self.validation, self.alarms, self.events):
             flush_log(path)
-        for path in self.ledger.glob("*.jsonl"):
-            flush_log(path)
+        for one in self._sets_of_captions:
+            for path in (one.shards, *one.ledger.glob("*.jsonl")):
+                flush_log(path)
         self.publisher.flush()
 
 

@@ -115,6 +115,8 @@ class Preparation:
         data = {"data.train": config.data.train, "data.validation": config.data.validation}
         for setting, path in data.items():
             self._captions(setting, path, self._take_setting)
+        for number, one in enumerate(config.data.also):
+            self._input(f"data.also[{number}].source", one.source)
         has_models = all(not is_address(model) and self._is_here(model) for model in models)
         if not has_models:
             self.left["model"] = f"{', '.join(models)}: not a folder of this machine"

@@ -57,6 +57,8 @@ class StreamSettings:
         shuffle: How well rows are mixed.
         max_bad_fraction: Share of the rows that may be unusable before the stream ends.
         ahead: How far Ray Data reads ahead; None reads in this process, a window ahead.
+        weight: Of this set among several.
+        further: The other sets, with their weights; see `pipelines.data.stream.mixing`.
     """
 
     source: Source
@@ -64,6 +66,14 @@ class StreamSettings:
     shuffle: ShuffleSettings = ShuffleSettings()
     max_bad_fraction: float = 0.01
     ahead: ReadAheadSettings | None = None
+    weight: float = 1.0
+    further: tuple[tuple[Source, float], ...] = ()
+
+    @property
+    def of_each_set(self) -> tuple[Self, ...]:
+        """Settings of the stream of each set alone."""
+        alone = replace(self, further=())
+        return (alone, *(replace(alone, source=source) for source, _ in self.further))
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,7 @@ class FeedProgress:
         catalogue: Lines that the run has written down about its folder.
         rejects: What has been left out so far.
         used_ids: Ids that were handed out in the cursor's epoch.
+        further: The same of other sets.
     """
 
     cursor: Cursor = Cursor()
@@ -83,6 +94,12 @@ class FeedProgress:
     catalogue: tuple[Mapping[str, Any], ...] = ()
     rejects: tuple[Rejection, ...] = ()
     used_ids: tuple[str, ...] = ()
+    further: tuple["FeedProgress", ...] = ()
+
+    @property
+    def of_each_set(self) -> tuple["FeedProgress", ...]:
+        """Progress in each set alone."""
+        return replace(self, further=()), *self.further
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +116,7 @@ class Batch:
         rejects: What was newly left out on the way.
         notes: What was newly learnt about the folder, for the run to write down.
         stop: Arguments of the DataError that ends the run, where too much is bad; no rows then.
+        parts: Of several sets, what each gave; empty for one set.
     """
 
     PACKS_ITSELF: ClassVar[bool] = True
@@ -112,6 +130,11 @@ class Batch:
     rejects: tuple[Rejection, ...]
     notes: tuple[dict[str, Any], ...]
     stop: tuple[str, ...] | None = None
+    parts: tuple["Batch", ...] = ()
+
+    def of_set(self, number: int) -> "Batch":
+        """What a set gave: of one set alone, all."""
+        return self.parts[number] if self.parts else self
 
     @property
     def sample_ids(self) -> tuple[str, ...]:
@@ -185,6 +208,9 @@ class Feed:
         Raises:
             DataError: The server failed, or a whole epoch has no usable row.
         """
+        if not num_rows:
+            # None of a batch of several sets is of this one.
+            return self._batch(caption_schema().empty_table(), {})
         parts: list[pa.Table] = []
         epochs: dict[int, int] = {}
         missing = num_rows
@@ -362,11 +388,6 @@ class _OpenWindow:
         last = part.column(PLACE)[-1].as_py()
         self.cursor = replace(self.cursor, row=self.num_places if self.is_empty else last + 1)
         return part
-
-
-def build_feed(settings: StreamSettings, progress: FeedProgress, num_rows: int) -> Feed:
-    """Factory for a worker group."""
-    return Feed(settings, progress, num_rows)
 
 
 def _rejects(planned: Planned, lines: pa.Table) -> Iterator[Rejection]:

@@ -91,6 +91,11 @@ class Ledger:
             for _, entry in _lines(path):
                 yield entry
 
+    @property
+    def last_iteration(self) -> int | None:
+        """The newest iteration that it has; None: it has none."""
+        return max((entry.iteration for entry in self.entries()), default=None)
+
     def ids_of(self, epoch: int) -> list[str]:
         """Ids used in one epoch, in stream order."""
         return [
