@@ -133,7 +133,7 @@ class Batch:
     parts: tuple["Batch", ...] = ()
 
     def of_set(self, number: int) -> "Batch":
-        """What a set gave: of one set alone, all."""
+        """Rows that a set gave: of one set alone, all."""
         return self.parts[number] if self.parts else self
 
     @property
