@@ -3,6 +3,7 @@
     whole_folder_at(place, last=...)    all files of a folder, or the ones that were there before
     files_at(place)                     some files of a folder that holds others as well
     copy_folder_at(source, place)       all files of a folder, from or to an object store
+    folder_here(place)                  the folder, or a copy of it for as long as a block runs
 
 For an object store they are made in a temporary folder of this machine's disk (TMPDIR), and each is
 compared after its upload with what was sent. A store cannot exchange folders: the files in `last`
@@ -77,6 +78,27 @@ def files_at(place: str | Path, patience_s: float = 0.0) -> Iterator[Path]:
                 if time.monotonic() >= deadline_s:
                     raise
             time.sleep(_AGAIN_S)
+
+
+@contextmanager
+def folder_here(place: str | Path) -> Iterator[Path]:
+    """Yields a folder of this machine with the files of a place; a copy goes with the block.
+
+    Args:
+        place: The folder: a path, which is yielded as it is, or an address.
+
+    Raises:
+        StorageError: The object store cannot be read.
+    """
+    address = store_address(place)
+    if not address:
+        yield Path(place)
+        return
+    with tempfile.TemporaryDirectory(prefix="sgmd-") as scratch:
+        # Networks find their parts by the names of folders.
+        folder = Path(scratch) / address.rpartition("/")[2]
+        _take(address, folder)
+        yield folder
 
 
 def copy_folder_at(source: str | Path, place: str | Path, last: Sequence[str] = ()) -> None:

@@ -9,7 +9,6 @@ The embedded world is small: a worker reads its part of the shards once and keep
 import pickle
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.folders import folder_here
 from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.shards.columns import map_columns
@@ -165,13 +165,13 @@ def clip_dataset(clips: TrainingClips) -> ray.data.Dataset:
     )
 
 
-def latent_dataset(clips: TrainingClips, vae_folder: Path) -> ray.data.Dataset:
+def latent_dataset(clips: TrainingClips, vae_folder: str) -> ray.data.Dataset:
     """Rows of sample_id, caption and normalised latents (C, T, H, W)."""
     if clips.source.encoding is not None:
         return clip_dataset(clips)
     return clip_dataset(clips).map_batches(
         EncodeClips,
-        fn_constructor_kwargs={"vae_folder": str(vae_folder)},
+        fn_constructor_kwargs={"vae_folder": vae_folder},
         batch_size=_ENCODE_BATCH,
         num_cpus=_LIGHT_TASK_CPUS,
         compute=ray.data.ActorPoolStrategy(size=1),
@@ -248,7 +248,7 @@ class EncodeClips:
     """Turns pixels into normalised latents.
 
     Args:
-        vae_folder: Folder of the trained autoencoder.
+        vae_folder: Folder of the trained autoencoder: a path or an address.
     """
 
     def __init__(self, vae_folder: str) -> None:
@@ -256,7 +256,8 @@ class EncodeClips:
         from workers.models.wan import open_autoencoder
 
         torch.set_num_threads(1)
-        self.vae = open_autoencoder(vae_folder)
+        with folder_here(vae_folder) as folder:
+            self.vae = open_autoencoder(folder)
 
     def __call__(self, batch: Batch) -> Batch:
         """Encode the column `pixels` of a batch."""

@@ -1,23 +1,22 @@
-"""Progress of a training that runs in other processes, told through one file of JSON lines.
+"""Progress of a training that runs in other processes.
 
-    worker 0  --append-->  RUN/events.jsonl  --follow-->  the process that called `pretrain`
+    worker 0  --mailbox-->  the process that called `pretrain`  --append-->  RUN/events.jsonl
 
-The file outlives both, so a resumed run continues it.
+One process writes the file, wherever it lies; a resumed run continues it.
 """
 
-import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from threading import Event, Thread
+from threading import Lock
 
 from pipelines.pretraining.config import PretrainConfig
+from pipelines.run.folder import append_jsonl
+from pipelines.run.records import RunEvent
 
 EVENTS_FILE = "events.jsonl"
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +24,7 @@ class PretrainEvent:
     """One line of progress.
 
     Attributes:
-        stage: "vae", "denoiser" or "quality".
+        stage: "vae", "denoiser", "quality" or "store".
         step: Steps done in this stage.
         num_steps: Steps of this stage at most.
         seconds_per_step: Mean since the last line; 0 for notes.
@@ -41,15 +40,42 @@ class PretrainEvent:
     note: str = ""
 
 
+class PretrainEvents:
+    """Events of a run: writes them down and tells them, in the process that called `pretrain`.
+
+    Callable from any thread.
+
+    Args:
+        path: The file.
+        on_event: Hears every event.
+    """
+
+    def __init__(self, path: Path, on_event: Callable[[PretrainEvent], None]) -> None:
+        self._path = path
+        self._on_event = on_event
+        self._lock = Lock()
+
+    def add(self, event: PretrainEvent) -> None:
+        """Adds an event."""
+        with self._lock:
+            append_jsonl(self._path, asdict(event))
+            self._on_event(event)
+
+    def add_outage(self, event: RunEvent) -> None:
+        """Adds what the publisher of a run at an address has to say."""
+        self.add(PretrainEvent("store", note=f"{event.cause}; {event.action}"))
+
+
 class EventWriter:
-    """Appends progress of one stage to the run's event file.
+    """Tells the progress of one stage.
 
     Args:
         config: The recipe.
         stage: Name of the stage.
         num_steps: Steps of the stage at most.
+        send: Takes every event.
         is_silent: True on all workers but the first.
-        every_s: Longest time between two steps that are written down, where steps end.
+        every_s: Longest time between two steps that are told, where steps end.
     """
 
     def __init__(
@@ -57,11 +83,12 @@ class EventWriter:
         config: PretrainConfig,
         stage: str,
         num_steps: int,
+        send: Callable[[PretrainEvent], None],
         *,
         is_silent: bool = False,
         every_s: float = 30.0,
     ) -> None:
-        self._path = Path(config.run_dir) / EVENTS_FILE
+        self._send = send
         self._every_steps = config.ray.report_every_steps
         self._stage = stage
         self._num_steps = num_steps
@@ -75,7 +102,7 @@ class EventWriter:
         self.note(f"{self._stage} starts at step {step} in process {os.getpid()}")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step is done; every `ray.report_every_steps`-th is written down.
+        """A step is done; every `ray.report_every_steps`-th is told.
 
         So is one that ends more than 30 seconds after the last one that was.
         """
@@ -85,48 +112,12 @@ class EventWriter:
             return
         seconds = (now - then) / max(1, step - last_step)
         self._last = (now, step)
-        self._append(PretrainEvent(self._stage, step, self._num_steps, seconds, dict(metrics)))
+        self._tell(PretrainEvent(self._stage, step, self._num_steps, seconds, dict(metrics)))
 
     def note(self, text: str) -> None:
-        """Write down a sentence."""
-        self._append(PretrainEvent(self._stage, note=text))
+        """Tells a sentence."""
+        self._tell(PretrainEvent(self._stage, note=text))
 
-    def _append(self, event: PretrainEvent) -> None:
-        if self._is_silent:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(asdict(event)) + "\n")
-
-
-@contextmanager
-def follow_events(path: Path, on_event: Callable[[PretrainEvent], None]) -> Iterator[None]:
-    """Call `on_event` for every line that is appended to a file while the context is open."""
-    finished = Event()
-    start = path.stat().st_size if path.exists() else 0
-    follower = Thread(target=_follow, args=(path, start, on_event, finished), daemon=True)
-    follower.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        follower.join()
-
-
-def _follow(
-    path: Path, start: int, on_event: Callable[[PretrainEvent], None], finished: Event
-) -> None:
-    position, is_last_look = start, False
-    while True:
-        if path.exists():
-            with path.open("rb") as file:
-                file.seek(position)
-                data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            position += len(whole)
-            for line in whole.splitlines():
-                on_event(PretrainEvent(**json.loads(line)))
-        if is_last_look:
-            return
-        # After the end is announced, look once more for lines written just before it.
-        is_last_look = finished.wait(_POLL_S)
+    def _tell(self, event: PretrainEvent) -> None:
+        if not self._is_silent:
+            self._send(event)

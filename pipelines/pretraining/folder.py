@@ -1,18 +1,18 @@
 """Write a whole diffusers folder from freshly trained parts."""
 
-from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
-from cluster.files import whole_folder
+from cluster.folders import whole_folder_at
 from pipelines.media.inference import InferenceSettings, write_inference_settings
+from workers.models.configs import INDEX_FILE
 from workers.models.scheduler import build_scheduler
 
 
 def write_pipeline_folder(
-    dst: Path,
+    dst: str,
     *,
     transformer: WanTransformer3DModel,
     vae: AutoencoderKLWan,
@@ -23,7 +23,7 @@ def write_pipeline_folder(
     """Write a folder that `diffusers.WanPipeline.from_pretrained` loads; replaces an old one.
 
     Args:
-        dst: The folder.
+        dst: The folder: a path or an address.
         transformer: The denoiser.
         vae: The autoencoder.
         text_encoder: The text encoder.
@@ -40,6 +40,6 @@ def write_pipeline_folder(
         vae=vae,
         transformer=transformer,
     )
-    with whole_folder(dst) as draft:
+    with whole_folder_at(dst, last=(INDEX_FILE,)) as draft:
         pipeline.save_pretrained(draft)
         write_inference_settings(draft, settings)

@@ -12,12 +12,15 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
 
+from cluster.folders import folder_here
+from cluster.ray.mailbox import post
 from pipelines.embedded_worlds import embedded_world
 from pipelines.media.inference import InferenceSettings
 from pipelines.pretraining import networks, vae_stage
@@ -42,7 +45,7 @@ def vae_loop(settings: Mapping[str, Any]) -> None:
     """Train the autoencoder; the final checkpoint holds it as a diffusers folder."""
     config = PretrainConfig.model_validate(settings["config"])
     rank = ray.train.get_context().get_world_rank()
-    events = EventWriter(config, "vae", config.vae.num_steps, is_silent=rank > 0)
+    events = _writer(config, settings, "vae", config.vae.num_steps)
     events.note("reading and decoding the clips")
     clips = _gather("train", "pixels").values
     held_out = _gather("held_out", "pixels").values
@@ -74,10 +77,11 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
     config = PretrainConfig.model_validate(settings["config"])
     rank = ray.train.get_context().get_world_rank()
     longest = config.denoiser.max_hold_steps + config.denoiser.decay_steps
-    events = EventWriter(config, "denoiser", longest, is_silent=rank > 0)
+    events = _writer(config, settings, "denoiser", longest)
     events.note("reading the clips' latents")
     clips = _gather("train", "latents")
-    vae = open_autoencoder(settings["vae_folder"])
+    with folder_here(settings["vae_folder"]) as folder:
+        vae = open_autoencoder(folder)
     torch.manual_seed(config.seed)
     training = DenoiserTraining(
         build_pretrained_teacher(config, settings["vocabulary"], vae.vae.config["z_dim"]),
@@ -157,7 +161,7 @@ def _watch(
         )
         if config.partial_output is not None:
             write_pipeline_folder(
-                Path(config.partial_output),
+                config.partial_output,
                 transformer=averaged.transformer.transformer,
                 vae=vae.vae,
                 text_encoder=averaged.text_encoder,
@@ -165,6 +169,15 @@ def _watch(
                 settings=inference_settings(config),
             )
     return asdict(world.score(videos, captions))
+
+
+def _writer(
+    config: PretrainConfig, settings: Mapping[str, Any], stage: str, num_steps: int
+) -> EventWriter:
+    """The writer of this worker, of which the first one alone tells anything."""
+    is_silent = ray.train.get_context().get_world_rank() > 0
+    send = partial(post, settings["mailbox"])
+    return EventWriter(config, stage, num_steps, send, is_silent=is_silent)
 
 
 def _gather(name: str, column: str) -> MemoryClips:

@@ -10,6 +10,9 @@ With `vae.folder`, the autoencoder is taken from there; then the shards may hold
 A stage that is finished is not run again, and an unfinished one continues from its last
 checkpoint: giving the command again is how an interrupted run is resumed. With other settings or
 other clips it is refused instead.
+
+RUN and OUTPUT may be addresses. Then this process works on the small files of RUN in a working copy
+and publishes them; checkpoints, vae/ and teacher/ are written to the address by whoever makes them.
 """
 
 import json
@@ -34,10 +37,13 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import WorkerGroupError
 
-from cluster.files import whole_folder
-from cluster.lease import hold, hold_replaced
+from cluster.files import open_store, storage_errors, store_address
+from cluster.folders import folder_here, whole_folder_at
+from cluster.lease import Lease, hold_replaced
+from cluster.ray.mailbox import open_mailbox
 from cluster.ray.topology import require_cpus
 from cluster.storage import write_json
+from pipelines.config.recovery import RecoverySettings
 from pipelines.data.shards.schema import ShardKind
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import (
@@ -47,7 +53,7 @@ from pipelines.pretraining.data import (
     latent_dataset,
     open_clips,
 )
-from pipelines.pretraining.events import EVENTS_FILE, EventWriter, PretrainEvent, follow_events
+from pipelines.pretraining.events import EVENTS_FILE, EventWriter, PretrainEvent, PretrainEvents
 from pipelines.pretraining.folder import write_pipeline_folder
 from pipelines.pretraining.loops import (
     NETWORKS_FILE,
@@ -61,6 +67,7 @@ from pipelines.pretraining.loops import (
 from pipelines.pretraining.quality import QualityReport, measure_folder
 from pipelines.pretraining.stages import (
     DENOISER_STAGE,
+    IN_PLACE,
     RAY_FOLDER,
     TEACHER_FOLDER,
     VAE_STAGE,
@@ -69,9 +76,14 @@ from pipelines.pretraining.stages import (
     require_same_stages,
     stage_identities,
 )
-from pipelines.run.folder import require_on_disk, require_output_folder
+from pipelines.run.folder import require_output_folder
+from pipelines.run.places import local_of, shared_place
+from pipelines.run.publisher import publish_now, publishing
+from pipelines.run.ray_store import ray_store
 from pipelines.run.replaceable import require_replaceable
+from pipelines.run.working_copy import hold_place, working_copy
 from sgmd_core.errors import ConfigError, SgmdError
+from workers.models.configs import CONFIG_FILE
 from workers.models.families import family_of
 from workers.models.wan import open_autoencoder
 from workers.models.wan_family import WAN_TRAITS
@@ -105,11 +117,11 @@ class PretrainResult:
     """Files of a finished run.
 
     Attributes:
-        output: The diffusers folder.
+        output: The diffusers folder: a path or an address.
         quality: Its measured quality.
     """
 
-    output: Path
+    output: str
     quality: QualityReport
 
 
@@ -137,15 +149,21 @@ def pretrain(
         CheckpointError: a stage in the run's folder was made from other settings or other clips.
         NonFiniteError: a loss stopped being finite.
         LeaseError: another process trains in the run's folder, or into the same model folder.
-        ConfigError: a folder to write to is an address, cannot be written to, or is a model folder
-            to replace in which other things lie.
+        ConfigError: a folder to write to cannot be written to, or is a model folder to replace in
+            which other things lie.
+        StorageError: an object store cannot be read, or has failed for too long.
     """
     job = config if isinstance(config, CheckedPretrain) else checked(config)
-    with _held(job.config):
-        identities = stage_identities(job.config, job.clips)
-        require_same_stages(Path(job.config.run_dir), identities)
-        require_cpus(num_cpus_needed(job.config), f"training {job.config.name}")
-        return _pretrain(job, identities, on_event)
+    with working_copy(job.config.run_dir, IN_PLACE):
+        run_dir = local_of(job.config.run_dir)
+        with _held(job.config, run_dir) as lease:
+            identities = stage_identities(job.config, job.clips)
+            require_same_stages(run_dir, identities)
+            require_cpus(num_cpus_needed(job.config), f"training {job.config.name}")
+            events = PretrainEvents(run_dir / EVENTS_FILE, on_event)
+            outage_s = RecoverySettings().storage_outage_s
+            with publishing(run_dir, lease, outage_s, events.add_outage):
+                return _pretrain(job, run_dir, identities, events)
 
 
 def checked(config: PretrainConfig) -> CheckedPretrain:
@@ -157,7 +175,6 @@ def checked(config: PretrainConfig) -> CheckedPretrain:
     """
     named = {"run_dir": config.run_dir, **_outputs(config)}
     for setting, folder in named.items():
-        require_on_disk(folder, setting)
         require_output_folder(folder, setting)
     config = config.with_absolute_paths()
     for setting, folder in _outputs(config).items():
@@ -204,78 +221,110 @@ def _sources(config: PretrainConfig) -> dict[str, str]:
 
 
 @contextmanager
-def _held(config: PretrainConfig) -> Iterator[None]:
+def _held(config: PretrainConfig, run_dir: Path) -> Iterator[Lease]:
     """Holds the run's folder and the model folders that it makes, against other processes."""
     purpose = f"sgmd pretrain {config.name}"
     with ExitStack() as stack:
-        stack.enter_context(hold(config.run_dir, purpose))
-        for folder in sorted({os.path.realpath(each) for each in _outputs(config).values()}):
+        lease = stack.enter_context(hold_place(run_dir, purpose, IN_PLACE))
+        for folder in sorted({_one_spelling(each) for each in _outputs(config).values()}):
             stack.enter_context(hold_replaced(folder, purpose))
-        yield
+        yield lease
+
+
+def _one_spelling(folder: str) -> str:
+    return store_address(folder) or os.path.realpath(folder)
 
 
 def _pretrain(
     job: CheckedPretrain,
+    run_dir: Path,
     identities: dict[str, dict[str, Any]],
-    on_event: Callable[[PretrainEvent], None],
+    events: PretrainEvents,
 ) -> PretrainResult:
-    """Runs a checked recipe in a folder that this process holds."""
+    """Runs a checked recipe in a folder that this process holds.
+
+    Args:
+        job: The recipe.
+        run_dir: The folder on this disk.
+        identities: What each stage is made from.
+        events: Takes what happens.
+    """
     config = job.config
-    run_dir = Path(config.run_dir)
-    with follow_events(run_dir / EVENTS_FILE, on_event):
-        _make_vae(job, run_dir, identities[VAE_STAGE])
-        _train_denoiser(config, job.clips, run_dir, identities[DENOISER_STAGE])
-        _write_folder(config, run_dir)
-        events = EventWriter(config, "quality", config.sampling.num_clips)
-        events.note(f"measuring {config.output} on {config.sampling.num_clips} held-out captions")
-        quality = measure_folder(Path(config.output), config)
-        write_json(str(run_dir / _SUMMARY_FILE), asdict(quality))
-        events.note(quality.in_words())
-    return PretrainResult(Path(config.output), quality)
+    with open_mailbox(events.add) as mailbox:
+        run = _Run(config, run_dir, mailbox)
+        _make_vae(job, run, identities[VAE_STAGE])
+        _train_denoiser(run, job.clips, identities[DENOISER_STAGE])
+    _write_folder(config, run)
+    teller = EventWriter(config, "quality", config.sampling.num_clips, events.add)
+    teller.note(f"measuring {config.output} on {config.sampling.num_clips} held-out captions")
+    with folder_here(config.output) as folder:
+        quality = measure_folder(folder, config)
+    write_json(str(run_dir / _SUMMARY_FILE), asdict(quality))
+    teller.note(quality.in_words())
+    return PretrainResult(config.output, quality)
 
 
-def _make_vae(job: CheckedPretrain, run_dir: Path, identity: dict[str, Any]) -> None:
-    if (run_dir / VAE_FOLDER).exists():
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Places of a run.
+
+    Attributes:
+        config: Its recipe.
+        run_dir: Its folder on this disk.
+        mailbox: Takes the events of its workers.
+    """
+
+    config: PretrainConfig
+    run_dir: Path
+    mailbox: str
+
+    def place(self, name: str) -> str:
+        """One of the folders of `IN_PLACE`, for every process: a path or an address."""
+        return shared_place(self.run_dir / name)
+
+    def record(self, stage: str, identity: dict[str, Any]) -> None:
+        """Writes down what a stage is made from, before it begins."""
+        record_stage(self.run_dir, stage, identity)
+        publish_now(self.run_dir)
+
+
+def _make_vae(job: CheckedPretrain, run: _Run, identity: dict[str, Any]) -> None:
+    made, folder = run.place(VAE_FOLDER), job.config.vae.folder
+    if _is_made(made, CONFIG_FILE):
         return
-    config, folder = job.config, job.config.vae.folder
+    run.record(VAE_STAGE, identity)
     if job.held_out is None:
         assert folder is not None, "the autoencoder is taken or trained"
-        record_stage(run_dir, VAE_STAGE, identity)
         part = family_of(folder).traits.layout.autoencoder
-        _copy_whole(Path(folder) / part, run_dir / VAE_FOLDER)
+        _copy_whole(Path(folder) / part, made, CONFIG_FILE)
         return
-    record_stage(run_dir, VAE_STAGE, identity)
     datasets = {"train": clip_dataset(job.clips), "held_out": clip_dataset(job.held_out)}
-    result = _run_stage(config, run_dir, VAE_STAGE, vae_loop, {}, datasets)
+    result = _run_stage(run, VAE_STAGE, vae_loop, {}, datasets)
     with _checkpoint_of(result).as_directory() as folder:
-        _copy_whole(Path(folder) / VAE_FOLDER, run_dir / VAE_FOLDER)
+        _copy_whole(Path(folder) / VAE_FOLDER, made, CONFIG_FILE)
 
 
-def _train_denoiser(
-    config: PretrainConfig, clips: TrainingClips, run_dir: Path, identity: dict[str, Any]
-) -> None:
-    if (run_dir / TEACHER_FOLDER).exists():
+def _train_denoiser(run: _Run, clips: TrainingClips, identity: dict[str, Any]) -> None:
+    made, vae_folder = run.place(TEACHER_FOLDER), run.place(VAE_FOLDER)
+    if _is_made(made, NETWORKS_FILE):
         return
-    record_stage(run_dir, DENOISER_STAGE, identity)
-    vae_folder = run_dir / VAE_FOLDER
-    settings = {
-        "vae_folder": str(vae_folder),
-        "vocabulary": distinct_captions(clips),
-    }
+    run.record(DENOISER_STAGE, identity)
+    settings = {"vae_folder": vae_folder, "vocabulary": distinct_captions(clips)}
     datasets = {"train": latent_dataset(clips, vae_folder)}
-    result = _run_stage(config, run_dir, DENOISER_STAGE, denoiser_loop, settings, datasets)
+    result = _run_stage(run, DENOISER_STAGE, denoiser_loop, settings, datasets)
     with _checkpoint_of(result).as_directory() as folder:
-        _copy_whole(Path(folder), run_dir / TEACHER_FOLDER)
+        _copy_whole(Path(folder), made, NETWORKS_FILE)
 
 
-def _write_folder(config: PretrainConfig, run_dir: Path) -> None:
-    vae = open_autoencoder(run_dir / VAE_FOLDER)
-    vocabulary = json.loads((run_dir / TEACHER_FOLDER / VOCABULARY_FILE).read_text())
-    teacher = build_pretrained_teacher(config, vocabulary, vae.vae.config["z_dim"])
-    state = torch.load(run_dir / TEACHER_FOLDER / NETWORKS_FILE, weights_only=True)
-    teacher.load_state_dict(state)
+def _write_folder(config: PretrainConfig, run: _Run) -> None:
+    with folder_here(run.place(VAE_FOLDER)) as folder:
+        vae = open_autoencoder(folder)
+    with folder_here(run.place(TEACHER_FOLDER)) as folder:
+        vocabulary = json.loads((folder / VOCABULARY_FILE).read_text())
+        teacher = build_pretrained_teacher(config, vocabulary, vae.vae.config["z_dim"])
+        teacher.load_state_dict(torch.load(folder / NETWORKS_FILE, weights_only=True))
     write_pipeline_folder(
-        Path(config.output),
+        config.output,
         transformer=teacher.transformer.transformer,
         vae=vae.vae,
         text_encoder=teacher.text_encoder,
@@ -285,18 +334,21 @@ def _write_folder(config: PretrainConfig, run_dir: Path) -> None:
 
 
 def _run_stage(
-    config: PretrainConfig,
-    run_dir: Path,
+    run: _Run,
     stage: str,
     loop: Callable[[dict[str, Any]], None],
     settings: dict[str, Any],
     datasets: dict[str, ray.data.Dataset],
 ) -> Result:
     """Run one stage under Ray Train; the same name and folder continue an earlier attempt."""
-    ray_settings = config.ray
+    ray_settings = run.config.ray
+    files, kept = None, run.place(RAY_FOLDER)
+    if store_address(kept):
+        files, kept = ray_store(kept)
+    common = {"config": run.config.model_dump(mode="json"), "mailbox": run.mailbox}
     trainer = TorchTrainer(
         loop,
-        train_loop_config={"config": config.model_dump(mode="json"), **settings},
+        train_loop_config={**common, **settings},
         torch_config=TorchConfig(backend="gloo"),
         datasets=dict(datasets),
         scaling_config=ScalingConfig(
@@ -305,7 +357,8 @@ def _run_stage(
         ),
         run_config=RunConfig(
             name=stage,
-            storage_path=str(run_dir / RAY_FOLDER),
+            storage_path=kept,
+            storage_filesystem=files,
             checkpoint_config=CheckpointConfig(num_to_keep=ray_settings.checkpoints_to_keep),
             failure_config=FailureConfig(max_failures=ray_settings.max_failures),
         ),
@@ -333,7 +386,16 @@ def _checkpoint_of(result: Result) -> Checkpoint:
     return checkpoint
 
 
-def _copy_whole(source: Path, target: Path) -> None:
-    """Copy a folder so that the target exists only when it is complete."""
-    with whole_folder(target) as draft:
+def _is_made(place: str, mark: str) -> bool:
+    """Returns True if a stage's folder is whole: its file that comes last is there."""
+    with storage_errors(f"looking at {place}"):
+        files: Any
+        files, path = open_store(place)
+        files.invalidate_cache()
+        return bool(files.exists(f"{path}/{mark}"))
+
+
+def _copy_whole(source: Path, place: str, last: str) -> None:
+    """Copy a folder so that it counts only when it is complete."""
+    with whole_folder_at(place, (last,)) as draft:
         shutil.copytree(source, draft, dirs_exist_ok=True)

@@ -10,12 +10,13 @@ import hashlib
 from pathlib import Path
 from typing import Any, cast
 
-from cluster.storage import read_json, write_json
+from cluster.storage import is_folder, read_json, write_json
 from pipelines.data.making.source_clip import open_reading
 from pipelines.pretraining.config import PretrainConfig, latent_problems
 from pipelines.pretraining.data import TrainingClips
 from pipelines.pretraining.loops import VAE_FOLDER
 from pipelines.run.differences import value_differences
+from pipelines.run.places import shared_place
 from pipelines.shapes import FRAME_PX, NUM_FRAMES
 from sgmd_core.errors import CheckpointError, ConfigError, DataError, ShapeError
 from sgmd_core.worlds import WorldName
@@ -26,6 +27,8 @@ VAE_STAGE = "vae"
 DENOISER_STAGE = "denoiser"
 TEACHER_FOLDER = "teacher"
 RAY_FOLDER = "ray"
+IN_PLACE = (VAE_FOLDER, TEACHER_FOLDER, RAY_FOLDER)
+"""Folders that are written at the place of the run, and so are in no working copy of it."""
 _IDENTITY_FILE = "identity.json"
 _MADE = {VAE_STAGE: VAE_FOLDER, DENOISER_STAGE: TEACHER_FOLDER}
 
@@ -131,7 +134,7 @@ def require_same_stages(run_dir: Path, now: dict[str, dict[str, Any]]) -> None:
     """Refuses to reuse or continue a stage that was made from something else.
 
     Args:
-        run_dir: Folder of the run.
+        run_dir: Folder of the run on this disk.
         now: What `stage_identities` returns now.
 
     Raises:
@@ -141,7 +144,8 @@ def require_same_stages(run_dir: Path, now: dict[str, dict[str, Any]]) -> None:
     found: list[str] = []
     begun: list[str] = []
     for stage, made in _MADE.items():
-        paths = [path for path in (run_dir / made, run_dir / RAY_FOLDER / stage) if path.exists()]
+        places = (run_dir / made, run_dir / RAY_FOLDER / stage)
+        paths = [place for place in map(shared_place, places) if is_folder(place)]
         if not paths:
             continue
         before = recorded.get(stage)
@@ -152,10 +156,10 @@ def require_same_stages(run_dir: Path, now: dict[str, dict[str, Any]]) -> None:
         )
         if different:
             found.append(f"stage {stage}: {'; '.join(different)}")
-            begun += map(str, paths)
+            begun += paths
     if found:
         raise CheckpointError(
-            f"reusing what an earlier run has made in {run_dir}",
+            f"reusing what an earlier run has made in {shared_place(run_dir)}",
             ". ".join(found),
             "the settings and the shards that it was made from",
             "Set them back, choose another run_dir, or delete what is to be made again: "

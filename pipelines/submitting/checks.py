@@ -30,7 +30,7 @@ from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source
 from pipelines.distillation.preflight import inspect_captions, inspect_networks, run_preflight
 from pipelines.pretraining.config import PretrainConfig
-from pipelines.run.folder import require_lasting_folder, require_on_disk
+from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place
 from pipelines.study.run import folder_of, plan_study
 from pipelines.submitting.request import JobRequest, TravellingFile, is_lasting, rooted
@@ -184,7 +184,6 @@ class Preparation:
             if (path := getattr(config, setting)) is not None:
                 path = self._output(setting, path)
                 require_lasting_folder(path, setting)
-                require_on_disk(path, setting)
                 if setting == "output":
                     self._name_results(path)
         if config.vae.folder is not None:

@@ -38,6 +38,7 @@ from pipelines.run.folder import TEACHER_CLIPS, RunFolder, require_output_folder
 from pipelines.run.observer import RunObserver
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import publish_now, publishing
+from pipelines.run.ray_store import ray_store
 from pipelines.run.working_copy import hold_place, working_copy
 from pipelines.sweeping.checks import checked_sweep, points_to_check
 from pipelines.sweeping.events import OnProgress, OnTrials, TrialEvents
@@ -55,7 +56,6 @@ from pipelines.sweeping.search import (
 )
 from pipelines.sweeping.trial import CommonToTrials, run_trial, trial_config
 from pipelines.sweeping.trials import Trial, TrialBook
-from pipelines.sweeping.tune_store import tune_store
 from sgmd_core.errors import ConfigError, StopRequestedError
 from workers.models.families import modules_of
 
@@ -315,7 +315,7 @@ def _tuner(
 ) -> tune.Tuner:
     files, kept = None, f"{shared_place(folder)}/{TUNE}"
     if store_address(kept):
-        files, kept = tune_store(kept)
+        files, kept = ray_store(kept)
     run = partial(run_trial, sweep=common)
     trainable = tune.with_resources(run, _resources(pools))
     ends_early = scheduler(config, earlier)

@@ -1,11 +1,20 @@
 """Pretraining from latents that `sgmd encode` has stored: the numbers of training from videos."""
 
-from dataclasses import replace
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 
+from cluster.lease import LEASE_OBJECT
 from pipelines.data.clips.clip_format import ClipFormat
 from pipelines.data.making.encode import encode
 from pipelines.data.making.encode_options import EncodeOptions
@@ -24,10 +33,11 @@ from pipelines.pretraining.run import pretrain
 from pipelines.pretraining.stages import autoencoder_of, require_autoencoder, stage_identities
 from sgmd_core.errors import ConfigError, DataError
 from tests.helpers.moves import assert_moves, relative_error
+from tests.helpers.s3_server import S3Access, serve_s3, use_server
 from tests.pipelines.pretraining.test_pretrain import micro_config, write_clips
 
-MODEL = str(Path(__file__).parents[3] / "assets" / "tiny-wan")
-NUM_STEPS = 8
+ROOT = Path(__file__).parents[3]
+MODEL = str(ROOT / "assets" / "tiny-wan")
 # Training encodes some clips at once and `encode` one by one, which rounds otherwise.
 TOLERANCE = 1e-5
 
@@ -44,17 +54,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Path:
     return folder
 
 
-def config_of(clips: Path, out: Path, train: str, **vae: object) -> PretrainConfig:
-    """A recipe that takes an autoencoder, and ends after eight steps whatever it has learnt."""
+def config_of(
+    clips: Path, out: Path, train: str, denoiser: dict[str, int] | None = None, **vae: object
+) -> PretrainConfig:
+    """A recipe that takes an autoencoder, and ends after all its steps whatever it has learnt."""
     world = {"train": str(clips / train), "held_out": str(clips / "held_out")}
     config = micro_config(out, world=world, vae={"folder": MODEL, **vae})
-    denoiser = config.denoiser.model_copy(update={"hold_until_score": 1.0})
-    return config.model_copy(update={"denoiser": denoiser})
+    whole = config.denoiser.model_copy(update={"hold_until_score": 1.0, **(denoiser or {})})
+    return config.model_copy(update={"denoiser": whole})
 
 
 def clips_of(config: PretrainConfig) -> MemoryClips:
     """Latents as a training worker gathers them."""
-    rows = latent_dataset(open_clips(config.world.train, config.world), Path(MODEL) / "vae")
+    rows = latent_dataset(open_clips(config.world.train, config.world), f"{MODEL}/vae")
     return collect(list(rows.iter_batches(batch_size=256)), "latents")
 
 
@@ -64,10 +76,9 @@ def trained(config: PretrainConfig, clips: MemoryClips) -> dict[str, torch.Tenso
     torch.manual_seed(config.seed)
     teacher = build_pretrained_teacher(config, vocabulary, clips.values.shape[1])
     training = DenoiserTraining(teacher, config.denoiser, config.text, seed=config.seed)
-    for _ in range(NUM_STEPS):
+    while not training.is_over:
         training.step(clips.values, clips.captions)
         training.watched(None)
-    assert training.is_over
     with training.averaged() as averaged:
         return {name: value.clone() for name, value in averaged.state_dict().items()}
 
@@ -89,16 +100,76 @@ def test_stored_latents_train_the_denoiser_that_the_videos_train(
 
 
 @pytest.mark.timeout(900)
-def test_a_run_on_stored_latents_trains_no_autoencoder_and_exports_the_one_that_made_them(
-    folder: Path, tmp_path: Path
+def test_a_run_at_an_address_goes_on_from_an_empty_disk_after_kill_9_with_the_same_bits(
+    folder: Path, tmp_path: Path, s3_access: S3Access, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(folder, tmp_path, "latents")
-    heard: list[PretrainEvent] = []
-    result = pretrain(config, heard.append)
-    assert {event.stage for event in heard} == {"denoiser", "quality"}
-    assert autoencoder_of(str(result.output)) == autoencoder_of(MODEL)
-    found = torch.load(tmp_path / "run" / "teacher" / "networks.pt", weights_only=True)
-    assert relative_error(found, trained(config, clips_of(config))) < TOLERANCE
+    # Long enough to be killed on the way.
+    steps = {"max_hold_steps": 50, "decay_steps": 4, "watch_every_steps": 8}
+    config = config_of(folder, tmp_path, "latents", denoiser=steps)
+    place = {"run_dir": "s3://runs/latents/run", "output": "s3://runs/latents/teacher"}
+    # Ray Train looks for a new state every two seconds, and each waits for the one before it.
+    rarely = config.ray.model_copy(update={"checkpoint_every_steps": 10})
+    config = config.model_copy(update={**place, "ray": rarely})
+    (tmp_path / "s3" / "runs").mkdir(parents=True)
+    there = tmp_path / "s3" / "runs" / "latents"
+    with serve_s3(tmp_path / "s3", s3_access) as server:
+        use_server(server.environment, monkeypatch)
+        lost = {"XDG_CACHE_HOME": str(tmp_path / "lost")}
+        first = begin_elsewhere(config, tmp_path / "recipe.yaml", lost)
+        try:
+            wait_until(lambda: has_kept_a_state(there / "run" / "ray" / "denoiser"))
+        finally:
+            first.kill()
+            first.wait()
+        assert not (there / "run" / "teacher").exists(), "it has come to its end"
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+        heard: list[PretrainEvent] = []
+        result = pretrain(config, heard.append)
+        assert result.output == place["output"]
+        assert {event.stage for event in heard} == {"denoiser", "quality"}
+        (start,) = [event.note for event in heard if " starts at step " in event.note]
+        assert int(start.split()[4]) > 0
+        # Nobody else writes to the run or the model any more.
+        assert not [path for path in there.rglob("*") if path.name.endswith(LEASE_OBJECT)]
+    assert autoencoder_of(str(there / "teacher")) == autoencoder_of(MODEL)
+    found = torch.load(there / "run" / "teacher" / "networks.pt", weights_only=True)
+    expected = trained(config, clips_of(config))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    told = [json.loads(line) for line in (there / "run/events.jsonl").read_text().splitlines()]
+    # The lines of the last seconds before a kill are lost.
+    assert [line["step"] for line in told][-len(heard) :] == [event.step for event in heard]
+    assert json.loads((there / "run/summary.json").read_text()) == asdict(result.quality)
+    left = [path for path in (tmp_path / "empty").rglob("*") if path.is_file()]
+    assert left == []
+
+
+def has_kept_a_state(stage: Path) -> bool:
+    """Whether Ray Train would go on from a checkpoint of a stage."""
+    book = stage / "checkpoint_manager_snapshot.json"
+    with suppress(ValueError, FileNotFoundError):
+        return bool(json.loads(book.read_text())["checkpoint_results"])
+    return False
+
+
+def begin_elsewhere(
+    config: PretrainConfig, recipe: Path, environment: dict[str, str]
+) -> subprocess.Popen[bytes]:
+    """Runs a recipe in another process, which joins the cluster of this one."""
+    recipe.write_text(json.dumps(config.model_dump(mode="json")))
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "pipelines.cli", "pretrain", str(recipe)]
+    inherited = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "--address", address], cwd=recipe.parent, env={**inherited, **environment}
+    )
+
+
+def wait_until(is_so: Callable[[], bool], limit_s: float = 300.0) -> None:
+    end_s = time.monotonic() + limit_s
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
 
 
 def test_latents_of_another_autoencoder_or_size_or_without_one_are_refused(

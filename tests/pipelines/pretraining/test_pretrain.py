@@ -26,7 +26,7 @@ from pipelines.pretraining.denoiser_stage import (
     draw_flow,
     flow_matching_loss,
 )
-from pipelines.pretraining.events import EventWriter, PretrainEvent, follow_events
+from pipelines.pretraining.events import EventWriter, PretrainEvent, PretrainEvents
 from pipelines.pretraining.loops import build_pretrained_teacher
 from pipelines.pretraining.run import checked, pretrain
 from pipelines.pretraining.stages import record_stage, require_same_stages, stage_identities
@@ -405,16 +405,19 @@ def test_a_stage_of_other_clips_or_without_a_record_is_refused(tmp_path: Path) -
     assert "stage vae: no record of what it was made from" in refusal(config)
 
 
-def test_events_reach_the_follower_once_and_in_order(tmp_path: Path) -> None:
-    config = micro_config(tmp_path)
-    EventWriter(config, "vae", 9).note("of an earlier run")
+def test_events_are_told_and_written_down_in_order(tmp_path: Path) -> None:
     heard: list[PretrainEvent] = []
-    with follow_events(tmp_path / "run" / "events.jsonl", heard.append):
-        writer = EventWriter(config, "vae", 9)
-        for step in range(1, 4):
-            writer.step(step, {"loss": 1.0 / step})
+    path = tmp_path / "events.jsonl"
+    path.write_text("{}\n")
+    events = PretrainEvents(path, heard.append)
+    writer = EventWriter(micro_config(tmp_path), "vae", 9, events.add)
+    for step in range(1, 4):
+        writer.step(step, {"loss": 1.0 / step})
     assert [event.step for event in heard] == [1, 2, 3]
     assert heard[1].metrics == {"loss": 0.5}
+    # They are added to those of an earlier run.
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line.get("step") for line in lines] == [None, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("every_s", "written"), [(0.0, [1, 2, 3]), (3600.0, [3])])
@@ -423,11 +426,12 @@ def test_slow_steps_are_written_down_before_their_number_is_due(
 ) -> None:
     config = micro_config(tmp_path)
     rare = config.ray.model_copy(update={"report_every_steps": 100})
-    writer = EventWriter(config.model_copy(update={"ray": rare}), "vae", 3, every_s=every_s)
+    told: list[PretrainEvent] = []
+    slow = config.model_copy(update={"ray": rare})
+    writer = EventWriter(slow, "vae", 3, told.append, every_s=every_s)
     for step in range(1, 4):
         writer.step(step, {})
-    lines = (tmp_path / "run" / "events.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == written
+    assert [event.step for event in told] == written
 
 
 # ---------------------------------------------------------------------------------- Ray Train
@@ -479,7 +483,7 @@ def test_two_workers_train_one_is_killed_and_the_run_ends_in_a_loadable_pipeline
     )
     assert max(event.step for event in heard if event.stage == "denoiser") == 8
 
-    assert read_inference_settings(result.output).num_steps == config.sampling.num_steps
+    assert read_inference_settings(Path(result.output)).num_steps == config.sampling.num_steps
     pipeline = WanPipeline.from_pretrained(result.output)
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(

@@ -46,7 +46,6 @@ def prepare(request: JobRequest, root: str | None = None) -> tuple[JobRequest, P
         ),
         (asked("study", "gaussians"), "output is 'runs'"),
         (asked("study", "gaussians", "output=/mnt", "baseline=none"), "baseline is none"),
-        (asked("pretrain", "pretrain-tiny", "run_dir=s3://b/runs/x"), "Write to a disk"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

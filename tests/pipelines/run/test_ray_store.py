@@ -3,37 +3,23 @@
 import io
 import os
 import pickle
-import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import fsspec
 import pyarrow.fs
 import pytest
 from pyarrow.lib import PythonFile
 
-from cluster.errors import LeaseError, StorageError
-from cluster.files import store_address
-from cluster.lease import hold
-from cluster.storage import read_json, write_json
-from pipelines.config.recipe import load_recipe
-from pipelines.run.working_copy import working_copy
-from pipelines.sweeping.trial import (
-    ERROR_FILE,
-    CommonToTrials,
-    TrialError,
-    _once_free,
-    _run_in_folder,
-)
-from pipelines.sweeping.tune_store import tune_store
+from cluster.errors import StorageError
+from pipelines.run.ray_store import ray_store
 from tests.helpers.s3_server import S3Server, use_server
 
 
 def test_files_arrive_as_they_are_and_only_those_that_have_changed_are_sent_again(tmp_path: Path):
     memory = fsspec.filesystem("memory")
     memory.store.clear()
-    files, path = tune_store("memory://sweeps/x/tune")
+    files, path = ray_store("memory://sweeps/x/tune")
     (tmp_path / "trial").mkdir()
     (tmp_path / "trial" / "result.json").write_text("{}")
     (tmp_path / "state.json").write_text("first")
@@ -61,14 +47,14 @@ def test_what_is_written_down_of_a_store_has_no_keys_and_opens_it_again(
     server: S3Server, monkeypatch: pytest.MonkeyPatch
 ):
     use_server(server.environment, monkeypatch)
-    files, path = tune_store("s3://runs/tune-store")
+    files, path = ray_store("s3://runs/tune-store")
     with files.open_output_stream(f"{path}/a") as file:
         file.write(b"1")
     written = pickle.dumps(files)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         assert os.environ[name].encode() not in written
     assert pickle.loads(written).open_input_stream(f"{path}/a").readall() == b"1"
-    missing, path = tune_store("s3://no-such-bucket/tune")
+    missing, path = ray_store("s3://no-such-bucket/tune")
     with (
         pytest.raises(StorageError, match="s3://no-such-bucket/tune/a"),
         missing.open_output_stream(f"{path}/a") as file,
@@ -96,7 +82,7 @@ class TornFile(io.BytesIO):
 def test_a_file_that_was_interrupted_on_the_way_is_not_sent(tmp_path: Path):
     memory = fsspec.filesystem("memory")
     memory.store.clear()
-    files, path = tune_store("memory://sweeps/torn")
+    files, path = ray_store("memory://sweeps/torn")
     (tmp_path / "a").write_bytes(b"x" * 100)
     torn = pyarrow.fs.PyFileSystem(Torn(fsspec.filesystem("file")))
 
@@ -116,46 +102,3 @@ def test_a_file_that_was_interrupted_on_the_way_is_not_sent(tmp_path: Path):
         # An error from before is no reason.
         copy(pyarrow.fs.LocalFileSystem())
     assert memory.cat_file(f"{path}/a") == b"x" * 100
-
-
-def test_a_folder_that_a_lost_process_holds_is_waited_for(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipelines.sweeping.trial._AGAIN_S", 0.01)
-    done: list[str] = []
-
-    def work() -> None:
-        done.append("work")
-        if len(done) < 4:
-            raise LeaseError("writing", "it is held", "nobody", "Wait")
-
-    def look_again() -> None:
-        done.append("look again")
-
-    _once_free(work, look_again, patience_s=60.0)
-    assert done == ["work", "look again", "work", "look again", "work"]
-    done.clear()
-    with pytest.raises(LeaseError):
-        _once_free(work, look_again, patience_s=0.0)
-    assert done == ["work"]
-
-
-def test_a_trial_that_has_waited_decides_by_what_the_holder_has_left(
-    shapes_recipe: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-):
-    fsspec.filesystem("memory").store.clear()
-    settings = (*shapes_recipe, "topology.mode=local", "output=memory://sweeps/x/trials")
-    config = load_recipe("tiny", [*settings, "name=held"])
-    store = ExitStack()
-    place = store_address(config.run_folder)
-    store.enter_context(hold(place, "the trial before"))
-
-    def ends(seconds: float) -> None:
-        # While the next one sleeps, the holder fails, says so, and lets go.
-        write_json(f"{place}/{ERROR_FILE}", {"error": "the first one's"})
-        store.close()
-
-    clock = SimpleNamespace(monotonic=time.monotonic, sleep=ends)
-    monkeypatch.setattr("pipelines.sweeping.trial.time", clock)
-    common = CommonToTrials(config)
-    with working_copy(place), pytest.raises(TrialError, match="the first one's"):
-        _run_in_folder(common, config, None, {}, "held")
-    assert read_json(f"{place}/{ERROR_FILE}") == {"error": "the first one's"}

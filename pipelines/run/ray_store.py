@@ -1,4 +1,4 @@
-"""Tune's own files at an address: what it knows of its trials and what its search has learned.
+"""Files of Ray's libraries at an address: Tune's record of its trials, Ray Train's checkpoints.
 
 Tune copies all of its files to where they are kept once a second, changed or not. A file that has
 not changed is sent once.
@@ -17,8 +17,12 @@ from pyarrow.lib import PythonFile
 from cluster.files import open_store, storage_errors, write_whole
 
 
-def tune_store(address: str) -> tuple[PyFileSystem, str]:
-    """The file system that Tune keeps its files in, and the path of an address in it."""
+def ray_store(address: str) -> tuple[PyFileSystem, str]:
+    """The file system that a library of Ray keeps its files in, and the path of an address in it.
+
+    Args:
+        address: Of an object store.
+    """
     files, path = open_store(address)
     return PyFileSystem(ChangedFiles(files, address)), path
 

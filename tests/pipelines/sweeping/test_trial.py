@@ -1,0 +1,65 @@
+"""A trial whose folder another process holds."""
+
+import time
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import fsspec
+import pytest
+
+from cluster.errors import LeaseError
+from cluster.files import store_address
+from cluster.lease import hold
+from cluster.storage import read_json, write_json
+from pipelines.config.recipe import load_recipe
+from pipelines.run.working_copy import working_copy
+from pipelines.sweeping.trial import (
+    ERROR_FILE,
+    CommonToTrials,
+    TrialError,
+    _once_free,
+    _run_in_folder,
+)
+
+
+def test_a_folder_that_a_lost_process_holds_is_waited_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipelines.sweeping.trial._AGAIN_S", 0.01)
+    done: list[str] = []
+
+    def work() -> None:
+        done.append("work")
+        if len(done) < 4:
+            raise LeaseError("writing", "it is held", "nobody", "Wait")
+
+    def look_again() -> None:
+        done.append("look again")
+
+    _once_free(work, look_again, patience_s=60.0)
+    assert done == ["work", "look again", "work", "look again", "work"]
+    done.clear()
+    with pytest.raises(LeaseError):
+        _once_free(work, look_again, patience_s=0.0)
+    assert done == ["work"]
+
+
+def test_a_trial_that_has_waited_decides_by_what_the_holder_has_left(
+    shapes_recipe: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    fsspec.filesystem("memory").store.clear()
+    settings = (*shapes_recipe, "topology.mode=local", "output=memory://sweeps/x/trials")
+    config = load_recipe("tiny", [*settings, "name=held"])
+    store = ExitStack()
+    place = store_address(config.run_folder)
+    store.enter_context(hold(place, "the trial before"))
+
+    def ends(seconds: float) -> None:
+        # While the next one sleeps, the holder fails, says so, and lets go.
+        write_json(f"{place}/{ERROR_FILE}", {"error": "the first one's"})
+        store.close()
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=ends)
+    monkeypatch.setattr("pipelines.sweeping.trial.time", clock)
+    common = CommonToTrials(config)
+    with working_copy(place), pytest.raises(TrialError, match="the first one's"):
+        _run_in_folder(common, config, None, {}, "held")
+    assert read_json(f"{place}/{ERROR_FILE}") == {"error": "the first one's"}
