@@ -31,7 +31,7 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.errors import LeaseError, LeaseLostError
+from cluster.errors import LeaseError, LeaseLostError, StorageError
 from cluster.files import open_store, storage_errors, store_address
 from cluster.redaction import without_secrets
 
@@ -149,7 +149,7 @@ def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[
     while True:
         with storage_errors(f"writing to {folder}"):
             path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = _open_lock(lock, folder)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -179,6 +179,22 @@ def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[
                     # Whoever was refused before writing anything leaves no empty folder.
                     path.rmdir()
         os.close(descriptor)
+
+
+def _open_lock(lock: Path, folder: str) -> int:
+    """Opens the file of a lease, which is emptied and written: never through a link."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(lock, flags, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not lock.is_symlink():
+            raise
+        raise StorageError(
+            f"writing to {folder}",
+            f"{lock} is a link to {lock.readlink()}",
+            "a file, or none: what a link leads to would be overwritten",
+            "Remove the link",
+        ) from None
 
 
 @contextmanager

@@ -110,8 +110,7 @@ def evaluate(
     ):
         plan = plan_evaluation(run, teacher, captions, results, kept, options)
         # Not the folder itself: a run may train on while its last generator is evaluated.
-        sheets = [f"{_SHEET_FOLDER}/{path.name}" for path in _sheets_in(plan.output)]
-        require_inside(plan.output, EVALUATION_FILE, _SHEET_FOLDER, *sheets)
+        _require_no_way_out(plan.output, None if cache else plan.cache)
         with hold_place(plan.output / _SHEET_FOLDER, "sgmd evaluate"):
             return _evaluate(plan, options, on_progress)
 
@@ -348,6 +347,20 @@ def _draw(
     png, gif = folder / f"{_SHEET_NAME}.png", folder / f"{_SHEET_NAME}.gif"
     write_contact_sheet(png, gif, groups, prompts, plan.generator.video.fps)
     return png, gif
+
+
+def _require_no_way_out(output: Path, own_cache: Path | None) -> None:
+    """Checks that nothing in the folder of the results is written through a link out of it.
+
+    Args:
+        output: The folder.
+        own_cache: The cache in it; None for one that the caller has named.
+    """
+    sheets = [f"{_SHEET_FOLDER}/{path.name}" for path in _sheets_in(output)]
+    require_inside(output, EVALUATION_FILE, _SHEET_FOLDER, *sheets)
+    if own_cache is not None:
+        sets = [path.relative_to(output) for path in own_cache.glob("*")]
+        require_inside(output, own_cache.name, *map(str, sets), option="--cache")
 
 
 def _sheets_in(folder: Path) -> list[Path]:

@@ -81,7 +81,7 @@ _JOB_FOLDER = "runtime_resources/working_dir_files/"
 """Part of the path in which Ray unpacks the working directory of a job."""
 
 
-def require_inside(folder: Path, *names: str) -> None:
+def require_inside(folder: Path, *names: str, option: str = "--output") -> None:
     """Checks that what a command writes into a folder stays in it.
 
     A run folder may come from elsewhere: a link in it must not lead the results to other files.
@@ -89,6 +89,7 @@ def require_inside(folder: Path, *names: str) -> None:
     Args:
         folder: The folder, where it is a path; of an address nothing is checked.
         names: What is written there.
+        option: Names another place for it.
 
     Raises:
         ConfigError: A link leads out of the folder.
@@ -103,7 +104,7 @@ def require_inside(folder: Path, *names: str) -> None:
                 f"writing to {folder / name}",
                 f"a link that leads to {found}",
                 f"a place inside {root}",
-                "Remove the link, or name another place with --output",
+                f"Remove the link, or name another place with {option}",
             )
 
 

@@ -109,6 +109,21 @@ class TestDisk:
         with hold(str(tmp_path), "three"):
             pass
 
+    def test_nothing_is_written_through_a_link_in_place_of_the_lease(self, tmp_path):
+        precious = tmp_path / "precious"
+        precious.write_text("mine")
+        folder = tmp_path / "run"
+        folder.mkdir()
+        lock = folder / LEASE_FILE
+        for target in (precious, tmp_path / "new"):
+            lock.symlink_to(target)
+            held = hold(str(folder), "a test")
+            with pytest.raises(StorageError, match=f"is a link to {target}.*Remove the link"), held:
+                pass
+            lock.unlink()
+        assert precious.read_text() == "mine"
+        assert not (tmp_path / "new").exists()
+
 
 class TestObjectStore:
     @pytest.fixture(autouse=True)

@@ -124,6 +124,18 @@ def good_generator(**changes) -> EvaluationRow:
     return row(GENERATOR, **{**figures, **changes})
 
 
+@pytest.mark.parametrize("name", ["samples", "evaluation-cache", "evaluation-cache/a.npz.lease"])
+def test_links_in_the_folder_of_the_results_lead_nothing_out_of_it(place, tmp_path, name):
+    elsewhere, link = tmp_path / "elsewhere", tmp_path / "result" / name
+    elsewhere.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    option = "--cache" if "cache" in name else "--output"
+    with pytest.raises(ConfigError, match=f"a link that leads to {elsewhere}.*{option}"):
+        run_evaluation(place, tmp_path / "result")
+    assert list(elsewhere.iterdir()) == []
+
+
 class TestRows:
     def test_every_way_of_sampling_has_a_row_with_its_steps_guidance_and_seed(self, evaluation):
         ways = [(row.num_steps, row.guidance_scale, row.seed) for row in evaluation.rows]
