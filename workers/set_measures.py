@@ -38,10 +38,11 @@ def compare_motions(
     Returns:
         By name; a ratio is None where the floor is 0, with all clips or without one.
     """
-    return {
+    found = {
         name: _compare(MOTION_MEASURES[name], own, reference, floor)
         for name in motion_figures(own, reference)
     }
+    return {name: compared for name, compared in found.items() if compared is not None}
 
 
 def _compare(
@@ -49,13 +50,17 @@ def _compare(
     own: ClipMotion,
     reference: ClipMotion,
     floor: ClipMotion | None,
-) -> Compared:
+) -> Compared | None:
     def value(of: ClipMotion, kept: Kept) -> float:
         return function(of.take(kept), reference.take(kept))
 
     every = torch.arange(len(own.present))
     whole = value(own, every)
-    interval = jackknife_interval(whole, influences(partial(value, own), len(every)))
+    parts = influences(partial(value, own), len(every))
+    if math.isnan(float(parts.sum())):
+        # One clip alone shows what is measured: without it there is no value, and no interval.
+        return None
+    interval = jackknife_interval(whole, parts)
     if floor is None:
         return Compared(interval, None)
 

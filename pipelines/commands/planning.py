@@ -105,6 +105,14 @@ def plan(
             fit,
             any_batch,
         )
+        if kinds and emit is not None:
+            raise ConfigError(
+                "emitting a manifest",
+                "--kind and --emit",
+                "one kind of GPU: a manifest does not say which machines have which",
+                "Take the recipe by --write; on a cluster with these machines its pools find them "
+                "by label",
+            )
         found = answer(request)
         written = [] if write is None else [_write(found.config, found.plan, write)]
         manifest = (

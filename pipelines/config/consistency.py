@@ -1,5 +1,6 @@
 """A method with a consistency term in a recipe: what its derivatives and its sampler ask for."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from pipelines.config.methods import ObjectiveSettings
@@ -9,7 +10,7 @@ from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.settings import GeneratorSettings
 
-LEAST_NORM = 1e3
+_LEAST_NORM = 1e3
 """Least `max_grad_norm` for losses that are sums: usual limits are for means, and clip each step.
 
 Published runs clip nothing, which 1e6 comes to.
@@ -61,12 +62,6 @@ def consistency_contradictions(config: ConsistencySections) -> list[str]:
             f"generator.compute.weights {compute.weights} has too few digits for the derivative "
             f"that {method} takes; set it to fp32"
         )
-    if config.generator.optimizer.max_grad_norm < LEAST_NORM:
-        problems.append(
-            f"generator.optimizer.max_grad_norm {config.generator.optimizer.max_grad_norm:g} would "
-            f"clip every update, because the losses of {method} are sums over a clip's values; set "
-            "it to 1e6, which clips nothing, as published"
-        )
     team = config.topology.teams_of(ROLES)[GENERATOR]
     if compute.precision == "bf16" and team.ranks > 1:
         problems.append(
@@ -75,3 +70,14 @@ def consistency_contradictions(config: ConsistencySections) -> list[str]:
             "the generator one rank"
         )
     return problems
+
+
+def clipped_sums(config: ConsistencySections) -> Iterator[str]:
+    """Returns a sentence where gradients of summed losses are clipped in every update."""
+    norm = config.generator.optimizer.max_grad_norm
+    if consistency_of(config.objective) is not None and norm < _LEAST_NORM:
+        yield (
+            f"generator.optimizer.max_grad_norm {norm:g} clips every update, because the losses of "
+            f"{config.objective.method} are sums over a clip's values; 1e6 clips nothing, as "
+            "published"
+        )

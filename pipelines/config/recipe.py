@@ -28,7 +28,7 @@ from pipelines.config.alarms import OF_VALIDATIONS, AlarmSettings
 from pipelines.config.attention import attention_contradictions
 from pipelines.config.caption_sets import FurtherCaptions
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
-from pipelines.config.consistency import LEAST_NORM, consistency_contradictions
+from pipelines.config.consistency import clipped_sums, consistency_contradictions
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
 from pipelines.config.lag import LagSettings
@@ -426,7 +426,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         [key for key in searched if not (key.startswith("objective.") and key in foreign)],
         f"checking the sweep of {name_or_path}",
     )
-    for sentence in unread_settings(config, [text.partition("=")[0].strip() for text in overrides]):
+    given = [text.partition("=")[0].strip() for text in overrides]
+    for sentence in (*unread_settings(config, given), *clipped_sums(config)):
         _log.warning("%s", sentence)
     return config
 
@@ -477,7 +478,6 @@ def settings_before_they_existed(config: DistillConfig) -> dict[str, Any]:
     if consistency_of(config.objective) is not None:
         # Runs with a consistency term are no older than what it needs.
         needed["schedule"] = {"renoise": True}
-        needed["generator"] = {"optimizer": {"max_grad_norm": LEAST_NORM}}
     return {**DistillConfig.model_validate(needed).deciding_settings, **_OLD_BEHAVIOUR}
 
 

@@ -53,6 +53,7 @@ class MeasuredFigure(ErrorBar):
     Attributes:
         ratio: Over the same mean of the teacher's clips of many guided steps, which show the same
             captions from the same noise; None for those clips themselves, and where that is 0.
+            Of a distance between sets: over that of the teacher's clips of other seeds.
     """
 
     ratio: ErrorBar | None = None

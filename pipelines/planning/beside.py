@@ -64,14 +64,18 @@ def bytes_beside(
 
 
 def too_large_beside(plan: Plan, hardware: Hardware) -> list[str]:
-    """Returns a sentence for each process beside the roles that its GPU does not hold."""
-    usable = hardware.usable_bytes
+    """Returns a sentence for processes beside the roles that their GPU does not hold."""
+    usable, needs = hardware.usable_bytes, plan.memory_beside
+    groups = [(section,) for section, needed in needs.items() if needed > usable]
+    if not groups and sum(plan.beside.values()) <= 1 and sum(needs.values()) > usable:
+        # Shares of one GPU.
+        groups = [tuple(needs)]
     return [
-        f"{section} does not fit: its weights take {needed / GB:.1f} GB, and a GPU of "
-        f"{hardware.memory_gb:g} GB has {usable / GB:.1f} for them; give it a larger GPU, or "
-        f"topology.{section}.gpus=0, which has it compute on CPUs"
-        for section, needed in plan.memory_beside.items()
-        if needed > usable
+        f"{' and '.join(group)} {'do' if len(group) > 1 else 'does'} not fit: weights take "
+        f"{sum(needs[section] for section in group) / GB:.1f} GB, and a GPU of "
+        f"{hardware.memory_gb:g} GB has {usable / GB:.1f} for them; give each a GPU that holds it, "
+        f"or {' '.join(f'topology.{section}.gpus=0' for section in group)}, on CPUs"
+        for group in groups
     ]
 
 

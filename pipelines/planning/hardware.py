@@ -18,7 +18,7 @@ from sgmd_core.errors import ConfigError
 
 GB = 1e9
 _KIND = re.compile(
-    r"(?P<name>[A-Za-z][\w.-]*)=(?P<gpus>\d+)x(?P<gb>\d+(?:\.\d+)?)@(?P<tflops>\d+(?:\.\d+)?)"
+    r"(?P<name>[A-Za-z][\w.-]*)=(?P<gpus>\d{1,6})x(?P<gb>\d{1,6}(?:\.\d{1,6})?)@(?P<tflops>\d{1,9}(?:\.\d{1,6})?)"
 )
 
 

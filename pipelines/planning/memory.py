@@ -7,7 +7,7 @@
     graphs     what the passes that wait for a signal keep                        by depth
     working    the widest place of a pass; with checkpointing a layer made again
     host       its share of what settings keep in main memory                     beside the GPU's
-    saves      its share of the state again, in main memory, while it is written  learners
+    saves      its share of the state again, in main memory, from its first save  learners
 
 Everything but products of matrices and frozen weights is float32: weights are cast where they are
 used. The teacher keeps weights and nothing else. Roles with adapters in a process share one base

@@ -111,6 +111,7 @@ def answer(request: Request) -> Answer:
 def _mixed(request: Request, config: DistillConfig, hardware: Hardware) -> Answer:
     work = Workload.of(config, request.model)
     kinds = parse_kinds(request.kinds, hardware)
+    _require_few(sum(kind.num_gpus for kind in kinds), "--kind")
     times = _times(request, work, kinds[0].hardware)
     return Answer(config, make_mixed_plan(work, times, kinds, config.gpus_beside), [])
 
@@ -172,8 +173,12 @@ def _require_amounts(request: Request) -> None:
     for option, value in amounts.items():
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(_ATTEMPTED, f"{option} {value:g}", "a number above 0")
-    if request.gpus is not None and request.gpus > _MOST_GPUS:
-        raise ConfigError(_ATTEMPTED, f"--gpus {request.gpus}", f"at most {_MOST_GPUS}")
+    _require_few(request.gpus or 0, "--gpus")
+
+
+def _require_few(gpus: int, option: str) -> None:
+    if gpus > _MOST_GPUS:
+        raise ConfigError(_ATTEMPTED, f"{option} of {gpus} GPUs", f"at most {_MOST_GPUS}")
 
 
 def _nothing_left(num_gpus: int, beside: Mapping[str, float]) -> ConfigError:

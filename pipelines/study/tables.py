@@ -93,8 +93,8 @@ def setting_words(result: StudyResult) -> str:
     return (
         f"Budget of a run: {amount:g} {_UNITS[unit]}. Seeds {_listed(result.seeds)}; "
         f"{result.num_captions} held-out captions, one clip each. Figures are means over seeds ± "
-        "standard deviation; all but Fréchet and shares of right answers are ratios to the teacher "
-        "in many guided steps."
+        "standard deviation; all but Fréchet, distances between sets and shares of right answers "
+        "are ratios to the teacher in many guided steps."
     )
 
 

@@ -258,8 +258,8 @@ def _joined(parts: Sequence[OpenReading]) -> OpenReading:
 def _read(video: Tensor) -> OpenReading:
     coverage = _hue_coverage(video)
     area = coverage.sum(dim=(3, 4))
-    pixel = torch.arange(video.shape[-1], dtype=video.dtype) + 0.5
-    line = torch.arange(video.shape[-2], dtype=video.dtype) + 0.5
+    pixel = torch.arange(video.shape[-1], dtype=video.dtype, device=video.device) + 0.5
+    line = torch.arange(video.shape[-2], dtype=video.dtype, device=video.device) + 0.5
     mass = area.clamp_min(1e-6)
     path = torch.stack(
         [coverage.sum(dim=3) @ pixel / mass, coverage.sum(dim=4) @ line / mass], dim=-1
@@ -278,7 +278,7 @@ def _read(video: Tensor) -> OpenReading:
 def _hue_coverage(video: Tensor) -> Tensor:
     """Coverage (b, 6, t, h, w) of each hue, soft at the edges."""
     chroma = video - video.mean(dim=1, keepdim=True)
-    palette = torch.tensor(list(HUES.values()), dtype=video.dtype)
+    palette = torch.tensor(list(HUES.values()), dtype=video.dtype, device=video.device)
     palette = palette - palette.mean(dim=1, keepdim=True)
     strength = palette.square().sum(dim=1).sqrt()
     along = torch.einsum("bcthw,kc->bkthw", chroma, palette / strength[:, None])
@@ -292,7 +292,7 @@ def _first_slope(path: Tensor, whole: Tensor) -> Tensor:
     points, kept = path[:, :, :HEADING_FRAMES], whole[:, :, :HEADING_FRAMES]
     kept = torch.where(kept.sum(dim=2, keepdim=True) >= _MIN_STEPS, kept, torch.ones_like(kept))
     weight = kept.to(path.dtype) / kept.sum(dim=2, keepdim=True)
-    frame = torch.arange(HEADING_FRAMES, dtype=path.dtype)
+    frame = torch.arange(HEADING_FRAMES, dtype=path.dtype, device=path.device)
     centred = frame - (weight * frame).sum(dim=2, keepdim=True)
     weighted = (weight * centred)[..., None]
     return (weighted * points).sum(dim=2) / (weight * centred.square()).sum(dim=2)[..., None]
@@ -329,8 +329,8 @@ def _background_spread(video: Tensor, coverage: Tensor) -> Tensor:
 
 def _nearest_shape(coverage: Tensor, path: Tensor, area: Tensor, whole: Tensor) -> Tensor:
     height, width = coverage.shape[-2:]
-    x = torch.arange(width, dtype=coverage.dtype) + 0.5
-    y = torch.arange(height, dtype=coverage.dtype) + 0.5
+    x = torch.arange(width, dtype=coverage.dtype, device=coverage.device) + 0.5
+    y = torch.arange(height, dtype=coverage.dtype, device=coverage.device) + 0.5
     dx = x - path[..., 0, None, None]
     dy = y[:, None] - path[..., 1, None, None]
     errors = [

@@ -85,3 +85,14 @@ def test_a_folder_is_counted_by_its_weights_and_without_them_not_at_all(tmp_path
     assert counted["memory_beside_gb"].keys() == {"validator"}
     assert not_counted["memory_beside_gb"] == {}
     assert counted["gpus_beside"] == not_counted["gpus_beside"]
+
+
+def test_two_that_share_a_gpu_must_fit_it_together():
+    shares = ("topology.text.gpus=0.4", "topology.validator.gpus=0.6")
+    options = ("--model", "1.3b", "--gpus", 9, "--fit", "--json", *shares)
+    together, apart = (
+        json.loads(sgmd("plan", "wan21-1.3b", *options, "--gpu-memory", size).stdout)["advice"]
+        for size in (24, 48)
+    )
+    assert any(line.startswith("text and validator do not fit") for line in together)
+    assert not any("not fit" in line for line in apart)
