@@ -33,7 +33,7 @@ from pipelines.data.making.source_clip import (
 )
 from pipelines.data.shards.columns import competing_captions, nearest_column
 from pipelines.data.shards.rejection import Reason, Rejection
-from pipelines.data.shards.schema import SAMPLE_ID
+from pipelines.data.shards.schema import CAPTION, SAMPLE_ID
 from sgmd_core.errors import DataError
 
 _BAD_CAPTION = Reason.UNREADABLE_CAPTION
@@ -58,45 +58,57 @@ def _row_clips(
     address = address_of(filesystem, path)
     with open_reading(filesystem, path) as file:
         ids = _CaptionIds()
-        for number, row in enumerate(_manifest_rows(file, address, columns)):
-            yield _manifest_clip(filesystem, address, number, row, columns, ids)
+        name, rows = _manifest_rows(file, address, columns)
+        for number, row in enumerate(rows):
+            yield _manifest_clip(filesystem, address, number, row, columns, name, ids)
 
 
 def _manifest_rows(
     file: BinaryIO, address: str, columns: Columns
-) -> Iterator[dict[str, Any] | str]:
+) -> tuple[str, Iterator[dict[str, Any] | str]]:
+    """Name of the captions in all rows of a manifest, and the rows."""
     suffix = PurePosixPath(address).suffix.lower()
     if suffix == ".json":
         key = columns.path or columns.sample_id or SAMPLE_ID
         rows = json_file_rows(file, address, key, columns.captions)
-        yield from _with_named_keys(rows, address, columns)
-    elif suffix in (".jsonl", ".ndjson"):
+        return _with_named_keys(rows, address, columns)
+    if suffix in (".jsonl", ".ndjson"):
         rows = json_rows(manifest_lines(file, address), columns.captions[0])
-        yield from _with_named_keys(rows, address, columns)
+        return _with_named_keys(rows, address, columns)
+    if suffix == ".parquet":
+        header, rows = parquet_rows(file, lambda names: _wanted(names, columns))
     else:
-        if suffix == ".parquet":
-            header, rows = parquet_rows(file, lambda names: _wanted(names, columns))
-        else:
-            lines = manifest_lines(file, address)
-            header, rows = csv_header_and_rows(lines, address, "\t" if suffix == ".tsv" else ",")
-        _require_columns(header, address, columns)
-        yield from rows
+        lines = manifest_lines(file, address)
+        header, rows = csv_header_and_rows(lines, address, "\t" if suffix == ".tsv" else ",")
+    return _require_columns(header, address, columns), rows
 
 
 def _with_named_keys(
     rows: Iterable[dict[str, Any] | str], address: str, columns: Columns
-) -> Iterator[dict[str, Any] | str]:
-    """The rows, unless none of the first ones has a key that the caller names."""
+) -> tuple[str, Iterator[dict[str, Any] | str]]:
+    """The captions' key and the rows; the first rows settle the key for all of them.
+
+    Raises:
+        DataError: None of the first ones has a key that the caller names, or several keys may be
+            that of the captions.
+    """
     waiting = iter(rows)
     first = list(itertools.islice(waiting, _SETTLING_ROWS))
-    found = list(dict.fromkeys(key for row in first if isinstance(row, dict) for key in row))
+    keys = [[*row] for row in first if isinstance(row, dict)]
+    found = list(dict.fromkeys(itertools.chain.from_iterable(keys)))
     named = (columns.path, columns.sample_id, columns.caption)
     missing = [name for name in named if name is not None and name not in found]
     if columns.caption is None and not competing_captions(found):
         missing.append(" or ".join(columns.captions))
     if found and missing:
         raise _missing_columns(found, missing, address, columns)
-    yield from itertools.chain(first, waiting)
+    names = _caption_columns(found, columns)
+    if len(names) > 1:
+        # A row that has several of them costs only itself where the others agree.
+        alone = [each for row in keys if len(each := competing_captions(row)) == 1]
+        names = list(dict.fromkeys(itertools.chain.from_iterable(alone))) or names
+    _require_one_caption(names, address, columns)
+    return (names or columns.captions)[0], itertools.chain(first, waiting)
 
 
 def _wanted(names: Sequence[str], columns: Columns) -> list[str]:
@@ -143,7 +155,8 @@ class _CaptionIds:
         return digest.hexdigest() if count == 1 else f"{digest.hexdigest()}-{count}"
 
 
-def _require_columns(found: Sequence[str], address: str, columns: Columns) -> None:
+def _require_columns(found: Sequence[str], address: str, columns: Columns) -> str:
+    """Name of the captions' column of a table that has all columns that are needed."""
     captions = _caption_columns(found, columns)
     _refuse_twice(found, (*captions, columns.path, columns.sample_id or SAMPLE_ID), address)
     _require_one_caption(captions, address, columns)
@@ -153,6 +166,7 @@ def _require_columns(found: Sequence[str], address: str, columns: Columns) -> No
         missing.append(" or ".join(columns.captions))
     if missing:
         raise _missing_columns(found, missing, address, columns)
+    return captions[0]
 
 
 def _refuse_twice(found: Sequence[str], used: Sequence[str | None], address: str) -> None:
@@ -207,13 +221,16 @@ def _manifest_clip(
     number: int,
     row: dict[str, Any] | str,
     columns: Columns,
+    caption_name: str,
     ids: _CaptionIds,
 ) -> SourceClip | Rejection:
     if isinstance(row, str):
         return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, printable(row))
+    caption = row.get(caption_name)
     names = _caption_columns([*row], columns)
-    _require_one_caption(names, address, columns)
-    caption = row[names[0]] if names else None
+    if caption_name != CAPTION and names not in ([], [caption_name]):
+        detail = f"{' and '.join(names)} in a file whose captions are {caption_name}"
+        return Rejection("", address, number, Reason.BAD_MANIFEST_ROW, printable(detail))
     if columns.several and isinstance(caption, list):
         caption = tuple(caption)
         fault = list_fault(caption)

@@ -633,6 +633,55 @@ def test_captions_are_found_by_their_usual_names(tmp_path, kind, column):
         prepare(str(source), str(tmp_path / "new"), options)
 
 
+@pytest.mark.parametrize(
+    ("lines", "taken", "rejected"),
+    [
+        # One name for the whole file: `text` is something else beside `caption`.
+        (
+            [{"caption": "a red circle", "text": "OCR: SALE"}, {"text": "OCR: 50% OFF"}],
+            ["a red circle"],
+            {"missing_caption": 1},
+        ),
+        (
+            [{"text": "OCR"}, {"caption": "a red circle"}, {"text": "OCR", "prompt": "x"}],
+            ["a red circle"],
+            {"missing_caption": 2},
+        ),
+        (
+            [{"text": "one"}, {"text": "two", "prompt": "x"}, {"prompt": "y", "text": "z"}],
+            ["one"],
+            {"bad_manifest_row": 2},
+        ),
+        # Beyond the rows that settle the name.
+        (
+            [*({"text": "one"},) * 64, {"caption": "late"}, {"prompt": "late"}, {"other": "x"}],
+            ["one"] * 64,
+            {"bad_manifest_row": 2, "missing_caption": 1},
+        ),
+    ],
+    ids=["caption first", "caption later", "text", "late"],
+)
+def test_a_manifest_has_one_name_of_captions_and_other_rows_cost_themselves(
+    tmp_path, lines, taken, rejected
+):
+    source, out = tmp_path / "list.jsonl", str(tmp_path / "set")
+    source.write_text("\n".join(map(json.dumps, lines)))
+    options = replace(HERE, columns=Columns(None), max_bad_fraction=1.0)
+    report = prepare(str(source), out, options)
+    assert report.rejected == rejected
+    assert [found["caption"] for found in rows(tmp_path / "set")] == taken
+
+
+def test_a_manifest_whose_rows_disagree_on_the_name_of_captions_is_refused(tmp_path):
+    source = tmp_path / "list.jsonl"
+    source.write_text('{"text": "one"}\n{"prompt": "two"}\n')
+    options = replace(HERE, columns=Columns(None))
+    with pytest.raises(DataError, match=r"text and prompt, each of which may be.*--caption-column"):
+        prepare(str(source), str(tmp_path / "set"), options)
+    named = replace(options, columns=Columns(None, "text"), max_bad_fraction=1.0)
+    assert prepare(str(source), str(tmp_path / "set"), named).rejected == {"missing_caption": 1}
+
+
 def test_captions_only_of_a_folder_is_refused(source, tmp_path):
     with pytest.raises(DataError, match="no file of captions"):
         prepare(str(source), str(tmp_path), PrepareOptions(columns=Columns(path=None)))
