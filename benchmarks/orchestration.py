@@ -5,6 +5,7 @@
 
     schedule     measured iteration time over the simulator's bound; orders and windows; busy shares
     maps         roles that share pools: time over the limit of any placement; predictions
+    staleness    what a staleness of one gains on two pools, with shared and with fresh tracking
     controller   what the machinery adds to a micro-batch
     transfer     one tensor from process to process and from raylet to raylet, next to a plain copy
     scaling      1 to 32 processes against the ideal
@@ -27,7 +28,7 @@ from typing import Any
 from documents import write_document
 from dummies import run_dummies
 from harness import Groups, Setting, rehearse_setting, sleepers
-from orchestration_maps import measure_maps
+from orchestration_maps import measure_maps, measure_staleness
 from orchestration_memory import measure_memory
 from orchestration_scaling import measure_scaling
 from orchestration_transfer import measure_transfer
@@ -179,7 +180,16 @@ def _tell(line: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses the arguments, measures, writes JSON."""
-    parts = ("schedule", "maps", "controller", "transfer", "scaling", "validation", "memory")
+    parts = (
+        "schedule",
+        "maps",
+        "staleness",
+        "controller",
+        "transfer",
+        "scaling",
+        "validation",
+        "memory",
+    )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("parts", nargs="+", choices=parts)
     parser.add_argument("--rounds", type=int, default=3, help="turns; medians are taken over them")
@@ -195,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results[part] = measure_schedule(given.rounds, given.iterations)
         elif part == "maps":
             results[part] = measure_maps(given.rounds, given.iterations)
+        elif part == "staleness":
+            results[part] = measure_staleness(given.rounds, given.iterations)
         elif part == "controller":
             results[part] = measure_controller(given.rounds, given.iterations)
         elif part == "transfer":

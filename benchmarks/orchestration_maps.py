@@ -4,6 +4,7 @@
     map          generator and fake score in pools of four, a copy of the teacher in both
     pools        the fastest of all classic splits of the same processes, by simulation
     fused        all three roles in every process
+    staleness    the next rollouts begin before all updates of an iteration have ended
 
 Stages sleep for 2.5, 2, 3, 3 and 3 units (rollout, denoise, signal, track, learn): the forward
 passes of a sample with four steps, checkpointing and shared tracking, attention left out. A
@@ -14,7 +15,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dummies import make_dummy_worker
@@ -84,6 +85,8 @@ class _MapSetting:
         )
 
 
+TRACKINGS = {"shared": 0, "fresh": 1}
+"""Updates of the fake score on samples of its own."""
 VALIDATED = (
     _MapSetting("two pools", A, (A, B), B, (100, 80, 60, 60, 120), 4),
     _MapSetting("two pools, 8 parts", A, (A, B), B, (50, 40, 60, 60, 60), 8, 3),
@@ -108,6 +111,41 @@ def measure_maps(rounds: int, num_iterations: int) -> dict[str, Any]:
         "over_limit": _over_limit(rounds, num_iterations),
         **_validation(rounds, num_iterations),
     }
+
+
+def measure_staleness(rounds: int, num_iterations: int) -> list[dict[str, Any]]:
+    """Measures what a staleness of one gains on two pools, in turns with none, and simulates it."""
+    settings = {
+        (tracking, m, stale): replace(
+            _setting("map", m, min(3, m), 4, TWO_POOLS), fresh_updates=updates, staleness=stale
+        )
+        for tracking, updates in TRACKINGS.items()
+        for m in (1, 2, *MICRO_BATCHES)
+        for stale in (0, 1)
+    }
+    measured: dict[tuple[str, int, int], list[float]] = {key: [] for key in settings}
+    with _opened(settings.values()) as groups:
+        for _ in range(rounds):
+            for key, setting in settings.items():
+                told = rehearse_setting(setting, groups[setting.layout], num_iterations)
+                measured[key].append(told.iteration_s)
+    rows: list[dict[str, Any]] = []
+    for tracking, m, stale in settings:
+        if not stale:
+            continue
+        exact, early = (settings[tracking, m, one].bound_s(num_iterations) for one in (0, 1))
+        pairs = zip(measured[tracking, m, 1], measured[tracking, m, 0], strict=True)
+        rows.append(
+            {
+                "tracking": tracking,
+                "micro_batches": m,
+                "exact_s": exact,
+                "simulated_ratio": early / exact,
+                "measured_ratio": statistics.median(one / other for one, other in pairs),
+            }
+        )
+        print_row(rows[-1])
+    return rows
 
 
 def _over_limit(rounds: int, num_iterations: int) -> list[dict[str, Any]]:
