@@ -7,6 +7,7 @@ not on the other prompts of the call.
 """
 
 import itertools
+import logging
 import math
 import re
 import time
@@ -51,6 +52,8 @@ _MOST: Mapping[str, tuple[float, str]] = {
     "width": (2**14, _SIDE),
     "fps": (2**16 - 1, "mp4 and GIF count no more"),
 }
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,9 @@ def generate(
     device = device or _default_device()
     _require_device(device)
     require_same_weights(folder)
+    unknown = family.load_tokenizer(folder).unknown_words(prompts)
+    if unknown.num_affected:
+        _log.warning("%s", unknown.in_words())
     sampler = family.open_sampler(folder, device)
     root = Path(output)
     with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root):

@@ -98,6 +98,7 @@ def audit(run: str | Path, train: str | None = None) -> Audit:
 def _audit(folder: RunFolder, train: str | None) -> Audit:
     folder.require("checking the ledger of", "Check the path")
     config = load_recipe(str(folder.config))
+    # First, or a run that goes on meanwhile would seem to have lost an iteration.
     made, has_metrics = _iterations_made(folder), folder.metrics.exists()
     data = config.data
     places = [(train or data.train, data.columns)]

@@ -5,6 +5,7 @@ steps and starts from the same noise. All sets show the same held-out captions, 
 sampled from the other seed, for the diversity of the clips of a caption.
 """
 
+import logging
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from workers.evaluator import Evaluator, Sampling
 from workers.kept_clips import clip_facts
 from workers.models.addresses import local_model
 from workers.models.content import model_digests
+from workers.models.families import family_of
 from workers.models.weight_digests import require_same_weights
 from workers.settings import ModelSettings, VideoSettings
 
@@ -35,6 +37,7 @@ _DEFAULT_TEACHER_STEPS = 30
 _MOST = {"teacher_steps": MAX_STEPS, "seed": 2**63 - 2}
 _WHY = {"teacher_steps": f": {WHY_MAX_STEPS}"}
 _CACHE_FOLDER = "evaluation-cache"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,9 @@ def plan_evaluation(
     chosen = _captions(captions, options, config)
     for folder in dict.fromkeys((generator_folder, Path(teacher))):
         require_same_weights(folder)
+    unknown = family_of(generator_folder).load_tokenizer(generator_folder).unknown_words(chosen)
+    if unknown.num_affected:
+        _log.warning("%s", unknown.in_words())
     return EvaluationPlan(
         generator=_subject(generator_folder, own, video, config),
         teacher=_subject(Path(teacher), theirs, video, config),

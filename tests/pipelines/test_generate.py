@@ -27,6 +27,7 @@ from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import random_generator
+from tests.helpers.logs import record_warnings
 from tests.helpers.tiny_wan import (
     HEIGHT,
     LATENT_SHAPE,
@@ -111,6 +112,15 @@ class TestFiles:
         alone = frames_of(model, tmp_path, seed=6)
         assert np.array_equal(clips[3].frames, alone)
         assert not np.array_equal(clips[2].frames, alone)
+
+    def test_words_that_the_tokenizer_does_not_know_are_said(self, model, tmp_path, monkeypatch):
+        warnings = record_warnings("pipelines.generate", monkeypatch)
+        generate(model, [PROMPT], output=tmp_path)
+        assert warnings == []
+        generate(model, [PROMPT, "a zebra moves left"], output=tmp_path)
+        (text,) = warnings
+        assert text.startswith("1 of the 2 captions looked at hold words")
+        assert "'zebra'" in text
 
     def test_the_command_takes_a_file_of_prompts_and_a_number_of_clips(self, model, tmp_path):
         (tmp_path / "prompts.csv").write_text('prompt\na red circle\n"red, left"\n')
