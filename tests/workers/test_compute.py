@@ -158,17 +158,24 @@ class TestAttention:
         for role in plain:
             assert 0 < relative_error(found[role], plain[role]) < 1e-5
 
-    def test_kernels_of_16_bits_get_queries_and_keys_in_16_bits(self):
+    def test_kernels_of_16_bits_and_of_libraries_get_queries_and_keys_in_16_bits(self, monkeypatch):
         network = tiny_velocity(2)
         # It also runs in float32 on a CPU, and is told apart by the hooks alone.
         prepare_network(network, ComputeSettings(precision="bf16", attention="_native_flash"))
         assert not network.transformer.blocks[0].attn1.norm_q._forward_hooks
         with pytest.raises(RuntimeError, match="flash-attn"):
             prepare_network(network, ComputeSettings(precision="bf16", attention="flash"))
-        prepare_network(network, ComputeSettings(precision="bf16", attention="_native_cudnn"))
-        norm = network.transformer.blocks[0].attn1.norm_q
-        queries = torch.ones(1, 2, norm.normalized_shape[0], dtype=torch.bfloat16)
-        assert norm.float()(queries).dtype == torch.bfloat16
+        # It takes float32 as well, but queries, keys and values of one type alone.
+        monkeypatch.setattr("diffusers.models.attention_dispatch._CAN_USE_XFORMERS_ATTN", True)
+        for name in ("_native_cudnn", "xformers"):
+            network = tiny_velocity(2)
+            norm = network.transformer.blocks[0].attn1.norm_q
+            queries = torch.ones(1, 2, norm.normalized_shape[0], dtype=torch.bfloat16)
+            # As autocast makes it on a GPU, and not on a CPU.
+            monkeypatch.setattr(norm, "forward", Tensor.float)
+            assert norm(queries).dtype == torch.float32
+            prepare_network(network, ComputeSettings(precision="bf16", attention=name))
+            assert norm(queries).dtype == torch.bfloat16
 
     @pytest.mark.parametrize(
         ("name", "device", "words"),

@@ -126,7 +126,9 @@ class WanVelocity(Denoiser):
             # diffusers also makes it the default of the process, where other roles may live.
             _AttentionBackendRegistry.set_active_backend(active)
             chatter.disabled = before
-        if KERNELS[name].in_bf16:
+        kernel = KERNELS[name]
+        # Libraries that take float32, too, want one type of queries, keys and values.
+        if kernel.in_bf16 or kernel.module:
             for norm in self._query_and_key_norms():
                 norm.register_forward_hook(_in_the_type_of_its_input)
 
