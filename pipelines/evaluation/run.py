@@ -161,9 +161,10 @@ def _features(options: EvaluationOptions) -> NamedExtractor:
     if options.features is None:
         return NamedExtractor()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    network = FeatureNetwork(options.features, device)  # says what is wrong with the file
     with options.features.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return NamedExtractor(FeatureNetwork(options.features, device), digest)
+    return NamedExtractor(network, digest)
 
 
 def _teacher_sets(

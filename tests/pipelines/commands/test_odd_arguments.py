@@ -125,6 +125,7 @@ def answer(*arguments: str) -> tuple[int, str]:
         (("encode", "train", "new", "--model", str(TINY), "--height", "100000000"), "'--height'"),
         (("ledger", "nowhere"), "checking the ledger of"),
         (("evaluate", "nowhere"), "looking for the run or model nowhere: no such folder"),
+        (("evaluate", "run", "--num-captions", "2", "--features", "pipe"), "no such file"),
         (("export", "nowhere"), "looking for the run or model nowhere: no such folder"),
         (("report", "s4://bucket/x"), "the protocol s4"),
         (("distill", "s4://bucket/x.yaml"), "the protocol s4"),
