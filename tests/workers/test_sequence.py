@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sgmd_core.objectives.sid import SidObjective
 from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.ranks import on_ranks
 from tests.helpers.roles import iterate, same_bits, tiny_roles
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
-from tests.workers.test_sharding import all_weights
+from tests.workers.test_sharding import BF16_TOLERANCE, all_weights
 from workers.compute import prepare_network
 from workers.models.experts import ExpertDenoiser
 from workers.models.family import Denoiser
@@ -31,6 +32,7 @@ pytestmark = pytest.mark.slow
 RUNS: dict[str, dict[str, Any]] = {
     "shared": {"tracking": "shared"},
     "fresh": {"tracking": "fresh"},
+    "through the teacher": {"tracking": "fresh", "objective": SidObjective(fake_updates=1)},
     "adapters": {"tracking": "shared", "lora": LoraSettings(rank=4, alpha=8.0)},
 }
 
@@ -106,6 +108,7 @@ def on_ranks_together(rank: int, size: int, folder: str) -> dict[str, Any]:
         "checkpointed": vjp(ComputeSettings(ulysses=2, checkpointing=True)),
         "offloaded": vjp(ComputeSettings(ulysses=2, checkpointing="offload")),
         "alone": vjp(SPLIT, alone=True),
+        "bf16": vjp(ComputeSettings("bf16", ulysses=2)),
         "experts": experts_vjp(SPLIT),
     }
     brought["8 bits"] = in_8_bits(folder)
@@ -136,6 +139,12 @@ def test_velocities_and_both_gradients_are_those_of_one_rank(brought, plain, way
         assert relative_error(found, {name: value}) < TOLERANCE, name
 
 
+def test_products_in_bfloat16_are_split_up_to_their_rounding(brought):
+    plain = vjp(ComputeSettings("bf16"))
+    for rank in (0, 1):
+        assert relative_error(brought[rank]["bf16"], plain) < BF16_TOLERANCE
+
+
 def test_samples_of_both_experts_are_split_alike(brought):
     plain = experts_vjp(ComputeSettings())
     assert min(float(value.abs().max()) for value in plain.values()) > 0
@@ -157,7 +166,7 @@ def test_moments_in_8_bits_go_on_bitwise_on_two_ranks_and_are_read_by_one(brough
     one.generator.load(brought[0]["folder"])
     plain = tiny_roles(moment_bits=8)
     iterate(plain, 0, BATCHES)
-    moments = [roles.generator.states()["generator"].moments for roles in (one, plain)]
+    moments = [roles.generator.snapshot().moments for roles in (one, plain)]
     coded = [name for name in moments[0] if name.startswith("exp_avg_sq_codes/")]
     assert len(coded) > 20
     for name in coded:

@@ -12,7 +12,7 @@ vae/ and scheduler/.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -129,18 +129,20 @@ class WanVelocity(Denoiser):
         kernel = KERNELS[name]
         # Libraries that take float32, too, want one type of queries, keys and values.
         if kernel.in_bf16 or kernel.module:
-            for norm in self._query_and_key_norms():
-                norm.register_forward_hook(_in_the_type_of_its_input)
+            self._keep_types_of_queries()
 
     def split_tokens(self, ranks: int) -> None:
         """Split the tokens of every sample over so many ranks in a row."""
         # Its plan also splits time steps, where every token has its own.
         self._company = split_over_ranks(self.transformer, ranks, skipped=("",))
+        # Its attention is walked backward without autocast, which would make them alike.
+        self._keep_types_of_queries()
 
-    def _query_and_key_norms(self) -> Iterator[nn.Module]:
+    def _keep_types_of_queries(self) -> None:
+        """Give queries and keys the type of values, for attention that autocast does not reach."""
         for name, module in self.transformer.named_modules():
             if name.endswith((".norm_q", ".norm_k")):
-                yield module
+                module.register_forward_hook(_in_the_type_of_its_input)
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the layers in the backward pass, or keep them."""
