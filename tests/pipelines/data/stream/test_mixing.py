@@ -1,5 +1,6 @@
 """Sets of captions by weight: draws by count, rows of each set as of that set alone."""
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,12 @@ def test_each_set_comes_as_it_does_alone_in_epochs_of_its_own(settings: StreamSe
         assert tuple(counts.items()) == expected.epochs
         assert batches[-1].of_set(number).cursor == expected.cursor
     assert [batch.position for batch in batches] == [1, 10, 30, 60]
+    # As it travels from the process of the feed.
+    sent = pickle.loads(pickle.dumps(batches[-1]))
+    assert sent.captions == batches[-1].captions
+    assert [part.sample_ids for part in sent.parts] == [
+        part.sample_ids for part in batches[-1].parts
+    ]
 
 
 def test_a_mixed_stream_goes_on_where_it_stood_whatever_the_batches(settings: StreamSettings):
