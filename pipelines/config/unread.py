@@ -3,13 +3,15 @@
 Recipes that ship have every section, so only what stands on the command line is meant.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 from pipelines.config.roles import DISCRIMINATOR
 from pipelines.config.topology import unread_in_mode
+from sgmd_core.errors import ConfigError
 
 _MODE = "topology.mode"
 
@@ -68,23 +70,52 @@ def _value(config: Any, key: str) -> Any:  # noqa: ANN401
 def unread_settings(config: Any, given: Iterable[str]) -> Iterator[str]:  # noqa: ANN401
     """Names settings that the run does not read, with what leaves them out, as sentences.
 
-    What the recipe's sweep searches may be read by some of its trials.
+    What the recipe's sweep searches may be read by some of its trials, and what a trial or a
+    variant of the study has otherwise may make it read more than the recipe does.
 
     Args:
         config: The recipe, a `pipelines.config.recipe.DistillConfig`.
         given: Dotted keys that stand on the command line.
     """
-    keys, searched = list(given), set(config.sweep.dimensions)
-    if unread := unread_in_mode(config.topology.mode, keys):
-        yield f"{_MODE} {config.topology.mode} does not read {', '.join(unread)}"
+    keys = list(given)
+    left_out = _left_out(config, keys)
+    others = [_left_out(other, keys) for other in _other_runs(config, keys)] if left_out else []
+    nowhere = [{key for unread in other.values() for key in unread} for other in others]
+    for sentence, unread in left_out.items():
+        if still := [key for key in unread if all(key in other for other in nowhere)]:
+            yield sentence.format(", ".join(still))
+
+
+def _left_out(config: Any, keys: Sequence[str]) -> dict[str, list[str]]:  # noqa: ANN401
+    """Settings that are left out, by the sentence that says by which other one."""
+    mode, searched = config.topology.mode, config.sweep.dimensions
+    found = {f"{_MODE} {mode} does not read {{}}": unread_in_mode(mode, keys)}
     for switch in _SWITCHES:
         value = _value(config, switch.key)
-        # What is set to nothing agrees with what leaves it out.
-        unread = [key for key in keys if switch.leaves_out(key) and _value(config, key)]
-        if unread and value == switch.off and switch.key not in searched:
+        if value == switch.off and switch.key not in searched:
             shown = "null" if value is None else value
-            yield f"{switch.key} {shown} leaves {', '.join(unread)} out"
-    own = tuple(f"{name}." for name in (DISCRIMINATOR, f"topology.{DISCRIMINATOR}"))
-    unread = [key for key in keys if f"{key}.".startswith(own)]
-    if unread and config.adversary is None and "objective.method" not in searched:
-        yield f"objective.method {config.objective.method} does not read {', '.join(unread)}"
+            # What is set to nothing agrees with what leaves it out.
+            found[f"{switch.key} {shown} leaves {{}} out"] = [
+                key for key in keys if switch.leaves_out(key) and _value(config, key)
+            ]
+    if config.adversary is None and "objective.method" not in searched:
+        own = tuple(f"{name}." for name in (DISCRIMINATOR, f"topology.{DISCRIMINATOR}"))
+        found[f"objective.method {config.objective.method} does not read {{}}"] = [
+            key for key in keys if f"{key}.".startswith(own)
+        ]
+    return {sentence: unread for sentence, unread in found.items() if unread}
+
+
+def _other_runs(config: Any, keys: Sequence[str]) -> Iterator[Any]:  # noqa: ANN401
+    """The recipe as trials of its sweep and variants of its study change it."""
+    sweep, study = config.sweep, config.study
+    is_swept = sweep.validate_every or any(key.startswith("sweep.") for key in keys)
+    # Trials validate whatever the recipe says.
+    every = {"validation.every": sweep.validate_every or sweep.iterations} if is_swept else {}
+    for settings in (
+        {**every, **sweep.settings},
+        *({**study.settings, **variant} for variant in study.variants.values()),
+    ):
+        # One that is no run is refused where it is run.
+        with suppress(ConfigError):
+            yield config.with_settings(settings)

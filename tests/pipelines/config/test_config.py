@@ -233,6 +233,31 @@ class TestRecipes:
             load_recipe("tiny", [on, given])
             assert warnings == []
 
+    @pytest.mark.parametrize(
+        ("given", "elsewhere", "of_no_use"),
+        [
+            ("lag.updates=8", "sweep.settings={lag.every: 5}", "sweep.settings={lag.batches: 5}"),
+            ("lag.updates=8", "study.settings={lag.every: 5}", "study.settings={batch.size: 8}"),
+            (
+                "discriminator.width=64",
+                "study.variants={a: {objective.method: adm, fake_score.tracking: fresh}}",
+                # Its term of a discriminator is off unless it is set.
+                "study.variants={a: {objective.method: dmd2, fake_score.tracking: fresh}}",
+            ),
+            ("checkpoint.score=frechet", "sweep.validate_every=2", "study.seeds=[1]"),
+            ("checkpoint.score=frechet", "sweep.iterations=9", "study.measurements=2"),
+        ],
+    )
+    def test_what_a_trial_or_a_variant_reads_is_not_told(
+        self, given, elsewhere, of_no_use, monkeypatch
+    ):
+        warnings = record_warnings("pipelines.config.recipe", monkeypatch)
+        off = ["study.variants={a: {}}", "validation.every=0", given]
+        load_recipe("tiny", [*off, of_no_use])
+        assert len(warnings) == 1
+        load_recipe("tiny", [*off, elsewhere])
+        assert len(warnings) == 1, warnings
+
     def test_a_recipe_with_a_base_holds_what_it_has_otherwise(self, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text(
