@@ -1,5 +1,7 @@
 """Settings of recovery: what a run does when a process or a machine of it is lost."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from pipelines.config.section import Section
@@ -27,3 +29,7 @@ class RecoverySettings(Section):
     storage_outage_s: float = Field(default=1800.0, ge=0)
     """Seconds for which the object store of a run at an address may fail while training goes on.
     States are then saved once it answers again. 0: its first failure ends the run."""
+    shortage: Literal["wait", "replan"] = "wait"
+    """Where no machine comes for `wait_s` in place of a lost one: `wait` ends the run, to be
+    resumed once there is one; `replan` goes on from the newest checkpoint with fewer ranks, or all
+    roles in one pool: the largest topology that fits on what is left. Trials of a sweep end."""

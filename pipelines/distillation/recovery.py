@@ -23,6 +23,7 @@ from cluster.errors import (
     LOST,
     ClusterError,
     NodeLostError,
+    StartTimeoutError,
     WorkerDiedError,
     WorkerFrozenError,
 )
@@ -182,6 +183,7 @@ class Recovery:
         Raises:
             SgmdError: The failure itself, where the budget is spent, or the error because of which
                 nothing could replace what is lost; a note tells the whole story.
+            StartTimeoutError: No machine came, and `recovery.shortage` is `replan`.
         """
         began_s = time.monotonic()
         built: dict[str, list[int]] = {}
@@ -192,6 +194,10 @@ class Recovery:
                 break
             except LOST as again:
                 error = again
+            except StartTimeoutError as failure:
+                if self._config.recovery.shortage == "wait":
+                    self._give_up(failure, f"the repair failed: {failure.found}", iteration)
+                raise
             except SgmdError as failure:
                 self._give_up(failure, f"the repair failed: {failure.found}", iteration)
                 raise

@@ -5,18 +5,19 @@
 The controller in this file moves handles and small records; every tensor stays with the roles.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from cluster.checkpoints import Checkpoints
-from cluster.errors import LOST, ClusterError
+from cluster.errors import LOST, ClusterError, StartTimeoutError
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.endings import stopped_early
 from pipelines.distillation.groups import open_groups
 from pipelines.distillation.position import Position, begin, resume_position, with_draws_of
 from pipelines.distillation.preflight import Preflight, run_preflight
 from pipelines.distillation.readiness import check_machine
+from pipelines.distillation.replanning import fitting_topology, topology_in_words
 from pipelines.distillation.training import Distillation
 from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
@@ -172,15 +173,83 @@ def _distill(
     service: str,
 ) -> dict[str, Any]:
     """Runs a checked distillation in a folder that this process holds."""
-    observer = events.observer
-    checkpoints = Checkpoints(shared_place(folder.checkpoints))
     early: list[RunEvent] = []
     if resume:
-        start, early = _take_up(config, checked, folder, checkpoints, events)
+        start, early = _take_up(config, checked, folder, events)
     else:
         start = Position()
         begin(config, checked, folder)
     log.open()
+    if in_trial:
+        # It has the placement group that Tune has made.
+        config = config.with_settings({"recovery.shortage": "wait"})
+    observer = events.observer
+    while True:
+        try:
+            return _place_and_train(
+                config,
+                checked,
+                folder,
+                events,
+                start,
+                early,
+                in_trial=in_trial,
+                stop_rule=stop_rule,
+                stops=stops,
+                service=service,
+            )
+        except _NotPlacedAgain as failure:
+            config, told = _replanned(config, failure.error)
+        events.observe(observer)
+        events.add(told)
+        start, early = _take_up(config, checked, folder, events, told)
+
+
+class _NotPlacedAgain(Exception):
+    """No machine has come in place of a lost one, and the run may take a smaller topology.
+
+    Args:
+        error: Says so.
+    """
+
+    def __init__(self, error: StartTimeoutError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def _replanned(config: DistillConfig, error: StartTimeoutError) -> tuple[DistillConfig, RunEvent]:
+    """A smaller topology for what is left of the cluster, and the event that tells of it.
+
+    Raises:
+        StartTimeoutError: None fits.
+    """
+    from cluster.runtime import start_ray
+
+    with start_ray(config.topology.address):
+        smaller = fitting_topology(config)
+    if smaller is None:
+        error.add_note("No smaller topology fits on what is left of the cluster.")
+        raise error
+    cause = f"no machine came within recovery.wait_s ({config.recovery.wait_s:g} s)"
+    action = f"goes on as {topology_in_words(smaller)} in place of {topology_in_words(config)}"
+    return smaller, RunEvent(kind="replanned", cause=cause, action=action)
+
+
+def _place_and_train(
+    config: DistillConfig,
+    checked: Preflight,
+    folder: RunFolder,
+    events: EventLog,
+    start: Position,
+    early: Sequence[RunEvent],
+    *,
+    in_trial: bool,
+    stop_rule: StopRule,
+    stops: StopRequests,
+    service: str,
+) -> dict[str, Any]:
+    """Opens the groups of a run, and trains from a position to the end."""
+    observer = events.observer
     # Before anything is started, what the run begins with is where it belongs.
     folder.flush()
     data = DataLog(folder, 1 + len(config.data.also))
@@ -215,11 +284,16 @@ def _distill(
             beside.event(event)
         observers = Observers([observer, beside])
         events.observe(observers)
+        checkpoints = Checkpoints(shared_place(folder.checkpoints))
         run = Distillation(config, checked, groups, folder, data, checkpoints, events, observers)
-        if resume:
-            run.load(start)
+        run.load(start)
+        may_replan = config.recovery.shortage == "replan"
+        goes_on = False
         try:
-            return _train(run, start, stop_rule, stops)
+            return _train(run, start, stop_rule, stops, may_replan=may_replan)
+        except _NotPlacedAgain:
+            goes_on = True
+            raise
         except (StopRequestedError, AlarmError):
             # These say where the state is.
             raise
@@ -228,7 +302,8 @@ def _distill(
             run.tell_last_good(error)
             raise
         finally:
-            stops.end()
+            if not goes_on:
+                stops.end()
             run.write_trace()
 
 
@@ -236,15 +311,23 @@ def _take_up(
     config: DistillConfig,
     checked: Preflight,
     folder: RunFolder,
-    checkpoints: Checkpoints,
     events: EventLog,
+    why: RunEvent | None = None,
 ) -> tuple[Position, list[RunEvent]]:
     """Puts the logs of an earlier run back to where it goes on.
+
+    Args:
+        config: The run's settings.
+        checked: Result of the checks before the run.
+        folder: Of the run.
+        events: Receives what is done.
+        why: Event because of which it goes on; None: a resume by hand.
 
     Returns:
         Where it goes on, and what the events have said of it.
     """
-    told: list[RunEvent] = []
+    told: list[RunEvent] = [why] if why else []
+    checkpoints = Checkpoints(shared_place(folder.checkpoints))
 
     def tell(event: RunEvent) -> None:
         events.add(event)
@@ -257,7 +340,7 @@ def _take_up(
     tell(
         RunEvent(
             kind="restarted",
-            cause="the run was taken up with --resume",
+            cause=why.action if why else "the run was taken up with --resume",
             action=f"goes on at iteration {start.iteration}",
             iteration=start.iteration,
         )
@@ -275,14 +358,24 @@ def _exporter(config: DistillConfig, start: Position) -> RunObserver:
 
 
 def _train(
-    run: Distillation, start: Position, stop_rule: StopRule, stops: StopRequests
+    run: Distillation,
+    start: Position,
+    stop_rule: StopRule,
+    stops: StopRequests,
+    *,
+    may_replan: bool,
 ) -> dict[str, Any]:
     """Trains to the end, across failures; returns the run's summary."""
     failure: ClusterError | None = None
     while True:
         try:
             if failure is not None:
-                start, failure = run.recover(failure), None
+                try:
+                    start, failure = run.recover(failure), None
+                except StartTimeoutError as error:
+                    if may_replan and not stops.received:
+                        raise _NotPlacedAgain(error) from error
+                    raise
             with stops.finishing_iterations():
                 run.train(start, stop_rule, stops)
             return run.finish(stops)

@@ -44,11 +44,12 @@ EventKind = Literal[
     "gave_up",
     "storage_lost",
     "storage_back",
+    "replanned",
 ]
 EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 """Names of the events, as events.jsonl, W&B and the report use them."""
 
-GOOD_NEWS: frozenset[EventKind] = frozenset({"recovered", "restarted", "storage_back"})
+GOOD_NEWS: frozenset[EventKind] = frozenset({"recovered", "restarted", "storage_back", "replanned"})
 """Events that end a failure."""
 
 
