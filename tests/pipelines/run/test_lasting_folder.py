@@ -5,17 +5,13 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.recipe import load_recipe
-from pipelines.config.recipe_files import load
 from pipelines.distillation.preflight import run_preflight
 from pipelines.evaluation.run import evaluate
 from pipelines.generate import generate
-from pipelines.pretraining.config import PretrainConfig
-from pipelines.pretraining.run import pretrain
 from pipelines.reporting.page import write_report
 from pipelines.run.folder import REVISION_VARIABLE, git_revision, require_lasting_folder
 from sgmd_core.errors import ConfigError
 
-ADDRESS = "s3://bucket/runs"
 TINY = Path(__file__).parents[3] / "assets" / "tiny-wan"
 
 
@@ -37,21 +33,6 @@ def test_an_address_with_a_key_in_it_is_refused_and_not_shown(write, tmp_path, m
     with pytest.raises(ConfigError, match="a user or a key in the address") as caught:
         write()
     assert "a-secret-key" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda: pretrain(load(PretrainConfig, "pretrain-tiny", [f"output={ADDRESS}"])),
-        lambda: pretrain(load(PretrainConfig, "pretrain-tiny", [f"run_dir={ADDRESS}"])),
-    ],
-    ids=["output", "run_dir"],
-)
-def test_an_address_is_refused_where_only_disks_are_written_to(write, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="an address of an object store"):
-        write()
     assert list(tmp_path.iterdir()) == []
 
 
