@@ -145,7 +145,9 @@ def _holder(purpose: str) -> dict[str, Any]:
 
 @contextmanager
 def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[None]:
-    lock, is_new = path / LEASE_FILE, not path.exists()
+    lock = path / LEASE_FILE
+    with storage_errors(f"writing to {folder}"):
+        is_new = not path.exists()
     while True:
         with storage_errors(f"writing to {folder}"):
             path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +155,9 @@ def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            text = os.pread(descriptor, 2**16, 0).decode(errors="replace")
+            text = ""
+            with suppress(OSError):
+                text = os.pread(descriptor, 2**16, 0).decode(errors="replace")
             os.close(descriptor)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise _held(folder, text) from None
@@ -161,10 +165,11 @@ def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[
             yield
             return
         # The holder before may have deleted the file between our opening and locking it.
-        with suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == lock.stat().st_ino:
+        with storage_errors(f"writing to {folder}"), ExitStack() as opened:
+            opened.callback(os.close, descriptor)
+            if _is_at(descriptor, lock):
+                opened.pop_all()
                 break
-        os.close(descriptor)
     try:
         with storage_errors(f"writing to {folder}"):
             os.ftruncate(descriptor, 0)
@@ -173,12 +178,20 @@ def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[
     finally:
         with suppress(OSError):
             # The folder may have been replaced; a file of that name is another holder's then.
-            if os.fstat(descriptor).st_ino == lock.stat().st_ino:
+            if _is_at(descriptor, lock):
                 lock.unlink()
                 if is_new:
                     # Whoever was refused before writing anything leaves no empty folder.
                     path.rmdir()
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Returns True if an open file is the one of that name."""
+    try:
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
 
 
 def _open_lock(lock: Path, folder: str) -> int:

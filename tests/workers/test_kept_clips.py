@@ -143,6 +143,16 @@ def test_a_sampler_that_dies_or_takes_too_long_is_not_waited_for(tmp_path, monke
         other.communicate()
 
 
+def test_a_folder_of_which_nothing_can_be_told_costs_a_warning(tmp_path, monkeypatch):
+    warnings = record_warnings("workers.kept_clips", monkeypatch)
+    # As with a folder above it that may not be searched, which stops no test that root runs.
+    kept = KeptClips(f"{tmp_path}/{'x' * 300}", "digest", ())
+    sample = CountingSampler()
+    assert kept.get(REQUEST, sample).clips.features.shape == (1, 32)
+    assert sample.made == 1
+    assert any("may sample the same clips" in words for words in warnings)
+
+
 def test_a_folder_that_takes_no_set_costs_a_warning(tmp_path, monkeypatch):
     warnings = record_warnings("workers.kept_clips", monkeypatch)
     (tmp_path / "file").write_text("")
