@@ -84,26 +84,6 @@ def hold(
 
 
 @contextmanager
-def hold_if_free(folder: str, purpose: str) -> Iterator[bool]:
-    """Yields True while this process holds a folder, False where another process does.
-
-    Args:
-        folder: As in `hold`.
-        purpose: As in `hold`.
-
-    Raises:
-        StorageError: Nothing can be written there.
-    """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(hold(folder, purpose))
-            is_held = True
-        except LeaseError:
-            is_held = False
-        yield is_held
-
-
-@contextmanager
 def hold_replaced(folder: str, purpose: str) -> Iterator[None]:
     """Holds a folder that its writer exchanges whole; the lease lies beside it.
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -23,9 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cluster.errors import LeaseError
 from cluster.files import open_store, storage_errors, store_address, whole_file
 from cluster.folders import files_at
-from cluster.lease import hold_if_free
+from cluster.lease import hold
 from sgmd_core.errors import SgmdError
 from sgmd_core.metrics import appearance, distributions, frechet, motion
 from sgmd_core.schedule import FlowMatchSchedule
@@ -36,7 +38,10 @@ from workers.clip_sets import ClipRequest, ClipSet
 from workers.measured_clips import MeasuredClips
 from workers.settings import ModelSettings, VideoSettings
 
-_WAIT_S, _AGAIN_S = 1800.0, 1.0
+_AGAIN_S = 1.0
+# Whoever samples holds a lease that ends with its process, so only one that hangs is given up; a
+# large teacher may take hours, and those that wait would all begin at once.
+_GIVE_UP_S = 24 * 3600.0
 _MEASURING = (
     frechet,
     shapes,
@@ -101,19 +106,35 @@ def save_clip_set(path: Path, clips: ClipSet) -> None:
         np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def load_clip_set(path: Path | str) -> ClipSet | None:
+def load_clip_set(
+    path: Path | str, warn: Callable[[str], None] = lambda words: _log.warning("%s", words)
+) -> ClipSet | None:
     """Reads a set back; None where there is none, or where the file is broken, with a warning.
 
     Args:
         path: A path or an address.
+        warn: Takes the warning.
     """
     try:
         return _read(_content(path))
     except FileNotFoundError:
         return None
     except (OSError, EOFError, ValueError, KeyError, TypeError, BadZipFile, zlib.error) as error:
-        _log.warning("%s is broken (%s): its clips are sampled again", path, error)
+        warn(f"{path} is broken ({error}): its clips are sampled again")
         return None
+
+
+class _Warnings:
+    """Warnings of one request, which tries again and again: one of each kind."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def warn(self, kind: str, words: object) -> None:
+        """Logs the first warning of a kind."""
+        if kind not in self._told:
+            self._told.add(kind)
+            _log.warning("%s: %s", kind, words)
 
 
 def _content(path: Path | str) -> io.BytesIO:
@@ -170,45 +191,47 @@ class KeptClips:
     def get(self, request: ClipRequest, sample: Callable[[ClipRequest], ClipSet]) -> ClipSet:
         """Returns a set, sampled unless it is kept.
 
-        One that another process is sampling is waited for, half an hour at most: whoever samples
-        holds a lease, which ends with its process. A folder that cannot be read or written costs a
-        warning and the time to sample again.
+        One that another process is sampling is waited for, with one warning that names the process:
+        whoever samples holds a lease, which ends with it. A folder that cannot be read or written
+        costs a warning and the time to sample again.
 
         Args:
             request: The set.
             sample: Makes it.
         """
         name = f"{set_name(self.digest, request, self.facts)}.npz"
-        deadline_s = time.monotonic() + _WAIT_S
-        is_told = False
-        while (kept := self._load(name)) is None:
+        deadline_s = time.monotonic() + _GIVE_UP_S
+        told = _Warnings()
+        while (kept := self._load(name, told)) is None:
             with ExitStack() as stack:
-                if self._is_mine(name, stack) or time.monotonic() >= deadline_s:
+                if self._is_mine(name, stack, told, deadline_s):
                     # Another process may have brought them just before it let go.
-                    kept = self._load(name)
+                    kept = self._load(name, told)
                     return kept if kept is not None else self._make(name, sample(request))
-            if not is_told:
-                _log.info("waiting for the teacher's clips, which another process is sampling")
-                is_told = True
             time.sleep(_AGAIN_S)
         return kept
 
-    def _is_mine(self, name: str, stack: ExitStack) -> bool:
-        """Returns True if nobody else samples a set, or nobody can say."""
-        lease = hold_if_free(f"{self.folder}/{name}.lease", "sampling a teacher's clips")
+    def _is_mine(self, name: str, stack: ExitStack, told: _Warnings, deadline_s: float) -> bool:
+        """Returns True if nobody else samples a set, nobody can say, or it takes too long."""
+        lease = f"{self.folder}/{name}.lease"
         try:
-            return stack.enter_context(lease)
+            stack.enter_context(hold(lease, "sampling a teacher's clips"))
+        except LeaseError as error:
+            if time.monotonic() < deadline_s:
+                told.warn("the clips that another process samples are waited for", error)
+                return False
+            told.warn("the clips that another process samples are waited for no longer", error)
         except SgmdError as error:
-            _log.warning("other processes may sample the same clips: %s", error)
-            return True
+            told.warn("other processes may sample the same clips", error)
+        return True
 
-    def _load(self, name: str) -> ClipSet | None:
+    def _load(self, name: str, told: _Warnings) -> ClipSet | None:
         place = f"{self.folder}/{name}"
         try:
             with storage_errors(f"reading {place}"):
-                return load_clip_set(place)
+                return load_clip_set(place, partial(told.warn, "kept clips are of no use"))
         except SgmdError as error:
-            _log.warning("the clips are sampled again: %s", error)
+            told.warn("the clips are sampled again", error)
             return None
 
     def _make(self, name: str, clips: ClipSet) -> ClipSet:

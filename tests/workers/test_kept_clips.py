@@ -128,15 +128,22 @@ def test_a_sampler_that_dies_or_takes_too_long_is_not_waited_for(tmp_path, monke
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         monkeypatch.setattr("workers.kept_clips._AGAIN_S", 0.01)
-        with monkeypatch.context() as impatient:
-            impatient.setattr("workers.kept_clips._WAIT_S", 0.1)
-            assert not kept.get(REQUEST, sample).remembered
-        for path in tmp_path.glob("*.npz"):
-            if path.is_file():
-                path.unlink()
-        waiting = Timer(0.2, other.kill)
-        waiting.start()
-        assert not kept.get(REQUEST, sample).remembered
+        broken = tmp_path / lease.rpartition("/")[2].removesuffix(".lease")
+        warnings = record_warnings("workers.kept_clips", monkeypatch)
+        for is_impatient in (True, False):
+            broken.write_text("no set")
+            warnings.clear()
+            with monkeypatch.context() as changed:
+                if is_impatient:
+                    changed.setattr("workers.kept_clips._GIVE_UP_S", 0.2)
+                else:
+                    Timer(0.2, other.kill).start()
+                assert not kept.get(REQUEST, sample).remembered
+            # Once each, however often it was looked.
+            useless, waited = warnings[:2]
+            assert "is broken" in useless
+            assert f"process {other.pid}" in waited
+            assert len(warnings) == 2 + is_impatient
         assert sample.made == 2
     finally:
         other.kill()
