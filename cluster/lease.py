@@ -84,6 +84,26 @@ def hold(
 
 
 @contextmanager
+def hold_if_free(folder: str, purpose: str) -> Iterator[str]:
+    """Yields "" while this process holds a folder; where another one does, a sentence naming it.
+
+    Args:
+        folder: As in `hold`.
+        purpose: As in `hold`.
+
+    Raises:
+        StorageError: Nothing can be written there.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold(folder, purpose))
+            holder = ""
+        except LeaseError as error:
+            holder = str(error)
+        yield holder
+
+
+@contextmanager
 def hold_replaced(folder: str, purpose: str) -> Iterator[None]:
     """Holds a folder that its writer exchanges whole; the lease lies beside it.
 

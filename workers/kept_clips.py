@@ -24,10 +24,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.errors import LeaseError
 from cluster.files import open_store, storage_errors, store_address, whole_file
 from cluster.folders import files_at
-from cluster.lease import hold
+from cluster.lease import hold_if_free
 from sgmd_core.errors import SgmdError
 from sgmd_core.metrics import appearance, distributions, frechet, motion
 from sgmd_core.schedule import FlowMatchSchedule
@@ -213,16 +212,17 @@ class KeptClips:
 
     def _is_mine(self, name: str, stack: ExitStack, told: _Warnings, deadline_s: float) -> bool:
         """Returns True if nobody else samples a set, nobody can say, or it takes too long."""
-        lease = f"{self.folder}/{name}.lease"
+        lease = hold_if_free(f"{self.folder}/{name}.lease", "sampling a teacher's clips")
         try:
-            stack.enter_context(hold(lease, "sampling a teacher's clips"))
-        except LeaseError as error:
-            if time.monotonic() < deadline_s:
-                told.warn("the clips that another process samples are waited for", error)
-                return False
-            told.warn("the clips that another process samples are waited for no longer", error)
+            holder = stack.enter_context(lease)
         except SgmdError as error:
             told.warn("other processes may sample the same clips", error)
+            return True
+        if holder and time.monotonic() < deadline_s:
+            told.warn("the clips that another process samples are waited for", holder)
+            return False
+        if holder:
+            told.warn("the clips that another process samples are waited for no longer", holder)
         return True
 
     def _load(self, name: str, told: _Warnings) -> ClipSet | None:
