@@ -24,7 +24,7 @@ from cluster.files import require_writable
 from cluster.lease import Lease, hold
 from pipelines.data.shards.filesystem import data_errors, open_folder
 from pipelines.data.shards.index import INDEX_NAME, Shard, read_index, write_index
-from pipelines.data.shards.listing import QUARANTINE_NAME
+from pipelines.data.shards.listing import QUARANTINE_NAME, is_shard
 from pipelines.data.shards.parquet import read_parquet
 from pipelines.data.shards.rejection import Rejection, from_parquet, to_parquet
 from pipelines.data.shards.schema import SAMPLE_ID
@@ -241,7 +241,7 @@ def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal
     own = f"{root}/_{command}.json"
     wanted = json.loads(json.dumps(settings))
     if f"_{command}.json" not in names:
-        if any(name.endswith(".parquet") for name in names):
+        if any(is_shard(name) or name == QUARANTINE_NAME for name in names):
             raise DataError(
                 attempted,
                 f"Parquet files that `sgmd {command}` did not write",

@@ -63,7 +63,7 @@ def list_chapters(
                 "Give the folder an index, which is read instead: sgmd check --write-index ADDRESS",
             )
         last = path
-        if _is_shard(path):
+        if is_shard(path):
             chapter.append(Shard(path, num_bytes))
         if len(chapter) == size:
             yield tuple(chapter)
@@ -148,11 +148,12 @@ def other_files(filesystem: AbstractFileSystem, root: str) -> Iterator[str]:
         DataError: The folder cannot be listed.
     """
     for path, _ in list_files(filesystem, root):
-        if path and not path.endswith("/") and not _is_shard(path) and not _is_note(path):
+        if path and not path.endswith("/") and not is_shard(path) and not _is_note(path):
             yield path
 
 
-def _is_shard(path: str) -> bool:
+def is_shard(path: str) -> bool:
+    """Tells whether a file of a folder is read as a shard, by its path in the folder."""
     return path.lower().endswith(_SUFFIX) and not _is_note(path)
 
 

@@ -337,11 +337,12 @@ class TestWhatIsNotTaken:
         with pytest.raises(DataError, match=r"1 of 2 shards are gone: part-00000\.parquet"):
             prepare(str(source), str(target), HERE)
 
-    def test_a_folder_of_other_data_is_left_alone(self, source, tmp_path):
-        (tmp_path / "part-00000.parquet").write_bytes(b"mine")
+    @pytest.mark.parametrize("name", ["part-00000.parquet", "A.PARQUET", "quarantine.parquet"])
+    def test_a_folder_of_other_data_is_left_alone(self, source, tmp_path, name):
+        (tmp_path / name).write_bytes(b"mine")
         with pytest.raises(DataError, match="did not write"):
             prepare(str(source), str(tmp_path), HERE)
-        assert (tmp_path / "part-00000.parquet").read_bytes() == b"mine"
+        assert (tmp_path / name).read_bytes() == b"mine"
 
     def test_one_folder_holds_one_format(self, source, tmp_path):
         prepare(str(source / "odd"), str(tmp_path), HERE)
