@@ -104,11 +104,11 @@ def test_a_run_at_an_address_goes_on_from_an_empty_disk_after_kill_9_with_the_sa
     folder: Path, tmp_path: Path, s3_access: S3Access, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Long enough to be killed on the way.
-    steps = {"max_hold_steps": 50, "decay_steps": 4, "watch_every_steps": 8}
+    steps = {"max_hold_steps": 146, "decay_steps": 4, "watch_every_steps": 50}
     config = config_of(folder, tmp_path, "latents", denoiser=steps)
     place = {"run_dir": "s3://runs/latents/run", "output": "s3://runs/latents/teacher"}
     # Ray Train looks for a new state every two seconds, and each waits for the one before it.
-    rarely = config.ray.model_copy(update={"checkpoint_every_steps": 10})
+    rarely = config.ray.model_copy(update={"checkpoint_every_steps": 50})
     config = config.model_copy(update={**place, "ray": rarely})
     (tmp_path / "s3" / "runs").mkdir(parents=True)
     there = tmp_path / "s3" / "runs" / "latents"
