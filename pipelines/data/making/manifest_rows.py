@@ -113,6 +113,24 @@ def csv_header_and_rows(
     )
 
 
+class RepeatedKeyError(ValueError):
+    """A key that an object of JSON has twice, of which a reader would keep the last value."""
+
+
+def object_of_pairs(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of some keys and values, as a hook of `json.loads`.
+
+    Raises:
+        RepeatedKeyError: a key stands there twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise RepeatedKeyError(f"the key {key[:40]!r} twice in an object")
+        found[key] = value
+    return found
+
+
 def json_rows(lines: Iterable[str], caption: str) -> Iterator[dict[str, Any] | str]:
     """Reads JSON lines: an object, or what is wrong with the line; blank lines are skipped.
 
@@ -124,7 +142,10 @@ def json_rows(lines: Iterable[str], caption: str) -> Iterator[dict[str, Any] | s
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=object_of_pairs)
+        except RepeatedKeyError as error:
+            yield f"{error}: {line.strip()[:80]}"
+            continue
         except (ValueError, RecursionError):
             row = None
         if isinstance(row, str):
@@ -161,7 +182,8 @@ def json_file_rows(
             f"Convert it: jq -c '.[]' {address.rpartition('/')[2]} > captions.jsonl",
         )
     try:
-        content = json.loads(data.decode("utf-8-sig", errors="surrogateescape"))
+        text = data.decode("utf-8-sig", errors="surrogateescape")
+        content = json.loads(text, object_pairs_hook=object_of_pairs)
     except (ValueError, RecursionError) as error:
         raise DataError(
             attempted,

@@ -14,7 +14,7 @@ from pipelines.data.clips.clip_errors import ClipError
 from pipelines.data.clips.clip_format import ClipFormat, ClipLimits
 from pipelines.data.clips.transcoding import transcode
 from pipelines.data.making.caption_choice import CaptionChoice
-from pipelines.data.making.manifest_rows import fault_of_text
+from pipelines.data.making.manifest_rows import fault_of_text, object_of_pairs
 from pipelines.data.making.several_captions import (
     choose_caption,
     list_fault,
@@ -170,7 +170,7 @@ def _captions_in(place: CaptionFile, s3: S3Settings) -> str | tuple[object, ...]
         text = data.decode("utf-8-sig")
         if not place.json_fields:
             return text
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=object_of_pairs)
         captions = content if isinstance(content, list) else _caption_in(content, place)
         is_list = isinstance(captions, list)
         fault = list_fault(captions) if is_list else fault_of_text(captions)

@@ -89,6 +89,19 @@ def test_a_bad_row_is_quarantined_with_its_place_in_the_file_and_counted_by_chec
     assert (report.kind, report.num_rows) == ("captions", 70)
 
 
+def test_an_object_with_a_key_twice_is_no_row_and_not_the_last_value(tmp_path):
+    twice = '{"prompt": "a red circle", "prompt": "another"}'
+    lines = [json.dumps({"prompt": CAPTIONS[0]}), twice, json.dumps({"prompt": CAPTIONS[1]})]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(lines))
+    report = check_shards(str(path), CheckOptions(num_processes=0))
+    assert (report.num_rows, report.bad) == (3, {"bad_manifest_row": 1})
+    whole = tmp_path / "prompts.json"
+    whole.write_text(f"[{twice}]")
+    with pytest.raises(DataError, match=r"the key 'prompt' twice in an object"):
+        read_prompts(str(whole))
+
+
 def test_a_run_goes_on_within_a_file_and_refuses_one_that_has_changed(tmp_path):
     path = write(tmp_path / "prompts.txt")
     whole = take(path, 60)
