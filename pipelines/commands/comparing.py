@@ -34,12 +34,14 @@ def study(
     with working() as console:
         from pipelines.config.gaussian_study import is_gaussian_study
         from pipelines.config.recipe import load_recipe
+        from pipelines.config.unread import warn_of_foreign_sections
 
         if is_gaussian_study(recipe):
             data, shown = _in_closed_form(recipe, overrides or [], console, dry_run=dry_run)
             show(data, as_json, *shown)
             return
         config = load_recipe(recipe, overrides or [])
+        warn_of_foreign_sections("study", overrides or [])
         data, shown = _planned(config) if dry_run else _made(config, console)
     show(data, as_json, *shown)
 

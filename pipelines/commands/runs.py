@@ -179,9 +179,11 @@ def _distill_config(
 ) -> "DistillConfig":
     with paused_collector():
         from pipelines.config.recipe import load_recipe
+        from pipelines.config.unread import warn_of_foreign_sections
         from pipelines.run.folder import RunFolder
         from pipelines.run.working_copy import working_copy
 
+    warn_of_foreign_sections("distill", overrides)
     if resume is None or resume == _AUTO:
         if recipe is None:
             raise ConfigError(

@@ -43,8 +43,10 @@ def sweep(
     """Search settings with Ray Tune as the recipe's `sweep` says; write best.yaml and a report."""
     with working() as console:
         from pipelines.config.recipe import load_recipe
+        from pipelines.config.unread import warn_of_foreign_sections
 
         config = load_recipe(recipe, overrides or [])
+        warn_of_foreign_sections("sweep", overrides or [])
 
         with paused_collector():
             from pipelines.run.progress import LineObserver

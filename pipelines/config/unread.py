@@ -3,6 +3,7 @@
 Recipes that ship have every section, so only what stands on the command line is meant.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from pipelines.config.topology import unread_in_mode
 from sgmd_core.errors import ConfigError
 
 _MODE = "topology.mode"
+_COMMAND_SECTIONS = ("sweep", "study")
+"""Sections that the command of their name alone reads."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,25 @@ def unread_settings(config: Any, given: Iterable[str]) -> Iterator[str]:  # noqa
     for sentence, unread in left_out.items():
         if still := [key for key in unread if all(key in other for other in nowhere)]:
             yield sentence.format(", ".join(still))
+
+
+def warn_of_foreign_sections(command: str, overrides: Iterable[str]) -> None:
+    """Warns of settings that another command reads.
+
+    Args:
+        command: Name of the one that is given them.
+        overrides: `KEY=VALUE`.
+    """
+    keys = [text.partition("=")[0].strip() for text in overrides]
+    for section in _COMMAND_SECTIONS:
+        foreign = [key for key in keys if key.partition(".")[0] == section]
+        if foreign and section != command:
+            _log.warning(
+                "sgmd %s does not read %s; sgmd %s does",
+                command,
+                ", ".join(foreign),
+                section,
+            )
 
 
 def _left_out(config: Any, keys: Sequence[str]) -> dict[str, list[str]]:  # noqa: ANN401

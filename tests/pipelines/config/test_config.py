@@ -15,6 +15,7 @@ from pipelines.config.overrides import apply_overrides, nearest_key, parse_overr
 from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, load_recipe
 from pipelines.config.recipe_files import load, recipe_sections, shipped_recipes
 from pipelines.config.settings_check import known_keys
+from pipelines.config.unread import warn_of_foreign_sections
 from pipelines.config.yaml_text import read_yaml
 from pipelines.study.plan import plan_study
 from sgmd_core.errors import ConfigError
@@ -865,3 +866,15 @@ def test_trials_in_one_process_leave_the_cluster_that_the_recipe_names() -> None
     assert config.topology.address == "127.0.0.1:6379"
     with pytest.raises(ConfigError, match="names a Ray cluster"):
         load_recipe("tiny", ["topology.address=127.0.0.1:6379", "topology.mode=local"])
+
+
+def test_settings_of_another_command_are_told(caplog):
+    given = ["sweep.points=3", "study.seeds=[0]", "iterations=2"]
+    for command, told in (
+        ("distill", ["sweep.points", "study.seeds"]),
+        ("sweep", ["study.seeds"]),
+        ("study", ["sweep.points"]),
+    ):
+        caplog.clear()
+        warn_of_foreign_sections(command, given)
+        assert [record.args[1] for record in caplog.records] == told
