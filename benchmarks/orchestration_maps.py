@@ -128,12 +128,7 @@ def measure_staleness(rounds: int, num_iterations: int) -> list[dict[str, Any]]:
         for m in _SEAMS
         for stale in (0, 1)
     }
-    measured: dict[tuple[str, int, int], list[float]] = {key: [] for key in settings}
-    with _opened(settings.values()) as groups:
-        for _ in range(rounds):
-            for key, setting in settings.items():
-                told = rehearse_setting(setting, groups[setting.layout], num_iterations)
-                measured[key].append(told.iteration_s)
+    measured = _measured(settings, rounds, num_iterations)
     rows: list[dict[str, Any]] = []
     for tracking, m, stale in settings:
         if not stale:
@@ -161,12 +156,7 @@ def _over_limit(rounds: int, num_iterations: int) -> list[dict[str, Any]]:
         settings["map", m] = _setting("map", m, 3, 4, TWO_POOLS)
         settings["fused", m] = _setting("fused", m // 2, 1, 8, FUSED)
         settings["pools", m] = _best_classic(4 * m)
-    measured: dict[tuple[str, int], list[float]] = {key: [] for key in settings}
-    with _opened(settings.values()) as groups:
-        for _ in range(rounds):
-            for key, setting in settings.items():
-                told = rehearse_setting(setting, groups[setting.layout], num_iterations)
-                measured[key].append(told.iteration_s)
+    measured = _measured(settings, rounds, num_iterations)
     rows: list[dict[str, Any]] = []
     for (name, m), setting in settings.items():
         limit_s = 4 * m * WORK_UNITS * UNIT_MS / 1e3 / NUM_PROCESSES
@@ -183,6 +173,19 @@ def _over_limit(rounds: int, num_iterations: int) -> list[dict[str, Any]]:
         )
         print_row(rows[-1])
     return rows
+
+
+def _measured(
+    settings: Mapping[Any, Setting], rounds: int, num_iterations: int
+) -> dict[Any, list[float]]:
+    """Seconds an iteration of each setting, by its key, all of them in turns."""
+    found: dict[Any, list[float]] = {key: [] for key in settings}
+    with _opened(settings.values()) as groups:
+        for _ in range(rounds):
+            for key, setting in settings.items():
+                told = rehearse_setting(setting, groups[setting.layout], num_iterations)
+                found[key].append(told.iteration_s)
+    return found
 
 
 def print_row(row: Mapping[str, Any]) -> None:

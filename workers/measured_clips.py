@@ -15,7 +15,8 @@ from torch import Tensor
 from sgmd_core.metrics.diversity import seed_diversity
 from sgmd_core.metrics.frechet import Features, clip_features
 from sgmd_core.worlds import WorldName
-from sgmd_core.worlds.readings import WorldReading, join_readings, read_clips, reading_answers
+from sgmd_core.worlds.readings import WorldReading, read_clips, reading_answers
+from sgmd_core.worlds.records import join_records
 from workers.feature_network import FeatureExtractor
 from workers.measures import measure_clip_figures
 
@@ -89,5 +90,5 @@ def concatenate_clips(parts: Sequence[MeasuredClips]) -> MeasuredClips:
         measures={
             name: torch.cat([part.measures[name] for part in parts]) for name in parts[0].measures
         },
-        reading=join_readings(readings) if readings else None,
+        reading=join_records(readings) if readings else None,
     )

@@ -90,20 +90,20 @@ def plan(
         from pipelines.planning.request import Request, answer
 
         request = Request(
-            recipe,
-            overrides or [],
-            gpus,
-            gpu_memory,
-            tflops,
-            kinds or [],
-            gpus_per_node,
-            node_bandwidth,
-            network_bandwidth,
-            host_memory,
-            model,
-            measured,
-            fit,
-            any_batch,
+            recipe=recipe,
+            overrides=overrides or [],
+            gpus=gpus,
+            gpu_memory=gpu_memory,
+            tflops=tflops,
+            kinds=kinds or [],
+            gpus_per_node=gpus_per_node,
+            node_bandwidth=node_bandwidth,
+            network_bandwidth=network_bandwidth,
+            host_memory=host_memory,
+            model=model,
+            measured=measured,
+            fit=fit,
+            any_batch=any_batch,
         )
         if kinds and emit is not None:
             raise ConfigError(

@@ -1,36 +1,18 @@
 """Samples that several ranks work on together: what `compute.ulysses` asks of a recipe."""
 
-from collections.abc import Mapping
 from typing import Protocol
 
 from cluster.schedule.program import Team
-from pipelines.config.methods import ObjectiveSettings
+from pipelines.config.attention import ComputedSections
 from pipelines.config.roles import GENERATOR
-from pipelines.config.topology import TopologySettings
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.consistency import consistency_of
 from workers.models.family import DenoiserShape
 from workers.models.folder import LatentShape
-from workers.settings import ComputeSettings
 
 
-class SplitSections(Protocol):
+class SplitSections(ComputedSections, Protocol):
     """Sections of a recipe that decide which ranks work together."""
-
-    @property
-    def objective(self) -> ObjectiveSettings:
-        """Section `objective`."""
-        ...
-
-    @property
-    def topology(self) -> TopologySettings:
-        """Section `topology`."""
-        ...
-
-    @property
-    def computes(self) -> Mapping[str, ComputeSettings]:
-        """Sections `compute` by role."""
-        ...
 
     @property
     def teams(self) -> dict[str, Team]:

@@ -16,7 +16,7 @@ The vocabulary lives here, because a measurement must know what it may find.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from sgmd_core.errors import ShapeError
 from sgmd_core.metrics.distributions import STILL_PX_PER_FRAME
+from sgmd_core.worlds.records import join_records
 from sgmd_core.worlds.shapes import DIRECTIONS, SHAPES, shape_coverage
 
 HUES: dict[str, tuple[float, float, float]] = {
@@ -157,7 +158,7 @@ def read_open_clips(video: Tensor) -> OpenReading:
             f"a video tensor of shape {tuple(video.shape)}",
             f"(batch, 3, frames >= {HEADING_FRAMES}, height, width)",
         )
-    return _joined([_read(part.float()) for part in torch.split(video, _CHUNK_CLIPS)])
+    return join_records([_read(part.float()) for part in torch.split(video, _CHUNK_CLIPS)])
 
 
 def open_answers(reading: OpenReading, labels: OpenLabels) -> dict[str, Float[Tensor, " b"]]:
@@ -248,11 +249,6 @@ def _label_row(caption: str) -> tuple[int, ...]:
 
 def _names_object(words: Sequence[str]) -> bool:
     return len(words) == 3 and words[0] == "a" and words[1] in HUES and words[2] in SHAPES
-
-
-def _joined(parts: Sequence[OpenReading]) -> OpenReading:
-    names = [field.name for field in fields(OpenReading)]
-    return OpenReading(**{n: torch.cat([getattr(part, n) for part in parts]) for n in names})
 
 
 def _read(video: Tensor) -> OpenReading:

@@ -1,7 +1,6 @@
 """One door to the embedded worlds: finds the world of captions and reads its clips."""
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 from jaxtyping import Float
@@ -60,13 +59,6 @@ def read_clips(world: WorldName, video: Tensor) -> WorldReading:
         ShapeError: Not a batch of RGB clips of enough frames.
     """
     return _READERS[world](video)
-
-
-def join_readings(parts: Sequence[WorldReading]) -> WorldReading:
-    """One reading of the clips of several of the same world."""
-    kind = type(parts[0])
-    names = [field.name for field in fields(kind)]
-    return kind(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def score_reading(reading: WorldReading, captions: Sequence[str]) -> WorldScores:
