@@ -49,7 +49,7 @@ def vae_loop(settings: Mapping[str, Any]) -> None:
     events.note("reading and decoding the clips")
     clips = _gather("train", "pixels").values
     held_out = _gather("held_out", "pixels").values
-    torch.manual_seed(config.seed)
+    _begin(config)
     vae = networks.build_vae(config.vae)
     training = vae_stage.VaeTraining(vae, config.vae, config.seed + 1_000 * rank, average_gradients)
     _restore(training)
@@ -82,7 +82,7 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
     clips = _gather("train", "latents")
     with folder_here(settings["vae_folder"]) as folder:
         vae = open_autoencoder(folder)
-    torch.manual_seed(config.seed)
+    _begin(config)
     training = DenoiserTraining(
         build_pretrained_teacher(config, settings["vocabulary"], vae.vae.config["z_dim"]),
         config.denoiser,
@@ -187,6 +187,15 @@ def _gather(name: str, column: str) -> MemoryClips:
     # Without a batch format the rows come as numpy columns; the stubs allow for every format.
     batches: Any = shard.iter_batches(batch_size=256)
     return collect(batches, column)
+
+
+def _begin(config: PretrainConfig) -> None:
+    """Fix what the bits of a run depend on: the seed of the weights, and the threads of sums.
+
+    Ray sets `OMP_NUM_THREADS` for a process, which comes too late where torch has been imported.
+    """
+    torch.set_num_threads(config.ray.cpus_per_worker)
+    torch.manual_seed(config.seed)
 
 
 def _restore(training: vae_stage.VaeTraining | DenoiserTraining) -> None:
