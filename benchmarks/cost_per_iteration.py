@@ -21,7 +21,8 @@ from typing import Any
 from documents import write_document
 
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.data.stream.feed import Feed, FeedProgress
+from pipelines.data.stream.batch import BatchFeed
+from pipelines.data.stream.feed import FeedProgress
 from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import PromptBatch, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
@@ -53,7 +54,7 @@ class Stand:
             roles.text.call_rank(0, TextEncoder.encode_negative, config.model.negative_prompt),
         )
         taken = [
-            groups.feed.call_rank(0, Feed.take, config.batch.size)
+            groups.feed.call_rank(0, BatchFeed.take, config.batch.size)
             for _ in range(self._plan.batches_per_iteration)
         ]
         batches = groups.feed.fetch(taken, _TIMEOUT_S, "taking captions")

@@ -23,7 +23,8 @@ from documents import write_document
 
 from cluster.ray.group import RayWorkerGroup
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.data.stream.feed import Feed, FeedProgress
+from pipelines.data.stream.batch import BatchFeed
+from pipelines.data.stream.feed import FeedProgress
 from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import PromptBatch, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
@@ -51,7 +52,7 @@ class Stand:
             PromptBatch(batch.captions)
             for batch in groups.feed.fetch(
                 [
-                    groups.feed.call_rank(0, Feed.take, self._size)
+                    groups.feed.call_rank(0, BatchFeed.take, self._size)
                     for _ in range(self._plan.batches_per_iteration)
                 ],
                 60,

@@ -36,7 +36,8 @@ from pipelines.config.model_folders import (
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.config.topology import PoolSettings
-from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.batch import BatchFeed
+from pipelines.data.stream.feed import FeedProgress, StreamSettings
 from pipelines.data.stream.mixing import build_feed
 from pipelines.distillation.algorithm import STAGES
 from pipelines.distillation.iteration import Roles
@@ -83,7 +84,7 @@ class Groups:
     """All worker groups of a run."""
 
     roles: Roles
-    feed: WorkerGroup[Feed]
+    feed: WorkerGroup[BatchFeed]
     validator: WorkerGroup[Validator] | None
 
     @property

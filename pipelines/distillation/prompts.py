@@ -13,7 +13,7 @@ import torch
 from cluster.spans import labelled
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS
-from pipelines.data.stream.feed import Batch, Feed
+from pipelines.data.stream.batch import Batch, BatchFeed
 from pipelines.distillation.iteration import PromptBatch
 from pipelines.run.data_log import DataLog
 from sgmd_core.seeds import random_generator
@@ -55,7 +55,7 @@ class Prompts:
 
     def __init__(
         self,
-        feed: WorkerGroup[Feed],
+        feed: WorkerGroup[BatchFeed],
         data: DataLog,
         batch_size: int,
         batches_per_iteration: int,
@@ -138,7 +138,7 @@ class Prompts:
             return []
         with labelled(iteration):
             return [
-                self._feed.call_rank(0, Feed.take, self._batch_size, self._columns(number))
+                self._feed.call_rank(0, BatchFeed.take, self._batch_size, self._columns(number))
                 for number in range(self._batches_per_iteration)
             ]
 
@@ -157,9 +157,9 @@ class Prompts:
         with labelled(iteration):
             columns, stored, data = self._columns(number), None, None
             if TEXT_EMBEDS in columns:
-                stored = self._feed.call_rank(0, Feed.embeddings, batch.number)
+                stored = self._feed.call_rank(0, BatchFeed.embeddings, batch.number)
             if LATENTS in columns:
-                data = self._feed.call_rank(0, Feed.data, batch.number)
+                data = self._feed.call_rank(0, BatchFeed.data, batch.number)
         return PromptBatch(captions, stored, dropped, batch.sample_ids, data)
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipelines.data.stream.feed import Batch, FeedProgress
+from pipelines.data.stream.batch import Batch
+from pipelines.data.stream.feed import FeedProgress
 from pipelines.data.stream.ledger import Ledger
 from pipelines.data.stream.plan import Cursor
 from pipelines.data.stream.quarantine import QuarantineFile

@@ -8,9 +8,8 @@ says of itself is small; embeddings stay here until a role asks for them.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import partial
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +20,6 @@ from numpy.typing import NDArray
 from pipelines.data.making.caption_file import require_unchanged
 from pipelines.data.shards.rejection import Reason, Rejection, split_reason
 from pipelines.data.shards.schema import (
-    CAPTION,
     LATENTS,
     REQUIRED_COLUMNS,
     SAMPLE_ID,
@@ -33,6 +31,7 @@ from pipelines.data.shards.schema import (
 )
 from pipelines.data.shards.seen import SeenIds, digest_ids
 from pipelines.data.shards.values import unpack_all_latents, unpack_text
+from pipelines.data.stream.batch import Batch
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.plan import Cursor, ShuffleSettings
 from pipelines.data.stream.quarantine import REPEATS, Tally
@@ -102,60 +101,10 @@ class FeedProgress:
         return replace(self, further=()), *self.further
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Rows for one batch, and where the stream stands after them.
-
-    Attributes:
-        number: Which batch of this feed it is, from 0.
-        rows: Id and caption of each, in stream order.
-        epochs: (epoch, rows) in stream order; a batch may reach over the end of an epoch.
-        cursor: The row that comes next.
-        position: Rows handed out since the start of the run, these included.
-        passes: Passes over the data; a whole number as long as nobody knows where the folder ends.
-        rejects: What was newly left out on the way.
-        notes: What was newly learnt about the folder, for the run to write down.
-        stop: Arguments of the DataError that ends the run, where too much is bad; no rows then.
-        parts: Of several sets, what each gave; empty for one set.
-    """
-
-    PACKS_ITSELF: ClassVar[bool] = True
-
-    number: int
-    rows: pa.Table
-    epochs: tuple[tuple[int, int], ...]
-    cursor: Cursor
-    position: int
-    passes: float
-    rejects: tuple[Rejection, ...]
-    notes: tuple[dict[str, Any], ...]
-    stop: tuple[str, ...] | None = None
-    parts: tuple["Batch", ...] = ()
-
-    def of_set(self, number: int) -> "Batch":
-        """Rows that a set gave: of one set alone, all."""
-        return self.parts[number] if self.parts else self
-
-    @property
-    def sample_ids(self) -> tuple[str, ...]:
-        """Its ids in stream order."""
-        return tuple(self.rows.column(SAMPLE_ID).to_pylist())
-
-    @property
-    def captions(self) -> tuple[str, ...]:
-        """One for each."""
-        return tuple(self.rows.column(CAPTION).to_pylist())
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Travels with its own rows; Arrow would send the whole window that they are a slice of."""
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        values["rows"] = self.rows.take(pa.array(np.arange(self.rows.num_rows)))
-        return partial(Batch, **values), ()
-
-
 class Feed:
-    """Hands out rows in the plan's order; reading begins at once where it is Ray Data's.
+    """A `BatchFeed` of one set, in the plan's order.
 
+    Reading begins at once where it is Ray Data's.
     Where Ray Data reads, close the feed (or use it in `with`) before Ray is shut down.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 from cluster.files import storage_errors
 from cluster.logs import append_line, whole_lines
 from cluster.storage import write_text
-from pipelines.data.stream.feed import Batch
+from pipelines.data.stream.batch import Batch
 from pipelines.data.stream.plan import Cursor
 from sgmd_core.errors import CheckpointError
 

@@ -8,7 +8,7 @@ this set alone. So an epoch is one pass over one set, and sets are passed over a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self, cast
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,8 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, caption_schema
-from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.batch import Batch, BatchFeed
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from sgmd_core.types import DataBatch, Latents, Text
 
 _BLOCK = 1024
@@ -46,7 +47,7 @@ def drawn_sets(
 
 
 class MixedFeed:
-    """Hands out rows of several sets; called as a `Feed` is.
+    """Hands out rows of several sets; a `BatchFeed`.
 
     Args:
         settings: Of the first set, with the others in `further`.
@@ -65,7 +66,7 @@ class MixedFeed:
         self._feeds = [Feed(one, where, num_rows) for one, where in own]
 
     def take(self, num_rows: int, columns: tuple[str, ...] | None = None) -> Batch:
-        """The next `num_rows` usable rows; see `Feed.take`."""
+        """The next `num_rows` usable rows; see `BatchFeed.take`."""
         sets = drawn_sets(self._seed, self._position, num_rows, self._weights)
         parts = tuple(
             feed.take(int((sets == number).sum()), columns)
@@ -97,7 +98,7 @@ class MixedFeed:
         )
 
     def embeddings(self, number: int) -> Text:
-        """Stored embeddings of a batch; see `Feed.embeddings`."""
+        """Stored embeddings of a batch; see `BatchFeed.embeddings`."""
         return self._joined(number, TEXT_EMBEDS)
 
     def latents(self, number: int) -> Latents:
@@ -149,8 +150,7 @@ class _Kept:
     columns: set[str]
 
 
-def build_feed(settings: StreamSettings, progress: FeedProgress, num_rows: int) -> Feed:
-    """Factory for a worker group, which calls methods by name."""
-    if settings.further:
-        return cast(Feed, MixedFeed(settings, progress, num_rows))
-    return Feed(settings, progress, num_rows)
+def build_feed(settings: StreamSettings, progress: FeedProgress, num_rows: int) -> BatchFeed:
+    """Returns the feed of one set or of several; factory for a worker group."""
+    feed = MixedFeed if settings.further else Feed
+    return feed(settings, progress, num_rows)

@@ -12,7 +12,8 @@ from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.making.caption_file import open_set, read_prompts
 from pipelines.data.making.prepare import PrepareOptions, prepare
 from pipelines.data.making.source_clip import Columns
-from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.batch import Batch
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.inspect import first_captions, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source

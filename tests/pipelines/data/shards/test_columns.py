@@ -24,7 +24,8 @@ from pipelines.data.shards.columns import (
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.schema import FPS, REQUIRED_COLUMNS, VIDEO
-from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.batch import Batch
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.inspect import FolderFacts, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.source import Source

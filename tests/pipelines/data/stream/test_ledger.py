@@ -9,8 +9,9 @@ from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.parquet import RowGroupReader
 from pipelines.data.shards.rejection import Rejection
 from pipelines.data.shards.schema import caption_schema
+from pipelines.data.stream.batch import Batch
 from pipelines.data.stream.catalogue import Catalogue
-from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.ledger import Ledger, LedgerEntry
 from pipelines.data.stream.plan import Cursor, ShuffleSettings
 from pipelines.data.stream.reconciliation import DueRow, due_rows, reconcile

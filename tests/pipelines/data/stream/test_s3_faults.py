@@ -17,8 +17,9 @@ from pipelines.data.shards.listing import list_chapters
 from pipelines.data.shards.reading import Fault, Range, fetch, fetch_file
 from pipelines.data.shards.schema import parquet_options, video_schema
 from pipelines.data.shards.shard_writing import write_file
+from pipelines.data.stream.batch import Batch
 from pipelines.data.stream.catalogue import Catalogue
-from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.plan import ShuffleSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source

@@ -13,8 +13,9 @@ from cluster.schedule.program import Team, partition_samples
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import INDEX_NAME
 from pipelines.data.shards.indexing import index_folder
+from pipelines.data.stream.batch import Batch
 from pipelines.data.stream.catalogue import Catalogue
-from pipelines.data.stream.feed import Batch, Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.plan import (
     Cursor,
     RowGroup,
