@@ -22,8 +22,8 @@ from torch.func import functional_call
 from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import random_generator
-from sgmd_core.types import Latents
-from sgmd_core.velocity import VelocityModel
+from sgmd_core.types import Latents, Text
+from sgmd_core.velocity import NegativeText, VelocityModel
 from workers.placement import device_of
 from workers.role_state import require_same_tensors
 from workers.sharding import parameters_of
@@ -59,6 +59,46 @@ class Sampling:
     num_steps: int
     guidance_scale: float
     seed: int
+
+
+def sample_video(
+    model: VelocityModel,
+    decoder: VideoDecoder,
+    schedule: FlowMatchSchedule,
+    noise: Latents,
+    text: Text,
+    negative: NegativeText | None,
+    num_steps: int,
+    guidance_scale: float,
+    on_step: Callable[[int], None] | None = None,
+) -> Video:
+    """Samples clips from their initial noise and decodes them, side by side.
+
+    Args:
+        model: Teacher or generator.
+        decoder: Turns latents into pixels.
+        schedule: Noise levels of the sampler.
+        noise: Standard normal (b, c, t, h, w), on the model's device.
+        text: Embedding of each clip's caption.
+        negative: Embedding that guidance leads away from; needed for a scale other than 1.
+        num_steps: Euler steps.
+        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is no guidance.
+        on_step: Called with the number of steps done, after each.
+
+    Returns:
+        Clips (b, 3, t, h, w) in [0, 1], float32, on the CPU.
+    """
+    latents = euler_sample(
+        model,
+        schedule.sampling_grid(num_steps, guidance_scale),
+        noise,
+        text,
+        negative,
+        guidance_scale,
+        on_step,
+        renoise=schedule.renoises(guidance_scale),
+    )
+    return decoder.decode(latents).float().cpu()
 
 
 class Evaluator:
@@ -144,8 +184,21 @@ class Evaluator:
                     on_progress(done + step, len(starts) * num_steps)
 
             noise = self._noise(seed, first_index + start, len(chunk))
-            latents = self._latents(model, chunk, noise, num_steps, guidance_scale, on_step)
-            clips.append(self._decoder.decode(latents).float().cpu())
+            text = self._text_encoder.encode(chunk, range(len(chunk))).text
+            negative = self._text_encoder.encode_negative(self._negative_prompt)
+            clips.append(
+                sample_video(
+                    model,
+                    self._decoder,
+                    self._schedule,
+                    noise,
+                    text.to(noise.device),
+                    negative.to(noise.device),
+                    num_steps,
+                    guidance_scale,
+                    on_step,
+                )
+            )
         return torch.cat(clips)
 
     def _model(self, weights: Mapping[str, Tensor] | None) -> VelocityModel:
@@ -159,28 +212,6 @@ class Evaluator:
             return functional_call(self._other, placed, (x_t, sigma, text))
 
         return velocity
-
-    def _latents(
-        self,
-        model: VelocityModel,
-        captions: Sequence[str],
-        noise: Latents,
-        num_steps: int,
-        guidance_scale: float,
-        on_step: Callable[[int], None],
-    ) -> Latents:
-        text = self._text_encoder.encode(captions, range(len(captions))).text
-        negative = self._text_encoder.encode_negative(self._negative_prompt)
-        return euler_sample(
-            model,
-            self._schedule.sampling_grid(num_steps, guidance_scale),
-            noise,
-            text.to(noise.device),
-            negative.to(noise.device),
-            guidance_scale,
-            on_step,
-            renoise=self._schedule.renoises(guidance_scale),
-        )
 
     def _noise(self, seed: int, first_index: int, count: int) -> Latents:
         """Initial noise of the captions from `first_index` on, one stream each."""

@@ -11,11 +11,11 @@ from pipelines.embedded_worlds import embedded_world
 from pipelines.pretraining.config import PretrainConfig, SamplingSettings
 from pipelines.pretraining.vae_stage import psnr_db, to_unit_video
 from pipelines.shapes import ClipSplit, EmbeddedWorld
-from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.velocity import VelocityModel
 from sgmd_core.worlds.readings import WorldScores
 from sgmd_core.worlds.shapes import ClipScores
+from workers.evaluator import sample_video
 from workers.models.families import family_of
 from workers.models.family import Autoencoder
 
@@ -117,17 +117,18 @@ def sample_videos(
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(len(captions), *latent_shape, generator=generator)
     unconditional = embed([""])
-    grid = FlowMatchSchedule(shift=settings.flow_shift).few_step_grid(settings.num_steps)
-    videos: list[Tensor] = []
-    for start in range(0, len(captions), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        latents = euler_sample(
+    schedule = FlowMatchSchedule(shift=settings.flow_shift)
+    videos = [
+        sample_video(
             velocity,
-            grid,
-            noise[part],
-            embed(captions[part]),
-            unconditional if settings.guidance_scale != 1 else None,
+            vae,
+            schedule,
+            noise[start : start + settings.batch_size],
+            embed(captions[start : start + settings.batch_size]),
+            unconditional,
+            settings.num_steps,
             settings.guidance_scale,
         )
-        videos.append(vae.decode(latents))
+        for start in range(0, len(captions), settings.batch_size)
+    ]
     return torch.cat(videos)

@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
-from workers.evaluator import VideoDecoder, to_pixels
+from workers.evaluator import VideoDecoder, sample_video, to_pixels
 from workers.models.folder import LatentShape
 from workers.placement import device_of
 from workers.text_encoder import CaptionEmbedder
@@ -154,15 +153,16 @@ class EulerSampler:
         noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(request.seed))
         captions = [request.prompt, request.negative_prompt]
         text, negative = self._embedder.encode(captions, request.text_length).to(device).split(1)
-        latents = euler_sample(
+        video = sample_video(
             self._denoiser,
-            request.schedule.sampling_grid(request.num_steps, request.guidance_scale),
+            self._decoder,
+            request.schedule,
             noise.to(device),
             text,
             negative,
+            request.num_steps,
             request.guidance_scale,
             on_step,
-            renoise=request.schedule.renoises(request.guidance_scale),
         )
-        (pixels,) = to_pixels(self._decoder.decode(latents).float().cpu())
+        (pixels,) = to_pixels(video)
         return pixels
