@@ -24,7 +24,7 @@ import socket
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,59 @@ def require_writable(folder: str | Path, setting: str, *, is_file: bool = False)
     if any(len(os.fsencode(name)) > longest for name in path.parts):
         found = f"a name of more than {longest} bytes"
         raise ConfigError(attempted, found, "shorter names", _ELSEWHERE)
+
+
+def require_own_files(folder: str | Path, spared: Collection[str] = ()) -> None:
+    """Checks that writing below a local folder changes nothing outside of it.
+
+    A folder may come from elsewhere, and writers follow its links.
+
+    Args:
+        folder: The folder; one that is not there has no links.
+        spared: Names of sub-folders that are only ever replaced whole; they are not looked into.
+
+    Raises:
+        ConfigError: A symbolic link leads out of it.
+    """
+    inside = Path(os.path.realpath(folder))
+    for root, folders, names in os.walk(inside):
+        for name in (*folders, *names):
+            path = Path(root, name)
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise ConfigError(
+                    f"writing to {folder}",
+                    f"{path} is a link to {path.readlink()}",
+                    "files of its own: what a link leads to would be overwritten",
+                    "Remove the link, or put the file or folder itself in its place",
+                )
+        folders[:] = [name for name in folders if name not in spared]
+
+
+def open_in_place(path: Path, flags: int) -> int:
+    """Opens a local file that is changed where it stands; returns its descriptor.
+
+    Args:
+        path: The file; it is made where it is missing.
+        flags: Of `os.open`, besides those that make it.
+
+    Raises:
+        StorageError: It is a link, or has a second name: another file would be changed with it.
+    """
+    attempted, remedy = f"writing to {path}", "Remove the link"
+    try:
+        handle = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP or not path.is_symlink():
+            raise
+        found = f"{path} is a link to {path.readlink()}"
+        expected = "a file, or none: what a link leads to would be overwritten"
+        raise StorageError(attempted, found, expected, remedy) from None
+    if (num_names := os.fstat(handle).st_nlink) > 1:
+        os.close(handle)
+        found = f"{path} is one of {num_names} names of a file (hard links)"
+        expected = "a file of its own, or none: under its other names it would be overwritten too"
+        raise StorageError(attempted, found, expected, f"{remedy}, or put a copy in its place")
+    return handle
 
 
 def _usual_remedy(attempted: str, error: BaseException) -> tuple[str, str]:

@@ -31,8 +31,8 @@ from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.errors import LeaseError, LeaseLostError, StorageError
-from cluster.files import open_store, storage_errors, store_address
+from cluster.errors import LeaseError, LeaseLostError
+from cluster.files import open_in_place, open_store, storage_errors, store_address
 from cluster.redaction import without_secrets
 
 LEASE_FILE, LEASE_OBJECT = ".lease", "_lease.json"
@@ -151,7 +151,7 @@ def _hold_local(path: Path, folder: str, holder: Mapping[str, Any]) -> Iterator[
     while True:
         with storage_errors(f"writing to {folder}"):
             path.mkdir(parents=True, exist_ok=True)
-            descriptor = _open_lock(lock, folder)
+            descriptor = open_in_place(lock, os.O_RDWR)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -192,22 +192,6 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return os.fstat(descriptor).st_ino == path.stat().st_ino
     except FileNotFoundError:
         return False
-
-
-def _open_lock(lock: Path, folder: str) -> int:
-    """Opens the file of a lease, which is emptied and written: never through a link."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    try:
-        return os.open(lock, flags, 0o644)
-    except OSError as error:
-        if error.errno != errno.ELOOP or not lock.is_symlink():
-            raise
-        raise StorageError(
-            f"writing to {folder}",
-            f"{lock} is a link to {lock.readlink()}",
-            "a file, or none: what a link leads to would be overwritten",
-            "Remove the link",
-        ) from None
 
 
 @contextmanager

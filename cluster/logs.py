@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
-from cluster.files import storage_errors, sync_file
+from cluster.files import open_in_place, storage_errors, sync_file
 from sgmd_core.errors import CheckpointError
 
 Kind: TypeAlias = (
@@ -85,10 +85,14 @@ def append_line(path: Path, record: Mapping[str, Any]) -> None:
     A line that does not fit on the disk is taken back, so that the log stays whole.
 
     Raises:
-        StorageError: The disk is full or cannot be written to.
+        StorageError: The disk is full or cannot be written to; or the log is a link.
     """
     data = (json.dumps(record, ensure_ascii=False) + "\n").encode()
-    with storage_errors(f"adding a line to {path}"), path.open("a+b", buffering=0) as file:
+    flags = os.O_RDWR | os.O_APPEND
+    with (
+        storage_errors(f"adding a line to {path}"),
+        os.fdopen(open_in_place(path, flags), "a+b", buffering=0) as file,
+    ):
         end = file.seek(0, os.SEEK_END)
         if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
             # The end of a line that a crash has torn, or the next one would be lost with it.

@@ -18,7 +18,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from cluster.errors import StorageError, StoreRefusedError
-from cluster.files import delete_folder, open_store, storage_errors, store_address, write_whole
+from cluster.files import (
+    delete_folder,
+    open_store,
+    require_own_files,
+    storage_errors,
+    store_address,
+    write_whole,
+)
 from cluster.folders import upload_file
 from cluster.lease import LEASE_OBJECT, Lease, hold
 from cluster.s3.settings import S3Settings
@@ -31,7 +38,8 @@ T = TypeVar("T")
 CONFIG_FILE = "config.yaml"
 """File of a folder that makes it a run's."""
 
-BIG_FOLDERS = frozenset({"checkpoints", "generator", "best", "exports"})
+_EXPORTED = frozenset({"generator", "best", "exports"})
+BIG_FOLDERS = _EXPORTED | {"checkpoints"}
 """Folders of a run that are only at its address."""
 
 PATIENCE = S3Settings(read_budget_s=20.0, read_timeout_s=10.0, max_attempts=3)
@@ -324,11 +332,15 @@ def hold_place(root: Path, purpose: str, without: Collection[str] = ()) -> Itera
 
     Raises:
         LeaseError: Another process holds it; says which one and since when.
+        ConfigError: A link in it leads to other files.
         StorageError: Nothing can be written there.
     """
     copy, place = copy_at(root), shared_place(root)
     files = open_store(place, PATIENCE)[0] if copy else None
     with hold(place, purpose, files) as lease:
+        if not copy:
+            # Exports link to the parts of their base, and are written whole.
+            require_own_files(root, _EXPORTED)
         if copy:
             copy.fetch(without)
         yield lease

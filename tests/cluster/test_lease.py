@@ -121,6 +121,11 @@ class TestDisk:
             with pytest.raises(StorageError, match=f"is a link to {target}.*Remove the link"), held:
                 pass
             lock.unlink()
+        held = hold(str(folder), "a test")
+        os.link(precious, lock)
+        with pytest.raises(StorageError, match=r"one of 2 names.*copy in its place"), held:
+            pass
+        lock.unlink()
         assert precious.read_text() == "mine"
         assert not (tmp_path / "new").exists()
 

@@ -30,7 +30,12 @@ from pipelines.data.checking.check_report import CheckReport, CheckTally
 from pipelines.data.clips.clip_format import ClipLimits
 from pipelines.data.clips.guarded_process import Died, GuardedProcess
 from pipelines.data.clips.hang_guard import MAX_HANG_S
-from pipelines.data.making.caption_file import locate_set, no_shards, open_set
+from pipelines.data.making.caption_file import (
+    caption_file_in_words,
+    locate_set,
+    no_shards,
+    open_set,
+)
 from pipelines.data.making.ordered_pool import map_in_order
 from pipelines.data.shards.columns import (
     SETTLING_SHARDS,
@@ -101,6 +106,7 @@ class _OpenShard:
     kind: ShardKind
     encoding: Encoding | None
     columns: ColumnMap
+    stored: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -160,6 +166,7 @@ def check_shards(
         DataError: the folder cannot be opened, holds no shard, or lacks a column that is named.
     """
     folder, only = locate_set(url, names=options.names)
+    columns = caption_file_in_words(url, options.names)
     place = open_set(url, names=options.names)
     filesystem, root = place.filesystem, place.root
     opened = _open_all(filesystem, root, only, place.names, on_progress)
@@ -196,7 +203,7 @@ def check_shards(
         num_shards=len(opened.listed),
         num_empty=sum(each.is_empty for each in opened.listed),
         others="" if only else _others_in_words(filesystem, root),
-        columns=_columns_in_words(shards),
+        columns=columns or _columns_in_words(shards),
         num_rows=num_rows + per_shard * len(opened.unreadable),
         num_bytes=sum(each.shard.num_bytes for each in opened.listed),
         problems=problems if num_rows else [*problems, "no rows"],
@@ -259,7 +266,7 @@ def _open(shard: Shard, footer: Footer, names: ColumnNames) -> _OpenShard | Reje
             return _unreadable(shard, error.found)
         if encoding is None:
             return _unreadable(shard, "latents without the metadata that say what they are")
-    return _OpenShard(shard, kind, encoding, columns)
+    return _OpenShard(shard, kind, encoding, columns, tuple(footer.schema.names))
 
 
 def _unreadable(shard: Shard, detail: str) -> Rejection:
@@ -278,7 +285,11 @@ def _require_rates(opened: _Opened) -> None:
 
 def _columns_in_words(shards: Sequence[_OpenShard]) -> str:
     """Names the columns that were taken for ours; with counts, where shards differ."""
-    counts = Counter(each.columns.in_words() for each in shards)
+    plain = (ShardKind.CAPTIONS, ShardKind.VIDEO)
+    counts = Counter(
+        each.columns.in_full(each.stored) if each.kind in plain else each.columns.in_words()
+        for each in shards
+    )
     if len(counts) < 2:
         return "".join(counts)
     return " | ".join(

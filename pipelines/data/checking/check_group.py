@@ -206,19 +206,17 @@ class _Look:
     bad: list[NDArray[np.int64]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     examples: list[Rejection] = field(default_factory=list)
-    faults: Mapping[int, str] | None = None
 
     def add(self, rows: Rows) -> None:
         task, table = self.task, rows.table
-        if self.faults is None:
-            self.faults = faults_in(table.schema, task.index)
-        known = {row - rows.first: self.faults[row] for row in self.faults if row >= rows.first}
+        faults_of_set = faults_in(table.schema, task.index)
+        known = {row - rows.first: why for row, why in faults_of_set.items() if row >= rows.first}
         columns = {name: table[name].cast(pa.string()) for name in REQUIRED_COLUMNS}
         columns, reasons = check_rows(columns, task.max_caption_chars, known)
         named, told = (pc.fill_null(columns[name], "") for name in REQUIRED_COLUMNS)
         has_id = np.asarray(pc.not_equal(named, ""))
         faults = {row: split_reason(reason) for row, reason in reasons.items()}
-        for row, fault in self._try_rows(rows):
+        for row, fault in self._try_rows(rows, faults):
             faults.setdefault(row, fault)
         self.ids.append(digest_ids(named))
         self.has_id.append(has_id)
@@ -247,11 +245,15 @@ class _Look:
             ),
         )
 
-    def _try_rows(self, rows: Rows) -> Iterator[tuple[int, tuple[str, str]]]:
-        """Decodes the chosen rows of a batch; what is wrong with them."""
+    def _try_rows(
+        self, rows: Rows, faults: Mapping[int, tuple[str, str]]
+    ) -> Iterator[tuple[int, tuple[str, str]]]:
+        """Decodes the chosen rows of a batch that have a video; what is wrong with them."""
         task, table = self.task, rows.table
         start, stop = np.searchsorted(task.tried, (rows.first, rows.first + table.num_rows))
         for row in (task.tried[start:stop] - rows.first).tolist():
+            if faults.get(row, ("",))[0] == Reason.MISSING_VIDEO:
+                continue
             values = {name: table[name][row].as_py() for name in _values(task.kind)}
             try:
                 if task.kind is ShardKind.VIDEO:

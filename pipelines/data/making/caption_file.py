@@ -23,6 +23,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
+from pipelines.data.making.manifests import columns_in_words
 from pipelines.data.making.source_clip import Columns, SourceClip
 from pipelines.data.making.sources import PROMPTS_SUFFIX, list_clips
 from pipelines.data.shards.columns import ColumnNames, kind_of, require_named
@@ -102,6 +103,26 @@ def locate_set(
         if filesystem.isdir(root):
             return url, ""
     return _located(url, s3, names, _stamp(filesystem, root))
+
+
+def caption_file_in_words(url: str, names: ColumnNames = ColumnNames()) -> str:
+    """One line that says what is read of a file of captions; empty where a set is no such file.
+
+    Args:
+        url: As in `open_set`, which has accepted it.
+        names: Names of the set's columns.
+
+    Raises:
+        DataError: The file cannot be read.
+    """
+    suffix = PurePosixPath(url).suffix.lower()
+    folder, only = locate_set(url, names=names)
+    if folder == url or only:
+        return ""
+    if suffix == PROMPTS_SUFFIX:
+        return f"{CAPTION} is each line; {SAMPLE_ID} is a digest of it"
+    filesystem, root = open_folder(url, probe=False)
+    return columns_in_words(filesystem, root, _columns_of(names))
 
 
 def read_prompts(url: str, s3: S3Settings = S3Settings()) -> list[str]:
@@ -224,7 +245,7 @@ def _converted(
                 "no name for a column that is not there",
                 f"Leave {names.setting_of(column)} out",
             )
-    columns = Columns(None, names.caption, names.sample_id, names.setting_of(CAPTION))
+    columns = _columns_of(names)
     digest = hashlib.sha256(_VERSION + PurePosixPath(root).suffix.lower().encode())
     if names.caption is not None or names.sample_id is not None:
         digest.update(repr((names.caption, names.sample_id)).encode())
@@ -236,6 +257,10 @@ def _converted(
     if not (folder / INDEX_NAME).exists():
         _convert(url, s3, columns, name, folder)
     return str(folder)
+
+
+def _columns_of(names: ColumnNames) -> Columns:
+    return Columns(None, names.caption, names.sample_id, names.setting_of(CAPTION))
 
 
 def _convert(url: str, s3: S3Settings, columns: Columns, name: str, folder: Path) -> None:

@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from fsspec import AbstractFileSystem
 
@@ -58,15 +58,40 @@ def _row_clips(
     address = address_of(filesystem, path)
     with open_reading(filesystem, path) as file:
         ids = _CaptionIds()
-        name, rows = _manifest_rows(file, address, columns)
-        for number, row in enumerate(rows):
-            yield _manifest_clip(filesystem, address, number, row, columns, name, ids)
+        found = _manifest_rows(file, address, columns)
+        for number, row in enumerate(found.rows):
+            yield _manifest_clip(filesystem, address, number, row, columns, found.caption, ids)
 
 
-def _manifest_rows(
-    file: BinaryIO, address: str, columns: Columns
-) -> tuple[str, Iterator[dict[str, Any] | str]]:
-    """Name of the captions in all rows of a manifest, and the rows."""
+def columns_in_words(filesystem: AbstractFileSystem, path: str, columns: Columns) -> str:
+    """One line that says which columns of a file of captions hold captions and ids.
+
+    Args:
+        filesystem: Where the file is.
+        path: A file that ends in one of `MANIFEST_SUFFIXES`.
+        columns: As in `list_clips`.
+
+    Raises:
+        DataError: See `list_clips`.
+    """
+    with open_reading(filesystem, path) as file:
+        found = _manifest_rows(file, address_of(filesystem, path), columns)
+    name = columns.sample_id or SAMPLE_ID
+    ids = f"is column {name}" if name in found.names else f"is a digest of it (no column {name})"
+    others = [each for each in dict.fromkeys(found.names) if each not in (found.caption, name)]
+    left = f"; not read: {', '.join(others)}"[:_SHOWN_CHARS] if others else ""
+    return printable(f"{CAPTION} is column {found.caption}; {SAMPLE_ID} {ids}{left}")
+
+
+class _Manifest(NamedTuple):
+    """Columns of a manifest, the one that has its captions, and its rows."""
+
+    names: Sequence[str]
+    caption: str
+    rows: Iterator[dict[str, Any] | str]
+
+
+def _manifest_rows(file: BinaryIO, address: str, columns: Columns) -> _Manifest:
     suffix = PurePosixPath(address).suffix.lower()
     if suffix == ".json":
         key = columns.path or columns.sample_id or SAMPLE_ID
@@ -80,13 +105,13 @@ def _manifest_rows(
     else:
         lines = manifest_lines(file, address)
         header, rows = csv_header_and_rows(lines, address, "\t" if suffix == ".tsv" else ",")
-    return _require_columns(header, address, columns), rows
+    return _Manifest(header, _require_columns(header, address, columns), rows)
 
 
 def _with_named_keys(
     rows: Iterable[dict[str, Any] | str], address: str, columns: Columns
-) -> tuple[str, Iterator[dict[str, Any] | str]]:
-    """The captions' key and the rows; the first rows settle the key for all of them.
+) -> _Manifest:
+    """The keys, that of the captions, and the rows; the first rows settle the key for all of them.
 
     Raises:
         DataError: None of the first ones has a key that the caller names, or several keys may be
@@ -108,7 +133,7 @@ def _with_named_keys(
         alone = [each for row in keys if len(each := competing_captions(row)) == 1]
         names = list(dict.fromkeys(itertools.chain.from_iterable(alone))) or names
     _require_one_caption(names, address, columns)
-    return (names or columns.captions)[0], itertools.chain(first, waiting)
+    return _Manifest(found, (names or columns.captions)[0], itertools.chain(first, waiting))
 
 
 def _wanted(names: Sequence[str], columns: Columns) -> list[str]:

@@ -11,6 +11,7 @@ lies and however its row groups are cut.
 """
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.schema import (
     CAPTION,
     ENCODING_KEY,
+    FAULTS_KEY,
     FPS,
     LATENTS,
     REQUIRED_COLUMNS,
@@ -31,6 +33,7 @@ from pipelines.data.shards.schema import (
     TEXT_EMBEDS,
     VIDEO,
     ShardKind,
+    faults_in,
 )
 from sgmd_core.errors import DataError
 
@@ -43,7 +46,8 @@ CAPTION_NAMES = ("caption", "prompt", "text")
 SETTLING_SHARDS = 8
 """First shards of a set that settle the names of its columns."""
 
-_BYTES = "bytes"
+_BYTES, _PATH = "bytes", "path"
+_MAX_PATH_CHARS = 200
 _NUM_SHOWN = 12
 _COMPETE = "each of these columns may be the {}:"
 
@@ -131,7 +135,15 @@ class ColumnMap:
                 columns[name] = pa.chunked_array([pa.array(ids, pa.string())])
             else:
                 columns[name] = pa.chunked_array([pa.nulls(table.num_rows, pa.float64())])
-        return pa.table(columns).replace_schema_metadata(table.schema.metadata)
+        metadata_of_set = dict(table.schema.metadata or {})
+        if isinstance(stored := self.stored.get(VIDEO), str):
+            found = _paths_alone(columns[VIDEO], table.column(stored))
+            if found:
+                faults = {skipped + row: fault for row, fault in found.items()}
+                faults |= faults_in(table.schema, index)
+                named = {f"{index}/{row}": fault for row, fault in faults.items()}
+                metadata_of_set[FAULTS_KEY] = json.dumps(named).encode()
+        return pa.table(columns).replace_schema_metadata(metadata_of_set or None)
 
     def in_words(self) -> str:
         """One line that names all columns that are not our own; empty where all are."""
@@ -143,6 +155,24 @@ class ColumnMap:
         if self.stored.get(SAMPLE_ID, SAMPLE_ID) is None:
             found.append("ids are derived from file and row (no column sample_id)")
         return "; ".join(found)
+
+    def in_full(self, names: Sequence[str]) -> str:
+        """One line that names the column of each of ours, and what is left of a shard's columns.
+
+        Args:
+            names: All columns of the shard. Where they are exactly our own the line is empty.
+        """
+        others = [name for name in dict.fromkeys(names) if name not in self.sources]
+        if not self.in_words() and not others:
+            return ""
+        found = [
+            f"{name} is column {stored}"
+            for name, stored in self.stored.items()
+            if stored is not None
+        ]
+        if self.stored.get(SAMPLE_ID, SAMPLE_ID) is None:
+            found.append("ids are derived from file and row (no column sample_id)")
+        return "; ".join([*found, *([f"not read: {_shown(others)}"] if others else [])])
 
 
 def map_columns(schema: pa.Schema, names: ColumnNames, wanted: Sequence[str]) -> ColumnMap | Fault:
@@ -386,3 +416,28 @@ def as_plain(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _storage(column: pa.ChunkedArray) -> list[bytes | None]:
     return [value for chunk in column.chunks for value in chunk.storage.to_pylist()]
+
+
+def _paths_alone(content: pa.ChunkedArray, column: pa.ChunkedArray) -> dict[int, str]:
+    """Faults of videos that are structs with a path and without bytes, by row.
+
+    Such a path leads to a file on the machine that wrote the set, which may be any file here.
+    """
+    kind = column.type
+    if not isinstance(kind, pa.StructType) or kind.get_field_index(_PATH) < 0:
+        return {}
+    if not _is_text(kind.field(_PATH).type):
+        return {}
+    # A module of rejections reads Parquet files, and so imports this one.
+    from pipelines.data.shards.rejection import Reason, join_reason
+
+    paths = pc.struct_field(column, _PATH)
+    is_empty = pc.equal(pc.fill_null(pc.binary_length(content), 0), 0)
+    if not pc.any(is_empty).as_py():
+        return {}
+    found = {}
+    for row, (alone, path) in enumerate(zip(is_empty.to_pylist(), paths.to_pylist(), strict=True)):
+        if alone and path:
+            detail = f"a path alone, {path[:_MAX_PATH_CHARS]}; its file is not in the set"
+            found[row] = join_reason(Reason.MISSING_VIDEO, detail)
+    return found

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import StorageError
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl, require_inside, versions
 from pipelines.run.observer import RunObserver
 from pipelines.run.records import RunEvent
+from pipelines.run.working_copy import hold_place
 from sgmd_core.errors import CheckpointError, ConfigError
 
 
@@ -41,6 +43,41 @@ def test_rewinding_drops_what_will_be_made_again(tmp_path: Path) -> None:
     assert [line["iteration"] for line in read_jsonl(folder.metrics)] == [0, 1, 2]
     append_jsonl(folder.metrics, {"iteration": 3, **rest})
     assert len(read_jsonl(folder.metrics)) == 4
+
+
+def test_a_log_is_not_added_to_through_a_link(tmp_path: Path) -> None:
+    precious, log = tmp_path / "precious", tmp_path / "metrics.jsonl"
+    precious.write_text("mine")
+    for make, words in (
+        (lambda: log.symlink_to(precious), f"is a link to {precious}.*Remove the link"),
+        (lambda: log.hardlink_to(precious), "one of 2 names of a file"),
+    ):
+        make()
+        with pytest.raises(StorageError, match=words):
+            append_jsonl(log, {"iteration": 0})
+        log.unlink()
+    assert precious.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "summary.json", "checkpoints/step-000002", "ledger/0.jsonl", "best"]
+)
+def test_a_run_whose_links_lead_elsewhere_is_not_written_to(tmp_path: Path, name: str) -> None:
+    folder, outside = RunFolder(tmp_path / "run"), tmp_path / "outside"
+    folder.create("name: run\n")
+    (folder.root / "real").write_text("inside")
+    (folder.root / "inner").symlink_to("real")
+    (folder.generator / "vae").mkdir(parents=True)
+    (folder.generator / "vae" / "weights").symlink_to(outside)
+    with hold_place(folder.root, "a test"):
+        pass
+    path = folder.root / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(outside)
+    held = hold_place(folder.root, "a test")
+    with pytest.raises(ConfigError, match=f"{path} is a link to {outside}"), held:
+        pass
+    assert not outside.exists()
 
 
 @pytest.mark.parametrize("end", [b"\0" * 300 + b"\n", b"\0" * 300, b'{"shards": [["b.par', b"x\n"])

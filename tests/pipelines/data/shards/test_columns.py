@@ -1,7 +1,9 @@
 """Columns as other tools name and store them: taken where it is clear, refused where it is not."""
 
 import json
+import pickle
 import uuid
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,10 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.data.checking.check import CheckOptions, check_shards
+from pipelines.data.clips.clip_decoding import ClipDecoder
+from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat
+from pipelines.data.making.encode_plan import plan_parts
+from pipelines.data.making.encode_stages import DETAIL, REASON, TASK, read_and_decode
 from pipelines.data.shards.columns import (
     ColumnMap,
     ColumnNames,
@@ -21,8 +27,9 @@ from pipelines.data.shards.columns import (
     map_columns,
     settle_names,
 )
-from pipelines.data.shards.filesystem import S3Settings
+from pipelines.data.shards.filesystem import S3Settings, open_folder
 from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.rejection import join_reason
 from pipelines.data.shards.schema import FPS, REQUIRED_COLUMNS, VIDEO
 from pipelines.data.stream.batch import Batch
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
@@ -70,10 +77,12 @@ def test_the_usual_name_of_captions_is_taken_and_ids_are_made_of_file_and_row(tm
             for split in ("test", "train")
             for row in range(3)
         }
-    words = f"caption is column {name}; ids are derived from file and row (no column sample_id)"
+    derived = "ids are derived from file and row (no column sample_id)"
+    words = f"caption is column {name}; {derived}"
     assert look(tmp_path).found == words
     report = check_shards(str(tmp_path), HERE)
-    assert (report.is_usable, report.num_rows, report.columns) == (True, 6, words)
+    assert (report.is_usable, report.num_rows) == (True, 6)
+    assert report.columns == f"{words}; not read: url"
 
 
 def test_sets_with_our_names_have_nothing_to_say(tmp_path):
@@ -103,7 +112,8 @@ def test_two_columns_that_may_be_the_caption_are_refused_by_name_until_one_is_ch
     chosen = OptionColumnNames(caption="text", sample_id="id")
     report = check_shards(str(tmp_path), CheckOptions(num_processes=0, names=chosen))
     assert report.is_usable
-    assert report.columns == "sample_id is column id; caption is column text"
+    told = "sample_id is column id; caption is column text; not read: prompt"
+    assert report.columns == told
 
 
 def test_shards_that_disagree_are_refused_unless_some_have_our_name(tmp_path):
@@ -114,7 +124,8 @@ def test_shards_that_disagree_are_refused_unless_some_have_our_name(tmp_path):
     assert "text and prompt" in check_shards(str(tmp_path), HERE).problems[0]
     write(tmp_path / "c.parquet", caption=["e"] * 9)
     report = check_shards(str(tmp_path), HERE)
-    assert report.columns == "ids are derived from file and row (no column sample_id)"
+    derived = "ids are derived from file and row (no column sample_id)"
+    assert report.columns == f"caption is column caption; {derived}"
     assert "missing column caption" in report.examples[0]
 
 
@@ -188,7 +199,8 @@ def test_a_column_of_nulls_is_bad_row_by_row_and_gives_way_to_one_with_values(tm
     assert check_shards(str(tmp_path), HERE).bad == {"empty_caption": 2}
     write(tmp_path / "a.parquet", sample_id=["a", "b"], caption=pa.nulls(2), text=["c", "d"])
     assert sorted(take(tmp_path, 2).captions) == ["c", "d"]
-    assert check_shards(str(tmp_path), HERE).columns == "caption is column text"
+    told = "sample_id is column sample_id; caption is column text; not read: caption"
+    assert check_shards(str(tmp_path), HERE).columns == told
 
 
 def test_a_wrong_type_and_two_columns_of_one_name_are_told():
@@ -215,10 +227,22 @@ def as_hugging_face_stores(folder: Path, path: Path, name: str = "video") -> int
     write_shards(str(folder), num_clips=6, shard_size=6, seed=0)
     table = pq.read_table(next(folder.glob("*.parquet")))
     videos = [{"bytes": value, "path": None} for value in table[VIDEO].to_pylist()]
-    videos[2]["bytes"] = None
+    videos[2] = {"bytes": None, "path": "clips/../c.mp4"}
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     write(path, 4, text=table["caption"], **{name: pa.array(videos, kind)})
     return table.num_rows
+
+
+def encoded_reasons(folder: Path) -> list[str]:
+    """Reasons by which `sgmd encode` takes no row, "" where it takes it."""
+    parts = plan_parts(*open_folder(str(folder)), 8)
+    tasks = pa.table({TASK: [pickle.dumps(part) for part in parts]})
+    decode = ClipDecoder(ClipFormat(None, 32, 32), DEFAULT_LIMITS)
+    lines = pa.concat_tables(read_and_decode(tasks, str(folder), decode, 4096, max_hang_s=0))
+    return [
+        "" if line[REASON] is None else join_reason(line[REASON], line[DETAIL])
+        for line in lines.to_pylist()
+    ]
 
 
 def test_video_structs_are_read_and_a_single_file_of_them_is_a_set(tmp_path):
@@ -228,8 +252,13 @@ def test_video_structs_are_read_and_a_single_file_of_them_is_a_set(tmp_path):
         report = check_shards(str(url), HERE)
         assert (report.kind, report.num_rows, report.decoded) == ("video", 6, 6)
         assert report.videos["sizes"] == {"32x32": 5}
-        assert report.bad == {"undecodable": 1}
-        assert report.examples[0].startswith("data.parquet, row 2")
+        assert report.bad == {"missing_video": 1}
+        alone = "missing_video (a path alone, clips/../c.mp4; its file is not in the set)"
+        assert report.examples == [f"data.parquet, row 2: {alone}"]
+        assert report.columns == (
+            "caption is column text; video is column video; "
+            "ids are derived from file and row (no column sample_id)"
+        )
         assert len(take(url, 6).sample_ids) == 6
         assert "data.parquet#3" in take(url, 6).sample_ids
     for s3 in (S3Settings(), IN_HERE):
@@ -238,7 +267,8 @@ def test_video_structs_are_read_and_a_single_file_of_them_is_a_set(tmp_path):
         with Feed(settings, FeedProgress(), 5) as feed:
             batch = feed.take(5)
         assert "data.parquet#2" not in batch.sample_ids
-        assert [reject.row for reject in batch.rejects] == [2]
+        assert [(reject.row, reject.why) for reject in batch.rejects] == [(2, alone)]
+    assert encoded_reasons(path.parent)[2] == alone
     (path.parent / "other.parquet").write_bytes(b"no shard")
     assert look(path).num_shards == 1
     assert check_shards(str(path), HERE).num_shards == 1
@@ -254,6 +284,36 @@ def test_a_video_column_is_named_by_option(tmp_path):
     found = json.loads(CliRunner().invoke(app, [*arguments, "--video-column", "mp4"]).stdout)
     assert (found["kind"], found["decoded"]) == ("video", 6)
     assert "video is column mp4" in found["columns"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl", "txt"])
+def test_check_says_what_it_reads_of_a_file_of_captions(tmp_path, suffix):
+    path = tmp_path / f"prompts.{suffix}"
+    rows = [{"Text": f"words {row}", "id": row, "score": 0.5} for row in range(3)]
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif suffix == "csv":
+        path.write_text(
+            "\n".join(["Text,id,score", *(",".join(map(str, row.values())) for row in rows)])
+        )
+    else:
+        words = [row["Text"] for row in rows] if suffix == "txt" else map(json.dumps, rows)
+        path.write_text("\n".join(map(str, words)))
+    told = "caption is column Text; sample_id is a digest of it (no column sample_id); not read: id"
+    if suffix == "txt":
+        told = "caption is each line; sample_id is a digest of it"
+        assert check_shards(str(path), HERE).columns == told
+        return
+    assert check_shards(str(path), HERE).columns == f"{told}, score"
+    named = replace(HERE, names=OptionColumnNames(sample_id="id"))
+    told = "caption is column Text; sample_id is column id; not read: score"
+    assert check_shards(str(path), named).columns == told
+
+
+def test_check_names_the_columns_that_it_does_not_read(tmp_path):
+    write(tmp_path / "a.parquet", caption=["one"], sample_id=["a"], mp4=[b"film"])
+    told = "sample_id is column sample_id; caption is column caption; not read: mp4"
+    assert check_shards(str(tmp_path), HERE).columns == told
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
