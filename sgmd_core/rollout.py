@@ -11,6 +11,8 @@ its grid when the exit step is drawn uniformly.
 A consistency function maps any state to x0, and its x0 goes with the state that it came from. So an
 Euler step, which keeps the noise of that state, would lead to states that no data are noised to:
 its steps renoise, with noise that is drawn from the initial one and the number of the step.
+
+A transition (`inner_flow`) samples the velocity of each step; its inner noise is drawn likewise.
 """
 
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sgmd_core.errors import ConfigError
+from sgmd_core.inner_flow import TransitionModel, model_at_step
 from sgmd_core.seeds import derived_noise
 from sgmd_core.types import Latents, PerSample, Samples, Text, per_sample
 from sgmd_core.velocity import GuidanceNorm, NegativeText, VelocityModel, guided_velocity
@@ -47,7 +50,7 @@ class RolloutExit:
 
 
 def rollout(
-    model: VelocityModel,
+    model: VelocityModel | TransitionModel,
     grid: Grid,
     initial_noise: Latents,
     text: Text,
@@ -85,7 +88,7 @@ def rollout(
 
 
 def rollout_exit(
-    model: VelocityModel,
+    model: VelocityModel | TransitionModel,
     grid: Grid,
     initial_noise: Latents,
     text: Text,
@@ -119,11 +122,12 @@ def rollout_exit(
     x_t = initial_noise
     with torch.no_grad():
         for step in range(exit_step):
-            velocity = model(x_t, _level(grid, step, x_t), text)
+            here = model_at_step(model, initial_noise, step)
+            velocity = here(x_t, _level(grid, step, x_t), text)
             x_t = _stepped(grid, step, x_t, velocity, initial_noise if renoise else None)
     sigma = _level(grid, exit_step, x_t)
     with torch.set_grad_enabled(keep_graph):
-        velocity = model(x_t, sigma, text)
+        velocity = model_at_step(model, initial_noise, exit_step)(x_t, sigma, text)
         x0 = x_t - _factor(grid[..., exit_step], x_t) * velocity
     return RolloutExit(x0, x_t, velocity, sigma)
 
@@ -150,7 +154,7 @@ def extrapolated(x_t: Latents, velocity: Latents, sigma: PerSample, target: PerS
 
 @torch.no_grad()
 def euler_sample(
-    model: VelocityModel,
+    model: VelocityModel | TransitionModel,
     grid: Grid,
     initial_noise: Latents,
     text: Text,
@@ -195,11 +199,12 @@ def euler_sample(
     x_t = initial_noise
     for step in range(grid.shape[-1] - 1):
         sigma = _level(grid, step, x_t)
+        here = model_at_step(model, initial_noise, step)
         if negative is None:
-            velocity = model(x_t, sigma, text)
+            velocity = here(x_t, sigma, text)
         else:
             velocity = guided_velocity(
-                model,
+                here,
                 x_t,
                 sigma,
                 text,
