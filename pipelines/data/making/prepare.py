@@ -21,6 +21,7 @@ from cluster.s3.settings import S3Settings
 from pipelines.data.clips.guarded_process import Died
 from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_choice import CaptionChoice
+from pipelines.data.making.caption_field import CaptionField
 from pipelines.data.making.fresh_clips import Place, fresh_clips
 from pipelines.data.making.journal import Journal, filling, open_journal
 from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES
@@ -118,17 +119,22 @@ class PrepareReport(SetReport):
         look: Clips of this run whose look a decoder changes, by property, see `look_of`.
         captions: The rule for clips with several captions.
         num_left_out: Captions of this run's clips that the rule leaves out.
+        caption_field: Field of the captions in the JSON files beside the videos, by the first of
+            them; empty where there is none, or where the caller names it.
     """
 
     skipped: Sequence[SkippedKind]
     look: dict[str, int]
     captions: CaptionChoice
     num_left_out: int
+    caption_field: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Names and values as the command prints them."""
         skipped = [asdict(kind) for kind in self.skipped]
         facts = {"look": self.look, "captions_left_out": self.num_left_out, "skipped": skipped}
+        if self.caption_field:
+            facts["caption_field"] = self.caption_field
         return SetReport.to_json(self) | facts
 
     def notes(self) -> Sequence[str]:
@@ -138,7 +144,16 @@ class PrepareReport(SetReport):
             f"left out, captions of clips that have several: {self.num_left_out} (--captions"
             f" {self.captions}; all takes each of them as a row)"
         )
-        return [*SetReport.notes(self), *skipped, *([left_out] if self.num_left_out else [])]
+        field = (
+            f"captions of all JSON files are their field {self.caption_field}, by the first of them"
+            " (--caption-column names another)"
+        )
+        return [
+            *SetReport.notes(self),
+            *skipped,
+            *([left_out] if self.num_left_out else []),
+            *([field] if self.caption_field else []),
+        ]
 
 
 def prepare(
@@ -166,7 +181,9 @@ def prepare(
     open_journal(dst, "prepare", settings)  # refuses before anything is written
     captions_only = src.lower().endswith(PROMPTS_SUFFIX) or options.columns.path is None
     skipped = SkippedFiles()
-    listed = Listing(list_clips(src, replace(options.columns, several=True), options.s3, skipped))
+    field = CaptionField(options.s3)
+    clips = list_clips(src, replace(options.columns, several=True), options.s3, skipped)
+    listed = Listing(field.settle(clips))
     if next(listed.nearby(), None) is None:
         raise _no_clip(src, captions_only, skipped)
     schema = caption_schema() if captions_only else video_schema()
@@ -181,6 +198,7 @@ def prepare(
         look=dict(filler.look.most_common()),
         captions=options.rules.captions,
         num_left_out=filler.num_left_out,
+        caption_field=field.name,
     )
 
 

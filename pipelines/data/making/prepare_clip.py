@@ -163,14 +163,27 @@ def _caption(clip: SourceClip, rules: ClipRules, s3: S3Settings) -> tuple[str, i
     return captions.strip(), 0
 
 
+def caption_field(place: CaptionFile, s3: S3Settings = S3Settings()) -> str:
+    """The only field of a JSON file that may hold the caption; empty where there is no such one."""
+    try:
+        content = _json_in(_read(place.file, _MAX_CAPTION_FILE_BYTES, Reason.MISSING_CAPTION, s3))
+        return _field_in(content, place) if isinstance(content, dict) else ""
+    except (_BadClip, ValueError, TypeError, RecursionError):
+        # Whoever takes the clip reads the file again, and says what is wrong with it.
+        return ""
+
+
+def _json_in(data: bytes) -> Any:  # noqa: ANN401 - JSON can be anything
+    return json.loads(data.decode("utf-8-sig"), object_pairs_hook=object_of_pairs)
+
+
 def _captions_in(place: CaptionFile, s3: S3Settings) -> str | tuple[object, ...]:
     """The text of a file; the captions that its field holds, where it is JSON."""
     data = _read(place.file, _MAX_CAPTION_FILE_BYTES, Reason.MISSING_CAPTION, s3)
     try:
-        text = data.decode("utf-8-sig")
         if not place.json_fields:
-            return text
-        content = json.loads(text, object_pairs_hook=object_of_pairs)
+            return data.decode("utf-8-sig")
+        content = _json_in(data)
         captions = content if isinstance(content, list) else _caption_in(content, place)
         is_list = isinstance(captions, list)
         fault = list_fault(captions) if is_list else fault_of_text(captions)
@@ -193,17 +206,26 @@ def _caption_in(content: Any, place: CaptionFile) -> Any:  # noqa: ANN401 - JSON
     """The caption in a JSON object.
 
     Raises:
-        TypeError: There is none, or more than one may be it; names the fields that there are.
+        TypeError: It is no object, or `_field_in` finds none.
     """
     if not isinstance(content, dict):
         raise TypeError(f"a JSON {type(content).__name__}, not an object or a list")
+    return content[_field_in(content, place)]
+
+
+def _field_in(content: dict[str, Any], place: CaptionFile) -> str:
+    """Name of the caption in a JSON object.
+
+    Raises:
+        TypeError: There is none, or more than one may be it; names the fields that there are.
+    """
     names, usual = [*content], place.json_fields
     fields = competing_captions(names) if len(usual) > 1 else [n for n in usual if n in content]
     if len(fields) != 1:
         found = ", ".join(names)[:_SHOWN_CHARS] or "none"
         wrong = f"no field {' or '.join(usual)}" if not fields else "several fields may be it"
         raise TypeError(f"{wrong}, of the fields {found}; see --caption-column")
-    return content[fields[0]]
+    return fields[0]
 
 
 def _read(place: FileRange, max_bytes: int, missing: Reason, s3: S3Settings) -> bytes:

@@ -634,6 +634,33 @@ def test_captions_are_found_by_their_usual_names(tmp_path, kind, column):
         prepare(str(source), str(tmp_path / "new"), options)
 
 
+@pytest.mark.parametrize("processes", [0, 2])
+def test_json_files_beside_videos_have_one_field_for_all_of_them(tmp_path, processes):
+    video = video_file(grey_frames([50, 100]))
+    files = {
+        "a": {"prompt": "x", "text": "y"},  # settles nothing, and is no caption by itself
+        "b": ["one of a list"],
+        "c": {"text": "three"},
+        "d": {"caption": "SALE"},
+        "e": {"text": "five", "caption": "OCR"},
+    }
+    for name, content in files.items():
+        write_clip(tmp_path / "source", f"{name}.mp4", video, None)
+        (tmp_path / "source" / f"{name}.json").write_text(json.dumps(content))
+    options = replace(HERE, max_bad_fraction=1.0, num_processes=processes)
+    report = prepare(str(tmp_path / "source"), str(tmp_path / "set"), options)
+    taken = [found["caption"] for found in rows(tmp_path / "set")]
+    assert taken == ["one of a list", "three", "five"]
+    assert report.rejected == {"unreadable_caption": 2}
+    assert report.to_json()["caption_field"] == "text"
+    assert "captions of all JSON files are their field text" in report.notes()[-1]
+    named = replace(options, columns=Columns(caption="caption"))
+    report = prepare(str(tmp_path / "source"), str(tmp_path / "named"), named)
+    taken = [found["caption"] for found in rows(tmp_path / "named")]
+    assert taken == ["one of a list", "SALE", "OCR"]
+    assert report.caption_field == ""
+
+
 @pytest.mark.parametrize(
     ("lines", "taken", "rejected"),
     [
