@@ -59,28 +59,29 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Turns a many-step text-to-video diffusion model into a four-step one, on Ray.",
 )
-for command in (
-    machine.doctor,
-    runs.shapes,
-    data.prepare,
-    data.check,
-    data.encode,
-    runs.pretrain,
-    runs.distill,
-    sweeping.sweep,
-    comparing.study,
-    submitting.submit,
-    planning.plan,
-    bench.bench,
-    results.evaluate,
-    results.generate,
-    exporting.export,
-    exporting.experts,
-    results.report,
-    results.ledger,
-):
-    app.command(cls=PlainCommand)(command)
-app.command("import", cls=PlainCommand)(exporting.import_file)
+_COMMANDS = {
+    "doctor": machine.doctor_command,
+    "shapes": runs.shapes_command,
+    "prepare": data.prepare_command,
+    "check": data.check_command,
+    "encode": data.encode_command,
+    "pretrain": runs.pretrain_command,
+    "distill": runs.distill_command,
+    "sweep": sweeping.sweep_command,
+    "study": comparing.study_command,
+    "submit": submitting.submit_command,
+    "plan": planning.plan_command,
+    "bench": bench.bench_command,
+    "evaluate": results.evaluate_command,
+    "generate": results.generate_command,
+    "export": exporting.export_command,
+    "experts": exporting.experts_command,
+    "report": results.report_command,
+    "ledger": results.ledger_command,
+    "import": exporting.import_command,
+}
+for name, command in _COMMANDS.items():
+    app.command(name, cls=PlainCommand)(command)
 app.add_typer(recipes.app, name="recipes")
 
 

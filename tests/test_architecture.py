@@ -179,9 +179,6 @@ def test_docstrings_begin_with_a_noun_or_a_verb():
 def test_no_public_name_stands_for_two_things():
     homes: dict[str, list[str]] = {}
     for path, tree in trees().items():
-        # A command of the command line has the name of the function that it calls.
-        if path.parent.name == "commands":
-            continue
         for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
                 homes.setdefault(node.name, []).append(relative(path))

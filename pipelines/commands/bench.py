@@ -14,7 +14,7 @@ from pipelines.commands.output import show
 from sgmd_core.errors import ConfigError
 
 
-def bench(
+def bench_command(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Which one; none lists them.")
     ] = None,

@@ -18,7 +18,7 @@ Shown = tuple[dict[str, Any], list[RenderableType]]
 """A result as JSON can hold it, and the same for a reader."""
 
 
-def study(
+def study_command(
     recipe: RecipeName,
     overrides: Overrides = None,
     dry_run: Annotated[

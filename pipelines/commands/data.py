@@ -69,7 +69,7 @@ ReadBudget = Annotated[
 ]
 
 
-def prepare(
+def prepare_command(
     source: Annotated[
         str,
         typer.Argument(
@@ -144,8 +144,7 @@ def prepare(
     Exit code 1: the set is made, and lacks all clips of a tar that cannot be read.
     """
     with counting() as count:
-        from pipelines.data.making.prepare import PrepareOptions
-        from pipelines.data.making.prepare import prepare as make_shards
+        from pipelines.data.making.prepare import PrepareOptions, prepare
         from pipelines.data.making.prepare_clip import ClipRules
         from pipelines.data.making.source_clip import Columns
 
@@ -169,7 +168,7 @@ def prepare(
             max_hang_s=max_hang_seconds,
             s3=S3Settings(read_budget_s=read_budget_seconds),
         )
-        report = make_shards(source, target, options, lambda now: _tell(count, now))
+        report = prepare(source, target, options, lambda now: _tell(count, now))
     _show_set(report, target, as_json)
 
 
@@ -194,7 +193,7 @@ def _show_set(report: "SetReport", target: str, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def check(
+def check_command(
     folder: Annotated[
         str,
         typer.Argument(
@@ -230,8 +229,7 @@ def check(
 ) -> None:
     """Look at every shard, row and video of a set; exit code 0: usable, 1: not, 2: no such set."""
     with progress_bar() as on_progress:
-        from pipelines.data.checking.check import CheckOptions
-        from pipelines.data.checking.check import check_shards as look
+        from pipelines.data.checking.check import CheckOptions, check_shards
         from pipelines.data.shards.columns import OptionColumnNames
 
         count_tokens, limit = None, 512
@@ -242,7 +240,7 @@ def check(
             model = model_folder(model)
             count_tokens = family_of(model).load_tokenizer(model).count_tokens
             limit = text_length or read_inference_settings(model).text_length
-        report = look(
+        report = check_shards(
             folder,
             CheckOptions(
                 sample=sample,
@@ -285,7 +283,7 @@ _CLIP_OPTIONS = (
 )
 
 
-def encode(
+def encode_command(
     context: typer.Context,
     source: Annotated[
         str,
@@ -339,7 +337,7 @@ def encode(
     Exit code 1: the set is made, and lacks all rows of a shard that cannot be read.
     """
     with progress_bar() as on_progress:
-        from pipelines.data.making.encode import encode as make_latents
+        from pipelines.data.making.encode import encode
         from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
         from pipelines.data.shards.columns import OptionColumnNames
         from pipelines.media.inference import model_folder, read_inference_settings
@@ -348,7 +346,7 @@ def encode(
             _refuse_clip_options(context)
         folder = model_folder(model)
         known = read_inference_settings(folder)
-        report = make_latents(
+        report = encode(
             source,
             target,
             str(folder),

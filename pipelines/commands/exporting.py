@@ -13,7 +13,7 @@ _MUCH = 0.05
 """Share of the change that rounding may lose without a word."""
 
 
-def export(
+def export_command(
     model: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run, finished or not, or a model folder.")
     ],
@@ -79,7 +79,7 @@ def export(
     show(data, as_json, "\n".join(words))
 
 
-def import_file(
+def import_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Weights, *.safetensors.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The new model folder.")],
     base: Annotated[
@@ -92,18 +92,18 @@ def import_file(
 ) -> None:
     """Make a model folder of an original Wan or ComfyUI file of a denoiser."""
     with progress_bar() as on_progress:
-        from pipelines.importing import import_file as make_folder
+        from pipelines.importing import import_file
         from workers.models.exporting import Components
 
         on_progress("converting the file", 0, 1)
-        result = make_folder(file, base, target, cast(Components, components))
+        result = import_file(file, base, target, cast(Components, components))
         on_progress("converting the file", 1, 1)
     data = result.to_json()
     words = f"{data['folder']}: {result.num_tensors} tensors in {result.dtype} of {file}"
     show(data, as_json, words)
 
 
-def experts(
+def experts_command(
     base: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a run.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The new model folder.")],
     boundary: Annotated[

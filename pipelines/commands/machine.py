@@ -10,7 +10,7 @@ from pipelines.commands.options import Json, Overrides
 from pipelines.commands.output import show, working
 
 
-def doctor(
+def doctor_command(
     recipe: Annotated[
         str | None,
         typer.Argument(metavar="[RECIPE]", help="A recipe, for its output and its models."),

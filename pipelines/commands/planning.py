@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.planning.plan import Plan
 
 
-def plan(
+def plan_command(
     recipe: RecipeName,
     overrides: Overrides = None,
     gpus: Annotated[

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pipelines.distillation.audit import Audit
 
 
-def evaluate(
+def evaluate_command(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A finished run, or a diffusers folder.")
     ],
@@ -72,7 +72,7 @@ def evaluate(
     show(result.model_dump(mode="json"), as_json, table(result), lines)
 
 
-def generate(
+def generate_command(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A model folder, or a finished run.")
     ],
@@ -175,7 +175,7 @@ def _seeds(given: list[int], num_clips: int | None) -> list[int]:
     return [given[0] + number for number in range(num_clips)]
 
 
-def report(
+def report_command(
     runs: Annotated[
         list[Path],
         typer.Argument(metavar="RUN...", help="A run, finished or not; several are compared."),
@@ -229,7 +229,7 @@ def report(
         raise typer.Exit(1)
 
 
-def ledger(
+def ledger_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, finished or not.")],
     data: Annotated[
         str | None, typer.Option(help="Where its training data are now, if they were moved")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipelines.pretraining.events import PretrainEvent
 
 
-def shapes(
+def shapes_command(
     target: Annotated[str, typer.Argument(metavar="DST", help="Folder or s3://bucket/prefix.")],
     train_clips: Annotated[int, typer.Option(help="Clips in DST/train")] = 2048,
     held_out_clips: Annotated[int, typer.Option(help="Clips in DST/held_out")] = 512,
@@ -64,7 +64,7 @@ def shapes(
     )
 
 
-def pretrain(
+def pretrain_command(
     recipe: RecipeName,
     overrides: Overrides = None,
     address: Annotated[
@@ -118,7 +118,7 @@ _AUTO = Path("auto")
 """Stands for the recipe's own run, so that a job that is started again needs no other command."""
 
 
-def distill(
+def distill_command(
     recipe: Annotated[
         str | None,
         typer.Argument(metavar="RECIPE", help="A recipe that ships, or a YAML file."),

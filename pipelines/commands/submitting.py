@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from pipelines.submitting.request import JobRequest
 
 _CALLBACKS: dict[str, Callable[..., None]] = {
-    "distill": runs.distill,
-    "sweep": sweeping.sweep,
-    "study": comparing.study,
-    "pretrain": runs.pretrain,
-    "encode": data.encode,
-    "evaluate": results.evaluate,
+    "distill": runs.distill_command,
+    "sweep": sweeping.sweep_command,
+    "study": comparing.study_command,
+    "pretrain": runs.pretrain_command,
+    "encode": data.encode_command,
+    "evaluate": results.evaluate_command,
 }
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 
-def submit(
+def submit_command(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(

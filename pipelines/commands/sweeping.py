@@ -22,7 +22,7 @@ _MOST_ROWS = 14
 _STATES = {"done": "done", "stopped": "ended early", "running": "running", "failed": "failed"}
 
 
-def sweep(
+def sweep_command(
     recipe: RecipeName,
     overrides: Overrides = None,
     resume: Annotated[
