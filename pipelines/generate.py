@@ -12,9 +12,9 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import torch
 
@@ -35,6 +35,7 @@ from workers.models.weight_digests import require_same_weights
 FORMATS = ("mp4", "gif")
 OnProgress = Callable[[int, int], None]
 
+_ATTEMPTED = "generating clips"
 # Players show a clip of 32 px as a dot.
 _SMALLEST_SIDE_PX = 256
 _SLUG_LENGTH = 48
@@ -76,21 +77,49 @@ class GeneratedClip:
     seconds: float
 
 
-class SamplingOptions(TypedDict, total=False):
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
     """Sampling settings that replace the folder's; None leaves them to the folder.
 
-    The names are those of `InferenceSettings`.
+    Attributes:
+        num_steps: Denoising steps.
+        guidance_scale: s in `uncond + s * (cond - uncond)`; 1 is the conditional prediction alone.
+        flow_shift: Shift of the noise levels.
+        text_length: Text positions that the denoiser sees.
+        negative_prompt: What guidance leads away from.
+        num_frames: Video frames a clip.
+        height: Pixels.
+        width: Pixels.
+        fps: Frames a second.
     """
 
-    num_steps: int | None
-    guidance_scale: float | None
-    flow_shift: float | None
-    text_length: int | None
-    negative_prompt: str | None
-    num_frames: int | None
-    height: int | None
-    width: int | None
-    fps: int | None
+    num_steps: int | None = None
+    guidance_scale: float | None = None
+    flow_shift: float | None = None
+    text_length: int | None = None
+    negative_prompt: str | None = None
+    num_frames: int | None = None
+    height: int | None = None
+    width: int | None = None
+    fps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values."""
+        changes = self.changes()
+        for name, value in changes.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(_ATTEMPTED, f"{name} = {value}", "a finite number")
+        for name, (most, why) in _MOST.items():
+            value = changes.get(name, 1)
+            if not 1 <= value <= most:
+                expected = "at least 1" if value < 1 else f"at most {most:g}: {why}"
+                raise ConfigError(_ATTEMPTED, f"{name} = {value}", expected, f"Correct {name}")
+        if self.flow_shift is not None and self.flow_shift <= 0:
+            raise ConfigError(_ATTEMPTED, f"flow_shift = {self.flow_shift}", "above 0")
+
+    def changes(self) -> dict[str, Any]:
+        """Returns the settings that are given, by their names in `InferenceSettings`."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def generate(
@@ -102,8 +131,8 @@ def generate(
     formats: Sequence[str] = FORMATS,
     zoom: int | None = None,
     device: str | None = None,
+    options: SamplingOptions = SamplingOptions(),
     on_progress: OnProgress = lambda done, total: None,
-    **sampling: Unpack[SamplingOptions],
 ) -> Iterator[GeneratedClip]:
     """Samples every prompt and writes one file a format.
 
@@ -120,25 +149,24 @@ def generate(
         zoom: Each pixel is repeated so often along both sides of the files; None enlarges clips
             whose short side is under 256 px.
         device: Torch device; None takes a GPU where there is one.
+        options: Sampling settings; the rest comes from the folder's `sgmd.json`, and without one
+            from the family's defaults.
         on_progress: Called after every denoising step with (steps done, steps in all).
-        **sampling: See `SamplingOptions`; the rest comes from the folder's `sgmd.json`, and
-            without one from the family's defaults.
 
     Returns:
         One record a clip, in the order of the prompts and then of the seeds.
 
     Raises:
-        ConfigError: No prompt, an empty one, no seed, or a setting out of range.
+        ConfigError: No prompt, an empty one, no seed, or a zoom out of range.
         ModelFolderError: The folder is missing, incomplete or of no known family.
         ShapeError: The clip's size does not fit the networks.
     """
     require_output_folder(output, "--output")
     folder = model_folder(run_or_model)
-    changes = {name: value for name, value in sampling.items() if value is not None}
     seeds = [seed] if isinstance(seed, int) else list(dict.fromkeys(seed))
-    _require_request(prompts, seeds, formats, changes, zoom)
+    _require_request(prompts, seeds, formats, zoom)
     family = family_of(folder)
-    settings = _settings(family, folder, changes)
+    settings = _settings(family, folder, options.changes())
     device = device or _default_device()
     _require_device(device)
     require_same_weights(folder)
@@ -215,33 +243,21 @@ def _require_request(
     prompts: Sequence[str],
     seeds: Sequence[int],
     formats: Sequence[str],
-    changes: Mapping[str, Any],
     zoom: int | None,
 ) -> None:
-    attempted = "generating clips"
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ConfigError(
-            attempted, f"the prompts {list(prompts)}", "at least one, none of them empty"
+            _ATTEMPTED, f"the prompts {list(prompts)}", "at least one, none of them empty"
         )
     if not seeds or min(seeds) < 0 or max(seeds) > _LARGEST_SEED:
         raise ConfigError(
-            attempted, f"the seeds {list(seeds)}", f"at least one, each from 0 to {_LARGEST_SEED}"
+            _ATTEMPTED, f"the seeds {list(seeds)}", f"at least one, each from 0 to {_LARGEST_SEED}"
         )
     unknown = [form for form in formats if form not in FORMATS]
     if unknown or not formats:
-        raise ConfigError(attempted, f"the formats {list(formats)}", f"some of {FORMATS}")
-    for name, value in changes.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ConfigError(attempted, f"{name} = {value}", "a finite number")
-    for name, (most, why) in _MOST.items():
-        value = changes.get(name, 1)
-        if not 1 <= value <= most:
-            expected = "at least 1" if value < 1 else f"at most {most:g}: {why}"
-            raise ConfigError(attempted, f"{name} = {value}", expected, f"Correct {name}")
-    if changes.get("flow_shift", 1.0) <= 0:
-        raise ConfigError(attempted, f"flow_shift = {changes['flow_shift']}", "above 0")
+        raise ConfigError(_ATTEMPTED, f"the formats {list(formats)}", f"some of {FORMATS}")
     if zoom is not None and not 1 <= zoom <= _LARGEST_ZOOM:
-        raise ConfigError(attempted, f"zoom = {zoom}", f"a whole number from 1 to {_LARGEST_ZOOM}")
+        raise ConfigError(_ATTEMPTED, f"zoom = {zoom}", f"a whole number from 1 to {_LARGEST_ZOOM}")
 
 
 def _write(path: Path, frames: Pixels, fps: int, zoom: int | None) -> None:
@@ -269,7 +285,7 @@ def _require_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
-            "generating clips",
+            _ATTEMPTED,
             f"the device {device}: {str(error).splitlines()[0]}",
             "a device of this machine that torch knows",
             "Leave --device out, or take cpu",

@@ -4,7 +4,7 @@
     records       NoisedBatch, GeneratorSignal, Loss, MicroBatchKey
     worlds        GaussianVelocity, a teacher whose scores are exact
     models        ModelFamily, Denoiser, family_of
-    programs      load_recipe, distill, evaluate, generate, pretrain, sweep
+    programs      load_recipe, distill, evaluate, generate, pretrain, sweep, and their options
     data          Feed, StreamSettings, Source
     errors        SgmdError and the errors below it
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from pipelines.data.stream.feed import StreamSettings as StreamSettings
     from pipelines.data.stream.source import Source as Source
     from pipelines.distillation.run import distill as distill
+    from pipelines.evaluation.plan import EvaluationOptions as EvaluationOptions
     from pipelines.evaluation.run import evaluate as evaluate
+    from pipelines.generate import SamplingOptions as SamplingOptions
     from pipelines.generate import generate as generate
     from pipelines.pretraining.run import pretrain as pretrain
     from pipelines.sweeping.run import sweep as sweep
@@ -75,8 +77,9 @@ _HOME = {
     "pipelines.data.stream.feed": ("Feed", "StreamSettings"),
     "pipelines.data.stream.source": ("Source",),
     "pipelines.distillation.run": ("distill",),
+    "pipelines.evaluation.plan": ("EvaluationOptions",),
     "pipelines.evaluation.run": ("evaluate",),
-    "pipelines.generate": ("generate",),
+    "pipelines.generate": ("SamplingOptions", "generate"),
     "pipelines.pretraining.run": ("pretrain",),
     "pipelines.sweeping.run": ("sweep",),
     "sgmd_core.errors": (

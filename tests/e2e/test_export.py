@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipelines.cli import app
 from pipelines.distillation.run import distill
 from pipelines.exporting.export import FORMATS, ExportOptions, export
 from pipelines.exporting.sampled import sampled_folder
-from pipelines.generate import generate
+from pipelines.generate import SamplingOptions, generate
 from pipelines.media.inference import InferenceSettings, write_inference_settings
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import CheckpointError, ConfigError, ModelFolderError
@@ -81,13 +82,20 @@ def test_every_format_is_read_back_and_its_card_samples_as_we_do(run, wan_folder
         # The pipeline of the card computes in the same type on the same noise.
         difference = np.abs(frames.astype(float) - clip.frames)
         assert difference.max() <= 1
-        (teacher,) = generate(wan_folder, [PROMPT], output=tmp_path / "clips", **_sampling(model))
+        (teacher,) = generate(
+            wan_folder, [PROMPT], output=tmp_path / "clips", options=_options(model)
+        )
         assert np.abs(teacher.frames.astype(float) - clip.frames).max() > 10
 
 
 def _sampling(model: Path) -> dict:
     settings = json.loads((model / "sgmd.json").read_text())
     return {name: value for name, value in settings.items() if name not in ("sha256",)}
+
+
+def _options(model: Path) -> SamplingOptions:
+    settings = _sampling(model)
+    return SamplingOptions(**{each.name: settings[each.name] for each in fields(SamplingOptions)})
 
 
 def _sampled_by_us(form: str, run: RunFolder, base: Path, tmp_path: Path) -> Path:
@@ -170,7 +178,7 @@ def test_two_experts_get_a_file_each_and_are_sampled_across_their_boundary(exper
     if form != "lora-comfyui":
         frames = _run_card((out / "README.md").read_text(), out, base)
         assert np.abs(frames.astype(float) - clip.frames).max() <= 1
-    (teacher,) = generate(base, [PROMPT], output=tmp_path / "clips", **_sampling(tuned))
+    (teacher,) = generate(base, [PROMPT], output=tmp_path / "clips", options=_options(tuned))
     assert np.abs(teacher.frames.astype(float) - clip.frames).max() > 10
 
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import fields
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
-from pipelines.generate import generate
+from pipelines.generate import SamplingOptions, generate
 from pipelines.media.inference import (
     SETTINGS_FILE,
     InferenceSettings,
@@ -59,8 +60,15 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
+def asked(settings: dict[str, object]) -> dict[str, object]:
+    """Arguments of `generate`, those of `SamplingOptions` as its `options`."""
+    names = {each.name for each in fields(SamplingOptions)} & settings.keys()
+    options = SamplingOptions(**{name: settings[name] for name in names})
+    return {name: settings[name] for name in settings.keys() - names} | {"options": options}
+
+
 def frames_of(model: Path, output: Path, prompts=(PROMPT,), **settings) -> np.ndarray:
-    return list(generate(model, prompts, output=output, **settings))[-1].frames
+    return list(generate(model, prompts, output=output, **asked(settings)))[-1].frames
 
 
 class TestFiles:
@@ -97,12 +105,12 @@ class TestFiles:
     def test_every_prompt_is_shown_by_one_clip_a_seed_and_names_are_kept_in_any_script(
         self, model, tmp_path
     ):
-        asked = generate(
+        coming = generate(
             model, ["Красный круг", PROMPT], output=tmp_path, seed=[5, 6, 5], formats=["mp4"]
         )
         # Sampled as they are asked for.
         assert not any(tmp_path.iterdir())
-        clips = list(asked)
+        clips = list(coming)
         assert [clip.paths[0].name for clip in clips] == [
             "00-красный-круг-seed5.mp4",
             "00-красный-круг-seed6.mp4",
@@ -290,7 +298,7 @@ class TestWrongRequests:
     @pytest.mark.parametrize("size", [{"height": 24}, {"width": 20}, {"num_frames": 8}])
     def test_a_clip_that_does_not_fit_is_refused(self, model, tmp_path, size):
         with pytest.raises(ShapeError, match="multiple"):
-            generate(model, [PROMPT], output=tmp_path, **size)
+            generate(model, [PROMPT], output=tmp_path, **asked(size))
 
     @pytest.mark.parametrize(
         ("request_", "word"),
@@ -306,4 +314,4 @@ class TestWrongRequests:
     )
     def test_settings_out_of_range_are_named(self, model, tmp_path, request_, word):
         with pytest.raises(ConfigError, match=word):
-            generate(model, **{"prompts": [PROMPT], "output": tmp_path, **request_})
+            generate(model, **asked({"prompts": [PROMPT], "output": tmp_path, **request_}))
