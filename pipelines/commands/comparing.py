@@ -127,8 +127,20 @@ def _result_words(
         setting_words(result),
         *([result.note] if result.note else []),
         *failed,
+        *_verdict_words(result, folder),
         f"written to {folder}: {', '.join(written)}",
     ]
+
+
+def _verdict_words(result: "StudyResult", folder: str) -> list[RenderableType]:
+    """The hypotheses, and when they were written down."""
+    from pipelines.study.hypotheses import record_words, verdict_rows
+
+    if not result.verdicts:
+        return []
+    headings, *rows = verdict_rows(result.verdicts)
+    table = FittingTable(headings, rows, num_kept=2, num_words=2, elsewhere=f"{folder}/results.md")
+    return [table, record_words(result.record)]
 
 
 def _plan_table(planned: Mapping[str, Any]) -> Table:
@@ -159,6 +171,7 @@ def _plan_words(planned: Mapping[str, Any]) -> str:
         lines.append(
             f"predicted training time: {total / 60:.0f} min, from {source}; measuring is on top"
         )
+    lines += [f"{name}: {words}" for name, words in planned["hypotheses"].items()]
     lines.append("a forward is a pass over one batch; back to the input counts 1, to the weights 2")
     return "\n".join(lines)
 

@@ -1,12 +1,44 @@
 """The section `study:` of a recipe: what is compared, on which budget, and how it is measured."""
 
+import difflib
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from pipelines.config.section import Section
+from workers.measures import MEASURES
 
 VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+_NOT_OF_STUDIES = ("frechet_floor", "seconds_per_clip")
+
+
+def _is_measured(name: str) -> str:
+    known = [each.name for each in MEASURES if each.name not in _NOT_OF_STUDIES]
+    if name in known:
+        return name
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; the nearest one is {close[0]}" if close else f": {', '.join(known)}"
+    raise ValueError(f"{name!r} is no figure of a study{hint}")
+
+
+class Hypothesis(Section):
+    """An expectation of a study, written down before its runs are made: who beats whom, in what."""
+
+    variant: VariantName
+    """The variant that is expected to be better."""
+    baseline: VariantName
+    """The one it is compared with, seed by seed."""
+    figure: Annotated[str, AfterValidator(_is_measured)]
+    """What is compared, as `results.csv` names it."""
+    better: Literal["lower", "higher", "nearer"] = "lower"
+    """Which value is better; `nearer`: the one that differs less from the teacher's."""
+    by: float = Field(default=0.0, allow_inf_nan=False)
+    """By how much at least, in the figure's unit. Below 0: not worse by more than that."""
+    of_budget: float = Field(default=1.0, gt=0, le=1)
+    """Share of the budget after which the variant is measured; the baseline always has all of it.
+    For claims of the kind "a third of the cost"."""
 
 
 class BudgetSettings(Section):
@@ -35,3 +67,25 @@ class StudySettings(Section):
     """Points of a run that are measured, the last one its end. Each one costs a checkpoint."""
     num_captions: int = Field(default=128, ge=2)
     """Held-out captions that are measured with, one clip each."""
+    hypotheses: dict[VariantName, Hypothesis] = Field(default_factory=dict)
+    """By name, what is expected. Each is tested over the seeds, all of them corrected together."""
+
+    @model_validator(mode="after")
+    def _compares_what_is_run(self) -> "StudySettings":
+        for name, expected in self.hypotheses.items():
+            sides = (expected.variant, expected.baseline)
+            for side in sides:
+                if side not in self.variants:
+                    raise ValueError(
+                        f"hypotheses.{name} names {side}, which is none of the variants"
+                        f" {', '.join(self.variants) or '(none)'}"
+                    )
+            if sides[0] == sides[1] and expected.of_budget == 1:
+                raise ValueError(f"hypotheses.{name} compares {sides[0]} with itself")
+            if expected.of_budget * self.measurements < 1:
+                raise ValueError(
+                    f"hypotheses.{name} looks at {expected.of_budget:g} of the budget, and"
+                    f" {self.measurements} measurements have their first point after"
+                    f" 1/{self.measurements} of it: raise measurements"
+                )
+        return self

@@ -7,65 +7,18 @@ A run that failed keeps what was measured before, and counts in no mean.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from statistics import fmean, median, stdev
+from dataclasses import asdict, dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 from pipelines.evaluation.result import REFERENCE
-from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.ranking import Contender, not_told_apart
+from pipelines.study.hypotheses import Verdict
 from pipelines.study.judging import Figures
-from pipelines.study.passes import pass_costs, run_passes, total_units
-from pipelines.study.plan import PlannedRun
+from pipelines.study.measured_runs import Point, RunResult
 
-_TOTAL = "total"
 SCORE = "frechet"
 """Figure that variants are compared by."""
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """A run, measured on its way.
-
-    Attributes:
-        iteration: Updates of the generator.
-        units: Forward passes over a batch that they took, backward passes counted by their cost.
-        seconds: Training time that they took.
-        figures: Measured on the generator's clips.
-    """
-
-    iteration: int
-    units: float
-    seconds: float
-    figures: Figures
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """One variant with one seed.
-
-    Attributes:
-        variant: Its name.
-        seed: Its seed.
-        run_folder: Where it was written down.
-        points: Measured points, the end last.
-        stage_seconds: Busy seconds of an iteration by `role.stage`, medians.
-        iteration_s: Wall-clock seconds of an iteration, median; None before the first one.
-        error: Why it failed, or an empty string.
-    """
-
-    variant: str
-    seed: int
-    run_folder: str
-    points: tuple[Point, ...] = ()
-    stage_seconds: Mapping[str, float] = field(default_factory=dict)
-    iteration_s: float | None = None
-    error: str = ""
-
-    @property
-    def end(self) -> Point | None:
-        """The last point of a run that came to its end."""
-        return None if self.error or not self.points else self.points[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +58,8 @@ class StudyResult:
         units_per_iteration: By variant and role, in the mean.
         runs: Every run, also those that failed.
         facts: Machine, versions, revision.
+        verdicts: What the seeds say of the study's hypotheses.
+        record: Versions of the hypotheses, as `hypotheses.write_down` keeps them.
     """
 
     name: str
@@ -116,6 +71,8 @@ class StudyResult:
     units_per_iteration: Mapping[str, Mapping[str, float]]
     runs: tuple[RunResult, ...]
     facts: Mapping[str, Any]
+    verdicts: tuple[Verdict, ...] = ()
+    record: tuple[Mapping[str, Any], ...] = ()
 
     def of(self, variant: str) -> list[RunResult]:
         """Runs of a variant, by seed."""
@@ -172,7 +129,8 @@ class StudyResult:
             }
             for variant in self.variants
         }
-        return {**asdict(self), "at_end": ends, "note": self.note}
+        verdicts = [verdict.to_json() for verdict in self.verdicts]
+        return {**asdict(self), "verdicts": verdicts, "at_end": ends, "note": self.note}
 
 
 def _student_t(freedom: int) -> float:
@@ -215,31 +173,3 @@ def mean_curve(runs: Sequence[RunResult], figure: str) -> list[tuple[Point, floa
         )
         for iteration, points in sorted(by_iteration.items())
     ]
-
-
-def units_of(run: PlannedRun, iteration: int) -> float:
-    """Units that a run took for its first iterations, counted from its settings."""
-    return total_units(run_passes(run.config, iteration), pass_costs(run.config))
-
-
-def place_of(run: PlannedRun, iteration: int) -> tuple[float, float]:
-    """Units and seconds that a run took for its first iterations."""
-    seconds = [
-        line["seconds"][_TOTAL]
-        for line in read_jsonl(RunFolder(run.folder).metrics)
-        if line["iteration"] < iteration
-    ]
-    return units_of(run, iteration), sum(seconds)
-
-
-def times_of(run: PlannedRun) -> tuple[dict[str, float], float | None]:
-    """Median busy seconds of an iteration by stage, and of the whole of it."""
-    found: dict[str, list[float]] = {}
-    lines = read_jsonl(RunFolder(run.folder).metrics)
-    for line in lines:
-        for stage, seconds in line["seconds"].items():
-            found.setdefault(stage, []).append(seconds)
-    # A stage that most iterations do not have, such as a first encoding, is no cost of each.
-    usual = {name: median(s) for name, s in found.items() if 2 * len(s) > len(lines)}
-    total = usual.pop(_TOTAL, None)
-    return usual, total

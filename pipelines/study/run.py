@@ -25,6 +25,7 @@ from pipelines.distillation.branching import states_of
 from pipelines.distillation.position import differences
 from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.run import NOT_NEEDED, distill
+from pipelines.evaluation.result import REFERENCE
 from pipelines.run.folder import RunFolder, git_revision, require_output_folder, versions
 from pipelines.run.observer import RunObserver
 from pipelines.run.places import shared_place
@@ -32,7 +33,9 @@ from pipelines.run.publisher import publish_now, published_place
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.working_copy import copy_at, working_copy
 from pipelines.study.figures import write_plots
+from pipelines.study.hypotheses import expectation_words, judge_hypotheses, write_down
 from pipelines.study.judging import Figures, StudyEvaluator
+from pipelines.study.measured_runs import Point, RunResult, place_of, times_of, units_of
 from pipelines.study.passes import expected_passes, pass_costs, units_by_role
 from pipelines.study.plan import (
     RUNS,
@@ -43,14 +46,7 @@ from pipelines.study.plan import (
     plan_study,
 )
 from pipelines.study.recorded_costs import require_same_costs
-from pipelines.study.results import (
-    Point,
-    RunResult,
-    StudyResult,
-    place_of,
-    times_of,
-    units_of,
-)
+from pipelines.study.results import StudyResult
 from pipelines.study.speed import seconds_per_unit
 from pipelines.study.tables import cost_csv, results_csv, results_markdown
 from sgmd_core.errors import ConfigError, StopRequestedError
@@ -59,6 +55,7 @@ _log = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
 WRITTEN = ("results.md", "results.csv", "cost.csv", RESULTS_FILE)
+"""Files that a study writes anew after every run."""
 _POINTS_FILE = "study.json"
 FAILURE_FILE = "failure.txt"
 
@@ -95,6 +92,9 @@ def dry_run_study(config: DistillConfig) -> dict[str, Any]:
         "seconds_per_forward_from": source,
         "training_seconds": total,
         "variants": rows,
+        "hypotheses": {
+            name: expectation_words(each) for name, each in config.study.hypotheses.items()
+        },
     }
 
 
@@ -143,16 +143,20 @@ def _study(
     for run in plan.runs:
         _require_same(run)
     require_same_costs(plan)
+    finished = sum(_is_finished(run) for run in plan.runs)
+    record = write_down(folder, config.study.hypotheses, finished)
+    publish_now(folder)
     judge = StudyEvaluator(config.with_settings(dict(config.study.settings)), folder, tell)
     teacher = judge.teacher
+    _require_figures(config, teacher[REFERENCE])
     results: list[RunResult] = []
     for number, run in enumerate(plan.runs, 1):
         tell(f"run {number}/{len(plan.runs)}: {run.config.name}")
         results.append(_made(run, folder, judge, tell, open_observer))
         # After every run, so that a study under way can be looked at.
-        _write(folder, _result(plan, judge, teacher, results))
+        _write(folder, _result(plan, judge, teacher, results, record))
         publish_now(folder)
-    return _result(plan, judge, teacher, results)
+    return _result(plan, judge, teacher, results, record)
 
 
 def _require_same(run: PlannedRun) -> None:
@@ -283,8 +287,24 @@ def _remembered(run: PlannedRun, judge: StudyEvaluator) -> dict[int, Point]:
         return {}
 
 
+def _require_figures(config: DistillConfig, measured: Figures) -> None:
+    """Refuses hypotheses about figures that these clips do not have."""
+    for name, expected in config.study.hypotheses.items():
+        if expected.figure not in measured:
+            raise ConfigError(
+                f"testing the hypothesis {name} of the study of {config.name}",
+                f"{expected.figure}, which cannot be measured on clips of {config.data.validation}",
+                f"one of {', '.join(sorted(measured))}",
+                f"Change study.hypotheses.{name}.figure",
+            )
+
+
 def _result(
-    plan: StudyPlan, judge: StudyEvaluator, teacher: dict[str, Figures], runs: list[RunResult]
+    plan: StudyPlan,
+    judge: StudyEvaluator,
+    teacher: dict[str, Figures],
+    runs: list[RunResult],
+    record: tuple[dict[str, Any], ...],
 ) -> StudyResult:
     study = plan.config.study
     first = {run.variant: run.config for run in reversed(plan.runs)}
@@ -310,6 +330,8 @@ def _result(
             "versions": versions(),
             "date": datetime.now(UTC).date().isoformat(),
         },
+        verdicts=judge_hypotheses(study.hypotheses, runs, teacher[REFERENCE]),
+        record=record,
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
+from pipelines.study.hypotheses import record_words, verdict_rows
 from pipelines.study.passes import role_of
 from pipelines.study.results import SeedSpread, StudyResult
 
@@ -73,7 +74,17 @@ def results_markdown(result: StudyResult) -> str:
     ]
     below = [*([result.note] if result.note else []), *failed]
     told = setting_words(result)
-    return "\n".join([told, "", *lines, *([""] if below else []), *below]) + "\n"
+    table = "\n".join([told, "", *lines, *([""] if below else []), *below]) + "\n"
+    return table + _hypotheses_markdown(result)
+
+
+def _hypotheses_markdown(result: StudyResult) -> str:
+    """Expectations of the study with the date of their record and their outcomes."""
+    if not result.verdicts:
+        return ""
+    head, *rows = verdict_rows(result.verdicts)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(["", "## Hypotheses", "", record_words(result.record), "", *lines]) + "\n"
 
 
 def results_rows(result: StudyResult) -> list[list[str]]:

@@ -42,7 +42,9 @@ STUDY = (
     "study.budget={unit: iterations, amount: 2}",
     "study.measurements=2",
     "study.num_captions=8",
+    "study.hypotheses={h: {variant: ours, baseline: theirs, figure: flow_top, better: nearer}}",
 )
+ALONE = ("study.hypotheses={}", "study.seeds=[1]", "study.variants={ours: {}}")
 RUNS = ("ours-seed1", "theirs-seed1", "ours-seed2", "theirs-seed2")
 
 # Dies in the middle of the second run: its first iteration is saved, its second is not.
@@ -110,6 +112,12 @@ def test_a_study_killed_at_an_address_goes_on_there_and_ends_with_the_figures_of
     assert [run.run_folder for run in result.runs] == runs
     assert [len(run.points) for run in result.runs] == [2, 2, 2, 2]
     assert not any(run.error for run in result.runs)
+    # Written down once, before the first run, and tested over both seeds.
+    (version,) = json.loads((folder / "hypotheses.json").read_text())["versions"]
+    assert version["finished_runs"] == 0
+    (verdict,) = json.loads((folder / "results.json").read_text())["verdicts"]
+    assert (verdict["seeds"], verdict["outcome"]) == ([1, 2], "undecided")
+    assert "## Hypotheses" in (folder / "results.md").read_text()
     for name in ("results.md", "results.json", "cost.csv", "quality-seconds.svg", "cost.svg"):
         assert (folder / name).stat().st_size > 0
 
@@ -132,7 +140,7 @@ def test_a_run_that_fails_is_a_row_that_says_why_and_is_tried_again(
 ) -> None:
     broken_by = "{generator.optimizer.lr: 1.0e+30, guards.max_skipped: 0}"
     variants = f"study.variants={{ours: {{}}, broken: {broken_by}}}"
-    short = (*STUDY, variants, "study.seeds=[1]", "name=failing")
+    short = (*STUDY, "study.hypotheses={}", variants, "study.seeds=[1]", "name=failing")
     result = made(make_recipe(*short))
     ours, broken = result.runs
     assert not ours.error
@@ -153,7 +161,7 @@ def test_a_study_by_the_clock_ends_its_runs_when_their_time_is_over(
     make_recipe: MakeRecipe,
 ) -> None:
     clock = "study.budget={unit: seconds, amount: 0.001}"
-    config = make_recipe(*STUDY, clock, "study.seeds=[1]", "study.variants={ours: {}}")
+    config = make_recipe(*STUDY, clock, *ALONE)
     (run,) = made(config).runs
     assert [point.iteration for point in run.points] == [1]
     assert run.points[0].seconds >= 0.001
@@ -168,7 +176,7 @@ def test_a_study_by_the_clock_measures_on_the_way_and_makes_no_finished_run_agai
     make_recipe: MakeRecipe,
 ) -> None:
     clock = "study.budget={unit: seconds, amount: 2.5}"
-    config = make_recipe(*STUDY, clock, "study.seeds=[1]", "study.variants={ours: {}}")
+    config = make_recipe(*STUDY, clock, *ALONE)
     opened: list[tuple[float | None, float]] = []
 
     class Slow(RunObserver):
@@ -217,7 +225,7 @@ def test_progress_by_the_clock_tells_the_time_and_no_number_of_iterations() -> N
 
 @pytest.mark.slow
 def test_a_study_does_not_go_on_with_runs_of_other_settings(make_recipe: MakeRecipe) -> None:
-    made(make_recipe(*STUDY, "study.seeds=[1]", "study.variants={ours: {}}"))
+    made(make_recipe(*STUDY, *ALONE))
     with pytest.raises(ConfigError, match="made with other settings"):
         made(make_recipe(*STUDY, "objective.lambda_nr=0.3"))
 

@@ -1,7 +1,6 @@
-"""Results of a cell, as its file holds them, and what tells two cells apart.
+"""Results of a cell, as its file holds them.
 
-Differences are taken seed by seed: both variants saw the same draws and the same truth. Their
-interval is a bootstrap over seeds.
+All variants saw the same draws and the same truth, so they are compared seed by seed.
 """
 
 import math
@@ -10,12 +9,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any, Self
 
-import torch
-
 from pipelines.study.gaussians.measuring import ENERGY
-from sgmd_core.metrics.bootstrap import Interval, mean_interval, resampled_rows
-
-_BOOTSTRAP_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,20 +87,6 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     if not finite:
         return math.nan, math.nan
     return fmean(finite), stdev(finite) if len(finite) > 1 else math.nan
-
-
-def paired_difference(values: Sequence[float], baseline: Sequence[float]) -> Interval | None:
-    """Mean difference to the baseline over the seeds that are finite in both, with its interval.
-
-    Returns:
-        None where fewer than two seeds are finite in both.
-    """
-    pairs = zip(values, baseline, strict=True)
-    differences = [own - other for own, other in pairs if math.isfinite(own - other)]
-    if len(differences) < 2:
-        return None
-    rows = resampled_rows(len(differences), _BOOTSTRAP_SEED)
-    return mean_interval(torch.tensor(differences, dtype=torch.float64), rows)
 
 
 def _numbers(values: Sequence[float | None]) -> list[float]:

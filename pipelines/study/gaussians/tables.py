@@ -9,11 +9,8 @@ from typing import Any
 
 from pipelines.config.gaussian_study import GaussianStudyConfig, MixtureSettings
 from pipelines.study.gaussians.measuring import ENERGY, FIGURES, LOST_MODES, ON_MODE, SPREAD
-from pipelines.study.gaussians.results import (
-    CellResult,
-    mean_and_deviation,
-    paired_difference,
-)
+from pipelines.study.gaussians.results import CellResult, mean_and_deviation
+from sgmd_core.metrics.paired import mean_difference, paired_differences
 
 _HEADINGS = (
     "variant",
@@ -134,7 +131,8 @@ def _mean(values: Sequence[float], decimals: int) -> str:
 
 
 def _difference(cell: CellResult, baseline: CellResult) -> str:
-    found = paired_difference(cell.end.figures[ENERGY], baseline.end.figures[ENERGY])
+    pairs = paired_differences(cell.end.figures[ENERGY], baseline.end.figures[ENERGY])
+    found = mean_difference(pairs)
     if found is None:
         return ""
     return f"{found.value:+.4f} ({found.low:+.4f}, {found.high:+.4f})"

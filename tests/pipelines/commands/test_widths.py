@@ -15,7 +15,8 @@ from pipelines.data.stream.plan import Cursor
 from pipelines.data.stream.reconciliation import EpochReconciliation
 from pipelines.distillation.audit import Audit
 from pipelines.run.records import HEADLINE_FIGURES
-from pipelines.study.results import Point, RunResult, StudyResult
+from pipelines.study.measured_runs import Point, RunResult
+from pipelines.study.results import StudyResult
 from pipelines.sweeping.results import SweepResult
 from pipelines.sweeping.trials import Trial
 from tests.helpers.runs import evaluation

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 
 from pipelines.study.figures import write_plots
-from pipelines.study.results import Point, RunResult, StudyResult, mean_curve, spread
+from pipelines.study.measured_runs import Point, RunResult
+from pipelines.study.results import StudyResult, mean_curve, spread
 from pipelines.study.tables import cost_csv, results_csv, results_markdown
 
 TEACHER = {"frechet": 0.0, "flow_top": 2.0, "colour": 1.0, "diversity": 0.0}
