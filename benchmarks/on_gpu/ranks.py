@@ -7,6 +7,8 @@ import os
 import socket
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,16 @@ def run(context: Context) -> None:
     context.record(errors=errors, bound=BOUND, holds=holds, **rates)
 
 
-def _enter(rank: int, size: int, on_card: bool, scratch: str, num_bytes: int) -> None:
-    exact_float32()
+@contextmanager
+def join(rank: int, size: int, on_card: bool, scratch: str) -> Iterator[str]:
+    """Makes this process one of some ranks on this machine; yields its device.
+
+    Args:
+        rank: Number of this one.
+        size: Of all of them.
+        on_card: Each has a GPU of its own; otherwise all are on the CPU.
+        scratch: Folder in which they meet.
+    """
     # All ranks are on this machine, which may have no other network.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1 if not on_card else torch.get_num_threads())
@@ -56,6 +66,14 @@ def _enter(rank: int, size: int, on_card: bool, scratch: str, num_bytes: int) ->
     backend = "cpu:gloo,cuda:nccl" if on_card else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def _enter(rank: int, size: int, on_card: bool, scratch: str, num_bytes: int) -> None:
+    exact_float32()
+    with join(rank, size, on_card, scratch) as device:
         roles = Roles(device, sharded=True)
         own = tuple(BATCH[0][rank::size])
         roles.gather((own,), total=len(BATCH[0]))
@@ -65,8 +83,6 @@ def _enter(rank: int, size: int, on_card: bool, scratch: str, num_bytes: int) ->
         if rank == 0:
             torch.save(found, Path(scratch) / "gradients.pt")
             torch.save(rates, Path(scratch) / "rates.pt")
-    finally:
-        dist.destroy_process_group()
 
 
 def _all_reduce(device: str, num_bytes: int) -> float:

@@ -84,6 +84,10 @@ def _section(documents: dict[str, dict[str, Any]]) -> Iterator[str]:
         for run in documents.get(name, {}).get("results", {}).get("runs", []):
             yield ""
             yield from _stage_rows(name, run)
+    settings = documents.get("settings", {}).get("results", {})
+    if settings.get("settings"):
+        yield ""
+        yield from _setting_rows(settings)
     truths = documents.get("truths", {}).get("results", {}).get("truths", {})
     if truths:
         yield ""
@@ -163,6 +167,38 @@ def _iteration(found: dict[str, Any]) -> Iterator[str]:
             yield f"{name} {ratio:.2f} of planned"
 
 
+def _settings(found: dict[str, Any]) -> Iterator[str]:
+    for name, row in found.get("settings", {}).items():
+        told = row.get("failed") or row.get("skipped")
+        if told is not None:
+            kind = "failed" if "failed" in row else "skipped"
+            yield f"{name} {kind} ({told[:80]})"
+            continue
+        ratio = row.get("over_plan")
+        beside = "" if ratio is None else f", {row['peak_gb']:.1f} GB, {ratio:.2f} of planned"
+        yield f"{name} {row['seconds']:.3g} s{beside}"
+    if found.get("left_out"):
+        yield f"no time was left for: {', '.join(found['left_out'])}"
+
+
+def _setting_rows(found: dict[str, Any]) -> Iterator[str]:
+    """A table of the settings that were measured."""
+    yield f"Settings at {found['num_frames']} frames, one sample, all roles on the card:"
+    yield ""
+    yield "| setting | s an iteration | peak GB | planned GB | of planned | within a tenth |"
+    yield "|---|---|---|---|---|---|"
+    for name, row in found["settings"].items():
+        told = row.get("failed") or row.get("skipped")
+        if told is not None:
+            yield f"| {name} | {' '.join(told.split()).replace('|', '/')[:120]} | | | | |"
+            continue
+        holds = {True: "yes", False: "no", None: ""}[row["holds"]]
+        yield (
+            f"| {name} | {row['seconds']:.3g} | {row['peak_gb']:.1f} | {row['planned_gb']:.1f} | "
+            f"{_number(row['over_plan'], '.2f')} | {holds} |"
+        )
+
+
 def _distill(found: dict[str, Any]) -> Iterator[str]:
     if "seconds_per_iteration" in found:
         yield f"{found['seconds_per_iteration']:.3g} s an iteration"
@@ -187,6 +223,7 @@ _SHORT = {
     "truths": _truths,
     "stages": _stages,
     "iteration": _iteration,
+    "settings": _settings,
     "distill": _distill,
     "compiled": _stages,
     "attention": _attention,

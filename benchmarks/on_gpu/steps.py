@@ -15,6 +15,8 @@ from on_gpu.step import Context, Step
 ROOT = Path(__file__).resolve().parents[2]
 _GPU_TESTS = "tests/workers/test_on_gpu.py"
 _TESTS_BUDGET_S = 40
+_SETTINGS_BUDGET_S = 90.0
+"""For the tries of a step, whose process takes some seconds besides."""
 
 
 def _environment(context: Context) -> None:
@@ -114,6 +116,16 @@ def _iteration(context: Context) -> None:
     context.record(did_not_fit=found["did_not_fit"])
 
 
+def _memory_settings(context: Context) -> None:
+    from on_gpu import memory_settings
+    from on_gpu.cases import FRAMES, Case
+
+    # The shortest clip: what differs between settings does so at every length.
+    case = Case(context.model, FRAMES[context.model][-1], context.device)
+    factor = 4 if context.small else 1
+    memory_settings.measure(context, case, factor * _SETTINGS_BUDGET_S)
+
+
 def _distill(context: Context) -> None:
     from on_gpu import tiny_run
 
@@ -142,6 +154,13 @@ STEPS = (
         90,
         ("roles", "runs"),
         _iteration,
+    ),
+    Step(
+        "settings",
+        "settings of memory and speed against their plan",
+        _SETTINGS_BUDGET_S + 15,
+        ("roles", "runs"),
+        _memory_settings,
     ),
     Step("distill", "sgmd distill tiny, end to end", 90, ("roles", "runs"), _distill),
     Step("compiled", "the stages with torch.compile", 100, ("roles",), _compiled),

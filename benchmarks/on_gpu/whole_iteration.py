@@ -6,7 +6,7 @@ time. Two samples leave their rollouts at steps whose mean is the mean over all 
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from cluster.local import LocalWorkerGroup
 from on_gpu.cases import Case, peak_bytes, reset_peak, synchronize
 from on_gpu.step import Context
-from pipelines.config.recipe import load_recipe
+from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.iteration import PromptBatch, Roles, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.planning.hardware import Hardware
@@ -42,41 +42,69 @@ class MadeUpCaptions:
 
 def measure(context: Context, case: Case) -> dict[str, Any]:
     """Seconds and peak memory of two iterations, the first of which warms up."""
-    settings = ["batch.size=2", "batch.micro_batches=2"]
-    settings += ["topology.mode=local", "topology.address=null"]
-    config = load_recipe("wan21-1.3b", settings)
-    text = TextEncoder(MadeUpCaptions(case), case.text_length)
-    roles = Roles(
-        generator=LocalWorkerGroup("generator", [case.generator()]),
-        fake_score=LocalWorkerGroup("fake_score", [case.fake_score()]),
-        teacher=LocalWorkerGroup("teacher", [case.teacher()]),
-        text=LocalWorkerGroup("text", [text]),
-    )
-    plan = plan_iteration(config, roles.text.call_rank(0, TextEncoder.encode_negative, ""))
+    config = recipe_of(case, EXITS)
+    groups = {
+        "generator": case.generator(),
+        "fake_score": case.fake_score(),
+        "teacher": case.teacher(),
+    }
     context.record(num_frames=case.num_frames, samples=len(EXITS), iterations=[])
+    for row in iterations(case, config, groups, EXITS):
+        context.record(iterations=[*context.results["iterations"], row])
+    work = workload_of(case, config)
+    planned = _planned(context, work)
+    context.record(planned=planned, against_plan=_compared(context.results, planned))
+    return context.results
+
+
+def recipe_of(case: Case, exits: Sequence[int], settings: Sequence[str] = ()) -> DistillConfig:
+    """The recipe `wan21-1.3b` for some samples, each a micro-batch of its own."""
+    counts = [f"batch.size={len(exits)}", f"batch.micro_batches={len(exits)}"]
+    local = ["topology.mode=local", "topology.address=null"]
+    return load_recipe("wan21-1.3b", [*counts, *local, *settings])
+
+
+def workload_of(case: Case, config: DistillConfig) -> Workload:
+    """The iteration as `sgmd plan` sees it, for the networks and the clip of a case."""
+    work = Workload.of(config, "1.3b" if case.model == "tiny" else case.model)
+    return replace(
+        work, shape=case.shape, latent_shape=case.latent_shape, text_length=case.text_length
+    )
+
+
+def iterations(
+    case: Case, config: DistillConfig, groups: Mapping[str, Any], exits: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """Makes two iterations, the first of which warms up; seconds and peak memory of each.
+
+    Args:
+        case: Sizes and device.
+        config: See `recipe_of`.
+        groups: The three roles by name.
+        exits: Exit step of each sample.
+    """
+    text = TextEncoder(MadeUpCaptions(case), case.text_length)
+    members = {name: LocalWorkerGroup(name, [role]) for name, role in groups.items()}
+    roles = Roles(**members, text=LocalWorkerGroup("text", [text]))
+    plan = plan_iteration(config, roles.text.call_rank(0, TextEncoder.encode_negative, ""))
     for iteration in range(2):
         draws = {}
-        for index, exit_step in enumerate(EXITS):
+        for index, exit_step in enumerate(exits):
             key = MicroBatchKey(iteration, index)
             draws[key] = case.draws(key, exit_step)
         reset_peak(case.device)
         synchronize(case.device)
         started = time.perf_counter()
-        batch = PromptBatch(tuple(f"caption {index}" for index in range(len(EXITS))))
+        batch = PromptBatch(tuple(f"caption {index}" for index in range(len(exits))))
         report = iterate(roles, plan, iteration, [batch], draws)
         synchronize(case.device)
-        row = {
+        yield {
             "seconds": time.perf_counter() - started,
             "peak_gb": peak_bytes(case.device) / 1e9,
             "reserved_gb": _reserved_gb(case.device),
             "losses": dict(report.losses),
             "grad_norms": dict(report.grad_norms),
         }
-        context.record(iterations=[*context.results["iterations"], row])
-    work = replace(Workload.of(config, "1.3b"), shape=case.shape, latent_shape=case.latent_shape)
-    planned = _planned(context, replace(work, text_length=case.text_length))
-    context.record(planned=planned, against_plan=_compared(context.results, planned))
-    return context.results
 
 
 def _planned(context: Context, work: Workload) -> dict[str, Any]:

@@ -295,7 +295,9 @@ def topology_contradictions(
             )
     problems += _transport_contradictions(topology, roles)
     replicas = topology.teacher.replicas if topology.mode == "pools" else 1
-    if replicas > batch_size // topology.teacher.ranks:
+    # Ranks that work on samples together are one party.
+    parties = max(1, topology.teacher.ranks // company.get(TEACHER, 1))
+    if replicas > batch_size // parties:
         problems.append(
             f"topology.teacher.replicas {replicas} is more than the batch has samples for "
             f"({batch_size} over {topology.teacher.ranks} ranks), so some would never work"

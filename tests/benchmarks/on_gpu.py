@@ -7,6 +7,16 @@ ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu_check  # noqa: E402
-from on_gpu import cases, report, role_stages, step, truths, wheels  # noqa: E402
+from on_gpu import cases, memory_settings, report, role_stages, step, truths, wheels  # noqa: E402
 
-__all__ = ["ROOT", "cases", "gpu_check", "report", "role_stages", "step", "truths", "wheels"]
+__all__ = [
+    "ROOT",
+    "cases",
+    "gpu_check",
+    "memory_settings",
+    "report",
+    "role_stages",
+    "step",
+    "truths",
+    "wheels",
+]

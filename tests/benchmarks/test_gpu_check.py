@@ -13,7 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipelines.config.roles import ROLES
 from pipelines.planning.stage_times import measured
 from pipelines.planning.workload import Workload
-from tests.benchmarks.on_gpu import ROOT, cases, gpu_check, report, role_stages, step, truths
+from tests.benchmarks.on_gpu import (
+    ROOT,
+    cases,
+    gpu_check,
+    memory_settings,
+    report,
+    role_stages,
+    step,
+    truths,
+)
 from workers.settings import ComputeSettings
 
 KEYS = {
@@ -21,6 +30,7 @@ KEYS = {
     "truths": {"truths", "tests"},
     "stages": {"runs", "machine"},
     "iteration": {"iterations", "planned", "against_plan", "num_frames", "did_not_fit"},
+    "settings": {"settings", "left_out", "num_frames"},
     "distill": {"seconds_per_iteration", "against_cpu", "sampled", "host"},
     "compiled": {"runs", "machine"},
     "attention": {"backends", "tokens"},
@@ -68,6 +78,12 @@ def test_what_the_steps_find_on_a_cpu_is_right(folder):
     assert found["ranks"]["results"]["holds"]
     assert found["distill"]["results"]["against_cpu"]["all_iterations"] == 0
     assert found["distill"]["results"]["sampled"]["frames"] == [13, 32, 32, 3]
+    settings = found["settings"]["results"]["settings"]
+    assert not [name for name, row in settings.items() if "failed" in row]
+    losses = {name: row.get("losses", {}).get("tracking") for name, row in settings.items()}
+    assert losses["ulysses"] == pytest.approx(losses["plain"], rel=1e-3)
+    assert losses["attention _native_math"] == pytest.approx(losses["plain"], rel=1e-3)
+    assert losses["adapters"] != pytest.approx(losses["plain"], rel=1e-2)
     iterations = found["iteration"]["results"]["iterations"]
     assert all(one["seconds"] > 0 and one["losses"] for one in iterations)
 
@@ -109,6 +125,7 @@ def test_the_docs_are_filled_between_their_marks_and_filled_again(folder, tmp_pa
     assert "Not run yet" not in first
     assert "| roles_fp32 | yes |" in first
     assert "| generator.rollout |" in first
+    assert "| moments in 8 bits |" in first
 
 
 @pytest.mark.slow
@@ -213,6 +230,15 @@ def test_a_truth_sees_a_difference_a_nan_and_a_failure():
     lost = truths.Truth(1.0, lambda _: truths.relative_errors(nan, {"x": cases.torch.ones(1)}))
     assert not lost.hold("cpu")["holds"]
     assert "ZeroDivisionError" in truths.Truth(1.0, lambda _: {"x": 1 / 0}).hold("cpu")["failed"]
+
+
+@pytest.mark.slow
+def test_settings_for_which_no_time_is_left_are_named(tmp_path):
+    context = step.Context("settings", tmp_path, "cpu", small=True, model="tiny")
+    memory_settings.measure(context, cases.Case("tiny", 5, "cpu"), 0.0)
+    assert context.results["settings"] == {}
+    assert {"plain", "ulysses", "text encoder"} <= {*context.results["left_out"]}
+    assert "no time was left for: plain" in report.table(tmp_path)
 
 
 def test_a_case_knows_its_operations():
