@@ -2,12 +2,15 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from pipelines.commands.options import Json
 from pipelines.commands.output import progress_bar, show
+
+if TYPE_CHECKING:
+    from pipelines.exporting.export import ExportResult
 
 _MUCH = 0.05
 """Share of the change that rounding may lose without a word."""
@@ -56,8 +59,18 @@ def export_command(
             options=ExportOptions(form, dtype, cast(Components, components), rank),
             on_progress=on_progress,
         )
+    data = {
+        "folder": shared_place(result.folder),
+        "iteration": result.iteration,
+        "bytes": result.bytes,
+        **asdict(result.figures),
+    }
+    show(data, as_json, "\n".join(_export_words(data["folder"], result)))
+
+
+def _export_words(place: str, result: "ExportResult") -> list[str]:
+    """Returns what was written, and what it keeps of the training."""
     found = result.figures
-    place = shared_place(result.folder)
     words = [f"{place}: {found.form}, {result.bytes / 1e9:.3g} GB of weights written"]
     if found.share_kept is not None:
         words.append(f"rank {found.rank} keeps {found.share_kept:.1%} of the change of the weights")
@@ -70,13 +83,7 @@ def export_command(
             f"Rounding to {found.dtype} loses {found.lost:.0%} of what training has changed (in "
             "squares). Export with --dtype fp32, or the change alone with --format lora"
         )
-    data = {
-        "folder": place,
-        "iteration": result.iteration,
-        "bytes": result.bytes,
-        **asdict(found),
-    }
-    show(data, as_json, "\n".join(words))
+    return words
 
 
 def import_command(

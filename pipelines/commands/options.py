@@ -1,8 +1,11 @@
-"""Arguments that several commands share."""
+"""Arguments that several commands share, and records of options that a command takes whole."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import wraps
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -20,6 +23,64 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Settings, such as objective.lambda_nr=0.05"),
 ]
+
+
+class OptionGroup:
+    """Base of frozen dataclasses whose fields are options, annotated as typer wants them.
+
+    A field may be a group itself, whose options then stand in its place.
+    """
+
+    def given(self) -> dict[str, Any]:
+        """Returns the values by their names."""
+        return {each.name: getattr(self, each.name) for each in fields(cast(Any, self))}
+
+
+def expand_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Returns a command that has an option for each field of its parameters of `OptionGroup`.
+
+    So typer sees single options, in the order of parameters and fields, and the command takes them
+    as records.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    shown: list[inspect.Parameter] = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        shown += _options(name, hints[name], parameter.default)
+
+    @wraps(command)
+    def with_single_options(**values: Any) -> None:  # noqa: ANN401  (of as many types as options)
+        command(**{name: _taken(name, hints[name], values) for name in hints if name != "return"})
+
+    # Typer reads both.
+    cast(Any, with_single_options).__signature__ = inspect.Signature(shown)
+    with_single_options.__annotations__ = {each.name: each.annotation for each in shown}
+    return with_single_options
+
+
+def _options(name: str, hint: Any, default: Any) -> Iterator[inspect.Parameter]:  # noqa: ANN401
+    """Parameters that a parameter or a field stands for."""
+    if not _is_group(hint):
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint
+        )
+        return
+    hints = get_type_hints(hint, include_extras=True)
+    for each in fields(hint):
+        missing = each.default is MISSING
+        own = inspect.Parameter.empty if missing else each.default
+        yield from _options(each.name, hints[each.name], own)
+
+
+def _taken(name: str, hint: Any, values: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Value of a parameter or a field, of the single options."""
+    if not _is_group(hint):
+        return values[name]
+    hints = get_type_hints(hint, include_extras=True)
+    return hint(**{each.name: _taken(each.name, hints[each.name], values) for each in fields(hint)})
+
+
+def _is_group(hint: Any) -> bool:  # noqa: ANN401
+    return isinstance(hint, type) and issubclass(hint, OptionGroup)
 
 
 def _require_single(settings: Sequence[str], attempted: str) -> None:

@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 
 from cluster.redaction import without_secrets
 from cluster.storage import write_text
-from pipelines.commands.options import Json, Overrides, RecipeName
+from pipelines.commands.options import Json, OptionGroup, Overrides, RecipeName, expand_groups
 from pipelines.commands.output import show, working
 from sgmd_core.errors import ConfigError
 
@@ -19,17 +20,20 @@ if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
     from pipelines.planning.layouts import Layout
     from pipelines.planning.plan import Plan
+    from pipelines.planning.request import Request
 
 
-def plan_command(
-    recipe: RecipeName,
-    overrides: Overrides = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanArguments(OptionGroup):
+    """Options of the question: the GPUs, what is known of them, and what may be changed."""
+
     gpus: Annotated[
         int | None, typer.Option(help="GPUs of the whole run, the validator included [default: 8]")
-    ] = None,
+    ] = None
     gpu_memory: Annotated[
-        float | None, typer.Option(help="GB of memory of one [default: 80]")
-    ] = None,
+        float | None,
+        typer.Option(help="GB of memory of one [default: 80]"),
+    ] = None
     kinds: Annotated[
         list[str] | None,
         typer.Option(
@@ -38,74 +42,72 @@ def plan_command(
             help="Instead of --gpus, one of several kinds of GPU, such as H100=8x80@229; NAME is "
             "the label that Ray gives its machines. Say it once for each, the fastest first",
         ),
-    ] = None,
+    ] = None
     gpus_per_node: Annotated[
         int, typer.Option(help="GPUs of a machine, whose ranks gather weights at --node-bandwidth")
-    ] = 8,
+    ] = 8
     node_bandwidth: Annotated[
         float, typer.Option(help="GB/s at which a GPU is sent weights within a machine")
-    ] = 200.0,
+    ] = 200.0
     network_bandwidth: Annotated[
         float, typer.Option(help="GB/s at which it is sent weights between machines")
-    ] = 40.0,
+    ] = 40.0
     model: Annotated[
         str | None,
         typer.Option(
             help="1.3b, 5b, 14b, a14b (Wan) or ltx-2b, where model.folder is not here yet"
         ),
-    ] = None,
+    ] = None
     measured: Annotated[
         Path | None,
         typer.Option(help="A run, or gpu.json of `make gpu-check`, to take times from"),
-    ] = None,
+    ] = None
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s that a GPU reaches, where nothing is measured")
-    ] = None,
+    ] = None
     host_memory: Annotated[
         float, typer.Option(help="GB of main memory beside each GPU, for what is offloaded")
-    ] = 200.0,
+    ] = 200.0
     fit: Annotated[
         bool, typer.Option("--fit", help="Change the recipe's memory settings until it fits")
-    ] = False,
+    ] = False
     any_batch: Annotated[
         bool, typer.Option("--any-batch", help="Take the batch size nearby that suits best")
-    ] = False,
+    ] = False
+
+    def request(self, recipe: str, overrides: list[str]) -> "Request":
+        """Returns the question that is asked about a recipe."""
+        from pipelines.planning.request import Request
+
+        given: dict[str, Any] = self.given() | {"kinds": self.kinds or []}
+        return Request(recipe, overrides, **given)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOutputOptions(OptionGroup):
+    """Options of what is written or printed of the plan."""
+
     write: Annotated[
         Path | None, typer.Option(help="New file for the recipe with the best layout")
-    ] = None,
+    ] = None
     emit: Annotated[
         str | None,
         typer.Option(help="Print a manifest: kuberay, raycluster, slurm, launcher, dockerfile"),
-    ] = None,
+    ] = None
     details: Annotated[
         list[str] | None,
         typer.Option(
             "--with", metavar="KEY=VALUE", help="Detail of the manifest, such as image=IMAGE"
         ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Size the pools for some GPUs: layout, time, use and memory, before any is taken."""
-    with working():
-        from pipelines.planning.request import Request, answer
+    ] = None
 
-        request = Request(
-            recipe=recipe,
-            overrides=overrides or [],
-            gpus=gpus,
-            gpu_memory=gpu_memory,
-            tflops=tflops,
-            kinds=kinds or [],
-            gpus_per_node=gpus_per_node,
-            node_bandwidth=node_bandwidth,
-            network_bandwidth=network_bandwidth,
-            host_memory=host_memory,
-            model=model,
-            measured=measured,
-            fit=fit,
-            any_batch=any_batch,
-        )
-        if kinds and emit is not None:
+    def require_one_kind(self, kinds: list[str] | None) -> None:
+        """Refuses a manifest of several kinds of GPU.
+
+        Raises:
+            ConfigError: Both are asked for.
+        """
+        if kinds and self.emit is not None:
             raise ConfigError(
                 "emitting a manifest",
                 "--kind and --emit",
@@ -113,11 +115,29 @@ def plan_command(
                 "Take the recipe by --write; on a cluster with these machines its pools find them "
                 "by label",
             )
+
+
+@expand_groups
+def plan_command(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    arguments: PlanArguments,
+    output: PlanOutputOptions,
+    as_json: Json = False,
+) -> None:
+    """Size the pools for some GPUs: layout, time, use and memory, before any is taken."""
+    with working():
+        from pipelines.planning.request import answer
+
+        request = arguments.request(recipe, overrides or [])
+        output.require_one_kind(request.kinds)
         found = answer(request)
-        written = [] if write is None else [_write(found.config, found.plan, write)]
-        manifest = (
-            None if emit is None else _manifest(emit, found.config, found.plan, details or [])
-        )
+        written = [] if output.write is None else [_write(found.config, found.plan, output.write)]
+        manifest = None
+        if output.emit is not None:
+            details = output.details or []
+            manifest = _manifest(output.emit, found.config, found.plan, details)
     data = found.plan.to_json() | {"recipe": recipe, "advice": found.advice}
     if manifest is not None:
         show(data | {"manifest": manifest}, as_json, manifest.rstrip("\n"))

@@ -1,13 +1,14 @@
 """Commands that read results: `sgmd evaluate`, `generate`, `report`, `ledger`."""
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from pipelines.commands.options import Json
+from pipelines.commands.options import Json, OptionGroup, expand_groups
 from pipelines.commands.output import progress_bar, show, working
 from sgmd_core.errors import ConfigError
 
@@ -16,24 +17,48 @@ if TYPE_CHECKING:
     from pipelines.distillation.audit import Audit
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateArguments(OptionGroup):
+    """Options of `sgmd evaluate` by their names in `EvaluationOptions`."""
+
+    num_captions: Annotated[int, typer.Option(help="Clips in every set")] = 256
+    teacher_steps: Annotated[int | None, typer.Option(help="Steps of the reference")] = None
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the teacher")] = None
+    batch_size: Annotated[int, typer.Option(help="Clips sampled side by side")] = 16
+    seed: Annotated[int, typer.Option(help="Seed of the reference")] = 0
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Weights of an I3D (.safetensors) in place of the built-in features"),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateArguments(OptionGroup):
+    """Options of `sgmd generate` by their names in `SamplingOptions`."""
+
+    num_steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None
+    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance")] = None
+    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise levels")] = None
+    text_length: Annotated[int | None, typer.Option(help="Text positions")] = None
+    negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from")] = None
+    num_frames: Annotated[int | None, typer.Option(help="Frames a clip")] = None
+    height: Annotated[int | None, typer.Option(help="Pixels")] = None
+    width: Annotated[int | None, typer.Option(help="Pixels")] = None
+    fps: Annotated[int | None, typer.Option(help="Frames a second")] = None
+
+
+@expand_groups
 def evaluate_command(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A finished run, or a diffusers folder.")
     ],
+    *,
     teacher: Annotated[Path | None, typer.Option(help="Teacher's folder; a run knows it")] = None,
     captions: Annotated[
         str | None, typer.Option(help="Shards or file of held-out captions; a run knows them")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the results; default RUN")] = None,
-    num_captions: Annotated[int, typer.Option(help="Clips in every set")] = 256,
-    teacher_steps: Annotated[int | None, typer.Option(help="Steps of the reference")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the teacher")] = None,
-    batch_size: Annotated[int, typer.Option(help="Clips sampled side by side")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the reference")] = 0,
-    features: Annotated[
-        Path | None,
-        typer.Option(help="Weights of an I3D (.safetensors) in place of the built-in features"),
-    ] = None,
+    sampling: EvaluateArguments,
     cache: Annotated[
         Path | None, typer.Option(help="Keeps the teacher's figures, for several runs")
     ] = None,
@@ -57,14 +82,7 @@ def evaluate_command(
             captions=captions,
             output=output,
             cache=cache,
-            options=job.EvaluationOptions(
-                num_captions=num_captions,
-                seed=seed,
-                batch_size=batch_size,
-                teacher_steps=teacher_steps,
-                guidance_scale=guidance_scale,
-                features=features,
-            ),
+            options=job.EvaluationOptions(**sampling.given()),
             on_progress=on_progress,
         )
     paths = [output / job.EVALUATION_FILE, output / result.sheet_png, output / result.sheet_gif]
@@ -72,10 +90,12 @@ def evaluate_command(
     show(result.model_dump(mode="json"), as_json, table(result), lines)
 
 
+@expand_groups
 def generate_command(
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="A model folder, or a finished run.")
     ],
+    *,
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to show; may be given more than once")
     ] = None,
@@ -92,15 +112,7 @@ def generate_command(
         int | None,
         typer.Option(min=1, max=1_000_000, help="Clips of each prompt, from the seed on"),
     ] = None,
-    num_steps: Annotated[int | None, typer.Option(help="Denoising steps")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance")] = None,
-    flow_shift: Annotated[float | None, typer.Option(help="Shift of the noise levels")] = None,
-    text_length: Annotated[int | None, typer.Option(help="Text positions")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to lead away from")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames a clip")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels")] = None,
-    fps: Annotated[int | None, typer.Option(help="Frames a second")] = None,
+    sampling: GenerateArguments,
     checkpoint: Annotated[
         str | None, typer.Option(help="Of a run: last, best or an iteration")
     ] = None,
@@ -127,17 +139,7 @@ def generate_command(
                 shown,
                 output=output,
                 seed=_seeds(seed or [0], num_clips),
-                options=job.SamplingOptions(
-                    num_steps=num_steps,
-                    guidance_scale=guidance_scale,
-                    flow_shift=flow_shift,
-                    text_length=text_length,
-                    negative_prompt=negative_prompt,
-                    num_frames=num_frames,
-                    height=height,
-                    width=width,
-                    fps=fps,
-                ),
+                options=job.SamplingOptions(**sampling.given()),
                 zoom=zoom,
                 device=device,
                 on_progress=lambda done, total: on_progress("denoising steps", done, total),

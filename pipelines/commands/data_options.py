@@ -1,0 +1,325 @@
+"""Options of the commands that make and check data.
+
+ClipFormatOptions, ClipLimitOptions, ColumnOptions   shared by several of them
+PrepareArguments, CheckArguments, EncodeArguments    all of one, which make what it calls
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster.s3.settings import DEFAULT_READ_BUDGET_S, S3Settings
+from pipelines.commands.options import LARGEST_SEED, OptionGroup
+from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits, FitPolicy
+from pipelines.data.clips.hang_guard import MAX_HANG_S
+from pipelines.data.making.caption_choice import CaptionChoice
+
+if TYPE_CHECKING:
+    from pipelines.data.checking.check import CheckOptions
+    from pipelines.data.making.encode_options import EncodeOptions
+    from pipelines.data.making.prepare import PrepareOptions
+    from pipelines.data.shards.columns import OptionColumnNames
+    from pipelines.media.inference import InferenceSettings
+
+_DEFAULT_TOKENS = 512
+
+ShardClips = Annotated[int, typer.Option(min=1, help="Most clips in a shard")]
+MaxCaptionChars = Annotated[int, typer.Option(min=1, help="A longer caption is bad")]
+MaxBadFraction = Annotated[
+    float, typer.Option(min=0, max=1, help="Stop where a larger share of the clips is bad")
+]
+Processes = Annotated[
+    int | None,
+    typer.Option(min=0, max=1024, help="Default: one a core; 0 works in this process"),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipFormatOptions(OptionGroup):
+    """Format of the clips that are made; what is not given stays as it is."""
+
+    num_frames: Annotated[
+        int | None, typer.Option(min=1, max=2**17, help="Frames a clip; a shorter one is bad")
+    ] = None
+    height: Annotated[int | None, typer.Option(min=1, max=2**14, help="Pixels")] = None
+    width: Annotated[int | None, typer.Option(min=1, max=2**14, help="Pixels")] = None
+    fps: Annotated[float | None, typer.Option(help="Frames a second, sampled by time")] = None
+    policy: Annotated[
+        FitPolicy,
+        typer.Option(
+            help="Pictures of another size are scaled side by side (resize), scaled and cut"
+            " (crop), or bad (refuse)"
+        ),
+    ] = FitPolicy.CROP
+
+    def wanted(self) -> ClipFormat:
+        """Returns the format as far as it is given."""
+        return ClipFormat(self.num_frames, self.height, self.width, self.fps, self.policy)
+
+    def wanted_or(self, known: "InferenceSettings") -> ClipFormat:
+        """Returns the format, completed by that of a model's clips."""
+        return ClipFormat(
+            num_frames=self.num_frames or known.num_frames,
+            height=self.height or known.height,
+            width=self.width or known.width,
+            fps=known.fps if self.fps is None else self.fps,
+            policy=self.policy,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipLimitOptions(OptionGroup):
+    """Limits of a video, beyond which it is bad."""
+
+    max_pixels: Annotated[
+        int,
+        typer.Option(min=1, help="A video with larger pictures is bad"),
+    ] = DEFAULT_LIMITS.max_pixels
+    max_frames: Annotated[
+        int,
+        typer.Option(min=1, help="A video with more frames is bad"),
+    ] = DEFAULT_LIMITS.max_frames
+    max_seconds: Annotated[
+        float,
+        typer.Option(min=0, help="A longer video is bad"),
+    ] = DEFAULT_LIMITS.max_seconds
+    max_decode_seconds: Annotated[
+        float, typer.Option(min=0, help="A video that decodes longer is bad")
+    ] = DEFAULT_LIMITS.max_decode_s
+    max_hang_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=86400,
+            help="A process in which one call of the decoder takes longer is ended, and the video"
+            " is bad; 0 waits for ever",
+        ),
+    ] = MAX_HANG_S
+
+    def limits(self) -> ClipLimits:
+        """Returns all of them but that of a single call."""
+        return ClipLimits(
+            self.max_pixels, self.max_frames, self.max_seconds, self.max_decode_seconds
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColumnOptions(OptionGroup):
+    """Names of the columns of shards that others have made."""
+
+    caption_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of captions; default: caption, or the only one of prompt and text"
+        ),
+    ] = None
+    id_column: Annotated[
+        str | None, typer.Option(help="Column of ids; default: sample_id, or ids of file and row")
+    ] = None
+    video_column: Annotated[
+        str | None,
+        typer.Option(help="Column of videos: bytes, or a struct of them; default: video"),
+    ] = None
+
+    def names(self) -> "OptionColumnNames":
+        """Returns them as readers of shards take them."""
+        from pipelines.data.shards.columns import OptionColumnNames
+
+        return OptionColumnNames(self.caption_column, self.id_column, self.video_column)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareArguments(OptionGroup):
+    """Options of `sgmd prepare`."""
+
+    shard_clips: ShardClips = 512
+    shard_mb: Annotated[
+        int,
+        typer.Option(min=1, help="A shard is closed at this size, in MiB"),
+    ] = 256
+    path_column: Annotated[str, typer.Option(help="Manifest: the video's path")] = "path"
+    caption_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Manifest and JSON files: the caption; default: caption, or the only one of"
+            " prompt and text"
+        ),
+    ] = None
+    id_column: Annotated[
+        str | None, typer.Option(help="Manifest: the sample id; default: the path")
+    ] = None
+    captions_only: Annotated[
+        bool, typer.Option("--captions-only", help="Manifest: take the captions, no videos")
+    ] = False
+    captions: Annotated[
+        CaptionChoice,
+        typer.Option(
+            help="Of a list of captions, or of manifest rows with one video: take the first"
+            " usable one or a random one, and count the others in the summary; or make a row of"
+            " each (all), with the ids ID#0, ID#1, ..."
+        ),
+    ] = CaptionChoice.FIRST
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Which caption --captions random takes")
+    ] = 0
+    clip_format: ClipFormatOptions
+    crf: Annotated[
+        int, typer.Option(min=0, max=51, help="Quality of a new encoding; 0 is lossless")
+    ] = 18
+    decode: Annotated[
+        bool, typer.Option("--decode-all/--decode-first", help="Frames that are tried")
+    ] = True
+    max_caption_chars: MaxCaptionChars = 4096
+    max_clip_mb: Annotated[int, typer.Option(min=1, help="A larger file is bad, in MiB")] = 512
+    clip_limits: ClipLimitOptions
+    read_budget_seconds: Annotated[
+        float,
+        typer.Option(
+            min=0.001,
+            help="Time that all tries of one read from S3 may take together, and a second more for"
+            " each MiB; an object that is not served by then is bad, if others are",
+        ),
+    ] = DEFAULT_READ_BUDGET_S
+    max_bad_fraction: MaxBadFraction = 0.01
+    retry_bad: Annotated[
+        bool, typer.Option("--retry-bad", help="Try again what earlier runs did not take")
+    ] = False
+    processes: Processes = None
+
+    def options(self) -> "PrepareOptions":
+        """Returns them as `prepare` takes them."""
+        from pipelines.data.making.prepare import PrepareOptions
+        from pipelines.data.making.prepare_clip import ClipRules
+        from pipelines.data.making.source_clip import Columns
+
+        path = None if self.captions_only else self.path_column
+        return PrepareOptions(
+            columns=Columns(path, self.caption_column, self.id_column),
+            rules=ClipRules(
+                wanted=self.clip_format.wanted(),
+                crf=self.crf,
+                whole=self.decode,
+                max_caption_chars=self.max_caption_chars,
+                max_clip_bytes=self.max_clip_mb * 2**20,
+                limits=self.clip_limits.limits(),
+                captions=self.captions,
+                seed=self.seed,
+            ),
+            shard_clips=self.shard_clips,
+            shard_bytes=self.shard_mb * 2**20,
+            max_bad_fraction=self.max_bad_fraction,
+            retry_bad=self.retry_bad,
+            num_processes=self.processes,
+            max_hang_s=self.clip_limits.max_hang_seconds,
+            s3=S3Settings(read_budget_s=self.read_budget_seconds),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckArguments(OptionGroup):
+    """Options of `sgmd check`."""
+
+    sample: Annotated[
+        int | None, typer.Option(min=0, help="Rows to decode, drawn by seed; default: all")
+    ] = None
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Which rows are drawn")] = 0
+    model: Annotated[
+        Path | None, typer.Option(help="Diffusers folder: count captions in its tokens too")
+    ] = None
+    text_length: Annotated[
+        int | None,
+        typer.Option(min=1, max=2**14, help="Tokens that the model takes; its folder knows"),
+    ] = None
+    max_caption_chars: MaxCaptionChars = 4096
+    clip_limits: ClipLimitOptions
+    max_bad_fraction: MaxBadFraction = 0.01
+    columns: ColumnOptions
+    write_index: Annotated[
+        bool, typer.Option("--write-index", help="Write _index.json anew, for the shards there")
+    ] = False
+    processes: Processes = None
+
+    def options(self) -> "CheckOptions":
+        """Returns them as `check_shards` takes them; looks at the model, if there is one."""
+        from pipelines.data.checking.check import CheckOptions
+
+        count_tokens, text_length = self._tokens()
+        return CheckOptions(
+            sample=self.sample,
+            seed=self.seed,
+            max_caption_chars=self.max_caption_chars,
+            limits=self.clip_limits.limits(),
+            max_bad_fraction=self.max_bad_fraction,
+            count_tokens=count_tokens,
+            text_length=text_length,
+            num_processes=self.processes,
+            max_hang_s=self.clip_limits.max_hang_seconds,
+            write_index=self.write_index,
+            names=self.columns.names(),
+        )
+
+    def _tokens(self) -> tuple[Callable[[Sequence[str]], list[int]] | None, int]:
+        """Counter of tokens, and how many the model takes."""
+        if self.model is None:
+            return None, _DEFAULT_TOKENS
+        from pipelines.media.inference import model_folder, read_inference_settings
+        from workers.models.families import family_of
+
+        folder = model_folder(self.model)
+        tokenizer = family_of(folder).load_tokenizer(folder)
+        length = self.text_length or read_inference_settings(folder).text_length
+        return tokenizer.count_tokens, length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodeArguments(OptionGroup):
+    """Options of `sgmd encode`."""
+
+    model: Annotated[Path, typer.Option(help="Model folder; what is not given here comes from it")]
+    clip_format: ClipFormatOptions
+    text_only: Annotated[
+        bool, typer.Option("--text-only", help="Make text embeddings alone; no video is read")
+    ] = False
+    text_length: Annotated[
+        int | None, typer.Option(min=1, max=2**14, help="Text positions; longer captions are cut")
+    ] = None
+    dtype: Annotated[
+        str, typer.Option(help="float32 keeps every bit; bfloat16 and float16 take half the room")
+    ] = "float32"
+    shard_clips: ShardClips = 256
+    max_caption_chars: MaxCaptionChars = 4096
+    clip_limits: ClipLimitOptions
+    max_bad_fraction: MaxBadFraction = 0.01
+    columns: ColumnOptions
+    decoders: Annotated[int, typer.Option(min=1, help="Clips decoded side by side")] = 1
+    video_encoders: Annotated[int, typer.Option(min=1, help="Actors with the autoencoder")] = 1
+    video_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each; 0.5 shares one")] = 0.0
+    text_encoders: Annotated[int, typer.Option(min=1, help="Actors with the text encoder")] = 1
+    text_gpus: Annotated[float, typer.Option(min=0, help="GPUs of each; 0.5 shares one")] = 0.0
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: our own")
+    ] = None
+
+    def options(self, known: "InferenceSettings") -> "EncodeOptions":
+        """Returns them as `encode` takes them; what is not given comes from the model's folder."""
+        from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
+
+        return EncodeOptions(
+            wanted=self.clip_format.wanted_or(known),
+            text_length=self.text_length or known.text_length,
+            dtype=dtype_named(self.dtype),
+            shard_clips=self.shard_clips,
+            max_caption_chars=self.max_caption_chars,
+            limits=self.clip_limits.limits(),
+            max_hang_s=self.clip_limits.max_hang_seconds,
+            max_bad_fraction=self.max_bad_fraction,
+            decoders=self.decoders,
+            videos=ActorPool(self.video_encoders, self.video_gpus),
+            captions=ActorPool(self.text_encoders, self.text_gpus),
+            text_only=self.text_only,
+            names=self.columns.names(),
+            address=self.address,
+        )
