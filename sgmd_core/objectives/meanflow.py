@@ -30,7 +30,7 @@ DELTA = 5e-3
 
 @dataclass(frozen=True, slots=True)
 class Strides:
-    """Where a batch looks at its inner paths.
+    """Points of inner paths that a batch looks at, and what they reach for.
 
     Attributes:
         y: Sample of the outer velocity: the end of the path.
