@@ -25,6 +25,7 @@ from workers.models.content import fingerprint, model_digests
 from workers.models.families import families, family_named, family_of, load_family
 from workers.models.family import Denoiser, ModelFamily
 from workers.models.sampling import EulerSampler, SampleRequest
+from workers.models.wan_transition import write_transition
 from workers.settings import ComputeSettings
 from workers.sharding import full_tensor, is_sharded, shard
 
@@ -44,6 +45,12 @@ class Case:
     family: str = ""
 
 
+def write_transition_of_tiny_wan(folder: Path) -> Path:
+    base = tiny_wan.write_tiny_wan(folder.parent / "base", CAPTIONS[0].split())
+    write_transition(folder, base, num_layers=1, num_steps=2, shift=10.0)
+    return folder
+
+
 CASES = {
     "wan": Case(lambda folder: tiny_wan.write_tiny_wan(folder, CAPTIONS[0].split())),
     "wan22-5b": Case(
@@ -52,6 +59,7 @@ CASES = {
         family="wan",
     ),
     "wan-experts": Case(lambda folder: tiny_wan.write_tiny_experts(folder, CAPTIONS[0].split())),
+    "wan-transition": Case(write_transition_of_tiny_wan),
     "ltx": Case(
         lambda folder: tiny_ltx.write_tiny_ltx(folder, CAPTIONS[0].split()), clip=(9, 32, 64)
     ),

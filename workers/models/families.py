@@ -23,13 +23,19 @@ from workers.models.family import FamilyTraits, ModelFamily
 from workers.models.ltx_family import LtxFamily
 from workers.models.wan_experts import WanExpertsFamily
 from workers.models.wan_family import WanFamily
+from workers.models.wan_transition_family import WanTransitionFamily
 
 ENTRY_POINTS = "sgmd.families"
 # Whatever the family: HunyuanVideoImageToVideoPipeline, LTXImageToVideoPipeline, ...
 _IMAGE_TO_VIDEO = re.compile(r"ImageToVideo|I2V")
 
-# A family with experts before the one that has the same pipeline and none.
-_OWN: tuple[ModelFamily, ...] = (WanExpertsFamily(), WanFamily(), LtxFamily())
+# A family with more denoisers before the one that has the same networks and none of them.
+_OWN: tuple[ModelFamily, ...] = (
+    WanTransitionFamily(),
+    WanExpertsFamily(),
+    WanFamily(),
+    LtxFamily(),
+)
 _MEMBERS = tuple(name for name in vars(ModelFamily) if not name.startswith("_"))
 
 

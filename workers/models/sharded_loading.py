@@ -50,24 +50,24 @@ def load_sharded(
     Raises:
         ModelFolderError: A file cannot be read, does not hold every tensor, or holds NaN.
     """
-    return load_sharded_parts(network, [part], wrap, dtype, device, prepare)
+    return load_sharded_parts([network], [part], wrap, dtype, device, prepare)
 
 
 def load_sharded_parts(
-    network: Any,  # noqa: ANN401  (a class of diffusers)
+    networks: Sequence[Any],
     parts: Sequence[CheckedComponent],
     wrap: Callable[..., D],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     prepare: Callable[[D], object] | None = None,
 ) -> D:
-    """Load a denoiser of several networks of one class; see `load_sharded`.
+    """Load a denoiser of several networks; see `load_sharded`.
 
     Args:
-        network: Class of diffusers, made by `from_config`.
+        networks: Class of each, made by `from_config`.
         parts: The components.
         wrap: Makes the velocity model of the networks, in the order of `parts`.
-        dtype: Of the weights, but for those that the class keeps in float32.
+        dtype: Of the weights, but for those that a class keeps in float32.
         device: Device of the weights.
         prepare: Called once, with the whole velocity model.
 
@@ -77,7 +77,7 @@ def load_sharded_parts(
     part = parts[0]
     try:
         bare: list[nn.Module] = []
-        for part in parts:
+        for network, part in zip(networks, parts, strict=True):
             bare.append(_on_meta(network, part, dtype))
         slots = [dict(_slots(each)) for each in bare]
         denoiser = wrap(*bare).eval()

@@ -81,7 +81,7 @@ class WanVelocity(Denoiser):
         Raises:
             ShapeError: the latents do not fit the network.
         """
-        self._require_latents(x_t)
+        self.require_latents(x_t)
         if self._company is not None:
             x_t = with_summed_gradient(x_t, self._company)
         # `ModelMixin.dtype` walks all modules at each call; this is the parameter that it finds.
@@ -151,7 +151,12 @@ class WanVelocity(Denoiser):
         else:
             self.transformer.disable_gradient_checkpointing()
 
-    def _require_latents(self, x_t: Tensor) -> None:
+    def require_latents(self, x_t: Tensor) -> None:
+        """Check that latents fit the network.
+
+        Raises:
+            ShapeError: They do not.
+        """
         channels = self.transformer.config["in_channels"]
         patch_size = self.patch_size
         expected = f"(batch, {channels}, T, H, W) with T, H, W divisible by {patch_size}"
@@ -263,7 +268,8 @@ def load_experts(
         return ExpertDenoiser(WanVelocity(high), WanVelocity(low), boundary)
 
     parts = [check_component(path, name) for name in EXPERTS_LAYOUT.denoisers]
-    return load_sharded_parts(WanTransformer3DModel, parts, paired, dtype, device, prepare)
+    networks = [WanTransformer3DModel] * len(parts)
+    return load_sharded_parts(networks, parts, paired, dtype, device, prepare)
 
 
 def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> VideoVae:

@@ -50,6 +50,8 @@ LOW_NOISE = "transformer_2"
 REMEDY = "Give a complete diffusers folder of a Wan text-to-video model"
 
 _PIPELINE_CLASS = "WanPipeline"
+TRANSITION_CLASS = "WanTransitionPipeline"
+"""Of folders with a flow head, which no pipeline of diffusers samples."""
 _CLASSES = {
     TRANSFORMER: ["diffusers", "WanTransformer3DModel"],
     VAE: ["diffusers", "AutoencoderKLWan"],
@@ -278,8 +280,9 @@ def read_configs(folder: str | Path, layout: FolderLayout = LAYOUT) -> WanConfig
     """
     path = Path(folder)
     require_supported_index(path, layout)
-    components = {name: read_component(path, name) for name in layout.weights}
-    require_alike(path, [components[name] for name in layout.denoisers])
+    own = [name for name in layout.weights if name in EXPERTS_LAYOUT.weights]
+    components = {name: read_component(path, name) for name in own}
+    require_alike(path, [components[name] for name in layout.denoisers if name in components])
     return WanConfigs(path, read_model_json(path / INDEX_FILE), components)
 
 
@@ -290,7 +293,10 @@ def require_supported_index(folder: Path, layout: FolderLayout = LAYOUT) -> None
         ModelFolderError: It is missing, no JSON, or of another kind of model.
     """
     index = require_wan_index(folder)
-    if layout.experts:
+    if index.get("_class_name") != layout.pipeline_class:
+        found = f"_class_name is {index.get('_class_name')!r}"
+        raise _unsupported(folder, found, f"_class_name {layout.pipeline_class!r}")
+    if LOW_NOISE in layout.experts:
         read_boundary(folder)
     else:
         _require_one_denoiser(folder, index)
@@ -304,7 +310,7 @@ def require_wan_index(folder: Path) -> Mapping[str, Any]:
     """
     index = _read_index(folder)
     pipeline = index.get("_class_name")
-    if pipeline != _PIPELINE_CLASS:
+    if pipeline not in (_PIPELINE_CLASS, TRANSITION_CLASS):
         kind = _OTHER_PIPELINES.get(str(pipeline))
         found = f"_class_name is {pipeline!r}" + (f": {kind}" if kind else "")
         raise _unsupported(folder, found, f"_class_name {_PIPELINE_CLASS!r}, text to video")
