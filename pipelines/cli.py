@@ -76,6 +76,7 @@ _COMMANDS = {
     "generate": results.generate_command,
     "export": exporting.export_command,
     "experts": exporting.experts_command,
+    "transition": exporting.transition_command,
     "report": results.report_command,
     "ledger": results.ledger_command,
     "import": exporting.import_command,

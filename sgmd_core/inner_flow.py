@@ -108,6 +108,11 @@ def inner_grid(num_steps: int, shift: float) -> InnerGrid:
     return shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float()
 
 
+def starts_as_its_head(grid: InnerGrid) -> bool:
+    """Returns True if a head that ignores its state leads to its own answer, to the bit."""
+    return bool(grid[-2] >= _STRAIGHT_FROM)
+
+
 def inner_state(y: Latents, inner_noise: Latents, s: PerSample) -> Latents:
     """State of the inner path: (1 - s) y + s y_1."""
     share = per_sample(s, y)

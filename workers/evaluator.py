@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from sgmd_core.inner_flow import TransitionModel
 from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import random_generator
@@ -208,9 +209,12 @@ class Evaluator:
         device = device_of(self._network)
         placed = {name: value.to(device) for name, value in weights.items()}
 
-        def velocity(x_t: Latents, sigma: Tensor, text: Tensor, /) -> Latents:
-            return functional_call(self._other, placed, (x_t, sigma, text))
+        def velocity(x_t: Latents, sigma: Tensor, text: Tensor, /, *noise: Latents) -> Latents:
+            return functional_call(self._other, placed, (x_t, sigma, text, *noise))
 
+        if isinstance(self._other, TransitionModel):
+            # By this attribute samplers tell a transition, and give it inner noise.
+            velocity.inner_steps = self._other.inner_steps  # pyright: ignore
         return velocity
 
     def _noise(self, seed: int, first_index: int, count: int) -> Latents:

@@ -1,4 +1,4 @@
-"""Commands that exchange models with other programs: `sgmd export`, `import`, `experts`."""
+"""Commands that make models of models: `sgmd export`, `import`, `experts`, `transition`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -131,3 +131,27 @@ def experts_command(
         on_progress("writing the folder", 1, 1)
     data = {"folder": folder, "boundary": boundary}
     show(data, as_json, f"{folder}: two experts of {base}, which change at noise level {boundary}")
+
+
+def transition_command(
+    base: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a run.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The new model folder.")],
+    layers: Annotated[int, typer.Option(help="Last layers that belong to the flow head")],
+    steps: Annotated[int, typer.Option(help="Steps of the inner flow")] = 2,
+    shift: Annotated[float, typer.Option(help="Shift of the inner levels")] = 10.0,
+    components: Annotated[str, typer.Option(help="Weight files: link or copy")] = "link",
+    as_json: Json = False,
+) -> None:
+    """Make a model folder with a flow head, to distil it as a transition (TMD)."""
+    with progress_bar() as on_progress:
+        from pipelines.run.places import shared_place
+        from pipelines.transition import make_transition
+        from workers.models.exporting import Components
+
+        on_progress("writing the folder", 0, 1)
+        made = make_transition(base, target, layers, steps, shift, cast(Components, components))
+        folder = shared_place(made)
+        on_progress("writing the folder", 1, 1)
+    data = {"folder": folder, "layers": layers, "steps": steps, "shift": shift}
+    words = f"{folder}: {base} with a flow head of its last {layers} layers, {steps} inner steps"
+    show(data, as_json, words)

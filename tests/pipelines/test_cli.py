@@ -23,6 +23,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "experts",
+    "transition",
     "import",
     "generate",
     "report",

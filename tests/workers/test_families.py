@@ -553,7 +553,7 @@ class TestUnknownFolders:
             family_of(tmp_path / "nowhere")
 
     def test_an_unknown_name_lists_the_names(self, toy_is_installed):
-        with pytest.raises(ConfigError, match="one of wan-experts, wan, ltx, toy"):
+        with pytest.raises(ConfigError, match="one of wan-experts, wan-transition, wan, ltx, toy"):
             family_named("hunyuan")
 
 

@@ -31,8 +31,8 @@ _IMAGE_TO_VIDEO = re.compile(r"ImageToVideo|I2V")
 
 # A family with more denoisers before the one that has the same networks and none of them.
 _OWN: tuple[ModelFamily, ...] = (
-    WanTransitionFamily(),
     WanExpertsFamily(),
+    WanTransitionFamily(),
     WanFamily(),
     LtxFamily(),
 )

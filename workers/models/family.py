@@ -101,6 +101,53 @@ class Denoiser(nn.Module, ABC):
         """Recompute the activations of the layers in the backward pass, or keep them."""
 
 
+class TransitionDenoiser(Denoiser):
+    """A denoiser whose answer is a sample of the velocity, by the inner flow of a head.
+
+    `forward` also takes inner noise, and inner states to answer for; see `sgmd_core.inner_flow`.
+
+    Attributes:
+        inner_levels: Levels of the inner flow, from 1 to 0.
+    """
+
+    inner_levels: Tensor
+
+    @property
+    def inner_steps(self) -> int:
+        """Steps of the inner flow."""
+        return len(self.inner_levels) - 1
+
+    @abstractmethod
+    def forward(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        states: Tensor | None = None,
+        levels: Tensor | None = None,
+        targets: Tensor | None = None,
+    ) -> Tensor:
+        """Sample the velocity, or answer for inner states.
+
+        Args:
+            x_t: Noisy latents (B, C, T, H, W).
+            sigma: Noise level of each sample (B,).
+            text: Text embeddings (B, L, D).
+            states: Inner noise, shaped like `x_t`; None draws it from a hash of `x_t`. With
+                `levels`, inner states (K, B, C, T, H, W).
+            levels: Inner levels (K, B) of states to answer for, in place of a sample.
+            targets: Level (B,) that each stride leads to, with `levels`.
+
+        Returns:
+            The sample in float32, shaped like `x_t`; with `levels`, the head's answers (K, B, C, T,
+            H, W), of which the first has a graph. The others have full precision from the backbone
+            on, so that their difference has digits.
+
+        Raises:
+            ShapeError: The latents do not fit the network.
+        """
+
+
 class TextEmbedder(Protocol):
     """Tokenizer and text encoder."""
 
@@ -240,6 +287,8 @@ class FamilyTraits:
         released: Shapes of released models by name, to plan for before a folder is there.
         keep_fp32: Parts of names, between dots, of weights that exports keep in float32.
         exchange: Makes what writes the denoiser for other programs; None: nothing does.
+        taught_by: Families of teachers and fake scores, for models whose velocities are samples and
+            can be neither; empty: its own.
         modules: What loading its networks imports, by name. Processes of a private cluster are
             forked with it where there is no GPU; a family without it starts slower.
     """
@@ -253,6 +302,7 @@ class FamilyTraits:
     keep_fp32: frozenset[str] = frozenset()
     exchange: Callable[[], ExchangeFiles] | None = None
     modules: tuple[str, ...] = ()
+    taught_by: frozenset[str] = frozenset()
 
 
 @runtime_checkable

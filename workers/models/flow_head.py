@@ -1,4 +1,4 @@
-"""What a flow head adds to the last layers of a denoiser: an inner state, and where it stands.
+"""Networks that a flow head adds to a denoiser's last layers: an inner state, and its place.
 
     z = m + sigmoid(gate(m)) * mlp((1 + scale) * norm(e(y_s)) + shift)
     (scale, shift) = modulation(level(s) + stride_gain * stride(s - r))

@@ -32,14 +32,13 @@ from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, DenoiserShape, FamilyTraits, ModelShape
 from workers.models.folder import ClipGeometry, EncoderSizes, FolderLayout, ModelFolder
-from workers.models.sampling import SamplingRules
+from workers.models.sampling import ClipSampler, SamplingRules
 from workers.models.vocabulary import CaptionTokenizer, LibraryTokenizer
 from workers.models.wan_arithmetic import RELEASED_SHAPES, WanShape
 from workers.models.weights import DIFFUSERS_STEM, TRANSFORMERS_STEM
 
 if TYPE_CHECKING:
     from workers.models.wan import VideoVae
-    from workers.models.wan_pipeline import WanSampler
     from workers.models.wan_text import CaptionEncoder
 
 WAN = "wan"
@@ -231,7 +230,7 @@ class WanFamily:
         require_wan_index(folder)
         return LibraryTokenizer(load_tokenizer(folder / TOKENIZER), clean_caption)
 
-    def open_sampler(self, folder: Path, device: str) -> "WanSampler":
+    def open_sampler(self, folder: Path, device: str) -> ClipSampler:
         """Load a WanPipeline."""
         with paused_collector():
             from workers.models.wan_pipeline import WanSampler

@@ -22,7 +22,7 @@ from sgmd_core.seeds import derived_noise
 from workers.models.architecture import CheckedComponent, NetworkKind, check_network
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
 from workers.models.exporting import Components, copy_components
-from workers.models.family import Denoiser
+from workers.models.family import Denoiser, TransitionDenoiser
 from workers.models.flow_head import FlowHead, with_first_weights
 from workers.models.sampling import EulerSampler
 from workers.models.scheduler import build_scheduler
@@ -52,7 +52,7 @@ _OWN_NOISE = 2
 """Counter of inner noise that is drawn from a state, where nobody gives any."""
 
 
-class WanTransition(Denoiser):
+class WanTransition(TransitionDenoiser):
     """A Wan denoiser whose last layers are a flow head.
 
     Args:
@@ -64,8 +64,7 @@ class WanTransition(Denoiser):
         super().__init__()
         self.velocity = velocity
         self.head = head
-        self.inner_steps: int = head.config["num_steps"]
-        self._grid = inner_grid(self.inner_steps, head.config["shift"])
+        self.inner_levels = inner_grid(head.config["num_steps"], head.config["shift"])
 
     def forward(
         self,
@@ -76,25 +75,7 @@ class WanTransition(Denoiser):
         levels: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        """Sample the velocity, or answer for inner states.
-
-        Args:
-            x_t: Noisy latents (B, C, T, H, W).
-            sigma: Noise level of each sample (B,).
-            text: Text embeddings (B, L, D).
-            states: Inner noise, shaped like `x_t`; None draws it from a hash of `x_t`. With
-                `levels`, inner states (K, B, C, T, H, W).
-            levels: Inner levels (K, B) of states to answer for, in place of a sample.
-            targets: Level (B,) that each stride leads to, with `levels`.
-
-        Returns:
-            The sample in float32, shaped like `x_t`; with `levels`, the head's answers (K, B, C, T,
-            H, W), of which the first has a graph. The others have full precision from the backbone
-            on, so that their difference has digits.
-
-        Raises:
-            ShapeError: The latents do not fit the network.
-        """
+        """Sample the velocity, or answer for inner states; see `TransitionDenoiser.forward`."""
         self.velocity.require_latents(x_t)
         with self._cast(x_t.device.type, self.autocast_dtype):
             backbone = self._backbone(x_t, sigma, text)
@@ -103,7 +84,7 @@ class WanTransition(Denoiser):
                     states = derived_noise(x_t, _OWN_NOISE)
                 noise = states.to(x_t.dtype)
                 sample = inner_sample(
-                    lambda y, s, r: self._answer(backbone, y, s, r), noise, self._grid
+                    lambda y, s, r: self._answer(backbone, y, s, r), noise, self.inner_levels
                 )
                 # A copy, as of every family: FSDP hooks the output, and must not hook a view.
                 return sample.to(torch.float32, copy=True)
@@ -176,11 +157,11 @@ class WanTransition(Denoiser):
     def _layers(self, backbone: "_Backbone", tokens: Tensor, blocks: nn.ModuleList) -> Tensor:
         network = self.velocity.transformer
         given = backbone.text, backbone.modulation, backbone.rotary
+        again = network._gradient_checkpointing_func  # pyright: ignore[reportPrivateUsage]
+        checkpointed = torch.is_grad_enabled() and network.gradient_checkpointing
         for block in blocks:
-            if torch.is_grad_enabled() and network.gradient_checkpointing:
-                tokens = network._gradient_checkpointing_func(  # pyright: ignore[reportPrivateUsage]
-                    block, tokens, *given
-                )
+            if checkpointed and again is not None:
+                tokens = again(block, tokens, *given)
             else:
                 tokens = block(tokens, *given)
         return tokens
@@ -188,7 +169,7 @@ class WanTransition(Denoiser):
 
 @dataclass(slots=True)
 class _Backbone:
-    """What the backbone leaves to the head: its tokens, and what every layer is given."""
+    """Tokens of the backbone, and what every layer is given."""
 
     tokens: Tensor
     text: Tensor

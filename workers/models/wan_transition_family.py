@@ -11,7 +11,7 @@ take the denoiser alone and answer with means. Everything else is as in `wan_fam
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from workers.models.configs import CONFIG_FILE, read_model_json, require_plain_w
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, ModelShape
 from workers.models.folder import ModelFolder
+from workers.models.sampling import ClipSampler
 from workers.models.transition_arithmetic import TransitionShape
 from workers.models.wan_arithmetic import WanShape
 from workers.models.wan_family import (
@@ -29,14 +30,12 @@ from workers.models.wan_family import (
     REMEDY,
     TRANSFORMER,
     TRANSITION_CLASS,
+    WAN,
     WAN_TRAITS,
     WanFamily,
     require_supported_index,
 )
 from workers.models.weights import DIFFUSERS_STEM
-
-if TYPE_CHECKING:
-    from workers.models.sampling import EulerSampler
 
 WAN_TRANSITION = "wan-transition"
 FLOW_HEAD = "flow_head"
@@ -57,6 +56,7 @@ _TRAITS = replace(
     released={},
     computes=frozenset({"bf16", "checkpointing"}),
     exchange=None,
+    taught_by=frozenset({WAN}),
     modules=("workers.models.wan_transition", "workers.models.wan_text"),
 )
 
@@ -111,7 +111,7 @@ class WanTransitionFamily(WanFamily):
 
         return load_transition(folder, dtype, device, prepare)
 
-    def open_sampler(self, folder: Path, device: str) -> "EulerSampler":
+    def open_sampler(self, folder: Path, device: str) -> ClipSampler:
         """Load what samples clips by outer and inner steps."""
         with paused_collector():
             from workers.models.wan_transition import open_transition_sampler
