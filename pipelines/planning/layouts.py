@@ -287,7 +287,7 @@ def _costs(
     teams: Mapping[str, Team],
 ) -> Costs:
     weights = 4 * work.shape.num_parameters
-    gathered, sent = work.gathered_bytes, work.result_bytes
+    gathered, sent, exchanged = work.gathered_bytes, work.result_bytes, work.exchanged_bytes
 
     def pool_of(call: Call) -> str:
         return teams[call.role].process(call.role, call.rank)[0]
@@ -300,7 +300,13 @@ def _costs(
             return step_s if call.stage == "step" else step_s / 10
         name = (call.role, call.stage)
         sample_s = times.seconds[name] / one.speed_of(pool, hardware)
-        working_s = sample_s * work.samples_of_a_rank(call.role, call.num_samples, ranks)
+        samples, company = (
+            work.samples_of_a_rank(call.role, call.num_samples, ranks),
+            work.company(call.role),
+        )
+        # Nothing is computed while ranks that work together exchange tokens for heads.
+        exchange_s = own.gather_s(exchanged.get(name, 0.0) * samples * company, company)
+        working_s = sample_s * samples + exchange_s
         # Weights are gathered while the layer before computes.
         return max(working_s, own.gather_s(gathered[name], ranks))
 

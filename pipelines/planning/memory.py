@@ -9,6 +9,10 @@
     host       its share of what settings keep in main memory                     beside the GPU's
     saves      its share of the state again, in main memory, from its first save  learners
 
+Torch's plain kernel of attention holds all pairs of tokens: by `compute.attention: _native_math`,
+and in the derivative in forward mode that a method with a consistency term takes of its generator,
+which carries a second of every activation along, in float32, and keeps no graph.
+
 Everything but products of matrices and frozen weights is float32: weights are cast where they are
 used. The teacher keeps weights and nothing else. Roles with adapters in a process share one base
 with each other and with the teacher; a teacher in processes of its own is sharded over its ranks.
@@ -23,6 +27,11 @@ from pipelines.planning.workload import Workload
 from workers.models.family import DenoiserShape
 
 _FLOAT = 4
+# Fitted to counted bytes; the tests hold them against networks.
+_PAIRS = {"pass": 2, "layer": 3, "derivative": 5}
+_STREAMS = {"pass": 9, "derivative": 13}
+_TANGENTS = 3
+"""Widest place of a pass with a derivative beside attention, over that of one without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +102,7 @@ def teacher_memory(
     """
     passes = samples * (2 if work.guided and not work.in_turn else 1)
     shape = work.shape_of(TEACHER)
-    widest = shape.transient_bytes(work.latent_shape, bf16=TEACHER in work.bf16)
+    widest = _passing(work, TEACHER)
     if work.through_teacher:
         widest = _graph(work, TEACHER) + _layer(work, TEACHER)
     ranks = 1 if work.teacher_whole else ranks
@@ -146,7 +155,9 @@ def _learner_memory(
     start = share * (role == FAKE_SCORE and work.restarts)
     # Weights and moments, while copies of the fake score are trained on.
     measured = (1 + kept.moments) * share * (role == FAKE_SCORE and work.measures_lag)
-    passing = shape.transient_bytes(work.latent_shape, bf16=role in work.bf16)
+    passing = _passing(work, role)
+    if role == GENERATOR and work.consistency:
+        passing = max(passing, derivative_bytes(work, role))
     return RankMemory(
         state=(2 + kept.moments + kept.averages - kept.on_host) * share,
         # Weights of two layers; a layer's gradient in their type, and in that of the sum.
@@ -176,7 +187,34 @@ def _graph(work: Workload, role: str) -> float:
         bf16=role in work.bf16,
         checkpointing=role in work.checkpointing,
     )
+    if role in work.all_pairs and role not in work.checkpointing:
+        graph += work.shape_of(role).num_layers * work.pair_bytes(role)
     return graph + (work.stream_bytes(role) if role in work.selective else 0)
+
+
+def _passing(work: Workload, role: str) -> float:
+    """A pass without a graph, at its widest place."""
+    shape = work.shape_of(role)
+    widest = shape.transient_bytes(work.latent_shape, bf16=role in work.bf16)
+    return max(widest, _at_attention(work, role, "pass")) if role in work.all_pairs else widest
+
+
+def derivative_bytes(work: Workload, role: str) -> float:
+    """Bytes of a pass that carries a derivative along, at its widest place, for one sample.
+
+    Args:
+        work: The iteration.
+        role: Whose network it is.
+    """
+    shape = work.shape_of(role)
+    beside = _TANGENTS * shape.transient_bytes(work.latent_shape, bf16=False)
+    return max(beside, _at_attention(work, role, "derivative"))
+
+
+def _at_attention(work: Workload, role: str, kind: str) -> float:
+    shape = work.shape_of(role)
+    stream = _FLOAT * shape.num_tokens(work.latent_shape) * shape.width
+    return _PAIRS[kind] * work.pair_bytes(role) + _STREAMS[kind] * stream
 
 
 def _layer(work: Workload, role: str) -> float:
@@ -184,4 +222,5 @@ def _layer(work: Workload, role: str) -> float:
     shape = work.shape_of(role)
     stream = shape.num_tokens(work.latent_shape) * shape.width
     again = shape.layer_graph_bytes(work.latent_shape, work.text_length, bf16=role in work.bf16)
-    return again + 3 * _FLOAT * stream
+    pairs = _PAIRS["layer"] * work.pair_bytes(role) if role in work.all_pairs else 0
+    return again + 3 * _FLOAT * stream + pairs

@@ -53,6 +53,7 @@ from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, rest
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.types import Looks
 from workers.adapters import targeted
+from workers.attention import KERNELS
 from workers.discriminator_heads import num_head_parameters
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
@@ -62,6 +63,9 @@ from workers.settings import ComputeSettings, DiversitySettings
 
 COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
 """Stages of a diversity loss, which the planned program does not have, and their role's own."""
+
+_EXCHANGED = 4
+"""Tensors of a layer, each of the size of the stream."""
 
 StageName = tuple[str, str]
 """Role and stage."""
@@ -139,6 +143,7 @@ class Workload:
         matching: Whether it learns from its own samples.
         moments_in_8_bits: Roles whose optimizer keeps second moments in 8 bits.
         ulysses: Roles whose ranks work on samples together, with how many of them do.
+        all_pairs: Roles whose attention holds a matrix of all pairs of tokens.
     """
 
     shape: DenoiserShape
@@ -174,6 +179,7 @@ class Workload:
     matching: bool = True
     moments_in_8_bits: frozenset[str] = frozenset()
     ulysses: tuple[tuple[str, int], ...] = ()
+    all_pairs: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -244,6 +250,9 @@ class Workload:
                 role for role, own in updated.items() if own.moment_bits == 8
             ),
             ulysses=tuple((role, own.ulysses) for role, own in computes.items() if own.ulysses > 1),
+            all_pairs=frozenset(
+                role for role, own in computes.items() if KERNELS[own.attention].all_pairs
+            ),
         )
 
     def company(self, *roles: str) -> int:
@@ -321,6 +330,11 @@ class Workload:
         size = 2 if role in self.bf16 else 4
         return size * shape.num_layers * shape.num_tokens(self.latent_shape) * shape.width
 
+    def pair_bytes(self, role: str) -> int:
+        """Bytes of a number for each pair of tokens of a sample and each head, in float32."""
+        shape = self.shape_of(role)
+        return 4 * shape.num_heads * shape.num_tokens(self.latent_shape) ** 2
+
     @property
     def through_teacher(self) -> bool:
         """The loss also passes through the teacher's input."""
@@ -367,6 +381,22 @@ class Workload:
         return _counted_together(
             {(stage.role, stage.name): passes.backwards for stage, passes in table.items()}
         )
+
+    @property
+    def exchanged_bytes(self) -> dict[StageName, float]:
+        """Bytes of tokens of one sample that pass through a rank's exchanges, by stage.
+
+        Ranks that work together exchange queries, keys, values and the result of self-attention,
+        tokens for heads, and their gradients on the way back; of each a rank has its part.
+        """
+        together, found = dict(self.ulysses), dict[StageName, float]()
+        for stage, passes in self._passes_by_stage().items():
+            if stage.role in together:
+                again = passes.backwards * (stage.role in self.checkpointing)
+                times = passes.forwards + passes.backwards + again
+                parts = _EXCHANGED * self.stream_bytes(stage.role) / together[stage.role]
+                found[stage.role, stage.name] = times * parts
+        return _counted_together(found)
 
     def split_by_stage(self, seconds: Mapping[StageName, float]) -> dict[StageName, float]:
         """Splits seconds that hold those of a diversity loss among its stages, by their work."""

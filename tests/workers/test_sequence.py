@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
+from pipelines.config.roles import FAKE_SCORE, ROLES
+from pipelines.planning.workload import Workload
 from sgmd_core.objectives.sid import SidObjective
 from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.ranks import on_ranks
@@ -19,6 +22,7 @@ from tests.workers.test_sharding import BF16_TOLERANCE, all_weights
 from workers.compute import prepare_network
 from workers.models.experts import ExpertDenoiser
 from workers.models.family import Denoiser
+from workers.models.wan_arithmetic import WanShape
 from workers.moment_codes import MomentCodes, decode_moments
 from workers.settings import ComputeSettings, LoraSettings
 from workers.sharding import full_tensor, shard
@@ -83,6 +87,27 @@ def walked(network: Denoiser) -> dict[str, Tensor]:
     return found
 
 
+def exchanged(compute: ComputeSettings) -> dict[str, int]:
+    """Bytes of the tensors that this rank exchanges with the other one, by way."""
+    network = prepare_network(tiny_velocity(2), compute)
+    shard(network, network.blocks)
+    own, sizes = funcol.all_to_all_single, []
+
+    def counted(value: Tensor, *arguments: Any) -> Tensor:
+        sizes.append(value.numel() * value.element_size())
+        return own(value, *arguments)
+
+    funcol.all_to_all_single = counted
+    try:
+        x_t = torch.randn(1, *LATENT_SHAPE).requires_grad_()
+        velocity = network(x_t, torch.tensor([0.3]), torch.randn(1, TEXT_LENGTH, TEXT_DIM))
+        found = {"forward": sum(sizes)}
+        torch.autograd.grad(velocity.sum(), x_t)
+        return found | {"to_input": sum(sizes) - found["forward"]}
+    finally:
+        funcol.all_to_all_single = own
+
+
 def in_8_bits(folder: str) -> dict[str, Any]:
     """Moments in 8 bits of two ranks, saved, taken up again, and gone on with."""
     run = {"moment_bits": 8, "compute": SPLIT}
@@ -110,6 +135,11 @@ def on_ranks_together(rank: int, size: int, folder: str) -> dict[str, Any]:
         "alone": vjp(SPLIT, alone=True),
         "bf16": vjp(ComputeSettings("bf16", ulysses=2)),
         "experts": experts_vjp(SPLIT),
+        "exchanged": {
+            (precision, again): exchanged(ComputeSettings(precision, again, ulysses=2))
+            for precision in ("fp32", "bf16")
+            for again in (False, True)
+        },
     }
     brought["8 bits"] = in_8_bits(folder)
     return brought | {name: after(run | {"compute": SPLIT}) for name, run in RUNS.items()}
@@ -137,6 +167,25 @@ def test_velocities_and_both_gradients_are_those_of_one_rank(brought, plain, way
     for name, value in plain.items():
         found = {name: brought[rank][way][name]}
         assert relative_error(found, {name: value}) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_plan_counts_the_bytes_that_are_exchanged(brought, precision, again):
+    shape = WanShape.from_config(tiny_velocity(2).transformer.config)
+    work = Workload(
+        shape,
+        LATENT_SHAPE,
+        TEXT_LENGTH,
+        1,
+        bf16=frozenset(ROLES if precision == "bf16" else ()),
+        checkpointing=frozenset(ROLES if again else ()),
+        ulysses=((FAKE_SCORE, 2),),
+    )
+    found = brought[0]["exchanged"][precision, again]
+    planned = work.exchanged_bytes[FAKE_SCORE, "signal"]
+    assert found["forward"] + found["to_input"] == planned
+    assert found["to_input"] == (2 if again else 1) * found["forward"]
 
 
 def test_products_in_bfloat16_are_split_up_to_their_rounding(brought):

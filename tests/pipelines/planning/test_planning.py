@@ -19,6 +19,7 @@ from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.distillation.groups import pools_of
 from pipelines.planning.hardware import GB, Hardware
+from pipelines.planning.layouts import fused_layout
 from pipelines.planning.memory import (
     discriminator_memory,
     fake_score_memory,
@@ -114,6 +115,22 @@ class TestSamplesOverSeveralRanks:
         config = load_recipe("wan21-1.3b", [*settings, "topology.mode=fused", batch])
         with pytest.raises(ConfigError, match=words):
             Workload.of(config, "1.3b")
+
+    def test_an_exchange_takes_the_time_of_its_bytes(self):
+        work, hardware = self.work(4, 2), Hardware(memory_gb=80)
+        times = modelled(work, hardware)
+        seconds = {
+            speed: fused_layout(
+                work, times, replace(hardware, gather_bandwidth=speed, ranks_per_machine=8), 8
+            ).iteration_s
+            for speed in (20e9, 200e9, 1e30)
+        }
+        # Each of two parties has a sample; three of four parts come from others.
+        exchanged = sum(work.exchanged_bytes.values()) * 3 / 4
+        assert exchanged / 20e9 > 0.01 * seconds[1e30]
+        for speed in (20e9, 200e9):
+            spent = seconds[speed] - seconds[1e30]
+            assert spent == pytest.approx(exchanged / speed, rel=0.01)
 
     def test_fewer_gpus_than_ranks_of_a_sample_are_refused(self):
         hardware, work = Hardware(memory_gb=80), self.work(4)
