@@ -13,8 +13,6 @@ All make the same roles from the same factories and settings, so they make the s
 """
 
 import json
-import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, TypeVarTuple
 
 from cluster.local import LocalWorkerGroup
 from cluster.ray.direct import Direct
-from cluster.ray.pools import Pool, Strategy, bundles_of
+from cluster.ray.pools import bundles_of
 from cluster.schedule.program import Team
 from cluster.worker_group import WorkerGroup
 from pipelines.config.adapters import teacher_is_base
@@ -35,12 +33,12 @@ from pipelines.config.model_folders import (
 )
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.config.topology import PoolSettings
 from pipelines.data.stream.batch import BatchFeed
 from pipelines.data.stream.feed import FeedProgress, StreamSettings
 from pipelines.data.stream.mixing import build_feed
 from pipelines.distillation.algorithm import STAGES
 from pipelines.distillation.iteration import Roles
+from pipelines.distillation.pools import BORROWED, own_cluster_size, own_pools_of, pools_of
 from pipelines.distillation.preflight import Preflight
 from pipelines.distillation.validation import ValidationPlan, Validator, build_validator
 from pipelines.distillation.watch import watch_groups
@@ -63,17 +61,6 @@ from workers.models.families import modules_of
 if TYPE_CHECKING:
     from cluster.ray.host import Hosts
     from cluster.ray.topology import Placement
-
-_STRATEGIES: Mapping[str, Strategy] = {
-    "pack": "PACK",
-    "spread": "SPREAD",
-    "strict_pack": "STRICT_PACK",
-    "strict_spread": "STRICT_SPREAD",
-}
-BORROWED = frozenset({TEACHER, "text"})
-"""Roles that keep nothing between calls, so that several runs may use one copy."""
-# Left outside of the reservation, or Ray Data would never read a row.
-_DATA_CPUS = 1.0
 
 W = TypeVar("W")
 Ts = TypeVarTuple("Ts")
@@ -169,61 +156,6 @@ def _wait_ready(groups: Sequence[WorkerGroup[Any]], timeout_s: float) -> None:
     for group in groups:
         # At the deadline the others may be ready, and are to be told from those that are not.
         group.wait_ready(max(1.0, deadline_s - time.monotonic()))
-
-
-def own_cluster_size(config: DistillConfig, bundles: Sequence[Mapping[str, float]]) -> int | None:
-    """Logical CPUs of a Ray that we start on this machine; None where a cluster exists.
-
-    On a small machine the roles share cores, which Ray's own count would forbid.
-    """
-    if config.topology.address is not None or "RAY_ADDRESS" in os.environ:
-        return None
-    wanted = sum(bundle.get("CPU", 0.0) for bundle in bundles) + _DATA_CPUS
-    return max(os.cpu_count() or 1, math.ceil(wanted))
-
-
-def pools_of(config: DistillConfig) -> list[Pool]:
-    """The pools that a run reserves, one bundle a rank."""
-    topology = config.topology
-    pools = [
-        *_role_pools(config),
-        _pool("text", topology.text),
-        _pool("feed", topology.feed),
-    ]
-    if config.validation.every:
-        pools.append(_pool("validator", topology.validator))
-    return pools
-
-
-def own_pools_of(config: DistillConfig) -> list[Pool]:
-    """The pools of a run that borrows its frozen roles."""
-    return [pool for pool in pools_of(config) if pool.name not in BORROWED]
-
-
-def lent_pools_of(config: DistillConfig) -> list[Pool]:
-    """The pools of the service that it borrows them from."""
-    return [pool for pool in pools_of(config) if pool.name in BORROWED]
-
-
-def _role_pools(config: DistillConfig) -> list[Pool]:
-    topology = config.topology
-    replicas = topology.teacher.replicas if topology.mode == "pools" else 1
-    return [
-        _pool(name, own, own.ranks * (replicas if name == TEACHER else 1))
-        for name, own in topology.role_pools_of(config.roles).items()
-    ]
-
-
-def _pool(name: str, settings: PoolSettings, num_ranks: int = 1) -> Pool:
-    return Pool(
-        name,
-        num_ranks,
-        settings.cpus,
-        settings.gpus,
-        resources=settings.resources,
-        labels=settings.labels,
-        strategy=_STRATEGIES[settings.strategy],
-    )
 
 
 class _Opener(Protocol):

@@ -15,7 +15,7 @@ from typing import Any
 from cluster.ray.pools import Pool
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.topology import FUSED, RolePoolSettings
-from pipelines.distillation.groups import pools_of
+from pipelines.distillation.pools import pools_of
 from sgmd_core.errors import ConfigError
 
 _SETTLE_S, _LONGEST_S = 1.0, 15.0

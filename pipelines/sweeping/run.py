@@ -26,7 +26,7 @@ from cluster.storage import write_text
 from pipelines.config.model_folders import model_on_this_machine
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.branching import keep_state, states_of
-from pipelines.distillation.groups import (
+from pipelines.distillation.pools import (
     lent_pools_of,
     own_cluster_size,
     own_pools_of,

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.ray.pools import Pool
 from cluster.ray.shortage import Machine, first_fit
-from pipelines.distillation.groups import pools_of
+from pipelines.distillation.pools import pools_of
 from pipelines.distillation.replanning import smaller_topologies, topology_in_words
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl

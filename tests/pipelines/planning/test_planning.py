@@ -17,7 +17,7 @@ from cluster.schedule.simulate import Costs, simulate
 from pipelines.cli import app
 from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.distillation.groups import pools_of
+from pipelines.distillation.pools import pools_of
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.layouts import fused_layout
 from pipelines.planning.memory import (
