@@ -29,8 +29,9 @@ from on_gpu.ranks import join
 from on_gpu.step import Context
 from on_gpu.whole_iteration import iterations, recipe_of, workload_of
 from pipelines.config.recipe import DistillConfig
+from pipelines.planning.networks import released_models
 from pipelines.planning.pool_maps import fused_memory
-from pipelines.planning.workload import Workload, released_models
+from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule

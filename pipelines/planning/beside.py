@@ -11,8 +11,9 @@ from dataclasses import replace
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, Hardware
+from pipelines.planning.networks import released_models
 from pipelines.planning.plan import Plan
-from pipelines.planning.workload import Workload, released_models
+from pipelines.planning.workload import Workload
 from sgmd_core.errors import ModelFolderError
 from workers.models.exporting import DTYPES
 from workers.models.families import family_of

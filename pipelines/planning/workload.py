@@ -15,12 +15,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Self
 
 from cluster.schedule.program import Program
 from pipelines.config.adapters import adapted_roles
-from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.sequence import require_divisible
@@ -48,16 +46,18 @@ from pipelines.distillation.algorithm import (
     iteration_program,
 )
 from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
-from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
+from pipelines.planning.networks import (
+    adapter_parameters,
+    latent_shape_of,
+    model_shape,
+    other_shapes,
+)
 from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, restarts_of
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.types import Looks
-from workers.adapters import targeted
 from workers.attention import KERNELS
 from workers.discriminator_heads import num_head_parameters
-from workers.models.configs import INDEX_FILE
-from workers.models.families import families, family_of
-from workers.models.family import DenoiserShape, ModelShape
+from workers.models.family import DenoiserShape
 from workers.moment_codes import BYTES_PER_ENTRY
 from workers.settings import ComputeSettings, DiversitySettings
 
@@ -193,7 +193,7 @@ class Workload:
             ConfigError: There is no such shape or folder, or the clip does not fit it.
             ModelFolderError: The folder holds another kind of model.
         """
-        shape = _released(model) if model else _read(config.model_folder)
+        shape = model_shape(config, model)
         updated = {
             GENERATOR: config.generator.optimizer,
             FAKE_SCORE: config.fake_score.optimizer,
@@ -206,8 +206,8 @@ class Workload:
         if DISCRIMINATOR in config.roles:
             updated[DISCRIMINATOR] = config.discriminator.optimizer
             computes[DISCRIMINATOR] = config.discriminator.compute
-        others = _other_shapes(config, shape.denoiser)
-        latent_shape = _latent_shape(config, shape)
+        others = other_shapes(config, shape.denoiser)
+        latent_shape = latent_shape_of(config, shape)
         for role, compute in computes.items():
             own = others.get(TEACHER if role == DISCRIMINATOR else role, shape.denoiser)
             require_divisible(role, compute.ulysses, own, latent_shape)
@@ -236,7 +236,7 @@ class Workload:
             selective=_roles_with(computes, "selective"),
             offloading=_roles_with(computes, "offload"),
             others=others,
-            adapters=_adapters(config, shape.denoiser, others),
+            adapters=adapter_parameters(config, shape.denoiser, others),
             frozen_in_bf16=frozenset(
                 role for role in adapted_roles(config) if computes[role].weights == "bf16"
             ),
@@ -539,63 +539,3 @@ def _counted_together(units: Mapping[StageName, float]) -> dict[StageName, float
 
 def _roles_with(computes: Mapping[str, ComputeSettings], mode: str) -> frozenset[str]:
     return frozenset(role for role, own in computes.items() if own.checkpointing == mode)
-
-
-def _adapters(
-    config: DistillConfig, shape: DenoiserShape, others: Mapping[str, DenoiserShape]
-) -> tuple[tuple[str, int], ...]:
-    """Parameters of each role's adapters: A and B of the projections that it targets."""
-    found: list[tuple[str, int]] = []
-    for role in adapted_roles(config):
-        lora, own = getattr(config, role).lora, others.get(role, shape)
-        names = targeted(list(own.projections), lora.targets)
-        widths = sum(sum(own.projections[name]) for name in names)
-        found.append((role, own.num_layers * lora.rank * widths))
-    return tuple(found)
-
-
-def released_models() -> dict[str, ModelShape]:
-    """Shapes of the released models of all families, by name."""
-    return {name: shape for family in families() for name, shape in family.traits.released.items()}
-
-
-def _released(model: str) -> ModelShape:
-    known = released_models()
-    if model.lower() not in known:
-        raise ConfigError("planning a run", f"a model called {model}", f"one of {', '.join(known)}")
-    return known[model.lower()]
-
-
-def _other_shapes(config: DistillConfig, own: DenoiserShape) -> dict[str, DenoiserShape]:
-    """Networks of the roles that start from another model than the generator."""
-    models = models_of_roles(config)
-    shapes = {
-        role: _read(model_on_this_machine(model)).denoiser
-        for role, model in models.items()
-        if model != models[GENERATOR]
-    }
-    return {role: shape for role, shape in shapes.items() if shape != own}
-
-
-def _read(folder: Path) -> ModelShape:
-    """Shape from a folder's configurations; its weights need not be there."""
-    try:
-        return family_of(folder).read_shape(folder)
-    except ModelFolderError as error:
-        names = " or ".join(released_models())
-        if (folder / INDEX_FILE).exists():
-            raise
-        raise ConfigError(
-            f"reading the shape of the networks in {folder}",
-            f"{error.attempted}: {error.found}",
-            "model_index.json and the configurations of a diffusers folder",
-            f"{error.remedy}; or plan for a known shape: --model {names}",
-        ) from error
-
-
-def _latent_shape(config: DistillConfig, shape: ModelShape) -> tuple[int, int, int, int]:
-    video = config.video
-    try:
-        return shape.geometry.latent_shape(video.num_frames, video.height, video.width)
-    except ShapeError as error:
-        raise ConfigError("planning a run", error.found, error.expected, error.remedy) from error

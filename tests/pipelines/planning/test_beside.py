@@ -11,7 +11,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from pipelines.config.recipe import load_recipe
-from pipelines.planning.workload import released_models
+from pipelines.planning.networks import released_models
 from tests.pipelines.planning.test_planning import sgmd
 
 XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}

@@ -1,0 +1,93 @@
+"""Networks of a recipe's roles, as far as their costs go: read from configurations alone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pipelines.config.adapters import adapted_roles
+from pipelines.config.model_folders import model_on_this_machine, models_of_roles
+from pipelines.config.recipe import DistillConfig
+from pipelines.config.roles import GENERATOR
+from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
+from workers.adapters import targeted
+from workers.models.configs import INDEX_FILE
+from workers.models.families import families, family_of
+from workers.models.family import DenoiserShape, ModelShape
+
+
+def released_models() -> dict[str, ModelShape]:
+    """Shapes of the released models of all families, by name."""
+    return {name: shape for family in families() for name, shape in family.traits.released.items()}
+
+
+def model_shape(config: DistillConfig, model: str | None = None) -> ModelShape:
+    """Returns the shape of the generator's model.
+
+    Args:
+        config: The recipe.
+        model: Name of a released model of a family; None reads the recipe's model folder.
+
+    Raises:
+        ConfigError: There is no such shape or folder.
+        ModelFolderError: The folder holds another kind of model.
+    """
+    return _released(model) if model else _read(config.model_folder)
+
+
+def other_shapes(config: DistillConfig, own: DenoiserShape) -> dict[str, DenoiserShape]:
+    """Returns the networks of the roles that start from another model than the generator."""
+    models = models_of_roles(config)
+    shapes = {
+        role: _read(model_on_this_machine(model)).denoiser
+        for role, model in models.items()
+        if model != models[GENERATOR]
+    }
+    return {role: shape for role, shape in shapes.items() if shape != own}
+
+
+def latent_shape_of(config: DistillConfig, shape: ModelShape) -> tuple[int, int, int, int]:
+    """Returns the shape (C, T, H, W) of the latents of one clip.
+
+    Raises:
+        ConfigError: The clip does not fit the networks.
+    """
+    video = config.video
+    try:
+        return shape.geometry.latent_shape(video.num_frames, video.height, video.width)
+    except ShapeError as error:
+        raise ConfigError("planning a run", error.found, error.expected, error.remedy) from error
+
+
+def adapter_parameters(
+    config: DistillConfig, shape: DenoiserShape, others: Mapping[str, DenoiserShape]
+) -> tuple[tuple[str, int], ...]:
+    """Returns parameters of each role's adapters: A and B of the projections that it targets."""
+    found: list[tuple[str, int]] = []
+    for role in adapted_roles(config):
+        lora, own = getattr(config, role).lora, others.get(role, shape)
+        names = targeted(list(own.projections), lora.targets)
+        widths = sum(sum(own.projections[name]) for name in names)
+        found.append((role, own.num_layers * lora.rank * widths))
+    return tuple(found)
+
+
+def _released(model: str) -> ModelShape:
+    known = released_models()
+    if model.lower() not in known:
+        raise ConfigError("planning a run", f"a model called {model}", f"one of {', '.join(known)}")
+    return known[model.lower()]
+
+
+def _read(folder: Path) -> ModelShape:
+    """Shape from a folder's configurations; its weights need not be there."""
+    try:
+        return family_of(folder).read_shape(folder)
+    except ModelFolderError as error:
+        names = " or ".join(released_models())
+        if (folder / INDEX_FILE).exists():
+            raise
+        raise ConfigError(
+            f"reading the shape of the networks in {folder}",
+            f"{error.attempted}: {error.found}",
+            "model_index.json and the configurations of a diffusers folder",
+            f"{error.remedy}; or plan for a known shape: --model {names}",
+        ) from error
