@@ -26,9 +26,10 @@ from pipelines.config.adapters import lora_contradictions
 from pipelines.config.adversary import adversary_contradictions
 from pipelines.config.alarms import OF_VALIDATIONS, AlarmSettings
 from pipelines.config.attention import attention_contradictions
-from pipelines.config.caption_sets import FurtherCaptions
+from pipelines.config.caption_sets import DataSettings
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
 from pipelines.config.consistency import clipped_sums, consistency_contradictions
+from pipelines.config.digest import deciding_settings_of
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
 from pipelines.config.lag import LagSettings
@@ -44,13 +45,8 @@ from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
 from pipelines.config.unread import unread_settings
-from pipelines.data.shards.columns import RecipeColumnNames
-from pipelines.data.shards.filesystem import S3Settings
-from pipelines.data.stream.plan import ShuffleSettings
-from pipelines.data.stream.ray_stream import ReadAheadSettings
 from sgmd_core.objectives import adversary_of, looks_of, phases_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
-from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
@@ -67,85 +63,6 @@ from workers.settings import (
 )
 
 _log = logging.getLogger(__name__)
-
-# What may change between a run and its resumption: it decides no number but by rounding, or the
-# numbers come after those that were made.
-_NOT_IN_DIGEST: dict[str, Any] = {
-    "name": True,
-    "output": True,
-    # Compared by content: `workers.models.content`.
-    "model": {"folder"},
-    "iterations": True,
-    "topology": True,
-    "checkpoint": True,
-    "recovery": True,
-    "validation": True,
-    "alarms": True,
-    "guards": {"max_skipped", "window"},
-    "export": True,
-    "trace": True,
-    "tracker": True,
-    "sweep": True,
-    "study": True,
-    # The draws of exit steps must stay; `pipelines.distillation.position` sees to it.
-    "batch": {"micro_batches", "exit_draws"},
-    "generator": {
-        "ema_device": True,
-        "optimizer": {"moments", "log_block_norms"},
-        "compute": {"checkpointing", "compile", "ulysses"},
-    },
-    "fake_score": {
-        "optimizer": {"moments", "log_block_norms"},
-        "compute": {"checkpointing", "compile", "ulysses"},
-    },
-    "discriminator": {
-        "optimizer": {"moments", "log_block_norms"},
-        "compute": {"checkpointing", "compile", "ulysses"},
-    },
-    # Its content, too.
-    "teacher": {
-        "model": True,
-        "batched_guidance": True,
-        "sharded": True,
-        "compute": {"checkpointing", "compile", "ulysses"},
-    },
-    # Compared by content: `pipelines.data.stream.content`.
-    "data": {
-        "train": True,
-        "validation": True,
-        "columns": True,
-        "validation_columns": True,
-        "text_cache": True,
-        "max_bad_fraction": True,
-        "read_ahead": True,
-        "s3": True,
-        "also": {"__all__": {"source", "columns"}},
-    },
-}
-
-
-_MEASURING = {"every", "updates", "batches", "rates", "slowest"}
-"""Settings of the lag that decide numbers only where a governor acts on it."""
-
-_OLD_BEHAVIOUR: dict[str, Any] = {"model.encoder_dtype": "fp32"}
-"""Behaviour before a setting existed, where that is not the default."""
-
-
-def _keys(settings: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The settings that a table such as the one above names, written with dots."""
-    for name, part in settings.items():
-        if part is True:
-            yield prefix + name
-        elif isinstance(part, Mapping):
-            yield from _keys(part, f"{prefix}{name}.")
-        else:
-            yield from (f"{prefix}{name}.{one}" for one in sorted(part))
-
-
-MAY_CHANGE = tuple(
-    key.replace(".__all__", "[]") for key in _keys(_NOT_IN_DIGEST) if key != "batch.exit_draws"
-)
-"""Settings that may change between a run and its resumption."""
 
 
 class BatchSettings(Section):
@@ -164,45 +81,6 @@ class BatchSettings(Section):
     def num_exit_draws(self) -> int:
         """Draws of the exit step in one batch."""
         return self.exit_draws or self.micro_batches
-
-
-class DataSettings(Section):
-    """Captions: folders of Parquet shards or files of captions, local or `s3://`.
-
-    A file is a `.txt` with one prompt a line, or a `.csv`, `.tsv`, `.json`, `.jsonl` or `.parquet`
-    with a column `caption`, `prompt` or `text`.
-    """
-
-    train: str
-    """Captions that the generator is trained on."""
-    validation: str = ""
-    """Held-out captions; needed when `validation.every` is above 0, and to evaluate."""
-    columns: RecipeColumnNames = RecipeColumnNames()
-    """Names of the columns in the shards of `train`; null finds them by their usual names."""
-    validation_columns: RecipeColumnNames | None = None
-    """The same for `validation`; null: as in `columns`."""
-    stored_text: bool = True
-    """Use embeddings that shards carry, if the recipe's text encoder made them."""
-    text_cache: int = Field(default=1024, ge=0)
-    """Captions whose embeddings are remembered; a full one of 512 x 4096 takes 8 MB."""
-    max_caption_chars: int = Field(default=4096, ge=1)
-    """Longer captions are quarantined."""
-    prompt_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the training captions that are replaced by the empty one, drawn for each sample of
-    each iteration."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, le=1)
-    """Share of the rows that may be unusable; past it the run stops and names the worst shards."""
-    shuffle: ShuffleSettings = ShuffleSettings()
-    """How well rows are mixed."""
-    read_ahead: ReadAheadSettings = ReadAheadSettings()
-    """How far ahead of the training data are read."""
-    s3: S3Settings = S3Settings()
-    """How an S3 server is spoken to. Endpoint and keys come from the usual AWS variables."""
-    weight: float = Field(default=1.0, gt=0, le=1e6)
-    """Weight of `train` among several sets; its share of samples is this over the sum of all."""
-    also: tuple[FurtherCaptions, ...] = Field(default=(), max_length=64)
-    """Further sets of captions, such as `[{source: more.txt, weight: 0.5}]`. Each sample is of a
-    set that is drawn by weight; each set has epochs of its own."""
 
 
 class TraceSettings(Section):
@@ -335,9 +213,7 @@ class DistillConfig(Section):
 
         Not among them is where networks and data are: their content decides, wherever it lies.
         """
-        # Without a governor a measurement decides nothing.
-        measuring = {} if self.lag.slow_above is not None else {"lag": _MEASURING}
-        return _flat(self.model_dump(mode="json", exclude={**_NOT_IN_DIGEST, **measuring}))
+        return deciding_settings_of(self, acts_on_lag=self.lag.slow_above is not None)
 
     @property
     def digest(self) -> str:
@@ -456,39 +332,6 @@ def check_sweep(config: DistillConfig, keys: Iterable[str], attempted: str) -> N
 def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors that complete and check YAML."""
     return DistillConfig.model_json_schema()
-
-
-def settings_before_they_existed(config: DistillConfig) -> dict[str, Any]:
-    """Value of each deciding setting in runs that began before it existed: mostly its default.
-
-    Args:
-        config: A run, for what has no default.
-    """
-    needed: dict[str, Any] = {
-        "name": config.name,
-        "iterations": config.iterations,
-        "model": {"folder": config.model.folder},
-        "video": asdict(config.video),
-        "data": {"train": config.data.train},
-        "batch": {"size": config.batch.size},
-        "objective": {"method": config.objective.method},
-        # Methods with several updates an iteration need one of the two.
-        "fake_score": {"tracking": config.fake_score.tracking},
-    }
-    if consistency_of(config.objective) is not None:
-        # Runs with a consistency term are no older than what it needs.
-        needed["schedule"] = {"renoise": True}
-    return {**DistillConfig.model_validate(needed).deciding_settings, **_OLD_BEHAVIOUR}
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _changed(

@@ -8,12 +8,9 @@ from cluster.checkpoints import MANIFEST, Checkpoints
 from cluster.errors import StorageError
 from cluster.logs import ANY, is_kind
 from cluster.storage import read_json, write_json
-from pipelines.config.recipe import (
-    MAY_CHANGE,
-    DistillConfig,
-    load_recipe,
-    settings_before_they_existed,
-)
+from pipelines.config.digest import MAY_CHANGE
+from pipelines.config.old_runs import settings_before_they_existed
+from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.stream.content import captions_digest, data_differences
 from pipelines.data.stream.plan import Cursor
 from pipelines.distillation.preflight import Preflight
