@@ -107,6 +107,31 @@ def save_role(folder: str, role: str, state: RoleState) -> dict[str, str]:
     return {f"{role}/{name}": digest for name, digest in digests.items()}
 
 
+def is_role_written(folder: str, role: str, iterations: int) -> bool:
+    """Tells whether all ranks have written a role's state whole; its tensors are not looked at.
+
+    What each rank writes last names what it has written before.
+
+    Args:
+        folder: The checkpoint, which was empty before.
+        role: Name of the subfolder.
+        iterations: Updates that the state has seen, skipped ones included.
+    """
+    filesystem, path = open_store(f"{folder.rstrip('/')}/{role}")
+    filesystem.invalidate_cache()
+    try:
+        counters = json.loads(filesystem.cat_file(f"{path}/{_COUNTERS}"))
+        stems = [_stem(rank, counters["ranks"]) for rank in range(counters.get("ranks", 0))]
+        # Each is written whole or not at all.
+        updates = {
+            json.loads(filesystem.cat_file(f"{path}/{one}.json"))["updates"] for one in stems
+        }
+        seen = counters["updates"] + counters.get("skipped", 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return seen == iterations and updates <= {counters["updates"]}
+
+
 def _write_part(
     filesystem: AbstractFileSystem, path: str, role: str, state: RoleState
 ) -> dict[str, str]:

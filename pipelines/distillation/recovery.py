@@ -271,12 +271,19 @@ class Recovery:
 
         groups, roles = self._ray_groups(*self._groups.all), self._groups.roles
         learners = self._ray_groups(*roles.learners.values())
+        states.wait_for_parts()
         beside = [group for group in groups if group is self._groups.validator]
         new = replace_lost(
             groups, self._config.topology.call_timeout_s, self._unbuilt, beside=beside
         )
         self._unbuilt = new
-        states.keep_under_repair(writers_live=not any(group.ranks_in(new) for group in learners))
+        states.keep_under_repair(
+            [
+                role
+                for role, group in zip(roles.learners, learners, strict=True)
+                if group.ranks_in(new)
+            ]
+        )
         position, source = self._newest_state()
         if source == _BEGINNING:
             # All start as they were loaded.

@@ -4,7 +4,8 @@ roles copy their state -> threads write checkpoints/step-000200/ -> manifest: wh
 roles, or a checkpoint of theirs -> generator/, best/: folders that diffusers loads
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,22 +16,24 @@ from cluster.errors import LOST, StorageError
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.model_folders import model_address
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.roles import FAKE_SCORE
+from pipelines.config.roles import FAKE_SCORE, GENERATOR
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
 from pipelines.run.folder import RunFolder, versions
 from pipelines.run.places import shared_place
 from sgmd_core.errors import SgmdError, StaleCallError
-from workers.generator_learner import GeneratorLearner
+from workers.generator_learner import AVERAGE, GeneratorLearner
+from workers.role_state import is_role_written
 from workers.saving import LearningRole
 
 _FAILED_RUN_WAIT_S = 60.0
 """How long a run that has failed waits for the state that is being written."""
+_PARTS_WAIT_S, _PARTS_POLL_S = 5.0, 0.1
 _SAVING, _PRUNING = "saving", "pruning"
 
-_Asked: TypeAlias = list[tuple[WorkerGroup[Any], list[Future[Any]]]]
-"""Groups, and what each of their ranks was asked."""
+_Asked: TypeAlias = list[tuple[str, WorkerGroup[Any], list[Future[Any]]]]
+"""Learners with their groups, and what each of their ranks was asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +145,7 @@ class States:
         if self._saving is not None and self._asked is None:
             self._asked = self._ask_saved(self._saving, wait=False)
         if self._asked is not None and all(
-            group.is_done(future) for group, futures in self._asked for future in futures
+            group.is_done(future) for _, group, futures in self._asked for future in futures
         ):
             assert self._saving is not None, "a save has been begun"
             self._take_and_prune(self._asked, self._config.topology.call_timeout_s)
@@ -186,10 +189,13 @@ class States:
                 "saved once the store answers"
             )
 
-    def _ask_saved(self, saving: _Save, *, wait: bool) -> _Asked:
+    def _ask_saved(
+        self, saving: _Save, *, wait: bool, roles: Collection[str] | None = None
+    ) -> _Asked:
         return [
-            (group, group.call(LearningRole.finish_save, saving.folder, wait=wait))
-            for group in self._roles.learners.values()
+            (role, group, group.call(LearningRole.finish_save, saving.folder, wait=wait))
+            for role, group in self._roles.learners.items()
+            if roles is None or role in roles
         ]
 
     def _take_and_prune(self, asked: _Asked, timeout_s: float) -> None:
@@ -234,12 +240,11 @@ class States:
         """SHA-256 by path of what all ranks have written; None while one is writing."""
         phase = f"saving the state of iteration {saving.step}"
         parts: list[dict[str, str] | None] = []
-        for (group, futures), (role, began) in zip(asked, saving.begun.items(), strict=True):
+        for role, group, futures in asked:
             # Copying comes first in every rank's order, and what it raised is to be heard.
-            updates = group.fetch(began, timeout_s=timeout_s, phase=phase)
-            each = self._config.objective.fake_updates if role == FAKE_SCORE else 1
-            if set(updates) != {each * saving.step}:
-                expected = f"{each * saving.step} updates on each rank"
+            updates = group.fetch(saving.begun[role], timeout_s=timeout_s, phase=phase)
+            if set(updates) != {self._updates(role, saving)}:
+                expected = f"{self._updates(role, saving)} updates on each rank"
                 raise StaleCallError(phase, f"a {group.name} of {updates} updates", expected)
             parts += group.fetch(futures, timeout_s=timeout_s, phase=phase)
         written = [part for part in parts if part is not None]
@@ -251,11 +256,13 @@ class States:
         """Ranks states by another monitor from here on."""
         self._monitor = monitor
 
-    def keep_under_repair(self, *, writers_live: bool) -> None:
+    def keep_under_repair(self, lost: Collection[str] = ()) -> None:
         """Commits the state that was being saved when a process was lost, or notes that it is lost.
 
+        Learners whose processes live are waited for. What a lost process has written whole counts.
+
         Args:
-            writers_live: Whether every rank that has copied it is still the same process.
+            lost: Learners that have new processes; their former ones write no more.
 
         Raises:
             WorkerDiedError, ResultLostError: Another process is lost meanwhile.
@@ -264,9 +271,9 @@ class States:
         if saving is None:
             return
         reason = "a process that was writing it is lost"
-        if writers_live:
+        if all(self._is_written(saving, role) for role in lost):
             try:
-                self.settle()
+                self._settle_of(lost)
                 return
             except LOST:
                 raise
@@ -278,6 +285,40 @@ class States:
             f"the state of iteration {saving.step} is not saved ({reason}); the next one is saved "
             "once the run is repaired"
         )
+
+    def wait_for_parts(self) -> None:
+        """Waits a moment for a state that ranks of one learner are writing.
+
+        A repair ends the ranks that live with one that is lost, and with them their threads.
+        """
+        saving, deadline_s = self._saving, time.monotonic() + _PARTS_WAIT_S
+        shared = [role for role, group in self._roles.learners.items() if group.size > 1]
+        while saving is not None and time.monotonic() < deadline_s:
+            if all(self._is_written(saving, role) for role in shared):
+                return
+            time.sleep(_PARTS_POLL_S)
+
+    def _settle_of(self, lost: Collection[str]) -> None:
+        """Commits the state of learners that live, and of lost ones that have written theirs."""
+        if not lost:
+            self.settle()
+            return
+        assert self._saving is not None, "a save has been begun"
+        live = [role for role in self._roles.learners if role not in lost]
+        asked = self._ask_saved(self._saving, wait=True, roles=live)
+        self._take_and_prune(asked, self._config.topology.call_timeout_s)
+
+    def _is_written(self, saving: _Save, role: str) -> bool:
+        """Tells whether all parts of a learner's state are in the folder."""
+        parts = [role]
+        if role == GENERATOR and self._config.generator.ema_decay:
+            parts.append(AVERAGE)
+        return all(
+            is_role_written(saving.folder, part, self._updates(role, saving)) for part in parts
+        )
+
+    def _updates(self, role: str, saving: _Save) -> int:
+        return saving.step * (self._config.objective.fake_updates if role == FAKE_SCORE else 1)
 
     def _wait_for_writers(self) -> None:
         waiting = [

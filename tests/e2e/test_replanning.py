@@ -24,7 +24,6 @@ SIDES = (
 COMMON = (
     "iterations=7",
     "checkpoint.every=3",
-    "checkpoint.background=false",
     "validation.every=0",
 )
 

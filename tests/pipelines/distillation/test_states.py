@@ -21,7 +21,7 @@ from pipelines.run.stopping import StopNow
 from sgmd_core.errors import NonFiniteError, StaleCallError
 from tests.helpers.roles import Roles as TinyRoles
 from tests.helpers.roles import iterate, tiny_roles
-from workers.role_state import load_role
+from workers.role_state import is_role_written, load_role
 
 
 class Warnings(RunObserver):
@@ -93,7 +93,7 @@ def test_a_repair_keeps_the_save_of_processes_that_live(
     position = world.iterate(0)
     world.states.save(position)
     slow_disk.set()
-    world.states.keep_under_repair(writers_live=True)
+    world.states.keep_under_repair()
     assert world.checkpoints.steps() == [1]
     assert not world.states.is_owed(1)
     manifest = Path(world.checkpoints.folder(1), "manifest.json")
@@ -108,7 +108,7 @@ def test_a_repair_says_that_the_save_of_a_lost_process_is_lost(
     world: World, slow_disk: threading.Event
 ) -> None:
     world.states.save(world.iterate(0))
-    world.states.keep_under_repair(writers_live=False)
+    world.states.keep_under_repair(["fake_score"])
     slow_disk.set()
     (said,) = world.warnings.heard
     assert "iteration 1 is not saved (a process that was writing it is lost)" in said
@@ -153,7 +153,7 @@ def test_the_folder_of_a_lost_save_is_not_cleared_under_those_that_still_write_i
 ) -> None:
     position = world.iterate(0)
     world.states.save(position)
-    world.states.keep_under_repair(writers_live=False)
+    world.states.keep_under_repair(["fake_score"])
     writer = world.tiny.fake_score._writer._thread
     assert writer is not None
     assert writer.is_alive()
@@ -179,9 +179,52 @@ def test_a_death_that_a_save_hears_of_leaves_the_save_to_the_repair(
         dying.setattr(world.roles.generator, "fetch", die)
         with pytest.raises(WorkerDiedError):
             world.states.settle()
-    world.states.keep_under_repair(writers_live=False)
-    assert world.states.is_owed(1)
-    assert "a process that was writing it is lost" in world.warnings.heard[-1]
+    # All of it was written before the death, and so it is whole.
+    world.states.keep_under_repair(["generator"])
+    assert not world.states.is_owed(1)
+    assert world.checkpoints.steps() == [1]
+
+
+@pytest.mark.parametrize("missing", ["", "ema/role.json", "generator/role.json"])
+def test_what_a_lost_process_has_written_whole_is_committed_once_the_others_have_theirs(
+    world: World, slow_disk: threading.Event, missing: str
+) -> None:
+    """As where a machine is lost for good, and the run is planned again without it."""
+    position = world.iterate(0)
+    world.states.save(position)
+    generator, fake_score = (
+        world.tiny.generator._writer._thread,
+        world.tiny.fake_score._writer._thread,
+    )
+    assert generator is not None
+    assert fake_score is not None
+    slow_disk.set()
+    generator.join()
+    folder = Path(world.checkpoints.folder(1))
+    if missing:
+        (folder / missing).unlink()
+    # The former process is no longer there to be asked.
+    world.roles.generator._workers[:] = [tiny_roles().generator]  # type: ignore[attr-defined]
+    world.states.keep_under_repair(["generator"])
+    if missing:
+        assert world.checkpoints.latest() is None
+        assert world.states.is_owed(1)
+        return
+    assert world.checkpoints.latest() == 1
+    assert world.checkpoints.fault(1, contents=True) == ""
+    assert not fake_score.is_alive()
+    assert load_role(str(folder), "generator").updates == 1
+
+
+def test_the_state_of_another_iteration_is_not_taken_for_the_one_that_is_saved(
+    world: World,
+) -> None:
+    world.states.save(world.iterate(0))
+    world.states.settle()
+    folder = world.checkpoints.folder(1)
+    assert is_role_written(folder, "generator", 1)
+    assert not is_role_written(folder, "generator", 2)
+    assert not is_role_written(folder, "teacher", 1)
 
 
 def publishers() -> dict[Path, Publisher]:
