@@ -34,15 +34,11 @@ from sgmd_core.types import MicroBatchKey, TextBatch
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.models.wan import WanVelocity
+from workers.network_settings import OptimizerSettings
 from workers.optimizer import RoleOptimizer
 from workers.role_state import RoleState, save_role
 from workers.score_teacher import ScoreTeacher
-from workers.settings import (
-    FakeScoreSettings,
-    GeneratorSettings,
-    OptimizerSettings,
-    TeacherSettings,
-)
+from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
 from workers.sharding import gather_to_rank0, shard
 
 EVERY = 10

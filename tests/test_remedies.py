@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sgmd_core.errors import NonFiniteError, non_finite_remedy
+from workers.network_settings import OptimizerSettings
 from workers.optimizer import RoleOptimizer
-from workers.settings import OptimizerSettings
 
 
 def test_before_the_first_update_no_rate_is_blamed():

@@ -21,7 +21,7 @@ from torch import nn
 from sgmd_core.errors import ConfigError
 from sgmd_core.seeds import random_generator
 from workers.models.family import Denoiser
-from workers.settings import LoraSettings
+from workers.network_settings import LoraSettings
 
 ADAPTER = "default"
 """Name that peft has for the one adapter of a network."""

@@ -31,13 +31,12 @@ from workers.models.addresses import local_model
 from workers.models.exporting import DTYPES
 from workers.models.families import family_of
 from workers.models.family import Autoencoder, Denoiser, TextEmbedder
+from workers.network_settings import ComputeSettings, LoraSettings
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
-    ComputeSettings,
     DiscriminatorSettings,
     FakeScoreSettings,
     GeneratorSettings,
-    LoraSettings,
     ModelSettings,
     TeacherSettings,
     VideoSettings,

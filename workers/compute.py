@@ -19,8 +19,8 @@ from torch import nn
 from torch._functorch import config as functorch_config
 
 from workers.models.family import Denoiser
+from workers.network_settings import ComputeSettings
 from workers.recomputation import layer_function
-from workers.settings import ComputeSettings
 
 
 def prepare_network(network: Denoiser, settings: ComputeSettings) -> Denoiser:

@@ -36,12 +36,12 @@ from workers.discriminator_heads import DiscriminatorHeads
 from workers.finite import Diagnosis, FiniteChecks, broken_weight, micro_batch_in_words
 from workers.models.family import Denoiser
 from workers.models.features import features_of
+from workers.network_settings import OptimizerSettings
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport
 from workers.role_state import RoleState, load_role
 from workers.saving import LearningRole
-from workers.settings import OptimizerSettings
 from workers.sharding import is_sharded
 from workers.snapshots import RoleSnapshot
 

@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from sgmd_core.errors import NonFiniteError, StaleCallError, non_finite_remedy
 from workers.adamw import MOMENTS, WHOLE_MOMENTS, make_adamw, restore_moments
 from workers.adapters import lora_of
+from workers.network_settings import OptimizerSettings
 from workers.reports import GradientReport
 from workers.role_state import RoleState, require_same_adapters, require_same_tensors
 from workers.rows import RowRange
-from workers.settings import OptimizerSettings
 from workers.sharding import (
     as_shard,
     full_tensor,

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from cluster.files import open_store, storage_errors, write_whole
 from sgmd_core.errors import CheckpointError, ConfigError
+from workers.network_settings import LoraSettings
 from workers.rows import PartFile, RowRange, read_parts
-from workers.settings import LoraSettings
 from workers.sharding import is_first_rank, num_ranks, own_rank
 from workers.tensor_files import write_tensors
 

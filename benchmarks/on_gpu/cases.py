@@ -20,13 +20,9 @@ from workers.generator_learner import GeneratorLearner
 from workers.models.family import PassFlops
 from workers.models.wan import WanVelocity
 from workers.models.wan_arithmetic import WanShape
+from workers.network_settings import ComputeSettings
 from workers.score_teacher import ScoreTeacher
-from workers.settings import (
-    ComputeSettings,
-    FakeScoreSettings,
-    GeneratorSettings,
-    TeacherSettings,
-)
+from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
 
 SHAPES = {
     "1.3b": WanShape(num_layers=30, width=1536, ffn_width=8960),

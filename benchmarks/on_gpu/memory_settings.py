@@ -42,8 +42,8 @@ from workers.compute import prepare_network
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.models.family import Denoiser
+from workers.network_settings import ComputeSettings, LoraSettings
 from workers.score_teacher import ScoreTeacher
-from workers.settings import ComputeSettings, LoraSettings
 from workers.sharding import shard
 
 PLAIN, MOMENTS, ADAPTERS = "plain", "moments in 8 bits", "adapters"

@@ -26,14 +26,9 @@ from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
 from workers.models.wan import WanVelocity, load_transformer
 from workers.models.wan_folder import inspect_wan_folder
+from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.score_teacher import ScoreTeacher
-from workers.settings import (
-    ComputeSettings,
-    FakeScoreSettings,
-    GeneratorSettings,
-    OptimizerSettings,
-    TeacherSettings,
-)
+from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
 from workers.sharding import full_tensor, shard
 
 TINY_WAN = Path(__file__).resolve().parents[2] / "assets" / "tiny-wan"

@@ -51,7 +51,7 @@ from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from sgmd_core.types import MicroBatchKey, Purpose
 from workers.models.wan import load_vae
 from workers.models.wan_text import load_text
-from workers.settings import ComputeSettings
+from workers.network_settings import ComputeSettings
 
 OBJECTIVES: Mapping[str, Objective] = {
     "sgmd released": SgmdObjective(),

@@ -9,7 +9,7 @@ from pipelines.config.topology import TopologySettings
 from sgmd_core.objectives import GradientPath
 from sgmd_core.objectives.consistency import consistency_of
 from workers.attention import KERNELS
-from workers.settings import ComputeSettings
+from workers.network_settings import ComputeSettings
 
 
 class ComputedSections(Protocol):

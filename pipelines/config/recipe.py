@@ -51,8 +51,8 @@ from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
+from workers.network_settings import ComputeSettings
 from workers.settings import (
-    ComputeSettings,
     DiscriminatorSettings,
     ExportSettings,
     FakeScoreSettings,

@@ -33,8 +33,8 @@ from workers.models.families import family_of
 from workers.models.family import ModelFamily
 from workers.models.folder import ModelFolder
 from workers.models.vocabulary import UnknownWords
+from workers.network_settings import ComputeSettings
 from workers.optical_flow import MIN_SIDE_PX
-from workers.settings import ComputeSettings
 
 # As many captions as tell which language and vocabulary the data have.
 _NUM_READ = 256

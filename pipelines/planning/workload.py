@@ -59,7 +59,8 @@ from workers.attention import KERNELS
 from workers.discriminator_heads import num_head_parameters
 from workers.models.family import DenoiserShape
 from workers.moment_codes import BYTES_PER_ENTRY
-from workers.settings import ComputeSettings, DiversitySettings
+from workers.network_settings import ComputeSettings
+from workers.settings import DiversitySettings
 
 COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
 """Stages of a diversity loss, which the planned program does not have, and their role's own."""

@@ -23,7 +23,7 @@ from tests.benchmarks.on_gpu import (
     step,
     truths,
 )
-from workers.settings import ComputeSettings
+from workers.network_settings import ComputeSettings
 
 KEYS = {
     "environment": {"card", "driver", "torch", "copy_gb_s", "product_tflops", "to_card_gb_s"},

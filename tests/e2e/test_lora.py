@@ -19,7 +19,7 @@ from tests.helpers.roles import text_batch
 from tests.helpers.tiny_wan import LATENT_SHAPE
 from workers.models.adapter_files import merged_weights
 from workers.models.wan import WanVelocity, load_transformer
-from workers.settings import LoraSettings
+from workers.network_settings import LoraSettings
 
 LORA = [
     "generator.lora={rank: 4, alpha: 8}",

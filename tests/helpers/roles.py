@@ -18,14 +18,12 @@ from workers.base_networks import view_of
 from workers.compute import prepare_network
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.network_settings import ComputeSettings, LoraSettings, OptimizerSettings
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
-    ComputeSettings,
     DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
-    LoraSettings,
-    OptimizerSettings,
     TeacherSettings,
 )
 from workers.sharding import num_ranks, shard

@@ -19,13 +19,9 @@ from tests.helpers.queries import make_query
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.network_settings import OptimizerSettings
 from workers.score_teacher import ScoreTeacher
-from workers.settings import (
-    FakeScoreSettings,
-    GeneratorSettings,
-    OptimizerSettings,
-    TeacherSettings,
-)
+from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
 
 LATENT_SHAPE = (1, 2, 2, 2)
 SCHEDULE = FlowMatchSchedule(shift=3.0)

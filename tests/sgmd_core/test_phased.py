@@ -22,13 +22,9 @@ from sgmd_core.worlds.gaussian import gaussian_velocity
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.network_settings import OptimizerSettings
 from workers.score_teacher import ScoreTeacher
-from workers.settings import (
-    FakeScoreSettings,
-    GeneratorSettings,
-    OptimizerSettings,
-    TeacherSettings,
-)
+from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
 
 SCHEDULE = FlowMatchSchedule(shift=7.0)
 LATENT_SHAPE = (1, 2, 2, 2)

@@ -14,9 +14,9 @@ from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.roles import same_bits
 from workers.adamw import FUSED_DEVICES, make_adamw, restore_moments
 from workers.ema import AveragedWeights
+from workers.network_settings import OptimizerSettings
 from workers.optimizer import RoleOptimizer
 from workers.role_state import RoleState
-from workers.settings import OptimizerSettings
 
 SETTINGS = OptimizerSettings(lr=1e-2, betas=(0.9, 0.999), max_grad_norm=1e6)
 OPTIONS = {"lr": SETTINGS.lr, "betas": SETTINGS.betas, "weight_decay": SETTINGS.weight_decay}

@@ -41,15 +41,13 @@ from workers.base_networks import shared_base, view_of
 from workers.build import build_evaluator, build_fake_score, build_generator, build_teacher
 from workers.models.adapter_files import adapter_factors, merged_weights
 from workers.models.wan import WanVelocity, load_transformer
+from workers.network_settings import ComputeSettings, LoraSettings, OptimizerSettings
 from workers.role_state import load_role
 from workers.settings import (
-    ComputeSettings,
     DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
-    LoraSettings,
     ModelSettings,
-    OptimizerSettings,
     TeacherSettings,
     VideoSettings,
 )

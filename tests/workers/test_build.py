@@ -27,13 +27,12 @@ from workers.build import (
     build_text_encoder,
 )
 from workers.models.wan_family import WanFamily
+from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import (
-    ComputeSettings,
     ExportSettings,
     FakeScoreSettings,
     GeneratorSettings,
     ModelSettings,
-    OptimizerSettings,
     TeacherSettings,
     VideoSettings,
 )

@@ -21,7 +21,7 @@ from tests.helpers.roles import (
 from tests.helpers.tiny_wan import tiny_velocity
 from workers.attention import require_kernel
 from workers.compute import prepare_network
-from workers.settings import ComputeSettings
+from workers.network_settings import ComputeSettings
 
 BATCHES = ((0, 1), (2, 3))
 

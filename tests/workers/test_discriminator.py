@@ -37,8 +37,8 @@ from workers.discriminator_heads import DiscriminatorHeads, build_heads, num_hea
 from workers.finite import FiniteChecks
 from workers.models.features import features_of
 from workers.models.wan import WanVelocity
+from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.role_state import load_role
-from workers.settings import ComputeSettings, OptimizerSettings
 from workers.sharding import full_tensor, is_sharded, parameters_of, shard
 
 WIDTH = 32

@@ -44,12 +44,12 @@ from tests.helpers.tiny_wan import LATENT_SHAPE
 from workers.ema import AveragedWeights
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
+from workers.network_settings import OptimizerSettings
 from workers.score_teacher import ScoreTeacher
 from workers.settings import (
     DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
-    OptimizerSettings,
     TeacherSettings,
 )
 

@@ -14,8 +14,8 @@ from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, write_ti
 from workers.models.experts import ExpertDenoiser
 from workers.models.families import family_of
 from workers.models.scheduler import build_scheduler
+from workers.network_settings import OptimizerSettings
 from workers.optimizer import RoleOptimizer
-from workers.settings import OptimizerSettings
 
 BOUNDARY = 0.5
 SIGMA = torch.tensor([0.9, 0.2, BOUNDARY, 0.1, 1.0])

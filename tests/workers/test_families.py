@@ -26,7 +26,7 @@ from workers.models.families import families, family_named, family_of, load_fami
 from workers.models.family import Denoiser, ModelFamily
 from workers.models.sampling import EulerSampler, SampleRequest
 from workers.models.wan_transition import write_transition
-from workers.settings import ComputeSettings
+from workers.network_settings import ComputeSettings
 from workers.sharding import full_tensor, is_sharded, shard
 
 CAPTIONS = ("a red circle moves left", "a circle", "")

@@ -24,7 +24,7 @@ from workers.models.experts import ExpertDenoiser
 from workers.models.family import Denoiser
 from workers.models.wan_arithmetic import WanShape
 from workers.moment_codes import MomentCodes, decode_moments
-from workers.settings import ComputeSettings, LoraSettings
+from workers.network_settings import ComputeSettings, LoraSettings
 from workers.sharding import full_tensor, shard
 
 TOLERANCE = 1e-5

@@ -5,14 +5,13 @@ import pickle
 import pytest
 
 from sgmd_core.errors import ConfigError
+from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import (
-    ComputeSettings,
     DiscriminatorSettings,
     DiversitySettings,
     FakeScoreSettings,
     GeneratorSettings,
     ModelSettings,
-    OptimizerSettings,
     TeacherSettings,
     VideoSettings,
 )

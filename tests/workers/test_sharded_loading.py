@@ -14,7 +14,8 @@ from tests.helpers.ranks import on_ranks
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, write_tiny_wan
 from workers.build import build_denoiser
 from workers.models.wan import WanVelocity, load_transformer
-from workers.settings import ComputeSettings, ModelSettings
+from workers.network_settings import ComputeSettings
+from workers.settings import ModelSettings
 from workers.sharding import full_tensor, is_sharded, shard
 
 NUM_RANKS = 3

@@ -37,9 +37,10 @@ from tests.helpers.roles import (
 from tests.helpers.tiny_wan import tiny_velocity
 from workers.compute import prepare_network
 from workers.models.wan_family import WanFamily
+from workers.network_settings import ComputeSettings, LoraSettings
 from workers.role_state import load_role
 from workers.score_teacher import ScoreTeacher
-from workers.settings import ComputeSettings, DiversitySettings, LoraSettings, TeacherSettings
+from workers.settings import DiversitySettings, TeacherSettings
 from workers.sharding import full_tensor, is_sharded, parameters_of, shard
 
 NUM_ITERATIONS = 2

@@ -6,7 +6,7 @@ import torch
 from sgmd_core.errors import CheckpointError
 from tests.helpers.moves import assert_moves
 from tests.helpers.roles import gather, iterate, same_bits, tiny_roles
-from workers.settings import LoraSettings
+from workers.network_settings import LoraSettings
 from workers.sharding import parameters_of
 
 BATCHES = ((0, 1),)

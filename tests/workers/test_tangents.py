@@ -7,7 +7,7 @@ from sgmd_core.trigflow import direction_weight
 from sgmd_core.types import per_sample
 from tests.helpers import tiny_wan
 from workers.compute import prepare_network
-from workers.settings import ComputeSettings
+from workers.network_settings import ComputeSettings
 from workers.tangents import in_full_precision, velocity_and_derivative
 
 SIGMA = torch.tensor([0.2, 0.5, 0.9])

@@ -29,7 +29,7 @@ from workers.models.family import TransitionDenoiser
 from workers.models.flow_head import FlowHead, with_first_weights
 from workers.models.wan_transition import WanTransition
 from workers.models.weight_digests import require_same_weights
-from workers.settings import ComputeSettings
+from workers.network_settings import ComputeSettings
 from workers.sharding import full_tensor, shard
 
 GRID = FlowMatchSchedule(shift=3.0).few_step_grid(2)

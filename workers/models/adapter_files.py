@@ -13,7 +13,7 @@ from torch import Tensor
 from sgmd_core.errors import CheckpointError
 from workers.models.families import family_of
 from workers.models.low_rank import LowRank
-from workers.settings import LoraSettings
+from workers.network_settings import LoraSettings
 
 _FIRST, _SECOND = ".lora_A.default.weight", ".lora_B.default.weight"
 

@@ -25,7 +25,7 @@ from workers.models.exporting import Components
 from workers.models.folder import ClipGeometry, EncoderSizes, FolderLayout, LatentShape, ModelFolder
 from workers.models.sampling import ClipSampler, SamplingRules
 from workers.models.vocabulary import CaptionTokenizer
-from workers.settings import LoraSettings
+from workers.network_settings import LoraSettings
 
 
 class Denoiser(nn.Module, ABC):

@@ -16,7 +16,7 @@ from tests.helpers.live_bytes import LiveBytes
 from tests.workers.test_wan_arithmetic import network
 from workers.compute import prepare_network
 from workers.models.wan_arithmetic import WanShape
-from workers.settings import ComputeSettings
+from workers.network_settings import ComputeSettings
 from workers.tangents import velocity_and_derivative
 
 TEXT_LENGTH = 16
