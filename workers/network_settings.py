@@ -70,6 +70,19 @@ class OptimizerSettings:
             self.warmup_iterations,
             "0 or more",
         )
+        self._require_decay()
+        require_place("optimizer.moments", self.moments)
+        require_setting(
+            self.moment_bits in (8, 32), "optimizer.moment_bits", self.moment_bits, "8 or 32"
+        )
+        require_setting(
+            self.moment_bits == 32 or (self.betas[0] == 0 and self.moments == "device"),
+            "optimizer.moment_bits",
+            self.moment_bits,
+            "32, or betas of [0, ...] and moments: device",
+        )
+
+    def _require_decay(self) -> None:
         kinds = ("constant", "linear", "cosine")
         require_setting(self.decay in kinds, "optimizer.decay", self.decay, f"one of {kinds}")
         require_setting(
@@ -87,16 +100,6 @@ class OptimizerSettings:
         )
         require_setting(
             0 <= self.final_lr_ratio <= 1, "optimizer.final_lr_ratio", self.final_lr_ratio, "[0, 1]"
-        )
-        require_place("optimizer.moments", self.moments)
-        require_setting(
-            self.moment_bits in (8, 32), "optimizer.moment_bits", self.moment_bits, "8 or 32"
-        )
-        require_setting(
-            self.moment_bits == 32 or (self.betas[0] == 0 and self.moments == "device"),
-            "optimizer.moment_bits",
-            self.moment_bits,
-            "32, or betas of [0, ...] and moments: device",
         )
 
 

@@ -199,14 +199,9 @@ class Workload:
             GENERATOR: config.generator.optimizer,
             FAKE_SCORE: config.fake_score.optimizer,
         }
-        computes = {
-            GENERATOR: config.generator.compute,
-            TEACHER: config.teacher.compute,
-            FAKE_SCORE: config.fake_score.compute,
-        }
         if DISCRIMINATOR in config.roles:
             updated[DISCRIMINATOR] = config.discriminator.optimizer
-            computes[DISCRIMINATOR] = config.discriminator.compute
+        computes = config.computes
         others = other_shapes(config, shape.denoiser)
         latent_shape = latent_shape_of(config, shape)
         for role, compute in computes.items():
