@@ -27,8 +27,7 @@ from pipelines.distillation.groups import Groups, open_groups
 from pipelines.distillation.iteration import PromptBatch, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.preflight import run_preflight
-from pipelines.run.folder import RunFolder
-from pipelines.study.passes import (
+from pipelines.planning.passes import (
     expected_passes,
     iteration_passes,
     pass_costs,
@@ -36,6 +35,7 @@ from pipelines.study.passes import (
     total_units,
     units_by_role,
 )
+from pipelines.run.folder import RunFolder
 from pipelines.study.plan import plan_study
 from workers.text_encoder import TextEncoder
 

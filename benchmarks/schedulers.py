@@ -20,7 +20,8 @@ from diffusers import (
     WanPipeline,
 )
 
-from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
+from pipelines.media.inference import InferenceSettings, read_inference_settings
+from pipelines.run.generator_folder import model_folder
 from pipelines.shapes import ClipSplit, captions
 
 _NUM_PROMPTS, _NUM_SEEDS = 6, 4

@@ -11,11 +11,8 @@ from pathlib import Path
 from cluster.files import write_whole
 from cluster.folders import whole_folder_at
 from pipelines.exporting.target import require_safe_target
-from pipelines.media.inference import (
-    model_folder,
-    read_inference_settings,
-    write_inference_settings,
-)
+from pipelines.media.inference import read_inference_settings, write_inference_settings
+from pipelines.run.generator_folder import model_folder
 from sgmd_core.errors import ConfigError
 from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.exporting import Components, copy_components

@@ -21,9 +21,10 @@ import torch
 from cluster.files import storage_errors, write_whole
 from cluster.folders import files_at
 from cluster.inventory import memory_bytes
-from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
+from pipelines.media.inference import InferenceSettings, read_inference_settings
 from pipelines.media.video import Pixels, encode_for_players, write_gif
 from pipelines.run.folder import require_output_folder
+from pipelines.run.generator_folder import model_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS

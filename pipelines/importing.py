@@ -15,7 +15,8 @@ from torch import Tensor
 from cluster.files import kind_of_path
 from cluster.folders import whole_folder_at
 from pipelines.exporting.target import require_safe_target
-from pipelines.media.inference import model_folder, read_inference_settings
+from pipelines.media.inference import read_inference_settings
+from pipelines.run.generator_folder import model_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.configs import INDEX_FILE

@@ -8,11 +8,8 @@ from pathlib import Path
 
 from cluster.folders import whole_folder_at
 from pipelines.exporting.target import require_safe_target
-from pipelines.media.inference import (
-    model_folder,
-    read_inference_settings,
-    write_inference_settings,
-)
+from pipelines.media.inference import read_inference_settings, write_inference_settings
+from pipelines.run.generator_folder import model_folder
 from sgmd_core.errors import ConfigError
 from sgmd_core.inner_flow import inner_grid, starts_as_its_head
 from workers.models.configs import INDEX_FILE

@@ -142,7 +142,7 @@ exec(compile(Path("measures.py").read_text(), "measures.py", "exec"), module.__d
 
 from pipelines.config.recipe import load_recipe
 from pipelines.reporting.names import measures_table
-from pipelines.run.records import FIGURES
+from pipelines.config.figures import FIGURES
 from sgmd_core.metrics.comparison import compare_sets
 
 white = module.measure_clip_figures(torch.ones(2, 3, 4, 16, 16), fps=8)["brightness"]

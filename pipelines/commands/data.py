@@ -129,7 +129,8 @@ def encode_command(
     """
     with progress_bar() as on_progress:
         from pipelines.data.making.encode import encode
-        from pipelines.media.inference import model_folder, read_inference_settings
+        from pipelines.media.inference import read_inference_settings
+        from pipelines.run.generator_folder import model_folder
 
         if arguments.text_only:
             _refuse_clip_options(context)

@@ -265,7 +265,8 @@ class CheckArguments(OptionGroup):
         """Counter of tokens, and how many the model takes."""
         if self.model is None:
             return None, _DEFAULT_TOKENS
-        from pipelines.media.inference import model_folder, read_inference_settings
+        from pipelines.media.inference import read_inference_settings
+        from pipelines.run.generator_folder import model_folder
         from workers.models.families import family_of
 
         folder = model_folder(self.model)

@@ -8,8 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipelines.commands.output import pairs
+from pipelines.config.figures import HEADLINE_FIGURES
 from pipelines.reporting.names import duration, title
-from pipelines.run.records import HEADLINE_FIGURES
 from workers.models.vocabulary import UnknownWords
 
 _FIGURES_A_LINE = 2

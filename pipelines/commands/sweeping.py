@@ -141,8 +141,8 @@ def _figure(trial: "Trial", name: str) -> str:
 
 def sweep_words(result: "SweepResult") -> list[RenderableType]:
     """Points, the best one first, then errors, what is not told apart, and the next step."""
+    from pipelines.config.figures import HEADLINE_FIGURES
     from pipelines.run.places import shared_place
-    from pipelines.run.records import HEADLINE_FIGURES
     from pipelines.sweeping.trials import value_in_words
 
     points, folder, recipe = result.points, *map(shared_place, (result.folder, result.best_recipe))

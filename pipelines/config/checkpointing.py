@@ -5,9 +5,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from pipelines.config.figures import FIGURES, Mode
 from pipelines.config.section import Section
-from pipelines.run.ranking import Mode
-from pipelines.run.records import FIGURES
 from sgmd_core.schedule import MAX_STEPS
 
 

@@ -47,7 +47,7 @@ class BudgetSettings(Section):
     unit: Literal["iterations", "seconds", "forwards"] = "iterations"
     """`iterations`: updates of the generator. `seconds`: of training, by the clock. `forwards`:
     passes of the networks over one batch, a backward pass counted by what it costs; see
-    `pipelines.study.passes`."""
+    `pipelines.planning.passes`."""
     amount: float = Field(default=100.0, gt=0)
     """How much of it."""
 

@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, JsonValue, model_validator
 
 from pipelines.config.checkpointing import Figure
+from pipelines.config.figures import Mode
 from pipelines.config.section import Section
-from pipelines.run.ranking import Mode
 
 _KINDS = ("choice", "uniform", "log_uniform", "integers", "log_integers")
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pipelines.config.adapters import adapted_roles
+from pipelines.config.figures import SHAPE_FIGURES
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.sequence import require_divisible
@@ -22,7 +23,6 @@ from pipelines.distillation.phase_check import check_phases
 from pipelines.distillation.teacher_check import check_teacher
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place
-from pipelines.run.records import SHAPE_FIGURES
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
 from workers.adapters import targeted

@@ -18,8 +18,9 @@ from pipelines.data.stream.inspect import first_captions
 from pipelines.distillation.position import model_differences, read_identity
 from pipelines.evaluation.result import FLOOR, GENERATOR, TEACHER_FEW
 from pipelines.evaluation.teacher_sets import teacher_samplings
-from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
+from pipelines.media.inference import InferenceSettings, read_inference_settings
 from pipelines.run.folder import RunFolder, require_output_folder
+from pipelines.run.generator_folder import model_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule

@@ -8,11 +8,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from pipelines.exporting.export import ExportOptions, export
-from pipelines.media.inference import (
-    model_folder,
-    read_inference_settings,
-    write_inference_settings,
-)
+from pipelines.media.inference import read_inference_settings, write_inference_settings
+from pipelines.run.generator_folder import model_folder
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.models.configs import read_model_json
 from workers.models.families import family_of

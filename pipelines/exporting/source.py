@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cluster.checkpoints import Checkpoints
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.media.inference import InferenceSettings, model_folder, read_inference_settings
+from pipelines.media.inference import InferenceSettings, read_inference_settings
 from pipelines.run.folder import RunFolder, read_jsonl
+from pipelines.run.generator_folder import model_folder
 from pipelines.run.places import shared_place
 from pipelines.run.ranking import ranked, scores_of
 from sgmd_core.errors import CheckpointError, ConfigError

@@ -12,13 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
-from cluster.storage import is_folder
-from pipelines.run.folder import RunFolder
-from pipelines.run.places import shared_place
-from pipelines.run.working_copy import run_copy
 from sgmd_core.errors import ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
-from workers.models.addresses import local_model, missing_folder
 from workers.models.configs import read_model_json
 from workers.models.families import family_of
 from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
@@ -101,36 +96,6 @@ def read_inference_settings(folder: Path) -> InferenceSettings:
 def write_inference_settings(folder: Path, settings: InferenceSettings) -> None:
     """Writes `sgmd.json` into a diffusers folder, with the digests of its weights."""
     write_model_settings(folder, settings.model_dump(mode="json"))
-
-
-def model_folder(run_or_model: str | Path) -> Path:
-    """The diffusers folder that a user means: a model folder, or the generator of a run.
-
-    Args:
-        run_or_model: A path or an address; of what lies at an address, a copy on this machine.
-
-    Raises:
-        ModelFolderError: No folder is there, or a run that has not written its generator yet.
-        StorageError: The object store of an address cannot be read.
-    """
-    with run_copy(run_or_model, ("samples",)) as root:
-        path = local_model(root)
-        if not path.is_dir():
-            raise missing_folder(path, f"looking for the run or model {path}", "Check the path")
-        run = RunFolder(path)
-        return _generator_of(run) if run.config.exists() else path
-
-
-def _generator_of(run: RunFolder) -> Path:
-    place = shared_place(run.generator)
-    if not is_folder(place):
-        raise ModelFolderError(
-            f"looking for the generator of the run {run}",
-            "no folder generator/ in it",
-            "a run that has come to its end",
-            f"Finish it with `sgmd distill --resume {run}`, or name a diffusers folder",
-        )
-    return local_model(place)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.planning import stage_times
 from pipelines.planning.beside import handed_over, too_large_beside, with_memory_beside
 from pipelines.planning.hardware import Hardware, parse_kinds
+from pipelines.planning.passes import expected_lag, lag_share, total_units
 from pipelines.planning.plan import Plan, make_mixed_plan, make_plan
 from pipelines.planning.savings import fitting_savings
 from pipelines.planning.search import find_batch
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
-from pipelines.study.passes import expected_lag, lag_share, total_units
 from sgmd_core.errors import ConfigError
 from workers.attention import KERNELS, NATIVE
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.logs import is_number
+from pipelines.config.figures import HEADLINE_FIGURES
 from pipelines.media.charts import number
 from pipelines.reporting.names import title
 from pipelines.reporting.records import RunRecords
-from pipelines.run.records import HEADLINE_FIGURES
 
 _MAX_SHOWN = 10
 

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from pipelines.config.figures import HEADLINE_FIGURES
 from pipelines.config.methods import leading_losses
 from pipelines.media.charts import Mark, Series, line_chart
 from pipelines.reporting.alarms import marks
 from pipelines.reporting.names import about, in_order, title
 from pipelines.reporting.records import Line, RunRecords
-from pipelines.run.records import HEADLINE_FIGURES
 
 _LOSSES, _NORMS, _SECONDS, _FIGURES = "losses", "grad_norms", "seconds", "figures"
 _LAG, _TRACKING_LAG = "lag", "tracking_lag"

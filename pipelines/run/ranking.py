@@ -12,13 +12,12 @@ not separate from its own, for checkpoints, trials, variants and runs alike.
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from pipelines.config.figures import Mode
 from sgmd_core.metrics.jackknife import NORMAL_95, standard_error
 
 _MAX_NAMED = 4
-
-Mode = Literal["min", "max"]
 
 
 @dataclass(frozen=True, slots=True)

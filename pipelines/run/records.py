@@ -6,31 +6,8 @@ from datetime import UTC, datetime
 from typing import Any, Literal, get_args
 
 from cluster.redaction import without_secrets
+from pipelines.config.figures import HEADLINE_FIGURES
 from pipelines.config.methods import leading_losses
-from workers.measures import MEASURES
-
-FIGURES = tuple(
-    name
-    for measure in MEASURES
-    if measure.ranks
-    for name in (measure.name, *([f"{measure.name}_ratio"] if measure.has_ratio else ()))
-)
-"""Names of the figures of a validation."""
-
-SHAPE_FIGURES = tuple(
-    name
-    for measure in MEASURES
-    if measure.needs_shapes
-    for name in (measure.name, *([f"{measure.name}_ratio"] if measure.has_ratio else ()))
-)
-"""Figures that are read from captions of the world `shapes` only."""
-
-HEADLINE_FIGURES = tuple(
-    f"{measure.name}_ratio" if measure.leads == "ratio" else measure.name
-    for measure in MEASURES
-    if measure.leads
-)
-"""Figures of a progress line."""
 
 EventKind = Literal[
     "worker_died",

@@ -28,7 +28,7 @@ from pipelines.media.plot_files import (
     rule,
     svg_file,
 )
-from pipelines.study.passes import role_of
+from pipelines.planning.passes import role_of
 from pipelines.study.results import StudyResult, mean_curve
 from pipelines.study.tables import stage_costs
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
+from pipelines.planning.passes import pass_costs, run_passes, total_units
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.study.judging import Figures
-from pipelines.study.passes import pass_costs, run_passes, total_units
 from pipelines.study.plan import PlannedRun
 
 _TOTAL = "total"

@@ -15,14 +15,14 @@ from typing import Any
 from pydantic import JsonValue
 
 from pipelines.config.recipe import DistillConfig
-from pipelines.run.places import shared_place
-from pipelines.study.passes import (
+from pipelines.planning.passes import (
     expected_passes,
     pass_costs,
     run_passes,
     total_units,
     units_by_role,
 )
+from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError
 
 RUNS = "runs"

@@ -26,6 +26,7 @@ from pipelines.distillation.position import differences
 from pipelines.distillation.preflight import run_preflight
 from pipelines.distillation.run import NOT_NEEDED, distill
 from pipelines.evaluation.result import REFERENCE
+from pipelines.planning.passes import expected_passes, pass_costs, units_by_role
 from pipelines.run.folder import RunFolder, git_revision, require_output_folder, versions
 from pipelines.run.observer import RunObserver
 from pipelines.run.places import shared_place
@@ -36,7 +37,6 @@ from pipelines.study.figures import write_plots
 from pipelines.study.hypotheses import expectation_words, judge_hypotheses, write_down
 from pipelines.study.judging import Figures, StudyEvaluator
 from pipelines.study.measured_runs import Point, RunResult, place_of, times_of, units_of
-from pipelines.study.passes import expected_passes, pass_costs, units_by_role
 from pipelines.study.plan import (
     RUNS,
     PlannedRun,

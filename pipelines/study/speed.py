@@ -12,8 +12,8 @@ import torch
 
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.preflight import run_preflight
+from pipelines.planning.passes import iteration_passes, pass_costs, total_units
 from pipelines.run.folder import RunFolder, read_jsonl
-from pipelines.study.passes import iteration_passes, pass_costs, total_units
 from pipelines.study.plan import StudyPlan
 from workers.build import build_denoiser
 from workers.placement import device_of

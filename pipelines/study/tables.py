@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from pipelines.evaluation.result import FLOOR, REFERENCE, TEACHER_FEW, TEACHER_FEW_GUIDED
+from pipelines.planning.passes import role_of
 from pipelines.study.hypotheses import record_words, verdict_rows
-from pipelines.study.passes import role_of
 from pipelines.study.results import SeedSpread, StudyResult
 
 TEACHER_LABELS = {

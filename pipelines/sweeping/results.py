@@ -15,10 +15,11 @@ from statistics import mean, stdev
 from typing import Any
 
 from cluster.storage import write_text
+from pipelines.config.figures import Mode
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.sweep import SweepSettings
 from pipelines.run.places import shared_place
-from pipelines.run.ranking import Contender, Mode, not_told_apart
+from pipelines.run.ranking import Contender, not_told_apart
 from pipelines.study.results import SeedSpread
 from pipelines.sweeping.trials import Trial, settings_in_words
 from sgmd_core.metrics.jackknife import NORMAL_95

@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipelines.config.figures import FIGURES
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.run import distill
 from pipelines.media.inference import read_inference_settings
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.observer import RunObserver
-from pipelines.run.records import FIGURES, IterationRecord
+from pipelines.run.records import IterationRecord
 from sgmd_core.errors import AlarmError, ConfigError
 from tests.e2e.conftest import MakeRecipe
 from workers.evaluator import Evaluator, Video

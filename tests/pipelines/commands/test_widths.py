@@ -11,10 +11,10 @@ from pipelines.commands.output import pairs
 from pipelines.commands.results import _ledger_table
 from pipelines.commands.run_summary import summary_words
 from pipelines.commands.sweeping import sweep_words
+from pipelines.config.figures import HEADLINE_FIGURES
 from pipelines.data.stream.plan import Cursor
 from pipelines.data.stream.reconciliation import EpochReconciliation
 from pipelines.distillation.audit import Audit
-from pipelines.run.records import HEADLINE_FIGURES
 from pipelines.study.measured_runs import Point, RunResult
 from pipelines.study.results import StudyResult
 from pipelines.sweeping.results import SweepResult

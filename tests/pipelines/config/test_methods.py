@@ -13,7 +13,7 @@ from sgmd_core.types import NoisedBatch, detached
 from tests.e2e.test_equivalence import MODES
 from tests.helpers.huber import PseudoHuberObjective
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
-from tests.pipelines.study.test_passes import METHODS as COUNTED
+from tests.pipelines.planning.test_passes import METHODS as COUNTED
 from tests.sgmd_core.test_objectives import OBJECTIVES
 
 # Beside ours the objective of docs/extending.md, which comes from outside.
@@ -100,7 +100,7 @@ def test_every_method_stands_in_the_tables_of_the_tests_that_need_more_than_its_
     definitions = {name.partition("-")[0] for name in OBJECTIVES} | {"sgmd", "adm"}
     assert definitions == NAMES, "finite differences: tests/sgmd_core/test_objectives.py"
     counted = {name.partition(" ")[0] for name in COUNTED}
-    assert counted >= NAMES, "exact pass counts: tests/pipelines/study/test_passes.py"
+    assert counted >= NAMES, "exact pass counts: tests/pipelines/planning/test_passes.py"
     split = {name.partition("-")[0] for name in MODES}
     covered = {method.path for method in METHODS if method_name(method) in split}
     missing = {method.path for method in METHODS} - covered

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.config.figures import FIGURES
 from pipelines.reporting import names
 from pipelines.reporting.alarms import alarm_kinds
 from pipelines.reporting.checkpoints import ranked_checkpoints
@@ -17,7 +18,7 @@ from pipelines.reporting.records import Line, read_run
 from pipelines.reporting.settings import differing_settings, flat
 from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
 from pipelines.run.folder import append_jsonl
-from pipelines.run.records import FIGURES, IterationRecord
+from pipelines.run.records import IterationRecord
 from pipelines.study.tables import COLUMNS
 from tests.helpers.runs import finish_run, start_run, write_alarms
 from workers.measures import MEASURES

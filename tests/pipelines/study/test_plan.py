@@ -3,7 +3,7 @@
 import pytest
 
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.study.passes import expected_passes, pass_costs, run_passes, total_units
+from pipelines.planning.passes import expected_passes, pass_costs, run_passes, total_units
 from pipelines.study.plan import measured_iterations, plan_rows, plan_study
 from sgmd_core.errors import ConfigError
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.config.recipe import load_recipe
-from pipelines.study.passes import expected_passes, total_units
+from pipelines.planning.passes import expected_passes, total_units
 from pipelines.study.plan import StudyPlan, plan_study
 from pipelines.study.recorded_costs import _EARLIER, require_same_costs
 from sgmd_core.errors import ConfigError

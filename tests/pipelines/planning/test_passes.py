@@ -13,8 +13,7 @@ from pipelines.distillation.costs import PassCosts, Passes
 from pipelines.distillation.iteration import PromptBatch, Roles, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.lag import measure_lag
-from pipelines.planning.workload import Workload
-from pipelines.study.passes import (
+from pipelines.planning.passes import (
     PassTable,
     expected_lag,
     expected_passes,
@@ -25,6 +24,7 @@ from pipelines.study.passes import (
     total_units,
     units_by_role,
 )
+from pipelines.planning.workload import Workload
 from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.types import DataBatch, TextBatch, per_sample
 from workers.discriminator import Discriminator
