@@ -28,6 +28,7 @@ from typing import Literal
 
 import ray
 from ray._private import ray_constants, services
+from ray._private.node import Node
 from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue] - compiled
 
 from cluster.background import in_background
@@ -178,7 +179,7 @@ def _start_local(
     for is_last in (False, True):
         ours = _children()
         try:
-            with _on_loopback(), _ray_takes_for_python(python):
+            with _on_loopback(), _ray_takes_for_python(python), _without_unused(log_to_driver):
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -296,6 +297,26 @@ def _ray_takes_for_python(executable: str) -> Iterator[None]:
         yield
     finally:
         sys.executable = own
+
+
+@contextmanager
+def _without_unused(log_to_driver: bool) -> Iterator[None]:
+    """Makes Ray leave out processes that a private cluster has no use for.
+
+    They are the autoscaler's monitor, the server of the dashboard, which starts without one too,
+    and, unless its lines are shown, the reader of the workers' logs: two seconds of a core and
+    200 MB of memory.
+    """
+    names = ["start_monitor", "start_api_server"]
+    names += [] if log_to_driver else ["start_log_monitor"]
+    own = {name: getattr(Node, name) for name in names if hasattr(Node, name)}
+    for name in own:
+        setattr(Node, name, lambda *_args, **_options: None)
+    try:
+        yield
+    finally:
+        for name, method in own.items():
+            setattr(Node, name, method)
 
 
 def _children() -> set[int]:

@@ -1,5 +1,6 @@
 """What the tests of several packages share: Ray, started once a session and only when needed."""
 
+import gc
 import os
 import secrets
 import shutil
@@ -26,6 +27,16 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 _HEAD_START_TIMEOUT_S = 180.0
+
+
+# Until all tests are imported, the collector would look at what stays, again and again.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """Lets the collector run again, without what was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 _RAY_S, _SLOW_S, _QUICK_S = 20.0, 2.0, 0.1

@@ -159,6 +159,9 @@ class RayWorkerGroup(WorkerGroup[W]):
     def _build(self, rank: int) -> RayFuture[Any]:
         seat = self._seats[rank]
         rendezvous = seat.hosts.rendezvous[seat.index]
+        # A partial has no module of its own.
+        module = getattr(self._factory, "func", self._factory).__module__
+        seat.actor.import_factory.remote(module)
         built = seat.actor.build.remote(
             seat.worker(self.name), self._factory, self._args, rendezvous, rank
         )

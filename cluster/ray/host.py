@@ -16,6 +16,7 @@ synchronous and are never restarted and calls never retried by Ray: a restart wo
 workers' state without a word, and a retry would run out of order.
 """
 
+import gc
 import os
 import pickle
 import time
@@ -25,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, cast
 
 import ray
@@ -263,6 +265,21 @@ class Host:
             timeout_s=_COLLECTIVE_TIMEOUT_S,
         )
         return rendezvous
+
+    def import_factory(self, module: str) -> None:
+        """Imports the module of a factory, and all that it needs, before the factory arrives.
+
+        Ray would import it, too, but with the collector of cycles looking at all of it again and
+        again: a fifth of the time.
+        """
+        paused = gc.isenabled()
+        gc.disable()
+        try:
+            with suppress(Exception):  # Where it cannot be imported, building says so.
+                import_module(module)
+        finally:
+            if paused:
+                gc.enable()
 
     def build(
         self,
