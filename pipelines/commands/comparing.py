@@ -9,6 +9,7 @@ from rich.table import Table
 
 from pipelines.commands.options import Json, Overrides, RecipeName
 from pipelines.commands.output import FittingTable, show, working
+from workers.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig
@@ -84,15 +85,17 @@ def _in_closed_form(
 
 
 def _planned(config: "DistillConfig") -> Shown:
-    from pipelines.study.run import dry_run_study
+    with paused_collector():
+        from pipelines.study.run import dry_run_study
 
     planned = dry_run_study(config)
     return planned, [_plan_table(planned), _plan_words(planned)]
 
 
 def _made(config: "DistillConfig", console: Console) -> Shown:
-    from pipelines.run.progress import console_observer
-    from pipelines.study import run as job
+    with paused_collector():
+        from pipelines.run.progress import console_observer
+        from pipelines.study import run as job
 
     result = job.study(
         config,

@@ -7,6 +7,7 @@ import typer
 from pipelines.commands.data_options import CheckArguments, EncodeArguments, PrepareArguments
 from pipelines.commands.options import Json, expand_groups
 from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
+from workers.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.data.making.prepare import PrepareProgress
@@ -128,9 +129,10 @@ def encode_command(
     Exit code 1: the set is made, and lacks all rows of a shard that cannot be read.
     """
     with progress_bar() as on_progress:
-        from pipelines.data.making.encode import encode
-        from pipelines.media.inference import read_inference_settings
-        from pipelines.run.generator_folder import model_folder
+        with paused_collector():
+            from pipelines.data.making.encode import encode
+            from pipelines.media.inference import read_inference_settings
+            from pipelines.run.generator_folder import model_folder
 
         if arguments.text_only:
             _refuse_clip_options(context)

@@ -11,6 +11,7 @@ from rich.table import Table
 from pipelines.commands.options import Json, OptionGroup, expand_groups
 from pipelines.commands.output import progress_bar, show, working
 from sgmd_core.errors import ConfigError
+from workers.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.data.stream.reconciliation import EpochReconciliation
@@ -66,11 +67,12 @@ def evaluate_command(
 ) -> None:
     """Measure a generator against its teacher: figures, verdicts, contact sheet."""
     with progress_bar() as on_progress, ExitStack() as stack:
-        from pipelines.commands.evaluation_table import table, verdict_lines
-        from pipelines.evaluation import run as job
-        from pipelines.run.folder import RunFolder
-        from pipelines.run.places import shared_place
-        from pipelines.run.working_copy import run_copy
+        with paused_collector():
+            from pipelines.commands.evaluation_table import table, verdict_lines
+            from pipelines.evaluation import run as job
+            from pipelines.run.folder import RunFolder
+            from pipelines.run.places import shared_place
+            from pipelines.run.working_copy import run_copy
 
         root = stack.enter_context(run_copy(run))
         if output is None:
@@ -125,11 +127,12 @@ def generate_command(
 ) -> None:
     """Sample prompts to mp4 and GIF; what is not given comes from the model's folder."""
     with progress_bar() as on_progress:
-        from diffusers.utils import logging
+        with paused_collector():
+            from diffusers.utils import logging
 
-        from pipelines import generate as job
-        from pipelines.exporting.sampled import sampled_folder
-        from pipelines.run.places import shared_place
+            from pipelines import generate as job
+            from pipelines.exporting.sampled import sampled_folder
+            from pipelines.run.places import shared_place
 
         logging.disable_progress_bar()
         shown = _prompts(prompt or [], prompts)
