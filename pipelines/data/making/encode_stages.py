@@ -49,6 +49,7 @@ from pipelines.data.shards.schema import (
 )
 from pipelines.media.video import Pixels
 from sgmd_core.errors import DataError
+from workers.collector import paused_collector
 from workers.models.families import modules_of
 
 TASK = "task"
@@ -289,7 +290,8 @@ class EncodeVideos:
         self, model: str, pixel_shape: tuple[int, int, int, int], dtype: DTypeName, num_threads: int
     ) -> None:
         # Processes that decode import this file too, and have no room for networks.
-        from workers.build import build_video_encoder
+        with paused_collector():
+            from workers.build import build_video_encoder
 
         self._encoder = build_video_encoder(model, num_threads)
         self._shape = pixel_shape
@@ -320,8 +322,9 @@ class EncodeCaptions:
     """
 
     def __init__(self, model: str, text_length: int, dtype: DTypeName, num_threads: int) -> None:
-        from workers.build import build_text_encoder, encoder_dtype
-        from workers.settings import ModelSettings
+        with paused_collector():
+            from workers.build import build_text_encoder, encoder_dtype
+            from workers.settings import ModelSettings
 
         settings = ModelSettings(model, text_length, encoder_dtype=encoder_dtype())
         self._encoder = build_text_encoder(settings, num_threads)

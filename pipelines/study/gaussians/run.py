@@ -120,8 +120,10 @@ def _made_side_by_side(
     if processes < 2:
         yield from ((cell, _made(config, cell)) for cell in missing)
         return
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn, initializer=die_with_parent) as pool:
+    # Forked from a process that has no thread and has imported this once, for all of them.
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(processes, forks, initializer=die_with_parent) as pool:
         asked = {pool.submit(_made, config, cell): cell for cell in missing}
         try:
             for future in as_completed(asked):
