@@ -375,7 +375,7 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def delete_folder(folder: str | Path) -> None:
-    """Deletes a local folder with all that is in it, as far as the system lets us."""
+    """Deletes a local folder with all that is in it, as far as the system permits."""
     shutil.rmtree(folder, ignore_errors=True)
 
 

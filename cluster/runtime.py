@@ -111,7 +111,7 @@ def start_ray(
 
 @contextmanager
 def _ending_if_stopped(raylet: int) -> Iterator[None]:
-    """Ends a frozen raylet, for whose answer Ray's shutdown would wait for ever."""
+    """Ends a frozen raylet, for whose answer Ray's shutdown would wait without end."""
     if sys.is_finalizing():
         # A generator that nobody has closed ends with the interpreter, which starts no thread.
         yield

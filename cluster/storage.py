@@ -18,7 +18,7 @@ def read_text(url: str) -> str:
     """The text of a file.
 
     Raises:
-        StorageError: It is not there, or the store does not let us.
+        StorageError: It is not there, or the store refuses it.
     """
     with storage_errors(f"reading {url}"):
         files, path = open_store(url)
@@ -29,7 +29,7 @@ def write_text(url: str, text: str) -> None:
     """Writes a file whole or not at all; a reader sees the old text or the new one.
 
     Raises:
-        StorageError: The store does not let us.
+        StorageError: The store refuses it.
     """
     with storage_errors(f"writing {url}"):
         write_whole(url, text.encode())

@@ -58,7 +58,7 @@ def taken_by(processes: AbstractSet[tuple[str, int]]) -> Iterator[None]:
 
 
 def current_takers() -> frozenset[tuple[str, int]] | None:
-    """Processes that take the results of the calls made now; None where nobody has said."""
+    """Processes that take the results of the calls made now; None if not given."""
     return _takers.get()
 
 

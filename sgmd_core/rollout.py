@@ -247,11 +247,11 @@ def _stepped(
 
 
 def _level(grid: Grid, step: int, x_t: Latents) -> Float[Tensor, " b"]:
-    """The grid's noise level at a step, one a sample."""
+    """The grid's noise level at a step, one per sample."""
     return grid[..., step].to(x_t).expand(len(x_t))
 
 
 def _factor(values: Tensor, x_t: Latents) -> Tensor:
-    """One number, or one a sample, ready to multiply latents."""
+    """One number, or one per sample, ready to multiply latents."""
     values = values.to(x_t)
     return per_sample(values, x_t) if values.dim() else values

@@ -161,7 +161,7 @@ class NoisedBatch(SampleRecord):
         anchor_sigma: Noise level of the anchor.
         exit_sigma: Noise level that the generator left for `x0` and the anchor from.
         sample_indices: Position of each sample in the iteration's whole batch, for draws that are
-            counted by it; empty where nobody draws for the query.
+            counted by it; empty if nothing is drawn for the query.
     """
 
     MAY_NARROW: ClassVar[Mapping[str, str]] = {

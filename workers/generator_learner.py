@@ -128,7 +128,7 @@ class GeneratorLearner(ConsistencyLearner):
         """Makes samples and a score query at each; keeps the graph of the exit step.
 
         Args:
-            key: Names the micro-batch; a signal must bear the same key.
+            key: Names the micro-batch; a signal must have the same key.
             text: Captions of the samples.
             draws: Every random number, to replay a recorded iteration; drawn by key if not given.
 

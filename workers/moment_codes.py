@@ -6,7 +6,7 @@
     rounding   to g(n) or g(n + 1), with the odds that make the mean exact
 
 A decay of 0.999 changes a moment by a thousandth, far less than a step: rounded to the nearest
-code it would stay where it is for ever. The odds move one entry in seventy instead. The grid never
+code it would stay where it is. The odds move one entry in seventy instead. The grid never
 moves, so an entry that does not change is not rounded again. What lies below the last code goes up
 to it, so no denominator is rounded to nothing. Blocks end with their row: ranks of any number
 share them as they share the rows.

@@ -248,7 +248,7 @@ class RoleOptimizer:
         """Copies of this rank's part of weights and moments in main memory, and the counter.
 
         Args:
-            over: An earlier state that nobody needs any more; its memory is used again.
+            over: An earlier state that is no longer needed; its memory is used again.
         """
         taken = self._copied(over.weights, over.moments) if over else self.snapshot()
         lora = lora_of(self._network)

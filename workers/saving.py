@@ -111,7 +111,7 @@ class SavedRole(ABC):
         """Copies of this rank's part of everything to save, by subfolder; every rank has one.
 
         Args:
-            over: Earlier ones that nobody needs any more; their memory is used again.
+            over: Earlier ones that are no longer needed; their memory is used again.
         """
 
     def begin_save(self, folder: str) -> int:

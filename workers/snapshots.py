@@ -47,7 +47,7 @@ def copies(
 
     Args:
         tensors: Names and tensors.
-        over: Copies that nobody needs any more, by name; they are written over. Memory that is
+        over: Copies that are no longer needed, by name; they are written over. Memory that is
             mapped takes a copy several times faster than what the system has to clear first.
     """
     return {name: _copy(local_part(value), over.get(name)) for name, value in tensors}

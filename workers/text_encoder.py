@@ -57,7 +57,7 @@ class TextEncoder:
         """Embeds the captions of a micro-batch.
 
         Args:
-            captions: One a sample.
+            captions: One per sample.
             sample_indices: Position of each sample in the whole batch of the iteration.
 
         Returns:

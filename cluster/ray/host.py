@@ -83,7 +83,7 @@ class CallSpec:
         direct: Whether the result goes past the object store, as it is.
         keep: Number under which a result that holds arrays stays here; None: it is sent.
         send: Whether a result that stays here is sent as well, as a second return value.
-        drop: Numbers of kept results that nobody needs any more.
+        drop: Numbers of kept results that are no longer needed.
     """
 
     worker: str
@@ -198,7 +198,7 @@ class Hosts:
         return self._number
 
     def take_dropped(self, rank: int) -> tuple[int, ...]:
-        """Stored results of a rank that nobody needs any more; told once."""
+        """Stored results of a rank that are no longer needed; told once."""
         waiting = self.dropped[rank]
         return tuple(waiting.popleft() for _ in range(len(waiting)))
 

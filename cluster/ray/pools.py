@@ -17,7 +17,7 @@ or (strict) necessarily on one or each on another."""
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """The resources of one group: one bundle a rank.
+    """The resources of one group: one bundle per rank.
 
     Attributes:
         name: Name of the group.

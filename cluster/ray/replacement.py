@@ -133,7 +133,7 @@ def _lost(
     lost = set(unbuilt)
     deadline_s = time.monotonic() + patience_s
     while True:
-        # A rank beside a lost one may wait for it for ever: it is not asked any longer.
+        # A rank beside a lost one may wait for it without end: it is not asked any longer.
         open_ones = [answer for answer, process in asked.items() if process not in lost]
         if not open_ones:
             return lost

@@ -2,7 +2,7 @@
 
 The pools that only want to be packed share one placement group, whose bundles Ray reserves all or
 none; a pool with another strategy has a group of its own. A run that holds some of its groups and
-waits for the others could wait for ever for a run that does the same, so groups that are not
+waits for the others could wait without end for a run that does the same, so groups that are not
 complete after a while are all given back and asked for again a moment later.
 
 PACK keeps the ranks on as few machines as possible. CPUs that no pool asks for stay free for Ray
@@ -160,7 +160,7 @@ def reserve(pools: Sequence[Pool], timeout_s: float = 60.0) -> Placement:
 
     Raises:
         InsufficientResourcesError: Not everything was free in time. Nothing stays reserved.
-        ClusterError: A strategy or a label selector is none.
+        ClusterError: A strategy or a label selector is not valid.
     """
     bundles_of(pools)
     specs = _placement_group_specs(pools)

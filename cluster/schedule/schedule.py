@@ -65,11 +65,11 @@ class Call:
         micro_batch: Which micro-batch; None in an update or a handover.
         samples: First sample of the micro-batch that it is about, and one past the last.
         stands_in: Its rank has no sample of its own, and works on the first one with weight 0, for
-            the collectives of its replica; nobody takes the result.
+            the collectives of its replica; the result is not fetched.
         inputs: Places in the list of the calls whose results it is handed.
         waits_for: Places of calls that must have succeeded, to the controller's knowledge, before
             it makes this call, and with it all that follow.
-        assists: Its rank works on the samples of a rank before it; nobody takes the result.
+        assists: Its rank works on the samples of a rank before it; the result is not fetched.
     """
 
     iteration: int

@@ -36,14 +36,14 @@ def staleness(
     # Updates by role that are known to be over: after each call, and to the controller.
     after: list[Mapping[str, int]] = []
     last_on = dict[tuple[str, int], int]()
-    heard: Mapping[str, int] = {}
+    reported: Mapping[str, int] = {}
     found: list[int] = []
     for place, call in enumerate(calls):
         own = (teams or {}).get(call.role, Team())
         process = own.process(call.role, call.rank) if own.homes else (call.role, call.rank)
-        heard = _newest([heard, *(after[waited] for waited in call.waits_for)])
+        reported = _newest([reported, *(after[waited] for waited in call.waits_for)])
         earlier = [*call.inputs, *([last_on[process]] if process in last_on else [])]
-        known = _newest([heard, *(after[other] for other in earlier)])
+        known = _newest([reported, *(after[other] for other in earlier)])
         whole = min((known.get(role, 0) // number for role, number in each.items()), default=0)
         found.append(max(0, call.iteration - first - whole) if each else 0)
         if call.stage == STEP:

@@ -95,7 +95,7 @@ class ClipLimitOptions(OptionGroup):
             min=0,
             max=86400,
             help="A process in which one call of the decoder takes longer is ended, and the video"
-            " is bad; 0 waits for ever",
+            " is bad; 0 sets no limit",
         ),
     ] = MAX_HANG_S
 

@@ -147,7 +147,7 @@ class GaussianStudyConfig(Section):
 def _contradictions(config: GaussianStudyConfig) -> Iterator[str]:
     if config.baseline not in config.variants:
         known = ", ".join(config.variants)
-        yield f"baseline is {config.baseline}, which is none of the variants {known}"
+        yield f"baseline is {config.baseline}, which is not one of the variants {known}"
     for name, world in config.worlds.items():
         if world.modes > 2 and world.dim != 2 and world.modes > world.dim:
             yield f"worlds.{name} has {world.modes} modes at right angles in {world.dim} dimensions"

@@ -74,8 +74,8 @@ class BatchSettings(Section):
     """Parts that the batch is split into, equal where it divides; they are what travels and what is
     pipelined."""
     exit_draws: int | None = Field(default=None, ge=1)
-    """Draws of the exit step in one batch, each for as many samples; null: one a micro-batch. A run
-    keeps its number, so `micro_batches` may change on resume to another multiple of it."""
+    """Draws of the exit step in one batch, each for as many samples; null: one per micro-batch. A
+    run keeps its number, so `micro_batches` may change on resume to another multiple of it."""
 
     @property
     def num_exit_draws(self) -> int:

@@ -178,7 +178,7 @@ def recipe_sections(path: Path, kind: type, depth: int = 0) -> Mapping[str, Any]
         depth: Recipes that have named this one as their base.
 
     Raises:
-        ConfigError: A file cannot be read, is no YAML or no section, or a base is none.
+        ConfigError: A file cannot be read, is no YAML or no section, or a base is not a recipe.
     """
     attempted = f"reading the recipe {store_address(path) or path}"
     settings = dict(_sections(path, attempted))

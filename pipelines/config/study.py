@@ -77,7 +77,7 @@ class StudySettings(Section):
             for side in sides:
                 if side not in self.variants:
                     raise ValueError(
-                        f"hypotheses.{name} names {side}, which is none of the variants"
+                        f"hypotheses.{name} names {side}, which is not one of the variants"
                         f" {', '.join(self.variants) or '(none)'}"
                     )
             if sides[0] == sides[1] and expected.of_budget == 1:

@@ -185,7 +185,9 @@ def _contradictions(sweep: SweepSettings) -> Iterator[str]:
             known = keys[other]
             choice = known.choice if isinstance(known, Dimension) else known
             if choice is None or any(value not in choice for value in _listed(wanted)):
-                yield f"space.{key} applies when {other} is {wanted}, which is none of its choices"
+                yield (
+                    f"space.{key} applies when {other} is {wanted}, which is not one of its choices"
+                )
     if _has_cycle(sweep):
         yield "conditions of the space depend on one another in a circle"
     if sweep.score in sweep.tradeoffs:

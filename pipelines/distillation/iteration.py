@@ -82,10 +82,10 @@ class PromptBatch:
     """The captions of one batch.
 
     Attributes:
-        captions: One a sample.
+        captions: One per sample.
         stored: Their embeddings, where the data brought them along.
         dropped: Rows whose caption is replaced by the empty one; `captions` has them empty already.
-        sample_ids: One a sample, where they have names.
+        sample_ids: One per sample, where they have names.
         data: Latents of the same rows, where the program asks for them.
     """
 
@@ -184,7 +184,7 @@ def run_iterations(
         calls,
         roles.scheduled,
         dispatcher.dispatch,
-        dispatcher.heard,
+        dispatcher.on_report,
         plan.timeout_s,
         plan.teams,
         goes_on=lambda: not stops.received,
@@ -238,7 +238,7 @@ class _CallDispatcher:
         arguments = stage.arguments(_Inputs(self, call, results))
         return self._groups[call.role].call_rank(call.rank, stage.method, *arguments)
 
-    def heard(self, call: Call, report: Any) -> None:  # noqa: ANN401  (whatever a stage returns)
+    def on_report(self, call: Call, report: Any) -> None:  # noqa: ANN401  (of any stage)
         """Looks at the gradient of an update before it is made.
 
         Raises:

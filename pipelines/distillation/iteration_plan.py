@@ -29,7 +29,7 @@ class IterationPlan:
             one before has ended.
         timeout_s: How long a group of calls may take before the run is given up.
         negative: Embedding of the negative prompt, on its way to the teacher.
-        exit_draws: Draws of the exit step in one batch; None draws one a micro-batch.
+        exit_draws: Draws of the exit step in one batch; None draws one per micro-batch.
         stage_seconds: Of one sample by role and stage, in any unit: see `order_calls`.
         incarnation: Repairs of the run so far; calls of an earlier one are refused.
         generator_rate: Multiple of the generator's learning rate, by the lag's governor.

@@ -239,12 +239,12 @@ class RunMonitor:
         write_json(str(self.folder.ranking), content)
 
     def _kept_steps(self) -> list[int]:
-        """Steps of the checkpoints; while the run bears a failing store, those of before."""
+        """Steps of the checkpoints; while the run tolerates a failing store, those of before."""
         try:
             self._steps = self.checkpoints.steps()
             self.folder.publisher.succeeded(_LISTING)
         except StorageError as error:
-            self.folder.publisher.bear(error, _LISTING)
+            self.folder.publisher.tolerate(error, _LISTING)
         return self._steps
 
     def _bring_sheet(self, record: ValidationRecord) -> None:

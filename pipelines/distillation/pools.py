@@ -1,4 +1,4 @@
-"""Pools of processes that a run reserves, one bundle a rank.
+"""Pools of processes that a run reserves, one bundle per rank.
 
 Of a run that borrows its frozen roles, the service that lends them reserves theirs.
 """
@@ -36,7 +36,7 @@ def own_cluster_size(config: DistillConfig, bundles: Sequence[Mapping[str, float
 
 
 def pools_of(config: DistillConfig) -> list[Pool]:
-    """The pools that a run reserves, one bundle a rank."""
+    """The pools that a run reserves, one bundle per rank."""
     topology = config.topology
     pools = [
         *_role_pools(config),

@@ -301,7 +301,7 @@ def require_adaptable(config: DistillConfig, family: ModelFamily) -> None:
     """Check that the layers of a model have the projections that adapters are wanted for.
 
     Raises:
-        ConfigError: A target of `lora` is none of them.
+        ConfigError: A target of `lora` is not one of them.
     """
     for role in adapted_roles(config):
         projections = family.read_shape(config.model_folder).denoiser.projections

@@ -88,7 +88,7 @@ class States:
         With `checkpoint.background` this returns once the roles have been asked to copy their
         state; `collect` commits it later. A state that is still being written is waited for first,
         and one that is committed already is left alone. A store that fails puts it off, as long as
-        the run bears that: see `is_owed`.
+        the run tolerates it: see `is_owed`.
 
         Args:
             position: Where the run stands.
@@ -98,7 +98,7 @@ class States:
             StorageError: The disk is full or cannot be written to; older states are kept.
             NonFiniteError: A weight of the former state is not finite.
         """
-        with self._bearing(position.iteration):
+        with self._tolerating(position.iteration):
             self._save(position, timeout_s)
 
     def _save(self, position: Position, timeout_s: float | None) -> None:
@@ -176,13 +176,13 @@ class States:
             self.settle()
 
     @contextmanager
-    def _bearing(self, step: int) -> Iterator[None]:
-        """Puts the state of a step off where the store fails and the run bears it."""
+    def _tolerating(self, step: int) -> Iterator[None]:
+        """Puts the state of a step off where the store fails and the run tolerates it."""
         try:
             yield
         except StorageError as error:
             self._saving = self._asked = None
-            self._folder.publisher.bear(error, _SAVING)
+            self._folder.publisher.tolerate(error, _SAVING)
             self._owed, self._put_off = step, error
             self._monitor.observer.warning(
                 f"the state of iteration {step} is not saved ({error.found}); the next one is "
@@ -199,10 +199,10 @@ class States:
         ]
 
     def _take_and_prune(self, asked: _Asked, timeout_s: float) -> None:
-        """Commits a state; then old ones go, which is borne by itself: the new one is saved."""
+        """Commits a state; then old ones go, which is tolerated apart: the new one is saved."""
         assert self._saving is not None, "a save has been begun"
         is_committed = False
-        with self._bearing(self._saving.step):
+        with self._tolerating(self._saving.step):
             is_committed = self._take(asked, timeout_s)
         if not is_committed:
             return
@@ -210,7 +210,7 @@ class States:
             self.prune()
             self._folder.publisher.succeeded(_PRUNING)
         except StorageError as error:
-            self._folder.publisher.bear(error, _PRUNING)
+            self._folder.publisher.tolerate(error, _PRUNING)
             self._monitor.observer.warning(
                 f"old states are not deleted ({error.found}); the next save tries it again"
             )
@@ -230,7 +230,7 @@ class States:
             # A repair looks whether the processes that write it are still there.
             raise
         except Exception:
-            # A stop is none: after it, the state may still be waited for.
+            # A stop is not a failure: after it, the state may still be waited for.
             self._saving = None
             raise
         self._saving = None

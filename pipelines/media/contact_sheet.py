@@ -3,7 +3,7 @@
                      teacher, 30 steps      teacher, 4 steps      generator, 4 steps
     "a red circle"   [] [] [] [] []         [] [] [] [] []        [] [] [] [] []
 
-As PNG with several frames of each clip, as a looping GIF with one cell a clip, and as one mp4 a
+As PNG with several frames of each clip, as a looping GIF with one cell per clip, and as one mp4 per
 clip in a folder beside them, for pages that lay them out anew. Small clips are enlarged by whole
 pixels, so that nothing is invented; large ones are scaled down on the sheets.
 """
@@ -84,7 +84,7 @@ def still_picture(
 
 
 def loop_pictures(groups: Sequence[SheetGroup], prompts: Sequence[str]) -> list[Image.Image]:
-    """A sheet with one cell a clip, once for every frame."""
+    """A sheet with one cell per clip, once for every frame."""
     length = len(groups[0].clips[0])
     return [_draw(groups, prompts, [frame], GIF_CELL_PX) for frame in range(length)]
 

@@ -103,11 +103,11 @@ def flow_matching_loss(
     noise = draws.noise.to(x0)
     level = sigma[:, None, None, None, None]
     x_t = (1 - level) * x0 + level * noise
-    heard = [
+    kept = [
         "" if drop else caption
         for caption, drop in zip(captions, draws.dropped.tolist(), strict=True)
     ]
-    velocity = networks(x_t, sigma, heard, text_length)
+    velocity = networks(x_t, sigma, kept, text_length)
     return (velocity - (noise - x0)).square().mean()
 
 

@@ -145,7 +145,7 @@ def pretrain(
 
     Raises:
         DataError: shards are missing, corrupt or do not fit.
-        InsufficientResourcesError: the cluster is too small, and the job would wait for ever.
+        InsufficientResourcesError: the cluster is too small, and the job would wait without end.
         CheckpointError: a stage in the run's folder was made from other settings or other clips.
         NonFiniteError: a loss stopped being finite.
         LeaseError: another process trains in the run's folder, or into the same model folder.

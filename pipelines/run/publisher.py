@@ -33,7 +33,7 @@ _LATE = ("wandb", "tensorboard")
 
 
 class Publisher:
-    """Publisher of a run on a disk, whose files need no way: it does nothing and bears nothing."""
+    """Publisher of a run on a disk: its files are in place, so it does and tolerates nothing."""
 
     @property
     def is_out(self) -> bool:
@@ -52,7 +52,7 @@ class Publisher:
         """Looks whether the run may go on.
 
         Raises:
-            StorageError: The store has failed for longer than the run bears.
+            StorageError: The store has failed for longer than the run tolerates.
             LeaseLostError: Another process has taken the run over.
         """
 
@@ -64,15 +64,15 @@ class Publisher:
             LeaseLostError: Another process has taken the run over.
         """
 
-    def bear(self, error: StorageError, work: str) -> None:
+    def tolerate(self, error: StorageError, work: str) -> None:
         """Takes note of a failure of the store that the run can go on without, for a while.
 
         Args:
             error: The failure.
-            work: Names what failed; `succeeded` ends the time for which it is borne.
+            work: Names what failed; `succeeded` ends the time for which it is tolerated.
 
         Raises:
-            StorageError: The error, where it is not borne or not any longer.
+            StorageError: The error, where it is not tolerated, or no longer.
         """
         raise error
 
@@ -83,7 +83,7 @@ class Publisher:
         """Waits until the store answers again.
 
         Raises:
-            StorageError: It has failed for longer than the run bears.
+            StorageError: It has failed for longer than the run tolerates.
         """
 
     def insist(self, name: str, work: Callable[[], T]) -> T:
@@ -94,13 +94,13 @@ class Publisher:
             work: Does it.
 
         Raises:
-            StorageError: The store does not, and the run does not bear that (any longer).
+            StorageError: The store does not, and the run does not tolerate that (any longer).
         """
         while True:
             try:
                 found = work()
             except StorageError as error:
-                self.bear(error, name)
+                self.tolerate(error, name)
                 self.wait()
             else:
                 self.succeeded(name)
@@ -172,8 +172,8 @@ class AddressPublisher(Publisher):
         self.check()
         self._lease.check()
 
-    def bear(self, error: StorageError, work: str) -> None:
-        """See `Publisher`; where the store answers and refuses, nothing is borne."""
+    def tolerate(self, error: StorageError, work: str) -> None:
+        """See `Publisher`; where the store answers and refuses, nothing is tolerated."""
         if isinstance(error, StoreRefusedError):
             raise error
         since_s = self._failed_since_s.setdefault(work, time.monotonic())
@@ -192,7 +192,7 @@ class AddressPublisher(Publisher):
             time.sleep(_AGAIN_S / 10)
 
     def close(self) -> None:
-        """Publishes the rest and joins the logs, however long the run bears an outage.
+        """Publishes the rest and joins the logs, however long the run tolerates an outage.
 
         Raises:
             StorageError: Names what is in the working copy alone, and where that is.
@@ -252,7 +252,8 @@ class AddressPublisher(Publisher):
                 RunEvent(
                     kind="storage_lost",
                     cause=f"{error.attempted}: {error.found}",
-                    action=f"went on; recovery.storage_outage_s bears {self._outage_s:g} s of it",
+                    action="went on; recovery.storage_outage_s tolerates "
+                    f"{self._outage_s:g} s of it",
                 )
             )
         self._end_if_long(error, since_s)
@@ -279,14 +280,14 @@ def publisher_of(root: Path) -> Publisher:
 
 
 def publish_now(root: Path, paths: Collection[Path] = ()) -> None:
-    """Brings files to the address of a folder that is published, as soon as its store lets us.
+    """Brings files to the address of a folder that is published, as soon as its store accepts them.
 
     Args:
         root: The folder; nothing is done for one of a disk.
         paths: Files whose folders have another publisher, too.
 
     Raises:
-        StorageError: Its store has failed for longer than is borne.
+        StorageError: Its store has failed for longer than is tolerated.
         LeaseLostError: Another process has taken it over.
     """
     publisher = publisher_of(root)

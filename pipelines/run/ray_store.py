@@ -101,7 +101,7 @@ class _Draft(io.BytesIO):
     def __init__(self, send: Callable[[bytes], None]) -> None:
         super().__init__()
         self._send = send
-        # A `with` closes the file after an error inside, too; one from before is none of ours.
+        # A `with` closes the file after an error inside, too; one from before is not ours.
         self._error_before = sys.exception()
 
     def close(self) -> None:
@@ -113,4 +113,4 @@ class _Draft(io.BytesIO):
                 self._send(content)
 
     def __del__(self) -> None:
-        """Drops it: a copy that fails lets go of its file without closing it."""
+        """Drops it: a copy that fails releases its file without closing it."""

@@ -47,7 +47,7 @@ class IterationRecord:
             been listed to its end.
         cursor: The row of the data that comes next; `pipelines.data.stream.plan.Cursor`.
         rejected: Rows, row groups and shards that were newly left out on the way.
-        exit_steps: The rollout step that learnt, one a micro-batch.
+        exit_steps: The rollout step that learnt, one per micro-batch.
         stale_calls: Calls that did not wait for all updates of the iteration before to end; 0
             unless the recipe allows it.
         skipped: Updates that were skipped: roles, `non_finite` or `spike`, the reason, samples.

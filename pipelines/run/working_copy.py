@@ -143,7 +143,7 @@ class WorkingCopy:
         """Deletes all that is at the address, and here what came from there.
 
         Raises:
-            StorageError: The store does not let us.
+            StorageError: The store refuses it.
         """
         with storage_errors(f"deleting {self.address}"):
             files: Any
@@ -157,7 +157,7 @@ class WorkingCopy:
         """Deletes a file here and at the address, where it is there.
 
         Raises:
-            StorageError: The store does not let us.
+            StorageError: The store refuses it.
         """
         path.unlink(missing_ok=True)
         if path in self._known:

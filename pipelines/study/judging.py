@@ -90,7 +90,7 @@ class StudyEvaluator:
             schedule: Of its run; it is sampled as it was trained.
             checkpoint: Folder of a committed checkpoint.
             role: Which part of it holds the weights: `ema` or `generator`.
-            label: What is sampled, for whoever waits.
+            label: What is sampled, for progress.
         """
         weights = load_role(checkpoint, role).weights
         # The generator is sampled as the teacher's few steps are: the same noise, unguided.

@@ -126,7 +126,7 @@ def plan_rows(plan: StudyPlan, seconds_per_unit: float | None) -> list[dict[str,
 
     Args:
         plan: The study.
-        seconds_per_unit: Of a forward pass over one batch; None where nobody knows.
+        seconds_per_unit: Of a forward pass over one batch; None if unknown.
     """
     rows: list[dict[str, Any]] = []
     for run in plan.runs[: len(plan.variants)]:

@@ -1,4 +1,4 @@
-"""Tune's events: written into the book of trials, and told to whoever looks."""
+"""Tune's events: written into the log of trials, and passed to observers."""
 
 import json
 import math

@@ -151,7 +151,7 @@ def _pb2(sweep: SweepSettings) -> TrialScheduler:
         mode=sweep.mode,
         perturbation_interval=sweep.validate_every or sweep.iterations,
         hyperparam_bounds={SHARES: {key: [0.0, 1.0] for key in sweep.dimensions}},
-        # In step, a population would wait for ever for a member that has failed.
+        # In step, a population would wait without end for a member that has failed.
         synch=False,
     )
 

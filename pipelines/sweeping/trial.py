@@ -4,7 +4,7 @@
 
 A trial that is started again goes on from its own newest checkpoint; one that has ended says again
 what it has measured. What a trial has failed with is written down and raised again, so that a retry
-after the loss of a process is none of what would fail in the same way.
+after the loss of a process does not repeat what would fail in the same way.
 """
 
 import math

@@ -50,7 +50,7 @@ def mean_interval(figures: Figures, rows: Rows) -> Interval:
     """Mean of the figures.
 
     Args:
-        figures: One a sample.
+        figures: One per sample.
         rows: `resampled_rows` of as many samples.
     """
     figures = figures.double()
@@ -61,7 +61,7 @@ def ratio_interval(figures: Figures, reference: Partners, rows: Rows) -> Interva
     """Mean of the figures over mean of the reference's, resampled in pairs.
 
     Args:
-        figures: One a sample.
+        figures: One per sample.
         reference: The same figure of the sample's partner.
         rows: `resampled_rows` of as many samples.
 
@@ -97,7 +97,7 @@ def median_ratio_interval(
     """Median of the figures over that of the reference's, each resampled on its own.
 
     Args:
-        figures: One a sample.
+        figures: One per sample.
         reference: The same figure of others, above 0.
         rows: `resampled_rows` of as many samples.
         reference_rows: The same of as many as the reference has; as many draws.

@@ -218,7 +218,7 @@ def check_shards(
 
 
 def _others_in_words(filesystem: AbstractFileSystem, root: str) -> str:
-    """Files of the folder that nobody reads."""
+    """Files of the folder that are not read."""
     paths = other_files(filesystem, root)
     if (first := next(paths, None)) is None:
         return ""
@@ -338,7 +338,7 @@ def _index_problems(index: Sequence[Shard] | None, opened: _Opened) -> list[str]
     there = {each.shard.path: each.shard for each in opened.listed}
     named = {shard.path for shard in index}
     gone = [shard.path for shard in index if shard.path not in there]
-    # A part without rows that the index leaves out is missed by nobody.
+    # A part without rows that the index leaves out is not missed.
     extra = [
         each.shard.path
         for each in opened.listed

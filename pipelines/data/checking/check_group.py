@@ -109,7 +109,7 @@ class GroupFacts:
         has_id: Which rows have one.
         captions: Digest of each caption, "" where there is none.
         characters: Length of each caption.
-        tokens: The same in tokens; empty where nobody counts them.
+        tokens: The same in tokens; empty if not counted.
         clips: What the videos hold that were decoded.
         num_tried: Rows whose video or values were decoded.
         bad: What is wrong; a row group that cannot be read counts row by row, and has no ids.
@@ -144,7 +144,7 @@ def check_group_apart(task: GroupTask, max_hang_s: float) -> GroupFacts:
 
     Args:
         task: The row group.
-        max_hang_s: Time that one call of the decoder may take; 0 for ever.
+        max_hang_s: Time that one call of the decoder may take; 0: no limit.
 
     Raises:
         DataError: the storage failed, or the other process does not start.

@@ -78,7 +78,7 @@ class CheckTally:
     """Adds up what the row groups of a set hold.
 
     Args:
-        text_length: Tokens that the model takes; None where nobody counts tokens.
+        text_length: Tokens that the model takes; None if tokens are not counted.
 
     Attributes:
         bad: Bad rows by their first reason.

@@ -168,7 +168,7 @@ def read_facts(data: bytes, limits: ClipLimits = DEFAULT_LIMITS) -> ClipFacts:
 
 
 def _fps(stated: Fraction, counted: Fraction) -> Fraction:
-    """The header's rate where the frames bear it out: time stamps may be rounded."""
+    """The header's rate where the frames confirm it: time stamps may be rounded."""
     return stated if abs(stated - counted) < _HEADER_TOLERANCE * counted else counted
 
 

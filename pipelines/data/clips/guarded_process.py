@@ -70,7 +70,7 @@ class GuardedProcess:
     """Applies functions in one process of its own, one after another.
 
     Args:
-        max_hang_s: Time that one call of the decoder may take; 0 for ever.
+        max_hang_s: Time that one call of the decoder may take; 0: no limit.
         tries: An item that has ended the process so often is not tried again.
     """
 
@@ -179,7 +179,7 @@ def serve(handle: str, max_hang_s: str) -> None:
 
     Args:
         handle: File descriptor of the connection.
-        max_hang_s: Time that one call of the decoder may take; 0 for ever.
+        max_hang_s: Time that one call of the decoder may take; 0: no limit.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, which then goes.
     end_on_hang(float(max_hang_s))

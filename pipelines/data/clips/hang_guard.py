@@ -33,7 +33,7 @@ def require_hang_limit(limit_s: float) -> None:
         raise ConfigError(
             "watching the decoder",
             f"a limit of {limit_s:g} s (--max-hang-seconds)",
-            f"0, which waits for ever, to {_LONGEST_HANG_S:g}",
+            f"0, which sets no limit, to {_LONGEST_HANG_S:g}",
         )
 
 

@@ -129,7 +129,7 @@ def read_prompts(url: str, s3: S3Settings = S3Settings()) -> list[str]:
     """All captions of a file, in its order, without blanks around them.
 
     Raises:
-        DataError: the file cannot be read, holds no caption, or a row of it is none.
+        DataError: the file cannot be read, holds no caption, or a row of it is not a caption.
     """
     prompts: list[str] = []
     bad: list[str] = []

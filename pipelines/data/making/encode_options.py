@@ -34,14 +34,14 @@ class EncodeOptions:
         shard_clips: Most clips in a shard, as far as the source's row groups allow.
         max_caption_chars: A longer caption is bad.
         limits: What a video may ask for.
-        max_hang_s: Time that one call of the decoder may take; 0 for ever.
+        max_hang_s: Time that one call of the decoder may take; 0: no limit.
         max_bad_fraction: The command stops where a larger share of the clips is bad.
         decoders: Tasks that read and decode at the same time, a core each.
         videos: Actors with the autoencoder.
         captions: Actors with the text encoder.
         text_only: Make text embeddings alone; no video is read.
         names: Names that the caller gives for the source's columns.
-        settled: Names that its first shards have; None as long as nobody has looked.
+        settled: Names that its first shards have; None until they are read.
         address: Ray cluster to join; None starts one on this machine, or joins RAY_ADDRESS.
     """
 

@@ -111,12 +111,12 @@ def run_encoding(
     num_cpus = max(os.cpu_count() or 1, needed) if own_cluster else None
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     with start_ray(options.address, num_cpus=num_cpus, preload=modules_of(model)):
-        # Ray Data itself would wait for ever for what the cluster does not have.
+        # Ray Data itself would wait without end for what the cluster does not have.
         require_cpus(1 + num_actors, f"encoding {src}")
         require_gpus(sum(pool.size * pool.gpus for pool in options.pools), f"encoding {src}")
         rows = _dataset(src, model, options, parts)
         blocks = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
-        # Ended before Ray is: what is left of it would start another Ray, or wait for ever.
+        # Ended before Ray is: what is left of it would start another Ray, or wait without end.
         with closing(cast("Generator[pa.Table]", blocks)):
             for block in blocks:
                 yield from cast("pa.Table", block).to_pylist()
@@ -187,7 +187,7 @@ def read_and_decode(
         max_caption_chars: A longer caption is bad.
         names: Names that the caller gives for the source's columns.
         settled: Names that its first shards have.
-        max_hang_s: Time that one call of the decoder may take; 0 for ever.
+        max_hang_s: Time that one call of the decoder may take; 0: no limit.
 
     Yields:
         One line a row: with `pixels` if clips are wanted, or with `reason` and `detail`.

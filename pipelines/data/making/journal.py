@@ -256,7 +256,7 @@ def open_journal(url: str, command: str, settings: Mapping[str, Any]) -> Journal
     except (ValueError, TypeError) as error:
         raise DataError(
             attempted,
-            f"{own} is broken ({error}): nobody knows how its shards were made",
+            f"{own} is broken ({error}): it is not known how its shards were made",
             "the settings of an earlier run",
             "Choose another folder, or delete this one",
         ) from error

@@ -40,7 +40,7 @@ def map_in_order(
             because it may run twice.
         items: Taken from as places become free.
         num_processes: 0 works in this process, without the protection.
-        max_hang_s: Time that one call of the decoder may take; 0 for ever.
+        max_hang_s: Time that one call of the decoder may take; 0: no limit.
 
     Yields:
         The results, in the order of the items; errors of the function are raised here.

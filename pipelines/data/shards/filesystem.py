@@ -55,7 +55,7 @@ def open_folder(
         The file system and the folder's path in it, without a protocol or a slash at the end.
 
     Raises:
-        DataError: The address is none, or the server does not let us in; says which of the keys,
+        DataError: The address is not valid, or the server refuses it; says which of the keys,
             the bucket and the endpoint is wrong.
     """
     attempted = f"opening the data folder {without_secrets(url)}"

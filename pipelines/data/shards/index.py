@@ -53,7 +53,7 @@ def write_index(filesystem: AbstractFileSystem, root: str, shards: Sequence[Shar
         shards: Every shard, with its rows; stored in the order of their paths.
 
     Raises:
-        DataError: A shard's rows are not known, or the store does not let us.
+        DataError: A shard's rows are not known, or the store refuses it.
     """
     attempted = f"writing {root}/{INDEX_NAME}"
     unknown = [shard.path for shard in shards if shard.rows is None]

@@ -28,7 +28,7 @@ def index_folder(
         What the index names.
 
     Raises:
-        DataError: A shard has no readable footer, or the store does not let us.
+        DataError: A shard has no readable footer, or the store refuses it.
     """
     shards: list[Shard] = []
     for scanned in scan_folder(filesystem, root, retry, known=written):

@@ -91,7 +91,7 @@ def fetch(
         is not served although another file is.
 
     Raises:
-        DataError: The server failed, or lets us read nothing.
+        DataError: The server failed, or refuses every read.
     """
     answers = _answers_to(filesystem, ranges, retry)
     good = [

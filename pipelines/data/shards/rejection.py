@@ -75,7 +75,7 @@ class Rejection:
         detail: What was found, in words.
         row_group: Number within the shard; None for a whole file, and where rows are counted
             through the file.
-        num_rows: Rows that it stands for; None where nobody knows.
+        num_rows: Rows that it stands for; None if unknown.
     """
 
     sample_id: str

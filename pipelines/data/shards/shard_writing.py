@@ -72,7 +72,7 @@ def write_file(filesystem: AbstractFileSystem, path: str, data: bytes) -> None:
     """Writes a file so that a reader sees all of it or none; an older one is replaced.
 
     Raises:
-        DataError: the store does not let us.
+        DataError: the store refuses it.
     """
     with data_errors(f"writing {filesystem.unstrip_protocol(path)}"):
         write_whole(path, data, filesystem)
@@ -84,7 +84,7 @@ def write_shard(
     """Writes what a builder has gathered; returns its entry in the index.
 
     Raises:
-        DataError: the store does not let us.
+        DataError: the store refuses it.
     """
     data, rows = builder.finish()
     write_file(filesystem, f"{root}/{name}", data)

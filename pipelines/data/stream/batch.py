@@ -23,7 +23,7 @@ class Batch:
         epochs: (epoch, rows) in stream order; a batch may reach over the end of an epoch.
         cursor: The row that comes next.
         position: Rows handed out since the start of the run, these included.
-        passes: Passes over the data; a whole number as long as nobody knows where the folder ends.
+        passes: Passes over the data; a whole number as long as the end of the folder is unknown.
         rejects: What was newly left out on the way.
         notes: What was newly learnt about the folder, for the run to write down.
         stop: Arguments of the DataError that ends the run, where too much is bad; no rows then.

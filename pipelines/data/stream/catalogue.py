@@ -155,7 +155,7 @@ class Catalogue:
 
     @property
     def expected_rows(self) -> float:
-        """Rows of what is listed so far; shards that nobody has opened count as the mean."""
+        """Rows of what is listed so far; shards that are not opened yet count as the mean."""
         known = sum(map(sum, self._rows.values()))
         unopened = self.num_shards - len(self._rows) + len(self._faults)
         return known + unopened * self.rows_per_shard

@@ -194,12 +194,12 @@ class Feed:
         self.close()
 
     def embeddings(self, number: int) -> Text:
-        """Stored embeddings of a batch, (rows, positions, width), float32; lets go of them."""
+        """Stored embeddings of a batch, (rows, positions, width), float32; frees them."""
         stored = self._take_column(number, TEXT_EMBEDS)
         return torch.stack([unpack_text(each.as_py(), self._encoding()).float() for each in stored])
 
     def latents(self, number: int) -> Latents:
-        """Stored latents of a batch (b, c, t, h, w); lets go of them.
+        """Stored latents of a batch (b, c, t, h, w); frees them.
 
         In the type in which they are stored: it is half as much to send on, and the device that
         needs them casts faster.
@@ -211,7 +211,7 @@ class Feed:
         return DataBatch(self.latents(number))
 
     def pixels(self, number: int) -> NDArray[np.uint8]:
-        """Decoded clips of a batch, (rows, frames, height, width, 3); lets go of them."""
+        """Decoded clips of a batch, (rows, frames, height, width, 3); frees them."""
         content = join_names(self._take_column(number, VIDEO))
         # A copy: the bytes may be a read-only view into shared memory.
         return content.copy().reshape(-1, *self._source.pixel_shape)

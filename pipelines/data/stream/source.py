@@ -29,11 +29,11 @@ class Source:
         encoding: What latents and embeddings must be; None where they are not read.
         max_caption_chars: Longer captions are rejected.
         names: Names that the caller gives for the set's columns.
-        settled: Names that its first shards have; None as long as nobody has looked.
+        settled: Names that its first shards have; None until they are read.
         decode: Applied to `video`; the column then holds the pixels' bytes.
         pixel_shape: (frames, height, width, 3) that `decode` must come to.
         max_hang_s: Time that one call of the decoder may take; a video that takes longer is
-            rejected. 0 decodes in the reader's own process and waits for ever.
+            rejected. 0 decodes in the reader's own process and sets no limit.
     """
 
     url: str

@@ -3,7 +3,7 @@
     row groups -> columns of all -> checks -> the window's permutation -> one table
 
 Every row of the window comes out: usable, or with the reason why not. A row group that cannot be
-read comes out as one row. So whoever counts rows can prove that none was lost on the way.
+read comes out as one row. So a count of the rows can prove that none was lost on the way.
 """
 
 from collections.abc import Mapping, Sequence

@@ -266,7 +266,7 @@ class Patient(Publisher):
     def __init__(self) -> None:
         self.borne: list[str] = []
 
-    def bear(self, error: StorageError, work: str) -> None:
+    def tolerate(self, error: StorageError, work: str) -> None:
         self.borne.append(work)
 
 

@@ -81,7 +81,7 @@ class TestSamplesOverSeveralRanks:
     def test_a_rank_has_its_part_of_the_activations_and_the_same_state(self):
         one = PoolMap({"all": 8}, dict.fromkeys(self.TOGETHER, ("all",)), 1)
         whole = map_memory(self.work(1), one)["all"]
-        # Eight samples: one a rank, or two of each two ranks: as many bytes.
+        # Eight samples: one per rank, or two of each two ranks: as many bytes.
         assert map_memory(self.work(2), one)["all"] == whole
         # Fewer samples than ranks leave ranks idle, unless they work together.
         fewer = replace(one, micro_batches=4)

@@ -48,11 +48,11 @@ def never() -> None:
 
 def test_work_that_never_succeeds_ends_the_run_while_small_files_come_through(publisher, told):
     for _ in range(2):
-        publisher.bear(FAILURE, "saving")
+        publisher.tolerate(FAILURE, "saving")
         publisher.wait()
         time.sleep(0.6 * OUTAGE_S)
     with pytest.raises(StorageError, match="failed for 1 s, writing a state; last with OSError"):
-        publisher.bear(FAILURE, "saving")
+        publisher.tolerate(FAILURE, "saving")
     assert [event.kind for event in told][:2] == ["storage_lost", "storage_back"]
     with pytest.raises(StorageError, match="failed for"):
         publisher.check()
@@ -65,10 +65,10 @@ def test_work_that_is_insisted_on_is_given_up_in_the_end(publisher):
 
 def test_a_success_of_the_work_ends_the_time_for_which_it_is_borne(publisher):
     for _ in range(2):
-        publisher.bear(FAILURE, "saving")
+        publisher.tolerate(FAILURE, "saving")
         assert publisher.insist("saving", lambda: "saved") == "saved"
         time.sleep(1.2 * OUTAGE_S)
-    publisher.bear(FAILURE, "another work")
+    publisher.tolerate(FAILURE, "another work")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_refusal_is_not_borne(publisher, told, error):
     with pytest.raises(StoreRefusedError) as caught, storage_errors("writing s3://runs/x"):
         raise error
     with pytest.raises(StoreRefusedError):
-        publisher.bear(caught.value, "saving")
+        publisher.tolerate(caught.value, "saving")
     assert told == []
 
 

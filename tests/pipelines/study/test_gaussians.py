@@ -258,7 +258,7 @@ def test_every_variant_has_the_same_budget():
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("baseline=dmd3", "baseline is dmd3, which is none of the variants"),
+        ("baseline=dmd3", "baseline is dmd3, which is not one of the variants"),
         ("worlds={w: {dim: 4, modes: 5}}", "5 modes at right angles in 4 dimensions"),
         ("variants={sgmd: {objective: {fake_updates: 3}}}", "set tracking=fresh"),
         ("worlds={w: {forwards: 9}}", "pays for 1 iterations of 8"),

@@ -168,7 +168,7 @@ def test_a_margin_below_zero_reads_as_not_much_worse():
 @pytest.mark.parametrize(
     ("hypothesis", "said"),
     [
-        ("{variant: sgmd, baseline: ours, figure: frechet}", "names sgmd, which is none of"),
+        ("{variant: sgmd, baseline: ours, figure: frechet}", "names sgmd, which is not one of"),
         ("{variant: ours, baseline: ours, figure: frechet}", "compares ours with itself"),
         ("{variant: ours, baseline: theirs, figure: flow_tip}", "the nearest one is flow_top"),
         (
