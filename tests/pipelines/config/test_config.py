@@ -484,6 +484,13 @@ class TestRefusals:
     def test_contradictions_are_met_before_anything_starts(self, overrides, words):
         assert words in refusal(*overrides)
 
+    def test_a_replica_whose_ranks_work_together_needs_one_sample(self):
+        settings = ["topology.mode=pools", "topology.teacher={ranks: 2}"]
+        settings += ["batch={size: 1, micro_batches: 1}", "sweep.grid={}"]
+        together = [*settings, "teacher.compute.ulysses=2"]
+        assert load_recipe("wan21-1.3b", together).topology.teacher.ranks == 2
+        assert "some ranks would never have one" in refusal(*settings, recipe="wan21-1.3b")
+
     def test_a_sweep_over_a_key_that_does_not_exist_is_met_before_it_starts(self):
         text = refusal("sweep.grid={objective.lambda_n: [1]}")
         assert "checking the sweep" in text
