@@ -197,6 +197,30 @@ def data_draws(
     return torch.cat(normal), torch.stack(noise)
 
 
+def stride_draws(
+    seed: int,
+    key: MicroBatchKey,
+    sample_indices: Sequence[int],
+    latent_shape: tuple[int, int, int, int],
+) -> tuple[PerSample, PerSample, Tensor]:
+    """Draws of strides of an inner flow: two uniform numbers of each sample, and its inner noise.
+
+    Args:
+        seed: The run's seed.
+        key: The micro-batch.
+        sample_indices: Position of each sample in the iteration's whole batch.
+        latent_shape: (c, t, h, w) of one sample.
+    """
+    numbers: list[Tensor] = []
+    noise: list[Tensor] = []
+    for index in sample_indices:
+        stream = random_generator(seed, f"strides/{key.purpose}", key.iteration, index)
+        numbers.append(torch.rand(2, generator=stream))
+        noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
+    uniform, choice = torch.stack(numbers, dim=1)
+    return uniform, choice, torch.stack(noise)
+
+
 def derived_noise(latents: Samples, *counters: int) -> Samples:
     """Standard normal numbers, those of each sample drawn from a hash of its latents.
 

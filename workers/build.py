@@ -14,6 +14,7 @@ from torch import nn
 
 from sgmd_core.objectives import Objective
 from sgmd_core.objectives.consistency import ConsistencyTerm
+from sgmd_core.objectives.meanflow import MeanFlowTerm
 from sgmd_core.phases import Phases
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
@@ -57,6 +58,7 @@ def build_generator(
     looks: Looks | None = None,
     phases: Phases | None = None,
     consistency: ConsistencyTerm | None = None,
+    flow: MeanFlowTerm | None = None,
 ) -> GeneratorLearner:
     """The generator, starting from the teacher's weights.
 
@@ -71,6 +73,7 @@ def build_generator(
         looks: Score queries that the objective wants beside the one at the samples.
         phases: Steps that each iteration trains; None: all of them in every one.
         consistency: Term on latents of the data; None without one.
+        flow: Term on the strides of a flow head; None without one.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -81,7 +84,7 @@ def build_generator(
     network = _learning(model, settings.compute, settings.lora, seed, "generator")
     checks = FiniteChecks(raises=raises)
     return GeneratorLearner(
-        network, schedule, settings, latent_shape, seed, checks, looks, phases, consistency
+        network, schedule, settings, latent_shape, seed, checks, looks, phases, consistency, flow
     )
 
 

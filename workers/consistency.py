@@ -19,6 +19,7 @@ from sgmd_core.types import (
     DataBatch,
     MicroBatchKey,
     NoisedBatch,
+    PerSample,
     TeacherPrediction,
     TextBatch,
     per_sample,
@@ -50,7 +51,7 @@ class ConsistencyLearner(LearningRole):
         self._term = term
 
     def noise_data(self, key: MicroBatchKey, text: TextBatch, data: DataBatch) -> NoisedBatch:
-        """Noises latents of the data to levels drawn by the term's law.
+        """Noises latents of the data to levels drawn by the law of the objective's term.
 
         Args:
             key: The micro-batch.
@@ -66,7 +67,7 @@ class ConsistencyLearner(LearningRole):
         normal, noise = data_draws(self._seed, key, text.sample_indices, self._latent_shape)
         query = NoisedBatch(
             x0=data.x0.to(device).float(),
-            sigma=self._consistency.sigma(normal, self._latent_shape[1]).to(device),
+            sigma=self._data_sigma(normal).to(device),
             noise=noise.to(device),
             text=text_on(text, device).text,
             key=key,
@@ -132,6 +133,10 @@ class ConsistencyLearner(LearningRole):
         )
         (share * value).backward()
         return ConsistencyReport({name: term.item() for name, term in loss.terms.items()})
+
+    def _data_sigma(self, normal: PerSample) -> PerSample:
+        """Noise level of data, from a standard normal number."""
+        return self._consistency.sigma(normal, self._latent_shape[1])
 
     @property
     def _consistency(self) -> ConsistencyTerm:

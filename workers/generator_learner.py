@@ -4,6 +4,7 @@
     learn(signal)            x0.backward(grad_x0): parameters gather gradient, the graph is freed
     start, diversify         an extra loss on the first step, where the settings ask for it
     noise_data, learn_consistency    a term on latents of the data, see `workers.consistency`
+    learn_flow               another one, see `workers.inner_flow`
     gradient_report, step    one update of weights and averaged weights an iteration
 
 What it learns from its samples depends on it through x0 alone, so `grad_x0` is all that it has to
@@ -21,6 +22,7 @@ from cluster.folders import whole_folder_at
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.diversity import diversity_loss
+from sgmd_core.objectives.meanflow import MeanFlowTerm
 from sgmd_core.phases import Phase, Phases
 from sgmd_core.rollout import RolloutExit, extrapolated, rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule
@@ -40,9 +42,9 @@ from sgmd_core.types import (
 )
 from workers.adapters import lora_of, make_trainable
 from workers.base_networks import base_parameters
-from workers.consistency import ConsistencyLearner
 from workers.ema import AveragedWeights
 from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
+from workers.inner_flow import FlowLearner
 from workers.models.adapter_files import MergedWeights
 from workers.models.addresses import local_model
 from workers.models.configs import INDEX_FILE
@@ -61,7 +63,7 @@ ROLE = "generator"
 AVERAGE = "ema"
 
 
-class GeneratorLearner(ConsistencyLearner):
+class GeneratorLearner(FlowLearner):
     """Rolls out, learns from signals, updates.
 
     Args:
@@ -74,6 +76,7 @@ class GeneratorLearner(ConsistencyLearner):
         looks: Score queries that the objective wants beside the one at the samples.
         phases: Steps that each iteration trains; None: all of them in every one.
         consistency: Term on latents of the data; None without one.
+        flow: Term on the strides of a flow head; None without one.
     """
 
     def __init__(
@@ -87,8 +90,9 @@ class GeneratorLearner(ConsistencyLearner):
         looks: Looks | None = None,
         phases: Phases | None = None,
         consistency: ConsistencyTerm | None = None,
+        flow: MeanFlowTerm | None = None,
     ) -> None:
-        super().__init__(consistency)
+        super().__init__(consistency, flow)
         self._checks = checks or FiniteChecks()
         # In evaluation mode, because a replayed rollout must repeat itself.
         self._network = make_trainable(velocity_model)

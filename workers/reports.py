@@ -55,6 +55,17 @@ class ConsistencyReport:
 
 
 @dataclass(frozen=True, slots=True)
+class FlowReport:
+    """Losses of the generator's flow head on noised data.
+
+    Attributes:
+        metrics: Loss terms of the batch, means over its samples.
+    """
+
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class TrackReport:
     """Losses of the fake score on one batch.
 

@@ -7,6 +7,7 @@ from pipelines.config.methods import ObjectiveSettings
 from pipelines.config.roles import GENERATOR, ROLES
 from pipelines.config.topology import TopologySettings
 from sgmd_core.objectives.consistency import consistency_of
+from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.settings import GeneratorSettings
 
@@ -42,11 +43,11 @@ class ConsistencySections(Protocol):
 
 
 def consistency_contradictions(config: ConsistencySections) -> list[str]:
-    """Returns what does not go with a consistency term, as sentences."""
+    """Returns what does not go with a derivative of the generator, as sentences."""
     if consistency_of(config.objective) is None:
-        return []
+        return rounded_derivatives(config)
     method, compute = config.objective.method, config.generator.compute
-    problems: list[str] = []
+    problems = rounded_derivatives(config)
     if not config.schedule.renoise and config.generator.num_steps > 1:
         problems.append(
             f"objective.method {method} learns to go to clean latents, and its second step would "
@@ -62,14 +63,23 @@ def consistency_contradictions(config: ConsistencySections) -> list[str]:
             f"generator.compute.weights {compute.weights} has too few digits for the derivative "
             f"that {method} takes; set it to fp32"
         )
-    team = config.topology.teams_of(ROLES)[GENERATOR]
-    if compute.precision == "bf16" and team.ranks > 1:
-        problems.append(
-            "generator.compute.precision bf16 has several ranks gather the weights in bfloat16, in "
-            f"which the derivative that {method} takes has too few digits; set it to fp32, or give "
-            "the generator one rank"
-        )
     return problems
+
+
+def rounded_derivatives(config: ConsistencySections) -> list[str]:
+    """Returns a sentence where a derivative of the generator would have too few digits."""
+    method, compute = config.objective.method, config.generator.compute
+    takes_one = consistency_of(config.objective) or flow_of(config.objective)
+    # Only then, because pools that contradict themselves have no ranks to be counted.
+    if takes_one is None or compute.precision != "bf16":
+        return []
+    if config.topology.teams_of(ROLES)[GENERATOR].ranks == 1:
+        return []
+    return [
+        "generator.compute.precision bf16 has several ranks gather the weights in bfloat16, in "
+        f"which the derivative that {method} takes has too few digits; set it to fp32, or give "
+        "the generator one rank"
+    ]
 
 
 def clipped_sums(config: ConsistencySections) -> Iterator[str]:

@@ -15,6 +15,7 @@ from pipelines.config.section import Section
 from pipelines.config.study import VariantName
 from sgmd_core.objectives import PhasingObjective, adversary_of, looks_of
 from sgmd_core.objectives.consistency import consistency_of
+from sgmd_core.objectives.meanflow import FlowObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
 from sgmd_core.types import Looks
@@ -103,6 +104,11 @@ class GaussianVariant(Section):
             problems.append(
                 f"objective.method {method} learns from data, and this study draws none; compare "
                 "it by `sgmd study`"
+            )
+        if isinstance(self.objective, FlowObjective):
+            problems.append(
+                f"objective.method {method} trains a flow head, and generators here are one "
+                "network; compare it by `sgmd study`"
             )
         for problem in problems:
             yield problem.replace("fake_score.tracking", "tracking")

@@ -32,6 +32,7 @@ from sgmd_core.objectives.phased import PhasedObjective
 from sgmd_core.objectives.rcm import RcmObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.objectives.sid import SidObjective
+from sgmd_core.objectives.tmd import TmdObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from workers.settings import FakeScoreSettings
@@ -50,6 +51,7 @@ _OWN: tuple[type[Objective], ...] = (
     SidObjective,
     AdmObjective,
     RcmObjective,
+    TmdObjective,
 )
 _REQUIRED = ("path", "about", "gradient", "leading_losses", "fake_updates", "method")
 _THROUGH = {
@@ -142,7 +144,7 @@ def method_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSet
         )
     if not learns_from_samples(objective) and fake_score.tracking == "shared":
         problems.append(
-            f"objective.matching_weight 0 ({objective.method}) makes no samples for shared "
+            f"this {objective.method} learns from data alone and makes no samples for shared "
             "tracking to learn from; set fake_score.tracking=fresh"
         )
     in_turns = isinstance(objective, PhasedObjective) and objective.order == "alternate"

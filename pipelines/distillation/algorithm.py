@@ -29,6 +29,7 @@ Variants are other programs over the same stages:
     comparing data      COMPARE_DATA by the discriminator between SIGNAL and LEARN (DMD2's GAN term)
     consistency         NOISE_DATA before ROLLOUT, DENOISE_DATA by the teacher, LEARN_CONSISTENCY
                         after LEARN (rCM); alone, without the stages from ROLLOUT to LEARN (sCM)
+    strides             LEARN_FLOW in the place of the stages from ROLLOUT to LEARN (TMD)
 
 A discriminator gathers while it compares, and is updated with the generator.
 
@@ -222,6 +223,13 @@ LEARN_CONSISTENCY = StageSpec(
     lambda call: (call.of(NOISE_DATA), call.of(DENOISE_DATA), call.share),
     gathers=True,
 )
+LEARN_FLOW = StageSpec(
+    GENERATOR,
+    GeneratorLearner.learn_flow,
+    lambda call: (*call.prompts()[:2], call.data, call.share),
+    gathers=True,
+    needs_data=True,
+)
 START = StageSpec(
     GENERATOR,
     GeneratorLearner.start,
@@ -290,6 +298,7 @@ STAGES = {
         NOISE_DATA,
         DENOISE_DATA,
         LEARN_CONSISTENCY,
+        LEARN_FLOW,
         TRAINED_WEIGHTS,
         MIX_WEIGHTS,
         *_UPDATES,
@@ -308,6 +317,7 @@ def iteration_program(
     mixes_weights: bool = False,
     compared: ComparedStates | None = None,
     consistency: bool = False,
+    flow: bool = False,
     matching: bool = True,
 ) -> Program:
     """Program of one iteration: passes over the micro-batches, and updates.
@@ -321,6 +331,7 @@ def iteration_program(
         mixes_weights: With fresh updates, the fake score first takes in the generator's weights.
         compared: States that a discriminator compares; None without one.
         consistency: The generator also learns from noised data.
+        flow: The generator learns the strides of its flow head from noised data.
         matching: The generator learns from its own samples.
     """
     shared = fresh_updates == 0
@@ -335,6 +346,7 @@ def iteration_program(
             *([ANCHOR.step(START)] if diversity else []),
             *(signalling if matching else ()),
             *([LEARN_CONSISTENCY.step(NOISE_DATA, DENOISE_DATA)] if consistency else []),
+            *([LEARN_FLOW.step()] if flow else []),
             *([DIVERSIFY.step(START, ANCHOR)] if diversity else []),
         )
     )

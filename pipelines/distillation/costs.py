@@ -26,6 +26,7 @@ from pipelines.distillation.algorithm import (
     HELD_LOSS,
     LEARN,
     LEARN_CONSISTENCY,
+    LEARN_FLOW,
     NOISE_DATA,
     PREDICT,
     PULLBACK,
@@ -145,6 +146,7 @@ def stage_passes(
     compared: ComparedStates | None = None,
     compared_states: int = 2,
     consistency: bool = False,
+    flow: bool = False,
     matching: bool = True,
 ) -> Mapping[StageSpec, Passes]:
     """Passes of one sample by stage, for one call of each.
@@ -162,6 +164,8 @@ def stage_passes(
         compared_states: States of a sample that the discriminator looks at: 2, and one more for a
             penalty.
         consistency: The generator also learns from noised data.
+        flow: The generator learns the strides of its flow head. It asks the head three times, once
+            with a graph, which is counted as one pass of all inner steps.
         matching: The generator learns from its own samples.
     """
     looks = looks or Looks()
@@ -193,6 +197,8 @@ def stage_passes(
         found[NOISE_DATA] = Passes()
         found[DENOISE_DATA] = Passes(forwards=predictions)
         found[LEARN_CONSISTENCY] = Passes(forwards=2, to_weights=1, tangents=1)
+    if flow:
+        found[LEARN_FLOW] = Passes(forwards=1, to_weights=1)
     if fresh_tracking:
         found[SAMPLE] = Passes(forwards=sample)
     if anchor_steps:

@@ -46,6 +46,7 @@ from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.places import shared_place
 from sgmd_core.objectives.consistency import consistency_of
+from sgmd_core.objectives.meanflow import flow_of
 from workers.build import (
     build_discriminator,
     build_fake_score,
@@ -287,6 +288,7 @@ def _open(
                 config.looks,
                 config.phases,
                 consistency_of(config.objective),
+                flow_of(config.objective),
             ),
         ),
         fake_score=group(

@@ -27,6 +27,7 @@ from pipelines.distillation.algorithm import (
     DIVERSIFY,
     LEARN,
     LEARN_CONSISTENCY,
+    LEARN_FLOW,
     STAGES,
     TRACK,
     StageSpec,
@@ -41,6 +42,7 @@ from workers.generator_learner import GeneratorLearner
 from workers.reports import (
     ConsistencyReport,
     DiversityReport,
+    FlowReport,
     GradientReport,
     LearnReport,
     TrackReport,
@@ -48,6 +50,8 @@ from workers.reports import (
 from workers.saving import LearningRole
 from workers.score_teacher import ScoreTeacher
 from workers.text_encoder import TextEncoder
+
+_Losses = LearnReport | TrackReport | DiversityReport | ConsistencyReport | FlowReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,9 +397,9 @@ class _Inputs:
 def _report(
     result: IterationResult, stale_calls: int, skipped: tuple[SkippedUpdate, ...]
 ) -> IterationReport:
-    reported: list[tuple[Call, LearnReport | TrackReport | DiversityReport | ConsistencyReport]] = [
+    reported: list[tuple[Call, _Losses]] = [
         (call, report)
-        for stage in (LEARN, TRACK, DIVERSIFY, LEARN_CONSISTENCY)
+        for stage in (LEARN, TRACK, DIVERSIFY, LEARN_CONSISTENCY, LEARN_FLOW)
         for call, report in result.of(stage.name)
         if call.counts
     ]

@@ -12,6 +12,7 @@ from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath, compared_by
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
+from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.types import MicroBatchKey, Purpose, Text
 
 
@@ -123,6 +124,7 @@ def program_of(config: DistillConfig) -> Program:
         mixes_weights=config.fake_score.ida_decay < 1,
         compared=compared_by(config.objective),
         consistency=consistency_of(config.objective) is not None,
+        flow=flow_of(config.objective) is not None,
         matching=learns_from_samples(config.objective),
     )
 

@@ -21,6 +21,7 @@ from pipelines.distillation.iteration_plan import program_of, stage_seconds
 from pipelines.distillation.latents_check import require_latents
 from pipelines.distillation.phase_check import check_phases
 from pipelines.distillation.teacher_check import check_teacher
+from pipelines.distillation.transition_check import check_transition
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ShapeError
@@ -233,6 +234,7 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, tuple[int, int
     require_computable(config, family)
     require_adaptable(config, family)
     model = family.inspect(config.model_folder)
+    check_transition(config, model)
     check_phases(config, model)
     video = config.video
     latent_shape = model.latent_shape(video.num_frames, video.height, video.width)

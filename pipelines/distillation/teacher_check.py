@@ -12,7 +12,7 @@ from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
 from sgmd_core.errors import ConfigError
 from workers.models.configs import read_model_json
 from workers.models.content import model_digests
-from workers.models.families import family_of
+from workers.models.families import family_named, family_of
 from workers.models.folder import ModelFolder
 
 _SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
@@ -81,6 +81,8 @@ def _facts_that_differ(model: ModelFolder, teacher: ModelFolder) -> Iterator[str
         ),
         "text width": (model.text_width, teacher.text_width),
     }
+    if teacher.family in family_named(model.family).traits.taught_by:
+        del pairs["family"]
     for name, (own, theirs) in pairs.items():
         if own != theirs:
             yield f"{name} is {own} of the generator and {theirs} of the teacher"

@@ -26,6 +26,7 @@ from pipelines.planning.workload import Workload
 from sgmd_core.metrics.lag import settling_updates
 from sgmd_core.objectives import compared_by
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
+from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.seeds import exit_of, rollout_steps
 from sgmd_core.types import MicroBatchKey, Purpose
 
@@ -141,6 +142,7 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
         compared=compared_by(config.objective),
         compared_states=0 if config.adversary is None else config.adversary.num_states,
         consistency=consistency_of(config.objective) is not None,
+        flow=flow_of(config.objective) is not None,
         matching=learns_from_samples(config.objective),
     )
     return _named(

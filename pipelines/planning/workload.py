@@ -32,6 +32,7 @@ from pipelines.distillation.algorithm import (
     DIVERSIFY,
     LEARN,
     LEARN_CONSISTENCY,
+    LEARN_FLOW,
     NOISE_DATA,
     PREDICT,
     PULLBACK,
@@ -54,6 +55,7 @@ from pipelines.planning.networks import (
 )
 from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, restarts_of
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
+from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.types import Looks
 from workers.attention import KERNELS
 from workers.discriminator_heads import num_head_parameters
@@ -141,6 +143,7 @@ class Workload:
         heads: The discriminator; None without one.
         measures_lag: Whether the fake score's state is put aside while its lag is measured.
         consistency: Whether the generator also learns from noised data.
+        flow: Whether it learns the strides of a flow head.
         matching: Whether it learns from its own samples.
         moments_in_8_bits: Roles whose optimizer keeps second moments in 8 bits.
         ulysses: Roles whose ranks work on samples together, with how many of them do.
@@ -177,6 +180,7 @@ class Workload:
     heads: HeadsWork | None = None
     measures_lag: bool = False
     consistency: bool = False
+    flow: bool = False
     matching: bool = True
     moments_in_8_bits: frozenset[str] = frozenset()
     ulysses: tuple[tuple[str, int], ...] = ()
@@ -241,6 +245,7 @@ class Workload:
             heads=_heads(config, others.get(TEACHER, shape.denoiser)),
             measures_lag=config.lag.every > 0,
             consistency=consistency_of(config.objective) is not None,
+            flow=flow_of(config.objective) is not None,
             matching=learns_from_samples(config.objective),
             moments_in_8_bits=frozenset(
                 role for role, own in updated.items() if own.moment_bits == 8
@@ -349,6 +354,7 @@ class Workload:
             mixes_weights=self.mixes_weights,
             compared=None if self.heads is None else self.heads.compared,
             consistency=self.consistency,
+            flow=self.flow,
             matching=self.matching,
         )
 
@@ -436,6 +442,7 @@ class Workload:
             compared=None if self.heads is None else self.heads.compared,
             compared_states=0 if self.heads is None else self.heads.num_states,
             consistency=self.consistency,
+            flow=self.flow,
             matching=self.matching,
         )
 
@@ -451,6 +458,7 @@ class Workload:
         """
         summed = {LEARN: 1.0 + self.diversity.enabled + self.looks.off_trajectory, TRACK: 1.0}
         summed |= {COMPARE_STEPS: 1.0, COMPARE_DATA: 1.0, LEARN_CONSISTENCY: 1.0}
+        summed |= {LEARN_FLOW: 1.0}
         reductions = {(stage.role, stage.name): count for stage, count in summed.items()}
         found: dict[StageName, float] = {}
         for name, count in self.gathers.items():
@@ -481,6 +489,7 @@ class Workload:
             DENOISE_DATA: 1.0,
             # Two forward passes, one backward, and the sum.
             LEARN_CONSISTENCY: 4.0,
+            LEARN_FLOW: 3.0,
         }
         if self.heads is not None:
             # Each state forward, one of them backward, and the sum of the heads' gradients.

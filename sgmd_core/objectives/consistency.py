@@ -194,9 +194,19 @@ class ConsistentObjective(Protocol):
         ...
 
 
+@runtime_checkable
+class DataObjective(Protocol):
+    """Part of an objective with a term on latents of the data, which may stand alone."""
+
+    @property
+    def matches(self) -> bool:
+        """True if the generator also learns from its own samples."""
+        ...
+
+
 def learns_from_samples(objective: object) -> bool:
     """True if the generator learns from its own samples with an objective."""
-    return not isinstance(objective, ConsistentObjective) or objective.matches
+    return not isinstance(objective, DataObjective) or objective.matches
 
 
 def consistency_of(objective: object) -> ConsistencyTerm | None:

@@ -15,6 +15,7 @@ over elements. Its guidance of 3 is left out: data of a guided teacher have it a
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -137,3 +138,18 @@ class MeanFlowTerm:
         value = (error / (error.detach() + self.offset)).mean()
         terms = {"meanflow": error.mean().detach(), "stride_norm": moved.square().mean().sqrt()}
         return Loss(self.weight * value, terms)
+
+
+@runtime_checkable
+class FlowObjective(Protocol):
+    """Part of an objective whose generator learns the strides of its flow head on data."""
+
+    @property
+    def flow(self) -> MeanFlowTerm | None:
+        """The term; None leaves it out."""
+        ...
+
+
+def flow_of(objective: object) -> MeanFlowTerm | None:
+    """The MeanFlow term of an objective; None without one."""
+    return objective.flow if isinstance(objective, FlowObjective) else None

@@ -16,6 +16,7 @@ from sgmd_core.objectives.phased import PhasedObjective
 from sgmd_core.objectives.rcm import RcmObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.objectives.sid import SidObjective
+from sgmd_core.objectives.tmd import TmdObjective
 from sgmd_core.objectives.tsg_fisher import TsgFisherObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from sgmd_core.schedule import FlowMatchSchedule
@@ -43,6 +44,7 @@ OBJECTIVES = {
     "tsg_fisher-paper": TsgFisherObjective(form="paper"),
     "tsg_sim-released": TsgSimObjective(),
     "tsg_sim-paper": TsgSimObjective(form="paper"),
+    "tmd": TmdObjective(),
     "rcm": RcmObjective(normalizer_min=0.0, matching_weight=0.5),
     "sid-1": SidObjective(),
     "sid-0.6": SidObjective(square_weight=0.6),
@@ -80,7 +82,7 @@ def loss_by_definition(name, fake, teacher, query, base):
     method, _, option = name.partition("-")
     teacher_base = x0_prediction(teacher, base)
     x0_fake = x0_prediction(fake, query)
-    if method in ("dmd", "dmd2", "pdmd", "cdm", "phased_dmd", "rcm"):
+    if method in ("dmd", "dmd2", "pdmd", "cdm", "phased_dmd", "rcm", "tmd"):
         distance = element_mean((base.x0 - teacher_base).abs())
         gap = x0_prediction(fake, base) - teacher_base
         if method == "pdmd":
@@ -150,6 +152,7 @@ def test_generator_gradient_has_its_closed_form_where_the_jacobians_are_known(na
         upstream = {
             "dmd": weight * gap,
             "dmd2": weight * gap,
+            "tmd": weight * gap,
             "cdm": weight * gap,
             "phased_dmd": weight * gap,
             "rcm": weight * gap * gap[0].numel(),
@@ -357,6 +360,7 @@ def test_ratios_are_those_of_the_methods():
         "TsgSimObjective": 1,
         "SidObjective": 5,
         "RcmObjective": 4,
+        "TmdObjective": 5,
     }
 
 

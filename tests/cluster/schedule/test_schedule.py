@@ -28,6 +28,7 @@ PROGRAMS = {
     "comparing data, shared": iteration_program(through_teacher=True, compared=ComparedStates.DATA),
     "consistency": iteration_program(consistency=True),
     "consistency alone": iteration_program(1, consistency=True, matching=False),
+    "strides": iteration_program(1, flow=True, matching=False),
 }
 TEAMS = [
     {
@@ -115,7 +116,8 @@ def test_no_rank_keeps_more_than_its_share_of_depth_micro_batches(name):
         for rank in range(TEAMS[number][GENERATOR].size):
             share = 4 // TEAMS[number][GENERATOR].ranks
             # Without samples of its own the generator keeps no graph between two calls.
-            waiting = 0 if name == "consistency alone" else min(depth, micro_batches) * share
+            alone = name in ("consistency alone", "strides")
+            waiting = 0 if alone else min(depth, micro_batches) * share
             assert kept.get((GENERATOR, rank), 0) == waiting
         assert all(most <= depth * 4 for most in kept.values())
 
@@ -163,6 +165,8 @@ def test_only_what_runs_ahead_of_a_late_update_is_stale(name):
                 # The generator asks the fake score for nothing.
                 expected -= {(GENERATOR, "rollout"), (TEACHER, "denoise")}
                 expected |= {(GENERATOR, "learn_consistency")}
+            if name == "strides":
+                expected = {(GENERATOR, "learn_flow")}
             if name.startswith("comparing"):
                 # A late discriminator lets the fake score go on, up to what it would be asked.
                 assert expected <= ahead

@@ -9,6 +9,7 @@ from pipelines.config.methods import METHODS, method_name
 from sgmd_core.objectives import GradientPath, Objective, adversary_of
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.consistency import consistency_of
+from sgmd_core.objectives.meanflow import FlowObjective, MeanFlowTerm, Strides
 from sgmd_core.types import NoisedBatch, detached
 from tests.e2e.test_equivalence import MODES
 from tests.helpers.huber import PseudoHuberObjective
@@ -36,6 +37,12 @@ def part_of(query: NoisedBatch, start: int, stop: int) -> NoisedBatch:
     return replace(query, **{name: value[start:stop] for name, value in tensors.items()})
 
 
+def flow_terms(term: MeanFlowTerm, velocity: torch.Tensor):
+    level = torch.full((len(velocity),), 0.7).to(velocity)
+    strides = Strides(velocity, velocity, level, 0 * level)
+    return term.loss(strides, velocity, velocity, velocity).terms
+
+
 @ALL
 def test_a_method_describes_itself_and_its_leading_losses_are_terms_of_its_losses(method):
     objective, query = method(), with_leaf(random_query())
@@ -48,6 +55,8 @@ def test_a_method_describes_itself_and_its_leading_losses_are_terms_of_its_losse
     if (consistency := consistency_of(objective)) is not None:
         velocity = query.velocity.detach()
         terms |= consistency.loss(query, velocity, velocity, velocity, velocity).terms
+    if isinstance(objective, FlowObjective):
+        terms |= flow_terms(replace(objective, stage="meanflow").flow, query.velocity.detach())
     assert objective.about
     assert objective.gradient
     assert set(objective.leading_losses) <= set(terms)

@@ -25,13 +25,15 @@ from pipelines.planning.passes import (
     units_by_role,
 )
 from pipelines.planning.workload import Workload
+from sgmd_core.inner_flow import inner_grid
 from sgmd_core.objectives.consistency import consistency_of
+from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.types import DataBatch, TextBatch, per_sample
 from workers.discriminator import Discriminator
 from workers.discriminator_heads import build_heads
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.generator_learner import GeneratorLearner
-from workers.models.family import Denoiser
+from workers.models.family import Denoiser, TransitionDenoiser
 from workers.score_teacher import ScoreTeacher
 
 SUMS = ("schedule.renoise=true", "generator.optimizer.max_grad_norm=1.0e+6")
@@ -76,6 +78,8 @@ METHODS = {
         FRESH,
         *SUMS,
     ),
+    "tmd": ("objective.method=tmd", FRESH),
+    "tmd strides": ("objective={method: tmd, stage: meanflow, fake_updates: 2}", FRESH),
     "dmd2 gan": ("objective={method: dmd2, adversary: {loss: softplus}}", FRESH),
 }
 
@@ -199,6 +203,26 @@ class CountingDenoiser(Denoiser):
         raise NotImplementedError
 
 
+class CountingTransition(TransitionDenoiser):
+    """The same with a flow head that answers as its network, whatever the inner state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = CountingNetwork()
+        self.inner_levels = inner_grid(2, 10.0)
+
+    def forward(self, x_t, sigma, text, states=None, levels=None, targets=None):
+        answer = self.network(x_t, sigma, text)
+        return answer if levels is None else torch.stack([answer] * len(levels))
+
+    @property
+    def blocks(self):
+        return []
+
+    def set_checkpointing(self, enabled):
+        raise NotImplementedError
+
+
 def counting_discriminator(config: DistillConfig, network: CountingDenoiser) -> Discriminator:
     heads = build_heads([LATENT_SHAPE[0]], 8, 0, config.seed)
     optimizer = config.discriminator.optimizer
@@ -220,7 +244,8 @@ class Captions:
 
 def counting_roles(config: DistillConfig) -> tuple[Roles, dict[str, CountingNetwork]]:
     """The roles over networks that count."""
-    learning = CountingDenoiser()
+    flow = flow_of(config.objective)
+    learning = CountingDenoiser() if flow is None else CountingTransition()
     networks = {role: CountingNetwork() for role in ("fake_score", "teacher")}
     networks["generator"] = learning.network
     generator = GeneratorLearner(
@@ -232,6 +257,7 @@ def counting_roles(config: DistillConfig) -> tuple[Roles, dict[str, CountingNetw
         looks=config.looks,
         phases=config.phases,
         consistency=consistency_of(config.objective),
+        flow=flow,
     )
     fake_score = FakeScoreTracker(networks["fake_score"], config.objective, config.fake_score)
     judge = None

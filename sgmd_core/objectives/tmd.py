@@ -1,0 +1,69 @@
+"""TMD: a generator whose last layers are a flow head, first taught strides, then distributions.
+
+    stage meanflow   the term of `meanflow` on latents of the data; nothing else moves the generator
+    stage matching   the losses of `dmd2`, through every inner step of the head at the exit step
+
+Both stages are settings of runs over a folder that `sgmd transition` has made: the second starts
+from what the first one exports, or from the folder itself.
+
+    x0 = x_t - sigma y     y the head's sample of the velocity at x_t
+
+In the second stage x_t are states of the generator's own rollouts, and need no data. The paper has
+noised data there and x0 = noise - y, whose noise does not belong to the sample y: with exact
+samples it has the mean of the data and more than their spread, which the tests show.
+
+Source: TMD (arXiv:2601.09881).
+"""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from sgmd_core.errors import ConfigError
+from sgmd_core.objectives.dmd2 import Dmd2Objective
+from sgmd_core.objectives.meanflow import MeanFlowTerm
+
+
+@dataclass(frozen=True, slots=True)
+class TmdObjective(Dmd2Objective):
+    """The losses of generator and fake score. Also a recipe section `objective:`.
+
+    Attributes:
+        stage: `meanflow` or `matching`.
+        meanflow: The term of the first stage.
+    """
+
+    about: ClassVar[str] = "steps whose velocity a flow head samples: MeanFlow, then matching"
+    gradient: ClassVar[str] = "gap / n; before, by MeanFlow on data, to the weights"
+    leading_losses: ClassVar[tuple[str, ...]] = (
+        "meanflow",
+        "distribution_matching",
+        "residual_contraction",
+    )
+
+    method: Literal["tmd"] = "tmd"  # pyright: ignore[reportIncompatibleVariableOverride]
+    stage: Literal["meanflow", "matching"] = "matching"
+    meanflow: MeanFlowTerm = field(default_factory=MeanFlowTerm)
+
+    def __post_init__(self) -> None:
+        # Not `super()`: a dataclass with slots is a second class of the same name.
+        Dmd2Objective.__post_init__(self)
+        if self.stage not in ("meanflow", "matching"):
+            raise ConfigError(
+                "reading the objective", f"stage is {self.stage!r}", "'meanflow' or 'matching'"
+            )
+        if self.stage == "meanflow" and self.adversary is not None:
+            raise ConfigError(
+                "reading the objective",
+                "an adversary in stage meanflow, which makes no samples to judge",
+                "an adversary in stage matching alone",
+            )
+
+    @property
+    def flow(self) -> MeanFlowTerm | None:
+        """The term on latents of the data; None in stage matching."""
+        return self.meanflow if self.stage == "meanflow" else None
+
+    @property
+    def matches(self) -> bool:
+        """True if the generator also learns from its own samples."""
+        return self.stage == "matching"

@@ -1,0 +1,100 @@
+"""The generator's part in MeanFlow: its flow head learns strides, on latents of the data.
+
+    learn_flow(key, text, data)    data noised to the generator's own steps, strides, loss, backward
+
+The backbone is asked once; the head three times, of which two make a derivative and keep no graph.
+"""
+
+import torch
+
+from sgmd_core.errors import non_finite_remedy
+from sgmd_core.objectives.consistency import ConsistencyTerm
+from sgmd_core.objectives.meanflow import MeanFlowTerm, Strides
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.seeds import stride_draws
+from sgmd_core.types import DataBatch, MicroBatchKey, NoisedBatch, PerSample, TextBatch
+from workers.consistency import ConsistencyLearner
+from workers.finite import micro_batch_in_words
+from workers.models.family import TransitionDenoiser
+from workers.reports import FlowReport
+
+
+class FlowLearner(ConsistencyLearner):
+    """Part of a generator that learns the strides of its flow head.
+
+    Args:
+        term: A consistency term; None where the objective has none.
+        flow: The MeanFlow term; None where the objective has none.
+    """
+
+    _schedule: FlowMatchSchedule
+    _num_steps: int
+
+    def __init__(self, term: ConsistencyTerm | None, flow: MeanFlowTerm | None) -> None:
+        super().__init__(term)
+        self._flow = flow
+
+    def learn_flow(
+        self, key: MicroBatchKey, text: TextBatch, data: DataBatch, share: float
+    ) -> FlowReport:
+        """Adds the gradient of the term to what is gathered.
+
+        Args:
+            key: The micro-batch.
+            text: Captions of the data.
+            data: Their latents.
+            share: Samples in this micro-batch over samples in the iteration.
+
+        Raises:
+            StaleCallError: The key belongs to another iteration.
+            NonFiniteError: A number that goes in or comes out is not finite; no gradient was
+                gathered from it.
+        """
+        term, network = self._flow, self._network
+        assert term is not None, "this objective has no MeanFlow term"
+        assert isinstance(network, TransitionDenoiser), "strides are those of a flow head"
+        query = self.noise_data(key, text, data)
+        strides = self._strides(term, query, network)
+        levels = (strides.s, *strides.ends)
+        answers = network(
+            query.x_t,
+            query.sigma,
+            query.text,
+            torch.stack(strides.states),
+            torch.stack(levels),
+            strides.r,
+        )
+        loss = term.loss(strides, *answers)
+        value = self._checks.checked(
+            loss.value,
+            key,
+            f"learning strides on the generator in {micro_batch_in_words(key)}",
+            {
+                "the noised data": query.x_t,
+                "the head's answers": answers,
+                "the MeanFlow loss": loss.value,
+            },
+            non_finite_remedy(key.iteration, "generator.optimizer.lr"),
+            stages_before=1,
+        )
+        (share * value).backward()
+        return FlowReport({name: each.item() for name, each in loss.terms.items()})
+
+    def _data_sigma(self, normal: PerSample) -> PerSample:
+        """Noise level of data: a step of the generator, or by the consistency term's law."""
+        if self._flow is None:
+            return super()._data_sigma(normal)
+        starts = self._schedule.generator_grid(self._num_steps)[:-1]
+        # Uniform, because the number is standard normal.
+        drawn = torch.special.ndtr(normal.double()) * len(starts)
+        return starts[drawn.long().clamp_max(len(starts) - 1)].float()
+
+    def _strides(
+        self, term: MeanFlowTerm, query: NoisedBatch, network: TransitionDenoiser
+    ) -> Strides:
+        uniform, choice, noise = stride_draws(
+            self._seed, query.key, query.sample_indices, self._latent_shape
+        )
+        s, r = term.levels(uniform, choice, network.inner_levels)
+        own = query.x0
+        return Strides(query.noise - own, noise.to(own), s.to(own), r.to(own))
