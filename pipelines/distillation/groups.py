@@ -269,8 +269,7 @@ def _open(
         for role, folder in models_of_roles(config).items()
     }
     model = models[GENERATOR]
-    threads = config.topology.threads_per_rank
-    schedule, seed = config.schedule, config.seed
+    schedule, seed, threads = config.schedule, config.seed, config.topology.threads_per_rank
     # A rank that raised would leave the others in a collective: see `workers.finite`.
     raises = False
     roles = Roles(
