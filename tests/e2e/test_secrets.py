@@ -49,29 +49,28 @@ def test_a_planted_secret_is_in_no_file_of_a_sweep_nor_in_what_it_prints(
     (ray_folder / "sweep").mkdir()
     options = ["sweep.iterations=2", "batch.size=2", f"output={tmp_path / 'runs'}"]
 
-    def swept(grid: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "pipelines.cli", "sweep", str(recipe_file), grid, *options],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-
     # Refused before Ray starts, by a server that is not there.
-    refused = swept("sweep.grid={data.train: [s3://planted-bucket/train]}")
-    assert refused.returncode == 2
+    elsewhere = "sweep.grid={data.train: [s3://planted-bucket/train]}"
+    refused = CliRunner().invoke(app, ["sweep", str(recipe_file), elsewhere, *options])
+    assert refused.exit_code == 2
     assert "s3://planted-bucket/train" in refused.stderr
     # The second trial fails, and writes why.
-    done = swept("sweep.grid={generator.optimizer.lr: [1.0e-4, 1.0e+30]}")
+    grid = "sweep.grid={generator.optimizer.lr: [1.0e-4, 1.0e+30]}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pipelines.cli", "sweep", str(recipe_file), grid, *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
     rows = list(csv.DictReader((tmp_path / "runs" / "small-sweep" / "sweep.csv").open()))
     assert [bool(row["error"]) for row in rows] == [False, True]
     assert list((ray_folder / "sweep").rglob("*.out"))
-    printed += refused.stdout + refused.stderr
+    printed += refused.output + refused.stderr
     assert [secret for secret in secrets if secret in printed] == []
     assert files_with(secrets, tmp_path, ray_folder / "sweep") == []
 

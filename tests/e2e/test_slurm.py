@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.run.folder import RunFolder, read_jsonl
 from tests.e2e.processes import ROOT
 
@@ -32,10 +34,9 @@ WAIT_S = 240
 @pytest.fixture
 def script(recipe_file: Path, tmp_path: Path) -> Path:
     settings = ["topology.mode=fused", "iterations=100000", f"output={tmp_path / 'runs'}"]
-    command = [sys.executable, "-m", "pipelines.cli", "plan", str(recipe_file), *settings]
     options = ["--gpus", "1", "--emit", "slurm", "--with", "time=00:10:00"]
-    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, ["plan", str(recipe_file), *settings, *options])
+    assert done.exit_code == 0, done.output
     (tmp_path / "run.sh").write_text(done.stdout)
     return tmp_path / "run.sh"
 
