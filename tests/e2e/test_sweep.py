@@ -13,7 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation.run import distill
 from pipelines.run.folder import RunFolder, read_jsonl
@@ -180,12 +182,13 @@ def test_a_sweep_whose_processes_are_all_killed_goes_on_and_runs_no_finished_tri
         kill_tree(first.pid)
     ended = json.loads((folder / "trials.json").read_text())["trials"][0]
     before = Path(ended["run_folder"], "metrics.jsonl").stat().st_mtime_ns
-    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert again.returncode == 2
-    assert "go on with --resume" in again.stderr
-    other = [*command, "sweep.trials=5", "--resume"]
-    again = subprocess.run(other, env=environment, capture_output=True, text=True, check=False)
-    assert "sweep.trials" in again.stderr
+    # Refused before Ray starts, and so in this process.
+    asked = ["sweep", str(recipe_file), *settings]
+    refused = CliRunner().invoke(app, asked)
+    assert refused.exit_code == 2
+    assert "go on with --resume" in refused.stderr
+    refused = CliRunner().invoke(app, [*asked, "sweep.trials=5", "--resume"])
+    assert "sweep.trials" in refused.stderr
     command.append("--resume")
     again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr

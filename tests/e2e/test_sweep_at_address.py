@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from pipelines.cli import app
 from pipelines.config.recipe import load_recipe
 from pipelines.run.folder import read_jsonl
 from pipelines.sweeping.run import sweep
@@ -89,8 +91,10 @@ def test_a_sweep_at_an_address_is_that_of_a_disk_also_after_kill_9_of_everything
 
     best = load_recipe(f"{place}/best.yaml")
     assert best.objective == load_recipe(str(local / "best.yaml")).objective
-    page = run_cli("report", place, "--output", str(tmp_path / "page.html"))
-    assert page["bytes"] == (tmp_path / "page.html").stat().st_size
+    page = CliRunner().invoke(
+        app, ["report", place, "--output", str(tmp_path / "page.html"), "--json"]
+    )
+    assert json.loads(page.stdout)["bytes"] == (tmp_path / "page.html").stat().st_size
     key, secret = (environment[name] for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"))
     for path in there.rglob("*"):
         if path.is_file():
