@@ -32,7 +32,7 @@ def test_a_submitted_job_distils_and_leaves_its_run_behind(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", ray_head]
     distil = ["python", "-m", "pipelines.cli", "distill", str(recipe_file)]
-    settings = ["iterations=2", "topology.mode=pools", f"output={tmp_path / 'runs'}"]
+    settings = ["iterations=2", "topology.mode=fused", f"output={tmp_path / 'runs'}"]
     excludes = {"excludes": [".git/", ".venv/", "/runs/", "/data/"]}
     result = subprocess.run(
         [
@@ -55,7 +55,7 @@ def test_a_submitted_job_distils_and_leaves_its_run_behind(
     run = tmp_path / "runs" / "small"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["iterations"] == 2
-    assert summary["topology"] == "pools"
+    assert summary["topology"] == "fused"
     assert (run / "checkpoints" / "step-000002" / "manifest.json").exists()
     assert WanPipeline.from_pretrained(run / "generator").transformer.config.num_layers == 2
 
@@ -184,7 +184,7 @@ def test_actors_that_encode_share_a_gpu(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     clip = ("--num-frames", tiny_wan.NUM_FRAMES, "--height", tiny_wan.HEIGHT)
     clip += ("--width", tiny_wan.WIDTH, "--fps", 8, "--text-length", tiny_wan.TEXT_LENGTH)
-    shares = ("--video-encoders", 2, "--video-gpus", 0.25, "--text-gpus", 0.5)
+    shares = ("--video-gpus", 0.5, "--text-gpus", 0.5)
     command = ("encode", world / "held_out", tmp_path / "set", "--model", wan_folder)
     argv = ["python", "-m", "pipelines.cli", *map(str, (*command, *clip, *shares))]
     printed: list[str] = []
@@ -196,8 +196,7 @@ def test_actors_that_encode_share_a_gpu(
         for stage in ("EncodeVideos", "EncodeCaptions")
         if stage in actor.class_name
     ]
-    shares_by_stage = [("EncodeCaptions", 0.5), ("EncodeVideos", 0.25), ("EncodeVideos", 0.25)]
-    assert sorted(granted) == shares_by_stage
+    assert sorted(granted) == [("EncodeCaptions", 0.5), ("EncodeVideos", 0.5)]
 
 
 def test_a_sweep_and_an_evaluation_are_jobs_too(
