@@ -119,7 +119,7 @@ class TestRefusals:
             (f"{NR}: {{log_uniform: [0.0, 1.0]}}", "expected more than 0"),
             (f"{NR}: {{uniform: [0.1, 1.0], choice: [1]}}", "one of choice, uniform"),
             (f"{NR}: {{choice: [0.1], when: {{{FORM}: paper}}}}", "which is not searched beside"),
-            (f"{FORMS}, {NR}: {{choice: [0.1], when: {{{FORM}: both}}}}", "none of its choices"),
+            (f"{FORMS}, {NR}: {{choice: [0.1], when: {{{FORM}: both}}}}", "not one of its choices"),
             (f"{NR}: {{uniform: [0.0, 1.0]}}", "a range has no grid"),
             ("seed: {choice: [1, 2]}", "seeds runs a point with several"),
             (f"{NR}: {{uniform: [-1.0, 1.0]}}", "lambda_nr"),
