@@ -218,7 +218,10 @@ def require_own_files(folder: str | Path, spared: Collection[str] = ()) -> None:
                     f"writing to {folder}",
                     f"{path} is a link to {path.readlink()}",
                     "files of its own: what a link leads to would be overwritten",
-                    "Remove the link, or put the file or folder itself in its place",
+                    "Remove the link, or put the file or folder itself in its place. Where it leads"
+                    f" to a larger disk, move the whole of {folder} there and go on with it at its "
+                    f"new place (of a run: mv {folder} DISK/ and output=DISK), or mount the disk at"
+                    f" {path}",
                 )
         folders[:] = [name for name in folders if name not in spared]
 

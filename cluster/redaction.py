@@ -1,4 +1,4 @@
-"""Text for logs, errors and files, with secrets blotted out."""
+"""Text for logs, errors, terminals and files: without secrets, and without control characters."""
 
 import os
 import re
@@ -11,6 +11,8 @@ _USER = r"//(?:[^/@\s]+|[^/@\s:]+:(?!\d+/)[^@\s]+)@"
 _USER_IN_URL = re.compile(_USER)
 _ADDRESS_WITH_USER = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:" + _USER)
 _PASSWORD_IN_URL = re.compile(r"//[^/@\s:]+:(?!\d+/)([^@\s]+)@")
+# Terminals obey these; lines and tabs are text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _SHORTEST = 6
 """Shorter values, such as `true`, are no secrets and may occur in any text."""
 
@@ -39,3 +41,12 @@ def without_secrets(text: str) -> str:
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, "***")
     return _USER_IN_URL.sub("//***@", text)
+
+
+def printable(text: str) -> str:
+    """Text that can be stored and shown: what is no character is written as an escape.
+
+    Names and values of foreign data may hold codes that a terminal would obey.
+    """
+    text = text.encode("utf-8", errors="backslashreplace").decode()
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cluster.errors import ClusterError, JobError
-from cluster.redaction import without_secrets
+from cluster.redaction import printable, without_secrets
 from sgmd_core.errors import (
     AlarmError,
     NonFiniteError,
@@ -107,7 +107,7 @@ def _notes(error: BaseException) -> list[str]:
 
 
 def _show(lines: Sequence[str]) -> None:
-    text = without_secrets("\n".join(lines))
+    text = printable(without_secrets("\n".join(lines)))
     Console(stderr=True).print(Text(text, style="red"), soft_wrap=True)
 
 

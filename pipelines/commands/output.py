@@ -29,6 +29,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from cluster.redaction import printable
+
 _PIPE_COLUMNS = 120
 _LINE_EVERY_S = 10.0
 _STILL_EVERY_S = 30.0
@@ -258,7 +260,8 @@ def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: Rendera
         console.width = _PIPE_COLUMNS
     for part in shown:
         # Paths must stay whole, so that they can be copied.
-        console.print(part, soft_wrap=isinstance(part, str))
+        is_text = isinstance(part, str)
+        console.print(printable(part) if is_text else part, soft_wrap=is_text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +303,7 @@ class FittingTable:
             justify = "left" if place < self.num_words else "right"
             table.add_column(heading, justify=justify, overflow="fold")
         for row in self.rows:
-            table.add_row(*(Text(cell) for cell in row[:num_shown]))
+            table.add_row(*(Text(printable(cell)) for cell in row[:num_shown]))
         return table
 
 
@@ -310,7 +313,7 @@ def pairs(data: Mapping[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _flat(data):
-        table.add_row(name, Text(_in_words(value)))
+        table.add_row(Text(printable(name)), Text(printable(_in_words(value))))
     return table
 
 

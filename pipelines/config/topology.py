@@ -300,7 +300,8 @@ def topology_contradictions(
     if replicas > batch_size // parties:
         problems.append(
             f"topology.teacher.replicas {replicas} is more than the batch has samples for "
-            f"({batch_size} over {topology.teacher.ranks} ranks), so some would never work"
+            f"({batch_size}, {_parties_in_words(topology.teacher.ranks, parties)} in each), so "
+            "some would never work"
         )
     places = topology.places_of(roles)
     together = places[GENERATOR] == places[FAKE_SCORE]
@@ -310,6 +311,13 @@ def topology_contradictions(
             f"{topology.mode} they take turns; set it to 0"
         )
     return problems
+
+
+def _parties_in_words(ranks: int, parties: int) -> str:
+    """Those of some ranks that have samples of their own: each, or several together."""
+    if parties == ranks:
+        return f"{ranks} ranks"
+    return f"{parties} parties of {ranks // parties} ranks that work together"
 
 
 def _ranks(topology: TopologySettings, roles: Sequence[str]) -> dict[str, int]:

@@ -288,6 +288,8 @@ def _costs(
 ) -> Costs:
     weights = 4 * work.shape.num_parameters
     gathered, sent, exchanged = work.gathered_bytes, work.result_bytes, work.exchanged_bytes
+    measured = replace(work, ulysses=times.ulysses)
+    in_measured = measured.exchanged_bytes
 
     def pool_of(call: Call) -> str:
         return teams[call.role].process(call.role, call.rank)[0]
@@ -300,13 +302,17 @@ def _costs(
             return step_s if call.stage == "step" else step_s / 10
         name = (call.role, call.stage)
         sample_s = times.seconds[name] / one.speed_of(pool, hardware)
-        samples, company = (
-            work.samples_of_a_rank(call.role, call.num_samples, ranks),
-            work.company(call.role),
-        )
+        samples = work.samples_of_a_rank(call.role, call.num_samples, ranks)
         # Nothing is computed while ranks that work together exchange tokens for heads.
-        exchange_s = own.gather_s(exchanged.get(name, 0.0) * samples * company, company)
-        working_s = sample_s * samples + exchange_s
+        exchange_s, measured_s = (
+            own.gather_s(num_bytes.get(name, 0.0) * samples * company, company)
+            for num_bytes, company in (
+                (exchanged, work.company(call.role)),
+                (in_measured, measured.company(call.role)),
+            )
+        )
+        # Measured seconds contain the exchange of the measured run.
+        working_s = sample_s * samples + max(0.0, exchange_s - measured_s)
         # Weights are gathered while the layer before computes.
         return max(working_s, own.gather_s(gathered[name], ranks))
 

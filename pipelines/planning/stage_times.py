@@ -44,6 +44,8 @@ _BYTES_OF_AN_UPDATED = 8
 _ADDED = {(own.role, own.name): (added.role, added.name) for added, own in COUNTED_WITH.items()}
 """Stages of a diversity loss, by the stage that a workload counts them with."""
 
+_Found = tuple[dict[StageName, float], dict[StageName, float], str, tuple[tuple[str, int], ...]]
+
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
@@ -52,10 +54,13 @@ class StageTimes:
     Attributes:
         seconds: By role and stage, of one sample on one GPU.
         source: Where they come from, in words.
+        ulysses: By role, ranks that had each sample together where the seconds were measured: the
+            seconds contain their exchanges. Others worked alone.
     """
 
     seconds: Mapping[StageName, float]
     source: str
+    ulysses: tuple[tuple[str, int], ...] = ()
 
     @property
     def is_measured(self) -> bool:
@@ -90,7 +95,8 @@ def measured(path: Path, work: Workload) -> StageTimes:
         StorageError: The store of its address fails.
     """
     with run_copy(path, _NOT_NEEDED) as folder:
-        found, flops, where = _from_run(folder) if folder.is_dir() else _from_benchmark(path)
+        is_run = folder.is_dir()
+        found, flops, where, together = _from_run(folder) if is_run else _from_benchmark(path)
     place = shared_place(path)
     rollout, sample = (GENERATOR, "rollout"), (GENERATOR, "sample")
     if sample in work.passes and sample not in found and rollout in found:
@@ -111,7 +117,7 @@ def measured(path: Path, work: Workload) -> StageTimes:
     }
     scaled = any(abs(factor - 1) > 0.01 for factor in factors.values())
     seconds = {name: found[name] * factors[name] for name in work.passes}
-    return StageTimes(seconds, where + (", scaled by operations" if scaled else ""))
+    return StageTimes(seconds, where + (", scaled by operations" if scaled else ""), together)
 
 
 def update_s(work: Workload, hardware: Hardware, role: str, ranks: int) -> float:
@@ -122,8 +128,8 @@ def update_s(work: Workload, hardware: Hardware, role: str, ranks: int) -> float
     return on_device + kept.on_host * entries / hardware.host_bandwidth
 
 
-def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, float], str]:
-    """Seconds and operations of a sample by stage, and where they come from."""
+def _from_run(folder: Path) -> _Found:
+    """Seconds and operations of a sample by stage, where they come from, and ranks together."""
     run = RunFolder(folder)
     if not run.metrics.exists() or not run.config.exists():
         raise ConfigError(
@@ -152,7 +158,7 @@ def _from_run(folder: Path) -> tuple[dict[StageName, float], dict[StageName, flo
         if times:
             found[name] = median(times) / _samples(config, work, name)
     flops = {name: passes * work.forward_flops for name, passes in work.passes.items()}
-    return found, flops, f"{_MEASURED} in {len(records)} iterations of {run}"
+    return found, flops, f"{_MEASURED} in {len(records)} iterations of {run}", work.ulysses
 
 
 def _samples(config: DistillConfig, work: Workload, name: StageName) -> int:
@@ -168,7 +174,7 @@ def _seconds(value: object, default: float) -> float:
     return default
 
 
-def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName, float], str]:
+def _from_benchmark(path: Path) -> _Found:
     place = shared_place(path)
     try:
         document = json.loads(
@@ -192,7 +198,7 @@ def _from_benchmark(path: Path) -> tuple[dict[StageName, float], dict[StageName,
             _in_words(error),
             "a run's folder, or a gpu.json that benchmarks/gpu_check.py wrote",
         ) from error
-    return found, flops, f"{_MEASURED} by {place} on {device}"
+    return found, flops, f"{_MEASURED} by {place} on {device}", ()
 
 
 def _passes(key: str, counted: float, costs: PassFlops) -> float:

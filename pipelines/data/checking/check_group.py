@@ -255,9 +255,12 @@ class _Look:
             if faults.get(row, ("",))[0] == Reason.MISSING_VIDEO:
                 continue
             values = {name: table[name][row].as_py() for name in _values(task.kind)}
+            if task.kind is ShardKind.VIDEO and not values[VIDEO]:
+                yield row, (Reason.MISSING_VIDEO, "")
+                continue
             try:
                 if task.kind is ShardKind.VIDEO:
-                    found = self._read(values[VIDEO] or b"")
+                    found = self._read(values[VIDEO])
                     if isinstance(found, Died):
                         yield row, (found.reason, found.in_words)
                     else:

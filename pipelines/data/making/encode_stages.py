@@ -240,9 +240,11 @@ def _decoded(
             yield _line(part, row, name, caption or "", reason=reason, detail=detail)
         elif decode is None:
             yield _line(part, row, name, caption)
+        elif not (video := table[VIDEO][place].as_py()):
+            yield _line(part, row, name, caption, reason=Reason.MISSING_VIDEO)
         else:
             try:
-                found = decode(table[VIDEO][place].as_py() or b"")
+                found = decode(video)
             except ClipError as error:
                 reason, detail = error.fault, error.in_short
                 yield _line(part, row, name, caption, reason=reason, detail=detail)

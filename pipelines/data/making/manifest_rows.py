@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.redaction import printable
 from pipelines.data.shards.columns import as_plain, fits
 from pipelines.data.shards.schema import CAPTION
 from pipelines.data.shards.text import decode_utf8
@@ -282,11 +283,6 @@ def fault_of_text(value: object) -> str | None:
     except UnicodeEncodeError:
         return f"no UTF-8: {printable(value[:80])}"
     return None
-
-
-def printable(text: str) -> str:
-    """Text that can be stored: what is no character is written as an escape."""
-    return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 class _Lines:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from fsspec import AbstractFileSystem
 
+from cluster.redaction import printable
 from pipelines.data.making.manifest_rows import (
     csv_header_and_rows,
     fault_of_text,
@@ -20,7 +21,6 @@ from pipelines.data.making.manifest_rows import (
     json_rows,
     manifest_lines,
     parquet_rows,
-    printable,
 )
 from pipelines.data.making.several_captions import list_fault, rows_by_clip
 from pipelines.data.making.skipped import SkippedFiles

@@ -25,7 +25,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.files import kind_of_path
-from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES, fault_of_text, printable
+from cluster.redaction import printable
+from pipelines.data.making.manifest_rows import MANIFEST_SUFFIXES, fault_of_text
 from pipelines.data.making.manifests import manifest_clips, prompt_clips
 from pipelines.data.making.skipped import (
     ARCHIVES,

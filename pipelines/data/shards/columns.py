@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from cluster.redaction import printable
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.schema import (
     CAPTION,
@@ -154,7 +155,7 @@ class ColumnMap:
         ]
         if self.stored.get(SAMPLE_ID, SAMPLE_ID) is None:
             found.append("ids are derived from file and row (no column sample_id)")
-        return "; ".join(found)
+        return printable("; ".join(found))
 
     def in_full(self, names: Sequence[str]) -> str:
         """One line that names the column of each of ours, and what is left of a shard's columns.
@@ -172,7 +173,8 @@ class ColumnMap:
         ]
         if self.stored.get(SAMPLE_ID, SAMPLE_ID) is None:
             found.append("ids are derived from file and row (no column sample_id)")
-        return "; ".join([*found, *([f"not read: {_shown(others)}"] if others else [])])
+        left = [f"not read: {_shown(others)}"] if others else []
+        return printable("; ".join([*found, *left]))
 
 
 def map_columns(schema: pa.Schema, names: ColumnNames, wanted: Sequence[str]) -> ColumnMap | Fault:
@@ -197,7 +199,7 @@ def map_columns(schema: pa.Schema, names: ColumnNames, wanted: Sequence[str]) ->
             found[name] = place
     if faults:
         words = [f"{reason} {', '.join(columns)}" for reason, columns in faults.items()]
-        return Fault("; ".join(words))
+        return Fault(printable("; ".join(words)))
     return ColumnMap(found)
 
 
@@ -218,7 +220,7 @@ def settle_names(schemas: Iterable[pa.Schema], names: ColumnNames) -> ColumnName
         places = (_find(schema, name, given) for schema in schemas)
         stored = [*dict.fromkeys(place for place in places if isinstance(place, str))]
         if len(stored) > 1 and name not in stored:
-            return Fault(f"{_COMPETE.format(name)} {' and '.join(stored)}")
+            return Fault(printable(f"{_COMPETE.format(name)} {' and '.join(stored)}"))
         found[name] = given or (name if name in stored else next(iter(stored), None))
     return replace(names, **found)
 
@@ -247,7 +249,7 @@ def require_named(url: str, schemas: Iterable[pa.Schema], names: ColumnNames) ->
                 f"no column {given} ({names.setting_of(column)}){where}; the columns are "
                 f"{_shown(found)}",
                 "a column of the set",
-                f"The nearest is {nearest}" if nearest else "Name one of these, or none",
+                f"The nearest is {printable(nearest)}" if nearest else "Name one of these, or none",
             )
 
 
@@ -369,7 +371,7 @@ def _is_filled(schema: pa.Schema, name: str, stored: str) -> bool:
 
 def _shown(names: Sequence[str]) -> str:
     more = ", ..." if len(names) > _NUM_SHOWN else ""
-    return ", ".join(names[:_NUM_SHOWN]) + more
+    return printable(", ".join(names[:_NUM_SHOWN])) + more
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -438,6 +440,7 @@ def _paths_alone(content: pa.ChunkedArray, column: pa.ChunkedArray) -> dict[int,
     found = {}
     for row, (alone, path) in enumerate(zip(is_empty.to_pylist(), paths.to_pylist(), strict=True)):
         if alone and path:
-            detail = f"a path alone, {path[:_MAX_PATH_CHARS]}; its file is not in the set"
+            shown = printable(path[:_MAX_PATH_CHARS])
+            detail = f"a path alone, {shown}; its file is not in the set"
             found[row] = join_reason(Reason.MISSING_VIDEO, detail)
     return found

@@ -132,6 +132,22 @@ class TestSamplesOverSeveralRanks:
             spent = seconds[speed] - seconds[1e30]
             assert spent == pytest.approx(exchanged / speed, rel=0.01)
 
+    def test_an_exchange_that_was_measured_is_not_added_again(self):
+        work, hardware = self.work(4, 2), Hardware(memory_gb=80, ranks_per_machine=8)
+        plain = modelled(work, hardware)
+        slow, free = (replace(hardware, gather_bandwidth=speed) for speed in (20e9, 1e30))
+
+        def iteration_s(times, machine=slow):
+            return fused_layout(work, times, machine, 8).iteration_s
+
+        added = iteration_s(plain) - iteration_s(plain, free)
+        assert added > 0.01 * iteration_s(plain)
+        same = replace(plain, ulysses=work.ulysses)
+        assert iteration_s(same) == pytest.approx(iteration_s(plain, free), rel=1e-9)
+        # Two ranks exchange 1/2 of a sample's bytes where four exchange 3/4: the rest is added.
+        fewer = replace(plain, ulysses=self.work(2, 2).ulysses)
+        assert iteration_s(fewer) - iteration_s(same) == pytest.approx(added / 3, rel=0.01)
+
     def test_fewer_gpus_than_ranks_of_a_sample_are_refused(self):
         hardware, work = Hardware(memory_gb=80), self.work(4)
         with pytest.raises(ConfigError, match="4 ranks work on each sample together"):
@@ -663,6 +679,11 @@ class TestMeasured:
         work = Workload.of(load_recipe("tiny"))
         times = measured(run, work)
         assert set(times.seconds.values()) == {0.32 / 16}
+        assert times.ulysses == ()
+        settings = ["topology.mode=pools", "topology.teacher.ranks=2", "teacher.compute.ulysses=2"]
+        settings += ["sweep.settings={}", "sweep.grid={}"]
+        (run / "config.yaml").write_text(load_recipe("tiny", settings).to_yaml())
+        assert measured(run, work).ulysses == ((TEACHER, 2),)
         assert "3 iterations" in times.source
 
     def test_a_runs_diversity_loss_is_part_of_its_roles_stages(self, tmp_path):

@@ -75,8 +75,11 @@ def test_a_run_whose_links_lead_elsewhere_is_not_written_to(tmp_path: Path, name
     path.parent.mkdir(exist_ok=True)
     path.symlink_to(outside)
     held = hold_place(folder.root, "a test")
-    with pytest.raises(ConfigError, match=f"{path} is a link to {outside}"), held:
+    with pytest.raises(ConfigError, match=f"{path} is a link to {outside}") as refused, held:
         pass
+    # A link to a larger disk was a usual way until then, and has another one.
+    for way in (f"mv {folder.root} DISK/ and output=DISK", f"mount the disk at {path}"):
+        assert way in refused.value.remedy
     assert not outside.exists()
 
 

@@ -191,8 +191,8 @@ class TestDamage:
         ("column", "value", "reason"),
         [
             ("video", b"no video", "undecodable"),
-            ("video", b"", "undecodable"),
-            ("video", None, "undecodable"),
+            ("video", b"", "missing_video"),
+            ("video", None, "missing_video"),
             ("caption", "  ", "empty_caption"),
             ("caption", None, "empty_caption"),
             ("caption", "word " * 1000, "long_caption"),

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import uuid
 from dataclasses import replace
 from decimal import Decimal
@@ -228,6 +229,7 @@ def as_hugging_face_stores(folder: Path, path: Path, name: str = "video") -> int
     table = pq.read_table(next(folder.glob("*.parquet")))
     videos = [{"bytes": value, "path": None} for value in table[VIDEO].to_pylist()]
     videos[2] = {"bytes": None, "path": "clips/../c.mp4"}
+    videos[4] = {"bytes": None, "path": None}
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     write(path, 4, text=table["caption"], **{name: pa.array(videos, kind)})
     return table.num_rows
@@ -251,10 +253,11 @@ def test_video_structs_are_read_and_a_single_file_of_them_is_a_set(tmp_path):
     for url in (path, path.parent):
         report = check_shards(str(url), HERE)
         assert (report.kind, report.num_rows, report.decoded) == ("video", 6, 6)
-        assert report.videos["sizes"] == {"32x32": 5}
-        assert report.bad == {"missing_video": 1}
+        assert report.videos["sizes"] == {"32x32": 4}
+        assert report.bad == {"missing_video": 2}
         alone = "missing_video (a path alone, clips/../c.mp4; its file is not in the set)"
-        assert report.examples == [f"data.parquet, row 2: {alone}"]
+        rest = "data.parquet, row 4: missing_video"
+        assert report.examples == [f"data.parquet, row 2: {alone}", rest]
         assert report.columns == (
             "caption is column text; video is column video; "
             "ids are derived from file and row (no column sample_id)"
@@ -267,8 +270,9 @@ def test_video_structs_are_read_and_a_single_file_of_them_is_a_set(tmp_path):
         with Feed(settings, FeedProgress(), 5) as feed:
             batch = feed.take(5)
         assert "data.parquet#2" not in batch.sample_ids
-        assert [(reject.row, reject.why) for reject in batch.rejects] == [(2, alone)]
-    assert encoded_reasons(path.parent)[2] == alone
+        rejects = {(reject.row_group, reject.row, reject.why) for reject in batch.rejects}
+        assert rejects == {(0, 2, alone), (1, 0, "missing_video")}
+    assert encoded_reasons(path.parent) == ["", "", alone, "", "missing_video", ""]
     (path.parent / "other.parquet").write_bytes(b"no shard")
     assert look(path).num_shards == 1
     assert check_shards(str(path), HERE).num_shards == 1
@@ -314,6 +318,32 @@ def test_check_names_the_columns_that_it_does_not_read(tmp_path):
     write(tmp_path / "a.parquet", caption=["one"], sample_id=["a"], mp4=[b"film"])
     told = "sample_id is column sample_id; caption is column caption; not read: mp4"
     assert check_shards(str(tmp_path), HERE).columns == told
+
+
+def test_codes_of_a_terminal_in_names_and_paths_of_foreign_data_are_shown_as_escapes(tmp_path):
+    name, path = "na\x1b[31mme", "/etc/pass\x1b]0;pwn\x07wd"
+    video = pa.array([{"bytes": None, "path": path}], pa.struct({"bytes": "binary", "path": "str"}))
+    codes = {name: ["x"], "Te\x9bxt": [1]}
+    write(tmp_path / "video" / "a\x1b[1mb.parquet", caption=["one"], video=video, **codes)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.csv").write_text(f"caption,{name}\none,two\n")
+    write(tmp_path / "two" / "a.parquet", Text=["one"], text=["two"], **codes)
+    shown, alone = "na\\x1b[31mme", "/etc/pass\\x1b]0;pwn\\x07wd"
+    for place, words in (
+        (
+            "video",
+            [f"not read: {shown}, Te\\x9bxt", f"a path alone, {alone}", "a\\x1b[1mb.parquet"],
+        ),
+        ("rows/a.csv", [f"not read: {shown}"]),
+        ("two", ["Text and text"]),
+        ("two --caption-column x", [f"{shown}, Te\\x9bxt", "Name one of these"]),
+    ):
+        folder, *options = place.split()
+        arguments = ["check", str(tmp_path / folder), *options, "--processes", "0"]
+        told = CliRunner().invoke(app, arguments, env={"COLUMNS": "400"}).output
+        assert not re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", told), told
+        for expected in words:
+            assert expected in told
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
