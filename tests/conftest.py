@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from urllib.error import HTTPError
@@ -29,14 +29,15 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 _HEAD_START_TIMEOUT_S = 180.0
 
 
-# Until all tests are imported, the collector would look at what stays, again and again.
-gc.disable()
-
-
-def pytest_collection_finish() -> None:
-    """Lets the collector run again, without what was imported."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Pauses the collector of cycles while tests are imported, and keeps it from what stays."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 _RAY_S, _SLOW_S, _QUICK_S = 20.0, 2.0, 0.1
