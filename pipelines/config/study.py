@@ -11,6 +11,9 @@ from workers.measures import MEASURES
 VariantName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
+SHARE_SLACK = 0.98
+"""Of a share of a budget: a third, written as 0.33, reaches the first of three points."""
+
 _NOT_OF_STUDIES = ("frechet_floor", "seconds_per_clip")
 
 
@@ -82,7 +85,7 @@ class StudySettings(Section):
                     )
             if sides[0] == sides[1] and expected.of_budget == 1:
                 raise ValueError(f"hypotheses.{name} compares {sides[0]} with itself")
-            if expected.of_budget * self.measurements < 1:
+            if expected.of_budget * self.measurements < SHARE_SLACK:
                 raise ValueError(
                     f"hypotheses.{name} looks at {expected.of_budget:g} of the budget, and"
                     f" {self.measurements} measurements have their first point after"

@@ -1,34 +1,36 @@
 """Hypotheses of a study: written down before its runs, tested over its seeds afterwards.
 
-    gain_i = how much better the variant's figure is than the baseline's, with seed i
-    claim    mean gain > by      p by sign flips of gain_i - by, corrected by Holm's method
+    gain_i   how much better the variant's figure is than the baseline's, with seed i
+    claim    mean gain > by; two-sided p by sign flips of gain_i - by, corrected by Holm's method
 
-The record in the study's folder keeps every version of the hypotheses with the number of runs that
-were finished when it was written, so that nobody need believe that an expectation came first.
+A run that failed, or whose figure is not finite, counts as worse than any other: a method that
+breaks with some seeds is no better for the seeds with which it does not. The record in the study's
+folder keeps every version of the study's settings with the number of runs that had finished when it
+was written. It reminds and tells readers; whoever can write to the folder can change it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.errors import StorageError
 from cluster.storage import read_json, write_json
-from pipelines.config.study import Hypothesis
+from pipelines.config.study import SHARE_SLACK, Hypothesis, StudySettings
 from pipelines.study.judging import Figures
 from pipelines.study.measured_runs import Point, RunResult
 from sgmd_core.metrics.bootstrap import Interval
-from sgmd_core.metrics.paired import holm, mean_difference, sign_flip_p
+from sgmd_core.metrics.paired import holm, mean_difference, two_sided_p
 
 RECORD_FILE = "hypotheses.json"
 LEVEL = 0.05
-"""Chance that any claim of a study is taken to hold though none does."""
-
-# Points are whole iterations, so the share of a budget is met up to one of them.
-_SLACK = 1.02
+"""Highest chance of any wrong outcome in a study in which every claim is just at its margin."""
 
 Outcome = Literal["holds", "undecided", "fails"]
+Version = Mapping[str, Any]
+"""Of the record: `date`, `finished_runs` and `study`, the section of the recipe."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,38 +38,51 @@ class Verdict:
     """A hypothesis and what the seeds say of it.
 
     Attributes:
-        name: Its name.
+        name: Its name; of one that was changed or dropped after runs had finished, with its date.
         expected: What was expected.
-        seeds: Seeds of which both runs have the figure.
-        gain: How much better the variant is, with its 95 % bootstrap interval; None of fewer than
-            two seeds.
-        p: By sign flips, one-sided; 1 without seeds.
-        corrected_p: By Holm's method over all hypotheses of the study.
+        gains: By seed, how much better the variant is: infinite where the other run alone failed.
+        measured_at: Share of the budget after which the variant was measured, a mean; None of no
+            run.
+        p: Two-sided, by sign flips; 1 without seeds.
+        corrected_p: By Holm's method over all hypotheses of the record.
     """
 
     name: str
     expected: Hypothesis
-    seeds: tuple[int, ...]
-    gain: Interval | None
+    gains: Mapping[int, float]
+    measured_at: float | None
     p: float
     corrected_p: float
 
     @property
+    def num_failed(self) -> int:
+        """Seeds with which one of the two runs failed."""
+        return sum(math.isinf(gain) for gain in self.gains.values())
+
+    @property
+    def gain(self) -> Interval | None:
+        """Mean with its 95 % bootstrap interval; None below two seeds, or where a run failed."""
+        return None if self.num_failed else mean_difference([*self.gains.values()])
+
+    @property
     def outcome(self) -> Outcome:
-        """`fails` where the whole interval lies below what was expected."""
-        if self.gain is None:
+        """`holds` or `fails` where the seeds leave no doubt on which side of `by` the gain lies."""
+        if self.corrected_p >= LEVEL:
             return "undecided"
-        if self.corrected_p < LEVEL:
-            return "holds"
-        return "fails" if self.gain.high < self.expected.by else "undecided"
+        return "holds" if _sum(self.gains.values(), self.expected.by) > 0 else "fails"
 
     def to_json(self) -> dict[str, Any]:
-        """As results.json holds it."""
+        """As results.json holds it; an infinite gain is null."""
         return {
             "name": self.name,
             **self.expected.model_dump(),
-            "seeds": list(self.seeds),
+            "gains": {
+                str(seed): gain if math.isfinite(gain) else None
+                for seed, gain in self.gains.items()
+            },
+            "failed_seeds": self.num_failed,
             "gain": self.gain and asdict(self.gain),
+            "measured_at": self.measured_at,
             "p": self.p,
             "corrected_p": self.corrected_p,
             "outcome": self.outcome,
@@ -77,57 +92,75 @@ class Verdict:
 def judge_hypotheses(
     hypotheses: Mapping[str, Hypothesis], runs: Sequence[RunResult], reference: Figures
 ) -> tuple[Verdict, ...]:
-    """Tests hypotheses on the runs of a study that have come to their end.
+    """Tests hypotheses on the runs of a study that have been made so far.
 
     Args:
-        hypotheses: By name.
-        runs: Of all variants and seeds.
+        hypotheses: By name; all of them are corrected together.
+        runs: Of all variants and seeds, also those that failed.
         reference: Figures of the teacher's clips that all are compared with.
     """
-    found = {name: _gains(expected, runs, reference) for name, expected in hypotheses.items()}
+    gains = {name: _gains(expected, runs, reference) for name, expected in hypotheses.items()}
     chances = [
-        sign_flip_p([gain - hypotheses[name].by for gain in gains.values()]) if gains else 1.0
-        for name, gains in found.items()
+        two_sided_p([gain - hypotheses[name].by for gain in found.values()]) if found else 1.0
+        for name, found in gains.items()
     ]
     return tuple(
-        Verdict(
-            name, hypotheses[name], tuple(gains), mean_difference([*gains.values()]), p, corrected
-        )
-        for (name, gains), p, corrected in zip(found.items(), chances, holm(chances), strict=True)
+        Verdict(name, hypotheses[name], found, _share(hypotheses[name], runs), p, corrected)
+        for (name, found), p, corrected in zip(gains.items(), chances, holm(chances), strict=True)
     )
 
 
-def write_down(
-    folder: Path, hypotheses: Mapping[str, Hypothesis], finished_runs: int
-) -> tuple[dict[str, Any], ...]:
-    """Adds the hypotheses to the record of a study, unless they stand there already.
+def write_down(folder: Path, study: StudySettings, finished_runs: int) -> tuple[Version, ...]:
+    """Adds the settings of a study to its record, unless they stand there already.
 
     Args:
         folder: Of the study.
-        hypotheses: By name.
-        finished_runs: Runs of the study that have come to their end.
+        study: The section of the recipe.
+        finished_runs: Runs of the study that have finished.
 
     Returns:
-        Every version: `date`, `finished_runs` and `hypotheses`, the newest last.
+        Every version, the newest last; none of a study that has never had a hypothesis.
 
     Raises:
         StorageError: The record cannot be read or written.
     """
     path = folder / RECORD_FILE
-    versions: list[dict[str, Any]] = read_json(str(path))["versions"] if path.exists() else []
-    now = {name: each.model_dump() for name, each in hypotheses.items()}
-    if now != (versions[-1]["hypotheses"] if versions else {}):
+    versions = _read(path) if path.exists() else []
+    now = study.model_dump(mode="json")
+    if now != (versions[-1]["study"] if versions else None) and (versions or study.hypotheses):
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        versions.append({"date": date, "finished_runs": finished_runs, "hypotheses": now})
+        versions.append({"date": date, "finished_runs": finished_runs, "study": now})
         write_json(str(path), {"versions": versions})
     return tuple(versions)
+
+
+def all_hypotheses(versions: Sequence[Version]) -> dict[str, Hypothesis]:
+    """Hypotheses of the newest version, and those changed or dropped after runs had finished.
+
+    The latter are tested and corrected for, too: a claim is not freed by dropping its neighbours.
+
+    Args:
+        versions: Of `write_down`.
+    """
+    found: dict[str, Hypothesis] = {}
+    newest = _hypotheses(versions[-1]) if versions else {}
+    for version, following in zip(versions, [*versions[1:], None], strict=False):
+        if following is None or not following["finished_runs"]:
+            continue
+        kept = _hypotheses(following)
+        for name, expected in _hypotheses(version).items():
+            known = [*newest.values(), *found.values()]
+            if kept.get(name) != expected and expected not in known:
+                found[f"{name} (until {following['date'][:10]})"] = expected
+    return newest | found
 
 
 def verdict_rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
     """Headings, then a row for each hypothesis."""
     rows = [["hypothesis", "outcome", "gain (95 %)", "p", "corrected p", "seeds", "expected"]]
     for verdict in verdicts:
-        gain = verdict.gain
+        gain, failed = verdict.gain, verdict.num_failed
+        seeds = str(len(verdict.gains))
         rows.append(
             [
                 verdict.name,
@@ -135,24 +168,34 @@ def verdict_rows(verdicts: Sequence[Verdict]) -> list[list[str]]:
                 f"{gain.value:+.4g} ({gain.low:+.4g}, {gain.high:+.4g})" if gain else "",
                 f"{verdict.p:.3g}",
                 f"{verdict.corrected_p:.3g}",
-                str(len(verdict.seeds)),
-                expectation_words(verdict.expected),
+                f"{seeds}, a run of {failed} failed" if failed else seeds,
+                expectation_words(verdict.expected, verdict.measured_at),
             ]
         )
     return rows
 
 
-def expectation_words(expected: Hypothesis) -> str:
-    """A hypothesis in a sentence."""
-    then = "" if expected.of_budget == 1 else f" after {expected.of_budget:g} of the budget"
-    side = "nearer to the teacher's" if expected.better == "nearer" else expected.better
-    by = f" by more than {expected.by:g}" if expected.by > 0 else ""
+def expectation_words(expected: Hypothesis, measured_at: float | None = None) -> str:
+    """A hypothesis in a sentence.
+
+    Args:
+        expected: The hypothesis.
+        measured_at: Share of the budget after which the variant was measured, where it is known.
+    """
+    then = ""
+    if expected.of_budget < 1:
+        share = expected.of_budget if measured_at is None else measured_at
+        then = f" after {share:.2g} of the budget"
+    better = {"nearer": "nearer to the teacher's than"}.get(
+        expected.better, f"{expected.better} than"
+    )
     if expected.by < 0:
-        by = f", or worse by less than {-expected.by:g}"
-    return f"{expected.figure} of {expected.variant}{then} {side} than of {expected.baseline}{by}"
+        better = f"{better}, or at most {-expected.by:g} worse than,"
+    by = f" by more than {expected.by:g}" if expected.by > 0 else ""
+    return f"{expected.figure} of {expected.variant}{then}: {better} {expected.baseline}'s{by}"
 
 
-def record_words(versions: Sequence[Mapping[str, Any]]) -> str:
+def record_words(versions: Sequence[Version]) -> str:
     """Says on which date hypotheses were written down, and by which test they are judged.
 
     Args:
@@ -160,52 +203,106 @@ def record_words(versions: Sequence[Mapping[str, Any]]) -> str:
     """
     first, *later = versions
     said = f"Written down on {first['date']}, {_when(first['finished_runs'])}"
-    for version in later:
-        said += f"; changed on {version['date']}, {_when(version['finished_runs'])}"
+    for before, version in zip(versions, later, strict=False):
+        changed = [
+            key for key, value in version["study"].items() if before["study"].get(key) != value
+        ]
+        said += f"; {', '.join(changed)} changed on {version['date']}, "
+        said += _when(version["finished_runs"])
     return (
-        f"{said}. A gain is positive where the variant is better; p by sign flips over the seeds, "
-        f"corrected by Holm's method; a claim holds below {LEVEL:g}, and fails where the whole "
-        "interval lies below what was expected."
+        f"{said}. A gain is positive where the variant is better; p two-sided by sign flips over "
+        f"the seeds, corrected by Holm's method; below {LEVEL:g} a claim holds or fails, by the "
+        "side of its margin on which the gain lies. A run that failed is worse than any other."
     )
 
 
 def _when(finished_runs: int) -> str:
     if not finished_runs:
-        return "before any run had come to its end"
-    runs = "a run" if finished_runs == 1 else f"{finished_runs} runs"
-    return f"after {runs} had come to the end"
+        return "before any run had finished"
+    return f"after {finished_runs} {'run' if finished_runs == 1 else 'runs'} had finished"
 
 
-def _gains(expected: Hypothesis, runs: Sequence[RunResult], reference: Figures) -> dict[int, float]:
-    """By how much the variant is better, by seed; seeds without both figures are left out."""
-
-    def losses(variant: str, share: float) -> dict[int, float]:
-        ended = [run for run in runs if run.variant == variant and run.end is not None]
-        return {run.seed: _loss(expected, _point_at(run, share), reference) for run in ended}
-
-    own = losses(expected.variant, expected.of_budget)
-    others = losses(expected.baseline, 1.0)
-    gains = {seed: others[seed] - own[seed] for seed in own if seed in others}
-    return {seed: gain for seed, gain in sorted(gains.items()) if math.isfinite(gain)}
-
-
-def _point_at(run: RunResult, share: float) -> Point:
-    """The last measured point within a share of what the run took."""
-    limit = _SLACK * share * run.points[-1].units
-    return max(
-        (point for point in run.points if point.units <= limit),
-        key=lambda point: point.units,
-        default=run.points[0],
+def _read(path: Path) -> list[dict[str, Any]]:
+    found = read_json(str(path))
+    versions = found.get("versions") if isinstance(found, Mapping) else None
+    fields = {"date": str, "finished_runs": int, "study": dict}
+    if isinstance(versions, list) and all(
+        isinstance(each, dict) and all(isinstance(each.get(k), t) for k, t in fields.items())
+        for each in versions
+    ):
+        return versions
+    raise StorageError(
+        f"reading the hypotheses of the study in {path.parent}",
+        f"another content of {path.name}",
+        f"versions, each with {', '.join(fields)}",
+        f"Restore {path.name}, or move it away: the study then writes a new one, which says how "
+        "many runs had finished by then",
     )
 
 
-def _loss(expected: Hypothesis, point: Point, reference: Figures) -> float:
-    """A figure, turned so that lower is better; NaN where it was not measured."""
-    value = point.figures.get(expected.figure, math.nan)
+def _hypotheses(version: Version) -> dict[str, Hypothesis]:
+    stored = version["study"].get("hypotheses", {})
+    return {name: Hypothesis.model_validate(each) for name, each in stored.items()}
+
+
+def _gains(expected: Hypothesis, runs: Sequence[RunResult], reference: Figures) -> dict[int, float]:
+    """By how much the variant is better, by seed, of the seeds that both have been run with."""
+
+    def losses(variant: str, share: float) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for run in runs:
+            point = _point_at(run, share)
+            # Of a run that came to its end before it was first measured, nothing is known.
+            if run.variant == variant and (point is not None or run.end is None):
+                found[run.seed] = _loss(expected, point, reference)
+        return found
+
+    own = losses(expected.variant, expected.of_budget)
+    others = losses(expected.baseline, 1.0)
+    return {
+        seed: others[seed] - own[seed] if own[seed] != others[seed] else 0.0
+        for seed in sorted(own)
+        if seed in others
+    }
+
+
+def _point_at(run: RunResult, share: float) -> Point | None:
+    """The last measured point within a share of a run's iterations; None of one that failed."""
+    if run.end is None:
+        return None
+    # Points are whole iterations: the first one that reaches the share is within it.
+    limit = math.ceil(share / SHARE_SLACK * run.end.iteration)
+    within = [point for point in run.points if point.iteration <= limit]
+    return within[-1] if within else None
+
+
+def _share(expected: Hypothesis, runs: Sequence[RunResult]) -> float | None:
+    """Share of their forwards after which the variant's runs were measured, in the mean."""
+    shares = [
+        point.units / run.end.units
+        for run in runs
+        if run.variant == expected.variant
+        and run.end is not None
+        and (point := _point_at(run, expected.of_budget)) is not None
+    ]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _loss(expected: Hypothesis, point: Point | None, reference: Figures) -> float:
+    """A figure, turned so that lower is better; infinite where there is none."""
+    value = math.nan if point is None else point.figures.get(expected.figure, math.nan)
     match expected.better:
         case "lower":
-            return value
+            found = value
         case "higher":
-            return -value
+            found = -value
         case "nearer":
-            return abs(value - reference.get(expected.figure, math.nan))
+            found = abs(value - reference.get(expected.figure, math.nan))
+    return found if math.isfinite(found) else math.inf
+
+
+def _sum(gains: Collection[float], by: float) -> float:
+    """Sum of what the gains are above `by`, in which infinite ones outweigh the finite."""
+    above = [gain - by for gain in gains]
+    infinite = [math.copysign(1.0, each) for each in above if math.isinf(each)]
+    return sum(infinite) or sum(each for each in above if math.isfinite(each))

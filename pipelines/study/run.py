@@ -34,7 +34,13 @@ from pipelines.run.publisher import publish_now, published_place
 from pipelines.run.stop_rule import StopRule
 from pipelines.run.working_copy import copy_at, working_copy
 from pipelines.study.figures import write_plots
-from pipelines.study.hypotheses import expectation_words, judge_hypotheses, write_down
+from pipelines.study.hypotheses import (
+    Version,
+    all_hypotheses,
+    expectation_words,
+    judge_hypotheses,
+    write_down,
+)
 from pipelines.study.judging import Figures, StudyEvaluator
 from pipelines.study.measured_runs import Point, RunResult, place_of, times_of, units_of
 from pipelines.study.plan import (
@@ -144,7 +150,7 @@ def _study(
         _require_same(run)
     require_same_costs(plan)
     finished = sum(_is_finished(run) for run in plan.runs)
-    record = write_down(folder, config.study.hypotheses, finished)
+    record = write_down(folder, config.study, finished)
     publish_now(folder)
     judge = StudyEvaluator(config.with_settings(dict(config.study.settings)), folder, tell)
     teacher = judge.teacher
@@ -304,7 +310,7 @@ def _result(
     judge: StudyEvaluator,
     teacher: dict[str, Figures],
     runs: list[RunResult],
-    record: tuple[dict[str, Any], ...],
+    record: tuple[Version, ...],
 ) -> StudyResult:
     study = plan.config.study
     first = {run.variant: run.config for run in reversed(plan.runs)}
@@ -330,7 +336,7 @@ def _result(
             "versions": versions(),
             "date": datetime.now(UTC).date().isoformat(),
         },
-        verdicts=judge_hypotheses(study.hypotheses, runs, teacher[REFERENCE]),
+        verdicts=judge_hypotheses(all_hypotheses(record), runs, teacher[REFERENCE]),
         record=record,
     )
 

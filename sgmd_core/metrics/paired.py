@@ -4,10 +4,10 @@
     interval       bootstrap of the mean over seeds
     p              share of the 2^n sign patterns of the differences with a mean as large or larger
 
-If two methods were equal, every difference could as well have the other sign, so all sign patterns
-are equally likely: the test is exact, whatever the law of the differences. It needs seeds: n of
-them give no p below 2^-n. Holm's correction keeps the chance of any false claim among several
-below the level of one.
+If the differences are as likely to be above 0 as equally far below it, all sign patterns are
+equally likely, and the test is exact. Two variants that are equal have such differences; for
+differences from a margin it is an assumption. It needs seeds: n of them give no p below 2^-n.
+Holm's correction keeps the chance of any false claim among several below the level of one.
 """
 
 import math
@@ -44,18 +44,19 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     """One-sided p of a mean above 0 by sign flips (Fisher's randomisation test).
 
     Args:
-        differences: One a pair.
+        differences: One a pair. An infinite one outweighs all finite ones together.
 
     Returns:
         Share of sign patterns whose mean is at least that of the differences, which is one of
         them; beyond `MAX_EXACT` pairs, of the same and 2^20 drawn patterns.
 
     Raises:
-        ShapeError: There is no pair.
+        ShapeError: There is no pair, or a difference is NaN.
     """
-    if not differences:
-        raise ShapeError("comparing pairs", "no pair", "at least 1")
-    sizes = torch.tensor(differences, dtype=torch.float64)
+    if not differences or any(math.isnan(each) for each in differences):
+        found = "no pair" if not differences else "a difference that is NaN"
+        raise ShapeError("comparing pairs", found, "at least 1, none of them NaN")
+    sizes = torch.tensor(_bounded(differences), dtype=torch.float64)
     found = float(sizes.sum())
     if len(sizes) <= MAX_EXACT:
         sums = torch.zeros(1, dtype=torch.float64)
@@ -68,6 +69,22 @@ def sign_flip_p(differences: Sequence[float]) -> float:
             drawn += size * (2.0 * torch.randint(2, drawn.shape, generator=random) - 1.0)
         sums = torch.cat([drawn, sizes.sum()[None]])
     return float((sums >= found - _ROUNDING * float(sizes.abs().sum())).double().mean())
+
+
+def two_sided_p(differences: Sequence[float]) -> float:
+    """Twice the smaller of both one-sided p, at most 1: of a mean on either side of 0.
+
+    Args:
+        differences: As `sign_flip_p` takes them.
+    """
+    opposite = [-each for each in differences]
+    return min(1.0, 2 * min(sign_flip_p(differences), sign_flip_p(opposite)))
+
+
+def _bounded(differences: Sequence[float]) -> list[float]:
+    """The differences with a number in place of each infinite one, above the sum of the others."""
+    beyond = 1.0 + sum(abs(each) for each in differences if math.isfinite(each))
+    return [math.copysign(min(abs(each), beyond), each) for each in differences]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -116,7 +116,7 @@ def test_a_study_killed_at_an_address_goes_on_there_and_ends_with_the_figures_of
     (version,) = json.loads((folder / "hypotheses.json").read_text())["versions"]
     assert version["finished_runs"] == 0
     (verdict,) = json.loads((folder / "results.json").read_text())["verdicts"]
-    assert (verdict["seeds"], verdict["outcome"]) == ([1, 2], "undecided")
+    assert ([*verdict["gains"]], verdict["outcome"]) == (["1", "2"], "undecided")
     assert "## Hypotheses" in (folder / "results.md").read_text()
     for name in ("results.md", "results.json", "cost.csv", "quality-seconds.svg", "cost.svg"):
         assert (folder / name).stat().st_size > 0

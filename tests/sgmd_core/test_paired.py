@@ -12,6 +12,7 @@ from sgmd_core.metrics.paired import (
     mean_difference,
     paired_differences,
     sign_flip_p,
+    two_sided_p,
 )
 
 
@@ -53,9 +54,24 @@ def test_many_pairs_are_sampled_and_agree_with_the_normal_law():
     assert sign_flip_p([1.0] * 60) == 1 / (2**MAX_EXACT + 1)
 
 
-def test_no_pair_is_refused():
+def test_no_pair_and_no_number_are_refused():
     with pytest.raises(ShapeError, match="no pair"):
         sign_flip_p([])
+    with pytest.raises(ShapeError, match="NaN"):
+        sign_flip_p([0.1, math.nan])
+
+
+def test_an_infinite_difference_outweighs_all_others():
+    gains = [0.1, 5.0, 0.3, 0.2]
+    assert sign_flip_p([*gains, math.inf]) == 1 / 32
+    # It has the other sign in half of the patterns, whatever the others do.
+    assert sign_flip_p([*gains, -math.inf]) > 0.5
+    assert sign_flip_p([math.inf, -math.inf]) == 0.75
+
+
+def test_two_sides_are_twice_the_smaller_one():
+    assert two_sided_p([0.1] * 6) == two_sided_p([-0.1] * 6) == 2 / 64
+    assert two_sided_p([1.0, -1.0]) == 1.0
 
 
 def test_holm_counts_the_smallest_most_often_and_keeps_the_order():

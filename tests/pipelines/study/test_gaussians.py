@@ -32,10 +32,11 @@ from sgmd_core.metrics.paired import paired_differences
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.phased import PhasedObjective
 from sgmd_core.objectives.rcm import RcmObjective
+from sgmd_core.objectives.tmd import TmdObjective
 
-# Two experts in phases are not the one network of this study, exact teachers have no features, and
-# no data are drawn.
-APART = {PhasedObjective, AdmObjective, RcmObjective}
+# Two experts in phases are not the one network of this study, nor is a flow head; exact teachers
+# have no features, and no data are drawn.
+APART = {PhasedObjective, AdmObjective, RcmObjective, TmdObjective}
 SMALL = [
     "batch_size=16",
     "num_samples=64",
