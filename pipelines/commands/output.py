@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +26,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -41,6 +42,17 @@ Counter = Callable[[str], None]
 """Tells how far a work is whose end is not known; the words replace those before."""
 
 
+class PrintableConsole(Console):
+    """A console on which text of foreign data, such as a column's name, gives no commands."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """Segments of what is shown; only those of rich's own have control characters."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
+
+
 @contextmanager
 def working() -> Iterator[Console]:
     """A console for progress; what libraries print meanwhile stays out of the result.
@@ -52,7 +64,7 @@ def working() -> Iterator[Console]:
     _RESULTS_TO.append(sys.stdout)
     try:
         with redirect_stdout(sys.stderr):
-            yield Console(stderr=True)
+            yield PrintableConsole(stderr=True)
     finally:
         _RESULTS_TO.pop()
 
@@ -254,14 +266,13 @@ def show(data: Mapping[str, Any] | Sequence[Any], as_json: bool, *shown: Rendera
     if as_json:
         stream.write(json.dumps(data, indent=2, default=str) + "\n")
         return
-    console = Console(file=stream, highlight=False, markup=False)
+    console = PrintableConsole(file=stream, highlight=False, markup=False)
     if not console.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         # A log or a pipe has no width of its own; rich would take 80 columns.
         console.width = _PIPE_COLUMNS
     for part in shown:
         # Paths must stay whole, so that they can be copied.
-        is_text = isinstance(part, str)
-        console.print(printable(part) if is_text else part, soft_wrap=is_text)
+        console.print(part, soft_wrap=isinstance(part, str))
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +324,7 @@ def pairs(data: Mapping[str, Any]) -> Table:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in _flat(data):
+        # Escapes are counted in the width of a cell.
         table.add_row(Text(printable(name)), Text(printable(_in_words(value))))
     return table
 

@@ -9,7 +9,6 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from cluster.redaction import printable
 from cluster.said import Said
 from pipelines.run.alarms import Alarm
 from pipelines.run.observer import RunObserver
@@ -41,7 +40,7 @@ class LineObserver(RunObserver):
 
     def note(self, text: str) -> None:
         """Prints it."""
-        self._console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def iteration(self, record: IterationRecord) -> None:
         """Prints it, unless a line came just before."""
@@ -67,7 +66,7 @@ class LineObserver(RunObserver):
 
     def warning(self, text: str) -> None:
         """Prints it in red, where there are colours."""
-        self._console.print(Text(printable(text), style="bold red"), soft_wrap=True)
+        self._console.print(Text(text, style="bold red"), soft_wrap=True)
 
     def said(self, said: Said) -> None:
         """Prints it with its place, such as `[fake_score 1 @120]`."""
@@ -108,7 +107,7 @@ class LiveObserver(RunObserver):
 
     def note(self, text: str) -> None:
         """Prints it above the bar."""
-        self._progress.console.print(printable(text), highlight=False, markup=False)
+        self._progress.console.print(text, highlight=False, markup=False)
 
     def iteration(self, record: IterationRecord) -> None:
         """Moves the bar."""
@@ -131,7 +130,7 @@ class LiveObserver(RunObserver):
 
     def warning(self, text: str) -> None:
         """Prints it above the bar, in red."""
-        self._progress.console.print(Text(printable(text), style="bold red"))
+        self._progress.console.print(Text(text, style="bold red"))
 
     def said(self, said: Said) -> None:
         """Prints it above the bar with its place, such as `[fake_score 1 @120]`."""

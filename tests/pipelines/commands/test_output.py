@@ -9,10 +9,19 @@ import traceback
 import pytest
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 from typer.testing import CliRunner
 
 from pipelines.cli import app
-from pipelines.commands.output import _CountLines, _ProgressLines, pairs, show, working
+from pipelines.commands.output import (
+    FittingTable,
+    PrintableConsole,
+    _CountLines,
+    _ProgressLines,
+    pairs,
+    show,
+    working,
+)
 from pipelines.run.progress import BarAndFigures
 from pipelines.sweeping.events import trial_error
 from sgmd_core.errors import DataError
@@ -38,6 +47,23 @@ def test_a_result_goes_to_standard_output_also_while_work_goes_on(capsys):
     printed = capsys.readouterr()
     assert printed.out == '{\n  "path": "x"\n}\nfor a reader\n'
     assert printed.err == "of a library\na note\n"
+
+
+def test_text_of_foreign_data_gives_a_terminal_no_commands(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    foreign, shown = "a\x1b]0;pwn\x9cb", "a\\x1b]0;pwn\\x9cb"
+    table = FittingTable(("name",), [[foreign]], num_kept=1)
+    with working() as console:
+        console.print(Text(foreign, style="bold red"), soft_wrap=True)
+        console.print(foreign, highlight=False, markup=False)
+        show({}, False, foreign, pairs({foreign: foreign}), table)
+    printed = capsys.readouterr()
+    assert (printed.err.count(shown), printed.out.count(shown)) == (2, 4)
+    assert not re.search(r"[\x1b\x9c]", printed.out + printed.err)
+    # The colours of the program itself are shown.
+    console = PrintableConsole(file=(file := io.StringIO()), force_terminal=True)
+    console.print(Text(foreign, style="red"))
+    assert file.getvalue() == f"\x1b[31m{shown}\x1b[0m\n"
 
 
 def test_lines_that_follow_closely_are_left_out_of_a_log_but_not_the_last_one():
