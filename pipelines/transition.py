@@ -12,9 +12,11 @@ from pipelines.media.inference import read_inference_settings, write_inference_s
 from pipelines.run.generator_folder import model_folder
 from sgmd_core.errors import ConfigError
 from sgmd_core.inner_flow import inner_grid, starts_as_its_head
+from sgmd_core.schedule import MAX_STEPS
 from workers.models.configs import INDEX_FILE
 from workers.models.exporting import Components
 from workers.models.families import family_of
+from workers.models.flow_head import is_count, is_shift
 from workers.models.weight_digests import SETTINGS_FILE
 
 
@@ -51,6 +53,12 @@ def make_transition(
     require_safe_target(target, "DST", (folder,), attempted)
     if components not in ("link", "copy"):
         raise ConfigError(attempted, f"--components {components}", "link or copy")
+    if not is_count(num_steps, MAX_STEPS) or not is_shift(shift):
+        raise ConfigError(
+            attempted,
+            f"--steps {num_steps} with --shift {shift:g}",
+            f"1 to {MAX_STEPS} steps and a finite shift above 0",
+        )
     if not starts_as_its_head(inner_grid(num_steps, shift)):
         raise ConfigError(
             attempted,

@@ -193,7 +193,10 @@ class TestTheFolder:
             (2, 2, 10.0, "--layers 2 of 2"),
             (0, 2, 10.0, "--layers 0"),
             (1, 4, 1.0, "starts below 0.5"),
-            (1, 0, 10.0, "0 steps"),
+            (1, 0, 10.0, "--steps 0"),
+            (1, 1001, 10.0, "1 to 1000 steps"),
+            (1, 2, float("inf"), "--shift inf"),
+            (1, 2, float("nan"), "a finite shift"),
         ],
     )
     def test_other_numbers_are_refused(self, base, tmp_path, layers, steps, shift, words):
@@ -211,7 +214,16 @@ class TestTheFolder:
         made = make_transition(base, tmp_path / "made", num_layers=1, num_steps=2)
         file = made / "flow_head" / "config.json"
         config = json.loads(file.read_text())
-        for changed in ({"width": 64}, {"num_layers": 3}, {"num_steps": 0}, {"_class_name": "X"}):
+        for changed in (
+            {"width": 64},
+            {"num_layers": 3},
+            {"num_steps": 0},
+            {"num_steps": True},
+            {"num_steps": 10**11},
+            {"shift": float("inf")},
+            {"shift": "10"},
+            {"_class_name": "X"},
+        ):
             file.write_text(json.dumps({**config, **changed}))
             with pytest.raises(ModelFolderError, match="flow_head"):
                 family_of(made).inspect(made)

@@ -12,12 +12,14 @@ difference over 0.01 of s is a derivative.
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from sgmd_core.schedule import MAX_STEPS
 from sgmd_core.seeds import random_generator
 
 NUM_FEATURES = 16
@@ -56,12 +58,13 @@ class FlowHead(nn.Module):
 
         Raises:
             KeyError: A number is missing.
-            ValueError: A number is none of a head.
+            ValueError: A size is no whole number above 0, there are too many steps, or the shift is
+                not finite.
         """
         counts = [config[name] for name in ("width", "num_layers", "num_steps")]
-        whole = all(isinstance(count, int) and count >= 1 for count in counts)
         shift = config["shift"]
-        if not whole or not isinstance(shift, int | float) or not shift > 0:
+        whole = all(is_count(count, sys.maxsize) for count in counts[:2])
+        if not whole or not is_count(counts[2], MAX_STEPS) or not is_shift(shift):
             raise ValueError(f"a flow head of {dict(config)}")
         return cls(*counts, shift=float(shift))
 
@@ -107,3 +110,15 @@ def _features(level: Tensor) -> Tensor:
     turns = math.pi * torch.arange(1, NUM_FEATURES // 2 + 1, device=level.device)
     angles = level.float()[:, None] * turns
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def is_count(value: object, most: int) -> bool:
+    """Tell if a value of a file is a whole number from 1 to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def is_shift(value: object) -> bool:
+    """Tell if a value of a file is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isfinite(value) and value > 0

@@ -245,7 +245,7 @@ def write_transition(
     with whole_folder(dst) as draft:
         copy_components(base, draft, LAYOUT, LAYOUT.components, components)
         _write_head(draft, head)
-        _write_index(draft, base)
+        _write_index(draft, base, {})
 
 
 def save_transition(
@@ -280,7 +280,8 @@ def save_transition(
         build_scheduler(flow_shift).save_pretrained(draft / "scheduler")
         transformer.save_pretrained(draft / TRANSFORMER)
         _write_head(draft, head)
-        _write_index(draft, base)
+        own = type(build_scheduler(flow_shift)).__name__
+        _write_index(draft, base, {"scheduler": ["diffusers", own]})
 
 
 def _write_head(draft: Path, head: FlowHead) -> None:
@@ -291,11 +292,11 @@ def _write_head(draft: Path, head: FlowHead) -> None:
     save_file(weights, draft / FLOW_HEAD / f"{DIFFUSERS_STEM}.safetensors", {"format": "pt"})
 
 
-def _write_index(draft: Path, base: Path) -> None:
+def _write_index(draft: Path, base: Path, others: Mapping[str, list[str]]) -> None:
     index = dict(read_model_json(base / INDEX_FILE))
     index |= {
         "_class_name": TRANSITION_LAYOUT.pipeline_class,
         FLOW_HEAD: ["workers", FlowHead.__name__],
-        "scheduler": ["diffusers", type(build_scheduler(1.0)).__name__],
+        **others,
     }
     write_whole(draft / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from sgmd_core.errors import ModelFolderError
+from sgmd_core.schedule import MAX_STEPS
 from workers.collector import paused_collector
 from workers.models.configs import CONFIG_FILE, read_model_json, require_plain_weights
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, ModelShape
+from workers.models.flow_head import is_count, is_shift
 from workers.models.folder import ModelFolder
 from workers.models.sampling import ClipSampler
 from workers.models.transition_arithmetic import TransitionShape
@@ -149,13 +151,14 @@ def read_head_config(folder: Path) -> Mapping[str, Any]:
     require_plain_weights(part, config)
     denoiser = WanShape.from_config(read_model_json(folder / TRANSFORMER / CONFIG_FILE))
     layers, width = config.get("num_layers"), config.get("width")
-    steps = config.get("num_steps")
-    fits = isinstance(layers, int) and 0 < layers <= denoiser.num_layers and width == denoiser.width
-    if not fits or not isinstance(steps, int) or steps < 1:
+    steps, shift = config.get("num_steps"), config.get("shift")
+    fits = is_count(layers, denoiser.num_layers) and width == denoiser.width
+    if not fits or not is_count(steps, MAX_STEPS) or not is_shift(shift):
         raise ModelFolderError(
             f"reading {part / CONFIG_FILE}",
-            f"num_layers {layers}, width {width} and num_steps {steps}",
-            f"1 to {denoiser.num_layers} layers of width {denoiser.width}, and at least 1 step",
+            f"num_layers {layers}, width {width}, num_steps {steps} and shift {shift}",
+            f"1 to {denoiser.num_layers} layers of width {denoiser.width}, 1 to {MAX_STEPS} steps "
+            "and a finite shift above 0",
             REMEDY,
         )
     return {name: value for name, value in config.items() if not name.startswith("_")}
