@@ -140,9 +140,16 @@ def experts_command(
 
 
 def transition_command(
-    base: Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a run.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="The new model folder.")],
-    layers: Annotated[int, typer.Option(help="Last layers that belong to the flow head")],
+    base: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a Wan model, or a run.")],
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DST", help="The new model folder; a model folder there is replaced."
+        ),
+    ],
+    layers: Annotated[
+        int, typer.Option(help="Last layers that belong to the flow head, from 1 to all but one")
+    ],
     steps: Annotated[int, typer.Option(help="Steps of the inner flow")] = 2,
     shift: Annotated[float, typer.Option(help="Shift of the inner levels")] = 10.0,
     components: Annotated[str, typer.Option(help="Weight files: link or copy")] = "link",
@@ -159,5 +166,7 @@ def transition_command(
         folder = shared_place(made)
         on_progress("writing the folder", 1, 1)
     data = {"folder": folder, "layers": layers, "steps": steps, "shift": shift}
-    words = f"{folder}: {base} with a flow head of its last {layers} layers, {steps} inner steps"
+    words = (
+        f"{folder}: {base} with a flow head (layers, from the last: {layers}; inner steps: {steps})"
+    )
     show(data, as_json, words)

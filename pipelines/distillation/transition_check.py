@@ -36,7 +36,9 @@ def check_transition(config: DistillConfig, model: ModelFolder) -> None:
         return
     teacher = family_of(config.teacher_folder).name
     rules = {
-        f"teacher.model is of the family {teacher}": teacher not in teachers,
+        f"the teacher, {config.teacher_folder}, is of the family {teacher}{_unset(config)}": (
+            teacher not in teachers
+        ),
         "fake_score.start is generator": config.fake_score.start == "generator",
         "generator.diversity follows the teacher's path": config.generator.diversity.enabled,
         "a loss looks off the trajectory": config.looks.off_trajectory,
@@ -48,6 +50,10 @@ def check_transition(config: DistillConfig, model: ModelFolder) -> None:
             "; ".join(words for words, broken in rules.items() if broken),
             f"a teacher of the family {' or '.join(teachers)} that the fake score starts from, and "
             "losses at the ends of rollouts: velocities of this model are samples",
-            "Set teacher.model to the model that the folder was made of, fake_score.start=teacher, "
-            "and a method such as tmd or dmd2",
+            "Set teacher.model to the model that the folder was made of, and "
+            "fake_score.start=teacher; the recipe tiny-tmd is an example",
         )
+
+
+def _unset(config: DistillConfig) -> str:
+    return "" if config.teacher.model else " (teacher.model is null, so it is model.folder)"

@@ -73,6 +73,7 @@ def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) ->
         source=source,
         config=source.config,
         base=_base_id(source.base),
+        teacher=_teacher_id(source),
         parts=_parts(source),
         has_components=all((draft / name).is_dir() for name in source.family.traits.layout.weights),
         files=files,
@@ -94,7 +95,8 @@ def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) ->
 
 def _metadata(source: TrainedGenerator) -> ModelCardData:
     return ModelCardData(
-        library_name="diffusers",
+        # Of a model with a flow head diffusers would sample the backbone alone.
+        library_name="sgmd" if source.family.traits.taught_by else "diffusers",
         pipeline_tag="text-to-video",
         base_model=_base_id(source.base),
         tags=["text-to-video", "distillation", "few-step", "sgmd", source.family.name],
@@ -105,6 +107,12 @@ def _parts(source: TrainedGenerator) -> tuple[str, ...]:
     """Denoisers of the pipeline of diffusers; none where another one samples the family."""
     make = source.family.traits.exchange
     return () if make is None else make().parts
+
+
+def _teacher_id(source: TrainedGenerator) -> str:
+    """Id of the model that the generator was distilled from; the base where none is named."""
+    named = source.config.teacher.model if source.config is not None else None
+    return _base_id(Path(named) if named else source.base)
 
 
 def _base_id(base: Path) -> str:

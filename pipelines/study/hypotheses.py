@@ -28,6 +28,8 @@ RECORD_FILE = "hypotheses.json"
 LEVEL = 0.05
 """Highest chance of any wrong outcome in a study in which every claim is just at its margin."""
 
+_ROUNDING = 1e-9
+
 Outcome = Literal["holds", "undecided", "fails"]
 Version = Mapping[str, Any]
 """Of the record: `date`, `finished_runs` and `study`, the section of the recipe."""
@@ -151,7 +153,7 @@ def all_hypotheses(versions: Sequence[Version]) -> dict[str, Hypothesis]:
         for name, expected in _hypotheses(version).items():
             known = [*newest.values(), *found.values()]
             if kept.get(name) != expected and expected not in known:
-                found[f"{name} (until {following['date'][:10]})"] = expected
+                found[f"{name} (until {following['date'][:19]})"] = expected
     return newest | found
 
 
@@ -270,9 +272,11 @@ def _point_at(run: RunResult, share: float) -> Point | None:
     """The last measured point within a share of a run's iterations; None of one that failed."""
     if run.end is None:
         return None
-    # Points are whole iterations: the first one that reaches the share is within it.
-    limit = math.ceil(share / SHARE_SLACK * run.end.iteration)
-    within = [point for point in run.points if point.iteration <= limit]
+    limit = share * run.end.iteration
+    within = [point for point in run.points if point.iteration <= limit + _ROUNDING]
+    # Points are whole iterations, so the first of them may lie an iteration beyond its share.
+    if not within and run.points[0].iteration <= limit / SHARE_SLACK + 1:
+        return run.points[0]
     return within[-1] if within else None
 
 

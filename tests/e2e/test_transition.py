@@ -118,7 +118,7 @@ class TestChecks:
     @pytest.mark.parametrize(
         ("settings", "words"),
         [
-            (["teacher.model=null"], "teacher.model is of the family wan-transition"),
+            (["teacher.model=null"], "wan-transition .teacher.model is null"),
             (["fake_score.start=generator"], "fake_score.start is generator"),
             (["generator.diversity={weight: 0.1, anchor_step: 3}"], "follows the teacher's path"),
             (["objective={method: cdm}"], "off the trajectory"),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from torch import Tensor
 
 from pipelines.transition import make_transition
@@ -27,7 +28,7 @@ from workers.evaluator import Evaluator
 from workers.models.families import family_of
 from workers.models.family import TransitionDenoiser
 from workers.models.flow_head import FlowHead, with_first_weights
-from workers.models.wan_transition import WanTransition
+from workers.models.wan_transition import WanTransition, save_transition
 from workers.models.weight_digests import require_same_weights
 from workers.network_settings import ComputeSettings
 from workers.sharding import full_tensor, shard
@@ -186,6 +187,21 @@ class TestTheFolder:
         require_same_weights(made)
         index = json.loads((made / "model_index.json").read_text())
         assert index["_class_name"] == "WanTransitionPipeline"
+
+    def test_diffusers_refuses_it_instead_of_sampling_its_backbone(
+        self, base: Path, tmp_path: Path
+    ):
+        made = make_transition(base, tmp_path / "made", num_layers=1, num_steps=2)
+        save_transition(
+            tmp_path / "trained",
+            made,
+            dict(family_of(made).load_denoiser(made).named_parameters()),
+            flow_shift=3.0,
+        )
+        WanPipeline.from_pretrained(base)
+        for folder in (made, tmp_path / "trained"):
+            with pytest.raises((ValueError, AttributeError), match="WanTransitionBackbone"):
+                WanPipeline.from_pretrained(folder)
 
     @pytest.mark.parametrize(
         ("layers", "steps", "shift", "words"),

@@ -56,6 +56,9 @@ _CLASSES = {
     VAE: ["diffusers", "AutoencoderKLWan"],
     TEXT_ENCODER: ["transformers", "UMT5EncoderModel"],
 }
+TRANSITION_CLASSES = {TRANSFORMER: ["workers", "WanTransitionBackbone"]}
+"""Of the index of a folder with a flow head. `WanPipeline` looks at neither the class of a pipeline
+nor a component more, but it cannot make one of this class: it would sample the backbone alone."""
 _TOKENIZER_LIBRARY = "transformers"
 _CONVERT = "https://github.com/huggingface/diffusers/blob/main/scripts/convert_wan_to_diffusers.py"
 # What another kind of model is for, so that the sentence says why it cannot be distilled.
@@ -313,7 +316,8 @@ def require_wan_index(folder: Path) -> Mapping[str, Any]:
         kind = _OTHER_PIPELINES.get(str(pipeline))
         found = f"_class_name is {pipeline!r}" + (f": {kind}" if kind else "")
         raise _unsupported(folder, found, f"_class_name {_PIPELINE_CLASS!r}, text to video")
-    for component, expected in _CLASSES.items():
+    classes = _CLASSES if pipeline == _PIPELINE_CLASS else _CLASSES | TRANSITION_CLASSES
+    for component, expected in classes.items():
         if index.get(component) != expected:
             raise _unsupported(
                 folder, f"{component} is {index.get(component)}", f"{component} to be {expected}"

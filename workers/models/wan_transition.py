@@ -33,6 +33,7 @@ from workers.models.wan_family import (
     TEXT_ENCODER,
     TOKENIZER,
     TRANSFORMER,
+    TRANSITION_CLASSES,
     VAE,
     require_supported_index,
 )
@@ -297,6 +298,7 @@ def _write_index(draft: Path, base: Path, others: Mapping[str, list[str]]) -> No
     index |= {
         "_class_name": TRANSITION_LAYOUT.pipeline_class,
         FLOW_HEAD: ["workers", FlowHead.__name__],
+        **TRANSITION_CLASSES,
         **others,
     }
     write_whole(draft / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())

@@ -93,7 +93,7 @@ def test_a_share_of_the_budget_is_that_of_the_variant_alone():
     assert outcome(expects(of_budget=0.9), ours, theirs) == "holds"
 
 
-def test_a_point_counts_from_the_first_iteration_that_reaches_the_share():
+def test_the_first_point_may_lie_an_iteration_beyond_its_share():
     # Points as a run of 34 iterations has them: 12 is above a third of it, and its first one.
     ours = [
         replace(
@@ -116,6 +116,30 @@ def test_a_point_counts_from_the_first_iteration_that_reaches_the_share():
     late = [replace(run, points=run.points[2:]) for run in ours]
     (nothing,) = judge_hypotheses({"h": expects(of_budget=0.33)}, late + theirs, REFERENCE)
     assert (nothing.gains, nothing.p, nothing.outcome) == ({}, 1.0, "undecided")
+
+
+@pytest.mark.parametrize(
+    ("iterations", "points", "share", "measured"),
+    [
+        (2, (1, 2), 0.5, 1),
+        (18, (5, 10, 15, 18), 0.5, 5),
+        (16, (3, 6, 9, 12, 15, 16), 0.5, 6),
+        (19, (7, 14, 19), 0.34, 7),
+        (100, (34, 67, 100), 0.33, 34),
+        (100, (34, 67, 100), 0.67, 67),
+        (100, (34, 67, 100), 1.0, 100),
+    ],
+)
+def test_no_later_point_counts_than_the_share_allows(iterations, points, share, measured):
+    run = RunResult(
+        "ours",
+        0,
+        "",
+        tuple(Point(at, float(at), 1.0, {"frechet": float(at)}) for at in points),
+    )
+    other = RunResult("theirs", 0, "", (Point(iterations, 1.0, 1.0, {"frechet": 0.0}),))
+    (verdict,) = judge_hypotheses({"h": expects(of_budget=share)}, [run, other], REFERENCE)
+    assert verdict.gains == {0: -float(measured)}
 
 
 @pytest.mark.parametrize("broken", ["error", "figure"])
@@ -209,7 +233,7 @@ def test_a_claim_is_not_freed_by_dropping_its_neighbours(tmp_path: Path):
     assert set(all_hypotheses(versions)) == {"good", *bad}
     versions = write_down(tmp_path, study_of(good=expects()), 12)
     found = all_hypotheses(versions)
-    date = versions[-1]["date"][:10]
+    date = versions[-1]["date"][:19]
     assert set(found) == {"good", *(f"{name} (until {date})" for name in bad)}
     good, *_ = judge_hypotheses(found, ours + theirs, REFERENCE)
     assert (good.name, good.p, good.corrected_p) == ("good", 2 / 256, 10 / 256)
