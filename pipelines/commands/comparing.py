@@ -165,6 +165,8 @@ def _plan_table(planned: Mapping[str, Any]) -> Table:
 
 
 def _plan_words(planned: Mapping[str, Any]) -> str:
+    from pipelines.reporting.names import duration
+
     total, source = planned["training_seconds"], planned["seconds_per_forward_from"]
     seeds = ", ".join(map(str, planned["seeds"]))
     lines = [f"{planned['runs']} runs (seeds {seeds}) in {planned['folder']}"]
@@ -172,7 +174,7 @@ def _plan_words(planned: Mapping[str, Any]) -> str:
         lines.append(f"how long a forward pass takes is not known: {source}")
     else:
         lines.append(
-            f"predicted training time: {total / 60:.0f} min, from {source}; measuring is on top"
+            f"predicted training time: {duration(total)}, from {source}; measuring is on top"
         )
     lines += [f"{name}: {words}" for name, words in planned["hypotheses"].items()]
     lines.append("a forward is a pass over one batch; back to the input counts 1, to the weights 2")

@@ -157,7 +157,8 @@ def _study(
     _require_figures(config, teacher[REFERENCE])
     results: list[RunResult] = []
     for number, run in enumerate(plan.runs, 1):
-        tell(f"run {number}/{len(plan.runs)}: {run.config.name}")
+        known = ", finished before" if _is_finished(run) else ""
+        tell(f"run {number}/{len(plan.runs)}: {run.config.name}{known}")
         results.append(_made(run, folder, judge, tell, open_observer))
         # After every run, so that a study under way can be looked at.
         _write(folder, _result(plan, judge, teacher, results, record))

@@ -104,6 +104,10 @@ def test_a_study_killed_at_an_address_goes_on_there_and_ends_with_the_figures_of
     notes: list[str] = []
     result = made(config, notes)
     assert (first / "summary.json").stat().st_mtime_ns == finished_at
+    assert [note for note in notes if note.startswith("run ")] == [
+        f"run {number}/4: {name}{', finished before' if number == 1 else ''}"
+        for number, name in enumerate(RUNS, 1)
+    ]
     sampled = [note for note in notes if note.startswith("sampling")]
     # The teacher's clips and those of the first run are remembered; six points, two seeds each.
     assert len(sampled) == 12
