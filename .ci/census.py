@@ -19,7 +19,7 @@ LARGE = 400
 Graph = dict[str, set[str]]
 
 
-def modules_of(root: Path) -> dict[str, Path]:
+def files_by_module(root: Path) -> dict[str, Path]:
     """Returns the files of all packages by module name."""
     paths = [path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))]
     return {".".join(path.relative_to(root).with_suffix("").parts): path for path in paths}
@@ -70,7 +70,7 @@ def _reached(graph: Graph, start: str) -> set[str]:
 
 def census(root: Path) -> dict[str, object]:
     """Returns all counts of a tree."""
-    modules = modules_of(root)
+    modules = files_by_module(root)
     texts = {module: path.read_text(encoding="utf-8") for module, path in modules.items()}
     trees = {module: ast.parse(text) for module, text in texts.items()}
     rooms: Graph = {room: set() for name in modules if (room := room_of(name))}

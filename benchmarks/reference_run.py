@@ -30,6 +30,7 @@ from pipelines.media.plot_files import (
     place_y,
     svg_file,
 )
+from pipelines.run.differences import value_differences
 from pipelines.run.folder import RunFolder, git_revision, read_jsonl, versions
 
 RECORD = "reference-run.json"
@@ -64,7 +65,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     windows = [lines[start : start + WINDOW] for start in range(0, len(lines), WINDOW)]
     return {
         "seed": config.seed,
-        "recipe": own_settings(config.model_dump(mode="json")),
+        "settings": {
+            key: value for key, value in config.deciding_settings.items() if key != "seed"
+        },
         "first": {name: [line["losses"][name] for line in lines[:NUM_FIRST]] for name in LOSSES},
         "losses": {
             name: {
@@ -85,41 +88,21 @@ def read_run(folder: Path) -> dict[str, Any]:
     }
 
 
-def own_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that decide the numbers of a run: neither names, places nor what others read."""
-    left_out = (
-        "name",
-        "output",
-        "seed",
-        "study",
-        "sweep",
-        "topology",
-        "tracker",
-        "trace",
-        "export",
-    )
-    kept = {name: value for name, value in settings.items() if name not in left_out}
-    kept["data"] = {k: v for k, v in kept["data"].items() if k not in ("train", "validation")}
-    kept.pop("checkpoint", None)
-    kept.pop("recovery", None)
-    return kept
-
-
 def record(folders: Sequence[Path], output: Path) -> None:
     """Writes the record and its plots."""
     runs = [read_run(folder) for folder in folders]
-    recipe = runs[0]["recipe"]
+    settings = runs[0]["settings"]
     for folder, run in zip(folders, runs, strict=True):
-        if different := changed(run["recipe"], recipe):
-            sys.exit(f"{folder} has other settings than {folders[0]}: {', '.join(different)}")
+        if different := value_differences(settings, run["settings"]):
+            sys.exit(f"{folder} has other settings than {folders[0]}: {'; '.join(different)}")
     output.mkdir(parents=True, exist_ok=True)
     content = {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": platform.machine(),
         "git_revision": git_revision(),
         "versions": versions(),
-        "recipe": recipe,
-        "runs": [{k: v for k, v in run.items() if k != "recipe"} for run in runs],
+        "settings": settings,
+        "runs": [{k: v for k, v in run.items() if k != "settings"} for run in runs],
     }
     (output / RECORD).write_text(json.dumps(content, indent=1) + "\n")
     for name, title, y_title in (
@@ -149,23 +132,11 @@ def plot(title: str, y_title: str, curves: Mapping[str, Mapping[str, float]]) ->
     return svg_file(title, [*parts, *colour_legend(legend)])
 
 
-def changed(one: Mapping[str, Any], other: Mapping[str, Any], above: str = "") -> list[str]:
-    """Dotted keys in which two sets of settings differ."""
-    found: list[str] = []
-    for name in sorted({*one, *other}):
-        key, a, b = f"{above}{name}", one.get(name), other.get(name)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found += changed(a, b, f"{key}.")
-        elif a != b:
-            found.append(key)
-    return found
-
-
 def compare(folder: Path, reference: Path) -> int:
     """Prints a run beside the record; returns how many lines are out of their range."""
     known, run = json.loads(reference.read_text()), read_run(folder)
-    if different := changed(run["recipe"], known["recipe"]):
-        print(f"other settings than the record's: {', '.join(different)}")
+    if different := value_differences(known["settings"], run["settings"]):
+        print(f"other settings than the record's: {'; '.join(different)}")
     out = 0
     same = [each for each in known["runs"] if each["seed"] == run["seed"]]
     for name in LOSSES if same else ():

@@ -188,13 +188,12 @@ def data_draws(
         sample_indices: Position of each sample in the iteration's whole batch.
         latent_shape: (c, t, h, w) of one sample.
     """
-    normal: list[Tensor] = []
-    noise: list[Tensor] = []
-    for index in sample_indices:
-        stream = random_generator(seed, f"data/{key.purpose}", key.iteration, index)
-        normal.append(torch.randn(1, generator=stream))
-        noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
-    return torch.cat(normal), torch.stack(noise)
+    streams = [
+        random_generator(seed, f"data/{key.purpose}", key.iteration, index)
+        for index in sample_indices
+    ]
+    normal = torch.cat([torch.randn(1, generator=stream) for stream in streams])
+    return normal, _noise(streams, latent_shape)
 
 
 def stride_draws(
@@ -211,14 +210,19 @@ def stride_draws(
         sample_indices: Position of each sample in the iteration's whole batch.
         latent_shape: (c, t, h, w) of one sample.
     """
-    numbers: list[Tensor] = []
-    noise: list[Tensor] = []
-    for index in sample_indices:
-        stream = random_generator(seed, f"strides/{key.purpose}", key.iteration, index)
-        numbers.append(torch.rand(2, generator=stream))
-        noise.append(torch.randn(latent_shape, generator=stream, dtype=torch.float32))
-    uniform, choice = torch.stack(numbers, dim=1)
-    return uniform, choice, torch.stack(noise)
+    streams = [
+        random_generator(seed, f"strides/{key.purpose}", key.iteration, index)
+        for index in sample_indices
+    ]
+    uniform, choice = torch.stack([torch.rand(2, generator=each) for each in streams], dim=1)
+    return uniform, choice, _noise(streams, latent_shape)
+
+
+def _noise(streams: Sequence[torch.Generator], latent_shape: tuple[int, int, int, int]) -> Tensor:
+    """Noise of each sample, drawn from its stream."""
+    return torch.stack(
+        [torch.randn(latent_shape, generator=each, dtype=torch.float32) for each in streams]
+    )
 
 
 def derived_noise(latents: Samples, *counters: int) -> Samples:

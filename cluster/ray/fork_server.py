@@ -40,6 +40,7 @@ from typing import Any
 
 from cluster.background import in_background
 from cluster.ray.fork_client import end_with_parent_at_once
+from sgmd_core.collector import paused_collector
 
 _PREFIX, _OWNED = "forks-", "owned"
 _CLIENT = Path(__file__).with_name("fork_client.py")
@@ -150,11 +151,10 @@ def run_fork_server(listener: socket.socket, modules: Sequence[str]) -> None:
     """Imports modules and forks a process for each request, until the controller is gone."""
     # As Ray's own processes of a private cluster: see `cluster.runtime`.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    gc.disable()  # It would look at all that imports make, again and again; nothing of it goes.
-    for module in modules:
-        with suppress(Exception):
-            import_module(module)
-    gc.enable()
+    with paused_collector():
+        for module in modules:
+            with suppress(Exception):
+                import_module(module)
     if "ray" in sys.modules:
         return  # Ray keeps the environment in which it was imported; each worker has its own.
     gc.collect()

@@ -16,7 +16,6 @@ synchronous and are never restarted and calls never retried by Ray: a restart wo
 workers' state without a word, and a retry would run out of order.
 """
 
-import gc
 import os
 import pickle
 import time
@@ -43,6 +42,7 @@ from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
 from cluster.ray.topology import Placement
 from cluster.spans import Clock, Label, Work, read_clock
 from cluster.transfer import array_in, from_wire, require_constants, to_wire
+from sgmd_core.collector import paused_collector
 
 _COLLECTIVE_TIMEOUT_S = 600.0
 _MOST_WORK_KEPT = 10_000
@@ -272,14 +272,9 @@ class Host:
         Ray would import it, too, but with the collector of cycles looking at all of it again and
         again: a fifth of the time.
         """
-        paused = gc.isenabled()
-        gc.disable()
-        try:
-            with suppress(Exception):  # Where it cannot be imported, building says so.
-                import_module(module)
-        finally:
-            if paused:
-                gc.enable()
+        # Where it cannot be imported, building says so.
+        with suppress(Exception), paused_collector():
+            import_module(module)
 
     def build(
         self,

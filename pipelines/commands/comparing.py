@@ -9,7 +9,7 @@ from rich.table import Table
 
 from pipelines.commands.options import Json, Overrides, RecipeName
 from pipelines.commands.output import FittingTable, show, working
-from workers.collector import paused_collector
+from sgmd_core.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig

@@ -7,7 +7,7 @@ import typer
 from pipelines.commands.data_options import CheckArguments, EncodeArguments, PrepareArguments
 from pipelines.commands.options import Json, expand_groups
 from pipelines.commands.output import Counter, counting, pairs, progress_bar, show
-from workers.collector import paused_collector
+from sgmd_core.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.data.making.prepare import PrepareProgress

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from pipelines.commands.options import Json, OptionGroup, expand_groups
 from pipelines.commands.output import progress_bar, show, working
+from sgmd_core.collector import paused_collector
 from sgmd_core.errors import ConfigError
-from workers.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.data.stream.reconciliation import EpochReconciliation

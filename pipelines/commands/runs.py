@@ -11,9 +11,9 @@ import typer
 from pipelines.commands.failures import hinting
 from pipelines.commands.options import LARGEST_SEED, Json, Overrides, RecipeName
 from pipelines.commands.output import progress_bar, show, working
+from sgmd_core.collector import paused_collector
 from sgmd_core.errors import ConfigError
 from sgmd_core.worlds import WorldName
-from workers.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.config.recipe import DistillConfig

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from pipelines.commands.options import Json, Overrides, RecipeName
 from pipelines.commands.output import FittingTable, show, working
-from workers.collector import paused_collector
+from sgmd_core.collector import paused_collector
 
 if TYPE_CHECKING:
     from pipelines.config.sweep import SweepSettings

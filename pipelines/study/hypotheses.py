@@ -10,7 +10,7 @@ was written. It reminds and tells readers; whoever can write to the folder can c
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,7 @@ from pipelines.config.study import SHARE_SLACK, Hypothesis, StudySettings
 from pipelines.study.judging import Figures
 from pipelines.study.measured_runs import Point, RunResult
 from sgmd_core.metrics.bootstrap import Interval
-from sgmd_core.metrics.paired import holm, mean_difference, two_sided_p
+from sgmd_core.metrics.paired import bounded, holm, mean_difference, two_sided_p
 
 RECORD_FILE = "hypotheses.json"
 LEVEL = 0.05
@@ -71,7 +71,8 @@ class Verdict:
         """`holds` or `fails` where the seeds leave no doubt on which side of `by` the gain lies."""
         if self.corrected_p >= LEVEL:
             return "undecided"
-        return "holds" if _sum(self.gains.values(), self.expected.by) > 0 else "fails"
+        above = bounded([gain - self.expected.by for gain in self.gains.values()])
+        return "holds" if sum(above) > 0 else "fails"
 
     def to_json(self) -> dict[str, Any]:
         """As results.json holds it; an infinite gain is null."""
@@ -303,10 +304,3 @@ def _loss(expected: Hypothesis, point: Point | None, reference: Figures) -> floa
         case "nearer":
             found = abs(value - reference.get(expected.figure, math.nan))
     return found if math.isfinite(found) else math.inf
-
-
-def _sum(gains: Collection[float], by: float) -> float:
-    """Sum of what the gains are above `by`, in which infinite ones outweigh the finite."""
-    above = [gain - by for gain in gains]
-    infinite = [math.copysign(1.0, each) for each in above if math.isinf(each)]
-    return sum(infinite) or sum(each for each in above if math.isfinite(each))

@@ -56,7 +56,7 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     if not differences or any(math.isnan(each) for each in differences):
         found = "no pair" if not differences else "a difference that is NaN"
         raise ShapeError("comparing pairs", found, "at least 1, none of them NaN")
-    sizes = torch.tensor(_bounded(differences), dtype=torch.float64)
+    sizes = torch.tensor(bounded(differences), dtype=torch.float64)
     found = float(sizes.sum())
     if len(sizes) <= MAX_EXACT:
         sums = torch.zeros(1, dtype=torch.float64)
@@ -81,8 +81,8 @@ def two_sided_p(differences: Sequence[float]) -> float:
     return min(1.0, 2 * min(sign_flip_p(differences), sign_flip_p(opposite)))
 
 
-def _bounded(differences: Sequence[float]) -> list[float]:
-    """The differences with a number in place of each infinite one, above the sum of the others."""
+def bounded(differences: Sequence[float]) -> list[float]:
+    """Differences with a number in place of each infinite one, above the sum of the others."""
     beyond = 1.0 + sum(abs(each) for each in differences if math.isfinite(each))
     return [math.copysign(min(abs(each), beyond), each) for each in differences]
 

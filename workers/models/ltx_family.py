@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sgmd_core.collector import paused_collector
 from sgmd_core.errors import ModelFolderError
-from workers.collector import paused_collector
 from workers.models.configs import (
     CONFIG_FILE,
     INDEX_FILE,

@@ -6,17 +6,16 @@ Counted as in `wan_arithmetic`, to the product. Only a pass's own inner noise ne
 states after it do.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
 from workers.models.family import PassFlops
 from workers.models.flow_head import NUM_FEATURES
-from workers.models.wan_arithmetic import WanShape
+from workers.models.wan_arithmetic import DerivedShape, WanShape
 
 
 @dataclass(frozen=True, slots=True)
-class TransitionShape:
+class TransitionShape(DerivedShape):
     """The numbers that fix a Wan denoiser with a flow head.
 
     Attributes:
@@ -30,24 +29,14 @@ class TransitionShape:
     inner_steps: int
 
     @property
+    def denoiser(self) -> WanShape:
+        """The denoiser."""
+        return self.base
+
+    @property
     def num_layers(self) -> int:
         """Layers of backbone and head."""
         return self.base.num_layers
-
-    @property
-    def width(self) -> int:
-        """Width of the residual stream between layers."""
-        return self.base.width
-
-    @property
-    def text_width(self) -> int:
-        """Width of a caption embedding."""
-        return self.base.text_width
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of attention."""
-        return self.base.num_heads
 
     @property
     def num_parameters(self) -> int:
@@ -55,20 +44,6 @@ class TransitionShape:
         d = self.width
         embedding = NUM_FEATURES * d + d + d * d + d
         return self.base.num_parameters + 2 * embedding + d + 5 * (d * d + d)
-
-    @property
-    def parameters_per_layer(self) -> int:
-        """Parameters of one layer."""
-        return self.base.parameters_per_layer
-
-    @property
-    def projections(self) -> Mapping[str, tuple[int, int]]:
-        """Linear projections of one layer: sizes in and out by name."""
-        return self.base.projections
-
-    def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
-        """Tokens of one sample."""
-        return self.base.num_tokens(latent_shape)
 
     def forward_flops(self, latent_shape: tuple[int, int, int, int], text_length: int) -> int:
         """Operations of one forward pass of one sample: of all inner steps."""
@@ -112,12 +87,6 @@ class TransitionShape:
         )
         own = self.inner_steps * 40 * self.num_tokens(latent_shape) * self.width
         return base + (self.inner_steps - 1) * self.head_layers * (more - base) + own
-
-    def layer_graph_bytes(
-        self, latent_shape: tuple[int, int, int, int], text_length: int, *, bf16: bool
-    ) -> int:
-        """Bytes of one layer's part of a graph without checkpointing."""
-        return self.base.layer_graph_bytes(latent_shape, text_length, bf16=bf16)
 
     def transient_bytes(self, latent_shape: tuple[int, int, int, int], *, bf16: bool) -> int:
         """Bytes that a pass without a graph holds at its widest place, for one sample."""

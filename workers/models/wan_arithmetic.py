@@ -16,6 +16,7 @@ The numbers of parameters and operations are exact; the bytes of graphs were fit
 The tests hold all of them against networks.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
@@ -195,8 +196,54 @@ class WanShape:
         return 2 * size * n * self.ffn_width + 24 * n * self.width
 
 
+class DerivedShape(ABC):
+    """A shape whose layers are those of one Wan denoiser; what is the denoiser's own."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def denoiser(self) -> WanShape:
+        """The denoiser that the layers are of."""
+
+    @property
+    def width(self) -> int:
+        """Width of the residual stream between layers."""
+        return self.denoiser.width
+
+    @property
+    def text_width(self) -> int:
+        """Width of a caption embedding."""
+        return self.denoiser.text_width
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of attention."""
+        return self.denoiser.num_heads
+
+    @property
+    def parameters_per_layer(self) -> int:
+        """Parameters of one layer."""
+        return self.denoiser.parameters_per_layer
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Linear projections of one layer: sizes in and out by name."""
+        return self.denoiser.projections
+
+    def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
+        """Tokens of one sample."""
+        return self.denoiser.num_tokens(latent_shape)
+
+    def layer_graph_bytes(
+        self, latent_shape: tuple[int, int, int, int], text_length: int, *, bf16: bool
+    ) -> int:
+        """Bytes of one layer's part of a graph without checkpointing."""
+        return self.denoiser.layer_graph_bytes(latent_shape, text_length, bf16=bf16)
+
+
 @dataclass(frozen=True, slots=True)
-class ExpertsShape:
+class ExpertsShape(DerivedShape):
     """Two denoisers of one shape, of which a sample passes through that of its noise level.
 
     Parameters are those of both; operations and bytes of a pass are those of one.
@@ -208,43 +255,19 @@ class ExpertsShape:
     expert: WanShape
 
     @property
+    def denoiser(self) -> WanShape:
+        """Shape of each."""
+        return self.expert
+
+    @property
     def num_layers(self) -> int:
         """Layers of both."""
         return 2 * self.expert.num_layers
 
     @property
-    def width(self) -> int:
-        """Width of the residual stream between layers."""
-        return self.expert.width
-
-    @property
-    def text_width(self) -> int:
-        """Width of a caption embedding."""
-        return self.expert.text_width
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of attention of each."""
-        return self.expert.num_heads
-
-    @property
     def num_parameters(self) -> int:
         """Parameters of both."""
         return 2 * self.expert.num_parameters
-
-    @property
-    def parameters_per_layer(self) -> int:
-        """Parameters of one layer of one expert."""
-        return self.expert.parameters_per_layer
-
-    @property
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """Linear projections of one layer: sizes in and out by name."""
-        return self.expert.projections
-
-    def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
-        """Tokens of one sample."""
-        return self.expert.num_tokens(latent_shape)
 
     def forward_flops(self, latent_shape: tuple[int, int, int, int], text_length: int) -> int:
         """Operations of one forward pass of one sample."""
@@ -266,12 +289,6 @@ class ExpertsShape:
         return self.expert.graph_bytes(
             latent_shape, text_length, bf16=bf16, checkpointing=checkpointing
         )
-
-    def layer_graph_bytes(
-        self, latent_shape: tuple[int, int, int, int], text_length: int, *, bf16: bool
-    ) -> int:
-        """Bytes of one layer's part of a graph."""
-        return self.expert.layer_graph_bytes(latent_shape, text_length, bf16=bf16)
 
     def transient_bytes(self, latent_shape: tuple[int, int, int, int], *, bf16: bool) -> int:
         """Bytes that a pass without a graph holds at its widest place, for one sample."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from workers.collector import paused_collector
+from sgmd_core.collector import paused_collector
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, ModelShape

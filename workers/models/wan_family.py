@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sgmd_core.collector import paused_collector
 from sgmd_core.errors import ModelFolderError
-from workers.collector import paused_collector
 from workers.models.addresses import missing_folder
 from workers.models.configs import (
     CONFIG_FILE,

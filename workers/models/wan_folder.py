@@ -6,8 +6,8 @@ configurations -> networks without weights -> names, shapes and dtypes in the he
 from pathlib import Path
 from typing import Any
 
+from sgmd_core.collector import paused_collector
 from sgmd_core.errors import ModelFolderError
-from workers.collector import paused_collector
 from workers.models.architecture import (
     CheckedComponent,
     NetworkKind,

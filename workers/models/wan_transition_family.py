@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgmd_core.collector import paused_collector
 from sgmd_core.errors import ModelFolderError
 from sgmd_core.schedule import MAX_STEPS
-from workers.collector import paused_collector
 from workers.models.configs import CONFIG_FILE, read_model_json, require_plain_weights
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, ModelShape

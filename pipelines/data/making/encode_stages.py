@@ -48,8 +48,8 @@ from pipelines.data.shards.schema import (
     faults_in,
 )
 from pipelines.media.video import Pixels
+from sgmd_core.collector import paused_collector
 from sgmd_core.errors import DataError
-from workers.collector import paused_collector
 from workers.models.families import modules_of
 
 TASK = "task"

@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from workers.collector import paused_collector
+from sgmd_core.collector import paused_collector
 
 
 def test_it_is_paused_inside_and_runs_again_also_after_an_error() -> None:

@@ -1,12 +1,12 @@
 """The garbage collector, paused while libraries are imported."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def paused_collector() -> Iterator[None]:
+def paused_collector() -> Generator[None]:
     """Pause Python's collector of reference cycles; for imports, which make nothing to collect.
 
     Importing diffusers makes a million objects that stay, and the collector looks at all of them
