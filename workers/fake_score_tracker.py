@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives import GradientPath, LookingObjective, Objective, restarts_of
+from sgmd_core.objectives.shuffled import shuffled_teacher
 from sgmd_core.types import (
     FakePrediction,
     GeneratorSignal,
@@ -82,6 +83,7 @@ class FakeScoreTracker(ExtraUpdates):
         self._network = make_trainable(velocity_model)
         self._objective = objective
         self._shared = settings.tracking == "shared"
+        self._shuffled = settings.gap == "shuffled"
         # A sharded network cannot be frozen for a while: FSDP fixes once which copies learn.
         self._keeps_parameters = self._shared or is_sharded(velocity_model)
         self._ida_decay = settings.ida_decay
@@ -136,6 +138,8 @@ class FakeScoreTracker(ExtraUpdates):
             wanted.append(velocity_teacher.requires_grad_())
         with self._parameters_aside():
             velocity_fake = self._predict(leaf)
+            if self._shuffled:
+                velocity_teacher = shuffled_teacher(velocity_fake, velocity_teacher)
             loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
             loss, off = self._with_looks(loss, leaf, query, teacher)
             # Asked for these alone, autograd makes no gradient for any parameter.

@@ -14,6 +14,7 @@ Every record checks itself when it is made, so that a wrong number is met before
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sgmd_core.objectives.shuffled import Gap
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, RandomSteps
 from sgmd_core.velocity import GuidanceNorm
 from workers.attention import KERNELS
@@ -189,6 +190,8 @@ class FakeScoreSettings:
             generator, it is mixed with the generator's; 1 does not mix. DMD recipes have 0.97.
         compute: How it is computed.
         lora: Adapters to train in place of all weights; null trains all.
+        gap: The gap between the scores that a sample teaches the generator: its `own`, or
+            `shuffled`, that of its neighbour in the batch, which is the control of a study.
     """
 
     tracking: Literal["shared", "fresh"] = "shared"
@@ -197,9 +200,13 @@ class FakeScoreSettings:
     compute: ComputeSettings = field(default_factory=ComputeSettings)
     lora: LoraSettings | None = None
     start: Literal["teacher", "generator"] = "teacher"
+    gap: Gap = "own"
 
     def __post_init__(self) -> None:
         """Checks the values."""
+        require_setting(
+            self.gap in ("own", "shuffled"), "fake_score.gap", self.gap, "'own' or 'shuffled'"
+        )
         require_setting(
             self.tracking in ("shared", "fresh"),
             "fake_score.tracking",

@@ -12,14 +12,16 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.recipe_files import find_recipe, recipe_sections
 from pipelines.config.section import Section
+from pipelines.config.shuffled import shuffling_contradictions
 from pipelines.config.study import VariantName
 from sgmd_core.objectives import PhasingObjective, adversary_of, looks_of
 from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.meanflow import FlowObjective
 from sgmd_core.objectives.sgmd import SgmdObjective
+from sgmd_core.objectives.shuffled import Gap
 from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
 from sgmd_core.types import Looks
-from workers.settings import FakeScoreSettings
+from workers.settings import DiversitySettings, FakeScoreSettings
 
 Rate = Annotated[float, Field(gt=0, le=1)]
 _MOST_POINTS = 2**16
@@ -80,10 +82,19 @@ class GaussianVariant(Section):
     tracking: Literal["shared", "fresh"] = "shared"
     """`shared`: the fake score is tracked on the generator's own batch, in the same forward pass.
     `fresh`: on new samples of the updated generator, `objective.fake_updates` times."""
+    gap: Gap = "own"
+    """As `fake_score.gap` of a recipe of `sgmd distill`: `shuffled` is a control."""
+
+    @property
+    def _fake_score(self) -> FakeScoreSettings:
+        return FakeScoreSettings(tracking=self.tracking, gap=self.gap)
 
     def contradictions(self) -> Iterator[str]:
         """Sentences on what the study cannot do with the method."""
-        problems = method_contradictions(self.objective, FakeScoreSettings(tracking=self.tracking))
+        problems = method_contradictions(self.objective, self._fake_score)
+        problems += shuffling_contradictions(
+            self.objective, self._fake_score, DiversitySettings(weight=0.0)
+        )
         method = self.objective.method
         if looks_of(self.objective, guidance_scale=1.0) != Looks():
             problems.append(
@@ -111,7 +122,7 @@ class GaussianVariant(Section):
                 "network; compare it by `sgmd study`"
             )
         for problem in problems:
-            yield problem.replace("fake_score.tracking", "tracking")
+            yield problem.replace("fake_score.", "")
 
 
 class GaussianStudyConfig(Section):
@@ -157,6 +168,12 @@ def _contradictions(config: GaussianStudyConfig) -> Iterator[str]:
     for name, world in config.worlds.items():
         if world.modes > 2 and world.dim != 2 and world.modes > world.dim:
             yield f"worlds.{name} has {world.modes} modes at right angles in {world.dim} dimensions"
+    shuffled = [name for name, each in config.variants.items() if each.gap == "shuffled"]
+    if shuffled and config.batch_size % 2:
+        yield (
+            f"variants.{shuffled[0]}.gap is shuffled among pairs, and batch_size "
+            f"{config.batch_size} is odd"
+        )
     given, plain = config.schedule, FlowMatchSchedule()
     for name in ("score_level_min", "score_level_max", "score_window", "steps", "renoise"):
         if getattr(given, name) != getattr(plain, name):

@@ -37,9 +37,10 @@ from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
 from pipelines.config.recovery import RecoverySettings
-from pipelines.config.roles import DISCRIMINATOR, ROLES, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, ROLES, TEACHER
 from pipelines.config.section import Section
 from pipelines.config.sequence import sequence_contradictions
+from pipelines.config.shuffled import part_contradictions, shuffling_contradictions
 from pipelines.config.steps import step_contradictions
 from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
@@ -365,6 +366,12 @@ def _contradictions(config: DistillConfig) -> list[str]:
     found = topology_contradictions(topology, batch.size, batch.micro_batches, company)
     # Pools that contradict themselves have no ranks to be counted.
     problems += found or sequence_contradictions(config)
+    problems += shuffling_contradictions(
+        config.objective, config.fake_score, config.generator.diversity
+    )
+    if not found:
+        parties = config.teams[FAKE_SCORE].parties
+        problems += part_contradictions(config.fake_score, batch.size, batch.micro_batches, parties)
     problems += method_contradictions(config.objective, config.fake_score)
     problems += step_contradictions(config.schedule, config.generator, config.objective)
     problems += consistency_contradictions(config)

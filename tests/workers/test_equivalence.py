@@ -1,12 +1,14 @@
 """Split over roles = one plain step; many micro-batches = one; replayed = drawn; truth in 1-D."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from sgmd_core.errors import ShapeError
 from sgmd_core.objectives import GradientPath
 from sgmd_core.objectives.diversity import anchor_velocity
 from sgmd_core.objectives.dmd import DmdObjective
@@ -331,6 +333,31 @@ def test_signal_is_the_closed_form_gradient_of_a_gaussian():
             / x0.numel()
         )
     torch.testing.assert_close(signal.grad_x0, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+def test_a_shuffled_gap_is_the_same_to_the_bit_in_every_split_of_even_parts(tracking):
+    fake, teacher = LearnedGaussian(0.4, 0.9), LearnedGaussian(0.0, 0.5)
+    x0, noise = torch.randn(2, 8, 1, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    sigma = torch.linspace(0.2, 0.9, 8)
+    answers = ScoreTeacher(teacher, TeacherSettings(guidance_scale=1.0))
+
+    def signals(gap: Literal["own", "shuffled"], part: int) -> dict[str, Tensor]:
+        settings = FakeScoreSettings(tracking, gap=gap)
+        tracker, found = FakeScoreTracker(fake, SgmdObjective(), settings), list[Tensor]()
+        for start in range(0, 8, part):
+            own, key = slice(start, start + part), key_of(0, start)
+            query = NoisedBatch(x0[own], sigma[own], noise[own], _no_text(part), key)
+            prediction = answers.denoise(query, _no_text(1))
+            found.append(tracker.signal(query, prediction, share=part / 8).grad_x0)
+        return {"grad_x0": torch.cat(found)}
+
+    whole = signals("shuffled", 8)
+    assert_moves(whole, signals("own", 8))
+    for part in (2, 4):
+        assert torch.equal(signals("shuffled", part)["grad_x0"], whole["grad_x0"])
+    with pytest.raises(ShapeError, match="even number"):
+        signals("shuffled", 1)
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ from workers.settings import (
         ),
         (lambda: FakeScoreSettings(tracking="sometimes"), "fake_score.tracking"),
         (lambda: FakeScoreSettings(ida_decay=0.0), "fake_score.ida_decay"),
+        (lambda: FakeScoreSettings(gap="other"), "fake_score.gap"),
         (lambda: TeacherSettings(guidance_scale=0.5), "teacher.guidance_scale"),
     ],
 )

@@ -21,6 +21,7 @@ from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant
 from pipelines.study.gaussians.networks import MemberAdam, MemberNetworks
 from sgmd_core.metrics.lag import falling_rate
 from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives.shuffled import shuffled_teacher
 from sgmd_core.rollout import euler_sample, rollout
 from sgmd_core.schedule import NUM_SCORE_LEVELS
 from sgmd_core.seeds import exit_step, random_generator
@@ -204,6 +205,9 @@ class GaussianDistillation:
             velocity_fake = self._fake_score(query.x_t, query.sigma, query.text)
         with torch.set_grad_enabled(through_teacher):
             velocity_teacher = self.teacher(query.x_t, query.sigma, query.text)
+        if self._variant.gap == "shuffled":
+            # Members have even numbers of samples: neighbours are of one member.
+            velocity_teacher = shuffled_teacher(velocity_fake, velocity_teacher)
         loss = self._objective.generator_loss(query, velocity_fake, velocity_teacher)
         (grad_x0,) = torch.autograd.grad(
             len(self._members) * loss.value, query.x0, retain_graph=is_shared

@@ -27,6 +27,10 @@ DISTILL_NAMES = [
 ]
 
 
+FRESH = "fake_score.tracking=fresh"
+SHUFFLED = ("fake_score.gap=shuffled",)
+
+
 def refusal(*overrides: str, recipe: str = "tiny") -> str:
     """The words in which a recipe with these overrides is refused."""
     with pytest.raises(ConfigError) as caught:
@@ -571,6 +575,19 @@ class TestMethods:
                 ["fake_score.ida_decay=0.97", "fake_score.tracking=fresh"],
                 "leave it at 1 for objective.method sgmd",
             ),
+            (
+                [*SHUFFLED, "objective={method: sid, fake_updates: 1}"],
+                "a gradient through the teacher would teach it besides",
+            ),
+            (
+                [*SHUFFLED, "objective={method: dmd2, adversary: {}}", FRESH],
+                "a discriminator would teach it besides",
+            ),
+            ([*SHUFFLED, "objective={method: cdm}", FRESH], "score queries beside those"),
+            ([*SHUFFLED, "objective={method: rcm}", FRESH], "and data would teach it besides"),
+            ([*SHUFFLED, "generator.diversity.weight=0.05"], "and generator.diversity would"),
+            ([*SHUFFLED, "batch.size=14", "batch.micro_batches=2"], "to a multiple of 4"),
+            ([*SHUFFLED, "batch.size=4", "topology.pools.score.ranks=2"], "to a multiple of"),
         ],
     )
     def test_what_a_method_cannot_do_is_met_before_anything_starts(self, overrides, words):

@@ -61,6 +61,28 @@ def samples_of(
     return samples
 
 
+def test_a_shuffled_gap_stays_within_its_member_and_moves_the_samples():
+    config, members = recipe(), [Member(3, 1e-2, 3e-3), Member(4, 1e-2, 1e-2)]
+    own, shuffled = (
+        GaussianVariant.model_validate({"objective": {"method": "sgmd"}, "gap": gap})
+        for gap in ("own", "shuffled")
+    )
+    together = samples_of(config, shuffled, members, 6)
+    assert (together - samples_of(config, own, members, 6)).abs().amax(dim=(1, 2)).min() > 1e-3
+    for place, member in enumerate(members):
+        (alone,) = samples_of(config, shuffled, [member], 6)
+        assert (together[place] - alone).abs().max() < 2e-5
+
+
+def test_a_shuffled_gap_is_refused_where_it_would_be_half_shuffled():
+    with pytest.raises(ValidationError, match="a gradient through the teacher"):
+        GaussianVariant.model_validate(
+            {"objective": {"method": "sid"}, "gap": "shuffled", "tracking": "fresh"}
+        )
+    with pytest.raises(ConfigError, match="batch_size 15 is odd"):
+        recipe("batch_size=15")
+
+
 @pytest.mark.parametrize(
     ("objective", "words"),
     [
