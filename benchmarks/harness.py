@@ -18,7 +18,7 @@ from cluster.schedule.schedule import Call, order_calls
 from cluster.schedule.simulate import Costs, simulate
 from cluster.worker_group import WorkerGroup
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.distillation.algorithm import iteration_program
+from pipelines.stages.algorithm import iteration_program
 
 START_TIMEOUT_S = 600.0
 Groups = Mapping[str, WorkerGroup[DummyWorker]]

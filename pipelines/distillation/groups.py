@@ -36,7 +36,6 @@ from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.data.stream.batch import BatchFeed
 from pipelines.data.stream.feed import FeedProgress, StreamSettings
 from pipelines.data.stream.mixing import build_feed
-from pipelines.distillation.algorithm import STAGES
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.pools import BORROWED, own_cluster_size, own_pools_of, pools_of
 from pipelines.distillation.preflight import Preflight
@@ -45,6 +44,7 @@ from pipelines.distillation.watch import watch_groups
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.places import shared_place
+from pipelines.stages.algorithm import STAGES
 from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.meanflow import flow_of
 from workers.build import (

@@ -1,6 +1,6 @@
-"""Runs iterations: executes the program of `algorithm.py` in the order of its schedule.
+"""Runs iterations: executes a program of stages in the order of its schedule.
 
-    algorithm.py             stages of an iteration, what each is handed        data
+    stages.algorithm         stages of an iteration, what each is handed        data
     cluster.schedule         order of the calls, waits                          a pure function
     run_iterations           dispatches the calls, checks gradients, reports
 
@@ -23,7 +23,10 @@ from cluster.schedule.staleness import staleness
 from cluster.spans import labelled
 from cluster.worker_group import Future, WorkerGroup
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.distillation.algorithm import (
+from pipelines.distillation.guards import SkippedUpdate, UpdateGuard, non_finite_gradient
+from pipelines.distillation.iteration_plan import IterationPlan
+from pipelines.run.stopping import StopRequests
+from pipelines.stages.algorithm import (
     DIVERSIFY,
     LEARN,
     LEARN_CONSISTENCY,
@@ -32,9 +35,6 @@ from pipelines.distillation.algorithm import (
     TRACK,
     StageSpec,
 )
-from pipelines.distillation.guards import SkippedUpdate, UpdateGuard, non_finite_gradient
-from pipelines.distillation.iteration_plan import IterationPlan
-from pipelines.run.stopping import StopRequests
 from sgmd_core.types import DataBatch, Draws, MicroBatchKey, Text, TextBatch
 from workers.discriminator import Discriminator
 from workers.fake_score_tracker import FakeScoreTracker

@@ -7,8 +7,8 @@ from cluster.schedule.program import Pass, Program, Team, split_evenly
 from cluster.schedule.schedule import Call, order_calls
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
-from pipelines.distillation.algorithm import iteration_program
 from pipelines.planning.workload import Workload
+from pipelines.stages.algorithm import iteration_program
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath, compared_by
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples

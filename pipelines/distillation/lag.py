@@ -37,10 +37,10 @@ from cluster.schedule.program import Pass
 from cluster.schedule.schedule import Call, order_calls
 from cluster.worker_group import Future
 from pipelines.config.lag import LagSettings
-from pipelines.distillation.algorithm import EXTRA_TRACK, HELD_LOSS, SAMPLE, StageSpec
 from pipelines.distillation.iteration import PromptBatch, PromptsOf, Roles, encode_part
 from pipelines.distillation.iteration_plan import IterationPlan
 from pipelines.run.stopping import StopRequests
+from pipelines.stages.algorithm import EXTRA_TRACK, HELD_LOSS, SAMPLE, StageSpec
 from sgmd_core.metrics.lag import falling_rate, settling_updates, tracking_lag
 from sgmd_core.types import Purpose
 from workers.extra_updates import HELD

@@ -1,6 +1,6 @@
 """Position of a run, and the position at which it is resumed."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,15 +113,8 @@ def resume_position(
             if not folder.identity.exists() and digest != config.digest:
                 other = [f"the checkpoint has digest {digest}, not {config.digest}"]
                 _require_same(other, folder)
-            for number, reason in broken.items():
-                checkpoints.set_aside(number)
-                fallback = RunEvent(
-                    kind="checkpoint_fallback",
-                    cause=f"checkpoint {number} is broken ({reason})",
-                    action=f"set it aside, and went back to checkpoint {step}",
-                    iteration=step,
-                )
-                record(fallback) if record else say(fallback.in_words())
+            for event in _set_aside(broken, checkpoints, step):
+                record(event) if record else say(event.in_words())
             if not checkpoints.has_digests(step):
                 say(f"checkpoint {step} has no digests: only the sizes of its parts were checked")
             return found
@@ -135,6 +128,20 @@ def resume_position(
             "Restore one from a copy, or start a new run under another name",
         )
     return Position()
+
+
+def _set_aside(
+    broken: Mapping[int, str], checkpoints: Checkpoints, taken: int
+) -> Iterator[RunEvent]:
+    """Sets broken checkpoints aside, with an event for each."""
+    for step, reason in broken.items():
+        checkpoints.set_aside(step)
+        yield RunEvent(
+            kind="checkpoint_fallback",
+            cause=f"checkpoint {step} is broken ({reason})",
+            action=f"set it aside, and went back to checkpoint {taken}",
+            iteration=taken,
+        )
 
 
 def _require_same(found: Sequence[str], folder: RunFolder) -> None:

@@ -16,7 +16,6 @@ from pipelines.data.stream.content import with_latents
 from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
 from pipelines.data.stream.source import Source
 from pipelines.distillation.adversary_check import check_adversary
-from pipelines.distillation.algorithm import needs_data
 from pipelines.distillation.iteration_plan import program_of, stage_seconds
 from pipelines.distillation.latents_check import require_latents
 from pipelines.distillation.phase_check import check_phases
@@ -24,6 +23,7 @@ from pipelines.distillation.teacher_check import check_teacher
 from pipelines.distillation.transition_check import check_transition
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place
+from pipelines.stages.algorithm import needs_data
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
 from workers.adapters import targeted

@@ -7,6 +7,7 @@ The controller in this file moves handles and small records; every tensor stays 
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -152,36 +153,10 @@ class Distillation:
             raise self._endings.alarm(self._monitor.fatal, start)
         while not stop_rule.is_reached(self._position.iteration, spent_s):
             self._keep_snapshot()
-            first, began, before_s = self._position.iteration, time.perf_counter(), spent_s
-            together = self._num_together(first)
-            try:
-                if problem := self._lag.measure(self._plan, first, prompts.of, stops):
-                    self._observer.warning(problem)
-                if stops.received:
-                    raise self._endings.stopped(stops, self._position)
-                reports = run_iterations(
-                    self._groups.roles,
-                    replace(self._plan, generator_rate=self._lag.rate),
-                    first,
-                    together,
-                    prompts.of,
-                    guard=self._guard,
-                    stops=stops,
-                )
-                # In this process an update that is broken off would leave half of it behind.
-                for report in stops.bounded(reports, interrupts=self._is_on_ray):
-                    took_s = self._record(report, prompts, began)
-                    # Recorded seconds, not wall time: a resumed run stops at the same iteration.
-                    spent_s += took_s
-                    began = time.perf_counter()
-            except StopNow:
-                raise self._endings.gave_up(
-                    stops, self._position, is_in_step=self._is_in_step
-                ) from None
-            except (NonFiniteError, AlarmError) as error:
-                may_save = self._is_in_step and self._guard.weights_are_finite
-                self.tell_last_good(error, may_save=may_save)
-                raise
+            before_s = spent_s
+            # Recorded seconds, not wall time: a resumed run stops at the same iteration.
+            for took_s in self._iterations(prompts, stops):
+                spent_s += took_s
             position = self._position
             is_last = stop_rule.is_reached(position.iteration, spent_s)
             is_time = stop_rule.saves_between(before_s, spent_s)
@@ -197,6 +172,41 @@ class Distillation:
                 raise self._endings.alarm(self._monitor.fatal, position)
             if stops.received:
                 raise self._endings.stopped(stops, position)
+
+    def _iterations(self, prompts: Prompts, stops: StopRequests) -> Iterator[float]:
+        """Makes and records the iterations up to the next point that looks at what is due.
+
+        Yields:
+            Recorded seconds of each.
+        """
+        first, began = self._position.iteration, time.perf_counter()
+        together = self._num_together(first)
+        try:
+            if problem := self._lag.measure(self._plan, first, prompts.of, stops):
+                self._observer.warning(problem)
+            if stops.received:
+                raise self._endings.stopped(stops, self._position)
+            reports = run_iterations(
+                self._groups.roles,
+                replace(self._plan, generator_rate=self._lag.rate),
+                first,
+                together,
+                prompts.of,
+                guard=self._guard,
+                stops=stops,
+            )
+            # In this process an update that is broken off would leave half of it behind.
+            for report in stops.bounded(reports, interrupts=self._is_on_ray):
+                yield self._record(report, prompts, began)
+                began = time.perf_counter()
+        except StopNow:
+            raise self._endings.gave_up(
+                stops, self._position, is_in_step=self._is_in_step
+            ) from None
+        except (NonFiniteError, AlarmError) as error:
+            may_save = self._is_in_step and self._guard.weights_are_finite
+            self.tell_last_good(error, may_save=may_save)
+            raise
 
     def recover(self, error: ClusterError) -> Position:
         """Replaces processes that are lost, and goes back to a state that both learners have.

@@ -1,6 +1,6 @@
 """Passes of an iteration's networks: counted from the settings, exactly, without running it.
 
-`pipelines.distillation.costs` has the passes of one call of each stage; here they are counted for a
+`pipelines.stages.costs` has the passes of one call of each stage; here they are counted for a
 whole iteration. Only the rollouts vary: one that exits at step e takes e + 1 passes. Exit steps are
 drawn by counter, so the passes of a run are known before it starts; on average a rollout of k steps
 takes (k + 1) / 2. A measured lag (`lag.every`) is counted with the iteration that it is measured
@@ -14,15 +14,15 @@ from statistics import fmean
 from cluster.schedule.program import split_evenly
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import TEACHER
-from pipelines.distillation.algorithm import SAMPLE, TRACK, StageSpec
-from pipelines.distillation.costs import (
+from pipelines.planning.workload import Workload
+from pipelines.stages.algorithm import SAMPLE, TRACK, StageSpec
+from pipelines.stages.costs import (
     PassCosts,
     Passes,
     lag_passes,
     mean_rollouts,
     stage_passes,
 )
-from pipelines.planning.workload import Workload
 from sgmd_core.metrics.lag import settling_updates
 from sgmd_core.objectives import compared_by
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples

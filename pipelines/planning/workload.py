@@ -1,6 +1,6 @@
 """Workload of one iteration: passes, bytes sent and weights gathered, by stage.
 
-`pipelines.distillation.costs` has the passes of each stage, `pipelines.distillation.algorithm` what
+`pipelines.stages.costs` has the passes of each stage, `pipelines.stages.algorithm` what
 each sends. With checkpointing, k steps and guidance, in forward passes of one sample:
 
     rollout (k + 1) / 2   denoise 2   signal 2 + i   track 1 + w (fresh: 2 + w)   learn 1 + w
@@ -22,7 +22,13 @@ from pipelines.config.adapters import adapted_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.sequence import require_divisible
-from pipelines.distillation.algorithm import (
+from pipelines.planning.networks import (
+    adapter_parameters,
+    latent_shape_of,
+    model_shape,
+    other_shapes,
+)
+from pipelines.stages.algorithm import (
     ANCHOR,
     COMPARE_DATA,
     COMPARE_STEPS,
@@ -46,13 +52,7 @@ from pipelines.distillation.algorithm import (
     StageSpec,
     iteration_program,
 )
-from pipelines.distillation.costs import PassCosts, Passes, mean_rollouts, stage_passes
-from pipelines.planning.networks import (
-    adapter_parameters,
-    latent_shape_of,
-    model_shape,
-    other_shapes,
-)
+from pipelines.stages.costs import PassCosts, Passes, mean_rollouts, stage_passes
 from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, restarts_of
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.objectives.meanflow import flow_of

@@ -9,10 +9,10 @@ from dataclasses import asdict
 
 from cluster.storage import read_json, write_json
 from pipelines.config.recipe import load_recipe
-from pipelines.distillation.costs import PassCosts
 from pipelines.planning.passes import expected_passes, pass_costs, total_units
 from pipelines.run.folder import RunFolder
 from pipelines.run.places import local_of, shared_place
+from pipelines.stages.costs import PassCosts
 from pipelines.study.plan import PlannedRun, StudyPlan
 from sgmd_core.errors import ConfigError
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant, MixtureSettings
-from pipelines.distillation.algorithm import SAMPLE, TRACK
-from pipelines.distillation.costs import PassCosts, mean_rollout, stage_passes
+from pipelines.stages.algorithm import SAMPLE, TRACK
+from pipelines.stages.costs import PassCosts, mean_rollout, stage_passes
 from pipelines.study.gaussians.distilling import Member
 from sgmd_core.errors import ConfigError
 

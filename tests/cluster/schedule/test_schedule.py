@@ -11,7 +11,7 @@ from cluster.schedule.program import Pass, Stage, Team, Update, partition_sample
 from cluster.schedule.schedule import GATHER, STEP, Call, graphs_kept, order_calls
 from cluster.schedule.staleness import staleness
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.distillation.algorithm import iteration_program
+from pipelines.stages.algorithm import iteration_program
 from sgmd_core.objectives import ComparedStates
 
 PROGRAMS = {

@@ -8,7 +8,7 @@ from cluster.schedule.program import Pass, Stage, Team, Update
 from cluster.schedule.schedule import Call, order_calls
 from cluster.schedule.simulate import Cause, Costs, Timeline, by_stage, in_sequence, simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.distillation.algorithm import iteration_program
+from pipelines.stages.algorithm import iteration_program
 
 ONE_EACH = {GENERATOR: Team(), TEACHER: Team(), FAKE_SCORE: Team()}
 SECONDS = {

@@ -4,11 +4,11 @@ import pytest
 
 from cluster.schedule.program import Pass
 from pipelines.config.recipe import load_recipe
-from pipelines.distillation.algorithm import iteration_program
 from pipelines.distillation.groups import direct_of, kept_clips_of
 from pipelines.distillation.iteration_plan import stage_seconds
 from pipelines.distillation.pools import pools_of
 from pipelines.run.folder import RunFolder
+from pipelines.stages.algorithm import iteration_program
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import ComparedStates
 

@@ -9,7 +9,6 @@ from torch.autograd import forward_ad
 
 from cluster.local import LocalWorkerGroup
 from pipelines.config.recipe import DistillConfig, load_recipe
-from pipelines.distillation.costs import PassCosts, Passes
 from pipelines.distillation.iteration import PromptBatch, Roles, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.lag import measure_lag
@@ -25,6 +24,7 @@ from pipelines.planning.passes import (
     units_by_role,
 )
 from pipelines.planning.workload import Workload
+from pipelines.stages.costs import PassCosts, Passes
 from sgmd_core.inner_flow import inner_grid
 from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.meanflow import flow_of

@@ -14,7 +14,7 @@ from typing import Self
 
 from pipelines.config.lag import LagSettings
 from pipelines.config.recipe import DistillConfig
-from pipelines.distillation.algorithm import (
+from pipelines.stages.algorithm import (
     ANCHOR,
     COMPARE_DATA,
     COMPARE_STEPS,
@@ -168,31 +168,13 @@ def stage_passes(
             with a graph, which is counted as one pass of all inner steps.
         matching: The generator learns from its own samples.
     """
-    looks = looks or Looks()
-    predictions, off = 2 if guided else 1, int(looks.off_trajectory)
-    found = {
-        ROLLOUT: Passes(forwards=rollout + off),
-        DENOISE: Passes(forwards=predictions + off + int(looks.splits_guidance)),
-        SIGNAL: Passes(forwards=1 + off, to_input=0 if path is GradientPath.SAMPLE else 1 + off),
-        # With shared tracking the forward pass is the signal's.
-        TRACK: Passes(forwards=int(fresh_tracking), to_weights=1),
-        LEARN: Passes(to_weights=1 + off),
-    }
-    comparing = Passes(forwards=compared_states, to_input=1)
-    if compared is ComparedStates.STEPS:
-        del found[SIGNAL]
-        found |= {
-            PREDICT: Passes(forwards=1),
-            COMPARE_STEPS: comparing,
-            COMPLETE: Passes(to_input=1),
-        }
-    elif compared is ComparedStates.DATA:
-        found[COMPARE_DATA] = comparing
-    if path is GradientPath.BOTH_SCORES:
-        found[PULLBACK] = Passes(forwards=predictions, to_input=predictions)
-    if not matching:
-        for stage in (ROLLOUT, DENOISE, SIGNAL, LEARN):
-            del found[stage]
+    looks, predictions = looks or Looks(), 2 if guided else 1
+    # With shared tracking the forward pass is the signal's.
+    track = Passes(forwards=int(fresh_tracking), to_weights=1)
+    found = {TRACK: track}
+    if matching:
+        comparing = Passes(forwards=compared_states, to_input=1)
+        found = _matching_passes(path, rollout, predictions, looks, track, compared, comparing)
     if consistency:
         found[NOISE_DATA] = Passes()
         found[DENOISE_DATA] = Passes(forwards=predictions)
@@ -204,6 +186,38 @@ def stage_passes(
     if anchor_steps:
         found[ANCHOR] = Passes(forwards=predictions * anchor_steps)
         found[DIVERSIFY] = Passes(forwards=1, to_weights=1)
+    return found
+
+
+def _matching_passes(
+    path: GradientPath,
+    rollout: float,
+    predictions: int,
+    looks: Looks,
+    track: Passes,
+    compared: ComparedStates | None,
+    comparing: Passes,
+) -> dict[StageSpec, Passes]:
+    """Passes from a generator's samples to what it learns from them, and of tracking."""
+    off = int(looks.off_trajectory)
+    found = {
+        ROLLOUT: Passes(forwards=rollout + off),
+        DENOISE: Passes(forwards=predictions + off + int(looks.splits_guidance)),
+        SIGNAL: Passes(forwards=1 + off, to_input=0 if path is GradientPath.SAMPLE else 1 + off),
+        TRACK: track,
+        LEARN: Passes(to_weights=1 + off),
+    }
+    if compared is ComparedStates.STEPS:
+        del found[SIGNAL]
+        found |= {
+            PREDICT: Passes(forwards=1),
+            COMPARE_STEPS: comparing,
+            COMPLETE: Passes(to_input=1),
+        }
+    elif compared is ComparedStates.DATA:
+        found[COMPARE_DATA] = comparing
+    if path is GradientPath.BOTH_SCORES:
+        found[PULLBACK] = Passes(forwards=predictions, to_input=predictions)
     return found
 
 
