@@ -177,6 +177,7 @@ def _plan_words(planned: Mapping[str, Any]) -> str:
             f"predicted training time: {duration(total)}, from {source}; measuring is on top"
         )
     lines += [f"{name}: {words}" for name, words in planned["hypotheses"].items()]
+    lines += [planned["power"]] if planned["power"] else []
     lines.append("a forward is a pass over one batch; back to the input counts 1, to the weights 2")
     return "\n".join(lines)
 

@@ -81,8 +81,8 @@ def _export_words(place: str, result: "ExportResult") -> list[str]:
     if found.share_kept is None and found.lost > _MUCH:
         words.append(
             f"Rounding to {found.dtype} loses {_share(found.lost)} of what training has changed "
-            "(in squares). Export with --dtype fp32, or, of models that take adapters, the change "
-            "alone with --format lora"
+            "(in squares). Export with --dtype fp32"
+            + (", or the change alone with --format lora" if result.takes_lora else "")
         )
     return words
 

@@ -6,10 +6,11 @@ sampled from the other seed, for the diversity of the clips of a caption.
 """
 
 import logging
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.shards.columns import ColumnNames
@@ -53,7 +54,7 @@ class EvaluationOptions:
         guidance_scale: Guidance of the teacher; None takes the recipe's, or the folder's.
         num_bootstraps: Draws behind the standard errors.
         num_shown: Captions on the contact sheet, different ones.
-        num_threads: Torch threads; None takes every core.
+        num_threads: Threads of torch; None leaves their number: OMP_NUM_THREADS, or every core.
         features: Weights of an I3D that describes clips, as safetensors; None takes
             the built-in features, which need none.
     """
@@ -67,6 +68,11 @@ class EvaluationOptions:
     num_shown: int = 6
     num_threads: int | None = None
     features: Path | None = None
+
+    @property
+    def threads(self) -> int:
+        """Threads of torch that the networks get."""
+        return self.num_threads or torch.get_num_threads()
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -121,7 +127,7 @@ class Subject:
             self.model,
             self.video,
             self.schedule,
-            options.num_threads or os.cpu_count() or 1,
+            options.threads,
             options.batch_size,
         )
 

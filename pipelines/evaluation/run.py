@@ -15,7 +15,6 @@ few steps a clip each:
 
 import hashlib
 import math
-import os
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -372,5 +371,4 @@ def _sheets_in(folder: Path) -> list[Path]:
 def _device_name(options: EvaluationOptions) -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    threads = options.num_threads or os.cpu_count() or 1
-    return f"{platform.machine()} CPU, {threads} threads"
+    return f"{platform.machine()} CPU, {options.threads} threads"

@@ -90,12 +90,14 @@ class ExportResult:
         iteration: Updates that the weights have seen; None where this is not known.
         bytes: Of the weight files that were written; linked ones are not counted.
         figures: Its form and what the comparison has shown.
+        takes_lora: The family can be exported as a LoRA too.
     """
 
     folder: Path
     iteration: int | None
     bytes: int
     figures: Figures
+    takes_lora: bool
 
 
 def export(
@@ -168,7 +170,8 @@ def _export(
             lost=difference.energy / change.energy if change.energy else 0.0,
             share_kept=kept,
         )
-        result = ExportResult(target, source.iteration, _bytes_written(draft), figures)
+        takes_lora = source.family.traits.exchange is not None
+        result = ExportResult(target, source.iteration, _bytes_written(draft), figures, takes_lora)
         write_model_settings(draft, source.sampling.model_dump(mode="json"))
         write_model_card(draft, source, figures)
     on_progress("describing it", steps, steps)

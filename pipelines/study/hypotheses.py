@@ -198,6 +198,36 @@ def expectation_words(expected: Hypothesis, measured_at: float | None = None) ->
     return f"{expected.figure} of {expected.variant}{then}: {better} {expected.baseline}'s{by}"
 
 
+def fewest_seeds(num_hypotheses: int) -> int:
+    """Seeds with which the clearest of some hypotheses can have an outcome, if all seeds agree.
+
+    p of n seeds that agree is 2^(1-n), and Holm's method multiplies the smallest by the number of
+    hypotheses.
+
+    Args:
+        num_hypotheses: At least 1.
+    """
+    return math.floor(math.log2(num_hypotheses / LEVEL)) + 2
+
+
+def power_words(num_hypotheses: int, num_seeds: int) -> str:
+    """Says that so few seeds can decide nothing; empty where they can.
+
+    Args:
+        num_hypotheses: That are corrected together.
+        num_seeds: With which every variant is trained.
+    """
+    if not num_hypotheses or num_seeds >= (needed := fewest_seeds(num_hypotheses)):
+        return ""
+    least = min(1.0, num_hypotheses * 2.0 ** (1 - num_seeds))
+    hypotheses = "1 hypothesis" if num_hypotheses == 1 else f"{num_hypotheses} hypotheses"
+    return (
+        f"{num_seeds} seeds cannot decide {hypotheses}: even if all seeds agree, the corrected p "
+        f"is {least:.2g}, and an outcome needs one below {LEVEL:g}. Take {needed} seeds or more, "
+        "or fewer hypotheses."
+    )
+
+
 def record_words(versions: Sequence[Version]) -> str:
     """Says on which date hypotheses were written down, and by which test they are judged.
 
@@ -216,7 +246,14 @@ def record_words(versions: Sequence[Version]) -> str:
         f"{said}. A gain is positive where the variant is better; p two-sided by sign flips over "
         f"the seeds, corrected by Holm's method; below {LEVEL:g} a claim holds or fails, by the "
         "side of its margin on which the gain lies. A run that failed is worse than any other."
+        f"{_power_of(versions)}"
     )
+
+
+def _power_of(versions: Sequence[Version]) -> str:
+    """What its seeds cannot decide, after a blank; empty where they can."""
+    words = power_words(len(all_hypotheses(versions)), len(versions[-1]["study"]["seeds"]))
+    return words and f" {words}"
 
 
 def _when(finished_runs: int) -> str:

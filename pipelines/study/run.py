@@ -39,6 +39,7 @@ from pipelines.study.hypotheses import (
     all_hypotheses,
     expectation_words,
     judge_hypotheses,
+    power_words,
     write_down,
 )
 from pipelines.study.judging import Figures, StudyEvaluator
@@ -101,6 +102,7 @@ def dry_run_study(config: DistillConfig) -> dict[str, Any]:
         "hypotheses": {
             name: expectation_words(each) for name, each in config.study.hypotheses.items()
         },
+        "power": power_words(len(config.study.hypotheses), len(config.study.seeds)),
     }
 
 
@@ -152,6 +154,8 @@ def _study(
     finished = sum(_is_finished(run) for run in plan.runs)
     record = write_down(folder, config.study, finished)
     publish_now(folder)
+    if warning := power_words(len(all_hypotheses(record)), len(config.study.seeds)):
+        tell(warning)
     judge = StudyEvaluator(config.with_settings(dict(config.study.settings)), folder, tell)
     teacher = judge.teacher
     _require_figures(config, teacher[REFERENCE])

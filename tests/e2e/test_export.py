@@ -240,6 +240,7 @@ def test_a_change_that_rounding_would_swallow_is_told_with_what_keeps_it(make_re
     distill(config)
     result = command("export", str(config.run_folder), "--output", str(tmp_path / "x"))
     assert re.search(r"bf16 loses (\d+%|all) of what training has changed", result.stdout)
+    assert "the change alone with --format lora" in " ".join(result.stdout.split())
     lora = command(
         "export",
         str(config.run_folder),

@@ -46,6 +46,7 @@ from pipelines.data.shards.columns import (
     require_named,
     settle_names,
 )
+from pipelines.data.shards.filesystem import data_errors, open_folder
 from pipelines.data.shards.index import Shard, read_index, write_index
 from pipelines.data.shards.listing import other_files
 from pipelines.data.shards.parquet import Footer
@@ -205,8 +206,8 @@ def check_shards(
         others="" if only else _others_in_words(filesystem, root),
         columns=columns or _columns_in_words(shards),
         num_rows=num_rows + per_shard * len(opened.unreadable),
-        num_bytes=sum(each.shard.num_bytes for each in opened.listed),
-        problems=problems if num_rows else [*problems, "no rows"],
+        num_bytes=_num_bytes(url, opened, is_made=folder != url and not only),
+        problems=problems if num_rows else [*problems, _no_rows(opened)],
         bad=dict(bad.most_common()),
         examples=[each.in_words() for each in [*opened.unreadable, *tally.examples][:NUM_EXAMPLES]],
         captions=tally.captions(),
@@ -215,6 +216,21 @@ def check_shards(
         encoding=None if encoding is None else asdict(encoding),
         max_bad_fraction=options.max_bad_fraction,
     )
+
+
+def _num_bytes(url: str, opened: _Opened, *, is_made: bool) -> int:
+    """Size of the files that the caller has: of a file of captions its own, not its shards'."""
+    if is_made:
+        filesystem, path = open_folder(url, probe=False)
+        with data_errors(f"reading {url}"):
+            return int(filesystem.info(path)["size"])
+    return sum(each.shard.num_bytes for each in opened.listed)
+
+
+def _no_rows(opened: _Opened) -> str:
+    if not opened.unreadable:
+        return "no rows"
+    return f"no row can be read: {len(opened.unreadable)} of {len(opened.listed)} shards are bad"
 
 
 def _others_in_words(filesystem: AbstractFileSystem, root: str) -> str:

@@ -351,7 +351,7 @@ def _find(schema: pa.Schema, name: str, given: str | None) -> str | _Missing | N
         return _checked(schema, name, name)
     if name in (SAMPLE_ID, FPS):
         return None
-    return _Missing(name)
+    return _Missing(f"{name} (the columns are {_shown(schema.names)})")
 
 
 def _checked(schema: pa.Schema, name: str, stored: str) -> str | _Missing:

@@ -16,7 +16,9 @@ from pipelines.study.hypotheses import (
     RECORD_FILE,
     all_hypotheses,
     expectation_words,
+    fewest_seeds,
     judge_hypotheses,
+    power_words,
     record_words,
     verdict_rows,
     write_down,
@@ -25,6 +27,7 @@ from pipelines.study.measured_runs import Point, RunResult
 from pipelines.study.results import StudyResult
 from pipelines.study.tables import TEACHER_LABELS, results_markdown
 from sgmd_core.errors import ConfigError
+from sgmd_core.metrics.paired import holm, two_sided_p
 
 REFERENCE = {"frechet": 0.0, "flow_top": 2.0, "diversity": 1.0}
 SEEDS = range(8)
@@ -257,6 +260,7 @@ def test_the_results_have_a_table_of_verdicts():
         for name, distance in (("ours", 0.1), ("theirs", 0.3))
     )
     given = {"H1": expects(by=0.05, of_budget=0.5), "H2": expects(better="higher")}
+    study = study_of(len(SEEDS), **given).model_dump(mode="json")
     result = StudyResult(
         name="small",
         budget=("forwards", 200),
@@ -268,7 +272,7 @@ def test_the_results_have_a_table_of_verdicts():
         runs=tuple(ours + theirs),
         facts={},
         verdicts=judge_hypotheses(given, ours + theirs, REFERENCE),
-        record=({"date": "2026-11-29T00:00:00+00:00", "finished_runs": 0, "study": {}},),
+        record=({"date": "2026-11-29T00:00:00+00:00", "finished_runs": 0, "study": study},),
     )
     head, first, second = verdict_rows(result.verdicts)
     assert len(head) == len(first) == len(second)
@@ -307,3 +311,22 @@ def test_a_hypothesis_that_cannot_be_tested_is_refused_before_anything_runs(hypo
     variants = "study.variants={ours: {}, theirs: {objective.method: tsg_sim}}"
     with pytest.raises(ConfigError, match=said):
         load_recipe("tiny", [variants, f"study.hypotheses={{h: {hypothesis}}}"])
+
+
+@pytest.mark.parametrize("number", [1, 2, 5, 8, 20])
+def test_as_few_seeds_as_are_asked_for_decide_and_one_fewer_does_not(number: int):
+    def lowest(num_seeds: int) -> float:
+        return min(holm([two_sided_p([1.0] * num_seeds)] + [1.0] * (number - 1)))
+
+    needed = fewest_seeds(number)
+    assert lowest(needed) < LEVEL <= lowest(needed - 1)
+    assert power_words(number, needed) == ""
+    assert f"Take {needed} seeds or more" in power_words(number, needed - 1)
+
+
+def test_the_table_says_that_its_seeds_can_decide_nothing(tmp_path: Path):
+    def words(seeds: int) -> str:
+        return record_words(write_down(tmp_path / str(seeds), study_of(seeds, h=expects()), 0))
+
+    assert "3 seeds cannot decide 1 hypothesis" in words(3)
+    assert "cannot decide" not in words(6)

@@ -315,3 +315,18 @@ class TestCommand:
         words = [len(caption.split()) + 1 for caption in captions]
         assert found["tokens"]["max"] == max(words)
         assert found["cut"] == sum(length > 6 for length in words)
+
+
+def test_a_folder_without_captions_is_told_with_its_columns(tmp_path: Path):
+    pq.write_table(pa.table({"clip": ["a"], "width": [1]}), tmp_path / "0.parquet")
+    report = check_shards(str(tmp_path), CheckOptions(num_processes=0))
+    assert not report.is_usable
+    assert report.problems == ["no row can be read: 1 of 1 shards are bad"]
+    assert "missing column caption (the columns are clip, width)" in report.examples[0]
+
+
+def test_a_file_of_captions_has_its_own_size(tmp_path: Path):
+    file = tmp_path / "captions.txt"
+    file.write_text("a cat\na dog\n")
+    report = check_shards(str(file), CheckOptions(num_processes=0))
+    assert (report.num_rows, report.num_bytes) == (2, file.stat().st_size)
