@@ -4,8 +4,8 @@
 whole iteration. Only the rollouts vary: one that exits at step e takes e + 1 passes. Exit steps are
 drawn by counter, so the passes of a run are known before it starts; on average a rollout of k steps
 takes (k + 1) / 2. A measured lag (`lag.every`) is counted with the iteration that it is measured
-before, and on average with a share of it. Costs of backward passes are those of the recipe's
-networks at its clip's size.
+before, and on average with a share of it. Costs of passes are those of the networks of the recipe's
+roles at its clip's size, in forward passes of its teacher.
 """
 
 from collections.abc import Mapping
@@ -29,18 +29,31 @@ from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.seeds import exit_of, rollout_steps
 from sgmd_core.types import MicroBatchKey, Purpose
+from workers.models.family import DenoiserShape
 
 PassTable = Mapping[str, Passes]
 """Passes by `role.stage`, as metrics.jsonl names stages."""
 
+RoleCosts = Mapping[str, PassCosts]
+"""Costs of passes by role."""
 
-def pass_costs(config: DistillConfig) -> PassCosts:
-    """Costs of backward passes through the recipe's networks.
+
+def pass_costs(config: DistillConfig) -> dict[str, PassCosts]:
+    """Costs of passes through the networks of the recipe's roles, in forwards of the teacher.
 
     Raises:
         ConfigError: The model folder has no configuration, or the clip does not fit it.
     """
     return Workload.of(config).costs
+
+
+def teacher_shape(config: DistillConfig) -> DenoiserShape:
+    """The network whose forward pass is the unit.
+
+    Raises:
+        ConfigError: The model folder has no configuration, or the clip does not fit it.
+    """
+    return Workload.of(config).shape_of(TEACHER)
 
 
 def expected_passes(config: DistillConfig) -> dict[str, Passes]:
@@ -58,7 +71,7 @@ def expected_lag(config: DistillConfig) -> dict[str, Passes]:
     return _named(lag_passes(config.lag, sample, sample, sample))
 
 
-def lag_share(config: DistillConfig, costs: PassCosts) -> float:
+def lag_share(config: DistillConfig, costs: RoleCosts) -> float:
     """Cost of measuring the lag, over that of the iterations that it is measured among."""
     every = config.lag.every
     if not every:
@@ -101,25 +114,26 @@ def run_passes(config: DistillConfig, num_iterations: int) -> dict[str, Passes]:
     return total
 
 
-def total_units(table: PassTable, costs: PassCosts, *, checkpointed: bool = False) -> float:
-    """Cost of all stages together, in forward passes.
+def total_units(table: PassTable, costs: RoleCosts, *, checkpointed: bool = False) -> float:
+    """Cost of all stages together, in forward passes of the teacher.
 
     Args:
         table: The passes.
-        costs: Costs of backward passes.
+        costs: Costs of each role's passes.
         checkpointed: Generator and fake score keep no activations and make them again.
     """
     return sum(
-        passes.units(costs, checkpointed=checkpointed and role_of(stage) != TEACHER)
+        passes.units(costs[role_of(stage)], checkpointed=checkpointed and role_of(stage) != TEACHER)
         for stage, passes in table.items()
     )
 
 
-def units_by_role(table: PassTable, costs: PassCosts) -> dict[str, float]:
-    """Cost of each role's stages, in forward passes."""
+def units_by_role(table: PassTable, costs: RoleCosts) -> dict[str, float]:
+    """Cost of each role's stages, in forward passes of the teacher."""
     found: dict[str, float] = {}
     for stage, passes in table.items():
-        found[role_of(stage)] = found.get(role_of(stage), 0.0) + passes.units(costs)
+        role = role_of(stage)
+        found[role] = found.get(role, 0.0) + passes.units(costs[role])
     return found
 
 

@@ -364,9 +364,13 @@ class Workload:
         return self.shape.forward_flops(self.latent_shape, self.text_length)
 
     @property
-    def costs(self) -> PassCosts:
-        """Costs of backward passes at this clip's size."""
-        return PassCosts.of(self.shape.pass_flops(self.latent_shape, self.text_length))
+    def costs(self) -> dict[str, PassCosts]:
+        """Costs of each role's passes at this clip's size, in forward passes of the teacher."""
+        flops = {
+            role: self.shape_of(role).pass_flops(self.latent_shape, self.text_length)
+            for role in self.roles
+        }
+        return {role: PassCosts.of(own, flops[TEACHER].forward) for role, own in flops.items()}
 
     @property
     def passes(self) -> dict[StageName, float]:

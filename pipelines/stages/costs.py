@@ -1,11 +1,11 @@
 """Network passes of each stage of an iteration: the one table behind planner and study.
 
-    units(stage) = forwards + i (to_input + tangents) + w to_weights   [+ backwards, checkpointed]
+    units(stage) = f forwards + i (to_input + tangents) + w to_weights    [f (forwards + backwards)]
 
-A pass takes one sample once through a network of the teacher's size; i and w are the costs of the
-two kinds of backward pass in forward passes, `PassCosts`. A derivative in forward mode makes the
-products of a pass to the input. With activation checkpointing each
-forward pass with a graph is made again before its backward pass.
+A pass takes one sample once through the role's network; f, i and w are the costs of a forward pass
+and of the two kinds of backward pass in forward passes of the teacher, `PassCosts`. A derivative in
+forward mode makes the products of a pass to the input. With activation checkpointing (in brackets)
+each forward pass with a graph is made again before its backward pass.
 """
 
 from collections.abc import Mapping
@@ -44,25 +44,34 @@ from workers.models.family import PassFlops
 
 @dataclass(frozen=True, slots=True)
 class PassCosts:
-    """Operations of a backward pass over those of a forward pass.
+    """Operations of a network's passes over those of a forward pass of the teacher.
 
     Matrix products with weights cost a backward pass one product for the input and one for the
     weights; products of two activations, inside attention, cost two for the input and none for the
     weights. So a pass to the input costs 1 and attention's share of the forward pass: 1.70 at Wan
     1.3B, 480x832, 81 frames. A pass to the weights goes through the activations as well: about 2.
+    A network of another size than the teacher's has other costs in proportion.
 
     Attributes:
         to_input: Of a backward pass that ends at the samples.
         to_weights: Of a backward pass that ends at the parameters.
+        forward: Of a forward pass: 1 for networks of the teacher's size.
     """
 
     to_input: float
     to_weights: float
+    forward: float = 1.0
 
     @classmethod
-    def of(cls, flops: PassFlops) -> Self:
-        """Returns the costs of a network, by its operations."""
-        return cls(flops.to_input / flops.forward, flops.to_parameters / flops.forward)
+    def of(cls, flops: PassFlops, unit: int | None = None) -> Self:
+        """Returns the costs of a network.
+
+        Args:
+            flops: Operations of its passes.
+            unit: Operations of the forward pass that is counted as one; None: its own.
+        """
+        one = flops.forward if unit is None else unit
+        return cls(flops.to_input / one, flops.to_parameters / one, flops.forward / one)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +96,15 @@ class Passes:
         return self.to_input + self.to_weights
 
     def units(self, costs: PassCosts, *, checkpointed: float = 0.0) -> float:
-        """Cost in forward passes.
+        """Cost in forward passes of the network that costs are counted by.
 
         Args:
-            costs: Of the backward passes.
+            costs: Of one pass of each kind.
             checkpointed: Part of a forward pass that is made again for each backward pass.
         """
-        again = checkpointed * self.backwards
+        forwards = self.forwards + checkpointed * self.backwards
         along = costs.to_input * (self.to_input + self.tangents)
-        return self.forwards + along + costs.to_weights * self.to_weights + again
+        return costs.forward * forwards + along + costs.to_weights * self.to_weights
 
     def __add__(self, other: "Passes") -> "Passes":
         return Passes(

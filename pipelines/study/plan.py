@@ -19,6 +19,7 @@ from pipelines.planning.passes import (
     expected_passes,
     pass_costs,
     run_passes,
+    teacher_shape,
     total_units,
     units_by_role,
 )
@@ -113,6 +114,8 @@ def plan_study(config: DistillConfig) -> StudyPlan:
         for seed in study.seeds
         for variant in study.variants
     ]
+    if study.budget.unit == "forwards":
+        _require_one_unit(runs[: len(study.variants)], attempted)
     return StudyPlan(config, folder, tuple(runs))
 
 
@@ -197,6 +200,21 @@ def _planned_run(config: DistillConfig, folder: Path, variant: str, seed: int) -
     except ConfigError as error:
         error.add_note(f"met while {attempted}")
         raise
+
+
+def _require_one_unit(runs: Sequence[PlannedRun], attempted: str) -> None:
+    """Refuses budgets of forwards that are passes of teachers of different sizes."""
+    first = runs[0]
+    unit = teacher_shape(first.config)
+    for run in runs[1:]:
+        if teacher_shape(run.config) != unit:
+            raise ConfigError(
+                attempted,
+                f"a budget of forwards, and teachers of different networks: {first.variant} has "
+                f"{first.config.teacher_folder}, {run.variant} {run.config.teacher_folder}",
+                "teachers of one size, whose forward pass is the unit",
+                "Set study.budget.unit=seconds, or compare variants of one teacher",
+            )
 
 
 def _units_per_iteration(config: DistillConfig) -> float:

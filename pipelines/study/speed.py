@@ -11,6 +11,7 @@ from statistics import median
 import torch
 
 from pipelines.config.recipe import DistillConfig
+from pipelines.config.roles import GENERATOR
 from pipelines.distillation.preflight import run_preflight
 from pipelines.planning.passes import iteration_passes, pass_costs, total_units
 from pipelines.run.folder import RunFolder, read_jsonl
@@ -33,7 +34,9 @@ def seconds_per_unit(plan: StudyPlan) -> tuple[float | None, str]:
     first = plan.runs[0].config
     if first.topology.mode != "local":
         return None, "no run has been made, and the passes are not made in this process"
-    return time_forward(first), "passes timed just now"
+    # What is timed is the generator's network; a unit is a pass of the teacher.
+    timed = time_forward(first) / pass_costs(first)[GENERATOR].forward
+    return timed, "passes timed just now"
 
 
 def time_forward(config: DistillConfig) -> float:

@@ -1,6 +1,7 @@
 """Passes of the networks: against the method cards' table, and against networks that count."""
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.autograd import forward_ad
 
 from cluster.local import LocalWorkerGroup
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.config.roles import DISCRIMINATOR, ROLES
 from pipelines.distillation.iteration import PromptBatch, Roles, iterate
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.lag import measure_lag
@@ -20,11 +22,13 @@ from pipelines.planning.passes import (
     lag_share,
     pass_costs,
     run_passes,
+    teacher_shape,
     total_units,
     units_by_role,
 )
 from pipelines.planning.workload import Workload
 from pipelines.stages.costs import PassCosts, Passes
+from pipelines.transition import make_transition
 from sgmd_core.inner_flow import inner_grid
 from sgmd_core.objectives.consistency import consistency_of
 from sgmd_core.objectives.meanflow import flow_of
@@ -84,8 +88,9 @@ METHODS = {
 }
 
 
-USUAL = PassCosts(to_input=1.0, to_weights=2.0)
+ONE = PassCosts(to_input=1.0, to_weights=2.0)
 """The usual estimate, which leaves attention out."""
+USUAL = dict.fromkeys((*ROLES, DISCRIMINATOR), ONE)
 
 
 def config_of(*overrides: str) -> DistillConfig:
@@ -113,8 +118,10 @@ def test_the_cost_of_an_iteration_is_that_of_the_method_cards(method, units):
 def test_attention_makes_the_signal_dearer_than_a_forward_pass():
     """480x832, 81 frames: attention is 0.70 of a forward pass, and the weights see none of it."""
     work = Workload.of(load_recipe("wan21-1.3b"), "1.3b")
-    assert work.costs.to_input == pytest.approx(1.70, abs=0.005)
-    assert work.costs.to_weights == pytest.approx(2.0, abs=1e-3)
+    for own in work.costs.values():
+        assert own.forward == 1
+        assert own.to_input == pytest.approx(1.70, abs=0.005)
+        assert own.to_weights == pytest.approx(2.0, abs=1e-3)
     shared, dmd2 = (expected_passes(config_of(*METHODS[name])) for name in ("sgmd shared", "dmd2"))
     assert units_by_role(shared, work.costs)["fake_score"] == pytest.approx(4.70, abs=0.005)
     units = [total_units(table, work.costs, checkpointed=True) for table in (shared, dmd2)]
@@ -123,12 +130,40 @@ def test_attention_makes_the_signal_dearer_than_a_forward_pass():
 
 def test_costs_are_those_of_the_recipes_clip():
     config = config_of()
-    small = pass_costs(config)
-    assert small == Workload.of(config).costs
+    assert pass_costs(config) == Workload.of(config).costs
+    small = pass_costs(config)["generator"]
     # Products with data as their input end a pass to the weights early: a little less than two.
     assert 1.02 < small.to_input < 1.03
     assert 1.99 < small.to_weights < 2
-    assert pass_costs(config_of("video.num_frames=25")).to_input > small.to_input
+    longer = pass_costs(config_of("video.num_frames=25"))["generator"]
+    assert longer.to_input > small.to_input
+
+
+def test_a_generator_of_another_size_counts_in_passes_of_the_teacher(tmp_path: Path):
+    """The flow head of one of four layers, in two inner steps: 1 + 1/4 and what embeds a state."""
+    folder = make_transition("assets/tiny-wan", tmp_path / "flow", 1, 2)
+    settings = (f"model.folder={folder}", "teacher.model=assets/tiny-wan", *METHODS["dmd2"])
+    config, plain = config_of(*settings), config_of(*METHODS["dmd2"])
+    costs, base = pass_costs(config), pass_costs(plain)
+    assert costs["teacher"] == costs["fake_score"] == base["teacher"]
+    shape = Workload.of(config).shape_of("generator")
+    latent_shape, text_length = Workload.of(config).latent_shape, config.model.text_length
+    own, one = (
+        each.pass_flops(latent_shape, text_length) for each in (shape, teacher_shape(config))
+    )
+    assert costs["generator"].forward == own.forward / one.forward
+    assert 1.25 < costs["generator"].forward < 1.4
+    # Its passes are as many; each costs more.
+    table = expected_passes(config)
+    assert table == expected_passes(plain)
+    shares, base_shares = units_by_role(table, costs), units_by_role(table, base)
+    assert shares["generator"] == pytest.approx(
+        base_shares["generator"] * costs["generator"].forward, rel=0.03
+    )
+    assert shares["fake_score"] == base_shares["fake_score"]
+    assert total_units(table, costs, checkpointed=True) > total_units(
+        table, base, checkpointed=True
+    )
 
 
 def test_without_checkpointing_nothing_is_computed_twice():
@@ -143,9 +178,10 @@ def test_a_roles_share_is_the_sum_of_its_stages():
 
 def test_passes_add_up():
     assert Passes(1, 2, 3) + Passes(1, 0, 0).times(2) == Passes(3, 2, 3)
-    assert Passes(1, 2, 3).units(USUAL) == 9
-    assert Passes(1, 2, 3).units(USUAL, checkpointed=True) == 14
+    assert Passes(1, 2, 3).units(ONE) == 9
+    assert Passes(1, 2, 3).units(ONE, checkpointed=True) == 14
     assert Passes(1, 2, 3).units(PassCosts(1.5, 2.0)) == 10
+    assert Passes(1, 2, 3).units(PassCosts(1.0, 2.0, forward=0.5), checkpointed=True) == 11
     assert Passes(1, 0, 0, 1).times(2).units(PassCosts(1.5, 2.0), checkpointed=True) == 5
 
 

@@ -9,6 +9,7 @@ from pipelines.config.recipe import load_recipe
 from pipelines.planning.passes import expected_passes, total_units
 from pipelines.study.plan import StudyPlan, plan_study
 from pipelines.study.recorded_costs import _EARLIER, require_same_costs
+from pipelines.transition import make_transition
 from sgmd_core.errors import ConfigError
 
 
@@ -30,19 +31,21 @@ def test_costs_are_recorded_and_others_are_refused_with_both(tmp_path: Path):
     path = plan.folder / "costs.json"
     costs = json.loads(path.read_text())
     assert set(costs) == set(plan.variants)
-    assert all(1 < own["to_input"] < 2 for own in costs.values())
-    costs["dmd2"]["to_input"] = 1.0
+    own = [role for roles in costs.values() for role in roles.values()]
+    assert all(each["forward"] == 1 < each["to_input"] < 2 for each in own)
+    costs["dmd2"]["generator"]["to_input"] = 1.0
     path.write_text(json.dumps(costs))
-    with pytest.raises(ConfigError, match=r"of dmd2 that cost 1 \(to the input\)") as refused:
+    with pytest.raises(ConfigError, match=r"of dmd2's generator that cost 1, 1 \(back") as refused:
         require_same_costs(plan)
-    assert "1.03 (to the input)" in str(refused.value)
+    assert "1, 1.03 (back to the input)" in str(refused.value)
     require_same_costs(plan_of(tmp_path, "study.budget={unit: iterations, amount: 10}"))
 
 
 def test_runs_of_a_version_that_recorded_none_are_known_by_their_iterations(tmp_path: Path):
     amount = "study.budget={unit: forwards, amount: 20000}"
     plan = plan_of(tmp_path, amount)
-    earlier = int(20000 / total_units(expected_passes(plan.runs[0].config), _EARLIER))
+    costs = dict.fromkeys(("generator", "teacher", "fake_score"), _EARLIER)
+    earlier = int(20000 / total_units(expected_passes(plan.runs[0].config), costs))
     assert earlier > plan.runs[0].config.iterations
     start_first_run(plan, earlier)
     with pytest.raises(ConfigError, match="one count for all runs of a study"):
@@ -54,3 +57,27 @@ def test_runs_with_the_iterations_of_now_go_on(tmp_path: Path):
     start_first_run(plan, plan.runs[0].config.iterations)
     require_same_costs(plan)
     assert (plan.folder / "costs.json").exists()
+
+
+def test_costs_of_one_network_for_all_roles_as_they_once_were_recorded_go_on(tmp_path: Path):
+    plan = plan_of(tmp_path)
+    plan.folder.mkdir()
+    require_same_costs(plan)
+    path = plan.folder / "costs.json"
+    costs = json.loads(path.read_text())
+    old = {variant: dict(roles["teacher"]) for variant, roles in costs.items()}
+    for own in old.values():
+        del own["forward"]
+    path.write_text(json.dumps(old))
+    require_same_costs(plan)
+    assert json.loads(path.read_text()) == costs
+
+
+def test_a_budget_of_forwards_has_teachers_of_one_size(tmp_path: Path):
+    big = make_transition("assets/tiny-wan", tmp_path / "flow", 1, 2)
+    other = f"study.variants.dmd2={{teacher.model: {big}, objective: {{method: dmd2}}}}"
+    with pytest.raises(ConfigError, match="teachers of different networks"):
+        plan_of(tmp_path, other, "fake_score.tracking=fresh")
+    plan_of(
+        tmp_path, other, "fake_score.tracking=fresh", "study.budget={unit: iterations, amount: 10}"
+    )
