@@ -225,6 +225,13 @@ def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> 
             f"what fits into the {memory / 1e9:.3g} GB of this machine's memory",
             "Lower num_frames, height or width",
         )
+    if settings.trained_sizes and settings.size not in settings.trained_sizes:
+        _log.warning(
+            "%s was trained at frames, height, width of %s; clips of %s may be worse",
+            folder,
+            " or ".join(map(str, settings.trained_sizes)),
+            settings.size,
+        )
     rules = family.traits.sampling
     if settings.height % rules.multiple_px or settings.width % rules.multiple_px:
         raise ShapeError(
@@ -237,7 +244,9 @@ def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> 
 
 
 def _sample_request(prompt: str, seed: int, settings: InferenceSettings) -> SampleRequest:
-    return SampleRequest(prompt=prompt, seed=seed, **settings.model_dump(exclude={"fps"}))
+    return SampleRequest(
+        prompt=prompt, seed=seed, **settings.model_dump(exclude={"fps", "trained_sizes"})
+    )
 
 
 def _require_request(

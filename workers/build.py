@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from sgmd_core.buckets import LatentBuckets
 from sgmd_core.objectives import Objective
 from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.meanflow import MeanFlowTerm
@@ -64,7 +65,7 @@ def build_generator(
 
     Args:
         model: The networks' folder.
-        video: Size of the clips.
+        video: Sizes of the clips.
         schedule: Noise levels.
         settings: How it is updated and computed.
         seed: The run's seed.
@@ -80,11 +81,11 @@ def build_generator(
         ShapeError: The clips do not fit the networks.
     """
     torch.set_num_threads(num_threads)
-    latent_shape = _latent_shape(model, video)
+    buckets = _latent_buckets(model, video)
     network = _learning(model, settings.compute, settings.lora, seed, "generator")
     checks = FiniteChecks(raises=raises)
     return GeneratorLearner(
-        network, schedule, settings, latent_shape, seed, checks, looks, phases, consistency, flow
+        network, schedule, settings, buckets, seed, checks, looks, phases, consistency, flow
     )
 
 
@@ -342,8 +343,14 @@ def _autoencoder(model: ModelSettings) -> Autoencoder:
 
 def _latent_shape(model: ModelSettings, video: VideoSettings) -> tuple[int, int, int, int]:
     folder = local_model(model.folder)
+    return family_of(folder).inspect(folder).latent_shape(*video.size)
+
+
+def _latent_buckets(model: ModelSettings, video: VideoSettings) -> LatentBuckets:
+    folder = local_model(model.folder)
     checked = family_of(folder).inspect(folder)
-    return checked.latent_shape(video.num_frames, video.height, video.width)
+    shapes = tuple(checked.latent_shape(*bucket.size) for bucket in video.trained)
+    return LatentBuckets(shapes, video.bucket_weights)
 
 
 def _device() -> torch.device:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.seeds import data_draws
@@ -43,7 +44,7 @@ class ConsistencyLearner(LearningRole):
     _network: nn.Module
     _optimizer: RoleOptimizer
     _checks: FiniteChecks
-    _latent_shape: tuple[int, int, int, int]
+    _buckets: LatentBuckets
     _seed: int
 
     def __init__(self, term: ConsistencyTerm | None = None) -> None:
@@ -64,10 +65,10 @@ class ConsistencyLearner(LearningRole):
         """
         self._optimizer.require_current(key.iteration, "noising data")
         device = device_of(self._network)
-        normal, noise = data_draws(self._seed, key, text.sample_indices, self._latent_shape)
+        normal, noise = data_draws(self._seed, key, text.sample_indices, self._latent_shape(key))
         query = NoisedBatch(
             x0=data.x0.to(device).float(),
-            sigma=self._data_sigma(normal).to(device),
+            sigma=self._data_sigma(normal, noise.shape[2]).to(device),
             noise=noise.to(device),
             text=text_on(text, device).text,
             key=key,
@@ -134,9 +135,13 @@ class ConsistencyLearner(LearningRole):
         (share * value).backward()
         return ConsistencyReport({name: term.item() for name, term in loss.terms.items()})
 
-    def _data_sigma(self, normal: PerSample) -> PerSample:
-        """Noise level of data, from a standard normal number."""
-        return self._consistency.sigma(normal, self._latent_shape[1])
+    def _latent_shape(self, key: MicroBatchKey) -> tuple[int, int, int, int]:
+        """Shape (C, T, H, W) of a sample of a micro-batch's iteration."""
+        return self._buckets.shape_at(self._seed, key.iteration)
+
+    def _data_sigma(self, normal: PerSample, num_frames: int) -> PerSample:
+        """Noise level of data of so many latent frames, from a standard normal number."""
+        return self._consistency.sigma(normal, num_frames)
 
     @property
     def _consistency(self) -> ConsistencyTerm:

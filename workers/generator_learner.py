@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cluster.folders import whole_folder_at
+from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.diversity import diversity_loss
@@ -70,7 +71,7 @@ class GeneratorLearner(FlowLearner):
         velocity_model: The network to train.
         schedule: Noise levels of rollout and score queries.
         settings: Steps, averaging, diversity and optimizer.
-        latent_shape: Shape (C, T, H, W) of one sample's latents.
+        latent_shape: Shape (C, T, H, W) of one sample's latents, or shapes that iterations draw.
         seed: The run's seed; with a key it fixes every draw.
         checks: Checks of the numbers that go in and come out; by default they raise.
         looks: Score queries that the objective wants beside the one at the samples.
@@ -84,7 +85,7 @@ class GeneratorLearner(FlowLearner):
         velocity_model: nn.Module,
         schedule: FlowMatchSchedule,
         settings: GeneratorSettings,
-        latent_shape: tuple[int, int, int, int],
+        latent_shape: tuple[int, int, int, int] | LatentBuckets,
         seed: int,
         checks: FiniteChecks | None = None,
         looks: Looks | None = None,
@@ -102,7 +103,11 @@ class GeneratorLearner(FlowLearner):
         self._looks = looks or Looks()
         self._phases = phases
         self._diversity = settings.diversity
-        self._latent_shape = latent_shape
+        self._buckets = (
+            latent_shape
+            if isinstance(latent_shape, LatentBuckets)
+            else LatentBuckets((latent_shape,), (1.0,))
+        )
         self._seed = seed
         self._optimizer = RoleOptimizer(ROLE, velocity_model, settings.optimizer)
         self._average = (
@@ -416,7 +421,7 @@ class GeneratorLearner(FlowLearner):
                 self._seed,
                 key,
                 text.sample_indices,
-                self._latent_shape,
+                self._latent_shape(key),
                 self._schedule,
                 self._num_steps,
                 first_exit=self._diversity.first_exit,

@@ -80,10 +80,10 @@ class FlowLearner(ConsistencyLearner):
         (share * value).backward()
         return FlowReport({name: each.item() for name, each in loss.terms.items()})
 
-    def _data_sigma(self, normal: PerSample) -> PerSample:
+    def _data_sigma(self, normal: PerSample, num_frames: int) -> PerSample:
         """Noise level of data: a step of the generator, or by the consistency term's law."""
         if self._flow is None:
-            return super()._data_sigma(normal)
+            return super()._data_sigma(normal, num_frames)
         starts = self._schedule.generator_grid(self._num_steps)[:-1]
         # Uniform, because the number is standard normal.
         drawn = torch.special.ndtr(normal.double()) * len(starts)
@@ -93,7 +93,7 @@ class FlowLearner(ConsistencyLearner):
         self, term: MeanFlowTerm, query: NoisedBatch, network: TransitionDenoiser
     ) -> Strides:
         uniform, choice, noise = stride_draws(
-            self._seed, query.key, query.sample_indices, self._latent_shape
+            self._seed, query.key, query.sample_indices, self._latent_shape(query.key)
         )
         s, r = term.levels(uniform, choice, network.inner_levels)
         own = query.x0

@@ -1,6 +1,6 @@
 """Settings of runs that are older than a setting."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from pipelines.config.recipe import DistillConfig
@@ -20,7 +20,7 @@ def settings_before_they_existed(config: DistillConfig) -> dict[str, Any]:
         "name": config.name,
         "iterations": config.iterations,
         "model": {"folder": config.model.folder},
-        "video": asdict(config.video),
+        "video": asdict(replace(config.video, buckets=())),
         "data": {"train": config.data.train},
         "batch": {"size": config.batch.size},
         "objective": {"method": config.objective.method},

@@ -28,6 +28,7 @@ from pipelines.config.alarms import OF_VALIDATIONS, AlarmSettings
 from pipelines.config.attention import attention_contradictions
 from pipelines.config.caption_sets import DataSettings
 from pipelines.config.checkpointing import CheckpointSettings, ValidationSettings
+from pipelines.config.clip_sizes import compiled_sizes
 from pipelines.config.consistency import clipped_sums, consistency_contradictions
 from pipelines.config.digest import deciding_settings_of
 from pipelines.config.frozen import frozen_contradictions
@@ -46,6 +47,7 @@ from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
 from pipelines.config.unread import unread_settings
+from sgmd_core.buckets import drawn_bucket
 from sgmd_core.objectives import adversary_of, looks_of, phases_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -54,6 +56,7 @@ from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
 from workers.network_settings import ComputeSettings
 from workers.settings import (
+    Bucket,
     DiscriminatorSettings,
     ExportSettings,
     FakeScoreSettings,
@@ -156,6 +159,11 @@ class DistillConfig(Section):
         """Updates of the fake score an iteration that see new samples; 0 with shared tracking."""
         return self.objective.fake_updates if self.fake_score.tracking == "fresh" else 0
 
+    def bucket_at(self, iteration: int) -> Bucket:
+        """Size of the clips of an iteration; see `sgmd_core.buckets`."""
+        video = self.video
+        return video.trained[drawn_bucket(self.seed, iteration, video.bucket_weights)]
+
     @property
     def looks(self) -> Looks:
         """Score queries of a micro-batch beside the one at the generator's samples."""
@@ -237,6 +245,11 @@ class DistillConfig(Section):
             "steps": self.schedule.steps,
             "warp_steps": self.schedule.warp_steps,
             "renoise": self.schedule.renoise,
+            **(
+                {"trained_sizes": [list(bucket.size) for bucket in self.video.buckets]}
+                if self.video.buckets
+                else {}
+            ),
         }
 
     def to_yaml(self) -> str:
@@ -304,7 +317,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         f"checking the sweep of {name_or_path}",
     )
     given = [text.partition("=")[0].strip() for text in overrides]
-    for sentence in (*unread_settings(config, given), *clipped_sums(config)):
+    told = (*unread_settings(config, given), *clipped_sums(config), *compiled_sizes(config))
+    for sentence in told:
         _log.warning("%s", sentence)
     return config
 

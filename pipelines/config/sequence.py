@@ -34,13 +34,14 @@ def require_divisible(
     Raises:
         ConfigError: They do not.
     """
-    counts = {"heads": shape.num_heads, "tokens": shape.num_tokens(latent_shape)}
+    tokens = f"tokens (latents of {'x'.join(map(str, latent_shape[1:]))})"
+    counts = {"heads": shape.num_heads, tokens: shape.num_tokens(latent_shape)}
     for what, count in counts.items():
         if count % number:
             raise ConfigError(
                 f"splitting each sample of the {role.replace('_', ' ')} over {number} ranks",
                 f"{count} {what}",
-                f"{what} that divide among them",
+                f"{what.partition(' ')[0]} that divide among them",
                 f"Set {role}.compute.ulysses to a divisor, or change the size of the clips",
             )
 

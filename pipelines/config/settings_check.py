@@ -152,7 +152,9 @@ def _unusable_numbers(settings: Mapping[str, Any], prefix: str = "") -> Iterator
         key = f"{prefix}{name}"
         if isinstance(value, Mapping):
             yield from _unusable_numbers(value, f"{key}.")
-        for number in value if isinstance(value, list) else [value]:
+        for place, number in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(number, Mapping) and isinstance(value, list):
+                yield from _unusable_numbers(number, f"{key}.{place}.")
             if not isinstance(number, int | float) or isinstance(number, bool):
                 continue
             most = _MOST_COUNT if isinstance(number, int) else _MOST_FLOAT

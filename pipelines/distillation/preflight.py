@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pipelines.config.adapters import adapted_roles
+from pipelines.config.clip_sizes import trained_shapes
 from pipelines.config.figures import SHAPE_FIGURES
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
@@ -24,6 +25,7 @@ from pipelines.distillation.transition_check import check_transition
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place
 from pipelines.stages.algorithm import needs_data
+from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ConfigError, ShapeError
 from sgmd_core.worlds.shapes import labels_from_captions
 from workers.adapters import targeted
@@ -62,7 +64,8 @@ class Preflight:
         model: The networks' folder.
         content: Digest of each of its components, wherever the folder is.
         teacher_content: Digests of the denoiser of a teacher of another model; else empty.
-        latent_shape: (channels, frames, rows, columns) of one sample.
+        buckets: Shapes (channels, frames, rows, columns) of a sample that are trained.
+        latent_shape: That of the clips that are validated and exported.
         source: The training data, and what is read of them.
         data: What a first look at them tells.
         held_out: Captions to validate with; empty when validation is off.
@@ -74,6 +77,7 @@ class Preflight:
     model: ModelFolder
     content: dict[str, str]
     teacher_content: dict[str, str]
+    buckets: LatentBuckets
     latent_shape: tuple[int, int, int, int]
     source: Source
     data: FolderFacts
@@ -96,6 +100,7 @@ class Preflight:
                 for file in part.unused
             ],
             "latent_shape": list(self.latent_shape),
+            **({"buckets": _shares(config)} if config.video.buckets else {}),
             "training_rows": self.data.num_rows,
             "training_shards": self.data.num_shards,
             "training_shards_hold": self.data.kind.value,
@@ -173,7 +178,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
     require_lasting_folder(config.output, "output")
     if config.validation.teacher_clips:
         require_lasting_folder(config.validation.teacher_clips, "validation.teacher_clips")
-    model, latent_shape = inspect_networks(config)
+    model, buckets = inspect_networks(config)
     tokenizer = family_of(model.path).load_tokenizer(model.path)
     looked = [FurtherSet(*inspect_captions(config, number)) for number in _sets(config)]
     columns: list[str] = []
@@ -182,7 +187,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
         columns.append(TEXT_EMBEDS)
     if needs_data(program_of(config)):
         for one in looked:
-            require_latents(config, one.data, model, latent_shape)
+            require_latents(config, one.data, model, buckets)
         columns.append(LATENTS)
     (source, data), *further = [_read_with(one, tuple(columns)) for one in looked]
     held_out = _held_out(config)
@@ -191,7 +196,8 @@ def run_preflight(config: DistillConfig) -> Preflight:
         model=model,
         content=content,
         teacher_content=check_teacher(config, model, content),
-        latent_shape=latent_shape,
+        buckets=buckets,
+        latent_shape=model.latent_shape(*config.video.size),
         source=source,
         data=data,
         held_out=held_out,
@@ -201,6 +207,13 @@ def run_preflight(config: DistillConfig) -> Preflight:
         ),
         further=tuple(FurtherSet(*one) for one in further),
     )
+
+
+def _shares(config: DistillConfig) -> dict[str, float]:
+    """Share of the iterations of each size that is trained."""
+    video = config.video
+    whole = sum(video.bucket_weights)
+    return {bucket.label: bucket.weight / whole for bucket in video.trained}
 
 
 def _sets(config: DistillConfig) -> range:
@@ -221,11 +234,11 @@ def _read_with(one: FurtherSet, columns: tuple[str, ...]) -> tuple[Source, Folde
     return source, data
 
 
-def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, tuple[int, int, int, int]]:
+def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, LatentBuckets]:
     """Looks a run's model folder over, and what the run asks of it.
 
     Returns:
-        The folder, and (channels, frames, rows, columns) of the latents of one sample.
+        The folder, and the shapes of the latents of one sample that are trained.
 
     Raises:
         SgmdError: The folder is not whole, or does not fit the clips, adapters or precision.
@@ -236,16 +249,16 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, tuple[int, int
     model = family.inspect(config.model_folder)
     check_transition(config, model)
     check_phases(config, model)
-    video = config.video
-    latent_shape = model.latent_shape(video.num_frames, video.height, video.width)
+    buckets = trained_shapes(config.video, model.latent_shape)
     for role, place in models_of_roles(config).items():
         folder = model_on_this_machine(place)
         shape = family_of(folder).read_shape(folder).denoiser
-        require_divisible(role, config.computes[role].ulysses, shape, latent_shape)
+        for latent_shape in buckets.shapes:
+            require_divisible(role, config.computes[role].ulysses, shape, latent_shape)
     check_adversary(config)
     if config.topology.shares_pools:
         stage_seconds(config)
-    return model, latent_shape
+    return model, buckets
 
 
 def inspect_captions(config: DistillConfig, number: int = 0) -> tuple[Source, FolderFacts]:

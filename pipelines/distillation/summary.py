@@ -1,6 +1,7 @@
 """Summary of a finished run: summary.json."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -41,6 +42,8 @@ def summarise(
         "quarantined": quarantined,
         "data_wait_share": sum(waited) / sum(seconds) if seconds else None,
         "losses": records[-1]["losses"] if records else {},
+        # Iterations of each size, where a recipe has several.
+        "buckets": dict(Counter(record["bucket"] for record in records if "bucket" in record)),
         "validation": validations[-1]["figures"] if validations else {},
         "best": [asdict(entry) for entry in ranking],
         "alarms": len(read_jsonl(folder.alarms)),

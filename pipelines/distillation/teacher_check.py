@@ -6,6 +6,7 @@ Each role computes on what the others send, so a teacher may differ in its denoi
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipelines.config.clip_sizes import trained_shapes
 from pipelines.config.model_folders import models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
@@ -55,8 +56,7 @@ def check_teacher(
             "models that differ in their denoisers alone",
             "Set teacher.model to a model of the same family and version, or to null",
         )
-    video = config.video
-    teacher.latent_shape(video.num_frames, video.height, video.width)
+    trained_shapes(config.video, teacher.latent_shape)
     shared = {teacher.layout.autoencoder, *teacher.layout.text}
     own = {
         name: digest

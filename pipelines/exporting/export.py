@@ -172,7 +172,7 @@ def _export(
         )
         takes_lora = source.family.traits.exchange is not None
         result = ExportResult(target, source.iteration, _bytes_written(draft), figures, takes_lora)
-        write_model_settings(draft, source.sampling.model_dump(mode="json"))
+        write_model_settings(draft, source.sampling.written)
         write_model_card(draft, source, figures)
     on_progress("describing it", steps, steps)
     return result

@@ -18,6 +18,7 @@ from workers.models.configs import read_model_json
 from workers.models.families import family_of
 from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
 
+_SIZES = "trained_sizes"
 _SCHEDULER_FILE = Path("scheduler") / "scheduler_config.json"
 
 
@@ -38,6 +39,7 @@ class InferenceSettings(BaseModel):
             for as many steps without guidance.
         warp_steps: Whether the shift moves these levels.
         renoise: Whether each step without guidance goes to x0 and noises it anew.
+        trained_sizes: Frames, height, width of several sizes that were trained; empty: the one.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -54,6 +56,17 @@ class InferenceSettings(BaseModel):
     steps: tuple[int, ...] | None = None
     warp_steps: bool = True
     renoise: bool = False
+    trained_sizes: tuple[tuple[PositiveInt, PositiveInt, PositiveInt], ...] = ()
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """As `sgmd.json` holds them: several sizes only where there are several."""
+        return self.model_dump(mode="json", exclude=None if self.trained_sizes else {_SIZES})
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, height, width."""
+        return self.num_frames, self.height, self.width
 
     @property
     def schedule(self) -> FlowMatchSchedule:
@@ -95,7 +108,7 @@ def read_inference_settings(folder: Path) -> InferenceSettings:
 
 def write_inference_settings(folder: Path, settings: InferenceSettings) -> None:
     """Writes `sgmd.json` into a diffusers folder, with the digests of its weights."""
-    write_model_settings(folder, settings.model_dump(mode="json"))
+    write_model_settings(folder, settings.written)
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.config.adapters import adapted_roles
+from pipelines.config.clip_sizes import trained_shapes
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import GENERATOR
+from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from workers.adapters import targeted
 from workers.models.configs import INDEX_FILE
@@ -44,15 +46,14 @@ def other_shapes(config: DistillConfig, own: DenoiserShape) -> dict[str, Denoise
     return {role: shape for role, shape in shapes.items() if shape != own}
 
 
-def latent_shape_of(config: DistillConfig, shape: ModelShape) -> tuple[int, int, int, int]:
-    """Returns the shape (C, T, H, W) of the latents of one clip.
+def latent_buckets_of(config: DistillConfig, shape: ModelShape) -> LatentBuckets:
+    """Returns the shapes (C, T, H, W) of the latents of one clip that are trained.
 
     Raises:
-        ConfigError: The clip does not fit the networks.
+        ConfigError: A size does not fit the networks.
     """
-    video = config.video
     try:
-        return shape.geometry.latent_shape(video.num_frames, video.height, video.width)
+        return trained_shapes(config.video, shape.geometry.latent_shape)
     except ShapeError as error:
         raise ConfigError("planning a run", error.found, error.expected, error.remedy) from error
 

@@ -102,6 +102,7 @@ def answer(request: Request) -> Answer:
         *found.advice,
         *_lag(found.config, plan.work),
         *handed_over(plan, found.config),
+        *_sizes(plan.work, found.config),
         *_attention(found.config),
         *_ulysses(plan.work),
     ]
@@ -201,6 +202,18 @@ def _lag(config: DistillConfig, work: Workload) -> list[str]:
         f"measuring the lag every {config.lag.every} iterations (lag.every) takes "
         f"{total_units(expected_lag(config), costs):.3g} passes over a batch each time, "
         f"{100 * lag_share(config, costs):.2g} % beside the iterations; it is not in their seconds"
+    ]
+
+
+def _sizes(work: Workload, config: DistillConfig) -> list[str]:
+    """Returns what the plan takes of several sizes of clips."""
+    if work.buckets is None:
+        return []
+    tokens = [work.shape.num_tokens(shape) for shape in work.buckets.shapes]
+    most = config.video.buckets[tokens.index(max(tokens))]
+    return [
+        f"video.buckets has {len(tokens)} sizes: memory is that of the largest, {most.label} "
+        f"({max(tokens)} tokens a sample); seconds are means over all of them, by weight"
     ]
 
 

@@ -4,7 +4,8 @@
     a run        its metrics.jsonl: median busy seconds of each stage over the samples of a batch
     a benchmark  the gpu.json that benchmarks/gpu_check.py writes
 
-Times measured for another network or clip are scaled by operations, and the source says so. Where
+Of several sizes of clips they are means by weight. Times measured for another network or clip are
+scaled by operations, and the source says so. Where
 a sample without a loss was not measured it is taken for a rollout, which makes the same passes.
 """
 
@@ -21,7 +22,7 @@ from cluster.storage import read_text
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES
 from pipelines.planning.hardware import Hardware
-from pipelines.planning.workload import COUNTED_WITH, StageName, Workload
+from pipelines.planning.workload import COUNTED_WITH, StageName, Workload, mean_over_sizes
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.places import shared_place
 from pipelines.run.working_copy import run_copy
@@ -70,17 +71,25 @@ class StageTimes:
 
 def modelled(work: Workload, hardware: Hardware) -> StageTimes:
     """From operations alone."""
-    forward_s = work.forward_flops / hardware.flops
-    moved_s = {
-        role: 2 * work.stream_bytes(role) / hardware.host_bandwidth for role in work.offloading
-    }
+
+    def seconds(one: Workload) -> dict[StageName, float]:
+        forward_s, backwards = one.forward_flops / hardware.flops, one.backwards
+        moved_s = {
+            role: 2 * one.stream_bytes(role) / hardware.host_bandwidth for role in one.offloading
+        }
+        return {
+            name: passes * forward_s + backwards[name] * moved_s.get(name[0], 0.0)
+            for name, passes in one.passes.items()
+        }
+
     return StageTimes(
-        {
-            name: passes * forward_s + work.backwards[name] * moved_s.get(name[0], 0.0)
-            for name, passes in work.passes.items()
-        },
-        f"modelled at {hardware.flops / 1e12:.1f} TFLOP/s a GPU",
+        mean_over_sizes(work, seconds), f"modelled at {hardware.flops / 1e12:.1f} TFLOP/s a GPU"
     )
+
+
+def _flops(one: Workload) -> dict[StageName, float]:
+    """Operations of each stage on one sample, of an iteration of one size."""
+    return {name: passes * one.forward_flops for name, passes in one.passes.items()}
 
 
 def measured(path: Path, work: Workload) -> StageTimes:
@@ -111,10 +120,8 @@ def measured(path: Path, work: Workload) -> StageTimes:
             "Give the folder of a run with the same fake_score.tracking and objective.method (the"
             " benchmark measures SGMD alone), or plan without --measured",
         )
-    factors = {
-        name: passes * work.forward_flops / flops[name] if passes else 1.0
-        for name, passes in work.passes.items()
-    }
+    wanted = mean_over_sizes(work, _flops)
+    factors = {name: wanted[name] / flops[name] if wanted[name] else 1.0 for name in work.passes}
     scaled = any(abs(factor - 1) > 0.01 for factor in factors.values())
     seconds = {name: found[name] * factors[name] for name in work.passes}
     return StageTimes(seconds, where + (", scaled by operations" if scaled else ""), together)
@@ -147,17 +154,21 @@ def _from_run(folder: Path) -> _Found:
             "a run that has made at least one iteration",
             "Give another run, or plan without --measured",
         )
+    flops = mean_over_sizes(work, _flops)
+    # Iterations of several sizes are brought to their mean by operations.
+    labels = [bucket.label for bucket in config.video.buckets]
+    at_size = dict(zip(labels, (_flops(one) for _, one in work.sizes), strict=False))
     found: dict[StageName, float] = {}
     for name in work.passes:
         key, added = ".".join(name), ".".join(_ADDED.get(name, ()))
-        times = [
-            seconds + _seconds(record["seconds"].get(added), 0.0)
-            for record in records
-            if (seconds := _seconds(record["seconds"].get(key), 0.0)) > 0
-        ]
+        times: list[float] = []
+        for record in records:
+            seconds, own = record["seconds"], at_size.get(record.get("bucket", ""), flops)
+            if spent := _seconds(seconds.get(key), 0.0):
+                spent += _seconds(seconds.get(added), 0.0)
+                times.append(spent * (flops[name] / own[name] if own[name] else 1.0))
         if times:
             found[name] = median(times) / _samples(config, work, name)
-    flops = {name: passes * work.forward_flops for name, passes in work.passes.items()}
     return found, flops, f"{_MEASURED} in {len(records)} iterations of {run}", work.ulysses
 
 

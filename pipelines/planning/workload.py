@@ -12,8 +12,8 @@ forward pass, so with checkpointing its activations are made three times in all.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Self
 
@@ -53,6 +53,7 @@ from pipelines.stages.algorithm import (
     iteration_program,
 )
 from pipelines.stages.costs import PassCosts, Passes, mean_rollouts, stage_passes
+from sgmd_core.buckets import LatentBuckets
 from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, restarts_of
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
 from sgmd_core.objectives.meanflow import flow_of
@@ -114,7 +115,8 @@ class Workload:
 
     Attributes:
         shape: The generator's network, and that of the other roles unless `others` has it.
-        latent_shape: Channels, frames, rows, columns of one sample.
+        latent_shape: Channels, frames, rows, columns of one sample; of several sizes, those of the
+            one with most tokens, which memory is counted at.
         text_length: Text positions.
         batch_size: Samples of one update.
         rollout: Forward passes of a rollout of the generator's batch, in the mean.
@@ -148,6 +150,7 @@ class Workload:
         moments_in_8_bits: Roles whose optimizer keeps second moments in 8 bits.
         ulysses: Roles whose ranks work on samples together, with how many of them do.
         all_pairs: Roles whose attention holds a matrix of all pairs of tokens.
+        buckets: Several sizes that iterations draw from; None where there is one.
     """
 
     shape: DenoiserShape
@@ -185,6 +188,7 @@ class Workload:
     moments_in_8_bits: frozenset[str] = frozenset()
     ulysses: tuple[tuple[str, int], ...] = ()
     all_pairs: frozenset[str] = frozenset()
+    buckets: LatentBuckets | None = None
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -207,14 +211,15 @@ class Workload:
             updated[DISCRIMINATOR] = config.discriminator.optimizer
         computes = config.computes
         others = other_shapes(config, shape.denoiser)
-        latent_shape = latent_shape_of(config, shape)
+        buckets = latent_buckets_of(config, shape)
         for role, compute in computes.items():
             own = others.get(TEACHER if role == DISCRIMINATOR else role, shape.denoiser)
-            require_divisible(role, compute.ulysses, own, latent_shape)
+            for latent_shape in buckets.shapes:
+                require_divisible(role, compute.ulysses, own, latent_shape)
         rollout, sample = mean_rollouts(config)
         return cls(
             shape=shape.denoiser,
-            latent_shape=latent_shape,
+            latent_shape=max(buckets.shapes, key=shape.denoiser.num_tokens),
             text_length=config.model.text_length,
             batch_size=config.batch.size,
             rollout=rollout,
@@ -254,7 +259,18 @@ class Workload:
             all_pairs=frozenset(
                 role for role, own in computes.items() if KERNELS[own.attention].all_pairs
             ),
+            buckets=buckets if len(buckets.shapes) > 1 else None,
         )
+
+    @property
+    def sizes(self) -> "list[tuple[float, Workload]]":
+        """The iteration at each size that is trained, with its share of the iterations."""
+        if self.buckets is None:
+            return [(1.0, self)]
+        return [
+            (share, replace(self, latent_shape=shape, buckets=None))
+            for shape, share in zip(self.buckets.shapes, self.buckets.shares, strict=True)
+        ]
 
     def company(self, *roles: str) -> int:
         """Least number of ranks in which each of some roles has whole samples."""
@@ -393,8 +409,11 @@ class Workload:
         """Bytes of tokens of one sample that pass through a rank's exchanges, by stage.
 
         Ranks that work together exchange queries, keys, values and the result of self-attention,
-        tokens for heads, and their gradients on the way back; of each a rank has its part.
+        tokens for heads, and their gradients on the way back; of each a rank has its part. Of
+        several sizes it is the mean.
         """
+        if self.buckets is not None:
+            return mean_over_sizes(self, lambda one: one.exchanged_bytes)
         together, found = dict(self.ulysses), dict[StageName, float]()
         for stage, passes in self._passes_by_stage().items():
             if stage.role in together:
@@ -502,13 +521,15 @@ class Workload:
         return {(stage.role, stage.name): count for stage, count in counts.items()}
 
     @property
-    def result_bytes(self) -> dict[StageName, int]:
-        """Bytes of one sample that each stage sends; tensors travel in float32."""
+    def result_bytes(self) -> dict[StageName, float]:
+        """Bytes of one sample that each stage sends, in the mean; tensors travel in float32."""
+        if self.buckets is not None:
+            return mean_over_sizes(self, lambda one: one.result_bytes)
         size = {
             Sent.LATENTS: 4 * prod(self.latent_shape),
             Sent.TEXT: 4 * self.text_length * self.shape.text_width,
         }
-        sent = {
+        sent: dict[StageName, float] = {
             (stage.role, stage.name): sum(size[each] for each in stage.sends)
             for stage in STAGES.values()
             if stage.sends
@@ -521,6 +542,22 @@ class Workload:
         for stage, count in beside.items():
             sent[stage.role, stage.name] += count * size[Sent.LATENTS]
         return sent
+
+
+def mean_over_sizes(
+    work: Workload, table: Callable[[Workload], Mapping[StageName, float]]
+) -> dict[StageName, float]:
+    """Mean of a figure of each stage over the sizes that are trained, by their weights.
+
+    Args:
+        work: The iteration.
+        table: The figure by stage, of an iteration of one size.
+    """
+    found: dict[StageName, float] = {}
+    for share, one in work.sizes:
+        for name, value in table(one).items():
+            found[name] = found.get(name, 0.0) + share * value
+    return found
 
 
 def _heads(config: DistillConfig, teacher: DenoiserShape) -> HeadsWork | None:

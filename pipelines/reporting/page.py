@@ -25,6 +25,7 @@ from pipelines.reporting.headline import comparison_note, criteria, figure_table
 from pipelines.reporting.names import duration
 from pipelines.reporting.records import RunRecords, finite, read_run
 from pipelines.reporting.settings import differing_facts, differing_settings, facts
+from pipelines.reporting.sizes import size_rows
 from pipelines.reporting.times import critical_path, role_seconds, stage_times, utilisation
 from pipelines.run.folder import (
     require_inside,
@@ -134,6 +135,7 @@ def _run(run: LabelledRun) -> dict[str, Any]:
         "utilisation_recorded": recorded,
         "critical_path": critical_path(records),
         "stages": stage_times(records),
+        "sizes": size_rows(records),
         "seconds": records.seconds,
         "num_iterations": records.num_iterations,
         "facts": facts(records),

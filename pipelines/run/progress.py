@@ -184,11 +184,12 @@ def console_observer(
 
 
 def describe(record: IterationRecord) -> str:
-    """Losses, gradient norms and where the seconds went, in one line."""
+    """Size where it changes, losses, and where the seconds went, in one line."""
     losses = "  ".join(f"{name} {value:.4g}" for name, value in record.headline_losses.items())
     busy = sorted(record.seconds.items(), key=lambda item: -item[1])[:4]
     stages = " ".join(f"{stage} {seconds:.2f}" for stage, seconds in busy)
-    return f"{losses}  {record.seconds_total:.2f} s ({stages})"
+    size = f"{record.bucket}  " if record.bucket else ""
+    return f"{size}{losses}  {record.seconds_total:.2f} s ({stages})"
 
 
 def describe_validation(record: ValidationRecord) -> str:

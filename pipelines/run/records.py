@@ -53,6 +53,7 @@ class IterationRecord:
         skipped: Updates that were skipped: roles, `non_finite` or `spike`, the reason, samples.
         lag: Lag of the fake score, where it was measured before this iteration:
             `pipelines.distillation.lag`.
+        bucket: Size of its clips, such as `480x832x81`; empty where there is one size.
     """
 
     iteration: int
@@ -69,17 +70,26 @@ class IterationRecord:
     stale_calls: int = 0
     skipped: tuple[Mapping[str, Any], ...] = ()
     lag: Mapping[str, float] = field(default_factory=dict)
+    bucket: str = ""
 
     @property
     def headline_losses(self) -> dict[str, float]:
         """Leading terms of the objective's losses."""
         return {name: self.losses[name] for name in leading_losses() if name in self.losses}
 
+    @property
+    def figures_of_bucket(self) -> dict[str, float]:
+        """Leading losses and seconds under the name of this size, where there are several."""
+        if not self.bucket:
+            return {}
+        found = {**self.headline_losses, "seconds": self.seconds_total}
+        return {f"buckets/{self.bucket}/{name}": value for name, value in found.items()}
+
     def to_json(self) -> dict[str, Any]:
         """As metrics.jsonl holds it."""
         record = asdict(self)
         record["seconds"] = {"total": record.pop("seconds_total"), **record["seconds"]}
-        for name in ("skipped", "lag"):
+        for name in ("skipped", "lag", "bucket"):
             if not record[name]:
                 del record[name]
         return record

@@ -43,7 +43,10 @@ class TensorBoardObserver(RunObserver):
         self._last_step: int | None = None
 
     def iteration(self, record: IterationRecord) -> None:
-        """Writes losses, gradient norms, seconds and lag under the names of metrics.jsonl."""
+        """Writes losses, gradient norms, seconds and lag under the names of metrics.jsonl.
+
+        Of several sizes of clips, each has curves of its own besides.
+        """
         step = record.iteration + 1
         if self._last_step is None or step <= self._last_step:
             self._begin_at(step)
@@ -54,6 +57,7 @@ class TensorBoardObserver(RunObserver):
         figures |= {f"grad_norms/{name}": value for name, value in record.grad_norms.items()}
         figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
         figures |= {f"lag/{name}": value for name, value in record.lag.items()}
+        figures |= record.figures_of_bucket
         for name, value in figures.items():
             self._figures.add_scalar(name, value, step)
 

@@ -23,7 +23,8 @@ class WandbObserver(RunObserver):
 
     def __init__(self, run: Any) -> None:  # noqa: ANN401  (wandb's Run, imported on demand)
         self._run = run
-        for name in ("losses/*", "grad_norms/*", "seconds/*", "lag/*", "samples_seen", "epoch"):
+        groups = ("losses/*", "grad_norms/*", "seconds/*", "lag/*", "buckets/*")
+        for name in (*groups, "samples_seen", "epoch"):
             run.define_metric(name, step_metric="iteration")
         run.define_metric("validation/*", step_metric="validation/iteration")
         run.define_metric("events/*", step_metric="events/iteration")
@@ -31,7 +32,10 @@ class WandbObserver(RunObserver):
         self._lost_s = 0.0
 
     def iteration(self, record: IterationRecord) -> None:
-        """Logs losses, gradient norms, seconds and lag under the names of metrics.jsonl."""
+        """Logs losses, gradient norms, seconds and lag under the names of metrics.jsonl.
+
+        Of several sizes of clips, each has curves of its own besides.
+        """
         figures: dict[str, float] = {"iteration": record.iteration + 1}
         figures |= {"samples_seen": record.samples_seen, "epoch": record.epoch}
         figures |= {f"losses/{name}": value for name, value in record.losses.items()}
@@ -39,6 +43,7 @@ class WandbObserver(RunObserver):
         figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
         figures |= {f"lag/{name}": value for name, value in record.lag.items()}
         figures["seconds/total"] = record.seconds_total
+        figures |= record.figures_of_bucket
         self._run.log(figures)
 
     def validation(self, record: ValidationRecord, samples: Path) -> None:

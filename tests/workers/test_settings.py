@@ -7,6 +7,7 @@ import pytest
 from sgmd_core.errors import ConfigError
 from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import (
+    Bucket,
     DiscriminatorSettings,
     DiversitySettings,
     FakeScoreSettings,
@@ -25,6 +26,9 @@ from workers.settings import (
         (lambda: VideoSettings(9, 0, 32, 8), "video.height"),
         (lambda: VideoSettings(9, 32, 0, 8), "video.width"),
         (lambda: VideoSettings(9, 32, 32, 0), "video.fps"),
+        (lambda: VideoSettings(9, 32, 32, 8, (Bucket(9, 32, 16),)), "video.buckets"),
+        (lambda: Bucket(9, 32, 32, -1.0), "video.buckets.weight"),
+        (lambda: Bucket(9, 0, 32), "video.buckets.height"),
         (lambda: OptimizerSettings(lr=0.0), "optimizer.lr"),
         (lambda: OptimizerSettings(lr=float("nan")), "optimizer.lr"),
         (lambda: OptimizerSettings(lr=1e-4, betas=(0.0, 1.0)), "optimizer.betas"),

@@ -85,7 +85,9 @@ class ClipGeometry:
             raise ShapeError(
                 attempted,
                 f"{num_frames} frames of {height}x{width}",
-                f"frames = 1 + a multiple of {per_frame}, {sides}",
+                f"frames = 1 + a multiple of {per_frame}, {sides}; the nearest are "
+                f"{_nearest(num_frames - 1, per_frame, first=1)} frames, height "
+                f"{_nearest(height, row)}, width {_nearest(width, column)}",
                 "Correct video.num_frames, video.height or video.width",
             )
         return (
@@ -94,6 +96,14 @@ class ClipGeometry:
             height // self.spatial_factor,
             width // self.spatial_factor,
         )
+
+
+def _nearest(size: int, step: int, *, first: int = 0) -> str:
+    """The sizes `first` + a multiple of a step on both sides, or the size itself, in words."""
+    below = max(size, 0) // step * step
+    around = {below, below if size == below else below + step}
+    # Frames begin at 1, which `first` is; sides at one step.
+    return " or ".join(str(first + each) for each in sorted(around) if first + each > 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from pipelines.planning.savings import fitting_savings, run_fits, savings
 from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
 from pipelines.planning.stage_times import StageTimes, measured, modelled, update_s
 from pipelines.planning.workload import Workload
+from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
 from sgmd_core.types import Looks
@@ -69,6 +70,78 @@ def test_moments_in_8_bits_are_counted_in_state_and_saves():
     assert coded.graphs == whole.graphs
     config = load_recipe("wan21-1.3b", ["generator.optimizer.moment_bits=8"])
     assert Workload.of(config, "1.3b").moments_in_8_bits == {GENERATOR}
+
+
+class TestSeveralSizes:
+    SHAPES = ((16, 9, 60, 104), LATENTS, (16, 9, 104, 60))
+    MIXED = replace(SMALL, buckets=LatentBuckets(SHAPES, (3.0, 1.0, 4.0)))
+
+    def test_memory_is_that_of_the_largest_and_seconds_are_the_mean_by_weight(self):
+        for make in (generator_memory, fake_score_memory):
+            assert make(self.MIXED, 2, 1, 1) == make(SMALL, 2, 1, 1)
+        hardware = Hardware()
+        alone = [
+            modelled(replace(SMALL, latent_shape=shape), hardware).seconds for shape in self.SHAPES
+        ]
+        mixed = modelled(self.MIXED, hardware).seconds
+        for name, seconds in mixed.items():
+            parts = [one[name] for one in alone]
+            assert seconds == pytest.approx((3 * parts[0] + parts[1] + 4 * parts[2]) / 8)
+            assert seconds < 0.7 * parts[1] or not parts[1]
+
+    def test_what_is_sent_is_the_mean_as_well(self):
+        sent, largest = self.MIXED.result_bytes, SMALL.result_bytes
+        text = 4 * SMALL.text_length * SMALL.shape.text_width
+        rollout = (GENERATOR, "rollout")
+        frames = (3 * 9 + 21 + 4 * 9) / 8
+        assert sent[rollout] - text == pytest.approx((largest[rollout] - text) * frames / 21)
+
+    def test_a_recipe_is_planned_at_its_largest_bucket_and_says_so(self):
+        sizes = (
+            "[{num_frames: 33, height: 832, width: 480, weight: 3}, "
+            "{num_frames: 81, height: 480, width: 832}]"
+        )
+        done = sgmd(
+            "plan", "wan21-1.3b", "--gpus", 8, "--model", "1.3b", f"video.buckets={sizes}", "--json"
+        )
+        assert done.exit_code == 0, done.output
+        told = json.loads(done.stdout)
+        assert told["workload"]["tokens"] == 32760
+        assert any("memory is that of the largest, 480x832x81" in line for line in told["advice"])
+        plain = sgmd("plan", "wan21-1.3b", "--gpus", 8, "--model", "1.3b", "--json")
+        assert told["iteration_s"] < 0.6 * json.loads(plain.stdout)["iteration_s"]
+
+    def test_seconds_of_a_run_of_several_sizes_are_those_of_their_mean(self, tmp_path):
+        sizes = (
+            "[{num_frames: 13, height: 32, width: 32}, "
+            "{num_frames: 13, height: 64, width: 64, weight: 3}]"
+        )
+        run = start_run(tmp_path / "run", 0, overrides=(f"video.buckets={sizes}",))
+        config = load_recipe(str(run / "config.yaml"))
+        work = Workload.of(config)
+        rate, lines = 1e9, []
+        flops = {one.latent_shape[2]: one.forward_flops for _, one in work.sizes}
+        for iteration in range(4):
+            bucket = config.video.buckets[iteration % 2]
+            flops_there = flops[bucket.height // 8]
+            seconds = {
+                ".".join(name): passes * flops_there * config.batch.size / rate
+                for name, passes in dict(work.sizes)[0.25].passes.items()
+                if passes
+            }
+            lines.append(
+                {
+                    **_RECORD,
+                    "iteration": iteration,
+                    "bucket": bucket.label,
+                    "seconds": {"total": 1.0, **seconds},
+                }
+            )
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        found = measured(run, work).seconds[(TEACHER, "denoise")]
+        passes = work.passes[TEACHER, "denoise"]
+        mean = 0.25 * flops[4] + 0.75 * flops[8]
+        assert found == pytest.approx(passes * mean / rate, rel=1e-6)
 
 
 class TestSamplesOverSeveralRanks:

@@ -1,0 +1,63 @@
+"""Sizes of a recipe's clips against the networks: shapes of latents, or a refusal."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+from sgmd_core.buckets import LatentBuckets
+from sgmd_core.errors import ShapeError
+from workers.models.folder import LatentShape
+from workers.network_settings import ComputeSettings
+from workers.settings import VideoSettings
+
+
+class SizedSections(Protocol):
+    """Sections of a recipe that say at which sizes its networks are computed."""
+
+    @property
+    def video(self) -> VideoSettings:
+        """Section `video`."""
+        ...
+
+    @property
+    def computes(self) -> Mapping[str, ComputeSettings]:
+        """Sections `compute` of the roles."""
+        ...
+
+
+def trained_shapes(
+    video: VideoSettings, latent_shape: Callable[[int, int, int], LatentShape]
+) -> LatentBuckets:
+    """Shapes of the latents that a run trains, in the order of its buckets.
+
+    Args:
+        video: Section `video`.
+        latent_shape: Shape of the latents of (frames, height, width), as a `ModelFolder` has it.
+
+    Raises:
+        ShapeError: A size does not divide into latent cells and patches; names the nearest ones.
+    """
+    shapes: list[LatentShape] = []
+    for number, bucket in enumerate(video.trained):
+        try:
+            shapes.append(latent_shape(*bucket.size))
+        except ShapeError as error:
+            if not video.buckets:
+                raise
+            raise ShapeError(
+                f"{error.attempted}, of video.buckets[{number}]",
+                error.found,
+                error.expected,
+                f"Correct video.buckets[{number}], {bucket.label}",
+            ) from error
+    return LatentBuckets(tuple(shapes), video.bucket_weights)
+
+
+def compiled_sizes(config: SizedSections) -> Iterator[str]:
+    """Returns a sentence where compiled layers meet several sizes."""
+    compiled = [role for role, compute in config.computes.items() if compute.compile]
+    if len(config.video.trained) > 1 and compiled:
+        yield (
+            f"compute.compile of {', '.join(compiled)}: layers are compiled anew for the next "
+            "sizes of video.buckets, until one code serves them all; which code an iteration runs "
+            "depends on those before it, so a resumed run may round otherwise"
+        )
