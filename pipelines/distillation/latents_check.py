@@ -31,11 +31,11 @@ def require_latents(
             trains several sizes, and shards hold latents of one.
     """
     encoding = data.encoding
-    if len(buckets.shapes) > 1:
+    if len(config.video.buckets) > 1:
         labels = ", ".join(bucket.label for bucket in config.video.buckets)
         raise ConfigError(
             f"reading data for objective.method {config.objective.method} from {config.data.train}",
-            f"video.buckets of {len(buckets.shapes)} sizes ({labels})",
+            f"video.buckets of {len(config.video.buckets)} sizes ({labels})",
             "one size, which is that of all latents in encoded shards",
             "Leave one bucket, or choose a method that needs no data",
         )

@@ -24,7 +24,7 @@ from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, 
 from pipelines.config.sequence import require_divisible
 from pipelines.planning.networks import (
     adapter_parameters,
-    latent_shape_of,
+    latent_buckets_of,
     model_shape,
     other_shapes,
 )
