@@ -22,6 +22,10 @@ import pytest
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, serve_faulty
 from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
 
+# OpenMP reads both when torch is loaded. There are more processes than cores: threads that wait for
+# one another by turning take sixty times as long there.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Ray reads the mode when it is imported. The token is this session's, never the user's own.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -68,12 +72,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places[item.path])
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """The networks of the tests are tiny, and other tests run beside them."""
-    import torch
+    """The networks of the tests are tiny, and other tests run beside them.
 
-    torch.set_num_threads(1)
+    What builds networks sets the number for the whole process, and so for the tests after it.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture
