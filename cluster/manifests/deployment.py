@@ -33,6 +33,7 @@ class MachineGroup:
         memory_gb: Main memory of each, in GB.
         labels: Ray's labels of each.
         resources: Custom resources of each.
+        nodes: Labels of the Kubernetes nodes that they may run on; {} for any.
     """
 
     name: str
@@ -42,6 +43,7 @@ class MachineGroup:
     memory_gb: int
     labels: Mapping[str, str] = field(default_factory=dict)
     resources: Mapping[str, float] = field(default_factory=dict)
+    nodes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,6 +166,8 @@ def _group(
         "terminationGracePeriodSeconds": deployment.stop_after_s + _GRACE_S,
         "containers": [container],
     }
+    if group.nodes:
+        pod["nodeSelector"] = dict(group.nodes)
     if mounts:
         container["volumeMounts"], pod["volumes"] = mounts, sources
     spec: dict[str, Any] = {

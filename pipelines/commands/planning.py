@@ -101,21 +101,6 @@ class PlanOutputOptions(OptionGroup):
         ),
     ] = None
 
-    def require_one_kind(self, kinds: list[str] | None) -> None:
-        """Refuses a manifest of several kinds of GPU.
-
-        Raises:
-            ConfigError: Both are asked for.
-        """
-        if kinds and self.emit is not None:
-            raise ConfigError(
-                "emitting a manifest",
-                "--kind and --emit",
-                "one kind of GPU: a manifest does not say which machines have which",
-                "Take the recipe by --write; on a cluster with these machines its pools find them "
-                "by label",
-            )
-
 
 @expand_groups
 def plan_command(
@@ -131,7 +116,6 @@ def plan_command(
         from pipelines.planning.request import answer
 
         request = arguments.request(recipe, overrides or [])
-        output.require_one_kind(request.kinds)
         found = answer(request)
         written = [] if output.write is None else [_write(found.config, found.plan, output.write)]
         manifest = None

@@ -1,6 +1,7 @@
 """Machines of a planned run: a group for each pool, or machines that are all equal.
 
     each pool its machines    Kubernetes: pods are cut to size, and labelled for their pool
+    each kind its machines    Kubernetes with several kinds of GPU: pods are sent to nodes by label
     equal machines            Slurm, virtual machines: Ray packs the pools onto them
 
 Text encoder, feed and validator live on the head, beside the program itself.
@@ -8,12 +9,18 @@ Text encoder, feed and validator live on the head, beside the program itself.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from cluster.jobs import forwarded_environment
-from cluster.manifests.deployment import FILE_PATH, POOL_LABEL, Deployment, MachineGroup
+from cluster.manifests.deployment import (
+    FILE_PATH,
+    POOL_LABEL,
+    Deployment,
+    MachineGroup,
+    dns_name,
+)
 from pipelines.config.model_folders import PROJECT_ROOT
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.topology import PoolSettings, RolePoolSettings, TeacherPoolSettings
@@ -36,6 +43,7 @@ class DeploymentRequest:
         gpus_per_machine: Most GPUs of one machine.
         image: Container image.
         made_by: Command that made the manifest.
+        nodes: Labels of the Kubernetes nodes with each kind of GPU, where there are several kinds.
     """
 
     config: DistillConfig
@@ -43,6 +51,7 @@ class DeploymentRequest:
     gpus_per_machine: int
     image: str
     made_by: str
+    nodes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def memory_gb(self) -> float:
@@ -57,25 +66,102 @@ def deployment_of_pools(request: DeploymentRequest) -> Deployment:
         ConfigError: A path is of this machine alone, or a label cannot be given to a machine.
     """
     pools = request.config.topology.role_pools_of(request.config.roles)
+    workers = [_group_of(request, name, settings) for name, settings in pools.items()]
+    homes = {name: name.replace("_", "-") for name in pools}
+    return _labelled_deployment(request, pools, homes, workers, {})
+
+
+def deployment_of_kinds(request: DeploymentRequest) -> Deployment:
+    """A deployment with a group of machines for each kind of GPU that the plan uses.
+
+    Pools on one kind share its machines and ask for them by label, beside the label that Ray gives
+    machines with such GPUs. What lives on the head has GPUs of the last kind that has enough.
+
+    Raises:
+        ConfigError: A path is of this machine alone, the labels of a kind's nodes are not given, a
+            label cannot be given to a machine, or a pool does not fit its machines.
+    """
+    pools = request.config.topology.role_pools_of(request.config.roles)
+    kind_of = {name: use.kind for name, use in request.plan.best.pools.items()}
+    on_kinds = {
+        kind.name: {name: pool for name, pool in pools.items() if kind_of[name] == kind.name}
+        for kind in request.plan.kinds
+    }
+    on_head = _kind_of_head(request)
+    used = [name for name, own in on_kinds.items() if own or name == on_head]
+    missing = [name for name in used if name not in request.nodes]
+    if missing:
+        raise ConfigError(
+            "planning machines of several kinds of GPU",
+            f"no labels of the Kubernetes nodes with {', '.join(missing)}",
+            "a label by which Kubernetes tells them from the others (kubectl get nodes "
+            "--show-labels), such as nvidia.com/gpu.product or cloud.google.com/gke-accelerator",
+            "--with nodes=" + ",".join(f"{name}:KEY=VALUE" for name in used),
+        )
+    workers = [_group_of_kind(request, name, own) for name, own in on_kinds.items() if own]
+    homes = {name: dns_name(kind_of[name]) for name in pools}
+    return _labelled_deployment(request, pools, homes, workers, request.nodes.get(on_head, {}))
+
+
+def _kind_of_head(request: DeploymentRequest) -> str:
+    """The kind of GPU of text encoder, feed and validator; empty where they have none."""
+    wanted = request.plan.gpus_beside
+    if not wanted:
+        return ""
+    left = {kind.name: kind.num_gpus for kind in request.plan.kinds}
+    for use in request.plan.best.pools.values():
+        left[use.kind] -= use.gpus
+    for name in reversed(left):
+        if left[name] >= wanted:
+            return name
+    raise ConfigError(
+        "planning the head of a cluster",
+        f"{wanted} GPUs for text encoder, feed and validator, and beside the roles are left "
+        + ", ".join(f"{number} {name}" for name, number in left.items()),
+        "as many of one kind, for they live on one machine",
+        "Lower `gpus` of topology.text, topology.feed and topology.validator, or leave the kind "
+        "with the fewest GPUs out",
+    )
+
+
+def _labelled_deployment(
+    request: DeploymentRequest,
+    pools: Mapping[str, RolePoolSettings],
+    homes: Mapping[str, str],
+    workers: list[MachineGroup],
+    nodes_of_head: Mapping[str, str],
+) -> Deployment:
+    """A deployment whose pools ask for the labels of their machines, the others for the head's.
+
+    Args:
+        request: What is to be deployed.
+        pools: Pools of the roles.
+        homes: Label of each pool's machines.
+        workers: These machines.
+        nodes_of_head: Labels of the Kubernetes nodes that the head may run on.
+    """
+    topology = request.config.topology
     labels: dict[str, Any] = {
         f"topology.{_section(request.config, name)}.labels": {
             **settings.labels,
-            POOL_LABEL: name.replace("_", "-"),
+            POOL_LABEL: homes[name],
         }
         for name, settings in pools.items()
     }
     labels |= {
-        f"topology.{name}.labels": {
-            **getattr(request.config.topology, name).labels,
-            POOL_LABEL: _HEAD,
-        }
+        f"topology.{name}.labels": {**getattr(topology, name).labels, POOL_LABEL: _HEAD}
         for name in _BESIDE
     }
-    workers = [_group_of(request, name, settings) for name, settings in pools.items()]
     gpus = request.plan.gpus_beside
     memory = max(_LEAST_MEMORY_GB, math.ceil(request.memory_gb * gpus))
     head = MachineGroup(
-        _HEAD, 1, _cpus_beside(request.config), gpus, memory, labels={POOL_LABEL: _HEAD}
+        _HEAD,
+        1,
+        _cpus_beside(request.config),
+        gpus,
+        memory,
+        labels={POOL_LABEL: _HEAD},
+        nodes=nodes_of_head,
     )
     return _deployment(request, request.config.with_settings(labels), head, workers)
 
@@ -165,6 +251,34 @@ def _group_of(request: DeploymentRequest, name: str, pool: RolePoolSettings) -> 
         memory,
         {**_given_labels(name, pool.labels), POOL_LABEL: name.replace("_", "-")},
         resources,
+    )
+
+
+def _group_of_kind(
+    request: DeploymentRequest, kind: str, pools: Mapping[str, RolePoolSettings]
+) -> MachineGroup:
+    """The machines of one kind of GPU, for all pools on it: as large as allowed, and all equal."""
+    ranks = {name: pool.ranks for name, pool in pools.items()}
+    total = sum(ranks.values())
+    most = min(_most_ranks(request, pool) for pool in pools.values())
+    each = max(size for size in range(1, most + 1) if total % size == 0)
+    labels: dict[str, str] = {}
+    resources: dict[str, float] = {}
+    for name, pool in pools.items():
+        _require_room(request, name, pool, each)
+        labels |= _given_labels(name, pool.labels)
+        for key, amount in pool.resources.items():
+            resources[key] = max(resources.get(key, 0.0), amount * each)
+    gpus = math.ceil(each * max(pool.gpus for pool in pools.values()))
+    return MachineGroup(
+        dns_name(kind),
+        total // each,
+        math.ceil(each * max(pool.cpus for pool in pools.values())),
+        gpus,
+        max(_LEAST_MEMORY_GB, math.ceil(request.memory_gb * max(1, gpus))),
+        {**labels, POOL_LABEL: dns_name(kind)},
+        resources,
+        request.nodes[kind],
     )
 
 

@@ -14,14 +14,15 @@ from pipelines.config.recipe import DistillConfig
 from pipelines.planning.deployments import (
     DeploymentRequest,
     deployment_of_equals,
+    deployment_of_kinds,
     deployment_of_pools,
 )
 from pipelines.planning.plan import Plan
 from sgmd_core.errors import ConfigError
 
 _DETAILS: dict[str, tuple[str, ...]] = {
-    "kuberay": ("image", "gpus-per-machine", "volume"),
-    "raycluster": ("image", "gpus-per-machine", "volume"),
+    "kuberay": ("image", "gpus-per-machine", "volume", "nodes"),
+    "raycluster": ("image", "gpus-per-machine", "volume", "nodes"),
     "slurm": ("gpus-per-machine", "time"),
     "launcher": (
         *("image", "gpus-per-machine", "provider", "instance"),
@@ -38,6 +39,9 @@ _FORMS = {
     "image": (r"[A-Za-z0-9][\w.:/@-]*", "the name of an image, such as registry/sgmd:1"),
 }
 """Patterns of details that become a part of a line, with words for them."""
+_LABEL_KEY = re.compile(r"([a-z0-9][a-z0-9.-]{0,252}/)?[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", re.A)
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([\w.-]{0,61}[A-Za-z0-9])?", re.A)
+"""Of Kubernetes' labels."""
 _INSTANCES = {
     "aws": {1: "g6e.4xlarge", 4: "g6e.12xlarge", 8: "p5.48xlarge"},
     "gcp": {1: "a3-highgpu-1g", 2: "a3-highgpu-2g", 4: "a3-highgpu-4g", 8: "a3-highgpu-8g"},
@@ -68,12 +72,20 @@ def emit_manifest(
         python = given.get("python", ".".join(platform.python_version_tuple()[:2]))
         return dockerfile(image, _FOLDERS, python, made_by)
     limit = _whole(given, "gpus-per-machine", _GPUS_PER_MACHINE)
-    request = DeploymentRequest(config, plan, limit, image, made_by)
+    request = DeploymentRequest(config, plan, limit, image, made_by, _nodes(given, plan))
+    if kind in ("kuberay", "raycluster"):
+        render = ray_job if kind == "kuberay" else ray_cluster
+        deployment = (deployment_of_kinds if plan.kinds else deployment_of_pools)(request)
+        return render(deployment, _volumes(given))
+    if plan.kinds:
+        raise ConfigError(
+            f"emitting a manifest for {kind}",
+            f"{len(plan.kinds)} kinds of GPU, and its machines are all equal",
+            "one kind of GPU, or --emit kuberay or raycluster, with a group of machines for each",
+            "Or take the recipe by --write: on a cluster with these machines its pools find them "
+            "by label",
+        )
     match kind:
-        case "kuberay":
-            return ray_job(deployment_of_pools(request), _volumes(given))
-        case "raycluster":
-            return ray_cluster(deployment_of_pools(request), _volumes(given))
         case "slurm":
             return slurm_script(deployment_of_equals(request), given.get("time", _TIME))
         case _:
@@ -128,6 +140,24 @@ def _volumes(given: Mapping[str, str]) -> dict[str, str]:
             )
         volumes[path] = claim
     return volumes
+
+
+def _nodes(given: Mapping[str, str], plan: Plan) -> dict[str, dict[str, str]]:
+    """Labels of Kubernetes nodes by kind of GPU, of `kind:key=value`, several with commas."""
+    kinds = [kind.name for kind in plan.kinds]
+    nodes: dict[str, dict[str, str]] = {}
+    for each in filter(None, given.get("nodes", "").split(",")):
+        kind, _, label = each.partition(":")
+        key, _, value = label.partition("=")
+        if kind not in kinds or not _LABEL_KEY.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
+            raise ConfigError(
+                "emitting a manifest",
+                f"--with nodes={each}",
+                "KIND:KEY=VALUE, several with commas: a kind of --kind "
+                f"({', '.join(kinds) or 'none is given'}), and a label of its Kubernetes nodes",
+            )
+        nodes.setdefault(kind, {})[key] = value
+    return nodes
 
 
 def _machines(given: Mapping[str, str], gpus: int, count: int) -> Machines:

@@ -2,21 +2,25 @@
 
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import yaml
 from typer.testing import CliRunner
 
+from cluster.ray.shortage import Machine, first_fit
 from pipelines.cli import app
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.distillation.pools import pools_of
 from pipelines.planning import stage_times
 from pipelines.planning.emitting import emit_manifest
-from pipelines.planning.hardware import Hardware
-from pipelines.planning.plan import Plan, make_plan
+from pipelines.planning.hardware import Hardware, parse_kinds
+from pipelines.planning.plan import Plan, make_mixed_plan, make_plan
 from pipelines.planning.planned_recipe import planned_recipe
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
+from tests.cluster.manifests.test_kuberay import problems
 
 PLACES = ("output=s3://b/runs", "model.folder=s3://b/wan", "data.train=s3://b/t")
 
@@ -28,6 +32,17 @@ def planned(gpus: int) -> tuple[DistillConfig, Plan]:
     work, hardware = Workload.of(config, "1.3b"), Hardware(memory_gb=80.0, host_memory_gb=200.0)
     times = stage_times.modelled(work, hardware)
     plan = make_plan(work, times, hardware, gpus - 1, config.gpus_beside)
+    return planned_recipe(config, plan), plan
+
+
+@cache
+def planned_kinds(*kinds: str) -> tuple[DistillConfig, Plan]:
+    """The recipe and its plan on several kinds of GPU; the validator has one of the last."""
+    config = load_recipe("wan21-1.3b", [*PLACES, "batch.size=16"])
+    found = parse_kinds(kinds, Hardware())
+    work = Workload.of(config, "1.3b")
+    times = stage_times.modelled(work, found[0].hardware)
+    plan = make_mixed_plan(work, times, found, config.gpus_beside)
     return planned_recipe(config, plan), plan
 
 
@@ -157,3 +172,101 @@ def test_the_command_prints_the_manifest_and_nothing_else(monkeypatch: pytest.Mo
     assert done.exit_code == 0, done.output
     assert done.stdout.startswith("# Made by: sgmd plan wan21-1.3b\n")
     assert parts(done.stdout)[0].output == "s3://b/runs"
+
+
+MIXED = ("H100=4x80@229", "L40S=4x48@80")
+NODES = "nodes=H100:nvidia.com/gpu.product=H100-80,L40S:nvidia.com/gpu.product=L40S"
+
+
+def pods(spec: dict) -> list[Machine]:
+    """The machines of a manifest as Ray would see them, with the label of its own.
+
+    What Ray finds in a pod is what its node selector asks for.
+    """
+    kinds = {"H100-80": "H100", "L40S": "L40S"}
+    found = []
+    for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+        pod = group["template"]["spec"]
+        limits = pod["containers"][0]["resources"]["limits"]
+        kind = kinds[pod["nodeSelector"]["nvidia.com/gpu.product"]]
+        free = {"CPU": float(group["rayStartParams"]["num-cpus"])}
+        free["GPU"] = float(limits.get("nvidia.com/gpu", 0))
+        free |= {name: float(amount) for name, amount in group.get("resources", {}).items()}
+        labels = {**group["labels"], "ray.io/accelerator-type": kind}
+        for number in range(group.get("replicas", 1)):
+            found.append(Machine(f"{group.get('groupName', 'head')}-{number}", free, free, labels))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["kuberay", "raycluster"])
+@pytest.mark.parametrize("limit", [8, 2])
+def test_each_kind_of_gpu_is_a_group_of_machines_that_all_of_its_pools_fit(kind, limit):
+    config, plan = planned_kinds(*MIXED)
+    details = [NODES, f"gpus-per-machine={limit}"]
+    documents = list(yaml.safe_load_all(emit_manifest(kind, config, plan, details, "sgmd plan")))
+    assert [problems(each) for each in documents] == [[]] * len(documents)
+    spec = documents[-1]["spec"]
+    spec = spec["rayClusterSpec"] if kind == "kuberay" else spec
+    used = {pool.kind: 0 for pool in plan.best.pools.values()}
+    for pool in plan.best.pools.values():
+        used[pool.kind] += pool.gpus
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    assert {name: gpus_of(group) for name, group in groups.items()} == {
+        name.lower(): gpus for name, gpus in used.items()
+    }
+    assert set(used) == {"H100", "L40S"}
+    if kind == "raycluster":
+        return
+    recipe, _ = parts(emit_manifest(kind, config, plan, details, "sgmd plan"))
+    rows = first_fit(pools_of(recipe), pods(spec))
+    on = {row.rank.partition("[")[0]: row.verdict for row in rows}
+    for name, pool in plan.best.pools.items():
+        assert f"fits on {pool.kind.lower()}-" in on[name]
+    assert {on[name] for name in ("text", "feed", "validator")} == {"fits on head-0"}
+    # Without the second kind its pools find no machine.
+    fewer = [each for each in pods(spec) if not each.name.startswith("l40s")]
+    assert any(
+        row.verdict.startswith("no machine has") for row in first_fit(pools_of(recipe), fewer)
+    )
+
+
+def test_machines_of_a_kind_have_the_resources_that_its_pools_ask_for():
+    config, plan = planned_kinds(*MIXED)
+    config = config.with_settings({"topology.pools.learn.resources": {"fast": 0.5}})
+    _, groups = parts(emit_manifest("kuberay", config, plan, [NODES], "sgmd plan"))
+    kind = plan.best.pools["learn"].kind.lower()
+    ranks = sum(pool.gpus for pool in plan.best.pools.values() if pool.kind.lower() == kind)
+    assert float(groups[kind]["resources"]["fast"]) == 0.5 * ranks
+
+
+def test_gpus_of_a_kind_that_holds_nothing_are_asked_for_by_nobody():
+    config, plan = planned_kinds("H100=4x80@229", "T4=2x8@10")
+    nodes = "nodes=H100:a=b,T4:a=c"
+    _, groups = parts(emit_manifest("kuberay", config, plan, [nodes], "sgmd plan"))
+    assert set(groups) == {"h100", "head"}
+    assert groups["head"]["template"]["spec"]["nodeSelector"] == {"a": "c"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "details", "words"),
+    [
+        ("kuberay", [], "no labels of the Kubernetes nodes with H100, L40S"),
+        ("kuberay", ["nodes=H100:a=b"], "no labels of the Kubernetes nodes with L40S"),
+        ("kuberay", ["nodes=A100:a=b"], "a kind of --kind (H100, L40S)"),
+        ("kuberay", ["nodes=H100:a=b\nc"], "KIND:KEY=VALUE"),
+        ("kuberay", ["nodes=H100"], "KIND:KEY=VALUE"),
+        ("slurm", [], "its machines are all equal"),
+        ("launcher", ["provider=aws"], "--emit kuberay or raycluster"),
+    ],
+)
+def test_a_manifest_of_several_kinds_says_what_it_lacks(kind, details, words):
+    config, plan = planned_kinds(*MIXED)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        emit_manifest(kind, config, plan, details, "sgmd plan")
+
+
+def test_the_head_takes_gpus_of_one_kind_or_none():
+    config, plan = planned_kinds(*MIXED)
+    beside = {"validator": 1.0, "text": 6.0}
+    with pytest.raises(ConfigError, match="as many of one kind"):
+        emit_manifest("kuberay", config, replace(plan, beside=beside), [NODES], "sgmd plan")

@@ -152,7 +152,10 @@ def test_a_written_recipe_pins_its_pools_to_their_kinds(tmp_path):
         ((*KINDS, "--gpus", "8"), "several kinds of GPU by --kind"),
         ((*KINDS, "--fit"), "--kind and --fit"),
         (("--gpus-per-node", "0"), "a number above 0"),
-        ((*KINDS, "--emit", "kuberay"), "a manifest does not say which machines have which"),
+        (
+            (*KINDS, "--emit", "slurm", "output=s3://b/runs", "data.train=s3://b/t"),
+            "its machines are all equal",
+        ),
         (("--kind", "a=5000x80@229", "--kind", "b=1x80@229"), "at most 4096"),
         (("--kind", f"a={'9' * 400}x80@229", "--kind", "b=1x80@229"), "NAME=GPUSxGB@TFLOPS"),
     ],
