@@ -1,10 +1,17 @@
-"""Seconds of one iteration, in one process and with the roles on Ray, in turns.
+"""Seconds of one iteration with the roles in one process and in every kind of placement, in turns.
 
+    sgmd shapes data/shapes
     python benchmarks/iteration.py --output iteration.json
 
-All topologies run the same recipe side by side and take turns, one iteration each, so that a
-machine whose speed drifts slows all of them. Quote medians and the ratios. CPU seconds are those of
-the processes of the three roles and of this one, all their threads together.
+Each placement is opened beside one process, `local`, and the two take turns of some iterations
+each, so that a machine whose speed drifts slows both; who begins changes from turn to turn. Both
+must make the same losses. Quote medians and the ratios, pair by pair.
+
+CPU seconds of a placement are those of this process, which calls, and of the processes of roles,
+text encoder and feed; those of Ray's own (raylet, GCS and their agents) stand beside them. Each of
+these processes also looks for signals a hundred times a second, whatever it does: what they spend
+while nothing is asked of them is measured and taken off in `busy_over_local`. On a machine with
+other work CPU seconds hold, and wall seconds do not.
 """
 
 import argparse
@@ -14,14 +21,17 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from documents import write_document
+from process_tree import MARK, ProcessTree
 
-from cluster.ray.group import RayWorkerGroup
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.data.stream.batch import BatchFeed
 from pipelines.data.stream.feed import FeedProgress
@@ -33,13 +43,50 @@ from pipelines.run.folder import RunFolder
 from workers.text_encoder import TextEncoder
 
 TRACKING = ("shared", "fresh")
-TOPOLOGIES = ("local", "map", "pools", "fused")
+LOCAL = "local"
+_POOL = "{ranks: 1, cpus: 0.5}"
+_THREE = f"topology.pools={{learn: {_POOL}, score: {_POOL}, spare: {_POOL}}}"
+PLACEMENTS = {
+    "fused": ("topology.mode=fused",),
+    "map": (),
+    "map, teacher with the generator": ("topology.roles.teacher=learn",),
+    "map, teacher with the fake score": ("topology.roles.teacher=score",),
+    "map, learners together": ("topology.roles.fake_score=learn", "topology.roles.teacher=score"),
+    "map, teacher apart": (_THREE, "topology.roles.teacher=spare"),
+    "map, three copies": (_THREE, "topology.roles.teacher=[learn, score, spare]"),
+    "pools": ("topology.mode=pools",),
+    "pools, two copies": ("topology.mode=pools", "topology.teacher.replicas=2"),
+}
+"""Placements with one rank a role and copy, and their settings; the mode is `map` otherwise."""
+_RAYS_OWN = "Ray's "
+_IDLE_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of one turn, for each of its iterations.
+
+    Attributes:
+        wall_s: Of the clock.
+        cpu_s: Of the calling process, of all roles, text encoder and feed.
+        ray_cpu_s: Of Ray's own processes.
+        parts: Of these, by name of the process.
+        losses: Of the last iteration.
+    """
+
+    wall_s: float
+    cpu_s: float
+    ray_cpu_s: float
+    parts: dict[str, float]
+    losses: dict[str, float]
 
 
 class Stand:
-    """One topology, opened and ready to iterate."""
+    """One placement, opened and ready to iterate."""
 
-    def __init__(self, config: DistillConfig, groups: Groups) -> None:
+    def __init__(
+        self, config: DistillConfig, groups: Groups, processes: ProcessTree | None
+    ) -> None:
         self._groups = groups
         self._size = config.batch.size
         self._plan = plan_iteration(
@@ -60,74 +107,117 @@ class Stand:
             )
         ]
         self._iteration = 0
-        roles = groups.roles.scheduled.values()
-        pids = {
-            pid for role in roles if isinstance(role, RayWorkerGroup) for pid in role.process_ids()
+        self._processes = processes
+
+    def run(self, count: int) -> Spent:
+        """Makes some iterations."""
+        others = self._others()
+        wall, own = time.perf_counter(), time.process_time()
+        losses: dict[str, float] = {}
+        for _ in range(count):
+            report = iterate(self._groups.roles, self._plan, self._iteration, self._prompts)
+            self._iteration += 1
+            losses = dict(report.losses)
+        wall, own = time.perf_counter() - wall, time.process_time() - own
+        parts = {
+            name: seconds / count for name, seconds in (self._others() - others).items() if seconds
         }
-        self._pids = {*pids, os.getpid()}
+        rays_s = sum(seconds for name, seconds in parts.items() if name.startswith(_RAYS_OWN))
+        roles_s = sum(parts.values()) - rays_s
+        parts = {"calls" if self._processes else LOCAL: own / count, **parts}
+        return Spent(wall / count, own / count + roles_s, rays_s, parts, losses)
 
-    def run(self) -> tuple[float, float, dict[str, float]]:
-        """Wall and CPU seconds of one iteration, and its losses."""
-        wall, cpu = time.perf_counter(), self._cpu_s()
-        report = iterate(self._groups.roles, self._plan, self._iteration, self._prompts)
-        self._iteration += 1
-        return time.perf_counter() - wall, self._cpu_s() - cpu, dict(report.losses)
+    def idle_share(self) -> float:
+        """CPU seconds of the started processes, without Ray's own, in a second without work."""
+        before, began = self._others(), time.perf_counter()
+        time.sleep(_IDLE_S)
+        found, took_s = self._others() - before, time.perf_counter() - began
+        spent_s = sum(s for name, s in found.items() if not name.startswith(_RAYS_OWN))
+        return spent_s / took_s
 
-    def _cpu_s(self) -> float:
-        return sum(_cpu_s_of(pid) for pid in self._pids)
-
-
-def _cpu_s_of(pid: int) -> float:
-    """CPU seconds of a process of this machine, user's and system's (proc(5), fields 14 and 15)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    def _others(self) -> Counter[str]:
+        """CPU seconds of all processes that were started for the placement."""
+        if self._processes is None:
+            return Counter()
+        self._processes.look()
+        return Counter(self._processes.seconds_by_name())
 
 
 def measure(
-    recipe: str, overrides: Sequence[str], num_iterations: int, warmup: int
+    recipe: str,
+    overrides: Sequence[str],
+    tracking_modes: Sequence[str],
+    placements: Sequence[str],
+    turns: int,
+    count: int,
 ) -> dict[str, Any]:
-    """Medians for both tracking modes and all topologies."""
+    """Medians for some tracking modes and placements, each beside one process."""
     found: dict[str, Any] = {}
-    for tracking in TRACKING:
-        with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
-            stands = {}
-            for mode in TOPOLOGIES:
-                settings = [f"fake_score.tracking={tracking}", f"topology.mode={mode}"]
-                config = load_recipe(recipe, [*overrides, *settings, "validation.every=0"])
-                folder = RunFolder(Path(scratch) / mode)
-                groups = open_groups(
-                    config, run_preflight(config), folder, FeedProgress(), 2 * config.batch.size
-                )
-                stands[mode] = Stand(config, stack.enter_context(groups))
-            runs: dict[str, list[tuple[float, float]]] = {mode: [] for mode in TOPOLOGIES}
-            for number in range(warmup + num_iterations):
-                losses = []
-                for mode, stand in stands.items():
-                    wall_s, cpu_s, terms = stand.run()
-                    losses.append(terms)
-                    if number >= warmup:
-                        runs[mode].append((wall_s, cpu_s))
-                assert all(one == losses[0] for one in losses), "topologies make the same numbers"
-        found[tracking] = _summary(runs)
-        print(tracking, json.dumps(found[tracking]), file=sys.stderr)
+    for tracking in tracking_modes:
+        shared = [*overrides, f"fake_score.tracking={tracking}", "validation.every=0"]
+        found[tracking] = {}
+        for name in placements:
+            settings = [*shared, "topology.mode=map", *PLACEMENTS[name]]
+            found[tracking][name] = _side_by_side(recipe, shared, settings, turns, count)
+            print(tracking, name, json.dumps(found[tracking][name]), file=sys.stderr)
     return found
 
 
-def _summary(runs: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float]]:
-    """Medians of each topology, and its ratios to one process, pair by pair."""
-    found: dict[str, dict[str, float]] = {}
-    for mode, own in runs.items():
-        pairs = list(zip(own, runs["local"], strict=True))
-        wall, cpu = ([mine[part] / local[part] for mine, local in pairs] for part in (0, 1))
-        found[mode] = {
-            "wall_s": statistics.median(wall_s for wall_s, _ in own),
-            "cpu_s": statistics.median(cpu_s for _, cpu_s in own),
-            "wall_over_local": statistics.median(wall),
-            "wall_over_local_min": min(wall),
-            "wall_over_local_max": max(wall),
-            "cpu_over_local": statistics.median(cpu),
-        }
-    return found
+def _side_by_side(
+    recipe: str, shared: Sequence[str], settings: Sequence[str], turns: int, count: int
+) -> dict[str, Any]:
+    """One placement and one process, a turn of each to warm up."""
+    with ExitStack() as stack, tempfile.TemporaryDirectory() as scratch:
+        # What is started from here on inherits the mark.
+        os.environ[MARK] = mark = uuid4().hex
+        mine = _open(stack, load_recipe(recipe, settings), Path(scratch) / "mine", mark)
+        alone = load_recipe(recipe, [*shared, "topology.mode=local"])
+        local = _open(stack, alone, Path(scratch) / LOCAL, None)
+        pairs: list[tuple[Spent, Spent]] = []
+        for turn in range(1 + turns):
+            if turn % 2:
+                own, one = mine.run(count), local.run(count)
+            else:
+                one, own = local.run(count), mine.run(count)
+            assert own.losses == one.losses, "placements make the same numbers"
+            pairs += [(own, one)] if turn else []
+        return _summary(pairs, mine.idle_share())
+
+
+def _open(stack: ExitStack, config: DistillConfig, folder: Path, mark: str | None) -> Stand:
+    checked, num_rows = run_preflight(config), 2 * config.batch.size
+    groups = open_groups(config, checked, RunFolder(folder), FeedProgress(), num_rows)
+    opened = stack.enter_context(groups)
+    return Stand(config, opened, None if mark is None else ProcessTree(mark))
+
+
+def _summary(pairs: Sequence[tuple[Spent, Spent]], idle: float) -> dict[str, Any]:
+    """Medians of both, and ratios pair by pair.
+
+    Args:
+        pairs: Turns of the placement and of one process.
+        idle: See `Stand.idle_share`.
+    """
+    over = [own.cpu_s / one.cpu_s for own, one in pairs]
+    busy = [(own.cpu_s - idle * own.wall_s) / one.cpu_s for own, one in pairs]
+    parts = {name for own, _ in pairs for name in own.parts}
+    by_part = {
+        name: statistics.median(own.parts.get(name, 0.0) for own, _ in pairs) for name in parts
+    }
+    return {
+        "cpu_s": statistics.median(own.cpu_s for own, _ in pairs),
+        "local_cpu_s": statistics.median(one.cpu_s for _, one in pairs),
+        "cpu_over_local": statistics.median(over),
+        "cpu_over_local_min": min(over),
+        "cpu_over_local_max": max(over),
+        "busy_over_local": statistics.median(busy),
+        "idle_cpu_share": idle,
+        "ray_cpu_s": statistics.median(own.ray_cpu_s for own, _ in pairs),
+        "wall_s": statistics.median(own.wall_s for own, _ in pairs),
+        "local_wall_s": statistics.median(one.wall_s for _, one in pairs),
+        "wall_over_local": statistics.median(own.wall_s / one.wall_s for own, one in pairs),
+        "cpu_s_by_process": dict(sorted(by_part.items(), key=lambda part: -part[1])),
+    }
 
 
 def main() -> None:
@@ -135,19 +225,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of the recipe")
     parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--iterations", type=int, default=20, help="counted ones")
-    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--tracking", nargs="+", choices=TRACKING, default=[*TRACKING])
+    parser.add_argument("--placements", nargs="+", choices=PLACEMENTS, default=[*PLACEMENTS])
+    parser.add_argument("--turns", type=int, default=7, help="counted ones of each, after one")
+    parser.add_argument("--iterations", type=int, default=4, help="of a turn")
     parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
     arguments = parser.parse_args()
-    measured = {
+    asked = {
         "recipe": arguments.recipe,
         "overrides": arguments.overrides,
+        "turns": arguments.turns,
         "iterations": arguments.iterations,
-        "results": measure(
-            arguments.recipe, arguments.overrides, arguments.iterations, arguments.warmup
-        ),
     }
-    write_document("iteration", measured, arguments.output)
+    found = measure(
+        arguments.recipe,
+        arguments.overrides,
+        arguments.tracking,
+        arguments.placements,
+        arguments.turns,
+        arguments.iterations,
+    )
+    write_document("iteration", {**asked, "results": found}, arguments.output)
 
 
 if __name__ == "__main__":
