@@ -8,6 +8,8 @@
     NAME           mean of a figure over the generator's clips
     NAME_ratio     over that of the teacher's clips of the same captions and noise
     diversity      distance between two clips of a caption, from two seeds
+    speed_distance, direction_entropy, ...   of what the clips of an embedded world do as a whole,
+                   to those teacher's clips from other noise; NAME_ratio as above
 
 The teacher's clips are sampled once and kept as numbers, in a folder that runs may share. Means
 and ratios have intervals by a bootstrap over clips, distances and rank correlations by leaving
@@ -23,13 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sgmd_core.metrics.comparison import compare_sets
+from sgmd_core.metrics.comparison import Compared, compare_sets
 from sgmd_core.metrics.frechet import Features, fit_gaussian, frechet_distance
 from sgmd_core.metrics.jackknife import Influence, Kept, influences, jackknife_interval
+from sgmd_core.worlds.readings import motion_of
 from sgmd_core.worlds.shapes import ClipReading, labels_from_captions, spearman
 from workers.clip_sets import ClipRequest, ClipSet, sample_clip_set
 from workers.evaluator import Evaluator, Sampling
 from workers.kept_clips import KeptClips
+from workers.measured_clips import MeasuredClips
+from workers.set_measures import compare_motions
 
 _RESAMPLING_SEED = 0
 _MIN_CLIPS = 3
@@ -97,7 +102,7 @@ class ValidationEvaluator:
         wanted = request.twin(self._reference_sampling.seed)
         twin = sample_clip_set(self._evaluator, wanted, weights=weights).clips.features
         own = clips.clips.figures(request.captions, twin)
-        partner = self._partner.clips.figures(request.captions, self._reference)
+        partner = self._partner.clips.figures(request.captions, self._reference.features)
 
         of_sets = self._figures_of_sets(clips)
         figures = {name: value for name, (value, _) in of_sets.items()}
@@ -106,7 +111,8 @@ class ValidationEvaluator:
             name: jackknife_interval(figures[name], influence)
             for name, influence in influence_of.items()
         }
-        for name, compared in compare_sets(own, partner, _RESAMPLING_SEED).items():
+        means = compare_sets(own, partner, _RESAMPLING_SEED)
+        for name, compared in (means | self._motions(clips)).items():
             found[name] = compared.value
             if compared.ratio is not None:
                 found[f"{name}_ratio"] = compared.ratio
@@ -133,11 +139,11 @@ class ValidationEvaluator:
         return self._of_teacher(self._request.sampled(sampling))
 
     @cached_property
-    def _reference(self) -> Features:
-        """Features of the teacher's clips from other noise."""
-        sampling = self._reference_sampling
+    def _reference(self) -> MeasuredClips:
+        """The teacher's clips from other noise: features, and in an embedded world readings."""
+        sampling, world = self._reference_sampling, self._request.world
         wanted = self._request.sampled(sampling).twin(sampling.seed)
-        return self._of_teacher(wanted).clips.features
+        return self._of_teacher(replace(wanted, features_only=world is None)).clips
 
     @cached_property
     def _floor(self) -> tuple[float, Influence | None]:
@@ -145,7 +151,7 @@ class ValidationEvaluator:
         return self._distance(features), self._distance_influence(features)
 
     def _distance(self, features: Features) -> float:
-        return frechet_distance(*fit_gaussian(features), *fit_gaussian(self._reference))
+        return frechet_distance(*fit_gaussian(features), *fit_gaussian(self._reference.features))
 
     def _figures_of_sets(self, clips: ClipSet) -> dict[str, tuple[float, Influence | None]]:
         """Figures that are no means over clips, with the influence of each clip."""
@@ -166,9 +172,18 @@ class ValidationEvaluator:
             )
         return found
 
+    def _motions(self, clips: ClipSet) -> dict[str, Compared]:
+        """Measures of what the clips do as a whole; none where they are not read, or too few."""
+        readings = [each.reading for each in (clips.clips, self._reference, self._partner.clips)]
+        read = [motion_of(reading) for reading in readings if reading is not None]
+        if len(read) < len(readings) or len(self._request.captions) < _MIN_CLIPS:
+            return {}
+        own, reference, floor = read
+        return compare_motions(own, reference, floor)
+
     def _distance_influence(self, features: Features) -> Influence | None:
         """Influences on the distance; a caption leaves both sets."""
-        reference = self._reference
+        reference = self._reference.features
         return self._influences(
             lambda kept: frechet_distance(
                 *fit_gaussian(features[kept]), *fit_gaussian(reference[kept])

@@ -13,7 +13,7 @@ FIGURES = tuple(
     if measure.ranks
     for name in (measure.name, *([f"{measure.name}_ratio"] if measure.has_ratio else ()))
 )
-"""Names of the figures of a validation."""
+"""Names of the figures of a validation that may rank states."""
 
 SHAPE_FIGURES = tuple(
     name

@@ -1,6 +1,6 @@
 """Everything about a run that can be wrong before a process or a GPU is taken."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from pipelines.config.clip_sizes import trained_shapes
 from pipelines.config.figures import SHAPE_FIGURES
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
+from pipelines.config.roles import DISCRIMINATOR, TEACHER
 from pipelines.config.sequence import require_divisible
 from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, Encoding
 from pipelines.data.stream.content import with_latents
@@ -244,8 +245,9 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, LatentBuckets]
         SgmdError: The folder is not whole, or does not fit the clips, adapters or precision.
     """
     family = family_of(config.model_folder)
-    require_computable(config, family)
-    require_adaptable(config, family)
+    families = families_of_roles(config)
+    require_computable(config, families)
+    require_adaptable(config)
     model = family.inspect(config.model_folder)
     check_transition(config, model)
     check_phases(config, model)
@@ -280,13 +282,26 @@ def inspect_captions(config: DistillConfig, number: int = 0) -> tuple[Source, Fo
     return replace(source, settled=data.names), data
 
 
-def require_computable(config: DistillConfig, family: ModelFamily) -> None:
-    """Check that the denoiser of a family can be computed as the roles want it.
+def families_of_roles(config: DistillConfig) -> dict[str, ModelFamily]:
+    """Family of each role's model; a discriminator looks through a copy of the teacher."""
+    models = models_of_roles(config)
+    return {
+        role: family_of(model_on_this_machine(models[TEACHER if role == DISCRIMINATOR else role]))
+        for role in config.roles
+    }
+
+
+def require_computable(config: DistillConfig, families: Mapping[str, ModelFamily]) -> None:
+    """Check that each role's denoiser can be computed as the role wants it.
+
+    Args:
+        config: The run.
+        families: Family of each role's model.
 
     Raises:
         ConfigError: A setting of `compute` is one that the family does not support.
     """
-    for role in config.roles:
+    for role, family in families.items():
         compute: ComputeSettings = getattr(config, role).compute
         wanted = {
             "bf16": "bf16" in (compute.precision, compute.weights),
@@ -304,7 +319,8 @@ def require_computable(config: DistillConfig, family: ModelFamily) -> None:
             raise ConfigError(
                 f"preparing the {role.replace('_', ' ')} of the family {family.name}",
                 f"{role} asks for {' and '.join(lacking)}",
-                f"settings that the family supports: {', '.join(sorted(family.traits.computes))}",
+                f"settings that the family supports: {', '.join(sorted(family.traits.computes))}"
+                + (f"; {family.traits.limits}" if family.traits.limits else ""),
                 f"Correct {role}.lora" if lacking == ["lora"] else f"Correct {role}.compute",
             )
         if config.topology.mode == "local":
@@ -312,14 +328,16 @@ def require_computable(config: DistillConfig, family: ModelFamily) -> None:
             require_kernel(compute.attention, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def require_adaptable(config: DistillConfig, family: ModelFamily) -> None:
-    """Check that the layers of a model have the projections that adapters are wanted for.
+def require_adaptable(config: DistillConfig) -> None:
+    """Check that the layers of each role's model have the projections of its adapters.
 
     Raises:
         ConfigError: A target of `lora` is not one of them.
     """
+    models = models_of_roles(config)
     for role in adapted_roles(config):
-        projections = family.read_shape(config.model_folder).denoiser.projections
+        folder = model_on_this_machine(models[role])
+        projections = family_of(folder).read_shape(folder).denoiser.projections
         targeted(list(projections), getattr(config, role).lora.targets)
 
 

@@ -18,6 +18,7 @@ from pipelines.run.records import IterationRecord
 from sgmd_core.errors import AlarmError, ConfigError
 from tests.e2e.conftest import MakeRecipe
 from workers.evaluator import Evaluator, Video
+from workers.measures import MOTION_MEASURES
 from workers.models.wan import load_transformer
 
 # With a window of one iteration the tracking loss grows a little in every run.
@@ -100,7 +101,9 @@ def test_a_validation_measures_motion_looks_and_diversity_beside_the_teachers(
         assert {"frechet", "flow_top_ratio", "saturation_ratio", "diversity_ratio"} <= line[
             "figures"
         ].keys()
-        assert line["figures"].keys() <= set(FIGURES)
+        of_sets = {f"{name}{end}" for name in MOTION_MEASURES for end in ("", "_ratio")}
+        assert line["figures"].keys() <= set(FIGURES) | of_sets
+        assert "direction_entropy_ratio" in line["figures"]
         # What is 0 for the teacher has no ratio.
         missing = set(FIGURES) - line["figures"].keys()
         assert all(name.endswith("_ratio") for name in missing)

@@ -122,7 +122,8 @@ class TestChecks:
             (["fake_score.start=generator"], "fake_score.start is generator"),
             (["generator.diversity={weight: 0.1, anchor_step: 3}"], "follows the teacher's path"),
             (["objective={method: cdm}"], "off the trajectory"),
-            (["generator.compute.compile=true"], "compile"),
+            (["generator.compute.compile=true"], "asks for compile.*run once in every inner step"),
+            (["generator.lora={rank: 2}"], "asks for lora.*run once in every inner step"),
         ],
     )
     def test_what_does_not_go_with_samples_of_velocities_is_refused(
@@ -131,6 +132,14 @@ class TestChecks:
         dry_run(make_recipe(*tmd, MATCHING))
         with pytest.raises(ConfigError, match=words):
             dry_run(make_recipe(*tmd, MATCHING, *settings))
+
+    @pytest.mark.parametrize(
+        "setting", ["fake_score.lora={rank: 2}", "teacher.compute.compile=true"]
+    )
+    def test_teacher_and_fake_score_are_computed_as_their_own_model_can_be(
+        self, make_recipe: MakeRecipe, tmd: list[str], setting: str
+    ):
+        dry_run(make_recipe(*tmd, MATCHING, setting))
 
     def test_captions_alone_teach_no_strides(self, make_recipe: MakeRecipe, tmd: list[str]):
         with pytest.raises(ConfigError, match="without latents"):

@@ -13,11 +13,13 @@ from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_dista
 from sgmd_core.metrics.jackknife import influences, standard_error
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.worlds import WorldName
+from sgmd_core.worlds.readings import motion_of, read_clips
 from tests.helpers.roles import same_bits, weights
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
 from workers.clip_sets import ClipRequest, sample_clip_set
 from workers.evaluator import Evaluator, Sampling, to_pixels
-from workers.measures import CLIP_MEASURES, measure_clip_figures
+from workers.measures import CLIP_MEASURES, MOTION_MEASURES, measure_clip_figures
+from workers.set_measures import motion_figures
 from workers.text_encoder import TextEncoder
 from workers.validation_evaluator import ValidationEvaluator
 
@@ -155,6 +157,17 @@ def test_validation_measures_the_clips_it_shows():
             ratio = report.figures[f"{name}_ratio"]
             assert ratio == pytest.approx(value / float(teachers[name].mean()))
     assert all(math.isfinite(value) for value in report.figures.values())
+    # What the clips do as a whole, to clips from other noise; ratios to the teacher's own others.
+    own, far, near = (
+        motion_of(read_clips(WorldName.SHAPES, clips)) for clips in (video, reference, partner)
+    )
+    of_sets, below = motion_figures(own, far), motion_figures(near, far)
+    assert {"speed_distance", "direction_entropy", "still_share"} <= of_sets.keys()
+    for name in of_sets.keys() & report.figures.keys():
+        assert report.figures[name] == of_sets[name]
+        if f"{name}_ratio" in report.figures:
+            assert report.figures[f"{name}_ratio"] == of_sets[name] / below[name]
+    assert "speed_distance" in report.figures
     assert len(report.shown) == 2
     assert np.array_equal(report.shown[1], to_pixels(video)[1])
     assert np.array_equal(report.teacher_shown[1], to_pixels(partner)[1])
@@ -234,7 +247,7 @@ def test_captions_of_another_world_are_measured_without_exact_readings():
     report = ValidationEvaluator(_evaluator(), request, REFERENCE).validate(
         weights(tiny_velocity(4))
     )
-    assert "colour" not in report.figures
+    assert not {"colour", *MOTION_MEASURES} & report.figures.keys()
     assert "flow_ratio" in report.figures
     assert len(report.shown) == 2
 

@@ -289,6 +289,7 @@ class FamilyTraits:
         exchange: Makes what writes the denoiser for other programs; None: nothing does.
         taught_by: Families of teachers and fake scores, for models whose velocities are samples and
             can be neither; empty: its own.
+        limits: Reason for what `computes` leaves out, as the end of a sentence; empty: none.
         modules: What loading its networks imports, by name. Processes of a private cluster are
             forked with it where there is no GPU; a family without it starts slower.
     """
@@ -303,6 +304,7 @@ class FamilyTraits:
     exchange: Callable[[], ExchangeFiles] | None = None
     modules: tuple[str, ...] = ()
     taught_by: frozenset[str] = frozenset()
+    limits: str = ""
 
 
 @runtime_checkable

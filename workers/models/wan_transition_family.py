@@ -59,6 +59,8 @@ _TRAITS = replace(
     computes=frozenset({"bf16", "checkpointing"}),
     exchange=None,
     taught_by=frozenset({WAN}),
+    limits="the others work on layers that run once in a pass, and those of a flow head run once "
+    "in every inner step, on states of their own",
     modules=("workers.models.wan_transition", "workers.models.wan_text"),
 )
 
