@@ -226,12 +226,9 @@ def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> 
             "Lower num_frames, height or width",
         )
     if settings.trained_sizes and settings.size not in settings.trained_sizes:
-        _log.warning(
-            "%s was trained at frames, height, width of %s; clips of %s may be worse",
-            folder,
-            " or ".join(map(str, settings.trained_sizes)),
-            settings.size,
-        )
+        trained = " or ".join(map(_size_in_words, settings.trained_sizes))
+        own = _size_in_words(settings.size)
+        _log.warning("%s was trained at %s; clips of %s may be worse", folder, trained, own)
     rules = family.traits.sampling
     if settings.height % rules.multiple_px or settings.width % rules.multiple_px:
         raise ShapeError(
@@ -241,6 +238,11 @@ def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> 
             "Change height or width",
         )
     return settings
+
+
+def _size_in_words(size: tuple[int, int, int]) -> str:
+    num_frames, height, width = size
+    return f"{num_frames} frames of {height}x{width}"
 
 
 def _sample_request(prompt: str, seed: int, settings: InferenceSettings) -> SampleRequest:

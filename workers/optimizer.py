@@ -142,7 +142,8 @@ class RoleOptimizer:
         self._norm = nn.utils.get_total_norm(gradients)
         norm = full_tensor(self._norm).item()
         blocks = self._block_norms() if self._settings.log_block_norms else {}
-        return GradientReport(grad_norm=norm, finite=math.isfinite(norm), blocks=blocks)
+        rate = learning_rate(self._settings, self._updates)
+        return GradientReport(norm, math.isfinite(norm), blocks, rate)
 
     def step(self, iteration: int, skip: bool = False, rate: float = 1.0) -> int:
         """Clips, updates, forgets the gradients.

@@ -12,11 +12,13 @@ class GradientReport:
         grad_norm: Global L2 norm of the gradient, before clipping.
         finite: Whether that norm is a number; where it is not, nothing may be updated.
         blocks: The same norm by layer, where it was asked for.
+        learning_rate: Of the update that follows, by the role's own schedule.
     """
 
     grad_norm: float
     finite: bool
     blocks: Mapping[str, float] = field(default_factory=dict)
+    learning_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ShapeError
+from workers.models.family import SamplingRules
 from workers.models.folder import LatentShape
 from workers.network_settings import ComputeSettings
 from workers.settings import VideoSettings
@@ -50,6 +51,27 @@ def trained_shapes(
                 f"Correct video.buckets[{number}], {bucket.label}",
             ) from error
     return LatentBuckets(tuple(shapes), video.bucket_weights)
+
+
+def require_samplable(video: VideoSettings, rules: SamplingRules) -> None:
+    """Checks that clips of every bucket can be sampled from the exported folder.
+
+    Args:
+        video: Section `video`.
+        rules: Of the family's pipeline.
+
+    Raises:
+        ShapeError: That pipeline refuses the size of a bucket.
+    """
+    step = rules.multiple_px
+    for number, bucket in enumerate(video.buckets):
+        if bucket.height % step or bucket.width % step:
+            raise ShapeError(
+                f"checking that clips of video.buckets[{number}] can be sampled",
+                f"frames of {bucket.height}x{bucket.width}",
+                f"height and width to be multiples of {step} ({rules.source}'s rule)",
+                f"Correct video.buckets[{number}], {bucket.label}",
+            )
 
 
 def compiled_sizes(config: SizedSections) -> Iterator[str]:

@@ -11,7 +11,7 @@ micro-batches, so the depth (micro-batches in flight) changes how long roles wai
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -113,6 +113,7 @@ class IterationReport:
         issued: Its calls, with the time at which each was made.
         stale_calls: Calls that did not wait for all updates of the previous iteration.
         skipped: Updates that were skipped, and why.
+        learning_rates: By role, of its last update that was made; by its schedule alone.
     """
 
     losses: Mapping[str, float]
@@ -122,6 +123,7 @@ class IterationReport:
     issued: tuple[IssuedCall, ...]
     stale_calls: int
     skipped: tuple[SkippedUpdate, ...] = ()
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
 
 
 PromptsOf = Callable[[int], Sequence[PromptBatch]]
@@ -404,10 +406,12 @@ def _report(
         if call.counts
     ]
     norms: dict[str, list[float]] = {}
+    rates: dict[str, float] = {}
     not_made = {(one.phase, role) for one in skipped for role in one.roles}
     for call, report in result.of(GATHER):
         if call.rank == 0 and (call.phase, call.role) not in not_made:
             norms.setdefault(call.role, []).append(report.grad_norm)
+            rates[call.role] = report.learning_rate
             for block, norm in report.blocks.items():
                 norms.setdefault(f"{call.role}/{block}", []).append(norm)
     exits = {call.micro_batch: report.exit_step for call, report in result.of(LEARN.name)}
@@ -420,6 +424,7 @@ def _report(
         issued=result.issued,
         stale_calls=stale_calls,
         skipped=skipped,
+        learning_rates=rates,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipelines.config.adapters import adapted_roles
-from pipelines.config.clip_sizes import trained_shapes
+from pipelines.config.clip_sizes import require_samplable, trained_shapes
 from pipelines.config.figures import SHAPE_FIGURES
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
@@ -257,6 +257,7 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, LatentBuckets]
         shape = family_of(folder).read_shape(folder).denoiser
         for latent_shape in buckets.shapes:
             require_divisible(role, config.computes[role].ulysses, shape, latent_shape)
+    require_samplable(config.video, family.traits.sampling)
     check_adversary(config)
     if config.topology.shares_pools:
         stage_seconds(config)

@@ -409,6 +409,7 @@ class Distillation:
             stale_calls=report.stale_calls,
             skipped=tuple(one.to_json() for one in report.skipped),
             lag=self._lag.take(iteration),
+            learning_rates=report.learning_rates,
             bucket=self._config.bucket_at(iteration).label if self._config.video.buckets else "",
         )
         append_jsonl(self._folder.metrics, record.to_json())

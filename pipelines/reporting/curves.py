@@ -11,6 +11,7 @@ from pipelines.reporting.names import about, in_order, title
 from pipelines.reporting.records import Line, RunRecords
 
 _LOSSES, _NORMS, _SECONDS, _FIGURES = "losses", "grad_norms", "seconds", "figures"
+_RATES = "learning_rates"
 _LAG, _TRACKING_LAG = "lag", "tracking_lag"
 
 LinesOf = Callable[[RunRecords], Sequence[Line]]
@@ -54,11 +55,12 @@ def training_cards(runs: Sequence[LabelledRun]) -> tuple[list[ChartCard], list[C
     losses = _names(lines, _LOSSES)
     leading = [name for name in losses if name in leading_losses()] or losses
     first = [_loss_card(runs, name, at) for name in leading]
-    first += _norm_cards(runs, _names(lines, _NORMS), at)
+    first += _role_cards(runs, _NORMS, "gradient norm", "Before clipping", at)
     lags = _names(lines, _LAG)
     first += [_lag_card(runs, name, at) for name in lags if name == _TRACKING_LAG]
     first += [_seconds_card(runs, at)] if lines else []
     others = [_loss_card(runs, name, at) for name in losses if name not in leading]
+    others += _role_cards(runs, _RATES, "learning rate", "By the role's own schedule", at)
     others += [_lag_card(runs, name, at) for name in lags if name != _TRACKING_LAG]
     for group in _other_groups(lines):
         others += [
@@ -102,20 +104,20 @@ def _lag_card(runs: Sequence[LabelledRun], name: str, at: Sequence[Mark]) -> Cha
     return _card(title(name), about(name), _curves(runs, _measured, _LAG, name), at)
 
 
-def _norm_cards(
-    runs: Sequence[LabelledRun], roles: Sequence[str], at: Sequence[Mark]
+def _role_cards(
+    runs: Sequence[LabelledRun], group: str, name: str, text: str, at: Sequence[Mark]
 ) -> list[ChartCard]:
-    """One picture with all roles of a run, or one a role with all runs."""
-    text = "Before clipping"
+    """One picture of a figure with all roles of a run, or one a role with all runs."""
+    roles = _names((line for run in runs for line in run.records.metrics), group)
     if len(runs) > 1:
         return [
-            _card(f"gradient norm: {_role(role)}", text, curves, at, log=True)
+            _card(f"{name}: {_role(role)}", text, curves, at, log=True)
             for role in roles
-            if (curves := _curves(runs, _metrics, _NORMS, role))
+            if (curves := _curves(runs, _metrics, group, role))
         ]
     lines = _metrics(runs[0].records)
-    curves = [_series(_role(role), lines, _NORMS, role) for role in roles]
-    return [_card("gradient norm", text, curves, at, log=True)] if roles else []
+    curves = [_series(_role(role), lines, group, role) for role in roles]
+    return [_card(name, text, curves, at, log=True)] if roles else []
 
 
 def _seconds_card(runs: Sequence[LabelledRun], at: Sequence[Mark]) -> ChartCard:
@@ -139,7 +141,7 @@ def _names(lines: Iterable[Line], group: str) -> list[str]:
 
 
 def _other_groups(lines: Iterable[Line]) -> list[str]:
-    known = ("", _LOSSES, _NORMS, _SECONDS, _LAG)
+    known = ("", _LOSSES, _NORMS, _SECONDS, _LAG, _RATES)
     found = dict.fromkeys(group for line in lines for group in line.groups)
     return [group for group in found if group not in known]
 

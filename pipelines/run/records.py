@@ -53,6 +53,7 @@ class IterationRecord:
         skipped: Updates that were skipped: roles, `non_finite` or `spike`, the reason, samples.
         lag: Lag of the fake score, where it was measured before this iteration:
             `pipelines.distillation.lag`.
+        learning_rates: By role, of the update that was made; not what the lag's governor leaves.
         bucket: Size of its clips, such as `480x832x81`; empty where there is one size.
     """
 
@@ -70,6 +71,7 @@ class IterationRecord:
     stale_calls: int = 0
     skipped: tuple[Mapping[str, Any], ...] = ()
     lag: Mapping[str, float] = field(default_factory=dict)
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
     bucket: str = ""
 
     @property
@@ -89,7 +91,7 @@ class IterationRecord:
         """As metrics.jsonl holds it."""
         record = asdict(self)
         record["seconds"] = {"total": record.pop("seconds_total"), **record["seconds"]}
-        for name in ("skipped", "lag", "bucket"):
+        for name in ("skipped", "lag", "learning_rates", "bucket"):
             if not record[name]:
                 del record[name]
         return record

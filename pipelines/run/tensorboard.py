@@ -43,7 +43,7 @@ class TensorBoardObserver(RunObserver):
         self._last_step: int | None = None
 
     def iteration(self, record: IterationRecord) -> None:
-        """Writes losses, gradient norms, seconds and lag under the names of metrics.jsonl.
+        """Writes losses, gradient norms, rates, seconds and lag under the names of metrics.jsonl.
 
         Of several sizes of clips, each has curves of its own besides.
         """
@@ -57,6 +57,7 @@ class TensorBoardObserver(RunObserver):
         figures |= {f"grad_norms/{name}": value for name, value in record.grad_norms.items()}
         figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
         figures |= {f"lag/{name}": value for name, value in record.lag.items()}
+        figures |= {f"learning_rates/{role}": rate for role, rate in record.learning_rates.items()}
         figures |= record.figures_of_bucket
         for name, value in figures.items():
             self._figures.add_scalar(name, value, step)

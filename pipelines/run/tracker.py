@@ -23,7 +23,7 @@ class WandbObserver(RunObserver):
 
     def __init__(self, run: Any) -> None:  # noqa: ANN401  (wandb's Run, imported on demand)
         self._run = run
-        groups = ("losses/*", "grad_norms/*", "seconds/*", "lag/*", "buckets/*")
+        groups = ("losses/*", "grad_norms/*", "seconds/*", "lag/*", "learning_rates/*", "buckets/*")
         for name in (*groups, "samples_seen", "epoch"):
             run.define_metric(name, step_metric="iteration")
         run.define_metric("validation/*", step_metric="validation/iteration")
@@ -32,7 +32,7 @@ class WandbObserver(RunObserver):
         self._lost_s = 0.0
 
     def iteration(self, record: IterationRecord) -> None:
-        """Logs losses, gradient norms, seconds and lag under the names of metrics.jsonl.
+        """Logs losses, gradient norms, rates, seconds and lag under the names of metrics.jsonl.
 
         Of several sizes of clips, each has curves of its own besides.
         """
@@ -42,6 +42,7 @@ class WandbObserver(RunObserver):
         figures |= {f"grad_norms/{name}": value for name, value in record.grad_norms.items()}
         figures |= {f"seconds/{name}": value for name, value in record.seconds.items()}
         figures |= {f"lag/{name}": value for name, value in record.lag.items()}
+        figures |= {f"learning_rates/{role}": rate for role, rate in record.learning_rates.items()}
         figures["seconds/total"] = record.seconds_total
         figures |= record.figures_of_bucket
         self._run.log(figures)

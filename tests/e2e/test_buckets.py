@@ -17,9 +17,10 @@ from tests.helpers.moves import assert_moves
 
 OWN = "{num_frames: 9, height: 16, width: 16}"
 SIZES = (
-    f"video.buckets=[{OWN}, {{num_frames: 5, height: 16, width: 24, weight: 1.5}}, "
-    "{num_frames: 9, height: 24, width: 16, weight: 0.5}]"
+    f"video.buckets=[{OWN}, {{num_frames: 5, height: 16, width: 32, weight: 1.5}}, "
+    "{num_frames: 9, height: 32, width: 16, weight: 0.5}]"
 )
+NAMES = ("num-frames", "height", "width")
 SEED = "seed=19"
 """Draws the third, the second, the first, the second and the third size."""
 
@@ -106,14 +107,18 @@ def test_heads_on_the_teacher_and_random_steps_learn_at_every_size(make_recipe: 
 
 @pytest.mark.slow
 def test_a_run_says_its_sizes_in_metrics_summary_report_and_model_card(
-    make_recipe: MakeRecipe, tmp_path: Path
+    make_recipe: MakeRecipe, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = make_recipe(SEED, SIZES)
+    config = make_recipe(SEED, SIZES, "generator.optimizer.warmup_iterations=10")
     assert dry_run(config)["buckets"] == pytest.approx(
-        {"16x16x9": 1 / 3, "16x24x5": 1 / 2, "24x16x9": 1 / 6}
+        {"16x16x9": 1 / 3, "16x32x5": 1 / 2, "32x16x9": 1 / 6}
     )
     summary = distill(config)
-    assert summary["buckets"] == {"16x24x5": 2, "16x16x9": 1, "24x16x9": 2}
+    assert summary["buckets"] == {"16x32x5": 2, "16x16x9": 1, "32x16x9": 2}
+    rates = [line["learning_rates"] for line in history(config)]
+    assert rates == [
+        {"generator": pytest.approx(1e-4 * n), "fake_score": 1e-3} for n in range(1, 6)
+    ]
     run, folder = CliRunner(), RunFolder(config.run_folder)
     for command in (
         ["report", str(folder), "--output", str(tmp_path / "report.html")],
@@ -136,9 +141,16 @@ def test_a_run_says_its_sizes_in_metrics_summary_report_and_model_card(
         assert f"<td>{size}</td>" in page
     for name in ("lora", "diffusers"):
         card = (tmp_path / name / "README.md").read_text()
-        assert "16x24x5 50 %, 24x16x9 16.7 %" in card
+        assert "16x32x5 50 %, 32x16x9 16.7 %" in card
+    generated = ["generate", str(folder.generator), "--prompt", "a red circle moves left"]
+    for size, told in (((5, 16, 32), ""), ((9, 32, 32), "9 frames of 32x32 may be worse")):
+        options = (f"--{name}={n}" for name, n in zip(NAMES, size, strict=True))
+        done = run.invoke(app, [*generated, *options, "--output", str(tmp_path / "clips")])
+        assert done.exit_code == 0, done.output
+        assert told in caplog.text
+        assert told or "may be worse" not in caplog.text
     trained = json.loads((tmp_path / "diffusers" / "sgmd.json").read_text())["trained_sizes"]
-    assert trained == [[9, 16, 16], [5, 16, 24], [9, 24, 16]]
+    assert trained == [[9, 16, 16], [5, 16, 32], [9, 32, 16]]
 
 
 @pytest.mark.parametrize(
@@ -146,6 +158,7 @@ def test_a_run_says_its_sizes_in_metrics_summary_report_and_model_card(
     [
         ("{num_frames: 6, height: 16, width: 16}", "nearest are 5 or 9 frames, height 16, width"),
         ("{num_frames: 9, height: 20, width: 3}", "height 16 or 24, width 8"),
+        ("{num_frames: 9, height: 24, width: 16}", r"multiples of 16 \(WanPipeline's rule"),
     ],
 )
 def test_a_size_that_does_not_divide_is_named_with_the_nearest_ones(
@@ -184,13 +197,12 @@ def test_tokens_of_every_size_must_divide_among_ranks_that_work_together(
     make_recipe: MakeRecipe,
 ) -> None:
     config = make_recipe(
-        f"video.buckets=[{OWN}, {{num_frames: 5, height: 24, width: 24}}]",
+        f"video.buckets=[{OWN}, {{num_frames: 5, height: 32, width: 16}}]",
         "batch={size: 4, micro_batches: 1}",
         "topology={mode: pools, generator: {ranks: 2}}",
         "generator.compute.ulysses=2",
     )
-    # 3 x 2 x 2 = 12 tokens divide, 2 x 3 x 3 = 18 as well, with frames alone they do not.
-    dry_run(config)
+    dry_run(config)  # 3 x 2 x 2 tokens, and 2 x 4 x 2
     odd = config.with_settings(
         {
             "video.buckets": [
