@@ -7,6 +7,7 @@ its networks on the GPU that the process was given, if any.
 
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from workers.base_networks import shared_base, view_of
 from workers.compute import prepare_network
 from workers.discriminator import Discriminator
 from workers.discriminator_heads import build_heads
-from workers.evaluator import CHUNK_CLIPS, Evaluator
+from workers.evaluator import CHUNK_CLIPS, Evaluator, clips_side_by_side
 from workers.fake_score_tracker import FakeScoreTracker
 from workers.finite import FiniteChecks
 from workers.generator_learner import GeneratorLearner
@@ -248,9 +249,10 @@ def build_evaluator(
         video: Size of the clips.
         schedule: Noise levels.
         num_threads: Threads of torch.
-        chunk_clips: Clips that are sampled side by side.
-        generator: Whose trained weights are sampled; where these are adapters, all weights are
-            kept in the type of its base, once in a process.
+        chunk_clips: Most clips that are sampled side by side; large ones are fewer.
+        generator: Whose trained weights are sampled; all weights are then in the type of its
+            products, as they are exported. Where adapters are trained, they are kept in the type
+            of its base, once in a process. None: in float32.
         teacher: Model folder of a teacher of another size, which is then the base.
 
     Raises:
@@ -260,8 +262,9 @@ def build_evaluator(
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
     adapted = None
+    dtype = torch.float32 if generator is None else DTYPES[generator.compute.precision]
     if generator is None or generator.lora is None:
-        network = _denoiser(model)
+        network = _denoiser(model, dtype)
     else:
         base = _base(model, generator.compute)
         network, adapted = view_of(base), view_of(base)
@@ -269,16 +272,20 @@ def build_evaluator(
         add_adapters(adapted, generator.lora, 0, "evaluator")
     if teacher is not None:
         adapted = adapted or network
-        network = _denoiser(replace(model, folder=teacher))
+        network = _denoiser(replace(model, folder=teacher), dtype)
+    embedder = _captions(model)
+    cells, patch = latent_shape[1:], network.patch_size
+    tokens = prod(-(-size // own) for size, own in zip(cells, patch, strict=True))
     return Evaluator(
         network,
-        TextEncoder(_captions(model), model.text_length),
+        TextEncoder(embedder, model.text_length),
         _autoencoder(model),
         schedule,
         latent_shape,
         model.negative_prompt,
-        chunk_clips,
+        clips_side_by_side(chunk_clips, tokens),
         adapted,
+        embedder.network,
     )
 
 

@@ -3,13 +3,15 @@
     captions -> text -> Euler steps from counted noise -> decoder -> video in [0, 1]
 
 One network serves everybody: the base model's weights are the teacher's, and other weights of the
-same network, such as a generator's averaged ones, are put in for a call without being loaded. The
-noise of a clip is counted by (seed, index of its caption), so two ways of sampling see the same
-noise when they use the same seed, however the captions are split.
+same network, such as a generator's averaged ones, are put in for a call without being loaded. A GPU
+never holds both: those that they replace are in main memory meanwhile, and so is the text encoder
+while clips are sampled. The noise of a clip is counted by (seed, index of its caption), so two ways
+of sampling see the same noise when they use the same seed, however the captions are split.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -36,6 +38,9 @@ Video = Tensor
 CHUNK_CLIPS = 16
 """Clips that are sampled side by side, unless told otherwise."""
 
+TOKENS_SIDE_BY_SIDE = 2**15
+"""Most tokens of these clips: more keep no GPU busier. 81 frames of 480x832 have 32,760."""
+
 _STREAM = "evaluate"
 
 
@@ -60,6 +65,16 @@ class Sampling:
     num_steps: int
     guidance_scale: float
     seed: int
+
+
+def clips_side_by_side(most: int, tokens: int) -> int:
+    """Clips that are sampled side by side.
+
+    Args:
+        most: That are asked for.
+        tokens: Of one of them, in the network.
+    """
+    return max(1, min(most, TOKENS_SIDE_BY_SIDE // tokens))
 
 
 def sample_video(
@@ -115,6 +130,7 @@ class Evaluator:
         chunk_clips: Clips that are sampled side by side.
         adapted: Network that other weights are put into, where these are adapters of the base
             model or weights of another size; None puts them into the base model.
+        captions_network: Network of `text_encoder`, to be in main memory while clips are sampled.
     """
 
     def __init__(
@@ -127,13 +143,17 @@ class Evaluator:
         negative_prompt: str = "",
         chunk_clips: int = CHUNK_CLIPS,
         adapted: nn.Module | None = None,
+        captions_network: nn.Module | None = None,
     ) -> None:
         self._network = velocity_model.eval().requires_grad_(False)
+        # Its parameters are elsewhere while others take their place.
+        self._device = device_of(self._network)
         self._other = self._network if adapted is None else adapted.eval()
         self._replaced = (
             dict(self._network.named_parameters()) if adapted is None else parameters_of(adapted)
         )
         self._text_encoder = text_encoder
+        self._encoding = [] if captions_network is None else list(captions_network.parameters())
         self._decoder = decoder
         self._schedule = schedule
         self._latent_shape = latent_shape
@@ -174,40 +194,54 @@ class Evaluator:
         Raises:
             CheckpointError: The weights are those of another network.
         """
-        model = self._model(weights)
-        starts = range(0, len(captions), self._chunk_clips)
-        clips: list[Tensor] = []
-        for number, start in enumerate(starts):
-            chunk = captions[start : start + self._chunk_clips]
-
-            def on_step(step: int, done: int = number * num_steps) -> None:
-                if on_progress is not None:
-                    on_progress(done + step, len(starts) * num_steps)
-
-            noise = self._noise(seed, first_index + start, len(chunk))
-            text = self._text_encoder.encode(chunk, range(len(chunk))).text
+        with self._model(weights) as model:
+            chunks = [
+                captions[start : start + self._chunk_clips]
+                for start in range(0, len(captions), self._chunk_clips)
+            ]
+            texts = [self._text_encoder.encode(own, range(len(own))).text for own in chunks]
             negative = self._text_encoder.encode_negative(self._negative_prompt)
-            clips.append(
-                sample_video(
-                    model,
-                    self._decoder,
-                    self._schedule,
-                    noise,
-                    text.to(noise.device),
-                    negative.to(noise.device),
-                    num_steps,
-                    guidance_scale,
-                    on_step,
-                )
-            )
-        return torch.cat(clips)
+            clips: list[Tensor] = []
+            with _put_aside(self._encoding):
+                for number, text in enumerate(texts):
 
-    def _model(self, weights: Mapping[str, Tensor] | None) -> VelocityModel:
+                    def on_step(step: int, done: int = number * num_steps) -> None:
+                        if on_progress is not None:
+                            on_progress(done + step, len(chunks) * num_steps)
+
+                    first = first_index + number * self._chunk_clips
+                    clips.append(
+                        sample_video(
+                            model,
+                            self._decoder,
+                            self._schedule,
+                            self._noise(seed, first, len(text)),
+                            text.to(self._device),
+                            negative.to(self._device),
+                            num_steps,
+                            guidance_scale,
+                            on_step,
+                        )
+                    )
+            return torch.cat(clips)
+
+    @contextmanager
+    def _model(self, weights: Mapping[str, Tensor] | None) -> Iterator[VelocityModel]:
+        """The network with these weights in place of its own, for as long as the context lasts."""
         if weights is None:
-            return self._network
+            yield self._network
+            return
         require_same_tensors(weights, self._replaced, "sampling with other weights")
-        device = device_of(self._network)
-        placed = {name: value.to(device) for name, value in weights.items()}
+        with _put_aside(self._replaced.values()):
+            yield self._with_weights(
+                {
+                    # As a network of this type is loaded: some of its weights are wider.
+                    name: value.to(self._device, self._replaced[name].dtype)
+                    for name, value in weights.items()
+                }
+            )
+
+    def _with_weights(self, placed: dict[str, Tensor]) -> VelocityModel:
 
         def velocity(x_t: Latents, sigma: Tensor, text: Tensor, /, *noise: Latents) -> Latents:
             return functional_call(self._other, placed, (x_t, sigma, text, *noise))
@@ -223,7 +257,20 @@ class Evaluator:
             torch.randn(self._latent_shape, generator=random_generator(seed, _STREAM, index))
             for index in range(first_index, first_index + count)
         ]
-        return torch.stack(clips).to(device_of(self._network))
+        return torch.stack(clips).to(self._device)
+
+
+@contextmanager
+def _put_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Keeps parameters in main memory for a while; where they are there already, nothing moves."""
+    own = [(one, one.device) for one in parameters]
+    try:
+        for one, _ in own:
+            one.data = one.data.cpu()
+        yield
+    finally:
+        for one, device in own:
+            one.data = one.data.to(device)
 
 
 def to_pixels(video: Video) -> list[NDArray[np.uint8]]:

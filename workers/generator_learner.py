@@ -11,7 +11,7 @@ What it learns from its samples depends on it through x0 alone, so `grad_x0` is 
 be told.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +49,7 @@ from workers.inner_flow import FlowLearner
 from workers.models.adapter_files import MergedWeights
 from workers.models.addresses import local_model
 from workers.models.configs import INDEX_FILE
-from workers.models.exporting import DTYPES, narrowed
+from workers.models.exporting import DTYPES, kept_in_fp32, narrowed, narrowed_one
 from workers.models.families import family_of
 from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
 from workers.optimizer import RoleOptimizer
@@ -103,6 +103,7 @@ class GeneratorLearner(FlowLearner):
         self._looks = looks or Looks()
         self._phases = phases
         self._diversity = settings.diversity
+        self._precision = DTYPES[settings.compute.precision]
         self._buckets = (
             latent_shape
             if isinstance(latent_shape, LatentBuckets)
@@ -306,11 +307,24 @@ class GeneratorLearner(FlowLearner):
 
         Every rank must be asked; the weights are the first one's, those of the others are empty.
         """
-        return (
-            self.trained_weights()
-            if self._average is None
-            else gather_to_rank0(self._average.shards())
+        return gather_to_rank0(self._final())
+
+    def validated_weights(self) -> dict[str, Tensor]:
+        """`final_weights` as a validator has its own: in the type of `compute.precision`.
+
+        bf16 rounds them as an export does, which halves what is gathered and handed over. Adapters
+        stay as they are trained.
+        """
+        if lora_of(self._network) is not None:
+            return self.final_weights()
+        kept = kept_in_fp32(self._network)
+        return gather_to_rank0(
+            (name, narrowed_one(name, value, self._precision, kept))
+            for name, value in self._final()
         )
+
+    def _final(self) -> Iterable[tuple[str, Tensor]]:
+        return self._optimizer.weights.items() if self._average is None else self._average.shards()
 
     def export(
         self,

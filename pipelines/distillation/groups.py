@@ -383,7 +383,8 @@ def kept_clips_of(
     content = {"base": dict(model), "teacher": dict(teacher)}
     shares_base = config.generator.lora is not None and not config.teacher.model
     # As `build_evaluator` loads the teacher.
-    weights = config.generator.compute.weights if shares_base else "fp32"
+    compute = config.generator.compute
+    weights = compute.weights if shares_base else compute.precision
     return KeptClips(
         folder=config.validation.teacher_clips or shared_place(folder.teacher_clips),
         digest=json.dumps(content, sort_keys=True),

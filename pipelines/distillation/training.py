@@ -427,5 +427,5 @@ class Distillation:
 
     def _validate(self, iteration: int, is_last: bool) -> None:
         if self._groups.validator is not None:
-            weights = self._groups.roles.generator.call(GeneratorLearner.final_weights)[0]
+            weights = self._groups.roles.generator.call(GeneratorLearner.validated_weights)[0]
             self._monitor.validate(iteration, weights, is_last=is_last)

@@ -1,11 +1,15 @@
 """Memory of the processes beside the roles: the text encoder's and the validator's.
 
     text       the text encoder, in the type of `model.encoder_dtype`
-    validator  the generator in float32, a teacher of another model, text encoder and autoencoder
+    validator  the generator and a teacher of another model, both in the type of its products, the
+               autoencoder, and the larger of text encoder and a pass of the network: on a GPU the
+               encoder is in main memory while clips are sampled
 
-Weights alone: what a validation computes with comes and goes, and depends on the clips.
+Of the encoders' own passes nothing is counted.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from pipelines.config.recipe import DistillConfig
@@ -14,14 +18,16 @@ from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.networks import released_models
 from pipelines.planning.plan import Plan
 from pipelines.planning.workload import Workload
-from sgmd_core.errors import ModelFolderError
+from sgmd_core.errors import ConfigError, ModelFolderError
+from workers.evaluator import CHUNK_CLIPS, clips_side_by_side
 from workers.models.exporting import DTYPES
 from workers.models.families import family_of
 from workers.models.folder import EncoderSizes
 
 TEXT, VALIDATOR = "text", "validator"
 """Sections of `topology`."""
-_FLOAT = 4
+WITHOUT_VALIDATIONS = "validation.every=0, and `sgmd evaluate RUN` after the run"
+"""Remedy where a validator has no GPU: its passes are too many for a CPU at released sizes."""
 
 
 def with_memory_beside(plan: Plan, config: DistillConfig, model: str | None) -> Plan:
@@ -55,40 +61,96 @@ def bytes_beside(
     width = DTYPES[config.model.encoder_dtype].itemsize
     needed: dict[str, float] = {TEXT: width * sizes.text}
     if config.validation.every:
-        base = float(_FLOAT * denoiser)
+        trained = _validated_width(config)
+        base = float(trained * denoiser)
         if config.generator.lora is not None:
             # In one process with the roles, their base is the validator's too.
             base = 0.0 if config.topology.mode == "local" else work.frozen_bytes(GENERATOR)
         teacher = work.shape_of(TEACHER).num_parameters if config.teacher.model else 0
-        needed[VALIDATOR] = base + _FLOAT * teacher + width * (sizes.text + sizes.autoencoder)
+        kept = base + trained * teacher + width * sizes.autoencoder
+        in_turn = (width * sizes.text, _sampling_bytes(config, work))
+        needed[VALIDATOR] = kept + (max if config.topology.validator.gpus else sum)(in_turn)
     return needed
 
 
-def too_large_beside(plan: Plan, hardware: Hardware) -> list[str]:
-    """Returns a sentence for processes beside the roles that their GPU does not hold."""
+def require_fitting_beside(plan: Plan, hardware: Hardware) -> None:
+    """Refuses a plan with a process beside the roles that its GPU does not hold.
+
+    Args:
+        plan: With the bytes of these processes, where they are known.
+        hardware: GPUs that they get.
+
+    Raises:
+        ConfigError: One does not fit; or several do not fit the GPU that they share.
+    """
     usable, needs = hardware.usable_bytes, plan.memory_beside
     groups = [(section,) for section, needed in needs.items() if needed > usable]
     if not groups and sum(plan.beside.values()) <= 1 and sum(needs.values()) > usable:
         # Shares of one GPU.
         groups = [tuple(needs)]
-    return [
-        f"{' and '.join(group)} {'do' if len(group) > 1 else 'does'} not fit: weights take "
-        f"{sum(needs[section] for section in group) / GB:.1f} GB, and a GPU of "
-        f"{hardware.memory_gb:g} GB has {usable / GB:.1f} for them; give each a GPU that holds it, "
-        f"or {' '.join(f'topology.{section}.gpus=0' for section in group)}, on CPUs"
-        for group in groups
+    if not groups:
+        return
+    largest = max(sum(needs[section] for section in group) for group in groups)
+    sections = [section for group in groups for section in group]
+    shared = any(len(group) > 1 for group in groups)
+    remedies = [
+        " ".join(f"topology.{section}.gpus=1" for section in sections)
+        if shared
+        else f"a GPU of {math.ceil(_memory_gb(largest, hardware))} GB for {_joined(sections)}"
     ]
+    if TEXT in sections:
+        remedies.append("stored embeddings (sgmd encode --text-only) and topology.text.gpus=0")
+    if VALIDATOR in sections:
+        remedies.append(WITHOUT_VALIDATIONS)
+    raise ConfigError(
+        f"planning for GPUs of {hardware.memory_gb:g} GB",
+        "; ".join(
+            f"{_joined(group)} {'do' if len(group) > 1 else 'does'} not fit: "
+            f"{sum(needs[section] for section in group) / GB:.1f} GB"
+            for group in groups
+        ),
+        f"at most {usable / GB:.1f} GB on a GPU",
+        f"It would fit with {'; or with '.join(remedies)}",
+    )
 
 
 def handed_over(plan: Plan, config: DistillConfig) -> list[str]:
     """Returns a sentence about the weights that a validation is handed."""
     if not config.validation.every or config.topology.mode == "local":
         return []
-    sent = _FLOAT * plan.work.num_trained(GENERATOR)
+    adapted = config.generator.lora is not None
+    sent = (4 if adapted else _validated_width(config)) * plan.work.num_trained(GENERATOR)
     return [
         f"each validation is handed {sent / GB:.3g} GB of weights through the object store, about "
         f"{sent / plan.hardware.wire_bandwidth:.2g} s; they are not in the seconds of an iteration"
     ]
+
+
+def _validated_width(config: DistillConfig) -> int:
+    """Bytes of a weight that a validator holds: as `build_evaluator` loads them."""
+    return DTYPES[config.generator.compute.precision].itemsize
+
+
+def _sampling_bytes(config: DistillConfig, work: Workload) -> float:
+    """A pass over the clips that are sampled side by side, with and without the caption."""
+    clips = clips_side_by_side(
+        min(CHUNK_CLIPS, config.validation.num_captions), work.shape.num_tokens(work.latent_shape)
+    )
+    bf16 = config.generator.compute.precision == "bf16"
+    passes = {GENERATOR: 1, TEACHER: 2 if work.guided else 1}
+    return clips * max(
+        passes[role] * work.shape_of(role).transient_bytes(work.latent_shape, bf16=bf16)
+        for role in passes
+    )
+
+
+def _memory_gb(needed: float, hardware: Hardware) -> float:
+    """GB of a GPU that has these bytes for a process."""
+    return (needed / GB + hardware.reserve_gb) / (1 - hardware.spare_share)
+
+
+def _joined(group: Sequence[str]) -> str:
+    return " and ".join(group)
 
 
 def _encoder_sizes(config: DistillConfig, model: str | None) -> EncoderSizes | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.planning import stage_times
-from pipelines.planning.beside import handed_over, too_large_beside, with_memory_beside
+from pipelines.planning.beside import handed_over, require_fitting_beside, with_memory_beside
 from pipelines.planning.hardware import Hardware, parse_kinds
 from pipelines.planning.passes import expected_lag, lag_share, total_units
 from pipelines.planning.plan import Plan, make_mixed_plan, make_plan
@@ -80,7 +80,8 @@ def answer(request: Request) -> Answer:
     """Plans what is asked.
 
     Raises:
-        ConfigError: Options contradict each other, or nothing fits.
+        ConfigError: Options contradict each other, or the roles or a process beside them fit no
+            GPU.
     """
     _require_amounts(request)
     hardware = Hardware(
@@ -97,8 +98,8 @@ def answer(request: Request) -> Answer:
     plan = with_memory_beside(found.plan, found.config, request.model)
     # Of several kinds, processes beside the roles get the last one.
     theirs = plan.kinds[-1].hardware if plan.kinds else hardware
+    require_fitting_beside(plan, theirs)
     advice = [
-        *too_large_beside(plan, theirs),
         *found.advice,
         *_lag(found.config, plan.work),
         *handed_over(plan, found.config),

@@ -16,7 +16,7 @@ from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import GeneratorSignal
 from tests.helpers.moves import relative_error
-from tests.helpers.roles import key_of
+from tests.helpers.roles import key_of, same_bits
 from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
 from workers.build import (
     build_denoiser,
@@ -26,6 +26,8 @@ from workers.build import (
     build_teacher,
     build_text_encoder,
 )
+from workers.evaluator import clips_side_by_side
+from workers.models.exporting import DTYPES, narrowed
 from workers.models.wan_family import WanFamily
 from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import (
@@ -55,6 +57,39 @@ def test_a_network_that_is_timed_computes_as_its_role_does(model):
     denoiser = build_denoiser(model, ComputeSettings(precision="bf16"), torch.get_num_threads())
     assert denoiser.autocast_dtype is torch.bfloat16
     assert next(denoiser.parameters()).is_cuda == torch.cuda.is_available()
+
+
+def test_a_validator_in_bfloat16_samples_what_the_export_in_bfloat16_does(model, tmp_path):
+    threads, schedule = torch.get_num_threads(), FlowMatchSchedule()
+    clips: dict[str, Tensor] = {}
+    for precision, stored in (("fp32", "fp32"), ("bf16", "bf16")):
+        settings = replace(GENERATOR, compute=ComputeSettings(precision=precision))
+        generator = build_generator(model, VIDEO, schedule, settings, 0, threads)
+        generator._average.average["transformer.proj_out.bias"].add_(1.0)
+        folder = tmp_path / precision
+        form = ExportSettings(dtype=stored)
+        generator.export(str(folder), model.folder, SETTINGS, form=form)
+        handed, whole = generator.validated_weights(), generator.final_weights()
+        kept = WanFamily.traits.keep_fp32
+        assert same_bits(handed, narrowed(whole, DTYPES[precision], kept))
+        own = build_evaluator(model, VIDEO, schedule, threads, generator=settings)
+        before = own.sample(CAPTIONS, 0, 1, 2, 4.0)
+        clips[precision] = own.sample(CAPTIONS, 0, 1, 2, 1.0, handed)
+        assert {value.dtype for value in own._replaced.values()} == {
+            value.dtype for value in handed.values()
+        }
+        exported = build_evaluator(
+            ModelSettings(str(folder), TEXT_LENGTH), VIDEO, schedule, threads, generator=settings
+        )
+        assert torch.equal(exported.sample(CAPTIONS, 0, 1, 2, 1.0), clips[precision])
+        # The weights that were put aside are back.
+        assert torch.equal(own.sample(CAPTIONS, 0, 1, 2, 4.0), before)
+        assert not torch.equal(own.sample(CAPTIONS, 0, 1, 2, 1.0), clips[precision])
+    assert 1e-4 < (clips["bf16"] - clips["fp32"]).abs().mean() < 0.02
+
+
+def test_large_clips_are_sampled_one_by_one_and_small_ones_side_by_side():
+    assert [clips_side_by_side(16, tokens) for tokens in (64, 2048, 32760, 75600)] == [16, 16, 1, 1]
 
 
 @pytest.mark.parametrize(("weights", "most"), [("bf16", 0.03), ("fp8", 0.15)])

@@ -2,6 +2,7 @@
 
 copy_components     text encoder, autoencoder, tokenizer: linked or copied from the base folder
 narrowed            weights in the type of a file, but for those that stay in float32
+kept_in_fp32        those, as a network's own classes name them
 """
 
 import errno
@@ -13,7 +14,7 @@ from types import MappingProxyType
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from workers.models.folder import FolderLayout
 from workers.models.weights import find_weights
@@ -79,10 +80,21 @@ def narrowed(
         dtype: Type of the result.
         kept: Parts of names, between dots, of weights that stay as they are.
     """
-    return {
-        name: value if set(kept).intersection(name.split(".")) else value.to(dtype)
-        for name, value in weights.items()
-    }
+    return {name: narrowed_one(name, value, dtype, kept) for name, value in weights.items()}
+
+
+def narrowed_one(name: str, value: Tensor, dtype: torch.dtype, kept: Collection[str]) -> Tensor:
+    """One of these weights; arguments as `narrowed`."""
+    return value if set(kept).intersection(name.split(".")) else value.to(dtype)
+
+
+def kept_in_fp32(network: nn.Module) -> frozenset[str]:
+    """Parts of names, between dots, of weights that diffusers keeps in float32 in any network."""
+    return frozenset(
+        part
+        for module in network.modules()
+        for part in getattr(module, "_keep_in_fp32_modules", None) or ()
+    )
 
 
 def _link(source: str, target: str) -> str:
