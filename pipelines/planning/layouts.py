@@ -26,7 +26,8 @@ from pipelines.planning.memory import RankMemory
 from pipelines.planning.pool_maps import PoolMap, fused_map, map_fits, map_memory, pool_maps
 from pipelines.planning.search import Prediction
 from pipelines.planning.stage_times import StageTimes, update_s
-from pipelines.planning.workload import Workload
+from pipelines.planning.workload import StageName, Workload
+from sgmd_core.errors import ConfigError
 
 ACCELERATOR = "ray.io/accelerator-type"
 """Label that Ray gives a machine by its GPUs."""
@@ -311,8 +312,11 @@ def _costs(
                 (in_measured, measured.company(call.role)),
             )
         )
-        # Measured seconds contain the exchange of the measured run.
-        working_s = sample_s * samples + max(0.0, exchange_s - measured_s)
+        # Measured seconds contain the exchange of the measured run, in place of this one.
+        computing_s = sample_s * samples - measured_s
+        if computing_s < 0:
+            raise _too_slow_exchange(name, sample_s, measured_s / samples)
+        working_s = computing_s + exchange_s
         # Weights are gathered while the layer before computes.
         return max(working_s, own.gather_s(gathered[name], ranks))
 
@@ -331,6 +335,16 @@ def _costs(
         latency_s=hardware.wire_latency_s,
         call_s=hardware.call_s,
         answer_s=hardware.answer_s,
+    )
+
+
+def _too_slow_exchange(name: StageName, sample_s: float, exchange_s: float) -> ConfigError:
+    return ConfigError(
+        "planning with measured times",
+        f"{'.'.join(name)} took {sample_s:.3g} s a sample in a run with compute.ulysses, whose "
+        f"exchange alone would take {exchange_s:.3g} s",
+        "an exchange within the measured time",
+        "Say what the measured machine has: --node-bandwidth (--network-bandwidth between several)",
     )
 
 

@@ -221,6 +221,29 @@ class TestSamplesOverSeveralRanks:
         fewer = replace(plain, ulysses=self.work(2, 2).ulysses)
         assert iteration_s(fewer) - iteration_s(same) == pytest.approx(added / 3, rel=0.01)
 
+    def test_the_exchange_of_the_measured_run_gives_way_to_that_of_the_plan(self):
+        hardware = Hardware(memory_gb=80, ranks_per_machine=8, gather_bandwidth=20e9)
+        plain, four = modelled(self.work(4), hardware), self.work(4)
+        exchange_s = {
+            name: hardware.gather_s(4 * parts, 4) for name, parts in four.exchanged_bytes.items()
+        }
+        # Seconds as a run with four ranks a sample has them.
+        seconds = {name: own + exchange_s[name] for name, own in plain.seconds.items()}
+        measured_run = replace(plain, seconds=seconds, ulysses=four.ulysses)
+        for number in (1, 2, 4, 12):
+            work, gpus = self.work(number), 24 if number == 12 else 8
+            known = fused_layout(work, plain, hardware, gpus).iteration_s
+            taken = replace(measured_run, ulysses=())
+            assert fused_layout(work, taken, hardware, gpus).iteration_s > 1.01 * known
+            found = fused_layout(work, measured_run, hardware, gpus).iteration_s
+            assert found == pytest.approx(known, rel=1e-9)
+
+    def test_a_bandwidth_that_the_measured_times_contradict_is_refused(self):
+        work, slow = self.work(4), Hardware(memory_gb=80, gather_bandwidth=1e6)
+        times = replace(modelled(work, slow), ulysses=work.ulysses)
+        with pytest.raises(ConfigError, match="--node-bandwidth"):
+            fused_layout(work, times, slow, 8)
+
     def test_fewer_gpus_than_ranks_of_a_sample_are_refused(self):
         hardware, work = Hardware(memory_gb=80), self.work(4)
         with pytest.raises(ConfigError, match="4 ranks work on each sample together"):
