@@ -17,7 +17,10 @@ LARGEST_SEED = 2**63 - 1
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe that ships, or a YAML file.")
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe that ships, a YAML file, or a run, for its settings."
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -121,7 +121,9 @@ _AUTO = Path("auto")
 def distill_command(
     recipe: Annotated[
         str | None,
-        typer.Argument(metavar="RECIPE", help="A recipe that ships, or a YAML file."),
+        typer.Argument(
+            metavar="RECIPE", help="A recipe that ships, a YAML file, or a run, for its settings."
+        ),
     ] = None,
     overrides: Overrides = None,
     dry_run: Annotated[

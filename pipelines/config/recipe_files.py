@@ -25,6 +25,8 @@ from sgmd_core.errors import ConfigError
 
 RECIPES = Path(__file__).parent / "recipes"
 """The recipes that ship."""
+RUN_RECIPE = "config.yaml"
+"""The recipe of a run, in its folder; it makes the folder a run's."""
 RENAMED_RECIPES = {"wan-1.3b": "wan21-1.3b"}
 """New names of shipped recipes by their old ones."""
 
@@ -75,34 +77,37 @@ def find_recipe(name_or_path: str) -> Path:
     """Path of a recipe; of one at an address, what `cluster.files.store_address` reads.
 
     Args:
-        name_or_path: Name of a recipe that ships, path of a YAML file (with a `/` or `.yaml`), or
-            address of one.
+        name_or_path: Name of a recipe that ships, path of a YAML file (with a `/` or `.yaml`) or of
+            a run's folder, whose settings it is, or address of either.
 
     Raises:
         ConfigError: There is no such file, or no recipe of that name.
     """
-    path = Path(name_or_path).expanduser()
+    path, is_file_name = Path(name_or_path).expanduser(), name_or_path.endswith((".yaml", ".yml"))
     if store_address(path):
-        return path
-    if "/" in name_or_path or path.suffix in (".yaml", ".yml"):
-        if path.is_file():
-            return path
-        raise ConfigError(
-            f"opening the recipe {name_or_path}",
-            f"no such file, seen from {Path.cwd()}",
-            "a YAML file",
-            "`sgmd recipes copy NAME` makes one to start from",
-        )
+        return path if is_file_name else path / RUN_RECIPE
     names = {recipe.name: recipe.path for recipe in shipped_recipes()}
     renamed = RENAMED_RECIPES.get(name_or_path)
     if renamed is not None:
         _log.warning("the recipe %s is now called %s: write that", name_or_path, renamed)
         return names[renamed]
+    if "/" in name_or_path or is_file_name or (name_or_path not in names and path.is_dir()):
+        found = path / RUN_RECIPE if path.is_dir() else path
+        if found.is_file():
+            return found
+        raise ConfigError(
+            f"opening the recipe {name_or_path}",
+            f"no {RUN_RECIPE} in this folder"
+            if path.is_dir()
+            else f"no such file, seen from {Path.cwd()}",
+            "a YAML file, or the folder of a run",
+            "`sgmd recipes copy NAME` makes one to start from",
+        )
     if name_or_path not in names:
         raise ConfigError(
             "looking for a recipe that ships",
             f"the name {name_or_path!r}",
-            f"one of {', '.join(names)}, or the path of a YAML file",
+            f"one of {', '.join(names)}, or the path of a YAML file or of a run",
             "`sgmd recipes list` says what each is for",
         )
     return names[name_or_path]

@@ -20,9 +20,10 @@ from cluster.files import open_store, require_writable, storage_errors, store_ad
 from cluster.logs import ANY, Kind, append_line, every_line, flush_log, is_number, read_lines
 from cluster.redaction import has_user, without_secrets
 from cluster.storage import write_text
+from pipelines.config.recipe_files import RUN_RECIPE
 from pipelines.run.places import local_of, shared_place
 from pipelines.run.publisher import Publisher, publisher_of
-from pipelines.run.working_copy import CONFIG_FILE, PATIENCE
+from pipelines.run.working_copy import PATIENCE
 from sgmd_core.errors import CheckpointError, ConfigError
 
 _NUMBERS: Mapping[str, Kind] = {ANY: is_number}
@@ -201,7 +202,7 @@ class RunFolder:
 
     def __init__(self, root: str | Path) -> None:
         self.root = local_of(root)
-        self.config = self.root / CONFIG_FILE
+        self.config = self.root / RUN_RECIPE
         self.identity = self.root / "identity.json"
         self.metrics = self.root / "metrics.jsonl"
         self.validation = self.root / "validation.jsonl"

@@ -29,14 +29,12 @@ from cluster.files import (
 from cluster.folders import upload_file
 from cluster.lease import LEASE_OBJECT, Lease, hold
 from cluster.s3.settings import S3Settings
+from pipelines.config.recipe_files import RUN_RECIPE
 from pipelines.run.held_folder import KEEP, held_folder
 from pipelines.run.log_parts import PARTS, LogParts, parts_in_order
 from pipelines.run.places import add_copy, is_path_inside, open_copy_of, remove_copy, shared_place
 
 T = TypeVar("T")
-
-CONFIG_FILE = "config.yaml"
-"""File of a folder that makes it a run's."""
 
 _EXPORTED = frozenset({"generator", "best", "exports"})
 BIG_FOLDERS = _EXPORTED | {"checkpoints"}
@@ -192,7 +190,7 @@ class WorkingCopy:
         return changed
 
     def _require_here(self) -> None:
-        gone, config = self._whole_root, self.root / CONFIG_FILE
+        gone, config = self._whole_root, self.root / RUN_RECIPE
         if gone.exists():
             gone = config if config in self._known and not config.exists() else None
         if gone is not None:
@@ -312,7 +310,7 @@ def run_copy(place: str | Path, without: Collection[str] = ()) -> Iterator[Path]
         with storage_errors(f"reading {address}"):
             files, path = open_store(address)
             files.invalidate_cache()
-            if not files.exists(f"{path}/{CONFIG_FILE}"):
+            if not files.exists(f"{path}/{RUN_RECIPE}"):
                 yield Path(place)
                 return
     with working_copy(place, without) as root:

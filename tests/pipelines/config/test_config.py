@@ -13,7 +13,7 @@ from pipelines.cli import app
 from pipelines.config.methods import METHODS, method_name
 from pipelines.config.overrides import apply_overrides, nearest_key, parse_override
 from pipelines.config.recipe import DistillConfig, check_sweep, json_schema, load_recipe
-from pipelines.config.recipe_files import load, recipe_sections, shipped_recipes
+from pipelines.config.recipe_files import find_recipe, load, recipe_sections, shipped_recipes
 from pipelines.config.settings_check import known_keys
 from pipelines.config.unread import warn_of_foreign_sections
 from pipelines.config.yaml_text import read_yaml
@@ -291,6 +291,21 @@ class TestRecipes:
         text = refusal(recipe="tinny")
         assert "tiny" in text
         assert "wan21-1.3b" in text
+
+    def test_a_run_stands_for_the_settings_in_its_folder(self, tmp_path, monkeypatch):
+        run = tmp_path / "runs" / "mine"
+        run.mkdir(parents=True)
+        with pytest.raises(ConfigError, match=r"no config.yaml in this folder"):
+            load_recipe(str(run))
+        (run / "config.yaml").write_text(load_recipe("tiny", ["seed=7"]).to_yaml())
+        monkeypatch.chdir(tmp_path / "runs")
+        for name in (str(run), f"{run}/", "mine", "./mine", str(run / "config.yaml")):
+            assert load_recipe(name, ["iterations=3"]).seed == 7
+        # A recipe that ships comes before a folder that is called the same.
+        (tmp_path / "runs" / "tiny").mkdir()
+        assert load_recipe("tiny").seed != 7
+        assert str(find_recipe("s3://bucket/runs/mine")).endswith("/runs/mine/config.yaml")
+        assert str(find_recipe("s3://bucket/mine.yaml")).endswith("/mine.yaml")
 
     def test_a_missing_file_says_how_to_get_one(self):
         assert "sgmd recipes copy" in refusal(recipe="no/such.yaml")
