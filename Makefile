@@ -13,7 +13,7 @@ TEST_JOBS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-JOBS := --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder
+JOBS = --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder
 SHAPES := --jaxtyping-packages=sgmd_core,beartype.beartype
 DEMO := runs/demo
 
@@ -70,7 +70,9 @@ demo: $(READY)  ## Distil the tiny teacher into four steps and measure it, end t
 test: $(READY)  ## Run all tests that need no GPU, Ray clusters and slow ones included
 	$(BIN)/python -m pytest $(SHAPES) $(JOBS) -m "not gpu" $(PYTEST_FLAGS)
 
-test-quick: $(READY)  ## Run the tests that start no Ray and take seconds
+# What starts no Ray waits for nothing, and a process more reads all tests once more.
+test-quick: TEST_JOBS = $(shell nproc 2>/dev/null || echo 2)
+test-quick: $(READY)  ## Run the tests that start no Ray and take less than about a second
 	$(BIN)/python -m pytest $(SHAPES) $(JOBS) -m "not gpu and not ray and not slow" $(PYTEST_FLAGS)
 
 # Without .venv: the machine with the GPU has a torch of its own, and perhaps no network.

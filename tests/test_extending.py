@@ -155,6 +155,7 @@ print(recipe.checkpoint.score, recipe.sweep.score)
 """
 
 
+@pytest.mark.slow
 def test_a_measure_is_one_entry_of_one_file(tmp_path):
     entry = block("A new measure", "python")
     own = (ROOT / "workers" / "measures.py").read_text()

@@ -60,6 +60,7 @@ def make_run(tmp_path: Path, benchmark: ModuleType) -> MakeRun:
     return make
 
 
+@pytest.mark.slow
 def test_a_run_is_told_from_the_record_by_settings_rounding_and_range(
     make_run: MakeRun, benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

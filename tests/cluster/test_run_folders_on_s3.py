@@ -79,6 +79,7 @@ def test_a_server_that_never_answers_ends_in_an_error_within_the_budget(
     assert time.monotonic() - started < 60.0, "the server would be silent for five minutes"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
 def test_a_checkpoint_that_breaks_off_in_the_middle_is_given_up_within_the_budget(
     through: Callable[..., ProxyBook], server: S3Server

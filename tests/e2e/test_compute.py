@@ -46,6 +46,7 @@ def test_bfloat16_products_round_losses_a_little(make_recipe: MakeRecipe):
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_guidance_in_two_passes_changes_rounding_alone(make_recipe: MakeRecipe):
     # Diversity, so that the teacher's steps are guided too.
     settings = [

@@ -77,6 +77,7 @@ def planted(encoded: Path, folder: Path, bad: dict[str, float]) -> Path:
     return changed(encoded, folder, change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tracking", slow_but("shared", "fresh"))
 def test_a_sample_that_is_not_a_number_skips_one_update_of_both_roles(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path, tracking: str
@@ -128,6 +129,7 @@ def test_a_sample_that_is_not_a_number_skips_one_update_of_both_roles(
         assert state(again, 5) == state(whole, 5)
 
 
+@pytest.mark.slow
 def test_nothing_is_mixed_into_the_fake_score_after_a_skipped_update_of_the_generator(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_nothing_is_mixed_into_the_fake_score_after_a_skipped_update_of_the_gene
     assert not same(weights_at(calm, 1, "fake_score"), weights_at(calm, 2, "fake_score"))
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_and_a_resumed_run_knows_the_norms_before_it(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
 ) -> None:
@@ -183,6 +186,7 @@ def test_a_spike_is_skipped_and_a_resumed_run_knows_the_norms_before_it(
     assert any("step-000003" in note for note in caught.value.__notes__)
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_its_budget_is_spent_and_goes_on_with_a_larger_one(
     make_recipe: MakeRecipe, encoded: Path, tmp_path: Path
 ) -> None:

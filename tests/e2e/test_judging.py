@@ -57,6 +57,7 @@ def whole(module_recipe: MakeRecipe) -> DistillConfig:
     return config
 
 
+@pytest.mark.slow
 def test_a_run_raises_its_alarms_and_goes_on(whole: DistillConfig) -> None:
     found = alarms(whole)
     assert {"tracking_growth"} <= {alarm["name"] for alarm in found}
@@ -64,6 +65,7 @@ def test_a_run_raises_its_alarms_and_goes_on(whole: DistillConfig) -> None:
     assert len(read_jsonl(RunFolder(whole.run_folder).metrics)) == 6
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_teachers_clips_of_another_one(
     whole: DistillConfig, module_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def without_lag(lines: list[dict[str, object]]) -> list[dict[str, object]]:
     return [{key: value for key, value in line.items() if key != "lag"} for line in lines]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode",
     slow_but(
@@ -60,6 +61,7 @@ def test_a_run_that_is_measured_has_the_bits_of_one_that_is_not(
     assert lags(history(split)) == found
 
 
+@pytest.mark.slow
 def test_a_governed_run_that_was_killed_goes_on_with_the_same_bits(
     make_recipe: MakeRecipe,
 ) -> None:
@@ -85,6 +87,7 @@ def test_a_governed_run_that_was_killed_goes_on_with_the_same_bits(
         assert alarm["value"] == lags(history(whole))[2]["tracking_lag"]
 
 
+@pytest.mark.slow
 def test_a_stop_ends_a_measurement_and_saves_the_state_before_it(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +126,7 @@ def test_why_there_is_no_lag_is_told_by_its_cause() -> None:
     assert "1, 100 times its rate have a loss that is not finite. Lower lag.rates" in diverged
 
 
+@pytest.mark.slow
 def test_a_measurement_may_be_added_on_resume_and_a_governor_may_not(
     make_recipe: MakeRecipe,
 ) -> None:

@@ -20,6 +20,7 @@ from tests.e2e.processes import ROOT
 from tests.helpers.secrets import PLANTED, files_with, plant
 
 
+@pytest.mark.slow
 def test_a_planted_secret_is_in_no_file_of_a_run_and_its_report(
     make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,7 @@ class TestSampling:
             shown = scheduler.step(velocity(shown, sigma, noise), time, shown, return_dict=False)[0]
         assert (shown - measured).abs().max() < 1e-3
 
+    @pytest.mark.slow
     def test_a_folder_with_listed_steps_takes_them_for_as_many_unguided_steps(
         self, model, tmp_path
     ):

@@ -61,6 +61,7 @@ def angle_between(reading: np.ndarray, heading: np.ndarray) -> np.ndarray:
     return np.abs((found - heading + np.pi) % (2 * np.pi) - np.pi)
 
 
+@pytest.mark.slow
 def test_the_reader_counts_and_names_every_object_as_it_was_drawn(
     drawn: OpenClips, reading: OpenReading
 ) -> None:
@@ -132,6 +133,7 @@ def test_the_reading_survives_an_mp4_file(tmp_path: Path) -> None:
     assert read_open_clips(to_video(pixels)).count.tolist() == clips.count.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ClipSplit)
 def test_rendered_clips_show_what_their_captions_say(split: ClipSplit) -> None:
     pixels, texts = render_open_batch(7, range(NUM_CLIPS), split)

@@ -91,6 +91,7 @@ def test_without_guidance_nothing_moves_where_fake_score_and_teacher_agree():
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.2, 0.5, 0.7])
 def test_matching_leads_an_affine_generator_to_the_teachers_mean_and_spread(sigma):
     """The fake score is exact for the generator at every step; descent ends at (0.7, 0.5)."""

@@ -189,6 +189,7 @@ class TestMeanFlow:
         expected = scale * 2 * apart * -gain
         torch.testing.assert_close(gradient, expected.detach())
 
+    @pytest.mark.slow
     def test_a_head_that_learns_by_it_makes_one_step_as_good_as_many(self):
         torch.manual_seed(0)
         head, term = ScalarHead(), MeanFlowTerm(instant_share=0.5, shift=1.0, offset=0.1)

@@ -229,6 +229,7 @@ class _Gain(nn.Module):
         return (cos + sin) * (per_sample(self.gain(t), x_t) * state - (cos - sin) * x_t)
 
 
+@pytest.mark.slow
 def test_training_on_the_term_alone_samples_in_one_step_with_the_spread_of_the_data():
     network, stream = _Gain(), torch.Generator().manual_seed(1)
     term = ConsistencyTerm(weight=1.0)

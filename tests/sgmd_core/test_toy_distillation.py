@@ -62,6 +62,7 @@ def distil(objective: SgmdObjective, num_iterations: int) -> tuple[float, float]
     return tuple(tail.mean(dim=0).tolist())
 
 
+@pytest.mark.slow
 def test_fisher_alone_recovers_the_teachers_mean_and_spread():
     mean, std = distil(SgmdObjective(lambda_nr=0.0), num_iterations=240)
     assert mean == pytest.approx(MEAN, abs=0.02)

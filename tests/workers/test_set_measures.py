@@ -27,6 +27,7 @@ def drawn(seed: int, scale: float = 1.0, sectors: float = 1.0, texture: float = 
     )
 
 
+@pytest.mark.slow
 def test_what_differs_is_floors_away_and_what_does_not_is_about_one() -> None:
     reference, floor = drawn(0), drawn(1)
     found = compare_motions(drawn(2, scale=0.4, texture=0.07), reference, floor)
@@ -47,6 +48,7 @@ def test_what_differs_is_floors_away_and_what_does_not_is_about_one() -> None:
     assert ratio.value > 3
 
 
+@pytest.mark.slow
 def test_the_floor_is_compared_with_nothing_and_no_ratio_is_taken_to_zero() -> None:
     reference, floor = drawn(0), drawn(1)
     found = compare_motions(floor, reference)

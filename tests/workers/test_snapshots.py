@@ -50,6 +50,7 @@ def test_a_restored_role_makes_the_iterations_again_bitwise(name, before):
         assert same_bits(all_weights(restored), expected)
 
 
+@pytest.mark.slow
 def test_a_snapshot_of_another_network_is_refused():
     full = tiny_roles()
     adapters = tiny_roles(lora=LoraSettings(rank=4, alpha=8.0))

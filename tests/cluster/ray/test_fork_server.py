@@ -81,6 +81,7 @@ def test_a_worker_is_forked_with_its_arguments_streams_and_folder(tmp_path):
     assert run.stderr == "wrong\n"
 
 
+@pytest.mark.slow
 def test_without_its_server_a_worker_starts_as_always(tmp_path):
     script = tmp_path / "default_worker.py"
     script.write_text("import sys\nprint('colorsys' in sys.modules)\n")

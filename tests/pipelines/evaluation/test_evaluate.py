@@ -137,6 +137,7 @@ def test_links_in_the_folder_of_the_results_lead_nothing_out_of_it(place, tmp_pa
 
 
 class TestRows:
+    @pytest.mark.slow
     def test_every_way_of_sampling_has_a_row_with_its_steps_guidance_and_seed(self, evaluation):
         ways = [(row.num_steps, row.guidance_scale, row.seed) for row in evaluation.rows]
         assert ways == [(3, 2.0, 0), (3, 2.0, 1), (2, 1.0, 1), (2, 2.0, 1), (2, 1.0, 1)]

@@ -99,6 +99,7 @@ def test_a_folder_is_counted_by_its_weights_and_without_them_not_at_all(tmp_path
     assert counted["gpus_beside"] == not_counted["gpus_beside"]
 
 
+@pytest.mark.slow
 def test_two_that_share_a_gpu_must_fit_it_together():
     shares = ("topology.text.gpus=0.4", "topology.validator.gpus=0.6")
     options = ("--model", "1.3b", "--gpus", 9, "--fit", "--json", *shares)

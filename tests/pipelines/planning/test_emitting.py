@@ -158,6 +158,7 @@ def test_no_line_of_a_command_leaves_its_comment(kind: str):
     assert "\ntouch here" not in text
 
 
+@pytest.mark.slow
 def test_no_key_of_the_command_is_in_the_manifest(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["sgmd", "plan", "tiny", "note=s3://ME:planted0key@bucket"])
     command = ["plan", "wan21-1.3b", "--model", "1.3b", *PLACES, "--gpus", "5"]
@@ -165,6 +166,7 @@ def test_no_key_of_the_command_is_in_the_manifest(monkeypatch: pytest.MonkeyPatc
     assert done.stdout.startswith("# Made by: sgmd plan tiny note=s3://***@bucket\n"), done.output
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_manifest_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "argv", ["sgmd", "plan", "wan21-1.3b"])
     command = ["plan", "wan21-1.3b", "--model", "1.3b", *PLACES, "--gpus", "5"]

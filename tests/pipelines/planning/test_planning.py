@@ -165,6 +165,7 @@ class TestSamplesOverSeveralRanks:
         assert shared.working == pytest.approx(whole.working / 4)
         assert (shared.state, shared.gathered) == (whole.state, whole.gathered)
 
+    @pytest.mark.slow
     def test_a_plan_fits_smaller_gpus_with_it_and_says_so(self):
         hardware = Hardware(memory_gb=80)
         works = self.work(1, 16), self.work(4, 16)
@@ -904,6 +905,7 @@ class TestCommand:
         memory = best["pools"]["learn"]["memory_gb"]
         assert set(memory) >= {"state", "graphs", "total"}
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("weight", [1.0, 0.0], ids=["rcm", "scm"])
     def test_a_consistency_term_is_planned_with_its_own_stages(self, weight):
         options = ("--gpus", 4, "--json", f"objective.matching_weight={weight}")
@@ -914,6 +916,7 @@ class TestCommand:
         assert seconds["generator.learn_consistency"] > seconds["teacher.denoise_data"] > 0
         assert ("generator.learn" in seconds) == (weight > 0)
 
+    @pytest.mark.slow
     def test_a_discriminator_is_planned_on_either_of_two_pools_and_with_all_roles(self, tmp_path):
         mine = tmp_path / "mine.yaml"
         options = ("--model", "1.3b", "--gpus", 4, "validation.every=0", "--write", mine)

@@ -77,6 +77,7 @@ def finished(original, tmp_path) -> Path:
 
 
 class TestFinishedRun:
+    @pytest.mark.slow
     def test_the_page_is_well_formed_and_fetches_nothing(self, finished):
         shown = page(finished)
         assert all(source.startswith("data:") for source in shown.sources)
@@ -331,6 +332,7 @@ def two(tmp_path_factory) -> tuple[Path, Path]:
 
 
 class TestComparison:
+    @pytest.mark.slow
     def test_it_is_written_beside_the_first_run(self, two):
         assert write_report(two) == two[0].parent / "comparison.html"
 

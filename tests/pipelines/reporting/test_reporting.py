@@ -125,6 +125,7 @@ class TestAlarms:
 
 
 class TestCheckpoints:
+    @pytest.mark.slow
     def test_the_best_comes_first_with_what_was_measured_of_it(self, tmp_path):
         run = read_run(finish_run(tmp_path / "run"))
         table = ranked_checkpoints(run)

@@ -167,6 +167,7 @@ class TestFigures:
         assert all(value != value for value in self.truth.figures(samples, 0).values())
 
 
+@pytest.mark.slow
 def test_a_study_writes_tables_and_goes_on_where_it_was(tmp_path: Path):
     given = (
         f"output={tmp_path}",
@@ -197,6 +198,7 @@ def test_a_study_writes_tables_and_goes_on_where_it_was(tmp_path: Path):
     assert all(path.read_bytes() != content for path, content in written.items())
 
 
+@pytest.mark.slow
 def test_a_study_at_an_address_is_that_of_a_disk_and_goes_on_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -242,6 +244,7 @@ def test_a_broken_seed_is_counted_and_kept_out_of_means(tmp_path: Path):
     assert pairs == [0.1, 0.3]
 
 
+@pytest.mark.slow
 def test_a_sample_wider_than_the_hidden_layers_can_be_learned():
     """Without a path around eight units, 8 of 64 directions could move."""
     config = recipe("batch_size=64", "num_samples=256")

@@ -34,6 +34,7 @@ def trained() -> GaussianDistillation:
     return run
 
 
+@pytest.mark.slow
 def test_it_orders_runs_by_the_error_against_the_exact_score(trained: GaussianDistillation):
     lags = known_lags(trained, ITERATIONS, SETTINGS)
     by_rate = [lags[at : at + SEEDS] for at in range(0, len(lags), SEEDS)]

@@ -59,6 +59,7 @@ def test_what_ends_a_process_is_tried_twice() -> None:
         process.close()
 
 
+@pytest.mark.slow
 def test_the_process_ends_with_the_one_it_works_for() -> None:
     code = (
         "import os\n"

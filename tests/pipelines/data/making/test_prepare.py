@@ -634,6 +634,7 @@ def test_captions_are_found_by_their_usual_names(tmp_path, kind, column):
         prepare(str(source), str(tmp_path / "new"), options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
 def test_json_files_beside_videos_have_one_field_for_all_of_them(tmp_path, processes):
     video = video_file(grey_frames([50, 100]))

@@ -31,6 +31,7 @@ def healthy(number: int) -> Trouble:
     return Trouble.NONE
 
 
+@pytest.mark.slow
 def test_files_are_read_listed_and_written_whole_through_a_busy_server(
     through: Callable[..., ProxyBook], server: S3Server
 ) -> None:
