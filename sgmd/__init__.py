@@ -1,6 +1,7 @@
 """Public interface of sgmd: Score Gradient Matching Distillation on Ray.
 
-    mathematics   SgmdObjective and the other methods, FlowMatchSchedule, rollout, euler_sample
+    mathematics   SgmdObjective and the other methods, the protocols that a method implements,
+                  FlowMatchSchedule, rollout, euler_sample
     records       NoisedBatch, GeneratorSignal, Loss, MicroBatchKey
     worlds        GaussianVelocity, a teacher whose scores are exact
     models        ModelFamily, Denoiser, family_of
@@ -39,19 +40,26 @@ if TYPE_CHECKING:
     from sgmd_core.errors import SgmdError as SgmdError
     from sgmd_core.errors import ShapeError as ShapeError
     from sgmd_core.errors import StaleCallError as StaleCallError
+    from sgmd_core.objectives import AdversarialObjective as AdversarialObjective
     from sgmd_core.objectives import GradientPath as GradientPath
+    from sgmd_core.objectives import LookingObjective as LookingObjective
     from sgmd_core.objectives import Objective as Objective
+    from sgmd_core.objectives import PhasingObjective as PhasingObjective
+    from sgmd_core.objectives import SteppingObjective as SteppingObjective
     from sgmd_core.objectives.adm import AdmObjective as AdmObjective
     from sgmd_core.objectives.adversarial import AdversarialTerm as AdversarialTerm
     from sgmd_core.objectives.cdm import CdmObjective as CdmObjective
     from sgmd_core.objectives.consistency import ConsistencyTerm as ConsistencyTerm
+    from sgmd_core.objectives.consistency import ConsistentObjective as ConsistentObjective
     from sgmd_core.objectives.dmd import DmdObjective as DmdObjective
     from sgmd_core.objectives.dmd2 import Dmd2Objective as Dmd2Objective
+    from sgmd_core.objectives.meanflow import FlowObjective as FlowObjective
     from sgmd_core.objectives.pdmd import PdmdObjective as PdmdObjective
     from sgmd_core.objectives.phased import PhasedObjective as PhasedObjective
     from sgmd_core.objectives.rcm import RcmObjective as RcmObjective
     from sgmd_core.objectives.sgmd import SgmdObjective as SgmdObjective
     from sgmd_core.objectives.sid import SidObjective as SidObjective
+    from sgmd_core.objectives.tmd import TmdObjective as TmdObjective
     from sgmd_core.objectives.tsg_fisher import TsgFisherObjective as TsgFisherObjective
     from sgmd_core.objectives.tsg_sim import TsgSimObjective as TsgSimObjective
     from sgmd_core.rollout import euler_sample as euler_sample
@@ -93,18 +101,27 @@ _HOME = {
         "ShapeError",
         "StaleCallError",
     ),
-    "sgmd_core.objectives": ("GradientPath", "Objective"),
+    "sgmd_core.objectives": (
+        "AdversarialObjective",
+        "GradientPath",
+        "LookingObjective",
+        "Objective",
+        "PhasingObjective",
+        "SteppingObjective",
+    ),
     "sgmd_core.objectives.adm": ("AdmObjective",),
     "sgmd_core.objectives.adversarial": ("AdversarialTerm",),
     "sgmd_core.objectives.cdm": ("CdmObjective",),
-    "sgmd_core.objectives.consistency": ("ConsistencyTerm",),
+    "sgmd_core.objectives.consistency": ("ConsistencyTerm", "ConsistentObjective"),
     "sgmd_core.objectives.dmd": ("DmdObjective",),
     "sgmd_core.objectives.dmd2": ("Dmd2Objective",),
+    "sgmd_core.objectives.meanflow": ("FlowObjective",),
     "sgmd_core.objectives.pdmd": ("PdmdObjective",),
     "sgmd_core.objectives.phased": ("PhasedObjective",),
     "sgmd_core.objectives.rcm": ("RcmObjective",),
     "sgmd_core.objectives.sgmd": ("SgmdObjective",),
     "sgmd_core.objectives.sid": ("SidObjective",),
+    "sgmd_core.objectives.tmd": ("TmdObjective",),
     "sgmd_core.objectives.tsg_fisher": ("TsgFisherObjective",),
     "sgmd_core.objectives.tsg_sim": ("TsgSimObjective",),
     "sgmd_core.rollout": ("euler_sample", "rollout"),

@@ -80,16 +80,11 @@ def _export_words(place: str, result: "ExportResult") -> list[str]:
     )
     if found.share_kept is None and found.lost > _MUCH:
         words.append(
-            f"Rounding to {found.dtype} loses {_share(found.lost)} of what training has changed "
+            f"Rounding to {found.dtype} loses {found.lost_in_words} of what training has changed "
             "(in squares). Export with --dtype fp32"
             + (", or the change alone with --format lora" if result.takes_lora else "")
         )
     return words
-
-
-def _share(lost: float) -> str:
-    """A share in words; rounding can take more than a short training has changed."""
-    return f"{lost:.0%}" if lost < 1 else "all"
 
 
 def import_command(

@@ -20,7 +20,7 @@ def examine(
     Args:
         address: Ray cluster to look at: `auto` or `HOST:PORT`; None: this machine alone.
         storage: Folder or `s3://bucket/prefix` to try besides the recipe's output.
-        model: Folder or address of a model to compare besides the recipe's.
+        model: Folder or address of a model to look at, and to compare, besides the recipe's.
         config: A recipe, for its output and models.
 
     Returns:
@@ -42,9 +42,11 @@ def examine(
 def _examine(address: str | None, places: list[str], models: list[str]) -> list[Finding]:
     if address is None:
         from pipelines.doctoring.machine import examine_machine
+        from pipelines.doctoring.models import look_at_model
         from pipelines.doctoring.storage import try_storage
 
-        return [*examine_machine(), *(try_storage(place) for place in places)]
+        looked = [look_at_model(model) for model in dict.fromkeys(models)]
+        return [*examine_machine(), *map(try_storage, places), *looked]
     # One machine needs no Ray; and a cluster that refuses us is told before torch is loaded.
     from pipelines.doctoring.connection import Wanted, examine_cluster
 

@@ -49,6 +49,11 @@ class Figures:
     lost: float
     share_kept: float | None
 
+    @property
+    def lost_in_words(self) -> str:
+        """Share of the change that is lost; rounding can take more than a short training adds."""
+        return f"{100 * self.lost:.2g} %" if self.lost < 1 else "all"
+
 
 def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) -> None:
     """Writes README.md, and the clips that it shows, into the folder of an export."""
@@ -87,6 +92,7 @@ def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) ->
         verdicts=() if evaluation is None else evaluation.verdicts,
         clips=_copy_clips(draft, source.run, evaluation),
         captions=_captions_seen(source),
+        data=_data_in_words(source),
         revision=git_revision(),
         versions={name: version(name) for name in ("sgmd", "torch", "diffusers")},
     )
@@ -166,6 +172,20 @@ def _copy_clips(draft: Path, run: RunFolder | None, evaluation: Evaluation | Non
         return ""
     write_whole(draft / f"{_CLIPS}.gif", sheet.read_bytes())
     return f"{_CLIPS}.gif"
+
+
+def _data_in_words(source: TrainedGenerator) -> str:
+    """Sets of captions by the ends of their addresses; who reads a card need not know the rest."""
+    if source.config is None:
+        return ""
+    sets = [(source.config.data.train, source.config.data.weight)]
+    sets += [(each.source, each.weight) for each in source.config.data.also]
+    whole = sum(weight for _, weight in sets)
+    return ", ".join(
+        re.sub(r"[^\w./ -]", "-", "/".join(url.split("://")[-1].rstrip("/").split("/")[-2:]))
+        + (f" ({weight / whole:.0%})" if len(sets) > 1 else "")
+        for url, weight in sets
+    )
 
 
 def _captions_seen(source: TrainedGenerator) -> int:

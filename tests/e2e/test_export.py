@@ -16,6 +16,7 @@ from PIL import Image, ImageSequence
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
+from pipelines.config.recipe import load_recipe
 from pipelines.distillation.run import distill
 from pipelines.exporting.export import FORMATS, ExportOptions, export
 from pipelines.exporting.sampled import sampled_folder
@@ -199,6 +200,9 @@ def test_the_command_says_what_was_kept_and_lost(run, tmp_path):
     card = (tmp_path / "x" / "README.md").read_text()
     assert "LoRA of rank 2" in card
     assert "| captions seen | 8 |" in card
+    source = load_recipe(str(run.config))
+    assert f"| recipe | {source.name}, settings {source.digest} |" in card
+    assert f"| data | {'/'.join(source.data.train.split('/')[-2:])} |" in card
     assert "1.0, 0.9, 0.75, 0.5, 0.0" in card
 
 

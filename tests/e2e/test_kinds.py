@@ -211,6 +211,32 @@ def test_every_command_refuses_a_model_that_takes_an_image_in_one_sentence(pipel
         assert re.search("image-to-video model|takes images", words), arguments
 
 
+@pytest.mark.parametrize("config", [{"image_dim": 1280}, {"in_channels": 36}])
+def test_a_pipeline_of_text_whose_denoiser_takes_an_image_is_refused_as_well(config, tmp_path):
+    model = tiny_wan.write_tiny_wan(tmp_path / "model", ["a", "circle"])
+    path = model / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    out = f"output={tmp_path / 'runs'}"
+    (tmp_path / "captions.txt").write_text("a circle\n")
+    for arguments in (
+        ["distill", "tiny", f"model.folder={model}", out, "--dry-run"],
+        ["distill", "tiny", f"teacher.model={model}", out, "--dry-run"],
+        ["sweep", "tiny", f"model.folder={model}", out, "--dry-run"],
+        ["plan", "wan21-14b", f"model.folder={model}"],
+        ["generate", str(model), "--prompt", PROMPT],
+        ["encode", str(tmp_path), str(tmp_path / "to"), "--model", str(model)],
+        ["check", str(tmp_path / "captions.txt"), "--model", str(model)],
+        ["experts", str(model), str(tmp_path / "experts"), "--boundary", "0.9"],
+        ["transition", str(model), str(tmp_path / "t"), "--layers", "1", "--steps", "2"],
+        ["import", str(tmp_path / "x.safetensors"), str(tmp_path / "y"), "--base", str(model)],
+        ["doctor", "--model", str(model), "--json"],
+    ):
+        found = CliRunner().invoke(app, arguments)
+        assert found.exit_code == (1 if arguments[0] == "doctor" else 2), arguments
+        words = " ".join(found.output.replace("│", " ").split())
+        assert "takes an image or a video besides the" in words, (arguments, words)
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")

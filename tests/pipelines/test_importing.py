@@ -75,7 +75,20 @@ def without_one(weights: Weights) -> Weights:
     ("change", "words"),
     [
         (without_one, "1 tensors are missing, such as head.modulation"),
-        (lambda w: w | {"blocks.0.cross_attn.k_img.bias": torch.zeros(32)}, "k_img"),
+        (
+            lambda w: w | {"blocks.0.cross_attn.k_img.bias": torch.zeros(32)},
+            "k_img.bias: a denoiser that takes an image or a video besides the text",
+        ),
+        (
+            lambda w: (
+                w | {"patch_embedding.weight": w["patch_embedding.weight"].repeat(1, 2, 1, 1, 1)}
+            ),
+            r"patch_embedding.weight is .*, where the base has .*: a denoiser that takes an image",
+        ),
+        (
+            lambda w: w | {"head.head.bias": w["head.head.bias"].repeat(2)},
+            r"head.head.bias is \d+, where the base has \d+",
+        ),
         (lambda w: w | {"head.head.bias": w["head.head.bias"] * torch.nan}, "NaN or infinity"),
         (
             lambda w: w | {"head.head.bias": w["head.head.bias"].to(torch.int8)},

@@ -1,6 +1,7 @@
 """The public interface: its names, the cost of importing it, and the example."""
 
 import ast
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -37,6 +38,13 @@ def test_every_public_name_is_there_and_none_is_listed_for_type_checkers_alone()
     assert typed == lazy
     for name in sgmd.__all__:
         assert getattr(sgmd, name) is not None
+
+
+def test_every_method_and_every_protocol_that_authors_read_of_is_public():
+    shipped = {each.__name__ for each in METHODS if each.__module__.startswith("sgmd_core.")}
+    told = set(re.findall(r"`(\w+Objective)`", (ROOT / "docs" / "extending.md").read_text()))
+    assert {"LookingObjective", "FlowObjective"} <= told
+    assert shipped | told - {"PseudoHuberObjective"} <= set(sgmd.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -32,6 +32,9 @@ from workers.models.wan_folder import check_component
 _COMFYUI_WEIGHTS = "model.diffusion_model."
 _LORA_NAME = re.compile(r"lora_|\.(alpha|diff|diff_b)$")
 _COMFYUI_LORA = "diffusion_model."
+_PATCHES = "patch_embedding.weight"  # output channels x input channels x patch
+# Parts of Wan's image-to-video and VACE denoisers.
+_IMAGE_PART = re.compile(r"img|image_|vace_|ref_conv|control_")
 
 # diffusers -> original, on whole parts of names. `norm2` and `norm3` change places.
 _ORIGINAL_PARTS = (
@@ -110,13 +113,13 @@ class WanExchange:
 
         Raises:
             ValueError: A file has other tensors than its network, which diffusers would leave out,
-                or leave as they were drawn.
+                or leave as they were drawn, or of other shapes.
         """
         found: dict[str, Tensor] = {}
         for part, path in paths.items():
             member = self._members[part]
             own = check_component(base_folder, member.component).architecture.shapes
-            _require_names(path, frozenset(own))
+            _require_tensors(path, own)
             # Typed as if it returned nothing.
             network: Any = WanTransformer3DModel.from_single_file(
                 str(path),
@@ -185,15 +188,37 @@ def _merge(network: Any, path: Path) -> None:  # noqa: ANN401  (a network of dif
     network.unload_lora()
 
 
-def _require_names(path: Path, own: frozenset[str]) -> None:
+def _require_tensors(path: Path, own: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses a file with other tensors, or tensors of other shapes, than a network of ours."""
     with safe_open(path, framework="pt") as file:
-        found = {name.removeprefix(_COMFYUI_WEIGHTS) for name in file.keys()}  # noqa: SIM118
-    expected = {original_name(name) for name in own}
-    if found & (own - expected):
-        expected = own
-    for kind, names in (("missing", expected - found), ("not in the network", found - expected)):
+        stored = {
+            name.removeprefix(_COMFYUI_WEIGHTS): tuple(file.get_slice(name).get_shape())
+            for name in file.keys()  # noqa: SIM118
+        }
+    expected = {original_name(name): shape for name, shape in own.items()}
+    if stored.keys() & (own.keys() - expected.keys()):
+        expected = dict(own)
+    takes_more = _takes_more_than_text(stored, expected)
+    lacking, others = expected.keys() - stored.keys(), stored.keys() - expected.keys()
+    for kind, names in (("missing", lacking), ("not in the network", others)):
         if names:
-            raise ValueError(f"{len(names)} tensors are {kind}, such as {min(names)}")
+            count = f"{len(names)} tensors are {kind}, such as {min(names)}"
+            raise ValueError(count + takes_more)
+    for name, shape in expected.items():
+        if stored[name] != shape:
+            found, wanted = ("x".join(map(str, each)) for each in (stored[name], shape))
+            raise ValueError(f"{name} is {found}, where the base has {wanted}{takes_more}")
+
+
+def _takes_more_than_text(
+    stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Words on a file of a denoiser with an image or a video beside the text; else none."""
+    has_image = any(_IMAGE_PART.search(name) for name in stored.keys() - expected.keys())
+    channels = [shapes.get(_PATCHES, ())[1:2] for shapes in (stored, expected)]
+    if has_image or (all(channels) and channels[0] > channels[1]):
+        return ": a denoiser that takes an image or a video besides the text"
+    return ""
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -305,10 +305,11 @@ def require_supported_index(folder: Path, layout: FolderLayout = LAYOUT) -> None
 
 
 def require_wan_index(folder: Path) -> Mapping[str, Any]:
-    """Check model_index.json: a WanPipeline, of one denoiser or two; return its content.
+    """Check model_index.json: a WanPipeline of denoisers that take text; return its content.
 
     Raises:
-        ModelFolderError: It is missing, no JSON, or of another kind of model.
+        ModelFolderError: It is missing, no JSON, or of another kind of model, or a denoiser takes
+            an image or a video besides the text.
     """
     index = _read_index(folder)
     pipeline = index.get("_class_name")
@@ -327,6 +328,9 @@ def require_wan_index(folder: Path) -> Mapping[str, Any]:
         raise _unsupported(
             folder, f"tokenizer is {tokenizer}", f"a tokenizer of {_TOKENIZER_LIBRARY}"
         )
+    for part in (folder / TRANSFORMER, folder / LOW_NOISE):
+        if (part / CONFIG_FILE).is_file():
+            _require_text_input(part, read_model_json(part / CONFIG_FILE))
     return index
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,14 @@ def test_a_recipe_says_which_storage_to_try(tmp_path: Path):
     found = [each for each in examine(config=config) if each.name.startswith("storage")]
     assert [each.name for each in found] == [f"storage {tmp_path / 'runs'}"]
     assert "lists" in found[0].found
+
+
+def test_models_of_a_recipe_and_of_the_command_line_are_read(tmp_path: Path):
+    found = examine(config=load_recipe("tiny", []), model=str(tmp_path / "none"))
+    named, own = [each for each in found if each.name.startswith("model")]
+    assert (named.status, named.found) == (Status.MISSING, "no such folder")
+    assert own.status is Status.GOOD
+    assert re.match(r"wan: transformer 1\.08 M, .* parameters", own.found)
 
 
 def test_the_address_of_a_dashboard_is_answered_with_what_to_do():
