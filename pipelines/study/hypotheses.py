@@ -251,7 +251,7 @@ def record_words(versions: Sequence[Version]) -> str:
 
 
 def _power_of(versions: Sequence[Version]) -> str:
-    """What its seeds cannot decide, after a blank; empty where they can."""
+    """Words on what its seeds cannot decide, after a blank; empty where they can."""
     words = power_words(len(all_hypotheses(versions)), len(versions[-1]["study"]["seeds"]))
     return words and f" {words}"
 
