@@ -21,7 +21,7 @@ def doctor_command(
     ] = None,
     storage: Annotated[str | None, typer.Option(help="Folder or s3://bucket/prefix to try")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model folder or address to look at; all machines must have it")
+        str | None, typer.Option(help="Model folder or address that all machines must have")
     ] = None,
     as_json: Json = False,
 ) -> None:
