@@ -1,5 +1,7 @@
 """Look at a model that a run would load: is it there, whole, and text-to-video."""
 
+from typing import Any
+
 from cluster.files import open_store, storage_errors
 from pipelines.config.model_folders import model_on_this_machine
 from pipelines.doctoring.findings import Finding, Status
@@ -36,7 +38,7 @@ def _inspected(model: str) -> Finding:
 def _listed(model: str) -> Finding:
     with storage_errors(f"listing {model}"):
         files, root = open_store(model)
-        objects: dict[str, dict[str, int]] = files.find(root, detail=True)
+        objects: Any = files.find(root, detail=True)
     size = sum(facts["size"] for facts in objects.values())
     found = f"{len(objects)} objects, {size / 1e9:.3g} GB; not read"
     if any(path.endswith(f"/{INDEX_FILE}") for path in objects):
