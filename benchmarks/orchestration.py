@@ -5,6 +5,7 @@
 
     schedule     measured iteration time over the simulator's bound; orders and windows; busy shares
     maps         roles that share pools: time over the limit of any placement; predictions
+    limit        the first half of that, for stages of any length (--unit-ms)
     staleness    what a staleness of one gains on two pools, with shared and with fresh tracking
     controller   what the machinery adds to a micro-batch
     transfer     one tensor from process to process and from raylet to raylet, next to a plain copy
@@ -28,7 +29,13 @@ from typing import Any
 from documents import write_document
 from dummies import run_dummies
 from harness import Groups, Setting, rehearse_setting, sleepers
-from orchestration_maps import measure_maps, measure_staleness
+from orchestration_maps import (
+    LAYOUTS,
+    UNIT_MS,
+    measure_limit,
+    measure_maps,
+    measure_staleness,
+)
 from orchestration_memory import measure_memory
 from orchestration_scaling import measure_scaling
 from orchestration_transfer import measure_transfer
@@ -183,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parts = (
         "schedule",
         "maps",
+        "limit",
         "staleness",
         "controller",
         "transfer",
@@ -195,6 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns; medians are taken over them")
     parser.add_argument("--iterations", type=int, default=3, help="in one turn; the first is free")
     parser.add_argument("--max-processes", type=int, default=32, help="of the scaling")
+    parser.add_argument("--unit-ms", type=float, default=UNIT_MS, help="of the limit's stages")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     parser.add_argument("--output", type=Path, help="file for the JSON; standard output without")
     parser.add_argument("--docs", type=Path, help="folder for the validation's table and plot")
     given = parser.parse_args(arguments)
@@ -205,6 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results[part] = measure_schedule(given.rounds, given.iterations)
         elif part == "maps":
             results[part] = measure_maps(given.rounds, given.iterations)
+        elif part == "limit":
+            results[part] = measure_limit(
+                given.rounds, given.iterations, given.unit_ms, given.layouts
+            )
         elif part == "staleness":
             results[part] = measure_staleness(given.rounds, given.iterations)
         elif part == "controller":

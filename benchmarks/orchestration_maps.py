@@ -13,7 +13,7 @@ micro-batch of a map has a sample for each rank, so m = 4, 8, 16 are batches of 
 
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,10 +38,10 @@ from cluster.schedule.simulate import simulate
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
 
 UNIT_MS = 30.0
-STAGE_MS = (2.5 * UNIT_MS, 2.0 * UNIT_MS, 3.0 * UNIT_MS, 3.0 * UNIT_MS, 3.0 * UNIT_MS)
 WORK_UNITS = 13.5
 NUM_PROCESSES = 8
 MICRO_BATCHES = (4, 8, 16)
+LAYOUTS = ("map", "fused", "pools")
 LEARN, SCORE, ALL = Home("learn", 4), Home("score", 4), Home("all", 8)
 TWO_POOLS = {GENERATOR: (LEARN,), TEACHER: (LEARN, SCORE), FAKE_SCORE: (SCORE,)}
 FUSED = dict.fromkeys(ROLES, (ALL,))
@@ -107,10 +107,15 @@ VALIDATED = (
 )
 
 
+def stage_ms(unit_ms: float) -> tuple[float, float, float, float, float]:
+    """Sleeps of the stages, of units of this length."""
+    return (2.5 * unit_ms, 2.0 * unit_ms, 3.0 * unit_ms, 3.0 * unit_ms, 3.0 * unit_ms)
+
+
 def measure_maps(rounds: int, num_iterations: int) -> dict[str, Any]:
     """Measures layouts in turns against the limit, and maps against the simulator."""
     return {
-        "over_limit": _over_limit(rounds, num_iterations),
+        "over_limit": measure_limit(rounds, num_iterations),
         **_validation(rounds, num_iterations),
     }
 
@@ -150,19 +155,37 @@ def measure_staleness(rounds: int, num_iterations: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _over_limit(rounds: int, num_iterations: int) -> list[dict[str, Any]]:
+def measure_limit(
+    rounds: int,
+    num_iterations: int,
+    unit_ms: float = UNIT_MS,
+    layouts: Collection[str] = LAYOUTS,
+) -> list[dict[str, Any]]:
+    """Measures layouts in turns against the limit.
+
+    Args:
+        rounds: Turns of each.
+        num_iterations: In one turn.
+        unit_ms: Sleep of a unit; what calls cost does not grow with it.
+        layouts: Those of `LAYOUTS` that are measured.
+    """
     settings: dict[tuple[str, int], Setting] = {}
     for m in MICRO_BATCHES:
-        settings["map", m] = _setting("map", m, 3, 4, TWO_POOLS)
-        settings["fused", m] = _setting("fused", m // 2, 1, 8, FUSED)
-        settings["pools", m] = _best_classic(4 * m)
+        own = {
+            "map": _setting("map", m, 3, 4, TWO_POOLS),
+            "fused": _setting("fused", m // 2, 1, 8, FUSED),
+            "pools": _best_classic(4 * m),
+        }
+        for name in layouts:
+            settings[name, m] = replace(own[name], stage_ms=stage_ms(unit_ms))
     measured = _measured(settings, rounds, num_iterations)
     rows: list[dict[str, Any]] = []
     for (name, m), setting in settings.items():
-        limit_s = 4 * m * WORK_UNITS * UNIT_MS / 1e3 / NUM_PROCESSES
+        limit_s = 4 * m * WORK_UNITS * unit_ms / 1e3 / NUM_PROCESSES
         rows.append(
             {
                 "layout": name,
+                "unit_ms": unit_ms,
                 "batch": 4 * m,
                 "micro_batches": setting.micro_batches,
                 "processes": {role: team.size for role, team in setting.team_of().items()},
@@ -198,7 +221,9 @@ def print_row(row: Mapping[str, Any]) -> None:
 
 
 def _setting(name: str, micro_batches: int, depth: int, samples: int, homes: Any) -> Setting:  # noqa: ANN401
-    return Setting(name, (1, 1, 1), STAGE_MS, micro_batches, depth, samples=samples, homes=homes)
+    return Setting(
+        name, (1, 1, 1), stage_ms(UNIT_MS), micro_batches, depth, samples=samples, homes=homes
+    )
 
 
 def _best_classic(batch: int) -> Setting:
@@ -211,7 +236,9 @@ def _best_classic(batch: int) -> Setting:
                 if batch % samples == 0:
                     teams = (generator, teacher, fake_score)
                     found.append(
-                        Setting("pools", teams, STAGE_MS, batch // samples, 3, samples=samples)
+                        Setting(
+                            "pools", teams, stage_ms(UNIT_MS), batch // samples, 3, samples=samples
+                        )
                     )
     return min(found, key=lambda setting: setting.bound_s(2))
 
