@@ -1,8 +1,10 @@
 """The generator's part in MeanFlow: its flow head learns strides, on latents of the data.
 
-    learn_flow(key, text, data)    data noised to the generator's own steps, strides, loss, backward
+    learn_flow(key, text, data, negative)   data noised to the generator's own steps, strides, loss,
+                                            backward
 
 The backbone is asked once; the head three times, of which two make a derivative and keep no graph.
+With guidance both are asked once more, under the negative prompt and without a graph.
 """
 
 import torch
@@ -12,7 +14,7 @@ from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.meanflow import MeanFlowTerm, Strides
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import stride_draws
-from sgmd_core.types import DataBatch, MicroBatchKey, NoisedBatch, PerSample, TextBatch
+from sgmd_core.types import DataBatch, MicroBatchKey, NoisedBatch, PerSample, Text, TextBatch
 from workers.consistency import ConsistencyLearner
 from workers.finite import micro_batch_in_words
 from workers.models.family import TransitionDenoiser
@@ -35,7 +37,7 @@ class FlowLearner(ConsistencyLearner):
         self._flow = flow
 
     def learn_flow(
-        self, key: MicroBatchKey, text: TextBatch, data: DataBatch, share: float
+        self, key: MicroBatchKey, text: TextBatch, data: DataBatch, negative: Text, share: float
     ) -> FlowReport:
         """Adds the gradient of the term to what is gathered.
 
@@ -43,6 +45,7 @@ class FlowLearner(ConsistencyLearner):
             key: The micro-batch.
             text: Captions of the data.
             data: Their latents.
+            negative: Embedding of the negative prompt (1, l, d).
             share: Samples in this micro-batch over samples in the iteration.
 
         Raises:
@@ -55,6 +58,8 @@ class FlowLearner(ConsistencyLearner):
         assert isinstance(network, TransitionDenoiser), "strides are those of a flow head"
         query = self.noise_data(key, text, data)
         strides = self._strides(term, query, network)
+        if term.guidance != 1:
+            strides = self._guided(strides, term, query, negative.to(query.text), network)
         levels = (strides.s, *strides.ends)
         answers = network(
             query.x_t,
@@ -79,6 +84,20 @@ class FlowLearner(ConsistencyLearner):
         )
         (share * value).backward()
         return FlowReport({name: each.item() for name, each in loss.terms.items()})
+
+    @torch.no_grad()
+    def _guided(
+        self,
+        strides: Strides,
+        term: MeanFlowTerm,
+        query: NoisedBatch,
+        negative: Text,
+        network: TransitionDenoiser,
+    ) -> Strides:
+        states, levels = strides.at(strides.s)[None], strides.s[None]
+        caption = negative.expand_as(query.text)
+        (head,) = network(query.x_t, query.sigma, caption, states, levels, strides.s)
+        return strides.guided_by(term.guidance, head)
 
     def _data_sigma(self, normal: PerSample, num_frames: int) -> PerSample:
         """Noise level of data: a step of the generator, or by the consistency term's law."""

@@ -26,7 +26,7 @@ from pipelines.stages.costs import (
 from sgmd_core.metrics.lag import settling_updates
 from sgmd_core.objectives import compared_by
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
-from sgmd_core.objectives.meanflow import flow_of
+from sgmd_core.objectives.meanflow import flow_is_guided, flow_of
 from sgmd_core.seeds import exit_of, rollout_steps
 from sgmd_core.types import MicroBatchKey, Purpose
 from workers.models.family import DenoiserShape
@@ -157,6 +157,7 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
         compared_states=0 if config.adversary is None else config.adversary.num_states,
         consistency=consistency_of(config.objective) is not None,
         flow=flow_of(config.objective) is not None,
+        guided_flow=flow_is_guided(config.objective),
         matching=learns_from_samples(config.objective),
     )
     return _named(

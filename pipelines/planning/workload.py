@@ -56,7 +56,7 @@ from pipelines.stages.costs import PassCosts, Passes, mean_rollouts, stage_passe
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, restarts_of
 from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
-from sgmd_core.objectives.meanflow import flow_of
+from sgmd_core.objectives.meanflow import flow_is_guided, flow_of
 from sgmd_core.types import Looks
 from workers.attention import KERNELS
 from workers.discriminator_heads import num_head_parameters
@@ -146,6 +146,7 @@ class Workload:
         measures_lag: Whether the fake score's state is put aside while its lag is measured.
         consistency: Whether the generator also learns from noised data.
         flow: Whether it learns the strides of a flow head.
+        guided_flow: Whether it does so along guided velocities.
         matching: Whether it learns from its own samples.
         moments_in_8_bits: Roles whose optimizer keeps second moments in 8 bits.
         ulysses: Roles whose ranks work on samples together, with how many of them do.
@@ -189,6 +190,7 @@ class Workload:
     ulysses: tuple[tuple[str, int], ...] = ()
     all_pairs: frozenset[str] = frozenset()
     buckets: LatentBuckets | None = None
+    guided_flow: bool = False
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -251,6 +253,7 @@ class Workload:
             measures_lag=config.lag.every > 0,
             consistency=consistency_of(config.objective) is not None,
             flow=flow_of(config.objective) is not None,
+            guided_flow=flow_is_guided(config.objective),
             matching=learns_from_samples(config.objective),
             moments_in_8_bits=frozenset(
                 role for role, own in updated.items() if own.moment_bits == 8
@@ -466,6 +469,7 @@ class Workload:
             compared_states=0 if self.heads is None else self.heads.num_states,
             consistency=self.consistency,
             flow=self.flow,
+            guided_flow=self.guided_flow,
             matching=self.matching,
         )
 
@@ -512,7 +516,7 @@ class Workload:
             DENOISE_DATA: 1.0,
             # Two forward passes, one backward, and the sum.
             LEARN_CONSISTENCY: 4.0,
-            LEARN_FLOW: 3.0,
+            LEARN_FLOW: 3.0 + self.guided_flow,
         }
         if self.heads is not None:
             # Each state forward, one of them backward, and the sum of the heads' gradients.

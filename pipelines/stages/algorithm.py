@@ -226,7 +226,7 @@ LEARN_CONSISTENCY = StageSpec(
 LEARN_FLOW = StageSpec(
     GENERATOR,
     GeneratorLearner.learn_flow,
-    lambda call: (*call.prompts()[:2], call.data, call.share),
+    lambda call: (*call.prompts()[:2], call.data, call.negative, call.share),
     gathers=True,
     needs_data=True,
 )

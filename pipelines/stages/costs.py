@@ -156,6 +156,7 @@ def stage_passes(
     compared_states: int = 2,
     consistency: bool = False,
     flow: bool = False,
+    guided_flow: bool = False,
     matching: bool = True,
 ) -> Mapping[StageSpec, Passes]:
     """Passes of one sample by stage, for one call of each.
@@ -175,6 +176,7 @@ def stage_passes(
         consistency: The generator also learns from noised data.
         flow: The generator learns the strides of its flow head. It asks the head three times, once
             with a graph, which is counted as one pass of all inner steps.
+        guided_flow: It does so along guided velocities, which takes one more pass.
         matching: The generator learns from its own samples.
     """
     looks, predictions = looks or Looks(), 2 if guided else 1
@@ -189,7 +191,7 @@ def stage_passes(
         found[DENOISE_DATA] = Passes(forwards=predictions)
         found[LEARN_CONSISTENCY] = Passes(forwards=2, to_weights=1, tangents=1)
     if flow:
-        found[LEARN_FLOW] = Passes(forwards=1, to_weights=1)
+        found[LEARN_FLOW] = Passes(forwards=1 + int(guided_flow), to_weights=1)
     if fresh_tracking:
         found[SAMPLE] = Passes(forwards=sample)
     if anchor_steps:

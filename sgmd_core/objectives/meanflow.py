@@ -5,16 +5,23 @@
     target = sg[v - (s - r) du/ds],  du/ds along (v, 1) in (y_s, s) with r and the backbone fixed
     L = mean |u - target|^2 / sg(mean |u - target|^2 + offset)       each sample, then mean of these
 
+With a guidance of w above 1, v is the guided velocity of the inner path, along which the derivative
+goes as well:
+
+    v = w (y_1 - y) + (1 - w) u(y_s, s, s | negative prompt)
+
 At r = s this is flow matching of the inner path. The derivative is a difference over 2 x 0.005 in
 the head's own level alone, central, or one-sided where an end would leave the stride. The head's
 embedding of s has low frequencies, so the difference has its digits; one of a noise level, which a
 network sees as 1000 radians, would have none.
 
 Source: TMD (arXiv:2601.09881), stage 1, whose offset is 1 for Wan 1.3B and 1e-5 for 14B in means
-over elements. Its guidance of 3 is left out: data of a guided teacher have it already.
+over elements, and whose guidance is 3; form of the guided velocity: MeanFlow (arXiv:2505.13447).
+It is off by default: data of a guided teacher have it already.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -38,17 +45,19 @@ class Strides:
         inner_noise: y_1, the start of the path.
         s: Level that each stride starts at.
         r: Level that it leads to.
+        guided: Velocity in the place of the path's own; None: without guidance.
     """
 
     y: Latents
     inner_noise: Latents
     s: PerSample
     r: PerSample
+    guided: Latents | None = None
 
     @property
     def velocity(self) -> Latents:
         """Velocity v of the path."""
-        return self.inner_noise - self.y
+        return self.inner_noise - self.y if self.guided is None else self.guided
 
     @property
     def ends(self) -> tuple[PerSample, PerSample]:
@@ -57,14 +66,27 @@ class Strides:
         return below.clamp_min(0.0), (self.s + DELTA).clamp_max(1.0)
 
     def at(self, level: PerSample) -> Latents:
-        """States of the paths at a level."""
-        return inner_state(self.y, self.inner_noise, level)
+        """States of the paths at a level; with guidance, along v from the state at s."""
+        if self.guided is None:
+            return inner_state(self.y, self.inner_noise, level)
+        start = inner_state(self.y, self.inner_noise, self.s)
+        return start + per_sample(level - self.s, start) * self.guided
 
     @property
     def states(self) -> tuple[Latents, Latents, Latents]:
         """States that a head is asked at: at s, below and above."""
         below, above = self.ends
         return self.at(self.s), self.at(below), self.at(above)
+
+    def guided_by(self, scale: float, head: Latents) -> "Strides":
+        """The same strides with a guided velocity.
+
+        Args:
+            scale: Guidance scale w.
+            head: The head's answer at s for strides of no length under the negative prompt.
+        """
+        own, unguided = self.velocity, average_velocity(self.at(self.s), head.detach(), self.s)
+        return replace(self, guided=scale * own + (1 - scale) * unguided)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +99,25 @@ class MeanFlowTerm:
             level of the inner grid.
         shift: Moves s, uniform otherwise, toward 1.
         offset: Added to a sample's mean squared error where the loss is divided by it.
+        guidance: Scale of the guided velocity; 1 leaves it out. The paper has 3, with a tenth of
+            the captions dropped (`data.prompt_dropout`).
     """
 
     weight: float = 1.0
     instant_share: float = 0.75
     shift: float = 3.0
     offset: float = 1.0
+    guidance: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("weight", "shift", "offset"):
             require_number(f"meanflow.{name}", getattr(self, name), zero_allowed=False)
+        if not (math.isfinite(self.guidance) and self.guidance >= 1):
+            raise ConfigError(
+                "reading the objective",
+                f"meanflow.guidance is {self.guidance}",
+                "a scale of at least 1",
+            )
         if not 0 <= self.instant_share <= 1:
             raise ConfigError(
                 "reading the objective",
@@ -153,3 +184,9 @@ class FlowObjective(Protocol):
 def flow_of(objective: object) -> MeanFlowTerm | None:
     """The MeanFlow term of an objective; None without one."""
     return objective.flow if isinstance(objective, FlowObjective) else None
+
+
+def flow_is_guided(objective: object) -> bool:
+    """True if strides are learned along guided velocities, which takes one more pass."""
+    term = flow_of(objective)
+    return term is not None and term.guidance != 1

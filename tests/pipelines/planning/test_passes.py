@@ -84,6 +84,10 @@ METHODS = {
     ),
     "tmd": ("objective.method=tmd", FRESH),
     "tmd strides": ("objective={method: tmd, stage: meanflow, fake_updates: 2}", FRESH),
+    "tmd guided strides": (
+        "objective={method: tmd, stage: meanflow, fake_updates: 1, meanflow: {guidance: 3.0}}",
+        FRESH,
+    ),
     "dmd2 gan": ("objective={method: dmd2, adversary: {loss: softplus}}", FRESH),
 }
 
