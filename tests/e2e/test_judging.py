@@ -105,7 +105,7 @@ def test_a_validation_measures_motion_looks_and_diversity_beside_the_teachers(
         ].keys()
         of_sets = {f"{name}{end}" for name in MOTION_MEASURES for end in ("", "_ratio")}
         assert line["figures"].keys() <= set(FIGURES) | of_sets
-        assert "direction_entropy_ratio" in line["figures"]
+        assert {"speed_distance", "direction_entropy", "still_share"} <= line["figures"].keys()
         # What is 0 for the teacher has no ratio.
         missing = set(FIGURES) - line["figures"].keys()
         assert all(name.endswith("_ratio") for name in missing)
