@@ -1,6 +1,6 @@
 """The captions of each iteration: asked for one iteration ahead, entered in the log of the data.
 
-take(n + 1)  ->  of(n): wait, enter, hand on  ->  used(n): what the iteration was made of
+take(n + 1)  ->  of(n): wait, record, hand on  ->  used(n): what the iteration was made of
 rewind(n)    ->  of(n) hands on again what it has handed on, as long as it is remembered
 """
 
@@ -23,7 +23,7 @@ _REMEMBERED = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class ConsumedBatches:
     """Batches that an iteration took from the stream.
 
     Attributes:
@@ -77,7 +77,7 @@ class Prompts:
         self._timeout_s = timeout_s
         self._seed = seed
         self._dropout = dropout
-        self._taken: dict[int, Taken] = {}
+        self._taken: dict[int, ConsumedBatches] = {}
         self._remembered: dict[int, tuple[list[Batch], list[PromptBatch]]] = {}
         self._next = iterations[0]
         self._coming = self._take(iterations[0])
@@ -94,15 +94,15 @@ class Prompts:
             return self._remembered[iteration][1]
         if iteration in self._remembered:
             batches, prompts = self._remembered[iteration]
-            rejected = self._data.enter(iteration, batches)
-            self._taken[iteration] = Taken(tuple(batches), 0.0, rejected)
+            rejected = self._data.record_arrival(iteration, batches)
+            self._taken[iteration] = ConsumedBatches(tuple(batches), 0.0, rejected)
             return prompts
         began = time.perf_counter()
         phase = f"reading captions ({iteration})"
         batches = self._feed.fetch(self._coming, self._timeout_s, phase)
         waited_s = time.perf_counter() - began
-        rejected = self._data.enter(iteration, batches)
-        self._taken[iteration] = Taken(tuple(batches), waited_s, rejected)
+        rejected = self._data.record_arrival(iteration, batches)
+        self._taken[iteration] = ConsumedBatches(tuple(batches), waited_s, rejected)
         prompts = [self._prompts(iteration, *numbered) for numbered in enumerate(batches)]
         # Notes about the folder are entered once, whatever is made again.
         self._remembered[iteration] = [replace(one, notes=()) for one in batches], prompts
@@ -129,7 +129,7 @@ class Prompts:
         for iteration in [one for one in self._remembered if one < before]:
             del self._remembered[iteration]
 
-    def used(self, iteration: int) -> Taken:
+    def used(self, iteration: int) -> ConsumedBatches:
         """Returns the batches of an iteration that is over, once."""
         return self._taken.pop(iteration)
 

@@ -127,7 +127,7 @@ def _reduce(probes: Probes, ranks: Sequence[int], gpus: Sequence[int]) -> list[F
     alone = len({machine.address for machine in probes.machines.values()}) == 1
     opened, failures = probes.ask(
         lambda rank: group.call_rank(
-            rank, MachineProbe.open_meeting, len(ranks), first.address, alone
+            rank, MachineProbe.open_rendezvous, len(ranks), first.address, alone
         ),
         _TRY_S,
         name,
@@ -136,11 +136,11 @@ def _reduce(probes: Probes, ranks: Sequence[int], gpus: Sequence[int]) -> list[F
     )
     if failures:
         return failures
-    meeting = opened[ranks[0]]
+    rendezvous = opened[ranks[0]]
     place = {rank: index for index, rank in enumerate(ranks)}
     _, failures = probes.ask(
         lambda rank: group.call_rank(
-            rank, MachineProbe.join_meeting, meeting, place[rank], gpus[place[rank]], _TRY_S
+            rank, MachineProbe.join_rendezvous, rendezvous, place[rank], gpus[place[rank]], _TRY_S
         ),
         2 * _TRY_S,
         name,

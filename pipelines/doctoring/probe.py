@@ -113,14 +113,16 @@ class MachineProbe:
             return {f"{len(lines)} objects": digest}
         return model_digests(model_on_this_machine(model))
 
-    def open_meeting(self, size: int, address: str, on_one_machine: bool) -> Rendezvous:
+    def open_rendezvous(self, size: int, address: str, on_one_machine: bool) -> Rendezvous:
         """Opens the place where the probes meet, and keeps it."""
         self._store, rendezvous = open_rendezvous(
             size, address, on_one_machine=on_one_machine, timeout_s=60.0
         )
         return rendezvous
 
-    def join_meeting(self, rendezvous: Rendezvous, rank: int, gpu: int, timeout_s: float) -> None:
+    def join_rendezvous(
+        self, rendezvous: Rendezvous, rank: int, gpu: int, timeout_s: float
+    ) -> None:
         """Joins the other probes.
 
         Args:

@@ -59,14 +59,14 @@ class DataLog:
         made = first.ledger.last_iteration if further else None
         return replace(found, further=tuple(one.progress_after(made) for one in further))
 
-    def enter(self, iteration: int, batches: Sequence[Batch]) -> int:
+    def record_arrival(self, iteration: int, batches: Sequence[Batch]) -> int:
         """Writes down what came with an iteration's batches; returns how much was left out.
 
         Raises:
             DataError: Too much of the data cannot be used.
         """
         num_rejects = sum(
-            one.enter(iteration, [batch.of_set(number) for batch in batches])
+            one.record_arrival(iteration, [batch.of_set(number) for batch in batches])
             for number, one in enumerate(self._sets)
         )
         stop = next((batch.stop for batch in batches if batch.stop is not None), None)
@@ -125,7 +125,7 @@ class _SetLog:
         cursor = entries[-1].cursor if entries else Cursor()
         return self.progress(cursor, sum(len(entry.sample_ids) for entry in entries))
 
-    def enter(self, iteration: int, batches: Sequence[Batch]) -> int:
+    def record_arrival(self, iteration: int, batches: Sequence[Batch]) -> int:
         """Writes down what was learnt and left out; returns how much was left out."""
         rejects = [reject for batch in batches for reject in batch.rejects]
         notes = [note for batch in batches for note in batch.notes]

@@ -1,9 +1,9 @@
 """Reads the windows of a plan ahead, in other processes, with Ray Data.
 
-    plan -> a stretch of windows -> one Ray Data execution -> blocks, in order -> whole windows
+    plan -> windows -> one execution of Ray Data -> blocks, in order -> whole windows
 
 Ray Data has no iterator that can resume, and one execution cannot be fed while it runs. So the plan
-is cut into stretches, each four times as long as the one before and started some windows before
+is cut into executions, each four times as long as the one before and started some windows before
 that one ends: the first batch waits for few footers, and a long run is a handful of executions. The
 first one starts at once, beside whatever else a run has to load.
 
@@ -104,9 +104,9 @@ class RayDataReader:
         self._rows_left = num_rows
         self._size = _FIRST_STRETCH
         # At most the one that is handed out and the one that comes next.
-        self._stretches: list[Future[_Stretch]] = []
+        self._executions: list[Future[_Execution]] = []
         self._windows = self._hand_out()
-        self.close = weakref.finalize(self, _close, self._stretches)
+        self.close = weakref.finalize(self, _close, self._executions)
         """Ends all reading; harmless when repeated."""
         if num_rows > 0:
             self._start_another()
@@ -125,32 +125,32 @@ class RayDataReader:
 
     def _hand_out(self) -> Iterator[tuple[Planned, pa.Table]]:
         while True:
-            if not self._stretches:
+            if not self._executions:
                 self._start_another()
-            stretch = self._stretches[0].result()
-            self._rows_left -= stretch.num_rows
-            for done, pair in enumerate(stretch.windows()):
-                is_alone = len(self._stretches) == 1
-                is_near_its_end = len(stretch.planned) - done <= _HEAD_START_WINDOWS
+            execution = self._executions[0].result()
+            self._rows_left -= execution.num_rows
+            for done, pair in enumerate(execution.windows()):
+                is_alone = len(self._executions) == 1
+                is_near_its_end = len(execution.planned) - done <= _HEAD_START_WINDOWS
                 if is_alone and self._rows_left > 0 and is_near_its_end:
                     self._start_another()
                 yield pair
-            self._stretches.pop(0)
+            self._executions.pop(0)
 
     def _start_another(self) -> None:
         args = (self._plan, self._source, self._ahead, self._size, max(1, self._rows_left))
-        self._stretches.append(_in_background(_start, *args))
+        self._executions.append(_in_background(_start, *args))
         self._size = min(self._size * _STRETCH_GROWTH, _LONGEST_STRETCH)
 
 
-def _close(stretches: Sequence["Future[_Stretch]"]) -> None:
-    for coming in stretches:
+def _close(executions: Sequence["Future[_Execution]"]) -> None:
+    for coming in executions:
         # What still waits for its first row cannot be stopped, and ends with the process.
         with suppress(DataError, FutureTimeoutError):
             coming.result(_CLOSE_TIMEOUT_S).close()
 
 
-class _Stretch:
+class _Execution:
     """One execution of Ray Data, as far as its first block.
 
     Args:
@@ -197,14 +197,14 @@ def by_window(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
 
 def _start(
     plan: Iterator[Planned], source: Source, ahead: ReadAheadSettings, size: int, num_rows: int
-) -> _Stretch:
-    """Plans a stretch, starts reading it and waits for its first block."""
+) -> _Execution:
+    """Plans an execution, starts reading it and waits for its first block."""
     planned: list[Planned] = []
     rows = 0
     while len(planned) < size and rows < num_rows:
         planned.append(next(plan))
         rows += planned[-1].window.num_rows
-    return _Stretch(planned, _execute([each.window for each in planned], source, ahead))
+    return _Execution(planned, _execute([each.window for each in planned], source, ahead))
 
 
 def _in_background(work: Callable[[*Ts], R], *args: *Ts) -> Future[R]:
@@ -217,7 +217,7 @@ def _in_background(work: Callable[[*Ts], R], *args: *Ts) -> Future[R]:
         except BaseException as error:
             future.set_exception(error)
 
-    Thread(target=run, name="stretch", daemon=True).start()
+    Thread(target=run, name="execution", daemon=True).start()
     return future
 
 
@@ -238,7 +238,7 @@ def _execute(
     )
     options = rows.context.execution_options
     options.preserve_order = True
-    # Two stretches overlap for a while, so each gets half.
+    # Two executions overlap for a while, so each gets half.
     options.resource_limits = options.resource_limits.copy(
         object_store_memory=ahead.store_mb * 2**20 / 2
     )

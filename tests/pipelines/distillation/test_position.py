@@ -53,9 +53,9 @@ def run(tmp_path: Path, model: Path, data: Path) -> RunFolder:
     checked = run_preflight(config)
     begin(config, checked, folder)
     with Feed(StreamSettings(checked.source, 0, config.data.shuffle), FeedProgress(), 4) as feed:
-        batches, books = [feed.take(4)], DataLog(folder)
-    books.enter(0, batches)
-    books.record(0, batches)
+        batches, data_log = [feed.take(4)], DataLog(folder)
+    data_log.record_arrival(0, batches)
+    data_log.record(0, batches)
     return folder
 
 
