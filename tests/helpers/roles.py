@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from sgmd_core.buckets import LatentBuckets
 from sgmd_core.objectives import GradientPath, Objective
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.schedule import FlowMatchSchedule
@@ -61,6 +62,7 @@ def tiny_roles(
     betas: tuple[float, float] = (0.0, 0.999),
     offloaded: bool = False,
     moment_bits: Literal[8, 32] = 32,
+    latent_shape: tuple[int, int, int, int] | LatentBuckets = LATENT_SHAPE,
 ) -> Roles:
     """Three different tiny Wans, so that no term of the objective vanishes.
 
@@ -92,7 +94,7 @@ def tiny_roles(
             GeneratorSettings(
                 ema_decay=ema_decay, ema_device=place, diversity=diversity, optimizer=optimizer
             ),
-            LATENT_SHAPE,
+            latent_shape,
             SEED,
         ),
         fake_score=FakeScoreTracker(

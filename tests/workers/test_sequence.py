@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pipelines.config.roles import FAKE_SCORE, ROLES
 from pipelines.planning.workload import Workload
+from sgmd_core.buckets import LatentBuckets
 from sgmd_core.objectives.sid import SidObjective
 from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.ranks import on_ranks
-from tests.helpers.roles import iterate, same_bits, tiny_roles
+from tests.helpers.roles import SEED, iterate, same_bits, tiny_roles
 from tests.helpers.tiny_wan import LATENT_SHAPE, TEXT_DIM, TEXT_LENGTH, tiny_velocity
 from tests.workers.test_sharding import BF16_TOLERANCE, all_weights
 from workers.compute import prepare_network
@@ -33,10 +34,13 @@ BATCHES = ((0, 1), (2, 3))
 
 pytestmark = pytest.mark.slow
 
+# The first iteration draws the second size, the next one the first.
+SIZES = LatentBuckets((LATENT_SHAPE, (LATENT_SHAPE[0], 2, 4, 8)), (0.78, 0.22))
 RUNS: dict[str, dict[str, Any]] = {
     "shared": {"tracking": "shared"},
     "fresh": {"tracking": "fresh"},
     "through the teacher": {"tracking": "fresh", "objective": SidObjective(fake_updates=1)},
+    "two sizes": {"tracking": "shared", "latent_shape": SIZES},
     "adapters": {"tracking": "shared", "lora": LoraSettings(rank=4, alpha=8.0)},
 }
 
@@ -226,6 +230,12 @@ def test_moments_in_8_bits_go_on_bitwise_on_two_ranks_and_are_read_by_one(brough
         # Both are rounded at random, by a step of the grid at most.
         assert (decoded[0] <= 1.2 * decoded[1] + 1e-12).all(), name
         assert (decoded[1] <= 1.2 * decoded[0] + 1e-12).all(), name
+
+
+def test_iterations_of_two_sizes_are_other_iterations():
+    shapes = [SIZES.shape_at(SEED, iteration) for iteration in (0, 1)]
+    assert shapes == [SIZES.shapes[1], SIZES.shapes[0]]
+    assert_moves(after(RUNS["shared"]), after(RUNS["two sizes"]), UPDATE_TOLERANCE)
 
 
 def test_two_parties_of_two_ranks_share_a_batch_out(tmp_path):
