@@ -8,6 +8,8 @@ those of the core schema are refused.
 import math
 import re
 from collections.abc import Callable
+from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import yaml
@@ -48,6 +50,12 @@ def read_yaml(text: str) -> Any:  # noqa: ANN401  (whatever the text holds)
     """
     if len(text) > MAX_CHARACTERS:
         raise yaml.YAMLError(f"{len(text)} characters, at most {MAX_CHARACTERS} are read")
+    return deepcopy(_read(text))
+
+
+# Sweeps, studies and tests read the same recipes again and again, at 50 ms each.
+@lru_cache(maxsize=32)
+def _read(text: str) -> Any:  # noqa: ANN401  (whatever the text holds)
     _check_bounds(text)
     return yaml.load(text, Loader=_CoreSchemaLoader)
 

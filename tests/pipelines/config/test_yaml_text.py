@@ -131,3 +131,10 @@ class TestRecipesOfOtherCommands:
             for other, sections in SECTIONS_OF.items():
                 expected = set(sections) if other == command else set()
                 assert set(sections) & set(kind.model_fields) == expected
+
+
+def test_what_was_read_before_is_read_anew():
+    text = "a: {b: [1, 2]}\nc: 3\n"
+    first = read_yaml(text)
+    first["a"]["b"].append(first.pop("c"))
+    assert read_yaml(text) == {"a": {"b": [1, 2]}, "c": 3}
