@@ -55,9 +55,9 @@ PLACEMENTS = {
     "map, teacher apart": (_THREE, "topology.roles.teacher=spare"),
     "map, three copies": (_THREE, "topology.roles.teacher=[learn, score, spare]"),
     "pools": ("topology.mode=pools",),
-    "pools, two copies": ("topology.mode=pools", "topology.teacher.replicas=2"),
 }
-"""Placements with one rank a role and copy, and their settings; the mode is `map` otherwise."""
+"""Placements that make the bits of one process, and their settings beside `topology.mode: map`: one
+rank a role and pool. (Copies of the teacher in mode `pools` cut each micro-batch among them.)"""
 _RAYS_OWN = "Ray's "
 _IDLE_S = 5.0
 
