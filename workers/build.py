@@ -5,12 +5,15 @@ number of torch threads, because a process that shares a machine must not take a
 its networks on the GPU that the process was given, if any.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from sgmd_core.buckets import LatentBuckets
@@ -196,6 +199,7 @@ def build_text_encoder(
     *,
     lazily: bool = False,
     raises: bool = True,
+    stored: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> TextEncoder:
     """The text encoder, which remembers the embeddings of `num_cached` captions.
 
@@ -203,9 +207,10 @@ def build_text_encoder(
         model: Its folder, type and text positions.
         num_threads: Torch threads.
         num_cached: Captions whose embeddings are remembered.
-        lazily: Load the network only for a caption that brings no embedding of its own, such as
-            the negative prompt, and free it after that.
+        lazily: Load the network only for a caption that has no stored embedding, and free it after
+            that.
         raises: As in `TextEncoder`.
+        stored: As in `TextEncoder`.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -213,9 +218,9 @@ def build_text_encoder(
     torch.set_num_threads(num_threads)
     if lazily:
         # The negative prompt is asked for again and again, and must be remembered.
-        remembered = max(1, num_cached)
-        return TextEncoder(partial(_captions, model), model.text_length, remembered, raises=raises)
-    return TextEncoder(_captions(model), model.text_length, num_cached, raises=raises)
+        num_cached = max(1, num_cached)
+    embedder = partial(_captions, model) if lazily else _captions(model)
+    return TextEncoder(embedder, model.text_length, num_cached, raises=raises, stored=stored)
 
 
 def encoder_dtype() -> Literal["bf16", "fp32"]:
@@ -241,6 +246,7 @@ def build_evaluator(
     chunk_clips: int = CHUNK_CLIPS,
     generator: GeneratorSettings | None = None,
     teacher: str | None = None,
+    stored: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Evaluator:
     """The evaluator, with the weights of the model folder, or of the teacher's, as its base.
 
@@ -254,6 +260,8 @@ def build_evaluator(
             products, as they are exported. Where adapters are trained, they are kept in the type
             of its base, once in a process. None: in float32.
         teacher: Model folder of a teacher of another size, which is then the base.
+        stored: Embeddings of all captions that are sampled and of the negative prompt; no text
+            encoder is loaded then.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -273,19 +281,19 @@ def build_evaluator(
     if teacher is not None:
         adapted = adapted or network
         network = _denoiser(replace(model, folder=teacher), dtype)
-    embedder = _captions(model)
+    embedder = None if stored else _captions(model)
     cells, patch = latent_shape[1:], network.patch_size
     tokens = prod(-(-size // own) for size, own in zip(cells, patch, strict=True))
     return Evaluator(
         network,
-        TextEncoder(embedder, model.text_length),
+        TextEncoder(embedder or partial(_captions, model), model.text_length, stored=stored),
         _autoencoder(model),
         schedule,
         latent_shape,
         model.negative_prompt,
         clips_side_by_side(chunk_clips, tokens),
         adapted,
-        embedder.network,
+        None if embedder is None else embedder.network,
     )
 
 

@@ -303,11 +303,22 @@ class EncodeArguments(OptionGroup):
     address: Annotated[
         str | None, typer.Option(help="Ray cluster to join: auto, HOST:PORT; default: our own")
     ] = None
+    negative: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Negative prompt to store with the empty one, may be repeated; default: that of"
+            " the model's folder and of the shipped recipes that name such a folder"
+        ),
+    ] = None
 
     def options(self, known: "InferenceSettings") -> "EncodeOptions":
         """Returns them as `encode` takes them; what is not given comes from the model's folder."""
+        from pipelines.config.negatives import shipped_negatives
         from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
 
+        negatives = self.negative
+        if negatives is None:
+            negatives = [known.negative_prompt, *shipped_negatives(self.model)]
         return EncodeOptions(
             wanted=self.clip_format.wanted_or(known),
             text_length=self.text_length or known.text_length,
@@ -323,4 +334,5 @@ class EncodeArguments(OptionGroup):
             text_only=self.text_only,
             names=self.columns.names(),
             address=self.address,
+            negatives=tuple(negatives),
         )

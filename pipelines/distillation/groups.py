@@ -57,6 +57,8 @@ from workers.build import (
 from workers.evaluator import Sampling
 from workers.kept_clips import KeptClips, clip_facts
 from workers.models.families import modules_of
+from workers.settings import ModelSettings
+from workers.text_encoder import TextEncoder
 
 # Ray is imported where it starts: mode `local` runs on machines that do not have it.
 if TYPE_CHECKING:
@@ -300,11 +302,7 @@ def _open(
             build_teacher,
             (models[TEACHER], config.teacher, threads, teacher_is_base(config), raises),
         ),
-        text=group(
-            "text",
-            partial(build_text_encoder, lazily=checked.has_stored_text, raises=raises),
-            (model, threads, config.data.text_cache),
-        ),
+        text=group("text", _text_factory(checked), (model, threads, config.data.text_cache)),
     )
     if DISCRIMINATOR in config.roles:
         judge = (models[TEACHER], config.objective, config.discriminator, threads, seed, raises)
@@ -314,12 +312,14 @@ def _open(
     if checked.held_out:
         plan = _validation_plan(config, checked, folder)
         teacher = models[TEACHER].folder if config.teacher.model else None
-        validator = group(
-            "validator",
-            build_validator,
-            (model, config.video, schedule, plan, config.generator, threads, teacher),
-        )
+        judged = (model, config.video, schedule, plan, config.generator, threads, teacher)
+        validator = group("validator", build_validator, (*judged, checked.texts.validation))
     return Groups(roles, feed, validator)
+
+
+def _text_factory(checked: Preflight) -> Callable[[ModelSettings, int, int], TextEncoder]:
+    lazily, stored = checked.has_stored_text, checked.texts.prompts
+    return partial(build_text_encoder, lazily=lazily, raises=False, stored=stored)
 
 
 def feed_arguments(

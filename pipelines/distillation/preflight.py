@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from pipelines.config.adapters import adapted_roles
 from pipelines.config.clip_sizes import require_samplable, trained_shapes
@@ -13,9 +15,16 @@ from pipelines.config.model_folders import model_on_this_machine, models_of_role
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, TEACHER
 from pipelines.config.sequence import require_divisible
+from pipelines.data.shards.prompts import read_stored_prompts
 from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, Encoding
+from pipelines.data.shards.values import unpack_rows
 from pipelines.data.stream.content import with_latents
-from pipelines.data.stream.inspect import FolderFacts, first_captions, inspect_folder
+from pipelines.data.stream.inspect import (
+    FolderFacts,
+    first_captions,
+    first_texts,
+    inspect_folder,
+)
 from pipelines.data.stream.source import Source
 from pipelines.distillation.adversary_check import check_adversary
 from pipelines.distillation.iteration_plan import program_of, stage_seconds
@@ -23,6 +32,7 @@ from pipelines.distillation.latents_check import require_latents
 from pipelines.distillation.phase_check import check_phases
 from pipelines.distillation.teacher_check import check_teacher
 from pipelines.distillation.transition_check import check_transition
+from pipelines.planning.stored_text import TEXT, VALIDATOR, StoredText, wanted_prompts
 from pipelines.run.folder import require_lasting_folder
 from pipelines.run.places import shared_place
 from pipelines.stages.algorithm import needs_data
@@ -73,6 +83,7 @@ class Preflight:
         rows_per_iteration: Captions that one iteration takes.
         unknown_words: Words of the first captions that the tokenizer does not know.
         further: The other sets of captions.
+        texts: Texts whose embeddings lie with the data.
     """
 
     model: ModelFolder
@@ -85,7 +96,8 @@ class Preflight:
     held_out: tuple[str, ...]
     rows_per_iteration: int
     unknown_words: UnknownWords
-    further: tuple["FurtherSet", ...] = ()
+    further: tuple["FurtherSet", ...]
+    texts: StoredText
 
     def to_json(self, config: DistillConfig) -> dict[str, Any]:
         """Returns what `--dry-run` prints."""
@@ -107,6 +119,7 @@ class Preflight:
             "training_shards_hold": self.data.kind.value,
             "training_columns": self.data.found or "as sgmd names them",
             "stored_text": self.has_stored_text,
+            "text_encoder_for": {name: list(each) for name, each in self.texts.lacking.items()},
             "data_latents": self.has_data_latents,
             "held_out_captions": len(self.held_out),
             "unknown_words": asdict(self.unknown_words),
@@ -192,6 +205,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
         columns.append(LATENTS)
     (source, data), *further = [_read_with(one, tuple(columns)) for one in looked]
     held_out = _held_out(config)
+    texts = _stored_text(config, model, looked if TEXT_EMBEDS in columns else [], held_out)
     content = model_digests(model.path)
     return Preflight(
         model=model,
@@ -207,6 +221,7 @@ def run_preflight(config: DistillConfig) -> Preflight:
             [*(each for one in looked for each in one.data.captions[:_NUM_READ]), *held_out]
         ),
         further=tuple(FurtherSet(*one) for one in further),
+        texts=texts,
     )
 
 
@@ -348,6 +363,68 @@ def _fits(encoding: Encoding, config: DistillConfig, model: ModelFolder) -> bool
     return encoding.text_shape == shape and encoding.text_encoder == fingerprint(
         model.path, model.layout.text
     )
+
+
+def _stored_text(
+    config: DistillConfig,
+    model: ModelFolder,
+    looked: Sequence[FurtherSet],
+    held_out: Sequence[str],
+) -> StoredText:
+    """Embeddings beside those of the training captions, and what a text encoder is needed for.
+
+    Args:
+        config: The run.
+        model: Its networks.
+        looked: Its sets of captions; none where not all of them bring embeddings.
+        held_out: Captions of its validations.
+    """
+    prompts: dict[str, NDArray[np.float32]] = {}
+    for one in looked:
+        prompts |= _prompts_of(one.source, config, model)
+    wanted = wanted_prompts(config)
+    lacking = tuple(name for text, name in wanted.items() if text not in prompts)
+    found = {TEXT: lacking if looked else ("training captions",)}
+    negative = config.model.negative_prompt
+    validation: dict[str, NDArray[np.float32]] = {}
+    if held_out:
+        stored = _validation_texts(config, model, held_out) if looked else {}
+        validation = prompts | stored
+        names = {**dict.fromkeys(held_out, "validation captions"), negative: wanted[negative]}
+        found[VALIDATOR] = tuple(
+            dict.fromkeys(name for text, name in names.items() if text not in validation)
+        )
+        validation = {} if found[VALIDATOR] else {text: validation[text] for text in names}
+    return StoredText({name: each for name, each in found.items() if each}, prompts, validation)
+
+
+def _validation_texts(
+    config: DistillConfig, model: ModelFolder, held_out: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Embeddings that the set of validation captions brings; none where it brings others' or none.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    settings = config.data
+    names = settings.validation_columns or settings.columns
+    source = Source(settings.validation, settings.s3, names=names)
+    data = inspect_folder(source, config.seed, settings.shuffle)
+    if not _has_text(data, config, model):
+        return {}
+    source = replace(source, encoding=data.encoding)
+    return _prompts_of(source, config, model) | first_texts(source, config.seed, held_out)
+
+
+def _prompts_of(
+    source: Source, config: DistillConfig, model: ModelFolder
+) -> dict[str, NDArray[np.float32]]:
+    """Embeddings of the prompts of a set, if the recipe's text encoder made them."""
+    place = source.open(probe=False)
+    found = read_stored_prompts(place.filesystem, place.root, source.s3)
+    if found is None or not _fits(found.encoding, config, model):
+        return {}
+    return {text: unpack_rows(packed, found.encoding) for text, packed in found.packed.items()}
 
 
 def _held_out(config: DistillConfig) -> tuple[str, ...]:

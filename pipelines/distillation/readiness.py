@@ -8,7 +8,7 @@ import importlib.util
 import netrc
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from urllib.parse import urlparse
 
@@ -18,11 +18,12 @@ from cluster.files import store_address
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.planning.beside import TEXT, bytes_beside
+from pipelines.planning.beside import bytes_beside
 from pipelines.planning.memory import discriminator_memory
 from pipelines.planning.pool_maps import PoolMap, map_memory
 from pipelines.planning.savings import savings
 from pipelines.planning.search import PoolSplit, rank_memory
+from pipelines.planning.stored_text import ENCODING, TEXT
 from pipelines.planning.workload import Workload
 from pipelines.run.folder import RunFolder, require_output_folder
 from sgmd_core.errors import ConfigError
@@ -48,9 +49,19 @@ class Readiness:
 
 
 @dataclass(frozen=True, slots=True)
-class _Need:
-    """Bytes of one process where it computes, and the part of a GPU that it claims."""
+class ProcessNeed:
+    """Bytes of one process where it computes, and the part of a GPU that it claims.
 
+    Attributes:
+        pool: Pool of Ray's that it belongs to.
+        name: What it is, in words.
+        num_bytes: Memory where it computes.
+        gpus: GPUs that it claims.
+        count: Processes of the kind.
+        host_bytes: Main memory besides.
+    """
+
+    pool: str
     name: str
     num_bytes: float
     gpus: float
@@ -58,19 +69,25 @@ class _Need:
     host_bytes: float = 0.0
 
     @property
-    def of_main_memory(self) -> "_Need":
+    def of_main_memory(self) -> "ProcessNeed":
         """Its bytes of main memory: offloads and copies for saves, and without a GPU all of it."""
         if self.gpus:
             return replace(self, name=f"{self.name}, beside the GPU", num_bytes=self.host_bytes)
         return replace(self, num_bytes=self.num_bytes + self.host_bytes)
 
     def in_words(self) -> str:
+        """The kind of process, how many there are, and the bytes of one."""
         times = f"{self.count} x " if self.count > 1 else ""
-        return f"{self.name} {times}{_gb(self.num_bytes)}"
+        return f"{self.name} {times}{in_gb(self.num_bytes)}"
 
 
 def check_machine(
-    config: DistillConfig, model: ModelFolder, *, resume: bool = False, gpus: bool = True
+    config: DistillConfig,
+    model: ModelFolder,
+    *,
+    resume: bool = False,
+    gpus: bool = True,
+    encoding: Collection[str] = ENCODING,
 ) -> Readiness:
     """Checks what a run takes of this machine.
 
@@ -79,6 +96,7 @@ def check_machine(
         model: Its networks.
         resume: Whether its folder is to be there already.
         gpus: Whether to look at GPUs, too; a run that starts learns of them from Ray.
+        encoding: Sections of `topology` whose processes load a text encoder.
 
     Raises:
         ConfigError: Outputs cannot be written, memory or disk do not suffice, or W&B has no key.
@@ -89,10 +107,13 @@ def check_machine(
         checked["tracker"] = _tracker(config.tracker.wandb)
         if config.tracker.wandb == "online":
             not_checked["tracker"] = "whether W&B takes the key"
-    needs = _needs(config, model)
+    needs = process_needs(config, model, encoding)
     if _is_elsewhere(config):
         words = ", ".join(need.in_words() for need in needs)
-        not_checked["memory"] = f"the cluster's machines; a process needs: {words}"
+        not_checked["memory"] = (
+            f"the cluster's machines, which a run compares before a role loads; a process needs: "
+            f"{words}"
+        )
         not_checked["cluster"] = f"whether {_address(config)} has the pools' CPUs and GPUs"
     else:
         kept = [need.of_main_memory for need in needs if not need.gpus or need.host_bytes]
@@ -118,11 +139,14 @@ def _outputs(config: DistillConfig, model: ModelFolder, *, resume: bool) -> str:
     if needed > free:
         raise ConfigError(
             attempted,
-            f"{_gb(free)} are free on its disk, and checkpoints and generators take {_gb(needed)}",
+            f"{in_gb(free)} are free on its disk, and checkpoints and generators take "
+            f"{in_gb(needed)}",
             "room for checkpoint.keep + checkpoint.keep_best + 1 states",
             "Lower these, or set output=... to a larger disk",
         )
-    return f"{there} takes files; {_gb(free)} free, checkpoints and generators take {_gb(needed)}"
+    return (
+        f"{there} takes files; {in_gb(free)} free, checkpoints and generators take {in_gb(needed)}"
+    )
 
 
 def _disk_bytes(config: DistillConfig, model: ModelFolder) -> float:
@@ -168,10 +192,12 @@ def _in_netrc() -> bool:
         return False
 
 
-def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
+def process_needs(
+    config: DistillConfig, model: ModelFolder, encoding: Collection[str]
+) -> list[ProcessNeed]:
     """Bytes of every process, by the planner's memory model; of encoders the weights."""
     topology, work = config.topology, Workload.of(config)
-    needs: list[_Need] = []
+    needs: list[ProcessNeed] = []
     if topology.shares_pools:
         one = PoolMap(
             {name: pool.ranks for name, pool in topology.role_pools_of(config.roles).items()},
@@ -182,13 +208,15 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
         for name, memory in map_memory(work, one).items():
             words = "all roles" if one.roles_on(name) == config.roles else f"pool {name}"
             pool = topology.role_pools_of(config.roles)[name]
-            needs.append(_Need(words, memory.total, pool.gpus, pool.ranks, memory.main_memory))
+            needs.append(
+                ProcessNeed(name, words, memory.total, pool.gpus, pool.ranks, memory.main_memory)
+            )
     elif topology.mode == "local" and work.adapters:
         places = dict.fromkeys(config.roles, ("local",))
         one = PoolMap({"local": 1}, places, config.batch.micro_batches)
         gpus = max(pool.gpus for pool in (topology.generator, topology.teacher))
         memory = map_memory(work, one)["local"]
-        needs.append(_Need("all roles", memory.total, gpus, 1, memory.main_memory))
+        needs.append(ProcessNeed("local", "all roles", memory.total, gpus, 1, memory.main_memory))
     else:
         teams = topology.teams_of(config.roles)
         split = PoolSplit(
@@ -208,7 +236,8 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
             samples = -(-config.batch.size // config.batch.micro_batches // ranks)
             memories[DISCRIMINATOR] = discriminator_memory(work, ranks, samples)
         needs += [
-            _Need(
+            ProcessNeed(
+                role,
                 role.replace("_", " "),
                 memory.total,
                 own[role].gpus,
@@ -218,30 +247,30 @@ def _needs(config: DistillConfig, model: ModelFolder) -> list[_Need]:
             for role, memory in memories.items()
         ]
     sizes, denoiser = model.encoder_sizes, model.num_denoiser_parameters
-    for section, needed in bytes_beside(config, work, sizes, denoiser).items():
+    for section, needed in bytes_beside(config, work, sizes, denoiser, encoding).items():
         words = "text encoder" if section == TEXT else section
-        needs.append(_Need(words, needed, getattr(topology, section).gpus))
+        needs.append(ProcessNeed(section, words, needed, getattr(topology, section).gpus))
     return needs
 
 
-def _main_memory(needs: list[_Need]) -> str:
+def _main_memory(needs: list[ProcessNeed]) -> str:
     total, free = memory_bytes()
     needed = sum(need.count * need.num_bytes for need in needs)
     words = ", ".join(need.in_words() for need in needs)
     if needed > total:
         raise ConfigError(
             "checking the memory of this machine",
-            f"the run needs {_gb(needed)} ({words}), and the machine has {_gb(total)}",
+            f"the run needs {in_gb(needed)} ({words}), and the machine has {in_gb(total)}",
             "all processes that compute on the CPU to fit",
             "Use a smaller model, clips or micro-batches, give the pools GPUs "
             "(topology.pools.NAME.gpus), or more machines (topology.address); `sgmd plan` says "
             "what would fit",
         )
     short = "" if needed <= free else "; more than is free now"
-    return f"{_gb(needed)} needed ({words}), {_gb(free)} free of {_gb(total)}{short}"
+    return f"{in_gb(needed)} needed ({words}), {in_gb(free)} free of {in_gb(total)}{short}"
 
 
-def _gpu_memory(needs: list[_Need], work: Workload) -> str:
+def _gpu_memory(needs: list[ProcessNeed], work: Workload) -> str:
     sizes = [
         torch.cuda.get_device_properties(index).total_memory
         for index in range(torch.cuda.device_count())
@@ -260,25 +289,26 @@ def _gpu_memory(needs: list[_Need], work: Workload) -> str:
     if too_large:
         raise ConfigError(
             attempted,
-            f"{', '.join(need.in_words() for need in too_large)}, and a GPU has {_gb(largest)}",
+            f"{', '.join(need.in_words() for need in too_large)}, and a GPU has {in_gb(largest)}",
             "a rank of each role to fit its GPU",
-            _ways_to_save(work),
+            ways_to_save(work),
         )
     claimed = sum(need.count * need.gpus for need in needs)
     needed = sum(need.count * need.num_bytes for need in needs)
     if claimed > len(sizes) or needed > sum(sizes):
         raise ConfigError(
             attempted,
-            f"{claimed:g} GPUs claimed and {_gb(needed)} needed ({words}); there are {len(sizes)} "
-            f"with {_gb(sum(sizes))} in all",
+            f"{claimed:g} GPUs claimed and {in_gb(needed)} needed ({words}); there are "
+            f"{len(sizes)} with {in_gb(sum(sizes))} in all",
             "no more than there is",
             "Lower `gpus` and ranks of the pools in topology, or join a larger cluster: "
             "topology.address",
         )
-    return f"{words}; {len(sizes)} GPUs of {_gb(largest)}"
+    return f"{words}; {len(sizes)} GPUs of {in_gb(largest)}"
 
 
-def _ways_to_save(work: Workload) -> str:
+def ways_to_save(work: Workload) -> str:
+    """Remedy for a GPU that is too small: the settings that take less of it."""
     settings = [" ".join(saving.settings) for saving in savings(work)]
     cheaper = f"Set one or more of these, the cheapest first: {'; '.join(settings)}. " * bool(
         settings
@@ -294,5 +324,6 @@ def _address(config: DistillConfig) -> str | None:
     return config.topology.address or os.environ.get("RAY_ADDRESS")
 
 
-def _gb(num_bytes: float) -> str:
+def in_gb(num_bytes: float) -> str:
+    """Bytes in words."""
     return f"{num_bytes / _GB:.3g} GB"

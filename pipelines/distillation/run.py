@@ -53,7 +53,8 @@ def dry_run(config: DistillConfig, *, resume: bool = False) -> dict[str, Any]:
     """
     found = run_preflight(config)
     with working_copy(config.run_folder, NOT_NEEDED):
-        machine = check_machine(config, found.model, resume=resume)
+        encoding = found.texts.encoding
+        machine = check_machine(config, found.model, resume=resume, encoding=encoding)
     return found.to_json(config) | {
         "checked": found.checked | dict(machine.checked),
         "not_checked": found.not_checked | dict(machine.not_checked),
@@ -121,7 +122,8 @@ def _checked_distill(
         observer.warning(f"data.train: {checked.data.found}")
     if checked.unknown_words.num_affected:
         observer.warning(checked.unknown_words.in_words())
-    check_machine(config, checked.model, resume=resume, gpus=False)
+    encoding = checked.texts.encoding
+    check_machine(config, checked.model, resume=resume, gpus=False, encoding=encoding)
     with (
         stop_requests(observer.warning, config.checkpoint.stop_after_s) as stops,
         hold_place(folder.root, f"sgmd distill {config.name}", NOT_NEEDED) as lease,
@@ -255,7 +257,7 @@ def _place_and_train(
     data = DataLog(folder, 1 + len(config.data.also))
     observer.note(f"starting the roles ({config.topology.mode})")
     if checked.has_stored_text:
-        observer.note("captions bring their embeddings: loading the text encoder for none of them")
+        observer.note(checked.texts.in_words())
     rows_left = (config.iterations - start.iteration) * checked.rows_per_iteration
     progress = data.progress(start.cursor, start.rows)
     with (

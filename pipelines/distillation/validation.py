@@ -6,8 +6,11 @@ clips, and the alarms, the ranking of checkpoints and the report read them. What
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cluster.folders import files_at
@@ -123,9 +126,16 @@ def build_validator(
     generator: GeneratorSettings,
     num_threads: int,
     teacher: str | None = None,
+    stored: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Validator:
-    """Factory for a worker group; `teacher` as in `build_evaluator`."""
+    """Factory for a worker group; `teacher` and `stored` as in `build_evaluator`."""
     evaluator = build_evaluator(
-        model, video, schedule, num_threads, generator=generator, teacher=teacher
+        model,
+        video,
+        schedule,
+        num_threads,
+        generator=generator,
+        teacher=teacher,
+        stored=stored,
     )
     return Validator(evaluator, plan)

@@ -5,11 +5,12 @@
                autoencoder, and the larger of text encoder and a pass of the network: on a GPU the
                encoder is in main memory while clips are sampled
 
-Of the encoders' own passes nothing is counted.
+Of the encoders' own passes nothing is counted. A process whose texts are all stored with the data
+has no text encoder.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from pipelines.config.recipe import DistillConfig
@@ -17,6 +18,7 @@ from pipelines.config.roles import GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.networks import released_models
 from pipelines.planning.plan import Plan
+from pipelines.planning.stored_text import ENCODING, TEXT, VALIDATOR, encoding_sections
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.evaluator import CHUNK_CLIPS, clips_side_by_side
@@ -24,8 +26,6 @@ from workers.models.exporting import DTYPES
 from workers.models.families import family_of
 from workers.models.folder import EncoderSizes
 
-TEXT, VALIDATOR = "text", "validator"
-"""Sections of `topology`."""
 WITHOUT_VALIDATIONS = "validation.every=0, and `sgmd evaluate RUN` after the run"
 """Remedy where a validator has no GPU: its passes are too many for a CPU at released sizes."""
 
@@ -41,14 +41,19 @@ def with_memory_beside(plan: Plan, config: DistillConfig, model: str | None) -> 
     sizes = _encoder_sizes(config, model)
     if sizes is None:
         return plan
-    needed = bytes_beside(config, plan.work, sizes, plan.work.shape.num_parameters)
+    encoding = encoding_sections(config)
+    needed = bytes_beside(config, plan.work, sizes, plan.work.shape.num_parameters, encoding)
     return replace(
         plan, memory_beside={name: needed[name] for name in plan.beside if name in needed}
     )
 
 
 def bytes_beside(
-    config: DistillConfig, work: Workload, sizes: EncoderSizes, denoiser: int
+    config: DistillConfig,
+    work: Workload,
+    sizes: EncoderSizes,
+    denoiser: int,
+    encoding: Collection[str] = ENCODING,
 ) -> dict[str, float]:
     """Bytes by section of `topology`; without validations none of a validator.
 
@@ -57,9 +62,10 @@ def bytes_beside(
         work: Its iteration.
         sizes: Parameters of the encoders.
         denoiser: Parameters of the generator's network.
+        encoding: Sections whose processes load a text encoder.
     """
     width = DTYPES[config.model.encoder_dtype].itemsize
-    needed: dict[str, float] = {TEXT: width * sizes.text}
+    needed: dict[str, float] = {TEXT: width * sizes.text if TEXT in encoding else 0.0}
     if config.validation.every:
         trained = _validated_width(config)
         base = float(trained * denoiser)
@@ -68,7 +74,8 @@ def bytes_beside(
             base = 0.0 if config.topology.mode == "local" else work.frozen_bytes(GENERATOR)
         teacher = work.shape_of(TEACHER).num_parameters if config.teacher.model else 0
         kept = base + trained * teacher + width * sizes.autoencoder
-        in_turn = (width * sizes.text, _sampling_bytes(config, work))
+        text = width * sizes.text if VALIDATOR in encoding else 0
+        in_turn = (text, _sampling_bytes(config, work))
         needed[VALIDATOR] = kept + (max if config.topology.validator.gpus else sum)(in_turn)
     return needed
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.data.shards.prompts import StoredPrompts, write_stored_prompts
 from pipelines.data.shards.schema import Encoding, encoded_schema
 from pipelines.data.shards.values import pack_text
 from pipelines.shapes import ClipSplit, captions, write_shards
@@ -79,6 +81,13 @@ topology:
 def encoded(world: Path, wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The training shards of the world with stored embeddings, and latents that nobody reads."""
     folder = tmp_path_factory.mktemp("encoded")
+    return encode_captions(world / "train", wan_folder, folder)
+
+
+def encode_captions(
+    source: Path, wan_folder: Path, folder: Path, prompts: tuple[str, ...] = ()
+) -> Path:
+    """Shards of a set with stored embeddings, and prompts beside them if some are named."""
     encoder = load_text(wan_folder)
     width = inspect_wan_folder(wan_folder).text_width
     encoding = Encoding(
@@ -88,7 +97,13 @@ def encoded(world: Path, wan_folder: Path, tmp_path_factory: pytest.TempPathFact
         vae="none",
         text_encoder=fingerprint(wan_folder, LAYOUT.text),
     )
-    for shard in sorted((world / "train").glob("*.parquet")):
+    packed = {
+        text: pack_text(encoder.encode([text], tiny_wan.TEXT_LENGTH)[0], "float32")
+        for text in prompts
+    }
+    if packed:
+        write_stored_prompts(LocalFileSystem(), str(folder), StoredPrompts(encoding, packed))
+    for shard in sorted(source.glob("*.parquet")):
         plain = pq.read_table(shard, columns=["sample_id", "caption"])
         texts = [
             pack_text(encoder.encode([caption], tiny_wan.TEXT_LENGTH)[0], "float32")

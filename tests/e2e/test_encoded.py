@@ -2,18 +2,21 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.data.shards.listing import QUARANTINE_NAME
+from pipelines.data.shards.prompts import PROMPTS_NAME, read_stored_prompts, write_stored_prompts
 from pipelines.data.stream.ledger import Ledger
 from pipelines.distillation.run import distill, dry_run
 from pipelines.run.folder import RunFolder, read_jsonl
 from sgmd_core.errors import NonFiniteError
-from tests.e2e.conftest import MakeRecipe
+from tests.e2e.conftest import MakeRecipe, encode_captions
 from tests.e2e.test_equivalence import MODES, history, moments, slow_but, state
 from tests.helpers.moves import assert_moves
 from workers.models.wan_family import WanFamily
@@ -82,6 +85,85 @@ def test_stored_embeddings_make_the_same_run_bitwise(
     }
     assert "text.place" in busy
     assert "text.encode" not in busy
+
+
+PROMPTS = ("", "a red circle moves left")
+DROPPING = (
+    "iterations=2",
+    "checkpoint.every=2",
+    "data.prompt_dropout=0.5",
+    f"model.negative_prompt={PROMPTS[1]}",
+    "validation.every=2",
+    "validation.num_captions=2",
+)
+
+
+@pytest.mark.slow
+def test_stored_prompts_make_the_same_run_bitwise_without_a_text_encoder(
+    make_recipe: MakeRecipe, world: Path, wan_folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    places = {name: tmp_path / name for name in ("train", "held_out", "other")}
+    for place in places.values():
+        place.mkdir()
+        split = "held_out" if place.name == "held_out" else "train"
+        prompts = () if split == "held_out" else PROMPTS
+        encode_captions(world / split, wan_folder, place, prompts)
+    file = LocalFileSystem()
+    right = read_stored_prompts(file, str(places["other"]))
+    assert right is not None
+    swapped = dict(zip(PROMPTS, reversed([right.packed[text] for text in PROMPTS]), strict=True))
+    write_stored_prompts(file, str(places["other"]), replace(right, packed=swapped))
+    runs = {
+        name: make_recipe(
+            f"name={name}",
+            *DROPPING,
+            f"data.train={places.get(name, places['train'])}",
+            f"data.validation={places['held_out']}",
+            f"data.stored_text={'false' if name == 'computed' else 'true'}",
+        )
+        for name in ("computed", "train", "other")
+    }
+    planned = {name: dry_run(config) for name, config in runs.items()}
+    assert planned["computed"]["text_encoder_for"] == {
+        "text": ["training captions"],
+        "validator": ["validation captions", "the negative prompt"],
+    }
+    assert planned["train"]["text_encoder_for"] == {}
+    distill(runs["computed"])
+    loads = count_loads(monkeypatch)
+    distill(runs["train"])
+    distill(runs["other"])
+    assert loads == []
+    computed, stored, other = (runs[name] for name in ("computed", "train", "other"))
+    assert_moves(moments(computed, 2), moments(other, 2))
+    assert history(stored) == history(computed)
+    assert state(stored, 2) == state(computed, 2)
+    figures = [
+        read_jsonl(RunFolder(config.run_folder).validation)[0]["figures"]
+        for config in (computed, stored)
+    ]
+    assert figures[0] == figures[1]
+
+
+def test_what_a_set_lacks_is_named_and_embedded_by_a_text_encoder(
+    make_recipe: MakeRecipe, world: Path, wan_folder: Path, tmp_path: Path
+) -> None:
+    train = tmp_path / "train"
+    train.mkdir()
+    encode_captions(world / "train", wan_folder, train, ("",))
+    config = make_recipe(*DROPPING, f"data.train={train}")
+    assert dry_run(config)["text_encoder_for"] == {
+        "text": ["the negative prompt"],
+        "validator": ["validation captions", "the negative prompt"],
+    }
+    # Without prompts the set is as those from before there were any.
+    (train / PROMPTS_NAME).unlink()
+    found = dry_run(config)
+    assert found["stored_text"] is True
+    assert found["text_encoder_for"]["text"] == [
+        "the empty prompt (data.prompt_dropout)",
+        "the negative prompt",
+    ]
 
 
 @pytest.mark.slow

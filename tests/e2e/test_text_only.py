@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from typer.testing import CliRunner
 
 from pipelines.cli import app
@@ -15,6 +16,7 @@ from pipelines.data.clips.clip_format import ClipFormat
 from pipelines.data.making.encode import encode
 from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.shards.columns import OptionColumnNames
+from pipelines.data.shards.prompts import read_stored_prompts
 from pipelines.data.shards.schema import encoding_of
 from pipelines.data.shards.values import unpack_text
 from pipelines.distillation.run import distill, dry_run
@@ -29,6 +31,7 @@ from workers.models.wan_text import load_text
 
 OPTIONS = EncodeOptions(ClipFormat(), tiny_wan.TEXT_LENGTH, text_only=True)
 SHARD_CAPTIONS = 16
+NEGATIVE = "a red circle moves left"
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
@@ -66,12 +69,26 @@ def texts(
         encode(str(captions_only), str(target), str(wan_folder), options, stop_after_a_shard)
     command = ["encode", captions_only, target, "--model", wan_folder, "--text-only", "--json"]
     command += ["--text-length", tiny_wan.TEXT_LENGTH, "--shard-clips", SHARD_CAPTIONS]
+    command += ["--negative", NEGATIVE]
     done = CliRunner().invoke(app, [str(each) for each in command])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["clips"] == 48
     assert 0 < report["new_clips"] < 48
+    assert report["prompts"] == 2
     return target
+
+
+def test_the_empty_and_the_negative_prompt_are_stored_beside_them(
+    texts: Path, wan_folder: Path
+) -> None:
+    stored = read_stored_prompts(LocalFileSystem(), str(texts))
+    assert stored is not None
+    assert stored.packed.keys() == {"", NEGATIVE}
+    encoder = load_text(wan_folder)
+    for text, packed in stored.packed.items():
+        expected = encoder.encode([text], tiny_wan.TEXT_LENGTH)[0]
+        assert torch.equal(unpack_text(packed, stored.encoding), expected)
 
 
 def test_embeddings_are_those_of_the_text_encoder(

@@ -2,7 +2,8 @@
 
     plan (ours: parts) -> Ray Data: read, decode, encode -> rows, in order -> parts -> index
 
-With `text_only`, captions become text embeddings, and no video is read.
+With `text_only`, captions become text embeddings, and no video is read. The empty prompt and the
+negative ones are embedded besides (`pipelines.data.shards.prompts`).
 
 The plan and the counting are ours, the execution is Ray Data's. A part is written when all its rows
 have come back, good or bad, and under a name that the plan fixes. So a row that Ray computes twice,
@@ -25,7 +26,7 @@ from pipelines.data.making.caption_file import no_shards, open_set
 from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.encode_plan import Part, digest, plan_parts
 from pipelines.data.making.encode_writer import PartWriter
-from pipelines.data.making.journal import filling
+from pipelines.data.making.journal import Journal, filling
 from pipelines.data.making.set_report import SetReport, set_facts
 from pipelines.data.shards.columns import (
     SETTLING_SHARDS,
@@ -38,9 +39,21 @@ from pipelines.data.shards.columns import (
 )
 from pipelines.data.shards.filesystem import canonical_address
 from pipelines.data.shards.index import Shard
+from pipelines.data.shards.prompts import (
+    StoredPrompts,
+    read_stored_prompts,
+    text_part,
+    write_stored_prompts,
+)
 from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.scan import ShardSet, open_shards
-from pipelines.data.shards.schema import CAPTION, REQUIRED_COLUMNS, VIDEO, Encoding
+from pipelines.data.shards.schema import (
+    CAPTION,
+    REQUIRED_COLUMNS,
+    TEXT_EMBEDS,
+    VIDEO,
+    Encoding,
+)
 from sgmd_core.errors import ConfigError, DataError
 from workers.models.content import fingerprint
 from workers.models.families import family_of
@@ -57,17 +70,19 @@ class EncodeReport(SetReport):
         encoding: Shapes, type, and the fingerprints of the networks.
         columns: Columns of the source that are not named as ours, in words; empty where all are.
         unknown_words: Words of its first captions that the tokenizer does not know.
+        prompts: Texts besides the captions whose embeddings are stored.
     """
 
     encoding: dict[str, Any]
     columns: str = ""
+    prompts: int = 0
     unknown_words: UnknownWords
 
     REPAIR: ClassVar[str] = "repair or remove them, and encode into another folder"
 
     def to_json(self) -> dict[str, Any]:
         """Names and values as the command prints them."""
-        own = {"encoding": self.encoding, "columns": self.columns}
+        own = {"encoding": self.encoding, "columns": self.columns, "prompts": self.prompts}
         return SetReport.to_json(self) | own | {"unknown_words": asdict(self.unknown_words)}
 
     def notes(self) -> Sequence[str]:
@@ -109,28 +124,62 @@ def encode(
     names, columns = _columns_of(src, place, parts, options)
     options = replace(options, settled=names)
     settings = _settings(src, parts, encoding, options, columns)
-    unit = "captions" if options.text_only else "clips"
     with filling(dst, "encode", settings) as journal:
         num_before = sum(shard.num_rows for shard in journal.shards.values())
-        missing = [part for part in parts if part.name not in journal.parts]
-        if missing and not journal.is_complete:
-            writer = PartWriter(
-                journal, missing, encoding, options.max_bad_fraction, f"encoding {src}"
-            )
-            readable = [part for part in missing if part.num_rows]
-            total = sum(part.num_rows for part in parts)
-            with closing(encode_stages.run_encoding(src, model, options, readable)) as lines:
-                for line in lines:
-                    writer.take(line)
-                    on_progress(unit, total - writer.num_waiting, total)
-            writer.close()
+        num_prompts = _fill(journal, src, model, options, parts, encoding, on_progress)
         journal.finish()
     return EncodeReport(
         **set_facts(dst, journal, num_before, started),
         encoding=asdict(encoding),
         columns=columns.in_words(),
+        prompts=num_prompts,
         unknown_words=_unknown_words(src, model, options, parts),
     )
+
+
+def _fill(
+    journal: Journal,
+    src: str,
+    model: str,
+    options: EncodeOptions,
+    parts: Sequence[Part],
+    encoding: Encoding,
+    on_progress: Callable[[str, int, int], None],
+) -> int:
+    """Encodes what the folder lacks, of parts and of prompts; returns how many prompts it has."""
+    missing = [part for part in parts if part.name not in journal.parts]
+    if journal.is_complete:
+        missing = []
+    prompts = _prompts_in(journal, encoding)
+    lacking = [text for text in dict.fromkeys(("", *options.negatives)) if text not in prompts]
+    writer = None
+    if missing:
+        attempted = f"encoding {src}"
+        writer = PartWriter(journal, missing, encoding, options.max_bad_fraction, attempted)
+    unit = "captions" if options.text_only else "clips"
+    readable = [part for part in missing if part.num_rows]
+    total = sum(part.num_rows for part in parts)
+    made = encode_stages.run_encoding(src, model, options, readable, lacking)
+    with closing(made) as lines:
+        for line in lines:
+            if line[encode_stages.PART] == encode_stages.PROMPTS:
+                prompts[line[CAPTION]] = line[TEXT_EMBEDS]
+            elif writer is not None:
+                writer.take(line)
+                on_progress(unit, total - writer.num_waiting, total)
+    if writer is not None:
+        writer.close()
+    if lacking:
+        journal.lease.check()
+        write_stored_prompts(journal.filesystem, journal.root, StoredPrompts(encoding, prompts))
+    return len(prompts)
+
+
+def _prompts_in(journal: Journal, encoding: Encoding) -> dict[str, bytes]:
+    """Prompts that the folder has in this encoding."""
+    found = read_stored_prompts(journal.filesystem, journal.root)
+    fits = found is not None and found.encoding == text_part(encoding)
+    return dict(found.packed) if found is not None and fits else {}
 
 
 def _columns_of(

@@ -43,6 +43,8 @@ class EncodeOptions:
         names: Names that the caller gives for the source's columns.
         settled: Names that its first shards have; None until they are read.
         address: Ray cluster to join; None starts one on this machine, or joins RAY_ADDRESS.
+        negatives: Prompts that guidance may lead away from, stored beside the set with the empty
+            one.
     """
 
     wanted: ClipFormat
@@ -60,6 +62,7 @@ class EncodeOptions:
     names: ColumnNames = ColumnNames()
     settled: ColumnNames | None = None
     address: str | None = None
+    negatives: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_hang_limit(self.max_hang_s)

@@ -58,6 +58,13 @@ class Part:
         return sum(group.num_rows for group in self.groups)
 
 
+@dataclass(frozen=True, slots=True)
+class PromptTask:
+    """Texts to be embedded that are captions of no sample."""
+
+    texts: tuple[str, ...]
+
+
 def plan_parts(
     filesystem: AbstractFileSystem, root: str, max_rows: int, *, only: str = ""
 ) -> list[Part]:

@@ -30,7 +30,7 @@ from pipelines.data.clips.guarded_process import Died, decoding_process
 from pipelines.data.clips.hang_guard import MAX_HANG_S
 from pipelines.data.making.caption_file import open_set
 from pipelines.data.making.encode_options import ActorPool, EncodeOptions
-from pipelines.data.making.encode_plan import Part, SourceGroup
+from pipelines.data.making.encode_plan import Part, PromptTask, SourceGroup
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.filesystem import S3Settings
 from pipelines.data.shards.parquet import RowGroupReader
@@ -68,6 +68,9 @@ _MAX_BATCH = 16
 # and encoding wait for each other.
 _DECODE_CPUS = 0.9
 
+PROMPTS = -1
+"""Number of the part whose lines are prompts, and rows of no shard."""
+
 SERVER_FAILED = "server_failed"
 """Reason of a line that stands for no row, but for an error to be raised where it arrives."""
 
@@ -85,7 +88,11 @@ _DECODED = pa.schema(
 
 
 def run_encoding(
-    src: str, model: str, options: EncodeOptions, parts: Sequence[Part]
+    src: str,
+    model: str,
+    options: EncodeOptions,
+    parts: Sequence[Part],
+    prompts: Sequence[str] = (),
 ) -> Generator[dict[str, Any]]:
     """Encodes some parts with Ray Data; close it where it is not read to its end.
 
@@ -94,15 +101,17 @@ def run_encoding(
         model: Diffusers folder.
         options: What is made, and with how many actors.
         parts: What to encode.
+        prompts: Texts to be embedded besides.
 
     Yields:
-        Every row of every part, in the plan's order, with `latents` and `text_embeds` (or with
-        `text_embeds` alone), or with `reason` and `detail`.
+        The prompts as rows of the part `PROMPTS`, and every row of every part, in the plan's order,
+        with `latents` and `text_embeds` (or with `text_embeds` alone), or with `reason` and
+        `detail`.
 
     Raises:
         ClusterError: Ray does not start, or the cluster is too small for the actors.
     """
-    if not parts:
+    if not parts and not prompts:
         return
     own_cluster = options.address is None and "RAY_ADDRESS" not in os.environ
     # Every actor holds a core; one more than they do is needed, or nothing would ever be read.
@@ -114,7 +123,7 @@ def run_encoding(
         # Ray Data itself would wait without end for what the cluster does not have.
         require_cpus(1 + num_actors, f"encoding {src}")
         require_gpus(sum(pool.size * pool.gpus for pool in options.pools), f"encoding {src}")
-        rows = _dataset(src, model, options, parts)
+        rows = _dataset(src, model, options, parts, prompts)
         blocks = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
         # Ended before Ray is: what is left of it would start another Ray, or wait without end.
         with closing(cast("Generator[pa.Table]", blocks)):
@@ -123,10 +132,11 @@ def run_encoding(
 
 
 def _dataset(
-    src: str, model: str, options: EncodeOptions, parts: Sequence[Part]
+    src: str, model: str, options: EncodeOptions, parts: Sequence[Part], prompts: Sequence[str]
 ) -> ray.data.Dataset:
-    """The parts on their way through the stages; nothing runs yet."""
-    tasks = [{TASK: pickle.dumps(part)} for part in parts]
+    """The prompts and the parts on their way through the stages; nothing runs yet."""
+    asked = [PromptTask(tuple(prompts))] if prompts else []
+    tasks = [{TASK: pickle.dumps(task)} for task in (*asked, *parts)]
     stages: list[tuple[type, ActorPool, dict[str, Any]]] = []
     batch_size = _MAX_BATCH
     if not options.text_only:
@@ -181,7 +191,7 @@ def read_and_decode(
     """Reads parts row group by row group, and decodes clip by clip.
 
     Args:
-        tasks: Pickled parts in the column `task`.
+        tasks: Pickled parts, and prompts, in the column `task`.
         url: Address of the source; a file of captions becomes shards on this machine too.
         decode: Decodes the videos; None reads captions and no videos.
         max_caption_chars: A longer caption is bad.
@@ -202,7 +212,10 @@ def read_and_decode(
     if decode is not None and max_hang_s:
         apply = partial(decoding_process(max_hang_s).apply, decode)
     for packed in tasks.column(TASK):
-        part: Part = pickle.loads(packed.as_py())
+        part: Part | PromptTask = pickle.loads(packed.as_py())
+        if isinstance(part, PromptTask):
+            yield from (_line(PROMPTS, row, None, text) for row, text in enumerate(part.texts))
+            continue
         for group in part.groups:
             try:
                 where = (part.shard, part.num_bytes, group.index)
@@ -210,7 +223,7 @@ def read_and_decode(
                 yield from _decoded(part, group, table, apply, max_caption_chars)
             except DataError as error:
                 words = json.dumps([str(argument) for argument in error.args])
-                yield _line(part, -1, None, None, reason=SERVER_FAILED, detail=words)
+                yield _line(part.number, -1, None, None, reason=SERVER_FAILED, detail=words)
                 return
 
 
@@ -227,7 +240,9 @@ def _decoded(
         table = Fault(f"{table.num_rows} rows instead of {group.num_rows}")
     if isinstance(table, Fault):
         for row in rows:
-            yield _line(part, row, None, None, reason=Reason.UNREADABLE_ROWS, detail=table.reason)
+            yield _line(
+                part.number, row, None, None, reason=Reason.UNREADABLE_ROWS, detail=table.reason
+            )
         return
     texts = {name: table[name].cast(pa.string()) for name in REQUIRED_COLUMNS}
     known = faults_in(table.schema, group.index)
@@ -237,27 +252,27 @@ def _decoded(
         if place in reasons:
             reason, detail = split_reason(reasons[place])
             name = None if reason == Reason.NO_ID else name
-            yield _line(part, row, name, caption or "", reason=reason, detail=detail)
+            yield _line(part.number, row, name, caption or "", reason=reason, detail=detail)
         elif decode is None:
-            yield _line(part, row, name, caption)
+            yield _line(part.number, row, name, caption)
         elif not (video := table[VIDEO][place].as_py()):
-            yield _line(part, row, name, caption, reason=Reason.MISSING_VIDEO)
+            yield _line(part.number, row, name, caption, reason=Reason.MISSING_VIDEO)
         else:
             try:
                 found = decode(video)
             except ClipError as error:
                 reason, detail = error.fault, error.in_short
-                yield _line(part, row, name, caption, reason=reason, detail=detail)
+                yield _line(part.number, row, name, caption, reason=reason, detail=detail)
                 continue
             if isinstance(found, Died):
                 words = found.in_words
-                yield _line(part, row, name, caption, reason=found.reason, detail=words)
+                yield _line(part.number, row, name, caption, reason=found.reason, detail=words)
             else:
-                yield _line(part, row, name, caption, pixels=found.tobytes())
+                yield _line(part.number, row, name, caption, pixels=found.tobytes())
 
 
 def _line(
-    part: Part,
+    part: int,
     row: int,
     sample_id: str | None,
     caption: str | None,
@@ -267,7 +282,7 @@ def _line(
     detail: str = "",
 ) -> pa.Table:
     line = {
-        PART: part.number,
+        PART: part,
         ROW: row,
         SAMPLE_ID: sample_id,
         CAPTION: caption,

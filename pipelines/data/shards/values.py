@@ -5,8 +5,10 @@ Apart from the schema, so that processes which only read or decode never load to
 
 from typing import cast
 
+import numpy as np
 import pyarrow as pa
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines.data.shards.schema import DTypeName, Encoding
@@ -81,6 +83,17 @@ def unpack_text(stored: bytes, encoding: Encoding) -> Tensor:
     values = _values(stored, encoding.dtype).view(-1, width)
     embedding[: len(values)] = values
     return embedding
+
+
+def unpack_rows(stored: bytes, encoding: Encoding) -> NDArray[np.float32]:
+    """An embedding (rows, width) in float32, without the zeros at its end.
+
+    Raises:
+        DataError: These bytes are no embedding of that shape.
+    """
+    padded = unpack_text(stored, encoding)
+    num_rows = len(stored) // (encoding.text_shape[1] * encoding.item_bytes)
+    return padded[:num_rows].float().numpy().copy()
 
 
 def _view(stored: pa.Buffer, dtype: DTypeName) -> Tensor:

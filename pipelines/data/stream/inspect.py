@@ -4,8 +4,12 @@ Reads one listing page or the index, the footers of a section, and windows until
 keys that can list but not read fail here, not an hour later.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.data.shards.columns import (
     ColumnMap,
@@ -22,6 +26,7 @@ from pipelines.data.shards.schema import (
     CAPTION,
     REQUIRED_COLUMNS,
     SAMPLE_ID,
+    TEXT_EMBEDS,
     Encoding,
     ShardKind,
     encoding_of,
@@ -37,6 +42,8 @@ from pipelines.data.stream.window import REASON, read_window
 from sgmd_core.errors import ConfigError, DataError
 
 _CAPTIONS_AT_ONCE = 4096
+# Embeddings take 8 MB each before the zeros at their end are cut off.
+_TEXTS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +139,38 @@ def inspect_folder(source: Source, seed: int, shuffle: ShuffleSettings) -> Folde
         f"the columns {SAMPLE_ID} and {CAPTION}, filled",
         "`sgmd check` says what is wrong with each shard",
     )
+
+
+def first_texts(
+    source: Source, seed: int, captions: Sequence[str]
+) -> dict[str, NDArray[np.float32]]:
+    """Stored embeddings of what `first_captions` returned.
+
+    Args:
+        source: The folder, with the encoding of its embeddings.
+        seed: As for `first_captions`.
+        captions: As returned.
+
+    Returns:
+        Each embedding by its caption, (rows, width), without the zeros at its end.
+
+    Raises:
+        DataError: An embedding cannot be read.
+    """
+    assert source.encoding is not None, "embeddings are read of encoded sets"
+    settings = StreamSettings(replace(source, columns=(TEXT_EMBEDS,)), seed, max_bad_fraction=0.0)
+    found: dict[str, NDArray[np.float32]] = {}
+    num_taken = 0
+    with Feed(settings, FeedProgress(), min(len(captions), _CAPTIONS_AT_ONCE)) as feed:
+        while num_taken < len(captions):
+            batch = feed.take(min(len(captions) - num_taken, _TEXTS_AT_ONCE))
+            if batch.stop is not None:
+                raise DataError(*batch.stop)
+            for caption, text in zip(batch.captions, feed.embeddings(batch.number), strict=True):
+                rows = text.any(dim=1).nonzero()
+                found[caption] = text[: int(rows[-1]) + 1 if len(rows) else 0].numpy().copy()
+            num_taken += len(batch.captions)
+    return found
 
 
 def first_captions(
