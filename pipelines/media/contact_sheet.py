@@ -54,7 +54,7 @@ def write_contact_sheet(
     """
     _require_matching(groups, prompts)
     still = io.BytesIO()
-    still_picture(groups, prompts).save(still, "PNG", optimize=True)
+    still_picture(groups, prompts).save(still, "PNG")
     write_whole(png, still.getvalue())
     frames = loop_pictures(groups, prompts)
     # One palette for all frames: a palette of its own for each makes the background flicker.
