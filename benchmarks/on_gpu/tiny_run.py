@@ -193,11 +193,11 @@ def _host_share(context: Context, work: Path, plain_s: float) -> dict[str, Any]:
     with open_groups(
         config, run_preflight(config), folder, FeedProgress(), 2 * config.batch.size
     ) as groups:
-        stand = Stand(config, groups)
+        stand = Stand(config, groups, None)
         for _ in range(rounds):
-            stand.run()
+            stand.run(1)
         with profile(activities=activities) as profiled:
-            walls = [stand.run()[0] for _ in range(rounds)]
+            walls = [stand.run(1).wall_s for _ in range(rounds)]
     # Annotations, such as an optimizer's, span kernels that are listed themselves.
     events = [
         event
