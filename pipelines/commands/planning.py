@@ -69,7 +69,11 @@ class PlanArguments(OptionGroup):
         float, typer.Option(help="GB of main memory beside each GPU, for what is offloaded")
     ] = 200.0
     fit: Annotated[
-        bool, typer.Option("--fit", help="Change the recipe's memory settings until it fits")
+        bool,
+        typer.Option(
+            "--fit",
+            help="Change the recipe's memory settings to those with which it fits and is fastest",
+        ),
     ] = False
     any_batch: Annotated[
         bool, typer.Option("--any-batch", help="Take the batch size nearby that suits best")

@@ -11,6 +11,7 @@ Each is the exact schedule of calls, worked through by the simulator, with the m
 every pool. A pool's ranks work in step, so the simulator sees it as one process.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -140,10 +141,25 @@ def fused_layout(work: Workload, times: StageTimes, hardware: Hardware, num_gpus
 
 
 def map_layout(
-    work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int
+    work: Workload,
+    times: StageTimes,
+    hardware: Hardware,
+    num_gpus: int,
+    below_s: float = math.inf,
 ) -> Layout | None:
-    """The fastest two pools that fit, the teacher on both or on one; None if nothing fits."""
-    return fastest_map(work, times, hardware, pool_maps(work, num_gpus))
+    """The fastest two pools that fit, the teacher on both or on one; None if nothing fits.
+
+    Args:
+        work: The iteration.
+        times: Of its stages.
+        hardware: What it runs on.
+        num_gpus: For the three roles.
+        below_s: Pools whose work alone takes so long are left out.
+    """
+    candidates = (
+        one for one in pool_maps(work, num_gpus) if _work_s(work, times, hardware, one) < below_s
+    )
+    return fastest_map(work, times, hardware, candidates)
 
 
 def fastest_map(
@@ -378,7 +394,18 @@ def _gathered_bytes(
 
 
 def _bound_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap) -> float:
-    """About what an iteration takes: the pools' work with the teacher's shared out, and a start."""
+    """About what an iteration takes: the pools' work and a start."""
+    # Where the generator makes no samples, the teacher starts at once, at data.
+    rollout_s = times.seconds.get((GENERATOR, "rollout"), 0.0)
+    (learn,) = one.places[GENERATOR]
+    size = max(split_evenly(work.batch_size, one.micro_batches))
+    first = work.samples_of_a_rank(GENERATOR, size, one.ranks[learn])
+    first_s = rollout_s * first / one.speed_of(learn, hardware)
+    return _work_s(work, times, hardware, one) + first_s
+
+
+def _work_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap) -> float:
+    """The least that an iteration takes: the pools' work, with the teacher's shared out."""
     sizes = split_evenly(work.batch_size, one.micro_batches)
     own: dict[str, float] = dict.fromkeys(one.places, 0.0)
     for (role, stage), seconds in times.seconds.items():
@@ -394,12 +421,7 @@ def _bound_s(work: Workload, times: StageTimes, hardware: Hardware, one: PoolMap
         for pool in one.ranks
     }
     shared_s = shared_out((load[pool], busy_s(pool, TEACHER)) for pool in one.places[TEACHER])
-    # Where the generator makes no samples, the teacher starts at once, at data.
-    rollout_s = times.seconds.get((GENERATOR, "rollout"), 0.0)
-    (learn,) = one.places[GENERATOR]
-    first = work.samples_of_a_rank(GENERATOR, sizes[0], one.ranks[learn])
-    first_s = rollout_s * first / one.speed_of(learn, hardware)
-    return max(shared_s, *load.values()) + first_s
+    return max(shared_s, *load.values())
 
 
 def shared_out(pools: Iterable[tuple[float, float]]) -> float:

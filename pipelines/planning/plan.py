@@ -133,15 +133,35 @@ def make_plan(
             "at least as many GPUs",
             "Lower compute.ulysses of the roles",
         )
-    found = [fused_layout(work, times, hardware, num_gpus)]
-    if num_gpus >= _LEAST_OF_A_MAP and (mapped := map_layout(work, times, hardware, num_gpus)):
-        found.append(mapped)
-    if num_gpus >= len(ROLES) and (classic := find_best(work, times, hardware, num_gpus)):
-        found.append(pools_layout(work, classic))
-    found.sort(key=lambda layout: (not layout.fits, layout.iteration_s))
+    found = best_layouts(work, times, hardware, num_gpus)
     if not found[0].fits:
         raise _does_not_fit(work, hardware, num_gpus)
     return Plan(work, hardware, num_gpus, times, tuple(found), beside or {})
+
+
+def best_layouts(
+    work: Workload,
+    times: StageTimes,
+    hardware: Hardware,
+    num_gpus: int,
+    below_s: float = math.inf,
+) -> list[Layout]:
+    """The fastest layout of each kind, those that fit first: of pools, where some fit.
+
+    Args:
+        work: The iteration.
+        times: Of its stages.
+        hardware: What it runs on.
+        num_gpus: For the three roles together.
+        below_s: Pools whose work alone takes so long are not looked at.
+    """
+    given = (work, times, hardware, num_gpus)
+    found = [fused_layout(*given)]
+    if num_gpus >= _LEAST_OF_A_MAP and (mapped := map_layout(*given, below_s)):
+        found.append(mapped)
+    if num_gpus >= len(ROLES) and (classic := find_best(*given, below_s)):
+        found.append(pools_layout(work, classic))
+    return sorted(found, key=lambda layout: (not layout.fits, layout.iteration_s))
 
 
 def make_mixed_plan(

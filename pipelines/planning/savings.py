@@ -6,6 +6,8 @@
     proposed           added one after the other until the run fits; then each that it fits
                        without is left out again, the dearest first
 
+    combinations       every choice of them, for `pipelines.planning.fitting` to find the fastest
+
 None of them changes what is trained. What they cost in time is in the plan that is made with them.
 """
 
@@ -39,6 +41,31 @@ def savings(work: Workload) -> Iterator[Saving]:
     for saving in _SAVINGS:
         if saving.apply(work) != work:
             yield saving
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """An iteration with some of the savings.
+
+    Attributes:
+        work: The iteration.
+        settings: Of the recipe, that were changed.
+    """
+
+    work: Workload
+    settings: tuple[str, ...] = ()
+
+
+def combinations(work: Workload) -> list[Saved]:
+    """Every iteration that some of the savings make of one, the fewest settings for each."""
+    found = [Saved(work)]
+    for saving in _SAVINGS:
+        for one in found[:]:
+            more = saving.apply(one.work)
+            # Without it first: a setting that this one overrides is not named beside it.
+            if all(more != other.work for other in found):
+                found.append(Saved(more, one.settings + saving.settings))
+    return found
 
 
 def fitting_savings(

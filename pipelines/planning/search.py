@@ -8,10 +8,10 @@ A group's ranks work in step, so the simulator sees a group as one process that 
 faster: that changes no time and keeps a plan for a thousand GPUs as quick as one for eight.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from math import lcm
 
 from cluster.schedule.dealing import MOST_KEPT
 from cluster.schedule.program import Team
@@ -94,7 +94,11 @@ class Prediction:
 
 
 def find_best(
-    work: Workload, times: StageTimes, hardware: Hardware, num_gpus: int
+    work: Workload,
+    times: StageTimes,
+    hardware: Hardware,
+    num_gpus: int,
+    below_s: float = math.inf,
 ) -> Prediction | None:
     """The fastest split that fits; of equally fast ones the smallest. None if nothing fits.
 
@@ -103,8 +107,13 @@ def find_best(
         times: Of its stages.
         hardware: What it runs on.
         num_gpus: For the three roles together, at least 3.
+        below_s: Splits in which one role's work takes so long are left out.
     """
-    fitting = [split for split in candidates(work, num_gpus) if _fits(work, hardware, split)]
+    fitting = [
+        split
+        for split in candidates(work, num_gpus)
+        if max(_work_s(work, times, split).values()) < below_s and _fits(work, hardware, split)
+    ]
     fitting.sort(key=lambda split: _bound_s(work, times, split))
     found = [
         predict(work, times, hardware, deeper)
@@ -168,7 +177,7 @@ def _free_splits(batch_size: int, num_gpus: int) -> Iterator[tuple[PoolSplit, in
             replicas = (num_gpus - generator - fake_score) // ranks
             if generator * part % parts or fake_score < 1 or replicas < 1:
                 continue
-            samples = lcm(generator, fake_score, ranks)
+            samples = math.lcm(generator, fake_score, ranks)
             for micro_batches in range(2, _MOST_FREE_PARTS):
                 size = micro_batches * samples
                 if 3 * batch_size <= 4 * size and 4 * size <= 5 * batch_size:
@@ -267,15 +276,22 @@ def _costs(
 def _bound_s(work: Workload, times: StageTimes, split: PoolSplit) -> float:
     """About what an iteration takes: the busiest role, and what the others do before and after."""
     samples = work.batch_size // split.micro_batches
-    own = {role: 0.0 for role in ROLES}
+    own = _work_s(work, times, split)
     one = {role: 0.0 for role in ROLES}
     for (role, stage), seconds in times.seconds.items():
-        updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
-        own[role] += seconds * work.batch_size * updates / split.teams[role].size
         if stage not in ("sample", "track"):
             one[role] += seconds * samples / min(split.teams[role].size, samples)
     # A role is idle while the first micro-batch is on its way to it, and after the last one.
     return max(own[role] + sum(one.values()) - one[role] for role in ROLES)
+
+
+def _work_s(work: Workload, times: StageTimes, split: PoolSplit) -> dict[str, float]:
+    """Seconds that each role works in an iteration."""
+    own = {role: 0.0 for role in ROLES}
+    for (role, stage), seconds in times.seconds.items():
+        updates = max(1, work.fresh_updates) if stage in ("sample", "track") else 1
+        own[role] += seconds * work.batch_size * updates / split.teams[role].size
+    return own
 
 
 def _fits(work: Workload, hardware: Hardware, split: PoolSplit) -> bool:

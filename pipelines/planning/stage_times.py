@@ -12,7 +12,7 @@ a sample without a loss was not measured it is taken for a rollout, which makes 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -73,18 +73,20 @@ def modelled(work: Workload, hardware: Hardware) -> StageTimes:
     """From operations alone."""
 
     def seconds(one: Workload) -> dict[StageName, float]:
-        forward_s, backwards = one.forward_flops / hardware.flops, one.backwards
-        moved_s = {
-            role: 2 * one.stream_bytes(role) / hardware.host_bandwidth for role in one.offloading
-        }
-        return {
-            name: passes * forward_s + backwards[name] * moved_s.get(name[0], 0.0)
-            for name, passes in one.passes.items()
-        }
+        forward_s, moved_s = one.forward_flops / hardware.flops, _moved_s(one, hardware)
+        return {name: passes * forward_s + moved_s[name] for name, passes in one.passes.items()}
 
     return StageTimes(
         mean_over_sizes(work, seconds), f"modelled at {hardware.flops / 1e12:.1f} TFLOP/s a GPU"
     )
+
+
+def _moved_s(one: Workload, hardware: Hardware) -> dict[StageName, float]:
+    """Seconds in which layers' inputs go to main memory and back, by stage."""
+    moved_s = {
+        role: 2 * one.stream_bytes(role) / hardware.host_bandwidth for role in one.offloading
+    }
+    return {name: one.backwards[name] * moved_s.get(name[0], 0.0) for name in one.passes}
 
 
 def _flops(one: Workload) -> dict[StageName, float]:
@@ -125,6 +127,28 @@ def measured(path: Path, work: Workload) -> StageTimes:
     scaled = any(abs(factor - 1) > 0.01 for factor in factors.values())
     seconds = {name: found[name] * factors[name] for name in work.passes}
     return StageTimes(seconds, where + (", scaled by operations" if scaled else ""), together)
+
+
+def rescaled(
+    times: StageTimes, before: Workload, after: Workload, hardware: Hardware
+) -> StageTimes:
+    """Measured times for the same run with other settings, by its operations and what it moves.
+
+    Args:
+        times: Of an iteration.
+        before: That iteration.
+        after: The one that times are wanted of, with the same stages.
+        hardware: Whose way to main memory layers' inputs take.
+    """
+    old, new = mean_over_sizes(before, _flops), mean_over_sizes(after, _flops)
+    old_s, new_s = (
+        mean_over_sizes(work, lambda one: _moved_s(one, hardware)) for work in (before, after)
+    )
+    seconds = {
+        name: own * (new[name] / old[name] if old[name] else 1.0) + new_s[name] - old_s[name]
+        for name, own in times.seconds.items()
+    }
+    return replace(times, seconds=seconds)
 
 
 def update_s(work: Workload, hardware: Hardware, role: str, ranks: int) -> float:
