@@ -3,30 +3,49 @@
     python docs/make_memory.py            writes them between the markers of the page
     python docs/make_memory.py --check    says whether they are those of the planner
 
-Nothing is run: every row asks the planner, as `sgmd plan --fit` does, with 81 frames of 480x832,
-the recipes of 1.3B, that of all weights and that of adapters, and a sample a GPU in each
-micro-batch.
+Nothing is run: every row asks the planner, as `sgmd plan --fit` does, with the recipe of each
+model, its clips among them, all weights or adapters trained as in wan21-1.3b-lora, and four samples
+a GPU of the roles.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-from pipelines.config.recipe import load_recipe
+from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.planning.beside import VALIDATOR, bytes_beside
+from pipelines.planning.fitting import fastest_fit
 from pipelines.planning.hardware import GB, Hardware
-from pipelines.planning.plan import make_plan
-from pipelines.planning.savings import fitting_savings
+from pipelines.planning.networks import released_models
+from pipelines.planning.plan import best_layouts
 from pipelines.planning.stage_times import modelled
 from pipelines.planning.workload import Workload
 
 PAGE = Path(__file__).parent / "memory.md"
 BEGIN, END = "<!-- tables of docs/make_memory.py -->", "<!-- end of tables -->"
-RECIPES = {"all weights": "wan21-1.3b", "adapters": "wan21-1.3b-lora"}
-MODELS = ("1.3b", "5b", "14b", "a14b")
+RECIPES = {"1.3b": "wan21-1.3b", "5b": "wan22-5b", "14b": "wan21-14b", "a14b": "wan22-a14b"}
+"""By model."""
+ADAPTERS = tuple(
+    f"{role}.{setting}"
+    for role in ("generator", "fake_score")
+    for setting in ("lora.rank=64", "lora.alpha=64", "compute.weights=bf16")
+)
+TRAINED = {"all weights": (), "adapters": ADAPTERS}
 NUM_GPUS, MEMORY_GB = (1, 2, 4, 8, 32), (24, 48, 80)
 SAMPLES_PER_GPU = 4
-HEADINGS = ("GPUs", "GB", "layout", "s an iteration", "GB a GPU", "GB of main memory", "settings")
+HEADINGS = (
+    "GPUs of the roles",
+    "GB",
+    "layout",
+    "s an iteration",
+    "GB a GPU",
+    "GB of main memory",
+    "settings",
+    "validator, on one more GPU",
+)
 
 
 def main() -> int:
@@ -49,24 +68,27 @@ def main() -> int:
 def tables() -> str:
     """Return one table a model, and for what is trained of it."""
     parts: list[str] = []
-    for model, (trained, recipe) in product(MODELS, RECIPES.items()):
+    for (model, recipe), (trained, options) in product(RECIPES.items(), TRAINED.items()):
+        video = load_recipe(recipe).video
+        size = f"{video.num_frames} frames of {video.height}x{video.width}"
         rows = [f"| {' | '.join(HEADINGS)} |", "|" + "---|" * len(HEADINGS)]
-        rows += [row(recipe, model, gpus, gb) for gpus in NUM_GPUS for gb in MEMORY_GB]
-        parts.append(f"### {model}, {trained}\n\n" + "\n".join(rows) + "\n")
+        rows += [row(model, options, gpus, gb) for gpus in NUM_GPUS for gb in MEMORY_GB]
+        heading = f"### {model}, {trained}\n\nRecipe `{recipe}`, {size}.\n\n"
+        parts.append(heading + "\n".join(rows) + "\n")
     return "\n".join(parts)
 
 
-def row(recipe: str, model: str, num_gpus: int, memory_gb: int) -> str:
-    """Return one row: the fastest layout with the cheapest settings that fit."""
+def row(model: str, options: Sequence[str], num_gpus: int, memory_gb: int) -> str:
+    """Return one row: the fastest layout and settings of those that fit."""
     batch = SAMPLES_PER_GPU * num_gpus
-    options = [f"batch.size={batch}", f"batch.micro_batches={batch}"]
-    work = Workload.of(load_recipe(recipe, options), model)
-    hardware = Hardware(memory_gb=memory_gb)
-    found = fitting_savings(work, hardware, num_gpus)
+    # Pools of the recipes want more samples than few GPUs get; the planner has pools of its own.
+    sized = ["topology.mode=fused", f"batch.size={batch}", f"batch.micro_batches={batch}"]
+    config = load_recipe(RECIPES[model], [*options, *sized])
+    work, hardware = Workload.of(config, model), Hardware(memory_gb=memory_gb)
+    found = fastest_fit(work, partial(modelled, hardware=hardware), hardware, num_gpus)
     if found is None:
         return f"| {num_gpus} | {memory_gb} | does not fit |" + " |" * (len(HEADINGS) - 3)
-    saved, settings = found
-    best = make_plan(saved, modelled(saved, hardware), hardware, num_gpus).best
+    best = best_layouts(found.work, modelled(found.work, hardware), hardware, num_gpus)[0]
     pools = best.pools.values()
     cells = [
         str(num_gpus),
@@ -75,9 +97,19 @@ def row(recipe: str, model: str, num_gpus: int, memory_gb: int) -> str:
         f"{best.iteration_s:.0f}",
         f"{max(pool.memory.total for pool in pools) / GB:.0f}",
         f"{max(pool.memory.main_memory for pool in pools) / GB:.0f}",
-        " ".join(f"`{one}`" for one in settings) or "those of the recipe",
+        " ".join(f"`{one}`" for one in found.settings) or "those of the recipe",
+        _validator(config, work, model, hardware),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _validator(config: DistillConfig, work: Workload, model: str, hardware: Hardware) -> str:
+    """GB of a validator on a GPU of the same kind, or the setting that does without one."""
+    encoders = released_models()[model].encoders
+    assert encoders is not None, "the sizes of Wan's encoders are known"
+    needed = bytes_beside(config, work, encoders, work.shape.num_parameters)[VALIDATOR]
+    fits = needed <= hardware.usable_bytes
+    return f"{needed / GB:.0f} GB" + ("" if fits else " do not fit: `validation.every=0`")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.planning import stage_times
-from pipelines.planning.beside import handed_over, require_fitting_beside, with_memory_beside
+from pipelines.planning.beside import (
+    VALIDATOR,
+    WITHOUT_VALIDATIONS,
+    handed_over,
+    require_fitting_beside,
+    with_memory_beside,
+)
 from pipelines.planning.fitting import fastest_fit
 from pipelines.planning.hardware import Hardware, parse_kinds
 from pipelines.planning.passes import expected_lag, lag_share, total_units
@@ -201,12 +207,16 @@ def _require_few(gpus: int, option: str) -> None:
 
 def _nothing_left(num_gpus: int, beside: Mapping[str, float]) -> ConfigError:
     taken = ", ".join(f"{section} {share:g}" for section, share in beside.items())
+    others = [section for section in beside if section != VALIDATOR]
+    remedies = [f"Set {WITHOUT_VALIDATIONS}"] if VALIDATOR in beside else []
+    if others:
+        remedies.append("set " + " ".join(f"topology.{section}.gpus=0" for section in others))
+    least = math.ceil(sum(beside.values())) + 1
     return ConfigError(
         f"planning for {num_gpus} GPUs",
         f"no GPU left for the roles beside {taken or 'nothing'}",
         "at least one",
-        "Set "
-        + (" ".join(f"topology.{section}.gpus=0" for section in beside) or "--gpus 1 or more"),
+        "; ".join(remedies) + f"; or give --gpus {least}" if remedies else "Give --gpus 1 or more",
     )
 
 
