@@ -1,6 +1,8 @@
 """Settings of memory and speed, one at a time, against what `sgmd plan` says of them.
 
     plain             as the recipe `wan21-1.3b` has it
+    savings           each that `sgmd plan --fit` proposes, where the recipe lacks it
+    selective         compute.checkpointing: selective
     moments in 8 bits optimizer.moment_bits: 8
     adapters          LoRA of generator and fake score over the teacher's weights, kept once
     attention NAME    each kernel of `workers.attention` that can be imported here
@@ -31,6 +33,7 @@ from on_gpu.whole_iteration import iterations, recipe_of, workload_of
 from pipelines.config.recipe import DistillConfig
 from pipelines.planning.networks import released_models
 from pipelines.planning.pool_maps import fused_memory
+from pipelines.planning.savings import Saving, savings
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -47,19 +50,28 @@ from workers.score_teacher import ScoreTeacher
 from workers.sharding import shard
 
 PLAIN, MOMENTS, ADAPTERS = "plain", "moments in 8 bits", "adapters"
+SELECTIVE = "checkpointing=selective"
 ULYSSES, TEXT_ENCODER = "ulysses", "text encoder"
 LEARNERS, ROLES = ("generator", "fake_score"), ("generator", "fake_score", "teacher")
 EXITS = (1,)
 TOLERANCE = 0.1
 _RANK = 64
-_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Weights in 8 bits are made of those in bfloat16.
+_TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 _CAPTION_TOKENS = 512
 
 
-def settings_of() -> dict[str, list[str]]:
-    """Overrides of the recipe by name: what one process can try."""
+def settings_of(case: Case) -> dict[str, list[str]]:
+    """Overrides of the recipe by name: what one process can try.
+
+    Args:
+        case: Networks and clip, whose plan says what the recipe does without.
+    """
+    work = workload_of(case, recipe_of(case, EXITS))
     found = {
         PLAIN: [],
+        **{name_of(saving): [*saving.settings] for saving in savings(work)},
+        SELECTIVE: [f"{role}.compute.checkpointing=selective" for role in LEARNERS],
         MOMENTS: [f"{role}.optimizer.moment_bits=8" for role in LEARNERS],
         ADAPTERS: [
             *(f"{role}.lora={{rank: {_RANK}, alpha: {_RANK}}}" for role in LEARNERS),
@@ -74,6 +86,13 @@ def settings_of() -> dict[str, list[str]]:
     return found
 
 
+def name_of(saving: Saving) -> str:
+    """Its settings, without the roles where they are those that learn."""
+    parts = (setting.partition(".") for setting in saving.settings)
+    short = (own if role in LEARNERS else f"{role}.{own}" for role, _, own in parts)
+    return " ".join(dict.fromkeys(own.removeprefix("compute.") for own in short))
+
+
 def measure(context: Context, case: Case, budget_s: float) -> None:
     """Tries every setting for which there is time.
 
@@ -84,7 +103,7 @@ def measure(context: Context, case: Case, budget_s: float) -> None:
     """
     context.record(num_frames=case.num_frames, samples=len(EXITS), settings={}, left_out=[])
     end_s, longest_s = time.monotonic() + budget_s, 0.0
-    tries = {name: lambda own=own: _try(case, own) for name, own in settings_of().items()}
+    tries = {name: lambda own=own: _try(case, own) for name, own in settings_of(case).items()}
     tries = {
         PLAIN: tries.pop(PLAIN),
         MOMENTS: tries.pop(MOMENTS),
@@ -159,6 +178,8 @@ def roles_of(case: Case, config: DistillConfig) -> dict[str, Any]:
             add_adapters(network, own, SEED, role)
         prepare_network(network, compute)
         shard(network, network.blocks, dtype=network.autocast_dtype)
+        if compute.weights == "fp8":
+            network.store_in_fp8()
         networks[role] = network
     return {
         "generator": GeneratorLearner(

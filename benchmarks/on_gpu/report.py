@@ -9,6 +9,8 @@ from on_gpu.step import read, write
 
 BEGIN, END = "<!-- gpu-check: begin -->", "<!-- gpu-check: end -->"
 ALL = "gpu"
+MFU_GOAL = 0.4
+"""Share of the data sheet's rate that the stages of an iteration are to reach together."""
 
 
 def write_all(folder: Path) -> None:
@@ -101,7 +103,10 @@ def _stage_rows(name: str, run: dict[str, Any]) -> Iterator[str]:
         f"settings {json.dumps(run['settings'])}:"
     )
     yield ""
-    yield "| stage | s a sample | peak GB | TFLOP/s | of the data sheet | of the measured rate |"
+    yield (
+        f"| stage | s a sample | peak GB | TFLOP/s | of the data sheet (goal {MFU_GOAL:.0%}) | of "
+        "the measured rate |"
+    )
     yield "|---|---|---|---|---|---|"
     for stage, row in run["stages"].items():
         yield (
@@ -143,12 +148,29 @@ def _truths(found: dict[str, Any]) -> Iterator[str]:
         yield f"tests: {tests.get('summary') or tests.get('not_run')}"
 
 
+def overall_mfu(stages: dict[str, Any]) -> float | None:
+    """Share of the data sheet's rate over all stages, the updates' seconds included."""
+    rows = stages.values()
+    if not any(row.get("mfu") for row in rows):
+        return None
+    used_s = sum((row.get("mfu") or 0.0) * row["seconds_per_sample"] for row in rows)
+    return used_s / sum(row["seconds_per_sample"] for row in rows)
+
+
+def _against_goal(stages: dict[str, Any]) -> str:
+    found = overall_mfu(stages)
+    told = "not known: no rate of the card" if found is None else f"{found:.0%}"
+    verdict = "" if found is None else f", {'met' if found >= MFU_GOAL else 'not met'}"
+    return f"MFU of all stages {told} (goal {MFU_GOAL:.0%}{verdict})"
+
+
 def _stages(found: dict[str, Any]) -> Iterator[str]:
     for run in found.get("runs", []):
         yield f"{run['num_frames']} frames"
         for stage, row in run["stages"].items():
             rate = "" if row.get("mfu") is None else f" ({row['mfu']:.0%} MFU)"
             yield f"{stage} {row['seconds_per_sample']:.3g} s{rate}"
+        yield _against_goal(run["stages"])
 
 
 def _attention(found: dict[str, Any]) -> Iterator[str]:

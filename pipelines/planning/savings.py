@@ -36,6 +36,11 @@ class Saving:
     apply: Callable[[Workload], Workload]
 
 
+def known_savings() -> tuple[Saving, ...]:
+    """All changes, the cheapest first."""
+    return _SAVINGS
+
+
 def savings(work: Workload) -> Iterator[Saving]:
     """Changes that a workload has not made yet, the cheapest first."""
     for saving in _SAVINGS:

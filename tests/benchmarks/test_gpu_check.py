@@ -10,7 +10,9 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import ROLES
+from pipelines.planning.savings import known_savings
 from pipelines.planning.stage_times import measured
 from pipelines.planning.workload import Workload
 from tests.benchmarks.on_gpu import (
@@ -83,6 +85,9 @@ def test_what_the_steps_find_on_a_cpu_is_right(folder):
     losses = {name: row.get("losses", {}).get("tracking") for name, row in settings.items()}
     assert losses["ulysses"] == pytest.approx(losses["plain"], rel=1e-3)
     assert losses["attention _native_math"] == pytest.approx(losses["plain"], rel=1e-3)
+    exact = ("checkpointing=offload", memory_settings.SELECTIVE, "optimizer.moments=cpu")
+    for name in (*exact, "ema_device=cpu"):
+        assert losses[name] == losses["plain"], name
     assert losses["adapters"] != pytest.approx(losses["plain"], rel=1e-2)
     iterations = found["iteration"]["results"]["iterations"]
     assert all(one["seconds"] > 0 and one["losses"] for one in iterations)
@@ -230,6 +235,32 @@ def test_a_truth_sees_a_difference_a_nan_and_a_failure():
     lost = truths.Truth(1.0, lambda _: truths.relative_errors(nan, {"x": cases.torch.ones(1)}))
     assert not lost.hold("cpu")["holds"]
     assert "ZeroDivisionError" in truths.Truth(1.0, lambda _: {"x": 1 / 0}).hold("cpu")["failed"]
+
+
+def test_every_saving_that_a_plan_proposes_is_measured_unless_the_recipe_has_it():
+    measured = memory_settings.settings_of(cases.Case("tiny", 5, "cpu"))
+    plain = load_recipe("wan21-1.3b")
+    for saving in known_savings():
+        if all(setting.startswith("discriminator.") for setting in saving.settings):
+            continue  # The recipe's method has none.
+        has = load_recipe("wan21-1.3b", saving.settings) == plain
+        assert (memory_settings.name_of(saving) in measured) != has, saving.settings
+    assert {"plain", memory_settings.SELECTIVE, "moments in 8 bits", "adapters"} < {*measured}
+
+
+def test_utilisation_is_told_against_its_goal(tmp_path):
+    stages = {
+        "generator.rollout": {"seconds_per_sample": 3.0, "mfu": 0.5, "peak_gb": 1.0},
+        "generator.step": {"seconds_per_sample": 1.0, "peak_gb": 1.0},
+    }
+    run = {"num_frames": 81, "latent_shape": [], "settings": {}, "stages": stages}
+    for seconds, told in ((1.0, "38% (goal 40%, not met)"), (0.5, "43% (goal 40%, met)")):
+        stages["generator.step"]["seconds_per_sample"] = seconds
+        step.write(tmp_path, "stages", {"status": "done", "results": {"runs": [run]}})
+        assert f"MFU of all stages {told}" in report.table(tmp_path)
+    del stages["generator.rollout"]["mfu"]
+    step.write(tmp_path, "stages", {"status": "done", "results": {"runs": [run]}})
+    assert "not known: no rate of the card (goal 40%)" in report.table(tmp_path)
 
 
 @pytest.mark.slow
