@@ -2,7 +2,8 @@
 
     check everything -> open the roles -> [take captions -> iterate -> record] -> export
 
-The controller in this file moves handles and small records; every tensor stays with the roles.
+The controller moves handles and small records; every tensor stays with the roles. The loop itself
+is in `training.py`, one iteration in `iteration.py`.
 """
 
 from collections.abc import Iterator, Sequence

@@ -65,8 +65,8 @@ def released_fisher_weight(residual: PerSample, eps: float) -> PerSample:
     """One over the teacher's residual: weight = 1 / (n + eps).
 
     `n` is proportional to sigma, as the gap is, so one learning rate serves every noise level. It
-    enters at the first power while the gap enters squared: the loss keeps a unit, unlike DMD's
-    normalised gradient.
+    enters at the first power while the gap enters squared, so the loss scales with the latents,
+    unlike DMD's normalised gradient.
 
     Args:
         residual: `teacher_residual`.

@@ -11,9 +11,9 @@ one: it is drawn to samples that the fake score has not caught up with. NR has n
 holds it is a small weight and a fake score that follows. Watch the ratio of the two upstream norms
 that the objective reports.
 
-Where the fake score is exact, NR does not vanish: its residual is the noise that cannot be removed,
-and the term draws samples together. A Gaussian teacher of spread s shows by how much. At one noise
-level the paper's form leaves the generator at the spread a,
+Where the fake score is exact, NR does not vanish: its residual is the spread of x0 given x_t, which
+no score removes, and the term draws samples together. A Gaussian teacher of spread s shows by how
+much. At one noise level the paper's form leaves the generator at the spread a,
 
     a^2 = s^2 - lambda * sigma^4 * (alpha^2 s^2 + sigma^2) / alpha^4,    alpha = 1 - sigma
 
