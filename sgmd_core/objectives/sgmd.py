@@ -37,9 +37,9 @@ class SgmdObjective:
         method: Names this section among the methods.
         form: `released` as in the authors' trainer, `paper` as in their paper. They are different
             objectives: expect to tune the weights anew.
-        lambda_nr: Weight of the negative residual; 0 gives the loss of
-            TSG-Fisher, whose own method makes five updates of the fake score, too. The paper tried 0.05 to
-            0.5 and settled on 0.1; 0.5 collapsed.
+        lambda_nr: Weight of the negative residual; 0 gives the loss of TSG-Fisher, whose own method
+            makes five updates of the fake score, too. The paper tried 0.05 to 0.5 and settled on
+            0.1; 0.5 collapsed.
         lambda_rc: Weight of the residual contraction; None takes the form's own, 1 released and
             0.1 paper. AdamW is nearly invariant to it, so it acts mainly through
             gradient clipping.
