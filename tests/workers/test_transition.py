@@ -146,7 +146,8 @@ class TestTheFlow:
         evaluator = Evaluator(network, Text(), None, FlowMatchSchedule(), LATENT_SHAPE)  # pyright: ignore[reportArgumentType]
         x_t, _, text = inputs()
         for given, model in ((None, trained()), (weights, untrained())):
-            found = euler_sample(evaluator._model(given), GRID, x_t, text)  # pyright: ignore[reportPrivateUsage]
+            with evaluator._model(given) as sampled:  # pyright: ignore[reportPrivateUsage]
+                found = euler_sample(sampled, GRID, x_t, text)
             with torch.no_grad():
                 torch.testing.assert_close(found, euler_sample(model, GRID, x_t, text))
 
