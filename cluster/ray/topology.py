@@ -31,6 +31,7 @@ from ray.util.placement_group import (
     PlacementGroup,
     get_current_placement_group,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -113,6 +114,15 @@ class Placement:
             ClusterError: There is none.
         """
         return self._range_of(name).pool
+
+    def nodes(self) -> dict[str, list[str]]:
+        """Returns Ray's id of the node of each rank, by pool."""
+        found: dict[str, list[str]] = {}
+        for name, one in self._ranges.items():
+            table: dict[str, Any] = placement_group_table(one.group)
+            nodes = table["bundles_to_node_id"]
+            found[name] = [nodes[one.first_bundle + rank] for rank in range(one.pool.num_ranks)]
+        return found
 
     def actor_options(self, name: str, rank: int) -> dict[str, Any]:
         """Returns the options of the Ray actor that hosts one rank: placement and resources."""

@@ -126,6 +126,7 @@ def open_groups(
         else:
             from cluster.ray.topology import Placement, reserve
             from cluster.runtime import start_ray, watch_gcs
+            from pipelines.distillation.placed_memory import require_placed
 
             pools = own_pools_of(config) if service else pools_of(config)
             num_cpus = own_cluster_size(config, bundles_of(pools))
@@ -142,7 +143,11 @@ def open_groups(
                 if in_trial
                 else reserve(pools, config.topology.start_timeout_s)
             )
-            opener = _ray_opener(config, stack.enter_context(placement), service)
+            stack.enter_context(placement)
+            encoding = checked.texts.encoding
+            if unseen := require_placed(config, checked.model, encoding, placement):
+                tell(f"the memory of machines was not compared with what the run needs: {unseen}")
+            opener = _ray_opener(config, placement, service)
         groups = _open(opener, stack, config, checked, folder, progress, num_rows)
         if events is not None:
             limit_s = config.validation.timeout_s

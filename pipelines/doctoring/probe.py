@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 from torch import Tensor
 
 from cluster.files import open_store, storage_errors
+from cluster.ray.capacity import capacity_here
 from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
 from pipelines.config.model_folders import PROJECT_ROOT, model_on_this_machine
 from pipelines.doctoring.findings import Finding
@@ -72,7 +73,7 @@ class MachineProbe:
     def look(self) -> MachineFacts:
         """Looks at everything that concerns this machine alone."""
         shared = Path("/dev/shm")
-        gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else range(0)
+        gpus = range(len(capacity_here().gpu_bytes))
         return MachineFacts(
             socket.gethostname(),
             versions_here(),

@@ -1,0 +1,91 @@
+"""Memory of a run's ranks, compared with that of the machines that they are placed on."""
+
+from dataclasses import replace
+
+import pytest
+
+from cluster.ray.capacity import Capacity
+from pipelines.config.recipe import load_recipe
+from pipelines.distillation.groups import open_groups
+from pipelines.distillation.placed_memory import placed_needs, require_room
+from pipelines.distillation.pools import pools_of
+from pipelines.distillation.preflight import run_preflight
+from pipelines.distillation.readiness import process_needs
+from pipelines.planning.stored_text import ENCODING
+from pipelines.planning.workload import Workload
+from pipelines.run.folder import RunFolder
+from sgmd_core.errors import ConfigError
+from workers.models.families import family_of
+
+TIB = 2**40
+OPTIONS = {
+    "map": (
+        "topology.mode=map",
+        "topology.pools={learn: {ranks: 2, gpus: 1}, score: {ranks: 1, gpus: 1}}",
+        "topology.roles={generator: learn, fake_score: score, teacher: [learn, score]}",
+        "batch.micro_batches=1",
+    ),
+    "pools": ("topology.mode=pools", "topology.generator={ranks: 2, gpus: 0.5}"),
+    "fused": ("topology.mode=fused", "topology.fused={ranks: 2, gpus: 1}"),
+}
+
+
+def needs_of(mode: str, *options: str):
+    config = load_recipe("tiny", ["sweep.settings={}", *OPTIONS[mode], *options])
+    model = family_of(config.model_folder).inspect(config.model_folder)
+    return config, process_needs(config, model, ENCODING)
+
+
+@pytest.mark.parametrize("mode", OPTIONS)
+def test_every_rank_of_the_pools_of_a_run_has_a_need_but_the_feed(mode):
+    config, needs = needs_of(mode, "validation.every=10")
+    pools = pools_of(config)
+    placed = placed_needs(needs, {pool.name: ["here"] * pool.num_ranks for pool in pools})
+    expected = {f"{pool.name}[{rank}]" for pool in pools for rank in range(pool.num_ranks)}
+    assert {one.rank for one in placed} == expected - {"feed[0]"}
+    assert all(one.need.num_bytes > 0 for one in placed)
+
+
+def test_a_gpu_that_is_too_small_is_refused_by_machine_pool_and_rank():
+    config, needs = needs_of("map")
+    places = {"learn": ["large", "small"], "score": ["large"]}
+    placed, work = placed_needs(needs, places), Workload.of(config)
+    room = {"large": Capacity(TIB, (TIB,) * 2), "small": Capacity(TIB, (TIB,))}
+    require_room(placed, room, work)
+    # A machine whose GPUs torch does not see, and one that did not answer, are not judged.
+    require_room(placed, {"small": Capacity(TIB)}, work)
+    with pytest.raises(ConfigError) as refused:
+        require_room(placed, {**room, "small": Capacity(TIB, (2**20,))}, work)
+    words = str(refused.value)
+    assert "machine small" in words
+    assert "learn[1]" in words
+    assert "0.00105 GB" in words
+    assert "topology.pools.NAME.labels" in words
+    assert "generator.compute.checkpointing=true" in words
+
+
+def test_ranks_that_share_gpus_and_main_memory_must_fit_together():
+    config, needs = needs_of("pools")
+    work = Workload.of(config)
+    placed = placed_needs(needs, {"generator": ["one", "one"], "text": ["two"], "feed": ["two"]})
+    (first, _, text) = placed
+    one, main = first.need.num_bytes, text.main_bytes
+    exact = Capacity(TIB, (int(2 * one),))
+    require_room(placed, {"one": exact, "two": Capacity(int(main) + 1)}, work)
+    with pytest.raises(ConfigError, match=r"machine one.*generator\[0\].*generator\[1\]"):
+        require_room(placed, {"one": replace(exact, gpu_bytes=(int(1.5 * one),))}, work)
+    with pytest.raises(ConfigError, match=r"main memory of machine two.*text\[0\]"):
+        require_room(placed, {"two": Capacity(int(main) - 1)}, work)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_whose_machine_is_too_small_ends_before_a_role_loads(tmp_path, monkeypatch):
+    import cluster.ray.capacity as capacity
+
+    monkeypatch.setattr(capacity, "memory_bytes", lambda: (2**20, 2**20))
+    small = [f"topology.{name}.cpus=0.1" for name in ("generator", "fake_score", "teacher")]
+    config = load_recipe("tiny", [f"output={tmp_path}", "topology.mode=pools", *small])
+    started = open_groups(config, run_preflight(config), RunFolder(tmp_path), None, 1)
+    with pytest.raises(ConfigError, match=r"main memory of machine.*generator\[0\]"), started:
+        pytest.fail("the roles have been started")
