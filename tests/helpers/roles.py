@@ -92,7 +92,11 @@ def tiny_roles(
             networks["generator"],
             FlowMatchSchedule(),
             GeneratorSettings(
-                ema_decay=ema_decay, ema_device=place, diversity=diversity, optimizer=optimizer
+                ema_decay=ema_decay,
+                ema_device=place,
+                diversity=diversity,
+                optimizer=optimizer,
+                compute=compute or ComputeSettings(),
             ),
             latent_shape,
             SEED,

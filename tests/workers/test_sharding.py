@@ -36,6 +36,7 @@ from tests.helpers.roles import (
 )
 from tests.helpers.tiny_wan import tiny_velocity
 from workers.compute import prepare_network
+from workers.models.exporting import narrowed
 from workers.models.wan_family import WanFamily
 from workers.network_settings import ComputeSettings, LoraSettings
 from workers.role_state import load_role
@@ -159,6 +160,8 @@ def on_two(rank: int, size: int, folder: Path) -> dict[str, Any]:
     brought["gathered in bf16"] = gathered.by_dtype
     for role in ("generator", "fake_score"):
         brought[f"bf16 {role}"] = whole_gradients(roles, role)
+    brought["final in bf16"] = roles.generator.final_weights()
+    brought["validated in bf16"] = roles.generator.validated_weights()
     brought["frozen"] = [frozen_answer(sharded=sharded) for sharded in (True, False)]
     return brought
 
@@ -348,6 +351,15 @@ def test_parameters_computed_in_bf16_are_gathered_in_bf16(ranks):
     # Forward and backward pass of each micro-batch gather each learner's half at least once.
     halves = sum(value.numel() for value in tiny_velocity(1).parameters()) / 2
     assert found[torch.bfloat16] >= 2 * 2 * 2 * 2 * halves
+
+
+def test_weights_to_validate_are_narrowed_before_they_are_gathered_and_the_first_rank_has_them(
+    ranks,
+):
+    final, found = ranks[0]["final in bf16"], ranks[0]["validated in bf16"]
+    assert same_bits(found, narrowed(final, torch.bfloat16, WanFamily.traits.keep_fp32))
+    assert {value.dtype for value in found.values()} == {torch.bfloat16, torch.float32}
+    assert ranks[1]["validated in bf16"] == {}
 
 
 @pytest.mark.parametrize("role", ["generator", "fake_score"])
