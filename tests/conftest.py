@@ -20,6 +20,7 @@ from urllib.request import urlopen
 import pytest
 
 from tests.helpers.faulty_proxy import ProxyBook, Trouble, serve_faulty
+from tests.helpers.forked_python import forked_python
 from tests.helpers.s3_server import S3Access, S3Server, free_port, serve_s3, use_server
 
 # OpenMP reads both when torch is loaded. There are more processes than cores: threads that wait for
@@ -70,6 +71,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             places[path] = (before / total, path)
             before += weight
     items.sort(key=lambda item: places[item.path])
+
+
+@pytest.fixture
+def forked_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the processes that a test starts be forked off a Python that has loaded libraries."""
+    monkeypatch.setattr(sys, "executable", forked_python())
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +158,7 @@ def ray_cluster(ray_folder: Path, s3_access: S3Access) -> Iterator[None]:
         # Ray's processes keep the environment in which Ray was started.
         for name, value in s3_access.environment.items():
             patch.setenv(name, value)
+        patch.setattr(sys, "executable", forked_python())
         stack.enter_context(
             start_ray(
                 num_cpus=4,
@@ -195,7 +203,7 @@ def _start_head(
     folder: Path, log_file: Path, dashboard: int, ports: Sequence[int]
 ) -> subprocess.Popen[bytes]:
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+        *(forked_python(), "-m", "ray.scripts.scripts", "start", "--head", "--block"),
         *("--num-cpus=4", "--num-gpus=1", "--disable-usage-stats"),
         f"--object-store-memory={300 * 2**20}",
         *(f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}"),
@@ -204,7 +212,7 @@ def _start_head(
     ]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     # Commands of jobs find the interpreter of these tests under the name python.
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment["PATH"] = f"{Path(forked_python()).parent}:{environment['PATH']}"
     with log_file.open("w") as log:
         return subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True

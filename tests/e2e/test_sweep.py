@@ -22,6 +22,7 @@ from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.sweeping.run import sweep
 from sgmd_core.errors import ConfigError
 from tests.e2e.conftest import MakeRecipe
+from tests.helpers.forked_python import forked_process
 from tests.helpers.shards import write_folder
 
 GRID = (
@@ -155,6 +156,7 @@ def cursors(run: Path) -> list[dict[str, int]]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_libraries")
 def test_a_sweep_whose_processes_are_all_killed_goes_on_and_runs_no_finished_trial_again(
     recipe_file: Path, tmp_path: Path
 ) -> None:
@@ -222,7 +224,8 @@ def wait_until(is_so: Callable[[], object], timeout_s: float = 180.0) -> None:
 
 def kill_tree(pid: int) -> None:
     """Kills a process and all below it, as a machine does that loses its power."""
-    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    top = psutil.Process(forked_process(pid))
+    tree = [psutil.Process(pid), top, *top.children(recursive=True)]
     for process in tree:
         with suppress(psutil.Error):
             process.kill()

@@ -100,6 +100,7 @@ def test_stored_latents_train_the_denoiser_that_the_videos_train(
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("forked_libraries")
 def test_a_run_at_an_address_goes_on_from_an_empty_disk_after_kill_9_with_the_same_bits(
     folder: Path, tmp_path: Path, s3_access: S3Access, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,140 @@
+"""Stands for the Python interpreter: has a process forked, and ends as that process ends.
+
+It runs before anything is imported:
+
+    forked_client.py SOCKET ARGUMENTS...
+
+What the server does not know (an option of the interpreter, a terminal, another environment), and
+what comes when there is none, is started by the interpreter itself. Signals go on to the process,
+and whoever kills this one kills it.
+"""
+
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+_SETUP, _WORKER = "setup_worker.py", "default_worker.py"
+_CONTEXT = "--serialized-runtime-env-context="
+_PR_SET_PDEATHSIG = 1
+_LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+
+
+def main() -> None:
+    """Runs until the process has ended."""
+    address, *arguments = sys.argv[1:]
+    start = _without_setup(_start(arguments))
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    if start is None or os.isatty(0) or not _asked(server, address, start):
+        os.execv(sys.executable, [sys.executable, *arguments])
+    pid = 0
+    ended = b""
+    passed = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, passed)
+    with server.makefile("rb") as answers:
+        pid = int(answers.readline() or 0)
+        # Tells the tests which process it is.
+        Path("/proc/self/comm").write_text(f"for-{pid}")
+        if not pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            os.execv(sys.executable, [sys.executable, *arguments])
+
+        def passing(number: int, _frame: object) -> None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+        for number in passed:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, passing)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        ended = answers.readline()
+    if not ended:
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(int(ended))
+    if code < 0:
+        # As the process has ended, so that who waits reads the same status. No second core file.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if -code not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-code, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {-code})
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _start(arguments: list[str]) -> list[str] | None:
+    """Returns a start that can be forked: -m MODULE, -c CODE or a script; None for any other."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-m", "-c")):
+        return None
+    if arguments[0] == "-c" and arguments[1:2] and arguments[1].startswith("-"):
+        return None
+    return arguments
+
+
+def _without_setup(start: list[str] | None) -> list[str] | None:
+    """Leaves out the script that Ray puts before a worker's own, and does what it would do.
+
+    A worker ends with its raylet.
+    """
+    scripts = [Path(word).name for word in (start or [])[:2]]
+    if start is None or _WORKER not in scripts:
+        return start
+    with suppress(ImportError, OSError, AttributeError):  # A system without it.
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if scripts != [_SETUP, _WORKER]:
+        return start
+    found = [word.removeprefix(_CONTEXT) for word in start if word.startswith(_CONTEXT)]
+    context = json.loads(found[0]) if found else {}
+    if context.get("command_prefix"):
+        return None
+    os.environ.update(context.get("env_vars") or {})
+    return [word for word in start[1:] if not word.startswith((_CONTEXT, "--language="))]
+
+
+def _asked(server: socket.socket, address: str, start: list[str]) -> bool:
+    """Sends the request with all open files; False if nobody takes it."""
+    try:
+        files = sorted(
+            number
+            for number in (int(file.name) for file in Path("/proc/self/fd").iterdir())
+            if number != server.fileno() and _is_open(number)
+        )
+        umask = os.umask(0o22)
+        os.umask(umask)
+        request = {
+            "start": start,
+            "files": files,
+            "environment": dict(os.environ),
+            "folder": str(Path.cwd()),
+            "umask": umask,
+            "ignored": [
+                number
+                for number in signal.valid_signals()
+                if signal.getsignal(number) is signal.SIG_IGN
+            ],
+            "blocked": [int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
+            "limits": {name: resource.getrlimit(number) for name, number in _LIMITS.items()},
+        }
+        body = json.dumps(request).encode()
+        server.connect(address)
+        socket.send_fds(server, [len(body).to_bytes(8, "big")], files)
+        server.sendall(body)
+        return server.recv(1) == b"+"
+    except OSError:
+        return False
+
+
+def _is_open(number: int) -> bool:
+    try:
+        return os.get_inheritable(number)
+    except OSError:
+        return False
+
+
+if __name__ == "__main__":
+    main()
