@@ -71,6 +71,7 @@ def test_a_population_without_its_libraries_is_refused() -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.skipif(not PB2_LIBRARIES.exists(), reason="no libraries of PB2: `make setup`")
+@pytest.mark.usefixtures("forked_libraries")
 def test_the_worst_of_a_population_goes_on_from_the_state_of_a_better_one(
     recipe_file: Path, tmp_path: Path
 ) -> None:
