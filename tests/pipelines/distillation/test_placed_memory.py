@@ -85,6 +85,9 @@ def test_a_run_whose_machine_is_too_small_ends_before_a_role_loads(tmp_path, mon
 
     monkeypatch.setattr(capacity, "memory_bytes", lambda: (2**20, 2**20))
     small = [f"topology.{name}.cpus=0.1" for name in ("generator", "fake_score", "teacher")]
+    (tmp_path / "prompts.txt").write_text("a red circle moves left\n")
+    small += [f"data.train={tmp_path / 'prompts.txt'}", "validation.every=0"]
+    small += ["checkpoint.keep_best=0"]
     config = load_recipe("tiny", [f"output={tmp_path}", "topology.mode=pools", *small])
     started = open_groups(config, run_preflight(config), RunFolder(tmp_path), None, 1)
     with pytest.raises(ConfigError, match=r"main memory of machine.*generator\[0\]"), started:
