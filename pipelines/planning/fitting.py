@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.plan import best_layouts
-from pipelines.planning.savings import Saved, combinations
+from pipelines.planning.savings import Saved, all_savings
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
 
@@ -44,7 +44,7 @@ def fastest_fit(
 
     found: list[tuple[float, Saved]] = []
     best_s = math.inf
-    ordered = sorted(combinations(work), key=lambda saved: (least_s(saved), len(saved.settings)))
+    ordered = sorted(all_savings(work), key=lambda saved: (least_s(saved), len(saved.settings)))
     for saved in ordered:
         if best_s <= _AS_FAST * least_s(saved):
             break

@@ -6,7 +6,7 @@
     proposed           added one after the other until the run fits; then each that it fits
                        without is left out again, the dearest first
 
-    combinations       every choice of them, for `pipelines.planning.fitting` to find the fastest
+    all_savings        every choice of them, for `pipelines.planning.fitting` to find the fastest
 
 None of them changes what is trained. What they cost in time is in the plan that is made with them.
 """
@@ -61,7 +61,7 @@ class Saved:
     settings: tuple[str, ...] = ()
 
 
-def combinations(work: Workload) -> list[Saved]:
+def all_savings(work: Workload) -> list[Saved]:
     """Every iteration that some of the savings make of one, the fewest settings for each."""
     found = [Saved(work)]
     for saving in _SAVINGS:

@@ -11,7 +11,7 @@ from pipelines.planning.fitting import fastest_fit
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.plan import best_layouts, make_plan
 from pipelines.planning.request import Request, answer
-from pipelines.planning.savings import combinations, fitting_savings
+from pipelines.planning.savings import all_savings, fitting_savings
 from pipelines.planning.stage_times import StageTimes, modelled, rescaled
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
@@ -40,7 +40,7 @@ def fitted_s(work: Workload, hardware: Hardware, num_gpus: int) -> float:
 def test_no_combination_of_savings_is_faster_than_the_one_that_is_taken(asked, gpus, memory):
     work, hardware = workload(*asked), Hardware(memory_gb=memory)
     seconds: list[float] = []
-    for saved in combinations(work):
+    for saved in all_savings(work):
         best = best_layouts(saved.work, modelled(saved.work, hardware), hardware, gpus)[0]
         seconds += [best.iteration_s] if best.fits else []
     found = fitted_s(work, hardware, gpus)
