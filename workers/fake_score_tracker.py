@@ -18,6 +18,9 @@ key between the two calls. With fresh tracking `signal` runs on frozen parameter
 a forward pass of its own on another batch. Either way no gradient of the generator's loss reaches a
 parameter: autograd is asked for the gradient at x0 and for nothing else.
 
+Two walks back make the layers again twice where they are checkpointed. With `walk: joint`, `signal`
+makes one for both gradients, and `track` hands out what it has found of tracking's loss.
+
 Where another role computes the loss, `signal` comes in two halves:
 
     predict(query)           velocity; its graph back to x0 waits under the batch's key
@@ -31,7 +34,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from sgmd_core.errors import StaleCallError, non_finite_remedy
+from sgmd_core.errors import ConfigError, StaleCallError, non_finite_remedy
 from sgmd_core.objectives import GradientPath, LookingObjective, Objective, restarts_of
 from sgmd_core.objectives.shuffled import shuffled_teacher
 from sgmd_core.types import (
@@ -48,6 +51,7 @@ from sgmd_core.types import (
 from workers.adapters import make_trainable
 from workers.extra_updates import ExtraUpdates
 from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
+from workers.joint_walk import JointWalk
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
@@ -91,6 +95,15 @@ class FakeScoreTracker(ExtraUpdates):
             "fake score", velocity_model, settings.optimizer, objective.fake_updates
         )
         self._kept: dict[MicroBatchKey, _KeptForward] = {}
+        self._joint = settings.walk == "joint"
+        self._walked: dict[MicroBatchKey, _Walked] = {}
+        if self._joint and is_sharded(velocity_model):
+            raise ConfigError(
+                "walking back through the fake score once for two gradients",
+                "weights that several ranks share",
+                "one rank",
+                "Set fake_score.walk=apart",
+            )
         self._restarts = restarts_of(objective)
         # Taken before anything is loaded: the weights that the role was built with.
         self._start = self._optimizer.snapshot() if self._restarts else None
@@ -99,7 +112,7 @@ class FakeScoreTracker(ExtraUpdates):
     @property
     def forwards_kept(self) -> int:
         """Forward passes whose graph waits for tracking."""
-        return len(self._kept)
+        return len(self._waiting)
 
     def signal(
         self, query: NoisedBatch, teacher: TeacherPrediction, share: float
@@ -132,6 +145,8 @@ class FakeScoreTracker(ExtraUpdates):
         x0 = query.x0.detach().requires_grad_()
         leaf = detached(query, x0)
         velocity_teacher = teacher.velocity.to(device).detach()
+        if self._joint:
+            return self._signal_and_track(leaf, velocity_teacher, share)
         wanted = [x0]
         if self._objective.path is GradientPath.BOTH_SCORES:
             # The graph behind it is the teacher's, who is sent the gradient at this leaf.
@@ -257,6 +272,8 @@ class FakeScoreTracker(ExtraUpdates):
         """
         self._optimizer.require_current(query.key.iteration, "tracking a micro-batch")
         self._restart(query.key.iteration)
+        if self._joint:
+            return self._take_walked(query, share)
         forward = self._take_kept(query) if self._shared else self._forward(query)
         loss = self._objective.tracking_loss(forward.query, forward.velocity_fake)
         predictions = {_VELOCITY_FAKE: forward.velocity_fake}
@@ -275,10 +292,10 @@ class FakeScoreTracker(ExtraUpdates):
             StaleCallError: A forward pass still waits for tracking, or another iteration is under
                 way.
         """
-        if self._kept:
+        if self._waiting:
             raise StaleCallError(
                 f"closing iteration {iteration} on the fake score",
-                f"signals that were not tracked: {list(self._kept)}",
+                f"signals that were not tracked: {self._waiting}",
                 "one track call for every signal",
                 "Send the missing calls, or call discard to give the iteration up",
             )
@@ -321,6 +338,7 @@ class FakeScoreTracker(ExtraUpdates):
     def discard(self) -> None:
         """Gives the iteration up: drops graphs and gradients, and takes extra updates back."""
         self._kept.clear()
+        self._walked.clear()
         self.end_extra()
         self._optimizer.discard()
 
@@ -360,6 +378,69 @@ class FakeScoreTracker(ExtraUpdates):
         self._restarted = None
         self._optimizer.restore(snapshot)
         return snapshot.updates
+
+    @property
+    def _waiting(self) -> list[MicroBatchKey]:
+        return [*self._kept, *self._walked]
+
+    def _signal_and_track(
+        self, leaf: NoisedBatch, velocity_teacher: Latents, share: float
+    ) -> GeneratorSignal:
+        """Both gradients by one walk back: that at the samples, and that in the parameters.
+
+        A gradient at the samples that is not finite, of losses that are, shows when the parameters
+        have gathered theirs: where this role raises, the micro-batch then waits for tracking that
+        is refused, and the iteration can only be given up.
+
+        Args:
+            leaf: The query, its samples a leaf.
+            velocity_teacher: The teacher's velocity at it.
+            share: As `signal` has it.
+        """
+        query = detached(leaf)
+        walk = JointWalk(self._network, leaf)
+        velocity_fake = walk.velocity
+        gap_to = (
+            shuffled_teacher(velocity_fake, velocity_teacher)
+            if self._shuffled
+            else velocity_teacher
+        )
+        loss = self._objective.generator_loss(leaf, velocity_fake, gap_to)
+        tracking = self._objective.tracking_loss(query, velocity_fake)
+        predictions = {_VELOCITY_FAKE: velocity_fake, _VELOCITY_TEACHER: gap_to}
+        value, found = self._checked(tracking.value, tracking, (), query, predictions)
+        walked = _Walked(query.generator_version, share)
+        self._walked[query.key] = walked
+        gradient = walk.back(share * loss.value, share * value)
+        grad_x0, metrics = self._checked(gradient, loss, (gradient,), query, predictions)
+        walked.report = TrackReport(metrics=found)
+        return GeneratorSignal(
+            key=query.key,
+            grad_x0=grad_x0,
+            generator_version=query.generator_version,
+            metrics=metrics,
+        )
+
+    def _take_walked(self, query: NoisedBatch, share: float) -> TrackReport:
+        """The loss terms of a micro-batch whose gradient `signal` has gathered."""
+        walked = self._walked.get(query.key)
+        if (
+            walked is None
+            or walked.report is None
+            or (walked.generator_version, walked.share) != (query.generator_version, share)
+        ):
+            refused = [key for key, each in self._walked.items() if each.report is None]
+            raise StaleCallError(
+                f"tracking {query.key} of generator version {query.generator_version}, a share of "
+                f"{share:.3g}",
+                f"the fake score has walked {list(self._walked) or 'no forward passes'}"
+                + (f" and refused {refused}" if refused else ""),
+                "a query whose signal was computed in this iteration with this share, and not "
+                "tracked yet",
+                "Call signal first; with fake_score.walk=joint it makes both gradients",
+            )
+        del self._walked[query.key]
+        return walked.report
 
     def _restart(self, iteration: int) -> None:
         """Goes back to the first weights, without moments, before a phase that begins anew."""
@@ -483,6 +564,21 @@ class _KeptForward:
     query: NoisedBatch
     velocity_fake: Latents
     x0: Latents | None = None
+
+
+@dataclass(slots=True)
+class _Walked:
+    """A micro-batch whose two gradients were made by one walk.
+
+    Attributes:
+        generator_version: Updates that the generator had seen.
+        share: Share of the iteration that its gradients were weighted by.
+        report: Terms of tracking's loss; None if the micro-batch was refused.
+    """
+
+    generator_version: int
+    share: float
+    report: TrackReport | None = None
 
 
 @contextmanager

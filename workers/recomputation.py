@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sgmd_core.errors import ConfigError
+from workers.joint_walk import cut_layer
 
 LayerFunction = Callable[..., Any]
 """Computes a layer: the module, then its inputs, the stream of tokens first."""
@@ -41,7 +42,8 @@ def layer_function(mode: bool | str) -> LayerFunction:
 
 
 def _again(layer: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401  (a layer's own arguments)
-    return checkpoint(layer.__call__, *inputs, use_reentrant=False)
+    cut = cut_layer(layer, *inputs)
+    return cut if cut is not None else checkpoint(layer.__call__, *inputs, use_reentrant=False)
 
 
 def _selective(layer: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401

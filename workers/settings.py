@@ -265,6 +265,9 @@ class FakeScoreSettings:
         lora: Adapters to train in place of all weights; null trains all.
         gap: The gap between the scores that a sample teaches the generator: its `own`, or
             `shuffled`, that of its neighbour in the batch, which is the control of a study.
+        walk: Ways back through the network's shared forward pass: `apart`, one for the generator's
+            signal and one for tracking, or `joint`, one for both, in which layers that
+            checkpointing makes again are made again once; the signal is then sent after tracking.
     """
 
     tracking: Literal["shared", "fresh"] = "shared"
@@ -274,6 +277,7 @@ class FakeScoreSettings:
     lora: LoraSettings | None = None
     start: Literal["teacher", "generator"] = "teacher"
     gap: Gap = "own"
+    walk: Literal["apart", "joint"] = "apart"
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -295,7 +299,28 @@ class FakeScoreSettings:
         require_setting(
             0 < self.ida_decay <= 1, "fake_score.ida_decay", self.ida_decay, "in (0, 1]"
         )
+        require_setting(
+            self.walk in ("apart", "joint"), "fake_score.walk", self.walk, "'apart' or 'joint'"
+        )
+        if self.walk == "joint":
+            self._require_joint()
         _require_trained_in_fp32("fake_score", self.compute, self.lora)
+
+    def _require_joint(self) -> None:
+        compute, alone = self.compute, "which one walk for both gradients (fake_score.walk) needs"
+        for name, found, wanted in (
+            ("tracking", self.tracking, "shared"),
+            ("compute.checkpointing", compute.checkpointing, True),
+            ("compute.compile", compute.compile, False),
+            ("compute.ulysses", compute.ulysses, 1),
+        ):
+            words = str(wanted).lower() if isinstance(wanted, bool) else repr(wanted)
+            require_setting(
+                found == wanted and type(found) is type(wanted),
+                f"fake_score.{name}",
+                found,
+                f"{words}, {alone}; or fake_score.walk=apart",
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ _NOT_IN_DIGEST: dict[str, Any] = {
     "fake_score": {
         "optimizer": {"moments", "log_block_norms"},
         "compute": {"checkpointing", "compile", "ulysses"},
+        "walk": True,
     },
     "discriminator": {
         "optimizer": {"moments", "log_block_norms"},

@@ -47,6 +47,7 @@ from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
 from pipelines.config.unread import unread_settings
+from pipelines.config.walk import rank_contradictions, walk_contradictions
 from sgmd_core.buckets import drawn_bucket
 from sgmd_core.objectives import adversary_of, looks_of, phases_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
@@ -383,8 +384,11 @@ def _contradictions(config: DistillConfig) -> list[str]:
     problems += shuffling_contradictions(
         config.objective, config.fake_score, config.generator.diversity
     )
+    problems += walk_contradictions(config.objective, config.fake_score)
     if not found:
-        parties = config.teams[FAKE_SCORE].parties
+        team = config.teams[FAKE_SCORE]
+        problems += rank_contradictions(config.fake_score, team.ranks_by_replica)
+        parties = team.parties
         problems += part_contradictions(config.fake_score, batch.size, batch.micro_batches, parties)
     problems += method_contradictions(config.objective, config.fake_score)
     problems += step_contradictions(config.schedule, config.generator, config.objective)

@@ -126,6 +126,7 @@ def program_of(config: DistillConfig) -> Program:
         consistency=consistency_of(config.objective) is not None,
         flow=flow_of(config.objective) is not None,
         matching=learns_from_samples(config.objective),
+        joint=config.fake_score.walk == "joint",
     )
 
 

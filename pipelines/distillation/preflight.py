@@ -13,7 +13,7 @@ from pipelines.config.clip_sizes import require_samplable, trained_shapes
 from pipelines.config.figures import SHAPE_FIGURES
 from pipelines.config.model_folders import model_on_this_machine, models_of_roles
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.roles import DISCRIMINATOR, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, TEACHER
 from pipelines.config.sequence import require_divisible
 from pipelines.data.shards.prompts import read_stored_prompts
 from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, Encoding
@@ -52,6 +52,9 @@ from workers.optical_flow import MIN_SIDE_PX
 
 # As many captions as tell which language and vocabulary the data have.
 _NUM_READ = 256
+_COMPUTE = "Correct {}.compute"
+_REMEDIES = {"lora": "Correct {}.lora", "joint": "Set {}.walk=apart"}
+"""Remedies for what a family does not compute, other than a change of `compute`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,6 +332,7 @@ def require_computable(config: DistillConfig, families: Mapping[str, ModelFamily
             "attention": compute.attention != NATIVE,
             "ulysses": compute.ulysses > 1,
             "lora": role in adapted_roles(config),
+            "joint": role == FAKE_SCORE and config.fake_score.walk == "joint",
         }
         lacking = [name for name in wanted if wanted[name] and name not in family.traits.computes]
         if lacking:
@@ -337,7 +341,9 @@ def require_computable(config: DistillConfig, families: Mapping[str, ModelFamily
                 f"{role} asks for {' and '.join(lacking)}",
                 f"settings that the family supports: {', '.join(sorted(family.traits.computes))}"
                 + (f"; {family.traits.limits}" if family.traits.limits else ""),
-                f"Correct {role}.lora" if lacking == ["lora"] else f"Correct {role}.compute",
+                (_REMEDIES.get(lacking[0], _COMPUTE) if len(lacking) == 1 else _COMPUTE).format(
+                    role
+                ),
             )
         if config.topology.mode == "local":
             # Other machines may have other libraries: there each process looks before it reads.

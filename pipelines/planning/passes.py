@@ -159,6 +159,7 @@ def _passes(config: DistillConfig, rollout: float, sample: float) -> dict[str, P
         flow=flow_of(config.objective) is not None,
         guided_flow=flow_is_guided(config.objective),
         matching=learns_from_samples(config.objective),
+        joint=config.fake_score.walk == "joint",
     )
     return _named(
         {

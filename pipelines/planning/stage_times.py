@@ -113,17 +113,22 @@ def measured(path: Path, work: Workload) -> StageTimes:
     if sample in work.passes and sample not in found and rollout in found:
         found[sample], flops[sample] = found[rollout], flops[rollout]
         where += ", generator.sample taken for generator.rollout"
-    missing = [".".join(name) for name in work.passes if name not in found]
+    wanted = mean_over_sizes(work, _flops)
+    # A stage may do the work of another one in the run: `fake_score.walk`.
+    missing = [
+        ".".join(name)
+        for name in work.passes
+        if name not in found or (wanted[name] and not flops[name])
+    ]
     if missing:
         raise ConfigError(
             f"taking stage times from {place}",
             f"no time of {', '.join(missing)}",
             "a time of every stage of this recipe",
-            "Give the folder of a run with the same fake_score.tracking and objective.method (the"
-            " benchmark measures SGMD alone), or plan without --measured",
+            "Give the folder of a run with the same fake_score.tracking, fake_score.walk and"
+            " objective.method (the benchmark measures SGMD alone), or plan without --measured",
         )
-    wanted = mean_over_sizes(work, _flops)
-    factors = {name: wanted[name] / flops[name] if wanted[name] else 1.0 for name in work.passes}
+    factors = {name: wanted[name] / flops[name] if flops[name] else 1.0 for name in work.passes}
     scaled = any(abs(factor - 1) > 0.01 for factor in factors.values())
     seconds = {name: found[name] * factors[name] for name in work.passes}
     return StageTimes(seconds, where + (", scaled by operations" if scaled else ""), together)

@@ -152,6 +152,7 @@ class Workload:
         ulysses: Roles whose ranks work on samples together, with how many of them do.
         all_pairs: Roles whose attention holds a matrix of all pairs of tokens.
         buckets: Several sizes that iterations draw from; None where there is one.
+        joint_walk: Whether the fake score makes both gradients by one walk back.
     """
 
     shape: DenoiserShape
@@ -190,6 +191,7 @@ class Workload:
     ulysses: tuple[tuple[str, int], ...] = ()
     all_pairs: frozenset[str] = frozenset()
     buckets: LatentBuckets | None = None
+    joint_walk: bool = False
     guided_flow: bool = False
 
     @classmethod
@@ -205,10 +207,8 @@ class Workload:
             ModelFolderError: The folder holds another kind of model.
         """
         shape = model_shape(config, model)
-        updated = {
-            GENERATOR: config.generator.optimizer,
-            FAKE_SCORE: config.fake_score.optimizer,
-        }
+        generator, fake_score = config.generator.optimizer, config.fake_score.optimizer
+        updated = {GENERATOR: generator, FAKE_SCORE: fake_score}
         if DISCRIMINATOR in config.roles:
             updated[DISCRIMINATOR] = config.discriminator.optimizer
         computes = config.computes
@@ -263,6 +263,7 @@ class Workload:
                 role for role, own in computes.items() if KERNELS[own.attention].all_pairs
             ),
             buckets=buckets if len(buckets.shapes) > 1 else None,
+            joint_walk=config.fake_score.walk == "joint",
         )
 
     @property
@@ -375,6 +376,7 @@ class Workload:
             consistency=self.consistency,
             flow=self.flow,
             matching=self.matching,
+            joint=self.joint_walk,
         )
 
     @property
@@ -471,6 +473,7 @@ class Workload:
             flow=self.flow,
             guided_flow=self.guided_flow,
             matching=self.matching,
+            joint=self.joint_walk,
         )
 
     def weight_bytes(self, role: str) -> int:

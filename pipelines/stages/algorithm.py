@@ -25,6 +25,7 @@ Variants are other programs over the same stages:
     fresh tracking      ROLLOUT DENOISE SIGNAL LEARN | update | n times (SAMPLE TRACK | update)
     through the teacher PULLBACK between SIGNAL and LEARN (SiD)
     diversity loss      START before ROLLOUT, ANCHOR by the teacher, DIVERSIFY after LEARN
+    one walk back       SIGNAL gathers what TRACK would, which hands out the terms of its loss
     mixing of weights   the fake score takes in the generator's weights between the two updates
     comparing steps     PREDICT, COMPARE_STEPS and COMPLETE in the place of SIGNAL (ADM)
     comparing data      COMPARE_DATA by the discriminator between SIGNAL and LEARN (DMD2's GAN term)
@@ -39,7 +40,7 @@ back. The dispatcher, the planner and the study read these constants.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -320,6 +321,7 @@ def iteration_program(
     consistency: bool = False,
     flow: bool = False,
     matching: bool = True,
+    joint: bool = False,
 ) -> Program:
     """Program of one iteration: passes over the micro-batches, and updates.
 
@@ -334,10 +336,11 @@ def iteration_program(
         consistency: The generator also learns from noised data.
         flow: The generator learns the strides of its flow head from noised data.
         matching: The generator learns from its own samples.
+        joint: The signal gathers what tracking would: `fake_score.walk`.
     """
     shared = fresh_updates == 0
     denoise = DENOISE.step(ROLLOUT, keeps_until=PULLBACK if through_teacher else None)
-    signalling = _signalling(compared, shared=shared, through_teacher=through_teacher)
+    signalling = _signalling(compared, shared=shared, through_teacher=through_teacher, joint=joint)
     distil = Pass(
         (
             *([START.step()] if diversity else []),
@@ -365,7 +368,7 @@ def iteration_program(
 
 
 def _signalling(
-    compared: ComparedStates | None, *, shared: bool, through_teacher: bool
+    compared: ComparedStates | None, *, shared: bool, through_teacher: bool, joint: bool
 ) -> tuple[Stage, ...]:
     """Stages from the teacher's answer to the generator's learning."""
     if compared is ComparedStates.STEPS:
@@ -378,8 +381,9 @@ def _signalling(
             LEARN.step(COMPLETE),
         )
     signal = PULLBACK if through_teacher else SIGNAL
+    making = SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK if shared else None)
     return (
-        SIGNAL.step(ROLLOUT, DENOISE, keeps_until=TRACK if shared else None),
+        replace(making, gathers=joint),
         *([TRACK.step(ROLLOUT)] if shared else []),
         *([PULLBACK.step(ROLLOUT, SIGNAL)] if through_teacher else []),
         *([COMPARE_DATA.step(ROLLOUT, signal)] if compared is ComparedStates.DATA else []),

@@ -9,7 +9,7 @@ each forward pass with a graph is made again before its backward pass.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from pipelines.config.lag import LagSettings
@@ -83,24 +83,26 @@ class Passes:
         to_input: Backward passes that end at the samples.
         to_weights: Backward passes that end at the parameters.
         tangents: Derivatives that forward passes carry along.
+        joint: Walks back that make a pass to the samples and one to the parameters together.
     """
 
     forwards: float = 0.0
     to_input: float = 0.0
     to_weights: float = 0.0
     tangents: float = 0.0
+    joint: float = 0.0
 
     @property
     def backwards(self) -> float:
-        """Backward passes of both kinds; checkpointing adds a forward pass to each."""
-        return self.to_input + self.to_weights
+        """Walks back; checkpointing adds a forward pass to each."""
+        return self.to_input + self.to_weights - self.joint
 
     def units(self, costs: PassCosts, *, checkpointed: float = 0.0) -> float:
         """Cost in forward passes of the network that costs are counted by.
 
         Args:
             costs: Of one pass of each kind.
-            checkpointed: Part of a forward pass that is made again for each backward pass.
+            checkpointed: Part of a forward pass that is made again for each walk back.
         """
         forwards = self.forwards + checkpointed * self.backwards
         along = costs.to_input * (self.to_input + self.tangents)
@@ -112,11 +114,12 @@ class Passes:
             self.to_input + other.to_input,
             self.to_weights + other.to_weights,
             self.tangents + other.tangents,
+            self.joint + other.joint,
         )
 
     def times(self, count: float) -> "Passes":
         """These passes, `count` times."""
-        counts = (self.forwards, self.to_input, self.to_weights, self.tangents)
+        counts = (self.forwards, self.to_input, self.to_weights, self.tangents, self.joint)
         return Passes(*(count * each for each in counts))
 
 
@@ -158,6 +161,7 @@ def stage_passes(
     flow: bool = False,
     guided_flow: bool = False,
     matching: bool = True,
+    joint: bool = False,
 ) -> Mapping[StageSpec, Passes]:
     """Passes of one sample by stage, for one call of each.
 
@@ -178,6 +182,7 @@ def stage_passes(
             with a graph, which is counted as one pass of all inner steps.
         guided_flow: It does so along guided velocities, which takes one more pass.
         matching: The generator learns from its own samples.
+        joint: The signal walks back for tracking, too: `fake_score.walk`.
     """
     looks, predictions = looks or Looks(), 2 if guided else 1
     # With shared tracking the forward pass is the signal's.
@@ -186,6 +191,9 @@ def stage_passes(
     if matching:
         comparing = Passes(forwards=compared_states, to_input=1)
         found = _matching_passes(path, rollout, predictions, looks, track, compared, comparing)
+    if joint:
+        found[SIGNAL] += replace(found[TRACK], joint=1)
+        found[TRACK] = Passes()
     if consistency:
         found[NOISE_DATA] = Passes()
         found[DENOISE_DATA] = Passes(forwards=predictions)

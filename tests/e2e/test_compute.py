@@ -27,6 +27,14 @@ def test_activations_made_again_change_no_bit(make_recipe: MakeRecipe, tracking:
     other = make_recipe("name=other", *settings, "seed=1")
     for config in (plain, again, other):
         distill(config)
+    if tracking == "shared":
+        joint = make_recipe(
+            "name=joint", *settings, *everywhere("checkpointing=true"), "fake_score.walk=joint"
+        )
+        distill(joint)
+        assert joint.digest == plain.digest
+        assert history(joint) == history(plain)
+        assert state(joint, 2) == state(plain, 2)
     # Gradients that were computed from other activations would differ.
     assert_moves(moments(plain, 2), moments(other, 2))
     assert again.digest == plain.digest

@@ -63,6 +63,7 @@ def tiny_roles(
     offloaded: bool = False,
     moment_bits: Literal[8, 32] = 32,
     latent_shape: tuple[int, int, int, int] | LatentBuckets = LATENT_SHAPE,
+    walk: Literal["apart", "joint"] = "apart",
 ) -> Roles:
     """Three different tiny Wans, so that no term of the objective vanishes.
 
@@ -104,7 +105,13 @@ def tiny_roles(
         fake_score=FakeScoreTracker(
             networks["fake_score"],
             objective,
-            FakeScoreSettings(tracking=tracking, ida_decay=ida_decay, optimizer=optimizer),
+            FakeScoreSettings(
+                tracking=tracking,
+                ida_decay=ida_decay,
+                optimizer=optimizer,
+                compute=compute if compute is not None and walk == "joint" else ComputeSettings(),
+                walk=walk,
+            ),
         ),
         teacher=ScoreTeacher(networks["teacher"], TeacherSettings(guidance_scale=guidance_scale)),
         networks=networks,

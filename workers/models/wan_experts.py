@@ -53,6 +53,8 @@ _TRAITS = replace(
     WAN_TRAITS,
     about="text to video with two experts by noise level",
     layout=EXPERTS_LAYOUT,
+    # A batch may go through the layers of both: no one chain.
+    computes=WAN_TRAITS.computes - {"joint"},
     # The model's own guidance is 4 above the boundary and 3 below; a folder is sampled with one.
     sampling=replace(WAN_TRAITS.sampling, num_steps=40, guidance_scale=4.0, height=720, width=1280),
     # Relatives are named by the family with one denoiser already.

@@ -140,6 +140,7 @@ WAN_TRAITS = FamilyTraits(
             "lora",
             "attention",
             "ulysses",
+            "joint",
         }
     ),
     # WanTransformer3DModel's own choice.

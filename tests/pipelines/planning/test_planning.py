@@ -261,6 +261,12 @@ class TestWork:
         kept = replace(SMALL, checkpointing=frozenset())
         assert sum(kept.passes.values()) == pytest.approx(4.5 + 2 + fake_score, abs=1e-3)
 
+    def test_one_walk_for_both_gradients_saves_a_forward_pass_and_only_with_checkpointing(self):
+        for work, saved in ((SMALL, 1), (replace(SMALL, checkpointing=frozenset()), 0)):
+            joint = replace(work, joint_walk=True).passes
+            assert joint[FAKE_SCORE, "track"] == 0
+            assert sum(joint.values()) == pytest.approx(sum(work.passes.values()) - saved)
+
     def test_fresh_tracking_samples_and_predicts_again(self):
         extra = replace(SMALL, fresh_updates=1).passes
         assert extra[GENERATOR, "sample"] == 2.5
@@ -1091,3 +1097,12 @@ def test_the_page_on_memory_says_what_the_planner_finds():
             times = modelled(found.work, hardware)
             best = make_plan(found.work, times, hardware, int(gpus)).best
             assert (best.name, f"{best.iteration_s:.0f}") == (layout, seconds)
+
+
+def test_one_walk_for_both_gradients_is_planned_for_one_gpu_alone():
+    joint = ["fake_score.walk=joint", "topology.mode=local", "validation.every=0"]
+    plan = ["plan", "wan21-1.3b", "--model", "1.3b", "--gpu-memory", 200, *joint]
+    two, one = (sgmd(*plan, "--gpus", number) for number in (2, 1))
+    assert two.exit_code != 0
+    assert "fake_score.walk joint and 2 GPUs" in two.output
+    assert one.exit_code == 0, one.output

@@ -1,0 +1,45 @@
+"""One walk back for both gradients of the fake score: methods and ranks that it goes with."""
+
+from collections.abc import Sequence
+
+from pipelines.config.methods import ObjectiveSettings
+from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, looks_of
+from sgmd_core.types import Looks
+from workers.settings import FakeScoreSettings
+
+_GUIDED = 2.0
+
+
+def walk_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSettings) -> list[str]:
+    """Returns what does not go with one walk back for signal and tracking, as sentences."""
+    if fake_score.walk == "apart":
+        return []
+    path, method = objective.path, objective.method
+    found = {
+        f"{method} sends no gradient through the fake score": path is GradientPath.SAMPLE,
+        f"{method} sends one through the teacher, too": path is GradientPath.BOTH_SCORES,
+        f"{method} has its loss computed by a discriminator": compared_by(objective)
+        is ComparedStates.STEPS,
+        f"{method} has score queries beside those at the samples": looks_of(objective, _GUIDED)
+        != Looks(),
+    }
+    return [_sentence(what) for what, is_there in found.items() if is_there]
+
+
+def rank_contradictions(fake_score: FakeScoreSettings, ranks: Sequence[int]) -> list[str]:
+    """Returns a sentence where ranks share the weights that are walked back through.
+
+    Args:
+        fake_score: Its section.
+        ranks: Of each of its replicas.
+    """
+    if fake_score.walk == "apart" or max(ranks) == 1:
+        return []
+    return [_sentence(f"{max(ranks)} ranks share the fake score's weights")]
+
+
+def _sentence(what: str) -> str:
+    return (
+        f"fake_score.walk joint makes signal and tracking by one walk back, and {what}; set "
+        "fake_score.walk=apart"
+    )
