@@ -97,13 +97,8 @@ class FakeScoreTracker(ExtraUpdates):
         self._kept: dict[MicroBatchKey, _KeptForward] = {}
         self._joint = settings.walk == "joint"
         self._walked: dict[MicroBatchKey, _Walked] = {}
-        if self._joint and is_sharded(velocity_model):
-            raise ConfigError(
-                "walking back through the fake score once for two gradients",
-                "weights that several ranks share",
-                "one rank",
-                "Set fake_score.walk=apart",
-            )
+        if self._joint:
+            _require_joint(velocity_model, objective)
         self._restarts = restarts_of(objective)
         # Taken before anything is loaded: the weights that the role was built with.
         self._start = self._optimizer.snapshot() if self._restarts else None
@@ -397,17 +392,21 @@ class FakeScoreTracker(ExtraUpdates):
             velocity_teacher: The teacher's velocity at it.
             share: As `signal` has it.
         """
+        if leaf.key in self._walked:
+            raise StaleCallError(
+                f"scoring {leaf.key}",
+                "the gradient of its tracking has been gathered already",
+                "one signal of a micro-batch",
+                "Call track, or discard to give the iteration up",
+            )
         query = detached(leaf)
         walk = JointWalk(self._network, leaf)
         velocity_fake = walk.velocity
-        gap_to = (
-            shuffled_teacher(velocity_fake, velocity_teacher)
-            if self._shuffled
-            else velocity_teacher
-        )
-        loss = self._objective.generator_loss(leaf, velocity_fake, gap_to)
+        if self._shuffled:
+            velocity_teacher = shuffled_teacher(velocity_fake, velocity_teacher)
+        loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
         tracking = self._objective.tracking_loss(query, velocity_fake)
-        predictions = {_VELOCITY_FAKE: velocity_fake, _VELOCITY_TEACHER: gap_to}
+        predictions = {_VELOCITY_FAKE: velocity_fake, _VELOCITY_TEACHER: velocity_teacher}
         value, found = self._checked(tracking.value, tracking, (), query, predictions)
         walked = _Walked(query.generator_version, share)
         self._walked[query.key] = walked
@@ -579,6 +578,21 @@ class _Walked:
     generator_version: int
     share: float
     report: TrackReport | None = None
+
+
+def _require_joint(network: nn.Module, objective: Objective) -> None:
+    found = {
+        "weights that several ranks share": is_sharded(network),
+        f"the losses of {objective.method}": objective.path is not GradientPath.FAKE_SCORE
+        or isinstance(objective, LookingObjective),
+    }
+    if any(found.values()):
+        raise ConfigError(
+            "walking back through the fake score once for two gradients",
+            " and ".join(words for words, is_so in found.items() if is_so),
+            "one rank, and a loss whose one gradient goes through the fake score",
+            "Set fake_score.walk=apart",
+        )
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from sgmd_core.errors import ConfigError, NonFiniteError, StaleCallError
+from sgmd_core.objectives.dmd import DmdObjective
+from sgmd_core.objectives.sid import SidObjective
 from sgmd_core.objectives.tsg_sim import TsgSimObjective
 from tests.helpers.moves import assert_every_tensor_moves, relative_error
 from tests.helpers.roles import (
@@ -123,6 +125,8 @@ class TestCalls:
         with pytest.raises(StaleCallError, match="no forward passes"):
             roles.fake_score.track(query, 0.5)
         roles.fake_score.signal(query, prediction, 0.5)
+        with pytest.raises(StaleCallError, match="gathered already"):
+            roles.fake_score.signal(query, prediction, 0.5)
         with pytest.raises(StaleCallError, match="were not tracked"):
             roles.fake_score.gradient_report(0)
         with pytest.raises(StaleCallError, match="with this share"):
@@ -156,6 +160,12 @@ class TestCalls:
             roles.fake_score.gradient_report(0)
         roles.fake_score.discard()
         assert not gradients(roles.networks["fake_score"])
+
+
+@pytest.mark.parametrize("objective", [DmdObjective(), SidObjective()], ids=lambda one: one.method)
+def test_losses_of_other_paths_are_refused(objective):
+    with pytest.raises(ConfigError, match=f"the losses of {objective.method}"):
+        tiny_roles(compute=AGAIN, walk="joint", objective=objective)
 
 
 @pytest.mark.parametrize(

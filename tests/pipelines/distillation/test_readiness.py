@@ -8,8 +8,9 @@ import torch
 
 from pipelines.config.recipe import load_recipe
 from pipelines.distillation import readiness
+from pipelines.distillation.preflight import require_computable
 from sgmd_core.errors import ConfigError
-from workers.models.families import family_of
+from workers.models.families import family_named, family_of
 
 ON_GPUS = ("topology.mode=fused", "topology.fused.gpus=1")
 OFFLOADED = (
@@ -67,3 +68,12 @@ def test_what_is_offloaded_and_what_a_save_copies_is_counted_with_main_memory(
     monkeypatch.setattr(readiness, "memory_bytes", lambda: (2**20, 2**20))
     with pytest.raises(ConfigError, match="all roles, beside the GPU"):
         check(tmp_path, *OFFLOADED)
+
+
+@pytest.mark.parametrize("name", ["wan-experts", "ltx"])
+def test_one_walk_is_refused_for_networks_that_are_no_chain_of_layers_or_were_not_tried(name):
+    config = load_recipe("tiny", ["fake_score.compute.checkpointing=true", "fake_score.walk=joint"])
+    require_computable(config, {"fake_score": family_named("wan")})
+    with pytest.raises(ConfigError, match="fake_score asks for joint") as refused:
+        require_computable(config, {"fake_score": family_named(name)})
+    assert "fake_score.walk=apart" in str(refused.value)

@@ -791,6 +791,24 @@ class TestMeasured:
         assert measured(run, work).ulysses == ((TEACHER, 2),)
         assert "3 iterations" in times.source
 
+    def test_a_run_that_walks_back_once_says_nothing_of_two_walks_but_not_the_other_way(
+        self, tmp_path
+    ):
+        again = "fake_score.compute.checkpointing=true"
+        run = start_run(tmp_path / "run", overrides=(again,))
+        works = [
+            Workload.of(load_recipe("tiny", [again, f"fake_score.walk={walk}"]))
+            for walk in ("apart", "joint")
+        ]
+        spent = {".".join(name): 16 * units for name, units in works[0].passes.items()}
+        line = json.dumps(_RECORD | {"seconds": {"total": 1.0, **spent}})
+        (run / "metrics.jsonl").write_text(line + "\n")
+        assert measured(run, works[1]).seconds == pytest.approx(works[1].passes)
+        settings = [again, "fake_score.walk=joint", "sweep.settings={}", "sweep.grid={}"]
+        (run / "config.yaml").write_text(load_recipe("tiny", settings).to_yaml())
+        with pytest.raises(ConfigError, match=r"no time of fake_score\.track"):
+            measured(run, works[0])
+
     def test_a_runs_diversity_loss_is_part_of_its_roles_stages(self, tmp_path):
         overrides = ("generator.diversity.weight=0.1", "generator.diversity.anchor_step=3")
         run = start_run(tmp_path / "run", overrides=overrides)
@@ -1100,7 +1118,7 @@ def test_the_page_on_memory_says_what_the_planner_finds():
 
 
 def test_one_walk_for_both_gradients_is_planned_for_one_gpu_alone():
-    joint = ["fake_score.walk=joint", "topology.mode=local", "validation.every=0"]
+    joint = ["fake_score.walk=joint", "topology.mode=fused", "validation.every=0"]
     plan = ["plan", "wan21-1.3b", "--model", "1.3b", "--gpu-memory", 200, *joint]
     two, one = (sgmd(*plan, "--gpus", number) for number in (2, 1))
     assert two.exit_code != 0
