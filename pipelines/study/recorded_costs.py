@@ -52,7 +52,12 @@ def require_same_costs(plan: StudyPlan) -> None:
         found = earlier if old else now
     else:
         stored = read_json(str(path)) if path.exists() else now
-        found = {variant: _of_roles(own, now.get(variant, own)) for variant, own in stored.items()}
+        # Variants that this plan leaves out stay as they are: their roles are not known here.
+        found = stored | {
+            variant: _of_roles(own, now[variant])
+            for variant, own in stored.items()
+            if variant in now
+        }
     different = [
         (variant, role)
         for variant, roles in now.items()

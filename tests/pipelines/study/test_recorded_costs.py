@@ -1,6 +1,7 @@
 """A study keeps the costs of passes that its budget was planned with."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,24 @@ def test_costs_of_one_network_for_all_roles_as_they_once_were_recorded_go_on(tmp
     for own in old.values():
         del own["forward"]
     path.write_text(json.dumps(old))
+    require_same_costs(plan)
+    assert json.loads(path.read_text()) == costs
+
+
+def test_costs_of_variants_that_a_plan_leaves_out_stay_as_they_are(tmp_path: Path):
+    plan = plan_of(tmp_path)
+    plan.folder.mkdir()
+    require_same_costs(plan)
+    path = plan.folder / "costs.json"
+    costs = json.loads(path.read_text())
+    old = {
+        variant: {name: roles["teacher"][name] for name in ("to_input", "to_weights")}
+        for variant, roles in costs.items()
+    }
+    path.write_text(json.dumps(old))
+    one = replace(plan, runs=tuple(run for run in plan.runs if run.variant == "dmd2"))
+    require_same_costs(one)
+    assert json.loads(path.read_text()) == old | {"dmd2": costs["dmd2"]} != old
     require_same_costs(plan)
     assert json.loads(path.read_text()) == costs
 
