@@ -261,12 +261,13 @@ def _group_of_kind(
     ranks = {name: pool.ranks for name, pool in pools.items()}
     total = sum(ranks.values())
     most = min(_most_ranks(request, pool) for pool in pools.values())
+    if any(pool.strategy == "strict_spread" for pool in pools.values()):
+        most = 1
     each = max(size for size in range(1, most + 1) if total % size == 0)
-    labels: dict[str, str] = {}
+    labels = _shared_labels(kind, pools)
     resources: dict[str, float] = {}
     for name, pool in pools.items():
         _require_room(request, name, pool, each)
-        labels |= _given_labels(name, pool.labels)
         for key, amount in pool.resources.items():
             resources[key] = max(resources.get(key, 0.0), amount * each)
     gpus = math.ceil(each * max(pool.gpus for pool in pools.values()))
@@ -314,6 +315,23 @@ def _given_labels(name: str, wanted: Mapping[str, str]) -> dict[str, str]:
                 "Write the value itself; the pool gets machines of its own",
             )
     return own
+
+
+def _shared_labels(kind: str, pools: Mapping[str, RolePoolSettings]) -> dict[str, str]:
+    """Labels that pools on one kind of GPU ask for; its machines, all alike, get all of them."""
+    labels: dict[str, str] = {}
+    asking: dict[str, str] = {}
+    for name, pool in pools.items():
+        for key, value in _given_labels(name, pool.labels).items():
+            if labels.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"labelling the machines with {kind}",
+                    f"pool {asking[key]} asks for {key}: {labels[key]}, pool {name} for {value}",
+                    "one value of a label for all pools on one kind of GPU, which share machines",
+                    "Give both pools the same value, or each a key of its own",
+                )
+            asking.setdefault(key, name)
+    return labels
 
 
 def _section(config: DistillConfig, pool: str) -> str:

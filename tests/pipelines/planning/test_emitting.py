@@ -241,6 +241,40 @@ def test_machines_of_a_kind_have_the_resources_that_its_pools_ask_for():
     assert float(groups[kind]["resources"]["fast"]) == 0.5 * ranks
 
 
+def test_ranks_of_a_kind_that_must_be_apart_have_machines_of_one_gpu():
+    config, plan = planned_kinds(*MIXED)
+    learn = plan.best.pools["learn"]
+    assert learn.gpus > 1
+    apart = config.with_settings({"topology.pools.learn.strategy": "strict_spread"})
+    (_, together), (recipe, groups) = (
+        parts(emit_manifest("kuberay", each, plan, [NODES], "sgmd plan"))
+        for each in (config, apart)
+    )
+    kind = learn.kind.lower()
+    assert together[kind]["replicas"] < groups[kind]["replicas"] == gpus_of(groups[kind])
+    spec = {"headGroupSpec": groups.pop("head"), "workerGroupSpecs": list(groups.values())}
+    rows = first_fit(pools_of(recipe), pods(spec))
+    assert all(row.verdict.startswith("fits on") for row in rows), rows
+
+
+def test_pools_on_one_kind_that_want_two_values_of_a_label_are_refused():
+    config, plan = planned_kinds(*MIXED)
+    first, second = plan.best.pools
+    pools = {name: replace(pool, kind="H100") for name, pool in plan.best.pools.items()}
+    plan = replace(plan, layouts=(replace(plan.best, pools=pools),))
+    labelled = config.with_settings(
+        {
+            f"topology.pools.{first}.labels": {"tier": "x"},
+            f"topology.pools.{second}.labels": {"tier": "x", "zone": "y"},
+        }
+    )
+    _, groups = parts(emit_manifest("kuberay", labelled, plan, [NODES], "sgmd plan"))
+    assert {"tier": "x", "zone": "y"}.items() <= groups["h100"]["labels"].items()
+    contrary = labelled.with_settings({f"topology.pools.{second}.labels": {"tier": "y"}})
+    with pytest.raises(ConfigError, match=f"{first} asks for tier: x, pool {second} for y"):
+        emit_manifest("kuberay", contrary, plan, [NODES], "sgmd plan")
+
+
 def test_gpus_of_a_kind_that_holds_nothing_are_asked_for_by_nobody():
     config, plan = planned_kinds("H100=4x80@229", "T4=2x8@10")
     nodes = "nodes=H100:a=b,T4:a=c"
