@@ -140,15 +140,24 @@ def _validated_width(config: DistillConfig) -> int:
 
 def _sampling_bytes(config: DistillConfig, work: Workload) -> float:
     """A pass over the clips that are sampled side by side, with and without the caption."""
+    latent_shape = _validated_shape(config, work)
     clips = clips_side_by_side(
-        min(CHUNK_CLIPS, config.validation.num_captions), work.shape.num_tokens(work.latent_shape)
+        min(CHUNK_CLIPS, config.validation.num_captions), work.shape.num_tokens(latent_shape)
     )
     bf16 = config.generator.compute.precision == "bf16"
     passes = {GENERATOR: 1, TEACHER: 2 if work.guided else 1}
     return clips * max(
-        passes[role] * work.shape_of(role).transient_bytes(work.latent_shape, bf16=bf16)
+        passes[role] * work.shape_of(role).transient_bytes(latent_shape, bf16=bf16)
         for role in passes
     )
+
+
+def _validated_shape(config: DistillConfig, work: Workload) -> tuple[int, int, int, int]:
+    """Latents of a clip that is validated: of the sizes that are trained, that of `video` alone."""
+    if work.buckets is None:
+        return work.latent_shape
+    sizes = [bucket.size for bucket in config.video.trained]
+    return work.buckets.shapes[sizes.index(config.video.size)]
 
 
 def _memory_gb(needed: float, hardware: Hardware) -> float:

@@ -99,7 +99,26 @@ def test_a_folder_is_counted_by_its_weights_and_without_them_not_at_all(tmp_path
     assert counted["gpus_beside"] == not_counted["gpus_beside"]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("own", "other"),
+    [("17x256x256", "81x480x832"), ("37x480x832", "41x480x832")],
+    ids=["a large bucket", "one clip of the bucket, two of its own"],
+)
+def test_a_validator_samples_clips_of_its_own_size_whatever_is_trained(own, other):
+    def size_of(text: str) -> dict[str, int]:
+        return dict(zip(("num_frames", "height", "width"), map(int, text.split("x")), strict=True))
+
+    def needed(size: str, *overrides: str) -> float:
+        numbers = [f"video.{name}={value}" for name, value in size_of(size).items()]
+        config = load_recipe("wan21-1.3b", [*numbers, *overrides])
+        work, sizes = Workload.of(config, "1.3b"), released_models()["1.3b"].encoders
+        return bytes_beside(config, work, sizes, work.shape.num_parameters, ())["validator"]
+
+    buckets = [{**size_of(size), "weight": 1.0} for size in (other, own)]
+    assert abs(needed(own) - needed(other)) > 0.1 * needed(own)
+    assert needed(own, f"video.buckets={json.dumps(buckets)}") == needed(own)
+
+
 @pytest.mark.slow
 def test_two_that_share_a_gpu_must_fit_it_together():
     shares = ("topology.text.gpus=0.4", "topology.validator.gpus=0.6")
