@@ -13,6 +13,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import Protocol, Self
 
 import numpy as np
@@ -233,13 +234,15 @@ class Evaluator:
             return
         require_same_tensors(weights, self._replaced, "sampling with other weights")
         with _put_aside(self._replaced.values()):
-            yield self._with_weights(
-                {
+            placed: dict[str, Tensor] = {}
+            try:
+                for name, value in weights.items():
                     # As a network of this type is loaded: some of its weights are wider.
-                    name: value.to(self._device, self._replaced[name].dtype)
-                    for name, value in weights.items()
-                }
-            )
+                    placed[name] = value.to(self._device, self._replaced[name].dtype)
+                yield self._with_weights(placed)
+            finally:
+                # The caller still has the model; a GPU has no room for both when its own are back.
+                placed.clear()
 
     def _with_weights(self, placed: dict[str, Tensor]) -> VelocityModel:
 
@@ -268,6 +271,10 @@ def _put_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         for one, _ in own:
             one.data = one.data.cpu()
         yield
+    except BaseException as error:
+        # Frames of what has failed hold activations; a second failure would hide the first.
+        clear_frames(error.__traceback__)
+        raise
     finally:
         for one, device in own:
             one.data = one.data.to(device)

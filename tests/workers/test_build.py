@@ -82,7 +82,7 @@ def test_a_validator_in_bfloat16_samples_what_the_export_in_bfloat16_does(model,
             ModelSettings(str(folder), TEXT_LENGTH), VIDEO, schedule, threads, generator=settings
         )
         assert torch.equal(exported.sample(CAPTIONS, 0, 1, 2, 1.0), clips[precision])
-        # The weights that were put aside are back.
+        # The base's own weights are in use again.
         assert torch.equal(own.sample(CAPTIONS, 0, 1, 2, 4.0), before)
         assert not torch.equal(own.sample(CAPTIONS, 0, 1, 2, 1.0), clips[precision])
     assert 1e-4 < (clips["bf16"] - clips["fp32"]).abs().mean() < 0.02

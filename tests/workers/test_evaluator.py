@@ -1,12 +1,14 @@
 """Clips depend on weights, captions, seed and index alone; figures are measured on them."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sgmd_core.errors import CheckpointError
 from sgmd_core.metrics.frechet import clip_features, fit_gaussian, frechet_distance
@@ -98,6 +100,71 @@ def test_other_weights_act_as_if_loaded_and_leave_the_base_alone():
     assert torch.equal(found, _evaluator(seed=4).sample(CAPTIONS, 0, 7, 2, 2.0))
     assert not torch.equal(found, before)
     assert torch.equal(evaluator.sample(CAPTIONS, 0, 7, 2, 2.0), before)
+
+
+class Moves(TorchFunctionMode):
+    """Notes when storages of a network are moved, and what else is alive then; on CPUs, too.
+
+    Attributes:
+        others: Tensors that are to be gone when the network comes back.
+        there: Numbers of them that were alive, one for each parameter that was put aside.
+        back: The same, one for each that was moved back.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._own = {one.data_ptr() for one in network.parameters()}
+        self.others: list[weakref.ref[Tensor]] = []
+        self.there: list[int] = []
+        self.back: list[int] = []
+
+    def alive(self) -> int:
+        return sum(one() is not None for one in self.others)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        if func in (Tensor.cpu, Tensor.to) and isinstance(args[0], Tensor):
+            if args[0].data_ptr() in self._own:
+                (self.there if func is Tensor.cpu else self.back).append(self.alive())
+            elif func is Tensor.to and isinstance(args[0], Handed):
+                self.others.append(weakref.ref(made))
+        return made
+
+
+class Handed(Tensor):
+    """A weight that is handed over."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_weights_in_place_of_the_base_are_gone_before_it_comes_back(fails):
+    evaluator = _evaluator()
+    network = evaluator._network
+    # In another type, so that placing them makes tensors on a CPU as well.
+    handed = {
+        name: value.double().as_subclass(Handed)
+        for name, value in weights(tiny_velocity(4)).items()
+    }
+    moves, while_sampling = Moves(network), []
+    layer = next(one for one in network.modules() if isinstance(one, nn.Linear))
+
+    def within(activations: Tensor) -> Tensor:
+        while_sampling.append(moves.alive())
+        moves.others.append(weakref.ref(activations))
+        if fails:
+            raise RuntimeError("out of memory")
+        return nn.Linear.forward(layer, activations)
+
+    layer.forward = within
+    with moves:
+        if fails:
+            with pytest.raises(RuntimeError, match="out of memory"):
+                evaluator.sample(CAPTIONS[:1], 0, 7, 2, 1.0, handed)
+        else:
+            evaluator.sample(CAPTIONS[:1], 0, 7, 2, 1.0, handed)
+    count = len(handed)
+    assert while_sampling[0] == count
+    assert moves.there == [0] * count
+    assert moves.back == [0] * count
 
 
 def test_the_base_weights_handed_in_change_nothing():
