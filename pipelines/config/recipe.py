@@ -33,6 +33,7 @@ from pipelines.config.consistency import clipped_sums, consistency_contradiction
 from pipelines.config.digest import deciding_settings_of
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
+from pipelines.config.guided_strides import unlearned_guidance
 from pipelines.config.lag import LagSettings
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
@@ -318,7 +319,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         f"checking the sweep of {name_or_path}",
     )
     given = [text.partition("=")[0].strip() for text in overrides]
-    told = (*unread_settings(config, given), *clipped_sums(config), *compiled_sizes(config))
+    told = (
+        *unread_settings(config, given),
+        *clipped_sums(config),
+        *compiled_sizes(config),
+        *unlearned_guidance(
+            config.objective, config.model.negative_prompt, config.data.prompt_dropout
+        ),
+    )
     for sentence in told:
         _log.warning("%s", sentence)
     return config

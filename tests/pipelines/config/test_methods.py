@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipelines.config.methods import METHODS, method_name
+from pipelines.config.recipe import load_recipe
 from sgmd_core.objectives import GradientPath, Objective, adversary_of
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.consistency import consistency_of
@@ -114,3 +115,17 @@ def test_every_method_stands_in_the_tables_of_the_tests_that_need_more_than_its_
     covered = {method.path for method in METHODS if method_name(method) in split}
     missing = {method.path for method in METHODS} - covered
     assert not missing, "split = fused on Ray: tests/e2e/test_equivalence.py"
+
+
+def test_strides_guided_away_from_a_caption_that_is_never_trained_are_warned_of(caplog):
+    said = "asked what this stage never trains"
+    stage = ["objective.stage=meanflow", "objective.fake_updates=1"]
+    guided = [*stage, "objective.meanflow.guidance=3.0"]
+    load_recipe("tiny-tmd", [*stage, "model.negative_prompt=grey"])
+    load_recipe("tiny-tmd", [*guided, "data.prompt_dropout=0.1"])
+    assert said not in caplog.text
+    load_recipe("tiny-tmd", guided)
+    assert f"the flow head learns by data.prompt_dropout alone: the head is {said}" in caplog.text
+    caplog.clear()
+    load_recipe("tiny-tmd", [*guided, "data.prompt_dropout=0.1", "model.negative_prompt=grey"])
+    assert f"trains the empty prompt in its place: the head is {said}" in caplog.text
