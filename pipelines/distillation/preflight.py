@@ -425,12 +425,17 @@ def _validation_texts(
 def _prompts_of(
     source: Source, config: DistillConfig, model: ModelFolder
 ) -> dict[str, NDArray[np.float32]]:
-    """Embeddings of the prompts of a set, if the recipe's text encoder made them."""
+    """Embeddings of the wanted prompts of a set, if the recipe's text encoder made them."""
     place = source.open(probe=False)
     found = read_stored_prompts(place.filesystem, place.root, source.s3)
     if found is None or not _fits(found.encoding, config, model):
         return {}
-    return {text: unpack_rows(packed, found.encoding) for text, packed in found.packed.items()}
+    wanted = wanted_prompts(config)
+    return {
+        text: unpack_rows(packed, found.encoding)
+        for text, packed in found.packed.items()
+        if text in wanted
+    }
 
 
 def _held_out(config: DistillConfig) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ from pipelines.data.shards.index import Shard
 from pipelines.data.shards.prompts import (
     StoredPrompts,
     read_stored_prompts,
+    require_few_prompts,
     text_part,
     write_stored_prompts,
 )
@@ -152,6 +153,7 @@ def _fill(
         missing = []
     prompts = _prompts_in(journal, encoding)
     lacking = [text for text in dict.fromkeys(("", *options.negatives)) if text not in prompts]
+    require_few_prompts(len(prompts) + len(lacking), f"encoding {src}")
     writer = None
     if missing:
         attempted = f"encoding {src}"

@@ -64,16 +64,18 @@ class Range:
         path: The file's path in its file system.
         start: First byte.
         stop: Byte after the last one; None reads to the end of the file.
+        may_end: The file may be shorter, and gives what it has.
     """
 
     path: str
     start: int
     stop: int | None
+    may_end: bool = False
 
     @property
     def num_bytes(self) -> int | None:
         """Number of bytes; None where the end of the file decides."""
-        return None if self.stop is None else self.stop - self.start
+        return None if self.stop is None or self.may_end else self.stop - self.start
 
 
 def fetch(
@@ -107,9 +109,18 @@ def fetch(
 
 
 def fetch_file(
-    filesystem: AbstractFileSystem, path: str, retry: S3Settings = S3Settings()
+    filesystem: AbstractFileSystem,
+    path: str,
+    retry: S3Settings = S3Settings(),
+    most: int | None = None,
 ) -> bytes | None:
     """Reads a small file whole, as patiently as `fetch`.
+
+    Args:
+        filesystem: Where the file is.
+        path: Its path in it.
+        retry: See `fetch`.
+        most: Bytes that are read at most, of a file that may be large; None: all there are.
 
     Returns:
         Its bytes; None where there is no such file.
@@ -117,7 +128,7 @@ def fetch_file(
     Raises:
         DataError: It cannot be read.
     """
-    (answer,) = fetch(filesystem, [Range(path, 0, None)], retry)
+    (answer,) = fetch(filesystem, [Range(path, 0, most, may_end=most is not None)], retry)
     if isinstance(answer, bytes):
         return answer
     if answer.is_missing:

@@ -1,19 +1,23 @@
 """Texts that lie with the data, and the memory that a plan counts without a text encoder."""
 
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from pipelines.config.negatives import shipped_negatives
 from pipelines.config.recipe import load_recipe
 from pipelines.data.shards.prompts import (
+    MAX_PROMPT_BYTES,
     PROMPTS_NAME,
     StoredPrompts,
     read_stored_prompts,
     write_stored_prompts,
 )
-from pipelines.data.shards.schema import Encoding
+from pipelines.data.shards.schema import CAPTION, TEXT_EMBEDS, Encoding, encoded_schema
 from pipelines.planning.beside import bytes_beside
 from pipelines.planning.stored_text import ENCODING, TEXT, VALIDATOR, encoding_sections
 from pipelines.planning.workload import Workload
@@ -36,6 +40,56 @@ def test_prompts_are_read_as_they_were_written_and_a_broken_file_is_named(tmp_pa
     (tmp_path / PROMPTS_NAME).write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=f"{PROMPTS_NAME}.*sgmd encode"):
         read_stored_prompts(FILES, str(tmp_path))
+
+
+def write_table(folder: Path, texts: pa.Array, embeds: pa.Array, **options: Any) -> None:
+    schema = encoded_schema(stored().encoding)
+    table = pa.table({CAPTION: texts, TEXT_EMBEDS: embeds}, metadata=schema.metadata)
+    pq.write_table(table, folder / PROMPTS_NAME, **options)
+
+
+def test_prompts_that_another_program_has_written_with_a_dictionary_are_read(tmp_path):
+    embeds = pa.array([bytes(range(8))] * 3, pa.large_binary())
+    write_table(tmp_path, pa.array(["", "grey", "ünïcode"]), embeds)
+    found = read_stored_prompts(FILES, str(tmp_path))
+    assert found is not None
+    assert found.packed == dict.fromkeys(("", "grey", "ünïcode"), bytes(range(8)))
+
+
+BAD = {
+    "65 rows": lambda: (["a"] * 65, [bytes(8)] * 65),
+    "bytes unpacked": lambda: (["a"], [bytes(257 * 2**20)]),
+    "an embedding of 1048576 bytes": lambda: (["a"] * 64, [bytes(2**20)] * 64),
+    "a text of 70000 bytes": lambda: (["a" * 70000], [bytes(8)]),
+    "an embedding of 7 bytes": lambda: (["a"], [bytes(7)]),
+    "text_embeds holds int64, not binary": lambda: (["a"], [1]),
+    "caption holds int64, not string": lambda: ([1], [bytes(8)]),
+    "a row without its text": lambda: ([None, "a"], [bytes(8)] * 2),
+    "its embedding": lambda: (["a", "b"], [None, bytes(8)]),
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_prompts_that_no_encode_wrote_are_refused_before_they_take_memory(tmp_path, words):
+    texts, embeds = (pa.array(values) for values in BAD[words]())
+    write_table(tmp_path, texts, embeds, compression="zstd", write_statistics=False)
+    assert (tmp_path / PROMPTS_NAME).stat().st_size < 2**20
+    before = pa.total_allocated_bytes()
+    with pytest.raises(DataError, match=rf"{PROMPTS_NAME}.*{words}.*sgmd encode"):
+        read_stored_prompts(FILES, str(tmp_path))
+    assert pa.total_allocated_bytes() - before < 2**24
+
+
+def test_a_file_of_prompts_past_the_bound_is_not_read_whole_nor_written(tmp_path):
+    with (tmp_path / PROMPTS_NAME).open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(DataError, match=f"{PROMPTS_NAME}.*more than {MAX_PROMPT_BYTES} bytes"):
+        read_stored_prompts(FILES, str(tmp_path))
+    (tmp_path / PROMPTS_NAME).unlink()
+    many = stored(*map(str, range(65)))
+    with pytest.raises(DataError, match=r"65 prompts.*at most 64.*--negative"):
+        write_stored_prompts(FILES, str(tmp_path), many)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_sections_whose_texts_are_all_stored_are_planned_without_a_text_encoder(tmp_path):
