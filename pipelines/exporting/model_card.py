@@ -175,14 +175,14 @@ def _copy_clips(draft: Path, run: RunFolder | None, evaluation: Evaluation | Non
 
 
 def _data_in_words(source: TrainedGenerator) -> str:
-    """Sets of captions by the ends of their addresses; who reads a card need not know the rest."""
+    """Sets of captions by the last part of their addresses; a card is read by strangers."""
     if source.config is None:
         return ""
     sets = [(source.config.data.train, source.config.data.weight)]
     sets += [(each.source, each.weight) for each in source.config.data.also]
     whole = sum(weight for _, weight in sets)
     return ", ".join(
-        re.sub(r"[^\w./ -]", "-", "/".join(url.split("://")[-1].rstrip("/").split("/")[-2:]))
+        re.sub(r"[^\w./ -]", "-", url.rstrip("/").split("/")[-1])
         + (f" ({weight / whole:.0%})" if len(sets) > 1 else "")
         for url, weight in sets
     )

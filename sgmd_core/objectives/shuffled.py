@@ -2,10 +2,11 @@
 
     velocity_teacher[i] -> velocity_fake[i] + (velocity_teacher - velocity_fake)[neighbour of i]
 
-The answers of the teacher keep their statistics, as do the objective's weights and what goes
-through the fake score, but each belongs to another sample. What a method still gains so is owed to
-the length and the noise of its steps, and to what all samples of a batch share; what it loses, to
-the teacher's word on each sample.
+The answers of the teacher keep their statistics, but each belongs to another sample. What a method
+still gains so is owed to what all samples of a batch share; what it loses, to the teacher's word on
+each sample. A gap keeps the length that it has at its own noise level, so single steps become
+longer or shorter than the sample's own, and weights that are formed from the teacher's answer
+(`dmd`) are formed from the exchanged one.
 
 * The gap is what is handed on, not the velocity: a velocity holds its own sample's noise, and the
   difference to another's would be many times as large.

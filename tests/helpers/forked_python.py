@@ -74,7 +74,7 @@ _READ_AT_IMPORT = (
     *("HF_", "HUGGINGFACE", "TRANSFORMERS_", "DIFFUSERS_", "ACCELERATE_", "TORCH", "PYTORCH_"),
     *("OMP_", "MKL_", "OPENBLAS_", "CUDA_", "OPENCV_", "PYTHONHASHSEED", "PYTHONWARNINGS"),
     *("PYTHONOPTIMIZE", "PYTHONSTARTUP", "PYTHONDONTWRITEBYTECODE", "PYTHONHOME", "LD_", "LANG"),
-    *("LC_ALL", "HOME", "TF_", "USE_", "KMP_", "MALLOC_"),
+    *("LC_ALL", "HOME", "TF_", "USE_", "KMP_", "MALLOC_", "FSSPEC_"),
 )
 """Beginnings of names of variables that libraries read when they are imported."""
 _READ_AT_USE = {"HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "PYTHONPATH"}
@@ -112,8 +112,11 @@ def forked_python() -> str:
         )
 
     def end() -> None:
+        # At the end of its input it ends what it has forked.
+        with suppress(subprocess.TimeoutExpired):
+            server.communicate(timeout=10)
         server.kill()
-        server.communicate()
+        server.wait()
         folder.cleanup()
 
     atexit.register(end)
@@ -141,6 +144,7 @@ class _Server:
         while True:
             for key, _ in self._select.select():
                 if key.fileobj == 0:
+                    self._end_all()
                     return None
                 if key.fileobj is self._listener:
                     request = self._take()
@@ -178,6 +182,12 @@ class _Server:
         for file in files:
             os.close(file)
         return None
+
+    def _end_all(self) -> None:
+        """Leaves no process behind when the tests end, or are killed."""
+        for pid, _ in self._clients.values():
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
 
     def _client_has_gone(self, client: socket.socket) -> None:
         self._select.unregister(client)
