@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from cluster.errors import NodeLostError, WorkerDiedError, WorkerFrozenError
-from cluster.ray.processes import ProcessLook, look_at, on_machine
+from cluster.ray.processes import FATAL, ProcessLook, look_at, on_machine
 from cluster.ray.progress import ProgressReport, last_report
 
 _LOOK_TIMEOUT_S = 10.0
@@ -28,7 +28,7 @@ _NODE_GONE = re.compile(
 )
 _EXIT_CODE = re.compile(r"exits? with an? exit code (-?\d+)", re.IGNORECASE)
 _SIGNAL = re.compile(r"receives? a (SIG[A-Z0-9]+)|\*\*\* (SIG[A-Z0-9]+) received")
-_FATAL = re.compile(r"^Fatal Python error: (.+)$")
+_FATAL = re.compile(rf"^{FATAL}(.+)$")
 _NO_IMPORT = "failed to import on the worker"
 _ERROR_LINE = re.compile(r"^(\w*Error: .+)$", re.MULTILINE)
 _PID, _IP = (

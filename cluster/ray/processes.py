@@ -34,6 +34,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NUM_LINES = 20
+FATAL = "Fatal Python error: "
+"""Beginning of what Python writes to a log when a process crashes; its calls follow."""
 _LONGEST_LINE = 400
 _TAIL_BYTES = 64 * 2**10
 _STACK_TIMEOUT_S = 8.0
@@ -116,7 +118,10 @@ def look_at(pid: int, since: int, log: str, *, is_busy: bool = False) -> Process
 
 
 def last_lines(log: str, count: int = NUM_LINES) -> tuple[str, ...]:
-    """The last lines of a log, without those that Ray writes to each, and without secrets."""
+    """The last lines of a log, without those that Ray writes to each, and without secrets.
+
+    Of a crash they are the first ones: what happened and the innermost calls, before the outer ones.
+    """
     if not log:
         return ()
     try:
@@ -126,9 +131,11 @@ def last_lines(log: str, count: int = NUM_LINES) -> tuple[str, ...]:
     except OSError:
         return ()
     lines = [line.rstrip() for line in text.splitlines() if not line.startswith(_OF_RAY)]
-    return tuple(
-        without_secrets(line)[:_LONGEST_LINE] for line in [line for line in lines if line][-count:]
-    )
+    lines = [line for line in lines if line]
+    fatal = [place for place, line in enumerate(lines) if line.startswith(FATAL)]
+    start = max(0, len(lines) - count)
+    start = min(start, fatal[-1]) if fatal else start
+    return tuple(without_secrets(line)[:_LONGEST_LINE] for line in lines[start : start + count])
 
 
 def stacks_of(pid: int, since: int, stacks: str) -> str:

@@ -1,6 +1,7 @@
 """Who is accused and who is not: the rules of the watch, and the words for deaths, without Ray."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ pytest.importorskip("ray")
 
 from cluster.ray.deaths import cause_of
 from cluster.ray.partners import SignsOfLife
-from cluster.ray.processes import ProcessLook
+from cluster.ray.processes import ProcessLook, last_lines
 from cluster.ray.progress import ProgressReport
 from cluster.ray.watch_rules import (
     StoppedRaylets,
@@ -207,3 +208,14 @@ def test_the_cause_of_a_death_is_one_sentence(
     assert found.startswith(cause)
     assert "in learn() of iteration 4, phase 0" in found
     assert "." not in found.replace("1 GiB", "")
+
+
+def test_the_log_of_a_crash_is_told_from_what_happened_on(tmp_path: Path):
+    calls = [f'  File "model.py", line {n} in forward' for n in range(60)]
+    fatal = "Fatal Python error: Segmentation fault"
+    log = tmp_path / "worker.log"
+    log.write_text("\n".join(["loading", fatal, "", *calls, "Extension modules: torch._C"]))
+    lines = last_lines(str(log), 20)
+    assert lines == (fatal, *calls[:19])
+    log.write_text("\n".join(["loading", fatal, *calls[:3]]))
+    assert last_lines(str(log), 20) == ("loading", fatal, *calls[:3])
