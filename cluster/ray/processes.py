@@ -120,7 +120,7 @@ def look_at(pid: int, since: int, log: str, *, is_busy: bool = False) -> Process
 def last_lines(log: str, count: int = NUM_LINES) -> tuple[str, ...]:
     """The last lines of a log, without those that Ray writes to each, and without secrets.
 
-    Of a crash they are the first ones: what happened and the innermost calls, before the outer ones.
+    Of a crash they are the first ones: what happened, and the innermost calls.
     """
     if not log:
         return ()
