@@ -105,15 +105,12 @@ def deployment_of_kinds(request: DeploymentRequest) -> Deployment:
 
 def _kind_of_head(request: DeploymentRequest) -> str:
     """The kind of GPU of text encoder, feed and validator; empty where they have none."""
-    wanted = request.plan.gpus_beside
+    wanted, found = request.plan.gpus_beside, request.plan.kind_beside
     if not wanted:
         return ""
-    left = {kind.name: kind.num_gpus for kind in request.plan.kinds}
-    for use in request.plan.best.pools.values():
-        left[use.kind] -= use.gpus
-    for name in reversed(left):
-        if left[name] >= wanted:
-            return name
+    if found is not None:
+        return found.name
+    left = request.plan.left_over
     raise ConfigError(
         "planning the head of a cluster",
         f"{wanted} GPUs for text encoder, feed and validator, and beside the roles are left "

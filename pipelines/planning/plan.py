@@ -63,6 +63,21 @@ class Plan:
         """Whole GPUs of the processes beside the roles."""
         return math.ceil(sum(self.beside.values()))
 
+    @property
+    def left_over(self) -> dict[str, int]:
+        """GPUs that the best layout leaves, by the name of their kind."""
+        left = {kind.name: kind.num_gpus for kind in self.kinds}
+        for use in self.best.pools.values():
+            left[use.kind] -= use.gpus
+        return left
+
+    @property
+    def kind_beside(self) -> GpuKind | None:
+        """Kind of GPU of all processes beside the roles: the last with enough; None: none has."""
+        left = self.left_over
+        enough = [kind for kind in self.kinds if left[kind.name] >= self.gpus_beside]
+        return enough[-1] if enough else None
+
     def to_json(self) -> dict[str, Any]:
         """All of it, as `sgmd plan --json` prints it."""
         best = self.best
@@ -172,7 +187,8 @@ def make_mixed_plan(
 ) -> Plan:
     """The fastest layouts over several kinds of GPU, and on each alone; see `mixed_layouts`.
 
-    GPUs of other processes are taken off the last kind, or those before it where it has too few.
+    GPUs of other processes are taken off the last kind that has enough for all of them, which may
+    have to be on one machine; where none has, off the last ones.
 
     Args:
         work: The iteration.
@@ -198,9 +214,12 @@ def make_mixed_plan(
 
 
 def _without(kinds: Sequence[GpuKind], taken: int) -> list[GpuKind]:
+    together = next(
+        (kind for kind in reversed(kinds) if kind.num_gpus >= taken + (kind is kinds[0])), None
+    )
     left: list[GpuKind] = []
     for kind in reversed(kinds):
-        own = min(taken, kind.num_gpus)
+        own = min(taken, kind.num_gpus) if together in (kind, None) else 0
         taken -= own
         left.insert(0, replace(kind, num_gpus=kind.num_gpus - own))
     if taken or left[0].num_gpus < 1:

@@ -103,9 +103,7 @@ def answer(request: Request) -> Answer:
     config = load_recipe(request.recipe, request.overrides)
     found = (_mixed if request.kinds else _of_one_kind)(request, config, hardware)
     plan = with_memory_beside(found.plan, found.config, request.model)
-    # Of several kinds, processes beside the roles get the last one.
-    theirs = plan.kinds[-1].hardware if plan.kinds else hardware
-    require_fitting_beside(plan, theirs)
+    require_fitting_beside(plan, _hardware_beside(plan))
     advice = [
         *found.advice,
         *_lag(found.config, plan.work),
@@ -115,6 +113,17 @@ def answer(request: Request) -> Answer:
         *_ulysses(plan.work),
     ]
     return replace(found, plan=plan, advice=advice)
+
+
+def _hardware_beside(plan: Plan) -> Hardware:
+    """GPUs of the processes beside the roles."""
+    if not plan.kinds:
+        return plan.hardware
+    if (together := plan.kind_beside) is not None:
+        return together.hardware
+    # They are on several kinds, and each may be on the smallest.
+    left = [kind.hardware for kind in plan.kinds if plan.left_over[kind.name]]
+    return min(left, key=lambda hardware: hardware.usable_bytes)
 
 
 def _mixed(request: Request, config: DistillConfig, hardware: Hardware) -> Answer:

@@ -3,7 +3,7 @@
 import re
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import yaml
@@ -18,6 +18,7 @@ from pipelines.planning.emitting import emit_manifest
 from pipelines.planning.hardware import Hardware, parse_kinds
 from pipelines.planning.plan import Plan, make_mixed_plan, make_plan
 from pipelines.planning.planned_recipe import planned_recipe
+from pipelines.planning.request import Request, answer
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from tests.cluster.manifests.test_kuberay import problems
@@ -299,6 +300,25 @@ def test_a_manifest_of_several_kinds_says_what_it_lacks(kind, details, words):
     config, plan = planned_kinds(*MIXED)
     with pytest.raises(ConfigError, match=re.escape(words)):
         emit_manifest(kind, config, plan, details, "sgmd plan")
+
+
+def test_what_is_beside_the_roles_must_fit_the_kind_that_the_head_takes():
+    asked = partial(
+        Request,
+        "wan21-1.3b",
+        [*PLACES, "batch.size=16", "topology.text.gpus=1", "topology.validator.gpus=1"],
+        model="1.3b",
+    )
+    # One small GPU is too few for both, so the head takes two of the large ones.
+    found = answer(asked(kinds=["H100=8x80@229", "T4=1x16@10"]))
+    assert max(found.plan.memory_beside.values()) > Hardware(memory_gb=16).usable_bytes
+    config = planned_recipe(found.config, found.plan)
+    nodes = "nodes=H100:a=b,T4:a=c"
+    _, groups = parts(emit_manifest("kuberay", config, found.plan, [nodes], "sgmd plan"))
+    assert groups["head"]["template"]["spec"]["nodeSelector"] == {"a": "b"}
+    assert gpus_of(groups["head"]) == 2
+    with pytest.raises(ConfigError, match="planning for GPUs of 16 GB"):
+        answer(asked(kinds=["H100=8x80@229", "T4=2x16@10"]))
 
 
 def test_the_head_takes_gpus_of_one_kind_or_none():

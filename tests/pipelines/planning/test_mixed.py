@@ -105,6 +105,12 @@ def test_processes_beside_the_roles_take_the_last_kind_first():
     )
     assert plan.num_gpus == 4
     assert plan.best.alone == "a"
+    for counts, left in (((8, 1), 7), ((2, 1), 1)):
+        # Both of one kind where one has enough and some for the roles; else of several.
+        several = kinds(f"a={counts[0]}x80@229", f"b={counts[1]}x80@229")
+        both = make_mixed_plan(WORK, plan.times, several, beside={"text": 1.0, "validator": 1.0})
+        assert both.num_gpus == left
+        assert (both.kind_beside is None) == (left == 1)
     with pytest.raises(ConfigError, match="take all of the first kind"):
         make_mixed_plan(WORK, plan.times, kinds("a=1x80@9", "b=1x80@9"), beside={"text": 2.0})
 
