@@ -1,5 +1,6 @@
 """Position of a run, and the position at which it is resumed."""
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from cluster.storage import read_json, write_json
 from pipelines.config.digest import MAY_CHANGE
 from pipelines.config.old_runs import settings_before_they_existed
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.config.yaml_text import shortened
+from pipelines.data.shards.prompts import PROMPTS_NAME
 from pipelines.data.stream.content import captions_digest, data_differences
 from pipelines.data.stream.plan import Cursor
 from pipelines.distillation.preflight import Preflight
@@ -180,6 +183,7 @@ def identity(config: DistillConfig, checked: Preflight) -> dict[str, Any]:
             f"data.columns.{name}": stored for name, stored in checked.data.columns.stored.items()
         },
         "validation": {str(len(checked.held_out)): captions_digest(checked.held_out)},
+        "prompts": checked.texts.digests,
     }
 
 
@@ -199,6 +203,7 @@ _IDENTITY = {
     "validation?": dict,
     "train?": [_ROW_GROUP],
     "also?": [[_ROW_GROUP]],
+    "prompts?": {ANY: str},
 }
 
 
@@ -268,6 +273,24 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
             for count in sorted({*captions[0]} & {*captions[1]})
             if captions[0][count] != captions[1][count]
         ),
+        *_prompt_differences(began.get("prompts", {}), now["prompts"]),
+    ]
+
+
+def _prompt_differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Prompts whose embeddings come from elsewhere; older runs had their text encoder make all."""
+
+    def source(digests: Mapping[str, str], text: str) -> str:
+        if text not in digests:
+            return "embedded by the text encoder"
+        return f"stored with content {format_value(digests, text)}"
+
+    return [
+        f"the embedding of the prompt {json.dumps(shortened(text, 40))} is {source(now, text)}, "
+        f"and was {source(before, text)} ({PROMPTS_NAME} beside the data: put back the one that "
+        "the run began with, or take it away if there was none)"
+        for text in sorted({*before, *now})
+        if before.get(text) != now.get(text)
     ]
 
 

@@ -6,6 +6,7 @@
 A process whose texts are all stored loads no text encoder.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,14 @@ class StoredText:
     lacking: Mapping[str, tuple[str, ...]]
     prompts: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     validation: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of each prompt's embedding, as a run's identity has it."""
+        return {
+            text: hashlib.sha256(repr(rows.shape).encode() + rows.tobytes()).hexdigest()[:16]
+            for text, rows in self.prompts.items()
+        }
 
     @property
     def encoding(self) -> frozenset[str]:

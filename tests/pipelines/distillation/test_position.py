@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file, save_file
 
 from cluster.checkpoints import Checkpoints
 from pipelines.config.model_folders import PROJECT_ROOT
 from pipelines.config.recipe import DistillConfig, load_recipe
+from pipelines.data.shards.prompts import (
+    PROMPTS_NAME,
+    read_stored_prompts,
+    write_stored_prompts,
+)
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.distillation.audit import audit
 from pipelines.distillation.position import Position, begin, resume_position
@@ -19,7 +26,9 @@ from pipelines.distillation.preflight import run_preflight
 from pipelines.run.data_log import DataLog
 from pipelines.run.folder import RunFolder
 from sgmd_core.errors import CheckpointError, DataError
+from tests.e2e.conftest import encode_captions
 from tests.helpers.s3_server import serve_s3, use_server
+from tests.helpers.tiny_wan import TEXT_LENGTH
 from workers.models.content import model_digests
 
 
@@ -181,3 +190,46 @@ def test_a_run_of_an_older_version_goes_on_under_the_settings_that_came_later(
     )
     (line,) = said
     assert "model and data were not compared" in line
+
+
+def test_other_embeddings_of_the_prompts_are_refused_wherever_they_come_from(
+    model, data, tmp_path
+) -> None:
+    sets = [tmp_path / name for name in ("without", "right", "other", "more")]
+    for folder in sets:
+        folder.mkdir()
+    encode_captions(data / "train", model, sets[0])
+    for folder in sets[1:]:
+        encode_captions(data / "train", model, folder, ("", "grey"))
+    files = LocalFileSystem()
+    right = read_stored_prompts(files, str(sets[1]))
+    assert right is not None
+    swapped = right.packed | {"": right.packed["grey"]}
+    write_stored_prompts(files, str(sets[2]), replace(right, packed=swapped))
+    more = right.packed | {"loud": right.packed["grey"]}
+    write_stored_prompts(files, str(sets[3]), replace(right, packed=more))
+
+    def trained(folder: Path) -> tuple[str, str]:
+        return f"data.train={folder}", f"model.text_length={TEXT_LENGTH}"
+
+    runs = [RunFolder(tmp_path / "runs" / folder.name) for folder in sets]
+    for run, folder in zip(runs, sets, strict=True):
+        config = recipe(model, data, *trained(folder))
+        begin(config, run_preflight(config), run)
+        assert resumed(run, model, data, *trained(folder)) == Position()
+    without, stored = runs[:2]
+    # Prompts that the run does not use decide nothing.
+    assert resumed(stored, model, data, *trained(sets[3])) == Position()
+    (digest,) = json.loads(stored.identity.read_text())["prompts"].values()
+    was = f'was stored with content "{digest}"'
+    assert was in refusal(stored, model, data, *trained(sets[2]))
+    message = refusal(stored, model, data, *trained(sets[0]))
+    assert f'the prompt "" is embedded by the text encoder, and {was}' in message
+    # Runs of older versions record none, and used none.
+    content = json.loads(without.identity.read_text())
+    assert content.pop("prompts") == {}
+    without.identity.write_text(json.dumps(content))
+    assert resumed(without, model, data, *trained(sets[0])) == Position()
+    message = refusal(without, model, data, *trained(sets[1]))
+    assert f'stored with content "{digest}", and was embedded by the text encoder' in message
+    assert PROMPTS_NAME in message
