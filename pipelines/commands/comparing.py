@@ -166,6 +166,7 @@ def _plan_table(planned: Mapping[str, Any]) -> Table:
 
 def _plan_words(planned: Mapping[str, Any]) -> str:
     from pipelines.reporting.names import duration
+    from pipelines.study.plan import pass_cost_words
 
     total, source = planned["training_seconds"], planned["seconds_per_forward_from"]
     seeds = ", ".join(map(str, planned["seeds"]))
@@ -178,7 +179,7 @@ def _plan_words(planned: Mapping[str, Any]) -> str:
         )
     lines += [f"{name}: {words}" for name, words in planned["hypotheses"].items()]
     lines += [planned["power"]] if planned["power"] else []
-    lines.append("a forward is a pass over one batch; back to the input counts 1, to the weights 2")
+    lines.append(pass_cost_words(planned["variants"]))
     return "\n".join(lines)
 
 

@@ -7,8 +7,8 @@ everybody, and a machine whose speed drifts slows all of them.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,7 @@ def plan_rows(plan: StudyPlan, seconds_per_unit: float | None) -> list[dict[str,
             "tracking": run.config.fake_score.tracking,
             "units_per_iteration": units,
             "units_by_role": units_by_role(per_iteration, costs),
+            "pass_costs": {role: asdict(own) for role, own in costs.items()},
         }
         if run.max_seconds is not None:
             made = seconds_per_unit and max(1, int(run.max_seconds / (units * seconds_per_unit)))
@@ -151,6 +152,24 @@ def plan_rows(plan: StudyPlan, seconds_per_unit: float | None) -> list[dict[str,
             row |= {"iterations": run.config.iterations, "units": spent, "seconds": seconds}
         rows.append(row)
     return rows
+
+
+def pass_cost_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence about the costs of passes in forwards, over all variants and roles.
+
+    Args:
+        rows: From `plan_rows`.
+    """
+    costs = [own for row in rows for own in row["pass_costs"].values()]
+    forward, to_input, to_weights = (
+        " to ".join(dict.fromkeys(f"{pick(own[kind] for own in costs):.3g}" for pick in (min, max)))
+        for kind in ("forward", "to_input", "to_weights")
+    )
+    others = "" if forward == "1" else f"a forward pass of a role counts {forward}, "
+    return (
+        f"a forward is the teacher's forward pass over one batch; {others}"
+        f"a pass back to the input counts {to_input}, to the weights {to_weights}"
+    )
 
 
 def measured_iterations(available: Sequence[int], wanted: int) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.planning.passes import expected_passes, pass_costs, run_passes, total_units
-from pipelines.study.plan import measured_iterations, plan_rows, plan_study
+from pipelines.study.plan import measured_iterations, pass_cost_words, plan_rows, plan_study
 from sgmd_core.errors import ConfigError
 
 VARIANTS = "study.variants={ours: {}, theirs: {objective.method: dmd2, fake_score.tracking: fresh}}"
@@ -73,6 +73,16 @@ def test_the_plan_tells_units_and_time():
     )
     assert theirs["seconds"] == theirs["units"] / 2
     assert plan_rows(plan, None)[0]["seconds"] is None
+
+
+def test_a_reader_is_told_the_costs_that_the_plan_counts_with():
+    plan = plan_study(study_of(budget("iterations", 10)))
+    costs = pass_costs(plan.runs[0].config)["generator"]
+    assert costs.to_input > 1.01
+    assert pass_cost_words(plan_rows(plan, None)) == (
+        "a forward is the teacher's forward pass over one batch; a pass back to the input counts "
+        f"{costs.to_input:.3g}, to the weights {costs.to_weights:.3g}"
+    )
 
 
 def test_a_plan_by_the_clock_predicts_iterations_instead():
