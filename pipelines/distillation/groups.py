@@ -112,7 +112,7 @@ def open_groups(
         progress: Where the run stands in its data.
         num_rows: Captions that it will still take.
         in_trial: Take over the placement group of the Tune trial that this process is.
-        tell: Called with one sentence when the Ray cluster is lost.
+        tell: Called with one sentence when the Ray cluster is lost, or a machine may lack memory.
         events: Receives the processes that the watch has ended; None: nothing is watched.
         service: Name of a `cluster.ray.service` that has the frozen roles; empty: own ones.
 
@@ -145,8 +145,8 @@ def open_groups(
             )
             stack.enter_context(placement)
             encoding = checked.texts.encoding
-            if unseen := require_placed(config, checked.model, encoding, placement):
-                tell(f"the memory of machines was not compared with what the run needs: {unseen}")
+            for words in require_placed(config, checked.model, encoding, placement):
+                tell(words)
             opener = _ray_opener(config, placement, service)
         groups = _open(opener, stack, config, checked, folder, progress, num_rows)
         if events is not None:

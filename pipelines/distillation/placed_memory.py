@@ -3,19 +3,23 @@
     needs of a process (by pool)  x  machine of each rank  ->  compared with what the machine has
 
 The checks before a run see this machine alone; where Ray has put which rank is known when all
-bundles are reserved.
+bundles are reserved. What a process needs is modelled: a machine that has a little less is warned
+of, and one that has much less ends the run.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.ray.capacity import Capacity, addresses_of, capacities_of
+from cluster.ray.capacity import Capacity, capacities_of
 from cluster.ray.topology import Placement
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.readiness import ProcessNeed, in_gb, process_needs, ways_to_save
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError
 from workers.models.folder import ModelFolder
+
+MODEL_MARGIN = 1.2
+"""Times the memory that is there: a run that needs more by the model is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +28,12 @@ class PlacedNeed:
 
     Attributes:
         rank: "pool[rank]".
-        machine: Address of its machine.
+        node: Ray's id of its machine.
         need: What the process takes.
     """
 
     rank: str
-    machine: str
+    node: str
     need: ProcessNeed
 
     @property
@@ -44,7 +48,7 @@ class PlacedNeed:
 
 def require_placed(
     config: DistillConfig, model: ModelFolder, encoding: frozenset[str], placement: Placement
-) -> str:
+) -> list[str]:
     """Checks that the machines of all reserved bundles have what their ranks need.
 
     Args:
@@ -54,92 +58,115 @@ def require_placed(
         placement: Where the ranks are; those of a service are looked after by it.
 
     Returns:
-        Machines that could not be looked at, and why; empty if all could be.
+        Sentences about machines that may lack memory, and about those that were not looked at.
 
     Raises:
-        ConfigError: A machine or a GPU has less; names machine, pool and rank.
+        ConfigError: A machine or a GPU has much less; names machine, pool and rank.
     """
     try:
         nodes = placement.nodes()
         found, failed = capacities_of({node for each in nodes.values() for node in each})
-        places = addresses_of(nodes)
     # A run does not end because its machines could not be looked at: that is told.
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    placed = placed_needs(process_needs(config, model, encoding), places)
-    require_room(placed, found, Workload.of(config))
-    return "; ".join(f"{machine}: {why}" for machine, why in failed.items())
+        return [_not_compared(f"{type(error).__name__}: {error}")]
+    placed = placed_needs(process_needs(config, model, encoding), nodes)
+    tight = require_room(placed, found, Workload.of(config))
+    return tight + [_not_compared(f"{machine}: {why}") for machine, why in failed.items()]
 
 
 def placed_needs(
-    needs: Sequence[ProcessNeed], places: Mapping[str, Sequence[str]]
+    needs: Sequence[ProcessNeed], nodes: Mapping[str, Sequence[str]]
 ) -> list[PlacedNeed]:
     """The needs of each rank where it is.
 
     Args:
         needs: Of one process of each pool.
-        places: Address of the machine of every rank, by pool.
+        nodes: Ray's id of the machine of every rank, by pool.
     """
     return [
-        PlacedNeed(f"{need.pool}[{rank}]", machine, need)
+        PlacedNeed(f"{need.pool}[{rank}]", node, need)
         for need in needs
-        for rank, machine in enumerate(places.get(need.pool, ()))
+        for rank, node in enumerate(nodes.get(need.pool, ()))
     ]
 
 
 def require_room(
     placed: Sequence[PlacedNeed], capacities: Mapping[str, Capacity], work: Workload
-) -> None:
+) -> list[str]:
     """Compares what ranks need with what their machines have.
 
     Args:
         placed: All ranks.
-        capacities: Machines by address; those that are missing are not compared.
+        capacities: Machines by Ray's id; those that are missing are not compared.
         work: The run's iteration, for the settings that would save memory.
 
+    Returns:
+        Sentences about machines that lack memory by the model, and by no more than it may err.
+
     Raises:
-        ConfigError: The first machine that lacks memory of a GPU, or main memory.
+        ConfigError: The first machine that lacks more, of a GPU or of main memory.
     """
-    for machine, capacity in capacities.items():
-        there = [one for one in placed if one.machine == machine]
+    tight: list[str] = []
+    for node, capacity in capacities.items():
+        there = [one for one in placed if one.node == node]
+        on_gpus = [one for one in there if one.need.gpus]
         # Where torch sees no GPU, `sgmd doctor --address` says what is wrong.
-        if capacity.gpu_bytes:
-            _require_gpus(machine, [one for one in there if one.need.gpus], capacity, work)
-        needed = sum(one.main_bytes for one in there)
-        if needed > capacity.memory_bytes:
-            words = ", ".join(one.in_words(one.main_bytes) for one in there if one.main_bytes)
-            raise ConfigError(
-                f"checking the main memory of machine {machine}",
-                f"the processes placed there need {in_gb(needed)} ({words}), and it has "
-                f"{in_gb(capacity.memory_bytes)}",
-                "a machine that holds all of its processes",
-                "Spread the pools over more machines (topology.pools.NAME.strategy: spread), give "
-                "pools GPUs, or pin them to larger machines (topology.pools.NAME.labels)",
-            )
+        if capacity.gpu_bytes and on_gpus:
+            tight += _of_each_gpu(on_gpus, capacity, work)
+            # Of a machine that torch sees a part of, the sum is not known.
+            if capacity.sees_all_gpus:
+                tight += _of_all_gpus(on_gpus, capacity)
+        tight += _of_main_memory(there, capacity)
+    return tight
 
 
-def _require_gpus(
-    machine: str, ranks: Sequence[PlacedNeed], capacity: Capacity, work: Workload
-) -> None:
-    largest, attempted = max(capacity.gpu_bytes), f"checking the GPUs of machine {machine}"
-    for one in ranks:
-        # A rank of several GPUs computes on the first.
-        if one.need.num_bytes > largest:
-            raise ConfigError(
-                attempted,
-                f"{one.in_words(one.need.num_bytes)} is placed there, and its GPUs have "
-                f"{in_gb(largest)}",
-                "each rank to fit its GPU",
-                f"Pin the pool to machines with larger GPUs (topology.pools.NAME.labels), or: "
-                f"{ways_to_save(work)}",
-            )
-    needed = sum(one.need.num_bytes for one in ranks)
-    if needed > sum(capacity.gpu_bytes):
-        words = ", ".join(one.in_words(one.need.num_bytes) for one in ranks)
-        raise ConfigError(
-            attempted,
-            f"{in_gb(needed)} placed there ({words}), and its {len(capacity.gpu_bytes)} GPUs have "
-            f"{in_gb(sum(capacity.gpu_bytes))} in all",
-            "ranks that share GPUs to fit them together",
-            "Raise `gpus` of these pools, so that fewer ranks share a GPU",
-        )
+def _of_each_gpu(ranks: Sequence[PlacedNeed], capacity: Capacity, work: Workload) -> list[str]:
+    # A rank of several GPUs computes on the first.
+    largest, one = max(capacity.gpu_bytes), max(ranks, key=lambda rank: rank.need.num_bytes)
+    error = ConfigError(
+        f"checking the GPUs of machine {capacity.name}",
+        f"{one.in_words(one.need.num_bytes)} is placed there, and its GPUs have {in_gb(largest)}",
+        "each rank to fit its GPU",
+        f"Pin the pool to machines with larger GPUs (topology.pools.NAME.labels), or: "
+        f"{ways_to_save(work)}",
+    )
+    return _told(one.need.num_bytes, largest, error)
+
+
+def _of_all_gpus(ranks: Sequence[PlacedNeed], capacity: Capacity) -> list[str]:
+    needed, there = sum(one.need.num_bytes for one in ranks), sum(capacity.gpu_bytes)
+    words = ", ".join(one.in_words(one.need.num_bytes) for one in ranks)
+    error = ConfigError(
+        f"checking the GPUs of machine {capacity.name}",
+        f"{in_gb(needed)} placed there ({words}), and its {len(capacity.gpu_bytes)} GPUs have "
+        f"{in_gb(there)} in all",
+        "ranks that share GPUs to fit them together",
+        "Raise `gpus` of these pools, so that fewer ranks share a GPU",
+    )
+    return _told(needed, there, error)
+
+
+def _of_main_memory(ranks: Sequence[PlacedNeed], capacity: Capacity) -> list[str]:
+    needed = sum(one.main_bytes for one in ranks)
+    words = ", ".join(one.in_words(one.main_bytes) for one in ranks if one.main_bytes)
+    error = ConfigError(
+        f"checking the main memory of machine {capacity.name}",
+        f"the processes placed there need {in_gb(needed)} ({words}), and it has "
+        f"{in_gb(capacity.memory_bytes)}",
+        "a machine that holds all of its processes",
+        "Spread the pools over more machines (topology.pools.NAME.strategy: spread), give pools "
+        "GPUs, or pin them to larger machines (topology.pools.NAME.labels)",
+    )
+    return _told(needed, capacity.memory_bytes, error)
+
+
+def _told(needed: float, there: float, error: ConfigError) -> list[str]:
+    """Refuses what is surely too much; returns words about what may be."""
+    if needed > MODEL_MARGIN * there:
+        raise error
+    # Needs are modelled, and a run that has trained before must not be ended by a model.
+    return [f"{error} The run goes on, as needs are modelled"] if needed > there else []
+
+
+def _not_compared(why: str) -> str:
+    return f"the memory of machines was not compared with what the run needs: {why}"

@@ -18,7 +18,7 @@ from cluster.files import store_address
 from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
-from pipelines.planning.beside import bytes_beside
+from pipelines.planning.beside import bytes_beside, host_bytes_beside
 from pipelines.planning.memory import discriminator_memory
 from pipelines.planning.pool_maps import PoolMap, map_memory
 from pipelines.planning.savings import savings
@@ -246,11 +246,24 @@ def process_needs(
             )
             for role, memory in memories.items()
         ]
+    return needs + _needs_beside(config, work, model, encoding)
+
+
+def _needs_beside(
+    config: DistillConfig, work: Workload, model: ModelFolder, encoding: Collection[str]
+) -> list[ProcessNeed]:
     sizes, denoiser = model.encoder_sizes, model.num_denoiser_parameters
-    for section, needed in bytes_beside(config, work, sizes, denoiser, encoding).items():
-        words = "text encoder" if section == TEXT else section
-        needs.append(ProcessNeed(section, words, needed, getattr(topology, section).gpus))
-    return needs
+    host = host_bytes_beside(config, work, sizes, encoding)
+    return [
+        ProcessNeed(
+            section,
+            "text encoder" if section == TEXT else section,
+            needed,
+            getattr(config.topology, section).gpus,
+            host_bytes=host.get(section, 0.0),
+        )
+        for section, needed in bytes_beside(config, work, sizes, denoiser, encoding).items()
+    ]
 
 
 def _main_memory(needs: list[ProcessNeed]) -> str:

@@ -3,7 +3,8 @@
     text       the text encoder, in the type of `model.encoder_dtype`
     validator  the generator and a teacher of another model, both in the type of its products, the
                autoencoder, and the larger of text encoder and a pass of the network: on a GPU the
-               encoder is in main memory while clips are sampled
+               encoder is in main memory while clips are sampled, and so are the weights that the
+               generator's replace, beside those that were handed over
 
 Of the encoders' own passes nothing is counted. A process whose texts are all stored with the data
 has no text encoder.
@@ -80,6 +81,27 @@ def bytes_beside(
     return needed
 
 
+def host_bytes_beside(
+    config: DistillConfig, work: Workload, sizes: EncoderSizes, encoding: Collection[str] = ENCODING
+) -> dict[str, float]:
+    """Main memory by section of `topology`, besides the bytes where a process computes.
+
+    Args:
+        config: The recipe.
+        work: Its iteration.
+        sizes: Parameters of the encoders.
+        encoding: Sections whose processes load a text encoder.
+    """
+    if not config.validation.every:
+        return {}
+    handed = _handed_bytes(config, work)
+    if not config.topology.validator.gpus:
+        return {VALIDATOR: handed}
+    # While a GPU samples: what the handed weights replace is put aside, and the encoder is.
+    text = DTYPES[config.model.encoder_dtype].itemsize * sizes.text if VALIDATOR in encoding else 0
+    return {VALIDATOR: 2 * handed + text}
+
+
 def require_fitting_beside(plan: Plan, hardware: Hardware) -> None:
     """Refuses a plan with a process beside the roles that its GPU does not hold.
 
@@ -125,12 +147,17 @@ def handed_over(plan: Plan, config: DistillConfig) -> list[str]:
     """Returns a sentence about the weights that a validation is handed."""
     if not config.validation.every or config.topology.mode == "local":
         return []
-    adapted = config.generator.lora is not None
-    sent = (4 if adapted else _validated_width(config)) * plan.work.num_trained(GENERATOR)
+    sent = _handed_bytes(config, plan.work)
     return [
         f"each validation is handed {sent / GB:.3g} GB of weights through the object store, about "
         f"{sent / plan.hardware.wire_bandwidth:.2g} s; they are not in the seconds of an iteration"
     ]
+
+
+def _handed_bytes(config: DistillConfig, work: Workload) -> float:
+    """Weights that a validation is handed; adapters stay as they are trained."""
+    adapted = config.generator.lora is not None
+    return float((4 if adapted else _validated_width(config)) * work.num_trained(GENERATOR))
 
 
 def _validated_width(config: DistillConfig) -> int:

@@ -35,6 +35,12 @@ def test_labels_resources_and_strategies_decide_where_ranks_are(found):
     assert sorted(places["apart"]) == ["left", "right"]
 
 
+def test_raylets_of_one_host_are_looked_at_each_by_its_own_name(found):
+    names = found["capacities"]
+    assert len(set(names)) == 2
+    assert len({name.partition("#")[0] for name in names}) == 1
+
+
 def test_a_refusal_names_the_rank_and_what_it_misses(found):
     told = found["refusals"]
     assert "lost[0] asks for 0.5 CPU where side=middle no machine has the labels" in told["labels"]

@@ -23,7 +23,9 @@ from ray.cluster_utils import Cluster
 from ray.experimental.internal_kv import _internal_kv_list
 
 from cluster.errors import ClusterError, NodeLostError, WorkerDiedError
+from cluster.inventory import memory_bytes
 from cluster.procfs import raylet_of
+from cluster.ray.capacity import capacities_of
 from cluster.ray.fork_server import serve_forks
 from cluster.ray.group import RayWorkerGroup
 from cluster.ray.pools import Pool
@@ -146,6 +148,15 @@ with start_ray({address!r}):
     finally:
         run.kill()
         run.wait()
+
+
+def capacities_in_words() -> list[str]:
+    """Both raylets of this host, by their names; one of them is asked through a process there."""
+    nodes = sorted(node["NodeID"] for node in ray.nodes() if node["Alive"])
+    found, failed = capacities_of(nodes, WAIT_S)
+    assert sorted(found) == nodes, failed
+    assert {one.memory_bytes for one in found.values()} == {memory_bytes()[0]}
+    return sorted(one.name for one in found.values())
 
 
 def no_reports() -> list[str]:
@@ -272,6 +283,7 @@ def tried(address: str, add: Callable[..., Any]) -> dict[str, object]:
             Pool("apart", 2, LIGHT, strategy="STRICT_SPREAD"),
         ]
     )
+    found["capacities"] = capacities_in_words()
     found["free after use"] = free_again()
     fits = Pool("fits", 1, LIGHT)
     found["refusals"] = {

@@ -46,16 +46,28 @@ def test_every_rank_of_the_pools_of_a_run_has_a_need_but_the_feed(mode):
     assert all(one.need.num_bytes > 0 for one in placed)
 
 
+def test_a_validator_on_a_gpu_has_a_need_of_main_memory():
+    config, needs = needs_of("pools", "validation.every=10", "topology.validator.gpus=1")
+    (placed,) = placed_needs(needs, {"validator": ["n1"]})
+    handed = 4 * Workload.of(config).num_trained("generator")
+    assert placed.main_bytes > 2 * handed
+    with pytest.raises(ConfigError, match=r"main memory of machine one.*validator\[0\]"):
+        require_room([placed], {"n1": Capacity(handed, (), "one")}, Workload.of(config))
+
+
 def test_a_gpu_that_is_too_small_is_refused_by_machine_pool_and_rank():
     config, needs = needs_of("map")
-    places = {"learn": ["large", "small"], "score": ["large"]}
-    placed, work = placed_needs(needs, places), Workload.of(config)
-    room = {"large": Capacity(TIB, (TIB,) * 2), "small": Capacity(TIB, (TIB,))}
-    require_room(placed, room, work)
+    nodes = {"learn": ["n1", "n2"], "score": ["n1"]}
+    placed, work = placed_needs(needs, nodes), Workload.of(config)
+    room = {
+        "n1": Capacity(TIB, (TIB,) * 2, "large", 2.0),
+        "n2": Capacity(TIB, (TIB,), "small", 1.0),
+    }
+    assert require_room(placed, room, work) == []
     # A machine whose GPUs torch does not see, and one that did not answer, are not judged.
-    require_room(placed, {"small": Capacity(TIB)}, work)
+    assert require_room(placed, {"n2": Capacity(TIB, (), "small", 1.0)}, work) == []
     with pytest.raises(ConfigError) as refused:
-        require_room(placed, {**room, "small": Capacity(TIB, (2**20,))}, work)
+        require_room(placed, {**room, "n2": replace(room["n2"], gpu_bytes=(2**20,))}, work)
     words = str(refused.value)
     assert "machine small" in words
     assert "learn[1]" in words
@@ -67,15 +79,58 @@ def test_a_gpu_that_is_too_small_is_refused_by_machine_pool_and_rank():
 def test_ranks_that_share_gpus_and_main_memory_must_fit_together():
     config, needs = needs_of("pools")
     work = Workload.of(config)
-    placed = placed_needs(needs, {"generator": ["one", "one"], "text": ["two"], "feed": ["two"]})
+    placed = placed_needs(needs, {"generator": ["n1", "n1"], "text": ["n2"], "feed": ["n2"]})
     (first, _, text) = placed
     one, main = first.need.num_bytes, text.main_bytes
-    exact = Capacity(TIB, (int(2 * one),))
-    require_room(placed, {"one": exact, "two": Capacity(int(main) + 1)}, work)
+    gpu = Capacity(TIB, (int(2 * one) + 1,), "one", 1.0)
+    room = {"n1": gpu, "n2": Capacity(int(main) + 1, (), "two")}
+    assert require_room(placed, room, work) == []
     with pytest.raises(ConfigError, match=r"machine one.*generator\[0\].*generator\[1\]"):
-        require_room(placed, {"one": replace(exact, gpu_bytes=(int(1.5 * one),))}, work)
+        require_room(placed, {"n1": replace(gpu, gpu_bytes=(int(1.5 * one),))}, work)
     with pytest.raises(ConfigError, match=r"main memory of machine two.*text\[0\]"):
-        require_room(placed, {"two": Capacity(int(main) - 1)}, work)
+        require_room(placed, {"n2": Capacity(int(main / 1.3), (), "two")}, work)
+
+
+def test_a_model_that_is_a_little_above_a_memory_is_warned_of_and_ends_no_run():
+    config, needs = needs_of("pools")
+    work = Workload.of(config)
+    placed = placed_needs(needs, {"generator": ["n1", "n1"], "text": ["n2"]})
+    one, main = placed[0].need.num_bytes, placed[-1].main_bytes
+    share = Capacity(TIB, (int(2 * one / 1.1),), "one", 1.0)
+    alone = Capacity(TIB, (int(one / 1.1),) * 3, "one", 3.0)
+    less = Capacity(int(main / 1.1), (), "two")
+    for room, words in (
+        ({"n1": share}, ("While checking the GPUs of machine one", "generator[1]", "in all")),
+        ({"n1": alone}, ("While checking the GPUs of machine one", "generator[0]", "to fit its")),
+        ({"n2": less}, ("While checking the main memory of machine two", "text[0]")),
+    ):
+        (told,) = require_room(placed, room, work)
+        assert all(word in told for word in (*words, "The run goes on")), told
+    for factor, refused in ((1.19, False), (1.21, True)):
+        edge = {"n2": replace(less, memory_bytes=int(main / factor))}
+        if refused:
+            with pytest.raises(ConfigError, match="main memory of machine two"):
+                require_room(placed, edge, work)
+        else:
+            assert len(require_room(placed, edge, work)) == 1
+
+
+def test_nodes_of_one_address_are_judged_apart_and_instances_of_a_gpu_by_rank():
+    config, needs = needs_of("pools")
+    work = Workload.of(config)
+    placed = placed_needs(needs, {"generator": ["n1", "n2"]})
+    one = placed[0].need.num_bytes
+    # Two raylets of a host, each with one of its GPUs and one rank that takes most of it.
+    gpu = Capacity(TIB, (int(1.3 * one),), "10.0.0.1#n1", 1.0)
+    assert require_room(placed, {"n1": gpu, "n2": replace(gpu, name="10.0.0.1#n2")}, work) == []
+    both = placed_needs(needs, {"generator": ["n1", "n1"]})
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.1#n1"):
+        require_room(both, {"n1": gpu}, work)
+    # Ray has seven instances of a GPU, of which torch sees the first.
+    seven = replace(gpu, num_gpus=7.0)
+    assert require_room(both, {"n1": seven}, work) == []
+    with pytest.raises(ConfigError, match=r"generator\[0\]"):
+        require_room(both, {"n1": replace(seven, gpu_bytes=(int(one / 2),))}, work)
 
 
 @pytest.mark.ray

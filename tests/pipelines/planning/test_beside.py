@@ -11,7 +11,7 @@ from torch import nn
 from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
 from pipelines.config.recipe import load_recipe
-from pipelines.planning.beside import bytes_beside
+from pipelines.planning.beside import bytes_beside, host_bytes_beside
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.networks import released_models
 from pipelines.planning.pool_maps import PoolMap, map_fits
@@ -117,6 +117,27 @@ def test_a_validator_samples_clips_of_its_own_size_whatever_is_trained(own, othe
     buckets = [{**size_of(size), "weight": 1.0} for size in (other, own)]
     assert abs(needed(own) - needed(other)) > 0.1 * needed(own)
     assert needed(own, f"video.buckets={json.dumps(buckets)}") == needed(own)
+
+
+@pytest.mark.parametrize(("recipe", "model"), [("wan22-a14b", "a14b"), ("wan21-1.3b-lora", "1.3b")])
+def test_a_validator_has_in_main_memory_what_a_gpu_puts_aside_and_what_it_is_handed(recipe, model):
+    def host(*overrides: str, encoding=("text", "validator")) -> dict[str, float]:
+        config = load_recipe(recipe, ["topology.validator.gpus=1", *overrides])
+        work, sizes = Workload.of(config, model), released_models()[model].encoders
+        return host_bytes_beside(config, work, sizes, encoding)
+
+    config = load_recipe(recipe)
+    trained = Workload.of(config, model).num_trained("generator")
+    # Whole networks are handed over in the type of their products, adapters as they are trained.
+    weights = (2 if config.generator.lora is None else 4) * trained
+    text = 2 * released_models()[model].encoders.text
+    assert host() == {"validator": 2 * weights + text}
+    assert host(encoding=("text",)) == {"validator": 2 * weights}
+    # A CPU puts nothing aside, and has the encoder among its own bytes.
+    assert host("topology.validator.gpus=0") == {"validator": weights}
+    assert host("validation.every=0") == {}
+    if model == "a14b":
+        assert [round(part / 1e9) for part in (weights, text)] == [57, 11]
 
 
 @pytest.mark.slow
