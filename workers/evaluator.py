@@ -161,6 +161,11 @@ class Evaluator:
         self._negative_prompt = negative_prompt
         self._chunk_clips = chunk_clips
 
+    @property
+    def chunk_clips(self) -> int:
+        """Clips that are sampled side by side."""
+        return self._chunk_clips
+
     def scheduled(self, schedule: FlowMatchSchedule) -> Self:
         """An evaluator over the same networks that samples by another schedule."""
         other = copy.copy(self)

@@ -25,7 +25,9 @@ class EvaluateArguments(OptionGroup):
     num_captions: Annotated[int, typer.Option(help="Clips in every set")] = 256
     teacher_steps: Annotated[int | None, typer.Option(help="Steps of the reference")] = None
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance of the teacher")] = None
-    batch_size: Annotated[int, typer.Option(help="Clips sampled side by side")] = 16
+    batch_size: Annotated[
+        int, typer.Option(help="Most clips sampled side by side; 32,768 tokens at most")
+    ] = 16
     seed: Annotated[int, typer.Option(help="Seed of the reference")] = 0
     features: Annotated[
         Path | None,

@@ -26,7 +26,7 @@ from pipelines.run.places import shared_place
 from sgmd_core.errors import ConfigError, ModelFolderError
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, FlowMatchSchedule
 from workers.build import build_evaluator, encoder_dtype
-from workers.evaluator import Evaluator, Sampling
+from workers.evaluator import TOKENS_SIDE_BY_SIDE, Evaluator, Sampling
 from workers.kept_clips import clip_facts
 from workers.models.addresses import local_model
 from workers.models.content import model_digests
@@ -49,7 +49,7 @@ class EvaluationOptions:
     Attributes:
         num_captions: Held-out captions, one clip each in every set.
         seed: Seed A; seed B is the next number.
-        batch_size: Clips that are sampled side by side.
+        batch_size: Most clips that are sampled side by side; large ones are fewer.
         teacher_steps: Steps of the reference; None takes the recipe's, or 30.
         guidance_scale: Guidance of the teacher; None takes the recipe's, or the folder's.
         num_bootstraps: Draws behind the standard errors.
@@ -122,14 +122,24 @@ class Subject:
         return clip_facts(self.model, self.video, self.schedule)
 
     def evaluator(self, options: EvaluationOptions) -> Evaluator:
-        """Loads the networks."""
-        return build_evaluator(
+        """Loads the networks; says so where its clips are too large for the batch size."""
+        evaluator = build_evaluator(
             self.model,
             self.video,
             self.schedule,
             options.threads,
             options.batch_size,
         )
+        if evaluator.chunk_clips < options.batch_size:
+            _log.warning(
+                "%s: of clips of this size %d are sampled side by side, not %d (batch_size): a "
+                "network is given at most %d tokens at once",
+                self.folder,
+                evaluator.chunk_clips,
+                options.batch_size,
+                TOKENS_SIDE_BY_SIDE,
+            )
+        return evaluator
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ def _evaluate(
         world=world_of(plan.captions),
         shown=shown,
     )
-    sets, twins = _sample_sets(plan, request, features, on_progress)
+    sets, twins, side_by_side = _sample_sets(plan, request, features, on_progress)
     rows = _rows(plan, sets, twins)
     png, gif = _draw(plan, sets, [plan.captions[index] for index in shown])
     evaluation = Evaluation(
@@ -137,7 +137,7 @@ def _evaluate(
         captions=plan.captions_from,
         num_captions=len(plan.captions),
         num_distinct_captions=len(set(plan.captions)),
-        batch_size=options.batch_size,
+        batch_size=side_by_side,
         device=_device_name(options),
         rows=rows,
         verdicts=evaluate_criteria(rows),
@@ -194,8 +194,8 @@ def _teacher_sets(
 
 def _sample_sets(
     plan: EvaluationPlan, request: ClipRequest, features: NamedExtractor, on_progress: OnProgress
-) -> tuple[dict[str, ClipSet], dict[str, Features]]:
-    """All sets by name, and the features of their twins from the other seed."""
+) -> tuple[dict[str, ClipSet], dict[str, Features], int]:
+    """All sets by name, features of their twins from the other seed, and clips side by side."""
     teacher = _teacher_sets(plan, request, features, on_progress)
     sets = {name: teacher.set(name) for name in TEACHER_SETS}
     twins = {name: teacher.twin(name).clips.features for name in TEACHER_SETS}
@@ -210,7 +210,7 @@ def _sample_sets(
         )
         for wanted in (own, own.twin(teacher.other_seed(own.sampling.seed)))
     )
-    return sets, twins | {GENERATOR: twin.clips.features}
+    return sets, twins | {GENERATOR: twin.clips.features}, evaluator.chunk_clips
 
 
 def _label(plan: EvaluationPlan, name: str, *, is_twin: bool) -> str:

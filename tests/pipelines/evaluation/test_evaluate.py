@@ -13,7 +13,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from pipelines.commands.evaluation_table import table, verdict_lines
+from pipelines.commands.evaluation_table import legend, table, verdict_lines
 from pipelines.config.recipe import load_recipe
 from pipelines.evaluation.plan import plan_evaluation
 from pipelines.evaluation.result import (
@@ -37,8 +37,10 @@ from pipelines.shapes import ClipSplit, captions
 from sgmd_core.errors import CheckpointError, ConfigError, DataError, ModelFolderError
 from tests.helpers.tiny_wan import HEIGHT, NUM_FRAMES, TEXT_LENGTH, WIDTH, write_tiny_wan
 from tests.workers.test_measures import thin_i3d
+from workers.evaluator import TOKENS_SIDE_BY_SIDE
 from workers.measures import CLIP_MEASURES, MOTION_MEASURES
 from workers.models.content import model_digests
+from workers.models.families import family_of
 from workers.models.weight_digests import write_model_settings
 
 CAPTIONS = captions(ClipSplit.HELD_OUT)[:4]
@@ -101,6 +103,17 @@ def run_evaluation(place: Path, output: Path, cache: Path | None = None, **chang
         cache=cache,
         options=replace(OPTIONS, **changes),
     )
+
+
+def test_fewer_clips_side_by_side_than_asked_for_are_told_and_recorded(place, evaluation, caplog):
+    assert evaluation.batch_size == OPTIONS.batch_size
+    subject = family_of(place / "generator").read_shape(place / "generator")
+    latents = subject.geometry.latent_shape(NUM_FRAMES, HEIGHT, WIDTH)
+    fewer = TOKENS_SIDE_BY_SIDE // subject.denoiser.num_tokens(latents)
+    found = run_evaluation(place, place / "large batches", batch_size=fewer + 1)
+    assert found.batch_size == fewer > OPTIONS.num_captions
+    assert f"{fewer} are sampled side by side, not {fewer + 1}" in caplog.text
+    assert f"a clip at batch {fewer}," in legend(found)
 
 
 def row(name: str, **figures) -> EvaluationRow:
