@@ -19,7 +19,14 @@ from pipelines.config.roles import GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, Hardware
 from pipelines.planning.networks import released_models
 from pipelines.planning.plan import Plan
-from pipelines.planning.stored_text import ENCODING, TEXT, VALIDATOR, encoding_sections
+from pipelines.planning.stored_text import (
+    ENCODING,
+    TEXT,
+    VALIDATOR,
+    encoding_sections,
+    lacks_prompts_alone,
+    unseen_sets,
+)
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import ConfigError, ModelFolderError
 from workers.evaluator import CHUNK_CLIPS, clips_side_by_side
@@ -29,20 +36,26 @@ from workers.models.folder import EncoderSizes
 
 WITHOUT_VALIDATIONS = "validation.every=0, and `sgmd evaluate RUN` after the run"
 """Remedy where a validator has no GPU: its passes are too many for a CPU at released sizes."""
+_EMBEDDINGS = "stored embeddings (sgmd encode --text-only)"
+_PROMPTS = "the prompts beside the stored embeddings (the same sgmd encode again, --negative)"
+"""Remedies where a text process has no GPU."""
 
 
-def with_memory_beside(plan: Plan, config: DistillConfig, model: str | None) -> Plan:
+def with_memory_beside(
+    plan: Plan, config: DistillConfig, model: str | None, *, at_addresses: bool = False
+) -> Plan:
     """The plan with the bytes of the processes beside its roles, where their sizes are known.
 
     Args:
         plan: A plan.
         config: Its recipe.
         model: Name of a released model; None reads the recipe's model folder.
+        at_addresses: Take it that sets at addresses bring their embeddings.
     """
     sizes = _encoder_sizes(config, model)
     if sizes is None:
         return plan
-    encoding = encoding_sections(config)
+    encoding = encoding_sections(config, at_addresses=at_addresses)
     needed = bytes_beside(config, plan.work, sizes, plan.work.shape.num_parameters, encoding)
     return replace(
         plan, memory_beside={name: needed[name] for name in plan.beside if name in needed}
@@ -102,12 +115,47 @@ def host_bytes_beside(
     return {VALIDATOR: 2 * handed + text}
 
 
-def require_fitting_beside(plan: Plan, hardware: Hardware) -> None:
+def check_beside(
+    plan: Plan, config: DistillConfig, model: str | None, hardware: Hardware
+) -> list[str]:
+    """Refuses a plan whose processes beside the roles do not fit, whatever lies at addresses.
+
+    Args:
+        plan: With the bytes of these processes, where they are known.
+        config: Its recipe.
+        model: Name of a released model; None reads the recipe's model folder.
+        hardware: GPUs that they get.
+
+    Returns:
+        A sentence where they fit if sets that were not looked at bring their embeddings.
+
+    Raises:
+        ConfigError: One does not fit; or several do not fit the GPU that they share.
+    """
+    remedy = _PROMPTS if lacks_prompts_alone(config) else _EMBEDDINGS
+    try:
+        require_fitting_beside(plan, hardware, remedy)
+    except ConfigError as error:
+        unseen = unseen_sets(config)
+        if not unseen:
+            raise
+        least = with_memory_beside(plan, config, model, at_addresses=True)
+        require_fitting_beside(least, hardware, remedy)
+        return [
+            f"{error.found} with a text encoder, {error.expected}; {' and '.join(unseen)} not "
+            "looked at: it fits if embeddings of all captions and prompts are stored there "
+            "(`sgmd encode`), which `sgmd distill ... --dry-run` tells"
+        ]
+    return []
+
+
+def require_fitting_beside(plan: Plan, hardware: Hardware, stored: str = _EMBEDDINGS) -> None:
     """Refuses a plan with a process beside the roles that its GPU does not hold.
 
     Args:
         plan: With the bytes of these processes, where they are known.
         hardware: GPUs that they get.
+        stored: What a run needs to have no text encoder.
 
     Raises:
         ConfigError: One does not fit; or several do not fit the GPU that they share.
@@ -128,7 +176,7 @@ def require_fitting_beside(plan: Plan, hardware: Hardware) -> None:
         else f"a GPU of {math.ceil(_memory_gb(largest, hardware))} GB for {_joined(sections)}"
     ]
     if TEXT in sections:
-        remedies.append("stored embeddings (sgmd encode --text-only) and topology.text.gpus=0")
+        remedies.append(f"{stored} and topology.text.gpus=0")
     if VALIDATOR in sections:
         remedies.append(WITHOUT_VALIDATIONS)
     raise ConfigError(

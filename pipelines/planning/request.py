@@ -11,8 +11,8 @@ from pipelines.planning import stage_times
 from pipelines.planning.beside import (
     VALIDATOR,
     WITHOUT_VALIDATIONS,
+    check_beside,
     handed_over,
-    require_fitting_beside,
     with_memory_beside,
 )
 from pipelines.planning.fitting import fastest_fit
@@ -103,8 +103,8 @@ def answer(request: Request) -> Answer:
     config = load_recipe(request.recipe, request.overrides)
     found = (_mixed if request.kinds else _of_one_kind)(request, config, hardware)
     plan = with_memory_beside(found.plan, found.config, request.model)
-    require_fitting_beside(plan, _hardware_beside(plan))
     advice = [
+        *check_beside(plan, found.config, request.model, _hardware_beside(plan)),
         *found.advice,
         *_lag(found.config, plan.work),
         *handed_over(plan, found.config),

@@ -14,15 +14,21 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from cluster.redaction import without_secrets
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.shards.filesystem import open_folder
+from pipelines.data.shards.listing import is_shard, list_chapters
 from pipelines.data.shards.prompts import read_stored_prompts
+from pipelines.data.shards.scan import open_shards
+from pipelines.data.shards.schema import encoding_of
 from sgmd_core.errors import DataError
 
 TEXT, VALIDATOR = "text", "validator"
 """Sections of `topology` whose processes embed text."""
 
 ENCODING = frozenset((TEXT, VALIDATOR))
+_LOOKED_AT = 8
+"""Shards of which the first that can be read tells how captions are stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,30 +73,82 @@ def wanted_prompts(config: DistillConfig) -> dict[str, str]:
     return wanted | {config.model.negative_prompt: "the negative prompt"}
 
 
-def encoding_sections(config: DistillConfig) -> frozenset[str]:
+def encoding_sections(config: DistillConfig, *, at_addresses: bool = False) -> frozenset[str]:
     """Sections that a plan counts a text encoder for: all, but for sets on this machine that say.
 
-    A set with prompts has embeddings of its captions, too. Who made them is compared before a run
-    starts, not here: it takes reading the text encoder's weights.
+    Who made embeddings is compared before a run starts, not here: it takes reading the text
+    encoder's weights.
+
+    Args:
+        config: The recipe.
+        at_addresses: Take it that sets at addresses, which a plan does not look at, have embeddings
+            of their captions and the prompts.
     """
     data = config.data
     if not data.stored_text:
         return ENCODING
-    trained = [_local_prompts(url, config) for url in (data.train, *(s.source for s in data.also))]
-    known = frozenset[str]().union(*trained)
-    if not all(trained) or not known.issuperset(wanted_prompts(config)):
+    wanted = frozenset(wanted_prompts(config))
+
+    def look(url: str) -> frozenset[str] | None:
+        if _is_address(url):
+            return wanted if at_addresses else None
+        return _local_prompts(url, config) if _has_embeddings(url, config) else None
+
+    trained = [look(url) for url in _trained(config)]
+    if None in trained:
         return ENCODING
-    held_out = _local_prompts(data.validation, config)
-    stored = bool(held_out) and config.model.negative_prompt in known | held_out
-    return frozenset() if stored else frozenset({VALIDATOR})
+    known = frozenset[str]().union(*(each for each in trained if each is not None))
+    held_out = look(data.validation)
+    judged = held_out is not None and config.model.negative_prompt in known | held_out
+    needed = {TEXT: not known.issuperset(wanted), VALIDATOR: not judged}
+    return frozenset(section for section in needed if needed[section])
+
+
+def unseen_sets(config: DistillConfig) -> list[str]:
+    """Addresses of sets that a plan does not look at, and that may bring stored embeddings."""
+    sets = [*_trained(config), *([config.data.validation] if config.validation.every else [])]
+    if not config.data.stored_text:
+        return []
+    return [*dict.fromkeys(without_secrets(url) for url in sets if _is_address(url))]
+
+
+def lacks_prompts_alone(config: DistillConfig) -> bool:
+    """True where all training captions have embeddings, in sets on this machine."""
+    return config.data.stored_text and all(_has_embeddings(url, config) for url in _trained(config))
+
+
+def _trained(config: DistillConfig) -> list[str]:
+    return [config.data.train, *(each.source for each in config.data.also)]
+
+
+def _is_address(url: str) -> bool:
+    return "://" in url
+
+
+def _has_embeddings(url: str, config: DistillConfig) -> bool:
+    """True if the first shard of a set of this machine says that it has fitting embeddings."""
+    path = Path(url)
+    if not url or _is_address(url) or not path.exists():
+        return False
+    folder, only = (path.parent, path.name) if path.is_file() else (path, "")
+    if only and not is_shard(only):
+        return False
+    try:
+        place = open_folder(str(folder))
+        first = next(list_chapters(*place, _LOOKED_AT, only=only), ())
+        footers = (shard.footer for shard in open_shards(*place, first))
+        schema = next((footer.schema for footer in footers if footer is not None), None)
+        encoding = None if schema is None else encoding_of(schema)
+    except DataError:
+        return False
+    return encoding is not None and encoding.text_shape[0] == config.model.text_length
 
 
 def _local_prompts(url: str, config: DistillConfig) -> frozenset[str]:
-    """Texts of the prompts of a set that is a folder of this machine; else none."""
-    if not url or "://" in url or not Path(url).is_dir():
-        return frozenset()
+    """Texts of the prompts that lie with a set of this machine."""
+    path = Path(url)
     try:
-        found = read_stored_prompts(*open_folder(url))
+        found = read_stored_prompts(*open_folder(str(path.parent if path.is_file() else path)))
     except DataError:
         return frozenset()
     if found is None or found.encoding.text_shape[0] != config.model.text_length:

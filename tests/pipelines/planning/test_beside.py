@@ -142,7 +142,7 @@ def test_a_validator_has_in_main_memory_what_a_gpu_puts_aside_and_what_it_is_han
 
 @pytest.mark.slow
 def test_two_that_share_a_gpu_must_fit_it_together():
-    shares = ("topology.text.gpus=0.4", "topology.validator.gpus=0.6")
+    shares = ("topology.text.gpus=0.4", "topology.validator.gpus=0.6", "data.stored_text=false")
     options = ("--model", "1.3b", "--gpus", 9, "--fit", "--json", *shares)
     together = sgmd("plan", "wan21-1.3b", *options, "--gpu-memory", 24)
     assert together.exit_code == 2

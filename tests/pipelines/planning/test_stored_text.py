@@ -1,5 +1,6 @@
 """Texts that lie with the data, and the memory that a plan counts without a text encoder."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,16 @@ from pipelines.data.shards.prompts import (
 )
 from pipelines.data.shards.schema import CAPTION, TEXT_EMBEDS, Encoding, encoded_schema
 from pipelines.planning.beside import bytes_beside
-from pipelines.planning.stored_text import ENCODING, TEXT, VALIDATOR, encoding_sections
+from pipelines.planning.stored_text import (
+    ENCODING,
+    TEXT,
+    VALIDATOR,
+    encoding_sections,
+    lacks_prompts_alone,
+)
 from pipelines.planning.workload import Workload
 from sgmd_core.errors import DataError
+from tests.pipelines.planning.test_planning import sgmd
 from workers.models.folder import EncoderSizes
 
 FILES = LocalFileSystem()
@@ -92,25 +100,64 @@ def test_a_file_of_prompts_past_the_bound_is_not_read_whole_nor_written(tmp_path
     assert not [*tmp_path.iterdir()]
 
 
+def write_shard_of(folder: Path, length: int = LENGTH) -> Path:
+    folder.mkdir(exist_ok=True)
+    schema = encoded_schema(stored(length=length).encoding)
+    rows = {"sample_id": ["0"], CAPTION: ["a"], TEXT_EMBEDS: [bytes(8)]}
+    pq.write_table(pa.table(rows, schema=schema), folder / "a.parquet")
+    return folder
+
+
 def test_sections_whose_texts_are_all_stored_are_planned_without_a_text_encoder(tmp_path):
-    train, held_out = tmp_path / "train", tmp_path / "held_out"
-    for folder in (train, held_out):
-        folder.mkdir()
+    train, held_out = write_shard_of(tmp_path / "train"), tmp_path / "held_out"
+    held_out.mkdir()
     options = [f"data.train={train}", f"data.validation={held_out}"]
     config = load_recipe("tiny", options)
     assert encoding_sections(config) == ENCODING
+    assert lacks_prompts_alone(config)
     write_stored_prompts(FILES, str(train), stored("grey"))
     assert encoding_sections(config) == ENCODING
     write_stored_prompts(FILES, str(train), stored("", "grey"))
     assert encoding_sections(config) == {VALIDATOR}
-    write_stored_prompts(FILES, str(held_out), stored(""))
+    # The negative prompt may lie with the training set.
+    write_shard_of(held_out)
     assert encoding_sections(config) == frozenset()
-    for other in ("data.stored_text=false", "model.negative_prompt=loud", "model.text_length=7"):
+    for other in ("data.stored_text=false", "model.text_length=7"):
         assert encoding_sections(load_recipe("tiny", [*options, other])) == ENCODING
+    write_stored_prompts(FILES, str(held_out), stored("loud"))
+    loud = load_recipe("tiny", [*options, "model.negative_prompt=loud"])
+    assert encoding_sections(loud) == {TEXT}
     sizes, work = EncoderSizes(text=10**9, autoencoder=10**6), Workload.of(config)
     whole, none = (bytes_beside(config, work, sizes, 10**6, which) for which in (ENCODING, ()))
     assert (whole[TEXT], none[TEXT]) == (4e9, 0)
     assert whole[VALIDATOR] - none[VALIDATOR] == 4e9
+
+
+def test_prompts_may_lie_with_any_set_whose_captions_all_have_embeddings(tmp_path):
+    train, also = (write_shard_of(tmp_path / name) for name in ("train", "also"))
+    write_stored_prompts(FILES, str(also), stored(""))
+    options = [f"data.train={train / 'a.parquet'}", "validation.every=0"]
+    config = load_recipe("tiny", [*options, f"data.also=[{{source: {also}}}]"])
+    assert TEXT not in encoding_sections(config)
+    write_shard_of(train, length=7)
+    assert encoding_sections(config) == ENCODING
+    assert not lacks_prompts_alone(config)
+
+
+def test_a_plan_warns_of_sets_at_addresses_that_it_does_not_look_at(tmp_path):
+    options = ("--model", "1.3b", "--gpus", 17, "--gpu-memory", 14, "--fit", "--json")
+    settings = ("topology.text.gpus=1", "validation.every=0")
+    here = write_shard_of(tmp_path / "here", 512)
+    refused = sgmd("plan", "wan21-1.3b", *options, *settings, f"data.train={here}")
+    assert refused.exit_code == 2
+    assert "the prompts beside the stored embeddings" in refused.stderr
+    told = sgmd("plan", "wan21-1.3b", *options, *settings, "data.train=s3://clips/train")
+    assert told.exit_code == 0, told.stderr
+    (line,) = [line for line in json.loads(told.stdout)["advice"] if "s3://clips/train" in line]
+    assert "text does not fit: 11.4 GB" in line
+    assert "not looked at" in line
+    anew = (*settings, "data.train=s3://clips/train", "data.stored_text=false")
+    assert sgmd("plan", "wan21-1.3b", *options, *anew).exit_code == 2
 
 
 def test_negative_prompts_come_from_recipes_of_a_model_of_that_name():
