@@ -16,6 +16,7 @@ import ray
 from cluster.procfs import born, is_running
 from cluster.ray.fork_server import serve_forks
 from tests.cluster.toys import WAIT_S
+from tests.helpers.forked_python import forked_python
 
 SHOWN = "import sys; print(sys.argv[1:], 'torch' in sys.modules)"
 
@@ -50,7 +51,8 @@ def test_workers_have_the_libraries_of_the_networks_and_nothing_else_in_common()
     for process in (first, second):
         assert process["session"] == process["process"]
         assert process["folder"] == str(Path.cwd())
-        assert process["interpreter"] == sys.executable
+        # The one that the cluster was started by.
+        assert process["interpreter"] == forked_python()
         assert process["exit code of a child"] == 1
 
 

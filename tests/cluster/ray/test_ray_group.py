@@ -66,11 +66,12 @@ def test_whether_a_call_is_done_is_told_without_waiting(second, tmp_path):
 
 
 def test_a_late_rank_is_named(second):
-    future = second.call_rank(0, Toy.sleep, 1.0)
+    second.fetch([second.call_rank(0, Toy.history)], WAIT_S, "waiting for an idle rank")
+    future = second.call_rank(0, Toy.sleep, 2.0)
     with pytest.raises(CallTimeoutError, match=r"second rank 0 did not finish sleep\(\)") as caught:
-        second.fetch([future], 0.2, "sleeping in iteration 2")
+        second.fetch([future], 1.0, "sleeping in iteration 2")
     assert isinstance(caught.value, TimeoutError)
-    assert (caught.value.phase, caught.value.timeout_s) == ("sleeping in iteration 2", 0.2)
+    assert (caught.value.phase, caught.value.timeout_s) == ("sleeping in iteration 2", 1.0)
 
 
 def test_an_error_that_cannot_travel_is_told_in_words(second):
