@@ -12,6 +12,7 @@ model family with the same kind of sharding: Wan 2.1 14B, 37,440 tokens a sample
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Self
 
 from sgmd_core.errors import ConfigError
@@ -114,10 +115,14 @@ def parse_kinds(texts: Sequence[str], hardware: Hardware) -> tuple[GpuKind, ...]
     """The kinds that several texts describe; see `GpuKind.parse`.
 
     Raises:
-        ConfigError: One cannot be read, or two have the same name.
+        ConfigError: One cannot be read, two have the same name, or a slower one comes first.
     """
     kinds = tuple(GpuKind.parse(text, hardware) for text in texts)
     names = [kind.name for kind in kinds]
     if len(set(names)) < len(names):
         raise ConfigError("reading --kind", ", ".join(names), "each name once")
+    for faster, slower in pairwise(kinds):
+        if slower.hardware.flops > faster.hardware.flops:
+            found = f"{slower.name}, which is faster, after {faster.name}"
+            raise ConfigError("reading --kind", found, "the fastest kind first")
     return kinds

@@ -34,7 +34,7 @@ ACCELERATOR = "ray.io/accelerator-type"
 """Label that Ray gives a machine by its GPUs."""
 _MAX_DEPTH = 4
 _SIMULATED = 16
-_AS_FAST = 1.005
+AS_FAST = 1.005
 """Times that are taken for equal: then fewer GPUs and micro-batches in flight decide."""
 
 
@@ -177,7 +177,7 @@ def fastest_map(
     if not found:
         return None
     fastest_s = min(one.iteration_s for one in found)
-    equal = [one for one in found if one.iteration_s <= _AS_FAST * fastest_s]
+    equal = [one for one in found if one.iteration_s <= AS_FAST * fastest_s]
     return min(equal, key=lambda one: (one.num_gpus, one.settings["topology.depth"]))
 
 

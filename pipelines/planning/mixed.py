@@ -15,7 +15,7 @@ from itertools import permutations, product
 
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, GpuKind
-from pipelines.planning.layouts import Layout, fastest_map, fused_layout, map_layout
+from pipelines.planning.layouts import AS_FAST, Layout, fastest_map, fused_layout, map_layout
 from pipelines.planning.pool_maps import LEARN, SCORE, PoolMap, map_memory, ranks_wanted
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
@@ -34,7 +34,7 @@ def mixed_layouts(work: Workload, times: StageTimes, kinds: Sequence[GpuKind]) -
         kinds: At least two.
 
     Returns:
-        Those that fit, the fastest first.
+        Those that fit, the fastest first; of those that are as fast, that of the fewest GPUs.
 
     Raises:
         ConfigError: None fits.
@@ -44,7 +44,8 @@ def mixed_layouts(work: Workload, times: StageTimes, kinds: Sequence[GpuKind]) -
     found = [one for one in (mixed, *_alone(work, times, kinds)) if one is not None and one.fits]
     if not found:
         raise _none_fits(work, kinds)
-    return sorted(found, key=lambda one: one.iteration_s)
+    as_fast_s = AS_FAST * min(one.iteration_s for one in found)
+    return sorted(found, key=lambda one: (max(one.iteration_s, as_fast_s), one.num_gpus))
 
 
 def mixed_maps(work: Workload, kinds: Sequence[GpuKind]) -> Iterator[PoolMap]:

@@ -173,7 +173,7 @@ def check_shards(
     opened = _open_all(filesystem, root, only, place.names, on_progress)
     shards = opened.shards
     if not opened.listed:
-        raise no_shards(f"checking {url}", filesystem, root)
+        raise no_shards(f"checking {url}", filesystem, root, only)
     unwritten = _write_index(filesystem, root, only, opened) if options.write_index else []
     num_rows = sum(each.shard.num_rows for each in shards)
     chosen = choose_rows(num_rows, options.sample, options.seed)

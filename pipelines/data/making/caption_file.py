@@ -169,13 +169,16 @@ def require_unchanged(url: str, folder: str, recorded: Iterable[Mapping[str, Any
         )
 
 
-def no_shards(attempted: str, filesystem: AbstractFileSystem, root: str) -> DataError:
+def no_shards(
+    attempted: str, filesystem: AbstractFileSystem, root: str, only: str = ""
+) -> DataError:
     """The error of a set without a shard: says what lies at its address instead.
 
     Args:
         attempted: What the caller was doing.
         filesystem: Where the set should be.
         root: Its path there.
+        only: The file of it that was asked for; empty: all.
     """
     expected = f"a folder of shards, or a file that ends in {_SUFFIXES}"
     try:
@@ -184,6 +187,13 @@ def no_shards(attempted: str, filesystem: AbstractFileSystem, root: str) -> Data
         there = [path for path, _ in itertools.islice(list_files(filesystem, root), _LOOKED_AT)]
     except (OSError, DataError):  # It is listed for the sake of words alone.
         there = []
+    if only.startswith(("_", ".")):
+        return DataError(
+            attempted,
+            f"{only}, which is no shard: names that begin with _ or . are left out",
+            expected,
+            "Give the folder that it lies in",
+        )
     if there:
         count = f"{len(there)} or more" if len(there) == _LOOKED_AT else str(len(there))
         found = f"no .parquet file among the {count} there, such as {there[0]}"

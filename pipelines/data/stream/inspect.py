@@ -205,7 +205,7 @@ def first_captions(
                     f"choosing {wanted} captions from {url}",
                     f"{num_rows} rows",
                     f"at least {wanted}",
-                    "Ask for fewer captions (validation.num_captions of a recipe, --num-captions of"
-                    " `sgmd evaluate`), or add some",
+                    "Ask for fewer captions (validation.num_captions or study.num_captions of a"
+                    " recipe, --num-captions of `sgmd evaluate`), or add some",
                 )
     return tuple(found)

@@ -7,8 +7,8 @@ import pytest
 
 from pipelines.config.recipe import load_recipe
 from pipelines.planning.hardware import GpuKind, Hardware, parse_kinds
-from pipelines.planning.layouts import shared_out
-from pipelines.planning.mixed import mixed_maps
+from pipelines.planning.layouts import AS_FAST, shared_out
+from pipelines.planning.mixed import mixed_layouts, mixed_maps
 from pipelines.planning.plan import make_mixed_plan, make_plan
 from pipelines.planning.stage_times import modelled
 from pipelines.planning.workload import Workload
@@ -180,3 +180,18 @@ def test_weights_gathered_between_machines_are_slower_than_within_one():
     slow = {"gather_bandwidth_between": 1e9}
     assert iteration_s(**slow, ranks_per_machine=16) == iteration_s(ranks_per_machine=16)
     assert iteration_s(**slow) > 1.3 * iteration_s(ranks_per_machine=16)
+
+
+def test_a_slower_kind_before_a_faster_one_is_refused():
+    with pytest.raises(ConfigError, match="H100, which is faster, after L40S"):
+        kinds("L40S=8x48@180", "H100=8x80@990")
+
+
+def test_of_plans_that_are_as_fast_the_one_of_fewest_gpus_comes_first():
+    several = kinds("H100=8x80@990", "L40S=7x48@180")
+    found = mixed_layouts(WORK, modelled(WORK, several[0].hardware), several)
+    fastest_s = min(one.iteration_s for one in found)
+    as_fast = [one for one in found if one.iteration_s <= AS_FAST * fastest_s]
+    assert len(as_fast) > 1
+    assert found[0].num_gpus == min(one.num_gpus for one in as_fast)
+    assert found[0].num_gpus < max(one.num_gpus for one in as_fast)

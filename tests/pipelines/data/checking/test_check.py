@@ -330,3 +330,9 @@ def test_a_file_of_captions_has_its_own_size(tmp_path: Path):
     file.write_text("a cat\na dog\n")
     report = check_shards(str(file), CheckOptions(num_processes=0))
     assert (report.num_rows, report.num_bytes) == (2, file.stat().st_size)
+
+
+def test_a_file_that_is_no_shard_by_its_name_is_told_so(clips: Path):
+    shutil.copy(shards_of(clips)[0], clips / "_prompts.parquet")
+    with pytest.raises(DataError, match="names that begin with _ or"):
+        check_shards(str(clips / "_prompts.parquet"), CheckOptions(num_processes=0))
