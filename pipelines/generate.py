@@ -204,6 +204,12 @@ def _clips(
         frames = sampler.sample(_sample_request(prompt, chosen, settings), on_step)
         seconds = time.perf_counter() - began
         stem = f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}"
+        # So that clips of another size do not replace these.
+        stem += (
+            f"-{settings.height}x{settings.width}x{settings.num_frames}"
+            if settings.trained_sizes
+            else ""
+        )
         with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root) as folder:
             for form in formats:
                 _write(folder / f"{stem}.{form}", frames, settings.fps, zoom)
@@ -225,10 +231,6 @@ def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> 
             f"what fits into the {memory / 1e9:.3g} GB of this machine's memory",
             "Lower num_frames, height or width",
         )
-    if settings.trained_sizes and settings.size not in settings.trained_sizes:
-        trained = " or ".join(map(_size_in_words, settings.trained_sizes))
-        own = _size_in_words(settings.size)
-        _log.warning("%s was trained at %s; clips of %s may be worse", folder, trained, own)
     rules = family.traits.sampling
     if settings.height % rules.multiple_px or settings.width % rules.multiple_px:
         raise ShapeError(
@@ -237,6 +239,10 @@ def _settings(family: ModelFamily, folder: Path, changes: Mapping[str, Any]) -> 
             f"height and width to be multiples of {rules.multiple_px} ({rules.source}'s rule)",
             "Change height or width",
         )
+    if settings.trained_sizes and settings.size not in settings.trained_sizes:
+        trained = " or ".join(map(_size_in_words, settings.trained_sizes))
+        own = _size_in_words(settings.size)
+        _log.warning("%s was trained at %s; clips of %s may be worse", folder, trained, own)
     return settings
 
 

@@ -149,6 +149,9 @@ def test_a_run_says_its_sizes_in_metrics_summary_report_and_model_card(
         assert done.exit_code == 0, done.output
         assert told in caplog.text
         assert told or "may be worse" not in caplog.text
+    # Neither replaces the other.
+    names = sorted(path.stem for path in (tmp_path / "clips").glob("*.mp4"))
+    assert [name.rsplit("-", 1)[1] for name in names] == ["16x32x5", "32x32x9"]
     trained = json.loads((tmp_path / "diffusers" / "sgmd.json").read_text())["trained_sizes"]
     assert trained == [[9, 16, 16], [5, 16, 32], [9, 32, 16]]
 
