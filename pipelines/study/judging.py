@@ -35,6 +35,18 @@ Figures = Mapping[str, float]
 _CACHE_FOLDER = "teacher"
 
 
+def study_captions(config: DistillConfig) -> tuple[str, ...]:
+    """Held-out captions that all variants of a study are measured with.
+
+    Raises:
+        DataError: They cannot be read.
+        ConfigError: There are fewer than `study.num_captions`.
+    """
+    data = config.data
+    names = data.validation_columns or data.columns
+    return first_captions(data.validation, data.s3, config.seed, config.study.num_captions, names)
+
+
 class StudyEvaluator:
     """Samples and measures, always with the same captions and the same noise.
 
@@ -48,11 +60,7 @@ class StudyEvaluator:
         self._config = config
         self._cache = folder / _CACHE_FOLDER
         self._tell = tell
-        data = config.data
-        names = data.validation_columns or data.columns
-        self.captions = first_captions(
-            data.validation, data.s3, config.seed, config.study.num_captions, names
-        )
+        self.captions = study_captions(config)
 
     @property
     def num_measurements(self) -> int:

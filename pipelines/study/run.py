@@ -42,7 +42,7 @@ from pipelines.study.hypotheses import (
     power_words,
     write_down,
 )
-from pipelines.study.judging import Figures, StudyEvaluator
+from pipelines.study.judging import Figures, StudyEvaluator, study_captions
 from pipelines.study.measured_runs import Point, RunResult, place_of, times_of, units_of
 from pipelines.study.plan import (
     RUNS,
@@ -85,6 +85,7 @@ def dry_run_study(config: DistillConfig) -> dict[str, Any]:
     require_output_folder(plan.folder, "output")
     for run in plan.runs[: len(plan.variants)]:
         run_preflight(run.config)
+    study_captions(config)
     with working_copy(plan.folder, NOT_NEEDED):
         speed, source = seconds_per_unit(plan)
     rows = plan_rows(plan, speed)

@@ -248,6 +248,8 @@ def test_a_dry_run_tells_forwards_and_time_and_makes_nothing(
     assert not (tmp_path / "runs").exists()
     # On a cluster nobody knows before a first run.
     assert dry_run_study(make_recipe(*STUDY, "topology.mode=pools"))["training_seconds"] is None
+    with pytest.raises(ConfigError, match="choosing 5000 captions"):
+        dry_run_study(make_recipe(*STUDY, "study.num_captions=5000"))
 
 
 @pytest.mark.slow
