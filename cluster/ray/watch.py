@@ -172,9 +172,9 @@ class _Watch:
     def _processes(self) -> list[WatchedProcess]:
         """Every process that has reported, with its newest report."""
         began_s = time.monotonic()
-        found: list[tuple[Any, str, str]] = []
+        found: list[tuple[Any, str, str, tuple[str, int]]] = []
         seen: dict[str, tuple[ProgressReport, float]] = {}
-        for actor, partners in _actors(self._groups()):
+        for actor, partners, home in _actors(self._groups()):
             key = actor._actor_id.hex()
             if key in seen or key in self._ended:
                 continue
@@ -187,7 +187,7 @@ class _Watch:
             is_new = before is None or before[0].count != report.count
             heard_s = now_s if is_new or before is None else before[1]
             seen[key] = (report, heard_s)
-            found.append((actor, partners, key))
+            found.append((actor, partners, key, home))
         for key in self._heard.keys() - seen.keys():
             with suppress(Exception):
                 forget_report(key) if key not in self._ended else None
@@ -197,8 +197,8 @@ class _Watch:
             # The control service stood still, and has what was reported to it only now.
             self._forgive(now_s - began_s)
         return [
-            WatchedProcess(actor, partners or key, report, now_s - heard_s)
-            for actor, partners, key in found
+            WatchedProcess(actor, partners or key, report, now_s - heard_s, home)
+            for actor, partners, key, home in found
             for report, heard_s in [self._heard[key]]
         ]
 
@@ -301,7 +301,10 @@ class _Watch:
                 order_end_of_raylet(node, raylet)
 
 
-def _actors(groups: Sequence[RayWorkerGroup[Any]]) -> Iterator[tuple[Any, str]]:
-    """Each process of the groups, and what names those that it runs collectives with."""
+def _actors(
+    groups: Sequence[RayWorkerGroup[Any]],
+) -> Iterator[tuple[Any, str, tuple[str, int]]]:
+    """Each process of the groups, what names its partners in collectives, group and rank."""
     for group in groups:
-        yield from group.processes()
+        for rank, (actor, partners) in enumerate(group.processes()):
+            yield actor, partners, (group.name, rank)

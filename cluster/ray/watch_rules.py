@@ -62,12 +62,15 @@ class WatchedProcess:
             none.
         report: Its newest report.
         silent_s: How long ago that came.
+        home: Group that it was made for, and its rank; of a process that has not reported its
+            workers yet, which may be stopped within its first second.
     """
 
     actor: Any
     partners: str
     report: ProgressReport
     silent_s: float
+    home: tuple[str, int] = ("a process without worker", 0)
 
     @property
     def name(self) -> str:
@@ -79,8 +82,8 @@ class WatchedProcess:
     def place(self) -> tuple[str, int]:
         """(group, rank) of its call, or of its first worker."""
         workers = self.report.workers
-        group = self.report.group or next(iter(workers), "a process without worker")
-        return group, workers.get(group, 0)
+        group = self.report.group or next(iter(workers), "")
+        return (group, workers.get(group, 0)) if group else self.home
 
 
 def silent(processes: Sequence[WatchedProcess], limits: WatchLimits) -> list[WatchedProcess]:

@@ -219,3 +219,9 @@ def test_the_log_of_a_crash_is_told_from_what_happened_on(tmp_path: Path):
     assert lines == (fatal, *calls[:19])
     log.write_text("\n".join(["loading", fatal, *calls[:3]]))
     assert last_lines(str(log), 20) == ("loading", fatal, *calls[:3])
+
+
+def test_a_process_that_has_not_reported_its_workers_is_named_by_its_group():
+    report = replace(IDLE, workers={}, group="")
+    assert WatchedProcess(object(), "x", report, 7.0, ("teacher", 1)).name == "teacher rank 1"
+    assert WatchedProcess(object(), "x", IDLE, 7.0, ("other", 1)).name == "generator rank 0"
