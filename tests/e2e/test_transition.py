@@ -139,7 +139,8 @@ class TestChecks:
     def test_teacher_and_fake_score_are_computed_as_their_own_model_can_be(
         self, make_recipe: MakeRecipe, tmd: list[str], setting: str
     ):
-        dry_run(make_recipe(*tmd, MATCHING, setting))
+        checked = dry_run(make_recipe(*tmd, MATCHING, setting))["checked"]
+        assert "model" in checked
 
     def test_captions_alone_teach_no_strides(self, make_recipe: MakeRecipe, tmd: list[str]):
         with pytest.raises(ConfigError, match="without latents"):
