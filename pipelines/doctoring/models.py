@@ -35,13 +35,22 @@ def _inspected(model: str) -> Finding:
     return Finding(f"model {model}", Status.GOOD, f"{family.name}: {sizes} parameters")
 
 
-def _listed(model: str) -> Finding:
+def stored_sizes(model: str) -> dict[str, int]:
+    """Bytes of each object of a model at an address, in the order of their names.
+
+    Raises:
+        StorageError: It cannot be listed.
+    """
     with storage_errors(f"listing {model}"):
         files, root = open_store(model)
         objects: Any = files.find(root, detail=True)
-    size = sum(facts["size"] for facts in objects.values())
-    found = f"{len(objects)} objects, {size / 1e9:.3g} GB; not read"
-    if any(path.endswith(f"/{INDEX_FILE}") for path in objects):
+    return {name: facts["size"] for name, facts in sorted(objects.items())}
+
+
+def _listed(model: str) -> Finding:
+    sizes = stored_sizes(model)
+    found = f"{len(sizes)} objects, {sum(sizes.values()) / 1e9:.3g} GB; not read"
+    if any(path.endswith(f"/{INDEX_FILE}") for path in sizes):
         return Finding(f"model {model}", Status.GOOD, found)
     remedy = "Name the prefix of a diffusers folder"
     return Finding(f"model {model}", Status.MISSING, f"{found}: no {INDEX_FILE}", remedy)

@@ -9,19 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 from torch import Tensor
 
-from cluster.files import open_store, storage_errors
 from cluster.ray.capacity import capacity_here
 from cluster.ray.rendezvous import Rendezvous, join_rendezvous, open_rendezvous
 from pipelines.config.model_folders import PROJECT_ROOT, model_on_this_machine
 from pipelines.doctoring.findings import Finding
 from pipelines.doctoring.machine import examine_machine
+from pipelines.doctoring.models import stored_sizes
 from pipelines.doctoring.storage import leave_marker, remove_marker, sees_marker, try_storage
 from workers.models.addresses import is_address
 from workers.models.content import model_digests
@@ -106,10 +105,7 @@ class MachineProbe:
     def model_content(self, model: str) -> dict[str, str]:
         """Digest of each component of a model here; at an address, of names and sizes."""
         if is_address(model):
-            with storage_errors(f"listing {model}"):
-                files, root = open_store(model)
-                found: Any = files.find(root, detail=True)
-            lines = [f"{name} {facts['size']}" for name, facts in sorted(found.items())]
+            lines = [f"{name} {size}" for name, size in stored_sizes(model).items()]
             digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
             return {f"{len(lines)} objects": digest}
         return model_digests(model_on_this_machine(model))
