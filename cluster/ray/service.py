@@ -81,10 +81,6 @@ class ServiceHost(Host):
         super().build(worker, factory, args, rendezvous, own_rank)
         self._built[way] = self._workers[worker]
 
-    def num_built(self) -> int:
-        """Different workers that were made here; for tests."""
-        return len(self._built)
-
     def release(self, worker: str) -> None:
         """Forgets a borrower; the worker itself stays for others."""
         self._workers.pop(worker, None)

@@ -1,25 +1,21 @@
-"""Encoded video files and pixels: mp4 bytes, GIF files and contact sheets.
+"""Encoded video files and pixels: mp4 bytes and GIF files.
 
 Pixels are uint8 arrays (frames, height, width, 3) in RGB.
 """
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import av
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from cluster.files import write_whole
 from sgmd_core.errors import DataError, ShapeError
 
 Pixels = NDArray[np.uint8]
-
-_SHEET_MARGIN_PX = 2
-_SHEET_LABEL_PX = 12
 
 
 REPEATABLE_X264 = {"threads": "1", "x264-params": "mbtree=0"}
@@ -157,50 +153,6 @@ def write_gif(path: Path, frames: Pixels, fps: int, *, zoom: int = 1) -> None:
     images[0].save(
         file, "GIF", save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0
     )
-    write_whole(path, file.getvalue())
-
-
-def film_strip(frames: Pixels, num_frames: int, *, zoom: int = 2) -> Pixels:
-    """Lay evenly spaced frames of a clip side by side.
-
-    Returns:
-        One picture (height, width, 3).
-    """
-    _require_pixels(frames, "drawing a film strip")
-    chosen = np.linspace(0, len(frames) - 1, num_frames).round().astype(int)
-    tiles = [np.asarray(_image(frames[index], zoom)) for index in chosen]
-    gap = np.full((tiles[0].shape[0], _SHEET_MARGIN_PX, 3), 255, np.uint8)
-    row = [part for tile in tiles for part in (tile, gap)][:-1]
-    return np.concatenate(row, axis=1)
-
-
-def contact_sheet(cells: Sequence[Sequence[Pixels]], row_labels: Sequence[str]) -> Pixels:
-    """Stack rows of pictures of one size, each row under its label.
-
-    Args:
-        cells: Rows of pictures (height, width, 3), all of one size and as many in every row.
-        row_labels: One line of text per row.
-
-    Returns:
-        One picture (height, width, 3), white where nothing is drawn.
-    """
-    height, width = cells[0][0].shape[:2]
-    columns = max(len(row) for row in cells)
-    cell_w, cell_h = width + _SHEET_MARGIN_PX, height + _SHEET_LABEL_PX + _SHEET_MARGIN_PX
-    sheet = Image.new("RGB", (columns * cell_w, len(cells) * cell_h), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, (row, label) in enumerate(zip(cells, row_labels, strict=True)):
-        top = index * cell_h
-        draw.text((1, top), label, fill="black")
-        for column, picture in enumerate(row):
-            sheet.paste(Image.fromarray(picture), (column * cell_w, top + _SHEET_LABEL_PX))
-    return np.asarray(sheet)
-
-
-def write_png(path: Path, picture: Pixels) -> None:
-    """Write one picture (height, width, 3) as PNG."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
     write_whole(path, file.getvalue())
 
 

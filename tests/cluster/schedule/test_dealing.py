@@ -8,11 +8,12 @@ import pytest
 
 from cluster.schedule.dealing import deal_pass
 from cluster.schedule.program import Home, Pass, Stage, Team
-from cluster.schedule.schedule import GATHER, STEP, Call, graphs_kept, order_calls
+from cluster.schedule.schedule import GATHER, STEP, Call, order_calls
 from cluster.schedule.simulate import Costs, by_stage, simulate
 from cluster.schedule.staleness import staleness
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from tests.cluster.schedule.test_schedule import PROGRAMS, by_process, gathering
+from tests.helpers.kept_graphs import graphs_kept
 
 WORK = {
     (GENERATOR, "rollout"): 2.5,

@@ -8,11 +8,12 @@ import pytest
 
 from cluster.errors import ScheduleError
 from cluster.schedule.program import Pass, Stage, Team, Update, partition_samples, pass_order
-from cluster.schedule.schedule import GATHER, STEP, Call, graphs_kept, order_calls
+from cluster.schedule.schedule import GATHER, STEP, Call, order_calls
 from cluster.schedule.staleness import staleness
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.stages.algorithm import iteration_program
 from sgmd_core.objectives import ComparedStates
+from tests.helpers.kept_graphs import graphs_kept
 
 PROGRAMS = {
     "shared": iteration_program(),

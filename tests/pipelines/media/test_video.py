@@ -1,4 +1,4 @@
-"""Round trips of encoded videos, and the pictures made of them."""
+"""Round trips of encoded videos."""
 
 import io
 from pathlib import Path
@@ -9,15 +9,12 @@ import pytest
 from PIL import Image
 
 from pipelines.media.video import (
-    contact_sheet,
     decode_video,
     encode_for_players,
     encode_mp4,
-    film_strip,
     first_frame,
     shrink_video,
     write_gif,
-    write_png,
 )
 from pipelines.shapes import FPS, ClipSplit, render_batch
 from sgmd_core.errors import DataError, ShapeError
@@ -80,13 +77,3 @@ def test_gif_holds_every_frame_zoomed(tmp_path: Path) -> None:
     write_gif(tmp_path / "clip.gif", rendered_clip(), FPS, zoom=3)
     with Image.open(tmp_path / "clip.gif") as image:
         assert (image.n_frames, image.size) == (13, (96, 96))
-
-
-def test_contact_sheet_stacks_rows_of_film_strips(tmp_path: Path) -> None:
-    strip = film_strip(rendered_clip(), 4, zoom=2)
-    assert strip.shape == (64, 4 * 64 + 3 * 2, 3)
-    sheet = contact_sheet([[strip], [strip]], ["first", "second"])
-    assert sheet.shape[0] > 2 * strip.shape[0]
-    write_png(tmp_path / "sheet.png", sheet)
-    with Image.open(tmp_path / "sheet.png") as image:
-        assert image.size == (sheet.shape[1], sheet.shape[0])

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from cluster.errors import StorageError
 from cluster.schedule.program import Home, Team
-from cluster.schedule.schedule import graphs_kept, order_calls
+from cluster.schedule.schedule import order_calls
 from cluster.schedule.simulate import Costs, simulate
 from pipelines.cli import app
 from pipelines.config.recipe import load_recipe
@@ -38,6 +38,7 @@ from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives import GradientPath
 from sgmd_core.types import Looks
+from tests.helpers.kept_graphs import graphs_kept
 from tests.helpers.runs import start_run
 from workers.models.wan_arithmetic import RELEASED_SHAPES
 
