@@ -98,7 +98,7 @@ class FakeScoreTracker(ExtraUpdates):
         self._joint = settings.walk == "joint"
         self._walked: dict[MicroBatchKey, _Walked] = {}
         if self._joint:
-            _require_joint(velocity_model, objective)
+            _require_joint(objective)
         self._restarts = restarts_of(objective)
         # Taken before anything is loaded: the weights that the role was built with.
         self._start = self._optimizer.snapshot() if self._restarts else None
@@ -580,17 +580,12 @@ class _Walked:
     report: TrackReport | None = None
 
 
-def _require_joint(network: nn.Module, objective: Objective) -> None:
-    found = {
-        "weights that several ranks share": is_sharded(network),
-        f"the losses of {objective.method}": objective.path is not GradientPath.FAKE_SCORE
-        or isinstance(objective, LookingObjective),
-    }
-    if any(found.values()):
+def _require_joint(objective: Objective) -> None:
+    if objective.path is not GradientPath.FAKE_SCORE or isinstance(objective, LookingObjective):
         raise ConfigError(
             "walking back through the fake score once for two gradients",
-            " and ".join(words for words, is_so in found.items() if is_so),
-            "one rank, and a loss whose one gradient goes through the fake score",
+            f"the losses of {objective.method}",
+            "a loss whose one gradient goes through the fake score",
             "Set fake_score.walk=apart",
         )
 

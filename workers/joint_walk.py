@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sgmd_core.errors import ConfigError
 from sgmd_core.types import Latents, NoisedBatch, Scalar
+from workers.gathered_walk import GatheredWalk
 
 _REMEDY = "Set fake_score.walk=apart"
 
@@ -99,7 +100,7 @@ class JointWalk:
     """A forward pass, and the one walk back through it.
 
     Args:
-        network: Computed under `compute.checkpointing: true`; not sharded.
+        network: Computed under `compute.checkpointing: true`.
         query: Query, whose `x0` is a leaf.
 
     Attributes:
@@ -123,6 +124,7 @@ class JointWalk:
                 f"Set fake_score.compute.checkpointing=true, or {_REMEDY[4:]}",
             )
         self.velocity = self._head.detach().requires_grad_()
+        self._gathered = GatheredWalk(network, [piece.layer for piece in reversed(self._pieces)])
         own = {id(value) for piece in self._pieces for value in piece.layer.parameters()}
         # Of stem and head, and of what makes the embeddings.
         self._outside = [
@@ -139,6 +141,10 @@ class JointWalk:
         Returns:
             Gradient of the generator's loss at `x0`.
         """
+        with self._gathered.under_way():
+            return self._back(generator, tracking)
+
+    def _back(self, generator: Scalar, tracking: Scalar) -> Latents:
         (at_head,) = torch.autograd.grad(generator, self.velocity, retain_graph=True)
         (tracked,) = torch.autograd.grad(tracking, self.velocity)
         last = self._pieces[-1].output
@@ -148,7 +154,8 @@ class JointWalk:
         )
         shared = _SharedInputs()
         for piece in reversed(self._pieces):
-            to_input, to_weights = shared.through(piece, to_input, to_weights)
+            with self._gathered.through(piece.layer):
+                to_input, to_weights = shared.through(piece, to_input, to_weights)
         stem = self._pieces[0].inputs[0]
         # The loss again, and below the head again: both are small, and so terms are added up in
         # the order of one graph.

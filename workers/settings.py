@@ -267,7 +267,8 @@ class FakeScoreSettings:
             `shuffled`, that of its neighbour in the batch, which is the control of a study.
         walk: Ways back through the network's shared forward pass: `apart`, one for the generator's
             signal and one for tracking, or `joint`, one for both, in which layers that
-            checkpointing makes again are made again once; the signal is then sent after tracking.
+            checkpointing makes again are made again once, and gathered once less where ranks share
+            them; the signal is then sent after tracking.
     """
 
     tracking: Literal["shared", "fresh"] = "shared"
@@ -312,7 +313,6 @@ class FakeScoreSettings:
             ("tracking", self.tracking, "shared"),
             ("compute.checkpointing", compute.checkpointing, True),
             ("compute.compile", compute.compile, False),
-            ("compute.ulysses", compute.ulysses, 1),
         ):
             words = str(wanted).lower() if isinstance(wanted, bool) else repr(wanted)
             require_setting(

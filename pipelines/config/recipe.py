@@ -48,7 +48,7 @@ from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
 from pipelines.config.unread import unread_settings
-from pipelines.config.walk import rank_contradictions, walk_contradictions
+from pipelines.config.walk import walk_contradictions
 from sgmd_core.buckets import drawn_bucket
 from sgmd_core.objectives import adversary_of, looks_of, phases_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
@@ -394,9 +394,7 @@ def _contradictions(config: DistillConfig) -> list[str]:
     )
     problems += walk_contradictions(config.objective, config.fake_score)
     if not found:
-        team = config.teams[FAKE_SCORE]
-        problems += rank_contradictions(config.fake_score, team.ranks_by_replica)
-        parties = team.parties
+        parties = config.teams[FAKE_SCORE].parties
         problems += part_contradictions(config.fake_score, batch.size, batch.micro_batches, parties)
     problems += method_contradictions(config.objective, config.fake_score)
     problems += step_contradictions(config.schedule, config.generator, config.objective)

@@ -1,6 +1,4 @@
-"""One walk back for both gradients of the fake score: methods and ranks that it goes with."""
-
-from collections.abc import Sequence
+"""One walk back for both gradients of the fake score: methods that it goes with."""
 
 from pipelines.config.methods import ObjectiveSettings
 from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, looks_of
@@ -23,23 +21,9 @@ def walk_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSetti
         f"{method} has score queries beside those at the samples": looks_of(objective, _GUIDED)
         != Looks(),
     }
-    return [_sentence(what) for what, is_there in found.items() if is_there]
-
-
-def rank_contradictions(fake_score: FakeScoreSettings, ranks: Sequence[int]) -> list[str]:
-    """Returns a sentence where ranks share the weights that are walked back through.
-
-    Args:
-        fake_score: Its section.
-        ranks: Of each of its replicas.
-    """
-    if fake_score.walk == "apart" or max(ranks) == 1:
-        return []
-    return [_sentence(f"{max(ranks)} ranks share the fake score's weights")]
-
-
-def _sentence(what: str) -> str:
-    return (
+    return [
         f"fake_score.walk joint makes signal and tracking by one walk back, and {what}; set "
         "fake_score.walk=apart"
-    )
+        for what, is_there in found.items()
+        if is_there
+    ]

@@ -130,7 +130,6 @@ def _mixed(request: Request, config: DistillConfig, hardware: Hardware) -> Answe
     work = Workload.of(config, request.model)
     kinds = parse_kinds(request.kinds, hardware)
     _require_few(sum(kind.num_gpus for kind in kinds), "--kind")
-    _require_apart(config, sum(kind.num_gpus for kind in kinds))
     times = _times(request, work, kinds[0].hardware)
     return Answer(config, make_mixed_plan(work, times, kinds, config.gpus_beside), [])
 
@@ -138,7 +137,6 @@ def _mixed(request: Request, config: DistillConfig, hardware: Hardware) -> Answe
 def _of_one_kind(request: Request, config: DistillConfig, hardware: Hardware) -> Answer:
     work, beside = Workload.of(config, request.model), config.gpus_beside
     gpus = _GPUS if request.gpus is None else request.gpus
-    _require_apart(config, gpus)
     for_roles = gpus - math.ceil(sum(beside.values()))
     if for_roles < 1:
         raise _nothing_left(gpus, beside)
@@ -209,16 +207,6 @@ def _require_amounts(request: Request) -> None:
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(_ATTEMPTED, f"{option} {value:g}", "a number above 0")
     _require_few(request.gpus or 0, "--gpus")
-
-
-def _require_apart(config: DistillConfig, gpus: int) -> None:
-    if config.fake_score.walk == "joint" and gpus > 1:
-        raise ConfigError(
-            _ATTEMPTED,
-            f"fake_score.walk joint and {gpus} GPUs",
-            "one GPU: layouts are searched whose ranks share the fake score's weights",
-            "Set fake_score.walk=apart, or give --gpus 1",
-        )
 
 
 def _require_few(gpus: int, option: str) -> None:

@@ -489,6 +489,8 @@ class Workload:
         summed = {LEARN: 1.0 + self.diversity.enabled + self.looks.off_trajectory, TRACK: 1.0}
         summed |= {COMPARE_STEPS: 1.0, COMPARE_DATA: 1.0, LEARN_CONSISTENCY: 1.0}
         summed |= {LEARN_FLOW: 1.0}
+        if self.joint_walk:
+            summed |= {SIGNAL: 1.0, TRACK: 0.0}
         reductions = {(stage.role, stage.name): count for stage, count in summed.items()}
         found: dict[StageName, float] = {}
         for name, count in self.gathers.items():
@@ -515,6 +517,8 @@ class Workload:
             PULLBACK: 2.0,
             SIGNAL: 2.0 + 2.0 * off,
             TRACK: 2.0 if shared else 3.0,
+            # Forward, and back with the sum of gradients; tracking asks for nothing more.
+            **({SIGNAL: 3.0, TRACK: 0.0} if self.joint_walk else {}),
             NOISE_DATA: 0.0,
             DENOISE_DATA: 1.0,
             # Two forward passes, one backward, and the sum.

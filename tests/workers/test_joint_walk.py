@@ -175,7 +175,6 @@ def test_losses_of_other_paths_are_refused(objective):
         ({"compute": ComputeSettings()}, "fake_score.compute.checkpointing is False"),
         ({"compute": ComputeSettings(checkpointing="selective")}, "'selective'"),
         ({"compute": ComputeSettings(checkpointing=True, compile=True)}, "compute.compile"),
-        ({"compute": ComputeSettings(checkpointing=True, ulysses=2)}, "compute.ulysses"),
         ({"walk": "both"}, "fake_score.walk"),
     ],
 )

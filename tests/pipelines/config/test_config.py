@@ -930,15 +930,12 @@ def test_settings_of_another_command_are_told(caplog):
         (["objective.method=dmd"], "dmd sends no gradient through the fake score"),
         (["objective.method=sid"], "sid sends one through the teacher"),
         (["objective.method=adm"], "adm has its loss computed by a discriminator"),
-        (
-            ["topology.mode=fused", "topology.fused.ranks=2", "batch.size=8"],
-            "2 ranks share the fake score's weights",
-        ),
         ([FRESH], "fake_score.tracking"),
         (["fake_score.compute.checkpointing=false"], "fake_score.compute.checkpointing"),
     ],
 )
 def test_what_one_walk_for_both_gradients_does_not_go_with_is_refused_by_name(settings, words):
     joint = ("fake_score.walk=joint", "fake_score.compute.checkpointing=true")
-    assert load_recipe("tiny", joint).fake_score.walk == "joint"
+    ranks = ("topology.mode=fused", "topology.fused.ranks=2", "batch.size=8")
+    assert load_recipe("tiny", [*joint, *ranks]).fake_score.walk == "joint"
     assert words in refusal(*joint, *settings)

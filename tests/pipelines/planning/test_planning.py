@@ -268,6 +268,16 @@ class TestWork:
             assert joint[FAKE_SCORE, "track"] == 0
             assert sum(joint.values()) == pytest.approx(sum(work.passes.values()) - saved)
 
+    def test_one_walk_for_both_gradients_gathers_the_weights_once_less(self):
+        names = [(FAKE_SCORE, stage) for stage in ("signal", "track")]
+        apart, joint = (replace(SMALL, joint_walk=one) for one in (False, True))
+        # Forward and back twice, and the sum of the gradients in float32.
+        weights, sums = (size * SMALL.shape.num_parameters for size in (2, 4))
+        for work, times in ((apart, 3), (joint, 2)):
+            moved = sum(work.gathered_bytes[name] for name in names)
+            assert moved == times * weights + sums
+        assert joint.gathered_bytes[names[1]] == 0
+
     def test_fresh_tracking_samples_and_predicts_again(self):
         extra = replace(SMALL, fresh_updates=1).passes
         assert extra[GENERATOR, "sample"] == 2.5
@@ -1119,12 +1129,3 @@ def test_the_page_on_memory_says_what_the_planner_finds():
             times = modelled(found.work, hardware)
             best = make_plan(found.work, times, hardware, int(gpus)).best
             assert (best.name, f"{best.iteration_s:.0f}") == (layout, seconds)
-
-
-def test_one_walk_for_both_gradients_is_planned_for_one_gpu_alone():
-    joint = ["fake_score.walk=joint", "topology.mode=fused", "validation.every=0"]
-    plan = ["plan", "wan21-1.3b", "--model", "1.3b", "--gpu-memory", 200, *joint]
-    two, one = (sgmd(*plan, "--gpus", number) for number in (2, 1))
-    assert two.exit_code != 0
-    assert "fake_score.walk joint and 2 GPUs" in two.output
-    assert one.exit_code == 0, one.output
