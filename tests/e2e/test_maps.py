@@ -65,6 +65,22 @@ def test_one_rank_a_pool_makes_the_bits_of_one_process(
         assert {"teacher[0]", "teacher[1]"} <= used
 
 
+def test_one_walk_back_makes_the_bits_of_two_wherever_roles_live(make_recipe: MakeRecipe) -> None:
+    settings = [*MODES["sgmd-shared-released"], "iterations=2", "batch={size: 4, micro_batches: 4}"]
+    joint = ["fake_score.walk=joint", "fake_score.compute.checkpointing=true"]
+    local = make_recipe("name=local", *settings)
+    other = make_recipe("name=other", *settings, OTHER_SAMPLES)
+    distill(local)
+    distill(other)
+    assert_moves(moments(local, 2), moments(other, 2))
+    layouts = {"fused": ["topology.mode=fused"], "pools": ["topology.mode=pools"], "map": TWO}
+    for name, layout in layouts.items():
+        placed = make_recipe(f"name={name}", *settings, *joint, *layout)
+        distill(placed)
+        assert history(placed) == history(local), name
+        assert state(placed, 2) == state(local, 2), name
+
+
 def test_pools_of_unequal_ranks_share_the_teachers_calls(make_recipe: MakeRecipe) -> None:
     """Two ranks learn, one tracks; the teacher is sharded on the first pool, whole on the other."""
     settings = [*MODES["dmd2"], *BATCH, "iterations=2", "fake_score.ida_decay=0.5"]
