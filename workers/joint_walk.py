@@ -16,7 +16,7 @@ walks through one graph.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,32 +29,58 @@ from workers.gathered_walk import GatheredWalk
 _REMEDY = "Set fake_score.walk=apart"
 
 
+def on_host(value: Tensor) -> Tensor:
+    """A tensor in main memory, on its way there from a GPU; itself if it is there."""
+    if value.device.type == "cpu":
+        return value
+    kept = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+    return kept.copy_(value, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class _Piece:
     """A layer of a forward pass, between two cuts.
 
     Attributes:
         layer: The layer.
-        inputs: Its inputs, the stream of tokens first.
-        output: Its output, a leaf.
+        stream: Its stream of tokens, in main memory where that is asked for.
+        device: Of the stream that it ran on.
+        others: Its other inputs.
         autocast: Arguments of `torch.autocast` under which it ran.
     """
 
     layer: nn.Module
-    inputs: tuple[Any, ...]
-    output: Tensor
+    stream: Tensor
+    device: torch.device
+    others: tuple[Any, ...]
     autocast: dict[str, Any]
 
 
-_CUT: ContextVar[list[_Piece] | None] = ContextVar("cut", default=None)
+@dataclass(slots=True)
+class _Cut:
+    """A forward pass that is being cut.
+
+    Attributes:
+        pieces: Its layers so far.
+        stem: Input of the first one, with its graph.
+        last: Output of the last one, a leaf.
+    """
+
+    pieces: list[_Piece] = field(default_factory=list)
+    stem: Tensor | None = None
+    last: Tensor | None = None
 
 
-def cut_layer(layer: nn.Module, *inputs: Any) -> Tensor | None:  # noqa: ANN401
+_CUT: ContextVar[_Cut | None] = ContextVar("cut", default=None)
+
+
+def cut_layer(layer: nn.Module, *inputs: Any, offload: bool = False) -> Tensor | None:  # noqa: ANN401
     """Computes a layer of a forward pass that is being cut.
 
     Args:
         layer: The layer.
         *inputs: Its inputs, the stream of tokens first.
+        offload: Keep the stream in main memory.
 
     Returns:
         Its output, a leaf; None where no forward pass is being cut.
@@ -62,11 +88,11 @@ def cut_layer(layer: nn.Module, *inputs: Any) -> Tensor | None:  # noqa: ANN401
     Raises:
         ConfigError: The layers are not one chain.
     """
-    pieces = _CUT.get()
-    if pieces is None:
+    cut = _CUT.get()
+    if cut is None:
         return None
-    stream = inputs[0]
-    if pieces and stream is not pieces[-1].output:
+    stream, *others = inputs
+    if cut.pieces and stream is not cut.last:
         raise ConfigError(
             "walking back through a network once for two gradients",
             f"a {type(layer).__name__} whose input is not the output of the layer before",
@@ -82,16 +108,19 @@ def cut_layer(layer: nn.Module, *inputs: Any) -> Tensor | None:  # noqa: ANN401
     }
     with torch.no_grad():
         output = layer(*inputs)
-    pieces.append(_Piece(layer, inputs, output.requires_grad_(), autocast))
+    kept = on_host(stream.detach()) if offload else stream.detach()
+    cut.pieces.append(_Piece(layer, kept, stream.device, (*others,), autocast))
+    cut.stem = stream if cut.stem is None else cut.stem
+    cut.last = output.requires_grad_()
     return output
 
 
 @contextmanager
-def _cutting() -> Iterator[list[_Piece]]:
-    pieces: list[_Piece] = []
-    token = _CUT.set(pieces)
+def _cutting() -> Iterator[_Cut]:
+    cut = _Cut()
+    token = _CUT.set(cut)
     try:
-        yield pieces
+        yield cut
     finally:
         _CUT.reset(token)
 
@@ -100,7 +129,7 @@ class JointWalk:
     """A forward pass, and the one walk back through it.
 
     Args:
-        network: Computed under `compute.checkpointing: true`.
+        network: Computed under `compute.checkpointing: true` or `offload`.
         query: Query, whose `x0` is a leaf.
 
     Attributes:
@@ -114,15 +143,16 @@ class JointWalk:
 
     def __init__(self, network: nn.Module, query: NoisedBatch) -> None:
         self._x0 = query.x0
-        with _cutting() as self._pieces:
+        with _cutting() as cut:
             self._head = network(query.x_t, query.sigma, query.text)
-        if not self._pieces:
+        if cut.stem is None or cut.last is None:
             raise ConfigError(
                 "walking back through a network once for two gradients",
                 f"no layer of {type(network).__name__} that is made again",
                 "a network whose layers are made again in the backward pass",
                 f"Set fake_score.compute.checkpointing=true, or {_REMEDY[4:]}",
             )
+        self._pieces, self._stem, self._last = cut.pieces, cut.stem, cut.last
         self.velocity = self._head.detach().requires_grad_()
         self._gathered = GatheredWalk(network, [piece.layer for piece in reversed(self._pieces)])
         own = {id(value) for piece in self._pieces for value in piece.layer.parameters()}
@@ -147,16 +177,15 @@ class JointWalk:
     def _back(self, generator: Scalar, tracking: Scalar) -> Latents:
         (at_head,) = torch.autograd.grad(generator, self.velocity, retain_graph=True)
         (tracked,) = torch.autograd.grad(tracking, self.velocity)
-        last = self._pieces[-1].output
         to_input, to_weights = (
-            torch.autograd.grad(self._head, last, each, retain_graph=True)[0]
+            torch.autograd.grad(self._head, self._last, each, retain_graph=True)[0]
             for each in (at_head, tracked)
         )
         shared = _SharedInputs()
         for piece in reversed(self._pieces):
             with self._gathered.through(piece.layer):
                 to_input, to_weights = shared.through(piece, to_input, to_weights)
-        stem = self._pieces[0].inputs[0]
+        stem = self._stem
         # The loss again, and below the head again: both are small, and so terms are added up in
         # the order of one graph.
         (at_x0,) = torch.autograd.grad(
@@ -185,18 +214,17 @@ class _SharedInputs:
 
     def through(self, piece: _Piece, to_input: Tensor, to_weights: Tensor) -> tuple[Tensor, Tensor]:
         """Makes a layer again, and pulls both cotangents from its output to its input."""
-        stream, *others = piece.inputs
-        leaf = stream.detach().requires_grad_()
+        leaf = piece.stream.to(piece.device, non_blocking=True).detach().requires_grad_()
         beside = {
             id(value): (value, value.detach().requires_grad_())
-            for value in others
+            for value in piece.others
             if isinstance(value, Tensor) and value.requires_grad
         }
         # Views, as autocast keeps its casts of leaves; and roots of the walk, so that the sum so
         # far comes first.
         views = {name: own.view_as(own) for name, (_, own) in beside.items()}
         with torch.enable_grad(), torch.autocast(**piece.autocast):
-            output = piece.layer(leaf.view_as(leaf), *(views.get(id(v), v) for v in others))
+            output = piece.layer(leaf.view_as(leaf), *(views.get(id(v), v) for v in piece.others))
         (at_input,) = torch.autograd.grad(output, leaf, to_input, retain_graph=True)
         begun = [name for name in beside if name in self._found]
         own_parameters = [value for value in piece.layer.parameters() if value.requires_grad]

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sgmd_core.errors import ConfigError
-from workers.joint_walk import cut_layer
+from workers.joint_walk import cut_layer, on_host
 
 LayerFunction = Callable[..., Any]
 """Computes a layer: the module, then its inputs, the stream of tokens first."""
@@ -61,14 +61,15 @@ def _selective(layer: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401
 
 
 def _offload(layer: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401
+    cut = cut_layer(layer, *inputs, offload=True)
+    if cut is not None:
+        return cut
     stream = inputs[0]
 
     def to_host(value: Tensor) -> tuple[torch.device, Tensor]:
         # Captions and noise levels are small, and the same tensors for all layers.
-        if value.data_ptr() != stream.data_ptr() or value.device.type == "cpu":
-            return value.device, value
-        kept = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
-        return value.device, kept.copy_(value, non_blocking=True)
+        own = value.data_ptr() == stream.data_ptr()
+        return value.device, on_host(value) if own else value
 
     def to_device(packed: tuple[torch.device, Tensor]) -> Tensor:
         device, value = packed
