@@ -12,7 +12,8 @@ TEST_JOBS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Most files of the libraries are never imported: those that are, get compiled by their first import.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 JOBS = --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder
 SHAPES := --jaxtyping-packages=sgmd_core,beartype.beartype
 DEMO := runs/demo
@@ -85,7 +86,7 @@ gpu-wheels:  ## Say which packages the check lacks here, and the command that fe
 # In an environment of its own: what users get who install today, within the bounds of pyproject.toml.
 test-latest:  ## Run the tests with the newest versions of all libraries
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
-	.venv-latest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[dev]'
+	.venv-latest/bin/python -m pip install --quiet --no-compile --upgrade --upgrade-strategy eager -e '.[dev]'
 	.venv-latest/bin/python -m pip freeze --exclude-editable > .venv-latest/versions.txt
 	.venv-latest/bin/python -m pytest $(SHAPES) $(JOBS) -m "not gpu" $(PYTEST_FLAGS)
 
