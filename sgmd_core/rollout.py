@@ -16,7 +16,7 @@ A transition (`inner_flow`) samples the velocity of each step; its inner noise i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -25,7 +25,7 @@ from torch import Tensor
 from sgmd_core.errors import ConfigError
 from sgmd_core.inner_flow import TransitionModel, model_at_step
 from sgmd_core.seeds import derived_noise
-from sgmd_core.types import Latents, PerSample, Samples, Text, per_sample
+from sgmd_core.types import Latents, NoisedBatch, PerSample, Samples, Text, per_sample
 from sgmd_core.velocity import GuidanceNorm, NegativeText, VelocityModel, guided_velocity
 
 Grid = Float[Tensor, "*samples steps"]
@@ -130,6 +130,19 @@ def rollout_exit(
         velocity = model_at_step(model, initial_noise, exit_step)(x_t, sigma, text)
         x0 = x_t - _factor(grid[..., exit_step], x_t) * velocity
     return RolloutExit(x0, x_t, velocity, sigma)
+
+
+def anchored(query: NoisedBatch, left: RolloutExit, level: float | Tensor) -> NoisedBatch:
+    """The query of a rollout from its state at a noise level below the exit step's.
+
+    Args:
+        query: At the rollout's samples.
+        left: Where the rollout left for them.
+        level: Noise level that the anchor is at: the end of a phase.
+    """
+    sigma = torch.as_tensor(level).to(left.sigma).expand_as(left.sigma)
+    anchor = extrapolated(left.x_t, left.velocity, left.sigma, sigma)
+    return replace(query, anchor=anchor, anchor_sigma=sigma, exit_sigma=left.sigma)
 
 
 def extrapolated(x_t: Latents, velocity: Latents, sigma: PerSample, target: PerSample) -> Latents:

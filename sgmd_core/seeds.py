@@ -235,13 +235,17 @@ def derived_noise(latents: Samples, *counters: int) -> Samples:
         *counters: Which draw of several.
     """
     drawn: list[Tensor] = []
+    # Stacked runs of one seed hold the same samples many times; a draw costs more than a hash.
+    by_seed: dict[int, Tensor] = {}
     for sample in latents.detach().float().cpu():
         digest = hashlib.blake2b(sample.contiguous().numpy().tobytes(), digest_size=8)
         for counter in counters:
             digest.update(f"{_SEPARATOR}{counter}".encode())
         seed = int.from_bytes(digest.digest(), "big") >> 1
-        stream = torch.Generator().manual_seed(seed)
-        drawn.append(torch.randn(sample.shape, generator=stream))
+        if seed not in by_seed:
+            stream = torch.Generator().manual_seed(seed)
+            by_seed[seed] = torch.randn(sample.shape, generator=stream)
+        drawn.append(by_seed[seed])
     return torch.stack(drawn).to(latents)
 
 

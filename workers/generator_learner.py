@@ -25,7 +25,7 @@ from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.diversity import diversity_loss
 from sgmd_core.objectives.meanflow import MeanFlowTerm
 from sgmd_core.phases import Phase, Phases
-from sgmd_core.rollout import RolloutExit, extrapolated, rollout_exit
+from sgmd_core.rollout import RolloutExit, anchored, extrapolated, rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
 from sgmd_core.types import (
@@ -481,10 +481,7 @@ class GeneratorLearner(FlowLearner):
         phase = self.phase(query.key.iteration)
         if phase is None or not phase.anchored:
             return query
-        end = self._schedule.generator_grid(self._num_steps)[phase.end]
-        sigma = end.to(left.sigma).expand_as(left.sigma)
-        anchor = extrapolated(left.x_t, left.velocity, left.sigma, sigma)
-        return replace(query, anchor=anchor, anchor_sigma=sigma, exit_sigma=left.sigma)
+        return anchored(query, left, self._schedule.generator_grid(self._num_steps)[phase.end])
 
     def _checked(
         self,

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgmd_core.types import Latents, PerSample, Text
+from sgmd_core.velocity import VelocityModel
 from workers.models.family import Denoiser
 
 
@@ -39,15 +40,24 @@ def velocity_and_derivative(
         text: Caption of each sample.
         direction: Direction of the first two.
     """
-    inputs = (x_t, sigma)
-    with (
-        in_full_precision(network),
-        sdpa_kernel(SDPBackend.MATH),
-        # Not torch.func.jvp, whose transform would take the collectives of FSDP in, too.
-        forward_ad.dual_level(),
-    ):
-        duals = [forward_ad.make_dual(*pair) for pair in zip(inputs, direction, strict=True)]
-        made, derivative = forward_ad.unpack_dual(network(*duals, text))
+    with in_full_precision(network), sdpa_kernel(SDPBackend.MATH):
+        return derivative_along(network, x_t, sigma, text, direction)
+
+
+@torch.no_grad()
+def derivative_along(
+    network: VelocityModel,
+    x_t: Latents,
+    sigma: PerSample,
+    text: Text,
+    direction: tuple[Latents, PerSample],
+) -> tuple[Latents, Latents]:
+    """As `velocity_and_derivative`, in the network's own precision and kernels."""
+    pairs = zip((x_t, sigma), direction, strict=True)
+    # Not torch.func.jvp, whose transform would take the collectives of FSDP in, too.
+    with forward_ad.dual_level():
+        state, level = (forward_ad.make_dual(*pair) for pair in pairs)
+        made, derivative = forward_ad.unpack_dual(network(state, level, text))
     assert derivative is not None, "the network has cut its output off its inputs"
     return made, derivative
 

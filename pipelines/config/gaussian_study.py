@@ -9,19 +9,23 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
+from pipelines.config.adversary import adversary_contradictions
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.recipe_files import find_recipe, recipe_sections
 from pipelines.config.section import Section
 from pipelines.config.shuffled import shuffling_contradictions
 from pipelines.config.study import VariantName
-from sgmd_core.objectives import PhasingObjective, adversary_of, looks_of
-from sgmd_core.objectives.consistency import consistency_of
-from sgmd_core.objectives.meanflow import FlowObjective
+from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import adversary_of, looks_of, phases_of
+from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.objectives.shuffled import Gap
 from sgmd_core.schedule import MAX_STEPS, FlowMatchSchedule
 from sgmd_core.types import Looks
 from workers.settings import DiversitySettings, FakeScoreSettings
+
+INNER_STEPS = 2
+"""Steps of the inner flow of a generator with a flow head."""
 
 Rate = Annotated[float, Field(gt=0, le=1)]
 _MOST_POINTS = 2**16
@@ -84,6 +88,8 @@ class GaussianVariant(Section):
     `fresh`: on new samples of the updated generator, `objective.fake_updates` times."""
     gap: Gap = "own"
     """As `fake_score.gap` of a recipe of `sgmd distill`: `shuffled` is a control."""
+    worlds: list[VariantName] = Field(default_factory=list)
+    """Worlds that the variant is compared in; []: all. Phases need a generator of several steps."""
 
     @property
     def _fake_score(self) -> FakeScoreSettings:
@@ -101,25 +107,16 @@ class GaussianVariant(Section):
                 f"objective.method {method} looks at samples off a rollout, and this study makes "
                 "none; set objective.off_trajectory=0"
             )
-        if isinstance(self.objective, PhasingObjective):
+        adversary, flow = adversary_of(self.objective), flow_of(self.objective)
+        if adversary is not None and adversary.has_penalty:
             problems.append(
-                f"objective.method {method} trains two experts in phases, and generators here have "
-                "one network; compare it by `sgmd study`"
+                "objective.adversary.r1_weight asks about perturbed states, and this study draws "
+                "no perturbations; set it to 0"
             )
-        if adversary_of(self.objective) is not None:
+        if flow is not None and flow.guidance != 1:
             problems.append(
-                f"objective.method {method} has a discriminator on the features of a teacher, and "
-                "the exact teachers here have none; compare it by `sgmd study`"
-            )
-        if consistency_of(self.objective) is not None:
-            problems.append(
-                f"objective.method {method} learns from data, and this study draws none; compare "
-                "it by `sgmd study`"
-            )
-        if isinstance(self.objective, FlowObjective):
-            problems.append(
-                f"objective.method {method} trains a flow head, and generators here are one "
-                "network; compare it by `sgmd study`"
+                f"objective.meanflow.guidance is {flow.guidance:g}, and there are no captions here "
+                "to guide by; set it to 1"
             )
         for problem in problems:
             yield problem.replace("fake_score.", "")
@@ -155,6 +152,11 @@ class GaussianStudyConfig(Section):
         """Sentences on settings that do not fit together."""
         return _contradictions(self)
 
+    def worlds_of(self, variant: str) -> list[str]:
+        """Names of the worlds that a variant is compared in."""
+        named = self.variants[variant].worlds
+        return [world for world in self.worlds if not named or world in named]
+
     @property
     def folder(self) -> Path:
         """Folder of the study; of an address, what `cluster.files.store_address` reads."""
@@ -168,6 +170,8 @@ def _contradictions(config: GaussianStudyConfig) -> Iterator[str]:
     for name, world in config.worlds.items():
         if world.modes > 2 and world.dim != 2 and world.modes > world.dim:
             yield f"worlds.{name} has {world.modes} modes at right angles in {world.dim} dimensions"
+    for name, variant in config.variants.items():
+        yield from _variant_contradictions(config, name, variant)
     shuffled = [name for name, each in config.variants.items() if each.gap == "shuffled"]
     if shuffled and config.batch_size % 2:
         yield (
@@ -179,6 +183,25 @@ def _contradictions(config: GaussianStudyConfig) -> Iterator[str]:
         if getattr(given, name) != getattr(plain, name):
             found = getattr(given, name)
             yield f"schedule.{name} is {found}, which this study does not draw by; leave it out"
+
+
+def _variant_contradictions(
+    config: GaussianStudyConfig, name: str, variant: GaussianVariant
+) -> Iterator[str]:
+    """Sentences on what keeps a variant out of a world, or out of this study's noise levels."""
+    objective = variant.objective
+    if name == config.baseline and config.worlds_of(name) != list(config.worlds):
+        yield f"variants.{name} is the baseline, which has to be in every world; set worlds=[]"
+    for problem in adversary_contradictions(objective, config.schedule):
+        yield f"variants.{name}.{problem}"
+    for world in config.worlds_of(name):
+        try:
+            phases_of(objective, config.schedule, config.worlds[world].num_steps)
+        except ConfigError as error:
+            yield (
+                f"variants.{name} cannot be in the world {world}: {error.found}; name others in "
+                f"variants.{name}.worlds, or set worlds.{world}.num_steps"
+            )
 
 
 def is_gaussian_study(recipe: str) -> bool:

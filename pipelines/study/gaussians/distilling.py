@@ -4,28 +4,48 @@
     signal   d L_G / d x0, by the ways the objective names
     track    L_F back to the fake score's weights, on the same batch or on fresh ones
     learn    x0.backward(signal)
+    data     terms on samples of the mixture, where the objective has them (`data_terms.py`)
 
-All members make their iteration together (`networks.py`). Draws are counted by (seed, purpose,
-iteration): equal seeds of all variants see equal numbers, so variants are compared seed by seed.
-Exit steps are drawn once an iteration for all seeds.
+All members make their iteration together (`networks.py`), with the draws of their seeds
+(`draws.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant, MixtureSettings
-from pipelines.study.gaussians.networks import MemberAdam, MemberNetworks
+from pipelines.config.gaussian_study import (
+    INNER_STEPS,
+    GaussianStudyConfig,
+    GaussianVariant,
+    MixtureSettings,
+)
+from pipelines.study.gaussians.data_terms import (
+    MemberDiscriminator,
+    consistency_of_members,
+    strides_of_members,
+)
+from pipelines.study.gaussians.draws import MemberBatch, MemberDraws, no_caption
+from pipelines.study.gaussians.networks import (
+    MemberAdam,
+    MemberExperts,
+    MemberNetworks,
+    MemberTransition,
+    NetworkShape,
+)
+from sgmd_core.inner_flow import inner_grid
 from sgmd_core.metrics.lag import falling_rate
-from sgmd_core.objectives import GradientPath
+from sgmd_core.objectives import GradientPath, compared_by, phases_of, restarts_of
+from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
+from sgmd_core.objectives.meanflow import FlowObjective, flow_of
 from sgmd_core.objectives.shuffled import shuffled_teacher
-from sgmd_core.rollout import euler_sample, rollout
-from sgmd_core.schedule import NUM_SCORE_LEVELS
-from sgmd_core.seeds import exit_step, random_generator
-from sgmd_core.types import Latents, MicroBatchKey, NoisedBatch, Purpose, detached
+from sgmd_core.phases import Phases
+from sgmd_core.rollout import anchored, euler_sample, rollout, rollout_exit
+from sgmd_core.seeds import random_generator
+from sgmd_core.types import Latents, NoisedBatch, Purpose, detached
 from sgmd_core.worlds.mixture import GaussianMixture, mixture_centres
 from workers.ema import effective_decay
 
@@ -33,7 +53,6 @@ Velocity = Callable[[NoisedBatch], Latents]
 """A velocity, or a difference of two, at a query."""
 
 _WORLD_SEED = 0
-_EXIT_SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +62,6 @@ class Member:
     seed: int
     generator_rate: float
     fake_rate: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    """Random numbers of one batch of all members; an exit step for all."""
-
-    initial_noise: Latents
-    sigma: Tensor
-    noise: Latents
-    exit_step: int
 
 
 def mixture_of(world: MixtureSettings) -> GaussianMixture:
@@ -89,32 +98,45 @@ class GaussianDistillation:
         self._grid = config.schedule.few_step_grid(world.num_steps)
         self.teacher = mixture_of(world)
         seeds = [member.seed for member in members]
+        self._phases = phases_of(variant.objective, config.schedule, world.num_steps)
+        self._draws = MemberDraws(config, self.teacher, world.num_steps, seeds, self._phases)
+        # A consistency function leads to x0 from any state, so its steps renoise.
+        self._renoises = consistency_of(variant.objective) is not None
         networks = config.networks
-        layers = networks.hidden_layers
-        own = layers if networks.generator_layers is None else networks.generator_layers
-        base = self.teacher if world.num_steps > 1 else None
-        self._generator = MemberNetworks(base, world.dim, networks.width, own, seeds, "generator")
-        self._fake_score = MemberNetworks(
-            self.teacher, world.dim, networks.width, layers, seeds, "fake_score"
-        )
+        shape = NetworkShape(world.dim, networks.width, networks.hidden_layers, seeds)
+        self._generator = _generators(config, world, variant, shape, self.teacher, self._phases)
+        self._fake_score = MemberNetworks(self.teacher, shape, "fake_score")
+        self._start = [each.detach().clone() for each in self._fake_score.parameters()]
         self._average = [each.detach().clone() for each in self._generator.parameters()]
+        fake_rates = [member.fake_rate for member in members]
         self._optimizers = (
             MemberAdam(self._generator, [member.generator_rate for member in members]),
-            MemberAdam(self._fake_score, [member.fake_rate for member in members]),
+            MemberAdam(self._fake_score, fake_rates),
+        )
+        self._discriminator = (
+            None
+            if compared_by(variant.objective) is None
+            else MemberDiscriminator(variant.objective, self.teacher, shape, fake_rates)
         )
 
     def iterate(self, iteration: int) -> None:
         """Makes one update of the generators, and those of the fake scores that belong to it."""
         generator_step, fake_step = (each.step for each in self._optimizers)
         is_shared = self._variant.tracking == "shared"
-        self._learn(iteration, is_shared)
+        if iteration in restarts_of(self._objective):
+            self._optimizers[1].restart(self._start)
+        if learns_from_samples(self._objective):
+            self._learn(iteration, is_shared)
+        self._learn_from_data(iteration)
         generator_step()
+        if self._discriminator is not None:
+            self._discriminator.step()
         self._average_weights(iteration)
         if is_shared:
             fake_step()
             return
         for update in range(self._objective.fake_updates):
-            batch = self._draw(iteration, Purpose.TRACK, update)
+            batch = self._draws.batch(iteration, Purpose.TRACK, update)
             query = self._query(batch, keep_graph=False)
             self._track(query, self._fake_score(query.x_t, query.sigma, query.text))
             fake_step()
@@ -124,8 +146,10 @@ class GaussianDistillation:
         """Samples of the averaged generators: (members, num_samples, dim)."""
         own = [parameter.detach().clone() for parameter in self._generator.parameters()]
         self._load(self._average)
-        noise = self._noise("gaussians/measure", 0, num_samples)
-        made = euler_sample(self._generator, self._grid, noise, _no_text(len(noise)))
+        noise = self._draws.noise("gaussians/measure", 0, size=num_samples)
+        made = euler_sample(
+            self._generator, self._grid, noise, no_caption(len(noise)), renoise=self._renoises
+        )
         self._load(own)
         return points(made).reshape(len(self._members), num_samples, self._dim)
 
@@ -172,7 +196,7 @@ class GaussianDistillation:
         corners = torch.cat([torch.zeros(1, self._dim), torch.eye(self._dim)])
         noise = corners.repeat(len(self._members), 1)[:, :, None, None, None]
         made = rollout(
-            self._generator, self._grid, noise, _no_text(len(noise)), 0, keep_graph=False
+            self._generator, self._grid, noise, no_caption(len(noise)), 0, keep_graph=False
         )
         means = points(made).reshape(len(self._members), -1, self._dim).double()
         laws: list[tuple[Tensor, Tensor]] = []
@@ -182,7 +206,7 @@ class GaussianDistillation:
         return laws
 
     def _lag_query(self, iteration: int, number: int) -> NoisedBatch:
-        return self._query(self._draw(iteration, Purpose.LAG, number), keep_graph=False)
+        return self._query(self._draws.batch(iteration, Purpose.LAG, number), keep_graph=False)
 
     @torch.no_grad()
     def _fake_velocity(self, query: NoisedBatch) -> Latents:
@@ -195,7 +219,7 @@ class GaussianDistillation:
 
     def _learn(self, iteration: int, is_shared: bool) -> None:
         """Gathers the generators' gradient, and with shared tracking the fake scores' as well."""
-        batch = self._draw(iteration, Purpose.GENERATE, 0)
+        batch = self._draws.batch(iteration, Purpose.GENERATE, 0)
         made = self._query(batch, keep_graph=True)
         query = detached(made, x0=made.x0.detach().requires_grad_())
         through_teacher = self._objective.path is GradientPath.BOTH_SCORES
@@ -208,9 +232,12 @@ class GaussianDistillation:
         if self._variant.gap == "shuffled":
             # Members have even numbers of samples: neighbours are of one member.
             velocity_teacher = shuffled_teacher(velocity_fake, velocity_teacher)
-        loss = self._objective.generator_loss(query, velocity_fake, velocity_teacher)
+        loss = self._objective.generator_loss(query, velocity_fake, velocity_teacher).value
+        if self._discriminator is not None:
+            answers = velocity_fake, velocity_teacher
+            loss = loss + self._discriminator.loss(query, *answers, self._draws)
         (grad_x0,) = torch.autograd.grad(
-            len(self._members) * loss.value, query.x0, retain_graph=is_shared
+            len(self._members) * loss, query.x0, retain_graph=is_shared
         )
         if is_shared:
             self._track(detached(query), velocity_fake)
@@ -220,52 +247,34 @@ class GaussianDistillation:
         loss = self._objective.tracking_loss(query, velocity_fake).value
         (len(self._members) * loss).backward(inputs=list(self._fake_score.parameters()))
 
-    def _query(self, batch: _Batch, *, keep_graph: bool) -> NoisedBatch:
-        text = _no_text(len(batch.sigma))
-        x0 = rollout(
+    def _learn_from_data(self, iteration: int) -> None:
+        """Gathers the generators' gradient by terms on samples of the mixture."""
+        consistency, flow = consistency_of(self._objective), flow_of(self._objective)
+        generator, draws = self._generator, self._draws
+        if consistency is not None:
+            loss = consistency_of_members(consistency, generator, self.teacher, draws, iteration)
+            (len(self._members) * loss).backward()
+        if flow is not None:
+            assert isinstance(generator, MemberTransition), "strides are those of a flow head"
+            loss = strides_of_members(flow, generator, self._grid, draws, iteration)
+            (len(self._members) * loss).backward()
+
+    def _query(self, batch: MemberBatch, *, keep_graph: bool) -> NoisedBatch:
+        text = no_caption(len(batch.sigma))
+        left = rollout_exit(
             self._generator,
             self._grid,
             batch.initial_noise,
             text,
             batch.exit_step,
             keep_graph=keep_graph,
+            renoise=self._renoises,
         )
-        return NoisedBatch(x0=x0, sigma=batch.sigma, noise=batch.noise, text=text)
-
-    def _draw(self, iteration: int, purpose: Purpose, update: int) -> _Batch:
-        size, num_steps = self._config.batch_size, len(self._grid) - 1
-        stream = f"gaussians/{purpose}"
-        place = (iteration, update)
-        initial_noise = self._noise(f"{stream}/start", *place, size)
-        noise = self._noise(f"{stream}/noise", *place, size)
-        levels = self._each(
-            lambda seed: torch.randint(
-                NUM_SCORE_LEVELS,
-                (size,),
-                generator=random_generator(seed, f"{stream}/level", *place),
-            )
-        )
-        key = MicroBatchKey(iteration, update, purpose)
-        return _Batch(
-            initial_noise,
-            self._config.schedule.score_sigma(levels),
-            noise,
-            exit_step(_EXIT_SEED, key, num_steps),
-        )
-
-    def _noise(self, stream: str, *counters_and_size: int) -> Latents:
-        *counters, size = counters_and_size
-        drawn = self._each(
-            lambda seed: torch.randn(
-                size, self._dim, generator=random_generator(seed, stream, *counters)
-            )
-        )
-        return drawn[:, :, None, None, None]
-
-    def _each(self, drawn: Callable[[int], Tensor]) -> Tensor:
-        """Draws of every member, one under the other; members of one seed share them."""
-        by_seed = {seed: drawn(seed) for seed in {member.seed for member in self._members}}
-        return torch.cat([by_seed[member.seed] for member in self._members])
+        query = NoisedBatch(left.x0, batch.sigma, batch.noise, text, batch.key)
+        phase = None if self._phases is None else self._phases.at(batch.key.iteration)
+        if phase is None or not phase.anchored:
+            return query
+        return anchored(query, left, self._grid[phase.end])
 
     def _average_weights(self, updates: int) -> None:
         decay = effective_decay(self._config.networks.ema_decay, updates)
@@ -295,5 +304,23 @@ def measured_on_the_way(
             yield iteration + 1, distillation.samples(num_samples)
 
 
-def _no_text(count: int) -> Tensor:
-    return torch.zeros(count, 1, 1)
+def _generators(
+    config: GaussianStudyConfig,
+    world: MixtureSettings,
+    variant: GaussianVariant,
+    shape: NetworkShape,
+    teacher: GaussianMixture,
+    phases: Phases | None,
+) -> MemberNetworks | MemberExperts | MemberTransition:
+    """Generators as a method has them: one network, two experts, or a flow head."""
+    layers = config.networks.generator_layers
+    own = shape if layers is None else replace(shape, hidden_layers=layers)
+    base = teacher if world.num_steps > 1 else None
+    if isinstance(variant.objective, FlowObjective):
+        return MemberTransition(base, own, inner_grid(INNER_STEPS, 1.0), "generator")
+    if phases is None:
+        return MemberNetworks(base, own, "generator")
+    grid = config.schedule.few_step_grid(world.num_steps)
+    names = ("generator", "generator/low")
+    high, low = (MemberNetworks(base, own, name) for name in names)
+    return MemberExperts((high, low), float(grid[phases.high.end]))

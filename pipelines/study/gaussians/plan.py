@@ -5,12 +5,24 @@ world x variant  ->  iterations of the budget  ->  search of rates  ->  seeds of
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
-from pipelines.config.gaussian_study import GaussianStudyConfig, GaussianVariant, MixtureSettings
+from pipelines.config.gaussian_study import (
+    INNER_STEPS,
+    GaussianStudyConfig,
+    GaussianVariant,
+    MixtureSettings,
+)
+from pipelines.config.roles import GENERATOR
 from pipelines.stages.algorithm import SAMPLE, TRACK
 from pipelines.stages.costs import PassCosts, mean_rollout, stage_passes
 from pipelines.study.gaussians.distilling import Member
 from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import adversary_of, compared_by, phases_of, restarts_of
+from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
+from sgmd_core.objectives.meanflow import FlowObjective, flow_of
+from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.types import Purpose
 
 COSTS = PassCosts(to_input=1.0, to_weights=2.0)
 """Of backward passes, in forward passes: the networks have no attention."""
@@ -39,23 +51,52 @@ def cells(config: GaussianStudyConfig) -> Iterator[StudyCell]:
     """All cells, world by world."""
     for world in config.worlds:
         for variant in config.variants:
-            yield StudyCell(world, variant)
+            if world in config.worlds_of(variant):
+                yield StudyCell(world, variant)
 
 
-def units_per_iteration(world: MixtureSettings, variant: GaussianVariant) -> float:
-    """Passes of a mean iteration, in forward passes over a batch."""
-    is_fresh = variant.tracking == "fresh"
-    rollout = mean_rollout(world.num_steps)
+def units_per_iteration(
+    schedule: FlowMatchSchedule,
+    world: MixtureSettings,
+    variant: GaussianVariant,
+    iterations: int = 1,
+) -> float:
+    """Passes of a mean iteration, in forward passes over a batch.
+
+    Args:
+        schedule: The study's.
+        world: The world.
+        variant: The method.
+        iterations: The first ones that the mean is over, for a method with phases.
+    """
+    objective, is_fresh = variant.objective, variant.tracking == "fresh"
+    phases = phases_of(objective, schedule, world.num_steps)
+    rollout = sample = mean_rollout(world.num_steps)
+    if phases is not None:
+        rollout, sample = (
+            phases.mean_length(purpose, iterations) for purpose in (Purpose.GENERATE, Purpose.TRACK)
+        )
+    term = adversary_of(objective)
     table = stage_passes(
-        path=variant.objective.path,
+        path=objective.path,
         rollout=rollout,
-        sample=rollout,
+        sample=sample,
         guided=False,
         fresh_tracking=is_fresh,
+        compared=compared_by(objective),
+        compared_states=2 if term is None else term.num_states,
+        consistency=consistency_of(objective) is not None,
+        flow=flow_of(objective) is not None,
+        matching=learns_from_samples(objective),
     )
-    updates = variant.objective.fake_updates if is_fresh else 1
+    # The whole of a flow head goes all inner steps in a pass.
+    inner = INNER_STEPS if isinstance(objective, FlowObjective) else 1
+    head = PassCosts(inner * COSTS.to_input, inner * COSTS.to_weights, inner * COSTS.forward)
+    updates = objective.fake_updates if is_fresh else 1
     return sum(
-        (passes.times(updates) if stage in (SAMPLE, TRACK) else passes).units(COSTS)
+        (passes.times(updates) if stage in (SAMPLE, TRACK) else passes).units(
+            head if stage.role == GENERATOR else COSTS
+        )
         for stage, passes in table.items()
     )
 
@@ -64,11 +105,25 @@ def num_iterations(config: GaussianStudyConfig, cell: StudyCell) -> int:
     """Iterations that a cell's budget pays for.
 
     Raises:
-        ConfigError: It does not pay for as many as there are measurements.
+        ConfigError: It does not pay for as many as there are measurements, or ends before the last
+            phase.
     """
     world, variant = config.worlds[cell.world], config.variants[cell.variant]
-    units = units_per_iteration(world, variant)
+    units = units_per_iteration(config.schedule, world, variant)
     found = int(world.forwards / units)
+    for last in restarts_of(variant.objective):
+        # Passes of the iterations before are counted by the mean over them.
+        whole = partial(units_per_iteration, config.schedule, world, variant)
+        after = (last + 1) * whole(last + 1) - last * whole(last)
+        found = int(last + (world.forwards - last * whole(last)) / after)
+        if found <= last:
+            raise ConfigError(
+                f"giving {cell.name} its budget",
+                f"worlds.{cell.world}.forwards is {world.forwards:g}, which does not pay for the "
+                f"{last} iterations of the first phase",
+                "a budget that reaches the second phase",
+                f"Raise it, or lower variants.{cell.variant}.objective.high_iterations",
+            )
     if found < config.measurements:
         raise ConfigError(
             f"giving {cell.name} its budget",

@@ -104,7 +104,10 @@ def dry_run_gaussian_study(config: GaussianStudyConfig) -> dict[str, Any]:
                 "variant": cell.variant,
                 "iterations": num_iterations(config, cell),
                 "forwards_per_iteration": units_per_iteration(
-                    config.worlds[cell.world], config.variants[cell.variant]
+                    config.schedule,
+                    config.worlds[cell.world],
+                    config.variants[cell.variant],
+                    num_iterations(config, cell),
                 ),
             }
             for cell in cells(config)
@@ -149,12 +152,13 @@ def _searched_and_compared(config: GaussianStudyConfig, cell: StudyCell) -> Cell
     begun = time.perf_counter()
     points: list[MeasuredPoint] = []
     members = compared_members(config, *best)
-    units = units_per_iteration(config.worlds[cell.world], config.variants[cell.variant])
+    world, variant = config.worlds[cell.world], config.variants[cell.variant]
     samples = torch.empty(0)
     for iteration, samples in _on_the_way(config, cell, members, config.measurements):
         figures = _figures(config, cell, members, samples)
         by_name = {name: [each[name] for each in figures] for name in FIGURES}
-        points.append(MeasuredPoint(iteration, units * iteration, by_name))
+        spent = iteration * units_per_iteration(config.schedule, world, variant, iteration)
+        points.append(MeasuredPoint(iteration, spent, by_name))
     shown = samples[0, :_SHOWN_SAMPLES].tolist() if samples.shape[-1] == 2 else []
     return CellResult(
         cell.world,

@@ -29,14 +29,8 @@ from pipelines.study.gaussians.results import CellResult
 from pipelines.study.gaussians.run import dry_run_gaussian_study, gaussian_study
 from sgmd_core.errors import ConfigError
 from sgmd_core.metrics.paired import paired_differences
-from sgmd_core.objectives.adm import AdmObjective
-from sgmd_core.objectives.phased import PhasedObjective
-from sgmd_core.objectives.rcm import RcmObjective
-from sgmd_core.objectives.tmd import TmdObjective
+from sgmd_core.objectives.adversarial import hinge_discriminator_loss
 
-# Two experts in phases are not the one network of this study, nor is a flow head; exact teachers
-# have no features, and no data are drawn.
-APART = {PhasedObjective, AdmObjective, RcmObjective, TmdObjective}
 SMALL = [
     "batch_size=16",
     "num_samples=64",
@@ -87,10 +81,8 @@ def test_a_shuffled_gap_is_refused_where_it_would_be_half_shuffled():
     ("objective", "words"),
     [
         ({"method": "cdm"}, "off_trajectory=0"),
-        ({"method": "phased_dmd"}, "compare it by"),
-        ({"method": "adm"}, "has a discriminator"),
-        ({"method": "rcm"}, "learns from data"),
-        ({"method": "dmd2", "adversary": {}}, "has a discriminator"),
+        ({"method": "adm", "adversary": {"r1_weight": 20}}, "draws no perturbations"),
+        ({"method": "tmd", "stage": "meanflow", "meanflow": {"guidance": 3}}, "no captions"),
     ],
 )
 def test_what_the_study_would_leave_out_of_a_method_is_refused(objective: dict, words: str):
@@ -103,17 +95,32 @@ def test_settings_of_the_schedule_that_the_study_does_not_draw_by_are_refused():
         recipe("schedule.score_window=both")
 
 
-@pytest.mark.parametrize("tracking", ["shared", "fresh"])
+OWN_SETTINGS = {
+    "cdm": {"off_trajectory": 0},
+    "phased_dmd": {"high_iterations": 3},
+    "gan": {"method": "dmd2", "adversary": {"weight": 1.0}},
+    "scm": {"method": "rcm", "matching_weight": 0.0},
+    "meanflow": {"method": "tmd", "stage": "meanflow"},
+}
+
+
 @pytest.mark.parametrize(
-    "method", [method_name(method) for method in METHODS if method not in APART]
+    ("method", "tracking"),
+    [
+        *(
+            (method_name(method), tracking)
+            for method in METHODS
+            for tracking in ("shared", "fresh")
+        ),
+        ("gan", "fresh"),
+        ("scm", "fresh"),
+        ("meanflow", "fresh"),
+    ],
 )
 def test_a_member_of_a_stack_is_the_same_as_alone(method: str, tracking: str):
     updates = {"fake_updates": 1 if tracking == "shared" else 2}
-    if method == "cdm":
-        updates |= {"off_trajectory": 0}
-    variant = GaussianVariant.model_validate(
-        {"objective": {"method": method, **updates}, "tracking": tracking}
-    )
+    objective = {"method": method, **updates, **OWN_SETTINGS.get(method, {})}
+    variant = GaussianVariant.model_validate({"objective": objective, "tracking": tracking})
     config = recipe()
     members = [Member(3, 1e-2, 3e-3), Member(4, 1e-3, 3e-3), Member(4, 1e-2, 1e-2)]
     together = samples_of(config, variant, members, 6)
@@ -122,6 +129,92 @@ def test_a_member_of_a_stack_is_the_same_as_alone(method: str, tracking: str):
     for place, member in enumerate(members):
         (alone,) = samples_of(config, variant, [member], 6)
         assert (together[place] - alone).abs().max() < 2e-5
+
+
+def distilled(
+    objective: dict, iterations: int, world: str = "ring-4-steps", *overrides: str
+) -> GaussianDistillation:
+    """One member of a variant with fresh tracking, trained for some iterations."""
+    variant = GaussianVariant.model_validate({"objective": objective, "tracking": "fresh"})
+    config = recipe(*overrides)
+    run = GaussianDistillation(config, config.worlds[world], variant, [Member(0, 3e-3, 1e-2)])
+    for iteration in range(iterations):
+        run.iterate(iteration)
+    return run
+
+
+def test_a_discriminator_sees_nothing_before_the_fake_score_has_moved():
+    """Silent heads teach nothing, and at first the two states that they are shown are one."""
+    before, after = (distilled({"method": "adm"}, count).samples(64) for count in (0, 1))
+    assert torch.equal(before, after)
+    moved = distilled({"method": "adm"}, 5).samples(64)
+    assert (moved - before).abs().max() > 1e-3
+    silent = torch.zeros(4)
+    assert hinge_discriminator_loss(silent, silent) == 2
+
+
+def test_each_phase_trains_an_expert_and_the_fake_score_starts_anew_between_them():
+    objective = {"method": "phased_dmd", "high_iterations": 3, "fake_updates": 1}
+    start, high, again, low = (weights_of(distilled(objective, count)) for count in (0, 3, 4, 5))
+    names = [name for name in start if name.startswith("generator.experts")]
+    trained = [
+        {name for name in names if not torch.equal(first[name], second[name])}
+        for first, second in ((start, high), (high, again), (again, low))
+    ]
+    # Beside a fake score that is the teacher again nothing is to be learned.
+    assert all(trained[place] for place in (0, 2))
+    assert not trained[1]
+    assert all(name.startswith("generator.experts.0") for name in trained[0])
+    assert all(name.startswith("generator.experts.1") for name in trained[2])
+    # One update after the restart moves no weight by more than Adam's step, from where it began.
+    fake = [name for name in start if name.startswith("fake_score")]
+    apart, anew = (
+        max((found[name] - start[name]).abs().max().item() for name in fake)
+        for found in (high, again)
+    )
+    assert anew <= 1.01e-2 < apart
+
+
+def weights_of(run: GaussianDistillation) -> dict[str, torch.Tensor]:
+    networks = {"generator": run._generator, "fake_score": run._fake_score}
+    return {
+        f"{role}.{name}": value.detach().clone()
+        for role, network in networks.items()
+        for name, value in network.named_parameters()
+    }
+
+
+def test_phases_are_refused_in_worlds_without_a_step_at_their_boundary():
+    variants = "variants={sgmd: {}, p: {objective: {method: phased_dmd}, tracking: fresh%s}}"
+    with pytest.raises(ConfigError, match=r"variants\.p cannot be in the world ring: "):
+        recipe(variants % "")
+    config = recipe(variants % ", worlds: [ring-4-steps]")
+    assert config.worlds_of("p") == ["ring-4-steps"]
+    with pytest.raises(ConfigError, match="does not pay for the 1000 iterations"):
+        num_iterations(config, StudyCell("ring-4-steps", "p"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"method": "rcm", "matching_weight": 0.0, "fake_updates": 1},
+        {"method": "tmd", "stage": "meanflow", "fake_updates": 1},
+    ],
+    ids=["scm", "meanflow"],
+)
+def test_terms_on_data_alone_come_close_to_the_truth(objective: dict):
+    sizes = ("batch_size=128", "networks.width=32", "num_samples=1024")
+    world = "worlds={single: {dim: 2, modes: 1, spread: 0.5, num_steps: 1}}"
+    before, after = (
+        Truth(mixture_of(recipe(world).worlds["single"]), 1024).figures(
+            distilled(objective, count, "single", *sizes, world).samples(1024)[0], 0
+        )
+        for count in (0, 600)
+    )
+    assert before["spread"] == pytest.approx(2, abs=0.1)
+    assert after["spread"] == pytest.approx(1, abs=0.15)
+    assert after["energy"] < 0.02 < before["energy"]
 
 
 @pytest.mark.slow
@@ -276,9 +369,14 @@ def test_every_variant_has_the_same_budget():
     config = recipe("networks.width=64")
     for name, world in config.worlds.items():
         for variant in config.variants:
-            units = units_per_iteration(world, config.variants[variant])
-            spent = units * num_iterations(config, StudyCell(name, variant))
-            assert world.forwards - units < spent <= world.forwards
+            if name not in config.worlds_of(variant):
+                continue
+            count = num_iterations(config, StudyCell(name, variant))
+            spent, more = (
+                each * units_per_iteration(config.schedule, world, config.variants[variant], each)
+                for each in (count, count + 1)
+            )
+            assert spent <= world.forwards < more
 
 
 @pytest.mark.parametrize(
