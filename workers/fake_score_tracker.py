@@ -35,7 +35,13 @@ import torch
 from torch import Tensor, nn
 
 from sgmd_core.errors import ConfigError, StaleCallError, non_finite_remedy
-from sgmd_core.objectives import GradientPath, LookingObjective, Objective, restarts_of
+from sgmd_core.objectives import (
+    GradientPath,
+    LookingObjective,
+    Objective,
+    PhasingObjective,
+    restarts_of,
+)
 from sgmd_core.objectives.shuffled import shuffled_teacher
 from sgmd_core.types import (
     FakePrediction,
@@ -306,7 +312,8 @@ class FakeScoreTracker(ExtraUpdates):
         gives it a start. The optimizer's moments stay as they are.
 
         Args:
-            weights: The generator's.
+            weights: The generator's; of a method that trains in phases, those of the expert that it
+                has just trained. The others stay as they are.
             skip: The generator's update was skipped: it has learned nothing, and nothing is mixed.
 
         Raises:
@@ -318,6 +325,8 @@ class FakeScoreTracker(ExtraUpdates):
         if skip:
             return
         own = parameters_of(self._network)
+        if isinstance(self._objective, PhasingObjective):
+            own = {name: value for name, value in own.items() if name in weights}
         require_same_tensors(weights, own, "mixing the generator's weights into the fake score")
         if self._kept:
             raise StaleCallError(

@@ -298,9 +298,14 @@ class GeneratorLearner(FlowLearner):
     def trained_weights(self) -> dict[str, Tensor]:
         """A copy of the weights as they are, for the fake score to be mixed with.
 
+        Where there are phases, only those that the last update trained: the other expert is that of
+        another phase, and the fake score has nothing to learn from it.
+
         Every rank must be asked; the weights are the first one's, those of the others are empty.
         """
-        return gather_to_rank0(self._optimizer.weights.items())
+        optimizer = self._optimizer
+        weights = optimizer.weights if self._phases is None else optimizer.moved_weights
+        return gather_to_rank0(weights.items())
 
     def final_weights(self) -> dict[str, Tensor]:
         """A copy of the trained weights to validate and export: the average, where one is kept.

@@ -98,6 +98,7 @@ class RoleOptimizer:
         self._updates = 0
         self._skipped = 0
         self._norm: Tensor | None = None
+        self._moved: frozenset[str] = frozenset()
 
     @property
     def updates(self) -> int:
@@ -108,6 +109,11 @@ class RoleOptimizer:
     def parameters(self) -> list[nn.Parameter]:
         """Parameters that are updated."""
         return list(self._parameters.values())
+
+    @property
+    def moved_weights(self) -> dict[str, Tensor]:
+        """Those of `weights` that the last update had a gradient of."""
+        return {name: value for name, value in self.weights.items() if name in self._moved}
 
     def require_current(self, iteration: int, attempted: str) -> None:
         """Checks that a call belongs to the iteration that is under way.
@@ -210,6 +216,9 @@ class RoleOptimizer:
         if norm + _CLIP_MARGIN > self._settings.max_grad_norm:
             nn.utils.clip_grads_with_norm_(self.parameters, self._settings.max_grad_norm, total)
         reshard(self._network)
+        self._moved = frozenset(
+            name for name, value in self._parameters.items() if value.grad is not None
+        )
         self._adamw.step()
         self.discard()
 
