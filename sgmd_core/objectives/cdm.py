@@ -53,8 +53,10 @@ def augmentation_direction(
         q = (x0_cond - x0_guided) / max(mean |x0 - x0_cond|, normalizer_min)
           = -(s - 1) (x0_cond - x0_uncond) / ...
 
+    With a floor it is 0 where there is no noise: both predictions are the sample there.
+
     Args:
-        query: Where the teacher looked.
+        query: Where the teacher looked; the noise level may be 0.
         conditional: Its velocity with the caption alone.
         guided: Its velocity under guidance of scale s.
         normalizer_min: Least value of the denominator, in latent units.
@@ -63,10 +65,11 @@ def augmentation_direction(
         The direction, dimensionless, without a graph.
     """
     conditional, guided = float32(conditional).detach(), float32(guided).detach()
-    residual = sample_mean((conditional - query.velocity.detach()).abs())
+    residual = overflow_as_nan(sample_mean((conditional - query.velocity.detach()).abs()))
     if normalizer_min > 0:
+        # Not finite at sigma = 0, whose quotient is rightly 0.
         residual = residual.maximum(normalizer_min / query.sigma.detach().to(residual))
-    return (guided - conditional) / per_sample(overflow_as_nan(residual), guided)
+    return (guided - conditional) / per_sample(residual, guided)
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,13 +70,14 @@ def matching_direction(
     """
     teacher = float32(velocity_teacher).detach()
     difference = teacher - float32(velocity_fake).detach()
-    residual = sample_mean((teacher - query.chord.detach()).abs())
+    residual = overflow_as_nan(sample_mean((teacher - query.chord.detach()).abs()))
     if normalizer_min > 0:
-        # The floor is one of x0; the residual here is one of velocities.
+        # The floor is one of x0; the residual here is one of velocities. At sigma = 0 it is not
+        # finite, and the quotient is rightly 0.
         residual = residual.maximum(normalizer_min / query.sigma.detach().to(residual))
     if removed is not None:
         difference = without_component(difference, removed.detach().to(difference))
-    residual = per_sample(overflow_as_nan(residual), difference)
+    residual = per_sample(residual, difference)
     nowhere = (difference == 0) & (residual == 0)
     return torch.where(nowhere, torch.zeros_like(difference), difference / residual)
 

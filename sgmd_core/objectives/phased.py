@@ -81,7 +81,7 @@ class PhasedObjective(DmdObjective):
         boundary: Raw level, in thousandths, at which the high phase ends; a step of the generator
             starts there. The shift moves it as it moves the steps.
         margin: Raw levels above a phase's last state that are not looked at, where the target of
-            the fake score diverges.
+            the fake score diverges; 0 is for form `paper` alone, whose weight is bounded there.
         order: `sequential` or `alternate`.
         high_iterations: Iterations of the high phase, where phases are sequential.
         form: `released` or `paper`: the two losses.
@@ -109,7 +109,11 @@ class PhasedObjective(DmdObjective):
         above, least = 1000 - self.boundary, self.boundary + self.margin
         rules = {
             "boundary": (0 < above < 1000, "a raw level between 0 and 1000"),
-            "margin": (0 <= self.margin < above, f"a count of at least 0 and below {above}"),
+            "margin": (
+                (self.form == "released") <= self.margin < above,
+                f"a count of at least 0 and below {above}; with form released at least 1, because "
+                "its loss grows without limit at the boundary",
+            ),
             "order": (self.order in ("sequential", "alternate"), "sequential or alternate"),
             "high_iterations": (self.high_iterations >= 1, "a count of at least 1"),
             "form": (self.form in ("released", "paper"), "released or paper"),

@@ -91,6 +91,21 @@ def test_without_guidance_nothing_moves_where_fake_score_and_teacher_agree():
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
+def test_guidance_looked_at_without_noise_teaches_nothing_and_is_near_that_with_little():
+    """Its level is drawn from [0, 1) times the exit's, so 0 is one of them."""
+    query = random_query()
+    _, conditional, guided = answers(query)
+
+    def direction(level):
+        at = dataclasses.replace(query, sigma=torch.full_like(query.sigma, level))
+        return augmentation_direction(at, conditional, guided, normalizer_min=0.1)
+
+    assert torch.equal(direction(0.0), torch.zeros_like(guided))
+    assert direction(0.01).abs().max() > 1e-3
+    # Below the floor it falls with the level.
+    torch.testing.assert_close(direction(1e-6), 1e-4 * direction(0.01))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sigma", [0.2, 0.5, 0.7])
 def test_matching_leads_an_affine_generator_to_the_teachers_mean_and_spread(sigma):

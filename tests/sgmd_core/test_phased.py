@@ -270,6 +270,7 @@ class TestPhases:
     [
         {"boundary": 0},
         {"margin": 500},
+        {"margin": 0},
         {"high_iterations": 0},
         {"first_level": 0},
         {"first_level": 500},
@@ -280,6 +281,25 @@ class TestPhases:
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ConfigError, match=next(iter(settings))):
         PhasedObjective(**settings)
+
+
+def test_at_the_boundary_the_released_loss_is_without_limit_and_the_papers_is_small():
+    """So the margin of the released form begins at 1, where its target is of a size with noise."""
+    sizes = []
+    for levels_above in (0, 1):
+        raw = torch.tensor([500 + levels_above] * 3)
+        query = anchored(random_query(), SCHEDULE.table_sigma(torch.tensor([500])).item())
+        query = dataclasses.replace(query, sigma=SCHEDULE.table_sigma(raw).double())
+        losses = [
+            PhasedObjective(form=form).tracking_loss(query, torch.zeros_like(query.x0)).value
+            for form in ("released", "paper")
+        ]
+        sizes.append([loss.item() for loss in losses])
+    assert sizes[0][0] > 1e6
+    assert sizes[1][0] < 1e4
+    assert sizes[0][1] == pytest.approx(sizes[1][1], rel=0.1)  # bounded: nothing changes
+    assert PhasedObjective(form="paper", margin=0).margin == 0
+    assert PhasedObjective(form="released", margin=1).margin == 1
 
 
 UPDATE = OptimizerSettings(lr=1e-3)
