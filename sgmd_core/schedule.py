@@ -147,7 +147,9 @@ class FlowMatchSchedule:
             above: `below` from the level that the step leads to, `above` up to the level that it
             starts from, or `both`.
         steps: Raw levels of the generator's steps in thousandths, falling from 1000; null spaces
-            them equally. The generator has to have as many steps.
+            them equally. The generator has to have as many steps. The authors' trainer rounds equal
+            levels to whole thousandths, which differs where 1000 does not divide: its three steps
+            are [1000, 667, 333].
         warp_steps: Whether the shift moves these levels, as it moves equally spaced ones.
         score_law: `clamped` takes an integer of 1000 as its thousandth; `renoise` the thousandth
             above it, up to pure noise, as samples are noised off the trajectory.
