@@ -14,7 +14,7 @@ walks through one graph.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +47,7 @@ class _Piece:
         device: Of the stream that it ran on.
         others: Its other inputs.
         autocast: Arguments of `torch.autocast` under which it ran.
+        again: Entered where it is made again.
     """
 
     layer: nn.Module
@@ -54,6 +55,7 @@ class _Piece:
     device: torch.device
     others: tuple[Any, ...]
     autocast: dict[str, Any]
+    again: AbstractContextManager[Any]
 
 
 @dataclass(slots=True)
@@ -74,13 +76,19 @@ class _Cut:
 _CUT: ContextVar[_Cut | None] = ContextVar("cut", default=None)
 
 
-def cut_layer(layer: nn.Module, *inputs: Any, offload: bool = False) -> Tensor | None:  # noqa: ANN401
+def cut_layer(
+    layer: nn.Module,
+    *inputs: Any,  # noqa: ANN401
+    offload: bool = False,
+    contexts: tuple[AbstractContextManager[Any], AbstractContextManager[Any]] | None = None,
+) -> Tensor | None:
     """Computes a layer of a forward pass that is being cut.
 
     Args:
         layer: The layer.
         *inputs: Its inputs, the stream of tokens first.
         offload: Keep the stream in main memory.
+        contexts: Entered in the forward pass, and where the layer is made again.
 
     Returns:
         Its output, a leaf; None where no forward pass is being cut.
@@ -106,10 +114,11 @@ def cut_layer(layer: nn.Module, *inputs: Any, offload: bool = False) -> Tensor |
         "dtype": torch.get_autocast_dtype(kind),
         "cache_enabled": torch.is_autocast_cache_enabled(),
     }
-    with torch.no_grad():
+    forward, again = contexts or (nullcontext(), nullcontext())
+    with torch.no_grad(), forward:
         output = layer(*inputs)
     kept = on_host(stream.detach()) if offload else stream.detach()
-    cut.pieces.append(_Piece(layer, kept, stream.device, (*others,), autocast))
+    cut.pieces.append(_Piece(layer, kept, stream.device, (*others,), autocast, again))
     cut.stem = stream if cut.stem is None else cut.stem
     cut.last = output.requires_grad_()
     return output
@@ -129,7 +138,7 @@ class JointWalk:
     """A forward pass, and the one walk back through it.
 
     Args:
-        network: Computed under `compute.checkpointing: true` or `offload`.
+        network: Computed under `compute.checkpointing`.
         query: Query, whose `x0` is a leaf.
 
     Attributes:
@@ -223,7 +232,7 @@ class _SharedInputs:
         # Views, as autocast keeps its casts of leaves; and roots of the walk, so that the sum so
         # far comes first.
         views = {name: own.view_as(own) for name, (_, own) in beside.items()}
-        with torch.enable_grad(), torch.autocast(**piece.autocast):
+        with torch.enable_grad(), torch.autocast(**piece.autocast), piece.again:
             output = piece.layer(leaf.view_as(leaf), *(views.get(id(v), v) for v in piece.others))
         (at_input,) = torch.autograd.grad(output, leaf, to_input, retain_graph=True)
         begun = [name for name in beside if name in self._found]

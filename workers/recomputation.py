@@ -49,7 +49,9 @@ def _again(layer: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401  (a layer's o
 def _selective(layer: nn.Module, *inputs: Any) -> Any:  # noqa: ANN401
     kept = _KeptOutputs()
     modes = (_Keeping(kept), _Replaying(kept))
-    output = checkpoint(layer.__call__, *inputs, use_reentrant=False, context_fn=lambda: modes)
+    output = cut_layer(layer, *inputs, contexts=modes)
+    if output is None:
+        output = checkpoint(layer.__call__, *inputs, use_reentrant=False, context_fn=lambda: modes)
     if torch.is_grad_enabled() and not kept:
         raise ConfigError(
             "keeping the outputs of attention",

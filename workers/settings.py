@@ -309,18 +309,18 @@ class FakeScoreSettings:
 
     def _require_joint(self) -> None:
         compute, alone = self.compute, "which one walk for both gradients (fake_score.walk) needs"
-        for name, found, wanted in (
-            ("tracking", self.tracking, "shared"),
-            ("compute.checkpointing", compute.checkpointing, True),
-            ("compute.compile", compute.compile, False),
+        for name, found, fits, wanted in (
+            ("tracking", self.tracking, self.tracking == "shared", "'shared'"),
+            (
+                "compute.checkpointing",
+                compute.checkpointing,
+                bool(compute.checkpointing),
+                "true, 'selective' or 'offload'",
+            ),
+            ("compute.compile", compute.compile, not compute.compile, "false"),
         ):
-            words = str(wanted).lower() if isinstance(wanted, bool) else repr(wanted)
-            require_setting(
-                found == wanted and type(found) is type(wanted),
-                f"fake_score.{name}",
-                found,
-                f"{words}, {alone}; or fake_score.walk=apart",
-            )
+            expected = f"{wanted}, {alone}; or fake_score.walk=apart"
+            require_setting(fits, f"fake_score.{name}", found, expected)
 
 
 @dataclass(frozen=True, slots=True)

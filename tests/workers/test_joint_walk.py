@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sgmd_core.errors import ConfigError, NonFiniteError, StaleCallError
 from sgmd_core.objectives.dmd import DmdObjective
@@ -29,6 +30,7 @@ from workers.network_settings import ComputeSettings, LoraSettings
 from workers.settings import FakeScoreSettings
 
 AGAIN = ComputeSettings(checkpointing=True)
+SELECTIVE = ComputeSettings(checkpointing="selective")
 BATCHES = ((0, 1), (2, 3))
 
 
@@ -50,8 +52,10 @@ def asked(roles: Roles, batch: tuple[int, ...] = (0, 1)):
         {"objective": TsgSimObjective()},
         {"compute": replace(AGAIN, precision="bf16")},
         {"lora": LoraSettings(rank=2, alpha=2.0)},
+        {"compute": SELECTIVE},
+        {"compute": ComputeSettings(checkpointing="offload")},
     ],
-    ids=["sgmd", "paper", "tsg_sim", "bf16", "adapters"],
+    ids=["sgmd", "paper", "tsg_sim", "bf16", "adapters", "selective", "offload"],
 )
 def test_one_walk_has_the_bits_of_two_over_two_micro_batches(settings):
     settings = {"compute": AGAIN, **settings}
@@ -104,6 +108,34 @@ def test_no_gradient_of_the_generators_loss_reaches_a_parameter():
     assert relative_error(at_first, at_second) > 0.1
     assert first
     assert all(value.abs().sum() > 0 for value in first.values())
+
+
+def test_attention_whose_outputs_are_kept_is_not_made_again():
+    roles, attentions = tiny_roles(compute=SELECTIVE, walk="joint"), []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            is_attention = (
+                func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+            )
+            if is_attention and args[0].shape == args[1].shape:
+                attentions.append(func)
+            return func(*args, **(kwargs or {}))
+
+    query, prediction = asked(roles)
+    with Counting():
+        roles.fake_score.signal(query, prediction, 0.5)
+    assert len(attentions) == len(roles.networks["fake_score"].blocks)
+
+
+def test_streams_of_layers_are_kept_where_offloading_puts_them(monkeypatch):
+    moved = []
+    monkeypatch.setattr("workers.joint_walk.on_host", lambda value: moved.append(value) or value)
+    roles = tiny_roles(compute=replace(AGAIN, checkpointing="offload"), walk="joint")
+    roles.fake_score.signal(*asked(roles), 0.5)
+    blocks = roles.networks["fake_score"].blocks
+    assert len(moved) == len(blocks)
+    assert not any(value.requires_grad for value in moved)
 
 
 @pytest.mark.parametrize(("walk", "passes"), [("joint", 2), ("apart", 3)])
@@ -173,7 +205,6 @@ def test_losses_of_other_paths_are_refused(objective):
     [
         ({"tracking": "fresh"}, "fake_score.tracking"),
         ({"compute": ComputeSettings()}, "fake_score.compute.checkpointing is False"),
-        ({"compute": ComputeSettings(checkpointing="selective")}, "'selective'"),
         ({"compute": ComputeSettings(checkpointing=True, compile=True)}, "compute.compile"),
         ({"walk": "both"}, "fake_score.walk"),
     ],

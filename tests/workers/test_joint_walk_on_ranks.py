@@ -50,6 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "tsg_sim": {"objective": TsgSimObjective()},
     "bf16": {"compute": replace(AGAIN, precision="bf16")},
     "adapters": {"lora": LoraSettings(rank=4, alpha=8.0)},
+    "offload": {"compute": replace(AGAIN, checkpointing="offload")},
     "ulysses": {"compute": replace(AGAIN, ulysses=2)},
 }
 
