@@ -4,13 +4,15 @@
 
 First the seconds of `signal` and `track` on one micro-batch of a small Wan with checkpointing, both
 ways in turns; they must make the same losses. Then iterations of the schedule by the simulator, in
-forward passes at Wan 1.3B, 480x832, 81 frames: one rank a role and pool, transfers free.
+forward passes at Wan 1.3B, 480x832, 81 frames: one rank a role and pool, transfers free. Then the
+plans of recipes on GPUs that share weights, in seconds.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +23,9 @@ from cluster.schedule.schedule import order_calls
 from cluster.schedule.simulate import Costs, by_stage, simulate
 from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, TEACHER
+from pipelines.planning.hardware import Hardware
+from pipelines.planning.plan import best_layouts
+from pipelines.planning.stage_times import modelled
 from pipelines.planning.workload import Workload
 from pipelines.stages.costs import PassCosts
 from sgmd_core.objectives.sgmd import SgmdObjective
@@ -44,6 +49,17 @@ _SIZES = {
     "ffn_dim": 1024,
     "num_layers": 8,
 }
+_DEPTHS = (1, 2, 3, 4)
+_PLANNED = (
+    ("wan21-1.3b", "1.3b", 8, 16, 40.0),
+    ("wan21-1.3b", "1.3b", 8, 64, 40.0),
+    ("wan22-5b", "5b", 32, 32, 40.0),
+    ("wan22-5b", "5b", 32, 128, 40.0),
+    ("wan21-14b", "14b", 64, 64, 40.0),
+    ("wan21-14b", "14b", 64, 256, 40.0),
+    ("wan21-14b", "14b", 64, 64, 2.5),
+)
+"""Recipe, model, GPUs, samples, GB/s between machines of eight."""
 _LAYOUTS = {
     "fused": {role: Team.on(Home("all", 1)) for role in (GENERATOR, TEACHER, FAKE_SCORE)},
     "map": {
@@ -61,7 +77,13 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=7)
     turns = parser.parse_args().turns
     torch.set_num_threads(1)
-    print(json.dumps({"cpu_seconds": seconds(turns), "passes": iterations()}, indent=1))
+    found = {
+        "cpu_seconds": seconds(turns),
+        "passes": iterations(_DEPTHS),
+        "passes_at_depth_1": iterations((1,)),
+        "planned_s": plans(),
+    }
+    print(json.dumps(found, indent=1))
 
 
 def seconds(turns: int) -> dict[str, object]:
@@ -90,23 +112,42 @@ def seconds(turns: int) -> dict[str, object]:
     }
 
 
-def iterations() -> dict[str, dict[int, list[float]]]:
+def iterations(depths: Sequence[int]) -> dict[str, dict[int, list[float]]]:
     """Passes that an iteration takes by layout and micro-batches: apart, joint, at the best depth.
 
     Micro-batches have one sample, so an iteration of m of them does m times the work.
+
+    Args:
+        depths: Micro-batches in flight to choose from.
     """
     work = Workload.of(load_recipe("wan21-1.3b"), "1.3b")
     ways = (work, replace(work, joint_walk=True))
     return {
-        name: {m: [_best(way, teams, m) for way in ways] for m in (1, 2, 4, 8, 16)}
+        name: {m: [_best(way, teams, m, depths) for way in ways] for m in (1, 2, 4, 8, 16)}
         for name, teams in _LAYOUTS.items()
     }
 
 
-def _best(work: Workload, teams: dict[str, Team], micro_batches: int) -> float:
+def plans() -> dict[str, dict[str, list[float]]]:
+    """Seconds of an iteration by recipe, GPUs and layout: apart, joint."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for recipe, model, gpus, batch, between in _PLANNED:
+        hardware = Hardware(gather_bandwidth_between=1e9 * between)
+        settings = [f"batch.size={batch}", "batch.micro_batches=4"]
+        work = Workload.of(load_recipe(recipe, settings), model)
+        rows = found.setdefault(f"{recipe}, {gpus} GPUs, batch {batch}, {between:g} GB/s", {})
+        for way in (work, replace(work, joint_walk=True)):
+            for layout in best_layouts(way, modelled(way, hardware), hardware, gpus):
+                rows.setdefault(layout.name, []).append(round(layout.iteration_s, 1))
+    return found
+
+
+def _best(
+    work: Workload, teams: dict[str, Team], micro_batches: int, depths: Sequence[int]
+) -> float:
     own = work.stage_units
     found: list[float] = []
-    for depth in (1, 2, 3, 4):
+    for depth in depths:
         calls = order_calls(
             work.program,
             teams,

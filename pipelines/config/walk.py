@@ -1,4 +1,4 @@
-"""One walk back for both gradients of the fake score: methods that it goes with."""
+"""One walk back for both gradients of the fake score: methods and settings that it goes with."""
 
 from pipelines.config.methods import ObjectiveSettings
 from sgmd_core.objectives import ComparedStates, GradientPath, compared_by, looks_of
@@ -12,6 +12,20 @@ def walk_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSetti
     """Returns what does not go with one walk back for signal and tracking, as sentences."""
     if fake_score.walk == "apart":
         return []
+    return [
+        f"fake_score.walk joint makes signal and tracking by one walk back, and {what}; set "
+        "fake_score.walk=apart"
+        for what in _hindrances(objective)
+    ]
+
+
+def may_walk_once(objective: ObjectiveSettings, fake_score: FakeScoreSettings) -> bool:
+    """Returns True where nothing but `compute.checkpointing` may be missing for one walk back."""
+    shared = fake_score.tracking == "shared"
+    return shared and not fake_score.compute.compile and not _hindrances(objective)
+
+
+def _hindrances(objective: ObjectiveSettings) -> list[str]:
     path, method = objective.path, objective.method
     found = {
         f"{method} sends no gradient through the fake score": path is GradientPath.SAMPLE,
@@ -21,9 +35,4 @@ def walk_contradictions(objective: ObjectiveSettings, fake_score: FakeScoreSetti
         f"{method} has score queries beside those at the samples": looks_of(objective, _GUIDED)
         != Looks(),
     }
-    return [
-        f"fake_score.walk joint makes signal and tracking by one walk back, and {what}; set "
-        "fake_score.walk=apart"
-        for what, is_there in found.items()
-        if is_there
-    ]
+    return [what for what, is_there in found.items() if is_there]

@@ -1,7 +1,8 @@
 """The settings with which a run that fits is fastest, of all combinations of the savings.
 
 A saving of memory never makes a layout faster, but it may let a faster one fit: with the inputs of
-layers in main memory all roles together fit GPUs that held two pools alone.
+layers in main memory all roles together fit GPUs that held two pools alone. The two walks back
+through the fake score are tried with all of them: which is faster depends on the layout.
 
     ideal     the fastest layout on GPUs that hold anything: no settings do better
     tried     combinations in the order of the least that their work can take, until what was found
@@ -15,7 +16,7 @@ from dataclasses import replace
 
 from pipelines.planning.hardware import Hardware
 from pipelines.planning.plan import best_layouts
-from pipelines.planning.savings import Saved, all_savings
+from pipelines.planning.savings import Saved, all_savings, walk_setting
 from pipelines.planning.stage_times import StageTimes
 from pipelines.planning.workload import Workload
 
@@ -37,22 +38,32 @@ def fastest_fit(
         num_gpus: For the three roles.
     """
     unbound = replace(hardware, memory_gb=math.inf, host_memory_gb=math.inf, spare_share=0.0)
-    ideal_s = best_layouts(work, times_of(work), unbound, num_gpus)[0].iteration_s
+    ideal_s = min(
+        best_layouts(one, times_of(one), unbound, num_gpus)[0].iteration_s
+        for one in (work, work.other_walk)
+        if one is not None
+    )
 
     def least_s(saved: Saved) -> float:
         return max(ideal_s, _work_s(saved.work, times_of(saved.work)) / num_gpus)
 
     found: list[tuple[float, Saved]] = []
-    best_s = math.inf
+    best_s, too_large = math.inf, set[frozenset[str]]()
     ordered = sorted(all_savings(work), key=lambda saved: (least_s(saved), len(saved.settings)))
     for saved in ordered:
         if best_s <= _AS_FAST * least_s(saved):
             break
+        # Memory is the same with either walk.
+        of_memory = frozenset(saved.settings) - {walk_setting(saved.work)}
+        if of_memory in too_large:
+            continue
         times = times_of(saved.work)
         layout = best_layouts(saved.work, times, hardware, num_gpus, _AS_FAST * best_s)[0]
         if layout.fits:
             found.append((layout.iteration_s, saved))
             best_s = min(best_s, layout.iteration_s)
+        elif best_s == math.inf:
+            too_large.add(of_memory)
     equal = [(len(one.settings), own_s, one) for own_s, one in found if own_s <= _AS_FAST * best_s]
     return min(equal, key=lambda one: one[:2])[2] if equal else None
 

@@ -13,7 +13,7 @@ from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from workers.adapters import targeted
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
-from workers.models.family import DenoiserShape, ModelShape
+from workers.models.family import DenoiserShape, ModelFamily, ModelShape
 
 
 def released_models() -> dict[str, ModelShape]:
@@ -69,6 +69,23 @@ def adapter_parameters(
         widths = sum(sum(own.projections[name]) for name in names)
         found.append((role, own.num_layers * lora.rank * widths))
     return tuple(found)
+
+
+def family_of_role(config: DistillConfig, role: str, model: str | None = None) -> ModelFamily:
+    """Returns the family of a role's network.
+
+    Args:
+        config: The recipe.
+        role: The role.
+        model: As `model_shape` takes it.
+
+    Raises:
+        ModelFolderError: The role's folder is missing or of no family.
+    """
+    models = models_of_roles(config)
+    if model and models[role] == models[GENERATOR]:
+        return next(one for one in families() if model.lower() in one.traits.released)
+    return family_of(model_on_this_machine(models[role]))
 
 
 def _released(model: str) -> ModelShape:

@@ -6,7 +6,8 @@
     proposed           added one after the other until the run fits; then each that it fits
                        without is left out again, the dearest first
 
-    all_savings        every choice of them, for `pipelines.planning.fitting` to find the fastest
+    all_savings        every choice of them, for `pipelines.planning.fitting` to find the fastest;
+                       each with either walk back through the fake score, where it has two
 
 None of them changes what is trained. What they cost in time is in the plan that is made with them.
 """
@@ -70,7 +71,16 @@ def all_savings(work: Workload) -> list[Saved]:
             # Without it first: a setting that this one overrides is not named beside it.
             if all(more != other.work for other in found):
                 found.append(Saved(more, one.settings + saving.settings))
-    return found
+    return found + [
+        Saved(other, (*one.settings, walk_setting(other)))
+        for one in found
+        if (other := one.work.other_walk)
+    ]
+
+
+def walk_setting(work: Workload) -> str:
+    """The setting by which an iteration walks back through the fake score as it does."""
+    return f"fake_score.walk={'joint' if work.joint_walk else 'apart'}"
 
 
 def fitting_savings(

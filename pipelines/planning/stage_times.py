@@ -146,11 +146,19 @@ def rescaled(
         hardware: Whose way to main memory layers' inputs take.
     """
     old, new = mean_over_sizes(before, _flops), mean_over_sizes(after, _flops)
+    # For a stage whose work another one did: `fake_score.walk`.
+    rates = {
+        role: sum(times.seconds[name] for name in old if name[0] == role)
+        / max(1.0, sum(flops for name, flops in old.items() if name[0] == role))
+        for role in {name[0] for name in old}
+    }
     old_s, new_s = (
         mean_over_sizes(work, lambda one: _moved_s(one, hardware)) for work in (before, after)
     )
     seconds = {
-        name: own * (new[name] / old[name] if old[name] else 1.0) + new_s[name] - old_s[name]
+        name: (own * new[name] / old[name] if old[name] else own + new[name] * rates[name[0]])
+        + new_s[name]
+        - old_s[name]
         for name, own in times.seconds.items()
     }
     return replace(times, seconds=seconds)

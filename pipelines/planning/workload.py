@@ -22,8 +22,10 @@ from pipelines.config.adapters import adapted_roles
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, TEACHER
 from pipelines.config.sequence import require_divisible
+from pipelines.config.walk import may_walk_once
 from pipelines.planning.networks import (
     adapter_parameters,
+    family_of_role,
     latent_buckets_of,
     model_shape,
     other_shapes,
@@ -153,6 +155,7 @@ class Workload:
         all_pairs: Roles whose attention holds a matrix of all pairs of tokens.
         buckets: Several sizes that iterations draw from; None where there is one.
         joint_walk: Whether the fake score makes both gradients by one walk back.
+        may_walk_once: Whether it could, with checkpointing.
     """
 
     shape: DenoiserShape
@@ -193,6 +196,7 @@ class Workload:
     buckets: LatentBuckets | None = None
     joint_walk: bool = False
     guided_flow: bool = False
+    may_walk_once: bool = False
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -264,7 +268,15 @@ class Workload:
             ),
             buckets=buckets if len(buckets.shapes) > 1 else None,
             joint_walk=config.fake_score.walk == "joint",
+            may_walk_once=may_walk_once(config.objective, config.fake_score)
+            and "joint" in family_of_role(config, FAKE_SCORE, model).traits.computes,
         )
+
+    @property
+    def other_walk(self) -> "Workload | None":
+        """The same iteration with the other setting of `fake_score.walk`; None: there is none."""
+        possible = self.may_walk_once and FAKE_SCORE in self.checkpointing
+        return replace(self, joint_walk=not self.joint_walk) if possible else None
 
     @property
     def sizes(self) -> "list[tuple[float, Workload]]":

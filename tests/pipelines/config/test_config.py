@@ -859,6 +859,7 @@ def test_the_recipe_with_adapters_differs_where_they_ask_for_it():
         "name": "wan21-1.3b-lora",
         "generator.optimizer.lr": 2e-5,
         "fake_score.optimizer.lr": 4e-6,
+        "fake_score.walk": "joint",
         **{f"{role}.compute.weights": "bf16" for role in ("generator", "fake_score")},
         **{f"{role}.lora.{key}": lora[key] for role in ("generator", "fake_score") for key in lora},
         "topology.mode": "fused",

@@ -28,11 +28,11 @@ from pipelines.planning.memory import (
     generator_memory,
     teacher_memory,
 )
-from pipelines.planning.plan import make_plan
+from pipelines.planning.plan import best_layouts, make_plan
 from pipelines.planning.pool_maps import PoolMap, fused_map, map_fits, map_memory
 from pipelines.planning.savings import fitting_savings, run_fits, savings
 from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
-from pipelines.planning.stage_times import StageTimes, measured, modelled, update_s
+from pipelines.planning.stage_times import StageTimes, measured, modelled, rescaled, update_s
 from pipelines.planning.workload import Workload
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ConfigError
@@ -267,6 +267,23 @@ class TestWork:
             joint = replace(work, joint_walk=True).passes
             assert joint[FAKE_SCORE, "track"] == 0
             assert sum(joint.values()) == pytest.approx(sum(work.passes.values()) - saved)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            ("fake_score.tracking=fresh",),
+            ("objective.method=dmd",),
+            ("fake_score.compute.checkpointing=false",),
+            ("fake_score.compute.compile=true",),
+        ],
+    )
+    def test_an_iteration_has_another_walk_only_where_a_recipe_may_ask_for_it(self, settings):
+        work = Workload.of(load_recipe("wan21-1.3b"), "1.3b")
+        assert work.other_walk == replace(work, joint_walk=True)
+        assert work.other_walk.other_walk == work
+        assert Workload.of(load_recipe("wan21-1.3b", settings), "1.3b").other_walk is None
+        # The family of two experts does not walk so.
+        assert Workload.of(load_recipe("wan22-a14b"), "a14b").other_walk is None
 
     def test_one_walk_for_both_gradients_gathers_the_weights_once_less(self):
         names = [(FAKE_SCORE, stage) for stage in ("signal", "track")]
@@ -820,6 +837,16 @@ class TestMeasured:
         with pytest.raises(ConfigError, match=r"no time of fake_score\.track"):
             measured(run, works[0])
 
+    def test_measured_times_of_one_walk_are_rescaled_from_two_and_back(self):
+        hardware, joint = Hardware(), replace(SMALL, joint_walk=True)
+        apart_s, joint_s = (modelled(work, hardware) for work in (SMALL, joint))
+        there, back = (
+            rescaled(apart_s, SMALL, joint, hardware),
+            rescaled(joint_s, joint, SMALL, hardware),
+        )
+        assert there.seconds == pytest.approx(joint_s.seconds)
+        assert back.seconds == pytest.approx(apart_s.seconds)
+
     def test_a_runs_diversity_loss_is_part_of_its_roles_stages(self, tmp_path):
         overrides = ("generator.diversity.weight=0.1", "generator.diversity.anchor_step=3")
         run = start_run(tmp_path / "run", overrides=overrides)
@@ -1129,3 +1156,24 @@ def test_the_page_on_memory_says_what_the_planner_finds():
             times = modelled(found.work, hardware)
             best = make_plan(found.work, times, hardware, int(gpus)).best
             assert (best.name, f"{best.iteration_s:.0f}") == (layout, seconds)
+
+
+def test_the_walk_back_is_chosen_and_told_by_what_the_layouts_take():
+    asked = ["plan", "wan21-1.3b", "--model", "1.3b", "--gpus", 8, "validation.every=0", "--json"]
+    told, fitted = (json.loads(sgmd(*asked, *more).output) for more in ([], ["--fit"]))
+    assert told["layout"] == fitted["layout"] == "fused"
+    (line,) = [line for line in told["advice"] if "walk" in line]
+    assert line.startswith("with fake_score.walk=joint an iteration takes")
+    assert fitted["memory_settings"] == ["fake_score.walk=joint"]
+    assert fitted["iteration_s"] < 0.94 * told["iteration_s"]
+    assert not any("walk" in line for line in fitted["advice"])
+    # Where two pools alone fit, at two micro-batches, the generator would wait for the walk.
+    work = Workload.of(load_recipe("wan21-1.3b", ["batch={size: 4, micro_batches: 2}"]), "1.3b")
+    tight = Hardware(memory_gb=24)
+    found = fastest_fit(work, partial(modelled, hardware=tight), tight, 2)
+    assert found is not None
+    assert not found.work.joint_walk
+    once = replace(found.work, joint_walk=True)
+    layouts = [best_layouts(one, modelled(one, tight), tight, 2)[0] for one in (found.work, once)]
+    assert [layout.name for layout in layouts] == ["map", "map"]
+    assert layouts[0].iteration_s < layouts[1].iteration_s
