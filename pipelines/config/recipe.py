@@ -47,6 +47,7 @@ from pipelines.config.steps import step_contradictions
 from pipelines.config.study import StudySettings
 from pipelines.config.sweep import SweepSettings
 from pipelines.config.topology import TopologySettings, topology_contradictions
+from pipelines.config.unreached import unreached_parts
 from pipelines.config.unread import unread_settings
 from pipelines.config.walk import walk_contradictions
 from sgmd_core.buckets import drawn_bucket
@@ -326,6 +327,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
         *unlearned_guidance(
             config.objective, config.model.negative_prompt, config.data.prompt_dropout
         ),
+        *unreached_parts(config),
     )
     for sentence in told:
         _log.warning("%s", sentence)

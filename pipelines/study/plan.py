@@ -6,6 +6,7 @@ Seeds come one after another, each with all variants in turn: a study that is cu
 everybody, and a machine whose speed drifts slows all of them.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from pipelines.config.recipe import DistillConfig
+from pipelines.config.unreached import warn_of_unreached
 from pipelines.planning.passes import (
     expected_passes,
     pass_costs,
@@ -29,6 +31,7 @@ from sgmd_core.errors import ConfigError
 RUNS = "runs"
 """Folder of a study with the folders of its runs."""
 
+_log = logging.getLogger(__name__)
 # More than any run makes before its seconds are over.
 _NO_END = 1_000_000
 
@@ -116,6 +119,8 @@ def plan_study(config: DistillConfig) -> StudyPlan:
     ]
     if study.budget.unit == "forwards":
         _require_one_unit(runs[: len(study.variants)], attempted)
+    for run in runs[: len(study.variants)]:
+        warn_of_unreached(run.config, f"runs of {run.variant}", _log)
     return StudyPlan(config, folder, tuple(runs))
 
 

@@ -1,10 +1,12 @@
 """Refuses a sweep that could not be run, before Ray is started."""
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from pipelines.config.recipe import DistillConfig, check_sweep
+from pipelines.config.unreached import warn_of_unreached
 from pipelines.distillation.branching import newest_state, require_branch
 from pipelines.distillation.preflight import Preflight, require_readable, run_preflight
 from pipelines.distillation.run import NOT_NEEDED
@@ -20,6 +22,7 @@ _CHECKED_ALONE = ("objective.", "guards.", "alarms.", "generator.optimizer.", "g
 """Settings that no file has to fit: pydantic has checked all about them."""
 _OF_TEACHER = ("teacher.", "model.", "topology.", "video.")
 _MOST_POINTS = 10_000
+_log = logging.getLogger(__name__)
 
 
 def points_to_check(config: DistillConfig) -> list[PointSettings]:
@@ -71,7 +74,10 @@ def checked_sweep(config: DistillConfig) -> int:
         require_readable(figure, held_out, f"ranking trials by {figure}", name)
     if sweep.share_teacher:
         _require_lendable(config, points[0])
-    return _first_iteration(config, points[0])
+    first = _first_iteration(config, points[0])
+    trial = trial_config(config, points[0], seeds_of(config)[0], "check", first)
+    warn_of_unreached(trial, "trials of the sweep", _log)
+    return first
 
 
 def _require_lendable(config: DistillConfig, point: Mapping[str, Any]) -> None:

@@ -167,6 +167,15 @@ class TestRefusals:
             checked_sweep(config)
         assert "of the trial with video.num_frames=14" in caught.value.__notes__
 
+    def test_trials_too_short_for_a_part_of_their_method_are_warned_of(
+        self, shapes_recipe: tuple[str, ...], caplog: pytest.LogCaptureFixture
+    ):
+        warmup = "objective.off_trajectory_warmup=60"  # of 100 iterations, and 40 of a trial
+        config = load_recipe("tiny-cdm", [*shapes_recipe, warmup])
+        assert "off_trajectory_warmup" not in caplog.text
+        checked_sweep(config)
+        assert "trials of the sweep: iterations 40 end within" in caplog.text
+
     def test_a_dry_run_refuses_the_folder_that_the_sweep_would(self):
         config = load_recipe("tiny", ["output=/dev/null/runs"])
         with pytest.raises(ConfigError, match="/dev/null is a device"):

@@ -1,0 +1,85 @@
+"""Parts of a method that begin after a run's last iteration.
+
+A short run to try a recipe is right, so it is warned of and not refused. What it exports looks like
+the method's result, and is not.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Protocol
+
+from pipelines.config.methods import ObjectiveSettings
+from sgmd_core.objectives.cdm import CdmObjective
+from sgmd_core.objectives.consistency import consistency_of, learns_from_samples
+from sgmd_core.phases import Phases
+
+
+class LimitedRun(Protocol):
+    """What decides how far a run comes: a `pipelines.config.recipe.DistillConfig`."""
+
+    @property
+    def iterations(self) -> int:
+        """Updates of the generator."""
+        ...
+
+    @property
+    def objective(self) -> ObjectiveSettings:
+        """Section `objective`."""
+        ...
+
+    @property
+    def phases(self) -> Phases | None:
+        """Phases of the iterations; None without any."""
+        ...
+
+
+def warn_of_unreached(run: LimitedRun, who: str, log: logging.Logger) -> None:
+    """Warns of each part that runs are too short for.
+
+    Args:
+        run: One of them.
+        who: Names them.
+        log: Takes the warnings.
+    """
+    for sentence in unreached_parts(run):
+        log.warning("%s: %s", who, sentence)
+
+
+def unreached_parts(run: LimitedRun) -> Iterator[str]:
+    """Returns a sentence for each part of a method that a run is too short for."""
+    objective, iterations = run.objective, run.iterations
+    if run.phases is not None:
+        yield from _untrained_expert(run.phases, iterations)
+    term = consistency_of(objective)
+    if term is not None and iterations <= term.warmup:
+        ends = (
+            "the matching on own samples never begins"
+            if learns_from_samples(objective)
+            else "the tangent never counts in full"
+        )
+        yield (
+            f"iterations {iterations} end within the tangent warm-up "
+            f"(objective.consistency.warmup {term.warmup}), so {ends}; set "
+            f"objective.consistency.warmup below {iterations}, or more iterations"
+        )
+    if isinstance(objective, CdmObjective) and objective.off_trajectory:
+        warmup, reached = objective.off_trajectory_warmup, iterations - 1
+        if reached < warmup:
+            yield (
+                f"iterations {iterations} end within objective.off_trajectory_warmup {warmup}, so "
+                "the loss off the trajectory never has more than "
+                f"{reached / warmup:.2g} of its weight; set a shorter warm-up, or more iterations"
+            )
+
+
+def _untrained_expert(phases: Phases, iterations: int) -> Iterator[str]:
+    in_turns = phases.order == "alternate"
+    before = 1 if in_turns else phases.high_iterations
+    if iterations > before:
+        return
+    phase = "objective.order alternate" if in_turns else f"objective.high_iterations {before}"
+    yield (
+        f"iterations {iterations} end before the low phase begins ({phase}): the low-noise expert "
+        "is never trained, and is sampled and exported as it is; set iterations above "
+        f"{before}" + ("" if in_turns else ", or fewer high_iterations")
+    )
