@@ -13,6 +13,8 @@ from workers.models.wan import WanVelocity
 from workers.models.wan_arithmetic import WanShape
 
 TEXT_LENGTH, LATENTS = 16, (4, 3, 8, 8)
+LONG = (4, 9, 32, 32)
+"""2,304 tokens, where attention is most of a pass; `LATENTS` are 48."""
 SMALL = WanShape(
     num_layers=2,
     width=64,
@@ -40,8 +42,10 @@ def network(shape: WanShape, head_size: int = 32) -> WanVelocity:
     return WanVelocity(transformer)
 
 
-def inputs(shape: WanShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.randn(1, *LATENTS), torch.tensor([0.5]), torch.randn(1, TEXT_LENGTH, 24)
+def inputs(
+    shape: WanShape, latents: tuple[int, int, int, int] = LATENTS
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(1, *latents), torch.tensor([0.5]), torch.randn(1, TEXT_LENGTH, 24)
 
 
 @pytest.mark.parametrize(
@@ -69,26 +73,36 @@ def plain_attention():
         yield
 
 
+BOTH_LENGTHS = pytest.mark.parametrize(("latents", "share"), [(LATENTS, 0.14), (LONG, 0.87)])
+"""Latents, and attention's share of the forward pass of `SMALL` over them."""
+
+
+@BOTH_LENGTHS
 @pytest.mark.usefixtures("plain_attention")
-def test_operations_are_those_that_a_network_makes():
-    expected = SMALL.pass_flops(LATENTS, TEXT_LENGTH)
+def test_operations_are_those_that_a_network_makes(latents, share):
+    expected = SMALL.pass_flops(latents, TEXT_LENGTH)
+    assert expected.attention / expected.forward == pytest.approx(share, abs=0.01)
     with FlopCounterMode(display=False) as forward:
-        loss = network(SMALL)(*inputs(SMALL)).sum()
+        loss = network(SMALL)(*inputs(SMALL, latents)).sum()
     with FlopCounterMode(display=False) as to_parameters:
         loss.backward()
     assert forward.get_total_flops() == expected.forward
-    assert forward.get_total_flops() == SMALL.forward_flops(LATENTS, TEXT_LENGTH)
+    assert forward.get_total_flops() == SMALL.forward_flops(latents, TEXT_LENGTH)
     assert to_parameters.get_total_flops() == expected.to_parameters
 
 
+@BOTH_LENGTHS
 @pytest.mark.usefixtures("plain_attention")
-def test_a_backward_pass_to_the_input_makes_products_of_attention_twice():
-    expected, made = SMALL.pass_flops(LATENTS, TEXT_LENGTH), network(SMALL)
-    x_t, sigma, text = inputs(SMALL)
+def test_a_backward_pass_to_the_input_makes_products_of_attention_twice(latents, share):
+    expected, made = SMALL.pass_flops(latents, TEXT_LENGTH), network(SMALL)
+    x_t, sigma, text = inputs(SMALL, latents)
     loss = made(x_t.requires_grad_(), sigma, text).sum()
     with FlopCounterMode(display=False) as to_input:
         torch.autograd.grad(loss, x_t, retain_graph=True)
     assert to_input.get_total_flops() == expected.to_input
+    # A product of two activations costs the input twice, one with a weight once; what is made of
+    # the text alone leads to no input, which shows where there are few tokens.
+    assert expected.to_input / expected.forward == pytest.approx(1 + share, abs=0.12)
     # The graph is walked a second time for the parameters, as with shared tracking.
     with FlopCounterMode(display=False) as to_parameters:
         loss.backward(inputs=list(made.parameters()))
