@@ -10,16 +10,23 @@
 
 p is the step that starts at the boundary. The generator learns from a random exit step, the fake
 score from the end of the phase: the state that the last step of the phase leads to.
+
+A run that trains one expert of two alone is one phase for good, `expert_phases`: exit steps and
+score levels are those of its noise levels, queries are at x0, and levels follow the score law.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from sgmd_core.errors import ConfigError
-from sgmd_core.schedule import FlowMatchSchedule
+from sgmd_core.schedule import NUM_SCORE_LEVELS, FlowMatchSchedule
 from sgmd_core.types import Purpose
 
 PhaseOrder = Literal["sequential", "alternate"]
+Expert = Literal["high", "low"]
+"""An expert of two by its noise levels: from the boundary to 1, or below it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +39,8 @@ class Phase:
         levels: Raw levels of the generator's queries: the first, and one past the last.
         tracked_levels: Those of the fake score's batches.
         anchored: The state at step `end` is what is judged, not clean latents.
+        is_expert: An expert that is trained alone: the fake score learns from random exit steps,
+            too, and the score law makes noise levels of the raw ones.
     """
 
     first_exit: int
@@ -39,10 +48,12 @@ class Phase:
     levels: tuple[int, int]
     tracked_levels: tuple[int, int]
     anchored: bool
+    is_expert: bool = False
 
     def first_exit_for(self, purpose: Purpose) -> int:
         """First exit step of a batch: those of the fake score go to the phase's end."""
-        return self.first_exit if purpose is Purpose.GENERATE else self.end - 1
+        at_random = self.is_expert or purpose is Purpose.GENERATE
+        return self.first_exit if at_random else self.end - 1
 
     def levels_for(self, purpose: Purpose) -> tuple[int, int]:
         """Raw score levels of a batch: the first, and one past the last."""
@@ -133,3 +144,47 @@ class Phases:
             (phase.first_exit_for(purpose) + 1 + phase.end) / 2 for phase in (self.high, self.low)
         ]
         return share * lengths[0] + (1 - share) * lengths[1]
+
+
+def expert_phases(
+    schedule: FlowMatchSchedule, num_steps: int, boundary: float, expert: Expert
+) -> Phases:
+    """The one phase of a run that trains one expert of two alone.
+
+    Args:
+        schedule: Noise levels of the steps and of the score queries.
+        num_steps: Steps of the generator.
+        boundary: Noise level that the experts change at; the high one has it.
+        expert: Which of them is trained.
+
+    Raises:
+        ConfigError: No step of the generator, or no score level, is the expert's.
+    """
+    levels = [round(float(sigma), 4) for sigma in schedule.generator_grid(num_steps)[:-1]]
+    first_low = int((schedule.generator_grid(num_steps)[:-1] >= boundary).sum())
+    first, end = (0, first_low) if expert == "high" else (first_low, num_steps)
+    attempted = f"laying the generator's steps over the {expert}-noise expert"
+    of_it = f"{'from' if expert == 'high' else 'below'} model.boundary {boundary:g}"
+    if first >= end:
+        raise ConfigError(
+            attempted,
+            f"steps that start at {levels}, and none of them {of_it}",
+            "a step among the expert's noise levels",
+            "Set schedule.steps or generator.num_steps so that there is one, or train the other "
+            "expert: model.expert",
+        )
+    raw = torch.arange(NUM_SCORE_LEVELS)[slice(*schedule.score_levels())]
+    high = schedule.score_sigma(raw) >= boundary
+    own = raw[high if expert == "high" else ~high].tolist()
+    if not own:
+        sigma = schedule.score_sigma(raw)
+        raise ConfigError(
+            attempted,
+            f"score levels from {sigma.min():.4g} to {sigma.max():.4g}, and none of them {of_it}",
+            "a score level among the expert's noise levels",
+            "Widen schedule.score_level_min and score_level_max, or score_sigma_min and "
+            "score_sigma_max",
+        )
+    span = own[0], own[-1] + 1
+    phase = Phase(first, end, span, span, anchored=False, is_expert=True)
+    return Phases(phase, phase, phase, order="alternate", high_iterations=1)

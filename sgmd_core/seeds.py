@@ -92,7 +92,8 @@ def draw(
         levels_of = schedule.score_levels(grid[0] if random_steps is None else None, exits_at)
         sigma_of = schedule.score_sigma
     else:
-        levels_of, sigma_of = phase.levels_for(key.purpose), schedule.table_sigma
+        levels_of = phase.levels_for(key.purpose)
+        sigma_of = schedule.score_sigma if phase.is_expert else schedule.table_sigma
     initial_noise: list[Tensor] = []
     levels: list[Tensor] = []
     noise: list[Tensor] = []

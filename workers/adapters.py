@@ -120,7 +120,7 @@ def _named(projections: Sequence[str], target: str) -> bool:
 
 def _projections(network: Denoiser, targets: Sequence[str]) -> list[str]:
     """Whole names of the linear layers inside of blocks that get adapters."""
-    blocks = {id(block) for block in network.blocks}
+    blocks = {id(block) for block in network.trained_blocks}
     found: list[str] = []
     for prefix, block in network.named_modules():
         if id(block) in blocks:

@@ -25,7 +25,7 @@ from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.types import Looks
 from workers.adapters import add_adapters
 from workers.attention import require_kernel
-from workers.base_networks import shared_base, view_of
+from workers.base_networks import joined_bases, shared_base, view_of
 from workers.compute import prepare_network
 from workers.discriminator import Discriminator
 from workers.discriminator_heads import build_heads
@@ -34,8 +34,9 @@ from workers.fake_score_tracker import FakeScoreTracker
 from workers.finite import FiniteChecks
 from workers.generator_learner import GeneratorLearner
 from workers.models.addresses import local_model
+from workers.models.experts import ExpertDenoiser
 from workers.models.exporting import DTYPES
-from workers.models.families import family_of
+from workers.models.families import family_of, family_of_expert
 from workers.models.family import Autoencoder, Denoiser, TextEmbedder
 from workers.network_settings import ComputeSettings, LoraSettings
 from workers.score_teacher import ScoreTeacher
@@ -86,7 +87,7 @@ def build_generator(
     """
     torch.set_num_threads(num_threads)
     buckets = _latent_buckets(model, video)
-    network = _learning(model, settings.compute, settings.lora, seed, "generator")
+    network = _learning(model, settings.compute, settings.lora, seed, "generator", rolls_out=True)
     checks = FiniteChecks(raises=raises)
     return GeneratorLearner(
         network, schedule, settings, buckets, seed, checks, looks, phases, consistency, flow
@@ -273,9 +274,11 @@ def build_evaluator(
     dtype = torch.float32 if generator is None else DTYPES[generator.compute.precision]
     if generator is None or generator.lora is None:
         network = _denoiser(model, dtype)
+        _train_alone(network, model)
     else:
-        base = _base(model, generator.compute)
+        base = _base(model, generator.compute, whole=True)
         network, adapted = view_of(base), view_of(base)
+        _train_alone(adapted, model)
         # Their draws do not matter: the trained ones take their place.
         add_adapters(adapted, generator.lora, 0, "evaluator")
     if teacher is not None:
@@ -302,19 +305,45 @@ def _denoiser(model: ModelSettings, dtype: torch.dtype = torch.float32) -> Denoi
     return family_of(folder).load_denoiser(folder, dtype, device=_device())
 
 
-def _ready(model: ModelSettings, compute: ComputeSettings, *, sharded: bool = True) -> Denoiser:
-    """A role's network, computed as the settings say, spread over the role's ranks."""
+def _train_alone(network: Denoiser, model: ModelSettings) -> None:
+    """Of a network with two experts, freezes the one that a run does not train."""
+    if model.alone is not None:
+        assert isinstance(network, ExpertDenoiser)
+        network.train_alone(model.alone)
+
+
+def _ready(
+    model: ModelSettings,
+    compute: ComputeSettings,
+    *,
+    sharded: bool = True,
+    rolls_out: bool = False,
+) -> Denoiser:
+    """A role's network, computed as the settings say, spread over the role's ranks.
+
+    Args:
+        model: Its folder, and the expert that it is.
+        compute: How.
+        sharded: Whether the ranks share it.
+        rolls_out: Whether rollouts of it begin at pure noise, at which the low-noise expert alone
+            cannot begin: it gets the other one, frozen, in the type of its products.
+    """
     require_kernel(compute.attention, _device().type)
     in_fp8 = compute.weights == "fp8"
 
     def prepare(denoiser: Denoiser) -> None:
         prepare_network(denoiser, compute)
         if sharded:
-            shard(denoiser, denoiser.blocks, device=_device().type, dtype=denoiser.autocast_dtype)
+            dtype = denoiser.autocast_dtype
+            shard(denoiser, denoiser.blocks, device=_device().type, dtype=dtype, frozen=True)
 
     folder = local_model(model.folder)
     dtype = torch.bfloat16 if in_fp8 else DTYPES[compute.weights]
-    denoiser = family_of(folder).load_denoiser(folder, dtype, device=_device(), prepare=prepare)
+    companion = None
+    if rolls_out:
+        companion = DTYPES[compute.precision] if model.alone == "low" else None
+    family = family_of_expert(folder, model.alone, companion)
+    denoiser = family.load_denoiser(folder, dtype, device=_device(), prepare=prepare)
     if in_fp8:
         denoiser.store_in_fp8()
     return denoiser
@@ -326,20 +355,28 @@ def _learning(
     lora: LoraSettings | None,
     seed: int,
     role: str,
+    *,
+    rolls_out: bool = False,
 ) -> Denoiser:
     """The network of a role that learns: all weights of its own, or adapters over a base."""
     if lora is None:
-        return _ready(model, compute)
+        return _ready(model, compute, rolls_out=rolls_out)
     require_kernel(compute.attention, _device().type)
-    network = view_of(_base(model, compute))
+    network = view_of(_base(model, compute, whole=rolls_out and model.alone == "low"))
+    if rolls_out:
+        _train_alone(network, model)
     add_adapters(network, lora, seed, role)
     prepare_network(network, compute)
-    shard(network, network.blocks, dtype=network.autocast_dtype)
+    shard(network, network.trained_blocks, dtype=network.autocast_dtype)
     return network
 
 
-def _base(model: ModelSettings, compute: ComputeSettings) -> Denoiser:
-    return shared_base(local_model(model.folder), DTYPES[compute.weights], _device())
+def _base(model: ModelSettings, compute: ComputeSettings, *, whole: bool = False) -> Denoiser:
+    """The base of a role's adapters; `whole` has both experts where the roles have one alone."""
+    base = partial(shared_base, local_model(model.folder), DTYPES[compute.weights], _device())
+    if whole and model.alone is not None:
+        return joined_bases(base("high"), base("low"))
+    return base(model.alone)
 
 
 def _captions(model: ModelSettings) -> TextEmbedder:

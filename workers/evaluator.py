@@ -146,13 +146,12 @@ class Evaluator:
         adapted: nn.Module | None = None,
         captions_network: nn.Module | None = None,
     ) -> None:
+        self._other = (velocity_model if adapted is None else adapted).eval()
+        # Frozen ones stay: the base of adapters, and an expert that was not trained.
+        self._replaced = parameters_of(self._other)
         self._network = velocity_model.eval().requires_grad_(False)
         # Its parameters are elsewhere while others take their place.
         self._device = device_of(self._network)
-        self._other = self._network if adapted is None else adapted.eval()
-        self._replaced = (
-            dict(self._network.named_parameters()) if adapted is None else parameters_of(adapted)
-        )
         self._text_encoder = text_encoder
         self._encoding = [] if captions_network is None else list(captions_network.parameters())
         self._decoder = decoder

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sgmd_core.objectives.shuffled import Gap
+from sgmd_core.phases import Expert
 from sgmd_core.schedule import MAX_STEPS, WHY_MAX_STEPS, RandomSteps
 from sgmd_core.velocity import GuidanceNorm
 from workers.attention import KERNELS
@@ -37,12 +38,18 @@ class ModelSettings:
         negative_prompt: What guidance leads away from.
         encoder_dtype: Type of the weights of text encoder and autoencoder, which are frozen: `bf16`
             or `fp32`. A UMT5-XXL takes 11 GB in bf16.
+        expert: Of a model with two experts, which of them the roles have: `both`, or `high` or
+            `low` alone, with its noise levels. The export has the other one as it was.
+        boundary: Noise level that the experts change at, that of Wan2.2-T2V-A14B. It is read where
+            one expert is trained alone, and has to be the model's own.
     """
 
     folder: str
     text_length: int = 512
     negative_prompt: str = ""
     encoder_dtype: Literal["bf16", "fp32"] = "bf16"
+    expert: Literal["both", "high", "low"] = "both"
+    boundary: float = 0.875
 
     def __post_init__(self) -> None:
         """Checks the values."""
@@ -53,6 +60,20 @@ class ModelSettings:
             self.encoder_dtype,
             "'bf16' or 'fp32'",
         )
+        require_setting(
+            self.expert in ("both", "high", "low"),
+            "model.expert",
+            self.expert,
+            "'both', 'high' or 'low'",
+        )
+        require_setting(
+            0 < self.boundary < 1, "model.boundary", self.boundary, "above 0 and below 1"
+        )
+
+    @property
+    def alone(self) -> Expert | None:
+        """The expert that the roles have alone; None: all of the model."""
+        return None if self.expert == "both" else self.expert
 
 
 MAX_BUCKETS = 64

@@ -44,11 +44,12 @@ def shard(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     alone: bool = False,
+    frozen: bool = False,
 ) -> None:
     """Spreads a network's parameters over the ranks of this process's role.
 
     Call it on every rank, with the same weights or with all of them on the meta device, before an
-    optimizer is made. Parameters that require no gradient are not spread.
+    optimizer is made.
 
     Args:
         network: Changed in place.
@@ -57,6 +58,7 @@ def shard(
         dtype: Type that parameters are gathered in; gradients are summed in float32, and inputs
             stay as they are: a noise level would lose digits. None: the parameters' own.
         alone: Shard also where this process is the only rank, to try the collectives of a device.
+        frozen: Spread parameters that require no gradient, too.
     """
     if num_ranks() == 1 and not alone:
         return
@@ -65,9 +67,9 @@ def shard(
         param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None, cast_forward_inputs=False
     )
     # Weights under adapters stay whole on every rank: other roles of its process use them too.
-    frozen = {value for value in network.parameters() if not value.requires_grad}
+    whole = {value for value in network.parameters() if not (value.requires_grad or frozen)}
     for part in (*blocks, network):
-        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+        fully_shard(part, mesh=mesh, mp_policy=policy, ignored_params=whole)
     for part in network.modules():
         if isinstance(part, FSDPModule):
             part.set_gradient_divide_factor(1.0)

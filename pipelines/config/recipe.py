@@ -31,6 +31,7 @@ from pipelines.config.checkpointing import CheckpointSettings, ValidationSetting
 from pipelines.config.clip_sizes import compiled_sizes
 from pipelines.config.consistency import clipped_sums, consistency_contradictions
 from pipelines.config.digest import deciding_settings_of
+from pipelines.config.experts import expert_contradictions, phases_in
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
 from pipelines.config.guided_strides import unlearned_guidance
@@ -51,7 +52,7 @@ from pipelines.config.unreached import unreached_parts
 from pipelines.config.unread import unread_settings
 from pipelines.config.walk import walk_contradictions
 from sgmd_core.buckets import drawn_bucket
-from sgmd_core.objectives import adversary_of, looks_of, phases_of
+from sgmd_core.objectives import adversary_of, looks_of
 from sgmd_core.objectives.adversarial import AdversarialTerm
 from sgmd_core.objectives.sgmd import SgmdObjective
 from sgmd_core.phases import Phases
@@ -198,7 +199,7 @@ class DistillConfig(Section):
     @property
     def phases(self) -> Phases | None:
         """Phases of the iterations; None where every iteration trains all steps."""
-        return phases_of(self.objective, self.schedule, self.generator.num_steps)
+        return phases_in(self)
 
     @property
     def gpus_beside(self) -> dict[str, float]:
@@ -401,6 +402,7 @@ def _contradictions(config: DistillConfig) -> list[str]:
     problems += method_contradictions(config.objective, config.fake_score)
     problems += step_contradictions(config.schedule, config.generator, config.objective)
     problems += consistency_contradictions(config)
+    problems += expert_contradictions(config)
     problems += adversary_contradictions(config.objective, config.schedule)
     if config.schedule.renoise and config.teacher.guidance_scale == 1:
         problems.append(

@@ -2,6 +2,7 @@
 
 from pipelines.config.recipe import DistillConfig
 from sgmd_core.errors import ConfigError
+from sgmd_core.objectives import phases_of
 from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.folder import ModelFolder
 
@@ -20,7 +21,7 @@ def check_phases(config: DistillConfig, model: ModelFolder) -> None:
     Raises:
         ConfigError: The model has one denoiser, or its experts change at another step.
     """
-    phases = config.phases
+    phases = phases_of(config.objective, config.schedule, config.generator.num_steps)
     if phases is None:
         return
     grid = config.schedule.generator_grid(config.generator.num_steps)

@@ -27,6 +27,7 @@ from pipelines.data.stream.inspect import (
 )
 from pipelines.data.stream.source import Source
 from pipelines.distillation.adversary_check import check_adversary
+from pipelines.distillation.expert_check import check_expert
 from pipelines.distillation.iteration_plan import program_of, stage_seconds
 from pipelines.distillation.latents_check import require_latents
 from pipelines.distillation.phase_check import check_phases
@@ -267,6 +268,7 @@ def inspect_networks(config: DistillConfig) -> tuple[ModelFolder, LatentBuckets]
     require_computable(config, families)
     require_adaptable(config)
     model = family.inspect(config.model_folder)
+    check_expert(config)
     check_transition(config, model)
     check_phases(config, model)
     buckets = trained_shapes(config.video, model.latent_shape)

@@ -205,7 +205,13 @@ def _write(
 
 def _write_diffusers(source: TrainedGenerator, options: ExportOptions, draft: Path) -> ReadBack:
     family = source.family
-    weights = narrowed(source.weights, DTYPES[options.dtype], family.traits.keep_fp32)
+    # An expert that was not trained keeps the base's files.
+    trained = {
+        name: source.weights[name]
+        for name in source.weights
+        if name.startswith(source.trained_part)
+    }
+    weights = narrowed(trained, DTYPES[options.dtype], family.traits.keep_fp32)
     family.export(
         draft,
         source.base,
@@ -230,7 +236,8 @@ def _write_lora(
     files = _files(source, options)
     paths = _paths(files, draft, LORA_STEM)
     files.write_low_rank(options.form, paths, factors, DTYPES[options.dtype])
-    return lambda: files.read_low_rank(paths, source.base)
+    written = {part: path for part, path in paths.items() if path.exists()}
+    return lambda: files.read_low_rank(written, source.base)
 
 
 def _paths(files: ExchangeFiles, draft: Path, stem: str) -> dict[str, Path]:

@@ -46,6 +46,7 @@ class TrainedGenerator:
         config: Settings of the run.
         iteration: Updates that the weights have seen; None where this is not known.
         adapters: What was trained, where it is adapters; `weights` have them merged.
+        trained_part: Prefix of the names of the expert that was trained alone; empty: all were.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TrainedGenerator:
     config: DistillConfig | None = None
     iteration: int | None = None
     adapters: Mapping[str, LowRank] | None = None
+    trained_part: str = ""
 
 
 def open_source(
@@ -111,6 +113,9 @@ def _of_run(run: RunFolder, checkpoint: str | None, base: str | Path | None) -> 
             adapters = adapter_factors(weights, state.lora)
             dtype = DTYPES[config.generator.compute.weights]
             weights = merged_weights(folder, weights, state.lora, dtype)
+        elif config.model.alone is not None:
+            # The other expert is in no checkpoint.
+            weights = {**_of_folder(folder), **weights}
     return TrainedGenerator(
         name=config.name,
         weights=weights,
@@ -121,6 +126,7 @@ def _of_run(run: RunFolder, checkpoint: str | None, base: str | Path | None) -> 
         config=config,
         iteration=config.iterations if step is None else step,
         adapters=adapters,
+        trained_part="" if config.model.alone is None else f"{config.model.alone}.",
     )
 
 

@@ -56,7 +56,8 @@ def with_memory_beside(
     if sizes is None:
         return plan
     encoding = encoding_sections(config, at_addresses=at_addresses)
-    needed = bytes_beside(config, plan.work, sizes, plan.work.shape.num_parameters, encoding)
+    denoiser = plan.work.shape.num_parameters + plan.work.idle_expert
+    needed = bytes_beside(config, plan.work, sizes, denoiser, encoding)
     return replace(
         plan, memory_beside={name: needed[name] for name in plan.beside if name in needed}
     )
@@ -85,8 +86,10 @@ def bytes_beside(
         base = float(trained * denoiser)
         if config.generator.lora is not None:
             # In one process with the roles, their base is the validator's too.
-            base = 0.0 if config.topology.mode == "local" else work.frozen_bytes(GENERATOR)
-        teacher = work.shape_of(TEACHER).num_parameters if config.teacher.model else 0
+            idle = DTYPES[config.generator.compute.weights].itemsize * work.idle_expert
+            base = 0.0 if config.topology.mode == "local" else work.frozen_bytes(GENERATOR) + idle
+        teacher = work.idle_expert + work.shape_of(TEACHER).num_parameters
+        teacher *= config.teacher.model is not None
         kept = base + trained * teacher + width * sizes.autoencoder
         text = width * sizes.text if VALIDATOR in encoding else 0
         in_turn = (text, _sampling_bytes(config, work))

@@ -1,6 +1,7 @@
 """Bytes that one rank of each role needs.
 
     state      its share of weights, gradients, Adam's moments, average           sharded over ranks
+               and of a frozen expert that a generator's rollouts begin with
     base       frozen weights: the teacher's, and those under adapters            once a process
                a discriminator has a copy of the teacher of its own, in `state`
     gathered   two layers' weights and one layer's gradient, whole                if sharded
@@ -159,7 +160,8 @@ def _learner_memory(
     if role == GENERATOR and work.consistency:
         passing = max(passing, derivative_bytes(work, role))
     return RankMemory(
-        state=(2 + kept.moments + kept.averages - kept.on_host) * share,
+        state=(2 + kept.moments + kept.averages - kept.on_host) * share
+        + work.companion_bytes(ranks) * (role == GENERATOR),
         # Weights of two layers; a layer's gradient in their type, and in that of the sum.
         gathered=of_all
         * (

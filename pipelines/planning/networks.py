@@ -1,6 +1,7 @@
 """Networks of a recipe's roles, as far as their costs go: read from configurations alone."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from pipelines.config.adapters import adapted_roles
@@ -14,6 +15,7 @@ from workers.adapters import targeted
 from workers.models.configs import INDEX_FILE
 from workers.models.families import families, family_of
 from workers.models.family import DenoiserShape, ModelFamily, ModelShape
+from workers.models.wan_arithmetic import ExpertsShape
 
 
 def released_models() -> dict[str, ModelShape]:
@@ -32,7 +34,17 @@ def model_shape(config: DistillConfig, model: str | None = None) -> ModelShape:
         ConfigError: There is no such shape or folder.
         ModelFolderError: The folder holds another kind of model.
     """
-    return _released(model) if model else _read(config.model_folder)
+    found = _released(model) if model else _read(config.model_folder)
+    if config.model.alone is None:
+        return found
+    if not isinstance(found.denoiser, ExpertsShape):
+        raise ConfigError(
+            "planning a run",
+            f"model.expert {config.model.expert}, and a model of one denoiser",
+            "a model of two experts by noise level",
+            "Set model.expert=both, or name such a model",
+        )
+    return replace(found, denoiser=found.denoiser.expert)
 
 
 def other_shapes(config: DistillConfig, own: DenoiserShape) -> dict[str, DenoiserShape]:
@@ -43,6 +55,11 @@ def other_shapes(config: DistillConfig, own: DenoiserShape) -> dict[str, Denoise
         for role, model in models.items()
         if model != models[GENERATOR]
     }
+    if config.model.alone is not None:
+        shapes = {
+            role: shape.expert if isinstance(shape, ExpertsShape) else shape
+            for role, shape in shapes.items()
+        }
     return {role: shape for role, shape in shapes.items() if shape != own}
 
 

@@ -156,6 +156,9 @@ class Workload:
         buckets: Several sizes that iterations draw from; None where there is one.
         joint_walk: Whether the fake score makes both gradients by one walk back.
         may_walk_once: Whether it could, with checkpointing.
+        idle_expert: Parameters of the expert that a run leaves as it is, of which no role has
+            anything but the generator where `has_companion`; 0 where all is trained.
+        has_companion: Whether the generator's rollouts begin with that expert, which is frozen.
     """
 
     shape: DenoiserShape
@@ -197,6 +200,8 @@ class Workload:
     joint_walk: bool = False
     guided_flow: bool = False
     may_walk_once: bool = False
+    idle_expert: int = 0
+    has_companion: bool = False
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -270,7 +275,20 @@ class Workload:
             joint_walk=config.fake_score.walk == "joint",
             may_walk_once=may_walk_once(config.objective, config.fake_score)
             and "joint" in family_of_role(config, FAKE_SCORE, model).traits.computes,
+            idle_expert=0 if config.model.alone is None else shape.denoiser.num_parameters,
+            has_companion=config.model.alone == "low",
         )
+
+    def companion_bytes(self, ranks: int) -> float:
+        """Bytes on a rank of the frozen expert that the generator's rollouts begin with.
+
+        Args:
+            ranks: Of the generator; under adapters each of them has it whole.
+        """
+        adapted = GENERATOR in dict(self.adapters)
+        narrow = self.frozen_in_bf16 if adapted else self.bf16
+        whole = (2 if GENERATOR in narrow else 4) * self.idle_expert * self.has_companion
+        return whole if adapted else whole / ranks
 
     @property
     def other_walk(self) -> "Workload | None":

@@ -15,6 +15,7 @@ from sgmd_core.interval import (
 from sgmd_core.objectives.dmd import DmdObjective
 from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.phased import PhasedObjective, interval_direction
+from sgmd_core.phases import expert_phases
 from sgmd_core.schedule import FlowMatchSchedule, shift_sigma
 from sgmd_core.seeds import draw
 from sgmd_core.types import MicroBatchKey, Purpose, TextBatch, detached
@@ -384,3 +385,44 @@ def test_the_fake_score_goes_back_to_the_teacher_between_phases_and_only_there(r
         for one, other in zip(networks[1].parameters(), after, strict=True)
     )
     assert 0 < moved < 5 * UPDATE.lr
+
+
+@pytest.mark.parametrize(
+    ("expert", "exits", "span"), [("high", {0, 1, 2}, (0.875, 0.98)), ("low", {3}, (0.02, 0.875))]
+)
+def test_one_expert_alone_is_left_at_its_own_steps_and_judged_at_its_own_levels(
+    expert, exits, span
+):
+    # The recipe wan22-a14b: steps at 1, 0.9545, 0.875 and 0.7, the third at exactly the boundary.
+    phases = expert_phases(SCHEDULE, 4, 0.875, expert)
+    for purpose in Purpose:
+        found, sigmas = set(), []
+        for iteration in range(60):
+            key = MicroBatchKey(iteration, 0, purpose)
+            phase = phases.at(iteration)
+            draws = draw(0, key, range(4), LATENT_SHAPE, SCHEDULE, 4, phase=phase)
+            found.add(draws.exit_step)
+            sigmas.append(draws.sigma)
+        sigma = torch.cat(sigmas)
+        assert found == exits
+        low, high = span
+        assert sigma.min() >= low
+        assert (sigma < high).all() if expert == "low" else sigma.max() <= high
+        # They fill the range, and whoever draws from all levels leaves it.
+        assert sigma.min() < low + 0.1
+        assert sigma.max() > high - 0.1
+        plain = draw(0, MicroBatchKey(0, 0, purpose), range(240), LATENT_SHAPE, SCHEDULE, 4).sigma
+        assert ((plain < 0.875) if expert == "high" else (plain >= 0.875)).any()
+    assert phases.mean_length(Purpose.GENERATE, 100) == sum(exit + 1 for exit in exits) / len(exits)
+
+
+@pytest.mark.parametrize(
+    ("boundary", "schedule", "words"),
+    [
+        (0.5, SCHEDULE, "none of them below model.boundary 0.5"),
+        (0.875, FlowMatchSchedule(shift=7.0, score_level_min=600), "Widen"),
+    ],
+)
+def test_an_expert_without_a_step_or_a_level_is_refused(boundary, schedule, words):
+    with pytest.raises(ConfigError, match=words):
+        expert_phases(schedule, 4, boundary, "low")

@@ -49,7 +49,10 @@ class ExchangeFiles(Protocol):
         factors: Mapping[str, LowRank],
         dtype: torch.dtype,
     ) -> None:
-        """Write matrices of low rank by name of their layer; `form` is one of `LORA_FORMATS`."""
+        """Write matrices of low rank by name of their layer; `form` is one of `LORA_FORMATS`.
+
+        A part of which there is none gets no file.
+        """
         ...
 
     def read_low_rank(self, paths: Mapping[str, Path], base_folder: Path) -> dict[str, Tensor]:

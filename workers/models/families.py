@@ -16,12 +16,15 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sgmd_core.errors import ConfigError, ModelFolderError
+from sgmd_core.phases import Expert
 from workers.models.addresses import missing_folder
 from workers.models.configs import CONFIG_FILE, INDEX_FILE, read_model_json
 from workers.models.family import FamilyTraits, ModelFamily
 from workers.models.ltx_family import LtxFamily
-from workers.models.wan_experts import WanExpertsFamily
+from workers.models.wan_experts import WAN_EXPERTS, WanExpertsFamily
 from workers.models.wan_family import WanFamily
 from workers.models.wan_transition_family import WanTransitionFamily
 
@@ -91,6 +94,32 @@ def family_of(folder: str | Path) -> ModelFamily:
     if kind is None and _IMAGE_TO_VIDEO.search(pipeline):
         kind = "an image-to-video model, which makes clips of an image"
     raise _unknown(path, f"_class_name is {pipeline!r}" + (f": {kind}" if kind else ""))
+
+
+def family_of_expert(
+    folder: str | Path, expert: Expert | None, companion: torch.dtype | None = None
+) -> ModelFamily:
+    """Family of a model folder as a role knows it that has one of two experts.
+
+    Args:
+        folder: Model folder.
+        expert: The one expert; None: all of the model, whatever its family.
+        companion: Type of the other one's weights where it is there as well, frozen.
+
+    Raises:
+        ModelFolderError: As `family_of`; or the folder does not have two experts.
+    """
+    family = family_of(folder)
+    if expert is None:
+        return family
+    if not isinstance(family, WanExpertsFamily):
+        raise ModelFolderError(
+            f"looking for the {expert}-noise expert of {folder}",
+            f"one denoiser, of the family {family.name}",
+            f"a folder of two experts by noise level, of the family {WAN_EXPERTS}",
+            "Set model.expert=both, or name such a folder; `sgmd experts` makes one of a Wan 2.1",
+        )
+    return WanExpertsFamily(expert, companion)
 
 
 def modules_of(folder: str | Path) -> tuple[str, ...]:

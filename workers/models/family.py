@@ -96,6 +96,16 @@ class Denoiser(nn.Module, ABC):
     def blocks(self) -> list[nn.Module]:
         """Layers, in order: sharded, checkpointed and compiled one at a time."""
 
+    @property
+    def trained_blocks(self) -> list[nn.Module]:
+        """Layers that adapters are for; those of a part that stays frozen are not among them."""
+        return self.blocks
+
+    @property
+    def frozen_part(self) -> str:
+        """Prefix of the names of parameters that are never trained; empty: there are none."""
+        return ""
+
     @abstractmethod
     def set_checkpointing(self, enabled: bool) -> None:
         """Recompute the activations of the layers in the backward pass, or keep them."""

@@ -50,14 +50,14 @@ def load_sharded(
     Raises:
         ModelFolderError: A file cannot be read, does not hold every tensor, or holds NaN.
     """
-    return load_sharded_parts([network], [part], wrap, dtype, device, prepare)
+    return load_sharded_parts([network], [part], wrap, [dtype], device, prepare)
 
 
 def load_sharded_parts(
     networks: Sequence[Any],
     parts: Sequence[CheckedComponent],
     wrap: Callable[..., D],
-    dtype: torch.dtype = torch.float32,
+    dtypes: Sequence[torch.dtype],
     device: torch.device | str = "cpu",
     prepare: Callable[[D], object] | None = None,
 ) -> D:
@@ -67,7 +67,7 @@ def load_sharded_parts(
         networks: Class of each, made by `from_config`.
         parts: The components.
         wrap: Makes the velocity model of the networks, in the order of `parts`.
-        dtype: Of the weights, but for those that a class keeps in float32.
+        dtypes: Of the weights of each, but for those that a class keeps in float32.
         device: Device of the weights.
         prepare: Called once, with the whole velocity model.
 
@@ -77,7 +77,7 @@ def load_sharded_parts(
     part = parts[0]
     try:
         bare: list[nn.Module] = []
-        for network, part in zip(networks, parts, strict=True):
+        for network, part, dtype in zip(networks, parts, dtypes, strict=True):
             bare.append(_on_meta(network, part, dtype))
         slots = [dict(_slots(each)) for each in bare]
         denoiser = wrap(*bare).eval()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from cluster.files import whole_folder
 from sgmd_core.errors import ShapeError
+from sgmd_core.phases import Expert
 from workers.attention import KERNELS, AttentionName
 from workers.models.configs import INDEX_FILE, read_model_json
 from workers.models.experts import ExpertDenoiser
@@ -254,8 +255,18 @@ def load_experts(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     prepare: Callable[[Denoiser], object] | None = None,
+    expert: Expert | None = None,
+    companion: torch.dtype | None = None,
 ) -> ExpertDenoiser:
-    """Load the two experts of a Wan folder as one denoiser; see `load_transformer`.
+    """Load the experts of a Wan folder as one denoiser; see `load_transformer`.
+
+    Args:
+        folder: The Wan folder.
+        dtype: As `load_transformer`.
+        device: As `load_transformer`.
+        prepare: As `load_transformer`.
+        expert: The one that is trained alone, and loaded alone; None: both.
+        companion: Loads the other one besides, frozen, with weights of this type.
 
     Raises:
         ModelFolderError: As `load_transformer`; or the folder does not have two experts.
@@ -263,13 +274,21 @@ def load_experts(
     path = Path(folder)
     read_configs(path, EXPERTS_LAYOUT)
     boundary = read_boundary(path)
+    names = dict(zip(("high", "low"), EXPERTS_LAYOUT.denoisers, strict=True))
+    if expert is not None and companion is None:
+        names = {expert: names[expert]}
 
-    def paired(high: WanTransformer3DModel, low: WanTransformer3DModel) -> ExpertDenoiser:
-        return ExpertDenoiser(WanVelocity(high), WanVelocity(low), boundary)
+    def joined(*networks: WanTransformer3DModel) -> ExpertDenoiser:
+        made = {own: WanVelocity(each) for own, each in zip(names, networks, strict=True)}
+        denoiser = ExpertDenoiser(made.get("high"), made.get("low"), boundary)
+        if expert is not None:
+            denoiser.train_alone(expert)
+        return denoiser
 
-    parts = [check_component(path, name) for name in EXPERTS_LAYOUT.denoisers]
+    parts = [check_component(path, name) for name in names.values()]
+    types = [dtype if companion is None or own == expert else companion for own in names]
     networks = [WanTransformer3DModel] * len(parts)
-    return load_sharded_parts(networks, parts, paired, dtype, device, prepare)
+    return load_sharded_parts(networks, parts, joined, types, device, prepare)
 
 
 def load_vae(folder: str | Path, dtype: torch.dtype = torch.float32) -> VideoVae:
@@ -317,7 +336,8 @@ def save_generator_pipeline(
         flow_shift: Shift of the noise levels that the pipeline will sample with.
         components: Whether the other components are linked or copied.
         layout: Components of the folder.
-        prefixes: Prefix of the names of a denoiser's parameters in `weights`, by its component.
+        prefixes: Prefix of the names of a denoiser's parameters in `weights`, by its component;
+            components that are not named stay as they are in the base folder.
 
     Raises:
         ModelFolderError: the base folder is not a Wan folder.
@@ -334,8 +354,12 @@ def save_generator_pipeline(
     scheduler = build_scheduler(flow_shift)
     index = read_model_json(base / INDEX_FILE)
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    kept = [name for name in layout.denoisers if name not in prefixes]
+    # A pipeline without one of its denoisers is none, whatever else is left out.
+    whole: Components = "copy" if components == "none" else components
     with whole_folder(dst) as draft:
-        copy_components(base, draft, LAYOUT, (TOKENIZER, VAE, TEXT_ENCODER), components)
+        copy_components(base, draft, layout, (TOKENIZER, VAE, TEXT_ENCODER), components)
+        copy_components(base, draft, layout, kept, whole)
         scheduler.save_pretrained(draft / "scheduler")
         (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         for name, denoiser in denoisers.items():

@@ -138,7 +138,10 @@ class WanExchange:
         factors: Mapping[str, LowRank],
         dtype: torch.dtype,
     ) -> None:
-        """Write LoRAs; the strength is 1, and the scale lies in the matrices."""
+        """Write LoRAs; the strength is 1, and the scale lies in the matrices.
+
+        A denoiser that did not change gets no file.
+        """
         for part, path in paths.items():
             named: dict[str, Tensor] = {}
             for layer, each in _own(factors, self._members[part]).items():
@@ -149,7 +152,8 @@ class WanExchange:
                     first, second = "lora_down", "lora_up"
                 named[f"{stem}.{first}.weight"] = each.down.to(dtype)
                 named[f"{stem}.{second}.weight"] = each.up.to(dtype)
-            _save(path, named)
+            if named:
+                _save(path, named)
 
     def read_low_rank(self, paths: Mapping[str, Path], base_folder: Path) -> dict[str, Tensor]:
         """Read LoRAs through diffusers and return the base's weights with them merged in."""

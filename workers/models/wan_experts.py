@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sgmd_core.collector import paused_collector
+from sgmd_core.phases import Expert
 from workers.models.exchange import ExchangeFiles
 from workers.models.exporting import Components
 from workers.models.family import Denoiser, ModelShape
@@ -74,6 +75,16 @@ class WanExpertsFamily(WanFamily):
     name = WAN_EXPERTS
     traits = _TRAITS
 
+    def __init__(self, expert: Expert | None = None, companion: torch.dtype | None = None) -> None:
+        """Make the family, or what a role knows of it that has one expert alone.
+
+        Args:
+            expert: The one expert; None: both.
+            companion: Type of the other one's weights where it is there as well, frozen.
+        """
+        self._expert: Expert | None = expert
+        self._companion = companion
+
     def explain_files(self, folder: Path) -> None:
         """None: the family with one denoiser speaks for both."""
 
@@ -84,6 +95,8 @@ class WanExpertsFamily(WanFamily):
         require_alike(folder, experts)
         shape = self.read_single(folder)
         assert isinstance(shape.denoiser, WanShape)
+        if self._expert is not None:
+            return shape
         return replace(shape, denoiser=ExpertsShape(shape.denoiser))
 
     def shape_from_record(self, record: Mapping[str, Any]) -> ExpertsShape:
@@ -106,11 +119,11 @@ class WanExpertsFamily(WanFamily):
         device: torch.device | str = "cpu",
         prepare: Callable[[Denoiser], object] | None = None,
     ) -> "ExpertDenoiser":
-        """Load both transformers."""
+        """Load both transformers, or those of the one expert."""
         with paused_collector():
             from workers.models.wan import load_experts
 
-        return load_experts(folder, dtype, device, prepare)
+        return load_experts(folder, dtype, device, prepare, self._expert, self._companion)
 
     def export(
         self,
@@ -121,7 +134,10 @@ class WanExpertsFamily(WanFamily):
         flow_shift: float,
         components: Components = "copy",
     ) -> None:
-        """Write a folder that WanPipeline loads, with both experts and their boundary."""
+        """Write a folder that WanPipeline loads, with both experts and their boundary.
+
+        Of an expert that `weights` have nothing of, the base's files are linked or copied.
+        """
         with paused_collector():
             from workers.models.wan import save_generator_pipeline
 
@@ -132,5 +148,9 @@ class WanExpertsFamily(WanFamily):
             flow_shift=flow_shift,
             components=components,
             layout=EXPERTS_LAYOUT,
-            prefixes=PREFIXES,
+            prefixes={
+                part: prefix
+                for part, prefix in PREFIXES.items()
+                if any(name.startswith(prefix) for name in weights)
+            },
         )

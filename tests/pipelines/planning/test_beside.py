@@ -13,6 +13,7 @@ from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from pipelines.config.recipe import load_recipe
 from pipelines.planning.beside import bytes_beside, host_bytes_beside
 from pipelines.planning.hardware import Hardware
+from pipelines.planning.memory import generator_memory
 from pipelines.planning.networks import released_models
 from pipelines.planning.pool_maps import PoolMap, map_fits
 from pipelines.planning.savings import run_fits
@@ -180,3 +181,30 @@ def test_a_shipped_recipe_fits_the_gpus_that_it_names_with_text_encoder_and_vali
     needed = bytes_beside(config, work, sizes, work.shape.num_parameters)
     assert needed.keys() == {"text", "validator"}
     assert max(needed.values()) < hardware.usable_bytes, needed
+
+
+def test_one_expert_alone_takes_its_part_and_a_validator_both():
+    def work(*settings):
+        return Workload.of(load_recipe("wan22-a14b", settings), "a14b")
+
+    both, high, low = (work(f"model.expert={expert}") for expert in ("both", "high", "low"))
+    one = both.shape.num_parameters // 2
+    for role in ("generator", "teacher", "fake_score"):
+        assert both.shape_of(role).num_parameters == 2 * one
+        assert high.shape_of(role).num_parameters == low.shape_of(role).num_parameters == one
+    assert (high.rollout, both.rollout, low.rollout) == (2.0, 2.5, 4.0)
+    whole, alone, frozen = (generator_memory(each, 32, 1, 2) for each in (both, high, low))
+    # Weights, gradients, second moments and the average: 16 bytes of a parameter.
+    assert whole.state - alone.state == 16 * one / 32
+    # Its rollouts begin with the other expert, in the type of its products.
+    assert frozen.state - alone.state == 2 * one / 32
+    adapted = work("model.expert=low", "generator.lora={}", "generator.compute.weights=bf16")
+    assert generator_memory(adapted, 32, 1, 2).base == 2 * one
+    assert adapted.companion_bytes(32) == 2 * one
+
+    options = ("--model", "a14b", "--gpus", 65, "--json")
+    told = [
+        json.loads(sgmd("plan", "wan22-a14b", *options, f"model.expert={expert}").stdout)
+        for expert in ("both", "high")
+    ]
+    assert told[0]["memory_beside_gb"] == told[1]["memory_beside_gb"]
