@@ -175,7 +175,7 @@ def expert_phases(
         )
     raw = torch.arange(NUM_SCORE_LEVELS)[slice(*schedule.score_levels())]
     high = schedule.score_sigma(raw) >= boundary
-    own = raw[high if expert == "high" else ~high].tolist()
+    own: list[int] = raw[high if expert == "high" else ~high].tolist()  # pyright: ignore
     if not own:
         sigma = schedule.score_sigma(raw)
         raise ConfigError(
