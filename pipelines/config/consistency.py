@@ -6,7 +6,7 @@ from typing import Protocol
 from pipelines.config.methods import ObjectiveSettings
 from pipelines.config.roles import GENERATOR, ROLES
 from pipelines.config.topology import TopologySettings
-from sgmd_core.objectives.consistency import consistency_of
+from sgmd_core.objectives.consistency import ConsistentObjective, consistency_of
 from sgmd_core.objectives.meanflow import flow_of
 from sgmd_core.schedule import FlowMatchSchedule
 from workers.settings import GeneratorSettings
@@ -85,7 +85,7 @@ def rounded_derivatives(config: ConsistencySections) -> list[str]:
 def clipped_sums(config: ConsistencySections) -> Iterator[str]:
     """Returns a sentence where gradients of summed losses are clipped in every update."""
     norm = config.generator.optimizer.max_grad_norm
-    if consistency_of(config.objective) is not None and norm < _LEAST_NORM:
+    if isinstance(config.objective, ConsistentObjective) and norm < _LEAST_NORM:
         yield (
             f"generator.optimizer.max_grad_norm {norm:g} clips every update, because the losses of "
             f"{config.objective.method} are sums over a clip's values; 1e6 clips nothing, as "

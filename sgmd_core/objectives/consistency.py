@@ -99,7 +99,7 @@ class ConsistencyTerm:
     """The term in a generator's loss.
 
     Attributes:
-        weight: Weight of the term.
+        weight: Weight of the term; 0 leaves it out, and its warm-up with it.
         warmup: Updates over which r rises from 0 to 1; 0 starts at 1.
         warmup_form: Terms that r multiplies: `rcm` or `scm`.
         tangent_offset: Added to the norm of a sample's tangent.
@@ -116,7 +116,9 @@ class ConsistencyTerm:
 
     def __post_init__(self) -> None:
         for name in ("weight", "tangent_offset", "log_std"):
-            require_number(f"consistency.{name}", getattr(self, name), zero_allowed=False)
+            require_number(
+                f"consistency.{name}", getattr(self, name), zero_allowed=name == "weight"
+            )
         if self.warmup < 0:
             raise ConfigError(
                 "reading the objective",
@@ -210,5 +212,7 @@ def learns_from_samples(objective: object) -> bool:
 
 
 def consistency_of(objective: object) -> ConsistencyTerm | None:
-    """The consistency term of an objective; None without one."""
-    return objective.consistency if isinstance(objective, ConsistentObjective) else None
+    """The consistency term of an objective; None without one, or where its weight is 0."""
+    if not isinstance(objective, ConsistentObjective) or objective.consistency.weight == 0:
+        return None
+    return objective.consistency

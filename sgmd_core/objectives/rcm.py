@@ -7,7 +7,8 @@
 
 Sums run over the elements of a sample, means over samples. Consistency covers what the data hold
 and blurs; matching sharpens and forgets. Matching begins when the tangent warm-up has ended.
-`matching_weight: 0` is sCM alone.
+`matching_weight: 0` is sCM alone. `consistency.weight: 0` is distribution matching alone, from the
+first iteration on, and needs no data: DMD's gradient, summed.
 
 It belongs to `schedule.renoise`: a consistency function leads to x0 from any state, and the states
 below the first one are noised again, in training and in sampling.
@@ -18,6 +19,7 @@ Source: rCM (arXiv:2510.08431) and its code.
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.consistency import ConsistencyTerm
 from sgmd_core.objectives.dmd import DmdObjective, matching_direction
 from sgmd_core.objectives.settings import require_number
@@ -47,6 +49,12 @@ class RcmObjective(DmdObjective):
         # Not `super()`: a dataclass with slots is a second class of the same name.
         DmdObjective.__post_init__(self)
         require_number("matching_weight", self.matching_weight, zero_allowed=True)
+        if self.matching_weight == self.consistency.weight == 0:
+            raise ConfigError(
+                "reading the objective",
+                "matching_weight and consistency.weight are 0",
+                "a weight above 0 for at least one of the two",
+            )
 
     @property
     def matches(self) -> bool:
@@ -55,7 +63,8 @@ class RcmObjective(DmdObjective):
 
     def matching_weight_at(self, iteration: int) -> float:
         """Weight of the matching term in an iteration: 0 during the tangent warm-up."""
-        return self.matching_weight if iteration >= self.consistency.warmup else 0.0
+        waits = self.consistency.weight > 0 and iteration < self.consistency.warmup
+        return 0.0 if waits else self.matching_weight
 
     def generator_loss(
         self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents

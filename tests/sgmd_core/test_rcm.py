@@ -1,6 +1,7 @@
 """rCM and sCM: the wrapped network, the tangent against closed forms, and what training reaches."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from sgmd_core.objectives.consistency import (
 )
 from sgmd_core.objectives.dmd import DmdObjective
 from sgmd_core.objectives.rcm import RcmObjective
+from sgmd_core.schedule import FlowMatchSchedule, RandomSteps
 from sgmd_core.trigflow import (
     direction_weight,
     sigma_of_time,
@@ -22,13 +24,19 @@ from sgmd_core.trigflow import (
     trig_time,
     trig_velocity,
 )
-from sgmd_core.types import NoisedBatch, per_sample
+from sgmd_core.types import MicroBatchKey, NoisedBatch, TextBatch, per_sample
 from sgmd_core.worlds.gaussian import gaussian_velocity
+from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.queries import make_query
 from tests.helpers.small_network import SmallNetwork, predict, random_query, with_leaf
+from workers.fake_score_tracker import FakeScoreTracker
+from workers.generator_learner import GeneratorLearner
+from workers.score_teacher import ScoreTeacher
+from workers.settings import FakeScoreSettings, GeneratorSettings, TeacherSettings
 
 TIMES = torch.tensor([0.2, 0.7, 1.3, 1.5], dtype=torch.float64)
 STD = 0.5
+MATCHING_ALONE = RcmObjective(consistency=ConsistencyTerm(weight=0.0))
 
 
 def query_at(t: torch.Tensor, seed: int = 0) -> NoisedBatch:
@@ -195,6 +203,15 @@ class TestLosses:
     def test_the_term_is_told_from_methods_without_one(self):
         assert consistency_of(RcmObjective()) == ConsistencyTerm()
         assert consistency_of(DmdObjective()) is None
+        assert consistency_of(MATCHING_ALONE) is None
+
+    def test_without_the_term_nobody_waits_for_its_warm_up(self):
+        objective = replace(MATCHING_ALONE, consistency=ConsistencyTerm(weight=0.0, warmup=9))
+        assert objective.matching_weight_at(0) == 1.0
+
+    def test_nothing_to_learn_from_is_refused(self):
+        with pytest.raises(ConfigError, match="matching_weight and consistency"):
+            replace(MATCHING_ALONE, matching_weight=0.0)
 
     def test_longer_clips_are_looked_at_through_more_noise(self):
         normal = torch.zeros(1)
@@ -204,11 +221,44 @@ class TestLosses:
         assert odds[1] / odds[0] == pytest.approx(math.sqrt(21), rel=1e-5)
 
     @pytest.mark.parametrize(
-        "wrong", [{"weight": 0.0}, {"warmup": -1}, {"log_std": 0.0}, {"tangent_offset": 0.0}]
+        "wrong", [{"weight": -1.0}, {"warmup": -1}, {"log_std": 0.0}, {"tangent_offset": 0.0}]
     )
     def test_numbers_that_mean_nothing_are_refused(self, wrong):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             ConsistencyTerm(**wrong)
+
+
+@pytest.mark.parametrize("seed", [3, 5])
+def test_matching_alone_is_dmd_on_rollouts_of_random_levels(seed):
+    """The generator's gradient, from a rollout that renoises through the roles to the weights."""
+    schedule = FlowMatchSchedule(shift=3.0, renoise=True)
+    steps = RandomSteps(4, 4, order="running_minimum")
+
+    def gradient(objective, random_steps=steps):
+        networks = [SmallNetwork(seed, torch.float32) for seed in (4, 1, 2)]
+        generator = GeneratorLearner(
+            networks[0],
+            schedule,
+            GeneratorSettings(ema_decay=0.0, random_steps=random_steps),
+            (1, 2, 2, 2),
+            seed,
+            consistency=consistency_of(objective),
+        )
+        fake_score = FakeScoreTracker(networks[1], objective, FakeScoreSettings("fresh"))
+        teacher = ScoreTeacher(networks[2], TeacherSettings(guidance_scale=1.0))
+        text = TextBatch(text=torch.zeros(3, 1, 1), sample_indices=(0, 1, 2))
+        query = generator.rollout(MicroBatchKey(0, 0), text)
+        prediction = teacher.denoise(query, torch.zeros(1, 1, 1))
+        generator.learn(fake_score.signal(query, prediction, 1.0))
+        return {name: each.grad for name, each in networks[0].named_parameters()}
+
+    plain = gradient(DmdObjective(normalizer_min=1e-5))
+    # A sum against a mean of 8 elements with a factor 1/2.
+    expected = {name: 2 * 8 * each for name, each in plain.items()}
+    fixed = gradient(DmdObjective(normalizer_min=1e-5), None)
+    assert_moves(expected, {name: 2 * 8 * each for name, each in fixed.items()}, 1e-5)
+    found = gradient(MATCHING_ALONE)
+    assert relative_error(found, expected) < 1e-5
 
 
 class _Gain(nn.Module):

@@ -7,6 +7,8 @@ import torch
 
 from pipelines.config.methods import METHODS, method_name
 from pipelines.config.recipe import load_recipe
+from pipelines.distillation.iteration_plan import program_of
+from pipelines.stages.algorithm import needs_data
 from sgmd_core.objectives import GradientPath, Objective, adversary_of
 from sgmd_core.objectives.adm import AdmObjective
 from sgmd_core.objectives.consistency import consistency_of
@@ -129,3 +131,11 @@ def test_strides_guided_away_from_a_caption_that_is_never_trained_are_warned_of(
     caplog.clear()
     load_recipe("tiny-tmd", [*guided, "data.prompt_dropout=0.1", "model.negative_prompt=grey"])
     assert f"trains the empty prompt in its place: the head is {said}" in caplog.text
+
+
+def test_rcm_without_its_consistency_asks_for_what_matching_asks_for():
+    alone = load_recipe("tiny-rcm", ["objective.consistency.weight=0"])
+    dmd2 = load_recipe("tiny-rcm", ["objective={method: dmd2, fake_updates: 4}"])
+    assert needs_data(program_of(load_recipe("tiny-rcm")))
+    assert not needs_data(program_of(alone))
+    assert program_of(alone) == program_of(dmd2)

@@ -26,6 +26,7 @@ OFF = "the loss off the trajectory never has more than"
             ["iterations=50", "objective.matching_weight=0", "objective.fake_updates=1"],
             "the tangent never counts in full",
         ),
+        ("tiny-rcm", ["iterations=50", "objective.consistency.weight=0"], ""),
         ("tiny-cdm", ["iterations=100", "objective.off_trajectory_warmup=1000"], f"{OFF} 0.099"),
         ("tiny-cdm", ["iterations=101", "objective.off_trajectory_warmup=100"], ""),
         (
