@@ -64,7 +64,7 @@ from workers.attention import KERNELS
 from workers.discriminator_heads import num_head_parameters
 from workers.models.family import DenoiserShape
 from workers.moment_codes import BYTES_PER_ENTRY
-from workers.network_settings import ComputeSettings
+from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import DiversitySettings
 
 COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
@@ -216,10 +216,7 @@ class Workload:
             ModelFolderError: The folder holds another kind of model.
         """
         shape = model_shape(config, model)
-        generator, fake_score = config.generator.optimizer, config.fake_score.optimizer
-        updated = {GENERATOR: generator, FAKE_SCORE: fake_score}
-        if DISCRIMINATOR in config.roles:
-            updated[DISCRIMINATOR] = config.discriminator.optimizer
+        updated = _optimizers(config)
         computes = config.computes
         others = other_shapes(config, shape.denoiser)
         buckets = latent_buckets_of(config, shape)
@@ -608,6 +605,12 @@ def _heads(config: DistillConfig, teacher: DenoiserShape) -> HeadsWork | None:
     num_heads = len(own.layers_of(teacher.num_layers))
     of_each = num_head_parameters(teacher.width, own.width, own.num_strides)
     return HeadsWork(compared, term.num_states, num_heads, num_heads * of_each, own.compute.weights)
+
+
+def _optimizers(config: DistillConfig) -> dict[str, OptimizerSettings]:
+    """Settings by which each learner is updated."""
+    learners = [role for role in config.roles if role != TEACHER]
+    return {role: getattr(config, role).optimizer for role in learners}
 
 
 def _beside_layers(shape: DenoiserShape) -> int:
