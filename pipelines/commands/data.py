@@ -130,7 +130,7 @@ def encode_command(
     """
     with progress_bar() as on_progress:
         with paused_collector():
-            from pipelines.data.making.encode import encode
+            from pipelines.data.encoding.encode import encode
             from pipelines.media.inference import read_inference_settings
             from pipelines.run.generator_folder import model_folder
 

@@ -19,7 +19,7 @@ from pipelines.data.making.caption_choice import CaptionChoice
 
 if TYPE_CHECKING:
     from pipelines.data.checking.check import CheckOptions
-    from pipelines.data.making.encode_options import EncodeOptions
+    from pipelines.data.encoding.encode_options import EncodeOptions
     from pipelines.data.making.prepare import PrepareOptions
     from pipelines.data.shards.columns import OptionColumnNames
     from pipelines.media.inference import InferenceSettings
@@ -314,7 +314,7 @@ class EncodeArguments(OptionGroup):
     def options(self, known: "InferenceSettings") -> "EncodeOptions":
         """Returns them as `encode` takes them; what is not given comes from the model's folder."""
         from pipelines.config.negatives import shipped_negatives
-        from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
+        from pipelines.data.encoding.encode_options import ActorPool, EncodeOptions, dtype_named
 
         negatives = self.negative
         if negatives is None:

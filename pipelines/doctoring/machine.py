@@ -18,8 +18,9 @@ from packaging.requirements import Requirement
 
 from cluster.inventory import memory_bytes
 from pipelines.config.model_folders import PROJECT_ROOT
+from pipelines.data.clips.clip_decoding import decode_video
 from pipelines.doctoring.findings import GIB, Finding, Status, gib
-from pipelines.media.video import decode_video, encode_mp4
+from pipelines.media.video import encode_mp4
 from sgmd_core.errors import SgmdError
 from workers.models.families import family_of
 

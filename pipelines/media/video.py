@@ -1,4 +1,4 @@
-"""Encoded video files and pixels: mp4 bytes and GIF files.
+"""Pixels written down: mp4 bytes and GIF files.
 
 Pixels are uint8 arrays (frames, height, width, 3) in RGB.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cluster.files import write_whole
-from sgmd_core.errors import DataError, ShapeError
+from sgmd_core.errors import ShapeError
 
 Pixels = NDArray[np.uint8]
 
@@ -76,73 +76,6 @@ def encode_for_players(frames: Pixels, fps: int, *, smallest_side_px: int = 256)
     large = frames.repeat(repeats, axis=1).repeat(repeats, axis=2)
     height, width = (size - size % 2 for size in large.shape[1:3])
     return encode_mp4(large[:, :height, :width], fps, crf=16, pix_fmt="yuv420p")
-
-
-def decode_video(data: bytes) -> Pixels:
-    """Decode every frame of an encoded video file.
-
-    Returns:
-        Pixels (frames, height, width, 3).
-
-    Raises:
-        DataError: the bytes are no video that PyAV can read, or hold no frame.
-    """
-    try:
-        with av.open(io.BytesIO(data), "r") as container:
-            frames = [_rgb(frame) for frame in container.decode(container.streams.video[0])]
-    except (av.FFmpegError, IndexError, ValueError) as error:
-        raise DataError(
-            "decoding a video", f"{len(data)} bytes that are not a readable video ({error})"
-        ) from error
-    if not frames:
-        raise DataError("decoding a video", f"{len(data)} bytes without a single frame")
-    return np.stack(frames)
-
-
-def shrink_video(data: bytes, width_px: int, crf: int) -> bytes:
-    """Encode a video file anew, smaller, for players as `encode_for_players` does.
-
-    Args:
-        data: The bytes of a video file.
-        width_px: Width to shrink to; a narrower video keeps its size.
-        crf: Constant rate factor of x264; the larger, the smaller the file.
-
-    Raises:
-        DataError: the bytes are no video that PyAV can read.
-    """
-    frames, fps = decode_video(data), _rate(data)
-    height, width = frames.shape[1:3]
-    width_px = min(width, width_px) // 2 * 2
-    size = (width_px, max(2, round(height * width_px / width / 2) * 2))
-    images = [Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in frames]
-    small = np.stack([np.asarray(image) for image in images])
-    return encode_mp4(small, fps, crf=crf, pix_fmt="yuv420p")
-
-
-def first_frame(data: bytes) -> NDArray[np.uint8]:
-    """The first picture (height, width, 3) of a video file; the others are not decoded.
-
-    Raises:
-        DataError: the bytes are no video that PyAV can read, or hold no frame.
-    """
-    try:
-        with av.open(io.BytesIO(data), "r") as container:
-            return _rgb(next(container.decode(container.streams.video[0])))
-    except (av.FFmpegError, IndexError, ValueError, StopIteration) as error:
-        raise DataError(
-            "decoding a video", f"{len(data)} bytes that are not a readable video ({error})"
-        ) from error
-
-
-def _rate(data: bytes) -> int:
-    """Frames per second of a video file that can be decoded, as a whole number."""
-    with av.open(io.BytesIO(data), "r") as container:
-        rate = container.streams.video[0].average_rate
-    return max(1, round(rate)) if rate else 1
-
-
-def _rgb(frame: av.VideoFrame) -> Pixels:
-    return frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
 
 
 def write_gif(path: Path, frames: Pixels, fps: int, *, zoom: int = 1) -> None:

@@ -1,31 +1,28 @@
-"""Clips for training, read from a set of shards with Ray Data.
+"""Clips for training, read from a set of shards through the feed.
 
-    videos   row group -> decode -> [encode to latents] -> the worker's memory
-    encoded  row group -> latents -----------------------> the worker's memory
+    videos   feed: row groups -> decoded -> [latents] -> the worker's memory
+    encoded  feed: row groups -> latents -------------> the worker's memory
 
-The embedded world is small: a worker reads its part of the shards once and keeps it.
+The embedded world is small: a worker reads its share of the rows once and keeps it. A share is so
+many rows from a cursor on, in the order in which they are stored.
 """
 
-import pickle
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute
-import ray.data
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cluster.folders import folder_here
 from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.shards.columns import map_columns
 from pipelines.data.shards.filesystem import S3Settings
-from pipelines.data.shards.parquet import RowGroupReader
+from pipelines.data.shards.index import Shard
 from pipelines.data.shards.reading import Fault
+from pipelines.data.shards.rejection import Rejection
 from pipelines.data.shards.scan import scan_folder
 from pipelines.data.shards.schema import (
     CAPTION,
@@ -34,28 +31,24 @@ from pipelines.data.shards.schema import (
     SAMPLE_ID,
     VIDEO,
     ShardKind,
-    join_names,
 )
-from pipelines.data.shards.values import unpack_all_latents
+from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.inspect import inspect_folder
-from pipelines.data.stream.plan import Cursor, RowGroup, ShuffleSettings, Window
+from pipelines.data.stream.plan import ShuffleSettings
+from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source
-from pipelines.data.stream.window import REASON, ROW, read_window
-from pipelines.data.stream.window_decoding import decode_rows
+from pipelines.data.stream.stream import plan_windows
 from pipelines.pretraining.config import WorldSettings
 from sgmd_core.errors import DataError
-
-# Arrow makes these functions while it is imported, where a type checker does not see them.
-pc: Any = pyarrow.compute
 
 Batch = dict[str, NDArray[Any]]
 
 PIXELS = "pixels"
-_TASK = "task"
-# Reading and decoding are light; whole cores are left to the training worker, which on a small
-# machine holds nearly all of them.
-_LIGHT_TASK_CPUS = 0.1
-_ENCODE_BATCH = 64
+# Of rows that are not shuffled a window is one row group: small pieces for many readers.
+_WINDOWS = ShuffleSettings(row_groups=1)
+_BATCH_ROWS = 64
+_CAPTIONS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +70,30 @@ class TrainingClips:
 
     Attributes:
         source: Its address, and what is read: `latents` of an encoded set, otherwise `video`.
-        groups: Its row groups with the rows that are wanted of each, in the order of their paths.
+        shards: Its shards with their rows, in the order of their paths, as far as they are read.
+        num_rows: Rows that are wanted: the first ones.
     """
 
     source: Source
-    groups: tuple[tuple[RowGroup, int], ...]
+    shards: tuple[Shard, ...]
+    num_rows: int
 
     @property
-    def shards(self) -> list[str]:
+    def paths(self) -> list[str]:
         """Paths of its shards, relative to its folder."""
-        return list(dict.fromkeys(group.shard for group, _ in self.groups))
+        return [shard.path for shard in self.shards]
 
-    @property
-    def num_rows(self) -> int:
-        """Rows that are wanted."""
-        return sum(num_rows for _, num_rows in self.groups)
+    def progress_at(self, row: int) -> FeedProgress:
+        """Progress of a feed that begins at a row; nothing is listed or opened again."""
+        lines = [[shard.path, shard.num_bytes, shard.rows] for shard in self.shards]
+        known = ({"shards": lines, "last": True},)
+        place = self.source.open(probe=False)
+        catalogue = Catalogue(place.filesystem, place.root, len(lines), recorded=known)
+        for planned in plan_windows(catalogue, None, _WINDOWS):
+            if row < planned.window.num_rows:
+                return FeedProgress(replace(planned.window.cursor, row=row), catalogue=known)
+            row -= planned.window.num_rows
+        raise AssertionError("plans have no end")
 
 
 def open_clips(
@@ -110,7 +112,7 @@ def open_clips(
         DataError: There is no shard, it is of another kind, or one is corrupt or lacks a column.
     """
     attempted = f"looking for clips in {folder}"
-    # A reader a task: opening Arrow's client would cost more than it saves.
+    # Read once: opening Arrow's client would cost more than it saves.
     source = Source(folder, S3Settings(native_reads=False))
     facts = inspect_folder(source, 0, ShuffleSettings())
     if facts.kind not in kinds:
@@ -133,8 +135,8 @@ def open_clips(
         )
     place = source.open(probe=False)
     wanted = (*REQUIRED_COLUMNS, *source.columns)
-    groups: list[tuple[RowGroup, int]] = []
-    room = world.max_clips
+    shards: list[Shard] = []
+    num_rows, limit = 0, world.max_clips
     for each in scan_folder(place.filesystem, place.root, source.s3, only=place.only):
         shard, fault = each.shard, each.fault if each.is_broken else ""
         if each.footer is not None and not each.is_empty:
@@ -142,133 +144,103 @@ def open_clips(
             fault = columns.reason if isinstance(columns, Fault) else fault
         if fault:
             raise DataError(attempted, f"{shard.path}: {fault}", f"rows with the columns {wanted}")
-        for index, num_rows in enumerate(shard.rows or ()):
-            num_wanted = num_rows if room is None else min(num_rows, room)
-            room = None if room is None else room - num_wanted
-            if num_wanted:
-                group = RowGroup(shard.path, shard.num_bytes, index, num_rows)
-                groups.append((group, num_wanted))
-    return TrainingClips(source, tuple(groups))
+        if shard.num_rows and (limit is None or num_rows < limit):
+            shards.append(shard)
+            num_rows += shard.num_rows
+    return TrainingClips(source, tuple(shards), num_rows if limit is None else min(limit, num_rows))
 
 
-def clip_dataset(clips: TrainingClips) -> ray.data.Dataset:
-    """Rows of sample_id, caption, and pixels (T, H, W, 3) or stored latents (C, T, H, W)."""
-    context = ray.data.DataContext.get_current()
-    # Progress is told by events; Ray Data would log a screenful for every stage.
-    context.enable_progress_bars = context.print_on_execution_start = False
-    tasks = [{_TASK: pickle.dumps(each)} for each in clips.groups]
-    return ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        cast("Any", ReadClips(clips.source)),  # Ray's stubs know functions, not callable objects
-        batch_size=1,
-        batch_format="pyarrow",
-        num_cpus=_LIGHT_TASK_CPUS,
-    )
+def share_of_clips(
+    clips: TrainingClips,
+    rank: int = 0,
+    num_workers: int = 1,
+    *,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    readers: int = 0,
+) -> Iterator[Batch]:
+    """Reads a worker's share of a set, in the order in which it is stored.
 
+    Args:
+        clips: The set.
+        rank: Of the worker.
+        num_workers: Workers that share the set, each of which gets as many rows, up to one.
+        encode: Makes latents of videos (B, 3, T, H, W) in [0, 1]; None: pixels are wanted.
+        readers: Processes that read and decode, with Ray Data; 0: this one does.
 
-def latent_dataset(clips: TrainingClips, vae_folder: str) -> ray.data.Dataset:
-    """Rows of sample_id, caption and normalised latents (C, T, H, W)."""
-    if clips.source.encoding is not None:
-        return clip_dataset(clips)
-    return clip_dataset(clips).map_batches(
-        EncodeClips,
-        fn_constructor_kwargs={"vae_folder": vae_folder},
-        batch_size=_ENCODE_BATCH,
-        num_cpus=_LIGHT_TASK_CPUS,
-        compute=ray.data.ActorPoolStrategy(size=1),
-    )
+    Yields:
+        Ids, captions, and `pixels` (T, H, W, 3) or `latents` (C, T, H, W) of some clips.
+
+    Raises:
+        DataError: A row cannot be used: its video cannot be decoded or has another size, its
+            caption is empty, or its latents are of another autoencoder.
+    """
+    first, end = (clips.num_rows * each // num_workers for each in (rank, rank + 1))
+    source = clips.source
+    with _feed(clips, source, first, end - first, readers) as feed:
+        for num_rows in _parts(end - first, _BATCH_ROWS):
+            ids, captions, number = _taken(feed, source, num_rows)
+            batch = {SAMPLE_ID: ids, CAPTION: captions}
+            if source.encoding is not None:
+                yield {**batch, LATENTS: feed.latents(number).float().numpy()}
+            elif encode is None:
+                yield {**batch, PIXELS: feed.pixels(number)}
+            else:
+                video = torch.from_numpy(feed.pixels(number)).permute(0, 4, 1, 2, 3)
+                yield {**batch, LATENTS: encode(video.float() / 255).numpy()}
 
 
 def distinct_captions(clips: TrainingClips) -> list[str]:
     """All captions of a set, each once, sorted."""
     source = replace(clips.source, columns=(), encoding=None, decode=None)
-    reader = source.open_reader()
     found: set[str] = set()
-    for group, num_rows in clips.groups:
-        for part in _read_group(reader, source, group, num_rows):
-            found.update(part[CAPTION].to_pylist())
+    with _feed(clips, source, 0, clips.num_rows, 0) as feed:
+        for num_rows in _parts(clips.num_rows, _CAPTIONS_AT_ONCE):
+            found.update(_taken(feed, source, num_rows)[1])
     return sorted(found)
 
 
-def _read_group(
-    reader: RowGroupReader, source: Source, group: RowGroup, num_rows: int
-) -> Iterator[pa.Table]:
-    """The first rows of a row group, in parts of bounded size.
-
-    Raises:
-        DataError: A row cannot be used, or the server failed.
-    """
-    table = read_window(reader, source, Window(Cursor(), (group,), (0,)))
-    table = table.filter(pc.less(table[ROW], num_rows))
-    for part in [table] if source.decode is None else decode_rows(source, table):
-        for line in part.filter(part[REASON].is_valid()).slice(0, 1).to_pylist():
-            raise DataError(
-                f"reading {group.shard} of {source.url}",
-                f"row {line[ROW]} of row group {group.index}, {line[SAMPLE_ID]}: {line[REASON]}",
-                "clips that can all be used",
-                f"`sgmd check {source.url}` names broken ones; clips of another size need other"
-                " values of world.num_frames and world.frame_px",
-            )
-        yield part
+def _feed(clips: TrainingClips, source: Source, first: int, num_rows: int, readers: int) -> Feed:
+    """A feed of some rows, of which every one can be used; two may have one id."""
+    settings = StreamSettings(
+        source,
+        None,
+        _WINDOWS,
+        max_bad_fraction=0.0,
+        ahead=ReadAheadSettings(readers),
+        ends=True,
+        distinct=False,
+    )
+    return Feed(settings, clips.progress_at(first) if num_rows else FeedProgress(), num_rows)
 
 
-class ReadClips:
-    """Row groups to their clips.
-
-    Args:
-        source: The set, and what is read of it.
-    """
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def __call__(self, tasks: pa.Table) -> Iterator[Batch]:
-        """Read row groups, each in parts of bounded size.
-
-        Raises:
-            DataError: A row cannot be used: its video cannot be decoded or has another size, its
-                caption is empty, or its latents are of another autoencoder.
-        """
-        source = self.source
-        reader = source.open_reader()
-        for task in tasks[_TASK].to_pylist():
-            for part in _read_group(reader, source, *pickle.loads(task)):
-                names = {
-                    name: np.array(part[name].to_pylist(), dtype=object)
-                    for name in REQUIRED_COLUMNS
-                }
-                if source.encoding is None:
-                    pixels = join_names(part[VIDEO]).reshape(-1, *source.pixel_shape)
-                    yield {**names, PIXELS: pixels}
-                else:
-                    latents = unpack_all_latents(part[LATENTS], source.encoding)
-                    yield {**names, LATENTS: latents.float().numpy()}
+def _parts(num_rows: int, size: int) -> Iterator[int]:
+    return (min(size, num_rows - done) for done in range(0, num_rows, size))
 
 
-class EncodeClips:
-    """Turns pixels into normalised latents.
+def _taken(feed: Feed, source: Source, num_rows: int) -> tuple[NDArray[Any], NDArray[Any], int]:
+    """Ids and captions of the next rows, and the number of their batch."""
+    batch = feed.take(num_rows)
+    for bad in batch.rejects:
+        raise _unusable(source, bad)
+    ids, captions = (np.array(each, dtype=object) for each in (batch.sample_ids, batch.captions))
+    return ids, captions, batch.number
 
-    Args:
-        vae_folder: Folder of the trained autoencoder: a path or an address.
-    """
 
-    def __init__(self, vae_folder: str) -> None:
-        # The processes that read and decode import this file too, and need no networks.
-        from workers.models.wan import open_autoencoder
-
-        torch.set_num_threads(1)
-        with folder_here(vae_folder) as folder:
-            self.vae = open_autoencoder(folder)
-
-    def __call__(self, batch: Batch) -> Batch:
-        """Encode the column `pixels` of a batch."""
-        video = torch.from_numpy(batch.pop(PIXELS)).permute(0, 4, 1, 2, 3).float() / 255
-        return {**batch, LATENTS: self.vae.encode(video).numpy()}
+def _unusable(source: Source, bad: Rejection) -> DataError:
+    row = "all rows" if bad.row is None else f"row {bad.row}"
+    return DataError(
+        f"reading {bad.source} of {source.url}",
+        f"{row} of row group {bad.row_group}, {bad.sample_id}: {bad.why}",
+        "clips that can all be used",
+        f"`sgmd check {source.url}` names broken ones; clips of another size need other"
+        " values of world.num_frames and world.frame_px",
+    )
 
 
 def collect(batches: Iterable[Mapping[str, NDArray[Any]]], column: str) -> MemoryClips:
     """Gather batches in memory, ordered by sample id.
 
-    Ray Data promises no order, but a resumed run must meet the clips under the same indices.
+    A resumed run must meet the clips under the same indices wherever its shards lie.
 
     Raises:
         DataError: there is no clip at all.
@@ -281,8 +253,8 @@ def collect(batches: Iterable[Mapping[str, NDArray[Any]]], column: str) -> Memor
             "at least one clip per worker",
             "Write more clips or lower ray.num_workers",
         )
-    sample_ids = np.concatenate([part["sample_id"] for part in parts])
-    order = np.argsort(sample_ids)
+    sample_ids = np.concatenate([part[SAMPLE_ID] for part in parts])
+    order = np.argsort(sample_ids, kind="stable")
     values = np.concatenate([part[column] for part in parts])[order]
-    captions = np.concatenate([part["caption"] for part in parts])[order]
+    captions = np.concatenate([part[CAPTION] for part in parts])[order]
     return MemoryClips(torch.from_numpy(values), [str(caption) for caption in captions])

@@ -1,16 +1,17 @@
 """The two training loops as Ray Train workers run them.
 
-    gather clips -> restore the last checkpoint -> { steps -> report } -> final checkpoint
+    read clips -> restore the last checkpoint -> { steps -> report } -> final checkpoint
 
-Every worker runs the same loop on its own part of the clips; gradients are averaged over workers,
+Every worker runs the same loop on its own share of the clips; gradients are averaged over workers,
 whose networks start equal and so stay equal. Worker 0 writes checkpoints and progress;
 `ray.train.report` is a barrier, so all workers call it at the same steps. The arithmetic is in
 the stage modules.
 """
 
 import json
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,14 +19,22 @@ from typing import Any
 
 import ray.train
 import torch
+from torch import Tensor
 
 from cluster.folders import folder_here
 from cluster.ray.mailbox import post
+from pipelines.data.shards.schema import LATENTS
 from pipelines.embedded_worlds import embedded_world
 from pipelines.media.inference import InferenceSettings
 from pipelines.pretraining import networks, vae_stage
 from pipelines.pretraining.config import PretrainConfig
-from pipelines.pretraining.data import MemoryClips, collect
+from pipelines.pretraining.data import (
+    PIXELS,
+    MemoryClips,
+    TrainingClips,
+    collect,
+    share_of_clips,
+)
 from pipelines.pretraining.denoiser_stage import DenoiserTraining, TeacherNetworks
 from pipelines.pretraining.distributed import average_gradients, from_first_worker
 from pipelines.pretraining.events import EventWriter
@@ -37,6 +46,7 @@ STATE_FILE = "state.pt"
 VAE_FOLDER = "vae"
 NETWORKS_FILE = "networks.pt"
 VOCABULARY_FILE = "vocabulary.json"
+_FEWEST_READERS = 2
 _WATCH_SEED = 7_001
 _MAX_STATISTICS_CLIPS = 2048
 
@@ -47,8 +57,8 @@ def vae_loop(settings: Mapping[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     events = _writer(config, settings, "vae", config.vae.num_steps)
     events.note("reading and decoding the clips")
-    clips = _gather("train", "pixels").values
-    held_out = _gather("held_out", "pixels").values
+    clips = _gather(settings["train"], PIXELS).values
+    held_out = _gather(settings["held_out"], PIXELS).values
     _begin(config)
     vae = networks.build_vae(config.vae)
     training = vae_stage.VaeTraining(vae, config.vae, config.seed + 1_000 * rank, average_gradients)
@@ -79,9 +89,10 @@ def denoiser_loop(settings: Mapping[str, Any]) -> None:
     longest = config.denoiser.max_hold_steps + config.denoiser.decay_steps
     events = _writer(config, settings, "denoiser", longest)
     events.note("reading the clips' latents")
-    clips = _gather("train", "latents")
     with folder_here(settings["vae_folder"]) as folder:
         vae = open_autoencoder(folder)
+    torch.set_num_threads(1)  # Bits of latents do not depend on how many cores a worker has.
+    clips = _gather(settings["train"], LATENTS, vae.encode)
     _begin(config)
     training = DenoiserTraining(
         build_pretrained_teacher(config, settings["vocabulary"], vae.vae.config["z_dim"]),
@@ -180,13 +191,16 @@ def _writer(
     return EventWriter(config, stage, num_steps, send, is_silent=is_silent)
 
 
-def _gather(name: str, column: str) -> MemoryClips:
-    """Read this worker's part of a data set into memory."""
-    shard = ray.train.get_dataset_shard(name)
-    assert shard is not None, f"the trainer was given a data set called {name}"
-    # Without a batch format the rows come as numpy columns; the stubs allow for every format.
-    batches: Any = shard.iter_batches(batch_size=256)
-    return collect(batches, column)
+def _gather(
+    clips: TrainingClips, column: str, encode: Callable[[Tensor], Tensor] | None = None
+) -> MemoryClips:
+    """Read this worker's share of a set into memory."""
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    # One process reads latents as fast as a disk or a network gives them; videos keep many busy.
+    is_decoded = clips.source.decode is not None
+    readers = max(_FEWEST_READERS, (os.cpu_count() or 1) // num_workers) if is_decoded else 0
+    return collect(share_of_clips(clips, rank, num_workers, encode=encode, readers=readers), column)
 
 
 def _begin(config: PretrainConfig) -> None:

@@ -1,9 +1,9 @@
 """`pretrain`: train a small Wan teacher from captioned clips, with Ray Train.
 
-    shards -- Ray Data: decode ----------> stage 1: autoencoder  -> RUN/vae/
-    shards -- Ray Data: decode, encode --> stage 2: denoiser     -> RUN/teacher/
-                                           diffusers folder      -> OUTPUT/
-                                           quality               -> RUN/summary.json
+    shards -- feed: decode ---------> stage 1: autoencoder  -> RUN/vae/
+    shards -- feed: decode, encode -> stage 2: denoiser     -> RUN/teacher/
+                                      diffusers folder      -> OUTPUT/
+                                      quality               -> RUN/summary.json
 
 With `vae.folder`, the autoencoder is taken from there; then the shards may hold latents.
 
@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import ray.data
 import torch
 from ray.train import (
     Checkpoint,
@@ -48,9 +47,7 @@ from pipelines.data.shards.schema import ShardKind
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import (
     TrainingClips,
-    clip_dataset,
     distinct_captions,
-    latent_dataset,
     open_clips,
 )
 from pipelines.pretraining.events import EVENTS_FILE, EventWriter, PretrainEvent, PretrainEvents
@@ -88,7 +85,7 @@ from workers.models.families import family_of
 from workers.models.wan import open_autoencoder
 from workers.models.wan_family import WAN_TRAITS
 
-# Ray Data's reading tasks and its actor that encodes clips hold parts of a CPU; one for either.
+# Readers of videos hold parts of a CPU.
 _DATA_CPUS = 2
 _SUMMARY_FILE = "summary.json"
 
@@ -298,8 +295,8 @@ def _make_vae(job: CheckedPretrain, run: _Run, identity: dict[str, Any]) -> None
         part = family_of(folder).traits.layout.autoencoder
         _copy_whole(Path(folder) / part, made, CONFIG_FILE)
         return
-    datasets = {"train": clip_dataset(job.clips), "held_out": clip_dataset(job.held_out)}
-    result = _run_stage(run, VAE_STAGE, vae_loop, {}, datasets)
+    sets = {"train": job.clips, "held_out": job.held_out}
+    result = _run_stage(run, VAE_STAGE, vae_loop, sets)
     with _checkpoint_of(result).as_directory() as folder:
         _copy_whole(Path(folder) / VAE_FOLDER, made, CONFIG_FILE)
 
@@ -309,9 +306,9 @@ def _train_denoiser(run: _Run, clips: TrainingClips, identity: dict[str, Any]) -
     if _is_made(made, NETWORKS_FILE):
         return
     run.record(DENOISER_STAGE, identity)
-    settings = {"vae_folder": vae_folder, "vocabulary": distinct_captions(clips)}
-    datasets = {"train": latent_dataset(clips, vae_folder)}
-    result = _run_stage(run, DENOISER_STAGE, denoiser_loop, settings, datasets)
+    vocabulary = distinct_captions(clips)
+    settings = {"train": clips, "vae_folder": vae_folder, "vocabulary": vocabulary}
+    result = _run_stage(run, DENOISER_STAGE, denoiser_loop, settings)
     with _checkpoint_of(result).as_directory() as folder:
         _copy_whole(Path(folder), made, NETWORKS_FILE)
 
@@ -338,7 +335,6 @@ def _run_stage(
     stage: str,
     loop: Callable[[dict[str, Any]], None],
     settings: dict[str, Any],
-    datasets: dict[str, ray.data.Dataset],
 ) -> Result:
     """Run one stage under Ray Train; the same name and folder continue an earlier attempt."""
     ray_settings = run.config.ray
@@ -350,7 +346,6 @@ def _run_stage(
         loop,
         train_loop_config={**common, **settings},
         torch_config=TorchConfig(backend="gloo"),
-        datasets=dict(datasets),
         scaling_config=ScalingConfig(
             num_workers=ray_settings.num_workers,
             resources_per_worker={"CPU": ray_settings.cpus_per_worker},

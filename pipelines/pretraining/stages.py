@@ -191,7 +191,7 @@ def _shards(clips: TrainingClips) -> dict[str, str]:
     """Digest of each training shard, by a key that leaves its folder out."""
     place = clips.source.open(probe=False)
     found: dict[str, str] = {}
-    for path in clips.shards:
+    for path in clips.paths:
         with open_reading(place.filesystem, f"{place.root}/{path}") as file:
             digest = hashlib.file_digest(cast("Any", file), "sha256")
         found[f"the content of {path} in world.train"] = digest.hexdigest()[:16]

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from pipelines.data.clips.clip_decoding import first_frame
+from pipelines.data.clips.transcoding import shrink_video
 from pipelines.media.clip_files import ClipColumn, ClipFiles, clips_folder, read_clip_files
-from pipelines.media.video import first_frame, shrink_video
 from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.records import RunRecords
 from pipelines.run.folder import file_inside

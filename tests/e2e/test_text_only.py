@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from pipelines.cli import app
 from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.clips.clip_format import ClipFormat
-from pipelines.data.making.encode import encode
-from pipelines.data.making.encode_options import EncodeOptions
+from pipelines.data.encoding.encode import encode
+from pipelines.data.encoding.encode_options import EncodeOptions
 from pipelines.data.shards.columns import OptionColumnNames
 from pipelines.data.shards.prompts import read_stored_prompts
 from pipelines.data.shards.schema import encoding_of

@@ -16,6 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from pipelines.cli import app
+from pipelines.data.clips.clip_decoding import decode_video
 from pipelines.generate import SamplingOptions, generate
 from pipelines.media.inference import (
     SETTINGS_FILE,
@@ -23,7 +24,6 @@ from pipelines.media.inference import (
     read_inference_settings,
     write_inference_settings,
 )
-from pipelines.media.video import decode_video
 from sgmd_core.errors import ConfigError, ModelFolderError, ShapeError
 from sgmd_core.rollout import euler_sample
 from sgmd_core.schedule import FlowMatchSchedule

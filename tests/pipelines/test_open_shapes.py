@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.media.video import decode_video
+from pipelines.data.clips.clip_decoding import decode_video
 from pipelines.open_shapes import (
     OPEN_SHAPES,
     OPEN_WORLD,

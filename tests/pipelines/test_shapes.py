@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.media.video import decode_video
+from pipelines.data.clips.clip_decoding import decode_video
 from pipelines.shapes import (
     FPS,
     SPEED_JITTER,

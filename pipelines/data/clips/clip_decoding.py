@@ -87,6 +87,16 @@ def decode_clip(data: bytes, wanted: ClipFormat, limits: ClipLimits = DEFAULT_LI
     return clip
 
 
+def decode_video(data: bytes) -> Pixels:
+    """Every frame of a file as it is, see `decode_clip`."""
+    return decode_clip(data, ClipFormat())
+
+
+def first_frame(data: bytes) -> Pixels:
+    """The first picture (height, width, 3) of a file; the others are not decoded."""
+    return decode_clip(data, ClipFormat(num_frames=1))[0]
+
+
 @dataclass(frozen=True, slots=True)
 class ClipDecoder:
     """Decodes files to clips of one format; what `Source.decode` is for videos.

@@ -8,8 +8,8 @@ import av
 from av.video.reformatter import VideoReformatter
 
 from pipelines.data.clips.clip_colour import tag_as_bt709, to_bt709
-from pipelines.data.clips.clip_decoding import read_facts, sample_frames
-from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits
+from pipelines.data.clips.clip_decoding import first_frame, read_facts, sample_frames
+from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat, ClipLimits, FitPolicy
 from pipelines.data.clips.clip_stream import FALLBACK_FPS
 from pipelines.media.video import REPEATABLE_X264
 
@@ -54,3 +54,21 @@ def transcode(
             container.mux(stream.encode(to_bt709(frame, stream.pix_fmt, converter)))
         container.mux(stream.encode())
     return buffer.getvalue(), float(rate)
+
+
+def shrink_video(data: bytes, width_px: int, crf: int) -> bytes:
+    """Encodes a video file anew, smaller.
+
+    Args:
+        data: A file that FFmpeg can read.
+        width_px: Width to shrink to; a narrower video keeps its size.
+        crf: See `transcode`.
+
+    Raises:
+        ClipError: the bytes are no video; says why.
+    """
+    height, width = first_frame(data).shape[:2]
+    width_px = min(width, width_px) // 2 * 2
+    height_px = max(2, round(height * width_px / width / 2) * 2)
+    wanted = ClipFormat(height=height_px, width=width_px, policy=FitPolicy.RESIZE)
+    return transcode(data, wanted, crf=crf)[0]

@@ -1,1 +1,1 @@
-"""Making shards: `prepare` from videos and captions, `encode` to latents and embeddings."""
+"""Making shards of videos and captions."""

@@ -159,5 +159,6 @@ def join_names(values: pa.ChunkedArray) -> NDArray[np.uint8]:
     """
     array = values.combine_chunks()
     _, borders, content = array.buffers()
-    places = np.frombuffer(borders, dtype=np.int32)[array.offset :][: len(array) + 1]
+    width = np.int64 if pa.types.is_large_binary(array.type) else np.int32
+    places = np.frombuffer(borders, dtype=width)[array.offset :][: len(array) + 1]
     return np.frombuffer(content, dtype=np.uint8)[places[0] : places[-1]]

@@ -10,6 +10,7 @@ folder that grows, shrinks or loses a shard meanwhile does not shift the order o
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyarrow as pa
 from fsspec import AbstractFileSystem
 
 from pipelines.data.making.caption_file import no_shards
@@ -41,6 +42,7 @@ class Catalogue:
         retry: How patiently footers are read.
         recorded: Lines that earlier `take_notes` returned, when a run goes on.
         only: Name of the only shard; see `ShardSet`.
+        in_order: The server is trusted to list in order; see `list_chapters`.
     """
 
     def __init__(
@@ -51,12 +53,15 @@ class Catalogue:
         retry: S3Settings = S3Settings(),
         recorded: Iterable[Mapping[str, Any]] = (),
         only: str = "",
+        *,
+        in_order: bool = True,
     ) -> None:
         self._filesystem = filesystem
         self._root = root
         self._chapter_shards = chapter_shards
         self._retry = retry
         self._only = only
+        self._in_order = in_order
         self._chapters: list[Chapter] = []
         self._rows: dict[str, tuple[int, ...]] = {}
         self._faults: dict[str, str] = {}
@@ -90,13 +95,22 @@ class Catalogue:
         filled = [shard for shard in self.chapter(0) or () if shard.num_bytes][:SETTLING_SHARDS]
         opened = open_shards(self._filesystem, self._root, filled, self._retry)
         self._opened = {each.shard.path: each for each in opened}
-        schemas = [each.footer.schema for each in opened if each.footer is not None]
+        schemas = [*self.first_schemas.values()]
         url = self._filesystem.unstrip_protocol(self._root)
         require_named(url, schemas, names)
         settled = settle_names(schemas, names)
         if isinstance(settled, Fault):
             raise column_error(url, "its first shards", settled, names)
         return settled
+
+    @property
+    def first_schemas(self) -> dict[str, pa.Schema]:
+        """Schemas of the shards that `settle_names` has opened, by their paths.
+
+        They are forgotten once the row groups of their shards are asked for.
+        """
+        opened = self._opened.items()
+        return {path: each.footer.schema for path, each in opened if each.footer is not None}
 
     def num_chapters(self) -> int:
         """Counts the chapters; lists to the end."""
@@ -177,12 +191,13 @@ class Catalogue:
 
     def _begin(self) -> Iterator[Chapter]:
         size = self._chapter_shards
+        place = (self._filesystem, self._root, size)
+        how: dict[str, Any] = {"only": self._only, "in_order": self._in_order}
         if self._chapters:
-            last = self._chapters[-1][-1].path
-            return list_chapters(self._filesystem, self._root, size, last, only=self._only)
+            return list_chapters(*place, self._chapters[-1][-1].path, **how)
         indexed = None if self._only else read_index(self._filesystem, self._root, self._retry)
         if indexed is None:
-            return list_chapters(self._filesystem, self._root, size, only=self._only)
+            return list_chapters(*place, **how)
         return iter([indexed[at : at + size] for at in range(0, len(indexed), size)])
 
     def _open(self, shards: Sequence[Shard]) -> None:

@@ -37,7 +37,7 @@ from pipelines.data.stream.plan import Cursor, ShuffleSettings
 from pipelines.data.stream.quarantine import REPEATS, Tally
 from pipelines.data.stream.ray_stream import RayDataReader, ReadAheadSettings
 from pipelines.data.stream.source import Source
-from pipelines.data.stream.stream import Planned, plan_windows, read_in_process
+from pipelines.data.stream.stream import Planned, first_rows, plan_windows, read_in_process
 from pipelines.data.stream.window import GROUP, PLACE, REASON, ROW, WHOLE_GROUP
 from sgmd_core.errors import DataError
 from sgmd_core.types import DataBatch, Latents, Text
@@ -52,21 +52,25 @@ class StreamSettings:
 
     Attributes:
         source: The folder and what is wanted of it.
-        seed: The run's seed.
+        seed: The run's seed; None: rows come as they are stored.
         shuffle: How well rows are mixed.
         max_bad_fraction: Share of the rows that may be unusable before the stream ends.
         ahead: How far Ray Data reads ahead; None reads in this process, a window ahead.
         weight: Of this set among several.
         further: The other sets, with their weights; see `pipelines.data.stream.mixing`.
+        ends: Rows beyond those that are announced to the feed are not even read.
+        distinct: A row whose id an earlier one of its epoch has is left out.
     """
 
     source: Source
-    seed: int
+    seed: int | None
     shuffle: ShuffleSettings = ShuffleSettings()
     max_bad_fraction: float = 0.01
     ahead: ReadAheadSettings | None = None
     weight: float = 1.0
     further: tuple[tuple[Source, float], ...] = ()
+    ends: bool = False
+    distinct: bool = True
 
     @property
     def of_each_set(self) -> tuple[Self, ...]:
@@ -110,7 +114,8 @@ class Feed:
     Args:
         settings: What is streamed.
         progress: Where the run stands.
-        num_rows: Rows that the rest of the run will take; more may be taken.
+        num_rows: Rows that the rest of the run will take; more may be taken, unless the stream
+            ends with them.
     """
 
     def __init__(self, settings: StreamSettings, progress: FeedProgress, num_rows: int) -> None:
@@ -127,6 +132,7 @@ class Feed:
         )
         source = replace(source, settled=catalogue.settle_names(place.names))
         plan = plan_windows(catalogue, settings.seed, settings.shuffle, progress.cursor)
+        plan = first_rows(plan, num_rows) if settings.ends else plan
         self._windows = (
             read_in_process(plan, source, num_rows)
             if settings.ahead is None or not settings.ahead.readers
@@ -136,6 +142,7 @@ class Feed:
         self._columns = [*source.columns]
         self._tally = Tally(settings.max_bad_fraction, progress.rejects)
         self._seen = SeenIds(progress.used_ids)
+        self._distinct = settings.distinct
         self._epoch = progress.cursor.epoch
         passes = float(progress.cursor.epoch)
         self._open = _OpenWindow(progress.cursor, (passes, passes), 1)
@@ -263,7 +270,7 @@ class Feed:
             is_bad = table.column(REASON).is_valid()
             rejects += _rejects(planned, table.filter(is_bad))
             table = table.filter(pc.invert(is_bad))
-        good, repeats = self._without_repeats(planned, table)
+        good, repeats = self._without_repeats(planned, table) if self._distinct else (table, [])
         rejects += repeats
         window = planned.window
         self._open = _OpenWindow(window.cursor, planned.passes, window.num_rows, good)

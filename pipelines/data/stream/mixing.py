@@ -56,6 +56,7 @@ class MixedFeed:
     """
 
     def __init__(self, settings: StreamSettings, progress: FeedProgress, num_rows: int) -> None:
+        assert settings.seed is not None, "sets are drawn by a seed"
         self._seed = settings.seed
         self._weights = (settings.weight, *(weight for _, weight in settings.further))
         self._position = progress.rows

@@ -7,6 +7,7 @@
 
 An index of the folder saves listing and footers, but changes nothing of the order. A cursor says
 where in this order a run stands; going on from it costs one section's footers, however far in.
+Without a seed everything comes as it is stored.
 """
 
 from collections.abc import Sequence
@@ -113,49 +114,55 @@ class Window:
     Attributes:
         cursor: Where it begins; `row` is the first row that is still wanted.
         groups: What to read.
-        seed: Seeds the order of the rows.
+        seed: Seeds the order of the rows; empty: as they are stored.
+        stop: The first row that is not wanted any more; None: all are.
     """
 
     cursor: Cursor
     groups: tuple[RowGroup, ...]
-    seed: tuple[int, ...]
+    seed: tuple[int, ...] = ()
+    stop: int | None = None
 
     @property
     def num_rows(self) -> int:
         """Rows of all its row groups."""
         return sum(group.num_rows for group in self.groups)
 
+    @property
+    def num_wanted(self) -> int:
+        """Rows of them that are wanted."""
+        return (self.num_rows if self.stop is None else self.stop) - self.cursor.row
+
     def order(self) -> NDArray[np.int64]:
         """The permutation of the rows, counted through the row groups one after another."""
-        return np.random.default_rng(self.seed).permutation(self.num_rows)
+        return _order(self.seed, self.num_rows)
 
 
-def chapter_order(seed: int, epoch: int, num_chapters: int) -> list[int]:
+def chapter_order(seed: int | None, epoch: int, num_chapters: int) -> list[int]:
     """The chapters of an epoch from the second one on; the first one takes them as listed."""
-    if epoch == 0:
-        return list(range(num_chapters))
-    return np.random.default_rng((_CHAPTERS, seed, epoch)).permutation(num_chapters).tolist()
+    numbers = () if epoch == 0 else _numbers(_CHAPTERS, seed, epoch)
+    return _order(numbers, num_chapters).tolist()
 
 
 def sections_of(
-    seed: int, epoch: int, chapter: int, shards: Sequence[Shard], size: int
+    seed: int | None, epoch: int, chapter: int, shards: Sequence[Shard], size: int
 ) -> list[tuple[Shard, ...]]:
     """A chapter's shards in the epoch's order, cut into sections.
 
     Args:
-        seed: The run's seed.
+        seed: The run's seed; None: as stored.
         epoch: Which pass.
         chapter: Number of the chapter as listed.
         shards: Its shards as listed.
         size: Shards of a section.
     """
-    order = np.random.default_rng((_SHARDS, seed, epoch, chapter)).permutation(len(shards))
+    order = _order(_numbers(_SHARDS, seed, epoch, chapter), len(shards))
     shuffled = [shards[place] for place in order]
     return [tuple(shuffled[start : start + size]) for start in range(0, len(shuffled), size)]
 
 
 def windows_of(
-    seed: int,
+    seed: int | None,
     epoch: int,
     chapter: int,
     section: int,
@@ -165,7 +172,7 @@ def windows_of(
     """A section's row groups in the epoch's order, cut into windows.
 
     Args:
-        seed: The run's seed.
+        seed: The run's seed; None: as stored.
         epoch: Which pass.
         chapter: Number of the chapter as listed.
         section: Place of the section in the chapter.
@@ -175,8 +182,8 @@ def windows_of(
     Returns:
         Row groups and the seed of the row order, for each window.
     """
-    numbers = (seed, epoch, chapter, section)
-    order = np.random.default_rng((_ROW_GROUPS, *numbers)).permutation(len(groups))
+    numbers = (epoch, chapter, section)
+    order = _order(_numbers(_ROW_GROUPS, seed, *numbers), len(groups))
     row_bytes = _bytes_per_row(groups)
     limit = shuffle.window_mb * 2**20
     windows: list[list[RowGroup]] = []
@@ -189,7 +196,20 @@ def windows_of(
             room = limit
         windows[-1].append(group)
         room -= size
-    return [(tuple(window), (_ROWS, *numbers, place)) for place, window in enumerate(windows)]
+    return [
+        (tuple(window), _numbers(_ROWS, seed, *numbers, place))
+        for place, window in enumerate(windows)
+    ]
+
+
+def _numbers(kind: int, seed: int | None, *place: int) -> tuple[int, ...]:
+    """Numbers that seed a draw; none without a seed."""
+    return () if seed is None else (kind, seed, *place)
+
+
+def _order(numbers: tuple[int, ...], size: int) -> NDArray[np.int64]:
+    """The permutation that some numbers seed; none of them: as it is."""
+    return np.random.default_rng(numbers).permutation(size) if numbers else np.arange(size)
 
 
 def _bytes_per_row(groups: Sequence[RowGroup]) -> dict[str, float]:

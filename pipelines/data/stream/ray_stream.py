@@ -16,7 +16,7 @@ import json
 import pickle
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
 from threading import Thread
-from typing import Any, Self, TypeVar, TypeVarTuple, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, TypeVarTuple, cast
 
 import numpy as np
 import pyarrow as pa
@@ -37,8 +37,14 @@ from pipelines.data.stream.window import REASON, ROW, lines_schema, read_window
 from pipelines.data.stream.window_decoding import decode_rows
 from sgmd_core.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    import ray.data
+
 R = TypeVar("R")
 Ts = TypeVarTuple("Ts")
+
+TASK = "task"
+WINDOW = "window"
 
 _FIRST_STRETCH = 8
 _STRETCH_GROWTH = 4
@@ -55,7 +61,6 @@ _TASK_ROWS = 2**18
 _MAX_UNDECODED_WINDOWS = 4
 _MIN_TASKS = 8
 _FAULT = -2  # `row` of a line that carries an error
-_NUMBER = "window"
 _SIZE = "window_lines"
 
 
@@ -128,6 +133,8 @@ class RayDataReader:
             if not self._executions:
                 self._start_another()
             execution = self._executions[0].result()
+            if not execution.planned:
+                return  # The plan has an end.
             self._rows_left -= execution.num_rows
             for done, pair in enumerate(execution.windows()):
                 is_alone = len(self._executions) == 1
@@ -160,7 +167,7 @@ class _Execution:
 
     def __init__(self, planned: Sequence[Planned], blocks: Generator[pa.Table]) -> None:
         self.planned = planned
-        self.num_rows = sum(each.window.num_rows for each in planned)
+        self.num_rows = sum(each.window.num_wanted for each in planned)
         first = next(blocks, None)
         self._blocks = by_window(chain([] if first is None else [first], blocks))
         self.close = blocks.close
@@ -175,7 +182,7 @@ class _Execution:
                 if block is None:
                     raise _lost(f"{lines} of {expected} lines of window {number}")
                 raise_fault(block)
-                found = block.column(_NUMBER).unique().to_pylist()
+                found = block.column(WINDOW).unique().to_pylist()
                 if found != [number]:
                     raise _lost(f"window {found} where {number} was due")
                 expected = block.column(_SIZE)[0].as_py()
@@ -183,13 +190,13 @@ class _Execution:
                 parts.append(block)
             if lines != expected:
                 raise _lost(f"{lines} lines of window {number}, which has {expected}")
-            yield planned, pa.concat_tables(parts).drop_columns([_NUMBER, _SIZE])
+            yield planned, pa.concat_tables(parts).drop_columns([WINDOW, _SIZE])
 
 
 def by_window(blocks: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Blocks, cut where a window ends: Ray Data joins small ones."""
     for block in blocks:
-        numbers = block.column(_NUMBER).to_numpy()
+        numbers = block.column(WINDOW).to_numpy()
         borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), block.num_rows]
         for start, stop in pairwise(borders):
             yield block.slice(start, stop - start)
@@ -201,9 +208,11 @@ def _start(
     """Plans an execution, starts reading it and waits for its first block."""
     planned: list[Planned] = []
     rows = 0
-    while len(planned) < size and rows < num_rows:
-        planned.append(next(plan))
-        rows += planned[-1].window.num_rows
+    for each in plan:
+        planned.append(each)
+        rows += each.window.num_wanted
+        if len(planned) == size or rows >= num_rows:
+            break
     return _Execution(planned, _execute([each.window for each in planned], source, ahead))
 
 
@@ -224,30 +233,52 @@ def _in_background(work: Callable[[*Ts], R], *args: *Ts) -> Future[R]:
 def _execute(
     windows: Sequence[Window], source: Source, ahead: ReadAheadSettings
 ) -> Generator[pa.Table]:
-    import ray.data
-
-    tasks = [{"task": pickle.dumps(part)} for part in tasks_of(windows, source)]
-    items = ray.data.from_items(tasks, override_num_blocks=len(tasks))
-    rows = items.map_batches(
-        cast("Any", read_block),  # Ray's stubs do not know functions of Arrow tables
-        batch_size=None,
-        batch_format="pyarrow",
-        fn_kwargs={"source": source},
-        num_cpus=_READER_CPUS,
-        compute=ray.data.TaskPoolStrategy(size=ahead.readers),
-    )
+    if not windows:
+        return
+    tasks = tasks_of(windows, source)
+    rows = lines_dataset(tasks, read_block, source, ahead.readers, _READER_CPUS)
     options = rows.context.execution_options
-    options.preserve_order = True
     # Two executions overlap for a while, so each gets half.
     options.resource_limits = options.resource_limits.copy(
         object_store_memory=ahead.store_mb * 2**20 / 2
     )
-    rows.context.enable_progress_bars = False
     others = [*rows.context.custom_execution_callback_classes]
     rows.context.custom_execution_callback_classes = [*others, cast("Any", Unhurried)]
     # What is fetched ahead here would be taken from what the readers may hold.
     blocks = rows.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
-    return cast("Generator[pa.Table]", iter(blocks))
+    yield from cast("Generator[pa.Table]", iter(blocks))
+
+
+def lines_dataset(
+    tasks: Sequence[object],
+    read: Callable[[pa.Table, Source], Iterator[pa.Table]],
+    source: Source,
+    readers: int,
+    num_cpus: float,
+) -> "ray.data.Dataset":
+    """Lines of a source on their way, in the order of the tasks; nothing runs yet.
+
+    Args:
+        tasks: What is read together, pickled in the column `TASK` of the table that `read` gets.
+        read: Turns it into lines.
+        source: What is wanted.
+        readers: Tasks that read at the same time.
+        num_cpus: Cores of each.
+    """
+    import ray.data
+
+    packed = [{TASK: pickle.dumps(task)} for task in tasks]
+    lines = ray.data.from_items(packed, override_num_blocks=len(packed)).map_batches(
+        cast("Any", read),  # Ray's stubs do not know functions of Arrow tables
+        batch_size=None,
+        batch_format="pyarrow",
+        fn_kwargs={"source": source},
+        num_cpus=num_cpus,
+        compute=ray.data.TaskPoolStrategy(size=readers),
+    )
+    lines.context.execution_options.preserve_order = True
+    lines.context.enable_progress_bars = False
+    return lines
 
 
 class Unhurried:
@@ -301,12 +332,24 @@ def tasks_of(windows: Sequence[Window], source: Source) -> list[list[tuple[int, 
 
 def read_block(block: pa.Table, source: Source) -> Iterator[pa.Table]:
     """Reads windows in a reader's process and returns their lines, each in one part or several."""
-    windows = [pair for packed in block.column("task") for pair in pickle.loads(packed.as_py())]
+    windows = [pair for packed in block.column(TASK) for pair in pickle.loads(packed.as_py())]
+    yield from read_windows(_reader(source), source, windows)
+
+
+def read_windows(
+    reader: RowGroupReader, source: Source, windows: Iterable[tuple[int, Window]]
+) -> Iterator[pa.Table]:
+    """Reads numbered windows, and decodes their videos where the source says how.
+
+    Yields:
+        The lines of `read_window`, each window in one part or several, with the window's number in
+        the column `WINDOW`. An error comes as a line too and is the last one; see `raise_fault`.
+    """
     for number, window in windows:
         try:
-            table = read_window(_reader(source), source, window)
+            table = read_window(reader, source, window)
             for part in [table] if source.decode is None else decode_rows(source, table):
-                for name, value in ((_NUMBER, number), (_SIZE, table.num_rows)):
+                for name, value in ((WINDOW, number), (_SIZE, table.num_rows)):
                     values = pa.array(np.full(part.num_rows, value, dtype=np.int64))
                     part = part.append_column(name, values)
                 yield part
@@ -324,8 +367,8 @@ def _reader(source: Source) -> RowGroupReader:
 def fault_line(number: int, error: DataError, source: Source) -> pa.Table:
     """An error in the place of a window's lines; `raise_fault` raises it where it arrives."""
     words = json.dumps([str(argument) for argument in error.args])
-    line = {ROW: _FAULT, REASON: words, _NUMBER: number, _SIZE: 1}
-    schema = lines_schema(source).append(pa.field(_NUMBER, pa.int64()))
+    line = {ROW: _FAULT, REASON: words, WINDOW: number, _SIZE: 1}
+    schema = lines_schema(source).append(pa.field(WINDOW, pa.int64()))
     return pa.Table.from_pylist([line], schema=schema.append(pa.field(_SIZE, pa.int64())))
 
 
@@ -335,8 +378,16 @@ def raise_fault(block: pa.Table) -> None:
     Raises:
         DataError: The block stands for one.
     """
-    if block.column(ROW)[0].as_py() == _FAULT:
-        raise DataError(*cast("list[Any]", json.loads(block.column(REASON)[0].as_py())))
+    error = fault_in(block)
+    if error is not None:
+        raise error
+
+
+def fault_in(block: pa.Table) -> DataError | None:
+    """The error that a block stands for, if it is no lines."""
+    if not block.num_rows or block.column(ROW)[0].as_py() != _FAULT:
+        return None
+    return DataError(*cast("list[Any]", json.loads(block.column(REASON)[0].as_py())))
 
 
 def _lost(found: str) -> DataError:

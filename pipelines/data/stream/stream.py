@@ -57,13 +57,13 @@ class Planned:
 
 
 def plan_windows(
-    catalogue: Catalogue, seed: int, shuffle: ShuffleSettings, start: Cursor = Cursor()
+    catalogue: Catalogue, seed: int | None, shuffle: ShuffleSettings, start: Cursor = Cursor()
 ) -> Iterator[Planned]:
     """The endless order of windows from a place on.
 
     Args:
         catalogue: The folder; asked for no more than is needed.
-        seed: The run's seed.
+        seed: The run's seed; None: as stored.
         shuffle: How well rows are mixed.
         start: The row that comes first.
 
@@ -104,6 +104,18 @@ def plan_windows(
         epoch += 1
 
 
+def first_rows(plan: Iterator[Planned], num_rows: int) -> Iterator[Planned]:
+    """The beginning of a plan, which ends with the last of so many rows."""
+    for planned in plan:
+        window = planned.window
+        if num_rows <= window.num_wanted:
+            stop = window.cursor.row + num_rows
+            yield replace(planned, window=replace(window, stop=stop))
+            return
+        num_rows -= window.num_wanted
+        yield planned
+
+
 def read_in_process(
     plan: Iterator[Planned], source: Source, num_rows: int
 ) -> Generator[tuple[Planned, pa.Table]]:
@@ -140,7 +152,7 @@ def _one_ahead(windows: Iterator[tuple[Planned, T]], num_rows: int) -> Generator
         coming = None
         while True:
             planned, content = (coming or pool.submit(next, windows)).result()
-            num_rows -= planned.window.num_rows
+            num_rows -= planned.window.num_wanted
             coming = pool.submit(next, windows) if num_rows > 0 else None
             yield planned, content
     finally:
@@ -174,7 +186,7 @@ class _Section:
 
 
 def _sections(
-    catalogue: Catalogue, seed: int, shuffle: ShuffleSettings, epoch: int, start: Cursor
+    catalogue: Catalogue, seed: int | None, shuffle: ShuffleSettings, epoch: int, start: Cursor
 ) -> Iterator[_Section]:
     """The sections of an epoch, from the one on in which `start` lies."""
     chapters = chapter_order(seed, epoch, catalogue.num_chapters()) if epoch else None

@@ -66,7 +66,8 @@ def put_in_order(source: Source, window: Window, tables: Sequence[pa.Table | Fau
 
     Args:
         source: What is wanted.
-        window: What was read; rows before `cursor.row` of its order are left out.
+        window: What was read; rows before `cursor.row` of its order and from `stop` on are left
+            out.
         tables: What `fetch_groups` has read.
 
     Returns:
@@ -98,7 +99,8 @@ def put_in_order(source: Source, window: Window, tables: Sequence[pa.Table | Fau
         is_usable = ~np.isin(numbers, [number for number, _ in faults])
         order = window.order()
         places = np.flatnonzero(is_usable[order])
-        places = places[places >= window.cursor.row]
+        first = window.cursor.row
+        places = places[(places >= first) & (places < first + window.num_wanted)]
         chosen = order[places]
         taken = _in_order(pa.concat_tables(usable), (np.cumsum(is_usable) - 1)[chosen])
         lines = {

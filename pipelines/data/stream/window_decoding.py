@@ -31,7 +31,8 @@ def decode_rows(source: Source, rows: pa.Table) -> Iterator[pa.Table]:
         rows: What was read; rows that have a reason stay as they are.
 
     Yields:
-        All rows, in order: `video` holds the pixels' bytes, and what cannot be decoded its reason.
+        All rows, in order: `video` holds the pixels' bytes (`large_binary`, since those of one clip
+        may be more than 2 GiB), or null where it cannot be decoded, with its reason.
 
     Raises:
         ProcessStartError: The process that decodes does not start.
@@ -70,7 +71,7 @@ def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
         num_decoded += 1
         lengths[row + 1] = frames.nbytes
     columns = {
-        VIDEO: _binary(pixels, np.cumsum(lengths)),
+        VIDEO: _binary(pixels, np.cumsum(lengths), lengths[1:] > 0),
         REASON: pa.array(reasons, pa.string()),
     }
     for name, values in columns.items():
@@ -87,10 +88,13 @@ def _decoder_of(source: Source) -> Callable[[bytes, float], NDArray[np.uint8] | 
     return partial(decoding_process(source.max_hang_s).apply, decode)
 
 
-def _binary(content: NDArray[np.uint8], borders: NDArray[np.int64]) -> pa.Array:
-    """Values that lie one after the other in `content`, without a copy."""
-    buffers = [None, pa.py_buffer(borders.astype(np.int32)), pa.py_buffer(content)]
-    return pa.Array.from_buffers(pa.binary(), len(borders) - 1, buffers)
+def _binary(
+    content: NDArray[np.uint8], borders: NDArray[np.int64], is_there: NDArray[np.bool_]
+) -> pa.Array:
+    """Values that lie one after the other in `content`, without a copy; some are null."""
+    bits = pa.py_buffer(np.packbits(is_there, bitorder="little"))
+    buffers = [bits, pa.py_buffer(borders), pa.py_buffer(content)]
+    return pa.Array.from_buffers(pa.large_binary(), len(is_there), buffers)
 
 
 def _in_words(error: Exception) -> str:

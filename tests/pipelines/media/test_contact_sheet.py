@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.data.clips.clip_decoding import decode_video
 from pipelines.media.clip_files import SheetGroup, clips_folder, read_clip_files
 from pipelines.media.contact_sheet import enlarge, still_picture, write_contact_sheet
-from pipelines.media.video import decode_video
 from sgmd_core.errors import DataError, ShapeError
 
 PROMPTS = ("a red circle moves left", "a blue bar moves up quickly")

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines.data.clips.clip_decoding import decode_video, first_frame
+from pipelines.data.clips.transcoding import shrink_video
 from pipelines.media.video import (
-    decode_video,
     encode_for_players,
     encode_mp4,
-    first_frame,
-    shrink_video,
     write_gif,
 )
 from pipelines.shapes import FPS, ClipSplit, render_batch

@@ -16,15 +16,15 @@ import torch
 
 from cluster.lease import LEASE_OBJECT
 from pipelines.data.clips.clip_format import ClipFormat
-from pipelines.data.making.encode import encode
-from pipelines.data.making.encode_options import EncodeOptions
+from pipelines.data.encoding.encode import encode
+from pipelines.data.encoding.encode_options import EncodeOptions
 from pipelines.pretraining.config import PretrainConfig
 from pipelines.pretraining.data import (
     MemoryClips,
     collect,
     distinct_captions,
-    latent_dataset,
     open_clips,
+    share_of_clips,
 )
 from pipelines.pretraining.denoiser_stage import DenoiserTraining
 from pipelines.pretraining.events import PretrainEvent
@@ -35,6 +35,7 @@ from sgmd_core.errors import ConfigError, DataError
 from tests.helpers.moves import assert_moves, relative_error
 from tests.helpers.s3_server import S3Access, serve_s3, use_server
 from tests.pipelines.pretraining.test_pretrain import micro_config, write_clips
+from workers.models.wan import open_autoencoder
 
 ROOT = Path(__file__).parents[3]
 MODEL = str(ROOT / "assets" / "tiny-wan")
@@ -66,8 +67,9 @@ def config_of(
 
 def clips_of(config: PretrainConfig) -> MemoryClips:
     """Latents as a training worker gathers them."""
-    rows = latent_dataset(open_clips(config.world.train, config.world), f"{MODEL}/vae")
-    return collect(list(rows.iter_batches(batch_size=256)), "latents")
+    vae = open_autoencoder(f"{MODEL}/vae")
+    clips = open_clips(config.world.train, config.world)
+    return collect(share_of_clips(clips, encode=vae.encode), "latents")
 
 
 def trained(config: PretrainConfig, clips: MemoryClips) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import signal
 from pathlib import Path
@@ -19,7 +18,7 @@ from cluster.errors import InsufficientResourcesError
 from pipelines.media.inference import read_inference_settings
 from pipelines.pretraining import networks, vae_stage
 from pipelines.pretraining.config import DenoiserSettings, PretrainConfig, VaeSettings
-from pipelines.pretraining.data import ReadClips, TrainingClips, collect, open_clips
+from pipelines.pretraining.data import TrainingClips, collect, open_clips, share_of_clips
 from pipelines.pretraining.denoiser_stage import (
     DenoiserTraining,
     RateSchedule,
@@ -286,9 +285,9 @@ def test_a_corrupt_and_an_incomplete_shard_are_named_and_an_empty_one_does_no_ha
     (tmp_path / "train" / "_index.json").unlink()
     # Rows that a command did not take lie beside its shards, and are none of them.
     pq.write_table(pa.table({"reason": ["torn"]}), tmp_path / "train" / "quarantine.parquet")
-    assert open_clips(folder, world).shards == [first.name, shard.name]
+    assert open_clips(folder, world).paths == [first.name, shard.name]
     pq.write_table(table.slice(0, 0), shard)
-    assert open_clips(folder, world).shards == [first.name]
+    assert open_clips(folder, world).paths == [first.name]
     pq.write_table(table.drop_columns(["caption"]), shard)
     with pytest.raises(DataError, match=rf"{shard.name}: missing column caption"):
         open_clips(folder, world)
@@ -297,22 +296,43 @@ def test_a_corrupt_and_an_incomplete_shard_are_named_and_an_empty_one_does_no_ha
         open_clips(folder, world)
 
 
-def read_all(clips: TrainingClips) -> list[dict[str, np.ndarray]]:
-    """What Ray Data's tasks read."""
-    tasks = pa.table({"task": [pickle.dumps(each) for each in clips.groups]})
-    return list(ReadClips(clips.source)(tasks))
-
-
 @pytest.mark.slow
 def test_at_most_so_many_clips_are_read_the_first_ones(tmp_path: Path) -> None:
     write_clips(tmp_path)
     world = micro_config(tmp_path).world
-    every = collect(read_all(open_clips(world.train, world)), "pixels")
+    every = collect(share_of_clips(open_clips(world.train, world)), "pixels")
     few = world.model_copy(update={"max_clips": 11})
-    some = collect(read_all(open_clips(world.train, few)), "pixels")
+    some = collect(share_of_clips(open_clips(world.train, few)), "pixels")
     assert (len(every.values), len(some.values)) == (16, 11)
     assert torch.equal(some.values, every.values[:11])
     assert some.captions == every.captions[:11]
+
+
+@pytest.mark.slow
+def test_workers_share_the_clips_row_by_row_and_none_is_read_twice(tmp_path: Path) -> None:
+    write_clips(tmp_path)
+    world = micro_config(tmp_path).world.model_copy(update={"max_clips": 13})
+    clips = open_clips(world.train, world)
+    every = collect(share_of_clips(clips), "pixels")
+    shares = [collect(share_of_clips(clips, rank, 3), "pixels") for rank in range(3)]
+    assert [len(share.captions) for share in shares] == [4, 4, 5]
+    assert torch.equal(torch.cat([share.values for share in shares]), every.values)
+    assert [text for share in shares for text in share.captions] == every.captions
+
+
+def test_two_rows_with_one_id_are_both_trained_on_and_what_is_beyond_the_last_clip_is_not_looked_at(
+    tmp_path: Path,
+) -> None:
+    write_clips(tmp_path)
+    shard = min((tmp_path / "train").glob("*.parquet"))
+    rows = pq.read_table(shard).to_pylist()
+    rows[1]["sample_id"] = rows[0]["sample_id"]
+    rows[5]["video"] = b"torn"
+    pq.write_table(pa.Table.from_pylist(rows, schema=pq.read_schema(shard)), shard)
+    (tmp_path / "train" / "_index.json").unlink()
+    world = micro_config(tmp_path).world.model_copy(update={"max_clips": 5})
+    clips = open_clips(world.train, world)
+    assert len(collect(share_of_clips(clips), "pixels").values) == 5
 
 
 @pytest.mark.parametrize(
@@ -332,7 +352,7 @@ def test_a_bad_row_is_named(tmp_path: Path, change: dict[str, object], complaint
     (tmp_path / "train" / "_index.json").unlink()
     world = micro_config(tmp_path).world
     with pytest.raises(DataError, match=complaint):
-        read_all(open_clips(world.train, world))
+        list(share_of_clips(open_clips(world.train, world)))
 
 
 def test_clips_of_another_size_are_refused(tmp_path: Path) -> None:
@@ -340,7 +360,7 @@ def test_clips_of_another_size_are_refused(tmp_path: Path) -> None:
     world = micro_config(tmp_path).world
     for change in ({"frame_px": 48}, {"num_frames": 9}):
         with pytest.raises(DataError, match="wrong_size"):
-            read_all(open_clips(world.train, world.model_copy(update=change)))
+            list(share_of_clips(open_clips(world.train, world.model_copy(update=change))))
 
 
 def identities(config: PretrainConfig) -> dict[str, dict[str, object]]:

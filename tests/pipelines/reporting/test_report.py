@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.data.clips.clip_decoding import decode_video
 from pipelines.evaluation.result import GENERATOR, REFERENCE
-from pipelines.media.video import decode_video
 from pipelines.reporting.clips import MAX_MEDIA_BYTES, Media, clip_table
 from pipelines.reporting.curves import LabelledRun
 from pipelines.reporting.page import write_report

@@ -12,9 +12,9 @@ import pytest
 from cluster.s3.settings import S3Settings
 from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.clips.clip_format import ClipFormat
+from pipelines.data.encoding.encode import encode
+from pipelines.data.encoding.encode_options import EncodeOptions
 from pipelines.data.making.caption_file import open_set, read_prompts
-from pipelines.data.making.encode import encode
-from pipelines.data.making.encode_options import EncodeOptions
 from pipelines.data.making.prepare import PrepareOptions, prepare
 from pipelines.data.shards.index import read_index
 from pipelines.data.stream.inspect import inspect_folder

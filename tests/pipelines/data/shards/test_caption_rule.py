@@ -10,13 +10,15 @@ import pytest
 from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.clips.clip_format import ClipFormat
-from pipelines.data.making.encode_plan import plan_parts
-from pipelines.data.making.encode_stages import TASK, read_and_decode
+from pipelines.data.encoding.encode_plan import plan_parts
+from pipelines.data.encoding.encode_stages import read_and_decode
 from pipelines.data.making.prepare_clip import ClipRules, prepare_clip
 from pipelines.data.making.source_clip import SourceClip
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.rejection import Rejection
+from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
+from pipelines.data.stream.ray_stream import TASK
 from pipelines.data.stream.source import Source
 
 LIMIT = 10
@@ -75,12 +77,16 @@ def test_training_and_check_and_encode_and_prepare_reject_the_same_captions_alik
 
     encoded = {
         line["sample_id"]: (line["reason"], line["detail"])
-        for part in plan_parts(*open_folder(str(shards / "videos")), 100)
+        for part in plan_parts(Catalogue(*open_folder(str(shards / "videos")), 1000), 100)
         for table in read_and_decode(
             pa.table({TASK: [pickle.dumps(part)]}),
-            str(shards / "videos"),
-            ClipDecoder(ClipFormat(5, 32, 32, 8)),
-            LIMIT,
+            Source(
+                str(shards / "videos"),
+                columns=("video",),
+                max_caption_chars=LIMIT,
+                decode=ClipDecoder(ClipFormat(5, 32, 32, 8)),
+                pixel_shape=(5, 32, 32, 3),
+            ),
         )
         for line in table.to_pylist()
     }

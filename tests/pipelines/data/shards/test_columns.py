@@ -18,8 +18,8 @@ from pipelines.cli import app
 from pipelines.data.checking.check import CheckOptions, check_shards
 from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.clips.clip_format import DEFAULT_LIMITS, ClipFormat
-from pipelines.data.making.encode_plan import plan_parts
-from pipelines.data.making.encode_stages import DETAIL, REASON, TASK, read_and_decode
+from pipelines.data.encoding.encode_plan import plan_parts
+from pipelines.data.encoding.encode_stages import DETAIL, REASON, read_and_decode
 from pipelines.data.shards.columns import (
     ColumnMap,
     ColumnNames,
@@ -33,9 +33,11 @@ from pipelines.data.shards.reading import Fault
 from pipelines.data.shards.rejection import join_reason
 from pipelines.data.shards.schema import FPS, REQUIRED_COLUMNS, VIDEO
 from pipelines.data.stream.batch import Batch
+from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.inspect import FolderFacts, inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings
+from pipelines.data.stream.ray_stream import TASK
 from pipelines.data.stream.source import Source
 from pipelines.shapes import write_shards
 from sgmd_core.errors import DataError
@@ -237,10 +239,11 @@ def as_hugging_face_stores(folder: Path, path: Path, name: str = "video") -> int
 
 def encoded_reasons(folder: Path) -> list[str]:
     """Reasons by which `sgmd encode` takes no row, "" where it takes it."""
-    parts = plan_parts(*open_folder(str(folder)), 8)
+    parts = plan_parts(Catalogue(*open_folder(str(folder)), 1000), 8)
     tasks = pa.table({TASK: [pickle.dumps(part) for part in parts]})
-    decode = ClipDecoder(ClipFormat(None, 32, 32), DEFAULT_LIMITS)
-    lines = pa.concat_tables(read_and_decode(tasks, str(folder), decode, 4096, max_hang_s=0))
+    decode = ClipDecoder(ClipFormat(13, 32, 32), DEFAULT_LIMITS)
+    clips = {"columns": ("video",), "decode": decode, "pixel_shape": (13, 32, 32, 3)}
+    lines = pa.concat_tables(read_and_decode(tasks, Source(str(folder), max_hang_s=0, **clips)))
     return [
         "" if line[REASON] is None else join_reason(line[REASON], line[DETAIL])
         for line in lines.to_pylist()

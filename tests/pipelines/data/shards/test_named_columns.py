@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from pipelines.cli import app
 from pipelines.data.clips.clip_format import ClipFormat
-from pipelines.data.making.encode import encode
-from pipelines.data.making.encode_options import EncodeOptions
+from pipelines.data.encoding.encode import encode
+from pipelines.data.encoding.encode_options import EncodeOptions
 from pipelines.data.shards.columns import OptionColumnNames, RecipeColumnNames
 from pipelines.data.stream.inspect import inspect_folder
 from pipelines.data.stream.plan import ShuffleSettings

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipelines.data.clips.clip_decoding import ClipDecoder
+from pipelines.data.clips.clip_decoding import ClipDecoder, decode_video
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.shards.schema import FPS, LATENTS, TEXT_EMBEDS, VIDEO, Encoding, encoded_schema
 from pipelines.data.shards.values import pack, pack_text
@@ -16,7 +16,7 @@ from pipelines.data.stream.batch import Batch
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.ray_stream import ReadAheadSettings
 from pipelines.data.stream.source import Source
-from pipelines.media.video import decode_video, encode_mp4
+from pipelines.media.video import encode_mp4
 from pipelines.shapes import render, sample_spec, write_shards
 from tests.helpers.hanging import CRASH, HANG, OddDecoder, grey_clip
 

@@ -21,17 +21,19 @@ from cluster.errors import InsufficientResourcesError
 from pipelines.cli import app
 from pipelines.data.clips.clip_decoding import ClipDecoder, decode_clip
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
-from pipelines.data.making import encode_stages as stages
-from pipelines.data.making.encode import EncodeReport, encode, encoding_for
-from pipelines.data.making.encode_options import ActorPool, EncodeOptions, dtype_named
-from pipelines.data.making.encode_plan import Part, SourceGroup, digest, plan_parts
-from pipelines.data.making.encode_writer import PartWriter
+from pipelines.data.encoding import encode_stages as stages
+from pipelines.data.encoding.encode import EncodeReport, encode, encoding_for
+from pipelines.data.encoding.encode_options import ActorPool, EncodeOptions, dtype_named
+from pipelines.data.encoding.encode_plan import Part, SourceGroup, digest, plan_parts
+from pipelines.data.encoding.encode_writer import PartWriter
 from pipelines.data.making.journal import open_journal
 from pipelines.data.shards.columns import ColumnNames, OptionColumnNames
 from pipelines.data.shards.filesystem import open_folder
 from pipelines.data.shards.index import read_index
 from pipelines.data.shards.schema import Encoding, encoding_of, video_schema
 from pipelines.data.shards.values import unpack_latents, unpack_text
+from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.source import Source
 from pipelines.shapes import ClipSplit, captions, write_shards
 from sgmd_core.errors import ConfigError, DataError, ShapeError
 from tests.e2e.processes import ROOT
@@ -75,6 +77,16 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def parts_of(folder: Path, max_rows: int) -> list[Part]:
+    return plan_parts(Catalogue(*open_folder(str(folder)), 1000), max_rows)
+
+
+def clips_in(folder: Path, **settings: Any) -> Source:
+    """Clips of a folder as `encode` reads them."""
+    wanted = {"columns": ("video",), "decode": ClipDecoder(WANTED)}
+    return Source(str(folder), pixel_shape=OPTIONS.pixel_shape, **(wanted | settings))
+
+
 def source_rows(folder: Path) -> dict[str, dict[str, Any]]:
     """The good rows by id."""
     found: dict[str, dict[str, Any]] = {}
@@ -107,7 +119,7 @@ BAD = {(2, "undecodable"), (3, "empty_caption"), (4, "duplicate_id"), (5, "undec
 class TestPlan:
     def test_row_groups_are_gathered_up_to_the_size_of_a_part(self, tmp_path):
         write_folder(tmp_path, [10, 4], group=3)
-        parts = plan_parts(*open_folder(str(tmp_path)), 6)
+        parts = parts_of(tmp_path, 6)
         rows = [[(g.index, g.first_row, g.num_rows) for g in part.groups] for part in parts]
         assert rows == [[(0, 0, 3), (1, 3, 3)], [(2, 6, 3), (3, 9, 1)], [(0, 0, 3), (1, 3, 1)]]
         assert [part.name for part in parts] == ["part-00000", "part-00001", "part-00002"]
@@ -115,21 +127,21 @@ class TestPlan:
 
     def test_a_row_group_that_is_too_large_stands_alone(self, tmp_path):
         write_folder(tmp_path, [10], group=5)
-        assert [part.num_rows for part in plan_parts(*open_folder(str(tmp_path)), 2)] == [5, 5]
+        assert [part.num_rows for part in parts_of(tmp_path, 2)] == [5, 5]
 
     def test_a_shard_that_cannot_be_opened_is_a_part_that_says_so(self, tmp_path):
         write_folder(tmp_path, [3, 3])
         (tmp_path / "part-000.parquet").write_bytes(b"torn")
-        first, second = plan_parts(*open_folder(str(tmp_path)), 8)
+        first, second = parts_of(tmp_path, 8)
         assert first.fault
         assert (first.num_rows, second.num_rows) == (0, 3)
 
     def test_other_shards_make_another_plan(self, tmp_path):
         write_folder(tmp_path, [3, 3])
-        before = plan_parts(*open_folder(str(tmp_path)), 8)
-        assert digest(before) == digest(plan_parts(*open_folder(str(tmp_path)), 8))
+        before = parts_of(tmp_path, 8)
+        assert digest(before) == digest(parts_of(tmp_path, 8))
         write_folder(tmp_path, [3, 4])
-        assert digest(before) != digest(plan_parts(*open_folder(str(tmp_path)), 8))
+        assert digest(before) != digest(parts_of(tmp_path, 8))
 
 
 class TestOptions:
@@ -180,9 +192,9 @@ class TestTextOnly:
         assert options.pools == (options.captions,)
 
     def test_lines_of_videos_that_are_not_read_have_no_pixels(self, source):
-        parts = plan_parts(*open_folder(str(source)), 8)
+        parts = parts_of(source, 8)
         tasks = pa.table({stages.TASK: [pickle.dumps(part) for part in parts[1:2]]})
-        lines = pa.concat_tables(stages.read_and_decode(tasks, str(source), None, 4096)).to_pylist()
+        lines = pa.concat_tables(stages.read_and_decode(tasks, Source(str(source)))).to_pylist()
         assert [line["reason"] for line in lines] == [None] * 3 + ["empty_caption"] + [None] * 4
         assert {line["pixels"] for line in lines} == {None}
 
@@ -196,11 +208,9 @@ class TestTextOnly:
 
 class TestStages:
     def lines(self, folder: Path) -> pa.Table:
-        parts = plan_parts(*open_folder(str(folder)), 8)
+        parts = parts_of(folder, 8)
         tasks = pa.table({stages.TASK: [pickle.dumps(part) for part in parts[:2]]})
-        return pa.concat_tables(
-            stages.read_and_decode(tasks, str(folder), ClipDecoder(WANTED), 4096)
-        )
+        return pa.concat_tables(stages.read_and_decode(tasks, clips_in(folder)))
 
     def test_every_row_comes_out_with_pixels_or_a_reason(self, source):
         lines = self.lines(source).to_pylist()
@@ -219,10 +229,11 @@ class TestStages:
         place = table.schema.get_field_index("video")
         odd = pa.array([videos[0], HANG, videos[2]], pa.binary())
         pq.write_table(table.set_column(place, "video", odd), tmp_path / "odd.parquet")
-        (part,) = plan_parts(*open_folder(str(tmp_path)), 8)
+        (part,) = parts_of(tmp_path, 8)
         tasks = pa.table({stages.TASK: [pickle.dumps(part)]})
         decoder = OddDecoder(WANTED)
-        lines = stages.read_and_decode(tasks, str(tmp_path), decoder, 4096, max_hang_s=2.0)
+        odd_clips = clips_in(tmp_path, decode=decoder, max_hang_s=2.0)
+        lines = stages.read_and_decode(tasks, odd_clips)
         first, hung, last = pa.concat_tables(lines).to_pylist()
         assert (hung["reason"], hung["pixels"]) == ("too_slow", None)
         assert "--max-hang-seconds" in hung["detail"]
@@ -249,9 +260,7 @@ class TestStages:
             (SourceGroup(0, 0, 3), SourceGroup(1, 3, 1)),
         )
         tasks = pa.table({stages.TASK: [pickle.dumps(part)]})
-        lines = pa.concat_tables(
-            stages.read_and_decode(tasks, str(tmp_path), ClipDecoder(WANTED), 4096)
-        )
+        lines = pa.concat_tables(stages.read_and_decode(tasks, clips_in(tmp_path)))
         assert lines["reason"].to_pylist() == ["unreadable_rows"] * 4
         assert "video" in lines["detail"][0].as_py()
 

@@ -8,10 +8,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fsspec import AbstractFileSystem
-
-from pipelines.data.shards.index import read_index
-from pipelines.data.shards.scan import ScannedShard, scan_folder
+from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.plan import Cursor, RowGroup, Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,14 @@ class Part:
         """Rows of all its row groups."""
         return sum(group.num_rows for group in self.groups)
 
+    @property
+    def windows(self) -> list[Window]:
+        """A window for each row group, its rows as they are stored."""
+        return [
+            Window(Cursor(), (RowGroup(self.shard, self.num_bytes, each.index, each.num_rows),))
+            for each in self.groups
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class PromptTask:
@@ -65,33 +71,32 @@ class PromptTask:
     texts: tuple[str, ...]
 
 
-def plan_parts(
-    filesystem: AbstractFileSystem, root: str, max_rows: int, *, only: str = ""
-) -> list[Part]:
+def plan_parts(catalogue: Catalogue, max_rows: int) -> list[Part]:
     """Cuts a set into parts.
 
     Args:
-        filesystem: File system of the source.
-        root: Its path there.
+        catalogue: Of the source, which is listed to its end.
         max_rows: Most rows of a part; a larger row group stands alone.
-        only: Name of the only shard of the source; see `ShardSet`.
 
     Raises:
-        DataError: the folder cannot be listed, or the server failed.
+        DataError: the folder cannot be listed, holds no shard, or the server failed.
     """
     parts: list[Part] = []
-    index = None if only else read_index(filesystem, root)
-    scanned = (
-        scan_folder(filesystem, root, only=only)
-        if index is None
-        else (ScannedShard(shard, None) for shard in index)
-    )
-    for each in scanned:
-        shard = each.shard
-        if each.is_broken:
-            parts.append(Part(len(parts), shard.path, shard.num_bytes, (), each.fault))
-        for groups in _gathered(shard.rows or (), max_rows):
-            parts.append(Part(len(parts), shard.path, shard.num_bytes, groups))
+    for number in range(catalogue.num_chapters()):
+        shards = catalogue.chapter(number) or ()
+        groups, rejects = catalogue.row_groups(shards)
+        faults = {each.source: each.why for each in rejects if each.num_rows != 0}
+        rows: dict[str, list[int]] = {shard.path: [] for shard in shards}
+        for group in groups:
+            # A row group without rows is left out, and keeps its number.
+            gap = group.index - len(rows[group.shard])
+            rows[group.shard] += [0] * gap + [group.num_rows]
+        for shard in shards:
+            place = (shard.path, shard.num_bytes)
+            if shard.path in faults:
+                parts.append(Part(len(parts), *place, (), faults[shard.path]))
+            for gathered in _gathered(rows[shard.path], max_rows):
+                parts.append(Part(len(parts), *place, gathered))
     return parts
 
 

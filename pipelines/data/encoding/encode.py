@@ -10,7 +10,6 @@ have come back, good or bad, and under a name that the plan fixes. So a row that
 or a command that is killed and started again, leaves every sample in the set exactly once.
 """
 
-import pickle
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
@@ -21,24 +20,15 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from pipelines.data.making import encode_stages
-from pipelines.data.making.caption_file import no_shards, open_set
-from pipelines.data.making.encode_options import EncodeOptions
-from pipelines.data.making.encode_plan import Part, digest, plan_parts
-from pipelines.data.making.encode_writer import PartWriter
+from pipelines.data.clips.clip_decoding import ClipDecoder
+from pipelines.data.encoding import encode_stages
+from pipelines.data.encoding.encode_options import EncodeOptions
+from pipelines.data.encoding.encode_plan import Part, digest, plan_parts
+from pipelines.data.encoding.encode_writer import PartWriter
 from pipelines.data.making.journal import Journal, filling
 from pipelines.data.making.set_report import SetReport, set_facts
-from pipelines.data.shards.columns import (
-    SETTLING_SHARDS,
-    ColumnMap,
-    ColumnNames,
-    column_error,
-    map_columns,
-    require_named,
-    settle_names,
-)
-from pipelines.data.shards.filesystem import canonical_address
-from pipelines.data.shards.index import Shard
+from pipelines.data.shards.columns import ColumnMap, ColumnNames, column_error, map_columns
+from pipelines.data.shards.filesystem import S3Settings, canonical_address
 from pipelines.data.shards.prompts import (
     StoredPrompts,
     read_stored_prompts,
@@ -47,7 +37,6 @@ from pipelines.data.shards.prompts import (
     write_stored_prompts,
 )
 from pipelines.data.shards.reading import Fault
-from pipelines.data.shards.scan import ShardSet, open_shards
 from pipelines.data.shards.schema import (
     CAPTION,
     REQUIRED_COLUMNS,
@@ -55,11 +44,16 @@ from pipelines.data.shards.schema import (
     VIDEO,
     Encoding,
 )
+from pipelines.data.stream.catalogue import Catalogue
+from pipelines.data.stream.ray_stream import read_windows
+from pipelines.data.stream.source import Source
+from pipelines.data.stream.window import REASON
 from sgmd_core.errors import ConfigError, DataError
 from workers.models.content import fingerprint
 from workers.models.families import family_of
 from workers.models.vocabulary import UnknownWords
 
+_CHAPTER_SHARDS = 1000
 _NUM_LOOKED_AT = 256  # as many captions as `distill` looks at
 
 
@@ -117,30 +111,31 @@ def encode(
     """
     started = time.monotonic()
     encoding = encoding_for(model, options)
-    place = open_set(src, names=options.names)
+    source = _source_of(src, options)
+    place = source.open()
     _require_apart(src, dst)
-    parts = plan_parts(place.filesystem, place.root, options.shard_clips, only=place.only)
-    if not parts:
-        raise no_shards(f"encoding {src}", place.filesystem, place.root)
-    names, columns = _columns_of(src, place, parts, options)
-    options = replace(options, settled=names)
+    catalogue = Catalogue(
+        place.filesystem, place.root, _CHAPTER_SHARDS, only=place.only, in_order=False
+    )
+    source, columns = _with_columns(source, catalogue, place.names)
+    parts = plan_parts(catalogue, options.shard_clips)
     settings = _settings(src, parts, encoding, options, columns)
     with filling(dst, "encode", settings) as journal:
         num_before = sum(shard.num_rows for shard in journal.shards.values())
-        num_prompts = _fill(journal, src, model, options, parts, encoding, on_progress)
+        num_prompts = _fill(journal, source, model, options, parts, encoding, on_progress)
         journal.finish()
     return EncodeReport(
         **set_facts(dst, journal, num_before, started),
         encoding=asdict(encoding),
         columns=columns.in_words(),
         prompts=num_prompts,
-        unknown_words=_unknown_words(src, model, options, parts),
+        unknown_words=_unknown_words(source, model, parts),
     )
 
 
 def _fill(
     journal: Journal,
-    src: str,
+    source: Source,
     model: str,
     options: EncodeOptions,
     parts: Sequence[Part],
@@ -153,15 +148,15 @@ def _fill(
         missing = []
     prompts = _prompts_in(journal, encoding)
     lacking = [text for text in dict.fromkeys(("", *options.negatives)) if text not in prompts]
-    require_few_prompts(len(prompts) + len(lacking), f"encoding {src}")
+    require_few_prompts(len(prompts) + len(lacking), f"encoding {source.url}")
     writer = None
     if missing:
-        attempted = f"encoding {src}"
+        attempted = f"encoding {source.url}"
         writer = PartWriter(journal, missing, encoding, options.max_bad_fraction, attempted)
     unit = "captions" if options.text_only else "clips"
     readable = [part for part in missing if part.num_rows]
     total = sum(part.num_rows for part in parts)
-    made = encode_stages.run_encoding(src, model, options, readable, lacking)
+    made = encode_stages.run_encoding(source, model, options, readable, lacking)
     with closing(made) as lines:
         for line in lines:
             if line[encode_stages.PART] == encode_stages.PROMPTS:
@@ -184,51 +179,53 @@ def _prompts_in(journal: Journal, encoding: Encoding) -> dict[str, bytes]:
     return dict(found.packed) if found is not None and fits else {}
 
 
-def _columns_of(
-    src: str, place: ShardSet, parts: Sequence[Part], options: EncodeOptions
-) -> tuple[ColumnNames, ColumnMap]:
-    """Names of the columns of a set, and where the first shard that can be read has them.
+def _source_of(src: str, options: EncodeOptions) -> Source:
+    """Captions of a set, and pixels unless text embeddings are made alone."""
+    source = Source(
+        src,
+        # A reader a task: opening Arrow's client would cost more than it saves.
+        S3Settings(native_reads=False),
+        max_caption_chars=options.max_caption_chars,
+        names=options.names,
+        max_hang_s=options.max_hang_s,
+    )
+    if options.text_only:
+        return source
+    decode = ClipDecoder(options.wanted, options.limits)
+    return replace(source, columns=(VIDEO,), decode=decode, pixel_shape=options.pixel_shape)
+
+
+def _with_columns(
+    source: Source, catalogue: Catalogue, names: ColumnNames
+) -> tuple[Source, ColumnMap]:
+    """The source with the names of its columns, and where the first shard that fits has them.
 
     Raises:
         DataError: None of the first shards has them, or it is not clear which they are.
     """
-    names = place.names
-    wanted = REQUIRED_COLUMNS if options.text_only else encode_stages.CLIP_COLUMNS
-    sizes = {part.shard: part.num_bytes for part in parts if part.num_rows}
-    first = [Shard(path, sizes[path]) for path in [*sizes][:SETTLING_SHARDS]]
-    opened = open_shards(place.filesystem, place.root, first)
-    schemas = {each.shard.path: each.footer.schema for each in opened if each.footer is not None}
-    if not schemas:
-        return names, ColumnMap({})
-    require_named(src, schemas.values(), names)
-    settled = settle_names(schemas.values(), names)
-    if isinstance(settled, Fault):
-        raise column_error(src, "its first shards", settled, names, wanted)
+    wanted = (*REQUIRED_COLUMNS, *source.columns)
+    settled = catalogue.settle_names(names)
+    schemas = catalogue.first_schemas
     found = {path: map_columns(schema, settled, wanted) for path, schema in schemas.items()}
     fitting = [columns for columns in found.values() if isinstance(columns, ColumnMap)]
-    if not fitting:
+    if schemas and not fitting:
         if VIDEO in wanted:
-            _require_videos(src, schemas.values(), settled)
+            _require_videos(source.url, schemas.values(), settled)
         path, fault = next(iter(found.items()))
         assert isinstance(fault, Fault), "none of them fits"
-        raise column_error(src, path, fault, names, wanted)
-    return settled, fitting[0]
+        raise column_error(source.url, path, fault, names, wanted)
+    return replace(source, settled=settled), fitting[0] if fitting else ColumnMap({})
 
 
-def _unknown_words(
-    src: str, model: str, options: EncodeOptions, parts: Sequence[Part]
-) -> UnknownWords:
+def _unknown_words(source: Source, model: str, parts: Sequence[Part]) -> UnknownWords:
     """Counts words of the source's first captions that the tokenizer does not know."""
-    lines = encode_stages.read_and_decode(
-        pa.table({encode_stages.TASK: [pickle.dumps(part) for part in parts]}),
-        src,
-        None,
-        options.max_caption_chars,
-        options.names,
-        options.settled,
-    )
-    good = (line for line in lines if line[encode_stages.REASON].null_count)
-    captions = [line[CAPTION][0].as_py() for line in islice(good, _NUM_LOOKED_AT)]
+    source = replace(source, columns=(), decode=None)
+    reader = source.open_reader()
+    windows = enumerate(each for part in parts for each in part.windows)
+    tables = read_windows(reader, source, windows)
+    good = (table.filter(table.column(REASON).is_null()) for table in tables)
+    texts = (text for table in good for text in table.column(CAPTION).to_pylist())
+    captions = [*islice(texts, _NUM_LOOKED_AT)]
     return family_of(model).load_tokenizer(Path(model)).unknown_words(captions)
 
 

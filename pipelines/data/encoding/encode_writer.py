@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.data.making import encode_stages as stages
-from pipelines.data.making.encode_plan import Part
+from pipelines.data.encoding import encode_stages as stages
+from pipelines.data.encoding.encode_plan import Part
 from pipelines.data.making.journal import Journal
 from pipelines.data.shards.listing import QUARANTINE_NAME
 from pipelines.data.shards.rejection import Reason, Rejection, require_few

@@ -12,9 +12,8 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from functools import partial
 from math import prod
 from typing import Any, cast
 
@@ -24,43 +23,28 @@ import ray.data
 
 from cluster.ray.topology import require_cpus, require_gpus
 from cluster.runtime import start_ray
-from pipelines.data.clips.clip_decoding import ClipDecoder
-from pipelines.data.clips.clip_errors import ClipError
-from pipelines.data.clips.guarded_process import Died, decoding_process
-from pipelines.data.clips.hang_guard import MAX_HANG_S
-from pipelines.data.making.caption_file import open_set
-from pipelines.data.making.encode_options import ActorPool, EncodeOptions
-from pipelines.data.making.encode_plan import Part, PromptTask, SourceGroup
-from pipelines.data.shards.columns import ColumnNames
-from pipelines.data.shards.filesystem import S3Settings
-from pipelines.data.shards.parquet import RowGroupReader
-from pipelines.data.shards.reading import Fault
-from pipelines.data.shards.rejection import Reason, split_reason
-from pipelines.data.shards.row_checks import check_rows
+from pipelines.data.encoding.encode_options import ActorPool, EncodeOptions
+from pipelines.data.encoding.encode_plan import Part, PromptTask
+from pipelines.data.shards.rejection import Reason, join_reason, split_reason
 from pipelines.data.shards.schema import (
     CAPTION,
     LATENTS,
-    REQUIRED_COLUMNS,
     SAMPLE_ID,
     TEXT_EMBEDS,
     VIDEO,
     DTypeName,
-    faults_in,
 )
-from pipelines.media.video import Pixels
+from pipelines.data.stream import window
+from pipelines.data.stream.ray_stream import TASK, WINDOW, fault_in, lines_dataset, read_windows
+from pipelines.data.stream.source import Source
 from sgmd_core.collector import paused_collector
-from sgmd_core.errors import DataError
 from workers.models.families import modules_of
 
-TASK = "task"
 PART = "part"
 ROW = "row"
 PIXELS = "pixels"
 REASON = "reason"
 DETAIL = "detail"
-
-CLIP_COLUMNS = (*REQUIRED_COLUMNS, VIDEO)
-"""What is read of a source of clips."""
 
 _BATCH_BYTES = 64 * 2**20
 _MAX_BATCH = 16
@@ -88,7 +72,7 @@ _DECODED = pa.schema(
 
 
 def run_encoding(
-    src: str,
+    source: Source,
     model: str,
     options: EncodeOptions,
     parts: Sequence[Part],
@@ -97,7 +81,7 @@ def run_encoding(
     """Encodes some parts with Ray Data; close it where it is not read to its end.
 
     Args:
-        src: Address of the source.
+        source: What is wanted of each row.
         model: Diffusers folder.
         options: What is made, and with how many actors.
         parts: What to encode.
@@ -121,9 +105,9 @@ def run_encoding(
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     with start_ray(options.address, num_cpus=num_cpus, preload=modules_of(model)):
         # Ray Data itself would wait without end for what the cluster does not have.
-        require_cpus(1 + num_actors, f"encoding {src}")
-        require_gpus(sum(pool.size * pool.gpus for pool in options.pools), f"encoding {src}")
-        rows = _dataset(src, model, options, parts, prompts)
+        require_cpus(1 + num_actors, f"encoding {source.url}")
+        require_gpus(sum(pool.size * pool.gpus for pool in options.pools), f"encoding {source.url}")
+        rows = _dataset(source, model, options, parts, prompts)
         blocks = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
         # Ended before Ray is: what is left of it would start another Ray, or wait without end.
         with closing(cast("Generator[pa.Table]", blocks)):
@@ -132,11 +116,14 @@ def run_encoding(
 
 
 def _dataset(
-    src: str, model: str, options: EncodeOptions, parts: Sequence[Part], prompts: Sequence[str]
+    source: Source,
+    model: str,
+    options: EncodeOptions,
+    parts: Sequence[Part],
+    prompts: Sequence[str],
 ) -> ray.data.Dataset:
     """The prompts and the parts on their way through the stages; nothing runs yet."""
     asked = [PromptTask(tuple(prompts))] if prompts else []
-    tasks = [{TASK: pickle.dumps(task)} for task in (*asked, *parts)]
     stages: list[tuple[type, ActorPool, dict[str, Any]]] = []
     batch_size = _MAX_BATCH
     if not options.text_only:
@@ -144,21 +131,8 @@ def _dataset(
         batch_size = max(1, min(_MAX_BATCH, _BATCH_BYTES // prod(pixel_shape)))
         stages.append((EncodeVideos, options.videos, {"pixel_shape": pixel_shape}))
     stages.append((EncodeCaptions, options.captions, {"text_length": options.text_length}))
-    rows = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map_batches(
-        cast("Any", read_and_decode),  # Ray's stubs know no further arguments
-        batch_size=1,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "url": src,
-            "decode": None if options.text_only else ClipDecoder(options.wanted, options.limits),
-            "max_caption_chars": options.max_caption_chars,
-            "names": options.names,
-            "settled": options.settled,
-            "max_hang_s": options.max_hang_s,
-        },
-        num_cpus=_DECODE_CPUS,
-        compute=ray.data.TaskPoolStrategy(size=options.decoders),
-    )
+    tasks = [*asked, *parts]
+    rows = lines_dataset(tasks, read_and_decode, source, options.decoders, _DECODE_CPUS)
     for stage, pool, arguments in stages:
         rows = rows.map_batches(
             stage,
@@ -174,123 +148,59 @@ def _dataset(
             num_cpus=1,
             num_gpus=pool.gpus or None,
         )
-    rows.context.execution_options.preserve_order = True
-    rows.context.enable_progress_bars = False
     return rows
 
 
-def read_and_decode(
-    tasks: pa.Table,
-    url: str,
-    decode: ClipDecoder | None,
-    max_caption_chars: int,
-    names: ColumnNames = ColumnNames(),
-    settled: ColumnNames | None = None,
-    max_hang_s: float = MAX_HANG_S,
-) -> Iterator[pa.Table]:
-    """Reads parts row group by row group, and decodes clip by clip.
+def read_and_decode(tasks: pa.Table, source: Source) -> Iterator[pa.Table]:
+    """Reads parts row group by row group, and decodes their videos if clips are wanted.
 
     Args:
         tasks: Pickled parts, and prompts, in the column `task`.
-        url: Address of the source; a file of captions becomes shards on this machine too.
-        decode: Decodes the videos; None reads captions and no videos.
-        max_caption_chars: A longer caption is bad.
-        names: Names that the caller gives for the source's columns.
-        settled: Names that its first shards have.
-        max_hang_s: Time that one call of the decoder may take; 0: no limit.
+        source: What is wanted of each row.
 
     Yields:
-        One line a row: with `pixels` if clips are wanted, or with `reason` and `detail`.
+        Lines of rows: with `pixels` if clips are wanted, or with `reason` and `detail`.
     """
-    place = open_set(url, names=names, probe=False)
-    # A reader a task: opening Arrow's client would cost more than it saves.
-    reader = RowGroupReader(
-        place.filesystem, place.root, S3Settings(native_reads=False), settled or place.names
-    )
-    columns = REQUIRED_COLUMNS if decode is None else CLIP_COLUMNS
-    apply = decode
-    if decode is not None and max_hang_s:
-        apply = partial(decoding_process(max_hang_s).apply, decode)
+    # A reader a task: what a shard's end says may change from one command to the next.
+    reader = source.open_reader()
     for packed in tasks.column(TASK):
-        part: Part | PromptTask = pickle.loads(packed.as_py())
-        if isinstance(part, PromptTask):
-            yield from (_line(PROMPTS, row, None, text) for row, text in enumerate(part.texts))
+        task: Part | PromptTask = pickle.loads(packed.as_py())
+        if isinstance(task, PromptTask):
+            rows = [{PART: PROMPTS, ROW: row, CAPTION: text} for row, text in enumerate(task.texts)]
+            yield pa.Table.from_pylist(rows, schema=_DECODED)
             continue
-        for group in part.groups:
-            try:
-                where = (part.shard, part.num_bytes, group.index)
-                table = reader.read([where], columns)[0]
-                yield from _decoded(part, group, table, apply, max_caption_chars)
-            except DataError as error:
-                words = json.dumps([str(argument) for argument in error.args])
-                yield _line(part.number, -1, None, None, reason=SERVER_FAILED, detail=words)
-                return
+        for lines in read_windows(reader, source, enumerate(task.windows)):
+            yield _of_part(task, lines)
 
 
-def _decoded(
-    part: Part,
-    group: SourceGroup,
-    table: pa.Table | Fault,
-    decode: Callable[[bytes], Pixels | Died[bytes]] | None,
-    max_caption_chars: int,
-) -> Iterator[pa.Table]:
-    """The lines of one row group; always as many as the plan promises."""
-    rows = range(group.first_row, group.first_row + group.num_rows)
-    if not isinstance(table, Fault) and table.num_rows != group.num_rows:
-        table = Fault(f"{table.num_rows} rows instead of {group.num_rows}")
-    if isinstance(table, Fault):
-        for row in rows:
-            yield _line(
-                part.number, row, None, None, reason=Reason.UNREADABLE_ROWS, detail=table.reason
-            )
-        return
-    texts = {name: table[name].cast(pa.string()) for name in REQUIRED_COLUMNS}
-    known = faults_in(table.schema, group.index)
-    texts, reasons = check_rows(texts, max_caption_chars, known)
-    for place, row in enumerate(rows):
-        name, caption = (texts[column][place].as_py() for column in REQUIRED_COLUMNS)
-        if place in reasons:
-            reason, detail = split_reason(reasons[place])
-            name = None if reason == Reason.NO_ID else name
-            yield _line(part.number, row, name, caption or "", reason=reason, detail=detail)
-        elif decode is None:
-            yield _line(part.number, row, name, caption)
-        elif not (video := table[VIDEO][place].as_py()):
-            yield _line(part.number, row, name, caption, reason=Reason.MISSING_VIDEO)
-        else:
-            try:
-                found = decode(video)
-            except ClipError as error:
-                reason, detail = error.fault, error.in_short
-                yield _line(part.number, row, name, caption, reason=reason, detail=detail)
-                continue
-            if isinstance(found, Died):
-                words = found.in_words
-                yield _line(part.number, row, name, caption, reason=found.reason, detail=words)
-            else:
-                yield _line(part.number, row, name, caption, pixels=found.tobytes())
-
-
-def _line(
-    part: int,
-    row: int,
-    sample_id: str | None,
-    caption: str | None,
-    *,
-    pixels: bytes | None = None,
-    reason: str | None = None,
-    detail: str = "",
-) -> pa.Table:
-    line = {
-        PART: part,
-        ROW: row,
-        SAMPLE_ID: sample_id,
-        CAPTION: caption,
-        PIXELS: pixels,
-        REASON: None if reason is None else str(reason),
-        DETAIL: detail,
+def _of_part(part: Part, lines: pa.Table) -> pa.Table:
+    """Lines of one row group as rows of a part; always as many as the plan promises."""
+    error = fault_in(lines)
+    if error is not None:
+        words = json.dumps([str(argument) for argument in error.args])
+        row = {PART: part.number, ROW: -1, REASON: SERVER_FAILED, DETAIL: words}
+        return pa.Table.from_pylist([row], schema=_DECODED)
+    group = part.groups[lines.column(WINDOW)[0].as_py()]
+    reasons = lines.column(REASON).to_pylist()
+    rows = (lines.column(window.ROW).to_numpy() + group.first_row).tolist()
+    if lines.column(window.ROW)[0].as_py() == window.WHOLE_GROUP:
+        rows = range(group.first_row, group.first_row + group.num_rows)
+        lines = lines.take([0] * group.num_rows)
+        reasons = [join_reason(Reason.UNREADABLE_ROWS, reasons[0])] * group.num_rows
+    split = [(None, "") if reason is None else split_reason(reason) for reason in reasons]
+    ids = zip(lines.column(SAMPLE_ID).to_pylist(), split, strict=True)
+    size = lines.num_rows
+    has_pixels = VIDEO in lines.column_names
+    columns = {
+        PART: [part.number] * size,
+        ROW: rows,
+        SAMPLE_ID: [None if reason == Reason.NO_ID else name for name, (reason, _) in ids],
+        CAPTION: lines.column(CAPTION),
+        PIXELS: lines.column(VIDEO).cast(pa.large_binary()) if has_pixels else pa.nulls(size),
+        REASON: [reason for reason, _ in split],
+        DETAIL: [detail for _, detail in split],
     }
-    return pa.Table.from_pylist([line], schema=_DECODED)
+    return pa.table(columns).cast(_DECODED)
 
 
 class EncodeVideos:

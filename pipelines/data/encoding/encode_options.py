@@ -41,7 +41,6 @@ class EncodeOptions:
         captions: Actors with the text encoder.
         text_only: Make text embeddings alone; no video is read.
         names: Names that the caller gives for the source's columns.
-        settled: Names that its first shards have; None until they are read.
         address: Ray cluster to join; None starts one on this machine, or joins RAY_ADDRESS.
         negatives: Prompts that guidance may lead away from, stored beside the set with the empty
             one.
@@ -60,7 +59,6 @@ class EncodeOptions:
     captions: ActorPool = field(default_factory=ActorPool)
     text_only: bool = False
     names: ColumnNames = ColumnNames()
-    settled: ColumnNames | None = None
     address: str | None = None
     negatives: tuple[str, ...] = ()
 

@@ -1,0 +1,1 @@
+"""`sgmd encode`: captioned clips become latents and text embeddings."""
