@@ -29,45 +29,44 @@ Where another role computes the loss, `signal` comes in two halves:
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from sgmd_core.errors import ConfigError, StaleCallError, non_finite_remedy
+from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives import (
     GradientPath,
-    LookingObjective,
     Objective,
     PhasingObjective,
-    restarts_of,
 )
 from sgmd_core.objectives.shuffled import shuffled_teacher
 from sgmd_core.types import (
     FakePrediction,
     GeneratorSignal,
-    GuideAnswer,
     Latents,
-    Loss,
     MicroBatchKey,
     NoisedBatch,
     TeacherPrediction,
     detached,
 )
 from workers.adapters import make_trainable
+from workers.checked_losses import VELOCITY_FAKE, VELOCITY_TEACHER, checked_losses
 from workers.extra_updates import ExtraUpdates
 from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
-from workers.joint_walk import JointWalk
+from workers.kept_forwards import KeptForward, KeptForwards
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, query_on
 from workers.reports import GradientReport, TrackReport
+from workers.restarts import Restarts
 from workers.role_state import RoleState, load_role, require_same_tensors
+from workers.score_looks import with_looks
 from workers.settings import FakeScoreSettings
 from workers.sharding import is_sharded, local_shard, parameters_of
+from workers.signals_that_track import SignalsThatTrack
 from workers.snapshots import RoleSnapshot
 
 ROLE = "fake_score"
-_VELOCITY_FAKE, _VELOCITY_TEACHER = "the fake score's velocity", "the teacher's velocity"
 
 
 class FakeScoreTracker(ExtraUpdates):
@@ -100,15 +99,13 @@ class FakeScoreTracker(ExtraUpdates):
         self._optimizer = RoleOptimizer(
             "fake score", velocity_model, settings.optimizer, objective.fake_updates
         )
-        self._kept: dict[MicroBatchKey, _KeptForward] = {}
-        self._joint = settings.walk == "joint"
-        self._walked: dict[MicroBatchKey, _Walked] = {}
-        if self._joint:
-            _require_joint(objective)
-        self._restarts = restarts_of(objective)
-        # Taken before anything is loaded: the weights that the role was built with.
-        self._start = self._optimizer.snapshot() if self._restarts else None
-        self._restarted: int | None = None
+        self._kept = KeptForwards()
+        self._both = None
+        if settings.walk == "joint":
+            self._both = SignalsThatTrack(
+                self._network, objective, self._checks, shuffled=self._shuffled
+            )
+        self._restarts = Restarts(self._optimizer, objective)
 
     @property
     def forwards_kept(self) -> int:
@@ -134,7 +131,7 @@ class FakeScoreTracker(ExtraUpdates):
             NonFiniteError: A number that goes in or comes out is not finite.
         """
         self._optimizer.require_current(query.key.iteration, "scoring a micro-batch")
-        self._restart(query.key.iteration)
+        self._restarts.before(query.key.iteration)
         if teacher.key != query.key:
             raise StaleCallError(
                 f"scoring {query.key}",
@@ -146,8 +143,8 @@ class FakeScoreTracker(ExtraUpdates):
         x0 = query.x0.detach().requires_grad_()
         leaf = detached(query, x0)
         velocity_teacher = teacher.velocity.to(device).detach()
-        if self._joint:
-            return self._signal_and_track(leaf, velocity_teacher, share)
+        if self._both is not None:
+            return self._both.signal(leaf, velocity_teacher, share)
         wanted = [x0]
         if self._objective.path is GradientPath.BOTH_SCORES:
             # The graph behind it is the teacher's, who is sent the gradient at this leaf.
@@ -157,16 +154,18 @@ class FakeScoreTracker(ExtraUpdates):
             if self._shuffled:
                 velocity_teacher = shuffled_teacher(velocity_fake, velocity_teacher)
             loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
-            loss, off = self._with_looks(loss, leaf, query, teacher)
+            loss, off = with_looks(self._objective, self._predict, loss, leaf, query, teacher)
             # Asked for these alone, autograd makes no gradient for any parameter.
             wanted += [] if off is None else [off]
             gradients = torch.autograd.grad(share * loss.value, wanted, retain_graph=self._shared)
         grad_off = None if off is None else gradients[-1]
         gradients = gradients[: len(wanted) - (off is not None)]
-        predictions = {_VELOCITY_FAKE: velocity_fake, _VELOCITY_TEACHER: velocity_teacher}
-        grad_x0, metrics = self._checked(gradients[0], loss, gradients, query, predictions)
+        predictions = {VELOCITY_FAKE: velocity_fake, VELOCITY_TEACHER: velocity_teacher}
+        grad_x0, metrics = checked_losses(
+            self._checks, gradients[0], loss, gradients, query, predictions
+        )
         if self._shared:
-            self._kept[query.key] = _KeptForward(detached(query), velocity_fake)
+            self._kept.keep(KeptForward(detached(query), velocity_fake))
         return GeneratorSignal(
             key=query.key,
             grad_x0=grad_x0,
@@ -190,18 +189,18 @@ class FakeScoreTracker(ExtraUpdates):
             NonFiniteError: A number that goes in or comes out is not finite.
         """
         self._optimizer.require_current(query.key.iteration, "predicting for a micro-batch")
-        self._restart(query.key.iteration)
+        self._restarts.before(query.key.iteration)
         query = query_on(query, device_of(self._network))
         x0 = query.x0.detach().requires_grad_()
         leaf = detached(query, x0)
         with self._parameters_aside():
             velocity = self._network(leaf.x_t, leaf.sigma, leaf.text)
-        self._kept[query.key] = _KeptForward(detached(query), velocity, x0)
+        self._kept.keep(KeptForward(detached(query), velocity, x0))
         checked = self._checks.checked(
             velocity.detach(),
             query.key,
             f"predicting on the fake score in {micro_batch_in_words(query.key)}",
-            {**query.numbers, _VELOCITY_FAKE: velocity},
+            {**query.numbers, VELOCITY_FAKE: velocity},
             non_finite_remedy(query.generator_version, "fake_score.optimizer.lr"),
             stages_before=1,
         )
@@ -223,26 +222,17 @@ class FakeScoreTracker(ExtraUpdates):
             StaleCallError: The signal is of no kept prediction, or has no part for the fake score.
             NonFiniteError: A number that goes in or comes out is not finite.
         """
-        kept = self._kept.get(signal.key)
-        if kept is None or kept.x0 is None or signal.fake_cotangent is None:
-            raise StaleCallError(
-                f"carrying a signal of {signal.key} through the fake score",
-                f"it keeps {list(self._kept) or 'no forward passes'}"
-                + (", and the signal has no cotangent" if signal.fake_cotangent is None else ""),
-                "the one signal of a prediction that is kept, with this part still to be done",
-                "Call predict first, and complete once",
-            )
+        kept, x0, cotangent = self._kept.completed(signal)
         if not self._shared:
             del self._kept[signal.key]
-        cotangent = signal.fake_cotangent.to(kept.velocity_fake)
         # Frozen as in `predict`: with checkpointing the forward pass is made again here.
         with self._parameters_aside():
             (grad,) = torch.autograd.grad(
-                kept.velocity_fake, kept.x0, cotangent, retain_graph=self._shared
+                kept.velocity_fake, x0, cotangent, retain_graph=self._shared
             )
         handed = {
             "the discriminator's gradient at x0": signal.grad_x0,
-            "its gradient at the fake score's velocity": signal.fake_cotangent,
+            "its gradient at the fake score's velocity": cotangent,
         }
         grad = self._checks.checked(
             grad,
@@ -272,13 +262,15 @@ class FakeScoreTracker(ExtraUpdates):
                 gathered from it.
         """
         self._optimizer.require_current(query.key.iteration, "tracking a micro-batch")
-        self._restart(query.key.iteration)
-        if self._joint:
-            return self._take_walked(query, share)
-        forward = self._take_kept(query) if self._shared else self._forward(query)
+        self._restarts.before(query.key.iteration)
+        if self._both is not None:
+            return self._both.report(query, share)
+        forward = self._kept.take(query) if self._shared else self._forward(query)
         loss = self._objective.tracking_loss(forward.query, forward.velocity_fake)
-        predictions = {_VELOCITY_FAKE: forward.velocity_fake}
-        value, metrics = self._checked(loss.value, loss, (), forward.query, predictions)
+        predictions = {VELOCITY_FAKE: forward.velocity_fake}
+        value, metrics = checked_losses(
+            self._checks, loss.value, loss, (), forward.query, predictions
+        )
         # With shared tracking the graph leads on to x0, which must gather nothing: so the inputs
         # are named. Of a sharded network autograd sees gathered copies, which have no name here;
         # then x0, which is used no more, gathers what nobody reads.
@@ -342,7 +334,8 @@ class FakeScoreTracker(ExtraUpdates):
     def discard(self) -> None:
         """Gives the iteration up: drops graphs and gradients, and takes extra updates back."""
         self._kept.clear()
-        self._walked.clear()
+        if self._both is not None:
+            self._both.clear()
         self.end_extra()
         self._optimizer.discard()
 
@@ -365,7 +358,7 @@ class FakeScoreTracker(ExtraUpdates):
         """
         state = load_role(folder, ROLE, self._optimizer.rows)
         self.discard()
-        self._restarted = None
+        self._restarts.forget()
         self._optimizer.load_state(state)
         return state.updates
 
@@ -379,116 +372,13 @@ class FakeScoreTracker(ExtraUpdates):
             CheckpointError: It belongs to another network.
         """
         self.discard()
-        self._restarted = None
+        self._restarts.forget()
         self._optimizer.restore(snapshot)
         return snapshot.updates
 
     @property
     def _waiting(self) -> list[MicroBatchKey]:
-        return [*self._kept, *self._walked]
-
-    def _signal_and_track(
-        self, leaf: NoisedBatch, velocity_teacher: Latents, share: float
-    ) -> GeneratorSignal:
-        """Both gradients by one walk back: that at the samples, and that in the parameters.
-
-        A gradient at the samples that is not finite, of losses that are, shows when the parameters
-        have gathered theirs: where this role raises, the micro-batch then waits for tracking that
-        is refused, and the iteration can only be given up.
-
-        Args:
-            leaf: The query, its samples a leaf.
-            velocity_teacher: The teacher's velocity at it.
-            share: As `signal` has it.
-        """
-        if leaf.key in self._walked:
-            raise StaleCallError(
-                f"scoring {leaf.key}",
-                "the gradient of its tracking has been gathered already",
-                "one signal of a micro-batch",
-                "Call track, or discard to give the iteration up",
-            )
-        query = detached(leaf)
-        walk = JointWalk(self._network, leaf)
-        velocity_fake = walk.velocity
-        if self._shuffled:
-            velocity_teacher = shuffled_teacher(velocity_fake, velocity_teacher)
-        loss = self._objective.generator_loss(leaf, velocity_fake, velocity_teacher)
-        tracking = self._objective.tracking_loss(query, velocity_fake)
-        predictions = {_VELOCITY_FAKE: velocity_fake, _VELOCITY_TEACHER: velocity_teacher}
-        value, found = self._checked(tracking.value, tracking, (), query, predictions)
-        walked = _Walked(query.generator_version, share)
-        self._walked[query.key] = walked
-        gradient = walk.back(share * loss.value, share * value)
-        grad_x0, metrics = self._checked(gradient, loss, (gradient,), query, predictions)
-        walked.report = TrackReport(metrics=found)
-        return GeneratorSignal(
-            key=query.key,
-            grad_x0=grad_x0,
-            generator_version=query.generator_version,
-            metrics=metrics,
-        )
-
-    def _take_walked(self, query: NoisedBatch, share: float) -> TrackReport:
-        """The loss terms of a micro-batch whose gradient `signal` has gathered."""
-        walked = self._walked.get(query.key)
-        if (
-            walked is None
-            or walked.report is None
-            or (walked.generator_version, walked.share) != (query.generator_version, share)
-        ):
-            refused = [key for key, each in self._walked.items() if each.report is None]
-            raise StaleCallError(
-                f"tracking {query.key} of generator version {query.generator_version}, a share of "
-                f"{share:.3g}",
-                f"the fake score has walked {list(self._walked) or 'no forward passes'}"
-                + (f" and refused {refused}" if refused else ""),
-                "a query whose signal was computed in this iteration with this share, and not "
-                "tracked yet",
-                "Call signal first; with fake_score.walk=joint it makes both gradients",
-            )
-        del self._walked[query.key]
-        return walked.report
-
-    def _restart(self, iteration: int) -> None:
-        """Goes back to the first weights, without moments, before a phase that begins anew."""
-        if self._start is None or iteration not in self._restarts:
-            return
-        if self._restarted != iteration:
-            self._optimizer.restart(self._start)
-            self._restarted = iteration
-
-    def _with_looks(
-        self, loss: Loss, leaf: NoisedBatch, query: NoisedBatch, teacher: TeacherPrediction
-    ) -> tuple[Loss, Latents | None]:
-        """Adds the terms of an objective's other looks.
-
-        Args:
-            loss: That of the query itself.
-            leaf: The query, its samples a leaf.
-            query: The query with its looks.
-            teacher: The teacher's answer to all of them.
-
-        Returns:
-            The whole loss, and the leaf of the samples off the trajectory where there are any.
-        """
-        objective, device = self._objective, leaf.x0.device
-        found, off = [loss], None
-        if not isinstance(objective, LookingObjective):
-            return loss, None
-        if query.guide is not None and teacher.guide is not None:
-            answer = GuideAnswer(
-                teacher.guide.conditional.to(device), teacher.guide.guided.to(device)
-            )
-            found.append(objective.guide_loss(leaf.at(query.guide), answer))
-        if query.off is not None and query.off.x0 is not None and teacher.off is not None:
-            off = query.off.x0.detach().requires_grad_()
-            beside = leaf.at(replace(query.off, x0=off))
-            velocities = self._predict(beside), teacher.off.to(device)
-            found.append(objective.off_trajectory_loss(beside, *velocities))
-        value = torch.stack([each.value for each in found]).sum()
-        terms = {name: term for each in found for name, term in each.terms.items()}
-        return Loss(value, {**terms, "generator": value.detach()}), off
+        return [*self._kept, *(self._both.waiting if self._both is not None else ())]
 
     def _parameters_aside(self) -> AbstractContextManager[None]:
         """Parameters that no graph inside leads to, where nothing else needs one that does."""
@@ -503,100 +393,10 @@ class FakeScoreTracker(ExtraUpdates):
         with torch.set_grad_enabled(self._shared):
             return self._network(constant.x_t, constant.sigma, constant.text)
 
-    def _checked(
-        self,
-        value: Tensor,
-        loss: Loss,
-        gradients: Sequence[Tensor],
-        query: NoisedBatch,
-        predictions: Mapping[str, Tensor],
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The value that others learn from, checked, and the loss terms as numbers.
-
-        Args:
-            value: Value to check, as in `FiniteChecks.checked`.
-            loss: Result of the objective.
-            gradients: That at the samples, and that at the teacher's velocity, where they exist.
-            query: Query that the predictions are of.
-            predictions: Velocities that the loss was computed from, by name.
-
-        Raises:
-            NonFiniteError: Something is not finite, and this role raises.
-        """
-        figures = dict(loss.terms)
-        names = ("grad_x0_norm", "teacher_cotangent_norm")
-        for name, gradient in zip(names, gradients, strict=False):
-            figures[name] = torch.linalg.vector_norm(gradient)
-        # One transfer from the device for all of them.
-        values = torch.stack([figure.double() for figure in figures.values()]).tolist()
-        numbers = dict(zip(figures, values, strict=True))
-        remedy = "the learning rates or the objective's weights"
-        checked = self._checks.checked(
-            value,
-            query.key,
-            f"computing losses on the fake score in {micro_batch_in_words(query.key)}",
-            {**query.numbers, **predictions},
-            non_finite_remedy(query.generator_version, remedy),
-            numbers,
-            stages_before=2,
-        )
-        return checked, {name: numbers[name] for name in loss.terms}
-
-    def _take_kept(self, query: NoisedBatch) -> "_KeptForward":
-        kept = self._kept.get(query.key)
-        if kept is None or kept.query.generator_version != query.generator_version:
-            raise StaleCallError(
-                f"tracking {query.key} of generator version {query.generator_version}",
-                f"the fake score keeps {list(self._kept) or 'no forward passes'}",
-                "a query whose signal was computed in this iteration and not tracked yet",
-                "Call signal first; with fake_score.tracking=shared both use one forward pass",
-            )
-        return self._kept.pop(query.key)
-
-    def _forward(self, query: NoisedBatch) -> "_KeptForward":
+    def _forward(self, query: NoisedBatch) -> KeptForward:
         constant = detached(query_on(query, device_of(self._network)))
         velocity_fake = self._network(constant.x_t, constant.sigma, constant.text)
-        return _KeptForward(constant, velocity_fake)
-
-
-@dataclass(frozen=True, slots=True)
-class _KeptForward:
-    """A prediction with the graph that leads back to the parameters, and the query it is at.
-
-    Attributes:
-        query: A constant.
-        velocity_fake: The prediction.
-        x0: Leaf that its graph leads back to as well, where `complete` still has a use for it.
-    """
-
-    query: NoisedBatch
-    velocity_fake: Latents
-    x0: Latents | None = None
-
-
-@dataclass(slots=True)
-class _Walked:
-    """A micro-batch whose two gradients were made by one walk.
-
-    Attributes:
-        generator_version: Updates that the generator had seen.
-        share: Share of the iteration that its gradients were weighted by.
-        report: Terms of tracking's loss; None if the micro-batch was refused.
-    """
-
-    generator_version: int
-    share: float
-    report: TrackReport | None = None
-
-
-def _require_joint(objective: Objective) -> None:
-    if objective.path is not GradientPath.FAKE_SCORE or isinstance(objective, LookingObjective):
-        raise ConfigError(
-            "walking back through the fake score once for two gradients",
-            f"the losses of {objective.method}",
-            "a loss whose one gradient goes through the fake score",
-            "Set fake_score.walk=apart",
-        )
+        return KeptForward(constant, velocity_fake)
 
 
 @contextmanager

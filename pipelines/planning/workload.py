@@ -220,10 +220,7 @@ class Workload:
         computes = config.computes
         others = other_shapes(config, shape.denoiser)
         buckets = latent_buckets_of(config, shape)
-        for role, compute in computes.items():
-            own = others.get(TEACHER if role == DISCRIMINATOR else role, shape.denoiser)
-            for latent_shape in buckets.shapes:
-                require_divisible(role, compute.ulysses, own, latent_shape)
+        _require_whole_tokens(computes, shape.denoiser, others, buckets)
         rollout, sample = mean_rollouts(config)
         return cls(
             shape=shape.denoiser,
@@ -611,6 +608,19 @@ def _optimizers(config: DistillConfig) -> dict[str, OptimizerSettings]:
     """Settings by which each learner is updated."""
     learners = [role for role in config.roles if role != TEACHER]
     return {role: getattr(config, role).optimizer for role in learners}
+
+
+def _require_whole_tokens(
+    computes: Mapping[str, ComputeSettings],
+    shape: DenoiserShape,
+    others: Mapping[str, DenoiserShape],
+    buckets: LatentBuckets,
+) -> None:
+    """Checks that ranks which work on samples together share tokens and heads evenly."""
+    for role, compute in computes.items():
+        own = others.get(TEACHER if role == DISCRIMINATOR else role, shape)
+        for latent_shape in buckets.shapes:
+            require_divisible(role, compute.ulysses, own, latent_shape)
 
 
 def _beside_layers(shape: DenoiserShape) -> int:

@@ -182,7 +182,7 @@ class TestCalls:
     ):
         roles = tiny_roles(compute=AGAIN, walk="joint")
         query, prediction = asked(roles)
-        back = "workers.fake_score_tracker.JointWalk.back"
+        back = "workers.signals_that_track.JointWalk.back"
         monkeypatch.setattr(back, lambda *_: torch.full_like(query.x0, torch.inf))
         with pytest.raises(NonFiniteError, match="grad_x0_norm"):
             roles.fake_score.signal(query, prediction, 0.5)
