@@ -82,7 +82,8 @@ class PhasedObjective(DmdObjective):
             starts there. The shift moves it as it moves the steps.
         margin: Raw levels above a phase's last state that are not looked at, where the target of
             the fake score diverges; 0 is for form `paper` alone, whose weight is bounded there.
-        order: `sequential` or `alternate`.
+        order: `sequential`, or `alternate`, which has the released trainer's order and not its
+            fake score for each phase.
         high_iterations: Iterations of the high phase, where phases are sequential.
         form: `released` or `paper`: the two losses.
         first_level: Least raw level at which samples are judged, whatever the phase.
