@@ -34,6 +34,7 @@ from pipelines.config.digest import deciding_settings_of
 from pipelines.config.experts import expert_contradictions, phases_in
 from pipelines.config.frozen import frozen_contradictions
 from pipelines.config.guards import GuardSettings
+from pipelines.config.guidance_norm import split_factors
 from pipelines.config.guided_strides import unlearned_guidance
 from pipelines.config.lag import LagSettings
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
@@ -329,6 +330,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
             config.objective, config.model.negative_prompt, config.data.prompt_dropout
         ),
         *unreached_parts(config),
+        *split_factors(config.teacher, config.teams[TEACHER]),
     )
     for sentence in told:
         _log.warning("%s", sentence)
