@@ -20,7 +20,12 @@ from torch import Tensor
 
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives import Objective, SteppingObjective, adversary_of
-from sgmd_core.objectives.adversarial import AdversarialTerm, noised_alike, perturbation
+from sgmd_core.objectives.adversarial import (
+    AdversarialTerm,
+    gaps_by_noise,
+    noised_alike,
+    perturbation,
+)
 from sgmd_core.types import (
     DataBatch,
     FakePrediction,
@@ -252,7 +257,8 @@ class Discriminator(LearningRole):
             seen = [made, *(self._features(query, state, pair.sigma) for state in states)]
         joined = [torch.cat([maps.pop(0) for maps in seen]) for _ in self._layers]
         fake, real, *perturbed = self._heads(joined).chunk(len(seen))
-        return self._term.discriminator_loss(real, fake, perturbed[0] if perturbed else None)
+        loss = self._term.discriminator_loss(real, fake, perturbed[0] if perturbed else None)
+        return Loss(loss.value, {**loss.terms, **gaps_by_noise(real, fake, query.sigma)})
 
     def _features(self, query: NoisedBatch, state: Latents, sigma: PerSample) -> list[Tensor]:
         return features_of(self._network, self._layers, state, sigma, query.text)

@@ -13,6 +13,7 @@ AlarmName = Literal[
     "tracking_growth",
     "residual_dominance",
     "tracking_lag",
+    "silent_discriminator",
 ]
 
 
@@ -41,3 +42,6 @@ class AlarmSettings(Section):
     """Alarms that end the run, after its state has been saved."""
     lag_above: float = Field(default=0.1, gt=0, lt=1)
     """Limit of the lag of the fake score, where it is measured: `lag.every`."""
+    logit_gap_below: float = Field(default=0.05, gt=0)
+    """Limit of the mean logit of what a discriminator should accept, minus that of what it should
+    refuse; from the second window on, because heads start at 0."""

@@ -431,3 +431,8 @@ def _silent_alarms(config: DistillConfig) -> Iterator[str]:
                 f"alarms.stop has {', '.join(sorted(alarms))}, which {setting} 0 never measures; "
                 f"set {setting}, or leave the alarm out"
             )
+    if "silent_discriminator" in stops and config.adversary is None:
+        yield (
+            "alarms.stop has silent_discriminator, and this "
+            f"{config.objective.method} has no discriminator; leave the alarm out"
+        )

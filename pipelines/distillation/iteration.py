@@ -35,6 +35,7 @@ from pipelines.stages.algorithm import (
     TRACK,
     StageSpec,
 )
+from sgmd_core.objectives.adversarial import finished_gaps
 from sgmd_core.types import DataBatch, Draws, MicroBatchKey, Text, TextBatch
 from workers.discriminator import Discriminator
 from workers.fake_score_tracker import FakeScoreTracker
@@ -417,7 +418,9 @@ def _report(
     exits = {call.micro_batch: report.exit_step for call, report in result.of(LEARN.name)}
     versions = [version for call, version in result.of(STEP) if call.role == GENERATOR]
     return IterationReport(
-        losses=_means([(call.num_samples, report.metrics) for call, report in reported]),
+        losses=finished_gaps(
+            _means([(call.num_samples, report.metrics) for call, report in reported])
+        ),
         grad_norms={role: fmean(found) for role, found in norms.items() if found},
         exit_steps=tuple(exits.values()),
         generator_version=versions[0],

@@ -3,9 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from sgmd_core.objectives.adversarial import NOISE_THIRDS
 from workers.measures import MEASURES
 
 _TITLES = {
+    "logit_gap": "gap of the logits",
+    **{f"logit_gap_{name}": f"gap of the logits, {name} noise" for name in NOISE_THIRDS},
     "above_floor": "distance above floor",
     "ratio": "distance ÷ few-step teacher's",
     "generator": "generator loss",
@@ -25,6 +28,7 @@ _ABOUT = {
     "tracking": "What the fake score minimises",
     "fisher_norm": "Norm of the Fisher term's gradient at the fake score's prediction",
     "nr_norm": "Norm of the negative residual's gradient at the fake score's prediction",
+    "logit_gap": "Mean logit of what the discriminator should accept, minus what it should refuse",
     "tracking_lag": "Share of the tracking loss that goes away while the generator waits",
     "held_tracking": "Tracking loss on held batches of the present generator",
     "copy_rate": "Learning rate of the copy whose loss drops most, over the fake score's own",

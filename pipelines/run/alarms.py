@@ -6,6 +6,7 @@
     tracking_growth     a fake score that falls behind the generator
     residual_dominance  a negative residual that outweighs the Fisher term
     tracking_lag        a fake score whose copies improve while the generator waits
+    silent_discriminator  one that tells nothing apart, and teaches noise
 
 Losses of this family do not measure quality: they fall, or stay, while colours burn out and motion
 stops. The first three alarms are therefore read from validations, as ratios to the teacher on the
@@ -79,6 +80,7 @@ class AlarmWatch:
         self._settings = settings
         self._losses: deque[Mapping[str, float]] = deque(maxlen=settings.window)
         self._lowest_tracking = float("inf")
+        self._heard = 0
         self._sounding: set[AlarmName] = set()
 
     def iteration(self, record: IterationRecord) -> list[Alarm]:
@@ -114,14 +116,17 @@ class AlarmWatch:
 
     def _losses_of(self, updates: int, losses: Mapping[str, float]) -> list[Alarm]:
         self._losses.append(losses)
+        self._heard += 1
         if len(self._losses) < self._settings.window:
             return []
         means = {
             name: fmean(entry[name] for entry in self._losses)
-            for name in ("tracking", "fisher_norm", "nr_norm")
+            for name in ("tracking", "fisher_norm", "nr_norm", "logit_gap")
             if all(name in entry for entry in self._losses)
         }
         self._lowest_tracking = min(self._lowest_tracking, means.get("tracking", float("inf")))
+        if self._heard < 2 * self._settings.window:
+            means.pop("logit_gap", None)
         return self._sound(updates, _loss_limits(means, self._lowest_tracking, self._settings))
 
     def _sound(self, updates: int, limits: Iterable[_Limit]) -> list[Alarm]:
@@ -161,6 +166,13 @@ def _loss_limits(
         message = "the negative residual outweighs the Fisher term: lower lambda_nr"
         ratio = means["nr_norm"] / means["fisher_norm"]
         yield _Limit("residual_dominance", ratio, settings.residual_over_fisher, message)
+    if "logit_gap" in means:
+        message = (
+            "the discriminator tells nothing apart, so what it teaches is noise: raise its rate, "
+            "or the step that it compares (objective.delta of adm)"
+        )
+        gap, limit = means["logit_gap"], settings.logit_gap_below
+        yield _Limit("silent_discriminator", gap, limit, message, from_below=True)
 
 
 def _lag_limits(lag: Mapping[str, float], settings: AlarmSettings) -> Iterator[_Limit]:

@@ -21,7 +21,7 @@ Source: ADM (arXiv:2507.18569) and DMD2 (arXiv:2405.14867); approximate R1 as in
 `workers.discriminator` trains the discriminator.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,9 +33,13 @@ from torch.nn import functional
 from sgmd_core.errors import ConfigError
 from sgmd_core.objectives.settings import require_number
 from sgmd_core.seeds import random_generator
-from sgmd_core.types import Latents, Loss, NoisedBatch, Scalar, float32
+from sgmd_core.types import Latents, Loss, NoisedBatch, PerSample, Scalar, float32
 
 Logits = Float[Tensor, "*logits"]
+
+NOISE_THIRDS = ("low", "middle", "high")
+"""Thirds of the noise levels, from 0 to 1."""
+_PART, _SHARE = "logit_gap_{}_part", "logit_gap_{}_share"
 
 
 def hinge_discriminator_loss(real: Logits, fake: Logits) -> Scalar:
@@ -145,6 +149,45 @@ def perturbation(
 def logit_gap(real: Logits, fake: Logits) -> Scalar:
     """Mean logit of real minus that of fake: 0 for good is a discriminator that sees nothing."""
     return (float32(real).mean() - float32(fake).mean()).detach()
+
+
+def gaps_by_noise(real: Logits, fake: Logits, sigma: PerSample) -> dict[str, Scalar]:
+    """Sums from which `finished_gaps` makes the gap of each third of the noise levels.
+
+    They are means over samples, and so add up over micro-batches and ranks, which a mean over the
+    samples of a third does not.
+
+    Args:
+        real: A discriminator's logits of what it should accept; the first axis is the samples'.
+        fake: Those of what it should refuse, of the same samples.
+        sigma: Noise level that each sample is looked at through.
+    """
+    gap = (float32(real) - float32(fake)).detach().flatten(1).mean(dim=1)
+    third = (3 * sigma.detach()).long().clamp(0, 2)
+    found: dict[str, Scalar] = {}
+    for place, name in enumerate(NOISE_THIRDS):
+        inside = (third == place).to(gap)
+        found[_PART.format(name)] = (inside * gap).mean()
+        found[_SHARE.format(name)] = inside.mean()
+    return found
+
+
+def finished_gaps(terms: Mapping[str, float]) -> dict[str, float]:
+    """Loss terms of an iteration, with the sums of `gaps_by_noise` turned into gaps.
+
+        logit_gap_low, _middle, _high   below a third of the noise, in the middle, above two thirds
+
+    A third without samples has no gap, and terms without such sums stay as they are.
+
+    Args:
+        terms: Means over all samples of an iteration.
+    """
+    found = dict(terms)
+    for name in NOISE_THIRDS:
+        part, share = (found.pop(sums.format(name), None) for sums in (_PART, _SHARE))
+        if part is not None and share:
+            found[f"logit_gap_{name}"] = part / share
+    return found
 
 
 def discriminator_accuracy(real: Logits, fake: Logits) -> Scalar:

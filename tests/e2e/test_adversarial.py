@@ -83,6 +83,8 @@ def test_latents_of_the_data_reach_the_discriminator_and_a_resumed_run_keeps_its
         distill(encoded_anew, resume=True)
     (first, *_) = read_jsonl(RunFolder(whole.run_folder).metrics)
     assert {"adversarial", "discriminator", "logit_gap"} <= set(first["losses"])
+    thirds = [name for name in first["losses"] if name.startswith("logit_gap_")]
+    assert 0 < len(thirds) <= 3, "a gap for each third of the noise that has samples"
     assert set(first["grad_norms"]) == {"generator", "fake_score", "discriminator"}
     assert {"discriminator.compare_data", "feed.data"} & set(first["seconds"])
 

@@ -14,6 +14,8 @@ from sgmd_core.objectives.adversarial import (
     approximate_r1,
     discriminated_states,
     discriminator_accuracy,
+    finished_gaps,
+    gaps_by_noise,
     hinge_discriminator_loss,
     hinge_generator_loss,
     logit_gap,
@@ -39,6 +41,30 @@ def test_a_discriminator_that_says_nothing_has_known_losses():
     assert both == pytest.approx(2 * math.log(2))
     assert softplus_generator_loss(silent).item() == pytest.approx(math.log(2))
     assert logit_gap(silent, silent).item() == 0
+
+
+def test_gaps_of_thirds_of_the_noise_are_the_same_however_the_samples_are_split():
+    sigma = torch.tensor([0.0, 0.3, 0.5, 0.9, 1.0, 0.95])
+    heads = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    gap = (heads[0] - heads[1]).mean(dim=1)
+    expected = {"low": gap[:2].mean(), "middle": gap[2], "high": gap[3:].mean()}
+    assert (expected["low"] - expected["high"]).abs() > 0.1
+
+    def sums(start: int, stop: int) -> dict[str, float]:
+        parts = (heads[0, start:stop], heads[1, start:stop], sigma[start:stop])
+        return {name: value.item() for name, value in gaps_by_noise(*parts).items()}
+
+    split = [(2, sums(0, 2)), (4, sums(2, 6))]
+    joined = {name: sum(n * part[name] for n, part in split) / 6 for name in split[0][1]}
+    for terms in (sums(0, 6), joined):
+        found = finished_gaps({"logit_gap": 1.0, **terms})
+        assert found.pop("logit_gap") == 1.0
+        assert found == pytest.approx(
+            {f"logit_gap_{name}": value.item() for name, value in expected.items()}, abs=1e-6
+        )
+    # A third without samples has none, nor one whose sum was not finite and is left out.
+    assert finished_gaps(sums(0, 2)).keys() == {"logit_gap_low"}
+    assert finished_gaps({"logit_gap_low_share": 0.5, "tracking": 2.0}) == {"tracking": 2.0}
 
 
 def test_beyond_the_margins_the_hinge_is_quiet_and_within_them_linear():

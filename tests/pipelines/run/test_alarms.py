@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from pipelines.config.alarms import AlarmSettings
+from pipelines.config.recipe import load_recipe
 from pipelines.run.alarms import AlarmWatch
 from pipelines.run.records import IterationRecord, ValidationRecord
+from sgmd_core.errors import ConfigError
 
 WINDOW = 4
 SETTINGS = AlarmSettings(window=WINDOW)
@@ -114,3 +116,27 @@ def test_a_resumed_watch_goes_on_as_if_it_had_never_stopped():
     assert [alarm.name for alarm in whole.iteration(last)] == ["tracking_growth"]
     assert [alarm.name for alarm in resumed.iteration(last)] == ["tracking_growth"]
     assert forgetful.iteration(last) == []
+
+
+def test_a_discriminator_that_stays_silent_is_heard_from_its_second_window_on():
+    silent, awake = [{"logit_gap": 0.004}] * WINDOW, [{"logit_gap": 0.8}] * WINDOW
+    losses = [*silent, *silent, *awake, *silent]
+    assert heard(AlarmWatch(SETTINGS), *losses) == [
+        (2 * WINDOW, "silent_discriminator"),
+        (4 * WINDOW, "silent_discriminator"),
+    ]
+    # Heads start at 0 and need some updates.
+    assert heard(AlarmWatch(SETTINGS), *silent, *awake, *awake) == []
+    resumed = AlarmWatch(SETTINGS)
+    resumed.replay(
+        an_iteration(number, **entry).to_json() for number, entry in enumerate(losses[:7])
+    )
+    (alarm,) = resumed.iteration(an_iteration(7, **losses[7]))
+    assert (alarm.name, alarm.limit) == ("silent_discriminator", 0.05)
+
+
+def test_a_run_without_a_discriminator_is_not_to_be_stopped_by_one():
+    stop = ["alarms.stop=[silent_discriminator]"]
+    assert load_recipe("tiny-adm", stop).alarms.stop == ("silent_discriminator",)
+    with pytest.raises(ConfigError, match="this sgmd has no discriminator"):
+        load_recipe("tiny", stop)
