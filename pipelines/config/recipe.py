@@ -42,6 +42,7 @@ from pipelines.config.model_folders import model_address, model_on_this_machine,
 from pipelines.config.overrides import Override, apply_overrides, require_single
 from pipelines.config.recovery import RecoverySettings
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, ROLES, TEACHER
+from pipelines.config.score_levels import collapsing_levels
 from pipelines.config.section import Section
 from pipelines.config.sequence import sequence_contradictions
 from pipelines.config.shuffled import part_contradictions, shuffling_contradictions
@@ -330,6 +331,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
             config.objective, config.model.negative_prompt, config.data.prompt_dropout
         ),
         *unreached_parts(config),
+        *collapsing_levels(config.objective, config.schedule),
         *split_factors(config.teacher, config.teams[TEACHER]),
     )
     for sentence in told:

@@ -46,6 +46,7 @@ def matching_direction(
     *,
     normalizer_min: float = 0.0,
     removed: Latents | None = None,
+    by_own_length: bool = False,
 ) -> Latents:
     """Returns the gap between the scores, per unit of teacher residual.
 
@@ -64,13 +65,16 @@ def matching_direction(
         normalizer_min: Least value of the denominator `mean |x0 - x0_teacher|`, in latent units.
         removed: Direction whose part of the gap is taken out before it is divided; see
             `without_component`.
+        by_own_length: Divide by `mean |x0_fake - x0_teacher|` in place of the residual, so that a
+            step is as long where the two scores nearly agree as where they are far apart.
 
     Returns:
         The direction, dimensionless, without a graph.
     """
     teacher = float32(velocity_teacher).detach()
     difference = teacher - float32(velocity_fake).detach()
-    residual = overflow_as_nan(sample_mean((teacher - query.chord.detach()).abs()))
+    measured = difference if by_own_length else teacher - query.chord.detach()
+    residual = overflow_as_nan(sample_mean(measured.abs()))
     if normalizer_min > 0:
         # The floor is one of x0; the residual here is one of velocities. At sigma = 0 it is not
         # finite, and the quotient is rightly 0.

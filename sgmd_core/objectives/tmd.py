@@ -12,15 +12,21 @@ In the second stage x_t are states of the generator's own rollouts, and need no 
 noised data there and x0 = noise - y, whose noise does not belong to the sample y: with exact
 samples it has the mean of the data and more than their spread, which the tests show.
 
-Source: TMD (arXiv:2601.09881).
+The direction of matching is divided by n = mean |x0 - x0_teacher|, as in the same authors' code of
+DMD2. The paper prints another divisor, mean |x0_fake - x0_teacher| (`normalizer: gap`): with it the
+step is as long where both scores agree as anywhere, so it does not end there.
+
+Source: TMD (arXiv:2601.09881), printed divisor: its appendix A.3.
 """
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from sgmd_core.errors import ConfigError
+from sgmd_core.objectives.dmd import distribution_matching_loss, matching_direction
 from sgmd_core.objectives.dmd2 import Dmd2Objective
 from sgmd_core.objectives.meanflow import MeanFlowTerm
+from sgmd_core.types import Latents, Loss, NoisedBatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,8 @@ class TmdObjective(Dmd2Objective):
     Attributes:
         stage: `meanflow` or `matching`.
         meanflow: The term of the first stage.
+        normalizer: What the direction of matching is divided by: the teacher's `residual` of the
+            sample, or the `gap` of the two scores itself, as printed in the paper.
     """
 
     about: ClassVar[str] = "steps whose velocity a flow head samples: MeanFlow, then matching"
@@ -43,6 +51,7 @@ class TmdObjective(Dmd2Objective):
     method: Literal["tmd"] = "tmd"  # pyright: ignore[reportIncompatibleVariableOverride]
     stage: Literal["meanflow", "matching"] = "matching"
     meanflow: MeanFlowTerm = field(default_factory=MeanFlowTerm)
+    normalizer: Literal["residual", "gap"] = "residual"
 
     def __post_init__(self) -> None:
         # Not `super()`: a dataclass with slots is a second class of the same name.
@@ -50,6 +59,10 @@ class TmdObjective(Dmd2Objective):
         if self.stage not in ("meanflow", "matching"):
             raise ConfigError(
                 "reading the objective", f"stage is {self.stage!r}", "'meanflow' or 'matching'"
+            )
+        if self.normalizer not in ("residual", "gap"):
+            raise ConfigError(
+                "reading the objective", f"normalizer is {self.normalizer!r}", "'residual' or 'gap'"
             )
         if self.stage == "meanflow" and self.adversary is not None:
             raise ConfigError(
@@ -67,3 +80,16 @@ class TmdObjective(Dmd2Objective):
     def matches(self) -> bool:
         """True if the generator also learns from its own samples."""
         return self.stage == "matching"
+
+    def generator_loss(
+        self, query: NoisedBatch, velocity_fake: Latents, velocity_teacher: Latents
+    ) -> Loss:
+        """Loss of the generator on its own samples: DMD's, by the chosen divisor."""
+        direction = matching_direction(
+            query,
+            velocity_fake,
+            velocity_teacher,
+            normalizer_min=self.normalizer_min,
+            by_own_length=self.normalizer == "gap",
+        )
+        return distribution_matching_loss(query, direction)

@@ -347,6 +347,30 @@ def test_dmd2_differs_from_dmd_in_its_two_time_scales_alone(fake, teacher):
     assert torch.equal(*gradients)
 
 
+def test_the_printed_divisor_of_tmd_keeps_the_step_where_the_scores_nearly_agree(fake, teacher):
+    """The residual's falls with the gap, and both point the same way."""
+    query = with_leaf(random_query())
+    one, other = (predict(each, detached(query)).detach() for each in (fake, teacher))
+    lengths: dict[str, list[float]] = {}
+    for nearness in (1.0, 1e-3):
+        near = other + nearness * (one - other)
+        steps = {
+            name: matching_direction(query, near, other, by_own_length=name == "gap")
+            for name in ("gap", "residual")
+        }
+        for name, step in steps.items():
+            loss = TmdObjective(normalizer=name).generator_loss(query, near, other)
+            (gradient,) = torch.autograd.grad(loss.value, query.x0)
+            torch.testing.assert_close(gradient * gradient.numel(), step)
+            lengths.setdefault(name, []).append(step.abs().mean().item())
+        cosine = torch.nn.functional.cosine_similarity(
+            steps["gap"].flatten(1), steps["residual"].flatten(1)
+        )
+        torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    assert lengths["gap"] == pytest.approx([1.0, 1.0])
+    assert lengths["residual"][1] == pytest.approx(1e-3 * lengths["residual"][0])
+
+
 def test_ratios_are_those_of_the_methods():
     ratios = {type(one).__name__: one.fake_updates for one in OBJECTIVES.values()}
     assert SgmdObjective().fake_updates == 1
