@@ -19,6 +19,7 @@ from cluster.inventory import memory_bytes
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.beside import bytes_beside, host_bytes_beside
+from pipelines.planning.kept_bytes import kept_copies
 from pipelines.planning.memory import discriminator_memory
 from pipelines.planning.pool_maps import PoolMap, map_memory
 from pipelines.planning.savings import savings
@@ -153,10 +154,11 @@ def _disk_bytes(config: DistillConfig, model: ModelFolder) -> float:
     """Of the states that are kept, of one that is written before an old one goes, and exports."""
     work = Workload.of(config)
     # Of both learners trained weights and moments; a decay of 0 has no first moment.
+    learners = [role for role in config.roles if role != TEACHER]
+    copies = {role: kept_copies(work, role) for role in learners}
     state = sum(
-        _FLOAT * work.num_trained(role) * (1 + work.kept(role).moments + work.kept(role).averages)
-        for role in config.roles
-        if role != TEACHER
+        _FLOAT * work.num_trained(role) * (1 + copies[role].moments + copies[role].averages)
+        for role in learners
     )
     states = config.checkpoint.keep + config.checkpoint.keep_best + 1
     exports = 1 + int(config.checkpoint.keep_best > 0)

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, Hardware
+from pipelines.planning.kept_bytes import frozen_bytes
 from pipelines.planning.networks import released_models
 from pipelines.planning.plan import Plan
 from pipelines.planning.stored_text import (
@@ -87,7 +88,7 @@ def bytes_beside(
         if config.generator.lora is not None:
             # In one process with the roles, their base is the validator's too.
             idle = DTYPES[config.generator.compute.weights].itemsize * work.idle_expert
-            base = 0.0 if config.topology.mode == "local" else work.frozen_bytes(GENERATOR) + idle
+            base = 0.0 if config.topology.mode == "local" else frozen_bytes(work, GENERATOR) + idle
         teacher = work.idle_expert + work.shape_of(TEACHER).num_parameters
         teacher *= config.teacher.model is not None
         kept = base + trained * teacher + width * sizes.autoencoder

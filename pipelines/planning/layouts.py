@@ -27,6 +27,7 @@ from pipelines.planning.memory import RankMemory
 from pipelines.planning.pool_maps import PoolMap, fused_map, map_fits, map_memory, pool_maps
 from pipelines.planning.search import Prediction
 from pipelines.planning.stage_times import StageTimes, update_s
+from pipelines.planning.traffic import exchanged_bytes, gathered_bytes, result_bytes
 from pipelines.planning.workload import StageName, Workload
 from sgmd_core.errors import ConfigError
 
@@ -304,9 +305,9 @@ def _costs(
     teams: Mapping[str, Team],
 ) -> Costs:
     weights = 4 * work.shape.num_parameters
-    gathered, sent, exchanged = work.gathered_bytes, work.result_bytes, work.exchanged_bytes
+    gathered, sent, exchanged = gathered_bytes(work), result_bytes(work), exchanged_bytes(work)
     measured = replace(work, ulysses=times.ulysses)
-    in_measured = measured.exchanged_bytes
+    in_measured = exchanged_bytes(measured)
 
     def pool_of(call: Call) -> str:
         return teams[call.role].process(call.role, call.rank)[0]
@@ -336,7 +337,7 @@ def _costs(
         # Weights are gathered while the layer before computes.
         return max(working_s, own.gather_s(gathered[name], ranks))
 
-    def result_bytes(call: Call) -> float:
+    def bytes_of(call: Call) -> float:
         if call.stage == "trained_weights":
             return weights
         # A process takes what concerns its own samples.
@@ -346,7 +347,7 @@ def _costs(
 
     return Costs(
         seconds,
-        result_bytes,
+        bytes_of,
         bandwidth=hardware.wire_bandwidth,
         latency_s=hardware.wire_latency_s,
         call_s=hardware.call_s,
@@ -388,7 +389,7 @@ def _gathered_bytes(
         * micro_batches.get(role, 0)
         * (ranks[role] - 1)
         / ranks[role]
-        for (role, stage), moved in work.gathered_bytes.items()
+        for (role, stage), moved in gathered_bytes(work).items()
         if role in ranks and (role, stage) in work.passes
     )
 

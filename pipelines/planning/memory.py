@@ -24,6 +24,15 @@ from typing import Any
 
 from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, TEACHER
 from pipelines.planning.hardware import GB, Hardware
+from pipelines.planning.kept_bytes import (
+    companion_bytes,
+    frozen_bytes,
+    kept_copies,
+    pair_bytes,
+    stream_bytes,
+    teacher_bytes,
+)
+from pipelines.planning.traffic import weight_bytes
 from pipelines.planning.workload import Workload
 from workers.models.family import DenoiserShape
 
@@ -110,14 +119,14 @@ def teacher_memory(
     # Its graph keeps the weights that a pass through the input has made of them.
     widened = work.through_teacher and work.teacher_weights == "fp8"
     return RankMemory(
-        state=(0.0 if shares_base else work.teacher_bytes / ranks)
+        state=(0.0 if shares_base else teacher_bytes(work) / ranks)
         + 2 * shape.num_parameters * widened,
         gathered=0.0
         if shares_base
-        else work.weight_bytes(TEACHER) * _gathered(shape, ranks, layers=2),
+        else weight_bytes(work, TEACHER) * _gathered(shape, ranks, layers=2),
         graphs=0.0,
         working=passes * widest,
-        base=work.frozen_bytes(TEACHER) if shares_base else 0.0,
+        base=frozen_bytes(work, TEACHER) if shares_base else 0.0,
     )
 
 
@@ -129,15 +138,15 @@ def discriminator_memory(work: Workload, ranks: int, samples: float) -> RankMemo
         ranks: Ranks that share the networks.
         samples: Of a micro-batch, on this rank.
     """
-    heads, kept = work.heads, work.kept(DISCRIMINATOR)
+    heads, kept = work.heads, kept_copies(work, DISCRIMINATOR)
     assert heads is not None, "this iteration has no discriminator"
     share, shape = _FLOAT * heads.num_parameters / ranks, work.shape_of(DISCRIMINATOR)
     # The heads' graph holds the features of all states, in float32.
     tokens = shape.num_tokens(work.latent_shape)
     features = _FLOAT * heads.num_heads * heads.num_states * tokens * shape.width
     return RankMemory(
-        state=(2 + kept.moments - kept.on_host) * share + work.frozen_bytes(DISCRIMINATOR) / ranks,
-        gathered=work.weight_bytes(DISCRIMINATOR) * _gathered(shape, ranks, layers=2),
+        state=(2 + kept.moments - kept.on_host) * share + frozen_bytes(work, DISCRIMINATOR) / ranks,
+        gathered=weight_bytes(work, DISCRIMINATOR) * _gathered(shape, ranks, layers=2),
         graphs=0.0,
         working=samples * (_graph(work, DISCRIMINATOR) + _layer(work, DISCRIMINATOR) + features),
         host=kept.on_host * share,
@@ -151,8 +160,8 @@ def _learner_memory(
     shape = work.shape_of(role)
     trained = work.num_trained(role)
     share, of_all = _FLOAT * trained / ranks, trained / shape.num_parameters
-    kept = work.kept(role)
-    offloaded = waiting * work.stream_bytes(role) * (role in work.offloading)
+    kept = kept_copies(work, role)
+    offloaded = waiting * stream_bytes(work, role) * (role in work.offloading)
     start = share * (role == FAKE_SCORE and work.restarts)
     # Weights and moments, while copies of the fake score are trained on.
     measured = (1 + kept.moments) * share * (role == FAKE_SCORE and work.measures_lag)
@@ -161,17 +170,17 @@ def _learner_memory(
         passing = max(passing, derivative_bytes(work, role))
     return RankMemory(
         state=(2 + kept.moments + kept.averages - kept.on_host) * share
-        + work.companion_bytes(ranks) * (role == GENERATOR),
+        + companion_bytes(work, ranks) * (role == GENERATOR),
         # Weights of two layers; a layer's gradient in their type, and in that of the sum.
         gathered=of_all
         * (
-            work.weight_bytes(role) * _gathered(shape, ranks, layers=3)
+            weight_bytes(work, role) * _gathered(shape, ranks, layers=3)
             + (_FLOAT * _gathered(shape, ranks, layers=1, ends=1) if role in work.bf16 else 0)
         ),
         graphs=waiting * _graph(work, role) - offloaded,
         working=samples * max(passing, _layer(work, role) if role in work.checkpointing else 0),
         host=kept.on_host * share + offloaded + start + measured,
-        base=work.frozen_bytes(role),
+        base=frozen_bytes(work, role),
         saves=(1 + kept.moments + kept.averages) * share,
     )
 
@@ -190,8 +199,8 @@ def _graph(work: Workload, role: str) -> float:
         checkpointing=role in work.checkpointing,
     )
     if role in work.all_pairs and role not in work.checkpointing:
-        graph += work.shape_of(role).num_layers * work.pair_bytes(role)
-    return graph + (work.stream_bytes(role) if role in work.selective else 0)
+        graph += work.shape_of(role).num_layers * pair_bytes(work, role)
+    return graph + (stream_bytes(work, role) if role in work.selective else 0)
 
 
 def _passing(work: Workload, role: str) -> float:
@@ -216,7 +225,7 @@ def derivative_bytes(work: Workload, role: str) -> float:
 def _at_attention(work: Workload, role: str, kind: str) -> float:
     shape = work.shape_of(role)
     stream = _FLOAT * shape.num_tokens(work.latent_shape) * shape.width
-    return _PAIRS[kind] * work.pair_bytes(role) + _STREAMS[kind] * stream
+    return _PAIRS[kind] * pair_bytes(work, role) + _STREAMS[kind] * stream
 
 
 def _layer(work: Workload, role: str) -> float:
@@ -224,5 +233,5 @@ def _layer(work: Workload, role: str) -> float:
     shape = work.shape_of(role)
     stream = shape.num_tokens(work.latent_shape) * shape.width
     again = shape.layer_graph_bytes(work.latent_shape, work.text_length, bf16=role in work.bf16)
-    pairs = _PAIRS["layer"] * work.pair_bytes(role) if role in work.all_pairs else 0
+    pairs = _PAIRS["layer"] * pair_bytes(work, role) if role in work.all_pairs else 0
     return again + 3 * _FLOAT * stream + pairs

@@ -26,6 +26,7 @@ from pipelines.planning.memory import (
     teacher_memory,
 )
 from pipelines.planning.stage_times import StageTimes, update_s
+from pipelines.planning.traffic import gathered_bytes, result_bytes
 from pipelines.planning.workload import Workload
 from sgmd_core.objectives import ComparedStates
 
@@ -245,7 +246,7 @@ def _costs(
 ) -> Costs:
     teams, weights = split.teams, 4 * work.shape.num_parameters
     step_s = {role: update_s(work, hardware, role, teams[role].ranks) for role in ROLES}
-    gathered, sent = work.gathered_bytes, work.result_bytes
+    gathered, sent = gathered_bytes(work), result_bytes(work)
     # A process takes what concerns its own samples: the largest share is what the others wait for.
     share = samples / min(samples, *(team.size for team in teams.values()))
 

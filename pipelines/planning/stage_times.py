@@ -22,6 +22,7 @@ from cluster.storage import read_text
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES
 from pipelines.planning.hardware import Hardware
+from pipelines.planning.kept_bytes import kept_copies, stream_bytes
 from pipelines.planning.workload import COUNTED_WITH, StageName, Workload, mean_over_sizes
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.places import shared_place
@@ -84,7 +85,7 @@ def modelled(work: Workload, hardware: Hardware) -> StageTimes:
 def _moved_s(one: Workload, hardware: Hardware) -> dict[StageName, float]:
     """Seconds in which layers' inputs go to main memory and back, by stage."""
     moved_s = {
-        role: 2 * one.stream_bytes(role) / hardware.host_bandwidth for role in one.offloading
+        role: 2 * stream_bytes(one, role) / hardware.host_bandwidth for role in one.offloading
     }
     return {name: one.backwards[name] * moved_s.get(name[0], 0.0) for name in one.passes}
 
@@ -167,7 +168,7 @@ def rescaled(
 def update_s(work: Workload, hardware: Hardware, role: str, ranks: int) -> float:
     """Seconds of an update: bound by memory, or by the way to main memory, shared by the ranks."""
     entries = _BYTES_OF_AN_UPDATED * work.num_trained(role) / ranks
-    kept = work.kept(role)
+    kept = kept_copies(work, role)
     on_device = (2 + kept.moments + kept.averages) * entries / hardware.memory_bandwidth
     return on_device + kept.on_host * entries / hardware.host_bandwidth
 

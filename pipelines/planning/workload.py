@@ -1,26 +1,27 @@
-"""Workload of one iteration: passes, bytes sent and weights gathered, by stage.
+"""Workload of one iteration: its settings as far as costs go, and its passes by stage.
 
-`pipelines.stages.costs` has the passes of each stage, `pipelines.stages.algorithm` what
-each sends. With checkpointing, k steps and guidance, in forward passes of one sample:
+`pipelines.stages.costs` has the passes of each stage, `pipelines.planning.kept_bytes` what roles
+keep, `pipelines.planning.traffic` what they move. With checkpointing, k steps and guidance, in
+forward passes of one sample:
 
     rollout (k + 1) / 2   denoise 2   signal 2 + i   track 1 + w (fresh: 2 + w)   learn 1 + w
 
 where i and w are the costs of backward passes to the input and to the weights, `PassCosts`.
 
 With shared tracking the two backward passes of the fake score go one after the other over one
-forward pass, so with checkpointing its activations are made three times in all.
+forward pass, so with checkpointing its activations are made three times in all; twice where one
+walk makes both (`fake_score.walk`).
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Self
 
 from cluster.schedule.program import Program
 from pipelines.config.adapters import adapted_roles
 from pipelines.config.recipe import DistillConfig
-from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.config.roles import DISCRIMINATOR, FAKE_SCORE, ROLES, TEACHER
 from pipelines.config.sequence import require_divisible
 from pipelines.config.walk import may_walk_once
 from pipelines.planning.networks import (
@@ -32,25 +33,12 @@ from pipelines.planning.networks import (
 )
 from pipelines.stages.algorithm import (
     ANCHOR,
-    COMPARE_DATA,
-    COMPARE_STEPS,
-    COMPLETE,
     DENOISE,
-    DENOISE_DATA,
     DIVERSIFY,
     LEARN,
-    LEARN_CONSISTENCY,
-    LEARN_FLOW,
-    NOISE_DATA,
-    PREDICT,
-    PULLBACK,
     ROLLOUT,
-    SAMPLE,
-    SIGNAL,
     STAGES,
     START,
-    TRACK,
-    Sent,
     StageSpec,
     iteration_program,
 )
@@ -63,33 +51,14 @@ from sgmd_core.types import Looks
 from workers.attention import KERNELS
 from workers.discriminator_heads import num_head_parameters
 from workers.models.family import DenoiserShape
-from workers.moment_codes import BYTES_PER_ENTRY
 from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import DiversitySettings
 
 COUNTED_WITH = {START: ROLLOUT, ANCHOR: DENOISE, DIVERSIFY: LEARN}
 """Stages of a diversity loss, which the planned program does not have, and their role's own."""
 
-_EXCHANGED = 4
-"""Tensors of a layer, each of the size of the stream."""
-
 StageName = tuple[str, str]
 """Role and stage."""
-
-
-@dataclass(frozen=True, slots=True)
-class KeptCopies:
-    """Copies of a learner's parameters beside weights and gradients.
-
-    Attributes:
-        moments: Of the optimizer; moments in 8 bits are a part of a copy.
-        averages: 1 where averaged weights are kept.
-        on_host: Of both, those in main memory.
-    """
-
-    moments: float
-    averages: int
-    on_host: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,17 +242,6 @@ class Workload:
             has_companion=config.model.alone == "low",
         )
 
-    def companion_bytes(self, ranks: int) -> float:
-        """Bytes on a rank of the frozen expert that the generator's rollouts begin with.
-
-        Args:
-            ranks: Of the generator; under adapters each of them has it whole.
-        """
-        adapted = GENERATOR in dict(self.adapters)
-        narrow = self.frozen_in_bf16 if adapted else self.bf16
-        whole = (2 if GENERATOR in narrow else 4) * self.idle_expert * self.has_companion
-        return whole if adapted else whole / ranks
-
     @property
     def other_walk(self) -> "Workload | None":
         """The same iteration with the other setting of `fake_score.walk`; None: there is none."""
@@ -328,26 +286,9 @@ class Workload:
             return self.heads.num_parameters
         return dict(self.adapters).get(role, self.shape_of(role).num_parameters)
 
-    def frozen_bytes(self, role: str) -> int:
-        """Bytes of the weights that a role keeps and does not train."""
-        if role == TEACHER:
-            return self.teacher_bytes
-        if role == DISCRIMINATOR and self.heads is not None:
-            return (2 if self.heads.weights == "bf16" else 4) * self.shape_of(role).num_parameters
-        size = 2 if role in self.frozen_in_bf16 else 4
-        return size * self.shape_of(role).num_parameters * (role in dict(self.adapters))
-
     def shape_of(self, role: str) -> DenoiserShape:
         """The network of a role; a discriminator has a copy of the teacher's."""
         return self.others.get(TEACHER if role == DISCRIMINATOR else role, self.shape)
-
-    def kept(self, role: str) -> KeptCopies:
-        """Copies that a learner keeps of its parameters."""
-        second = BYTES_PER_ENTRY / 4 if role in self.moments_in_8_bits else 1
-        moments = second + int(role in self.momentum)
-        averages = int(role == GENERATOR and self.averages)
-        on_host = moments * (role in self.moments_on_cpu) + averages * self.average_on_cpu
-        return KeptCopies(moments, averages, on_host)
 
     def made_again(self, role: str) -> float:
         """Part of a forward pass that is made again for each backward pass of a role."""
@@ -359,26 +300,6 @@ class Workload:
         # Of attention that of the tokens to each other; the rest looks at the caption.
         kept = flops.attention * tokens / (tokens + self.text_length)
         return 1 - kept / flops.forward
-
-    @property
-    def teacher_bytes(self) -> int:
-        """Bytes of all weights of the teacher, as they are kept."""
-        shape = self.shape_of(TEACHER)
-        if self.teacher_weights == "fp8":
-            # What is not a layer's stays in bfloat16.
-            return shape.num_parameters + _beside_layers(shape)
-        return (2 if self.teacher_weights == "bf16" else 4) * shape.num_parameters
-
-    def stream_bytes(self, role: str) -> int:
-        """Bytes of the inputs of all layers, of one sample: those of self-attention's outputs."""
-        shape = self.shape_of(role)
-        size = 2 if role in self.bf16 else 4
-        return size * shape.num_layers * shape.num_tokens(self.latent_shape) * shape.width
-
-    def pair_bytes(self, role: str) -> int:
-        """Bytes of a number for each pair of tokens of a sample and each head, in float32."""
-        shape = self.shape_of(role)
-        return 4 * shape.num_heads * shape.num_tokens(self.latent_shape) ** 2
 
     @property
     def through_teacher(self) -> bool:
@@ -423,34 +344,15 @@ class Workload:
 
         The stages of a diversity loss are counted with the role's own: see `program`.
         """
-        return _counted_together(self.stage_units)
+        return counted_together(self.stage_units)
 
     @property
     def backwards(self) -> dict[StageName, float]:
         """Backward passes of one sample by stage, those of a diversity loss as in `passes`."""
-        table = self._passes_by_stage()
-        return _counted_together(
+        table = self.passes_by_stage
+        return counted_together(
             {(stage.role, stage.name): passes.backwards for stage, passes in table.items()}
         )
-
-    @property
-    def exchanged_bytes(self) -> dict[StageName, float]:
-        """Bytes of tokens of one sample that pass through a rank's exchanges, by stage.
-
-        Ranks that work together exchange queries, keys, values and the result of self-attention,
-        tokens for heads, and their gradients on the way back; of each a rank has its part. Of
-        several sizes it is the mean.
-        """
-        if self.buckets is not None:
-            return mean_over_sizes(self, lambda one: one.exchanged_bytes)
-        together, found = dict(self.ulysses), dict[StageName, float]()
-        for stage, passes in self._passes_by_stage().items():
-            if stage.role in together:
-                again = passes.backwards * (stage.role in self.checkpointing)
-                times = passes.forwards + passes.backwards + again
-                parts = _EXCHANGED * self.stream_bytes(stage.role) / together[stage.role]
-                found[stage.role, stage.name] = times * parts
-        return _counted_together(found)
 
     def split_by_stage(self, seconds: Mapping[StageName, float]) -> dict[StageName, float]:
         """Splits seconds that hold those of a diversity loss among its stages, by their work."""
@@ -469,7 +371,7 @@ class Workload:
         return {
             (stage.role, stage.name): self._relative_cost(stage.role)
             * passes.units(self._costs_of(stage.role), checkpointed=self.made_again(stage.role))
-            for stage, passes in self._passes_by_stage().items()
+            for stage, passes in self.passes_by_stage.items()
         }
 
     def _costs_of(self, role: str) -> PassCosts:
@@ -482,7 +384,9 @@ class Workload:
             return 1.0
         return own.forward_flops(self.latent_shape, self.text_length) / self.forward_flops
 
-    def _passes_by_stage(self) -> Mapping[StageSpec, Passes]:
+    @property
+    def passes_by_stage(self) -> Mapping[StageSpec, Passes]:
+        """Passes of one sample, for one call of each stage."""
         return stage_passes(
             path=self.path,
             rollout=self.rollout,
@@ -499,84 +403,6 @@ class Workload:
             matching=self.matching,
             joint=self.joint_walk,
         )
-
-    def weight_bytes(self, role: str) -> int:
-        """Bytes of a weight as a role gathers it: in the type of its products."""
-        return 2 if role in self.bf16 else 4
-
-    @property
-    def gathered_bytes(self) -> dict[StageName, float]:
-        """Bytes of weights and gradients that a sharded call of each stage moves, all ranks' parts.
-
-        Gradients are summed in float32, weights are gathered in the type of a role's products.
-        """
-        summed = {LEARN: 1.0 + self.diversity.enabled + self.looks.off_trajectory, TRACK: 1.0}
-        summed |= {COMPARE_STEPS: 1.0, COMPARE_DATA: 1.0, LEARN_CONSISTENCY: 1.0}
-        summed |= {LEARN_FLOW: 1.0}
-        if self.joint_walk:
-            summed |= {SIGNAL: 1.0, TRACK: 0.0}
-        reductions = {(stage.role, stage.name): count for stage, count in summed.items()}
-        found: dict[StageName, float] = {}
-        for name, count in self.gathers.items():
-            gradients = reductions.get(name, 0.0)
-            trained = self.num_trained(name[0])
-            # A discriminator gathers the teacher's copy, and sums gradients of its heads.
-            whole = self.shape_of(name[0]).num_parameters if name[0] == DISCRIMINATOR else trained
-            weights = self.weight_bytes(name[0]) * (count - gradients) * whole
-            found[name] = weights + 4 * gradients * trained
-        if self.teacher_whole:
-            found |= {name: 0.0 for name in found if name[0] == TEACHER}
-        return found
-
-    @property
-    def gathers(self) -> dict[StageName, float]:
-        """Counts how often a sharded call of each stage gathers weights or sends gradients."""
-        shared = self.fresh_updates == 0
-        off, guides = self.looks.off_trajectory, self.looks.splits_guidance
-        counts = {
-            ROLLOUT: self.rollout + off,
-            SAMPLE: self.sample,
-            LEARN: 2.0 + 3.0 * self.diversity.enabled + 2.0 * off,
-            DENOISE: 1.0 + self.diversity.num_anchor_steps + off + guides,
-            PULLBACK: 2.0,
-            SIGNAL: 2.0 + 2.0 * off,
-            TRACK: 2.0 if shared else 3.0,
-            # Forward, and back with the sum of gradients; tracking asks for nothing more.
-            **({SIGNAL: 3.0, TRACK: 0.0} if self.joint_walk else {}),
-            NOISE_DATA: 0.0,
-            DENOISE_DATA: 1.0,
-            # Two forward passes, one backward, and the sum.
-            LEARN_CONSISTENCY: 4.0,
-            LEARN_FLOW: 3.0 + self.guided_flow,
-        }
-        if self.heads is not None:
-            # Each state forward, one of them backward, and the sum of the heads' gradients.
-            counts |= {PREDICT: 1.0, COMPLETE: 1.0}
-            counts |= dict.fromkeys((COMPARE_STEPS, COMPARE_DATA), 2.0 + self.heads.num_states)
-        return {(stage.role, stage.name): count for stage, count in counts.items()}
-
-    @property
-    def result_bytes(self) -> dict[StageName, float]:
-        """Bytes of one sample that each stage sends, in the mean; tensors travel in float32."""
-        if self.buckets is not None:
-            return mean_over_sizes(self, lambda one: one.result_bytes)
-        size = {
-            Sent.LATENTS: 4 * prod(self.latent_shape),
-            Sent.TEXT: 4 * self.text_length * self.shape.text_width,
-        }
-        sent: dict[StageName, float] = {
-            (stage.role, stage.name): sum(size[each] for each in stage.sends)
-            for stage in STAGES.values()
-            if stage.sends
-        }
-        # Beside its gradient, such a signal carries the teacher's cotangent.
-        sent[SIGNAL.role, SIGNAL.name] *= 1 + int(self.through_teacher)
-        # Looks have noise of their own, and samples where they are off the trajectory.
-        off, guides = int(self.looks.off_trajectory), int(self.looks.splits_guidance)
-        beside = {ROLLOUT: guides + 2 * off, DENOISE: 2 * guides + off, SIGNAL: off}
-        for stage, count in beside.items():
-            sent[stage.role, stage.name] += count * size[Sent.LATENTS]
-        return sent
 
 
 def mean_over_sizes(
@@ -623,11 +449,7 @@ def _require_whole_tokens(
             require_divisible(role, compute.ulysses, own, latent_shape)
 
 
-def _beside_layers(shape: DenoiserShape) -> int:
-    return shape.num_parameters - shape.num_layers * shape.parameters_per_layer
-
-
-def _counted_together(units: Mapping[StageName, float]) -> dict[StageName, float]:
+def counted_together(units: Mapping[StageName, float]) -> dict[StageName, float]:
     """Adds the stages of a diversity loss to those that they are counted with."""
     found: dict[StageName, float] = {}
     for (role, stage), value in units.items():

@@ -12,6 +12,7 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
 from pipelines.config.roles import FAKE_SCORE, ROLES
+from pipelines.planning.traffic import exchanged_bytes
 from pipelines.planning.workload import Workload
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.objectives.sid import SidObjective
@@ -187,7 +188,7 @@ def test_a_plan_counts_the_bytes_that_are_exchanged(brought, precision, again):
         ulysses=((FAKE_SCORE, 2),),
     )
     found = brought[0]["exchanged"][precision, again]
-    planned = work.exchanged_bytes[FAKE_SCORE, "signal"]
+    planned = exchanged_bytes(work)[FAKE_SCORE, "signal"]
     assert found["forward"] + found["to_input"] == planned
     assert found["to_input"] == (2 if again else 1) * found["forward"]
 

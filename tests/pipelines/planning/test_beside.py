@@ -13,6 +13,7 @@ from transformers import T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 from pipelines.config.recipe import load_recipe
 from pipelines.planning.beside import bytes_beside, host_bytes_beside
 from pipelines.planning.hardware import Hardware
+from pipelines.planning.kept_bytes import companion_bytes
 from pipelines.planning.memory import generator_memory
 from pipelines.planning.networks import released_models
 from pipelines.planning.pool_maps import PoolMap, map_fits
@@ -200,7 +201,7 @@ def test_one_expert_alone_takes_its_part_and_a_validator_both():
     assert frozen.state - alone.state == 2 * one / 32
     adapted = work("model.expert=low", "generator.lora={}", "generator.compute.weights=bf16")
     assert generator_memory(adapted, 32, 1, 2).base == 2 * one
-    assert adapted.companion_bytes(32) == 2 * one
+    assert companion_bytes(adapted, 32) == 2 * one
 
     options = ("--model", "a14b", "--gpus", 65, "--json")
     told = [

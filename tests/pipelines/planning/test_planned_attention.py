@@ -10,7 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipelines.config.recipe import load_recipe
 from pipelines.config.roles import FAKE_SCORE, GENERATOR, ROLES, TEACHER
+from pipelines.planning.kept_bytes import pair_bytes
 from pipelines.planning.memory import derivative_bytes, generator_memory, teacher_memory
+from pipelines.planning.traffic import exchanged_bytes
 from pipelines.planning.workload import Workload
 from tests.helpers.live_bytes import LiveBytes
 from tests.workers.test_wan_arithmetic import network
@@ -108,7 +110,7 @@ def test_a_recipe_says_who_holds_all_pairs():
     assert work.all_pairs == {FAKE_SCORE}
     assert work.consistency
     pairs = 4 * 12 * 32760**2
-    assert work.pair_bytes(TEACHER) == pairs
+    assert pair_bytes(work, TEACHER) == pairs
     assert generator_memory(work, 1, 1, 1).working > 5 * pairs
 
 
@@ -116,8 +118,8 @@ def test_ranks_that_work_together_exchange_what_is_counted():
     """Four tensors a layer and way; tests/workers/test_sequence.py counts them on two ranks."""
     work = work_of(shape_of(), MANY, ulysses=((FAKE_SCORE, 2),))
     one = 2 * 4 * 4 * 768 * 64 / 2
-    found = work.exchanged_bytes
+    found = exchanged_bytes(work)
     # A pass forward and one to the input; the pass to the weights; nothing of other roles.
     assert found == {("fake_score", "signal"): 2 * one, ("fake_score", "track"): one}
-    again = replace(work, checkpointing=frozenset(ROLES)).exchanged_bytes
+    again = exchanged_bytes(replace(work, checkpointing=frozenset(ROLES)))
     assert again == {("fake_score", "signal"): 3 * one, ("fake_score", "track"): 2 * one}

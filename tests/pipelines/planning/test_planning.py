@@ -33,6 +33,7 @@ from pipelines.planning.pool_maps import PoolMap, fused_map, map_fits, map_memor
 from pipelines.planning.savings import fitting_savings, run_fits, savings
 from pipelines.planning.search import PoolSplit, find_batch, find_best, predict, rank_memory
 from pipelines.planning.stage_times import StageTimes, measured, modelled, rescaled, update_s
+from pipelines.planning.traffic import exchanged_bytes, gathered_bytes, result_bytes
 from pipelines.planning.workload import Workload
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ConfigError
@@ -93,7 +94,7 @@ class TestSeveralSizes:
             assert seconds < 0.7 * parts[1] or not parts[1]
 
     def test_what_is_sent_is_the_mean_as_well(self):
-        sent, largest = self.MIXED.result_bytes, SMALL.result_bytes
+        sent, largest = result_bytes(self.MIXED), result_bytes(SMALL)
         text = 4 * SMALL.text_length * SMALL.shape.text_width
         rollout = (GENERATOR, "rollout")
         frames = (3 * 9 + 21 + 4 * 9) / 8
@@ -203,7 +204,7 @@ class TestSamplesOverSeveralRanks:
             for speed in (20e9, 200e9, 1e30)
         }
         # Each of two parties has a sample; three of four parts come from others.
-        exchanged = sum(work.exchanged_bytes.values()) * 3 / 4
+        exchanged = sum(exchanged_bytes(work).values()) * 3 / 4
         assert exchanged / 20e9 > 0.01 * seconds[1e30]
         for speed in (20e9, 200e9):
             spent = seconds[speed] - seconds[1e30]
@@ -229,7 +230,7 @@ class TestSamplesOverSeveralRanks:
         hardware = Hardware(memory_gb=80, ranks_per_machine=8, gather_bandwidth=20e9)
         plain, four = modelled(self.work(4), hardware), self.work(4)
         exchange_s = {
-            name: hardware.gather_s(4 * parts, 4) for name, parts in four.exchanged_bytes.items()
+            name: hardware.gather_s(4 * parts, 4) for name, parts in exchanged_bytes(four).items()
         }
         # Seconds as a run with four ranks a sample has them.
         seconds = {name: own + exchange_s[name] for name, own in plain.seconds.items()}
@@ -291,9 +292,9 @@ class TestWork:
         # Forward and back twice, and the sum of the gradients in float32.
         weights, sums = (size * SMALL.shape.num_parameters for size in (2, 4))
         for work, times in ((apart, 3), (joint, 2)):
-            moved = sum(work.gathered_bytes[name] for name in names)
+            moved = sum(gathered_bytes(work)[name] for name in names)
             assert moved == times * weights + sums
-        assert joint.gathered_bytes[names[1]] == 0
+        assert gathered_bytes(joint)[names[1]] == 0
 
     def test_fresh_tracking_samples_and_predicts_again(self):
         extra = replace(SMALL, fresh_updates=1).passes
@@ -309,7 +310,7 @@ class TestWork:
         assert LARGE.forward_flops == pytest.approx(dense + 4 * 40 * 32760**2 * 5120, rel=0.03)
 
     def test_a_pass_hands_on_less_than_thirty_megabytes_a_sample(self):
-        assert max(SMALL.result_bytes.values()) < 30e6
+        assert max(result_bytes(SMALL).values()) < 30e6
 
     def test_a_recipe_says_what_there_is_to_do(self):
         config = load_recipe("wan21-1.3b", ["fake_score.tracking=fresh"])
@@ -483,7 +484,7 @@ class TestMemory:
     def test_weights_are_gathered_in_the_type_of_products_and_gradients_summed_in_float32(self):
         exact = replace(LARGE, bf16=frozenset())
         parameters = LARGE.shape.num_parameters
-        wide, narrow = (one.gathered_bytes for one in (exact, LARGE))
+        wide, narrow = (gathered_bytes(one) for one in (exact, LARGE))
         assert narrow[TEACHER, "denoise"] == wide[TEACHER, "denoise"] / 2 == 2 * parameters
         assert wide[GENERATOR, "learn"] == 8 * parameters
         assert narrow[GENERATOR, "learn"] == 6 * parameters
@@ -502,14 +503,14 @@ class TestMemory:
         assert found["bf16"][1].state == parameters / 2
         work, whole = found["fp8"]
         assert parameters < whole.state < 1.1 * parameters
-        assert whole.gathered == work.gathered_bytes[TEACHER, "denoise"] == 0
+        assert whole.gathered == gathered_bytes(work)[TEACHER, "denoise"] == 0
         through = replace(work, path=GradientPath.BOTH_SCORES)
         assert teacher_memory(through, 4, 1).state == whole.state + 2 * parameters
 
     def test_samples_off_the_trajectory_take_a_second_graph(self):
         off = replace(SMALL, looks=Looks(off_trajectory=True))
         assert generator_memory(off, 1, 1, 2).graphs == 2 * generator_memory(SMALL, 1, 1, 2).graphs
-        assert off.result_bytes[GENERATOR, "rollout"] > SMALL.result_bytes[GENERATOR, "rollout"]
+        assert result_bytes(off)[GENERATOR, "rollout"] > result_bytes(SMALL)[GENERATOR, "rollout"]
 
     def test_a_discriminator_is_charged_for_its_copy_its_heads_and_their_features(self):
         work = Workload.of(load_recipe("tiny-adm"))
