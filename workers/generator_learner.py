@@ -2,7 +2,7 @@
 
     rollout(key, text)       x0 and its score query; the graph behind x0 stays here, under the key
     learn(signal)            x0.backward(grad_x0): parameters gather gradient, the graph is freed
-    start, diversify         an extra loss on the first step, where the settings ask for it
+    start, diversify         an extra loss on the first step, see `workers.diversity`
     noise_data, learn_consistency    a term on latents of the data, see `workers.consistency`
     learn_flow               another one, see `workers.inner_flow`
     gradient_report, step    one update of weights and averaged weights an iteration
@@ -18,19 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cluster.folders import whole_folder_at
 from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import StaleCallError, non_finite_remedy
 from sgmd_core.objectives.consistency import ConsistencyTerm
-from sgmd_core.objectives.diversity import diversity_loss
 from sgmd_core.objectives.meanflow import MeanFlowTerm
 from sgmd_core.phases import Phase, Phases
 from sgmd_core.rollout import RolloutExit, anchored, extrapolated, rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule
 from sgmd_core.seeds import draw
 from sgmd_core.types import (
-    DiversityStart,
-    DiversityTarget,
     Draws,
     GeneratorSignal,
     Latents,
@@ -42,19 +38,14 @@ from sgmd_core.types import (
     TextBatch,
 )
 from workers.adapters import lora_of, make_trainable
-from workers.base_networks import base_parameters
+from workers.diversity import DiversityLearner
 from workers.ema import AveragedWeights
+from workers.exported_generator import write_generator
 from workers.finite import Diagnosis, FiniteChecks, micro_batch_in_words
-from workers.inner_flow import FlowLearner
-from workers.models.adapter_files import MergedWeights
-from workers.models.addresses import local_model
-from workers.models.configs import INDEX_FILE
-from workers.models.exporting import DTYPES, kept_in_fp32, narrowed, narrowed_one
-from workers.models.families import family_of
-from workers.models.weight_digests import SETTINGS_FILE, write_model_settings
+from workers.models.exporting import DTYPES, kept_in_fp32, narrowed_one
 from workers.optimizer import RoleOptimizer
 from workers.placement import device_of, draws_on, text_on
-from workers.reports import DiversityReport, GradientReport, LearnReport
+from workers.reports import GradientReport, LearnReport
 from workers.role_state import RoleState, load_role
 from workers.settings import ExportSettings, GeneratorSettings
 from workers.sharding import gather_to_rank0, is_first_rank, local_part
@@ -64,7 +55,7 @@ ROLE = "generator"
 AVERAGE = "ema"
 
 
-class GeneratorLearner(FlowLearner):
+class GeneratorLearner(DiversityLearner):
     """Rolls out, learns from signals, updates.
 
     Args:
@@ -203,54 +194,6 @@ class GeneratorLearner(FlowLearner):
         torch.autograd.backward(made, gradients)
         return LearnReport(metrics=dict(signal.metrics), exit_step=kept.exit_step)
 
-    def start(
-        self, key: MicroBatchKey, text: TextBatch, draws: Draws | None = None
-    ) -> DiversityStart:
-        """Initial noise of a micro-batch: the starting point of the teacher's own trajectory.
-
-        Args:
-            key: The micro-batch, as its rollout was named.
-            text: Its captions.
-            draws: Every random number, as they were given to the rollout.
-        """
-        draws = self._place_or_draw(key, text, draws)
-        grid = self._schedule.few_step_grid(self._diversity.teacher_steps)
-        steps = self._diversity.anchor_step
-        return DiversityStart(key, draws.initial_noise, text.text, grid[: steps + 1])
-
-    def diversify(
-        self, start: DiversityStart, target: DiversityTarget, share: float
-    ) -> DiversityReport:
-        """Adds the gradient of the diversity loss to that of the signals.
-
-        Args:
-            start: Where the samples of a micro-batch start.
-            target: Where the teacher goes from there.
-            share: Samples in this micro-batch over samples in the iteration.
-
-        Raises:
-            StaleCallError: The two belong to different micro-batches, or to another iteration.
-            NonFiniteError: A number that goes in or comes out is not finite; no gradient was
-                gathered from it.
-        """
-        self._optimizer.require_current(start.key.iteration, "learning diversity")
-        if target.key != start.key:
-            raise StaleCallError(
-                f"learning the first step of {start.key}",
-                f"a teacher's path for {target.key}",
-                "the path that starts from the same noise",
-            )
-        device = device_of(self._network)
-        noise = start.noise.to(device)
-        sigma = self._schedule.generator_grid(self._num_steps)[0].to(noise).expand(len(noise))
-        velocity = self._network(noise, sigma, start.text.to(device))
-        loss = diversity_loss(velocity, target.velocity.to(device))
-        handed = {**start.numbers, "the teacher's path": target.velocity}
-        made = {"the generator's velocity": velocity, "the diversity loss": loss}
-        loss = self._checked(loss, "learning diversity", start.key, {**handed, **made})
-        (share * self._diversity.weight * loss).backward()
-        return DiversityReport(metrics={"diversity": loss.item()})
-
     def gradient_report(self, iteration: int) -> GradientReport:
         """Norm of the gathered gradient; updates nothing.
 
@@ -363,21 +306,8 @@ class GeneratorLearner(FlowLearner):
         if checkpoint is not None:
             kept = ROLE if self._average is None else AVERAGE
             weights = dict(load_role(checkpoint, kept).weights)
-        base, lora = local_model(base_folder), lora_of(self._network)
-        if lora is not None:
-            # Into the base as it was trained over, in whatever type that is.
-            weights = MergedWeights(base_parameters(self._network), weights, lora)
-        family, form = family_of(base), form or ExportSettings()
-        weights = narrowed(weights, DTYPES[form.dtype], family.traits.keep_fp32)
-        with whole_folder_at(dst, (SETTINGS_FILE, INDEX_FILE)) as draft:
-            family.export(
-                draft,
-                base,
-                weights,
-                flow_shift=settings["flow_shift"],
-                components=form.components,
-            )
-            write_model_settings(draft, settings)
+        form = form or ExportSettings()
+        write_generator(self._network, weights, dst, base_folder, settings, form)
 
     def states(self, over: Mapping[str, RoleState]) -> dict[str, RoleState]:
         """Copies of this rank's part of `generator` and, where an average is kept, of `ema`."""

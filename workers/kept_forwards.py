@@ -1,8 +1,10 @@
 """Forward passes of the fake score whose graphs wait for a later call, by micro-batch.
 
-signal, predict    keep a prediction
-complete           goes through its graph to the samples
-track              takes it, and goes through its graph to the parameters
+    signal, predict    keep a prediction
+    complete           goes through its graph to the samples
+    track              takes it, and goes through its graph to the parameters
+
+With fresh tracking only predictions wait, and a signal's completion ends that.
 """
 
 from dataclasses import dataclass

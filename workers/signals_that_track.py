@@ -1,7 +1,9 @@
 """Signals of the fake score that gather tracking's gradient too, by one walk back.
 
-signal    one walk: the gradient at the samples, and the gradient in the parameters
-report    what the same micro-batch's tracking has found, asked for once
+    signal    one walk: the gradient at the samples, and the gradient in the parameters
+    report    what the same micro-batch's tracking has found, asked for once
+
+The controller calls both as with two walks, and knows that the first one gathers.
 """
 
 from dataclasses import dataclass

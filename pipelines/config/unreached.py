@@ -15,7 +15,7 @@ from sgmd_core.phases import Phases
 
 
 class LimitedRun(Protocol):
-    """What decides how far a run comes: a `pipelines.config.recipe.DistillConfig`."""
+    """Settings that decide how far a run comes: of a `pipelines.config.recipe.DistillConfig`."""
 
     @property
     def iterations(self) -> int:

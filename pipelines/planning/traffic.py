@@ -1,8 +1,10 @@
 """Bytes that an iteration moves, by stage: weights gathered, tokens exchanged, results sent.
 
-num_gathers, gathered_bytes    between ranks that share weights
-exchanged_bytes                between ranks that share samples
-result_bytes                   from a role to the next one
+    num_gathers, gathered_bytes    between ranks that share weights
+    exchanged_bytes                between ranks that share samples
+    result_bytes                   from a role to the next one
+
+All are of one sample or one call, and of all parts: a rank's own is for a layout to say.
 """
 
 from math import prod
