@@ -146,8 +146,9 @@ class FlowMatchSchedule:
         score_window: Bounds the integers by the exit step of the rollout, instead of by the two
             above: `below` from the level that the step leads to, `above` up to the level that it
             starts from, or `both`.
-        steps: Raw levels of the generator's steps in thousandths, falling from 1000; null spaces
-            them equally. The generator has to have as many steps. The authors' trainer rounds equal
+        steps: Raw levels of the generator's steps in thousandths, falling from 1000 or less; null
+            spaces them equally. The generator has to have as many steps; the end at 0 is added, and
+            a 0 in the list is a step of its own. The authors' trainer rounds equal
             levels to whole thousandths, which differs where 1000 does not divide: its three steps
             are [1000, 667, 333].
         warp_steps: Whether the shift moves these levels, as it moves equally spaced ones.
@@ -217,12 +218,12 @@ class FlowMatchSchedule:
         steps = self.steps
         if steps is None:
             return
-        falls = all(0 < after < before for before, after in pairwise(steps))
-        if not steps or steps[0] != NUM_SCORE_LEVELS or not falls:
+        falls = all(0 <= after < before for before, after in pairwise(steps))
+        if not steps or not 0 < steps[0] <= NUM_SCORE_LEVELS or not falls:
             raise ConfigError(
                 attempted,
                 f"steps is {list(steps)}",
-                "whole numbers that fall from 1000 and stay above 0",
+                "whole numbers that fall from at most 1000 to at least 0, the first above 0",
                 "For example [1000, 750, 500, 250]; the end at 0 is added",
             )
 

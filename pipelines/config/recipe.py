@@ -37,6 +37,7 @@ from pipelines.config.guards import GuardSettings
 from pipelines.config.guidance_norm import split_factors
 from pipelines.config.guided_strides import unlearned_guidance
 from pipelines.config.lag import LagSettings
+from pipelines.config.listed_steps import odd_ends
 from pipelines.config.methods import ObjectiveSettings, method_contradictions
 from pipelines.config.model_folders import model_address, model_on_this_machine, models_of_roles
 from pipelines.config.overrides import Override, apply_overrides, require_single
@@ -331,6 +332,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> DistillConf
             config.objective, config.model.negative_prompt, config.data.prompt_dropout
         ),
         *unreached_parts(config),
+        *odd_ends(config.schedule),
         *collapsing_levels(config.objective, config.schedule),
         *split_factors(config.teacher, config.teams[TEACHER]),
     )

@@ -220,7 +220,9 @@ class TestSampling:
         # Its raw grid runs down to 1/1000 where ours runs to 0.
         assert (shown - measured).abs().max() < 0.01
 
-    @pytest.mark.parametrize("steps", [(1000, 500), (1000, 757, 522), (1000, 300)])
+    @pytest.mark.parametrize(
+        "steps", [(1000, 500), (1000, 757, 522), (1000, 300), (999, 500), (1000, 500, 0)]
+    )
     def test_listed_steps_are_the_ones_that_the_scheduler_takes(self, steps):
         def velocity(x_t: torch.Tensor, sigma: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
             return torch.sin(3 * x_t) + sigma[:, None, None, None, None]

@@ -7,6 +7,7 @@ import torch
 
 from pipelines.config.recipe import load_recipe
 from sgmd_core.errors import ConfigError
+from sgmd_core.rollout import rollout_exit
 from sgmd_core.schedule import FlowMatchSchedule, shift_sigma
 from sgmd_core.seeds import draw
 from sgmd_core.types import MicroBatchKey
@@ -32,7 +33,37 @@ def test_any_falling_list_is_warped_by_the_shift_or_taken_as_it_is():
     torch.testing.assert_close(taken.generator_grid(3), torch.tensor([1.0, 0.757, 0.522, 0.0]))
 
 
-@pytest.mark.parametrize("steps", [(), (999, 500), (1000, 500, 500), (1000, 0), (1000, 200, 300)])
+@pytest.mark.parametrize("shift", [3.0, 5.0])
+def test_a_list_may_begin_below_pure_noise_and_have_the_data_as_a_step(shift, caplog):
+    """The released trainer takes row 1000 - r of its table, and an exact 0 for r = 0."""
+    schedule = FlowMatchSchedule(shift=shift, steps=(999, 500, 0))
+    expected = torch.tensor([*(shift * u / (1 + (shift - 1) * u) for u in (0.999, 0.5)), 0.0, 0.0])
+    torch.testing.assert_close(schedule.generator_grid(3), expected)
+    assert schedule.raw_steps(3) == [999, 500, 0, 0]
+    load_recipe("tiny", ["schedule.steps=[999, 500, 0]", "generator.num_steps=3"])
+    for words in ("steps start at 999", "steps end at 0"):
+        assert words in caplog.text
+    caplog.clear()
+    load_recipe("tiny", ["schedule.steps=[1000, 500, 1]", "generator.num_steps=3"])
+    assert caplog.text == ""
+
+
+def test_a_step_at_the_data_changes_no_sample_and_teaches_nothing():
+    network, query = SmallNetwork(5), random_query()
+    grid = FlowMatchSchedule(shift=3.0, steps=(1000, 500, 0)).generator_grid(3).double()
+    ends = [
+        rollout_exit(network, grid, query.noise, query.text, exit_step, keep_graph=True).x0
+        for exit_step in (1, 2)
+    ]
+    assert torch.equal(*ends)
+    for end, moves in zip(ends, (True, False), strict=True):
+        gradients = torch.autograd.grad(end.sum(), list(network.parameters()), allow_unused=True)
+        assert any(each is not None and each.abs().max() > 0 for each in gradients) == moves
+
+
+@pytest.mark.parametrize(
+    "steps", [(), (0,), (1001, 500), (1000, 500, 500), (1000, -1), (1000, 200, 300)]
+)
 def test_lists_that_are_no_way_down_are_refused(steps):
     with pytest.raises(ConfigError, match="steps"):
         FlowMatchSchedule(steps=steps)

@@ -71,8 +71,9 @@ def at_levels(scheduler: Any, grid: Tensor) -> Any:  # noqa: ANN401  (a class fo
 
     Args:
         scheduler: Of diffusers, for flow models.
-        grid: Falling noise levels that end at 0.
+        grid: Falling noise levels that end at 0; a step from 0 to 0 goes nowhere and is left out.
     """
+    levels = grid[: int((grid > 0).sum()) + 1]
     own = type(scheduler).from_config(scheduler.config)
     set_timesteps = own.set_timesteps
 
@@ -81,7 +82,7 @@ def at_levels(scheduler: Any, grid: Tensor) -> Any:  # noqa: ANN401  (a class fo
     def set_listed(*args: Any, **options: Any) -> None:  # noqa: ANN401
         set_timesteps(*args, **options)
         # Its solvers take logarithms of 1 - sigma.
-        own.sigmas = grid.to(own.sigmas).clamp_max(_LARGEST_LEVEL)
+        own.sigmas = levels.to(own.sigmas).clamp_max(_LARGEST_LEVEL)
         times = _NUM_TRAIN_TIMESTEPS * own.sigmas[:-1]
         own.timesteps = times.to(own.timesteps)
 
