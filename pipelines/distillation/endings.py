@@ -4,6 +4,7 @@ from contextlib import suppress
 
 from cluster.errors import ClusterError, StorageError
 from pipelines.config.recipe import DistillConfig
+from pipelines.distillation.exports import Exports
 from pipelines.distillation.position import Position
 from pipelines.distillation.states import States
 from pipelines.run.alarms import Alarm
@@ -21,13 +22,20 @@ class Endings:
         config: The run's settings.
         folder: The run.
         states: Its states.
+        exports: Its generators' folders.
         events: Receives the event.
     """
 
     def __init__(
-        self, config: DistillConfig, folder: RunFolder, states: States, events: EventLog
+        self,
+        config: DistillConfig,
+        folder: RunFolder,
+        states: States,
+        exports: Exports,
+        events: EventLog,
     ) -> None:
         self._events = events
+        self._exports = exports
         self._config = config
         self._folder = folder
         self._states = states
@@ -109,7 +117,7 @@ class Endings:
     def _best(self) -> str:
         """Writes the best generator, and says which it is, or why it was not written."""
         try:
-            return self._states.export_best()
+            return self._exports.export_best()
         except Exception as error:
             # The state is saved, and what ends the run is the error to raise.
             return f"The best generator was not written: {error}"

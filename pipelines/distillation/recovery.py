@@ -29,10 +29,11 @@ from cluster.errors import (
 )
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.groups import Groups, feed_arguments
+from pipelines.distillation.loading import load_roles
 from pipelines.distillation.position import Position, resume_position
 from pipelines.distillation.preflight import Preflight
 from pipelines.distillation.snapshots import Snapshots
-from pipelines.distillation.states import States, load_roles
+from pipelines.distillation.states import States
 from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder

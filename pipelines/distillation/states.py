@@ -1,29 +1,27 @@
-"""The states of a run on disk: saved, pruned, loaded and exported.
+"""The states of a run on disk: saved and pruned.
 
-roles copy their state -> threads write checkpoints/step-000200/ -> manifest: whole from here on
-roles, or a checkpoint of theirs -> generator/, best/: folders that diffusers loads
+    roles copy their state -> threads write checkpoints/step-000200/ -> manifest: whole from here on
+
+Loaded again by `pipelines.distillation.loading`, exported by `pipelines.distillation.exports`.
 """
 
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from cluster.checkpoints import Checkpoints
 from cluster.errors import LOST, StorageError
 from cluster.worker_group import Future, WorkerGroup
-from pipelines.config.model_folders import model_address
 from pipelines.config.recipe import DistillConfig
 from pipelines.config.roles import FAKE_SCORE, GENERATOR
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
 from pipelines.run.folder import RunFolder, versions
-from pipelines.run.places import shared_place
 from sgmd_core.errors import SgmdError, StaleCallError
-from workers.generator_learner import AVERAGE, GeneratorLearner
+from workers.generator_learner import AVERAGE
 from workers.role_state import is_role_written
 from workers.saving import LearningRole
 
@@ -54,7 +52,7 @@ class _Save:
 
 
 class States:
-    """Saves and loads the learning roles, and exports the generator.
+    """Saves the learning roles, and says what is saved.
 
     Args:
         config: The run's settings.
@@ -390,43 +388,6 @@ class States:
         self._checkpoints.prune(self._config.checkpoint.keep, self._monitor.spared)
         self._monitor.write_ranking()
 
-    def load(self, iteration: int) -> None:
-        """Puts the learning roles back to a committed state."""
-        load_roles(self._roles, self._checkpoints.folder(iteration), self._config)
-
-    def load_generator(self, iteration: int) -> None:
-        """Puts the generator back to a committed state."""
-        generator = self._roles.generator
-        loaded = generator.call(GeneratorLearner.load, self._checkpoints.folder(iteration))
-        self._fetch(generator, loaded, "loading the generator")
-
-    def export(self, folder: Path, checkpoint: str | None = None) -> None:
-        """Writes the generator as a diffusers folder, as it is now or as a checkpoint has it."""
-        self._folder.publisher.require_lease()
-        generator = self._roles.generator
-        exported = generator.call(
-            GeneratorLearner.export,
-            shared_place(folder),
-            model_address(self._config.model.folder),
-            self._config.inference_settings(),
-            checkpoint,
-            self._config.export,
-        )
-        self._fetch(generator, exported, "exporting the generator")
-
-    def export_best(self) -> str:
-        """Writes the best validated generator beside the last one; says which it is."""
-        ranking = self._monitor.ranking
-        if not ranking:
-            return "Nothing was validated and kept."
-        best = ranking[0]
-        self.export(self._folder.best, self._checkpoints.folder(best.iteration))
-        score = self._config.checkpoint.score
-        place = shared_place(self._folder.best)
-        told = f"iteration {best.iteration} ({score} {best.score:.4g}) is in {place}"
-        self._monitor.observer.note(f"the best generator: {told}")
-        return f"The best generator, of {told}."
-
     def keep_last_good(self, position: Position, *, may_save: bool) -> str:
         """Says which state is the last good one; saves the present one before, where it is good.
 
@@ -468,18 +429,3 @@ class States:
 
     def _fetch(self, group: Any, pending: Sequence[Future[Any]], phase: str) -> list[Any]:  # noqa: ANN401
         return group.fetch(pending, timeout_s=self._config.topology.call_timeout_s, phase=phase)
-
-
-def load_roles(roles: Roles, folder: str, config: DistillConfig) -> None:
-    """Puts the learning roles back to the state in a checkpoint.
-
-    Args:
-        roles: The groups.
-        folder: The checkpoint.
-        config: Settings of the run.
-    """
-    timeout_s = config.topology.call_timeout_s
-    # Side by side: each reads files of its own.
-    loading = [(group, group.call(LearningRole.load, folder)) for group in roles.learners.values()]
-    for group, loaded in loading:
-        group.fetch(loaded, timeout_s, f"loading the {group.name.replace('_', ' ')}")

@@ -17,11 +17,13 @@ from cluster.storage import write_json
 from cluster.worker_group import Future
 from pipelines.config.recipe import DistillConfig
 from pipelines.distillation.endings import Endings
+from pipelines.distillation.exports import Exports
 from pipelines.distillation.groups import Groups
 from pipelines.distillation.guards import UpdateGuard
 from pipelines.distillation.iteration import IterationReport, run_iterations
 from pipelines.distillation.iteration_plan import plan_iteration
 from pipelines.distillation.lag import LagWatch
+from pipelines.distillation.loading import load_generator, load_roles
 from pipelines.distillation.monitor import RunMonitor, is_due
 from pipelines.distillation.position import Position
 from pipelines.distillation.preflight import Preflight
@@ -118,9 +120,10 @@ class Distillation:
         if not start.iteration:
             return
         for iteration in self._monitor.lost(start.iteration):
-            self._states.load_generator(iteration)
+            folder = self._checkpoints.folder(iteration)
+            load_generator(self._groups.roles.generator, folder, self._config)
             self._validate(iteration, is_last=True)
-        self._states.load(start.iteration)
+        load_roles(self._groups.roles, self._checkpoints.folder(start.iteration), self._config)
 
     def train(
         self,
@@ -297,11 +300,11 @@ class Distillation:
     def _finish(self) -> dict[str, Any]:
         self._observer.note(f"writing the generator to {shared_place(self._folder.generator)}")
         self._states.settle_last(self._position)
-        insist = self._folder.publisher.insist
-        insist("the generator", lambda: self._states.export(self._folder.generator))
+        insist, exports = self._folder.publisher.insist, self._exports
+        insist("the generator", lambda: exports.export(self._folder.generator))
         self._monitor.finish()
         insist("pruning", self._states.prune)
-        insist("the best generator", self._states.export_best)
+        insist("the best generator", exports.export_best)
         self._trace.close(self._monitor.silent)
         summary = summarise(self._config, self._folder, self._data.counts(), self._monitor.ranking)
         summary |= {
@@ -352,7 +355,13 @@ class Distillation:
 
     @property
     def _endings(self) -> Endings:
-        return Endings(self._config, self._folder, self._states, self._events)
+        return Endings(self._config, self._folder, self._states, self._exports, self._events)
+
+    @property
+    def _exports(self) -> Exports:
+        """Ranks by the monitor of now."""
+        generator = self._groups.roles.generator
+        return Exports(self._config, generator, self._folder, self._checkpoints, self._monitor)
 
     @property
     def _is_in_step(self) -> bool:

@@ -10,6 +10,7 @@ from cluster.checkpoints import Checkpoints
 from cluster.errors import LeaseLostError, StorageError, WorkerDiedError
 from cluster.local import LocalWorkerGroup
 from pipelines.config.recipe import load_recipe
+from pipelines.distillation.exports import Exports
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.monitor import RunMonitor
 from pipelines.distillation.position import Position
@@ -46,6 +47,7 @@ class World:
         self.roles = Roles(*self.groups(self.tiny))
         self.folder = run
         self.states = States(config, self.roles, run, self.checkpoints, monitor)
+        self.exports = Exports(config, self.roles.generator, run, self.checkpoints, monitor)
 
     @staticmethod
     def groups(tiny: TinyRoles) -> tuple[LocalWorkerGroup, ...]:
@@ -253,7 +255,7 @@ def test_nothing_is_deleted_or_written_over_in_a_run_that_another_process_has(
     for work in (
         lambda: world.states.save(position),
         world.states.prune,
-        lambda: world.states.export(world.folder.generator),
+        lambda: world.exports.export(world.folder.generator),
     ):
         with pytest.raises(LeaseLostError):
             work()
