@@ -2,6 +2,7 @@
 
     plain             as the recipe `wan21-1.3b` has it
     savings           each that `sgmd plan --fit` proposes, where the recipe lacks it
+    walk=joint        fake_score.walk: joint, which it takes where it is faster
     selective         compute.checkpointing: selective
     moments in 8 bits optimizer.moment_bits: 8
     adapters          LoRA of generator and fake score over the teacher's weights, kept once
@@ -50,7 +51,7 @@ from workers.score_teacher import ScoreTeacher
 from workers.sharding import shard
 
 PLAIN, MOMENTS, ADAPTERS = "plain", "moments in 8 bits", "adapters"
-SELECTIVE = "checkpointing=selective"
+SELECTIVE, ONE_WALK = "checkpointing=selective", "walk=joint"
 ULYSSES, TEXT_ENCODER = "ulysses", "text encoder"
 LEARNERS, ROLES = ("generator", "fake_score"), ("generator", "fake_score", "teacher")
 EXITS = (1,)
@@ -71,6 +72,7 @@ def settings_of(case: Case) -> dict[str, list[str]]:
     found = {
         PLAIN: [],
         **{name_of(saving): [*saving.settings] for saving in savings(work)},
+        ONE_WALK: ["fake_score.walk=joint"],
         SELECTIVE: [f"{role}.compute.checkpointing=selective" for role in LEARNERS],
         MOMENTS: [f"{role}.optimizer.moment_bits=8" for role in LEARNERS],
         ADAPTERS: [

@@ -86,7 +86,7 @@ def test_what_the_steps_find_on_a_cpu_is_right(folder):
     assert losses["ulysses"] == pytest.approx(losses["plain"], rel=1e-3)
     assert losses["attention _native_math"] == pytest.approx(losses["plain"], rel=1e-3)
     exact = ("checkpointing=offload", memory_settings.SELECTIVE, "optimizer.moments=cpu")
-    for name in (*exact, "ema_device=cpu"):
+    for name in (*exact, "ema_device=cpu", memory_settings.ONE_WALK):
         assert losses[name] == losses["plain"], name
     assert losses["adapters"] != pytest.approx(losses["plain"], rel=1e-2)
     iterations = found["iteration"]["results"]["iterations"]
@@ -245,7 +245,8 @@ def test_every_saving_that_a_plan_proposes_is_measured_unless_the_recipe_has_it(
             continue  # The recipe's method has none.
         has = load_recipe("wan21-1.3b", saving.settings) == plain
         assert (memory_settings.name_of(saving) in measured) != has, saving.settings
-    assert {"plain", memory_settings.SELECTIVE, "moments in 8 bits", "adapters"} < {*measured}
+    others = {memory_settings.SELECTIVE, memory_settings.ONE_WALK, "moments in 8 bits", "adapters"}
+    assert {"plain", *others} < {*measured}
 
 
 def test_utilisation_is_told_against_its_goal(tmp_path):
