@@ -248,6 +248,7 @@ def build_evaluator(
     generator: GeneratorSettings | None = None,
     teacher: str | None = None,
     stored: Mapping[str, NDArray[np.float32]] | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Evaluator:
     """The evaluator, with the weights of the model folder, or of the teacher's, as its base.
 
@@ -259,10 +260,11 @@ def build_evaluator(
         chunk_clips: Most clips that are sampled side by side; large ones are fewer.
         generator: Whose trained weights are sampled; all weights are then in the type of its
             products, as they are exported. Where adapters are trained, they are kept in the type
-            of its base, once in a process. None: in float32.
+            of its base, once in a process. None: the folder's own are sampled, as `precision` says.
         teacher: Model folder of a teacher of another size, which is then the base.
         stored: Embeddings of all captions that are sampled and of the negative prompt; no text
             encoder is loaded then.
+        precision: Type of the weights, where no generator's are sampled.
 
     Raises:
         ModelFolderError: The model folder is missing, torn or of another family.
@@ -271,7 +273,7 @@ def build_evaluator(
     torch.set_num_threads(num_threads)
     latent_shape = _latent_shape(model, video)
     adapted = None
-    dtype = torch.float32 if generator is None else DTYPES[generator.compute.precision]
+    dtype = DTYPES[precision if generator is None else generator.compute.precision]
     if generator is None or generator.lora is None:
         network = _denoiser(model, dtype)
         _train_alone(network, model)

@@ -48,8 +48,9 @@ class ModelSettings:
     text_length: int = 512
     negative_prompt: str = ""
     encoder_dtype: Literal["bf16", "fp32"] = "bf16"
-    expert: Literal["both", "high", "low"] = "both"
-    boundary: float = 0.875
+    # Not in its text, under which clips are kept: a teacher's are made by both experts.
+    expert: Literal["both", "high", "low"] = field(default="both", repr=False)
+    boundary: float = field(default=0.875, repr=False)
 
     def __post_init__(self) -> None:
         """Checks the values."""

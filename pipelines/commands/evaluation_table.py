@@ -71,8 +71,9 @@ def legend(evaluation: Evaluation) -> str:
 
 def verdict_lines(evaluation: Evaluation) -> list[str]:
     """One line a criterion: whether it is met, what was asked, what was found."""
+    words = {True: "met", False: "NOT MET", None: "unknown"}
     return [
-        f"{'met    ' if verdict.passed else 'NOT MET'}  {verdict.criterion}: {verdict.found}"
+        f"{words[verdict.passed]:<7}  {verdict.criterion}: {verdict.found}"
         for verdict in evaluation.verdicts
     ]
 

@@ -67,7 +67,11 @@ def evaluate_command(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a generator against its teacher: figures, verdicts, contact sheet."""
+    """Measure a generator against its teacher: figures, verdicts, contact sheet.
+
+    A verdict is `unknown` where the clips are too few to tell. Exit code 0 whatever the verdicts;
+    `passed` of evaluation.json is true, false or null.
+    """
     with progress_bar() as on_progress, ExitStack() as stack:
         with paused_collector():
             from pipelines.commands.evaluation_table import table, verdict_lines

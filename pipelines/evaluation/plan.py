@@ -9,6 +9,7 @@ import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -40,6 +41,8 @@ _MOST = {"teacher_steps": MAX_STEPS, "seed": 2**63 - 2}
 _WHY = {"teacher_steps": f": {WHY_MAX_STEPS}"}
 _CACHE_FOLDER = "evaluation-cache"
 _log = logging.getLogger(__name__)
+
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +112,21 @@ class Subject:
         model: The same, with the text settings.
         video: Size of the clips.
         schedule: Noise levels.
+        precision: Type of the denoiser's weights: on a GPU that of the products of the run's
+            generator, as its validator has them, and on a CPU float32.
     """
 
     folder: Path
     model: ModelSettings
     video: VideoSettings
     schedule: FlowMatchSchedule
+    precision: Precision = "fp32"
 
     @property
     def facts(self) -> tuple[object, ...]:
         """Returns what decides its clips besides the folder's files and the way of sampling."""
-        return clip_facts(self.model, self.video, self.schedule)
+        narrow = (self.precision,) if self.precision != "fp32" else ()
+        return (*clip_facts(self.model, self.video, self.schedule), *narrow)
 
     def evaluator(self, options: EvaluationOptions) -> Evaluator:
         """Loads the networks; says so where its clips are too large for the batch size."""
@@ -129,6 +136,7 @@ class Subject:
             self.schedule,
             options.threads,
             options.batch_size,
+            precision=self.precision,
         )
         if evaluator.chunk_clips < options.batch_size:
             _log.warning(
@@ -287,7 +295,18 @@ def _subject(
 ) -> Subject:
     dtype = encoder_dtype() if config is None else config.model.encoder_dtype
     model = ModelSettings(str(folder), settings.text_length, settings.negative_prompt, dtype)
-    return Subject(folder, model, video, settings.schedule)
+    return Subject(folder, model, video, settings.schedule, sampling_precision(config))
+
+
+def sampling_precision(config: DistillConfig | None) -> Precision:
+    """Type in which denoisers are sampled on this machine.
+
+    Args:
+        config: Settings of the run; None: of a folder that does not say how it was trained.
+    """
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if config is None else config.generator.compute.precision
 
 
 def _captions(

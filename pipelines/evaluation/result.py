@@ -105,10 +105,16 @@ class EvaluationRow(Record):
 
 
 class CriterionResult(Record):
-    """One criterion and how the generator stands to it."""
+    """One criterion and how the generator stands to it.
+
+    Attributes:
+        criterion: What is asked.
+        passed: Whether it is met; None: these clips cannot tell.
+        found: The figures.
+    """
 
     criterion: str
-    passed: bool
+    passed: bool | None
     found: str
 
 
@@ -151,9 +157,12 @@ class Evaluation(Record):
         return next(row for row in self.rows if row.name == name)
 
     @property
-    def passed(self) -> bool:
-        """True if every criterion is met."""
-        return all(verdict.passed for verdict in self.verdicts)
+    def passed(self) -> bool | None:
+        """True if every criterion is met, False if one is not; None: one cannot be told."""
+        told = [verdict.passed for verdict in self.verdicts]
+        if False in told:
+            return False
+        return None if None in told else True
 
     def save(self, path: Path) -> None:
         """Writes it as JSON."""
@@ -220,7 +229,7 @@ def _judge_distance(generator: EvaluationRow, baseline: EvaluationRow) -> Criter
     assert ratio is not None, "the generator has a ratio"
     if theirs.value < 2 * theirs.error:
         found = f"the teacher's own is {with_error(theirs)}: too few clips to tell"
-        return CriterionResult(criterion=criterion, passed=False, found=found)
+        return CriterionResult(criterion=criterion, passed=None, found=found)
     return CriterionResult(
         criterion=criterion,
         passed=ratio.value <= MAX_DISTANCE_RATIO,

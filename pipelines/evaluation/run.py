@@ -196,9 +196,8 @@ def _sample_sets(
     plan: EvaluationPlan, request: ClipRequest, features: NamedExtractor, on_progress: OnProgress
 ) -> tuple[dict[str, ClipSet], dict[str, Features], int]:
     """All sets by name, features of their twins from the other seed, and clips side by side."""
-    teacher = _teacher_sets(plan, request, features, on_progress)
-    sets = {name: teacher.set(name) for name in TEACHER_SETS}
-    twins = {name: teacher.twin(name).clips.features for name in TEACHER_SETS}
+    # The teacher's networks end with that call: a GPU has room for one model.
+    sets, twins = _sample_teacher(plan, request, features, on_progress)
     evaluator = plan.generator.evaluator(plan.options)
     own = request.sampled(plan.samplings[GENERATOR])
     sets[GENERATOR], twin = (
@@ -208,9 +207,18 @@ def _sample_sets(
             partial(on_progress, _label(plan, GENERATOR, is_twin=wanted is not own)),
             features.extract,
         )
-        for wanted in (own, own.twin(teacher.other_seed(own.sampling.seed)))
+        for wanted in (own, own.twin(plan.samplings[REFERENCE].seed))
     )
     return sets, twins | {GENERATOR: twin.clips.features}, evaluator.chunk_clips
+
+
+def _sample_teacher(
+    plan: EvaluationPlan, request: ClipRequest, features: NamedExtractor, on_progress: OnProgress
+) -> tuple[dict[str, ClipSet], dict[str, Features]]:
+    """The teacher's sets by name, and features of their twins."""
+    teacher = _teacher_sets(plan, request, features, on_progress)
+    sets = {name: teacher.set(name) for name in TEACHER_SETS}
+    return sets, {name: teacher.twin(name).clips.features for name in TEACHER_SETS}
 
 
 def _label(plan: EvaluationPlan, name: str, *, is_twin: bool) -> str:

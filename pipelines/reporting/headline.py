@@ -81,11 +81,16 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class CriterionLine:
-    """One criterion and how the generator stands to it."""
+    """One criterion and how the generator stands to it; None: its clips cannot tell."""
 
     criterion: str
-    passed: bool
+    passed: bool | None
     found: str
+
+    @property
+    def style(self) -> str:
+        """Class of the page's style."""
+        return {True: "met", False: "unmet", None: "unknown"}[self.passed]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +155,11 @@ def verdicts(evaluation: Mapping[str, Any]) -> list[CriterionLine]:
     """The criteria that were judged when the run was evaluated."""
     entries = evaluation.get("verdicts")
     return [
-        CriterionLine(str(entry["criterion"]), entry["passed"] is True, str(entry.get("found", "")))
+        CriterionLine(
+            str(entry["criterion"]),
+            None if entry["passed"] is None else entry["passed"] is True,
+            str(entry.get("found", "")),
+        )
         for entry in (entries if isinstance(entries, list) else [])
         if isinstance(entry, Mapping) and {"criterion", "passed"} <= entry.keys()
     ]
