@@ -209,7 +209,7 @@ def load_transition(
 
     parts = [check_component(path, TRANSFORMER), check_head(path)]
     networks = (WanTransformer3DModel, FlowHead)
-    return load_sharded_parts(networks, parts, joined, dtype, device, prepare)
+    return load_sharded_parts(networks, parts, joined, [dtype] * len(parts), device, prepare)
 
 
 def open_transition_sampler(folder: Path, device: str) -> EulerSampler:
