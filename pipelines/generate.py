@@ -179,7 +179,10 @@ def generate(
     with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root):
         pass  # A folder that cannot be made is told before anything is sampled.
     requests = list(itertools.product(enumerate(prompts), seeds))
-    return _clips(sampler, requests, settings, root, formats, zoom, on_progress)
+    names_size = (
+        bool(settings.trained_sizes) or settings.size != read_inference_settings(folder).size
+    )
+    return _clips(sampler, requests, settings, root, formats, zoom, on_progress, names_size)
 
 
 def _clips(
@@ -190,6 +193,7 @@ def _clips(
     formats: Sequence[str],
     zoom: int | None,
     on_progress: OnProgress,
+    names_size: bool,
 ) -> Iterator[GeneratedClip]:
     """Samples and writes clip by clip; a request is a numbered prompt and a seed."""
     total = len(requests) * settings.num_steps
@@ -205,11 +209,7 @@ def _clips(
         seconds = time.perf_counter() - began
         stem = f"{index:0{digits}d}-{_slug(prompt)}-seed{chosen}"
         # So that clips of another size do not replace these.
-        stem += (
-            f"-{settings.height}x{settings.width}x{settings.num_frames}"
-            if settings.trained_sizes
-            else ""
-        )
+        stem += f"-{settings.height}x{settings.width}x{settings.num_frames}" if names_size else ""
         with storage_errors(f"writing clips to {shared_place(root)}"), files_at(root) as folder:
             for form in formats:
                 _write(folder / f"{stem}.{form}", frames, settings.fps, zoom)

@@ -165,11 +165,11 @@ def _table(result: "Plan") -> Table:
             f"{pool.memory.total / 1e9:.1f}",
             f"{pool.memory.graphs / 1e9:.1f}",
         )
+    kind = result.kind_beside.name if result.kinds and result.kind_beside else ""
     for section, share in result.beside.items():
         needed = result.memory_beside.get(section)
-        table.add_row(
-            section, "", f"{share:g}", "", "", "" if needed is None else f"{needed / 1e9:.1f}"
-        )
+        memory = "" if needed is None else f"{needed / 1e9:.1f}"
+        table.add_row(section, "", f"{share:g} {kind}".rstrip(), "", "", memory)
     return table
 
 

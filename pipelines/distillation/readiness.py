@@ -118,7 +118,7 @@ def check_machine(
         not_checked["cluster"] = f"whether {_address(config)} has the pools' CPUs and GPUs"
     else:
         kept = [need.of_main_memory for need in needs if not need.gpus or need.host_bytes]
-        checked["memory"] = _main_memory(kept)
+        checked["memory"] = _main_memory(kept, Workload.of(config).at_largest)
         on_gpu = [need for need in needs if need.gpus]
         if on_gpu and gpus:
             checked["gpu_memory"] = _gpu_memory(on_gpu, Workload.of(config))
@@ -268,14 +268,15 @@ def _needs_beside(
     ]
 
 
-def _main_memory(needs: list[ProcessNeed]) -> str:
+def _main_memory(needs: list[ProcessNeed], at_largest: str) -> str:
     total, free = memory_bytes()
     needed = sum(need.count * need.num_bytes for need in needs)
     words = ", ".join(need.in_words() for need in needs)
     if needed > total:
         raise ConfigError(
             "checking the memory of this machine",
-            f"the run needs {in_gb(needed)} ({words}), and the machine has {in_gb(total)}",
+            f"the run needs {in_gb(needed)}{at_largest} ({words}), and the machine has "
+            f"{in_gb(total)}",
             "all processes that compute on the CPU to fit",
             "Use a smaller model, clips or micro-batches, give the pools GPUs "
             "(topology.pools.NAME.gpus), or more machines (topology.address); `sgmd plan` says "
@@ -304,7 +305,8 @@ def _gpu_memory(needs: list[ProcessNeed], work: Workload) -> str:
     if too_large:
         raise ConfigError(
             attempted,
-            f"{', '.join(need.in_words() for need in too_large)}, and a GPU has {in_gb(largest)}",
+            f"{', '.join(need.in_words() for need in too_large)}{work.at_largest}, and a GPU has "
+            f"{in_gb(largest)}",
             "a rank of each role to fit its GPU",
             ways_to_save(work),
         )

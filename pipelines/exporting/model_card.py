@@ -4,6 +4,7 @@ recipe, data, figures, clips, and the lines of code that sample it rightly
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -92,6 +93,7 @@ def write_model_card(draft: Path, source: TrainedGenerator, figures: Figures) ->
         verdicts=() if evaluation is None else evaluation.verdicts,
         clips=_copy_clips(draft, source.run, evaluation),
         captions=_captions_seen(source),
+        drawn=_iterations_by_size(source),
         data=_data_in_words(source),
         revision=git_revision(),
         versions={name: version(name) for name in ("sgmd", "torch", "diffusers")},
@@ -186,6 +188,13 @@ def _data_in_words(source: TrainedGenerator) -> str:
         + (f" ({weight / whole:.0%})" if len(sets) > 1 else "")
         for url, weight in sets
     )
+
+
+def _iterations_by_size(source: TrainedGenerator) -> Counter[tuple[int, int, int]]:
+    """Iterations of each size that these weights have been trained at."""
+    if source.config is None or source.iteration is None or not source.config.video.buckets:
+        return Counter()
+    return Counter(source.config.bucket_at(each).size for each in range(source.iteration))
 
 
 def _captions_seen(source: TrainedGenerator) -> int:

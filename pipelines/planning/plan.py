@@ -237,7 +237,8 @@ def _does_not_fit(work: Workload, hardware: Hardware, num_gpus: int) -> ConfigEr
     remedies = list(_remedies(work, hardware, num_gpus))
     return ConfigError(
         f"planning for {num_gpus} GPUs of {hardware.memory_gb:g} GB",
-        f"in no layout does every role fit. At its least, {_least(work, num_gpus)}",
+        f"in no layout does every role fit{work.at_largest}. At its least, "
+        f"{_least(work, num_gpus)}",
         f"at most {usable:.1f} GB: the rest of the {hardware.memory_gb:g} GB is CUDA's, NCCL's and"
         " what an allocator cannot use",
         "It would fit with " + "; or with ".join(remedies)

@@ -128,6 +128,7 @@ class Workload:
         idle_expert: Parameters of the expert that a run leaves as it is, of which no role has
             anything but the generator where `has_companion`; 0 where all is trained.
         has_companion: Whether the generator's rollouts begin with that expert, which is frozen.
+        largest: Of several sizes, the one that memory is counted at, as people write it.
     """
 
     shape: DenoiserShape
@@ -171,6 +172,7 @@ class Workload:
     may_walk_once: bool = False
     idle_expert: int = 0
     has_companion: bool = False
+    largest: str = ""
 
     @classmethod
     def of(cls, config: DistillConfig, model: str | None = None) -> Self:
@@ -240,6 +242,7 @@ class Workload:
             and "joint" in family_of_role(config, FAKE_SCORE, model).traits.computes,
             idle_expert=0 if config.model.alone is None else shape.denoiser.num_parameters,
             has_companion=config.model.alone == "low",
+            largest=_largest_size(config, buckets, shape.denoiser),
         )
 
     @property
@@ -247,6 +250,11 @@ class Workload:
         """The same iteration with the other setting of `fake_score.walk`; None: there is none."""
         possible = self.may_walk_once and FAKE_SCORE in self.checkpointing
         return replace(self, joint_walk=not self.joint_walk) if possible else None
+
+    @property
+    def at_largest(self) -> str:
+        """Words on the size that memory is counted at; empty where there is one."""
+        return f" at {self.largest}, the largest size of video.buckets" if self.largest else ""
 
     @property
     def sizes(self) -> "list[tuple[float, Workload]]":
@@ -428,6 +436,15 @@ def _heads(config: DistillConfig, teacher: DenoiserShape) -> HeadsWork | None:
     num_heads = len(own.layers_of(teacher.num_layers))
     of_each = num_head_parameters(teacher.width, own.width, own.num_strides)
     return HeadsWork(compared, term.num_states, num_heads, num_heads * of_each, own.compute.weights)
+
+
+def _largest_size(config: DistillConfig, buckets: LatentBuckets, shape: DenoiserShape) -> str:
+    """Label of the size with most tokens, of several."""
+    if len(buckets.shapes) < 2:
+        return ""
+    labels = [bucket.label for bucket in config.video.trained]
+    tokens = [shape.num_tokens(latent_shape) for latent_shape in buckets.shapes]
+    return labels[tokens.index(max(tokens))]
 
 
 def _optimizers(config: DistillConfig) -> dict[str, OptimizerSettings]:

@@ -141,7 +141,7 @@ def test_a_run_says_its_sizes_in_metrics_summary_report_and_model_card(
         assert f"<td>{size}</td>" in page
     for name in ("lora", "diffusers"):
         card = (tmp_path / name / "README.md").read_text()
-        assert "16x32x5 50 %, 32x16x9 16.7 %" in card
+        assert "16x32x5 50 % (2 iterations), 32x16x9 16.7 % (2 iterations)" in card
     generated = ["generate", str(folder.generator), "--prompt", "a red circle moves left"]
     for size, told in (((5, 16, 32), ""), ((9, 32, 32), "9 frames of 32x32 may be worse")):
         options = (f"--{name}={n}" for name, n in zip(NAMES, size, strict=True))
@@ -160,7 +160,7 @@ def test_a_run_says_its_sizes_in_metrics_summary_report_and_model_card(
     ("buckets", "words"),
     [
         ("{num_frames: 6, height: 16, width: 16}", "nearest are 5 or 9 frames, height 16, width"),
-        ("{num_frames: 9, height: 20, width: 3}", "height 16 or 24, width 8"),
+        ("{num_frames: 9, height: 20, width: 3}", "height 16 or 32, width 16"),
         ("{num_frames: 9, height: 24, width: 16}", r"multiples of 16 \(WanPipeline's rule"),
     ],
 )

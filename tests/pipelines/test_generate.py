@@ -298,6 +298,14 @@ class TestWrongRequests:
         with pytest.raises(ModelFolderError, match="num_steps = 0"):
             generate(folder, [PROMPT], output=tmp_path)
 
+    def test_a_clip_of_another_size_than_the_folders_own_has_it_in_its_name(self, model, tmp_path):
+        options = (asked({}), asked({"height": 2 * HEIGHT}))
+        plain, tall = (
+            next(generate(model, [PROMPT], output=tmp_path, formats=["gif"], **each)).paths[0]
+            for each in options
+        )
+        assert tall.stem.startswith(f"{plain.stem}-{2 * HEIGHT}x")
+
     @pytest.mark.parametrize("size", [{"height": 24}, {"width": 20}, {"num_frames": 8}])
     def test_a_clip_that_does_not_fit_is_refused(self, model, tmp_path, size):
         with pytest.raises(ShapeError, match="multiple"):

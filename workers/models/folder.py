@@ -1,7 +1,8 @@
 """Records of a checked model folder: its layout, its clip sizes, its weight files."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import lcm
 from pathlib import Path
 
 from sgmd_core.errors import ShapeError
@@ -55,12 +56,15 @@ class ClipGeometry:
         temporal_factor: Video frames a latent frame after the first one.
         spatial_factor: Pixels a latent cell, along height and width.
         patch_size: Latent cells a token of the denoiser, along time, height and width.
+        sampled_px: Pixels that the pipeline asks sides to be multiples of besides, for sizes that
+            are proposed.
     """
 
     latent_channels: int
     temporal_factor: int
     spatial_factor: int
     patch_size: tuple[int, int, int] = (1, 1, 1)
+    sampled_px: int = field(default=1, compare=False)
 
     def latent_shape(
         self, num_frames: int, height: int, width: int, attempted: str = "sizing latents"
@@ -87,7 +91,8 @@ class ClipGeometry:
                 f"{num_frames} frames of {height}x{width}",
                 f"frames = 1 + a multiple of {per_frame}, {sides}; the nearest are "
                 f"{_nearest(num_frames - 1, per_frame, first=1)} frames, height "
-                f"{_nearest(height, row)}, width {_nearest(width, column)}",
+                f"{_nearest(height, lcm(row, self.sampled_px))}, width "
+                f"{_nearest(width, lcm(column, self.sampled_px))}",
                 "Correct video.num_frames, video.height or video.width",
             )
         return (

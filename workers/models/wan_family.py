@@ -97,6 +97,8 @@ def _exchange() -> ExchangeFiles:
     return WanExchange()
 
 
+SAMPLED_PX = 16
+"""Sides of clips are multiples of it in WanPipeline, whatever the networks take."""
 RELEASED_GEOMETRY = ClipGeometry(16, temporal_factor=4, spatial_factor=8, patch_size=(1, 2, 2))
 # The autoencoder of Wan 2.2's 5B packs 2 x 2 pixels into channels before it halves three times.
 _WIDE_STRIDE_GEOMETRY = replace(RELEASED_GEOMETRY, latent_channels=48, spatial_factor=16)
@@ -109,7 +111,7 @@ WAN_TRAITS = FamilyTraits(
     sampling=SamplingRules(
         source="WanPipeline",
         # WanPipeline refuses other sizes, whatever the networks could do.
-        multiple_px=16,
+        multiple_px=SAMPLED_PX,
         num_steps=50,
         guidance_scale=5.0,
         flow_shift=1.0,
@@ -184,6 +186,7 @@ class WanFamily:
             vae.get("scale_factor_temporal", RELEASED_GEOMETRY.temporal_factor),
             vae.get("scale_factor_spatial", RELEASED_GEOMETRY.spatial_factor),
             shape.patch_size,
+            SAMPLED_PX,
         )
         return ModelShape(shape, geometry)
 

@@ -209,3 +209,13 @@ def test_one_expert_alone_takes_its_part_and_a_validator_both():
         for expert in ("both", "high")
     ]
     assert told[0]["memory_beside_gb"] == told[1]["memory_beside_gb"]
+
+
+def test_a_refusal_of_memory_names_the_size_that_it_is_counted_at():
+    sizes = "{num_frames: 81, height: 480, width: 832}, {num_frames: 33, height: 832, width: 480}"
+    options = ("--model", "14b", "--gpus", 2, "--gpu-memory", 24, "validation.every=0")
+    plain = sgmd("plan", "wan21-14b", *options)
+    several = sgmd("plan", "wan21-14b", *options, f"video.buckets=[{sizes}]")
+    words = "at 480x832x81, the largest size of video.buckets"
+    assert words in " ".join(several.stderr.split())
+    assert "video.buckets" not in plain.stderr
