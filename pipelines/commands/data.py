@@ -101,7 +101,7 @@ def _in_a_line(value: object) -> object:
 
 
 _CLIP_OPTIONS = (
-    *("num_frames", "height", "width", "fps", "policy", "video_column"),
+    *("num_frames", "height", "width", "fps", "policy", "video_column", "bucket"),
     *("max_pixels", "max_frames", "max_seconds", "max_decode_seconds", "max_hang_seconds"),
     *("video_encoders", "video_gpus"),
 )

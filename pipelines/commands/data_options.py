@@ -5,7 +5,7 @@ PrepareArguments, CheckArguments, EncodeArguments    all of one, which make what
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -311,6 +311,15 @@ class EncodeArguments(OptionGroup):
         ),
     ] = None
 
+    bucket: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HxWxF",
+            help="Size of a set of several, as 480x832x81 (height, width, frames), may be repeated:"
+            " each clip goes to the one that it fits best, in a folder of its own",
+        ),
+    ] = None
+
     def options(self, known: "InferenceSettings") -> "EncodeOptions":
         """Returns them as `encode` takes them; what is not given comes from the model's folder."""
         from pipelines.config.negatives import shipped_negatives
@@ -319,8 +328,11 @@ class EncodeArguments(OptionGroup):
         negatives = self.negative
         if negatives is None:
             negatives = [known.negative_prompt, *shipped_negatives(self.model)]
+        wanted = self.clip_format.wanted_or(known)
+        buckets = self._buckets(wanted)
         return EncodeOptions(
-            wanted=self.clip_format.wanted_or(known),
+            wanted=buckets[0] if buckets else wanted,
+            buckets=buckets,
             text_length=self.text_length or known.text_length,
             dtype=dtype_named(self.dtype),
             shard_clips=self.shard_clips,
@@ -336,3 +348,28 @@ class EncodeArguments(OptionGroup):
             address=self.address,
             negatives=tuple(negatives),
         )
+
+    def _buckets(self, wanted: ClipFormat) -> tuple[ClipFormat, ...]:
+        """The formats of the buckets, with the rate and the policy of all.
+
+        Raises:
+            ConfigError: One is no size, or a size of all clips is given besides.
+        """
+        from sgmd_core.errors import ConfigError
+
+        given = self.clip_format
+        sizes = {"--num-frames": given.num_frames, "--height": given.height, "--width": given.width}
+        besides = [name for name, value in sizes.items() if value is not None]
+        found: list[ClipFormat] = []
+        for size in self.bucket or ():
+            numbers = size.lower().split("x")
+            if besides or len(numbers) != 3 or not all(each.isdecimal() for each in numbers):
+                raise ConfigError(
+                    "reading the option --bucket",
+                    f"{size} with {', '.join(besides)}" if besides else size,
+                    "height x width x frames, and no size of all clips",
+                    "For example --bucket 480x832x81 --bucket 832x480x81",
+                )
+            height, width, num_frames = map(int, numbers)
+            found.append(replace(wanted, num_frames=num_frames, height=height, width=width))
+        return tuple(found)

@@ -19,6 +19,7 @@ from pipelines.data.stream.ledger import Ledger
 from pipelines.data.stream.plan import Cursor
 from pipelines.data.stream.quarantine import QuarantineFile
 from pipelines.data.stream.reconciliation import EpochReconciliation, due_rows, reconcile
+from pipelines.distillation.training_sets import training_sets
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.places import shared_place
 from pipelines.run.working_copy import working_copy
@@ -100,12 +101,12 @@ def _audit(folder: RunFolder, train: str | None) -> Audit:
     config = load_recipe(str(folder.config))
     # First, or a run that goes on meanwhile would seem to have lost an iteration.
     made, has_metrics = _iterations_made(folder), folder.metrics.exists()
-    data = config.data
-    places = [(train or data.train, data.columns)]
-    places += [(one.source, one.columns) for one in data.also]
     first, *further = [
-        replace(_audit_set(folder.of_set(number), config, *place, made), has_metrics=has_metrics)
-        for number, place in enumerate(places)
+        replace(
+            _audit_set(folder.of_set(number), config, one.url, one.columns, made),
+            has_metrics=has_metrics,
+        )
+        for number, one in enumerate(training_sets(config, train))
     ]
     return replace(first, further=tuple(further))
 

@@ -15,6 +15,7 @@ from cluster.folders import copy_folder_at
 from pipelines.config.recipe import DistillConfig, load_recipe
 from pipelines.distillation.position import begin, differences
 from pipelines.distillation.preflight import run_preflight
+from pipelines.distillation.training_sets import training_sets
 from pipelines.run.data_log import DataLog
 from pipelines.run.folder import RunFolder
 from pipelines.run.places import shared_place
@@ -69,7 +70,7 @@ def branch(
     for name in _LOGS:
         _copy(getattr(source, name), getattr(target, name))
     target.rewind(iteration)
-    DataLog(target, 1 + len(config.data.also)).rewind(iteration)
+    DataLog(target, len(training_sets(config))).rewind(iteration)
     _publish(target)
     _copy_state(checkpoints.folder(iteration), states_of(target).folder(iteration))
 

@@ -39,6 +39,7 @@ from pipelines.data.stream.mixing import build_feed
 from pipelines.distillation.iteration import Roles
 from pipelines.distillation.pools import BORROWED, own_cluster_size, own_pools_of, pools_of
 from pipelines.distillation.preflight import Preflight
+from pipelines.distillation.training_sets import training_sets
 from pipelines.distillation.validation import ValidationPlan, Validator, build_validator
 from pipelines.distillation.watch import watch_groups
 from pipelines.run.events import EventLog
@@ -338,16 +339,17 @@ def feed_arguments(
         progress: Where the run stands in its data.
         num_rows: Captions that it will still take.
     """
+    sets = training_sets(config)
     stream = StreamSettings(
         checked.source,
         config.seed,
         config.data.shuffle,
         config.data.max_bad_fraction,
         ahead=None if config.topology.mode == "local" else config.data.read_ahead,
-        weight=config.data.weight,
+        weight=sets[0].weight,
         further=tuple(
             (looked.source, chosen.weight)
-            for looked, chosen in zip(checked.further, config.data.also, strict=True)
+            for looked, chosen in zip(checked.further, sets[1:], strict=True)
         ),
     )
     return stream, progress, num_rows

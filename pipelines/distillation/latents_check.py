@@ -6,17 +6,16 @@ teach nothing, and no loss would say so.
 
 from pipelines.config.recipe import DistillConfig
 from pipelines.data.stream.inspect import FolderFacts
-from sgmd_core.buckets import LatentBuckets
 from sgmd_core.errors import ConfigError
 from workers.models.content import fingerprint
-from workers.models.folder import ModelFolder
+from workers.models.folder import LatentShape, ModelFolder
 
 
 def require_latents(
     config: DistillConfig,
     data: FolderFacts,
     model: ModelFolder,
-    buckets: LatentBuckets,
+    latent_shape: LatentShape,
 ) -> None:
     """Checks that training data bring the latents that a method learns from.
 
@@ -24,22 +23,12 @@ def require_latents(
         config: The run.
         data: A first look at its training data.
         model: The generator's model.
-        buckets: Shapes (channels, frames, rows, columns) of a sample that are trained.
+        latent_shape: Shape (channels, frames, rows, columns) of a sample of this set.
 
     Raises:
-        ConfigError: They bring none, or those of other clips or another autoencoder; or the run
-            trains several sizes, and shards hold latents of one.
+        ConfigError: They bring none, or those of other clips or another autoencoder.
     """
     encoding = data.encoding
-    if len(config.video.buckets) > 1:
-        labels = ", ".join(bucket.label for bucket in config.video.buckets)
-        raise ConfigError(
-            f"reading data for objective.method {config.objective.method} from {config.data.train}",
-            f"video.buckets of {len(config.video.buckets)} sizes ({labels})",
-            "one size, which is that of all latents in encoded shards",
-            "Leave one bucket, or choose a method that needs no data",
-        )
-    latent_shape = buckets.shapes[0]
     expected = f"latents of shape {latent_shape}, made by the autoencoder of {model.path}"
     if encoding is None or not encoding.latent_shape:
         found = f"shards of {data.kind.value}, without latents"

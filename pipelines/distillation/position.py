@@ -17,6 +17,7 @@ from pipelines.data.shards.prompts import PROMPTS_NAME
 from pipelines.data.stream.content import captions_digest, data_differences
 from pipelines.data.stream.plan import Cursor
 from pipelines.distillation.preflight import Preflight
+from pipelines.distillation.training_sets import training_sets
 from pipelines.run.differences import format_value, value_differences
 from pipelines.run.folder import RunFolder, read_jsonl
 from pipelines.run.records import RunEvent
@@ -258,7 +259,7 @@ def differences(config: DistillConfig, checked: Preflight, folder: RunFolder) ->
         *(value_differences(began["columns"], now["columns"]) if "columns" in began else ()),
         *data_differences(checked.source, read_jsonl(folder.shards), began.get("train", ())),
         *(
-            difference.replace("data.train", f"data.also[{number - 1}]")
+            difference.replace("data.train", training_sets(config)[number].setting)
             for number, (one, first) in enumerate(
                 zip(checked.further, began.get("also", ()), strict=False), start=1
             )

@@ -32,6 +32,11 @@ from pipelines.distillation.iteration_plan import program_of, stage_seconds
 from pipelines.distillation.latents_check import require_latents
 from pipelines.distillation.phase_check import check_phases
 from pipelines.distillation.teacher_check import check_teacher
+from pipelines.distillation.training_sets import (
+    require_sizes,
+    takes_sizes_from_data,
+    training_sets,
+)
 from pipelines.distillation.transition_check import check_transition
 from pipelines.planning.stored_text import TEXT, VALIDATOR, StoredText, wanted_prompts
 from pipelines.run.folder import require_lasting_folder
@@ -135,14 +140,14 @@ class Preflight:
                     "shards": one.data.num_shards,
                     "weight": chosen.weight,
                 }
-                for one, chosen in zip(self.further, config.data.also, strict=True)
+                for one, chosen in zip(self.further, training_sets(config)[1:], strict=True)
             ],
             "iterations": config.iterations,
             "epochs": (
                 config.iterations
                 * self.rows_per_iteration
-                * config.data.weight
-                / (config.data.weight + sum(one.weight for one in config.data.also))
+                * training_sets(config)[0].weight
+                / sum(one.weight for one in training_sets(config))
                 / self.data.num_rows
                 if self.data.num_rows
                 else None
@@ -198,14 +203,19 @@ def run_preflight(config: DistillConfig) -> Preflight:
         require_lasting_folder(config.validation.teacher_clips, "validation.teacher_clips")
     model, buckets = inspect_networks(config)
     tokenizer = family_of(model.path).load_tokenizer(model.path)
-    looked = [FurtherSet(*inspect_captions(config, number)) for number in _sets(config)]
+    learns_from_data = needs_data(program_of(config))
+    if learns_from_data:
+        require_sizes(config)
+    sets = training_sets(config)
+    looked = [FurtherSet(*inspect_captions(config, number)) for number in range(len(sets))]
     columns: list[str] = []
     # What not all sets bring is taken from none.
     if config.data.stored_text and all(_has_text(one.data, config, model) for one in looked):
         columns.append(TEXT_EMBEDS)
-    if needs_data(program_of(config)):
-        for one in looked:
-            require_latents(config, one.data, model, buckets)
+    if learns_from_data:
+        by_set = buckets.shapes if takes_sizes_from_data(config) else buckets.shapes * len(looked)
+        for one, latent_shape in zip(looked, by_set, strict=True):
+            require_latents(config, one.data, model, latent_shape)
         columns.append(LATENTS)
     (source, data), *further = [_read_with(one, tuple(columns)) for one in looked]
     held_out = _held_out(config)
@@ -234,10 +244,6 @@ def _shares(config: DistillConfig) -> dict[str, float]:
     video = config.video
     whole = sum(video.bucket_weights)
     return {bucket.label: bucket.weight / whole for bucket in video.trained}
-
-
-def _sets(config: DistillConfig) -> range:
-    return range(1 + len(config.data.also))
 
 
 def _has_text(data: FolderFacts, config: DistillConfig, model: ModelFolder) -> bool:
@@ -289,16 +295,16 @@ def inspect_captions(config: DistillConfig, number: int = 0) -> tuple[Source, Fo
 
     Args:
         config: The run.
-        number: Of the set: 0 is `data.train`, the others are those of `data.also`.
+        number: Of the set; see `training_sets`.
 
     Raises:
         DataError: They cannot be read.
     """
     settings = config.data
-    places = [(settings.train, settings.columns)]
-    places += [(one.source, one.columns) for one in settings.also]
-    url, names = places[number]
-    source = Source(url, settings.s3, max_caption_chars=settings.max_caption_chars, names=names)
+    one = training_sets(config)[number]
+    source = Source(
+        one.url, settings.s3, max_caption_chars=settings.max_caption_chars, names=one.columns
+    )
     data = inspect_folder(source, config.seed, settings.shuffle)
     return replace(source, settled=data.names), data
 

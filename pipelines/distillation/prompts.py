@@ -51,6 +51,7 @@ class Prompts:
         timeout_s: How long to wait for captions.
         seed: The run's seed.
         dropout: Share of the captions that are replaced by the empty one.
+        has_buckets: Whether the data have a set for each size, of which an iteration draws one.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Prompts:
         timeout_s: float,
         seed: int = 0,
         dropout: float = 0.0,
+        has_buckets: bool = False,
     ) -> None:
         self._feed = feed
         self._data = data
@@ -77,6 +79,7 @@ class Prompts:
         self._timeout_s = timeout_s
         self._seed = seed
         self._dropout = dropout
+        self._has_buckets = has_buckets
         self._taken: dict[int, ConsumedBatches] = {}
         self._remembered: dict[int, tuple[list[Batch], list[PromptBatch]]] = {}
         self._next = iterations[0]
@@ -136,9 +139,12 @@ class Prompts:
     def _take(self, iteration: int) -> Sequence[Future[Batch]]:
         if iteration >= self._end:
             return []
+        draw = iteration if self._has_buckets else None
         with labelled(iteration):
             return [
-                self._feed.call_rank(0, BatchFeed.take, self._batch_size, self._columns(number))
+                self._feed.call_rank(
+                    0, BatchFeed.take, self._batch_size, self._columns(number), draw
+                )
                 for number in range(self._batches_per_iteration)
             ]
 

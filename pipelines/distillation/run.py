@@ -20,6 +20,7 @@ from pipelines.distillation.preflight import Preflight, run_preflight
 from pipelines.distillation.readiness import check_machine
 from pipelines.distillation.replanning import fitting_topology, topology_in_words
 from pipelines.distillation.training import Distillation
+from pipelines.distillation.training_sets import training_sets
 from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder
@@ -255,7 +256,7 @@ def _place_and_train(
     observer = events.observer
     # Before anything is started, what the run begins with is where it belongs.
     folder.flush()
-    data = DataLog(folder, 1 + len(config.data.also))
+    data = DataLog(folder, len(training_sets(config)))
     observer.note(f"starting the roles ({config.topology.mode})")
     if checked.has_stored_text:
         observer.note(checked.texts.in_words())
@@ -339,7 +340,7 @@ def _take_up(
     warn = events.observer.warning
     start = resume_position(config, checked, folder, checkpoints, warn, tell)
     folder.rewind(start.iteration, warn)
-    DataLog(folder, 1 + len(config.data.also)).rewind(start.iteration, warn)
+    DataLog(folder, len(training_sets(config))).rewind(start.iteration, warn)
     tell(
         RunEvent(
             kind="restarted",

@@ -32,6 +32,7 @@ from pipelines.distillation.recovery import Recovery
 from pipelines.distillation.snapshots import Snapshots
 from pipelines.distillation.states import States
 from pipelines.distillation.summary import summarise
+from pipelines.distillation.training_sets import takes_sizes_from_data
 from pipelines.run.data_log import DataLog
 from pipelines.run.events import EventLog
 from pipelines.run.folder import RunFolder, append_jsonl, read_jsonl
@@ -385,6 +386,7 @@ class Distillation:
             timeout_s=self._config.topology.call_timeout_s,
             seed=self._config.seed,
             dropout=self._config.data.prompt_dropout,
+            has_buckets=takes_sizes_from_data(self._config),
         )
 
     def _num_together(self, first: int) -> int:

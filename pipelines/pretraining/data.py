@@ -32,6 +32,7 @@ from pipelines.data.shards.schema import (
     VIDEO,
     ShardKind,
 )
+from pipelines.data.shards.stored_buckets import read_buckets
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
 from pipelines.data.stream.inspect import inspect_folder
@@ -123,6 +124,15 @@ def open_clips(
             "`sgmd shapes` and `sgmd prepare` write videos, and `sgmd encode` encodes them",
         )
     source = replace(source, settled=facts.names)
+    place = source.open(probe=False)
+    sizes = [each.folder for each in read_buckets(place.filesystem, place.root, source.s3)]
+    if sizes:
+        raise DataError(
+            attempted,
+            f"latents of {len(sizes)} sizes ({', '.join(sizes)})",
+            "clips of one size",
+            f"Give the folder of one of them, such as {folder.rstrip('/')}/{sizes[0]}",
+        )
     if facts.kind is ShardKind.ENCODED:
         source = replace(source, columns=(LATENTS,), encoding=facts.encoding)
     else:
@@ -133,7 +143,6 @@ def open_clips(
             decode=ClipDecoder(ClipFormat(None, *size, policy=FitPolicy.REFUSE)),
             pixel_shape=(world.num_frames, *size, 3),
         )
-    place = source.open(probe=False)
     wanted = (*REQUIRED_COLUMNS, *source.columns)
     shards: list[Shard] = []
     num_rows, limit = 0, world.max_clips

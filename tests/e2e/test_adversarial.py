@@ -39,7 +39,7 @@ def write_encoded(folder: Path, wan: Path, seed: int, **changes: object) -> Path
     }
     encoding = Encoding(**{**facts, **changes})  # type: ignore[arg-type]
     stream = torch.Generator().manual_seed(seed)
-    latents = torch.randn(32, *tiny_wan.LATENT_SHAPE, generator=stream)
+    latents = torch.randn(32, *encoding.latent_shape, generator=stream)
     columns = {
         "sample_id": [f"clip-{row}" for row in range(32)],
         "caption": ["a red circle moves left"] * 32,

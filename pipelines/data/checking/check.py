@@ -8,7 +8,7 @@ than the accepted share of rows is bad.
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 
@@ -62,6 +62,7 @@ from pipelines.data.shards.schema import (
     ShardKind,
     encoding_of,
 )
+from pipelines.data.shards.stored_buckets import read_buckets
 from sgmd_core.errors import DataError
 
 _AT_ONCE = 1000
@@ -196,7 +197,9 @@ def check_shards(
     if opened.unreadable:
         bad[str(Reason.UNREADABLE_SHARD)] = per_shard * len(opened.unreadable)
     index = None if only else read_index(filesystem, root)
-    problems = opened.problems + unwritten + _misfits(shards) + _index_problems(index, opened)
+    buckets = () if only else read_buckets(filesystem, root)
+    misfits = _misfits(shards, {each.folder for each in buckets})
+    problems = opened.problems + unwritten + misfits + _index_problems(index, opened)
     encoding = shards[0].encoding if shards else None
     return CheckReport(
         folder=url,
@@ -215,6 +218,7 @@ def check_shards(
         videos=tally.videos(),
         encoding=None if encoding is None else asdict(encoding),
         max_bad_fraction=options.max_bad_fraction,
+        buckets={each.folder: each.num_rows for each in buckets},
     )
 
 
@@ -333,17 +337,27 @@ def _write_index(
     return []
 
 
-def _misfits(shards: Sequence[_OpenShard]) -> list[str]:
-    """Returns what keeps shards from being one set."""
+def _misfits(shards: Sequence[_OpenShard], folders: Collection[str] = ()) -> list[str]:
+    """Returns what keeps shards from being one set, or one of a size in each of some folders."""
     problems = []
     kinds = Counter(opened.kind.value for opened in shards)
     if len(kinds) > 1:
         words = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
         problems.append(f"shards of several kinds: {words}")
-    encodings = Counter(opened.encoding for opened in shards if opened.encoding is not None)
-    if len(encodings) > 1:
-        example = [next(o.shard.path for o in shards if o.encoding == e) for e in encodings]
-        problems.append(f"{len(encodings)} different encodings, as in {' and '.join(example[:2])}")
+    by_size: dict[str, dict[Encoding, str]] = {}
+    for each in shards:
+        if each.encoding is not None:
+            folder = each.shard.path.partition("/")[0]
+            found = by_size.setdefault(folder if folder in folders else "", {})
+            found.setdefault(each.encoding, each.shard.path)
+    worst = max(by_size.values(), key=len, default={})
+    if len(worst) == 1:
+        # Sizes differ in their shapes alone.
+        each_once = (pair for found in by_size.values() for pair in found.items())
+        worst = {replace(encoding, latent_shape=()): path for encoding, path in each_once}
+    if len(worst) > 1:
+        example = " and ".join([*worst.values()][:2])
+        problems.append(f"{len(worst)} different encodings, as in {example}")
     return problems
 
 

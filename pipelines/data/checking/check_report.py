@@ -3,7 +3,7 @@
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class CheckReport:
         videos: Statistics of the decoded videos: sizes, rates, codecs, seconds, frames.
         encoding: How encoded values are stored, and which networks made them.
         max_bad_fraction: What was accepted.
+        buckets: Clips of each size, of a set that has a folder for each; empty of others.
     """
 
     folder: str
@@ -57,6 +58,7 @@ class CheckReport:
     videos: dict[str, Any]
     encoding: dict[str, Any] | None
     max_bad_fraction: float
+    buckets: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_bad(self) -> int:

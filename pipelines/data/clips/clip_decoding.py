@@ -197,13 +197,20 @@ def read_look(data: bytes, limits: ClipLimits = DEFAULT_LIMITS) -> tuple[str, ..
         return look_of(stream, next(shown_frames(container, stream, limits)).image)
 
 
-def read_first_frame(data: bytes, limits: ClipLimits = DEFAULT_LIMITS) -> ClipFacts:
+def read_first_frame(
+    data: bytes, limits: ClipLimits = DEFAULT_LIMITS, *, whole: bool = True
+) -> ClipFacts:
     """Decodes one frame and believes the file's header about the rest.
+
+    Args:
+        data: A file that FFmpeg can read.
+        limits: What it may ask for.
+        whole: All of it is wanted: refuse a header that states too many frames or seconds.
 
     Raises:
         ClipError: the bytes are no video, or the first frame cannot be decoded.
     """
-    with opened(data, limits, whole=True) as (container, stream):
+    with opened(data, limits, whole=whole) as (container, stream):
         shown = next(shown_frames(container, stream, limits))
         height, width = _upright_size(shown.image)
         fps = stated_fps(stream)

@@ -11,15 +11,16 @@ or a command that is killed and started again, leaves every sample in the set ex
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
 
+from pipelines.data.clips.bucket_choice import BucketDecoder
 from pipelines.data.clips.clip_decoding import ClipDecoder
 from pipelines.data.encoding import encode_stages
 from pipelines.data.encoding.encode_options import EncodeOptions
@@ -29,6 +30,7 @@ from pipelines.data.making.journal import Journal, filling
 from pipelines.data.making.set_report import SetReport, set_facts
 from pipelines.data.shards.columns import ColumnMap, ColumnNames, column_error, map_columns
 from pipelines.data.shards.filesystem import S3Settings, canonical_address
+from pipelines.data.shards.index import Shard, write_index
 from pipelines.data.shards.prompts import (
     StoredPrompts,
     read_stored_prompts,
@@ -44,6 +46,7 @@ from pipelines.data.shards.schema import (
     VIDEO,
     Encoding,
 )
+from pipelines.data.shards.stored_buckets import StoredBucket, write_buckets
 from pipelines.data.stream.catalogue import Catalogue
 from pipelines.data.stream.ray_stream import read_windows
 from pipelines.data.stream.source import Source
@@ -66,11 +69,13 @@ class EncodeReport(SetReport):
         columns: Columns of the source that are not named as ours, in words; empty where all are.
         unknown_words: Words of its first captions that the tokenizer does not know.
         prompts: Texts besides the captions whose embeddings are stored.
+        buckets: Clips of each size, by its folder; empty where there is one.
     """
 
     encoding: dict[str, Any]
     columns: str = ""
     prompts: int = 0
+    buckets: Mapping[str, int] = field(default_factory=dict)
     unknown_words: UnknownWords
 
     REPAIR: ClassVar[str] = "repair or remove them, and encode into another folder"
@@ -78,6 +83,7 @@ class EncodeReport(SetReport):
     def to_json(self) -> dict[str, Any]:
         """Names and values as the command prints them."""
         own = {"encoding": self.encoding, "columns": self.columns, "prompts": self.prompts}
+        own |= {"buckets": dict(self.buckets)} if self.buckets else {}
         return SetReport.to_json(self) | own | {"unknown_words": asdict(self.unknown_words)}
 
     def notes(self) -> Sequence[str]:
@@ -110,7 +116,8 @@ def encode(
         ShapeError: the clips do not fit the networks.
     """
     started = time.monotonic()
-    encoding = encoding_for(model, options)
+    encodings = encodings_for(model, options)
+    encoding = next(iter(encodings.values()))
     source = _source_of(src, options)
     place = source.open()
     _require_apart(src, dst)
@@ -122,13 +129,17 @@ def encode(
     settings = _settings(src, parts, encoding, options, columns)
     with filling(dst, "encode", settings) as journal:
         num_before = sum(shard.num_rows for shard in journal.shards.values())
-        num_prompts = _fill(journal, source, model, options, parts, encoding, on_progress)
+        num_prompts = _fill(journal, source, model, options, parts, encodings, on_progress)
+        if options.buckets:
+            _finish_buckets(journal, options)
         journal.finish()
+        rows = _rows_of_buckets(journal, options)
     return EncodeReport(
         **set_facts(dst, journal, num_before, started),
         encoding=asdict(encoding),
         columns=columns.in_words(),
         prompts=num_prompts,
+        buckets=rows,
         unknown_words=_unknown_words(source, model, parts),
     )
 
@@ -139,20 +150,21 @@ def _fill(
     model: str,
     options: EncodeOptions,
     parts: Sequence[Part],
-    encoding: Encoding,
+    encodings: Mapping[str, Encoding],
     on_progress: Callable[[str, int, int], None],
 ) -> int:
     """Encodes what the folder lacks, of parts and of prompts; returns how many prompts it has."""
     missing = [part for part in parts if part.name not in journal.parts]
     if journal.is_complete:
         missing = []
+    encoding = next(iter(encodings.values()))
     prompts = _prompts_in(journal, encoding)
     lacking = [text for text in dict.fromkeys(("", *options.negatives)) if text not in prompts]
     require_few_prompts(len(prompts) + len(lacking), f"encoding {source.url}")
     writer = None
     if missing:
         attempted = f"encoding {source.url}"
-        writer = PartWriter(journal, missing, encoding, options.max_bad_fraction, attempted)
+        writer = PartWriter(journal, missing, encodings, options.max_bad_fraction, attempted)
     unit = "captions" if options.text_only else "clips"
     readable = [part for part in missing if part.num_rows]
     total = sum(part.num_rows for part in parts)
@@ -168,8 +180,46 @@ def _fill(
         writer.close()
     if lacking:
         journal.lease.check()
-        write_stored_prompts(journal.filesystem, journal.root, StoredPrompts(encoding, prompts))
+        # A bucket is a set of its own; runs of one size read it alone.
+        for folder in {"": None, **encodings}:
+            root = f"{journal.root}/{folder}".rstrip("/")
+            write_stored_prompts(journal.filesystem, root, StoredPrompts(encoding, prompts))
     return len(prompts)
+
+
+def _rows_of_buckets(journal: Journal, options: EncodeOptions) -> dict[str, int]:
+    """Clips of each bucket; nothing where there is one size."""
+    if not options.buckets:
+        return {}
+    return {
+        folder: sum(each.num_rows for each in _shards_of(journal, folder))
+        for folder in options.folders
+    }
+
+
+def _shards_of(journal: Journal, folder: str) -> list[Shard]:
+    """Shards of a bucket, by their paths within it."""
+    start = f"{folder}/"
+    return [
+        replace(each, path=each.path.removeprefix(start))
+        for each in journal.shards.values()
+        if each.path.startswith(start)
+    ]
+
+
+def _finish_buckets(journal: Journal, options: EncodeOptions) -> None:
+    """Makes a set of each bucket's folder, and names all of them."""
+    journal.lease.check()
+    rows = _rows_of_buckets(journal, options)
+    for folder in options.folders:
+        root = f"{journal.root}/{folder}"
+        write_index(journal.filesystem, root, _shards_of(journal, folder))
+    sizes = (shape[:3] for shape in options.pixel_shapes)
+    buckets = [
+        StoredBucket(folder, *size, rows[folder])
+        for folder, size in zip(options.folders, sizes, strict=True)
+    ]
+    write_buckets(journal.filesystem, journal.root, buckets)
 
 
 def _prompts_in(journal: Journal, encoding: Encoding) -> dict[str, bytes]:
@@ -191,8 +241,16 @@ def _source_of(src: str, options: EncodeOptions) -> Source:
     )
     if options.text_only:
         return source
-    decode = ClipDecoder(options.wanted, options.limits)
-    return replace(source, columns=(VIDEO,), decode=decode, pixel_shape=options.pixel_shape)
+    shape, *further = options.pixel_shapes
+    return replace(
+        source,
+        columns=(VIDEO,),
+        decode=BucketDecoder(options.buckets, options.limits)
+        if options.buckets
+        else ClipDecoder(options.wanted, options.limits),
+        pixel_shape=shape,
+        further_shapes=tuple(further),
+    )
 
 
 def _with_columns(
@@ -255,7 +313,11 @@ def _settings(
     columns: ColumnMap,
 ) -> dict[str, Any]:
     """Everything that decides the content of the new shards; see `open_journal`."""
-    wanted = {"text_only": True} if options.text_only else {"format": asdict(options.wanted)}
+    wanted: dict[str, Any] = {"format": asdict(options.wanted)}
+    if options.text_only:
+        wanted = {"text_only": True}
+    elif options.buckets:
+        wanted["buckets"] = [*options.folders]
     return {
         "source": canonical_address(src),
         "parts": digest(parts),
@@ -265,26 +327,25 @@ def _settings(
     }
 
 
-def encoding_for(model: str, options: EncodeOptions) -> Encoding:
-    """Returns what the shards state about their values.
+def encodings_for(model: str, options: EncodeOptions) -> dict[str, Encoding]:
+    """Returns what the shards state about their values, by their folder within the set's.
 
     Raises:
         ModelFolderError: the model folder cannot be used.
         ShapeError: the clips do not fit the networks.
     """
     folder = family_of(model).inspect(Path(model))
-    latent_shape, vae = (), ""
+    shapes: list[tuple[int, ...]] = [()]
+    vae = ""
     if not options.text_only:
-        num_frames, height, width, _ = options.pixel_shape
-        latent_shape = folder.latent_shape(num_frames, height, width)
+        shapes = [folder.latent_shape(*shape[:3]) for shape in options.pixel_shapes]
         vae = fingerprint(model, [folder.layout.autoencoder])
-    return Encoding(
-        latent_shape=latent_shape,
-        text_shape=(options.text_length, folder.text_width),
-        dtype=options.dtype,
-        vae=vae,
-        text_encoder=fingerprint(model, folder.layout.text),
-    )
+    text_shape = (options.text_length, folder.text_width)
+    text_encoder = fingerprint(model, folder.layout.text)
+    return {
+        name: Encoding(shape, text_shape, options.dtype, vae, text_encoder)
+        for name, shape in zip(options.folders, shapes, strict=True)
+    }
 
 
 def _require_apart(src: str, dst: str) -> None:

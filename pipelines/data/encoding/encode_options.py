@@ -8,6 +8,7 @@ from pipelines.data.clips.hang_guard import MAX_HANG_S, require_hang_limit
 from pipelines.data.shards.columns import ColumnNames
 from pipelines.data.shards.schema import DTypeName
 from sgmd_core.errors import ConfigError
+from workers.settings import MAX_BUCKETS
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class EncodeOptions:
         address: Ray cluster to join; None starts one on this machine, or joins RAY_ADDRESS.
         negatives: Prompts that guidance may lead away from, stored beside the set with the empty
             one.
+        buckets: Sizes of a set of several, of which `wanted` is one: each clip goes to the one that
+            it fits best; see `ranked_buckets`.
     """
 
     wanted: ClipFormat
@@ -61,22 +64,30 @@ class EncodeOptions:
     names: ColumnNames = ColumnNames()
     address: str | None = None
     negatives: tuple[str, ...] = ()
+    buckets: tuple[ClipFormat, ...] = ()
 
     def __post_init__(self) -> None:
         require_hang_limit(self.max_hang_s)
-        wanted = self.wanted
-        if not self.text_only and None in (
-            wanted.num_frames,
-            wanted.height,
-            wanted.width,
-            wanted.fps,
-        ):
+        for wanted in () if self.text_only else self.formats:
+            if None in (wanted.num_frames, wanted.height, wanted.width, wanted.fps):
+                raise ConfigError(
+                    "reading the options of `sgmd encode`",
+                    f"{wanted}",
+                    "num_frames, height, width and fps",
+                    "Latents of one set have one shape: give all four",
+                )
+        if len(self.buckets) > MAX_BUCKETS or len({*self.pixel_shapes}) < len(self.buckets):
             raise ConfigError(
                 "reading the options of `sgmd encode`",
-                f"{wanted}",
-                "num_frames, height, width and fps",
-                "Latents of one set have one shape: give all four",
+                ", ".join(label_of(shape) for shape in self.pixel_shapes),
+                f"at most {MAX_BUCKETS} sizes, each of them once",
+                "Give every --bucket once",
             )
+
+    @property
+    def formats(self) -> tuple[ClipFormat, ...]:
+        """Formats of the clips that are made: of the buckets, or the one of all clips."""
+        return self.buckets or (self.wanted,)
 
     @property
     def pools(self) -> tuple[ActorPool, ...]:
@@ -84,10 +95,22 @@ class EncodeOptions:
         return (self.captions,) if self.text_only else (self.videos, self.captions)
 
     @property
-    def pixel_shape(self) -> tuple[int, int, int, int]:
-        """(frames, height, width, 3) of every clip."""
-        sizes = (self.wanted.num_frames or 0, self.wanted.height or 0, self.wanted.width or 0)
-        return (*sizes, 3)
+    def pixel_shapes(self) -> tuple[tuple[int, int, int, int], ...]:
+        """(frames, height, width, 3) of the clips of each format."""
+        return tuple(
+            (each.num_frames or 0, each.height or 0, each.width or 0, 3) for each in self.formats
+        )
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Folder of the clips of each format within the set's: none where there is one size."""
+        return tuple(label_of(shape) for shape in self.pixel_shapes) if self.buckets else ("",)
+
+
+def label_of(shape: tuple[int, ...]) -> str:
+    """A size as people write it: height, width, frames."""
+    num_frames, height, width, *_ = shape
+    return f"{height}x{width}x{num_frames}"
 
 
 def dtype_named(name: str) -> DTypeName:

@@ -37,6 +37,7 @@ from pipelines.data.shards.schema import (
 from pipelines.data.stream import window
 from pipelines.data.stream.ray_stream import TASK, WINDOW, fault_in, lines_dataset, read_windows
 from pipelines.data.stream.source import Source
+from pipelines.data.stream.window_decoding import BUCKET
 from sgmd_core.collector import paused_collector
 from workers.models.families import modules_of
 
@@ -65,6 +66,7 @@ _DECODED = pa.schema(
         (SAMPLE_ID, pa.string()),
         (CAPTION, pa.string()),
         (PIXELS, pa.large_binary()),
+        (BUCKET, pa.int64()),
         (REASON, pa.string()),
         (DETAIL, pa.string()),
     ]
@@ -90,7 +92,7 @@ def run_encoding(
     Yields:
         The prompts as rows of the part `PROMPTS`, and every row of every part, in the plan's order,
         with `latents` and `text_embeds` (or with `text_embeds` alone), or with `reason` and
-        `detail`.
+        `detail`; of several sizes with `bucket`, the number of the one that it has.
 
     Raises:
         ClusterError: Ray does not start, or the cluster is too small for the actors.
@@ -127,9 +129,9 @@ def _dataset(
     stages: list[tuple[type, ActorPool, dict[str, Any]]] = []
     batch_size = _MAX_BATCH
     if not options.text_only:
-        pixel_shape = options.pixel_shape
-        batch_size = max(1, min(_MAX_BATCH, _BATCH_BYTES // prod(pixel_shape)))
-        stages.append((EncodeVideos, options.videos, {"pixel_shape": pixel_shape}))
+        shapes = options.pixel_shapes
+        batch_size = max(1, min(_MAX_BATCH, _BATCH_BYTES // max(map(prod, shapes))))
+        stages.append((EncodeVideos, options.videos, {"pixel_shapes": shapes}))
     stages.append((EncodeCaptions, options.captions, {"text_length": options.text_length}))
     tasks = [*asked, *parts]
     rows = lines_dataset(tasks, read_and_decode, source, options.decoders, _DECODE_CPUS)
@@ -197,6 +199,7 @@ def _of_part(part: Part, lines: pa.Table) -> pa.Table:
         SAMPLE_ID: [None if reason == Reason.NO_ID else name for name, (reason, _) in ids],
         CAPTION: lines.column(CAPTION),
         PIXELS: lines.column(VIDEO).cast(pa.large_binary()) if has_pixels else pa.nulls(size),
+        BUCKET: lines.column(BUCKET) if BUCKET in lines.column_names else [0] * size,
         REASON: [reason for reason, _ in split],
         DETAIL: [detail for _, detail in split],
     }
@@ -208,33 +211,41 @@ class EncodeVideos:
 
     Args:
         model: Diffusers folder.
-        pixel_shape: (frames, height, width, 3) of every clip.
+        pixel_shapes: (frames, height, width, 3) of the clips of each bucket.
         dtype: Type in which latents are stored.
         num_threads: Threads of the network on a CPU.
     """
 
     def __init__(
-        self, model: str, pixel_shape: tuple[int, int, int, int], dtype: DTypeName, num_threads: int
+        self,
+        model: str,
+        pixel_shapes: Sequence[tuple[int, int, int, int]],
+        dtype: DTypeName,
+        num_threads: int,
     ) -> None:
         # Processes that decode import this file too, and have no room for networks.
         with paused_collector():
             from workers.build import build_video_encoder
 
         self._encoder = build_video_encoder(model, num_threads)
-        self._shape = pixel_shape
+        self._shapes = pixel_shapes
         self._dtype: DTypeName = dtype
 
     def __call__(self, lines: pa.Table) -> pa.Table:
         """Puts the column `latents` in the place of `pixels`."""
-        latents = [self._encode(pixels.as_buffer()) for pixels in lines.column(PIXELS)]
+        pixels, buckets = lines.column(PIXELS), lines.column(BUCKET).to_pylist()
+        latents = [
+            self._encode(clip.as_buffer(), bucket)
+            for clip, bucket in zip(pixels, buckets, strict=True)
+        ]
         return lines.drop_columns([PIXELS]).append_column(LATENTS, pa.array(latents, pa.binary()))
 
-    def _encode(self, pixels: pa.Buffer | None) -> bytes | None:
+    def _encode(self, pixels: pa.Buffer | None, bucket: int) -> bytes | None:
         from pipelines.data.shards.values import pack
 
         if pixels is None:
             return None
-        clip = np.frombuffer(pixels, dtype=np.uint8).reshape(self._shape)
+        clip = np.frombuffer(pixels, dtype=np.uint8).reshape(self._shapes[bucket])
         return pack(self._encoder.encode(clip), self._dtype)
 
 

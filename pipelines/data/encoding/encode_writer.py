@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from pipelines.data.encoding import encode_stages as stages
@@ -12,6 +13,7 @@ from pipelines.data.shards.rejection import Reason, Rejection, require_few
 from pipelines.data.shards.schema import SAMPLE_ID, Encoding, encoded_schema
 from pipelines.data.shards.seen import SeenIds
 from pipelines.data.shards.shard_writing import ShardBuilder
+from pipelines.data.stream.window_decoding import BUCKET
 from sgmd_core.errors import DataError
 
 # Below this number a share says little: the verdict waits for the end.
@@ -24,7 +26,7 @@ class PartWriter:
     Args:
         journal: Where parts go.
         missing: Parts that are to be written.
-        encoding: What the rows are.
+        encodings: What the rows of each bucket are, by the folder within the set's that takes them.
         max_bad_fraction: How many bad clips are too many.
         attempted: What an error shall say that we were doing.
 
@@ -36,16 +38,17 @@ class PartWriter:
         self,
         journal: Journal,
         missing: Sequence[Part],
-        encoding: Encoding,
+        encodings: Mapping[str, Encoding],
         max_bad_fraction: float,
         attempted: str,
     ) -> None:
         self._journal = journal
-        self._schema = encoded_schema(encoding)
+        self._schemas = {folder: encoded_schema(each) for folder, each in encodings.items()}
+        self._folders = [*encodings]
         self._max_bad_fraction = max_bad_fraction
         self._attempted = attempted
         self._parts = {part.number: part for part in missing}
-        self._open: dict[int, tuple[ShardBuilder, list[Rejection]]] = {}
+        self._open: dict[int, tuple[dict[str, ShardBuilder], list[Rejection]]] = {}
         self._seen = SeenIds(found.sample_id for found in journal.rejections)
         for sample_ids in journal.sample_ids():
             self._seen.add(sample_ids)
@@ -64,16 +67,20 @@ class PartWriter:
         if line[stages.REASON] == stages.SERVER_FAILED:
             raise DataError(*json.loads(line[stages.DETAIL]))
         part = self._parts[line[stages.PART]]
-        builder, rejections = self._open.setdefault(part.number, (ShardBuilder(self._schema), []))
+        builders, rejections = self._open.setdefault(part.number, ({}, []))
         rejection = self._rejection(part, line)
         if rejection is None:
-            builder.add({name: line[name] for name in self._schema.names})
+            folder = self._folders[line[BUCKET]]
+            schema = self._schemas[folder]
+            builder = builders.setdefault(folder, ShardBuilder(schema))
+            builder.add({name: line[name] for name in schema.names})
         else:
             rejections.append(rejection)
         self.num_waiting -= 1
-        if builder.num_rows + len(rejections) == part.num_rows:
+        num_good = sum(builder.num_rows for builder in builders.values())
+        if num_good + len(rejections) == part.num_rows:
             del self._open[part.number]
-            self._commit(part, rejections, builder)
+            self._commit(part, rejections, builders)
             self._judge(at_end=False)
 
     def close(self) -> None:
@@ -101,9 +108,12 @@ class PartWriter:
         return Rejection(sample_id, part.shard, line[stages.ROW], reason, detail)
 
     def _commit(
-        self, part: Part, rejections: Sequence[Rejection], builder: ShardBuilder | None = None
+        self,
+        part: Part,
+        rejections: Sequence[Rejection],
+        builders: Mapping[str, ShardBuilder] = MappingProxyType({}),
     ) -> None:
-        self._journal.commit(part.name, builder or ShardBuilder(self._schema), rejections)
+        self._journal.commit(part.name, builders, rejections)
         del self._parts[part.number]
 
     def _judge(self, *, at_end: bool) -> None:

@@ -76,27 +76,35 @@ class Journal:
         self._load_progress()
 
     def commit(
-        self, part: str, builder: ShardBuilder, rejections: Sequence[Rejection]
-    ) -> Shard | None:
-        """Writes a part's shard and then the line that makes it count.
+        self,
+        part: str,
+        builders: ShardBuilder | Mapping[str, ShardBuilder],
+        rejections: Sequence[Rejection],
+    ) -> None:
+        """Writes a part's shards and then the line that makes them count.
 
-        Returns:
-            The shard; None where the part has no good clip.
+        Args:
+            part: Name of the part, and of its shards without their suffix.
+            builders: Its good clips, of which there may be none; by folder, where a part becomes a
+                shard in each of several.
+            rejections: Its bad ones.
         """
         self._bind()
-        shard = None
-        if builder.num_rows:
-            shard = write_shard(self.filesystem, self.root, f"{part}.parquet", builder)
-            self.shards[shard.path] = shard
+        by_folder = {"": builders} if isinstance(builders, ShardBuilder) else builders
+        shards: list[Shard] = []
+        for folder, builder in by_folder.items():
+            if builder.num_rows:
+                name = f"{folder}/{part}.parquet".lstrip("/")
+                shards.append(write_shard(self.filesystem, self.root, name, builder))
+        self.shards |= {shard.path: shard for shard in shards}
         self.parts.add(part)
         self.rejections.extend(rejections)
-        self._write_progress(part, shard, rejections)
-        return shard
+        self._write_progress(part, shards, rejections)
 
     def forget_rejections(self) -> None:
         """Makes the clips that were not taken so far count as never seen."""
         for name, entry in self._progress_entries().items():
-            self._write_progress(name, _shard_in(entry), ())
+            self._write_progress(name, _shards_in(entry), ())
         self.rejections = []
 
     def forget_everything(self) -> None:
@@ -153,10 +161,12 @@ class Journal:
                     self.filesystem.rm(path, recursive=True)
 
     def _write_progress(
-        self, part: str, shard: Shard | None, rejections: Sequence[Rejection]
+        self, part: str, shards: Sequence[Shard], rejections: Sequence[Rejection]
     ) -> None:
+        first, *further = [asdict(shard) for shard in shards] or [None]
         entry = {
-            "shard": shard and asdict(shard),
+            "shard": first,
+            **({"further": further} if further else {}),
             "rejections": [asdict(rejection) for rejection in rejections],
         }
         path = f"{self.root}/{_PROGRESS}/{part}.json"
@@ -166,9 +176,7 @@ class Journal:
         known = set(self.rejections)
         for name, entry in self._progress_entries().items():
             self.parts.add(name)
-            shard = _shard_in(entry)
-            if shard is not None:
-                self.shards[shard.path] = shard
+            self.shards |= {shard.path: shard for shard in _shards_in(entry)}
             found = [Rejection(**rejection) for rejection in entry["rejections"]]
             # A command killed between writing the index and deleting the progress left both.
             self.rejections += [rejection for rejection in found if rejection not in known]
@@ -331,18 +339,20 @@ def _read_quarantine(filesystem: AbstractFileSystem, root: str) -> list[Rejectio
         raise
 
 
-def _shard_in(entry: Mapping[str, Any]) -> Shard | None:
-    shard = entry["shard"]
-    if shard is None:
-        return None
-    return Shard(shard["path"], shard["num_bytes"], tuple(shard["rows"]))
+def _shards_in(entry: Mapping[str, Any]) -> list[Shard]:
+    found = [entry["shard"], *entry.get("further", ())]
+    return [
+        Shard(shard["path"], shard["num_bytes"], tuple(shard["rows"]))
+        for shard in found
+        if shard is not None
+    ]
 
 
 def _entry(data: str | bytes) -> dict[str, Any] | None:
     """Returns the content of a part's entry; None where it is broken."""
     try:
         entry = json.loads(data)
-        _shard_in(entry)
+        _shards_in(entry)
         [Rejection(**rejection) for rejection in entry["rejections"]]
     except (ValueError, KeyError, TypeError):
         return None

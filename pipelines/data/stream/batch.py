@@ -71,12 +71,16 @@ class BatchFeed(Protocol):
     A group's controller calls these methods by name; where a run stands is in its batches.
     """
 
-    def take(self, num_rows: int, columns: tuple[str, ...] | None = None) -> Batch:
+    def take(
+        self, num_rows: int, columns: tuple[str, ...] | None = None, draw: int | None = None
+    ) -> Batch:
         """Returns the next `num_rows` usable rows.
 
         Args:
             num_rows: How many.
             columns: Columns of theirs that will be asked for; None: all that are read.
+            draw: Number of the draw that decides of which set all of them are; None: each row
+                is of a set of its own draw.
 
         Raises:
             DataError: The server failed, or a whole epoch has no usable row.

@@ -154,12 +154,15 @@ class Feed:
         self._stop: DataError | None = None
         self._usable_in_epoch = progress.cursor > Cursor(progress.cursor.epoch)
 
-    def take(self, num_rows: int, columns: tuple[str, ...] | None = None) -> Batch:
+    def take(
+        self, num_rows: int, columns: tuple[str, ...] | None = None, draw: int | None = None
+    ) -> Batch:
         """The next `num_rows` usable rows.
 
         Args:
             num_rows: How many.
             columns: Columns of theirs that will be asked for; None: all that are read.
+            draw: Is of no account: this is one set.
 
         Raises:
             DataError: The server failed, or a whole epoch has no usable row.

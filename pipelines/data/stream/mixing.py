@@ -2,6 +2,9 @@
 
     sample n of the run  ->  one draw, counted by n  ->  its set  ->  the next row of that set
 
+Where the sets are the sizes of one set, an iteration takes all its rows of the size that it draws
+(`sgmd_core.buckets`): one draw an iteration, the one by which roles know the size.
+
 A set is a feed of its own: its epochs, cursor, ledger and quarantine are those of a run that had
 this set alone. So an epoch is one pass over one set, and sets are passed over at their own pace.
 """
@@ -18,6 +21,7 @@ from numpy.typing import NDArray
 from pipelines.data.shards.schema import LATENTS, TEXT_EMBEDS, caption_schema
 from pipelines.data.stream.batch import Batch, BatchFeed
 from pipelines.data.stream.feed import Feed, FeedProgress, StreamSettings
+from sgmd_core.buckets import drawn_bucket
 from sgmd_core.types import DataBatch, Latents, Text
 
 _BLOCK = 1024
@@ -66,9 +70,14 @@ class MixedFeed:
         own = zip(settings.of_each_set, progress.of_each_set, strict=True)
         self._feeds = [Feed(one, where, num_rows) for one, where in own]
 
-    def take(self, num_rows: int, columns: tuple[str, ...] | None = None) -> Batch:
+    def take(
+        self, num_rows: int, columns: tuple[str, ...] | None = None, draw: int | None = None
+    ) -> Batch:
         """The next `num_rows` usable rows; see `BatchFeed.take`."""
-        sets = drawn_sets(self._seed, self._position, num_rows, self._weights)
+        if draw is None:
+            sets = drawn_sets(self._seed, self._position, num_rows, self._weights)
+        else:
+            sets = np.full(num_rows, drawn_bucket(self._seed, draw, self._weights))
         parts = tuple(
             feed.take(int((sets == number).sum()), columns)
             for number, feed in enumerate(self._feeds)

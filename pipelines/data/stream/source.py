@@ -32,6 +32,8 @@ class Source:
         settled: Names that its first shards have; None until they are read.
         decode: Applied to `video`; the column then holds the pixels' bytes.
         pixel_shape: (frames, height, width, 3) that `decode` must come to.
+        further_shapes: Other shapes that `decode` may come to, all of them different; lines then
+            have the column `bucket`, the number of their shape among all.
         max_hang_s: Time that one call of the decoder may take; a video that takes longer is
             rejected. 0 decodes in the reader's own process and sets no limit.
     """
@@ -46,6 +48,12 @@ class Source:
     names: ColumnNames = ColumnNames()
     settled: ColumnNames | None = None
     max_hang_s: float = MAX_HANG_S
+    further_shapes: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def pixel_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """All shapes that `decode` may come to."""
+        return (self.pixel_shape, *self.further_shapes)
 
     def open(self, *, probe: bool = True) -> ShardSet:
         """Opens the folder; see `open_set`."""

@@ -20,6 +20,9 @@ from pipelines.data.shards.schema import FPS, VIDEO
 from pipelines.data.stream.source import Decode, Source
 from pipelines.data.stream.window import REASON
 
+BUCKET = "bucket"
+"""Column of the number of a clip's shape, of sources with several."""
+
 _PART_BYTES = 64 * 2**20
 
 
@@ -37,7 +40,7 @@ def decode_rows(source: Source, rows: pa.Table) -> Iterator[pa.Table]:
     Raises:
         ProcessStartError: The process that decodes does not start.
     """
-    size = max(1, _PART_BYTES // prod(source.pixel_shape))
+    size = max(1, _PART_BYTES // _largest(source))
     for start in range(0, max(1, rows.num_rows), size):
         yield _decode_part(source, rows.slice(start, size))
 
@@ -47,10 +50,11 @@ def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
     reasons: list[str | None] = rows.column(REASON).to_pylist()
     rates = rows.column(FPS).to_pylist() if FPS in rows.column_names else [0.0] * len(reasons)
     # Arrow's allocator keeps memory for the next part, which the system's gives back and clears.
-    memory = pa.allocate_buffer(len(reasons) * prod(source.pixel_shape))
-    pixels = np.frombuffer(memory, dtype=np.uint8).reshape(-1, *source.pixel_shape)
+    memory = pa.allocate_buffer(len(reasons) * _largest(source))
+    pixels = np.frombuffer(memory, dtype=np.uint8)
     lengths = np.zeros(len(reasons) + 1, dtype=np.int64)
-    num_decoded = 0
+    buckets: list[int | None] = [None] * len(reasons)
+    end = 0
     for row, (stored, fps) in enumerate(zip(rows.column(VIDEO), rates, strict=True)):
         if reasons[row] is not None:
             continue
@@ -64,19 +68,27 @@ def _decode_part(source: Source, rows: pa.Table) -> pa.Table:
         if isinstance(frames, Died):
             reasons[row] = join_reason(frames.reason, frames.in_words)
             continue
-        if frames.shape != source.pixel_shape:
+        if frames.shape not in source.pixel_shapes:
             reasons[row] = join_reason(ClipFault.WRONG_SIZE, f"pixels of {frames.shape}")
             continue
-        pixels[num_decoded] = frames
-        num_decoded += 1
+        pixels[end : end + frames.nbytes].reshape(frames.shape)[:] = frames
+        end += frames.nbytes
         lengths[row + 1] = frames.nbytes
+        buckets[row] = source.pixel_shapes.index(frames.shape)
     columns = {
         VIDEO: _binary(pixels, np.cumsum(lengths), lengths[1:] > 0),
         REASON: pa.array(reasons, pa.string()),
     }
     for name, values in columns.items():
         rows = rows.set_column(rows.schema.get_field_index(name), name, values)
+    if source.further_shapes:
+        rows = rows.append_column(BUCKET, pa.array(buckets, pa.int64()))
     return rows
+
+
+def _largest(source: Source) -> int:
+    """Bytes of the largest clip."""
+    return max(map(prod, source.pixel_shapes))
 
 
 def _decoder_of(source: Source) -> Callable[[bytes, float], NDArray[np.uint8] | Died[bytes]]:

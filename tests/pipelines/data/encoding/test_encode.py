@@ -22,7 +22,7 @@ from pipelines.cli import app
 from pipelines.data.clips.clip_decoding import ClipDecoder, decode_clip
 from pipelines.data.clips.clip_format import ClipFormat, FitPolicy
 from pipelines.data.encoding import encode_stages as stages
-from pipelines.data.encoding.encode import EncodeReport, encode, encoding_for
+from pipelines.data.encoding.encode import EncodeReport, encode, encodings_for
 from pipelines.data.encoding.encode_options import ActorPool, EncodeOptions, dtype_named
 from pipelines.data.encoding.encode_plan import Part, SourceGroup, digest, plan_parts
 from pipelines.data.encoding.encode_writer import PartWriter
@@ -84,7 +84,12 @@ def parts_of(folder: Path, max_rows: int) -> list[Part]:
 def clips_in(folder: Path, **settings: Any) -> Source:
     """Clips of a folder as `encode` reads them."""
     wanted = {"columns": ("video",), "decode": ClipDecoder(WANTED)}
-    return Source(str(folder), pixel_shape=OPTIONS.pixel_shape, **(wanted | settings))
+    return Source(str(folder), pixel_shape=OPTIONS.pixel_shapes[0], **(wanted | settings))
+
+
+def encoding_of_clips(model: str, options: EncodeOptions) -> Encoding:
+    (encoding,) = encodings_for(model, options).values()
+    return encoding
 
 
 def source_rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -155,7 +160,7 @@ class TestOptions:
 
     def test_sizes_that_the_networks_cannot_take_are_told(self, model):
         with pytest.raises(ShapeError, match="9 frames of 15x16"):
-            encoding_for(model, EncodeOptions(wanted=ClipFormat(9, 15, 16, 8)))
+            encoding_of_clips(model, EncodeOptions(wanted=ClipFormat(9, 15, 16, 8)))
 
     def test_a_type_that_is_not_stored_is_told(self):
         assert dtype_named("bfloat16") == "bfloat16"
@@ -186,9 +191,9 @@ class TestTextOnly:
 
     def test_no_sizes_and_no_autoencoder_are_needed(self, model):
         options = EncodeOptions(ClipFormat(), tiny_wan.TEXT_LENGTH, text_only=True)
-        found = encoding_for(model, options)
+        found = encoding_of_clips(model, options)
         assert (found.latent_shape, found.vae) == ((), "")
-        assert found.text_encoder == encoding_for(model, OPTIONS).text_encoder
+        assert found.text_encoder == encoding_of_clips(model, OPTIONS).text_encoder
         assert options.pools == (options.captions,)
 
     def test_lines_of_videos_that_are_not_read_have_no_pixels(self, source):
@@ -268,10 +273,10 @@ class TestStages:
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_values_are_those_of_the_networks(self, source, model, dtype):
         lines = self.lines(source)
-        shape = OPTIONS.pixel_shape
-        encoded = stages.EncodeVideos(model, shape, dtype, 1)(lines)
+        shapes = OPTIONS.pixel_shapes
+        encoded = stages.EncodeVideos(model, shapes, dtype, 1)(lines)
         encoded = stages.EncodeCaptions(model, tiny_wan.TEXT_LENGTH, dtype, 1)(encoded)
-        encoding = encoding_for(model, EncodeOptions(WANTED, tiny_wan.TEXT_LENGTH, dtype))
+        encoding = encoding_of_clips(model, EncodeOptions(WANTED, tiny_wan.TEXT_LENGTH, dtype))
         vae, text = load_vae(model), load_text(model)
         kind = getattr(torch, dtype)
         rows = source_rows(source)
@@ -300,7 +305,7 @@ class TestWriter:
     def writer(self, folder: Path, max_bad_fraction: float = 1.0) -> PartWriter:
         journal = open_journal(str(folder), "encode", {})
         missing = [part for part in self.parts if part.name not in journal.parts]
-        return PartWriter(journal, missing, self.encoding, max_bad_fraction, "encoding")
+        return PartWriter(journal, missing, {"": self.encoding}, max_bad_fraction, "encoding")
 
     def line(self, part: int, row: int, name: str, reason: str | None = None) -> dict[str, Any]:
         values = {"latents": bytes(4), "text_embeds": bytes(4)} if reason is None else {}
@@ -311,6 +316,7 @@ class TestWriter:
             "caption": "c",
             "reason": reason,
             "detail": "",
+            "bucket": 0,
             "latents": None,
             "text_embeds": None,
         } | values
@@ -428,7 +434,7 @@ class TestKilledAndRunAgain:
         target, _ = encoded
         table = pq.read_table(sorted(target.glob("part-*.parquet"))[-1])
         encoding = encoding_of(table.schema)
-        assert encoding == encoding_for(model, OPTIONS)
+        assert encoding == encoding_of_clips(model, OPTIONS)
         vae, text, rows = load_vae(model), load_text(model), source_rows(source)
         for line in table.to_pylist():
             row = rows[line["sample_id"]]
