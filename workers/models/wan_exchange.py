@@ -32,6 +32,8 @@ from workers.models.wan_folder import check_component
 _COMFYUI_WEIGHTS = "model.diffusion_model."
 _LORA_NAME = re.compile(r"lora_|\.(alpha|diff|diff_b)$")
 _COMFYUI_LORA = "diffusion_model."
+_LORA_PREFIX = re.compile(rf"^(base_model\.model\.)?({TRANSFORMER}\.)?")
+_LORA_PART = re.compile(r"\.(?:lora_|alpha$|diff$|diff_b$)")
 _PATCHES = "patch_embedding.weight"  # output channels x input channels x patch
 # Parts of Wan's image-to-video and VACE denoisers.
 _IMAGE_PART = re.compile(r"img|image_|vace_|ref_conv|control_")
@@ -187,9 +189,23 @@ def _merge(network: Any, path: Path) -> None:  # noqa: ANN401  (a network of dif
         # diffusers would leave them out, or take nothing at all, without an error.
         raise ValueError(f"{others[0]} belongs to no LoRA")
     state: Any = WanPipeline.lora_state_dict(str(path.parent), weight_name=path.name)
-    network.load_lora_adapter(state, prefix=TRANSFORMER)
+    named = {_lora_name(name): value for name, value in state.items()}
+    layers = {name for name, _ in network.named_modules()}
+    unknown = [name for name in named if _LORA_PART.split(name)[0] not in layers]
+    if unknown or not named:
+        # diffusers would merge nothing, and say so in a line that is easily missed.
+        raise ValueError(
+            f"{unknown[0]} is of no layer of the base" if unknown else "there is nothing in it"
+        )
+    prefixed = {f"{TRANSFORMER}.{name}": value for name, value in named.items()}
+    network.load_lora_adapter(prefixed, prefix=TRANSFORMER)
     network.fuse_lora()
     network.unload_lora()
+
+
+def _lora_name(name: str) -> str:
+    """Name of a LoRA's tensor in the denoiser, without what peft and diffusers put before it."""
+    return _LORA_PREFIX.sub("", name).replace(".default.weight", ".weight")
 
 
 def _require_tensors(path: Path, own: Mapping[str, tuple[int, ...]]) -> None:
