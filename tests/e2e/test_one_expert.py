@@ -119,6 +119,14 @@ def test_a_checkpoint_of_it_is_exported_in_every_form(
         options=ExportOptions(form=form, dtype="fp32", rank=2 if form == "lora" else None),
     )
     assert "low-noise expert" in (made.folder / "README.md").read_text()
+    if form == "lora":
+        # Of the trained expert alone, and the card's line puts it there.
+        assert [path.name for path in made.folder.glob("*.safetensors")] == [
+            "pytorch_lora_weights-low_noise.safetensors"
+        ]
+        card = (made.folder / "README.md").read_text()
+        assert "load_into_transformer_2=True" in card
+        assert card.count("load_lora_weights") == 1
     if form == "diffusers":
         assert not moved(made.folder, folder, "transformer")
         assert moved(made.folder, folder, "transformer_2")
