@@ -28,6 +28,7 @@ from workers.build import (
 )
 from workers.evaluator import clips_side_by_side
 from workers.models.exporting import DTYPES, narrowed
+from workers.models.families import family_of
 from workers.models.wan_family import WanFamily
 from workers.network_settings import ComputeSettings, OptimizerSettings
 from workers.settings import (
@@ -264,3 +265,10 @@ def test_frozen_encoders_are_in_bfloat16_unless_asked_for_float32_and_make_float
     assert narrow.dtype is exact.dtype is torch.float32
     assert not torch.equal(narrow, exact)
     torch.testing.assert_close(narrow, exact, atol=0.05, rtol=0.05)
+
+
+def test_a_hub_cache_is_refused_with_the_folder_of_its_version(tmp_path):
+    version = tmp_path / "models--a--b" / "snapshots" / "0123abcd"
+    version.mkdir(parents=True)
+    with pytest.raises(ModelFolderError, match=f"Give {version}"):
+        family_of(tmp_path / "models--a--b")

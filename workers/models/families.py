@@ -86,6 +86,14 @@ def family_of(folder: str | Path) -> ModelFamily:
             if _holds(path, index, family.traits):
                 return family
     if index is None:
+        snapshots = sorted(path.glob("snapshots/*"))
+        if snapshots:
+            raise ModelFolderError(
+                f"loading the model {path}",
+                "the hub's cache of a model, whose versions are folders below it",
+                "the folder of one version",
+                f"Give {snapshots[-1]}",
+            )
         refusals = (family.explain_files(path) for family in families())
         raise next(filter(None, refusals), None) or _unknown(path, f"no {INDEX_FILE}")
     pipeline = str(index.get("_class_name"))
